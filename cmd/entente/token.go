@@ -1,0 +1,79 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
+)
+
+func tokenCommand() *cobra.Command {
+	return group(&cobra.Command{
+		Use:     "token",
+		Short:   "One-time tokens that admit CA nodes and agents",
+		Example: "  entente token create --agent host-7 --datacenter dc1 --address 10.0.0.7",
+	}, tokenCreateCommand())
+}
+
+func tokenCreateCommand() *cobra.Command {
+	var (
+		admin         adminFlags
+		node, agent   string
+		datacenter    string
+		addresses     []string
+		voter, signer bool
+		ttl           time.Duration
+	)
+	c := &cobra.Command{
+		Use:   "create",
+		Short: "Make a token that admits one key, once",
+		Long: `Make a join token. It is shown once: the log holds only its public key. It admits
+the first key that shows it; the same key may show it again and gets the same answer.`,
+		Example: `  entente token create --agent host-7 --datacenter dc1 --address 10.0.0.7
+  entente token create --node ca-dc2 --datacenter dc2`,
+		Args: noArguments,
+		RunE: func(c *cobra.Command, _ []string) error {
+			request := &ententev1.CreateTokenRequest{TtlSeconds: uint32(ttl / time.Second)}
+			switch {
+			case (node == "") == (agent == ""):
+				return usageError{c, errors.New("name what the token admits: --node NAME or --agent NAME")}
+			case datacenter == "":
+				return usageError{c, errors.New("--datacenter is missing")}
+			case ttl < time.Second:
+				return usageError{c, fmt.Errorf("--ttl %s is shorter than a second", ttl)}
+			case node != "":
+				request.Node = &statev1.NodeGrant{Name: node, Datacenter: datacenter, Voter: voter, Signing: signer}
+			case len(addresses) == 0:
+				return usageError{c, errors.New("--address is missing: the hosts at which the agent's sidecar is reached")}
+			default:
+				request.Agent = &statev1.AgentGrant{Name: agent, Datacenter: datacenter, Addresses: addresses}
+			}
+			return admin.call(c.Context(), func(client ententev1.AdminClient) error {
+				response, err := client.CreateToken(c.Context(), request)
+				if err != nil {
+					return err
+				}
+				if admin.json {
+					return printJSON(c.OutOrStdout(), response)
+				}
+				fmt.Fprintln(c.OutOrStdout(), response.GetToken())
+				fmt.Fprintf(c.ErrOrStderr(), "admits one key until %s\n", time.Unix(response.GetNotAfter(), 0).UTC().Format(time.RFC3339))
+				return nil
+			})
+		},
+	}
+	admin.register(c)
+	f := c.Flags()
+	f.StringVar(&node, "node", "", "name of the CA node to admit")
+	f.StringVar(&agent, "agent", "", "name of the agent to admit")
+	f.StringVar(&datacenter, "datacenter", "", "datacenter it stands in")
+	f.StringSliceVar(&addresses, "address", nil, "host (no port) at which the agent's sidecar is reached; repeatable")
+	f.BoolVar(&voter, "voter", true, "the CA node becomes a voter when it has caught up")
+	f.BoolVar(&signer, "signing", true, "the CA node signs; false makes it a witness")
+	f.DurationVar(&ttl, "ttl", 15*time.Minute, "how long the token may be used")
+	return c
+}
