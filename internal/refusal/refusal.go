@@ -1,0 +1,176 @@
+// Package refusal holds the one table of reasons for which Entente refuses or
+// fails a request, and writes them: as an RFC 9457 problem for HTTP, as a
+// trailers-only response for gRPC.
+//
+// A caller learns the reason, a request id and the command that explains more.
+// It never learns the rule, the bundle or the revision behind the answer: those
+// go to the refuser's own log (invariant I11).
+package refusal
+
+import (
+	"fmt"
+	"net/http"
+	"slices"
+)
+
+// Header names the reason on every response that Entente made itself, so that
+// the hop before can tell a refusal of the mesh from an answer of the application.
+const Header = "Entente-Refused"
+
+// TypePrefix stands before the reason in a problem's "type".
+const TypePrefix = "urn:entente:refused:"
+
+// Reason is one row of the table. Reasons are a stable, documented interface:
+// one is never renamed and its codes never change.
+type Reason string
+
+// The reasons, in the order of [All].
+const (
+	BadRequest   Reason = "bad-request"
+	Browser      Reason = "browser"
+	NoRoute      Reason = "no-route"
+	TokenMissing Reason = "token-missing"
+	TokenInvalid Reason = "token-invalid"
+	TokenExpired Reason = "token-expired"
+	TierUnknown  Reason = "tier-unknown"
+	Rate         Reason = "rate"
+
+	UnknownService Reason = "unknown-service"
+	NotImported    Reason = "not-imported"
+	CallerUnknown  Reason = "caller-unknown"
+	CallerCalls    Reason = "caller-calls"
+	PeerNotAllowed Reason = "peer-not-allowed"
+
+	GatewayNotAgreed Reason = "gateway-not-agreed"
+	AgreementMissing Reason = "agreement-missing"
+	AgreementCaller  Reason = "agreement-caller"
+	AgreementMethod  Reason = "agreement-method"
+	AgreementExpired Reason = "agreement-expired"
+
+	NotReady               Reason = "not-ready"
+	NoEndpoint             Reason = "no-endpoint"
+	UpstreamUnreachable    Reason = "upstream-unreachable"
+	UpstreamOutcomeUnknown Reason = "upstream-outcome-unknown"
+	Timeout                Reason = "timeout"
+	Loop                   Reason = "loop"
+)
+
+// Row is what the table says about one reason.
+type Row struct {
+	Reason Reason
+	Status int    // HTTP status
+	GRPC   uint32 // gRPC status code
+	Title  string // one short sentence, the same for every occurrence (RFC 9457, 3.1.3)
+	Next   string // what the caller, or whoever looks after it, does about it
+}
+
+// gRPC status codes that the table uses (google.rpc.Code).
+const (
+	grpcDeadlineExceeded   = 4
+	grpcPermissionDenied   = 7
+	grpcResourceExhausted  = 8
+	grpcFailedPrecondition = 9
+	grpcUnimplemented      = 12
+	grpcInternal           = 13
+	grpcUnavailable        = 14
+	grpcUnauthenticated    = 16
+)
+
+var table = []Row{
+	{BadRequest, http.StatusBadRequest, grpcInternal, "The request is malformed or ambiguous.", "Send a well-formed request: a method token, and a path without \"..\", \"//\", encoded slashes or control characters."},
+	{Browser, http.StatusForbidden, grpcPermissionDenied, "Requests made by a browser are not forwarded.", "Call from the application itself; the mesh never acts for a web page."},
+	{NoRoute, http.StatusNotFound, grpcUnimplemented, "No route leads there.", "Compare the path with the routes of this entrance."},
+	{TokenMissing, http.StatusUnauthorized, grpcUnauthenticated, "A bearer token is required.", "Send \"Authorization: Bearer TOKEN\"."},
+	{TokenInvalid, http.StatusUnauthorized, grpcUnauthenticated, "The bearer token is not valid here.", "Obtain a token from the issuer and for the audience of this entrance."},
+	{TokenExpired, http.StatusUnauthorized, grpcUnauthenticated, "The bearer token has expired.", "Obtain a new token; compare the clocks if it was new."},
+	{TierUnknown, http.StatusForbidden, grpcPermissionDenied, "The token's tier has no plan here.", "Ask for a tier that this entrance serves."},
+	{Rate, http.StatusTooManyRequests, grpcResourceExhausted, "The rate of requests is over its limit.", "Wait as long as Retry-After says."},
+
+	{UnknownService, http.StatusMisdirectedRequest, grpcUnimplemented, "No such service is known here.", "Call a service by LABEL.TRUSTDOMAIN; see which exist: entente get services."},
+	{NotImported, http.StatusForbidden, grpcPermissionDenied, "The service is not imported into this domain.", "Apply an Import of the service, then an agreement that lists the caller."},
+	{CallerUnknown, http.StatusForbidden, grpcPermissionDenied, "The caller is not a service of this domain.", "Declare a Service with the caller's identity; gateways and agents are never callers."},
+	{CallerCalls, http.StatusForbidden, grpcPermissionDenied, "The caller's entry does not list this service.", "Add the service to \"calls\" of the calling Service."},
+	{PeerNotAllowed, http.StatusForbidden, grpcPermissionDenied, "The connection's peer may not speak for this caller.", "Only a gateway speaks for others; connect with the caller's own SVID."},
+
+	{GatewayNotAgreed, http.StatusForbidden, grpcPermissionDenied, "The peer gateway is not listed by the agreement.", "List the gateway's exact SPIFFE ID in the agreement."},
+	{AgreementMissing, http.StatusForbidden, grpcPermissionDenied, "No agreement is about this service.", "Both domains apply an agreement that lists the service."},
+	{AgreementCaller, http.StatusForbidden, grpcPermissionDenied, "No agreement lists this caller.", "Both domains add the caller to the agreement."},
+	{AgreementMethod, http.StatusForbidden, grpcPermissionDenied, "The agreement does not list this method and path.", "Both domains add the method and path to the agreement."},
+	{AgreementExpired, http.StatusForbidden, grpcPermissionDenied, "The agreement has expired.", "Both domains renew the agreement."},
+
+	{NotReady, http.StatusServiceUnavailable, grpcUnavailable, "This process is not ready yet.", "Try again in a moment; /readyz of its admin listener says what it waits for."},
+	{NoEndpoint, http.StatusServiceUnavailable, grpcUnavailable, "No instance of the service can be reached now.", "See which instances are known and healthy: entente status."},
+	{UpstreamUnreachable, http.StatusBadGateway, grpcUnavailable, "No connection could be made; nothing was sent.", "Trying again is safe."},
+	{UpstreamOutcomeUnknown, http.StatusBadGateway, grpcUnavailable, "The connection broke after the request was sent; its outcome is unknown.", "Find out whether it took effect before trying again; an Idempotency-Key lets the mesh try for you."},
+	{Timeout, http.StatusGatewayTimeout, grpcDeadlineExceeded, "The deadline passed before an answer came.", "Find out whether it took effect before trying again."},
+	{Loop, http.StatusLoopDetected, grpcFailedPrecondition, "The request came by here before.", "See the path it took: entente explain with its request id."},
+}
+
+var rows = func() map[Reason]Row {
+	m := make(map[Reason]Row, len(table))
+	for _, row := range table {
+		m[row.Reason] = row
+	}
+	return m
+}()
+
+// All returns the table in its documented order.
+func All() []Row { return slices.Clone(table) }
+
+// Known reports whether r stands in the table.
+func (r Reason) Known() bool { _, ok := rows[r]; return ok }
+
+// Status is the HTTP status of r; 500 if r is not in the table.
+func (r Reason) Status() int {
+	if row, ok := rows[r]; ok {
+		return row.Status
+	}
+	return http.StatusInternalServerError
+}
+
+// GRPC is the gRPC status code of r; INTERNAL if r is not in the table.
+func (r Reason) GRPC() uint32 {
+	if row, ok := rows[r]; ok {
+		return row.GRPC
+	}
+	return grpcInternal
+}
+
+// Title is the sentence that every refusal for r has in common.
+func (r Reason) Title() string {
+	if row, ok := rows[r]; ok {
+		return row.Title
+	}
+	return "The request failed."
+}
+
+// Parse returns the reason in the value of an Entente-Refused header, or of the
+// "type" of a problem. False: it is none of the table's.
+func Parse(s string) (Reason, bool) {
+	if len(s) > len(TypePrefix) && s[:len(TypePrefix)] == TypePrefix {
+		s = s[len(TypePrefix):]
+	}
+	r := Reason(s)
+	return r, r.Known()
+}
+
+// FromHeader returns the reason that a response's header carries. False: the
+// header is absent, stands there more than once or names no reason of the table,
+// so the response is not one of the mesh.
+func FromHeader(h http.Header) (Reason, bool) {
+	values := h[Header]
+	if len(values) != 1 {
+		return "", false
+	}
+	r := Reason(values[0])
+	return r, r.Known()
+}
+
+// Error lets a refusal travel as an error through code that has no response at
+// hand.
+func (p Problem) Error() string {
+	if p.Detail == "" {
+		return fmt.Sprintf("refused: %s: %s", p.Reason, p.Reason.Title())
+	}
+	return fmt.Sprintf("refused: %s: %s", p.Reason, p.Detail)
+}
