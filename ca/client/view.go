@@ -1,0 +1,59 @@
+package client
+
+import (
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
+)
+
+// View is the picture of the trust domain that the CA gives this subscriber. It
+// is immutable, and so are the records in it.
+type View struct {
+	Revision uint64 // 0: nothing received yet
+	Cluster  *statev1.Cluster
+	Entries  []*statev1.Entry  // agents: of this host; gateways: their own; by id
+	Objects  []*statev1.Object // of the catalogue, by key
+	Members  []*statev1.Member // CA nodes, by id
+	// Bundles holds SPIFFE bundles (JSON) by trust domain name: the own domain's
+	// always, a foreign one only if an entry of this subscriber federates with it.
+	Bundles map[string][]byte
+	// Instances are all known places that serve, by service and agent. When two
+	// views have the same Revision they differ in nothing but this.
+	Instances []Instance
+}
+
+// Instance is one place where a service of the own domain is served.
+type Instance struct {
+	Service    string // label, without the trust domain
+	Agent      string // name of the host's agent
+	Datacenter string
+	Address    string // host:port of the sidecar's inbound mTLS listener
+	Healthy    bool
+	Stale      bool // nobody vouches for it just now: use after fresh ones
+}
+
+func instanceFromWire(i *ententev1.Instance) Instance {
+	return Instance{
+		Service:    i.GetService(),
+		Agent:      i.GetAgent(),
+		Datacenter: i.GetDatacenter(),
+		Address:    i.GetAddress(),
+		Healthy:    i.GetHealth() == ententev1.Health_HEALTH_HEALTHY,
+		Stale:      i.GetStale(),
+	}
+}
+
+// toWire leaves out what the CA knows better: the agent's name comes from the
+// SVID of the stream, the version from its Hello.
+func (i Instance) toWire() *ententev1.Instance {
+	health := ententev1.Health_HEALTH_UNHEALTHY
+	if i.Healthy {
+		health = ententev1.Health_HEALTH_HEALTHY
+	}
+	return &ententev1.Instance{
+		Service:    i.Service,
+		Agent:      i.Agent,
+		Datacenter: i.Datacenter,
+		Address:    i.Address,
+		Health:     health,
+	}
+}
