@@ -4,6 +4,7 @@ import (
 	"container/heap"
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"log/slog"
 	"net"
@@ -12,8 +13,6 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
-
-	"crypto/x509"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 )
@@ -48,7 +47,6 @@ type Registry struct {
 
 type tracked struct {
 	conn    net.Conn
-	state   tls.ConnectionState // only PeerCertificates is used
 	recheck func() error
 	end     time.Time // when the peer's leaf expires
 	place   int       // in the heap, guarded by Registry.mu; -1: not tracked any more
@@ -236,7 +234,7 @@ func anchored(path []*x509.Certificate, bundles x509bundle.Source, now time.Time
 		return false
 	}
 	bundle, err := bundles.GetX509BundleForTrustDomain(id.TrustDomain())
-	return err == nil && bundle.TrustDomain() == id.TrustDomain() && bundle.HasX509Authority(path[len(path)-1])
+	return err == nil && bundle != nil && bundle.TrustDomain() == id.TrustDomain() && bundle.HasX509Authority(path[len(path)-1])
 }
 
 // expiryHeap implements heap.Interface.

@@ -68,6 +68,9 @@ func verify(chain []*x509.Certificate, bundles x509bundle.Source, now time.Time)
 	if err != nil {
 		return id, nil, fmt.Errorf("no trust in %s: no bundle of trust domain %s: %w", id, id.TrustDomain(), err)
 	}
+	if bundle == nil {
+		return id, nil, fmt.Errorf("no trust in %s: no bundle of trust domain %s", id, id.TrustDomain())
+	}
 	// A source that answers with another domain's bundle would pool the two.
 	if bundle.TrustDomain() != id.TrustDomain() {
 		return id, nil, fmt.Errorf("no trust in %s: the bundle given for it is that of %s", id, bundle.TrustDomain())
