@@ -1,0 +1,113 @@
+package ca
+
+import (
+	"errors"
+	"fmt"
+	"math"
+	"slices"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+)
+
+const maxHosts = 4096
+
+// ServiceEntry is the id of the entry that follows from a service.
+func ServiceEntry(name string) string { return "service/" + name }
+
+// GatewayEntry is the id of the entry that follows from a gateway.
+func GatewayEntry(name string) string { return "gateway/" + name }
+
+// EntriesFor derives the registration entries that follow from an object of the
+// catalogue: one from a Service, one from a Gateway, none from others. peers are the
+// trust domains that the gateways serve; only a gateway's entry federates (I6).
+// longest bounds what a service may ask as the life of its SVIDs. The result
+// depends on nothing but the arguments; revision is left zero.
+func EntriesFor(td spiffeid.TrustDomain, obj *statev1.Object, peers []string, longest time.Duration) ([]*statev1.Entry, error) {
+	var e *statev1.Entry
+	switch kind := obj.GetKind().(type) {
+	case *statev1.Object_Service:
+		s := kind.Service
+		e = &statev1.Entry{
+			Id:              ServiceEntry(s.GetName()),
+			Path:            s.GetPath(),
+			Hosts:           sortedSet(s.GetHosts()),
+			Selectors:       sortedSet(s.GetSelectors()),
+			X509SvidSeconds: s.GetX509SvidSeconds(),
+		}
+		if err := CheckLabel(s.GetName()); err != nil {
+			return nil, err
+		}
+		if Reserved(e.Path) {
+			return nil, fmt.Errorf("SPIFFE path %q is reserved: nothing declared may stand at or below %s", e.Path, ReservedPath)
+		}
+		// Who only calls needs no name that others would dial.
+		if name := ServiceName(s.GetName(), td); s.GetPort() != 0 && dnsName(name) {
+			e.DnsNames = []string{name}
+		}
+	case *statev1.Object_Gateway:
+		g := kind.Gateway
+		e = &statev1.Entry{
+			Id:            GatewayEntry(g.GetName()),
+			Path:          GatewayPath(g.GetName()),
+			Hosts:         sortedSet(g.GetHosts()),
+			Selectors:     sortedSet(g.GetSelectors()),
+			FederatesWith: slices.DeleteFunc(sortedSet(peers), func(p string) bool { return p == td.Name() }),
+			Role:          statev1.Role_ROLE_GATEWAY,
+		}
+		if err := CheckLabel(g.GetName()); err != nil {
+			return nil, err
+		}
+	default:
+		return nil, nil
+	}
+	if err := CheckEntry(td, e, longest); err != nil {
+		return nil, err
+	}
+	return []*statev1.Entry{e}, nil
+}
+
+// CheckEntry refuses an entry that could not be signed for, or that could be held by
+// a process nobody meant.
+func CheckEntry(td spiffeid.TrustDomain, e *statev1.Entry, longest time.Duration) error {
+	if _, err := ID(td, e.GetPath()); err != nil {
+		return err
+	}
+	if len(e.GetHosts()) == 0 {
+		return errors.New("no host: name the agents that may hold this identity")
+	}
+	if len(e.GetHosts()) > maxHosts {
+		return fmt.Errorf("%d hosts, over %d", len(e.GetHosts()), maxHosts)
+	}
+	for _, host := range e.GetHosts() {
+		if err := CheckLabel(host); err != nil {
+			return fmt.Errorf("host: %w", err)
+		}
+	}
+	if err := CheckSelectors(e.GetSelectors()); err != nil {
+		return err
+	}
+	if n := e.GetX509SvidSeconds(); n != 0 {
+		if life := time.Duration(n) * time.Second; life < MinSVIDLife || life > longest {
+			return fmt.Errorf("X.509-SVID life %v is not between %v and the domain's phase %v", life, MinSVIDLife, longest)
+		}
+	}
+	return nil
+}
+
+// SVIDLife is how long an entry's SVIDs live.
+func SVIDLife(e *statev1.Entry, l Lifetimes) time.Duration {
+	if n := e.GetX509SvidSeconds(); n != 0 && int64(n) < math.MaxInt64/int64(time.Second) {
+		return time.Duration(n) * time.Second
+	}
+	return l.X509SVID
+}
+
+func sortedSet(list []string) []string {
+	if len(list) == 0 {
+		return nil
+	}
+	return slices.Compact(slices.Sorted(slices.Values(list)))
+}
