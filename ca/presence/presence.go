@@ -1,0 +1,463 @@
+// Package presence holds what nobody agrees on and everybody needs: which
+// instances of which services stand where, as the agents that run them say.
+//
+// Each CA replica keeps a Table. An agent reports over the one Sync stream it
+// holds; the replica at the other end of that stream vouches for the report and
+// tells the other replicas. A Table keeps what each source (this replica or
+// another) says of each agent, and shows for each agent what the best of its
+// sources says:
+//
+//   - A source that holds the agent's stream beats one that does not.
+//   - Of two that both do, or both do not, the later session wins: within one
+//     boot of the agent the higher connect counter, between boots the one that
+//     this table heard of later. (A boot that is first heard of in another's full
+//     set is old news: it counts as earlier.)
+//   - The winner's report is the whole truth about its agent: what it does not
+//     list is gone. So only the holder of the stream withdraws.
+//   - Without a holder the last report stays, marked stale, until a later session
+//     appears anywhere or a day has passed (I12).
+//
+// The package is pure: time is an argument, and nothing is safe for concurrent use.
+package presence
+
+import (
+	"cmp"
+	"iter"
+	"maps"
+	"slices"
+	"time"
+)
+
+// Health is what an agent's own check says of an instance.
+type Health uint8
+
+// The healths; the numbers are those of the wire.
+const (
+	Unknown   Health = 0
+	Healthy   Health = 1
+	Unhealthy Health = 2
+)
+
+// Version tells the sessions of one agent apart.
+type Version struct {
+	BootID  string // random per start of the agent's process
+	Connect uint64 // counts the connects of that process
+}
+
+// Instance is one place where a service is served.
+type Instance struct {
+	Service    string // label; empty only in Held: the session itself
+	Agent      string
+	Datacenter string
+	Address    string // host:port of the sidecar's inbound listener
+	Health     Health
+	Stale      bool // nobody vouches for it just now
+	Version    Version
+}
+
+// Key names an instance.
+type Key struct {
+	Service, Agent string
+}
+
+// Key returns the instance's key.
+func (i Instance) Key() Key { return Key{i.Service, i.Agent} }
+
+// Change is one instance that is new or different, or (Withdrawn) gone.
+type Change struct {
+	Instance  Instance
+	Withdrawn bool
+}
+
+// ForgetAfter is how long an instance that nobody vouches for is remembered.
+const ForgetAfter = 24 * time.Hour
+
+// Bounds on what one agent may report and one table holds.
+const (
+	MaxInstancesPerAgent = 1000
+	maxBootsPerAgent     = 16
+)
+
+// Table is one replica's picture.
+type Table struct {
+	self   string
+	agents map[string]*agent
+	// Boots are numbered in the order they were heard of: news upwards, old news
+	// downwards.
+	latest, earliest int64
+}
+
+type agent struct {
+	sources map[string]*holding
+	boots   map[string]int64 // boot id -> when heard of
+	shown   map[string]Instance
+}
+
+// holding is what one source says of one agent.
+type holding struct {
+	version   Version
+	live      bool // the source holds the agent's stream, and we hear the source
+	instances map[string]Instance
+	staleAt   time.Time // since when it is not live
+}
+
+// New returns an empty table of the replica with the id self.
+func New(self string) *Table {
+	return &Table{self: self, agents: make(map[string]*agent)}
+}
+
+// Attach says that this replica now holds a stream of the agent. It reports
+// false when the agent has a later session at this replica already: the stream
+// that asks is the older one and should end. What the agent served before stays
+// visible until it reports.
+func (t *Table) Attach(name string, v Version) (changes []Change, ok bool) {
+	a := t.agent(name)
+	t.hear(a, v.BootID, true)
+	held := a.sources[t.self]
+	if held != nil && held.live && t.compare(a, held.version, v) > 0 {
+		return nil, false
+	}
+	// The best picture there is goes over to the new session, so that a mere
+	// reconnect takes nobody's endpoints away.
+	fresh := &holding{version: v, live: true, instances: make(map[string]Instance)}
+	for service, instance := range a.shown {
+		instance.Version, instance.Stale = v, false
+		fresh.instances[service] = instance
+	}
+	a.sources[t.self] = fresh
+	return t.show(a), true
+}
+
+// Report takes the full list of what the agent serves, from the stream with that
+// version at this replica. A report of a stream that was replaced changes nothing.
+func (t *Table) Report(name string, v Version, instances []Instance) []Change {
+	a := t.agents[name]
+	if a == nil {
+		return nil
+	}
+	held := a.sources[t.self]
+	if held == nil || !held.live || held.version != v {
+		return nil
+	}
+	clear(held.instances)
+	for _, instance := range instances[:min(len(instances), MaxInstancesPerAgent)] {
+		if instance.Service == "" {
+			continue
+		}
+		instance.Agent, instance.Version, instance.Stale = name, v, false
+		held.instances[instance.Service] = instance
+	}
+	return t.show(a)
+}
+
+// Detach says that this replica's stream of the agent with that version ended.
+// After a goodbye the agent's instances are withdrawn, else they are stale.
+func (t *Table) Detach(now time.Time, name string, v Version, goodbye bool) []Change {
+	a := t.agents[name]
+	if a == nil {
+		return nil
+	}
+	held := a.sources[t.self]
+	if held == nil || !held.live || held.version != v {
+		return nil
+	}
+	if goodbye {
+		clear(held.instances)
+	}
+	held.live, held.staleAt = false, now
+	return t.show(a)
+}
+
+// Remote takes what another replica says of its own sessions, as its HeldOf lists
+// it: an instance without a service is the session itself and begins the agent's
+// list, which replaces what the source listed of that agent before. An agent in
+// withdrawn is one that the source has no word on any more. With complete the
+// list is all that the source has to say, as on each attach to it.
+func (t *Table) Remote(now time.Time, source string, instances, withdrawn []Instance, complete bool) []Change {
+	if source == t.self {
+		return nil
+	}
+	touched := make(map[string]*agent)
+	listed := make(map[string]*holding)
+	for _, instance := range instances {
+		name := instance.Agent
+		if name == "" {
+			continue
+		}
+		held := listed[name]
+		if instance.Service == "" {
+			a := t.agent(name)
+			t.hear(a, instance.Version.BootID, !complete)
+			held = &holding{version: instance.Version, live: !instance.Stale, instances: make(map[string]Instance)}
+			if before := a.sources[source]; !held.live {
+				held.staleAt = now
+				if before != nil && !before.live {
+					held.staleAt = before.staleAt
+				}
+			}
+			a.sources[source] = held
+			listed[name], touched[name] = held, a
+			continue
+		}
+		// An instance of a session that was not announced is nobody's.
+		if held != nil && held.version == instance.Version && len(held.instances) < MaxInstancesPerAgent {
+			held.instances[instance.Service] = instance
+		}
+	}
+	drop := func(name string) {
+		if a := t.agents[name]; a != nil && a.sources[source] != nil && listed[name] == nil {
+			delete(a.sources, source)
+			touched[name] = a
+		}
+	}
+	for _, gone := range withdrawn {
+		drop(gone.Agent)
+	}
+	if complete {
+		for name := range t.agents {
+			drop(name)
+		}
+	}
+	var changes []Change
+	for _, a := range touched {
+		changes = append(changes, t.show(a)...)
+	}
+	t.sweep()
+	return sorted(changes)
+}
+
+// Lost says that the source is not heard any more: what it vouched for is stale.
+func (t *Table) Lost(now time.Time, source string) []Change {
+	var changes []Change
+	for _, a := range t.agents {
+		if held := a.sources[source]; held != nil && held.live {
+			held.live, held.staleAt = false, now
+			changes = append(changes, t.show(a)...)
+		}
+	}
+	return sorted(changes)
+}
+
+// Forget drops an agent altogether: it was banned or removed.
+func (t *Table) Forget(name string) []Change {
+	a := t.agents[name]
+	if a == nil {
+		return nil
+	}
+	clear(a.sources)
+	changes := t.show(a)
+	delete(t.agents, name)
+	return changes
+}
+
+// Expire forgets what nobody vouched for during ForgetAfter.
+func (t *Table) Expire(now time.Time) []Change {
+	var changes []Change
+	for _, a := range t.agents {
+		for source, held := range a.sources {
+			if !held.live && now.Sub(held.staleAt) >= ForgetAfter {
+				delete(a.sources, source)
+			}
+		}
+		changes = append(changes, t.show(a)...)
+	}
+	t.sweep()
+	return sorted(changes)
+}
+
+// All returns every instance that is known, by service and agent.
+func (t *Table) All() []Instance {
+	var all []Instance
+	for _, a := range t.agents {
+		all = slices.AppendSeq(all, maps.Values(a.shown))
+	}
+	slices.SortFunc(all, compareInstances)
+	return all
+}
+
+// Get returns one instance.
+func (t *Table) Get(k Key) (Instance, bool) {
+	a := t.agents[k.Agent]
+	if a == nil {
+		return Instance{}, false
+	}
+	instance, ok := a.shown[k.Service]
+	return instance, ok
+}
+
+// Held returns what this replica says of its own sessions, live and lost, for
+// the other replicas: the instances, and for each session one without a service.
+func (t *Table) Held() []Instance {
+	var held []Instance
+	for name := range t.agents {
+		held = append(held, t.HeldOf(name)...)
+	}
+	slices.SortFunc(held, compareInstances)
+	return held
+}
+
+// HeldOf is Held of one agent; empty when this replica has no word on it.
+func (t *Table) HeldOf(name string) []Instance {
+	a := t.agents[name]
+	if a == nil || a.sources[t.self] == nil {
+		return nil
+	}
+	own := a.sources[t.self]
+	held := []Instance{{Agent: name, Version: own.version, Stale: !own.live}}
+	for _, instance := range own.instances {
+		instance.Version, instance.Stale = own.version, !own.live
+		held = append(held, instance)
+	}
+	slices.SortFunc(held, compareInstances)
+	return held
+}
+
+// Superseded reports whether the agent has a later session than v, at any replica
+// that vouches for it.
+func (t *Table) Superseded(name string, v Version) bool {
+	a := t.agents[name]
+	if a == nil {
+		return false
+	}
+	for _, held := range a.sources {
+		if held.live && held.version != v && t.compare(a, held.version, v) > 0 {
+			return true
+		}
+	}
+	return false
+}
+
+func (t *Table) agent(name string) *agent {
+	a := t.agents[name]
+	if a == nil {
+		a = &agent{
+			sources: make(map[string]*holding),
+			boots:   make(map[string]int64),
+			shown:   make(map[string]Instance),
+		}
+		t.agents[name] = a
+	}
+	return a
+}
+
+// hear notes when a boot of the agent was first heard of.
+func (t *Table) hear(a *agent, boot string, news bool) {
+	if _, known := a.boots[boot]; known {
+		return
+	}
+	if news {
+		t.latest++
+		a.boots[boot] = t.latest
+	} else {
+		t.earliest--
+		a.boots[boot] = t.earliest
+	}
+	if len(a.boots) <= maxBootsPerAgent {
+		return
+	}
+	oldest := boot
+	for id, at := range a.boots {
+		if at < a.boots[oldest] && !a.speaks(id) {
+			oldest = id
+		}
+	}
+	delete(a.boots, oldest)
+}
+
+// speaks reports whether a source's word on the agent is of that boot.
+func (a *agent) speaks(boot string) bool {
+	for _, held := range a.sources {
+		if held.version.BootID == boot {
+			return true
+		}
+	}
+	return false
+}
+
+// compare says which session is the later one.
+func (t *Table) compare(a *agent, x, y Version) int {
+	if x.BootID == y.BootID {
+		return cmp.Compare(x.Connect, y.Connect)
+	}
+	return cmp.Compare(a.boots[x.BootID], a.boots[y.BootID])
+}
+
+// winner is the source whose word on the agent counts; nil without any.
+func (t *Table) winner(a *agent) *holding {
+	var best *holding
+	var from string
+	for source, held := range a.sources {
+		if best == nil {
+			best, from = held, source
+			continue
+		}
+		order := t.compare(a, held.version, best.version)
+		switch {
+		case held.live != best.live:
+			if held.live {
+				best, from = held, source
+			}
+		case order > 0, order == 0 && source > from:
+			best, from = held, source
+		}
+	}
+	return best
+}
+
+// show makes what is shown of the agent agree with its winner.
+func (t *Table) show(a *agent) []Change {
+	var changes []Change
+	won := t.winner(a)
+	if own := a.sources[t.self]; own != nil && own != won && !own.live {
+		delete(a.sources, t.self) // not the last word any more
+	}
+	if won != nil {
+		for service, instance := range won.instances {
+			instance.Version, instance.Stale = won.version, !won.live
+			if before, ok := a.shown[service]; ok && before == instance {
+				continue
+			}
+			a.shown[service] = instance
+			changes = append(changes, Change{Instance: instance})
+		}
+	}
+	for service, instance := range a.shown {
+		if won != nil {
+			if _, ok := won.instances[service]; ok {
+				continue
+			}
+		}
+		delete(a.shown, service)
+		changes = append(changes, Change{Instance: instance, Withdrawn: true})
+	}
+	return sorted(changes)
+}
+
+// sweep drops agents of whom nobody speaks.
+func (t *Table) sweep() {
+	maps.DeleteFunc(t.agents, func(_ string, a *agent) bool {
+		return len(a.sources) == 0 && len(a.shown) == 0
+	})
+}
+
+// Instances walks over everything that is shown, in no order.
+func (t *Table) Instances() iter.Seq[Instance] {
+	return func(yield func(Instance) bool) {
+		for _, a := range t.agents {
+			for _, instance := range a.shown {
+				if !yield(instance) {
+					return
+				}
+			}
+		}
+	}
+}
+
+func compareInstances(a, b Instance) int {
+	return cmp.Or(cmp.Compare(a.Service, b.Service), cmp.Compare(a.Agent, b.Agent))
+}
+
+func sorted(changes []Change) []Change {
+	slices.SortFunc(changes, func(a, b Change) int { return compareInstances(a.Instance, b.Instance) })
+	return changes
+}

@@ -1,0 +1,333 @@
+package presence
+
+import (
+	"fmt"
+	"maps"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"pgregory.net/rapid"
+)
+
+var start = time.Date(2027, 1, 1, 0, 0, 0, 0, time.UTC)
+
+func instance(service, address string) Instance {
+	return Instance{Service: service, Datacenter: "dc1", Address: address, Health: Healthy}
+}
+
+// picture prints what a table shows.
+func picture(t *Table) []string {
+	lines := []string{}
+	for _, i := range t.All() {
+		line := i.Service + "@" + i.Agent + " " + i.Address
+		if i.Stale {
+			line += " stale"
+		}
+		lines = append(lines, line)
+	}
+	return lines
+}
+
+func want(t *testing.T, table *Table, lines ...string) {
+	t.Helper()
+	if lines == nil {
+		lines = []string{}
+	}
+	if diff := cmp.Diff(lines, picture(table)); diff != "" {
+		t.Errorf("shown (-want +got):\n%s", diff)
+	}
+}
+
+// tell sends what one table has to say of its own sessions to another.
+func tell(now time.Time, from, to *Table) {
+	to.Remote(now, from.self, from.Held(), nil, true)
+}
+
+func TestReportReplaces(t *testing.T) {
+	table, v := New("ca-1"), Version{"boot-1", 1}
+	table.Attach("h1", v)
+	table.Report("h1", v, []Instance{instance("accounts", ":1"), instance("ledger", ":2")})
+	want(t, table, "accounts@h1 :1", "ledger@h1 :2")
+
+	changes := table.Report("h1", v, []Instance{instance("accounts", ":3")})
+	want(t, table, "accounts@h1 :3")
+	if len(changes) != 2 || changes[0].Withdrawn || !changes[1].Withdrawn {
+		t.Errorf("changes: %+v", changes)
+	}
+	if again := table.Report("h1", v, []Instance{instance("accounts", ":3")}); len(again) != 0 {
+		t.Errorf("the same report changed something: %+v", again)
+	}
+}
+
+func TestLostStreamLeavesStaleInstances(t *testing.T) {
+	table, v := New("ca-1"), Version{"boot-1", 1}
+	table.Attach("h1", v)
+	table.Report("h1", v, []Instance{instance("accounts", ":1")})
+
+	table.Detach(start, "h1", v, false)
+	want(t, table, "accounts@h1 :1 stale")
+
+	table.Expire(start.Add(ForgetAfter - time.Second))
+	want(t, table, "accounts@h1 :1 stale")
+	table.Expire(start.Add(ForgetAfter))
+	want(t, table)
+	if len(table.agents) != 0 {
+		t.Errorf("%d agents are left in the table", len(table.agents))
+	}
+}
+
+func TestGoodbyeWithdraws(t *testing.T) {
+	table, v := New("ca-1"), Version{"boot-1", 1}
+	table.Attach("h1", v)
+	table.Report("h1", v, []Instance{instance("accounts", ":1")})
+	table.Detach(start, "h1", v, true)
+	want(t, table)
+}
+
+// A reconnect takes nobody's endpoints away, also before the first report.
+func TestReconnectKeepsInstances(t *testing.T) {
+	table := New("ca-1")
+	table.Attach("h1", Version{"boot-1", 1})
+	table.Report("h1", Version{"boot-1", 1}, []Instance{instance("accounts", ":1")})
+	table.Detach(start, "h1", Version{"boot-1", 1}, false)
+	want(t, table, "accounts@h1 :1 stale")
+	table.Attach("h1", Version{"boot-1", 2})
+	want(t, table, "accounts@h1 :1")
+
+	// The end of the stream before, noticed late, changes nothing.
+	if changes := table.Detach(start, "h1", Version{"boot-1", 1}, true); len(changes) != 0 {
+		t.Errorf("a replaced stream changed something: %+v", changes)
+	}
+	if changes := table.Report("h1", Version{"boot-1", 1}, nil); len(changes) != 0 {
+		t.Errorf("a replaced stream reported: %+v", changes)
+	}
+	want(t, table, "accounts@h1 :1")
+}
+
+func TestOlderStreamIsRefused(t *testing.T) {
+	table := New("ca-1")
+	table.Attach("h1", Version{"boot-1", 2})
+	if _, ok := table.Attach("h1", Version{"boot-1", 1}); ok {
+		t.Error("connect 1 took the place of connect 2")
+	}
+	if _, ok := table.Attach("h1", Version{"boot-0", 1}); !ok {
+		t.Error("a restarted agent could not attach")
+	}
+}
+
+// Only the holder of the stream withdraws: a replica that lost the agent, and one
+// that never had it, cannot.
+func TestOnlyTheHolderWithdraws(t *testing.T) {
+	a, b, c := New("ca-1"), New("ca-2"), New("ca-3")
+	a.Attach("h1", Version{"boot-1", 1})
+	a.Report("h1", Version{"boot-1", 1}, []Instance{instance("accounts", ":1")})
+	tell(start, a, c)
+	want(t, c, "accounts@h1 :1")
+
+	// The agent moves to ca-2; ca-1 only notices that its stream is gone.
+	b.Attach("h1", Version{"boot-1", 2})
+	b.Report("h1", Version{"boot-1", 2}, []Instance{instance("accounts", ":1")})
+	tell(start, b, c)
+	a.Detach(start, "h1", Version{"boot-1", 1}, false)
+	tell(start, a, c)
+	want(t, c, "accounts@h1 :1")
+
+	a.Expire(start.Add(ForgetAfter))
+	tell(start, a, c)
+	want(t, c, "accounts@h1 :1")
+
+	// ca-2 holds the stream and does.
+	b.Report("h1", Version{"boot-1", 2}, nil)
+	tell(start, b, c)
+	want(t, c)
+}
+
+func TestLostReplicaMakesStale(t *testing.T) {
+	a, c := New("ca-1"), New("ca-3")
+	a.Attach("h1", Version{"boot-1", 1})
+	a.Report("h1", Version{"boot-1", 1}, []Instance{instance("accounts", ":1")})
+	tell(start, a, c)
+	c.Lost(start, "ca-1")
+	want(t, c, "accounts@h1 :1 stale")
+	tell(start, a, c)
+	want(t, c, "accounts@h1 :1")
+}
+
+// The agent is seen at another replica: what the lost one vouched for is replaced,
+// not kept beside it.
+func TestSeenElsewhere(t *testing.T) {
+	a, b, c := New("ca-1"), New("ca-2"), New("ca-3")
+	a.Attach("h1", Version{"boot-1", 1})
+	a.Report("h1", Version{"boot-1", 1}, []Instance{instance("accounts", ":1"), instance("ledger", ":2")})
+	tell(start, a, c)
+	c.Lost(start, "ca-1")
+
+	b.Attach("h1", Version{"boot-2", 1})
+	b.Report("h1", Version{"boot-2", 1}, []Instance{instance("accounts", ":1")})
+	tell(start, b, c)
+	want(t, c, "accounts@h1 :1")
+
+	tell(start, b, a)
+	if !a.Superseded("h1", Version{"boot-1", 1}) {
+		t.Error("ca-1 does not know that its session was superseded")
+	}
+	tell(start, a, b)
+	if b.Superseded("h1", Version{"boot-2", 1}) {
+		t.Error("the newer session counts as superseded by the older one")
+	}
+}
+
+// A replica can speak only for itself, and only of sessions it announced.
+func TestRemoteIsBounded(t *testing.T) {
+	table, v := New("ca-1"), Version{"boot-1", 1}
+	table.Attach("h1", v)
+	table.Report("h1", v, []Instance{instance("accounts", ":1")})
+	table.Remote(start, "ca-1", nil, nil, true)
+	want(t, table, "accounts@h1 :1")
+
+	table.Remote(start, "ca-2", []Instance{{Service: "x", Agent: "h9", Version: v}}, []Instance{{Agent: "h1"}, {Agent: "h7"}}, false)
+	want(t, table, "accounts@h1 :1")
+
+	many := []Instance{{Agent: "h2", Version: v}}
+	for i := range MaxInstancesPerAgent + 10 {
+		many = append(many, Instance{Service: fmt.Sprint("s", i), Agent: "h2", Version: v})
+	}
+	table.Remote(start, "ca-2", many, nil, true)
+	if got := len(table.All()); got != MaxInstancesPerAgent+1 {
+		t.Errorf("%d instances", got)
+	}
+
+	for i := range 10 * maxBootsPerAgent {
+		table.Attach("h1", Version{fmt.Sprint("boot-", i), 1})
+	}
+	if got := len(table.agents["h1"].boots); got > maxBootsPerAgent+1 {
+		t.Errorf("%d boots are remembered", got)
+	}
+}
+
+// Whatever happens in whatever order: once every replica has heard every other,
+// an agent that has a live stream somewhere is shown everywhere as that stream's
+// replica knows it, nothing of it is stale, and an agent without one shows nothing
+// fresh. And the changes that a table returned add up to what it shows.
+func TestReplicasAgree(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		const replicas, agents = 3, 2
+		tables := make([]*Table, replicas)
+		folded := make([]map[Key]Instance, replicas)
+		for i := range tables {
+			tables[i] = New(fmt.Sprint("ca-", i))
+			folded[i] = make(map[Key]Instance)
+		}
+		note := func(i int, changes []Change) {
+			for _, c := range changes {
+				if c.Withdrawn {
+					delete(folded[i], c.Instance.Key())
+				} else {
+					folded[i][c.Instance.Key()] = c.Instance
+				}
+			}
+		}
+		type session struct {
+			at      int // replica; -1: none
+			version Version
+			reports []Instance
+		}
+		truth := make([]session, agents)
+		for i := range truth {
+			truth[i].at = -1
+		}
+		now := start
+		connects := uint64(0)
+		exchange := func(from, to int) {
+			note(to, tables[to].Remote(now, tables[from].self, tables[from].Held(), nil, true))
+		}
+		for range rapid.IntRange(1, 40).Draw(t, "steps") {
+			now = now.Add(time.Second)
+			who := rapid.IntRange(0, agents-1).Draw(t, "agent")
+			name := fmt.Sprint("h", who)
+			s := &truth[who]
+			switch rapid.IntRange(0, 4).Draw(t, "what") {
+			case 0: // connects somewhere; the stream before may be noticed as gone or not
+				was := *s
+				connects++
+				boot := s.version.BootID
+				if boot == "" || rapid.Bool().Draw(t, "restart") {
+					boot = fmt.Sprint("boot-", connects)
+				}
+				*s = session{at: rapid.IntRange(0, replicas-1).Draw(t, "at"), version: Version{boot, connects}}
+				changes, ok := tables[s.at].Attach(name, s.version)
+				if !ok {
+					t.Fatalf("%s could not attach to %d with %v", name, s.at, s.version)
+				}
+				note(s.at, changes)
+				note(s.at, tables[s.at].Report(name, s.version, nil))
+				if was.at >= 0 {
+					note(was.at, tables[was.at].Detach(now, name, was.version, false))
+				}
+			case 1: // reports
+				if s.at >= 0 {
+					s.reports = nil
+					for i := range rapid.IntRange(0, 3).Draw(t, "instances") {
+						s.reports = append(s.reports, instance(fmt.Sprint("s", i), fmt.Sprint(":", rapid.IntRange(1, 3).Draw(t, "port"))))
+					}
+					note(s.at, tables[s.at].Report(name, s.version, s.reports))
+				}
+			case 2: // ends
+				if s.at >= 0 {
+					note(s.at, tables[s.at].Detach(now, name, s.version, rapid.Bool().Draw(t, "goodbye")))
+					s.at = -1
+				}
+			case 3:
+				exchange(rapid.IntRange(0, replicas-1).Draw(t, "from"), rapid.IntRange(0, replicas-1).Draw(t, "to"))
+			case 4:
+				i, j := rapid.IntRange(0, replicas-1).Draw(t, "here"), rapid.IntRange(0, replicas-1).Draw(t, "lost")
+				if i != j {
+					note(i, tables[i].Lost(now, tables[j].self))
+				}
+			}
+		}
+		for from := range tables {
+			for to := range tables {
+				exchange(from, to)
+			}
+		}
+		for i, table := range tables {
+			if diff := cmp.Diff(folded[i], shown(table)); diff != "" {
+				t.Fatalf("ca-%d: the changes do not add up (-folded +shown):\n%s", i, diff)
+			}
+			for who, s := range truth {
+				name := fmt.Sprint("h", who)
+				got := map[string]string{}
+				for _, in := range table.All() {
+					if in.Agent != name {
+						continue
+					}
+					got[in.Service] = in.Address
+					if in.Stale != (s.at < 0) {
+						t.Fatalf("ca-%d: %+v, while the agent's stream is at %d", i, in, s.at)
+					}
+				}
+				if s.at < 0 {
+					continue
+				}
+				want := map[string]string{}
+				for _, in := range s.reports {
+					want[in.Service] = in.Address
+				}
+				if !maps.Equal(got, want) {
+					t.Fatalf("ca-%d shows %v of %s, it reported %v", i, got, name, want)
+				}
+			}
+		}
+	})
+}
+
+func shown(t *Table) map[Key]Instance {
+	m := make(map[Key]Instance)
+	for _, i := range slices.Collect(t.Instances()) {
+		m[i.Key()] = i
+	}
+	return m
+}
