@@ -169,7 +169,7 @@ func TestSeenElsewhere(t *testing.T) {
 	tell(start, b, c)
 	want(t, c, "accounts@h1 :1")
 
-	tell(start, b, a)
+	a.Remote(start, "ca-2", b.HeldOf("h1"), nil, false)
 	if !a.Superseded("h1", Version{"boot-1", 1}) {
 		t.Error("ca-1 does not know that its session was superseded")
 	}
