@@ -1,0 +1,82 @@
+package yamlfile
+
+import (
+	"errors"
+	"fmt"
+	"math"
+	"strconv"
+	"strings"
+	"time"
+)
+
+const day = 24 * time.Hour
+
+// parseDuration reads "12h", "1h30m", "500ms", "7d", "1d12h". Never negative.
+func parseDuration(s string) (time.Duration, error) {
+	rest := s
+	var days time.Duration
+	if before, after, found := strings.Cut(s, "d"); found {
+		n, err := strconv.ParseUint(before, 10, 16)
+		if err != nil {
+			return 0, errors.New("days are whole and come first, as in 7d12h")
+		}
+		days, rest = time.Duration(n)*day, after
+		if rest == "" {
+			return days, nil
+		}
+	}
+	d, err := time.ParseDuration(rest)
+	switch {
+	case err != nil && strings.Trim(s, "0123456789") == "":
+		return 0, errors.New("it has no unit; units are ms, s, m, h, d")
+	case err != nil:
+		return 0, errors.New("units are ms, s, m, h, d")
+	case d < 0 || strings.HasPrefix(rest, "+") || strings.HasPrefix(rest, "-"):
+		return 0, errors.New("it must not have a sign")
+	case d > math.MaxInt64-days:
+		return 0, errors.New("it is too long")
+	}
+	return days + d, nil
+}
+
+// FormatDuration writes d the way people write it: "12h", not "12h0m0s"; the
+// decoder reads it back.
+func FormatDuration(d time.Duration) string {
+	s := d.String()
+	if strings.HasSuffix(s, "m0s") {
+		s = s[:len(s)-2]
+	}
+	if strings.HasSuffix(s, "h0m") {
+		s = s[:len(s)-2]
+	}
+	return s
+}
+
+// Rate is a number of events per second, written "500/s", "30/m" or "1000/h".
+type Rate struct {
+	PerSecond float64 // 0: not set
+	text      string
+}
+
+// UnmarshalText reads a rate; it must be positive.
+func (r *Rate) UnmarshalText(text []byte) error {
+	count, unit, found := strings.Cut(string(text), "/")
+	n, err := strconv.ParseUint(count, 10, 31)
+	per := map[string]float64{"s": 1, "m": 60, "h": 3600}[unit]
+	switch {
+	case !found || err != nil || per == 0:
+		return fmt.Errorf("%q is not a rate such as \"500/s\", \"30/m\" or \"1000/h\"", clip(string(text)))
+	case n == 0:
+		return errors.New("a rate of nothing would refuse everything; leave the object out instead")
+	}
+	r.PerSecond, r.text = float64(n)/per, string(text)
+	return nil
+}
+
+// MarshalText writes the rate as it was read, else per second.
+func (r Rate) MarshalText() ([]byte, error) {
+	if r.text != "" {
+		return []byte(r.text), nil
+	}
+	return []byte(strconv.FormatInt(int64(math.Ceil(r.PerSecond)), 10) + "/s"), nil
+}
