@@ -1,0 +1,178 @@
+// Package federation holds the rules between two trust domains, each small enough
+// to test alone: which state of a relationship may follow which, when a peer's
+// bundle replaces the one before, which callers a pattern means, when an agreement
+// is over, and which addresses a peer may name.
+//
+// The package is pure: time arrives as an argument and nothing is kept.
+package federation
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"net/netip"
+	"time"
+
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+)
+
+// State is where a relationship with another trust domain stands.
+type State uint8
+
+// A relationship is Proposed until both administrators have compared and typed
+// back the words of the invitation, or the bundle was given by hand. Suspended is
+// a pause that both sides survive; Ended is final: trust begins again only with a
+// new relationship.
+const (
+	Proposed State = iota + 1
+	Active
+	Suspended
+	Ended
+)
+
+func (s State) String() string {
+	switch s {
+	case Proposed:
+		return "proposed"
+	case Active:
+		return "active"
+	case Suspended:
+		return "suspended"
+	case Ended:
+		return "ended"
+	default:
+		return fmt.Sprintf("state %d", uint8(s))
+	}
+}
+
+// Trusts reports whether gateways hold the peer's bundle in this state.
+func (s State) Trusts() bool { return s == Active }
+
+// To returns nil if next may follow s. A state may always be followed by itself,
+// so that a repeated command succeeds.
+func (s State) To(next State) error {
+	if s < Proposed || s > Ended || next < Proposed || next > Ended {
+		return fmt.Errorf("a relationship cannot go from %s to %s: not a state", s, next)
+	}
+	switch {
+	case s == next,
+		s == Proposed && (next == Active || next == Ended),
+		s == Active && (next == Suspended || next == Ended),
+		s == Suspended && (next == Active || next == Ended):
+		return nil
+	case s == Ended:
+		return errors.New("the relationship has ended; propose a new one")
+	default:
+		return fmt.Errorf("a relationship cannot go from %s to %s", s, next)
+	}
+}
+
+// Verdict is the answer to "may this bundle replace that one".
+type Verdict uint8
+
+const (
+	// Accepted: it is newer, or the first one.
+	Accepted Verdict = iota + 1
+	// Unchanged: it is the one already held; nothing is to be written.
+	Unchanged
+	// Older: its sequence is lower, so it is refused and an alarm is due (I8).
+	Older
+	// Conflicting: it has the same sequence and other contents, so one of the two
+	// is not what the peer's administrators believe; refused, and an alarm is due.
+	Conflicting
+	// Foreign: it is another domain's.
+	Foreign
+)
+
+// AcceptBundle decides whether next replaces old, the last accepted bundle of the
+// same trust domain; old is nil if there is none.
+//
+// A sequence of 0 means that the endpoint publishes none (it is optional in the
+// SPIFFE Trust Domain and Bundle specification, 4.1.2). Between two bundles without
+// one, the later fetched replaces the earlier; once a domain has shown a sequence,
+// a bundle without one is Older.
+func AcceptBundle(old, next *statev1.ForeignBundle) Verdict {
+	switch {
+	case old == nil:
+		return Accepted
+	case old.GetTrustDomain() != next.GetTrustDomain():
+		return Foreign
+	case next.GetSequence() < old.GetSequence():
+		return Older
+	case next.GetSequence() > old.GetSequence():
+		return Accepted
+	case bytes.Equal(old.GetJwks(), next.GetJwks()):
+		return Unchanged
+	case next.GetSequence() == 0:
+		return Accepted
+	default:
+		return Conflicting
+	}
+}
+
+// Err is nil for Accepted and Unchanged, and says what is wrong otherwise.
+func (v Verdict) Err() error {
+	switch v {
+	case Accepted, Unchanged:
+		return nil
+	case Older:
+		return errors.New("the bundle's sequence is lower than the accepted one's; if the peer was restored from a backup, reset with the bundle's hash")
+	case Conflicting:
+		return errors.New("the bundle differs from the accepted one of the same sequence; ask the peer's administrators which is theirs")
+	case Foreign:
+		return errors.New("the bundle belongs to another trust domain")
+	default:
+		return fmt.Errorf("unknown verdict %d", uint8(v))
+	}
+}
+
+// Expired reports whether something that expires at the given Unix second is over
+// at now: from that second on, it is. Zero is over: nothing lasts for ever by
+// omission.
+func Expired(expires int64, now time.Time) bool {
+	return expires <= 0 || now.Unix() >= expires
+}
+
+// CheckAddr returns nil if a peer domain may name addr as its own. Loopback,
+// link-local, unspecified and multicast addresses would lead back into the host,
+// its metadata services or to nobody in particular. It is asked when an agreement
+// is compiled, and again with every DNS answer before a connection is made.
+func CheckAddr(addr netip.Addr) error {
+	ip := addr.Unmap()
+	kind := ""
+	switch {
+	case !ip.IsValid():
+		kind = "not an IP address"
+	case ip.IsLoopback():
+		kind = "a loopback address"
+	case ip.IsLinkLocalUnicast():
+		kind = "a link-local address"
+	case ip.IsMulticast():
+		kind = "a multicast address"
+	case ip.IsUnspecified() || ip.Is4() && ip.As4()[0] == 0: // 0.0.0.0/8 is "this host"
+		kind = "an unspecified address"
+	case ip == netip.AddrFrom4([4]byte{255, 255, 255, 255}):
+		kind = "the broadcast address"
+	default:
+		if v4, hidden := embeddedIPv4(ip); hidden {
+			return CheckAddr(v4)
+		}
+		return nil
+	}
+	return fmt.Errorf("%s is %s, which a peer domain may not name", addr, kind)
+}
+
+// embeddedIPv4 unwraps the notations in which an IPv6 address stands for an IPv4
+// one: IPv4-compatible (::/96) and the NAT64 prefix (64:ff9b::/96, RFC 6052).
+func embeddedIPv4(ip netip.Addr) (netip.Addr, bool) {
+	if !ip.Is6() {
+		return netip.Addr{}, false
+	}
+	b := ip.As16()
+	prefix := [12]byte(b[:12])
+	nat64 := [12]byte{0, 0x64, 0xff, 0x9b}
+	if prefix != ([12]byte{}) && prefix != nat64 {
+		return netip.Addr{}, false
+	}
+	return netip.AddrFrom4([4]byte(b[12:])), true
+}
