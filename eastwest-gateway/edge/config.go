@@ -1,0 +1,106 @@
+// Package edge is the listener role of the gateway for clients that have no SVID:
+// users and partners. It ends their TLS, verifies their token, holds them to the
+// rate of their tier, picks the service by path, and is from there on an ordinary
+// caller of the mesh with an SVID of its own. Consumers, tiers and plans live here
+// and never enter the engine.
+package edge
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/entente-mesh/entente/internal/yamlfile"
+)
+
+// Config is the edge section of gateway.yaml.
+type Config struct {
+	Listen    string          `yaml:"listen,required"` // host:port
+	TLS       TLS             `yaml:"tls,required"`
+	Identity  string          `yaml:"identity,required"` // SPIFFE path it calls the mesh with, "/edge"
+	JWT       JWT             `yaml:"jwt,required"`
+	TierClaim string          `yaml:"tierClaim"` // claim that names the tier; default "tier"
+	Tiers     map[string]Tier `yaml:"tiers,required"`
+	Routes    []Route         `yaml:"routes,required"`
+}
+
+// TLS is the server certificate that clients see, from files; read again when they change.
+type TLS struct {
+	CertFile string `yaml:"certFile,required"`
+	KeyFile  string `yaml:"keyFile,required"`
+}
+
+// JWT says which tokens are good (RFC 7519, RFC 8725).
+type JWT struct {
+	JWKSFile   string   `yaml:"jwksFile,required"` // read again when it changes
+	Issuer     string   `yaml:"issuer,required"`
+	Audience   string   `yaml:"audience,required"`
+	Algorithms []string `yaml:"algorithms,required"` // pinned, asymmetric ones only
+	Strip      bool     `yaml:"strip"`               // do not pass the token on to services
+}
+
+// Tier is a plan: how fast each of its consumers may ask.
+type Tier struct {
+	Rate  yamlfile.Rate `yaml:"rate,required"` // "100/s"
+	Burst int           `yaml:"burst"`         // requests; default one second's worth
+}
+
+// Route sends a path prefix (whole segments, Gateway API PathPrefix) to a service.
+type Route struct {
+	PathPrefix  string `yaml:"pathPrefix,required"`
+	Service     string `yaml:"service,required"` // portfolio.trading.example
+	StripPrefix bool   `yaml:"stripPrefix"`
+}
+
+// check refuses what strict decoding cannot see.
+func (c *Config) check() error {
+	var errs []error
+	if !strings.HasPrefix(c.Identity, "/") {
+		errs = append(errs, fmt.Errorf("edge.identity: %q is not a SPIFFE path; it begins with a slash", c.Identity))
+	}
+	seen := map[string]bool{}
+	for i, r := range c.Routes {
+		if !strings.HasPrefix(r.PathPrefix, "/") || r.PathPrefix != "/" && strings.HasSuffix(r.PathPrefix, "/") {
+			errs = append(errs, fmt.Errorf("edge.routes[%d].pathPrefix: %q must begin with a slash and not end with one", i, r.PathPrefix))
+		}
+		if seen[r.PathPrefix] {
+			errs = append(errs, fmt.Errorf("edge.routes[%d].pathPrefix: %q stands twice", i, r.PathPrefix))
+		}
+		seen[r.PathPrefix] = true
+	}
+	for name, tier := range c.Tiers {
+		if tier.Rate.PerSecond <= 0 || tier.Burst < 0 {
+			errs = append(errs, fmt.Errorf("edge.tiers.%s: rate must be positive and burst not negative", name))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// routes are ordered longest prefix first.
+type routes []Route
+
+func newRoutes(list []Route) routes {
+	sorted := slices.Clone(list)
+	slices.SortFunc(sorted, func(a, b Route) int { return len(b.PathPrefix) - len(a.PathPrefix) })
+	return sorted
+}
+
+// match returns the route of an escaped path and the path to ask the service for.
+func (rs routes) match(path string) (Route, string, bool) {
+	for _, r := range rs {
+		prefix := strings.TrimSuffix(r.PathPrefix, "/")
+		rest, ok := strings.CutPrefix(path, prefix)
+		if !ok || rest != "" && rest[0] != '/' {
+			continue
+		}
+		if !r.StripPrefix {
+			return r, path, true
+		}
+		if rest == "" {
+			rest = "/"
+		}
+		return r, rest, true
+	}
+	return Route{}, "", false
+}

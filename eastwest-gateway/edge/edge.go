@@ -1,0 +1,174 @@
+package edge
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/entente-mesh/entente/internal/refusal"
+)
+
+// Mesh is what the edge calls services through: an ordinary caller's way into the mesh.
+// Both methods answer the request and write its access record. Safe for concurrent use.
+type Mesh interface {
+	// Forward sends r to a service by name, with the path that stands in r.URL.
+	Forward(w http.ResponseWriter, r *http.Request, service string)
+	// Refuse answers with a problem; detail is for our own log only.
+	Refuse(w http.ResponseWriter, r *http.Request, service string, p refusal.Problem, detail string)
+}
+
+const (
+	headerTimeout = 10 * time.Second
+	idleTimeout   = 2 * time.Minute
+	drainTimeout  = 10 * time.Second
+	maxHeaders    = 64 << 10
+)
+
+// Edge is one listener for clients without SVIDs.
+type Edge struct {
+	config   Config
+	tokens   *tokens
+	tiers    *tiers
+	routes   routes
+	mesh     Mesh
+	log      *slog.Logger
+	listener net.Listener
+}
+
+// New checks the configuration, reads the key files and takes over the listener.
+func New(config Config, listener net.Listener, mesh Mesh, log *slog.Logger) (*Edge, error) {
+	if err := config.check(); err != nil {
+		return nil, err
+	}
+	claim := config.TierClaim
+	if claim == "" {
+		claim = "tier"
+	}
+	tokens, err := newTokens(config.JWT, claim)
+	if err != nil {
+		return nil, err
+	}
+	certificate := &certificateFile{certFile: config.TLS.CertFile, keyFile: config.TLS.KeyFile}
+	if _, err := certificate.get(nil); err != nil {
+		return nil, fmt.Errorf("edge.tls: %w", err)
+	}
+	e := &Edge{config: config, tokens: tokens, tiers: newTiers(config.Tiers), routes: newRoutes(config.Routes), mesh: mesh, log: log}
+	e.listener = tls.NewListener(listener, &tls.Config{
+		MinVersion:     tls.VersionTLS12, // clients are not ours: phones and partners
+		NextProtos:     []string{"h2", "http/1.1"},
+		GetCertificate: certificate.get,
+	})
+	return e, nil
+}
+
+// Run serves until ctx ends, then lets requests in flight finish for a bounded time.
+func (e *Edge) Run(ctx context.Context) error {
+	server := &http.Server{
+		Handler:           e,
+		ReadHeaderTimeout: headerTimeout,
+		IdleTimeout:       idleTimeout,
+		MaxHeaderBytes:    maxHeaders,
+		ErrorLog:          slog.NewLogLogger(e.log.Handler(), slog.LevelDebug),
+	}
+	drained := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		defer close(drained)
+		bounded, cancel := context.WithTimeout(context.WithoutCancel(ctx), drainTimeout)
+		defer cancel()
+		if server.Shutdown(bounded) != nil {
+			server.Close()
+		}
+	})
+	err := server.Serve(e.listener)
+	if !stop() {
+		<-drained
+		return nil
+	}
+	return fmt.Errorf("edge: %w", err)
+}
+
+// ServeHTTP takes one request of a client through token, tier and route to its service.
+func (e *Edge) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	now := time.Now()
+	// Our own word for who asks; a client's is worth nothing.
+	user, problem := e.tokens.verify(r, now)
+	if problem == nil {
+		problem = e.tiers.take(user, now)
+	}
+	if problem != nil {
+		e.mesh.Refuse(w, r, "", *problem, "user "+user.Subject)
+		return
+	}
+	route, path, ok := e.routes.match(r.URL.EscapedPath())
+	if !ok {
+		e.mesh.Refuse(w, r, "", refusal.Problem{Reason: refusal.NoRoute, Detail: "no route for this path"}, "user "+user.Subject)
+		return
+	}
+	if route.StripPrefix {
+		if err := setPath(r.URL, path); err != nil {
+			e.mesh.Refuse(w, r, route.Service, refusal.Problem{Reason: refusal.BadRequest, Detail: "the path does not parse"}, err.Error())
+			return
+		}
+	}
+	if e.config.JWT.Strip {
+		r.Header.Del("Authorization")
+	}
+	e.mesh.Forward(w, r, route.Service)
+}
+
+func setPath(u *url.URL, escaped string) error {
+	path, err := url.PathUnescape(escaped)
+	if err != nil {
+		return err
+	}
+	if strings.HasPrefix(path, "//") {
+		return errors.New("the path begins with two slashes")
+	}
+	u.Path, u.RawPath = path, escaped
+	return nil
+}
+
+// certificateFile serves a key pair from files and takes a new one when the
+// certificate file changes. A pair that went bad keeps the last good one.
+type certificateFile struct {
+	certFile, keyFile string
+
+	mu      sync.Mutex // guards what follows
+	pair    *tls.Certificate
+	modTime time.Time
+	looked  time.Time
+}
+
+func (c *certificateFile) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	now := time.Now()
+	if c.pair != nil && now.Sub(c.looked) < rereadEvery {
+		return c.pair, nil
+	}
+	c.looked = now
+	info, err := os.Stat(c.certFile)
+	if err == nil && c.pair != nil && info.ModTime().Equal(c.modTime) {
+		return c.pair, nil
+	}
+	if err == nil {
+		var pair tls.Certificate
+		if pair, err = tls.LoadX509KeyPair(c.certFile, c.keyFile); err == nil {
+			c.pair, c.modTime = &pair, info.ModTime()
+			return c.pair, nil
+		}
+	}
+	if c.pair != nil {
+		return c.pair, nil
+	}
+	return nil, err
+}
