@@ -8,8 +8,7 @@
 //
 // Nodes of the own datacenter are tried first; each next one starts 200 ms after
 // the one before it, or at once when that has failed. When no node can be reached
-// everything keeps its last state, which is said once in the log and not again
-// until it has changed.
+// everything keeps its last state, which the log says once.
 package client
 
 import (
@@ -18,8 +17,10 @@ import (
 	"encoding/hex"
 	"errors"
 	"log/slog"
+	"net"
 	"slices"
 	"sync"
+	"sync/atomic"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -32,7 +33,7 @@ import (
 var (
 	// ErrUnreachable: no CA node could be reached, or none could answer just now.
 	ErrUnreachable = errors.New("no CA node could answer")
-	// ErrDenied: a CA node answered that this client, token or key may not have it.
+	// ErrDenied: a CA node answered that this client may not have it.
 	ErrDenied = errors.New("the CA refused")
 )
 
@@ -46,53 +47,66 @@ type Config struct {
 	Pins func(keyID string) bool
 	// Members is the last known member table, if any: it takes the place of Pins.
 	Members []*statev1.Member
-	// Cluster is the last known cluster, if any: another one is then refused.
+	// Cluster is the last known cluster, if any: another one is refused.
 	Cluster *statev1.Cluster
 
-	SVID    x509svid.Source   // this client's own; nil: no client certificate (Attest)
-	Bundles x509bundle.Source // must hold the own trust domain's; nil: CA nodes are accepted by key only
+	SVID    x509svid.Source   // this client's own; nil: no client certificate
+	Bundles x509bundle.Source // holds the own trust domain's; nil: CA nodes are accepted by key only
 
-	Datacenter string // of this client; nodes in it are tried first
+	Datacenter string // of this client: nodes in it are tried first
 	BootID     string // random per process start; empty: New makes one
 	Log        *slog.Logger
+
+	// Dial opens TCP connections; nil: a net.Dialer.
+	Dial func(ctx context.Context, network, address string) (net.Conn, error)
 }
 
-// Client is one subscriber of the CA. Its methods may be called concurrently;
-// Sync runs once at a time.
+// Client is one subscriber of the CA. Its methods may be called concurrently,
+// but Sync runs once at a time.
 type Client struct {
 	cfg   Config
+	log   *slog.Logger
 	store *Store
+
+	acked    atomic.Uint64 // newest revision the handler has applied
+	newAck   chan struct{} // holds one token when acked has grown
+	newHosts chan struct{} // holds one token when report has changed
 
 	mu       sync.Mutex
 	current  *conn          // of the running Sync; nil while there is none
-	report   []Instance     // the host's instances; nil until Report was called
-	reported chan struct{}  // closed, and replaced, when report changes
-	connects uint64         // counts the Sync sessions of this process
-	failed   map[string]int // consecutive failures by address, for the dialling order
-	silent   bool           // the log already says that no node can be reached
+	report   []Instance     // nil until Report was called
+	connects uint64         // counts the sessions of this process
+	failures map[string]int // consecutive ones by address, for the order of dialling
 }
 
-// New checks cfg and returns a client that has not dialled yet.
+// New checks cfg. The client dials when it is used.
 func New(cfg Config) (*Client, error) {
 	if cfg.TrustDomain.IsZero() {
 		return nil, errors.New("a CA client needs its trust domain")
 	}
 	if len(cfg.Addresses) == 0 && len(cfg.Members) == 0 {
-		return nil, errors.New("a CA client needs at least one address of a CA node")
-	}
-	if cfg.Log == nil {
-		cfg.Log = slog.New(slog.DiscardHandler)
+		return nil, errors.New("a CA client needs the address of at least one CA node")
 	}
 	if cfg.BootID == "" {
 		var id [16]byte
 		rand.Read(id[:])
 		cfg.BootID = hex.EncodeToString(id[:])
 	}
+	if cfg.Dial == nil {
+		// A node whose host is gone is noticed after 11 s without traffic.
+		dialer := &net.Dialer{KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: 5e9, Interval: 2e9, Count: 3}}
+		cfg.Dial = dialer.DialContext
+	}
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
 	return &Client{
 		cfg:      cfg,
+		log:      cfg.Log,
 		store:    newStore(cfg.TrustDomain, cfg.Cluster, cfg.Members),
-		reported: make(chan struct{}),
-		failed:   map[string]int{},
+		newAck:   make(chan struct{}, 1),
+		newHosts: make(chan struct{}, 1),
+		failures: map[string]int{},
 	}, nil
 }
 
@@ -100,25 +114,23 @@ func New(cfg Config) (*Client, error) {
 // Revision is 0.
 func (c *Client) View() *View { return c.store.Snapshot() }
 
-// Report says which instances this host serves now: the whole list, which
-// replaces the former one. It is sent at once, and again on each new session.
+// Report says which instances this host serves now: the whole list, in place of
+// the former one. It is sent at once, and again at the begin of each session.
+// Agent names need not be filled in: the CA takes them from the SVID.
 func (c *Client) Report(instances []Instance) {
 	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.report != nil && slices.Equal(c.report, instances) {
-		return
-	}
+	same := c.report != nil && slices.Equal(c.report, instances)
 	c.report = append([]Instance{}, instances...)
-	close(c.reported)
-	c.reported = make(chan struct{})
+	c.mu.Unlock()
+	if !same {
+		signal(c.newHosts)
+	}
 }
 
-// Sync keeps one stream to a CA node until ctx ends, and returns ctx's error.
-// handle is called with the first complete picture and then with each newer one
-// (a slow handler misses the ones between), never concurrently with itself. When
-// it returns nil the revision is acknowledged to the CA: what it hands on must be
-// in use by then. When it returns an error the error is logged, the revision is
-// not acknowledged, and handle is called again with the next picture.
-func (c *Client) Sync(ctx context.Context, handle func(*View) error) error {
-	return c.sync(ctx, handle)
+// signal puts the token into a channel of capacity one.
+func signal(ch chan struct{}) {
+	select {
+	case ch <- struct{}{}:
+	default:
+	}
 }

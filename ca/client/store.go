@@ -1,7 +1,6 @@
 package client
 
 import (
-	"bytes"
 	"cmp"
 	"errors"
 	"fmt"
@@ -10,59 +9,61 @@ import (
 	"sync"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/protobuf/proto"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
 )
 
-// revision = epoch<<44 | index
+// epochShift: a revision is epoch<<44 | log index.
 const epochShift = 44
 
-// maxPolicyBytes bounds what one policy update may hold before its last chunk.
-const maxPolicyBytes = 1 << 30
+// maxPendingBytes bounds what a CA node may send before the last chunk of an update.
+const maxPendingBytes = 1 << 30
 
-// errResync: what was received does not fit onto what is held; a new session
-// that asks for the full state can mend it.
-var errResync = errors.New("a full state is needed")
+var (
+	// errResync: what arrived does not fit onto what is held. A session that asks
+	// for the full state mends it.
+	errResync = errors.New("the full state is needed")
+	// errRefused: a CA node sent what none of this domain may send.
+	errRefused = errors.New("the CA node's update is refused")
+)
 
-// Store makes one picture of the chunks of the policy lane and the messages of
-// the presence lane. Chunks take effect together, with the last one of their
-// update. Its methods may be called concurrently.
+// Store makes one picture of the policy lane's chunks and the presence lane's
+// messages. The chunks of an update take effect together, with the last one. Its
+// methods may be called concurrently.
 type Store struct {
-	domain spiffeid.TrustDomain
+	domain  string
+	changed chan struct{} // holds one token when view is newer than the last Snapshot taken for it
 
 	mu       sync.Mutex
 	view     *View
-	pending  *pending           // chunks since the last applied one; nil: none
-	arriving map[place]Instance // presence of a new session until it is complete
-	complete bool               // of the presence lane of this session
-	places   map[place]Instance // what view.Instances was made of
-	stale    bool               // no session vouches for places
+	update   *update            // chunks since the last applied one; nil: none
+	places   map[place]Instance // what view.Instances is made of
+	arriving map[place]Instance // presence of this session until it is complete; nil: it is
 }
 
 // place identifies an instance: an agent serves a service at one place.
 type place struct{ service, agent string }
 
-// pending collects an update. Records are kept by key, so that an entry that is
-// changed twice before the last chunk counts once.
-type pending struct {
-	size    int
-	full    bool
-	cluster *statev1.Cluster
-	entries map[string]*statev1.Entry // nil value: deleted
-	bundles map[string][]byte
-	objects map[string]*statev1.Object
-	members []*statev1.Member
-	newList bool // members replaces the list
+// update collects chunks. A nil record means that it was deleted.
+type update struct {
+	full       bool
+	size       int
+	cluster    *statev1.Cluster
+	entries    map[string]*statev1.Entry
+	objects    map[string]*statev1.Object
+	bundles    map[string][]byte
+	members    []*statev1.Member
+	newMembers bool
 }
 
 func newStore(td spiffeid.TrustDomain, cluster *statev1.Cluster, members []*statev1.Member) *Store {
-	members = slices.Clone(members)
-	slices.SortFunc(members, func(a, b *statev1.Member) int { return cmp.Compare(a.GetId(), b.GetId()) })
 	return &Store{
-		domain: td,
-		view:   &View{Cluster: cluster, Members: members, Bundles: map[string][]byte{}},
-		places: map[place]Instance{},
+		domain:  td.Name(),
+		changed: make(chan struct{}, 1),
+		view:    &View{Cluster: cluster, Members: sorted(members, (*statev1.Member).GetId), Bundles: map[string][]byte{}},
+		places:  map[place]Instance{},
 	}
 }
 
@@ -73,18 +74,240 @@ func (s *Store) Snapshot() *View {
 	return s.view
 }
 
-// attach begins a new session: half an update of the former one is forgotten,
-// and the presence that is to come replaces the former one when it is complete.
-// It returns the revision to resume at.
+// attach begins a session: half an update of the former one is forgotten, and
+// the presence to come replaces the former one once it is complete. It returns
+// the revision to resume at.
 func (s *Store) attach() uint64 {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.pending, s.complete, s.arriving = nil, false, map[place]Instance{}
+	s.update = nil
+	s.arriving = map[place]Instance{}
 	return s.view.Revision
 }
 
-// reset forgets the revision, so that the next session asks for the full state.
-// What is held stays in use until that has come.
-func (s *Store) policy(chunk *ententev1.Policy, resumed bool) (changed bool, err error) {
-	return false, fmt.Errorf("%w %v %v %v", errResync, bytes.MinRead, maps.Keys(s.places), resumed)
+// policy takes one chunk. After an error the session is of no more use; what is
+// held stays as it was.
+func (s *Store) policy(chunk *ententev1.Policy) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+
+	if chunk.GetFull() {
+		s.update = nil
+	}
+	if s.update == nil {
+		s.update = &update{
+			full:    chunk.GetFull(),
+			entries: map[string]*statev1.Entry{},
+			objects: map[string]*statev1.Object{},
+			bundles: map[string][]byte{},
+		}
+	}
+	if err := s.update.add(chunk); err != nil {
+		return err
+	}
+	if !chunk.GetLast() {
+		return nil
+	}
+	done := s.update
+	s.update = nil
+	return s.apply(done, chunk.GetRevision())
+}
+
+func (u *update) add(chunk *ententev1.Policy) error {
+	u.size += proto.Size(chunk)
+	if u.size > maxPendingBytes {
+		return fmt.Errorf("%w: more than %d bytes without a last chunk", errRefused, maxPendingBytes)
+	}
+	for _, e := range chunk.GetEntries() {
+		u.entries[e.GetId()] = e
+	}
+	for _, id := range chunk.GetDeletedEntries() {
+		u.entries[id] = nil
+	}
+	for _, o := range chunk.GetObjects() {
+		u.objects[objectKey(o)] = o
+	}
+	for _, k := range chunk.GetDeletedObjects() {
+		u.objects[k.GetKind()+"/"+k.GetName()] = nil
+	}
+	for _, b := range chunk.GetBundles() {
+		if _, err := spiffeid.TrustDomainFromString(b.GetTrustDomain()); err != nil || len(b.GetJwks()) == 0 {
+			return fmt.Errorf("%w: a bundle without a trust domain or without content (%q)", errRefused, b.GetTrustDomain())
+		}
+		u.bundles[b.GetTrustDomain()] = b.GetJwks()
+	}
+	for _, td := range chunk.GetDeletedBundles() {
+		u.bundles[td] = nil
+	}
+	if chunk.GetMembersChanged() {
+		if !u.newMembers {
+			u.members = nil
+		}
+		u.members, u.newMembers = append(u.members, chunk.GetMembers()...), true
+	}
+	if chunk.GetCluster() != nil {
+		u.cluster = chunk.GetCluster()
+	}
+	return nil
+}
+
+// apply replaces the picture. A revision never goes back: what a lagging replica
+// sends is passed over until it has caught up. Its later updates fit all the
+// same, since a record always travels whole. A new epoch (after a recovery) begins
+// with a full state; an old one is refused.
+func (s *Store) apply(u *update, revision uint64) error {
+	old := s.view
+	switch {
+	case revision == 0:
+		return fmt.Errorf("%w: it has no revision", errRefused)
+	case revision>>epochShift < old.Revision>>epochShift:
+		return fmt.Errorf("%w: it is of epoch %d, which a recovery has ended (now %d)", errRefused, revision>>epochShift, old.Revision>>epochShift)
+	case !u.full && revision>>epochShift > old.Revision>>epochShift, !u.full && old.Revision == 0:
+		return errResync
+	case revision < old.Revision:
+		return nil
+	}
+	if err := s.check(u); err != nil {
+		return err
+	}
+
+	view := &View{
+		Revision:  revision,
+		Cluster:   old.Cluster,
+		Entries:   merge(old.Entries, u.entries, u.full, (*statev1.Entry).GetId),
+		Objects:   merge(old.Objects, u.objects, u.full, objectKey),
+		Members:   old.Members,
+		Bundles:   old.Bundles,
+		Instances: old.Instances,
+	}
+	if u.cluster != nil {
+		view.Cluster = u.cluster
+	}
+	if u.newMembers {
+		view.Members = sorted(u.members, (*statev1.Member).GetId)
+	}
+	if u.full || len(u.bundles) > 0 {
+		view.Bundles = map[string][]byte{}
+		if !u.full {
+			maps.Copy(view.Bundles, old.Bundles)
+		}
+		maps.Copy(view.Bundles, u.bundles)
+		maps.DeleteFunc(view.Bundles, func(_ string, jwks []byte) bool { return jwks == nil })
+	}
+	s.publish(view)
+	return nil
+}
+
+// check refuses an update that a CA of this domain cannot send.
+func (s *Store) check(u *update) error {
+	if c := u.cluster; c != nil {
+		if c.GetTrustDomain() != s.domain {
+			return fmt.Errorf("%w: it is of trust domain %q, not of %q", errRefused, c.GetTrustDomain(), s.domain)
+		}
+		if known := s.view.Cluster; known != nil && string(known.GetId()) != string(c.GetId()) {
+			return fmt.Errorf("%w: it is of cluster %x, not of %x", errRefused, c.GetId(), known.GetId())
+		}
+	}
+	if jwks, told := u.bundles[s.domain]; (u.full || told) && jwks == nil {
+		return fmt.Errorf("%w: it lacks the own domain's bundle", errRefused)
+	}
+	if u.newMembers && len(u.members) == 0 {
+		return fmt.Errorf("%w: it lists no CA node", errRefused)
+	}
+	return nil
+}
+
+// presence takes one message of the presence lane.
+func (s *Store) presence(message *ententev1.Presence) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+
+	into := s.places
+	if s.arriving != nil {
+		into = s.arriving
+	}
+	for _, i := range message.GetInstances() {
+		into[place{i.GetService(), i.GetAgent()}] = instanceFromWire(i)
+	}
+	for _, i := range message.GetWithdrawn() {
+		delete(into, place{i.GetService(), i.GetAgent()})
+	}
+	if s.arriving != nil {
+		if !message.GetComplete() {
+			return
+		}
+		s.places, s.arriving = s.arriving, nil
+	}
+	s.publishInstances(slices.Collect(maps.Values(s.places)))
+}
+
+// disown marks every instance as stale: nobody has vouched for them for a while.
+// The complete presence of the next session takes the mark away.
+func (s *Store) disown() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	instances := slices.Clone(s.view.Instances)
+	for i := range instances {
+		instances[i].Stale = true
+	}
+	s.publishInstances(instances)
+}
+
+func (s *Store) publishInstances(instances []Instance) {
+	slices.SortFunc(instances, func(a, b Instance) int {
+		return cmp.Or(cmp.Compare(a.Service, b.Service), cmp.Compare(a.Agent, b.Agent))
+	})
+	if slices.Equal(instances, s.view.Instances) {
+		return
+	}
+	view := *s.view
+	view.Instances = instances
+	s.publish(&view)
+}
+
+func (s *Store) publish(view *View) {
+	s.view = view
+	select {
+	case s.changed <- struct{}{}:
+	default: // the reader has not yet come for the one before
+	}
+}
+
+// merge lays changes over a sorted list, or over nothing when they are the full
+// state. Without a change it returns the list itself.
+func merge[T any](list []*T, changes map[string]*T, full bool, key func(*T) string) []*T {
+	if !full && len(changes) == 0 {
+		return list
+	}
+	all := make(map[string]*T, len(list)+len(changes))
+	if !full {
+		for _, record := range list {
+			all[key(record)] = record
+		}
+	}
+	maps.Copy(all, changes)
+	maps.DeleteFunc(all, func(_ string, record *T) bool { return record == nil })
+	return sorted(slices.Collect(maps.Values(all)), key)
+}
+
+func sorted[T any](list []*T, key func(*T) string) []*T {
+	return slices.SortedFunc(slices.Values(list), func(a, b *T) int { return cmp.Compare(key(a), key(b)) })
+}
+
+// objectKey is kind/name, as in statev1.ObjectKey.
+func objectKey(o *statev1.Object) string {
+	switch kind := o.GetKind().(type) {
+	case *statev1.Object_Service:
+		return "Service/" + kind.Service.GetName()
+	case *statev1.Object_Gateway:
+		return "Gateway/" + kind.Gateway.GetName()
+	case *statev1.Object_Import:
+		return "Import/" + kind.Import.GetService()
+	case *statev1.Object_Agreement:
+		return "Agreement/" + kind.Agreement.GetName()
+	case *statev1.Object_Relationship:
+		return "Relationship/" + kind.Relationship.GetTrustDomain()
+	default: // of a later release: kept apart by what it is not
+		return "/"
+	}
 }

@@ -1,7 +1,408 @@
 package client
 
-import "context"
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"sync"
+	"time"
 
-type conn struct{}
+	"google.golang.org/grpc"
 
-func (c *Client) sync(ctx context.Context, handle func(*View) error) error { return nil }
+	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
+)
+
+const (
+	// A lost session is opened again at once, and then after 50 ms, 100 ms, ...
+	// with jitter, so that a node's clients do not all come back in one moment.
+	backoffFirst = 50 * time.Millisecond
+	backoffMost  = time.Second
+
+	// silenceLimit ends a session whose node has sent heartbeats and then nothing
+	// for so long: its host is gone, or the network between.
+	silenceLimit = 10 * time.Second
+
+	// disownAfter is how long instances count as fresh without a session: longer
+	// than it takes to reach another node.
+	disownAfter = 5 * time.Second
+
+	// overlap keeps the session before open while the node takes in the one that
+	// replaces it, so that no instance is withdrawn in between.
+	overlap = time.Second
+)
+
+// session is one Sync stream. Its reader puts what arrives into received, and
+// one error, after which it ends.
+type session struct {
+	conn     *conn
+	stream   grpc.BidiStreamingClient[ententev1.SyncRequest, ententev1.SyncResponse]
+	cancel   context.CancelFunc
+	received chan received
+	useful   bool // something has arrived
+	beats    bool // heartbeats have arrived: silence means something
+}
+
+type received struct {
+	message *ententev1.SyncResponse
+	err     error
+}
+
+func (s *session) close() {
+	if s != nil {
+		s.cancel()
+		s.conn.close()
+	}
+}
+
+// Sync keeps one stream to a CA node until ctx ends, and returns ctx's error.
+//
+// handle is called with the first complete picture and then with each newer one
+// (a slow handler misses those between), never concurrently with itself. When it
+// returns nil the revision is acknowledged to the CA: what it hands on must be in
+// use by then. When it returns an error, that is logged, nothing is acknowledged,
+// and the next picture is handed over as usual.
+//
+// The client's SVID may be renewed at any time: the stream moves to a connection
+// that shows the new one before the old one ends.
+func (c *Client) Sync(ctx context.Context, handle func(*View) error) error {
+	ctx, cancel := context.WithCancel(ctx)
+	var owned sync.WaitGroup
+	defer owned.Wait()
+	defer cancel()
+	owned.Go(func() { c.deliver(ctx, handle) })
+	return (&syncer{Client: c, owned: &owned, opened: make(chan opened)}).run(ctx)
+}
+
+// deliver hands pictures to the handler until ctx ends.
+func (c *Client) deliver(ctx context.Context, handle func(*View) error) {
+	var failed string
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-c.store.changed:
+		}
+		view := c.store.Snapshot()
+		if view.Revision == 0 {
+			continue
+		}
+		if err := handle(view); err != nil {
+			if text := err.Error(); text != failed { // once, not with every picture
+				failed = text
+				c.log.Error("cannot apply what the CA sent; the state before stays in use", "revision", view.Revision, "error", err)
+			}
+			continue
+		}
+		failed = ""
+		if c.acked.Swap(view.Revision) != view.Revision {
+			signal(c.newAck)
+		}
+	}
+}
+
+// syncer is the one goroutine that opens sessions, sends on them and applies
+// what they bring.
+type syncer struct {
+	*Client
+	owned *sync.WaitGroup // readers and openers
+
+	now     *session // nil: none
+	before  *session // still open for overlap after now took its place; nil: none
+	opening bool
+	opened  chan opened
+
+	attempts int  // fruitless ones since the last useful session
+	full     bool // ask for the full state
+	said     bool // the log says that there is no session
+}
+
+type opened struct {
+	session *session
+	err     error
+}
+
+func (s *syncer) run(ctx context.Context) error {
+	retry := time.NewTimer(0)   // open a session when there is none
+	renew := time.NewTimer(0)   // look whether there is a newer SVID to show
+	drop := time.NewTimer(0)    // close the session before
+	silence := time.NewTimer(0) // end a session that has gone quiet
+	disown := time.NewTimer(disownAfter)
+	for _, t := range []*time.Timer{renew, drop, silence} {
+		t.Stop()
+	}
+	defer func() {
+		s.setCurrent(nil)
+		s.now.close()
+		s.before.close()
+	}()
+
+	lose := func(err error) {
+		s.note(s.now, err)
+		s.setCurrent(nil)
+		s.now.close()
+		s.now = nil
+		silence.Stop()
+		renew.Stop()
+		disown.Reset(disownAfter)
+		retry.Reset(s.backoff())
+	}
+	for {
+		var arriving <-chan received
+		if s.now != nil {
+			arriving = s.now.received
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+
+		case <-retry.C:
+			if s.now == nil {
+				s.open(ctx)
+			}
+
+		case o := <-s.opened:
+			s.opening = false
+			if o.err != nil {
+				if s.now == nil {
+					s.say(o.err)
+					retry.Reset(s.backoff())
+				} // else: the running session stays; renew comes round again
+				continue
+			}
+			if err := s.greet(o.session); err != nil {
+				s.note(o.session, err)
+				o.session.close()
+				if s.now == nil {
+					retry.Reset(s.backoff())
+				}
+				continue
+			}
+			s.before.close()
+			s.before, s.now = s.now, o.session
+			s.setCurrent(o.session.conn)
+			silence.Reset(silenceLimit) // the first message is due without delay
+			drop.Reset(overlap)
+			s.scheduleRenewal(renew)
+
+		case r := <-arriving:
+			if r.err != nil {
+				lose(r.err)
+				continue
+			}
+			heartbeat, err := s.take(r.message)
+			if err != nil {
+				s.full = s.full || errors.Is(err, errResync)
+				lose(err)
+				continue
+			}
+			if !s.now.useful {
+				s.now.useful = true
+				s.settled()
+			}
+			disown.Stop()
+			s.now.beats = s.now.beats || heartbeat
+			silence.Stop()
+			if s.now.beats {
+				silence.Reset(silenceLimit)
+			}
+
+		case <-silence.C:
+			lose(fmt.Errorf("nothing heard for %v", silenceLimit))
+
+		case <-s.newHosts:
+			s.mu.Lock()
+			report := s.report
+			s.mu.Unlock()
+			if s.now != nil {
+				if err := s.sendReport(s.now, report); err != nil {
+					lose(err)
+				}
+			}
+
+		case <-s.newAck:
+			if s.now != nil {
+				if err := s.sendAck(s.now); err != nil {
+					lose(err)
+				}
+			}
+
+		case <-renew.C:
+			if s.now != nil && s.svidIsNewer() {
+				s.open(ctx)
+			}
+			s.scheduleRenewal(renew)
+
+		case <-drop.C:
+			s.before.close()
+			s.before = nil
+
+		case <-disown.C:
+			s.store.disown()
+		}
+	}
+}
+
+// open connects in the background; the result comes to opened.
+func (s *syncer) open(ctx context.Context) {
+	if s.opening {
+		return
+	}
+	s.opening = true
+	s.owned.Go(func() {
+		session, err := s.dialSession(ctx)
+		select {
+		case s.opened <- opened{session, err}:
+		case <-ctx.Done():
+			session.close()
+		}
+	})
+}
+
+func (s *syncer) dialSession(ctx context.Context) (*session, error) {
+	conn, err := s.connect(ctx)
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	stream, err := ententev1.NewSyncClient(conn.rpc).Sync(ctx)
+	if err != nil {
+		cancel()
+		conn.close()
+		s.outcome(conn.address, false)
+		return nil, fmt.Errorf("%w: CA node at %s: %w", ErrUnreachable, conn.address, plain(err))
+	}
+	session := &session{conn: conn, stream: stream, cancel: cancel, received: make(chan received)}
+	s.owned.Go(func() {
+		for {
+			message, err := stream.Recv()
+			select {
+			case session.received <- received{message, err}:
+			case <-ctx.Done():
+				return
+			}
+			if err != nil {
+				return
+			}
+		}
+	})
+	return session, nil
+}
+
+// greet sends what a session begins with.
+func (s *syncer) greet(session *session) error {
+	s.mu.Lock()
+	s.connects++
+	connect, report := s.connects, s.report
+	s.mu.Unlock()
+
+	resume := s.store.attach()
+	if s.full {
+		resume = 0
+	}
+	hello := &ententev1.Hello{ResumeRevision: resume, BootId: s.cfg.BootID, Connect: connect}
+	if err := session.stream.Send(&ententev1.SyncRequest{Message: &ententev1.SyncRequest_Hello{Hello: hello}}); err != nil {
+		return err
+	}
+	if report != nil {
+		if err := s.sendReport(session, report); err != nil {
+			return err
+		}
+	}
+	if s.acked.Load() > 0 {
+		return s.sendAck(session)
+	}
+	return nil
+}
+
+func (s *syncer) sendReport(session *session, instances []Instance) error {
+	report := &ententev1.InstanceReport{}
+	for _, i := range instances {
+		report.Instances = append(report.Instances, i.toWire())
+	}
+	return session.stream.Send(&ententev1.SyncRequest{Message: &ententev1.SyncRequest_Report{Report: report}})
+}
+
+func (s *syncer) sendAck(session *session) error {
+	ack := &ententev1.Ack{Revision: s.acked.Load()}
+	return session.stream.Send(&ententev1.SyncRequest{Message: &ententev1.SyncRequest_Ack{Ack: ack}})
+}
+
+// take applies one message.
+func (s *syncer) take(message *ententev1.SyncResponse) (heartbeat bool, err error) {
+	switch m := message.GetMessage().(type) {
+	case *ententev1.SyncResponse_Policy:
+		err = s.store.policy(m.Policy)
+		if err == nil && m.Policy.GetLast() {
+			s.full = false
+		}
+	case *ententev1.SyncResponse_Presence:
+		s.store.presence(m.Presence)
+	case *ententev1.SyncResponse_Heartbeat:
+		heartbeat = true
+	}
+	return heartbeat, err
+}
+
+// settled is called with the first message of a session.
+func (s *syncer) settled() {
+	s.attempts = 0
+	s.outcome(s.now.conn.address, true)
+	if s.said || s.connects == 1 {
+		s.log.Info("connected to the CA", "node", s.now.conn.address)
+	}
+	s.said = false
+}
+
+// note counts the end of a session, and says it when it is news.
+func (s *syncer) note(session *session, err error) {
+	if !session.useful {
+		s.outcome(session.conn.address, false)
+	}
+	s.say(fmt.Errorf("CA node at %s: %w", session.conn.address, plain(err)))
+}
+
+// say logs that there is no session, once.
+func (s *syncer) say(err error) {
+	if s.said {
+		s.log.Debug("no connection to the CA", "error", err)
+		return
+	}
+	s.said = true
+	s.log.Warn("no connection to the CA: everything keeps its last state until there is one", slog.Any("error", err))
+}
+
+func (s *syncer) backoff() time.Duration {
+	s.attempts++
+	if s.attempts == 1 {
+		return 0
+	}
+	wait := min(backoffFirst<<min(s.attempts-2, 10), backoffMost)
+	return wait/2 + rand.N(wait/2)
+}
+
+func (s *syncer) setCurrent(conn *conn) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.current = conn
+}
+
+// svidIsNewer reports whether the client has a newer SVID than the one that the
+// running session showed.
+func (s *syncer) svidIsNewer() bool {
+	if s.cfg.SVID == nil {
+		return false
+	}
+	svid, err := s.cfg.SVID.GetX509SVID()
+	return err == nil && (s.now.conn.own == nil || !svid.Certificates[0].Equal(s.now.conn.own))
+}
+
+// scheduleRenewal comes back a few times in the rest of the life of the leaf
+// that the session showed: a renewal at half-life is noticed well before the end.
+func (s *syncer) scheduleRenewal(renew *time.Timer) {
+	if s.now == nil || s.now.conn.own == nil {
+		return
+	}
+	renew.Reset(max(time.Until(s.now.conn.own.NotAfter)/6, 500*time.Millisecond))
+}

@@ -1,0 +1,208 @@
+package client
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
+)
+
+const (
+	callTimeout = 5 * time.Second // of one call to one node
+	signBatch   = 100             // the most a SignX509Request may hold
+
+	exporterLabel = "EXPORTER-entente-join" // as in statev1.JoinStatement
+	exporterSize  = 32
+)
+
+// Proof is what a host shows to be admitted. Statement is an encoded
+// statev1.JoinStatement that names the exporter of the connection.
+type Proof struct {
+	TokenID   string // empty: by the key that a token admitted before
+	Statement []byte
+	Signature []byte
+}
+
+// Attestation is the CA's answer: who the host is now, and whom to believe.
+type Attestation struct {
+	Certificates [][]byte // DER, leaf first
+	Bundle       []byte   // SPIFFE bundle of the own domain, JSON
+	Members      []*statev1.Member
+	Cluster      *statev1.Cluster
+	Agent        *statev1.Agent
+}
+
+// Attest asks CA nodes one after the other to admit the key of csr (PKCS#10,
+// DER). prove is called once per connection with its 32-byte TLS exporter, so
+// that a proof is worth nothing on another connection. The error is ErrDenied
+// when a node refused and none admitted, else ErrUnreachable.
+func Attest(ctx context.Context, cfg Config, prove func(exporter []byte) (Proof, error), csr []byte) (*Attestation, error) {
+	c, err := New(cfg)
+	if err != nil {
+		return nil, err
+	}
+	var answer *ententev1.AttestResponse
+	err = c.anyNode(ctx, func(ctx context.Context, conn *conn) error {
+		exporter, err := conn.state.ExportKeyingMaterial(exporterLabel, nil, exporterSize)
+		if err != nil {
+			return fmt.Errorf("cannot bind the proof to the connection: %w", err)
+		}
+		proof, err := prove(exporter)
+		if err != nil {
+			return err
+		}
+		answer, err = ententev1.NewAttestClient(conn.rpc).Attest(ctx, &ententev1.AttestRequest{
+			TokenId:   proof.TokenID,
+			Statement: proof.Statement,
+			Signature: proof.Signature,
+			Csr:       csr,
+		})
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("cannot attest to the CA of %s: %w", cfg.TrustDomain.Name(), err)
+	}
+	if got := answer.GetCluster().GetTrustDomain(); got != cfg.TrustDomain.Name() {
+		return nil, fmt.Errorf("cannot attest to the CA of %s: %w: it answers for trust domain %q", cfg.TrustDomain.Name(), errRefused, got)
+	}
+	return &Attestation{
+		Certificates: answer.GetCertificates(),
+		Bundle:       answer.GetBundle(),
+		Members:      answer.GetMembers(),
+		Cluster:      answer.GetCluster(),
+		Agent:        answer.GetAgent(),
+	}, nil
+}
+
+// SignRequest asks for one X.509-SVID.
+type SignRequest struct {
+	EntryID string // empty: the agent's own SVID
+	CSR     []byte // PKCS#10, DER; only its key is used
+}
+
+// SignResult is the answer to one SignRequest.
+type SignResult struct {
+	Certificates [][]byte // DER, leaf first
+	Err          error    // ErrDenied when the CA has no such entry for this host
+}
+
+// SignX509 has SVIDs signed, in batches of at most 100. The results stand in the
+// order of the requests; one that no node answered has ErrUnreachable.
+func (c *Client) SignX509(ctx context.Context, requests []SignRequest) []SignResult {
+	results := make([]SignResult, 0, len(requests))
+	for len(results) < len(requests) {
+		batch := requests[len(results):min(len(results)+signBatch, len(requests))]
+		results = append(results, c.signBatch(ctx, batch)...)
+	}
+	return results
+}
+
+func (c *Client) signBatch(ctx context.Context, batch []SignRequest) []SignResult {
+	request := &ententev1.SignX509Request{}
+	for _, r := range batch {
+		request.Requests = append(request.Requests, &ententev1.X509Request{EntryId: r.EntryID, Csr: r.CSR})
+	}
+	results := make([]SignResult, len(batch))
+	err := c.anyNode(ctx, func(ctx context.Context, conn *conn) error {
+		answer, err := ententev1.NewSignClient(conn.rpc).SignX509(ctx, request)
+		if err != nil {
+			return err
+		}
+		if len(answer.GetResults()) != len(batch) {
+			return fmt.Errorf("%d results for %d requests", len(answer.GetResults()), len(batch))
+		}
+		for i, r := range answer.GetResults() {
+			results[i] = SignResult{Certificates: r.GetCertificates(), Err: itemError(r)}
+		}
+		return nil
+	})
+	if err != nil {
+		for i := range results {
+			results[i] = SignResult{Err: err}
+		}
+	}
+	return results
+}
+
+func itemError(r *ententev1.X509Result) error {
+	switch code := codes.Code(r.GetCode()); code {
+	case codes.OK:
+		return nil
+	case codes.PermissionDenied, codes.NotFound, codes.InvalidArgument:
+		return fmt.Errorf("%w: %s", ErrDenied, r.GetError())
+	default:
+		return fmt.Errorf("%w: %s: %s", ErrUnreachable, code, r.GetError())
+	}
+}
+
+// anyNode calls one node after the other until one has answered: first the one
+// that Sync is connected to, then others in the order of dialling. A refusal is
+// asked of the others too, since a node may lag behind what was just agreed.
+func (c *Client) anyNode(ctx context.Context, call func(context.Context, *conn) error) error {
+	var tried []string
+	var failures []error
+	kind := ErrUnreachable
+	try := func(conn *conn) (done bool) {
+		ctx, cancel := context.WithTimeout(ctx, callTimeout)
+		defer cancel()
+		err := call(ctx, conn)
+		if err == nil {
+			return true
+		}
+		if isDenial(err) {
+			kind = ErrDenied
+		}
+		tried = append(tried, conn.address)
+		failures = append(failures, fmt.Errorf("CA node at %s: %w", conn.address, plain(err)))
+		return false
+	}
+
+	c.mu.Lock()
+	current := c.current
+	c.mu.Unlock()
+	if current != nil && try(current) {
+		return nil
+	}
+	for ctx.Err() == nil {
+		conn, err := c.connect(ctx, tried...)
+		if err != nil {
+			if len(failures) == 0 {
+				return err
+			}
+			break
+		}
+		done := try(conn)
+		conn.close()
+		if done {
+			return nil
+		}
+	}
+	if ctx.Err() != nil {
+		kind = ctx.Err()
+	}
+	return fmt.Errorf("%w: %w", kind, errors.Join(failures...))
+}
+
+func isDenial(err error) bool {
+	switch status.Code(err) {
+	case codes.PermissionDenied, codes.Unauthenticated, codes.FailedPrecondition, codes.InvalidArgument, codes.NotFound, codes.AlreadyExists:
+		return true
+	default:
+		return false
+	}
+}
+
+// plain takes gRPC's frame off an error that people will read.
+func plain(err error) error {
+	s, ok := status.FromError(err)
+	if !ok || s.Code() == codes.OK {
+		return err
+	}
+	return fmt.Errorf("%s (%s)", s.Message(), s.Code())
+}

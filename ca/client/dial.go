@@ -1,0 +1,259 @@
+package client
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+
+	"github.com/entente-mesh/entente/internal/peer"
+)
+
+const (
+	hedgeAfter     = 200 * time.Millisecond // then the next node is dialled as well
+	connectTimeout = 5 * time.Second        // for one node, TLS included
+	maxMessage     = 16 << 20               // bytes of one gRPC message
+)
+
+// conn is one authenticated connection to a CA node.
+type conn struct {
+	address string
+	state   tls.ConnectionState
+	own     *x509.Certificate // the leaf this side showed; nil: none
+	rpc     *grpc.ClientConn
+}
+
+func (c *conn) close() { c.rpc.Close() }
+
+// candidates are the addresses to dial, in order: those that did not just fail
+// before those that did, the own datacenter's before the others', and equals in
+// random order, so that a domain's clients spread over its nodes.
+func (c *Client) candidates(except []string) []string {
+	near := map[string]bool{}
+	var addresses []string
+	add := func(address string) {
+		if address != "" && !slices.Contains(except, address) && !slices.Contains(addresses, address) {
+			addresses = append(addresses, address)
+		}
+	}
+	for _, m := range c.store.Snapshot().Members {
+		near[m.GetApiAddress()] = m.GetDatacenter() == c.cfg.Datacenter
+		add(m.GetApiAddress())
+	}
+	for _, address := range c.cfg.Addresses {
+		add(address)
+	}
+	rand.Shuffle(len(addresses), func(i, j int) { addresses[i], addresses[j] = addresses[j], addresses[i] })
+
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	rank := func(address string) (r int) {
+		if c.failures[address] > 0 {
+			r += 2
+		}
+		if !near[address] {
+			r++
+		}
+		return r
+	}
+	slices.SortStableFunc(addresses, func(a, b string) int { return rank(a) - rank(b) })
+	return addresses
+}
+
+// outcome remembers whether a node was of use, for the next order of dialling.
+func (c *Client) outcome(address string, good bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if good {
+		delete(c.failures, address)
+	} else {
+		c.failures[address]++
+	}
+}
+
+// connect returns the first connection that stands, dialling nearest first and
+// hedged. It leaves no other connection behind.
+func (c *Client) connect(ctx context.Context, except ...string) (*conn, error) {
+	addresses := c.candidates(except)
+	if len(addresses) == 0 {
+		return nil, fmt.Errorf("%w: no address is left to try", ErrUnreachable)
+	}
+
+	type result struct {
+		conn *conn
+		err  error
+	}
+	results := make(chan result, len(addresses))
+	ctx, cancel := context.WithCancel(ctx)
+	var dials sync.WaitGroup
+	var winner *conn
+	defer func() { // the losers are stopped, waited for and closed
+		cancel()
+		dials.Wait()
+		close(results)
+		for r := range results {
+			if r.conn != nil {
+				r.conn.close()
+			}
+		}
+	}()
+
+	started, finished := 0, 0
+	next := func() {
+		address := addresses[started]
+		started++
+		dials.Go(func() {
+			conn, err := c.dial(ctx, address)
+			results <- result{conn, err}
+		})
+	}
+	next()
+	hedge := time.NewTicker(hedgeAfter)
+	defer hedge.Stop()
+	var failures []error
+	for finished < len(addresses) {
+		select {
+		case r := <-results:
+			finished++
+			if r.err == nil {
+				winner = r.conn
+				return winner, nil
+			}
+			failures = append(failures, r.err)
+			if started < len(addresses) {
+				next()
+				hedge.Reset(hedgeAfter)
+			}
+		case <-hedge.C:
+			if started < len(addresses) {
+				next()
+			}
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+	return nil, fmt.Errorf("%w: %w", ErrUnreachable, errors.Join(failures...))
+}
+
+// dial opens and authenticates one connection. TLS is ours and gRPC runs over the
+// finished connection, so that a request can speak of it (its exporter), and so
+// that there is never a second connection that was not asked for.
+func (c *Client) dial(ctx context.Context, address string) (*conn, error) {
+	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
+	defer cancel()
+
+	failed := func(err error) (*conn, error) {
+		if ctx.Err() != context.Canceled { // another node was faster: no fault of this one
+			c.outcome(address, false)
+		}
+		return nil, fmt.Errorf("CA node at %s: %w", address, err)
+	}
+	raw, err := c.cfg.Dial(ctx, "tcp", address)
+	if err != nil {
+		return failed(err)
+	}
+	var own *x509.Certificate
+	secure := tls.Client(raw, c.tlsConfig(&own))
+	if err := secure.HandshakeContext(ctx); err != nil {
+		raw.Close()
+		return failed(err)
+	}
+
+	once := make(chan net.Conn, 1)
+	once <- secure
+	rpc, err := grpc.NewClient("passthrough:///"+address,
+		grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithContextDialer(func(context.Context, string) (net.Conn, error) {
+			select {
+			case conn := <-once:
+				return conn, nil
+			default:
+				return nil, errors.New("the connection has ended")
+			}
+		}),
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessage), grpc.MaxCallSendMsgSize(maxMessage)),
+		grpc.WithDisableServiceConfig(),
+		grpc.WithDisableRetry(),
+		grpc.WithIdleTimeout(0),
+	)
+	if err != nil {
+		secure.Close()
+		return failed(err)
+	}
+	rpc.Connect() // hands the connection over: from here on closing rpc closes it
+	return &conn{address: address, state: secure.ConnectionState(), own: own, rpc: rpc}, nil
+}
+
+// tlsConfig sets own to the client certificate's leaf when the node asks for one.
+func (c *Client) tlsConfig(own **x509.Certificate) *tls.Config {
+	return &tls.Config{
+		MinVersion:             tls.VersionTLS13,
+		NextProtos:             []string{"h2"},
+		SessionTicketsDisabled: true,
+		// A CA node has no DNS name to check: VerifyConnection decides by key or
+		// SPIFFE ID.
+		InsecureSkipVerify: true,
+		VerifyConnection: func(state tls.ConnectionState) error {
+			if state.NegotiatedProtocol != "h2" {
+				return errors.New("it does not speak HTTP/2")
+			}
+			return c.accept(state.PeerCertificates)
+		},
+		GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
+			if c.cfg.SVID == nil {
+				return new(tls.Certificate), nil
+			}
+			svid, err := c.cfg.SVID.GetX509SVID()
+			if err != nil {
+				return nil, fmt.Errorf("no SVID to show: %w", err)
+			}
+			cert := &tls.Certificate{PrivateKey: svid.PrivateKey, Leaf: svid.Certificates[0]}
+			for _, link := range svid.Certificates {
+				cert.Certificate = append(cert.Certificate, link.Raw)
+			}
+			*own = cert.Leaf
+			return cert, nil
+		},
+	}
+}
+
+// accept decides whether a certificate chain is a CA node's.
+func (c *Client) accept(chain []*x509.Certificate) error {
+	if len(chain) == 0 {
+		return errors.New("it shows no certificate")
+	}
+	keyID := peer.KeyID(chain[0])
+	members := c.store.Snapshot().Members
+	for _, m := range members {
+		if m.GetId() == keyID {
+			return nil
+		}
+	}
+	// The pins of a join token end with the member table: a node that was removed
+	// since must not be believed.
+	if len(members) == 0 && c.cfg.Pins != nil && c.cfg.Pins(keyID) {
+		return nil
+	}
+	if c.cfg.Bundles == nil {
+		return fmt.Errorf("key %s is not one of the trust domain's CA nodes", keyID)
+	}
+	id, err := peer.Verify(chain, c.cfg.Bundles, time.Now())
+	if err != nil {
+		return fmt.Errorf("key %s is not one of the trust domain's CA nodes, and its certificate does not verify: %w", keyID, err)
+	}
+	name, isNode := strings.CutPrefix(id.Path(), "/entente/ca/")
+	if id.TrustDomain() != c.cfg.TrustDomain || !isNode || strings.Contains(name, "/") {
+		return fmt.Errorf("%s is not a CA node of %s", id, c.cfg.TrustDomain.Name())
+	}
+	return nil
+}
