@@ -49,7 +49,7 @@ ca/catest:               ...
 federation:
 federation/bundle:
 federation/exchange:     api/entente/v1 federation federation/bundle internal/peer
-federation/catalog:      federation internal/refusal
+federation/catalog:      federation internal/refusal internal/yamlfile
 federation/origin:       federation
 
 eastwest-gateway:        ca/client
@@ -57,9 +57,11 @@ eastwest-gateway:        ca/client
                          federation/catalog federation/origin
 eastwest-gateway/edge:   internal/yamlfile internal/refusal
 
-meshagent:               ca/client federation/bundle internal/peer internal/daemon internal/yamlfile
-meshagent/nodeattest:
-meshagent/workloadattest:
+meshagent:               ca ca/client federation/bundle
+                         meshagent/nodeattest meshagent/workloadattest
+                         internal/peer internal/daemon internal/yamlfile
+meshagent/nodeattest:    ca
+meshagent/workloadattest: ca
 meshagent/workloadapi:   meshagent federation/bundle
 meshagent/sds:           meshagent federation/bundle
 meshagent/files:         meshagent federation/bundle
@@ -68,6 +70,7 @@ meshagent/sidecar:       internal/dataplane federation/catalog federation/origin
 internal/dataplane:      internal/dataplane/* federation/catalog federation/origin internal/peer internal/refusal
 internal/dataplane/*:    internal/refusal
 internal/peer:
+internal/peer/peertest:
 internal/gossip:
 internal/daemon:
 internal/simnet:
@@ -96,7 +99,7 @@ google.golang.org/grpc:           api/entente/v1
 // pure lists the rooms without sockets, disk, goroutines, clock and randomness:
 // time and ids arrive as arguments.
 const pure = `
-ca ca/domain ca/presence ca/feed
+ca ca/domain ca/presence
 federation federation/catalog federation/origin
 `
 

@@ -9,13 +9,15 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
-	"os/signal"
 	"syscall"
 
 	"github.com/spf13/cobra"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+
+	"github.com/entente-mesh/entente/internal/daemon"
 )
 
 // Exit codes, the same for every verb.
@@ -31,11 +33,6 @@ func main() { os.Exit(run(os.Args)) }
 
 // run is main without the process around it.
 func run(args []string) int {
-	// The first signal asks for an orderly end, the second one ends at once.
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	context.AfterFunc(ctx, stop)
-
 	root := &cobra.Command{
 		Use:   "entente",
 		Short: "Trust-domain federation for separate meshes",
@@ -50,9 +47,13 @@ other across trust domains and datacenters without sharing a root of trust.`,
 	root.AddCommand(caCommand(), tokenCommand(), applyCommand(), agentCommand(), gatewayCommand(),
 		demoCommand(), serviceCommand(), versionCommand())
 
-	err := root.ExecuteContext(ctx)
+	err := root.ExecuteContext(context.Background())
 	if err == nil {
 		return exitOK
+	}
+	var stopped exited
+	if errors.As(err, &stopped) {
+		return int(stopped) // it said why in its log
 	}
 	code := exitCode(err)
 	fmt.Fprintln(os.Stderr, "entente:", message(err))
@@ -74,6 +75,19 @@ func (e usageError) Unwrap() error { return e.err }
 
 // findings is an error of a verb that ran and found something wrong.
 type findings struct{ error }
+
+// exited is the exit code of a long-running verb, which has already said why.
+type exited int
+
+func (e exited) Error() string { return fmt.Sprintf("exit code %d", int(e)) }
+
+// runUntilSignal runs a long-running verb until it fails or SIGTERM or SIGINT asks it to stop.
+func runUntilSignal(log *slog.Logger, run func(context.Context) error) error {
+	if code := daemon.Main(context.Background(), log, run); code != exitOK {
+		return exited(code)
+	}
+	return nil
+}
 
 func exitCode(err error) int {
 	var usage usageError
