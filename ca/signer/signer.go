@@ -1,0 +1,226 @@
+// Package signer holds the live keys of a CA node's authorities and signs
+// X.509-SVIDs with the one that is ACTIVE in the agreed state.
+//
+// It signs without quorum and writes nothing (I5). It does not sign without an
+// ACTIVE authority whose key it has (I3), nor with a clock that it has reason to
+// distrust.
+package signer
+
+import (
+	"context"
+	"crypto"
+	"crypto/rand"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"runtime"
+	"sync"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	"github.com/entente-mesh/entente/ca"
+)
+
+// Why nothing is signed now. Callers go to another CA node, or come back later.
+var (
+	ErrNoAuthority = errors.New("this CA node has no active authority yet")
+	ErrBusy        = errors.New("this CA node signs as much as it can")
+)
+
+// maxWait is how long a request waits for its turn.
+const maxWait = 250 * time.Millisecond
+
+// Config is what a signer needs. All functions are called concurrently and for
+// each signature, and must be quick.
+type Config struct {
+	// Active returns this node's ACTIVE X.509 authority as the replicated state
+	// has it, nil if there is none.
+	Active func() *statev1.Authority
+	// Clock says what is known of the agreed time.
+	Clock func() Clock
+	// Concurrency is how many signatures are made at once; 0: one per CPU.
+	Concurrency int
+}
+
+// Signer signs. All methods may be called concurrently.
+type Signer struct {
+	config Config
+	slots  chan struct{}
+
+	mu     sync.RWMutex
+	keys   map[string]crypto.Signer     // by authority id
+	parsed map[string]*x509.Certificate // by authority id
+}
+
+// New returns a signer without keys.
+func New(config Config) *Signer {
+	n := config.Concurrency
+	if n <= 0 {
+		n = runtime.GOMAXPROCS(0)
+	}
+	return &Signer{
+		config: config,
+		slots:  make(chan struct{}, n),
+		keys:   make(map[string]crypto.Signer),
+		parsed: make(map[string]*x509.Certificate),
+	}
+}
+
+// Add gives the signer a key of its node and returns the id of the authority that
+// has it.
+func (s *Signer) Add(key crypto.Signer) (id string, err error) {
+	spki, err := x509.MarshalPKIXPublicKey(key.Public())
+	if err != nil {
+		return "", fmt.Errorf("add signing key: %w", err)
+	}
+	id = ca.KeyID(spki)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.keys[id] = key
+	return id, nil
+}
+
+// Remove takes the key of an authority away.
+func (s *Signer) Remove(id string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.keys, id)
+	delete(s.parsed, id)
+}
+
+// Has tells whether the signer holds the key of that authority.
+func (s *Signer) Has(id string) bool {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return s.keys[id] != nil
+}
+
+// Ready says why nothing could be signed now; nil if it could.
+func (s *Signer) Ready() error {
+	if err := s.config.Clock().Check(time.Now()); err != nil {
+		return err
+	}
+	_, _, err := s.active()
+	return err
+}
+
+// Request is one X.509-SVID to sign. The caller has decided that it may be.
+type Request struct {
+	ID        spiffeid.ID
+	DNSNames  []string
+	PublicKey crypto.PublicKey
+	Life      time.Duration // cut to the authority's own end
+	Origin    ca.Origin
+}
+
+// Sign returns the certificates of an X.509-SVID, DER, leaf first, without the
+// authority's own. Errors: ErrNoAuthority, ErrBusy, ErrClock, the context's, or what
+// is wrong with the request.
+func (s *Signer) Sign(ctx context.Context, req Request) ([][]byte, error) {
+	chain, err := s.sign(ctx, req)
+	if err != nil {
+		return nil, fmt.Errorf("sign %s: %w", req.ID, err)
+	}
+	return chain, nil
+}
+
+func (s *Signer) sign(ctx context.Context, req Request) ([][]byte, error) {
+	if err := s.acquire(ctx); err != nil {
+		return nil, err
+	}
+	defer func() { <-s.slots }()
+
+	now := time.Now()
+	if err := s.config.Clock().Check(now); err != nil {
+		return nil, err
+	}
+	key, authority, err := s.active()
+	if err != nil {
+		return nil, err
+	}
+	var serial [16]byte
+	rand.Read(serial[:])
+	template, err := ca.LeafTemplate(ca.LeafRequest{
+		ID:        req.ID,
+		DNSNames:  req.DNSNames,
+		PublicKey: req.PublicKey,
+		Serial:    serial,
+		Now:       now,
+		Life:      req.Life,
+		Authority: authority,
+		Origin:    req.Origin,
+	})
+	if err != nil {
+		return nil, err
+	}
+	// CreateCertificate verifies its own signature; a broken key store is noticed here.
+	der, err := x509.CreateCertificate(rand.Reader, template, authority, req.PublicKey, key)
+	if err != nil {
+		return nil, err
+	}
+	return [][]byte{der}, nil
+}
+
+func (s *Signer) acquire(ctx context.Context) error {
+	select {
+	case s.slots <- struct{}{}:
+		return nil
+	default:
+	}
+	timer := time.NewTimer(maxWait)
+	defer timer.Stop()
+	select {
+	case s.slots <- struct{}{}:
+		return nil
+	case <-timer.C:
+		return ErrBusy
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// active returns the key and the certificate of the ACTIVE authority.
+func (s *Signer) active() (crypto.Signer, *x509.Certificate, error) {
+	authority := s.config.Active()
+	if authority == nil || !ca.Signs(authority.GetPhase()) {
+		return nil, nil, ErrNoAuthority
+	}
+	id := authority.GetId()
+	s.mu.RLock()
+	key, cert := s.keys[id], s.parsed[id]
+	s.mu.RUnlock()
+	if key == nil {
+		return nil, nil, fmt.Errorf("%w: the key of authority %.12s is not in its key store", ErrNoAuthority, id)
+	}
+	if cert == nil {
+		var err error
+		if cert, err = x509.ParseCertificate(authority.GetCertificate()); err != nil {
+			return nil, nil, fmt.Errorf("certificate of authority %.12s: %w", id, err)
+		}
+		s.mu.Lock()
+		s.parsed[id] = cert
+		s.mu.Unlock()
+	}
+	return key, cert, nil
+}
+
+// MaxCSR is the size of the largest certificate request that is read, in bytes.
+const MaxCSR = 4 << 10
+
+// KeyOf returns the key of a PKCS#10 request (DER) after checking that the request
+// is signed with it. Nothing else in the request means anything.
+func KeyOf(csr []byte) (crypto.PublicKey, error) {
+	if len(csr) > MaxCSR {
+		return nil, fmt.Errorf("certificate request has %d bytes, over %d", len(csr), MaxCSR)
+	}
+	req, err := x509.ParseCertificateRequest(csr)
+	if err != nil {
+		return nil, fmt.Errorf("certificate request does not parse: %w", err)
+	}
+	if err := req.CheckSignature(); err != nil {
+		return nil, fmt.Errorf("certificate request is not signed with its own key: %w", err)
+	}
+	return req.PublicKey, nil
+}
