@@ -1,0 +1,507 @@
+// Package feed decides what each subscriber of a CA replica is told: agents,
+// gateways and the other replicas.
+//
+// There are two lanes. The policy lane is the agreed state as far as it concerns
+// the subscriber, ordered by revision and resumable at any replica: a ring holds
+// the names of the last changes, and an update reads what they name from the state
+// as it is now. So a slow subscriber costs nothing: it finds its changes coalesced,
+// and when the ring has moved past it, it gets the full state. The presence lane is
+// the picture of package presence: on each attach the full set, then what changed.
+//
+// The feed also knows how far its subscribers are: the minimum over them is this
+// replica's half of the ready gate (I3).
+//
+// Pure: the owner of a stream asks for updates when its Wake channel says so.
+// All methods may be called concurrently.
+package feed
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"sync"
+	"time"
+
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	"github.com/entente-mesh/entente/ca"
+	"github.com/entente-mesh/entente/ca/domain"
+	"github.com/entente-mesh/entente/ca/presence"
+)
+
+const (
+	// RingSize is how many changes a subscriber may be behind before it gets the
+	// full state.
+	RingSize = 65_536
+	// maxDirty is how many changed instances are remembered for a slow subscriber
+	// before it gets the full set.
+	maxDirty = 4096
+)
+
+// Errors of Subscribe and Session.Policy: why a subscriber is not told more.
+var (
+	ErrUnknown    = errors.New("no such agent or entry")
+	ErrBanned     = errors.New("the agent is banned")
+	ErrSuperseded = errors.New("a later session of this subscriber exists")
+	ErrAhead      = errors.New("the subscriber has seen a later revision than this replica")
+)
+
+// Subscriber is who subscribes; the door has verified it.
+type Subscriber struct {
+	Agent   string // name of the agent; or
+	EntryID string // the entry of a gateway, or of another workload that listens
+	Path    string // SPIFFE path, for logs and the ready gate's report
+	Version presence.Version
+}
+
+// key names the subscriber among sessions. Agents' names hold no slash.
+func (s Subscriber) key() string {
+	if s.Agent != "" {
+		return s.Agent
+	}
+	return "entry/" + s.EntryID
+}
+
+// Feed is the feed of one replica.
+type Feed struct {
+	mu       sync.Mutex
+	ring     []entry // circular; the change with number n is at n % len
+	next     uint64  // number of the next change
+	floor    uint64  // revision that the oldest change in the ring comes after
+	revision uint64  // of the last command published
+	sessions map[string]*Session
+	watchers map[*Watcher]struct{}
+	table    *presence.Table
+}
+
+type entry struct {
+	revision uint64
+	change   domain.Change
+}
+
+// New returns the feed of the replica with the node id self, whose state stands at
+// revision. ringSize 0 means RingSize.
+func New(self string, revision uint64, ringSize int) *Feed {
+	if ringSize <= 0 {
+		ringSize = RingSize
+	}
+	return &Feed{
+		ring:     make([]entry, ringSize),
+		floor:    revision,
+		revision: revision,
+		sessions: make(map[string]*Session),
+		watchers: make(map[*Watcher]struct{}),
+		table:    presence.New(self),
+	}
+}
+
+// Publish takes the outcome of a log entry, all its commands together, in the order
+// of application, when the state holds it.
+func (f *Feed) Publish(outcome domain.Outcome) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, change := range outcome.Changes {
+		slot := &f.ring[f.next%uint64(len(f.ring))]
+		if slot.change.Kind != "" {
+			f.floor = max(f.floor, slot.revision)
+		}
+		*slot = entry{outcome.Revision, change}
+		f.next++
+		if change.Kind == domain.ChangeEntry {
+			// Of a million entries few are on the host of any one agent.
+			for _, host := range change.Hosts {
+				if s := f.sessions[host]; s != nil {
+					s.wake()
+				}
+			}
+			if s := f.sessions["entry/"+change.Key]; s != nil {
+				s.wake()
+			}
+			continue
+		}
+		for _, s := range f.sessions {
+			s.wake()
+		}
+	}
+	f.revision = max(f.revision, outcome.Revision)
+}
+
+// Reset says that the state was replaced as a whole, by an installed snapshot: all
+// subscribers get the full state.
+func (f *Feed) Reset(revision uint64) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	clear(f.ring)
+	f.floor, f.revision = revision, revision
+	for _, s := range f.sessions {
+		s.full = true
+		s.wake()
+	}
+}
+
+// Session is the state of one subscriber at this replica: of its stream, and for
+// some time after the stream was lost.
+type Session struct {
+	// Wake receives when there may be something to tell. Its capacity is one.
+	Wake chan struct{}
+
+	feed *Feed
+	who  Subscriber
+
+	// Guarded by feed.mu from here on.
+	live     bool
+	lostAt   time.Time
+	since    time.Time
+	agentKey string // of an agent: its key when the session began
+
+	// Policy lane.
+	full    bool
+	resumed bool                // the next delta is the first after a resume
+	cursor  uint64              // number of the next change to look at
+	at      uint64              // revision that the subscriber would be at if it holds all it was sent
+	sent    uint64              // revision of the last update
+	acked   uint64              // revision of the last acknowledgement
+	foreign map[string]struct{} // trust domains whose bundles it was sent
+
+	// Presence lane.
+	all   bool
+	dirty map[presence.Key]struct{}
+}
+
+func (s *Session) wake() {
+	select {
+	case s.Wake <- struct{}{}:
+	default:
+	}
+}
+
+// Subscribe begins a session; an earlier one of the same subscriber ends. resume is
+// the revision up to which the subscriber has everything, 0 for nothing; st is read
+// under its owner's lock. Errors: ErrUnknown, ErrBanned, ErrSuperseded; ErrAhead if
+// this replica must catch up first, for no subscriber goes back.
+func (f *Feed) Subscribe(now time.Time, st *domain.State, who Subscriber, resume uint64) (*Session, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if resume > f.revision {
+		return nil, ErrAhead
+	}
+	s := &Session{
+		Wake:    make(chan struct{}, 1),
+		feed:    f,
+		who:     who,
+		live:    true,
+		since:   now,
+		all:     true,
+		dirty:   make(map[presence.Key]struct{}),
+		foreign: make(map[string]struct{}),
+	}
+	if agent, ok := st.Agent(who.Agent); ok {
+		s.agentKey = agent.GetKeyId()
+	}
+	if err := s.entitled(st); err != nil {
+		return nil, err
+	}
+	changes, ok := f.table.Attach(who.key(), who.Version)
+	if !ok {
+		return nil, ErrSuperseded
+	}
+	if before := f.sessions[who.key()]; before != nil {
+		before.live = false
+		before.wake()
+		s.acked = before.acked
+	}
+	// The state before resume is not in the ring: all of it.
+	s.full = resume == 0 || resume < f.floor || ca.Revision(resume).Epoch() != ca.Revision(f.revision).Epoch()
+	s.cursor = f.next
+	if !s.full {
+		s.resumed = true
+		s.at = resume
+		for s.cursor > 0 && s.cursor+uint64(len(f.ring)) > f.next && f.ring[(s.cursor-1)%uint64(len(f.ring))].revision > resume {
+			s.cursor--
+		}
+	}
+	f.sessions[who.key()] = s
+	f.tell(who.key(), changes)
+	s.wake()
+	return s, nil
+}
+
+// entitled says why the subscriber is not, or no longer, told anything.
+func (s *Session) entitled(st *domain.State) error {
+	if s.who.Agent != "" {
+		agent, ok := st.Agent(s.who.Agent)
+		switch {
+		case !ok || agent.GetKeyId() != s.agentKey:
+			return fmt.Errorf("agent %s: %w", s.who.Agent, ErrUnknown)
+		case agent.GetBanned():
+			return fmt.Errorf("agent %s: %w", s.who.Agent, ErrBanned)
+		}
+		return nil
+	}
+	if e, ok := st.Entry(s.who.EntryID); !ok || e.GetPath() != s.who.Path {
+		return fmt.Errorf("entry %s: %w", s.who.EntryID, ErrUnknown)
+	}
+	return nil
+}
+
+// Update is what the policy lane says next. Records are the state's own: not to be
+// changed.
+type Update struct {
+	Full     bool   // forget what was there
+	Revision uint64 // the subscriber holds all up to here once it has applied this
+
+	Cluster        *statev1.Cluster // nil: as before
+	Entries        []*statev1.Entry
+	DeletedEntries []string
+	OwnBundle      *OwnBundle // nil: as before
+	ForeignBundles []*statev1.ForeignBundle
+	DeletedBundles []string // trust domains
+	Objects        []*statev1.Object
+	DeletedObjects []string // Kind/name
+	Members        []*statev1.Member
+	MembersChanged bool
+}
+
+// OwnBundle is what the domain's own bundle holds.
+type OwnBundle struct {
+	X509     [][]byte // DER
+	Sequence uint64
+}
+
+// Policy returns what the subscriber has to be told next; false if there is nothing.
+// Read under the lock of the state's owner. Errors: ErrSuperseded, ErrUnknown,
+// ErrBanned: the stream must end.
+func (s *Session) Policy(st *domain.State) (Update, bool, error) {
+	f := s.feed
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if !s.live || f.table.Superseded(s.who.key(), s.who.Version) {
+		return Update{}, false, ErrSuperseded
+	}
+	if err := s.entitled(st); err != nil {
+		return Update{}, false, err
+	}
+	if s.full || f.next-s.cursor > uint64(len(f.ring)) {
+		u := s.everything(st)
+		s.full, s.resumed = false, false
+		s.cursor = f.next
+		s.at, s.sent = f.revision, f.revision
+		return u, true, nil
+	}
+	if s.cursor == f.next && !s.resumed {
+		return Update{}, false, nil
+	}
+	u, relevant := s.delta(st)
+	s.cursor = f.next
+	s.at = f.revision
+	if !relevant && !s.resumed {
+		return Update{}, false, nil
+	}
+	s.resumed = false
+	s.sent = f.revision
+	return u, true, nil
+}
+
+// Catch returns the revision that the subscriber is at, when it was told nothing for
+// it: the update that only moves its resume point. Asked with each heartbeat.
+func (s *Session) Catch() (revision uint64, ok bool) {
+	s.feed.mu.Lock()
+	defer s.feed.mu.Unlock()
+	if s.full || s.resumed || s.cursor != s.feed.next || s.sent >= s.feed.revision {
+		return 0, false
+	}
+	s.at, s.sent = s.feed.revision, s.feed.revision
+	return s.sent, true
+}
+
+func (s *Session) everything(st *domain.State) Update {
+	u := Update{
+		Full:           true,
+		Revision:       s.feed.revision,
+		Cluster:        st.Cluster(),
+		Entries:        s.entries(st),
+		OwnBundle:      ownBundle(st),
+		Objects:        forSubscribers(st.Objects()),
+		Members:        st.Members(),
+		MembersChanged: true,
+	}
+	clear(s.foreign)
+	for td := range federates(u.Entries) {
+		if b, ok := st.ForeignBundle(td); ok {
+			u.ForeignBundles = append(u.ForeignBundles, b)
+			s.foreign[td] = struct{}{}
+		}
+	}
+	slices.SortFunc(u.ForeignBundles, compareBundles)
+	return u
+}
+
+// delta looks at the changes from the cursor on.
+func (s *Session) delta(st *domain.State) (u Update, relevant bool) {
+	f := s.feed
+	u.Revision = f.revision
+	type name struct {
+		kind domain.ChangeKind
+		key  string
+	}
+	changed := make(map[name]struct{})
+	entries := make(map[string]struct{})
+	foreign := make(map[string]struct{})
+	lookAtForeign := s.resumed
+	for n := s.cursor; n < f.next; n++ {
+		change := f.ring[n%uint64(len(f.ring))].change
+		switch change.Kind {
+		case domain.ChangeEntry:
+			if s.concerns(change) {
+				entries[change.Key] = struct{}{}
+				lookAtForeign = true
+			}
+		case domain.ChangeForeignBundle:
+			foreign[change.Key] = struct{}{}
+			lookAtForeign = true
+		default:
+			changed[name{change.Kind, change.Key}] = struct{}{}
+		}
+	}
+	for _, id := range slices.Sorted(maps.Keys(entries)) {
+		if e, ok := st.Entry(id); ok && s.holds(e) {
+			u.Entries = append(u.Entries, e)
+		} else {
+			u.DeletedEntries = append(u.DeletedEntries, id)
+		}
+		relevant = true
+	}
+	if lookAtForeign {
+		relevant = s.deltaForeign(st, foreign, &u) || relevant
+	}
+	for change := range changed {
+		switch change.kind {
+		case domain.ChangeCluster:
+			u.Cluster = st.Cluster()
+		case domain.ChangeMembers:
+			u.Members, u.MembersChanged = st.Members(), true
+		case domain.ChangeOwnBundle:
+			u.OwnBundle = ownBundle(st)
+		case domain.ChangeObject:
+			if o, ok := st.Object(change.key); ok {
+				u.Objects = append(u.Objects, forSubscriber(o))
+			} else {
+				u.DeletedObjects = append(u.DeletedObjects, change.key)
+			}
+		default:
+			continue // agents are no news to others; an authority is when it stands in the bundle
+		}
+		relevant = true
+	}
+	slices.SortFunc(u.Objects, func(a, b *statev1.Object) int {
+		return compare(domain.ObjectKey(a), domain.ObjectKey(b))
+	})
+	slices.Sort(u.DeletedObjects)
+	return u, relevant
+}
+
+// deltaForeign finds which foreign bundles the subscriber should hold now, and takes
+// the others from it. Right after a resume nobody knows what it holds: it is told of
+// all.
+func (s *Session) deltaForeign(st *domain.State, changed map[string]struct{}, u *Update) (relevant bool) {
+	entitled := federates(s.entries(st))
+	for td := range entitled {
+		b, ok := st.ForeignBundle(td)
+		if !ok {
+			continue
+		}
+		_, has := s.foreign[td]
+		_, isNew := changed[td]
+		if !has || isNew {
+			u.ForeignBundles = append(u.ForeignBundles, b)
+			s.foreign[td] = struct{}{}
+		}
+	}
+	gone := maps.Clone(s.foreign)
+	if s.resumed {
+		maps.Copy(gone, changed)
+		for _, b := range st.ForeignBundles() {
+			gone[b.GetTrustDomain()] = struct{}{}
+		}
+	}
+	for td := range gone {
+		_, ok := st.ForeignBundle(td)
+		if _, may := entitled[td]; may && ok {
+			continue
+		}
+		delete(s.foreign, td)
+		u.DeletedBundles = append(u.DeletedBundles, td)
+	}
+	slices.SortFunc(u.ForeignBundles, compareBundles)
+	slices.Sort(u.DeletedBundles)
+	return len(u.ForeignBundles)+len(u.DeletedBundles) > 0
+}
+
+// entries are those the subscriber is told of: an agent those of its host, another
+// subscriber its own.
+func (s *Session) entries(st *domain.State) []*statev1.Entry {
+	if s.who.Agent != "" {
+		return st.EntriesOnHost(s.who.Agent)
+	}
+	if e, ok := st.Entry(s.who.EntryID); ok {
+		return []*statev1.Entry{e}
+	}
+	return nil
+}
+
+func (s *Session) holds(e *statev1.Entry) bool {
+	if s.who.Agent != "" {
+		return slices.Contains(e.GetHosts(), s.who.Agent)
+	}
+	return e.GetId() == s.who.EntryID
+}
+
+func (s *Session) concerns(change domain.Change) bool {
+	if s.who.Agent != "" {
+		return slices.Contains(change.Hosts, s.who.Agent)
+	}
+	return change.Key == s.who.EntryID
+}
+
+// federates is the set of trust domains whose X.509 bundles the entries may hold (I6).
+func federates(entries []*statev1.Entry) map[string]struct{} {
+	set := make(map[string]struct{})
+	for _, e := range entries {
+		for _, td := range e.GetFederatesWith() {
+			set[td] = struct{}{}
+		}
+	}
+	return set
+}
+
+func ownBundle(st *domain.State) *OwnBundle {
+	x509, sequence := st.OwnBundle()
+	return &OwnBundle{X509: x509, Sequence: sequence}
+}
+
+// forSubscriber takes out of an object what would hand foreign X.509 roots to
+// everybody: a relationship's bootstrap bundle (I6).
+func forSubscriber(o *statev1.Object) *statev1.Object {
+	r := o.GetRelationship()
+	if len(r.GetBootstrapBundle()) == 0 {
+		return o
+	}
+	return &statev1.Object{
+		Kind: &statev1.Object_Relationship{Relationship: &statev1.Relationship{
+			TrustDomain:  r.GetTrustDomain(),
+			EndpointUrls: r.GetEndpointUrls(),
+			EndpointId:   r.GetEndpointId(),
+		}},
+		Owner:    o.GetOwner(),
+		Revision: o.GetRevision(),
+		Source:   o.GetSource(),
+	}
+}
+
+func forSubscribers(objects []*statev1.Object) []*statev1.Object {
+	out := make([]*statev1.Object, len(objects))
+	for i, o := range objects {
+		out[i] = forSubscriber(o)
+	}
+	return out
+}

@@ -1,0 +1,295 @@
+package feed
+
+import (
+	"cmp"
+	"slices"
+	"time"
+
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	"github.com/entente-mesh/entente/ca/domain"
+	"github.com/entente-mesh/entente/ca/presence"
+)
+
+// Ack takes the subscriber's word that it and its workloads hold everything up to
+// revision.
+func (s *Session) Ack(revision uint64) {
+	s.feed.mu.Lock()
+	defer s.feed.mu.Unlock()
+	if !s.live {
+		return
+	}
+	// It cannot hold what it was not sent.
+	s.acked = max(s.acked, min(revision, s.sent))
+}
+
+// held is the revision up to which the subscriber holds everything that concerns it.
+func (s *Session) held() uint64 {
+	if s.acked < s.sent || s.full || s.resumed {
+		return s.acked
+	}
+	if s.live && s.cursor == s.feed.next {
+		return s.feed.revision
+	}
+	return s.at
+}
+
+// Report takes the full list of instances that the subscriber serves.
+func (s *Session) Report(instances []presence.Instance) {
+	f := s.feed
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.tell(s.who.key(), f.table.Report(s.who.key(), s.who.Version, instances))
+}
+
+// Close ends the session. After a goodbye the subscriber and its instances are
+// forgotten; else the instances are stale, and the subscriber counts for the ready
+// gate until it appears elsewhere or its SVIDs have ended.
+func (s *Session) Close(now time.Time, goodbye bool) {
+	f := s.feed
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if !s.live {
+		return
+	}
+	s.live, s.lostAt = false, now
+	if goodbye {
+		delete(f.sessions, s.who.key())
+	}
+	f.tell(s.who.key(), f.table.Detach(now, s.who.key(), s.who.Version, goodbye))
+}
+
+// Instances is what the presence lane says next.
+type Instances struct {
+	Upserts   []presence.Instance
+	Withdrawn []presence.Instance
+	Complete  bool // Upserts is the full set and replaces the one before
+}
+
+// Presence returns what the subscriber has to be told of instances; false if nothing.
+func (s *Session) Presence() (Instances, bool) {
+	f := s.feed
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if s.all {
+		s.all = false
+		clear(s.dirty)
+		return Instances{Upserts: f.table.All(), Complete: true}, true
+	}
+	if len(s.dirty) == 0 {
+		return Instances{}, false
+	}
+	var out Instances
+	for key := range s.dirty {
+		if instance, ok := f.table.Get(key); ok {
+			out.Upserts = append(out.Upserts, instance)
+		} else {
+			out.Withdrawn = append(out.Withdrawn, presence.Instance{Service: key.Service, Agent: key.Agent})
+		}
+	}
+	clear(s.dirty)
+	slices.SortFunc(out.Upserts, compareInstances)
+	slices.SortFunc(out.Withdrawn, compareInstances)
+	return out, true
+}
+
+// tell marks changes for all subscribers, and the reporter's own word for the other
+// replicas. Called with mu held.
+func (f *Feed) tell(reporter string, changes []presence.Change) {
+	for w := range f.watchers {
+		w.dirty[reporter] = struct{}{}
+		w.wake()
+	}
+	f.tellSubscribers(changes)
+}
+
+func (f *Feed) tellSubscribers(changes []presence.Change) {
+	if len(changes) == 0 {
+		return
+	}
+	for _, s := range f.sessions {
+		if !s.live {
+			continue
+		}
+		if !s.all {
+			for _, change := range changes {
+				s.dirty[change.Instance.Key()] = struct{}{}
+			}
+			if len(s.dirty) > maxDirty {
+				s.all = true
+				clear(s.dirty)
+			}
+		}
+		s.wake()
+	}
+}
+
+// Watcher follows this replica's own sessions for another replica.
+type Watcher struct {
+	// Wake receives when there may be something to tell. Its capacity is one.
+	Wake chan struct{}
+
+	feed  *Feed
+	all   bool
+	dirty map[string]struct{} // agents; guarded by feed.mu
+}
+
+func (w *Watcher) wake() {
+	select {
+	case w.Wake <- struct{}{}:
+	default:
+	}
+}
+
+// Watch begins to follow; Close ends it.
+func (f *Feed) Watch() *Watcher {
+	w := &Watcher{Wake: make(chan struct{}, 1), feed: f, all: true, dirty: make(map[string]struct{})}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.watchers[w] = struct{}{}
+	w.wake()
+	return w
+}
+
+// Close ends the watch.
+func (w *Watcher) Close() {
+	w.feed.mu.Lock()
+	defer w.feed.mu.Unlock()
+	delete(w.feed.watchers, w)
+}
+
+// Next returns what there is to tell, in the form of presence.Table.Remote: an
+// agent's whole list at a time.
+func (w *Watcher) Next() (Instances, bool) {
+	f := w.feed
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	defer clear(w.dirty)
+	if w.all {
+		w.all = false
+		return Instances{Upserts: f.table.Held(), Complete: true}, true
+	}
+	var out Instances
+	for name := range w.dirty {
+		if held := f.table.HeldOf(name); len(held) > 0 {
+			out.Upserts = append(out.Upserts, held...)
+		} else {
+			out.Withdrawn = append(out.Withdrawn, presence.Instance{Agent: name})
+		}
+	}
+	return out, len(out.Upserts)+len(out.Withdrawn) > 0
+}
+
+// Remote takes what another replica says of its sessions.
+func (f *Feed) Remote(now time.Time, replica string, in Instances) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.tellSubscribers(f.table.Remote(now, replica, in.Upserts, in.Withdrawn, in.Complete))
+	f.supersede()
+}
+
+// Lost says that another replica is not heard any more.
+func (f *Feed) Lost(now time.Time, replica string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.tellSubscribers(f.table.Lost(now, replica))
+}
+
+// supersede ends the sessions of subscribers that have moved to another replica.
+func (f *Feed) supersede() {
+	for key, s := range f.sessions {
+		if !f.table.Superseded(key, s.who.Version) {
+			continue
+		}
+		if s.live {
+			s.wake() // its stream learns it from Policy and closes the session
+			continue
+		}
+		delete(f.sessions, key)
+		for w := range f.watchers {
+			w.dirty[key] = struct{}{}
+			w.wake()
+		}
+	}
+}
+
+// Expire forgets instances that nobody vouched for during a day, and everything of
+// agents that are banned or gone. Asked every few seconds, under the lock of the
+// state's owner.
+func (f *Feed) Expire(now time.Time, st *domain.State) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.tellSubscribers(f.table.Expire(now))
+	for key, s := range f.sessions {
+		if s.entitled(st) == nil {
+			continue
+		}
+		if s.live {
+			s.wake()
+			continue
+		}
+		delete(f.sessions, key)
+		f.tell(key, f.table.Forget(key))
+	}
+}
+
+// Status is how far this replica's subscribers are.
+type Status struct {
+	Acknowledged uint64   // minimum over the subscribers; the replica's own revision without any
+	WaitingFor   []string // SPIFFE paths of those at the minimum, at most 10, if it is not the replica's revision
+	Subscribers  int      // with a stream
+	Revision     uint64   // of the replica
+}
+
+// Status computes the minimum. A subscriber whose stream was lost counts until it
+// appears elsewhere, or longest, the longest life of a leaf, has passed: then it holds
+// no SVID any more.
+func (f *Feed) Status(now time.Time, longest time.Duration) Status {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	status := Status{Acknowledged: f.revision, Revision: f.revision}
+	var behind []*Session
+	for key, s := range f.sessions {
+		if s.live {
+			status.Subscribers++
+		} else if now.Sub(s.lostAt) > longest {
+			delete(f.sessions, key)
+			continue
+		}
+		if held := s.held(); held < f.revision {
+			behind = append(behind, s)
+			status.Acknowledged = min(status.Acknowledged, held)
+		}
+	}
+	for _, s := range behind {
+		if s.held() == status.Acknowledged {
+			status.WaitingFor = append(status.WaitingFor, s.who.Path)
+		}
+	}
+	slices.Sort(status.WaitingFor)
+	status.WaitingFor = status.WaitingFor[:min(len(status.WaitingFor), 10)]
+	return status
+}
+
+// Instances returns every instance that is known.
+func (f *Feed) Instances() []presence.Instance {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.table.All()
+}
+
+// Revision is that of the last change published.
+func (f *Feed) Revision() uint64 {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.revision
+}
+
+func compare(a, b string) int { return cmp.Compare(a, b) }
+
+func compareBundles(a, b *statev1.ForeignBundle) int {
+	return cmp.Compare(a.GetTrustDomain(), b.GetTrustDomain())
+}
+
+func compareInstances(a, b presence.Instance) int {
+	return cmp.Or(cmp.Compare(a.Service, b.Service), cmp.Compare(a.Agent, b.Agent))
+}
