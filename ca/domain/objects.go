@@ -1,0 +1,243 @@
+package domain
+
+import (
+	"bytes"
+	"fmt"
+	"maps"
+	"slices"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/protobuf/proto"
+
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	"github.com/entente-mesh/entente/ca"
+	"github.com/entente-mesh/entente/federation"
+)
+
+const maxLabelText = 1 << 10 // owner, source
+
+// applyObjects changes the catalogue as a whole or not at all, and derives the
+// entries that follow.
+func (a *application) applyObjects(c *statev1.ApplyObjects) *Refusal {
+	change, refusal := a.plan(c)
+	if refusal != nil {
+		return refusal
+	}
+	if len(change.objects) == 0 {
+		return nil
+	}
+	a.State.tables = change.tables
+	a.catalogue = a.rev
+	for _, key := range slices.Sorted(maps.Keys(change.objects)) {
+		if o := change.objects[key]; o != nil {
+			put(a, &a.objects, key, o)
+		} else {
+			drop(a, &a.objects, key)
+		}
+		a.changed(ChangeObject, key)
+	}
+	for _, id := range slices.Sorted(maps.Keys(change.entries)) {
+		a.setEntry(id, change.entries[id])
+	}
+	for _, td := range a.foreign.sorted() {
+		if _, ok := a.objects.get("Relationship/" + td.GetTrustDomain()); !ok {
+			drop(a, &a.foreign, td.GetTrustDomain()) // trust ended; so does what it rested on
+			a.changed(ChangeForeignBundle, td.GetTrustDomain())
+		}
+	}
+	return nil
+}
+
+// catalogueChange is what an ApplyObjects comes down to: what really changes, nil
+// for what goes.
+type catalogueChange struct {
+	objects map[string]*statev1.Object
+	entries map[string]*statev1.Entry
+	tables  catalogTables
+}
+
+func (a *application) plan(c *statev1.ApplyObjects) (change catalogueChange, refusal *Refusal) {
+	change = catalogueChange{objects: map[string]*statev1.Object{}, entries: map[string]*statev1.Entry{}}
+	seen := map[string]bool{}
+	for _, proposed := range c.GetUpserts() {
+		key := ObjectKey(proposed)
+		switch {
+		case key == "":
+			return change, refuse(CodeInvalid, "an object has no kind that this release knows")
+		case seen[key]:
+			return change, refuse(CodeInvalid, "%s stands there twice", key)
+		case len(proposed.GetOwner()) > maxLabelText || len(proposed.GetSource()) > maxLabelText:
+			return change, refuse(CodeInvalid, "%s: owner or source has over %d bytes", key, maxLabelText)
+		}
+		if r := proposed.GetRelationship(); r != nil {
+			if td, err := ca.ParseTrustDomain(r.GetTrustDomain()); err != nil {
+				return change, blame(proposed, err)
+			} else if td == a.td {
+				return change, blame(proposed, fmt.Errorf("a relationship is with another trust domain"))
+			}
+		}
+		seen[key] = true
+		o := proto.CloneOf(proposed)
+		if have, ok := a.objects.get(key); ok {
+			if o.Revision = have.GetRevision(); proto.Equal(o, have) {
+				continue
+			}
+		}
+		o.Revision = a.rev
+		change.objects[key] = o
+	}
+	for _, d := range c.GetDeletes() {
+		key := d.GetKind() + "/" + d.GetName()
+		if seen[key] {
+			return change, refuse(CodeInvalid, "%.300s stands there twice", key)
+		}
+		seen[key] = true
+		if _, ok := a.objects.get(key); !ok {
+			return change, refuse(CodeNotFound, "there is no %.300s", key)
+		}
+		change.objects[key] = nil
+	}
+	if len(change.objects) == 0 {
+		return change, nil
+	}
+	after := a.after(change.objects)
+	tables, err := compile(a.td, after)
+	if err != nil {
+		return change, invalid(err)
+	}
+	change.tables = tables
+	return change, a.derive(&change, after)
+}
+
+// after is the whole catalogue as it would be, by key.
+func (a *application) after(changed map[string]*statev1.Object) []*statev1.Object {
+	byKey := make(map[string]*statev1.Object, len(a.objects.rows)+len(changed))
+	for i, o := range a.objects.rows {
+		byKey[a.objects.keys[i]] = o
+	}
+	maps.Copy(byKey, changed)
+	after := make([]*statev1.Object, 0, len(byKey))
+	for _, key := range slices.Sorted(maps.Keys(byKey)) {
+		if o := byKey[key]; o != nil {
+			after = append(after, o)
+		}
+	}
+	return after
+}
+
+// derive finds the entries that change with the objects. A gateway's follows from
+// the relationships as well.
+func (a *application) derive(change *catalogueChange, after []*statev1.Object) *Refusal {
+	var peers []string
+	for _, o := range after {
+		if r := o.GetRelationship(); r != nil {
+			peers = append(peers, r.GetTrustDomain())
+		}
+	}
+	peersChanged := !slices.Equal(slices.Sorted(slices.Values(peers)), a.Peers())
+	for _, o := range after {
+		if _, changed := change.objects[ObjectKey(o)]; !changed && !(peersChanged && o.GetGateway() != nil) {
+			continue
+		}
+		entries, err := ca.EntriesFor(a.td, o, peers, a.lifetimes.Phase)
+		if err != nil {
+			return blame(o, err)
+		}
+		for _, e := range entries {
+			if have, ok := a.entries.get(e.GetId()); ok {
+				if e.Revision = have.GetRevision(); proto.Equal(e, have) {
+					continue
+				}
+			}
+			e.Revision = a.rev
+			change.entries[e.GetId()] = e
+		}
+	}
+	for key, o := range change.objects {
+		if o != nil {
+			continue
+		}
+		gone, _ := a.objects.get(key)
+		if s := gone.GetService(); s != nil {
+			change.entries[ca.ServiceEntry(s.GetName())] = nil
+		} else if g := gone.GetGateway(); g != nil {
+			change.entries[ca.GatewayEntry(g.GetName())] = nil
+		}
+	}
+	return nil
+}
+
+// blame names the object, and where it was declared, in a refusal.
+func blame(o *statev1.Object, err error) *Refusal {
+	if source := o.GetSource(); source != "" {
+		return refuse(CodeInvalid, "%s: %s: %v", source, ObjectKey(o), err)
+	}
+	return refuse(CodeInvalid, "%s: %v", ObjectKey(o), err)
+}
+
+// setEntry stores an entry, nil to remove it, and keeps the index by host.
+func (a *application) setEntry(id string, e *statev1.Entry) {
+	have, ok := a.entries.get(id)
+	if !ok && e == nil {
+		return
+	}
+	a.unindex(have)
+	if e != nil {
+		put(a, &a.entries, id, e)
+		a.index(e)
+	} else {
+		drop(a, &a.entries, id)
+	}
+	hosts := slices.Concat(have.GetHosts(), e.GetHosts())
+	slices.Sort(hosts)
+	a.changes = append(a.changes, Change{Kind: ChangeEntry, Key: id, Hosts: slices.Compact(hosts)})
+}
+
+func (s *State) index(e *statev1.Entry) {
+	for _, host := range e.GetHosts() {
+		if s.onHost[host] == nil {
+			s.onHost[host] = map[string]struct{}{}
+		}
+		s.onHost[host][e.GetId()] = struct{}{}
+	}
+}
+
+func (s *State) unindex(e *statev1.Entry) {
+	for _, host := range e.GetHosts() {
+		if delete(s.onHost[host], e.GetId()); len(s.onHost[host]) == 0 {
+			delete(s.onHost, host)
+		}
+	}
+}
+
+// storeForeignBundle keeps what the door parsed, wrote anew and compared with the keys
+// of other domains; here only the sequence is judged, which never goes back (I8).
+func (a *application) storeForeignBundle(c *statev1.StoreForeignBundle) *Refusal {
+	td := c.GetTrustDomain()
+	if _, ok := a.objects.get("Relationship/" + td); !ok {
+		return refuse(CodeNotFound, "there is no relationship with %.255s", td)
+	}
+	if n := len(c.GetJwks()); n == 0 || n > maxBundle {
+		return refuse(CodeInvalid, "bundle of %s has %d bytes, not 1 to %d", td, n, maxBundle)
+	}
+	next := &statev1.ForeignBundle{TrustDomain: td, Jwks: bytes.Clone(c.GetJwks()), Sequence: c.GetSequence(), Revision: a.rev}
+	have, _ := a.foreign.get(td)
+	switch verdict := federation.AcceptBundle(have, next); verdict {
+	case federation.Accepted:
+	case federation.Unchanged:
+		return nil
+	case federation.Older:
+		return refuse(CodeSequence, "bundle of %s has sequence %d, after %d: %v", td, c.GetSequence(), have.GetSequence(), verdict.Err())
+	default:
+		return refuse(CodeConflict, "bundle of %s with sequence %d: %v", td, c.GetSequence(), verdict.Err())
+	}
+	put(a, &a.foreign, td, next)
+	a.changed(ChangeForeignBundle, td)
+	return nil
+}
+
+type catalogTables = *struct{}
+
+func compile(td spiffeid.TrustDomain, objects []*statev1.Object) (catalogTables, error) {
+	return nil, nil
+}
