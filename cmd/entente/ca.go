@@ -1,0 +1,229 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
+	"github.com/entente-mesh/entente/ca"
+	"github.com/entente-mesh/entente/ca/node"
+)
+
+const defaultCAConfig = "/etc/entente/ca.yaml"
+
+func caCommand() *cobra.Command {
+	return group(&cobra.Command{
+		Use:   "ca",
+		Short: "A node of a trust domain's certificate authority",
+		Example: `  entente ca init --config ca.yaml     # the first node, once
+  entente ca run --config ca.yaml
+  entente ca join --config ca.yaml --token-file token     # every further node, once`,
+	}, caInitCommand(), caJoinCommand(), caRunCommand(), caStatusCommand(), caBundleCommand())
+}
+
+func caInitCommand() *cobra.Command {
+	var flags configFlags
+	c := &cobra.Command{
+		Use:     "init",
+		Short:   "Make a new trust domain, with this node as its first",
+		Long:    "Make the node's keys and the first entry of a new cluster's log. Refuses if the data directory holds anything.",
+		Example: "  entente ca init --config ca.yaml",
+		Args:    noArguments,
+		RunE: func(c *cobra.Command, _ []string) error {
+			config, err := readConfig(c, flags.file, node.ReadConfig)
+			if err != nil {
+				return err
+			}
+			if err := node.Init(config); err != nil {
+				return err
+			}
+			fmt.Fprintf(c.OutOrStdout(), "trust domain %s has its first CA node, %s; start it: entente ca run --config %s\n",
+				config.TrustDomain, config.Name, flags.file)
+			return nil
+		},
+	}
+	flags.register(c, defaultCAConfig)
+	return c
+}
+
+func caJoinCommand() *cobra.Command {
+	var (
+		flags     configFlags
+		token     string
+		tokenFile string
+	)
+	c := &cobra.Command{
+		Use:   "join",
+		Short: "Join this node to a trust domain's CA with a one-time token",
+		Example: `  entente token create --node ca-dc2 --datacenter dc2 > token     # on a node of the cluster
+  entente ca join --config ca.yaml --token-file token`,
+		Args: noArguments,
+		RunE: func(c *cobra.Command, _ []string) error {
+			config, err := readConfig(c, flags.file, node.ReadConfig)
+			if err != nil {
+				return err
+			}
+			if token, err = readToken(token, tokenFile); err != nil {
+				return usageError{c, err}
+			}
+			if err := node.Join(c.Context(), config, token); err != nil {
+				return err
+			}
+			fmt.Fprintf(c.OutOrStdout(), "%s is a member; start it: entente ca run --config %s\n", config.Name, flags.file)
+			return nil
+		},
+	}
+	flags.register(c, defaultCAConfig)
+	c.Flags().StringVar(&tokenFile, "token-file", "", "file with the join token; - reads standard input")
+	c.Flags().StringVar(&token, "token", "", "the join token (others on this host may see a command line: prefer --token-file)")
+	return c
+}
+
+// readToken takes a token from exactly one place.
+func readToken(token, file string) (string, error) {
+	switch {
+	case (token == "") == (file == ""):
+		return "", errors.New("give the token: --token-file FILE")
+	case token != "":
+		return token, nil
+	}
+	var raw []byte
+	var err error
+	if file == "-" {
+		raw, err = io.ReadAll(io.LimitReader(os.Stdin, 64<<10))
+	} else {
+		raw, err = os.ReadFile(file)
+	}
+	return strings.TrimSpace(string(raw)), err
+}
+
+func caRunCommand() *cobra.Command {
+	var flags configFlags
+	c := &cobra.Command{
+		Use:     "run",
+		Short:   "Run this CA node",
+		Example: "  entente ca run --config ca.yaml",
+		Args:    noArguments,
+		RunE: func(c *cobra.Command, _ []string) error {
+			config, err := readConfig(c, flags.file, node.ReadConfig)
+			if err != nil {
+				return err
+			}
+			if flags.check {
+				return printConfig(c.OutOrStdout(), config)
+			}
+			log, err := logger(c, config.Log.Format, config.Log.Level)
+			if err != nil {
+				return err
+			}
+			n, err := node.New(config, log)
+			if err != nil {
+				return err
+			}
+			return runUntilSignal(log, n.Run)
+		},
+	}
+	flags.register(c, defaultCAConfig)
+	flags.registerCheck(c)
+	return c
+}
+
+func caStatusCommand() *cobra.Command {
+	var admin adminFlags
+	c := &cobra.Command{
+		Use:     "status",
+		Short:   "Show quorum, members, authorities and federated domains",
+		Example: "  entente ca status",
+		Args:    noArguments,
+		RunE: func(c *cobra.Command, _ []string) error {
+			return admin.call(c.Context(), func(client ententev1.AdminClient) error {
+				status, err := client.Status(c.Context(), &ententev1.StatusRequest{})
+				if err != nil {
+					return err
+				}
+				if admin.json {
+					return printJSON(c.OutOrStdout(), status)
+				}
+				return printStatus(c.OutOrStdout(), status)
+			})
+		},
+	}
+	admin.register(c)
+	return c
+}
+
+func printStatus(w io.Writer, s *ententev1.StatusResponse) error {
+	names := map[string]string{}
+	for _, m := range s.GetMembers() {
+		names[m.GetMember().GetId()] = m.GetMember().GetName()
+	}
+	quorum := "quorum, leader " + names[s.GetLeaderId()]
+	if s.GetLeaderId() == "" {
+		quorum = fmt.Sprintf("NO QUORUM for %.0f s: agreed things go on, nothing new is granted", s.GetAgeSeconds())
+	}
+	table := tabwriter.NewWriter(w, 0, 4, 2, ' ', 0)
+	fmt.Fprintf(table, "DOMAIN\t%s\n", s.GetCluster().GetTrustDomain())
+	fmt.Fprintf(table, "STATE\t%s; revision %s, %.1f s old\n", quorum, ca.Revision(s.GetRevision()), s.GetAgeSeconds())
+	fmt.Fprintf(table, "HOLDS\t%d entries, %d agents, %d subscribers here\n\n", s.GetEntries(), s.GetAgents(), s.GetSubscribers())
+	fmt.Fprintln(table, "NODE\tDATACENTER\tRAFT\tAPI\tAUTHORITY\tUNTIL")
+	for _, m := range s.GetMembers() {
+		member, role := m.GetMember(), "non-voter"
+		if m.GetVoterNow() {
+			role = "voter"
+		}
+		if member.GetId() == s.GetLeaderId() {
+			role = "leader"
+		}
+		phase, until := "none", ""
+		for _, a := range s.GetAuthorities() {
+			if a.GetMemberId() == member.GetId() && a.GetPhase() == statev1.AuthorityPhase_AUTHORITY_PHASE_ACTIVE {
+				phase, until = a.GetId()[:8], time.Unix(a.GetNotAfter(), 0).UTC().Format(time.RFC3339)
+			}
+		}
+		fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\n", member.GetName(), member.GetDatacenter(), role, member.GetApiAddress(), phase, until)
+	}
+	if len(s.GetForeign()) > 0 {
+		fmt.Fprintln(table, "\nFEDERATED\tSEQUENCE\tAUTHORITIES\tFETCHED\tPROBLEM")
+	}
+	for _, f := range s.GetForeign() {
+		fetched := "not by this node"
+		if f.GetAgeSeconds() >= 0 {
+			fetched = fmt.Sprintf("%.0f s ago", f.GetAgeSeconds())
+		}
+		fmt.Fprintf(table, "%s\t%d\t%d\t%s\t%s\n", f.GetTrustDomain(), f.GetSequence(), f.GetX509Authorities(), fetched, f.GetError())
+	}
+	return table.Flush()
+}
+
+func caBundleCommand() *cobra.Command {
+	var (
+		admin  adminFlags
+		domain string
+	)
+	c := &cobra.Command{
+		Use:     "bundle",
+		Short:   "Print a trust bundle in SPIFFE's format, to hand to a peer",
+		Example: "  entente ca bundle > banking.bundle.json",
+		Args:    noArguments,
+		RunE: func(c *cobra.Command, _ []string) error {
+			return admin.call(c.Context(), func(client ententev1.AdminClient) error {
+				response, err := client.GetBundle(c.Context(), &ententev1.GetBundleRequest{TrustDomain: domain})
+				if err != nil {
+					return err
+				}
+				return indentJSON(c.OutOrStdout(), response.GetJwks())
+			})
+		},
+	}
+	c.Flags().StringVar(&admin.socket, "socket", defaultAdminSocket, "admin socket of a CA node of this domain")
+	c.Flags().StringVar(&domain, "trust-domain", "", "a federated domain's bundle instead of the own")
+	return c
+}
