@@ -13,9 +13,11 @@ import (
 	"sync"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	"github.com/entente-mesh/entente/internal/peer"
 )
 
@@ -194,66 +196,41 @@ func (c *Client) dial(ctx context.Context, address string) (*conn, error) {
 	return &conn{address: address, state: secure.ConnectionState(), own: own, rpc: rpc}, nil
 }
 
-// tlsConfig sets own to the client certificate's leaf when the node asks for one.
+// tlsConfig accepts CA nodes, and sets own to the client certificate's leaf when
+// the node asks for one.
 func (c *Client) tlsConfig(own **x509.Certificate) *tls.Config {
-	return &tls.Config{
-		MinVersion:             tls.VersionTLS13,
-		NextProtos:             []string{"h2"},
-		SessionTicketsDisabled: true,
-		// A CA node has no DNS name to check: VerifyConnection decides by key or
-		// SPIFFE ID.
-		InsecureSkipVerify: true,
-		VerifyConnection: func(state tls.ConnectionState) error {
-			if state.NegotiatedProtocol != "h2" {
-				return errors.New("it does not speak HTTP/2")
+	var show peer.Certificate
+	if c.cfg.SVID != nil {
+		show = func() (*tls.Certificate, error) {
+			cert, err := peer.FromSVID(c.cfg.SVID)()
+			if err == nil {
+				*own = cert.Leaf
 			}
-			return c.accept(state.PeerCertificates)
-		},
-		GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
-			if c.cfg.SVID == nil {
-				return new(tls.Certificate), nil
-			}
-			svid, err := c.cfg.SVID.GetX509SVID()
-			if err != nil {
-				return nil, fmt.Errorf("no SVID to show: %w", err)
-			}
-			cert := &tls.Certificate{PrivateKey: svid.PrivateKey, Leaf: svid.Certificates[0]}
-			for _, link := range svid.Certificates {
-				cert.Certificate = append(cert.Certificate, link.Raw)
-			}
-			*own = cert.Leaf
-			return cert, nil
-		},
-	}
-}
-
-// accept decides whether a certificate chain is a CA node's.
-func (c *Client) accept(chain []*x509.Certificate) error {
-	if len(chain) == 0 {
-		return errors.New("it shows no certificate")
-	}
-	keyID := peer.KeyID(chain[0])
-	members := c.store.Snapshot().Members
-	for _, m := range members {
-		if m.GetId() == keyID {
-			return nil
+			return cert, err
 		}
 	}
-	// The pins of a join token end with the member table: a node that was removed
-	// since must not be believed.
-	if len(members) == 0 && c.cfg.Pins != nil && c.cfg.Pins(keyID) {
+	accept := peer.Pin(c.pinned)
+	if c.cfg.Bundles != nil {
+		accept = peer.Either(accept, peer.SVID(c.cfg.Bundles, c.isNode))
+	}
+	return peer.Client(show, accept, "h2")
+}
+
+// pinned accepts a CA node by its key. The pins of a join token end with the
+// member table: a node that was removed since must not be believed.
+func (c *Client) pinned(keyID string) error {
+	members := c.store.Snapshot().Members
+	known := slices.ContainsFunc(members, func(m *statev1.Member) bool { return m.GetId() == keyID })
+	if known || len(members) == 0 && c.cfg.Pins != nil && c.cfg.Pins(keyID) {
 		return nil
 	}
-	if c.cfg.Bundles == nil {
-		return fmt.Errorf("key %s is not one of the trust domain's CA nodes", keyID)
-	}
-	id, err := peer.Verify(chain, c.cfg.Bundles, time.Now())
-	if err != nil {
-		return fmt.Errorf("key %s is not one of the trust domain's CA nodes, and its certificate does not verify: %w", keyID, err)
-	}
+	return fmt.Errorf("it is no CA node of %s", c.cfg.TrustDomain.Name())
+}
+
+func (c *Client) isNode(id spiffeid.ID) error {
 	name, isNode := strings.CutPrefix(id.Path(), "/entente/ca/")
 	if id.TrustDomain() != c.cfg.TrustDomain || !isNode || strings.Contains(name, "/") {
-		return fmt.Errorf("%s is not a CA node of %s", id, c.cfg.TrustDomain.Name())
+		return fmt.Errorf("it is no CA node of %s", c.cfg.TrustDomain.Name())
 	}
 	return nil
 }
