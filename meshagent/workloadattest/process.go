@@ -1,44 +1,142 @@
 // Package workloadattest tells which local process is at the other end of a
-// connection, and what can be said of it.
+// connection, and whether it satisfies the selectors of an entry.
+//
+// On Linux a process is held by a pidfd and by an open /proc/PID: both speak of
+// this process only, also after its pid was given to another one. The peer of a
+// unix socket is named by the kernel (SO_PEERCRED, SO_PEERPIDFD); the owner of a
+// loopback TCP connection is found by its socket (sock_diag gives user and inode,
+// /proc/*/fd the process). On darwin only the user of a unix socket's peer is
+// known, and TCP is refused.
+//
+// Processes of one user are one security domain: they can trace each other and
+// hand each other their sockets. A path or digest tells services of one user
+// apart; it does not protect them from one another.
 package workloadattest
 
 import (
 	"errors"
-	"net"
-	"net/netip"
+	"fmt"
+	"os/user"
+	"strconv"
+	"sync"
+
+	"github.com/entente-mesh/entente/ca"
 )
 
-// Process is an attested process, held against the recycling of its pid: once it
-// has ended every method that looks at it fails. Close it.
+// Process is an attested process. Once it has ended, every question about it is
+// answered by an error. Its methods may be called concurrently, Close only once
+// and last.
 type Process struct {
-	PID int
 	UID uint32
-	GID uint32
+
+	attestor *Attestor
+	find     func() (*handle, error) // of a TCP socket's owner; nil: held from the begin
+
+	mu     sync.Mutex
+	handle *handle // nil: not looked for yet, or not to be had
+	err    error   // why not
 }
 
-// Satisfies returns nil when the process satisfies all selectors, of which there
-// must be at least one.
-func (p *Process) Satisfies(selectors []string) error { return errors.ErrUnsupported }
-
-// Alive returns an error when the process has ended.
-func (p *Process) Alive() error { return errors.ErrUnsupported }
+// PID is the process's id, or 0 while it is not known: the owner of a TCP socket
+// is looked for when a selector needs it.
+func (p *Process) PID() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.handle == nil {
+		return 0
+	}
+	return p.handle.pid
+}
 
 // Close lets go of the process.
-func (p *Process) Close() error { return nil }
+func (p *Process) Close() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.handle != nil {
+		p.handle.close()
+	}
+	p.handle, p.find, p.err = nil, nil, errors.New("it was let go of")
+}
 
-// Attestor attests processes of this host. Its methods may be called concurrently.
-type Attestor struct{}
+// held returns the handle, which it looks for first if need be.
+func (p *Process) held() (*handle, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.handle == nil && p.err == nil {
+		p.handle, p.err = p.find()
+	}
+	return p.handle, p.err
+}
 
-// New returns an attestor for the host's network and pid namespace.
-func New() (*Attestor, error) { return nil, errors.ErrUnsupported }
+// Alive returns nil while the process runs. It does not look for the owner of a
+// TCP socket that nobody asked about.
+func (p *Process) Alive() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	switch {
+	case p.handle != nil:
+		return p.handle.alive()
+	case p.find != nil:
+		return nil
+	default:
+		return p.err
+	}
+}
 
-// Unix attests the process that connected conn.
-func (a *Attestor) Unix(conn *net.UnixConn) (*Process, error) { return nil, errors.ErrUnsupported }
+// Satisfies returns nil when the process satisfies every selector; there must be
+// at least one. The error says which one it does not satisfy, and why, for the
+// log; it is not for the process to read.
+func (p *Process) Satisfies(selectors []string) error {
+	if len(selectors) == 0 {
+		return errors.New("no selectors: no process satisfies them")
+	}
+	for _, text := range selectors {
+		selector, err := ca.ParseSelector(text)
+		if err != nil {
+			return err
+		}
+		if err := p.satisfies(selector); err != nil {
+			return fmt.Errorf("%s: %w", selector, err)
+		}
+	}
+	return p.Alive()
+}
 
-// TCP attests the owner of the other end of an accepted loopback connection.
-func (a *Attestor) TCP(conn net.Conn) (*Process, error) { return nil, errors.ErrUnsupported }
+func (p *Process) satisfies(s ca.Selector) error {
+	switch s.Kind {
+	case ca.SelectorUID:
+		return same(strconv.FormatUint(uint64(p.UID), 10), s.Value)
+	case ca.SelectorUser:
+		wanted, err := user.Lookup(s.Value)
+		if err != nil {
+			return err
+		}
+		return same(strconv.FormatUint(uint64(p.UID), 10), wanted.Uid)
+	}
 
-// Listener attests the process that listens on a loopback address.
-func (a *Attestor) Listener(addr netip.AddrPort) (*Process, error) {
-	return nil, errors.ErrUnsupported
+	h, err := p.held()
+	if err != nil {
+		return fmt.Errorf("the process cannot be looked at: %w", err)
+	}
+	switch s.Kind {
+	case ca.SelectorGID:
+		return same(strconv.FormatUint(uint64(h.gid), 10), s.Value)
+	case ca.SelectorPath:
+		return h.runs(s.Value)
+	case ca.SelectorSHA256:
+		digest, err := p.attestor.digest(h)
+		if err != nil {
+			return err
+		}
+		return same(digest, s.Value)
+	default: // of a later release: not satisfied
+		return errors.New("this agent cannot attest it")
+	}
+}
+
+func same(got, want string) error {
+	if got != want {
+		return fmt.Errorf("it is %s", got)
+	}
+	return nil
 }

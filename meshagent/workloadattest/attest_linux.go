@@ -1,0 +1,423 @@
+package workloadattest
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strconv"
+	"sync"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	maxExecutable = 1 << 30 // bytes that are read for a digest
+	maxCached     = 4096    // digests, and owners of connections
+)
+
+// Attestor attests processes of the network and pid namespace it runs in. Its
+// methods may be called concurrently.
+type Attestor struct {
+	hashing sync.Mutex // one executable at a time is read: no workload can keep every core busy
+
+	mu      sync.Mutex
+	digests map[fileVersion]string
+	owners  map[netip.AddrPort]int // the pid that last owned a connection to (or the listener at) an address: tried first
+}
+
+// fileVersion names the content of a file. The change time is part of it since,
+// unlike the modification time, nobody can set it back.
+type fileVersion struct {
+	dev, ino     uint64
+	size         int64
+	mtime, ctime unix.Timespec
+}
+
+// New returns an attestor.
+func New() *Attestor {
+	return &Attestor{digests: map[fileVersion]string{}, owners: map[netip.AddrPort]int{}}
+}
+
+// Unix attests the process that connected conn, which the kernel remembers.
+func (a *Attestor) Unix(conn *net.UnixConn) (*Process, error) {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return nil, fmt.Errorf("cannot ask for the socket's peer: %w", err)
+	}
+	var cred *unix.Ucred
+	var credErr error
+	pidfd := -1
+	err = raw.Control(func(fd uintptr) {
+		if cred, credErr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED); credErr != nil {
+			return
+		}
+		// Since Linux 6.5 the kernel hands out the very process that connected.
+		pidfd, credErr = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_PEERPIDFD)
+		if errors.Is(credErr, unix.ENOPROTOOPT) {
+			pidfd, credErr = -1, nil
+		}
+	})
+	if err = errors.Join(err, credErr); err != nil {
+		return nil, fmt.Errorf("cannot ask for the socket's peer: %w", err)
+	}
+	if cred.Pid <= 0 {
+		closeFD(pidfd)
+		return nil, errors.New("the socket's peer is in another pid namespace, which this agent cannot see into")
+	}
+	h, err := hold(int(cred.Pid), pidfd)
+	if err != nil {
+		return nil, err
+	}
+	h.gid = cred.Gid
+	return &Process{UID: cred.Uid, attestor: a, handle: h}, nil
+}
+
+// TCP attests the owner of the far end of a loopback connection that was
+// accepted on this host.
+func (a *Attestor) TCP(conn net.Conn) (*Process, error) {
+	near, err := loopback(conn.LocalAddr())
+	if err != nil {
+		return nil, err
+	}
+	far, err := loopback(conn.RemoteAddr())
+	if err != nil {
+		return nil, err
+	}
+	s, err := diagnose(far, near)
+	if err != nil {
+		return nil, fmt.Errorf("cannot find the socket that connected from %s: %w", far, err)
+	}
+	if s.state == tcpListen {
+		return nil, fmt.Errorf("the connection from %s is gone", far)
+	}
+	return a.owner(s, near)
+}
+
+// Listener attests the process that listens on a loopback address. Another
+// socket on the same port can only be of the same user.
+func (a *Attestor) Listener(addr netip.AddrPort) (*Process, error) {
+	if !addr.Addr().IsLoopback() {
+		return nil, fmt.Errorf("%s is not a loopback address", addr)
+	}
+	s, err := diagnose(addr, netip.AddrPort{})
+	if err != nil {
+		return nil, fmt.Errorf("cannot find who listens on %s: %w", addr, err)
+	}
+	if s.state != tcpListen {
+		return nil, fmt.Errorf("nobody listens on %s", addr)
+	}
+	return a.owner(s, addr)
+}
+
+// owner makes a process of a socket. A socket that its process has closed has no
+// inode, and its user is then not to be believed (the kernel says 0).
+func (a *Attestor) owner(s socket, address netip.AddrPort) (*Process, error) {
+	if s.inode == 0 {
+		return nil, errors.New("no process owns the socket any more")
+	}
+	return &Process{UID: s.uid, attestor: a, find: func() (*handle, error) { return a.findOwner(s, address) }}, nil
+}
+
+func loopback(addr net.Addr) (netip.AddrPort, error) {
+	tcp, ok := addr.(*net.TCPAddr)
+	if !ok {
+		return netip.AddrPort{}, fmt.Errorf("%v is not a TCP address", addr)
+	}
+	ap := netip.AddrPortFrom(tcp.AddrPort().Addr().Unmap().WithZone(""), tcp.AddrPort().Port())
+	if !ap.Addr().IsLoopback() {
+		return netip.AddrPort{}, fmt.Errorf("%s is not a loopback address: only processes of this host can be attested", ap)
+	}
+	return ap, nil
+}
+
+// findOwner searches the open files of the host's processes for a socket. The
+// process that last had a connection to the same address is looked at first.
+func (a *Attestor) findOwner(s socket, address netip.AddrPort) (*handle, error) {
+	a.mu.Lock()
+	last := a.owners[address]
+	a.mu.Unlock()
+	if last != 0 {
+		if h, err := holdOwner(last, s); err == nil {
+			return h, nil
+		}
+	}
+
+	proc, err := os.Open("/proc")
+	if err != nil {
+		return nil, err
+	}
+	defer proc.Close()
+	names, err := proc.Readdirnames(-1)
+	if err != nil {
+		return nil, err
+	}
+	hidden := 0
+	for _, name := range names {
+		pid, err := strconv.Atoi(name)
+		if err != nil {
+			continue
+		}
+		h, err := holdOwner(pid, s)
+		if errors.Is(err, os.ErrPermission) {
+			hidden++
+		}
+		if err != nil {
+			continue
+		}
+		a.mu.Lock()
+		if len(a.owners) >= maxCached {
+			clear(a.owners)
+		}
+		a.owners[address] = pid
+		a.mu.Unlock()
+		return h, nil
+	}
+	if hidden > 0 {
+		return nil, fmt.Errorf("the agent may not look at %d processes of other users: run it with CAP_SYS_PTRACE, or let the entry have no selector but the user's", hidden)
+	}
+	return nil, errors.New("no process has the socket open")
+}
+
+// errNotOwner is what nearly every process of a search answers.
+var errNotOwner = errors.New("the process does not have the socket open")
+
+// holdOwner holds a process if it has the socket open and is of the socket's user.
+func holdOwner(pid int, s socket) (*handle, error) {
+	h, err := hold(pid, -1)
+	if err != nil {
+		return nil, err
+	}
+	if err = h.owns(s); err != nil {
+		h.close()
+		return nil, err
+	}
+	return h, nil
+}
+
+// handle holds one process.
+type handle struct {
+	pid   int
+	gid   uint32
+	pidfd int      // -1: the kernel has none
+	dir   *os.File // /proc/PID
+	start uint64   // clock ticks since boot
+}
+
+// hold opens a process. With a pidfd from the kernel it is certain that pid is
+// that process: it still runs after /proc/PID was opened, so that its pid cannot
+// have been given away before.
+func hold(pid, pidfd int) (*handle, error) {
+	dir, err := os.OpenFile("/proc/"+strconv.Itoa(pid), unix.O_PATH|unix.O_DIRECTORY, 0)
+	if err != nil {
+		closeFD(pidfd)
+		return nil, fmt.Errorf("process %d has ended", pid)
+	}
+	if pidfd < 0 {
+		if pidfd, err = unix.PidfdOpen(pid, 0); err != nil && !errors.Is(err, unix.ENOSYS) {
+			dir.Close()
+			return nil, fmt.Errorf("process %d has ended", pid)
+		}
+	}
+	h := &handle{pid: pid, pidfd: pidfd, dir: dir}
+	if h.start, err = h.started(); err == nil {
+		err = h.alive()
+	}
+	if err != nil {
+		h.close()
+		return nil, err
+	}
+	return h, nil
+}
+
+func closeFD(fd int) {
+	if fd >= 0 {
+		unix.Close(fd)
+	}
+}
+
+func (h *handle) close() {
+	closeFD(h.pidfd)
+	h.dir.Close()
+}
+
+// alive returns nil while the process runs.
+func (h *handle) alive() error {
+	ended := fmt.Errorf("process %d has ended", h.pid)
+	if h.pidfd < 0 { // an old kernel: the open directory and the start time must do
+		if start, err := h.started(); err != nil || start != h.start {
+			return ended
+		}
+		return nil
+	}
+	poll := []unix.PollFd{{Fd: int32(h.pidfd), Events: unix.POLLIN}}
+	for {
+		n, err := unix.Poll(poll, 0)
+		switch {
+		case errors.Is(err, unix.EINTR):
+			continue
+		case err != nil:
+			return fmt.Errorf("cannot tell whether process %d runs: %w", h.pid, err)
+		case n > 0:
+			return ended
+		default:
+			return nil
+		}
+	}
+}
+
+// read returns a small file of /proc/PID.
+func (h *handle) read(name string) ([]byte, error) {
+	fd, err := unix.Openat(int(h.dir.Fd()), name, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, &os.PathError{Op: "open", Path: h.path(name), Err: err}
+	}
+	f := os.NewFile(uintptr(fd), h.path(name))
+	defer f.Close()
+	return io.ReadAll(io.LimitReader(f, 1<<16))
+}
+
+func (h *handle) path(name string) string { return filepath.Join(h.dir.Name(), name) }
+
+func (h *handle) started() (uint64, error) {
+	data, err := h.read("stat")
+	if err != nil {
+		return 0, err
+	}
+	return parseStartTime(data)
+}
+
+// owns returns nil if the process is of the socket's user and has it open.
+func (h *handle) owns(s socket) error {
+	status, err := h.read("status")
+	if err != nil {
+		return err
+	}
+	uid, gid, err := parseStatus(status)
+	if err != nil {
+		return err
+	}
+	if uid != s.uid {
+		return errNotOwner
+	}
+	h.gid = gid
+
+	fd, err := unix.Openat(int(h.dir.Fd()), "fd", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return &os.PathError{Op: "open", Path: h.path("fd"), Err: err}
+	}
+	files := os.NewFile(uintptr(fd), h.path("fd"))
+	defer files.Close()
+	wanted := "socket:[" + strconv.FormatUint(uint64(s.inode), 10) + "]"
+	link := make([]byte, len(wanted)+1)
+	for {
+		names, err := files.Readdirnames(256)
+		for _, name := range names {
+			n, err := unix.Readlinkat(int(files.Fd()), name, link)
+			if err == nil && string(link[:n]) == wanted {
+				return h.alive()
+			}
+		}
+		if err == io.EOF {
+			return errNotOwner
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// runs returns nil if the process's executable is the file at this path as the
+// agent sees it. The name alone proves nothing: in a mount namespace of its own a
+// process can have any file there. The device and inode alone do not either: they
+// are the same for every hard link.
+func (h *handle) runs(path string) error {
+	var is, want unix.Stat_t
+	if err := unix.Fstatat(int(h.dir.Fd()), "exe", &is, 0); err != nil {
+		return h.exeError(err)
+	}
+	link := make([]byte, unix.PathMax)
+	n, err := unix.Readlinkat(int(h.dir.Fd()), "exe", link)
+	if err != nil {
+		return h.exeError(err)
+	}
+	name := string(link[:n])
+	if resolved, err := filepath.EvalSymlinks(path); name != path && (err != nil || name != resolved) {
+		return fmt.Errorf("it runs %s", name)
+	}
+	if err := unix.Stat(path, &want); err != nil {
+		return fmt.Errorf("the agent cannot look at that path: %w", err)
+	}
+	if is.Dev != want.Dev || is.Ino != want.Ino {
+		return errors.New("the file it runs is not the one the agent sees at that path (another mount namespace, or replaced since)")
+	}
+	return nil
+}
+
+func (h *handle) exeError(err error) error {
+	if errors.Is(err, os.ErrPermission) {
+		return fmt.Errorf("the agent may not look at the executable of process %d: run it with CAP_SYS_PTRACE, or let the entry have no selector but the user's: %w", h.pid, err)
+	}
+	return fmt.Errorf("cannot look at the executable of process %d: %w", h.pid, err)
+}
+
+// digest is the lower-case hex SHA-256 of the process's executable.
+func (a *Attestor) digest(h *handle) (string, error) {
+	fd, err := unix.Openat(int(h.dir.Fd()), "exe", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return "", h.exeError(err)
+	}
+	exe := os.NewFile(uintptr(fd), h.path("exe"))
+	defer exe.Close()
+	version, err := versionOf(exe)
+	if err != nil {
+		return "", h.exeError(err)
+	}
+	if digest, ok := a.cached(version); ok {
+		return digest, nil
+	}
+	if version.size > maxExecutable {
+		return "", fmt.Errorf("the executable of process %d has %d bytes; no more than %d are read", h.pid, version.size, maxExecutable)
+	}
+
+	a.hashing.Lock()
+	defer a.hashing.Unlock()
+	if digest, ok := a.cached(version); ok { // read for somebody else meanwhile
+		return digest, nil
+	}
+	hash := sha256.New()
+	if _, err := io.Copy(hash, exe); err != nil {
+		return "", h.exeError(err)
+	}
+	if after, err := versionOf(exe); err != nil || after != version {
+		return "", fmt.Errorf("the executable of process %d was written to while it was read", h.pid)
+	}
+	digest := hex.EncodeToString(hash.Sum(nil))
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if len(a.digests) >= maxCached {
+		clear(a.digests)
+	}
+	a.digests[version] = digest
+	return digest, nil
+}
+
+func (a *Attestor) cached(version fileVersion) (string, bool) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	digest, ok := a.digests[version]
+	return digest, ok
+}
+
+func versionOf(f *os.File) (fileVersion, error) {
+	var st unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+		return fileVersion{}, err
+	}
+	return fileVersion{dev: st.Dev, ino: st.Ino, size: st.Size, mtime: st.Mtim, ctime: st.Ctim}, nil
+}
