@@ -204,3 +204,42 @@ func (f *Failback[K]) Choose(now time.Time, keys []K, available []bool, hold tim
 func (f *Failback[K]) take(k K) {
 	f.current, f.chosen, f.since = k, true, time.Time{}
 }
+
+// Penalty leaves out, for a growing while, somebody who lives but could not serve.
+// Safe for concurrent use; the zero value is no penalty.
+type Penalty struct {
+	mu      sync.Mutex
+	until   time.Time
+	backoff Backoff
+}
+
+const (
+	penaltyBase = 200 * time.Millisecond
+	penaltyMax  = 5 * time.Second
+)
+
+// Fail begins a penalty, longer than the one before. While one lasts, it does nothing.
+func (p *Penalty) Fail(now time.Time, r float64) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if now.Before(p.until) {
+		return
+	}
+	p.backoff.Base, p.backoff.Max = penaltyBase, penaltyMax
+	p.until = now.Add(p.backoff.Next(r))
+}
+
+// OK ends it.
+func (p *Penalty) OK() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.until = time.Time{}
+	p.backoff.Reset()
+}
+
+// Available reports whether there is none at this time.
+func (p *Penalty) Available(now time.Time) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return !now.Before(p.until)
+}

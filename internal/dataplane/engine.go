@@ -1,0 +1,254 @@
+// Package dataplane is the engine that sidecar and gateway are made of.
+//
+// A door (a loopback listener, a TLS listener) establishes who is calling; from
+// there on every request takes the same way: hygiene of its headers, the route by
+// its Host, the decision of the catalogue, a plan of places to try, and the
+// forwarding with its retries. DESIGN.md tells the whole.
+package dataplane
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net"
+	"net/http"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+
+	"github.com/entente-mesh/entente/federation/catalog"
+	"github.com/entente-mesh/entente/internal/dataplane/resilience"
+	"github.com/entente-mesh/entente/internal/peer"
+)
+
+// Config is what all doors of a process share.
+type Config struct {
+	TrustDomain spiffeid.TrustDomain
+	Datacenter  string
+	Process     string            // name of this gateway or agent: in Entente-Via and in access records
+	Bundles     x509bundle.Source // the own domain's; a gateway's also those of its peers (I6)
+
+	Log       *slog.Logger          // refusals and changes of upstream health; nil: silent
+	AccessLog *slog.Logger          // one record per request, message "request"; nil: none
+	Metrics   prometheus.Registerer // nil: none
+	Timing    Timing
+}
+
+// Timing holds the engine's limits of time; zero means the default.
+type Timing struct {
+	Deadline  time.Duration // of a request until the answer begins, if the hop before names no earlier one; 15 s
+	Connect   time.Duration // TCP connect of an attempt; 300 ms
+	Handshake time.Duration // TLS handshake of an attempt, and of a client at our doors five times that; 1 s
+	Attempt   time.Duration // after which a silent attempt is given up, if it may be repeated elsewhere; 750 ms
+	Hold      time.Duration // how long a failed place must be good again before it is used; 2 s
+	Drain     time.Duration // bound for requests in flight when a door closes; 10 s
+}
+
+func (t Timing) withDefaults() Timing {
+	for field, value := range map[*time.Duration]time.Duration{
+		&t.Deadline:  15 * time.Second,
+		&t.Connect:   300 * time.Millisecond,
+		&t.Handshake: time.Second,
+		&t.Attempt:   750 * time.Millisecond,
+		&t.Hold:      2 * time.Second,
+		&t.Drain:     10 * time.Second,
+	} {
+		if *field == 0 {
+			*field = value
+		}
+	}
+	return t
+}
+
+// Identity is a SPIFFE ID that a process holds, and where its newest SVID is found.
+type Identity struct {
+	ID   spiffeid.ID
+	SVID x509svid.Source
+}
+
+// View is what is known of the domain at one moment. It is immutable.
+type View struct {
+	Tables    *catalog.Tables
+	Endpoints []catalog.Endpoint // instances of own services, all datacenters
+}
+
+// view is the current View with the routes already made of it.
+type view struct {
+	View
+	planner *catalog.Planner
+	routes  sync.Map // routeKey -> *route
+}
+
+// Engine is shared by the doors of one process. Its methods may be called concurrently.
+type Engine struct {
+	cfg     Config
+	log     *slog.Logger
+	metrics *metrics
+
+	current atomic.Pointer[view] // nil until the first SetView
+
+	registry  *peer.Registry
+	budget    *resilience.Budget
+	failbacks failbacks
+	upstream  upstreams
+	apps      applications
+
+	ctx    context.Context // ends with Run or Close: owns dials and probes
+	cancel context.CancelFunc
+	tasks  sync.WaitGroup
+}
+
+// New makes an engine. Nothing is served before SetView; Run must be running while doors are open.
+func New(cfg Config) (*Engine, error) {
+	switch {
+	case cfg.TrustDomain.IsZero():
+		return nil, errors.New("data plane: no trust domain given")
+	case cfg.Bundles == nil:
+		return nil, errors.New("data plane: no source of bundles given")
+	case cfg.Datacenter == "" || cfg.Process == "":
+		return nil, errors.New("data plane: datacenter and process name must be given")
+	}
+	cfg.Timing = cfg.Timing.withDefaults()
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	e := &Engine{
+		cfg:      cfg,
+		log:      cfg.Log,
+		registry: &peer.Registry{Log: cfg.Log},
+		budget:   resilience.NewBudget(0.2, 10, time.Now()),
+	}
+	e.ctx, e.cancel = context.WithCancel(context.Background())
+	e.upstream.init(e)
+	e.apps.init(cfg.Timing)
+	var err error
+	if e.metrics, err = newMetrics(cfg.Metrics, e.registry.Len); err != nil {
+		e.cancel()
+		return nil, err
+	}
+	return e, nil
+}
+
+// SetView makes v current for the next request, and closes open connections whose
+// peer v no longer admits (I4). It returns when that is done.
+func (e *Engine) SetView(v View) {
+	e.current.Store(&view{View: v, planner: v.Tables.NewPlanner(v.Endpoints)})
+	e.Recheck()
+}
+
+// Recheck looks at every open connection again. To be called when bundles have changed.
+func (e *Engine) Recheck() {
+	if n := e.registry.Recheck(); n > 0 {
+		e.metrics.cut(n)
+		e.log.Info("connections closed: their peers are no longer admitted", "connections", n)
+	}
+}
+
+// Ready says why the engine cannot serve yet; nil if it can.
+func (e *Engine) Ready() error {
+	if e.current.Load() == nil {
+		return errors.New("no view of the trust domain yet: waiting for the first answer of a CA node")
+	}
+	return nil
+}
+
+// Run looks after the connections of the engine until ctx is done; then it closes
+// those that are left. Doors should have ended by then.
+func (e *Engine) Run(ctx context.Context) error {
+	defer func() {
+		e.cancel()
+		e.upstream.closeAll()
+		e.apps.close()
+		e.tasks.Wait()
+	}()
+	done := make(chan struct{})
+	watch, stop := context.WithCancel(ctx)
+	go func() {
+		defer close(done)
+		_ = e.registry.Run(watch)
+	}()
+	defer func() { stop(); <-done }()
+
+	tick := time.NewTicker(100 * time.Millisecond)
+	defer tick.Stop()
+	for i := 0; ; i++ {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case now := <-tick.C:
+			e.upstream.probeDue(now)
+			if i%10 == 0 {
+				e.upstream.sweep(now)
+			}
+		}
+	}
+}
+
+var errNoView = errors.New("this process does not know its domain yet")
+
+// admits says whether a peer may stand at the other end of a hop of this kind.
+func (e *Engine) admits(kind catalog.HopKind, id spiffeid.ID) error {
+	v := e.current.Load()
+	if v == nil {
+		return errNoView
+	}
+	switch {
+	case kind == catalog.ToOwnGateway && v.Tables.IsOwnGateway(id),
+		kind == catalog.ToPeerGateway && v.Tables.IsPeerGateway(id):
+		return nil
+	case kind == catalog.ToInstance:
+		if _, ok := v.Tables.ServiceByID(id); ok {
+			return nil
+		}
+	}
+	return errors.New(id.String() + " is not one of those that may answer here")
+}
+
+// applications is the way to the host's own services: plain HTTP on loopback.
+type applications struct {
+	http1 *http.Transport
+	h2c   *http.Transport
+}
+
+// attestKey carries Backend.Attest to the dial of a connection.
+type attestKey struct{}
+
+func (a *applications) init(t Timing) {
+	dialer := &net.Dialer{Timeout: t.Connect, KeepAliveConfig: net.KeepAliveConfig{Enable: true}}
+	dial := func(ctx context.Context, network, address string) (net.Conn, error) {
+		if attest, _ := ctx.Value(attestKey{}).(func() error); attest != nil {
+			if err := attest(); err != nil {
+				return nil, err
+			}
+		}
+		return dialer.DialContext(ctx, network, address)
+	}
+	one, two := new(http.Protocols), new(http.Protocols)
+	one.SetHTTP1(true)
+	two.SetUnencryptedHTTP2(true)
+	a.http1 = &http.Transport{
+		DialContext:            dial,
+		Protocols:              one,
+		DisableCompression:     true,
+		MaxIdleConnsPerHost:    256,
+		IdleConnTimeout:        30 * time.Second,
+		MaxResponseHeaderBytes: maxHeaderBytes,
+	}
+	a.h2c = &http.Transport{
+		DialContext:            dial,
+		Protocols:              two,
+		DisableCompression:     true,
+		IdleConnTimeout:        30 * time.Second,
+		MaxResponseHeaderBytes: maxHeaderBytes,
+	}
+}
+
+func (a *applications) close() {
+	a.http1.CloseIdleConnections()
+	a.h2c.CloseIdleConnections()
+}

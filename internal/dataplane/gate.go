@@ -1,0 +1,90 @@
+package dataplane
+
+import (
+	"net"
+	"sync"
+	"time"
+)
+
+// gate is a listener that hands out a connection only after check has passed it.
+// Checks run side by side, so a slow or silent client holds up nobody else.
+type gate struct {
+	net.Listener
+	check func(net.Conn) (net.Conn, error) // on error it must have closed the connection
+
+	conns chan net.Conn
+	errs  chan error
+	done  chan struct{}
+	once  sync.Once
+	tasks sync.WaitGroup
+}
+
+func newGate(ln net.Listener, check func(net.Conn) (net.Conn, error)) *gate {
+	g := &gate{
+		Listener: ln,
+		check:    check,
+		conns:    make(chan net.Conn),
+		errs:     make(chan error, 1),
+		done:     make(chan struct{}),
+	}
+	g.tasks.Add(1)
+	go g.run()
+	return g
+}
+
+func (g *gate) run() {
+	defer g.tasks.Done()
+	var delay time.Duration
+	for {
+		conn, err := g.Listener.Accept()
+		if err != nil {
+			select {
+			case <-g.done:
+				return
+			default:
+			}
+			if ne, ok := err.(interface{ Temporary() bool }); ok && ne.Temporary() { // out of file descriptors
+				delay = min(max(2*delay, 5*time.Millisecond), time.Second)
+				time.Sleep(delay)
+				continue
+			}
+			g.errs <- err
+			return
+		}
+		delay = 0
+		g.tasks.Add(1)
+		go func() {
+			defer g.tasks.Done()
+			passed, err := g.check(conn)
+			if err != nil {
+				return
+			}
+			select {
+			case g.conns <- passed:
+			case <-g.done:
+				_ = passed.Close()
+			}
+		}()
+	}
+}
+
+func (g *gate) Accept() (net.Conn, error) {
+	select {
+	case conn := <-g.conns:
+		return conn, nil
+	case err := <-g.errs:
+		return nil, err
+	case <-g.done:
+		return nil, net.ErrClosed
+	}
+}
+
+// Close stops accepting; checks that are under way end by their own time limits.
+func (g *gate) Close() error {
+	var err error
+	g.once.Do(func() {
+		close(g.done)
+		err = g.Listener.Close()
+	})
+	return err
+}

@@ -1,0 +1,132 @@
+package dataplane
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"log"
+	"net"
+	"net/http"
+	"sync"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/entente-mesh/entente/internal/peer"
+)
+
+const maxHeaderBytes = 64 << 10
+
+// downstream is the verified peer of a connection at one of our TLS doors.
+type downstream struct {
+	id         spiffeid.ID
+	cert       *x509.Certificate
+	serverName string
+	untrack    func()
+}
+
+type downstreamKey struct{}
+
+// serveTLS serves a TLS door until ctx is done, then drains it. It owns ln.
+func (e *Engine) serveTLS(ctx context.Context, ln net.Listener, config *tls.Config, authz peer.Authorize, handler http.HandlerFunc) error {
+	var open sync.Map // *tls.Conn -> *downstream
+	g := newGate(ln, func(raw net.Conn) (net.Conn, error) {
+		started := time.Now()
+		conn := tls.Server(raw, config)
+		limit, cancel := context.WithTimeout(e.ctx, 5*e.cfg.Timing.Handshake)
+		defer cancel()
+		if err := conn.HandshakeContext(limit); err != nil {
+			_ = raw.Close()
+			e.metrics.handshake("door", "refused", started)
+			e.log.Debug("connection refused", "address", raw.RemoteAddr().String(), "error", err)
+			return nil, err
+		}
+		state := conn.ConnectionState()
+		id, err := peer.IDFromState(state)
+		if err != nil {
+			_ = raw.Close()
+			return nil, err
+		}
+		e.metrics.handshake("door", "ok", started)
+		d := &downstream{id: id, cert: state.PeerCertificates[0], serverName: state.ServerName}
+		d.untrack = e.registry.Track(conn, state, peer.Recheck(state, e.cfg.Bundles, authz))
+		open.Store(conn, d)
+		return conn, nil
+	})
+	return e.serve(ctx, g, &http.Server{
+		Handler: handler,
+		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
+			d, _ := open.Load(c)
+			return context.WithValue(ctx, downstreamKey{}, d)
+		},
+		ConnState: func(c net.Conn, s http.ConnState) {
+			// A hijacked connection stays tracked until the tunnel closes it.
+			if s == http.StateClosed {
+				if d, ok := open.LoadAndDelete(c); ok {
+					d.(*downstream).untrack()
+				}
+			}
+			if s == http.StateHijacked {
+				open.Delete(c)
+			}
+		},
+	})
+}
+
+// servePlain serves a loopback door. Each connection is attested before its first byte is read.
+func (e *Engine) servePlain(ctx context.Context, ln net.Listener, attest func(net.Conn) error, handler http.HandlerFunc) error {
+	g := newGate(ln, func(conn net.Conn) (net.Conn, error) {
+		if err := attest(conn); err != nil {
+			_ = conn.Close()
+			e.log.Info("connection closed unread: the process that opened it is not this listener's workload",
+				"listener", ln.Addr().String(), "error", err)
+			return nil, err
+		}
+		return conn, nil
+	})
+	return e.serve(ctx, g, &http.Server{Handler: handler})
+}
+
+func (e *Engine) serve(ctx context.Context, ln *gate, server *http.Server) error {
+	protocols := new(http.Protocols)
+	protocols.SetHTTP1(true)
+	protocols.SetHTTP2(true)
+	protocols.SetUnencryptedHTTP2(true) // gRPC applications at the loopback door; a TLS connection never uses it
+	server.Protocols = protocols
+	server.HTTP2 = &http.HTTP2Config{
+		MaxConcurrentStreams:          1000,
+		MaxReceiveBufferPerConnection: 8 << 20,
+		MaxReceiveBufferPerStream:     1 << 20,
+	}
+	server.ReadHeaderTimeout = 10 * time.Second
+	server.IdleTimeout = 2 * time.Minute
+	server.MaxHeaderBytes = maxHeaderBytes
+	server.ErrorLog = log.New(discard{}, "", 0) // its lines are of clients' making; ours are structured
+
+	failed := make(chan error, 1)
+	go func() { failed <- server.Serve(ln) }()
+	var err error
+	select {
+	case <-ctx.Done():
+		limit, cancel := context.WithTimeout(context.WithoutCancel(ctx), e.cfg.Timing.Drain)
+		defer cancel()
+		if server.Shutdown(limit) != nil { // in-flight requests did not end in time
+			_ = server.Close()
+		}
+		<-failed
+	case err = <-failed:
+		_ = server.Close()
+	}
+	_ = ln.Close()
+	ln.tasks.Wait()
+	if err != nil && !errors.Is(err, http.ErrServerClosed) && !errors.Is(err, net.ErrClosed) {
+		return fmt.Errorf("serving on %s: %w", ln.Addr(), err)
+	}
+	return nil
+}
+
+type discard struct{}
+
+func (discard) Write(p []byte) (int, error) { return len(p), nil }

@@ -1,0 +1,59 @@
+package dataplane
+
+import (
+	"context"
+	"io"
+	"net/http"
+	"strings"
+	"sync"
+
+	"github.com/entente-mesh/entente/internal/dataplane/header"
+	"github.com/entente-mesh/entente/internal/refusal"
+)
+
+// tunnel joins client and upstream after a 101: from here on bytes are only carried.
+func (s *sender) tunnel(res *http.Response) {
+	x := s.x
+	upstream, ok := res.Body.(io.ReadWriteCloser)
+	if protocol := header.Upgrade(res.Header); !ok || x.upgrade == "" || !strings.EqualFold(protocol, x.upgrade) {
+		x.refuse(refusal.UpstreamOutcomeUnknown, "The service switched to a protocol nobody asked for.", "")
+		return
+	}
+	h := x.w.Header()
+	header.RemoveHop(res.Header)
+	header.RemoveProtected(res.Header)
+	for name, values := range res.Header {
+		h[name] = values
+	}
+	h["Connection"], h["Upgrade"] = []string{"Upgrade"}, []string{x.upgrade}
+	h[header.RequestID] = []string{x.record.requestID}
+	control := http.NewResponseController(x.w)
+	x.w.WriteHeader(http.StatusSwitchingProtocols)
+	client, buffered, err := control.Hijack()
+	if err != nil {
+		x.gone()
+		return
+	}
+	x.begun = true
+	x.record.outcome = outcomeAnswered
+	defer client.Close()
+	if d, _ := x.r.Context().Value(downstreamKey{}).(*downstream); d != nil {
+		defer d.untrack()
+	}
+	if err := buffered.Flush(); err != nil {
+		return
+	}
+	defer context.AfterFunc(x.engine.ctx, func() { _ = client.Close(); _ = upstream.Close() })()
+
+	var both sync.WaitGroup
+	both.Add(2)
+	carry := func(to io.Writer, from io.Reader) {
+		defer both.Done()
+		_, _ = io.Copy(to, from)
+		_ = client.Close() // either end ends both
+		_ = upstream.Close()
+	}
+	go carry(upstream, buffered)
+	go carry(client, upstream)
+	both.Wait()
+}
