@@ -1,0 +1,53 @@
+package replica
+
+import (
+	"errors"
+	"fmt"
+)
+
+// Errors that callers branch on. Each says whether the proposal can have been
+// committed: after ErrNotLeader, ErrNoQuorum and ErrTooLarge it was not; after
+// ErrOutcomeUnknown and ErrStopped it may have been.
+var (
+	// ErrNoQuorum: nobody leads, as far as this node knows. Nothing was proposed.
+	ErrNoQuorum = errors.New("no CA node leads at the moment, so nothing can be agreed; what was agreed goes on working")
+
+	// ErrOutcomeUnknown: the proposal was handed to Raft, and leadership, the node or
+	// the caller's patience ended before its answer came. It may still be committed.
+	// Repeat it: commands are built to be repeatable (tokens) or guarded (if_revision).
+	ErrOutcomeUnknown = errors.New("it is not known whether the command was agreed")
+
+	// ErrStopped: this replica no longer takes part in Raft (closed, removed from the
+	// cluster, or its disk failed; Err tells which). Read goes on from memory.
+	ErrStopped = errors.New("this node no longer takes part in agreement")
+
+	// ErrRemoved: the cluster removed this node. Run returns it.
+	ErrRemoved = errors.New("this node was removed from its CA cluster")
+
+	// ErrDisk: the log or a snapshot could not be written in time. Err returns it.
+	ErrDisk = errors.New("the disk under the log failed or stalled")
+
+	// ErrTooLarge: one command is larger than a log entry may be. Propose it in parts.
+	ErrTooLarge = fmt.Errorf("the command is larger than a log entry may be (%d bytes): split it", maxEntry)
+
+	// ErrStateExists: the directory already holds a member's state.
+	ErrStateExists = errors.New("this directory already holds the state of a CA node")
+
+	// ErrNoState: the directory holds no member's state.
+	ErrNoState = errors.New("this directory holds no CA node: initialise a cluster or join one first")
+
+	// ErrBehind: a server must first catch up; see AddVoter.
+	ErrBehind = errors.New("not caught up yet")
+)
+
+// ErrNotLeader is returned for what only the leader can do. Nothing was proposed.
+type ErrNotLeader struct {
+	LeaderID string // node id of the leader as far as known; never empty from Propose
+}
+
+func (e ErrNotLeader) Error() string {
+	if e.LeaderID == "" {
+		return "this node does not lead"
+	}
+	return "this node does not lead: ask " + e.LeaderID
+}
