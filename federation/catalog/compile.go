@@ -191,7 +191,7 @@ func (c *compiler) service(s *statev1.Service) {
 			c.fail("give it a port, or no health check", "it has a health check and no port")
 		}
 	}
-	const shortest, longest = 5, 7 * 24 * 3600
+	const shortest, longest = 2, 7 * 24 * 3600
 	if ttl := s.GetX509SvidSeconds(); ttl != 0 && (ttl < shortest || ttl > longest) {
 		c.fail("", "ttl.x509 of %d s is outside %d s to %d s", ttl, shortest, longest)
 	}

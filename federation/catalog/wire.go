@@ -1,0 +1,641 @@
+package catalog
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"math"
+	"path"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	"github.com/entente-mesh/entente/federation"
+	"github.com/entente-mesh/entente/internal/yamlfile"
+)
+
+// APIVersion stands in every document.
+const APIVersion = "entente/v1"
+
+// document is what every object looks like in a file.
+type document[S any] struct {
+	yamlfile.Pos
+	APIVersion string   `yaml:"apiVersion,required"`
+	Kind       string   `yaml:"kind,required"`
+	Metadata   metadata `yaml:"metadata"`
+	Spec       S        `yaml:"spec,required"`
+}
+
+type metadata struct {
+	yamlfile.Pos
+	Name  string `yaml:"name"`
+	Owner string `yaml:"owner"`
+}
+
+type runSpec struct {
+	yamlfile.Pos
+	User    string   `yaml:"user"`
+	UID     *uint32  `yaml:"uid"`
+	GID     *uint32  `yaml:"gid"`
+	Path    string   `yaml:"path"`
+	SHA256  string   `yaml:"sha256"`
+	Hosts   []string `yaml:"hosts,required"`
+	Systemd string   `yaml:"systemd,unsupported"`
+}
+
+type serviceSpec struct {
+	yamlfile.Pos
+	Run      runSpec       `yaml:"run,required"`
+	Path     string        `yaml:"path"` // SPIFFE path; default: "/" and the name
+	Port     uint16        `yaml:"port,min=1"`
+	Health   *healthSpec   `yaml:"health"`
+	Inbound  string        `yaml:"inbound,oneof=strict"` // the only way there is so far
+	Outbound *outboundSpec `yaml:"outbound"`
+	Failover *failoverSpec `yaml:"failover"`
+	Export   *exportSpec   `yaml:"export"`
+	Calls    []string      `yaml:"calls"`
+	TTL      *ttlSpec      `yaml:"ttl"`
+}
+
+type healthSpec struct {
+	HTTP string `yaml:"http,required"`
+}
+
+type outboundSpec struct {
+	Port uint16 `yaml:"port,required,min=1"`
+}
+
+type failoverSpec struct {
+	Mode     mode          `yaml:"mode"`
+	Order    []string      `yaml:"order"`
+	Failback mode          `yaml:"failback"`
+	Hold     time.Duration `yaml:"hold,min=1s,max=24h"`
+
+	yamlfile.Pos
+}
+
+type exportSpec struct {
+	To []string `yaml:"to,required"`
+}
+
+type ttlSpec struct {
+	X509 time.Duration `yaml:"x509,required,min=1s"`
+
+	yamlfile.Pos
+}
+
+type gatewaySpec struct {
+	yamlfile.Pos
+	Run        runSpec `yaml:"run,required"`
+	Datacenter string  `yaml:"datacenter,required"`
+	Address    string  `yaml:"address,required"`
+}
+
+type importSpec struct {
+	yamlfile.Pos
+	Service string `yaml:"service,required"`
+}
+
+type agreementSpec struct {
+	yamlfile.Pos
+	Peer     string            `yaml:"peer,required"`
+	Expires  expiry            `yaml:"expires,required"`
+	Gateways []peerGatewaySpec `yaml:"gateways"`
+	Allow    []allowSpec       `yaml:"allow"`
+}
+
+type peerGatewaySpec struct {
+	yamlfile.Pos
+	ID         string `yaml:"id,required"`
+	Datacenter string `yaml:"datacenter,required"`
+	Address    string `yaml:"address,required"`
+}
+
+type allowSpec struct {
+	yamlfile.Pos
+	Callers   []string   `yaml:"callers,required"`
+	Service   string     `yaml:"service,required"`
+	HTTP      []httpSpec `yaml:"http"`
+	Assurance string     `yaml:"assurance,oneof=attested"` // the only one there is so far
+	Rate      string     `yaml:"rate,unsupported"`
+	User      string     `yaml:"user,unsupported"`
+}
+
+type httpSpec struct {
+	yamlfile.Pos
+	Methods []string  `yaml:"methods"`
+	Path    *pathSpec `yaml:"path"`
+}
+
+type pathSpec struct {
+	Type  pathType `yaml:"type"`
+	Value string   `yaml:"value,required"`
+}
+
+type relationshipSpec struct {
+	yamlfile.Pos
+	Endpoint   *endpointSpec `yaml:"endpoint"`
+	BundleFile string        `yaml:"bundleFile"` // beside the YAML file
+	Bundle     string        `yaml:"bundle"`     // or in it
+}
+
+type endpointSpec struct {
+	URLs []string `yaml:"urls,required"`
+	ID   string   `yaml:"id"`
+}
+
+// mode is statev1.Mode as people write it.
+type mode statev1.Mode
+
+var modes = map[string]statev1.Mode{"auto": statev1.Mode_MODE_AUTO, "manual": statev1.Mode_MODE_MANUAL}
+
+func (m *mode) UnmarshalText(text []byte) error {
+	value, ok := modes[string(text)]
+	if !ok {
+		return notOneOf(string(text), sortedKeys(modes))
+	}
+	*m = mode(value)
+	return nil
+}
+
+func (m mode) MarshalText() ([]byte, error) { return nameOf(modes, statev1.Mode(m)) }
+
+// pathType is statev1.PathType by the names of the Gateway API.
+type pathType statev1.PathType
+
+var pathTypes = map[string]statev1.PathType{"PathPrefix": statev1.PathType_PATH_TYPE_PREFIX, "Exact": statev1.PathType_PATH_TYPE_EXACT}
+
+func (p *pathType) UnmarshalText(text []byte) error {
+	value, ok := pathTypes[string(text)]
+	if !ok {
+		return notOneOf(string(text), sortedKeys(pathTypes))
+	}
+	*p = pathType(value)
+	return nil
+}
+
+func (p pathType) MarshalText() ([]byte, error) { return nameOf(pathTypes, statev1.PathType(p)) }
+
+func notOneOf(text string, names []string) error {
+	err := fmt.Sprintf("%q is not one of %s", text, strings.Join(names, ", "))
+	if nearest := yamlfile.Nearest(text, names); nearest != "" {
+		err += fmt.Sprintf("; did you mean %q?", nearest)
+	}
+	return errors.New(err)
+}
+
+func nameOf[E ~int32](names map[string]E, value E) ([]byte, error) {
+	for name, each := range names {
+		if each == value {
+			return []byte(name), nil
+		}
+	}
+	return nil, fmt.Errorf("value %d has no name", value)
+}
+
+// expiry is a Unix second: a day, which ends with its first moment in UTC, or an
+// RFC 3339 instant.
+type expiry int64
+
+func (e *expiry) UnmarshalText(text []byte) error {
+	at, err := time.Parse(time.DateOnly, string(text))
+	if err != nil {
+		if at, err = time.Parse(time.RFC3339, string(text)); err != nil || at.Nanosecond() != 0 {
+			return fmt.Errorf("%q is neither a day such as 2027-11-20 nor an instant such as 2027-11-20T18:00:00Z", text)
+		}
+	}
+	if at.Unix() <= 0 {
+		return fmt.Errorf("%q is before 1970", text)
+	}
+	*e = expiry(at.Unix())
+	return nil
+}
+
+func (e expiry) MarshalText() ([]byte, error) {
+	at := time.Unix(int64(e), 0).UTC()
+	if at.Equal(at.Truncate(24 * time.Hour)) {
+		return []byte(at.Format(time.DateOnly)), nil
+	}
+	return []byte(at.Format(time.RFC3339)), nil
+}
+
+// ParseObjects reads the documents of a file of any of [Kinds], in their order, with
+// Source set to FILE:LINE. readFile reads the files that they refer to, whose names
+// are taken relative to the file's own folder; nil: such a reference is an error.
+//
+// Only what can be seen in one object is checked here; the error is a
+// yamlfile.Errors with the exact places. Whether the objects fit together is for
+// [Compile], over those of all files.
+func ParseObjects(file string, r io.Reader, readFile func(path string) ([]byte, error)) ([]*statev1.Object, error) {
+	p := parser{file, readFile}
+	var objects []*statev1.Object
+	err := yamlfile.DecodeAll(file, r, func(doc yamlfile.Node) error {
+		object, err := p.object(doc)
+		if err != nil {
+			return err
+		}
+		object.Source = doc.Pos().String()
+		objects = append(objects, object)
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	return objects, nil
+}
+
+type parser struct {
+	file     string
+	readFile func(string) ([]byte, error)
+}
+
+func (p *parser) object(doc yamlfile.Node) (*statev1.Object, error) {
+	if version, pos, ok := doc.Scalar("apiVersion"); ok && version != APIVersion {
+		return nil, pos.Errorf("apiVersion is %q; this release reads %q", version, APIVersion)
+	}
+	kind, pos, ok := doc.Scalar("kind")
+	if !ok {
+		return nil, doc.Pos().Errorf("the document has no kind; it is one of %s", strings.Join(Kinds(), ", "))
+	}
+	doc = doc.Named(kind)
+	switch kind {
+	case "Service":
+		return parse(doc, p.service)
+	case "Gateway":
+		return parse(doc, p.gateway)
+	case "Import":
+		return parse(doc, p.imported)
+	case "Agreement":
+		return parse(doc, p.agreement)
+	case "Relationship":
+		return parse(doc, p.relationship)
+	default:
+		return nil, pos.Errorf("kind: %v", notOneOf(kind, Kinds()))
+	}
+}
+
+// parse decodes one document and hands it to the kind's own conversion. Every kind
+// but Import is named by its metadata.
+func parse[S any](doc yamlfile.Node, convert func(*document[S], *statev1.Object) error) (*statev1.Object, error) {
+	var d document[S]
+	if err := doc.Decode(&d); err != nil {
+		return nil, err
+	}
+	if d.Metadata.Name == "" && d.Kind != "Import" {
+		return nil, d.At("metadata").Errorf("%s has no metadata.name", d.Kind)
+	}
+	object := &statev1.Object{Owner: d.Metadata.Owner}
+	if err := convert(&d, object); err != nil {
+		return nil, err
+	}
+	return object, nil
+}
+
+func (p *parser) service(d *document[serviceSpec], object *statev1.Object) error {
+	s := &d.Spec
+	selectors, err := s.Run.selectors()
+	if err != nil {
+		return err
+	}
+	service := &statev1.Service{
+		Name:      d.Metadata.Name,
+		Path:      "/" + d.Metadata.Name,
+		Hosts:     s.Run.Hosts,
+		Selectors: selectors,
+		Port:      uint32(s.Port),
+		Calls:     s.Calls,
+	}
+	if s.Path != "" {
+		service.Path = s.Path
+	}
+	if s.Health != nil {
+		service.HealthPath = s.Health.HTTP
+	}
+	if s.Outbound != nil {
+		service.OutboundPort = uint32(s.Outbound.Port)
+	}
+	if f := s.Failover; f != nil {
+		hold, err := wholeSeconds(f.At("hold"), "failover.hold", f.Hold)
+		if err != nil {
+			return err
+		}
+		service.Failover = &statev1.Failover{Mode: statev1.Mode(f.Mode), Order: f.Order, Failback: statev1.Mode(f.Failback), HoldSeconds: hold}
+	}
+	if s.Export != nil {
+		service.ExportTo = s.Export.To
+	}
+	if s.TTL != nil {
+		if service.X509SvidSeconds, err = wholeSeconds(s.TTL.At("x509"), "ttl.x509", s.TTL.X509); err != nil {
+			return err
+		}
+	}
+	object.Kind = &statev1.Object_Service{Service: service}
+	return nil
+}
+
+func wholeSeconds(at yamlfile.Pos, what string, d time.Duration) (uint32, error) {
+	if d%time.Second != 0 || d/time.Second > math.MaxUint32 {
+		return 0, at.Errorf("%s must be whole seconds", what)
+	}
+	return uint32(d / time.Second), nil
+}
+
+// selectors in a fixed order, so that the same file gives the same record.
+func (r *runSpec) selectors() ([]string, error) {
+	var list []string
+	if r.User != "" {
+		list = append(list, "unix:user:"+r.User)
+	}
+	if r.UID != nil {
+		list = append(list, "unix:uid:"+strconv.FormatUint(uint64(*r.UID), 10))
+	}
+	if r.GID != nil {
+		list = append(list, "unix:gid:"+strconv.FormatUint(uint64(*r.GID), 10))
+	}
+	if r.Path != "" {
+		list = append(list, "unix:path:"+r.Path)
+	}
+	if r.SHA256 != "" {
+		list = append(list, "unix:sha256:"+r.SHA256)
+	}
+	switch {
+	case len(list) == 0:
+		return nil, r.Errorf("run says nothing by which the process is recognised; add user or uid")
+	case r.User == "" && r.UID == nil && r.SHA256 == "" && r.Path != "":
+		return nil, r.At("path").Errorf("run.path stands alone: any user may start a program from a path; add user, uid or sha256 beside it")
+	case r.User == "" && r.UID == nil && r.SHA256 == "":
+		return nil, r.At("gid").Errorf("run.gid stands alone; add user or uid beside it")
+	}
+	return list, nil
+}
+
+func (p *parser) gateway(d *document[gatewaySpec], object *statev1.Object) error {
+	selectors, err := d.Spec.Run.selectors()
+	if err != nil {
+		return err
+	}
+	object.Kind = &statev1.Object_Gateway{Gateway: &statev1.Gateway{
+		Name:       d.Metadata.Name,
+		Datacenter: d.Spec.Datacenter,
+		Address:    d.Spec.Address,
+		Hosts:      d.Spec.Run.Hosts,
+		Selectors:  selectors,
+	}}
+	return nil
+}
+
+func (p *parser) imported(d *document[importSpec], object *statev1.Object) error {
+	if d.Metadata.Name != "" && d.Metadata.Name != d.Spec.Service {
+		return d.Metadata.At("name").Errorf("an Import is named by its service; leave metadata.name out")
+	}
+	object.Kind = &statev1.Object_Import{Import: &statev1.Import{Service: d.Spec.Service}}
+	return nil
+}
+
+func (p *parser) agreement(d *document[agreementSpec], object *statev1.Object) error {
+	s := &d.Spec
+	peer, err := spiffeid.TrustDomainFromString(s.Peer)
+	if err != nil {
+		return s.At("peer").Errorf("peer %q is not a trust domain name, as in trading.example", s.Peer)
+	}
+	agreement := &statev1.Agreement{Name: d.Metadata.Name, Peer: peer.Name(), Expires: int64(s.Expires)}
+	for _, g := range s.Gateways {
+		id, err := spiffeid.FromString(g.ID)
+		switch {
+		case err != nil:
+			return g.At("id").Errorf("gateway id %q is not a SPIFFE ID: %v", g.ID, err)
+		case !id.MemberOf(peer):
+			return g.At("id").Errorf("gateway id %q is not in trust domain %s, the agreement's peer", g.ID, peer)
+		case id.Path() == "":
+			return g.At("id").Errorf("gateway id %q names the whole trust domain; only exact gateways are listed", g.ID)
+		}
+		agreement.Gateways = append(agreement.Gateways, &statev1.PeerGateway{Path: id.Path(), Datacenter: g.Datacenter, Address: g.Address})
+	}
+	for _, a := range s.Allow {
+		for _, caller := range a.Callers {
+			if _, err := federation.ParsePattern(caller); err != nil {
+				return a.At("callers").Errorf("callers: %v", err)
+			}
+		}
+		allow := &statev1.Allow{Callers: a.Callers, Service: a.Service}
+		for _, h := range a.HTTP {
+			if len(h.Methods) == 0 && h.Path == nil {
+				return h.Errorf("an http rule without methods and path allows everything; leave http out if that is meant")
+			}
+			match := &statev1.HTTPMatch{Methods: h.Methods}
+			if h.Path != nil {
+				match.Path, match.PathType = h.Path.Value, statev1.PathType(h.Path.Type)
+			}
+			allow.Http = append(allow.Http, match)
+		}
+		if a.Given("http") && len(a.HTTP) == 0 {
+			return a.At("http").Errorf("http is empty; list what is allowed, or leave it out to allow every method and path")
+		}
+		agreement.Allow = append(agreement.Allow, allow)
+	}
+	object.Kind = &statev1.Object_Agreement{Agreement: agreement}
+	return nil
+}
+
+func (p *parser) relationship(d *document[relationshipSpec], object *statev1.Object) error {
+	s := &d.Spec
+	relationship := &statev1.Relationship{TrustDomain: d.Metadata.Name}
+	if s.Endpoint != nil {
+		relationship.EndpointUrls, relationship.EndpointId = s.Endpoint.URLs, s.Endpoint.ID
+	}
+	switch {
+	case s.Bundle != "" && s.BundleFile != "":
+		return s.At("bundle").Errorf("bundle and bundleFile are both given; keep one")
+	case s.Bundle != "":
+		relationship.BootstrapBundle = []byte(s.Bundle)
+	case s.BundleFile != "":
+		data, err := p.read(s.BundleFile)
+		if err != nil {
+			return s.At("bundleFile").Errorf("bundleFile: %v", err)
+		}
+		relationship.BootstrapBundle = data
+	case relationship.EndpointId != "":
+		return s.Errorf("endpoint.id is given without a bundle to verify it with; add bundleFile")
+	}
+	object.Kind = &statev1.Object_Relationship{Relationship: relationship}
+	return nil
+}
+
+// maxBundle bounds a bootstrap bundle: it travels in one entry of the log.
+const maxBundle = 48 << 10
+
+func (p *parser) read(name string) ([]byte, error) {
+	if p.readFile == nil {
+		return nil, errors.New("files cannot be read here; write the bundle itself as bundle: |")
+	}
+	if !path.IsAbs(name) {
+		name = path.Join(path.Dir(p.file), name)
+	}
+	data, err := p.readFile(name)
+	switch {
+	case err != nil:
+		return nil, err
+	case len(bytes.TrimSpace(data)) == 0:
+		return nil, fmt.Errorf("%s is empty", name)
+	case len(data) > maxBundle:
+		return nil, fmt.Errorf("%s is larger than %d KiB, which no bundle needs to be", name, maxBundle>>10)
+	}
+	return data, nil
+}
+
+// Format writes objects as the documents that ParseObjects reads back: the same
+// objects, save for Source and Revision. It fails for an object that no file can
+// say, such as one of a kind this release does not know.
+func Format(objects ...*statev1.Object) ([]byte, error) {
+	var b bytes.Buffer
+	for i, object := range objects {
+		doc, err := format(object)
+		if err != nil {
+			return nil, fmt.Errorf("write %s as YAML: %w", Key(object), err)
+		}
+		if i > 0 {
+			b.WriteString("---\n")
+		}
+		b.Write(doc)
+	}
+	return b.Bytes(), nil
+}
+
+func format(object *statev1.Object) ([]byte, error) {
+	kind, name := KindName(object)
+	switch {
+	case object.GetService() != nil:
+		spec, err := formatService(object.GetService())
+		return marshal(kind, name, object, spec, err)
+	case object.GetGateway() != nil:
+		spec, err := formatGateway(object.GetGateway())
+		return marshal(kind, name, object, spec, err)
+	case object.GetImport() != nil:
+		return marshal(kind, "", object, importSpec{Service: name}, nil)
+	case object.GetAgreement() != nil:
+		spec, err := formatAgreement(object.GetAgreement())
+		return marshal(kind, name, object, spec, err)
+	case object.GetRelationship() != nil:
+		r := object.GetRelationship()
+		spec := relationshipSpec{Bundle: string(r.GetBootstrapBundle())}
+		if len(r.GetEndpointUrls()) > 0 {
+			spec.Endpoint = &endpointSpec{r.GetEndpointUrls(), r.GetEndpointId()}
+		} else if r.GetEndpointId() != "" {
+			return nil, errors.New("it has an endpoint ID and no URL")
+		}
+		return marshal(kind, name, object, spec, nil)
+	default:
+		return nil, errors.New("the object is of no known kind")
+	}
+}
+
+func marshal[S any](kind, name string, object *statev1.Object, spec S, err error) ([]byte, error) {
+	if err != nil {
+		return nil, err
+	}
+	return yamlfile.Marshal(document[S]{
+		APIVersion: APIVersion,
+		Kind:       kind,
+		Metadata:   metadata{Name: name, Owner: object.GetOwner()},
+		Spec:       spec,
+	})
+}
+
+func formatService(s *statev1.Service) (serviceSpec, error) {
+	run, err := formatRun(s.GetHosts(), s.GetSelectors())
+	if err != nil {
+		return serviceSpec{}, err
+	}
+	if s.GetPort() > math.MaxUint16 || s.GetOutboundPort() > math.MaxUint16 {
+		return serviceSpec{}, errors.New("a port is over 65535")
+	}
+	spec := serviceSpec{Run: run, Port: uint16(s.GetPort()), Calls: s.GetCalls()}
+	if s.GetPath() != "/"+s.GetName() {
+		spec.Path = s.GetPath()
+	}
+	if s.GetHealthPath() != "" {
+		spec.Health = &healthSpec{s.GetHealthPath()}
+	}
+	if s.GetOutboundPort() != 0 {
+		spec.Outbound = &outboundSpec{uint16(s.GetOutboundPort())}
+	}
+	if f := s.GetFailover(); f != nil {
+		spec.Failover = &failoverSpec{
+			Mode:     mode(f.GetMode()),
+			Order:    f.GetOrder(),
+			Failback: mode(f.GetFailback()),
+			Hold:     time.Duration(f.GetHoldSeconds()) * time.Second,
+		}
+	}
+	if len(s.GetExportTo()) > 0 {
+		spec.Export = &exportSpec{s.GetExportTo()}
+	}
+	if s.GetX509SvidSeconds() != 0 {
+		spec.TTL = &ttlSpec{X509: time.Duration(s.GetX509SvidSeconds()) * time.Second}
+	}
+	return spec, nil
+}
+
+func formatGateway(g *statev1.Gateway) (gatewaySpec, error) {
+	run, err := formatRun(g.GetHosts(), g.GetSelectors())
+	return gatewaySpec{Run: run, Datacenter: g.GetDatacenter(), Address: g.GetAddress()}, err
+}
+
+func formatRun(hosts, selectors []string) (runSpec, error) {
+	run := runSpec{Hosts: hosts}
+	for _, selector := range selectors {
+		kind, value, _ := strings.Cut(strings.TrimPrefix(selector, "unix:"), ":")
+		switch kind {
+		case "user":
+			run.User = value
+		case "uid", "gid":
+			n, err := strconv.ParseUint(value, 10, 32)
+			if err != nil {
+				return run, fmt.Errorf("selector %q: %w", selector, err)
+			}
+			id := uint32(n)
+			if kind == "uid" {
+				run.UID = &id
+			} else {
+				run.GID = &id
+			}
+		case "path":
+			run.Path = value
+		case "sha256":
+			run.SHA256 = value
+		}
+	}
+	if again, err := run.selectors(); err != nil || !slices.Equal(again, selectors) {
+		return run, fmt.Errorf("selectors %q cannot be said in a file", selectors)
+	}
+	return run, nil
+}
+
+func formatAgreement(a *statev1.Agreement) (agreementSpec, error) {
+	spec := agreementSpec{Peer: a.GetPeer(), Expires: expiry(a.GetExpires())}
+	for _, g := range a.GetGateways() {
+		spec.Gateways = append(spec.Gateways, peerGatewaySpec{
+			ID: "spiffe://" + a.GetPeer() + g.GetPath(), Datacenter: g.GetDatacenter(), Address: g.GetAddress(),
+		})
+	}
+	for _, allow := range a.GetAllow() {
+		out := allowSpec{Callers: allow.GetCallers(), Service: allow.GetService()}
+		for _, m := range allow.GetHttp() {
+			h := httpSpec{Methods: m.GetMethods()}
+			switch {
+			case m.GetPath() != "":
+				h.Path = &pathSpec{pathType(m.GetPathType()), m.GetPath()}
+			case m.GetPathType() != statev1.PathType_PATH_TYPE_UNSPECIFIED || len(m.GetMethods()) == 0:
+				return spec, errors.New("an http rule without a path has a path type, or allows everything")
+			}
+			out.HTTP = append(out.HTTP, h)
+		}
+		spec.Allow = append(spec.Allow, out)
+	}
+	return spec, nil
+}
