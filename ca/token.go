@@ -7,9 +7,12 @@ import (
 	"encoding/base64"
 	"encoding/binary"
 	"encoding/hex"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
+	"slices"
 	"strings"
 	"time"
 
@@ -48,8 +51,8 @@ const (
 )
 
 // Token is what an operator carries to a host: it admits one key, once, as what
-// the record of the same id in the log grants (I9). The seed is a secret; String
-// and LogValue leave it out, Text does not.
+// the record of the same id in the log grants (I9). The seed is a secret; only Text
+// shows it, and no way of printing or logging a Token does.
 type Token struct {
 	Role        string // RoleNode or RoleAgent
 	TrustDomain spiffeid.TrustDomain
@@ -115,12 +118,7 @@ func (t *Token) PublicKey() ed25519.PublicKey {
 
 // Pinned tells whether a CA node with that key id may answer a bearer of the token.
 func (t *Token) Pinned(keyID string) bool {
-	for _, pin := range t.Pins {
-		if pin == keyID {
-			return true
-		}
-	}
-	return false
+	return slices.Contains(t.Pins, keyID)
 }
 
 // Sign makes the statement with which the holder of the key keyID joins over the
@@ -132,15 +130,18 @@ func (t *Token) Sign(keyID string, exporter []byte) (statement, signature []byte
 }
 
 // String leaves the seed out.
-func (t *Token) String() string {
+func (t Token) String() string {
 	return fmt.Sprintf("%s token %s of %s", t.Role, t.ID, t.TrustDomain.Name())
 }
 
-// GoString leaves the seed out.
-func (t *Token) GoString() string { return t.String() }
+// Format leaves the seed out, whatever the verb.
+func (t Token) Format(f fmt.State, _ rune) { io.WriteString(f, t.String()) }
 
 // LogValue leaves the seed out.
-func (t *Token) LogValue() slog.Value { return slog.StringValue(t.String()) }
+func (t Token) LogValue() slog.Value { return slog.StringValue(t.String()) }
+
+// MarshalJSON leaves the seed out.
+func (t Token) MarshalJSON() ([]byte, error) { return json.Marshal(t.String()) }
 
 // Text is the one line to carry to the host. It holds the secret.
 func (t *Token) Text() (string, error) {
