@@ -166,7 +166,7 @@ func (a *application) init(c *statev1.Init) *Refusal {
 	}
 	cluster = proto.CloneOf(cluster)
 	cluster.TrustDomain = td.Name()
-	tables, err := compile(td, nil)
+	tables, err := compile(td, cluster.GetDev(), nil)
 	if err != nil {
 		return invalid(err)
 	}

@@ -21,6 +21,7 @@ import (
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	"github.com/entente-mesh/entente/ca"
+	"github.com/entente-mesh/entente/federation/catalog"
 )
 
 // State is the agreed state of one trust domain.
@@ -42,7 +43,7 @@ type State struct {
 
 	agentByKey map[string]string              // key id -> agent name
 	onHost     map[string]map[string]struct{} // agent name -> ids of its entries
-	tables     catalogTables
+	tables     *catalog.Tables                // of objects
 
 	history history
 }
@@ -174,11 +175,15 @@ func (s *State) EntriesOnHost(agent string) []*statev1.Entry {
 	return entries
 }
 
-// Objects are all objects of the catalogue, by key.
+// Objects are all objects of the catalogue, by key (catalog.Key).
 func (s *State) Objects() []*statev1.Object { return s.objects.sorted() }
 
 // Object is the one with that key, as in Service/accounts.
 func (s *State) Object(key string) (*statev1.Object, bool) { return s.objects.get(key) }
+
+// Tables are the compiled catalogue: who is where and who may call whom. Nil before
+// Init. They are immutable and may be kept.
+func (s *State) Tables() *catalog.Tables { return s.tables }
 
 // ForeignBundles are the bundles of peers, by trust domain.
 func (s *State) ForeignBundles() []*statev1.ForeignBundle { return s.foreign.sorted() }
@@ -198,24 +203,6 @@ func (s *State) Peers() []string {
 	}
 	slices.Sort(peers)
 	return peers
-}
-
-// ObjectKey is the key of an object, Kind/name, "" if it has no kind. A
-// Relationship's name is its trust domain, an Import's its service name.
-func ObjectKey(o *statev1.Object) string {
-	switch kind := o.GetKind().(type) {
-	case *statev1.Object_Service:
-		return "Service/" + kind.Service.GetName()
-	case *statev1.Object_Gateway:
-		return "Gateway/" + kind.Gateway.GetName()
-	case *statev1.Object_Import:
-		return "Import/" + kind.Import.GetService()
-	case *statev1.Object_Agreement:
-		return "Agreement/" + kind.Agreement.GetName()
-	case *statev1.Object_Relationship:
-		return "Relationship/" + kind.Relationship.GetTrustDomain()
-	}
-	return ""
 }
 
 // table holds the records of one kind: dense, so that a snapshot is a copy of a

@@ -12,6 +12,7 @@ import (
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/federation"
+	"github.com/entente-mesh/entente/federation/catalog"
 )
 
 const maxLabelText = 1 << 10 // owner, source
@@ -53,14 +54,14 @@ func (a *application) applyObjects(c *statev1.ApplyObjects) *Refusal {
 type catalogueChange struct {
 	objects map[string]*statev1.Object
 	entries map[string]*statev1.Entry
-	tables  catalogTables
+	tables  *catalog.Tables
 }
 
 func (a *application) plan(c *statev1.ApplyObjects) (change catalogueChange, refusal *Refusal) {
 	change = catalogueChange{objects: map[string]*statev1.Object{}, entries: map[string]*statev1.Entry{}}
 	seen := map[string]bool{}
 	for _, proposed := range c.GetUpserts() {
-		key := ObjectKey(proposed)
+		key := catalog.Key(proposed)
 		switch {
 		case key == "":
 			return change, refuse(CodeInvalid, "an object has no kind that this release knows")
@@ -101,7 +102,7 @@ func (a *application) plan(c *statev1.ApplyObjects) (change catalogueChange, ref
 		return change, nil
 	}
 	after := a.after(change.objects)
-	tables, err := compile(a.td, after)
+	tables, err := compile(a.td, a.Cluster().GetDev(), after)
 	if err != nil {
 		return change, invalid(err)
 	}
@@ -136,7 +137,7 @@ func (a *application) derive(change *catalogueChange, after []*statev1.Object) *
 	}
 	peersChanged := !slices.Equal(slices.Sorted(slices.Values(peers)), a.Peers())
 	for _, o := range after {
-		if _, changed := change.objects[ObjectKey(o)]; !changed && !(peersChanged && o.GetGateway() != nil) {
+		if _, changed := change.objects[catalog.Key(o)]; !changed && !(peersChanged && o.GetGateway() != nil) {
 			continue
 		}
 		entries, err := ca.EntriesFor(a.td, o, peers, a.lifetimes.Phase)
@@ -170,9 +171,9 @@ func (a *application) derive(change *catalogueChange, after []*statev1.Object) *
 // blame names the object, and where it was declared, in a refusal.
 func blame(o *statev1.Object, err error) *Refusal {
 	if source := o.GetSource(); source != "" {
-		return refuse(CodeInvalid, "%s: %s: %v", source, ObjectKey(o), err)
+		return refuse(CodeInvalid, "%s: %s: %v", source, catalog.Key(o), err)
 	}
-	return refuse(CodeInvalid, "%s: %v", ObjectKey(o), err)
+	return refuse(CodeInvalid, "%s: %v", catalog.Key(o), err)
 }
 
 // setEntry stores an entry, nil to remove it, and keeps the index by host.
@@ -236,8 +237,6 @@ func (a *application) storeForeignBundle(c *statev1.StoreForeignBundle) *Refusal
 	return nil
 }
 
-type catalogTables = *struct{}
-
-func compile(td spiffeid.TrustDomain, objects []*statev1.Object) (catalogTables, error) {
-	return nil, nil
+func compile(td spiffeid.TrustDomain, dev bool, objects []*statev1.Object) (*catalog.Tables, error) {
+	return catalog.Compile(td, objects, catalog.AllowLoopback(dev))
 }

@@ -16,6 +16,7 @@ import (
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	"github.com/entente-mesh/entente/ca"
+	"github.com/entente-mesh/entente/federation/catalog"
 )
 
 // A snapshot is a stream:
@@ -414,7 +415,7 @@ func (l *loader) load(kind byte, body []byte) error {
 	case recordEntry:
 		return load(l, &s.entries, body, &statev1.Entry{}, (*statev1.Entry).GetId, notEmpty)
 	case recordObject:
-		return load(l, &s.objects, body, &statev1.Object{}, ObjectKey, notEmpty)
+		return load(l, &s.objects, body, &statev1.Object{}, catalog.Key, notEmpty)
 	default: // recordForeign
 		return load(l, &s.foreign, body, &statev1.ForeignBundle{}, (*statev1.ForeignBundle).GetTrustDomain, notEmpty)
 	}
@@ -487,7 +488,7 @@ func (l *loader) finish(trailer []byte) error {
 		intern(e)
 		s.index(e)
 	}
-	if s.tables, err = compile(td, s.objects.sorted()); err != nil {
+	if s.tables, err = compile(td, cluster.GetDev(), s.objects.sorted()); err != nil {
 		return fmt.Errorf("its catalogue does not hold together: %w", err)
 	}
 	return nil
