@@ -175,7 +175,7 @@ func (s *State) EntriesOnHost(agent string) []*statev1.Entry {
 	return entries
 }
 
-// Objects are all objects of the catalogue, by key (catalog.Key).
+// Objects are all objects of the catalogue, by key (ObjectKey).
 func (s *State) Objects() []*statev1.Object { return s.objects.sorted() }
 
 // Object is the one with that key, as in Service/accounts.
@@ -204,6 +204,11 @@ func (s *State) Peers() []string {
 	slices.Sort(peers)
 	return peers
 }
+
+// ObjectKey is the key of an object of the catalogue, as in Service/accounts; "" for
+// one without a kind. A Relationship's name is its trust domain, an Import's its
+// service name.
+func ObjectKey(o *statev1.Object) string { return catalog.Key(o) }
 
 // table holds the records of one kind: dense, so that a snapshot is a copy of a
 // slice of pointers (4.6 ms for a million), and indexed by key.

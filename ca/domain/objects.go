@@ -61,7 +61,7 @@ func (a *application) plan(c *statev1.ApplyObjects) (change catalogueChange, ref
 	change = catalogueChange{objects: map[string]*statev1.Object{}, entries: map[string]*statev1.Entry{}}
 	seen := map[string]bool{}
 	for _, proposed := range c.GetUpserts() {
-		key := catalog.Key(proposed)
+		key := ObjectKey(proposed)
 		switch {
 		case key == "":
 			return change, refuse(CodeInvalid, "an object has no kind that this release knows")
@@ -137,7 +137,7 @@ func (a *application) derive(change *catalogueChange, after []*statev1.Object) *
 	}
 	peersChanged := !slices.Equal(slices.Sorted(slices.Values(peers)), a.Peers())
 	for _, o := range after {
-		if _, changed := change.objects[catalog.Key(o)]; !changed && !(peersChanged && o.GetGateway() != nil) {
+		if _, changed := change.objects[ObjectKey(o)]; !changed && !(peersChanged && o.GetGateway() != nil) {
 			continue
 		}
 		entries, err := ca.EntriesFor(a.td, o, peers, a.lifetimes.Phase)
@@ -171,9 +171,9 @@ func (a *application) derive(change *catalogueChange, after []*statev1.Object) *
 // blame names the object, and where it was declared, in a refusal.
 func blame(o *statev1.Object, err error) *Refusal {
 	if source := o.GetSource(); source != "" {
-		return refuse(CodeInvalid, "%s: %s: %v", source, catalog.Key(o), err)
+		return refuse(CodeInvalid, "%s: %s: %v", source, ObjectKey(o), err)
 	}
-	return refuse(CodeInvalid, "%s: %v", catalog.Key(o), err)
+	return refuse(CodeInvalid, "%s: %v", ObjectKey(o), err)
 }
 
 // setEntry stores an entry, nil to remove it, and keeps the index by host.

@@ -16,7 +16,6 @@ import (
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	"github.com/entente-mesh/entente/ca"
-	"github.com/entente-mesh/entente/federation/catalog"
 )
 
 // A snapshot is a stream:
@@ -415,7 +414,7 @@ func (l *loader) load(kind byte, body []byte) error {
 	case recordEntry:
 		return load(l, &s.entries, body, &statev1.Entry{}, (*statev1.Entry).GetId, notEmpty)
 	case recordObject:
-		return load(l, &s.objects, body, &statev1.Object{}, catalog.Key, notEmpty)
+		return load(l, &s.objects, body, &statev1.Object{}, ObjectKey, notEmpty)
 	default: // recordForeign
 		return load(l, &s.foreign, body, &statev1.ForeignBundle{}, (*statev1.ForeignBundle).GetTrustDomain, notEmpty)
 	}
