@@ -1,0 +1,100 @@
+package gateway
+
+import (
+	"fmt"
+	"io"
+	"net"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/entente-mesh/entente/internal/yamlfile"
+)
+
+// Config is gateway.yaml.
+type Config struct {
+	TrustDomain string        `yaml:"trustDomain,required"`
+	Name        string        `yaml:"name,required"`       // of the Gateway object: its SPIFFE path is /entente/gateway/NAME
+	Datacenter  string        `yaml:"datacenter,required"` // where it stands
+	WorkloadAPI WorkloadAPI   `yaml:"workloadAPI,required"`
+	CA          CA            `yaml:"ca,required"`
+	EastWest    *EastWest     `yaml:"eastWest"` // absent: no east-west door
+	Edge        yamlfile.Node `yaml:"edge"`     // of eastwest-gateway/edge; absent: no edge
+	Admin       *Admin        `yaml:"admin"`    // absent: no admin listener
+	AccessLog   AccessLog     `yaml:"accessLog"`
+	Log         Log           `yaml:"log"`
+}
+
+// WorkloadAPI is where the gateway gets its SVIDs and bundles.
+type WorkloadAPI struct {
+	Socket string `yaml:"socket,required"` // path, or unix:///path
+}
+
+// CA is where it is told the catalogue and the endpoints.
+type CA struct {
+	Addresses []string `yaml:"addresses,required"` // host:port of CA nodes' API; more are learned
+}
+
+// EastWest is the mTLS door.
+type EastWest struct {
+	Listen string `yaml:"listen,required"` // host:port
+}
+
+// Admin is the TCP listener of /healthz, /readyz and /metrics.
+type Admin struct {
+	Listen string `yaml:"listen,required"` // host:port
+}
+
+// AccessLog is where access records go, one JSON object per line.
+type AccessLog struct {
+	File string `yaml:"file"` // empty: none
+}
+
+// Log is the process log.
+type Log struct {
+	Format string `yaml:"format,oneof=text|json"`
+	Level  string `yaml:"level,oneof=debug|info|warn|error"`
+}
+
+// ReadConfig reads gateway.yaml. file is its name in complaints.
+func ReadConfig(file string, r io.Reader) (Config, error) {
+	var c Config
+	if err := yamlfile.Decode(file, r, &c); err != nil {
+		return Config{}, err
+	}
+	if err := c.check(); err != nil {
+		return Config{}, fmt.Errorf("%s: %w", file, err)
+	}
+	return c, nil
+}
+
+func (c *Config) check() error {
+	td, err := spiffeid.TrustDomainFromString(c.TrustDomain)
+	if err != nil {
+		return fmt.Errorf("trustDomain %q: %w", c.TrustDomain, err)
+	}
+	if _, err := spiffeid.FromSegments(td, "entente", "gateway", c.Name); err != nil {
+		return fmt.Errorf("name %q: %w", c.Name, err)
+	}
+	if c.EastWest == nil && c.Edge.IsZero() {
+		return fmt.Errorf("neither eastWest nor edge is given: the gateway would have nothing to do")
+	}
+	if len(c.CA.Addresses) == 0 {
+		return fmt.Errorf("ca.addresses is empty: give the API address of at least one CA node")
+	}
+	addresses := map[string]string{}
+	for _, a := range c.CA.Addresses {
+		addresses["ca.addresses: "+a] = a
+	}
+	if c.EastWest != nil {
+		addresses["eastWest.listen"] = c.EastWest.Listen
+	}
+	if c.Admin != nil {
+		addresses["admin.listen"] = c.Admin.Listen
+	}
+	for key, address := range addresses {
+		if _, _, err := net.SplitHostPort(address); err != nil {
+			return fmt.Errorf("%s: %w: write host:port", key, err)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,241 @@
+// Package gateway is the east-west gateway: it ends mTLS of its own domain's
+// sidecars and of other domains' gateways, decides, and begins mTLS again.
+//
+// It is an ordinary workload: its SVIDs and bundles come from a Workload API socket,
+// what it knows of the domain from the CA's Sync stream. It serves on when either is
+// gone (I12).
+package gateway
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"sync/atomic"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/entente-mesh/entente/ca/client"
+	"github.com/entente-mesh/entente/federation/catalog"
+	"github.com/entente-mesh/entente/internal/daemon"
+	"github.com/entente-mesh/entente/internal/dataplane"
+)
+
+// Role is a listener that the gateway process carries besides its east-west door.
+type Role struct {
+	Name     string // "edge"
+	Identity string // SPIFFE path it calls the mesh with
+	// Run serves until its ctx ends, then drains. It is called when there is an SVID for
+	// Identity and the domain is known. mesh is an ordinary caller's way into the mesh.
+	Run func(ctx context.Context, mesh *dataplane.Outbound) error
+}
+
+// Gateway is one gateway process.
+type Gateway struct {
+	cfg        Config
+	td         spiffeid.TrustDomain
+	log        *slog.Logger
+	roles      []Role
+	identities *identities
+	engine     *dataplane.Engine
+	registry   *prometheus.Registry
+	admin      *daemon.Admin
+	accessLog  *os.File
+
+	known    chan struct{} // closed with the first view
+	draining atomic.Bool
+}
+
+// New prepares a gateway: its admin listener and access log are open, nothing else is.
+func New(cfg Config, log *slog.Logger, roles ...Role) (*Gateway, error) {
+	if err := cfg.check(); err != nil {
+		return nil, fmt.Errorf("gateway: %w", err)
+	}
+	td, err := spiffeid.TrustDomainFromString(cfg.TrustDomain)
+	if err != nil {
+		return nil, fmt.Errorf("gateway: %w", err)
+	}
+	g := &Gateway{
+		cfg:      cfg,
+		td:       td,
+		log:      log,
+		roles:    roles,
+		registry: prometheus.NewRegistry(),
+		known:    make(chan struct{}),
+	}
+	g.identities = newIdentities(log, func() { g.engine.Recheck() })
+	var access *slog.Logger
+	if cfg.AccessLog.File != "" {
+		g.accessLog, err = os.OpenFile(cfg.AccessLog.File, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o640)
+		if err != nil {
+			return nil, fmt.Errorf("gateway: opening accessLog.file: %w", err)
+		}
+		access = slog.New(slog.NewJSONHandler(g.accessLog, nil))
+	}
+	g.engine, err = dataplane.New(dataplane.Config{
+		TrustDomain: td,
+		Datacenter:  cfg.Datacenter,
+		Process:     cfg.Name,
+		Bundles:     g.identities,
+		Log:         log,
+		AccessLog:   access,
+		Metrics:     g.registry,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("gateway: %w", err)
+	}
+	if cfg.Admin != nil {
+		if g.admin, err = daemon.NewAdmin(cfg.Admin.Listen, g.Ready, g.registry); err != nil {
+			return nil, fmt.Errorf("gateway: opening admin.listen: %w", err)
+		}
+	}
+	return g, nil
+}
+
+// Ready says why the gateway cannot serve; nil if it can.
+func (g *Gateway) Ready() error {
+	if g.draining.Load() {
+		return errors.New("draining: the process was asked to stop")
+	}
+	for _, id := range g.needed() {
+		if _, err := g.identities.of(id).GetX509SVID(); err != nil {
+			return err
+		}
+	}
+	return g.engine.Ready()
+}
+
+func (g *Gateway) own() (spiffeid.ID, error) {
+	return spiffeid.FromSegments(g.td, "entente", "gateway", g.cfg.Name)
+}
+
+// needed are the identities without which the gateway does not serve.
+func (g *Gateway) needed() []spiffeid.ID {
+	var ids []spiffeid.ID
+	if id, err := g.own(); err == nil && g.cfg.EastWest != nil {
+		ids = append(ids, id)
+	}
+	for _, r := range g.roles {
+		if id, err := spiffeid.FromPath(g.td, r.Identity); err == nil {
+			ids = append(ids, id)
+		}
+	}
+	return ids
+}
+
+// Run serves until ctx is done, then drains: doors close first, then what they need.
+func (g *Gateway) Run(ctx context.Context) error {
+	if g.accessLog != nil {
+		defer g.accessLog.Close()
+	}
+	ids := g.needed()
+	if len(ids) == 0 {
+		return errors.New("gateway: nothing to serve: neither eastWest nor a role")
+	}
+	// The doors' ctx ends when we are asked to stop, or when a foundation fails.
+	ctx, stopDoors := context.WithCancel(ctx)
+	defer stopDoors()
+	below, stopBelow := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopBelow()
+	foundations := daemon.NewGroup(below)
+	foundation := func(name string, task func(context.Context) error) {
+		foundations.Go(name, func(ctx context.Context) error {
+			defer stopDoors()
+			return task(ctx)
+		})
+	}
+	foundation("data plane", g.engine.Run)
+	foundation("workload API", func(ctx context.Context) error { return g.identities.run(ctx, g.cfg.WorkloadAPI.Socket) })
+	foundation("sync", func(ctx context.Context) error { return g.sync(ctx, ids[0]) })
+	if g.admin != nil {
+		foundation("admin", g.admin.Run)
+	}
+
+	doors := daemon.NewGroup(ctx)
+	if id, err := g.own(); err == nil && g.cfg.EastWest != nil {
+		doors.Go("east-west", func(ctx context.Context) error {
+			if g.await(ctx, id) != nil {
+				return ctx.Err()
+			}
+			ln, err := daemon.Listen(g.cfg.EastWest.Listen)
+			if err != nil {
+				return fmt.Errorf("opening eastWest.listen: %w", err)
+			}
+			g.log.Info("east-west door open", "address", ln.Addr().String(), "id", id.String())
+			return g.engine.ServeGateway(ctx, ln, dataplane.Identity{ID: id, SVID: g.identities.of(id)})
+		})
+	}
+	for _, r := range g.roles {
+		doors.Go(r.Name, func(ctx context.Context) error {
+			id, err := spiffeid.FromPath(g.td, r.Identity)
+			if err != nil {
+				return fmt.Errorf("identity %q: %w", r.Identity, err)
+			}
+			if g.await(ctx, id) != nil {
+				return ctx.Err()
+			}
+			return r.Run(ctx, g.engine.Edge(dataplane.Identity{ID: id, SVID: g.identities.of(id)}))
+		})
+	}
+	defer context.AfterFunc(ctx, func() { g.draining.Store(true) })()
+	err := doors.Wait()
+	stopBelow()
+	return errors.Join(err, foundations.Wait())
+}
+
+// await returns when id has an SVID and the domain is known.
+func (g *Gateway) await(ctx context.Context, id spiffeid.ID) error {
+	if err := g.identities.wait(ctx, id); err != nil {
+		return err
+	}
+	select {
+	case <-g.known:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// sync keeps the engine's view as the CA has it.
+func (g *Gateway) sync(ctx context.Context, as spiffeid.ID) error {
+	if err := g.identities.wait(ctx, as); err != nil {
+		return err
+	}
+	ca, err := client.New(client.Config{
+		TrustDomain: g.td,
+		Addresses:   g.cfg.CA.Addresses,
+		SVID:        g.identities.of(as),
+		Bundles:     g.identities,
+		Datacenter:  g.cfg.Datacenter,
+		Log:         g.log,
+	})
+	if err != nil {
+		return err
+	}
+	var (
+		tables   *catalog.Tables
+		revision uint64
+	)
+	return ca.Sync(ctx, func(v *client.View) error {
+		if tables == nil || v.Revision != revision {
+			compiled, err := catalog.Compile(g.td, v.Objects)
+			if err != nil {
+				return fmt.Errorf("compiling the catalogue of revision %d: %w", v.Revision, err)
+			}
+			tables, revision = compiled, v.Revision
+		}
+		endpoints := make([]catalog.Endpoint, len(v.Instances))
+		for i, instance := range v.Instances {
+			endpoints[i] = catalog.Endpoint(instance)
+		}
+		g.engine.SetView(dataplane.View{Tables: tables, Endpoints: endpoints})
+		select {
+		case <-g.known:
+		default:
+			close(g.known)
+		}
+		return nil
+	})
+}

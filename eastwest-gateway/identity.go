@@ -1,0 +1,132 @@
+package gateway
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"strings"
+	"sync"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+	"github.com/spiffe/go-spiffe/v2/workloadapi"
+)
+
+// identities are the newest SVIDs and bundles of the Workload API. What was received
+// stays when the API goes away (I12); an SVID ends by itself.
+type identities struct {
+	log     *slog.Logger
+	changed func() // called after each update
+
+	mu      sync.RWMutex
+	svids   map[spiffeid.ID]*x509svid.SVID
+	bundles *x509bundle.Set
+	waiting map[spiffeid.ID]chan struct{} // closed when the first SVID of an ID is there
+	broken  bool
+}
+
+func newIdentities(log *slog.Logger, changed func()) *identities {
+	return &identities{
+		log:     log,
+		changed: changed,
+		svids:   map[spiffeid.ID]*x509svid.SVID{},
+		bundles: x509bundle.NewSet(),
+		waiting: map[spiffeid.ID]chan struct{}{},
+	}
+}
+
+// run watches the Workload API until ctx is done.
+func (i *identities) run(ctx context.Context, socket string) error {
+	if !strings.Contains(socket, "://") {
+		socket = "unix://" + socket
+	}
+	client, err := workloadapi.New(ctx, workloadapi.WithAddr(socket))
+	if err != nil {
+		return fmt.Errorf("opening the Workload API at %s (workloadAPI.socket): %w", socket, err)
+	}
+	defer client.Close()
+	if err := client.WatchX509Context(ctx, i); err != nil && ctx.Err() == nil {
+		return fmt.Errorf("watching the Workload API at %s: %w", socket, err)
+	}
+	return ctx.Err()
+}
+
+// OnX509ContextUpdate takes a new picture. Part of workloadapi.X509ContextWatcher.
+func (i *identities) OnX509ContextUpdate(c *workloadapi.X509Context) {
+	svids := make(map[spiffeid.ID]*x509svid.SVID, len(c.SVIDs))
+	for _, svid := range c.SVIDs {
+		if _, ok := svids[svid.ID]; !ok { // the first one is the default (Workload API section 5.3)
+			svids[svid.ID] = svid
+		}
+	}
+	i.mu.Lock()
+	i.svids, i.bundles = svids, c.Bundles
+	if i.broken {
+		i.log.Info("Workload API is back")
+		i.broken = false
+	}
+	for id, ready := range i.waiting {
+		if svids[id] != nil {
+			close(ready)
+			delete(i.waiting, id)
+		}
+	}
+	i.mu.Unlock()
+	i.changed()
+}
+
+// OnX509ContextWatchError is told of each failed try. Part of workloadapi.X509ContextWatcher.
+func (i *identities) OnX509ContextWatchError(err error) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if !i.broken {
+		i.log.Warn("Workload API does not answer: going on with what it gave before", "error", err)
+		i.broken = true
+	}
+}
+
+// GetX509BundleForTrustDomain makes identities an x509bundle.Source.
+func (i *identities) GetX509BundleForTrustDomain(td spiffeid.TrustDomain) (*x509bundle.Bundle, error) {
+	i.mu.RLock()
+	defer i.mu.RUnlock()
+	return i.bundles.GetX509BundleForTrustDomain(td)
+}
+
+// of is the source of one ID's SVID.
+func (i *identities) of(id spiffeid.ID) x509svid.Source { return source{i, id} }
+
+type source struct {
+	all *identities
+	id  spiffeid.ID
+}
+
+func (s source) GetX509SVID() (*x509svid.SVID, error) {
+	s.all.mu.RLock()
+	defer s.all.mu.RUnlock()
+	if svid := s.all.svids[s.id]; svid != nil {
+		return svid, nil
+	}
+	return nil, fmt.Errorf("the Workload API gave no SVID for %s", s.id)
+}
+
+// wait returns when an SVID for id is there.
+func (i *identities) wait(ctx context.Context, id spiffeid.ID) error {
+	i.mu.Lock()
+	if i.svids[id] != nil {
+		i.mu.Unlock()
+		return nil
+	}
+	ready := i.waiting[id]
+	if ready == nil {
+		ready = make(chan struct{})
+		i.waiting[id] = ready
+	}
+	i.mu.Unlock()
+	select {
+	case <-ready:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
