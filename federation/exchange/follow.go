@@ -23,8 +23,9 @@ const (
 	defaultMinRefresh = time.Second
 	defaultMaxRefresh = 24 * time.Hour
 
-	firstBackoff = time.Second
-	maxBackoff   = 5 * time.Minute
+	firstBackoff    = time.Second
+	maxBackoff      = time.Minute
+	maxStoreBackoff = 5 * time.Second // our own store is soon well again, and the peer is not bothered more for it
 )
 
 // FollowConfig says which bundle to follow and whom to tell.
@@ -160,7 +161,9 @@ func positive(d, otherwise time.Duration) time.Duration {
 }
 
 // ownBundle is the newest accepted bundle of the followed domain.
-type ownBundle struct{ atomic.Pointer[x509bundle.Bundle] }
+type ownBundle struct {
+	atomic.Pointer[x509bundle.Bundle]
+}
 
 func (o *ownBundle) GetX509BundleForTrustDomain(td spiffeid.TrustDomain) (*x509bundle.Bundle, error) {
 	b := o.Load()
@@ -172,7 +175,7 @@ func (o *ownBundle) GetX509BundleForTrustDomain(td spiffeid.TrustDomain) (*x509b
 
 // attempt asks one URL and returns how long to pause before the next attempt.
 func (f *follower) attempt(ctx context.Context) time.Duration {
-	u := f.URLs[f.url]
+	u, conditional := f.URLs[f.url], f.tag != ""
 	f.status.URL = u
 	got, err := f.client.get(ctx, u, f.tag, f.wait())
 	if ctx.Err() != nil {
@@ -192,8 +195,8 @@ func (f *follower) attempt(ctx context.Context) time.Duration {
 	f.backoff = 0
 	f.status.Succeeded, f.status.Failures, f.status.Error = time.Now(), 0, ""
 	f.tell()
-	if f.tag != "" && (f.waits || got.Fetched != nil) {
-		return 0 // ask again at once, to be answered when there is news; this also finds out whether the server does so
+	if f.waits || !conditional && f.tag != "" {
+		return 0 // ask again at once, to be answered when there is news; the first time, to find out whether the server does so
 	}
 	refresh := f.DefaultRefresh
 	if f.hint > 0 {
@@ -244,7 +247,7 @@ func (f *follower) judge(ctx context.Context, got *Fetched) (otherURL bool, err 
 	return false, nil
 }
 
-// failed notes a failure. The next URL is tried at once, until all have had their turn.
+// failed notes a failure. If another URL may do better, the next is tried at once, until all have had their turn.
 func (f *follower) failed(err error, otherURL bool) time.Duration {
 	f.status.Failures++
 	f.status.Error = err.Error()
@@ -257,7 +260,11 @@ func (f *follower) failed(err error, otherURL bool) time.Duration {
 			return 0
 		}
 	}
-	f.backoff = min(max(2*f.backoff, firstBackoff), maxBackoff)
+	most := maxBackoff
+	if !otherURL {
+		most = maxStoreBackoff
+	}
+	f.backoff = min(max(2*f.backoff, firstBackoff), most)
 	return f.backoff/2 + jitter(f.backoff/2)
 }
 

@@ -47,11 +47,17 @@ func Handler(path string, source Source) http.Handler {
 		w.Header().Set("X-Content-Type-Options", "nosniff")
 		switch {
 		case r.URL.Path != path:
+			refuseBody(w)
 			http.Error(w, "no bundle here; it is at "+path, http.StatusNotFound)
 			return
 		case r.Method != http.MethodGet && r.Method != http.MethodHead:
 			w.Header().Set("Allow", "GET, HEAD")
+			refuseBody(w)
 			http.Error(w, "a bundle can only be read", http.StatusMethodNotAllowed)
+			return
+		case r.ContentLength != 0:
+			refuseBody(w)
+			http.Error(w, "a request for a bundle has no body", http.StatusBadRequest)
 			return
 		}
 		jwks, sequence, changed := source()
@@ -82,6 +88,11 @@ func Handler(path string, source Source) http.Handler {
 			w.Write(jwks)
 		}
 	})
+}
+
+// refuseBody keeps the server from waiting for the body of a request that is refused.
+func refuseBody(w http.ResponseWriter) {
+	http.NewResponseController(w).SetReadDeadline(time.Now())
 }
 
 // hold returns the bundle as soon as it has another tag, or as it is when the time is up.
@@ -147,8 +158,7 @@ func Serve(ctx context.Context, listener net.Listener, svid x509svid.Source, han
 	server := &http.Server{
 		Handler:           handler,
 		BaseContext:       func(net.Listener) context.Context { return ctx },
-		ReadHeaderTimeout: 5 * time.Second,
-		ReadTimeout:       10 * time.Second,
+		ReadHeaderTimeout: 5 * time.Second, // a ReadTimeout would end the requests that are held back
 		WriteTimeout:      MaxWait + 30*time.Second,
 		IdleTimeout:       2 * time.Minute,
 		MaxHeaderBytes:    16 << 10,
