@@ -18,8 +18,9 @@ func (s *Session) Ack(revision uint64) {
 	if !s.live {
 		return
 	}
-	// It cannot hold what it was not sent.
-	s.acked = max(s.acked, min(revision, s.sent))
+	// It cannot hold the future. What it got in a session before, here or at another
+	// replica, it may.
+	s.acked = max(s.acked, min(revision, s.feed.revision))
 }
 
 // held is the revision up to which the subscriber holds everything that concerns it.

@@ -286,13 +286,13 @@ func (t *Table) Get(k Key) (Instance, bool) {
 }
 
 // Held returns what this replica says of its own sessions, live and lost, for
-// the other replicas: the instances, and for each session one without a service.
+// the other replicas: agent by agent, first the session itself (without a service),
+// then its instances.
 func (t *Table) Held() []Instance {
 	var held []Instance
-	for name := range t.agents {
+	for _, name := range slices.Sorted(maps.Keys(t.agents)) {
 		held = append(held, t.HeldOf(name)...)
 	}
-	slices.SortFunc(held, compareInstances)
 	return held
 }
 

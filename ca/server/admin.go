@@ -1,0 +1,274 @@
+package server
+
+import (
+	"context"
+	"crypto/rand"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
+	"github.com/entente-mesh/entente/ca"
+	"github.com/entente-mesh/entente/ca/domain"
+	"github.com/entente-mesh/entente/federation/bundle"
+	"github.com/entente-mesh/entente/federation/catalog"
+)
+
+const (
+	defaultTokenLife = 15 * time.Minute
+	minTokenLife     = time.Second
+)
+
+// adminDoor is for operators, over the unix socket.
+type adminDoor struct {
+	ententev1.UnimplementedAdminServer
+	server *Server
+}
+
+func (d adminDoor) Status(context.Context, *ententev1.StatusRequest) (*ententev1.StatusResponse, error) {
+	s := d.server
+	info := s.Info()
+	resp := &ententev1.StatusResponse{
+		NodeId:      s.NodeID,
+		LeaderId:    info.LeaderID,
+		RaftState:   info.RaftState,
+		AgeSeconds:  seconds(info.Age),
+		Instances:   instancesToWire(s.Feed.Instances()),
+		Subscribers: uint32(s.Feed.Status(time.Now(), 0).Subscribers),
+	}
+	s.State.Read(func(st *domain.State) {
+		resp.Cluster, resp.Revision = st.Cluster(), st.Revision()
+		resp.Authorities = st.Authorities()
+		resp.Entries, resp.Agents = uint32(st.EntryCount()), uint32(st.AgentCount())
+		for _, m := range st.Members() {
+			resp.Members = append(resp.Members, &ententev1.MemberStatus{Member: m, VoterNow: info.Voters[m.GetId()]})
+		}
+		for _, peer := range st.Peers() {
+			resp.Foreign = append(resp.Foreign, foreignStatus(st, peer, info.Foreign[peer]))
+		}
+	})
+	return resp, nil
+}
+
+func foreignStatus(st *domain.State, peer string, fetched Fetched) *ententev1.ForeignBundleStatus {
+	f := &ententev1.ForeignBundleStatus{TrustDomain: peer, AgeSeconds: -1, Error: fetched.Err}
+	if !fetched.At.IsZero() {
+		f.AgeSeconds = time.Since(fetched.At).Seconds()
+	}
+	held, ok := st.ForeignBundle(peer)
+	if !ok {
+		return f
+	}
+	f.Sequence = held.GetSequence()
+	if td, err := spiffeid.TrustDomainFromString(peer); err == nil {
+		if b, _, err := bundle.Parse(td, held.GetJwks()); err == nil {
+			f.X509Authorities = uint32(len(b.X509))
+		}
+	}
+	return f
+}
+
+func (d adminDoor) CreateToken(ctx context.Context, req *ententev1.CreateTokenRequest) (*ententev1.CreateTokenResponse, error) {
+	s := d.server
+	if (req.GetNode() == nil) == (req.GetAgent() == nil) {
+		return nil, status.Error(codes.InvalidArgument, "a token admits either a CA node or an agent: say which")
+	}
+	life := time.Duration(req.GetTtlSeconds()) * time.Second
+	if life == 0 {
+		life = defaultTokenLife
+	}
+	if life < minTokenLife || life > ca.MaxTokenLife {
+		return nil, status.Errorf(codes.InvalidArgument, "a token lives between %v and %v, not %v", minTokenLife, ca.MaxTokenLife, life)
+	}
+	token := &ca.Token{Role: ca.RoleAgent, ID: strings.ToLower(rand.Text()), TrustDomain: s.TrustDomain, Seed: make([]byte, 32)}
+	rand.Read(token.Seed)
+	record := &statev1.Token{Id: token.ID, PublicKey: token.PublicKey(), NotAfter: time.Now().Add(life).Unix()}
+	if req.GetNode() != nil {
+		token.Role = ca.RoleNode
+		record.Grant = &statev1.Token_Node{Node: req.GetNode()}
+	} else {
+		record.Grant = &statev1.Token_Agent{Agent: req.GetAgent()}
+	}
+	s.State.Read(func(st *domain.State) {
+		if now := st.Now(); !now.IsZero() {
+			record.NotAfter = now.Add(life).Unix() // Apply judges by the agreed time
+		}
+		token.ClusterID, token.Epoch = st.Cluster().GetId(), st.Cluster().GetEpoch()
+		for _, m := range st.Members() {
+			token.Addresses = append(token.Addresses, m.GetApiAddress())
+			token.Pins = append(token.Pins, m.GetId())
+		}
+	})
+	text, err := token.Text()
+	if err != nil {
+		return nil, status.Error(codes.Internal, err.Error())
+	}
+	_, err = s.agree(ctx, &statev1.Command{
+		Actor: "operator",
+		Body:  &statev1.Command_CreateToken{CreateToken: &statev1.CreateToken{Token: record}},
+	})
+	if err != nil {
+		return nil, err
+	}
+	return &ententev1.CreateTokenResponse{Token: text, Id: record.GetId(), NotAfter: record.GetNotAfter()}, nil
+}
+
+func (d adminDoor) GetBundle(_ context.Context, req *ententev1.GetBundleRequest) (*ententev1.GetBundleResponse, error) {
+	s := d.server
+	td := req.GetTrustDomain()
+	if td == "" || td == s.TrustDomain.Name() {
+		jwks, _ := s.Bundles.JWKS()
+		return &ententev1.GetBundleResponse{Jwks: jwks}, nil
+	}
+	var held *statev1.ForeignBundle
+	s.State.Read(func(st *domain.State) { held, _ = st.ForeignBundle(td) })
+	if held == nil {
+		return nil, status.Errorf(codes.NotFound, "this domain holds no bundle of %.255s: apply a Relationship with it first", td)
+	}
+	return &ententev1.GetBundleResponse{Jwks: held.GetJwks()}, nil
+}
+
+func (d adminDoor) Apply(ctx context.Context, req *ententev1.ApplyRequest) (*ententev1.ApplyResponse, error) {
+	s := d.server
+	var plan applyPlan
+	s.State.Read(func(st *domain.State) { plan = planApply(st, req.GetObjects(), req.GetDeletes()) })
+	if plan.problem != nil {
+		return nil, status.Error(codes.InvalidArgument, plan.problem.Error())
+	}
+	if err := s.check(plan); err != nil {
+		return nil, status.Error(codes.InvalidArgument, err.Error())
+	}
+	resp := &ententev1.ApplyResponse{Revision: plan.revision, Changes: plan.changes}
+	if req.GetDryRun() || len(plan.command.GetUpserts())+len(plan.command.GetDeletes()) == 0 {
+		return resp, nil
+	}
+	outcome, err := s.agree(ctx, &statev1.Command{
+		IfRevision: plan.catalogue,
+		Actor:      "operator",
+		Body:       &statev1.Command_ApplyObjects{ApplyObjects: plan.command},
+	})
+	if err != nil {
+		return nil, err
+	}
+	resp.Revision = outcome.Revision
+	s.Log.Info("the catalogue was changed", "revision", ca.Revision(outcome.Revision).String(),
+		"upserts", len(plan.command.GetUpserts()), "deletes", len(plan.command.GetDeletes()))
+	return resp, nil
+}
+
+// applyPlan is what an Apply comes down to at one revision.
+type applyPlan struct {
+	revision  uint64
+	catalogue uint64
+	command   *statev1.ApplyObjects // only what really changes
+	changes   []*ententev1.ObjectChange
+	after     []*statev1.Object // the whole catalogue as it would be
+	peers     []string
+	dev       bool
+	longest   time.Duration
+	problem   error
+}
+
+func planApply(st *domain.State, upserts []*statev1.Object, deletes []*statev1.ObjectKey) applyPlan {
+	plan := applyPlan{
+		revision:  st.Revision(),
+		catalogue: st.CatalogueRevision(),
+		command:   &statev1.ApplyObjects{},
+		dev:       st.Cluster().GetDev(),
+		longest:   st.Lifetimes().Phase,
+	}
+	named := make(map[string]*statev1.Object) // nil: deleted
+	for _, proposed := range upserts {
+		key := domain.ObjectKey(proposed)
+		if _, twice := named[key]; key == "" || twice {
+			plan.problem = fmt.Errorf("%s: %q stands there twice, or has no kind that this release knows", proposed.GetSource(), key)
+			return plan
+		}
+		o := proto.CloneOf(proposed)
+		o.Revision = 0
+		named[key] = o
+		action := "created"
+		if have, ok := st.Object(key); ok {
+			action = "updated"
+			if same(have, o) {
+				action = "unchanged"
+			}
+		}
+		if action != "unchanged" {
+			plan.command.Upserts = append(plan.command.Upserts, o)
+		}
+		plan.changes = append(plan.changes, &ententev1.ObjectChange{Key: keyToWire(key), Action: action})
+	}
+	for _, key := range deletes {
+		name := key.GetKind() + "/" + key.GetName()
+		if _, twice := named[name]; twice {
+			plan.problem = fmt.Errorf("%.300s is both changed and deleted, or deleted twice", name)
+			return plan
+		}
+		if _, ok := st.Object(name); !ok {
+			plan.problem = fmt.Errorf("there is no %.300s to delete", name)
+			return plan
+		}
+		named[name] = nil
+		plan.command.Deletes = append(plan.command.Deletes, key)
+		plan.changes = append(plan.changes, &ententev1.ObjectChange{Key: key, Action: "deleted"})
+	}
+	for _, o := range st.Objects() {
+		if _, replaced := named[domain.ObjectKey(o)]; !replaced {
+			plan.after = append(plan.after, o)
+		}
+	}
+	for _, o := range named {
+		if o != nil {
+			plan.after = append(plan.after, o)
+		}
+	}
+	slices.SortFunc(plan.after, func(a, b *statev1.Object) int {
+		return strings.Compare(domain.ObjectKey(a), domain.ObjectKey(b))
+	})
+	for _, o := range plan.after {
+		if r := o.GetRelationship(); r != nil {
+			plan.peers = append(plan.peers, r.GetTrustDomain())
+		}
+	}
+	return plan
+}
+
+// same tells whether two objects say the same; where that was written does not count.
+func same(a, b *statev1.Object) bool {
+	x, y := proto.CloneOf(a), proto.CloneOf(b)
+	x.Revision, y.Revision = 0, 0
+	x.Source, y.Source = "", ""
+	return proto.Equal(x, y)
+}
+
+// check looks at the whole catalogue as it would be, with FILE:LINE for each finding.
+func (s *Server) check(plan applyPlan) error {
+	if _, err := catalog.Compile(s.TrustDomain, plan.after, catalog.AllowLoopback(plan.dev)); err != nil {
+		return err
+	}
+	for _, o := range plan.after {
+		if _, err := ca.EntriesFor(s.TrustDomain, o, plan.peers, plan.longest); err != nil {
+			return fmt.Errorf("%s: %s: %w", o.GetSource(), domain.ObjectKey(o), err)
+		}
+		r := o.GetRelationship()
+		if len(r.GetBootstrapBundle()) == 0 {
+			continue
+		}
+		td, err := ca.ParseTrustDomain(r.GetTrustDomain())
+		if err != nil {
+			return fmt.Errorf("%s: %w", o.GetSource(), err)
+		}
+		if _, _, err := bundle.Parse(td, r.GetBootstrapBundle()); err != nil {
+			return fmt.Errorf("%s: bundle of %s: %w", o.GetSource(), r.GetTrustDomain(), err)
+		}
+	}
+	return nil
+}

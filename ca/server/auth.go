@@ -1,0 +1,289 @@
+package server
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"net"
+	"slices"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	grpcpeer "google.golang.org/grpc/peer"
+	"google.golang.org/grpc/status"
+
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
+	"github.com/entente-mesh/entente/ca"
+	"github.com/entente-mesh/entente/ca/domain"
+	"github.com/entente-mesh/entente/internal/peer"
+)
+
+// class is what a caller is to the doors.
+type class uint8
+
+const (
+	anonymous class = iota + 1 // shows no certificate
+	stranger                   // holds a key that means nothing yet, and claims no name
+	member                     // holds the node key of a member
+	agent                      // shows the SVID of an attested agent, with the agent's key
+	workload                   // shows the SVID of an entry: a gateway, or another that listens
+	local                      // came over the unix socket
+)
+
+func (c class) String() string {
+	return [...]string{"nobody", "a client without certificate", "a holder of an unknown key", "a CA node", "an agent", "a workload", "the operator of this host"}[c]
+}
+
+// allowed is who may call what. A method that does not stand here is refused to all.
+var allowed = map[string][]class{
+	ententev1.Join_Join_FullMethodName:         {stranger, member},
+	ententev1.Attest_Attest_FullMethodName:     {anonymous, agent},
+	ententev1.Sync_Sync_FullMethodName:         {agent, workload},
+	ententev1.Sign_SignX509_FullMethodName:     {agent},
+	ententev1.Peer_Propose_FullMethodName:      {member},
+	ententev1.Peer_Report_FullMethodName:       {member},
+	ententev1.Peer_Presence_FullMethodName:     {member},
+	ententev1.Admin_Status_FullMethodName:      {local},
+	ententev1.Admin_CreateToken_FullMethodName: {local},
+	ententev1.Admin_Apply_FullMethodName:       {local},
+	ententev1.Admin_GetBundle_FullMethodName:   {local},
+}
+
+// caller is who calls, as the connection proves it.
+type caller struct {
+	class  class
+	keyID  string // of the key the peer holds; empty without one
+	id     spiffeid.ID
+	member *statev1.Member
+	agent  *statev1.Agent // of an agent: itself
+	entry  *statev1.Entry // of a workload
+	state  tls.ConnectionState
+}
+
+func (c caller) String() string {
+	switch c.class {
+	case member:
+		return "CA node " + c.member.GetName()
+	case agent, workload:
+		return c.id.String()
+	}
+	return c.class.String()
+}
+
+// errNotOurs: the certificate claims a name that it does not prove.
+var errNotOurs = errors.New("the certificate is no SVID of this trust domain that is valid now, and its key is no member's")
+
+// identify says who holds the other end of a TLS connection. It verifies anew each
+// time: what was true when the connection began may have ended (I4).
+func (s *Server) identify(state tls.ConnectionState) (caller, error) {
+	c := caller{state: state}
+	if len(state.PeerCertificates) == 0 {
+		c.class = anonymous
+		return c, nil
+	}
+	leaf := state.PeerCertificates[0]
+	c.keyID = peer.KeyID(leaf)
+	s.State.Read(func(st *domain.State) {
+		if m, ok := st.Member(c.keyID); ok {
+			c.class, c.member = member, m
+		}
+	})
+	if c.class == member {
+		return c, nil
+	}
+	if !claimsName(leaf) {
+		c.class = stranger
+		return c, nil
+	}
+	id, err := peer.Verify(state.PeerCertificates, s.Bundles, time.Now())
+	if err != nil || !id.MemberOf(s.TrustDomain) {
+		return c, errNotOurs
+	}
+	c.id = id
+	s.State.Read(func(st *domain.State) { err = c.fromState(st, leaf) })
+	return c, err
+}
+
+// claimsName tells an SVID or a server certificate from a bare node key.
+func claimsName(leaf *x509.Certificate) bool {
+	return len(leaf.URIs)+len(leaf.DNSNames)+len(leaf.IPAddresses)+len(leaf.EmailAddresses) > 0
+}
+
+// fromState finds what the agreed state knows of a verified SVID's holder.
+func (c *caller) fromState(st *domain.State, leaf *x509.Certificate) error {
+	origin, ok, err := ca.OriginOf(leaf)
+	if err != nil || !ok {
+		return errors.New("the SVID does not say by which agent and entry it was issued")
+	}
+	host, ok := st.Agent(origin.Agent)
+	switch {
+	case !ok || host.GetGeneration() != origin.AgentGeneration:
+		return fmt.Errorf("agent %s was removed or attested anew since this SVID was issued", origin.Agent)
+	case host.GetBanned():
+		return fmt.Errorf("agent %s is banned", origin.Agent)
+	}
+	if c.id.Path() == ca.AgentPath(host.GetName()) {
+		if c.keyID != host.GetKeyId() {
+			return fmt.Errorf("agent %s holds another key now", host.GetName())
+		}
+		c.class, c.agent = agent, host
+		return nil
+	}
+	entry, ok := st.Entry(origin.Entry)
+	if !ok || entry.GetPath() != c.id.Path() || !slices.Contains(entry.GetHosts(), host.GetName()) {
+		return fmt.Errorf("%s is no longer an identity that host %s may hold", c.id, host.GetName())
+	}
+	c.class, c.entry = workload, entry
+	return nil
+}
+
+// tlsConfig asks for a client certificate. One that claims a name must prove it; a
+// bare key may only knock at Join.
+func (s *Server) tlsConfig() *tls.Config {
+	return peer.AllowClient(s.Certificate, func(state tls.ConnectionState) error {
+		_, err := s.identify(state)
+		return err
+	}, "h2")
+}
+
+// tracking keeps API connections in the registry, so that they end with what they
+// rest on.
+type tracking struct {
+	credentials.TransportCredentials
+	server *Server
+}
+
+func (t *tracking) Clone() credentials.TransportCredentials {
+	return &tracking{t.TransportCredentials.Clone(), t.server}
+}
+
+func (t *tracking) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	conn, info, err := t.TransportCredentials.ServerHandshake(raw)
+	if err != nil {
+		return nil, nil, err
+	}
+	state := info.(credentials.TLSInfo).State
+	if len(state.PeerCertificates) == 0 {
+		return conn, info, nil
+	}
+	first, err := t.server.identify(state)
+	if err != nil {
+		conn.Close()
+		return nil, nil, err
+	}
+	untrack := t.server.registry.Track(raw, expiring(first, state), func() error {
+		now, err := t.server.identify(state)
+		if err == nil && first.class != now.class && first.class != stranger {
+			err = errNotOurs
+		}
+		return err
+	})
+	return &tracked{conn, untrack}, info, nil
+}
+
+// expiring hides the certificate of a peer that is known by its key: dates in it mean
+// nothing.
+func expiring(c caller, state tls.ConnectionState) tls.ConnectionState {
+	if c.class == member || c.class == stranger {
+		return tls.ConnectionState{}
+	}
+	return state
+}
+
+type tracked struct {
+	net.Conn
+	untrack func()
+}
+
+func (t *tracked) Close() error {
+	t.untrack()
+	return t.Conn.Close()
+}
+
+// localCredentials marks connections over the unix socket.
+type localCredentials struct{}
+
+type localInfo struct{ credentials.CommonAuthInfo }
+
+func (localInfo) AuthType() string { return "local" }
+
+func (localCredentials) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	if _, ok := conn.(*net.UnixConn); !ok {
+		return nil, nil, errors.New("the administrative door is a unix socket")
+	}
+	return conn, localInfo{credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity}}, nil
+}
+
+func (localCredentials) ClientHandshake(context.Context, string, net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	return nil, nil, errors.New("not a client")
+}
+
+func (localCredentials) Info() credentials.ProtocolInfo {
+	return credentials.ProtocolInfo{SecurityProtocol: "local"}
+}
+func (l localCredentials) Clone() credentials.TransportCredentials { return l }
+func (localCredentials) OverrideServerName(string) error           { return nil }
+
+type callerKey struct{}
+
+// callerFrom is the caller that the interceptors found.
+func callerFrom(ctx context.Context) caller {
+	c, _ := ctx.Value(callerKey{}).(caller)
+	return c
+}
+
+// authorise authenticates a call and looks it up in the table.
+func (s *Server) authorise(ctx context.Context, method string) (context.Context, error) {
+	remote, ok := grpcpeer.FromContext(ctx)
+	if !ok {
+		return nil, status.Error(codes.Unauthenticated, "no connection to authenticate")
+	}
+	var c caller
+	switch info := remote.AuthInfo.(type) {
+	case localInfo:
+		c.class = local
+	case credentials.TLSInfo:
+		var err error
+		if c, err = s.identify(info.State); err != nil {
+			return nil, status.Error(codes.Unauthenticated, err.Error())
+		}
+	default:
+		return nil, status.Error(codes.Unauthenticated, "unknown kind of connection")
+	}
+	if !slices.Contains(allowed[method], c.class) {
+		s.Log.Warn("a call was refused: its caller may not make it", "method", method, "caller", c.String(), "remote", remote.Addr.String())
+		return nil, status.Errorf(codes.PermissionDenied, "%s may not call %s", c.class, method)
+	}
+	return context.WithValue(ctx, callerKey{}, c), nil
+}
+
+func (s *Server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (resp any, err error) {
+	defer func() { s.metrics.calls.WithLabelValues(info.FullMethod, status.Code(err).String()).Inc() }()
+	ctx, err = s.authorise(ctx, info.FullMethod)
+	if err != nil {
+		return nil, err
+	}
+	return handler(ctx, req)
+}
+
+type callerStream struct {
+	grpc.ServerStream
+	ctx context.Context
+}
+
+func (c callerStream) Context() context.Context { return c.ctx }
+
+func (s *Server) stream(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) (err error) {
+	defer func() { s.metrics.calls.WithLabelValues(info.FullMethod, status.Code(err).String()).Inc() }()
+	ctx, err := s.authorise(stream.Context(), info.FullMethod)
+	if err != nil {
+		return err
+	}
+	return handler(srv, callerStream{stream, ctx})
+}

@@ -1,0 +1,387 @@
+package server
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
+	"github.com/entente-mesh/entente/ca"
+	"github.com/entente-mesh/entente/ca/domain"
+	"github.com/entente-mesh/entente/ca/feed"
+	"github.com/entente-mesh/entente/internal/peer"
+)
+
+const maxCommand = 64 << 10
+
+// peerDoor is spoken between CA nodes.
+type peerDoor struct {
+	ententev1.UnimplementedPeerServer
+	server *Server
+}
+
+func (d peerDoor) Propose(ctx context.Context, req *ententev1.ProposeRequest) (*ententev1.ProposeResponse, error) {
+	s, c := d.server, callerFrom(ctx)
+	command := &statev1.Command{}
+	if len(req.GetCommand()) > maxCommand || proto.Unmarshal(req.GetCommand(), command) != nil {
+		return nil, status.Errorf(codes.InvalidArgument, "the command does not decode, or has over %d bytes", maxCommand)
+	}
+	if err := s.mayPropose(c, command); err != nil {
+		s.Log.Warn("a command of a CA node was refused", "node", c.member.GetName(), "error", err)
+		return nil, status.Error(codes.PermissionDenied, err.Error())
+	}
+	outcome, err := s.Leader.Propose(ctx, command)
+	if errors.Is(err, ErrNotLeader) {
+		return nil, status.Error(codes.FailedPrecondition, err.Error())
+	}
+	if err != nil {
+		return nil, proposeError(err)
+	}
+	resp := &ententev1.ProposeResponse{Revision: outcome.Revision}
+	if r := outcome.Refused; r != nil {
+		resp.Refusal, resp.Detail = r.Code, r.Detail
+	}
+	return resp, nil
+}
+
+// mayPropose says what a member may propose for others, and what for itself only. The
+// rest is the leader's own.
+func (s *Server) mayPropose(c caller, command *statev1.Command) error {
+	switch body := command.GetBody().(type) {
+	case *statev1.Command_CreateToken, *statev1.Command_JoinMember, *statev1.Command_AttestAgent, *statev1.Command_ApplyObjects:
+		return nil
+	case *statev1.Command_UpdateMember:
+		if body.UpdateMember.GetId() == c.keyID {
+			return nil
+		}
+	case *statev1.Command_PrepareAuthority:
+		authority := body.PrepareAuthority.GetAuthority()
+		if authority.GetMemberId() != c.keyID {
+			break
+		}
+		var phase time.Duration
+		s.State.Read(func(st *domain.State) { phase = st.Lifetimes().Phase })
+		parsed, err := ca.NewAuthority(s.TrustDomain, c.keyID, authority.GetCertificate(), phase, time.Now())
+		if err != nil {
+			return err
+		}
+		if !proto.Equal(parsed, authority) {
+			return errors.New("the authority's record does not say what its certificate says")
+		}
+		return nil
+	case *statev1.Command_ActivateAuthority:
+		var authority *statev1.Authority
+		s.State.Read(func(st *domain.State) { authority, _ = st.Authority(body.ActivateAuthority.GetId()) })
+		if authority.GetMemberId() == c.keyID {
+			return nil
+		}
+	}
+	return fmt.Errorf("CA node %s may not propose this %T", c.member.GetName(), command.GetBody())
+}
+
+func (d peerDoor) Report(ctx context.Context, req *ententev1.ReportRequest) (*ententev1.ReportResponse, error) {
+	c := callerFrom(ctx)
+	d.server.Reported(c.member.GetId(), reportFromWire(req))
+	return &ententev1.ReportResponse{}, nil
+}
+
+func (d peerDoor) Presence(_ *ententev1.PresenceRequest, stream ententev1.Peer_PresenceServer) error {
+	s := d.server
+	watcher := s.Feed.Watch()
+	defer watcher.Close()
+	for {
+		select {
+		case <-watcher.Wake:
+			news, has := watcher.Next()
+			if !has {
+				continue
+			}
+			for _, chunk := range presenceToWire(news) {
+				if err := stream.Send(chunk); err != nil {
+					return err
+				}
+			}
+		case <-stream.Context().Done():
+			return status.FromContextError(stream.Context().Err()).Err()
+		case <-s.stopping:
+			return status.Error(codes.Unavailable, "this CA node shuts down")
+		}
+	}
+}
+
+// Peers is the client half: connections to the other members, each accepted by its
+// node key alone. Methods may be called concurrently.
+type Peers struct {
+	certificate func() (*tls.Certificate, error)
+
+	mu     sync.Mutex
+	conns  map[string]*peerConn // by member id
+	closed bool
+}
+
+type peerConn struct {
+	address string
+	conn    *grpc.ClientConn
+}
+
+// A member that comes back is heard again within a second.
+var connectParams = grpc.ConnectParams{
+	Backoff:           backoff.Config{BaseDelay: 50 * time.Millisecond, Multiplier: 1.6, Jitter: 0.3, MaxDelay: time.Second},
+	MinConnectTimeout: 3 * time.Second,
+}
+
+// NewPeers returns no connections yet; certificate is what this node shows.
+func NewPeers(certificate func() (*tls.Certificate, error)) *Peers {
+	return &Peers{certificate: certificate, conns: make(map[string]*peerConn)}
+}
+
+// Close closes all connections.
+func (p *Peers) Close() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.closed = true
+	var errs []error
+	for id, c := range p.conns {
+		errs = append(errs, c.conn.Close())
+		delete(p.conns, id)
+	}
+	return errors.Join(errs...)
+}
+
+// Forget closes the connection to a member that is none any more.
+func (p *Peers) Forget(id string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if c := p.conns[id]; c != nil {
+		c.conn.Close()
+		delete(p.conns, id)
+	}
+}
+
+func (p *Peers) to(m *statev1.Member) (*grpc.ClientConn, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.closed {
+		return nil, errors.New("this CA node shuts down")
+	}
+	if c := p.conns[m.GetId()]; c != nil {
+		if c.address == m.GetApiAddress() {
+			return c.conn, nil
+		}
+		c.conn.Close()
+		delete(p.conns, m.GetId())
+	}
+	id := m.GetId()
+	config := peer.PinnedClientTLS(p.certificate, func(keyID string) error {
+		if keyID != id {
+			return fmt.Errorf("the node that answers has the key %.12s, CA node %s has %.12s", keyID, m.GetName(), id)
+		}
+		return nil
+	}, "h2")
+	conn, err := grpc.NewClient("passthrough:///"+m.GetApiAddress(),
+		grpc.WithTransportCredentials(credentials.NewTLS(config)),
+		grpc.WithConnectParams(connectParams),
+		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 10 * time.Second, Timeout: 3 * time.Second}),
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxAdminMessage)),
+		grpc.WithDisableServiceConfig(),
+		grpc.WithNoProxy(),
+	)
+	if err != nil {
+		return nil, err
+	}
+	p.conns[id] = &peerConn{m.GetApiAddress(), conn}
+	return conn, nil
+}
+
+// Propose hands a command to the leader. After ErrNotLeader it was not proposed; after
+// another error it may have been.
+func (p *Peers) Propose(ctx context.Context, leader *statev1.Member, command *statev1.Command) (domain.Outcome, error) {
+	conn, err := p.to(leader)
+	if err != nil {
+		return domain.Outcome{}, err
+	}
+	data, err := proto.Marshal(command)
+	if err != nil {
+		return domain.Outcome{}, err
+	}
+	resp, err := ententev1.NewPeerClient(conn).Propose(ctx, &ententev1.ProposeRequest{Command: data})
+	switch status.Code(err) {
+	case codes.OK:
+	case codes.FailedPrecondition:
+		return domain.Outcome{}, ErrNotLeader
+	default:
+		return domain.Outcome{}, fmt.Errorf("CA node %s: %w", leader.GetName(), plain(err))
+	}
+	outcome := domain.Outcome{Revision: resp.GetRevision()}
+	if resp.GetRefusal() != "" {
+		outcome.Refused = &domain.Refusal{Code: resp.GetRefusal(), Detail: resp.GetDetail()}
+	}
+	return outcome, nil
+}
+
+// Report tells the leader how far this node is.
+func (p *Peers) Report(ctx context.Context, leader *statev1.Member, r Report) error {
+	conn, err := p.to(leader)
+	if err != nil {
+		return err
+	}
+	if _, err := ententev1.NewPeerClient(conn).Report(ctx, reportToWire(r)); err != nil {
+		return fmt.Errorf("report to CA node %s: %w", leader.GetName(), plain(err))
+	}
+	return nil
+}
+
+// Presence hands on what another member says of its sessions, until the stream ends.
+// The first one handed on is its full set.
+func (p *Peers) Presence(ctx context.Context, m *statev1.Member, handle func(feed.Instances)) error {
+	conn, err := p.to(m)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	stream, err := ententev1.NewPeerClient(conn).Presence(ctx, &ententev1.PresenceRequest{})
+	if err != nil {
+		return fmt.Errorf("presence of CA node %s: %w", m.GetName(), plain(err))
+	}
+	var set feed.Instances
+	complete := false
+	for {
+		chunk, err := stream.Recv()
+		if errors.Is(err, io.EOF) {
+			return fmt.Errorf("presence of CA node %s ended", m.GetName())
+		}
+		if err != nil {
+			return fmt.Errorf("presence of CA node %s: %w", m.GetName(), plain(err))
+		}
+		set.Upserts = append(set.Upserts, instancesFromWire(chunk.GetInstances())...)
+		set.Withdrawn = append(set.Withdrawn, instancesFromWire(chunk.GetWithdrawn())...)
+		set.Complete = chunk.GetComplete()
+		if complete = complete || set.Complete; !complete {
+			continue
+		}
+		handle(set)
+		set = feed.Instances{}
+	}
+}
+
+// JoinRequest is what a node shows to become a member.
+type JoinRequest struct {
+	Token       *ca.Token
+	Certificate tls.Certificate // of the node key
+	RaftAddress string
+	APIAddress  string
+}
+
+// JoinResult is the answer.
+type JoinResult struct {
+	Member  *statev1.Member
+	Members []*statev1.Member
+	Cluster *statev1.Cluster
+}
+
+// Join asks one of the token's CA nodes after the other to admit this node. Its key
+// may repeat and gets the same answer (I9).
+func Join(ctx context.Context, req JoinRequest) (*JoinResult, error) {
+	var failures []error
+	for _, address := range req.Token.Addresses {
+		result, err := joinAt(ctx, address, req)
+		if err == nil {
+			return result, nil
+		}
+		failures = append(failures, fmt.Errorf("CA node at %s: %w", address, plain(err)))
+		if ctx.Err() != nil {
+			break
+		}
+	}
+	return nil, fmt.Errorf("join the CA of %s: %w", req.Token.TrustDomain.Name(), errors.Join(failures...))
+}
+
+func joinAt(ctx context.Context, address string, req JoinRequest) (*JoinResult, error) {
+	ctx, cancel := context.WithTimeout(ctx, agreeTimeout+2*time.Second)
+	defer cancel()
+	raw, err := (&net.Dialer{}).DialContext(ctx, "tcp", address)
+	if err != nil {
+		return nil, err
+	}
+	config := peer.PinnedClientTLS(func() (*tls.Certificate, error) { return &req.Certificate, nil }, func(keyID string) error {
+		if !req.Token.Pinned(keyID) {
+			return errors.New("its key is none of those that the token names")
+		}
+		return nil
+	}, "h2")
+	// TLS first, by hand: the statement is bound to this very connection.
+	conn := tls.Client(raw, config)
+	defer conn.Close()
+	if err := conn.HandshakeContext(ctx); err != nil {
+		return nil, err
+	}
+	state := conn.ConnectionState()
+	exporter, err := state.ExportKeyingMaterial(ca.ExporterLabel, nil, ca.ExporterSize)
+	if err != nil {
+		return nil, err
+	}
+	leaf := req.Certificate.Leaf
+	if leaf == nil {
+		if leaf, err = x509.ParseCertificate(req.Certificate.Certificate[0]); err != nil {
+			return nil, err
+		}
+	}
+	statement, signature, err := req.Token.Sign(peer.KeyID(leaf), exporter)
+	if err != nil {
+		return nil, err
+	}
+	once := make(chan net.Conn, 1)
+	once <- conn
+	rpc, err := grpc.NewClient("passthrough:///"+address,
+		grpc.WithTransportCredentials(insecure.NewCredentials()), // over TLS that is there already
+		grpc.WithContextDialer(func(context.Context, string) (net.Conn, error) {
+			select {
+			case c := <-once:
+				return c, nil
+			default:
+				return nil, errors.New("the connection ended")
+			}
+		}),
+		grpc.WithDisableServiceConfig(),
+	)
+	if err != nil {
+		return nil, err
+	}
+	defer rpc.Close()
+	resp, err := ententev1.NewJoinClient(rpc).Join(ctx, &ententev1.JoinRequest{
+		TokenId:     req.Token.ID,
+		Statement:   statement,
+		Signature:   signature,
+		RaftAddress: req.RaftAddress,
+		ApiAddress:  req.APIAddress,
+	})
+	if err != nil {
+		return nil, err
+	}
+	return &JoinResult{Member: resp.GetMember(), Members: resp.GetMembers(), Cluster: resp.GetCluster()}, nil
+}
+
+// plain takes gRPC's frame off an error that people will read.
+func plain(err error) error {
+	if st, ok := status.FromError(err); ok && st.Code() != codes.OK {
+		return fmt.Errorf("%s (%s)", st.Message(), st.Code())
+	}
+	return err
+}

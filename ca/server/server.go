@@ -1,0 +1,212 @@
+// Package server holds the doors of a CA node: Join, Attest, Sync, Sign and Peer on
+// its API address, Admin on a unix socket.
+//
+// Each call is authenticated from the TLS connection it came over and authorised by
+// one table (auth.go), which denies what it does not list. Doors parse and check
+// what comes from outside, then propose what was extracted, or read. They map
+// refusals to gRPC codes with a word on what to do next. The client half of what CA
+// nodes say to each other stands here too, beside its other half (peers.go).
+package server
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"log/slog"
+	"net"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/keepalive"
+
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
+	"github.com/entente-mesh/entente/ca/domain"
+	"github.com/entente-mesh/entente/ca/feed"
+	"github.com/entente-mesh/entente/ca/signer"
+	"github.com/entente-mesh/entente/internal/peer"
+)
+
+// State is the agreed state of this replica.
+type State interface {
+	Read(func(*domain.State))
+}
+
+// Proposer has commands agreed. A refusal by the rules stands in the outcome; an
+// error says that nothing is known to be agreed. When Propose returns an outcome,
+// this replica's state holds it.
+type Proposer interface {
+	Propose(context.Context, *statev1.Command) (domain.Outcome, error)
+}
+
+// ErrNotLeader is what Config.Leader returns where it cannot decide: another node
+// must be asked.
+var ErrNotLeader = errors.New("this CA node does not lead its cluster now")
+
+// Report is what a member tells the leader of itself, each second and on change.
+type Report struct {
+	BootID       string
+	Applied      uint64 // revision
+	Acknowledged uint64 // minimum over its subscribers, a revision
+	WaitingFor   []string
+	Clock        time.Time
+	Settled      bool // false: it started a moment ago, its subscribers are still coming back
+}
+
+// Info is what Status shows beside the agreed state.
+type Info struct {
+	LeaderID  string // empty: none known
+	RaftState string
+	Age       time.Duration // of the agreed state; negative: unknown
+	Voters    map[string]bool
+	Foreign   map[string]Fetched // by trust domain
+}
+
+// Fetched is how this node's last look at a foreign bundle went.
+type Fetched struct {
+	At  time.Time // last success; zero: never
+	Err string
+}
+
+// Config is what the doors need. All but Log and Registerer are required.
+type Config struct {
+	NodeID      string
+	TrustDomain spiffeid.TrustDomain
+	State       State
+	Cluster     Proposer // forwards to the leader
+	Leader      Proposer // this node alone; ErrNotLeader elsewhere
+	Feed        *feed.Feed
+	Signer      *signer.Signer
+	Bundles     *Bundles
+	Certificate func() (*tls.Certificate, error) // shown on the API address
+	Info        func() Info
+	Reported    func(memberID string, r Report)
+
+	Log        *slog.Logger
+	Registerer prometheus.Registerer
+}
+
+// Server is the doors of one node. Methods may be called concurrently.
+type Server struct {
+	Config
+	registry peer.Registry
+	metrics  *metrics
+	attests  chan struct{} // slots
+	stopping chan struct{}
+	stop     sync.Once
+}
+
+const (
+	maxAPIMessage   = 1 << 20
+	maxAdminMessage = 16 << 20
+	maxStreams      = 128 // per connection
+	maxAttests      = 32  // at once: each may cost an agreement
+	drainTime       = 3 * time.Second
+)
+
+// New returns the doors, closed.
+func New(config Config) *Server {
+	if config.Log == nil {
+		config.Log = slog.New(slog.DiscardHandler)
+	}
+	return &Server{
+		Config:   config,
+		registry: peer.Registry{Log: config.Log},
+		metrics:  newMetrics(config.Registerer),
+		attests:  make(chan struct{}, maxAttests),
+		stopping: make(chan struct{}),
+	}
+}
+
+// ServeAPI serves Join, Attest, Sync, Sign and Peer on the listener, which it closes,
+// until ctx ends and calls under way had three seconds to finish.
+func (s *Server) ServeAPI(ctx context.Context, listener net.Listener) error {
+	server := grpc.NewServer(
+		grpc.Creds(&tracking{TransportCredentials: credentials.NewTLS(s.tlsConfig()), server: s}),
+		grpc.UnaryInterceptor(s.unary),
+		grpc.StreamInterceptor(s.stream),
+		grpc.MaxRecvMsgSize(maxAPIMessage),
+		grpc.MaxConcurrentStreams(maxStreams),
+		grpc.MaxHeaderListSize(16<<10),
+		grpc.ConnectionTimeout(10*time.Second),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 2 * time.Second, PermitWithoutStream: true}),
+		grpc.KeepaliveParams(keepalive.ServerParameters{
+			MaxConnectionIdle: time.Minute, // strangers do not stay
+			Time:              10 * time.Second,
+			Timeout:           5 * time.Second,
+		}),
+	)
+	ententev1.RegisterJoinServer(server, joinDoor{server: s})
+	ententev1.RegisterAttestServer(server, attestDoor{server: s})
+	ententev1.RegisterSyncServer(server, syncDoor{server: s})
+	ententev1.RegisterSignServer(server, signDoor{server: s})
+	ententev1.RegisterPeerServer(server, peerDoor{server: s})
+	return s.serve(ctx, server, listener)
+}
+
+// ServeAdmin serves Admin on a unix socket. Its mode, 0600, is the listener's owner's
+// business; only those who can open it are operators.
+func (s *Server) ServeAdmin(ctx context.Context, listener net.Listener) error {
+	server := grpc.NewServer(
+		grpc.Creds(localCredentials{}),
+		grpc.UnaryInterceptor(s.unary),
+		grpc.StreamInterceptor(s.stream),
+		grpc.MaxRecvMsgSize(maxAdminMessage),
+		grpc.MaxConcurrentStreams(maxStreams),
+	)
+	ententev1.RegisterAdminServer(server, adminDoor{server: s})
+	return s.serve(ctx, server, listener)
+}
+
+// serve ends streams first, for they would never end by themselves, then lets calls
+// finish.
+func (s *Server) serve(ctx context.Context, server *grpc.Server, listener net.Listener) error {
+	failed := make(chan error, 1)
+	go func() { failed <- server.Serve(listener) }()
+	select {
+	case err := <-failed:
+		return err
+	case <-ctx.Done():
+	}
+	s.stop.Do(func() { close(s.stopping) })
+	timer := time.AfterFunc(drainTime, server.Stop)
+	defer timer.Stop()
+	server.GracefulStop()
+	<-failed
+	return nil
+}
+
+// Run ends connections when the certificate they rest on ends, until ctx does.
+func (s *Server) Run(ctx context.Context) error { return s.registry.Run(ctx) }
+
+// Recheck looks at all open connections again: after a member was removed, an agent
+// banned, an entry deleted or an authority revoked.
+func (s *Server) Recheck() {
+	if n := s.registry.Recheck(); n > 0 {
+		s.Log.Info("connections were cut, their peers are no longer admitted", "connections", n)
+	}
+}
+
+type metrics struct {
+	calls *prometheus.CounterVec
+	svids *prometheus.CounterVec
+}
+
+func newMetrics(registerer prometheus.Registerer) *metrics {
+	m := &metrics{
+		calls: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "entente_ca_calls_total", Help: "Calls at the doors of this CA node, by method and gRPC code.",
+		}, []string{"method", "code"}),
+		svids: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "entente_ca_x509_svids_total", Help: "X.509-SVIDs that were asked of this CA node, by result.",
+		}, []string{"result"}),
+	}
+	if registerer != nil {
+		registerer.MustRegister(m.calls, m.svids)
+	}
+	return m
+}

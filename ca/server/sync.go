@@ -1,0 +1,294 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"io"
+	"math/rand/v2"
+	"net"
+	"slices"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+
+	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
+	"github.com/entente-mesh/entente/ca/domain"
+	"github.com/entente-mesh/entente/ca/feed"
+	"github.com/entente-mesh/entente/ca/presence"
+)
+
+const (
+	helloTimeout   = 10 * time.Second
+	catchUpTimeout = time.Second
+	// heartbeat is how often a quiet stream says that it lives. Clients give a node
+	// up after 10 s without.
+	heartbeat = 2 * time.Second
+	maxBootID = 64
+)
+
+// syncDoor pushes to agents and gateways.
+type syncDoor struct {
+	ententev1.UnimplementedSyncServer
+	server *Server
+}
+
+func (d syncDoor) Sync(stream ententev1.Sync_SyncServer) error {
+	s, c := d.server, callerFrom(stream.Context())
+	received := make(chan *ententev1.SyncRequest)
+	ended := make(chan error, 1)
+	done := make(chan struct{})
+	defer close(done)
+	// It ends when the handler returns: Recv fails then, and nobody waits on received.
+	go func() {
+		for {
+			message, err := stream.Recv()
+			if err != nil {
+				ended <- err
+				return
+			}
+			select {
+			case received <- message:
+			case <-done:
+				return
+			}
+		}
+	}()
+
+	hello, err := s.hello(received, ended)
+	if err != nil {
+		return err
+	}
+	session, err := s.subscribe(stream.Context(), c, hello)
+	if err != nil {
+		return err
+	}
+	goodbye := false
+	defer func() { session.Close(time.Now(), goodbye) }()
+
+	name := c.id.String()
+	s.Log.Debug("a subscriber attached", "subscriber", name, "resume", hello.GetResumeRevision())
+	out := &sender{server: s, stream: stream, session: session}
+	ticker := time.NewTicker(heartbeat - time.Duration(rand.Int64N(int64(heartbeat/4))))
+	defer ticker.Stop()
+	warned := false
+	for {
+		select {
+		case <-session.Wake:
+			err = out.news()
+		case <-ticker.C:
+			err = out.beat()
+		case message := <-received:
+			switch m := message.GetMessage().(type) {
+			case *ententev1.SyncRequest_Ack:
+				session.Ack(m.Ack.GetRevision())
+			case *ententev1.SyncRequest_Report:
+				instances, refused := s.checkReport(c, m.Report.GetInstances())
+				if refused != nil && !warned {
+					warned = true // once per stream
+					s.Log.Warn("an agent reported an instance that it may not serve; it is left out", "agent", name, "reason", refused)
+				}
+				session.Report(instances)
+			case *ententev1.SyncRequest_Hello:
+				err = status.Error(codes.InvalidArgument, "a stream has one Hello")
+			default:
+				err = status.Error(codes.InvalidArgument, "a message of a kind that this CA node does not know")
+			}
+		case err = <-ended:
+			if goodbye = errors.Is(err, io.EOF); goodbye {
+				return nil
+			}
+			return err
+		case <-s.stopping:
+			return status.Error(codes.Unavailable, "this CA node shuts down; another has the same state")
+		}
+		if err != nil {
+			return syncError(err)
+		}
+	}
+}
+
+func (s *Server) hello(received <-chan *ententev1.SyncRequest, ended <-chan error) (*ententev1.Hello, error) {
+	timeout := time.NewTimer(helloTimeout)
+	defer timeout.Stop()
+	select {
+	case message := <-received:
+		hello := message.GetHello()
+		if hello == nil {
+			return nil, status.Error(codes.InvalidArgument, "the first message of a stream is Hello")
+		}
+		if id := hello.GetBootId(); id == "" || len(id) > maxBootID {
+			return nil, status.Errorf(codes.InvalidArgument, "boot_id has %d bytes, not 1 to %d", len(id), maxBootID)
+		}
+		return hello, nil
+	case err := <-ended:
+		return nil, err
+	case <-timeout.C:
+		return nil, status.Error(codes.DeadlineExceeded, "no Hello came")
+	case <-s.stopping:
+		return nil, status.Error(codes.Unavailable, "this CA node shuts down")
+	}
+}
+
+// subscribe waits a little when the subscriber comes from a replica that is ahead.
+func (s *Server) subscribe(ctx context.Context, c caller, hello *ententev1.Hello) (*feed.Session, error) {
+	who := feed.Subscriber{
+		Path:    c.id.Path(),
+		Version: presence.Version{BootID: hello.GetBootId(), Connect: hello.GetConnect()},
+	}
+	if c.class == agent {
+		who.Agent = c.agent.GetName()
+	} else {
+		who.EntryID = c.entry.GetId()
+	}
+	deadline := time.Now().Add(catchUpTimeout)
+	for {
+		var session *feed.Session
+		var err error
+		s.State.Read(func(st *domain.State) {
+			session, err = s.Feed.Subscribe(time.Now(), st, who, hello.GetResumeRevision())
+		})
+		if err == nil {
+			return session, nil
+		}
+		if !errors.Is(err, feed.ErrAhead) || time.Now().After(deadline) {
+			return nil, syncError(err)
+		}
+		select {
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+}
+
+func syncError(err error) error {
+	switch {
+	case errors.Is(err, feed.ErrAhead):
+		return status.Error(codes.Unavailable, "this CA node has not caught up with what you have seen; another may have")
+	case errors.Is(err, feed.ErrSuperseded):
+		return status.Error(codes.Aborted, "a later session of yours took over")
+	case errors.Is(err, feed.ErrBanned), errors.Is(err, feed.ErrUnknown):
+		return status.Error(codes.PermissionDenied, err.Error())
+	}
+	return err
+}
+
+// sender writes one stream; one goroutine uses it.
+type sender struct {
+	server  *Server
+	stream  ententev1.Sync_SyncServer
+	session *feed.Session
+}
+
+// news sends what both lanes have. A subscriber that reads slowly holds up nobody but
+// itself: what changes meanwhile is coalesced.
+func (o *sender) news() error {
+	var update feed.Update
+	var has bool
+	var err error
+	var hint time.Duration
+	o.server.State.Read(func(st *domain.State) {
+		update, has, err = o.session.Policy(st)
+		hint = st.Lifetimes().RefreshHint
+	})
+	if err != nil {
+		return err
+	}
+	if has {
+		chunks, err := o.server.policyToWire(update, hint)
+		if err != nil {
+			return status.Error(codes.Internal, err.Error())
+		}
+		for _, chunk := range chunks {
+			if err := o.send(&ententev1.SyncResponse{Message: &ententev1.SyncResponse_Policy{Policy: chunk}}); err != nil {
+				return err
+			}
+		}
+	}
+	instances, has := o.session.Presence()
+	if !has {
+		return nil
+	}
+	for _, chunk := range subscriberPresence(instances) {
+		if err := o.send(&ententev1.SyncResponse{Message: &ententev1.SyncResponse_Presence{Presence: chunk}}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (o *sender) beat() error {
+	if revision, ok := o.session.Catch(); ok {
+		last := &ententev1.Policy{Last: true, Revision: revision}
+		if err := o.send(&ententev1.SyncResponse{Message: &ententev1.SyncResponse_Policy{Policy: last}}); err != nil {
+			return err
+		}
+	}
+	beat := &ententev1.Heartbeat{}
+	o.server.State.Read(func(st *domain.State) {
+		beat.Revision = st.Revision()
+		if now := st.Now(); !now.IsZero() {
+			beat.AsOfUnixNanos = now.UnixNano()
+		}
+	})
+	return o.send(&ententev1.SyncResponse{Message: &ententev1.SyncResponse_Heartbeat{Heartbeat: beat}})
+}
+
+func (o *sender) send(message *ententev1.SyncResponse) error { return o.stream.Send(message) }
+
+func subscriberPresence(in feed.Instances) []*ententev1.Presence {
+	chunk := &ententev1.Presence{Withdrawn: instancesToWire(in.Withdrawn)}
+	chunks := []*ententev1.Presence{chunk}
+	size := proto.Size(chunk)
+	for _, i := range in.Upserts {
+		wire := instanceToWire(i)
+		if size += proto.Size(wire) + 8; size > chunkSize {
+			chunk, size = &ententev1.Presence{}, proto.Size(wire)
+			chunks = append(chunks, chunk)
+		}
+		chunk.Instances = append(chunk.Instances, wire)
+	}
+	chunk.Complete = in.Complete
+	return chunks
+}
+
+// checkReport leaves out what the reporter may not say: an agent speaks for services
+// whose entry names its host, at addresses that it was admitted with. The datacenter is
+// the one it was admitted with, too.
+func (s *Server) checkReport(c caller, reported []*ententev1.Instance) (instances []presence.Instance, refused error) {
+	if c.class != agent {
+		if len(reported) > 0 {
+			refused = errors.New("only agents report instances")
+		}
+		return nil, refused
+	}
+	if len(reported) > presence.MaxInstancesPerAgent {
+		reported, refused = reported[:presence.MaxInstancesPerAgent], errors.New("too many instances")
+	}
+	s.State.Read(func(st *domain.State) {
+		for _, r := range reported {
+			if err := mayServe(st, c, r); err != nil {
+				refused = err
+				continue
+			}
+			instance := instanceFromWire(r)
+			instance.Datacenter = c.agent.GetDatacenter()
+			instances = append(instances, instance)
+		}
+	})
+	return instances, refused
+}
+
+func mayServe(st *domain.State, c caller, r *ententev1.Instance) error {
+	o, ok := st.Object("Service/" + r.GetService())
+	if !ok || !slices.Contains(o.GetService().GetHosts(), c.agent.GetName()) {
+		return errors.New("service " + r.GetService() + " does not run on this host")
+	}
+	host, _, err := net.SplitHostPort(r.GetAddress())
+	if err != nil || !slices.Contains(c.agent.GetAddresses(), host) {
+		return errors.New("address " + r.GetAddress() + " was not registered for this host; its join token names the addresses")
+	}
+	return nil
+}

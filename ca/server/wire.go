@@ -1,0 +1,173 @@
+package server
+
+import (
+	"math"
+	"strings"
+	"time"
+
+	"google.golang.org/protobuf/proto"
+
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
+	"github.com/entente-mesh/entente/ca/feed"
+	"github.com/entente-mesh/entente/ca/presence"
+)
+
+// chunkSize is how large a message of the policy or presence lane may become, in
+// bytes, unless one record alone is larger.
+const chunkSize = 256 << 10
+
+func instanceToWire(i presence.Instance) *ententev1.Instance {
+	return &ententev1.Instance{
+		Service:    i.Service,
+		Agent:      i.Agent,
+		Datacenter: i.Datacenter,
+		Address:    i.Address,
+		Health:     ententev1.Health(i.Health),
+		Stale:      i.Stale,
+		BootId:     i.Version.BootID,
+		Connect:    i.Version.Connect,
+	}
+}
+
+func instancesToWire(list []presence.Instance) []*ententev1.Instance {
+	out := make([]*ententev1.Instance, len(list))
+	for i, instance := range list {
+		out[i] = instanceToWire(instance)
+	}
+	return out
+}
+
+func instanceFromWire(i *ententev1.Instance) presence.Instance {
+	health := presence.Unknown
+	switch i.GetHealth() {
+	case ententev1.Health_HEALTH_HEALTHY:
+		health = presence.Healthy
+	case ententev1.Health_HEALTH_UNHEALTHY:
+		health = presence.Unhealthy
+	}
+	return presence.Instance{
+		Service:    i.GetService(),
+		Agent:      i.GetAgent(),
+		Datacenter: i.GetDatacenter(),
+		Address:    i.GetAddress(),
+		Health:     health,
+		Stale:      i.GetStale(),
+		Version:    presence.Version{BootID: i.GetBootId(), Connect: i.GetConnect()},
+	}
+}
+
+func instancesFromWire(list []*ententev1.Instance) []presence.Instance {
+	out := make([]presence.Instance, len(list))
+	for i, instance := range list {
+		out[i] = instanceFromWire(instance)
+	}
+	return out
+}
+
+// keyToWire splits Kind/name.
+func keyToWire(key string) *statev1.ObjectKey {
+	kind, name, _ := strings.Cut(key, "/")
+	return &statev1.ObjectKey{Kind: kind, Name: name}
+}
+
+// policyToWire cuts an update into chunks. The first says whether it is full, the
+// last carries the revision.
+func (s *Server) policyToWire(u feed.Update, hint time.Duration) ([]*ententev1.Policy, error) {
+	chunk := &ententev1.Policy{Full: u.Full, Cluster: u.Cluster, MembersChanged: u.MembersChanged, Members: u.Members}
+	chunks := []*ententev1.Policy{chunk}
+	size := proto.Size(chunk)
+	room := func(n int) *ententev1.Policy {
+		if size += n + 8; size > chunkSize {
+			chunk = &ententev1.Policy{}
+			chunks = append(chunks, chunk)
+			size = n
+		}
+		return chunk
+	}
+	// Bundles before entries: who gets a new identity can verify its peers.
+	if u.OwnBundle != nil {
+		jwks, err := s.Bundles.render(u.OwnBundle, hint)
+		if err != nil {
+			return nil, err
+		}
+		c := room(len(jwks))
+		c.Bundles = append(c.Bundles, &ententev1.Bundle{TrustDomain: s.TrustDomain.Name(), Jwks: jwks})
+	}
+	for _, b := range u.ForeignBundles {
+		c := room(len(b.GetJwks()))
+		c.Bundles = append(c.Bundles, &ententev1.Bundle{TrustDomain: b.GetTrustDomain(), Jwks: b.GetJwks()})
+	}
+	for _, td := range u.DeletedBundles {
+		c := room(len(td))
+		c.DeletedBundles = append(c.DeletedBundles, td)
+	}
+	for _, o := range u.Objects {
+		c := room(proto.Size(o))
+		c.Objects = append(c.Objects, o)
+	}
+	for _, key := range u.DeletedObjects {
+		c := room(len(key))
+		c.DeletedObjects = append(c.DeletedObjects, keyToWire(key))
+	}
+	for _, e := range u.Entries {
+		c := room(proto.Size(e))
+		c.Entries = append(c.Entries, e)
+	}
+	for _, id := range u.DeletedEntries {
+		c := room(len(id))
+		c.DeletedEntries = append(c.DeletedEntries, id)
+	}
+	chunk.Last, chunk.Revision = true, u.Revision
+	return chunks, nil
+}
+
+// presenceToWire cuts a set into chunks that never divide an agent's list.
+func presenceToWire(in feed.Instances) []*ententev1.PresenceResponse {
+	chunk := &ententev1.PresenceResponse{}
+	chunks := []*ententev1.PresenceResponse{chunk}
+	size, last := 0, ""
+	for _, i := range in.Upserts {
+		wire := instanceToWire(i)
+		n := proto.Size(wire) + 8
+		if size += n; size > chunkSize && i.Agent != last {
+			chunk, size = &ententev1.PresenceResponse{}, n
+			chunks = append(chunks, chunk)
+		}
+		chunk.Instances = append(chunk.Instances, wire)
+		last = i.Agent
+	}
+	chunk.Withdrawn = instancesToWire(in.Withdrawn)
+	chunk.Complete = in.Complete
+	return chunks
+}
+
+func reportFromWire(r *ententev1.ReportRequest) Report {
+	return Report{
+		BootID:       r.GetBootId(),
+		Applied:      r.GetAppliedRevision(),
+		Acknowledged: r.GetAcknowledgedRevision(),
+		WaitingFor:   r.GetWaitingFor(),
+		Clock:        time.Unix(0, r.GetUnixNanos()),
+		Settled:      r.GetCaughtUp(),
+	}
+}
+
+func reportToWire(r Report) *ententev1.ReportRequest {
+	return &ententev1.ReportRequest{
+		BootId:               r.BootID,
+		AppliedRevision:      r.Applied,
+		AcknowledgedRevision: r.Acknowledged,
+		WaitingFor:           r.WaitingFor,
+		UnixNanos:            r.Clock.UnixNano(),
+		CaughtUp:             r.Settled,
+	}
+}
+
+// seconds is -1 for what is not known.
+func seconds(d time.Duration) float64 {
+	if d < 0 || d == math.MaxInt64 {
+		return -1
+	}
+	return d.Seconds()
+}
