@@ -1,0 +1,132 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"os"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/spf13/cobra"
+
+	"github.com/entente-mesh/entente/federation/catalog"
+	"github.com/entente-mesh/entente/meshagent"
+	"github.com/entente-mesh/entente/meshagent/sidecar"
+	"github.com/entente-mesh/entente/meshagent/workloadapi"
+)
+
+func agentCommand() *cobra.Command {
+	return group(&cobra.Command{
+		Use:     "agent",
+		Short:   "The mesh agent of a host: identities and sidecars for its workloads",
+		Example: "  entente agent run --config agent.yaml",
+	}, agentRunCommand())
+}
+
+func agentRunCommand() *cobra.Command {
+	var flags configFlags
+	c := &cobra.Command{
+		Use:     "run",
+		Short:   "Run the agent of this host",
+		Example: "  entente agent run --config agent.yaml",
+		Args:    noArguments,
+		RunE: func(c *cobra.Command, _ []string) error {
+			config, err := readConfig(c, flags.file, meshagent.ReadConfig)
+			if err != nil {
+				return err
+			}
+			if flags.check {
+				return printConfig(c.OutOrStdout(), config)
+			}
+			log, err := logger(c, config.Log.Format, config.Log.Level)
+			if err != nil {
+				return err
+			}
+			return runAgent(config, log)
+		},
+	}
+	flags.register(c, "/etc/entente/agent.yaml")
+	flags.registerCheck(c)
+	return c
+}
+
+// runAgent wires the agent to its doors: the Workload API always, the sidecar where
+// this host serves.
+func runAgent(config *meshagent.Config, log *slog.Logger) error {
+	registry := newRegistry()
+	agent, err := meshagent.New(config, meshagent.Options{Log: log, Registerer: registry, Gatherer: registry})
+	if err != nil {
+		return err
+	}
+	api, err := workloadapi.New(agent, log)
+	if err != nil {
+		return err
+	}
+	doors := []meshagent.Door{{Name: "workload API", Run: api.Run}}
+	if config.Sidecar.Inbound != "" {
+		access, closeLog, err := accessLog(config.AccessLog.File)
+		if err != nil {
+			return err
+		}
+		defer closeLog()
+		car, err := sidecar.New(sidecar.Config{
+			TrustDomain: config.Domain(),
+			Datacenter:  config.Datacenter,
+			Agent:       config.Name,
+			Inbound:     config.Sidecar.Inbound,
+			AppAddress:  config.Sidecar.AppAddress,
+			Log:         log,
+			AccessLog:   access,
+			Metrics:     registry,
+		}, agent)
+		if err != nil {
+			return err
+		}
+		doors = append(doors,
+			meshagent.Door{Name: "sidecar", Run: car.Run},
+			meshagent.Door{Name: "sidecar's view", Run: func(ctx context.Context) error { return follow(ctx, agent, car, log) }})
+	}
+	return runUntilSignal(log, func(ctx context.Context) error { return agent.Run(ctx, doors...) })
+}
+
+// follow hands the sidecar every new state of the agent.
+func follow(ctx context.Context, agent *meshagent.Agent, car *sidecar.Sidecar, log *slog.Logger) error {
+	for {
+		state := agent.State()
+		if state.Ready {
+			world := sidecar.World{Revision: state.View.Revision, Dev: state.View.Cluster.GetDev(),
+				Objects: state.View.Objects, Entries: state.View.Entries}
+			for _, instance := range state.View.Instances {
+				world.Endpoints = append(world.Endpoints, catalog.Endpoint(instance))
+			}
+			if err := car.Update(world); err != nil {
+				log.Error("the CA's catalogue cannot be used; going on with the last good one", "error", err.Error())
+			}
+		}
+		select {
+		case <-state.Changed():
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
+
+// newRegistry is a process's metrics, with those of the runtime.
+func newRegistry() *prometheus.Registry {
+	registry := prometheus.NewRegistry()
+	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	return registry
+}
+
+// accessLog opens the file of access records; no name, no records.
+func accessLog(file string) (*slog.Logger, func() error, error) {
+	if file == "" {
+		return nil, func() error { return nil }, nil
+	}
+	f, err := os.OpenFile(file, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o640)
+	if err != nil {
+		return nil, nil, fmt.Errorf("open accessLog.file: %w", err)
+	}
+	return slog.New(slog.NewJSONHandler(f, nil)), f.Close, nil
+}
