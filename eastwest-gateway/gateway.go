@@ -220,7 +220,7 @@ func (g *Gateway) sync(ctx context.Context, as spiffeid.ID) error {
 	)
 	return ca.Sync(ctx, func(v *client.View) error {
 		if tables == nil || v.Revision != revision {
-			compiled, err := catalog.Compile(g.td, v.Objects)
+			compiled, err := catalog.Compile(g.td, v.Objects, catalog.AllowLoopback(v.Cluster.GetDev()))
 			if err != nil {
 				return fmt.Errorf("compiling the catalogue of revision %d: %w", v.Revision, err)
 			}

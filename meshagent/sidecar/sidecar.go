@@ -52,6 +52,7 @@ type Agent interface {
 // World is what the agent has been told by the CA. The sidecar does not change it.
 type World struct {
 	Revision  uint64            // of Objects and Entries
+	Dev       bool              // the cluster's dev flag
 	Objects   []*statev1.Object // the domain's catalogue
 	Entries   []*statev1.Entry  // of this host
 	Endpoints []catalog.Endpoint
@@ -120,7 +121,7 @@ func (s *Sidecar) Update(w World) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.tables == nil || w.Revision != s.revision {
-		tables, err := catalog.Compile(s.cfg.TrustDomain, w.Objects)
+		tables, err := catalog.Compile(s.cfg.TrustDomain, w.Objects, catalog.AllowLoopback(w.Dev))
 		if err != nil {
 			return fmt.Errorf("sidecar: compiling the catalogue of revision %d: %w", w.Revision, err)
 		}
