@@ -13,7 +13,7 @@ const maxPath = 8192
 // another thing to the application than to the rule; whatever could is refused:
 // "." and ".." segments (also with parameters, "..;x"), empty segments before the
 // last, encoded slashes, backslashes and control characters, bytes outside ASCII
-// that are not escaped UTF-8, and what would turn into one of these when decoded a
+// that are not escaped UTF-8, and what would mean something else when decoded a
 // second time. It allocates only for a path with escapes.
 func cleanPath(escaped string) (path, why string) {
 	switch {
@@ -92,16 +92,15 @@ func unescape(escaped string) (path, why string) {
 	return path, ""
 }
 
-// twice reports whether decoding once more would bring up a dot, a slash, a
-// backslash or a control character.
+// twice reports whether decoding once more would change the path.
 func twice(path string) bool {
 	for i := 0; i+2 < len(path); i++ {
 		if path[i] != '%' {
 			continue
 		}
-		high, ok1 := unhex(path[i+1])
-		low, ok2 := unhex(path[i+2])
-		if c := high<<4 | low; ok1 && ok2 && (c == '.' || c == '/' || c == '\\' || c < ' ' || c == 0x7F) {
+		_, ok1 := unhex(path[i+1])
+		_, ok2 := unhex(path[i+2])
+		if ok1 && ok2 {
 			return true
 		}
 	}
