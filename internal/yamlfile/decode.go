@@ -242,7 +242,9 @@ func (d *decoder) scalar(path string, n *yaml.Node, v reflect.Value, f field) {
 			return compare(duration, bound)
 		})
 	case v.Kind() == reflect.String:
-		if tag != "!!str" && tag != "!!timestamp" {
+		// A day and "<<" mean nothing else here; numbers, booleans and the like
+		// would be somebody's surprise later.
+		if tag != "!!str" && tag != "!!timestamp" && tag != "!!merge" {
 			fail("; put it in quotes")
 			return
 		}

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strconv"
 	"time"
+	"unicode/utf8"
 
 	"go.yaml.in/yaml/v3"
 )
@@ -47,6 +48,9 @@ func encode(v reflect.Value) (*yaml.Node, error) {
 		}
 		return plain(string(text)), nil
 	}
+	if v.Type() == durationType {
+		return plain(FormatDuration(time.Duration(v.Int()))), nil
+	}
 	switch v.Kind() {
 	case reflect.Struct:
 		return encodeStruct(v)
@@ -78,6 +82,9 @@ func encode(v reflect.Value) (*yaml.Node, error) {
 		}
 		return n, nil
 	case reflect.String:
+		if !utf8.ValidString(v.String()) {
+			return nil, fmt.Errorf("write YAML: %q is not UTF-8 text", clip(v.String()))
+		}
 		return plain(v.String()), nil
 	case reflect.Bool:
 		return &yaml.Node{Kind: yaml.ScalarNode, Tag: "!!bool", Value: strconv.FormatBool(v.Bool())}, nil
@@ -85,8 +92,6 @@ func encode(v reflect.Value) (*yaml.Node, error) {
 		return &yaml.Node{Kind: yaml.ScalarNode, Tag: "!!float", Value: strconv.FormatFloat(v.Float(), 'g', -1, v.Type().Bits())}, nil
 	}
 	switch {
-	case v.Type() == durationType:
-		return plain(FormatDuration(time.Duration(v.Int()))), nil
 	case v.CanInt():
 		return &yaml.Node{Kind: yaml.ScalarNode, Tag: "!!int", Value: strconv.FormatInt(v.Int(), 10)}, nil
 	case v.CanUint():
@@ -117,8 +122,8 @@ func encodeStruct(v reflect.Value) (*yaml.Node, error) {
 func plain(s string) *yaml.Node {
 	n := &yaml.Node{}
 	n.SetString(s)
-	if n.ShortTag() == "!!binary" { // SetString does that to what is not UTF-8
-		n = &yaml.Node{Kind: yaml.ScalarNode, Tag: "!!str", Value: s}
+	if bare := (&yaml.Node{Kind: yaml.ScalarNode, Value: s}).ShortTag(); bare == "!!timestamp" {
+		n.Tag = bare // a day needs no quotes: it is read as text all the same
 	}
 	return n
 }
