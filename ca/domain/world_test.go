@@ -1,0 +1,470 @@
+package domain
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/protobuf/proto"
+	"pgregory.net/rapid"
+
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	"github.com/entente-mesh/entente/ca"
+)
+
+var (
+	banking   = spiffeid.RequireTrustDomainFromString("banking.example")
+	clusterID = bytes.Repeat([]byte{7}, ca.ClusterIDSize)
+	epochTime = time.Date(2026, 11, 20, 12, 0, 0, 0, time.UTC)
+)
+
+// world is a state with what stands around it in a test: the log's index, and the
+// seeds of the tokens, which the state does not hold.
+type world struct {
+	t     rapid.TB
+	s     *State
+	index uint64
+	seeds map[string][]byte // token id -> seed
+}
+
+func newWorld(t rapid.TB) *world {
+	w := &world{t: t, s: New(), seeds: map[string][]byte{}}
+	w.must(w.initCommand())
+	w.must(tick(epochTime))
+	return w
+}
+
+func keyID(name string) string { return ca.KeyID([]byte("key of " + name)) }
+
+func member(name string) *statev1.Member {
+	sum := sha256.Sum256([]byte(name))
+	port := 1024 + int(sum[0])<<8 + int(sum[1])
+	return &statev1.Member{
+		Id: keyID(name), Name: name, Datacenter: "dc1", Voter: true, Signing: true,
+		RaftAddress: fmt.Sprintf("127.1.0.1:%d", port%60000+1), ApiAddress: fmt.Sprintf("127.1.0.2:%d", port%60000+1),
+	}
+}
+
+func (w *world) initCommand() *statev1.Command {
+	return &statev1.Command{Body: &statev1.Command_Init{Init: &statev1.Init{
+		Cluster: &statev1.Cluster{TrustDomain: "banking.example", Id: clusterID, Lifetimes: &statev1.Lifetimes{X509SvidSeconds: 3600}},
+		Member:  member("n1"),
+	}}}
+}
+
+func tick(now ...time.Time) *statev1.Command {
+	t := &statev1.Tick{}
+	for _, n := range now {
+		t.UnixNanos = append(t.UnixNanos, n.UnixNano())
+	}
+	return &statev1.Command{Body: &statev1.Command_Tick{Tick: t}}
+}
+
+func (w *world) token(id string, t *statev1.Token, life time.Duration) *statev1.Command {
+	seed := sha256.Sum256([]byte("seed of " + id))
+	w.seeds[id] = seed[:]
+	t.Id = id
+	t.PublicKey = (&ca.Token{Seed: seed[:]}).PublicKey()
+	t.NotAfter = epochTime.Add(life).Unix()
+	if now := w.s.Now(); !now.IsZero() {
+		t.NotAfter = now.Add(life).Unix()
+	}
+	return &statev1.Command{Body: &statev1.Command_CreateToken{CreateToken: &statev1.CreateToken{Token: t}}}
+}
+
+func (w *world) nodeToken(id, name string, life time.Duration) *statev1.Command {
+	return w.token(id, &statev1.Token{Grant: &statev1.Token_Node{Node: &statev1.NodeGrant{Name: name, Datacenter: "dc1", Voter: true, Signing: true}}}, life)
+}
+
+func (w *world) agentToken(id, name string, life time.Duration) *statev1.Command {
+	return w.token(id, &statev1.Token{Grant: &statev1.Token_Agent{Agent: &statev1.AgentGrant{Name: name, Datacenter: "dc1", Addresses: []string{"127.1.0.9"}}}}, life)
+}
+
+func (w *world) statement(tokenID, role, key string) (statement, signature []byte) {
+	seed := w.seeds[tokenID]
+	if seed == nil {
+		seed = make([]byte, 32)
+	}
+	statement, signature, err := ca.SignStatement(seed, &statev1.JoinStatement{
+		ClusterId: clusterID, TokenId: tokenID, Role: role, KeyId: key, Exporter: make([]byte, ca.ExporterSize),
+	})
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return statement, signature
+}
+
+func (w *world) join(tokenID, name string) *statev1.Command {
+	m := member(name)
+	statement, signature := w.statement(tokenID, ca.RoleNode, m.GetId())
+	return &statev1.Command{Body: &statev1.Command_JoinMember{JoinMember: &statev1.JoinMember{
+		TokenId: tokenID, Member: m, Statement: statement, Signature: signature,
+	}}}
+}
+
+func (w *world) attest(tokenID, key string) *statev1.Command {
+	statement, signature := w.statement(tokenID, ca.RoleAgent, key)
+	return &statev1.Command{Body: &statev1.Command_AttestAgent{AttestAgent: &statev1.AttestAgent{
+		TokenId: tokenID, KeyId: key, Statement: statement, Signature: signature,
+	}}}
+}
+
+func (w *world) authority(memberName, name string) *statev1.Authority {
+	public := []byte("public key " + name)
+	sum := sha256.Sum256(public)
+	now := w.s.Now()
+	return &statev1.Authority{
+		Id: hex.EncodeToString(sum[:]), MemberId: keyID(memberName), Use: statev1.KeyUse_KEY_USE_X509,
+		PublicKey: public, Certificate: []byte("certificate " + name),
+		NotBefore: now.Add(-time.Minute).Unix(), NotAfter: now.Add(3 * 48 * time.Hour).Unix(),
+	}
+}
+
+func prepare(a *statev1.Authority) *statev1.Command {
+	return &statev1.Command{Body: &statev1.Command_PrepareAuthority{PrepareAuthority: &statev1.PrepareAuthority{Authority: a}}}
+}
+
+func ready(id string) *statev1.Command {
+	return &statev1.Command{Body: &statev1.Command_AuthorityReady{AuthorityReady: &statev1.AuthorityReady{Id: id}}}
+}
+
+func activate(id string) *statev1.Command {
+	return &statev1.Command{Body: &statev1.Command_ActivateAuthority{ActivateAuthority: &statev1.ActivateAuthority{Id: id}}}
+}
+
+func remove(name string, compromised bool) *statev1.Command {
+	return &statev1.Command{Body: &statev1.Command_RemoveMember{RemoveMember: &statev1.RemoveMember{Id: keyID(name), Compromised: compromised}}}
+}
+
+func objects(upserts ...*statev1.Object) *statev1.Command {
+	return &statev1.Command{Body: &statev1.Command_ApplyObjects{ApplyObjects: &statev1.ApplyObjects{Upserts: upserts}}}
+}
+
+func deletes(keys ...string) *statev1.Command {
+	c := &statev1.ApplyObjects{}
+	for _, key := range keys {
+		kind, name, _ := strings.Cut(key, "/")
+		c.Deletes = append(c.Deletes, &statev1.ObjectKey{Kind: kind, Name: name})
+	}
+	return &statev1.Command{Body: &statev1.Command_ApplyObjects{ApplyObjects: c}}
+}
+
+func service(name string, hosts ...string) *statev1.Object {
+	return &statev1.Object{Kind: &statev1.Object_Service{Service: &statev1.Service{
+		Name: name, Path: "/" + name, Hosts: hosts, Selectors: []string{"unix:uid:1000", "unix:path:/opt/" + name}, Port: 8080,
+	}}, Source: "banking.yaml:7", Owner: "team"}
+}
+
+func gateway(name string, n int, hosts ...string) *statev1.Object {
+	return &statev1.Object{Kind: &statev1.Object_Gateway{Gateway: &statev1.Gateway{
+		Name: name, Datacenter: "dc1", Address: fmt.Sprintf("10.0.0.%d:8443", n+1), Hosts: hosts, Selectors: []string{"unix:uid:2"},
+	}}}
+}
+
+func relationship(td string) *statev1.Object {
+	return &statev1.Object{Kind: &statev1.Object_Relationship{Relationship: &statev1.Relationship{TrustDomain: td}}}
+}
+
+func foreign(td, jwks string, sequence uint64) *statev1.Command {
+	return &statev1.Command{Body: &statev1.Command_StoreForeignBundle{StoreForeignBundle: &statev1.StoreForeignBundle{
+		TrustDomain: td, Jwks: []byte(jwks), Sequence: sequence,
+	}}}
+}
+
+// must applies a command that is to succeed.
+func (w *world) must(cmd *statev1.Command) Outcome {
+	w.t.Helper()
+	out := w.apply(cmd)
+	if out.Refused != nil {
+		w.t.Fatalf("%T refused: %v", cmd.GetBody(), out.Refused)
+	}
+	return out
+}
+
+// refused applies a command that is to be refused with that code.
+func (w *world) refused(cmd *statev1.Command, code string) *Refusal {
+	w.t.Helper()
+	out := w.apply(cmd)
+	if out.Refused == nil {
+		w.t.Fatalf("%T was carried out, wanted %s", cmd.GetBody(), code)
+	}
+	if out.Refused.Code != code {
+		w.t.Fatalf("%T refused with %v, wanted %s", cmd.GetBody(), out.Refused, code)
+	}
+	return out.Refused
+}
+
+// unchanged applies a command that is to succeed and change nothing.
+func (w *world) unchanged(cmd *statev1.Command) {
+	w.t.Helper()
+	sum, revision := w.s.sum, w.s.revision
+	if out := w.must(cmd); len(out.Changes) != 0 || w.s.sum != sum || w.s.revision != revision {
+		w.t.Fatalf("%T changed something: %v", cmd.GetBody(), out.Changes)
+	}
+}
+
+// apply applies a command at the next index, as it comes out of a log, and checks
+// every invariant.
+func (w *world) apply(cmd *statev1.Command) Outcome {
+	w.t.Helper()
+	w.index++
+	before := w.look()
+	out := w.s.Apply(w.index, reencode(w.t, cmd))
+	if out.Fatal != nil {
+		w.t.Fatalf("%T: %v", cmd.GetBody(), out.Fatal)
+	}
+	w.check(before, cmd, out)
+	return out
+}
+
+func reencode[M proto.Message](t rapid.TB, m M) M {
+	b, err := proto.Marshal(m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	back := m.ProtoReflect().New().Interface().(M)
+	if err := proto.Unmarshal(b, back); err != nil {
+		t.Fatal(err)
+	}
+	return back
+}
+
+// look is everything in a state, for comparison.
+type look struct {
+	scalars
+	sum     setHash
+	records map[named]string
+	hosts   map[string][]string
+	bundle  []string          // authorities in it, of any use
+	tokens  map[string]string // id -> used by
+	foreign map[string]uint64
+}
+
+func (w *world) look() look {
+	s := w.s
+	l := look{scalars: s.scalars, sum: s.sum, records: map[named]string{}, hosts: map[string][]string{}, tokens: map[string]string{}, foreign: map[string]uint64{}}
+	add := func(kind ChangeKind, key string, record any) {
+		e := encoder{}
+		e.record(record)
+		l.records[named{kind, key}] = string(e.b)
+	}
+	for _, r := range s.cluster.rows {
+		add(ChangeCluster, "", r)
+	}
+	for _, r := range s.members.rows {
+		add(ChangeMembers, r.GetId(), r)
+	}
+	for _, r := range s.authorities.rows {
+		add(ChangeAuthority, r.GetId(), r)
+	}
+	for _, r := range s.agents.rows {
+		add(ChangeAgent, r.GetName(), r)
+	}
+	for _, r := range s.entries.rows {
+		add(ChangeEntry, r.GetId(), r)
+		l.hosts[r.GetId()] = r.GetHosts()
+	}
+	for _, r := range s.objects.rows {
+		add(ChangeObject, ObjectKey(r), r)
+	}
+	for _, r := range s.foreign.rows {
+		add(ChangeForeignBundle, r.GetTrustDomain(), r)
+		l.foreign[r.GetTrustDomain()] = r.GetSequence()
+	}
+	for _, r := range s.tokens.rows {
+		l.tokens[r.GetId()] = r.GetUsedBy()
+	}
+	for _, a := range s.Authorities() {
+		if ca.InBundle(a.GetPhase()) {
+			l.bundle = append(l.bundle, a.GetId())
+		}
+	}
+	return l
+}
+
+// check asserts what must hold after every step, whatever the command.
+func (w *world) check(before look, cmd *statev1.Command, out Outcome) {
+	w.t.Helper()
+	s, after := w.s, w.look()
+	fail := func(format string, args ...any) {
+		w.t.Helper()
+		w.t.Fatalf("index %d, %T (%v): %s", w.index, cmd.GetBody(), out.Refused, fmt.Sprintf(format, args...))
+	}
+
+	// Numbers never go back; a refusal changes nothing but the index.
+	if after.applied != w.index || after.revision < before.revision || after.scalars.bundle < before.scalars.bundle || after.catalogue < before.catalogue || after.now < before.now {
+		fail("numbers went from %+v to %+v", before.scalars, after.scalars)
+	}
+	if out.Revision != s.Revision() || after.scalars.bundle > after.revision || after.catalogue > after.revision {
+		fail("revisions: outcome %d, %+v", out.Revision, after.scalars)
+	}
+	if out.Refused != nil {
+		unmoved := after.scalars
+		unmoved.applied = before.applied
+		if unmoved != before.scalars || after.sum != before.sum || len(out.Changes) != 0 {
+			fail("it was refused and changed the state")
+		}
+	}
+
+	// The changes named are the changes made.
+	made := map[named]bool{}
+	for _, key := range slices.Concat(slices.Collect(maps.Keys(before.records)), slices.Collect(maps.Keys(after.records))) {
+		old, had := before.records[key]
+		now, has := after.records[key]
+		if had != has || old != now {
+			made[key] = true
+		}
+	}
+	sameBundle := slices.Equal(before.bundle, after.bundle)
+	if !sameBundle {
+		made[named{ChangeOwnBundle, ""}] = true
+	}
+	if sameBundle != (before.scalars.bundle == after.scalars.bundle) {
+		fail("the bundle's sequence moved from %d to %d, its content changed: %v", before.scalars.bundle, after.scalars.bundle, !sameBundle)
+	}
+	said := map[named]bool{}
+	for _, c := range out.Changes {
+		key := named{c.Kind, c.Key}
+		if said[key] {
+			fail("%v is named twice", c)
+		}
+		said[key] = true
+		if c.Kind == ChangeEntry {
+			hosts := slices.Concat(before.hosts[c.Key], after.hosts[c.Key])
+			slices.Sort(hosts)
+			if !slices.Equal(c.Hosts, slices.Compact(hosts)) {
+				fail("%s concerns %v, named %v", c.Key, hosts, c.Hosts)
+			}
+		} else if c.Hosts != nil {
+			fail("%v has hosts", c)
+		}
+	}
+	if !maps.Equal(made, said) {
+		fail("changes made %v, named %v", made, said)
+	}
+
+	// The incremental hash is the hash.
+	var sum setHash
+	for _, list := range [][]any{anys(s.cluster), anys(s.members), anys(s.authorities), anys(s.tokens), anys(s.agents), anys(s.entries), anys(s.objects), anys(s.foreign)} {
+		for _, r := range list {
+			sum.add(hashRecord(r))
+		}
+	}
+	if sum != s.sum {
+		fail("the incremental checksum is off")
+	}
+
+	// Authorities: one active and one prepared at most per member and use, none active
+	// without the ready gate (I3), none of a member that left.
+	type slot struct {
+		member string
+		use    statev1.KeyUse
+		phase  statev1.AuthorityPhase
+	}
+	slots := map[slot]int{}
+	for _, a := range s.Authorities() {
+		phase := a.GetPhase()
+		active := phase == statev1.AuthorityPhase_AUTHORITY_PHASE_ACTIVE
+		if active || phase == statev1.AuthorityPhase_AUTHORITY_PHASE_PREPARED {
+			k := slot{a.GetMemberId(), a.GetUse(), phase}
+			if slots[k]++; slots[k] > 1 {
+				fail("%v twice", k)
+			}
+			if _, ok := s.Member(a.GetMemberId()); !ok {
+				fail("authority %s is %s and its member is gone", a.GetId(), phase)
+			}
+		}
+		if active && !a.GetReady() {
+			fail("authority %s signs and did not pass the gate", a.GetId())
+		}
+	}
+
+	// Somebody votes.
+	if s.Cluster() != nil && !slices.ContainsFunc(s.Members(), (*statev1.Member).GetVoter) {
+		fail("nobody votes")
+	}
+
+	// A token admits one key (I9).
+	for id, by := range before.tokens {
+		if now, ok := after.tokens[id]; ok && by != "" && now != by {
+			fail("token %s admitted %s, then %s", id, by, now)
+		}
+	}
+
+	// Agents by key, entries by host, entries from objects.
+	if len(s.agentByKey) != s.AgentCount() {
+		fail("%d keys of %d agents", len(s.agentByKey), s.AgentCount())
+	}
+	onHost := map[string][]string{}
+	for a := range s.Agents() {
+		if found, ok := s.AgentByKey(a.GetKeyId()); !ok || found != a {
+			fail("agent %s is not found by its key", a.GetName())
+		}
+	}
+	for e := range s.Entries() {
+		for _, host := range e.GetHosts() {
+			onHost[host] = append(onHost[host], e.GetId())
+		}
+	}
+	if len(onHost) != len(s.onHost) {
+		fail("entries on %d hosts, indexed %d", len(onHost), len(s.onHost))
+	}
+	for host, ids := range onHost {
+		slices.Sort(ids)
+		var found []string
+		for _, e := range s.EntriesOnHost(host) {
+			found = append(found, e.GetId())
+		}
+		if !slices.Equal(ids, found) {
+			fail("host %s has %v, found %v", host, ids, found)
+		}
+	}
+	derived := 0
+	for _, o := range s.Objects() {
+		entries, err := ca.EntriesFor(banking, o, s.Peers(), s.Lifetimes().Phase)
+		if err != nil {
+			fail("%s: %v", ObjectKey(o), err)
+		}
+		for _, want := range entries {
+			derived++
+			have, ok := s.Entry(want.GetId())
+			if want.Revision = have.GetRevision(); !ok || !proto.Equal(want, have) {
+				fail("entry %s is %v, not %v", want.GetId(), have, want)
+			}
+		}
+	}
+	if derived != s.EntryCount() {
+		fail("%d entries, %d follow from the catalogue", s.EntryCount(), derived)
+	}
+
+	// A bundle's sequence never goes back (I8), and none outlives its relationship.
+	for td, sequence := range after.foreign {
+		if was, ok := before.foreign[td]; ok && sequence < was {
+			fail("sequence of %s went from %d to %d", td, was, sequence)
+		}
+		if _, ok := s.Object("Relationship/" + td); !ok {
+			fail("bundle of %s without a relationship", td)
+		}
+	}
+}
+
+// named is what a Change names, without hosts, as a map key.
+type named struct {
+	kind ChangeKind
+	key  string
+}
+
+func anys[R any](t table[R]) []any {
+	list := make([]any, len(t.rows))
+	for i, r := range t.rows {
+		list[i] = r
+	}
+	return list
+}
