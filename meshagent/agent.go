@@ -3,44 +3,172 @@
 // the bundles, watches the health of the host's services, and tells who is at the
 // other end of a local connection.
 //
-// It opens no door itself. Doors (workloadapi, sidecar) read State and are
-// handed to Run, which starts and stops them.
+// It opens no door to workloads itself. Doors (workloadapi, sidecar) read its
+// State and are handed to Run, which starts and stops them. When no CA node can
+// be reached the last state stays in use and renewal is tried again (I12).
 package meshagent
 
 import (
 	"context"
-	"crypto/x509"
+	"crypto"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net"
+	"net/http"
 	"net/netip"
+	"os"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 
-	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/client"
+	"github.com/entente-mesh/entente/internal/daemon"
+	"github.com/entente-mesh/entente/meshagent/nodeattest"
 	"github.com/entente-mesh/entente/meshagent/workloadattest"
 )
 
 // Agent is the running agent. Its methods may be called concurrently.
 type Agent struct {
-	cfg *Config
-	log *slog.Logger
+	cfg      *Config
+	log      *slog.Logger
+	metrics  *metrics
+	gatherer prometheus.Gatherer
+
+	id       spiffeid.ID
+	key      crypto.Signer
+	token    *ca.Token // nil: none was given
+	attestor *workloadattest.Attestor
+	client   *client.Client
+	clientAs client.Config
+
+	mu        sync.Mutex // orders changes of state; readers need none
+	state     atomic.Pointer[State]
+	complaint string // the last ones that were logged, so that they are logged once
+
+	diskMu sync.Mutex
+	known  *known
+
+	reportMu sync.Mutex
+	leaving  bool // the instances are withdrawn for good
+
+	health *http.Transport
 }
 
 // Options are what a Config cannot say.
 type Options struct {
-	Log        *slog.Logger          // nil: none
-	Registerer prometheus.Registerer // nil: no metrics
+	Log *slog.Logger // nil: no log
+	// Registerer takes the agent's metrics, Gatherer shows them on the admin
+	// listener; nil: none.
+	Registerer prometheus.Registerer
+	Gatherer   prometheus.Gatherer
 }
 
-// New checks cfg and opens the data directory. It makes the agent's key when
-// there is none yet.
+// New opens the data directory, makes the agent's key when there is none, and
+// takes up what the agent knew when it last ran. Nothing is dialled yet.
 func New(cfg *Config, opts Options) (*Agent, error) {
-	return nil, errors.ErrUnsupported
+	id, err := ca.ID(cfg.Domain(), ca.AgentPath(cfg.Name))
+	if err != nil {
+		return nil, err
+	}
+	if err := os.MkdirAll(cfg.DataDir, 0o700); err != nil {
+		return nil, fmt.Errorf("cannot make the data directory: %w", err)
+	}
+	a := &Agent{cfg: cfg, log: opts.Log, gatherer: opts.Gatherer, id: id, attestor: workloadattest.New(), health: healthTransport()}
+	if a.log == nil {
+		a.log = slog.New(slog.DiscardHandler)
+	}
+	if a.known, err = load(cfg.DataDir); err != nil {
+		return nil, err
+	}
+	if a.key, err = nodeattest.LoadKey(keyPath(cfg.DataDir)); err != nil {
+		return nil, err
+	}
+	if a.token, err = nodeattest.ReadToken(cfg.CA.Token, cfg.CA.TokenFile); err != nil {
+		if a.known.cluster == nil { // an agent that was admitted needs none
+			return nil, err
+		}
+		a.log.Warn("the join token cannot be read; the agent attests by its key", "error", err)
+	}
+	if a.known.cluster == nil && a.token == nil {
+		return nil, errors.New("this host has not attested yet and has no join token: make one with `entente token create` at the CA, and set ca.token or ca.tokenFile")
+	}
+	if td := cfg.Domain(); a.token != nil && a.token.TrustDomain != td {
+		return nil, fmt.Errorf("the join token is for trust domain %s, the agent's is %s", a.token.TrustDomain.Name(), td.Name())
+	}
+
+	state := &State{View: &client.View{}, changed: make(chan struct{}), reissued: make(chan struct{})}
+	a.state.Store(state)
+	a.recall()
+	a.clientAs = client.Config{
+		TrustDomain: cfg.Domain(),
+		Addresses:   cfg.CA.Addresses,
+		Members:     a.known.members,
+		Cluster:     a.known.cluster,
+		Bundles:     a.Bundles(),
+		Datacenter:  cfg.Datacenter,
+		Log:         a.log,
+	}
+	if a.token != nil {
+		a.clientAs.Addresses = append(a.clientAs.Addresses[:len(a.clientAs.Addresses):len(a.clientAs.Addresses)], a.token.Addresses...)
+		a.clientAs.Pins = a.token.Pinned
+	}
+	withSVID := a.clientAs
+	withSVID.SVID = ownSVID{a}
+	if a.client, err = client.New(withSVID); err != nil {
+		return nil, err
+	}
+	a.metrics = newMetrics(opts.Registerer, a)
+	return a, nil
+}
+
+// recall takes up the SVID and bundle of the last run, if they are still good.
+func (a *Agent) recall() {
+	if a.known.cluster == nil {
+		return
+	}
+	own, err := readBundle(a.cfg.Domain(), a.known.Bundle)
+	if err != nil {
+		a.log.Warn("cannot take up what the agent last knew", "error", err)
+		return
+	}
+	svid, err := verifySVID(a.id, a.known.Certificates, a.key, own, time.Now())
+	if err != nil {
+		a.log.Info("the agent's last SVID is of no more use; it attests again by its key", "error", err)
+	}
+	a.change(func(s *State) *State {
+		next := *s
+		next.Bundle, next.own = own, svid
+		return &next
+	})
+}
+
+// change replaces the state by the one that f makes of it; nil leaves it.
+func (a *Agent) change(f func(*State) *State) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	old := a.state.Load()
+	next := f(old)
+	if next == nil {
+		return
+	}
+	next.changed = make(chan struct{})
+	again := next.reissued == nil
+	if again {
+		next.reissued = make(chan struct{})
+	}
+	a.state.Store(next)
+	close(old.changed)
+	if again {
+		close(old.reissued)
+	}
 }
 
 // Door is something that serves from the agent's state until its ctx ends.
@@ -49,76 +177,264 @@ type Door struct {
 	Run  func(ctx context.Context) error
 }
 
-// Run attests and serves until ctx ends or a door fails. The doors are started
-// first, in order: State says that the agent is not ready yet.
+// Run serves until ctx ends, which is no failure, or until something fails. The
+// doors are started first and in order: State tells them whether the agent is
+// ready.
 //
 // On the way out the host's instances are withdrawn first, so that nobody sends
-// new requests here, then the doors are stopped in reverse order, each one
-// before the next, and the stream to the CA last.
-func (a *Agent) Run(ctx context.Context, doors ...Door) error { return errors.ErrUnsupported }
+// new requests here; then the doors are stopped, the last one first, each when
+// the one before has ended; then the stream to the CA; the admin listener last.
+func (a *Agent) Run(ctx context.Context, doors ...Door) error {
+	ctx, fail := context.WithCancel(ctx)
+	defer fail()
+
+	var running []*task
+	start := func(name string, run func(context.Context) error) {
+		running = append(running, startTask(context.WithoutCancel(ctx), name, run, fail))
+	}
+	if a.cfg.Admin.Listen != "" {
+		admin, err := daemon.NewAdmin(a.cfg.Admin.Listen, a.Ready, a.gatherer)
+		if err != nil {
+			return err
+		}
+		start("admin listener", admin.Run)
+	}
+	start("agent", a.work)
+	for _, door := range doors {
+		start(door.Name, door.Run)
+	}
+
+	<-ctx.Done()
+	a.withdraw()
+	var errs []error
+	for _, t := range slices.Backward(running) {
+		errs = append(errs, t.stop())
+	}
+	return errors.Join(errs...)
+}
+
+// task is a running part of the agent.
+type task struct {
+	cancel context.CancelFunc
+	done   chan struct{}
+	err    error // set before done is closed
+}
+
+// startTask calls failed when the task ends without having been asked to.
+func startTask(ctx context.Context, name string, run func(context.Context) error, failed func()) *task {
+	ctx, cancel := context.WithCancel(ctx)
+	t := &task{cancel: cancel, done: make(chan struct{})}
+	go func() {
+		defer close(t.done)
+		err := run(ctx)
+		if ctx.Err() != nil && (err == nil || errors.Is(err, context.Canceled)) {
+			return // it was asked to end
+		}
+		if err == nil {
+			err = errors.New("it ended on its own")
+		}
+		t.err = fmt.Errorf("%s: %w", name, err)
+		failed()
+	}()
+	return t
+}
+
+func (t *task) stop() error {
+	t.cancel()
+	<-t.done
+	return t.err
+}
+
+// work is the agent's own part: identity, Sync, the entries' SVIDs, health.
+func (a *Agent) work(ctx context.Context) error {
+	group := daemon.NewGroup(ctx)
+	identified := make(chan struct{})
+	group.Go("own SVID", func(ctx context.Context) error { return a.keepOwn(ctx, identified) })
+	group.Go("sync", func(ctx context.Context) error {
+		select {
+		case <-identified:
+			return a.client.Sync(ctx, a.apply)
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	})
+	group.Go("SVIDs", a.keepEntries)
+	if a.cfg.Sidecar.Inbound != "" {
+		group.Go("health", a.watchHealth)
+	}
+	return group.Wait()
+}
+
+// apply takes in a picture of the CA.
+func (a *Agent) apply(view *client.View) error {
+	var complaints []error
+	var refused error
+	a.change(func(s *State) *State {
+		var next *State
+		next, complaints, refused = s.withView(view, a.cfg.Domain(), a.cfg.Name)
+		return next
+	})
+	if refused != nil {
+		return refused
+	}
+	if all := errors.Join(complaints...); all == nil {
+		a.complaint = ""
+	} else if text := all.Error(); text != a.complaint {
+		a.complaint = text
+		a.log.Error("the CA sent what this agent does not take", "revision", view.Revision, "error", all)
+	}
+	a.keep(func(k *known) {
+		k.Bundle = view.Bundles[a.cfg.Domain().Name()]
+		if view.Cluster != nil {
+			k.cluster = view.Cluster
+		}
+		k.members = view.Members
+	})
+	return nil
+}
+
+// keep changes what stands on the disk, when it changes. A full disk stops
+// nothing: the state in memory is what counts.
+func (a *Agent) keep(change func(*known)) {
+	a.diskMu.Lock()
+	defer a.diskMu.Unlock()
+	next := *a.known
+	change(&next)
+	if next.equal(a.known) {
+		return
+	}
+	a.known = &next
+	if err := next.save(a.cfg.DataDir); err != nil {
+		a.log.Error("a restart would not know what the agent knows now", "error", err)
+	}
+}
+
+// report tells the CA what this host serves, until it is leaving.
+func (a *Agent) report(instances []client.Instance) {
+	a.reportMu.Lock()
+	defer a.reportMu.Unlock()
+	if !a.leaving {
+		a.client.Report(instances)
+	}
+}
+
+// withdraw takes this host's instances back and leaves the CA the time to tell.
+func (a *Agent) withdraw() {
+	a.reportMu.Lock()
+	a.leaving = true
+	a.client.Report([]client.Instance{})
+	a.reportMu.Unlock()
+	if a.State().Ready && a.cfg.Sidecar.Inbound != "" {
+		time.Sleep(withdrawTime)
+	}
+}
+
+// withdrawTime is how long the doors stay open after the host's instances were
+// withdrawn: longer than a push takes to reach the callers.
+const withdrawTime = 200 * time.Millisecond
+
+// Ready says what the agent still lacks to serve, nil if nothing.
+func (a *Agent) Ready() error {
+	s := a.State()
+	if s.own == nil {
+		return errors.New("the agent has no SVID yet: it has not attested to a CA node")
+	}
+	if !s.Ready {
+		return errors.New("the CA has not told yet which entries this host has")
+	}
+	for _, identity := range s.Identities {
+		if identity.SVID == nil {
+			return fmt.Errorf("there is no SVID yet for %s", identity.ID)
+		}
+	}
+	return nil
+}
 
 // State is the newest state. It is never nil.
-func (a *Agent) State() *State { return nil }
+func (a *Agent) State() *State { return a.state.Load() }
 
-// Config is what the agent was made with.
+// Config is what the agent was made with. Do not change it.
 func (a *Agent) Config() *Config { return a.cfg }
 
 // SVIDs is the source of one entry's X.509-SVID: always the newest one. It fails
 // while the entry is not there or not signed yet.
-func (a *Agent) SVIDs(entryID string) x509svid.Source { return nil }
+func (a *Agent) SVIDs(entryID string) x509svid.Source { return entrySVID{a, entryID} }
+
+type entrySVID struct {
+	agent   *Agent
+	entryID string
+}
+
+func (e entrySVID) GetX509SVID() (*x509svid.SVID, error) {
+	identity, ok := e.agent.State().Identity(e.entryID)
+	if !ok {
+		return nil, fmt.Errorf("this host has no entry %q", e.entryID)
+	}
+	if identity.SVID == nil {
+		return nil, fmt.Errorf("the CA has not signed an SVID for %s yet", identity.ID)
+	}
+	return identity.SVID, nil
+}
+
+// ownSVID is the source of the agent's own SVID.
+type ownSVID struct{ agent *Agent }
+
+func (o ownSVID) GetX509SVID() (*x509svid.SVID, error) {
+	if svid := o.agent.State().own; svid != nil {
+		return svid, nil
+	}
+	return nil, errors.New("the agent has not attested yet")
+}
 
 // Bundles is the source of the own trust domain's X.509 bundle, and of no other:
 // a foreign root never reaches a sidecar (I6).
-func (a *Agent) Bundles() x509bundle.Source { return nil }
+func (a *Agent) Bundles() x509bundle.Source { return ownBundle{a} }
+
+type ownBundle struct{ agent *Agent }
+
+func (o ownBundle) GetX509BundleForTrustDomain(td spiffeid.TrustDomain) (*x509bundle.Bundle, error) {
+	if own := o.agent.State().Bundle; own != nil && own.TrustDomain() == td {
+		return own, nil
+	}
+	return nil, fmt.Errorf("no bundle of trust domain %s is held here", td.Name())
+}
 
 // AttestTCP attests the process that owns the far end of a loopback connection
-// that was accepted on this host, and returns nil when it satisfies the selectors
-// of the entry. The connection must not be read before.
-func (a *Agent) AttestTCP(conn net.Conn, entryID string) error { return errors.ErrUnsupported }
+// accepted on this host: nil when it satisfies the selectors of the entry. On an
+// error the connection must be closed unread.
+func (a *Agent) AttestTCP(conn net.Conn, entryID string) error {
+	process, err := a.attestor.TCP(conn)
+	if err != nil {
+		return fmt.Errorf("cannot attest the caller: %w", err)
+	}
+	return a.entitled(process, entryID)
+}
 
-// AttestListener does the same for the process that listens on a loopback TCP
-// address: an impostor on an application's port gets no traffic.
+// AttestListener does the same for the process that listens on a loopback
+// address: an impostor on an application's port must get no traffic.
 func (a *Agent) AttestListener(addr netip.AddrPort, entryID string) error {
-	return errors.ErrUnsupported
+	process, err := a.attestor.Listener(addr)
+	if err != nil {
+		return fmt.Errorf("cannot attest the application: %w", err)
+	}
+	return a.entitled(process, entryID)
 }
 
-// AttestUnix attests the process that connected a unix socket. Close what it returns.
+// entitled closes the process.
+func (a *Agent) entitled(process *workloadattest.Process, entryID string) error {
+	defer process.Close()
+	identity, ok := a.State().Identity(entryID)
+	if !ok {
+		return fmt.Errorf("this host has no entry %q", entryID)
+	}
+	if err := process.Satisfies(identity.Entry.GetSelectors()); err != nil {
+		return fmt.Errorf("the process (pid %d, uid %d) is not %s: %w", process.PID(), process.UID, identity.ID, err)
+	}
+	return nil
+}
+
+// AttestUnix attests the process that connected a unix socket. The caller closes
+// what it returns.
 func (a *Agent) AttestUnix(conn *net.UnixConn) (*workloadattest.Process, error) {
-	return nil, errors.ErrUnsupported
+	return a.attestor.Unix(conn)
 }
-
-// State is everything the agent holds at one moment. It is immutable.
-type State struct {
-	// Ready: the agent is attested and has the CA's first complete picture.
-	Ready bool
-	// View is the CA's picture; never nil.
-	View *client.View
-	// Bundle is the own trust domain's; nil before attestation.
-	Bundle *x509bundle.Bundle
-	// Identities are the host's entries, by entry id.
-	Identities []*Identity
-
-	changed chan struct{}
-}
-
-// Changed is closed when there is a newer state.
-func (s *State) Changed() <-chan struct{} { return s.changed }
-
-// Identity finds the identity of an entry by the entry's id.
-func (s *State) Identity(entryID string) (*Identity, bool) { return nil, false }
-
-// IdentitiesOf returns the identities whose selectors the process satisfies, all
-// of them, by entry id.
-func (s *State) IdentitiesOf(p *workloadattest.Process) []*Identity { return nil }
-
-// Identity is one entry of this host with what its workload gets.
-type Identity struct {
-	Entry *statev1.Entry
-	ID    spiffeid.ID
-	SVID  *x509svid.SVID // nil until the CA has signed one
-	// Federated are the bundles of the foreign trust domains that the entry
-	// federates with by name, and of no others (I6).
-	Federated []*x509bundle.Bundle
-}
-
-var _ = x509.NewCertPool

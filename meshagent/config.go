@@ -1,79 +1,178 @@
 package meshagent
 
 import (
+	"fmt"
 	"io"
+	"net"
+	"net/netip"
+	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/entente-mesh/entente/ca"
+	"github.com/entente-mesh/entente/internal/yamlfile"
 )
 
 // Config is the agent's file.
 type Config struct {
+	yamlfile.Pos
+
 	// TrustDomain this host belongs to. Required.
-	TrustDomain string `yaml:"trustDomain"`
+	TrustDomain string `yaml:"trustDomain,required"`
 	// Name of the agent, one DNS label, unique in the trust domain: its SPIFFE ID
 	// is spiffe://TRUSTDOMAIN/entente/agent/NAME. Required.
-	Name string `yaml:"name"`
-	// Datacenter the host stands in. Required: nearest CA nodes, gateways and
-	// instances are chosen by it.
-	Datacenter string `yaml:"datacenter"`
-	// DataDir holds the agent's key (mode 0600), its SVID and what it last knew
-	// of the CA. Required; made with mode 0700 when missing.
-	DataDir string `yaml:"dataDir"`
+	Name string `yaml:"name,required"`
+	// Datacenter the host stands in: the CA nodes, gateways and instances in it
+	// are preferred. Required.
+	Datacenter string `yaml:"datacenter,required"`
+	// DataDir holds the agent's key (mode 0600), its SVID, and what it last knew of
+	// the CA. Made with mode 0700 when missing. Required.
+	DataDir string `yaml:"dataDir,required"`
 
-	CA struct {
-		// Addresses of CA nodes' APIs, host:port. Required unless the token
-		// names them.
-		Addresses []string `yaml:"addresses"`
-		// Token is the one-time join token; TokenFile a file that holds it.
-		// Needed for the first attestation only.
-		Token     string `yaml:"token"`
-		TokenFile string `yaml:"tokenFile"`
-	} `yaml:"ca"`
-
-	WorkloadAPI struct {
-		// Socket is the path of the Workload API's unix socket.
-		// Default DATADIR/workload.sock.
-		Socket string `yaml:"socket"`
-	} `yaml:"workloadAPI"`
-
-	Sidecar struct {
-		// Inbound is the host:port of the mTLS listener that others reach this
-		// host's services at; empty: no sidecar.
-		Inbound string `yaml:"inbound"`
-		// AppAddress is the loopback address the host's applications listen on.
-		// Default 127.0.0.1.
-		AppAddress string `yaml:"appAddress"`
-	} `yaml:"sidecar"`
-
-	Health struct {
-		// Interval between two checks of a service. Default 1s.
-		Interval time.Duration `yaml:"interval"`
-		// Timeout of one check. Default 1s.
-		Timeout time.Duration `yaml:"timeout"`
-	} `yaml:"health"`
-
-	Admin struct {
-		// Listen is the host:port of /healthz, /readyz and /metrics; empty: none.
-		Listen string `yaml:"listen"`
-	} `yaml:"admin"`
-
-	AccessLog struct {
-		// File the sidecar's access records are appended to; empty: none.
-		File string `yaml:"file"`
-	} `yaml:"accessLog"`
-
-	Log struct {
-		Format string `yaml:"format"` // text (default) or json
-		Level  string `yaml:"level"`  // debug, info (default), warn, error
-	} `yaml:"log"`
+	CA          CAConfig          `yaml:"ca"`
+	WorkloadAPI WorkloadAPIConfig `yaml:"workloadAPI"`
+	Sidecar     SidecarConfig     `yaml:"sidecar"`
+	Health      HealthConfig      `yaml:"health"`
+	Admin       AdminConfig       `yaml:"admin"`
+	AccessLog   AccessLogConfig   `yaml:"accessLog"`
+	Log         LogConfig         `yaml:"log"`
 
 	domain spiffeid.TrustDomain
+	app    netip.Addr
+}
+
+// CAConfig says where the CA is, and how to be admitted.
+type CAConfig struct {
+	yamlfile.Pos
+	// Addresses of CA nodes' APIs, host:port. A join token names some as well, and
+	// the others are learned.
+	Addresses []string `yaml:"addresses"`
+	// Token is the one-time join token, TokenFile a file that holds it. Needed for
+	// the first attestation only.
+	Token     string `yaml:"token"`
+	TokenFile string `yaml:"tokenFile"`
+}
+
+// WorkloadAPIConfig is about the SPIFFE Workload API.
+type WorkloadAPIConfig struct {
+	// Socket is the path of its unix socket. Default /run/entente/agent.sock (not
+	// below DataDir, which is the agent's alone).
+	Socket string `yaml:"socket"`
+}
+
+// SidecarConfig is about the data plane of this host.
+type SidecarConfig struct {
+	yamlfile.Pos
+	// Inbound is the host:port of the mTLS listener that serves this host's
+	// services to others. Empty: no sidecar, and no instances are reported.
+	Inbound string `yaml:"inbound"`
+	// Advertise is the host:port at which others reach Inbound. Default Inbound.
+	Advertise string `yaml:"advertise"`
+	// AppAddress is the loopback address the host's applications listen on.
+	// Default 127.0.0.1.
+	AppAddress string `yaml:"appAddress"`
+}
+
+// HealthConfig is about the health checks of this host's services.
+type HealthConfig struct {
+	// Interval between two checks of a service, 100ms to 1h. Default 1s.
+	Interval time.Duration `yaml:"interval,min=100ms,max=1h"`
+	// Timeout of one check, 10ms to 1m. Default 1s.
+	Timeout time.Duration `yaml:"timeout,min=10ms,max=1m"`
+}
+
+// AdminConfig is about the admin listener.
+type AdminConfig struct {
+	// Listen is the host:port of /healthz, /readyz and /metrics. Empty: none.
+	Listen string `yaml:"listen"`
+}
+
+// AccessLogConfig is about the sidecar's access records.
+type AccessLogConfig struct {
+	// File they are appended to, one JSON object per line. Empty: none.
+	File string `yaml:"file"`
+}
+
+// LogConfig is about the process's log.
+type LogConfig struct {
+	Format string `yaml:"format,oneof=text|json"`            // default text
+	Level  string `yaml:"level,oneof=debug|info|warn|error"` // default info
 }
 
 // ReadConfig reads a configuration, fills in the defaults and checks it. Errors
 // name the file and the line.
-func ReadConfig(file string, r io.Reader) (*Config, error) { return nil, nil }
+func ReadConfig(file string, r io.Reader) (*Config, error) {
+	c := &Config{
+		WorkloadAPI: WorkloadAPIConfig{Socket: "/run/entente/agent.sock"},
+		Sidecar:     SidecarConfig{AppAddress: "127.0.0.1"},
+		Health:      HealthConfig{Interval: time.Second, Timeout: time.Second},
+		Log:         LogConfig{Format: "text", Level: "info"},
+	}
+	if err := yamlfile.Decode(file, r, c); err != nil {
+		return nil, err
+	}
+	if errs := c.check(); len(errs) > 0 {
+		return nil, errs
+	}
+	return c, nil
+}
 
-// Domain is the parsed TrustDomain.
+// check looks at what single values cannot show, and parses what others need.
+func (c *Config) check() (errs yamlfile.Errors) {
+	refuse := func(at yamlfile.Pos, format string, args ...any) {
+		errs = append(errs, at.Errorf(format, args...))
+	}
+	var err error
+	if c.domain, err = ca.ParseTrustDomain(c.TrustDomain); err != nil {
+		refuse(c.At("trustDomain"), "%v", err)
+	}
+	if err := ca.CheckLabel(c.Name); err != nil {
+		refuse(c.At("name"), "%v", err)
+	}
+	if err := ca.CheckLabel(c.Datacenter); err != nil {
+		refuse(c.At("datacenter"), "%v", err)
+	}
+	for _, address := range c.CA.Addresses {
+		if err := ca.CheckAddress(address); err != nil {
+			refuse(c.CA.At("addresses"), "%v", err)
+		}
+	}
+	if c.CA.Token != "" && c.CA.TokenFile != "" {
+		refuse(c.CA.At("tokenFile"), "token and tokenFile are both given: give one of them")
+	}
+
+	if c.app, err = netip.ParseAddr(c.Sidecar.AppAddress); err != nil || !c.app.IsLoopback() {
+		refuse(c.Sidecar.At("appAddress"), "%q is not a loopback address: traffic to the application may not leave the host unprotected", c.Sidecar.AppAddress)
+	}
+	if c.Sidecar.Advertise == "" {
+		c.Sidecar.Advertise = c.Sidecar.Inbound
+	}
+	if c.Sidecar.Inbound != "" {
+		if err := ca.CheckAddress(c.Sidecar.Inbound); err != nil {
+			refuse(c.Sidecar.At("inbound"), "%v", err)
+		}
+		host, _, _ := net.SplitHostPort(c.Sidecar.Advertise)
+		if err := ca.CheckAddress(c.Sidecar.Advertise); err != nil {
+			refuse(c.Sidecar.At("advertise"), "%v", err)
+		} else if ip, err := netip.ParseAddr(host); err == nil && ip.IsUnspecified() {
+			refuse(c.Sidecar.At("inbound"), "nobody can be told to dial %s: add advertise with the address at which others reach this host", host)
+		}
+	}
+	// sun_path has 108 bytes on Linux and 104 on darwin, the final zero included.
+	if len(c.WorkloadAPI.Socket) > 103 || strings.ContainsRune(c.WorkloadAPI.Socket, 0) {
+		refuse(c.Pos, "the Workload API's socket %s: the path of a unix socket has at most 103 bytes; set workloadAPI.socket", c.WorkloadAPI.Socket)
+	}
+	return errs
+}
+
+// Domain is the trust domain.
 func (c *Config) Domain() spiffeid.TrustDomain { return c.domain }
+
+// App is the address of an application of this host that listens on port.
+func (c *Config) App(port uint32) (netip.AddrPort, error) {
+	if port == 0 || port > 65535 {
+		return netip.AddrPort{}, fmt.Errorf("%d is not a port", port)
+	}
+	return netip.AddrPortFrom(c.app, uint16(port)), nil
+}

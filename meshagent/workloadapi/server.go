@@ -1,21 +1,246 @@
-// Package workloadapi serves the SPIFFE Workload API on a unix socket.
+// Package workloadapi serves the SPIFFE Workload API to the workloads of one
+// host on a unix socket: X.509-SVIDs and X.509 bundles. Its JWT and WIT calls
+// answer Unimplemented.
+//
+// Who calls is not asked but seen: the process that connected the socket is
+// attested, and gets what the entries give whose selectors it satisfies. That is
+// looked at again whenever something changes, so an entitlement that ends also
+// ends an open stream.
 package workloadapi
 
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
 
+	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/peer"
+	"google.golang.org/grpc/reflection"
+	"google.golang.org/grpc/status"
+
+	"github.com/entente-mesh/entente/internal/daemon"
 	"github.com/entente-mesh/entente/meshagent"
+	"github.com/entente-mesh/entente/meshagent/workloadattest"
 )
 
-// Server is one Workload API endpoint.
-type Server struct{}
+const (
+	// What one process may hold open, so that it cannot starve the others.
+	maxConnections = 64
+	maxStreams     = 256
 
-// New opens the socket.
-func New(agent *meshagent.Agent, log *slog.Logger) (*Server, error) {
-	return nil, errors.ErrUnsupported
+	maxRequest = 64 << 10        // bytes; the calls take next to nothing
+	startTime  = 5 * time.Second // a caller waits so long for an agent or entry that has no SVID yet
+	drainTime  = time.Second     // for streams to end on shutdown
+)
+
+// Listen opens the Workload API's socket: everybody may connect (0777), the
+// process that does is attested. The directory is made with mode 0755 when it is
+// missing.
+func Listen(path string) (net.Listener, error) {
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return nil, fmt.Errorf("cannot make the directory of the Workload API's socket: %w", err)
+	}
+	listener, err := daemon.ListenUnix(path, 0o777)
+	if err != nil {
+		return nil, fmt.Errorf("cannot open the Workload API: %w", err)
+	}
+	return listener, nil
 }
 
-// Run serves until ctx ends. Use it as a meshagent.Door.
-func (s *Server) Run(ctx context.Context) error { return errors.ErrUnsupported }
+// Server is one Workload API endpoint.
+type Server struct {
+	workload.UnimplementedSpiffeWorkloadAPIServer
+
+	agent    *meshagent.Agent
+	listener net.Listener
+	log      *slog.Logger
+	stopping chan struct{} // closed when streams must end
+
+	mu    sync.Mutex
+	usage map[process]usage
+}
+
+// process tells callers apart. On darwin, where the pid is not known, all of one
+// user count as one.
+type process struct {
+	pid int
+	uid uint32
+}
+
+type usage struct{ connections, streams int }
+
+// New returns a server for a listener whose connections are *net.UnixConn. log
+// may be nil.
+func New(agent *meshagent.Agent, listener net.Listener, log *slog.Logger) *Server {
+	if log == nil {
+		log = slog.New(slog.DiscardHandler)
+	}
+	return &Server{agent: agent, listener: listener, log: log, stopping: make(chan struct{}), usage: map[process]usage{}}
+}
+
+// Run serves until ctx ends, which it calls once. It closes the listener. Open
+// streams end with Unavailable, whereupon a client comes back.
+func (s *Server) Run(ctx context.Context) error {
+	server := grpc.NewServer(
+		grpc.Creds(transport{s}),
+		grpc.StreamInterceptor(s.guardStream),
+		grpc.UnaryInterceptor(guardUnary),
+		grpc.MaxConcurrentStreams(maxStreams),
+		grpc.MaxRecvMsgSize(maxRequest),
+		grpc.ConnectionTimeout(5*time.Second),
+	)
+	workload.RegisterSpiffeWorkloadAPIServer(server, s)
+	reflection.Register(server)
+
+	served := make(chan error, 1)
+	go func() { served <- server.Serve(s.listener) }()
+	select {
+	case err := <-served:
+		return fmt.Errorf("the Workload API has ended: %w", err)
+	case <-ctx.Done():
+	}
+	close(s.stopping)
+	hard := time.AfterFunc(drainTime, server.Stop)
+	server.GracefulStop()
+	hard.Stop()
+	<-served
+	return nil
+}
+
+// transport attests who connects. There is no TLS: the socket is local, and the
+// specification forbids to ask the workload for anything (Workload Endpoint 3.1, 5).
+type transport struct{ server *Server }
+
+// caller is what a connection's handshake found out.
+type caller struct {
+	process *workloadattest.Process
+	refused error // why it gets nothing; process is then nil
+}
+
+func (*caller) AuthType() string { return "workload attestation" }
+
+func (t transport) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	unixConn, ok := conn.(*net.UnixConn)
+	if !ok {
+		return nil, nil, fmt.Errorf("%T is not a unix socket: its peer cannot be attested", conn)
+	}
+	attested, err := t.server.agent.AttestUnix(unixConn)
+	if err != nil {
+		t.server.log.Warn("a Workload API client cannot be attested", "error", err)
+		return conn, &caller{refused: err}, nil
+	}
+	release, err := t.server.take(attested, usage{connections: 1})
+	if err != nil {
+		attested.Close()
+		return nil, nil, err
+	}
+	return &heldConn{Conn: conn, release: sync.OnceFunc(func() { release(); attested.Close() })}, &caller{process: attested}, nil
+}
+
+func (transport) ClientHandshake(context.Context, string, net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	return nil, nil, errors.New("these are a server's credentials")
+}
+
+func (transport) Info() credentials.ProtocolInfo {
+	return credentials.ProtocolInfo{SecurityProtocol: "local"}
+}
+
+func (t transport) Clone() credentials.TransportCredentials { return t }
+func (transport) OverrideServerName(string) error           { return nil }
+
+// heldConn lets go of the attested process with the connection.
+type heldConn struct {
+	net.Conn
+	release func()
+}
+
+func (c *heldConn) Close() error {
+	defer c.release()
+	return c.Conn.Close()
+}
+
+// take counts what a process holds, and refuses what is too much.
+func (s *Server) take(p *workloadattest.Process, more usage) (release func(), err error) {
+	key := process{p.PID(), p.UID}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	now := s.usage[key]
+	now.connections += more.connections
+	now.streams += more.streams
+	if now.connections > maxConnections || now.streams > maxStreams {
+		return nil, status.Errorf(codes.ResourceExhausted, "process %d has %d connections and %d streams open here; close some", key.pid, now.connections-more.connections, now.streams-more.streams)
+	}
+	s.usage[key] = now
+	return func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		now := s.usage[key]
+		now.connections -= more.connections
+		now.streams -= more.streams
+		if now == (usage{}) {
+			delete(s.usage, key)
+		} else {
+			s.usage[key] = now
+		}
+	}, nil
+}
+
+// checkHeader refuses a call of the Workload API without its security header: a
+// browser or a proxy that was talked into connecting cannot set it (Workload
+// Endpoint 3, 6). Other services on the socket (reflection) need none.
+func checkHeader(ctx context.Context, method string) error {
+	if !strings.HasPrefix(method, "/"+workload.SpiffeWorkloadAPI_ServiceDesc.ServiceName+"/") {
+		return nil
+	}
+	md, _ := metadata.FromIncomingContext(ctx)
+	if values := md.Get("workload.spiffe.io"); len(values) != 1 || values[0] != "true" {
+		return status.Error(codes.InvalidArgument, "security header missing from request: workload.spiffe.io must be true")
+	}
+	return nil
+}
+
+func guardUnary(ctx context.Context, request any, info *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
+	if err := checkHeader(ctx, info.FullMethod); err != nil {
+		return nil, err
+	}
+	return handle(ctx, request)
+}
+
+func (s *Server) guardStream(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handle grpc.StreamHandler) error {
+	if err := checkHeader(stream.Context(), info.FullMethod); err != nil {
+		return err
+	}
+	process, err := callerOf(stream.Context())
+	if err != nil {
+		return err
+	}
+	release, err := s.take(process, usage{streams: 1})
+	if err != nil {
+		return err
+	}
+	defer release()
+	return handle(srv, stream)
+}
+
+func callerOf(ctx context.Context) (*workloadattest.Process, error) {
+	p, ok := peer.FromContext(ctx)
+	if !ok {
+		return nil, status.Error(codes.Internal, "the connection has no peer")
+	}
+	c, ok := p.AuthInfo.(*caller)
+	if !ok || c.process == nil {
+		return nil, status.Error(codes.PermissionDenied, "the calling process cannot be attested")
+	}
+	return c.process, nil
+}

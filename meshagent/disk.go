@@ -1,0 +1,100 @@
+package meshagent
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+
+	"google.golang.org/protobuf/proto"
+
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	"github.com/entente-mesh/entente/internal/daemon"
+)
+
+// What stands in the data directory.
+const (
+	keyFile   = "agent.key"  // PKCS#8, PEM
+	knownFile = "agent.json" // known
+)
+
+// known is what an agent needs to find and believe its CA again after a restart:
+// one file, so that its parts always belong together. It holds no secret.
+type known struct {
+	Certificates [][]byte `json:"certificates"` // the agent's own SVID, DER, leaf first
+	Bundle       []byte   `json:"bundle"`       // of the own domain, SPIFFE JSON
+	Cluster      []byte   `json:"cluster"`      // statev1.Cluster
+	Members      [][]byte `json:"members"`      // statev1.Member each
+
+	cluster *statev1.Cluster
+	members []*statev1.Member
+}
+
+// load reads what was known. Nothing at all is known on a new host. A damaged file
+// is an error: without a pin nobody could tell a CA node from an impostor.
+func load(dir string) (*known, error) {
+	path := filepath.Join(dir, knownFile)
+	data, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return &known{}, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("cannot read what the agent knew of its CA: %w", err)
+	}
+	k := &known{}
+	damaged := func(err error) (*known, error) {
+		return nil, fmt.Errorf("%s is damaged (delete it, and start the agent with a join token): %w", path, err)
+	}
+	if err := json.Unmarshal(data, k); err != nil {
+		return damaged(err)
+	}
+	k.cluster = &statev1.Cluster{}
+	if err := proto.Unmarshal(k.Cluster, k.cluster); err != nil {
+		return damaged(err)
+	}
+	for _, record := range k.Members {
+		m := &statev1.Member{}
+		if err := proto.Unmarshal(record, m); err != nil {
+			return damaged(err)
+		}
+		k.members = append(k.members, m)
+	}
+	return k, nil
+}
+
+func (k *known) save(dir string) error {
+	var err error
+	if k.Cluster, err = proto.Marshal(k.cluster); err != nil {
+		return fmt.Errorf("cannot keep what the agent knows of its CA: %w", err)
+	}
+	k.Members = nil
+	for _, m := range k.members {
+		record, err := proto.Marshal(m)
+		if err != nil {
+			return fmt.Errorf("cannot keep what the agent knows of its CA: %w", err)
+		}
+		k.Members = append(k.Members, record)
+	}
+	data, err := json.Marshal(k)
+	if err != nil {
+		return fmt.Errorf("cannot keep what the agent knows of its CA: %w", err)
+	}
+	if err := daemon.WriteFileAtomic(filepath.Join(dir, knownFile), data, 0o600); err != nil {
+		return fmt.Errorf("cannot keep what the agent knows of its CA: %w", err)
+	}
+	return nil
+}
+
+// equal compares what was set, not what save derives from it.
+func (k *known) equal(o *known) bool {
+	return slices.EqualFunc(k.Certificates, o.Certificates, bytes.Equal) &&
+		bytes.Equal(k.Bundle, o.Bundle) &&
+		proto.Equal(k.cluster, o.cluster) &&
+		slices.EqualFunc(k.members, o.members, func(a, b *statev1.Member) bool { return proto.Equal(a, b) })
+}
+
+func keyPath(dir string) string { return filepath.Join(dir, keyFile) }

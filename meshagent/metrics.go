@@ -1,0 +1,48 @@
+package meshagent
+
+import (
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+type metrics struct {
+	signed, failures prometheus.Counter
+}
+
+// newMetrics registers the agent's metrics; r may be nil.
+func newMetrics(r prometheus.Registerer, a *Agent) *metrics {
+	m := &metrics{
+		signed:   prometheus.NewCounter(prometheus.CounterOpts{Name: "entente_agent_svids_signed_total", Help: "X.509-SVIDs that were signed for entries of this host."}),
+		failures: prometheus.NewCounter(prometheus.CounterOpts{Name: "entente_agent_sign_failures_total", Help: "Attempts to get an X.509-SVID signed that failed."}),
+	}
+	if r == nil {
+		return m
+	}
+	gauge := func(name, help string, value func(*State) float64) prometheus.Collector {
+		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, func() float64 { return value(a.State()) })
+	}
+	r.MustRegister(m.signed, m.failures,
+		gauge("entente_agent_entries", "Entries of this host.", func(s *State) float64 { return float64(len(s.Identities)) }),
+		gauge("entente_agent_revision", "Revision of the CA's state that is in use.", func(s *State) float64 { return float64(s.View.Revision) }),
+		gauge("entente_agent_first_expiry_seconds", "Seconds until the first X.509-SVID held here ends; negative: it has ended; 0: none is held.", func(s *State) float64 {
+			var first time.Time
+			consider := func(end time.Time) {
+				if first.IsZero() || end.Before(first) {
+					first = end
+				}
+			}
+			if s.own != nil {
+				consider(s.own.Certificates[0].NotAfter)
+			}
+			for _, svid := range s.svids {
+				consider(svid.Certificates[0].NotAfter)
+			}
+			if first.IsZero() {
+				return 0
+			}
+			return time.Until(first).Seconds()
+		}),
+	)
+	return m
+}

@@ -1,0 +1,320 @@
+package meshagent
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"crypto"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+
+	"github.com/entente-mesh/entente/ca/client"
+	"github.com/entente-mesh/entente/internal/peer"
+	"github.com/entente-mesh/entente/meshagent/nodeattest"
+)
+
+const (
+	// maxBatch SVIDs are asked for at a time; the client splits them as the door demands.
+	maxBatch = 500
+
+	retryFirst = 100 * time.Millisecond
+	retryMost  = 30 * time.Second
+)
+
+// halfLife is when a certificate received now is renewed: half of what is left of
+// its life, give or take a tenth, so that what was signed together is not renewed
+// together. It is reckoned from the receipt, since the begin is backdated.
+func halfLife(svid *x509svid.SVID, now time.Time) time.Time {
+	left := svid.Certificates[0].NotAfter.Sub(now)
+	return now.Add(left*45/100 + time.Duration(rand.Int64N(int64(left/10)+1)))
+}
+
+// retryAfter is the pause after the nth failure (from 1), jittered, never more
+// than a tenth of what is left of the life of what is to be renewed.
+func retryAfter(n int, left time.Duration) time.Duration {
+	most := retryMost
+	if left > 0 {
+		most = min(most, max(left/10, retryFirst))
+	}
+	pause := min(retryFirst<<min(n-1, 16), most)
+	return pause/2 + rand.N(pause/2+1)
+}
+
+func wait(ctx context.Context, d time.Duration) error {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-timer.C:
+		return nil
+	}
+}
+
+// keepOwn keeps the agent's own SVID: it attests when there is none, renews it at
+// half-life, and attests again when it has ended or the CA does not know it any more.
+// It closes identified when there is one. Only the refusal of a join token ends it.
+func (a *Agent) keepOwn(ctx context.Context, identified chan<- struct{}) error {
+	now := time.Now()
+	due, failures := now, 0
+	if own := a.State().own; own != nil {
+		due = halfLife(own, now)
+		close(identified)
+		identified = nil
+	}
+	for {
+		if err := wait(ctx, time.Until(due)); err != nil {
+			return err
+		}
+		svid, err := a.renewOwn(ctx)
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		now = time.Now()
+		if err == nil {
+			due, failures = halfLife(svid, now), 0
+			if identified != nil {
+				close(identified)
+				identified = nil
+			}
+			continue
+		}
+		if errors.Is(err, client.ErrDenied) && a.State().own == nil && a.neverAdmitted() {
+			return fmt.Errorf("this host was not admitted: %w", err)
+		}
+		failures++
+		a.metrics.failures.Inc()
+		var left time.Duration
+		if own := a.State().own; own != nil {
+			left = own.Certificates[0].NotAfter.Sub(now)
+		}
+		pause := retryAfter(failures, left)
+		if a.State().own == nil { // nothing works before this: no long pauses
+			pause = min(pause, time.Second)
+		}
+		if failures == 1 {
+			a.log.Warn("no fresh SVID for the agent itself; trying again", "valid_for", max(left, 0).Round(time.Second), "error", err)
+		}
+		due = now.Add(pause)
+	}
+}
+
+func (a *Agent) neverAdmitted() bool {
+	a.diskMu.Lock()
+	defer a.diskMu.Unlock()
+	return a.known.cluster == nil
+}
+
+// renewOwn gets one SVID for the agent and puts it into the state.
+func (a *Agent) renewOwn(ctx context.Context) (*x509svid.SVID, error) {
+	csr, err := nodeattest.CSR(a.key)
+	if err != nil {
+		return nil, err
+	}
+	own := a.State().own
+	if own != nil && time.Now().Before(own.Certificates[0].NotAfter) {
+		result := a.client.SignX509(ctx, []client.SignRequest{{CSR: csr}})[0]
+		if result.Err == nil {
+			return a.install(result.Certificates, nil)
+		}
+		if !errors.Is(result.Err, client.ErrDenied) {
+			return nil, result.Err
+		}
+		a.log.Warn("the CA does not renew the agent's SVID; attesting again", "error", result.Err)
+	}
+	return a.attest(ctx, csr)
+}
+
+// attest asks to be admitted: by the key if it was admitted before, else, or when
+// the CA does not know the key, by the join token.
+func (a *Agent) attest(ctx context.Context, csr []byte) (*x509svid.SVID, error) {
+	var byKey error
+	if !a.neverAdmitted() {
+		answer, err := client.Attest(ctx, a.clientAs, nodeattest.ByKey(), csr)
+		if err == nil {
+			return a.install(answer.Certificates, answer)
+		}
+		if a.token == nil || !errors.Is(err, client.ErrDenied) {
+			return nil, err
+		}
+		byKey = err
+	}
+	answer, err := client.Attest(ctx, a.clientAs, nodeattest.ByToken(a.token, a.key), csr)
+	if err != nil {
+		return nil, errors.Join(byKey, err)
+	}
+	return a.install(answer.Certificates, answer)
+}
+
+// install verifies a new SVID of the agent's own and takes it into use; answer is
+// nil when it was renewed and not attested.
+func (a *Agent) install(certificates [][]byte, answer *client.Attestation) (*x509svid.SVID, error) {
+	bundle := a.State().Bundle
+	if answer != nil {
+		attested, err := readBundle(a.cfg.Domain(), answer.Bundle)
+		if err != nil {
+			return nil, err
+		}
+		bundle = attested
+		a.diskMu.Lock()
+		cluster := a.known.cluster
+		a.diskMu.Unlock()
+		if cluster != nil && !bytes.Equal(cluster.GetId(), answer.Cluster.GetId()) {
+			return nil, fmt.Errorf("the CA answers as cluster %x, this host belongs to %x: to join it, delete %s and attest with a new token",
+				answer.Cluster.GetId(), cluster.GetId(), a.cfg.DataDir)
+		}
+	}
+	svid, err := verifySVID(a.id, certificates, a.key, bundle, time.Now())
+	if err != nil {
+		return nil, err
+	}
+	a.change(func(s *State) *State {
+		next := *s
+		next.own = svid
+		if !next.Ready { // later the bundle of Sync is newer
+			next.Bundle = bundle
+		}
+		return &next
+	})
+	a.keep(func(k *known) {
+		k.Certificates = certificates
+		if answer != nil {
+			k.Bundle, k.cluster, k.members = answer.Bundle, answer.Cluster, answer.Members
+		}
+	})
+	if answer != nil {
+		a.log.Info("attested", "spiffe_id", a.id, "valid_until", svid.Certificates[0].NotAfter)
+	}
+	return svid, nil
+}
+
+// slot is the renewal of one entry's SVID. Its goroutine is keepEntries.
+type slot struct {
+	entryID  string
+	id       spiffeid.ID
+	revision uint64 // of the entry
+	due      time.Time
+	failures int
+	ends     time.Time // of the SVID that is held; zero: none
+}
+
+// keepEntries keeps an SVID for every entry of the host: with a new key each
+// time, in batches, renewed at half-life, tried again with growing pauses.
+func (a *Agent) keepEntries(ctx context.Context) error {
+	slots := map[string]*slot{}
+	var bundle any // of the state before: when it has changed, SVIDs may have become void
+	for {
+		state := a.State()
+		now := time.Now()
+		for id := range slots {
+			if _, there := state.Identity(id); !there {
+				delete(slots, id)
+			}
+		}
+		for _, identity := range state.Identities {
+			entry := identity.Entry
+			s := slots[entry.GetId()]
+			if s == nil || s.id != identity.ID || s.revision != entry.GetRevision() {
+				s = &slot{entryID: entry.GetId(), id: identity.ID, revision: entry.GetRevision(), due: now}
+				slots[entry.GetId()] = s
+			}
+			if bundle != any(state.Bundle) && identity.SVID != nil {
+				if _, err := peer.Verify(identity.SVID.Certificates, state.Bundle, now); err != nil {
+					s.due = now
+				}
+			}
+		}
+		bundle = state.Bundle
+
+		next := now.Add(time.Hour)
+		var due []*slot
+		for _, s := range slots {
+			if !s.due.After(now) {
+				due = append(due, s)
+			} else if s.due.Before(next) {
+				next = s.due
+			}
+		}
+		if len(due) > 0 {
+			// What ends first is renewed first; what has no SVID at all before that.
+			slices.SortFunc(due, func(x, y *slot) int {
+				return cmp.Or(x.ends.Compare(y.ends), cmp.Compare(x.entryID, y.entryID))
+			})
+			a.renew(ctx, due[:min(len(due), maxBatch)])
+			if ctx.Err() != nil {
+				return ctx.Err()
+			}
+			continue
+		}
+
+		timer := time.NewTimer(next.Sub(now))
+		select {
+		case <-ctx.Done():
+			timer.Stop()
+			return ctx.Err()
+		case <-state.Changed():
+		case <-timer.C:
+		}
+		timer.Stop()
+	}
+}
+
+// renew has one SVID signed for each slot and takes those that are good into use.
+func (a *Agent) renew(ctx context.Context, slots []*slot) {
+	keys := make([]crypto.Signer, len(slots))
+	requests := make([]client.SignRequest, len(slots))
+	for i, s := range slots {
+		var err error
+		if keys[i], err = nodeattest.NewKey(); err == nil {
+			requests[i].EntryID = s.entryID
+			requests[i].CSR, err = nodeattest.CSR(keys[i])
+		}
+		if err != nil { // no randomness: nothing can go on
+			a.log.Error("cannot make keys", "error", err)
+			wait(ctx, time.Second)
+			return
+		}
+	}
+	results := a.client.SignX509(ctx, requests)
+	if ctx.Err() != nil {
+		return
+	}
+
+	now := time.Now()
+	bundle := a.State().Bundle
+	signed := map[string]*x509svid.SVID{}
+	var failed []error
+	news := false
+	for i, s := range slots {
+		svid, err := (*x509svid.SVID)(nil), results[i].Err
+		if err == nil {
+			svid, err = verifySVID(s.id, results[i].Certificates, keys[i], bundle, now)
+		}
+		if err != nil {
+			s.failures++
+			s.due = now.Add(retryAfter(s.failures, s.ends.Sub(now)))
+			failed = append(failed, fmt.Errorf("%s: %w", s.id, err))
+			news = news || s.failures == 1
+			continue
+		}
+		signed[s.entryID] = svid
+		s.due, s.failures, s.ends = halfLife(svid, now), 0, svid.Certificates[0].NotAfter
+	}
+	if len(signed) > 0 {
+		a.change(func(state *State) *State { return state.withSVIDs(signed) })
+		a.metrics.signed.Add(float64(len(signed)))
+	}
+	if len(failed) > 0 {
+		a.metrics.failures.Add(float64(len(failed)))
+		if news { // once per entry that fails, not with every attempt
+			a.log.Warn("SVIDs are not renewed; trying again, and what is held stays in use until it ends",
+				"entries", len(failed), "error", failed[0])
+		}
+	}
+}

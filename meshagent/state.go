@@ -1,0 +1,222 @@
+package meshagent
+
+import (
+	"crypto"
+	"crypto/x509"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	"github.com/entente-mesh/entente/ca"
+	"github.com/entente-mesh/entente/ca/client"
+	"github.com/entente-mesh/entente/federation/bundle"
+	"github.com/entente-mesh/entente/internal/peer"
+	"github.com/entente-mesh/entente/meshagent/workloadattest"
+)
+
+// State is everything the agent holds at one moment. It and all in it are
+// immutable; the next state takes its place.
+type State struct {
+	// Ready: the agent is attested and has the CA's first complete picture.
+	Ready bool
+	// View is the CA's picture. Never nil.
+	View *client.View
+	// Bundle is the own trust domain's; nil before the first attestation.
+	Bundle *x509bundle.Bundle
+	// Foreign are the bundles of the trust domains that entries of this host
+	// federate with.
+	Foreign map[spiffeid.TrustDomain]*x509bundle.Bundle
+	// Identities are the entries of this host, by entry id.
+	Identities []*Identity
+
+	own      *x509svid.SVID            // the agent's; nil before attestation
+	svids    map[string]*x509svid.SVID // by entry id
+	changed  chan struct{}
+	reissued chan struct{} // nil in a state under construction: identities or bundles are other ones
+}
+
+// Identity is one entry of this host with what its workload gets.
+type Identity struct {
+	Entry *statev1.Entry
+	ID    spiffeid.ID
+	SVID  *x509svid.SVID // nil until the CA has signed one
+	// Federated are the bundles of the foreign trust domains that the entry
+	// federates with by name (I6), by trust domain.
+	Federated []*x509bundle.Bundle
+}
+
+// Changed is closed when there is a newer state.
+func (s *State) Changed() <-chan struct{} { return s.changed }
+
+// Reissued is closed when there is a state with other identities, SVIDs or
+// bundles, or when the agent has become ready: not with every state.
+func (s *State) Reissued() <-chan struct{} { return s.reissued }
+
+// Identity finds an entry of this host.
+func (s *State) Identity(entryID string) (*Identity, bool) {
+	i, found := slices.BinarySearchFunc(s.Identities, entryID, func(i *Identity, id string) int {
+		return strings.Compare(i.Entry.GetId(), id)
+	})
+	if !found {
+		return nil, false
+	}
+	return s.Identities[i], true
+}
+
+// IdentitiesOf returns the identities whose selectors the process satisfies, all
+// of them, by entry id.
+func (s *State) IdentitiesOf(p *workloadattest.Process) []*Identity {
+	var entitled []*Identity
+	for _, identity := range s.Identities {
+		if p.Satisfies(identity.Entry.GetSelectors()) == nil {
+			entitled = append(entitled, identity)
+		}
+	}
+	return entitled
+}
+
+// service finds a service of the own domain in the catalogue.
+func service(view *client.View, name string) (*statev1.Service, bool) {
+	for _, object := range view.Objects {
+		if s := object.GetService(); s != nil && s.GetName() == name {
+			return s, true
+		}
+	}
+	return nil, false
+}
+
+// withView makes the state that follows from a newer picture of the CA. A picture
+// whose bundle of the own domain cannot be read is refused as a whole; an entry
+// that is not for this host, or a foreign bundle that cannot be read, is left out
+// (of a bundle the one before stays), and a complaint says so.
+func (s *State) withView(view *client.View, domain spiffeid.TrustDomain, agent string) (_ *State, complaints []error, _ error) {
+	next := *s
+	next.Ready, next.View = true, view
+	if s.Ready && view.Revision == s.View.Revision {
+		return &next, nil, nil // only other instances
+	}
+	next.reissued = nil
+	if bundlesDiffer(s.View.Bundles, view.Bundles) || s.Bundle == nil {
+		own, err := readBundle(domain, view.Bundles[domain.Name()])
+		if err != nil {
+			return nil, nil, err
+		}
+		next.Bundle = own
+		next.Foreign = map[spiffeid.TrustDomain]*x509bundle.Bundle{}
+		for name, jwks := range view.Bundles {
+			td, err := spiffeid.TrustDomainFromString(name)
+			if err != nil || td == domain {
+				continue
+			}
+			if next.Foreign[td], err = readBundle(td, jwks); err != nil {
+				complaints = append(complaints, err)
+				delete(next.Foreign, td)
+				if before := s.Foreign[td]; before != nil {
+					next.Foreign[td] = before
+				}
+			}
+		}
+	}
+
+	next.Identities = nil
+	next.svids = map[string]*x509svid.SVID{}
+	for _, entry := range view.Entries {
+		identity, err := next.identify(entry, domain, agent)
+		if err != nil {
+			complaints = append(complaints, err)
+			continue
+		}
+		// An SVID of a former path of the entry is not one of this identity.
+		if svid := s.svids[entry.GetId()]; svid != nil && svid.ID == identity.ID {
+			identity.SVID = svid
+			next.svids[entry.GetId()] = svid
+		}
+		next.Identities = append(next.Identities, identity)
+	}
+	return &next, complaints, nil
+}
+
+// identify makes an identity of an entry, and refuses one outside of what this
+// agent is for.
+func (s *State) identify(entry *statev1.Entry, domain spiffeid.TrustDomain, agent string) (*Identity, error) {
+	if !slices.Contains(entry.GetHosts(), agent) {
+		return nil, fmt.Errorf("the CA sent entry %q, which is for other hosts (%s): left out", entry.GetId(), strings.Join(entry.GetHosts(), ", "))
+	}
+	id, err := ca.ID(domain, entry.GetPath())
+	if err != nil {
+		return nil, fmt.Errorf("the CA sent entry %q, which is left out: %w", entry.GetId(), err)
+	}
+	if ca.Reserved(entry.GetPath()) && entry.GetRole() != statev1.Role_ROLE_GATEWAY {
+		return nil, fmt.Errorf("the CA sent entry %q with the reserved path %s: left out", entry.GetId(), entry.GetPath())
+	}
+	identity := &Identity{Entry: entry, ID: id}
+	for _, name := range slices.Sorted(slices.Values(entry.GetFederatesWith())) {
+		if td, err := spiffeid.TrustDomainFromString(name); err == nil && s.Foreign[td] != nil {
+			identity.Federated = append(identity.Federated, s.Foreign[td])
+		}
+	}
+	return identity, nil
+}
+
+// withSVIDs makes the state that follows when SVIDs were signed. One of an entry
+// that is gone meanwhile is dropped.
+func (s *State) withSVIDs(signed map[string]*x509svid.SVID) *State {
+	next := *s
+	next.reissued = nil
+	next.svids = maps.Clone(s.svids)
+	next.Identities = slices.Clone(s.Identities)
+	for i, identity := range s.Identities {
+		svid := signed[identity.Entry.GetId()]
+		if svid == nil || svid.ID != identity.ID {
+			continue
+		}
+		renewed := *identity
+		renewed.SVID = svid
+		next.Identities[i] = &renewed
+		next.svids[identity.Entry.GetId()] = svid
+	}
+	return &next
+}
+
+func bundlesDiffer(a, b map[string][]byte) bool {
+	return !maps.EqualFunc(a, b, func(x, y []byte) bool { return string(x) == string(y) })
+}
+
+func readBundle(td spiffeid.TrustDomain, jwks []byte) (*x509bundle.Bundle, error) {
+	b, _, err := bundle.Parse(td, jwks)
+	if err != nil {
+		return nil, fmt.Errorf("the bundle of %s that the CA sent cannot be read: %w", td.Name(), err)
+	}
+	return b.X509Bundle(), nil
+}
+
+// verifySVID makes an SVID of what a CA signed, and refuses it when it is not what
+// was asked for: for this identity, for this key, and under the own bundle.
+func verifySVID(want spiffeid.ID, certificates [][]byte, key crypto.Signer, own x509bundle.Source, now time.Time) (*x509svid.SVID, error) {
+	chain := make([]*x509.Certificate, len(certificates))
+	for i, der := range certificates {
+		cert, err := x509.ParseCertificate(der)
+		if err != nil {
+			return nil, fmt.Errorf("the CA's certificate for %s cannot be read: %w", want, err)
+		}
+		chain[i] = cert
+	}
+	id, err := peer.Verify(chain, own, now)
+	if err != nil {
+		return nil, fmt.Errorf("the CA's certificate for %s does not verify: %w", want, err)
+	}
+	if id != want {
+		return nil, fmt.Errorf("the CA's certificate for %s is for %s", want, id)
+	}
+	if public, ok := key.Public().(interface{ Equal(crypto.PublicKey) bool }); !ok || !public.Equal(chain[0].PublicKey) {
+		return nil, fmt.Errorf("the CA's certificate for %s is for another key", want)
+	}
+	return &x509svid.SVID{ID: id, Certificates: chain, PrivateKey: key}, nil
+}
