@@ -2,10 +2,12 @@ package replica
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log"
 	"log/slog"
+	"net"
 
 	"github.com/hashicorp/go-hclog"
 )
@@ -38,6 +40,11 @@ func (l *logger) Log(level hclog.Level, msg string, args ...any) {
 		return
 	}
 	at := l.level(level)
+	for _, arg := range args {
+		if err, ok := arg.(error); ok && errors.Is(err, net.ErrClosed) {
+			at = slog.LevelDebug // closed by this node, on purpose
+		}
+	}
 	if !l.slog.Enabled(context.Background(), at) {
 		return
 	}

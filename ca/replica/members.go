@@ -84,27 +84,22 @@ func (r *Replica) AddVoter(ctx context.Context, id, address string) error {
 		return err
 	}
 	last := r.raft.LastIndex()
+	admitted := r.disk.newestConfig.Load() // its AddNonvoter is no later than this
 	known := false
 	for _, s := range r.Servers() {
-		lag := last - min(s.Match, last)
 		switch {
 		case s.ID == id && s.Voter && s.Address == address:
 			return nil
+		case s.ID == id && (s.Match < admitted || s.Match+voterLag < last):
+			return fmt.Errorf("cannot make %s a voter: %w: it holds %d of %d log entries", id, ErrBehind, s.Match, last)
 		case s.ID == id:
 			known = true
-			if lag > voterLag {
-				return fmt.Errorf("cannot make %s a voter: %w: it lacks %d log entries", id, ErrBehind, lag)
-			}
+		case s.Voter && s.Match < admitted:
+			return fmt.Errorf("cannot make %s a voter: %w: voter %s does not know of it yet", id, ErrBehind, s.ID)
 		}
 	}
 	if !known {
 		return fmt.Errorf("cannot make %s a voter: %w: it has to be a non-voter first", id, ErrBehind)
-	}
-	admitted := r.disk.newestConfig.Load() // its AddNonvoter is no later than this
-	for _, s := range r.Servers() {
-		if s.Voter && s.Match < admitted {
-			return fmt.Errorf("cannot make %s a voter: %w: voter %s does not know of it yet", id, ErrBehind, s.ID)
-		}
 	}
 	err := r.change(ctx, func() raft.Future {
 		return r.raft.AddVoter(raft.ServerID(id), raft.ServerAddress(address), 0, enqueueTimeout)

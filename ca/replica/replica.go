@@ -131,9 +131,14 @@ func (r *Replica) Run(ctx context.Context) error {
 	select {
 	case <-ctx.Done():
 		r.handOver()
-		return r.Close()
 	case <-r.ended:
-		return errors.Join(r.Err(), r.Close())
+	}
+	err := r.Close()
+	select {
+	case <-r.ended:
+		return errors.Join(r.cause, err)
+	default:
+		return err
 	}
 }
 
@@ -187,6 +192,9 @@ func (r *Replica) Close() error {
 func (r *Replica) leave(cause error, fatal bool) {
 	r.downOnce.Do(func() {
 		r.cause = cause
+		if fatal {
+			close(r.ended)
+		}
 		close(r.down)
 		r.net.kill()
 		if started := r.running.Load(); started != nil {
@@ -194,9 +202,6 @@ func (r *Replica) leave(cause error, fatal bool) {
 		}
 		if !errors.Is(cause, ErrStopped) {
 			r.log.Error("this node leaves Raft; what was agreed stays readable", "error", cause)
-		}
-		if fatal {
-			close(r.ended)
 		}
 	})
 }
@@ -206,8 +211,8 @@ func (r *Replica) halt(started *raft.Raft) {
 	r.halting.Do(func() {
 		future := started.Shutdown()
 		go func() {
-			future.Error() // waits for Raft's goroutines, then closes the transport
 			r.trans.Close()
+			future.Error() // waits for Raft's goroutines
 			close(r.halted)
 		}()
 	})

@@ -40,6 +40,8 @@ type streams struct {
 	accepted chan net.Conn
 	ctx      context.Context // ends with kill
 	cancel   context.CancelFunc
+	closed   chan struct{}
+	closing  sync.Once
 	tasks    sync.WaitGroup
 
 	mu    sync.Mutex
@@ -67,6 +69,7 @@ func newStreams(cfg *Config, roster *roster, alpn string) *streams {
 		log:       cfg.Log,
 		roster:    roster,
 		accepted:  make(chan net.Conn),
+		closed:    make(chan struct{}),
 		ctx:       ctx,
 		cancel:    cancel,
 		conns:     map[*stream]struct{}{},
@@ -177,18 +180,19 @@ func (s *streams) admit(conn net.Conn) {
 	}
 }
 
-// Accept gives Raft's transport the next verified connection.
+// Accept gives Raft's transport the next verified connection. After kill there is none,
+// but only Close is an error: the transport would go on asking.
 func (s *streams) Accept() (net.Conn, error) {
 	select {
 	case conn := <-s.accepted:
 		return conn, nil
-	case <-s.ctx.Done():
+	case <-s.closed:
 		return nil, errKilled
 	}
 }
 
-// Dial connects to target, which is nodeID@host:port as the transport's address
-// provider makes it, and accepts nobody else there.
+// Dial connects to target, which is nodeID@host:port as the transport makes it, and
+// accepts nobody else there.
 func (s *streams) Dial(target raft.ServerAddress, timeout time.Duration) (net.Conn, error) {
 	id, hostport, found := strings.Cut(string(target), "@")
 	if !found {
@@ -308,6 +312,7 @@ func (s *streams) kill() {
 
 // Close is called by Raft's transport.
 func (s *streams) Close() error {
+	s.closing.Do(func() { close(s.closed) })
 	s.kill()
 	s.tasks.Wait()
 	return nil

@@ -8,10 +8,13 @@ import (
 	"github.com/hashicorp/raft"
 )
 
-// transport is Raft's network transport, watched: the library tells nobody how far its
-// followers are, and without that nobody can say who has caught up.
+// transport is Raft's network transport with two additions. It dials a member by node
+// id, so that the stream layer knows whose key to expect. And it watches the answers:
+// the library tells nobody how far its followers are, and without that nobody can say
+// who has caught up.
 type transport struct {
 	*raft.NetworkTransport
+	roster *roster
 
 	mu    sync.Mutex
 	peers map[raft.ServerID]peerProgress
@@ -25,11 +28,11 @@ type peerProgress struct {
 
 func newTransport(s *streams, cfg *Config) *transport {
 	return &transport{
+		roster: s.roster,
 		NetworkTransport: raft.NewNetworkTransportWithConfig(&raft.NetworkTransportConfig{
-			Stream:                s,
-			ServerAddressProvider: addresses{s.roster},
-			Logger:                newLogger(cfg.Log),
-			Timeout:               rpcTimeout,
+			Stream:  s,
+			Logger:  newLogger(cfg.Log),
+			Timeout: rpcTimeout,
 			// Replication, heartbeats and votes of one peer at a time; idle ones are kept.
 			MaxPool: 4,
 			// 1 switches pipelining off. With the default of 2, a follower whose disk gave
@@ -41,26 +44,17 @@ func newTransport(s *streams, cfg *Config) *transport {
 	}
 }
 
-// addresses makes a member's address of its id, so that the stream layer knows whose
-// key to expect. The state's address wins: a member may have moved.
-type addresses struct{ roster *roster }
-
-func (a addresses) ServerAddr(id raft.ServerID) (raft.ServerAddress, error) {
-	_, _, hostport := a.roster.find(string(id))
-	return id2address(string(id), hostport), nil
+// target says whom to expect at an address: the stream layer pins the key. The state's
+// address wins over Raft's: a member may have moved since it joined.
+func (t *transport) target(id raft.ServerID, hostport raft.ServerAddress) raft.ServerAddress {
+	if _, _, now := t.roster.find(string(id)); now != "" {
+		hostport = raft.ServerAddress(now)
+	}
+	return raft.ServerAddress(id) + "@" + hostport
 }
 
-func id2address(id, hostport string) raft.ServerAddress {
-	return raft.ServerAddress(id + "@" + hostport)
-}
-
-// EncodePeer leaves addresses as they are; NetworkTransport would put ids in them.
-func (t *transport) EncodePeer(_ raft.ServerID, address raft.ServerAddress) []byte {
-	return []byte(address)
-}
-
-func (t *transport) AppendEntries(id raft.ServerID, target raft.ServerAddress, args *raft.AppendEntriesRequest, resp *raft.AppendEntriesResponse) error {
-	err := t.NetworkTransport.AppendEntries(id, target, args, resp)
+func (t *transport) AppendEntries(id raft.ServerID, at raft.ServerAddress, args *raft.AppendEntriesRequest, resp *raft.AppendEntriesResponse) error {
+	err := t.NetworkTransport.AppendEntries(id, t.target(id, at), args, resp)
 	if err == nil && resp.Term <= args.Term {
 		match := uint64(0)
 		if resp.Success {
@@ -71,12 +65,24 @@ func (t *transport) AppendEntries(id raft.ServerID, target raft.ServerAddress, a
 	return err
 }
 
-func (t *transport) InstallSnapshot(id raft.ServerID, target raft.ServerAddress, args *raft.InstallSnapshotRequest, resp *raft.InstallSnapshotResponse, data io.Reader) error {
-	err := t.NetworkTransport.InstallSnapshot(id, target, args, resp, data)
+func (t *transport) InstallSnapshot(id raft.ServerID, at raft.ServerAddress, args *raft.InstallSnapshotRequest, resp *raft.InstallSnapshotResponse, data io.Reader) error {
+	err := t.NetworkTransport.InstallSnapshot(id, t.target(id, at), args, resp, data)
 	if err == nil && resp.Success {
 		t.note(id, args.Term, args.LastLogIndex)
 	}
 	return err
+}
+
+func (t *transport) RequestVote(id raft.ServerID, at raft.ServerAddress, args *raft.RequestVoteRequest, resp *raft.RequestVoteResponse) error {
+	return t.NetworkTransport.RequestVote(id, t.target(id, at), args, resp)
+}
+
+func (t *transport) RequestPreVote(id raft.ServerID, at raft.ServerAddress, args *raft.RequestPreVoteRequest, resp *raft.RequestPreVoteResponse) error {
+	return t.NetworkTransport.RequestPreVote(id, t.target(id, at), args, resp)
+}
+
+func (t *transport) TimeoutNow(id raft.ServerID, at raft.ServerAddress, args *raft.TimeoutNowRequest, resp *raft.TimeoutNowResponse) error {
+	return t.NetworkTransport.TimeoutNow(id, t.target(id, at), args, resp)
 }
 
 // note records an answer. Under one leader a follower's match only grows; an earlier

@@ -1,0 +1,290 @@
+package replica
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"io"
+	"net"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/raft"
+
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	"github.com/entente-mesh/entente/ca/domain"
+)
+
+func loopback(t testing.TB) net.Listener {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	return l
+}
+
+// door is a stream layer over a state whose members are the test's.
+type door struct {
+	*streams
+	fsm *fsm
+}
+
+// newDoor opens n's door in a cluster of first and of members that first admitted.
+func newDoor(t *testing.T, n *node, state *domain.State) *door {
+	t.Helper()
+	cfg := listening(t, n.config())
+	if err := cfg.complete(); err != nil {
+		t.Fatal(err)
+	}
+	f := &fsm{self: n.id, state: state}
+	f.applied.Store(state.Applied())
+	s := newStreams(&cfg, &roster{self: n.id, fsm: f, disk: &disk{}, running: new(atomic.Pointer[raft.Raft])}, protocol(clusterID, 0))
+	t.Cleanup(func() { s.Close() })
+	// Raft's transport, as far as these tests need it: say hello and stay.
+	go func() {
+		for {
+			conn, err := s.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				io.WriteString(conn, "hello")
+				io.Copy(io.Discard, conn)
+				conn.Close()
+			}()
+		}
+	}()
+	return &door{s, f}
+}
+
+func (d *door) at() string { return d.listener.Addr().String() }
+
+// membersState has first as its first member and the others admitted by tokens.
+func membersState(t *testing.T, first *node, others ...*statev1.Member) *domain.State {
+	t.Helper()
+	s := domain.New()
+	apply := func(c *statev1.Command) {
+		t.Helper()
+		if o := s.Apply(s.Applied()+1, c); o.Fatal != nil || o.Refused != nil {
+			t.Fatal(o.Fatal, o.Refused)
+		}
+	}
+	apply(initCommand(first))
+	for _, m := range others {
+		for _, c := range admission(t, m) {
+			apply(c)
+		}
+	}
+	return s
+}
+
+func target(id, at string) raft.ServerAddress { return raft.ServerAddress(id + "@" + at) }
+
+// greeted dials as n and says whether the door let it in.
+func greeted(t *testing.T, from *door, id, at string) error {
+	t.Helper()
+	conn, err := from.Dial(target(id, at), 2*time.Second)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	conn.SetDeadline(time.Now().Add(5 * time.Second))
+	_, err = io.ReadFull(conn, make([]byte, 5))
+	return err
+}
+
+func TestDoorAdmitsVotersOnly(t *testing.T) {
+	a, b, witness, stranger := newNode(t, "ca1"), newNode(t, "ca2"), newNode(t, "ca3"), newNode(t, "ca4")
+	nonvoter := witness.member()
+	nonvoter.Voter = false
+	state := membersState(t, a, b.member(), nonvoter)
+	doorA := newDoor(t, a, state)
+
+	if err := greeted(t, newDoor(t, b, membersState(t, a, b.member())), a.id, doorA.at()); err != nil {
+		t.Errorf("control: a voter is refused: %v", err)
+	}
+	if err := greeted(t, newDoor(t, stranger, membersState(t, a, b.member())), a.id, doorA.at()); err == nil {
+		t.Error("a stranger's key was admitted")
+	}
+	if err := greeted(t, newDoor(t, witness, membersState(t, a, nonvoter)), a.id, doorA.at()); err == nil {
+		t.Error("a non-voter was admitted")
+	}
+	// But the leader reaches it.
+	doorC := newDoor(t, witness, membersState(t, a, b.member()))
+	if err := greeted(t, doorA, witness.id, doorC.at()); err != nil {
+		t.Errorf("control: the leader cannot reach a non-voter: %v", err)
+	}
+}
+
+// The dialler, too, accepts only the key it means to reach.
+func TestDialPinsTheKey(t *testing.T) {
+	a, b, stranger := newNode(t, "ca1"), newNode(t, "ca2"), newNode(t, "ca4")
+	state := membersState(t, a, b.member())
+	doorA, doorB, doorX := newDoor(t, a, state), newDoor(t, b, state), newDoor(t, stranger, state)
+	if err := greeted(t, doorA, b.id, doorB.at()); err != nil {
+		t.Errorf("control: %v", err)
+	}
+	if err := greeted(t, doorA, b.id, doorX.at()); err == nil {
+		t.Error("another key at the member's address was accepted")
+	}
+	if err := greeted(t, doorA, stranger.id, doorX.at()); err == nil {
+		t.Error("a node that is no member was dialled")
+	}
+	if err := greeted(t, doorB, b.id, doorB.at()); err == nil {
+		t.Error("a node dialled itself")
+	}
+}
+
+func TestDoorKnowsItsCluster(t *testing.T) {
+	a, b := newNode(t, "ca1"), newNode(t, "ca2")
+	doorA := newDoor(t, a, membersState(t, a, b.member()))
+	good := protocol(clusterID, 0)
+	for name, test := range map[string]struct {
+		alpn    []string
+		version uint16
+		cert    bool
+		ok      bool
+	}{
+		"control":            {[]string{good}, 0, true, true},
+		"another cluster":    {[]string{protocol([]byte("another cluster!"), 0)}, 0, true, false},
+		"an epoch before":    {[]string{protocol(clusterID, 1)}, 0, true, false},
+		"no protocol at all": {nil, 0, true, false},
+		"TLS 1.2":            {[]string{good}, tls.VersionTLS12, true, false},
+		"no certificate":     {[]string{good}, 0, false, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			config := &tls.Config{InsecureSkipVerify: true, NextProtos: test.alpn, MaxVersion: test.version}
+			if test.cert {
+				config.Certificates = []tls.Certificate{b.cert}
+			}
+			conn, err := tls.Dial("tcp", doorA.at(), config)
+			if err == nil {
+				defer conn.Close()
+				conn.SetDeadline(time.Now().Add(5 * time.Second))
+				_, err = io.ReadFull(conn, make([]byte, 5))
+			}
+			if (err == nil) != test.ok {
+				t.Errorf("%v", err)
+			}
+		})
+	}
+}
+
+func TestRemovedMemberIsCutOff(t *testing.T) {
+	a, b := newNode(t, "ca1"), newNode(t, "ca2")
+	state := membersState(t, a, b.member())
+	doorA, doorB := newDoor(t, a, state), newDoor(t, b, membersState(t, a, b.member()))
+	conn, err := doorB.Dial(target(a.id, doorA.at()), time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	conn.SetDeadline(time.Now().Add(5 * time.Second))
+	if _, err := io.ReadFull(conn, make([]byte, 5)); err != nil {
+		t.Fatal("control:", err)
+	}
+	doorA.recheck()
+	if doorA.count() != 1 {
+		t.Fatal("control: a member's connection was closed")
+	}
+
+	doorA.fsm.mu.Lock()
+	outcome := state.Apply(state.Applied()+1, removeCommand(b.id))
+	doorA.fsm.applied.Store(state.Applied())
+	doorA.fsm.mu.Unlock()
+	if outcome.Refused != nil {
+		t.Fatal(outcome.Refused)
+	}
+	doorA.recheck()
+	if _, err := conn.Read(make([]byte, 1)); err == nil || errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("the removed member's connection is open: %v", err)
+	}
+	if err := greeted(t, doorB, a.id, doorA.at()); err == nil {
+		t.Error("the removed member came in again")
+	}
+	if err := greeted(t, doorA, b.id, doorB.at()); err == nil {
+		t.Error("the removed member was dialled")
+	}
+}
+
+// A joiner has no state: it goes by its list, until it finds itself in the state.
+func TestJoinersList(t *testing.T) {
+	a, b := newNode(t, "ca1"), newNode(t, "ca2")
+	doorA := newDoor(t, a, membersState(t, a, b.member()))
+	doorB := newDoor(t, b, domain.New())
+	if err := greeted(t, doorA, b.id, doorB.at()); err == nil {
+		t.Error("a joiner without a list accepted somebody")
+	}
+	doorB.roster.joining = []joinMember{{ID: a.id, Address: a.address, Voter: true}}
+	if err := greeted(t, doorA, b.id, doorB.at()); err != nil {
+		t.Errorf("control: the leader of the list is refused: %v", err)
+	}
+	// The state arrives, as it was before b joined: c led the cluster then.
+	c := newNode(t, "ca3")
+	doorB.fsm.adopt(membersState(t, c), 1)
+	if err := greeted(t, doorA, b.id, doorB.at()); err != nil {
+		t.Errorf("while it catches up, the list counts: %v", err)
+	}
+	// Then as it is now, without a.
+	now := membersState(t, c, b.member())
+	doorB.fsm.adopt(now, now.Applied())
+	if err := greeted(t, doorA, b.id, doorB.at()); err == nil {
+		t.Error("the list outlived the join")
+	}
+}
+
+func TestKillCutsEverything(t *testing.T) {
+	a, b := newNode(t, "ca1"), newNode(t, "ca2")
+	state := membersState(t, a, b.member())
+	doorA, doorB := newDoor(t, a, state), newDoor(t, b, state)
+	in, err := doorB.Dial(target(a.id, doorA.at()), time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := doorA.Dial(target(b.id, doorB.at()), time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, conn := range []net.Conn{in, out} {
+		conn.SetDeadline(time.Now().Add(5 * time.Second))
+		if _, err := io.ReadFull(conn, make([]byte, 5)); err != nil {
+			t.Fatal("control:", err)
+		}
+	}
+	doorA.kill()
+	for _, conn := range []net.Conn{in, out} {
+		var netErr net.Error
+		if _, err := conn.Read(make([]byte, 1)); err == nil || errors.As(err, &netErr) && netErr.Timeout() {
+			t.Errorf("a connection survived: %v", err)
+		}
+	}
+	if _, err := doorA.Dial(target(b.id, doorB.at()), time.Second); !errors.Is(err, ErrStopped) {
+		t.Errorf("a dial after the kill: %v", err)
+	}
+	if err := greeted(t, doorB, a.id, doorA.at()); err == nil {
+		t.Error("the killed door admitted somebody")
+	}
+	if n := doorA.count(); n != 0 {
+		t.Errorf("%d connections are still counted", n)
+	}
+}
+
+// Those who connect and say nothing must not keep members out.
+func TestSilentClientsDoNotBlock(t *testing.T) {
+	a, b := newNode(t, "ca1"), newNode(t, "ca2")
+	state := membersState(t, a, b.member())
+	doorA, doorB := newDoor(t, a, state), newDoor(t, b, state)
+	for range handshakes / 2 {
+		conn, err := net.Dial("tcp", doorA.at())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+	}
+	if err := greeted(t, doorB, a.id, doorA.at()); err != nil {
+		t.Errorf("a member waits behind silent clients: %v", err)
+	}
+}

@@ -1,0 +1,323 @@
+package replica
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/ed25519"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math/big"
+	"net"
+	"os"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	"github.com/entente-mesh/entente/ca"
+	"github.com/entente-mesh/entente/ca/domain"
+)
+
+const beat = 100 * time.Millisecond
+
+var clusterID = []byte("0123456789abcdef")
+
+// node is one member's place: what survives a crash of the replica in it.
+type node struct {
+	t       testing.TB
+	name    string
+	id      string
+	cert    tls.Certificate
+	dir     string
+	address string
+
+	*Replica
+	stop func() error // ends Run and returns what it returned
+
+	mu       sync.Mutex
+	applied  []domain.Outcome
+	restored atomic.Int32
+}
+
+func selfSigned(t testing.TB) (tls.Certificate, string) {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Long ended, on purpose: a pinned key has no validity.
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "node"},
+		NotBefore: time.Unix(0, 0), NotAfter: time.Unix(1, 0),
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	leaf, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}, keyID(leaf)
+}
+
+func newNode(t testing.TB, name string) *node {
+	t.Helper()
+	cert, id := selfSigned(t)
+	n := &node{t: t, name: name, id: id, cert: cert, dir: t.TempDir()}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.address = l.Addr().String()
+	l.Close()
+	return n
+}
+
+func (n *node) config() Config {
+	level := slog.LevelError + 4
+	if os.Getenv("RAFT_LOG") != "" {
+		level = slog.LevelDebug
+	}
+	return Config{
+		Dir: n.dir, Certificate: n.cert, Advertise: n.address,
+		Log:    slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level})).With("node", n.name),
+		Timing: Timing{Heartbeat: beat, DiskStall: 500 * time.Millisecond},
+		OnApply: func(o domain.Outcome) {
+			n.mu.Lock()
+			defer n.mu.Unlock()
+			n.applied = append(n.applied, o)
+		},
+		OnRestore: func() { n.restored.Add(1) },
+	}
+}
+
+// member is the node's record.
+func (n *node) member() *statev1.Member {
+	return &statev1.Member{
+		Id: n.id, Name: n.name, Datacenter: "dc1", RaftAddress: n.address, ApiAddress: apiAddress(n.name),
+		Voter: true, Signing: true,
+	}
+}
+
+func apiAddress(name string) string { return name + ".example:7443" }
+
+func initCommand(first *node) *statev1.Command {
+	return &statev1.Command{Body: &statev1.Command_Init{Init: &statev1.Init{
+		Cluster: &statev1.Cluster{TrustDomain: "banking.example", Id: clusterID},
+		Member:  first.member(),
+	}}}
+}
+
+// start opens the replica and runs it. It ends with the test if nobody ends it before.
+func (n *node) start(change ...func(*Config)) {
+	n.t.Helper()
+	cfg := n.config()
+	for _, f := range change {
+		f(&cfg)
+	}
+	var err error
+	for range 50 { // the port may still be in the hands of the node's former life
+		if cfg.Listener, err = net.Listen("tcp", n.address); err == nil {
+			break
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	n.Replica, err = Open(cfg)
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	running := n.Replica
+	go func() { done <- running.Run(ctx) }()
+	n.stop = sync.OnceValue(func() error {
+		cancel()
+		return <-done
+	})
+	n.t.Cleanup(func() { n.stop() })
+}
+
+// kill cuts the node off as a crash would: no farewell, no hand-over.
+func (n *node) kill() {
+	n.Replica.Close()
+	n.stop()
+}
+
+// cluster starts a cluster of the named nodes, all voters.
+func cluster(t testing.TB, names ...string) []*node {
+	t.Helper()
+	first := newNode(t, names[0])
+	if err := Bootstrap(first.config(), initCommand(first)); err != nil {
+		t.Fatal(err)
+	}
+	first.start()
+	awaitLeader(t, first)
+	nodes := []*node{first}
+	for _, name := range names[1:] {
+		n := newNode(t, name)
+		join(t, first, n)
+		nodes = append(nodes, n)
+	}
+	return nodes
+}
+
+// join admits n through leader and waits until it votes.
+func join(t testing.TB, leader, n *node, change ...func(*Config)) {
+	t.Helper()
+	admit(t, leader, n)
+	n.start(change...)
+	promote(t, leader, n)
+}
+
+// admit has the membership agreed and writes what the joiner needs.
+func admit(t testing.TB, leader, n *node) {
+	t.Helper()
+	for _, command := range admission(t, n.member()) {
+		must1(t, leader, command)
+	}
+	var current *statev1.Cluster
+	var members []*statev1.Member
+	leader.Read(func(s *domain.State) { current, members = s.Cluster(), s.Members() })
+	if err := PrepareJoin(n.config(), current, members); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// admission is a token for m and its use.
+func admission(t testing.TB, m *statev1.Member) []*statev1.Command {
+	t.Helper()
+	seed := make([]byte, ed25519.SeedSize)
+	if _, err := io.ReadFull(rand.Reader, seed); err != nil {
+		t.Fatal(err)
+	}
+	tokenID := "join" + m.GetName()
+	statement, signature, err := ca.SignStatement(seed, &statev1.JoinStatement{
+		ClusterId: clusterID, TokenId: tokenID, Role: ca.RoleNode, KeyId: m.GetId(), Exporter: make([]byte, ca.ExporterSize),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return []*statev1.Command{
+		{Body: &statev1.Command_CreateToken{CreateToken: &statev1.CreateToken{Token: &statev1.Token{
+			Id: tokenID, PublicKey: ed25519.NewKeyFromSeed(seed).Public().(ed25519.PublicKey),
+			NotAfter: time.Date(2100, 1, 1, 0, 0, 0, 0, time.UTC).Unix(),
+			Grant: &statev1.Token_Node{Node: &statev1.NodeGrant{
+				Name: m.GetName(), Datacenter: m.GetDatacenter(), Voter: m.GetVoter(), Signing: m.GetSigning(),
+			}},
+		}}}},
+		{Body: &statev1.Command_JoinMember{JoinMember: &statev1.JoinMember{
+			TokenId: tokenID, Statement: statement, Signature: signature, Member: m,
+		}}},
+	}
+}
+
+func promote(t testing.TB, leader, n *node) {
+	t.Helper()
+	ctx := testContext(t)
+	if err := leader.AddNonvoter(ctx, n.id, n.address); err != nil {
+		t.Fatal(err)
+	}
+	await(t, n.name+" votes", func() bool {
+		err := leader.AddVoter(ctx, n.id, n.address)
+		if err != nil && !errors.Is(err, ErrBehind) {
+			t.Fatal(err)
+		}
+		return err == nil
+	})
+}
+
+func testContext(t testing.TB) context.Context {
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	t.Cleanup(cancel)
+	return ctx
+}
+
+func await(t testing.TB, what string, ok func() bool) {
+	t.Helper()
+	deadline := time.Now().Add(15 * time.Second)
+	for !ok() {
+		if time.Now().After(deadline) {
+			t.Fatalf("waited in vain: %s", what)
+		}
+		time.Sleep(2 * time.Millisecond)
+	}
+}
+
+func awaitLeader(t testing.TB, nodes ...*node) *node {
+	t.Helper()
+	var leader *node
+	await(t, "a leader", func() bool {
+		for _, n := range nodes {
+			if n.IsLeader() && n.Barrier(testContext(t)) == nil {
+				leader = n
+				return true
+			}
+		}
+		return false
+	})
+	return leader
+}
+
+// token is a small write: a token with that id.
+func token(id string) *statev1.Command {
+	return &statev1.Command{Body: &statev1.Command_CreateToken{CreateToken: &statev1.CreateToken{Token: &statev1.Token{
+		Id: id, PublicKey: make([]byte, 32), NotAfter: time.Date(2100, 1, 1, 0, 0, 0, 0, time.UTC).Unix(),
+		Grant: &statev1.Token_Agent{Agent: &statev1.AgentGrant{Name: "host", Datacenter: "dc1"}},
+	}}}}
+}
+
+func tickCommand(at time.Time) *statev1.Command {
+	return &statev1.Command{Body: &statev1.Command_Tick{Tick: &statev1.Tick{UnixNanos: []int64{at.UnixNano()}}}}
+}
+
+func removeCommand(id string) *statev1.Command {
+	return &statev1.Command{Body: &statev1.Command_RemoveMember{RemoveMember: &statev1.RemoveMember{Id: id}}}
+}
+
+// must1 proposes and wants it carried out.
+func must1(t testing.TB, n *node, command *statev1.Command) domain.Outcome {
+	t.Helper()
+	outcome, err := n.Propose(testContext(t), command)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if outcome.Refused != nil {
+		t.Fatal(outcome.Refused)
+	}
+	return outcome
+}
+
+// takeSnapshot has the node take one now. Raft refuses while its newest membership entry
+// is newer than the last command.
+func takeSnapshot(t testing.TB, n *node) {
+	t.Helper()
+	await(t, "a snapshot", func() bool {
+		must1(t, n, tickCommand(time.Now()))
+		err := n.raft.Snapshot().Error()
+		return err == nil
+	})
+}
+
+func (n *node) has(id string) bool {
+	found := false
+	n.Read(func(s *domain.State) { _, found = s.Token(id) })
+	return found
+}
+
+func (n *node) checksum() string {
+	var sum string
+	n.Read(func(s *domain.State) { sum = fmt.Sprintf("%x", s.Checksum()) })
+	return sum
+}
