@@ -177,8 +177,12 @@ func (c *client) get(ctx context.Context, u, tag string, wait time.Duration) (*a
 		}
 	}
 	response, err := c.http.Do(request)
-	if err != nil { // names the URL
-		return nil, fmt.Errorf("fetching the bundle of %s: %w", c.endpoint.TrustDomain, err)
+	if err != nil {
+		// net/http names the URL with its password, which a redirect may have brought.
+		if at, ok := errors.AsType[*url.Error](err); ok {
+			err = at.Err
+		}
+		return nil, fmt.Errorf("fetching the bundle of %s from %s: %w", c.endpoint.TrustDomain, request.URL.Redacted(), err)
 	}
 	defer response.Body.Close()
 	got, err := c.read(response, tag)
