@@ -83,7 +83,7 @@ type decoder struct {
 }
 
 func (d *decoder) errorf(n *yaml.Node, format string, args ...any) {
-	d.add(&Error{d.file, n.Line, n.Column, fmt.Sprintf(format, args...)})
+	d.add(&Error{File: d.file, Line: n.Line, Column: n.Column, Msg: fmt.Sprintf(format, args...)})
 }
 
 // value reads n into v. path names it for people, f holds the limits of its field.

@@ -89,7 +89,7 @@ func encode(v reflect.Value) (*yaml.Node, error) {
 	case reflect.Bool:
 		return &yaml.Node{Kind: yaml.ScalarNode, Tag: "!!bool", Value: strconv.FormatBool(v.Bool())}, nil
 	case reflect.Float32, reflect.Float64:
-		return &yaml.Node{Kind: yaml.ScalarNode, Tag: "!!float", Value: strconv.FormatFloat(v.Float(), 'g', -1, v.Type().Bits())}, nil
+		return &yaml.Node{Kind: yaml.ScalarNode, Value: strconv.FormatFloat(v.Float(), 'g', -1, v.Type().Bits())}, nil
 	}
 	switch {
 	case v.CanInt():
@@ -122,8 +122,11 @@ func encodeStruct(v reflect.Value) (*yaml.Node, error) {
 func plain(s string) *yaml.Node {
 	n := &yaml.Node{}
 	n.SetString(s)
-	if bare := (&yaml.Node{Kind: yaml.ScalarNode, Value: s}).ShortTag(); bare == "!!timestamp" {
+	switch bare := (&yaml.Node{Kind: yaml.ScalarNode, Value: s}).ShortTag(); bare {
+	case "!!timestamp":
 		n.Tag = bare // a day needs no quotes: it is read as text all the same
+	case "!!merge":
+		n.Style = yaml.DoubleQuotedStyle // the encoder forgets it
 	}
 	return n
 }

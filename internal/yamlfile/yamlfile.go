@@ -54,6 +54,8 @@ type Error struct {
 	File         string
 	Line, Column int // from 1; Line 0: the file as a whole; Column 0: the line as a whole
 	Msg          string
+
+	more int // the last of a bounded list: how many it stands for
 }
 
 func (e *Error) Error() string {
@@ -121,7 +123,7 @@ func (p Pos) Given(key string) bool {
 
 // Errorf makes a complaint about the place, for checks that come after decoding.
 func (p Pos) Errorf(format string, args ...any) *Error {
-	return &Error{p.File, p.Line, p.Column, fmt.Sprintf(format, args...)}
+	return &Error{File: p.File, Line: p.Line, Column: p.Column, Msg: fmt.Sprintf(format, args...)}
 }
 
 // Decode reads exactly one document into the struct that into points to. file
@@ -186,9 +188,12 @@ type complaints struct {
 }
 
 func (c *complaints) add(e *Error) {
-	if len(c.list) < MaxErrors {
+	switch {
+	case e.more > 0:
+		c.more += e.more
+	case len(c.list) < MaxErrors:
 		c.list = append(c.list, e)
-	} else {
+	default:
 		c.more++
 	}
 }
@@ -221,7 +226,7 @@ func (c *complaints) err() error {
 	})
 	list := Errors(c.list)
 	if c.more > 0 {
-		list = append(list, &Error{File: list[0].File, Msg: fmt.Sprintf("and %d more", c.more)})
+		list = append(list, &Error{File: list[0].File, Msg: fmt.Sprintf("and %d more", c.more), more: c.more})
 	}
 	return list
 }
@@ -242,13 +247,14 @@ func read(file string, r io.Reader) ([]byte, error) {
 	}
 	data = bytes.TrimPrefix(data, []byte{0xEF, 0xBB, 0xBF})
 	line, column := 1, 1
+	at := func(msg string) error { return Errors{{File: file, Line: line, Column: column, Msg: msg}} }
 	for i := 0; i < len(data); {
 		c, size := utf8.DecodeRune(data[i:])
 		if c == utf8.RuneError && size == 1 {
-			return nil, Errors{{file, line, column, "this is not UTF-8 text; save the file as UTF-8"}}
+			return nil, at("this is not UTF-8 text; save the file as UTF-8")
 		}
 		if c < ' ' && c != '\n' && c != '\r' && c != '\t' || c == 0x7F || c == 0xFEFF {
-			return nil, Errors{{file, line, column, fmt.Sprintf("control character %U; remove it", c)}}
+			return nil, at(fmt.Sprintf("control character %U; remove it", c))
 		}
 		i += size
 		column++
@@ -275,7 +281,7 @@ func syntaxError(file string, data []byte, err error) *Error {
 		line := lines[n-1]
 		indent := line[:len(line)-len(bytes.TrimLeft(line, " \t"))]
 		if tab := bytes.IndexByte(indent, '\t'); tab >= 0 {
-			return &Error{file, n, tab + 1, "the line is indented with a tab; YAML wants spaces"}
+			return &Error{File: file, Line: n, Column: tab + 1, Msg: "the line is indented with a tab; YAML wants spaces"}
 		}
 	}
 	switch {
@@ -293,24 +299,26 @@ func syntaxError(file string, data []byte, err error) *Error {
 
 // narrow refuses the parts of YAML that we do not want, before anything is decoded.
 func narrow(file string, root *yaml.Node) *Error {
+	at := func(n *yaml.Node, msg string) *Error {
+		return &Error{File: file, Line: n.Line, Column: n.Column, Msg: msg}
+	}
 	var walk func(n *yaml.Node, depth int) *Error
 	walk = func(n *yaml.Node, depth int) *Error {
-		at := func(msg string) *Error { return &Error{file, n.Line, n.Column, msg} }
 		switch {
 		case depth > MaxDepth:
-			return at(fmt.Sprintf("nested deeper than %d levels", MaxDepth))
+			return at(n, fmt.Sprintf("nested deeper than %d levels", MaxDepth))
 		case n.Kind == yaml.AliasNode || n.Anchor != "":
-			return at("anchors and aliases are not allowed here; write the value out")
+			return at(n, "anchors and aliases are not allowed here; write the value out")
 		case n.Style&yaml.TaggedStyle != 0:
-			return at(fmt.Sprintf("tags such as %s are not allowed here", clip(n.Tag)))
+			return at(n, fmt.Sprintf("tags such as %s are not allowed here", clip(n.Tag)))
 		}
 		for i, child := range n.Content {
 			if n.Kind == yaml.MappingNode && i%2 == 0 {
 				if child.Kind != yaml.ScalarNode || child.Anchor != "" || child.Style&yaml.TaggedStyle != 0 {
-					return &Error{file, child.Line, child.Column, "a key must be plain text"}
+					return at(child, "a key must be plain text")
 				}
 				if child.ShortTag() == "!!merge" {
-					return &Error{file, child.Line, child.Column, "merge keys (<<) are not allowed here; write the values out"}
+					return at(child, "merge keys (<<) are not allowed here; write the values out")
 				}
 				continue
 			}
