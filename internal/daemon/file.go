@@ -13,10 +13,14 @@ import (
 // exactly this mode. When it returns nil the new content is on the disk. On an error the old content stays, except when
 // only the directory could not be synced.
 func WriteFileAtomic(path string, data []byte, mode fs.FileMode) error {
-	err := writeFileAtomic(path, data, mode)
+	if err := writeFileAtomic(path, data, mode); err != nil {
+		return explain(path, err)
+	}
+	return nil
+}
+
+func explain(path string, err error) error {
 	switch {
-	case err == nil:
-		return nil
 	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
 		return fmt.Errorf("cannot write %s: no space left on the disk that holds %s; free some and try again: %w", path, filepath.Dir(path), err)
 	default:
