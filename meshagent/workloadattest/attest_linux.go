@@ -346,9 +346,10 @@ func (h *handle) runs(path string) error {
 	if err != nil {
 		return h.exeError(err)
 	}
-	name := string(link[:n])
-	if resolved, err := filepath.EvalSymlinks(path); name != path && (err != nil || name != resolved) {
-		return fmt.Errorf("it runs %s", name)
+	if name := string(link[:n]); name != path {
+		if resolved, err := filepath.EvalSymlinks(path); err != nil || name != resolved {
+			return fmt.Errorf("it runs %s", name)
+		}
 	}
 	if err := unix.Stat(path, &want); err != nil {
 		return fmt.Errorf("the agent cannot look at that path: %w", err)
