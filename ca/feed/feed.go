@@ -64,6 +64,10 @@ func (s Subscriber) key() string {
 
 // Feed is the feed of one replica.
 type Feed struct {
+	// Progress receives when Status may have changed. Its capacity is one; it has one
+	// reader.
+	Progress chan struct{}
+
 	mu       sync.Mutex
 	ring     []entry // circular; the change with number n is at n % len
 	next     uint64  // number of the next change
@@ -86,6 +90,7 @@ func New(self string, revision uint64, ringSize int) *Feed {
 		ringSize = RingSize
 	}
 	return &Feed{
+		Progress: make(chan struct{}, 1),
 		ring:     make([]entry, ringSize),
 		floor:    revision,
 		revision: revision,
@@ -124,6 +129,9 @@ func (f *Feed) Publish(outcome domain.Outcome) {
 		}
 	}
 	f.revision = max(f.revision, outcome.Revision)
+	if len(outcome.Changes) > 0 {
+		f.progress()
+	}
 }
 
 // Reset says that the state was replaced as a whole, by an installed snapshot: all
@@ -132,10 +140,18 @@ func (f *Feed) Reset(revision uint64) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	clear(f.ring)
-	f.floor, f.revision = revision, revision
+	f.revision = max(f.revision, revision)
+	f.floor = f.revision
 	for _, s := range f.sessions {
 		s.full = true
 		s.wake()
+	}
+}
+
+func (f *Feed) progress() {
+	select {
+	case f.Progress <- struct{}{}:
+	default:
 	}
 }
 
@@ -222,6 +238,7 @@ func (f *Feed) Subscribe(now time.Time, st *domain.State, who Subscriber, resume
 	}
 	f.sessions[who.key()] = s
 	f.tell(who.key(), changes)
+	f.progress()
 	s.wake()
 	return s, nil
 }
@@ -294,6 +311,7 @@ func (s *Session) Policy(st *domain.State) (Update, bool, error) {
 	u, relevant := s.delta(st)
 	s.cursor = f.next
 	s.at = f.revision
+	f.progress()
 	if !relevant && !s.resumed {
 		return Update{}, false, nil
 	}

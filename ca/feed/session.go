@@ -21,6 +21,7 @@ func (s *Session) Ack(revision uint64) {
 	// It cannot hold the future. What it got in a session before, here or at another
 	// replica, it may.
 	s.acked = max(s.acked, min(revision, s.feed.revision))
+	s.feed.progress()
 }
 
 // held is the revision up to which the subscriber holds everything that concerns it.
@@ -55,6 +56,7 @@ func (s *Session) Close(now time.Time, goodbye bool) {
 	s.live, s.lostAt = false, now
 	if goodbye {
 		delete(f.sessions, s.who.key())
+		f.progress()
 	}
 	f.tell(s.who.key(), f.table.Detach(now, s.who.key(), s.who.Version, goodbye))
 }
@@ -206,6 +208,7 @@ func (f *Feed) supersede() {
 			continue
 		}
 		delete(f.sessions, key)
+		f.progress()
 		for w := range f.watchers {
 			w.dirty[key] = struct{}{}
 			w.wake()

@@ -26,11 +26,12 @@ type Bundles struct {
 	hint     time.Duration
 	x509     *x509bundle.Bundle
 	jwks     []byte
+	changed  chan struct{} // closed when jwks changes
 }
 
 // NewBundles returns the own bundle of the domain, empty until the first Update.
 func NewBundles(td spiffeid.TrustDomain) *Bundles {
-	return &Bundles{trustDomain: td, x509: x509bundle.New(td)}
+	return &Bundles{trustDomain: td, x509: x509bundle.New(td), changed: make(chan struct{})}
 }
 
 // Update takes the own bundle from the state. To be called whenever it changed, in
@@ -59,6 +60,14 @@ func (b *Bundles) JWKS() (jwks []byte, sequence uint64) {
 	return b.jwks, b.sequence
 }
 
+// Source is JWKS with a channel that is closed when the bundle changes, as the bundle
+// endpoint needs it.
+func (b *Bundles) Source() (jwks []byte, sequence uint64, changed <-chan struct{}) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.jwks, b.sequence, b.changed
+}
+
 // render returns the document for a bundle that was read from the state.
 func (b *Bundles) render(own *feed.OwnBundle, hint time.Duration) ([]byte, error) {
 	b.mu.Lock()
@@ -80,6 +89,8 @@ func (b *Bundles) render(own *feed.OwnBundle, hint time.Duration) ([]byte, error
 	}
 	if own.Sequence >= b.sequence {
 		b.sequence, b.hint, b.jwks, b.x509 = own.Sequence, hint, jwks, doc.X509Bundle()
+		close(b.changed)
+		b.changed = make(chan struct{})
 	}
 	return jwks, nil
 }

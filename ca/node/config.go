@@ -1,0 +1,215 @@
+package node
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"path/filepath"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	"github.com/entente-mesh/entente/ca"
+	"github.com/entente-mesh/entente/ca/keystore"
+	"github.com/entente-mesh/entente/internal/yamlfile"
+)
+
+// Config is the file of `entente ca`.
+type Config struct {
+	yamlfile.Pos
+
+	// TrustDomain is the domain whose authority this node is, as in banking.example.
+	TrustDomain string `yaml:"trustDomain,required"`
+	// Name is this node's, one DNS label, unique in the cluster.
+	Name string `yaml:"name,required"`
+	// Datacenter is where it stands, one DNS label.
+	Datacenter string `yaml:"datacenter,required"`
+	// DataDir holds the log, the snapshots, the sealed keys. Mode 0700.
+	DataDir string `yaml:"dataDir,required"`
+
+	Listen    Listen    `yaml:"listen"`
+	Advertise Advertise `yaml:"advertise"`
+	// Socket is the unix socket for operators, mode 0600. Default: DataDir/admin.sock.
+	Socket string `yaml:"socket"`
+
+	Keys Keys `yaml:"keys"`
+	// Lifetimes are the domain's. They are read by init only.
+	Lifetimes Lifetimes `yaml:"lifetimes"`
+	Timing    Timing    `yaml:"timing"`
+	Log       Log       `yaml:"log"`
+}
+
+// Listen is where the node listens, each HOST:PORT.
+type Listen struct {
+	yamlfile.Pos
+
+	// Raft is for the other CA nodes.
+	Raft string `yaml:"raft,required"`
+	// API is for agents, gateways and the other CA nodes.
+	API string `yaml:"api,required"`
+	// Bundle serves the SPIFFE bundle to other domains. Empty: not served.
+	Bundle string `yaml:"bundle"`
+	// Admin serves /healthz, /readyz and /metrics. Empty: not served.
+	Admin string `yaml:"admin"`
+}
+
+// Advertise is where others reach the node. Default: where it listens.
+type Advertise struct {
+	yamlfile.Pos
+
+	Raft string `yaml:"raft"`
+	API  string `yaml:"api"`
+}
+
+// Keys says how keys lie on the disk. One of the two is needed.
+type Keys struct {
+	yamlfile.Pos
+
+	// PassphraseFile seals them with the passphrase in this file, mode 0600.
+	PassphraseFile string `yaml:"passphraseFile"`
+	// InsecureDev leaves them unsealed, allows loopback addresses only, and marks the
+	// cluster as one for development.
+	InsecureDev bool `yaml:"insecureDev"`
+}
+
+// Lifetimes of what the domain issues; zero: the default.
+type Lifetimes struct {
+	yamlfile.Pos
+
+	X509SVID          time.Duration `yaml:"x509SVID"`          // 12h
+	AgentSVID         time.Duration `yaml:"agentSVID"`         // as x509SVID
+	Phase             time.Duration `yaml:"phase"`             // 48h
+	BundleRefreshHint time.Duration `yaml:"bundleRefreshHint"` // 5m
+}
+
+// Timing is Raft's.
+type Timing struct {
+	yamlfile.Pos
+
+	// Heartbeat is how long a follower waits for its leader. Default 500ms.
+	Heartbeat time.Duration `yaml:"heartbeat"`
+}
+
+// Log is how the node logs.
+type Log struct {
+	Format string `yaml:"format,oneof=text|json"`
+	Level  string `yaml:"level,oneof=debug|info|warn|error"`
+}
+
+// ReadConfig reads the file, fills in defaults and checks it. file is its name, for
+// complaints; relative paths in it are taken as they are.
+func ReadConfig(file string, r io.Reader) (*Config, error) {
+	cfg := &Config{}
+	if err := yamlfile.Decode(file, r, cfg); err != nil {
+		return nil, err
+	}
+	if err := cfg.Complete(); err != nil {
+		return nil, err
+	}
+	return cfg, nil
+}
+
+// Complete fills in defaults and checks what was set. New, Init and Join call it.
+func (c *Config) Complete() error {
+	if c.Advertise.Raft == "" {
+		c.Advertise.Raft = c.Listen.Raft
+	}
+	if c.Advertise.API == "" {
+		c.Advertise.API = c.Listen.API
+	}
+	if c.Socket == "" {
+		c.Socket = filepath.Join(c.DataDir, "admin.sock")
+	}
+	var errs yamlfile.Errors
+	check := func(at yamlfile.Pos, what string, err error) {
+		if err != nil {
+			errs = append(errs, at.Errorf("%s: %v", what, err))
+		}
+	}
+	_, err := ca.ParseTrustDomain(c.TrustDomain)
+	check(c.At("trustDomain"), "trustDomain", err)
+	check(c.At("name"), "name", ca.CheckLabel(c.Name))
+	check(c.At("datacenter"), "datacenter", ca.CheckLabel(c.Datacenter))
+	if c.DataDir == "" {
+		check(c.At("dataDir"), "dataDir", errors.New("is missing"))
+	}
+	for _, a := range []struct {
+		pos      yamlfile.Pos
+		section  string
+		key      string
+		address  string
+		optional bool
+	}{
+		{c.Listen.Pos, "listen", "raft", c.Listen.Raft, false},
+		{c.Listen.Pos, "listen", "api", c.Listen.API, false},
+		{c.Listen.Pos, "listen", "bundle", c.Listen.Bundle, true},
+		{c.Listen.Pos, "listen", "admin", c.Listen.Admin, true},
+		{c.Advertise.Pos, "advertise", "raft", c.Advertise.Raft, false},
+		{c.Advertise.Pos, "advertise", "api", c.Advertise.API, false},
+	} {
+		if a.address == "" && a.optional {
+			continue
+		}
+		check(a.pos.At(a.key), a.section+"."+a.key, c.checkAddress(a.section, a.address))
+	}
+	if (c.Keys.PassphraseFile == "") != c.Keys.InsecureDev {
+		check(c.At("keys"), "keys", errors.New("set passphraseFile, or insecureDev for development, and not both"))
+	}
+	if h := c.Timing.Heartbeat; h != 0 && (h < 50*time.Millisecond || h > time.Minute) {
+		check(c.Timing.At("heartbeat"), "timing.heartbeat", fmt.Errorf("%v is not between 50ms and 1m", h))
+	}
+	check(c.At("lifetimes"), "lifetimes", ca.LifetimesOf(c.Lifetimes.record()).Check())
+	if len(errs) > 0 {
+		return errs
+	}
+	return nil
+}
+
+// checkAddress allows any host to listen on, since that may be all of them, but only
+// one that others can dial to be advertised.
+func (c *Config) checkAddress(section, address string) error {
+	host, _, err := net.SplitHostPort(address)
+	if err != nil {
+		return fmt.Errorf("%q is not HOST:PORT", address)
+	}
+	if section == "advertise" {
+		if err := ca.CheckAddress(address); err != nil {
+			return err
+		}
+		if ip := net.ParseIP(host); ip != nil && ip.IsUnspecified() {
+			return fmt.Errorf("%s is no address that others can dial; set advertise", address)
+		}
+	}
+	if ip := net.ParseIP(host); c.Keys.InsecureDev && (ip == nil || !ip.IsLoopback()) {
+		return fmt.Errorf("%s is no loopback address, and with keys.insecureDev nothing else is allowed", address)
+	}
+	return nil
+}
+
+func (l Lifetimes) record() *statev1.Lifetimes {
+	seconds := func(d time.Duration) uint32 { return uint32(d / time.Second) }
+	return &statev1.Lifetimes{
+		X509SvidSeconds:          seconds(l.X509SVID),
+		AgentSvidSeconds:         seconds(l.AgentSVID),
+		PhaseSeconds:             seconds(l.Phase),
+		BundleRefreshHintSeconds: seconds(l.BundleRefreshHint),
+	}
+}
+
+func (c *Config) trustDomain() spiffeid.TrustDomain {
+	td, _ := ca.ParseTrustDomain(c.TrustDomain) // Complete has seen it
+	return td
+}
+
+func (c *Config) openKeys() (*keystore.Store, error) {
+	sealer := keystore.Plain()
+	if !c.Keys.InsecureDev {
+		var err error
+		if sealer, err = keystore.PassphraseFile(c.Keys.PassphraseFile); err != nil {
+			return nil, err
+		}
+	}
+	return keystore.Open(filepath.Join(c.DataDir, "keys"), sealer)
+}

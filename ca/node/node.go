@@ -1,0 +1,463 @@
+// Package node is the running CA node: it opens the keys and the replica, serves the
+// doors and the bundle endpoint, drives its own authorities, and, while it leads, does
+// what one node must do for all: tick, decide the ready gate, take in members, follow
+// other domains' bundles.
+package node
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	"github.com/entente-mesh/entente/ca"
+	"github.com/entente-mesh/entente/ca/domain"
+	"github.com/entente-mesh/entente/ca/feed"
+	"github.com/entente-mesh/entente/ca/replica"
+	"github.com/entente-mesh/entente/ca/server"
+	"github.com/entente-mesh/entente/ca/signer"
+	"github.com/entente-mesh/entente/federation/exchange"
+	"github.com/entente-mesh/entente/internal/daemon"
+)
+
+// Listeners are opened by the caller, or by New where they are nil.
+type Listeners struct {
+	Raft, API, Bundle, Admin net.Listener
+}
+
+// Node is one CA node. Run may be called once.
+type Node struct {
+	cfg    *Config
+	td     spiffeid.TrustDomain
+	log    *slog.Logger
+	own    *identity
+	bootID string
+
+	listeners Listeners
+	socket    net.Listener
+	admin     *daemon.Admin
+
+	replica  atomic.Pointer[replica.Replica]
+	feed     *feed.Feed
+	signer   *signer.Signer
+	bundles  *server.Bundles
+	server   *server.Server
+	peers    *server.Peers
+	clock    clock
+	svids    *svids
+	gate     gate
+	foreign  foreignStatus
+	registry *prometheus.Registry
+
+	started   time.Time
+	hadAgents bool // the state knew agents when this process started
+	applied   broadcast
+	recheck   chan struct{}
+}
+
+// settleTime is how long the subscribers of a node that restarted are given to come
+// back before its word counts for the ready gate. They reconnect within a second.
+const settleTime = 5 * time.Second
+
+// New opens the node's keys, its replica and its listeners. The state that was agreed
+// before is there on return. Run must be called, or Close.
+func New(cfg *Config, log *slog.Logger, listeners Listeners) (_ *Node, err error) {
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("start CA node %s: %w", cfg.Name, err)
+		}
+	}()
+	if err := cfg.Complete(); err != nil {
+		return nil, err
+	}
+	if log == nil {
+		log = slog.New(slog.DiscardHandler)
+	}
+	own, err := openIdentity(cfg, false)
+	if err != nil {
+		return nil, err
+	}
+	n := &Node{
+		cfg:       cfg,
+		td:        cfg.trustDomain(),
+		log:       log.With("node", cfg.Name),
+		own:       own,
+		bootID:    newBootID(),
+		listeners: listeners,
+		feed:      feed.New(own.id, 0, 0),
+		registry:  prometheus.NewRegistry(),
+		started:   time.Now(),
+		recheck:   make(chan struct{}, 1),
+	}
+	n.bundles = server.NewBundles(n.td)
+	n.signer = signer.New(signer.Config{Active: n.activeAuthority, Clock: n.clock.read})
+	if err := n.loadAuthorityKeys(); err != nil {
+		return nil, err
+	}
+	n.svids = newSVIDs(n)
+	n.peers = server.NewPeers(n.certificate)
+	n.server = server.New(server.Config{
+		NodeID:      own.id,
+		TrustDomain: n.td,
+		State:       n,
+		Cluster:     n,
+		Leader:      leaderProposer{n},
+		Feed:        n.feed,
+		Signer:      n.signer,
+		Bundles:     n.bundles,
+		Certificate: n.certificate,
+		Info:        n.info,
+		Reported:    n.gate.reported,
+		Log:         n.log,
+		Registerer:  n.registry,
+	})
+	defer func() {
+		if err != nil {
+			n.Close()
+		}
+	}()
+	if err := n.listen(); err != nil {
+		return nil, err
+	}
+	rcfg := cfg.replica(own)
+	rcfg.Listener = n.listeners.Raft
+	rcfg.Log = n.log
+	rcfg.OnApply = n.onApply
+	rcfg.OnRestore = n.onRestore
+	r, err := replica.Open(rcfg)
+	if err != nil {
+		return nil, err
+	}
+	n.listeners.Raft = nil // the replica's now
+	n.replica.Store(r)
+	n.onRestore()
+	r.Read(func(st *domain.State) {
+		if cluster := st.Cluster(); cluster != nil && cluster.GetTrustDomain() != n.td.Name() {
+			err = fmt.Errorf("%s holds a CA node of %s, the configuration says %s", cfg.DataDir, cluster.GetTrustDomain(), cfg.TrustDomain)
+		}
+		n.hadAgents = st.AgentCount() > 0
+	})
+	if err != nil {
+		return nil, err
+	}
+	n.registerMetrics()
+	return n, nil
+}
+
+// listen opens what the caller did not give.
+func (n *Node) listen() (err error) {
+	open := func(listener *net.Listener, address string) {
+		if err == nil && *listener == nil && address != "" {
+			*listener, err = daemon.Listen(address)
+		}
+	}
+	open(&n.listeners.Raft, n.cfg.Listen.Raft)
+	open(&n.listeners.API, n.cfg.Listen.API)
+	open(&n.listeners.Bundle, n.cfg.Listen.Bundle)
+	if err != nil {
+		return err
+	}
+	if n.cfg.Listen.Admin != "" {
+		if n.admin, err = daemon.NewAdmin(n.cfg.Listen.Admin, n.Ready, n.registry); err != nil {
+			return err
+		}
+	}
+	n.socket, err = daemon.ListenUnix(n.cfg.Socket, 0o600)
+	return err
+}
+
+// Close gives up a node that was not run.
+func (n *Node) Close() error {
+	var errs []error
+	for _, c := range []io.Closer{n.listeners.Raft, n.listeners.API, n.listeners.Bundle, n.socket, n.peers} {
+		if c != nil {
+			errs = append(errs, c.Close())
+		}
+	}
+	if r := n.replica.Load(); r != nil {
+		errs = append(errs, r.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// Run serves until ctx ends, then stops in this order: what this node does as leader
+// and for itself; the doors, whose streams are sent elsewhere first; the connections to
+// other members; and last the replica, which hands leadership over. It returns nil
+// then, else why the node cannot go on.
+func (n *Node) Run(ctx context.Context) error {
+	core, stopCore := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopCore()
+	ended := make(chan error, 1)
+	go func() { ended <- n.replica.Load().Run(core) }()
+
+	group := daemon.NewGroup(ctx)
+	group.Go("api", func(ctx context.Context) error { return n.server.ServeAPI(ctx, n.listeners.API) })
+	group.Go("connections", n.server.Run)
+	group.Go("admin socket", func(ctx context.Context) error { return n.server.ServeAdmin(ctx, n.socket) })
+	if n.admin != nil {
+		group.Go("admin", n.admin.Run)
+	}
+	if n.listeners.Bundle != nil {
+		group.Go("bundle endpoint", func(ctx context.Context) error {
+			return exchange.Serve(ctx, n.listeners.Bundle, n.svids, exchange.Handler("/", n.bundles.Source))
+		})
+	}
+	group.Go("own SVIDs", n.svids.run)
+	group.Go("authorities", n.runAuthorities)
+	group.Go("leadership", n.runLeadership)
+	group.Go("presence", n.runPresence)
+	group.Go("reports", n.runReports)
+	group.Go("rechecks", n.runRechecks)
+	group.Go("replica", func(ctx context.Context) error {
+		select {
+		case err := <-ended:
+			if ended <- err; err == nil {
+				err = errors.New("the replica ended")
+			}
+			return err
+		case <-ctx.Done():
+			return nil
+		}
+	})
+	n.log.Info("CA node runs", "trust_domain", n.td.Name(), "node_id", n.own.id, "api", n.listeners.API.Addr().String(), "dev", n.cfg.Keys.InsecureDev)
+	err := group.Wait()
+	closeErr := n.peers.Close()
+	stopCore()
+	if coreErr := <-ended; coreErr != nil && err == nil {
+		err = coreErr
+	}
+	if err == nil {
+		err = closeErr
+	}
+	n.log.Info("CA node stopped")
+	return err
+}
+
+// Ready is nil when agents can be served: this node signs.
+func (n *Node) Ready() error {
+	if n.replica.Load() == nil {
+		return errors.New("the replica is not open yet")
+	}
+	if err := n.signer.Ready(); err != nil {
+		return err
+	}
+	if _, err := n.svids.GetX509SVID(); err != nil {
+		return err
+	}
+	return nil
+}
+
+// ID is the node id: the hex SHA-256 of the node key's SPKI.
+func (n *Node) ID() string { return n.own.id }
+
+// IsLeader says whether this node leads as far as it knows.
+func (n *Node) IsLeader() bool { return n.replica.Load().IsLeader() }
+
+// AdminAddr is the address of /healthz, /readyz and /metrics; empty if not served.
+func (n *Node) AdminAddr() string {
+	if n.admin == nil {
+		return ""
+	}
+	return n.admin.Addr()
+}
+
+// Read calls f with the agreed state, under its read lock.
+func (n *Node) Read(f func(*domain.State)) { n.replica.Load().Read(f) }
+
+// onApply is called by the replica for each log entry, in order.
+func (n *Node) onApply(outcome domain.Outcome) {
+	n.feed.Publish(outcome)
+	r := n.replica.Load()
+	if r == nil {
+		return // New calls onRestore when the replica is there
+	}
+	r.Read(func(st *domain.State) { n.clock.applied(st.Now()) })
+	recheck := false
+	for _, change := range outcome.Changes {
+		switch change.Kind {
+		case domain.ChangeOwnBundle:
+			n.updateBundle(r)
+			recheck = true
+		case domain.ChangeMembers, domain.ChangeAgent, domain.ChangeEntry:
+			recheck = true
+		}
+	}
+	if recheck {
+		signal(n.recheck)
+	}
+	n.applied.tell()
+}
+
+// onRestore derives everything from the state anew.
+func (n *Node) onRestore() {
+	r := n.replica.Load()
+	if r == nil {
+		return
+	}
+	r.Read(func(st *domain.State) {
+		n.feed.Reset(st.Revision())
+		n.clock.restored(st.Now())
+	})
+	n.updateBundle(r)
+	signal(n.recheck)
+	n.applied.tell()
+}
+
+func (n *Node) updateBundle(r *replica.Replica) {
+	var err error
+	r.Read(func(st *domain.State) {
+		if st.Cluster() != nil {
+			err = n.bundles.Update(st)
+		}
+	})
+	if err != nil {
+		n.log.Error("the own bundle cannot be written: other processes keep the one before", "error", err)
+	}
+}
+
+func (n *Node) runRechecks(ctx context.Context) error {
+	expire := time.NewTicker(5 * time.Second)
+	defer expire.Stop()
+	for {
+		select {
+		case <-n.recheck:
+			n.server.Recheck()
+		case <-expire.C:
+			n.Read(func(st *domain.State) { n.feed.Expire(time.Now(), st) })
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// certificate is what this node shows to everybody: its SVID, whose key is the node
+// key, so that whoever pins the key or verifies the name accepts it; before there is
+// one, the bare node certificate.
+func (n *Node) certificate() (*tls.Certificate, error) {
+	if cert := n.svids.node(); cert != nil {
+		return cert, nil
+	}
+	return &n.own.cert, nil
+}
+
+func (n *Node) info() server.Info {
+	r := n.replica.Load()
+	info := server.Info{
+		LeaderID:  r.Leader(),
+		RaftState: r.State(),
+		Age:       r.Age(),
+		Voters:    make(map[string]bool),
+		Foreign:   n.foreign.all(),
+	}
+	for _, member := range r.Servers() {
+		info.Voters[member.ID] = member.Voter
+	}
+	return info
+}
+
+// activeAuthority is this node's ACTIVE X.509 authority.
+func (n *Node) activeAuthority() (active *statev1.Authority) {
+	r := n.replica.Load()
+	if r == nil {
+		return nil
+	}
+	r.Read(func(st *domain.State) { active, _ = st.Active(n.own.id, statev1.KeyUse_KEY_USE_X509) })
+	return active
+}
+
+// status is how far this replica's subscribers are.
+func (n *Node) status() feed.Status {
+	var longest time.Duration
+	n.Read(func(st *domain.State) { longest = longestLeaf(st) })
+	return n.feed.Status(time.Now(), longest)
+}
+
+// longestLeaf is the longest life of any SVID that the domain issues.
+func longestLeaf(st *domain.State) time.Duration {
+	l := st.Lifetimes()
+	longest := max(l.X509SVID, l.AgentSVID)
+	for e := range st.Entries() {
+		longest = max(longest, ca.SVIDLife(e, l))
+	}
+	return longest
+}
+
+// settled: what this node says of its subscribers is the whole truth.
+func (n *Node) settled() bool {
+	return !n.hadAgents || time.Since(n.started) >= settleTime
+}
+
+func (n *Node) registerMetrics() {
+	gauge := func(name, help string, value func() float64) {
+		n.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, value))
+	}
+	gauge("entente_ca_leader", "1 while this node leads its cluster.", func() float64 {
+		if n.IsLeader() {
+			return 1
+		}
+		return 0
+	})
+	gauge("entente_ca_signing", "1 while this node can sign.", func() float64 {
+		if n.signer.Ready() == nil {
+			return 1
+		}
+		return 0
+	})
+	gauge("entente_ca_state_age_seconds", "How old this node's state may be; -1: unknown.", func() float64 {
+		age := n.replica.Load().Age()
+		if age > 1000*time.Hour {
+			return -1
+		}
+		return age.Seconds()
+	})
+	gauge("entente_ca_subscribers", "Sync streams at this node.", func() float64 {
+		return float64(n.status().Subscribers)
+	})
+	gauge("entente_ca_applied_revision", "Revision of this node's state.", func() float64 {
+		var revision uint64
+		n.Read(func(st *domain.State) { revision = st.Revision() })
+		return float64(revision)
+	})
+}
+
+// broadcast wakes everybody who waits. The zero value is ready to use.
+type broadcast struct {
+	mu sync.Mutex
+	ch chan struct{}
+}
+
+// wait returns a channel that is closed at the next tell.
+func (b *broadcast) wait() <-chan struct{} {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.ch == nil {
+		b.ch = make(chan struct{})
+	}
+	return b.ch
+}
+
+func (b *broadcast) tell() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.ch != nil {
+		close(b.ch)
+		b.ch = nil
+	}
+}
+
+func signal(ch chan struct{}) {
+	select {
+	case ch <- struct{}{}:
+	default:
+	}
+}

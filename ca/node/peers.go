@@ -1,0 +1,152 @@
+package node
+
+import (
+	"context"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"time"
+
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	"github.com/entente-mesh/entente/ca/domain"
+	"github.com/entente-mesh/entente/ca/feed"
+	"github.com/entente-mesh/entente/ca/server"
+)
+
+const (
+	reportEvery = time.Second
+	reportGap   = 20 * time.Millisecond // between two reports at least
+	// lostGrace is how long a member that is not heard is taken to be reconnecting.
+	lostGrace = time.Second
+)
+
+// runReports tells the leader how far this node's subscribers are: each second, and at
+// once when that has changed. At the leader itself it wakes the gate.
+func (n *Node) runReports(ctx context.Context) error {
+	var last server.Report
+	var sent time.Time
+	ticker := time.NewTicker(reportEvery)
+	defer ticker.Stop()
+	for {
+		applied := n.applied.wait()
+		select {
+		case <-n.feed.Progress:
+		case <-applied: // an election, perhaps, or news that nobody here waits for
+		case <-ticker.C:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+		n.gate.changed.tell()
+		leader := n.leader()
+		if leader == nil {
+			continue
+		}
+		report := n.report()
+		if same(report, last) && time.Since(sent) < reportEvery {
+			continue
+		}
+		callCtx, cancel := context.WithTimeout(ctx, reportEvery)
+		err := n.peers.Report(callCtx, leader, report)
+		cancel()
+		if err != nil {
+			n.log.Debug("the leader did not take this node's report", "error", err)
+			last = server.Report{}
+		} else {
+			last, sent = report, time.Now()
+		}
+		if sleep(ctx, reportGap) != nil {
+			return ctx.Err()
+		}
+	}
+}
+
+func (n *Node) report() server.Report {
+	status := n.status()
+	return server.Report{
+		BootID:       n.bootID,
+		Applied:      status.Revision,
+		Acknowledged: status.Acknowledged,
+		WaitingFor:   status.WaitingFor,
+		Clock:        time.Now(),
+		Settled:      n.settled(),
+	}
+}
+
+func same(a, b server.Report) bool {
+	return a.BootID == b.BootID && a.Acknowledged == b.Acknowledged && a.Settled == b.Settled && slices.Equal(a.WaitingFor, b.WaitingFor)
+}
+
+// runPresence hears every other member's word on its sessions.
+func (n *Node) runPresence(ctx context.Context) error {
+	listening := make(map[string]context.CancelFunc)
+	var listeners sync.WaitGroup
+	defer listeners.Wait()
+	for {
+		changed := n.applied.wait()
+		others := make(map[string]bool)
+		n.Read(func(st *domain.State) {
+			for _, m := range st.Members() {
+				if m.GetId() != n.own.id {
+					others[m.GetId()] = true
+				}
+			}
+		})
+		for id, cancel := range listening {
+			if !others[id] {
+				cancel()
+				delete(listening, id)
+			}
+		}
+		for id := range others {
+			if listening[id] != nil {
+				continue
+			}
+			ctx, cancel := context.WithCancel(ctx)
+			listening[id] = cancel
+			listeners.Go(func() { n.listenTo(ctx, id) })
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			for _, cancel := range listening {
+				cancel()
+			}
+			return ctx.Err()
+		}
+	}
+}
+
+// listenTo hears one member until ctx ends. When it is silent for longer than a
+// reconnect takes, what it vouched for is stale.
+func (n *Node) listenTo(ctx context.Context, id string) {
+	lost := time.AfterFunc(lostGrace, func() { n.feed.Lost(time.Now(), id) })
+	defer lost.Stop()
+	wait := 50 * time.Millisecond
+	heard := false // since the timer was set; its handler runs in this goroutine
+	for ctx.Err() == nil {
+		var m *statev1.Member
+		n.Read(func(st *domain.State) { m, _ = st.Member(id) })
+		if m == nil {
+			break
+		}
+		err := n.peers.Presence(ctx, m, func(in feed.Instances) {
+			lost.Stop()
+			heard = true
+			wait = 50 * time.Millisecond
+			n.feed.Remote(time.Now(), id, in)
+		})
+		if ctx.Err() != nil {
+			break
+		}
+		if heard {
+			heard = false
+			lost.Reset(lostGrace)
+		}
+		n.log.Debug("another CA node's presence is not heard", "member", m.GetName(), "error", err)
+		if sleep(ctx, wait/2+rand.N(wait)) != nil {
+			break
+		}
+		wait = min(2*wait, time.Second)
+	}
+	n.feed.Lost(time.Now(), id)
+}

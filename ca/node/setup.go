@@ -1,0 +1,144 @@
+package node
+
+import (
+	"context"
+	"crypto"
+	"crypto/rand"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"os"
+
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	"github.com/entente-mesh/entente/ca"
+	"github.com/entente-mesh/entente/ca/keystore"
+	"github.com/entente-mesh/entente/ca/replica"
+	"github.com/entente-mesh/entente/ca/server"
+	"github.com/entente-mesh/entente/internal/peer"
+)
+
+// nodeKey is the name of the node key in the key store.
+const nodeKey = "node"
+
+// identity is what a node is to its peers: a key.
+type identity struct {
+	id   string // key id, which is the node id
+	key  crypto.Signer
+	cert tls.Certificate // self-signed, carries the key
+	keys *keystore.Store
+}
+
+func openIdentity(cfg *Config, create bool) (*identity, error) {
+	if err := os.MkdirAll(cfg.DataDir, 0o700); err != nil {
+		return nil, fmt.Errorf("data directory: %w", err)
+	}
+	keys, err := cfg.openKeys()
+	if err != nil {
+		return nil, err
+	}
+	load := keys.Load
+	if create {
+		load = keys.LoadOrCreate
+	}
+	key, err := load(nodeKey)
+	if errors.Is(err, keystore.ErrNoKey) {
+		return nil, fmt.Errorf("%s holds no CA node: run `entente ca init` or `entente ca join` first", cfg.DataDir)
+	}
+	if err != nil {
+		return nil, err
+	}
+	cert, err := peer.SelfSigned(key, cfg.Name)
+	if err != nil {
+		return nil, fmt.Errorf("node certificate: %w", err)
+	}
+	return &identity{id: peer.KeyID(cert.Leaf), key: key, cert: cert, keys: keys}, nil
+}
+
+func (c *Config) replica(own *identity) replica.Config {
+	return replica.Config{
+		Dir:         c.DataDir,
+		NodeID:      own.id,
+		Certificate: own.cert,
+		Advertise:   c.Advertise.Raft,
+		Timing:      replica.Timing{Heartbeat: c.Timing.Heartbeat},
+	}
+}
+
+// Init makes the node the first of a new cluster. It refuses if DataDir holds a CA
+// node already.
+func Init(cfg *Config) error {
+	fail := func(err error) error { return fmt.Errorf("initialise the CA of %s: %w", cfg.TrustDomain, err) }
+	if err := cfg.Complete(); err != nil {
+		return fail(err)
+	}
+	if replica.Exists(cfg.DataDir) {
+		return fail(fmt.Errorf("%s: %w; to start it: entente ca run", cfg.DataDir, replica.ErrStateExists))
+	}
+	own, err := openIdentity(cfg, true)
+	if err != nil {
+		return fail(err)
+	}
+	id := make([]byte, ca.ClusterIDSize)
+	rand.Read(id)
+	err = replica.Bootstrap(cfg.replica(own), &statev1.Command{
+		Actor: "operator",
+		Body: &statev1.Command_Init{Init: &statev1.Init{
+			Cluster: &statev1.Cluster{
+				TrustDomain: cfg.trustDomain().Name(),
+				Id:          id,
+				Dev:         cfg.Keys.InsecureDev,
+				Lifetimes:   cfg.Lifetimes.record(),
+			},
+			Member: &statev1.Member{
+				Id: own.id, Name: cfg.Name, Datacenter: cfg.Datacenter,
+				RaftAddress: cfg.Advertise.Raft, ApiAddress: cfg.Advertise.API,
+				Voter: true, Signing: true,
+			},
+		}},
+	})
+	if err != nil {
+		return fail(err)
+	}
+	return nil
+}
+
+// Join has the node admitted to a running cluster by a one-time token. It may be
+// repeated with the same token until the node has run.
+func Join(ctx context.Context, cfg *Config, tokenText string) error {
+	fail := func(err error) error { return fmt.Errorf("join the CA of %s: %w", cfg.TrustDomain, err) }
+	if err := cfg.Complete(); err != nil {
+		return fail(err)
+	}
+	token, err := ca.ParseToken(tokenText)
+	if err != nil {
+		return fail(err)
+	}
+	switch {
+	case token.Role != ca.RoleNode:
+		return fail(errors.New("this is an agent's join token; make one with: entente token create --node NAME"))
+	case token.TrustDomain != cfg.trustDomain():
+		return fail(fmt.Errorf("the token is for %s", token.TrustDomain.Name()))
+	}
+	own, err := openIdentity(cfg, true)
+	if err != nil {
+		return fail(err)
+	}
+	result, err := server.Join(ctx, server.JoinRequest{
+		Token: token, Certificate: own.cert,
+		RaftAddress: cfg.Advertise.Raft, APIAddress: cfg.Advertise.API,
+	})
+	if err != nil {
+		return fail(err)
+	}
+	switch {
+	case result.Member.GetName() != cfg.Name || result.Member.GetDatacenter() != cfg.Datacenter:
+		return fail(fmt.Errorf("the token admits %s in datacenter %s, the configuration says %s in %s: correct it and repeat with the same token",
+			result.Member.GetName(), result.Member.GetDatacenter(), cfg.Name, cfg.Datacenter))
+	case result.Cluster.GetDev() != cfg.Keys.InsecureDev:
+		return fail(fmt.Errorf("the cluster is for development: %v, this node's keys.insecureDev: %v; they must agree", result.Cluster.GetDev(), cfg.Keys.InsecureDev))
+	}
+	if err := replica.PrepareJoin(cfg.replica(own), result.Cluster, result.Members); err != nil {
+		return fail(err)
+	}
+	return nil
+}

@@ -1,0 +1,98 @@
+package server
+
+import (
+	"crypto/x509"
+	"fmt"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	"github.com/entente-mesh/entente/ca"
+	"github.com/entente-mesh/entente/ca/domain"
+	"github.com/entente-mesh/entente/federation/bundle"
+)
+
+// ForeignRecord reads a bundle that was given by hand into the record of the state,
+// written anew by our strict writer.
+func ForeignRecord(td spiffeid.TrustDomain, jwks []byte) (*statev1.ForeignBundle, error) {
+	b, _, err := bundle.Parse(td, jwks)
+	if err != nil {
+		return nil, fmt.Errorf("bundle of %s: %w", td.Name(), err)
+	}
+	return foreignRecord(b)
+}
+
+func foreignRecord(b *bundle.Bundle) (*statev1.ForeignBundle, error) {
+	b.RefreshHint = 0
+	jwks, err := b.Marshal()
+	if err != nil {
+		return nil, fmt.Errorf("bundle of %s: %w", b.TrustDomain.Name(), err)
+	}
+	return &statev1.ForeignBundle{TrustDomain: b.TrustDomain.Name(), Jwks: jwks, Sequence: b.Sequence}, nil
+}
+
+// WithoutSharedKeys takes out of a foreign bundle every authority whose key stands in
+// the own domain's bundle or in another peer's already: a key speaks for one domain
+// only, and the newcomer loses it (I2). It returns the ids of the keys that were
+// dropped; without any, the record itself.
+func WithoutSharedKeys(st *domain.State, record *statev1.ForeignBundle) (*statev1.ForeignBundle, []string, error) {
+	td, err := ca.ParseTrustDomain(record.GetTrustDomain())
+	if err != nil {
+		return nil, nil, err
+	}
+	b, _, err := bundle.Parse(td, record.GetJwks())
+	if err != nil {
+		return nil, nil, fmt.Errorf("bundle of %s: %w", td.Name(), err)
+	}
+	taken := make(map[string]bool)
+	for _, authority := range st.Authorities() {
+		taken[authority.GetId()] = true
+	}
+	for _, other := range st.ForeignBundles() {
+		otherTD, err := ca.ParseTrustDomain(other.GetTrustDomain())
+		if err != nil || otherTD == td {
+			continue
+		}
+		o, _, err := bundle.Parse(otherTD, other.GetJwks())
+		if err != nil {
+			return nil, nil, fmt.Errorf("bundle of %s: %w", otherTD.Name(), err)
+		}
+		for _, cert := range o.X509 {
+			taken[ca.KeyID(cert.RawSubjectPublicKeyInfo)] = true
+		}
+	}
+	var dropped []string
+	var kept []*x509.Certificate
+	for _, cert := range b.X509 {
+		if id := ca.KeyID(cert.RawSubjectPublicKeyInfo); taken[id] {
+			dropped = append(dropped, id)
+		} else {
+			kept = append(kept, cert)
+		}
+	}
+	if len(dropped) == 0 {
+		return record, nil, nil
+	}
+	b.X509 = kept
+	clean, err := foreignRecord(b)
+	return clean, dropped, err
+}
+
+// ForeignBundles is the source of the agreed bundles of other domains, for verifying a
+// bundle endpoint whose identity is of a third domain.
+type ForeignBundles struct{ State State }
+
+// GetX509BundleForTrustDomain returns the last accepted bundle of that domain.
+func (f ForeignBundles) GetX509BundleForTrustDomain(td spiffeid.TrustDomain) (*x509bundle.Bundle, error) {
+	var held *statev1.ForeignBundle
+	f.State.Read(func(st *domain.State) { held, _ = st.ForeignBundle(td.Name()) })
+	if held == nil {
+		return nil, fmt.Errorf("no bundle of %s is held", td.Name())
+	}
+	b, _, err := bundle.Parse(td, held.GetJwks())
+	if err != nil {
+		return nil, fmt.Errorf("bundle of %s: %w", td.Name(), err)
+	}
+	return b.X509Bundle(), nil
+}
