@@ -1,0 +1,326 @@
+// Package catest is a real CA in the process, for the tests of other rooms: one node,
+// or a cluster, on loopback, with real Raft, real doors and unsealed keys in a
+// temporary directory.
+package catest
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
+	"github.com/entente-mesh/entente/ca/node"
+	"github.com/entente-mesh/entente/federation/bundle"
+	"github.com/entente-mesh/entente/federation/catalog"
+)
+
+// Options of a CA. The zero value is fine.
+type Options struct {
+	TrustDomain string         // default "banking.example"
+	Name        string         // of the (first) node; default "ca-1"
+	Datacenter  string         // default "dc1"
+	Lifetimes   node.Lifetimes // zero: the defaults
+	Verbose     bool           // the node's log goes to the test's
+}
+
+// CA is a running node, and the operator's tools for it. Its methods fail the test on
+// any error, and are for the goroutine of the test.
+type CA struct {
+	t       testing.TB
+	config  *node.Config
+	verbose bool
+
+	node   *node.Node
+	admin  ententev1.AdminClient
+	conn   *grpc.ClientConn
+	cancel context.CancelFunc
+	ended  chan error
+}
+
+// Start starts a new CA of one node and returns when it signs. It stops at the end of
+// the test.
+func Start(t testing.TB, o Options) *CA {
+	t.Helper()
+	c := prepare(t, o)
+	if err := node.Init(c.config); err != nil {
+		t.Fatal(err)
+	}
+	c.Restart()
+	c.WaitReady()
+	return c
+}
+
+func prepare(t testing.TB, o Options) *CA {
+	t.Helper()
+	if o.TrustDomain == "" {
+		o.TrustDomain = "banking.example"
+	}
+	if o.Name == "" {
+		o.Name = "ca-1"
+	}
+	if o.Datacenter == "" {
+		o.Datacenter = "dc1"
+	}
+	dir := t.TempDir()
+	// A unix socket's path has about 100 bytes at most; a test's directory may have more.
+	sockets, err := os.MkdirTemp("", "catest")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(sockets) })
+	c := &CA{t: t, verbose: o.Verbose, config: &node.Config{
+		TrustDomain: o.TrustDomain,
+		Name:        o.Name,
+		Datacenter:  o.Datacenter,
+		DataDir:     filepath.Join(dir, "data"),
+		Socket:      filepath.Join(sockets, "admin.sock"),
+		Listen:      node.Listen{Raft: freeAddress(t), API: freeAddress(t), Bundle: freeAddress(t), Admin: "127.0.0.1:0"},
+		Keys:        node.Keys{InsecureDev: true},
+		Lifetimes:   o.Lifetimes,
+		Timing:      node.Timing{Heartbeat: 250 * time.Millisecond},
+	}}
+	t.Cleanup(c.Stop)
+	return c
+}
+
+// freeAddress finds a port that is free now. It may be gone a moment later, but not to
+// a test of ours: the system hands out the next ones in turn.
+func freeAddress(t testing.TB) string {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	return listener.Addr().String()
+}
+
+// Join starts another node of the same cluster and returns when it signs and votes.
+func (c *CA) Join(name, datacenter string) *CA {
+	c.t.Helper()
+	other := prepare(c.t, Options{TrustDomain: c.config.TrustDomain, Name: name, Datacenter: datacenter, Lifetimes: c.config.Lifetimes, Verbose: c.verbose})
+	token := c.NodeToken(name, datacenter)
+	if err := node.Join(c.t.Context(), other.config, token); err != nil {
+		c.t.Fatal(err)
+	}
+	other.Restart()
+	other.WaitReady()
+	c.waitFor("node "+name+" votes", func() error {
+		for _, m := range c.Status().GetMembers() {
+			if m.GetMember().GetName() == name && m.GetVoterNow() {
+				return nil
+			}
+		}
+		return errors.New("not yet")
+	})
+	return other
+}
+
+// Restart starts the node, after Stop with the state and at the addresses it had. It
+// does not wait until the node is ready.
+func (c *CA) Restart() {
+	c.t.Helper()
+	c.Stop()
+	log := slog.New(slog.DiscardHandler)
+	if c.verbose {
+		log = slog.New(slog.NewTextHandler(testWriter{c.t}, &slog.HandlerOptions{Level: slog.LevelDebug}))
+	}
+	n, err := node.New(c.config, log, node.Listeners{})
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	conn, err := grpc.NewClient("unix:"+c.config.Socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	c.node, c.conn, c.cancel, c.ended = n, conn, cancel, make(chan error, 1)
+	c.admin = ententev1.NewAdminClient(conn)
+	go func() { c.ended <- n.Run(ctx) }()
+}
+
+// Stop stops the node as SIGTERM does. Of one that does not run, it does nothing.
+func (c *CA) Stop() {
+	if c.cancel == nil {
+		return
+	}
+	c.cancel()
+	if err := <-c.ended; err != nil {
+		c.t.Errorf("CA node %s: %v", c.config.Name, err)
+	}
+	c.conn.Close()
+	c.cancel = nil
+}
+
+// WaitReady waits until the node signs.
+func (c *CA) WaitReady() {
+	c.t.Helper()
+	c.waitFor("CA node "+c.config.Name+" signs", c.node.Ready)
+}
+
+func (c *CA) waitFor(what string, ready func() error) {
+	c.t.Helper()
+	deadline := time.Now().Add(20 * time.Second)
+	for {
+		err := ready()
+		if err == nil {
+			return
+		}
+		if time.Now().After(deadline) {
+			c.t.Fatalf("%s: not within 20 s: %v", what, err)
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+}
+
+// TrustDomain is the domain whose CA this is.
+func (c *CA) TrustDomain() spiffeid.TrustDomain {
+	return spiffeid.RequireTrustDomainFromString(c.config.TrustDomain)
+}
+
+// Addresses are the API addresses of all nodes of the cluster.
+func (c *CA) Addresses() []string {
+	c.t.Helper()
+	var addresses []string
+	for _, m := range c.Status().GetMembers() {
+		addresses = append(addresses, m.GetMember().GetApiAddress())
+	}
+	return addresses
+}
+
+// Node is the node itself.
+func (c *CA) Node() *node.Node { return c.node }
+
+// Config is the node's; not to be changed while it runs.
+func (c *CA) Config() *node.Config { return c.config }
+
+// Socket is the path of the administrative unix socket.
+func (c *CA) Socket() string { return c.config.Socket }
+
+// BundleURL is where the node serves the bundle, and BundleID the SPIFFE ID it shows
+// there.
+func (c *CA) BundleURL() string { return "https://" + c.config.Listen.Bundle + "/" }
+
+// BundleID is the identity of the bundle endpoint.
+func (c *CA) BundleID() spiffeid.ID {
+	return spiffeid.RequireFromPath(c.TrustDomain(), "/entente/bundle-endpoint")
+}
+
+// Admin is the door for operators, over the unix socket.
+func (c *CA) Admin() ententev1.AdminClient { return c.admin }
+
+// Status asks the node for its status.
+func (c *CA) Status() *ententev1.StatusResponse {
+	c.t.Helper()
+	status, err := c.admin.Status(c.t.Context(), &ententev1.StatusRequest{})
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	return status
+}
+
+// AgentToken makes a join token for an agent, in its text form. addresses are the hosts
+// at which its sidecar may be reached; none: 127.0.0.1.
+func (c *CA) AgentToken(name, datacenter string, addresses ...string) string {
+	c.t.Helper()
+	if len(addresses) == 0 {
+		addresses = []string{"127.0.0.1"}
+	}
+	return c.token(&ententev1.CreateTokenRequest{Agent: &statev1.AgentGrant{Name: name, Datacenter: datacenter, Addresses: addresses}})
+}
+
+// NodeToken makes a join token for a CA node that votes and signs.
+func (c *CA) NodeToken(name, datacenter string) string {
+	c.t.Helper()
+	return c.token(&ententev1.CreateTokenRequest{Node: &statev1.NodeGrant{Name: name, Datacenter: datacenter, Voter: true, Signing: true}})
+}
+
+func (c *CA) token(req *ententev1.CreateTokenRequest) string {
+	c.t.Helper()
+	resp, err := c.admin.CreateToken(c.t.Context(), req)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	return resp.GetToken()
+}
+
+// Apply applies the documents of a declarative file and returns the revision.
+func (c *CA) Apply(yaml string) uint64 {
+	c.t.Helper()
+	revision, err := c.TryApply(yaml)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	return revision
+}
+
+// TryApply is Apply for what may be refused.
+func (c *CA) TryApply(yaml string) (revision uint64, err error) {
+	objects, err := catalog.ParseObjects("test.yaml", strings.NewReader(yaml), os.ReadFile)
+	if err != nil {
+		return 0, err
+	}
+	resp, err := c.admin.Apply(c.t.Context(), &ententev1.ApplyRequest{Objects: objects})
+	return resp.GetRevision(), err
+}
+
+// Relate makes this domain trust the other one: it applies a Relationship with the
+// other's bundle and endpoint.
+func (c *CA) Relate(other *CA) {
+	c.t.Helper()
+	_, err := c.admin.Apply(c.t.Context(), &ententev1.ApplyRequest{Objects: []*statev1.Object{{
+		Kind: &statev1.Object_Relationship{Relationship: &statev1.Relationship{
+			TrustDomain:     other.config.TrustDomain,
+			EndpointUrls:    []string{other.BundleURL()},
+			EndpointId:      other.BundleID().String(),
+			BootstrapBundle: other.BundleJSON(),
+		}},
+	}}})
+	if err != nil {
+		c.t.Fatal(err)
+	}
+}
+
+// BundleJSON is the own SPIFFE bundle as the node hands it out.
+func (c *CA) BundleJSON() []byte {
+	c.t.Helper()
+	resp, err := c.admin.GetBundle(c.t.Context(), &ententev1.GetBundleRequest{})
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	return resp.GetJwks()
+}
+
+// Bundle is the own bundle, as it is now, for verifying SVIDs of this domain.
+func (c *CA) Bundle() *x509bundle.Bundle {
+	c.t.Helper()
+	b, _, err := bundle.Parse(c.TrustDomain(), c.BundleJSON())
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	return b.X509Bundle()
+}
+
+// testWriter writes lines to the test's log while the test runs.
+type testWriter struct{ t testing.TB }
+
+func (w testWriter) Write(line []byte) (int, error) {
+	if w.t.Context().Err() == nil {
+		w.t.Log(fmt.Sprintf("%s", bytes.TrimRight(line, "\n")))
+	}
+	return len(line), nil
+}
