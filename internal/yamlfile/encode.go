@@ -122,11 +122,12 @@ func encodeStruct(v reflect.Value) (*yaml.Node, error) {
 func plain(s string) *yaml.Node {
 	n := &yaml.Node{}
 	n.SetString(s)
-	switch bare := (&yaml.Node{Kind: yaml.ScalarNode, Value: s}).ShortTag(); bare {
-	case "!!timestamp":
+	bare := (&yaml.Node{Kind: yaml.ScalarNode, Value: s}).ShortTag()
+	switch {
+	case bare == "!!timestamp":
 		n.Tag = bare // a day needs no quotes: it is read as text all the same
-	case "!!merge":
-		n.Style = yaml.DoubleQuotedStyle // the encoder forgets it
+	case s == "<<":
+		n.Style = yaml.DoubleQuotedStyle // the encoder forgets them
 	}
 	return n
 }
