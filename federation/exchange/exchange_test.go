@@ -418,3 +418,43 @@ func (neverEnding) Read(p []byte) (int, error) {
 	p[0] = 'x'
 	return 1, nil
 }
+
+// Whatever a stranger asks, he gets the whole bundle, nothing, or an error, and at once when he does not stay.
+func FuzzHandler(f *testing.F) {
+	text := jwks(7, peertest.NewAuthority(trading))
+	handler := exchange.Handler("/bundle.json", publish(7, text).source)
+	first := &response{header: http.Header{}, status: 200}
+	request, err := http.NewRequest("GET", "/bundle.json", nil)
+	if err != nil {
+		f.Fatal(err)
+	}
+	handler.ServeHTTP(first, request)
+	gone, cancel := context.WithCancel(context.Background())
+	cancel()
+	f.Add("GET", "/bundle.json", first.header.Get("ETag"), "wait=60")
+	f.Add("HEAD", "/x", `W/"7", *`, `respond-async, wait="99999999999999999999"`)
+	f.Fuzz(func(t *testing.T, method, path, tags, prefer string) {
+		r, err := http.NewRequestWithContext(gone, method, "http://a/", nil)
+		if err != nil {
+			return
+		}
+		r.URL.Path = path
+		r.Header.Set("If-None-Match", tags)
+		r.Header.Set("Prefer", prefer)
+		w := &response{header: http.Header{}, status: 200}
+		handler.ServeHTTP(w, r)
+		switch w.status {
+		case 200:
+			if whole := string(w.body) == string(text); whole != (method == "GET" || method == "") || path != "/bundle.json" {
+				t.Errorf("%q %q: %s", method, path, w.body)
+			}
+		case 304:
+			if len(w.body) > 0 || !strings.Contains(tags, first.header.Get("ETag")) && !strings.Contains(tags, "*") {
+				t.Errorf("not modified since %q: %s", tags, w.body)
+			}
+		case 404, 405:
+		default:
+			t.Errorf("%q %q: %d", method, path, w.status)
+		}
+	})
+}

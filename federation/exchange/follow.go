@@ -57,7 +57,10 @@ type Status struct {
 	Succeeded   time.Time // the last good answer, changed or not; zero: none yet
 	Failures    int       // in a row
 	Error       string    // of the last attempt; empty: it succeeded
-	Refused     string    // alarm: a bundle that went back or contradicts the accepted one; empty once a newer one is accepted
+	// Refused is an alarm: a bundle that went back or contradicts the accepted one, and when it was last seen. It stays until
+	// a newer bundle is accepted.
+	Refused   string
+	RefusedAt time.Time
 }
 
 // Follow keeps following a bundle until ctx is done and returns ctx.Err(), or at once an error if it cannot begin. It stays with
@@ -231,7 +234,7 @@ func (f *follower) judge(ctx context.Context, got *Fetched) (otherURL bool, err 
 	default:
 		refused := fmt.Errorf("bundle of %s with sequence %d from %s refused, %d is accepted: %w",
 			f.TrustDomain, got.Record.GetSequence(), got.URL, f.last.GetSequence(), verdict.Err())
-		f.status.Refused = refused.Error()
+		f.status.Refused, f.status.RefusedAt = refused.Error(), time.Now()
 		return true, refused
 	}
 	if err := f.Accept(ctx, got); err != nil {
@@ -239,7 +242,7 @@ func (f *follower) judge(ctx context.Context, got *Fetched) (otherURL bool, err 
 	}
 	f.last, f.bootstrap = got.Record, false
 	f.own.Store(got.Bundle.X509Bundle())
-	f.status.Sequence, f.status.Refused = got.Record.GetSequence(), ""
+	f.status.Sequence, f.status.Refused, f.status.RefusedAt = got.Record.GetSequence(), "", time.Time{}
 	log.Info("bundle accepted", "x509_authorities", len(got.Bundle.X509), "skipped", len(got.Skipped))
 	for _, skipped := range got.Skipped {
 		log.Warn("part of a bundle does not count", "what", skipped.String())
