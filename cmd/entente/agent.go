@@ -59,10 +59,11 @@ func runAgent(config *meshagent.Config, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
-	api, err := workloadapi.New(agent, log)
+	socket, err := workloadapi.Listen(config.WorkloadAPI.Socket)
 	if err != nil {
 		return err
 	}
+	api := workloadapi.New(agent, socket, log)
 	doors := []meshagent.Door{{Name: "workload API", Run: api.Run}}
 	if config.Sidecar.Inbound != "" {
 		access, closeLog, err := accessLog(config.AccessLog.File)

@@ -124,7 +124,7 @@ func caRunCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			n, err := node.New(config, log)
+			n, err := node.New(config, log, node.Listeners{})
 			if err != nil {
 				return err
 			}
