@@ -88,8 +88,8 @@ func (p Pattern) String() string {
 	}
 }
 
-// Match reports whether the SPIFFE path (with its leading "/") is meant. It does
-// not allocate.
+// Match reports whether the path of a valid SPIFFE ID (with its leading "/") is
+// meant. It does not allocate.
 func (p Pattern) Match(path string) bool {
 	if len(path) < 2 || path[0] != '/' || !p.deep && p.text == "" {
 		return false
@@ -98,22 +98,19 @@ func (p Pattern) Match(path string) bool {
 	if first, _, _ := strings.Cut(path, "/"); first == reserved {
 		return false
 	}
-	pattern := p.text
+	pattern, more := p.text, true // more: path is not used up
 	for pattern != "" {
 		var want, have string
-		if path == "" {
+		if !more {
 			return false
 		}
 		want, pattern, _ = strings.Cut(pattern, "/")
-		have, path, _ = strings.Cut(path, "/")
+		have, path, more = strings.Cut(path, "/")
 		if have == "" || want != "*" && want != have {
 			return false
 		}
 	}
-	if p.deep {
-		return path != ""
-	}
-	return path == ""
+	return more == p.deep && (path != "" || !more)
 }
 
 // Overlap reports whether some path is meant by both patterns.

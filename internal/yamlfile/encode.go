@@ -8,6 +8,7 @@ import (
 	"reflect"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 	"unicode/utf8"
 
@@ -78,7 +79,11 @@ func encode(v reflect.Value) (*yaml.Node, error) {
 			if err != nil {
 				return nil, err
 			}
-			n.Content = append(n.Content, plain(key), item)
+			name := plain(key)
+			if strings.Contains(key, "\n") {
+				name.Style = yaml.DoubleQuotedStyle // a key stands on one line
+			}
+			n.Content = append(n.Content, name, item)
 		}
 		return n, nil
 	case reflect.String:
@@ -126,8 +131,23 @@ func plain(s string) *yaml.Node {
 	switch {
 	case bare == "!!timestamp":
 		n.Tag = bare // a day needs no quotes: it is read as text all the same
-	case s == "<<":
-		n.Style = yaml.DoubleQuotedStyle // the encoder forgets them
+	case s == "<<", n.Style == yaml.LiteralStyle && !block(s):
+		n.Style = yaml.DoubleQuotedStyle // the encoder would not think of it
 	}
 	return n
+}
+
+// block reports whether s may be written as it is, as a block of lines: the encoder
+// gets indentation wrong where lines begin or end with blanks.
+func block(s string) bool {
+	s = strings.TrimSuffix(s, "\n")
+	if s == "" || s[0] == ' ' || strings.ContainsAny(s, "\t\r\u0085\u2028\u2029\ufeff") {
+		return false
+	}
+	for line := range strings.SplitSeq(s, "\n") {
+		if line == "" || line[len(line)-1] == ' ' {
+			return false
+		}
+	}
+	return true
 }
