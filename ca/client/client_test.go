@@ -95,6 +95,12 @@ func (n *node) start() {
 	go n.server.Serve(n.listener)
 }
 
+func (n *node) sessions() int {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return len(n.hellos)
+}
+
 func (n *node) stop() { n.server.Stop() }
 
 func (d *domain) dial(ctx context.Context, _, address string) (net.Conn, error) {
@@ -557,8 +563,8 @@ func TestMovesToTheRenewedSVID(t *testing.T) {
 		defer r.stop()
 		waitFor(t, "first", time.Second, func() bool { return r.View().Revision == 5 })
 		time.Sleep(6 * time.Second)
-		if len(a.hellos) != 1 {
-			t.Fatalf("%d sessions before the renewal", len(a.hellos))
+		if a.sessions() != 1 {
+			t.Fatalf("%d sessions before the renewal", a.sessions())
 		}
 		next := d.authority.Issue("/entente/agent/h1")
 		source.set(next)
@@ -613,16 +619,16 @@ func TestSilence(t *testing.T) {
 		defer r.stop()
 		waitFor(t, "first", time.Second, func() bool { return r.View().Revision == 5 })
 		time.Sleep(30 * time.Minute)
-		if len(a.hellos) != 1 {
-			t.Errorf("%d sessions with a node without heartbeats", len(a.hellos))
+		if a.sessions() != 1 {
+			t.Errorf("%d sessions with a node without heartbeats", a.sessions())
 		}
 		a.push <- heartbeat()
 		time.Sleep(silenceLimit - time.Second)
-		if len(a.hellos) != 1 {
+		if a.sessions() != 1 {
 			t.Error("left too early")
 		}
 		time.Sleep(2 * time.Second)
-		if len(a.hellos) != 2 {
+		if a.sessions() != 2 {
 			t.Error("not left")
 		}
 	})
