@@ -119,6 +119,10 @@ func TestSupervise(t *testing.T) {
 		{"asked to stop", func(ctx context.Context) error { <-ctx.Done(); return nil }, []os.Signal{syscall.SIGTERM}, 0, "stopping"},
 		{"asked to stop, says so", func(ctx context.Context) error { <-ctx.Done(); return fmt.Errorf("serving: %w", ctx.Err()) }, []os.Signal{syscall.SIGINT}, 0, "stopping"},
 		{"failed while stopping", func(ctx context.Context) error { <-ctx.Done(); return errBroken }, []os.Signal{syscall.SIGTERM}, 1, "broken"},
+		{"failed while stopping, among others", func(ctx context.Context) error {
+			<-ctx.Done()
+			return fmt.Errorf("serving: %w", errors.Join(ctx.Err(), errBroken))
+		}, []os.Signal{syscall.SIGTERM}, 1, "broken"},
 		{"asked twice", nil, []os.Signal{syscall.SIGINT, syscall.SIGTERM}, 128 + 15, "at once"},
 	}
 	for _, test := range tests {

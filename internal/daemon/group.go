@@ -30,7 +30,7 @@ func NewGroup(ctx context.Context) *Group {
 func (g *Group) Go(name string, task func(ctx context.Context) error) {
 	g.tasks.Go(func() {
 		err := task(g.ctx)
-		if err == nil || g.ctx.Err() != nil && (errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)) {
+		if err == nil || g.ctx.Err() != nil && onlyEnded(err) {
 			return
 		}
 		g.mu.Lock()
@@ -48,4 +48,25 @@ func (g *Group) Wait() error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	return errors.Join(g.errs...)
+}
+
+// onlyEnded reports whether err says that a context ended and nothing else: of joined errors, each must.
+func onlyEnded(err error) bool {
+	for {
+		switch e := err.(type) {
+		case interface{ Unwrap() []error }:
+			for _, part := range e.Unwrap() {
+				if !onlyEnded(part) {
+					return false
+				}
+			}
+			return true
+		case interface{ Unwrap() error }:
+			if inner := e.Unwrap(); inner != nil {
+				err = inner
+				continue
+			}
+		}
+		return errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)
+	}
 }

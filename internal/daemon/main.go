@@ -2,7 +2,6 @@ package daemon
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -31,7 +30,7 @@ func supervise(ctx context.Context, log *slog.Logger, run func(context.Context) 
 	for {
 		select {
 		case err := <-done:
-			if err == nil || ctx.Err() != nil && errors.Is(err, context.Canceled) {
+			if err == nil || ctx.Err() != nil && onlyEnded(err) {
 				return 0
 			}
 			log.Error("stopped by an error", "error", err.Error())
