@@ -99,7 +99,7 @@ func service(view *client.View, name string) (*statev1.Service, bool) {
 func (s *State) withView(view *client.View, domain spiffeid.TrustDomain, agent string) (_ *State, complaints []error, _ error) {
 	next := *s
 	next.Ready, next.View = true, view
-	if s.Ready && view.Revision == s.View.Revision {
+	if s.Ready && view.Changed == s.View.Changed {
 		return &next, nil, nil // only other instances
 	}
 	next.reissued = nil

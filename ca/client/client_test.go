@@ -140,10 +140,14 @@ func (n *node) Sync(stream grpc.BidiStreamingServer[ententev1.SyncRequest, enten
 		defer close(received)
 		for first := true; ; first = false {
 			message, err := stream.Recv()
+			n.mu.Lock()
 			if err != nil {
+				if err == io.EOF {
+					n.goodbyes++
+				}
+				n.mu.Unlock()
 				return
 			}
-			n.mu.Lock()
 			switch m := message.GetMessage().(type) {
 			case *ententev1.SyncRequest_Hello:
 				n.hellos = append(n.hellos, m.Hello)
@@ -441,6 +445,23 @@ func TestSyncResumesElsewhere(t *testing.T) {
 		}
 		if b.acks[0] != 6 || held(r.store) != "a b" {
 			t.Errorf("acknowledged %v, holds %q", b.acks, held(r.store))
+		}
+	})
+}
+
+// Who leaves says so.
+func TestGoodbye(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := newDomain(t)
+		defer d.stop()
+		a := d.add("a")
+		r := run(t, d.config("a:1"))
+		waitFor(t, "first", time.Second, func() bool { return r.View().Revision == 5 })
+		begin := time.Now()
+		r.stop()
+		synctest.Wait()
+		if a.goodbyes != 1 || time.Since(begin) >= leaveTime {
+			t.Errorf("%d goodbyes, after %v", a.goodbyes, time.Since(begin))
 		}
 	})
 }

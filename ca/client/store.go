@@ -151,6 +151,11 @@ func (u *update) add(chunk *ententev1.Policy) error {
 	return nil
 }
 
+// empty: it only moves the revision.
+func (u *update) empty() bool {
+	return !u.full && !u.newMembers && u.cluster == nil && len(u.entries) == 0 && len(u.objects) == 0 && len(u.bundles) == 0
+}
+
 // apply replaces the picture. A revision never goes back: what a lagging replica
 // sends is passed over until it has caught up. Its later updates fit all the
 // same, since a record always travels whole. A new epoch (after a recovery) begins
@@ -170,9 +175,16 @@ func (s *Store) apply(u *update, revision uint64) error {
 	if err := s.check(u); err != nil {
 		return err
 	}
+	if u.empty() {
+		view := *old
+		view.Revision = revision
+		s.publish(&view)
+		return nil
+	}
 
 	view := &View{
 		Revision:  revision,
+		Changed:   revision,
 		Cluster:   old.Cluster,
 		Entries:   merge(old.Entries, u.entries, u.full, (*statev1.Entry).GetId),
 		Objects:   merge(old.Objects, u.objects, u.full, objectKey),

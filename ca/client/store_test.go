@@ -160,7 +160,16 @@ func TestStoreViews(t *testing.T) {
 	if err := s.policy(&ententev1.Policy{Last: true, Revision: 7, DeletedObjects: []*statev1.ObjectKey{{Kind: "Service", Name: "accounts"}}, DeletedBundles: []string{"trading.example"}}); err != nil {
 		t.Fatal(err)
 	}
+	if at := s.Snapshot(); at.Changed != 7 {
+		t.Errorf("changed at %d", at.Changed)
+	}
+	if err := s.policy(&ententev1.Policy{Last: true, Revision: 8}); err != nil {
+		t.Fatal(err)
+	}
 	last := s.Snapshot()
+	if last.Revision != 8 || last.Changed != 7 {
+		t.Errorf("nothing new at %d, changed at %d", last.Revision, last.Changed)
+	}
 	if len(last.Objects) != 0 || len(last.Bundles) != 1 || &last.Entries[0] != &after.Entries[0] {
 		t.Errorf("last: %v", last)
 	}

@@ -28,6 +28,9 @@ const (
 	// than it takes to reach another node.
 	disownAfter = 5 * time.Second
 
+	// leaveTime is how long a node has to take in a goodbye.
+	leaveTime = 250 * time.Millisecond
+
 	// overlap keeps the session before open while the node takes in the one that
 	// replaces it, so that no instance is withdrawn in between.
 	overlap = time.Second
@@ -53,6 +56,26 @@ func (s *session) close() {
 	if s != nil {
 		s.cancel()
 		s.conn.close()
+	}
+}
+
+// leave ends the stream in good order, so that the CA need not wait for this
+// subscriber to come back.
+func (s *session) leave() {
+	if s == nil || s.stream.CloseSend() != nil {
+		return
+	}
+	patience := time.NewTimer(leaveTime)
+	defer patience.Stop()
+	for {
+		select {
+		case r := <-s.received:
+			if r.err != nil {
+				return
+			}
+		case <-patience.C:
+			return
+		}
 	}
 }
 
@@ -134,6 +157,7 @@ func (s *syncer) run(ctx context.Context) error {
 	}
 	defer func() {
 		s.setCurrent(nil)
+		s.now.leave()
 		s.now.close()
 		s.before.close()
 	}()
@@ -265,7 +289,8 @@ func (s *syncer) dialSession(ctx context.Context) (*session, error) {
 	if err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithCancel(ctx)
+	// The stream outlives ctx by a goodbye.
+	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	stream, err := ententev1.NewSyncClient(conn.rpc).Sync(ctx)
 	if err != nil {
 		cancel()

@@ -9,15 +9,18 @@ import (
 // is immutable, and so are the records in it.
 type View struct {
 	Revision uint64 // 0: nothing received yet
-	Cluster  *statev1.Cluster
-	Entries  []*statev1.Entry  // agents: of this host; gateways: their own; by id
-	Objects  []*statev1.Object // of the catalogue, by key
-	Members  []*statev1.Member // CA nodes, by id
+	// Changed is the revision at which anything below but Instances last changed
+	// here: two views with the same Changed differ in nothing else. (Revisions pass
+	// that bring a subscriber nothing new.)
+	Changed uint64
+	Cluster *statev1.Cluster
+	Entries []*statev1.Entry  // agents: of this host; gateways: their own; by id
+	Objects []*statev1.Object // of the catalogue, by key
+	Members []*statev1.Member // CA nodes, by id
 	// Bundles holds SPIFFE bundles (JSON) by trust domain name: the own domain's
 	// always, a foreign one only if an entry of this subscriber federates with it.
 	Bundles map[string][]byte
-	// Instances are all known places that serve, by service and agent. When two
-	// views have the same Revision they differ in nothing but this.
+	// Instances are all known places that serve, by service and agent.
 	Instances []Instance
 }
 
