@@ -56,8 +56,9 @@ type node struct {
 	reports  []*ententev1.InstanceReport
 	acks     []uint64
 	batches  []int
-	shown    []string                     // client certificates' serials
-	ended    []time.Time                  // of Sync streams
+	shown    []string    // client certificates' serials
+	ended    []time.Time // of Sync streams
+	goodbyes int
 	push     chan *ententev1.SyncResponse // sent to the newest stream
 	begin    []*ententev1.SyncResponse    // sent at the begin of a stream
 	attested func(*ententev1.AttestRequest, []byte) error
