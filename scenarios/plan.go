@@ -184,7 +184,7 @@ type (
 		} `yaml:"listen"`
 		Socket string `yaml:"socket"`
 		Keys   struct {
-			PassphraseFile string `yaml:"passphraseFile"`
+			InsecureDev bool `yaml:"insecureDev"`
 		} `yaml:"keys"`
 		Lifetimes struct {
 			X509SVID          time.Duration `yaml:"x509SVID"`
@@ -257,7 +257,7 @@ func (p *plan) addCA(td *TrustDomain, dc string) {
 	c.Listen.Raft, c.Listen.API = join(host, portCARaft), join(host, portCAAPI)
 	c.Listen.Bundle, c.Listen.Admin = join(host, portCABundle), join(host, portAdmin)
 	c.Socket = u.socket
-	c.Keys.PassphraseFile = filepath.Join(u.dir, "passphrase")
+	c.Keys.InsecureDev = true // only such clusters may name loopback addresses to each other
 	c.Lifetimes.X509SVID, c.Lifetimes.BundleRefreshHint = td.Lifetimes.X509SVID, td.Lifetimes.BundleRefreshHint
 	c.Log = quiet
 	u.config, u.admin, u.door = c, c.Listen.Admin, c.Listen.API

@@ -186,5 +186,3 @@ func newKey() (*ecdsa.PrivateKey, error) {
 func serial() *big.Int {
 	return new(big.Int).SetBytes([]byte(rand.Text())[:15])
 }
-
-func randomText() string { return rand.Text() }

@@ -52,8 +52,8 @@ type world struct {
 
 // newWorld chooses a place for a scenario, and lays out its directory. It starts
 // nothing.
-func newWorld(spec *Spec, o Options) (w *world, err error) {
-	w = &world{
+func newWorld(spec *Spec, o Options) (*world, error) {
+	w := &world{
 		supervisor: process.New(),
 		processes:  map[*unit]*process.Process{},
 		verbose:    func(string, ...any) {},
@@ -61,30 +61,32 @@ func newWorld(spec *Spec, o Options) (w *world, err error) {
 	if o.Verbose {
 		w.verbose = func(format string, args ...any) { fmt.Fprintf(o.Out, "      "+format+"\n", args...) }
 	}
-	defer func() {
-		if err != nil {
-			w.Close()
-		}
-	}()
+	if err := w.prepare(spec, o); err != nil {
+		return nil, errors.Join(err, w.Close())
+	}
+	return w, nil
+}
+
+func (w *world) prepare(spec *Spec, o Options) (err error) {
 	if w.binary, err = findBinary(o.Binary); err != nil {
-		return nil, err
+		return err
 	}
 	dir, err := w.makeDir(o.WorkDir)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	sockets := filepath.Join(dir, "s")
 	if len(sockets) > maxSocketDir {
 		if sockets, err = os.MkdirTemp("/tmp", "entente-"); err != nil {
-			return nil, fmt.Errorf("the path %s is too long for unix sockets, and no shorter one can be made: %w", dir, err)
+			return fmt.Errorf("the path %s is too long for unix sockets, and no shorter one can be made: %w", dir, err)
 		}
 		w.remove = append(w.remove, sockets)
 	}
 	place := func(slot int) *plan { return newPlan(spec, dir, sockets, slot) }
 	if w.plan, w.guard, w.note, err = free(place); err != nil {
-		return nil, err
+		return err
 	}
-	return w, w.layOut()
+	return w.layOut()
 }
 
 func findBinary(given string) (string, error) {
@@ -222,13 +224,7 @@ func (w *world) layOutUnit(u *unit) error {
 	if err != nil {
 		return fmt.Errorf("write the configuration of %s: %w", u.name, err)
 	}
-	if err := w.write(filepath.Join(u.dir, "config.yaml"), text); err != nil {
-		return err
-	}
-	if u.kind == kindCA {
-		return w.write(filepath.Join(u.dir, "passphrase"), []byte(randomText()+"\n"))
-	}
-	return nil
+	return w.write(filepath.Join(u.dir, "config.yaml"), text)
 }
 
 func (w *world) write(path string, data []byte) error {

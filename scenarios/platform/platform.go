@@ -78,6 +78,8 @@ func Run(ctx context.Context, configFile string) error {
 }
 
 func run(ctx context.Context, config Config, log *slog.Logger) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
 	group := daemon.NewGroup(ctx)
 	identities := watchIdentities(group, config.WorkloadAPI, log)
 	services := map[string]*service{}
