@@ -56,7 +56,8 @@ func Compile(td spiffeid.TrustDomain, objects []*statev1.Object, options ...Opti
 			calling:  map[string][]rule{},
 			routes:   map[string][]site{},
 		},
-		objects: map[string]*statev1.Object{},
+		objects:   map[string]*statev1.Object{},
+		listeners: map[listener]*Service{},
 	}
 	for _, option := range options {
 		option(&c)
@@ -100,8 +101,14 @@ type compiler struct {
 	objects     map[string]*statev1.Object // by key
 	sorted      []*statev1.Object          // by key
 	object      *statev1.Object            // the one that is looked at
+	listeners   map[listener]*Service      // who calls others from where
 
 	failed []Finding
+}
+
+type listener struct {
+	host string
+	port uint16
 }
 
 func (c *compiler) find(severity Severity, fix, format string, args ...any) {
@@ -388,16 +395,14 @@ func (c *compiler) serviceReferences(s *statev1.Service) {
 		service.calls[full] = struct{}{}
 		service.Calls = append(service.Calls, full)
 	}
-	for _, label := range sortedKeys(c.tables.services) {
-		other := c.tables.services[label]
-		if other.Label >= service.Label || other.OutboundPort == 0 || other.OutboundPort != service.OutboundPort {
-			continue
-		}
+	if service.OutboundPort != 0 {
 		for _, host := range service.Hosts {
-			if slices.Contains(other.Hosts, host) {
-				c.fail("give each calling service a port of its own", "outbound.port %d is taken on host %s by %s", service.OutboundPort, host, other.objectKey)
+			at := listener{host, service.OutboundPort}
+			if first := c.listeners[at]; first != nil {
+				c.fail("give each calling service a port of its own", "outbound.port %d is taken on host %s by %s", at.port, host, first.objectKey)
 				break
 			}
+			c.listeners[at] = service
 		}
 	}
 	if len(c.tables.sites) > 0 {

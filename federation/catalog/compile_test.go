@@ -255,7 +255,7 @@ func TestLookups(t *testing.T) {
 
 func BenchmarkCompile(b *testing.B) {
 	objects := parseYAML(b, bankingYAML)
-	for i := range 1000 {
+	for i := range 10000 {
 		objects = append(objects, &statev1.Object{Kind: &statev1.Object_Service{Service: &statev1.Service{
 			Name: fmt.Sprintf("s%d", i), Path: fmt.Sprintf("/s%d", i), Hosts: []string{"h1"}, Selectors: []string{"unix:uid:1"}, Port: 80, OutboundPort: uint32(20000 + i),
 		}}})
