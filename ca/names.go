@@ -3,7 +3,7 @@ package ca
 import (
 	"errors"
 	"fmt"
-	"net"
+	"net/netip"
 	"strconv"
 	"strings"
 
@@ -138,8 +138,8 @@ func dnsName(s string) bool {
 // CheckAddress refuses what is not HOST:PORT with a host that is an IP address or
 // a DNS name and a port from 1 to 65535.
 func CheckAddress(address string) error {
-	host, port, err := net.SplitHostPort(address)
-	if err != nil {
+	host, port, ok := splitAddress(address)
+	if !ok {
 		return fmt.Errorf("address %.80q is not of the form HOST:PORT", address)
 	}
 	if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
@@ -151,9 +151,22 @@ func CheckAddress(address string) error {
 	return nil
 }
 
+// splitAddress parts HOST:PORT and [IPV6]:PORT.
+func splitAddress(address string) (host, port string, ok bool) {
+	i := strings.LastIndexByte(address, ':')
+	if i < 0 {
+		return "", "", false
+	}
+	host, port = address[:i], address[i+1:]
+	if bare, bracket := strings.CutPrefix(host, "["); bracket {
+		return strings.TrimSuffix(bare, "]"), port, strings.HasSuffix(bare, "]") && strings.Contains(bare, ":")
+	}
+	return host, port, !strings.ContainsAny(host, ":]")
+}
+
 // CheckHost refuses what is neither an IP address nor a DNS name in lower case.
 func CheckHost(host string) error {
-	if net.ParseIP(host) == nil && !dnsName(host) {
+	if _, err := netip.ParseAddr(host); err != nil && !dnsName(host) {
 		return fmt.Errorf("host %.80q is neither an IP address nor a DNS name in lower case", host)
 	}
 	return nil

@@ -60,9 +60,9 @@ eastwest-gateway/edge:   internal/yamlfile internal/refusal
 meshagent:               ca ca/client federation/bundle
                          meshagent/nodeattest meshagent/workloadattest
                          internal/peer internal/daemon internal/yamlfile
-meshagent/nodeattest:    ca
+meshagent/nodeattest:    ca ca/client internal/daemon
 meshagent/workloadattest: ca
-meshagent/workloadapi:   meshagent federation/bundle
+meshagent/workloadapi:   meshagent meshagent/workloadattest federation/bundle internal/daemon
 meshagent/sds:           meshagent federation/bundle
 meshagent/files:         meshagent federation/bundle
 meshagent/sidecar:       internal/dataplane federation/catalog federation/origin internal/peer internal/refusal
