@@ -166,7 +166,7 @@ func splitAddress(address string) (host, port string, ok bool) {
 
 // CheckHost refuses what is neither an IP address nor a DNS name in lower case.
 func CheckHost(host string) error {
-	if _, err := netip.ParseAddr(host); err != nil && !dnsName(host) {
+	if ip, err := netip.ParseAddr(host); (err != nil || ip.Zone() != "") && !dnsName(host) {
 		return fmt.Errorf("host %.80q is neither an IP address nor a DNS name in lower case", host)
 	}
 	return nil
