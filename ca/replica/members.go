@@ -3,6 +3,7 @@ package replica
 import (
 	"context"
 	"fmt"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -112,7 +113,9 @@ func (r *Replica) AddVoter(ctx context.Context, id, address string) error {
 
 // RemoveServer ends replication to a member and its vote. Leader only. Raft refuses to
 // remove the last voter. A leader that removes itself leaves; better hand over first.
+// A member that answers first gets the log as it is, so that it learns of its removal.
 func (r *Replica) RemoveServer(ctx context.Context, id string) error {
+	r.tell(ctx, id)
 	err := r.change(ctx, func() raft.Future {
 		return r.raft.RemoveServer(raft.ServerID(id), 0, enqueueTimeout)
 	})
@@ -120,6 +123,30 @@ func (r *Replica) RemoveServer(ctx context.Context, id string) error {
 		return fmt.Errorf("cannot remove %s: %w", id, err)
 	}
 	return nil
+}
+
+// tell waits until a member holds the present log, as long as it answers, but no longer
+// than its connections stay. Raft sends a removed follower its last entries only if it
+// does not lag.
+func (r *Replica) tell(ctx context.Context, id string) {
+	last := r.raft.LastIndex()
+	for end := time.Now().Add(r.cfg.farewell); time.Now().Before(end); {
+		servers := r.Servers()
+		at := slices.IndexFunc(servers, func(s Server) bool { return s.ID == id && !s.Self })
+		if at < 0 {
+			return
+		}
+		if s := servers[at]; s.Match >= last || time.Since(s.Contact) > 2*r.cfg.Timing.heartbeat() {
+			return
+		}
+		select {
+		case <-time.After(5 * time.Millisecond):
+		case <-ctx.Done():
+			return
+		case <-r.down:
+			return
+		}
+	}
 }
 
 // TransferLeadership hands leadership to the most current other voter.

@@ -63,8 +63,9 @@ type Config struct {
 
 	Timing Timing
 
-	// wrapStore lets tests of this package fail and stall the disk.
+	// Tests of this package fail and stall the disk, and give removed members more time.
 	wrapStore func(store) store
+	farewell  time.Duration
 }
 
 // Timing sets Raft's pace. A killed leader is replaced after about twice Heartbeat.
@@ -318,6 +319,9 @@ func keyID(cert *x509.Certificate) string {
 func (c *Config) complete() error {
 	if c.Dir == "" {
 		return errors.New("no data directory given")
+	}
+	if c.farewell == 0 {
+		c.farewell = farewell
 	}
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)

@@ -32,8 +32,8 @@ const (
 	dialTimeout = 3 * time.Second
 
 	// farewell is how long the open connections of a removed member stay: long enough to
-	// tell it that its removal is agreed. New ones are refused at once.
-	farewell = 300 * time.Millisecond
+	// tell it that its removal is agreed, short enough for I4. New ones are refused at once.
+	farewell = 750 * time.Millisecond
 )
 
 // raftConfig is every setting of the library, each with its reason.

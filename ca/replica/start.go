@@ -433,7 +433,7 @@ func (r *Replica) start(files *raft.FileSnapshotStore, list joinList) error {
 	r.fsm.onApply = r.cfg.OnApply
 	r.fsm.onRestore = r.cfg.OnRestore
 	r.fsm.onEnd = func(err error) { r.leave(err, true) }
-	r.fsm.onMembers = func() { time.AfterFunc(farewell, r.net.recheck) }
+	r.fsm.onMembers = func() { time.AfterFunc(r.cfg.farewell, r.net.recheck) }
 	r.fsm.onFull = func() {
 		select {
 		case full <- struct{}{}:

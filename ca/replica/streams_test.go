@@ -97,6 +97,7 @@ func greeted(t *testing.T, from *door, id, at string) error {
 }
 
 func TestDoorAdmitsVotersOnly(t *testing.T) {
+	t.Parallel()
 	a, b, witness, stranger := newNode(t, "ca1"), newNode(t, "ca2"), newNode(t, "ca3"), newNode(t, "ca4")
 	nonvoter := witness.member()
 	nonvoter.Voter = false
@@ -121,6 +122,7 @@ func TestDoorAdmitsVotersOnly(t *testing.T) {
 
 // The dialler, too, accepts only the key it means to reach.
 func TestDialPinsTheKey(t *testing.T) {
+	t.Parallel()
 	a, b, stranger := newNode(t, "ca1"), newNode(t, "ca2"), newNode(t, "ca4")
 	state := membersState(t, a, b.member())
 	doorA, doorB, doorX := newDoor(t, a, state), newDoor(t, b, state), newDoor(t, stranger, state)
@@ -139,6 +141,7 @@ func TestDialPinsTheKey(t *testing.T) {
 }
 
 func TestDoorKnowsItsCluster(t *testing.T) {
+	t.Parallel()
 	a, b := newNode(t, "ca1"), newNode(t, "ca2")
 	doorA := newDoor(t, a, membersState(t, a, b.member()))
 	good := protocol(clusterID, 0)
@@ -174,6 +177,7 @@ func TestDoorKnowsItsCluster(t *testing.T) {
 }
 
 func TestRemovedMemberIsCutOff(t *testing.T) {
+	t.Parallel()
 	a, b := newNode(t, "ca1"), newNode(t, "ca2")
 	state := membersState(t, a, b.member())
 	doorA, doorB := newDoor(t, a, state), newDoor(t, b, membersState(t, a, b.member()))
@@ -212,6 +216,7 @@ func TestRemovedMemberIsCutOff(t *testing.T) {
 
 // A joiner has no state: it goes by its list, until it finds itself in the state.
 func TestJoinersList(t *testing.T) {
+	t.Parallel()
 	a, b := newNode(t, "ca1"), newNode(t, "ca2")
 	doorA := newDoor(t, a, membersState(t, a, b.member()))
 	doorB := newDoor(t, b, domain.New())
@@ -237,6 +242,7 @@ func TestJoinersList(t *testing.T) {
 }
 
 func TestKillCutsEverything(t *testing.T) {
+	t.Parallel()
 	a, b := newNode(t, "ca1"), newNode(t, "ca2")
 	state := membersState(t, a, b.member())
 	doorA, doorB := newDoor(t, a, state), newDoor(t, b, state)
@@ -274,6 +280,7 @@ func TestKillCutsEverything(t *testing.T) {
 
 // Those who connect and say nothing must not keep members out.
 func TestSilentClientsDoNotBlock(t *testing.T) {
+	t.Parallel()
 	a, b := newNode(t, "ca1"), newNode(t, "ca2")
 	state := membersState(t, a, b.member())
 	doorA, doorB := newDoor(t, a, state), newDoor(t, b, state)

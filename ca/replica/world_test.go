@@ -26,7 +26,8 @@ import (
 	"github.com/entente-mesh/entente/ca/domain"
 )
 
-const beat = 100 * time.Millisecond
+// beat is calm enough for a loaded machine: leadership must not flap while tests look.
+const beat = 200 * time.Millisecond
 
 var clusterID = []byte("0123456789abcdef")
 
@@ -38,6 +39,8 @@ type node struct {
 	cert    tls.Certificate
 	dir     string
 	address string
+
+	group *[]*node // the cluster it belongs to, itself included
 
 	*Replica
 	stop func() error // ends Run and returns what it returned
@@ -72,7 +75,8 @@ func selfSigned(t testing.TB) (tls.Certificate, string) {
 func newNode(t testing.TB, name string) *node {
 	t.Helper()
 	cert, id := selfSigned(t)
-	n := &node{t: t, name: name, id: id, cert: cert, dir: t.TempDir()}
+	n := &node{t: t, name: name, id: id, cert: cert, dir: tempDir(t)}
+	n.group = &[]*node{n}
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -82,6 +86,18 @@ func newNode(t testing.TB, name string) *node {
 	return n
 }
 
+// tempDir is in memory where that is easy: on a busy disk a sync takes longer than an
+// election, and what these tests look at is not the disk.
+func tempDir(t testing.TB) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("/dev/shm", "replica")
+	if err != nil {
+		return t.TempDir()
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return dir
+}
+
 func (n *node) config() Config {
 	level := slog.LevelError + 4
 	if os.Getenv("RAFT_LOG") != "" {
@@ -89,8 +105,9 @@ func (n *node) config() Config {
 	}
 	return Config{
 		Dir: n.dir, Certificate: n.cert, Advertise: n.address,
-		Log:    slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level})).With("node", n.name),
-		Timing: Timing{Heartbeat: beat, DiskStall: 500 * time.Millisecond},
+		Log:      slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level})).With("node", n.name),
+		Timing:   Timing{Heartbeat: beat, DiskStall: 10 * time.Second},
+		farewell: 5 * time.Second,
 		OnApply: func(o domain.Outcome) {
 			n.mu.Lock()
 			defer n.mu.Unlock()
@@ -173,26 +190,28 @@ func cluster(t testing.TB, names ...string) []*node {
 	return nodes
 }
 
-// join admits n through leader and waits until it votes.
-func join(t testing.TB, leader, n *node, change ...func(*Config)) {
+// join admits n to the cluster of member and waits until it votes.
+func join(t testing.TB, member, n *node, change ...func(*Config)) {
 	t.Helper()
-	admit(t, leader, n)
+	admit(t, member, n)
 	n.start(change...)
-	promote(t, leader, n)
+	promote(t, member, n)
 }
 
 // admit has the membership agreed and writes what the joiner needs.
-func admit(t testing.TB, leader, n *node) {
+func admit(t testing.TB, member, n *node) {
 	t.Helper()
 	for _, command := range admission(t, n.member()) {
-		must1(t, leader, command)
+		carryOut(t, member, command)
 	}
 	var current *statev1.Cluster
 	var members []*statev1.Member
-	leader.Read(func(s *domain.State) { current, members = s.Cluster(), s.Members() })
+	leaderOf(t, member).Read(func(s *domain.State) { current, members = s.Cluster(), s.Members() })
 	if err := PrepareJoin(n.config(), current, members); err != nil {
 		t.Fatal(err)
 	}
+	*member.group = append(*member.group, n)
+	n.group = member.group
 }
 
 // admission is a token for m and its use.
@@ -223,19 +242,33 @@ func admission(t testing.TB, m *statev1.Member) []*statev1.Command {
 	}
 }
 
-func promote(t testing.TB, leader, n *node) {
+func promote(t testing.TB, member, n *node) {
 	t.Helper()
-	ctx := testContext(t)
-	if err := leader.AddNonvoter(ctx, n.id, n.address); err != nil {
-		t.Fatal(err)
-	}
-	await(t, n.name+" votes", func() bool {
-		err := leader.AddVoter(ctx, n.id, n.address)
-		if err != nil && !errors.Is(err, ErrBehind) {
+	byLeader(t, member, func(leader *node) error { return leader.AddNonvoter(testContext(t), n.id, n.address) })
+	byLeader(t, member, func(leader *node) error { return leader.AddVoter(testContext(t), n.id, n.address) })
+}
+
+// byLeader repeats f at whoever leads, until it succeeds.
+func byLeader(t testing.TB, member *node, f func(leader *node) error) {
+	t.Helper()
+	await(t, "the leader to do it", func() bool {
+		err := f(leaderOf(t, member))
+		if err != nil && !passes(err) {
 			t.Fatal(err)
 		}
 		return err == nil
 	})
+}
+
+// passes says whether an error is one of a moment.
+func passes(err error) bool {
+	var elsewhere ErrNotLeader
+	return errors.As(err, &elsewhere) || errors.Is(err, ErrNoQuorum) || errors.Is(err, ErrOutcomeUnknown) || errors.Is(err, ErrBehind)
+}
+
+func leaderOf(t testing.TB, member *node) *node {
+	t.Helper()
+	return awaitLeader(t, *member.group...)
 }
 
 func testContext(t testing.TB) context.Context {
@@ -260,7 +293,7 @@ func awaitLeader(t testing.TB, nodes ...*node) *node {
 	var leader *node
 	await(t, "a leader", func() bool {
 		for _, n := range nodes {
-			if n.IsLeader() && n.Barrier(testContext(t)) == nil {
+			if n.Replica != nil && n.IsLeader() && n.Barrier(testContext(t)) == nil {
 				leader = n
 				return true
 			}
@@ -286,17 +319,21 @@ func removeCommand(id string) *statev1.Command {
 	return &statev1.Command{Body: &statev1.Command_RemoveMember{RemoveMember: &statev1.RemoveMember{Id: id}}}
 }
 
-// must1 proposes and wants it carried out.
-func must1(t testing.TB, n *node, command *statev1.Command) domain.Outcome {
+// carryOut has a command agreed by the cluster of member, whoever leads it.
+func carryOut(t testing.TB, member *node, command *statev1.Command) {
 	t.Helper()
-	outcome, err := n.Propose(testContext(t), command)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if outcome.Refused != nil {
-		t.Fatal(outcome.Refused)
-	}
-	return outcome
+	repeated := false
+	byLeader(t, member, func(leader *node) error {
+		outcome, err := leader.Propose(testContext(t), command)
+		switch refused := outcome.Refused; {
+		case err != nil:
+			repeated = true
+			return err
+		case refused != nil && !(repeated && refused.Code == domain.CodeNotFound): // removed the first time
+			t.Fatal(refused)
+		}
+		return nil
+	})
 }
 
 // takeSnapshot has the node take one now. Raft refuses while its newest membership entry
@@ -304,9 +341,8 @@ func must1(t testing.TB, n *node, command *statev1.Command) domain.Outcome {
 func takeSnapshot(t testing.TB, n *node) {
 	t.Helper()
 	await(t, "a snapshot", func() bool {
-		must1(t, n, tickCommand(time.Now()))
-		err := n.raft.Snapshot().Error()
-		return err == nil
+		carryOut(t, n, tickCommand(time.Now()))
+		return n.raft.Snapshot().Error() == nil
 	})
 }
 
