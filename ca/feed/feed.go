@@ -497,19 +497,16 @@ func ownBundle(st *domain.State) *OwnBundle {
 	return &OwnBundle{X509: x509, Sequence: sequence}
 }
 
-// forSubscriber takes out of an object what would hand foreign X.509 roots to
-// everybody: a relationship's bootstrap bundle (I6).
+// forSubscriber keeps of a relationship only that it exists. Where the peer's bundle
+// comes from is the CA's business, and its bootstrap bundle would hand foreign X.509
+// roots to everybody (I6).
 func forSubscriber(o *statev1.Object) *statev1.Object {
 	r := o.GetRelationship()
-	if len(r.GetBootstrapBundle()) == 0 {
+	if r == nil {
 		return o
 	}
 	return &statev1.Object{
-		Kind: &statev1.Object_Relationship{Relationship: &statev1.Relationship{
-			TrustDomain:  r.GetTrustDomain(),
-			EndpointUrls: r.GetEndpointUrls(),
-			EndpointId:   r.GetEndpointId(),
-		}},
+		Kind:     &statev1.Object_Relationship{Relationship: &statev1.Relationship{TrustDomain: r.GetTrustDomain()}},
 		Owner:    o.GetOwner(),
 		Revision: o.GetRevision(),
 		Source:   o.GetSource(),
