@@ -78,7 +78,7 @@ func (d joinDoor) Join(ctx context.Context, req *ententev1.JoinRequest) (*entent
 		resp.Member, _ = st.Member(c.keyID)
 		resp.Members, resp.Cluster = st.Members(), st.Cluster()
 	})
-	s.Log.Info("a CA node was admitted", "node", resp.Member.GetName(), "node_id", c.keyID)
+	s.Log.Info("a CA node was admitted", "member", resp.Member.GetName(), "member_id", c.keyID)
 	return resp, nil
 }
 

@@ -43,7 +43,7 @@ func (d peerDoor) Propose(ctx context.Context, req *ententev1.ProposeRequest) (*
 		return nil, status.Errorf(codes.InvalidArgument, "the command does not decode, or has over %d bytes", maxCommand)
 	}
 	if err := s.mayPropose(c, command); err != nil {
-		s.Log.Warn("a command of a CA node was refused", "node", c.member.GetName(), "error", err)
+		s.Log.Warn("a command of a CA node was refused", "member", c.member.GetName(), "error", err)
 		return nil, status.Error(codes.PermissionDenied, err.Error())
 	}
 	outcome, err := s.Leader.Propose(ctx, command)
