@@ -204,7 +204,7 @@ func (w *world) restored() *State {
 // TestSimulation replays from its seed. ENTENTE_SEED=N runs one seed, ENTENTE_SEEDS=N
 // that many.
 func TestSimulation(t *testing.T) {
-	seeds, first := 30, 1
+	seeds, first := 12, 1
 	if n, err := strconv.Atoi(os.Getenv("ENTENTE_SEEDS")); err == nil {
 		seeds = n
 	}
@@ -215,7 +215,7 @@ func TestSimulation(t *testing.T) {
 	for seed := first; seed < first+seeds; seed++ {
 		t.Run(strconv.Itoa(seed), func(t *testing.T) {
 			rng := rand.New(rand.NewPCG(uint64(seed), 0))
-			for what, n := range newWorld(t).run(400, rng.IntN) {
+			for what, n := range newWorld(t).run(300, rng.IntN) {
 				total[what] += n
 			}
 		})

@@ -57,7 +57,7 @@ func TestSnapshotDamaged(t *testing.T) {
 			t.Fatalf("cut after %d of %d bytes: %v", n, len(good), err)
 		}
 	}
-	for i := 0; i < len(good); i += 1 + i/100 {
+	for i := 0; i < len(good); i += 1 + i/30 {
 		for bit := range 8 {
 			flipped := bytes.Clone(good)
 			flipped[i] ^= 1 << bit
