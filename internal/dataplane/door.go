@@ -175,7 +175,7 @@ func (x *exchange) meshCaller(d *downstream) bool {
 	ownGateway := tables.IsOwnGateway(d.id)
 	if !ownGateway && d.id.MemberOf(own) {
 		x.caller(d.id)
-		header.RemoveProtected(h, header.TimeoutMS, header.Attempt)
+		header.RemoveProtected(h, header.TimeoutMS, header.Attempt, header.Tried)
 		if reserved(d.id) {
 			x.refuse(refusal.CallerUnknown, "This identity calls no services.", "reserved path")
 			return false

@@ -37,6 +37,9 @@ type Config struct {
 	AccessLog *slog.Logger          // one record per request, message "request"; nil: none
 	Metrics   prometheus.Registerer // nil: none
 	Timing    Timing
+
+	// Dial opens connections, within Timing.Connect; nil: a net.Dialer. For networks in memory.
+	Dial func(ctx context.Context, network, address string) (net.Conn, error)
 }
 
 // Timing holds the engine's limits of time; zero means the default.
@@ -98,9 +101,22 @@ type Engine struct {
 	upstream  upstreams
 	apps      applications
 
-	ctx    context.Context // ends with Run or Close: owns dials and probes
+	ctx    context.Context // ends with Run: of dials, probes and tunnels
 	cancel context.CancelFunc
+	mu     sync.Mutex // guards ended, and orders tasks.Go before tasks.Wait
+	ended  bool
 	tasks  sync.WaitGroup
+}
+
+// spawn runs a task of the engine; false: the engine has ended.
+func (e *Engine) spawn(task func()) bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.ended {
+		return false
+	}
+	e.tasks.Go(task)
+	return true
 }
 
 // New makes an engine. Nothing is served before SetView; Run must be running while doors are open.
@@ -125,7 +141,7 @@ func New(cfg Config) (*Engine, error) {
 	}
 	e.ctx, e.cancel = context.WithCancel(context.Background())
 	e.upstream.init(e)
-	e.apps.init(cfg.Timing)
+	e.apps.init(e.dial)
 	var err error
 	if e.metrics, err = newMetrics(cfg.Metrics, e.registry.Len); err != nil {
 		e.cancel()
@@ -161,10 +177,13 @@ func (e *Engine) Ready() error {
 // those that are left. Doors should have ended by then.
 func (e *Engine) Run(ctx context.Context) error {
 	defer func() {
+		e.mu.Lock()
+		e.ended = true
+		e.mu.Unlock()
 		e.cancel()
+		e.tasks.Wait()
 		e.upstream.closeAll()
 		e.apps.close()
-		e.tasks.Wait()
 	}()
 	done := make(chan struct{})
 	watch, stop := context.WithCancel(ctx)
@@ -209,6 +228,20 @@ func (e *Engine) admits(kind catalog.HopKind, id spiffeid.ID) error {
 	return errors.New(id.String() + " is not one of those that may answer here")
 }
 
+// dial opens one TCP connection. foreign: to a gateway of another domain.
+func (e *Engine) dial(ctx context.Context, address string, foreign bool) (net.Conn, error) {
+	if e.cfg.Dial != nil {
+		ctx, cancel := context.WithTimeout(ctx, e.cfg.Timing.Connect)
+		defer cancel()
+		return e.cfg.Dial(ctx, "tcp", address)
+	}
+	dialer := net.Dialer{Timeout: e.cfg.Timing.Connect, KeepAliveConfig: net.KeepAliveConfig{Enable: true}}
+	if foreign {
+		dialer.ControlContext = e.checkForeign
+	}
+	return dialer.DialContext(ctx, "tcp", address)
+}
+
 // applications is the way to the host's own services: plain HTTP on loopback.
 type applications struct {
 	http1 *http.Transport
@@ -218,15 +251,14 @@ type applications struct {
 // attestKey carries Backend.Attest to the dial of a connection.
 type attestKey struct{}
 
-func (a *applications) init(t Timing) {
-	dialer := &net.Dialer{Timeout: t.Connect, KeepAliveConfig: net.KeepAliveConfig{Enable: true}}
-	dial := func(ctx context.Context, network, address string) (net.Conn, error) {
+func (a *applications) init(connect func(ctx context.Context, address string, foreign bool) (net.Conn, error)) {
+	dial := func(ctx context.Context, _, address string) (net.Conn, error) {
 		if attest, _ := ctx.Value(attestKey{}).(func() error); attest != nil {
 			if err := attest(); err != nil {
 				return nil, err
 			}
 		}
-		return dialer.DialContext(ctx, network, address)
+		return connect(ctx, address, false)
 	}
 	one, two := new(http.Protocols), new(http.Protocols)
 	one.SetHTTP1(true)

@@ -29,6 +29,7 @@ type exchange struct {
 	via     []header.Hop
 	target  catalog.Target
 	timeout time.Duration // until the answer begins; 0: none
+	skip    string        // datacenter whose instances are to be asked last
 	again   bool          // the hop before is trying for the second time or more
 	upgrade string        // protocol of an Upgrade
 	begun   bool          // the answer has begun
@@ -96,8 +97,10 @@ func (x *exchange) hopHeaders() bool {
 		}
 	}
 	x.again = h.Get(header.Attempt) != "" && h.Get(header.Attempt) != "1"
+	x.skip = h.Get(header.Tried)
 	delete(h, header.TimeoutMS)
 	delete(h, header.Attempt)
+	delete(h, header.Tried)
 	return true
 }
 

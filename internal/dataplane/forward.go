@@ -1,6 +1,7 @@
 package dataplane
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -46,7 +47,7 @@ func (x *exchange) forward(identity Identity, from catalog.Place, via []header.H
 
 	var tried []*place
 	for {
-		hop, more := r.choose(tried, e.cfg.Timing.Hold, time.Now())
+		hop, more := r.choose(tried, x.skip, e.cfg.Timing.Hold, time.Now())
 		if hop == nil { // all were tried: once more from the beginning, after a moment
 			if !s.pause() {
 				s.giveUp()
@@ -56,6 +57,7 @@ func (x *exchange) forward(identity Identity, from catalog.Place, via []header.H
 			continue
 		}
 		tried = append(tried, hop.place)
+		s.tried = r.passedOver(hop)
 		done := s.try(r.service, hop, more)
 		if done || x.begun || !s.again(more) {
 			if !done && !x.begun {
@@ -78,6 +80,7 @@ type sender struct {
 	idempotent bool
 	attempts   int
 	pauses     resilience.Backoff
+	tried      string // what the next attempt says in Entente-Tried
 
 	// Of the last attempt:
 	sent bool  // it may have reached the application
@@ -201,6 +204,10 @@ func (s *sender) try(service string, hop *routeHop, more bool) (done bool) {
 		s.head = h
 	}
 	h[header.Attempt] = []string{strconv.Itoa(s.attempts)}
+	delete(h, header.Tried)
+	if s.tried != "" {
+		h[header.Tried] = []string{s.tried}
+	}
 	if x.timeout > 0 {
 		h[header.TimeoutMS] = []string{strconv.FormatInt(max(1, (x.timeout-time.Since(x.start)).Milliseconds()), 10)}
 	}
@@ -222,6 +229,10 @@ func (s *sender) try(service string, hop *routeHop, more bool) (done bool) {
 	reason, ours := refusal.FromHeader(res.Header)
 	outcome := res.Header.Get(header.Outcome)
 	if !ours || outcome == "" {
+		if err := s.prefetch(res); err != nil {
+			_ = res.Body.Close()
+			return s.failed(p, &state, err, true)
+		}
 		if pen := p.penalty(service, false); pen != nil {
 			pen.OK()
 		}
@@ -249,6 +260,34 @@ func (s *sender) try(service string, hop *routeHop, more bool) (done bool) {
 	x.record.outcome = attemptResult(s.mayHaveRun)
 	s.copy(res, reason)
 	return true
+}
+
+// prefetch reads a small answer to its end before it is passed on, so that one that
+// breaks off can still be asked for again.
+func (s *sender) prefetch(res *http.Response) error {
+	n := res.ContentLength
+	if !s.idempotent || n <= 0 || n > maxReplay || s.x.r.Method == http.MethodHead {
+		return nil
+	}
+	body := make([]byte, n)
+	if _, err := io.ReadFull(res.Body, body); err != nil {
+		return fmt.Errorf("the answer broke off: %w", err)
+	}
+	res.Body = &joined{res.Body, bytes.NewReader(body)}
+	return nil
+}
+
+// joined is a body whose beginning was read before.
+type joined struct {
+	io.ReadCloser
+	head *bytes.Reader
+}
+
+func (j *joined) Read(p []byte) (int, error) {
+	if j.head.Len() > 0 {
+		return j.head.Read(p)
+	}
+	return j.ReadCloser.Read(p)
 }
 
 func attemptResult(sent bool) string {

@@ -80,7 +80,8 @@ func (e *Engine) route(v *view, identity Identity, from catalog.Place, target ca
 	if r, ok := v.routes.Load(key); ok {
 		return r.(*route)
 	}
-	r := &route{service: target.Name, failback: e.failbacks.of(failbackKey{from, target.Name}), hold: e.cfg.Timing.Hold}
+	// Without a hold time of the service's own, that of each place is enough.
+	r := &route{service: target.Name, failback: e.failbacks.of(failbackKey{from, target.Name})}
 	if s := target.Service; s != nil {
 		r.hold, r.manual = s.Failover.Hold, s.Failover.ManualFailback
 	}
@@ -100,9 +101,9 @@ func (e *Engine) route(v *view, identity Identity, from catalog.Place, target ca
 
 // choose picks the hop for the next attempt: of the group that serves now, else of the next
 // one in order, the one with the fewest requests of those that are not tried and not
-// left out; if there is none, one that was left out. Nil: all were tried. more: another
-// good one would be left after this.
-func (r *route) choose(tried []*place, hold time.Duration, now time.Time) (hop *routeHop, more bool) {
+// left out; if there is none, one that was left out. Nil: all were tried. skip is a
+// datacenter whose instances come last. more: another good one would be left after this.
+func (r *route) choose(tried []*place, skip string, hold time.Duration, now time.Time) (hop *routeHop, more bool) {
 	var (
 		keysArray [8]groupKey
 		goodArray [8]bool
@@ -112,6 +113,10 @@ func (r *route) choose(tried []*place, hold time.Duration, now time.Time) (hop *
 	)
 	for i := range r.groups {
 		n := 0
+		if r.groups[i].key == (groupKey{skip, catalog.ToInstance}) {
+			keys, good = append(keys, r.groups[i].key), append(good, false)
+			continue
+		}
 		for j := range r.groups[i].hops {
 			if r.groups[i].hops[j].usable(r.service, tried, hold, now) {
 				n++
@@ -137,6 +142,15 @@ func (r *route) choose(tried []*place, hold time.Duration, now time.Time) (hop *
 		}
 	}
 	return nil, false
+}
+
+// passedOver is the datacenter whose instances were preferred to hop and not chosen:
+// hop, if it is a gateway there, need not find out for itself.
+func (r *route) passedOver(hop *routeHop) string {
+	if hop.Kind != catalog.ToOwnGateway || len(r.groups) == 0 || r.groups[0].key.kind != catalog.ToInstance {
+		return ""
+	}
+	return r.groups[0].key.datacenter
 }
 
 func (h *routeHop) usable(service string, tried []*place, hold time.Duration, now time.Time) bool {

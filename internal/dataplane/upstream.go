@@ -84,6 +84,8 @@ type upstreamConn struct {
 	retired  bool
 }
 
+var errEnded = errors.New("this process is stopping")
+
 const idleTimeout = 90 * time.Second
 
 // dialedConn carries a connection of ours through http.Transport.
@@ -184,12 +186,11 @@ func (u *upstreams) connect(ctx context.Context, p *place, spec *dialSpec) (c *u
 		d := pl.dialing
 		if d == nil {
 			d = &dial{done: make(chan struct{})}
+			if !u.engine.spawn(func() { u.fill(pl, d, spec) }) {
+				pl.mu.Unlock()
+				return nil, true, errEnded
+			}
 			pl.dialing = d
-			u.engine.tasks.Add(1)
-			go func() {
-				defer u.engine.tasks.Done()
-				u.fill(pl, d, spec)
-			}()
 		}
 		pl.mu.Unlock()
 		select {
@@ -255,10 +256,6 @@ func (c *upstreamConn) close() {
 func (u *upstreams) fill(pl *pool, d *dial, spec *dialSpec) {
 	c, err := u.dial(u.engine.ctx, pl.place, spec, "h2")
 	pl.mu.Lock()
-	if err == nil && u.engine.ctx.Err() != nil { // closed meanwhile
-		c.close()
-		err = context.Cause(u.engine.ctx)
-	}
 	if err == nil {
 		c.pool = pl
 		c.idle = time.Now()
@@ -302,11 +299,7 @@ func (u *upstreams) dial(ctx context.Context, p *place, spec *dialSpec, alpn str
 func (u *upstreams) handshake(ctx context.Context, address string, spec *dialSpec, alpn string) (*tls.Conn, error) {
 	timing := u.engine.cfg.Timing
 	started := time.Now()
-	dialer := net.Dialer{Timeout: timing.Connect, KeepAliveConfig: net.KeepAliveConfig{Enable: true}}
-	if spec.kind == catalog.ToPeerGateway {
-		dialer.ControlContext = u.engine.checkForeign
-	}
-	raw, err := dialer.DialContext(ctx, "tcp", address)
+	raw, err := u.engine.dial(ctx, address, spec.kind == catalog.ToPeerGateway)
 	if err != nil {
 		u.engine.metrics.handshake("upstream", "unreachable", started)
 		return nil, err
@@ -357,12 +350,10 @@ func (u *upstreams) silent(p *place) {
 	if !p.suspect.CompareAndSwap(false, true) {
 		return
 	}
-	u.engine.tasks.Add(1)
-	go func() {
-		defer u.engine.tasks.Done()
+	u.engine.spawn(func() {
 		defer p.suspect.Store(false)
 		u.probe(p)
-	}()
+	})
 }
 
 // probeDue probes the places that are left out, each by its own back-off.

@@ -4,12 +4,14 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
+	"log"
 	"log/slog"
 	"net"
 	"net/http"
-	"net/http/httptest"
+	"net/netip"
 	"slices"
 	"strings"
 	"sync"
@@ -66,7 +68,9 @@ func (k *killable) kill() {
 	k.dead = true
 	_ = k.Listener.Close()
 	for c := range k.conns {
-		_ = c.(*net.TCPConn).SetLinger(0)
+		if tcp, ok := c.(*net.TCPConn); ok {
+			_ = tcp.SetLinger(0)
+		}
 		_ = c.Close()
 	}
 }
@@ -74,15 +78,16 @@ func (k *killable) kill() {
 // process is one engine with its door.
 type process struct {
 	*Engine
-	t      testing.TB
-	name   string
-	ln     *killable
-	addr   string
-	cancel context.CancelFunc
-	wg     sync.WaitGroup
-	access *accessLog
-	serve  func(ctx context.Context, e *Engine, ln net.Listener) error
-	config Config
+	t                  testing.TB
+	name               string
+	ln                 *killable
+	addr               string
+	cancel, cancelDoor context.CancelFunc
+	wg                 sync.WaitGroup
+	access             *accessLog
+	serve              func(ctx context.Context, e *Engine, ln net.Listener) error
+	config             Config
+	memory             *memory
 }
 
 func (p *process) start(ln net.Listener) {
@@ -93,11 +98,10 @@ func (p *process) start(ln net.Listener) {
 	}
 	p.Engine = e
 	ctx, cancel := context.WithCancel(context.Background())
-	p.cancel = cancel
+	door, cancelDoor := context.WithCancel(ctx)
+	p.cancel, p.cancelDoor = cancel, cancelDoor
 	p.wg.Go(func() { _ = e.Run(ctx) })
-	if p.serve != nil {
-		p.wg.Go(func() { _ = p.serve(ctx, e, p.ln) })
-	}
+	p.wg.Go(func() { _ = p.serve(door, e, p.ln) })
 }
 
 // kill is SIGKILL.
@@ -109,6 +113,11 @@ func (p *process) kill() {
 
 // restart brings a killed process back at the same address.
 func (p *process) restart(v View) {
+	if p.memory != nil {
+		p.start(p.memory.listen(p.addr))
+		p.SetView(v)
+		return
+	}
 	var ln net.Listener
 	var err error
 	for range 100 {
@@ -122,6 +131,87 @@ func (p *process) restart(v View) {
 	}
 	p.start(ln)
 	p.SetView(v)
+}
+
+// memory is a network without a kernel, for virtual time.
+type memory struct {
+	mu        sync.Mutex
+	listeners map[string]*memoryListener
+}
+
+type memoryListener struct {
+	addr    string
+	conns   chan net.Conn
+	done    chan struct{}
+	once    sync.Once
+	dropped atomic.Bool // packets to it vanish
+	frozen  atomic.Bool // the kernel accepts, the process does not
+}
+
+func (m *memory) listen(addr string) *memoryListener {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if addr == "" {
+		addr = fmt.Sprintf("127.0.0.1:%d", 1000+len(m.listeners))
+	}
+	l := &memoryListener{addr: addr, conns: make(chan net.Conn), done: make(chan struct{})}
+	m.listeners[addr] = l
+	return l
+}
+
+func (m *memory) dial(ctx context.Context, _, address string) (net.Conn, error) {
+	m.mu.Lock()
+	l := m.listeners[address]
+	m.mu.Unlock()
+	if l == nil {
+		return nil, errors.New("connection refused")
+	}
+	if l.dropped.Load() {
+		<-ctx.Done()
+		return nil, ctx.Err()
+	}
+	near, far := net.Pipe()
+	if l.frozen.Load() {
+		return near, nil
+	}
+	select {
+	case l.conns <- far:
+		return near, nil
+	case <-l.done:
+		return nil, errors.New("connection refused")
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+func (l *memoryListener) Accept() (net.Conn, error) {
+	select {
+	case c := <-l.conns:
+		return c, nil
+	case <-l.done:
+		return nil, net.ErrClosed
+	}
+}
+
+func (l *memoryListener) Close() error {
+	l.once.Do(func() { close(l.done) })
+	return nil
+}
+
+func (l *memoryListener) Addr() net.Addr {
+	return net.TCPAddrFromAddrPort(netip.MustParseAddrPort(l.addr))
+}
+
+// listen opens a listener of the world's network.
+func (w *world) listen() net.Listener {
+	if w.memory != nil {
+		return w.memory.listen("")
+	}
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return ln
 }
 
 // accessLog keeps the records of one process.
@@ -158,7 +248,8 @@ func (a *accessLog) of(requestID string) map[string]any {
 
 // app is an application behind a sidecar.
 type app struct {
-	*httptest.Server
+	server  *http.Server
+	ln      net.Listener
 	mu      sync.Mutex
 	seen    []*http.Request
 	bodies  []string
@@ -166,9 +257,11 @@ type app struct {
 	served  atomic.Int64
 }
 
-func newApp(t testing.TB) *app {
-	a := &app{}
-	a.Server = httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+func (a *app) addr() string { return a.ln.Addr().String() }
+
+func newApp(t testing.TB, ln net.Listener) *app {
+	a := &app{ln: ln}
+	a.server = &http.Server{ErrorLog: log.New(io.Discard, "", 0), Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		a.served.Add(1)
 		if h := a.handler.Load(); h != nil {
 			(*h)(w, r)
@@ -180,18 +273,25 @@ func newApp(t testing.TB) *app {
 		}
 		a.mu.Lock()
 		if len(a.seen) < 100 {
-			a.seen = append(a.seen, r)
+			a.seen = append(a.seen, &http.Request{Method: r.Method, Host: r.Host, URL: r.URL, Header: r.Header.Clone(), Trailer: r.Trailer.Clone()})
 			a.bodies = append(a.bodies, string(body))
 		}
 		a.mu.Unlock()
 		_, _ = w.Write(body)
 		_, _ = io.WriteString(w, "ok")
-	}))
-	a.Config.Protocols = new(http.Protocols)
-	a.Config.Protocols.SetHTTP1(true)
-	a.Config.Protocols.SetUnencryptedHTTP2(true)
-	a.Start()
-	t.Cleanup(a.Close)
+	})}
+	a.server.Protocols = new(http.Protocols)
+	a.server.Protocols.SetHTTP1(true)
+	a.server.Protocols.SetUnencryptedHTTP2(true)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		_ = a.server.Serve(ln)
+	}()
+	t.Cleanup(func() {
+		_ = a.server.Close()
+		<-done
+	})
 	return a
 }
 
@@ -229,6 +329,7 @@ type world struct {
 	timing  Timing
 	svids   map[string]*rotating // by ID
 	ttl     time.Duration
+	memory  *memory // nil: the loopback network
 }
 
 func (w *world) svid(d *domain, path string) *rotating {
@@ -259,8 +360,9 @@ type option func(*world)
 func withTTL(ttl time.Duration) option { return func(w *world) { w.ttl = ttl } }
 
 func newWorld(t testing.TB, options ...option) *world {
+	// Patient, as the machine may be busy; those who measure time do so in virtual time.
 	w := &world{t: t, svids: map[string]*rotating{}, ttl: time.Hour, timing: Timing{
-		Connect: 300 * time.Millisecond, Handshake: 2 * time.Second, Hold: 200 * time.Millisecond, Drain: time.Second,
+		Connect: 2 * time.Second, Handshake: 5 * time.Second, Attempt: 5 * time.Second, Hold: 200 * time.Millisecond, Drain: time.Second,
 	}}
 	for _, o := range options {
 		o(w)
@@ -281,14 +383,14 @@ func newWorld(t testing.TB, options ...option) *world {
 }
 
 func (w *world) process(d *domain, name, dc string, bundles x509bundle.Source, serve func(context.Context, *Engine, net.Listener) error) *process {
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		w.t.Fatal(err)
-	}
+	ln := w.listen()
 	p := &process{t: w.t, name: name, addr: ln.Addr().String(), access: &accessLog{}, serve: serve}
 	p.config = Config{
 		TrustDomain: d.td, Datacenter: dc, Process: name, Bundles: bundles, Timing: w.timing,
 		AccessLog: slog.New(slog.NewJSONHandler(p.access, nil)),
+	}
+	if w.memory != nil {
+		p.config.Dial, p.memory = w.memory.dial, w.memory
 	}
 	p.start(ln)
 	w.t.Cleanup(p.kill)
@@ -298,9 +400,9 @@ func (w *world) process(d *domain, name, dc string, bundles x509bundle.Source, s
 func (w *world) build(d *domain) {
 	service := map[*domain]string{w.banking: "accounts", w.trading: "market"}[d]
 	for i, dc := range []string{"dc1", "dc2"} {
-		a := newApp(w.t)
+		a := newApp(w.t, w.listen())
 		d.apps[i] = a
-		backend := Backend{Identity: w.identity(d, "/"+service), Address: strings.TrimPrefix(a.URL, "http://")}
+		backend := Backend{Identity: w.identity(d, "/"+service), Address: a.addr()}
 		d.sidecars[i] = w.process(d, "agent-"+dc, dc, d.own, func(ctx context.Context, e *Engine, ln net.Listener) error {
 			return e.ServeInbound(ctx, ln, func(name string) (Backend, bool) {
 				return backend, name == service+"."+d.td.Name()
@@ -403,6 +505,22 @@ func (a answer) id() string { return a.Header.Get("X-Request-Id") }
 func (a answer) problem() (p struct{ Type, Title, Detail, Next string }) {
 	_ = json.Unmarshal([]byte(a.body), &p)
 	return p
+}
+
+// inMemory puts the world into virtual time, with the timing that users have.
+func inMemory(w *world) {
+	w.memory = &memory{listeners: map[string]*memoryListener{}}
+	w.timing = Timing{}
+}
+
+// client returns a client of the world's own network.
+func (w *world) client() *http.Client {
+	t := &http.Transport{MaxIdleConnsPerHost: 500}
+	if w.memory != nil {
+		t.DialContext = w.memory.dial
+	}
+	w.t.Cleanup(t.CloseIdleConnections)
+	return &http.Client{Transport: t}
 }
 
 var client = &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{MaxIdleConnsPerHost: 100}}

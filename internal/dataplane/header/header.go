@@ -20,6 +20,7 @@ const (
 	Via       = "Entente-Via"        // gateways passed, "td/dc/name" each
 	TimeoutMS = "Entente-Timeout-Ms" // what is left of the request's deadline
 	Attempt   = "Entente-Attempt"    // 1 for a first attempt of the hop before
+	Tried     = "Entente-Tried"      // datacenter whose instances the hop before, an own sidecar, would rather not ask again
 
 	Refused = "Entente-Refused" // response: typed reason; set by internal/refusal
 	Outcome = "Entente-Outcome" // response: NotSent or Unknown

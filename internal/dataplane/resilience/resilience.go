@@ -187,7 +187,7 @@ func (f *Failback[K]) Choose(now time.Time, keys []K, available []bool, hold tim
 	if best < 0 {
 		return -1
 	}
-	if current < 0 || current == best {
+	if current < 0 || current == best { // also: the candidate was lost again
 		f.take(keys[best])
 		return best
 	}
