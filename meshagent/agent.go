@@ -47,7 +47,8 @@ type Agent struct {
 	token    *ca.Token // nil: none was given
 	attestor *workloadattest.Attestor
 	client   *client.Client
-	clientAs client.Config
+	clientAs client.Config // without an SVID, to attest
+	signer   signer        // client, but in tests
 
 	mu        sync.Mutex // orders changes of state; readers need none
 	state     atomic.Pointer[State]
@@ -60,6 +61,11 @@ type Agent struct {
 	leaving  bool // the instances are withdrawn for good
 
 	health *http.Transport
+}
+
+// signer has SVIDs signed: one result for each request, in their order.
+type signer interface {
+	SignX509(ctx context.Context, requests []client.SignRequest) []client.SignResult
 }
 
 // Options are what a Config cannot say.
@@ -125,6 +131,7 @@ func New(cfg *Config, opts Options) (*Agent, error) {
 	if a.client, err = client.New(withSVID); err != nil {
 		return nil, err
 	}
+	a.signer = a.client
 	a.metrics = newMetrics(opts.Registerer, a)
 	return a, nil
 }
@@ -380,10 +387,14 @@ func (e entrySVID) GetX509SVID() (*x509svid.SVID, error) {
 type ownSVID struct{ agent *Agent }
 
 func (o ownSVID) GetX509SVID() (*x509svid.SVID, error) {
-	if svid := o.agent.State().own; svid != nil {
-		return svid, nil
+	svid := o.agent.State().own
+	if svid == nil {
+		return nil, errors.New("the agent has not attested yet")
 	}
-	return nil, errors.New("the agent has not attested yet")
+	if end := svid.Certificates[0].NotAfter; !time.Now().Before(end) {
+		return nil, fmt.Errorf("the agent's SVID has ended at %s", end.Format(time.RFC3339))
+	}
+	return svid, nil
 }
 
 // Bundles is the source of the own trust domain's X.509 bundle, and of no other:

@@ -25,6 +25,7 @@ const (
 
 	retryFirst = 100 * time.Millisecond
 	retryMost  = 30 * time.Second
+	retryEnded = time.Second // when there is nothing left to serve
 )
 
 // halfLife is when a certificate received now is renewed: half of what is left of
@@ -36,11 +37,12 @@ func halfLife(svid *x509svid.SVID, now time.Time) time.Time {
 }
 
 // retryAfter is the pause after the nth failure (from 1), jittered, never more
-// than a tenth of what is left of the life of what is to be renewed.
+// than a tenth of what is left of the life of what is to be renewed, and short
+// when that has ended.
 func retryAfter(n int, left time.Duration) time.Duration {
-	most := retryMost
+	most := retryEnded
 	if left > 0 {
-		most = min(most, max(left/10, retryFirst))
+		most = min(retryMost, max(left/10, retryFirst))
 	}
 	pause := min(retryFirst<<min(n-1, 16), most)
 	return pause/2 + rand.N(pause/2+1)
@@ -85,7 +87,7 @@ func (a *Agent) keepOwn(ctx context.Context, identified chan<- struct{}) error {
 			}
 			continue
 		}
-		if errors.Is(err, client.ErrDenied) && a.State().own == nil && a.neverAdmitted() {
+		if a.neverAdmitted() && (errors.Is(err, client.ErrDenied) || errors.Is(err, errOtherAgent)) {
 			return fmt.Errorf("this host was not admitted: %w", err)
 		}
 		failures++
@@ -94,14 +96,10 @@ func (a *Agent) keepOwn(ctx context.Context, identified chan<- struct{}) error {
 		if own := a.State().own; own != nil {
 			left = own.Certificates[0].NotAfter.Sub(now)
 		}
-		pause := retryAfter(failures, left)
-		if a.State().own == nil { // nothing works before this: no long pauses
-			pause = min(pause, time.Second)
-		}
 		if failures == 1 {
 			a.log.Warn("no fresh SVID for the agent itself; trying again", "valid_for", max(left, 0).Round(time.Second), "error", err)
 		}
-		due = now.Add(pause)
+		due = now.Add(retryAfter(failures, left))
 	}
 }
 
@@ -119,7 +117,7 @@ func (a *Agent) renewOwn(ctx context.Context) (*x509svid.SVID, error) {
 	}
 	own := a.State().own
 	if own != nil && time.Now().Before(own.Certificates[0].NotAfter) {
-		result := a.client.SignX509(ctx, []client.SignRequest{{CSR: csr}})[0]
+		result := a.signer.SignX509(ctx, []client.SignRequest{{CSR: csr}})[0]
 		if result.Err == nil {
 			return a.install(result.Certificates, nil)
 		}
@@ -152,6 +150,9 @@ func (a *Agent) attest(ctx context.Context, csr []byte) (*x509svid.SVID, error) 
 	return a.install(answer.Certificates, answer)
 }
 
+// errOtherAgent: the join token was made for an agent of another name.
+var errOtherAgent = errors.New("the join token admits another agent")
+
 // install verifies a new SVID of the agent's own and takes it into use; answer is
 // nil when it was renewed and not attested.
 func (a *Agent) install(certificates [][]byte, answer *client.Attestation) (*x509svid.SVID, error) {
@@ -162,6 +163,9 @@ func (a *Agent) install(certificates [][]byte, answer *client.Attestation) (*x50
 			return nil, err
 		}
 		bundle = attested
+		if name := answer.Agent.GetName(); name != a.cfg.Name {
+			return nil, fmt.Errorf("%w: %q, and this one is %q: change its name, or make a token for it", errOtherAgent, name, a.cfg.Name)
+		}
 		a.diskMu.Lock()
 		cluster := a.known.cluster
 		a.diskMu.Unlock()
@@ -281,7 +285,7 @@ func (a *Agent) renew(ctx context.Context, slots []*slot) {
 			return
 		}
 	}
-	results := a.client.SignX509(ctx, requests)
+	results := a.signer.SignX509(ctx, requests)
 	if ctx.Err() != nil {
 		return
 	}
