@@ -86,7 +86,7 @@ var table = []Row{
 	{TierUnknown, http.StatusForbidden, grpcPermissionDenied, "The token's tier has no plan here.", "Ask for a tier that this entrance serves."},
 	{Rate, http.StatusTooManyRequests, grpcResourceExhausted, "The rate of requests is over its limit.", "Wait as long as Retry-After says."},
 
-	{UnknownService, http.StatusMisdirectedRequest, grpcUnimplemented, "No such service is known here.", "Call a service by LABEL.TRUSTDOMAIN; see which exist: entente get services."},
+	{UnknownService, http.StatusMisdirectedRequest, grpcUnimplemented, "No such service is known here.", "Call a service by LABEL.TRUSTDOMAIN, as its domain declares it."},
 	{NotImported, http.StatusForbidden, grpcPermissionDenied, "The service is not imported into this domain.", "Apply an Import of the service, then an agreement that lists the caller."},
 	{CallerUnknown, http.StatusForbidden, grpcPermissionDenied, "The caller is not a service of this domain.", "Declare a Service with the caller's identity; gateways and agents are never callers."},
 	{CallerCalls, http.StatusForbidden, grpcPermissionDenied, "The caller's entry does not list this service.", "Add the service to \"calls\" of the calling Service."},
@@ -99,11 +99,11 @@ var table = []Row{
 	{AgreementExpired, http.StatusForbidden, grpcPermissionDenied, "The agreement has expired.", "Both domains renew the agreement."},
 
 	{NotReady, http.StatusServiceUnavailable, grpcUnavailable, "This process is not ready yet.", "Try again in a moment; /readyz of its admin listener says what it waits for."},
-	{NoEndpoint, http.StatusServiceUnavailable, grpcUnavailable, "No instance of the service can be reached now.", "See which instances are known and healthy: entente status."},
+	{NoEndpoint, http.StatusServiceUnavailable, grpcUnavailable, "No instance of the service can be reached now.", "See which instances are known and healthy: entente ca status --json."},
 	{UpstreamUnreachable, http.StatusBadGateway, grpcUnavailable, "No connection could be made; nothing was sent.", "Trying again is safe."},
 	{UpstreamOutcomeUnknown, http.StatusBadGateway, grpcUnavailable, "The connection broke after the request was sent; its outcome is unknown.", "Find out whether it took effect before trying again; an Idempotency-Key lets the mesh try for you."},
 	{Timeout, http.StatusGatewayTimeout, grpcDeadlineExceeded, "The deadline passed before an answer came.", "Find out whether it took effect before trying again."},
-	{Loop, http.StatusLoopDetected, grpcFailedPrecondition, "The request came by here before.", "See the path it took: entente explain with its request id."},
+	{Loop, http.StatusLoopDetected, grpcFailedPrecondition, "The request came by here before.", "See the path it took in the access records, by its request id."},
 }
 
 var rows = func() map[Reason]Row {
