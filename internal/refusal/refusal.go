@@ -2,7 +2,7 @@
 // fails a request, and writes them: as an RFC 9457 problem for HTTP, as a
 // trailers-only response for gRPC.
 //
-// A caller learns the reason, a request id and the command that explains more.
+// A caller learns the reason, a request id and what to do next.
 // It never learns the rule, the bundle or the revision behind the answer: those
 // go to the refuser's own log (invariant I11).
 package refusal

@@ -79,7 +79,7 @@ func answer(p Problem, change func(*http.Request)) *http.Response {
 func TestWriteHTTP(t *testing.T) {
 	res := answer(Problem{Reason: AgreementCaller, RequestID: "01JC"}, nil)
 	data, _ := io.ReadAll(res.Body)
-	const want = `{"type":"urn:entente:refused:agreement-caller","title":"No agreement lists this caller.","status":403,"request_id":"01JC","next":"entente explain 01JC"}` + "\n"
+	const want = `{"type":"urn:entente:refused:agreement-caller","title":"No agreement lists this caller.","status":403,"request_id":"01JC","next":"Both domains add the caller to the agreement."}` + "\n"
 	if string(data) != want {
 		t.Errorf("got  %s\nwant %s", data, want)
 	}

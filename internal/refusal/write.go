@@ -15,7 +15,7 @@ type Problem struct {
 	Reason    Reason
 	Detail    string // about this occurrence; may be empty
 	RequestID string
-	Next      string // empty: "entente explain REQUESTID", or the table's advice without an id
+	Next      string // empty: the table's advice
 
 	// RetryAfter is written as Retry-After, rounded up to whole seconds; for
 	// [Rate] at least 1 s is always written.
@@ -50,14 +50,10 @@ func (p Problem) MarshalJSON() ([]byte, error) {
 }
 
 func (p Problem) next() string {
-	switch {
-	case p.Next != "":
+	if p.Next != "" {
 		return bounded(p.Next)
-	case p.RequestID != "":
-		return "entente explain " + p.RequestID
-	default:
-		return rows[p.Reason].Next
 	}
+	return rows[p.Reason].Next
 }
 
 func bounded(s string) string {
