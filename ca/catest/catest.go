@@ -166,6 +166,19 @@ func (c *CA) Stop() {
 	c.cancel = nil
 }
 
+// Kill ends the node as SIGKILL would, as far as that is possible in one process: its
+// listeners and connections are gone at once, nothing is handed over.
+func (c *CA) Kill() {
+	if c.cancel == nil {
+		return
+	}
+	c.node.Close()
+	c.cancel()
+	<-c.ended
+	c.conn.Close()
+	c.cancel = nil
+}
+
 // WaitReady waits until the node signs.
 func (c *CA) WaitReady() {
 	c.t.Helper()
