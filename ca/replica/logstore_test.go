@@ -210,7 +210,7 @@ func (m *memoryStore) Close() error { return nil }
 // Every store must pass this.
 func TestStores(t *testing.T) {
 	shelves := map[string]func(testing.TB) shelf{
-		"bbolt":  func(t testing.TB) shelf { return &boltShelf{t: t, path: filepath.Join(t.TempDir(), "log.db")} },
+		"bbolt":  func(t testing.TB) shelf { return &boltShelf{t: t, path: filepath.Join(tempDir(t), "log.db")} },
 		"memory": func(testing.TB) shelf { return &memoryShelf{} },
 	}
 	for name, make := range shelves {

@@ -196,8 +196,8 @@ func (r *Replica) leave(cause error, fatal bool) {
 		if fatal {
 			close(r.ended)
 		}
+		r.net.kill() // first: who sees Down may rely on the silence
 		close(r.down)
-		r.net.kill()
 		if started := r.running.Load(); started != nil {
 			r.halt(started)
 		}

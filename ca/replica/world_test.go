@@ -86,10 +86,15 @@ func newNode(t testing.TB, name string) *node {
 	return n
 }
 
+var onDisk bool // benchmarks only
+
 // tempDir is in memory where that is easy: on a busy disk a sync takes longer than an
 // election, and what these tests look at is not the disk.
 func tempDir(t testing.TB) string {
 	t.Helper()
+	if onDisk {
+		return t.TempDir()
+	}
 	dir, err := os.MkdirTemp("/dev/shm", "replica")
 	if err != nil {
 		return t.TempDir()
@@ -350,6 +355,19 @@ func (n *node) has(id string) bool {
 	found := false
 	n.Read(func(s *domain.State) { _, found = s.Token(id) })
 	return found
+}
+
+// alike waits until the nodes hold the same state.
+func alike(t testing.TB, nodes ...*node) {
+	t.Helper()
+	await(t, "equal states", func() bool {
+		for _, n := range nodes {
+			if n.checksum() != nodes[0].checksum() {
+				return false
+			}
+		}
+		return true
+	})
 }
 
 func (n *node) checksum() string {
