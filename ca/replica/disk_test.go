@@ -125,6 +125,14 @@ func TestDiskFails(t *testing.T) {
 				if err := victim.Err(); !errors.Is(err, ErrDisk) {
 					t.Errorf("it left for %v", err)
 				}
+				await(t, "word of lost leadership", func() bool {
+					select {
+					case lead := <-victim.LeaderCh():
+						return !lead
+					default:
+						return false
+					}
+				})
 				if victim.IsLeader() || victim.Leader() != "" || victim.State() != "Stopped" || victim.net.count() != 0 {
 					t.Error("it does not know that it is out")
 				}

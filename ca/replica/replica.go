@@ -110,6 +110,7 @@ type Replica struct {
 	halting sync.Once
 
 	proposals chan *proposal
+	leaderCh  chan bool // holds one; relay alone sends
 	barrier   barrier
 
 	// down is closed, once, when this replica leaves Raft for whatever reason; cause
@@ -120,7 +121,7 @@ type Replica struct {
 	ended    chan struct{}
 
 	stop      context.CancelFunc // ends the goroutines below
-	tasks     sync.WaitGroup     // the proposer, the compactor
+	tasks     sync.WaitGroup     // proposer, compactor, relay and the watch on Raft's end
 	closeOnce sync.Once
 }
 
@@ -261,10 +262,32 @@ func (r *Replica) Leader() string {
 	return string(id)
 }
 
-// LeaderCh tells when this node gains (true) and loses (false) leadership. It has one
-// reader and holds only the latest word: true after true means lost and regained. A new
-// leader's state may lag its log: Barrier first. After Down it may be silent.
-func (r *Replica) LeaderCh() <-chan bool { return r.raft.LeaderCh() }
+// LeaderCh tells when this node gains (true) and loses (false) leadership; Down is a
+// loss. It has one reader and holds only the latest word: true after true means lost
+// and regained. A new leader's state may lag its log: Barrier first.
+func (r *Replica) LeaderCh() <-chan bool { return r.leaderCh }
+
+// relay passes on what Raft says about leadership. After a disk failure Raft's main
+// goroutine may say nothing any more.
+func (r *Replica) relay() {
+	for {
+		lead := false
+		down := false
+		select {
+		case lead = <-r.raft.LeaderCh():
+		case <-r.down:
+			down = true
+		}
+		select {
+		case <-r.leaderCh: // nobody took the word before
+		default:
+		}
+		r.leaderCh <- lead
+		if down {
+			return
+		}
+	}
+}
 
 // State is Leader, Follower, Candidate, or Stopped.
 func (r *Replica) State() string {

@@ -207,6 +207,7 @@ func open(cfg Config) (*Replica, error) {
 		cfg:       cfg,
 		log:       cfg.Log,
 		proposals: make(chan *proposal),
+		leaderCh:  make(chan bool, 1),
 		down:      make(chan struct{}),
 		ended:     make(chan struct{}),
 		halted:    make(chan struct{}),
@@ -463,6 +464,7 @@ func (r *Replica) start(files *raft.FileSnapshotStore, list joinList) error {
 	r.stop = stop
 	r.tasks.Go(func() { r.batch(ctx) })
 	r.tasks.Go(func() { r.compact(ctx, full) })
+	r.tasks.Go(r.relay) // ends with down
 	r.tasks.Go(func() {
 		select {
 		case <-stopped:

@@ -15,8 +15,10 @@ import (
 	"github.com/hashicorp/raft"
 )
 
-// handshakes is how many inbound handshakes run at once; more wait in the kernel.
-const handshakes = 64
+// handshakes is how many inbound handshakes run at once; more wait in the kernel. Each
+// ends after dialTimeout, so whoever would keep members out must open as many again
+// every few seconds; connections that stand are not touched by it.
+const handshakes = 512
 
 var errKilled = fmt.Errorf("%w: its connections are cut", ErrStopped)
 

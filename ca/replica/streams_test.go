@@ -295,3 +295,31 @@ func TestSilentClientsDoNotBlock(t *testing.T) {
 		t.Errorf("a member waits behind silent clients: %v", err)
 	}
 }
+
+// A voter that lags has to work with members of whom it has only Raft's word, but no
+// longer than it lags.
+func TestNewestMembershipCountsWhileTheStateLags(t *testing.T) {
+	t.Parallel()
+	leader := cluster(t, "ca1")[0]
+	unknown := newNode(t, "ca2")
+	find := func() bool {
+		known, _, _ := leader.trans.roster.find(unknown.id)
+		return known
+	}
+	if find() {
+		t.Error("a stranger is known")
+	}
+	if err := leader.AddNonvoter(testContext(t), unknown.id, unknown.address); err != nil {
+		t.Fatal(err)
+	}
+	if !find() {
+		t.Error("a member of Raft's newest membership is unknown although the state ends before it")
+	}
+	if leader.trans.roster.voter(unknown.id) {
+		t.Error("a non-voter may connect")
+	}
+	carryOut(t, leader, token("later"))
+	if find() {
+		t.Error("the state is newer than Raft's membership and does not know it, but it still counts")
+	}
+}
