@@ -65,6 +65,7 @@ type Server struct {
 	agent    *meshagent.Agent
 	listener net.Listener
 	log      *slog.Logger
+	patience time.Duration // startTime, but in tests
 	stopping chan struct{} // closed when streams must end
 
 	mu    sync.Mutex
@@ -86,7 +87,7 @@ func New(agent *meshagent.Agent, listener net.Listener, log *slog.Logger) *Serve
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	return &Server{agent: agent, listener: listener, log: log, stopping: make(chan struct{}), usage: map[process]usage{}}
+	return &Server{agent: agent, listener: listener, log: log, patience: startTime, stopping: make(chan struct{}), usage: map[process]usage{}}
 }
 
 // Run serves until ctx ends, which it calls once. It closes the listener. Open

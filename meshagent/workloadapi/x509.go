@@ -1,9 +1,9 @@
 package workloadapi
 
 import (
-	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
@@ -42,8 +42,8 @@ func follow[R any, P interface {
 	if err != nil {
 		return err
 	}
-	patience, cancel := context.WithTimeout(stream.Context(), startTime)
-	defer cancel()
+	patience := time.NewTimer(s.patience)
+	defer patience.Stop()
 	var sent P
 	for {
 		state := s.agent.State()
@@ -66,9 +66,9 @@ func follow[R any, P interface {
 			sent = next
 		}
 
-		var late <-chan struct{}
-		if sent == nil {
-			late = patience.Done()
+		late := patience.C
+		if sent != nil {
+			late = nil
 		}
 		select {
 		case <-state.Reissued():
