@@ -1,0 +1,316 @@
+package gateway
+
+import (
+	"context"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+	"github.com/spiffe/go-spiffe/v2/workloadapi"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
+	"github.com/entente-mesh/entente/internal/dataplane"
+	"github.com/entente-mesh/entente/internal/peer"
+	"github.com/entente-mesh/entente/internal/peer/peertest"
+)
+
+var td = spiffeid.RequireTrustDomainFromString("trading.example")
+
+// workloadAPI serves fixed SVIDs and bundles.
+type workloadAPI struct {
+	workload.UnimplementedSpiffeWorkloadAPIServer
+	svids []*x509svid.SVID
+	own   *x509.Certificate
+}
+
+func (w *workloadAPI) FetchX509SVID(_ *workload.X509SVIDRequest, stream grpc.ServerStreamingServer[workload.X509SVIDResponse]) error {
+	res := &workload.X509SVIDResponse{}
+	for _, s := range w.svids {
+		chain, key, err := s.MarshalRaw()
+		if err != nil {
+			return err
+		}
+		res.Svids = append(res.Svids, &workload.X509SVID{SpiffeId: s.ID.String(), X509Svid: chain, X509SvidKey: key, Bundle: w.own.Raw})
+	}
+	if err := stream.Send(res); err != nil {
+		return err
+	}
+	<-stream.Context().Done()
+	return nil
+}
+
+// ca serves one policy and one set of instances.
+type ca struct {
+	ententev1.UnimplementedSyncServer
+	policy    *ententev1.Policy
+	instances []*ententev1.Instance
+}
+
+func (c *ca) Sync(stream grpc.BidiStreamingServer[ententev1.SyncRequest, ententev1.SyncResponse]) error {
+	if _, err := stream.Recv(); err != nil {
+		return err
+	}
+	if err := stream.Send(&ententev1.SyncResponse{Message: &ententev1.SyncResponse_Policy{Policy: c.policy}}); err != nil {
+		return err
+	}
+	if err := stream.Send(&ententev1.SyncResponse{Message: &ententev1.SyncResponse_Presence{Presence: &ententev1.Presence{Instances: c.instances, Complete: true}}}); err != nil {
+		return err
+	}
+	for {
+		if _, err := stream.Recv(); err != nil {
+			return nil
+		}
+	}
+}
+
+// serve runs a gRPC server until stop is called.
+func serve(t *testing.T, ln net.Listener, register func(*grpc.Server), options ...grpc.ServerOption) (stop func()) {
+	server := grpc.NewServer(options...)
+	register(server)
+	var done sync.WaitGroup
+	done.Go(func() { _ = server.Serve(ln) })
+	stop = sync.OnceFunc(func() {
+		server.Stop()
+		done.Wait()
+	})
+	t.Cleanup(stop)
+	return stop
+}
+
+// listen opens a loopback listener.
+func listen(t *testing.T) net.Listener {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return ln
+}
+
+func TestGateway(t *testing.T) {
+	authority := peertest.NewAuthority(td)
+	bundles := authority.Bundle()
+	jwks, err := spiffebundle.FromX509Bundle(bundles).Marshal()
+	if err != nil {
+		t.Fatal(err)
+	}
+
+	dir := t.TempDir()
+	socket := filepath.Join(dir, "workload.sock")
+	uds, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	api := &workloadAPI{own: authority.Cert, svids: []*x509svid.SVID{authority.Issue("/edge"), authority.Issue("/entente/gateway/gw-1")}}
+	stopAPI := serve(t, uds, func(s *grpc.Server) { workload.RegisterSpiffeWorkloadAPIServer(s, api) })
+
+	// market's place: a bare mTLS server under its SVID.
+	marketLn := listen(t)
+	marketSVID := authority.Issue("/market")
+	market := &http.Server{
+		TLSConfig: peer.ServerTLS(marketSVID, bundles, peer.MemberOf(td), "h2"),
+		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			_, _ = io.WriteString(w, "market for "+r.Header.Get("Entente-Caller"))
+		}),
+	}
+	go func() { _ = market.ServeTLS(marketLn, "", "") }()
+	t.Cleanup(func() { _ = market.Close() })
+
+	door, admin := listen(t), listen(t)
+	doorAddr, adminAddr := door.Addr().String(), admin.Addr().String()
+	_ = door.Close()
+	_ = admin.Close()
+	service := func(name string, port uint32) *statev1.Object {
+		return &statev1.Object{Revision: 1, Kind: &statev1.Object_Service{Service: &statev1.Service{
+			Name: name, Path: "/" + name, Hosts: []string{"a1"}, Selectors: []string{"unix:uid:1000"}, Port: port}}}
+	}
+	caLn := listen(t)
+	caSVID := authority.Issue("/entente/ca/ca-1")
+	cluster := &statev1.Cluster{TrustDomain: td.Name(), Id: make([]byte, 16), Dev: true}
+	stopCA := serve(t, caLn, func(s *grpc.Server) {
+		ententev1.RegisterSyncServer(s, &ca{
+			policy: &ententev1.Policy{Full: true, Last: true, Revision: 5, Cluster: cluster,
+				Bundles: []*ententev1.Bundle{{TrustDomain: td.Name(), Jwks: jwks}},
+				Objects: []*statev1.Object{service("market", 8080), service("portfolio", 0), service("edge", 0),
+					{Revision: 1, Kind: &statev1.Object_Gateway{Gateway: &statev1.Gateway{Name: "gw-1", Datacenter: "dc1", Address: doorAddr, Hosts: []string{"a1"}, Selectors: []string{"unix:uid:1000"}}}}}},
+			instances: []*ententev1.Instance{{Service: "market", Agent: "a1", Datacenter: "dc1", Address: marketLn.Addr().String(), Health: ententev1.Health_HEALTH_HEALTHY}},
+		})
+	}, grpc.Creds(credentials.NewTLS(peer.ServerTLS(caSVID, bundles, peer.MemberOf(td), "h2"))))
+
+	file := fmt.Sprintf("trustDomain: trading.example\nname: gw-1\ndatacenter: dc1\nworkloadAPI: {socket: %s}\nca: {addresses: [%q]}\neastWest: {listen: %q}\nadmin: {listen: %q}\naccessLog: {file: %s}\nedge: {listen: x}\n",
+		socket, caLn.Addr().String(), doorAddr, adminAddr, filepath.Join(dir, "access.log"))
+	cfg, err := ReadConfig("gateway.yaml", strings.NewReader(file))
+	if err != nil {
+		t.Fatal(err)
+	}
+	mesh := make(chan *dataplane.Outbound, 1)
+	g, err := New(cfg, slog.New(slog.DiscardHandler), Role{Name: "edge", Identity: "/edge", Run: func(ctx context.Context, m *dataplane.Outbound) error {
+		mesh <- m
+		<-ctx.Done()
+		return ctx.Err()
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	done := make(chan error, 1)
+	go func() { done <- g.Run(ctx) }()
+	edge := <-mesh
+
+	ready := func() int {
+		res, err := http.Get("http://" + adminAddr + "/readyz")
+		if err != nil {
+			return 0
+		}
+		_ = res.Body.Close()
+		return res.StatusCode
+	}
+	if ready() != 200 {
+		t.Error("not ready")
+	}
+	// The east-west door, asked by a workload.
+	config := peer.ClientTLS(authority.Issue("/portfolio"), bundles, peer.AnyOf(spiffeid.RequireFromPath(td, "/entente/gateway/gw-1")), "h2")
+	config.ServerName = td.Name()
+	c := &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{TLSClientConfig: config, ForceAttemptHTTP2: true}}
+	defer c.CloseIdleConnections()
+	ask := func() string {
+		var err error
+		for range 100 {
+			r, _ := http.NewRequest("GET", "https://"+doorAddr+"/", nil)
+			r.Host = "market.trading.example"
+			var res *http.Response
+			if res, err = c.Do(r); err == nil {
+				body, _ := io.ReadAll(res.Body)
+				_ = res.Body.Close()
+				return string(body)
+			}
+			time.Sleep(20 * time.Millisecond) // the door opens in its own time
+		}
+		return err.Error()
+	}
+	if got := ask(); got != "market for spiffe://trading.example/portfolio" {
+		t.Errorf("%q", got)
+	}
+	// The edge is a caller like any other.
+	w := &recorder{header: http.Header{}}
+	r, _ := http.NewRequest("GET", "/", nil)
+	edge.Forward(w, r, "market.trading.example")
+	if w.status != 200 {
+		t.Errorf("%d %s", w.status, w.body.String())
+	}
+
+	// I12: without Workload API and CA traffic goes on.
+	stopAPI()
+	stopCA()
+	if got := ask(); got != "market for spiffe://trading.example/portfolio" || ready() != 200 {
+		t.Errorf("without API and CA: %q", got)
+	}
+	metrics, err := http.Get("http://" + adminAddr + "/metrics")
+	if err != nil {
+		t.Fatal(err)
+	}
+	text, _ := io.ReadAll(metrics.Body)
+	_ = metrics.Body.Close()
+	if !strings.Contains(string(text), `entente_requests_total{hop="gateway",outcome="answered",reason=""} 2`) {
+		t.Errorf("metrics:\n%s", text)
+	}
+
+	cancel()
+	select {
+	case err := <-done:
+		if err != nil && !errors.Is(err, context.Canceled) {
+			t.Error(err)
+		}
+	case <-time.After(20 * time.Second):
+		t.Fatal("it does not stop")
+	}
+	log, err := os.ReadFile(filepath.Join(dir, "access.log"))
+	if err != nil || strings.Count(string(log), `"hop":"gateway"`) != 2 || strings.Count(string(log), `"hop":"edge"`) != 1 {
+		t.Errorf("%v\n%s", err, log)
+	}
+}
+
+type recorder struct {
+	header http.Header
+	status int
+	body   strings.Builder
+}
+
+func (r *recorder) Header() http.Header         { return r.header }
+func (r *recorder) WriteHeader(status int)      { r.status = status }
+func (r *recorder) Write(p []byte) (int, error) { return r.body.Write(p) }
+func (r *recorder) Flush()                      {}
+
+func TestConfig(t *testing.T) {
+	const good = "trustDomain: trading.example\nname: gw-1\ndatacenter: dc1\nworkloadAPI: {socket: /run/x.sock}\nca: {addresses: ['127.0.0.1:1']}\neastWest: {listen: '127.0.0.1:2'}\n"
+	if _, err := ReadConfig("g.yaml", strings.NewReader(good)); err != nil {
+		t.Fatal(err)
+	}
+	for name, test := range map[string]struct{ from, to, want string }{
+		"unknown key":     {"name: gw-1", "name: gw-1\ndatacentre: dc1", `g.yaml:3:1: unknown key "datacentre"`},
+		"nothing to do":   {"eastWest: {listen: '127.0.0.1:2'}\n", "", "nothing to do"},
+		"no port":         {"127.0.0.1:2", "127.0.0.1", "host:port"},
+		"no CA":           {"['127.0.0.1:1']", "[]", "ca.addresses"},
+		"trust domain":    {"trading.example", "Trading_Example!", "trustDomain"},
+		"name no segment": {"gw-1", "gw/1", "name"},
+	} {
+		_, err := ReadConfig("g.yaml", strings.NewReader(strings.Replace(good, test.from, test.to, 1)))
+		if err == nil || !strings.Contains(err.Error(), test.want) {
+			t.Errorf("%s: %v; want %q", name, err, test.want)
+		}
+	}
+}
+
+// An SVID that was not there in the beginning, one that goes away, bundles.
+func TestIdentities(t *testing.T) {
+	authority := peertest.NewAuthority(td)
+	changes := 0
+	i := newIdentities(slog.New(slog.DiscardHandler), func() { changes++ })
+	id := spiffeid.RequireFromPath(td, "/edge")
+	if _, err := i.of(id).GetX509SVID(); err == nil || !strings.Contains(err.Error(), id.String()) {
+		t.Error(err)
+	}
+	waiting := make(chan error, 1)
+	go func() { waiting <- i.wait(context.Background(), id) }()
+	set := x509bundle.NewSet(authority.Bundle())
+	first, second := authority.Issue("/edge"), authority.Issue("/edge")
+	i.OnX509ContextUpdate(contextOf(set, authority.Issue("/other")))
+	i.OnX509ContextUpdate(contextOf(set, first, second))
+	if err := <-waiting; err != nil {
+		t.Error(err)
+	}
+	if got, err := i.of(id).GetX509SVID(); got != first || err != nil {
+		t.Error("the first of an ID is the default")
+	}
+	i.OnX509ContextWatchError(errors.New("gone"))
+	if got, _ := i.of(id).GetX509SVID(); got != first || changes != 2 {
+		t.Error("an error changes nothing")
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	if i.wait(ctx, spiffeid.RequireFromPath(td, "/never")) == nil {
+		t.Error("waited for nothing")
+	}
+}
+
+func contextOf(bundles *x509bundle.Set, svids ...*x509svid.SVID) *workloadapi.X509Context {
+	return &workloadapi.X509Context{SVIDs: svids, Bundles: bundles}
+}
