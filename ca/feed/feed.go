@@ -48,18 +48,19 @@ var (
 
 // Subscriber is who subscribes; the door has verified it.
 type Subscriber struct {
-	Agent   string // name of the agent; or
-	EntryID string // the entry of a gateway, or of another workload that listens
+	Agent   string // the agent; of a workload: the one of its host
+	EntryID string // of a workload that listens, a gateway for example; empty for an agent
 	Path    string // SPIFFE path, for logs and the ready gate's report
 	Version presence.Version
 }
 
-// key names the subscriber among sessions. Agents' names hold no slash.
+// key names the subscriber among sessions: one identity may stand on several hosts.
+// Agents' names hold no slash.
 func (s Subscriber) key() string {
-	if s.Agent != "" {
+	if s.EntryID == "" {
 		return s.Agent
 	}
-	return "entry/" + s.EntryID
+	return s.EntryID + "@" + s.Agent
 }
 
 // Feed is the feed of one replica.
@@ -245,17 +246,16 @@ func (f *Feed) Subscribe(now time.Time, st *domain.State, who Subscriber, resume
 
 // entitled says why the subscriber is not, or no longer, told anything.
 func (s *Session) entitled(st *domain.State) error {
-	if s.who.Agent != "" {
-		agent, ok := st.Agent(s.who.Agent)
-		switch {
-		case !ok || agent.GetKeyId() != s.agentKey:
-			return fmt.Errorf("agent %s: %w", s.who.Agent, ErrUnknown)
-		case agent.GetBanned():
-			return fmt.Errorf("agent %s: %w", s.who.Agent, ErrBanned)
-		}
+	agent, ok := st.Agent(s.who.Agent)
+	switch {
+	case !ok || agent.GetKeyId() != s.agentKey:
+		return fmt.Errorf("agent %s: %w", s.who.Agent, ErrUnknown)
+	case agent.GetBanned():
+		return fmt.Errorf("agent %s: %w", s.who.Agent, ErrBanned)
+	case s.who.EntryID == "":
 		return nil
 	}
-	if e, ok := st.Entry(s.who.EntryID); !ok || e.GetPath() != s.who.Path {
+	if e, ok := st.Entry(s.who.EntryID); !ok || e.GetPath() != s.who.Path || !slices.Contains(e.GetHosts(), s.who.Agent) {
 		return fmt.Errorf("entry %s: %w", s.who.EntryID, ErrUnknown)
 	}
 	return nil
@@ -458,7 +458,7 @@ func (s *Session) deltaForeign(st *domain.State, changed map[string]struct{}, u 
 // entries are those the subscriber is told of: an agent those of its host, another
 // subscriber its own.
 func (s *Session) entries(st *domain.State) []*statev1.Entry {
-	if s.who.Agent != "" {
+	if s.who.EntryID == "" {
 		return st.EntriesOnHost(s.who.Agent)
 	}
 	if e, ok := st.Entry(s.who.EntryID); ok {
@@ -468,14 +468,14 @@ func (s *Session) entries(st *domain.State) []*statev1.Entry {
 }
 
 func (s *Session) holds(e *statev1.Entry) bool {
-	if s.who.Agent != "" {
+	if s.who.EntryID == "" {
 		return slices.Contains(e.GetHosts(), s.who.Agent)
 	}
 	return e.GetId() == s.who.EntryID
 }
 
 func (s *Session) concerns(change domain.Change) bool {
-	if s.who.Agent != "" {
+	if s.who.EntryID == "" {
 		return slices.Contains(change.Hosts, s.who.Agent)
 	}
 	return change.Key == s.who.EntryID

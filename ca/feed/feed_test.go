@@ -131,8 +131,8 @@ func agentSub(name string, connect uint64) Subscriber {
 	return Subscriber{Agent: name, Path: ca.AgentPath(name), Version: presence.Version{BootID: "boot-" + name, Connect: connect}}
 }
 
-func gatewaySub(name string) Subscriber {
-	return Subscriber{EntryID: ca.GatewayEntry(name), Path: ca.GatewayPath(name), Version: presence.Version{BootID: "boot-" + name, Connect: 1}}
+func gatewaySub(name, host string) Subscriber {
+	return Subscriber{Agent: host, EntryID: ca.GatewayEntry(name), Path: ca.GatewayPath(name), Version: presence.Version{BootID: "boot-" + name, Connect: 1}}
 }
 
 func (w *world) subscribe(who Subscriber, resume uint64) *Session {
@@ -331,7 +331,7 @@ func TestForeignRootsReachOnlyGateways(t *testing.T) {
 	var plain, host, gw mirror
 	workload := w.subscribe(agentSub("h1", 1), 0)
 	gatewayHost := w.subscribe(agentSub("h2", 1), 0)
-	gatewaySelf := w.subscribe(gatewaySub("gw-1"), 0)
+	gatewaySelf := w.subscribe(gatewaySub("gw-1", "h2"), 0)
 	look := func() {
 		t.Helper()
 		w.drain(workload, &plain)
@@ -367,6 +367,10 @@ func TestForeignRootsReachOnlyGateways(t *testing.T) {
 	if plain.bundles["trading.example"] != 6 || len(host.bundles) != 0 {
 		t.Errorf("after the move: new host %v, old host %v", plain.bundles, host.bundles)
 	}
+	if _, _, err := gatewaySelf.Policy(w.st); !errors.Is(err, ErrUnknown) {
+		t.Errorf("the gateway at its old host: %v", err)
+	}
+	gatewaySelf = w.subscribe(gatewaySub("gw-1", "h1"), 0)
 	// The relationship ends: nobody keeps it (I4).
 	w.remove("Relationship", "trading.example")
 	w.drain(workload, &plain)
@@ -405,12 +409,12 @@ func TestEntitlement(t *testing.T) {
 	if _, err := w.f.Subscribe(start, w.st, agentSub("h9", 1), 0); !errors.Is(err, ErrUnknown) {
 		t.Errorf("an unknown agent: %v", err)
 	}
-	wrong := gatewaySub("gw-1")
+	wrong := gatewaySub("gw-1", "h1")
 	wrong.Path = "/entente/gateway/gw-2"
 	if _, err := w.f.Subscribe(start, w.st, wrong, 0); !errors.Is(err, ErrUnknown) {
 		t.Errorf("a gateway with another path: %v", err)
 	}
-	agent, gw := w.subscribe(agentSub("h1", 1), 0), w.subscribe(gatewaySub("gw-1"), 0)
+	agent, gw := w.subscribe(agentSub("h1", 1), 0), w.subscribe(gatewaySub("gw-1", "h1"), 0)
 	var m mirror
 	w.drain(agent, &m)
 	w.drain(gw, &m)

@@ -61,7 +61,7 @@ type caller struct {
 	keyID  string // of the key the peer holds; empty without one
 	id     spiffeid.ID
 	member *statev1.Member
-	agent  *statev1.Agent // of an agent: itself
+	agent  *statev1.Agent // of an agent: itself; of a workload: its host's
 	entry  *statev1.Entry // of a workload
 	state  tls.ConnectionState
 }
@@ -139,7 +139,7 @@ func (c *caller) fromState(st *domain.State, leaf *x509.Certificate) error {
 	if !ok || entry.GetPath() != c.id.Path() || !slices.Contains(entry.GetHosts(), host.GetName()) {
 		return fmt.Errorf("%s is no longer an identity that host %s may hold", c.id, host.GetName())
 	}
-	c.class, c.entry = workload, entry
+	c.class, c.agent, c.entry = workload, host, entry
 	return nil
 }
 

@@ -137,11 +137,7 @@ func (s *Server) subscribe(ctx context.Context, c caller, hello *ententev1.Hello
 		Path:    c.id.Path(),
 		Version: presence.Version{BootID: hello.GetBootId(), Connect: hello.GetConnect()},
 	}
-	if c.class == agent {
-		who.Agent = c.agent.GetName()
-	} else {
-		who.EntryID = c.entry.GetId()
-	}
+	who.Agent, who.EntryID = c.agent.GetName(), c.entry.GetId()
 	deadline := time.Now().Add(catchUpTimeout)
 	for {
 		var session *feed.Session
