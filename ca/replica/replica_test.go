@@ -616,3 +616,33 @@ func listening(t *testing.T, cfg Config) Config {
 	cfg.Listener = loopback(t)
 	return cfg
 }
+
+// A log that grows by bytes is compacted, and keeps entries by bytes as well.
+func TestCompactionByBytes(t *testing.T) {
+	t.Parallel()
+	n := cluster(t, "ca1")[0]
+	for i := range 40 {
+		large := token(fmt.Sprintf("big%d", i))
+		large.Actor = strings.Repeat("x", maxEntry-1024)
+		carryOut(t, n, large)
+	}
+	if got := n.Stats().LogBytes; got < 30*maxEntry {
+		t.Fatalf("%d bytes were counted", got)
+	}
+	n.fsm.onFull() // what count does at the bound
+	await(t, "a snapshot", func() bool {
+		files, _ := filepath.Glob(filepath.Join(n.dir, stateDir, "snapshots", "*", "state.bin"))
+		return len(files) == 1
+	})
+	if kept := n.raft.ReloadableConfig().TrailingLogs; kept < trailingLeast || kept > trailingBytes/(30<<10) {
+		t.Errorf("%d entries of 60 KiB would stay", kept)
+	}
+	if n.Stats().LogBytes != 0 {
+		t.Error("the count goes on over the snapshot")
+	}
+	n.kill()
+	n.start()
+	if !n.has("big39") {
+		t.Error("the state is gone after compaction and restart")
+	}
+}
