@@ -303,6 +303,7 @@ func (c *checker) groups() {
 			c.add(l.At("name"), "load %q stands here twice", l.Name)
 		}
 		c.loads = append(c.loads, l.Name)
+		c.known(l.At("servedBy"), "datacenter", l.ServedBy, c.datacenters)
 		c.sender(l.Pos, l.From, l.Datacenter, l.URL, l.Tier)
 	}
 }

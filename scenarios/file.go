@@ -141,6 +141,7 @@ type Load struct {
 	Name       string        `yaml:"name,required"`
 	From       string        `yaml:"from,required"`       // phone, or a service name
 	Datacenter string        `yaml:"datacenter,required"` // of the edge that phones prefer, or of the calling instance
+	ServedBy   string        `yaml:"servedBy,required"`   // datacenter that answers while nothing is lost
 	Clients    int           `yaml:"clients,min=1,max=64"`
 	Tier       string        `yaml:"tier"`
 	Method     string        `yaml:"method,oneof=GET|POST"`

@@ -20,7 +20,7 @@ import (
 // Pauses between looks at something that is awaited.
 const (
 	lookEvery     = 100 * time.Millisecond
-	statusEvery   = 300 * time.Millisecond // each look is a process
+	statusEvery   = 300 * time.Millisecond // each look is a process, or asks all of them
 	recordsSettle = 3 * time.Second        // the longest an access record may take to its file
 	sharedAgain   = 10                     // good answers that prove that a datacenter has its share again
 )
@@ -602,7 +602,7 @@ func (s *story) checkLoss(ctx context.Context, c *chapter, step *LoseStep) error
 		total.add(g.Load, r)
 		s.sayLoss(g, r, to)
 		limits := step.Expect
-		c.check(r.Before[step.Datacenter] > 0, g.Name+": good answers from "+step.Datacenter+" before the loss", "some", fmt.Sprint(r.Before[step.Datacenter]))
+		c.check(r.Before[g.ServedBy] > 0, g.Name+": good answers from "+g.ServedBy+" before the loss", "some", fmt.Sprint(r.Before[g.ServedBy]))
 		c.check(r.After[to] > 0, g.Name+": good answers from "+to+" after it", "some", fmt.Sprint(r.After[to]))
 		if !g.idempotent() {
 			continue
@@ -658,7 +658,7 @@ func (s *story) endure(ctx context.Context, c *chapter, step *EndureStep) error 
 	for _, u := range s.in(step.Renewed) {
 		want += len(u.services)
 	}
-	ok, got, err := await(ctx, step.Within, lookEvery, func(ctx context.Context) (bool, string, error) {
+	ok, got, err := await(ctx, step.Within, statusEvery, func(ctx context.Context) (bool, string, error) {
 		held, err := s.world.identities(ctx, step.Renewed)
 		if err != nil {
 			return false, "", err
@@ -725,6 +725,9 @@ func (s *story) restore(ctx context.Context, c *chapter, step *RestoreStep) erro
 	up := time.Now()
 	s.say.line("all %d processes of %s are ready again after %.1f s", len(s.in(step.Datacenter)), step.Datacenter, up.Sub(s.restoredAt).Seconds())
 	for _, g := range s.groups {
+		if g.ServedBy != step.Datacenter {
+			continue
+		}
 		ok, got, err := await(ctx, step.Within, lookEvery, func(context.Context) (bool, string, error) {
 			samples, err := g.recorded()
 			back := load.Share(samples, s.restoredAt, step.Datacenter)

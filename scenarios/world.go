@@ -32,8 +32,12 @@ import (
 // of the draft that it is made under.
 const maxSocketDir = 60
 
-// Small heaps: many processes share one machine here, and none holds much.
-var frugal = []string{"GOGC=50", "GOMEMLIMIT=64MiB"}
+// Many processes share one machine here, and none holds much: small heaps, and one
+// thread of Go code for programs that only answer.
+var (
+	frugal     = []string{"GOGC=50", "GOMEMLIMIT=64MiB"}
+	frugalApps = append([]string{"GOMAXPROCS=1"}, frugal...)
+)
 
 // world is a running scenario: its processes and files. Close ends and removes all.
 type world struct {
@@ -246,8 +250,12 @@ func (w *world) run(ctx context.Context, args ...string) ([]byte, error) {
 func (w *world) start(u *unit) error {
 	args := append(slices.Clone(u.args), "--config", filepath.Join(u.dir, "config.yaml"))
 	w.verbose("$ bin/%s %s", u.link, strings.Join(args, " "))
+	env := frugal
+	if u.kind == kindService {
+		env = frugalApps
+	}
 	p, err := w.supervisor.Start(process.Spec{
-		Name: u.name, Binary: w.file(filepath.Join("bin", u.link)), Args: args, Env: frugal,
+		Name: u.name, Binary: w.file(filepath.Join("bin", u.link)), Args: args, Env: env,
 		Log: filepath.Join(u.dir, "log"),
 	})
 	if err != nil {
