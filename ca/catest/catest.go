@@ -55,7 +55,7 @@ type CA struct {
 // the test.
 func Start(t testing.TB, o Options) *CA {
 	t.Helper()
-	c := prepare(t, o)
+	c := Prepare(t, o)
 	if err := node.Init(c.config); err != nil {
 		t.Fatal(err)
 	}
@@ -64,7 +64,9 @@ func Start(t testing.TB, o Options) *CA {
 	return c
 }
 
-func prepare(t testing.TB, o Options) *CA {
+// Prepare is the node of Start before anything was done: for tests that call Init or
+// Join of package node themselves, with Config, and then Restart.
+func Prepare(t testing.TB, o Options) *CA {
 	t.Helper()
 	if o.TrustDomain == "" {
 		o.TrustDomain = "banking.example"
@@ -112,7 +114,7 @@ func freeAddress(t testing.TB) string {
 // Join starts another node of the same cluster and returns when it signs and votes.
 func (c *CA) Join(name, datacenter string) *CA {
 	c.t.Helper()
-	other := prepare(c.t, Options{TrustDomain: c.config.TrustDomain, Name: name, Datacenter: datacenter, Lifetimes: c.config.Lifetimes, Verbose: c.verbose})
+	other := Prepare(c.t, Options{TrustDomain: c.config.TrustDomain, Name: name, Datacenter: datacenter, Lifetimes: c.config.Lifetimes, Verbose: c.verbose})
 	token := c.NodeToken(name, datacenter)
 	if err := node.Join(c.t.Context(), other.config, token); err != nil {
 		c.t.Fatal(err)

@@ -7,11 +7,10 @@
 // another) says of each agent, and shows for each agent what the best of its
 // sources says:
 //
-//   - A source that holds the agent's stream beats one that does not.
-//   - Of two that both do, or both do not, the later session wins: within one
-//     boot of the agent the higher connect counter, between boots the one that
-//     this table heard of later. (A boot that is first heard of in another's full
-//     set is old news: it counts as earlier.)
+//   - Within one boot of the agent the session with the higher connect counter wins.
+//   - Between boots a source that holds the agent's stream beats one that does not;
+//     then the boot that this table heard of later. (A boot that is first heard of in
+//     another's full set is old news: it counts as earlier.)
 //   - The winner's report is the whole truth about its agent: what it does not
 //     list is gone. So only the holder of the stream withdraws.
 //   - Without a holder the last report stays, marked stale, until a later session
@@ -312,15 +311,15 @@ func (t *Table) HeldOf(name string) []Instance {
 	return held
 }
 
-// Superseded reports whether the agent has a later session than v, at any replica
-// that vouches for it.
+// Superseded reports whether the agent has a later session than v, at any replica:
+// of the same boot, or one that the replica vouches for.
 func (t *Table) Superseded(name string, v Version) bool {
 	a := t.agents[name]
 	if a == nil {
 		return false
 	}
 	for _, held := range a.sources {
-		if held.live && held.version != v && t.compare(a, held.version, v) > 0 {
+		if t.compare(a, held.version, v) > 0 && (held.live || held.version.BootID == v.BootID) {
 			return true
 		}
 	}
@@ -382,24 +381,32 @@ func (t *Table) compare(a *agent, x, y Version) int {
 	return cmp.Compare(a.boots[x.BootID], a.boots[y.BootID])
 }
 
-// winner is the source whose word on the agent counts; nil without any.
+// winner is the source whose word on the agent counts; nil without any. Of one boot
+// only the last session can be alive, whatever the source of an earlier one believes;
+// between boots the one that somebody vouches for, then the later.
 func (t *Table) winner(a *agent) *holding {
+	last := make(map[string]uint64, 1) // boot id -> its highest connect
+	for _, held := range a.sources {
+		v := held.version
+		last[v.BootID] = max(last[v.BootID], v.Connect)
+	}
 	var best *holding
 	var from string
 	for source, held := range a.sources {
-		if best == nil {
-			best, from = held, source
-			continue
-		}
-		order := t.compare(a, held.version, best.version)
 		switch {
-		case held.live != best.live:
-			if held.live {
-				best, from = held, source
+		case held.version.Connect < last[held.version.BootID]:
+			continue
+		case best != nil && held.live != best.live:
+			if !held.live {
+				continue
 			}
-		case order > 0, order == 0 && source > from:
-			best, from = held, source
+		case best != nil:
+			order := t.compare(a, held.version, best.version)
+			if order < 0 || order == 0 && source < from {
+				continue
+			}
 		}
+		best, from = held, source
 	}
 	return best
 }

@@ -179,6 +179,27 @@ func TestSeenElsewhere(t *testing.T) {
 	}
 }
 
+// A goodbye counts although another replica, just killed, seems to hold an earlier
+// session of the same boot.
+func TestGoodbyeBeatsAnEarlierSession(t *testing.T) {
+	a, b, c := New("ca-1"), New("ca-2"), New("ca-3")
+	a.Attach("h1", Version{"boot-1", 1})
+	a.Report("h1", Version{"boot-1", 1}, []Instance{instance("accounts", ":1")})
+	tell(start, a, b)
+	tell(start, a, c)
+	b.Attach("h1", Version{"boot-1", 2})
+	want(t, b, "accounts@h1 :1")
+	if !a.Superseded("h1", Version{"boot-1", 0}) {
+		t.Error("an earlier session of the same boot is not superseded")
+	}
+	b.Detach(start, "h1", Version{"boot-1", 2}, true)
+	tell(start, b, c)
+	b.Lost(start, "ca-1")
+	c.Lost(start, "ca-1")
+	want(t, b)
+	want(t, c)
+}
+
 // A replica can speak only for itself, and only of sessions it announced.
 func TestRemoteIsBounded(t *testing.T) {
 	table, v := New("ca-1"), Version{"boot-1", 1}
