@@ -24,7 +24,7 @@ func newMetrics(r prometheus.Registerer, a *Agent) *metrics {
 	}
 	r.MustRegister(m.signed, m.failures,
 		gauge("entente_agent_entries", "Entries of this host.", func(s *State) float64 { return float64(len(s.Identities)) }),
-		gauge("entente_agent_revision", "Revision of the CA's state that is in use.", func(s *State) float64 { return float64(s.View.Revision) }),
+		gauge("entente_agent_revision", "Revision of the CA's state that is in use.", func(*State) float64 { return float64(a.client.View().Revision) }),
 		gauge("entente_agent_first_expiry_seconds", "Seconds until the first X.509-SVID held here ends; negative: it has ended; 0: none is held.", func(s *State) float64 {
 			var first time.Time
 			consider := func(end time.Time) {

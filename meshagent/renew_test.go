@@ -453,6 +453,9 @@ func TestView(t *testing.T) {
 	// Other instances are not another identity.
 	same := *s.View
 	same.Revision++
+	if got, _, err := s.withView(&same, bank, "h1"); err != nil || got != nil {
+		t.Errorf("only another revision: %v %v", got, err)
+	}
 	same.Instances = []client.Instance{{Service: "a"}}
 	s.reissued = make(chan struct{})
 	if got, _, err := s.withView(&same, bank, "h1"); err != nil || got.reissued == nil || len(got.View.Instances) != 1 {

@@ -26,7 +26,7 @@ import (
 type State struct {
 	// Ready: the agent is attested and has the CA's first complete picture.
 	Ready bool
-	// View is the CA's picture. Never nil.
+	// View is the CA's picture, as it was when it last changed. Never nil.
 	View *client.View
 	// Bundle is the own trust domain's; nil before the first attestation.
 	Bundle *x509bundle.Bundle
@@ -82,25 +82,30 @@ func (s *State) IdentitiesOf(p *workloadattest.Process) []*Identity {
 	return entitled
 }
 
-// service finds a service of the own domain in the catalogue.
-func service(view *client.View, name string) (*statev1.Service, bool) {
-	for _, object := range view.Objects {
-		if s := object.GetService(); s != nil && s.GetName() == name {
-			return s, true
-		}
+// Entries are the entries of this host, by entry id: those of the CA's that are
+// for it.
+func (s *State) Entries() []*statev1.Entry {
+	entries := make([]*statev1.Entry, len(s.Identities))
+	for i, identity := range s.Identities {
+		entries[i] = identity.Entry
 	}
-	return nil, false
+	return entries
 }
 
 // withView makes the state that follows from a newer picture of the CA. A picture
 // whose bundle of the own domain cannot be read is refused as a whole; an entry
 // that is not for this host, or a foreign bundle that cannot be read, is left out
-// (of a bundle the one before stays), and a complaint says so.
+// (of a bundle the one before stays), and a complaint says so. Nil: the picture is
+// the same but for its revision.
 func (s *State) withView(view *client.View, domain spiffeid.TrustDomain, agent string) (_ *State, complaints []error, _ error) {
+	known := s.Ready && view.Changed == s.View.Changed
+	if known && slices.Equal(view.Instances, s.View.Instances) {
+		return nil, nil, nil
+	}
 	next := *s
 	next.Ready, next.View = true, view
-	if s.Ready && view.Changed == s.View.Changed {
-		return &next, nil, nil // only other instances
+	if known {
+		return &next, nil, nil
 	}
 	next.reissued = nil
 	if bundlesDiffer(s.View.Bundles, view.Bundles) || s.Bundle == nil {
