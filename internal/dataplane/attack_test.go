@@ -276,11 +276,8 @@ func TestUnagreementCutsOpenConnections(t *testing.T) {
 	foreign, own := open("accounts.banking.example"), open("market.trading.example")
 
 	w.banking.drop("Agreement/reads") // by the callee's domain alone
-	v := w.banking.view(t)
 	started := time.Now()
-	for _, p := range w.banking.processes() {
-		p.SetView(v)
-	}
+	w.banking.push(t)
 	select {
 	case err := <-foreign:
 		if err == nil {
@@ -301,6 +298,60 @@ func TestUnagreementCutsOpenConnections(t *testing.T) {
 	client.CloseIdleConnections()
 	w.trading.out[0].ln.kill() // ends the control stream
 	<-own
+}
+
+// I4, finer: the peers stay, but a rule goes; the stream it permitted goes with it.
+func TestNarrowingCutsStreams(t *testing.T) {
+	w := newWorld(t)
+	h := http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+		_, _ = io.WriteString(rw, "first\n")
+		_ = http.NewResponseController(rw).Flush()
+		<-r.Context().Done()
+	})
+	w.banking.apps[0].handler.Store(&h)
+	open := func(path string) (id string, ended chan error) {
+		r, _ := http.NewRequest("GET", w.trading.outURL[0]+path, nil)
+		r.Host = "accounts.banking.example"
+		res, err := client.Do(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, _ = res.Body.Read(make([]byte, 6))
+		ended = make(chan error, 1)
+		go func() {
+			_, err := io.Copy(io.Discard, res.Body)
+			_ = res.Body.Close()
+			ended <- err
+		}()
+		return res.Header.Get("X-Request-Id"), ended
+	}
+	id, gone := open("/v1/live")
+	_, stays := open("/v1/balance")
+	w.banking.push(t) // control: the same view again cuts nothing
+	for _, o := range w.banking.objects {
+		if a := o.GetAgreement(); a != nil {
+			a.Allow[0].Http[0].Path = "/v1/balance"
+		}
+	}
+	w.banking.push(t)
+	select {
+	case err := <-gone:
+		if err == nil {
+			t.Error("the cut stream looks complete")
+		}
+	case <-time.After(time.Second):
+		t.Error("still open after a second")
+	}
+	if record := w.banking.gateways[0].access.of(id); record["outcome"] != "cut" && record["outcome"] != "client-gone" && record["outcome"] != "truncated" {
+		t.Errorf("%v", record)
+	}
+	select {
+	case <-stays:
+		t.Error("control: a stream that is still allowed was cut")
+	case <-time.After(100 * time.Millisecond):
+	}
+	w.trading.out[0].ln.kill()
+	<-stays
 }
 
 // The same when only the bundle goes.

@@ -98,6 +98,7 @@ type Engine struct {
 	registry  *peer.Registry
 	budget    *resilience.Budget
 	failbacks failbacks
+	inflight  inflight
 	upstream  upstreams
 	apps      applications
 
@@ -150,11 +151,13 @@ func New(cfg Config) (*Engine, error) {
 	return e, nil
 }
 
-// SetView makes v current for the next request, and closes open connections whose
-// peer v no longer admits (I4). It returns when that is done.
+// SetView makes v current for the next request, closes open connections whose peer v
+// no longer admits, and cuts requests under way that v refuses (I4). It returns when
+// that is done.
 func (e *Engine) SetView(v View) {
 	e.current.Store(&view{View: v, planner: v.Tables.NewPlanner(v.Endpoints)})
 	e.Recheck()
+	e.reconsider(time.Now())
 }
 
 // Recheck looks at every open connection again. To be called when bundles have changed.
@@ -203,6 +206,7 @@ func (e *Engine) Run(ctx context.Context) error {
 			e.upstream.probeDue(now)
 			if i%10 == 0 {
 				e.upstream.sweep(now)
+				e.reconsider(now) // agreements expire by themselves
 			}
 		}
 	}

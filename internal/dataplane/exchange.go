@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net/http"
 	"strconv"
+	"sync"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -28,6 +29,7 @@ type exchange struct {
 	who     spiffeid.ID
 	via     []header.Hop
 	target  catalog.Target
+	query   catalog.Query // as decided; not written after that
 	timeout time.Duration // until the answer begins; 0: none
 	skip    string        // datacenter whose instances are to be asked last
 	again   bool          // the hop before is trying for the second time or more
@@ -129,7 +131,7 @@ func (x *exchange) resolve() bool {
 
 // decide asks the catalogue.
 func (x *exchange) decide() bool {
-	q := catalog.Query{
+	x.query = catalog.Query{
 		Caller: x.who,
 		Target: x.record.service,
 		Method: x.r.Method,
@@ -137,16 +139,67 @@ func (x *exchange) decide() bool {
 		Now:    time.Now(),
 	}
 	if d, _ := x.r.Context().Value(downstreamKey{}).(*downstream); d != nil {
-		q.Peer = d.id
+		x.query.Peer = d.id
 	}
-	d := x.view.Tables.Decide(q)
+	d := x.view.Tables.Decide(x.query)
 	x.record.rule, x.record.revision = d.Rule, d.Revision
-	if d.Allowed {
-		return true
+	if !d.Allowed {
+		x.refuseDecision(d)
 	}
-	detail := fmt.Sprintf("%s to %s: %s %s", x.who, x.record.service, x.r.Method, x.record.path)
-	x.refuse(d.Reason, detail, d.Detail)
-	return false
+	return d.Allowed
+}
+
+func (x *exchange) refuseDecision(d catalog.Decision) {
+	x.record.rule, x.record.revision = d.Rule, d.Revision
+	x.refuse(d.Reason, fmt.Sprintf("%s to %s: %s %s", x.who, x.record.service, x.r.Method, x.record.path), d.Detail)
+}
+
+// revoked ends a request that was allowed when it came and is not any more (I4).
+type revoked struct{ catalog.Decision }
+
+func (r *revoked) Error() string { return "no longer allowed: " + r.Detail }
+
+// inflight are the requests under way, to be decided again.
+type inflight struct {
+	mu  sync.Mutex
+	all map[*sender]struct{}
+}
+
+func (f *inflight) add(s *sender) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.all == nil {
+		f.all = map[*sender]struct{}{}
+	}
+	f.all[s] = struct{}{}
+}
+
+func (f *inflight) remove(s *sender) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	delete(f.all, s)
+}
+
+// reconsider cuts the requests under way that would be refused now: long streams
+// must not outlive what permitted them.
+func (e *Engine) reconsider(now time.Time) {
+	v := e.current.Load()
+	if v == nil {
+		return
+	}
+	e.inflight.mu.Lock()
+	senders := make([]*sender, 0, len(e.inflight.all))
+	for s := range e.inflight.all {
+		senders = append(senders, s)
+	}
+	e.inflight.mu.Unlock()
+	for _, s := range senders {
+		q := s.x.query
+		q.Now = now
+		if d := v.Tables.Decide(q); !d.Allowed {
+			s.cancel(&revoked{d})
+		}
+	}
 }
 
 // refuse answers with a problem. detail is for the caller, own for our log only (I11).

@@ -106,10 +106,12 @@ func newSender(x *exchange) *sender {
 	if x.timeout > 0 {
 		s.limit = time.AfterFunc(x.timeout-time.Since(x.start), func() { s.cancel(errDeadline) })
 	}
+	x.engine.inflight.add(s)
 	return s
 }
 
 func (s *sender) close() {
+	s.x.engine.inflight.remove(s)
 	if s.limit != nil {
 		s.limit.Stop()
 	}
@@ -325,14 +327,11 @@ func (s *sender) failed(p *place, state *attemptState, err error, sent bool) (do
 		e.upstream.silent(p)
 		return false
 	}
-	switch cause := context.Cause(s.ctx); {
-	case cause == nil:
-	case errors.Is(cause, errDeadline):
-		e.upstream.silent(p)
-		s.timeout()
-		return true
-	default:
-		x.gone()
+	if cause := context.Cause(s.ctx); cause != nil {
+		if errors.Is(cause, errDeadline) {
+			e.upstream.silent(p)
+		}
+		s.giveUp()
 		return true
 	}
 	if err := s.body.failed(); err != nil {
@@ -386,7 +385,10 @@ func (s *sender) pause() bool {
 // giveUp answers for attempts that all failed.
 func (s *sender) giveUp() {
 	x := s.x
+	var cut *revoked
 	switch cause := context.Cause(s.ctx); {
+	case errors.As(cause, &cut):
+		x.refuseDecision(cut.Decision)
 	case errors.Is(cause, errDeadline):
 		s.timeout()
 	case cause != nil:
@@ -455,8 +457,8 @@ var buffers = sync.Pool{New: func() any { return new([32 << 10]byte) }}
 func (s *sender) copy(res *http.Response, reason refusal.Reason) {
 	x := s.x
 	defer res.Body.Close()
-	if !s.answered() && errors.Is(context.Cause(s.ctx), errDeadline) {
-		s.timeout()
+	if !s.answered() && s.ctx.Err() != nil {
+		s.giveUp()
 		return
 	}
 	x.record.status, x.record.reason = res.StatusCode, reason
@@ -485,7 +487,12 @@ func (s *sender) copy(res *http.Response, reason refusal.Reason) {
 	if err := x.stream(res); err != nil {
 		x.broken = true
 		x.record.outcome = outcomeTruncated
-		if x.r.Context().Err() != nil {
+		var cut *revoked
+		switch {
+		case errors.As(context.Cause(s.ctx), &cut):
+			x.record.outcome, x.record.reason = outcomeCut, cut.Reason
+			x.record.rule, x.record.revision = cut.Rule, cut.Revision
+		case x.r.Context().Err() != nil:
 			x.record.outcome = outcomeGone
 		}
 		return

@@ -17,6 +17,7 @@ const (
 	outcomeNotSent   = "not-sent"    // failed; the application has certainly not seen it
 	outcomeUnknown   = "unknown"     // failed; the application may have seen it
 	outcomeTruncated = "truncated"   // the answer broke off after it had begun
+	outcomeCut       = "cut"         // no longer allowed after the answer had begun
 	outcomeGone      = "client-gone" // who asked did not wait
 )
 

@@ -2,6 +2,7 @@ package dataplane
 
 import (
 	"context"
+	"errors"
 	"io"
 	"net/http"
 	"strings"
@@ -43,17 +44,25 @@ func (s *sender) tunnel(res *http.Response) {
 	if err := buffered.Flush(); err != nil {
 		return
 	}
-	defer context.AfterFunc(x.engine.ctx, func() { _ = client.Close(); _ = upstream.Close() })()
+	hangUp := func() {
+		_ = client.Close()
+		_ = upstream.Close()
+	}
+	defer context.AfterFunc(x.engine.ctx, hangUp)() // the process stops
+	defer context.AfterFunc(s.ctx, hangUp)()        // no longer allowed
 
 	var both sync.WaitGroup
 	both.Add(2)
 	carry := func(to io.Writer, from io.Reader) {
 		defer both.Done()
 		_, _ = io.Copy(to, from)
-		_ = client.Close() // either end ends both
-		_ = upstream.Close()
+		hangUp() // either end ends both
 	}
 	go carry(upstream, buffered)
 	go carry(client, upstream)
 	both.Wait()
+	var cut *revoked
+	if errors.As(context.Cause(s.ctx), &cut) {
+		x.record.outcome, x.record.reason = outcomeCut, cut.Reason
+	}
 }

@@ -483,10 +483,15 @@ func (d *domain) processes() []*process {
 // push gives everybody the current view.
 func (w *world) push() {
 	for _, d := range []*domain{w.banking, w.trading} {
-		v := d.view(w.t)
-		for _, p := range d.processes() {
-			p.SetView(v)
-		}
+		d.push(w.t)
+	}
+}
+
+func (d *domain) push(t testing.TB) {
+	t.Helper()
+	v := d.view(t)
+	for _, p := range d.processes() {
+		p.SetView(v)
 	}
 }
 
