@@ -157,7 +157,7 @@ type answer struct {
 	*Fetched               // nil: not modified
 	tag      string        // to ask with next time; may be empty
 	waits    bool          // the server holds requests back when asked to
-	life     time.Duration // of the server's certificate, from its beginning to its end
+	life     time.Duration // what is left of the server's certificate's
 }
 
 // get asks for the bundle, unless it is the one of the tag; then, the server may wait for a newer one for so long.
@@ -201,7 +201,7 @@ func (c *client) read(response *http.Response, tag string) (*answer, error) {
 		return nil, errors.New("the answer did not come over TLS")
 	}
 	leaf := response.TLS.PeerCertificates[0]
-	got.life = leaf.NotAfter.Sub(leaf.NotBefore)
+	got.life = time.Until(leaf.NotAfter)
 	if c.check != nil {
 		// The answer may have been waited for: is the server still who it was at the handshake?
 		if err := c.check(*response.TLS); err != nil {

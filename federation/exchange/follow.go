@@ -101,7 +101,7 @@ type follower struct {
 	url     int           // in URLs: the one that worked, or is to be tried next
 	tag     string        // of last at that URL; empty: ask without condition
 	waits   bool          // that server holds requests back
-	life    time.Duration // of that server's certificate
+	life    time.Duration // what was left of that server's certificate's
 	backoff time.Duration
 	status  Status
 }
