@@ -100,6 +100,11 @@ func (n *Node) stepAuthorities(ctx context.Context) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
+	if own.member.GetRaftAddress() != n.cfg.Advertise.Raft || own.member.GetApiAddress() != n.cfg.Advertise.API {
+		if err := n.moveMember(ctx); err != nil {
+			return err
+		}
+	}
 	switch {
 	case own.prepared == nil:
 		return n.prepareAuthority(ctx, own)
@@ -117,6 +122,23 @@ func (n *Node) stepAuthorities(ctx context.Context) error {
 		n.log.Info("authority signs from now on", "authority", own.prepared.GetId())
 	}
 	return n.dropKeys(own)
+}
+
+// moveMember tells everybody where this node is reached now.
+func (n *Node) moveMember(ctx context.Context) error {
+	outcome, err := n.Propose(ctx, &statev1.Command{
+		Actor: n.cfg.Name,
+		Body: &statev1.Command_UpdateMember{UpdateMember: &statev1.UpdateMember{
+			Id: n.own.id, RaftAddress: n.cfg.Advertise.Raft, ApiAddress: n.cfg.Advertise.API,
+		}},
+	})
+	if err == nil && outcome.Refused != nil {
+		err = outcome.Refused
+	}
+	if err != nil {
+		return fmt.Errorf("announce this node's addresses: %w", err)
+	}
+	return nil
 }
 
 // mayActivate: the first authority at once, each next one when it has been PREPARED for

@@ -280,7 +280,7 @@ func (n *Node) gateView() (v gateView) {
 			return
 		}
 		v.members, v.peers = st.Members(), st.Peers()
-		v.hint, v.longest = st.Lifetimes().RefreshHint, longestLeaf(st)
+		v.hint, v.longest = st.Lifetimes().RefreshHint, n.leaves.longest(st)
 	})
 	return v
 }

@@ -57,6 +57,7 @@ type Node struct {
 	svids    *svids
 	gate     gate
 	foreign  foreignStatus
+	leaves   leaves
 	registry *prometheus.Registry
 
 	started   time.Time
@@ -332,6 +333,10 @@ func (n *Node) runRechecks(ctx context.Context) error {
 		select {
 		case <-n.recheck:
 			n.server.Recheck()
+			// Changes in a row are looked at together; I4 allows a second.
+			if err := sleep(ctx, 50*time.Millisecond); err != nil {
+				return err
+			}
 		case <-expire.C:
 			n.Read(func(st *domain.State) { n.feed.Expire(time.Now(), st) })
 		case <-ctx.Done():
@@ -378,18 +383,30 @@ func (n *Node) activeAuthority() (active *statev1.Authority) {
 // status is how far this replica's subscribers are.
 func (n *Node) status() feed.Status {
 	var longest time.Duration
-	n.Read(func(st *domain.State) { longest = longestLeaf(st) })
+	n.Read(func(st *domain.State) { longest = n.leaves.longest(st) })
 	return n.feed.Status(time.Now(), longest)
 }
 
-// longestLeaf is the longest life of any SVID that the domain issues.
-func longestLeaf(st *domain.State) time.Duration {
-	l := st.Lifetimes()
-	longest := max(l.X509SVID, l.AgentSVID)
-	for e := range st.Entries() {
-		longest = max(longest, ca.SVIDLife(e, l))
+// leaves knows the longest life of any SVID that the domain issues.
+type leaves struct {
+	mu       sync.Mutex
+	revision uint64
+	life     time.Duration
+}
+
+// longest looks at all entries once per revision.
+func (l *leaves) longest(st *domain.State) time.Duration {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.life != 0 && l.revision == st.Revision() {
+		return l.life
 	}
-	return longest
+	lifetimes := st.Lifetimes()
+	l.revision, l.life = st.Revision(), max(lifetimes.X509SVID, lifetimes.AgentSVID)
+	for e := range st.Entries() {
+		l.life = max(l.life, ca.SVIDLife(e, lifetimes))
+	}
+	return l.life
 }
 
 // settled: what this node says of its subscribers is the whole truth.

@@ -1,0 +1,186 @@
+package node_test
+
+import (
+	"bytes"
+	"context"
+	"io"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+
+	"github.com/entente-mesh/entente/ca/catest"
+	"github.com/entente-mesh/entente/ca/node"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+const minimal = `trustDomain: banking.example
+name: ca-1
+datacenter: dc1
+dataDir: /var/lib/entente
+listen:
+  raft: 10.0.0.1:7000
+  api: 10.0.0.1:7001
+keys:
+  passphraseFile: /etc/entente/passphrase
+`
+
+func TestReadConfig(t *testing.T) {
+	cfg, err := node.ReadConfig("ca.yaml", strings.NewReader(minimal))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if cfg.Advertise.Raft != "10.0.0.1:7000" || cfg.Advertise.API != "10.0.0.1:7001" || cfg.Socket != "/var/lib/entente/admin.sock" {
+		t.Errorf("defaults: %+v", cfg)
+	}
+	dev := strings.NewReplacer("10.0.0.1", "127.1.1.1", "passphraseFile: /etc/entente/passphrase", "insecureDev: true").Replace(minimal)
+	if cfg, err := node.ReadConfig("ca.yaml", strings.NewReader(dev+"lifetimes: {x509SVID: 16s, phase: 1h}\n")); err != nil || cfg.Lifetimes.X509SVID != 16*time.Second {
+		t.Errorf("for development: %v", err)
+	}
+	tests := []struct {
+		name, old, new string
+		want           []string
+	}{
+		{"unknown key", "datacenter:", "datacentre:", []string{"ca.yaml:3", `"datacenter"`}},
+		{"missing", "name: ca-1\n", "", []string{"ca.yaml", "name"}},
+		{"no label", "name: ca-1", "name: CA_1", []string{"ca.yaml:2", "name"}},
+		{"no trust domain", "banking.example", "spiffe://banking.example", []string{"ca.yaml:1", "trustDomain"}},
+		{"no address", "raft: 10.0.0.1:7000", "raft: 10.0.0.1", []string{"ca.yaml:6", "listen.raft"}},
+		{"nobody can dial it", "api: 10.0.0.1:7001", "api: 0.0.0.0:7001", []string{"advertise.api", "set advertise"}},
+		{"no keys", "  passphraseFile: /etc/entente/passphrase\n", "  insecureDev: false\n", []string{"ca.yaml:8", "passphraseFile"}},
+		{"unsealed beyond loopback", "passphraseFile: /etc/entente/passphrase", "insecureDev: true", []string{"ca.yaml:6", "loopback"}},
+		{"lifetimes", "keys:", "lifetimes: {x509SVID: 72h}\nkeys:", []string{"ca.yaml:8", "72h"}},
+		{"heartbeat", "keys:", "timing: {heartbeat: 1ms}\nkeys:", []string{"ca.yaml:8", "heartbeat"}},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			_, err := node.ReadConfig("ca.yaml", strings.NewReader(strings.Replace(minimal, test.old, test.new, 1)))
+			if err == nil {
+				t.Fatal("accepted")
+			}
+			for _, want := range test.want {
+				if !strings.Contains(err.Error(), want) {
+					t.Errorf("the error does not say %q: %v", want, err)
+				}
+			}
+		})
+	}
+}
+
+func TestSetupRefuses(t *testing.T) {
+	t.Parallel()
+	one := catest.Start(t, catest.Options{})
+	if err := node.Init(one.Config()); err == nil || !strings.Contains(err.Error(), "already") {
+		t.Errorf("init over a running node: %v", err)
+	}
+	if _, err := node.New(catest.Prepare(t, catest.Options{}).Config(), nil, node.Listeners{}); err == nil || !strings.Contains(err.Error(), "init") {
+		t.Errorf("run without init: %v", err)
+	}
+	join := func(o catest.Options, token string) error {
+		return node.Join(t.Context(), catest.Prepare(t, o).Config(), token)
+	}
+	named := catest.Options{Name: "ca-2", Datacenter: "dc2"}
+	for name, err := range map[string]error{
+		"agent's token":        join(named, one.AgentToken("h1", "dc1")),
+		"no token":             join(named, "entente-join-nonsense"),
+		"another trust domain": join(catest.Options{Name: "ca-2", Datacenter: "dc2", TrustDomain: "trading.example"}, one.NodeToken("ca-2", "dc2")),
+		"another name":         join(catest.Options{Name: "ca-9", Datacenter: "dc2"}, one.NodeToken("ca-3", "dc2")),
+	} {
+		if err == nil {
+			t.Errorf("%s: accepted", name)
+		}
+	}
+
+	// One token, one node; the same node may repeat (I9).
+	token := one.NodeToken("ca-2", "dc2")
+	two := catest.Prepare(t, named)
+	for range 2 {
+		if err := node.Join(t.Context(), two.Config(), token); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := join(named, token); err == nil || !strings.Contains(err.Error(), "token-spent") {
+		t.Errorf("the token admitted another node: %v", err)
+	}
+}
+
+// A node whose keys are sealed: nothing on its disk holds a key in the clear (I1).
+func TestSealedKeys(t *testing.T) {
+	t.Parallel()
+	if raced {
+		t.Skip("deriving keys from a passphrase is slow on purpose, and far too slow with the race detector")
+	}
+	one := catest.Prepare(t, catest.Options{})
+	cfg := one.Config()
+	cfg.Keys = node.Keys{PassphraseFile: filepath.Join(t.TempDir(), "passphrase")}
+	if err := os.WriteFile(cfg.Keys.PassphraseFile, []byte("correct horse battery staple"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := node.Init(cfg); err != nil {
+		t.Fatal(err)
+	}
+	one.Restart()
+	one.WaitReady()
+	one.Stop()
+	files := 0
+	err := filepath.WalkDir(cfg.DataDir, func(path string, d os.DirEntry, err error) error {
+		if err != nil || !d.Type().IsRegular() {
+			return err
+		}
+		data, err := os.ReadFile(path)
+		if err != nil {
+			return err
+		}
+		files++
+		// The version and algorithm with which a PKCS#8 P-256 key begins.
+		if bytes.Contains(data, []byte("\x02\x01\x00\x30\x13\x06\x07\x2a\x86\x48\xce\x3d\x02\x01")) {
+			t.Errorf("%s holds a private key", path)
+		}
+		return nil
+	})
+	if err != nil || files < 3 {
+		t.Fatalf("%d files, %v", files, err)
+	}
+	os.WriteFile(cfg.Keys.PassphraseFile, []byte("another passphrase altogether"), 0o600)
+	if _, err := node.New(cfg, nil, node.Listeners{}); err == nil || !strings.Contains(err.Error(), "passphrase does not open") {
+		t.Errorf("with another passphrase: %v", err)
+	}
+}
+
+func TestAdminListener(t *testing.T) {
+	t.Parallel()
+	one := catest.Start(t, catest.Options{})
+	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
+	get := func(path string) (int, string) {
+		t.Helper()
+		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+		defer cancel()
+		req, _ := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+one.Node().AdminAddr()+path, nil)
+		resp, err := client.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer resp.Body.Close()
+		body, _ := io.ReadAll(resp.Body)
+		return resp.StatusCode, string(body)
+	}
+	for _, path := range []string{"/healthz", "/readyz"} {
+		if code, body := get(path); code != http.StatusOK {
+			t.Errorf("%s: %d %s", path, code, body)
+		}
+	}
+	if _, body := get("/metrics"); !strings.Contains(body, "entente_ca_leader 1") || !strings.Contains(body, "entente_ca_signing 1") {
+		t.Errorf("metrics: %s", body)
+	}
+	if code, _ := get("/debug/pprof/"); code != http.StatusNotFound {
+		t.Errorf("pprof over TCP: %d", code)
+	}
+	if info, err := os.Stat(one.Socket()); err != nil || info.Mode().Perm() != 0o600 {
+		t.Errorf("the socket for operators: %v, %v", info, err)
+	}
+}

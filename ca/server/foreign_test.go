@@ -1,0 +1,63 @@
+package server_test
+
+import (
+	"crypto/x509"
+	"testing"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	"github.com/entente-mesh/entente/ca"
+	"github.com/entente-mesh/entente/ca/catest"
+	"github.com/entente-mesh/entente/ca/domain"
+	"github.com/entente-mesh/entente/ca/server"
+	"github.com/entente-mesh/entente/federation/bundle"
+)
+
+// A key that stands in one domain's bundle is never accepted in another's (I2).
+func TestWithoutSharedKeys(t *testing.T) {
+	t.Parallel()
+	c := catest.Start(t, catest.Options{})
+	trading := catest.Start(t, catest.Options{TrustDomain: "trading.example"})
+	c.Relate(trading)
+	evil := spiffeid.RequireTrustDomainFromString("evil.example")
+	_, own := selfSigned(t, "spiffe://evil.example", true)
+	record := func(certs ...*x509.Certificate) *statev1.ForeignBundle {
+		t.Helper()
+		jwks, err := (&bundle.Bundle{TrustDomain: evil, X509: certs, Sequence: 1}).Marshal()
+		if err != nil {
+			t.Fatal(err)
+		}
+		r, err := server.ForeignRecord(evil, jwks)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return r
+	}
+	clean := func(r *statev1.ForeignBundle) (kept []*x509.Certificate, dropped []string) {
+		t.Helper()
+		c.Node().Read(func(st *domain.State) {
+			var err error
+			if r, dropped, err = server.WithoutSharedKeys(st, r); err != nil {
+				t.Fatal(err)
+			}
+		})
+		b, _, err := bundle.Parse(evil, r.GetJwks())
+		if err != nil || b.Sequence != 1 {
+			t.Fatal(b, err)
+		}
+		return b.X509, dropped
+	}
+	if kept, dropped := clean(record(own)); len(kept) != 1 || len(dropped) != 0 {
+		t.Errorf("control: kept %d, dropped %v", len(kept), dropped)
+	}
+	for name, stolen := range map[string]*x509.Certificate{
+		"own domain's": c.Bundle().X509Authorities()[0],
+		"trading's":    trading.Bundle().X509Authorities()[0],
+	} {
+		kept, dropped := clean(record(own, stolen))
+		if len(kept) != 1 || !kept[0].Equal(own) || len(dropped) != 1 || dropped[0] != ca.KeyID(stolen.RawSubjectPublicKeyInfo) {
+			t.Errorf("%s: kept %d, dropped %v", name, len(kept), dropped)
+		}
+	}
+}
