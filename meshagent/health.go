@@ -17,8 +17,8 @@ import (
 	"github.com/entente-mesh/entente/ca/client"
 )
 
-// riseAfter is how many good checks in a row make an unhealthy instance healthy
-// again. The first check of all decides alone, and so does each bad one.
+// riseAfter is how many good checks in a row make an instance healthy again that
+// was healthy before. The first good one of all is enough, and so is each bad one.
 const riseAfter = 2
 
 // checked is a service of this host and how it is to be checked.
@@ -123,7 +123,7 @@ func (a *Agent) watchService(ctx context.Context, c checked, tell func(good bool
 	// checked in one moment.
 	ticker := time.NewTicker(a.cfg.Health.Interval*19/20 + rand.N(a.cfg.Health.Interval/10+1))
 	defer ticker.Stop()
-	first, good, streak := true, false, 0
+	first, ever, good, streak := true, false, false, 0
 	for {
 		err := a.check(ctx, c)
 		if ctx.Err() != nil {
@@ -133,14 +133,14 @@ func (a *Agent) watchService(ctx context.Context, c checked, tell func(good bool
 		if err != nil {
 			streak = 0
 		}
-		now := err == nil && (good || first || streak >= riseAfter)
+		now := err == nil && (good || !ever || streak >= riseAfter)
 		if first || now != good {
 			tell(now)
 			if !first || !now {
 				a.log.Info("health", "service", c.name, "address", c.addr, "healthy", now, "error", err)
 			}
 		}
-		good, first = now, false
+		good, ever, first = now, ever || now, false
 		select {
 		case <-ctx.Done():
 			return

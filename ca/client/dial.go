@@ -33,9 +33,14 @@ type conn struct {
 	state   tls.ConnectionState
 	own     *x509.Certificate // the leaf this side showed; nil: none
 	rpc     *grpc.ClientConn
+	tls     *tls.Conn
 }
 
-func (c *conn) close() { c.rpc.Close() }
+// close closes the connection as well, in case rpc has not come to take it over.
+func (c *conn) close() {
+	c.rpc.Close()
+	c.tls.Close()
+}
 
 // candidates are the addresses to dial, in order: those that did not just fail
 // before those that did, the own datacenter's before the others', and equals in
@@ -192,8 +197,8 @@ func (c *Client) dial(ctx context.Context, address string) (*conn, error) {
 		secure.Close()
 		return failed(err)
 	}
-	rpc.Connect() // hands the connection over: from here on closing rpc closes it
-	return &conn{address: address, state: secure.ConnectionState(), own: own, rpc: rpc}, nil
+	rpc.Connect()
+	return &conn{address: address, state: secure.ConnectionState(), own: own, rpc: rpc, tls: secure}, nil
 }
 
 // tlsConfig accepts CA nodes, and sets own to the client certificate's leaf when

@@ -644,6 +644,15 @@ func TestClosedProcessSatisfiesNothing(t *testing.T) {
 	}
 }
 
+// Whoever is of another user costs no search and no digest, in whichever order the
+// selectors stand.
+func TestOtherUserIsCheap(t *testing.T) {
+	p := &Process{UID: 4711, find: func() (*handle, error) { t.Error("searched"); return nil, errors.New("searched") }}
+	if err := p.Satisfies([]string{"unix:sha256:" + strings.Repeat("0", 64), "unix:path:/bin/true", "unix:uid:1"}); err == nil {
+		t.Error("another user satisfied the selectors")
+	}
+}
+
 func TestSearchFindsNobody(t *testing.T) {
 	if _, err := New().findOwner(socket{uid: uint32(os.Getuid()), inode: 1<<32 - 2}, netip.AddrPort{}); err == nil || errors.Is(err, errNotOwner) {
 		t.Errorf("a socket that nobody has: %v", err)

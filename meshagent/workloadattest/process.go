@@ -14,9 +14,11 @@
 package workloadattest
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"os/user"
+	"slices"
 	"strconv"
 	"sync"
 
@@ -90,16 +92,35 @@ func (p *Process) Satisfies(selectors []string) error {
 	if len(selectors) == 0 {
 		return errors.New("no selectors: no process satisfies them")
 	}
-	for _, text := range selectors {
-		selector, err := ca.ParseSelector(text)
-		if err != nil {
+	parsed := make([]ca.Selector, len(selectors))
+	for i, text := range selectors {
+		var err error
+		if parsed[i], err = ca.ParseSelector(text); err != nil {
 			return err
 		}
+	}
+	// The user first: it is known already, and for another user's process nothing
+	// dear (a search, a digest) is done.
+	slices.SortStableFunc(parsed, func(x, y ca.Selector) int { return cmp.Compare(price(x), price(y)) })
+	for _, selector := range parsed {
 		if err := p.satisfies(selector); err != nil {
 			return fmt.Errorf("%s: %w", selector, err)
 		}
 	}
 	return p.Alive()
+}
+
+func price(s ca.Selector) int {
+	switch s.Kind {
+	case ca.SelectorUID:
+		return 0
+	case ca.SelectorUser:
+		return 1
+	case ca.SelectorSHA256:
+		return 3
+	default:
+		return 2
+	}
 }
 
 func (p *Process) satisfies(s ca.Selector) error {
