@@ -96,8 +96,8 @@ func follow(ctx context.Context, agent *meshagent.Agent, car *sidecar.Sidecar, l
 	for {
 		state := agent.State()
 		if state.Ready {
-			world := sidecar.World{Revision: state.View.Revision, Dev: state.View.Cluster.GetDev(),
-				Objects: state.View.Objects, Entries: state.View.Entries}
+			world := sidecar.World{Revision: state.View.Changed, Dev: state.View.Cluster.GetDev(),
+				Objects: state.View.Objects, Entries: state.Entries()}
 			for _, instance := range state.View.Instances {
 				world.Endpoints = append(world.Endpoints, catalog.Endpoint(instance))
 			}
