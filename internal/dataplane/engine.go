@@ -47,7 +47,7 @@ type Timing struct {
 	Deadline  time.Duration // of a request until the answer begins, if the hop before names no earlier one; 15 s
 	Connect   time.Duration // TCP connect of an attempt; 300 ms
 	Handshake time.Duration // TLS handshake of an attempt, and of a client at our doors five times that; 1 s
-	Attempt   time.Duration // after which a silent attempt is given up, if it may be repeated elsewhere; 750 ms
+	Attempt   time.Duration // of silence after which the place is looked at; is it dead, the attempt is repeated elsewhere; 500 ms
 	Hold      time.Duration // how long a failed place must be good again before it is used; 2 s
 	Drain     time.Duration // bound for requests in flight when a door closes; 10 s
 }
@@ -57,7 +57,7 @@ func (t Timing) withDefaults() Timing {
 		&t.Deadline:  15 * time.Second,
 		&t.Connect:   300 * time.Millisecond,
 		&t.Handshake: time.Second,
-		&t.Attempt:   750 * time.Millisecond,
+		&t.Attempt:   500 * time.Millisecond,
 		&t.Hold:      2 * time.Second,
 		&t.Drain:     10 * time.Second,
 	} {

@@ -173,6 +173,7 @@ func TestBlackHole(t *testing.T) {
 			l.frozen.Store(true)
 			h := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { <-r.Context().Done() })
 			w.trading.apps[0].handler.Store(&h)
+			time.Sleep(time.Second) // since the last answer
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -206,6 +207,32 @@ func TestBlackHole(t *testing.T) {
 			})
 		})
 	}
+}
+
+// A slow application is asked once, by everybody on the way, and is nobody's reason to be left out.
+func TestSlowIsNotDead(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, inMemory)
+		h := http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+			time.Sleep(5 * time.Second)
+			_, _ = io.WriteString(rw, "ok")
+		})
+		w.banking.apps[0].handler.Store(&h)
+		var all sync.WaitGroup
+		for range 50 {
+			all.Go(func() {
+				a := do(t, w.client(), "GET", w.trading.outURL[0]+"/v1/balance", "accounts.banking.example", nil, nil)
+				if a.StatusCode != 200 {
+					t.Error(a)
+				}
+			})
+			time.Sleep(100 * time.Millisecond)
+		}
+		all.Wait()
+		if one, two := w.banking.apps[0].served.Load(), w.banking.apps[1].served.Load(); one != 50 || two != 0 {
+			t.Errorf("50 requests; dc1 was asked %d times, dc2 %d times", one, two)
+		}
+	})
 }
 
 // After sending, only idempotent requests are sent again; the others say so.

@@ -183,10 +183,11 @@ func (s *sender) try(service string, hop *routeHop, more bool) (done bool) {
 	defer cancel(nil)
 	var state attemptState
 	if more && s.idempotent && !x.again && x.timeout != 0 {
-		// Somebody else may do better. Only while the budget allows it, and never for
-		// what another hop is already repeating, or slow answers would multiply.
+		// Somebody else may do better, but only if this place is dead: a slow answer that
+		// were asked for again, by each hop, would multiply until everything is slow. For
+		// the same reason what another hop is repeating already is left alone.
 		timer := time.AfterFunc(e.cfg.Timing.Attempt, func() {
-			if s.body.replayable() && e.budget.Retry(time.Now()) && state.abandon() {
+			if s.body.replayable() && !e.upstream.alive(p) && e.budget.Retry(time.Now()) && state.abandon() {
 				cancel(errAbandoned)
 			}
 		})
@@ -228,6 +229,7 @@ func (s *sender) try(service string, hop *routeHop, more bool) (done bool) {
 	if err != nil {
 		return s.failed(p, &state, err, sent.Load() && !neverProcessed(err))
 	}
+	p.answered.Store(time.Now().UnixNano())
 	reason, ours := refusal.FromHeader(res.Header)
 	outcome := res.Header.Get(header.Outcome)
 	if !ours || outcome == "" {
@@ -324,12 +326,11 @@ func (s *sender) failed(p *place, state *attemptState, err error, sent bool) (do
 	if state.given() {
 		s.paid = true
 		e.metrics.attempt("given-up")
-		e.upstream.silent(p)
 		return false
 	}
 	if cause := context.Cause(s.ctx); cause != nil {
 		if errors.Is(cause, errDeadline) {
-			e.upstream.silent(p)
+			e.upstream.look(p)
 		}
 		s.giveUp()
 		return true

@@ -37,13 +37,20 @@ type place struct {
 	health   resilience.Health
 	inflight atomic.Int64
 	used     atomic.Int64 // Unix nanoseconds of the last choice
-	suspect  atomic.Bool  // a probe after a silent attempt is under way
+	answered atomic.Int64 // and of the last answer or good probe
 	last     atomic.Pointer[dialSpec]
 	wanted   atomic.Pointer[view] // the newest view with a route to it
 
 	mu        sync.Mutex
 	penalties map[string]*resilience.Penalty // by service: this place lives, but cannot serve that
 	pools     map[poolKey]*pool
+	looking   *probe // under way
+}
+
+// probe is one look whether a place lives. alive is set before done is closed.
+type probe struct {
+	done  chan struct{}
+	alive bool
 }
 
 type poolKey struct{ identity, serverName string }
@@ -344,41 +351,79 @@ func (u *upstreams) failed(p *place, err error) {
 	}
 }
 
-// silent looks whether a place that left a request unanswered is alive. A slow
-// application behind it is no reason to leave it out; a dead process is.
-func (u *upstreams) silent(p *place) {
-	if !p.suspect.CompareAndSwap(false, true) {
-		return
+// patience is how long a request waits for the look at a silent place. A look that takes
+// longer goes on, and may still eject the place.
+const patience = 400 * time.Millisecond
+
+// alive says whether a place that leaves a request unanswered should be waited for. A slow
+// application behind it is no reason to ask elsewhere, which would only add to
+// the load; a dead process is. What it answered lately is evidence enough, else
+// one handshake decides for all who ask at the same time.
+func (u *upstreams) alive(p *place) bool {
+	if time.Since(time.Unix(0, p.answered.Load())) < u.engine.cfg.Timing.Attempt {
+		return true
 	}
-	u.engine.spawn(func() {
-		defer p.suspect.Store(false)
-		u.probe(p)
-	})
+	look := u.look(p)
+	timer := time.NewTimer(patience)
+	defer timer.Stop()
+	select {
+	case <-look.done:
+		return look.alive
+	case <-timer.C:
+		return false
+	}
+}
+
+// look makes a handshake with a place in the background, unless one is under way, and
+// keeps book on its outcome.
+func (u *upstreams) look(p *place) *probe {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.looking != nil {
+		return p.looking
+	}
+	look := &probe{done: make(chan struct{})}
+	task := func() {
+		look.alive = u.probe(p)
+		p.mu.Lock()
+		p.looking = nil
+		p.mu.Unlock()
+		close(look.done)
+	}
+	if !u.engine.spawn(task) {
+		close(look.done)
+		return look
+	}
+	p.looking = look
+	return look
 }
 
 // probeDue probes the places that are left out, each by its own back-off.
 func (u *upstreams) probeDue(now time.Time) {
 	for _, p := range u.all() {
 		if p.health.ProbeDue(now, rand.Float64()) {
-			u.silent(p)
+			u.look(p)
 		}
 	}
 }
 
-func (u *upstreams) probe(p *place) {
+func (u *upstreams) probe(p *place) (alive bool) {
 	spec := p.last.Load()
 	if spec == nil {
-		return
+		return true
 	}
 	conn, err := u.handshake(u.engine.ctx, p.address, spec, "h2")
 	switch {
 	case err == nil:
 		_ = conn.Close()
 		p.health.OK(time.Now())
+		p.answered.Store(time.Now().UnixNano())
 	case errors.Is(u.engine.ctx.Err(), context.Canceled):
 	default:
 		u.failed(p, err)
+		return false
 	}
+	return true
 }
 
 // sweep closes what is idle or about to end, and forgets places nobody asks for.
