@@ -731,7 +731,7 @@ func (s *story) restore(ctx context.Context, c *chapter, step *RestoreStep) erro
 		ok, got, err := await(ctx, step.Within, lookEvery, func(context.Context) (bool, string, error) {
 			samples, err := g.recorded()
 			back := load.Share(samples, s.restoredAt, step.Datacenter)
-			return len(back) >= sharedAgain, shareText(back, s.restoredAt), err
+			return len(back) >= sharedAgain, shareText(back, samples, s.restoredAt), err
 		})
 		if err != nil {
 			return err
@@ -757,11 +757,23 @@ func (s *story) restore(ctx context.Context, c *chapter, step *RestoreStep) erro
 	return nil
 }
 
-func shareText(back []load.Sample, since time.Time) string {
-	if len(back) == 0 {
-		return "0"
+// shareText says when the first came of those that are back, or who answers instead.
+func shareText(back, samples []load.Sample, since time.Time) string {
+	if len(back) > 0 {
+		return fmt.Sprintf("%d, the first %.1f s after the restart began", len(back), back[0].Done.Sub(since).Seconds())
 	}
-	return fmt.Sprintf("%d, the first %.1f s after the restart began", len(back), back[0].Done.Sub(since).Seconds())
+	counts := map[string]int{}
+	for _, sample := range samples {
+		if sample.Scheduled.Before(since) {
+			continue
+		}
+		if sample.OK {
+			counts[strings.Join(sample.ServedBy, "+")]++
+		} else {
+			counts[sample.Error]++
+		}
+	}
+	return "0; " + countsText(counts, -1)
 }
 
 func milliseconds(d time.Duration) string {
