@@ -3,9 +3,11 @@ package dataplane
 import (
 	"context"
 	"crypto/tls"
+	"errors"
 	"io"
 	"net"
 	"net/http"
+	"os"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -466,9 +468,11 @@ func TestLoopbackDoorAttests(t *testing.T) {
 		t.Fatal(err)
 	}
 	<-asked
-	_ = c.SetReadDeadline(time.Now().Add(2 * time.Second))
-	if n, err := c.Read(make([]byte, 1)); n != 0 || err == nil {
-		t.Errorf("read %d, %v", n, err)
+	defer c.Close()
+	_, _ = io.WriteString(c, "GET / HTTP/1.1\r\nHost: market.trading.example\r\n\r\n")
+	_ = c.SetReadDeadline(time.Now().Add(10 * time.Second))
+	if n, err := c.Read(make([]byte, 1)); n != 0 || err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("not closed: read %d, %v", n, err)
 	}
 	accept.Store(true)
 	if a := get(t, "http://"+p.addr, "market.trading.example", "/"); a.StatusCode != 200 {

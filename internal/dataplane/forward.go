@@ -217,17 +217,15 @@ func (s *sender) try(service string, hop *routeHop, more bool) (done bool) {
 	if x.upgrade != "" {
 		h["Connection"], h["Upgrade"] = []string{"Upgrade"}, []string{x.upgrade}
 	}
-	var sent atomic.Bool
-	out := s.request(httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
-		WroteHeaders: func() { sent.Store(true) },
-	}), "https", hop.Address)
-	res, err := c.http.RoundTrip(out)
+	res, err := c.http.RoundTrip(s.request(ctx, "https", hop.Address))
 	if err == nil && !state.answer() {
 		_ = res.Body.Close()
 		err = errAbandoned
 	}
 	if err != nil {
-		return s.failed(p, &state, err, sent.Load() && !neverProcessed(err))
+		// HTTP/2 reports its headers as written only after they are, so an error that
+		// does not say otherwise may have come after the other end began.
+		return s.failed(p, &state, err, !neverProcessed(err))
 	}
 	p.answered.Store(time.Now().UnixNano())
 	reason, ours := refusal.FromHeader(res.Header)
@@ -436,7 +434,7 @@ func (x *exchange) toApplication(b Backend, d *downstream) {
 	var sent atomic.Bool
 	ctx := context.WithValue(s.ctx, attestKey{}, b.Attest)
 	res, err := transport.RoundTrip(s.request(httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
-		WroteHeaders: func() { sent.Store(true) },
+		GotConn: func(httptrace.GotConnInfo) { sent.Store(true) }, // WroteHeaders may come too late
 	}), "http", b.Address))
 	if err != nil {
 		s.err, s.mayHaveRun = err, sent.Load()
