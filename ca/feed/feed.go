@@ -116,12 +116,11 @@ func (f *Feed) Publish(outcome domain.Outcome) {
 		if change.Kind == domain.ChangeEntry {
 			// Of a million entries few are on the host of any one agent.
 			for _, host := range change.Hosts {
-				if s := f.sessions[host]; s != nil {
-					s.wake()
+				for _, who := range []Subscriber{{Agent: host}, {Agent: host, EntryID: change.Key}} {
+					if s := f.sessions[who.key()]; s != nil {
+						s.wake()
+					}
 				}
-			}
-			if s := f.sessions["entry/"+change.Key]; s != nil {
-				s.wake()
 			}
 			continue
 		}

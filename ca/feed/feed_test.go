@@ -562,6 +562,33 @@ func TestAcknowledgementBeforeFirstUpdate(t *testing.T) {
 	}
 }
 
+// A change of entries alone wakes those whom it concerns, and nobody else.
+func TestEntryChangeWakes(t *testing.T) {
+	w := newWorld(t, 0)
+	w.attest("h1")
+	w.attest("h2")
+	w.apply(gateway("gw-1", "h1"))
+	agent, gw, other := w.subscribe(agentSub("h1", 1), 0), w.subscribe(gatewaySub("gw-1", "h1"), 0), w.subscribe(agentSub("h2", 1), 0)
+	for _, s := range []*Session{agent, gw, other} {
+		<-s.Wake
+	}
+	w.f.Publish(domain.Outcome{Revision: w.st.Revision(), Changes: []domain.Change{
+		{Kind: domain.ChangeEntry, Key: ca.GatewayEntry("gw-1"), Hosts: []string{"h1"}},
+	}})
+	for name, s := range map[string]*Session{"its agent": agent, "the gateway": gw} {
+		select {
+		case <-s.Wake:
+		default:
+			t.Errorf("%s was not woken", name)
+		}
+	}
+	select {
+	case <-other.Wake:
+		t.Error("another host's agent was woken")
+	default:
+	}
+}
+
 func TestRestoreSendsEverything(t *testing.T) {
 	w := newWorld(t, 0)
 	w.attest("h1")

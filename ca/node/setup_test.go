@@ -3,6 +3,7 @@ package node_test
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
 	"io"
 	"net/http"
 	"os"
@@ -15,6 +16,7 @@ import (
 
 	"github.com/entente-mesh/entente/ca/catest"
 	"github.com/entente-mesh/entente/ca/node"
+	"github.com/entente-mesh/entente/internal/peer"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -182,5 +184,32 @@ func TestAdminListener(t *testing.T) {
 	}
 	if info, err := os.Stat(one.Socket()); err != nil || info.Mode().Perm() != 0o600 {
 		t.Errorf("the socket for operators: %v, %v", info, err)
+	}
+}
+
+// However short SVIDs live, what the node shows is valid at every moment.
+func TestOwnSVIDsAreRenewed(t *testing.T) {
+	t.Parallel()
+	one := catest.Start(t, catest.Options{Lifetimes: node.Lifetimes{X509SVID: 2 * time.Second}})
+	seen := make(map[string]int)
+	for begin := time.Now(); time.Since(begin) < 5*time.Second; time.Sleep(50 * time.Millisecond) {
+		for name, address := range map[string]string{"bundle endpoint": one.Config().Listen.Bundle, "API": one.Config().Listen.API} {
+			conn, err := tls.Dial("tcp", address, &tls.Config{InsecureSkipVerify: true, MinVersion: tls.VersionTLS13})
+			if err != nil {
+				t.Fatal(err)
+			}
+			chain := conn.ConnectionState().PeerCertificates
+			conn.Close()
+			if _, err := peer.Verify(chain, one.Bundle(), time.Now()); err != nil {
+				t.Fatalf("the %s shows: %v", name, err)
+			}
+			if serial := name + chain[0].SerialNumber.String(); seen[serial] == 0 {
+				seen[serial]++
+				seen[name]++
+			}
+		}
+	}
+	if seen["bundle endpoint"] < 3 || seen["API"] < 3 {
+		t.Errorf("SVIDs shown in 5 s: %d and %d", seen["bundle endpoint"], seen["API"])
 	}
 }
