@@ -46,10 +46,11 @@ func (i *identities) run(ctx context.Context, socket string) error {
 		return fmt.Errorf("opening the Workload API at %s (workloadAPI.socket): %w", socket, err)
 	}
 	defer client.Close()
-	if err := client.WatchX509Context(ctx, i); err != nil && ctx.Err() == nil {
-		return fmt.Errorf("watching the Workload API at %s: %w", socket, err)
+	err = client.WatchX509Context(ctx, i) // returns when ctx ends, or when the API says that asking again is useless
+	if ctx.Err() != nil {
+		return ctx.Err()
 	}
-	return ctx.Err()
+	return fmt.Errorf("watching the Workload API at %s: %w", socket, err)
 }
 
 // OnX509ContextUpdate takes a new picture. Part of workloadapi.X509ContextWatcher.

@@ -3,14 +3,12 @@ package dataplane
 import (
 	"context"
 	"crypto/tls"
-	"errors"
 	"fmt"
 	"net"
 	"net/http"
 	"strings"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
-	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 
 	"github.com/entente-mesh/entente/federation/catalog"
 	"github.com/entente-mesh/entente/internal/dataplane/header"
@@ -213,11 +211,3 @@ func (x *exchange) meshCaller(d *downstream) bool {
 
 // reserved are identities of the mesh itself (members, agents, gateways).
 func reserved(id spiffeid.ID) bool { return strings.HasPrefix(id.Path(), "/entente/") }
-
-var errNoSVID = errors.New("no SVID yet")
-
-// NoSVID is a source for an identity whose SVID is not there yet.
-type NoSVID struct{}
-
-// GetX509SVID returns an error.
-func (NoSVID) GetX509SVID() (*x509svid.SVID, error) { return nil, errNoSVID }

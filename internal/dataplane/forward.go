@@ -194,7 +194,7 @@ func (s *sender) try(service string, hop *routeHop, more bool) (done bool) {
 		defer timer.Stop()
 	}
 
-	c, _, err := e.connectFor(ctx, x.upgrade != "", p, hop.spec)
+	c, err := e.connectFor(ctx, x.upgrade != "", p, hop.spec)
 	if err != nil {
 		return s.failed(p, &state, err, false)
 	}
@@ -308,12 +308,11 @@ func (a *attemptState) given() bool   { return a.v.Load() == 2 }
 
 // connectFor finds or opens a connection. An Upgrade takes one of its own: HTTP/2
 // has none in this Go (RFC 8441 is switched off).
-func (e *Engine) connectFor(ctx context.Context, upgrade bool, p *place, spec *dialSpec) (*upstreamConn, bool, error) {
+func (e *Engine) connectFor(ctx context.Context, upgrade bool, p *place, spec *dialSpec) (*upstreamConn, error) {
 	if !upgrade {
 		return e.upstream.connect(ctx, p, spec)
 	}
-	c, err := e.upstream.dial(ctx, p, spec, "http/1.1")
-	return c, true, err
+	return e.upstream.dial(ctx, p, spec, "http/1.1")
 }
 
 // failed books a failed attempt. done: nobody waits for another.

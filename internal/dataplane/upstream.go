@@ -180,22 +180,22 @@ func (p *place) pool(key poolKey) *pool {
 }
 
 // connect returns a connection with room for one more request, reserved, whose peer
-// is one of the spec's. fresh: it was not used before.
-func (u *upstreams) connect(ctx context.Context, p *place, spec *dialSpec) (c *upstreamConn, fresh bool, err error) {
+// is one of the spec's.
+func (u *upstreams) connect(ctx context.Context, p *place, spec *dialSpec) (*upstreamConn, error) {
 	p.last.Store(spec)
 	pl := p.pool(poolKey{spec.identity.ID.String(), spec.serverName})
-	for waited := false; ; waited = true {
+	for {
 		pl.mu.Lock()
 		if c := pl.reserve(spec, time.Now()); c != nil {
 			pl.mu.Unlock()
-			return c, waited, nil
+			return c, nil
 		}
 		d := pl.dialing
 		if d == nil {
 			d = &dial{done: make(chan struct{})}
 			if !u.engine.spawn(func() { u.fill(pl, d, spec) }) {
 				pl.mu.Unlock()
-				return nil, true, errEnded
+				return nil, errEnded
 			}
 			pl.dialing = d
 		}
@@ -203,10 +203,10 @@ func (u *upstreams) connect(ctx context.Context, p *place, spec *dialSpec) (c *u
 		select {
 		case <-d.done:
 			if d.err != nil {
-				return nil, true, d.err
+				return nil, d.err
 			}
 		case <-ctx.Done():
-			return nil, true, context.Cause(ctx)
+			return nil, context.Cause(ctx)
 		}
 	}
 }

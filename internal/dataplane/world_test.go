@@ -318,7 +318,6 @@ type domain struct {
 	caller    string // path of the calling workload
 	objects   []*statev1.Object
 	endpoints []catalog.Endpoint
-	revision  uint64
 }
 
 // world is banking and trading in two datacenters: trading/portfolio calls banking/accounts.

@@ -196,7 +196,6 @@ func (s *Sidecar) Run(ctx context.Context) error {
 	type door struct {
 		outbound
 		stop context.CancelFunc
-		done chan struct{}
 	}
 	open := map[string]door{}
 	for {
@@ -225,12 +224,8 @@ func (s *Sidecar) Run(ctx context.Context) error {
 				continue
 			}
 			own, stop := context.WithCancel(ctx)
-			d := door{w, stop, make(chan struct{})}
-			open[entry] = d
-			doors.Go(func() {
-				defer close(d.done)
-				s.serveOutbound(own, entry, w)
-			})
+			open[entry] = door{w, stop}
+			doors.Go(func() { s.serveOutbound(own, entry, w) })
 		}
 	}
 }
