@@ -1,14 +1,15 @@
 package ca
 
 import (
+	"errors"
 	"fmt"
 	"time"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 )
 
-// The phases of an authority. PREPARED, ACTIVE and RETIRED have equal length; the
-// side exits TAINTED and REVOKED can be taken from any of them.
+// The phases of an authority. PREPARED, ACTIVE and RETIRED have equal length; TAINTED
+// can be reached from any of them, and REVOKED from TAINTED, in an emergency from any.
 //
 //	PREPARED ──ready──▶ ACTIVE ──▶ RETIRED ──▶ (expires)
 //	    └───────────────┴───┬────────┘
@@ -29,6 +30,22 @@ func MayMove(from, to statev1.AuthorityPhase) bool {
 		return InBundle(from)
 	}
 	return false
+}
+
+// MayRevoke says why an authority may not be revoked now, nil if it may. now is the
+// operator's word that whoever holds an SVID under it loses it.
+func MayRevoke(a *statev1.Authority, now bool) error {
+	switch {
+	case a.GetPhase() == statev1.AuthorityPhase_AUTHORITY_PHASE_REVOKED:
+		return errors.New("authority is REVOKED already")
+	case now:
+		return nil
+	case a.GetPhase() != statev1.AuthorityPhase_AUTHORITY_PHASE_TAINTED:
+		return fmt.Errorf("authority is %s, not TAINTED: taint it first, so that what it signed is issued anew before it leaves the bundle", PhaseName(a.GetPhase()))
+	case !a.GetDrained():
+		return errors.New("SVIDs under the authority are still in use")
+	}
+	return nil
 }
 
 // MayActivate says why an authority may not sign at the time now, nil if it may. The

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -19,6 +20,82 @@ func ServiceEntry(name string) string { return "service/" + name }
 
 // GatewayEntry is the id of the entry that follows from a gateway.
 func GatewayEntry(name string) string { return "gateway/" + name }
+
+// DeclaredPrefix begins the id of every entry that is declared by itself.
+const DeclaredPrefix = "entry/"
+
+const (
+	maxEntryName = 200
+	maxHint      = 1 << 10
+	maxDNSNames  = 16
+	maxFederates = 64
+)
+
+// CheckDeclared refuses an entry, declared by itself, that takes what belongs to
+// others: an id outside DeclaredPrefix, a reserved path or role, a service's name. It
+// also asks CheckEntry.
+func CheckDeclared(td spiffeid.TrustDomain, e *statev1.Entry, longest time.Duration) error {
+	if err := CheckEntryID(e.GetId()); err != nil {
+		return err
+	}
+	if Reserved(e.GetPath()) {
+		return fmt.Errorf("SPIFFE path %q is reserved: nothing declared may stand at or below %s", e.GetPath(), ReservedPath)
+	}
+	if e.GetRole() != statev1.Role_ROLE_UNSPECIFIED {
+		return errors.New("a role follows from a Gateway only: declare one")
+	}
+	if len(e.GetHint()) > maxHint {
+		return fmt.Errorf("hint has %d bytes, over %d", len(e.GetHint()), maxHint)
+	}
+	if n := len(e.GetDnsNames()); n > maxDNSNames {
+		return fmt.Errorf("%d DNS names, over %d", n, maxDNSNames)
+	}
+	for _, name := range e.GetDnsNames() {
+		if !dnsName(name) {
+			return fmt.Errorf("%.80q is not a DNS name in lower case", name)
+		}
+		if name == td.Name() || strings.HasSuffix(name, "."+td.Name()) {
+			return fmt.Errorf("DNS name %s is reserved: names below %s belong to services", name, td.Name())
+		}
+	}
+	if n := len(e.GetFederatesWith()); n > maxFederates {
+		return fmt.Errorf("federates with %d trust domains, over %d", n, maxFederates)
+	}
+	for _, name := range e.GetFederatesWith() {
+		if other, err := ParseTrustDomain(name); err != nil {
+			return err
+		} else if other == td {
+			return errors.New("an entry federates with other trust domains only")
+		}
+	}
+	return CheckEntry(td, e, longest)
+}
+
+// CheckEntryID refuses what cannot be the id of an entry declared by itself: entry/
+// and then labels with slashes between, as in entry/batch/nightly.
+func CheckEntryID(id string) error {
+	name, ok := strings.CutPrefix(id, DeclaredPrefix)
+	switch {
+	case !ok:
+		return fmt.Errorf("entry id %.80q does not begin with %s: other ids follow from services and gateways, change those", id, DeclaredPrefix)
+	case len(name) > maxEntryName:
+		return fmt.Errorf("entry id %.80q... has over %d bytes", id, maxEntryName)
+	}
+	for part := range strings.SplitSeq(name, "/") {
+		if err := CheckLabel(part); err != nil {
+			return fmt.Errorf("entry id %.80q: %w", id, err)
+		}
+	}
+	return nil
+}
+
+// Canonical puts an entry's sets in order, so that equal entries are equal records.
+func Canonical(e *statev1.Entry) {
+	e.Hosts = sortedSet(e.GetHosts())
+	e.Selectors = sortedSet(e.GetSelectors())
+	e.DnsNames = sortedSet(e.GetDnsNames())
+	e.FederatesWith = sortedSet(e.GetFederatesWith())
+}
 
 // EntriesFor derives the registration entries that follow from an object of the
 // catalogue: one from a Service, one from a Gateway, none from others. peers are the

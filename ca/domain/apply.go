@@ -105,6 +105,20 @@ func (a *application) run(cmd *statev1.Command) *Refusal {
 		return a.applyObjects(body.ApplyObjects)
 	case *statev1.Command_StoreForeignBundle:
 		return a.storeForeignBundle(body.StoreForeignBundle)
+	case *statev1.Command_TaintAuthority:
+		return a.taintAuthority(body.TaintAuthority)
+	case *statev1.Command_AuthorityDrained:
+		return a.authorityDrained(body.AuthorityDrained)
+	case *statev1.Command_RevokeAuthority:
+		return a.revokeAuthority(body.RevokeAuthority)
+	case *statev1.Command_BanAgent:
+		return a.banAgent(body.BanAgent)
+	case *statev1.Command_EvictAgent:
+		return a.evictAgent(body.EvictAgent)
+	case *statev1.Command_RevokeToken:
+		return a.revokeToken(body.RevokeToken)
+	case *statev1.Command_ChangeEntries:
+		return a.changeEntries(body.ChangeEntries)
 	case *statev1.Command_Tick:
 		return a.tick(body.Tick)
 	case *statev1.Command_Checksum:
@@ -133,7 +147,11 @@ func drop[R any](a *application, t *table[R], key string) {
 	}
 }
 
+// changed names a change, once.
 func (a *application) changed(kind ChangeKind, key string) {
+	if kind == ChangeOwnBundle && slices.ContainsFunc(a.changes, func(c Change) bool { return c.Kind == kind }) {
+		return
+	}
 	a.changes = append(a.changes, Change{Kind: kind, Key: key})
 }
 
@@ -395,9 +413,10 @@ func (a *application) removeMember(c *statev1.RemoveMember) *Refusal {
 	}
 	drop(a, &a.members, m.GetId())
 	a.changed(ChangeMembers, m.GetId())
+	// Nothing that a stolen key signed is accepted for a moment longer.
 	to := statev1.AuthorityPhase_AUTHORITY_PHASE_RETIRED
 	if c.GetCompromised() {
-		to = statev1.AuthorityPhase_AUTHORITY_PHASE_TAINTED
+		to = statev1.AuthorityPhase_AUTHORITY_PHASE_REVOKED
 	}
 	for _, authority := range a.Authorities() {
 		if authority.GetMemberId() == m.GetId() && ca.MayMove(authority.GetPhase(), to) {
@@ -532,7 +551,7 @@ func (a *application) bundleChanged() {
 }
 
 // move puts an authority into another phase. The bundle's content is the same in all
-// of them but REVOKED, which nothing reaches yet.
+// of them but REVOKED.
 func (a *application) move(have *statev1.Authority, to statev1.AuthorityPhase) {
 	authority := proto.CloneOf(have)
 	authority.Phase, authority.Revision = to, a.rev
@@ -540,6 +559,9 @@ func (a *application) move(have *statev1.Authority, to statev1.AuthorityPhase) {
 	a.changed(ChangeAuthority, authority.GetId())
 	if ca.InBundle(have.GetPhase()) != ca.InBundle(to) {
 		a.bundleChanged()
+	}
+	if to == statev1.AuthorityPhase_AUTHORITY_PHASE_REVOKED {
+		a.distrusted(&statev1.Distrust{Authority: have.GetId()}, time.Unix(have.GetNotAfter(), 0))
 	}
 }
 
@@ -555,6 +577,7 @@ func (a *application) authorityReady(c *statev1.AuthorityReady) *Refusal {
 	}
 	authority := proto.CloneOf(have)
 	authority.Ready, authority.Revision = true, a.rev
+	authority.Assumed = assumed(c.GetAssumed())
 	put(a, &a.authorities, authority.GetId(), authority)
 	a.changed(ChangeAuthority, authority.GetId())
 	return nil
@@ -600,6 +623,7 @@ func (a *application) tick(c *statev1.Tick) *Refusal {
 	if gone {
 		a.bundleChanged()
 	}
+	a.forgetDistrust()
 	return nil
 }
 

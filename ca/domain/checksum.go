@@ -11,7 +11,7 @@ import (
 
 // ChecksumFormat names the encodings below. It changes with any of them; replicas
 // of different formats do not compare.
-const ChecksumFormat = 1
+const ChecksumFormat = 2
 
 // setHash is a hash over a set of records that can be kept up to date: the sum, mod
 // 2^256, of the SHA-256 of each record's encoding. Order does not matter, and a
@@ -126,6 +126,9 @@ func (e *encoder) record(record any) {
 		e.yes(r.GetReady())
 		e.number(r.GetRevision())
 		e.number(r.GetPreparedRevision())
+		e.texts(r.GetAssumed())
+		e.yes(r.GetDrained())
+		e.texts(r.GetAssumedDrained())
 	case *statev1.Token:
 		e.kind('T')
 		e.text(r.GetId())
@@ -165,6 +168,17 @@ func (e *encoder) record(record any) {
 		e.texts(r.GetDnsNames())
 		e.texts(r.GetFederatesWith())
 		e.number(uint64(r.GetRole()))
+		e.number(r.GetRevision())
+		e.text(r.GetHint())
+	case *statev1.Distrust:
+		e.kind('D')
+		e.text(r.GetId())
+		e.text(r.GetAuthority())
+		e.text(r.GetAgent())
+		e.number(r.GetAgentGeneration())
+		e.text(r.GetEntry())
+		e.number(r.GetEntryGeneration())
+		e.time(r.GetNotAfter())
 		e.number(r.GetRevision())
 	case *statev1.Object:
 		e.kind('O')

@@ -40,6 +40,7 @@ type State struct {
 	entries     table[*statev1.Entry]
 	objects     table[*statev1.Object] // by Kind/name
 	foreign     table[*statev1.ForeignBundle]
+	distrust    table[*statev1.Distrust]
 
 	agentByKey map[string]string              // key id -> agent name
 	onHost     map[string]map[string]struct{} // agent name -> ids of its entries
@@ -133,6 +134,27 @@ func (s *State) OwnBundle() (x509 [][]byte, sequence uint64) {
 	}
 	return x509, s.bundle
 }
+
+// Tainted are the ids of the authorities whose SVIDs are to be issued anew, sorted.
+func (s *State) Tainted() []string {
+	var ids []string
+	for _, a := range s.authorities.rows {
+		if a.GetPhase() == statev1.AuthorityPhase_AUTHORITY_PHASE_TAINTED {
+			ids = append(ids, a.GetId())
+		}
+	}
+	slices.Sort(ids)
+	return ids
+}
+
+// Distrust are the items that name SVIDs not to be accepted, by id.
+func (s *State) Distrust() []*statev1.Distrust { return s.distrust.sorted() }
+
+// DistrustItem is the one with that id.
+func (s *State) DistrustItem(id string) (*statev1.Distrust, bool) { return s.distrust.get(id) }
+
+// Tokens are the join tokens that are remembered, by id.
+func (s *State) Tokens() []*statev1.Token { return s.tokens.sorted() }
 
 // Token is the record of the join token with that id.
 func (s *State) Token(id string) (*statev1.Token, bool) { return s.tokens.get(id) }

@@ -2,6 +2,7 @@ package domain
 
 import (
 	"bytes"
+	"cmp"
 	"fmt"
 	"maps"
 	"slices"
@@ -107,7 +108,36 @@ func (a *application) plan(c *statev1.ApplyObjects) (change catalogueChange, ref
 		return change, invalid(err)
 	}
 	change.tables = tables
-	return change, a.derive(&change, after)
+	if refusal := a.derive(&change, after); refusal != nil {
+		return change, refusal
+	}
+	return change, cmp.Or(a.identitiesTaken(&change), a.roomForDistrust(change.entries))
+}
+
+// identitiesTaken refuses a service whose identity an entry that is declared by itself
+// has: the workload of that entry would be taken for the service.
+func (a *application) identitiesTaken(change *catalogueChange) *Refusal {
+	paths := map[string]string{}
+	for id, e := range change.entries {
+		if e != nil {
+			paths[e.GetPath()] = id
+		}
+	}
+	if len(paths) == 0 {
+		return nil
+	}
+	taken := ""
+	for _, e := range a.entries.rows {
+		// The first by name, so that every replica says the same.
+		if _, ok := paths[e.GetPath()]; ok && declared(e.GetId()) && (taken == "" || e.GetId() < taken) {
+			taken = e.GetId()
+		}
+	}
+	if taken == "" {
+		return nil
+	}
+	e, _ := a.entries.get(taken)
+	return refuse(CodeExists, "entry %s gives the SPIFFE path %s of %s to another workload: delete it first", taken, e.GetPath(), paths[e.GetPath()])
 }
 
 // after is the whole catalogue as it would be, by key.
@@ -192,6 +222,9 @@ func (a *application) setEntry(id string, e *statev1.Entry) {
 	hosts := slices.Concat(have.GetHosts(), e.GetHosts())
 	slices.Sort(hosts)
 	a.changes = append(a.changes, Change{Kind: ChangeEntry, Key: id, Hosts: slices.Compact(hosts)})
+	for _, item := range a.voided(have, e) {
+		a.distrusted(item, a.longestLife())
+	}
 }
 
 func (s *State) index(e *statev1.Entry) {

@@ -45,6 +45,7 @@ const (
 	CodeMemberRemoved = "member-removed"    // its key was removed and cannot return
 	CodeLastVoter     = "last-voter"        // the cluster would have none
 	CodePhase         = "phase"             // the authority's phase does not allow it
+	CodeInUse         = "in-use"            // somebody still rests on it
 	CodeNotReady      = "not-ready"         // the ready gate was not passed (I3)
 	CodeSequence      = "sequence-back"     // a bundle's sequence would go back (I8)
 	CodeConflict      = "sequence-conflict" // another bundle has that sequence
@@ -68,6 +69,7 @@ const (
 	ChangeEntry         ChangeKind = "entry"          // entry id
 	ChangeObject        ChangeKind = "object"         // Kind/name
 	ChangeForeignBundle ChangeKind = "foreign-bundle" // trust domain
+	ChangeDistrust      ChangeKind = "distrust"       // item id
 )
 
 // Change names one thing that was made, altered or removed.

@@ -29,7 +29,7 @@ import (
 // the last is the trailer with the count of each kind and the checksum of the state.
 const (
 	snapshotMagic   = "entente snapshot\n"
-	snapshotVersion = 1
+	snapshotVersion = 2
 	chunkSize       = 64 << 10
 	maxRecord       = 1 << 20
 	maxRecords      = 1 << 25
@@ -47,6 +47,8 @@ const (
 	recordObject
 	recordForeign
 	recordTrailer
+	recordDistrust
+	recordEnd // no kind: one above the last
 
 	recordIgnorable byte = 0x80
 )
@@ -67,6 +69,7 @@ type Snapshot struct {
 	entries     []*statev1.Entry
 	objects     []*statev1.Object
 	foreign     []*statev1.ForeignBundle
+	distrust    []*statev1.Distrust
 }
 
 // Snapshot captures the state. It copies one pointer for each record: 4 ms for a
@@ -83,6 +86,7 @@ func (s *State) Snapshot() *Snapshot {
 		entries:     slices.Clone(s.entries.rows),
 		objects:     slices.Clone(s.objects.rows),
 		foreign:     slices.Clone(s.foreign.rows),
+		distrust:    slices.Clone(s.distrust.rows),
 	}
 }
 
@@ -101,6 +105,7 @@ func (n *Snapshot) WriteTo(w io.Writer) (int64, error) {
 	writeAll(sw, recordEntry, n.entries)
 	writeAll(sw, recordObject, n.objects)
 	writeAll(sw, recordForeign, n.foreign)
+	writeAll(sw, recordDistrust, n.distrust)
 	sw.close(n.checksum)
 	if sw.err != nil {
 		return sw.written, fmt.Errorf("write snapshot of index %d: %w", n.applied, sw.err)
@@ -211,7 +216,10 @@ func writeAll[R proto.Message](sw *snapshotWriter, kind byte, rows []R) {
 
 func (sw *snapshotWriter) close(checksum [sha256.Size]byte) {
 	trailer := append([]byte{ChecksumFormat}, checksum[:]...)
-	for kind := recordScalars; kind < recordTrailer; kind++ {
+	for kind := recordScalars; kind < recordEnd; kind++ {
+		if kind == recordTrailer {
+			continue
+		}
 		trailer = binary.AppendUvarint(trailer, sw.counts[kind])
 	}
 	sw.body(recordTrailer, trailer)
@@ -379,7 +387,7 @@ func (c *chunkReader) end() error {
 // loader puts records into a state.
 type loader struct {
 	s      *State
-	counts [recordTrailer]uint64
+	counts [recordEnd]uint64
 	total  uint64
 }
 
@@ -390,7 +398,7 @@ func (l *loader) load(kind byte, body []byte) error {
 	if kind >= recordIgnorable {
 		return nil
 	}
-	if kind == 0 || kind > recordTrailer {
+	if kind == 0 || kind >= recordEnd {
 		return fmt.Errorf("a record has kind %d, which this release does not know; upgrade this node", kind)
 	}
 	l.counts[kind]++
@@ -415,8 +423,10 @@ func (l *loader) load(kind byte, body []byte) error {
 		return load(l, &s.entries, body, &statev1.Entry{}, (*statev1.Entry).GetId, notEmpty)
 	case recordObject:
 		return load(l, &s.objects, body, &statev1.Object{}, ObjectKey, notEmpty)
-	default: // recordForeign
+	case recordForeign:
 		return load(l, &s.foreign, body, &statev1.ForeignBundle{}, (*statev1.ForeignBundle).GetTrustDomain, notEmpty)
+	default: // recordDistrust
+		return load(l, &s.distrust, body, &statev1.Distrust{}, (*statev1.Distrust).GetId, notEmpty)
 	}
 }
 
@@ -452,7 +462,10 @@ func (l *loader) finish(trailer []byte) error {
 		return errors.New("its trailer is malformed")
 	}
 	format, checksum, rest := trailer[0], trailer[1:1+sha256.Size], trailer[1+sha256.Size:]
-	for kind := recordScalars; kind < recordTrailer; kind++ {
+	for kind := recordScalars; kind < recordEnd; kind++ {
+		if kind == recordTrailer {
+			continue
+		}
 		count, size := binary.Uvarint(rest)
 		if size <= 0 {
 			return errors.New("its trailer is malformed")

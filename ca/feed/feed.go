@@ -177,6 +177,14 @@ type Session struct {
 	at      uint64              // revision that the subscriber would be at if it holds all it was sent
 	sent    uint64              // revision of the last update
 	acked   uint64              // revision of the last acknowledgement
+	tainted []string            // as it was told last
+
+	// under are the authority key ids of the SVIDs that the subscriber has; nil: it did
+	// not say.
+	under map[string]struct{}
+
+	// Urgent items, sent ahead of the policy lane.
+	ahead uint64 // number of the next change to look at for them
 	foreign map[string]struct{} // trust domains whose bundles it was sent
 
 	// Presence lane.
@@ -224,7 +232,7 @@ func (f *Feed) Subscribe(now time.Time, st *domain.State, who Subscriber, resume
 	if before := f.sessions[who.key()]; before != nil {
 		before.live = false
 		before.wake()
-		s.acked = before.acked
+		s.acked, s.under = before.acked, before.under
 	}
 	// The state before resume is not in the ring: all of it.
 	s.full = resume == 0 || resume < f.floor || ca.Revision(resume).Epoch() != ca.Revision(f.revision).Epoch()
@@ -236,6 +244,7 @@ func (f *Feed) Subscribe(now time.Time, st *domain.State, who Subscriber, resume
 			s.cursor--
 		}
 	}
+	s.ahead = s.cursor
 	f.sessions[who.key()] = s
 	f.tell(who.key(), changes)
 	f.progress()
@@ -276,6 +285,12 @@ type Update struct {
 	DeletedObjects []string // Kind/name
 	Members        []*statev1.Member
 	MembersChanged bool
+
+	Distrust        []*statev1.Distrust
+	DeletedDistrust []string // ids
+	Tainted         []string // authority ids: all, if TaintedChanged
+	TaintedChanged  bool
+	Reissue         time.Duration // over which renewals because of Tainted are to be spread
 }
 
 // OwnBundle is what the domain's own bundle holds.
@@ -341,7 +356,12 @@ func (s *Session) everything(st *domain.State) Update {
 		Objects:        forSubscribers(st.Objects()),
 		Members:        st.Members(),
 		MembersChanged: true,
+		Distrust:       st.Distrust(),
+		Tainted:        st.Tainted(),
+		TaintedChanged: true,
+		Reissue:        reissue(st),
 	}
+	s.tainted = u.Tainted
 	clear(s.foreign)
 	for td := range federates(u.Entries) {
 		if b, ok := st.ForeignBundle(td); ok {
@@ -365,6 +385,10 @@ func (s *Session) delta(st *domain.State) (u Update, relevant bool) {
 	entries := make(map[string]struct{})
 	foreign := make(map[string]struct{})
 	lookAtForeign := s.resumed
+	if s.resumed { // nobody knows what it was told
+		u.Tainted, u.TaintedChanged, u.Reissue = st.Tainted(), true, reissue(st)
+		s.tainted = u.Tainted
+	}
 	for n := s.cursor; n < f.next; n++ {
 		change := f.ring[n%uint64(len(f.ring))].change
 		switch change.Kind {
@@ -405,11 +429,28 @@ func (s *Session) delta(st *domain.State) (u Update, relevant bool) {
 			} else {
 				u.DeletedObjects = append(u.DeletedObjects, change.key)
 			}
+		case domain.ChangeDistrust:
+			if d, ok := st.DistrustItem(change.key); ok {
+				u.Distrust = append(u.Distrust, d)
+			} else {
+				u.DeletedDistrust = append(u.DeletedDistrust, change.key)
+			}
+		case domain.ChangeAuthority:
+			// It is news when it stands in the bundle, which is told by itself, and when it
+			// is tainted or that has ended.
+			tainted := st.Tainted()
+			if slices.Equal(tainted, s.tainted) {
+				continue
+			}
+			u.Tainted, u.TaintedChanged, u.Reissue = tainted, true, reissue(st)
+			s.tainted = tainted
 		default:
-			continue // agents are no news to others; an authority is when it stands in the bundle
+			continue // agents are no news to others
 		}
 		relevant = true
 	}
+	slices.SortFunc(u.Distrust, func(a, b *statev1.Distrust) int { return compare(a.GetId(), b.GetId()) })
+	slices.Sort(u.DeletedDistrust)
 	slices.SortFunc(u.Objects, func(a, b *statev1.Object) int {
 		return compare(domain.ObjectKey(a), domain.ObjectKey(b))
 	})

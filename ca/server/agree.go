@@ -53,6 +53,7 @@ var refusalCodes = map[string]codes.Code{
 	domain.CodeMemberRemoved: codes.PermissionDenied,
 	domain.CodeLastVoter:     codes.FailedPrecondition,
 	domain.CodePhase:         codes.FailedPrecondition,
+	domain.CodeInUse:         codes.FailedPrecondition,
 	domain.CodeNotReady:      codes.FailedPrecondition,
 	domain.CodeSequence:      codes.FailedPrecondition,
 	domain.CodeLimit:         codes.ResourceExhausted,

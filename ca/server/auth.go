@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"path"
 	"slices"
 	"time"
 
@@ -49,10 +50,28 @@ var allowed = map[string][]class{
 	ententev1.Peer_Propose_FullMethodName:      {member},
 	ententev1.Peer_Report_FullMethodName:       {member},
 	ententev1.Peer_Presence_FullMethodName:     {member},
+	ententev1.Peer_Gate_FullMethodName:         {member},
 	ententev1.Admin_Status_FullMethodName:      {local},
 	ententev1.Admin_CreateToken_FullMethodName: {local},
 	ententev1.Admin_Apply_FullMethodName:       {local},
 	ententev1.Admin_GetBundle_FullMethodName:   {local},
+
+	ententev1.Admin_ListAuthorities_FullMethodName:   {local},
+	ententev1.Admin_PrepareAuthority_FullMethodName:  {local},
+	ententev1.Admin_ActivateAuthority_FullMethodName: {local},
+	ententev1.Admin_TaintAuthority_FullMethodName:    {local},
+	ententev1.Admin_RevokeAuthority_FullMethodName:   {local},
+	ententev1.Admin_RemoveNode_FullMethodName:        {local},
+	ententev1.Admin_ListAgents_FullMethodName:        {local},
+	ententev1.Admin_GetAgent_FullMethodName:          {local},
+	ententev1.Admin_BanAgent_FullMethodName:          {local},
+	ententev1.Admin_EvictAgent_FullMethodName:        {local},
+	ententev1.Admin_ListTokens_FullMethodName:        {local},
+	ententev1.Admin_RevokeToken_FullMethodName:       {local},
+	ententev1.Admin_ChangeEntries_FullMethodName:     {local},
+	ententev1.Admin_ListEntries_FullMethodName:       {local},
+	ententev1.Admin_GetEntry_FullMethodName:          {local},
+	ententev1.Admin_CountEntries_FullMethodName:      {local},
 }
 
 // caller is who calls, as the connection proves it.
@@ -64,6 +83,20 @@ type caller struct {
 	agent  *statev1.Agent // of an agent: itself; of a workload: its host's
 	entry  *statev1.Entry // of a workload
 	state  tls.ConnectionState
+	user   string // local: which one
+}
+
+// who is the caller in the audit log.
+func (c caller) who() string {
+	switch c.class {
+	case local:
+		return c.user
+	case anonymous, stranger:
+		if c.keyID != "" {
+			return "holder of key " + c.keyID
+		}
+	}
+	return c.String()
 }
 
 func (c caller) String() string {
@@ -209,15 +242,19 @@ func (t *tracked) Close() error {
 // localCredentials marks connections over the unix socket.
 type localCredentials struct{}
 
-type localInfo struct{ credentials.CommonAuthInfo }
+type localInfo struct {
+	credentials.CommonAuthInfo
+	user string
+}
 
 func (localInfo) AuthType() string { return "local" }
 
 func (localCredentials) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
-	if _, ok := conn.(*net.UnixConn); !ok {
+	socket, ok := conn.(*net.UnixConn)
+	if !ok {
 		return nil, nil, errors.New("the administrative door is a unix socket")
 	}
-	return conn, localInfo{credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity}}, nil
+	return conn, localInfo{credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity}, localUser(socket)}, nil
 }
 
 func (localCredentials) ClientHandshake(context.Context, string, net.Conn) (net.Conn, credentials.AuthInfo, error) {
@@ -230,7 +267,16 @@ func (localCredentials) Info() credentials.ProtocolInfo {
 func (l localCredentials) Clone() credentials.TransportCredentials { return l }
 func (localCredentials) OverrideServerName(string) error           { return nil }
 
-type callerKey struct{}
+type (
+	callerKey struct{}
+	methodKey struct{}
+)
+
+// methodFrom is the name of the method that is called.
+func methodFrom(ctx context.Context) (string, bool) {
+	name, ok := ctx.Value(methodKey{}).(string)
+	return name, ok
+}
 
 // callerFrom is the caller that the interceptors found.
 func callerFrom(ctx context.Context) caller {
@@ -247,7 +293,7 @@ func (s *Server) authorise(ctx context.Context, method string) (context.Context,
 	var c caller
 	switch info := remote.AuthInfo.(type) {
 	case localInfo:
-		c.class = local
+		c.class, c.user = local, info.user
 	case credentials.TLSInfo:
 		var err error
 		if c, err = s.identify(info.State); err != nil {
@@ -260,7 +306,8 @@ func (s *Server) authorise(ctx context.Context, method string) (context.Context,
 		s.Log.Warn("a call was refused: its caller may not make it", "method", method, "caller", c.String(), "remote", remote.Addr.String())
 		return nil, status.Errorf(codes.PermissionDenied, "%s may not call %s", c.class, method)
 	}
-	return context.WithValue(ctx, callerKey{}, c), nil
+	ctx = context.WithValue(ctx, callerKey{}, c)
+	return context.WithValue(ctx, methodKey{}, path.Base(method)), nil
 }
 
 func (s *Server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (resp any, err error) {
@@ -269,7 +316,9 @@ func (s *Server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo,
 	if err != nil {
 		return nil, err
 	}
-	return handler(ctx, req)
+	resp, err = handler(ctx, req)
+	s.audit(ctx, req, resp, err)
+	return resp, err
 }
 
 type callerStream struct {

@@ -7,7 +7,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
+	"slices"
 	"sync"
 	"time"
 
@@ -64,7 +66,11 @@ func (d peerDoor) Propose(ctx context.Context, req *ententev1.ProposeRequest) (*
 // rest is the leader's own.
 func (s *Server) mayPropose(c caller, command *statev1.Command) error {
 	switch body := command.GetBody().(type) {
-	case *statev1.Command_CreateToken, *statev1.Command_JoinMember, *statev1.Command_AttestAgent, *statev1.Command_ApplyObjects:
+	case *statev1.Command_CreateToken, *statev1.Command_JoinMember, *statev1.Command_AttestAgent, *statev1.Command_ApplyObjects,
+		// An operator may be at any node. What a member gains by them if nobody asked it: it
+		// can take away, and use early what everybody holds.
+		*statev1.Command_RemoveMember, *statev1.Command_ActivateAuthority, *statev1.Command_TaintAuthority, *statev1.Command_RevokeAuthority,
+		*statev1.Command_BanAgent, *statev1.Command_EvictAgent, *statev1.Command_RevokeToken, *statev1.Command_ChangeEntries:
 		return nil
 	case *statev1.Command_UpdateMember:
 		if body.UpdateMember.GetId() == c.keyID {
@@ -85,12 +91,6 @@ func (s *Server) mayPropose(c caller, command *statev1.Command) error {
 			return errors.New("the authority's record does not say what its certificate says")
 		}
 		return nil
-	case *statev1.Command_ActivateAuthority:
-		var authority *statev1.Authority
-		s.State.Read(func(st *domain.State) { authority, _ = st.Authority(body.ActivateAuthority.GetId()) })
-		if authority.GetMemberId() == c.keyID {
-			return nil
-		}
 	}
 	return fmt.Errorf("CA node %s may not propose this %T", c.member.GetName(), command.GetBody())
 }
@@ -99,6 +99,18 @@ func (d peerDoor) Report(ctx context.Context, req *ententev1.ReportRequest) (*en
 	c := callerFrom(ctx)
 	d.server.Reported(c.member.GetId(), reportFromWire(req))
 	return &ententev1.ReportResponse{}, nil
+}
+
+func (d peerDoor) Gate(context.Context, *ententev1.GateRequest) (*ententev1.GateResponse, error) {
+	gates, err := d.server.LocalGate()
+	if err != nil {
+		return nil, status.Error(codes.FailedPrecondition, err.Error())
+	}
+	resp := &ententev1.GateResponse{}
+	for _, id := range slices.Sorted(maps.Keys(gates)) {
+		resp.Authorities = append(resp.Authorities, &ententev1.AuthorityGate{Id: id, WaitingFor: gates[id].WaitingFor, Assumed: gates[id].Assumed})
+	}
+	return resp, nil
 }
 
 func (d peerDoor) Presence(_ *ententev1.PresenceRequest, stream ententev1.Peer_PresenceServer) error {
@@ -245,6 +257,23 @@ func (p *Peers) Report(ctx context.Context, leader *statev1.Member, r Report) er
 		return fmt.Errorf("report to CA node %s: %w", leader.GetName(), plain(err))
 	}
 	return nil
+}
+
+// Gate asks the leader who stands between the authorities and their next phase.
+func (p *Peers) Gate(ctx context.Context, leader *statev1.Member) (map[string]Gate, error) {
+	conn, err := p.to(leader)
+	if err != nil {
+		return nil, err
+	}
+	resp, err := ententev1.NewPeerClient(conn).Gate(ctx, &ententev1.GateRequest{})
+	if err != nil {
+		return nil, fmt.Errorf("CA node %s: %w", leader.GetName(), plain(err))
+	}
+	gates := make(map[string]Gate, len(resp.GetAuthorities()))
+	for _, g := range resp.GetAuthorities() {
+		gates[g.GetId()] = Gate{WaitingFor: g.GetWaitingFor(), Assumed: g.GetAssumed()}
+	}
+	return gates, nil
 }
 
 // Presence hands on what another member says of its sessions, until the stream ends.

@@ -55,6 +55,15 @@ type Report struct {
 	WaitingFor   []string
 	Clock        time.Time
 	Settled      bool // false: it started a moment ago, its subscribers are still coming back
+	// Held is who of its subscribers, and whether it itself, has SVIDs under TAINTED
+	// authorities: names by authority id.
+	Held map[string][]string
+}
+
+// Gate is who stands between an authority and its next phase, as the leader knows it.
+type Gate struct {
+	WaitingFor []string // PREPARED: who does not hold it; TAINTED: who has SVIDs under it
+	Assumed    []string // who cannot say, and is not waited for
 }
 
 // Info is what Status shows beside the agreed state.
@@ -85,7 +94,15 @@ type Config struct {
 	Certificate func() (*tls.Certificate, error) // shown on the API address
 	Info        func() Info
 	Reported    func(memberID string, r Report)
+	// Gate is by authority id, asked of the leader wherever it is; LocalGate is what
+	// this node knows, ErrNotLeader if it does not lead.
+	Gate      func(context.Context) (map[string]Gate, error)
+	LocalGate func() (map[string]Gate, error)
+	// Prepare makes a new authority of this node and has it agreed. It returns the id.
+	Prepare func(context.Context) (string, error)
 
+	// Audit gets a line for each administrative act and each SVID; nil: none.
+	Audit      *Audit
 	Log        *slog.Logger
 	Registerer prometheus.Registerer
 }

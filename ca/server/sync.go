@@ -82,6 +82,12 @@ func (d syncDoor) Sync(stream ententev1.Sync_SyncServer) error {
 		case message := <-received:
 			switch m := message.GetMessage().(type) {
 			case *ententev1.SyncRequest_Ack:
+				if m.Ack.GetAuthoritiesKnown() {
+					if err = checkHeld(m.Ack.GetAuthorities()); err != nil {
+						break
+					}
+					session.Holds(m.Ack.GetAuthorities())
+				}
 				session.Ack(m.Ack.GetRevision())
 			case *ententev1.SyncRequest_Report:
 				instances, refused := s.checkReport(c, m.Report.GetInstances())
@@ -107,6 +113,20 @@ func (d syncDoor) Sync(stream ententev1.Sync_SyncServer) error {
 			return syncError(err)
 		}
 	}
+}
+
+// checkHeld bounds what a subscriber may have this node remember.
+func checkHeld(authorities []string) error {
+	const most = 64
+	if len(authorities) > most {
+		return status.Errorf(codes.InvalidArgument, "SVIDs under %d authorities, over %d", len(authorities), most)
+	}
+	for _, id := range authorities {
+		if len(id) > 64 {
+			return status.Error(codes.InvalidArgument, "an authority key id has over 64 characters")
+		}
+	}
+	return nil
 }
 
 func (s *Server) hello(received <-chan *ententev1.SyncRequest, ended <-chan error) (*ententev1.Hello, error) {
@@ -185,12 +205,22 @@ func (o *sender) news() error {
 	var has bool
 	var err error
 	var hint time.Duration
+	var urgent feed.Urgent
+	var isUrgent bool
 	o.server.State.Read(func(st *domain.State) {
+		urgent, isUrgent = o.session.Urgent(st)
 		update, has, err = o.session.Policy(st)
 		hint = st.Lifetimes().RefreshHint
 	})
 	if err != nil {
 		return err
+	}
+	if isUrgent {
+		for _, chunk := range urgentToWire(urgent) {
+			if err := o.send(&ententev1.SyncResponse{Message: &ententev1.SyncResponse_Urgent{Urgent: chunk}}); err != nil {
+				return err
+			}
+		}
 	}
 	if has {
 		chunks, err := o.server.policyToWire(update, hint)

@@ -1,7 +1,9 @@
 package server
 
 import (
+	"maps"
 	"math"
+	"slices"
 	"strings"
 	"time"
 
@@ -118,9 +120,38 @@ func (s *Server) policyToWire(u feed.Update, hint time.Duration) ([]*ententev1.P
 		c := room(len(id))
 		c.DeletedEntries = append(c.DeletedEntries, id)
 	}
+	for _, d := range u.Distrust {
+		c := room(proto.Size(d))
+		c.Distrust = append(c.Distrust, d)
+	}
+	for _, id := range u.DeletedDistrust {
+		c := room(len(id))
+		c.DeletedDistrust = append(c.DeletedDistrust, id)
+	}
+	if u.TaintedChanged {
+		chunk.TaintedChanged, chunk.Tainted, chunk.ReissueWithinMs = true, u.Tainted, milliseconds(u.Reissue)
+	}
 	chunk.Last, chunk.Revision = true, u.Revision
 	return chunks, nil
 }
+
+func urgentToWire(u feed.Urgent) []*ententev1.Urgent {
+	chunk := &ententev1.Urgent{Tainted: u.Tainted, ReissueWithinMs: milliseconds(u.Reissue)}
+	chunks := []*ententev1.Urgent{chunk}
+	size := proto.Size(chunk)
+	for _, d := range u.Distrust {
+		n := proto.Size(d) + 8
+		if size += n; size > chunkSize {
+			chunk = &ententev1.Urgent{Tainted: u.Tainted, ReissueWithinMs: milliseconds(u.Reissue)}
+			chunks = append(chunks, chunk)
+			size = n
+		}
+		chunk.Distrust = append(chunk.Distrust, d)
+	}
+	return chunks
+}
+
+func milliseconds(d time.Duration) uint32 { return uint32(d / time.Millisecond) }
 
 // presenceToWire cuts a set into chunks that never divide an agent's list.
 func presenceToWire(in feed.Instances) []*ententev1.PresenceResponse {
@@ -150,11 +181,25 @@ func reportFromWire(r *ententev1.ReportRequest) Report {
 		WaitingFor:   r.GetWaitingFor(),
 		Clock:        time.Unix(0, r.GetUnixNanos()),
 		Settled:      r.GetCaughtUp(),
+		Held:         heldFromWire(r.GetHeld()),
 	}
 }
 
+func heldFromWire(list []*ententev1.HeldAuthority) map[string][]string {
+	held := make(map[string][]string, len(list))
+	for _, h := range list {
+		held[h.GetId()] = h.GetBy()
+	}
+	return held
+}
+
 func reportToWire(r Report) *ententev1.ReportRequest {
+	var held []*ententev1.HeldAuthority
+	for _, id := range slices.Sorted(maps.Keys(r.Held)) {
+		held = append(held, &ententev1.HeldAuthority{Id: id, By: r.Held[id]})
+	}
 	return &ententev1.ReportRequest{
+		Held:                 held,
 		BootId:               r.BootID,
 		AppliedRevision:      r.Applied,
 		AcknowledgedRevision: r.Acknowledged,

@@ -40,6 +40,8 @@ type Config struct {
 	Active func() *statev1.Authority
 	// Clock says what is known of the agreed time.
 	Clock func() Clock
+	// Signed is called with each SVID that was signed; nil: with none.
+	Signed func(Issued)
 	// Concurrency is how many signatures are made at once; 0: one per CPU.
 	Concurrency int
 }
@@ -115,6 +117,14 @@ type Request struct {
 	Origin    ca.Origin
 }
 
+// Issued is an SVID that was signed.
+type Issued struct {
+	Request
+	Serial    string // hex
+	Authority string // id
+	NotAfter  time.Time
+}
+
 // Sign returns the certificates of an X.509-SVID, DER, leaf first, without the
 // authority's own. Errors: ErrNoAuthority, ErrBusy, ErrClock, the context's, or what
 // is wrong with the request.
@@ -159,6 +169,9 @@ func (s *Signer) sign(ctx context.Context, req Request) ([][]byte, error) {
 	der, err := x509.CreateCertificate(rand.Reader, template, authority, req.PublicKey, key)
 	if err != nil {
 		return nil, err
+	}
+	if s.config.Signed != nil {
+		s.config.Signed(Issued{Request: req, Serial: template.SerialNumber.Text(16), Authority: ca.KeyID(authority.RawSubjectPublicKeyInfo), NotAfter: template.NotAfter})
 	}
 	return [][]byte{der}, nil
 }

@@ -6,6 +6,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net"
 	"runtime"
@@ -214,6 +215,9 @@ func Recheck(state tls.ConnectionState, bundles x509bundle.Source, authz Authori
 		id, err := leafID(certs[0])
 		if err != nil {
 			return err
+		}
+		if err := distrusted(bundles, path); err != nil {
+			return fmt.Errorf("certificate of %s is distrusted: %w", id, err)
 		}
 		return authorize(authz, id)
 	}

@@ -93,11 +93,29 @@ func verify(chain []*x509.Certificate, bundles x509bundle.Source, now time.Time)
 		return id, nil, fmt.Errorf("certificate of %s is not signed by its trust domain: %w", id, err)
 	}
 	for _, path := range found {
-		if err = checkSigners(path[1:], id.TrustDomain()); err == nil {
-			return id, path, nil
+		if err = checkSigners(path[1:], id.TrustDomain()); err != nil {
+			continue
 		}
+		if err := distrusted(bundles, path); err != nil {
+			return id, nil, fmt.Errorf("certificate of %s is distrusted: %w", id, err)
+		}
+		return id, path, nil
 	}
 	return id, nil, fmt.Errorf("certificate of %s is not properly signed: %w", id, err)
+}
+
+// Distruster is what a source of bundles may be as well: it knows of SVIDs that are not to be accepted although its bundle
+// verifies them, for the agent, the entry or the authority behind them is gone. path is how the SVID verified, leaf first,
+// authority last. It is asked at each handshake and each recheck.
+type Distruster interface {
+	Distrusted(path []*x509.Certificate) error
+}
+
+func distrusted(bundles x509bundle.Source, path []*x509.Certificate) error {
+	if d, ok := bundles.(Distruster); ok {
+		return d.Distrusted(path)
+	}
+	return nil
 }
 
 // KeyID names a public key: the lower-case hexadecimal SHA-256 of its DER SubjectPublicKeyInfo.

@@ -515,10 +515,14 @@ func (x *Hello) GetConnect() uint64 {
 
 // Ack: what the subscriber has applied and its workloads hold.
 type Ack struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Revision      uint64                 `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Revision uint64                 `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"`
+	// Under which authorities the SVIDs are that the subscriber and its workloads hold:
+	// the authority key ids (RFC 5280 section 4.2.1.1) in lower-case hex.
+	Authorities      []string `protobuf:"bytes,10,rep,name=authorities,proto3" json:"authorities,omitempty"`
+	AuthoritiesKnown bool     `protobuf:"varint,11,opt,name=authorities_known,json=authoritiesKnown,proto3" json:"authorities_known,omitempty"` // false: it does not say
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
 }
 
 func (x *Ack) Reset() {
@@ -556,6 +560,20 @@ func (x *Ack) GetRevision() uint64 {
 		return x.Revision
 	}
 	return 0
+}
+
+func (x *Ack) GetAuthorities() []string {
+	if x != nil {
+		return x.Authorities
+	}
+	return nil
+}
+
+func (x *Ack) GetAuthoritiesKnown() bool {
+	if x != nil {
+		return x.AuthoritiesKnown
+	}
+	return false
 }
 
 // InstanceReport is the full list of what the agent's host serves now.
@@ -712,6 +730,7 @@ type SyncResponse struct {
 	//	*SyncResponse_Policy
 	//	*SyncResponse_Presence
 	//	*SyncResponse_Heartbeat
+	//	*SyncResponse_Urgent
 	Message       isSyncResponse_Message `protobuf_oneof:"message"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -781,6 +800,15 @@ func (x *SyncResponse) GetHeartbeat() *Heartbeat {
 	return nil
 }
 
+func (x *SyncResponse) GetUrgent() *Urgent {
+	if x != nil {
+		if x, ok := x.Message.(*SyncResponse_Urgent); ok {
+			return x.Urgent
+		}
+	}
+	return nil
+}
+
 type isSyncResponse_Message interface {
 	isSyncResponse_Message()
 }
@@ -797,34 +825,107 @@ type SyncResponse_Heartbeat struct {
 	Heartbeat *Heartbeat `protobuf:"bytes,3,opt,name=heartbeat,proto3,oneof"`
 }
 
+type SyncResponse_Urgent struct {
+	Urgent *Urgent `protobuf:"bytes,20,opt,name=urgent,proto3,oneof"`
+}
+
 func (*SyncResponse_Policy) isSyncResponse_Message() {}
 
 func (*SyncResponse_Presence) isSyncResponse_Message() {}
 
 func (*SyncResponse_Heartbeat) isSyncResponse_Message() {}
 
+func (*SyncResponse_Urgent) isSyncResponse_Message() {}
+
+// Urgent is sent ahead of the policy lane, which repeats it. It moves neither the
+// resume point nor the acknowledgement.
+type Urgent struct {
+	state           protoimpl.MessageState `protogen:"open.v1"`
+	Distrust        []*v1.Distrust         `protobuf:"bytes,1,rep,name=distrust,proto3" json:"distrust,omitempty"`                                         // in addition to what is known
+	Tainted         []string               `protobuf:"bytes,2,rep,name=tainted,proto3" json:"tainted,omitempty"`                                           // whole list of TAINTED authorities, ids
+	ReissueWithinMs uint32                 `protobuf:"varint,3,opt,name=reissue_within_ms,json=reissueWithinMs,proto3" json:"reissue_within_ms,omitempty"` // spread the renewals that follow over this long
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
+}
+
+func (x *Urgent) Reset() {
+	*x = Urgent{}
+	mi := &file_entente_v1_entente_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Urgent) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Urgent) ProtoMessage() {}
+
+func (x *Urgent) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Urgent.ProtoReflect.Descriptor instead.
+func (*Urgent) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *Urgent) GetDistrust() []*v1.Distrust {
+	if x != nil {
+		return x.Distrust
+	}
+	return nil
+}
+
+func (x *Urgent) GetTainted() []string {
+	if x != nil {
+		return x.Tainted
+	}
+	return nil
+}
+
+func (x *Urgent) GetReissueWithinMs() uint32 {
+	if x != nil {
+		return x.ReissueWithinMs
+	}
+	return 0
+}
+
 // Policy is one chunk of the ordered lane. revision is set on the last chunk only.
 type Policy struct {
-	state          protoimpl.MessageState `protogen:"open.v1"`
-	Full           bool                   `protobuf:"varint,1,opt,name=full,proto3" json:"full,omitempty"` // first chunk of a full state: forget what was there
-	Last           bool                   `protobuf:"varint,2,opt,name=last,proto3" json:"last,omitempty"`
-	Revision       uint64                 `protobuf:"varint,3,opt,name=revision,proto3" json:"revision,omitempty"`
-	Cluster        *v1.Cluster            `protobuf:"bytes,4,opt,name=cluster,proto3" json:"cluster,omitempty"`
-	Entries        []*v1.Entry            `protobuf:"bytes,5,rep,name=entries,proto3" json:"entries,omitempty"` // of this subscriber's host (agents); of itself (gateways)
-	DeletedEntries []string               `protobuf:"bytes,6,rep,name=deleted_entries,json=deletedEntries,proto3" json:"deleted_entries,omitempty"`
-	Bundles        []*Bundle              `protobuf:"bytes,7,rep,name=bundles,proto3" json:"bundles,omitempty"`                                     // own domain's always; a foreign one only to whom an entry federates
-	DeletedBundles []string               `protobuf:"bytes,8,rep,name=deleted_bundles,json=deletedBundles,proto3" json:"deleted_bundles,omitempty"` // trust domains
-	Objects        []*v1.Object           `protobuf:"bytes,9,rep,name=objects,proto3" json:"objects,omitempty"`
-	DeletedObjects []*v1.ObjectKey        `protobuf:"bytes,10,rep,name=deleted_objects,json=deletedObjects,proto3" json:"deleted_objects,omitempty"`
-	Members        []*v1.Member           `protobuf:"bytes,11,rep,name=members,proto3" json:"members,omitempty"` // whole list when members_changed
-	MembersChanged bool                   `protobuf:"varint,12,opt,name=members_changed,json=membersChanged,proto3" json:"members_changed,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	state           protoimpl.MessageState `protogen:"open.v1"`
+	Full            bool                   `protobuf:"varint,1,opt,name=full,proto3" json:"full,omitempty"` // first chunk of a full state: forget what was there
+	Last            bool                   `protobuf:"varint,2,opt,name=last,proto3" json:"last,omitempty"`
+	Revision        uint64                 `protobuf:"varint,3,opt,name=revision,proto3" json:"revision,omitempty"`
+	Cluster         *v1.Cluster            `protobuf:"bytes,4,opt,name=cluster,proto3" json:"cluster,omitempty"`
+	Entries         []*v1.Entry            `protobuf:"bytes,5,rep,name=entries,proto3" json:"entries,omitempty"` // of this subscriber's host (agents); of itself (gateways)
+	DeletedEntries  []string               `protobuf:"bytes,6,rep,name=deleted_entries,json=deletedEntries,proto3" json:"deleted_entries,omitempty"`
+	Bundles         []*Bundle              `protobuf:"bytes,7,rep,name=bundles,proto3" json:"bundles,omitempty"`                                     // own domain's always; a foreign one only to whom an entry federates
+	DeletedBundles  []string               `protobuf:"bytes,8,rep,name=deleted_bundles,json=deletedBundles,proto3" json:"deleted_bundles,omitempty"` // trust domains
+	Objects         []*v1.Object           `protobuf:"bytes,9,rep,name=objects,proto3" json:"objects,omitempty"`
+	DeletedObjects  []*v1.ObjectKey        `protobuf:"bytes,10,rep,name=deleted_objects,json=deletedObjects,proto3" json:"deleted_objects,omitempty"`
+	Members         []*v1.Member           `protobuf:"bytes,11,rep,name=members,proto3" json:"members,omitempty"` // whole list when members_changed
+	MembersChanged  bool                   `protobuf:"varint,12,opt,name=members_changed,json=membersChanged,proto3" json:"members_changed,omitempty"`
+	Distrust        []*v1.Distrust         `protobuf:"bytes,20,rep,name=distrust,proto3" json:"distrust,omitempty"`
+	DeletedDistrust []string               `protobuf:"bytes,21,rep,name=deleted_distrust,json=deletedDistrust,proto3" json:"deleted_distrust,omitempty"` // ids
+	Tainted         []string               `protobuf:"bytes,22,rep,name=tainted,proto3" json:"tainted,omitempty"`                                        // whole list when tainted_changed
+	TaintedChanged  bool                   `protobuf:"varint,23,opt,name=tainted_changed,json=taintedChanged,proto3" json:"tainted_changed,omitempty"`
+	ReissueWithinMs uint32                 `protobuf:"varint,24,opt,name=reissue_within_ms,json=reissueWithinMs,proto3" json:"reissue_within_ms,omitempty"` // beside tainted
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *Policy) Reset() {
 	*x = Policy{}
-	mi := &file_entente_v1_entente_proto_msgTypes[10]
+	mi := &file_entente_v1_entente_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -836,7 +937,7 @@ func (x *Policy) String() string {
 func (*Policy) ProtoMessage() {}
 
 func (x *Policy) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[10]
+	mi := &file_entente_v1_entente_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -849,7 +950,7 @@ func (x *Policy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Policy.ProtoReflect.Descriptor instead.
 func (*Policy) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{10}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Policy) GetFull() bool {
@@ -936,6 +1037,41 @@ func (x *Policy) GetMembersChanged() bool {
 	return false
 }
 
+func (x *Policy) GetDistrust() []*v1.Distrust {
+	if x != nil {
+		return x.Distrust
+	}
+	return nil
+}
+
+func (x *Policy) GetDeletedDistrust() []string {
+	if x != nil {
+		return x.DeletedDistrust
+	}
+	return nil
+}
+
+func (x *Policy) GetTainted() []string {
+	if x != nil {
+		return x.Tainted
+	}
+	return nil
+}
+
+func (x *Policy) GetTaintedChanged() bool {
+	if x != nil {
+		return x.TaintedChanged
+	}
+	return false
+}
+
+func (x *Policy) GetReissueWithinMs() uint32 {
+	if x != nil {
+		return x.ReissueWithinMs
+	}
+	return 0
+}
+
 type Bundle struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	TrustDomain   string                 `protobuf:"bytes,1,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"`
@@ -946,7 +1082,7 @@ type Bundle struct {
 
 func (x *Bundle) Reset() {
 	*x = Bundle{}
-	mi := &file_entente_v1_entente_proto_msgTypes[11]
+	mi := &file_entente_v1_entente_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -958,7 +1094,7 @@ func (x *Bundle) String() string {
 func (*Bundle) ProtoMessage() {}
 
 func (x *Bundle) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[11]
+	mi := &file_entente_v1_entente_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -971,7 +1107,7 @@ func (x *Bundle) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Bundle.ProtoReflect.Descriptor instead.
 func (*Bundle) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{11}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Bundle) GetTrustDomain() string {
@@ -1001,7 +1137,7 @@ type Presence struct {
 
 func (x *Presence) Reset() {
 	*x = Presence{}
-	mi := &file_entente_v1_entente_proto_msgTypes[12]
+	mi := &file_entente_v1_entente_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1013,7 +1149,7 @@ func (x *Presence) String() string {
 func (*Presence) ProtoMessage() {}
 
 func (x *Presence) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[12]
+	mi := &file_entente_v1_entente_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1026,7 +1162,7 @@ func (x *Presence) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Presence.ProtoReflect.Descriptor instead.
 func (*Presence) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{12}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Presence) GetInstances() []*Instance {
@@ -1060,7 +1196,7 @@ type Heartbeat struct {
 
 func (x *Heartbeat) Reset() {
 	*x = Heartbeat{}
-	mi := &file_entente_v1_entente_proto_msgTypes[13]
+	mi := &file_entente_v1_entente_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1072,7 +1208,7 @@ func (x *Heartbeat) String() string {
 func (*Heartbeat) ProtoMessage() {}
 
 func (x *Heartbeat) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[13]
+	mi := &file_entente_v1_entente_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1085,7 +1221,7 @@ func (x *Heartbeat) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Heartbeat.ProtoReflect.Descriptor instead.
 func (*Heartbeat) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{13}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Heartbeat) GetRevision() uint64 {
@@ -1111,7 +1247,7 @@ type SignX509Request struct {
 
 func (x *SignX509Request) Reset() {
 	*x = SignX509Request{}
-	mi := &file_entente_v1_entente_proto_msgTypes[14]
+	mi := &file_entente_v1_entente_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1123,7 +1259,7 @@ func (x *SignX509Request) String() string {
 func (*SignX509Request) ProtoMessage() {}
 
 func (x *SignX509Request) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[14]
+	mi := &file_entente_v1_entente_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1136,7 +1272,7 @@ func (x *SignX509Request) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignX509Request.ProtoReflect.Descriptor instead.
 func (*SignX509Request) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{14}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *SignX509Request) GetRequests() []*X509Request {
@@ -1156,7 +1292,7 @@ type X509Request struct {
 
 func (x *X509Request) Reset() {
 	*x = X509Request{}
-	mi := &file_entente_v1_entente_proto_msgTypes[15]
+	mi := &file_entente_v1_entente_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1168,7 +1304,7 @@ func (x *X509Request) String() string {
 func (*X509Request) ProtoMessage() {}
 
 func (x *X509Request) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[15]
+	mi := &file_entente_v1_entente_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1181,7 +1317,7 @@ func (x *X509Request) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use X509Request.ProtoReflect.Descriptor instead.
 func (*X509Request) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{15}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *X509Request) GetEntryId() string {
@@ -1207,7 +1343,7 @@ type SignX509Response struct {
 
 func (x *SignX509Response) Reset() {
 	*x = SignX509Response{}
-	mi := &file_entente_v1_entente_proto_msgTypes[16]
+	mi := &file_entente_v1_entente_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1219,7 +1355,7 @@ func (x *SignX509Response) String() string {
 func (*SignX509Response) ProtoMessage() {}
 
 func (x *SignX509Response) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[16]
+	mi := &file_entente_v1_entente_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1232,7 +1368,7 @@ func (x *SignX509Response) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignX509Response.ProtoReflect.Descriptor instead.
 func (*SignX509Response) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{16}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *SignX509Response) GetResults() []*X509Result {
@@ -1253,7 +1389,7 @@ type X509Result struct {
 
 func (x *X509Result) Reset() {
 	*x = X509Result{}
-	mi := &file_entente_v1_entente_proto_msgTypes[17]
+	mi := &file_entente_v1_entente_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1265,7 +1401,7 @@ func (x *X509Result) String() string {
 func (*X509Result) ProtoMessage() {}
 
 func (x *X509Result) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[17]
+	mi := &file_entente_v1_entente_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1278,7 +1414,7 @@ func (x *X509Result) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use X509Result.ProtoReflect.Descriptor instead.
 func (*X509Result) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{17}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *X509Result) GetCertificates() [][]byte {
@@ -1310,7 +1446,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[18]
+	mi := &file_entente_v1_entente_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1322,7 +1458,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[18]
+	mi := &file_entente_v1_entente_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1335,7 +1471,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{18}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{19}
 }
 
 type StatusResponse struct {
@@ -1359,7 +1495,7 @@ type StatusResponse struct {
 
 func (x *StatusResponse) Reset() {
 	*x = StatusResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[19]
+	mi := &file_entente_v1_entente_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1371,7 +1507,7 @@ func (x *StatusResponse) String() string {
 func (*StatusResponse) ProtoMessage() {}
 
 func (x *StatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[19]
+	mi := &file_entente_v1_entente_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1384,7 +1520,7 @@ func (x *StatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusResponse.ProtoReflect.Descriptor instead.
 func (*StatusResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{19}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *StatusResponse) GetCluster() *v1.Cluster {
@@ -1488,7 +1624,7 @@ type MemberStatus struct {
 
 func (x *MemberStatus) Reset() {
 	*x = MemberStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[20]
+	mi := &file_entente_v1_entente_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1500,7 +1636,7 @@ func (x *MemberStatus) String() string {
 func (*MemberStatus) ProtoMessage() {}
 
 func (x *MemberStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[20]
+	mi := &file_entente_v1_entente_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1513,7 +1649,7 @@ func (x *MemberStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemberStatus.ProtoReflect.Descriptor instead.
 func (*MemberStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{20}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *MemberStatus) GetMember() *v1.Member {
@@ -1543,7 +1679,7 @@ type ForeignBundleStatus struct {
 
 func (x *ForeignBundleStatus) Reset() {
 	*x = ForeignBundleStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[21]
+	mi := &file_entente_v1_entente_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1555,7 +1691,7 @@ func (x *ForeignBundleStatus) String() string {
 func (*ForeignBundleStatus) ProtoMessage() {}
 
 func (x *ForeignBundleStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[21]
+	mi := &file_entente_v1_entente_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1568,7 +1704,7 @@ func (x *ForeignBundleStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForeignBundleStatus.ProtoReflect.Descriptor instead.
 func (*ForeignBundleStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{21}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ForeignBundleStatus) GetTrustDomain() string {
@@ -1617,7 +1753,7 @@ type CreateTokenRequest struct {
 
 func (x *CreateTokenRequest) Reset() {
 	*x = CreateTokenRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[22]
+	mi := &file_entente_v1_entente_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1629,7 +1765,7 @@ func (x *CreateTokenRequest) String() string {
 func (*CreateTokenRequest) ProtoMessage() {}
 
 func (x *CreateTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[22]
+	mi := &file_entente_v1_entente_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1642,7 +1778,7 @@ func (x *CreateTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTokenRequest.ProtoReflect.Descriptor instead.
 func (*CreateTokenRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{22}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *CreateTokenRequest) GetNode() *v1.NodeGrant {
@@ -1677,7 +1813,7 @@ type CreateTokenResponse struct {
 
 func (x *CreateTokenResponse) Reset() {
 	*x = CreateTokenResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[23]
+	mi := &file_entente_v1_entente_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1689,7 +1825,7 @@ func (x *CreateTokenResponse) String() string {
 func (*CreateTokenResponse) ProtoMessage() {}
 
 func (x *CreateTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[23]
+	mi := &file_entente_v1_entente_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1702,7 +1838,7 @@ func (x *CreateTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTokenResponse.ProtoReflect.Descriptor instead.
 func (*CreateTokenResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{23}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *CreateTokenResponse) GetToken() string {
@@ -1737,7 +1873,7 @@ type ApplyRequest struct {
 
 func (x *ApplyRequest) Reset() {
 	*x = ApplyRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[24]
+	mi := &file_entente_v1_entente_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1749,7 +1885,7 @@ func (x *ApplyRequest) String() string {
 func (*ApplyRequest) ProtoMessage() {}
 
 func (x *ApplyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[24]
+	mi := &file_entente_v1_entente_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1762,7 +1898,7 @@ func (x *ApplyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyRequest.ProtoReflect.Descriptor instead.
 func (*ApplyRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{24}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ApplyRequest) GetObjects() []*v1.Object {
@@ -1796,7 +1932,7 @@ type ApplyResponse struct {
 
 func (x *ApplyResponse) Reset() {
 	*x = ApplyResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[25]
+	mi := &file_entente_v1_entente_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1808,7 +1944,7 @@ func (x *ApplyResponse) String() string {
 func (*ApplyResponse) ProtoMessage() {}
 
 func (x *ApplyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[25]
+	mi := &file_entente_v1_entente_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1821,7 +1957,7 @@ func (x *ApplyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyResponse.ProtoReflect.Descriptor instead.
 func (*ApplyResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{25}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ApplyResponse) GetRevision() uint64 {
@@ -1848,7 +1984,7 @@ type ObjectChange struct {
 
 func (x *ObjectChange) Reset() {
 	*x = ObjectChange{}
-	mi := &file_entente_v1_entente_proto_msgTypes[26]
+	mi := &file_entente_v1_entente_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1860,7 +1996,7 @@ func (x *ObjectChange) String() string {
 func (*ObjectChange) ProtoMessage() {}
 
 func (x *ObjectChange) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[26]
+	mi := &file_entente_v1_entente_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1873,7 +2009,7 @@ func (x *ObjectChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ObjectChange.ProtoReflect.Descriptor instead.
 func (*ObjectChange) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{26}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *ObjectChange) GetKey() *v1.ObjectKey {
@@ -1899,7 +2035,7 @@ type GetBundleRequest struct {
 
 func (x *GetBundleRequest) Reset() {
 	*x = GetBundleRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[27]
+	mi := &file_entente_v1_entente_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1911,7 +2047,7 @@ func (x *GetBundleRequest) String() string {
 func (*GetBundleRequest) ProtoMessage() {}
 
 func (x *GetBundleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[27]
+	mi := &file_entente_v1_entente_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1924,7 +2060,7 @@ func (x *GetBundleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBundleRequest.ProtoReflect.Descriptor instead.
 func (*GetBundleRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{27}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *GetBundleRequest) GetTrustDomain() string {
@@ -1943,7 +2079,7 @@ type GetBundleResponse struct {
 
 func (x *GetBundleResponse) Reset() {
 	*x = GetBundleResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[28]
+	mi := &file_entente_v1_entente_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1955,7 +2091,7 @@ func (x *GetBundleResponse) String() string {
 func (*GetBundleResponse) ProtoMessage() {}
 
 func (x *GetBundleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[28]
+	mi := &file_entente_v1_entente_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1968,7 +2104,7 @@ func (x *GetBundleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBundleResponse.ProtoReflect.Descriptor instead.
 func (*GetBundleResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{28}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *GetBundleResponse) GetJwks() []byte {
@@ -1987,7 +2123,7 @@ type ProposeRequest struct {
 
 func (x *ProposeRequest) Reset() {
 	*x = ProposeRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[29]
+	mi := &file_entente_v1_entente_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1999,7 +2135,7 @@ func (x *ProposeRequest) String() string {
 func (*ProposeRequest) ProtoMessage() {}
 
 func (x *ProposeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[29]
+	mi := &file_entente_v1_entente_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2012,7 +2148,7 @@ func (x *ProposeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProposeRequest.ProtoReflect.Descriptor instead.
 func (*ProposeRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{29}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *ProposeRequest) GetCommand() []byte {
@@ -2033,7 +2169,7 @@ type ProposeResponse struct {
 
 func (x *ProposeResponse) Reset() {
 	*x = ProposeResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[30]
+	mi := &file_entente_v1_entente_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2045,7 +2181,7 @@ func (x *ProposeResponse) String() string {
 func (*ProposeResponse) ProtoMessage() {}
 
 func (x *ProposeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[30]
+	mi := &file_entente_v1_entente_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2058,7 +2194,7 @@ func (x *ProposeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProposeResponse.ProtoReflect.Descriptor instead.
 func (*ProposeResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{30}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *ProposeResponse) GetRevision() uint64 {
@@ -2090,13 +2226,14 @@ type ReportRequest struct {
 	WaitingFor           []string               `protobuf:"bytes,4,rep,name=waiting_for,json=waitingFor,proto3" json:"waiting_for,omitempty"`                                // names of the subscribers at the minimum, at most 10
 	UnixNanos            int64                  `protobuf:"varint,5,opt,name=unix_nanos,json=unixNanos,proto3" json:"unix_nanos,omitempty"`                                  // its clock
 	CaughtUp             bool                   `protobuf:"varint,6,opt,name=caught_up,json=caughtUp,proto3" json:"caught_up,omitempty"`
+	Held                 []*HeldAuthority       `protobuf:"bytes,20,rep,name=held,proto3" json:"held,omitempty"` // TAINTED ones of which SVIDs live among its subscribers
 	unknownFields        protoimpl.UnknownFields
 	sizeCache            protoimpl.SizeCache
 }
 
 func (x *ReportRequest) Reset() {
 	*x = ReportRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[31]
+	mi := &file_entente_v1_entente_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2108,7 +2245,7 @@ func (x *ReportRequest) String() string {
 func (*ReportRequest) ProtoMessage() {}
 
 func (x *ReportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[31]
+	mi := &file_entente_v1_entente_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2121,7 +2258,7 @@ func (x *ReportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRequest.ProtoReflect.Descriptor instead.
 func (*ReportRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{31}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *ReportRequest) GetBootId() string {
@@ -2166,6 +2303,66 @@ func (x *ReportRequest) GetCaughtUp() bool {
 	return false
 }
 
+func (x *ReportRequest) GetHeld() []*HeldAuthority {
+	if x != nil {
+		return x.Held
+	}
+	return nil
+}
+
+// HeldAuthority says who still has SVIDs under an authority.
+type HeldAuthority struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	By            []string               `protobuf:"bytes,2,rep,name=by,proto3" json:"by,omitempty"` // names, at most 10
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HeldAuthority) Reset() {
+	*x = HeldAuthority{}
+	mi := &file_entente_v1_entente_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HeldAuthority) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HeldAuthority) ProtoMessage() {}
+
+func (x *HeldAuthority) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HeldAuthority.ProtoReflect.Descriptor instead.
+func (*HeldAuthority) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{33}
+}
+
+func (x *HeldAuthority) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *HeldAuthority) GetBy() []string {
+	if x != nil {
+		return x.By
+	}
+	return nil
+}
+
 type ReportResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -2174,7 +2371,7 @@ type ReportResponse struct {
 
 func (x *ReportResponse) Reset() {
 	*x = ReportResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[32]
+	mi := &file_entente_v1_entente_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2186,7 +2383,7 @@ func (x *ReportResponse) String() string {
 func (*ReportResponse) ProtoMessage() {}
 
 func (x *ReportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[32]
+	mi := &file_entente_v1_entente_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2199,7 +2396,148 @@ func (x *ReportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportResponse.ProtoReflect.Descriptor instead.
 func (*ReportResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{32}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{34}
+}
+
+type GateRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GateRequest) Reset() {
+	*x = GateRequest{}
+	mi := &file_entente_v1_entente_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GateRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GateRequest) ProtoMessage() {}
+
+func (x *GateRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GateRequest.ProtoReflect.Descriptor instead.
+func (*GateRequest) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{35}
+}
+
+type GateResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Authorities   []*AuthorityGate       `protobuf:"bytes,1,rep,name=authorities,proto3" json:"authorities,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GateResponse) Reset() {
+	*x = GateResponse{}
+	mi := &file_entente_v1_entente_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GateResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GateResponse) ProtoMessage() {}
+
+func (x *GateResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GateResponse.ProtoReflect.Descriptor instead.
+func (*GateResponse) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *GateResponse) GetAuthorities() []*AuthorityGate {
+	if x != nil {
+		return x.Authorities
+	}
+	return nil
+}
+
+// AuthorityGate is who stands between an authority and its next phase.
+type AuthorityGate struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	WaitingFor    []string               `protobuf:"bytes,2,rep,name=waiting_for,json=waitingFor,proto3" json:"waiting_for,omitempty"` // PREPARED: who does not hold it; TAINTED: who has SVIDs under it
+	Assumed       []string               `protobuf:"bytes,3,rep,name=assumed,proto3" json:"assumed,omitempty"`                         // who cannot say, and is not waited for any longer
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AuthorityGate) Reset() {
+	*x = AuthorityGate{}
+	mi := &file_entente_v1_entente_proto_msgTypes[37]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AuthorityGate) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AuthorityGate) ProtoMessage() {}
+
+func (x *AuthorityGate) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[37]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AuthorityGate.ProtoReflect.Descriptor instead.
+func (*AuthorityGate) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{37}
+}
+
+func (x *AuthorityGate) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *AuthorityGate) GetWaitingFor() []string {
+	if x != nil {
+		return x.WaitingFor
+	}
+	return nil
+}
+
+func (x *AuthorityGate) GetAssumed() []string {
+	if x != nil {
+		return x.Assumed
+	}
+	return nil
 }
 
 type PresenceRequest struct {
@@ -2210,7 +2548,7 @@ type PresenceRequest struct {
 
 func (x *PresenceRequest) Reset() {
 	*x = PresenceRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[33]
+	mi := &file_entente_v1_entente_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2222,7 +2560,7 @@ func (x *PresenceRequest) String() string {
 func (*PresenceRequest) ProtoMessage() {}
 
 func (x *PresenceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[33]
+	mi := &file_entente_v1_entente_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2235,7 +2573,7 @@ func (x *PresenceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PresenceRequest.ProtoReflect.Descriptor instead.
 func (*PresenceRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{33}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{38}
 }
 
 type PresenceResponse struct {
@@ -2249,7 +2587,7 @@ type PresenceResponse struct {
 
 func (x *PresenceResponse) Reset() {
 	*x = PresenceResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[34]
+	mi := &file_entente_v1_entente_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2261,7 +2599,7 @@ func (x *PresenceResponse) String() string {
 func (*PresenceResponse) ProtoMessage() {}
 
 func (x *PresenceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[34]
+	mi := &file_entente_v1_entente_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2274,7 +2612,7 @@ func (x *PresenceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PresenceResponse.ProtoReflect.Descriptor instead.
 func (*PresenceResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{34}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *PresenceResponse) GetInstances() []*Instance {
@@ -2296,6 +2634,1413 @@ func (x *PresenceResponse) GetComplete() bool {
 		return x.Complete
 	}
 	return false
+}
+
+type ListAuthoritiesRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListAuthoritiesRequest) Reset() {
+	*x = ListAuthoritiesRequest{}
+	mi := &file_entente_v1_entente_proto_msgTypes[40]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListAuthoritiesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListAuthoritiesRequest) ProtoMessage() {}
+
+func (x *ListAuthoritiesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[40]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListAuthoritiesRequest.ProtoReflect.Descriptor instead.
+func (*ListAuthoritiesRequest) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{40}
+}
+
+type ListAuthoritiesResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Authorities   []*AuthorityStatus     `protobuf:"bytes,1,rep,name=authorities,proto3" json:"authorities,omitempty"`              // by member and end
+	GateError     string                 `protobuf:"bytes,2,opt,name=gate_error,json=gateError,proto3" json:"gate_error,omitempty"` // why it is not known who waits; empty: it is
+	NowUnix       int64                  `protobuf:"varint,3,opt,name=now_unix,json=nowUnix,proto3" json:"now_unix,omitempty"`      // agreed time
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListAuthoritiesResponse) Reset() {
+	*x = ListAuthoritiesResponse{}
+	mi := &file_entente_v1_entente_proto_msgTypes[41]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListAuthoritiesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListAuthoritiesResponse) ProtoMessage() {}
+
+func (x *ListAuthoritiesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[41]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListAuthoritiesResponse.ProtoReflect.Descriptor instead.
+func (*ListAuthoritiesResponse) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{41}
+}
+
+func (x *ListAuthoritiesResponse) GetAuthorities() []*AuthorityStatus {
+	if x != nil {
+		return x.Authorities
+	}
+	return nil
+}
+
+func (x *ListAuthoritiesResponse) GetGateError() string {
+	if x != nil {
+		return x.GateError
+	}
+	return ""
+}
+
+func (x *ListAuthoritiesResponse) GetNowUnix() int64 {
+	if x != nil {
+		return x.NowUnix
+	}
+	return 0
+}
+
+type AuthorityStatus struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Authority     *v1.Authority          `protobuf:"bytes,1,opt,name=authority,proto3" json:"authority,omitempty"`
+	Node          string                 `protobuf:"bytes,2,opt,name=node,proto3" json:"node,omitempty"` // name of its member; empty: removed
+	WaitingFor    []string               `protobuf:"bytes,3,rep,name=waiting_for,json=waitingFor,proto3" json:"waiting_for,omitempty"`
+	Assumed       []string               `protobuf:"bytes,4,rep,name=assumed,proto3" json:"assumed,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AuthorityStatus) Reset() {
+	*x = AuthorityStatus{}
+	mi := &file_entente_v1_entente_proto_msgTypes[42]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AuthorityStatus) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AuthorityStatus) ProtoMessage() {}
+
+func (x *AuthorityStatus) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[42]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AuthorityStatus.ProtoReflect.Descriptor instead.
+func (*AuthorityStatus) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{42}
+}
+
+func (x *AuthorityStatus) GetAuthority() *v1.Authority {
+	if x != nil {
+		return x.Authority
+	}
+	return nil
+}
+
+func (x *AuthorityStatus) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *AuthorityStatus) GetWaitingFor() []string {
+	if x != nil {
+		return x.WaitingFor
+	}
+	return nil
+}
+
+func (x *AuthorityStatus) GetAssumed() []string {
+	if x != nil {
+		return x.Assumed
+	}
+	return nil
+}
+
+type PrepareAuthorityRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PrepareAuthorityRequest) Reset() {
+	*x = PrepareAuthorityRequest{}
+	mi := &file_entente_v1_entente_proto_msgTypes[43]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PrepareAuthorityRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PrepareAuthorityRequest) ProtoMessage() {}
+
+func (x *PrepareAuthorityRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[43]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PrepareAuthorityRequest.ProtoReflect.Descriptor instead.
+func (*PrepareAuthorityRequest) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{43}
+}
+
+type ChangeAuthorityRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`    // whole, or enough of its beginning to be the only one
+	Now           bool                   `protobuf:"varint,2,opt,name=now,proto3" json:"now,omitempty"` // of RevokeAuthority
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ChangeAuthorityRequest) Reset() {
+	*x = ChangeAuthorityRequest{}
+	mi := &file_entente_v1_entente_proto_msgTypes[44]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ChangeAuthorityRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ChangeAuthorityRequest) ProtoMessage() {}
+
+func (x *ChangeAuthorityRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[44]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ChangeAuthorityRequest.ProtoReflect.Descriptor instead.
+func (*ChangeAuthorityRequest) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{44}
+}
+
+func (x *ChangeAuthorityRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *ChangeAuthorityRequest) GetNow() bool {
+	if x != nil {
+		return x.Now
+	}
+	return false
+}
+
+type ChangeAuthorityResponse struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Authority *v1.Authority          `protobuf:"bytes,1,opt,name=authority,proto3" json:"authority,omitempty"` // as it is now
+	Revision  uint64                 `protobuf:"varint,2,opt,name=revision,proto3" json:"revision,omitempty"`
+	// Of TaintAuthority and RevokeAuthority: who had SVIDs under it, as far as that is
+	// known, at most 10 for each CA node.
+	HeldBy []string `protobuf:"bytes,3,rep,name=held_by,json=heldBy,proto3" json:"held_by,omitempty"`
+	// Authorities that sign now, in the domain.
+	Signing       []*v1.Authority `protobuf:"bytes,4,rep,name=signing,proto3" json:"signing,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ChangeAuthorityResponse) Reset() {
+	*x = ChangeAuthorityResponse{}
+	mi := &file_entente_v1_entente_proto_msgTypes[45]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ChangeAuthorityResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ChangeAuthorityResponse) ProtoMessage() {}
+
+func (x *ChangeAuthorityResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[45]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ChangeAuthorityResponse.ProtoReflect.Descriptor instead.
+func (*ChangeAuthorityResponse) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{45}
+}
+
+func (x *ChangeAuthorityResponse) GetAuthority() *v1.Authority {
+	if x != nil {
+		return x.Authority
+	}
+	return nil
+}
+
+func (x *ChangeAuthorityResponse) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+func (x *ChangeAuthorityResponse) GetHeldBy() []string {
+	if x != nil {
+		return x.HeldBy
+	}
+	return nil
+}
+
+func (x *ChangeAuthorityResponse) GetSigning() []*v1.Authority {
+	if x != nil {
+		return x.Signing
+	}
+	return nil
+}
+
+type RemoveNodeRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`                // or its id
+	Compromised   bool                   `protobuf:"varint,2,opt,name=compromised,proto3" json:"compromised,omitempty"` // its authorities are revoked at once
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemoveNodeRequest) Reset() {
+	*x = RemoveNodeRequest{}
+	mi := &file_entente_v1_entente_proto_msgTypes[46]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveNodeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveNodeRequest) ProtoMessage() {}
+
+func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[46]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveNodeRequest.ProtoReflect.Descriptor instead.
+func (*RemoveNodeRequest) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{46}
+}
+
+func (x *RemoveNodeRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *RemoveNodeRequest) GetCompromised() bool {
+	if x != nil {
+		return x.Compromised
+	}
+	return false
+}
+
+type RemoveNodeResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Revision      uint64                 `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"`
+	Member        *v1.Member             `protobuf:"bytes,2,opt,name=member,proto3" json:"member,omitempty"`
+	Authorities   []*v1.Authority        `protobuf:"bytes,3,rep,name=authorities,proto3" json:"authorities,omitempty"` // its own, as they are now
+	HeldBy        []string               `protobuf:"bytes,4,rep,name=held_by,json=heldBy,proto3" json:"held_by,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemoveNodeResponse) Reset() {
+	*x = RemoveNodeResponse{}
+	mi := &file_entente_v1_entente_proto_msgTypes[47]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveNodeResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveNodeResponse) ProtoMessage() {}
+
+func (x *RemoveNodeResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[47]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveNodeResponse.ProtoReflect.Descriptor instead.
+func (*RemoveNodeResponse) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{47}
+}
+
+func (x *RemoveNodeResponse) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+func (x *RemoveNodeResponse) GetMember() *v1.Member {
+	if x != nil {
+		return x.Member
+	}
+	return nil
+}
+
+func (x *RemoveNodeResponse) GetAuthorities() []*v1.Authority {
+	if x != nil {
+		return x.Authorities
+	}
+	return nil
+}
+
+func (x *RemoveNodeResponse) GetHeldBy() []string {
+	if x != nil {
+		return x.HeldBy
+	}
+	return nil
+}
+
+type ListAgentsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	PageSize      uint32                 `protobuf:"varint,1,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"` // at most 1000; 0: 1000
+	After         string                 `protobuf:"bytes,2,opt,name=after,proto3" json:"after,omitempty"`                        // name
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListAgentsRequest) Reset() {
+	*x = ListAgentsRequest{}
+	mi := &file_entente_v1_entente_proto_msgTypes[48]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListAgentsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListAgentsRequest) ProtoMessage() {}
+
+func (x *ListAgentsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[48]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListAgentsRequest.ProtoReflect.Descriptor instead.
+func (*ListAgentsRequest) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{48}
+}
+
+func (x *ListAgentsRequest) GetPageSize() uint32 {
+	if x != nil {
+		return x.PageSize
+	}
+	return 0
+}
+
+func (x *ListAgentsRequest) GetAfter() string {
+	if x != nil {
+		return x.After
+	}
+	return ""
+}
+
+type ListAgentsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Agents        []*AgentStatus         `protobuf:"bytes,1,rep,name=agents,proto3" json:"agents,omitempty"` // by name
+	More          bool                   `protobuf:"varint,2,opt,name=more,proto3" json:"more,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListAgentsResponse) Reset() {
+	*x = ListAgentsResponse{}
+	mi := &file_entente_v1_entente_proto_msgTypes[49]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListAgentsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListAgentsResponse) ProtoMessage() {}
+
+func (x *ListAgentsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[49]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListAgentsResponse.ProtoReflect.Descriptor instead.
+func (*ListAgentsResponse) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{49}
+}
+
+func (x *ListAgentsResponse) GetAgents() []*AgentStatus {
+	if x != nil {
+		return x.Agents
+	}
+	return nil
+}
+
+func (x *ListAgentsResponse) GetMore() bool {
+	if x != nil {
+		return x.More
+	}
+	return false
+}
+
+type AgentStatus struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Agent         *v1.Agent              `protobuf:"bytes,1,opt,name=agent,proto3" json:"agent,omitempty"`
+	Entries       uint32                 `protobuf:"varint,2,opt,name=entries,proto3" json:"entries,omitempty"` // that it may hold
+	Here          bool                   `protobuf:"varint,3,opt,name=here,proto3" json:"here,omitempty"`       // its stream is at this node
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AgentStatus) Reset() {
+	*x = AgentStatus{}
+	mi := &file_entente_v1_entente_proto_msgTypes[50]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AgentStatus) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AgentStatus) ProtoMessage() {}
+
+func (x *AgentStatus) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[50]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AgentStatus.ProtoReflect.Descriptor instead.
+func (*AgentStatus) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{50}
+}
+
+func (x *AgentStatus) GetAgent() *v1.Agent {
+	if x != nil {
+		return x.Agent
+	}
+	return nil
+}
+
+func (x *AgentStatus) GetEntries() uint32 {
+	if x != nil {
+		return x.Entries
+	}
+	return 0
+}
+
+func (x *AgentStatus) GetHere() bool {
+	if x != nil {
+		return x.Here
+	}
+	return false
+}
+
+type GetAgentRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetAgentRequest) Reset() {
+	*x = GetAgentRequest{}
+	mi := &file_entente_v1_entente_proto_msgTypes[51]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetAgentRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetAgentRequest) ProtoMessage() {}
+
+func (x *GetAgentRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[51]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetAgentRequest.ProtoReflect.Descriptor instead.
+func (*GetAgentRequest) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{51}
+}
+
+func (x *GetAgentRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type GetAgentResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Status        *AgentStatus           `protobuf:"bytes,1,opt,name=status,proto3" json:"status,omitempty"`
+	Entries       []*v1.Entry            `protobuf:"bytes,2,rep,name=entries,proto3" json:"entries,omitempty"` // at most 1000
+	Instances     []*Instance            `protobuf:"bytes,3,rep,name=instances,proto3" json:"instances,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetAgentResponse) Reset() {
+	*x = GetAgentResponse{}
+	mi := &file_entente_v1_entente_proto_msgTypes[52]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetAgentResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetAgentResponse) ProtoMessage() {}
+
+func (x *GetAgentResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[52]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetAgentResponse.ProtoReflect.Descriptor instead.
+func (*GetAgentResponse) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{52}
+}
+
+func (x *GetAgentResponse) GetStatus() *AgentStatus {
+	if x != nil {
+		return x.Status
+	}
+	return nil
+}
+
+func (x *GetAgentResponse) GetEntries() []*v1.Entry {
+	if x != nil {
+		return x.Entries
+	}
+	return nil
+}
+
+func (x *GetAgentResponse) GetInstances() []*Instance {
+	if x != nil {
+		return x.Instances
+	}
+	return nil
+}
+
+type ChangeAgentRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ChangeAgentRequest) Reset() {
+	*x = ChangeAgentRequest{}
+	mi := &file_entente_v1_entente_proto_msgTypes[53]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ChangeAgentRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ChangeAgentRequest) ProtoMessage() {}
+
+func (x *ChangeAgentRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[53]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ChangeAgentRequest.ProtoReflect.Descriptor instead.
+func (*ChangeAgentRequest) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{53}
+}
+
+func (x *ChangeAgentRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type ChangeAgentResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Revision      uint64                 `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ChangeAgentResponse) Reset() {
+	*x = ChangeAgentResponse{}
+	mi := &file_entente_v1_entente_proto_msgTypes[54]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ChangeAgentResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ChangeAgentResponse) ProtoMessage() {}
+
+func (x *ChangeAgentResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[54]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ChangeAgentResponse.ProtoReflect.Descriptor instead.
+func (*ChangeAgentResponse) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{54}
+}
+
+func (x *ChangeAgentResponse) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+type ListTokensRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListTokensRequest) Reset() {
+	*x = ListTokensRequest{}
+	mi := &file_entente_v1_entente_proto_msgTypes[55]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListTokensRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListTokensRequest) ProtoMessage() {}
+
+func (x *ListTokensRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[55]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListTokensRequest.ProtoReflect.Descriptor instead.
+func (*ListTokensRequest) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{55}
+}
+
+type ListTokensResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Tokens        []*v1.Token            `protobuf:"bytes,1,rep,name=tokens,proto3" json:"tokens,omitempty"`                   // by end
+	NowUnix       int64                  `protobuf:"varint,2,opt,name=now_unix,json=nowUnix,proto3" json:"now_unix,omitempty"` // agreed time
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListTokensResponse) Reset() {
+	*x = ListTokensResponse{}
+	mi := &file_entente_v1_entente_proto_msgTypes[56]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListTokensResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListTokensResponse) ProtoMessage() {}
+
+func (x *ListTokensResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[56]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListTokensResponse.ProtoReflect.Descriptor instead.
+func (*ListTokensResponse) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{56}
+}
+
+func (x *ListTokensResponse) GetTokens() []*v1.Token {
+	if x != nil {
+		return x.Tokens
+	}
+	return nil
+}
+
+func (x *ListTokensResponse) GetNowUnix() int64 {
+	if x != nil {
+		return x.NowUnix
+	}
+	return 0
+}
+
+type RevokeTokenRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RevokeTokenRequest) Reset() {
+	*x = RevokeTokenRequest{}
+	mi := &file_entente_v1_entente_proto_msgTypes[57]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RevokeTokenRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RevokeTokenRequest) ProtoMessage() {}
+
+func (x *RevokeTokenRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[57]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RevokeTokenRequest.ProtoReflect.Descriptor instead.
+func (*RevokeTokenRequest) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{57}
+}
+
+func (x *RevokeTokenRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+type RevokeTokenResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Revision      uint64                 `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RevokeTokenResponse) Reset() {
+	*x = RevokeTokenResponse{}
+	mi := &file_entente_v1_entente_proto_msgTypes[58]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RevokeTokenResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RevokeTokenResponse) ProtoMessage() {}
+
+func (x *RevokeTokenResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[58]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RevokeTokenResponse.ProtoReflect.Descriptor instead.
+func (*RevokeTokenResponse) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{58}
+}
+
+func (x *RevokeTokenResponse) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+type ChangeEntriesRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Changes       []*v1.EntryChange      `protobuf:"bytes,1,rep,name=changes,proto3" json:"changes,omitempty"` // at most 20,000
+	DryRun        bool                   `protobuf:"varint,2,opt,name=dry_run,json=dryRun,proto3" json:"dry_run,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ChangeEntriesRequest) Reset() {
+	*x = ChangeEntriesRequest{}
+	mi := &file_entente_v1_entente_proto_msgTypes[59]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ChangeEntriesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ChangeEntriesRequest) ProtoMessage() {}
+
+func (x *ChangeEntriesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[59]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ChangeEntriesRequest.ProtoReflect.Descriptor instead.
+func (*ChangeEntriesRequest) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{59}
+}
+
+func (x *ChangeEntriesRequest) GetChanges() []*v1.EntryChange {
+	if x != nil {
+		return x.Changes
+	}
+	return nil
+}
+
+func (x *ChangeEntriesRequest) GetDryRun() bool {
+	if x != nil {
+		return x.DryRun
+	}
+	return false
+}
+
+type ChangeEntriesResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Results       []*EntryResult         `protobuf:"bytes,1,rep,name=results,proto3" json:"results,omitempty"` // in the order of the changes
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ChangeEntriesResponse) Reset() {
+	*x = ChangeEntriesResponse{}
+	mi := &file_entente_v1_entente_proto_msgTypes[60]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ChangeEntriesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ChangeEntriesResponse) ProtoMessage() {}
+
+func (x *ChangeEntriesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[60]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ChangeEntriesResponse.ProtoReflect.Descriptor instead.
+func (*ChangeEntriesResponse) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{60}
+}
+
+func (x *ChangeEntriesResponse) GetResults() []*EntryResult {
+	if x != nil {
+		return x.Results
+	}
+	return nil
+}
+
+type EntryResult struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Action        string                 `protobuf:"bytes,2,opt,name=action,proto3" json:"action,omitempty"`      // "created", "updated", "unchanged", "deleted"; empty: refused
+	Revision      uint64                 `protobuf:"varint,3,opt,name=revision,proto3" json:"revision,omitempty"` // of the entry; of the state after a delete
+	Code          uint32                 `protobuf:"varint,4,opt,name=code,proto3" json:"code,omitempty"`         // gRPC code; 0 is fine
+	Error         string                 `protobuf:"bytes,5,opt,name=error,proto3" json:"error,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EntryResult) Reset() {
+	*x = EntryResult{}
+	mi := &file_entente_v1_entente_proto_msgTypes[61]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EntryResult) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EntryResult) ProtoMessage() {}
+
+func (x *EntryResult) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[61]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EntryResult.ProtoReflect.Descriptor instead.
+func (*EntryResult) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{61}
+}
+
+func (x *EntryResult) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *EntryResult) GetAction() string {
+	if x != nil {
+		return x.Action
+	}
+	return ""
+}
+
+func (x *EntryResult) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+func (x *EntryResult) GetCode() uint32 {
+	if x != nil {
+		return x.Code
+	}
+	return 0
+}
+
+func (x *EntryResult) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
+type ListEntriesRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	PageSize      uint32                 `protobuf:"varint,1,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`      // at most 1000; 0: 1000
+	After         string                 `protobuf:"bytes,2,opt,name=after,proto3" json:"after,omitempty"`                             // id
+	Host          string                 `protobuf:"bytes,3,opt,name=host,proto3" json:"host,omitempty"`                               // only those that this agent may hold
+	PathPrefix    string                 `protobuf:"bytes,4,opt,name=path_prefix,json=pathPrefix,proto3" json:"path_prefix,omitempty"` // only SPIFFE paths at or below it
+	Declared      bool                   `protobuf:"varint,5,opt,name=declared,proto3" json:"declared,omitempty"`                      // only those declared by themselves
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListEntriesRequest) Reset() {
+	*x = ListEntriesRequest{}
+	mi := &file_entente_v1_entente_proto_msgTypes[62]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListEntriesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListEntriesRequest) ProtoMessage() {}
+
+func (x *ListEntriesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[62]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListEntriesRequest.ProtoReflect.Descriptor instead.
+func (*ListEntriesRequest) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{62}
+}
+
+func (x *ListEntriesRequest) GetPageSize() uint32 {
+	if x != nil {
+		return x.PageSize
+	}
+	return 0
+}
+
+func (x *ListEntriesRequest) GetAfter() string {
+	if x != nil {
+		return x.After
+	}
+	return ""
+}
+
+func (x *ListEntriesRequest) GetHost() string {
+	if x != nil {
+		return x.Host
+	}
+	return ""
+}
+
+func (x *ListEntriesRequest) GetPathPrefix() string {
+	if x != nil {
+		return x.PathPrefix
+	}
+	return ""
+}
+
+func (x *ListEntriesRequest) GetDeclared() bool {
+	if x != nil {
+		return x.Declared
+	}
+	return false
+}
+
+type ListEntriesResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Entries       []*v1.Entry            `protobuf:"bytes,1,rep,name=entries,proto3" json:"entries,omitempty"` // by id
+	More          bool                   `protobuf:"varint,2,opt,name=more,proto3" json:"more,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListEntriesResponse) Reset() {
+	*x = ListEntriesResponse{}
+	mi := &file_entente_v1_entente_proto_msgTypes[63]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListEntriesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListEntriesResponse) ProtoMessage() {}
+
+func (x *ListEntriesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[63]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListEntriesResponse.ProtoReflect.Descriptor instead.
+func (*ListEntriesResponse) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{63}
+}
+
+func (x *ListEntriesResponse) GetEntries() []*v1.Entry {
+	if x != nil {
+		return x.Entries
+	}
+	return nil
+}
+
+func (x *ListEntriesResponse) GetMore() bool {
+	if x != nil {
+		return x.More
+	}
+	return false
+}
+
+type GetEntryRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetEntryRequest) Reset() {
+	*x = GetEntryRequest{}
+	mi := &file_entente_v1_entente_proto_msgTypes[64]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetEntryRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetEntryRequest) ProtoMessage() {}
+
+func (x *GetEntryRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[64]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetEntryRequest.ProtoReflect.Descriptor instead.
+func (*GetEntryRequest) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{64}
+}
+
+func (x *GetEntryRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+type GetEntryResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Entry         *v1.Entry              `protobuf:"bytes,1,opt,name=entry,proto3" json:"entry,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetEntryResponse) Reset() {
+	*x = GetEntryResponse{}
+	mi := &file_entente_v1_entente_proto_msgTypes[65]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetEntryResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetEntryResponse) ProtoMessage() {}
+
+func (x *GetEntryResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[65]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetEntryResponse.ProtoReflect.Descriptor instead.
+func (*GetEntryResponse) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{65}
+}
+
+func (x *GetEntryResponse) GetEntry() *v1.Entry {
+	if x != nil {
+		return x.Entry
+	}
+	return nil
+}
+
+type CountEntriesResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Entries       uint64                 `protobuf:"varint,1,opt,name=entries,proto3" json:"entries,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CountEntriesResponse) Reset() {
+	*x = CountEntriesResponse{}
+	mi := &file_entente_v1_entente_proto_msgTypes[66]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CountEntriesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CountEntriesResponse) ProtoMessage() {}
+
+func (x *CountEntriesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[66]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CountEntriesResponse.ProtoReflect.Descriptor instead.
+func (*CountEntriesResponse) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{66}
+}
+
+func (x *CountEntriesResponse) GetEntries() uint64 {
+	if x != nil {
+		return x.Entries
+	}
+	return 0
 }
 
 var File_entente_v1_entente_proto protoreflect.FileDescriptor
@@ -2334,9 +4079,12 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x05Hello\x12'\n" +
 	"\x0fresume_revision\x18\x01 \x01(\x04R\x0eresumeRevision\x12\x17\n" +
 	"\aboot_id\x18\x02 \x01(\tR\x06bootId\x12\x18\n" +
-	"\aconnect\x18\x03 \x01(\x04R\aconnect\"!\n" +
+	"\aconnect\x18\x03 \x01(\x04R\aconnect\"p\n" +
 	"\x03Ack\x12\x1a\n" +
-	"\brevision\x18\x01 \x01(\x04R\brevision\"D\n" +
+	"\brevision\x18\x01 \x01(\x04R\brevision\x12 \n" +
+	"\vauthorities\x18\n" +
+	" \x03(\tR\vauthorities\x12+\n" +
+	"\x11authorities_known\x18\v \x01(\bR\x10authoritiesKnown\"D\n" +
 	"\x0eInstanceReport\x122\n" +
 	"\tinstances\x18\x01 \x03(\v2\x14.entente.v1.InstanceR\tinstances\"\xe9\x01\n" +
 	"\bInstance\x12\x18\n" +
@@ -2349,12 +4097,17 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x06health\x18\x05 \x01(\x0e2\x12.entente.v1.HealthR\x06health\x12\x14\n" +
 	"\x05stale\x18\x06 \x01(\bR\x05stale\x12\x17\n" +
 	"\aboot_id\x18\a \x01(\tR\x06bootId\x12\x18\n" +
-	"\aconnect\x18\b \x01(\x04R\aconnect\"\xb2\x01\n" +
+	"\aconnect\x18\b \x01(\x04R\aconnect\"\xe0\x01\n" +
 	"\fSyncResponse\x12,\n" +
 	"\x06policy\x18\x01 \x01(\v2\x12.entente.v1.PolicyH\x00R\x06policy\x122\n" +
 	"\bpresence\x18\x02 \x01(\v2\x14.entente.v1.PresenceH\x00R\bpresence\x125\n" +
-	"\theartbeat\x18\x03 \x01(\v2\x15.entente.v1.HeartbeatH\x00R\theartbeatB\t\n" +
-	"\amessage\"\x8b\x04\n" +
+	"\theartbeat\x18\x03 \x01(\v2\x15.entente.v1.HeartbeatH\x00R\theartbeat\x12,\n" +
+	"\x06urgent\x18\x14 \x01(\v2\x12.entente.v1.UrgentH\x00R\x06urgentB\t\n" +
+	"\amessage\"\x86\x01\n" +
+	"\x06Urgent\x126\n" +
+	"\bdistrust\x18\x01 \x03(\v2\x1a.entente.state.v1.DistrustR\bdistrust\x12\x18\n" +
+	"\atainted\x18\x02 \x03(\tR\atainted\x12*\n" +
+	"\x11reissue_within_ms\x18\x03 \x01(\rR\x0freissueWithinMs\"\xdd\x05\n" +
 	"\x06Policy\x12\x12\n" +
 	"\x04full\x18\x01 \x01(\bR\x04full\x12\x12\n" +
 	"\x04last\x18\x02 \x01(\bR\x04last\x12\x1a\n" +
@@ -2368,7 +4121,12 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x0fdeleted_objects\x18\n" +
 	" \x03(\v2\x1b.entente.state.v1.ObjectKeyR\x0edeletedObjects\x122\n" +
 	"\amembers\x18\v \x03(\v2\x18.entente.state.v1.MemberR\amembers\x12'\n" +
-	"\x0fmembers_changed\x18\f \x01(\bR\x0emembersChanged\"?\n" +
+	"\x0fmembers_changed\x18\f \x01(\bR\x0emembersChanged\x126\n" +
+	"\bdistrust\x18\x14 \x03(\v2\x1a.entente.state.v1.DistrustR\bdistrust\x12)\n" +
+	"\x10deleted_distrust\x18\x15 \x03(\tR\x0fdeletedDistrust\x12\x18\n" +
+	"\atainted\x18\x16 \x03(\tR\atainted\x12'\n" +
+	"\x0ftainted_changed\x18\x17 \x01(\bR\x0etaintedChanged\x12*\n" +
+	"\x11reissue_within_ms\x18\x18 \x01(\rR\x0freissueWithinMs\"?\n" +
 	"\x06Bundle\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x12\n" +
 	"\x04jwks\x18\x02 \x01(\fR\x04jwks\"\x8e\x01\n" +
@@ -2447,7 +4205,7 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x0fProposeResponse\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x12\x18\n" +
 	"\arefusal\x18\x02 \x01(\tR\arefusal\x12\x16\n" +
-	"\x06detail\x18\x03 \x01(\tR\x06detail\"\xe5\x01\n" +
+	"\x06detail\x18\x03 \x01(\tR\x06detail\"\x94\x02\n" +
 	"\rReportRequest\x12\x17\n" +
 	"\aboot_id\x18\x01 \x01(\tR\x06bootId\x12)\n" +
 	"\x10applied_revision\x18\x02 \x01(\x04R\x0fappliedRevision\x123\n" +
@@ -2456,13 +4214,109 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"waitingFor\x12\x1d\n" +
 	"\n" +
 	"unix_nanos\x18\x05 \x01(\x03R\tunixNanos\x12\x1b\n" +
-	"\tcaught_up\x18\x06 \x01(\bR\bcaughtUp\"\x10\n" +
-	"\x0eReportResponse\"\x11\n" +
+	"\tcaught_up\x18\x06 \x01(\bR\bcaughtUp\x12-\n" +
+	"\x04held\x18\x14 \x03(\v2\x19.entente.v1.HeldAuthorityR\x04held\"/\n" +
+	"\rHeldAuthority\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x0e\n" +
+	"\x02by\x18\x02 \x03(\tR\x02by\"\x10\n" +
+	"\x0eReportResponse\"\r\n" +
+	"\vGateRequest\"K\n" +
+	"\fGateResponse\x12;\n" +
+	"\vauthorities\x18\x01 \x03(\v2\x19.entente.v1.AuthorityGateR\vauthorities\"Z\n" +
+	"\rAuthorityGate\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1f\n" +
+	"\vwaiting_for\x18\x02 \x03(\tR\n" +
+	"waitingFor\x12\x18\n" +
+	"\aassumed\x18\x03 \x03(\tR\aassumed\"\x11\n" +
 	"\x0fPresenceRequest\"\x96\x01\n" +
 	"\x10PresenceResponse\x122\n" +
 	"\tinstances\x18\x01 \x03(\v2\x14.entente.v1.InstanceR\tinstances\x122\n" +
 	"\twithdrawn\x18\x02 \x03(\v2\x14.entente.v1.InstanceR\twithdrawn\x12\x1a\n" +
-	"\bcomplete\x18\x03 \x01(\bR\bcomplete*J\n" +
+	"\bcomplete\x18\x03 \x01(\bR\bcomplete\"\x18\n" +
+	"\x16ListAuthoritiesRequest\"\x92\x01\n" +
+	"\x17ListAuthoritiesResponse\x12=\n" +
+	"\vauthorities\x18\x01 \x03(\v2\x1b.entente.v1.AuthorityStatusR\vauthorities\x12\x1d\n" +
+	"\n" +
+	"gate_error\x18\x02 \x01(\tR\tgateError\x12\x19\n" +
+	"\bnow_unix\x18\x03 \x01(\x03R\anowUnix\"\x9b\x01\n" +
+	"\x0fAuthorityStatus\x129\n" +
+	"\tauthority\x18\x01 \x01(\v2\x1b.entente.state.v1.AuthorityR\tauthority\x12\x12\n" +
+	"\x04node\x18\x02 \x01(\tR\x04node\x12\x1f\n" +
+	"\vwaiting_for\x18\x03 \x03(\tR\n" +
+	"waitingFor\x12\x18\n" +
+	"\aassumed\x18\x04 \x03(\tR\aassumed\"\x19\n" +
+	"\x17PrepareAuthorityRequest\":\n" +
+	"\x16ChangeAuthorityRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x10\n" +
+	"\x03now\x18\x02 \x01(\bR\x03now\"\xc0\x01\n" +
+	"\x17ChangeAuthorityResponse\x129\n" +
+	"\tauthority\x18\x01 \x01(\v2\x1b.entente.state.v1.AuthorityR\tauthority\x12\x1a\n" +
+	"\brevision\x18\x02 \x01(\x04R\brevision\x12\x17\n" +
+	"\aheld_by\x18\x03 \x03(\tR\x06heldBy\x125\n" +
+	"\asigning\x18\x04 \x03(\v2\x1b.entente.state.v1.AuthorityR\asigning\"I\n" +
+	"\x11RemoveNodeRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12 \n" +
+	"\vcompromised\x18\x02 \x01(\bR\vcompromised\"\xba\x01\n" +
+	"\x12RemoveNodeResponse\x12\x1a\n" +
+	"\brevision\x18\x01 \x01(\x04R\brevision\x120\n" +
+	"\x06member\x18\x02 \x01(\v2\x18.entente.state.v1.MemberR\x06member\x12=\n" +
+	"\vauthorities\x18\x03 \x03(\v2\x1b.entente.state.v1.AuthorityR\vauthorities\x12\x17\n" +
+	"\aheld_by\x18\x04 \x03(\tR\x06heldBy\"F\n" +
+	"\x11ListAgentsRequest\x12\x1b\n" +
+	"\tpage_size\x18\x01 \x01(\rR\bpageSize\x12\x14\n" +
+	"\x05after\x18\x02 \x01(\tR\x05after\"Y\n" +
+	"\x12ListAgentsResponse\x12/\n" +
+	"\x06agents\x18\x01 \x03(\v2\x17.entente.v1.AgentStatusR\x06agents\x12\x12\n" +
+	"\x04more\x18\x02 \x01(\bR\x04more\"j\n" +
+	"\vAgentStatus\x12-\n" +
+	"\x05agent\x18\x01 \x01(\v2\x17.entente.state.v1.AgentR\x05agent\x12\x18\n" +
+	"\aentries\x18\x02 \x01(\rR\aentries\x12\x12\n" +
+	"\x04here\x18\x03 \x01(\bR\x04here\"%\n" +
+	"\x0fGetAgentRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"\xaa\x01\n" +
+	"\x10GetAgentResponse\x12/\n" +
+	"\x06status\x18\x01 \x01(\v2\x17.entente.v1.AgentStatusR\x06status\x121\n" +
+	"\aentries\x18\x02 \x03(\v2\x17.entente.state.v1.EntryR\aentries\x122\n" +
+	"\tinstances\x18\x03 \x03(\v2\x14.entente.v1.InstanceR\tinstances\"(\n" +
+	"\x12ChangeAgentRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"1\n" +
+	"\x13ChangeAgentResponse\x12\x1a\n" +
+	"\brevision\x18\x01 \x01(\x04R\brevision\"\x13\n" +
+	"\x11ListTokensRequest\"`\n" +
+	"\x12ListTokensResponse\x12/\n" +
+	"\x06tokens\x18\x01 \x03(\v2\x17.entente.state.v1.TokenR\x06tokens\x12\x19\n" +
+	"\bnow_unix\x18\x02 \x01(\x03R\anowUnix\"$\n" +
+	"\x12RevokeTokenRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"1\n" +
+	"\x13RevokeTokenResponse\x12\x1a\n" +
+	"\brevision\x18\x01 \x01(\x04R\brevision\"h\n" +
+	"\x14ChangeEntriesRequest\x127\n" +
+	"\achanges\x18\x01 \x03(\v2\x1d.entente.state.v1.EntryChangeR\achanges\x12\x17\n" +
+	"\adry_run\x18\x02 \x01(\bR\x06dryRun\"J\n" +
+	"\x15ChangeEntriesResponse\x121\n" +
+	"\aresults\x18\x01 \x03(\v2\x17.entente.v1.EntryResultR\aresults\"{\n" +
+	"\vEntryResult\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
+	"\x06action\x18\x02 \x01(\tR\x06action\x12\x1a\n" +
+	"\brevision\x18\x03 \x01(\x04R\brevision\x12\x12\n" +
+	"\x04code\x18\x04 \x01(\rR\x04code\x12\x14\n" +
+	"\x05error\x18\x05 \x01(\tR\x05error\"\x98\x01\n" +
+	"\x12ListEntriesRequest\x12\x1b\n" +
+	"\tpage_size\x18\x01 \x01(\rR\bpageSize\x12\x14\n" +
+	"\x05after\x18\x02 \x01(\tR\x05after\x12\x12\n" +
+	"\x04host\x18\x03 \x01(\tR\x04host\x12\x1f\n" +
+	"\vpath_prefix\x18\x04 \x01(\tR\n" +
+	"pathPrefix\x12\x1a\n" +
+	"\bdeclared\x18\x05 \x01(\bR\bdeclared\"\\\n" +
+	"\x13ListEntriesResponse\x121\n" +
+	"\aentries\x18\x01 \x03(\v2\x17.entente.state.v1.EntryR\aentries\x12\x12\n" +
+	"\x04more\x18\x02 \x01(\bR\x04more\"!\n" +
+	"\x0fGetEntryRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"A\n" +
+	"\x10GetEntryResponse\x12-\n" +
+	"\x05entry\x18\x01 \x01(\v2\x17.entente.state.v1.EntryR\x05entry\"0\n" +
+	"\x14CountEntriesResponse\x12\x18\n" +
+	"\aentries\x18\x01 \x01(\x04R\aentries*J\n" +
 	"\x06Health\x12\x16\n" +
 	"\x12HEALTH_UNSPECIFIED\x10\x00\x12\x12\n" +
 	"\x0eHEALTH_HEALTHY\x10\x01\x12\x14\n" +
@@ -2474,16 +4328,37 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x04Sync\x12=\n" +
 	"\x04Sync\x12\x17.entente.v1.SyncRequest\x1a\x18.entente.v1.SyncResponse(\x010\x012M\n" +
 	"\x04Sign\x12E\n" +
-	"\bSignX509\x12\x1b.entente.v1.SignX509Request\x1a\x1c.entente.v1.SignX509Response2\xa0\x02\n" +
+	"\bSignX509\x12\x1b.entente.v1.SignX509Request\x1a\x1c.entente.v1.SignX509Response2\xc8\f\n" +
 	"\x05Admin\x12?\n" +
 	"\x06Status\x12\x19.entente.v1.StatusRequest\x1a\x1a.entente.v1.StatusResponse\x12N\n" +
 	"\vCreateToken\x12\x1e.entente.v1.CreateTokenRequest\x1a\x1f.entente.v1.CreateTokenResponse\x12<\n" +
 	"\x05Apply\x12\x18.entente.v1.ApplyRequest\x1a\x19.entente.v1.ApplyResponse\x12H\n" +
-	"\tGetBundle\x12\x1c.entente.v1.GetBundleRequest\x1a\x1d.entente.v1.GetBundleResponse2\xd4\x01\n" +
+	"\tGetBundle\x12\x1c.entente.v1.GetBundleRequest\x1a\x1d.entente.v1.GetBundleResponse\x12Z\n" +
+	"\x0fListAuthorities\x12\".entente.v1.ListAuthoritiesRequest\x1a#.entente.v1.ListAuthoritiesResponse\x12\\\n" +
+	"\x10PrepareAuthority\x12#.entente.v1.PrepareAuthorityRequest\x1a#.entente.v1.ChangeAuthorityResponse\x12\\\n" +
+	"\x11ActivateAuthority\x12\".entente.v1.ChangeAuthorityRequest\x1a#.entente.v1.ChangeAuthorityResponse\x12Y\n" +
+	"\x0eTaintAuthority\x12\".entente.v1.ChangeAuthorityRequest\x1a#.entente.v1.ChangeAuthorityResponse\x12Z\n" +
+	"\x0fRevokeAuthority\x12\".entente.v1.ChangeAuthorityRequest\x1a#.entente.v1.ChangeAuthorityResponse\x12K\n" +
+	"\n" +
+	"RemoveNode\x12\x1d.entente.v1.RemoveNodeRequest\x1a\x1e.entente.v1.RemoveNodeResponse\x12K\n" +
+	"\n" +
+	"ListAgents\x12\x1d.entente.v1.ListAgentsRequest\x1a\x1e.entente.v1.ListAgentsResponse\x12E\n" +
+	"\bGetAgent\x12\x1b.entente.v1.GetAgentRequest\x1a\x1c.entente.v1.GetAgentResponse\x12K\n" +
+	"\bBanAgent\x12\x1e.entente.v1.ChangeAgentRequest\x1a\x1f.entente.v1.ChangeAgentResponse\x12M\n" +
+	"\n" +
+	"EvictAgent\x12\x1e.entente.v1.ChangeAgentRequest\x1a\x1f.entente.v1.ChangeAgentResponse\x12K\n" +
+	"\n" +
+	"ListTokens\x12\x1d.entente.v1.ListTokensRequest\x1a\x1e.entente.v1.ListTokensResponse\x12N\n" +
+	"\vRevokeToken\x12\x1e.entente.v1.RevokeTokenRequest\x1a\x1f.entente.v1.RevokeTokenResponse\x12T\n" +
+	"\rChangeEntries\x12 .entente.v1.ChangeEntriesRequest\x1a!.entente.v1.ChangeEntriesResponse\x12N\n" +
+	"\vListEntries\x12\x1e.entente.v1.ListEntriesRequest\x1a\x1f.entente.v1.ListEntriesResponse\x12E\n" +
+	"\bGetEntry\x12\x1b.entente.v1.GetEntryRequest\x1a\x1c.entente.v1.GetEntryResponse\x12P\n" +
+	"\fCountEntries\x12\x1e.entente.v1.ListEntriesRequest\x1a .entente.v1.CountEntriesResponse2\x8f\x02\n" +
 	"\x04Peer\x12B\n" +
 	"\aPropose\x12\x1a.entente.v1.ProposeRequest\x1a\x1b.entente.v1.ProposeResponse\x12?\n" +
 	"\x06Report\x12\x19.entente.v1.ReportRequest\x1a\x1a.entente.v1.ReportResponse\x12G\n" +
-	"\bPresence\x12\x1b.entente.v1.PresenceRequest\x1a\x1c.entente.v1.PresenceResponse0\x01B:Z8github.com/entente-mesh/entente/api/entente/v1;ententev1b\x06proto3"
+	"\bPresence\x12\x1b.entente.v1.PresenceRequest\x1a\x1c.entente.v1.PresenceResponse0\x01\x129\n" +
+	"\x04Gate\x12\x17.entente.v1.GateRequest\x1a\x18.entente.v1.GateResponseB:Z8github.com/entente-mesh/entente/api/entente/v1;ententev1b\x06proto3"
 
 var (
 	file_entente_v1_entente_proto_rawDescOnce sync.Once
@@ -2498,120 +4373,210 @@ func file_entente_v1_entente_proto_rawDescGZIP() []byte {
 }
 
 var file_entente_v1_entente_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_entente_v1_entente_proto_msgTypes = make([]protoimpl.MessageInfo, 35)
+var file_entente_v1_entente_proto_msgTypes = make([]protoimpl.MessageInfo, 67)
 var file_entente_v1_entente_proto_goTypes = []any{
-	(Health)(0),                 // 0: entente.v1.Health
-	(*JoinRequest)(nil),         // 1: entente.v1.JoinRequest
-	(*JoinResponse)(nil),        // 2: entente.v1.JoinResponse
-	(*AttestRequest)(nil),       // 3: entente.v1.AttestRequest
-	(*AttestResponse)(nil),      // 4: entente.v1.AttestResponse
-	(*SyncRequest)(nil),         // 5: entente.v1.SyncRequest
-	(*Hello)(nil),               // 6: entente.v1.Hello
-	(*Ack)(nil),                 // 7: entente.v1.Ack
-	(*InstanceReport)(nil),      // 8: entente.v1.InstanceReport
-	(*Instance)(nil),            // 9: entente.v1.Instance
-	(*SyncResponse)(nil),        // 10: entente.v1.SyncResponse
-	(*Policy)(nil),              // 11: entente.v1.Policy
-	(*Bundle)(nil),              // 12: entente.v1.Bundle
-	(*Presence)(nil),            // 13: entente.v1.Presence
-	(*Heartbeat)(nil),           // 14: entente.v1.Heartbeat
-	(*SignX509Request)(nil),     // 15: entente.v1.SignX509Request
-	(*X509Request)(nil),         // 16: entente.v1.X509Request
-	(*SignX509Response)(nil),    // 17: entente.v1.SignX509Response
-	(*X509Result)(nil),          // 18: entente.v1.X509Result
-	(*StatusRequest)(nil),       // 19: entente.v1.StatusRequest
-	(*StatusResponse)(nil),      // 20: entente.v1.StatusResponse
-	(*MemberStatus)(nil),        // 21: entente.v1.MemberStatus
-	(*ForeignBundleStatus)(nil), // 22: entente.v1.ForeignBundleStatus
-	(*CreateTokenRequest)(nil),  // 23: entente.v1.CreateTokenRequest
-	(*CreateTokenResponse)(nil), // 24: entente.v1.CreateTokenResponse
-	(*ApplyRequest)(nil),        // 25: entente.v1.ApplyRequest
-	(*ApplyResponse)(nil),       // 26: entente.v1.ApplyResponse
-	(*ObjectChange)(nil),        // 27: entente.v1.ObjectChange
-	(*GetBundleRequest)(nil),    // 28: entente.v1.GetBundleRequest
-	(*GetBundleResponse)(nil),   // 29: entente.v1.GetBundleResponse
-	(*ProposeRequest)(nil),      // 30: entente.v1.ProposeRequest
-	(*ProposeResponse)(nil),     // 31: entente.v1.ProposeResponse
-	(*ReportRequest)(nil),       // 32: entente.v1.ReportRequest
-	(*ReportResponse)(nil),      // 33: entente.v1.ReportResponse
-	(*PresenceRequest)(nil),     // 34: entente.v1.PresenceRequest
-	(*PresenceResponse)(nil),    // 35: entente.v1.PresenceResponse
-	(*v1.Member)(nil),           // 36: entente.state.v1.Member
-	(*v1.Cluster)(nil),          // 37: entente.state.v1.Cluster
-	(*v1.Agent)(nil),            // 38: entente.state.v1.Agent
-	(*v1.Entry)(nil),            // 39: entente.state.v1.Entry
-	(*v1.Object)(nil),           // 40: entente.state.v1.Object
-	(*v1.ObjectKey)(nil),        // 41: entente.state.v1.ObjectKey
-	(*v1.Authority)(nil),        // 42: entente.state.v1.Authority
-	(*v1.NodeGrant)(nil),        // 43: entente.state.v1.NodeGrant
-	(*v1.AgentGrant)(nil),       // 44: entente.state.v1.AgentGrant
+	(Health)(0),                     // 0: entente.v1.Health
+	(*JoinRequest)(nil),             // 1: entente.v1.JoinRequest
+	(*JoinResponse)(nil),            // 2: entente.v1.JoinResponse
+	(*AttestRequest)(nil),           // 3: entente.v1.AttestRequest
+	(*AttestResponse)(nil),          // 4: entente.v1.AttestResponse
+	(*SyncRequest)(nil),             // 5: entente.v1.SyncRequest
+	(*Hello)(nil),                   // 6: entente.v1.Hello
+	(*Ack)(nil),                     // 7: entente.v1.Ack
+	(*InstanceReport)(nil),          // 8: entente.v1.InstanceReport
+	(*Instance)(nil),                // 9: entente.v1.Instance
+	(*SyncResponse)(nil),            // 10: entente.v1.SyncResponse
+	(*Urgent)(nil),                  // 11: entente.v1.Urgent
+	(*Policy)(nil),                  // 12: entente.v1.Policy
+	(*Bundle)(nil),                  // 13: entente.v1.Bundle
+	(*Presence)(nil),                // 14: entente.v1.Presence
+	(*Heartbeat)(nil),               // 15: entente.v1.Heartbeat
+	(*SignX509Request)(nil),         // 16: entente.v1.SignX509Request
+	(*X509Request)(nil),             // 17: entente.v1.X509Request
+	(*SignX509Response)(nil),        // 18: entente.v1.SignX509Response
+	(*X509Result)(nil),              // 19: entente.v1.X509Result
+	(*StatusRequest)(nil),           // 20: entente.v1.StatusRequest
+	(*StatusResponse)(nil),          // 21: entente.v1.StatusResponse
+	(*MemberStatus)(nil),            // 22: entente.v1.MemberStatus
+	(*ForeignBundleStatus)(nil),     // 23: entente.v1.ForeignBundleStatus
+	(*CreateTokenRequest)(nil),      // 24: entente.v1.CreateTokenRequest
+	(*CreateTokenResponse)(nil),     // 25: entente.v1.CreateTokenResponse
+	(*ApplyRequest)(nil),            // 26: entente.v1.ApplyRequest
+	(*ApplyResponse)(nil),           // 27: entente.v1.ApplyResponse
+	(*ObjectChange)(nil),            // 28: entente.v1.ObjectChange
+	(*GetBundleRequest)(nil),        // 29: entente.v1.GetBundleRequest
+	(*GetBundleResponse)(nil),       // 30: entente.v1.GetBundleResponse
+	(*ProposeRequest)(nil),          // 31: entente.v1.ProposeRequest
+	(*ProposeResponse)(nil),         // 32: entente.v1.ProposeResponse
+	(*ReportRequest)(nil),           // 33: entente.v1.ReportRequest
+	(*HeldAuthority)(nil),           // 34: entente.v1.HeldAuthority
+	(*ReportResponse)(nil),          // 35: entente.v1.ReportResponse
+	(*GateRequest)(nil),             // 36: entente.v1.GateRequest
+	(*GateResponse)(nil),            // 37: entente.v1.GateResponse
+	(*AuthorityGate)(nil),           // 38: entente.v1.AuthorityGate
+	(*PresenceRequest)(nil),         // 39: entente.v1.PresenceRequest
+	(*PresenceResponse)(nil),        // 40: entente.v1.PresenceResponse
+	(*ListAuthoritiesRequest)(nil),  // 41: entente.v1.ListAuthoritiesRequest
+	(*ListAuthoritiesResponse)(nil), // 42: entente.v1.ListAuthoritiesResponse
+	(*AuthorityStatus)(nil),         // 43: entente.v1.AuthorityStatus
+	(*PrepareAuthorityRequest)(nil), // 44: entente.v1.PrepareAuthorityRequest
+	(*ChangeAuthorityRequest)(nil),  // 45: entente.v1.ChangeAuthorityRequest
+	(*ChangeAuthorityResponse)(nil), // 46: entente.v1.ChangeAuthorityResponse
+	(*RemoveNodeRequest)(nil),       // 47: entente.v1.RemoveNodeRequest
+	(*RemoveNodeResponse)(nil),      // 48: entente.v1.RemoveNodeResponse
+	(*ListAgentsRequest)(nil),       // 49: entente.v1.ListAgentsRequest
+	(*ListAgentsResponse)(nil),      // 50: entente.v1.ListAgentsResponse
+	(*AgentStatus)(nil),             // 51: entente.v1.AgentStatus
+	(*GetAgentRequest)(nil),         // 52: entente.v1.GetAgentRequest
+	(*GetAgentResponse)(nil),        // 53: entente.v1.GetAgentResponse
+	(*ChangeAgentRequest)(nil),      // 54: entente.v1.ChangeAgentRequest
+	(*ChangeAgentResponse)(nil),     // 55: entente.v1.ChangeAgentResponse
+	(*ListTokensRequest)(nil),       // 56: entente.v1.ListTokensRequest
+	(*ListTokensResponse)(nil),      // 57: entente.v1.ListTokensResponse
+	(*RevokeTokenRequest)(nil),      // 58: entente.v1.RevokeTokenRequest
+	(*RevokeTokenResponse)(nil),     // 59: entente.v1.RevokeTokenResponse
+	(*ChangeEntriesRequest)(nil),    // 60: entente.v1.ChangeEntriesRequest
+	(*ChangeEntriesResponse)(nil),   // 61: entente.v1.ChangeEntriesResponse
+	(*EntryResult)(nil),             // 62: entente.v1.EntryResult
+	(*ListEntriesRequest)(nil),      // 63: entente.v1.ListEntriesRequest
+	(*ListEntriesResponse)(nil),     // 64: entente.v1.ListEntriesResponse
+	(*GetEntryRequest)(nil),         // 65: entente.v1.GetEntryRequest
+	(*GetEntryResponse)(nil),        // 66: entente.v1.GetEntryResponse
+	(*CountEntriesResponse)(nil),    // 67: entente.v1.CountEntriesResponse
+	(*v1.Member)(nil),               // 68: entente.state.v1.Member
+	(*v1.Cluster)(nil),              // 69: entente.state.v1.Cluster
+	(*v1.Agent)(nil),                // 70: entente.state.v1.Agent
+	(*v1.Distrust)(nil),             // 71: entente.state.v1.Distrust
+	(*v1.Entry)(nil),                // 72: entente.state.v1.Entry
+	(*v1.Object)(nil),               // 73: entente.state.v1.Object
+	(*v1.ObjectKey)(nil),            // 74: entente.state.v1.ObjectKey
+	(*v1.Authority)(nil),            // 75: entente.state.v1.Authority
+	(*v1.NodeGrant)(nil),            // 76: entente.state.v1.NodeGrant
+	(*v1.AgentGrant)(nil),           // 77: entente.state.v1.AgentGrant
+	(*v1.Token)(nil),                // 78: entente.state.v1.Token
+	(*v1.EntryChange)(nil),          // 79: entente.state.v1.EntryChange
 }
 var file_entente_v1_entente_proto_depIdxs = []int32{
-	36, // 0: entente.v1.JoinResponse.member:type_name -> entente.state.v1.Member
-	36, // 1: entente.v1.JoinResponse.members:type_name -> entente.state.v1.Member
-	37, // 2: entente.v1.JoinResponse.cluster:type_name -> entente.state.v1.Cluster
-	36, // 3: entente.v1.AttestResponse.members:type_name -> entente.state.v1.Member
-	37, // 4: entente.v1.AttestResponse.cluster:type_name -> entente.state.v1.Cluster
-	38, // 5: entente.v1.AttestResponse.agent:type_name -> entente.state.v1.Agent
+	68, // 0: entente.v1.JoinResponse.member:type_name -> entente.state.v1.Member
+	68, // 1: entente.v1.JoinResponse.members:type_name -> entente.state.v1.Member
+	69, // 2: entente.v1.JoinResponse.cluster:type_name -> entente.state.v1.Cluster
+	68, // 3: entente.v1.AttestResponse.members:type_name -> entente.state.v1.Member
+	69, // 4: entente.v1.AttestResponse.cluster:type_name -> entente.state.v1.Cluster
+	70, // 5: entente.v1.AttestResponse.agent:type_name -> entente.state.v1.Agent
 	6,  // 6: entente.v1.SyncRequest.hello:type_name -> entente.v1.Hello
 	7,  // 7: entente.v1.SyncRequest.ack:type_name -> entente.v1.Ack
 	8,  // 8: entente.v1.SyncRequest.report:type_name -> entente.v1.InstanceReport
 	9,  // 9: entente.v1.InstanceReport.instances:type_name -> entente.v1.Instance
 	0,  // 10: entente.v1.Instance.health:type_name -> entente.v1.Health
-	11, // 11: entente.v1.SyncResponse.policy:type_name -> entente.v1.Policy
-	13, // 12: entente.v1.SyncResponse.presence:type_name -> entente.v1.Presence
-	14, // 13: entente.v1.SyncResponse.heartbeat:type_name -> entente.v1.Heartbeat
-	37, // 14: entente.v1.Policy.cluster:type_name -> entente.state.v1.Cluster
-	39, // 15: entente.v1.Policy.entries:type_name -> entente.state.v1.Entry
-	12, // 16: entente.v1.Policy.bundles:type_name -> entente.v1.Bundle
-	40, // 17: entente.v1.Policy.objects:type_name -> entente.state.v1.Object
-	41, // 18: entente.v1.Policy.deleted_objects:type_name -> entente.state.v1.ObjectKey
-	36, // 19: entente.v1.Policy.members:type_name -> entente.state.v1.Member
-	9,  // 20: entente.v1.Presence.instances:type_name -> entente.v1.Instance
-	9,  // 21: entente.v1.Presence.withdrawn:type_name -> entente.v1.Instance
-	16, // 22: entente.v1.SignX509Request.requests:type_name -> entente.v1.X509Request
-	18, // 23: entente.v1.SignX509Response.results:type_name -> entente.v1.X509Result
-	37, // 24: entente.v1.StatusResponse.cluster:type_name -> entente.state.v1.Cluster
-	21, // 25: entente.v1.StatusResponse.members:type_name -> entente.v1.MemberStatus
-	42, // 26: entente.v1.StatusResponse.authorities:type_name -> entente.state.v1.Authority
-	22, // 27: entente.v1.StatusResponse.foreign:type_name -> entente.v1.ForeignBundleStatus
-	9,  // 28: entente.v1.StatusResponse.instances:type_name -> entente.v1.Instance
-	36, // 29: entente.v1.MemberStatus.member:type_name -> entente.state.v1.Member
-	43, // 30: entente.v1.CreateTokenRequest.node:type_name -> entente.state.v1.NodeGrant
-	44, // 31: entente.v1.CreateTokenRequest.agent:type_name -> entente.state.v1.AgentGrant
-	40, // 32: entente.v1.ApplyRequest.objects:type_name -> entente.state.v1.Object
-	41, // 33: entente.v1.ApplyRequest.deletes:type_name -> entente.state.v1.ObjectKey
-	27, // 34: entente.v1.ApplyResponse.changes:type_name -> entente.v1.ObjectChange
-	41, // 35: entente.v1.ObjectChange.key:type_name -> entente.state.v1.ObjectKey
-	9,  // 36: entente.v1.PresenceResponse.instances:type_name -> entente.v1.Instance
-	9,  // 37: entente.v1.PresenceResponse.withdrawn:type_name -> entente.v1.Instance
-	1,  // 38: entente.v1.Join.Join:input_type -> entente.v1.JoinRequest
-	3,  // 39: entente.v1.Attest.Attest:input_type -> entente.v1.AttestRequest
-	5,  // 40: entente.v1.Sync.Sync:input_type -> entente.v1.SyncRequest
-	15, // 41: entente.v1.Sign.SignX509:input_type -> entente.v1.SignX509Request
-	19, // 42: entente.v1.Admin.Status:input_type -> entente.v1.StatusRequest
-	23, // 43: entente.v1.Admin.CreateToken:input_type -> entente.v1.CreateTokenRequest
-	25, // 44: entente.v1.Admin.Apply:input_type -> entente.v1.ApplyRequest
-	28, // 45: entente.v1.Admin.GetBundle:input_type -> entente.v1.GetBundleRequest
-	30, // 46: entente.v1.Peer.Propose:input_type -> entente.v1.ProposeRequest
-	32, // 47: entente.v1.Peer.Report:input_type -> entente.v1.ReportRequest
-	34, // 48: entente.v1.Peer.Presence:input_type -> entente.v1.PresenceRequest
-	2,  // 49: entente.v1.Join.Join:output_type -> entente.v1.JoinResponse
-	4,  // 50: entente.v1.Attest.Attest:output_type -> entente.v1.AttestResponse
-	10, // 51: entente.v1.Sync.Sync:output_type -> entente.v1.SyncResponse
-	17, // 52: entente.v1.Sign.SignX509:output_type -> entente.v1.SignX509Response
-	20, // 53: entente.v1.Admin.Status:output_type -> entente.v1.StatusResponse
-	24, // 54: entente.v1.Admin.CreateToken:output_type -> entente.v1.CreateTokenResponse
-	26, // 55: entente.v1.Admin.Apply:output_type -> entente.v1.ApplyResponse
-	29, // 56: entente.v1.Admin.GetBundle:output_type -> entente.v1.GetBundleResponse
-	31, // 57: entente.v1.Peer.Propose:output_type -> entente.v1.ProposeResponse
-	33, // 58: entente.v1.Peer.Report:output_type -> entente.v1.ReportResponse
-	35, // 59: entente.v1.Peer.Presence:output_type -> entente.v1.PresenceResponse
-	49, // [49:60] is the sub-list for method output_type
-	38, // [38:49] is the sub-list for method input_type
-	38, // [38:38] is the sub-list for extension type_name
-	38, // [38:38] is the sub-list for extension extendee
-	0,  // [0:38] is the sub-list for field type_name
+	12, // 11: entente.v1.SyncResponse.policy:type_name -> entente.v1.Policy
+	14, // 12: entente.v1.SyncResponse.presence:type_name -> entente.v1.Presence
+	15, // 13: entente.v1.SyncResponse.heartbeat:type_name -> entente.v1.Heartbeat
+	11, // 14: entente.v1.SyncResponse.urgent:type_name -> entente.v1.Urgent
+	71, // 15: entente.v1.Urgent.distrust:type_name -> entente.state.v1.Distrust
+	69, // 16: entente.v1.Policy.cluster:type_name -> entente.state.v1.Cluster
+	72, // 17: entente.v1.Policy.entries:type_name -> entente.state.v1.Entry
+	13, // 18: entente.v1.Policy.bundles:type_name -> entente.v1.Bundle
+	73, // 19: entente.v1.Policy.objects:type_name -> entente.state.v1.Object
+	74, // 20: entente.v1.Policy.deleted_objects:type_name -> entente.state.v1.ObjectKey
+	68, // 21: entente.v1.Policy.members:type_name -> entente.state.v1.Member
+	71, // 22: entente.v1.Policy.distrust:type_name -> entente.state.v1.Distrust
+	9,  // 23: entente.v1.Presence.instances:type_name -> entente.v1.Instance
+	9,  // 24: entente.v1.Presence.withdrawn:type_name -> entente.v1.Instance
+	17, // 25: entente.v1.SignX509Request.requests:type_name -> entente.v1.X509Request
+	19, // 26: entente.v1.SignX509Response.results:type_name -> entente.v1.X509Result
+	69, // 27: entente.v1.StatusResponse.cluster:type_name -> entente.state.v1.Cluster
+	22, // 28: entente.v1.StatusResponse.members:type_name -> entente.v1.MemberStatus
+	75, // 29: entente.v1.StatusResponse.authorities:type_name -> entente.state.v1.Authority
+	23, // 30: entente.v1.StatusResponse.foreign:type_name -> entente.v1.ForeignBundleStatus
+	9,  // 31: entente.v1.StatusResponse.instances:type_name -> entente.v1.Instance
+	68, // 32: entente.v1.MemberStatus.member:type_name -> entente.state.v1.Member
+	76, // 33: entente.v1.CreateTokenRequest.node:type_name -> entente.state.v1.NodeGrant
+	77, // 34: entente.v1.CreateTokenRequest.agent:type_name -> entente.state.v1.AgentGrant
+	73, // 35: entente.v1.ApplyRequest.objects:type_name -> entente.state.v1.Object
+	74, // 36: entente.v1.ApplyRequest.deletes:type_name -> entente.state.v1.ObjectKey
+	28, // 37: entente.v1.ApplyResponse.changes:type_name -> entente.v1.ObjectChange
+	74, // 38: entente.v1.ObjectChange.key:type_name -> entente.state.v1.ObjectKey
+	34, // 39: entente.v1.ReportRequest.held:type_name -> entente.v1.HeldAuthority
+	38, // 40: entente.v1.GateResponse.authorities:type_name -> entente.v1.AuthorityGate
+	9,  // 41: entente.v1.PresenceResponse.instances:type_name -> entente.v1.Instance
+	9,  // 42: entente.v1.PresenceResponse.withdrawn:type_name -> entente.v1.Instance
+	43, // 43: entente.v1.ListAuthoritiesResponse.authorities:type_name -> entente.v1.AuthorityStatus
+	75, // 44: entente.v1.AuthorityStatus.authority:type_name -> entente.state.v1.Authority
+	75, // 45: entente.v1.ChangeAuthorityResponse.authority:type_name -> entente.state.v1.Authority
+	75, // 46: entente.v1.ChangeAuthorityResponse.signing:type_name -> entente.state.v1.Authority
+	68, // 47: entente.v1.RemoveNodeResponse.member:type_name -> entente.state.v1.Member
+	75, // 48: entente.v1.RemoveNodeResponse.authorities:type_name -> entente.state.v1.Authority
+	51, // 49: entente.v1.ListAgentsResponse.agents:type_name -> entente.v1.AgentStatus
+	70, // 50: entente.v1.AgentStatus.agent:type_name -> entente.state.v1.Agent
+	51, // 51: entente.v1.GetAgentResponse.status:type_name -> entente.v1.AgentStatus
+	72, // 52: entente.v1.GetAgentResponse.entries:type_name -> entente.state.v1.Entry
+	9,  // 53: entente.v1.GetAgentResponse.instances:type_name -> entente.v1.Instance
+	78, // 54: entente.v1.ListTokensResponse.tokens:type_name -> entente.state.v1.Token
+	79, // 55: entente.v1.ChangeEntriesRequest.changes:type_name -> entente.state.v1.EntryChange
+	62, // 56: entente.v1.ChangeEntriesResponse.results:type_name -> entente.v1.EntryResult
+	72, // 57: entente.v1.ListEntriesResponse.entries:type_name -> entente.state.v1.Entry
+	72, // 58: entente.v1.GetEntryResponse.entry:type_name -> entente.state.v1.Entry
+	1,  // 59: entente.v1.Join.Join:input_type -> entente.v1.JoinRequest
+	3,  // 60: entente.v1.Attest.Attest:input_type -> entente.v1.AttestRequest
+	5,  // 61: entente.v1.Sync.Sync:input_type -> entente.v1.SyncRequest
+	16, // 62: entente.v1.Sign.SignX509:input_type -> entente.v1.SignX509Request
+	20, // 63: entente.v1.Admin.Status:input_type -> entente.v1.StatusRequest
+	24, // 64: entente.v1.Admin.CreateToken:input_type -> entente.v1.CreateTokenRequest
+	26, // 65: entente.v1.Admin.Apply:input_type -> entente.v1.ApplyRequest
+	29, // 66: entente.v1.Admin.GetBundle:input_type -> entente.v1.GetBundleRequest
+	41, // 67: entente.v1.Admin.ListAuthorities:input_type -> entente.v1.ListAuthoritiesRequest
+	44, // 68: entente.v1.Admin.PrepareAuthority:input_type -> entente.v1.PrepareAuthorityRequest
+	45, // 69: entente.v1.Admin.ActivateAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	45, // 70: entente.v1.Admin.TaintAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	45, // 71: entente.v1.Admin.RevokeAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	47, // 72: entente.v1.Admin.RemoveNode:input_type -> entente.v1.RemoveNodeRequest
+	49, // 73: entente.v1.Admin.ListAgents:input_type -> entente.v1.ListAgentsRequest
+	52, // 74: entente.v1.Admin.GetAgent:input_type -> entente.v1.GetAgentRequest
+	54, // 75: entente.v1.Admin.BanAgent:input_type -> entente.v1.ChangeAgentRequest
+	54, // 76: entente.v1.Admin.EvictAgent:input_type -> entente.v1.ChangeAgentRequest
+	56, // 77: entente.v1.Admin.ListTokens:input_type -> entente.v1.ListTokensRequest
+	58, // 78: entente.v1.Admin.RevokeToken:input_type -> entente.v1.RevokeTokenRequest
+	60, // 79: entente.v1.Admin.ChangeEntries:input_type -> entente.v1.ChangeEntriesRequest
+	63, // 80: entente.v1.Admin.ListEntries:input_type -> entente.v1.ListEntriesRequest
+	65, // 81: entente.v1.Admin.GetEntry:input_type -> entente.v1.GetEntryRequest
+	63, // 82: entente.v1.Admin.CountEntries:input_type -> entente.v1.ListEntriesRequest
+	31, // 83: entente.v1.Peer.Propose:input_type -> entente.v1.ProposeRequest
+	33, // 84: entente.v1.Peer.Report:input_type -> entente.v1.ReportRequest
+	39, // 85: entente.v1.Peer.Presence:input_type -> entente.v1.PresenceRequest
+	36, // 86: entente.v1.Peer.Gate:input_type -> entente.v1.GateRequest
+	2,  // 87: entente.v1.Join.Join:output_type -> entente.v1.JoinResponse
+	4,  // 88: entente.v1.Attest.Attest:output_type -> entente.v1.AttestResponse
+	10, // 89: entente.v1.Sync.Sync:output_type -> entente.v1.SyncResponse
+	18, // 90: entente.v1.Sign.SignX509:output_type -> entente.v1.SignX509Response
+	21, // 91: entente.v1.Admin.Status:output_type -> entente.v1.StatusResponse
+	25, // 92: entente.v1.Admin.CreateToken:output_type -> entente.v1.CreateTokenResponse
+	27, // 93: entente.v1.Admin.Apply:output_type -> entente.v1.ApplyResponse
+	30, // 94: entente.v1.Admin.GetBundle:output_type -> entente.v1.GetBundleResponse
+	42, // 95: entente.v1.Admin.ListAuthorities:output_type -> entente.v1.ListAuthoritiesResponse
+	46, // 96: entente.v1.Admin.PrepareAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	46, // 97: entente.v1.Admin.ActivateAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	46, // 98: entente.v1.Admin.TaintAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	46, // 99: entente.v1.Admin.RevokeAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	48, // 100: entente.v1.Admin.RemoveNode:output_type -> entente.v1.RemoveNodeResponse
+	50, // 101: entente.v1.Admin.ListAgents:output_type -> entente.v1.ListAgentsResponse
+	53, // 102: entente.v1.Admin.GetAgent:output_type -> entente.v1.GetAgentResponse
+	55, // 103: entente.v1.Admin.BanAgent:output_type -> entente.v1.ChangeAgentResponse
+	55, // 104: entente.v1.Admin.EvictAgent:output_type -> entente.v1.ChangeAgentResponse
+	57, // 105: entente.v1.Admin.ListTokens:output_type -> entente.v1.ListTokensResponse
+	59, // 106: entente.v1.Admin.RevokeToken:output_type -> entente.v1.RevokeTokenResponse
+	61, // 107: entente.v1.Admin.ChangeEntries:output_type -> entente.v1.ChangeEntriesResponse
+	64, // 108: entente.v1.Admin.ListEntries:output_type -> entente.v1.ListEntriesResponse
+	66, // 109: entente.v1.Admin.GetEntry:output_type -> entente.v1.GetEntryResponse
+	67, // 110: entente.v1.Admin.CountEntries:output_type -> entente.v1.CountEntriesResponse
+	32, // 111: entente.v1.Peer.Propose:output_type -> entente.v1.ProposeResponse
+	35, // 112: entente.v1.Peer.Report:output_type -> entente.v1.ReportResponse
+	40, // 113: entente.v1.Peer.Presence:output_type -> entente.v1.PresenceResponse
+	37, // 114: entente.v1.Peer.Gate:output_type -> entente.v1.GateResponse
+	87, // [87:115] is the sub-list for method output_type
+	59, // [59:87] is the sub-list for method input_type
+	59, // [59:59] is the sub-list for extension type_name
+	59, // [59:59] is the sub-list for extension extendee
+	0,  // [0:59] is the sub-list for field type_name
 }
 
 func init() { file_entente_v1_entente_proto_init() }
@@ -2628,6 +4593,7 @@ func file_entente_v1_entente_proto_init() {
 		(*SyncResponse_Policy)(nil),
 		(*SyncResponse_Presence)(nil),
 		(*SyncResponse_Heartbeat)(nil),
+		(*SyncResponse_Urgent)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -2635,7 +4601,7 @@ func file_entente_v1_entente_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_entente_v1_entente_proto_rawDesc), len(file_entente_v1_entente_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   35,
+			NumMessages:   67,
 			NumExtensions: 0,
 			NumServices:   6,
 		},

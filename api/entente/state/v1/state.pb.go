@@ -536,6 +536,9 @@ type Authority struct {
 	Ready            bool                   `protobuf:"varint,9,opt,name=ready,proto3" json:"ready,omitempty"`                                                // the ready gate was passed (I3)
 	Revision         uint64                 `protobuf:"varint,10,opt,name=revision,proto3" json:"revision,omitempty"`                                         // of its last change
 	PreparedRevision uint64                 `protobuf:"varint,11,opt,name=prepared_revision,json=preparedRevision,proto3" json:"prepared_revision,omitempty"` // since when it stands in the bundle
+	Assumed          []string               `protobuf:"bytes,20,rep,name=assumed,proto3" json:"assumed,omitempty"`                                            // who was not waited for when it became ready
+	Drained          bool                   `protobuf:"varint,21,opt,name=drained,proto3" json:"drained,omitempty"`                                           // TAINTED: nobody was seen to hold an SVID under it any more
+	AssumedDrained   []string               `protobuf:"bytes,22,rep,name=assumed_drained,json=assumedDrained,proto3" json:"assumed_drained,omitempty"`        // who was not waited for then
 	unknownFields    protoimpl.UnknownFields
 	sizeCache        protoimpl.SizeCache
 }
@@ -645,6 +648,27 @@ func (x *Authority) GetPreparedRevision() uint64 {
 		return x.PreparedRevision
 	}
 	return 0
+}
+
+func (x *Authority) GetAssumed() []string {
+	if x != nil {
+		return x.Assumed
+	}
+	return nil
+}
+
+func (x *Authority) GetDrained() bool {
+	if x != nil {
+		return x.Drained
+	}
+	return false
+}
+
+func (x *Authority) GetAssumedDrained() []string {
+	if x != nil {
+		return x.AssumedDrained
+	}
+	return nil
 }
 
 // Token admits one key, once, as what it grants (I9).
@@ -976,10 +1000,10 @@ func (x *Agent) GetBanned() bool {
 }
 
 // Entry says which attested workload gets which SPIFFE ID. Derived from a
-// Service or a Gateway; never written by hand in this release.
+// Service or a Gateway, or declared by itself.
 type Entry struct {
 	state           protoimpl.MessageState `protogen:"open.v1"`
-	Id              string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`                                                     // "service/accounts", "gateway/gw-1"
+	Id              string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`                                                     // "service/accounts", "gateway/gw-1"; "entry/batch" if declared by itself
 	Path            string                 `protobuf:"bytes,2,opt,name=path,proto3" json:"path,omitempty"`                                                 // SPIFFE path, begins with "/"
 	Hosts           []string               `protobuf:"bytes,3,rep,name=hosts,proto3" json:"hosts,omitempty"`                                               // agent names that may hold it
 	Selectors       []string               `protobuf:"bytes,4,rep,name=selectors,proto3" json:"selectors,omitempty"`                                       // all must match: "unix:uid:1000"
@@ -988,6 +1012,7 @@ type Entry struct {
 	FederatesWith   []string               `protobuf:"bytes,7,rep,name=federates_with,json=federatesWith,proto3" json:"federates_with,omitempty"` // trust domains whose X.509 bundle it gets (I6)
 	Role            Role                   `protobuf:"varint,8,opt,name=role,proto3,enum=entente.state.v1.Role" json:"role,omitempty"`
 	Revision        uint64                 `protobuf:"varint,9,opt,name=revision,proto3" json:"revision,omitempty"` // generation: of its last change
+	Hint            string                 `protobuf:"bytes,10,opt,name=hint,proto3" json:"hint,omitempty"`         // for the workload: what the identity is for
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -1085,6 +1110,116 @@ func (x *Entry) GetRevision() uint64 {
 	return 0
 }
 
+func (x *Entry) GetHint() string {
+	if x != nil {
+		return x.Hint
+	}
+	return ""
+}
+
+// Distrust names SVIDs that must no longer be accepted although they are still
+// valid: those that match everything which is set. Made by what ends trust, never
+// by itself.
+type Distrust struct {
+	state           protoimpl.MessageState `protogen:"open.v1"`
+	Id              string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`               // follows from what it names
+	Authority       string                 `protobuf:"bytes,2,opt,name=authority,proto3" json:"authority,omitempty"` // issued under it: authority id
+	Agent           string                 `protobuf:"bytes,3,opt,name=agent,proto3" json:"agent,omitempty"`         // issued through it, at that generation or before
+	AgentGeneration uint64                 `protobuf:"varint,4,opt,name=agent_generation,json=agentGeneration,proto3" json:"agent_generation,omitempty"`
+	Entry           string                 `protobuf:"bytes,5,opt,name=entry,proto3" json:"entry,omitempty"` // issued for it, at that generation or before
+	EntryGeneration uint64                 `protobuf:"varint,6,opt,name=entry_generation,json=entryGeneration,proto3" json:"entry_generation,omitempty"`
+	NotAfter        int64                  `protobuf:"varint,7,opt,name=not_after,json=notAfter,proto3" json:"not_after,omitempty"` // Unix seconds of state time: nothing that it names is valid then
+	Revision        uint64                 `protobuf:"varint,8,opt,name=revision,proto3" json:"revision,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
+}
+
+func (x *Distrust) Reset() {
+	*x = Distrust{}
+	mi := &file_entente_state_v1_state_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Distrust) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Distrust) ProtoMessage() {}
+
+func (x *Distrust) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_state_v1_state_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Distrust.ProtoReflect.Descriptor instead.
+func (*Distrust) Descriptor() ([]byte, []int) {
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *Distrust) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *Distrust) GetAuthority() string {
+	if x != nil {
+		return x.Authority
+	}
+	return ""
+}
+
+func (x *Distrust) GetAgent() string {
+	if x != nil {
+		return x.Agent
+	}
+	return ""
+}
+
+func (x *Distrust) GetAgentGeneration() uint64 {
+	if x != nil {
+		return x.AgentGeneration
+	}
+	return 0
+}
+
+func (x *Distrust) GetEntry() string {
+	if x != nil {
+		return x.Entry
+	}
+	return ""
+}
+
+func (x *Distrust) GetEntryGeneration() uint64 {
+	if x != nil {
+		return x.EntryGeneration
+	}
+	return 0
+}
+
+func (x *Distrust) GetNotAfter() int64 {
+	if x != nil {
+		return x.NotAfter
+	}
+	return 0
+}
+
+func (x *Distrust) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
 // Object is one declared thing of the catalogue. Its key is kind/name.
 type Object struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1105,7 +1240,7 @@ type Object struct {
 
 func (x *Object) Reset() {
 	*x = Object{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[9]
+	mi := &file_entente_state_v1_state_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1117,7 +1252,7 @@ func (x *Object) String() string {
 func (*Object) ProtoMessage() {}
 
 func (x *Object) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[9]
+	mi := &file_entente_state_v1_state_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1130,7 +1265,7 @@ func (x *Object) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Object.ProtoReflect.Descriptor instead.
 func (*Object) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{9}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Object) GetKind() isObject_Kind {
@@ -1250,7 +1385,7 @@ type ObjectKey struct {
 
 func (x *ObjectKey) Reset() {
 	*x = ObjectKey{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[10]
+	mi := &file_entente_state_v1_state_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1262,7 +1397,7 @@ func (x *ObjectKey) String() string {
 func (*ObjectKey) ProtoMessage() {}
 
 func (x *ObjectKey) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[10]
+	mi := &file_entente_state_v1_state_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1275,7 +1410,7 @@ func (x *ObjectKey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ObjectKey.ProtoReflect.Descriptor instead.
 func (*ObjectKey) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{10}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ObjectKey) GetKind() string {
@@ -1312,7 +1447,7 @@ type Service struct {
 
 func (x *Service) Reset() {
 	*x = Service{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[11]
+	mi := &file_entente_state_v1_state_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1324,7 +1459,7 @@ func (x *Service) String() string {
 func (*Service) ProtoMessage() {}
 
 func (x *Service) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[11]
+	mi := &file_entente_state_v1_state_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1337,7 +1472,7 @@ func (x *Service) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Service.ProtoReflect.Descriptor instead.
 func (*Service) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{11}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Service) GetName() string {
@@ -1430,7 +1565,7 @@ type Failover struct {
 
 func (x *Failover) Reset() {
 	*x = Failover{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[12]
+	mi := &file_entente_state_v1_state_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1442,7 +1577,7 @@ func (x *Failover) String() string {
 func (*Failover) ProtoMessage() {}
 
 func (x *Failover) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[12]
+	mi := &file_entente_state_v1_state_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1455,7 +1590,7 @@ func (x *Failover) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Failover.ProtoReflect.Descriptor instead.
 func (*Failover) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{12}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Failover) GetMode() Mode {
@@ -1500,7 +1635,7 @@ type Gateway struct {
 
 func (x *Gateway) Reset() {
 	*x = Gateway{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[13]
+	mi := &file_entente_state_v1_state_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1512,7 +1647,7 @@ func (x *Gateway) String() string {
 func (*Gateway) ProtoMessage() {}
 
 func (x *Gateway) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[13]
+	mi := &file_entente_state_v1_state_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1525,7 +1660,7 @@ func (x *Gateway) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Gateway.ProtoReflect.Descriptor instead.
 func (*Gateway) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{13}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Gateway) GetName() string {
@@ -1573,7 +1708,7 @@ type Import struct {
 
 func (x *Import) Reset() {
 	*x = Import{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[14]
+	mi := &file_entente_state_v1_state_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1585,7 +1720,7 @@ func (x *Import) String() string {
 func (*Import) ProtoMessage() {}
 
 func (x *Import) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[14]
+	mi := &file_entente_state_v1_state_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1598,7 +1733,7 @@ func (x *Import) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Import.ProtoReflect.Descriptor instead.
 func (*Import) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{14}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Import) GetService() string {
@@ -1624,7 +1759,7 @@ type Agreement struct {
 
 func (x *Agreement) Reset() {
 	*x = Agreement{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[15]
+	mi := &file_entente_state_v1_state_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1636,7 +1771,7 @@ func (x *Agreement) String() string {
 func (*Agreement) ProtoMessage() {}
 
 func (x *Agreement) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[15]
+	mi := &file_entente_state_v1_state_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1649,7 +1784,7 @@ func (x *Agreement) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Agreement.ProtoReflect.Descriptor instead.
 func (*Agreement) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{15}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Agreement) GetName() string {
@@ -1698,7 +1833,7 @@ type PeerGateway struct {
 
 func (x *PeerGateway) Reset() {
 	*x = PeerGateway{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[16]
+	mi := &file_entente_state_v1_state_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1710,7 +1845,7 @@ func (x *PeerGateway) String() string {
 func (*PeerGateway) ProtoMessage() {}
 
 func (x *PeerGateway) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[16]
+	mi := &file_entente_state_v1_state_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1723,7 +1858,7 @@ func (x *PeerGateway) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PeerGateway.ProtoReflect.Descriptor instead.
 func (*PeerGateway) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{16}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *PeerGateway) GetPath() string {
@@ -1758,7 +1893,7 @@ type Allow struct {
 
 func (x *Allow) Reset() {
 	*x = Allow{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[17]
+	mi := &file_entente_state_v1_state_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1770,7 +1905,7 @@ func (x *Allow) String() string {
 func (*Allow) ProtoMessage() {}
 
 func (x *Allow) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[17]
+	mi := &file_entente_state_v1_state_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1783,7 +1918,7 @@ func (x *Allow) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Allow.ProtoReflect.Descriptor instead.
 func (*Allow) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{17}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Allow) GetCallers() []string {
@@ -1818,7 +1953,7 @@ type HTTPMatch struct {
 
 func (x *HTTPMatch) Reset() {
 	*x = HTTPMatch{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[18]
+	mi := &file_entente_state_v1_state_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1830,7 +1965,7 @@ func (x *HTTPMatch) String() string {
 func (*HTTPMatch) ProtoMessage() {}
 
 func (x *HTTPMatch) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[18]
+	mi := &file_entente_state_v1_state_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1843,7 +1978,7 @@ func (x *HTTPMatch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HTTPMatch.ProtoReflect.Descriptor instead.
 func (*HTTPMatch) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{18}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *HTTPMatch) GetMethods() []string {
@@ -1880,7 +2015,7 @@ type Relationship struct {
 
 func (x *Relationship) Reset() {
 	*x = Relationship{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[19]
+	mi := &file_entente_state_v1_state_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1892,7 +2027,7 @@ func (x *Relationship) String() string {
 func (*Relationship) ProtoMessage() {}
 
 func (x *Relationship) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[19]
+	mi := &file_entente_state_v1_state_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1905,7 +2040,7 @@ func (x *Relationship) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Relationship.ProtoReflect.Descriptor instead.
 func (*Relationship) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{19}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Relationship) GetTrustDomain() string {
@@ -1949,7 +2084,7 @@ type ForeignBundle struct {
 
 func (x *ForeignBundle) Reset() {
 	*x = ForeignBundle{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[20]
+	mi := &file_entente_state_v1_state_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1961,7 +2096,7 @@ func (x *ForeignBundle) String() string {
 func (*ForeignBundle) ProtoMessage() {}
 
 func (x *ForeignBundle) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[20]
+	mi := &file_entente_state_v1_state_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1974,7 +2109,7 @@ func (x *ForeignBundle) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForeignBundle.ProtoReflect.Descriptor instead.
 func (*ForeignBundle) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{20}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ForeignBundle) GetTrustDomain() string {
@@ -2027,6 +2162,13 @@ type Command struct {
 	//	*Command_StoreForeignBundle
 	//	*Command_Tick
 	//	*Command_Checksum
+	//	*Command_TaintAuthority
+	//	*Command_AuthorityDrained
+	//	*Command_RevokeAuthority
+	//	*Command_BanAgent
+	//	*Command_EvictAgent
+	//	*Command_RevokeToken
+	//	*Command_ChangeEntries
 	Body          isCommand_Body `protobuf_oneof:"body"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2034,7 +2176,7 @@ type Command struct {
 
 func (x *Command) Reset() {
 	*x = Command{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[21]
+	mi := &file_entente_state_v1_state_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2046,7 +2188,7 @@ func (x *Command) String() string {
 func (*Command) ProtoMessage() {}
 
 func (x *Command) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[21]
+	mi := &file_entente_state_v1_state_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2059,7 +2201,7 @@ func (x *Command) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Command.ProtoReflect.Descriptor instead.
 func (*Command) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{21}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Command) GetIfRevision() uint64 {
@@ -2207,6 +2349,69 @@ func (x *Command) GetChecksum() *Checksum {
 	return nil
 }
 
+func (x *Command) GetTaintAuthority() *TaintAuthority {
+	if x != nil {
+		if x, ok := x.Body.(*Command_TaintAuthority); ok {
+			return x.TaintAuthority
+		}
+	}
+	return nil
+}
+
+func (x *Command) GetAuthorityDrained() *AuthorityDrained {
+	if x != nil {
+		if x, ok := x.Body.(*Command_AuthorityDrained); ok {
+			return x.AuthorityDrained
+		}
+	}
+	return nil
+}
+
+func (x *Command) GetRevokeAuthority() *RevokeAuthority {
+	if x != nil {
+		if x, ok := x.Body.(*Command_RevokeAuthority); ok {
+			return x.RevokeAuthority
+		}
+	}
+	return nil
+}
+
+func (x *Command) GetBanAgent() *BanAgent {
+	if x != nil {
+		if x, ok := x.Body.(*Command_BanAgent); ok {
+			return x.BanAgent
+		}
+	}
+	return nil
+}
+
+func (x *Command) GetEvictAgent() *EvictAgent {
+	if x != nil {
+		if x, ok := x.Body.(*Command_EvictAgent); ok {
+			return x.EvictAgent
+		}
+	}
+	return nil
+}
+
+func (x *Command) GetRevokeToken() *RevokeToken {
+	if x != nil {
+		if x, ok := x.Body.(*Command_RevokeToken); ok {
+			return x.RevokeToken
+		}
+	}
+	return nil
+}
+
+func (x *Command) GetChangeEntries() *ChangeEntries {
+	if x != nil {
+		if x, ok := x.Body.(*Command_ChangeEntries); ok {
+			return x.ChangeEntries
+		}
+	}
+	return nil
+}
+
 type isCommand_Body interface {
 	isCommand_Body()
 }
@@ -2263,6 +2468,34 @@ type Command_Checksum struct {
 	Checksum *Checksum `protobuf:"bytes,22,opt,name=checksum,proto3,oneof"`
 }
 
+type Command_TaintAuthority struct {
+	TaintAuthority *TaintAuthority `protobuf:"bytes,40,opt,name=taint_authority,json=taintAuthority,proto3,oneof"`
+}
+
+type Command_AuthorityDrained struct {
+	AuthorityDrained *AuthorityDrained `protobuf:"bytes,41,opt,name=authority_drained,json=authorityDrained,proto3,oneof"`
+}
+
+type Command_RevokeAuthority struct {
+	RevokeAuthority *RevokeAuthority `protobuf:"bytes,42,opt,name=revoke_authority,json=revokeAuthority,proto3,oneof"`
+}
+
+type Command_BanAgent struct {
+	BanAgent *BanAgent `protobuf:"bytes,43,opt,name=ban_agent,json=banAgent,proto3,oneof"`
+}
+
+type Command_EvictAgent struct {
+	EvictAgent *EvictAgent `protobuf:"bytes,44,opt,name=evict_agent,json=evictAgent,proto3,oneof"`
+}
+
+type Command_RevokeToken struct {
+	RevokeToken *RevokeToken `protobuf:"bytes,45,opt,name=revoke_token,json=revokeToken,proto3,oneof"`
+}
+
+type Command_ChangeEntries struct {
+	ChangeEntries *ChangeEntries `protobuf:"bytes,46,opt,name=change_entries,json=changeEntries,proto3,oneof"`
+}
+
 func (*Command_Init) isCommand_Body() {}
 
 func (*Command_CreateToken) isCommand_Body() {}
@@ -2289,6 +2522,20 @@ func (*Command_Tick) isCommand_Body() {}
 
 func (*Command_Checksum) isCommand_Body() {}
 
+func (*Command_TaintAuthority) isCommand_Body() {}
+
+func (*Command_AuthorityDrained) isCommand_Body() {}
+
+func (*Command_RevokeAuthority) isCommand_Body() {}
+
+func (*Command_BanAgent) isCommand_Body() {}
+
+func (*Command_EvictAgent) isCommand_Body() {}
+
+func (*Command_RevokeToken) isCommand_Body() {}
+
+func (*Command_ChangeEntries) isCommand_Body() {}
+
 // Batch is what one Raft log entry holds: the group commit of a proposer.
 type Batch struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -2299,7 +2546,7 @@ type Batch struct {
 
 func (x *Batch) Reset() {
 	*x = Batch{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[22]
+	mi := &file_entente_state_v1_state_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2311,7 +2558,7 @@ func (x *Batch) String() string {
 func (*Batch) ProtoMessage() {}
 
 func (x *Batch) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[22]
+	mi := &file_entente_state_v1_state_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2324,7 +2571,7 @@ func (x *Batch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Batch.ProtoReflect.Descriptor instead.
 func (*Batch) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{22}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Batch) GetCommands() [][]byte {
@@ -2344,7 +2591,7 @@ type Init struct {
 
 func (x *Init) Reset() {
 	*x = Init{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[23]
+	mi := &file_entente_state_v1_state_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2356,7 +2603,7 @@ func (x *Init) String() string {
 func (*Init) ProtoMessage() {}
 
 func (x *Init) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[23]
+	mi := &file_entente_state_v1_state_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2369,7 +2616,7 @@ func (x *Init) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Init.ProtoReflect.Descriptor instead.
 func (*Init) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{23}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Init) GetCluster() *Cluster {
@@ -2395,7 +2642,7 @@ type CreateToken struct {
 
 func (x *CreateToken) Reset() {
 	*x = CreateToken{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[24]
+	mi := &file_entente_state_v1_state_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2407,7 +2654,7 @@ func (x *CreateToken) String() string {
 func (*CreateToken) ProtoMessage() {}
 
 func (x *CreateToken) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[24]
+	mi := &file_entente_state_v1_state_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2420,7 +2667,7 @@ func (x *CreateToken) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateToken.ProtoReflect.Descriptor instead.
 func (*CreateToken) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{24}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *CreateToken) GetToken() *Token {
@@ -2444,7 +2691,7 @@ type JoinMember struct {
 
 func (x *JoinMember) Reset() {
 	*x = JoinMember{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[25]
+	mi := &file_entente_state_v1_state_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2456,7 +2703,7 @@ func (x *JoinMember) String() string {
 func (*JoinMember) ProtoMessage() {}
 
 func (x *JoinMember) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[25]
+	mi := &file_entente_state_v1_state_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2469,7 +2716,7 @@ func (x *JoinMember) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinMember.ProtoReflect.Descriptor instead.
 func (*JoinMember) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{25}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *JoinMember) GetTokenId() string {
@@ -2515,7 +2762,7 @@ type JoinStatement struct {
 
 func (x *JoinStatement) Reset() {
 	*x = JoinStatement{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[26]
+	mi := &file_entente_state_v1_state_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2527,7 +2774,7 @@ func (x *JoinStatement) String() string {
 func (*JoinStatement) ProtoMessage() {}
 
 func (x *JoinStatement) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[26]
+	mi := &file_entente_state_v1_state_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2540,7 +2787,7 @@ func (x *JoinStatement) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinStatement.ProtoReflect.Descriptor instead.
 func (*JoinStatement) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{26}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *JoinStatement) GetClusterId() []byte {
@@ -2597,7 +2844,7 @@ type UpdateMember struct {
 
 func (x *UpdateMember) Reset() {
 	*x = UpdateMember{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[27]
+	mi := &file_entente_state_v1_state_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2609,7 +2856,7 @@ func (x *UpdateMember) String() string {
 func (*UpdateMember) ProtoMessage() {}
 
 func (x *UpdateMember) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[27]
+	mi := &file_entente_state_v1_state_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2622,7 +2869,7 @@ func (x *UpdateMember) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateMember.ProtoReflect.Descriptor instead.
 func (*UpdateMember) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{27}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *UpdateMember) GetId() string {
@@ -2656,7 +2903,7 @@ type RemoveMember struct {
 
 func (x *RemoveMember) Reset() {
 	*x = RemoveMember{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[28]
+	mi := &file_entente_state_v1_state_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2668,7 +2915,7 @@ func (x *RemoveMember) String() string {
 func (*RemoveMember) ProtoMessage() {}
 
 func (x *RemoveMember) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[28]
+	mi := &file_entente_state_v1_state_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2681,7 +2928,7 @@ func (x *RemoveMember) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveMember.ProtoReflect.Descriptor instead.
 func (*RemoveMember) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{28}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *RemoveMember) GetId() string {
@@ -2710,7 +2957,7 @@ type AttestAgent struct {
 
 func (x *AttestAgent) Reset() {
 	*x = AttestAgent{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[29]
+	mi := &file_entente_state_v1_state_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2722,7 +2969,7 @@ func (x *AttestAgent) String() string {
 func (*AttestAgent) ProtoMessage() {}
 
 func (x *AttestAgent) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[29]
+	mi := &file_entente_state_v1_state_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2735,7 +2982,7 @@ func (x *AttestAgent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttestAgent.ProtoReflect.Descriptor instead.
 func (*AttestAgent) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{29}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *AttestAgent) GetTokenId() string {
@@ -2775,7 +3022,7 @@ type PrepareAuthority struct {
 
 func (x *PrepareAuthority) Reset() {
 	*x = PrepareAuthority{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[30]
+	mi := &file_entente_state_v1_state_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2787,7 +3034,7 @@ func (x *PrepareAuthority) String() string {
 func (*PrepareAuthority) ProtoMessage() {}
 
 func (x *PrepareAuthority) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[30]
+	mi := &file_entente_state_v1_state_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2800,7 +3047,7 @@ func (x *PrepareAuthority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareAuthority.ProtoReflect.Descriptor instead.
 func (*PrepareAuthority) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{30}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *PrepareAuthority) GetAuthority() *Authority {
@@ -2820,7 +3067,7 @@ type AuthorityReady struct {
 
 func (x *AuthorityReady) Reset() {
 	*x = AuthorityReady{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[31]
+	mi := &file_entente_state_v1_state_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2832,7 +3079,7 @@ func (x *AuthorityReady) String() string {
 func (*AuthorityReady) ProtoMessage() {}
 
 func (x *AuthorityReady) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[31]
+	mi := &file_entente_state_v1_state_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2845,7 +3092,7 @@ func (x *AuthorityReady) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityReady.ProtoReflect.Descriptor instead.
 func (*AuthorityReady) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{31}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *AuthorityReady) GetId() string {
@@ -2871,7 +3118,7 @@ type ActivateAuthority struct {
 
 func (x *ActivateAuthority) Reset() {
 	*x = ActivateAuthority{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[32]
+	mi := &file_entente_state_v1_state_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2883,7 +3130,7 @@ func (x *ActivateAuthority) String() string {
 func (*ActivateAuthority) ProtoMessage() {}
 
 func (x *ActivateAuthority) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[32]
+	mi := &file_entente_state_v1_state_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2896,7 +3143,7 @@ func (x *ActivateAuthority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ActivateAuthority.ProtoReflect.Descriptor instead.
 func (*ActivateAuthority) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{32}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *ActivateAuthority) GetId() string {
@@ -2916,7 +3163,7 @@ type ApplyObjects struct {
 
 func (x *ApplyObjects) Reset() {
 	*x = ApplyObjects{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[33]
+	mi := &file_entente_state_v1_state_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2928,7 +3175,7 @@ func (x *ApplyObjects) String() string {
 func (*ApplyObjects) ProtoMessage() {}
 
 func (x *ApplyObjects) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[33]
+	mi := &file_entente_state_v1_state_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2941,7 +3188,7 @@ func (x *ApplyObjects) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyObjects.ProtoReflect.Descriptor instead.
 func (*ApplyObjects) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{33}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *ApplyObjects) GetUpserts() []*Object {
@@ -2958,6 +3205,443 @@ func (x *ApplyObjects) GetDeletes() []*ObjectKey {
 	return nil
 }
 
+// TaintAuthority: it signs no more, and what it signed is to be issued anew.
+type TaintAuthority struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TaintAuthority) Reset() {
+	*x = TaintAuthority{}
+	mi := &file_entente_state_v1_state_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TaintAuthority) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TaintAuthority) ProtoMessage() {}
+
+func (x *TaintAuthority) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_state_v1_state_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TaintAuthority.ProtoReflect.Descriptor instead.
+func (*TaintAuthority) Descriptor() ([]byte, []int) {
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{35}
+}
+
+func (x *TaintAuthority) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+// AuthorityDrained: nobody holds an SVID under the TAINTED authority any more.
+type AuthorityDrained struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Assumed       []string               `protobuf:"bytes,2,rep,name=assumed,proto3" json:"assumed,omitempty"` // who did not say so
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AuthorityDrained) Reset() {
+	*x = AuthorityDrained{}
+	mi := &file_entente_state_v1_state_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AuthorityDrained) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AuthorityDrained) ProtoMessage() {}
+
+func (x *AuthorityDrained) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_state_v1_state_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AuthorityDrained.ProtoReflect.Descriptor instead.
+func (*AuthorityDrained) Descriptor() ([]byte, []int) {
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *AuthorityDrained) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *AuthorityDrained) GetAssumed() []string {
+	if x != nil {
+		return x.Assumed
+	}
+	return nil
+}
+
+// RevokeAuthority takes it out of the bundle.
+type RevokeAuthority struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Now           bool                   `protobuf:"varint,2,opt,name=now,proto3" json:"now,omitempty"` // from any phase, and although SVIDs under it may live
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RevokeAuthority) Reset() {
+	*x = RevokeAuthority{}
+	mi := &file_entente_state_v1_state_proto_msgTypes[37]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RevokeAuthority) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RevokeAuthority) ProtoMessage() {}
+
+func (x *RevokeAuthority) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_state_v1_state_proto_msgTypes[37]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RevokeAuthority.ProtoReflect.Descriptor instead.
+func (*RevokeAuthority) Descriptor() ([]byte, []int) {
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{37}
+}
+
+func (x *RevokeAuthority) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *RevokeAuthority) GetNow() bool {
+	if x != nil {
+		return x.Now
+	}
+	return false
+}
+
+// BanAgent: nothing issued through it is accepted, and the host is not admitted.
+type BanAgent struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BanAgent) Reset() {
+	*x = BanAgent{}
+	mi := &file_entente_state_v1_state_proto_msgTypes[38]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BanAgent) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BanAgent) ProtoMessage() {}
+
+func (x *BanAgent) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_state_v1_state_proto_msgTypes[38]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BanAgent.ProtoReflect.Descriptor instead.
+func (*BanAgent) Descriptor() ([]byte, []int) {
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{38}
+}
+
+func (x *BanAgent) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+// EvictAgent forgets an agent, banned or not: the host may attest anew by a new token.
+type EvictAgent struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EvictAgent) Reset() {
+	*x = EvictAgent{}
+	mi := &file_entente_state_v1_state_proto_msgTypes[39]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EvictAgent) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EvictAgent) ProtoMessage() {}
+
+func (x *EvictAgent) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_state_v1_state_proto_msgTypes[39]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EvictAgent.ProtoReflect.Descriptor instead.
+func (*EvictAgent) Descriptor() ([]byte, []int) {
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{39}
+}
+
+func (x *EvictAgent) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+// RevokeToken forgets a token that was not used.
+type RevokeToken struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RevokeToken) Reset() {
+	*x = RevokeToken{}
+	mi := &file_entente_state_v1_state_proto_msgTypes[40]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RevokeToken) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RevokeToken) ProtoMessage() {}
+
+func (x *RevokeToken) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_state_v1_state_proto_msgTypes[40]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RevokeToken.ProtoReflect.Descriptor instead.
+func (*RevokeToken) Descriptor() ([]byte, []int) {
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{40}
+}
+
+func (x *RevokeToken) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+// ChangeEntries changes entries that are declared by themselves, all or none.
+type ChangeEntries struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Changes       []*EntryChange         `protobuf:"bytes,1,rep,name=changes,proto3" json:"changes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ChangeEntries) Reset() {
+	*x = ChangeEntries{}
+	mi := &file_entente_state_v1_state_proto_msgTypes[41]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ChangeEntries) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ChangeEntries) ProtoMessage() {}
+
+func (x *ChangeEntries) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_state_v1_state_proto_msgTypes[41]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ChangeEntries.ProtoReflect.Descriptor instead.
+func (*ChangeEntries) Descriptor() ([]byte, []int) {
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{41}
+}
+
+func (x *ChangeEntries) GetChanges() []*EntryChange {
+	if x != nil {
+		return x.Changes
+	}
+	return nil
+}
+
+type EntryChange struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Action:
+	//
+	//	*EntryChange_Create
+	//	*EntryChange_Update
+	//	*EntryChange_Delete
+	Action        isEntryChange_Action `protobuf_oneof:"action"`
+	IfRevision    uint64               `protobuf:"varint,4,opt,name=if_revision,json=ifRevision,proto3" json:"if_revision,omitempty"` // compare-and-swap on the entry's own revision; 0: none
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EntryChange) Reset() {
+	*x = EntryChange{}
+	mi := &file_entente_state_v1_state_proto_msgTypes[42]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EntryChange) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EntryChange) ProtoMessage() {}
+
+func (x *EntryChange) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_state_v1_state_proto_msgTypes[42]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EntryChange.ProtoReflect.Descriptor instead.
+func (*EntryChange) Descriptor() ([]byte, []int) {
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{42}
+}
+
+func (x *EntryChange) GetAction() isEntryChange_Action {
+	if x != nil {
+		return x.Action
+	}
+	return nil
+}
+
+func (x *EntryChange) GetCreate() *Entry {
+	if x != nil {
+		if x, ok := x.Action.(*EntryChange_Create); ok {
+			return x.Create
+		}
+	}
+	return nil
+}
+
+func (x *EntryChange) GetUpdate() *Entry {
+	if x != nil {
+		if x, ok := x.Action.(*EntryChange_Update); ok {
+			return x.Update
+		}
+	}
+	return nil
+}
+
+func (x *EntryChange) GetDelete() string {
+	if x != nil {
+		if x, ok := x.Action.(*EntryChange_Delete); ok {
+			return x.Delete
+		}
+	}
+	return ""
+}
+
+func (x *EntryChange) GetIfRevision() uint64 {
+	if x != nil {
+		return x.IfRevision
+	}
+	return 0
+}
+
+type isEntryChange_Action interface {
+	isEntryChange_Action()
+}
+
+type EntryChange_Create struct {
+	Create *Entry `protobuf:"bytes,1,opt,name=create,proto3,oneof"`
+}
+
+type EntryChange_Update struct {
+	Update *Entry `protobuf:"bytes,2,opt,name=update,proto3,oneof"`
+}
+
+type EntryChange_Delete struct {
+	Delete string `protobuf:"bytes,3,opt,name=delete,proto3,oneof"` // id
+}
+
+func (*EntryChange_Create) isEntryChange_Action() {}
+
+func (*EntryChange_Update) isEntryChange_Action() {}
+
+func (*EntryChange_Delete) isEntryChange_Action() {}
+
 type StoreForeignBundle struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	TrustDomain   string                 `protobuf:"bytes,1,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"`
@@ -2969,7 +3653,7 @@ type StoreForeignBundle struct {
 
 func (x *StoreForeignBundle) Reset() {
 	*x = StoreForeignBundle{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[34]
+	mi := &file_entente_state_v1_state_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2981,7 +3665,7 @@ func (x *StoreForeignBundle) String() string {
 func (*StoreForeignBundle) ProtoMessage() {}
 
 func (x *StoreForeignBundle) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[34]
+	mi := &file_entente_state_v1_state_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2994,7 +3678,7 @@ func (x *StoreForeignBundle) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StoreForeignBundle.ProtoReflect.Descriptor instead.
 func (*StoreForeignBundle) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{34}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *StoreForeignBundle) GetTrustDomain() string {
@@ -3028,7 +3712,7 @@ type Tick struct {
 
 func (x *Tick) Reset() {
 	*x = Tick{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[35]
+	mi := &file_entente_state_v1_state_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3040,7 +3724,7 @@ func (x *Tick) String() string {
 func (*Tick) ProtoMessage() {}
 
 func (x *Tick) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[35]
+	mi := &file_entente_state_v1_state_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3053,7 +3737,7 @@ func (x *Tick) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Tick.ProtoReflect.Descriptor instead.
 func (*Tick) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{35}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *Tick) GetUnixNanos() []int64 {
@@ -3075,7 +3759,7 @@ type Checksum struct {
 
 func (x *Checksum) Reset() {
 	*x = Checksum{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[36]
+	mi := &file_entente_state_v1_state_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3087,7 +3771,7 @@ func (x *Checksum) String() string {
 func (*Checksum) ProtoMessage() {}
 
 func (x *Checksum) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[36]
+	mi := &file_entente_state_v1_state_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3100,7 +3784,7 @@ func (x *Checksum) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Checksum.ProtoReflect.Descriptor instead.
 func (*Checksum) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{36}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *Checksum) GetAtIndex() uint64 {
@@ -3150,7 +3834,7 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\vapi_address\x18\x05 \x01(\tR\n" +
 	"apiAddress\x12\x14\n" +
 	"\x05voter\x18\x06 \x01(\bR\x05voter\x12\x18\n" +
-	"\asigning\x18\a \x01(\bR\asigning\"\xf8\x02\n" +
+	"\asigning\x18\a \x01(\bR\asigning\"\xd5\x03\n" +
 	"\tAuthority\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1b\n" +
 	"\tmember_id\x18\x02 \x01(\tR\bmemberId\x12*\n" +
@@ -3165,7 +3849,10 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\x05ready\x18\t \x01(\bR\x05ready\x12\x1a\n" +
 	"\brevision\x18\n" +
 	" \x01(\x04R\brevision\x12+\n" +
-	"\x11prepared_revision\x18\v \x01(\x04R\x10preparedRevision\"\xde\x01\n" +
+	"\x11prepared_revision\x18\v \x01(\x04R\x10preparedRevision\x12\x18\n" +
+	"\aassumed\x18\x14 \x03(\tR\aassumed\x12\x18\n" +
+	"\adrained\x18\x15 \x01(\bR\adrained\x12'\n" +
+	"\x0fassumed_drained\x18\x16 \x03(\tR\x0eassumedDrained\"\xde\x01\n" +
 	"\x05Token\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1d\n" +
 	"\n" +
@@ -3199,7 +3886,7 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\n" +
 	"generation\x18\x05 \x01(\x04R\n" +
 	"generation\x12\x16\n" +
-	"\x06banned\x18\x06 \x01(\bR\x06banned\"\x97\x02\n" +
+	"\x06banned\x18\x06 \x01(\bR\x06banned\"\xab\x02\n" +
 	"\x05Entry\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04path\x18\x02 \x01(\tR\x04path\x12\x14\n" +
@@ -3209,7 +3896,18 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\tdns_names\x18\x06 \x03(\tR\bdnsNames\x12%\n" +
 	"\x0efederates_with\x18\a \x03(\tR\rfederatesWith\x12*\n" +
 	"\x04role\x18\b \x01(\x0e2\x16.entente.state.v1.RoleR\x04role\x12\x1a\n" +
-	"\brevision\x18\t \x01(\x04R\brevision\"\xff\x02\n" +
+	"\brevision\x18\t \x01(\x04R\brevision\x12\x12\n" +
+	"\x04hint\x18\n" +
+	" \x01(\tR\x04hint\"\xf3\x01\n" +
+	"\bDistrust\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1c\n" +
+	"\tauthority\x18\x02 \x01(\tR\tauthority\x12\x14\n" +
+	"\x05agent\x18\x03 \x01(\tR\x05agent\x12)\n" +
+	"\x10agent_generation\x18\x04 \x01(\x04R\x0fagentGeneration\x12\x14\n" +
+	"\x05entry\x18\x05 \x01(\tR\x05entry\x12)\n" +
+	"\x10entry_generation\x18\x06 \x01(\x04R\x0fentryGeneration\x12\x1b\n" +
+	"\tnot_after\x18\a \x01(\x03R\bnotAfter\x12\x1a\n" +
+	"\brevision\x18\b \x01(\x04R\brevision\"\xff\x02\n" +
 	"\x06Object\x125\n" +
 	"\aservice\x18\x01 \x01(\v2\x19.entente.state.v1.ServiceH\x00R\aservice\x125\n" +
 	"\agateway\x18\x02 \x01(\v2\x19.entente.state.v1.GatewayH\x00R\agateway\x122\n" +
@@ -3283,7 +3981,7 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x12\n" +
 	"\x04jwks\x18\x02 \x01(\fR\x04jwks\x12\x1a\n" +
 	"\bsequence\x18\x03 \x01(\x04R\bsequence\x12\x1a\n" +
-	"\brevision\x18\x04 \x01(\x04R\brevision\"\xea\a\n" +
+	"\brevision\x18\x04 \x01(\x04R\brevision\"\xe4\v\n" +
 	"\aCommand\x12\x1f\n" +
 	"\vif_revision\x18\x01 \x01(\x04R\n" +
 	"ifRevision\x12\x1c\n" +
@@ -3303,7 +4001,15 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\rapply_objects\x18\x13 \x01(\v2\x1e.entente.state.v1.ApplyObjectsH\x00R\fapplyObjects\x12X\n" +
 	"\x14store_foreign_bundle\x18\x14 \x01(\v2$.entente.state.v1.StoreForeignBundleH\x00R\x12storeForeignBundle\x12,\n" +
 	"\x04tick\x18\x15 \x01(\v2\x16.entente.state.v1.TickH\x00R\x04tick\x128\n" +
-	"\bchecksum\x18\x16 \x01(\v2\x1a.entente.state.v1.ChecksumH\x00R\bchecksumB\x06\n" +
+	"\bchecksum\x18\x16 \x01(\v2\x1a.entente.state.v1.ChecksumH\x00R\bchecksum\x12K\n" +
+	"\x0ftaint_authority\x18( \x01(\v2 .entente.state.v1.TaintAuthorityH\x00R\x0etaintAuthority\x12Q\n" +
+	"\x11authority_drained\x18) \x01(\v2\".entente.state.v1.AuthorityDrainedH\x00R\x10authorityDrained\x12N\n" +
+	"\x10revoke_authority\x18* \x01(\v2!.entente.state.v1.RevokeAuthorityH\x00R\x0frevokeAuthority\x129\n" +
+	"\tban_agent\x18+ \x01(\v2\x1a.entente.state.v1.BanAgentH\x00R\bbanAgent\x12?\n" +
+	"\vevict_agent\x18, \x01(\v2\x1c.entente.state.v1.EvictAgentH\x00R\n" +
+	"evictAgent\x12B\n" +
+	"\frevoke_token\x18- \x01(\v2\x1d.entente.state.v1.RevokeTokenH\x00R\vrevokeToken\x12H\n" +
+	"\x0echange_entries\x18. \x01(\v2\x1f.entente.state.v1.ChangeEntriesH\x00R\rchangeEntriesB\x06\n" +
 	"\x04body\"#\n" +
 	"\x05Batch\x12\x1a\n" +
 	"\bcommands\x18\x01 \x03(\fR\bcommands\"m\n" +
@@ -3348,7 +4054,31 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"y\n" +
 	"\fApplyObjects\x122\n" +
 	"\aupserts\x18\x01 \x03(\v2\x18.entente.state.v1.ObjectR\aupserts\x125\n" +
-	"\adeletes\x18\x02 \x03(\v2\x1b.entente.state.v1.ObjectKeyR\adeletes\"g\n" +
+	"\adeletes\x18\x02 \x03(\v2\x1b.entente.state.v1.ObjectKeyR\adeletes\" \n" +
+	"\x0eTaintAuthority\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"<\n" +
+	"\x10AuthorityDrained\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x18\n" +
+	"\aassumed\x18\x02 \x03(\tR\aassumed\"3\n" +
+	"\x0fRevokeAuthority\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x10\n" +
+	"\x03now\x18\x02 \x01(\bR\x03now\"\x1e\n" +
+	"\bBanAgent\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\" \n" +
+	"\n" +
+	"EvictAgent\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"\x1d\n" +
+	"\vRevokeToken\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"H\n" +
+	"\rChangeEntries\x127\n" +
+	"\achanges\x18\x01 \x03(\v2\x1d.entente.state.v1.EntryChangeR\achanges\"\xb8\x01\n" +
+	"\vEntryChange\x121\n" +
+	"\x06create\x18\x01 \x01(\v2\x17.entente.state.v1.EntryH\x00R\x06create\x121\n" +
+	"\x06update\x18\x02 \x01(\v2\x17.entente.state.v1.EntryH\x00R\x06update\x12\x18\n" +
+	"\x06delete\x18\x03 \x01(\tH\x00R\x06delete\x12\x1f\n" +
+	"\vif_revision\x18\x04 \x01(\x04R\n" +
+	"ifRevisionB\b\n" +
+	"\x06action\"g\n" +
 	"\x12StoreForeignBundle\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x12\n" +
 	"\x04jwks\x18\x02 \x01(\fR\x04jwks\x12\x1a\n" +
@@ -3397,7 +4127,7 @@ func file_entente_state_v1_state_proto_rawDescGZIP() []byte {
 }
 
 var file_entente_state_v1_state_proto_enumTypes = make([]protoimpl.EnumInfo, 5)
-var file_entente_state_v1_state_proto_msgTypes = make([]protoimpl.MessageInfo, 37)
+var file_entente_state_v1_state_proto_msgTypes = make([]protoimpl.MessageInfo, 46)
 var file_entente_state_v1_state_proto_goTypes = []any{
 	(AuthorityPhase)(0),        // 0: entente.state.v1.AuthorityPhase
 	(KeyUse)(0),                // 1: entente.state.v1.KeyUse
@@ -3413,34 +4143,43 @@ var file_entente_state_v1_state_proto_goTypes = []any{
 	(*AgentGrant)(nil),         // 11: entente.state.v1.AgentGrant
 	(*Agent)(nil),              // 12: entente.state.v1.Agent
 	(*Entry)(nil),              // 13: entente.state.v1.Entry
-	(*Object)(nil),             // 14: entente.state.v1.Object
-	(*ObjectKey)(nil),          // 15: entente.state.v1.ObjectKey
-	(*Service)(nil),            // 16: entente.state.v1.Service
-	(*Failover)(nil),           // 17: entente.state.v1.Failover
-	(*Gateway)(nil),            // 18: entente.state.v1.Gateway
-	(*Import)(nil),             // 19: entente.state.v1.Import
-	(*Agreement)(nil),          // 20: entente.state.v1.Agreement
-	(*PeerGateway)(nil),        // 21: entente.state.v1.PeerGateway
-	(*Allow)(nil),              // 22: entente.state.v1.Allow
-	(*HTTPMatch)(nil),          // 23: entente.state.v1.HTTPMatch
-	(*Relationship)(nil),       // 24: entente.state.v1.Relationship
-	(*ForeignBundle)(nil),      // 25: entente.state.v1.ForeignBundle
-	(*Command)(nil),            // 26: entente.state.v1.Command
-	(*Batch)(nil),              // 27: entente.state.v1.Batch
-	(*Init)(nil),               // 28: entente.state.v1.Init
-	(*CreateToken)(nil),        // 29: entente.state.v1.CreateToken
-	(*JoinMember)(nil),         // 30: entente.state.v1.JoinMember
-	(*JoinStatement)(nil),      // 31: entente.state.v1.JoinStatement
-	(*UpdateMember)(nil),       // 32: entente.state.v1.UpdateMember
-	(*RemoveMember)(nil),       // 33: entente.state.v1.RemoveMember
-	(*AttestAgent)(nil),        // 34: entente.state.v1.AttestAgent
-	(*PrepareAuthority)(nil),   // 35: entente.state.v1.PrepareAuthority
-	(*AuthorityReady)(nil),     // 36: entente.state.v1.AuthorityReady
-	(*ActivateAuthority)(nil),  // 37: entente.state.v1.ActivateAuthority
-	(*ApplyObjects)(nil),       // 38: entente.state.v1.ApplyObjects
-	(*StoreForeignBundle)(nil), // 39: entente.state.v1.StoreForeignBundle
-	(*Tick)(nil),               // 40: entente.state.v1.Tick
-	(*Checksum)(nil),           // 41: entente.state.v1.Checksum
+	(*Distrust)(nil),           // 14: entente.state.v1.Distrust
+	(*Object)(nil),             // 15: entente.state.v1.Object
+	(*ObjectKey)(nil),          // 16: entente.state.v1.ObjectKey
+	(*Service)(nil),            // 17: entente.state.v1.Service
+	(*Failover)(nil),           // 18: entente.state.v1.Failover
+	(*Gateway)(nil),            // 19: entente.state.v1.Gateway
+	(*Import)(nil),             // 20: entente.state.v1.Import
+	(*Agreement)(nil),          // 21: entente.state.v1.Agreement
+	(*PeerGateway)(nil),        // 22: entente.state.v1.PeerGateway
+	(*Allow)(nil),              // 23: entente.state.v1.Allow
+	(*HTTPMatch)(nil),          // 24: entente.state.v1.HTTPMatch
+	(*Relationship)(nil),       // 25: entente.state.v1.Relationship
+	(*ForeignBundle)(nil),      // 26: entente.state.v1.ForeignBundle
+	(*Command)(nil),            // 27: entente.state.v1.Command
+	(*Batch)(nil),              // 28: entente.state.v1.Batch
+	(*Init)(nil),               // 29: entente.state.v1.Init
+	(*CreateToken)(nil),        // 30: entente.state.v1.CreateToken
+	(*JoinMember)(nil),         // 31: entente.state.v1.JoinMember
+	(*JoinStatement)(nil),      // 32: entente.state.v1.JoinStatement
+	(*UpdateMember)(nil),       // 33: entente.state.v1.UpdateMember
+	(*RemoveMember)(nil),       // 34: entente.state.v1.RemoveMember
+	(*AttestAgent)(nil),        // 35: entente.state.v1.AttestAgent
+	(*PrepareAuthority)(nil),   // 36: entente.state.v1.PrepareAuthority
+	(*AuthorityReady)(nil),     // 37: entente.state.v1.AuthorityReady
+	(*ActivateAuthority)(nil),  // 38: entente.state.v1.ActivateAuthority
+	(*ApplyObjects)(nil),       // 39: entente.state.v1.ApplyObjects
+	(*TaintAuthority)(nil),     // 40: entente.state.v1.TaintAuthority
+	(*AuthorityDrained)(nil),   // 41: entente.state.v1.AuthorityDrained
+	(*RevokeAuthority)(nil),    // 42: entente.state.v1.RevokeAuthority
+	(*BanAgent)(nil),           // 43: entente.state.v1.BanAgent
+	(*EvictAgent)(nil),         // 44: entente.state.v1.EvictAgent
+	(*RevokeToken)(nil),        // 45: entente.state.v1.RevokeToken
+	(*ChangeEntries)(nil),      // 46: entente.state.v1.ChangeEntries
+	(*EntryChange)(nil),        // 47: entente.state.v1.EntryChange
+	(*StoreForeignBundle)(nil), // 48: entente.state.v1.StoreForeignBundle
+	(*Tick)(nil),               // 49: entente.state.v1.Tick
+	(*Checksum)(nil),           // 50: entente.state.v1.Checksum
 }
 var file_entente_state_v1_state_proto_depIdxs = []int32{
 	6,  // 0: entente.state.v1.Cluster.lifetimes:type_name -> entente.state.v1.Lifetimes
@@ -3449,43 +4188,53 @@ var file_entente_state_v1_state_proto_depIdxs = []int32{
 	10, // 3: entente.state.v1.Token.node:type_name -> entente.state.v1.NodeGrant
 	11, // 4: entente.state.v1.Token.agent:type_name -> entente.state.v1.AgentGrant
 	2,  // 5: entente.state.v1.Entry.role:type_name -> entente.state.v1.Role
-	16, // 6: entente.state.v1.Object.service:type_name -> entente.state.v1.Service
-	18, // 7: entente.state.v1.Object.gateway:type_name -> entente.state.v1.Gateway
-	19, // 8: entente.state.v1.Object.import:type_name -> entente.state.v1.Import
-	20, // 9: entente.state.v1.Object.agreement:type_name -> entente.state.v1.Agreement
-	24, // 10: entente.state.v1.Object.relationship:type_name -> entente.state.v1.Relationship
-	17, // 11: entente.state.v1.Service.failover:type_name -> entente.state.v1.Failover
+	17, // 6: entente.state.v1.Object.service:type_name -> entente.state.v1.Service
+	19, // 7: entente.state.v1.Object.gateway:type_name -> entente.state.v1.Gateway
+	20, // 8: entente.state.v1.Object.import:type_name -> entente.state.v1.Import
+	21, // 9: entente.state.v1.Object.agreement:type_name -> entente.state.v1.Agreement
+	25, // 10: entente.state.v1.Object.relationship:type_name -> entente.state.v1.Relationship
+	18, // 11: entente.state.v1.Service.failover:type_name -> entente.state.v1.Failover
 	3,  // 12: entente.state.v1.Failover.mode:type_name -> entente.state.v1.Mode
 	3,  // 13: entente.state.v1.Failover.failback:type_name -> entente.state.v1.Mode
-	21, // 14: entente.state.v1.Agreement.gateways:type_name -> entente.state.v1.PeerGateway
-	22, // 15: entente.state.v1.Agreement.allow:type_name -> entente.state.v1.Allow
-	23, // 16: entente.state.v1.Allow.http:type_name -> entente.state.v1.HTTPMatch
+	22, // 14: entente.state.v1.Agreement.gateways:type_name -> entente.state.v1.PeerGateway
+	23, // 15: entente.state.v1.Agreement.allow:type_name -> entente.state.v1.Allow
+	24, // 16: entente.state.v1.Allow.http:type_name -> entente.state.v1.HTTPMatch
 	4,  // 17: entente.state.v1.HTTPMatch.path_type:type_name -> entente.state.v1.PathType
-	28, // 18: entente.state.v1.Command.init:type_name -> entente.state.v1.Init
-	29, // 19: entente.state.v1.Command.create_token:type_name -> entente.state.v1.CreateToken
-	30, // 20: entente.state.v1.Command.join_member:type_name -> entente.state.v1.JoinMember
-	32, // 21: entente.state.v1.Command.update_member:type_name -> entente.state.v1.UpdateMember
-	33, // 22: entente.state.v1.Command.remove_member:type_name -> entente.state.v1.RemoveMember
-	34, // 23: entente.state.v1.Command.attest_agent:type_name -> entente.state.v1.AttestAgent
-	35, // 24: entente.state.v1.Command.prepare_authority:type_name -> entente.state.v1.PrepareAuthority
-	36, // 25: entente.state.v1.Command.authority_ready:type_name -> entente.state.v1.AuthorityReady
-	37, // 26: entente.state.v1.Command.activate_authority:type_name -> entente.state.v1.ActivateAuthority
-	38, // 27: entente.state.v1.Command.apply_objects:type_name -> entente.state.v1.ApplyObjects
-	39, // 28: entente.state.v1.Command.store_foreign_bundle:type_name -> entente.state.v1.StoreForeignBundle
-	40, // 29: entente.state.v1.Command.tick:type_name -> entente.state.v1.Tick
-	41, // 30: entente.state.v1.Command.checksum:type_name -> entente.state.v1.Checksum
-	5,  // 31: entente.state.v1.Init.cluster:type_name -> entente.state.v1.Cluster
-	7,  // 32: entente.state.v1.Init.member:type_name -> entente.state.v1.Member
-	9,  // 33: entente.state.v1.CreateToken.token:type_name -> entente.state.v1.Token
-	7,  // 34: entente.state.v1.JoinMember.member:type_name -> entente.state.v1.Member
-	8,  // 35: entente.state.v1.PrepareAuthority.authority:type_name -> entente.state.v1.Authority
-	14, // 36: entente.state.v1.ApplyObjects.upserts:type_name -> entente.state.v1.Object
-	15, // 37: entente.state.v1.ApplyObjects.deletes:type_name -> entente.state.v1.ObjectKey
-	38, // [38:38] is the sub-list for method output_type
-	38, // [38:38] is the sub-list for method input_type
-	38, // [38:38] is the sub-list for extension type_name
-	38, // [38:38] is the sub-list for extension extendee
-	0,  // [0:38] is the sub-list for field type_name
+	29, // 18: entente.state.v1.Command.init:type_name -> entente.state.v1.Init
+	30, // 19: entente.state.v1.Command.create_token:type_name -> entente.state.v1.CreateToken
+	31, // 20: entente.state.v1.Command.join_member:type_name -> entente.state.v1.JoinMember
+	33, // 21: entente.state.v1.Command.update_member:type_name -> entente.state.v1.UpdateMember
+	34, // 22: entente.state.v1.Command.remove_member:type_name -> entente.state.v1.RemoveMember
+	35, // 23: entente.state.v1.Command.attest_agent:type_name -> entente.state.v1.AttestAgent
+	36, // 24: entente.state.v1.Command.prepare_authority:type_name -> entente.state.v1.PrepareAuthority
+	37, // 25: entente.state.v1.Command.authority_ready:type_name -> entente.state.v1.AuthorityReady
+	38, // 26: entente.state.v1.Command.activate_authority:type_name -> entente.state.v1.ActivateAuthority
+	39, // 27: entente.state.v1.Command.apply_objects:type_name -> entente.state.v1.ApplyObjects
+	48, // 28: entente.state.v1.Command.store_foreign_bundle:type_name -> entente.state.v1.StoreForeignBundle
+	49, // 29: entente.state.v1.Command.tick:type_name -> entente.state.v1.Tick
+	50, // 30: entente.state.v1.Command.checksum:type_name -> entente.state.v1.Checksum
+	40, // 31: entente.state.v1.Command.taint_authority:type_name -> entente.state.v1.TaintAuthority
+	41, // 32: entente.state.v1.Command.authority_drained:type_name -> entente.state.v1.AuthorityDrained
+	42, // 33: entente.state.v1.Command.revoke_authority:type_name -> entente.state.v1.RevokeAuthority
+	43, // 34: entente.state.v1.Command.ban_agent:type_name -> entente.state.v1.BanAgent
+	44, // 35: entente.state.v1.Command.evict_agent:type_name -> entente.state.v1.EvictAgent
+	45, // 36: entente.state.v1.Command.revoke_token:type_name -> entente.state.v1.RevokeToken
+	46, // 37: entente.state.v1.Command.change_entries:type_name -> entente.state.v1.ChangeEntries
+	5,  // 38: entente.state.v1.Init.cluster:type_name -> entente.state.v1.Cluster
+	7,  // 39: entente.state.v1.Init.member:type_name -> entente.state.v1.Member
+	9,  // 40: entente.state.v1.CreateToken.token:type_name -> entente.state.v1.Token
+	7,  // 41: entente.state.v1.JoinMember.member:type_name -> entente.state.v1.Member
+	8,  // 42: entente.state.v1.PrepareAuthority.authority:type_name -> entente.state.v1.Authority
+	15, // 43: entente.state.v1.ApplyObjects.upserts:type_name -> entente.state.v1.Object
+	16, // 44: entente.state.v1.ApplyObjects.deletes:type_name -> entente.state.v1.ObjectKey
+	47, // 45: entente.state.v1.ChangeEntries.changes:type_name -> entente.state.v1.EntryChange
+	13, // 46: entente.state.v1.EntryChange.create:type_name -> entente.state.v1.Entry
+	13, // 47: entente.state.v1.EntryChange.update:type_name -> entente.state.v1.Entry
+	48, // [48:48] is the sub-list for method output_type
+	48, // [48:48] is the sub-list for method input_type
+	48, // [48:48] is the sub-list for extension type_name
+	48, // [48:48] is the sub-list for extension extendee
+	0,  // [0:48] is the sub-list for field type_name
 }
 
 func init() { file_entente_state_v1_state_proto_init() }
@@ -3497,14 +4246,14 @@ func file_entente_state_v1_state_proto_init() {
 		(*Token_Node)(nil),
 		(*Token_Agent)(nil),
 	}
-	file_entente_state_v1_state_proto_msgTypes[9].OneofWrappers = []any{
+	file_entente_state_v1_state_proto_msgTypes[10].OneofWrappers = []any{
 		(*Object_Service)(nil),
 		(*Object_Gateway)(nil),
 		(*Object_Import)(nil),
 		(*Object_Agreement)(nil),
 		(*Object_Relationship)(nil),
 	}
-	file_entente_state_v1_state_proto_msgTypes[21].OneofWrappers = []any{
+	file_entente_state_v1_state_proto_msgTypes[22].OneofWrappers = []any{
 		(*Command_Init)(nil),
 		(*Command_CreateToken)(nil),
 		(*Command_JoinMember)(nil),
@@ -3518,6 +4267,18 @@ func file_entente_state_v1_state_proto_init() {
 		(*Command_StoreForeignBundle)(nil),
 		(*Command_Tick)(nil),
 		(*Command_Checksum)(nil),
+		(*Command_TaintAuthority)(nil),
+		(*Command_AuthorityDrained)(nil),
+		(*Command_RevokeAuthority)(nil),
+		(*Command_BanAgent)(nil),
+		(*Command_EvictAgent)(nil),
+		(*Command_RevokeToken)(nil),
+		(*Command_ChangeEntries)(nil),
+	}
+	file_entente_state_v1_state_proto_msgTypes[42].OneofWrappers = []any{
+		(*EntryChange_Create)(nil),
+		(*EntryChange_Update)(nil),
+		(*EntryChange_Delete)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -3525,7 +4286,7 @@ func file_entente_state_v1_state_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_entente_state_v1_state_proto_rawDesc), len(file_entente_state_v1_state_proto_rawDesc)),
 			NumEnums:      5,
-			NumMessages:   37,
+			NumMessages:   46,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -1,0 +1,106 @@
+package ca
+
+import (
+	"crypto/x509"
+	"encoding/hex"
+	"fmt"
+	"strings"
+	"time"
+
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+)
+
+// DistrustGrace is kept beyond the end of what a distrust item names, for clocks that
+// disagree.
+const DistrustGrace = 5 * time.Minute
+
+// DistrustID is the key of a distrust item: what it names, without generations. A
+// later item of the same id takes the place of the earlier one, for generations grow.
+func DistrustID(d *statev1.Distrust) string {
+	var parts []string
+	for _, part := range []struct{ kind, name string }{{"authority", d.GetAuthority()}, {"agent", d.GetAgent()}, {"entry", d.GetEntry()}} {
+		if part.name != "" {
+			parts = append(parts, part.kind+"/"+part.name)
+		}
+	}
+	return strings.Join(parts, " ") // names hold no blank
+}
+
+// AuthorityKeyID is how an SVID names the authority with that id: its authority key
+// id, in hex (a hash of the same key, cut as RFC 7093 section 2 method 4 says).
+func AuthorityKeyID(authority string) string { return authority[:min(len(authority), 40)] }
+
+// SignedUnder is the authority key id of an SVID, as AuthorityKeyID gives it; empty if
+// it has none.
+func SignedUnder(leaf *x509.Certificate) string { return hex.EncodeToString(leaf.AuthorityKeyId) }
+
+// Distrusted answers whether an SVID must not be accepted although it is valid. It is
+// immutable; nil distrusts nothing.
+type Distrusted struct {
+	authorities map[string]struct{} // ids
+	issued      map[issued]generations
+	pairs       bool // some item names both an agent and an entry
+}
+
+type issued struct{ agent, entry string } // one of the two may be empty: any
+
+type generations struct{ agent, entry uint64 }
+
+// NewDistrusted takes the items of a trust domain's state. One that names nothing is
+// passed over: it would name everything.
+func NewDistrusted(items []*statev1.Distrust) *Distrusted {
+	if len(items) == 0 {
+		return nil
+	}
+	d := &Distrusted{authorities: map[string]struct{}{}, issued: map[issued]generations{}}
+	for _, item := range items {
+		switch {
+		case item.GetAgent() != "" || item.GetEntry() != "":
+			key := issued{item.GetAgent(), item.GetEntry()}
+			d.issued[key] = generations{item.GetAgentGeneration(), item.GetEntryGeneration()}
+			d.pairs = d.pairs || key.agent != "" && key.entry != ""
+		case item.GetAuthority() != "":
+			d.authorities[item.GetAuthority()] = struct{}{}
+		}
+	}
+	return d
+}
+
+// Check says why the SVID with that verified path, leaf first and authority last, is
+// distrusted; nil if it is not. An origin that does not decode is no reason: other
+// domains' SVIDs need not have ours.
+func (d *Distrusted) Check(path []*x509.Certificate) error {
+	if d == nil || len(path) == 0 {
+		return nil
+	}
+	if len(d.authorities) > 0 {
+		for _, signer := range path[1:] {
+			id := KeyID(signer.RawSubjectPublicKeyInfo)
+			if _, revoked := d.authorities[id]; revoked {
+				return fmt.Errorf("authority %.12s was revoked", id)
+			}
+		}
+	}
+	if len(d.issued) == 0 {
+		return nil
+	}
+	o, ok, err := OriginOf(path[0])
+	if err != nil || !ok {
+		return nil
+	}
+	if g, ok := d.issued[issued{agent: o.Agent}]; ok && o.Agent != "" && o.AgentGeneration <= g.agent {
+		return fmt.Errorf("agent %s, through which it was issued, was banned or evicted", o.Agent)
+	}
+	if o.Entry == "" {
+		return nil
+	}
+	if g, ok := d.issued[issued{entry: o.Entry}]; ok && o.EntryGeneration <= g.entry {
+		return fmt.Errorf("entry %s, for which it was issued, was deleted or is for another identity now", o.Entry)
+	}
+	if d.pairs {
+		if g, ok := d.issued[issued{o.Agent, o.Entry}]; ok && o.EntryGeneration <= g.entry {
+			return fmt.Errorf("entry %s is no longer for agent %s", o.Entry, o.Agent)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,184 @@
+package domain
+
+import (
+	"slices"
+	"time"
+
+	"google.golang.org/protobuf/proto"
+
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	"github.com/entente-mesh/entente/ca"
+)
+
+const (
+	// maxDistrust bounds what every subscriber holds. Items live as long as an SVID may.
+	maxDistrust = 50_000
+	maxAssumed  = 64
+)
+
+// Ending trust (I4): each of these leaves an item behind that names what was issued
+// under it, until nothing of that can be valid any more.
+
+// distrusted stores an item. until is when the last SVID that it names has ended.
+func (a *application) distrusted(item *statev1.Distrust, until time.Time) {
+	item.Id, item.Revision = ca.DistrustID(item), a.rev
+	item.NotAfter = until.Add(ca.DistrustGrace).Unix()
+	put(a, &a.distrust, item.GetId(), item)
+	a.changed(ChangeDistrust, item.GetId())
+}
+
+// longestLife is when the last SVID that was signed until now has ended. Before the
+// first Tick nobody can tell; then the items stay.
+func (a *application) longestLife() time.Time {
+	if a.now == 0 {
+		return time.Unix(1<<36, 0)
+	}
+	return a.Now().Add(a.lifetimes.Phase) // no SVID may live longer
+}
+
+// forgetDistrust drops what has no meaning any more.
+func (a *application) forgetDistrust() {
+	now := a.Now().Unix()
+	for _, item := range slices.Clone(a.distrust.rows) {
+		if item.GetNotAfter() < now {
+			drop(a, &a.distrust, item.GetId())
+			a.changed(ChangeDistrust, item.GetId())
+		}
+	}
+}
+
+// voided names the SVIDs that lose their meaning when an entry becomes another one, or
+// nil. Agents that were never attested hold none.
+func (a *application) voided(have, next *statev1.Entry) []*statev1.Distrust {
+	held := slices.DeleteFunc(slices.Clone(have.GetHosts()), func(host string) bool {
+		_, attested := a.agents.get(host)
+		return !attested
+	})
+	switch {
+	case len(held) == 0:
+		return nil
+	case next == nil || next.GetPath() != have.GetPath():
+		return []*statev1.Distrust{{Entry: have.GetId(), EntryGeneration: have.GetRevision()}}
+	}
+	var items []*statev1.Distrust
+	for _, host := range held {
+		if !slices.Contains(next.GetHosts(), host) {
+			items = append(items, &statev1.Distrust{Agent: host, Entry: have.GetId(), EntryGeneration: have.GetRevision()})
+		}
+	}
+	return items
+}
+
+// roomForDistrust refuses changes of entries that would leave more items behind than
+// every subscriber can be asked to hold.
+func (a *application) roomForDistrust(entries map[string]*statev1.Entry) *Refusal {
+	n := len(a.distrust.rows)
+	for id, next := range entries {
+		have, _ := a.entries.get(id)
+		n += len(a.voided(have, next))
+	}
+	if n > maxDistrust {
+		return refuse(CodeLimit, "%d items would name SVIDs that are not to be accepted any more, over %d: wait until SVIDs have ended, or ban the agents instead", n, maxDistrust)
+	}
+	return nil
+}
+
+func assumed(names []string) []string {
+	return slices.Clone(names[:min(len(names), maxAssumed)])
+}
+
+// ---------------------------------------------------------------- authorities
+
+func (a *application) taintAuthority(c *statev1.TaintAuthority) *Refusal {
+	have, ok := a.authorities.get(c.GetId())
+	switch {
+	case !ok:
+		return refuse(CodeNotFound, "no authority has the id %.64s", c.GetId())
+	case have.GetPhase() == statev1.AuthorityPhase_AUTHORITY_PHASE_TAINTED:
+		return nil
+	case !ca.MayMove(have.GetPhase(), statev1.AuthorityPhase_AUTHORITY_PHASE_TAINTED):
+		return refuse(CodePhase, "authority is %s: nothing accepts it any more", ca.PhaseName(have.GetPhase()))
+	}
+	a.move(have, statev1.AuthorityPhase_AUTHORITY_PHASE_TAINTED)
+	return nil
+}
+
+func (a *application) authorityDrained(c *statev1.AuthorityDrained) *Refusal {
+	have, ok := a.authorities.get(c.GetId())
+	switch {
+	case !ok:
+		return refuse(CodeNotFound, "no authority has the id %.64s", c.GetId())
+	case have.GetPhase() != statev1.AuthorityPhase_AUTHORITY_PHASE_TAINTED:
+		return refuse(CodePhase, "authority is %s, not TAINTED", ca.PhaseName(have.GetPhase()))
+	case have.GetDrained():
+		return nil
+	}
+	authority := proto.CloneOf(have)
+	authority.Drained, authority.Revision = true, a.rev
+	authority.AssumedDrained = assumed(c.GetAssumed())
+	put(a, &a.authorities, authority.GetId(), authority)
+	a.changed(ChangeAuthority, authority.GetId())
+	return nil
+}
+
+func (a *application) revokeAuthority(c *statev1.RevokeAuthority) *Refusal {
+	have, ok := a.authorities.get(c.GetId())
+	switch {
+	case !ok:
+		return refuse(CodeNotFound, "no authority has the id %.64s", c.GetId())
+	case have.GetPhase() == statev1.AuthorityPhase_AUTHORITY_PHASE_REVOKED:
+		return nil
+	}
+	if err := ca.MayRevoke(have, c.GetNow()); err != nil {
+		if have.GetPhase() == statev1.AuthorityPhase_AUTHORITY_PHASE_TAINTED {
+			return refuse(CodeInUse, "%v", err)
+		}
+		return refuse(CodePhase, "%v", err)
+	}
+	a.move(have, statev1.AuthorityPhase_AUTHORITY_PHASE_REVOKED)
+	return nil
+}
+
+// ---------------------------------------------------------------- agents, tokens
+
+func (a *application) banAgent(c *statev1.BanAgent) *Refusal {
+	have, ok := a.agents.get(c.GetName())
+	switch {
+	case !ok:
+		return refuse(CodeNotFound, "no agent is named %.64s", c.GetName())
+	case have.GetBanned():
+		return nil
+	}
+	agent := proto.CloneOf(have)
+	agent.Banned = true
+	put(a, &a.agents, agent.GetName(), agent)
+	a.changed(ChangeAgent, agent.GetName())
+	a.distrusted(&statev1.Distrust{Agent: have.GetName(), AgentGeneration: have.GetGeneration()}, a.longestLife())
+	return nil
+}
+
+func (a *application) evictAgent(c *statev1.EvictAgent) *Refusal {
+	have, ok := a.agents.get(c.GetName())
+	if !ok {
+		return refuse(CodeNotFound, "no agent is named %.64s", c.GetName())
+	}
+	drop(a, &a.agents, have.GetName())
+	delete(a.agentByKey, have.GetKeyId())
+	a.changed(ChangeAgent, have.GetName())
+	a.distrusted(&statev1.Distrust{Agent: have.GetName(), AgentGeneration: have.GetGeneration()}, a.longestLife())
+	return nil
+}
+
+func (a *application) revokeToken(c *statev1.RevokeToken) *Refusal {
+	have, ok := a.tokens.get(c.GetId())
+	switch {
+	case !ok:
+		return refuse(CodeNotFound, "there is no token %.64s", c.GetId())
+	case have.GetUsedBy() != "" && have.GetNode() != nil:
+		return refuse(CodeTokenSpent, "the token admitted CA node %s: remove that", have.GetNode().GetName())
+	case have.GetUsedBy() != "":
+		return refuse(CodeTokenSpent, "the token admitted agent %s: ban or evict that", have.GetAgent().GetName())
+	}
+	drop(a, &a.tokens, have.GetId())
+	return nil
+}

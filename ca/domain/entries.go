@@ -1,0 +1,112 @@
+package domain
+
+import (
+	"fmt"
+	"strings"
+
+	"google.golang.org/protobuf/proto"
+
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	"github.com/entente-mesh/entente/ca"
+)
+
+const maxEntryChanges = 1000
+
+func declared(id string) bool { return strings.HasPrefix(id, ca.DeclaredPrefix) }
+
+// changeEntries changes entries that are declared by themselves, all or none.
+func (a *application) changeEntries(c *statev1.ChangeEntries) *Refusal {
+	if n := len(c.GetChanges()); n == 0 || n > maxEntryChanges {
+		return refuse(CodeInvalid, "%d changes of entries, not 1 to %d", n, maxEntryChanges)
+	}
+	next := make(map[string]*statev1.Entry, len(c.GetChanges()))
+	order := make([]string, 0, len(c.GetChanges()))
+	for _, change := range c.GetChanges() {
+		id, e, refusal := a.PlanEntry(change)
+		if refusal != nil {
+			return refusal
+		}
+		if _, twice := next[id]; twice {
+			return refuse(CodeInvalid, "entry %s stands there twice", id)
+		}
+		next[id] = e
+		order = append(order, id)
+	}
+	for id, e := range next {
+		if have, ok := a.entries.get(id); ok && e != nil {
+			if e.Revision = have.GetRevision(); proto.Equal(e, have) {
+				delete(next, id)
+			}
+		}
+	}
+	if refusal := a.roomForDistrust(next); refusal != nil {
+		return refusal
+	}
+	for _, id := range order {
+		e, ok := next[id]
+		if !ok {
+			continue
+		}
+		if e != nil {
+			e.Revision = a.rev
+			intern(e)
+		}
+		a.setEntry(id, e)
+	}
+	return nil
+}
+
+// PlanEntry says what a change of an entry comes down to in this state: the entry as it
+// would be, nil when it goes, without its new revision. Doors ask it before they
+// propose.
+func (s *State) PlanEntry(change *statev1.EntryChange) (id string, next *statev1.Entry, refusal *Refusal) {
+	switch action := change.GetAction().(type) {
+	case *statev1.EntryChange_Create:
+		id, next = action.Create.GetId(), proto.CloneOf(action.Create)
+	case *statev1.EntryChange_Update:
+		id, next = action.Update.GetId(), proto.CloneOf(action.Update)
+	case *statev1.EntryChange_Delete:
+		id = action.Delete
+	default:
+		return "", nil, refuse(CodeInvalid, "a change of an entry creates, updates or deletes")
+	}
+	invalid := func(err error) (string, *statev1.Entry, *Refusal) {
+		return id, nil, refuse(CodeInvalid, "entry %.250s: %v", id, err)
+	}
+	if err := ca.CheckEntryID(id); err != nil {
+		return id, nil, refuse(CodeInvalid, "%v", err)
+	}
+	have, exists := s.entries.get(id)
+	_, creates := change.GetAction().(*statev1.EntryChange_Create)
+	switch {
+	case creates && change.GetIfRevision() != 0:
+		return invalid(fmt.Errorf("what is created has no revision yet"))
+	case !creates && !exists:
+		return id, nil, refuse(CodeNotFound, "there is no entry %s", id)
+	case !creates && change.GetIfRevision() != 0 && change.GetIfRevision() != have.GetRevision():
+		return id, nil, refuse(CodeCAS, "entry %s is at revision %s, the change was made for %s: read it again and repeat",
+			id, ca.Revision(have.GetRevision()), ca.Revision(change.GetIfRevision()))
+	case next == nil:
+		return id, nil, nil
+	}
+	ca.Canonical(next)
+	next.Revision = 0
+	if err := ca.CheckDeclared(s.td, next, s.lifetimes.Phase); err != nil {
+		return invalid(err)
+	}
+	spiffeID, err := ca.ID(s.td, next.GetPath())
+	if err != nil {
+		return invalid(err)
+	}
+	if service, ok := s.tables.ServiceByID(spiffeID); ok {
+		return id, nil, refuse(CodeExists, "entry %s: the SPIFFE path %s belongs to Service %s", id, next.GetPath(), service.Name)
+	}
+	if creates && exists {
+		same := proto.CloneOf(have)
+		if same.Revision = 0; !proto.Equal(same, next) {
+			return id, nil, refuse(CodeExists, "there is an entry %s already: update it", id)
+		}
+		// The proposer did not hear the first answer.
+	}
+	return id, next, nil
+}
