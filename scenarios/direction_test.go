@@ -40,7 +40,7 @@ ca/server:               api/entente/v1
                          ca ca/domain ca/feed ca/presence ca/signer ca/nodeattest
                          federation federation/bundle federation/catalog
                          internal/peer
-ca/client:               api/entente/v1 internal/peer
+ca/client:               api/entente/v1 ca internal/peer
 ca/node:                 ca ca/domain ca/replica ca/feed ca/presence ca/signer ca/keystore ca/server
                          federation federation/exchange
                          internal/peer internal/gossip internal/daemon internal/yamlfile

@@ -27,6 +27,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	"github.com/entente-mesh/entente/ca"
 )
 
 // Errors a caller branches on.
@@ -70,12 +71,15 @@ type Client struct {
 
 	acked    atomic.Uint64 // newest revision the handler has applied
 	newAck   chan struct{} // holds one token when acked has grown
+	newSVID  chan struct{} // holds one token when the client's own SVID may be a newer one
+	refused  atomic.Bool   // the last try for a session ended with a node's refusal
 	newHosts chan struct{} // holds one token when report has changed
 
 	mu       sync.Mutex
 	current  *conn          // of the running Sync; nil while there is none
 	report   []Instance     // nil until Report was called
 	connects uint64         // counts the sessions of this process
+	under    []string       // nil until Hold was called
 	failures map[string]int // consecutive ones by address, for the order of dialling
 }
 
@@ -106,6 +110,7 @@ func New(cfg Config) (*Client, error) {
 		store:    newStore(cfg.TrustDomain, cfg.Cluster, cfg.Members),
 		newAck:   make(chan struct{}, 1),
 		newHosts: make(chan struct{}, 1),
+		newSVID:  make(chan struct{}, 1),
 		failures: map[string]int{},
 	}, nil
 }
@@ -126,6 +131,45 @@ func (c *Client) Report(instances []Instance) {
 		signal(c.newHosts)
 	}
 }
+
+// Hold says under which authorities the SVIDs are that this client and its workloads
+// have: authority key ids, as ca.SignedUnder gives them. The CA waits for that before
+// it lets a tainted authority be revoked. Until Hold is called the client speaks of its
+// own SVID only.
+func (c *Client) Hold(authorityKeyIDs []string) {
+	c.mu.Lock()
+	same := c.under != nil && slices.Equal(c.under, authorityKeyIDs)
+	c.under = append([]string{}, authorityKeyIDs...)
+	c.mu.Unlock()
+	if !same {
+		signal(c.newAck)
+	}
+}
+
+// held is what to say of SVIDs.
+func (c *Client) held() (under []string, known bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.under != nil {
+		return c.under, true
+	}
+	if c.cfg.SVID == nil {
+		return nil, false
+	}
+	svid, err := c.cfg.SVID.GetX509SVID()
+	if err != nil {
+		return nil, false
+	}
+	return []string{ca.SignedUnder(svid.Certificates[0])}, true
+}
+
+// Renewed says that the client's own SVID is another one now: Sync shows it soon, and
+// not only when it comes round to look.
+func (c *Client) Renewed() { signal(c.newSVID) }
+
+// Refused tells that a CA node was reached and would not have this client's SVID when
+// Sync last tried: it is of no more use, and to be asked for anew by other means.
+func (c *Client) Refused() bool { return c.refused.Load() }
 
 // signal puts the token into a channel of capacity one.
 func signal(ch chan struct{}) {

@@ -214,11 +214,16 @@ func (c *Client) tlsConfig(own **x509.Certificate) *tls.Config {
 			return cert, err
 		}
 	}
+	return peer.Client(show, c.acceptsNode, "h2")
+}
+
+// acceptsNode says why the other end of a connection is no CA node of this domain.
+func (c *Client) acceptsNode(state tls.ConnectionState) error {
 	accept := peer.Pin(c.pinned)
 	if c.cfg.Bundles != nil {
 		accept = peer.Either(accept, peer.SVID(c.cfg.Bundles, c.isNode))
 	}
-	return peer.Client(show, accept, "h2")
+	return accept(state)
 }
 
 // pinned accepts a CA node by its key. The pins of a join token end with the

@@ -7,12 +7,14 @@ import (
 	"maps"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/protobuf/proto"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
+	"github.com/entente-mesh/entente/ca"
 )
 
 // epochShift: a revision is epoch<<44 | log index.
@@ -38,7 +40,8 @@ type Store struct {
 
 	mu       sync.Mutex
 	view     *View
-	update   *update            // chunks since the last applied one; nil: none
+	update   *update // chunks since the last applied one; nil: none
+	distrust map[string]*statev1.Distrust
 	places   map[place]Instance // what view.Instances is made of
 	arriving map[place]Instance // presence of this session until it is complete; nil: it is
 }
@@ -56,6 +59,10 @@ type update struct {
 	bundles    map[string][]byte
 	members    []*statev1.Member
 	newMembers bool
+	distrust   map[string]*statev1.Distrust
+	tainted    []string
+	newTainted bool
+	within     time.Duration
 }
 
 func newStore(td spiffeid.TrustDomain, cluster *statev1.Cluster, members []*statev1.Member) *Store {
@@ -64,6 +71,8 @@ func newStore(td spiffeid.TrustDomain, cluster *statev1.Cluster, members []*stat
 		changed: make(chan struct{}, 1),
 		view:    &View{Cluster: cluster, Members: sorted(members, (*statev1.Member).GetId), Bundles: map[string][]byte{}},
 		places:  map[place]Instance{},
+
+		distrust: map[string]*statev1.Distrust{},
 	}
 }
 
@@ -100,6 +109,8 @@ func (s *Store) policy(chunk *ententev1.Policy) error {
 			entries: map[string]*statev1.Entry{},
 			objects: map[string]*statev1.Object{},
 			bundles: map[string][]byte{},
+
+			distrust: map[string]*statev1.Distrust{},
 		}
 	}
 	if err := s.update.add(chunk); err != nil {
@@ -139,6 +150,16 @@ func (u *update) add(chunk *ententev1.Policy) error {
 	for _, td := range chunk.GetDeletedBundles() {
 		u.bundles[td] = nil
 	}
+	for _, d := range chunk.GetDistrust() {
+		u.distrust[d.GetId()] = d
+	}
+	for _, id := range chunk.GetDeletedDistrust() {
+		u.distrust[id] = nil
+	}
+	if chunk.GetTaintedChanged() {
+		u.tainted, u.newTainted = chunk.GetTainted(), true
+		u.within = time.Duration(chunk.GetReissueWithinMs()) * time.Millisecond
+	}
 	if chunk.GetMembersChanged() {
 		if !u.newMembers {
 			u.members = nil
@@ -153,7 +174,8 @@ func (u *update) add(chunk *ententev1.Policy) error {
 
 // empty: it only moves the revision.
 func (u *update) empty() bool {
-	return !u.full && !u.newMembers && u.cluster == nil && len(u.entries) == 0 && len(u.objects) == 0 && len(u.bundles) == 0
+	return !u.full && !u.newMembers && !u.newTainted && u.cluster == nil &&
+		len(u.entries) == 0 && len(u.objects) == 0 && len(u.bundles) == 0 && len(u.distrust) == 0
 }
 
 // apply replaces the picture. A revision never goes back: what a lagging replica
@@ -191,6 +213,21 @@ func (s *Store) apply(u *update, revision uint64) error {
 		Members:   old.Members,
 		Bundles:   old.Bundles,
 		Instances: old.Instances,
+
+		Distrust:      old.Distrust,
+		Tainted:       old.Tainted,
+		ReissueWithin: old.ReissueWithin,
+		Urgent:        old.Urgent,
+	}
+	if u.full {
+		clear(s.distrust)
+	}
+	if u.full || len(u.distrust) > 0 {
+		s.distrustAlso(u.distrust)
+		view.Distrust = ca.NewDistrusted(slices.Collect(maps.Values(s.distrust)))
+	}
+	if u.full || u.newTainted {
+		view.Tainted, view.ReissueWithin = u.tainted, u.within
 	}
 	if u.cluster != nil {
 		view.Cluster = u.cluster
@@ -208,6 +245,31 @@ func (s *Store) apply(u *update, revision uint64) error {
 	}
 	s.publish(view)
 	return nil
+}
+
+// distrustAlso takes items over; nil takes one away.
+func (s *Store) distrustAlso(items map[string]*statev1.Distrust) {
+	maps.Copy(s.distrust, items)
+	maps.DeleteFunc(s.distrust, func(_ string, d *statev1.Distrust) bool { return d == nil })
+}
+
+// urgent takes what is sent ahead of the policy lane, which will repeat it. Before the
+// first full state there is nothing yet that it could be said of.
+func (s *Store) urgent(message *ententev1.Urgent) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.view.Revision == 0 {
+		return
+	}
+	for _, d := range message.GetDistrust() {
+		s.distrust[d.GetId()] = d
+	}
+	view := *s.view
+	view.Urgent++
+	view.Distrust = ca.NewDistrusted(slices.Collect(maps.Values(s.distrust)))
+	view.Tainted = message.GetTainted()
+	view.ReissueWithin = time.Duration(message.GetReissueWithinMs()) * time.Millisecond
+	s.publish(&view)
 }
 
 // check refuses an update that a CA of this domain cannot send.

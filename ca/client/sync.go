@@ -6,10 +6,14 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"slices"
+	"strings"
 	"sync"
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
 )
@@ -43,8 +47,9 @@ type session struct {
 	stream   grpc.BidiStreamingClient[ententev1.SyncRequest, ententev1.SyncResponse]
 	cancel   context.CancelFunc
 	received chan received
-	useful   bool // something has arrived
-	beats    bool // heartbeats have arrived: silence means something
+	useful   bool     // something has arrived
+	beats    bool     // heartbeats have arrived: silence means something
+	said     []string // what the last Ack said of SVIDs
 }
 
 type received struct {
@@ -252,6 +257,14 @@ func (s *syncer) run(ctx context.Context) error {
 				}
 			}
 
+		case <-s.newSVID:
+			if s.now != nil && s.svidIsNewer() {
+				s.open(ctx)
+				s.scheduleRenewal(renew)
+			} else if s.now == nil {
+				retry.Reset(0)
+			}
+
 		case <-renew.C:
 			if s.now != nil && s.svidIsNewer() {
 				s.open(ctx)
@@ -341,6 +354,12 @@ func (s *syncer) greet(session *session) error {
 	return nil
 }
 
+// stillNode says why the other end of a session is no CA node of this domain any more:
+// what a node that was removed says must not be heard.
+func (s *syncer) stillNode(session *session) error {
+	return s.acceptsNode(session.conn.state)
+}
+
 func (s *syncer) sendReport(session *session, instances []Instance) error {
 	report := &ententev1.InstanceReport{}
 	for _, i := range instances {
@@ -350,7 +369,9 @@ func (s *syncer) sendReport(session *session, instances []Instance) error {
 }
 
 func (s *syncer) sendAck(session *session) error {
-	ack := &ententev1.Ack{Revision: s.acked.Load()}
+	under, known := s.held()
+	ack := &ententev1.Ack{Revision: s.acked.Load(), Authorities: under, AuthoritiesKnown: known}
+	session.said = under
 	return session.stream.Send(&ententev1.SyncRequest{Message: &ententev1.SyncRequest_Ack{Ack: ack}})
 }
 
@@ -361,11 +382,17 @@ func (s *syncer) take(message *ententev1.SyncResponse) (heartbeat bool, err erro
 		err = s.store.policy(m.Policy)
 		if err == nil && m.Policy.GetLast() {
 			s.full = false
+			err = s.stillNode(s.now)
 		}
+	case *ententev1.SyncResponse_Urgent:
+		s.store.urgent(m.Urgent)
 	case *ententev1.SyncResponse_Presence:
 		s.store.presence(m.Presence)
 	case *ententev1.SyncResponse_Heartbeat:
 		heartbeat = true
+		if under, _ := s.held(); s.acked.Load() > 0 && !slices.Equal(under, s.now.said) {
+			err = s.sendAck(s.now)
+		}
 	}
 	return heartbeat, err
 }
@@ -373,6 +400,7 @@ func (s *syncer) take(message *ententev1.SyncResponse) (heartbeat bool, err erro
 // settled is called with the first message of a session.
 func (s *syncer) settled() {
 	s.attempts = 0
+	s.refused.Store(false)
 	s.outcome(s.now.conn.address, true)
 	if s.said || s.connects == 1 {
 		s.log.Info("connected to the CA", "node", s.now.conn.address)
@@ -390,12 +418,25 @@ func (s *syncer) note(session *session, err error) {
 
 // say logs that there is no session, once.
 func (s *syncer) say(err error) {
+	s.refused.Store(isRefusal(err))
 	if s.said {
 		s.log.Debug("no connection to the CA", "error", err)
 		return
 	}
 	s.said = true
 	s.log.Warn("no connection to the CA: everything keeps its last state until there is one", slog.Any("error", err))
+}
+
+// isRefusal tells a node that answered and would not have this client from one that
+// could not be reached. In TLS 1.3 a client learns only after its handshake that its
+// certificate was refused, as an alert.
+func isRefusal(err error) bool {
+	switch status.Code(errors.Unwrap(err)) {
+	case codes.PermissionDenied, codes.Unauthenticated:
+		return true
+	}
+	text := err.Error()
+	return strings.Contains(text, "remote error: tls:") || strings.Contains(text, codes.Unauthenticated.String()) || strings.Contains(text, codes.PermissionDenied.String())
 }
 
 func (s *syncer) backoff() time.Duration {

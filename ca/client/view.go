@@ -1,8 +1,11 @@
 package client
 
 import (
+	"time"
+
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
+	"github.com/entente-mesh/entente/ca"
 )
 
 // View is the picture of the trust domain that the CA gives this subscriber. It
@@ -20,6 +23,16 @@ type View struct {
 	// Bundles holds SPIFFE bundles (JSON) by trust domain name: the own domain's
 	// always, a foreign one only if an entry of this subscriber federates with it.
 	Bundles map[string][]byte
+	// Distrust knows SVIDs of the own domain that are not to be accepted although they
+	// are valid.
+	Distrust *ca.Distrusted
+	// Tainted are ids of authorities: SVIDs under them are to be issued anew, spread over
+	// ReissueWithin.
+	Tainted       []string
+	ReissueWithin time.Duration
+	// Urgent counts what has come ahead of its revision: with another number Distrust or
+	// Tainted may differ although Changed is the same.
+	Urgent uint64
 	// Instances are all known places that serve, by service and agent.
 	Instances []Instance
 }

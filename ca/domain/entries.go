@@ -12,7 +12,9 @@ import (
 
 const maxEntryChanges = 1000
 
-func declared(id string) bool { return strings.HasPrefix(id, ca.DeclaredPrefix) }
+// Declared tells whether an entry with that id is declared by itself, and does not follow
+// from an object of the catalogue.
+func Declared(id string) bool { return strings.HasPrefix(id, ca.DeclaredPrefix) }
 
 // changeEntries changes entries that are declared by themselves, all or none.
 func (a *application) changeEntries(c *statev1.ChangeEntries) *Refusal {

@@ -129,7 +129,7 @@ func (a *application) identitiesTaken(change *catalogueChange) *Refusal {
 	taken := ""
 	for _, e := range a.entries.rows {
 		// The first by name, so that every replica says the same.
-		if _, ok := paths[e.GetPath()]; ok && declared(e.GetId()) && (taken == "" || e.GetId() < taken) {
+		if _, ok := paths[e.GetPath()]; ok && Declared(e.GetId()) && (taken == "" || e.GetId() < taken) {
 			taken = e.GetId()
 		}
 	}

@@ -172,19 +172,19 @@ type Session struct {
 
 	// Policy lane.
 	full    bool
-	resumed bool                // the next delta is the first after a resume
-	cursor  uint64              // number of the next change to look at
-	at      uint64              // revision that the subscriber would be at if it holds all it was sent
-	sent    uint64              // revision of the last update
-	acked   uint64              // revision of the last acknowledgement
-	tainted []string            // as it was told last
+	resumed bool     // the next delta is the first after a resume
+	cursor  uint64   // number of the next change to look at
+	at      uint64   // revision that the subscriber would be at if it holds all it was sent
+	sent    uint64   // revision of the last update
+	acked   uint64   // revision of the last acknowledgement
+	tainted []string // as it was told last
 
 	// under are the authority key ids of the SVIDs that the subscriber has; nil: it did
 	// not say.
 	under map[string]struct{}
 
 	// Urgent items, sent ahead of the policy lane.
-	ahead uint64 // number of the next change to look at for them
+	ahead   uint64              // number of the next change to look at for them
 	foreign map[string]struct{} // trust domains whose bundles it was sent
 
 	// Presence lane.

@@ -5,6 +5,7 @@ import (
 	"crypto"
 	"crypto/rand"
 	"crypto/x509"
+	"errors"
 	"fmt"
 	"strings"
 	"time"
@@ -107,15 +108,12 @@ func (n *Node) stepAuthorities(ctx context.Context) error {
 	}
 	switch {
 	case own.prepared == nil:
-		return n.prepareAuthority(ctx, own)
+		_, err := n.prepareAuthority(ctx, own)
+		return err
 	case own.prepared.GetReady() && n.mayActivate(own):
-		outcome, err := n.Propose(ctx, &statev1.Command{
-			Actor: n.cfg.Name,
-			Body:  &statev1.Command_ActivateAuthority{ActivateAuthority: &statev1.ActivateAuthority{Id: own.prepared.GetId()}},
+		err := n.agreeSelf(ctx, &statev1.Command{
+			Body: &statev1.Command_ActivateAuthority{ActivateAuthority: &statev1.ActivateAuthority{Id: own.prepared.GetId()}},
 		})
-		if err == nil && outcome.Refused != nil {
-			err = outcome.Refused
-		}
 		if err != nil {
 			return fmt.Errorf("activate authority %.12s: %w", own.prepared.GetId(), err)
 		}
@@ -152,27 +150,54 @@ func (n *Node) mayActivate(own ownAuthorities) bool {
 	return now.Sub(made) >= own.phase
 }
 
-func (n *Node) prepareAuthority(ctx context.Context, own ownAuthorities) error {
+// agreeSelf has something agreed that this node decided by itself, and records it.
+func (n *Node) agreeSelf(ctx context.Context, command *statev1.Command) error {
+	command.Actor = "CA node " + n.cfg.Name
+	outcome, err := n.Propose(ctx, command)
+	if err != nil {
+		return err // nothing is known to have happened; it will be tried again
+	}
+	n.audit.Command(command, outcome, nil)
+	if outcome.Refused != nil {
+		return outcome.Refused
+	}
+	return nil
+}
+
+// prepareNow prepares an authority because an operator wants one.
+func (n *Node) prepareNow(ctx context.Context) (id string, err error) {
+	own := n.ownAuthorities()
+	switch {
+	case !own.member.GetSigning():
+		return "", errors.New("this CA node does not sign")
+	case own.prepared != nil:
+		return own.prepared.GetId(), nil
+	}
+	return n.prepareAuthority(ctx, own)
+}
+
+func (n *Node) prepareAuthority(ctx context.Context, own ownAuthorities) (id string, err error) {
+	n.preparing.Lock() // the schedule and an operator want one at the same time
+	defer n.preparing.Unlock()
+	if now := n.ownAuthorities(); now.prepared != nil {
+		return now.prepared.GetId(), nil
+	}
 	key, err := n.freshKey(own)
 	if err != nil {
-		return err
+		return "", err
 	}
 	authority, err := n.makeAuthority(key, own.phase)
 	if err != nil {
-		return err
+		return "", err
 	}
-	outcome, err := n.Propose(ctx, &statev1.Command{
-		Actor: n.cfg.Name,
-		Body:  &statev1.Command_PrepareAuthority{PrepareAuthority: &statev1.PrepareAuthority{Authority: authority}},
+	err = n.agreeSelf(ctx, &statev1.Command{
+		Body: &statev1.Command_PrepareAuthority{PrepareAuthority: &statev1.PrepareAuthority{Authority: authority}},
 	})
-	if err == nil && outcome.Refused != nil {
-		err = outcome.Refused
-	}
 	if err != nil {
-		return fmt.Errorf("prepare authority %.12s: %w", authority.GetId(), err)
+		return "", fmt.Errorf("prepare authority %.12s: %w", authority.GetId(), err)
 	}
 	n.log.Info("authority is in the bundle", "authority", authority.GetId())
-	return nil
+	return authority.GetId(), nil
 }
 
 // freshKey returns a key that was made for an authority and never became one, or a new

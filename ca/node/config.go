@@ -38,6 +38,7 @@ type Config struct {
 	// Lifetimes are the domain's. They are read by init only.
 	Lifetimes Lifetimes `yaml:"lifetimes"`
 	Timing    Timing    `yaml:"timing"`
+	Audit     Audit     `yaml:"audit"`
 	Log       Log       `yaml:"log"`
 }
 
@@ -92,6 +93,13 @@ type Timing struct {
 	Heartbeat time.Duration `yaml:"heartbeat"`
 }
 
+// Audit is where each administrative act and each SVID is recorded, a line of JSON each.
+type Audit struct {
+	// File is appended to; after it was moved away, SIGHUP begins a new one. Default:
+	// DataDir/audit.log. "stderr" writes to standard error, "off" records nothing.
+	File string `yaml:"file"`
+}
+
 // Log is how the node logs.
 type Log struct {
 	Format string `yaml:"format,oneof=text|json"`
@@ -121,6 +129,9 @@ func (c *Config) Complete() error {
 	}
 	if c.Socket == "" {
 		c.Socket = filepath.Join(c.DataDir, "admin.sock")
+	}
+	if c.Audit.File == "" {
+		c.Audit.File = filepath.Join(c.DataDir, "audit.log")
 	}
 	var errs yamlfile.Errors
 	check := func(at yamlfile.Pos, what string, err error) {

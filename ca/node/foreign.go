@@ -157,12 +157,16 @@ func (n *Node) storeForeign(ctx context.Context, record *statev1.ForeignBundle) 
 	}
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-	outcome, err := n.replica.Load().Propose(ctx, &statev1.Command{
-		Actor: n.cfg.Name,
+	command := &statev1.Command{
+		Actor: "CA node " + n.cfg.Name,
 		Body: &statev1.Command_StoreForeignBundle{StoreForeignBundle: &statev1.StoreForeignBundle{
 			TrustDomain: record.GetTrustDomain(), Jwks: record.GetJwks(), Sequence: record.GetSequence(),
 		}},
-	})
+	}
+	outcome, err := n.replica.Load().Propose(ctx, command)
+	if err == nil {
+		n.audit.Command(command, outcome, nil)
+	}
 	if err == nil && outcome.Refused != nil {
 		err = outcome.Refused
 	}

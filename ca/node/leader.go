@@ -259,6 +259,7 @@ func (n *Node) keepGate(ctx context.Context) {
 type gateView struct {
 	members []*statev1.Member
 	pending []*statev1.Authority          // PREPARED and not ready
+	tainted []*statev1.Authority          // TAINTED and not drained
 	active  map[string]*statev1.Authority // by member
 	peers   []string                      // trust domains
 	hint    time.Duration
@@ -272,11 +273,13 @@ func (n *Node) gateView() (v gateView) {
 			switch {
 			case a.GetPhase() == statev1.AuthorityPhase_AUTHORITY_PHASE_PREPARED && !a.GetReady():
 				v.pending = append(v.pending, a)
+			case a.GetPhase() == statev1.AuthorityPhase_AUTHORITY_PHASE_TAINTED && !a.GetDrained():
+				v.tainted = append(v.tainted, a)
 			case ca.Signs(a.GetPhase()) && a.GetUse() == statev1.KeyUse_KEY_USE_X509:
 				v.active[a.GetMemberId()] = a
 			}
 		}
-		if len(v.pending) == 0 {
+		if len(v.pending)+len(v.tainted) == 0 {
 			return
 		}
 		v.members, v.peers = st.Members(), st.Peers()
@@ -300,24 +303,103 @@ func (n *Node) stepGate(ctx context.Context, said map[string]string) {
 		if len(waiting) > 0 {
 			n.log.Error("an authority is used although not everybody holds it: the one before ends", "authority", a.GetId(), "left_behind", waiting)
 		}
-		ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
-		outcome, err := n.replica.Load().Propose(ctx, &statev1.Command{
-			Actor: n.cfg.Name,
-			Body: &statev1.Command_AuthorityReady{AuthorityReady: &statev1.AuthorityReady{
-				Id: a.GetId(), Assumed: append(assumed, waiting...),
-			}},
-		})
-		cancel()
-		switch {
-		case err != nil:
-			n.log.Debug("an authority could not be marked ready; trying again", "authority", a.GetId(), "error", err)
-		case outcome.Refused != nil:
-			n.log.Warn("an authority could not be marked ready", "authority", a.GetId(), "error", outcome.Refused)
-		default:
+		assumed = append(assumed, waiting...)
+		if n.mark(ctx, a, &statev1.Command{Body: &statev1.Command_AuthorityReady{AuthorityReady: &statev1.AuthorityReady{Id: a.GetId(), Assumed: assumed}}}) {
 			delete(said, a.GetId())
 			n.log.Info("everybody holds the authority", "authority", a.GetId(), "assumed", assumed)
 		}
 	}
+	for _, a := range v.tainted {
+		holding, silent := n.holding(v, a, now)
+		// Whoever does not say it has an SVID under it no longer, for those have ended.
+		over := n.gate.since("tainted "+a.GetId(), now) > v.longest
+		if len(holding)+len(silent) > 0 && !over {
+			continue
+		}
+		assumed := append(holding, silent...)
+		if n.mark(ctx, a, &statev1.Command{Body: &statev1.Command_AuthorityDrained{AuthorityDrained: &statev1.AuthorityDrained{Id: a.GetId(), Assumed: assumed}}}) {
+			n.log.Info("nobody has an SVID under the tainted authority any more: it can be revoked", "authority", a.GetId(), "assumed", assumed)
+		}
+	}
+}
+
+// mark has the outcome of a gate agreed.
+func (n *Node) mark(ctx context.Context, a *statev1.Authority, command *statev1.Command) bool {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	command.Actor = "CA node " + n.cfg.Name
+	outcome, err := n.replica.Load().Propose(ctx, command)
+	switch {
+	case err != nil:
+		n.log.Debug("what is known of an authority could not be agreed; trying again", "authority", a.GetId(), "error", err)
+		return false
+	case outcome.Refused != nil:
+		n.log.Warn("what is known of an authority was refused", "authority", a.GetId(), "error", outcome.Refused)
+	}
+	n.audit.Command(command, outcome, nil)
+	return outcome.Refused == nil
+}
+
+// holding says who has SVIDs under a TAINTED authority, and which members cannot tell.
+// A member's word counts only when it has applied the taint: from then on its own
+// authority signs no more, and its subscribers are asked.
+func (n *Node) holding(v gateView, a *statev1.Authority, now time.Time) (holding, silent []string) {
+	own := n.report()
+	for _, m := range v.members {
+		report := own
+		if m.GetId() != n.own.id {
+			r, ok := n.gate.last(m.GetId(), now)
+			if !ok {
+				silent = append(silent, "CA node "+m.GetName()+" does not report")
+				continue
+			}
+			report = r.Report
+		}
+		switch {
+		case !report.Settled:
+			silent = append(silent, "CA node "+m.GetName()+" started a moment ago")
+		case report.Applied < a.GetRevision():
+			silent = append(silent, "CA node "+m.GetName()+" lags behind")
+		default:
+			holding = append(holding, report.Held[a.GetId()]...)
+		}
+	}
+	slices.Sort(holding)
+	return slices.Compact(holding), silent
+}
+
+// localGate says who stands between each authority and its next phase. Only the leader
+// hears everybody.
+func (n *Node) localGate() (map[string]server.Gate, error) {
+	if !n.IsLeader() {
+		return nil, server.ErrNotLeader
+	}
+	v, now := n.gateView(), time.Now()
+	gates := make(map[string]server.Gate)
+	for _, a := range v.pending {
+		waiting, assumed := n.waitingFor(v, a, now)
+		gates[a.GetId()] = server.Gate{WaitingFor: waiting, Assumed: assumed}
+	}
+	for _, a := range v.tainted {
+		holding, silent := n.holding(v, a, now)
+		gates[a.GetId()] = server.Gate{WaitingFor: append(holding, silent...)}
+	}
+	return gates, nil
+}
+
+// askGate asks the leader, wherever it is.
+func (n *Node) askGate(ctx context.Context) (map[string]server.Gate, error) {
+	gates, err := n.localGate()
+	if err == nil {
+		return gates, nil
+	}
+	leader := n.leader()
+	if leader == nil {
+		return nil, errors.New("no CA node leads now: nobody knows who has acknowledged what")
+	}
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	return n.peers.Gate(ctx, leader)
 }
 
 // waitingFor says who may not hold an authority yet. A member that does not report

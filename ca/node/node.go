@@ -12,6 +12,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"os"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -59,11 +60,14 @@ type Node struct {
 	foreign  foreignStatus
 	leaves   leaves
 	registry *prometheus.Registry
+	audit    *server.Audit
+	auditLog *daemon.LogFile // nil: not to a file
 
 	started   time.Time
 	hadAgents bool // the state knew agents when this process started
 	applied   broadcast
 	recheck   chan struct{}
+	preparing sync.Mutex // one authority at a time
 }
 
 // settleTime is how long the subscribers of a node that restarted are given to come
@@ -101,7 +105,12 @@ func New(cfg *Config, log *slog.Logger, listeners Listeners) (_ *Node, err error
 		recheck:   make(chan struct{}, 1),
 	}
 	n.bundles = server.NewBundles(n.td)
-	n.signer = signer.New(signer.Config{Active: n.activeAuthority, Clock: n.clock.read})
+	if err := n.openAudit(); err != nil {
+		return nil, err
+	}
+	n.signer = signer.New(signer.Config{Active: n.activeAuthority, Clock: n.clock.read, Signed: func(i signer.Issued) {
+		n.audit.Issued(i, n.feed.Revision())
+	}})
 	if err := n.loadAuthorityKeys(); err != nil {
 		return nil, err
 	}
@@ -119,6 +128,10 @@ func New(cfg *Config, log *slog.Logger, listeners Listeners) (_ *Node, err error
 		Certificate: n.certificate,
 		Info:        n.info,
 		Reported:    n.gate.reported,
+		Gate:        n.askGate,
+		LocalGate:   n.localGate,
+		Prepare:     n.prepareNow,
+		Audit:       n.audit,
 		Log:         n.log,
 		Registerer:  n.registry,
 	})
@@ -185,6 +198,9 @@ func (n *Node) Close() error {
 			errs = append(errs, c.Close())
 		}
 	}
+	if n.auditLog != nil {
+		errs = append(errs, n.auditLog.Close())
+	}
 	if r := n.replica.Load(); r != nil {
 		errs = append(errs, r.Close())
 	}
@@ -219,6 +235,9 @@ func (n *Node) Run(ctx context.Context) error {
 	group.Go("presence", n.runPresence)
 	group.Go("reports", n.runReports)
 	group.Go("rechecks", n.runRechecks)
+	if n.auditLog != nil {
+		group.Go("audit log", func(ctx context.Context) error { return n.auditLog.Run(ctx, n.log) })
+	}
 	group.Go("replica", func(ctx context.Context) error {
 		select {
 		case err := <-ended:
@@ -239,6 +258,9 @@ func (n *Node) Run(ctx context.Context) error {
 	}
 	if err == nil {
 		err = closeErr
+	}
+	if n.auditLog != nil {
+		n.auditLog.Close()
 	}
 	n.log.Info("CA node stopped")
 	return err
@@ -326,12 +348,20 @@ func (n *Node) updateBundle(r *replica.Replica) {
 	}
 }
 
+// beforeCut is how long a change is given to reach those whose connections it ends.
+const beforeCut = 100 * time.Millisecond
+
 func (n *Node) runRechecks(ctx context.Context) error {
 	expire := time.NewTicker(5 * time.Second)
 	defer expire.Stop()
 	for {
 		select {
 		case <-n.recheck:
+			// What is cut here learns first why, if it reads: it comes back with a new SVID,
+			// and need not find out that the old one is void.
+			if err := sleep(ctx, beforeCut); err != nil {
+				return err
+			}
 			n.server.Recheck()
 			// Changes in a row are looked at together; I4 allows a second.
 			if err := sleep(ctx, 50*time.Millisecond); err != nil {
@@ -378,6 +408,24 @@ func (n *Node) activeAuthority() (active *statev1.Authority) {
 	}
 	r.Read(func(st *domain.State) { active, _ = st.Active(n.own.id, statev1.KeyUse_KEY_USE_X509) })
 	return active
+}
+
+// openAudit opens the audit log.
+func (n *Node) openAudit() error {
+	switch n.cfg.Audit.File {
+	case "off":
+		return nil
+	case "stderr":
+		n.audit = server.NewAudit(os.Stderr, n.cfg.Name, n.log, n.registry)
+		return nil
+	}
+	file, err := daemon.OpenLogFile(n.cfg.Audit.File, 0o600)
+	if err != nil {
+		return fmt.Errorf("audit log: %w", err)
+	}
+	n.auditLog = file
+	n.audit = server.NewAudit(file, n.cfg.Name, n.log, n.registry)
+	return nil
 }
 
 // status is how far this replica's subscribers are.

@@ -2,6 +2,7 @@ package node
 
 import (
 	"context"
+	"maps"
 	"math/rand/v2"
 	"slices"
 	"sync"
@@ -69,11 +70,28 @@ func (n *Node) report() server.Report {
 		WaitingFor:   status.WaitingFor,
 		Clock:        time.Now(),
 		Settled:      n.settled(),
+		Held:         n.held(),
 	}
 }
 
+// held is who at this node has SVIDs under TAINTED authorities: its subscribers, and
+// the node itself.
+func (n *Node) held() map[string][]string {
+	var tainted []string
+	n.Read(func(st *domain.State) { tainted = st.Tainted() })
+	if len(tainted) == 0 {
+		return nil
+	}
+	held := n.feed.Held(tainted)
+	if own := n.svids.authority(); slices.Contains(tainted, own) {
+		held[own] = append(held[own], "CA node "+n.cfg.Name)
+	}
+	return held
+}
+
 func same(a, b server.Report) bool {
-	return a.BootID == b.BootID && a.Acknowledged == b.Acknowledged && a.Settled == b.Settled && slices.Equal(a.WaitingFor, b.WaitingFor)
+	return a.BootID == b.BootID && a.Acknowledged == b.Acknowledged && a.Settled == b.Settled && slices.Equal(a.WaitingFor, b.WaitingFor) &&
+		maps.EqualFunc(a.Held, b.Held, slices.Equal) && (a.Held == nil && b.Held == nil || a.Applied == b.Applied) // the leader waits for who has heard of a taint
 }
 
 // runPresence hears every other member's word on its sessions.

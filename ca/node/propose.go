@@ -16,11 +16,50 @@ import (
 type leaderProposer struct{ n *Node }
 
 func (l leaderProposer) Propose(ctx context.Context, command *statev1.Command) (domain.Outcome, error) {
+	if remove := command.GetRemoveMember(); remove != nil && l.n.IsLeader() {
+		refusal, err := l.n.mayRemove(ctx, remove.GetId())
+		if refusal != nil || err != nil {
+			return domain.Outcome{Refused: refusal}, err
+		}
+	}
 	outcome, err := l.n.replica.Load().Propose(ctx, command)
 	if notProposed(err) {
 		return outcome, server.ErrNotLeader
 	}
 	return outcome, err
+}
+
+// contactFresh is how long a voter's last answer counts as one.
+const contactFresh = 2 * time.Second
+
+// mayRemove keeps the cluster from losing its quorum by a removal: most of the voters
+// that are left must answer now. A leader hands over before it goes.
+func (n *Node) mayRemove(ctx context.Context, id string) (*domain.Refusal, error) {
+	left, answering, votes := 0, 0, false
+	for _, s := range n.replica.Load().Servers() {
+		switch {
+		case s.ID == id:
+			votes = s.Voter
+		case s.Voter:
+			left++
+			if s.Self || time.Since(s.Contact) < contactFresh {
+				answering++
+			}
+		}
+	}
+	switch {
+	case !votes || left == 0: // the state refuses to lose its last voter
+		return nil, nil
+	case answering < left/2+1:
+		return &domain.Refusal{Code: domain.CodeLastVoter, Detail: fmt.Sprintf(
+			"of the %d voters that would be left %d answer now: nothing could be agreed any more; bring one back first, or admit another", left, answering)}, nil
+	case id == n.own.id:
+		if err := n.replica.Load().TransferLeadership(ctx); err != nil {
+			return nil, fmt.Errorf("this CA node leads and cannot hand over before it is removed: %w", err)
+		}
+		return nil, server.ErrNotLeader // the next one decides
+	}
+	return nil, nil
 }
 
 func notProposed(err error) bool {

@@ -59,6 +59,13 @@ func (s *svids) GetX509SVID() (*x509svid.SVID, error) {
 	return s.endpoint, nil
 }
 
+// authority is the one that they are signed under; empty while there are none.
+func (s *svids) authority() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.signedBy
+}
+
 // run keeps them valid until ctx ends.
 func (s *svids) run(ctx context.Context) error {
 	failed := ""

@@ -111,7 +111,7 @@ func (d adminDoor) CreateToken(ctx context.Context, req *ententev1.CreateTokenRe
 		return nil, status.Error(codes.Internal, err.Error())
 	}
 	_, err = s.agree(ctx, &statev1.Command{
-		Actor: "operator",
+		Actor: callerFrom(ctx).who(),
 		Body:  &statev1.Command_CreateToken{CreateToken: &statev1.CreateToken{Token: record}},
 	})
 	if err != nil {
@@ -151,7 +151,7 @@ func (d adminDoor) Apply(ctx context.Context, req *ententev1.ApplyRequest) (*ent
 	}
 	outcome, err := s.agree(ctx, &statev1.Command{
 		IfRevision: plan.catalogue,
-		Actor:      "operator",
+		Actor:      callerFrom(ctx).who(),
 		Body:       &statev1.Command_ApplyObjects{ApplyObjects: plan.command},
 	})
 	if err != nil {
