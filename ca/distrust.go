@@ -7,6 +7,8 @@ import (
 	"strings"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 )
 
@@ -37,6 +39,7 @@ func SignedUnder(leaf *x509.Certificate) string { return hex.EncodeToString(leaf
 // Distrusted answers whether an SVID must not be accepted although it is valid. It is
 // immutable; nil distrusts nothing.
 type Distrusted struct {
+	domain      string
 	authorities map[string]struct{} // ids
 	issued      map[issued]generations
 	pairs       bool // some item names both an agent and an entry
@@ -46,13 +49,14 @@ type issued struct{ agent, entry string } // one of the two may be empty: any
 
 type generations struct{ agent, entry uint64 }
 
-// NewDistrusted takes the items of a trust domain's state. One that names nothing is
-// passed over: it would name everything.
-func NewDistrusted(items []*statev1.Distrust) *Distrusted {
+// NewDistrusted takes the items of a trust domain's state. They speak of SVIDs of that
+// domain only: another one may have agents and entries of the same names. An item that
+// names nothing is passed over: it would name everything.
+func NewDistrusted(td spiffeid.TrustDomain, items []*statev1.Distrust) *Distrusted {
 	if len(items) == 0 {
 		return nil
 	}
-	d := &Distrusted{authorities: map[string]struct{}{}, issued: map[issued]generations{}}
+	d := &Distrusted{domain: td.Name(), authorities: map[string]struct{}{}, issued: map[issued]generations{}}
 	for _, item := range items {
 		switch {
 		case item.GetAgent() != "" || item.GetEntry() != "":
@@ -67,10 +71,10 @@ func NewDistrusted(items []*statev1.Distrust) *Distrusted {
 }
 
 // Check says why the SVID with that verified path, leaf first and authority last, is
-// distrusted; nil if it is not. An origin that does not decode is no reason: other
-// domains' SVIDs need not have ours.
+// distrusted; nil if it is not. An SVID without an origin can only be named by its
+// authority.
 func (d *Distrusted) Check(path []*x509.Certificate) error {
-	if d == nil || len(path) == 0 {
+	if d == nil || len(path) == 0 || len(path[0].URIs) != 1 || path[0].URIs[0].Host != d.domain {
 		return nil
 	}
 	if len(d.authorities) > 0 {

@@ -226,6 +226,8 @@ func (g *Gateway) sync(ctx context.Context, as spiffeid.ID) error {
 			}
 			tables, revision = compiled, v.Revision
 		}
+		distrusted := v.Distrust.Check
+		g.identities.distrust.Store(&distrusted) // SetView looks at every connection again
 		endpoints := make([]catalog.Endpoint, len(v.Instances))
 		for i, instance := range v.Instances {
 			endpoints[i] = catalog.Endpoint(instance)

@@ -2,10 +2,12 @@ package gateway
 
 import (
 	"context"
+	"crypto/x509"
 	"fmt"
 	"log/slog"
 	"strings"
 	"sync"
+	"sync/atomic"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -18,6 +20,8 @@ import (
 type identities struct {
 	log     *slog.Logger
 	changed func() // called after each update
+
+	distrust atomic.Pointer[func([]*x509.Certificate) error] // nil: nothing
 
 	mu      sync.RWMutex
 	svids   map[spiffeid.ID]*x509svid.SVID
@@ -92,6 +96,15 @@ func (i *identities) GetX509BundleForTrustDomain(td spiffeid.TrustDomain) (*x509
 	i.mu.RLock()
 	defer i.mu.RUnlock()
 	return i.bundles.GetX509BundleForTrustDomain(td)
+}
+
+// Distrusted makes identities a peer.Distruster. What the CA names is of the own
+// domain only.
+func (i *identities) Distrusted(path []*x509.Certificate) error {
+	if d := i.distrust.Load(); d != nil {
+		return (*d)(path)
+	}
+	return nil
 }
 
 // of is the source of one ID's SVID.

@@ -11,6 +11,7 @@ package meshagent
 import (
 	"context"
 	"crypto"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -172,6 +173,9 @@ func (a *Agent) change(f func(*State) *State) {
 		next.reissued = make(chan struct{})
 	}
 	a.state.Store(next)
+	if a.client != nil {
+		a.client.Hold(next.under())
+	}
 	close(old.changed)
 	if again {
 		close(old.reissued)
@@ -408,6 +412,12 @@ func (o ownBundle) GetX509BundleForTrustDomain(td spiffeid.TrustDomain) (*x509bu
 		return own, nil
 	}
 	return nil, fmt.Errorf("no bundle of trust domain %s is held here", td.Name())
+}
+
+// Distrusted makes it a peer.Distruster: the SVIDs of agents that were banned, of
+// entries that are gone and of authorities that were revoked count for nothing.
+func (o ownBundle) Distrusted(path []*x509.Certificate) error {
+	return o.agent.State().View.Distrust.Check(path)
 }
 
 // AttestTCP attests the process that owns the far end of a loopback connection

@@ -71,9 +71,10 @@ func (a *Agent) keepOwn(ctx context.Context, identified chan<- struct{}) error {
 		identified = nil
 	}
 	for {
-		if err := wait(ctx, time.Until(due)); err != nil {
+		if err := a.waitForOwn(ctx, due, failures == 0); err != nil {
 			return err
 		}
+		before := a.State().own
 		svid, err := a.renewOwn(ctx)
 		if ctx.Err() != nil {
 			return ctx.Err()
@@ -81,6 +82,9 @@ func (a *Agent) keepOwn(ctx context.Context, identified chan<- struct{}) error {
 		now = time.Now()
 		if err == nil {
 			due, failures = halfLife(svid, now), 0
+			if before != nil {
+				a.client.Renewed()
+			}
 			if identified != nil {
 				close(identified)
 				identified = nil
@@ -103,6 +107,52 @@ func (a *Agent) keepOwn(ctx context.Context, identified chan<- struct{}) error {
 	}
 }
 
+// lookRefused is how often the agent looks whether CA nodes will not have its SVID.
+const lookRefused = time.Second
+
+// waitForOwn waits until the agent's own SVID is to be renewed: when it is due, and,
+// with early, when its authority was tainted or CA nodes refuse it.
+func (a *Agent) waitForOwn(ctx context.Context, due time.Time, early bool) error {
+	timer := time.NewTimer(time.Until(due))
+	defer timer.Stop()
+	look := time.NewTicker(lookRefused)
+	defer look.Stop()
+	scheduled := false // for a taint
+	for {
+		state := a.State()
+		if early && !scheduled && state.tainted(state.own) {
+			scheduled = true
+			if pause := spread(state.View.ReissueWithin); pause < time.Until(due) {
+				timer.Reset(pause)
+			}
+		}
+		changed := state.Changed()
+		if !early || scheduled {
+			changed = nil
+		}
+		select {
+		case <-timer.C:
+			return nil
+		case <-changed:
+		case <-look.C:
+			if early && a.client.Refused() {
+				return nil
+			}
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// spread is a moment within d at random: all agents hear of a taint at once, and the CA
+// is not to be asked by all of them at once.
+func spread(d time.Duration) time.Duration {
+	if d <= 0 {
+		return 0
+	}
+	return rand.N(d)
+}
+
 func (a *Agent) neverAdmitted() bool {
 	a.diskMu.Lock()
 	defer a.diskMu.Unlock()
@@ -116,7 +166,7 @@ func (a *Agent) renewOwn(ctx context.Context) (*x509svid.SVID, error) {
 		return nil, err
 	}
 	own := a.State().own
-	if own != nil && time.Now().Before(own.Certificates[0].NotAfter) {
+	if own != nil && time.Now().Before(own.Certificates[0].NotAfter) && !a.client.Refused() {
 		result := a.signer.SignX509(ctx, []client.SignRequest{{CSR: csr}})[0]
 		if result.Err == nil {
 			return a.install(result.Certificates, nil)
@@ -150,6 +200,9 @@ func (a *Agent) attest(ctx context.Context, csr []byte) (*x509svid.SVID, error) 
 	return a.install(answer.Certificates, answer)
 }
 
+// errTainted: a CA node that lags, or lies. What is held is as good.
+var errTainted = errors.New("a CA node signed it under an authority that is tainted")
+
 // errOtherAgent: the join token was made for an agent of another name.
 var errOtherAgent = errors.New("the join token admits another agent")
 
@@ -175,6 +228,9 @@ func (a *Agent) install(certificates [][]byte, answer *client.Attestation) (*x50
 		}
 	}
 	svid, err := verifySVID(a.id, certificates, a.key, bundle, time.Now())
+	if err == nil && a.State().tainted(svid) {
+		err = errTainted
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -205,7 +261,8 @@ type slot struct {
 	revision uint64 // of the entry
 	due      time.Time
 	failures int
-	ends     time.Time // of the SVID that is held; zero: none
+	ends     time.Time      // of the SVID that is held; zero: none
+	tainted  *x509svid.SVID // the one whose renewal was scheduled for a taint
 }
 
 // keepEntries keeps an SVID for every entry of the host: with a new key each
@@ -227,6 +284,12 @@ func (a *Agent) keepEntries(ctx context.Context) error {
 			if s == nil || s.id != identity.ID || s.revision != entry.GetRevision() {
 				s = &slot{entryID: entry.GetId(), id: identity.ID, revision: entry.GetRevision(), due: now}
 				slots[entry.GetId()] = s
+			}
+			if s.tainted != identity.SVID && state.tainted(identity.SVID) {
+				s.tainted = identity.SVID
+				if due := now.Add(spread(state.View.ReissueWithin)); due.Before(s.due) {
+					s.due = due
+				}
 			}
 			if bundle != any(state.Bundle) && identity.SVID != nil {
 				if _, err := peer.Verify(identity.SVID.Certificates, state.Bundle, now); err != nil {
@@ -291,7 +354,8 @@ func (a *Agent) renew(ctx context.Context, slots []*slot) {
 	}
 
 	now := time.Now()
-	bundle := a.State().Bundle
+	state := a.State()
+	bundle := state.Bundle
 	signed := map[string]*x509svid.SVID{}
 	var failed []error
 	news := false
@@ -299,6 +363,9 @@ func (a *Agent) renew(ctx context.Context, slots []*slot) {
 		svid, err := (*x509svid.SVID)(nil), results[i].Err
 		if err == nil {
 			svid, err = verifySVID(s.id, results[i].Certificates, keys[i], bundle, now)
+		}
+		if err == nil && state.tainted(svid) {
+			err = errTainted
 		}
 		if err != nil {
 			s.failures++

@@ -98,7 +98,7 @@ func (s *State) Entries() []*statev1.Entry {
 // (of a bundle the one before stays), and a complaint says so. Nil: the picture is
 // the same but for its revision.
 func (s *State) withView(view *client.View, domain spiffeid.TrustDomain, agent string) (_ *State, complaints []error, _ error) {
-	known := s.Ready && view.Changed == s.View.Changed
+	known := s.Ready && view.Changed == s.View.Changed && view.Urgent == s.View.Urgent
 	if known && slices.Equal(view.Instances, s.View.Instances) {
 		return nil, nil, nil
 	}
@@ -188,6 +188,29 @@ func (s *State) withSVIDs(signed map[string]*x509svid.SVID) *State {
 		next.svids[identity.Entry.GetId()] = svid
 	}
 	return &next
+}
+
+// under are the authority key ids of all SVIDs that the agent and its workloads have,
+// sorted.
+func (s *State) under() []string {
+	set := map[string]struct{}{}
+	if s.own != nil {
+		set[ca.SignedUnder(s.own.Certificates[0])] = struct{}{}
+	}
+	for _, svid := range s.svids {
+		set[ca.SignedUnder(svid.Certificates[0])] = struct{}{}
+	}
+	return slices.Sorted(maps.Keys(set))
+}
+
+// tainted tells whether an SVID is to be issued anew, for what signed it is not trusted
+// for much longer.
+func (s *State) tainted(svid *x509svid.SVID) bool {
+	if svid == nil || len(s.View.Tainted) == 0 {
+		return false
+	}
+	under := ca.SignedUnder(svid.Certificates[0])
+	return slices.ContainsFunc(s.View.Tainted, func(id string) bool { return ca.AuthorityKeyID(id) == under })
 }
 
 func bundlesDiffer(a, b map[string][]byte) bool {

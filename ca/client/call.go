@@ -204,5 +204,14 @@ func plain(err error) error {
 	if !ok || s.Code() == codes.OK {
 		return err
 	}
-	return fmt.Errorf("%s (%s)", s.Message(), s.Code())
+	return answered{err, fmt.Sprintf("%s (%s)", s.Message(), s.Code())}
 }
+
+// answered is an error of gRPC in words for people.
+type answered struct {
+	error
+	text string
+}
+
+func (a answered) Error() string { return a.text }
+func (a answered) Unwrap() error { return a.error }

@@ -35,7 +35,8 @@ var (
 // messages. The chunks of an update take effect together, with the last one. Its
 // methods may be called concurrently.
 type Store struct {
-	domain  string
+	td      spiffeid.TrustDomain
+	domain  string        // its name
 	changed chan struct{} // holds one token when view is newer than the last Snapshot taken for it
 
 	mu       sync.Mutex
@@ -67,6 +68,7 @@ type update struct {
 
 func newStore(td spiffeid.TrustDomain, cluster *statev1.Cluster, members []*statev1.Member) *Store {
 	return &Store{
+		td:      td,
 		domain:  td.Name(),
 		changed: make(chan struct{}, 1),
 		view:    &View{Cluster: cluster, Members: sorted(members, (*statev1.Member).GetId), Bundles: map[string][]byte{}},
@@ -224,7 +226,7 @@ func (s *Store) apply(u *update, revision uint64) error {
 	}
 	if u.full || len(u.distrust) > 0 {
 		s.distrustAlso(u.distrust)
-		view.Distrust = ca.NewDistrusted(slices.Collect(maps.Values(s.distrust)))
+		view.Distrust = s.distrusted()
 	}
 	if u.full || u.newTainted {
 		view.Tainted, view.ReissueWithin = u.tainted, u.within
@@ -253,6 +255,10 @@ func (s *Store) distrustAlso(items map[string]*statev1.Distrust) {
 	maps.DeleteFunc(s.distrust, func(_ string, d *statev1.Distrust) bool { return d == nil })
 }
 
+func (s *Store) distrusted() *ca.Distrusted {
+	return ca.NewDistrusted(s.td, slices.Collect(maps.Values(s.distrust)))
+}
+
 // urgent takes what is sent ahead of the policy lane, which will repeat it. Before the
 // first full state there is nothing yet that it could be said of.
 func (s *Store) urgent(message *ententev1.Urgent) {
@@ -266,7 +272,7 @@ func (s *Store) urgent(message *ententev1.Urgent) {
 	}
 	view := *s.view
 	view.Urgent++
-	view.Distrust = ca.NewDistrusted(slices.Collect(maps.Values(s.distrust)))
+	view.Distrust = s.distrusted()
 	view.Tainted = message.GetTainted()
 	view.ReissueWithin = time.Duration(message.GetReissueWithinMs()) * time.Millisecond
 	s.publish(&view)

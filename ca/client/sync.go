@@ -431,12 +431,11 @@ func (s *syncer) say(err error) {
 // could not be reached. In TLS 1.3 a client learns only after its handshake that its
 // certificate was refused, as an alert.
 func isRefusal(err error) bool {
-	switch status.Code(errors.Unwrap(err)) {
+	switch status.Code(err) {
 	case codes.PermissionDenied, codes.Unauthenticated:
 		return true
 	}
-	text := err.Error()
-	return strings.Contains(text, "remote error: tls:") || strings.Contains(text, codes.Unauthenticated.String()) || strings.Contains(text, codes.PermissionDenied.String())
+	return strings.Contains(err.Error(), "remote error: tls:")
 }
 
 func (s *syncer) backoff() time.Duration {
