@@ -82,7 +82,7 @@ func (a *Agent) keepOwn(ctx context.Context, identified chan<- struct{}) error {
 		now = time.Now()
 		if err == nil {
 			due, failures = halfLife(svid, now), 0
-			if before != nil {
+			if before != nil && a.client != nil {
 				a.client.Renewed()
 			}
 			if identified != nil {
@@ -120,6 +120,9 @@ func (a *Agent) waitForOwn(ctx context.Context, due time.Time, early bool) error
 	scheduled := false // for a taint
 	for {
 		state := a.State()
+		if early && state.own != nil && a.void(state) {
+			return nil
+		}
 		if early && !scheduled && state.tainted(state.own) {
 			scheduled = true
 			if pause := spread(state.View.ReissueWithin); pause < time.Until(due) {
@@ -135,13 +138,26 @@ func (a *Agent) waitForOwn(ctx context.Context, due time.Time, early bool) error
 			return nil
 		case <-changed:
 		case <-look.C:
-			if early && a.client.Refused() {
+			if early && a.refused() {
 				return nil
 			}
 		case <-ctx.Done():
 			return ctx.Err()
 		}
 	}
+}
+
+// refused tells whether CA nodes will not have the agent's SVID.
+func (a *Agent) refused() bool { return a.client != nil && a.client.Refused() }
+
+// void tells whether nobody accepts the agent's own SVID any more: its authority is out
+// of the bundle, or it has ended.
+func (a *Agent) void(state *State) bool {
+	if state.own == nil || state.Bundle == nil {
+		return true
+	}
+	_, err := peer.Verify(state.own.Certificates, state.Bundle, time.Now())
+	return err != nil
 }
 
 // spread is a moment within d at random: all agents hear of a taint at once, and the CA
@@ -165,8 +181,7 @@ func (a *Agent) renewOwn(ctx context.Context) (*x509svid.SVID, error) {
 	if err != nil {
 		return nil, err
 	}
-	own := a.State().own
-	if own != nil && time.Now().Before(own.Certificates[0].NotAfter) && !a.client.Refused() {
+	if !a.void(a.State()) && !a.refused() {
 		result := a.signer.SignX509(ctx, []client.SignRequest{{CSR: csr}})[0]
 		if result.Err == nil {
 			return a.install(result.Certificates, nil)

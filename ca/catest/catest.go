@@ -168,6 +168,21 @@ func (c *CA) Stop() {
 	c.cancel = nil
 }
 
+// WaitEnd waits until the node has ended by itself, and returns why.
+func (c *CA) WaitEnd(within time.Duration) error {
+	c.t.Helper()
+	select {
+	case err := <-c.ended:
+		c.cancel()
+		c.conn.Close()
+		c.cancel = nil
+		return err
+	case <-time.After(within):
+		c.t.Fatalf("CA node %s still runs after %v", c.config.Name, within)
+		return nil
+	}
+}
+
 // Kill ends the node as SIGKILL would, as far as that is possible in one process: its
 // listeners and connections are gone at once, nothing is handed over.
 func (c *CA) Kill() {

@@ -42,7 +42,7 @@ func TestSetHash(t *testing.T) {
 func TestEveryFieldIsHashed(t *testing.T) {
 	for _, record := range []proto.Message{
 		&statev1.Cluster{}, &statev1.Member{}, &statev1.Authority{}, &statev1.Token{}, &statev1.Agent{},
-		&statev1.Entry{}, &statev1.Object{}, &statev1.ForeignBundle{},
+		&statev1.Entry{}, &statev1.Object{}, &statev1.ForeignBundle{}, &statev1.Distrust{},
 	} {
 		seen := map[[4]uint64]string{}
 		fields := 0
@@ -123,7 +123,7 @@ func TestChecksumIsFrozen(t *testing.T) {
 	w.must(objects(service("accounts", "h1"), gateway("gw-1", 1, "h1"), relationship("trading.example")))
 	w.must(foreign("trading.example", "{}", 7))
 	w.must(prepare(w.authority("n1", "k1")))
-	const want = "06bbe717630631494abf4f1275b1961d5cc2c6cbcbdf1c68a4139bf9e6194749"
+	const want = "8f6f46dffa156e1799a8b44f516c817bc67e098f94e19a382b9a19596736d5db"
 	if got := hex.EncodeToString(w.s.Checksum()); got != want {
 		t.Errorf("checksum %s, was %s", got, want)
 	}

@@ -266,8 +266,9 @@ func TestRemoveMember(t *testing.T) {
 		mine := w.authority("n2", "k3")
 		w.must(prepare(mine))
 		want := statev1.AuthorityPhase_AUTHORITY_PHASE_RETIRED
+		inBundle := 3
 		if compromised {
-			want = statev1.AuthorityPhase_AUTHORITY_PHASE_TAINTED
+			want, inBundle = statev1.AuthorityPhase_AUTHORITY_PHASE_REVOKED, 1
 		}
 		w.must(remove("n1", compromised))
 		for _, id := range []string{first.GetId(), second.GetId()} {
@@ -278,8 +279,11 @@ func TestRemoveMember(t *testing.T) {
 		if a, _ := w.s.Authority(mine.GetId()); a.GetPhase() != statev1.AuthorityPhase_AUTHORITY_PHASE_PREPARED {
 			t.Errorf("another member's authority is %s", a.GetPhase())
 		}
-		if bundle, _ := w.s.OwnBundle(); len(bundle) != 3 {
-			t.Errorf("%d authorities in the bundle: what was issued no longer verifies", len(bundle))
+		if bundle, _ := w.s.OwnBundle(); len(bundle) != inBundle {
+			t.Errorf("compromised %v: %d authorities in the bundle, not %d", compromised, len(bundle), inBundle)
+		}
+		if n := len(w.s.Distrust()); n != 3-inBundle {
+			t.Errorf("compromised %v: %d items of distrust", compromised, n)
 		}
 		w.refused(activate(second.GetId()), CodePhase)
 		w.refused(remove("n2", compromised), CodeLastVoter)

@@ -32,7 +32,7 @@ func (w *world) random(choose choose) *statev1.Command {
 		return keyID("none")
 	}
 	var cmd *statev1.Command
-	switch choose(17) {
+	switch choose(21) {
 	case 0, 1:
 		cmd = tick(s.Now().Add(time.Duration(choose(3600)-600)*time.Second), s.Now().Add(time.Minute))
 		if choose(40) == 0 {
@@ -86,6 +86,35 @@ func (w *world) random(choose choose) *statev1.Command {
 		td := name("p", 3) + ".example"
 		have, _ := s.ForeignBundle(td)
 		cmd = foreign(td, fmt.Sprint(choose(3)), max(have.GetSequence(), 2)+2-uint64(choose(5)))
+	case 17:
+		switch id := authority(); choose(5) {
+		case 0, 1:
+			cmd = taint(id)
+		case 2:
+			cmd = drained(id, "somebody")
+		default:
+			cmd = revoke(id, choose(3) == 0)
+		}
+	case 18:
+		cmd = ban(name("h", 4))
+		if choose(4) == 0 {
+			cmd = evict(name("h", 4))
+		}
+	case 19:
+		cmd = revokeToken(tokenID)
+	case 20:
+		e := entry(name("e", 4), "/"+name("s", 9), name("h", 4), name("h", 4))
+		have, _ := s.Entry(e.GetId())
+		switch choose(6) {
+		case 0:
+			cmd = entries(deleteEntry(e.GetId()))
+		case 1, 2:
+			cmd = entries(update(e, have.GetRevision()-uint64(choose(2)))) // 0-1 wraps: a revision that nothing has
+		case 3:
+			cmd = entries(create(e), create(entry(name("e", 4), "/job", name("h", 4))))
+		default:
+			cmd = entries(create(e))
+		}
 	case 16:
 		cmd = &statev1.Command{Body: &statev1.Command_Checksum{Checksum: &statev1.Checksum{AtIndex: s.Applied(), Format: ChecksumFormat, Sum: s.Checksum()}}}
 	}
@@ -232,6 +261,12 @@ func TestSimulation(t *testing.T) {
 		"Command_ApplyObjects done", "Command_ApplyObjects " + CodeCAS, "Command_ApplyObjects " + CodeNotFound, "Command_ApplyObjects " + CodeInvalid,
 		"Command_StoreForeignBundle done", "Command_StoreForeignBundle " + CodeSequence, "Command_StoreForeignBundle " + CodeConflict,
 		"Command_Checksum done", "Command_Tick done",
+		"Command_TaintAuthority done", "Command_TaintAuthority " + CodePhase, "Command_AuthorityDrained done", "Command_AuthorityDrained " + CodePhase,
+		"Command_RevokeAuthority done", "Command_RevokeAuthority " + CodePhase, "Command_RevokeAuthority " + CodeInUse,
+		"Command_BanAgent done", "Command_EvictAgent done", "Command_AttestAgent " + CodeAgentBanned,
+		"Command_RevokeToken done", "Command_RevokeToken " + CodeTokenSpent, "Command_RevokeToken " + CodeNotFound,
+		"Command_ChangeEntries done", "Command_ChangeEntries " + CodeExists, "Command_ChangeEntries " + CodeCAS, "Command_ChangeEntries " + CodeNotFound,
+		"Command_ApplyObjects " + CodeExists,
 	} {
 		if total["*statev1."+what] == 0 {
 			t.Errorf("never seen: %s", what)

@@ -143,6 +143,50 @@ func remove(name string, compromised bool) *statev1.Command {
 	return &statev1.Command{Body: &statev1.Command_RemoveMember{RemoveMember: &statev1.RemoveMember{Id: keyID(name), Compromised: compromised}}}
 }
 
+func taint(id string) *statev1.Command {
+	return &statev1.Command{Body: &statev1.Command_TaintAuthority{TaintAuthority: &statev1.TaintAuthority{Id: id}}}
+}
+
+func drained(id string, assumed ...string) *statev1.Command {
+	return &statev1.Command{Body: &statev1.Command_AuthorityDrained{AuthorityDrained: &statev1.AuthorityDrained{Id: id, Assumed: assumed}}}
+}
+
+func revoke(id string, now bool) *statev1.Command {
+	return &statev1.Command{Body: &statev1.Command_RevokeAuthority{RevokeAuthority: &statev1.RevokeAuthority{Id: id, Now: now}}}
+}
+
+func ban(name string) *statev1.Command {
+	return &statev1.Command{Body: &statev1.Command_BanAgent{BanAgent: &statev1.BanAgent{Name: name}}}
+}
+
+func evict(name string) *statev1.Command {
+	return &statev1.Command{Body: &statev1.Command_EvictAgent{EvictAgent: &statev1.EvictAgent{Name: name}}}
+}
+
+func revokeToken(id string) *statev1.Command {
+	return &statev1.Command{Body: &statev1.Command_RevokeToken{RevokeToken: &statev1.RevokeToken{Id: id}}}
+}
+
+func entries(changes ...*statev1.EntryChange) *statev1.Command {
+	return &statev1.Command{Body: &statev1.Command_ChangeEntries{ChangeEntries: &statev1.ChangeEntries{Changes: changes}}}
+}
+
+func entry(name, path string, hosts ...string) *statev1.Entry {
+	return &statev1.Entry{Id: "entry/" + name, Path: path, Hosts: hosts, Selectors: []string{"unix:uid:1000"}}
+}
+
+func create(e *statev1.Entry) *statev1.EntryChange {
+	return &statev1.EntryChange{Action: &statev1.EntryChange_Create{Create: e}}
+}
+
+func update(e *statev1.Entry, revision uint64) *statev1.EntryChange {
+	return &statev1.EntryChange{Action: &statev1.EntryChange_Update{Update: e}, IfRevision: revision}
+}
+
+func deleteEntry(id string) *statev1.EntryChange {
+	return &statev1.EntryChange{Action: &statev1.EntryChange_Delete{Delete: id}}
+}
+
 func objects(upserts ...*statev1.Object) *statev1.Command {
 	return &statev1.Command{Body: &statev1.Command_ApplyObjects{ApplyObjects: &statev1.ApplyObjects{Upserts: upserts}}}
 }
@@ -245,11 +289,20 @@ type look struct {
 	bundle  []string          // authorities in it, of any use
 	tokens  map[string]string // id -> used by
 	foreign map[string]uint64
+	agents  map[string]*statev1.Agent
+	entries map[string]*statev1.Entry
 }
 
 func (w *world) look() look {
 	s := w.s
-	l := look{scalars: s.scalars, sum: s.sum, records: map[named]string{}, hosts: map[string][]string{}, tokens: map[string]string{}, foreign: map[string]uint64{}}
+	l := look{scalars: s.scalars, sum: s.sum, records: map[named]string{}, hosts: map[string][]string{}, tokens: map[string]string{}, foreign: map[string]uint64{},
+		agents: map[string]*statev1.Agent{}, entries: map[string]*statev1.Entry{}}
+	for _, r := range s.agents.rows {
+		l.agents[r.GetName()] = r
+	}
+	for _, r := range s.entries.rows {
+		l.entries[r.GetId()] = r
+	}
 	add := func(kind ChangeKind, key string, record any) {
 		e := encoder{}
 		e.record(record)
@@ -273,6 +326,9 @@ func (w *world) look() look {
 	}
 	for _, r := range s.objects.rows {
 		add(ChangeObject, ObjectKey(r), r)
+	}
+	for _, r := range s.distrust.rows {
+		add(ChangeDistrust, r.GetId(), r)
 	}
 	for _, r := range s.foreign.rows {
 		add(ChangeForeignBundle, r.GetTrustDomain(), r)
@@ -352,7 +408,7 @@ func (w *world) check(before look, cmd *statev1.Command, out Outcome) {
 
 	// The incremental hash is the hash.
 	var sum setHash
-	for _, list := range [][]any{anys(s.cluster), anys(s.members), anys(s.authorities), anys(s.tokens), anys(s.agents), anys(s.entries), anys(s.objects), anys(s.foreign)} {
+	for _, list := range [][]any{anys(s.cluster), anys(s.members), anys(s.authorities), anys(s.tokens), anys(s.agents), anys(s.entries), anys(s.objects), anys(s.foreign), anys(s.distrust)} {
 		for _, r := range list {
 			sum.add(hashRecord(r))
 		}
@@ -440,8 +496,70 @@ func (w *world) check(before look, cmd *statev1.Command, out Outcome) {
 			}
 		}
 	}
-	if derived != s.EntryCount() {
-		fail("%d entries, %d follow from the catalogue", s.EntryCount(), derived)
+	own := 0
+	for e := range s.Entries() {
+		if !Declared(e.GetId()) {
+			continue
+		}
+		own++
+		if err := ca.CheckDeclared(banking, e, s.Lifetimes().Phase); err != nil {
+			fail("%v", err)
+		}
+		if _, ok := s.Tables().ServiceByID(spiffeid.RequireFromPath(banking, e.GetPath())); ok {
+			fail("entry %s has a service's identity", e.GetId())
+		}
+	}
+	if derived+own != s.EntryCount() {
+		fail("%d entries, %d follow from the catalogue, %d are declared", s.EntryCount(), derived, own)
+	}
+
+	// What ended leaves an item behind (I4): a revoked authority, a banned agent, one
+	// that is gone, an entry that is gone and could be held.
+	distrusts := func(want *statev1.Distrust) bool {
+		have, ok := s.DistrustItem(ca.DistrustID(want))
+		return ok && have.GetAgentGeneration() >= want.GetAgentGeneration() && have.GetEntryGeneration() >= want.GetEntryGeneration()
+	}
+	for _, a := range s.Authorities() {
+		if a.GetPhase() == statev1.AuthorityPhase_AUTHORITY_PHASE_REVOKED && time.Unix(a.GetNotAfter(), 0).After(s.Now()) && !distrusts(&statev1.Distrust{Authority: a.GetId()}) {
+			fail("authority %s is revoked and not distrusted", a.GetId())
+		}
+		if a.GetDrained() && ca.Signs(a.GetPhase()) {
+			fail("authority %s is drained and signs", a.GetId())
+		}
+	}
+	for name, a := range before.agents {
+		now, ok := s.Agent(name)
+		switch {
+		case !ok, now.GetBanned() && !a.GetBanned():
+			if !distrusts(&statev1.Distrust{Agent: name, AgentGeneration: a.GetGeneration()}) {
+				fail("agent %s was shut out and is not distrusted", name)
+			}
+		}
+	}
+	for id, e := range before.entries {
+		now, ok := s.Entry(id)
+		for _, host := range e.GetHosts() {
+			if before.agents[host] == nil {
+				continue
+			}
+			if (!ok || now.GetPath() != e.GetPath()) && !distrusts(&statev1.Distrust{Entry: id, EntryGeneration: e.GetRevision()}) {
+				fail("entry %s ended and is not distrusted", id)
+			}
+			if ok && now.GetPath() == e.GetPath() && !slices.Contains(now.GetHosts(), host) && !distrusts(&statev1.Distrust{Agent: host, Entry: id, EntryGeneration: e.GetRevision()}) {
+				fail("entry %s was taken from host %s and is not distrusted there", id, host)
+			}
+		}
+	}
+	// Nobody who is admitted now is distrusted.
+	for a := range s.Agents() {
+		if d, ok := s.DistrustItem("agent/" + a.GetName()); ok && !a.GetBanned() && d.GetAgentGeneration() >= a.GetGeneration() {
+			fail("agent %s of generation %d is admitted and distrusted up to %d", a.GetName(), a.GetGeneration(), d.GetAgentGeneration())
+		}
+	}
+	for e := range s.Entries() {
+		if d, ok := s.DistrustItem("entry/" + e.GetId()); ok && d.GetEntryGeneration() >= e.GetRevision() {
+			fail("entry %s of generation %d exists and is distrusted up to %d", e.GetId(), e.GetRevision(), d.GetEntryGeneration())
+		}
 	}
 
 	// A bundle's sequence never goes back (I8), and none outlives its relationship.

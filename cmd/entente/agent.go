@@ -20,8 +20,9 @@ func agentCommand() *cobra.Command {
 	return group(&cobra.Command{
 		Use:     "agent",
 		Short:   "The mesh agent of a host: identities and sidecars for its workloads",
-		Example: "  entente agent run --config agent.yaml",
-	}, agentRunCommand())
+		Long:    "run is for the host itself; list, show, ban and evict ask a CA node for the agents of its domain.",
+		Example: "  entente agent run --config agent.yaml\n  entente agent list",
+	}, agentRunCommand(), agentListCommand(), agentShowCommand(), agentBanCommand(), agentEvictCommand())
 }
 
 func agentRunCommand() *cobra.Command {

@@ -44,7 +44,7 @@ other across trust domains and datacenters without sharing a root of trust.`,
 	}
 	root.SetArgs(args[1:])
 	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error { return usageError{c, err} })
-	root.AddCommand(caCommand(), tokenCommand(), applyCommand(), agentCommand(), gatewayCommand(),
+	root.AddCommand(caCommand(), authorityCommand(), nodeCommand(), tokenCommand(), entryCommand(), applyCommand(), agentCommand(), gatewayCommand(),
 		demoCommand(), serviceCommand(), versionCommand())
 
 	err := root.ExecuteContext(context.Background())
@@ -76,6 +76,9 @@ func (e usageError) Unwrap() error { return e.err }
 // findings is an error of a verb that ran and found something wrong.
 type findings struct{ error }
 
+// refusedError is a refusal that is no gRPC status of its own.
+type refusedError struct{ error }
+
 // exited is the exit code of a long-running verb, which has already said why.
 type exited int
 
@@ -92,7 +95,10 @@ func runUntilSignal(log *slog.Logger, run func(context.Context) error) error {
 func exitCode(err error) int {
 	var usage usageError
 	var found findings
+	var refused refusedError
 	switch {
+	case errors.As(err, &refused):
+		return exitRefused
 	case errors.As(err, &usage):
 		return exitUsage
 	case errors.As(err, &found):

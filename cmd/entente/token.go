@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"text/tabwriter"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -16,7 +17,72 @@ func tokenCommand() *cobra.Command {
 		Use:     "token",
 		Short:   "One-time tokens that admit CA nodes and agents",
 		Example: "  entente token create --agent host-7 --datacenter dc1 --address 10.0.0.7",
-	}, tokenCreateCommand())
+	}, tokenCreateCommand(), tokenListCommand(), tokenRevokeCommand())
+}
+
+func tokenListCommand() *cobra.Command {
+	var admin adminFlags
+	c := &cobra.Command{
+		Use:     "list",
+		Short:   "Show the tokens that were made, and whom they admitted",
+		Example: "  entente token list",
+		Args:    noArguments,
+		RunE: func(c *cobra.Command, _ []string) error {
+			return admin.call(c.Context(), func(client ententev1.AdminClient) error {
+				r, err := client.ListTokens(c.Context(), &ententev1.ListTokensRequest{}, largeAnswer)
+				if err != nil {
+					return err
+				}
+				if admin.json {
+					return printJSON(c.OutOrStdout(), r)
+				}
+				table := tabwriter.NewWriter(c.OutOrStdout(), 0, 4, 2, ' ', 0)
+				fmt.Fprintln(table, "TOKEN\tADMITS\tDATACENTER\tUNTIL\tSTATE")
+				for _, t := range r.GetTokens() {
+					admits, datacenter := "agent "+t.GetAgent().GetName(), t.GetAgent().GetDatacenter()
+					if t.GetNode() != nil {
+						admits, datacenter = "CA node "+t.GetNode().GetName(), t.GetNode().GetDatacenter()
+					}
+					state := "unused"
+					switch {
+					case t.GetUsedBy() != "":
+						state = "used by key " + t.GetUsedBy()[:12]
+					case r.GetNowUnix() >= t.GetNotAfter():
+						state = "ended"
+					}
+					fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\n", t.GetId(), admits, datacenter, date(t.GetNotAfter()), state)
+				}
+				return table.Flush()
+			})
+		},
+	}
+	admin.register(c)
+	return c
+}
+
+func tokenRevokeCommand() *cobra.Command {
+	var admin adminFlags
+	c := &cobra.Command{
+		Use:     "revoke TOKEN",
+		Short:   "Make a token that was not used worthless",
+		Example: "  entente token revoke 4x2kq6...",
+		Args:    oneArgument("the token's id, not the token: see entente token list"),
+		RunE: func(c *cobra.Command, args []string) error {
+			return admin.call(c.Context(), func(client ententev1.AdminClient) error {
+				r, err := client.RevokeToken(c.Context(), &ententev1.RevokeTokenRequest{Id: args[0]})
+				if err != nil {
+					return err
+				}
+				if admin.json {
+					return printJSON(c.OutOrStdout(), r)
+				}
+				fmt.Fprintf(c.OutOrStdout(), "token %s admits nobody any more\n", args[0])
+				return nil
+			})
+		},
+	}
+	admin.register(c)
+	return c
 }
 
 func tokenCreateCommand() *cobra.Command {

@@ -1,0 +1,108 @@
+package ca_test
+
+import (
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"net/url"
+	"testing"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	"github.com/entente-mesh/entente/ca"
+)
+
+func svid(t *testing.T, td string, origin ca.Origin) *x509.Certificate {
+	t.Helper()
+	cert := &x509.Certificate{URIs: []*url.URL{spiffeid.RequireFromString("spiffe://" + td + "/x").URL()}}
+	if origin != (ca.Origin{}) {
+		ext, err := origin.Extension()
+		if err != nil {
+			t.Fatal(err)
+		}
+		cert.Extensions = []pkix.Extension{ext}
+	}
+	return cert
+}
+
+// I4: an item names what it says, each generation up to its own, and nothing else.
+func TestDistrusted(t *testing.T) {
+	banking := spiffeid.RequireTrustDomainFromString("banking.example")
+	signer := &x509.Certificate{RawSubjectPublicKeyInfo: []byte("authority")}
+	authority := ca.KeyID(signer.RawSubjectPublicKeyInfo)
+	item := func(d *statev1.Distrust) []*statev1.Distrust { d.Id = ca.DistrustID(d); return []*statev1.Distrust{d} }
+	base := ca.Origin{Agent: "h1", AgentGeneration: 10, Entry: "service/a", EntryGeneration: 20}
+	own := ca.Origin{Agent: "h1", AgentGeneration: 10}
+	for name, test := range map[string]struct {
+		items  []*statev1.Distrust
+		domain string
+		origin ca.Origin
+		want   bool // distrusted
+	}{
+		"nothing":                        {nil, "banking.example", base, false},
+		"an item that names nothing":     {item(&statev1.Distrust{}), "banking.example", base, false},
+		"authority":                      {item(&statev1.Distrust{Authority: authority}), "banking.example", base, true},
+		"another authority":              {item(&statev1.Distrust{Authority: ca.KeyID([]byte("x"))}), "banking.example", base, false},
+		"authority, no origin":           {item(&statev1.Distrust{Authority: authority}), "banking.example", ca.Origin{}, true},
+		"agent":                          {item(&statev1.Distrust{Agent: "h1", AgentGeneration: 10}), "banking.example", base, true},
+		"agent's own":                    {item(&statev1.Distrust{Agent: "h1", AgentGeneration: 10}), "banking.example", own, true},
+		"agent attested anew":            {item(&statev1.Distrust{Agent: "h1", AgentGeneration: 9}), "banking.example", base, false},
+		"another agent":                  {item(&statev1.Distrust{Agent: "h2", AgentGeneration: 99}), "banking.example", base, false},
+		"agent of the same name abroad":  {item(&statev1.Distrust{Agent: "h1", AgentGeneration: 10}), "trading.example", base, false},
+		"entry":                          {item(&statev1.Distrust{Entry: "service/a", EntryGeneration: 20}), "banking.example", base, true},
+		"entry made anew":                {item(&statev1.Distrust{Entry: "service/a", EntryGeneration: 19}), "banking.example", base, false},
+		"an agent's own has no entry":    {item(&statev1.Distrust{Entry: "service/a", EntryGeneration: 20}), "banking.example", own, false},
+		"entry at one agent":             {item(&statev1.Distrust{Agent: "h1", Entry: "service/a", EntryGeneration: 20}), "banking.example", base, true},
+		"entry at another agent":         {item(&statev1.Distrust{Agent: "h2", Entry: "service/a", EntryGeneration: 20}), "banking.example", base, false},
+		"another entry at the agent":     {item(&statev1.Distrust{Agent: "h1", Entry: "service/b", EntryGeneration: 20}), "banking.example", base, false},
+		"entry at the agent, made anew":  {item(&statev1.Distrust{Agent: "h1", Entry: "service/a", EntryGeneration: 19}), "banking.example", base, false},
+		"the agent's own, entry's item":  {item(&statev1.Distrust{Agent: "h1", Entry: "service/a", EntryGeneration: 20}), "banking.example", own, false},
+		"no origin can be named by none": {item(&statev1.Distrust{Agent: "h1", AgentGeneration: 10}), "banking.example", ca.Origin{}, false},
+	} {
+		err := ca.NewDistrusted(banking, test.items).Check([]*x509.Certificate{svid(t, test.domain, test.origin), signer})
+		if (err != nil) != test.want {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if err := ca.NewDistrusted(banking, nil).Check(nil); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestMayRevoke(t *testing.T) {
+	for phase := range statev1.AuthorityPhase_name {
+		a := &statev1.Authority{Phase: statev1.AuthorityPhase(phase)}
+		revoked := a.Phase == statev1.AuthorityPhase_AUTHORITY_PHASE_REVOKED
+		if err := ca.MayRevoke(a, false); err == nil {
+			t.Errorf("%s may be revoked although SVIDs live", a.Phase)
+		}
+		if err := ca.MayRevoke(a, true); (err != nil) != revoked {
+			t.Errorf("%s now: %v", a.Phase, err)
+		}
+		a.Drained = true
+		if err := ca.MayRevoke(a, false); (err == nil) != (a.Phase == statev1.AuthorityPhase_AUTHORITY_PHASE_TAINTED) {
+			t.Errorf("%s, drained: %v", a.Phase, err)
+		}
+	}
+}
+
+func FuzzCheckEntryID(f *testing.F) {
+	for _, seed := range []string{"entry/a", "entry/a/b-c", "entry/", "entry//a", "service/a", "entry/A", "entry/\x00"} {
+		f.Add(seed)
+	}
+	td := spiffeid.RequireTrustDomainFromString("banking.example")
+	f.Fuzz(func(t *testing.T, id string) {
+		if ca.CheckEntryID(id) != nil {
+			return
+		}
+		if len(id) > 255 || id[:len(ca.DeclaredPrefix)] != ca.DeclaredPrefix {
+			t.Fatalf("%q is an entry's id", id)
+		}
+		// What is an id is fit for an SVID's origin.
+		if _, err := (ca.Origin{Entry: id}).Extension(); err != nil {
+			t.Fatal(err)
+		}
+		_ = ca.CheckDeclared(td, &statev1.Entry{Id: id, Path: "/" + id, DnsNames: []string{id}}, time.Hour)
+	})
+}

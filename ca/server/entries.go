@@ -1,0 +1,181 @@
+package server
+
+import (
+	"context"
+	"slices"
+	"strings"
+	"sync"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
+	"github.com/entente-mesh/entente/ca/domain"
+)
+
+const (
+	maxEntryChanges = 20_000 // of a call
+	groupBytes      = 32 << 10
+	groupChanges    = 500
+	groupsAtOnce    = 8
+)
+
+// ChangeEntries answers for each change. Those that are good go to agreement in groups
+// that fit into log entries, each group as a whole; what does not hold any more when its
+// turn comes fails its group, and every change of the group says so.
+func (d adminDoor) ChangeEntries(ctx context.Context, req *ententev1.ChangeEntriesRequest) (*ententev1.ChangeEntriesResponse, error) {
+	s := d.server
+	if n := len(req.GetChanges()); n == 0 || n > maxEntryChanges {
+		return nil, status.Errorf(codes.InvalidArgument, "%d changes of entries in a call, not 1 to %d", n, maxEntryChanges)
+	}
+	plan := s.planEntries(req.GetChanges())
+	resp := &ententev1.ChangeEntriesResponse{Results: plan.results}
+	if req.GetDryRun() {
+		return resp, nil
+	}
+	var running sync.WaitGroup
+	slots := make(chan struct{}, groupsAtOnce)
+	for group := range plan.groups(req.GetChanges()) {
+		slots <- struct{}{}
+		running.Go(func() {
+			defer func() { <-slots }()
+			s.agreeEntries(ctx, req.GetChanges(), group, plan.results)
+		})
+	}
+	running.Wait()
+	return resp, nil
+}
+
+type entryPlan struct {
+	results []*ententev1.EntryResult
+}
+
+// planEntries looks at every change in the state as it is.
+func (s *Server) planEntries(changes []*statev1.EntryChange) entryPlan {
+	plan := entryPlan{results: make([]*ententev1.EntryResult, len(changes))}
+	seen := make(map[string]bool, len(changes))
+	s.State.Read(func(st *domain.State) {
+		for i, change := range changes {
+			id, next, refusal := st.PlanEntry(change)
+			result := &ententev1.EntryResult{Id: id}
+			plan.results[i] = result
+			have, exists := st.Entry(id)
+			switch {
+			case refusal != nil:
+				fail(result, refusalError(refusal))
+			case seen[id]:
+				fail(result, status.Errorf(codes.InvalidArgument, "entry %s is changed twice", id))
+			case next == nil:
+				result.Action = "deleted"
+			case !exists:
+				result.Action = "created"
+			default:
+				same := proto.CloneOf(have)
+				same.Revision = 0
+				result.Action, result.Revision = "updated", have.GetRevision()
+				if proto.Equal(same, next) {
+					result.Action = "unchanged"
+				}
+			}
+			seen[id] = true
+		}
+	})
+	return plan
+}
+
+// groups yields the indexes of changes that are to be agreed together.
+func (p entryPlan) groups(changes []*statev1.EntryChange) func(yield func([]int) bool) {
+	return func(yield func([]int) bool) {
+		var group []int
+		size := 0
+		for i, result := range p.results {
+			if result.GetCode() != 0 || result.GetAction() == "unchanged" {
+				continue
+			}
+			n := proto.Size(changes[i]) + 8
+			if len(group) > 0 && (size+n > groupBytes || len(group) == groupChanges) {
+				if !yield(group) {
+					return
+				}
+				group, size = nil, 0
+			}
+			group, size = append(group, i), size+n
+		}
+		if len(group) > 0 {
+			yield(group)
+		}
+	}
+}
+
+func (s *Server) agreeEntries(ctx context.Context, changes []*statev1.EntryChange, group []int, results []*ententev1.EntryResult) {
+	command := &statev1.ChangeEntries{}
+	for _, i := range group {
+		command.Changes = append(command.Changes, changes[i])
+	}
+	outcome, err := s.propose(ctx, &statev1.Command{Body: &statev1.Command_ChangeEntries{ChangeEntries: command}})
+	for _, i := range group {
+		if err != nil {
+			results[i].Action = ""
+			fail(results[i], err)
+		} else {
+			results[i].Revision = outcome.Revision
+		}
+	}
+	if err != nil {
+		return
+	}
+	s.State.Read(func(st *domain.State) {
+		for _, i := range group {
+			if e, ok := st.Entry(results[i].GetId()); ok {
+				results[i].Revision = e.GetRevision()
+			}
+		}
+	})
+}
+
+func fail(r *ententev1.EntryResult, err error) {
+	st := status.Convert(err)
+	r.Code, r.Error = uint32(st.Code()), st.Message()
+}
+
+func (d adminDoor) ListEntries(_ context.Context, req *ententev1.ListEntriesRequest) (*ententev1.ListEntriesResponse, error) {
+	page := newPage[*statev1.Entry](pageSize(req.GetPageSize()), req.GetAfter())
+	d.server.eachEntry(req, page.add)
+	return &ententev1.ListEntriesResponse{Entries: page.rows(), More: page.more}, nil
+}
+
+func (d adminDoor) CountEntries(_ context.Context, req *ententev1.ListEntriesRequest) (*ententev1.CountEntriesResponse, error) {
+	resp := &ententev1.CountEntriesResponse{}
+	d.server.eachEntry(req, func(string, *statev1.Entry) { resp.Entries++ })
+	return resp, nil
+}
+
+func (d adminDoor) GetEntry(_ context.Context, req *ententev1.GetEntryRequest) (*ententev1.GetEntryResponse, error) {
+	resp := &ententev1.GetEntryResponse{}
+	d.server.State.Read(func(st *domain.State) { resp.Entry, _ = st.Entry(req.GetId()) })
+	if resp.Entry == nil {
+		return nil, status.Errorf(codes.NotFound, "there is no entry %.250s: see entente entry list", req.GetId())
+	}
+	return resp, nil
+}
+
+// eachEntry calls f with the entries that a request asks for, in no order.
+func (s *Server) eachEntry(req *ententev1.ListEntriesRequest, f func(id string, e *statev1.Entry)) {
+	prefix := strings.TrimSuffix(req.GetPathPrefix(), "/")
+	s.State.Read(func(st *domain.State) {
+		entries := st.Entries()
+		if req.GetHost() != "" {
+			entries = slices.Values(st.EntriesOnHost(req.GetHost()))
+		}
+		for e := range entries {
+			switch {
+			case req.GetDeclared() && !domain.Declared(e.GetId()):
+			case prefix != "" && e.GetPath() != prefix && !strings.HasPrefix(e.GetPath(), prefix+"/"):
+			default:
+				f(e.GetId(), e)
+			}
+		}
+	})
+}

@@ -1,0 +1,149 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"text/tabwriter"
+
+	"github.com/spf13/cobra"
+
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
+	"github.com/entente-mesh/entente/ca"
+)
+
+func agentListCommand() *cobra.Command {
+	var admin adminFlags
+	c := &cobra.Command{
+		Use:     "list",
+		Short:   "Show the hosts that were admitted",
+		Example: "  entente agent list",
+		Args:    noArguments,
+		RunE: func(c *cobra.Command, _ []string) error {
+			return admin.call(c.Context(), func(client ententev1.AdminClient) error {
+				all := &ententev1.ListAgentsResponse{}
+				for after, more := "", true; more; {
+					page, err := client.ListAgents(c.Context(), &ententev1.ListAgentsRequest{After: after})
+					if err != nil {
+						return err
+					}
+					all.Agents = append(all.Agents, page.GetAgents()...)
+					if more = page.GetMore(); more {
+						after = page.GetAgents()[len(page.GetAgents())-1].GetAgent().GetName()
+					}
+				}
+				if admin.json {
+					return printJSON(c.OutOrStdout(), all)
+				}
+				table := tabwriter.NewWriter(c.OutOrStdout(), 0, 4, 2, ' ', 0)
+				fmt.Fprintln(table, "AGENT\tDATACENTER\tADDRESSES\tENTRIES\tCONNECTED HERE\tADMITTED AT\tSTATE")
+				for _, s := range all.GetAgents() {
+					a := s.GetAgent()
+					fmt.Fprintf(table, "%s\t%s\t%s\t%d\t%s\t%s\t%s\n", a.GetName(), a.GetDatacenter(), strings.Join(a.GetAddresses(), ","),
+						s.GetEntries(), yesNo(s.GetHere()), ca.Revision(a.GetGeneration()), agentState(a))
+				}
+				return table.Flush()
+			})
+		},
+	}
+	admin.register(c)
+	return c
+}
+
+func agentState(a *statev1.Agent) string {
+	if a.GetBanned() {
+		return "BANNED"
+	}
+	return "admitted"
+}
+
+func agentShowCommand() *cobra.Command {
+	var admin adminFlags
+	c := &cobra.Command{
+		Use:     "show AGENT",
+		Short:   "Show one host: its key, its entries, what it serves",
+		Example: "  entente agent show h1",
+		Args:    oneArgument("the agent's name: see entente agent list"),
+		RunE: func(c *cobra.Command, args []string) error {
+			return admin.call(c.Context(), func(client ententev1.AdminClient) error {
+				r, err := client.GetAgent(c.Context(), &ententev1.GetAgentRequest{Name: args[0]})
+				if err != nil {
+					return err
+				}
+				if admin.json {
+					return printJSON(c.OutOrStdout(), r)
+				}
+				a := r.GetStatus().GetAgent()
+				table := tabwriter.NewWriter(c.OutOrStdout(), 0, 4, 2, ' ', 0)
+				fmt.Fprintf(table, "AGENT\t%s\nSTATE\t%s\nDATACENTER\t%s\nADDRESSES\t%s\nKEY\t%s\nADMITTED AT\t%s\nCONNECTED HERE\t%s\n",
+					a.GetName(), agentState(a), a.GetDatacenter(), strings.Join(a.GetAddresses(), ","), a.GetKeyId(), ca.Revision(a.GetGeneration()), yesNo(r.GetStatus().GetHere()))
+				if len(r.GetEntries()) > 0 {
+					fmt.Fprintln(table, "\nENTRY\tSPIFFE PATH\tSELECTORS")
+				}
+				for _, e := range r.GetEntries() {
+					fmt.Fprintf(table, "%s\t%s\t%s\n", e.GetId(), e.GetPath(), strings.Join(e.GetSelectors(), " "))
+				}
+				if len(r.GetInstances()) > 0 {
+					fmt.Fprintln(table, "\nSERVES\tADDRESS\tHEALTH")
+				}
+				for _, i := range r.GetInstances() {
+					health := strings.ToLower(strings.TrimPrefix(i.GetHealth().String(), "HEALTH_"))
+					if i.GetStale() {
+						health += ", stale"
+					}
+					fmt.Fprintf(table, "%s\t%s\t%s\n", i.GetService(), i.GetAddress(), health)
+				}
+				return table.Flush()
+			})
+		},
+	}
+	admin.register(c)
+	return c
+}
+
+type changeAgent func(context.Context, ententev1.AdminClient, *ententev1.ChangeAgentRequest) (*ententev1.ChangeAgentResponse, error)
+
+func agentBanCommand() *cobra.Command {
+	return agentChangeCommand("ban", "Shut a host out until it is evicted",
+		"Its streams end, nothing that was issued through it is accepted within the mesh any more, and no token admits it again.",
+		"is banned at revision %s; to let the host come back with a new token: entente agent evict %s\n",
+		func(ctx context.Context, c ententev1.AdminClient, r *ententev1.ChangeAgentRequest) (*ententev1.ChangeAgentResponse, error) {
+			return c.BanAgent(ctx, r)
+		})
+}
+
+func agentEvictCommand() *cobra.Command {
+	return agentChangeCommand("evict", "Forget a host, banned or not: it must attest anew with a new token",
+		"Its streams end, nothing that was issued through it is accepted within the mesh any more, and its key means nothing.",
+		"is evicted at revision %s; to admit the host again: entente token create --agent %s --datacenter ... --address ...\n",
+		func(ctx context.Context, c ententev1.AdminClient, r *ententev1.ChangeAgentRequest) (*ententev1.ChangeAgentResponse, error) {
+			return c.EvictAgent(ctx, r)
+		})
+}
+
+func agentChangeCommand(verb, short, long, done string, do changeAgent) *cobra.Command {
+	var admin adminFlags
+	c := &cobra.Command{
+		Use:     verb + " AGENT",
+		Short:   short,
+		Long:    long,
+		Example: "  entente agent " + verb + " h1",
+		Args:    oneArgument("the agent's name: see entente agent list"),
+		RunE: func(c *cobra.Command, args []string) error {
+			return admin.call(c.Context(), func(client ententev1.AdminClient) error {
+				r, err := do(c.Context(), client, &ententev1.ChangeAgentRequest{Name: args[0]})
+				if err != nil {
+					return err
+				}
+				if admin.json {
+					return printJSON(c.OutOrStdout(), r)
+				}
+				fmt.Fprintf(c.OutOrStdout(), "agent %s "+done, args[0], ca.Revision(r.GetRevision()), args[0])
+				return nil
+			})
+		},
+	}
+	admin.register(c)
+	return c
+}
