@@ -16,6 +16,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 )
 
 // The test binary is also the other process: ENTENTE_TEST_CHILD says what it does.
@@ -334,6 +335,7 @@ func TestRecycledPID(t *testing.T) {
 		t.Fatalf("control: %v", err)
 	}
 	pid := o.Process.Pid
+	time.Sleep(30 * time.Millisecond) // start times count clock ticks of 10 ms
 	o.end()
 	if err := p.Satisfies(want); err == nil {
 		t.Error("a process that has ended satisfied its selectors")
