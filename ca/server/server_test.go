@@ -530,13 +530,12 @@ func TestMembersProposals(t *testing.T) {
 	for name, command := range map[string]*statev1.Command{
 		"a tick":                         {Body: &statev1.Command_Tick{Tick: &statev1.Tick{UnixNanos: []int64{1 << 62}}}},
 		"ready":                          {Body: &statev1.Command_AuthorityReady{AuthorityReady: &statev1.AuthorityReady{Id: other}}},
-		"a removal":                      {Body: &statev1.Command_RemoveMember{RemoveMember: &statev1.RemoveMember{Id: other}}},
+		"drained":                        {Body: &statev1.Command_AuthorityDrained{AuthorityDrained: &statev1.AuthorityDrained{Id: other}}},
 		"a foreign bundle":               {Body: &statev1.Command_StoreForeignBundle{StoreForeignBundle: &statev1.StoreForeignBundle{TrustDomain: "x.example"}}},
 		"another init":                   {Body: &statev1.Command_Init{Init: &statev1.Init{}}},
 		"another member's address":       {Body: &statev1.Command_UpdateMember{UpdateMember: &statev1.UpdateMember{Id: other}}},
 		"another member's authority":     {Body: &statev1.Command_PrepareAuthority{PrepareAuthority: &statev1.PrepareAuthority{Authority: &statev1.Authority{MemberId: other}}}},
 		"an authority without a profile": {Body: &statev1.Command_PrepareAuthority{PrepareAuthority: &statev1.PrepareAuthority{Authority: &statev1.Authority{MemberId: c.Node().ID()}}}},
-		"activation of another's":        {Body: &statev1.Command_ActivateAuthority{ActivateAuthority: &statev1.ActivateAuthority{Id: other}}},
 		"nothing":                        {},
 		"something ignorable":            {Ignorable: true},
 	} {

@@ -1,0 +1,201 @@
+package node_test
+
+import (
+	"context"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
+	"github.com/entente-mesh/entente/ca"
+	"github.com/entente-mesh/entente/ca/catest"
+	"github.com/entente-mesh/entente/ca/client"
+)
+
+func removeNode(ctx context.Context, c *catest.CA, name string, compromised bool) error {
+	_, err := c.Admin().RemoveNode(ctx, &ententev1.RemoveNodeRequest{Name: name, Compromised: compromised})
+	return err
+}
+
+// A removal that would leave too few voters that answer is refused; the one of a voter
+// that is gone is what one wants then. A leader hands over before it goes.
+func TestRemovalKeepsQuorum(t *testing.T) {
+	t.Parallel()
+	nodes := cluster(t)
+	leader, follower, dead := nodes[0], nodes[1], nodes[2]
+	dead.Kill()
+	time.Sleep(2500 * time.Millisecond) // until the leader takes it for silent
+	err := removeNode(t.Context(), follower, "ca-2", false)
+	if status.Code(err) != codes.FailedPrecondition || !strings.Contains(err.Error(), "answer now") {
+		t.Errorf("removing one of two that live: %v", err)
+	}
+	err = removeNode(t.Context(), leader, "ca-1", false)
+	if status.Code(err) != codes.FailedPrecondition {
+		t.Errorf("removing the leader of two that live: %v", err)
+	}
+	if err := removeNode(t.Context(), follower, "ca-3", false); err != nil {
+		t.Fatalf("control: removing the dead one: %v", err)
+	}
+	again := leader.Join("ca-4", "dc3")
+	// The leader is asked to remove itself.
+	if !leader.Node().IsLeader() {
+		t.Fatal("the first node does not lead")
+	}
+	if err := removeNode(t.Context(), leader, "ca-1", false); err != nil {
+		t.Fatalf("removing the leader: %v", err)
+	}
+	if err := leader.WaitEnd(10 * time.Second); err == nil {
+		t.Error("the removed node ended without a reason")
+	}
+	eventually(t, "the two that are left agree", 10*time.Second, func() error {
+		_, err := again.TryApply(accounts)
+		return err
+	})
+	for _, a := range follower.Status().GetAuthorities() {
+		if m := a.GetMemberId(); a.GetPhase() == statev1.AuthorityPhase_AUTHORITY_PHASE_REVOKED {
+			t.Errorf("a planned removal revoked the authority %s of %s", a.GetId(), m)
+		}
+	}
+}
+
+// I3 as an operator sees it: at any node, the list says who has not acknowledged, and
+// activation is refused with that. What was assumed stays in the state.
+func TestAuthorityListSaysForWhom(t *testing.T) {
+	t.Parallel()
+	one := catest.Start(t, catest.Options{})
+	two := one.Join("ca-2", "dc2")
+	one.Apply(accounts)
+	h := attest(t, one, "h1")
+	ctx, cancel := context.WithCancel(t.Context())
+	holds := make(chan struct{})
+	synced := make(chan error, 1)
+	subscriber := h.at(t, one)
+	go func() {
+		synced <- subscriber.Sync(ctx, func(v *client.View) error {
+			select {
+			case <-holds:
+				return nil
+			default:
+				return errors.New("its workloads do not hold it")
+			}
+		})
+	}()
+	defer func() { cancel(); <-synced }()
+	eventually(t, "the subscriber is there", 5*time.Second, func() error {
+		if one.Status().GetSubscribers() == 0 {
+			return errors.New("no subscriber")
+		}
+		return nil
+	})
+	// A taint at the second node makes it use its prepared authority, if ready, and make another.
+	var active string
+	eventually(t, "all is ready before", 5*time.Second, func() error {
+		for _, a := range one.Status().GetAuthorities() {
+			if a.GetMemberId() == two.Node().ID() && ca.Signs(a.GetPhase()) {
+				active = a.GetId()
+			}
+		}
+		if active == "" {
+			return errors.New("not yet")
+		}
+		return nil
+	})
+	if _, err := two.Admin().TaintAuthority(t.Context(), &ententev1.ChangeAuthorityRequest{Id: active}); err != nil {
+		t.Fatal(err)
+	}
+	var waiting *ententev1.AuthorityStatus
+	for _, c := range []*catest.CA{one, two} { // the leader and a follower say the same
+		eventually(t, "the list says for whom it waits", 5*time.Second, func() error {
+			r, err := c.Admin().ListAuthorities(t.Context(), &ententev1.ListAuthoritiesRequest{})
+			if err != nil {
+				return err
+			}
+			for _, a := range r.GetAuthorities() {
+				if a.GetAuthority().GetPhase() == statev1.AuthorityPhase_AUTHORITY_PHASE_PREPARED && !a.GetAuthority().GetReady() &&
+					strings.Contains(strings.Join(a.GetWaitingFor(), " "), "/entente/agent/h1") {
+					waiting = a
+					return nil
+				}
+			}
+			return fmt.Errorf("%v", r)
+		})
+	}
+	_, err := two.Admin().ActivateAuthority(t.Context(), &ententev1.ChangeAuthorityRequest{Id: waiting.GetAuthority().GetId()})
+	if status.Code(err) != codes.FailedPrecondition || !strings.Contains(err.Error(), "/entente/agent/h1") {
+		t.Errorf("activated although a subscriber does not hold it: %v", err)
+	}
+	close(holds)
+	one.Apply("apiVersion: entente/v1\nkind: Service\nmetadata: {name: cards}\nspec: {run: {uid: 1001, hosts: [h1]}, port: 8081}\n") // the handler is asked again
+	eventually(t, "control: it may be used", 5*time.Second, func() error {
+		_, err := two.Admin().ActivateAuthority(t.Context(), &ententev1.ChangeAuthorityRequest{Id: waiting.GetAuthority().GetId()})
+		return err
+	})
+}
+
+// Taint at one node: the others go on signing, and nobody signs with the tainted one.
+func TestTaintStopsIssuing(t *testing.T) {
+	t.Parallel()
+	one := catest.Start(t, catest.Options{})
+	one.Apply(accounts)
+	h := attest(t, one, "h1")
+	var old string
+	eventually(t, "the next one is ready", 5*time.Second, func() error {
+		ready := 0
+		for _, a := range one.Status().GetAuthorities() {
+			if a.GetReady() {
+				ready++
+			}
+			if ca.Signs(a.GetPhase()) {
+				old = a.GetId()
+			}
+		}
+		if ready < 2 {
+			return errors.New("not yet")
+		}
+		return nil
+	})
+	under := func() string {
+		var leaf []byte
+		eventually(t, "an SVID is signed", 5*time.Second, func() (err error) {
+			leaf, err = sign(t.Context(), h.at(t, one), h.csr)
+			return err
+		})
+		return signedUnder(t, leaf)
+	}
+	if under() != ca.AuthorityKeyID(old) {
+		t.Fatal("control: not signed under the active authority")
+	}
+	if _, err := one.Admin().TaintAuthority(t.Context(), &ententev1.ChangeAuthorityRequest{Id: old}); err != nil {
+		t.Fatal(err)
+	}
+	for range 20 {
+		if under() == ca.AuthorityKeyID(old) {
+			t.Fatal("signed under a tainted authority")
+		}
+	}
+	// Its key is gone from the disk, too.
+	eventually(t, "another one is prepared", 5*time.Second, func() error {
+		for _, a := range one.Status().GetAuthorities() {
+			if a.GetPhase() == statev1.AuthorityPhase_AUTHORITY_PHASE_PREPARED {
+				return nil
+			}
+		}
+		return errors.New("not yet")
+	})
+}
+
+func signedUnder(t *testing.T, der []byte) string {
+	t.Helper()
+	leaf, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return ca.SignedUnder(leaf)
+}
