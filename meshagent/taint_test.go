@@ -1,0 +1,115 @@
+package meshagent
+
+import (
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+
+	"github.com/entente-mesh/entente/ca"
+	"github.com/entente-mesh/entente/internal/peer/peertest"
+)
+
+// taint tells the agent of a tainted authority, as an urgent item does.
+func taint(a *Agent, within time.Duration, authorities ...string) {
+	a.change(func(s *State) *State {
+		next := *s
+		view := *s.View
+		view.Urgent++
+		view.Tainted, view.ReissueWithin = authorities, within
+		next.View = &view
+		return &next
+	})
+}
+
+// An SVID under a tainted authority is issued anew within the time that the CA gives,
+// not all at once, and never under the tainted authority again, whatever a CA node
+// says. What is held stays in use until then (I12).
+func TestTaintedIsReissued(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		server := newFakeCA(12 * time.Hour)
+		old, next := server.authority, peertest.NewAuthority(bank)
+		const services = 40
+		a := newAgent(t, server)
+		var ids []string
+		for i := range services {
+			id := "service/s" + string(rune('a'+i%26)) + string(rune('a'+i/26))
+			server.paths[id] = "/" + id
+			ids = append(ids, id)
+		}
+		slices.Sort(ids)
+		both := x509bundle.FromX509Authorities(bank, append(old.Bundle().X509Authorities(), next.Bundle().X509Authorities()...))
+		a.change(func(s *State) *State {
+			state := *s
+			state.Ready, state.Bundle, state.reissued, state.svids = true, both, nil, map[string]*x509svid.SVID{}
+			for _, id := range ids {
+				identity, err := state.identify(entry(id, "/"+id, 1), bank, "h1")
+				if err != nil {
+					panic(err)
+				}
+				state.Identities = append(state.Identities, identity)
+			}
+			return &state
+		})
+		defer background(t, a.keepEntries)()
+		synctest.Wait()
+		if n := server.count(ids[0]); n != 1 {
+			t.Fatalf("control: signed %d times", n)
+		}
+		svid, err := a.SVIDs(ids[0]).GetX509SVID()
+		if err != nil {
+			t.Fatal(err)
+		}
+		under := ca.SignedUnder(svid.Certificates[0])
+		tainted := under + strings.Repeat("0", 64-len(under))
+		holding := func(authority string) (n int) {
+			for _, id := range ids {
+				if svid, err := a.SVIDs(id).GetX509SVID(); err == nil && ca.SignedUnder(svid.Certificates[0]) == authority {
+					n++
+				}
+			}
+			return n
+		}
+		if got := a.State().under(); !slices.Equal(got, []string{under}) {
+			t.Errorf("it says that it holds %v", got)
+		}
+
+		// Somebody signs under it still: a node that lags, or lies.
+		taint(a, time.Second, tainted)
+		time.Sleep(5 * time.Second)
+		if holding(under) != services {
+			t.Fatal("an SVID was lost")
+		}
+		if now, _ := a.SVIDs(ids[0]).GetX509SVID(); !now.Certificates[0].Equal(svid.Certificates[0]) {
+			t.Error("a new SVID under a tainted authority was taken")
+		}
+		if server.count(ids[0]) < 2 {
+			t.Fatal("control: none was offered")
+		}
+		server.set(func() { server.authority = next })
+		time.Sleep(2 * retryMost)
+		if n := holding(under); n != 0 {
+			t.Errorf("%d SVIDs are still under the tainted authority", n)
+		}
+
+		// The other one is tainted now: spread over a minute.
+		server.set(func() { server.authority = old })
+		svid, _ = a.SVIDs(ids[0]).GetX509SVID()
+		other := ca.SignedUnder(svid.Certificates[0])
+		began := time.Now()
+		taint(a, time.Minute, other+strings.Repeat("0", 64-len(other)))
+		synctest.Wait()
+		time.Sleep(30 * time.Second)
+		if n := holding(other); n == 0 || n == services {
+			t.Errorf("after half of the time %d of %d are to be renewed: they are not spread", n, services)
+		}
+		time.Sleep(31 * time.Second)
+		if n := holding(other); n != 0 {
+			t.Errorf("after %v %d are still under the tainted authority", time.Since(began), n)
+		}
+	})
+}
