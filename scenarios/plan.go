@@ -611,12 +611,14 @@ func (p *plan) catalogue(td *TrustDomain, now time.Time, bundles map[string][]by
 // says why the place is not the usual one, unless another run has that.
 func free(plan func(place) *plan, one bool) (p *plan, guard net.Listener, note string, err error) {
 	p, guard, note, err = freeSlot(plan, one)
-	if err == nil || one || errors.Is(err, syscall.EADDRINUSE) {
-		return p, guard, note, err
+	if err != nil && !one && !errors.Is(err, syscall.EADDRINUSE) {
+		note = err.Error()
+		p, guard, _, err = freeSlot(plan, true)
 	}
-	note = err.Error()
-	p, guard, _, err = freeSlot(plan, true)
-	return p, guard, note, err
+	if err != nil {
+		return nil, nil, "", fmt.Errorf("no room for the scenario on the loopback network: %w", err)
+	}
+	return p, guard, note, nil
 }
 
 func freeSlot(plan func(place) *plan, one bool) (p *plan, guard net.Listener, note string, err error) {
@@ -641,13 +643,13 @@ func freeSlot(plan func(place) *plan, one bool) (p *plan, guard net.Listener, no
 			}
 		}
 		if !errors.Is(err, syscall.EADDRINUSE) {
-			return nil, nil, "", fmt.Errorf("find room for the scenario on the loopback network: %w", err)
+			return nil, nil, "", err
 		}
 		if taken == nil {
 			taken = err
 		}
 	}
-	return nil, nil, "", fmt.Errorf("no room for the scenario on the loopback network: %w", taken)
+	return nil, nil, "", taken
 }
 
 // tryAll listens at every address of the plan for a moment.
