@@ -14,19 +14,21 @@ import (
 // LogFile is a file that is only appended to and that somebody else rotates: after it was moved away, SIGHUP makes the process
 // write to a new one of the old name. Methods may be called concurrently.
 type LogFile struct {
-	path string
-	mode os.FileMode
+	path    string
+	mode    os.FileMode
+	hangups chan os.Signal
 
 	mu sync.Mutex
 	f  *os.File // nil: closed, or could not be opened again
 }
 
-// OpenLogFile opens or makes the file.
+// OpenLogFile opens or makes the file. From then on SIGHUP no longer ends the process: Run answers it.
 func OpenLogFile(path string, mode os.FileMode) (*LogFile, error) {
-	l := &LogFile{path: path, mode: mode}
+	l := &LogFile{path: path, mode: mode, hangups: make(chan os.Signal, 1)}
 	if err := l.Reopen(); err != nil {
 		return nil, err
 	}
+	signal.Notify(l.hangups, syscall.SIGHUP)
 	return l, nil
 }
 
@@ -61,6 +63,7 @@ func (l *LogFile) Write(b []byte) (int, error) {
 
 // Close closes the file.
 func (l *LogFile) Close() error {
+	signal.Stop(l.hangups)
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.f == nil {
@@ -73,12 +76,9 @@ func (l *LogFile) Close() error {
 
 // Run opens the file again at each SIGHUP, until ctx is done.
 func (l *LogFile) Run(ctx context.Context, log *slog.Logger) error {
-	hangups := make(chan os.Signal, 1)
-	signal.Notify(hangups, syscall.SIGHUP)
-	defer signal.Stop(hangups)
 	for {
 		select {
-		case <-hangups:
+		case <-l.hangups:
 			if err := l.Reopen(); err != nil {
 				log.Error("a log file cannot be opened again; going on with the one before", "error", err)
 			} else {

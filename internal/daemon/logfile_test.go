@@ -39,8 +39,8 @@ func TestLogFile(t *testing.T) {
 		t.Fatal(err)
 	}
 	write("two")
-	for begin := time.Now(); ; time.Sleep(5 * time.Millisecond) { // until Run listens for it
-		syscall.Kill(os.Getpid(), syscall.SIGHUP)
+	syscall.Kill(os.Getpid(), syscall.SIGHUP)
+	for begin := time.Now(); ; time.Sleep(5 * time.Millisecond) {
 		if _, err := os.Stat(path); err == nil {
 			break
 		}
