@@ -33,19 +33,16 @@ func (l leaderProposer) Propose(ctx context.Context, command *statev1.Command) (
 const contactFresh = 2 * time.Second
 
 // mayRemove keeps the cluster from losing its quorum by a removal: most of the voters
-// that are left must answer now. A leader hands over before it goes.
+// that are left must answer now. One that is slow is waited for a moment. A leader hands
+// over before it goes.
 func (n *Node) mayRemove(ctx context.Context, id string) (*domain.Refusal, error) {
-	left, answering, votes := 0, 0, false
-	for _, s := range n.replica.Load().Servers() {
-		switch {
-		case s.ID == id:
-			votes = s.Voter
-		case s.Voter:
-			left++
-			if s.Self || time.Since(s.Contact) < contactFresh {
-				answering++
-			}
+	deadline := time.Now().Add(contactFresh)
+	left, answering, votes := n.without(id)
+	for votes && answering < left/2+1 && time.Now().Before(deadline) {
+		if err := sleep(ctx, 100*time.Millisecond); err != nil {
+			return nil, err
 		}
+		left, answering, votes = n.without(id)
 	}
 	switch {
 	case !votes || left == 0: // the state refuses to lose its last voter
@@ -60,6 +57,22 @@ func (n *Node) mayRemove(ctx context.Context, id string) (*domain.Refusal, error
 		return nil, server.ErrNotLeader // the next one decides
 	}
 	return nil, nil
+}
+
+// without counts the voters beside one, and those of them that answer the leader.
+func (n *Node) without(id string) (left, answering int, votes bool) {
+	for _, s := range n.replica.Load().Servers() {
+		switch {
+		case s.ID == id:
+			votes = s.Voter
+		case s.Voter:
+			left++
+			if s.Self || time.Since(s.Contact) < contactFresh {
+				answering++
+			}
+		}
+	}
+	return left, answering, votes
 }
 
 func notProposed(err error) bool {
