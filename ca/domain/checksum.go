@@ -104,6 +104,19 @@ func (e *encoder) record(record any) {
 		e.number(uint64(l.GetPhaseSeconds()))
 		e.number(uint64(l.GetAgentSvidSeconds()))
 		e.number(uint64(l.GetBundleRefreshHintSeconds()))
+		// A record that does not use these is encoded as it was before they existed.
+		if len(r.GetRecoveryKey()) == 0 && r.GetMinVoters() == 0 && r.GetRecovery() == nil {
+			return
+		}
+		e.bytes(r.GetRecoveryKey())
+		e.number(uint64(r.GetMinVoters()))
+		e.yes(r.GetRecovery() != nil)
+		if recovery := r.GetRecovery(); recovery != nil {
+			e.bytes(recovery.GetStatement())
+			e.bytes(recovery.GetSignature())
+			encodeList(e, recovery.GetAbsent(), func(e *encoder, m *statev1.Member) { e.record(m) })
+			e.time(recovery.GetRevokeAt())
+		}
 	case *statev1.Member:
 		e.kind('M')
 		e.text(r.GetId())

@@ -1339,22 +1339,32 @@ func (*StatusRequest) Descriptor() ([]byte, []int) {
 }
 
 type StatusResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Cluster       *v1.Cluster            `protobuf:"bytes,1,opt,name=cluster,proto3" json:"cluster,omitempty"`
-	Revision      uint64                 `protobuf:"varint,2,opt,name=revision,proto3" json:"revision,omitempty"`
-	NodeId        string                 `protobuf:"bytes,3,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`
-	LeaderId      string                 `protobuf:"bytes,4,opt,name=leader_id,json=leaderId,proto3" json:"leader_id,omitempty"` // empty: no quorum known
-	RaftState     string                 `protobuf:"bytes,5,opt,name=raft_state,json=raftState,proto3" json:"raft_state,omitempty"`
-	AgeSeconds    float64                `protobuf:"fixed64,6,opt,name=age_seconds,json=ageSeconds,proto3" json:"age_seconds,omitempty"` // of the agreed state
-	Members       []*MemberStatus        `protobuf:"bytes,7,rep,name=members,proto3" json:"members,omitempty"`
-	Authorities   []*v1.Authority        `protobuf:"bytes,8,rep,name=authorities,proto3" json:"authorities,omitempty"`
-	Entries       uint32                 `protobuf:"varint,9,opt,name=entries,proto3" json:"entries,omitempty"`
-	Agents        uint32                 `protobuf:"varint,10,opt,name=agents,proto3" json:"agents,omitempty"`
-	Foreign       []*ForeignBundleStatus `protobuf:"bytes,11,rep,name=foreign,proto3" json:"foreign,omitempty"`
-	Instances     []*Instance            `protobuf:"bytes,12,rep,name=instances,proto3" json:"instances,omitempty"`
-	Subscribers   uint32                 `protobuf:"varint,13,opt,name=subscribers,proto3" json:"subscribers,omitempty"` // of this node
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state              protoimpl.MessageState `protogen:"open.v1"`
+	Cluster            *v1.Cluster            `protobuf:"bytes,1,opt,name=cluster,proto3" json:"cluster,omitempty"`
+	Revision           uint64                 `protobuf:"varint,2,opt,name=revision,proto3" json:"revision,omitempty"`
+	NodeId             string                 `protobuf:"bytes,3,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`
+	LeaderId           string                 `protobuf:"bytes,4,opt,name=leader_id,json=leaderId,proto3" json:"leader_id,omitempty"` // empty: no quorum known
+	RaftState          string                 `protobuf:"bytes,5,opt,name=raft_state,json=raftState,proto3" json:"raft_state,omitempty"`
+	AgeSeconds         float64                `protobuf:"fixed64,6,opt,name=age_seconds,json=ageSeconds,proto3" json:"age_seconds,omitempty"` // of the agreed state
+	Members            []*MemberStatus        `protobuf:"bytes,7,rep,name=members,proto3" json:"members,omitempty"`
+	Authorities        []*v1.Authority        `protobuf:"bytes,8,rep,name=authorities,proto3" json:"authorities,omitempty"`
+	Entries            uint32                 `protobuf:"varint,9,opt,name=entries,proto3" json:"entries,omitempty"`
+	Agents             uint32                 `protobuf:"varint,10,opt,name=agents,proto3" json:"agents,omitempty"`
+	Foreign            []*ForeignBundleStatus `protobuf:"bytes,11,rep,name=foreign,proto3" json:"foreign,omitempty"`
+	Instances          []*Instance            `protobuf:"bytes,12,rep,name=instances,proto3" json:"instances,omitempty"`
+	Subscribers        uint32                 `protobuf:"varint,13,opt,name=subscribers,proto3" json:"subscribers,omitempty"`                                            // of this node
+	Quorum             bool                   `protobuf:"varint,30,opt,name=quorum,proto3" json:"quorum,omitempty"`                                                      // agreement goes on, as far as this node knows
+	NoQuorumSince      int64                  `protobuf:"varint,31,opt,name=no_quorum_since,json=noQuorumSince,proto3" json:"no_quorum_since,omitempty"`                 // Unix seconds; 0: there is quorum, as far as this node knows
+	NotAgreeing        string                 `protobuf:"bytes,32,opt,name=not_agreeing,json=notAgreeing,proto3" json:"not_agreeing,omitempty"`                          // without quorum: since when, what still works, what to do
+	Disk               string                 `protobuf:"bytes,33,opt,name=disk,proto3" json:"disk,omitempty"`                                                           // empty: the log's disk works; else what is wrong with it
+	ClockOffsetSeconds float64                `protobuf:"fixed64,34,opt,name=clock_offset_seconds,json=clockOffsetSeconds,proto3" json:"clock_offset_seconds,omitempty"` // own clock minus the agreed time, as of the last Tick
+	ClockKnown         bool                   `protobuf:"varint,35,opt,name=clock_known,json=clockKnown,proto3" json:"clock_known,omitempty"`
+	Autonomy           []*Autonomy            `protobuf:"bytes,36,rep,name=autonomy,proto3" json:"autonomy,omitempty"` // of each signing member
+	AppliedIndex       uint64                 `protobuf:"varint,37,opt,name=applied_index,json=appliedIndex,proto3" json:"applied_index,omitempty"`
+	LastIndex          uint64                 `protobuf:"varint,38,opt,name=last_index,json=lastIndex,proto3" json:"last_index,omitempty"`
+	LogBytes           uint64                 `protobuf:"varint,39,opt,name=log_bytes,json=logBytes,proto3" json:"log_bytes,omitempty"` // since the last snapshot
+	unknownFields      protoimpl.UnknownFields
+	sizeCache          protoimpl.SizeCache
 }
 
 func (x *StatusResponse) Reset() {
@@ -1478,6 +1488,145 @@ func (x *StatusResponse) GetSubscribers() uint32 {
 	return 0
 }
 
+func (x *StatusResponse) GetQuorum() bool {
+	if x != nil {
+		return x.Quorum
+	}
+	return false
+}
+
+func (x *StatusResponse) GetNoQuorumSince() int64 {
+	if x != nil {
+		return x.NoQuorumSince
+	}
+	return 0
+}
+
+func (x *StatusResponse) GetNotAgreeing() string {
+	if x != nil {
+		return x.NotAgreeing
+	}
+	return ""
+}
+
+func (x *StatusResponse) GetDisk() string {
+	if x != nil {
+		return x.Disk
+	}
+	return ""
+}
+
+func (x *StatusResponse) GetClockOffsetSeconds() float64 {
+	if x != nil {
+		return x.ClockOffsetSeconds
+	}
+	return 0
+}
+
+func (x *StatusResponse) GetClockKnown() bool {
+	if x != nil {
+		return x.ClockKnown
+	}
+	return false
+}
+
+func (x *StatusResponse) GetAutonomy() []*Autonomy {
+	if x != nil {
+		return x.Autonomy
+	}
+	return nil
+}
+
+func (x *StatusResponse) GetAppliedIndex() uint64 {
+	if x != nil {
+		return x.AppliedIndex
+	}
+	return 0
+}
+
+func (x *StatusResponse) GetLastIndex() uint64 {
+	if x != nil {
+		return x.LastIndex
+	}
+	return 0
+}
+
+func (x *StatusResponse) GetLogBytes() uint64 {
+	if x != nil {
+		return x.LogBytes
+	}
+	return 0
+}
+
+// Autonomy is how long a member goes on signing if quorum were lost now.
+type Autonomy struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	MemberId      string                 `protobuf:"bytes,1,opt,name=member_id,json=memberId,proto3" json:"member_id,omitempty"`
+	SignsSeconds  float64                `protobuf:"fixed64,2,opt,name=signs_seconds,json=signsSeconds,proto3" json:"signs_seconds,omitempty"` // until its last authority that may sign ends; 0: it does not sign
+	FullSeconds   float64                `protobuf:"fixed64,3,opt,name=full_seconds,json=fullSeconds,proto3" json:"full_seconds,omitempty"`    // until leaves become shorter than they should be
+	NextReady     bool                   `protobuf:"varint,4,opt,name=next_ready,json=nextReady,proto3" json:"next_ready,omitempty"`           // its next authority may be activated without quorum
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Autonomy) Reset() {
+	*x = Autonomy{}
+	mi := &file_entente_v1_entente_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Autonomy) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Autonomy) ProtoMessage() {}
+
+func (x *Autonomy) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Autonomy.ProtoReflect.Descriptor instead.
+func (*Autonomy) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *Autonomy) GetMemberId() string {
+	if x != nil {
+		return x.MemberId
+	}
+	return ""
+}
+
+func (x *Autonomy) GetSignsSeconds() float64 {
+	if x != nil {
+		return x.SignsSeconds
+	}
+	return 0
+}
+
+func (x *Autonomy) GetFullSeconds() float64 {
+	if x != nil {
+		return x.FullSeconds
+	}
+	return 0
+}
+
+func (x *Autonomy) GetNextReady() bool {
+	if x != nil {
+		return x.NextReady
+	}
+	return false
+}
+
 type MemberStatus struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Member        *v1.Member             `protobuf:"bytes,1,opt,name=member,proto3" json:"member,omitempty"`
@@ -1488,7 +1637,7 @@ type MemberStatus struct {
 
 func (x *MemberStatus) Reset() {
 	*x = MemberStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[20]
+	mi := &file_entente_v1_entente_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1500,7 +1649,7 @@ func (x *MemberStatus) String() string {
 func (*MemberStatus) ProtoMessage() {}
 
 func (x *MemberStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[20]
+	mi := &file_entente_v1_entente_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1513,7 +1662,7 @@ func (x *MemberStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemberStatus.ProtoReflect.Descriptor instead.
 func (*MemberStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{20}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *MemberStatus) GetMember() *v1.Member {
@@ -1530,6 +1679,523 @@ func (x *MemberStatus) GetVoterNow() bool {
 	return false
 }
 
+type SaveSnapshotRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SaveSnapshotRequest) Reset() {
+	*x = SaveSnapshotRequest{}
+	mi := &file_entente_v1_entente_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SaveSnapshotRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SaveSnapshotRequest) ProtoMessage() {}
+
+func (x *SaveSnapshotRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SaveSnapshotRequest.ProtoReflect.Descriptor instead.
+func (*SaveSnapshotRequest) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{22}
+}
+
+// SaveSnapshotResponse is a part of the file. The file carries its own checksums.
+type SaveSnapshotResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Data          []byte                 `protobuf:"bytes,1,opt,name=data,proto3" json:"data,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SaveSnapshotResponse) Reset() {
+	*x = SaveSnapshotResponse{}
+	mi := &file_entente_v1_entente_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SaveSnapshotResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SaveSnapshotResponse) ProtoMessage() {}
+
+func (x *SaveSnapshotResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SaveSnapshotResponse.ProtoReflect.Descriptor instead.
+func (*SaveSnapshotResponse) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *SaveSnapshotResponse) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
+type ListNodesRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListNodesRequest) Reset() {
+	*x = ListNodesRequest{}
+	mi := &file_entente_v1_entente_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListNodesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListNodesRequest) ProtoMessage() {}
+
+func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListNodesRequest.ProtoReflect.Descriptor instead.
+func (*ListNodesRequest) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{24}
+}
+
+type ListNodesResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	LeaderId      string                 `protobuf:"bytes,1,opt,name=leader_id,json=leaderId,proto3" json:"leader_id,omitempty"` // empty: none is known, and lags are not
+	Nodes         []*NodeProgress        `protobuf:"bytes,2,rep,name=nodes,proto3" json:"nodes,omitempty"`
+	LastIndex     uint64                 `protobuf:"varint,3,opt,name=last_index,json=lastIndex,proto3" json:"last_index,omitempty"` // of the leader's log
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListNodesResponse) Reset() {
+	*x = ListNodesResponse{}
+	mi := &file_entente_v1_entente_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListNodesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListNodesResponse) ProtoMessage() {}
+
+func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListNodesResponse.ProtoReflect.Descriptor instead.
+func (*ListNodesResponse) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *ListNodesResponse) GetLeaderId() string {
+	if x != nil {
+		return x.LeaderId
+	}
+	return ""
+}
+
+func (x *ListNodesResponse) GetNodes() []*NodeProgress {
+	if x != nil {
+		return x.Nodes
+	}
+	return nil
+}
+
+func (x *ListNodesResponse) GetLastIndex() uint64 {
+	if x != nil {
+		return x.LastIndex
+	}
+	return 0
+}
+
+type NodeProgress struct {
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	Member         *v1.Member             `protobuf:"bytes,1,opt,name=member,proto3" json:"member,omitempty"`
+	VoterNow       bool                   `protobuf:"varint,2,opt,name=voter_now,json=voterNow,proto3" json:"voter_now,omitempty"`
+	Match          uint64                 `protobuf:"varint,3,opt,name=match,proto3" json:"match,omitempty"`                                          // log index up to which it holds the leader's log
+	Lag            uint64                 `protobuf:"varint,4,opt,name=lag,proto3" json:"lag,omitempty"`                                              // entries that it lacks
+	ContactSeconds float64                `protobuf:"fixed64,5,opt,name=contact_seconds,json=contactSeconds,proto3" json:"contact_seconds,omitempty"` // since it last answered the leader; -1: never
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *NodeProgress) Reset() {
+	*x = NodeProgress{}
+	mi := &file_entente_v1_entente_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NodeProgress) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NodeProgress) ProtoMessage() {}
+
+func (x *NodeProgress) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NodeProgress.ProtoReflect.Descriptor instead.
+func (*NodeProgress) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *NodeProgress) GetMember() *v1.Member {
+	if x != nil {
+		return x.Member
+	}
+	return nil
+}
+
+func (x *NodeProgress) GetVoterNow() bool {
+	if x != nil {
+		return x.VoterNow
+	}
+	return false
+}
+
+func (x *NodeProgress) GetMatch() uint64 {
+	if x != nil {
+		return x.Match
+	}
+	return 0
+}
+
+func (x *NodeProgress) GetLag() uint64 {
+	if x != nil {
+		return x.Lag
+	}
+	return 0
+}
+
+func (x *NodeProgress) GetContactSeconds() float64 {
+	if x != nil {
+		return x.ContactSeconds
+	}
+	return 0
+}
+
+type PromoteNodeRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PromoteNodeRequest) Reset() {
+	*x = PromoteNodeRequest{}
+	mi := &file_entente_v1_entente_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PromoteNodeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PromoteNodeRequest) ProtoMessage() {}
+
+func (x *PromoteNodeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PromoteNodeRequest.ProtoReflect.Descriptor instead.
+func (*PromoteNodeRequest) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{27}
+}
+
+func (x *PromoteNodeRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type PromoteNodeResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Revision      uint64                 `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PromoteNodeResponse) Reset() {
+	*x = PromoteNodeResponse{}
+	mi := &file_entente_v1_entente_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PromoteNodeResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PromoteNodeResponse) ProtoMessage() {}
+
+func (x *PromoteNodeResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PromoteNodeResponse.ProtoReflect.Descriptor instead.
+func (*PromoteNodeResponse) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *PromoteNodeResponse) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+type VouchRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	MemberId      string                 `protobuf:"bytes,1,opt,name=member_id,json=memberId,proto3" json:"member_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VouchRequest) Reset() {
+	*x = VouchRequest{}
+	mi := &file_entente_v1_entente_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VouchRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VouchRequest) ProtoMessage() {}
+
+func (x *VouchRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VouchRequest.ProtoReflect.Descriptor instead.
+func (*VouchRequest) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *VouchRequest) GetMemberId() string {
+	if x != nil {
+		return x.MemberId
+	}
+	return ""
+}
+
+type VouchResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Member        *v1.Member             `protobuf:"bytes,1,opt,name=member,proto3" json:"member,omitempty"` // absent: not known
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VouchResponse) Reset() {
+	*x = VouchResponse{}
+	mi := &file_entente_v1_entente_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VouchResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VouchResponse) ProtoMessage() {}
+
+func (x *VouchResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VouchResponse.ProtoReflect.Descriptor instead.
+func (*VouchResponse) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *VouchResponse) GetMember() *v1.Member {
+	if x != nil {
+		return x.Member
+	}
+	return nil
+}
+
+type ShowEpochRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Statement     []byte                 `protobuf:"bytes,1,opt,name=statement,proto3" json:"statement,omitempty"` // encoded state.v1.RecoveryStatement
+	Signature     []byte                 `protobuf:"bytes,2,opt,name=signature,proto3" json:"signature,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ShowEpochRequest) Reset() {
+	*x = ShowEpochRequest{}
+	mi := &file_entente_v1_entente_proto_msgTypes[31]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ShowEpochRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ShowEpochRequest) ProtoMessage() {}
+
+func (x *ShowEpochRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[31]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ShowEpochRequest.ProtoReflect.Descriptor instead.
+func (*ShowEpochRequest) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{31}
+}
+
+func (x *ShowEpochRequest) GetStatement() []byte {
+	if x != nil {
+		return x.Statement
+	}
+	return nil
+}
+
+func (x *ShowEpochRequest) GetSignature() []byte {
+	if x != nil {
+		return x.Signature
+	}
+	return nil
+}
+
+type ShowEpochResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ShowEpochResponse) Reset() {
+	*x = ShowEpochResponse{}
+	mi := &file_entente_v1_entente_proto_msgTypes[32]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ShowEpochResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ShowEpochResponse) ProtoMessage() {}
+
+func (x *ShowEpochResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[32]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ShowEpochResponse.ProtoReflect.Descriptor instead.
+func (*ShowEpochResponse) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{32}
+}
+
 type ForeignBundleStatus struct {
 	state           protoimpl.MessageState `protogen:"open.v1"`
 	TrustDomain     string                 `protobuf:"bytes,1,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"`
@@ -1543,7 +2209,7 @@ type ForeignBundleStatus struct {
 
 func (x *ForeignBundleStatus) Reset() {
 	*x = ForeignBundleStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[21]
+	mi := &file_entente_v1_entente_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1555,7 +2221,7 @@ func (x *ForeignBundleStatus) String() string {
 func (*ForeignBundleStatus) ProtoMessage() {}
 
 func (x *ForeignBundleStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[21]
+	mi := &file_entente_v1_entente_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1568,7 +2234,7 @@ func (x *ForeignBundleStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForeignBundleStatus.ProtoReflect.Descriptor instead.
 func (*ForeignBundleStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{21}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *ForeignBundleStatus) GetTrustDomain() string {
@@ -1617,7 +2283,7 @@ type CreateTokenRequest struct {
 
 func (x *CreateTokenRequest) Reset() {
 	*x = CreateTokenRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[22]
+	mi := &file_entente_v1_entente_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1629,7 +2295,7 @@ func (x *CreateTokenRequest) String() string {
 func (*CreateTokenRequest) ProtoMessage() {}
 
 func (x *CreateTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[22]
+	mi := &file_entente_v1_entente_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1642,7 +2308,7 @@ func (x *CreateTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTokenRequest.ProtoReflect.Descriptor instead.
 func (*CreateTokenRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{22}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *CreateTokenRequest) GetNode() *v1.NodeGrant {
@@ -1677,7 +2343,7 @@ type CreateTokenResponse struct {
 
 func (x *CreateTokenResponse) Reset() {
 	*x = CreateTokenResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[23]
+	mi := &file_entente_v1_entente_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1689,7 +2355,7 @@ func (x *CreateTokenResponse) String() string {
 func (*CreateTokenResponse) ProtoMessage() {}
 
 func (x *CreateTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[23]
+	mi := &file_entente_v1_entente_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1702,7 +2368,7 @@ func (x *CreateTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTokenResponse.ProtoReflect.Descriptor instead.
 func (*CreateTokenResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{23}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *CreateTokenResponse) GetToken() string {
@@ -1737,7 +2403,7 @@ type ApplyRequest struct {
 
 func (x *ApplyRequest) Reset() {
 	*x = ApplyRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[24]
+	mi := &file_entente_v1_entente_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1749,7 +2415,7 @@ func (x *ApplyRequest) String() string {
 func (*ApplyRequest) ProtoMessage() {}
 
 func (x *ApplyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[24]
+	mi := &file_entente_v1_entente_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1762,7 +2428,7 @@ func (x *ApplyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyRequest.ProtoReflect.Descriptor instead.
 func (*ApplyRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{24}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *ApplyRequest) GetObjects() []*v1.Object {
@@ -1796,7 +2462,7 @@ type ApplyResponse struct {
 
 func (x *ApplyResponse) Reset() {
 	*x = ApplyResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[25]
+	mi := &file_entente_v1_entente_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1808,7 +2474,7 @@ func (x *ApplyResponse) String() string {
 func (*ApplyResponse) ProtoMessage() {}
 
 func (x *ApplyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[25]
+	mi := &file_entente_v1_entente_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1821,7 +2487,7 @@ func (x *ApplyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyResponse.ProtoReflect.Descriptor instead.
 func (*ApplyResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{25}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *ApplyResponse) GetRevision() uint64 {
@@ -1848,7 +2514,7 @@ type ObjectChange struct {
 
 func (x *ObjectChange) Reset() {
 	*x = ObjectChange{}
-	mi := &file_entente_v1_entente_proto_msgTypes[26]
+	mi := &file_entente_v1_entente_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1860,7 +2526,7 @@ func (x *ObjectChange) String() string {
 func (*ObjectChange) ProtoMessage() {}
 
 func (x *ObjectChange) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[26]
+	mi := &file_entente_v1_entente_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1873,7 +2539,7 @@ func (x *ObjectChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ObjectChange.ProtoReflect.Descriptor instead.
 func (*ObjectChange) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{26}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *ObjectChange) GetKey() *v1.ObjectKey {
@@ -1899,7 +2565,7 @@ type GetBundleRequest struct {
 
 func (x *GetBundleRequest) Reset() {
 	*x = GetBundleRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[27]
+	mi := &file_entente_v1_entente_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1911,7 +2577,7 @@ func (x *GetBundleRequest) String() string {
 func (*GetBundleRequest) ProtoMessage() {}
 
 func (x *GetBundleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[27]
+	mi := &file_entente_v1_entente_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1924,7 +2590,7 @@ func (x *GetBundleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBundleRequest.ProtoReflect.Descriptor instead.
 func (*GetBundleRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{27}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *GetBundleRequest) GetTrustDomain() string {
@@ -1943,7 +2609,7 @@ type GetBundleResponse struct {
 
 func (x *GetBundleResponse) Reset() {
 	*x = GetBundleResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[28]
+	mi := &file_entente_v1_entente_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1955,7 +2621,7 @@ func (x *GetBundleResponse) String() string {
 func (*GetBundleResponse) ProtoMessage() {}
 
 func (x *GetBundleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[28]
+	mi := &file_entente_v1_entente_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1968,7 +2634,7 @@ func (x *GetBundleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBundleResponse.ProtoReflect.Descriptor instead.
 func (*GetBundleResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{28}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *GetBundleResponse) GetJwks() []byte {
@@ -1987,7 +2653,7 @@ type ProposeRequest struct {
 
 func (x *ProposeRequest) Reset() {
 	*x = ProposeRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[29]
+	mi := &file_entente_v1_entente_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1999,7 +2665,7 @@ func (x *ProposeRequest) String() string {
 func (*ProposeRequest) ProtoMessage() {}
 
 func (x *ProposeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[29]
+	mi := &file_entente_v1_entente_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2012,7 +2678,7 @@ func (x *ProposeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProposeRequest.ProtoReflect.Descriptor instead.
 func (*ProposeRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{29}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *ProposeRequest) GetCommand() []byte {
@@ -2033,7 +2699,7 @@ type ProposeResponse struct {
 
 func (x *ProposeResponse) Reset() {
 	*x = ProposeResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[30]
+	mi := &file_entente_v1_entente_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2045,7 +2711,7 @@ func (x *ProposeResponse) String() string {
 func (*ProposeResponse) ProtoMessage() {}
 
 func (x *ProposeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[30]
+	mi := &file_entente_v1_entente_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2058,7 +2724,7 @@ func (x *ProposeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProposeResponse.ProtoReflect.Descriptor instead.
 func (*ProposeResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{30}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *ProposeResponse) GetRevision() uint64 {
@@ -2096,7 +2762,7 @@ type ReportRequest struct {
 
 func (x *ReportRequest) Reset() {
 	*x = ReportRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[31]
+	mi := &file_entente_v1_entente_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2108,7 +2774,7 @@ func (x *ReportRequest) String() string {
 func (*ReportRequest) ProtoMessage() {}
 
 func (x *ReportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[31]
+	mi := &file_entente_v1_entente_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2121,7 +2787,7 @@ func (x *ReportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRequest.ProtoReflect.Descriptor instead.
 func (*ReportRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{31}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *ReportRequest) GetBootId() string {
@@ -2174,7 +2840,7 @@ type ReportResponse struct {
 
 func (x *ReportResponse) Reset() {
 	*x = ReportResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[32]
+	mi := &file_entente_v1_entente_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2186,7 +2852,7 @@ func (x *ReportResponse) String() string {
 func (*ReportResponse) ProtoMessage() {}
 
 func (x *ReportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[32]
+	mi := &file_entente_v1_entente_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2199,7 +2865,7 @@ func (x *ReportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportResponse.ProtoReflect.Descriptor instead.
 func (*ReportResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{32}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{44}
 }
 
 type PresenceRequest struct {
@@ -2210,7 +2876,7 @@ type PresenceRequest struct {
 
 func (x *PresenceRequest) Reset() {
 	*x = PresenceRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[33]
+	mi := &file_entente_v1_entente_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2222,7 +2888,7 @@ func (x *PresenceRequest) String() string {
 func (*PresenceRequest) ProtoMessage() {}
 
 func (x *PresenceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[33]
+	mi := &file_entente_v1_entente_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2235,7 +2901,7 @@ func (x *PresenceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PresenceRequest.ProtoReflect.Descriptor instead.
 func (*PresenceRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{33}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{45}
 }
 
 type PresenceResponse struct {
@@ -2249,7 +2915,7 @@ type PresenceResponse struct {
 
 func (x *PresenceResponse) Reset() {
 	*x = PresenceResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[34]
+	mi := &file_entente_v1_entente_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2261,7 +2927,7 @@ func (x *PresenceResponse) String() string {
 func (*PresenceResponse) ProtoMessage() {}
 
 func (x *PresenceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[34]
+	mi := &file_entente_v1_entente_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2274,7 +2940,7 @@ func (x *PresenceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PresenceResponse.ProtoReflect.Descriptor instead.
 func (*PresenceResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{34}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *PresenceResponse) GetInstances() []*Instance {
@@ -2391,7 +3057,7 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\fcertificates\x18\x01 \x03(\fR\fcertificates\x12\x12\n" +
 	"\x04code\x18\x02 \x01(\rR\x04code\x12\x14\n" +
 	"\x05error\x18\x03 \x01(\tR\x05error\"\x0f\n" +
-	"\rStatusRequest\"\x8d\x04\n" +
+	"\rStatusRequest\"\xea\x06\n" +
 	"\x0eStatusResponse\x123\n" +
 	"\acluster\x18\x01 \x01(\v2\x19.entente.state.v1.ClusterR\acluster\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\x04R\brevision\x12\x17\n" +
@@ -2408,10 +3074,55 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	" \x01(\rR\x06agents\x129\n" +
 	"\aforeign\x18\v \x03(\v2\x1f.entente.v1.ForeignBundleStatusR\aforeign\x122\n" +
 	"\tinstances\x18\f \x03(\v2\x14.entente.v1.InstanceR\tinstances\x12 \n" +
-	"\vsubscribers\x18\r \x01(\rR\vsubscribers\"]\n" +
+	"\vsubscribers\x18\r \x01(\rR\vsubscribers\x12\x16\n" +
+	"\x06quorum\x18\x1e \x01(\bR\x06quorum\x12&\n" +
+	"\x0fno_quorum_since\x18\x1f \x01(\x03R\rnoQuorumSince\x12!\n" +
+	"\fnot_agreeing\x18  \x01(\tR\vnotAgreeing\x12\x12\n" +
+	"\x04disk\x18! \x01(\tR\x04disk\x120\n" +
+	"\x14clock_offset_seconds\x18\" \x01(\x01R\x12clockOffsetSeconds\x12\x1f\n" +
+	"\vclock_known\x18# \x01(\bR\n" +
+	"clockKnown\x120\n" +
+	"\bautonomy\x18$ \x03(\v2\x14.entente.v1.AutonomyR\bautonomy\x12#\n" +
+	"\rapplied_index\x18% \x01(\x04R\fappliedIndex\x12\x1d\n" +
+	"\n" +
+	"last_index\x18& \x01(\x04R\tlastIndex\x12\x1b\n" +
+	"\tlog_bytes\x18' \x01(\x04R\blogBytes\"\x8e\x01\n" +
+	"\bAutonomy\x12\x1b\n" +
+	"\tmember_id\x18\x01 \x01(\tR\bmemberId\x12#\n" +
+	"\rsigns_seconds\x18\x02 \x01(\x01R\fsignsSeconds\x12!\n" +
+	"\ffull_seconds\x18\x03 \x01(\x01R\vfullSeconds\x12\x1d\n" +
+	"\n" +
+	"next_ready\x18\x04 \x01(\bR\tnextReady\"]\n" +
 	"\fMemberStatus\x120\n" +
 	"\x06member\x18\x01 \x01(\v2\x18.entente.state.v1.MemberR\x06member\x12\x1b\n" +
-	"\tvoter_now\x18\x02 \x01(\bR\bvoterNow\"\xb6\x01\n" +
+	"\tvoter_now\x18\x02 \x01(\bR\bvoterNow\"\x15\n" +
+	"\x13SaveSnapshotRequest\"*\n" +
+	"\x14SaveSnapshotResponse\x12\x12\n" +
+	"\x04data\x18\x01 \x01(\fR\x04data\"\x12\n" +
+	"\x10ListNodesRequest\"\x7f\n" +
+	"\x11ListNodesResponse\x12\x1b\n" +
+	"\tleader_id\x18\x01 \x01(\tR\bleaderId\x12.\n" +
+	"\x05nodes\x18\x02 \x03(\v2\x18.entente.v1.NodeProgressR\x05nodes\x12\x1d\n" +
+	"\n" +
+	"last_index\x18\x03 \x01(\x04R\tlastIndex\"\xae\x01\n" +
+	"\fNodeProgress\x120\n" +
+	"\x06member\x18\x01 \x01(\v2\x18.entente.state.v1.MemberR\x06member\x12\x1b\n" +
+	"\tvoter_now\x18\x02 \x01(\bR\bvoterNow\x12\x14\n" +
+	"\x05match\x18\x03 \x01(\x04R\x05match\x12\x10\n" +
+	"\x03lag\x18\x04 \x01(\x04R\x03lag\x12'\n" +
+	"\x0fcontact_seconds\x18\x05 \x01(\x01R\x0econtactSeconds\"(\n" +
+	"\x12PromoteNodeRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"1\n" +
+	"\x13PromoteNodeResponse\x12\x1a\n" +
+	"\brevision\x18\x01 \x01(\x04R\brevision\"+\n" +
+	"\fVouchRequest\x12\x1b\n" +
+	"\tmember_id\x18\x01 \x01(\tR\bmemberId\"A\n" +
+	"\rVouchResponse\x120\n" +
+	"\x06member\x18\x01 \x01(\v2\x18.entente.state.v1.MemberR\x06member\"N\n" +
+	"\x10ShowEpochRequest\x12\x1c\n" +
+	"\tstatement\x18\x01 \x01(\fR\tstatement\x12\x1c\n" +
+	"\tsignature\x18\x02 \x01(\fR\tsignature\"\x13\n" +
+	"\x11ShowEpochResponse\"\xb6\x01\n" +
 	"\x13ForeignBundleStatus\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x1a\n" +
 	"\bsequence\x18\x02 \x01(\x04R\bsequence\x12)\n" +
@@ -2474,16 +3185,22 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x04Sync\x12=\n" +
 	"\x04Sync\x12\x17.entente.v1.SyncRequest\x1a\x18.entente.v1.SyncResponse(\x010\x012M\n" +
 	"\x04Sign\x12E\n" +
-	"\bSignX509\x12\x1b.entente.v1.SignX509Request\x1a\x1c.entente.v1.SignX509Response2\xa0\x02\n" +
+	"\bSignX509\x12\x1b.entente.v1.SignX509Request\x1a\x1c.entente.v1.SignX509Response2\x8f\x04\n" +
 	"\x05Admin\x12?\n" +
 	"\x06Status\x12\x19.entente.v1.StatusRequest\x1a\x1a.entente.v1.StatusResponse\x12N\n" +
 	"\vCreateToken\x12\x1e.entente.v1.CreateTokenRequest\x1a\x1f.entente.v1.CreateTokenResponse\x12<\n" +
 	"\x05Apply\x12\x18.entente.v1.ApplyRequest\x1a\x19.entente.v1.ApplyResponse\x12H\n" +
-	"\tGetBundle\x12\x1c.entente.v1.GetBundleRequest\x1a\x1d.entente.v1.GetBundleResponse2\xd4\x01\n" +
+	"\tGetBundle\x12\x1c.entente.v1.GetBundleRequest\x1a\x1d.entente.v1.GetBundleResponse\x12S\n" +
+	"\fSaveSnapshot\x12\x1f.entente.v1.SaveSnapshotRequest\x1a .entente.v1.SaveSnapshotResponse0\x01\x12H\n" +
+	"\tListNodes\x12\x1c.entente.v1.ListNodesRequest\x1a\x1d.entente.v1.ListNodesResponse\x12N\n" +
+	"\vPromoteNode\x12\x1e.entente.v1.PromoteNodeRequest\x1a\x1f.entente.v1.PromoteNodeResponse2\xa2\x03\n" +
 	"\x04Peer\x12B\n" +
 	"\aPropose\x12\x1a.entente.v1.ProposeRequest\x1a\x1b.entente.v1.ProposeResponse\x12?\n" +
 	"\x06Report\x12\x19.entente.v1.ReportRequest\x1a\x1a.entente.v1.ReportResponse\x12G\n" +
-	"\bPresence\x12\x1b.entente.v1.PresenceRequest\x1a\x1c.entente.v1.PresenceResponse0\x01B:Z8github.com/entente-mesh/entente/api/entente/v1;ententev1b\x06proto3"
+	"\bPresence\x12\x1b.entente.v1.PresenceRequest\x1a\x1c.entente.v1.PresenceResponse0\x01\x12<\n" +
+	"\x05Vouch\x12\x18.entente.v1.VouchRequest\x1a\x19.entente.v1.VouchResponse\x12D\n" +
+	"\x05Nodes\x12\x1c.entente.v1.ListNodesRequest\x1a\x1d.entente.v1.ListNodesResponse\x12H\n" +
+	"\tShowEpoch\x12\x1c.entente.v1.ShowEpochRequest\x1a\x1d.entente.v1.ShowEpochResponseB:Z8github.com/entente-mesh/entente/api/entente/v1;ententev1b\x06proto3"
 
 var (
 	file_entente_v1_entente_proto_rawDescOnce sync.Once
@@ -2498,61 +3215,73 @@ func file_entente_v1_entente_proto_rawDescGZIP() []byte {
 }
 
 var file_entente_v1_entente_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_entente_v1_entente_proto_msgTypes = make([]protoimpl.MessageInfo, 35)
+var file_entente_v1_entente_proto_msgTypes = make([]protoimpl.MessageInfo, 47)
 var file_entente_v1_entente_proto_goTypes = []any{
-	(Health)(0),                 // 0: entente.v1.Health
-	(*JoinRequest)(nil),         // 1: entente.v1.JoinRequest
-	(*JoinResponse)(nil),        // 2: entente.v1.JoinResponse
-	(*AttestRequest)(nil),       // 3: entente.v1.AttestRequest
-	(*AttestResponse)(nil),      // 4: entente.v1.AttestResponse
-	(*SyncRequest)(nil),         // 5: entente.v1.SyncRequest
-	(*Hello)(nil),               // 6: entente.v1.Hello
-	(*Ack)(nil),                 // 7: entente.v1.Ack
-	(*InstanceReport)(nil),      // 8: entente.v1.InstanceReport
-	(*Instance)(nil),            // 9: entente.v1.Instance
-	(*SyncResponse)(nil),        // 10: entente.v1.SyncResponse
-	(*Policy)(nil),              // 11: entente.v1.Policy
-	(*Bundle)(nil),              // 12: entente.v1.Bundle
-	(*Presence)(nil),            // 13: entente.v1.Presence
-	(*Heartbeat)(nil),           // 14: entente.v1.Heartbeat
-	(*SignX509Request)(nil),     // 15: entente.v1.SignX509Request
-	(*X509Request)(nil),         // 16: entente.v1.X509Request
-	(*SignX509Response)(nil),    // 17: entente.v1.SignX509Response
-	(*X509Result)(nil),          // 18: entente.v1.X509Result
-	(*StatusRequest)(nil),       // 19: entente.v1.StatusRequest
-	(*StatusResponse)(nil),      // 20: entente.v1.StatusResponse
-	(*MemberStatus)(nil),        // 21: entente.v1.MemberStatus
-	(*ForeignBundleStatus)(nil), // 22: entente.v1.ForeignBundleStatus
-	(*CreateTokenRequest)(nil),  // 23: entente.v1.CreateTokenRequest
-	(*CreateTokenResponse)(nil), // 24: entente.v1.CreateTokenResponse
-	(*ApplyRequest)(nil),        // 25: entente.v1.ApplyRequest
-	(*ApplyResponse)(nil),       // 26: entente.v1.ApplyResponse
-	(*ObjectChange)(nil),        // 27: entente.v1.ObjectChange
-	(*GetBundleRequest)(nil),    // 28: entente.v1.GetBundleRequest
-	(*GetBundleResponse)(nil),   // 29: entente.v1.GetBundleResponse
-	(*ProposeRequest)(nil),      // 30: entente.v1.ProposeRequest
-	(*ProposeResponse)(nil),     // 31: entente.v1.ProposeResponse
-	(*ReportRequest)(nil),       // 32: entente.v1.ReportRequest
-	(*ReportResponse)(nil),      // 33: entente.v1.ReportResponse
-	(*PresenceRequest)(nil),     // 34: entente.v1.PresenceRequest
-	(*PresenceResponse)(nil),    // 35: entente.v1.PresenceResponse
-	(*v1.Member)(nil),           // 36: entente.state.v1.Member
-	(*v1.Cluster)(nil),          // 37: entente.state.v1.Cluster
-	(*v1.Agent)(nil),            // 38: entente.state.v1.Agent
-	(*v1.Entry)(nil),            // 39: entente.state.v1.Entry
-	(*v1.Object)(nil),           // 40: entente.state.v1.Object
-	(*v1.ObjectKey)(nil),        // 41: entente.state.v1.ObjectKey
-	(*v1.Authority)(nil),        // 42: entente.state.v1.Authority
-	(*v1.NodeGrant)(nil),        // 43: entente.state.v1.NodeGrant
-	(*v1.AgentGrant)(nil),       // 44: entente.state.v1.AgentGrant
+	(Health)(0),                  // 0: entente.v1.Health
+	(*JoinRequest)(nil),          // 1: entente.v1.JoinRequest
+	(*JoinResponse)(nil),         // 2: entente.v1.JoinResponse
+	(*AttestRequest)(nil),        // 3: entente.v1.AttestRequest
+	(*AttestResponse)(nil),       // 4: entente.v1.AttestResponse
+	(*SyncRequest)(nil),          // 5: entente.v1.SyncRequest
+	(*Hello)(nil),                // 6: entente.v1.Hello
+	(*Ack)(nil),                  // 7: entente.v1.Ack
+	(*InstanceReport)(nil),       // 8: entente.v1.InstanceReport
+	(*Instance)(nil),             // 9: entente.v1.Instance
+	(*SyncResponse)(nil),         // 10: entente.v1.SyncResponse
+	(*Policy)(nil),               // 11: entente.v1.Policy
+	(*Bundle)(nil),               // 12: entente.v1.Bundle
+	(*Presence)(nil),             // 13: entente.v1.Presence
+	(*Heartbeat)(nil),            // 14: entente.v1.Heartbeat
+	(*SignX509Request)(nil),      // 15: entente.v1.SignX509Request
+	(*X509Request)(nil),          // 16: entente.v1.X509Request
+	(*SignX509Response)(nil),     // 17: entente.v1.SignX509Response
+	(*X509Result)(nil),           // 18: entente.v1.X509Result
+	(*StatusRequest)(nil),        // 19: entente.v1.StatusRequest
+	(*StatusResponse)(nil),       // 20: entente.v1.StatusResponse
+	(*Autonomy)(nil),             // 21: entente.v1.Autonomy
+	(*MemberStatus)(nil),         // 22: entente.v1.MemberStatus
+	(*SaveSnapshotRequest)(nil),  // 23: entente.v1.SaveSnapshotRequest
+	(*SaveSnapshotResponse)(nil), // 24: entente.v1.SaveSnapshotResponse
+	(*ListNodesRequest)(nil),     // 25: entente.v1.ListNodesRequest
+	(*ListNodesResponse)(nil),    // 26: entente.v1.ListNodesResponse
+	(*NodeProgress)(nil),         // 27: entente.v1.NodeProgress
+	(*PromoteNodeRequest)(nil),   // 28: entente.v1.PromoteNodeRequest
+	(*PromoteNodeResponse)(nil),  // 29: entente.v1.PromoteNodeResponse
+	(*VouchRequest)(nil),         // 30: entente.v1.VouchRequest
+	(*VouchResponse)(nil),        // 31: entente.v1.VouchResponse
+	(*ShowEpochRequest)(nil),     // 32: entente.v1.ShowEpochRequest
+	(*ShowEpochResponse)(nil),    // 33: entente.v1.ShowEpochResponse
+	(*ForeignBundleStatus)(nil),  // 34: entente.v1.ForeignBundleStatus
+	(*CreateTokenRequest)(nil),   // 35: entente.v1.CreateTokenRequest
+	(*CreateTokenResponse)(nil),  // 36: entente.v1.CreateTokenResponse
+	(*ApplyRequest)(nil),         // 37: entente.v1.ApplyRequest
+	(*ApplyResponse)(nil),        // 38: entente.v1.ApplyResponse
+	(*ObjectChange)(nil),         // 39: entente.v1.ObjectChange
+	(*GetBundleRequest)(nil),     // 40: entente.v1.GetBundleRequest
+	(*GetBundleResponse)(nil),    // 41: entente.v1.GetBundleResponse
+	(*ProposeRequest)(nil),       // 42: entente.v1.ProposeRequest
+	(*ProposeResponse)(nil),      // 43: entente.v1.ProposeResponse
+	(*ReportRequest)(nil),        // 44: entente.v1.ReportRequest
+	(*ReportResponse)(nil),       // 45: entente.v1.ReportResponse
+	(*PresenceRequest)(nil),      // 46: entente.v1.PresenceRequest
+	(*PresenceResponse)(nil),     // 47: entente.v1.PresenceResponse
+	(*v1.Member)(nil),            // 48: entente.state.v1.Member
+	(*v1.Cluster)(nil),           // 49: entente.state.v1.Cluster
+	(*v1.Agent)(nil),             // 50: entente.state.v1.Agent
+	(*v1.Entry)(nil),             // 51: entente.state.v1.Entry
+	(*v1.Object)(nil),            // 52: entente.state.v1.Object
+	(*v1.ObjectKey)(nil),         // 53: entente.state.v1.ObjectKey
+	(*v1.Authority)(nil),         // 54: entente.state.v1.Authority
+	(*v1.NodeGrant)(nil),         // 55: entente.state.v1.NodeGrant
+	(*v1.AgentGrant)(nil),        // 56: entente.state.v1.AgentGrant
 }
 var file_entente_v1_entente_proto_depIdxs = []int32{
-	36, // 0: entente.v1.JoinResponse.member:type_name -> entente.state.v1.Member
-	36, // 1: entente.v1.JoinResponse.members:type_name -> entente.state.v1.Member
-	37, // 2: entente.v1.JoinResponse.cluster:type_name -> entente.state.v1.Cluster
-	36, // 3: entente.v1.AttestResponse.members:type_name -> entente.state.v1.Member
-	37, // 4: entente.v1.AttestResponse.cluster:type_name -> entente.state.v1.Cluster
-	38, // 5: entente.v1.AttestResponse.agent:type_name -> entente.state.v1.Agent
+	48, // 0: entente.v1.JoinResponse.member:type_name -> entente.state.v1.Member
+	48, // 1: entente.v1.JoinResponse.members:type_name -> entente.state.v1.Member
+	49, // 2: entente.v1.JoinResponse.cluster:type_name -> entente.state.v1.Cluster
+	48, // 3: entente.v1.AttestResponse.members:type_name -> entente.state.v1.Member
+	49, // 4: entente.v1.AttestResponse.cluster:type_name -> entente.state.v1.Cluster
+	50, // 5: entente.v1.AttestResponse.agent:type_name -> entente.state.v1.Agent
 	6,  // 6: entente.v1.SyncRequest.hello:type_name -> entente.v1.Hello
 	7,  // 7: entente.v1.SyncRequest.ack:type_name -> entente.v1.Ack
 	8,  // 8: entente.v1.SyncRequest.report:type_name -> entente.v1.InstanceReport
@@ -2561,57 +3290,73 @@ var file_entente_v1_entente_proto_depIdxs = []int32{
 	11, // 11: entente.v1.SyncResponse.policy:type_name -> entente.v1.Policy
 	13, // 12: entente.v1.SyncResponse.presence:type_name -> entente.v1.Presence
 	14, // 13: entente.v1.SyncResponse.heartbeat:type_name -> entente.v1.Heartbeat
-	37, // 14: entente.v1.Policy.cluster:type_name -> entente.state.v1.Cluster
-	39, // 15: entente.v1.Policy.entries:type_name -> entente.state.v1.Entry
+	49, // 14: entente.v1.Policy.cluster:type_name -> entente.state.v1.Cluster
+	51, // 15: entente.v1.Policy.entries:type_name -> entente.state.v1.Entry
 	12, // 16: entente.v1.Policy.bundles:type_name -> entente.v1.Bundle
-	40, // 17: entente.v1.Policy.objects:type_name -> entente.state.v1.Object
-	41, // 18: entente.v1.Policy.deleted_objects:type_name -> entente.state.v1.ObjectKey
-	36, // 19: entente.v1.Policy.members:type_name -> entente.state.v1.Member
+	52, // 17: entente.v1.Policy.objects:type_name -> entente.state.v1.Object
+	53, // 18: entente.v1.Policy.deleted_objects:type_name -> entente.state.v1.ObjectKey
+	48, // 19: entente.v1.Policy.members:type_name -> entente.state.v1.Member
 	9,  // 20: entente.v1.Presence.instances:type_name -> entente.v1.Instance
 	9,  // 21: entente.v1.Presence.withdrawn:type_name -> entente.v1.Instance
 	16, // 22: entente.v1.SignX509Request.requests:type_name -> entente.v1.X509Request
 	18, // 23: entente.v1.SignX509Response.results:type_name -> entente.v1.X509Result
-	37, // 24: entente.v1.StatusResponse.cluster:type_name -> entente.state.v1.Cluster
-	21, // 25: entente.v1.StatusResponse.members:type_name -> entente.v1.MemberStatus
-	42, // 26: entente.v1.StatusResponse.authorities:type_name -> entente.state.v1.Authority
-	22, // 27: entente.v1.StatusResponse.foreign:type_name -> entente.v1.ForeignBundleStatus
+	49, // 24: entente.v1.StatusResponse.cluster:type_name -> entente.state.v1.Cluster
+	22, // 25: entente.v1.StatusResponse.members:type_name -> entente.v1.MemberStatus
+	54, // 26: entente.v1.StatusResponse.authorities:type_name -> entente.state.v1.Authority
+	34, // 27: entente.v1.StatusResponse.foreign:type_name -> entente.v1.ForeignBundleStatus
 	9,  // 28: entente.v1.StatusResponse.instances:type_name -> entente.v1.Instance
-	36, // 29: entente.v1.MemberStatus.member:type_name -> entente.state.v1.Member
-	43, // 30: entente.v1.CreateTokenRequest.node:type_name -> entente.state.v1.NodeGrant
-	44, // 31: entente.v1.CreateTokenRequest.agent:type_name -> entente.state.v1.AgentGrant
-	40, // 32: entente.v1.ApplyRequest.objects:type_name -> entente.state.v1.Object
-	41, // 33: entente.v1.ApplyRequest.deletes:type_name -> entente.state.v1.ObjectKey
-	27, // 34: entente.v1.ApplyResponse.changes:type_name -> entente.v1.ObjectChange
-	41, // 35: entente.v1.ObjectChange.key:type_name -> entente.state.v1.ObjectKey
-	9,  // 36: entente.v1.PresenceResponse.instances:type_name -> entente.v1.Instance
-	9,  // 37: entente.v1.PresenceResponse.withdrawn:type_name -> entente.v1.Instance
-	1,  // 38: entente.v1.Join.Join:input_type -> entente.v1.JoinRequest
-	3,  // 39: entente.v1.Attest.Attest:input_type -> entente.v1.AttestRequest
-	5,  // 40: entente.v1.Sync.Sync:input_type -> entente.v1.SyncRequest
-	15, // 41: entente.v1.Sign.SignX509:input_type -> entente.v1.SignX509Request
-	19, // 42: entente.v1.Admin.Status:input_type -> entente.v1.StatusRequest
-	23, // 43: entente.v1.Admin.CreateToken:input_type -> entente.v1.CreateTokenRequest
-	25, // 44: entente.v1.Admin.Apply:input_type -> entente.v1.ApplyRequest
-	28, // 45: entente.v1.Admin.GetBundle:input_type -> entente.v1.GetBundleRequest
-	30, // 46: entente.v1.Peer.Propose:input_type -> entente.v1.ProposeRequest
-	32, // 47: entente.v1.Peer.Report:input_type -> entente.v1.ReportRequest
-	34, // 48: entente.v1.Peer.Presence:input_type -> entente.v1.PresenceRequest
-	2,  // 49: entente.v1.Join.Join:output_type -> entente.v1.JoinResponse
-	4,  // 50: entente.v1.Attest.Attest:output_type -> entente.v1.AttestResponse
-	10, // 51: entente.v1.Sync.Sync:output_type -> entente.v1.SyncResponse
-	17, // 52: entente.v1.Sign.SignX509:output_type -> entente.v1.SignX509Response
-	20, // 53: entente.v1.Admin.Status:output_type -> entente.v1.StatusResponse
-	24, // 54: entente.v1.Admin.CreateToken:output_type -> entente.v1.CreateTokenResponse
-	26, // 55: entente.v1.Admin.Apply:output_type -> entente.v1.ApplyResponse
-	29, // 56: entente.v1.Admin.GetBundle:output_type -> entente.v1.GetBundleResponse
-	31, // 57: entente.v1.Peer.Propose:output_type -> entente.v1.ProposeResponse
-	33, // 58: entente.v1.Peer.Report:output_type -> entente.v1.ReportResponse
-	35, // 59: entente.v1.Peer.Presence:output_type -> entente.v1.PresenceResponse
-	49, // [49:60] is the sub-list for method output_type
-	38, // [38:49] is the sub-list for method input_type
-	38, // [38:38] is the sub-list for extension type_name
-	38, // [38:38] is the sub-list for extension extendee
-	0,  // [0:38] is the sub-list for field type_name
+	21, // 29: entente.v1.StatusResponse.autonomy:type_name -> entente.v1.Autonomy
+	48, // 30: entente.v1.MemberStatus.member:type_name -> entente.state.v1.Member
+	27, // 31: entente.v1.ListNodesResponse.nodes:type_name -> entente.v1.NodeProgress
+	48, // 32: entente.v1.NodeProgress.member:type_name -> entente.state.v1.Member
+	48, // 33: entente.v1.VouchResponse.member:type_name -> entente.state.v1.Member
+	55, // 34: entente.v1.CreateTokenRequest.node:type_name -> entente.state.v1.NodeGrant
+	56, // 35: entente.v1.CreateTokenRequest.agent:type_name -> entente.state.v1.AgentGrant
+	52, // 36: entente.v1.ApplyRequest.objects:type_name -> entente.state.v1.Object
+	53, // 37: entente.v1.ApplyRequest.deletes:type_name -> entente.state.v1.ObjectKey
+	39, // 38: entente.v1.ApplyResponse.changes:type_name -> entente.v1.ObjectChange
+	53, // 39: entente.v1.ObjectChange.key:type_name -> entente.state.v1.ObjectKey
+	9,  // 40: entente.v1.PresenceResponse.instances:type_name -> entente.v1.Instance
+	9,  // 41: entente.v1.PresenceResponse.withdrawn:type_name -> entente.v1.Instance
+	1,  // 42: entente.v1.Join.Join:input_type -> entente.v1.JoinRequest
+	3,  // 43: entente.v1.Attest.Attest:input_type -> entente.v1.AttestRequest
+	5,  // 44: entente.v1.Sync.Sync:input_type -> entente.v1.SyncRequest
+	15, // 45: entente.v1.Sign.SignX509:input_type -> entente.v1.SignX509Request
+	19, // 46: entente.v1.Admin.Status:input_type -> entente.v1.StatusRequest
+	35, // 47: entente.v1.Admin.CreateToken:input_type -> entente.v1.CreateTokenRequest
+	37, // 48: entente.v1.Admin.Apply:input_type -> entente.v1.ApplyRequest
+	40, // 49: entente.v1.Admin.GetBundle:input_type -> entente.v1.GetBundleRequest
+	23, // 50: entente.v1.Admin.SaveSnapshot:input_type -> entente.v1.SaveSnapshotRequest
+	25, // 51: entente.v1.Admin.ListNodes:input_type -> entente.v1.ListNodesRequest
+	28, // 52: entente.v1.Admin.PromoteNode:input_type -> entente.v1.PromoteNodeRequest
+	42, // 53: entente.v1.Peer.Propose:input_type -> entente.v1.ProposeRequest
+	44, // 54: entente.v1.Peer.Report:input_type -> entente.v1.ReportRequest
+	46, // 55: entente.v1.Peer.Presence:input_type -> entente.v1.PresenceRequest
+	30, // 56: entente.v1.Peer.Vouch:input_type -> entente.v1.VouchRequest
+	25, // 57: entente.v1.Peer.Nodes:input_type -> entente.v1.ListNodesRequest
+	32, // 58: entente.v1.Peer.ShowEpoch:input_type -> entente.v1.ShowEpochRequest
+	2,  // 59: entente.v1.Join.Join:output_type -> entente.v1.JoinResponse
+	4,  // 60: entente.v1.Attest.Attest:output_type -> entente.v1.AttestResponse
+	10, // 61: entente.v1.Sync.Sync:output_type -> entente.v1.SyncResponse
+	17, // 62: entente.v1.Sign.SignX509:output_type -> entente.v1.SignX509Response
+	20, // 63: entente.v1.Admin.Status:output_type -> entente.v1.StatusResponse
+	36, // 64: entente.v1.Admin.CreateToken:output_type -> entente.v1.CreateTokenResponse
+	38, // 65: entente.v1.Admin.Apply:output_type -> entente.v1.ApplyResponse
+	41, // 66: entente.v1.Admin.GetBundle:output_type -> entente.v1.GetBundleResponse
+	24, // 67: entente.v1.Admin.SaveSnapshot:output_type -> entente.v1.SaveSnapshotResponse
+	26, // 68: entente.v1.Admin.ListNodes:output_type -> entente.v1.ListNodesResponse
+	29, // 69: entente.v1.Admin.PromoteNode:output_type -> entente.v1.PromoteNodeResponse
+	43, // 70: entente.v1.Peer.Propose:output_type -> entente.v1.ProposeResponse
+	45, // 71: entente.v1.Peer.Report:output_type -> entente.v1.ReportResponse
+	47, // 72: entente.v1.Peer.Presence:output_type -> entente.v1.PresenceResponse
+	31, // 73: entente.v1.Peer.Vouch:output_type -> entente.v1.VouchResponse
+	26, // 74: entente.v1.Peer.Nodes:output_type -> entente.v1.ListNodesResponse
+	33, // 75: entente.v1.Peer.ShowEpoch:output_type -> entente.v1.ShowEpochResponse
+	59, // [59:76] is the sub-list for method output_type
+	42, // [42:59] is the sub-list for method input_type
+	42, // [42:42] is the sub-list for extension type_name
+	42, // [42:42] is the sub-list for extension extendee
+	0,  // [0:42] is the sub-list for field type_name
 }
 
 func init() { file_entente_v1_entente_proto_init() }
@@ -2635,7 +3380,7 @@ func file_entente_v1_entente_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_entente_v1_entente_proto_rawDesc), len(file_entente_v1_entente_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   35,
+			NumMessages:   47,
 			NumExtensions: 0,
 			NumServices:   6,
 		},

@@ -449,10 +449,13 @@ var Sign_ServiceDesc = grpc.ServiceDesc{
 }
 
 const (
-	Admin_Status_FullMethodName      = "/entente.v1.Admin/Status"
-	Admin_CreateToken_FullMethodName = "/entente.v1.Admin/CreateToken"
-	Admin_Apply_FullMethodName       = "/entente.v1.Admin/Apply"
-	Admin_GetBundle_FullMethodName   = "/entente.v1.Admin/GetBundle"
+	Admin_Status_FullMethodName       = "/entente.v1.Admin/Status"
+	Admin_CreateToken_FullMethodName  = "/entente.v1.Admin/CreateToken"
+	Admin_Apply_FullMethodName        = "/entente.v1.Admin/Apply"
+	Admin_GetBundle_FullMethodName    = "/entente.v1.Admin/GetBundle"
+	Admin_SaveSnapshot_FullMethodName = "/entente.v1.Admin/SaveSnapshot"
+	Admin_ListNodes_FullMethodName    = "/entente.v1.Admin/ListNodes"
+	Admin_PromoteNode_FullMethodName  = "/entente.v1.Admin/PromoteNode"
 )
 
 // AdminClient is the client API for Admin service.
@@ -465,6 +468,12 @@ type AdminClient interface {
 	CreateToken(ctx context.Context, in *CreateTokenRequest, opts ...grpc.CallOption) (*CreateTokenResponse, error)
 	Apply(ctx context.Context, in *ApplyRequest, opts ...grpc.CallOption) (*ApplyResponse, error)
 	GetBundle(ctx context.Context, in *GetBundleRequest, opts ...grpc.CallOption) (*GetBundleResponse, error)
+	// SaveSnapshot streams the state of this node as it is now; docs/operations.md.
+	SaveSnapshot(ctx context.Context, in *SaveSnapshotRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[SaveSnapshotResponse], error)
+	// ListNodes says how far each CA node is, as the leader knows it.
+	ListNodes(ctx context.Context, in *ListNodesRequest, opts ...grpc.CallOption) (*ListNodesResponse, error)
+	// PromoteNode makes a non-voter vote when it has caught up.
+	PromoteNode(ctx context.Context, in *PromoteNodeRequest, opts ...grpc.CallOption) (*PromoteNodeResponse, error)
 }
 
 type adminClient struct {
@@ -515,6 +524,45 @@ func (c *adminClient) GetBundle(ctx context.Context, in *GetBundleRequest, opts 
 	return out, nil
 }
 
+func (c *adminClient) SaveSnapshot(ctx context.Context, in *SaveSnapshotRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[SaveSnapshotResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Admin_ServiceDesc.Streams[0], Admin_SaveSnapshot_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[SaveSnapshotRequest, SaveSnapshotResponse]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Admin_SaveSnapshotClient = grpc.ServerStreamingClient[SaveSnapshotResponse]
+
+func (c *adminClient) ListNodes(ctx context.Context, in *ListNodesRequest, opts ...grpc.CallOption) (*ListNodesResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListNodesResponse)
+	err := c.cc.Invoke(ctx, Admin_ListNodes_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) PromoteNode(ctx context.Context, in *PromoteNodeRequest, opts ...grpc.CallOption) (*PromoteNodeResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(PromoteNodeResponse)
+	err := c.cc.Invoke(ctx, Admin_PromoteNode_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // AdminServer is the server API for Admin service.
 // All implementations must embed UnimplementedAdminServer
 // for forward compatibility.
@@ -525,6 +573,12 @@ type AdminServer interface {
 	CreateToken(context.Context, *CreateTokenRequest) (*CreateTokenResponse, error)
 	Apply(context.Context, *ApplyRequest) (*ApplyResponse, error)
 	GetBundle(context.Context, *GetBundleRequest) (*GetBundleResponse, error)
+	// SaveSnapshot streams the state of this node as it is now; docs/operations.md.
+	SaveSnapshot(*SaveSnapshotRequest, grpc.ServerStreamingServer[SaveSnapshotResponse]) error
+	// ListNodes says how far each CA node is, as the leader knows it.
+	ListNodes(context.Context, *ListNodesRequest) (*ListNodesResponse, error)
+	// PromoteNode makes a non-voter vote when it has caught up.
+	PromoteNode(context.Context, *PromoteNodeRequest) (*PromoteNodeResponse, error)
 	mustEmbedUnimplementedAdminServer()
 }
 
@@ -546,6 +600,15 @@ func (UnimplementedAdminServer) Apply(context.Context, *ApplyRequest) (*ApplyRes
 }
 func (UnimplementedAdminServer) GetBundle(context.Context, *GetBundleRequest) (*GetBundleResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method GetBundle not implemented")
+}
+func (UnimplementedAdminServer) SaveSnapshot(*SaveSnapshotRequest, grpc.ServerStreamingServer[SaveSnapshotResponse]) error {
+	return status.Error(codes.Unimplemented, "method SaveSnapshot not implemented")
+}
+func (UnimplementedAdminServer) ListNodes(context.Context, *ListNodesRequest) (*ListNodesResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListNodes not implemented")
+}
+func (UnimplementedAdminServer) PromoteNode(context.Context, *PromoteNodeRequest) (*PromoteNodeResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method PromoteNode not implemented")
 }
 func (UnimplementedAdminServer) mustEmbedUnimplementedAdminServer() {}
 func (UnimplementedAdminServer) testEmbeddedByValue()               {}
@@ -640,6 +703,53 @@ func _Admin_GetBundle_Handler(srv interface{}, ctx context.Context, dec func(int
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Admin_SaveSnapshot_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(SaveSnapshotRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(AdminServer).SaveSnapshot(m, &grpc.GenericServerStream[SaveSnapshotRequest, SaveSnapshotResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Admin_SaveSnapshotServer = grpc.ServerStreamingServer[SaveSnapshotResponse]
+
+func _Admin_ListNodes_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListNodesRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).ListNodes(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_ListNodes_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).ListNodes(ctx, req.(*ListNodesRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_PromoteNode_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(PromoteNodeRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).PromoteNode(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_PromoteNode_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).PromoteNode(ctx, req.(*PromoteNodeRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Admin_ServiceDesc is the grpc.ServiceDesc for Admin service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -663,15 +773,32 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 			MethodName: "GetBundle",
 			Handler:    _Admin_GetBundle_Handler,
 		},
+		{
+			MethodName: "ListNodes",
+			Handler:    _Admin_ListNodes_Handler,
+		},
+		{
+			MethodName: "PromoteNode",
+			Handler:    _Admin_PromoteNode_Handler,
+		},
 	},
-	Streams:  []grpc.StreamDesc{},
+	Streams: []grpc.StreamDesc{
+		{
+			StreamName:    "SaveSnapshot",
+			Handler:       _Admin_SaveSnapshot_Handler,
+			ServerStreams: true,
+		},
+	},
 	Metadata: "entente/v1/entente.proto",
 }
 
 const (
-	Peer_Propose_FullMethodName  = "/entente.v1.Peer/Propose"
-	Peer_Report_FullMethodName   = "/entente.v1.Peer/Report"
-	Peer_Presence_FullMethodName = "/entente.v1.Peer/Presence"
+	Peer_Propose_FullMethodName   = "/entente.v1.Peer/Propose"
+	Peer_Report_FullMethodName    = "/entente.v1.Peer/Report"
+	Peer_Presence_FullMethodName  = "/entente.v1.Peer/Presence"
+	Peer_Vouch_FullMethodName     = "/entente.v1.Peer/Vouch"
+	Peer_Nodes_FullMethodName     = "/entente.v1.Peer/Nodes"
+	Peer_ShowEpoch_FullMethodName = "/entente.v1.Peer/ShowEpoch"
 )
 
 // PeerClient is the client API for Peer service.
@@ -685,6 +812,13 @@ type PeerClient interface {
 	Report(ctx context.Context, in *ReportRequest, opts ...grpc.CallOption) (*ReportResponse, error)
 	// Presence streams the soft state that the server's own subscribers reported.
 	Presence(ctx context.Context, in *PresenceRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[PresenceResponse], error)
+	// Vouch says what the server knows of a member that the caller does not know yet.
+	Vouch(ctx context.Context, in *VouchRequest, opts ...grpc.CallOption) (*VouchResponse, error)
+	// Nodes is ListNodes at the leader: FAILED_PRECONDITION elsewhere.
+	Nodes(ctx context.Context, in *ListNodesRequest, opts ...grpc.CallOption) (*ListNodesResponse, error)
+	// ShowEpoch shows a node of an earlier epoch how the present one began. The record
+	// proves itself, so any CA node, and who was one, may call it.
+	ShowEpoch(ctx context.Context, in *ShowEpochRequest, opts ...grpc.CallOption) (*ShowEpochResponse, error)
 }
 
 type peerClient struct {
@@ -734,6 +868,36 @@ func (c *peerClient) Presence(ctx context.Context, in *PresenceRequest, opts ...
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Peer_PresenceClient = grpc.ServerStreamingClient[PresenceResponse]
 
+func (c *peerClient) Vouch(ctx context.Context, in *VouchRequest, opts ...grpc.CallOption) (*VouchResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(VouchResponse)
+	err := c.cc.Invoke(ctx, Peer_Vouch_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *peerClient) Nodes(ctx context.Context, in *ListNodesRequest, opts ...grpc.CallOption) (*ListNodesResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListNodesResponse)
+	err := c.cc.Invoke(ctx, Peer_Nodes_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *peerClient) ShowEpoch(ctx context.Context, in *ShowEpochRequest, opts ...grpc.CallOption) (*ShowEpochResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ShowEpochResponse)
+	err := c.cc.Invoke(ctx, Peer_ShowEpoch_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // PeerServer is the server API for Peer service.
 // All implementations must embed UnimplementedPeerServer
 // for forward compatibility.
@@ -745,6 +909,13 @@ type PeerServer interface {
 	Report(context.Context, *ReportRequest) (*ReportResponse, error)
 	// Presence streams the soft state that the server's own subscribers reported.
 	Presence(*PresenceRequest, grpc.ServerStreamingServer[PresenceResponse]) error
+	// Vouch says what the server knows of a member that the caller does not know yet.
+	Vouch(context.Context, *VouchRequest) (*VouchResponse, error)
+	// Nodes is ListNodes at the leader: FAILED_PRECONDITION elsewhere.
+	Nodes(context.Context, *ListNodesRequest) (*ListNodesResponse, error)
+	// ShowEpoch shows a node of an earlier epoch how the present one began. The record
+	// proves itself, so any CA node, and who was one, may call it.
+	ShowEpoch(context.Context, *ShowEpochRequest) (*ShowEpochResponse, error)
 	mustEmbedUnimplementedPeerServer()
 }
 
@@ -763,6 +934,15 @@ func (UnimplementedPeerServer) Report(context.Context, *ReportRequest) (*ReportR
 }
 func (UnimplementedPeerServer) Presence(*PresenceRequest, grpc.ServerStreamingServer[PresenceResponse]) error {
 	return status.Error(codes.Unimplemented, "method Presence not implemented")
+}
+func (UnimplementedPeerServer) Vouch(context.Context, *VouchRequest) (*VouchResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Vouch not implemented")
+}
+func (UnimplementedPeerServer) Nodes(context.Context, *ListNodesRequest) (*ListNodesResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Nodes not implemented")
+}
+func (UnimplementedPeerServer) ShowEpoch(context.Context, *ShowEpochRequest) (*ShowEpochResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ShowEpoch not implemented")
 }
 func (UnimplementedPeerServer) mustEmbedUnimplementedPeerServer() {}
 func (UnimplementedPeerServer) testEmbeddedByValue()              {}
@@ -832,6 +1012,60 @@ func _Peer_Presence_Handler(srv interface{}, stream grpc.ServerStream) error {
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Peer_PresenceServer = grpc.ServerStreamingServer[PresenceResponse]
 
+func _Peer_Vouch_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(VouchRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(PeerServer).Vouch(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Peer_Vouch_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(PeerServer).Vouch(ctx, req.(*VouchRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Peer_Nodes_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListNodesRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(PeerServer).Nodes(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Peer_Nodes_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(PeerServer).Nodes(ctx, req.(*ListNodesRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Peer_ShowEpoch_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ShowEpochRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(PeerServer).ShowEpoch(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Peer_ShowEpoch_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(PeerServer).ShowEpoch(ctx, req.(*ShowEpochRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Peer_ServiceDesc is the grpc.ServiceDesc for Peer service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -846,6 +1080,18 @@ var Peer_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Report",
 			Handler:    _Peer_Report_Handler,
+		},
+		{
+			MethodName: "Vouch",
+			Handler:    _Peer_Vouch_Handler,
+		},
+		{
+			MethodName: "Nodes",
+			Handler:    _Peer_Nodes_Handler,
+		},
+		{
+			MethodName: "ShowEpoch",
+			Handler:    _Peer_ShowEpoch_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

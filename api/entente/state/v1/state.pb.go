@@ -290,6 +290,9 @@ type Cluster struct {
 	Epoch         uint32                 `protobuf:"varint,3,opt,name=epoch,proto3" json:"epoch,omitempty"` // below 512; raised by recover
 	Dev           bool                   `protobuf:"varint,4,opt,name=dev,proto3" json:"dev,omitempty"`     // loopback only, unsealed keys; never federates with a non-dev domain
 	Lifetimes     *Lifetimes             `protobuf:"bytes,5,opt,name=lifetimes,proto3" json:"lifetimes,omitempty"`
+	RecoveryKey   []byte                 `protobuf:"bytes,40,opt,name=recovery_key,json=recoveryKey,proto3" json:"recovery_key,omitempty"` // Ed25519; its private half is with the operator, offline
+	Recovery      *Recovery              `protobuf:"bytes,41,opt,name=recovery,proto3" json:"recovery,omitempty"`                          // how this epoch began; absent in the first
+	MinVoters     uint32                 `protobuf:"varint,42,opt,name=min_voters,json=minVoters,proto3" json:"min_voters,omitempty"`      // a removal never leaves fewer; 0: none but the last is kept
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -359,6 +362,175 @@ func (x *Cluster) GetLifetimes() *Lifetimes {
 	return nil
 }
 
+func (x *Cluster) GetRecoveryKey() []byte {
+	if x != nil {
+		return x.RecoveryKey
+	}
+	return nil
+}
+
+func (x *Cluster) GetRecovery() *Recovery {
+	if x != nil {
+		return x.Recovery
+	}
+	return nil
+}
+
+func (x *Cluster) GetMinVoters() uint32 {
+	if x != nil {
+		return x.MinVoters
+	}
+	return 0
+}
+
+// Recovery is how an epoch began: one node went on alone, by the word of whoever
+// holds the recovery key.
+type Recovery struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Statement     []byte                 `protobuf:"bytes,1,opt,name=statement,proto3" json:"statement,omitempty"`                // encoded RecoveryStatement
+	Signature     []byte                 `protobuf:"bytes,2,opt,name=signature,proto3" json:"signature,omitempty"`                // Ed25519 by the recovery key
+	Absent        []*Member              `protobuf:"bytes,3,rep,name=absent,proto3" json:"absent,omitempty"`                      // who belonged to the cluster before and did not come along
+	RevokeAt      int64                  `protobuf:"varint,4,opt,name=revoke_at,json=revokeAt,proto3" json:"revoke_at,omitempty"` // Unix seconds of state time: their authorities are REVOKED then; 0: counted from the next Tick
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Recovery) Reset() {
+	*x = Recovery{}
+	mi := &file_entente_state_v1_state_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Recovery) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Recovery) ProtoMessage() {}
+
+func (x *Recovery) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_state_v1_state_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Recovery.ProtoReflect.Descriptor instead.
+func (*Recovery) Descriptor() ([]byte, []int) {
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *Recovery) GetStatement() []byte {
+	if x != nil {
+		return x.Statement
+	}
+	return nil
+}
+
+func (x *Recovery) GetSignature() []byte {
+	if x != nil {
+		return x.Signature
+	}
+	return nil
+}
+
+func (x *Recovery) GetAbsent() []*Member {
+	if x != nil {
+		return x.Absent
+	}
+	return nil
+}
+
+func (x *Recovery) GetRevokeAt() int64 {
+	if x != nil {
+		return x.RevokeAt
+	}
+	return 0
+}
+
+// RecoveryStatement is what the recovery key signs. A node of an earlier epoch that
+// is shown one stops.
+type RecoveryStatement struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	ClusterId     []byte                 `protobuf:"bytes,1,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
+	Epoch         uint32                 `protobuf:"varint,2,opt,name=epoch,proto3" json:"epoch,omitempty"`                                // the new one
+	RecoveryId    []byte                 `protobuf:"bytes,3,opt,name=recovery_id,json=recoveryId,proto3" json:"recovery_id,omitempty"`     // 16 random bytes
+	MemberId      string                 `protobuf:"bytes,4,opt,name=member_id,json=memberId,proto3" json:"member_id,omitempty"`           // who goes on
+	UnixSeconds   int64                  `protobuf:"varint,5,opt,name=unix_seconds,json=unixSeconds,proto3" json:"unix_seconds,omitempty"` // by that node's clock
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RecoveryStatement) Reset() {
+	*x = RecoveryStatement{}
+	mi := &file_entente_state_v1_state_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RecoveryStatement) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RecoveryStatement) ProtoMessage() {}
+
+func (x *RecoveryStatement) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_state_v1_state_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RecoveryStatement.ProtoReflect.Descriptor instead.
+func (*RecoveryStatement) Descriptor() ([]byte, []int) {
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *RecoveryStatement) GetClusterId() []byte {
+	if x != nil {
+		return x.ClusterId
+	}
+	return nil
+}
+
+func (x *RecoveryStatement) GetEpoch() uint32 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+func (x *RecoveryStatement) GetRecoveryId() []byte {
+	if x != nil {
+		return x.RecoveryId
+	}
+	return nil
+}
+
+func (x *RecoveryStatement) GetMemberId() string {
+	if x != nil {
+		return x.MemberId
+	}
+	return ""
+}
+
+func (x *RecoveryStatement) GetUnixSeconds() int64 {
+	if x != nil {
+		return x.UnixSeconds
+	}
+	return 0
+}
+
 // Lifetimes are the domain's own; zero means the default of docs/reference.
 type Lifetimes struct {
 	state                    protoimpl.MessageState `protogen:"open.v1"`
@@ -372,7 +544,7 @@ type Lifetimes struct {
 
 func (x *Lifetimes) Reset() {
 	*x = Lifetimes{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[1]
+	mi := &file_entente_state_v1_state_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -384,7 +556,7 @@ func (x *Lifetimes) String() string {
 func (*Lifetimes) ProtoMessage() {}
 
 func (x *Lifetimes) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[1]
+	mi := &file_entente_state_v1_state_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -397,7 +569,7 @@ func (x *Lifetimes) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Lifetimes.ProtoReflect.Descriptor instead.
 func (*Lifetimes) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{1}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *Lifetimes) GetX509SvidSeconds() uint32 {
@@ -445,7 +617,7 @@ type Member struct {
 
 func (x *Member) Reset() {
 	*x = Member{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[2]
+	mi := &file_entente_state_v1_state_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -457,7 +629,7 @@ func (x *Member) String() string {
 func (*Member) ProtoMessage() {}
 
 func (x *Member) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[2]
+	mi := &file_entente_state_v1_state_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -470,7 +642,7 @@ func (x *Member) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Member.ProtoReflect.Descriptor instead.
 func (*Member) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{2}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Member) GetId() string {
@@ -542,7 +714,7 @@ type Authority struct {
 
 func (x *Authority) Reset() {
 	*x = Authority{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[3]
+	mi := &file_entente_state_v1_state_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -554,7 +726,7 @@ func (x *Authority) String() string {
 func (*Authority) ProtoMessage() {}
 
 func (x *Authority) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[3]
+	mi := &file_entente_state_v1_state_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -567,7 +739,7 @@ func (x *Authority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Authority.ProtoReflect.Descriptor instead.
 func (*Authority) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{3}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Authority) GetId() string {
@@ -665,7 +837,7 @@ type Token struct {
 
 func (x *Token) Reset() {
 	*x = Token{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[4]
+	mi := &file_entente_state_v1_state_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -677,7 +849,7 @@ func (x *Token) String() string {
 func (*Token) ProtoMessage() {}
 
 func (x *Token) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[4]
+	mi := &file_entente_state_v1_state_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -690,7 +862,7 @@ func (x *Token) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Token.ProtoReflect.Descriptor instead.
 func (*Token) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{4}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Token) GetId() string {
@@ -774,7 +946,7 @@ type NodeGrant struct {
 
 func (x *NodeGrant) Reset() {
 	*x = NodeGrant{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[5]
+	mi := &file_entente_state_v1_state_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -786,7 +958,7 @@ func (x *NodeGrant) String() string {
 func (*NodeGrant) ProtoMessage() {}
 
 func (x *NodeGrant) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[5]
+	mi := &file_entente_state_v1_state_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -799,7 +971,7 @@ func (x *NodeGrant) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeGrant.ProtoReflect.Descriptor instead.
 func (*NodeGrant) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{5}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *NodeGrant) GetName() string {
@@ -841,7 +1013,7 @@ type AgentGrant struct {
 
 func (x *AgentGrant) Reset() {
 	*x = AgentGrant{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[6]
+	mi := &file_entente_state_v1_state_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -853,7 +1025,7 @@ func (x *AgentGrant) String() string {
 func (*AgentGrant) ProtoMessage() {}
 
 func (x *AgentGrant) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[6]
+	mi := &file_entente_state_v1_state_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -866,7 +1038,7 @@ func (x *AgentGrant) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentGrant.ProtoReflect.Descriptor instead.
 func (*AgentGrant) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{6}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *AgentGrant) GetName() string {
@@ -905,7 +1077,7 @@ type Agent struct {
 
 func (x *Agent) Reset() {
 	*x = Agent{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[7]
+	mi := &file_entente_state_v1_state_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -917,7 +1089,7 @@ func (x *Agent) String() string {
 func (*Agent) ProtoMessage() {}
 
 func (x *Agent) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[7]
+	mi := &file_entente_state_v1_state_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -930,7 +1102,7 @@ func (x *Agent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Agent.ProtoReflect.Descriptor instead.
 func (*Agent) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{7}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Agent) GetName() string {
@@ -994,7 +1166,7 @@ type Entry struct {
 
 func (x *Entry) Reset() {
 	*x = Entry{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[8]
+	mi := &file_entente_state_v1_state_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1006,7 +1178,7 @@ func (x *Entry) String() string {
 func (*Entry) ProtoMessage() {}
 
 func (x *Entry) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[8]
+	mi := &file_entente_state_v1_state_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1019,7 +1191,7 @@ func (x *Entry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Entry.ProtoReflect.Descriptor instead.
 func (*Entry) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{8}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Entry) GetId() string {
@@ -1105,7 +1277,7 @@ type Object struct {
 
 func (x *Object) Reset() {
 	*x = Object{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[9]
+	mi := &file_entente_state_v1_state_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1117,7 +1289,7 @@ func (x *Object) String() string {
 func (*Object) ProtoMessage() {}
 
 func (x *Object) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[9]
+	mi := &file_entente_state_v1_state_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1130,7 +1302,7 @@ func (x *Object) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Object.ProtoReflect.Descriptor instead.
 func (*Object) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{9}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Object) GetKind() isObject_Kind {
@@ -1250,7 +1422,7 @@ type ObjectKey struct {
 
 func (x *ObjectKey) Reset() {
 	*x = ObjectKey{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[10]
+	mi := &file_entente_state_v1_state_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1262,7 +1434,7 @@ func (x *ObjectKey) String() string {
 func (*ObjectKey) ProtoMessage() {}
 
 func (x *ObjectKey) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[10]
+	mi := &file_entente_state_v1_state_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1275,7 +1447,7 @@ func (x *ObjectKey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ObjectKey.ProtoReflect.Descriptor instead.
 func (*ObjectKey) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{10}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *ObjectKey) GetKind() string {
@@ -1312,7 +1484,7 @@ type Service struct {
 
 func (x *Service) Reset() {
 	*x = Service{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[11]
+	mi := &file_entente_state_v1_state_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1324,7 +1496,7 @@ func (x *Service) String() string {
 func (*Service) ProtoMessage() {}
 
 func (x *Service) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[11]
+	mi := &file_entente_state_v1_state_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1337,7 +1509,7 @@ func (x *Service) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Service.ProtoReflect.Descriptor instead.
 func (*Service) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{11}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Service) GetName() string {
@@ -1430,7 +1602,7 @@ type Failover struct {
 
 func (x *Failover) Reset() {
 	*x = Failover{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[12]
+	mi := &file_entente_state_v1_state_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1442,7 +1614,7 @@ func (x *Failover) String() string {
 func (*Failover) ProtoMessage() {}
 
 func (x *Failover) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[12]
+	mi := &file_entente_state_v1_state_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1455,7 +1627,7 @@ func (x *Failover) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Failover.ProtoReflect.Descriptor instead.
 func (*Failover) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{12}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Failover) GetMode() Mode {
@@ -1500,7 +1672,7 @@ type Gateway struct {
 
 func (x *Gateway) Reset() {
 	*x = Gateway{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[13]
+	mi := &file_entente_state_v1_state_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1512,7 +1684,7 @@ func (x *Gateway) String() string {
 func (*Gateway) ProtoMessage() {}
 
 func (x *Gateway) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[13]
+	mi := &file_entente_state_v1_state_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1525,7 +1697,7 @@ func (x *Gateway) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Gateway.ProtoReflect.Descriptor instead.
 func (*Gateway) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{13}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Gateway) GetName() string {
@@ -1573,7 +1745,7 @@ type Import struct {
 
 func (x *Import) Reset() {
 	*x = Import{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[14]
+	mi := &file_entente_state_v1_state_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1585,7 +1757,7 @@ func (x *Import) String() string {
 func (*Import) ProtoMessage() {}
 
 func (x *Import) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[14]
+	mi := &file_entente_state_v1_state_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1598,7 +1770,7 @@ func (x *Import) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Import.ProtoReflect.Descriptor instead.
 func (*Import) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{14}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Import) GetService() string {
@@ -1624,7 +1796,7 @@ type Agreement struct {
 
 func (x *Agreement) Reset() {
 	*x = Agreement{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[15]
+	mi := &file_entente_state_v1_state_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1636,7 +1808,7 @@ func (x *Agreement) String() string {
 func (*Agreement) ProtoMessage() {}
 
 func (x *Agreement) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[15]
+	mi := &file_entente_state_v1_state_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1649,7 +1821,7 @@ func (x *Agreement) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Agreement.ProtoReflect.Descriptor instead.
 func (*Agreement) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{15}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Agreement) GetName() string {
@@ -1698,7 +1870,7 @@ type PeerGateway struct {
 
 func (x *PeerGateway) Reset() {
 	*x = PeerGateway{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[16]
+	mi := &file_entente_state_v1_state_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1710,7 +1882,7 @@ func (x *PeerGateway) String() string {
 func (*PeerGateway) ProtoMessage() {}
 
 func (x *PeerGateway) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[16]
+	mi := &file_entente_state_v1_state_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1723,7 +1895,7 @@ func (x *PeerGateway) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PeerGateway.ProtoReflect.Descriptor instead.
 func (*PeerGateway) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{16}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *PeerGateway) GetPath() string {
@@ -1758,7 +1930,7 @@ type Allow struct {
 
 func (x *Allow) Reset() {
 	*x = Allow{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[17]
+	mi := &file_entente_state_v1_state_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1770,7 +1942,7 @@ func (x *Allow) String() string {
 func (*Allow) ProtoMessage() {}
 
 func (x *Allow) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[17]
+	mi := &file_entente_state_v1_state_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1783,7 +1955,7 @@ func (x *Allow) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Allow.ProtoReflect.Descriptor instead.
 func (*Allow) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{17}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Allow) GetCallers() []string {
@@ -1818,7 +1990,7 @@ type HTTPMatch struct {
 
 func (x *HTTPMatch) Reset() {
 	*x = HTTPMatch{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[18]
+	mi := &file_entente_state_v1_state_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1830,7 +2002,7 @@ func (x *HTTPMatch) String() string {
 func (*HTTPMatch) ProtoMessage() {}
 
 func (x *HTTPMatch) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[18]
+	mi := &file_entente_state_v1_state_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1843,7 +2015,7 @@ func (x *HTTPMatch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HTTPMatch.ProtoReflect.Descriptor instead.
 func (*HTTPMatch) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{18}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *HTTPMatch) GetMethods() []string {
@@ -1880,7 +2052,7 @@ type Relationship struct {
 
 func (x *Relationship) Reset() {
 	*x = Relationship{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[19]
+	mi := &file_entente_state_v1_state_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1892,7 +2064,7 @@ func (x *Relationship) String() string {
 func (*Relationship) ProtoMessage() {}
 
 func (x *Relationship) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[19]
+	mi := &file_entente_state_v1_state_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1905,7 +2077,7 @@ func (x *Relationship) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Relationship.ProtoReflect.Descriptor instead.
 func (*Relationship) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{19}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Relationship) GetTrustDomain() string {
@@ -1949,7 +2121,7 @@ type ForeignBundle struct {
 
 func (x *ForeignBundle) Reset() {
 	*x = ForeignBundle{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[20]
+	mi := &file_entente_state_v1_state_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1961,7 +2133,7 @@ func (x *ForeignBundle) String() string {
 func (*ForeignBundle) ProtoMessage() {}
 
 func (x *ForeignBundle) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[20]
+	mi := &file_entente_state_v1_state_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1974,7 +2146,7 @@ func (x *ForeignBundle) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForeignBundle.ProtoReflect.Descriptor instead.
 func (*ForeignBundle) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{20}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ForeignBundle) GetTrustDomain() string {
@@ -2027,6 +2199,7 @@ type Command struct {
 	//	*Command_StoreForeignBundle
 	//	*Command_Tick
 	//	*Command_Checksum
+	//	*Command_PromoteMember
 	Body          isCommand_Body `protobuf_oneof:"body"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2034,7 +2207,7 @@ type Command struct {
 
 func (x *Command) Reset() {
 	*x = Command{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[21]
+	mi := &file_entente_state_v1_state_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2046,7 +2219,7 @@ func (x *Command) String() string {
 func (*Command) ProtoMessage() {}
 
 func (x *Command) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[21]
+	mi := &file_entente_state_v1_state_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2059,7 +2232,7 @@ func (x *Command) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Command.ProtoReflect.Descriptor instead.
 func (*Command) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{21}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Command) GetIfRevision() uint64 {
@@ -2207,6 +2380,15 @@ func (x *Command) GetChecksum() *Checksum {
 	return nil
 }
 
+func (x *Command) GetPromoteMember() *PromoteMember {
+	if x != nil {
+		if x, ok := x.Body.(*Command_PromoteMember); ok {
+			return x.PromoteMember
+		}
+	}
+	return nil
+}
+
 type isCommand_Body interface {
 	isCommand_Body()
 }
@@ -2263,6 +2445,10 @@ type Command_Checksum struct {
 	Checksum *Checksum `protobuf:"bytes,22,opt,name=checksum,proto3,oneof"`
 }
 
+type Command_PromoteMember struct {
+	PromoteMember *PromoteMember `protobuf:"bytes,60,opt,name=promote_member,json=promoteMember,proto3,oneof"`
+}
+
 func (*Command_Init) isCommand_Body() {}
 
 func (*Command_CreateToken) isCommand_Body() {}
@@ -2289,6 +2475,8 @@ func (*Command_Tick) isCommand_Body() {}
 
 func (*Command_Checksum) isCommand_Body() {}
 
+func (*Command_PromoteMember) isCommand_Body() {}
+
 // Batch is what one Raft log entry holds: the group commit of a proposer.
 type Batch struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -2299,7 +2487,7 @@ type Batch struct {
 
 func (x *Batch) Reset() {
 	*x = Batch{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[22]
+	mi := &file_entente_state_v1_state_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2311,7 +2499,7 @@ func (x *Batch) String() string {
 func (*Batch) ProtoMessage() {}
 
 func (x *Batch) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[22]
+	mi := &file_entente_state_v1_state_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2324,7 +2512,7 @@ func (x *Batch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Batch.ProtoReflect.Descriptor instead.
 func (*Batch) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{22}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Batch) GetCommands() [][]byte {
@@ -2344,7 +2532,7 @@ type Init struct {
 
 func (x *Init) Reset() {
 	*x = Init{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[23]
+	mi := &file_entente_state_v1_state_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2356,7 +2544,7 @@ func (x *Init) String() string {
 func (*Init) ProtoMessage() {}
 
 func (x *Init) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[23]
+	mi := &file_entente_state_v1_state_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2369,7 +2557,7 @@ func (x *Init) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Init.ProtoReflect.Descriptor instead.
 func (*Init) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{23}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Init) GetCluster() *Cluster {
@@ -2395,7 +2583,7 @@ type CreateToken struct {
 
 func (x *CreateToken) Reset() {
 	*x = CreateToken{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[24]
+	mi := &file_entente_state_v1_state_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2407,7 +2595,7 @@ func (x *CreateToken) String() string {
 func (*CreateToken) ProtoMessage() {}
 
 func (x *CreateToken) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[24]
+	mi := &file_entente_state_v1_state_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2420,7 +2608,7 @@ func (x *CreateToken) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateToken.ProtoReflect.Descriptor instead.
 func (*CreateToken) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{24}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *CreateToken) GetToken() *Token {
@@ -2444,7 +2632,7 @@ type JoinMember struct {
 
 func (x *JoinMember) Reset() {
 	*x = JoinMember{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[25]
+	mi := &file_entente_state_v1_state_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2456,7 +2644,7 @@ func (x *JoinMember) String() string {
 func (*JoinMember) ProtoMessage() {}
 
 func (x *JoinMember) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[25]
+	mi := &file_entente_state_v1_state_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2469,7 +2657,7 @@ func (x *JoinMember) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinMember.ProtoReflect.Descriptor instead.
 func (*JoinMember) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{25}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *JoinMember) GetTokenId() string {
@@ -2515,7 +2703,7 @@ type JoinStatement struct {
 
 func (x *JoinStatement) Reset() {
 	*x = JoinStatement{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[26]
+	mi := &file_entente_state_v1_state_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2527,7 +2715,7 @@ func (x *JoinStatement) String() string {
 func (*JoinStatement) ProtoMessage() {}
 
 func (x *JoinStatement) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[26]
+	mi := &file_entente_state_v1_state_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2540,7 +2728,7 @@ func (x *JoinStatement) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinStatement.ProtoReflect.Descriptor instead.
 func (*JoinStatement) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{26}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *JoinStatement) GetClusterId() []byte {
@@ -2597,7 +2785,7 @@ type UpdateMember struct {
 
 func (x *UpdateMember) Reset() {
 	*x = UpdateMember{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[27]
+	mi := &file_entente_state_v1_state_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2609,7 +2797,7 @@ func (x *UpdateMember) String() string {
 func (*UpdateMember) ProtoMessage() {}
 
 func (x *UpdateMember) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[27]
+	mi := &file_entente_state_v1_state_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2622,7 +2810,7 @@ func (x *UpdateMember) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateMember.ProtoReflect.Descriptor instead.
 func (*UpdateMember) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{27}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *UpdateMember) GetId() string {
@@ -2656,7 +2844,7 @@ type RemoveMember struct {
 
 func (x *RemoveMember) Reset() {
 	*x = RemoveMember{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[28]
+	mi := &file_entente_state_v1_state_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2668,7 +2856,7 @@ func (x *RemoveMember) String() string {
 func (*RemoveMember) ProtoMessage() {}
 
 func (x *RemoveMember) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[28]
+	mi := &file_entente_state_v1_state_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2681,7 +2869,7 @@ func (x *RemoveMember) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveMember.ProtoReflect.Descriptor instead.
 func (*RemoveMember) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{28}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *RemoveMember) GetId() string {
@@ -2698,6 +2886,52 @@ func (x *RemoveMember) GetCompromised() bool {
 	return false
 }
 
+// PromoteMember makes a non-voter one that votes; the leader lets it when it has
+// caught up.
+type PromoteMember struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PromoteMember) Reset() {
+	*x = PromoteMember{}
+	mi := &file_entente_state_v1_state_proto_msgTypes[31]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PromoteMember) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PromoteMember) ProtoMessage() {}
+
+func (x *PromoteMember) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_state_v1_state_proto_msgTypes[31]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PromoteMember.ProtoReflect.Descriptor instead.
+func (*PromoteMember) Descriptor() ([]byte, []int) {
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{31}
+}
+
+func (x *PromoteMember) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
 type AttestAgent struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	TokenId       string                 `protobuf:"bytes,1,opt,name=token_id,json=tokenId,proto3" json:"token_id,omitempty"`
@@ -2710,7 +2944,7 @@ type AttestAgent struct {
 
 func (x *AttestAgent) Reset() {
 	*x = AttestAgent{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[29]
+	mi := &file_entente_state_v1_state_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2722,7 +2956,7 @@ func (x *AttestAgent) String() string {
 func (*AttestAgent) ProtoMessage() {}
 
 func (x *AttestAgent) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[29]
+	mi := &file_entente_state_v1_state_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2735,7 +2969,7 @@ func (x *AttestAgent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttestAgent.ProtoReflect.Descriptor instead.
 func (*AttestAgent) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{29}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *AttestAgent) GetTokenId() string {
@@ -2775,7 +3009,7 @@ type PrepareAuthority struct {
 
 func (x *PrepareAuthority) Reset() {
 	*x = PrepareAuthority{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[30]
+	mi := &file_entente_state_v1_state_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2787,7 +3021,7 @@ func (x *PrepareAuthority) String() string {
 func (*PrepareAuthority) ProtoMessage() {}
 
 func (x *PrepareAuthority) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[30]
+	mi := &file_entente_state_v1_state_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2800,7 +3034,7 @@ func (x *PrepareAuthority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareAuthority.ProtoReflect.Descriptor instead.
 func (*PrepareAuthority) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{30}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *PrepareAuthority) GetAuthority() *Authority {
@@ -2820,7 +3054,7 @@ type AuthorityReady struct {
 
 func (x *AuthorityReady) Reset() {
 	*x = AuthorityReady{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[31]
+	mi := &file_entente_state_v1_state_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2832,7 +3066,7 @@ func (x *AuthorityReady) String() string {
 func (*AuthorityReady) ProtoMessage() {}
 
 func (x *AuthorityReady) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[31]
+	mi := &file_entente_state_v1_state_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2845,7 +3079,7 @@ func (x *AuthorityReady) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityReady.ProtoReflect.Descriptor instead.
 func (*AuthorityReady) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{31}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *AuthorityReady) GetId() string {
@@ -2871,7 +3105,7 @@ type ActivateAuthority struct {
 
 func (x *ActivateAuthority) Reset() {
 	*x = ActivateAuthority{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[32]
+	mi := &file_entente_state_v1_state_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2883,7 +3117,7 @@ func (x *ActivateAuthority) String() string {
 func (*ActivateAuthority) ProtoMessage() {}
 
 func (x *ActivateAuthority) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[32]
+	mi := &file_entente_state_v1_state_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2896,7 +3130,7 @@ func (x *ActivateAuthority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ActivateAuthority.ProtoReflect.Descriptor instead.
 func (*ActivateAuthority) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{32}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *ActivateAuthority) GetId() string {
@@ -2916,7 +3150,7 @@ type ApplyObjects struct {
 
 func (x *ApplyObjects) Reset() {
 	*x = ApplyObjects{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[33]
+	mi := &file_entente_state_v1_state_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2928,7 +3162,7 @@ func (x *ApplyObjects) String() string {
 func (*ApplyObjects) ProtoMessage() {}
 
 func (x *ApplyObjects) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[33]
+	mi := &file_entente_state_v1_state_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2941,7 +3175,7 @@ func (x *ApplyObjects) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyObjects.ProtoReflect.Descriptor instead.
 func (*ApplyObjects) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{33}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *ApplyObjects) GetUpserts() []*Object {
@@ -2969,7 +3203,7 @@ type StoreForeignBundle struct {
 
 func (x *StoreForeignBundle) Reset() {
 	*x = StoreForeignBundle{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[34]
+	mi := &file_entente_state_v1_state_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2981,7 +3215,7 @@ func (x *StoreForeignBundle) String() string {
 func (*StoreForeignBundle) ProtoMessage() {}
 
 func (x *StoreForeignBundle) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[34]
+	mi := &file_entente_state_v1_state_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2994,7 +3228,7 @@ func (x *StoreForeignBundle) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StoreForeignBundle.ProtoReflect.Descriptor instead.
 func (*StoreForeignBundle) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{34}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *StoreForeignBundle) GetTrustDomain() string {
@@ -3028,7 +3262,7 @@ type Tick struct {
 
 func (x *Tick) Reset() {
 	*x = Tick{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[35]
+	mi := &file_entente_state_v1_state_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3040,7 +3274,7 @@ func (x *Tick) String() string {
 func (*Tick) ProtoMessage() {}
 
 func (x *Tick) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[35]
+	mi := &file_entente_state_v1_state_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3053,7 +3287,7 @@ func (x *Tick) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Tick.ProtoReflect.Descriptor instead.
 func (*Tick) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{35}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *Tick) GetUnixNanos() []int64 {
@@ -3075,7 +3309,7 @@ type Checksum struct {
 
 func (x *Checksum) Reset() {
 	*x = Checksum{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[36]
+	mi := &file_entente_state_v1_state_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3087,7 +3321,7 @@ func (x *Checksum) String() string {
 func (*Checksum) ProtoMessage() {}
 
 func (x *Checksum) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[36]
+	mi := &file_entente_state_v1_state_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3100,7 +3334,7 @@ func (x *Checksum) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Checksum.ProtoReflect.Descriptor instead.
 func (*Checksum) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{36}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *Checksum) GetAtIndex() uint64 {
@@ -3128,13 +3362,30 @@ var File_entente_state_v1_state_proto protoreflect.FileDescriptor
 
 const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\n" +
-	"\x1centente/state/v1/state.proto\x12\x10entente.state.v1\"\x9f\x01\n" +
+	"\x1centente/state/v1/state.proto\x12\x10entente.state.v1\"\x99\x02\n" +
 	"\aCluster\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\fR\x02id\x12\x14\n" +
 	"\x05epoch\x18\x03 \x01(\rR\x05epoch\x12\x10\n" +
 	"\x03dev\x18\x04 \x01(\bR\x03dev\x129\n" +
-	"\tlifetimes\x18\x05 \x01(\v2\x1b.entente.state.v1.LifetimesR\tlifetimes\"\xc9\x01\n" +
+	"\tlifetimes\x18\x05 \x01(\v2\x1b.entente.state.v1.LifetimesR\tlifetimes\x12!\n" +
+	"\frecovery_key\x18( \x01(\fR\vrecoveryKey\x126\n" +
+	"\brecovery\x18) \x01(\v2\x1a.entente.state.v1.RecoveryR\brecovery\x12\x1d\n" +
+	"\n" +
+	"min_voters\x18* \x01(\rR\tminVoters\"\x95\x01\n" +
+	"\bRecovery\x12\x1c\n" +
+	"\tstatement\x18\x01 \x01(\fR\tstatement\x12\x1c\n" +
+	"\tsignature\x18\x02 \x01(\fR\tsignature\x120\n" +
+	"\x06absent\x18\x03 \x03(\v2\x18.entente.state.v1.MemberR\x06absent\x12\x1b\n" +
+	"\trevoke_at\x18\x04 \x01(\x03R\brevokeAt\"\xa9\x01\n" +
+	"\x11RecoveryStatement\x12\x1d\n" +
+	"\n" +
+	"cluster_id\x18\x01 \x01(\fR\tclusterId\x12\x14\n" +
+	"\x05epoch\x18\x02 \x01(\rR\x05epoch\x12\x1f\n" +
+	"\vrecovery_id\x18\x03 \x01(\fR\n" +
+	"recoveryId\x12\x1b\n" +
+	"\tmember_id\x18\x04 \x01(\tR\bmemberId\x12!\n" +
+	"\funix_seconds\x18\x05 \x01(\x03R\vunixSeconds\"\xc9\x01\n" +
 	"\tLifetimes\x12*\n" +
 	"\x11x509_svid_seconds\x18\x01 \x01(\rR\x0fx509SvidSeconds\x12#\n" +
 	"\rphase_seconds\x18\x02 \x01(\rR\fphaseSeconds\x12,\n" +
@@ -3283,7 +3534,7 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x12\n" +
 	"\x04jwks\x18\x02 \x01(\fR\x04jwks\x12\x1a\n" +
 	"\bsequence\x18\x03 \x01(\x04R\bsequence\x12\x1a\n" +
-	"\brevision\x18\x04 \x01(\x04R\brevision\"\xea\a\n" +
+	"\brevision\x18\x04 \x01(\x04R\brevision\"\xb4\b\n" +
 	"\aCommand\x12\x1f\n" +
 	"\vif_revision\x18\x01 \x01(\x04R\n" +
 	"ifRevision\x12\x1c\n" +
@@ -3303,7 +3554,8 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\rapply_objects\x18\x13 \x01(\v2\x1e.entente.state.v1.ApplyObjectsH\x00R\fapplyObjects\x12X\n" +
 	"\x14store_foreign_bundle\x18\x14 \x01(\v2$.entente.state.v1.StoreForeignBundleH\x00R\x12storeForeignBundle\x12,\n" +
 	"\x04tick\x18\x15 \x01(\v2\x16.entente.state.v1.TickH\x00R\x04tick\x128\n" +
-	"\bchecksum\x18\x16 \x01(\v2\x1a.entente.state.v1.ChecksumH\x00R\bchecksumB\x06\n" +
+	"\bchecksum\x18\x16 \x01(\v2\x1a.entente.state.v1.ChecksumH\x00R\bchecksum\x12H\n" +
+	"\x0epromote_member\x18< \x01(\v2\x1f.entente.state.v1.PromoteMemberH\x00R\rpromoteMemberB\x06\n" +
 	"\x04body\"#\n" +
 	"\x05Batch\x12\x1a\n" +
 	"\bcommands\x18\x01 \x03(\fR\bcommands\"m\n" +
@@ -3333,7 +3585,9 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"apiAddress\"@\n" +
 	"\fRemoveMember\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12 \n" +
-	"\vcompromised\x18\x02 \x01(\bR\vcompromised\"{\n" +
+	"\vcompromised\x18\x02 \x01(\bR\vcompromised\"\x1f\n" +
+	"\rPromoteMember\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"{\n" +
 	"\vAttestAgent\x12\x19\n" +
 	"\btoken_id\x18\x01 \x01(\tR\atokenId\x12\x15\n" +
 	"\x06key_id\x18\x02 \x01(\tR\x05keyId\x12\x1c\n" +
@@ -3397,7 +3651,7 @@ func file_entente_state_v1_state_proto_rawDescGZIP() []byte {
 }
 
 var file_entente_state_v1_state_proto_enumTypes = make([]protoimpl.EnumInfo, 5)
-var file_entente_state_v1_state_proto_msgTypes = make([]protoimpl.MessageInfo, 37)
+var file_entente_state_v1_state_proto_msgTypes = make([]protoimpl.MessageInfo, 40)
 var file_entente_state_v1_state_proto_goTypes = []any{
 	(AuthorityPhase)(0),        // 0: entente.state.v1.AuthorityPhase
 	(KeyUse)(0),                // 1: entente.state.v1.KeyUse
@@ -3405,87 +3659,93 @@ var file_entente_state_v1_state_proto_goTypes = []any{
 	(Mode)(0),                  // 3: entente.state.v1.Mode
 	(PathType)(0),              // 4: entente.state.v1.PathType
 	(*Cluster)(nil),            // 5: entente.state.v1.Cluster
-	(*Lifetimes)(nil),          // 6: entente.state.v1.Lifetimes
-	(*Member)(nil),             // 7: entente.state.v1.Member
-	(*Authority)(nil),          // 8: entente.state.v1.Authority
-	(*Token)(nil),              // 9: entente.state.v1.Token
-	(*NodeGrant)(nil),          // 10: entente.state.v1.NodeGrant
-	(*AgentGrant)(nil),         // 11: entente.state.v1.AgentGrant
-	(*Agent)(nil),              // 12: entente.state.v1.Agent
-	(*Entry)(nil),              // 13: entente.state.v1.Entry
-	(*Object)(nil),             // 14: entente.state.v1.Object
-	(*ObjectKey)(nil),          // 15: entente.state.v1.ObjectKey
-	(*Service)(nil),            // 16: entente.state.v1.Service
-	(*Failover)(nil),           // 17: entente.state.v1.Failover
-	(*Gateway)(nil),            // 18: entente.state.v1.Gateway
-	(*Import)(nil),             // 19: entente.state.v1.Import
-	(*Agreement)(nil),          // 20: entente.state.v1.Agreement
-	(*PeerGateway)(nil),        // 21: entente.state.v1.PeerGateway
-	(*Allow)(nil),              // 22: entente.state.v1.Allow
-	(*HTTPMatch)(nil),          // 23: entente.state.v1.HTTPMatch
-	(*Relationship)(nil),       // 24: entente.state.v1.Relationship
-	(*ForeignBundle)(nil),      // 25: entente.state.v1.ForeignBundle
-	(*Command)(nil),            // 26: entente.state.v1.Command
-	(*Batch)(nil),              // 27: entente.state.v1.Batch
-	(*Init)(nil),               // 28: entente.state.v1.Init
-	(*CreateToken)(nil),        // 29: entente.state.v1.CreateToken
-	(*JoinMember)(nil),         // 30: entente.state.v1.JoinMember
-	(*JoinStatement)(nil),      // 31: entente.state.v1.JoinStatement
-	(*UpdateMember)(nil),       // 32: entente.state.v1.UpdateMember
-	(*RemoveMember)(nil),       // 33: entente.state.v1.RemoveMember
-	(*AttestAgent)(nil),        // 34: entente.state.v1.AttestAgent
-	(*PrepareAuthority)(nil),   // 35: entente.state.v1.PrepareAuthority
-	(*AuthorityReady)(nil),     // 36: entente.state.v1.AuthorityReady
-	(*ActivateAuthority)(nil),  // 37: entente.state.v1.ActivateAuthority
-	(*ApplyObjects)(nil),       // 38: entente.state.v1.ApplyObjects
-	(*StoreForeignBundle)(nil), // 39: entente.state.v1.StoreForeignBundle
-	(*Tick)(nil),               // 40: entente.state.v1.Tick
-	(*Checksum)(nil),           // 41: entente.state.v1.Checksum
+	(*Recovery)(nil),           // 6: entente.state.v1.Recovery
+	(*RecoveryStatement)(nil),  // 7: entente.state.v1.RecoveryStatement
+	(*Lifetimes)(nil),          // 8: entente.state.v1.Lifetimes
+	(*Member)(nil),             // 9: entente.state.v1.Member
+	(*Authority)(nil),          // 10: entente.state.v1.Authority
+	(*Token)(nil),              // 11: entente.state.v1.Token
+	(*NodeGrant)(nil),          // 12: entente.state.v1.NodeGrant
+	(*AgentGrant)(nil),         // 13: entente.state.v1.AgentGrant
+	(*Agent)(nil),              // 14: entente.state.v1.Agent
+	(*Entry)(nil),              // 15: entente.state.v1.Entry
+	(*Object)(nil),             // 16: entente.state.v1.Object
+	(*ObjectKey)(nil),          // 17: entente.state.v1.ObjectKey
+	(*Service)(nil),            // 18: entente.state.v1.Service
+	(*Failover)(nil),           // 19: entente.state.v1.Failover
+	(*Gateway)(nil),            // 20: entente.state.v1.Gateway
+	(*Import)(nil),             // 21: entente.state.v1.Import
+	(*Agreement)(nil),          // 22: entente.state.v1.Agreement
+	(*PeerGateway)(nil),        // 23: entente.state.v1.PeerGateway
+	(*Allow)(nil),              // 24: entente.state.v1.Allow
+	(*HTTPMatch)(nil),          // 25: entente.state.v1.HTTPMatch
+	(*Relationship)(nil),       // 26: entente.state.v1.Relationship
+	(*ForeignBundle)(nil),      // 27: entente.state.v1.ForeignBundle
+	(*Command)(nil),            // 28: entente.state.v1.Command
+	(*Batch)(nil),              // 29: entente.state.v1.Batch
+	(*Init)(nil),               // 30: entente.state.v1.Init
+	(*CreateToken)(nil),        // 31: entente.state.v1.CreateToken
+	(*JoinMember)(nil),         // 32: entente.state.v1.JoinMember
+	(*JoinStatement)(nil),      // 33: entente.state.v1.JoinStatement
+	(*UpdateMember)(nil),       // 34: entente.state.v1.UpdateMember
+	(*RemoveMember)(nil),       // 35: entente.state.v1.RemoveMember
+	(*PromoteMember)(nil),      // 36: entente.state.v1.PromoteMember
+	(*AttestAgent)(nil),        // 37: entente.state.v1.AttestAgent
+	(*PrepareAuthority)(nil),   // 38: entente.state.v1.PrepareAuthority
+	(*AuthorityReady)(nil),     // 39: entente.state.v1.AuthorityReady
+	(*ActivateAuthority)(nil),  // 40: entente.state.v1.ActivateAuthority
+	(*ApplyObjects)(nil),       // 41: entente.state.v1.ApplyObjects
+	(*StoreForeignBundle)(nil), // 42: entente.state.v1.StoreForeignBundle
+	(*Tick)(nil),               // 43: entente.state.v1.Tick
+	(*Checksum)(nil),           // 44: entente.state.v1.Checksum
 }
 var file_entente_state_v1_state_proto_depIdxs = []int32{
-	6,  // 0: entente.state.v1.Cluster.lifetimes:type_name -> entente.state.v1.Lifetimes
-	1,  // 1: entente.state.v1.Authority.use:type_name -> entente.state.v1.KeyUse
-	0,  // 2: entente.state.v1.Authority.phase:type_name -> entente.state.v1.AuthorityPhase
-	10, // 3: entente.state.v1.Token.node:type_name -> entente.state.v1.NodeGrant
-	11, // 4: entente.state.v1.Token.agent:type_name -> entente.state.v1.AgentGrant
-	2,  // 5: entente.state.v1.Entry.role:type_name -> entente.state.v1.Role
-	16, // 6: entente.state.v1.Object.service:type_name -> entente.state.v1.Service
-	18, // 7: entente.state.v1.Object.gateway:type_name -> entente.state.v1.Gateway
-	19, // 8: entente.state.v1.Object.import:type_name -> entente.state.v1.Import
-	20, // 9: entente.state.v1.Object.agreement:type_name -> entente.state.v1.Agreement
-	24, // 10: entente.state.v1.Object.relationship:type_name -> entente.state.v1.Relationship
-	17, // 11: entente.state.v1.Service.failover:type_name -> entente.state.v1.Failover
-	3,  // 12: entente.state.v1.Failover.mode:type_name -> entente.state.v1.Mode
-	3,  // 13: entente.state.v1.Failover.failback:type_name -> entente.state.v1.Mode
-	21, // 14: entente.state.v1.Agreement.gateways:type_name -> entente.state.v1.PeerGateway
-	22, // 15: entente.state.v1.Agreement.allow:type_name -> entente.state.v1.Allow
-	23, // 16: entente.state.v1.Allow.http:type_name -> entente.state.v1.HTTPMatch
-	4,  // 17: entente.state.v1.HTTPMatch.path_type:type_name -> entente.state.v1.PathType
-	28, // 18: entente.state.v1.Command.init:type_name -> entente.state.v1.Init
-	29, // 19: entente.state.v1.Command.create_token:type_name -> entente.state.v1.CreateToken
-	30, // 20: entente.state.v1.Command.join_member:type_name -> entente.state.v1.JoinMember
-	32, // 21: entente.state.v1.Command.update_member:type_name -> entente.state.v1.UpdateMember
-	33, // 22: entente.state.v1.Command.remove_member:type_name -> entente.state.v1.RemoveMember
-	34, // 23: entente.state.v1.Command.attest_agent:type_name -> entente.state.v1.AttestAgent
-	35, // 24: entente.state.v1.Command.prepare_authority:type_name -> entente.state.v1.PrepareAuthority
-	36, // 25: entente.state.v1.Command.authority_ready:type_name -> entente.state.v1.AuthorityReady
-	37, // 26: entente.state.v1.Command.activate_authority:type_name -> entente.state.v1.ActivateAuthority
-	38, // 27: entente.state.v1.Command.apply_objects:type_name -> entente.state.v1.ApplyObjects
-	39, // 28: entente.state.v1.Command.store_foreign_bundle:type_name -> entente.state.v1.StoreForeignBundle
-	40, // 29: entente.state.v1.Command.tick:type_name -> entente.state.v1.Tick
-	41, // 30: entente.state.v1.Command.checksum:type_name -> entente.state.v1.Checksum
-	5,  // 31: entente.state.v1.Init.cluster:type_name -> entente.state.v1.Cluster
-	7,  // 32: entente.state.v1.Init.member:type_name -> entente.state.v1.Member
-	9,  // 33: entente.state.v1.CreateToken.token:type_name -> entente.state.v1.Token
-	7,  // 34: entente.state.v1.JoinMember.member:type_name -> entente.state.v1.Member
-	8,  // 35: entente.state.v1.PrepareAuthority.authority:type_name -> entente.state.v1.Authority
-	14, // 36: entente.state.v1.ApplyObjects.upserts:type_name -> entente.state.v1.Object
-	15, // 37: entente.state.v1.ApplyObjects.deletes:type_name -> entente.state.v1.ObjectKey
-	38, // [38:38] is the sub-list for method output_type
-	38, // [38:38] is the sub-list for method input_type
-	38, // [38:38] is the sub-list for extension type_name
-	38, // [38:38] is the sub-list for extension extendee
-	0,  // [0:38] is the sub-list for field type_name
+	8,  // 0: entente.state.v1.Cluster.lifetimes:type_name -> entente.state.v1.Lifetimes
+	6,  // 1: entente.state.v1.Cluster.recovery:type_name -> entente.state.v1.Recovery
+	9,  // 2: entente.state.v1.Recovery.absent:type_name -> entente.state.v1.Member
+	1,  // 3: entente.state.v1.Authority.use:type_name -> entente.state.v1.KeyUse
+	0,  // 4: entente.state.v1.Authority.phase:type_name -> entente.state.v1.AuthorityPhase
+	12, // 5: entente.state.v1.Token.node:type_name -> entente.state.v1.NodeGrant
+	13, // 6: entente.state.v1.Token.agent:type_name -> entente.state.v1.AgentGrant
+	2,  // 7: entente.state.v1.Entry.role:type_name -> entente.state.v1.Role
+	18, // 8: entente.state.v1.Object.service:type_name -> entente.state.v1.Service
+	20, // 9: entente.state.v1.Object.gateway:type_name -> entente.state.v1.Gateway
+	21, // 10: entente.state.v1.Object.import:type_name -> entente.state.v1.Import
+	22, // 11: entente.state.v1.Object.agreement:type_name -> entente.state.v1.Agreement
+	26, // 12: entente.state.v1.Object.relationship:type_name -> entente.state.v1.Relationship
+	19, // 13: entente.state.v1.Service.failover:type_name -> entente.state.v1.Failover
+	3,  // 14: entente.state.v1.Failover.mode:type_name -> entente.state.v1.Mode
+	3,  // 15: entente.state.v1.Failover.failback:type_name -> entente.state.v1.Mode
+	23, // 16: entente.state.v1.Agreement.gateways:type_name -> entente.state.v1.PeerGateway
+	24, // 17: entente.state.v1.Agreement.allow:type_name -> entente.state.v1.Allow
+	25, // 18: entente.state.v1.Allow.http:type_name -> entente.state.v1.HTTPMatch
+	4,  // 19: entente.state.v1.HTTPMatch.path_type:type_name -> entente.state.v1.PathType
+	30, // 20: entente.state.v1.Command.init:type_name -> entente.state.v1.Init
+	31, // 21: entente.state.v1.Command.create_token:type_name -> entente.state.v1.CreateToken
+	32, // 22: entente.state.v1.Command.join_member:type_name -> entente.state.v1.JoinMember
+	34, // 23: entente.state.v1.Command.update_member:type_name -> entente.state.v1.UpdateMember
+	35, // 24: entente.state.v1.Command.remove_member:type_name -> entente.state.v1.RemoveMember
+	37, // 25: entente.state.v1.Command.attest_agent:type_name -> entente.state.v1.AttestAgent
+	38, // 26: entente.state.v1.Command.prepare_authority:type_name -> entente.state.v1.PrepareAuthority
+	39, // 27: entente.state.v1.Command.authority_ready:type_name -> entente.state.v1.AuthorityReady
+	40, // 28: entente.state.v1.Command.activate_authority:type_name -> entente.state.v1.ActivateAuthority
+	41, // 29: entente.state.v1.Command.apply_objects:type_name -> entente.state.v1.ApplyObjects
+	42, // 30: entente.state.v1.Command.store_foreign_bundle:type_name -> entente.state.v1.StoreForeignBundle
+	43, // 31: entente.state.v1.Command.tick:type_name -> entente.state.v1.Tick
+	44, // 32: entente.state.v1.Command.checksum:type_name -> entente.state.v1.Checksum
+	36, // 33: entente.state.v1.Command.promote_member:type_name -> entente.state.v1.PromoteMember
+	5,  // 34: entente.state.v1.Init.cluster:type_name -> entente.state.v1.Cluster
+	9,  // 35: entente.state.v1.Init.member:type_name -> entente.state.v1.Member
+	11, // 36: entente.state.v1.CreateToken.token:type_name -> entente.state.v1.Token
+	9,  // 37: entente.state.v1.JoinMember.member:type_name -> entente.state.v1.Member
+	10, // 38: entente.state.v1.PrepareAuthority.authority:type_name -> entente.state.v1.Authority
+	16, // 39: entente.state.v1.ApplyObjects.upserts:type_name -> entente.state.v1.Object
+	17, // 40: entente.state.v1.ApplyObjects.deletes:type_name -> entente.state.v1.ObjectKey
+	41, // [41:41] is the sub-list for method output_type
+	41, // [41:41] is the sub-list for method input_type
+	41, // [41:41] is the sub-list for extension type_name
+	41, // [41:41] is the sub-list for extension extendee
+	0,  // [0:41] is the sub-list for field type_name
 }
 
 func init() { file_entente_state_v1_state_proto_init() }
@@ -3493,18 +3753,18 @@ func file_entente_state_v1_state_proto_init() {
 	if File_entente_state_v1_state_proto != nil {
 		return
 	}
-	file_entente_state_v1_state_proto_msgTypes[4].OneofWrappers = []any{
+	file_entente_state_v1_state_proto_msgTypes[6].OneofWrappers = []any{
 		(*Token_Node)(nil),
 		(*Token_Agent)(nil),
 	}
-	file_entente_state_v1_state_proto_msgTypes[9].OneofWrappers = []any{
+	file_entente_state_v1_state_proto_msgTypes[11].OneofWrappers = []any{
 		(*Object_Service)(nil),
 		(*Object_Gateway)(nil),
 		(*Object_Import)(nil),
 		(*Object_Agreement)(nil),
 		(*Object_Relationship)(nil),
 	}
-	file_entente_state_v1_state_proto_msgTypes[21].OneofWrappers = []any{
+	file_entente_state_v1_state_proto_msgTypes[23].OneofWrappers = []any{
 		(*Command_Init)(nil),
 		(*Command_CreateToken)(nil),
 		(*Command_JoinMember)(nil),
@@ -3518,6 +3778,7 @@ func file_entente_state_v1_state_proto_init() {
 		(*Command_StoreForeignBundle)(nil),
 		(*Command_Tick)(nil),
 		(*Command_Checksum)(nil),
+		(*Command_PromoteMember)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -3525,7 +3786,7 @@ func file_entente_state_v1_state_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_entente_state_v1_state_proto_rawDesc), len(file_entente_state_v1_state_proto_rawDesc)),
 			NumEnums:      5,
-			NumMessages:   37,
+			NumMessages:   40,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
