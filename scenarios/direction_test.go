@@ -33,7 +33,7 @@ ca/domain:               ca federation federation/catalog
 ca/presence:
 ca/feed:                 ca ca/domain ca/presence
 ca/signer:               ca
-ca/replica:              ca/domain
+ca/replica:              ca ca/domain
 ca/keystore:
 ca/nodeattest:
 ca/server:               api/entente/v1

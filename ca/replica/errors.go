@@ -24,6 +24,10 @@ var (
 	// ErrRemoved: the cluster removed this node. Run returns it.
 	ErrRemoved = errors.New("this node was removed from its CA cluster")
 
+	// ErrSuperseded: the cluster was recovered from another node while this one was away.
+	// Open and Run return it.
+	ErrSuperseded = errors.New("this node's epoch is over, its cluster was recovered without it: wipe its data directory and join it anew")
+
 	// ErrDisk: the log or a snapshot could not be written in time. Err returns it.
 	ErrDisk = errors.New("the disk under the log failed or stalled")
 

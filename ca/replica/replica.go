@@ -61,11 +61,16 @@ type Config struct {
 	// whole state: whatever was derived from it must be derived anew.
 	OnRestore func()
 
+	// Agreed is a log index up to which the caller knows the log to be agreed, from an
+	// earlier life of this replica in the same process; 0: what the disk says.
+	Agreed uint64
+
 	Timing Timing
 
 	// Tests of this package fail and stall the disk, and give removed members more time.
 	wrapStore func(store) store
 	farewell  time.Duration
+	step      func(string) // told where a procedure that writes files is
 }
 
 // Timing sets Raft's pace. A killed leader is replaced after about twice Heartbeat.
