@@ -44,6 +44,8 @@ type CA struct {
 	config  *node.Config
 	verbose bool
 
+	recoveryKey string
+
 	node   *node.Node
 	admin  ententev1.AdminClient
 	conn   *grpc.ClientConn
@@ -56,13 +58,22 @@ type CA struct {
 func Start(t testing.TB, o Options) *CA {
 	t.Helper()
 	c := Prepare(t, o)
-	if err := node.Init(c.config); err != nil {
+	if err := node.Init(c.config, c.KeepRecoveryKey); err != nil {
 		t.Fatal(err)
 	}
 	c.Restart()
 	c.WaitReady()
 	return c
 }
+
+// KeepRecoveryKey is what Init of package node takes; RecoveryKey returns the key.
+func (c *CA) KeepRecoveryKey(key string) error {
+	c.recoveryKey = key
+	return nil
+}
+
+// RecoveryKey is what Init handed out, in its text form.
+func (c *CA) RecoveryKey() string { return c.recoveryKey }
 
 // Prepare is the node of Start before anything was done: for tests that call Init or
 // Join of package node themselves, with Config, and then Restart.

@@ -38,3 +38,18 @@ func (c *clock) read() signer.Clock {
 	}
 	return signer.Clock{Agreed: c.agreed, Age: time.Since(c.at)}
 }
+
+// last is when the agreed time last moved on; zero: not since the start.
+func (c *clock) last() time.Time {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.at
+}
+
+// offset is by how much this node's clock was ahead of the agreed time when that last
+// moved on.
+func (c *clock) offset() (offset time.Duration, known bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.at.Round(0).Sub(c.agreed), !c.at.IsZero()
+}

@@ -37,8 +37,10 @@ type Config struct {
 	Keys Keys `yaml:"keys"`
 	// Lifetimes are the domain's. They are read by init only.
 	Lifetimes Lifetimes `yaml:"lifetimes"`
-	Timing    Timing    `yaml:"timing"`
-	Log       Log       `yaml:"log"`
+	// MinVoters is how many voters a removal leaves at least; 0: one. Read by init only.
+	MinVoters int    `yaml:"minVoters"`
+	Timing    Timing `yaml:"timing"`
+	Log       Log    `yaml:"log"`
 }
 
 // Listen is where the node listens, each HOST:PORT.
@@ -159,6 +161,9 @@ func (c *Config) Complete() error {
 	}
 	if h := c.Timing.Heartbeat; h != 0 && (h < 50*time.Millisecond || h > time.Minute) {
 		check(c.Timing.At("heartbeat"), "timing.heartbeat", fmt.Errorf("%v is not between 50ms and 1m", h))
+	}
+	if c.MinVoters < 0 || c.MinVoters > 15 {
+		check(c.At("minVoters"), "minVoters", fmt.Errorf("%d is not between 0 and 15", c.MinVoters))
 	}
 	check(c.At("lifetimes"), "lifetimes", ca.LifetimesOf(c.Lifetimes.record()).Check())
 	if len(errs) > 0 {

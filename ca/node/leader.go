@@ -59,6 +59,8 @@ func (n *Node) lead(ctx context.Context) (stop func()) {
 		duties.Go(func() { n.keepGate(ctx) })
 		duties.Go(func() { n.keepMembers(ctx) })
 		duties.Go(func() { n.keepFollowing(ctx) })
+		duties.Go(func() { n.keepShowing(ctx) })
+		duties.Go(func() { n.keepWitness(ctx) })
 	})
 	return func() {
 		cancel()

@@ -119,6 +119,8 @@ func New(cfg *Config, log *slog.Logger, listeners Listeners) (_ *Node, err error
 		Certificate: n.certificate,
 		Info:        n.info,
 		Reported:    n.gate.reported,
+		Nodes:       n.nodes,
+		Supersede:   n.supersede,
 		Log:         n.log,
 		Registerer:  n.registry,
 	})
@@ -135,6 +137,7 @@ func New(cfg *Config, log *slog.Logger, listeners Listeners) (_ *Node, err error
 	rcfg.Log = n.log
 	rcfg.OnApply = n.onApply
 	rcfg.OnRestore = n.onRestore
+	rcfg.Vouch = n.vouch
 	r, err := replica.Open(rcfg)
 	if err != nil {
 		return nil, err
@@ -249,6 +252,16 @@ func (n *Node) Ready() error {
 	if n.replica.Load() == nil {
 		return errors.New("the replica is not open yet")
 	}
+	if n.witness() {
+		// It serves nobody but the agreement.
+		if err := n.replica.Load().Err(); err != nil {
+			return err
+		}
+		if since := n.noQuorumSince(time.Now()); !since.IsZero() {
+			return fmt.Errorf("no quorum since %s", since.UTC().Format(time.RFC3339))
+		}
+		return nil
+	}
 	if err := n.signer.Ready(); err != nil {
 		return err
 	}
@@ -256,6 +269,15 @@ func (n *Node) Ready() error {
 		return err
 	}
 	return nil
+}
+
+// witness: this member votes and does not sign.
+func (n *Node) witness() (is bool) {
+	n.Read(func(st *domain.State) {
+		m, ok := st.Member(n.own.id)
+		is = ok && !m.GetSigning()
+	})
+	return is
 }
 
 // ID is the node id: the hex SHA-256 of the node key's SPKI.
@@ -357,7 +379,15 @@ func (n *Node) certificate() (*tls.Certificate, error) {
 
 func (n *Node) info() server.Info {
 	r := n.replica.Load()
+	now, stats := time.Now(), r.Stats()
 	info := server.Info{
+		NoQuorumSince: n.noQuorumSince(now),
+		NotAgreeing:   n.notAgreeing(now),
+		Disk:          n.disk(),
+		Applied:       stats.Applied,
+		Last:          stats.LastIndex,
+		LogBytes:      stats.LogBytes,
+
 		LeaderID:  r.Leader(),
 		RaftState: r.State(),
 		Age:       r.Age(),
@@ -367,6 +397,7 @@ func (n *Node) info() server.Info {
 	for _, member := range r.Servers() {
 		info.Voters[member.ID] = member.Voter
 	}
+	info.ClockOffset, info.ClockKnown = n.clock.offset()
 	return info
 }
 

@@ -77,7 +77,7 @@ func TestReadConfig(t *testing.T) {
 func TestSetupRefuses(t *testing.T) {
 	t.Parallel()
 	one := catest.Start(t, catest.Options{})
-	if err := node.Init(one.Config()); err == nil || !strings.Contains(err.Error(), "already") {
+	if err := node.Init(one.Config(), one.KeepRecoveryKey); err == nil || !strings.Contains(err.Error(), "already") {
 		t.Errorf("init over a running node: %v", err)
 	}
 	if _, err := node.New(catest.Prepare(t, catest.Options{}).Config(), nil, node.Listeners{}); err == nil || !strings.Contains(err.Error(), "init") {
@@ -123,7 +123,7 @@ func TestSealedKeys(t *testing.T) {
 	if err := os.WriteFile(cfg.Keys.PassphraseFile, []byte("correct horse battery staple"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if err := node.Init(cfg); err != nil {
+	if err := node.Init(cfg, func(string) error { return nil }); err != nil {
 		t.Fatal(err)
 	}
 	one.Restart()

@@ -158,6 +158,17 @@ func (r *Replica) TransferLeadership(ctx context.Context) error {
 	return nil
 }
 
+// TransferLeadershipTo hands leadership to that voter.
+func (r *Replica) TransferLeadershipTo(ctx context.Context, id, address string) error {
+	err := r.change(ctx, func() raft.Future {
+		return r.raft.LeadershipTransferToServer(raft.ServerID(id), raft.ServerAddress(address))
+	})
+	if err != nil {
+		return fmt.Errorf("cannot hand leadership to %s: %w", id, err)
+	}
+	return nil
+}
+
 func (r *Replica) change(ctx context.Context, begin func() raft.Future) error {
 	if err := r.leading(); err != nil {
 		return err

@@ -24,6 +24,7 @@ import (
 
 	"github.com/hashicorp/raft"
 
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	"github.com/entente-mesh/entente/ca/domain"
 )
 
@@ -60,6 +61,10 @@ type Config struct {
 	// OnRestore is called in the same order when a snapshot from the leader replaced the
 	// whole state: whatever was derived from it must be derived anew.
 	OnRestore func()
+
+	// Vouch asks the member by what it knows of the node about, which wants to connect
+	// and is not known here; nil without an error: nothing. Nil func: nobody is asked.
+	Vouch func(ctx context.Context, by, about string) (*statev1.Member, error)
 
 	// Agreed is a log index up to which the caller knows the log to be agreed, from an
 	// earlier life of this replica in the same process; 0: what the disk says.

@@ -42,10 +42,23 @@ func (d adminDoor) Status(context.Context, *ententev1.StatusRequest) (*ententev1
 		AgeSeconds:  seconds(info.Age),
 		Instances:   instancesToWire(s.Feed.Instances()),
 		Subscribers: uint32(s.Feed.Status(time.Now(), 0).Subscribers),
+
+		Quorum:             info.NoQuorumSince.IsZero(),
+		NotAgreeing:        info.NotAgreeing,
+		Disk:               info.Disk,
+		ClockOffsetSeconds: info.ClockOffset.Seconds(),
+		ClockKnown:         info.ClockKnown,
+		AppliedIndex:       info.Applied,
+		LastIndex:          info.Last,
+		LogBytes:           info.LogBytes,
+	}
+	if !resp.Quorum {
+		resp.NoQuorumSince = info.NoQuorumSince.Unix()
 	}
 	s.State.Read(func(st *domain.State) {
 		resp.Cluster, resp.Revision = st.Cluster(), st.Revision()
 		resp.Authorities = st.Authorities()
+		resp.Autonomy = autonomies(st, time.Now())
 		resp.Entries, resp.Agents = uint32(st.EntryCount()), uint32(st.AgentCount())
 		for _, m := range st.Members() {
 			resp.Members = append(resp.Members, &ententev1.MemberStatus{Member: m, VoterNow: info.Voters[m.GetId()]})

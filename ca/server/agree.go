@@ -21,7 +21,7 @@ func (s *Server) agree(ctx context.Context, command *statev1.Command) (domain.Ou
 	defer cancel()
 	outcome, err := s.Cluster.Propose(ctx, command)
 	if err != nil {
-		return outcome, proposeError(err)
+		return outcome, s.proposeError(err)
 	}
 	if outcome.Refused != nil {
 		return outcome, refusalError(outcome.Refused)
@@ -29,12 +29,15 @@ func (s *Server) agree(ctx context.Context, command *statev1.Command) (domain.Ou
 	return outcome, nil
 }
 
-func proposeError(err error) error {
+func (s *Server) proposeError(err error) error {
 	if errors.Is(err, context.Canceled) {
 		return status.FromContextError(err).Err()
 	}
 	// Without quorum nothing is granted (I5). Repeating is safe: tokens admit one key,
 	// changes of the catalogue name the revision they were made for.
+	if text := s.Info().NotAgreeing; text != "" {
+		return status.Error(codes.Unavailable, text)
+	}
 	return status.Errorf(codes.Unavailable, "nothing could be agreed: %v; repeat when a majority of the CA nodes is up", err)
 }
 

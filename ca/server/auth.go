@@ -42,17 +42,23 @@ func (c class) String() string {
 
 // allowed is who may call what. A method that does not stand here is refused to all.
 var allowed = map[string][]class{
-	ententev1.Join_Join_FullMethodName:         {stranger, member},
-	ententev1.Attest_Attest_FullMethodName:     {anonymous, agent},
-	ententev1.Sync_Sync_FullMethodName:         {agent, workload},
-	ententev1.Sign_SignX509_FullMethodName:     {agent},
-	ententev1.Peer_Propose_FullMethodName:      {member},
-	ententev1.Peer_Report_FullMethodName:       {member},
-	ententev1.Peer_Presence_FullMethodName:     {member},
-	ententev1.Admin_Status_FullMethodName:      {local},
-	ententev1.Admin_CreateToken_FullMethodName: {local},
-	ententev1.Admin_Apply_FullMethodName:       {local},
-	ententev1.Admin_GetBundle_FullMethodName:   {local},
+	ententev1.Join_Join_FullMethodName:          {stranger, member},
+	ententev1.Attest_Attest_FullMethodName:      {anonymous, agent},
+	ententev1.Sync_Sync_FullMethodName:          {agent, workload},
+	ententev1.Sign_SignX509_FullMethodName:      {agent},
+	ententev1.Peer_Propose_FullMethodName:       {member},
+	ententev1.Peer_Report_FullMethodName:        {member},
+	ententev1.Peer_Presence_FullMethodName:      {member},
+	ententev1.Admin_Status_FullMethodName:       {local},
+	ententev1.Admin_CreateToken_FullMethodName:  {local},
+	ententev1.Admin_Apply_FullMethodName:        {local},
+	ententev1.Admin_GetBundle_FullMethodName:    {local},
+	ententev1.Admin_SaveSnapshot_FullMethodName: {local},
+	ententev1.Admin_ListNodes_FullMethodName:    {local},
+	ententev1.Admin_PromoteNode_FullMethodName:  {local},
+	ententev1.Peer_Nodes_FullMethodName:         {member},
+	ententev1.Peer_Vouch_FullMethodName:         {member},
+	ententev1.Peer_ShowEpoch_FullMethodName:     {anonymous, stranger, member},
 }
 
 // caller is who calls, as the connection proves it.

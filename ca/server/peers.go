@@ -51,7 +51,7 @@ func (d peerDoor) Propose(ctx context.Context, req *ententev1.ProposeRequest) (*
 		return nil, status.Error(codes.FailedPrecondition, err.Error())
 	}
 	if err != nil {
-		return nil, proposeError(err)
+		return nil, s.proposeError(err)
 	}
 	resp := &ententev1.ProposeResponse{Revision: outcome.Revision}
 	if r := outcome.Refused; r != nil {
@@ -64,7 +64,8 @@ func (d peerDoor) Propose(ctx context.Context, req *ententev1.ProposeRequest) (*
 // rest is the leader's own.
 func (s *Server) mayPropose(c caller, command *statev1.Command) error {
 	switch body := command.GetBody().(type) {
-	case *statev1.Command_CreateToken, *statev1.Command_JoinMember, *statev1.Command_AttestAgent, *statev1.Command_ApplyObjects:
+	case *statev1.Command_CreateToken, *statev1.Command_JoinMember, *statev1.Command_AttestAgent, *statev1.Command_ApplyObjects,
+		*statev1.Command_PromoteMember:
 		return nil
 	case *statev1.Command_UpdateMember:
 		if body.UpdateMember.GetId() == c.keyID {

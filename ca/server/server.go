@@ -64,6 +64,15 @@ type Info struct {
 	Age       time.Duration // of the agreed state; negative: unknown
 	Voters    map[string]bool
 	Foreign   map[string]Fetched // by trust domain
+
+	NoQuorumSince time.Time // zero: agreement goes on, as far as this node knows
+	NotAgreeing   string    // without quorum: since when, what still works, what to do
+	Disk          string    // what is wrong with the log's disk; empty: nothing
+	ClockOffset   time.Duration
+	ClockKnown    bool
+	Applied       uint64 // log index
+	Last          uint64 // of the log
+	LogBytes      uint64 // since the last snapshot
 }
 
 // Fetched is how this node's last look at a foreign bundle went.
@@ -85,6 +94,10 @@ type Config struct {
 	Certificate func() (*tls.Certificate, error) // shown on the API address
 	Info        func() Info
 	Reported    func(memberID string, r Report)
+	// Nodes is the leader's view; with ask, the leader is asked if it is another node.
+	Nodes func(ctx context.Context, ask bool) (Nodes, error)
+	// Supersede stops this node if the statement says that its epoch is over.
+	Supersede func(statement, signature []byte) error
 
 	Log        *slog.Logger
 	Registerer prometheus.Registerer
