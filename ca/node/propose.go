@@ -16,11 +16,31 @@ import (
 type leaderProposer struct{ n *Node }
 
 func (l leaderProposer) Propose(ctx context.Context, command *statev1.Command) (domain.Outcome, error) {
+	if refused := l.n.mayRemove(ctx, command); refused != nil {
+		return domain.Outcome{Refused: refused}, nil
+	}
 	outcome, err := l.n.replica.Load().Propose(ctx, command)
 	if notProposed(err) {
 		return outcome, server.ErrNotLeader
 	}
 	return outcome, err
+}
+
+// mayRemove refuses a removal after which the voters that answer would be no majority: the
+// rules do not know who answers, the leader does.
+func (n *Node) mayRemove(ctx context.Context, command *statev1.Command) *domain.Refusal {
+	removal := command.GetRemoveMember()
+	if removal == nil {
+		return nil
+	}
+	nodes, err := n.nodes(ctx, false)
+	if err != nil {
+		return nil // not the leader: nothing will be proposed here
+	}
+	if err := nodes.Alone(removal.GetId(), time.Now()); err != nil {
+		return &domain.Refusal{Code: domain.CodeLastVoter, Detail: err.Error()}
+	}
+	return nil
 }
 
 func notProposed(err error) bool {
