@@ -119,6 +119,8 @@ type Replica struct {
 	halted  chan struct{} // closed when all of Raft's goroutines have ended
 	halting sync.Once
 
+	vouched *vouched // nil without Config.Vouch
+
 	proposals chan *proposal
 	leaderCh  chan bool // holds one; relay alone sends
 	barrier   barrier
@@ -181,6 +183,9 @@ func (r *Replica) Close() error {
 		r.leave(ErrStopped, false)
 		r.stop()
 		r.tasks.Wait()
+		if r.vouched != nil {
+			r.vouched.tasks.Wait()
+		}
 		closed := make(chan error, 1)
 		go func() {
 			// On a stalled disk this never ends: a goroutine sits in the write.

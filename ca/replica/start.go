@@ -447,6 +447,17 @@ func (r *Replica) joinList(dir string) (joinList, error) {
 // start connects the parts and starts Raft.
 func (r *Replica) start(files *raft.FileSnapshotStore, list joinList) error {
 	members := &roster{self: r.cfg.NodeID, fsm: r.fsm, disk: r.disk, running: &r.running, joining: list.Members}
+	ctx, stop := context.WithCancel(context.Background())
+	r.stop = stop
+	if r.cfg.Vouch != nil {
+		r.vouched = &vouched{
+			self: r.cfg.NodeID, ask: r.cfg.Vouch, voters: r.knownVoters, ctx: ctx, nodes: map[string]*vouching{},
+			log: func(m *statev1.Member, by int) {
+				r.log.Info("a member that is not known here yet is vouched for", "member", m.GetName(), "by", by)
+			},
+		}
+		members.vouched = r.vouched
+	}
 	r.net = newStreams(&r.cfg, members, protocol(list.ClusterID, list.Epoch, list.RecoveryID))
 	r.trans = newTransport(r.net, &r.cfg)
 
@@ -464,6 +475,7 @@ func (r *Replica) start(files *raft.FileSnapshotStore, list joinList) error {
 
 	started, err := newRaft(&r.cfg, r.fsm, r.disk, snapshots{files, r.disk.fail}, r.trans)
 	if err != nil {
+		stop()
 		return errors.Join(err, r.trans.Close())
 	}
 	r.raft = started
@@ -480,8 +492,6 @@ func (r *Replica) start(files *raft.FileSnapshotStore, list joinList) error {
 		return o.Data == raft.Shutdown
 	}))
 
-	ctx, stop := context.WithCancel(context.Background())
-	r.stop = stop
 	r.tasks.Go(func() { r.batch(ctx) })
 	r.tasks.Go(func() { r.compact(ctx, full) })
 	r.tasks.Go(r.relay) // ends with down

@@ -102,6 +102,7 @@ func newStreams(cfg *Config, roster *roster, alpn string) *streams {
 			return err
 		}
 		if !roster.voter(id) {
+			roster.vouched.knocked(id)
 			return fmt.Errorf("node %s is no voter of this cluster", id)
 		}
 		return nil
