@@ -40,7 +40,7 @@ func (s *State) Apply(index uint64, cmd *statev1.Command) Outcome {
 		return Outcome{Revision: s.revision, Fatal: err}
 	}
 	refusal := a.run(cmd)
-	return Outcome{Revision: s.revision, Refused: refusal, Changes: a.changes, Diverged: a.diverged}
+	return Outcome{Revision: s.revision, Refused: refusal, Changes: a.changes, Diverged: a.diverged, Checked: cmd.GetChecksum().GetAtIndex()}
 }
 
 // application is one command on its way into the state. Its methods check

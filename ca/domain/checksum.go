@@ -40,6 +40,16 @@ func (s *State) Checksum() []byte {
 	return sum[:]
 }
 
+// ChecksumAt is the hash that the state had at an index of the last thousand, as far as
+// this replica was there.
+func (s *State) ChecksumAt(index uint64) (sum []byte, ok bool) {
+	if index == s.applied {
+		return s.Checksum(), true
+	}
+	at, ok := s.history.at(index)
+	return at[:], ok
+}
+
 func (s *State) checksum() [sha256.Size]byte {
 	b := make([]byte, 0, 128)
 	b = append(b, ChecksumFormat, 'S')

@@ -104,6 +104,7 @@ func (f *fsm) apply(index uint64, data []byte, notify func(domain.Outcome)) ([]d
 		whole.Revision = outcome.Revision
 		whole.Changes = append(whole.Changes, outcome.Changes...)
 		whole.Diverged = whole.Diverged || outcome.Diverged
+		whole.Checked = max(whole.Checked, outcome.Checked)
 		if outcome.Refused != nil {
 			continue
 		}

@@ -79,7 +79,7 @@ func rested(cfg *Config) (_ *remains, err error) {
 		return nil, err
 	}
 	dir := filepath.Join(cfg.Dir, stateDir)
-	if err := superseded(dir); err != nil {
+	if err := errors.Join(superseded(dir), diverged(dir)); err != nil {
 		return nil, err
 	}
 	f := &fsm{self: cfg.NodeID, state: domain.New()}

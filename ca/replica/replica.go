@@ -70,6 +70,15 @@ type Config struct {
 	// earlier life of this replica in the same process; 0: what the disk says.
 	Agreed uint64
 
+	// Durable is a log index up to which an earlier life of this replica in the same
+	// process knows the log to have reached the disk: Open refuses a log that ends before,
+	// since the others count on what was confirmed. 0: not known.
+	Durable uint64
+
+	// BeforeWrite, if set, is called before each write to the log; an error is the disk's.
+	// For tests that fail or stall the disk of a whole node.
+	BeforeWrite func() error
+
 	Timing Timing
 
 	// Tests of this package fail and stall the disk, and give removed members more time.
@@ -135,6 +144,7 @@ type Replica struct {
 	stop      context.CancelFunc // ends the goroutines below
 	tasks     sync.WaitGroup     // proposer, compactor, relay and the watch on Raft's end
 	closeOnce sync.Once
+	released  chan struct{} // closed when the files are
 }
 
 // Run blocks until ctx ends, then hands leadership over, leaves Raft and closes the
@@ -191,6 +201,7 @@ func (r *Replica) Close() error {
 			// On a stalled disk this never ends: a goroutine sits in the write.
 			<-r.halted
 			closed <- r.disk.close(r.fsm.applied.Load())
+			close(r.released)
 		}()
 		select {
 		case err = <-closed:
@@ -234,6 +245,13 @@ func (r *Replica) halt(started *raft.Raft) {
 		}()
 	})
 }
+
+// Released is closed when, after Close, the files are closed too: on a stalled disk that
+// may be much later, or never. Only then can the directory be opened again.
+func (r *Replica) Released() <-chan struct{} { return r.released }
+
+// Durable is a log index up to which the log has reached this node's disk.
+func (r *Replica) Durable() uint64 { return r.disk.durable.Load() }
 
 // Down is closed when the replica no longer takes part in Raft. Err says why.
 func (r *Replica) Down() <-chan struct{} { return r.down }

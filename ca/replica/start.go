@@ -218,7 +218,7 @@ func open(cfg Config) (*Replica, error) {
 	if err := settle(&cfg); err != nil {
 		return nil, err
 	}
-	if err := superseded(filepath.Join(cfg.Dir, stateDir)); err != nil {
+	if err := errors.Join(superseded(filepath.Join(cfg.Dir, stateDir)), diverged(filepath.Join(cfg.Dir, stateDir))); err != nil {
 		return nil, err
 	}
 	r := &Replica{
@@ -229,6 +229,7 @@ func open(cfg Config) (*Replica, error) {
 		down:      make(chan struct{}),
 		ended:     make(chan struct{}),
 		halted:    make(chan struct{}),
+		released:  make(chan struct{}),
 	}
 	dir := filepath.Join(cfg.Dir, stateDir)
 	r.fsm = &fsm{self: cfg.NodeID, state: domain.New()}
@@ -242,6 +243,14 @@ func open(cfg Config) (*Replica, error) {
 		st = cfg.wrapStore(st)
 	}
 	r.disk = newDisk(st, cfg.Timing.diskStall(), func(err error) { r.leave(err, false) })
+
+	r.disk.before = cfg.BeforeWrite
+	if last, _ := st.LastIndex(); last > 0 || cfg.Durable == 0 {
+		r.disk.durable.Store(last)
+		if last < cfg.Durable {
+			return nil, errors.Join(fmt.Errorf("%w: it ends at entry %d, but entry %d was confirmed", ErrForgetful, last, cfg.Durable), st.Close())
+		}
+	}
 
 	files, err := raft.NewFileSnapshotStoreWithLogger(dir, keptSnapshots, newLogger(cfg.Log))
 	if err != nil {

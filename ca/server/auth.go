@@ -56,6 +56,7 @@ var allowed = map[string][]class{
 	ententev1.Admin_SaveSnapshot_FullMethodName: {local},
 	ententev1.Admin_ListNodes_FullMethodName:    {local},
 	ententev1.Admin_PromoteNode_FullMethodName:  {local},
+	ententev1.Peer_Checksum_FullMethodName:      {member},
 	ententev1.Peer_Nodes_FullMethodName:         {member},
 	ententev1.Peer_Vouch_FullMethodName:         {member},
 	ententev1.Peer_ShowEpoch_FullMethodName:     {anonymous, stranger, member},

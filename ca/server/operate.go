@@ -168,6 +168,19 @@ func (d peerDoor) Vouch(_ context.Context, req *ententev1.VouchRequest) (*entent
 	return resp, nil
 }
 
+// Checksum answers from what this node remembers of its last thousand indexes.
+func (d peerDoor) Checksum(_ context.Context, req *ententev1.ChecksumRequest) (*ententev1.ChecksumResponse, error) {
+	resp := &ententev1.ChecksumResponse{}
+	if req.GetFormat() == domain.ChecksumFormat {
+		d.server.State.Read(func(st *domain.State) {
+			if sum, ok := st.ChecksumAt(req.GetAtIndex()); ok {
+				resp.Sum = sum
+			}
+		})
+	}
+	return resp, nil
+}
+
 // ShowEpoch may be called by anybody who reaches this node: only the holder of the
 // recovery key can have made the statement.
 func (d peerDoor) ShowEpoch(_ context.Context, req *ententev1.ShowEpochRequest) (*ententev1.ShowEpochResponse, error) {
@@ -201,6 +214,19 @@ func (p *Peers) Vouch(ctx context.Context, by *statev1.Member, about string) (*s
 		return nil, fmt.Errorf("ask CA node %s: %w", by.GetName(), plain(err))
 	}
 	return resp.GetMember(), nil
+}
+
+// Checksum asks a member what its state's hash was at an index; nil if it cannot tell.
+func (p *Peers) Checksum(ctx context.Context, m *statev1.Member, index uint64) ([]byte, error) {
+	conn, err := p.to(m)
+	if err != nil {
+		return nil, err
+	}
+	resp, err := ententev1.NewPeerClient(conn).Checksum(ctx, &ententev1.ChecksumRequest{AtIndex: index, Format: domain.ChecksumFormat})
+	if err != nil {
+		return nil, fmt.Errorf("ask CA node %s: %w", m.GetName(), plain(err))
+	}
+	return resp.GetSum(), nil
 }
 
 // ShowEpoch shows a node of an earlier epoch, known by its key, how this one began. It

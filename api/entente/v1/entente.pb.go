@@ -2108,6 +2108,102 @@ func (x *VouchResponse) GetMember() *v1.Member {
 	return nil
 }
 
+type ChecksumRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	AtIndex       uint64                 `protobuf:"varint,1,opt,name=at_index,json=atIndex,proto3" json:"at_index,omitempty"`
+	Format        uint32                 `protobuf:"varint,2,opt,name=format,proto3" json:"format,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ChecksumRequest) Reset() {
+	*x = ChecksumRequest{}
+	mi := &file_entente_v1_entente_proto_msgTypes[31]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ChecksumRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ChecksumRequest) ProtoMessage() {}
+
+func (x *ChecksumRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[31]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ChecksumRequest.ProtoReflect.Descriptor instead.
+func (*ChecksumRequest) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{31}
+}
+
+func (x *ChecksumRequest) GetAtIndex() uint64 {
+	if x != nil {
+		return x.AtIndex
+	}
+	return 0
+}
+
+func (x *ChecksumRequest) GetFormat() uint32 {
+	if x != nil {
+		return x.Format
+	}
+	return 0
+}
+
+type ChecksumResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Sum           []byte                 `protobuf:"bytes,1,opt,name=sum,proto3" json:"sum,omitempty"` // empty: not known, or of another format
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ChecksumResponse) Reset() {
+	*x = ChecksumResponse{}
+	mi := &file_entente_v1_entente_proto_msgTypes[32]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ChecksumResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ChecksumResponse) ProtoMessage() {}
+
+func (x *ChecksumResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[32]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ChecksumResponse.ProtoReflect.Descriptor instead.
+func (*ChecksumResponse) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{32}
+}
+
+func (x *ChecksumResponse) GetSum() []byte {
+	if x != nil {
+		return x.Sum
+	}
+	return nil
+}
+
 type ShowEpochRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Statement     []byte                 `protobuf:"bytes,1,opt,name=statement,proto3" json:"statement,omitempty"` // encoded state.v1.RecoveryStatement
@@ -2118,7 +2214,7 @@ type ShowEpochRequest struct {
 
 func (x *ShowEpochRequest) Reset() {
 	*x = ShowEpochRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[31]
+	mi := &file_entente_v1_entente_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2130,7 +2226,7 @@ func (x *ShowEpochRequest) String() string {
 func (*ShowEpochRequest) ProtoMessage() {}
 
 func (x *ShowEpochRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[31]
+	mi := &file_entente_v1_entente_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2143,7 +2239,7 @@ func (x *ShowEpochRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowEpochRequest.ProtoReflect.Descriptor instead.
 func (*ShowEpochRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{31}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *ShowEpochRequest) GetStatement() []byte {
@@ -2168,7 +2264,7 @@ type ShowEpochResponse struct {
 
 func (x *ShowEpochResponse) Reset() {
 	*x = ShowEpochResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[32]
+	mi := &file_entente_v1_entente_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2180,7 +2276,7 @@ func (x *ShowEpochResponse) String() string {
 func (*ShowEpochResponse) ProtoMessage() {}
 
 func (x *ShowEpochResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[32]
+	mi := &file_entente_v1_entente_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2193,7 +2289,7 @@ func (x *ShowEpochResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowEpochResponse.ProtoReflect.Descriptor instead.
 func (*ShowEpochResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{32}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{34}
 }
 
 type ForeignBundleStatus struct {
@@ -2209,7 +2305,7 @@ type ForeignBundleStatus struct {
 
 func (x *ForeignBundleStatus) Reset() {
 	*x = ForeignBundleStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[33]
+	mi := &file_entente_v1_entente_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2221,7 +2317,7 @@ func (x *ForeignBundleStatus) String() string {
 func (*ForeignBundleStatus) ProtoMessage() {}
 
 func (x *ForeignBundleStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[33]
+	mi := &file_entente_v1_entente_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2234,7 +2330,7 @@ func (x *ForeignBundleStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForeignBundleStatus.ProtoReflect.Descriptor instead.
 func (*ForeignBundleStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{33}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *ForeignBundleStatus) GetTrustDomain() string {
@@ -2283,7 +2379,7 @@ type CreateTokenRequest struct {
 
 func (x *CreateTokenRequest) Reset() {
 	*x = CreateTokenRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[34]
+	mi := &file_entente_v1_entente_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2295,7 +2391,7 @@ func (x *CreateTokenRequest) String() string {
 func (*CreateTokenRequest) ProtoMessage() {}
 
 func (x *CreateTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[34]
+	mi := &file_entente_v1_entente_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2308,7 +2404,7 @@ func (x *CreateTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTokenRequest.ProtoReflect.Descriptor instead.
 func (*CreateTokenRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{34}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *CreateTokenRequest) GetNode() *v1.NodeGrant {
@@ -2343,7 +2439,7 @@ type CreateTokenResponse struct {
 
 func (x *CreateTokenResponse) Reset() {
 	*x = CreateTokenResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[35]
+	mi := &file_entente_v1_entente_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2355,7 +2451,7 @@ func (x *CreateTokenResponse) String() string {
 func (*CreateTokenResponse) ProtoMessage() {}
 
 func (x *CreateTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[35]
+	mi := &file_entente_v1_entente_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2368,7 +2464,7 @@ func (x *CreateTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTokenResponse.ProtoReflect.Descriptor instead.
 func (*CreateTokenResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{35}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *CreateTokenResponse) GetToken() string {
@@ -2403,7 +2499,7 @@ type ApplyRequest struct {
 
 func (x *ApplyRequest) Reset() {
 	*x = ApplyRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[36]
+	mi := &file_entente_v1_entente_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2415,7 +2511,7 @@ func (x *ApplyRequest) String() string {
 func (*ApplyRequest) ProtoMessage() {}
 
 func (x *ApplyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[36]
+	mi := &file_entente_v1_entente_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2428,7 +2524,7 @@ func (x *ApplyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyRequest.ProtoReflect.Descriptor instead.
 func (*ApplyRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{36}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *ApplyRequest) GetObjects() []*v1.Object {
@@ -2462,7 +2558,7 @@ type ApplyResponse struct {
 
 func (x *ApplyResponse) Reset() {
 	*x = ApplyResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[37]
+	mi := &file_entente_v1_entente_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2474,7 +2570,7 @@ func (x *ApplyResponse) String() string {
 func (*ApplyResponse) ProtoMessage() {}
 
 func (x *ApplyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[37]
+	mi := &file_entente_v1_entente_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2487,7 +2583,7 @@ func (x *ApplyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyResponse.ProtoReflect.Descriptor instead.
 func (*ApplyResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{37}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *ApplyResponse) GetRevision() uint64 {
@@ -2514,7 +2610,7 @@ type ObjectChange struct {
 
 func (x *ObjectChange) Reset() {
 	*x = ObjectChange{}
-	mi := &file_entente_v1_entente_proto_msgTypes[38]
+	mi := &file_entente_v1_entente_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2526,7 +2622,7 @@ func (x *ObjectChange) String() string {
 func (*ObjectChange) ProtoMessage() {}
 
 func (x *ObjectChange) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[38]
+	mi := &file_entente_v1_entente_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2539,7 +2635,7 @@ func (x *ObjectChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ObjectChange.ProtoReflect.Descriptor instead.
 func (*ObjectChange) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{38}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ObjectChange) GetKey() *v1.ObjectKey {
@@ -2565,7 +2661,7 @@ type GetBundleRequest struct {
 
 func (x *GetBundleRequest) Reset() {
 	*x = GetBundleRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[39]
+	mi := &file_entente_v1_entente_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2577,7 +2673,7 @@ func (x *GetBundleRequest) String() string {
 func (*GetBundleRequest) ProtoMessage() {}
 
 func (x *GetBundleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[39]
+	mi := &file_entente_v1_entente_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2590,7 +2686,7 @@ func (x *GetBundleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBundleRequest.ProtoReflect.Descriptor instead.
 func (*GetBundleRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{39}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *GetBundleRequest) GetTrustDomain() string {
@@ -2609,7 +2705,7 @@ type GetBundleResponse struct {
 
 func (x *GetBundleResponse) Reset() {
 	*x = GetBundleResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[40]
+	mi := &file_entente_v1_entente_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2621,7 +2717,7 @@ func (x *GetBundleResponse) String() string {
 func (*GetBundleResponse) ProtoMessage() {}
 
 func (x *GetBundleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[40]
+	mi := &file_entente_v1_entente_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2634,7 +2730,7 @@ func (x *GetBundleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBundleResponse.ProtoReflect.Descriptor instead.
 func (*GetBundleResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{40}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *GetBundleResponse) GetJwks() []byte {
@@ -2653,7 +2749,7 @@ type ProposeRequest struct {
 
 func (x *ProposeRequest) Reset() {
 	*x = ProposeRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[41]
+	mi := &file_entente_v1_entente_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2665,7 +2761,7 @@ func (x *ProposeRequest) String() string {
 func (*ProposeRequest) ProtoMessage() {}
 
 func (x *ProposeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[41]
+	mi := &file_entente_v1_entente_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2678,7 +2774,7 @@ func (x *ProposeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProposeRequest.ProtoReflect.Descriptor instead.
 func (*ProposeRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{41}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *ProposeRequest) GetCommand() []byte {
@@ -2699,7 +2795,7 @@ type ProposeResponse struct {
 
 func (x *ProposeResponse) Reset() {
 	*x = ProposeResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[42]
+	mi := &file_entente_v1_entente_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2711,7 +2807,7 @@ func (x *ProposeResponse) String() string {
 func (*ProposeResponse) ProtoMessage() {}
 
 func (x *ProposeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[42]
+	mi := &file_entente_v1_entente_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2724,7 +2820,7 @@ func (x *ProposeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProposeResponse.ProtoReflect.Descriptor instead.
 func (*ProposeResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{42}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *ProposeResponse) GetRevision() uint64 {
@@ -2762,7 +2858,7 @@ type ReportRequest struct {
 
 func (x *ReportRequest) Reset() {
 	*x = ReportRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[43]
+	mi := &file_entente_v1_entente_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2774,7 +2870,7 @@ func (x *ReportRequest) String() string {
 func (*ReportRequest) ProtoMessage() {}
 
 func (x *ReportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[43]
+	mi := &file_entente_v1_entente_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2787,7 +2883,7 @@ func (x *ReportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRequest.ProtoReflect.Descriptor instead.
 func (*ReportRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{43}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *ReportRequest) GetBootId() string {
@@ -2840,7 +2936,7 @@ type ReportResponse struct {
 
 func (x *ReportResponse) Reset() {
 	*x = ReportResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[44]
+	mi := &file_entente_v1_entente_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2852,7 +2948,7 @@ func (x *ReportResponse) String() string {
 func (*ReportResponse) ProtoMessage() {}
 
 func (x *ReportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[44]
+	mi := &file_entente_v1_entente_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2865,7 +2961,7 @@ func (x *ReportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportResponse.ProtoReflect.Descriptor instead.
 func (*ReportResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{44}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{46}
 }
 
 type PresenceRequest struct {
@@ -2876,7 +2972,7 @@ type PresenceRequest struct {
 
 func (x *PresenceRequest) Reset() {
 	*x = PresenceRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[45]
+	mi := &file_entente_v1_entente_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2888,7 +2984,7 @@ func (x *PresenceRequest) String() string {
 func (*PresenceRequest) ProtoMessage() {}
 
 func (x *PresenceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[45]
+	mi := &file_entente_v1_entente_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2901,7 +2997,7 @@ func (x *PresenceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PresenceRequest.ProtoReflect.Descriptor instead.
 func (*PresenceRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{45}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{47}
 }
 
 type PresenceResponse struct {
@@ -2915,7 +3011,7 @@ type PresenceResponse struct {
 
 func (x *PresenceResponse) Reset() {
 	*x = PresenceResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[46]
+	mi := &file_entente_v1_entente_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2927,7 +3023,7 @@ func (x *PresenceResponse) String() string {
 func (*PresenceResponse) ProtoMessage() {}
 
 func (x *PresenceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[46]
+	mi := &file_entente_v1_entente_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2940,7 +3036,7 @@ func (x *PresenceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PresenceResponse.ProtoReflect.Descriptor instead.
 func (*PresenceResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{46}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *PresenceResponse) GetInstances() []*Instance {
@@ -3118,7 +3214,12 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\fVouchRequest\x12\x1b\n" +
 	"\tmember_id\x18\x01 \x01(\tR\bmemberId\"A\n" +
 	"\rVouchResponse\x120\n" +
-	"\x06member\x18\x01 \x01(\v2\x18.entente.state.v1.MemberR\x06member\"N\n" +
+	"\x06member\x18\x01 \x01(\v2\x18.entente.state.v1.MemberR\x06member\"D\n" +
+	"\x0fChecksumRequest\x12\x19\n" +
+	"\bat_index\x18\x01 \x01(\x04R\aatIndex\x12\x16\n" +
+	"\x06format\x18\x02 \x01(\rR\x06format\"$\n" +
+	"\x10ChecksumResponse\x12\x10\n" +
+	"\x03sum\x18\x01 \x01(\fR\x03sum\"N\n" +
 	"\x10ShowEpochRequest\x12\x1c\n" +
 	"\tstatement\x18\x01 \x01(\fR\tstatement\x12\x1c\n" +
 	"\tsignature\x18\x02 \x01(\fR\tsignature\"\x13\n" +
@@ -3193,12 +3294,13 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\tGetBundle\x12\x1c.entente.v1.GetBundleRequest\x1a\x1d.entente.v1.GetBundleResponse\x12S\n" +
 	"\fSaveSnapshot\x12\x1f.entente.v1.SaveSnapshotRequest\x1a .entente.v1.SaveSnapshotResponse0\x01\x12H\n" +
 	"\tListNodes\x12\x1c.entente.v1.ListNodesRequest\x1a\x1d.entente.v1.ListNodesResponse\x12N\n" +
-	"\vPromoteNode\x12\x1e.entente.v1.PromoteNodeRequest\x1a\x1f.entente.v1.PromoteNodeResponse2\xa2\x03\n" +
+	"\vPromoteNode\x12\x1e.entente.v1.PromoteNodeRequest\x1a\x1f.entente.v1.PromoteNodeResponse2\xe9\x03\n" +
 	"\x04Peer\x12B\n" +
 	"\aPropose\x12\x1a.entente.v1.ProposeRequest\x1a\x1b.entente.v1.ProposeResponse\x12?\n" +
 	"\x06Report\x12\x19.entente.v1.ReportRequest\x1a\x1a.entente.v1.ReportResponse\x12G\n" +
 	"\bPresence\x12\x1b.entente.v1.PresenceRequest\x1a\x1c.entente.v1.PresenceResponse0\x01\x12<\n" +
-	"\x05Vouch\x12\x18.entente.v1.VouchRequest\x1a\x19.entente.v1.VouchResponse\x12D\n" +
+	"\x05Vouch\x12\x18.entente.v1.VouchRequest\x1a\x19.entente.v1.VouchResponse\x12E\n" +
+	"\bChecksum\x12\x1b.entente.v1.ChecksumRequest\x1a\x1c.entente.v1.ChecksumResponse\x12D\n" +
 	"\x05Nodes\x12\x1c.entente.v1.ListNodesRequest\x1a\x1d.entente.v1.ListNodesResponse\x12H\n" +
 	"\tShowEpoch\x12\x1c.entente.v1.ShowEpochRequest\x1a\x1d.entente.v1.ShowEpochResponseB:Z8github.com/entente-mesh/entente/api/entente/v1;ententev1b\x06proto3"
 
@@ -3215,7 +3317,7 @@ func file_entente_v1_entente_proto_rawDescGZIP() []byte {
 }
 
 var file_entente_v1_entente_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_entente_v1_entente_proto_msgTypes = make([]protoimpl.MessageInfo, 47)
+var file_entente_v1_entente_proto_msgTypes = make([]protoimpl.MessageInfo, 49)
 var file_entente_v1_entente_proto_goTypes = []any{
 	(Health)(0),                  // 0: entente.v1.Health
 	(*JoinRequest)(nil),          // 1: entente.v1.JoinRequest
@@ -3249,39 +3351,41 @@ var file_entente_v1_entente_proto_goTypes = []any{
 	(*PromoteNodeResponse)(nil),  // 29: entente.v1.PromoteNodeResponse
 	(*VouchRequest)(nil),         // 30: entente.v1.VouchRequest
 	(*VouchResponse)(nil),        // 31: entente.v1.VouchResponse
-	(*ShowEpochRequest)(nil),     // 32: entente.v1.ShowEpochRequest
-	(*ShowEpochResponse)(nil),    // 33: entente.v1.ShowEpochResponse
-	(*ForeignBundleStatus)(nil),  // 34: entente.v1.ForeignBundleStatus
-	(*CreateTokenRequest)(nil),   // 35: entente.v1.CreateTokenRequest
-	(*CreateTokenResponse)(nil),  // 36: entente.v1.CreateTokenResponse
-	(*ApplyRequest)(nil),         // 37: entente.v1.ApplyRequest
-	(*ApplyResponse)(nil),        // 38: entente.v1.ApplyResponse
-	(*ObjectChange)(nil),         // 39: entente.v1.ObjectChange
-	(*GetBundleRequest)(nil),     // 40: entente.v1.GetBundleRequest
-	(*GetBundleResponse)(nil),    // 41: entente.v1.GetBundleResponse
-	(*ProposeRequest)(nil),       // 42: entente.v1.ProposeRequest
-	(*ProposeResponse)(nil),      // 43: entente.v1.ProposeResponse
-	(*ReportRequest)(nil),        // 44: entente.v1.ReportRequest
-	(*ReportResponse)(nil),       // 45: entente.v1.ReportResponse
-	(*PresenceRequest)(nil),      // 46: entente.v1.PresenceRequest
-	(*PresenceResponse)(nil),     // 47: entente.v1.PresenceResponse
-	(*v1.Member)(nil),            // 48: entente.state.v1.Member
-	(*v1.Cluster)(nil),           // 49: entente.state.v1.Cluster
-	(*v1.Agent)(nil),             // 50: entente.state.v1.Agent
-	(*v1.Entry)(nil),             // 51: entente.state.v1.Entry
-	(*v1.Object)(nil),            // 52: entente.state.v1.Object
-	(*v1.ObjectKey)(nil),         // 53: entente.state.v1.ObjectKey
-	(*v1.Authority)(nil),         // 54: entente.state.v1.Authority
-	(*v1.NodeGrant)(nil),         // 55: entente.state.v1.NodeGrant
-	(*v1.AgentGrant)(nil),        // 56: entente.state.v1.AgentGrant
+	(*ChecksumRequest)(nil),      // 32: entente.v1.ChecksumRequest
+	(*ChecksumResponse)(nil),     // 33: entente.v1.ChecksumResponse
+	(*ShowEpochRequest)(nil),     // 34: entente.v1.ShowEpochRequest
+	(*ShowEpochResponse)(nil),    // 35: entente.v1.ShowEpochResponse
+	(*ForeignBundleStatus)(nil),  // 36: entente.v1.ForeignBundleStatus
+	(*CreateTokenRequest)(nil),   // 37: entente.v1.CreateTokenRequest
+	(*CreateTokenResponse)(nil),  // 38: entente.v1.CreateTokenResponse
+	(*ApplyRequest)(nil),         // 39: entente.v1.ApplyRequest
+	(*ApplyResponse)(nil),        // 40: entente.v1.ApplyResponse
+	(*ObjectChange)(nil),         // 41: entente.v1.ObjectChange
+	(*GetBundleRequest)(nil),     // 42: entente.v1.GetBundleRequest
+	(*GetBundleResponse)(nil),    // 43: entente.v1.GetBundleResponse
+	(*ProposeRequest)(nil),       // 44: entente.v1.ProposeRequest
+	(*ProposeResponse)(nil),      // 45: entente.v1.ProposeResponse
+	(*ReportRequest)(nil),        // 46: entente.v1.ReportRequest
+	(*ReportResponse)(nil),       // 47: entente.v1.ReportResponse
+	(*PresenceRequest)(nil),      // 48: entente.v1.PresenceRequest
+	(*PresenceResponse)(nil),     // 49: entente.v1.PresenceResponse
+	(*v1.Member)(nil),            // 50: entente.state.v1.Member
+	(*v1.Cluster)(nil),           // 51: entente.state.v1.Cluster
+	(*v1.Agent)(nil),             // 52: entente.state.v1.Agent
+	(*v1.Entry)(nil),             // 53: entente.state.v1.Entry
+	(*v1.Object)(nil),            // 54: entente.state.v1.Object
+	(*v1.ObjectKey)(nil),         // 55: entente.state.v1.ObjectKey
+	(*v1.Authority)(nil),         // 56: entente.state.v1.Authority
+	(*v1.NodeGrant)(nil),         // 57: entente.state.v1.NodeGrant
+	(*v1.AgentGrant)(nil),        // 58: entente.state.v1.AgentGrant
 }
 var file_entente_v1_entente_proto_depIdxs = []int32{
-	48, // 0: entente.v1.JoinResponse.member:type_name -> entente.state.v1.Member
-	48, // 1: entente.v1.JoinResponse.members:type_name -> entente.state.v1.Member
-	49, // 2: entente.v1.JoinResponse.cluster:type_name -> entente.state.v1.Cluster
-	48, // 3: entente.v1.AttestResponse.members:type_name -> entente.state.v1.Member
-	49, // 4: entente.v1.AttestResponse.cluster:type_name -> entente.state.v1.Cluster
-	50, // 5: entente.v1.AttestResponse.agent:type_name -> entente.state.v1.Agent
+	50, // 0: entente.v1.JoinResponse.member:type_name -> entente.state.v1.Member
+	50, // 1: entente.v1.JoinResponse.members:type_name -> entente.state.v1.Member
+	51, // 2: entente.v1.JoinResponse.cluster:type_name -> entente.state.v1.Cluster
+	50, // 3: entente.v1.AttestResponse.members:type_name -> entente.state.v1.Member
+	51, // 4: entente.v1.AttestResponse.cluster:type_name -> entente.state.v1.Cluster
+	52, // 5: entente.v1.AttestResponse.agent:type_name -> entente.state.v1.Agent
 	6,  // 6: entente.v1.SyncRequest.hello:type_name -> entente.v1.Hello
 	7,  // 7: entente.v1.SyncRequest.ack:type_name -> entente.v1.Ack
 	8,  // 8: entente.v1.SyncRequest.report:type_name -> entente.v1.InstanceReport
@@ -3290,32 +3394,32 @@ var file_entente_v1_entente_proto_depIdxs = []int32{
 	11, // 11: entente.v1.SyncResponse.policy:type_name -> entente.v1.Policy
 	13, // 12: entente.v1.SyncResponse.presence:type_name -> entente.v1.Presence
 	14, // 13: entente.v1.SyncResponse.heartbeat:type_name -> entente.v1.Heartbeat
-	49, // 14: entente.v1.Policy.cluster:type_name -> entente.state.v1.Cluster
-	51, // 15: entente.v1.Policy.entries:type_name -> entente.state.v1.Entry
+	51, // 14: entente.v1.Policy.cluster:type_name -> entente.state.v1.Cluster
+	53, // 15: entente.v1.Policy.entries:type_name -> entente.state.v1.Entry
 	12, // 16: entente.v1.Policy.bundles:type_name -> entente.v1.Bundle
-	52, // 17: entente.v1.Policy.objects:type_name -> entente.state.v1.Object
-	53, // 18: entente.v1.Policy.deleted_objects:type_name -> entente.state.v1.ObjectKey
-	48, // 19: entente.v1.Policy.members:type_name -> entente.state.v1.Member
+	54, // 17: entente.v1.Policy.objects:type_name -> entente.state.v1.Object
+	55, // 18: entente.v1.Policy.deleted_objects:type_name -> entente.state.v1.ObjectKey
+	50, // 19: entente.v1.Policy.members:type_name -> entente.state.v1.Member
 	9,  // 20: entente.v1.Presence.instances:type_name -> entente.v1.Instance
 	9,  // 21: entente.v1.Presence.withdrawn:type_name -> entente.v1.Instance
 	16, // 22: entente.v1.SignX509Request.requests:type_name -> entente.v1.X509Request
 	18, // 23: entente.v1.SignX509Response.results:type_name -> entente.v1.X509Result
-	49, // 24: entente.v1.StatusResponse.cluster:type_name -> entente.state.v1.Cluster
+	51, // 24: entente.v1.StatusResponse.cluster:type_name -> entente.state.v1.Cluster
 	22, // 25: entente.v1.StatusResponse.members:type_name -> entente.v1.MemberStatus
-	54, // 26: entente.v1.StatusResponse.authorities:type_name -> entente.state.v1.Authority
-	34, // 27: entente.v1.StatusResponse.foreign:type_name -> entente.v1.ForeignBundleStatus
+	56, // 26: entente.v1.StatusResponse.authorities:type_name -> entente.state.v1.Authority
+	36, // 27: entente.v1.StatusResponse.foreign:type_name -> entente.v1.ForeignBundleStatus
 	9,  // 28: entente.v1.StatusResponse.instances:type_name -> entente.v1.Instance
 	21, // 29: entente.v1.StatusResponse.autonomy:type_name -> entente.v1.Autonomy
-	48, // 30: entente.v1.MemberStatus.member:type_name -> entente.state.v1.Member
+	50, // 30: entente.v1.MemberStatus.member:type_name -> entente.state.v1.Member
 	27, // 31: entente.v1.ListNodesResponse.nodes:type_name -> entente.v1.NodeProgress
-	48, // 32: entente.v1.NodeProgress.member:type_name -> entente.state.v1.Member
-	48, // 33: entente.v1.VouchResponse.member:type_name -> entente.state.v1.Member
-	55, // 34: entente.v1.CreateTokenRequest.node:type_name -> entente.state.v1.NodeGrant
-	56, // 35: entente.v1.CreateTokenRequest.agent:type_name -> entente.state.v1.AgentGrant
-	52, // 36: entente.v1.ApplyRequest.objects:type_name -> entente.state.v1.Object
-	53, // 37: entente.v1.ApplyRequest.deletes:type_name -> entente.state.v1.ObjectKey
-	39, // 38: entente.v1.ApplyResponse.changes:type_name -> entente.v1.ObjectChange
-	53, // 39: entente.v1.ObjectChange.key:type_name -> entente.state.v1.ObjectKey
+	50, // 32: entente.v1.NodeProgress.member:type_name -> entente.state.v1.Member
+	50, // 33: entente.v1.VouchResponse.member:type_name -> entente.state.v1.Member
+	57, // 34: entente.v1.CreateTokenRequest.node:type_name -> entente.state.v1.NodeGrant
+	58, // 35: entente.v1.CreateTokenRequest.agent:type_name -> entente.state.v1.AgentGrant
+	54, // 36: entente.v1.ApplyRequest.objects:type_name -> entente.state.v1.Object
+	55, // 37: entente.v1.ApplyRequest.deletes:type_name -> entente.state.v1.ObjectKey
+	41, // 38: entente.v1.ApplyResponse.changes:type_name -> entente.v1.ObjectChange
+	55, // 39: entente.v1.ObjectChange.key:type_name -> entente.state.v1.ObjectKey
 	9,  // 40: entente.v1.PresenceResponse.instances:type_name -> entente.v1.Instance
 	9,  // 41: entente.v1.PresenceResponse.withdrawn:type_name -> entente.v1.Instance
 	1,  // 42: entente.v1.Join.Join:input_type -> entente.v1.JoinRequest
@@ -3323,37 +3427,39 @@ var file_entente_v1_entente_proto_depIdxs = []int32{
 	5,  // 44: entente.v1.Sync.Sync:input_type -> entente.v1.SyncRequest
 	15, // 45: entente.v1.Sign.SignX509:input_type -> entente.v1.SignX509Request
 	19, // 46: entente.v1.Admin.Status:input_type -> entente.v1.StatusRequest
-	35, // 47: entente.v1.Admin.CreateToken:input_type -> entente.v1.CreateTokenRequest
-	37, // 48: entente.v1.Admin.Apply:input_type -> entente.v1.ApplyRequest
-	40, // 49: entente.v1.Admin.GetBundle:input_type -> entente.v1.GetBundleRequest
+	37, // 47: entente.v1.Admin.CreateToken:input_type -> entente.v1.CreateTokenRequest
+	39, // 48: entente.v1.Admin.Apply:input_type -> entente.v1.ApplyRequest
+	42, // 49: entente.v1.Admin.GetBundle:input_type -> entente.v1.GetBundleRequest
 	23, // 50: entente.v1.Admin.SaveSnapshot:input_type -> entente.v1.SaveSnapshotRequest
 	25, // 51: entente.v1.Admin.ListNodes:input_type -> entente.v1.ListNodesRequest
 	28, // 52: entente.v1.Admin.PromoteNode:input_type -> entente.v1.PromoteNodeRequest
-	42, // 53: entente.v1.Peer.Propose:input_type -> entente.v1.ProposeRequest
-	44, // 54: entente.v1.Peer.Report:input_type -> entente.v1.ReportRequest
-	46, // 55: entente.v1.Peer.Presence:input_type -> entente.v1.PresenceRequest
+	44, // 53: entente.v1.Peer.Propose:input_type -> entente.v1.ProposeRequest
+	46, // 54: entente.v1.Peer.Report:input_type -> entente.v1.ReportRequest
+	48, // 55: entente.v1.Peer.Presence:input_type -> entente.v1.PresenceRequest
 	30, // 56: entente.v1.Peer.Vouch:input_type -> entente.v1.VouchRequest
-	25, // 57: entente.v1.Peer.Nodes:input_type -> entente.v1.ListNodesRequest
-	32, // 58: entente.v1.Peer.ShowEpoch:input_type -> entente.v1.ShowEpochRequest
-	2,  // 59: entente.v1.Join.Join:output_type -> entente.v1.JoinResponse
-	4,  // 60: entente.v1.Attest.Attest:output_type -> entente.v1.AttestResponse
-	10, // 61: entente.v1.Sync.Sync:output_type -> entente.v1.SyncResponse
-	17, // 62: entente.v1.Sign.SignX509:output_type -> entente.v1.SignX509Response
-	20, // 63: entente.v1.Admin.Status:output_type -> entente.v1.StatusResponse
-	36, // 64: entente.v1.Admin.CreateToken:output_type -> entente.v1.CreateTokenResponse
-	38, // 65: entente.v1.Admin.Apply:output_type -> entente.v1.ApplyResponse
-	41, // 66: entente.v1.Admin.GetBundle:output_type -> entente.v1.GetBundleResponse
-	24, // 67: entente.v1.Admin.SaveSnapshot:output_type -> entente.v1.SaveSnapshotResponse
-	26, // 68: entente.v1.Admin.ListNodes:output_type -> entente.v1.ListNodesResponse
-	29, // 69: entente.v1.Admin.PromoteNode:output_type -> entente.v1.PromoteNodeResponse
-	43, // 70: entente.v1.Peer.Propose:output_type -> entente.v1.ProposeResponse
-	45, // 71: entente.v1.Peer.Report:output_type -> entente.v1.ReportResponse
-	47, // 72: entente.v1.Peer.Presence:output_type -> entente.v1.PresenceResponse
-	31, // 73: entente.v1.Peer.Vouch:output_type -> entente.v1.VouchResponse
-	26, // 74: entente.v1.Peer.Nodes:output_type -> entente.v1.ListNodesResponse
-	33, // 75: entente.v1.Peer.ShowEpoch:output_type -> entente.v1.ShowEpochResponse
-	59, // [59:76] is the sub-list for method output_type
-	42, // [42:59] is the sub-list for method input_type
+	32, // 57: entente.v1.Peer.Checksum:input_type -> entente.v1.ChecksumRequest
+	25, // 58: entente.v1.Peer.Nodes:input_type -> entente.v1.ListNodesRequest
+	34, // 59: entente.v1.Peer.ShowEpoch:input_type -> entente.v1.ShowEpochRequest
+	2,  // 60: entente.v1.Join.Join:output_type -> entente.v1.JoinResponse
+	4,  // 61: entente.v1.Attest.Attest:output_type -> entente.v1.AttestResponse
+	10, // 62: entente.v1.Sync.Sync:output_type -> entente.v1.SyncResponse
+	17, // 63: entente.v1.Sign.SignX509:output_type -> entente.v1.SignX509Response
+	20, // 64: entente.v1.Admin.Status:output_type -> entente.v1.StatusResponse
+	38, // 65: entente.v1.Admin.CreateToken:output_type -> entente.v1.CreateTokenResponse
+	40, // 66: entente.v1.Admin.Apply:output_type -> entente.v1.ApplyResponse
+	43, // 67: entente.v1.Admin.GetBundle:output_type -> entente.v1.GetBundleResponse
+	24, // 68: entente.v1.Admin.SaveSnapshot:output_type -> entente.v1.SaveSnapshotResponse
+	26, // 69: entente.v1.Admin.ListNodes:output_type -> entente.v1.ListNodesResponse
+	29, // 70: entente.v1.Admin.PromoteNode:output_type -> entente.v1.PromoteNodeResponse
+	45, // 71: entente.v1.Peer.Propose:output_type -> entente.v1.ProposeResponse
+	47, // 72: entente.v1.Peer.Report:output_type -> entente.v1.ReportResponse
+	49, // 73: entente.v1.Peer.Presence:output_type -> entente.v1.PresenceResponse
+	31, // 74: entente.v1.Peer.Vouch:output_type -> entente.v1.VouchResponse
+	33, // 75: entente.v1.Peer.Checksum:output_type -> entente.v1.ChecksumResponse
+	26, // 76: entente.v1.Peer.Nodes:output_type -> entente.v1.ListNodesResponse
+	35, // 77: entente.v1.Peer.ShowEpoch:output_type -> entente.v1.ShowEpochResponse
+	60, // [60:78] is the sub-list for method output_type
+	42, // [42:60] is the sub-list for method input_type
 	42, // [42:42] is the sub-list for extension type_name
 	42, // [42:42] is the sub-list for extension extendee
 	0,  // [0:42] is the sub-list for field type_name
@@ -3380,7 +3486,7 @@ func file_entente_v1_entente_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_entente_v1_entente_proto_rawDesc), len(file_entente_v1_entente_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   47,
+			NumMessages:   49,
 			NumExtensions: 0,
 			NumServices:   6,
 		},

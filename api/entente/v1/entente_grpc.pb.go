@@ -797,6 +797,7 @@ const (
 	Peer_Report_FullMethodName    = "/entente.v1.Peer/Report"
 	Peer_Presence_FullMethodName  = "/entente.v1.Peer/Presence"
 	Peer_Vouch_FullMethodName     = "/entente.v1.Peer/Vouch"
+	Peer_Checksum_FullMethodName  = "/entente.v1.Peer/Checksum"
 	Peer_Nodes_FullMethodName     = "/entente.v1.Peer/Nodes"
 	Peer_ShowEpoch_FullMethodName = "/entente.v1.Peer/ShowEpoch"
 )
@@ -814,6 +815,8 @@ type PeerClient interface {
 	Presence(ctx context.Context, in *PresenceRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[PresenceResponse], error)
 	// Vouch says what the server knows of a member that the caller does not know yet.
 	Vouch(ctx context.Context, in *VouchRequest, opts ...grpc.CallOption) (*VouchResponse, error)
+	// Checksum is the hash of the server's state at a log index, if it knows it.
+	Checksum(ctx context.Context, in *ChecksumRequest, opts ...grpc.CallOption) (*ChecksumResponse, error)
 	// Nodes is ListNodes at the leader: FAILED_PRECONDITION elsewhere.
 	Nodes(ctx context.Context, in *ListNodesRequest, opts ...grpc.CallOption) (*ListNodesResponse, error)
 	// ShowEpoch shows a node of an earlier epoch how the present one began. The record
@@ -878,6 +881,16 @@ func (c *peerClient) Vouch(ctx context.Context, in *VouchRequest, opts ...grpc.C
 	return out, nil
 }
 
+func (c *peerClient) Checksum(ctx context.Context, in *ChecksumRequest, opts ...grpc.CallOption) (*ChecksumResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ChecksumResponse)
+	err := c.cc.Invoke(ctx, Peer_Checksum_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *peerClient) Nodes(ctx context.Context, in *ListNodesRequest, opts ...grpc.CallOption) (*ListNodesResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(ListNodesResponse)
@@ -911,6 +924,8 @@ type PeerServer interface {
 	Presence(*PresenceRequest, grpc.ServerStreamingServer[PresenceResponse]) error
 	// Vouch says what the server knows of a member that the caller does not know yet.
 	Vouch(context.Context, *VouchRequest) (*VouchResponse, error)
+	// Checksum is the hash of the server's state at a log index, if it knows it.
+	Checksum(context.Context, *ChecksumRequest) (*ChecksumResponse, error)
 	// Nodes is ListNodes at the leader: FAILED_PRECONDITION elsewhere.
 	Nodes(context.Context, *ListNodesRequest) (*ListNodesResponse, error)
 	// ShowEpoch shows a node of an earlier epoch how the present one began. The record
@@ -937,6 +952,9 @@ func (UnimplementedPeerServer) Presence(*PresenceRequest, grpc.ServerStreamingSe
 }
 func (UnimplementedPeerServer) Vouch(context.Context, *VouchRequest) (*VouchResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Vouch not implemented")
+}
+func (UnimplementedPeerServer) Checksum(context.Context, *ChecksumRequest) (*ChecksumResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Checksum not implemented")
 }
 func (UnimplementedPeerServer) Nodes(context.Context, *ListNodesRequest) (*ListNodesResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Nodes not implemented")
@@ -1030,6 +1048,24 @@ func _Peer_Vouch_Handler(srv interface{}, ctx context.Context, dec func(interfac
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Peer_Checksum_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ChecksumRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(PeerServer).Checksum(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Peer_Checksum_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(PeerServer).Checksum(ctx, req.(*ChecksumRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Peer_Nodes_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(ListNodesRequest)
 	if err := dec(in); err != nil {
@@ -1084,6 +1120,10 @@ var Peer_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Vouch",
 			Handler:    _Peer_Vouch_Handler,
+		},
+		{
+			MethodName: "Checksum",
+			Handler:    _Peer_Checksum_Handler,
 		},
 		{
 			MethodName: "Nodes",
