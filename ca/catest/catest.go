@@ -275,6 +275,20 @@ func (c *CA) NodeToken(name, datacenter string) string {
 	return c.token(&ententev1.CreateTokenRequest{Node: &statev1.NodeGrant{Name: name, Datacenter: datacenter, Voter: true, Signing: true}})
 }
 
+// GrantToken makes a join token for a CA node of any kind.
+func (c *CA) GrantToken(grant *statev1.NodeGrant) string {
+	c.t.Helper()
+	return c.token(&ententev1.CreateTokenRequest{Node: grant})
+}
+
+// Promote has a non-voter vote as soon as it has caught up.
+func (c *CA) Promote(name string) {
+	c.t.Helper()
+	if _, err := c.admin.PromoteNode(c.t.Context(), &ententev1.PromoteNodeRequest{Name: name}); err != nil {
+		c.t.Fatal(err)
+	}
+}
+
 func (c *CA) token(req *ententev1.CreateTokenRequest) string {
 	c.t.Helper()
 	resp, err := c.admin.CreateToken(c.t.Context(), req)

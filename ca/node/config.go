@@ -41,6 +41,9 @@ type Config struct {
 	MinVoters int    `yaml:"minVoters"`
 	Timing    Timing `yaml:"timing"`
 	Log       Log    `yaml:"log"`
+
+	// beforeWrite fails or stalls the log's disk in tests of this package.
+	beforeWrite func() error
 }
 
 // Listen is where the node listens, each HOST:PORT.

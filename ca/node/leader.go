@@ -29,7 +29,12 @@ func (n *Node) runLeadership(ctx context.Context) error {
 	stop := func() {}
 	defer func() { stop() }()
 	for {
+		swapped := n.swapped.wait()
 		select {
+		case <-swapped:
+			// The replica of before said goodbye already, or nobody heard it.
+			stop()
+			stop = func() {}
 		case leads := <-n.replica.Load().LeaderCh():
 			stop()
 			stop = func() {}
@@ -61,6 +66,7 @@ func (n *Node) lead(ctx context.Context) (stop func()) {
 		duties.Go(func() { n.keepFollowing(ctx) })
 		duties.Go(func() { n.keepShowing(ctx) })
 		duties.Go(func() { n.keepWitness(ctx) })
+		duties.Go(func() { n.keepComparing(ctx) })
 	})
 	return func() {
 		cancel()

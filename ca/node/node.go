@@ -64,6 +64,8 @@ type Node struct {
 	hadAgents bool // the state knew agents when this process started
 	applied   broadcast
 	recheck   chan struct{}
+	swapped   broadcast   // another replica took the place of a failed one
+	odd       chan uint64 // indexes at which this node's state was not the leader's
 }
 
 // settleTime is how long the subscribers of a node that restarted are given to come
@@ -99,6 +101,7 @@ func New(cfg *Config, log *slog.Logger, listeners Listeners) (_ *Node, err error
 		registry:  prometheus.NewRegistry(),
 		started:   time.Now(),
 		recheck:   make(chan struct{}, 1),
+		odd:       make(chan uint64, 1),
 	}
 	n.bundles = server.NewBundles(n.td)
 	n.signer = signer.New(signer.Config{Active: n.activeAuthority, Clock: n.clock.read})
@@ -132,12 +135,8 @@ func New(cfg *Config, log *slog.Logger, listeners Listeners) (_ *Node, err error
 	if err := n.listen(); err != nil {
 		return nil, err
 	}
-	rcfg := cfg.replica(own)
+	rcfg := n.replicaConfig()
 	rcfg.Listener = n.listeners.Raft
-	rcfg.Log = n.log
-	rcfg.OnApply = n.onApply
-	rcfg.OnRestore = n.onRestore
-	rcfg.Vouch = n.vouch
 	r, err := replica.Open(rcfg)
 	if err != nil {
 		return nil, err
@@ -202,7 +201,7 @@ func (n *Node) Run(ctx context.Context) error {
 	core, stopCore := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopCore()
 	ended := make(chan error, 1)
-	go func() { ended <- n.replica.Load().Run(core) }()
+	go func() { ended <- n.runReplica(core) }()
 
 	group := daemon.NewGroup(ctx)
 	group.Go("api", func(ctx context.Context) error { return n.server.ServeAPI(ctx, n.listeners.API) })
@@ -222,6 +221,8 @@ func (n *Node) Run(ctx context.Context) error {
 	group.Go("presence", n.runPresence)
 	group.Go("reports", n.runReports)
 	group.Go("rechecks", n.runRechecks)
+	group.Go("comparisons", n.runComparisons)
+	group.Go("progress", n.runProgress)
 	group.Go("replica", func(ctx context.Context) error {
 		select {
 		case err := <-ended:
@@ -305,6 +306,12 @@ func (n *Node) onApply(outcome domain.Outcome) {
 		return // New calls onRestore when the replica is there
 	}
 	r.Read(func(st *domain.State) { n.clock.applied(st.Now()) })
+	if outcome.Diverged {
+		select {
+		case n.odd <- outcome.Checked:
+		default: // one is being looked into
+		}
+	}
 	recheck := false
 	for _, change := range outcome.Changes {
 		switch change.Kind {

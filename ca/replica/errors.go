@@ -31,6 +31,9 @@ var (
 	// ErrDisk: the log or a snapshot could not be written in time. Err returns it.
 	ErrDisk = errors.New("the disk under the log failed or stalled")
 
+	// ErrStuck: this node hears its leader and gets no entries. Reenter's cause.
+	ErrStuck = errors.New("this node was not replicated to any more")
+
 	// ErrForgetful: the log on the disk ends before what this node confirmed to others.
 	ErrForgetful = errors.New("the disk lost a part of the log that was confirmed to the others: remove this node from the cluster, wipe it and join it anew")
 

@@ -24,6 +24,9 @@ type Server struct {
 	// they are its last index and now.
 	Match   uint64
 	Contact time.Time
+
+	// Installing: the leader is sending it a snapshot.
+	Installing bool
 }
 
 // Servers lists Raft's membership as this node knows it, agreed or about to be.
@@ -43,6 +46,7 @@ func (r *Replica) Servers() []Server {
 			server.Match, server.Contact = r.raft.LastIndex(), time.Now()
 		case leader:
 			server.Match, server.Contact = r.trans.progress(s.ID, term)
+			server.Installing = r.trans.isInstalling(s.ID)
 		}
 		servers = append(servers, server)
 	}

@@ -295,6 +295,16 @@ func (r *Replica) Leader() string {
 	return string(id)
 }
 
+// LastContact is when the leader was last heard. It says nothing about the log, only that
+// somebody leads.
+func (r *Replica) LastContact() time.Time { return r.raft.LastContact() }
+
+// Installing says whether a snapshot from the leader is being read.
+func (r *Replica) Installing() bool { return r.fsm.installing.Load() }
+
+// Reenter leaves the agreement with ErrStuck, so that the owner may open the replica again.
+func (r *Replica) Reenter() { r.leave(ErrStuck, false) }
+
 // LeaderCh tells when this node gains (true) and loses (false) leadership; Down is a
 // loss. It has one reader and holds only the latest word: true after true means lost
 // and regained. A new leader's state may lag its log: Barrier first.
