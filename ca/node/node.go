@@ -475,6 +475,25 @@ func (n *Node) registerMetrics() {
 		}
 		return age.Seconds()
 	})
+	gauge("entente_ca_quorum", "1 while something was agreed a moment ago, as far as this node knows.", func() float64 {
+		if n.noQuorumSince(time.Now()).IsZero() {
+			return 1
+		}
+		return 0
+	})
+	gauge("entente_ca_disk_ok", "1 while the disk under the log works.", func() float64 {
+		if n.disk() == "" {
+			return 1
+		}
+		return 0
+	})
+	gauge("entente_ca_clock_offset_seconds", "This node's clock minus the agreed time when that last moved on.", func() float64 {
+		offset, _ := n.clock.offset()
+		return offset.Seconds()
+	})
+	gauge("entente_ca_signs_without_quorum_seconds", "How long this node goes on signing if nothing can be agreed any more.", func() float64 {
+		return n.autonomy(time.Now()).Seconds()
+	})
 	gauge("entente_ca_subscribers", "Sync streams at this node.", func() float64 {
 		return float64(n.status().Subscribers)
 	})

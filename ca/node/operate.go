@@ -42,6 +42,20 @@ func (n *Node) notAgreeing(now time.Time) string {
 		since.UTC().Format(time.RFC3339), now.Sub(since).Round(time.Second), why)
 }
 
+// autonomy is how long this node signs with the authorities that it may use without
+// another agreement: the ACTIVE one, and the next if that is marked ready.
+func (n *Node) autonomy(now time.Time) time.Duration {
+	own := n.ownAuthorities()
+	var end int64
+	if own.active != nil {
+		end = own.active.GetNotAfter()
+	}
+	if own.prepared.GetReady() {
+		end = max(end, own.prepared.GetNotAfter())
+	}
+	return max(time.Unix(end, 0).Sub(now), 0)
+}
+
 // disk says what is wrong with the disk under the log.
 func (n *Node) disk() string {
 	if err := n.replica.Load().Err(); errors.Is(err, replica.ErrDisk) {
