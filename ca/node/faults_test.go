@@ -87,7 +87,10 @@ func TestDiskFailsAndReturns(t *testing.T) {
 					return errors.New("another role")
 				})
 				other := nodes[1]
-				other.Apply(accounts)
+				eventually(t, "agreement", 10*time.Second, func() error {
+					_, err := other.TryApply(accounts)
+					return err
+				})
 				h := attest(t, other, "h1")
 				caughtUp(t, nodes[0], nodes[1], nodes[2])
 
@@ -112,7 +115,10 @@ func TestDiskFailsAndReturns(t *testing.T) {
 					t.Errorf("signing with a broken disk: %v", err)
 				}
 				before := target.Status().GetRevision()
-				other.Apply(services(3)) // what it misses
+				eventually(t, "what it misses is agreed", 20*time.Second, func() error {
+					_, err := other.TryApply(services(3))
+					return err
+				})
 
 				disk.full.Store(false)
 				disk.hang.Store(nil)
