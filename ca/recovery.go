@@ -29,6 +29,9 @@ const (
 	recoveryContext = "entente recovery statement v1\x00"
 )
 
+// ErrRecoveryKey: what was given is not the recovery key of this cluster.
+var ErrRecoveryKey = errors.New("not the recovery key of this cluster")
+
 // RecoveryKey begins a new epoch of one cluster when its quorum is lost. It is made
 // with the cluster, kept offline by the operators, and never stands on a CA node's
 // disk; the log holds its public half. Only Text shows the secret.
@@ -60,11 +63,11 @@ func (k *RecoveryKey) PublicKey() ed25519.PublicKey {
 func (k *RecoveryKey) Fits(c *statev1.Cluster) error {
 	switch {
 	case len(c.GetRecoveryKey()) == 0:
-		return errors.New("the cluster was made without a recovery key")
+		return fmt.Errorf("%w: it was made without one", ErrRecoveryKey)
 	case !bytes.Equal(k.ClusterID, c.GetId()) || k.TrustDomain.Name() != c.GetTrustDomain():
-		return fmt.Errorf("the recovery key is of another cluster (of %s)", k.TrustDomain.Name())
+		return fmt.Errorf("%w: it is that of another one, of %s", ErrRecoveryKey, k.TrustDomain.Name())
 	case !bytes.Equal(k.PublicKey(), c.GetRecoveryKey()):
-		return errors.New("the recovery key is not the one that this cluster was made with")
+		return fmt.Errorf("%w: it was made with another one", ErrRecoveryKey)
 	}
 	return nil
 }

@@ -42,8 +42,9 @@ type Config struct {
 	Timing    Timing `yaml:"timing"`
 	Log       Log    `yaml:"log"`
 
-	// beforeWrite fails or stalls the log's disk in tests of this package.
+	// Tests of this package fail or stall the log's disk, and set this node's clock alone.
 	beforeWrite func() error
+	clockError  func() time.Duration
 }
 
 // Listen is where the node listens, each HOST:PORT.

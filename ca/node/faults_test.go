@@ -331,3 +331,77 @@ func TestNonvoter(t *testing.T) {
 		return nil
 	})
 }
+
+// One node's clock jumps by ten minutes, forth and back: it stops signing, does not lead
+// for long, and moves nobody else's time; set right, it signs again.
+func TestClockJumps(t *testing.T) {
+	t.Parallel()
+	nodes := cluster(t)
+	var ahead atomic.Int64
+	target := nodes[0]
+	target.Stop()
+	target.Config().ClockError(func() time.Duration { return time.Duration(ahead.Load()) })
+	target.Restart()
+	target.WaitReady()
+	other := nodes[1]
+	eventually(t, "agreement", 10*time.Second, func() error {
+		_, err := other.TryApply(accounts)
+		return err
+	})
+	h := attest(t, other, "h1")
+	caughtUp(t, nodes[0], nodes[1], nodes[2])
+	agreed := func() (now time.Time) {
+		other.Node().Read(func(st *domain.State) { now = st.Now() })
+		return now
+	}
+	for _, jump := range []time.Duration{10 * time.Minute, -10 * time.Minute} {
+		if !target.Node().IsLeader() { // it has to lead when its clock jumps
+			for range 3 {
+				if leader, _ := leads(nodes); leader != nil && leader != target {
+					leader.Stop()
+					leader.Restart()
+					leader.WaitReady()
+				}
+			}
+		}
+		led := target.Node().IsLeader()
+		ahead.Store(int64(jump))
+		eventually(t, "the node does not sign", 10*time.Second, func() error {
+			if _, err := sign(t.Context(), h.at(t, target), h.csr); err == nil {
+				return errors.New("it signs")
+			}
+			return nil
+		})
+		if wrong := target.Status().GetClockOffsetSeconds() - jump.Seconds(); wrong < -5 || wrong > 5 {
+			t.Errorf("the status says that the clock is %.0f s off, not %v", wrong+jump.Seconds(), jump)
+		}
+		eventually(t, "another node leads", 60*time.Second, func() error {
+			if leader, _ := leads(nodes); leader == nil || leader == target {
+				return errors.New("not yet")
+			}
+			return nil
+		})
+		t.Logf("jump by %v; it led before: %v", jump, led)
+		for _, c := range nodes[1:] {
+			eventually(t, "the others sign", 10*time.Second, func() error {
+				_, err := sign(t.Context(), h.at(t, c), h.csr)
+				return err
+			})
+		}
+		before := agreed()
+		eventually(t, "the agreed time goes on", 10*time.Second, func() error {
+			if !agreed().After(before) {
+				return errors.New("it stands")
+			}
+			return nil
+		})
+		if off := time.Since(agreed()).Abs(); off > 10*time.Second {
+			t.Errorf("the agreed time is %v off", off)
+		}
+		ahead.Store(0)
+		eventually(t, "the node signs again", 10*time.Second, func() error {
+			_, err := sign(t.Context(), h.at(t, target), h.csr)
+			return err
+		})
+	}
+}

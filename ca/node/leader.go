@@ -107,7 +107,7 @@ func (n *Node) tick(ctx context.Context) {
 		}
 		voters++
 		if s.Self {
-			samples = append(samples, now.UnixNano())
+			samples = append(samples, n.wall().UnixNano())
 		} else if r, ok := n.gate.last(s.ID, now); ok {
 			samples = append(samples, r.Clock.Add(now.Sub(r.at)).UnixNano())
 		}
@@ -115,10 +115,18 @@ func (n *Node) tick(ctx context.Context) {
 	if len(samples) < voters/2+1 {
 		return // one clock alone, or half of them, sets nobody's time
 	}
+	// A majority of all voters must say that this clock is wrong: of two samples, nobody
+	// knows which is.
 	slices.Sort(samples)
-	median := time.Unix(0, samples[(len(samples)-1)/2])
-	if offset := now.Sub(median); len(samples) > 1 && offset.Abs() > maxLeaderOffset {
-		n.log.Error("this node's clock is off the other CA nodes': another one leads; set the clock", "offset", offset.String())
+	wall, against := n.wall(), 0
+	for _, sample := range samples {
+		if wall.Sub(time.Unix(0, sample)).Abs() > maxLeaderOffset {
+			against++
+		}
+	}
+	if against >= voters/2+1 {
+		median := time.Unix(0, samples[(len(samples)-1)/2])
+		n.log.Error("this node's clock is off the other CA nodes': another one leads; set the clock", "offset", wall.Sub(median).String())
 		n.replica.Load().TransferLeadership(ctx)
 		return
 	}

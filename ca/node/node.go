@@ -104,7 +104,7 @@ func New(cfg *Config, log *slog.Logger, listeners Listeners) (_ *Node, err error
 		odd:       make(chan uint64, 1),
 	}
 	n.bundles = server.NewBundles(n.td)
-	n.signer = signer.New(signer.Config{Active: n.activeAuthority, Clock: n.clock.read})
+	n.signer = signer.New(signer.Config{Active: n.activeAuthority, Clock: n.signerClock})
 	if err := n.loadAuthorityKeys(); err != nil {
 		return nil, err
 	}
@@ -405,6 +405,7 @@ func (n *Node) info() server.Info {
 		info.Voters[member.ID] = member.Voter
 	}
 	info.ClockOffset, info.ClockKnown = n.clock.offset()
+	info.ClockOffset += n.clockError()
 	return info
 }
 

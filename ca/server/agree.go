@@ -15,9 +15,17 @@ import (
 // agreeTimeout is how long a door waits for an agreement: an election and a write.
 const agreeTimeout = 8 * time.Second
 
+// hopeTimeout is how long it waits when there was no quorum already: it may have just
+// come back, but nobody should wait to hear what is known.
+const hopeTimeout = time.Second
+
 // agree proposes a command and maps what comes of it to a gRPC status.
 func (s *Server) agree(ctx context.Context, command *statev1.Command) (domain.Outcome, error) {
-	ctx, cancel := context.WithTimeout(ctx, agreeTimeout)
+	patience := agreeTimeout
+	if s.Info().NotAgreeing != "" {
+		patience = hopeTimeout
+	}
+	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	outcome, err := s.Cluster.Propose(ctx, command)
 	if err != nil {

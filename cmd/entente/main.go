@@ -17,6 +17,8 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/entente-mesh/entente/ca"
+	"github.com/entente-mesh/entente/ca/replica"
 	"github.com/entente-mesh/entente/internal/daemon"
 )
 
@@ -97,6 +99,9 @@ func exitCode(err error) int {
 		return exitUsage
 	case errors.As(err, &found):
 		return exitFindings
+	case errors.Is(err, ca.ErrRecoveryKey), errors.Is(err, replica.ErrStateExists),
+		errors.Is(err, replica.ErrSuperseded), errors.Is(err, replica.ErrDiverged):
+		return exitRefused
 	case errors.Is(err, context.Canceled):
 		return 128 + int(syscall.SIGINT)
 	}
