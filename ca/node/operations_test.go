@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -19,6 +20,7 @@ import (
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/catest"
+	"github.com/entente-mesh/entente/ca/client"
 	"github.com/entente-mesh/entente/ca/node"
 	"github.com/entente-mesh/entente/ca/replica"
 )
@@ -304,6 +306,30 @@ func TestRunbookRestore(t *testing.T) {
 	backup := saveSnapshot(t, old)
 	old.Apply(cards) // after the backup: lost
 	newest := old.Status().GetRevision()
+	// An agent holds a newer revision than the backup.
+	var view atomic.Pointer[client.View]
+	syncing, stopSync := context.WithCancel(t.Context())
+	synced := make(chan error, 1)
+	holder := h.at(t, old)
+	go func() {
+		synced <- holder.Sync(syncing, func(v *client.View) error {
+			if before := view.Load(); before != nil && v.Revision < before.Revision {
+				t.Errorf("the agent's revision went back from %s to %s", ca.Revision(before.Revision), ca.Revision(v.Revision))
+			}
+			view.Store(v)
+			return nil
+		})
+	}()
+	defer func() {
+		stopSync()
+		<-synced
+	}()
+	eventually(t, "the agent holds the newest revision", 10*time.Second, func() error {
+		if v := view.Load(); v == nil || v.Revision < newest || len(v.Entries) != 2 {
+			return errors.New("not yet")
+		}
+		return nil
+	})
 	oldID := old.Node().ID()
 	keys := filepath.Join(t.TempDir(), "keys")
 	old.Stop()
@@ -314,6 +340,7 @@ func TestRunbookRestore(t *testing.T) {
 	restore := func(t *testing.T, keep bool) *catest.CA {
 		c := catest.Prepare(t, catest.Options{Name: "ca-1"})
 		if keep {
+			c.Config().Listen, c.Config().Advertise = old.Config().Listen, old.Config().Advertise
 			if err := os.MkdirAll(c.Config().DataDir, 0o700); err != nil {
 				t.Fatal(err)
 			}
@@ -369,6 +396,13 @@ func TestRunbookRestore(t *testing.T) {
 		if _, err := sign(t.Context(), h.at(t, c), h.csr); err != nil {
 			t.Errorf("an agent of before: %v", err)
 		}
+		// It takes what the backup holds for newer than what it had.
+		eventually(t, "the agent follows the restored node", 20*time.Second, func() error {
+			if v := view.Load(); ca.Revision(v.Revision).Epoch() != 1 || len(v.Entries) != 1 {
+				return fmt.Errorf("revision %s, %d entries", ca.Revision(v.Revision), len(v.Entries))
+			}
+			return nil
+		})
 	})
 	t.Run("without", func(t *testing.T) {
 		c := restore(t, false)
