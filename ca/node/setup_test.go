@@ -57,6 +57,7 @@ func TestReadConfig(t *testing.T) {
 		{"no keys", "  passphraseFile: /etc/entente/passphrase\n", "  insecureDev: false\n", []string{"ca.yaml:8", "passphraseFile"}},
 		{"unsealed beyond loopback", "passphraseFile: /etc/entente/passphrase", "insecureDev: true", []string{"ca.yaml:6", "loopback"}},
 		{"lifetimes", "keys:", "lifetimes: {x509SVID: 72h}\nkeys:", []string{"ca.yaml:8", "72h"}},
+		{"voters kept", "keys:", "minVoters: 99\nkeys:", []string{"ca.yaml:8", "minVoters"}},
 		{"heartbeat", "keys:", "timing: {heartbeat: 1ms}\nkeys:", []string{"ca.yaml:8", "heartbeat"}},
 	}
 	for _, test := range tests {
