@@ -1302,6 +1302,346 @@ func (x *X509Result) GetError() string {
 	return ""
 }
 
+type SignJWTRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Requests      []*JWTRequest          `protobuf:"bytes,1,rep,name=requests,proto3" json:"requests,omitempty"` // at most 100
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SignJWTRequest) Reset() {
+	*x = SignJWTRequest{}
+	mi := &file_entente_v1_entente_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SignJWTRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SignJWTRequest) ProtoMessage() {}
+
+func (x *SignJWTRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SignJWTRequest.ProtoReflect.Descriptor instead.
+func (*SignJWTRequest) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *SignJWTRequest) GetRequests() []*JWTRequest {
+	if x != nil {
+		return x.Requests
+	}
+	return nil
+}
+
+type JWTRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	EntryId       string                 `protobuf:"bytes,1,opt,name=entry_id,json=entryId,proto3" json:"entry_id,omitempty"`
+	Audience      []string               `protobuf:"bytes,2,rep,name=audience,proto3" json:"audience,omitempty"` // at least one
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *JWTRequest) Reset() {
+	*x = JWTRequest{}
+	mi := &file_entente_v1_entente_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *JWTRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*JWTRequest) ProtoMessage() {}
+
+func (x *JWTRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use JWTRequest.ProtoReflect.Descriptor instead.
+func (*JWTRequest) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *JWTRequest) GetEntryId() string {
+	if x != nil {
+		return x.EntryId
+	}
+	return ""
+}
+
+func (x *JWTRequest) GetAudience() []string {
+	if x != nil {
+		return x.Audience
+	}
+	return nil
+}
+
+type SignJWTResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Results       []*TokenResult         `protobuf:"bytes,1,rep,name=results,proto3" json:"results,omitempty"` // in the order of the requests
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SignJWTResponse) Reset() {
+	*x = SignJWTResponse{}
+	mi := &file_entente_v1_entente_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SignJWTResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SignJWTResponse) ProtoMessage() {}
+
+func (x *SignJWTResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SignJWTResponse.ProtoReflect.Descriptor instead.
+func (*SignJWTResponse) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *SignJWTResponse) GetResults() []*TokenResult {
+	if x != nil {
+		return x.Results
+	}
+	return nil
+}
+
+type SignWITRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Requests      []*WITRequest          `protobuf:"bytes,1,rep,name=requests,proto3" json:"requests,omitempty"` // at most 100
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SignWITRequest) Reset() {
+	*x = SignWITRequest{}
+	mi := &file_entente_v1_entente_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SignWITRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SignWITRequest) ProtoMessage() {}
+
+func (x *SignWITRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SignWITRequest.ProtoReflect.Descriptor instead.
+func (*SignWITRequest) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *SignWITRequest) GetRequests() []*WITRequest {
+	if x != nil {
+		return x.Requests
+	}
+	return nil
+}
+
+type WITRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	EntryId       string                 `protobuf:"bytes,1,opt,name=entry_id,json=entryId,proto3" json:"entry_id,omitempty"`
+	Csr           []byte                 `protobuf:"bytes,2,opt,name=csr,proto3" json:"csr,omitempty"` // PKCS#10, DER, signed with the key that the token will name
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WITRequest) Reset() {
+	*x = WITRequest{}
+	mi := &file_entente_v1_entente_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WITRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WITRequest) ProtoMessage() {}
+
+func (x *WITRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WITRequest.ProtoReflect.Descriptor instead.
+func (*WITRequest) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *WITRequest) GetEntryId() string {
+	if x != nil {
+		return x.EntryId
+	}
+	return ""
+}
+
+func (x *WITRequest) GetCsr() []byte {
+	if x != nil {
+		return x.Csr
+	}
+	return nil
+}
+
+type SignWITResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Results       []*TokenResult         `protobuf:"bytes,1,rep,name=results,proto3" json:"results,omitempty"` // in the order of the requests
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SignWITResponse) Reset() {
+	*x = SignWITResponse{}
+	mi := &file_entente_v1_entente_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SignWITResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SignWITResponse) ProtoMessage() {}
+
+func (x *SignWITResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SignWITResponse.ProtoReflect.Descriptor instead.
+func (*SignWITResponse) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *SignWITResponse) GetResults() []*TokenResult {
+	if x != nil {
+		return x.Results
+	}
+	return nil
+}
+
+type TokenResult struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Token         string                 `protobuf:"bytes,1,opt,name=token,proto3" json:"token,omitempty"` // JWS, compact
+	Code          uint32                 `protobuf:"varint,2,opt,name=code,proto3" json:"code,omitempty"`  // gRPC code; 0 is fine
+	Error         string                 `protobuf:"bytes,3,opt,name=error,proto3" json:"error,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TokenResult) Reset() {
+	*x = TokenResult{}
+	mi := &file_entente_v1_entente_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TokenResult) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TokenResult) ProtoMessage() {}
+
+func (x *TokenResult) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TokenResult.ProtoReflect.Descriptor instead.
+func (*TokenResult) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *TokenResult) GetToken() string {
+	if x != nil {
+		return x.Token
+	}
+	return ""
+}
+
+func (x *TokenResult) GetCode() uint32 {
+	if x != nil {
+		return x.Code
+	}
+	return 0
+}
+
+func (x *TokenResult) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
 type StatusRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -1310,7 +1650,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[18]
+	mi := &file_entente_v1_entente_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1322,7 +1662,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[18]
+	mi := &file_entente_v1_entente_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1335,7 +1675,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{18}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{25}
 }
 
 type StatusResponse struct {
@@ -1359,7 +1699,7 @@ type StatusResponse struct {
 
 func (x *StatusResponse) Reset() {
 	*x = StatusResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[19]
+	mi := &file_entente_v1_entente_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1371,7 +1711,7 @@ func (x *StatusResponse) String() string {
 func (*StatusResponse) ProtoMessage() {}
 
 func (x *StatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[19]
+	mi := &file_entente_v1_entente_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1384,7 +1724,7 @@ func (x *StatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusResponse.ProtoReflect.Descriptor instead.
 func (*StatusResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{19}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *StatusResponse) GetCluster() *v1.Cluster {
@@ -1488,7 +1828,7 @@ type MemberStatus struct {
 
 func (x *MemberStatus) Reset() {
 	*x = MemberStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[20]
+	mi := &file_entente_v1_entente_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1500,7 +1840,7 @@ func (x *MemberStatus) String() string {
 func (*MemberStatus) ProtoMessage() {}
 
 func (x *MemberStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[20]
+	mi := &file_entente_v1_entente_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1513,7 +1853,7 @@ func (x *MemberStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemberStatus.ProtoReflect.Descriptor instead.
 func (*MemberStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{20}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *MemberStatus) GetMember() *v1.Member {
@@ -1543,7 +1883,7 @@ type ForeignBundleStatus struct {
 
 func (x *ForeignBundleStatus) Reset() {
 	*x = ForeignBundleStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[21]
+	mi := &file_entente_v1_entente_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1555,7 +1895,7 @@ func (x *ForeignBundleStatus) String() string {
 func (*ForeignBundleStatus) ProtoMessage() {}
 
 func (x *ForeignBundleStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[21]
+	mi := &file_entente_v1_entente_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1568,7 +1908,7 @@ func (x *ForeignBundleStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForeignBundleStatus.ProtoReflect.Descriptor instead.
 func (*ForeignBundleStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{21}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ForeignBundleStatus) GetTrustDomain() string {
@@ -1617,7 +1957,7 @@ type CreateTokenRequest struct {
 
 func (x *CreateTokenRequest) Reset() {
 	*x = CreateTokenRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[22]
+	mi := &file_entente_v1_entente_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1629,7 +1969,7 @@ func (x *CreateTokenRequest) String() string {
 func (*CreateTokenRequest) ProtoMessage() {}
 
 func (x *CreateTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[22]
+	mi := &file_entente_v1_entente_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1642,7 +1982,7 @@ func (x *CreateTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTokenRequest.ProtoReflect.Descriptor instead.
 func (*CreateTokenRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{22}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *CreateTokenRequest) GetNode() *v1.NodeGrant {
@@ -1677,7 +2017,7 @@ type CreateTokenResponse struct {
 
 func (x *CreateTokenResponse) Reset() {
 	*x = CreateTokenResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[23]
+	mi := &file_entente_v1_entente_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1689,7 +2029,7 @@ func (x *CreateTokenResponse) String() string {
 func (*CreateTokenResponse) ProtoMessage() {}
 
 func (x *CreateTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[23]
+	mi := &file_entente_v1_entente_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1702,7 +2042,7 @@ func (x *CreateTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTokenResponse.ProtoReflect.Descriptor instead.
 func (*CreateTokenResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{23}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *CreateTokenResponse) GetToken() string {
@@ -1737,7 +2077,7 @@ type ApplyRequest struct {
 
 func (x *ApplyRequest) Reset() {
 	*x = ApplyRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[24]
+	mi := &file_entente_v1_entente_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1749,7 +2089,7 @@ func (x *ApplyRequest) String() string {
 func (*ApplyRequest) ProtoMessage() {}
 
 func (x *ApplyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[24]
+	mi := &file_entente_v1_entente_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1762,7 +2102,7 @@ func (x *ApplyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyRequest.ProtoReflect.Descriptor instead.
 func (*ApplyRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{24}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *ApplyRequest) GetObjects() []*v1.Object {
@@ -1796,7 +2136,7 @@ type ApplyResponse struct {
 
 func (x *ApplyResponse) Reset() {
 	*x = ApplyResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[25]
+	mi := &file_entente_v1_entente_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1808,7 +2148,7 @@ func (x *ApplyResponse) String() string {
 func (*ApplyResponse) ProtoMessage() {}
 
 func (x *ApplyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[25]
+	mi := &file_entente_v1_entente_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1821,7 +2161,7 @@ func (x *ApplyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyResponse.ProtoReflect.Descriptor instead.
 func (*ApplyResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{25}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *ApplyResponse) GetRevision() uint64 {
@@ -1848,7 +2188,7 @@ type ObjectChange struct {
 
 func (x *ObjectChange) Reset() {
 	*x = ObjectChange{}
-	mi := &file_entente_v1_entente_proto_msgTypes[26]
+	mi := &file_entente_v1_entente_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1860,7 +2200,7 @@ func (x *ObjectChange) String() string {
 func (*ObjectChange) ProtoMessage() {}
 
 func (x *ObjectChange) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[26]
+	mi := &file_entente_v1_entente_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1873,7 +2213,7 @@ func (x *ObjectChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ObjectChange.ProtoReflect.Descriptor instead.
 func (*ObjectChange) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{26}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *ObjectChange) GetKey() *v1.ObjectKey {
@@ -1893,13 +2233,14 @@ func (x *ObjectChange) GetAction() string {
 type GetBundleRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	TrustDomain   string                 `protobuf:"bytes,1,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"` // empty: the own
+	Wit           bool                   `protobuf:"varint,2,opt,name=wit,proto3" json:"wit,omitempty"`                                   // of the own: with its WIT keys
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *GetBundleRequest) Reset() {
 	*x = GetBundleRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[27]
+	mi := &file_entente_v1_entente_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1911,7 +2252,7 @@ func (x *GetBundleRequest) String() string {
 func (*GetBundleRequest) ProtoMessage() {}
 
 func (x *GetBundleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[27]
+	mi := &file_entente_v1_entente_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1924,7 +2265,7 @@ func (x *GetBundleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBundleRequest.ProtoReflect.Descriptor instead.
 func (*GetBundleRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{27}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *GetBundleRequest) GetTrustDomain() string {
@@ -1932,6 +2273,13 @@ func (x *GetBundleRequest) GetTrustDomain() string {
 		return x.TrustDomain
 	}
 	return ""
+}
+
+func (x *GetBundleRequest) GetWit() bool {
+	if x != nil {
+		return x.Wit
+	}
+	return false
 }
 
 type GetBundleResponse struct {
@@ -1943,7 +2291,7 @@ type GetBundleResponse struct {
 
 func (x *GetBundleResponse) Reset() {
 	*x = GetBundleResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[28]
+	mi := &file_entente_v1_entente_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1955,7 +2303,7 @@ func (x *GetBundleResponse) String() string {
 func (*GetBundleResponse) ProtoMessage() {}
 
 func (x *GetBundleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[28]
+	mi := &file_entente_v1_entente_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1968,7 +2316,7 @@ func (x *GetBundleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBundleResponse.ProtoReflect.Descriptor instead.
 func (*GetBundleResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{28}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *GetBundleResponse) GetJwks() []byte {
@@ -1987,7 +2335,7 @@ type ProposeRequest struct {
 
 func (x *ProposeRequest) Reset() {
 	*x = ProposeRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[29]
+	mi := &file_entente_v1_entente_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1999,7 +2347,7 @@ func (x *ProposeRequest) String() string {
 func (*ProposeRequest) ProtoMessage() {}
 
 func (x *ProposeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[29]
+	mi := &file_entente_v1_entente_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2012,7 +2360,7 @@ func (x *ProposeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProposeRequest.ProtoReflect.Descriptor instead.
 func (*ProposeRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{29}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *ProposeRequest) GetCommand() []byte {
@@ -2033,7 +2381,7 @@ type ProposeResponse struct {
 
 func (x *ProposeResponse) Reset() {
 	*x = ProposeResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[30]
+	mi := &file_entente_v1_entente_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2045,7 +2393,7 @@ func (x *ProposeResponse) String() string {
 func (*ProposeResponse) ProtoMessage() {}
 
 func (x *ProposeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[30]
+	mi := &file_entente_v1_entente_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2058,7 +2406,7 @@ func (x *ProposeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProposeResponse.ProtoReflect.Descriptor instead.
 func (*ProposeResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{30}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *ProposeResponse) GetRevision() uint64 {
@@ -2096,7 +2444,7 @@ type ReportRequest struct {
 
 func (x *ReportRequest) Reset() {
 	*x = ReportRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[31]
+	mi := &file_entente_v1_entente_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2108,7 +2456,7 @@ func (x *ReportRequest) String() string {
 func (*ReportRequest) ProtoMessage() {}
 
 func (x *ReportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[31]
+	mi := &file_entente_v1_entente_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2121,7 +2469,7 @@ func (x *ReportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRequest.ProtoReflect.Descriptor instead.
 func (*ReportRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{31}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *ReportRequest) GetBootId() string {
@@ -2174,7 +2522,7 @@ type ReportResponse struct {
 
 func (x *ReportResponse) Reset() {
 	*x = ReportResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[32]
+	mi := &file_entente_v1_entente_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2186,7 +2534,7 @@ func (x *ReportResponse) String() string {
 func (*ReportResponse) ProtoMessage() {}
 
 func (x *ReportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[32]
+	mi := &file_entente_v1_entente_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2199,7 +2547,7 @@ func (x *ReportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportResponse.ProtoReflect.Descriptor instead.
 func (*ReportResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{32}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{39}
 }
 
 type PresenceRequest struct {
@@ -2210,7 +2558,7 @@ type PresenceRequest struct {
 
 func (x *PresenceRequest) Reset() {
 	*x = PresenceRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[33]
+	mi := &file_entente_v1_entente_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2222,7 +2570,7 @@ func (x *PresenceRequest) String() string {
 func (*PresenceRequest) ProtoMessage() {}
 
 func (x *PresenceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[33]
+	mi := &file_entente_v1_entente_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2235,7 +2583,7 @@ func (x *PresenceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PresenceRequest.ProtoReflect.Descriptor instead.
 func (*PresenceRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{33}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{40}
 }
 
 type PresenceResponse struct {
@@ -2249,7 +2597,7 @@ type PresenceResponse struct {
 
 func (x *PresenceResponse) Reset() {
 	*x = PresenceResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[34]
+	mi := &file_entente_v1_entente_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2261,7 +2609,7 @@ func (x *PresenceResponse) String() string {
 func (*PresenceResponse) ProtoMessage() {}
 
 func (x *PresenceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[34]
+	mi := &file_entente_v1_entente_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2274,7 +2622,7 @@ func (x *PresenceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PresenceResponse.ProtoReflect.Descriptor instead.
 func (*PresenceResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{34}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *PresenceResponse) GetInstances() []*Instance {
@@ -2390,6 +2738,26 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"X509Result\x12\"\n" +
 	"\fcertificates\x18\x01 \x03(\fR\fcertificates\x12\x12\n" +
 	"\x04code\x18\x02 \x01(\rR\x04code\x12\x14\n" +
+	"\x05error\x18\x03 \x01(\tR\x05error\"D\n" +
+	"\x0eSignJWTRequest\x122\n" +
+	"\brequests\x18\x01 \x03(\v2\x16.entente.v1.JWTRequestR\brequests\"C\n" +
+	"\n" +
+	"JWTRequest\x12\x19\n" +
+	"\bentry_id\x18\x01 \x01(\tR\aentryId\x12\x1a\n" +
+	"\baudience\x18\x02 \x03(\tR\baudience\"D\n" +
+	"\x0fSignJWTResponse\x121\n" +
+	"\aresults\x18\x01 \x03(\v2\x17.entente.v1.TokenResultR\aresults\"D\n" +
+	"\x0eSignWITRequest\x122\n" +
+	"\brequests\x18\x01 \x03(\v2\x16.entente.v1.WITRequestR\brequests\"9\n" +
+	"\n" +
+	"WITRequest\x12\x19\n" +
+	"\bentry_id\x18\x01 \x01(\tR\aentryId\x12\x10\n" +
+	"\x03csr\x18\x02 \x01(\fR\x03csr\"D\n" +
+	"\x0fSignWITResponse\x121\n" +
+	"\aresults\x18\x01 \x03(\v2\x17.entente.v1.TokenResultR\aresults\"M\n" +
+	"\vTokenResult\x12\x14\n" +
+	"\x05token\x18\x01 \x01(\tR\x05token\x12\x12\n" +
+	"\x04code\x18\x02 \x01(\rR\x04code\x12\x14\n" +
 	"\x05error\x18\x03 \x01(\tR\x05error\"\x0f\n" +
 	"\rStatusRequest\"\x8d\x04\n" +
 	"\x0eStatusResponse\x123\n" +
@@ -2437,9 +2805,10 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\achanges\x18\x02 \x03(\v2\x18.entente.v1.ObjectChangeR\achanges\"U\n" +
 	"\fObjectChange\x12-\n" +
 	"\x03key\x18\x01 \x01(\v2\x1b.entente.state.v1.ObjectKeyR\x03key\x12\x16\n" +
-	"\x06action\x18\x02 \x01(\tR\x06action\"5\n" +
+	"\x06action\x18\x02 \x01(\tR\x06action\"G\n" +
 	"\x10GetBundleRequest\x12!\n" +
-	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\"'\n" +
+	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x10\n" +
+	"\x03wit\x18\x02 \x01(\bR\x03wit\"'\n" +
 	"\x11GetBundleResponse\x12\x12\n" +
 	"\x04jwks\x18\x01 \x01(\fR\x04jwks\"*\n" +
 	"\x0eProposeRequest\x12\x18\n" +
@@ -2472,9 +2841,11 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x06Attest\x12?\n" +
 	"\x06Attest\x12\x19.entente.v1.AttestRequest\x1a\x1a.entente.v1.AttestResponse2E\n" +
 	"\x04Sync\x12=\n" +
-	"\x04Sync\x12\x17.entente.v1.SyncRequest\x1a\x18.entente.v1.SyncResponse(\x010\x012M\n" +
+	"\x04Sync\x12\x17.entente.v1.SyncRequest\x1a\x18.entente.v1.SyncResponse(\x010\x012\xd5\x01\n" +
 	"\x04Sign\x12E\n" +
-	"\bSignX509\x12\x1b.entente.v1.SignX509Request\x1a\x1c.entente.v1.SignX509Response2\xa0\x02\n" +
+	"\bSignX509\x12\x1b.entente.v1.SignX509Request\x1a\x1c.entente.v1.SignX509Response\x12B\n" +
+	"\aSignJWT\x12\x1a.entente.v1.SignJWTRequest\x1a\x1b.entente.v1.SignJWTResponse\x12B\n" +
+	"\aSignWIT\x12\x1a.entente.v1.SignWITRequest\x1a\x1b.entente.v1.SignWITResponse2\xa0\x02\n" +
 	"\x05Admin\x12?\n" +
 	"\x06Status\x12\x19.entente.v1.StatusRequest\x1a\x1a.entente.v1.StatusResponse\x12N\n" +
 	"\vCreateToken\x12\x1e.entente.v1.CreateTokenRequest\x1a\x1f.entente.v1.CreateTokenResponse\x12<\n" +
@@ -2498,7 +2869,7 @@ func file_entente_v1_entente_proto_rawDescGZIP() []byte {
 }
 
 var file_entente_v1_entente_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_entente_v1_entente_proto_msgTypes = make([]protoimpl.MessageInfo, 35)
+var file_entente_v1_entente_proto_msgTypes = make([]protoimpl.MessageInfo, 42)
 var file_entente_v1_entente_proto_goTypes = []any{
 	(Health)(0),                 // 0: entente.v1.Health
 	(*JoinRequest)(nil),         // 1: entente.v1.JoinRequest
@@ -2519,40 +2890,47 @@ var file_entente_v1_entente_proto_goTypes = []any{
 	(*X509Request)(nil),         // 16: entente.v1.X509Request
 	(*SignX509Response)(nil),    // 17: entente.v1.SignX509Response
 	(*X509Result)(nil),          // 18: entente.v1.X509Result
-	(*StatusRequest)(nil),       // 19: entente.v1.StatusRequest
-	(*StatusResponse)(nil),      // 20: entente.v1.StatusResponse
-	(*MemberStatus)(nil),        // 21: entente.v1.MemberStatus
-	(*ForeignBundleStatus)(nil), // 22: entente.v1.ForeignBundleStatus
-	(*CreateTokenRequest)(nil),  // 23: entente.v1.CreateTokenRequest
-	(*CreateTokenResponse)(nil), // 24: entente.v1.CreateTokenResponse
-	(*ApplyRequest)(nil),        // 25: entente.v1.ApplyRequest
-	(*ApplyResponse)(nil),       // 26: entente.v1.ApplyResponse
-	(*ObjectChange)(nil),        // 27: entente.v1.ObjectChange
-	(*GetBundleRequest)(nil),    // 28: entente.v1.GetBundleRequest
-	(*GetBundleResponse)(nil),   // 29: entente.v1.GetBundleResponse
-	(*ProposeRequest)(nil),      // 30: entente.v1.ProposeRequest
-	(*ProposeResponse)(nil),     // 31: entente.v1.ProposeResponse
-	(*ReportRequest)(nil),       // 32: entente.v1.ReportRequest
-	(*ReportResponse)(nil),      // 33: entente.v1.ReportResponse
-	(*PresenceRequest)(nil),     // 34: entente.v1.PresenceRequest
-	(*PresenceResponse)(nil),    // 35: entente.v1.PresenceResponse
-	(*v1.Member)(nil),           // 36: entente.state.v1.Member
-	(*v1.Cluster)(nil),          // 37: entente.state.v1.Cluster
-	(*v1.Agent)(nil),            // 38: entente.state.v1.Agent
-	(*v1.Entry)(nil),            // 39: entente.state.v1.Entry
-	(*v1.Object)(nil),           // 40: entente.state.v1.Object
-	(*v1.ObjectKey)(nil),        // 41: entente.state.v1.ObjectKey
-	(*v1.Authority)(nil),        // 42: entente.state.v1.Authority
-	(*v1.NodeGrant)(nil),        // 43: entente.state.v1.NodeGrant
-	(*v1.AgentGrant)(nil),       // 44: entente.state.v1.AgentGrant
+	(*SignJWTRequest)(nil),      // 19: entente.v1.SignJWTRequest
+	(*JWTRequest)(nil),          // 20: entente.v1.JWTRequest
+	(*SignJWTResponse)(nil),     // 21: entente.v1.SignJWTResponse
+	(*SignWITRequest)(nil),      // 22: entente.v1.SignWITRequest
+	(*WITRequest)(nil),          // 23: entente.v1.WITRequest
+	(*SignWITResponse)(nil),     // 24: entente.v1.SignWITResponse
+	(*TokenResult)(nil),         // 25: entente.v1.TokenResult
+	(*StatusRequest)(nil),       // 26: entente.v1.StatusRequest
+	(*StatusResponse)(nil),      // 27: entente.v1.StatusResponse
+	(*MemberStatus)(nil),        // 28: entente.v1.MemberStatus
+	(*ForeignBundleStatus)(nil), // 29: entente.v1.ForeignBundleStatus
+	(*CreateTokenRequest)(nil),  // 30: entente.v1.CreateTokenRequest
+	(*CreateTokenResponse)(nil), // 31: entente.v1.CreateTokenResponse
+	(*ApplyRequest)(nil),        // 32: entente.v1.ApplyRequest
+	(*ApplyResponse)(nil),       // 33: entente.v1.ApplyResponse
+	(*ObjectChange)(nil),        // 34: entente.v1.ObjectChange
+	(*GetBundleRequest)(nil),    // 35: entente.v1.GetBundleRequest
+	(*GetBundleResponse)(nil),   // 36: entente.v1.GetBundleResponse
+	(*ProposeRequest)(nil),      // 37: entente.v1.ProposeRequest
+	(*ProposeResponse)(nil),     // 38: entente.v1.ProposeResponse
+	(*ReportRequest)(nil),       // 39: entente.v1.ReportRequest
+	(*ReportResponse)(nil),      // 40: entente.v1.ReportResponse
+	(*PresenceRequest)(nil),     // 41: entente.v1.PresenceRequest
+	(*PresenceResponse)(nil),    // 42: entente.v1.PresenceResponse
+	(*v1.Member)(nil),           // 43: entente.state.v1.Member
+	(*v1.Cluster)(nil),          // 44: entente.state.v1.Cluster
+	(*v1.Agent)(nil),            // 45: entente.state.v1.Agent
+	(*v1.Entry)(nil),            // 46: entente.state.v1.Entry
+	(*v1.Object)(nil),           // 47: entente.state.v1.Object
+	(*v1.ObjectKey)(nil),        // 48: entente.state.v1.ObjectKey
+	(*v1.Authority)(nil),        // 49: entente.state.v1.Authority
+	(*v1.NodeGrant)(nil),        // 50: entente.state.v1.NodeGrant
+	(*v1.AgentGrant)(nil),       // 51: entente.state.v1.AgentGrant
 }
 var file_entente_v1_entente_proto_depIdxs = []int32{
-	36, // 0: entente.v1.JoinResponse.member:type_name -> entente.state.v1.Member
-	36, // 1: entente.v1.JoinResponse.members:type_name -> entente.state.v1.Member
-	37, // 2: entente.v1.JoinResponse.cluster:type_name -> entente.state.v1.Cluster
-	36, // 3: entente.v1.AttestResponse.members:type_name -> entente.state.v1.Member
-	37, // 4: entente.v1.AttestResponse.cluster:type_name -> entente.state.v1.Cluster
-	38, // 5: entente.v1.AttestResponse.agent:type_name -> entente.state.v1.Agent
+	43, // 0: entente.v1.JoinResponse.member:type_name -> entente.state.v1.Member
+	43, // 1: entente.v1.JoinResponse.members:type_name -> entente.state.v1.Member
+	44, // 2: entente.v1.JoinResponse.cluster:type_name -> entente.state.v1.Cluster
+	43, // 3: entente.v1.AttestResponse.members:type_name -> entente.state.v1.Member
+	44, // 4: entente.v1.AttestResponse.cluster:type_name -> entente.state.v1.Cluster
+	45, // 5: entente.v1.AttestResponse.agent:type_name -> entente.state.v1.Agent
 	6,  // 6: entente.v1.SyncRequest.hello:type_name -> entente.v1.Hello
 	7,  // 7: entente.v1.SyncRequest.ack:type_name -> entente.v1.Ack
 	8,  // 8: entente.v1.SyncRequest.report:type_name -> entente.v1.InstanceReport
@@ -2561,57 +2939,65 @@ var file_entente_v1_entente_proto_depIdxs = []int32{
 	11, // 11: entente.v1.SyncResponse.policy:type_name -> entente.v1.Policy
 	13, // 12: entente.v1.SyncResponse.presence:type_name -> entente.v1.Presence
 	14, // 13: entente.v1.SyncResponse.heartbeat:type_name -> entente.v1.Heartbeat
-	37, // 14: entente.v1.Policy.cluster:type_name -> entente.state.v1.Cluster
-	39, // 15: entente.v1.Policy.entries:type_name -> entente.state.v1.Entry
+	44, // 14: entente.v1.Policy.cluster:type_name -> entente.state.v1.Cluster
+	46, // 15: entente.v1.Policy.entries:type_name -> entente.state.v1.Entry
 	12, // 16: entente.v1.Policy.bundles:type_name -> entente.v1.Bundle
-	40, // 17: entente.v1.Policy.objects:type_name -> entente.state.v1.Object
-	41, // 18: entente.v1.Policy.deleted_objects:type_name -> entente.state.v1.ObjectKey
-	36, // 19: entente.v1.Policy.members:type_name -> entente.state.v1.Member
+	47, // 17: entente.v1.Policy.objects:type_name -> entente.state.v1.Object
+	48, // 18: entente.v1.Policy.deleted_objects:type_name -> entente.state.v1.ObjectKey
+	43, // 19: entente.v1.Policy.members:type_name -> entente.state.v1.Member
 	9,  // 20: entente.v1.Presence.instances:type_name -> entente.v1.Instance
 	9,  // 21: entente.v1.Presence.withdrawn:type_name -> entente.v1.Instance
 	16, // 22: entente.v1.SignX509Request.requests:type_name -> entente.v1.X509Request
 	18, // 23: entente.v1.SignX509Response.results:type_name -> entente.v1.X509Result
-	37, // 24: entente.v1.StatusResponse.cluster:type_name -> entente.state.v1.Cluster
-	21, // 25: entente.v1.StatusResponse.members:type_name -> entente.v1.MemberStatus
-	42, // 26: entente.v1.StatusResponse.authorities:type_name -> entente.state.v1.Authority
-	22, // 27: entente.v1.StatusResponse.foreign:type_name -> entente.v1.ForeignBundleStatus
-	9,  // 28: entente.v1.StatusResponse.instances:type_name -> entente.v1.Instance
-	36, // 29: entente.v1.MemberStatus.member:type_name -> entente.state.v1.Member
-	43, // 30: entente.v1.CreateTokenRequest.node:type_name -> entente.state.v1.NodeGrant
-	44, // 31: entente.v1.CreateTokenRequest.agent:type_name -> entente.state.v1.AgentGrant
-	40, // 32: entente.v1.ApplyRequest.objects:type_name -> entente.state.v1.Object
-	41, // 33: entente.v1.ApplyRequest.deletes:type_name -> entente.state.v1.ObjectKey
-	27, // 34: entente.v1.ApplyResponse.changes:type_name -> entente.v1.ObjectChange
-	41, // 35: entente.v1.ObjectChange.key:type_name -> entente.state.v1.ObjectKey
-	9,  // 36: entente.v1.PresenceResponse.instances:type_name -> entente.v1.Instance
-	9,  // 37: entente.v1.PresenceResponse.withdrawn:type_name -> entente.v1.Instance
-	1,  // 38: entente.v1.Join.Join:input_type -> entente.v1.JoinRequest
-	3,  // 39: entente.v1.Attest.Attest:input_type -> entente.v1.AttestRequest
-	5,  // 40: entente.v1.Sync.Sync:input_type -> entente.v1.SyncRequest
-	15, // 41: entente.v1.Sign.SignX509:input_type -> entente.v1.SignX509Request
-	19, // 42: entente.v1.Admin.Status:input_type -> entente.v1.StatusRequest
-	23, // 43: entente.v1.Admin.CreateToken:input_type -> entente.v1.CreateTokenRequest
-	25, // 44: entente.v1.Admin.Apply:input_type -> entente.v1.ApplyRequest
-	28, // 45: entente.v1.Admin.GetBundle:input_type -> entente.v1.GetBundleRequest
-	30, // 46: entente.v1.Peer.Propose:input_type -> entente.v1.ProposeRequest
-	32, // 47: entente.v1.Peer.Report:input_type -> entente.v1.ReportRequest
-	34, // 48: entente.v1.Peer.Presence:input_type -> entente.v1.PresenceRequest
-	2,  // 49: entente.v1.Join.Join:output_type -> entente.v1.JoinResponse
-	4,  // 50: entente.v1.Attest.Attest:output_type -> entente.v1.AttestResponse
-	10, // 51: entente.v1.Sync.Sync:output_type -> entente.v1.SyncResponse
-	17, // 52: entente.v1.Sign.SignX509:output_type -> entente.v1.SignX509Response
-	20, // 53: entente.v1.Admin.Status:output_type -> entente.v1.StatusResponse
-	24, // 54: entente.v1.Admin.CreateToken:output_type -> entente.v1.CreateTokenResponse
-	26, // 55: entente.v1.Admin.Apply:output_type -> entente.v1.ApplyResponse
-	29, // 56: entente.v1.Admin.GetBundle:output_type -> entente.v1.GetBundleResponse
-	31, // 57: entente.v1.Peer.Propose:output_type -> entente.v1.ProposeResponse
-	33, // 58: entente.v1.Peer.Report:output_type -> entente.v1.ReportResponse
-	35, // 59: entente.v1.Peer.Presence:output_type -> entente.v1.PresenceResponse
-	49, // [49:60] is the sub-list for method output_type
-	38, // [38:49] is the sub-list for method input_type
-	38, // [38:38] is the sub-list for extension type_name
-	38, // [38:38] is the sub-list for extension extendee
-	0,  // [0:38] is the sub-list for field type_name
+	20, // 24: entente.v1.SignJWTRequest.requests:type_name -> entente.v1.JWTRequest
+	25, // 25: entente.v1.SignJWTResponse.results:type_name -> entente.v1.TokenResult
+	23, // 26: entente.v1.SignWITRequest.requests:type_name -> entente.v1.WITRequest
+	25, // 27: entente.v1.SignWITResponse.results:type_name -> entente.v1.TokenResult
+	44, // 28: entente.v1.StatusResponse.cluster:type_name -> entente.state.v1.Cluster
+	28, // 29: entente.v1.StatusResponse.members:type_name -> entente.v1.MemberStatus
+	49, // 30: entente.v1.StatusResponse.authorities:type_name -> entente.state.v1.Authority
+	29, // 31: entente.v1.StatusResponse.foreign:type_name -> entente.v1.ForeignBundleStatus
+	9,  // 32: entente.v1.StatusResponse.instances:type_name -> entente.v1.Instance
+	43, // 33: entente.v1.MemberStatus.member:type_name -> entente.state.v1.Member
+	50, // 34: entente.v1.CreateTokenRequest.node:type_name -> entente.state.v1.NodeGrant
+	51, // 35: entente.v1.CreateTokenRequest.agent:type_name -> entente.state.v1.AgentGrant
+	47, // 36: entente.v1.ApplyRequest.objects:type_name -> entente.state.v1.Object
+	48, // 37: entente.v1.ApplyRequest.deletes:type_name -> entente.state.v1.ObjectKey
+	34, // 38: entente.v1.ApplyResponse.changes:type_name -> entente.v1.ObjectChange
+	48, // 39: entente.v1.ObjectChange.key:type_name -> entente.state.v1.ObjectKey
+	9,  // 40: entente.v1.PresenceResponse.instances:type_name -> entente.v1.Instance
+	9,  // 41: entente.v1.PresenceResponse.withdrawn:type_name -> entente.v1.Instance
+	1,  // 42: entente.v1.Join.Join:input_type -> entente.v1.JoinRequest
+	3,  // 43: entente.v1.Attest.Attest:input_type -> entente.v1.AttestRequest
+	5,  // 44: entente.v1.Sync.Sync:input_type -> entente.v1.SyncRequest
+	15, // 45: entente.v1.Sign.SignX509:input_type -> entente.v1.SignX509Request
+	19, // 46: entente.v1.Sign.SignJWT:input_type -> entente.v1.SignJWTRequest
+	22, // 47: entente.v1.Sign.SignWIT:input_type -> entente.v1.SignWITRequest
+	26, // 48: entente.v1.Admin.Status:input_type -> entente.v1.StatusRequest
+	30, // 49: entente.v1.Admin.CreateToken:input_type -> entente.v1.CreateTokenRequest
+	32, // 50: entente.v1.Admin.Apply:input_type -> entente.v1.ApplyRequest
+	35, // 51: entente.v1.Admin.GetBundle:input_type -> entente.v1.GetBundleRequest
+	37, // 52: entente.v1.Peer.Propose:input_type -> entente.v1.ProposeRequest
+	39, // 53: entente.v1.Peer.Report:input_type -> entente.v1.ReportRequest
+	41, // 54: entente.v1.Peer.Presence:input_type -> entente.v1.PresenceRequest
+	2,  // 55: entente.v1.Join.Join:output_type -> entente.v1.JoinResponse
+	4,  // 56: entente.v1.Attest.Attest:output_type -> entente.v1.AttestResponse
+	10, // 57: entente.v1.Sync.Sync:output_type -> entente.v1.SyncResponse
+	17, // 58: entente.v1.Sign.SignX509:output_type -> entente.v1.SignX509Response
+	21, // 59: entente.v1.Sign.SignJWT:output_type -> entente.v1.SignJWTResponse
+	24, // 60: entente.v1.Sign.SignWIT:output_type -> entente.v1.SignWITResponse
+	27, // 61: entente.v1.Admin.Status:output_type -> entente.v1.StatusResponse
+	31, // 62: entente.v1.Admin.CreateToken:output_type -> entente.v1.CreateTokenResponse
+	33, // 63: entente.v1.Admin.Apply:output_type -> entente.v1.ApplyResponse
+	36, // 64: entente.v1.Admin.GetBundle:output_type -> entente.v1.GetBundleResponse
+	38, // 65: entente.v1.Peer.Propose:output_type -> entente.v1.ProposeResponse
+	40, // 66: entente.v1.Peer.Report:output_type -> entente.v1.ReportResponse
+	42, // 67: entente.v1.Peer.Presence:output_type -> entente.v1.PresenceResponse
+	55, // [55:68] is the sub-list for method output_type
+	42, // [42:55] is the sub-list for method input_type
+	42, // [42:42] is the sub-list for extension type_name
+	42, // [42:42] is the sub-list for extension extendee
+	0,  // [0:42] is the sub-list for field type_name
 }
 
 func init() { file_entente_v1_entente_proto_init() }
@@ -2635,7 +3021,7 @@ func file_entente_v1_entente_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_entente_v1_entente_proto_rawDesc), len(file_entente_v1_entente_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   35,
+			NumMessages:   42,
 			NumExtensions: 0,
 			NumServices:   6,
 		},
