@@ -16,6 +16,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -78,7 +79,7 @@ func endpoint(address string) (string, error) {
 	}
 	if host, ok := strings.CutPrefix(address, "tcp://"); ok {
 		ip, port, err := net.SplitHostPort(host)
-		if err != nil || net.ParseIP(ip) == nil || port == "" {
+		if n, numErr := strconv.ParseUint(port, 10, 16); err != nil || numErr != nil || n == 0 || net.ParseIP(ip) == nil {
 			return "", bad
 		}
 		return "passthrough:///" + host, nil
