@@ -104,7 +104,7 @@ func (a *Agent) services(state *State) []checked {
 		if _, here := state.Identity(ca.ServiceEntry(s.GetName())); !here || err != nil {
 			continue
 		}
-		list = append(list, checked{name: s.GetName(), url: healthURL(s, addr.String()), addr: addr.String()})
+		list = append(list, checked{name: s.GetName(), url: healthURL(s, addr), addr: addr})
 	}
 	slices.SortFunc(list, func(x, y checked) int { return cmp.Compare(x.name, y.name) })
 	return list

@@ -46,7 +46,7 @@ func fetchCommand() *cobra.Command {
 implementation. Who you are is seen by the agent: the user and the executable of this
 command are attested like any workload's.
 
-Private keys are never printed; --write puts them into files of mode 0600.`,
+Private keys are never printed; --write puts them, and tokens, into files of mode 0600.`,
 		Example: `  entente fetch x509
   entente fetch x509 --write /run/myapp --watch     # svid.0.pem, svid.0.key, bundle.0.pem, kept fresh
   entente fetch jwt --audience ledger.banking.example
@@ -303,7 +303,7 @@ type tokenRow struct {
 	ID      string    `json:"spiffe_id"`
 	Hint    string    `json:"hint,omitempty"`
 	Expires time.Time `json:"expires"`
-	Token   string    `json:"token"`
+	Token   string    `json:"token,omitempty"`
 }
 
 func newTokenRow(id, hint, token string) (tokenRow, error) {
@@ -324,18 +324,29 @@ func newTokenRow(id, hint, token string) (tokenRow, error) {
 	return tokenRow{id, hint, time.Unix(int64(claims.Exp), 0).UTC(), token}, nil
 }
 
-func tokenResult(rows []tokenRow, files []file) result {
+// tokenResult shows tokens, unless they go into files: then a log of the output is of
+// no use to a thief.
+func tokenResult(rows []tokenRow, files []file, written bool) result {
+	shown := slices.Clone(rows)
+	for i := range shown {
+		if written {
+			shown[i].Token = ""
+		}
+	}
 	return result{
 		json: struct {
 			SVIDs []tokenRow `json:"svids"`
-		}{rows},
+		}{shown},
 		table: func(w io.Writer) {
 			for _, row := range rows {
 				fmt.Fprintf(w, "SPIFFE ID\t%s\n", row.ID)
 				if row.Hint != "" {
 					fmt.Fprintf(w, "HINT\t%s\n", row.Hint)
 				}
-				fmt.Fprintf(w, "VALID UNTIL\t%s\nTOKEN\t%s\n", row.Expires.Format(time.RFC3339), row.Token)
+				fmt.Fprintf(w, "VALID UNTIL\t%s\n", row.Expires.Format(time.RFC3339))
+				if !written {
+					fmt.Fprintf(w, "TOKEN\t%s\n", row.Token)
+				}
 			}
 		},
 		files: files,
@@ -416,7 +427,7 @@ func fetchJWT(ctx context.Context, c *cobra.Command, f *fetchFlags, api workload
 		rows = append(rows, row)
 		files = append(files, file{fmt.Sprintf("jwt_svid.%d.token", i), []byte(row.Token), 0o600})
 	}
-	return first, f.show(c, tokenResult(rows, files))
+	return first, f.show(c, tokenResult(rows, files, f.write != ""))
 }
 
 func fetchWITCommand() *cobra.Command {
@@ -445,7 +456,7 @@ names. A WIT-SVID is of use only together with its key: --write stores both.`,
 						file{fmt.Sprintf("wit_svid.%d.key.jwk", i), []byte(svid.GetWitSvidKey()), 0o600},
 						file{fmt.Sprintf("wit_svid.%d.token", i), []byte(row.Token), 0o600})
 				}
-				return tokenResult(rows, files), nil
+				return tokenResult(rows, files, flags.write != ""), nil
 			})
 		},
 	}
