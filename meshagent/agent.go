@@ -49,6 +49,7 @@ type Agent struct {
 	client   *client.Client
 	clientAs client.Config // without an SVID, to attest
 	signer   signer        // client, but in tests
+	jwts     *jwts
 
 	mu        sync.Mutex // orders changes of state; readers need none
 	state     atomic.Pointer[State]
@@ -66,6 +67,8 @@ type Agent struct {
 // signer has SVIDs signed: one result for each request, in their order.
 type signer interface {
 	SignX509(ctx context.Context, requests []client.SignRequest) []client.SignResult
+	SignJWT(ctx context.Context, requests []client.JWTRequest) []client.TokenResult
+	SignWIT(ctx context.Context, requests []client.WITRequest) []client.TokenResult
 }
 
 // Options are what a Config cannot say.
@@ -87,7 +90,7 @@ func New(cfg *Config, opts Options) (*Agent, error) {
 	if err := os.MkdirAll(cfg.DataDir, 0o700); err != nil {
 		return nil, fmt.Errorf("cannot make the data directory: %w", err)
 	}
-	a := &Agent{cfg: cfg, log: opts.Log, gatherer: opts.Gatherer, id: id, attestor: workloadattest.New(), health: healthTransport()}
+	a := &Agent{cfg: cfg, log: opts.Log, gatherer: opts.Gatherer, id: id, attestor: workloadattest.New(), jwts: newJWTs(), health: healthTransport()}
 	if a.log == nil {
 		a.log = slog.New(slog.DiscardHandler)
 	}
@@ -266,6 +269,10 @@ func (a *Agent) work(ctx context.Context) error {
 		}
 	})
 	group.Go("SVIDs", a.keepEntries)
+	group.Go("JWT-SVIDs", a.keepJWTs)
+	if a.cfg.WorkloadAPI.WIT {
+		group.Go("WIT-SVIDs", a.keepWITs)
+	}
 	if a.cfg.Sidecar.Inbound != "" {
 		group.Go("health", a.watchHealth)
 	}

@@ -12,6 +12,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/entente-mesh/entente/ca"
+	"github.com/entente-mesh/entente/internal/jwtsvid"
 	"github.com/entente-mesh/entente/internal/yamlfile"
 )
 
@@ -60,6 +61,12 @@ type WorkloadAPIConfig struct {
 	// Socket is the path of its unix socket. Default /run/entente/agent.sock (not
 	// below DataDir, which is the agent's alone).
 	Socket string `yaml:"socket"`
+	// WIT serves WIT-SVIDs as well, whose specification is not final. Default: its
+	// calls answer Unimplemented.
+	WIT bool `yaml:"wit"`
+	// Leeway is how much later than its exp, or earlier than its nbf, a JWT-SVID is
+	// still found valid, at most 2m. Default 10s.
+	Leeway time.Duration `yaml:"leeway,min=0s,max=2m"`
 }
 
 // SidecarConfig is about the data plane of this host.
@@ -110,7 +117,7 @@ type LogConfig struct {
 // name the file and the line.
 func ReadConfig(file string, r io.Reader) (*Config, error) {
 	c := &Config{
-		WorkloadAPI: WorkloadAPIConfig{Socket: "/run/entente/agent.sock"},
+		WorkloadAPI: WorkloadAPIConfig{Socket: "/run/entente/agent.sock", Leeway: jwtsvid.DefaultLeeway},
 		Sidecar:     SidecarConfig{AppAddress: "127.0.0.1"},
 		Health:      HealthConfig{Interval: time.Second, Timeout: time.Second},
 		Log:         LogConfig{Format: "text", Level: "info"},

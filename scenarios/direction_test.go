@@ -59,10 +59,10 @@ eastwest-gateway/edge:   internal/yamlfile internal/refusal
 
 meshagent:               ca ca/client federation/bundle
                          meshagent/nodeattest meshagent/workloadattest
-                         internal/peer internal/daemon internal/yamlfile
+                         internal/peer internal/jwtsvid internal/daemon internal/yamlfile
 meshagent/nodeattest:    ca ca/client internal/daemon
 meshagent/workloadattest: ca
-meshagent/workloadapi:   meshagent meshagent/workloadattest federation/bundle internal/daemon
+meshagent/workloadapi:   meshagent meshagent/workloadattest federation/bundle internal/daemon internal/jwtsvid
 meshagent/sds:           meshagent federation/bundle
 meshagent/files:         meshagent federation/bundle
 meshagent/sidecar:       internal/dataplane federation/catalog federation/origin internal/peer internal/refusal
@@ -71,6 +71,7 @@ internal/dataplane:      internal/dataplane/* federation/catalog federation/orig
 internal/dataplane/*:    internal/refusal
 internal/peer:
 internal/peer/peertest:
+internal/jwtsvid:
 internal/gossip:
 internal/daemon:
 internal/simnet:
@@ -101,6 +102,7 @@ google.golang.org/grpc:           api/entente/v1
 const pure = `
 ca ca/domain ca/presence
 federation federation/catalog federation/origin
+internal/jwtsvid
 `
 
 // What a pure room may not import, and not call of package time.

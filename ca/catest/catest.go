@@ -7,6 +7,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net"
 	"os"
@@ -191,10 +192,34 @@ func (c *CA) Kill() {
 	c.cancel = nil
 }
 
-// WaitReady waits until the node signs.
+// WaitReady waits until the node signs SVIDs of all kinds and has the next key of each
+// in the bundle: then it changes the state no more by itself.
 func (c *CA) WaitReady() {
 	c.t.Helper()
-	c.waitFor("CA node "+c.config.Name+" signs", c.node.Ready)
+	c.waitFor("CA node "+c.config.Name+" signs", func() error {
+		if err := c.node.Ready(); err != nil {
+			return err
+		}
+		status, err := c.admin.Status(c.t.Context(), &ententev1.StatusRequest{})
+		if err != nil {
+			return err
+		}
+		settled := make(map[string]bool)
+		for _, a := range status.GetAuthorities() {
+			if a.GetMemberId() == c.node.ID() {
+				settled[a.GetUse().String()+a.GetPhase().String()+fmt.Sprint(a.GetReady())] = true
+			}
+		}
+		for _, use := range []statev1.KeyUse{statev1.KeyUse_KEY_USE_X509, statev1.KeyUse_KEY_USE_JWT, statev1.KeyUse_KEY_USE_WIT} {
+			for _, phase := range []statev1.AuthorityPhase{statev1.AuthorityPhase_AUTHORITY_PHASE_ACTIVE, statev1.AuthorityPhase_AUTHORITY_PHASE_PREPARED} {
+				// A PREPARED one may have to wait for others; an ACTIVE one is ready.
+				if !settled[use.String()+phase.String()+"true"] && (phase == statev1.AuthorityPhase_AUTHORITY_PHASE_ACTIVE || !settled[use.String()+phase.String()+"false"]) {
+					return fmt.Errorf("no %s authority of %s yet", phase, use)
+				}
+			}
+		}
+		return nil
+	})
 }
 
 func (c *CA) waitFor(what string, ready func() error) {

@@ -11,7 +11,7 @@ import (
 
 // ChecksumFormat names the encodings below. It changes with any of them; replicas
 // of different formats do not compare.
-const ChecksumFormat = 1
+const ChecksumFormat = 2
 
 // setHash is a hash over a set of records that can be kept up to date: the sum, mod
 // 2^256, of the SHA-256 of each record's encoding. Order does not matter, and a
@@ -114,6 +114,8 @@ func (e *encoder) record(record any) {
 		e.number(uint64(l.GetPhaseSeconds()))
 		e.number(uint64(l.GetAgentSvidSeconds()))
 		e.number(uint64(l.GetBundleRefreshHintSeconds()))
+		e.number(uint64(l.GetJwtSvidSeconds()))
+		e.number(uint64(l.GetWitSvidSeconds()))
 		// A record that does not use these is encoded as it was before they existed.
 		if len(r.GetRecoveryKey()) == 0 && r.GetMinVoters() == 0 && r.GetRecovery() == nil {
 			return
@@ -189,6 +191,9 @@ func (e *encoder) record(record any) {
 		e.texts(r.GetFederatesWith())
 		e.number(uint64(r.GetRole()))
 		e.number(r.GetRevision())
+		e.text(r.GetHint())
+		e.number(uint64(r.GetJwtSvidSeconds()))
+		e.number(uint64(r.GetWitSvidSeconds()))
 	case *statev1.Object:
 		e.kind('O')
 		e.object(r)
@@ -226,6 +231,9 @@ func (e *encoder) object(o *statev1.Object) {
 		e.texts(s.GetExportTo())
 		e.texts(s.GetCalls())
 		e.number(uint64(s.GetX509SvidSeconds()))
+		e.text(s.GetHint())
+		e.number(uint64(s.GetJwtSvidSeconds()))
+		e.number(uint64(s.GetWitSvidSeconds()))
 	case *statev1.Object_Gateway:
 		e.kind('g')
 		g := kind.Gateway
@@ -252,6 +260,7 @@ func (e *encoder) object(o *statev1.Object) {
 		e.texts(r.GetEndpointUrls())
 		e.text(r.GetEndpointId())
 		e.bytes(r.GetBootstrapBundle())
+		e.yes(r.GetWit())
 	default:
 		e.kind('-')
 	}

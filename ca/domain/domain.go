@@ -134,6 +134,17 @@ func (s *State) OwnBundle() (x509 [][]byte, sequence uint64) {
 	return x509, s.bundle
 }
 
+// OwnKeys are the keys of one use (JWT or WIT) that stand in the domain's bundle, by
+// authority id, each as SubjectPublicKeyInfo.
+func (s *State) OwnKeys(use statev1.KeyUse) (spki [][]byte) {
+	for _, a := range s.authorities.sorted() {
+		if a.GetUse() == use && ca.InBundle(a.GetPhase()) {
+			spki = append(spki, a.GetPublicKey())
+		}
+	}
+	return spki
+}
+
 // Token is the record of the join token with that id.
 func (s *State) Token(id string) (*statev1.Token, bool) { return s.tokens.get(id) }
 

@@ -1,11 +1,14 @@
 package node
 
 import (
+	"cmp"
 	"context"
 	"crypto"
 	"crypto/rand"
 	"crypto/x509"
+	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -14,8 +17,19 @@ import (
 	"github.com/entente-mesh/entente/ca/domain"
 )
 
-// keyPrefix begins the names of authority keys in the key store.
-const keyPrefix = "x509-"
+// use is one kind of authority: each has a key of its own, so that a signature made
+// for one protocol means nothing in another (Trust Domain and Bundle 6.2).
+type use struct {
+	of     statev1.KeyUse
+	name   string // in the log
+	prefix string // of the names of its keys in the key store
+}
+
+var uses = []use{
+	{statev1.KeyUse_KEY_USE_X509, "X.509", "x509-"},
+	{statev1.KeyUse_KEY_USE_JWT, "JWT", "jwt-"},
+	{statev1.KeyUse_KEY_USE_WIT, "WIT", "wit-"},
+}
 
 // loadAuthorityKeys gives the signer every authority key in the store.
 func (n *Node) loadAuthorityKeys() error {
@@ -24,7 +38,7 @@ func (n *Node) loadAuthorityKeys() error {
 		return err
 	}
 	for _, name := range names {
-		if !strings.HasPrefix(name, keyPrefix) {
+		if !slices.ContainsFunc(uses, func(u use) bool { return strings.HasPrefix(name, u.prefix) }) {
 			continue
 		}
 		key, err := n.own.keys.Load(name)
@@ -38,8 +52,8 @@ func (n *Node) loadAuthorityKeys() error {
 	return nil
 }
 
-// runAuthorities takes this node's X.509 authorities through their phases: always one
-// PREPARED and one ACTIVE. Each step is agreed before it is used; the key is on the disk
+// runAuthorities takes this node's authorities of each use through their phases: always
+// one PREPARED and one ACTIVE. Each step is agreed before it is used; the key is on the disk
 // before it is proposed.
 func (n *Node) runAuthorities(ctx context.Context) error {
 	failed := ""
@@ -62,8 +76,9 @@ func (n *Node) runAuthorities(ctx context.Context) error {
 	}
 }
 
-// ownAuthorities is what the state says of this node's.
+// ownAuthorities is what the state says of this node's, of one use.
 type ownAuthorities struct {
+	use      use
 	member   *statev1.Member
 	phase    time.Duration
 	now      time.Time // agreed
@@ -72,13 +87,14 @@ type ownAuthorities struct {
 	known    map[string]*statev1.Authority // of any phase
 }
 
-func (n *Node) ownAuthorities() (own ownAuthorities) {
+func (n *Node) ownAuthorities(u use) (own ownAuthorities) {
+	own.use = u
 	n.Read(func(st *domain.State) {
 		own.member, _ = st.Member(n.own.id)
 		own.phase, own.now = st.Lifetimes().Phase, st.Now()
 		own.known = make(map[string]*statev1.Authority)
 		for _, a := range st.Authorities() {
-			if a.GetMemberId() != n.own.id || a.GetUse() != statev1.KeyUse_KEY_USE_X509 {
+			if a.GetMemberId() != n.own.id || a.GetUse() != u.of {
 				continue
 			}
 			own.known[a.GetId()] = a
@@ -94,17 +110,26 @@ func (n *Node) ownAuthorities() (own ownAuthorities) {
 }
 
 func (n *Node) stepAuthorities(ctx context.Context) error {
-	own := n.ownAuthorities()
-	if !own.member.GetSigning() {
+	member := n.ownAuthorities(uses[0]).member
+	if !member.GetSigning() {
 		return nil // not admitted as far as this state knows, or a witness
 	}
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-	if own.member.GetRaftAddress() != n.cfg.Advertise.Raft || own.member.GetApiAddress() != n.cfg.Advertise.API {
+	if member.GetRaftAddress() != n.cfg.Advertise.Raft || member.GetApiAddress() != n.cfg.Advertise.API {
 		if err := n.moveMember(ctx); err != nil {
 			return err
 		}
 	}
+	// All of them also when one fails: X.509 does not wait for tokens.
+	var errs []error
+	for _, u := range uses {
+		errs = append(errs, n.stepAuthority(ctx, n.ownAuthorities(u)))
+	}
+	return errors.Join(errs...)
+}
+
+func (n *Node) stepAuthority(ctx context.Context, own ownAuthorities) error {
 	switch {
 	case own.prepared == nil:
 		return n.prepareAuthority(ctx, own)
@@ -117,9 +142,9 @@ func (n *Node) stepAuthorities(ctx context.Context) error {
 			err = outcome.Refused
 		}
 		if err != nil {
-			return fmt.Errorf("activate authority %.12s: %w", own.prepared.GetId(), err)
+			return fmt.Errorf("activate %s authority %.12s: %w", own.use.name, own.prepared.GetId(), err)
 		}
-		n.log.Info("authority signs from now on", "authority", own.prepared.GetId())
+		n.log.Info("authority signs from now on", "authority", own.prepared.GetId(), "use", own.use.name)
 	}
 	return n.dropKeys(own)
 }
@@ -157,7 +182,7 @@ func (n *Node) prepareAuthority(ctx context.Context, own ownAuthorities) error {
 	if err != nil {
 		return err
 	}
-	authority, err := n.makeAuthority(key, own.phase)
+	authority, err := n.makeAuthority(key, own)
 	if err != nil {
 		return err
 	}
@@ -169,9 +194,9 @@ func (n *Node) prepareAuthority(ctx context.Context, own ownAuthorities) error {
 		err = outcome.Refused
 	}
 	if err != nil {
-		return fmt.Errorf("prepare authority %.12s: %w", authority.GetId(), err)
+		return fmt.Errorf("prepare %s authority %.12s: %w", own.use.name, authority.GetId(), err)
 	}
-	n.log.Info("authority is in the bundle", "authority", authority.GetId())
+	n.log.Info("authority is in the bundle", "authority", authority.GetId(), "use", own.use.name)
 	return nil
 }
 
@@ -183,7 +208,7 @@ func (n *Node) freshKey(own ownAuthorities) (crypto.Signer, error) {
 		return nil, err
 	}
 	for _, name := range names {
-		if !strings.HasPrefix(name, keyPrefix) {
+		if !strings.HasPrefix(name, own.use.prefix) {
 			continue
 		}
 		key, err := n.own.keys.Load(name)
@@ -194,11 +219,15 @@ func (n *Node) freshKey(own ownAuthorities) (crypto.Signer, error) {
 		if err != nil {
 			return nil, err
 		}
-		if own.known[id] == nil {
+		if own.known[id] == nil && n.suits(own.use, key) {
 			return key, nil
 		}
 	}
-	key, err := n.own.keys.Create(keyPrefix + newBootID())
+	create := n.own.keys.Create
+	if own.use.of == statev1.KeyUse_KEY_USE_JWT && n.cfg.Keys.JWT == ca.RS256 {
+		create = n.own.keys.CreateRSA
+	}
+	key, err := create(own.use.prefix + newBootID())
 	if err != nil {
 		return nil, err
 	}
@@ -206,7 +235,25 @@ func (n *Node) freshKey(own ownAuthorities) (crypto.Signer, error) {
 	return key, err
 }
 
-func (n *Node) makeAuthority(key crypto.Signer, phase time.Duration) (*statev1.Authority, error) {
+// suits: the key was made for the algorithm that the configuration asks for now.
+func (n *Node) suits(u use, key crypto.Signer) bool {
+	if u.of != statev1.KeyUse_KEY_USE_JWT {
+		return true
+	}
+	alg, err := ca.TokenAlgorithm(key.Public())
+	return err == nil && alg == cmp.Or(n.cfg.Keys.JWT, ca.ES256)
+}
+
+func (n *Node) makeAuthority(key crypto.Signer, own ownAuthorities) (*statev1.Authority, error) {
+	phase := own.phase
+	if own.use.of != statev1.KeyUse_KEY_USE_X509 {
+		spki, err := x509.MarshalPKIXPublicKey(key.Public())
+		if err != nil {
+			return nil, err
+		}
+		now := time.Now()
+		return ca.NewTokenAuthority(n.own.id, own.use.of, spki, now, phase, now)
+	}
 	var serial [16]byte
 	rand.Read(serial[:])
 	now := time.Now()
@@ -239,7 +286,7 @@ func (n *Node) dropKeys(own ownAuthorities) error {
 		return err
 	}
 	for _, name := range names {
-		if !strings.HasPrefix(name, keyPrefix) {
+		if !strings.HasPrefix(name, own.use.prefix) {
 			continue
 		}
 		key, err := n.own.keys.Load(name)

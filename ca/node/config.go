@@ -13,6 +13,7 @@ import (
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/keystore"
+	"github.com/entente-mesh/entente/ca/server"
 	"github.com/entente-mesh/entente/internal/yamlfile"
 )
 
@@ -34,6 +35,7 @@ type Config struct {
 	// Socket is the unix socket for operators, mode 0600. Default: DataDir/admin.sock.
 	Socket string `yaml:"socket"`
 
+	OIDC OIDC `yaml:"oidc"`
 	Keys Keys `yaml:"keys"`
 	// Lifetimes are the domain's. They are read by init only.
 	Lifetimes Lifetimes `yaml:"lifetimes"`
@@ -61,6 +63,24 @@ type Listen struct {
 	Admin string `yaml:"admin"`
 }
 
+// OIDC makes JWT-SVIDs verifiable for those that know OpenID Connect and not SPIFFE:
+// clouds, databases, API gateways.
+type OIDC struct {
+	yamlfile.Pos
+
+	// Issuer is the "iss" of this domain's JWT-SVIDs, an https URL at which the
+	// listeners of the CA nodes are reached: the same at every node. Empty: JWT-SVIDs
+	// name no issuer.
+	Issuer string `yaml:"issuer"`
+	// Listen is the HOST:PORT of the discovery document and the keys, below the
+	// issuer's path. Empty: not served.
+	Listen string `yaml:"listen"`
+	// CertFile and KeyFile are the certificate that the public knows the issuer's host
+	// by, PEM. They are read again when they change.
+	CertFile string `yaml:"certFile"`
+	KeyFile  string `yaml:"keyFile"`
+}
+
 // Advertise is where others reach the node. Default: where it listens.
 type Advertise struct {
 	yamlfile.Pos
@@ -78,6 +98,9 @@ type Keys struct {
 	// InsecureDev leaves them unsealed, allows loopback addresses only, and marks the
 	// cluster as one for development.
 	InsecureDev bool `yaml:"insecureDev"`
+	// JWT is the algorithm of this node's next JWT key. Default ES256; RS256 for
+	// verifiers that know nothing else.
+	JWT string `yaml:"jwt,oneof=ES256|RS256"`
 }
 
 // Lifetimes of what the domain issues; zero: the default.
@@ -88,6 +111,8 @@ type Lifetimes struct {
 	AgentSVID         time.Duration `yaml:"agentSVID"`         // as x509SVID
 	Phase             time.Duration `yaml:"phase"`             // 48h
 	BundleRefreshHint time.Duration `yaml:"bundleRefreshHint"` // 5m
+	JWTSVID           time.Duration `yaml:"jwtSVID"`           // 5m, at most 1h
+	WITSVID           time.Duration `yaml:"witSVID"`           // 1h, at most 24h
 }
 
 // Timing is Raft's.
@@ -152,6 +177,7 @@ func (c *Config) Complete() error {
 		{c.Listen.Pos, "listen", "api", c.Listen.API, false},
 		{c.Listen.Pos, "listen", "bundle", c.Listen.Bundle, true},
 		{c.Listen.Pos, "listen", "admin", c.Listen.Admin, true},
+		{c.OIDC.Pos, "oidc", "listen", c.OIDC.Listen, true},
 		{c.Advertise.Pos, "advertise", "raft", c.Advertise.Raft, false},
 		{c.Advertise.Pos, "advertise", "api", c.Advertise.API, false},
 	} {
@@ -159,6 +185,12 @@ func (c *Config) Complete() error {
 			continue
 		}
 		check(a.pos.At(a.key), a.section+"."+a.key, c.checkAddress(a.section, a.address))
+	}
+	if c.OIDC.Issuer != "" {
+		check(c.OIDC.At("issuer"), "oidc.issuer", server.CheckIssuer(c.OIDC.Issuer))
+	}
+	if c.OIDC.Listen != "" && (c.OIDC.Issuer == "" || c.OIDC.CertFile == "" || c.OIDC.KeyFile == "") {
+		check(c.OIDC.At("listen"), "oidc.listen", errors.New("needs issuer, certFile and keyFile beside it"))
 	}
 	if (c.Keys.PassphraseFile == "") != c.Keys.InsecureDev {
 		check(c.At("keys"), "keys", errors.New("set passphraseFile, or insecureDev for development, and not both"))
@@ -204,6 +236,8 @@ func (l Lifetimes) record() *statev1.Lifetimes {
 		AgentSvidSeconds:         seconds(l.AgentSVID),
 		PhaseSeconds:             seconds(l.Phase),
 		BundleRefreshHintSeconds: seconds(l.BundleRefreshHint),
+		JwtSvidSeconds:           seconds(l.JWTSVID),
+		WitSvidSeconds:           seconds(l.WITSVID),
 	}
 }
 

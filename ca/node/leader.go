@@ -274,29 +274,40 @@ func (n *Node) keepGate(ctx context.Context) {
 // gateView is what the ready gate is decided from.
 type gateView struct {
 	members []*statev1.Member
-	pending []*statev1.Authority          // PREPARED and not ready
-	active  map[string]*statev1.Authority // by member
-	peers   []string                      // trust domains
+	pending []*statev1.Authority // PREPARED and not ready
+	active  map[ownedBy]*statev1.Authority
+	peers   []string // trust domains
 	hint    time.Duration
-	longest time.Duration // life of a leaf
+	longest map[statev1.KeyUse]time.Duration // life of an SVID
+}
+
+type ownedBy struct {
+	member string
+	use    statev1.KeyUse
 }
 
 func (n *Node) gateView() (v gateView) {
 	n.Read(func(st *domain.State) {
-		v.active = make(map[string]*statev1.Authority)
+		v.active = make(map[ownedBy]*statev1.Authority)
 		for _, a := range st.Authorities() {
 			switch {
 			case a.GetPhase() == statev1.AuthorityPhase_AUTHORITY_PHASE_PREPARED && !a.GetReady():
 				v.pending = append(v.pending, a)
-			case ca.Signs(a.GetPhase()) && a.GetUse() == statev1.KeyUse_KEY_USE_X509:
-				v.active[a.GetMemberId()] = a
+			case ca.Signs(a.GetPhase()):
+				v.active[ownedBy{a.GetMemberId(), a.GetUse()}] = a
 			}
 		}
 		if len(v.pending) == 0 {
 			return
 		}
 		v.members, v.peers = st.Members(), st.Peers()
-		v.hint, v.longest = st.Lifetimes().RefreshHint, n.leaves.longest(st)
+		v.hint = st.Lifetimes().RefreshHint
+		phase := st.Lifetimes().Phase
+		v.longest = map[statev1.KeyUse]time.Duration{
+			statev1.KeyUse_KEY_USE_X509: n.leaves.longest(st),
+			statev1.KeyUse_KEY_USE_JWT:  min(ca.MaxJWTSVID, phase),
+			statev1.KeyUse_KEY_USE_WIT:  min(ca.MaxWITSVID, phase),
+		}
 	})
 	return v
 }
@@ -376,6 +387,6 @@ func (n *Node) waitingFor(v gateView, a *statev1.Authority, now time.Time) (wait
 // leaveBehind: one silent agent cannot stop rotation. Stragglers are waited for while
 // the member's ACTIVE authority can still sign leaves of full length.
 func leaveBehind(v gateView, a *statev1.Authority, now time.Time) bool {
-	active := v.active[a.GetMemberId()]
-	return active != nil && time.Unix(active.GetNotAfter(), 0).Sub(now) < v.longest+v.longest/4
+	active, longest := v.active[ownedBy{a.GetMemberId(), a.GetUse()}], v.longest[a.GetUse()]
+	return active != nil && time.Unix(active.GetNotAfter(), 0).Sub(now) < longest+longest/4
 }

@@ -12,6 +12,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -32,7 +33,7 @@ import (
 
 // Listeners are opened by the caller, or by New where they are nil.
 type Listeners struct {
-	Raft, API, Bundle, Admin net.Listener
+	Raft, API, Bundle, Admin, OIDC net.Listener
 }
 
 // Node is one CA node. Run may be called once.
@@ -57,6 +58,7 @@ type Node struct {
 	svids    *svids
 	gate     gate
 	foreign  foreignStatus
+	wit      atomic.Bool // a relationship asks for WIT keys
 	leaves   leaves
 	registry *prometheus.Registry
 
@@ -104,7 +106,7 @@ func New(cfg *Config, log *slog.Logger, listeners Listeners) (_ *Node, err error
 		odd:       make(chan uint64, 1),
 	}
 	n.bundles = server.NewBundles(n.td)
-	n.signer = signer.New(signer.Config{Active: n.activeAuthority, Clock: n.signerClock})
+	n.signer = signer.New(signer.Config{Active: n.activeFor, Clock: n.signerClock, Issuer: cfg.OIDC.Issuer})
 	if err := n.loadAuthorityKeys(); err != nil {
 		return nil, err
 	}
@@ -167,6 +169,7 @@ func (n *Node) listen() (err error) {
 	open(&n.listeners.Raft, n.cfg.Listen.Raft)
 	open(&n.listeners.API, n.cfg.Listen.API)
 	open(&n.listeners.Bundle, n.cfg.Listen.Bundle)
+	open(&n.listeners.OIDC, n.cfg.OIDC.Listen)
 	if err != nil {
 		return err
 	}
@@ -182,7 +185,7 @@ func (n *Node) listen() (err error) {
 // Close gives up a node that was not run.
 func (n *Node) Close() error {
 	var errs []error
-	for _, c := range []io.Closer{n.listeners.Raft, n.listeners.API, n.listeners.Bundle, n.socket, n.peers} {
+	for _, c := range []io.Closer{n.listeners.Raft, n.listeners.API, n.listeners.Bundle, n.listeners.OIDC, n.socket, n.peers} {
 		if c != nil {
 			errs = append(errs, c.Close())
 		}
@@ -212,8 +215,11 @@ func (n *Node) Run(ctx context.Context) error {
 	}
 	if n.listeners.Bundle != nil {
 		group.Go("bundle endpoint", func(ctx context.Context) error {
-			return exchange.Serve(ctx, n.listeners.Bundle, n.svids, exchange.Handler("/", n.bundles.Source))
+			return exchange.Serve(ctx, n.listeners.Bundle, n.svids, n.bundleHandler())
 		})
+	}
+	if n.listeners.OIDC != nil {
+		group.Go("OIDC", n.serveOIDC)
 	}
 	group.Go("own SVIDs", n.svids.run)
 	group.Go("authorities", n.runAuthorities)
@@ -263,7 +269,7 @@ func (n *Node) Ready() error {
 		}
 		return nil
 	}
-	if err := n.signer.Ready(); err != nil {
+	if err := n.signer.Ready(statev1.KeyUse_KEY_USE_X509); err != nil {
 		return err
 	}
 	if _, err := n.svids.GetX509SVID(); err != nil {
@@ -320,6 +326,10 @@ func (n *Node) onApply(outcome domain.Outcome) {
 			recheck = true
 		case domain.ChangeMembers, domain.ChangeAgent, domain.ChangeEntry:
 			recheck = true
+		case domain.ChangeObject:
+			if strings.HasPrefix(change.Key, "Relationship/") {
+				r.Read(n.readWIT)
+			}
 		}
 	}
 	if recheck {
@@ -337,6 +347,7 @@ func (n *Node) onRestore() {
 	r.Read(func(st *domain.State) {
 		n.feed.Reset(st.Revision())
 		n.clock.restored(st.Now())
+		n.readWIT(st)
 	})
 	n.updateBundle(r)
 	signal(n.recheck)
@@ -410,12 +421,15 @@ func (n *Node) info() server.Info {
 }
 
 // activeAuthority is this node's ACTIVE X.509 authority.
-func (n *Node) activeAuthority() (active *statev1.Authority) {
+func (n *Node) activeAuthority() *statev1.Authority { return n.activeFor(statev1.KeyUse_KEY_USE_X509) }
+
+// activeFor is this node's ACTIVE authority for one use.
+func (n *Node) activeFor(use statev1.KeyUse) (active *statev1.Authority) {
 	r := n.replica.Load()
 	if r == nil {
 		return nil
 	}
-	r.Read(func(st *domain.State) { active, _ = st.Active(n.own.id, statev1.KeyUse_KEY_USE_X509) })
+	r.Read(func(st *domain.State) { active, _ = st.Active(n.own.id, use) })
 	return active
 }
 
@@ -464,7 +478,7 @@ func (n *Node) registerMetrics() {
 		return 0
 	})
 	gauge("entente_ca_signing", "1 while this node can sign.", func() float64 {
-		if n.signer.Ready() == nil {
+		if n.signer.Ready(statev1.KeyUse_KEY_USE_X509) == nil {
 			return 1
 		}
 		return 0

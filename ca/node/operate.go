@@ -45,7 +45,7 @@ func (n *Node) notAgreeing(now time.Time) string {
 // autonomy is how long this node signs with the authorities that it may use without
 // another agreement: the ACTIVE one, and the next if that is marked ready.
 func (n *Node) autonomy(now time.Time) time.Duration {
-	own := n.ownAuthorities()
+	own := n.ownAuthorities(uses[0]) // X.509: without it nothing else is reached
 	var end int64
 	if own.active != nil {
 		end = own.active.GetNotAfter()

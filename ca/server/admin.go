@@ -137,8 +137,7 @@ func (d adminDoor) GetBundle(_ context.Context, req *ententev1.GetBundleRequest)
 	s := d.server
 	td := req.GetTrustDomain()
 	if td == "" || td == s.TrustDomain.Name() {
-		jwks, _ := s.Bundles.JWKS()
-		return &ententev1.GetBundleResponse{Jwks: jwks}, nil
+		return &ententev1.GetBundleResponse{Jwks: s.Bundles.Public(req.GetWit())}, nil
 	}
 	var held *statev1.ForeignBundle
 	s.State.Read(func(st *domain.State) { held, _ = st.ForeignBundle(td) })

@@ -46,6 +46,8 @@ var allowed = map[string][]class{
 	ententev1.Attest_Attest_FullMethodName:      {anonymous, agent},
 	ententev1.Sync_Sync_FullMethodName:          {agent, workload},
 	ententev1.Sign_SignX509_FullMethodName:      {agent},
+	ententev1.Sign_SignJWT_FullMethodName:       {agent},
+	ententev1.Sign_SignWIT_FullMethodName:       {agent},
 	ententev1.Peer_Propose_FullMethodName:       {member},
 	ententev1.Peer_Report_FullMethodName:        {member},
 	ententev1.Peer_Presence_FullMethodName:      {member},

@@ -109,8 +109,10 @@ type Server struct {
 	registry peer.Registry
 	metrics  *metrics
 	attests  chan struct{} // slots
-	stopping chan struct{}
-	stop     sync.Once
+
+	tokenRates rates
+	stopping   chan struct{}
+	stop       sync.Once
 }
 
 const (
@@ -205,8 +207,9 @@ func (s *Server) Recheck() {
 }
 
 type metrics struct {
-	calls *prometheus.CounterVec
-	svids *prometheus.CounterVec
+	calls  *prometheus.CounterVec
+	svids  *prometheus.CounterVec
+	tokens *prometheus.CounterVec
 }
 
 func newMetrics(registerer prometheus.Registerer) *metrics {
@@ -217,9 +220,12 @@ func newMetrics(registerer prometheus.Registerer) *metrics {
 		svids: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "entente_ca_x509_svids_total", Help: "X.509-SVIDs that were asked of this CA node, by result.",
 		}, []string{"result"}),
+		tokens: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "entente_ca_tokens_total", Help: "JWT- and WIT-SVIDs that were asked of this CA node, by kind and result.",
+		}, []string{"kind", "result"}),
 	}
 	if registerer != nil {
-		registerer.MustRegister(m.calls, m.svids)
+		registerer.MustRegister(m.calls, m.svids, m.tokens)
 	}
 	return m
 }

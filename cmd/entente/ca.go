@@ -232,7 +232,7 @@ func printStatus(w io.Writer, s *ententev1.StatusResponse) error {
 		}
 		phase, until := "none", ""
 		for _, a := range s.GetAuthorities() {
-			if a.GetMemberId() == member.GetId() && a.GetPhase() == statev1.AuthorityPhase_AUTHORITY_PHASE_ACTIVE {
+			if a.GetMemberId() == member.GetId() && a.GetPhase() == statev1.AuthorityPhase_AUTHORITY_PHASE_ACTIVE && a.GetUse() == statev1.KeyUse_KEY_USE_X509 {
 				phase, until = a.GetId()[:8], time.Unix(a.GetNotAfter(), 0).UTC().Format(time.RFC3339)
 			}
 		}
@@ -274,6 +274,7 @@ func caBundleCommand() *cobra.Command {
 	var (
 		admin  adminFlags
 		domain string
+		wit    bool
 	)
 	c := &cobra.Command{
 		Use:     "bundle",
@@ -282,7 +283,7 @@ func caBundleCommand() *cobra.Command {
 		Args:    noArguments,
 		RunE: func(c *cobra.Command, _ []string) error {
 			return admin.call(c.Context(), func(client ententev1.AdminClient) error {
-				response, err := client.GetBundle(c.Context(), &ententev1.GetBundleRequest{TrustDomain: domain})
+				response, err := client.GetBundle(c.Context(), &ententev1.GetBundleRequest{TrustDomain: domain, Wit: wit})
 				if err != nil {
 					return err
 				}
@@ -292,5 +293,6 @@ func caBundleCommand() *cobra.Command {
 	}
 	c.Flags().StringVar(&admin.socket, "socket", defaultAdminSocket, "admin socket of a CA node of this domain")
 	c.Flags().StringVar(&domain, "trust-domain", "", "a federated domain's bundle instead of the own")
+	c.Flags().BoolVar(&wit, "wit", false, "with the WIT keys, for a peer that takes them")
 	return c
 }

@@ -47,7 +47,7 @@ other across trust domains and datacenters without sharing a root of trust.`,
 	root.SetArgs(args[1:])
 	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error { return usageError{c, err} })
 	root.AddCommand(caCommand(), nodeCommand(), snapshotCommand(), tokenCommand(), applyCommand(), agentCommand(), gatewayCommand(),
-		demoCommand(), serviceCommand(), versionCommand())
+		fetchCommand(), validateCommand(), demoCommand(), serviceCommand(), versionCommand())
 
 	err := root.ExecuteContext(context.Background())
 	if err == nil {

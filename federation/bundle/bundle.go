@@ -44,6 +44,32 @@ type Key struct {
 	JWK json.RawMessage // the public members of RFC 7517: kty and those of the key itself
 }
 
+// NewKey makes a key of a SubjectPublicKeyInfo in DER.
+func NewKey(id string, spki []byte) (Key, error) {
+	public, err := x509.ParsePKIXPublicKey(spki)
+	if err != nil {
+		return Key{}, fmt.Errorf("key %q: %w", shorten(id), err)
+	}
+	text, err := jose.JSONWebKey{Key: public}.MarshalJSON()
+	if err != nil {
+		return Key{}, fmt.Errorf("key %q: %w", shorten(id), err)
+	}
+	return Key{id, text}, nil
+}
+
+// Public is the key itself: *ecdsa.PublicKey, *rsa.PublicKey or ed25519.PublicKey.
+func (k Key) Public() (crypto.PublicKey, error) {
+	members, err := object(k.JWK)
+	if err != nil {
+		return nil, fmt.Errorf("key %q: %w", shorten(k.ID), err)
+	}
+	public, err := publicKey(members)
+	if err != nil {
+		return nil, fmt.Errorf("key %q: %w", shorten(k.ID), err)
+	}
+	return public, nil
+}
+
 // X509Bundle returns the X.509 authorities in the form that a peer verifier takes.
 func (b *Bundle) X509Bundle() *x509bundle.Bundle {
 	return x509bundle.FromX509Authorities(b.TrustDomain, b.X509)

@@ -10,6 +10,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
@@ -201,6 +203,16 @@ func (c *compiler) service(s *statev1.Service) {
 	const shortest, longest = 2, 7 * 24 * 3600
 	if ttl := s.GetX509SvidSeconds(); ttl != 0 && (ttl < shortest || ttl > longest) {
 		c.fail("", "ttl.x509 of %d s is outside %d s to %d s", ttl, shortest, longest)
+	}
+	const longestJWT, longestWIT = 3600, 24 * 3600
+	if ttl := s.GetJwtSvidSeconds(); ttl != 0 && (ttl < shortest || ttl > longestJWT) {
+		c.fail("", "ttl.jwt of %d s is outside %d s to %d s", ttl, shortest, longestJWT)
+	}
+	if ttl := s.GetWitSvidSeconds(); ttl != 0 && (ttl < shortest || ttl > longestWIT) {
+		c.fail("", "ttl.wit of %d s is outside %d s to %d s", ttl, shortest, longestWIT)
+	}
+	if hint := s.GetHint(); len(hint) > 1024 || !utf8.ValidString(hint) || strings.ContainsFunc(hint, unicode.IsControl) {
+		c.fail("", "the hint is not text of at most 1024 bytes on one line")
 	}
 	failover := c.failover(s.GetFailover())
 	if !ok {

@@ -60,6 +60,7 @@ type serviceSpec struct {
 	Export   *exportSpec   `yaml:"export"`
 	Calls    []string      `yaml:"calls"`
 	TTL      *ttlSpec      `yaml:"ttl"`
+	Hint     string        `yaml:"hint"` // told to the workload with its SVIDs
 }
 
 type healthSpec struct {
@@ -84,7 +85,9 @@ type exportSpec struct {
 }
 
 type ttlSpec struct {
-	X509 time.Duration `yaml:"x509,required,min=1s"`
+	X509 time.Duration `yaml:"x509,min=1s"`
+	JWT  time.Duration `yaml:"jwt,min=1s"`
+	WIT  time.Duration `yaml:"wit,min=1s"`
 
 	yamlfile.Pos
 }
@@ -142,6 +145,7 @@ type relationshipSpec struct {
 	Endpoint   *endpointSpec `yaml:"endpoint"`
 	BundleFile string        `yaml:"bundleFile"` // beside the YAML file
 	Bundle     string        `yaml:"bundle"`     // or in it
+	WIT        bool          `yaml:"wit"`        // exchange WIT keys as well
 }
 
 type endpointSpec struct {
@@ -329,11 +333,18 @@ func (p *parser) service(d *document[serviceSpec], object *statev1.Object) error
 	if s.Export != nil {
 		service.ExportTo = s.Export.To
 	}
-	if s.TTL != nil {
-		if service.X509SvidSeconds, err = wholeSeconds(s.TTL.At("x509"), "ttl.x509", s.TTL.X509); err != nil {
-			return err
+	if ttl := s.TTL; ttl != nil {
+		for _, one := range []struct {
+			key  string
+			d    time.Duration
+			into *uint32
+		}{{"x509", ttl.X509, &service.X509SvidSeconds}, {"jwt", ttl.JWT, &service.JwtSvidSeconds}, {"wit", ttl.WIT, &service.WitSvidSeconds}} {
+			if *one.into, err = wholeSeconds(ttl.At(one.key), "ttl."+one.key, one.d); err != nil {
+				return err
+			}
 		}
 	}
+	service.Hint = s.Hint
 	object.Kind = &statev1.Object_Service{Service: service}
 	return nil
 }
@@ -444,7 +455,7 @@ func (p *parser) agreement(d *document[agreementSpec], object *statev1.Object) e
 
 func (p *parser) relationship(d *document[relationshipSpec], object *statev1.Object) error {
 	s := &d.Spec
-	relationship := &statev1.Relationship{TrustDomain: d.Metadata.Name}
+	relationship := &statev1.Relationship{TrustDomain: d.Metadata.Name, Wit: s.WIT}
 	if s.Endpoint != nil {
 		relationship.EndpointUrls, relationship.EndpointId = s.Endpoint.URLs, s.Endpoint.ID
 	}
@@ -522,7 +533,7 @@ func format(object *statev1.Object) ([]byte, error) {
 		return marshal(kind, name, object, spec, err)
 	case object.GetRelationship() != nil:
 		r := object.GetRelationship()
-		spec := relationshipSpec{Bundle: string(r.GetBootstrapBundle())}
+		spec := relationshipSpec{Bundle: string(r.GetBootstrapBundle()), WIT: r.GetWit()}
 		if len(r.GetEndpointUrls()) > 0 {
 			spec.Endpoint = &endpointSpec{r.GetEndpointUrls(), r.GetEndpointId()}
 		} else if r.GetEndpointId() != "" {
@@ -575,8 +586,13 @@ func formatService(s *statev1.Service) (serviceSpec, error) {
 	if len(s.GetExportTo()) > 0 {
 		spec.Export = &exportSpec{s.GetExportTo()}
 	}
-	if s.GetX509SvidSeconds() != 0 {
-		spec.TTL = &ttlSpec{X509: time.Duration(s.GetX509SvidSeconds()) * time.Second}
+	spec.Hint = s.GetHint()
+	if s.GetX509SvidSeconds() != 0 || s.GetJwtSvidSeconds() != 0 || s.GetWitSvidSeconds() != 0 {
+		spec.TTL = &ttlSpec{
+			X509: time.Duration(s.GetX509SvidSeconds()) * time.Second,
+			JWT:  time.Duration(s.GetJwtSvidSeconds()) * time.Second,
+			WIT:  time.Duration(s.GetWitSvidSeconds()) * time.Second,
+		}
 	}
 	return spec, nil
 }

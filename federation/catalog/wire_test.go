@@ -128,6 +128,9 @@ func genObject() *rapid.Generator[*statev1.Object] {
 				Port: rapid.Uint32Range(0, 65535).Draw(t, "port"), OutboundPort: rapid.Uint32Range(0, 65535).Draw(t, "out"),
 				HealthPath: rapid.OneOf(rapid.Just(""), odd).Draw(t, "health"), ExportTo: list(t, maybe, "export"), Calls: list(t, maybe, "calls"),
 				X509SvidSeconds: rapid.Uint32Range(0, 1<<20).Draw(t, "ttl"),
+				JwtSvidSeconds:  rapid.Uint32Range(0, 3600).Draw(t, "jwt"),
+				WitSvidSeconds:  rapid.Uint32Range(0, 1<<16).Draw(t, "wit"),
+				Hint:            rapid.SampledFrom([]string{"", "internal", "for: people"}).Draw(t, "hint"),
 			}
 			if rapid.Bool().Draw(t, "other path") {
 				s.Path = odd.Draw(t, "path")

@@ -1,6 +1,6 @@
 // Package workloadapi serves the SPIFFE Workload API to the workloads of one
-// host on a unix socket: X.509-SVIDs and X.509 bundles. Its JWT and WIT calls
-// answer Unimplemented.
+// host on a unix socket: X.509-SVIDs, JWT-SVIDs, their bundles and, where they are
+// switched on, WIT-SVIDs.
 //
 // Who calls is not asked but seen: the process that connected the socket is
 // attested, and gets what the entries give whose selectors it satisfies. That is
@@ -39,7 +39,7 @@ const (
 	maxConnections = 64
 	maxStreams     = 256
 
-	maxRequest = 64 << 10        // bytes; the calls take next to nothing
+	maxRequest = 64 << 10        // bytes; a token has 16 KiB at most
 	startTime  = 5 * time.Second // a caller waits so long for an agent or entry that has no SVID yet
 	drainTime  = time.Second     // for streams to end on shutdown
 )
@@ -96,7 +96,7 @@ func (s *Server) Run(ctx context.Context) error {
 	server := grpc.NewServer(
 		grpc.Creds(transport{s}),
 		grpc.StreamInterceptor(s.guardStream),
-		grpc.UnaryInterceptor(guardUnary),
+		grpc.UnaryInterceptor(s.guardUnary),
 		grpc.MaxConcurrentStreams(maxStreams),
 		grpc.MaxRecvMsgSize(maxRequest),
 		grpc.ConnectionTimeout(5*time.Second),
@@ -211,10 +211,19 @@ func checkHeader(ctx context.Context, method string) error {
 	return nil
 }
 
-func guardUnary(ctx context.Context, request any, info *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
+func (s *Server) guardUnary(ctx context.Context, request any, info *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
 	if err := checkHeader(ctx, info.FullMethod); err != nil {
 		return nil, err
 	}
+	process, err := callerOf(ctx)
+	if err != nil {
+		return nil, err
+	}
+	release, err := s.take(process, usage{streams: 1})
+	if err != nil {
+		return nil, err
+	}
+	defer release()
 	return handle(ctx, request)
 }
 

@@ -1302,6 +1302,346 @@ func (x *X509Result) GetError() string {
 	return ""
 }
 
+type SignJWTRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Requests      []*JWTRequest          `protobuf:"bytes,1,rep,name=requests,proto3" json:"requests,omitempty"` // at most 100
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SignJWTRequest) Reset() {
+	*x = SignJWTRequest{}
+	mi := &file_entente_v1_entente_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SignJWTRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SignJWTRequest) ProtoMessage() {}
+
+func (x *SignJWTRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SignJWTRequest.ProtoReflect.Descriptor instead.
+func (*SignJWTRequest) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *SignJWTRequest) GetRequests() []*JWTRequest {
+	if x != nil {
+		return x.Requests
+	}
+	return nil
+}
+
+type JWTRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	EntryId       string                 `protobuf:"bytes,1,opt,name=entry_id,json=entryId,proto3" json:"entry_id,omitempty"`
+	Audience      []string               `protobuf:"bytes,2,rep,name=audience,proto3" json:"audience,omitempty"` // at least one
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *JWTRequest) Reset() {
+	*x = JWTRequest{}
+	mi := &file_entente_v1_entente_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *JWTRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*JWTRequest) ProtoMessage() {}
+
+func (x *JWTRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use JWTRequest.ProtoReflect.Descriptor instead.
+func (*JWTRequest) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *JWTRequest) GetEntryId() string {
+	if x != nil {
+		return x.EntryId
+	}
+	return ""
+}
+
+func (x *JWTRequest) GetAudience() []string {
+	if x != nil {
+		return x.Audience
+	}
+	return nil
+}
+
+type SignJWTResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Results       []*TokenResult         `protobuf:"bytes,1,rep,name=results,proto3" json:"results,omitempty"` // in the order of the requests
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SignJWTResponse) Reset() {
+	*x = SignJWTResponse{}
+	mi := &file_entente_v1_entente_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SignJWTResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SignJWTResponse) ProtoMessage() {}
+
+func (x *SignJWTResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SignJWTResponse.ProtoReflect.Descriptor instead.
+func (*SignJWTResponse) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *SignJWTResponse) GetResults() []*TokenResult {
+	if x != nil {
+		return x.Results
+	}
+	return nil
+}
+
+type SignWITRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Requests      []*WITRequest          `protobuf:"bytes,1,rep,name=requests,proto3" json:"requests,omitempty"` // at most 100
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SignWITRequest) Reset() {
+	*x = SignWITRequest{}
+	mi := &file_entente_v1_entente_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SignWITRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SignWITRequest) ProtoMessage() {}
+
+func (x *SignWITRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SignWITRequest.ProtoReflect.Descriptor instead.
+func (*SignWITRequest) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *SignWITRequest) GetRequests() []*WITRequest {
+	if x != nil {
+		return x.Requests
+	}
+	return nil
+}
+
+type WITRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	EntryId       string                 `protobuf:"bytes,1,opt,name=entry_id,json=entryId,proto3" json:"entry_id,omitempty"`
+	Csr           []byte                 `protobuf:"bytes,2,opt,name=csr,proto3" json:"csr,omitempty"` // PKCS#10, DER, signed with the key that the token will name
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WITRequest) Reset() {
+	*x = WITRequest{}
+	mi := &file_entente_v1_entente_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WITRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WITRequest) ProtoMessage() {}
+
+func (x *WITRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WITRequest.ProtoReflect.Descriptor instead.
+func (*WITRequest) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *WITRequest) GetEntryId() string {
+	if x != nil {
+		return x.EntryId
+	}
+	return ""
+}
+
+func (x *WITRequest) GetCsr() []byte {
+	if x != nil {
+		return x.Csr
+	}
+	return nil
+}
+
+type SignWITResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Results       []*TokenResult         `protobuf:"bytes,1,rep,name=results,proto3" json:"results,omitempty"` // in the order of the requests
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SignWITResponse) Reset() {
+	*x = SignWITResponse{}
+	mi := &file_entente_v1_entente_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SignWITResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SignWITResponse) ProtoMessage() {}
+
+func (x *SignWITResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SignWITResponse.ProtoReflect.Descriptor instead.
+func (*SignWITResponse) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *SignWITResponse) GetResults() []*TokenResult {
+	if x != nil {
+		return x.Results
+	}
+	return nil
+}
+
+type TokenResult struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Token         string                 `protobuf:"bytes,1,opt,name=token,proto3" json:"token,omitempty"` // JWS, compact
+	Code          uint32                 `protobuf:"varint,2,opt,name=code,proto3" json:"code,omitempty"`  // gRPC code; 0 is fine
+	Error         string                 `protobuf:"bytes,3,opt,name=error,proto3" json:"error,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TokenResult) Reset() {
+	*x = TokenResult{}
+	mi := &file_entente_v1_entente_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TokenResult) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TokenResult) ProtoMessage() {}
+
+func (x *TokenResult) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TokenResult.ProtoReflect.Descriptor instead.
+func (*TokenResult) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *TokenResult) GetToken() string {
+	if x != nil {
+		return x.Token
+	}
+	return ""
+}
+
+func (x *TokenResult) GetCode() uint32 {
+	if x != nil {
+		return x.Code
+	}
+	return 0
+}
+
+func (x *TokenResult) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
 type StatusRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -1310,7 +1650,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[18]
+	mi := &file_entente_v1_entente_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1322,7 +1662,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[18]
+	mi := &file_entente_v1_entente_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1335,7 +1675,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{18}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{25}
 }
 
 type StatusResponse struct {
@@ -1369,7 +1709,7 @@ type StatusResponse struct {
 
 func (x *StatusResponse) Reset() {
 	*x = StatusResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[19]
+	mi := &file_entente_v1_entente_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1381,7 +1721,7 @@ func (x *StatusResponse) String() string {
 func (*StatusResponse) ProtoMessage() {}
 
 func (x *StatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[19]
+	mi := &file_entente_v1_entente_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1394,7 +1734,7 @@ func (x *StatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusResponse.ProtoReflect.Descriptor instead.
 func (*StatusResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{19}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *StatusResponse) GetCluster() *v1.Cluster {
@@ -1571,7 +1911,7 @@ type Autonomy struct {
 
 func (x *Autonomy) Reset() {
 	*x = Autonomy{}
-	mi := &file_entente_v1_entente_proto_msgTypes[20]
+	mi := &file_entente_v1_entente_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1583,7 +1923,7 @@ func (x *Autonomy) String() string {
 func (*Autonomy) ProtoMessage() {}
 
 func (x *Autonomy) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[20]
+	mi := &file_entente_v1_entente_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1596,7 +1936,7 @@ func (x *Autonomy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Autonomy.ProtoReflect.Descriptor instead.
 func (*Autonomy) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{20}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Autonomy) GetMemberId() string {
@@ -1637,7 +1977,7 @@ type MemberStatus struct {
 
 func (x *MemberStatus) Reset() {
 	*x = MemberStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[21]
+	mi := &file_entente_v1_entente_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1649,7 +1989,7 @@ func (x *MemberStatus) String() string {
 func (*MemberStatus) ProtoMessage() {}
 
 func (x *MemberStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[21]
+	mi := &file_entente_v1_entente_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1662,7 +2002,7 @@ func (x *MemberStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemberStatus.ProtoReflect.Descriptor instead.
 func (*MemberStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{21}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *MemberStatus) GetMember() *v1.Member {
@@ -1687,7 +2027,7 @@ type SaveSnapshotRequest struct {
 
 func (x *SaveSnapshotRequest) Reset() {
 	*x = SaveSnapshotRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[22]
+	mi := &file_entente_v1_entente_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1699,7 +2039,7 @@ func (x *SaveSnapshotRequest) String() string {
 func (*SaveSnapshotRequest) ProtoMessage() {}
 
 func (x *SaveSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[22]
+	mi := &file_entente_v1_entente_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1712,7 +2052,7 @@ func (x *SaveSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SaveSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*SaveSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{22}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{29}
 }
 
 // SaveSnapshotResponse is a part of the file. The file carries its own checksums.
@@ -1725,7 +2065,7 @@ type SaveSnapshotResponse struct {
 
 func (x *SaveSnapshotResponse) Reset() {
 	*x = SaveSnapshotResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[23]
+	mi := &file_entente_v1_entente_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1737,7 +2077,7 @@ func (x *SaveSnapshotResponse) String() string {
 func (*SaveSnapshotResponse) ProtoMessage() {}
 
 func (x *SaveSnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[23]
+	mi := &file_entente_v1_entente_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1750,7 +2090,7 @@ func (x *SaveSnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SaveSnapshotResponse.ProtoReflect.Descriptor instead.
 func (*SaveSnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{23}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *SaveSnapshotResponse) GetData() []byte {
@@ -1768,7 +2108,7 @@ type ListNodesRequest struct {
 
 func (x *ListNodesRequest) Reset() {
 	*x = ListNodesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[24]
+	mi := &file_entente_v1_entente_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1780,7 +2120,7 @@ func (x *ListNodesRequest) String() string {
 func (*ListNodesRequest) ProtoMessage() {}
 
 func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[24]
+	mi := &file_entente_v1_entente_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1793,7 +2133,7 @@ func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesRequest.ProtoReflect.Descriptor instead.
 func (*ListNodesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{24}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{31}
 }
 
 type ListNodesResponse struct {
@@ -1807,7 +2147,7 @@ type ListNodesResponse struct {
 
 func (x *ListNodesResponse) Reset() {
 	*x = ListNodesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[25]
+	mi := &file_entente_v1_entente_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1819,7 +2159,7 @@ func (x *ListNodesResponse) String() string {
 func (*ListNodesResponse) ProtoMessage() {}
 
 func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[25]
+	mi := &file_entente_v1_entente_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1832,7 +2172,7 @@ func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesResponse.ProtoReflect.Descriptor instead.
 func (*ListNodesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{25}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *ListNodesResponse) GetLeaderId() string {
@@ -1869,7 +2209,7 @@ type NodeProgress struct {
 
 func (x *NodeProgress) Reset() {
 	*x = NodeProgress{}
-	mi := &file_entente_v1_entente_proto_msgTypes[26]
+	mi := &file_entente_v1_entente_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1881,7 +2221,7 @@ func (x *NodeProgress) String() string {
 func (*NodeProgress) ProtoMessage() {}
 
 func (x *NodeProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[26]
+	mi := &file_entente_v1_entente_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1894,7 +2234,7 @@ func (x *NodeProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeProgress.ProtoReflect.Descriptor instead.
 func (*NodeProgress) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{26}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *NodeProgress) GetMember() *v1.Member {
@@ -1941,7 +2281,7 @@ type PromoteNodeRequest struct {
 
 func (x *PromoteNodeRequest) Reset() {
 	*x = PromoteNodeRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[27]
+	mi := &file_entente_v1_entente_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1953,7 +2293,7 @@ func (x *PromoteNodeRequest) String() string {
 func (*PromoteNodeRequest) ProtoMessage() {}
 
 func (x *PromoteNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[27]
+	mi := &file_entente_v1_entente_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1966,7 +2306,7 @@ func (x *PromoteNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PromoteNodeRequest.ProtoReflect.Descriptor instead.
 func (*PromoteNodeRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{27}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *PromoteNodeRequest) GetName() string {
@@ -1985,7 +2325,7 @@ type PromoteNodeResponse struct {
 
 func (x *PromoteNodeResponse) Reset() {
 	*x = PromoteNodeResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[28]
+	mi := &file_entente_v1_entente_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1997,7 +2337,7 @@ func (x *PromoteNodeResponse) String() string {
 func (*PromoteNodeResponse) ProtoMessage() {}
 
 func (x *PromoteNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[28]
+	mi := &file_entente_v1_entente_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2010,7 +2350,7 @@ func (x *PromoteNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PromoteNodeResponse.ProtoReflect.Descriptor instead.
 func (*PromoteNodeResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{28}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *PromoteNodeResponse) GetRevision() uint64 {
@@ -2029,7 +2369,7 @@ type VouchRequest struct {
 
 func (x *VouchRequest) Reset() {
 	*x = VouchRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[29]
+	mi := &file_entente_v1_entente_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2041,7 +2381,7 @@ func (x *VouchRequest) String() string {
 func (*VouchRequest) ProtoMessage() {}
 
 func (x *VouchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[29]
+	mi := &file_entente_v1_entente_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2054,7 +2394,7 @@ func (x *VouchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VouchRequest.ProtoReflect.Descriptor instead.
 func (*VouchRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{29}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *VouchRequest) GetMemberId() string {
@@ -2073,7 +2413,7 @@ type VouchResponse struct {
 
 func (x *VouchResponse) Reset() {
 	*x = VouchResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[30]
+	mi := &file_entente_v1_entente_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2085,7 +2425,7 @@ func (x *VouchResponse) String() string {
 func (*VouchResponse) ProtoMessage() {}
 
 func (x *VouchResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[30]
+	mi := &file_entente_v1_entente_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2098,7 +2438,7 @@ func (x *VouchResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VouchResponse.ProtoReflect.Descriptor instead.
 func (*VouchResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{30}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *VouchResponse) GetMember() *v1.Member {
@@ -2118,7 +2458,7 @@ type ChecksumRequest struct {
 
 func (x *ChecksumRequest) Reset() {
 	*x = ChecksumRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[31]
+	mi := &file_entente_v1_entente_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2130,7 +2470,7 @@ func (x *ChecksumRequest) String() string {
 func (*ChecksumRequest) ProtoMessage() {}
 
 func (x *ChecksumRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[31]
+	mi := &file_entente_v1_entente_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2143,7 +2483,7 @@ func (x *ChecksumRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChecksumRequest.ProtoReflect.Descriptor instead.
 func (*ChecksumRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{31}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *ChecksumRequest) GetAtIndex() uint64 {
@@ -2169,7 +2509,7 @@ type ChecksumResponse struct {
 
 func (x *ChecksumResponse) Reset() {
 	*x = ChecksumResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[32]
+	mi := &file_entente_v1_entente_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2181,7 +2521,7 @@ func (x *ChecksumResponse) String() string {
 func (*ChecksumResponse) ProtoMessage() {}
 
 func (x *ChecksumResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[32]
+	mi := &file_entente_v1_entente_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2194,7 +2534,7 @@ func (x *ChecksumResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChecksumResponse.ProtoReflect.Descriptor instead.
 func (*ChecksumResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{32}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *ChecksumResponse) GetSum() []byte {
@@ -2214,7 +2554,7 @@ type ShowEpochRequest struct {
 
 func (x *ShowEpochRequest) Reset() {
 	*x = ShowEpochRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[33]
+	mi := &file_entente_v1_entente_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2226,7 +2566,7 @@ func (x *ShowEpochRequest) String() string {
 func (*ShowEpochRequest) ProtoMessage() {}
 
 func (x *ShowEpochRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[33]
+	mi := &file_entente_v1_entente_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2239,7 +2579,7 @@ func (x *ShowEpochRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowEpochRequest.ProtoReflect.Descriptor instead.
 func (*ShowEpochRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{33}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ShowEpochRequest) GetStatement() []byte {
@@ -2264,7 +2604,7 @@ type ShowEpochResponse struct {
 
 func (x *ShowEpochResponse) Reset() {
 	*x = ShowEpochResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[34]
+	mi := &file_entente_v1_entente_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2276,7 +2616,7 @@ func (x *ShowEpochResponse) String() string {
 func (*ShowEpochResponse) ProtoMessage() {}
 
 func (x *ShowEpochResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[34]
+	mi := &file_entente_v1_entente_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2289,7 +2629,7 @@ func (x *ShowEpochResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowEpochResponse.ProtoReflect.Descriptor instead.
 func (*ShowEpochResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{34}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{41}
 }
 
 type ForeignBundleStatus struct {
@@ -2305,7 +2645,7 @@ type ForeignBundleStatus struct {
 
 func (x *ForeignBundleStatus) Reset() {
 	*x = ForeignBundleStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[35]
+	mi := &file_entente_v1_entente_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2317,7 +2657,7 @@ func (x *ForeignBundleStatus) String() string {
 func (*ForeignBundleStatus) ProtoMessage() {}
 
 func (x *ForeignBundleStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[35]
+	mi := &file_entente_v1_entente_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2330,7 +2670,7 @@ func (x *ForeignBundleStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForeignBundleStatus.ProtoReflect.Descriptor instead.
 func (*ForeignBundleStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{35}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *ForeignBundleStatus) GetTrustDomain() string {
@@ -2379,7 +2719,7 @@ type CreateTokenRequest struct {
 
 func (x *CreateTokenRequest) Reset() {
 	*x = CreateTokenRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[36]
+	mi := &file_entente_v1_entente_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2391,7 +2731,7 @@ func (x *CreateTokenRequest) String() string {
 func (*CreateTokenRequest) ProtoMessage() {}
 
 func (x *CreateTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[36]
+	mi := &file_entente_v1_entente_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2404,7 +2744,7 @@ func (x *CreateTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTokenRequest.ProtoReflect.Descriptor instead.
 func (*CreateTokenRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{36}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *CreateTokenRequest) GetNode() *v1.NodeGrant {
@@ -2439,7 +2779,7 @@ type CreateTokenResponse struct {
 
 func (x *CreateTokenResponse) Reset() {
 	*x = CreateTokenResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[37]
+	mi := &file_entente_v1_entente_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2451,7 +2791,7 @@ func (x *CreateTokenResponse) String() string {
 func (*CreateTokenResponse) ProtoMessage() {}
 
 func (x *CreateTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[37]
+	mi := &file_entente_v1_entente_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2464,7 +2804,7 @@ func (x *CreateTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTokenResponse.ProtoReflect.Descriptor instead.
 func (*CreateTokenResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{37}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *CreateTokenResponse) GetToken() string {
@@ -2499,7 +2839,7 @@ type ApplyRequest struct {
 
 func (x *ApplyRequest) Reset() {
 	*x = ApplyRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[38]
+	mi := &file_entente_v1_entente_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2511,7 +2851,7 @@ func (x *ApplyRequest) String() string {
 func (*ApplyRequest) ProtoMessage() {}
 
 func (x *ApplyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[38]
+	mi := &file_entente_v1_entente_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2524,7 +2864,7 @@ func (x *ApplyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyRequest.ProtoReflect.Descriptor instead.
 func (*ApplyRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{38}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *ApplyRequest) GetObjects() []*v1.Object {
@@ -2558,7 +2898,7 @@ type ApplyResponse struct {
 
 func (x *ApplyResponse) Reset() {
 	*x = ApplyResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[39]
+	mi := &file_entente_v1_entente_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2570,7 +2910,7 @@ func (x *ApplyResponse) String() string {
 func (*ApplyResponse) ProtoMessage() {}
 
 func (x *ApplyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[39]
+	mi := &file_entente_v1_entente_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2583,7 +2923,7 @@ func (x *ApplyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyResponse.ProtoReflect.Descriptor instead.
 func (*ApplyResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{39}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *ApplyResponse) GetRevision() uint64 {
@@ -2610,7 +2950,7 @@ type ObjectChange struct {
 
 func (x *ObjectChange) Reset() {
 	*x = ObjectChange{}
-	mi := &file_entente_v1_entente_proto_msgTypes[40]
+	mi := &file_entente_v1_entente_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2622,7 +2962,7 @@ func (x *ObjectChange) String() string {
 func (*ObjectChange) ProtoMessage() {}
 
 func (x *ObjectChange) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[40]
+	mi := &file_entente_v1_entente_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2635,7 +2975,7 @@ func (x *ObjectChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ObjectChange.ProtoReflect.Descriptor instead.
 func (*ObjectChange) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{40}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *ObjectChange) GetKey() *v1.ObjectKey {
@@ -2655,13 +2995,14 @@ func (x *ObjectChange) GetAction() string {
 type GetBundleRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	TrustDomain   string                 `protobuf:"bytes,1,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"` // empty: the own
+	Wit           bool                   `protobuf:"varint,2,opt,name=wit,proto3" json:"wit,omitempty"`                                   // of the own: with its WIT keys
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *GetBundleRequest) Reset() {
 	*x = GetBundleRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[41]
+	mi := &file_entente_v1_entente_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2673,7 +3014,7 @@ func (x *GetBundleRequest) String() string {
 func (*GetBundleRequest) ProtoMessage() {}
 
 func (x *GetBundleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[41]
+	mi := &file_entente_v1_entente_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2686,7 +3027,7 @@ func (x *GetBundleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBundleRequest.ProtoReflect.Descriptor instead.
 func (*GetBundleRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{41}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *GetBundleRequest) GetTrustDomain() string {
@@ -2694,6 +3035,13 @@ func (x *GetBundleRequest) GetTrustDomain() string {
 		return x.TrustDomain
 	}
 	return ""
+}
+
+func (x *GetBundleRequest) GetWit() bool {
+	if x != nil {
+		return x.Wit
+	}
+	return false
 }
 
 type GetBundleResponse struct {
@@ -2705,7 +3053,7 @@ type GetBundleResponse struct {
 
 func (x *GetBundleResponse) Reset() {
 	*x = GetBundleResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[42]
+	mi := &file_entente_v1_entente_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2717,7 +3065,7 @@ func (x *GetBundleResponse) String() string {
 func (*GetBundleResponse) ProtoMessage() {}
 
 func (x *GetBundleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[42]
+	mi := &file_entente_v1_entente_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2730,7 +3078,7 @@ func (x *GetBundleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBundleResponse.ProtoReflect.Descriptor instead.
 func (*GetBundleResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{42}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *GetBundleResponse) GetJwks() []byte {
@@ -2749,7 +3097,7 @@ type ProposeRequest struct {
 
 func (x *ProposeRequest) Reset() {
 	*x = ProposeRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[43]
+	mi := &file_entente_v1_entente_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2761,7 +3109,7 @@ func (x *ProposeRequest) String() string {
 func (*ProposeRequest) ProtoMessage() {}
 
 func (x *ProposeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[43]
+	mi := &file_entente_v1_entente_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2774,7 +3122,7 @@ func (x *ProposeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProposeRequest.ProtoReflect.Descriptor instead.
 func (*ProposeRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{43}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *ProposeRequest) GetCommand() []byte {
@@ -2795,7 +3143,7 @@ type ProposeResponse struct {
 
 func (x *ProposeResponse) Reset() {
 	*x = ProposeResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[44]
+	mi := &file_entente_v1_entente_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2807,7 +3155,7 @@ func (x *ProposeResponse) String() string {
 func (*ProposeResponse) ProtoMessage() {}
 
 func (x *ProposeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[44]
+	mi := &file_entente_v1_entente_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2820,7 +3168,7 @@ func (x *ProposeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProposeResponse.ProtoReflect.Descriptor instead.
 func (*ProposeResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{44}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *ProposeResponse) GetRevision() uint64 {
@@ -2858,7 +3206,7 @@ type ReportRequest struct {
 
 func (x *ReportRequest) Reset() {
 	*x = ReportRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[45]
+	mi := &file_entente_v1_entente_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2870,7 +3218,7 @@ func (x *ReportRequest) String() string {
 func (*ReportRequest) ProtoMessage() {}
 
 func (x *ReportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[45]
+	mi := &file_entente_v1_entente_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2883,7 +3231,7 @@ func (x *ReportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRequest.ProtoReflect.Descriptor instead.
 func (*ReportRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{45}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *ReportRequest) GetBootId() string {
@@ -2936,7 +3284,7 @@ type ReportResponse struct {
 
 func (x *ReportResponse) Reset() {
 	*x = ReportResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[46]
+	mi := &file_entente_v1_entente_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2948,7 +3296,7 @@ func (x *ReportResponse) String() string {
 func (*ReportResponse) ProtoMessage() {}
 
 func (x *ReportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[46]
+	mi := &file_entente_v1_entente_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2961,7 +3309,7 @@ func (x *ReportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportResponse.ProtoReflect.Descriptor instead.
 func (*ReportResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{46}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{53}
 }
 
 type PresenceRequest struct {
@@ -2972,7 +3320,7 @@ type PresenceRequest struct {
 
 func (x *PresenceRequest) Reset() {
 	*x = PresenceRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[47]
+	mi := &file_entente_v1_entente_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2984,7 +3332,7 @@ func (x *PresenceRequest) String() string {
 func (*PresenceRequest) ProtoMessage() {}
 
 func (x *PresenceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[47]
+	mi := &file_entente_v1_entente_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2997,7 +3345,7 @@ func (x *PresenceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PresenceRequest.ProtoReflect.Descriptor instead.
 func (*PresenceRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{47}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{54}
 }
 
 type PresenceResponse struct {
@@ -3011,7 +3359,7 @@ type PresenceResponse struct {
 
 func (x *PresenceResponse) Reset() {
 	*x = PresenceResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[48]
+	mi := &file_entente_v1_entente_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3023,7 +3371,7 @@ func (x *PresenceResponse) String() string {
 func (*PresenceResponse) ProtoMessage() {}
 
 func (x *PresenceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[48]
+	mi := &file_entente_v1_entente_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3036,7 +3384,7 @@ func (x *PresenceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PresenceResponse.ProtoReflect.Descriptor instead.
 func (*PresenceResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{48}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *PresenceResponse) GetInstances() []*Instance {
@@ -3152,6 +3500,26 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"X509Result\x12\"\n" +
 	"\fcertificates\x18\x01 \x03(\fR\fcertificates\x12\x12\n" +
 	"\x04code\x18\x02 \x01(\rR\x04code\x12\x14\n" +
+	"\x05error\x18\x03 \x01(\tR\x05error\"D\n" +
+	"\x0eSignJWTRequest\x122\n" +
+	"\brequests\x18\x01 \x03(\v2\x16.entente.v1.JWTRequestR\brequests\"C\n" +
+	"\n" +
+	"JWTRequest\x12\x19\n" +
+	"\bentry_id\x18\x01 \x01(\tR\aentryId\x12\x1a\n" +
+	"\baudience\x18\x02 \x03(\tR\baudience\"D\n" +
+	"\x0fSignJWTResponse\x121\n" +
+	"\aresults\x18\x01 \x03(\v2\x17.entente.v1.TokenResultR\aresults\"D\n" +
+	"\x0eSignWITRequest\x122\n" +
+	"\brequests\x18\x01 \x03(\v2\x16.entente.v1.WITRequestR\brequests\"9\n" +
+	"\n" +
+	"WITRequest\x12\x19\n" +
+	"\bentry_id\x18\x01 \x01(\tR\aentryId\x12\x10\n" +
+	"\x03csr\x18\x02 \x01(\fR\x03csr\"D\n" +
+	"\x0fSignWITResponse\x121\n" +
+	"\aresults\x18\x01 \x03(\v2\x17.entente.v1.TokenResultR\aresults\"M\n" +
+	"\vTokenResult\x12\x14\n" +
+	"\x05token\x18\x01 \x01(\tR\x05token\x12\x12\n" +
+	"\x04code\x18\x02 \x01(\rR\x04code\x12\x14\n" +
 	"\x05error\x18\x03 \x01(\tR\x05error\"\x0f\n" +
 	"\rStatusRequest\"\xea\x06\n" +
 	"\x0eStatusResponse\x123\n" +
@@ -3249,9 +3617,10 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\achanges\x18\x02 \x03(\v2\x18.entente.v1.ObjectChangeR\achanges\"U\n" +
 	"\fObjectChange\x12-\n" +
 	"\x03key\x18\x01 \x01(\v2\x1b.entente.state.v1.ObjectKeyR\x03key\x12\x16\n" +
-	"\x06action\x18\x02 \x01(\tR\x06action\"5\n" +
+	"\x06action\x18\x02 \x01(\tR\x06action\"G\n" +
 	"\x10GetBundleRequest\x12!\n" +
-	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\"'\n" +
+	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x10\n" +
+	"\x03wit\x18\x02 \x01(\bR\x03wit\"'\n" +
 	"\x11GetBundleResponse\x12\x12\n" +
 	"\x04jwks\x18\x01 \x01(\fR\x04jwks\"*\n" +
 	"\x0eProposeRequest\x12\x18\n" +
@@ -3284,9 +3653,11 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x06Attest\x12?\n" +
 	"\x06Attest\x12\x19.entente.v1.AttestRequest\x1a\x1a.entente.v1.AttestResponse2E\n" +
 	"\x04Sync\x12=\n" +
-	"\x04Sync\x12\x17.entente.v1.SyncRequest\x1a\x18.entente.v1.SyncResponse(\x010\x012M\n" +
+	"\x04Sync\x12\x17.entente.v1.SyncRequest\x1a\x18.entente.v1.SyncResponse(\x010\x012\xd5\x01\n" +
 	"\x04Sign\x12E\n" +
-	"\bSignX509\x12\x1b.entente.v1.SignX509Request\x1a\x1c.entente.v1.SignX509Response2\x8f\x04\n" +
+	"\bSignX509\x12\x1b.entente.v1.SignX509Request\x1a\x1c.entente.v1.SignX509Response\x12B\n" +
+	"\aSignJWT\x12\x1a.entente.v1.SignJWTRequest\x1a\x1b.entente.v1.SignJWTResponse\x12B\n" +
+	"\aSignWIT\x12\x1a.entente.v1.SignWITRequest\x1a\x1b.entente.v1.SignWITResponse2\x8f\x04\n" +
 	"\x05Admin\x12?\n" +
 	"\x06Status\x12\x19.entente.v1.StatusRequest\x1a\x1a.entente.v1.StatusResponse\x12N\n" +
 	"\vCreateToken\x12\x1e.entente.v1.CreateTokenRequest\x1a\x1f.entente.v1.CreateTokenResponse\x12<\n" +
@@ -3317,7 +3688,7 @@ func file_entente_v1_entente_proto_rawDescGZIP() []byte {
 }
 
 var file_entente_v1_entente_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_entente_v1_entente_proto_msgTypes = make([]protoimpl.MessageInfo, 49)
+var file_entente_v1_entente_proto_msgTypes = make([]protoimpl.MessageInfo, 56)
 var file_entente_v1_entente_proto_goTypes = []any{
 	(Health)(0),                  // 0: entente.v1.Health
 	(*JoinRequest)(nil),          // 1: entente.v1.JoinRequest
@@ -3338,54 +3709,61 @@ var file_entente_v1_entente_proto_goTypes = []any{
 	(*X509Request)(nil),          // 16: entente.v1.X509Request
 	(*SignX509Response)(nil),     // 17: entente.v1.SignX509Response
 	(*X509Result)(nil),           // 18: entente.v1.X509Result
-	(*StatusRequest)(nil),        // 19: entente.v1.StatusRequest
-	(*StatusResponse)(nil),       // 20: entente.v1.StatusResponse
-	(*Autonomy)(nil),             // 21: entente.v1.Autonomy
-	(*MemberStatus)(nil),         // 22: entente.v1.MemberStatus
-	(*SaveSnapshotRequest)(nil),  // 23: entente.v1.SaveSnapshotRequest
-	(*SaveSnapshotResponse)(nil), // 24: entente.v1.SaveSnapshotResponse
-	(*ListNodesRequest)(nil),     // 25: entente.v1.ListNodesRequest
-	(*ListNodesResponse)(nil),    // 26: entente.v1.ListNodesResponse
-	(*NodeProgress)(nil),         // 27: entente.v1.NodeProgress
-	(*PromoteNodeRequest)(nil),   // 28: entente.v1.PromoteNodeRequest
-	(*PromoteNodeResponse)(nil),  // 29: entente.v1.PromoteNodeResponse
-	(*VouchRequest)(nil),         // 30: entente.v1.VouchRequest
-	(*VouchResponse)(nil),        // 31: entente.v1.VouchResponse
-	(*ChecksumRequest)(nil),      // 32: entente.v1.ChecksumRequest
-	(*ChecksumResponse)(nil),     // 33: entente.v1.ChecksumResponse
-	(*ShowEpochRequest)(nil),     // 34: entente.v1.ShowEpochRequest
-	(*ShowEpochResponse)(nil),    // 35: entente.v1.ShowEpochResponse
-	(*ForeignBundleStatus)(nil),  // 36: entente.v1.ForeignBundleStatus
-	(*CreateTokenRequest)(nil),   // 37: entente.v1.CreateTokenRequest
-	(*CreateTokenResponse)(nil),  // 38: entente.v1.CreateTokenResponse
-	(*ApplyRequest)(nil),         // 39: entente.v1.ApplyRequest
-	(*ApplyResponse)(nil),        // 40: entente.v1.ApplyResponse
-	(*ObjectChange)(nil),         // 41: entente.v1.ObjectChange
-	(*GetBundleRequest)(nil),     // 42: entente.v1.GetBundleRequest
-	(*GetBundleResponse)(nil),    // 43: entente.v1.GetBundleResponse
-	(*ProposeRequest)(nil),       // 44: entente.v1.ProposeRequest
-	(*ProposeResponse)(nil),      // 45: entente.v1.ProposeResponse
-	(*ReportRequest)(nil),        // 46: entente.v1.ReportRequest
-	(*ReportResponse)(nil),       // 47: entente.v1.ReportResponse
-	(*PresenceRequest)(nil),      // 48: entente.v1.PresenceRequest
-	(*PresenceResponse)(nil),     // 49: entente.v1.PresenceResponse
-	(*v1.Member)(nil),            // 50: entente.state.v1.Member
-	(*v1.Cluster)(nil),           // 51: entente.state.v1.Cluster
-	(*v1.Agent)(nil),             // 52: entente.state.v1.Agent
-	(*v1.Entry)(nil),             // 53: entente.state.v1.Entry
-	(*v1.Object)(nil),            // 54: entente.state.v1.Object
-	(*v1.ObjectKey)(nil),         // 55: entente.state.v1.ObjectKey
-	(*v1.Authority)(nil),         // 56: entente.state.v1.Authority
-	(*v1.NodeGrant)(nil),         // 57: entente.state.v1.NodeGrant
-	(*v1.AgentGrant)(nil),        // 58: entente.state.v1.AgentGrant
+	(*SignJWTRequest)(nil),       // 19: entente.v1.SignJWTRequest
+	(*JWTRequest)(nil),           // 20: entente.v1.JWTRequest
+	(*SignJWTResponse)(nil),      // 21: entente.v1.SignJWTResponse
+	(*SignWITRequest)(nil),       // 22: entente.v1.SignWITRequest
+	(*WITRequest)(nil),           // 23: entente.v1.WITRequest
+	(*SignWITResponse)(nil),      // 24: entente.v1.SignWITResponse
+	(*TokenResult)(nil),          // 25: entente.v1.TokenResult
+	(*StatusRequest)(nil),        // 26: entente.v1.StatusRequest
+	(*StatusResponse)(nil),       // 27: entente.v1.StatusResponse
+	(*Autonomy)(nil),             // 28: entente.v1.Autonomy
+	(*MemberStatus)(nil),         // 29: entente.v1.MemberStatus
+	(*SaveSnapshotRequest)(nil),  // 30: entente.v1.SaveSnapshotRequest
+	(*SaveSnapshotResponse)(nil), // 31: entente.v1.SaveSnapshotResponse
+	(*ListNodesRequest)(nil),     // 32: entente.v1.ListNodesRequest
+	(*ListNodesResponse)(nil),    // 33: entente.v1.ListNodesResponse
+	(*NodeProgress)(nil),         // 34: entente.v1.NodeProgress
+	(*PromoteNodeRequest)(nil),   // 35: entente.v1.PromoteNodeRequest
+	(*PromoteNodeResponse)(nil),  // 36: entente.v1.PromoteNodeResponse
+	(*VouchRequest)(nil),         // 37: entente.v1.VouchRequest
+	(*VouchResponse)(nil),        // 38: entente.v1.VouchResponse
+	(*ChecksumRequest)(nil),      // 39: entente.v1.ChecksumRequest
+	(*ChecksumResponse)(nil),     // 40: entente.v1.ChecksumResponse
+	(*ShowEpochRequest)(nil),     // 41: entente.v1.ShowEpochRequest
+	(*ShowEpochResponse)(nil),    // 42: entente.v1.ShowEpochResponse
+	(*ForeignBundleStatus)(nil),  // 43: entente.v1.ForeignBundleStatus
+	(*CreateTokenRequest)(nil),   // 44: entente.v1.CreateTokenRequest
+	(*CreateTokenResponse)(nil),  // 45: entente.v1.CreateTokenResponse
+	(*ApplyRequest)(nil),         // 46: entente.v1.ApplyRequest
+	(*ApplyResponse)(nil),        // 47: entente.v1.ApplyResponse
+	(*ObjectChange)(nil),         // 48: entente.v1.ObjectChange
+	(*GetBundleRequest)(nil),     // 49: entente.v1.GetBundleRequest
+	(*GetBundleResponse)(nil),    // 50: entente.v1.GetBundleResponse
+	(*ProposeRequest)(nil),       // 51: entente.v1.ProposeRequest
+	(*ProposeResponse)(nil),      // 52: entente.v1.ProposeResponse
+	(*ReportRequest)(nil),        // 53: entente.v1.ReportRequest
+	(*ReportResponse)(nil),       // 54: entente.v1.ReportResponse
+	(*PresenceRequest)(nil),      // 55: entente.v1.PresenceRequest
+	(*PresenceResponse)(nil),     // 56: entente.v1.PresenceResponse
+	(*v1.Member)(nil),            // 57: entente.state.v1.Member
+	(*v1.Cluster)(nil),           // 58: entente.state.v1.Cluster
+	(*v1.Agent)(nil),             // 59: entente.state.v1.Agent
+	(*v1.Entry)(nil),             // 60: entente.state.v1.Entry
+	(*v1.Object)(nil),            // 61: entente.state.v1.Object
+	(*v1.ObjectKey)(nil),         // 62: entente.state.v1.ObjectKey
+	(*v1.Authority)(nil),         // 63: entente.state.v1.Authority
+	(*v1.NodeGrant)(nil),         // 64: entente.state.v1.NodeGrant
+	(*v1.AgentGrant)(nil),        // 65: entente.state.v1.AgentGrant
 }
 var file_entente_v1_entente_proto_depIdxs = []int32{
-	50, // 0: entente.v1.JoinResponse.member:type_name -> entente.state.v1.Member
-	50, // 1: entente.v1.JoinResponse.members:type_name -> entente.state.v1.Member
-	51, // 2: entente.v1.JoinResponse.cluster:type_name -> entente.state.v1.Cluster
-	50, // 3: entente.v1.AttestResponse.members:type_name -> entente.state.v1.Member
-	51, // 4: entente.v1.AttestResponse.cluster:type_name -> entente.state.v1.Cluster
-	52, // 5: entente.v1.AttestResponse.agent:type_name -> entente.state.v1.Agent
+	57, // 0: entente.v1.JoinResponse.member:type_name -> entente.state.v1.Member
+	57, // 1: entente.v1.JoinResponse.members:type_name -> entente.state.v1.Member
+	58, // 2: entente.v1.JoinResponse.cluster:type_name -> entente.state.v1.Cluster
+	57, // 3: entente.v1.AttestResponse.members:type_name -> entente.state.v1.Member
+	58, // 4: entente.v1.AttestResponse.cluster:type_name -> entente.state.v1.Cluster
+	59, // 5: entente.v1.AttestResponse.agent:type_name -> entente.state.v1.Agent
 	6,  // 6: entente.v1.SyncRequest.hello:type_name -> entente.v1.Hello
 	7,  // 7: entente.v1.SyncRequest.ack:type_name -> entente.v1.Ack
 	8,  // 8: entente.v1.SyncRequest.report:type_name -> entente.v1.InstanceReport
@@ -3394,75 +3772,83 @@ var file_entente_v1_entente_proto_depIdxs = []int32{
 	11, // 11: entente.v1.SyncResponse.policy:type_name -> entente.v1.Policy
 	13, // 12: entente.v1.SyncResponse.presence:type_name -> entente.v1.Presence
 	14, // 13: entente.v1.SyncResponse.heartbeat:type_name -> entente.v1.Heartbeat
-	51, // 14: entente.v1.Policy.cluster:type_name -> entente.state.v1.Cluster
-	53, // 15: entente.v1.Policy.entries:type_name -> entente.state.v1.Entry
+	58, // 14: entente.v1.Policy.cluster:type_name -> entente.state.v1.Cluster
+	60, // 15: entente.v1.Policy.entries:type_name -> entente.state.v1.Entry
 	12, // 16: entente.v1.Policy.bundles:type_name -> entente.v1.Bundle
-	54, // 17: entente.v1.Policy.objects:type_name -> entente.state.v1.Object
-	55, // 18: entente.v1.Policy.deleted_objects:type_name -> entente.state.v1.ObjectKey
-	50, // 19: entente.v1.Policy.members:type_name -> entente.state.v1.Member
+	61, // 17: entente.v1.Policy.objects:type_name -> entente.state.v1.Object
+	62, // 18: entente.v1.Policy.deleted_objects:type_name -> entente.state.v1.ObjectKey
+	57, // 19: entente.v1.Policy.members:type_name -> entente.state.v1.Member
 	9,  // 20: entente.v1.Presence.instances:type_name -> entente.v1.Instance
 	9,  // 21: entente.v1.Presence.withdrawn:type_name -> entente.v1.Instance
 	16, // 22: entente.v1.SignX509Request.requests:type_name -> entente.v1.X509Request
 	18, // 23: entente.v1.SignX509Response.results:type_name -> entente.v1.X509Result
-	51, // 24: entente.v1.StatusResponse.cluster:type_name -> entente.state.v1.Cluster
-	22, // 25: entente.v1.StatusResponse.members:type_name -> entente.v1.MemberStatus
-	56, // 26: entente.v1.StatusResponse.authorities:type_name -> entente.state.v1.Authority
-	36, // 27: entente.v1.StatusResponse.foreign:type_name -> entente.v1.ForeignBundleStatus
-	9,  // 28: entente.v1.StatusResponse.instances:type_name -> entente.v1.Instance
-	21, // 29: entente.v1.StatusResponse.autonomy:type_name -> entente.v1.Autonomy
-	50, // 30: entente.v1.MemberStatus.member:type_name -> entente.state.v1.Member
-	27, // 31: entente.v1.ListNodesResponse.nodes:type_name -> entente.v1.NodeProgress
-	50, // 32: entente.v1.NodeProgress.member:type_name -> entente.state.v1.Member
-	50, // 33: entente.v1.VouchResponse.member:type_name -> entente.state.v1.Member
-	57, // 34: entente.v1.CreateTokenRequest.node:type_name -> entente.state.v1.NodeGrant
-	58, // 35: entente.v1.CreateTokenRequest.agent:type_name -> entente.state.v1.AgentGrant
-	54, // 36: entente.v1.ApplyRequest.objects:type_name -> entente.state.v1.Object
-	55, // 37: entente.v1.ApplyRequest.deletes:type_name -> entente.state.v1.ObjectKey
-	41, // 38: entente.v1.ApplyResponse.changes:type_name -> entente.v1.ObjectChange
-	55, // 39: entente.v1.ObjectChange.key:type_name -> entente.state.v1.ObjectKey
-	9,  // 40: entente.v1.PresenceResponse.instances:type_name -> entente.v1.Instance
-	9,  // 41: entente.v1.PresenceResponse.withdrawn:type_name -> entente.v1.Instance
-	1,  // 42: entente.v1.Join.Join:input_type -> entente.v1.JoinRequest
-	3,  // 43: entente.v1.Attest.Attest:input_type -> entente.v1.AttestRequest
-	5,  // 44: entente.v1.Sync.Sync:input_type -> entente.v1.SyncRequest
-	15, // 45: entente.v1.Sign.SignX509:input_type -> entente.v1.SignX509Request
-	19, // 46: entente.v1.Admin.Status:input_type -> entente.v1.StatusRequest
-	37, // 47: entente.v1.Admin.CreateToken:input_type -> entente.v1.CreateTokenRequest
-	39, // 48: entente.v1.Admin.Apply:input_type -> entente.v1.ApplyRequest
-	42, // 49: entente.v1.Admin.GetBundle:input_type -> entente.v1.GetBundleRequest
-	23, // 50: entente.v1.Admin.SaveSnapshot:input_type -> entente.v1.SaveSnapshotRequest
-	25, // 51: entente.v1.Admin.ListNodes:input_type -> entente.v1.ListNodesRequest
-	28, // 52: entente.v1.Admin.PromoteNode:input_type -> entente.v1.PromoteNodeRequest
-	44, // 53: entente.v1.Peer.Propose:input_type -> entente.v1.ProposeRequest
-	46, // 54: entente.v1.Peer.Report:input_type -> entente.v1.ReportRequest
-	48, // 55: entente.v1.Peer.Presence:input_type -> entente.v1.PresenceRequest
-	30, // 56: entente.v1.Peer.Vouch:input_type -> entente.v1.VouchRequest
-	32, // 57: entente.v1.Peer.Checksum:input_type -> entente.v1.ChecksumRequest
-	25, // 58: entente.v1.Peer.Nodes:input_type -> entente.v1.ListNodesRequest
-	34, // 59: entente.v1.Peer.ShowEpoch:input_type -> entente.v1.ShowEpochRequest
-	2,  // 60: entente.v1.Join.Join:output_type -> entente.v1.JoinResponse
-	4,  // 61: entente.v1.Attest.Attest:output_type -> entente.v1.AttestResponse
-	10, // 62: entente.v1.Sync.Sync:output_type -> entente.v1.SyncResponse
-	17, // 63: entente.v1.Sign.SignX509:output_type -> entente.v1.SignX509Response
-	20, // 64: entente.v1.Admin.Status:output_type -> entente.v1.StatusResponse
-	38, // 65: entente.v1.Admin.CreateToken:output_type -> entente.v1.CreateTokenResponse
-	40, // 66: entente.v1.Admin.Apply:output_type -> entente.v1.ApplyResponse
-	43, // 67: entente.v1.Admin.GetBundle:output_type -> entente.v1.GetBundleResponse
-	24, // 68: entente.v1.Admin.SaveSnapshot:output_type -> entente.v1.SaveSnapshotResponse
-	26, // 69: entente.v1.Admin.ListNodes:output_type -> entente.v1.ListNodesResponse
-	29, // 70: entente.v1.Admin.PromoteNode:output_type -> entente.v1.PromoteNodeResponse
-	45, // 71: entente.v1.Peer.Propose:output_type -> entente.v1.ProposeResponse
-	47, // 72: entente.v1.Peer.Report:output_type -> entente.v1.ReportResponse
-	49, // 73: entente.v1.Peer.Presence:output_type -> entente.v1.PresenceResponse
-	31, // 74: entente.v1.Peer.Vouch:output_type -> entente.v1.VouchResponse
-	33, // 75: entente.v1.Peer.Checksum:output_type -> entente.v1.ChecksumResponse
-	26, // 76: entente.v1.Peer.Nodes:output_type -> entente.v1.ListNodesResponse
-	35, // 77: entente.v1.Peer.ShowEpoch:output_type -> entente.v1.ShowEpochResponse
-	60, // [60:78] is the sub-list for method output_type
-	42, // [42:60] is the sub-list for method input_type
-	42, // [42:42] is the sub-list for extension type_name
-	42, // [42:42] is the sub-list for extension extendee
-	0,  // [0:42] is the sub-list for field type_name
+	20, // 24: entente.v1.SignJWTRequest.requests:type_name -> entente.v1.JWTRequest
+	25, // 25: entente.v1.SignJWTResponse.results:type_name -> entente.v1.TokenResult
+	23, // 26: entente.v1.SignWITRequest.requests:type_name -> entente.v1.WITRequest
+	25, // 27: entente.v1.SignWITResponse.results:type_name -> entente.v1.TokenResult
+	58, // 28: entente.v1.StatusResponse.cluster:type_name -> entente.state.v1.Cluster
+	29, // 29: entente.v1.StatusResponse.members:type_name -> entente.v1.MemberStatus
+	63, // 30: entente.v1.StatusResponse.authorities:type_name -> entente.state.v1.Authority
+	43, // 31: entente.v1.StatusResponse.foreign:type_name -> entente.v1.ForeignBundleStatus
+	9,  // 32: entente.v1.StatusResponse.instances:type_name -> entente.v1.Instance
+	28, // 33: entente.v1.StatusResponse.autonomy:type_name -> entente.v1.Autonomy
+	57, // 34: entente.v1.MemberStatus.member:type_name -> entente.state.v1.Member
+	34, // 35: entente.v1.ListNodesResponse.nodes:type_name -> entente.v1.NodeProgress
+	57, // 36: entente.v1.NodeProgress.member:type_name -> entente.state.v1.Member
+	57, // 37: entente.v1.VouchResponse.member:type_name -> entente.state.v1.Member
+	64, // 38: entente.v1.CreateTokenRequest.node:type_name -> entente.state.v1.NodeGrant
+	65, // 39: entente.v1.CreateTokenRequest.agent:type_name -> entente.state.v1.AgentGrant
+	61, // 40: entente.v1.ApplyRequest.objects:type_name -> entente.state.v1.Object
+	62, // 41: entente.v1.ApplyRequest.deletes:type_name -> entente.state.v1.ObjectKey
+	48, // 42: entente.v1.ApplyResponse.changes:type_name -> entente.v1.ObjectChange
+	62, // 43: entente.v1.ObjectChange.key:type_name -> entente.state.v1.ObjectKey
+	9,  // 44: entente.v1.PresenceResponse.instances:type_name -> entente.v1.Instance
+	9,  // 45: entente.v1.PresenceResponse.withdrawn:type_name -> entente.v1.Instance
+	1,  // 46: entente.v1.Join.Join:input_type -> entente.v1.JoinRequest
+	3,  // 47: entente.v1.Attest.Attest:input_type -> entente.v1.AttestRequest
+	5,  // 48: entente.v1.Sync.Sync:input_type -> entente.v1.SyncRequest
+	15, // 49: entente.v1.Sign.SignX509:input_type -> entente.v1.SignX509Request
+	19, // 50: entente.v1.Sign.SignJWT:input_type -> entente.v1.SignJWTRequest
+	22, // 51: entente.v1.Sign.SignWIT:input_type -> entente.v1.SignWITRequest
+	26, // 52: entente.v1.Admin.Status:input_type -> entente.v1.StatusRequest
+	44, // 53: entente.v1.Admin.CreateToken:input_type -> entente.v1.CreateTokenRequest
+	46, // 54: entente.v1.Admin.Apply:input_type -> entente.v1.ApplyRequest
+	49, // 55: entente.v1.Admin.GetBundle:input_type -> entente.v1.GetBundleRequest
+	30, // 56: entente.v1.Admin.SaveSnapshot:input_type -> entente.v1.SaveSnapshotRequest
+	32, // 57: entente.v1.Admin.ListNodes:input_type -> entente.v1.ListNodesRequest
+	35, // 58: entente.v1.Admin.PromoteNode:input_type -> entente.v1.PromoteNodeRequest
+	51, // 59: entente.v1.Peer.Propose:input_type -> entente.v1.ProposeRequest
+	53, // 60: entente.v1.Peer.Report:input_type -> entente.v1.ReportRequest
+	55, // 61: entente.v1.Peer.Presence:input_type -> entente.v1.PresenceRequest
+	37, // 62: entente.v1.Peer.Vouch:input_type -> entente.v1.VouchRequest
+	39, // 63: entente.v1.Peer.Checksum:input_type -> entente.v1.ChecksumRequest
+	32, // 64: entente.v1.Peer.Nodes:input_type -> entente.v1.ListNodesRequest
+	41, // 65: entente.v1.Peer.ShowEpoch:input_type -> entente.v1.ShowEpochRequest
+	2,  // 66: entente.v1.Join.Join:output_type -> entente.v1.JoinResponse
+	4,  // 67: entente.v1.Attest.Attest:output_type -> entente.v1.AttestResponse
+	10, // 68: entente.v1.Sync.Sync:output_type -> entente.v1.SyncResponse
+	17, // 69: entente.v1.Sign.SignX509:output_type -> entente.v1.SignX509Response
+	21, // 70: entente.v1.Sign.SignJWT:output_type -> entente.v1.SignJWTResponse
+	24, // 71: entente.v1.Sign.SignWIT:output_type -> entente.v1.SignWITResponse
+	27, // 72: entente.v1.Admin.Status:output_type -> entente.v1.StatusResponse
+	45, // 73: entente.v1.Admin.CreateToken:output_type -> entente.v1.CreateTokenResponse
+	47, // 74: entente.v1.Admin.Apply:output_type -> entente.v1.ApplyResponse
+	50, // 75: entente.v1.Admin.GetBundle:output_type -> entente.v1.GetBundleResponse
+	31, // 76: entente.v1.Admin.SaveSnapshot:output_type -> entente.v1.SaveSnapshotResponse
+	33, // 77: entente.v1.Admin.ListNodes:output_type -> entente.v1.ListNodesResponse
+	36, // 78: entente.v1.Admin.PromoteNode:output_type -> entente.v1.PromoteNodeResponse
+	52, // 79: entente.v1.Peer.Propose:output_type -> entente.v1.ProposeResponse
+	54, // 80: entente.v1.Peer.Report:output_type -> entente.v1.ReportResponse
+	56, // 81: entente.v1.Peer.Presence:output_type -> entente.v1.PresenceResponse
+	38, // 82: entente.v1.Peer.Vouch:output_type -> entente.v1.VouchResponse
+	40, // 83: entente.v1.Peer.Checksum:output_type -> entente.v1.ChecksumResponse
+	33, // 84: entente.v1.Peer.Nodes:output_type -> entente.v1.ListNodesResponse
+	42, // 85: entente.v1.Peer.ShowEpoch:output_type -> entente.v1.ShowEpochResponse
+	66, // [66:86] is the sub-list for method output_type
+	46, // [46:66] is the sub-list for method input_type
+	46, // [46:46] is the sub-list for extension type_name
+	46, // [46:46] is the sub-list for extension extendee
+	0,  // [0:46] is the sub-list for field type_name
 }
 
 func init() { file_entente_v1_entente_proto_init() }
@@ -3486,7 +3872,7 @@ func file_entente_v1_entente_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_entente_v1_entente_proto_rawDesc), len(file_entente_v1_entente_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   49,
+			NumMessages:   56,
 			NumExtensions: 0,
 			NumServices:   6,
 		},

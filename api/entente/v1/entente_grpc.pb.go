@@ -344,6 +344,8 @@ var Sync_ServiceDesc = grpc.ServiceDesc{
 
 const (
 	Sign_SignX509_FullMethodName = "/entente.v1.Sign/SignX509"
+	Sign_SignJWT_FullMethodName  = "/entente.v1.Sign/SignJWT"
+	Sign_SignWIT_FullMethodName  = "/entente.v1.Sign/SignWIT"
 )
 
 // SignClient is the client API for Sign service.
@@ -353,6 +355,9 @@ const (
 // Sign issues SVIDs to agents for the entries that name their host.
 type SignClient interface {
 	SignX509(ctx context.Context, in *SignX509Request, opts ...grpc.CallOption) (*SignX509Response, error)
+	// RESOURCE_EXHAUSTED carries a google.rpc.RetryInfo.
+	SignJWT(ctx context.Context, in *SignJWTRequest, opts ...grpc.CallOption) (*SignJWTResponse, error)
+	SignWIT(ctx context.Context, in *SignWITRequest, opts ...grpc.CallOption) (*SignWITResponse, error)
 }
 
 type signClient struct {
@@ -373,6 +378,26 @@ func (c *signClient) SignX509(ctx context.Context, in *SignX509Request, opts ...
 	return out, nil
 }
 
+func (c *signClient) SignJWT(ctx context.Context, in *SignJWTRequest, opts ...grpc.CallOption) (*SignJWTResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(SignJWTResponse)
+	err := c.cc.Invoke(ctx, Sign_SignJWT_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *signClient) SignWIT(ctx context.Context, in *SignWITRequest, opts ...grpc.CallOption) (*SignWITResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(SignWITResponse)
+	err := c.cc.Invoke(ctx, Sign_SignWIT_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // SignServer is the server API for Sign service.
 // All implementations must embed UnimplementedSignServer
 // for forward compatibility.
@@ -380,6 +405,9 @@ func (c *signClient) SignX509(ctx context.Context, in *SignX509Request, opts ...
 // Sign issues SVIDs to agents for the entries that name their host.
 type SignServer interface {
 	SignX509(context.Context, *SignX509Request) (*SignX509Response, error)
+	// RESOURCE_EXHAUSTED carries a google.rpc.RetryInfo.
+	SignJWT(context.Context, *SignJWTRequest) (*SignJWTResponse, error)
+	SignWIT(context.Context, *SignWITRequest) (*SignWITResponse, error)
 	mustEmbedUnimplementedSignServer()
 }
 
@@ -392,6 +420,12 @@ type UnimplementedSignServer struct{}
 
 func (UnimplementedSignServer) SignX509(context.Context, *SignX509Request) (*SignX509Response, error) {
 	return nil, status.Error(codes.Unimplemented, "method SignX509 not implemented")
+}
+func (UnimplementedSignServer) SignJWT(context.Context, *SignJWTRequest) (*SignJWTResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method SignJWT not implemented")
+}
+func (UnimplementedSignServer) SignWIT(context.Context, *SignWITRequest) (*SignWITResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method SignWIT not implemented")
 }
 func (UnimplementedSignServer) mustEmbedUnimplementedSignServer() {}
 func (UnimplementedSignServer) testEmbeddedByValue()              {}
@@ -432,6 +466,42 @@ func _Sign_SignX509_Handler(srv interface{}, ctx context.Context, dec func(inter
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Sign_SignJWT_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(SignJWTRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(SignServer).SignJWT(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Sign_SignJWT_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(SignServer).SignJWT(ctx, req.(*SignJWTRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Sign_SignWIT_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(SignWITRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(SignServer).SignWIT(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Sign_SignWIT_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(SignServer).SignWIT(ctx, req.(*SignWITRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Sign_ServiceDesc is the grpc.ServiceDesc for Sign service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -442,6 +512,14 @@ var Sign_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "SignX509",
 			Handler:    _Sign_SignX509_Handler,
+		},
+		{
+			MethodName: "SignJWT",
+			Handler:    _Sign_SignJWT_Handler,
+		},
+		{
+			MethodName: "SignWIT",
+			Handler:    _Sign_SignWIT_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},

@@ -538,6 +538,8 @@ type Lifetimes struct {
 	PhaseSeconds             uint32                 `protobuf:"varint,2,opt,name=phase_seconds,json=phaseSeconds,proto3" json:"phase_seconds,omitempty"`                                         // P, 48 h; an authority lives 3P
 	AgentSvidSeconds         uint32                 `protobuf:"varint,3,opt,name=agent_svid_seconds,json=agentSvidSeconds,proto3" json:"agent_svid_seconds,omitempty"`                           // as x509_svid_seconds
 	BundleRefreshHintSeconds uint32                 `protobuf:"varint,4,opt,name=bundle_refresh_hint_seconds,json=bundleRefreshHintSeconds,proto3" json:"bundle_refresh_hint_seconds,omitempty"` // 300
+	JwtSvidSeconds           uint32                 `protobuf:"varint,5,opt,name=jwt_svid_seconds,json=jwtSvidSeconds,proto3" json:"jwt_svid_seconds,omitempty"`                                 // 300
+	WitSvidSeconds           uint32                 `protobuf:"varint,6,opt,name=wit_svid_seconds,json=witSvidSeconds,proto3" json:"wit_svid_seconds,omitempty"`                                 // 3600
 	unknownFields            protoimpl.UnknownFields
 	sizeCache                protoimpl.SizeCache
 }
@@ -596,6 +598,20 @@ func (x *Lifetimes) GetAgentSvidSeconds() uint32 {
 func (x *Lifetimes) GetBundleRefreshHintSeconds() uint32 {
 	if x != nil {
 		return x.BundleRefreshHintSeconds
+	}
+	return 0
+}
+
+func (x *Lifetimes) GetJwtSvidSeconds() uint32 {
+	if x != nil {
+		return x.JwtSvidSeconds
+	}
+	return 0
+}
+
+func (x *Lifetimes) GetWitSvidSeconds() uint32 {
+	if x != nil {
+		return x.WitSvidSeconds
 	}
 	return 0
 }
@@ -1159,7 +1175,10 @@ type Entry struct {
 	DnsNames        []string               `protobuf:"bytes,6,rep,name=dns_names,json=dnsNames,proto3" json:"dns_names,omitempty"`
 	FederatesWith   []string               `protobuf:"bytes,7,rep,name=federates_with,json=federatesWith,proto3" json:"federates_with,omitempty"` // trust domains whose X.509 bundle it gets (I6)
 	Role            Role                   `protobuf:"varint,8,opt,name=role,proto3,enum=entente.state.v1.Role" json:"role,omitempty"`
-	Revision        uint64                 `protobuf:"varint,9,opt,name=revision,proto3" json:"revision,omitempty"` // generation: of its last change
+	Revision        uint64                 `protobuf:"varint,9,opt,name=revision,proto3" json:"revision,omitempty"`                                      // generation: of its last change
+	Hint            string                 `protobuf:"bytes,10,opt,name=hint,proto3" json:"hint,omitempty"`                                              // for the workload: what the identity is for
+	JwtSvidSeconds  uint32                 `protobuf:"varint,11,opt,name=jwt_svid_seconds,json=jwtSvidSeconds,proto3" json:"jwt_svid_seconds,omitempty"` // 0: the domain's
+	WitSvidSeconds  uint32                 `protobuf:"varint,12,opt,name=wit_svid_seconds,json=witSvidSeconds,proto3" json:"wit_svid_seconds,omitempty"` // 0: the domain's
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -1253,6 +1272,27 @@ func (x *Entry) GetRole() Role {
 func (x *Entry) GetRevision() uint64 {
 	if x != nil {
 		return x.Revision
+	}
+	return 0
+}
+
+func (x *Entry) GetHint() string {
+	if x != nil {
+		return x.Hint
+	}
+	return ""
+}
+
+func (x *Entry) GetJwtSvidSeconds() uint32 {
+	if x != nil {
+		return x.JwtSvidSeconds
+	}
+	return 0
+}
+
+func (x *Entry) GetWitSvidSeconds() uint32 {
+	if x != nil {
+		return x.WitSvidSeconds
 	}
 	return 0
 }
@@ -1478,6 +1518,9 @@ type Service struct {
 	ExportTo        []string               `protobuf:"bytes,9,rep,name=export_to,json=exportTo,proto3" json:"export_to,omitempty"` // trust domains that may see it
 	Calls           []string               `protobuf:"bytes,10,rep,name=calls,proto3" json:"calls,omitempty"`                      // service names it may call; empty: its own domain's and every import
 	X509SvidSeconds uint32                 `protobuf:"varint,11,opt,name=x509_svid_seconds,json=x509SvidSeconds,proto3" json:"x509_svid_seconds,omitempty"`
+	Hint            string                 `protobuf:"bytes,12,opt,name=hint,proto3" json:"hint,omitempty"`
+	JwtSvidSeconds  uint32                 `protobuf:"varint,13,opt,name=jwt_svid_seconds,json=jwtSvidSeconds,proto3" json:"jwt_svid_seconds,omitempty"`
+	WitSvidSeconds  uint32                 `protobuf:"varint,14,opt,name=wit_svid_seconds,json=witSvidSeconds,proto3" json:"wit_svid_seconds,omitempty"`
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -1585,6 +1628,27 @@ func (x *Service) GetCalls() []string {
 func (x *Service) GetX509SvidSeconds() uint32 {
 	if x != nil {
 		return x.X509SvidSeconds
+	}
+	return 0
+}
+
+func (x *Service) GetHint() string {
+	if x != nil {
+		return x.Hint
+	}
+	return ""
+}
+
+func (x *Service) GetJwtSvidSeconds() uint32 {
+	if x != nil {
+		return x.JwtSvidSeconds
+	}
+	return 0
+}
+
+func (x *Service) GetWitSvidSeconds() uint32 {
+	if x != nil {
+		return x.WitSvidSeconds
 	}
 	return 0
 }
@@ -2046,6 +2110,7 @@ type Relationship struct {
 	EndpointUrls    []string               `protobuf:"bytes,2,rep,name=endpoint_urls,json=endpointUrls,proto3" json:"endpoint_urls,omitempty"`          // https; tried in order
 	EndpointId      string                 `protobuf:"bytes,3,opt,name=endpoint_id,json=endpointId,proto3" json:"endpoint_id,omitempty"`                // SPIFFE ID of the endpoint (https_spiffe); empty: https_web
 	BootstrapBundle []byte                 `protobuf:"bytes,4,opt,name=bootstrap_bundle,json=bootstrapBundle,proto3" json:"bootstrap_bundle,omitempty"` // SPIFFE bundle, JSON
+	Wit             bool                   `protobuf:"varint,5,opt,name=wit,proto3" json:"wit,omitempty"`                                               // WIT keys are published for this peer, and taken from its bundle
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -2106,6 +2171,13 @@ func (x *Relationship) GetBootstrapBundle() []byte {
 		return x.BootstrapBundle
 	}
 	return nil
+}
+
+func (x *Relationship) GetWit() bool {
+	if x != nil {
+		return x.Wit
+	}
+	return false
 }
 
 // ForeignBundle is the last accepted bundle of a peer domain.
@@ -3385,12 +3457,14 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\vrecovery_id\x18\x03 \x01(\fR\n" +
 	"recoveryId\x12\x1b\n" +
 	"\tmember_id\x18\x04 \x01(\tR\bmemberId\x12!\n" +
-	"\funix_seconds\x18\x05 \x01(\x03R\vunixSeconds\"\xc9\x01\n" +
+	"\funix_seconds\x18\x05 \x01(\x03R\vunixSeconds\"\x9d\x02\n" +
 	"\tLifetimes\x12*\n" +
 	"\x11x509_svid_seconds\x18\x01 \x01(\rR\x0fx509SvidSeconds\x12#\n" +
 	"\rphase_seconds\x18\x02 \x01(\rR\fphaseSeconds\x12,\n" +
 	"\x12agent_svid_seconds\x18\x03 \x01(\rR\x10agentSvidSeconds\x12=\n" +
-	"\x1bbundle_refresh_hint_seconds\x18\x04 \x01(\rR\x18bundleRefreshHintSeconds\"\xc0\x01\n" +
+	"\x1bbundle_refresh_hint_seconds\x18\x04 \x01(\rR\x18bundleRefreshHintSeconds\x12(\n" +
+	"\x10jwt_svid_seconds\x18\x05 \x01(\rR\x0ejwtSvidSeconds\x12(\n" +
+	"\x10wit_svid_seconds\x18\x06 \x01(\rR\x0ewitSvidSeconds\"\xc0\x01\n" +
 	"\x06Member\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x1e\n" +
@@ -3450,7 +3524,7 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\n" +
 	"generation\x18\x05 \x01(\x04R\n" +
 	"generation\x12\x16\n" +
-	"\x06banned\x18\x06 \x01(\bR\x06banned\"\x97\x02\n" +
+	"\x06banned\x18\x06 \x01(\bR\x06banned\"\xff\x02\n" +
 	"\x05Entry\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04path\x18\x02 \x01(\tR\x04path\x12\x14\n" +
@@ -3460,7 +3534,11 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\tdns_names\x18\x06 \x03(\tR\bdnsNames\x12%\n" +
 	"\x0efederates_with\x18\a \x03(\tR\rfederatesWith\x12*\n" +
 	"\x04role\x18\b \x01(\x0e2\x16.entente.state.v1.RoleR\x04role\x12\x1a\n" +
-	"\brevision\x18\t \x01(\x04R\brevision\"\xff\x02\n" +
+	"\brevision\x18\t \x01(\x04R\brevision\x12\x12\n" +
+	"\x04hint\x18\n" +
+	" \x01(\tR\x04hint\x12(\n" +
+	"\x10jwt_svid_seconds\x18\v \x01(\rR\x0ejwtSvidSeconds\x12(\n" +
+	"\x10wit_svid_seconds\x18\f \x01(\rR\x0ewitSvidSeconds\"\xff\x02\n" +
 	"\x06Object\x125\n" +
 	"\aservice\x18\x01 \x01(\v2\x19.entente.state.v1.ServiceH\x00R\aservice\x125\n" +
 	"\agateway\x18\x02 \x01(\v2\x19.entente.state.v1.GatewayH\x00R\agateway\x122\n" +
@@ -3474,7 +3552,7 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\x04kind\"3\n" +
 	"\tObjectKey\x12\x12\n" +
 	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x12\n" +
-	"\x04name\x18\x02 \x01(\tR\x04name\"\xd6\x02\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\"\xbe\x03\n" +
 	"\aService\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04path\x18\x02 \x01(\tR\x04path\x12\x14\n" +
@@ -3488,7 +3566,10 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\texport_to\x18\t \x03(\tR\bexportTo\x12\x14\n" +
 	"\x05calls\x18\n" +
 	" \x03(\tR\x05calls\x12*\n" +
-	"\x11x509_svid_seconds\x18\v \x01(\rR\x0fx509SvidSeconds\"\xa3\x01\n" +
+	"\x11x509_svid_seconds\x18\v \x01(\rR\x0fx509SvidSeconds\x12\x12\n" +
+	"\x04hint\x18\f \x01(\tR\x04hint\x12(\n" +
+	"\x10jwt_svid_seconds\x18\r \x01(\rR\x0ejwtSvidSeconds\x12(\n" +
+	"\x10wit_svid_seconds\x18\x0e \x01(\rR\x0ewitSvidSeconds\"\xa3\x01\n" +
 	"\bFailover\x12*\n" +
 	"\x04mode\x18\x01 \x01(\x0e2\x16.entente.state.v1.ModeR\x04mode\x12\x14\n" +
 	"\x05order\x18\x02 \x03(\tR\x05order\x122\n" +
@@ -3523,13 +3604,14 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\tHTTPMatch\x12\x18\n" +
 	"\amethods\x18\x01 \x03(\tR\amethods\x127\n" +
 	"\tpath_type\x18\x02 \x01(\x0e2\x1a.entente.state.v1.PathTypeR\bpathType\x12\x12\n" +
-	"\x04path\x18\x03 \x01(\tR\x04path\"\xa2\x01\n" +
+	"\x04path\x18\x03 \x01(\tR\x04path\"\xb4\x01\n" +
 	"\fRelationship\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12#\n" +
 	"\rendpoint_urls\x18\x02 \x03(\tR\fendpointUrls\x12\x1f\n" +
 	"\vendpoint_id\x18\x03 \x01(\tR\n" +
 	"endpointId\x12)\n" +
-	"\x10bootstrap_bundle\x18\x04 \x01(\fR\x0fbootstrapBundle\"~\n" +
+	"\x10bootstrap_bundle\x18\x04 \x01(\fR\x0fbootstrapBundle\x12\x10\n" +
+	"\x03wit\x18\x05 \x01(\bR\x03wit\"~\n" +
 	"\rForeignBundle\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x12\n" +
 	"\x04jwks\x18\x02 \x01(\fR\x04jwks\x12\x1a\n" +
