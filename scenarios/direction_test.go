@@ -63,8 +63,8 @@ meshagent:               ca ca/client federation/bundle
 meshagent/nodeattest:    ca ca/client internal/daemon
 meshagent/workloadattest: ca
 meshagent/workloadapi:   meshagent meshagent/workloadattest federation/bundle internal/daemon
-meshagent/sds:           meshagent federation/bundle
-meshagent/files:         meshagent federation/bundle
+meshagent/sds:           meshagent meshagent/workloadattest
+meshagent/files:         meshagent federation/bundle internal/daemon
 meshagent/sidecar:       internal/dataplane federation/catalog federation/origin internal/peer internal/refusal
 
 internal/dataplane:      internal/dataplane/* federation/catalog federation/origin internal/peer internal/refusal
