@@ -1,10 +1,14 @@
 package meshagent
 
 import (
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"net/netip"
+	"path/filepath"
+	"strconv"
 	"strings"
 	"time"
 
@@ -34,6 +38,7 @@ type Config struct {
 	WorkloadAPI WorkloadAPIConfig `yaml:"workloadAPI"`
 	Sidecar     SidecarConfig     `yaml:"sidecar"`
 	Health      HealthConfig      `yaml:"health"`
+	Files       []FilesConfig     `yaml:"files"`
 	Admin       AdminConfig       `yaml:"admin"`
 	AccessLog   AccessLogConfig   `yaml:"accessLog"`
 	Log         LogConfig         `yaml:"log"`
@@ -80,6 +85,110 @@ type HealthConfig struct {
 	Interval time.Duration `yaml:"interval,min=100ms,max=1h"`
 	// Timeout of one check, 10ms to 1m. Default 1s.
 	Timeout time.Duration `yaml:"timeout,min=10ms,max=1m"`
+}
+
+// FilesConfig has one identity written to files, for software that reads nothing else.
+type FilesConfig struct {
+	yamlfile.Pos
+	// Service whose identity it is: NAME of a Service that runs on this host. Required.
+	Service string `yaml:"service,required"`
+	// Certificate is the path of the certificate chain, Key of its private key
+	// (PKCS #8), Combined of both in one file, Bundle of the own trust domain's
+	// authorities: all PEM. BundleMap is the path of a SPIFFE bundle map of all trust
+	// domains that the identity verifies peers of. Absolute; each may be left out.
+	Certificate string `yaml:"certificate"`
+	Key         string `yaml:"key"`
+	Combined    string `yaml:"combined"`
+	Bundle      string `yaml:"bundle"`
+	BundleMap   string `yaml:"bundleMap"`
+	// Owner and Group of the files, by name or number. Default: the agent's.
+	Owner string `yaml:"owner"`
+	Group string `yaml:"group"`
+	// Mode of the files that hold the key. Default 0600; others get none of it. The
+	// files that hold no secret have 0644.
+	Mode FileMode `yaml:"mode"`
+	// After every change this is run or signalled.
+	After AfterConfig `yaml:"after"`
+}
+
+// AfterConfig tells software that its files are other ones.
+type AfterConfig struct {
+	yamlfile.Pos
+	// Command with its arguments; no shell. It runs as the agent does.
+	Command []string `yaml:"command"`
+	// Timeout of Command, 100ms to 1h. Default 30s.
+	Timeout time.Duration `yaml:"timeout,min=100ms,max=1h"`
+	// Signal for the process whose number stands in PIDFile.
+	Signal  string `yaml:"signal,oneof=HUP|USR1|USR2"`
+	PIDFile string `yaml:"pidFile"`
+}
+
+// FileMode is a file's permissions, written in octal: 0640.
+type FileMode fs.FileMode
+
+// UnmarshalText reads up to four octal digits.
+func (m *FileMode) UnmarshalText(text []byte) error {
+	n, err := strconv.ParseUint(string(text), 8, 9)
+	if err != nil || len(text) < 3 || len(text) > 4 {
+		return errors.New("a mode is written in octal digits, as in 0640")
+	}
+	*m = FileMode(n)
+	return nil
+}
+
+// MarshalText writes what UnmarshalText reads.
+func (m FileMode) MarshalText() ([]byte, error) { return fmt.Appendf(nil, "%04o", uint32(m)), nil }
+
+// Paths are the files that are to be written.
+func (f *FilesConfig) Paths() (paths []string) {
+	for _, path := range []string{f.Certificate, f.Key, f.Combined, f.Bundle, f.BundleMap} {
+		if path != "" {
+			paths = append(paths, path)
+		}
+	}
+	return paths
+}
+
+// checkFiles looks at every entry of files, and fills in its defaults.
+func (c *Config) checkFiles() (errs yamlfile.Errors) {
+	written := map[string]bool{}
+	for i := range c.Files {
+		f := &c.Files[i]
+		refuse := func(key, format string, args ...any) { errs = append(errs, f.At(key).Errorf(format, args...)) }
+		if err := ca.CheckLabel(f.Service); err != nil {
+			refuse("service", "%v", err)
+		}
+		if len(f.Paths()) == 0 {
+			refuse("service", "nothing is to be written: give certificate, key, combined, bundle or bundleMap")
+		}
+		for _, path := range append(f.Paths(), f.After.PIDFile) {
+			if path != "" && (!filepath.IsAbs(path) || filepath.Clean(path) != path) {
+				refuse("service", "%q is not an absolute path in its shortest form", path)
+			}
+		}
+		for _, path := range f.Paths() {
+			if written[path] {
+				refuse("service", "%s is written twice", path)
+			}
+			written[path] = true
+		}
+		if f.Mode == 0 {
+			f.Mode = 0o600
+		}
+		if f.Mode&0o007 != 0 {
+			refuse("mode", "mode %04o lets every user of the host read the private key: give it to a group, as in 0640", uint32(f.Mode))
+		}
+		if f.After.Timeout == 0 {
+			f.After.Timeout = 30 * time.Second
+		}
+		switch {
+		case len(f.After.Command) > 0 && f.After.Signal != "":
+			refuse("after", "command and signal are both given: give one of them")
+		case (f.After.Signal == "") != (f.After.PIDFile == ""):
+			refuse("after", "signal and pidFile belong together")
+		}
+	}
+	return errs
 }
 
 // AdminConfig is about the admin listener.
@@ -163,7 +272,7 @@ func (c *Config) check() (errs yamlfile.Errors) {
 	if len(c.WorkloadAPI.Socket) > 103 || strings.ContainsRune(c.WorkloadAPI.Socket, 0) {
 		refuse(c.Pos, "the Workload API's socket %s: the path of a unix socket has at most 103 bytes; set workloadAPI.socket", c.WorkloadAPI.Socket)
 	}
-	return errs
+	return append(errs, c.checkFiles()...)
 }
 
 // Domain is the trust domain.

@@ -12,6 +12,7 @@ import (
 
 	"github.com/entente-mesh/entente/federation/catalog"
 	"github.com/entente-mesh/entente/meshagent"
+	"github.com/entente-mesh/entente/meshagent/files"
 	"github.com/entente-mesh/entente/meshagent/sds"
 	"github.com/entente-mesh/entente/meshagent/sidecar"
 	"github.com/entente-mesh/entente/meshagent/workloadapi"
@@ -67,6 +68,9 @@ func runAgent(config *meshagent.Config, log *slog.Logger) error {
 	api := workloadapi.New(agent, socket, log)
 	api.Beside(sds.New(agent, workloadapi.Caller, log).Register)
 	doors := []meshagent.Door{{Name: "workload API", Run: api.Run}}
+	if len(config.Files) > 0 {
+		doors = append(doors, meshagent.Door{Name: "files", Run: files.New(agent, log).Run})
+	}
 	if config.Sidecar.Inbound != "" {
 		access, closeLog, err := accessLog(config.AccessLog.File)
 		if err != nil {
