@@ -449,3 +449,16 @@ func (a *Agent) entitled(process *workloadattest.Process, entryID string) error 
 func (a *Agent) AttestUnix(conn *net.UnixConn) (*workloadattest.Process, error) {
 	return a.attestor.Unix(conn)
 }
+
+// AttestPID attests a process by its number, for people who ask what the agent sees.
+// The caller closes what it returns.
+func (a *Agent) AttestPID(pid int) (*workloadattest.Process, error) { return a.attestor.PID(pid) }
+
+// RegisterRun makes a process and all that it starts satisfy the selector
+// run:id:ID until release is called, which must be before the process is closed.
+func (a *Agent) RegisterRun(id string, process *workloadattest.Process) (release func(), err error) {
+	if _, err := ca.ParseSelector(ca.SelectorRun + ":" + id); err != nil {
+		return nil, err
+	}
+	return a.attestor.Register(id, process)
+}

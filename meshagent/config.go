@@ -195,6 +195,9 @@ func (c *Config) checkFiles() (errs yamlfile.Errors) {
 type AdminConfig struct {
 	// Listen is the host:port of /healthz, /readyz and /metrics. Empty: none.
 	Listen string `yaml:"listen"`
+	// Socket is the path of the unix socket (mode 0600) for the verbs of the host's
+	// administrator. Default admin.sock in DataDir.
+	Socket string `yaml:"socket"`
 }
 
 // AccessLogConfig is about the sidecar's access records.
@@ -271,6 +274,9 @@ func (c *Config) check() (errs yamlfile.Errors) {
 	// sun_path has 108 bytes on Linux and 104 on darwin, the final zero included.
 	if len(c.WorkloadAPI.Socket) > 103 || strings.ContainsRune(c.WorkloadAPI.Socket, 0) {
 		refuse(c.Pos, "the Workload API's socket %s: the path of a unix socket has at most 103 bytes; set workloadAPI.socket", c.WorkloadAPI.Socket)
+	}
+	if c.Admin.Socket == "" {
+		c.Admin.Socket = filepath.Join(c.DataDir, "admin.sock")
 	}
 	return append(errs, c.checkFiles()...)
 }

@@ -64,6 +64,7 @@ meshagent/nodeattest:    ca ca/client internal/daemon
 meshagent/workloadattest: ca
 meshagent/workloadapi:   meshagent meshagent/workloadattest federation/bundle internal/daemon
 meshagent/sds:           meshagent meshagent/workloadattest
+meshagent/admin:         meshagent meshagent/workloadattest internal/daemon
 meshagent/files:         meshagent federation/bundle internal/daemon
 meshagent/sidecar:       internal/dataplane federation/catalog federation/origin internal/peer internal/refusal
 

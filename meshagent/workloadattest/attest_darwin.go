@@ -60,7 +60,7 @@ func (h *handle) exe() (string, error)      { return "", errDarwin }
 func (a *Attestor) PID(int) (*Process, error) { return nil, errDarwin }
 
 // Register is refused: see the package comment.
-func (a *Attestor) Register(string, int, uint32) (func(), error) { return nil, errDarwin }
+func (a *Attestor) Register(string, *Process) (func(), error) { return nil, errDarwin }
 
 func (a *Attestor) belongs(*handle, string) error { return errDarwin }
 

@@ -507,44 +507,27 @@ func (h *handle) place() (place, error) {
 	return locate(path), nil
 }
 
-// Register makes a process and all that it starts satisfy run:id:ID, until release
-// is called or the process has ended. It must be of the user who asks.
-func (a *Attestor) Register(id string, pid int, uid uint32) (release func(), err error) {
-	h, err := hold(pid, -1)
+// Register makes an attested process and all that it starts satisfy run:id:ID, until
+// release is called. The process must not be closed before.
+func (a *Attestor) Register(id string, p *Process) (release func(), err error) {
+	h, err := p.held()
 	if err != nil {
 		return nil, err
-	}
-	text, err := h.read("status")
-	if err != nil {
-		h.close()
-		return nil, err
-	}
-	is, err := parseStatus(text)
-	if err == nil {
-		err = h.alive()
-	}
-	if err == nil && is.uid != uid {
-		err = fmt.Errorf("process %d is of uid %d, and uid %d asks", pid, is.uid, uid)
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if err == nil && a.runs[id] != nil {
-		err = errors.New("that id is taken")
-	}
-	if err == nil && len(a.runs) >= maxRuns {
-		err = fmt.Errorf("%d processes are registered; no more are", maxRuns)
-	}
-	if err != nil {
-		h.close()
-		return nil, err
+	switch {
+	case a.runs[id] != nil:
+		return nil, errors.New("that id is taken")
+	case len(a.runs) >= maxRuns:
+		return nil, fmt.Errorf("%d processes are registered; no more are", maxRuns)
 	}
 	a.runs[id] = h
-	return sync.OnceFunc(func() {
+	return func() {
 		a.mu.Lock()
 		defer a.mu.Unlock()
 		delete(a.runs, id)
-		h.close()
-	}), nil
+	}, nil
 }
 
 // belongs returns nil if the process is the registered one or was started below it.
