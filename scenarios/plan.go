@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
+	"strings"
 	"syscall"
 	"time"
 
@@ -131,6 +132,9 @@ func (p *plan) add(td *TrustDomain, dc string, k kind, name string) *unit {
 	return u
 }
 
+// adminSocket is the admin socket of an agent.
+func (u *unit) adminSocket() string { return strings.TrimSuffix(u.socket, ".sock") + "-admin.sock" }
+
 // find returns the unit of a kind. There is one per domain and datacenter, save for services.
 func (p *plan) find(k kind, domain, datacenter string) *unit {
 	i := slices.IndexFunc(p.units, func(u *unit) bool { return u.kind == k && u.domain == domain && u.datacenter == datacenter })
@@ -203,9 +207,13 @@ type (
 			Inbound    string `yaml:"inbound"`
 			AppAddress string `yaml:"appAddress"`
 		} `yaml:"sidecar"`
-		Admin     listenConfig `yaml:"admin"`
-		AccessLog fileConfig   `yaml:"accessLog"`
-		Log       logConfig    `yaml:"log"`
+		Admin     agentAdmin `yaml:"admin"`
+		AccessLog fileConfig `yaml:"accessLog"`
+		Log       logConfig  `yaml:"log"`
+	}
+	agentAdmin struct {
+		Listen string `yaml:"listen"`
+		Socket string `yaml:"socket"`
 	}
 	gatewayConfig struct {
 		TrustDomain string          `yaml:"trustDomain"`
@@ -297,7 +305,7 @@ func (p *plan) addAgent(td *TrustDomain, dc string) {
 	c.CA = addressesConfig{p.caAddresses(td, dc), filepath.Join(u.dir, "token")}
 	c.WorkloadAPI.Socket = u.socket
 	c.Sidecar.Inbound, c.Sidecar.AppAddress = join(host, portInbound), host
-	c.Admin.Listen = join(host, portAdmin)
+	c.Admin = agentAdmin{join(host, portAdmin), u.adminSocket()}
 	c.AccessLog.File = filepath.Join(u.dir, "access.jsonl")
 	c.Log = quiet
 	u.config, u.admin, u.door, u.access = c, c.Admin.Listen, c.Sidecar.Inbound, c.AccessLog.File

@@ -12,6 +12,7 @@ import (
 
 	"github.com/entente-mesh/entente/federation/catalog"
 	"github.com/entente-mesh/entente/meshagent"
+	"github.com/entente-mesh/entente/meshagent/admin"
 	"github.com/entente-mesh/entente/meshagent/files"
 	"github.com/entente-mesh/entente/meshagent/sds"
 	"github.com/entente-mesh/entente/meshagent/sidecar"
@@ -23,7 +24,7 @@ func agentCommand() *cobra.Command {
 		Use:     "agent",
 		Short:   "The mesh agent of a host: identities and sidecars for its workloads",
 		Example: "  entente agent run --config agent.yaml",
-	}, agentRunCommand())
+	}, agentRunCommand(), agentExplainPIDCommand(), agentHealthcheckCommand())
 }
 
 func agentRunCommand() *cobra.Command {
@@ -67,7 +68,14 @@ func runAgent(config *meshagent.Config, log *slog.Logger) error {
 	}
 	api := workloadapi.New(agent, socket, log)
 	api.Beside(sds.New(agent, workloadapi.Caller, log).Register)
-	doors := []meshagent.Door{{Name: "workload API", Run: api.Run}}
+	local, err := admin.Listen(config.Admin.Socket)
+	if err != nil {
+		return err
+	}
+	doors := []meshagent.Door{
+		{Name: "admin socket", Run: admin.New(agent, local, log).Run},
+		{Name: "workload API", Run: api.Run},
+	}
 	if len(config.Files) > 0 {
 		doors = append(doors, meshagent.Door{Name: "files", Run: files.New(agent, log).Run})
 	}

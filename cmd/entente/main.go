@@ -44,7 +44,7 @@ other across trust domains and datacenters without sharing a root of trust.`,
 	}
 	root.SetArgs(args[1:])
 	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error { return usageError{c, err} })
-	root.AddCommand(caCommand(), tokenCommand(), applyCommand(), agentCommand(), gatewayCommand(),
+	root.AddCommand(caCommand(), tokenCommand(), applyCommand(), agentCommand(), gatewayCommand(), runCommand(),
 		demoCommand(), serviceCommand(), versionCommand())
 
 	err := root.ExecuteContext(context.Background())

@@ -45,7 +45,9 @@ func start(t *testing.T, c *catest.CA) (*Client, *meshagent.Agent) {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
-	go func() { ended <- agent.Run(ctx, meshagent.Door{Name: "admin socket", Run: New(agent, listener, nil).Run}) }()
+	go func() {
+		ended <- agent.Run(ctx, meshagent.Door{Name: "admin socket", Run: New(agent, listener, nil).Run})
+	}()
 	t.Cleanup(func() {
 		cancel()
 		if err := <-ended; err != nil {
