@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	mathrand "math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
@@ -215,7 +216,7 @@ func (f *runFlags) find(ctx context.Context) (*admin.Client, *admin.Status, []st
 			return agent, is, nodes, nil
 		}
 	}
-	return nil, nil, nil, errors.Join(errs[0]) // the first is the one that was meant
+	return nil, nil, nil, errs[0] // the first is the one that was meant
 }
 
 func keepRegistered(ctx context.Context, agent *admin.Client, id string, gone <-chan struct{}, release func()) {
@@ -240,13 +241,20 @@ func keepRegistered(ctx context.Context, agent *admin.Client, id string, gone <-
 	}
 }
 
-// admin calls the first CA node that answers.
+// admin calls the first CA node that answers, again when somebody else has changed
+// the catalogue in the same moment.
 func (f *runFlags) admin(ctx context.Context, sockets []string, do func(context.Context, ententev1.AdminClient) error) error {
 	var err error
 	for _, socket := range sockets {
 		called, cancel := context.WithTimeout(ctx, 10*time.Second)
 		node := adminFlags{socket: socket}
-		err = node.call(called, func(client ententev1.AdminClient) error { return do(called, client) })
+		for range 5 {
+			err = node.call(called, func(client ententev1.AdminClient) error { return do(called, client) })
+			if status.Code(err) != codes.Aborted {
+				break
+			}
+			time.Sleep(time.Duration(10+mathrand.IntN(40)) * time.Millisecond)
+		}
 		cancel()
 		if code := status.Code(err); err == nil || code != codes.Unavailable && code != codes.DeadlineExceeded {
 			return err
