@@ -431,6 +431,21 @@ func (a *Agent) AttestListener(addr netip.AddrPort, entryID string) error {
 	return a.entitled(process, entryID)
 }
 
+// IdentifyTCP attests the process at the far end of an accepted loopback connection
+// and returns the ids of the entries it satisfies, in order.
+func (a *Agent) IdentifyTCP(conn net.Conn) ([]string, error) {
+	process, err := a.attestor.TCP(conn)
+	if err != nil {
+		return nil, fmt.Errorf("cannot attest the caller: %w", err)
+	}
+	defer process.Close()
+	var entries []string
+	for _, identity := range a.State().IdentitiesOf(process) {
+		entries = append(entries, identity.Entry.GetId())
+	}
+	return entries, nil
+}
+
 // entitled closes the process.
 func (a *Agent) entitled(process *workloadattest.Process, entryID string) error {
 	defer process.Close()

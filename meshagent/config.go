@@ -39,6 +39,7 @@ type Config struct {
 	Sidecar     SidecarConfig     `yaml:"sidecar"`
 	Health      HealthConfig      `yaml:"health"`
 	Files       []FilesConfig     `yaml:"files"`
+	DNS         DNSConfig         `yaml:"dns"`
 	Admin       AdminConfig       `yaml:"admin"`
 	AccessLog   AccessLogConfig   `yaml:"accessLog"`
 	Log         LogConfig         `yaml:"log"`
@@ -109,6 +110,20 @@ type FilesConfig struct {
 	Mode FileMode `yaml:"mode"`
 	// After every change this is run or signalled.
 	After AfterConfig `yaml:"after"`
+}
+
+// DNSConfig gives the services that this host may call names that resolve.
+type DNSConfig struct {
+	yamlfile.Pos
+	// Listen is the loopback address and port at which questions are answered:
+	// 127.80.0.1:53. Empty: none, and services are called through outbound ports only.
+	Listen string `yaml:"listen"`
+	// Network is the /16 of loopback in which every service gets an address. Default
+	// 127.80.0.0/16; agents that share one machine need networks of their own.
+	Network string `yaml:"network"`
+	// HTTPPort is where every service answers besides its own port, so that
+	// http://accounts.banking.example/ needs none. Default 80; -1: nowhere.
+	HTTPPort int `yaml:"httpPort,min=-1,max=65535"`
 }
 
 // AfterConfig tells software that its files are other ones.
@@ -218,6 +233,7 @@ func ReadConfig(file string, r io.Reader) (*Config, error) {
 	c := &Config{
 		WorkloadAPI: WorkloadAPIConfig{Socket: "/run/entente/agent.sock"},
 		Sidecar:     SidecarConfig{AppAddress: "127.0.0.1"},
+		DNS:         DNSConfig{Network: "127.80.0.0/16", HTTPPort: 80},
 		Health:      HealthConfig{Interval: time.Second, Timeout: time.Second},
 		Log:         LogConfig{Format: "text", Level: "info"},
 	}
@@ -274,6 +290,17 @@ func (c *Config) check() (errs yamlfile.Errors) {
 	// sun_path has 108 bytes on Linux and 104 on darwin, the final zero included.
 	if len(c.WorkloadAPI.Socket) > 103 || strings.ContainsRune(c.WorkloadAPI.Socket, 0) {
 		refuse(c.Pos, "the Workload API's socket %s: the path of a unix socket has at most 103 bytes; set workloadAPI.socket", c.WorkloadAPI.Socket)
+	}
+	if network, err := netip.ParsePrefix(c.DNS.Network); err != nil || network.Bits() != 16 || !network.Addr().Is4() || !network.Addr().IsLoopback() || network.Masked() != network {
+		refuse(c.DNS.At("network"), "%q is not a /16 of loopback, as 127.80.0.0/16 is", c.DNS.Network)
+	}
+	if c.DNS.Listen != "" {
+		if at, err := netip.ParseAddrPort(c.DNS.Listen); err != nil || !at.Addr().IsLoopback() {
+			refuse(c.DNS.At("listen"), "%q is not a loopback address and port, as 127.80.0.1:53 is", c.DNS.Listen)
+		}
+		if c.Sidecar.Inbound == "" {
+			refuse(c.DNS.At("listen"), "names lead to the sidecar, and there is none: set sidecar.inbound")
+		}
 	}
 	if c.Admin.Socket == "" {
 		c.Admin.Socket = filepath.Join(c.DataDir, "admin.sock")

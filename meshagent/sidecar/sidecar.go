@@ -35,6 +35,8 @@ type Config struct {
 	Inbound     string // host:port of the mTLS door; empty: nothing is served here
 	AppAddress  string // loopback IP of the host's applications and of the outbound doors; empty: 127.0.0.1
 
+	Names *Names // nil: services are called through outbound ports only
+
 	Log       *slog.Logger
 	AccessLog *slog.Logger          // nil: none
 	Metrics   prometheus.Registerer // nil: none
@@ -72,7 +74,9 @@ type Sidecar struct {
 	revision uint64
 	tables   *catalog.Tables
 	wanted   map[string]outbound // by entry id
-	changed  chan struct{}       // capacity 1: wanted has changed
+	callers  map[string]spiffeid.ID
+	doors    map[netip.AddrPort]bool // of names
+	changed  chan struct{}           // capacity 1: wanted has changed
 }
 
 // outbound is one loopback door as it should be.
@@ -129,6 +133,8 @@ func (s *Sidecar) Update(w World) error {
 	}
 	backends := map[string]dataplane.Backend{}
 	wanted := map[string]outbound{}
+	callers := map[string]spiffeid.ID{}
+	local := map[uint16]bool{}
 	for _, entry := range w.Entries {
 		id, err := spiffeid.FromPath(s.cfg.TrustDomain, entry.GetPath())
 		if err != nil {
@@ -138,7 +144,9 @@ func (s *Sidecar) Update(w World) error {
 		if !ok || entry.GetRole() != statev1.Role_ROLE_UNSPECIFIED {
 			continue // a gateway's
 		}
+		callers[entry.GetId()] = id
 		if service.Port != 0 {
+			local[service.Port] = true
 			at := netip.AddrPortFrom(s.app, service.Port)
 			backends[service.Name] = dataplane.Backend{
 				Identity: dataplane.Identity{ID: id, SVID: s.agent.SVIDs(entry.GetId())},
@@ -151,7 +159,10 @@ func (s *Sidecar) Update(w World) error {
 		}
 	}
 	s.backends.Store(&backends)
-	s.wanted = wanted
+	s.wanted, s.callers = wanted, callers
+	if s.cfg.Names != nil {
+		s.doors = nameDoors(s.cfg.Names, s.cfg.TrustDomain, w.Objects, local)
+	}
 	s.engine.SetView(dataplane.View{Tables: s.tables, Endpoints: w.Endpoints})
 	select {
 	case s.changed <- struct{}{}:
@@ -198,6 +209,7 @@ func (s *Sidecar) Run(ctx context.Context) error {
 		stop context.CancelFunc
 	}
 	open := map[string]door{}
+	named := &crowd{sidecar: s, tasks: &doors, open: map[netip.AddrPort]context.CancelFunc{}, callers: map[string]*inbox{}}
 	for {
 		select {
 		case <-ctx.Done():
@@ -211,8 +223,11 @@ func (s *Sidecar) Run(ctx context.Context) error {
 		case <-s.changed:
 		}
 		s.mu.Lock()
-		wanted := s.wanted
+		wanted, callers, names := s.wanted, s.callers, s.doors
 		s.mu.Unlock()
+		if s.cfg.Names != nil {
+			named.follow(ctx, names, callers)
+		}
 		for entry, d := range open {
 			if w, ok := wanted[entry]; !ok || w != d.outbound {
 				d.stop() // drains by itself; others are not touched
