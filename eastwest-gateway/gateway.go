@@ -215,16 +215,16 @@ func (g *Gateway) sync(ctx context.Context, as spiffeid.ID) error {
 		return err
 	}
 	var (
-		tables   *catalog.Tables
-		revision uint64
+		tables  *catalog.Tables
+		changed uint64 // when what they were compiled of last changed
 	)
 	return ca.Sync(ctx, func(v *client.View) error {
-		if tables == nil || v.Revision != revision {
+		if tables == nil || v.Changed != changed {
 			compiled, err := catalog.Compile(g.td, v.Objects, catalog.AllowLoopback(v.Cluster.GetDev()))
 			if err != nil {
 				return fmt.Errorf("compiling the catalogue of revision %d: %w", v.Revision, err)
 			}
-			tables, revision = compiled, v.Revision
+			tables, changed = compiled, v.Changed
 		}
 		endpoints := make([]catalog.Endpoint, len(v.Instances))
 		for i, instance := range v.Instances {

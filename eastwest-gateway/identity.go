@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"path/filepath"
 	"strings"
 	"sync"
 
@@ -39,7 +40,11 @@ func newIdentities(log *slog.Logger, changed func()) *identities {
 // run watches the Workload API until ctx is done.
 func (i *identities) run(ctx context.Context, socket string) error {
 	if !strings.Contains(socket, "://") {
-		socket = "unix://" + socket
+		path, err := filepath.Abs(socket)
+		if err != nil {
+			return fmt.Errorf("workloadAPI.socket: %w", err)
+		}
+		socket = "unix://" + path
 	}
 	client, err := workloadapi.New(ctx, workloadapi.WithAddr(socket))
 	if err != nil {

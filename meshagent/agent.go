@@ -60,7 +60,7 @@ type Agent struct {
 	reportMu sync.Mutex
 	leaving  bool // the instances are withdrawn for good
 
-	health *http.Transport
+	health, grpcHealth *http.Transport
 }
 
 // signer has SVIDs signed: one result for each request, in their order.
@@ -87,7 +87,7 @@ func New(cfg *Config, opts Options) (*Agent, error) {
 	if err := os.MkdirAll(cfg.DataDir, 0o700); err != nil {
 		return nil, fmt.Errorf("cannot make the data directory: %w", err)
 	}
-	a := &Agent{cfg: cfg, log: opts.Log, gatherer: opts.Gatherer, id: id, attestor: workloadattest.New(), health: healthTransport()}
+	a := &Agent{cfg: cfg, log: opts.Log, gatherer: opts.Gatherer, id: id, attestor: workloadattest.New(), health: healthTransport(), grpcHealth: grpcTransport()}
 	if a.log == nil {
 		a.log = slog.New(slog.DiscardHandler)
 	}

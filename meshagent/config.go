@@ -86,6 +86,11 @@ type HealthConfig struct {
 	Interval time.Duration `yaml:"interval,min=100ms,max=1h"`
 	// Timeout of one check, 10ms to 1m. Default 1s.
 	Timeout time.Duration `yaml:"timeout,min=10ms,max=1m"`
+	// Commands check services of this host in the place of what the catalogue says:
+	// by the service's name, a command with its arguments, no shell. It is healthy
+	// when the command exits with 0. They stand here only, since whoever could put
+	// one into the catalogue could run anything on every host.
+	Commands map[string][]string `yaml:"commands"`
 }
 
 // FilesConfig has one identity written to files, for software that reads nothing else.
@@ -290,6 +295,11 @@ func (c *Config) check() (errs yamlfile.Errors) {
 	// sun_path has 108 bytes on Linux and 104 on darwin, the final zero included.
 	if len(c.WorkloadAPI.Socket) > 103 || strings.ContainsRune(c.WorkloadAPI.Socket, 0) {
 		refuse(c.Pos, "the Workload API's socket %s: the path of a unix socket has at most 103 bytes; set workloadAPI.socket", c.WorkloadAPI.Socket)
+	}
+	for name, command := range c.Health.Commands {
+		if len(command) == 0 || !filepath.IsAbs(command[0]) {
+			refuse(c.Pos, "health.commands.%s: give the absolute path of a program, and its arguments", name)
+		}
 	}
 	if network, err := netip.ParsePrefix(c.DNS.Network); err != nil || network.Bits() != 16 || !network.Addr().Is4() || !network.Addr().IsLoopback() || network.Masked() != network {
 		refuse(c.DNS.At("network"), "%q is not a /16 of loopback, as 127.80.0.0/16 is", c.DNS.Network)

@@ -37,7 +37,7 @@ func TestImpossibleScenarios(t *testing.T) {
 		name, old, new string
 		want           []string
 	}{
-		{"unknown key", "alone: true, export: [trading.example]}", "alone: true, expot: [trading.example]}", []string{`unknown key "expot"`, `did you mean "export"?`}},
+		{"unknown key", "export: [trading.example]\n      failover: {hold", "expot: [trading.example]\n      failover: {hold", []string{`unknown key "expot"`, `did you mean "export"?`}},
 		{"wrong type", "memoryMiB: 1536", "memoryMiB: much", []string{"memoryMiB", "whole number"}},
 		{"no duration", "x509SVID: 16s", "x509SVID: 16", []string{"x509SVID", "no unit"}},
 		{"other kind", "kind: Scenario", "kind: Scenery", []string{`"Scenery"`}},

@@ -378,10 +378,9 @@ func (s *story) checkLegs(ctx context.Context, c *chapter, step *CallStep, id st
 func (s *story) refuse(ctx context.Context, c *chapter, list []Refusal) error {
 	// All at the same time: each has its own client, and none waits for another.
 	type outcome struct {
-		ok      [2]bool
-		want    [2]string
-		got     [2]string
-		details string
+		ok   [2]bool
+		want [2]string
+		got  [2]string
 	}
 	outcomes := make([]outcome, len(list))
 	var all sync.WaitGroup

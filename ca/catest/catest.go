@@ -7,7 +7,6 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"fmt"
 	"log/slog"
 	"net"
 	"os"
@@ -335,7 +334,7 @@ type testWriter struct{ t testing.TB }
 
 func (w testWriter) Write(line []byte) (int, error) {
 	if w.t.Context().Err() == nil {
-		w.t.Log(fmt.Sprintf("%s", bytes.TrimRight(line, "\n")))
+		w.t.Log(string(bytes.TrimRight(line, "\n")))
 	}
 	return len(line), nil
 }

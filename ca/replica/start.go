@@ -483,7 +483,7 @@ func newRaft(cfg *Config, f *fsm, d *disk, files raft.SnapshotStore, trans raft.
 		defer close(done)
 		defer func() {
 			if p := recover(); p != nil {
-				err = fmt.Errorf("Raft refuses what is on the disk: %v", p)
+				err = fmt.Errorf("what is on the disk is refused by Raft: %v", p)
 			}
 		}()
 		started, err = raft.NewRaft(raftConfig(cfg), f, d, d, files, trans)

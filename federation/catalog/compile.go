@@ -191,7 +191,11 @@ func (c *compiler) service(s *statev1.Service) {
 	c.port("port", s.GetPort())
 	c.port("outbound.port", s.GetOutboundPort())
 	if health := s.GetHealthPath(); health != "" {
-		if _, why := cleanPath(health); why != "" {
+		if name, ok := strings.CutPrefix(health, grpcHealth); ok {
+			if len(name) > 256 || strings.Trim(name, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._") != "" {
+				c.fail("write it as the .proto does: bank.accounts.v1.Accounts", "health.grpc.service %q is not the name of a gRPC service", name)
+			}
+		} else if _, why := cleanPath(health); why != "" {
 			c.fail("", "health.http %q: %s", health, why)
 		}
 		if s.GetPort() == 0 {

@@ -68,8 +68,18 @@ type serviceSpec struct {
 }
 
 type healthSpec struct {
-	HTTP string `yaml:"http,required"`
+	yamlfile.Pos
+	HTTP string    `yaml:"http"`
+	GRPC *grpcSpec `yaml:"grpc"`
 }
+
+type grpcSpec struct {
+	Service string `yaml:"service"` // empty: the server as a whole
+}
+
+// grpcHealth marks a health check by gRPC's health protocol in a Service's record,
+// with the name of the gRPC service behind it.
+const grpcHealth = "grpc:"
 
 type outboundSpec struct {
 	Port uint16 `yaml:"port,required,min=1"`
@@ -319,7 +329,12 @@ func (p *parser) service(d *document[serviceSpec], object *statev1.Object) error
 		service.Path = s.Path
 	}
 	if s.Health != nil {
-		service.HealthPath = s.Health.HTTP
+		if s.Health.HTTP != "" && s.Health.GRPC != nil || s.Health.HTTP == "" && s.Health.GRPC == nil {
+			return s.Health.Errorf("health is either http: /path or grpc: {service: NAME}; leave it out for a TCP connection")
+		}
+		if service.HealthPath = s.Health.HTTP; s.Health.GRPC != nil {
+			service.HealthPath = grpcHealth + s.Health.GRPC.Service
+		}
 	}
 	if s.Outbound != nil {
 		service.OutboundPort = uint32(s.Outbound.Port)
@@ -577,7 +592,10 @@ func formatService(s *statev1.Service) (serviceSpec, error) {
 		spec.Path = s.GetPath()
 	}
 	if s.GetHealthPath() != "" {
-		spec.Health = &healthSpec{s.GetHealthPath()}
+		spec.Health = &healthSpec{HTTP: s.GetHealthPath()}
+		if name, ok := strings.CutPrefix(s.GetHealthPath(), grpcHealth); ok {
+			spec.Health = &healthSpec{GRPC: &grpcSpec{name}}
+		}
 	}
 	if s.GetOutboundPort() != 0 {
 		spec.Outbound = &outboundSpec{uint16(s.GetOutboundPort())}

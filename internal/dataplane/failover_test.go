@@ -296,9 +296,9 @@ func TestNotSentIsAlwaysRepeated(t *testing.T) {
 func TestDeadline(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, inMemory, func(w *world) { w.timing.Deadline = 4 * time.Second })
-		var told string
+		told := make(chan string, 1)
 		h := http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
-			told = r.Header.Get(header.TimeoutMS)
+			told <- r.Header.Get(header.TimeoutMS)
 			_, _ = io.Copy(io.Discard, r.Body) // net/http looks for a lost client only after that
 			<-r.Context().Done()
 		})
@@ -308,8 +308,8 @@ func TestDeadline(t *testing.T) {
 		if took := time.Since(started); a.StatusCode != 504 || took != 4*time.Second {
 			t.Errorf("%v after %v", a, took)
 		}
-		if a.Header.Get(header.Outcome) != header.Unknown || told != "" {
-			t.Error(a, told)
+		if said := <-told; a.Header.Get(header.Outcome) != header.Unknown || said != "" {
+			t.Error(a, said)
 		}
 		if n := w.trading.apps[0].served.Load() + w.trading.apps[1].served.Load(); n != 1 {
 			t.Errorf("asked %d times", n)

@@ -27,7 +27,8 @@ const (
 // Attestor attests processes of the network and pid namespace it runs in. Its
 // methods may be called concurrently.
 type Attestor struct {
-	hashing sync.Mutex // one executable at a time is read: no workload can keep every core busy
+	hashing   sync.Mutex // one executable at a time is read: no workload can keep every core busy
+	searching sync.Mutex // so with the search of all processes' open files
 
 	mu      sync.Mutex
 	digests map[fileVersion]string
@@ -93,14 +94,15 @@ func (a *Attestor) TCP(conn net.Conn) (*Process, error) {
 	if err != nil {
 		return nil, err
 	}
-	s, err := diagnose(far, near)
+	look := func() (socket, error) { return diagnose(far, near) }
+	s, err := look()
 	if err != nil {
 		return nil, fmt.Errorf("cannot find the socket that connected from %s: %w", far, err)
 	}
 	if s.state == tcpListen {
 		return nil, fmt.Errorf("the connection from %s is gone", far)
 	}
-	return a.owner(s, near)
+	return a.owner(s, near, look)
 }
 
 // Listener attests the process that listens on a loopback address. Another
@@ -109,23 +111,24 @@ func (a *Attestor) Listener(addr netip.AddrPort) (*Process, error) {
 	if !addr.Addr().IsLoopback() {
 		return nil, fmt.Errorf("%s is not a loopback address", addr)
 	}
-	s, err := diagnose(addr, netip.AddrPort{})
+	look := func() (socket, error) { return diagnose(addr, netip.AddrPort{}) }
+	s, err := look()
 	if err != nil {
 		return nil, fmt.Errorf("cannot find who listens on %s: %w", addr, err)
 	}
 	if s.state != tcpListen {
 		return nil, fmt.Errorf("nobody listens on %s", addr)
 	}
-	return a.owner(s, addr)
+	return a.owner(s, addr, look)
 }
 
 // owner makes a process of a socket. A socket that its process has closed has no
 // inode, and its user is then not to be believed (the kernel says 0).
-func (a *Attestor) owner(s socket, address netip.AddrPort) (*Process, error) {
+func (a *Attestor) owner(s socket, address netip.AddrPort, look func() (socket, error)) (*Process, error) {
 	if s.inode == 0 {
-		return nil, errors.New("no process owns the socket any more")
+		return nil, errNoOwner
 	}
-	return &Process{UID: s.uid, attestor: a, find: func() (*handle, error) { return a.findOwner(s, address) }}, nil
+	return &Process{UID: s.uid, attestor: a, find: func() (*handle, error) { return a.findOwner(s, address, look) }}, nil
 }
 
 // PID attests a process by its number, for people who ask.
@@ -146,6 +149,8 @@ func (a *Attestor) PID(pid int) (*Process, error) {
 	return nil, fmt.Errorf("cannot look at process %d: %w", pid, err)
 }
 
+var errNoOwner = errors.New("no process owns the socket any more")
+
 func loopback(addr net.Addr) (netip.AddrPort, error) {
 	tcp, ok := addr.(*net.TCPAddr)
 	if !ok {
@@ -159,15 +164,19 @@ func loopback(addr net.Addr) (netip.AddrPort, error) {
 }
 
 // findOwner searches the open files of the host's processes for a socket. The
-// process that last had a connection to the same address is looked at first.
-func (a *Attestor) findOwner(s socket, address netip.AddrPort) (*handle, error) {
-	a.mu.Lock()
-	last := a.owners[address]
-	a.mu.Unlock()
-	if last != 0 {
-		if h, err := holdOwner(last, s); err == nil {
-			return h, nil
-		}
+// process that last had a connection to the same address is looked at first. look
+// asks for the socket again: those who did not wait are not searched for.
+func (a *Attestor) findOwner(s socket, address netip.AddrPort, look func() (socket, error)) (*handle, error) {
+	if h, err := a.lastOwner(s, address); err == nil {
+		return h, nil
+	}
+	a.searching.Lock()
+	defer a.searching.Unlock()
+	if h, err := a.lastOwner(s, address); err == nil { // found for somebody else meanwhile
+		return h, nil
+	}
+	if now, err := look(); err != nil || now.inode != s.inode {
+		return nil, errNoOwner
 	}
 
 	proc, err := os.Open("/proc")
@@ -204,6 +213,18 @@ func (a *Attestor) findOwner(s socket, address netip.AddrPort) (*handle, error) 
 		return nil, fmt.Errorf("the agent may not look at %d processes of other users: run it with CAP_SYS_PTRACE, or let the entry have no selector but the user's", hidden)
 	}
 	return nil, errors.New("no process has the socket open")
+}
+
+// lastOwner holds the process that last owned a connection to the address, if it
+// has this socket, too.
+func (a *Attestor) lastOwner(s socket, address netip.AddrPort) (*handle, error) {
+	a.mu.Lock()
+	last := a.owners[address]
+	a.mu.Unlock()
+	if last == 0 {
+		return nil, errNotOwner
+	}
+	return holdOwner(last, s)
 }
 
 // errNotOwner is what nearly every process of a search answers.

@@ -16,6 +16,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 )
 
 // The test binary is also the other process: ENTENTE_TEST_CHILD says what it does.
@@ -334,6 +335,7 @@ func TestRecycledPID(t *testing.T) {
 		t.Fatalf("control: %v", err)
 	}
 	pid := o.Process.Pid
+	time.Sleep(30 * time.Millisecond) // start times count clock ticks of 10 ms
 	o.end()
 	if err := p.Satisfies(want); err == nil {
 		t.Error("a process that has ended satisfied its selectors")
@@ -654,8 +656,14 @@ func TestOtherUserIsCheap(t *testing.T) {
 }
 
 func TestSearchFindsNobody(t *testing.T) {
-	if _, err := New().findOwner(socket{uid: uint32(os.Getuid()), inode: 1<<32 - 2}, netip.AddrPort{}); err == nil || errors.Is(err, errNotOwner) {
+	nobodys := socket{uid: uint32(os.Getuid()), inode: 1<<32 - 2}
+	same := func() (socket, error) { return nobodys, nil }
+	if _, err := New().findOwner(nobodys, netip.AddrPort{}, same); err == nil || errors.Is(err, errNotOwner) || errors.Is(err, errNoOwner) {
 		t.Errorf("a socket that nobody has: %v", err)
+	}
+	closed := func() (socket, error) { return socket{uid: nobodys.uid}, nil }
+	if _, err := New().findOwner(nobodys, netip.AddrPort{}, closed); !errors.Is(err, errNoOwner) {
+		t.Errorf("a socket that was closed while others were searched for: %v", err)
 	}
 }
 

@@ -77,37 +77,86 @@ type Answer struct {
 	Status int
 	Header http.Header
 	Body   []byte
-	Edge   string // host:port of the edge that answered
 }
 
 // Try sends a request to the edges in turn until one answers well, and says how
 // often it was sent and whether it may have taken effect without a good answer. What
-// is not idempotent is sent again only when it was surely not processed.
+// is not idempotent is sent again only when it was surely not processed. What is gets
+// a second chance beside the first when half of its time is over without an answer.
 func (p *Phone) Try(ctx context.Context, method, path string, body []byte) (answer Answer, attempts int, unknown bool, err error) {
-	idempotent := method == http.MethodGet || method == http.MethodHead
-	err = errors.New("no edge is known")
-	for _, e := range p.inOrder() {
+	edges := p.inOrder()
+	if method == http.MethodGet || method == http.MethodHead {
+		answer, attempts, err = p.hedged(ctx, edges, method, path, body)
+		return answer, attempts, false, err
+	}
+	for _, e := range edges {
 		if attempts > 0 && ctx.Err() != nil {
 			break
 		}
 		attempts++
 		sent := false
 		answer, sent, err = p.ask(ctx, e, method, path, body)
-		switch {
-		case err != nil:
-			if ctx.Err() == nil {
-				p.suspect(e)
-			}
-			if sent && !idempotent {
-				return answer, attempts, true, err
-			}
-		case answer.Status < 500 || answer.Header.Get("Entente-Refused") == "":
-			return answer, attempts, false, nil
-		case !idempotent && answer.Header.Get("Entente-Outcome") != "not-sent":
+		if err != nil && sent {
+			return answer, attempts, true, err
+		}
+		if err == nil && (answer.good() || answer.Header.Get("Entente-Outcome") != "not-sent") {
 			return answer, attempts, answer.Header.Get("Entente-Outcome") == "unknown", nil
 		}
 	}
 	return answer, attempts, false, err
+}
+
+// good: it is not the mesh's word that it could not get an answer.
+func (a Answer) good() bool { return a.Status < 500 || a.Header.Get("Entente-Refused") == "" }
+
+// hedged asks the next edge when one fails, or has not answered in half of the time.
+func (p *Phone) hedged(ctx context.Context, edges []*edge, method, path string, body []byte) (answer Answer, attempts int, err error) {
+	type result struct {
+		Answer
+		err error
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	results := make(chan result, len(edges))
+	next := func() bool {
+		if attempts == len(edges) {
+			return false
+		}
+		e := edges[attempts]
+		attempts++
+		go func() {
+			a, _, err := p.ask(ctx, e, method, path, body)
+			results <- result{a, err}
+		}()
+		return true
+	}
+	half := time.Hour
+	if deadline, ok := ctx.Deadline(); ok {
+		half = time.Until(deadline) / 2
+	}
+	patience := time.NewTimer(half)
+	defer patience.Stop()
+	if !next() {
+		return answer, 0, errors.New("no edge is known")
+	}
+	for open := 1; open > 0; {
+		select {
+		case <-patience.C:
+			if next() {
+				open++
+			}
+		case r := <-results:
+			open--
+			answer, err = r.Answer, r.err
+			if err == nil && answer.good() {
+				return answer, attempts, nil
+			}
+			if ctx.Err() == nil && next() {
+				open++
+			}
+		}
+	}
+	return answer, attempts, err
 }
 
 // inOrder lists the edges that are not believed dead in the order of preference,
@@ -146,14 +195,20 @@ func (p *Phone) ask(ctx context.Context, e *edge, method, path string, body []by
 	}
 	response, err := e.client.Do(request)
 	if err != nil {
+		if ctx.Err() == nil {
+			p.suspect(e)
+		}
 		return answer, wrote.Load(), err
 	}
 	defer response.Body.Close()
 	data, err := io.ReadAll(io.LimitReader(response.Body, maxAnswer))
 	if err != nil {
+		if ctx.Err() == nil {
+			p.suspect(e)
+		}
 		return answer, true, fmt.Errorf("read the answer: %w", err)
 	}
-	return Answer{response.StatusCode, response.Header, data, request.URL.Host}, true, nil
+	return Answer{response.StatusCode, response.Header, data}, true, nil
 }
 
 // suspect marks an edge dead and probes it until it answers again.

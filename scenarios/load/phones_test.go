@@ -39,6 +39,8 @@ func newFakeEdge(t *testing.T) *fakeEdge {
 			w.Header().Set("Entente-Refused", "upstream-unreachable")
 			w.Header().Set("Entente-Outcome", e.mode.Load().(string))
 			w.WriteHeader(http.StatusBadGateway)
+		case "hang":
+			<-r.Context().Done()
 		case "application":
 			w.WriteHeader(http.StatusInternalServerError)
 		}
@@ -58,6 +60,8 @@ func TestPhone(t *testing.T) {
 		status             int // 0: an error
 	}{
 		{"good", "GET", "good", 1, false, 200},
+		{"hangs, idempotent", "GET", "hang", 2, false, 200},
+		{"hangs, not idempotent", "POST", "hang", 1, true, 0},
 		{"cut off, idempotent", "GET", "cut", 2, false, 200},
 		{"cut off, not idempotent", "POST", "cut", 1, true, 0},
 		{"edge refuses, idempotent", "GET", "unknown", 2, false, 200},
@@ -74,7 +78,9 @@ func TestPhone(t *testing.T) {
 			p := NewPhone([]string{first.address(), second.address()}, roots, "secret")
 			defer p.Close()
 			first.mode.Store(test.mode)
-			answer, attempts, unknown, err := p.Try(t.Context(), test.method, "/x", nil)
+			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+			defer cancel()
+			answer, attempts, unknown, err := p.Try(ctx, test.method, "/x", nil)
 			if answer.Status != test.status || (err == nil) != (test.status != 0) || attempts != test.attempts || unknown != test.unknown {
 				t.Errorf("status %d, %d attempts, unknown %v, error %v", answer.Status, attempts, unknown, err)
 			}

@@ -256,8 +256,9 @@ func (s *service) fail(w http.ResponseWriter, r *http.Request, status int, err e
 }
 
 // askAll asks several services at the same time; one that does not answer fails all.
+// It ends when whoever asked us gives up.
 func (s *service) askAll(r *http.Request, urls ...string) ([]Answer, error) {
-	ctx, cancel := context.WithTimeout(r.Context(), 1800*time.Millisecond)
+	ctx, cancel := context.WithTimeout(r.Context(), 10*time.Second)
 	defer cancel()
 	answers := make([]Answer, len(urls))
 	errs := make(chan error, len(urls))
