@@ -50,3 +50,26 @@ func TestFilesConfig(t *testing.T) {
 		}
 	}
 }
+
+func TestHealthAndDNSConfig(t *testing.T) {
+	c, err := ReadConfig("agent.yaml", strings.NewReader(minimal+"sidecar: {inbound: \"127.0.0.1:15008\"}\nhealth: {commands: {web: [/usr/bin/true, -x]}}\ndns: {listen: \"127.80.0.1:53\"}\n"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c.DNS.Network != "127.80.0.0/16" || c.DNS.HTTPPort != 80 || c.Admin.Socket != "/var/lib/entente/agent/admin.sock" || len(c.Health.Commands["web"]) != 2 {
+		t.Errorf("%+v %+v %s", c.DNS, c.Health, c.Admin.Socket)
+	}
+	for bad, want := range map[string]string{
+		"health: {commands: {web: []}}":       "absolute path",
+		"health: {commands: {web: [nagios]}}": "absolute path",
+		"dns: {listen: \"127.80.0.1:53\"}":    "sidecar.inbound",
+		"dns: {listen: \"0.0.0.0:53\"}":       "loopback",
+		"dns: {network: 10.0.0.0/16}":         "/16 of loopback",
+		"dns: {network: 127.80.0.0/8}":        "/16 of loopback",
+		"dns: {httpPort: 65536}":              "65535",
+	} {
+		if _, err := ReadConfig("agent.yaml", strings.NewReader(minimal+bad+"\n")); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v", bad, err)
+		}
+	}
+}

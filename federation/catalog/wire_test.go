@@ -338,3 +338,37 @@ spec:
 		}
 	}
 }
+
+func TestHealthInFiles(t *testing.T) {
+	read := func(health string) (*statev1.Object, error) {
+		objects, err := ParseObjects("b.yaml", strings.NewReader("apiVersion: entente/v1\nkind: Service\nmetadata: {name: x, owner: t}\nspec: {run: {uid: 1, hosts: [h]}, port: 80, health: "+health+"}\n"), nil)
+		if err == nil {
+			_, err = Compile(spiffeid.RequireTrustDomainFromString("banking.example"), objects)
+		}
+		if err != nil {
+			return nil, err
+		}
+		return objects[0], nil
+	}
+	for health, want := range map[string]string{"{http: /healthz}": "/healthz", "{grpc: {service: bank.v1.Accounts}}": "grpc:bank.v1.Accounts", "{grpc: {}}": "grpc:"} {
+		object, err := read(health)
+		if err != nil || object.GetService().GetHealthPath() != want {
+			t.Errorf("%s: %v %v", health, object, err)
+			continue
+		}
+		text, err := Format(object)
+		if err != nil {
+			t.Error(err)
+			continue
+		}
+		again, err := ParseObjects("again.yaml", strings.NewReader(string(text)), nil)
+		if err != nil || again[0].GetService().GetHealthPath() != want {
+			t.Errorf("%s: %v\n%s", health, err, text)
+		}
+	}
+	for health, why := range map[string]string{"{}": "either", "{http: /a, grpc: {}}": "either", "{http: \"grpc:x\"}": "not a path", "{grpc: {service: a/b}}": "not the name of a gRPC service"} {
+		if _, err := read(health); err == nil || !strings.Contains(err.Error(), why) {
+			t.Errorf("%s: %v", health, err)
+		}
+	}
+}
