@@ -419,8 +419,15 @@ func TestReadConfig(t *testing.T) {
 	if cfg.Sidecar.Advertise != "127.1.0.5:7443" || cfg.Sidecar.AppAddress != "127.0.0.1" || cfg.Health.Interval != time.Second || cfg.WorkloadAPI.Socket == "" {
 		t.Errorf("defaults: %+v", cfg)
 	}
-	if app, err := cfg.App(8080); err != nil || app.String() != "127.0.0.1:8080" {
+	if app, err := cfg.App(8080); err != nil || app != "127.0.0.1:8080" {
 		t.Errorf("%v %v", app, err)
+	}
+	cfg = configure(t, "dataDir: /d", "sidecar: {inbound: 127.0.0.1:7443, portOffset: 40000}")
+	if app, err := cfg.App(8080); err != nil || app != "127.0.0.1:48080" || cfg.Sidecar.Advertise != "127.0.0.1:7443" {
+		t.Errorf("%v %v, reported at %s", app, err, cfg.Sidecar.Advertise)
+	}
+	if app, err := cfg.App(0); err == nil {
+		t.Errorf("no port is %s", app)
 	}
 	for text, want := range map[string]string{
 		"trustDomain: banking.example\nname: h1\ndatacenter: dc1\n":         "dataDir",
@@ -428,6 +435,8 @@ func TestReadConfig(t *testing.T) {
 		good + "sidecar: {inbound: '0.0.0.0:7443'}\n":                       "advertise",
 		good + "sidecar: {inbound: nonsense}\n":                             "agent.yaml:5",
 		good + "sidecar: {appAddress: 192.0.2.1}\n":                         "not a loopback address",
+		good + "sidecar: {portOffset: 40001}\n":                             "portOffset",
+		good + "sidecar: {portOffset: -1}\n":                                "portOffset",
 		good + "ca: {addresses: [nowhere]}\n":                               "agent.yaml:5",
 		good + "ca: {token: a, tokenFile: b}\n":                             "give one of them",
 		good + "health: {interval: 1ms}\n":                                  "interval",

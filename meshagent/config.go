@@ -78,6 +78,11 @@ type SidecarConfig struct {
 	// AppAddress is the loopback address the host's applications listen on.
 	// Default 127.0.0.1.
 	AppAddress string `yaml:"appAddress"`
+	// PortOffset is added to the ports of this host's services and outbound
+	// listeners, so that several agents can share one address in a rehearsal:
+	// a service has one port in the catalogue. 0 to 40000, default 0. What it
+	// carries above 65535 cannot be reached and is unhealthy.
+	PortOffset int `yaml:"portOffset,min=0,max=40000"`
 }
 
 // HealthConfig is about the health checks of this host's services.
@@ -321,10 +326,11 @@ func (c *Config) check() (errs yamlfile.Errors) {
 // Domain is the trust domain.
 func (c *Config) Domain() spiffeid.TrustDomain { return c.domain }
 
-// App is the address of an application of this host that listens on port.
-func (c *Config) App(port uint32) (netip.AddrPort, error) {
+// App is the host:port of an application of this host whose service has port in the
+// catalogue.
+func (c *Config) App(port uint32) (string, error) {
 	if port == 0 || port > 65535 {
-		return netip.AddrPort{}, fmt.Errorf("%d is not a port", port)
+		return "", fmt.Errorf("%d is not a port", port)
 	}
-	return netip.AddrPortFrom(c.app, uint16(port)), nil
+	return net.JoinHostPort(c.app.String(), strconv.Itoa(int(port)+c.Sidecar.PortOffset)), nil
 }

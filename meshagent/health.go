@@ -114,7 +114,7 @@ func (a *Agent) services(state *State) []checked {
 		if _, here := state.Identity(ca.ServiceEntry(s.GetName())); !here || err != nil {
 			continue
 		}
-		c := checked{name: s.GetName(), addr: addr.String()}
+		c := checked{name: s.GetName(), addr: addr}
 		if command := a.cfg.Health.Commands[c.name]; len(command) > 0 {
 			c.command = strings.Join(command, "\x00") + "\x00"
 		} else if c.grpc, c.byGRPC = strings.CutPrefix(s.GetHealthPath(), "grpc:"); !c.byGRPC {

@@ -27,13 +27,16 @@ var ErrFailed = errors.New("assertions failed")
 
 // Options say how a scenario is replayed.
 type Options struct {
-	File     string    // scenario to replay; empty: FinancialPlatform
-	Binary   string    // the entente binary that every process runs; empty: os.Executable
-	WorkDir  string    // kept afterwards; must be empty or absent. Empty: a temporary directory, removed at the end
-	JSONFile string    // where the report is written too; empty: nowhere
-	Keep     bool      // stay up after the story until ctx ends
-	Verbose  bool      // say what is started, and every leg and request that was looked at
-	Out      io.Writer // the narrative
+	File     string // scenario to replay; empty: FinancialPlatform
+	Binary   string // the entente binary that every process runs; empty: os.Executable
+	WorkDir  string // kept afterwards; must be empty or absent. Empty: a temporary directory, removed at the end
+	JSONFile string // where the report is written too; empty: nowhere
+	Keep     bool   // stay up after the story until ctx ends
+	// OneAddress puts every host at 127.0.0.1, with ports of its own, as is done by itself
+	// where the system has no further loopback addresses.
+	OneAddress bool
+	Verbose    bool      // say what is started, and every leg and request that was looked at
+	Out        io.Writer // the narrative
 }
 
 // Demo replays a scenario: it starts every process, plays the story, measures, and
@@ -61,6 +64,9 @@ func Demo(ctx context.Context, o Options) (report *Report, err error) {
 	say := &narrator{o.Out}
 	fmt.Fprintf(o.Out, "%s: %s\n", scenario.Metadata.Name, scenario.Metadata.Title)
 	say.line("%d processes, in %s", len(w.units), w.dir)
+	if w.one {
+		say.line("every host is %s, and has ports of its own", onlyAddress)
+	}
 	if w.note != "" {
 		say.line("other addresses than usual are used, since %s", w.note)
 	}

@@ -281,6 +281,11 @@ func TestInterrupt(t *testing.T) {
 
 // --keep stays up, and what it says to try works.
 func TestKeep(t *testing.T) {
+	t.Run("an address for each host", func(t *testing.T) { keep(t) })
+	t.Run("one address", func(t *testing.T) { keep(t, "--one-address") })
+}
+
+func keep(t *testing.T, flags ...string) {
 	path := binary(t)
 	at := bytes.Index(FinancialPlatform, []byte("  - name: what must be refused"))
 	end := bytes.Index(FinancialPlatform, []byte("  limits:"))
@@ -289,7 +294,7 @@ func TestKeep(t *testing.T) {
 		t.Fatal(err)
 	}
 	temp := shortTemp(t)
-	demo, out := startDemo(t, path, temp, "--file", file, "--keep")
+	demo, out := startDemo(t, path, temp, append(flags, "--file", file, "--keep")...)
 	for began := time.Now(); !strings.Contains(out.String(), "dc2/trading-edge-dc2"); time.Sleep(50 * time.Millisecond) {
 		if time.Since(began) > 2*time.Minute {
 			t.Fatalf("it does not stay up:\n%s", out)
@@ -299,6 +304,9 @@ func TestKeep(t *testing.T) {
 	urls := regexp.MustCompile(`(?m)^  curl .* (https://\S+)$`).FindAllStringSubmatch(out.String(), -1)
 	if dir == nil || len(urls) != 2 {
 		t.Fatalf("it does not say what to try:\n%s", out)
+	}
+	if one := strings.Contains(urls[0][1], "//"+onlyAddress+":"); one != (len(flags) > 0) {
+		t.Errorf("%s, with %q", urls[0][1], flags)
 	}
 	root, err := os.ReadFile(filepath.Join(dir[1], "edge-ca.crt"))
 	if err != nil {

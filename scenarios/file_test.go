@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -14,6 +15,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/entente-mesh/entente/federation/catalog"
+	"github.com/entente-mesh/entente/scenarios/platform"
 )
 
 func TestFinancialPlatform(t *testing.T) {
@@ -113,7 +115,7 @@ func FuzzRead(f *testing.F) {
 			return
 		}
 		// What is accepted can be placed, and its catalogue can be written.
-		p := newPlan(&s.Spec, "/w", "/w/s", 0)
+		p := newPlan(&s.Spec, "/w", "/w/s", place{})
 		for i := range s.Spec.TrustDomains {
 			if _, err := p.catalogue(&s.Spec.TrustDomains[i], time.Unix(1_800_000_000, 0), nil); err != nil {
 				t.Errorf("accepted, and then: %v", err)
@@ -129,10 +131,10 @@ func TestCatalogueCompiles(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := newPlan(&s.Spec, "/work", "/work/s", 0)
 	bundles := map[string][]byte{"banking.example": []byte(`{"keys":[]}`), "trading.example": []byte(`{"keys":[]}`)}
-	for i := range s.Spec.TrustDomains {
-		td := &s.Spec.TrustDomains[i]
+	for i := range 2 * len(s.Spec.TrustDomains) {
+		p := newPlan(&s.Spec, "/work", "/work/s", place{one: i%2 == 1})
+		td := &s.Spec.TrustDomains[i/2]
 		text, err := p.catalogue(td, time.Now(), bundles)
 		if err != nil {
 			t.Fatal(err)
@@ -152,34 +154,76 @@ func TestPlan(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := newPlan(&s.Spec, "/work", "/work/s", 3)
-	seen := map[string]string{}
-	names := map[string]bool{}
-	for _, u := range p.units {
-		if names[u.name] {
-			t.Errorf("two processes are called %s", u.name)
-		}
-		names[u.name] = true
-		for _, address := range u.listens {
-			if other := seen[address]; other != "" {
-				t.Errorf("%s and %s both listen at %s", other, u.name, address)
+	for _, at := range []place{{slot: 3}, {slot: 0, one: true}, {slot: oneSlots - 1, one: true}} {
+		p := newPlan(&s.Spec, "/work", "/work/s", at)
+		seen := map[string]string{p.guard(): "the runner"}
+		names := map[string]bool{}
+		for _, u := range p.units {
+			if names[u.name] {
+				t.Errorf("two processes are called %s", u.name)
 			}
-			seen[address] = u.name
-			host, _, err := net.SplitHostPort(address)
-			octets := strings.Split(host, ".")
-			if err != nil || octets[0] != "127" || octets[1] != u.datacenter[2:] || octets[2] != "3" {
-				t.Errorf("%s of %s listens at %s", u.name, u.datacenter, address)
+			names[u.name] = true
+			for _, address := range u.listens {
+				if other := seen[address]; other != "" {
+					t.Errorf("%s and %s both listen at %s", other, u.name, address)
+				}
+				seen[address] = u.name
+				host, text, err := net.SplitHostPort(address)
+				if err != nil {
+					t.Fatal(err)
+				}
+				octets := strings.Split(host, ".")
+				port, _ := strconv.Atoi(text)
+				first := firstPort + at.slot*slotPorts
+				if at.one && (host != onlyAddress || port < first || port >= first+slotPorts || port >= 32768) ||
+					!at.one && (octets[0] != "127" || octets[1] != u.datacenter[2:] || octets[2] != "3") {
+					t.Errorf("%s of %s listens at %s", u.name, u.datacenter, address)
+				}
+			}
+			if u.door != "" && p.listener(u.door) != u {
+				t.Errorf("the door of %s is somebody else's", u.name)
 			}
 		}
+		if u := p.server("accounts.banking.example", "dc1"); u == nil || len(u.services) != 1 {
+			t.Error("accounts has no process of its own in dc1")
+		}
+		if u := p.server("fees.banking.example", "dc2"); u == nil || len(u.services) != 22 {
+			t.Error("fees does not share a process with 21 others in dc2")
+		}
+		if got := len(p.in("dc3")); got != 2 {
+			t.Errorf("%d processes in dc3", got)
+		}
+		reachable(t, p)
 	}
-	if u := p.server("accounts.banking.example", "dc1"); u == nil || len(u.services) != 1 {
-		t.Error("accounts has no process of its own in dc1")
-	}
-	if u := p.server("fees.banking.example", "dc2"); u == nil || len(u.services) != 22 {
-		t.Error("fees does not share a process with 21 others in dc2")
-	}
-	if got := len(p.in("dc3")); got != 2 {
-		t.Errorf("%d processes in dc3", got)
+}
+
+// reachable: what a domain's catalogue and an agent's configuration make of a port
+// together is where the program listens, or calls others, in each datacenter.
+func reachable(t *testing.T, p *plan) {
+	t.Helper()
+	for i := range p.spec.TrustDomains {
+		td := &p.spec.TrustDomains[i]
+		for _, object := range p.objects(td, time.Now(), nil) {
+			s := object.GetService()
+			if s.GetPort() == 0 {
+				continue // another kind, or an edge
+			}
+			for _, dc := range td.Mesh {
+				car := p.find(kindAgent, td.Name, dc).config.(agentConfig).Sidecar
+				name := s.GetName() + "." + td.Name
+				services := p.server(name, dc).config.(platform.Config).Services
+				at := slices.IndexFunc(services, func(s platform.Service) bool { return s.Name == name })
+				if want := join(car.AppAddress, int(s.GetPort())+car.PortOffset); services[at].Listen != want {
+					t.Errorf("%s of %s listens at %s, and is looked for at %s", name, dc, services[at].Listen, want)
+				}
+				if s.GetOutboundPort() == 0 {
+					continue
+				}
+				if want := join(car.AppAddress, int(s.GetOutboundPort())+car.PortOffset); services[at].Outbound != want {
+					t.Errorf("%s of %s calls others at %s, and the door is at %s", name, dc, services[at].Outbound, want)
+				}
+			}
+		}
 	}
 }
 
@@ -190,36 +234,78 @@ func TestFree(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	const far = 200 // away from any real run
-	place := func(slot int) *plan { return newPlan(&s.Spec, "/work", "/work/s", far+slot%3) }
-	first, guard, _, err := free(place)
-	if err != nil {
-		t.Skipf("no loopback addresses here: %v", err)
+	for name, test := range map[string]struct {
+		one  bool
+		slot func(n int) int // away from any real run
+	}{
+		"an address for each": {false, func(n int) int { return 200 + n%3 }},
+		"one address":         {true, func(n int) int { return oneSlots - 1 - n%3 }},
+	} {
+		t.Run(name, func(t *testing.T) {
+			at := func(p place) *plan { return newPlan(&s.Spec, "/work", "/work/s", place{test.slot(p.slot), p.one}) }
+			first, guard, _, err := free(at, test.one)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer guard.Close()
+			if first.one != test.one {
+				t.Skip("no loopback address but 127.0.0.1 here")
+			}
+			second, guard2, note, err := free(at, test.one)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if first.slot == second.slot || note != "" {
+				t.Errorf("slots %d and %d, note %q", first.slot, second.slot, note)
+			}
+			guard2.Close()
+			taken, err := net.Listen("tcp", second.units[0].listens[0])
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer taken.Close()
+			third, guard3, note, err := free(at, test.one)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer guard3.Close()
+			if third.slot == second.slot || !strings.Contains(note, "already in use") {
+				t.Errorf("slot %d, note %q", third.slot, note)
+			}
+			if _, _, _, err := free(at, test.one); err == nil || !strings.Contains(err.Error(), "already in use") {
+				t.Errorf("everything is taken: %v", err)
+			}
+		})
 	}
-	defer guard.Close()
-	second, guard2, note, err := free(place)
+}
+
+// Where a datacenter's addresses are none of this machine's, ports take their place.
+func TestFreeOneAddress(t *testing.T) {
+	s, err := ReadFile("")
 	if err != nil {
 		t.Fatal(err)
 	}
-	if first.slot == second.slot || note != "" {
-		t.Errorf("slots %d and %d, note %q", first.slot, second.slot, note)
+	for i := range s.Spec.Datacenters {
+		spec := s.Spec
+		spec.Datacenters = slices.Clone(spec.Datacenters)
+		spec.Datacenters[i].Network = "198.18.0.0/16" // for benchmarks between networks, RFC 2544
+		p, guard, note, err := free(func(at place) *plan { return newPlan(&spec, "/work", "/work/s", at) }, false)
+		if err != nil {
+			t.Fatal(err)
+		}
+		guard.Close()
+		if !p.one || !strings.Contains(note, "198.18.") {
+			t.Errorf("%s: one address: %v, note %q", spec.Datacenters[i].Name, p.one, note)
+		}
 	}
-	guard2.Close()
-	taken, err := net.Listen("tcp", second.units[0].listens[0])
-	if err != nil {
-		t.Fatal(err)
+	var many Spec
+	for _, name := range []string{"a.example", "b.example"} {
+		many.TrustDomains = append(many.TrustDomains, TrustDomain{Name: name, CA: []string{"dc1"}, Mesh: []string{"dc1", "dc2"}, Services: make([]Service, maxServices)})
 	}
-	defer taken.Close()
-	third, guard3, note, err := free(place)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer guard3.Close()
-	if third.slot == second.slot || !strings.Contains(note, "already in use") {
-		t.Errorf("slot %d, note %q", third.slot, note)
-	}
-	if _, _, _, err := free(place); err == nil || !strings.Contains(err.Error(), "already in use") {
-		t.Errorf("everything is taken: %v", err)
+	many.Datacenters = s.Spec.Datacenters
+	_, _, _, err = free(func(at place) *plan { return newPlan(&many, "/work", "/work/s", at) }, true)
+	if err == nil || !strings.Contains(err.Error(), "leave out some services") {
+		t.Errorf("more ports than there are: %v", err)
 	}
 }
 

@@ -45,6 +45,23 @@ const (
 // Slots that are tried: third octet of every address.
 const maxSlots = 64
 
+// Where there is only one address, a slot is a range of its ports, all of them below
+// the ephemeral ones. Its first is the guard; then each domain has a block for each of
+// its datacenters: its doors, its services, their outbound listeners.
+const (
+	onlyAddress = "127.0.0.1"
+	firstPort   = 12000
+	slotPorts   = 2560
+	oneSlots    = 8
+)
+
+// doors are the listeners of a domain in a datacenter, those of its services aside.
+var doors = []struct{ role, port int }{
+	{hostCA, portCAAPI}, {hostCA, portCARaft}, {hostCA, portCABundle}, {hostCA, portAdmin},
+	{hostMesh, portInbound}, {hostMesh, portAdmin}, {hostGateway, portGateway}, {hostGateway, portAdmin},
+	{hostEdge, portEdge}, {hostEdge, portAdmin},
+}
+
 // kind is what a process is.
 type kind string
 
@@ -80,13 +97,24 @@ type plan struct {
 	spec    *Spec
 	dir     string // work directory
 	sockets string // short-named directory for unix sockets
-	slot    int
-	units   []*unit
+	place
+	blocks map[block]int // first port of each, where there is only one address
+	units  []*unit
 }
 
+// place is where on the loopback network a plan is.
+type place struct {
+	slot int
+	one  bool // every host is 127.0.0.1, and ports tell them apart
+}
+
+// block is a domain's part of a datacenter.
+type block struct{ domain, datacenter string }
+
 // newPlan places a scenario's processes. It touches nothing.
-func newPlan(spec *Spec, dir, sockets string, slot int) *plan {
-	p := &plan{spec: spec, dir: dir, sockets: sockets, slot: slot}
+func newPlan(spec *Spec, dir, sockets string, at place) *plan {
+	p := &plan{spec: spec, dir: dir, sockets: sockets, place: at}
+	p.blocks, _ = at.portBlocks(spec)
 	for i := range spec.TrustDomains {
 		td := &spec.TrustDomains[i]
 		for _, dc := range td.CA {
@@ -113,14 +141,75 @@ func (p *plan) host(domain, datacenter string, role int) string {
 }
 
 func (p *plan) address(datacenter string, last int) string {
+	if p.one {
+		return onlyAddress
+	}
 	i := slices.IndexFunc(p.spec.Datacenters, func(dc Datacenter) bool { return dc.Name == datacenter })
 	network := netip.MustParsePrefix(p.spec.Datacenters[i].Network).Addr().As4()
 	network[2], network[3] = byte(p.slot), byte(last)
 	return netip.AddrFrom4(network).String()
 }
 
+// portBlocks gives each block its first port, and says how many ports there are in all.
+// A domain's first mesh datacenter comes before its others, so that no offset is below zero.
+func (at place) portBlocks(spec *Spec) (blocks map[block]int, ports int) {
+	first := firstPort + at.slot*slotPorts
+	blocks, ports = map[block]int{}, 1 // the guard's
+	add := func(b block, n int) {
+		if _, ok := blocks[b]; !ok {
+			blocks[b] = first + ports
+			ports += n
+		}
+	}
+	for _, td := range spec.TrustDomains {
+		for _, dc := range td.Mesh {
+			add(block{td.Name, dc}, len(doors)+2*len(td.Services))
+		}
+		for _, dc := range td.CA {
+			add(block{td.Name, dc}, len(doors))
+		}
+	}
+	return blocks, ports
+}
+
+// at is the address of a door of one host.
+func (p *plan) at(domain, datacenter string, role, port int) string {
+	if p.one {
+		port = p.blocks[block{domain, datacenter}] + slices.Index(doors, struct{ role, port int }{role, port})
+	}
+	return join(p.host(domain, datacenter, role), port)
+}
+
+// appPort and outboundPort are those of the catalogue: the same in every datacenter.
+func (p *plan) appPort(td *TrustDomain, service int) int {
+	if p.one {
+		return p.blocks[block{td.Name, td.Mesh[0]}] + len(doors) + service
+	}
+	return portApp + service
+}
+
+func (p *plan) outboundPort(td *TrustDomain, service int) int {
+	if p.one {
+		return p.appPort(td, len(td.Services)+service)
+	}
+	return portOutbound + service
+}
+
+// offset is what a host adds to the ports of the catalogue.
+func (p *plan) offset(td *TrustDomain, datacenter string) int {
+	if p.one {
+		return p.blocks[block{td.Name, datacenter}] - p.blocks[block{td.Name, td.Mesh[0]}]
+	}
+	return 0
+}
+
 // guard is the address that the runner itself holds while the slot is its own.
-func (p *plan) guard() string { return join(p.address(p.spec.Datacenters[0].Name, 1), portGuard) }
+func (p *plan) guard() string {
+	if p.one {
+		return join(onlyAddress, firstPort+p.slot*slotPorts)
+	}
+	return join(p.address(p.spec.Datacenters[0].Name, 1), portGuard)
+}
 
 func join(host string, port int) string { return net.JoinHostPort(host, strconv.Itoa(port)) }
 
@@ -206,6 +295,7 @@ type (
 		Sidecar     struct {
 			Inbound    string `yaml:"inbound"`
 			AppAddress string `yaml:"appAddress"`
+			PortOffset int    `yaml:"portOffset"`
 		} `yaml:"sidecar"`
 		Admin     agentAdmin `yaml:"admin"`
 		AccessLog fileConfig `yaml:"accessLog"`
@@ -259,11 +349,10 @@ var quiet = logConfig{Level: "info"}
 
 func (p *plan) addCA(td *TrustDomain, dc string) {
 	u := p.add(td, dc, kindCA, "ca")
-	host := p.host(td.Name, dc, hostCA)
 	var c caConfig
 	c.TrustDomain, c.Name, c.Datacenter, c.DataDir = td.Name, "ca-"+dc, dc, filepath.Join(u.dir, "data")
-	c.Listen.Raft, c.Listen.API = join(host, portCARaft), join(host, portCAAPI)
-	c.Listen.Bundle, c.Listen.Admin = join(host, portCABundle), join(host, portAdmin)
+	c.Listen.Raft, c.Listen.API = p.at(td.Name, dc, hostCA, portCARaft), p.at(td.Name, dc, hostCA, portCAAPI)
+	c.Listen.Bundle, c.Listen.Admin = p.at(td.Name, dc, hostCA, portCABundle), p.at(td.Name, dc, hostCA, portAdmin)
 	c.Socket = u.socket
 	c.Keys.InsecureDev = true // only such clusters may name loopback addresses to each other
 	c.Lifetimes.X509SVID, c.Lifetimes.BundleRefreshHint = td.Lifetimes.X509SVID, td.Lifetimes.BundleRefreshHint
@@ -289,7 +378,7 @@ func (p *plan) caAddresses(td *TrustDomain, dc string) []string {
 	})
 	var list []string
 	for _, at := range nodes {
-		list = append(list, join(p.host(td.Name, at, hostCA), portCAAPI))
+		list = append(list, p.at(td.Name, at, hostCA, portCAAPI))
 	}
 	return list
 }
@@ -299,13 +388,13 @@ func meshHost(dc string) string { return "host-" + dc }
 
 func (p *plan) addAgent(td *TrustDomain, dc string) {
 	u := p.add(td, dc, kindAgent, "agent")
-	host := p.host(td.Name, dc, hostMesh)
 	var c agentConfig
 	c.TrustDomain, c.Name, c.Datacenter, c.DataDir = td.Name, meshHost(dc), dc, filepath.Join(u.dir, "data")
 	c.CA = addressesConfig{p.caAddresses(td, dc), filepath.Join(u.dir, "token")}
 	c.WorkloadAPI.Socket = u.socket
-	c.Sidecar.Inbound, c.Sidecar.AppAddress = join(host, portInbound), host
-	c.Admin = agentAdmin{join(host, portAdmin), u.adminSocket()}
+	c.Sidecar.Inbound, c.Sidecar.AppAddress = p.at(td.Name, dc, hostMesh, portInbound), p.host(td.Name, dc, hostMesh)
+	c.Sidecar.PortOffset = p.offset(td, dc)
+	c.Admin = agentAdmin{p.at(td.Name, dc, hostMesh, portAdmin), u.adminSocket()}
 	c.AccessLog.File = filepath.Join(u.dir, "access.jsonl")
 	c.Log = quiet
 	u.config, u.admin, u.door, u.access = c, c.Admin.Listen, c.Sidecar.Inbound, c.AccessLog.File
@@ -316,7 +405,7 @@ func (p *plan) addAgent(td *TrustDomain, dc string) {
 func gatewayName(dc string) string { return "gw-" + dc }
 
 func (p *plan) gatewayAddress(domain, dc string) string {
-	return join(p.host(domain, dc, hostGateway), portGateway)
+	return p.at(domain, dc, hostGateway, portGateway)
 }
 
 func (p *plan) addGateway(td *TrustDomain, dc string) {
@@ -332,7 +421,7 @@ func (p *plan) gatewayConfig(td *TrustDomain, dc string, u *unit, name string, r
 	c := gatewayConfig{TrustDomain: td.Name, Name: name, Datacenter: dc, Log: quiet}
 	c.WorkloadAPI.Socket = p.find(kindAgent, td.Name, dc).socket
 	c.CA.Addresses = p.caAddresses(td, dc)
-	c.Admin.Listen = join(p.host(td.Name, dc, role), portAdmin)
+	c.Admin.Listen = p.at(td.Name, dc, role, portAdmin)
 	c.AccessLog.File = filepath.Join(u.dir, "access.jsonl")
 	u.admin, u.access = c.Admin.Listen, c.AccessLog.File
 	u.listens = []string{u.admin}
@@ -344,7 +433,7 @@ func (p *plan) addEdge(td *TrustDomain, dc string) {
 	u := p.add(td, dc, kindEdge, "edge")
 	u.link = short(td.Name) + "-edge"
 	c := p.gatewayConfig(td, dc, u, "edge-"+dc, hostEdge)
-	e := &edgeConfig{Listen: join(p.host(td.Name, dc, hostEdge), portEdge), Identity: "/" + td.Edge.Identity, TierClaim: "tier"}
+	e := &edgeConfig{Listen: p.at(td.Name, dc, hostEdge, portEdge), Identity: "/" + td.Edge.Identity, TierClaim: "tier"}
 	e.TLS.CertFile, e.TLS.KeyFile = p.file("edge.crt"), p.file("edge.key")
 	e.JWT.JWKSFile, e.JWT.Issuer, e.JWT.Audience, e.JWT.Algorithms = p.file("jwks.json"), td.Edge.Issuer, td.Edge.Audience, []string{"ES256"}
 	e.Tiers = map[string]tierConfig{}
@@ -392,10 +481,10 @@ func (p *plan) addServices(td *TrustDomain, dc string) {
 			}
 		}
 		full := s.Name + "." + td.Name
-		program := platform.Service{Name: full, Program: s.Program, Listen: join(host, portApp+i), Answers: s.Answers}
+		program := platform.Service{Name: full, Program: s.Program, Listen: join(host, p.appPort(td, i)+p.offset(td, dc)), Answers: s.Answers}
 		u.listens = append(u.listens, program.Listen)
 		if len(s.Calls) > 0 {
-			program.Outbound = join(host, portOutbound+i)
+			program.Outbound = join(host, p.outboundPort(td, i)+p.offset(td, dc))
 			agent := p.find(kindAgent, td.Name, dc)
 			agent.listens = append(agent.listens, program.Outbound)
 		}
@@ -421,10 +510,10 @@ func (p *plan) objects(td *TrustDomain, now time.Time, bundles map[string][]byte
 	for i, s := range td.Services {
 		service := &statev1.Service{
 			Name: s.Name, Path: "/" + s.Name, Hosts: hosts, Selectors: run(p.link(td, s)),
-			Port: uint32(portApp + i), HealthPath: "/healthz", ExportTo: s.Export, Calls: s.Calls,
+			Port: uint32(p.appPort(td, i)), HealthPath: "/healthz", ExportTo: s.Export, Calls: s.Calls,
 		}
 		if len(s.Calls) > 0 {
-			service.OutboundPort = uint32(portOutbound + i)
+			service.OutboundPort = uint32(p.outboundPort(td, i))
 		}
 		if f := s.Failover; f != nil {
 			service.Failover = &statev1.Failover{Mode: mode(f.Mode), Order: f.Order, Failback: mode(f.Failback), HoldSeconds: uint32(f.Hold / time.Second)}
@@ -458,7 +547,7 @@ func (p *plan) foreign(td *TrustDomain, now time.Time, bundles map[string][]byte
 		}
 		r := &statev1.Relationship{TrustDomain: other.Name, EndpointId: "spiffe://" + other.Name + "/entente/bundle-endpoint", BootstrapBundle: bundles[other.Name]}
 		for _, dc := range other.CA {
-			r.EndpointUrls = append(r.EndpointUrls, "https://"+join(p.host(other.Name, dc, hostCA), portCABundle)+"/")
+			r.EndpointUrls = append(r.EndpointUrls, "https://"+p.at(other.Name, dc, hostCA, portCABundle)+"/")
 		}
 		objects = append(objects, &statev1.Object{Kind: &statev1.Object_Relationship{Relationship: r}, Owner: "security"})
 		for _, s := range other.Services {
@@ -525,12 +614,32 @@ func (p *plan) catalogue(td *TrustDomain, now time.Time, bundles map[string][]by
 }
 
 // free finds the first slot in which every address of the scenario can be listened
-// at, and holds it until the returned listener is closed. note says which address
-// made it pass over a slot that is not another run's.
-func free(place func(slot int) *plan) (p *plan, guard net.Listener, note string, err error) {
+// at, and holds it until the returned listener is closed. Where the system does not
+// give every host an address of its own, or one says so, all share 127.0.0.1. note
+// says why the place is not the usual one, unless another run has that.
+func free(plan func(place) *plan, one bool) (p *plan, guard net.Listener, note string, err error) {
+	p, guard, note, err = freeSlot(plan, one)
+	if err != nil && !one && !errors.Is(err, syscall.EADDRINUSE) {
+		note = err.Error()
+		p, guard, _, err = freeSlot(plan, true)
+	}
+	if err != nil {
+		return nil, nil, "", fmt.Errorf("no room for the scenario on the loopback network: %w", err)
+	}
+	return p, guard, note, nil
+}
+
+func freeSlot(plan func(place) *plan, one bool) (p *plan, guard net.Listener, note string, err error) {
+	slots := maxSlots
+	if one {
+		slots = oneSlots
+	}
 	var taken error
-	for slot := range maxSlots {
-		p = place(slot)
+	for slot := range slots {
+		p = plan(place{slot, one})
+		if _, ports := p.portBlocks(p.spec); one && ports > slotPorts {
+			return nil, nil, "", fmt.Errorf("the scenario needs %d ports of %s, and may have %d: leave out some services", ports, onlyAddress, slotPorts)
+		}
 		guard, err = daemon.Listen(p.guard())
 		if err == nil {
 			if err = p.tryAll(); err == nil {
@@ -542,13 +651,13 @@ func free(place func(slot int) *plan) (p *plan, guard net.Listener, note string,
 			}
 		}
 		if !errors.Is(err, syscall.EADDRINUSE) {
-			return nil, nil, "", fmt.Errorf("every host of a scenario needs a loopback address of its own, and this machine does not give it: %w", err)
+			return nil, nil, "", err
 		}
 		if taken == nil {
 			taken = err
 		}
 	}
-	return nil, nil, "", fmt.Errorf("no room for the scenario on the loopback network: %w", taken)
+	return nil, nil, "", taken
 }
 
 // tryAll listens at every address of the plan for a moment.

@@ -14,6 +14,7 @@ import (
 	"math/big"
 	"net"
 	"net/url"
+	"slices"
 	"time"
 
 	"github.com/go-jose/go-jose/v4"
@@ -55,6 +56,7 @@ func newUsers(p *plan, td *TrustDomain) (*users, error) {
 	for _, dc := range td.Edge.In {
 		addresses = append(addresses, net.ParseIP(p.host(td.Name, dc, hostEdge)))
 	}
+	addresses = slices.CompactFunc(addresses, net.IP.Equal) // all the same, where there is only one
 	ca, err := newRootCA(&url.URL{}, "phones trust this")
 	if err != nil {
 		return nil, err

@@ -86,8 +86,8 @@ func (w *world) prepare(spec *Spec, o Options) (err error) {
 		}
 		w.remove = append(w.remove, sockets)
 	}
-	place := func(slot int) *plan { return newPlan(spec, dir, sockets, slot) }
-	if w.plan, w.guard, w.note, err = free(place); err != nil {
+	plan := func(at place) *plan { return newPlan(spec, dir, sockets, at) }
+	if w.plan, w.guard, w.note, err = free(plan, o.OneAddress); err != nil {
 		return err
 	}
 	return w.layOut()

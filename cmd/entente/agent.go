@@ -102,6 +102,7 @@ func runAgent(config *meshagent.Config, log *slog.Logger) error {
 			Agent:       config.Name,
 			Inbound:     config.Sidecar.Inbound,
 			AppAddress:  config.Sidecar.AppAddress,
+			PortOffset:  config.Sidecar.PortOffset,
 			Log:         log,
 			AccessLog:   access,
 			Metrics:     registry,

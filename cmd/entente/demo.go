@@ -42,6 +42,7 @@ Ends every process and removes its directory, also on Ctrl-C.`,
 	f.StringVar(&options.JSONFile, "json", "", "write the report to this file as JSON too")
 	f.BoolVar(&options.Keep, "keep", false, "stay up after the story until Ctrl-C")
 	f.StringVar(&options.WorkDir, "workdir", "", "keep configurations, state and logs in this new directory")
+	f.BoolVar(&options.OneAddress, "one-address", false, "put every host at 127.0.0.1, as where the system has no other loopback address")
 	f.BoolVar(&options.Verbose, "verbose", false, "say more")
 	return c
 }

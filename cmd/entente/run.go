@@ -140,10 +140,10 @@ func (f *runFlags) run(ctx context.Context, say io.Writer, program string, args 
 		return err
 	}
 	took := time.Since(began)
-	outbound := net.JoinHostPort(is.AppAddress, strconv.Itoa(int(service.GetOutboundPort())))
+	outbound := net.JoinHostPort(is.AppAddress, strconv.Itoa(int(service.GetOutboundPort())+is.PortOffset))
 	listen := ""
 	if f.port != 0 {
-		listen = net.JoinHostPort(is.AppAddress, strconv.Itoa(int(f.port)))
+		listen = net.JoinHostPort(is.AppAddress, strconv.Itoa(int(f.port)+is.PortOffset))
 	}
 	f.introduce(say, identity, took, listen, outbound)
 
@@ -265,7 +265,7 @@ func (f *runFlags) admin(ctx context.Context, sockets []string, do func(context.
 
 // declare agrees on the service with the CA.
 func (f *runFlags) declare(ctx context.Context, id string, is *admin.Status, nodes []string) (*statev1.Service, error) {
-	outbound, err := freePort(is.AppAddress)
+	outbound, err := freePort(is.AppAddress, is.PortOffset)
 	if err != nil {
 		return nil, err
 	}
@@ -276,7 +276,7 @@ func (f *runFlags) declare(ctx context.Context, id string, is *admin.Status, nod
 	service := &statev1.Service{
 		Name: f.service, Path: "/" + f.service, Hosts: []string{is.Agent},
 		Selectors: []string{ca.SelectorUID + ":" + strconv.Itoa(os.Getuid()), ca.SelectorRun + ":" + id},
-		Port:      uint32(f.port), HealthPath: f.health, OutboundPort: uint32(outbound), Calls: f.calls,
+		Port:      uint32(f.port), HealthPath: f.health, OutboundPort: uint32(outbound - is.PortOffset), Calls: f.calls,
 	}
 	object := &statev1.Object{Owner: owner, Source: "entente run:1", Kind: &statev1.Object_Service{Service: service}}
 	return service, f.admin(ctx, nodes, func(ctx context.Context, client ententev1.AdminClient) error {
@@ -304,14 +304,21 @@ func (f *runFlags) withdraw(ctx context.Context, say io.Writer, nodes []string) 
 	}
 }
 
-// freePort finds a port for the outbound door.
-func freePort(address string) (uint16, error) {
-	l, err := net.Listen("tcp", net.JoinHostPort(address, "0"))
-	if err != nil {
-		return 0, fmt.Errorf("cannot find a free port at %s, where the agent serves: is it on this host? %w", address, err)
+// freePort finds a port for the outbound door, above the offset that the agent adds to
+// what the catalogue says.
+func freePort(address string, offset int) (int, error) {
+	for range 200 {
+		l, err := net.Listen("tcp", net.JoinHostPort(address, "0"))
+		if err != nil {
+			return 0, fmt.Errorf("cannot find a free port at %s, where the agent serves: is it on this host? %w", address, err)
+		}
+		port := l.Addr().(*net.TCPAddr).Port
+		l.Close()
+		if port > offset {
+			return port, nil
+		}
 	}
-	defer l.Close()
-	return l.Addr().(*net.TCPAddr).AddrPort().Port(), nil
+	return 0, fmt.Errorf("no free port at %s is above the agent's sidecar.portOffset of %d", address, offset)
 }
 
 // identified waits until the agent holds an SVID for the service and its way out is open.
@@ -344,7 +351,7 @@ func (f *runFlags) environment(is *admin.Status, id, listen, outbound string) []
 		"SPIFFE_ENDPOINT_SOCKET=unix://"+is.WorkloadAPI,
 	)
 	if listen != "" {
-		env = append(env, "ENTENTE_LISTEN="+listen, "HOST="+is.AppAddress, "PORT="+strconv.Itoa(int(f.port)))
+		env = append(env, "ENTENTE_LISTEN="+listen, "HOST="+is.AppAddress, "PORT="+strconv.Itoa(int(f.port)+is.PortOffset))
 	}
 	if f.proxy {
 		env = append(env, "http_proxy=http://"+outbound, "HTTP_PROXY=http://"+outbound, "no_proxy=localhost,127.0.0.0/8,::1", "NO_PROXY=localhost,127.0.0.0/8,::1")

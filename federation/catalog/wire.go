@@ -332,7 +332,7 @@ func (p *parser) service(d *document[serviceSpec], object *statev1.Object) error
 		if s.Health.HTTP != "" && s.Health.GRPC != nil || s.Health.HTTP == "" && s.Health.GRPC == nil {
 			return s.Health.Errorf("health is either http: /path or grpc: {service: NAME}; leave it out for a TCP connection")
 		}
-		if s.Health.GRPC == nil && s.Health.HTTP[0] != '/' {
+		if strings.HasPrefix(s.Health.HTTP, grpcHealth) {
 			return s.Health.At("http").Errorf("health.http %q is not a path: it begins with /", s.Health.HTTP)
 		}
 		if service.HealthPath = s.Health.HTTP; s.Health.GRPC != nil {

@@ -33,8 +33,9 @@ type Status struct {
 	Ready       bool       `json:"ready"`
 	Why         string     `json:"why,omitempty"` // it is not
 	Revision    uint64     `json:"revision"`
-	WorkloadAPI string     `json:"workload_api"` // path of the socket
-	AppAddress  string     `json:"app_address"`  // where applications listen, and where they call from
+	WorkloadAPI string     `json:"workload_api"`          // path of the socket
+	AppAddress  string     `json:"app_address"`           // where applications listen, and where they call from
+	PortOffset  int        `json:"port_offset,omitempty"` // added to the ports that the catalogue says
 	Inbound     string     `json:"inbound,omitempty"`
 	Identities  []Identity `json:"identities"`
 }
@@ -132,7 +133,7 @@ func (s *Server) status() *Status {
 	cfg, state := s.agent.Config(), s.agent.State()
 	st := &Status{
 		TrustDomain: cfg.TrustDomain, Agent: cfg.Name, Datacenter: cfg.Datacenter, Ready: true, Revision: state.View.Revision,
-		WorkloadAPI: cfg.WorkloadAPI.Socket, AppAddress: cfg.Sidecar.AppAddress, Inbound: cfg.Sidecar.Inbound, Identities: []Identity{},
+		WorkloadAPI: cfg.WorkloadAPI.Socket, AppAddress: cfg.Sidecar.AppAddress, PortOffset: cfg.Sidecar.PortOffset, Inbound: cfg.Sidecar.Inbound, Identities: []Identity{},
 	}
 	if err := s.agent.Ready(); err != nil {
 		st.Ready, st.Why = false, err.Error()

@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"net"
 	"net/netip"
 	"strconv"
@@ -34,6 +35,7 @@ type Config struct {
 	Agent       string // name of the agent, for access records
 	Inbound     string // host:port of the mTLS door; empty: nothing is served here
 	AppAddress  string // loopback IP of the host's applications and of the outbound doors; empty: 127.0.0.1
+	PortOffset  int    // added to the catalogue's ports of applications and outbound doors, 0 to 40000
 
 	Names *Names // nil: services are called through outbound ports only
 
@@ -82,7 +84,7 @@ type Sidecar struct {
 // outbound is one loopback door as it should be.
 type outbound struct {
 	id   spiffeid.ID
-	port uint16
+	port int
 }
 
 // New makes a sidecar; nothing is opened before Run.
@@ -145,9 +147,10 @@ func (s *Sidecar) Update(w World) error {
 			continue // a gateway's
 		}
 		callers[entry.GetId()] = id
-		if service.Port != 0 {
-			local[service.Port] = true
-			at := netip.AddrPortFrom(s.app, service.Port)
+		// Above the last port there is nobody: the agent reports such a service as unhealthy.
+		if port := int(service.Port) + s.cfg.PortOffset; service.Port != 0 && port <= math.MaxUint16 {
+			local[uint16(port)] = true
+			at := netip.AddrPortFrom(s.app, uint16(port))
 			backends[service.Name] = dataplane.Backend{
 				Identity: dataplane.Identity{ID: id, SVID: s.agent.SVIDs(entry.GetId())},
 				Address:  at.String(),
@@ -155,7 +158,7 @@ func (s *Sidecar) Update(w World) error {
 			}
 		}
 		if service.OutboundPort != 0 {
-			wanted[entry.GetId()] = outbound{id, service.OutboundPort}
+			wanted[entry.GetId()] = outbound{id, int(service.OutboundPort) + s.cfg.PortOffset}
 		}
 	}
 	s.backends.Store(&backends)
@@ -248,7 +251,7 @@ func (s *Sidecar) Run(ctx context.Context) error {
 // serveOutbound keeps one loopback door open. A port that is taken costs this workload
 // its way out and nobody else's; it is tried again.
 func (s *Sidecar) serveOutbound(ctx context.Context, entry string, w outbound) {
-	address := net.JoinHostPort(s.app.String(), strconv.Itoa(int(w.port)))
+	address := net.JoinHostPort(s.app.String(), strconv.Itoa(w.port))
 	door := s.engine.Outbound(dataplane.Identity{ID: w.id, SVID: s.agent.SVIDs(entry)})
 	said := false
 	for {

@@ -76,6 +76,10 @@ type host struct {
 	world   World
 }
 
+func newOffsetHost(t *testing.T, offset int) *host {
+	return newHost(t, func(c *Config) { c.PortOffset = offset })
+}
+
 func newHost(t *testing.T, change ...func(*Config)) *host {
 	h := &host{t: t, agent: &agent{authority: peertest.NewAuthority(td), svids: map[string]*x509svid.SVID{}}}
 	h.inbound = fmt.Sprintf("127.0.0.1:%d", freePort(t))
@@ -257,6 +261,23 @@ func TestPortTaken(t *testing.T) {
 	eventually(t, cart, "market.trading.example", "200")
 	_ = ln.Close()
 	eventually(t, taken, "market.trading.example", "200")
+}
+
+// The ports of the catalogue are moved by the offset, all of them and nothing else.
+func TestPortOffset(t *testing.T) {
+	const offset = 1000
+	h := newOffsetHost(t, offset)
+	market, cart := h.application("market"), freePort(t)
+	h.service("market", market-offset, 0)
+	h.service("high", 65535, 0) // nobody can listen there
+	h.service("cart", 0, cart-offset)
+	h.service("higher", 0, 65535)
+	h.apply()
+	eventually(t, cart, "market.trading.example", "200 market called by")
+	eventually(t, cart, "high.trading.example", "502")
+	if got, err := ask(cart-offset, "market.trading.example"); err == nil {
+		t.Errorf("the door is open at the catalogue's port, too: %q", got)
+	}
 }
 
 func TestNewRefuses(t *testing.T) {
