@@ -81,6 +81,9 @@ func (s *State) Identity(entryID string) (*Identity, bool) {
 	return s.Identities[i], true
 }
 
+// Service finds the identity of a service of this host.
+func (s *State) Service(name string) (*Identity, bool) { return s.Identity(ca.ServiceEntry(name)) }
+
 // IdentitiesOf returns the identities whose selectors the process satisfies, all
 // of them, by entry id.
 func (s *State) IdentitiesOf(p *workloadattest.Process) []*Identity {

@@ -63,8 +63,10 @@ meshagent:               ca ca/client federation/bundle
 meshagent/nodeattest:    ca ca/client internal/daemon
 meshagent/workloadattest: ca
 meshagent/workloadapi:   meshagent meshagent/workloadattest federation/bundle internal/daemon internal/jwtsvid
-meshagent/sds:           meshagent federation/bundle
-meshagent/files:         meshagent federation/bundle
+meshagent/sds:           meshagent meshagent/workloadattest
+meshagent/admin:         meshagent meshagent/workloadattest internal/daemon
+meshagent/names:         internal/daemon
+meshagent/files:         meshagent federation/bundle internal/daemon
 meshagent/sidecar:       internal/dataplane federation/catalog federation/origin internal/peer internal/refusal
 
 internal/dataplane:      internal/dataplane/* federation/catalog federation/origin internal/peer internal/refusal
@@ -90,6 +92,7 @@ github.com/hashicorp/raft:        ca/replica
 go.etcd.io/bbolt:                 ca/replica
 github.com/hashicorp/memberlist:  internal/gossip
 github.com/envoyproxy:            meshagent/sds
+github.com/miekg/dns:             meshagent/names
 google.golang.org/grpc:           api/entente/v1
                                   ca/server ca/client ca/node federation/exchange
                                   meshagent/workloadapi meshagent/sds

@@ -135,6 +135,26 @@ func (b *Bundle) Marshal() ([]byte, error) {
 	return json.Marshal(doc)
 }
 
+// MarshalMap writes a SPIFFE bundle map (Trust Domain and Bundle 5.1.1): the bundles of several trust domains in one
+// document, which is replaced as a whole. Refresh hints are left out. A trust domain may be given once only.
+func MarshalMap(bundles ...*Bundle) ([]byte, error) {
+	domains := map[string]json.RawMessage{}
+	for _, b := range bundles {
+		name := b.TrustDomain.Name()
+		if _, twice := domains[name]; twice {
+			return nil, fmt.Errorf("writing a bundle map: two bundles of %s", name)
+		}
+		unhinted := *b
+		unhinted.RefreshHint = 0
+		doc, err := unhinted.Marshal()
+		if err != nil {
+			return nil, err
+		}
+		domains[name] = doc
+	}
+	return json.Marshal(map[string]any{"trust_domains": domains})
+}
+
 func authorityEntry(cert *x509.Certificate) (entry, error) {
 	if err := checkAuthority(cert); err != nil {
 		return entry{}, err

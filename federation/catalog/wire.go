@@ -43,9 +43,14 @@ type runSpec struct {
 	UID     *uint32  `yaml:"uid"`
 	GID     *uint32  `yaml:"gid"`
 	Path    string   `yaml:"path"`
+	Groups  []uint32 `yaml:"groups"` // supplementary ones
 	SHA256  string   `yaml:"sha256"`
-	Hosts   []string `yaml:"hosts,required"`
-	Systemd string   `yaml:"systemd,unsupported"`
+	Cmdline string   `yaml:"cmdline"` // digest of the command line
+	Systemd string   `yaml:"systemd"` // unit
+	// Container is the id that its runtime gave it.
+	Container string   `yaml:"container"`
+	Run       string   `yaml:"run"` // what `entente run` registered
+	Hosts     []string `yaml:"hosts,required"`
 }
 
 type serviceSpec struct {
@@ -64,8 +69,18 @@ type serviceSpec struct {
 }
 
 type healthSpec struct {
-	HTTP string `yaml:"http,required"`
+	yamlfile.Pos
+	HTTP string    `yaml:"http"`
+	GRPC *grpcSpec `yaml:"grpc"`
 }
+
+type grpcSpec struct {
+	Service string `yaml:"service"` // empty: the server as a whole
+}
+
+// grpcHealth marks a health check by gRPC's health protocol in a Service's record,
+// with the name of the gRPC service behind it.
+const grpcHealth = "grpc:"
 
 type outboundSpec struct {
 	Port uint16 `yaml:"port,required,min=1"`
@@ -318,7 +333,15 @@ func (p *parser) service(d *document[serviceSpec], object *statev1.Object) error
 		service.Path = s.Path
 	}
 	if s.Health != nil {
-		service.HealthPath = s.Health.HTTP
+		if s.Health.HTTP != "" && s.Health.GRPC != nil || s.Health.HTTP == "" && s.Health.GRPC == nil {
+			return s.Health.Errorf("health is either http: /path or grpc: {service: NAME}; leave it out for a TCP connection")
+		}
+		if strings.HasPrefix(s.Health.HTTP, grpcHealth) {
+			return s.Health.At("http").Errorf("health.http %q is not a path: it begins with /", s.Health.HTTP)
+		}
+		if service.HealthPath = s.Health.HTTP; s.Health.GRPC != nil {
+			service.HealthPath = grpcHealth + s.Health.GRPC.Service
+		}
 	}
 	if s.Outbound != nil {
 		service.OutboundPort = uint32(s.Outbound.Port)
@@ -359,28 +382,41 @@ func wholeSeconds(at yamlfile.Pos, what string, d time.Duration) (uint32, error)
 // selectors in a fixed order, so that the same file gives the same record.
 func (r *runSpec) selectors() ([]string, error) {
 	var list []string
-	if r.User != "" {
-		list = append(list, "unix:user:"+r.User)
+	add := func(kind, value string) {
+		if value != "" {
+			list = append(list, kind+":"+value)
+		}
 	}
-	if r.UID != nil {
-		list = append(list, "unix:uid:"+strconv.FormatUint(uint64(*r.UID), 10))
+	number := func(n *uint32) string {
+		if n == nil {
+			return ""
+		}
+		return strconv.FormatUint(uint64(*n), 10)
 	}
-	if r.GID != nil {
-		list = append(list, "unix:gid:"+strconv.FormatUint(uint64(*r.GID), 10))
+	add("systemd:unit", r.Systemd)
+	add("container:id", r.Container)
+	add("unix:user", r.User)
+	add("unix:uid", number(r.UID))
+	add("unix:gid", number(r.GID))
+	for _, group := range r.Groups {
+		add("unix:group", number(&group))
 	}
-	if r.Path != "" {
-		list = append(list, "unix:path:"+r.Path)
-	}
-	if r.SHA256 != "" {
-		list = append(list, "unix:sha256:"+r.SHA256)
-	}
+	add("unix:path", r.Path)
+	add("unix:sha256", r.SHA256)
+	add("unix:cmdline", r.Cmdline)
+	add("run:id", r.Run)
+	identified := r.User != "" || r.UID != nil || r.SHA256 != "" || r.Systemd != "" || r.Container != ""
 	switch {
 	case len(list) == 0:
-		return nil, r.Errorf("run says nothing by which the process is recognised; add user or uid")
-	case r.User == "" && r.UID == nil && r.SHA256 == "" && r.Path != "":
+		return nil, r.Errorf("run says nothing by which the process is recognised; add systemd, user or uid")
+	case !identified && r.Path != "":
 		return nil, r.At("path").Errorf("run.path stands alone: any user may start a program from a path; add user, uid or sha256 beside it")
-	case r.User == "" && r.UID == nil && r.SHA256 == "":
+	case !identified && r.Cmdline != "":
+		return nil, r.At("cmdline").Errorf("run.cmdline stands alone: a command line is what a process says of itself; add user, uid or sha256 beside it")
+	case !identified && r.GID != nil:
 		return nil, r.At("gid").Errorf("run.gid stands alone; add user or uid beside it")
+	case !identified:
+		return nil, r.Errorf("run says nothing that identifies a process; add systemd, user or uid")
 	}
 	return list, nil
 }
@@ -570,7 +606,10 @@ func formatService(s *statev1.Service) (serviceSpec, error) {
 		spec.Path = s.GetPath()
 	}
 	if s.GetHealthPath() != "" {
-		spec.Health = &healthSpec{s.GetHealthPath()}
+		spec.Health = &healthSpec{HTTP: s.GetHealthPath()}
+		if name, ok := strings.CutPrefix(s.GetHealthPath(), grpcHealth); ok {
+			spec.Health = &healthSpec{GRPC: &grpcSpec{name}}
+		}
 	}
 	if s.GetOutboundPort() != 0 {
 		spec.Outbound = &outboundSpec{uint16(s.GetOutboundPort())}
@@ -605,31 +644,49 @@ func formatGateway(g *statev1.Gateway) (gatewaySpec, error) {
 func formatRun(hosts, selectors []string) (runSpec, error) {
 	run := runSpec{Hosts: hosts}
 	for _, selector := range selectors {
-		kind, value, _ := strings.Cut(strings.TrimPrefix(selector, "unix:"), ":")
+		kind, value := cutSelector(selector)
 		switch kind {
-		case "user":
+		case "systemd:unit":
+			run.Systemd = value
+		case "container:id":
+			run.Container = value
+		case "unix:user":
 			run.User = value
-		case "uid", "gid":
+		case "unix:uid", "unix:gid", "unix:group":
 			n, err := strconv.ParseUint(value, 10, 32)
 			if err != nil {
 				return run, fmt.Errorf("selector %q: %w", selector, err)
 			}
 			id := uint32(n)
-			if kind == "uid" {
+			switch kind {
+			case "unix:uid":
 				run.UID = &id
-			} else {
+			case "unix:gid":
 				run.GID = &id
+			default:
+				run.Groups = append(run.Groups, id)
 			}
-		case "path":
+		case "unix:path":
 			run.Path = value
-		case "sha256":
+		case "unix:sha256":
 			run.SHA256 = value
+		case "unix:cmdline":
+			run.Cmdline = value
+		case "run:id":
+			run.Run = value
 		}
 	}
 	if again, err := run.selectors(); err != nil || !slices.Equal(again, selectors) {
 		return run, fmt.Errorf("selectors %q cannot be said in a file", selectors)
 	}
 	return run, nil
+}
+
+// cutSelector takes a selector apart: unix:uid:1000 is of kind unix:uid.
+func cutSelector(selector string) (kind, value string) {
+	family, rest, _ := strings.Cut(selector, ":")
+	kind, value, _ = strings.Cut(rest, ":")
+	return family + ":" + kind, value
 }
 
 func formatAgreement(a *statev1.Agreement) (agreementSpec, error) {

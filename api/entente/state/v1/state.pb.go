@@ -1512,7 +1512,7 @@ type Service struct {
 	Hosts           []string               `protobuf:"bytes,3,rep,name=hosts,proto3" json:"hosts,omitempty"`
 	Selectors       []string               `protobuf:"bytes,4,rep,name=selectors,proto3" json:"selectors,omitempty"`
 	Port            uint32                 `protobuf:"varint,5,opt,name=port,proto3" json:"port,omitempty"`                                     // where the application listens; 0: it only calls
-	HealthPath      string                 `protobuf:"bytes,6,opt,name=health_path,json=healthPath,proto3" json:"health_path,omitempty"`        // HTTP GET, 2xx is healthy; empty: TCP connect
+	HealthPath      string                 `protobuf:"bytes,6,opt,name=health_path,json=healthPath,proto3" json:"health_path,omitempty"`        // "/path": HTTP GET, 2xx is healthy; "grpc:SERVICE": grpc.health.v1; empty: TCP connect
 	OutboundPort    uint32                 `protobuf:"varint,7,opt,name=outbound_port,json=outboundPort,proto3" json:"outbound_port,omitempty"` // loopback port on which its workload calls others; 0: none
 	Failover        *Failover              `protobuf:"bytes,8,opt,name=failover,proto3" json:"failover,omitempty"`
 	ExportTo        []string               `protobuf:"bytes,9,rep,name=export_to,json=exportTo,proto3" json:"export_to,omitempty"` // trust domains that may see it
