@@ -87,6 +87,16 @@ const (
 	DefaultX509SVID    = 12 * time.Hour
 	DefaultPhase       = 48 * time.Hour
 	DefaultRefreshHint = 5 * time.Minute
+	DefaultJWTSVID     = 5 * time.Minute
+	DefaultWITSVID     = time.Hour
+)
+
+// The longest lives of tokens, whatever a domain or an entry asks for: a JWT-SVID is
+// worth its life to whoever steals it (JWT-SVID 3.3), a WIT-SVID cannot be revoked
+// where nobody syncs.
+const (
+	MaxJWTSVID = time.Hour
+	MaxWITSVID = 24 * time.Hour
 )
 
 // MinSVIDLife is the shortest life an SVID may be given: renewal at half of it
@@ -99,6 +109,8 @@ type Lifetimes struct {
 	AgentSVID   time.Duration // of an agent's own
 	Phase       time.Duration // P; an authority lives 3P
 	RefreshHint time.Duration // of the own bundle
+	JWTSVID     time.Duration
+	WITSVID     time.Duration
 }
 
 // LifetimesOf fills in the defaults; l may be nil. Where the phase is shorter
@@ -117,6 +129,8 @@ func LifetimesOf(l *statev1.Lifetimes) Lifetimes {
 		AgentSVID:   seconds(l.GetAgentSvidSeconds(), svid),
 		Phase:       phase,
 		RefreshHint: seconds(l.GetBundleRefreshHintSeconds(), DefaultRefreshHint),
+		JWTSVID:     seconds(l.GetJwtSvidSeconds(), min(DefaultJWTSVID, phase)),
+		WITSVID:     seconds(l.GetWitSvidSeconds(), min(DefaultWITSVID, phase)),
 	}
 }
 
@@ -127,9 +141,17 @@ func (l Lifetimes) Check() error {
 	for _, life := range []struct {
 		name string
 		d    time.Duration
-	}{{"X.509-SVID", l.X509SVID}, {"agent SVID", l.AgentSVID}} {
-		if life.d < MinSVIDLife || life.d > l.Phase {
+		most time.Duration
+	}{
+		{"X.509-SVID", l.X509SVID, l.Phase}, {"agent SVID", l.AgentSVID, l.Phase},
+		{"JWT-SVID", l.JWTSVID, min(MaxJWTSVID, l.Phase)}, {"WIT-SVID", l.WITSVID, min(MaxWITSVID, l.Phase)},
+	} {
+		switch {
+		case life.d >= MinSVIDLife && life.d <= life.most:
+		case life.most == l.Phase:
 			errs = append(errs, fmt.Errorf("%s life %v is not between %v and the phase %v", life.name, life.d, MinSVIDLife, l.Phase))
+		default:
+			errs = append(errs, fmt.Errorf("%s life %v is not between %v and %v", life.name, life.d, MinSVIDLife, life.most))
 		}
 	}
 	if l.Phase > 365*24*time.Hour {

@@ -146,7 +146,8 @@ func TestLifetimes(t *testing.T) {
 
 func TestSelectors(t *testing.T) {
 	digest := strings.Repeat("9f", 32)
-	for _, good := range []string{"unix:uid:0", "unix:uid:1000", "unix:gid:4294967294", "unix:user:svc-accounts", "unix:path:/opt/a b/bin", "unix:path:/x:y", "unix:sha256:" + digest} {
+	for _, good := range []string{"unix:uid:0", "unix:uid:1000", "unix:gid:4294967294", "unix:user:svc-accounts", "unix:path:/opt/a b/bin", "unix:path:/x:y", "unix:sha256:" + digest,
+		"unix:group:0", "unix:cmdline:" + digest, "systemd:unit:web@1.service", "systemd:unit:docker-" + digest + ".scope", `systemd:unit:a\x2db.service`, "container:id:" + digest, "run:id:abcdefghijklmnop2345"} {
 		s, err := ParseSelector(good)
 		if err != nil {
 			t.Error(err)
@@ -157,7 +158,8 @@ func TestSelectors(t *testing.T) {
 	for _, bad := range []string{
 		"", "uid:1", "unix:", "unix:uid", "unix:uid:", "unix:uid:01", "unix:uid:+1", "unix:uid:-1", "unix:uid:4294967295", "unix:uid:x",
 		"unix:user:", "unix:user:a/b", "unix:user:a:b", "unix:path:a", "unix:path:/", "unix:path:/a/../b", "unix:path:/a/", "unix:path:/a\nb",
-		"unix:path:/a\x00", "unix:sha256:9F" + digest[2:], "unix:sha256:" + digest[1:], "unix:pid:1", "k8s:ns:x", "unix:path:/" + strings.Repeat("a", maxSelectorValue),
+		"unix:path:/a\x00", "unix:sha256:9F" + digest[2:], "unix:sha256:" + digest[1:], "unix:pid:1", "k8s:ns:x", "unix:group:-1", "unix:cmdline:x",
+		"systemd:unit:web", "systemd:unit:.service", "systemd:unit:a/b.service", "systemd:unit:a b.service", "systemd:unit:web.slice", "systemd:web.service", "container:id:" + digest[1:], "run:id:short", "run:id:ABCDEFGHIJKLMNOPQ", "unix:path:/" + strings.Repeat("a", maxSelectorValue),
 	} {
 		if s, err := ParseSelector(bad); err == nil {
 			t.Errorf("%q parsed as %v", bad, s)
@@ -177,6 +179,13 @@ func TestSelectors(t *testing.T) {
 		"digest":           {[]string{"unix:sha256:" + digest}, true},
 		"two of one kind":  {[]string{"unix:uid:1", "unix:uid:2"}, false},
 		"group alone":      {[]string{"unix:gid:1"}, false},
+		"several groups":   {[]string{"unix:uid:1", "unix:group:1", "unix:group:2"}, true},
+		"groups alone":     {[]string{"unix:group:1", "unix:group:2"}, false},
+		"command line":     {[]string{"unix:cmdline:" + digest, "unix:path:/a"}, false},
+		"unit":             {[]string{"systemd:unit:a.service"}, true},
+		"container":        {[]string{"container:id:" + digest}, true},
+		"run alone":        {[]string{"run:id:abcdefghijklmnop"}, false},
+		"run and user":     {[]string{"run:id:abcdefghijklmnop", "unix:uid:1"}, true},
 		"one is malformed": {[]string{"unix:uid:1", "unix:x"}, false},
 	} {
 		if err := CheckSelectors(test.list); (err == nil) != test.ok {

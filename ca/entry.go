@@ -7,6 +7,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
@@ -113,6 +115,9 @@ func EntriesFor(td spiffeid.TrustDomain, obj *statev1.Object, peers []string, lo
 			Hosts:           sortedSet(s.GetHosts()),
 			Selectors:       sortedSet(s.GetSelectors()),
 			X509SvidSeconds: s.GetX509SvidSeconds(),
+			JwtSvidSeconds:  s.GetJwtSvidSeconds(),
+			WitSvidSeconds:  s.GetWitSvidSeconds(),
+			Hint:            s.GetHint(),
 		}
 		if err := CheckLabel(s.GetName()); err != nil {
 			return nil, err
@@ -171,7 +176,45 @@ func CheckEntry(td spiffeid.TrustDomain, e *statev1.Entry, longest time.Duration
 			return fmt.Errorf("X.509-SVID life %v is not between %v and the domain's phase %v", life, MinSVIDLife, longest)
 		}
 	}
+	for _, token := range []struct {
+		name    string
+		seconds uint32
+		most    time.Duration
+	}{{"JWT-SVID", e.GetJwtSvidSeconds(), min(MaxJWTSVID, longest)}, {"WIT-SVID", e.GetWitSvidSeconds(), min(MaxWITSVID, longest)}} {
+		if life := time.Duration(token.seconds) * time.Second; life != 0 && (life < MinSVIDLife || life > token.most) {
+			return fmt.Errorf("%s life %v is not between %v and %v", token.name, life, MinSVIDLife, token.most)
+		}
+	}
+	return CheckHint(e.GetHint())
+}
+
+// MaxHint is the length of the longest hint, in bytes (Workload API 5.2.1).
+const MaxHint = 1024
+
+// CheckHint tells whether a hint can be shown to a workload and in a table. An empty
+// one is none.
+func CheckHint(hint string) error {
+	if len(hint) > MaxHint || !utf8.ValidString(hint) || strings.ContainsFunc(hint, unicode.IsControl) {
+		return fmt.Errorf("hint %.40q is not text of at most %d bytes on one line", hint, MaxHint)
+	}
 	return nil
+}
+
+// JWTLife is how long an entry's JWT-SVIDs live.
+func JWTLife(e *statev1.Entry, l Lifetimes) time.Duration {
+	return tokenLife(e.GetJwtSvidSeconds(), l.JWTSVID, MaxJWTSVID)
+}
+
+// WITLife is how long an entry's WIT-SVIDs live.
+func WITLife(e *statev1.Entry, l Lifetimes) time.Duration {
+	return tokenLife(e.GetWitSvidSeconds(), l.WITSVID, MaxWITSVID)
+}
+
+func tokenLife(seconds uint32, domains, most time.Duration) time.Duration {
+	if seconds != 0 {
+		domains = time.Duration(seconds) * time.Second
+	}
+	return min(domains, most)
 }
 
 // SVIDLife is how long an entry's SVIDs live.

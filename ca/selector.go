@@ -12,35 +12,45 @@ import (
 // Kinds of selectors: what a mesh agent's workload attestation can see of a
 // process.
 const (
-	SelectorUID    = "uid"    // decimal user id
-	SelectorUser   = "user"   // user name, as the host resolves it
-	SelectorGID    = "gid"    // decimal group id
-	SelectorPath   = "path"   // absolute path of the executable
-	SelectorSHA256 = "sha256" // lower-case hex digest of the executable
+	SelectorUID       = "unix:uid"     // decimal effective user id
+	SelectorUser      = "unix:user"    // user name, as the host resolves it
+	SelectorGID       = "unix:gid"     // decimal effective group id
+	SelectorGroup     = "unix:group"   // decimal id of a supplementary group; may stand several times
+	SelectorPath      = "unix:path"    // absolute path of the executable
+	SelectorSHA256    = "unix:sha256"  // lower-case hex digest of the executable
+	SelectorCmdline   = "unix:cmdline" // lower-case hex digest of /proc/PID/cmdline: the arguments, each with a zero behind it
+	SelectorUnit      = "systemd:unit" // unit of the system's service manager: accounts.service
+	SelectorContainer = "container:id" // 64 hex digits that docker, containerd, CRI-O or podman gave it
+	SelectorRun       = "run:id"       // a process that `entente run` registered with its agent, and what it started
 )
+
+// identifying selectors may stand alone: nobody but root or the user in question can
+// make another process that has them.
+var identifying = []string{SelectorUID, SelectorUser, SelectorSHA256, SelectorUnit, SelectorContainer}
 
 const (
 	maxSelectors     = 16
 	maxSelectorValue = 1024
 )
 
-// Selector is one statement about a process, written unix:KIND:VALUE.
+// Selector is one statement about a process, written KIND:VALUE.
 type Selector struct {
-	Kind  string
+	Kind  string // one of the Selector constants
 	Value string
 }
 
 // String writes the form that ParseSelector reads. There is one form only, so
 // that selectors can be compared as text.
-func (s Selector) String() string { return "unix:" + s.Kind + ":" + s.Value }
+func (s Selector) String() string { return s.Kind + ":" + s.Value }
 
-// ParseSelector reads one selector, as in unix:uid:1000.
+// ParseSelector reads one selector, as in unix:uid:1000 or systemd:unit:web.service.
 func ParseSelector(text string) (Selector, error) {
-	rest, ok := strings.CutPrefix(text, "unix:")
+	family, rest, ok := strings.Cut(text, ":")
 	kind, value, found := strings.Cut(rest, ":")
 	if !ok || !found {
-		return Selector{}, fmt.Errorf("selector %.80q is not of the form unix:KIND:VALUE, as in unix:uid:1000", text)
+		return Selector{}, fmt.Errorf("selector %.80q is not of the form KIND:VALUE, as in unix:uid:1000", text)
 	}
+	kind = family + ":" + kind
 	if value == "" || len(value) > maxSelectorValue {
 		return Selector{}, fmt.Errorf("selector %.80q: value has %d bytes, not 1 to %d", text, len(value), maxSelectorValue)
 	}
@@ -50,7 +60,7 @@ func ParseSelector(text string) (Selector, error) {
 		}
 	}
 	switch kind {
-	case SelectorUID, SelectorGID:
+	case SelectorUID, SelectorGID, SelectorGroup:
 		// 2^32-1 means "none" to the kernel.
 		n, err := strconv.ParseUint(value, 10, 32)
 		if err != nil || n == 1<<32-1 || strconv.FormatUint(n, 10) != value {
@@ -64,20 +74,39 @@ func ParseSelector(text string) (Selector, error) {
 		if value[0] != '/' || value == "/" || path.Clean(value) != value {
 			return Selector{}, fmt.Errorf("selector %.80q: not an absolute path in its shortest form", text)
 		}
-	case SelectorSHA256:
+	case SelectorSHA256, SelectorCmdline, SelectorContainer:
 		if CheckKeyID(value) != nil {
 			return Selector{}, fmt.Errorf("selector %.80q: not 64 lower-case hex digits", text)
 		}
+	case SelectorUnit:
+		if !unitName(value) {
+			return Selector{}, fmt.Errorf("selector %.80q: not the name of a unit, as in web.service", text)
+		}
+	case SelectorRun:
+		if len(value) < 16 || len(value) > 64 || strings.Trim(value, "abcdefghijklmnopqrstuvwxyz234567") != "" {
+			return Selector{}, fmt.Errorf("selector %.80q: not an id of a registered run", text)
+		}
 	default:
-		return Selector{}, fmt.Errorf("selector %.80q: kind %.20q is not one of uid, user, gid, path, sha256", text, kind)
+		return Selector{}, fmt.Errorf("selector %.80q: kind %.20q is not one of unix:uid, unix:user, unix:gid, unix:group, unix:path, unix:sha256, unix:cmdline, systemd:unit, container:id", text, kind)
 	}
 	return Selector{Kind: kind, Value: value}, nil
 }
 
+// unitName tells whether s can be a unit that processes run in (systemd.unit(5)).
+func unitName(s string) bool {
+	name, ok := strings.CutSuffix(s, ".service")
+	if !ok {
+		name, ok = strings.CutSuffix(s, ".scope")
+	}
+	return ok && name != "" && len(s) <= 255 &&
+		strings.Trim(name, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789:-_.@\\") == ""
+}
+
 // CheckSelectors refuses a set that no process or the wrong process could match: an
-// empty one, two of one kind, and a path or a group that stands alone: whoever may
-// create files or mount namespaces could make a process with that path. A path needs
-// a user or the digest beside it, a group a user.
+// empty one, two of one kind, and one in which nothing identifies a process: whoever
+// may create files or mount namespaces could make one with that path, and a command
+// line is what a process says of itself. Such a selector needs a user, the digest, a
+// unit or a container beside it, a group a user.
 func CheckSelectors(selectors []string) error {
 	if len(selectors) == 0 {
 		return errors.New("no selector: nothing says which process this is")
@@ -91,13 +120,13 @@ func CheckSelectors(selectors []string) error {
 		if err != nil {
 			return err
 		}
-		if kinds[s.Kind] {
+		if kinds[s.Kind] && s.Kind != SelectorGroup {
 			return fmt.Errorf("two selectors of kind %s: all must match, so nothing would", s.Kind)
 		}
 		kinds[s.Kind] = true
 	}
-	if !kinds[SelectorUID] && !kinds[SelectorUser] && !kinds[SelectorSHA256] {
-		return errors.New("path and group alone do not identify a process: add unix:uid, unix:user or unix:sha256")
+	if !slices.ContainsFunc(identifying, func(kind string) bool { return kinds[kind] }) {
+		return errors.New("nothing here identifies a process: add unix:uid, unix:user, unix:sha256, systemd:unit or container:id")
 	}
 	return nil
 }

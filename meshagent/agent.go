@@ -50,6 +50,7 @@ type Agent struct {
 	client   *client.Client
 	clientAs client.Config // without an SVID, to attest
 	signer   signer        // client, but in tests
+	jwts     *jwts
 
 	mu        sync.Mutex // orders changes of state; readers need none
 	state     atomic.Pointer[State]
@@ -61,12 +62,14 @@ type Agent struct {
 	reportMu sync.Mutex
 	leaving  bool // the instances are withdrawn for good
 
-	health *http.Transport
+	health, grpcHealth *http.Transport
 }
 
 // signer has SVIDs signed: one result for each request, in their order.
 type signer interface {
 	SignX509(ctx context.Context, requests []client.SignRequest) []client.SignResult
+	SignJWT(ctx context.Context, requests []client.JWTRequest) []client.TokenResult
+	SignWIT(ctx context.Context, requests []client.WITRequest) []client.TokenResult
 }
 
 // Options are what a Config cannot say.
@@ -88,7 +91,7 @@ func New(cfg *Config, opts Options) (*Agent, error) {
 	if err := os.MkdirAll(cfg.DataDir, 0o700); err != nil {
 		return nil, fmt.Errorf("cannot make the data directory: %w", err)
 	}
-	a := &Agent{cfg: cfg, log: opts.Log, gatherer: opts.Gatherer, id: id, attestor: workloadattest.New(), health: healthTransport()}
+	a := &Agent{cfg: cfg, log: opts.Log, gatherer: opts.Gatherer, id: id, attestor: workloadattest.New(), jwts: newJWTs(), health: healthTransport(), grpcHealth: grpcTransport()}
 	if a.log == nil {
 		a.log = slog.New(slog.DiscardHandler)
 	}
@@ -270,6 +273,10 @@ func (a *Agent) work(ctx context.Context) error {
 		}
 	})
 	group.Go("SVIDs", a.keepEntries)
+	group.Go("JWT-SVIDs", a.keepJWTs)
+	if a.cfg.WorkloadAPI.WIT {
+		group.Go("WIT-SVIDs", a.keepWITs)
+	}
 	if a.cfg.Sidecar.Inbound != "" {
 		group.Go("health", a.watchHealth)
 	}
@@ -441,6 +448,21 @@ func (a *Agent) AttestListener(addr netip.AddrPort, entryID string) error {
 	return a.entitled(process, entryID)
 }
 
+// IdentifyTCP attests the process at the far end of an accepted loopback connection
+// and returns the ids of the entries it satisfies, in order.
+func (a *Agent) IdentifyTCP(conn net.Conn) ([]string, error) {
+	process, err := a.attestor.TCP(conn)
+	if err != nil {
+		return nil, fmt.Errorf("cannot attest the caller: %w", err)
+	}
+	defer process.Close()
+	var entries []string
+	for _, identity := range a.State().IdentitiesOf(process) {
+		entries = append(entries, identity.Entry.GetId())
+	}
+	return entries, nil
+}
+
 // entitled closes the process.
 func (a *Agent) entitled(process *workloadattest.Process, entryID string) error {
 	defer process.Close()
@@ -458,4 +480,17 @@ func (a *Agent) entitled(process *workloadattest.Process, entryID string) error 
 // what it returns.
 func (a *Agent) AttestUnix(conn *net.UnixConn) (*workloadattest.Process, error) {
 	return a.attestor.Unix(conn)
+}
+
+// AttestPID attests a process by its number, for people who ask what the agent sees.
+// The caller closes what it returns.
+func (a *Agent) AttestPID(pid int) (*workloadattest.Process, error) { return a.attestor.PID(pid) }
+
+// RegisterRun makes a process and all that it starts satisfy the selector
+// run:id:ID until release is called, which must be before the process is closed.
+func (a *Agent) RegisterRun(id string, process *workloadattest.Process) (release func(), err error) {
+	if _, err := ca.ParseSelector(ca.SelectorRun + ":" + id); err != nil {
+		return nil, err
+	}
+	return a.attestor.Register(id, process)
 }

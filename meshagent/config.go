@@ -1,10 +1,13 @@
 package meshagent
 
 import (
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"net/netip"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"time"
@@ -12,6 +15,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/entente-mesh/entente/ca"
+	"github.com/entente-mesh/entente/internal/jwtsvid"
 	"github.com/entente-mesh/entente/internal/yamlfile"
 )
 
@@ -35,6 +39,8 @@ type Config struct {
 	WorkloadAPI WorkloadAPIConfig `yaml:"workloadAPI"`
 	Sidecar     SidecarConfig     `yaml:"sidecar"`
 	Health      HealthConfig      `yaml:"health"`
+	Files       []FilesConfig     `yaml:"files"`
+	DNS         DNSConfig         `yaml:"dns"`
 	Admin       AdminConfig       `yaml:"admin"`
 	AccessLog   AccessLogConfig   `yaml:"accessLog"`
 	Log         LogConfig         `yaml:"log"`
@@ -60,6 +66,12 @@ type WorkloadAPIConfig struct {
 	// Socket is the path of its unix socket. Default /run/entente/agent.sock (not
 	// below DataDir, which is the agent's alone).
 	Socket string `yaml:"socket"`
+	// WIT serves WIT-SVIDs as well, whose specification is not final. Default: its
+	// calls answer Unimplemented.
+	WIT bool `yaml:"wit"`
+	// Leeway is how much later than its exp, or earlier than its nbf, a JWT-SVID is
+	// still found valid, at most 2m. Default 10s.
+	Leeway time.Duration `yaml:"leeway,min=0s,max=2m"`
 }
 
 // SidecarConfig is about the data plane of this host.
@@ -86,12 +98,138 @@ type HealthConfig struct {
 	Interval time.Duration `yaml:"interval,min=100ms,max=1h"`
 	// Timeout of one check, 10ms to 1m. Default 1s.
 	Timeout time.Duration `yaml:"timeout,min=10ms,max=1m"`
+	// Commands check services of this host in the place of what the catalogue says:
+	// by the service's name, a command with its arguments, no shell. It is healthy
+	// when the command exits with 0. They stand here only, since whoever could put
+	// one into the catalogue could run anything on every host.
+	Commands map[string][]string `yaml:"commands"`
+}
+
+// FilesConfig has one identity written to files, for software that reads nothing else.
+type FilesConfig struct {
+	yamlfile.Pos
+	// Service whose identity it is: NAME of a Service that runs on this host. Required.
+	Service string `yaml:"service,required"`
+	// Certificate is the path of the certificate chain, Key of its private key
+	// (PKCS #8), Combined of both in one file, Bundle of the own trust domain's
+	// authorities: all PEM. BundleMap is the path of a SPIFFE bundle map of all trust
+	// domains that the identity verifies peers of. Absolute; each may be left out.
+	Certificate string `yaml:"certificate"`
+	Key         string `yaml:"key"`
+	Combined    string `yaml:"combined"`
+	Bundle      string `yaml:"bundle"`
+	BundleMap   string `yaml:"bundleMap"`
+	// Owner and Group of the files, by name or number. Default: the agent's.
+	Owner string `yaml:"owner"`
+	Group string `yaml:"group"`
+	// Mode of the files that hold the key. Default 0600; others get none of it. The
+	// files that hold no secret have 0644.
+	Mode FileMode `yaml:"mode"`
+	// After every change this is run or signalled.
+	After AfterConfig `yaml:"after"`
+}
+
+// DNSConfig gives the services that this host may call names that resolve.
+type DNSConfig struct {
+	yamlfile.Pos
+	// Listen is the loopback address and port at which questions are answered:
+	// 127.80.0.1:53. Empty: none, and services are called through outbound ports only.
+	Listen string `yaml:"listen"`
+	// Network is the /16 of loopback in which every service gets an address. Default
+	// 127.80.0.0/16; agents that share one machine need networks of their own.
+	Network string `yaml:"network"`
+	// HTTPPort is where every service answers besides its own port, so that
+	// http://accounts.banking.example/ needs none. Default 80; -1: nowhere.
+	HTTPPort int `yaml:"httpPort,min=-1,max=65535"`
+}
+
+// AfterConfig tells software that its files are other ones.
+type AfterConfig struct {
+	yamlfile.Pos
+	// Command with its arguments; no shell. It runs as the agent does.
+	Command []string `yaml:"command"`
+	// Timeout of Command, 100ms to 1h. Default 30s.
+	Timeout time.Duration `yaml:"timeout,min=100ms,max=1h"`
+	// Signal for the process whose number stands in PIDFile.
+	Signal  string `yaml:"signal,oneof=HUP|USR1|USR2"`
+	PIDFile string `yaml:"pidFile"`
+}
+
+// FileMode is a file's permissions, written in octal: 0640.
+type FileMode fs.FileMode
+
+// UnmarshalText reads up to four octal digits.
+func (m *FileMode) UnmarshalText(text []byte) error {
+	n, err := strconv.ParseUint(string(text), 8, 9)
+	if err != nil || len(text) < 3 || len(text) > 4 {
+		return errors.New("a mode is written in octal digits, as in 0640")
+	}
+	*m = FileMode(n)
+	return nil
+}
+
+// MarshalText writes what UnmarshalText reads.
+func (m FileMode) MarshalText() ([]byte, error) { return fmt.Appendf(nil, "%04o", uint32(m)), nil }
+
+// Paths are the files that are to be written.
+func (f *FilesConfig) Paths() (paths []string) {
+	for _, path := range []string{f.Certificate, f.Key, f.Combined, f.Bundle, f.BundleMap} {
+		if path != "" {
+			paths = append(paths, path)
+		}
+	}
+	return paths
+}
+
+// checkFiles looks at every entry of files, and fills in its defaults.
+func (c *Config) checkFiles() (errs yamlfile.Errors) {
+	written := map[string]bool{}
+	for i := range c.Files {
+		f := &c.Files[i]
+		refuse := func(key, format string, args ...any) { errs = append(errs, f.At(key).Errorf(format, args...)) }
+		if err := ca.CheckLabel(f.Service); err != nil {
+			refuse("service", "%v", err)
+		}
+		if len(f.Paths()) == 0 {
+			refuse("service", "nothing is to be written: give certificate, key, combined, bundle or bundleMap")
+		}
+		for _, path := range append(f.Paths(), f.After.PIDFile) {
+			if path != "" && (!filepath.IsAbs(path) || filepath.Clean(path) != path) {
+				refuse("service", "%q is not an absolute path in its shortest form", path)
+			}
+		}
+		for _, path := range f.Paths() {
+			if written[path] {
+				refuse("service", "%s is written twice", path)
+			}
+			written[path] = true
+		}
+		if f.Mode == 0 {
+			f.Mode = 0o600
+		}
+		if f.Mode&0o007 != 0 {
+			refuse("mode", "mode %04o lets every user of the host read the private key: give it to a group, as in 0640", uint32(f.Mode))
+		}
+		if f.After.Timeout == 0 {
+			f.After.Timeout = 30 * time.Second
+		}
+		switch {
+		case len(f.After.Command) > 0 && f.After.Signal != "":
+			refuse("after", "command and signal are both given: give one of them")
+		case (f.After.Signal == "") != (f.After.PIDFile == ""):
+			refuse("after", "signal and pidFile belong together")
+		}
+	}
+	return errs
 }
 
 // AdminConfig is about the admin listener.
 type AdminConfig struct {
 	// Listen is the host:port of /healthz, /readyz and /metrics. Empty: none.
 	Listen string `yaml:"listen"`
+	// Socket is the path of the unix socket (mode 0600) for the verbs of the host's
+	// administrator. Default admin.sock in DataDir.
+	Socket string `yaml:"socket"`
 }
 
 // AccessLogConfig is about the sidecar's access records.
@@ -110,8 +248,9 @@ type LogConfig struct {
 // name the file and the line.
 func ReadConfig(file string, r io.Reader) (*Config, error) {
 	c := &Config{
-		WorkloadAPI: WorkloadAPIConfig{Socket: "/run/entente/agent.sock"},
+		WorkloadAPI: WorkloadAPIConfig{Socket: "/run/entente/agent.sock", Leeway: jwtsvid.DefaultLeeway},
 		Sidecar:     SidecarConfig{AppAddress: "127.0.0.1"},
+		DNS:         DNSConfig{Network: "127.80.0.0/16", HTTPPort: 80},
 		Health:      HealthConfig{Interval: time.Second, Timeout: time.Second},
 		Log:         LogConfig{Format: "text", Level: "info"},
 	}
@@ -169,7 +308,26 @@ func (c *Config) check() (errs yamlfile.Errors) {
 	if len(c.WorkloadAPI.Socket) > 103 || strings.ContainsRune(c.WorkloadAPI.Socket, 0) {
 		refuse(c.Pos, "the Workload API's socket %s: the path of a unix socket has at most 103 bytes; set workloadAPI.socket", c.WorkloadAPI.Socket)
 	}
-	return errs
+	for name, command := range c.Health.Commands {
+		if len(command) == 0 || !filepath.IsAbs(command[0]) {
+			refuse(c.Pos, "health.commands.%s: give the absolute path of a program, and its arguments", name)
+		}
+	}
+	if network, err := netip.ParsePrefix(c.DNS.Network); err != nil || network.Bits() != 16 || !network.Addr().Is4() || !network.Addr().IsLoopback() || network.Masked() != network {
+		refuse(c.DNS.At("network"), "%q is not a /16 of loopback, as 127.80.0.0/16 is", c.DNS.Network)
+	}
+	if c.DNS.Listen != "" {
+		if at, err := netip.ParseAddrPort(c.DNS.Listen); err != nil || !at.Addr().IsLoopback() {
+			refuse(c.DNS.At("listen"), "%q is not a loopback address and port, as 127.80.0.1:53 is", c.DNS.Listen)
+		}
+		if c.Sidecar.Inbound == "" {
+			refuse(c.DNS.At("listen"), "names lead to the sidecar, and there is none: set sidecar.inbound")
+		}
+	}
+	if c.Admin.Socket == "" {
+		c.Admin.Socket = filepath.Join(c.DataDir, "admin.sock")
+	}
+	return append(errs, c.checkFiles()...)
 }
 
 // Domain is the trust domain.

@@ -32,7 +32,11 @@ const (
 // its life, give or take a tenth, so that what was signed together is not renewed
 // together. It is reckoned from the receipt, since the begin is backdated.
 func halfLife(svid *x509svid.SVID, now time.Time) time.Time {
-	left := svid.Certificates[0].NotAfter.Sub(now)
+	return halfTime(svid.Certificates[0].NotAfter, now)
+}
+
+func halfTime(end, now time.Time) time.Time {
+	left := max(end.Sub(now), 0)
 	return now.Add(left*45/100 + time.Duration(rand.Int64N(int64(left/10)+1)))
 }
 
@@ -280,9 +284,40 @@ type slot struct {
 	tainted  *x509svid.SVID // the one whose renewal was scheduled for a taint
 }
 
-// keepEntries keeps an SVID for every entry of the host: with a new key each
-// time, in batches, renewed at half-life, tried again with growing pauses.
+// keepEntries keeps an X.509-SVID for every entry of the host, each time with a new key.
 func (a *Agent) keepEntries(ctx context.Context) error {
+	return a.keepSVIDs(ctx, renewal{
+		bundle: func(s *State) any { return s.Bundle },
+		void: func(s *State, identity *Identity, now time.Time) bool {
+			if identity.SVID == nil {
+				return false
+			}
+			_, err := peer.Verify(identity.SVID.Certificates, s.Bundle, now)
+			return err != nil
+		},
+		tainted: func(s *State, identity *Identity) *x509svid.SVID {
+			if !s.tainted(identity.SVID) {
+				return nil
+			}
+			return identity.SVID
+		},
+		renew: a.renew,
+	})
+}
+
+// renewal is how one kind of SVID is kept.
+type renewal struct {
+	bundle func(*State) any                                       // what its SVIDs are verified with
+	void   func(s *State, identity *Identity, now time.Time) bool // the one that is held does not verify any more
+	renew  func(context.Context, []*slot)
+
+	// tainted is the SVID that is held if it was issued under a TAINTED authority, else nil.
+	tainted func(s *State, identity *Identity) *x509svid.SVID
+}
+
+// keepSVIDs keeps an SVID of one kind for every entry of the host: in batches, renewed
+// at half-life, tried again with growing pauses.
+func (a *Agent) keepSVIDs(ctx context.Context, kind renewal) error {
 	slots := map[string]*slot{}
 	var bundle any // of the state before: when it has changed, SVIDs may have become void
 	for {
@@ -300,19 +335,17 @@ func (a *Agent) keepEntries(ctx context.Context) error {
 				s = &slot{entryID: entry.GetId(), id: identity.ID, revision: entry.GetRevision(), due: now}
 				slots[entry.GetId()] = s
 			}
-			if s.tainted != identity.SVID && state.tainted(identity.SVID) {
-				s.tainted = identity.SVID
+			if held := kind.tainted(state, identity); held != nil && s.tainted != held {
+				s.tainted = held
 				if due := now.Add(spread(state.View.ReissueWithin)); due.Before(s.due) {
 					s.due = due
 				}
 			}
-			if bundle != any(state.Bundle) && identity.SVID != nil {
-				if _, err := peer.Verify(identity.SVID.Certificates, state.Bundle, now); err != nil {
-					s.due = now
-				}
+			if bundle != kind.bundle(state) && kind.void(state, identity, now) {
+				s.due = now
 			}
 		}
-		bundle = state.Bundle
+		bundle = kind.bundle(state)
 
 		next := now.Add(time.Hour)
 		var due []*slot
@@ -328,7 +361,7 @@ func (a *Agent) keepEntries(ctx context.Context) error {
 			slices.SortFunc(due, func(x, y *slot) int {
 				return cmp.Or(x.ends.Compare(y.ends), cmp.Compare(x.entryID, y.entryID))
 			})
-			a.renew(ctx, due[:min(len(due), maxBatch)])
+			kind.renew(ctx, due[:min(len(due), maxBatch)])
 			if ctx.Err() != nil {
 				return ctx.Err()
 			}

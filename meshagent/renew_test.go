@@ -39,6 +39,8 @@ type fakeCA struct {
 	calls  []time.Time
 	signed map[string]int
 	keys   map[string]bool // that were signed, to see that none comes twice
+
+	tokens fakeTokens
 }
 
 func (f *fakeCA) SignX509(_ context.Context, requests []client.SignRequest) []client.SignResult {
@@ -108,7 +110,7 @@ func newAgent(t *testing.T, ca *fakeCA) *Agent {
 	t.Helper()
 	a := &Agent{
 		cfg: &Config{Name: "h1", domain: bank, DataDir: t.TempDir()}, log: slog.New(slog.DiscardHandler),
-		id: spiffeid.RequireFromPath(bank, "/entente/agent/h1"), key: peertest.NewKey(), signer: ca, known: &known{cluster: &statev1.Cluster{}},
+		id: spiffeid.RequireFromPath(bank, "/entente/agent/h1"), key: peertest.NewKey(), signer: ca, known: &known{cluster: &statev1.Cluster{}}, jwts: newJWTs(),
 	}
 	a.metrics = newMetrics(nil, a)
 	a.state.Store(&State{View: &client.View{}, changed: make(chan struct{}), reissued: make(chan struct{})})

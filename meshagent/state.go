@@ -33,8 +33,14 @@ type State struct {
 	// Foreign are the bundles of the trust domains that entries of this host
 	// federate with.
 	Foreign map[spiffeid.TrustDomain]*x509bundle.Bundle
+	// JWT and WIT are the own trust domain's token keys; nil before the first picture.
+	JWT, WIT *TokenBundle
 	// Identities are the entries of this host, by entry id.
 	Identities []*Identity
+
+	foreignJWT, foreignWIT map[spiffeid.TrustDomain]*TokenBundle
+	witPeers               map[string]bool     // trust domains that WIT keys are exchanged with
+	wits                   map[string]*WITSVID // by entry id
 
 	own      *x509svid.SVID            // the agent's; nil before attestation
 	svids    map[string]*x509svid.SVID // by entry id
@@ -50,6 +56,11 @@ type Identity struct {
 	// Federated are the bundles of the foreign trust domains that the entry
 	// federates with by name (I6), by trust domain.
 	Federated []*x509bundle.Bundle
+	// FederatedJWT and FederatedWIT are their token keys. WIT keys of a domain are only
+	// there if the relationship with it says so.
+	FederatedJWT, FederatedWIT []*TokenBundle
+	// WIT is nil until the CA has signed one, and while WIT-SVIDs are switched off.
+	WIT *WITSVID
 }
 
 // Changed is closed when there is a newer state.
@@ -69,6 +80,9 @@ func (s *State) Identity(entryID string) (*Identity, bool) {
 	}
 	return s.Identities[i], true
 }
+
+// Service finds the identity of a service of this host.
+func (s *State) Service(name string) (*Identity, bool) { return s.Identity(ca.ServiceEntry(name)) }
 
 // IdentitiesOf returns the identities whose selectors the process satisfies, all
 // of them, by entry id.
@@ -109,22 +123,26 @@ func (s *State) withView(view *client.View, domain spiffeid.TrustDomain, agent s
 	}
 	next.reissued = nil
 	if bundlesDiffer(s.View.Bundles, view.Bundles) || s.Bundle == nil {
-		own, err := readBundle(domain, view.Bundles[domain.Name()])
+		own, err := parseBundle(domain, view.Bundles[domain.Name()])
 		if err != nil {
 			return nil, nil, err
 		}
-		next.Bundle = own
+		next.Bundle = own.X509Bundle()
+		if next.JWT, next.WIT, err = tokenBundles(own); err != nil {
+			return nil, nil, err
+		}
 		next.Foreign = map[spiffeid.TrustDomain]*x509bundle.Bundle{}
+		next.foreignJWT = map[spiffeid.TrustDomain]*TokenBundle{}
+		next.foreignWIT = map[spiffeid.TrustDomain]*TokenBundle{}
 		for name, jwks := range view.Bundles {
 			td, err := spiffeid.TrustDomainFromString(name)
 			if err != nil || td == domain {
 				continue
 			}
-			if next.Foreign[td], err = readBundle(td, jwks); err != nil {
+			if err := next.takeForeign(td, jwks); err != nil {
 				complaints = append(complaints, err)
-				delete(next.Foreign, td)
 				if before := s.Foreign[td]; before != nil {
-					next.Foreign[td] = before
+					next.Foreign[td], next.foreignJWT[td], next.foreignWIT[td] = before, s.foreignJWT[td], s.foreignWIT[td]
 				}
 			}
 		}
@@ -132,6 +150,8 @@ func (s *State) withView(view *client.View, domain spiffeid.TrustDomain, agent s
 
 	next.Identities = nil
 	next.svids = map[string]*x509svid.SVID{}
+	next.wits = map[string]*WITSVID{}
+	next.witPeers = witPeers(view)
 	for _, entry := range view.Entries {
 		identity, err := next.identify(entry, domain, agent)
 		if err != nil {
@@ -142,6 +162,10 @@ func (s *State) withView(view *client.View, domain spiffeid.TrustDomain, agent s
 		if svid := s.svids[entry.GetId()]; svid != nil && svid.ID == identity.ID {
 			identity.SVID = svid
 			next.svids[entry.GetId()] = svid
+		}
+		if wit := s.wits[entry.GetId()]; wit != nil && wit.ID == identity.ID {
+			identity.WIT = wit
+			next.wits[entry.GetId()] = wit
 		}
 		next.Identities = append(next.Identities, identity)
 	}
@@ -165,6 +189,10 @@ func (s *State) identify(entry *statev1.Entry, domain spiffeid.TrustDomain, agen
 	for _, name := range slices.Sorted(slices.Values(entry.GetFederatesWith())) {
 		if td, err := spiffeid.TrustDomainFromString(name); err == nil && s.Foreign[td] != nil {
 			identity.Federated = append(identity.Federated, s.Foreign[td])
+			identity.FederatedJWT = append(identity.FederatedJWT, s.foreignJWT[td])
+			if s.witPeers[name] {
+				identity.FederatedWIT = append(identity.FederatedWIT, s.foreignWIT[td])
+			}
 		}
 	}
 	return identity, nil
@@ -217,10 +245,18 @@ func bundlesDiffer(a, b map[string][]byte) bool {
 	return !maps.EqualFunc(a, b, func(x, y []byte) bool { return string(x) == string(y) })
 }
 
-func readBundle(td spiffeid.TrustDomain, jwks []byte) (*x509bundle.Bundle, error) {
+func parseBundle(td spiffeid.TrustDomain, jwks []byte) (*bundle.Bundle, error) {
 	b, _, err := bundle.Parse(td, jwks)
 	if err != nil {
 		return nil, fmt.Errorf("the bundle of %s that the CA sent cannot be read: %w", td.Name(), err)
+	}
+	return b, nil
+}
+
+func readBundle(td spiffeid.TrustDomain, jwks []byte) (*x509bundle.Bundle, error) {
+	b, err := parseBundle(td, jwks)
+	if err != nil {
+		return nil, err
 	}
 	return b.X509Bundle(), nil
 }

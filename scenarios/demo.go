@@ -85,8 +85,14 @@ func Demo(ctx context.Context, o Options) (report *Report, err error) {
 	}
 	if o.Keep && len(w.supervisor.Running()) > 0 {
 		s.stop()
+		forget, announceErr := w.announce()
+		if announceErr != nil {
+			say.line("`entente run` will need --agent-socket and --ca-socket: %v", announceErr)
+			forget = func() error { return nil }
+		}
 		w.describe(o.Out)
 		<-ctx.Done()
+		err = errors.Join(err, forget())
 	}
 	if failed, all := report.failed(); failed > 0 {
 		err = errors.Join(fmt.Errorf("%d of %d %w", failed, all, ErrFailed), err)
@@ -136,6 +142,9 @@ func (w *world) describe(out io.Writer) {
 	for i := range w.spec.TrustDomains {
 		td := &w.spec.TrustDomains[i]
 		fmt.Fprintf(out, "  bin/entente ca status --socket %s\n", w.find(kindCA, td.Name, td.CA[0]).socket)
+	}
+	if td := w.spec.TrustDomains[len(w.spec.TrustDomains)-1]; len(td.Mesh) > 0 {
+		fmt.Fprintf(out, "\nA program of your own joins with:\n\n  bin/entente run --domain %s --service mine --port 9000 -- python3 -m http.server 9000\n", td.Name)
 	}
 	fmt.Fprintf(out, "\nEach process has its log beside its config.yaml; those of the mesh have access.jsonl too:\n\n")
 	for _, u := range w.units {

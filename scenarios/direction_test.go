@@ -33,7 +33,7 @@ ca/domain:               ca federation federation/catalog
 ca/presence:
 ca/feed:                 ca ca/domain ca/presence
 ca/signer:               ca
-ca/replica:              ca/domain
+ca/replica:              ca ca/domain
 ca/keystore:
 ca/nodeattest:
 ca/server:               api/entente/v1
@@ -59,18 +59,21 @@ eastwest-gateway/edge:   internal/yamlfile internal/refusal
 
 meshagent:               ca ca/client federation/bundle
                          meshagent/nodeattest meshagent/workloadattest
-                         internal/peer internal/daemon internal/yamlfile
+                         internal/peer internal/jwtsvid internal/daemon internal/yamlfile
 meshagent/nodeattest:    ca ca/client internal/daemon
 meshagent/workloadattest: ca
-meshagent/workloadapi:   meshagent meshagent/workloadattest federation/bundle internal/daemon
-meshagent/sds:           meshagent federation/bundle
-meshagent/files:         meshagent federation/bundle
+meshagent/workloadapi:   meshagent meshagent/workloadattest federation/bundle internal/daemon internal/jwtsvid
+meshagent/sds:           meshagent meshagent/workloadattest
+meshagent/admin:         meshagent meshagent/workloadattest internal/daemon
+meshagent/names:         internal/daemon
+meshagent/files:         meshagent federation/bundle internal/daemon
 meshagent/sidecar:       internal/dataplane federation/catalog federation/origin internal/peer internal/refusal
 
 internal/dataplane:      internal/dataplane/* federation/catalog federation/origin internal/peer internal/refusal
 internal/dataplane/*:    internal/refusal
 internal/peer:
 internal/peer/peertest:
+internal/jwtsvid:
 internal/gossip:
 internal/daemon:
 internal/simnet:
@@ -89,6 +92,7 @@ github.com/hashicorp/raft:        ca/replica
 go.etcd.io/bbolt:                 ca/replica
 github.com/hashicorp/memberlist:  internal/gossip
 github.com/envoyproxy:            meshagent/sds
+github.com/miekg/dns:             meshagent/names
 google.golang.org/grpc:           api/entente/v1
                                   ca/server ca/client ca/node federation/exchange
                                   meshagent/workloadapi meshagent/sds
@@ -101,6 +105,7 @@ google.golang.org/grpc:           api/entente/v1
 const pure = `
 ca ca/domain ca/presence
 federation federation/catalog federation/origin
+internal/jwtsvid
 `
 
 // What a pure room may not import, and not call of package time.

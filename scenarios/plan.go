@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
+	"strings"
 	"syscall"
 	"time"
 
@@ -220,6 +221,9 @@ func (p *plan) add(td *TrustDomain, dc string, k kind, name string) *unit {
 	return u
 }
 
+// adminSocket is the admin socket of an agent.
+func (u *unit) adminSocket() string { return strings.TrimSuffix(u.socket, ".sock") + "-admin.sock" }
+
 // find returns the unit of a kind. There is one per domain and datacenter, save for services.
 func (p *plan) find(k kind, domain, datacenter string) *unit {
 	i := slices.IndexFunc(p.units, func(u *unit) bool { return u.kind == k && u.domain == domain && u.datacenter == datacenter })
@@ -293,9 +297,13 @@ type (
 			AppAddress string `yaml:"appAddress"`
 			PortOffset int    `yaml:"portOffset"`
 		} `yaml:"sidecar"`
-		Admin     listenConfig `yaml:"admin"`
-		AccessLog fileConfig   `yaml:"accessLog"`
-		Log       logConfig    `yaml:"log"`
+		Admin     agentAdmin `yaml:"admin"`
+		AccessLog fileConfig `yaml:"accessLog"`
+		Log       logConfig  `yaml:"log"`
+	}
+	agentAdmin struct {
+		Listen string `yaml:"listen"`
+		Socket string `yaml:"socket"`
 	}
 	gatewayConfig struct {
 		TrustDomain string          `yaml:"trustDomain"`
@@ -386,7 +394,7 @@ func (p *plan) addAgent(td *TrustDomain, dc string) {
 	c.WorkloadAPI.Socket = u.socket
 	c.Sidecar.Inbound, c.Sidecar.AppAddress = p.at(td.Name, dc, hostMesh, portInbound), p.host(td.Name, dc, hostMesh)
 	c.Sidecar.PortOffset = p.offset(td, dc)
-	c.Admin.Listen = p.at(td.Name, dc, hostMesh, portAdmin)
+	c.Admin = agentAdmin{p.at(td.Name, dc, hostMesh, portAdmin), u.adminSocket()}
 	c.AccessLog.File = filepath.Join(u.dir, "access.jsonl")
 	c.Log = quiet
 	u.config, u.admin, u.door, u.access = c, c.Admin.Listen, c.Sidecar.Inbound, c.AccessLog.File

@@ -7,6 +7,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net"
 	"os"
@@ -43,6 +44,8 @@ type CA struct {
 	config  *node.Config
 	verbose bool
 
+	recoveryKey string
+
 	node   *node.Node
 	admin  ententev1.AdminClient
 	conn   *grpc.ClientConn
@@ -55,13 +58,22 @@ type CA struct {
 func Start(t testing.TB, o Options) *CA {
 	t.Helper()
 	c := Prepare(t, o)
-	if err := node.Init(c.config); err != nil {
+	if err := node.Init(c.config, c.KeepRecoveryKey); err != nil {
 		t.Fatal(err)
 	}
 	c.Restart()
 	c.WaitReady()
 	return c
 }
+
+// KeepRecoveryKey is what Init of package node takes; RecoveryKey returns the key.
+func (c *CA) KeepRecoveryKey(key string) error {
+	c.recoveryKey = key
+	return nil
+}
+
+// RecoveryKey is what Init handed out, in its text form.
+func (c *CA) RecoveryKey() string { return c.recoveryKey }
 
 // Prepare is the node of Start before anything was done: for tests that call Init or
 // Join of package node themselves, with Config, and then Restart.
@@ -195,10 +207,34 @@ func (c *CA) Kill() {
 	c.cancel = nil
 }
 
-// WaitReady waits until the node signs.
+// WaitReady waits until the node signs SVIDs of all kinds and has the next key of each
+// in the bundle: then it changes the state no more by itself.
 func (c *CA) WaitReady() {
 	c.t.Helper()
-	c.waitFor("CA node "+c.config.Name+" signs", c.node.Ready)
+	c.waitFor("CA node "+c.config.Name+" signs", func() error {
+		if err := c.node.Ready(); err != nil {
+			return err
+		}
+		status, err := c.admin.Status(c.t.Context(), &ententev1.StatusRequest{})
+		if err != nil {
+			return err
+		}
+		settled := make(map[string]bool)
+		for _, a := range status.GetAuthorities() {
+			if a.GetMemberId() == c.node.ID() {
+				settled[a.GetUse().String()+a.GetPhase().String()+fmt.Sprint(a.GetReady())] = true
+			}
+		}
+		for _, use := range []statev1.KeyUse{statev1.KeyUse_KEY_USE_X509, statev1.KeyUse_KEY_USE_JWT, statev1.KeyUse_KEY_USE_WIT} {
+			for _, phase := range []statev1.AuthorityPhase{statev1.AuthorityPhase_AUTHORITY_PHASE_ACTIVE, statev1.AuthorityPhase_AUTHORITY_PHASE_PREPARED} {
+				// A PREPARED one may have to wait for others; an ACTIVE one is ready.
+				if !settled[use.String()+phase.String()+"true"] && (phase == statev1.AuthorityPhase_AUTHORITY_PHASE_ACTIVE || !settled[use.String()+phase.String()+"false"]) {
+					return fmt.Errorf("no %s authority of %s yet", phase, use)
+				}
+			}
+		}
+		return nil
+	})
 }
 
 func (c *CA) waitFor(what string, ready func() error) {
@@ -276,6 +312,20 @@ func (c *CA) AgentToken(name, datacenter string, addresses ...string) string {
 func (c *CA) NodeToken(name, datacenter string) string {
 	c.t.Helper()
 	return c.token(&ententev1.CreateTokenRequest{Node: &statev1.NodeGrant{Name: name, Datacenter: datacenter, Voter: true, Signing: true}})
+}
+
+// GrantToken makes a join token for a CA node of any kind.
+func (c *CA) GrantToken(grant *statev1.NodeGrant) string {
+	c.t.Helper()
+	return c.token(&ententev1.CreateTokenRequest{Node: grant})
+}
+
+// Promote has a non-voter vote as soon as it has caught up.
+func (c *CA) Promote(name string) {
+	c.t.Helper()
+	if _, err := c.admin.PromoteNode(c.t.Context(), &ententev1.PromoteNodeRequest{Name: name}); err != nil {
+		c.t.Fatal(err)
+	}
 }
 
 func (c *CA) token(req *ententev1.CreateTokenRequest) string {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"time"
 
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -130,7 +131,115 @@ func (c *Client) signBatch(ctx context.Context, batch []SignRequest) []SignResul
 	return results
 }
 
-func itemError(r *ententev1.X509Result) error {
+// JWTRequest asks for one JWT-SVID.
+type JWTRequest struct {
+	EntryID  string
+	Audience []string // at least one
+}
+
+// WITRequest asks for one WIT-SVID.
+type WITRequest struct {
+	EntryID string
+	CSR     []byte // PKCS#10, DER; its key becomes the token's
+}
+
+// TokenResult is the answer to one JWTRequest or WITRequest.
+type TokenResult struct {
+	Token string // JWS, compact; not verified
+	Err   error  // ErrDenied when the CA has no such entry for this host; see RetryAfter
+}
+
+// SignJWT has JWT-SVIDs signed, in batches of at most 100, as SignX509 does.
+func (c *Client) SignJWT(ctx context.Context, requests []JWTRequest) []TokenResult {
+	return signTokens(ctx, c, requests, func(ctx context.Context, sign ententev1.SignClient, batch []JWTRequest) ([]*ententev1.TokenResult, error) {
+		request := &ententev1.SignJWTRequest{}
+		for _, r := range batch {
+			request.Requests = append(request.Requests, &ententev1.JWTRequest{EntryId: r.EntryID, Audience: r.Audience})
+		}
+		answer, err := sign.SignJWT(ctx, request)
+		return answer.GetResults(), err
+	})
+}
+
+// SignWIT has WIT-SVIDs signed, in batches of at most 100, as SignX509 does.
+func (c *Client) SignWIT(ctx context.Context, requests []WITRequest) []TokenResult {
+	return signTokens(ctx, c, requests, func(ctx context.Context, sign ententev1.SignClient, batch []WITRequest) ([]*ententev1.TokenResult, error) {
+		request := &ententev1.SignWITRequest{}
+		for _, r := range batch {
+			request.Requests = append(request.Requests, &ententev1.WITRequest{EntryId: r.EntryID, Csr: r.CSR})
+		}
+		answer, err := sign.SignWIT(ctx, request)
+		return answer.GetResults(), err
+	})
+}
+
+func signTokens[R any](ctx context.Context, c *Client, requests []R, sign func(context.Context, ententev1.SignClient, []R) ([]*ententev1.TokenResult, error)) []TokenResult {
+	results := make([]TokenResult, 0, len(requests))
+	for len(results) < len(requests) {
+		batch := requests[len(results):min(len(results)+signBatch, len(requests))]
+		var answer []*ententev1.TokenResult
+		var busy time.Duration
+		err := c.anyNode(ctx, func(ctx context.Context, conn *conn) error {
+			got, err := sign(ctx, ententev1.NewSignClient(conn.rpc), batch)
+			if err == nil && len(got) != len(batch) {
+				err = fmt.Errorf("%d results for %d requests", len(got), len(batch))
+			}
+			busy = max(busy, retryHint(err))
+			answer = got
+			return err
+		})
+		if err != nil && busy > 0 {
+			err = &busyError{err, busy}
+		}
+		for i := range batch {
+			if err != nil {
+				results = append(results, TokenResult{Err: err})
+			} else {
+				results = append(results, TokenResult{Token: answer[i].GetToken(), Err: itemError(answer[i])})
+			}
+		}
+	}
+	return results
+}
+
+// busyError is an error of CA nodes that were asked too much.
+type busyError struct {
+	error
+	retry time.Duration
+}
+
+func (e *busyError) Unwrap() error { return e.error }
+
+// RetryAfter is when the CA wants to be asked again, if err says that it is busy.
+func RetryAfter(err error) (wait time.Duration, busy bool) {
+	var b *busyError
+	if errors.As(err, &b) {
+		return b.retry, true
+	}
+	return 0, false
+}
+
+// retryHint is the google.rpc.RetryInfo of a RESOURCE_EXHAUSTED, bounded.
+func retryHint(err error) time.Duration {
+	s, ok := status.FromError(err)
+	if !ok || s.Code() != codes.ResourceExhausted {
+		return 0
+	}
+	for _, detail := range s.Details() {
+		if info, ok := detail.(*errdetails.RetryInfo); ok {
+			return min(max(info.GetRetryDelay().AsDuration(), 10*time.Millisecond), 30*time.Second)
+		}
+	}
+	return time.Second
+}
+
+// result is one item of a batch's answer.
+type result interface {
+	GetCode() uint32
+	GetError() string
+}
+
+func itemError(r result) error {
 	switch code := codes.Code(r.GetCode()); code {
 	case codes.OK:
 		return nil

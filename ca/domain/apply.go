@@ -2,6 +2,7 @@ package domain
 
 import (
 	"bytes"
+	"crypto/ed25519"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
@@ -25,6 +26,7 @@ const (
 	maxClockSlack  = 5 * time.Minute
 	authorityGrace = 24 * time.Hour // how long an ended authority is kept
 	maxSamples     = 64
+	maxMinVoters   = 15
 )
 
 // Apply carries out one agreed command. index is its place in the log and never goes
@@ -38,7 +40,7 @@ func (s *State) Apply(index uint64, cmd *statev1.Command) Outcome {
 		return Outcome{Revision: s.revision, Fatal: err}
 	}
 	refusal := a.run(cmd)
-	return Outcome{Revision: s.revision, Refused: refusal, Changes: a.changes, Diverged: a.diverged}
+	return Outcome{Revision: s.revision, Refused: refusal, Changes: a.changes, Diverged: a.diverged, Checked: cmd.GetChecksum().GetAtIndex()}
 }
 
 // application is one command on its way into the state. Its methods check
@@ -93,6 +95,8 @@ func (a *application) run(cmd *statev1.Command) *Refusal {
 		return a.updateMember(body.UpdateMember)
 	case *statev1.Command_RemoveMember:
 		return a.removeMember(body.RemoveMember)
+	case *statev1.Command_PromoteMember:
+		return a.promoteMember(body.PromoteMember)
 	case *statev1.Command_AttestAgent:
 		return a.attestAgent(body.AttestAgent)
 	case *statev1.Command_PrepareAuthority:
@@ -181,6 +185,12 @@ func (a *application) init(c *statev1.Init) *Refusal {
 	}
 	if !m.GetVoter() || !m.GetSigning() {
 		return refuse(CodeInvalid, "the first member must vote and sign")
+	}
+	if n := len(cluster.GetRecoveryKey()); n != 0 && n != ed25519.PublicKeySize {
+		return refuse(CodeInvalid, "recovery key has %d bytes, not %d", n, ed25519.PublicKeySize)
+	}
+	if cluster.GetRecovery() != nil || cluster.GetMinVoters() > maxMinVoters {
+		return refuse(CodeInvalid, "a new cluster was not recovered, and keeps at most %d voters", maxMinVoters)
 	}
 	cluster = proto.CloneOf(cluster)
 	cluster.TrustDomain = td.Name()
@@ -411,6 +421,9 @@ func (a *application) removeMember(c *statev1.RemoveMember) *Refusal {
 	if voters == 0 {
 		return refuse(CodeLastVoter, "member %s is the last voter: admit another one first", m.GetName())
 	}
+	if least := a.Cluster().GetMinVoters(); m.GetVoter() && uint32(voters) < least {
+		return refuse(CodeLastVoter, "without member %s there would be %d voters, and the cluster keeps %d: admit another one first", m.GetName(), voters, least)
+	}
 	drop(a, &a.members, m.GetId())
 	a.changed(ChangeMembers, m.GetId())
 	// Nothing that a stolen key signed is accepted for a moment longer.
@@ -624,6 +637,7 @@ func (a *application) tick(c *statev1.Tick) *Refusal {
 		a.bundleChanged()
 	}
 	a.forgetDistrust()
+	a.revokeAbsent()
 	return nil
 }
 

@@ -40,6 +40,16 @@ func (s *State) Checksum() []byte {
 	return sum[:]
 }
 
+// ChecksumAt is the hash that the state had at an index of the last thousand, as far as
+// this replica was there.
+func (s *State) ChecksumAt(index uint64) (sum []byte, ok bool) {
+	if index == s.applied {
+		return s.Checksum(), true
+	}
+	at, ok := s.history.at(index)
+	return at[:], ok
+}
+
 func (s *State) checksum() [sha256.Size]byte {
 	b := make([]byte, 0, 128)
 	b = append(b, ChecksumFormat, 'S')
@@ -104,6 +114,21 @@ func (e *encoder) record(record any) {
 		e.number(uint64(l.GetPhaseSeconds()))
 		e.number(uint64(l.GetAgentSvidSeconds()))
 		e.number(uint64(l.GetBundleRefreshHintSeconds()))
+		e.number(uint64(l.GetJwtSvidSeconds()))
+		e.number(uint64(l.GetWitSvidSeconds()))
+		// A record that does not use these is encoded as it was before they existed.
+		if len(r.GetRecoveryKey()) == 0 && r.GetMinVoters() == 0 && r.GetRecovery() == nil {
+			return
+		}
+		e.bytes(r.GetRecoveryKey())
+		e.number(uint64(r.GetMinVoters()))
+		e.yes(r.GetRecovery() != nil)
+		if recovery := r.GetRecovery(); recovery != nil {
+			e.bytes(recovery.GetStatement())
+			e.bytes(recovery.GetSignature())
+			encodeList(e, recovery.GetAbsent(), func(e *encoder, m *statev1.Member) { e.record(m) })
+			e.time(recovery.GetRevokeAt())
+		}
 	case *statev1.Member:
 		e.kind('M')
 		e.text(r.GetId())
@@ -170,6 +195,8 @@ func (e *encoder) record(record any) {
 		e.number(uint64(r.GetRole()))
 		e.number(r.GetRevision())
 		e.text(r.GetHint())
+		e.number(uint64(r.GetJwtSvidSeconds()))
+		e.number(uint64(r.GetWitSvidSeconds()))
 	case *statev1.Distrust:
 		e.kind('D')
 		e.text(r.GetId())
@@ -217,6 +244,9 @@ func (e *encoder) object(o *statev1.Object) {
 		e.texts(s.GetExportTo())
 		e.texts(s.GetCalls())
 		e.number(uint64(s.GetX509SvidSeconds()))
+		e.text(s.GetHint())
+		e.number(uint64(s.GetJwtSvidSeconds()))
+		e.number(uint64(s.GetWitSvidSeconds()))
 	case *statev1.Object_Gateway:
 		e.kind('g')
 		g := kind.Gateway
@@ -243,6 +273,7 @@ func (e *encoder) object(o *statev1.Object) {
 		e.texts(r.GetEndpointUrls())
 		e.text(r.GetEndpointId())
 		e.bytes(r.GetBootstrapBundle())
+		e.yes(r.GetWit())
 	default:
 		e.kind('-')
 	}

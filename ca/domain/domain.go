@@ -156,6 +156,17 @@ func (s *State) DistrustItem(id string) (*statev1.Distrust, bool) { return s.dis
 // Tokens are the join tokens that are remembered, by id.
 func (s *State) Tokens() []*statev1.Token { return s.tokens.sorted() }
 
+// OwnKeys are the keys of one use (JWT or WIT) that stand in the domain's bundle, by
+// authority id, each as SubjectPublicKeyInfo.
+func (s *State) OwnKeys(use statev1.KeyUse) (spki [][]byte) {
+	for _, a := range s.authorities.sorted() {
+		if a.GetUse() == use && ca.InBundle(a.GetPhase()) {
+			spki = append(spki, a.GetPublicKey())
+		}
+	}
+	return spki
+}
+
 // Token is the record of the join token with that id.
 func (s *State) Token(id string) (*statev1.Token, bool) { return s.tokens.get(id) }
 

@@ -15,6 +15,8 @@ type Outcome struct {
 	// Diverged tells that this replica's state differs from the proposer's at the
 	// index of a Checksum command. It alone says not which of the two is wrong.
 	Diverged bool
+	// Checked is the index of a Checksum command that was carried out, 0 otherwise.
+	Checked uint64
 	// Fatal: the replica cannot go on, for it does not understand what the others
 	// carry out. The state is unchanged.
 	Fatal error

@@ -295,7 +295,8 @@ type Update struct {
 
 // OwnBundle is what the domain's own bundle holds.
 type OwnBundle struct {
-	X509     [][]byte // DER
+	X509     [][]byte // certificates, DER
+	JWT, WIT [][]byte // SubjectPublicKeyInfos, DER
 	Sequence uint64
 }
 
@@ -533,11 +534,21 @@ func federates(entries []*statev1.Entry) map[string]struct{} {
 }
 
 func ownBundle(st *domain.State) *OwnBundle {
-	x509, sequence := st.OwnBundle()
-	return &OwnBundle{X509: x509, Sequence: sequence}
+	own := OwnBundleOf(st)
+	return &own
 }
 
-// forSubscriber keeps of a relationship only that it exists. Where the peer's bundle
+// OwnBundleOf reads the own bundle from the state.
+func OwnBundleOf(st *domain.State) OwnBundle {
+	x509, sequence := st.OwnBundle()
+	return OwnBundle{
+		X509: x509, JWT: st.OwnKeys(statev1.KeyUse_KEY_USE_JWT), WIT: st.OwnKeys(statev1.KeyUse_KEY_USE_WIT),
+		Sequence: sequence,
+	}
+}
+
+// forSubscriber keeps of a relationship only that it exists and whether WIT keys are
+// exchanged in it. Where the peer's bundle
 // comes from is the CA's business, and its bootstrap bundle would hand foreign X.509
 // roots to everybody (I6).
 func forSubscriber(o *statev1.Object) *statev1.Object {
@@ -546,7 +557,7 @@ func forSubscriber(o *statev1.Object) *statev1.Object {
 		return o
 	}
 	return &statev1.Object{
-		Kind:     &statev1.Object_Relationship{Relationship: &statev1.Relationship{TrustDomain: r.GetTrustDomain()}},
+		Kind:     &statev1.Object_Relationship{Relationship: &statev1.Relationship{TrustDomain: r.GetTrustDomain(), Wit: r.GetWit()}},
 		Owner:    o.GetOwner(),
 		Revision: o.GetRevision(),
 		Source:   o.GetSource(),

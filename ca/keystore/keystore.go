@@ -10,6 +10,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/rsa"
 	"crypto/x509"
 	"errors"
 	"fmt"
@@ -65,6 +66,16 @@ func Open(dir string, sealer Sealer) (*Store, error) {
 // Create makes a P-256 key under a name that is not in use, and returns it once
 // it is safely on the disk.
 func (s *Store) Create(name string) (crypto.Signer, error) {
+	return s.create(name, func() (crypto.Signer, error) { return ecdsa.GenerateKey(elliptic.P256(), rand.Reader) })
+}
+
+// CreateRSA is Create with an RSA key of 2048 bits, for tokens whose verifiers know
+// nothing else.
+func (s *Store) CreateRSA(name string) (crypto.Signer, error) {
+	return s.create(name, func() (crypto.Signer, error) { return rsa.GenerateKey(rand.Reader, 2048) })
+}
+
+func (s *Store) create(name string, generate func() (crypto.Signer, error)) (crypto.Signer, error) {
 	path, err := s.path(name)
 	if err != nil {
 		return nil, err
@@ -72,7 +83,7 @@ func (s *Store) Create(name string) (crypto.Signer, error) {
 	if _, err := os.Lstat(path); err == nil {
 		return nil, fmt.Errorf("create key %q: %s exists", name, path)
 	}
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	key, err := generate()
 	if err != nil {
 		return nil, fmt.Errorf("create key %q: %w", name, err)
 	}

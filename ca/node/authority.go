@@ -1,12 +1,14 @@
 package node
 
 import (
+	"cmp"
 	"context"
 	"crypto"
 	"crypto/rand"
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -15,8 +17,19 @@ import (
 	"github.com/entente-mesh/entente/ca/domain"
 )
 
-// keyPrefix begins the names of authority keys in the key store.
-const keyPrefix = "x509-"
+// use is one kind of authority: each has a key of its own, so that a signature made
+// for one protocol means nothing in another (Trust Domain and Bundle 6.2).
+type use struct {
+	of     statev1.KeyUse
+	name   string // in the log
+	prefix string // of the names of its keys in the key store
+}
+
+var uses = []use{
+	{statev1.KeyUse_KEY_USE_X509, "X.509", "x509-"},
+	{statev1.KeyUse_KEY_USE_JWT, "JWT", "jwt-"},
+	{statev1.KeyUse_KEY_USE_WIT, "WIT", "wit-"},
+}
 
 // loadAuthorityKeys gives the signer every authority key in the store.
 func (n *Node) loadAuthorityKeys() error {
@@ -25,7 +38,7 @@ func (n *Node) loadAuthorityKeys() error {
 		return err
 	}
 	for _, name := range names {
-		if !strings.HasPrefix(name, keyPrefix) {
+		if !slices.ContainsFunc(uses, func(u use) bool { return strings.HasPrefix(name, u.prefix) }) {
 			continue
 		}
 		key, err := n.own.keys.Load(name)
@@ -39,8 +52,8 @@ func (n *Node) loadAuthorityKeys() error {
 	return nil
 }
 
-// runAuthorities takes this node's X.509 authorities through their phases: always one
-// PREPARED and one ACTIVE. Each step is agreed before it is used; the key is on the disk
+// runAuthorities takes this node's authorities of each use through their phases: always
+// one PREPARED and one ACTIVE. Each step is agreed before it is used; the key is on the disk
 // before it is proposed.
 func (n *Node) runAuthorities(ctx context.Context) error {
 	failed := ""
@@ -63,8 +76,9 @@ func (n *Node) runAuthorities(ctx context.Context) error {
 	}
 }
 
-// ownAuthorities is what the state says of this node's.
+// ownAuthorities is what the state says of this node's, of one use.
 type ownAuthorities struct {
+	use      use
 	member   *statev1.Member
 	phase    time.Duration
 	now      time.Time // agreed
@@ -73,13 +87,14 @@ type ownAuthorities struct {
 	known    map[string]*statev1.Authority // of any phase
 }
 
-func (n *Node) ownAuthorities() (own ownAuthorities) {
+func (n *Node) ownAuthorities(u use) (own ownAuthorities) {
+	own.use = u
 	n.Read(func(st *domain.State) {
 		own.member, _ = st.Member(n.own.id)
 		own.phase, own.now = st.Lifetimes().Phase, st.Now()
 		own.known = make(map[string]*statev1.Authority)
 		for _, a := range st.Authorities() {
-			if a.GetMemberId() != n.own.id || a.GetUse() != statev1.KeyUse_KEY_USE_X509 {
+			if a.GetMemberId() != n.own.id || a.GetUse() != u.of {
 				continue
 			}
 			own.known[a.GetId()] = a
@@ -95,17 +110,26 @@ func (n *Node) ownAuthorities() (own ownAuthorities) {
 }
 
 func (n *Node) stepAuthorities(ctx context.Context) error {
-	own := n.ownAuthorities()
-	if !own.member.GetSigning() {
+	member := n.ownAuthorities(uses[0]).member
+	if !member.GetSigning() {
 		return nil // not admitted as far as this state knows, or a witness
 	}
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-	if own.member.GetRaftAddress() != n.cfg.Advertise.Raft || own.member.GetApiAddress() != n.cfg.Advertise.API {
+	if member.GetRaftAddress() != n.cfg.Advertise.Raft || member.GetApiAddress() != n.cfg.Advertise.API {
 		if err := n.moveMember(ctx); err != nil {
 			return err
 		}
 	}
+	// All of them also when one fails: X.509 does not wait for tokens.
+	var errs []error
+	for _, u := range uses {
+		errs = append(errs, n.stepAuthority(ctx, n.ownAuthorities(u)))
+	}
+	return errors.Join(errs...)
+}
+
+func (n *Node) stepAuthority(ctx context.Context, own ownAuthorities) error {
 	switch {
 	case own.prepared == nil:
 		_, err := n.prepareAuthority(ctx, own)
@@ -115,9 +139,9 @@ func (n *Node) stepAuthorities(ctx context.Context) error {
 			Body: &statev1.Command_ActivateAuthority{ActivateAuthority: &statev1.ActivateAuthority{Id: own.prepared.GetId()}},
 		})
 		if err != nil {
-			return fmt.Errorf("activate authority %.12s: %w", own.prepared.GetId(), err)
+			return fmt.Errorf("activate %s authority %.12s: %w", own.use.name, own.prepared.GetId(), err)
 		}
-		n.log.Info("authority signs from now on", "authority", own.prepared.GetId())
+		n.log.Info("authority signs from now on", "authority", own.prepared.GetId(), "use", own.use.name)
 	}
 	return n.dropKeys(own)
 }
@@ -166,7 +190,7 @@ func (n *Node) agreeSelf(ctx context.Context, command *statev1.Command) error {
 
 // prepareNow prepares an authority because an operator wants one.
 func (n *Node) prepareNow(ctx context.Context) (id string, err error) {
-	own := n.ownAuthorities()
+	own := n.ownAuthorities(uses[0]) // X.509; tokens are renewed by the schedule alone
 	switch {
 	case !own.member.GetSigning():
 		return "", errors.New("this CA node does not sign")
@@ -179,14 +203,14 @@ func (n *Node) prepareNow(ctx context.Context) (id string, err error) {
 func (n *Node) prepareAuthority(ctx context.Context, own ownAuthorities) (id string, err error) {
 	n.preparing.Lock() // the schedule and an operator want one at the same time
 	defer n.preparing.Unlock()
-	if now := n.ownAuthorities(); now.prepared != nil {
+	if now := n.ownAuthorities(own.use); now.prepared != nil {
 		return now.prepared.GetId(), nil
 	}
 	key, err := n.freshKey(own)
 	if err != nil {
 		return "", err
 	}
-	authority, err := n.makeAuthority(key, own.phase)
+	authority, err := n.makeAuthority(key, own)
 	if err != nil {
 		return "", err
 	}
@@ -194,9 +218,9 @@ func (n *Node) prepareAuthority(ctx context.Context, own ownAuthorities) (id str
 		Body: &statev1.Command_PrepareAuthority{PrepareAuthority: &statev1.PrepareAuthority{Authority: authority}},
 	})
 	if err != nil {
-		return "", fmt.Errorf("prepare authority %.12s: %w", authority.GetId(), err)
+		return "", fmt.Errorf("prepare %s authority %.12s: %w", own.use.name, authority.GetId(), err)
 	}
-	n.log.Info("authority is in the bundle", "authority", authority.GetId())
+	n.log.Info("authority is in the bundle", "authority", authority.GetId(), "use", own.use.name)
 	return authority.GetId(), nil
 }
 
@@ -208,7 +232,7 @@ func (n *Node) freshKey(own ownAuthorities) (crypto.Signer, error) {
 		return nil, err
 	}
 	for _, name := range names {
-		if !strings.HasPrefix(name, keyPrefix) {
+		if !strings.HasPrefix(name, own.use.prefix) {
 			continue
 		}
 		key, err := n.own.keys.Load(name)
@@ -219,11 +243,15 @@ func (n *Node) freshKey(own ownAuthorities) (crypto.Signer, error) {
 		if err != nil {
 			return nil, err
 		}
-		if own.known[id] == nil {
+		if own.known[id] == nil && n.suits(own.use, key) {
 			return key, nil
 		}
 	}
-	key, err := n.own.keys.Create(keyPrefix + newBootID())
+	create := n.own.keys.Create
+	if own.use.of == statev1.KeyUse_KEY_USE_JWT && n.cfg.Keys.JWT == ca.RS256 {
+		create = n.own.keys.CreateRSA
+	}
+	key, err := create(own.use.prefix + newBootID())
 	if err != nil {
 		return nil, err
 	}
@@ -231,7 +259,25 @@ func (n *Node) freshKey(own ownAuthorities) (crypto.Signer, error) {
 	return key, err
 }
 
-func (n *Node) makeAuthority(key crypto.Signer, phase time.Duration) (*statev1.Authority, error) {
+// suits: the key was made for the algorithm that the configuration asks for now.
+func (n *Node) suits(u use, key crypto.Signer) bool {
+	if u.of != statev1.KeyUse_KEY_USE_JWT {
+		return true
+	}
+	alg, err := ca.TokenAlgorithm(key.Public())
+	return err == nil && alg == cmp.Or(n.cfg.Keys.JWT, ca.ES256)
+}
+
+func (n *Node) makeAuthority(key crypto.Signer, own ownAuthorities) (*statev1.Authority, error) {
+	phase := own.phase
+	if own.use.of != statev1.KeyUse_KEY_USE_X509 {
+		spki, err := x509.MarshalPKIXPublicKey(key.Public())
+		if err != nil {
+			return nil, err
+		}
+		now := time.Now()
+		return ca.NewTokenAuthority(n.own.id, own.use.of, spki, now, phase, now)
+	}
 	var serial [16]byte
 	rand.Read(serial[:])
 	now := time.Now()
@@ -264,7 +310,7 @@ func (n *Node) dropKeys(own ownAuthorities) error {
 		return err
 	}
 	for _, name := range names {
-		if !strings.HasPrefix(name, keyPrefix) {
+		if !strings.HasPrefix(name, own.use.prefix) {
 			continue
 		}
 		key, err := n.own.keys.Load(name)

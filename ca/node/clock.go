@@ -12,14 +12,16 @@ type clock struct {
 	mu     sync.Mutex
 	agreed time.Time
 	at     time.Time // zero: not since the start
+	heard  time.Time // when anything was last agreed, as far as this node heard; zero: not since the start
 }
 
 // applied takes the agreed time after a log entry.
 func (c *clock) applied(agreed time.Time) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	c.heard = time.Now()
 	if agreed.After(c.agreed) {
-		c.agreed, c.at = agreed, time.Now()
+		c.agreed, c.at = agreed, c.heard
 	}
 }
 
@@ -37,4 +39,39 @@ func (c *clock) read() signer.Clock {
 		return signer.Clock{Agreed: c.agreed, Age: signer.NotSinceStart}
 	}
 	return signer.Clock{Agreed: c.agreed, Age: time.Since(c.at)}
+}
+
+// last is when anything was last agreed here; zero: not since the start.
+func (c *clock) last() time.Time {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.heard
+}
+
+// offset is by how much this node's clock was ahead of the agreed time when that last
+// moved on.
+func (c *clock) offset() (offset time.Duration, known bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.at.Round(0).Sub(c.agreed), !c.at.IsZero()
+}
+
+// wall is what this node's clock reads. Certificates and time-outs go by time.Now: only
+// what is agreed about time, and whether to sign, depend on it.
+func (n *Node) wall() time.Time { return time.Now().Add(n.clockError()) }
+
+func (n *Node) clockError() time.Duration {
+	if n.cfg.clockError == nil {
+		return 0
+	}
+	return n.cfg.clockError()
+}
+
+// signerClock is what the signer compares this node's clock with.
+func (n *Node) signerClock() signer.Clock {
+	clock := n.clock.read()
+	if !clock.Agreed.IsZero() {
+		clock.Agreed = clock.Agreed.Add(-n.clockError())
+	}
+	return clock
 }

@@ -13,6 +13,7 @@ import (
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/keystore"
+	"github.com/entente-mesh/entente/ca/server"
 	"github.com/entente-mesh/entente/internal/yamlfile"
 )
 
@@ -34,12 +35,19 @@ type Config struct {
 	// Socket is the unix socket for operators, mode 0600. Default: DataDir/admin.sock.
 	Socket string `yaml:"socket"`
 
+	OIDC OIDC `yaml:"oidc"`
 	Keys Keys `yaml:"keys"`
 	// Lifetimes are the domain's. They are read by init only.
 	Lifetimes Lifetimes `yaml:"lifetimes"`
-	Timing    Timing    `yaml:"timing"`
-	Audit     Audit     `yaml:"audit"`
-	Log       Log       `yaml:"log"`
+	// MinVoters is how many voters a removal leaves at least; 0: one. Read by init only.
+	MinVoters int    `yaml:"minVoters"`
+	Timing    Timing `yaml:"timing"`
+	Audit     Audit  `yaml:"audit"`
+	Log       Log    `yaml:"log"`
+
+	// Tests of this package fail or stall the log's disk, and set this node's clock alone.
+	beforeWrite func() error
+	clockError  func() time.Duration
 }
 
 // Listen is where the node listens, each HOST:PORT.
@@ -54,6 +62,24 @@ type Listen struct {
 	Bundle string `yaml:"bundle"`
 	// Admin serves /healthz, /readyz and /metrics. Empty: not served.
 	Admin string `yaml:"admin"`
+}
+
+// OIDC makes JWT-SVIDs verifiable for those that know OpenID Connect and not SPIFFE:
+// clouds, databases, API gateways.
+type OIDC struct {
+	yamlfile.Pos
+
+	// Issuer is the "iss" of this domain's JWT-SVIDs, an https URL at which the
+	// listeners of the CA nodes are reached: the same at every node. Empty: JWT-SVIDs
+	// name no issuer.
+	Issuer string `yaml:"issuer"`
+	// Listen is the HOST:PORT of the discovery document and the keys, below the
+	// issuer's path. Empty: not served.
+	Listen string `yaml:"listen"`
+	// CertFile and KeyFile are the certificate that the public knows the issuer's host
+	// by, PEM. They are read again when they change.
+	CertFile string `yaml:"certFile"`
+	KeyFile  string `yaml:"keyFile"`
 }
 
 // Advertise is where others reach the node. Default: where it listens.
@@ -73,6 +99,9 @@ type Keys struct {
 	// InsecureDev leaves them unsealed, allows loopback addresses only, and marks the
 	// cluster as one for development.
 	InsecureDev bool `yaml:"insecureDev"`
+	// JWT is the algorithm of this node's next JWT key. Default ES256; RS256 for
+	// verifiers that know nothing else.
+	JWT string `yaml:"jwt,oneof=ES256|RS256"`
 }
 
 // Lifetimes of what the domain issues; zero: the default.
@@ -83,6 +112,8 @@ type Lifetimes struct {
 	AgentSVID         time.Duration `yaml:"agentSVID"`         // as x509SVID
 	Phase             time.Duration `yaml:"phase"`             // 48h
 	BundleRefreshHint time.Duration `yaml:"bundleRefreshHint"` // 5m
+	JWTSVID           time.Duration `yaml:"jwtSVID"`           // 5m, at most 1h
+	WITSVID           time.Duration `yaml:"witSVID"`           // 1h, at most 24h
 }
 
 // Timing is Raft's.
@@ -157,6 +188,7 @@ func (c *Config) Complete() error {
 		{c.Listen.Pos, "listen", "api", c.Listen.API, false},
 		{c.Listen.Pos, "listen", "bundle", c.Listen.Bundle, true},
 		{c.Listen.Pos, "listen", "admin", c.Listen.Admin, true},
+		{c.OIDC.Pos, "oidc", "listen", c.OIDC.Listen, true},
 		{c.Advertise.Pos, "advertise", "raft", c.Advertise.Raft, false},
 		{c.Advertise.Pos, "advertise", "api", c.Advertise.API, false},
 	} {
@@ -165,11 +197,20 @@ func (c *Config) Complete() error {
 		}
 		check(a.pos.At(a.key), a.section+"."+a.key, c.checkAddress(a.section, a.address))
 	}
+	if c.OIDC.Issuer != "" {
+		check(c.OIDC.At("issuer"), "oidc.issuer", server.CheckIssuer(c.OIDC.Issuer))
+	}
+	if c.OIDC.Listen != "" && (c.OIDC.Issuer == "" || c.OIDC.CertFile == "" || c.OIDC.KeyFile == "") {
+		check(c.OIDC.At("listen"), "oidc.listen", errors.New("needs issuer, certFile and keyFile beside it"))
+	}
 	if (c.Keys.PassphraseFile == "") != c.Keys.InsecureDev {
 		check(c.At("keys"), "keys", errors.New("set passphraseFile, or insecureDev for development, and not both"))
 	}
 	if h := c.Timing.Heartbeat; h != 0 && (h < 50*time.Millisecond || h > time.Minute) {
 		check(c.Timing.At("heartbeat"), "timing.heartbeat", fmt.Errorf("%v is not between 50ms and 1m", h))
+	}
+	if c.MinVoters < 0 || c.MinVoters > 15 {
+		check(c.At("minVoters"), "minVoters", fmt.Errorf("%d is not between 0 and 15", c.MinVoters))
 	}
 	check(c.At("lifetimes"), "lifetimes", ca.LifetimesOf(c.Lifetimes.record()).Check())
 	if len(errs) > 0 {
@@ -206,6 +247,8 @@ func (l Lifetimes) record() *statev1.Lifetimes {
 		AgentSvidSeconds:         seconds(l.AgentSVID),
 		PhaseSeconds:             seconds(l.Phase),
 		BundleRefreshHintSeconds: seconds(l.BundleRefreshHint),
+		JwtSvidSeconds:           seconds(l.JWTSVID),
+		WitSvidSeconds:           seconds(l.WITSVID),
 	}
 }
 

@@ -29,7 +29,12 @@ func (n *Node) runLeadership(ctx context.Context) error {
 	stop := func() {}
 	defer func() { stop() }()
 	for {
+		swapped := n.swapped.wait()
 		select {
+		case <-swapped:
+			// The replica of before said goodbye already, or nobody heard it.
+			stop()
+			stop = func() {}
 		case leads := <-n.replica.Load().LeaderCh():
 			stop()
 			stop = func() {}
@@ -59,6 +64,9 @@ func (n *Node) lead(ctx context.Context) (stop func()) {
 		duties.Go(func() { n.keepGate(ctx) })
 		duties.Go(func() { n.keepMembers(ctx) })
 		duties.Go(func() { n.keepFollowing(ctx) })
+		duties.Go(func() { n.keepShowing(ctx) })
+		duties.Go(func() { n.keepWitness(ctx) })
+		duties.Go(func() { n.keepComparing(ctx) })
 	})
 	return func() {
 		cancel()
@@ -99,7 +107,7 @@ func (n *Node) tick(ctx context.Context) {
 		}
 		voters++
 		if s.Self {
-			samples = append(samples, now.UnixNano())
+			samples = append(samples, n.wall().UnixNano())
 		} else if r, ok := n.gate.last(s.ID, now); ok {
 			samples = append(samples, r.Clock.Add(now.Sub(r.at)).UnixNano())
 		}
@@ -107,10 +115,18 @@ func (n *Node) tick(ctx context.Context) {
 	if len(samples) < voters/2+1 {
 		return // one clock alone, or half of them, sets nobody's time
 	}
+	// A majority of all voters must say that this clock is wrong: of two samples, nobody
+	// knows which is.
 	slices.Sort(samples)
-	median := time.Unix(0, samples[(len(samples)-1)/2])
-	if offset := now.Sub(median); len(samples) > 1 && offset.Abs() > maxLeaderOffset {
-		n.log.Error("this node's clock is off the other CA nodes': another one leads; set the clock", "offset", offset.String())
+	wall, against := n.wall(), 0
+	for _, sample := range samples {
+		if wall.Sub(time.Unix(0, sample)).Abs() > maxLeaderOffset {
+			against++
+		}
+	}
+	if against >= voters/2+1 {
+		median := time.Unix(0, samples[(len(samples)-1)/2])
+		n.log.Error("this node's clock is off the other CA nodes': another one leads; set the clock", "offset", wall.Sub(median).String())
 		n.replica.Load().TransferLeadership(ctx)
 		return
 	}
@@ -258,32 +274,43 @@ func (n *Node) keepGate(ctx context.Context) {
 // gateView is what the ready gate is decided from.
 type gateView struct {
 	members []*statev1.Member
-	pending []*statev1.Authority          // PREPARED and not ready
-	tainted []*statev1.Authority          // TAINTED and not drained
-	active  map[string]*statev1.Authority // by member
-	peers   []string                      // trust domains
+	pending []*statev1.Authority // PREPARED and not ready
+	tainted []*statev1.Authority // TAINTED and not drained
+	active  map[ownedBy]*statev1.Authority
+	peers   []string // trust domains
 	hint    time.Duration
-	longest time.Duration // life of a leaf
+	longest map[statev1.KeyUse]time.Duration // life of an SVID
+}
+
+type ownedBy struct {
+	member string
+	use    statev1.KeyUse
 }
 
 func (n *Node) gateView() (v gateView) {
 	n.Read(func(st *domain.State) {
-		v.active = make(map[string]*statev1.Authority)
+		v.active = make(map[ownedBy]*statev1.Authority)
 		for _, a := range st.Authorities() {
 			switch {
 			case a.GetPhase() == statev1.AuthorityPhase_AUTHORITY_PHASE_PREPARED && !a.GetReady():
 				v.pending = append(v.pending, a)
 			case a.GetPhase() == statev1.AuthorityPhase_AUTHORITY_PHASE_TAINTED && !a.GetDrained():
 				v.tainted = append(v.tainted, a)
-			case ca.Signs(a.GetPhase()) && a.GetUse() == statev1.KeyUse_KEY_USE_X509:
-				v.active[a.GetMemberId()] = a
+			case ca.Signs(a.GetPhase()):
+				v.active[ownedBy{a.GetMemberId(), a.GetUse()}] = a
 			}
 		}
 		if len(v.pending)+len(v.tainted) == 0 {
 			return
 		}
 		v.members, v.peers = st.Members(), st.Peers()
-		v.hint, v.longest = st.Lifetimes().RefreshHint, n.leaves.longest(st)
+		v.hint = st.Lifetimes().RefreshHint
+		phase := st.Lifetimes().Phase
+		v.longest = map[statev1.KeyUse]time.Duration{
+			statev1.KeyUse_KEY_USE_X509: n.leaves.longest(st),
+			statev1.KeyUse_KEY_USE_JWT:  min(ca.MaxJWTSVID, phase),
+			statev1.KeyUse_KEY_USE_WIT:  min(ca.MaxWITSVID, phase),
+		}
 	})
 	return v
 }
@@ -312,7 +339,7 @@ func (n *Node) stepGate(ctx context.Context, said map[string]string) {
 	for _, a := range v.tainted {
 		holding, silent := n.holding(v, a, now)
 		// Whoever does not say it has an SVID under it no longer, for those have ended.
-		over := n.gate.since("tainted "+a.GetId(), now) > v.longest
+		over := n.gate.since("tainted "+a.GetId(), now) > v.longest[a.GetUse()]
 		if len(holding)+len(silent) > 0 && !over {
 			continue
 		}
@@ -442,6 +469,6 @@ func (n *Node) waitingFor(v gateView, a *statev1.Authority, now time.Time) (wait
 // leaveBehind: one silent agent cannot stop rotation. Stragglers are waited for while
 // the member's ACTIVE authority can still sign leaves of full length.
 func leaveBehind(v gateView, a *statev1.Authority, now time.Time) bool {
-	active := v.active[a.GetMemberId()]
-	return active != nil && time.Unix(active.GetNotAfter(), 0).Sub(now) < v.longest+v.longest/4
+	active, longest := v.active[ownedBy{a.GetMemberId(), a.GetUse()}], v.longest[a.GetUse()]
+	return active != nil && time.Unix(active.GetNotAfter(), 0).Sub(now) < longest+longest/4
 }

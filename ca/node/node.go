@@ -13,6 +13,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -33,7 +34,7 @@ import (
 
 // Listeners are opened by the caller, or by New where they are nil.
 type Listeners struct {
-	Raft, API, Bundle, Admin net.Listener
+	Raft, API, Bundle, Admin, OIDC net.Listener
 }
 
 // Node is one CA node. Run may be called once.
@@ -58,6 +59,7 @@ type Node struct {
 	svids    *svids
 	gate     gate
 	foreign  foreignStatus
+	wit      atomic.Bool // a relationship asks for WIT keys
 	leaves   leaves
 	registry *prometheus.Registry
 	audit    *server.Audit
@@ -67,7 +69,9 @@ type Node struct {
 	hadAgents bool // the state knew agents when this process started
 	applied   broadcast
 	recheck   chan struct{}
-	preparing sync.Mutex // one authority at a time
+	preparing sync.Mutex  // one authority at a time
+	swapped   broadcast   // another replica took the place of a failed one
+	odd       chan uint64 // indexes at which this node's state was not the leader's
 }
 
 // settleTime is how long the subscribers of a node that restarted are given to come
@@ -103,12 +107,13 @@ func New(cfg *Config, log *slog.Logger, listeners Listeners) (_ *Node, err error
 		registry:  prometheus.NewRegistry(),
 		started:   time.Now(),
 		recheck:   make(chan struct{}, 1),
+		odd:       make(chan uint64, 1),
 	}
 	n.bundles = server.NewBundles(n.td)
 	if err := n.openAudit(); err != nil {
 		return nil, err
 	}
-	n.signer = signer.New(signer.Config{Active: n.activeAuthority, Clock: n.clock.read, Signed: func(i signer.Issued) {
+	n.signer = signer.New(signer.Config{Active: n.activeFor, Clock: n.signerClock, Issuer: cfg.OIDC.Issuer, Signed: func(i signer.Issued) {
 		n.audit.Issued(i, n.feed.Revision())
 	}})
 	if err := n.loadAuthorityKeys(); err != nil {
@@ -132,6 +137,8 @@ func New(cfg *Config, log *slog.Logger, listeners Listeners) (_ *Node, err error
 		LocalGate:   n.localGate,
 		Prepare:     n.prepareNow,
 		Audit:       n.audit,
+		Nodes:       n.nodes,
+		Supersede:   n.supersede,
 		Log:         n.log,
 		Registerer:  n.registry,
 	})
@@ -143,11 +150,8 @@ func New(cfg *Config, log *slog.Logger, listeners Listeners) (_ *Node, err error
 	if err := n.listen(); err != nil {
 		return nil, err
 	}
-	rcfg := cfg.replica(own)
+	rcfg := n.replicaConfig()
 	rcfg.Listener = n.listeners.Raft
-	rcfg.Log = n.log
-	rcfg.OnApply = n.onApply
-	rcfg.OnRestore = n.onRestore
 	r, err := replica.Open(rcfg)
 	if err != nil {
 		return nil, err
@@ -178,6 +182,7 @@ func (n *Node) listen() (err error) {
 	open(&n.listeners.Raft, n.cfg.Listen.Raft)
 	open(&n.listeners.API, n.cfg.Listen.API)
 	open(&n.listeners.Bundle, n.cfg.Listen.Bundle)
+	open(&n.listeners.OIDC, n.cfg.OIDC.Listen)
 	if err != nil {
 		return err
 	}
@@ -193,7 +198,7 @@ func (n *Node) listen() (err error) {
 // Close gives up a node that was not run.
 func (n *Node) Close() error {
 	var errs []error
-	for _, c := range []io.Closer{n.listeners.Raft, n.listeners.API, n.listeners.Bundle, n.socket, n.peers} {
+	for _, c := range []io.Closer{n.listeners.Raft, n.listeners.API, n.listeners.Bundle, n.listeners.OIDC, n.socket, n.peers} {
 		if c != nil {
 			errs = append(errs, c.Close())
 		}
@@ -215,7 +220,7 @@ func (n *Node) Run(ctx context.Context) error {
 	core, stopCore := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopCore()
 	ended := make(chan error, 1)
-	go func() { ended <- n.replica.Load().Run(core) }()
+	go func() { ended <- n.runReplica(core) }()
 
 	group := daemon.NewGroup(ctx)
 	group.Go("api", func(ctx context.Context) error { return n.server.ServeAPI(ctx, n.listeners.API) })
@@ -226,8 +231,11 @@ func (n *Node) Run(ctx context.Context) error {
 	}
 	if n.listeners.Bundle != nil {
 		group.Go("bundle endpoint", func(ctx context.Context) error {
-			return exchange.Serve(ctx, n.listeners.Bundle, n.svids, exchange.Handler("/", n.bundles.Source))
+			return exchange.Serve(ctx, n.listeners.Bundle, n.svids, n.bundleHandler())
 		})
+	}
+	if n.listeners.OIDC != nil {
+		group.Go("OIDC", n.serveOIDC)
 	}
 	group.Go("own SVIDs", n.svids.run)
 	group.Go("authorities", n.runAuthorities)
@@ -238,6 +246,8 @@ func (n *Node) Run(ctx context.Context) error {
 	if n.auditLog != nil {
 		group.Go("audit log", func(ctx context.Context) error { return n.auditLog.Run(ctx, n.log) })
 	}
+	group.Go("comparisons", n.runComparisons)
+	group.Go("progress", n.runProgress)
 	group.Go("replica", func(ctx context.Context) error {
 		select {
 		case err := <-ended:
@@ -271,13 +281,32 @@ func (n *Node) Ready() error {
 	if n.replica.Load() == nil {
 		return errors.New("the replica is not open yet")
 	}
-	if err := n.signer.Ready(); err != nil {
+	if n.witness() {
+		// It serves nobody but the agreement.
+		if err := n.replica.Load().Err(); err != nil {
+			return err
+		}
+		if since := n.noQuorumSince(time.Now()); !since.IsZero() {
+			return fmt.Errorf("no quorum since %s", since.UTC().Format(time.RFC3339))
+		}
+		return nil
+	}
+	if err := n.signer.Ready(statev1.KeyUse_KEY_USE_X509); err != nil {
 		return err
 	}
 	if _, err := n.svids.GetX509SVID(); err != nil {
 		return err
 	}
 	return nil
+}
+
+// witness: this member votes and does not sign.
+func (n *Node) witness() (is bool) {
+	n.Read(func(st *domain.State) {
+		m, ok := st.Member(n.own.id)
+		is = ok && !m.GetSigning()
+	})
+	return is
 }
 
 // ID is the node id: the hex SHA-256 of the node key's SPKI.
@@ -305,6 +334,12 @@ func (n *Node) onApply(outcome domain.Outcome) {
 		return // New calls onRestore when the replica is there
 	}
 	r.Read(func(st *domain.State) { n.clock.applied(st.Now()) })
+	if outcome.Diverged {
+		select {
+		case n.odd <- outcome.Checked:
+		default: // one is being looked into
+		}
+	}
 	recheck := false
 	for _, change := range outcome.Changes {
 		switch change.Kind {
@@ -313,6 +348,10 @@ func (n *Node) onApply(outcome domain.Outcome) {
 			recheck = true
 		case domain.ChangeMembers, domain.ChangeAgent, domain.ChangeEntry:
 			recheck = true
+		case domain.ChangeObject:
+			if strings.HasPrefix(change.Key, "Relationship/") {
+				r.Read(n.readWIT)
+			}
 		}
 	}
 	if recheck {
@@ -330,6 +369,7 @@ func (n *Node) onRestore() {
 	r.Read(func(st *domain.State) {
 		n.feed.Reset(st.Revision())
 		n.clock.restored(st.Now())
+		n.readWIT(st)
 	})
 	n.updateBundle(r)
 	signal(n.recheck)
@@ -387,7 +427,15 @@ func (n *Node) certificate() (*tls.Certificate, error) {
 
 func (n *Node) info() server.Info {
 	r := n.replica.Load()
+	now, stats := time.Now(), r.Stats()
 	info := server.Info{
+		NoQuorumSince: n.noQuorumSince(now),
+		NotAgreeing:   n.notAgreeing(now),
+		Disk:          n.disk(),
+		Applied:       stats.Applied,
+		Last:          stats.LastIndex,
+		LogBytes:      stats.LogBytes,
+
 		LeaderID:  r.Leader(),
 		RaftState: r.State(),
 		Age:       r.Age(),
@@ -397,16 +445,21 @@ func (n *Node) info() server.Info {
 	for _, member := range r.Servers() {
 		info.Voters[member.ID] = member.Voter
 	}
+	info.ClockOffset, info.ClockKnown = n.clock.offset()
+	info.ClockOffset += n.clockError()
 	return info
 }
 
 // activeAuthority is this node's ACTIVE X.509 authority.
-func (n *Node) activeAuthority() (active *statev1.Authority) {
+func (n *Node) activeAuthority() *statev1.Authority { return n.activeFor(statev1.KeyUse_KEY_USE_X509) }
+
+// activeFor is this node's ACTIVE authority for one use.
+func (n *Node) activeFor(use statev1.KeyUse) (active *statev1.Authority) {
 	r := n.replica.Load()
 	if r == nil {
 		return nil
 	}
-	r.Read(func(st *domain.State) { active, _ = st.Active(n.own.id, statev1.KeyUse_KEY_USE_X509) })
+	r.Read(func(st *domain.State) { active, _ = st.Active(n.own.id, use) })
 	return active
 }
 
@@ -473,7 +526,7 @@ func (n *Node) registerMetrics() {
 		return 0
 	})
 	gauge("entente_ca_signing", "1 while this node can sign.", func() float64 {
-		if n.signer.Ready() == nil {
+		if n.signer.Ready(statev1.KeyUse_KEY_USE_X509) == nil {
 			return 1
 		}
 		return 0
@@ -484,6 +537,25 @@ func (n *Node) registerMetrics() {
 			return -1
 		}
 		return age.Seconds()
+	})
+	gauge("entente_ca_quorum", "1 while something was agreed a moment ago, as far as this node knows.", func() float64 {
+		if n.noQuorumSince(time.Now()).IsZero() {
+			return 1
+		}
+		return 0
+	})
+	gauge("entente_ca_disk_ok", "1 while the disk under the log works.", func() float64 {
+		if n.disk() == "" {
+			return 1
+		}
+		return 0
+	})
+	gauge("entente_ca_clock_offset_seconds", "This node's clock minus the agreed time when that last moved on.", func() float64 {
+		offset, _ := n.clock.offset()
+		return offset.Seconds()
+	})
+	gauge("entente_ca_signs_without_quorum_seconds", "How long this node goes on signing if nothing can be agreed any more.", func() float64 {
+		return n.autonomy(time.Now()).Seconds()
 	})
 	gauge("entente_ca_subscribers", "Sync streams at this node.", func() float64 {
 		return float64(n.status().Subscribers)

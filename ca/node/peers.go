@@ -68,7 +68,7 @@ func (n *Node) report() server.Report {
 		Applied:      status.Revision,
 		Acknowledged: status.Acknowledged,
 		WaitingFor:   status.WaitingFor,
-		Clock:        time.Now(),
+		Clock:        n.wall(),
 		Settled:      n.settled(),
 		Held:         n.held(),
 	}

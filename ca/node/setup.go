@@ -65,8 +65,10 @@ func (c *Config) replica(own *identity) replica.Config {
 }
 
 // Init makes the node the first of a new cluster. It refuses if DataDir holds a CA
-// node already.
-func Init(cfg *Config) error {
+// node already. keep gets the cluster's recovery key, in its text form, before the
+// cluster exists: whoever calls must put it where the operators will find it, and not
+// on this host. It is nowhere else.
+func Init(cfg *Config, keep func(recoveryKey string) error) error {
 	fail := func(err error) error { return fmt.Errorf("initialise the CA of %s: %w", cfg.TrustDomain, err) }
 	if err := cfg.Complete(); err != nil {
 		return fail(err)
@@ -80,6 +82,15 @@ func Init(cfg *Config) error {
 	}
 	id := make([]byte, ca.ClusterIDSize)
 	rand.Read(id)
+	recovery := &ca.RecoveryKey{TrustDomain: cfg.trustDomain(), ClusterID: id, Seed: make([]byte, 32)}
+	rand.Read(recovery.Seed)
+	text, err := recovery.Text()
+	if err != nil {
+		return fail(err)
+	}
+	if err := keep(text); err != nil {
+		return fail(fmt.Errorf("keep the recovery key: %w", err))
+	}
 	err = replica.Bootstrap(cfg.replica(own), &statev1.Command{
 		Actor: "operator",
 		Body: &statev1.Command_Init{Init: &statev1.Init{
@@ -88,18 +99,25 @@ func Init(cfg *Config) error {
 				Id:          id,
 				Dev:         cfg.Keys.InsecureDev,
 				Lifetimes:   cfg.Lifetimes.record(),
+				RecoveryKey: recovery.PublicKey(),
+				MinVoters:   uint32(cfg.MinVoters),
 			},
-			Member: &statev1.Member{
-				Id: own.id, Name: cfg.Name, Datacenter: cfg.Datacenter,
-				RaftAddress: cfg.Advertise.Raft, ApiAddress: cfg.Advertise.API,
-				Voter: true, Signing: true,
-			},
+			Member: cfg.firstMember(own),
 		}},
 	})
 	if err != nil {
 		return fail(err)
 	}
 	return nil
+}
+
+// firstMember is this node as a cluster's only member.
+func (c *Config) firstMember(own *identity) *statev1.Member {
+	return &statev1.Member{
+		Id: own.id, Name: c.Name, Datacenter: c.Datacenter,
+		RaftAddress: c.Advertise.Raft, ApiAddress: c.Advertise.API,
+		Voter: true, Signing: true,
+	}
 }
 
 // Join has the node admitted to a running cluster by a one-time token. It may be

@@ -57,6 +57,7 @@ func TestReadConfig(t *testing.T) {
 		{"no keys", "  passphraseFile: /etc/entente/passphrase\n", "  insecureDev: false\n", []string{"ca.yaml:8", "passphraseFile"}},
 		{"unsealed beyond loopback", "passphraseFile: /etc/entente/passphrase", "insecureDev: true", []string{"ca.yaml:6", "loopback"}},
 		{"lifetimes", "keys:", "lifetimes: {x509SVID: 72h}\nkeys:", []string{"ca.yaml:8", "72h"}},
+		{"voters kept", "keys:", "minVoters: 99\nkeys:", []string{"ca.yaml:8", "minVoters"}},
 		{"heartbeat", "keys:", "timing: {heartbeat: 1ms}\nkeys:", []string{"ca.yaml:8", "heartbeat"}},
 	}
 	for _, test := range tests {
@@ -77,7 +78,7 @@ func TestReadConfig(t *testing.T) {
 func TestSetupRefuses(t *testing.T) {
 	t.Parallel()
 	one := catest.Start(t, catest.Options{})
-	if err := node.Init(one.Config()); err == nil || !strings.Contains(err.Error(), "already") {
+	if err := node.Init(one.Config(), one.KeepRecoveryKey); err == nil || !strings.Contains(err.Error(), "already") {
 		t.Errorf("init over a running node: %v", err)
 	}
 	if _, err := node.New(catest.Prepare(t, catest.Options{}).Config(), nil, node.Listeners{}); err == nil || !strings.Contains(err.Error(), "init") {
@@ -123,7 +124,7 @@ func TestSealedKeys(t *testing.T) {
 	if err := os.WriteFile(cfg.Keys.PassphraseFile, []byte("correct horse battery staple"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if err := node.Init(cfg); err != nil {
+	if err := node.Init(cfg, func(string) error { return nil }); err != nil {
 		t.Fatal(err)
 	}
 	one.Restart()

@@ -26,6 +26,10 @@ type disk struct {
 
 	broken atomic.Bool
 
+	// durable is the last entry that the store confirmed, or was found with.
+	durable atomic.Uint64
+	before  func() error // of each write; nil: nothing
+
 	// newestConfig is the index of the newest membership entry in the log.
 	newestConfig atomic.Uint64
 }
@@ -54,6 +58,13 @@ func (d *disk) write(what string, f func() error) error {
 		d.broke(fmt.Errorf("%w: %s takes longer than %v", ErrDisk, what, d.stall))
 	})
 	defer timer.Stop()
+	if d.before != nil {
+		if err := d.before(); err != nil {
+			err = fmt.Errorf("%w: %s: %w", ErrDisk, what, err)
+			d.broke(err)
+			return err
+		}
+	}
 	if err := f(); err != nil {
 		err = fmt.Errorf("%w: %w", ErrDisk, err)
 		d.broke(err)
@@ -102,6 +113,7 @@ func (d *disk) StoreLogs(logs []*raft.Log) error {
 			d.newestConfig.Store(log.Index)
 		}
 	}
+	d.durable.Store(logs[len(logs)-1].Index)
 	d.cache.add(logs)
 	return nil
 }
@@ -109,6 +121,7 @@ func (d *disk) StoreLogs(logs []*raft.Log) error {
 func (d *disk) DeleteRange(minIndex, maxIndex uint64) error {
 	d.cache.remove(minIndex, maxIndex)
 	if last, err := d.store.LastIndex(); err == nil && maxIndex >= last {
+		d.durable.Store(min(d.durable.Load(), max(minIndex, 1)-1)) // no longer counted on
 		return d.write("cutting the log", func() error { return d.store.DeleteRange(minIndex, maxIndex) })
 	}
 	// A compaction is many transactions, and nobody waits for it but an append, which

@@ -24,8 +24,21 @@ var (
 	// ErrRemoved: the cluster removed this node. Run returns it.
 	ErrRemoved = errors.New("this node was removed from its CA cluster")
 
+	// ErrSuperseded: the cluster was recovered from another node while this one was away.
+	// Open and Run return it.
+	ErrSuperseded = errors.New("this node's epoch is over, its cluster was recovered without it: wipe its data directory and join it anew")
+
 	// ErrDisk: the log or a snapshot could not be written in time. Err returns it.
 	ErrDisk = errors.New("the disk under the log failed or stalled")
+
+	// ErrStuck: this node hears its leader and gets no entries. Reenter's cause.
+	ErrStuck = errors.New("this node was not replicated to any more")
+
+	// ErrForgetful: the log on the disk ends before what this node confirmed to others.
+	ErrForgetful = errors.New("the disk lost a part of the log that was confirmed to the others: remove this node from the cluster, wipe it and join it anew")
+
+	// ErrDiverged: this node's state is not what a majority holds. Open and Run return it.
+	ErrDiverged = errors.New("this node's state differs from that of a majority of the voters: remove this node from the cluster, keep its directory for whoever looks for the cause, and join it anew with an empty one")
 
 	// ErrTooLarge: one command is larger than a log entry may be. Propose it in parts.
 	ErrTooLarge = fmt.Errorf("the command is larger than a log entry may be (%d bytes): split it", maxEntry)

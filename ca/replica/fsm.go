@@ -37,6 +37,7 @@ type fsm struct {
 	// that the node is connected.
 	live uint64
 
+	installing    atomic.Bool   // a snapshot is being read
 	sinceSnapshot atomic.Uint64 // bytes of entries
 	entries       atomic.Uint64 // their number
 
@@ -104,6 +105,7 @@ func (f *fsm) apply(index uint64, data []byte, notify func(domain.Outcome)) ([]d
 		whole.Revision = outcome.Revision
 		whole.Changes = append(whole.Changes, outcome.Changes...)
 		whole.Diverged = whole.Diverged || outcome.Diverged
+		whole.Checked = max(whole.Checked, outcome.Checked)
 		if outcome.Refused != nil {
 			continue
 		}
@@ -168,6 +170,8 @@ func (f *fsm) Restore(r io.ReadCloser) error {
 	if f.ended != nil {
 		return f.ended
 	}
+	f.installing.Store(true)
+	defer f.installing.Store(false)
 	state, err := domain.Restore(r)
 	if err != nil {
 		return fmt.Errorf("cannot restore the leader's snapshot: %w", err)

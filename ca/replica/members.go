@@ -24,6 +24,9 @@ type Server struct {
 	// they are its last index and now.
 	Match   uint64
 	Contact time.Time
+
+	// Installing: the leader is sending it a snapshot.
+	Installing bool
 }
 
 // Servers lists Raft's membership as this node knows it, agreed or about to be.
@@ -43,6 +46,7 @@ func (r *Replica) Servers() []Server {
 			server.Match, server.Contact = r.raft.LastIndex(), time.Now()
 		case leader:
 			server.Match, server.Contact = r.trans.progress(s.ID, term)
+			server.Installing = r.trans.isInstalling(s.ID)
 		}
 		servers = append(servers, server)
 	}
@@ -77,9 +81,10 @@ const voterLag = 64
 // AddVoter makes a member count in majorities. Leader only.
 //
 // It refuses with ErrBehind while the member lags, since the cluster would stand still
-// until it caught up, and while another voter lacks the entries that make the member
-// known: such a voter would refuse the new one's connections, and if the leader died
-// then, the two could not elect. A voter that is gone for good must be removed first.
+// until it caught up, and while another voter that answers lacks the entries that make
+// the member known: such a voter would refuse the new one's connections, and if the
+// leader died then, the two could not elect. One that does not answer has the newcomer
+// vouched for when it is back; without Config.Vouch it is waited for, too.
 func (r *Replica) AddVoter(ctx context.Context, id, address string) error {
 	if err := r.leading(); err != nil {
 		return err
@@ -95,7 +100,7 @@ func (r *Replica) AddVoter(ctx context.Context, id, address string) error {
 			return fmt.Errorf("cannot make %s a voter: %w: it holds %d of %d log entries", id, ErrBehind, s.Match, last)
 		case s.ID == id:
 			known = true
-		case s.Voter && s.Match < admitted:
+		case s.Voter && s.Match < admitted && (r.cfg.Vouch == nil || time.Since(s.Contact) < 2*r.cfg.Timing.heartbeat()):
 			return fmt.Errorf("cannot make %s a voter: %w: voter %s does not know of it yet", id, ErrBehind, s.ID)
 		}
 	}
@@ -158,6 +163,17 @@ func (r *Replica) TransferLeadership(ctx context.Context) error {
 	return nil
 }
 
+// TransferLeadershipTo hands leadership to that voter.
+func (r *Replica) TransferLeadershipTo(ctx context.Context, id, address string) error {
+	err := r.change(ctx, func() raft.Future {
+		return r.raft.LeadershipTransferToServer(raft.ServerID(id), raft.ServerAddress(address))
+	})
+	if err != nil {
+		return fmt.Errorf("cannot hand leadership to %s: %w", id, err)
+	}
+	return nil
+}
+
 func (r *Replica) change(ctx context.Context, begin func() raft.Future) error {
 	if err := r.leading(); err != nil {
 		return err
@@ -183,7 +199,8 @@ func (r *Replica) change(ctx context.Context, begin func() raft.Future) error {
 //   - Raft's newest membership, as long as the state has not applied so far: a voter
 //     needs the votes of members that it has learned of but whose joining it cannot know
 //     to be agreed;
-//   - the list that a joiner was given, until the joiner finds itself in the state.
+//   - the list that a joiner was given, until the joiner finds itself in the state;
+//   - what a majority of the voters that this node knows say of a node that knocks.
 type roster struct {
 	self string
 	fsm  *fsm
@@ -192,6 +209,7 @@ type roster struct {
 	running *atomic.Pointer[raft.Raft] // nil before Raft runs
 
 	joining []joinMember // immutable
+	vouched *vouched     // nil: nobody is asked
 }
 
 // voter says whether id may open connections to this node: only voters do, and those
@@ -230,6 +248,11 @@ func (l *roster) find(id string) (known, voter bool, address string) {
 			if m.ID == id {
 				return true, m.Voter, m.Address
 			}
+		}
+	}
+	if !known && joined {
+		if m := l.vouched.member(id); m != nil {
+			return true, true, m.GetRaftAddress()
 		}
 	}
 	return known, known && voter, address

@@ -24,6 +24,7 @@ import (
 
 	"github.com/hashicorp/raft"
 
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	"github.com/entente-mesh/entente/ca/domain"
 )
 
@@ -61,11 +62,29 @@ type Config struct {
 	// whole state: whatever was derived from it must be derived anew.
 	OnRestore func()
 
+	// Vouch asks the member by what it knows of the node about, which wants to connect
+	// and is not known here; nil without an error: nothing. Nil func: nobody is asked.
+	Vouch func(ctx context.Context, by, about string) (*statev1.Member, error)
+
+	// Agreed is a log index up to which the caller knows the log to be agreed, from an
+	// earlier life of this replica in the same process; 0: what the disk says.
+	Agreed uint64
+
+	// Durable is a log index up to which an earlier life of this replica in the same
+	// process knows the log to have reached the disk: Open refuses a log that ends before,
+	// since the others count on what was confirmed. 0: not known.
+	Durable uint64
+
+	// BeforeWrite, if set, is called before each write to the log; an error is the disk's.
+	// For tests that fail or stall the disk of a whole node.
+	BeforeWrite func() error
+
 	Timing Timing
 
 	// Tests of this package fail and stall the disk, and give removed members more time.
 	wrapStore func(store) store
 	farewell  time.Duration
+	step      func(string) // told where a procedure that writes files is
 }
 
 // Timing sets Raft's pace. A killed leader is replaced after about twice Heartbeat.
@@ -109,6 +128,8 @@ type Replica struct {
 	halted  chan struct{} // closed when all of Raft's goroutines have ended
 	halting sync.Once
 
+	vouched *vouched // nil without Config.Vouch
+
 	proposals chan *proposal
 	leaderCh  chan bool // holds one; relay alone sends
 	barrier   barrier
@@ -123,6 +144,7 @@ type Replica struct {
 	stop      context.CancelFunc // ends the goroutines below
 	tasks     sync.WaitGroup     // proposer, compactor, relay and the watch on Raft's end
 	closeOnce sync.Once
+	released  chan struct{} // closed when the files are
 }
 
 // Run blocks until ctx ends, then hands leadership over, leaves Raft and closes the
@@ -171,11 +193,15 @@ func (r *Replica) Close() error {
 		r.leave(ErrStopped, false)
 		r.stop()
 		r.tasks.Wait()
+		if r.vouched != nil {
+			r.vouched.tasks.Wait()
+		}
 		closed := make(chan error, 1)
 		go func() {
 			// On a stalled disk this never ends: a goroutine sits in the write.
 			<-r.halted
 			closed <- r.disk.close(r.fsm.applied.Load())
+			close(r.released)
 		}()
 		select {
 		case err = <-closed:
@@ -220,6 +246,13 @@ func (r *Replica) halt(started *raft.Raft) {
 	})
 }
 
+// Released is closed when, after Close, the files are closed too: on a stalled disk that
+// may be much later, or never. Only then can the directory be opened again.
+func (r *Replica) Released() <-chan struct{} { return r.released }
+
+// Durable is a log index up to which the log has reached this node's disk.
+func (r *Replica) Durable() uint64 { return r.disk.durable.Load() }
+
 // Down is closed when the replica no longer takes part in Raft. Err says why.
 func (r *Replica) Down() <-chan struct{} { return r.down }
 
@@ -261,6 +294,16 @@ func (r *Replica) Leader() string {
 	_, id := r.raft.LeaderWithID()
 	return string(id)
 }
+
+// LastContact is when the leader was last heard. It says nothing about the log, only that
+// somebody leads.
+func (r *Replica) LastContact() time.Time { return r.raft.LastContact() }
+
+// Installing says whether a snapshot from the leader is being read.
+func (r *Replica) Installing() bool { return r.fsm.installing.Load() }
+
+// Reenter leaves the agreement with ErrStuck, so that the owner may open the replica again.
+func (r *Replica) Reenter() { r.leave(ErrStuck, false) }
 
 // LeaderCh tells when this node gains (true) and loses (false) leadership; Down is a
 // loss. It has one reader and holds only the latest word: true after true means lost

@@ -15,6 +15,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/domain"
 )
 
@@ -37,9 +38,10 @@ const (
 
 // joinList is what a joiner knows before it has any state.
 type joinList struct {
-	ClusterID []byte       `json:"cluster_id"`
-	Epoch     uint32       `json:"epoch"`
-	Members   []joinMember `json:"members"`
+	ClusterID  []byte       `json:"cluster_id"`
+	Epoch      uint32       `json:"epoch"`
+	RecoveryID []byte       `json:"recovery_id,omitempty"`
+	Members    []joinMember `json:"members"`
 }
 
 type joinMember struct {
@@ -79,7 +81,7 @@ func bootstrap(cfg *Config, init *statev1.Command) error {
 	if err != nil {
 		return err
 	}
-	return createState(cfg.Dir, func(dir string) error {
+	return createState(cfg, func(dir string) error {
 		store, err := openBolt(filepath.Join(dir, logFile), func() uint64 { return 0 })
 		if err != nil {
 			return err
@@ -107,7 +109,7 @@ func PrepareJoin(cfg Config, cluster *statev1.Cluster, members []*statev1.Member
 	if err := cfg.complete(); err != nil {
 		return fmt.Errorf("cannot join the cluster: %w", err)
 	}
-	list := joinList{ClusterID: cluster.GetId(), Epoch: cluster.GetEpoch()}
+	list := joinList{ClusterID: cluster.GetId(), Epoch: cluster.GetEpoch(), RecoveryID: ca.RecoveryID(cluster)}
 	for _, m := range members {
 		list.Members = append(list.Members, joinMember{ID: m.GetId(), Address: m.GetRaftAddress(), Voter: m.GetVoter()})
 	}
@@ -122,7 +124,9 @@ func PrepareJoin(cfg Config, cluster *statev1.Cluster, members []*statev1.Member
 			return fmt.Errorf("cannot join the cluster: %w", err)
 		}
 	}
-	err = createState(cfg.Dir, func(dir string) error {
+	cfg.reach("join list made")
+	err = createState(&cfg, func(dir string) error {
+		cfg.reach("directory made")
 		return writeSynced(filepath.Join(dir, joinFile), data)
 	})
 	if err != nil {
@@ -131,14 +135,20 @@ func PrepareJoin(cfg Config, cluster *statev1.Cluster, members []*statev1.Member
 	return nil
 }
 
-// Exists says whether dir holds a member's state: one that was bootstrapped or joined.
+// Exists says whether dir holds a member's state: one that was bootstrapped, joined,
+// restored or recovered.
 func Exists(dir string) bool {
-	_, err := os.Stat(filepath.Join(dir, stateDir))
-	return err == nil
+	for _, name := range []string{stateDir, stateNext} {
+		if _, err := os.Stat(filepath.Join(dir, name)); err == nil {
+			return true
+		}
+	}
+	return false
 }
 
 // createState makes the state directory with what build puts in it: all or nothing.
-func createState(dir string, build func(dir string) error) error {
+func createState(cfg *Config, build func(dir string) error) error {
+	dir := cfg.Dir
 	if Exists(dir) {
 		return ErrStateExists
 	}
@@ -156,9 +166,11 @@ func createState(dir string, build func(dir string) error) error {
 	if err := syncDir(fresh); err != nil {
 		return err
 	}
+	cfg.reach("state complete")
 	if err := os.Rename(fresh, filepath.Join(dir, stateDir)); err != nil {
 		return err
 	}
+	cfg.reach("state in place")
 	return syncDir(dir)
 }
 
@@ -203,6 +215,12 @@ func open(cfg Config) (*Replica, error) {
 	if !Exists(cfg.Dir) {
 		return nil, ErrNoState
 	}
+	if err := settle(&cfg); err != nil {
+		return nil, err
+	}
+	if err := errors.Join(superseded(filepath.Join(cfg.Dir, stateDir)), diverged(filepath.Join(cfg.Dir, stateDir))); err != nil {
+		return nil, err
+	}
 	r := &Replica{
 		cfg:       cfg,
 		log:       cfg.Log,
@@ -211,6 +229,7 @@ func open(cfg Config) (*Replica, error) {
 		down:      make(chan struct{}),
 		ended:     make(chan struct{}),
 		halted:    make(chan struct{}),
+		released:  make(chan struct{}),
 	}
 	dir := filepath.Join(cfg.Dir, stateDir)
 	r.fsm = &fsm{self: cfg.NodeID, state: domain.New()}
@@ -225,11 +244,19 @@ func open(cfg Config) (*Replica, error) {
 	}
 	r.disk = newDisk(st, cfg.Timing.diskStall(), func(err error) { r.leave(err, false) })
 
+	r.disk.before = cfg.BeforeWrite
+	if last, _ := st.LastIndex(); last > 0 || cfg.Durable == 0 {
+		r.disk.durable.Store(last)
+		if last < cfg.Durable {
+			return nil, errors.Join(fmt.Errorf("%w: it ends at entry %d, but entry %d was confirmed", ErrForgetful, last, cfg.Durable), st.Close())
+		}
+	}
+
 	files, err := raft.NewFileSnapshotStoreWithLogger(dir, keptSnapshots, newLogger(cfg.Log))
 	if err != nil {
 		return nil, errors.Join(err, st.Close())
 	}
-	if err := load(dir, st, files, r.fsm, cfg.Log); err != nil {
+	if err := load(dir, st, files, r.fsm, cfg.Log, cfg.Agreed); err != nil {
 		return nil, errors.Join(err, st.Close())
 	}
 	if err := scan(st, files, r.disk); err != nil {
@@ -247,7 +274,8 @@ func open(cfg Config) (*Replica, error) {
 
 // load brings the state machine to what is known to be agreed: the newest snapshot that
 // can be read, then the log up to `committed`. This is what lets a lone node restart.
-func load(dir string, st store, files *raft.FileSnapshotStore, f *fsm, log *slog.Logger) error {
+// agreed is what the caller knows beyond that.
+func load(dir string, st store, files *raft.FileSnapshotStore, f *fsm, log *slog.Logger, agreed uint64) error {
 	metas, err := files.List()
 	if err != nil {
 		return fmt.Errorf("cannot list the snapshots: %w", err)
@@ -291,6 +319,7 @@ func load(dir string, st store, files *raft.FileSnapshotStore, f *fsm, log *slog
 	if err != nil {
 		return err
 	}
+	committed = max(committed, min(agreed, last))
 	for index := f.applied.Load() + 1; index <= committed; index++ {
 		var entry raft.Log
 		if err := st.GetLog(index, &entry); err != nil {
@@ -399,7 +428,7 @@ func (r *Replica) joinList(dir string) (joinList, error) {
 	r.Read(func(s *domain.State) {
 		_, self = s.Member(r.cfg.NodeID)
 		if c := s.Cluster(); c != nil {
-			list = joinList{ClusterID: c.GetId(), Epoch: c.GetEpoch()}
+			list = joinList{ClusterID: c.GetId(), Epoch: c.GetEpoch(), RecoveryID: ca.RecoveryID(c)}
 		}
 	})
 	path := filepath.Join(dir, joinFile)
@@ -427,7 +456,18 @@ func (r *Replica) joinList(dir string) (joinList, error) {
 // start connects the parts and starts Raft.
 func (r *Replica) start(files *raft.FileSnapshotStore, list joinList) error {
 	members := &roster{self: r.cfg.NodeID, fsm: r.fsm, disk: r.disk, running: &r.running, joining: list.Members}
-	r.net = newStreams(&r.cfg, members, protocol(list.ClusterID, list.Epoch))
+	ctx, stop := context.WithCancel(context.Background())
+	r.stop = stop
+	if r.cfg.Vouch != nil {
+		r.vouched = &vouched{
+			self: r.cfg.NodeID, ask: r.cfg.Vouch, voters: r.knownVoters, ctx: ctx, nodes: map[string]*vouching{},
+			log: func(m *statev1.Member, by int) {
+				r.log.Info("a member that is not known here yet is vouched for", "member", m.GetName(), "by", by)
+			},
+		}
+		members.vouched = r.vouched
+	}
+	r.net = newStreams(&r.cfg, members, protocol(list.ClusterID, list.Epoch, list.RecoveryID))
 	r.trans = newTransport(r.net, &r.cfg)
 
 	full := make(chan struct{}, 1)
@@ -444,6 +484,7 @@ func (r *Replica) start(files *raft.FileSnapshotStore, list joinList) error {
 
 	started, err := newRaft(&r.cfg, r.fsm, r.disk, snapshots{files, r.disk.fail}, r.trans)
 	if err != nil {
+		stop()
 		return errors.Join(err, r.trans.Close())
 	}
 	r.raft = started
@@ -460,8 +501,6 @@ func (r *Replica) start(files *raft.FileSnapshotStore, list joinList) error {
 		return o.Data == raft.Shutdown
 	}))
 
-	ctx, stop := context.WithCancel(context.Background())
-	r.stop = stop
 	r.tasks.Go(func() { r.batch(ctx) })
 	r.tasks.Go(func() { r.compact(ctx, full) })
 	r.tasks.Go(r.relay) // ends with down

@@ -58,8 +58,14 @@ type stream struct {
 	inbound bool
 }
 
-func protocol(cluster []byte, epoch uint32) string {
-	return fmt.Sprintf("entente-raft/1/%s/%d", hex.EncodeToString(cluster), epoch)
+// protocol is the application protocol of one epoch of one cluster. Two recoveries to
+// the same epoch have different ids.
+func protocol(cluster []byte, epoch uint32, recovery []byte) string {
+	name := fmt.Sprintf("entente-raft/1/%s/%d", hex.EncodeToString(cluster), epoch)
+	if len(recovery) > 0 {
+		name += "/" + hex.EncodeToString(recovery)
+	}
+	return name
 }
 
 func newStreams(cfg *Config, roster *roster, alpn string) *streams {
@@ -96,6 +102,7 @@ func newStreams(cfg *Config, roster *roster, alpn string) *streams {
 			return err
 		}
 		if !roster.voter(id) {
+			roster.vouched.knocked(id)
 			return fmt.Errorf("node %s is no voter of this cluster", id)
 		}
 		return nil

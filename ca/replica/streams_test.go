@@ -41,7 +41,7 @@ func newDoor(t *testing.T, n *node, state *domain.State) *door {
 	}
 	f := &fsm{self: n.id, state: state}
 	f.applied.Store(state.Applied())
-	s := newStreams(&cfg, &roster{self: n.id, fsm: f, disk: &disk{}, running: new(atomic.Pointer[raft.Raft])}, protocol(clusterID, 0))
+	s := newStreams(&cfg, &roster{self: n.id, fsm: f, disk: &disk{}, running: new(atomic.Pointer[raft.Raft])}, protocol(clusterID, 0, nil))
 	t.Cleanup(func() { s.Close() })
 	// Raft's transport, as far as these tests need it: say hello and stay.
 	go func() {
@@ -74,7 +74,7 @@ func membersState(t *testing.T, first *node, others ...*statev1.Member) *domain.
 	}
 	apply(initCommand(first))
 	for _, m := range others {
-		for _, c := range admission(t, m) {
+		for _, c := range admission(t, 0, m) {
 			apply(c)
 		}
 	}
@@ -144,7 +144,7 @@ func TestDoorKnowsItsCluster(t *testing.T) {
 	t.Parallel()
 	a, b := newNode(t, "ca1"), newNode(t, "ca2")
 	doorA := newDoor(t, a, membersState(t, a, b.member()))
-	good := protocol(clusterID, 0)
+	good := protocol(clusterID, 0, nil)
 	for name, test := range map[string]struct {
 		alpn    []string
 		version uint16
@@ -152,8 +152,9 @@ func TestDoorKnowsItsCluster(t *testing.T) {
 		ok      bool
 	}{
 		"control":            {[]string{good}, 0, true, true},
-		"another cluster":    {[]string{protocol([]byte("another cluster!"), 0)}, 0, true, false},
-		"an epoch before":    {[]string{protocol(clusterID, 1)}, 0, true, false},
+		"another cluster":    {[]string{protocol([]byte("another cluster!"), 0, nil)}, 0, true, false},
+		"another recovery":   {[]string{protocol(clusterID, 0, []byte("another recovery"))}, 0, true, false},
+		"an epoch before":    {[]string{protocol(clusterID, 1, nil)}, 0, true, false},
 		"no protocol at all": {nil, 0, true, false},
 		"TLS 1.2":            {[]string{good}, tls.VersionTLS12, true, false},
 		"no certificate":     {[]string{good}, 0, false, false},

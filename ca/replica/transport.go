@@ -18,6 +18,8 @@ type transport struct {
 
 	mu    sync.Mutex
 	peers map[raft.ServerID]peerProgress
+
+	installing map[raft.ServerID]int // snapshots on their way
 }
 
 type peerProgress struct {
@@ -40,7 +42,8 @@ func newTransport(s *streams, cfg *Config) *transport {
 			MaxRPCsInFlight:         1,
 			MsgpackUseNewTimeFormat: true,
 		}),
-		peers: map[raft.ServerID]peerProgress{},
+		peers:      map[raft.ServerID]peerProgress{},
+		installing: map[raft.ServerID]int{},
 	}
 }
 
@@ -66,6 +69,8 @@ func (t *transport) AppendEntries(id raft.ServerID, at raft.ServerAddress, args 
 }
 
 func (t *transport) InstallSnapshot(id raft.ServerID, at raft.ServerAddress, args *raft.InstallSnapshotRequest, resp *raft.InstallSnapshotResponse, data io.Reader) error {
+	t.install(id, 1)
+	defer t.install(id, -1)
 	err := t.NetworkTransport.InstallSnapshot(id, t.target(id, at), args, resp, data)
 	if err == nil && resp.Success {
 		t.note(id, args.Term, args.LastLogIndex)
@@ -97,6 +102,18 @@ func (t *transport) note(id raft.ServerID, term, match uint64) {
 	p.match = max(p.match, match)
 	p.contact = time.Now()
 	t.peers[id] = p
+}
+
+func (t *transport) install(id raft.ServerID, n int) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.installing[id] += n
+}
+
+func (t *transport) isInstalling(id raft.ServerID) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.installing[id] > 0
 }
 
 func (t *transport) progress(id raft.ServerID, term uint64) (match uint64, contact time.Time) {

@@ -134,7 +134,7 @@ func apiAddress(name string) string { return name + ".example:7443" }
 
 func initCommand(first *node) *statev1.Command {
 	return &statev1.Command{Body: &statev1.Command_Init{Init: &statev1.Init{
-		Cluster: &statev1.Cluster{TrustDomain: "banking.example", Id: clusterID},
+		Cluster: &statev1.Cluster{TrustDomain: "banking.example", Id: clusterID, RecoveryKey: recoveryKey().PublicKey()},
 		Member:  first.member(),
 	}}}
 }
@@ -206,10 +206,11 @@ func join(t testing.TB, member, n *node, change ...func(*Config)) {
 // admit has the membership agreed and writes what the joiner needs.
 func admit(t testing.TB, member, n *node) {
 	t.Helper()
-	for _, command := range admission(t, n.member()) {
+	var current *statev1.Cluster
+	leaderOf(t, member).Read(func(s *domain.State) { current = s.Cluster() })
+	for _, command := range admission(t, current.GetEpoch(), n.member()) {
 		carryOut(t, member, command)
 	}
-	var current *statev1.Cluster
 	var members []*statev1.Member
 	leaderOf(t, member).Read(func(s *domain.State) { current, members = s.Cluster(), s.Members() })
 	if err := PrepareJoin(n.config(), current, members); err != nil {
@@ -220,7 +221,7 @@ func admit(t testing.TB, member, n *node) {
 }
 
 // admission is a token for m and its use.
-func admission(t testing.TB, m *statev1.Member) []*statev1.Command {
+func admission(t testing.TB, epoch uint32, m *statev1.Member) []*statev1.Command {
 	t.Helper()
 	seed := make([]byte, ed25519.SeedSize)
 	if _, err := io.ReadFull(rand.Reader, seed); err != nil {
@@ -228,7 +229,7 @@ func admission(t testing.TB, m *statev1.Member) []*statev1.Command {
 	}
 	tokenID := "join" + m.GetName()
 	statement, signature, err := ca.SignStatement(seed, &statev1.JoinStatement{
-		ClusterId: clusterID, TokenId: tokenID, Role: ca.RoleNode, KeyId: m.GetId(), Exporter: make([]byte, ca.ExporterSize),
+		ClusterId: clusterID, Epoch: epoch, TokenId: tokenID, Role: ca.RoleNode, KeyId: m.GetId(), Exporter: make([]byte, ca.ExporterSize),
 	})
 	if err != nil {
 		t.Fatal(err)

@@ -42,10 +42,23 @@ func (d adminDoor) Status(context.Context, *ententev1.StatusRequest) (*ententev1
 		AgeSeconds:  seconds(info.Age),
 		Instances:   instancesToWire(s.Feed.Instances()),
 		Subscribers: uint32(s.Feed.Status(time.Now(), 0).Subscribers),
+
+		Quorum:             info.NoQuorumSince.IsZero(),
+		NotAgreeing:        info.NotAgreeing,
+		Disk:               info.Disk,
+		ClockOffsetSeconds: info.ClockOffset.Seconds(),
+		ClockKnown:         info.ClockKnown,
+		AppliedIndex:       info.Applied,
+		LastIndex:          info.Last,
+		LogBytes:           info.LogBytes,
+	}
+	if !resp.Quorum {
+		resp.NoQuorumSince = info.NoQuorumSince.Unix()
 	}
 	s.State.Read(func(st *domain.State) {
 		resp.Cluster, resp.Revision = st.Cluster(), st.Revision()
 		resp.Authorities = st.Authorities()
+		resp.Autonomy = autonomies(st, time.Now())
 		resp.Entries, resp.Agents = uint32(st.EntryCount()), uint32(st.AgentCount())
 		for _, m := range st.Members() {
 			resp.Members = append(resp.Members, &ententev1.MemberStatus{Member: m, VoterNow: info.Voters[m.GetId()]})
@@ -124,8 +137,7 @@ func (d adminDoor) GetBundle(_ context.Context, req *ententev1.GetBundleRequest)
 	s := d.server
 	td := req.GetTrustDomain()
 	if td == "" || td == s.TrustDomain.Name() {
-		jwks, _ := s.Bundles.JWKS()
-		return &ententev1.GetBundleResponse{Jwks: jwks}, nil
+		return &ententev1.GetBundleResponse{Jwks: s.Bundles.Public(req.GetWit())}, nil
 	}
 	var held *statev1.ForeignBundle
 	s.State.Read(func(st *domain.State) { held, _ = st.ForeignBundle(td) })

@@ -15,13 +15,21 @@ import (
 // agreeTimeout is how long a door waits for an agreement: an election and a write.
 const agreeTimeout = 8 * time.Second
 
+// hopeTimeout is how long it waits when there was no quorum already: it may have just
+// come back, but nobody should wait to hear what is known.
+const hopeTimeout = time.Second
+
 // agree proposes a command and maps what comes of it to a gRPC status.
 func (s *Server) agree(ctx context.Context, command *statev1.Command) (domain.Outcome, error) {
-	ctx, cancel := context.WithTimeout(ctx, agreeTimeout)
+	patience := agreeTimeout
+	if s.Info().NotAgreeing != "" {
+		patience = hopeTimeout
+	}
+	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	outcome, err := s.Cluster.Propose(ctx, command)
 	if err != nil {
-		return outcome, proposeError(err)
+		return outcome, s.proposeError(err)
 	}
 	if outcome.Refused != nil {
 		return outcome, refusalError(outcome.Refused)
@@ -29,12 +37,15 @@ func (s *Server) agree(ctx context.Context, command *statev1.Command) (domain.Ou
 	return outcome, nil
 }
 
-func proposeError(err error) error {
+func (s *Server) proposeError(err error) error {
 	if errors.Is(err, context.Canceled) {
 		return status.FromContextError(err).Err()
 	}
 	// Without quorum nothing is granted (I5). Repeating is safe: tokens admit one key,
 	// changes of the catalogue name the revision they were made for.
+	if text := s.Info().NotAgreeing; text != "" {
+		return status.Error(codes.Unavailable, text)
+	}
 	return status.Errorf(codes.Unavailable, "nothing could be agreed: %v; repeat when a majority of the CA nodes is up", err)
 }
 

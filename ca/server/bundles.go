@@ -9,6 +9,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/domain"
 	"github.com/entente-mesh/entente/ca/feed"
 	"github.com/entente-mesh/entente/federation/bundle"
@@ -25,8 +26,16 @@ type Bundles struct {
 	sequence uint64
 	hint     time.Duration
 	x509     *x509bundle.Bundle
-	jwks     []byte
-	changed  chan struct{} // closed when jwks changes
+	rendered
+	changed chan struct{} // closed when rendered changes
+}
+
+// rendered are the forms in which the own bundle is handed out.
+type rendered struct {
+	members []byte // for this domain's own processes: all keys
+	public  []byte // without WIT keys: there are readers that refuse a bundle with a use they do not know
+	wit     []byte // for peers that asked for them: all keys, at a sequence of its own
+	oidc    []byte // the JWT keys as a plain JWK Set
 }
 
 // NewBundles returns the own bundle of the domain, empty until the first Update.
@@ -37,9 +46,8 @@ func NewBundles(td spiffeid.TrustDomain) *Bundles {
 // Update takes the own bundle from the state. To be called whenever it changed, in
 // order.
 func (b *Bundles) Update(st *domain.State) error {
-	der, sequence := st.OwnBundle()
-	own := &feed.OwnBundle{X509: der, Sequence: sequence}
-	_, err := b.render(own, st.Lifetimes().RefreshHint)
+	own := feed.OwnBundleOf(st)
+	_, err := b.render(&own, st.Lifetimes().RefreshHint)
 	return err
 }
 
@@ -53,27 +61,54 @@ func (b *Bundles) GetX509BundleForTrustDomain(td spiffeid.TrustDomain) (*x509bun
 	return b.x509, nil
 }
 
-// JWKS is the own bundle as it is handed out, and its sequence.
+// JWKS is the own bundle as it is handed to this domain's own processes, and its
+// sequence.
 func (b *Bundles) JWKS() (jwks []byte, sequence uint64) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	return b.jwks, b.sequence
+	return b.members, b.sequence
 }
 
-// Source is JWKS with a channel that is closed when the bundle changes, as the bundle
-// endpoint needs it.
+// Public is the own bundle for another domain: with WIT keys only for one that takes
+// them.
+func (b *Bundles) Public(wit bool) []byte {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if wit {
+		return b.wit
+	}
+	return b.public
+}
+
+// Source is the public bundle with a channel that is closed when it changes, as the
+// bundle endpoint needs it.
 func (b *Bundles) Source() (jwks []byte, sequence uint64, changed <-chan struct{}) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	return b.jwks, b.sequence, b.changed
+	return b.public, b.sequence, b.changed
 }
 
-// render returns the document for a bundle that was read from the state.
+// SourceWIT is Source for the variant with WIT keys.
+func (b *Bundles) SourceWIT() (jwks []byte, sequence uint64, changed <-chan struct{}) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.wit, b.sequence + 1, b.changed
+}
+
+// OIDC is the JWT keys as a JWK Set for verifiers that know OpenID Connect and not
+// SPIFFE.
+func (b *Bundles) OIDC() []byte {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.oidc
+}
+
+// render returns the members' document for a bundle that was read from the state.
 func (b *Bundles) render(own *feed.OwnBundle, hint time.Duration) ([]byte, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.jwks != nil && own.Sequence == b.sequence && hint == b.hint {
-		return b.jwks, nil
+	if b.members != nil && own.Sequence == b.sequence && hint == b.hint {
+		return b.members, nil
 	}
 	doc := bundle.Bundle{TrustDomain: b.trustDomain, Sequence: own.Sequence, RefreshHint: hint}
 	for _, der := range own.X509 {
@@ -83,14 +118,54 @@ func (b *Bundles) render(own *feed.OwnBundle, hint time.Duration) ([]byte, error
 		}
 		doc.X509 = append(doc.X509, cert)
 	}
-	jwks, err := doc.Marshal()
+	var err error
+	if doc.JWT, err = tokenKeys(own.JWT); err != nil {
+		return nil, err
+	}
+	if doc.WIT, err = tokenKeys(own.WIT); err != nil {
+		return nil, err
+	}
+	forms, err := renderForms(doc)
 	if err != nil {
 		return nil, fmt.Errorf("own bundle: %w", err)
 	}
 	if own.Sequence >= b.sequence {
-		b.sequence, b.hint, b.jwks, b.x509 = own.Sequence, hint, jwks, doc.X509Bundle()
+		b.sequence, b.hint, b.rendered, b.x509 = own.Sequence, hint, forms, doc.X509Bundle()
 		close(b.changed)
 		b.changed = make(chan struct{})
 	}
-	return jwks, nil
+	return forms.members, nil
+}
+
+func tokenKeys(spkis [][]byte) ([]bundle.Key, error) {
+	var keys []bundle.Key
+	for _, spki := range spkis {
+		key, err := bundle.NewKey(ca.KeyID(spki), spki)
+		if err != nil {
+			return nil, fmt.Errorf("own bundle: %w", err)
+		}
+		keys = append(keys, key)
+	}
+	return keys, nil
+}
+
+func renderForms(doc bundle.Bundle) (forms rendered, err error) {
+	if forms.members, err = doc.Marshal(); err != nil {
+		return forms, err
+	}
+	// A reader may go from one variant to the other at any time and must not see one
+	// sequence with two contents. Sequences are revisions, so the next one is free or
+	// the next bundle's, whose own variant is one further.
+	wit := doc
+	wit.Sequence++
+	if forms.wit, err = wit.Marshal(); err != nil {
+		return forms, err
+	}
+	public := doc
+	public.WIT = nil
+	if forms.public, err = public.Marshal(); err != nil {
+		return forms, err
+	}
+	forms.oidc, err = oidcKeys(doc.JWT)
+	return forms, err
 }

@@ -3,6 +3,7 @@ package server
 import (
 	"crypto/x509"
 	"fmt"
+	"slices"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -45,6 +46,14 @@ func WithoutSharedKeys(st *domain.State, record *statev1.ForeignBundle) (*statev
 	if err != nil {
 		return nil, nil, fmt.Errorf("bundle of %s: %w", td.Name(), err)
 	}
+	if o, ok := st.Object("Relationship/" + td.Name()); !ok || !o.GetRelationship().GetWit() {
+		if len(b.WIT) > 0 { // not asked for
+			b.WIT = nil
+			if record, err = foreignRecord(b); err != nil {
+				return nil, nil, err
+			}
+		}
+	}
 	taken := make(map[string]bool)
 	for _, authority := range st.Authorities() {
 		taken[authority.GetId()] = true
@@ -61,8 +70,24 @@ func WithoutSharedKeys(st *domain.State, record *statev1.ForeignBundle) (*statev
 		for _, cert := range o.X509 {
 			taken[ca.KeyID(cert.RawSubjectPublicKeyInfo)] = true
 		}
+		for _, key := range slices.Concat(o.JWT, o.WIT) {
+			if id, err := tokenKeyID(key); err == nil {
+				taken[id] = true
+			}
+		}
 	}
 	var dropped []string
+	withoutTaken := func(keys []bundle.Key) []bundle.Key {
+		return slices.DeleteFunc(keys, func(key bundle.Key) bool {
+			id, err := tokenKeyID(key)
+			if err == nil && !taken[id] {
+				return false
+			}
+			dropped = append(dropped, id)
+			return true
+		})
+	}
+	b.JWT, b.WIT = withoutTaken(b.JWT), withoutTaken(b.WIT)
 	var kept []*x509.Certificate
 	for _, cert := range b.X509 {
 		if id := ca.KeyID(cert.RawSubjectPublicKeyInfo); taken[id] {
@@ -77,6 +102,18 @@ func WithoutSharedKeys(st *domain.State, record *statev1.ForeignBundle) (*statev
 	b.X509 = kept
 	clean, err := foreignRecord(b)
 	return clean, dropped, err
+}
+
+func tokenKeyID(key bundle.Key) (string, error) {
+	public, err := key.Public()
+	if err != nil {
+		return "", err
+	}
+	spki, err := x509.MarshalPKIXPublicKey(public)
+	if err != nil {
+		return "", err
+	}
+	return ca.KeyID(spki), nil
 }
 
 // ForeignBundles is the source of the agreed bundles of other domains, for verifying a

@@ -53,7 +53,7 @@ func (d peerDoor) Propose(ctx context.Context, req *ententev1.ProposeRequest) (*
 		return nil, status.Error(codes.FailedPrecondition, err.Error())
 	}
 	if err != nil {
-		return nil, proposeError(err)
+		return nil, s.proposeError(err)
 	}
 	resp := &ententev1.ProposeResponse{Revision: outcome.Revision}
 	if r := outcome.Refused; r != nil {
@@ -70,7 +70,7 @@ func (s *Server) mayPropose(c caller, command *statev1.Command) error {
 		// An operator may be at any node. What a member gains by them if nobody asked it: it
 		// can take away, and use early what everybody holds.
 		*statev1.Command_RemoveMember, *statev1.Command_ActivateAuthority, *statev1.Command_TaintAuthority, *statev1.Command_RevokeAuthority,
-		*statev1.Command_BanAgent, *statev1.Command_EvictAgent, *statev1.Command_RevokeToken, *statev1.Command_ChangeEntries:
+		*statev1.Command_BanAgent, *statev1.Command_EvictAgent, *statev1.Command_RevokeToken, *statev1.Command_ChangeEntries, *statev1.Command_PromoteMember:
 		return nil
 	case *statev1.Command_UpdateMember:
 		if body.UpdateMember.GetId() == c.keyID {
@@ -83,6 +83,9 @@ func (s *Server) mayPropose(c caller, command *statev1.Command) error {
 		}
 		var phase time.Duration
 		s.State.Read(func(st *domain.State) { phase = st.Lifetimes().Phase })
+		if authority.GetUse() != statev1.KeyUse_KEY_USE_X509 {
+			return ca.SameTokenAuthority(c.keyID, authority, phase, time.Now())
+		}
 		parsed, err := ca.NewAuthority(s.TrustDomain, c.keyID, authority.GetCertificate(), phase, time.Now())
 		if err != nil {
 			return err

@@ -73,6 +73,15 @@ type Info struct {
 	Age       time.Duration // of the agreed state; negative: unknown
 	Voters    map[string]bool
 	Foreign   map[string]Fetched // by trust domain
+
+	NoQuorumSince time.Time // zero: agreement goes on, as far as this node knows
+	NotAgreeing   string    // without quorum: since when, what still works, what to do
+	Disk          string    // what is wrong with the log's disk; empty: nothing
+	ClockOffset   time.Duration
+	ClockKnown    bool
+	Applied       uint64 // log index
+	Last          uint64 // of the log
+	LogBytes      uint64 // since the last snapshot
 }
 
 // Fetched is how this node's last look at a foreign bundle went.
@@ -100,6 +109,10 @@ type Config struct {
 	LocalGate func() (map[string]Gate, error)
 	// Prepare makes a new authority of this node and has it agreed. It returns the id.
 	Prepare func(context.Context) (string, error)
+	// Nodes is the leader's view; with ask, the leader is asked if it is another node.
+	Nodes func(ctx context.Context, ask bool) (Nodes, error)
+	// Supersede stops this node if the statement says that its epoch is over.
+	Supersede func(statement, signature []byte) error
 
 	// Audit gets a line for each administrative act and each SVID; nil: none.
 	Audit      *Audit
@@ -113,8 +126,10 @@ type Server struct {
 	registry peer.Registry
 	metrics  *metrics
 	attests  chan struct{} // slots
-	stopping chan struct{}
-	stop     sync.Once
+
+	tokenRates rates
+	stopping   chan struct{}
+	stop       sync.Once
 }
 
 const (
@@ -209,8 +224,9 @@ func (s *Server) Recheck() {
 }
 
 type metrics struct {
-	calls *prometheus.CounterVec
-	svids *prometheus.CounterVec
+	calls  *prometheus.CounterVec
+	svids  *prometheus.CounterVec
+	tokens *prometheus.CounterVec
 }
 
 func newMetrics(registerer prometheus.Registerer) *metrics {
@@ -221,9 +237,12 @@ func newMetrics(registerer prometheus.Registerer) *metrics {
 		svids: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "entente_ca_x509_svids_total", Help: "X.509-SVIDs that were asked of this CA node, by result.",
 		}, []string{"result"}),
+		tokens: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "entente_ca_tokens_total", Help: "JWT- and WIT-SVIDs that were asked of this CA node, by kind and result.",
+		}, []string{"kind", "result"}),
 	}
 	if registerer != nil {
-		registerer.MustRegister(m.calls, m.svids)
+		registerer.MustRegister(m.calls, m.svids, m.tokens)
 	}
 	return m
 }

@@ -9,8 +9,10 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/durationpb"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
@@ -32,7 +34,7 @@ func (d signDoor) SignX509(ctx context.Context, req *ententev1.SignX509Request) 
 	if n := len(req.GetRequests()); n == 0 || n > maxBatch {
 		return nil, status.Errorf(codes.InvalidArgument, "%d requests in a batch, not 1 to %d", n, maxBatch)
 	}
-	if err := s.Signer.Ready(); err != nil {
+	if err := s.Signer.Ready(statev1.KeyUse_KEY_USE_X509); err != nil {
 		return nil, signError(err)
 	}
 	resp := &ententev1.SignX509Response{}
@@ -66,29 +68,124 @@ func (s *Server) signOne(ctx context.Context, c caller, one *ententev1.X509Reque
 		chain, err := s.signAgent(ctx, c.agent, public)
 		return chain, signError(err)
 	}
-	var entry *statev1.Entry
-	var life time.Duration
-	s.State.Read(func(st *domain.State) {
-		entry, _ = st.Entry(one.GetEntryId())
-		life = ca.SVIDLife(entry, st.Lifetimes())
-	})
-	// The same words for both: who may not hold it need not know that it exists.
-	if entry == nil || !slices.Contains(entry.GetHosts(), c.agent.GetName()) {
-		s.Log.Warn("an SVID was refused", "agent", c.agent.GetName(), "entry", one.GetEntryId(), "exists", entry != nil)
-		return nil, status.Errorf(codes.PermissionDenied, "no entry %.100q names host %s", one.GetEntryId(), c.agent.GetName())
-	}
-	id, err := ca.ID(s.TrustDomain, entry.GetPath())
+	g, err := s.grant(c, one.GetEntryId())
 	if err != nil {
-		return nil, status.Error(codes.Internal, err.Error())
+		return nil, err
 	}
 	chain, err := s.Signer.Sign(ctx, signer.Request{
-		ID: id, DNSNames: entry.GetDnsNames(), PublicKey: public, Life: life,
-		Origin: ca.Origin{
-			Entry: entry.GetId(), EntryGeneration: entry.GetRevision(),
-			Agent: c.agent.GetName(), AgentGeneration: c.agent.GetGeneration(),
-		},
+		ID: g.id, DNSNames: g.entry.GetDnsNames(), PublicKey: public, Life: ca.SVIDLife(g.entry, g.lifetimes), Origin: g.origin,
 	})
 	return chain, signError(err)
+}
+
+// granted is what an SVID for an entry is made from.
+type granted struct {
+	entry     *statev1.Entry
+	id        spiffeid.ID
+	lifetimes ca.Lifetimes
+	origin    ca.Origin
+}
+
+// grant looks up, in the agreed state as it is now, whether the calling agent may hold
+// an entry's SVIDs.
+func (s *Server) grant(c caller, entryID string) (g granted, err error) {
+	s.State.Read(func(st *domain.State) {
+		g.entry, _ = st.Entry(entryID)
+		g.lifetimes = st.Lifetimes()
+	})
+	// The same words for both: who may not hold it need not know that it exists.
+	if g.entry == nil || !slices.Contains(g.entry.GetHosts(), c.agent.GetName()) {
+		s.Log.Warn("an SVID was refused", "agent", c.agent.GetName(), "entry", entryID, "exists", g.entry != nil)
+		return g, status.Errorf(codes.PermissionDenied, "no entry %.100q names host %s", entryID, c.agent.GetName())
+	}
+	if g.id, err = ca.ID(s.TrustDomain, g.entry.GetPath()); err != nil {
+		return g, status.Error(codes.Internal, err.Error())
+	}
+	g.origin = ca.Origin{
+		Entry: g.entry.GetId(), EntryGeneration: g.entry.GetRevision(),
+		Agent: c.agent.GetName(), AgentGeneration: c.agent.GetGeneration(),
+	}
+	return g, nil
+}
+
+func (d signDoor) SignJWT(ctx context.Context, req *ententev1.SignJWTRequest) (*ententev1.SignJWTResponse, error) {
+	s, c := d.server, callerFrom(ctx)
+	results, err := signTokens(ctx, s, c, statev1.KeyUse_KEY_USE_JWT, req.GetRequests(), func(one *ententev1.JWTRequest) (string, error) {
+		if err := ca.CheckAudience(one.GetAudience()); err != nil {
+			return "", status.Error(codes.InvalidArgument, err.Error())
+		}
+		g, err := s.grant(c, one.GetEntryId())
+		if err != nil {
+			return "", err
+		}
+		return s.Signer.SignJWT(ctx, signer.JWTRequest{
+			ID: g.id, Audience: one.GetAudience(), Life: ca.JWTLife(g.entry, g.lifetimes), Origin: g.origin,
+		})
+	})
+	return &ententev1.SignJWTResponse{Results: results}, err
+}
+
+func (d signDoor) SignWIT(ctx context.Context, req *ententev1.SignWITRequest) (*ententev1.SignWITResponse, error) {
+	s, c := d.server, callerFrom(ctx)
+	results, err := signTokens(ctx, s, c, statev1.KeyUse_KEY_USE_WIT, req.GetRequests(), func(one *ententev1.WITRequest) (string, error) {
+		public, err := signer.KeyOf(one.GetCsr())
+		if err != nil {
+			return "", status.Error(codes.InvalidArgument, err.Error())
+		}
+		g, err := s.grant(c, one.GetEntryId())
+		if err != nil {
+			return "", err
+		}
+		return s.Signer.SignWIT(ctx, signer.WITRequest{
+			ID: g.id, PublicKey: public, Life: ca.WITLife(g.entry, g.lifetimes), Origin: g.origin,
+		})
+	})
+	return &ententev1.SignWITResponse{Results: results}, err
+}
+
+// signTokens answers a batch. What is refused stands in the results; an error speaks of
+// the whole batch, of which then nothing was signed.
+func signTokens[R any](ctx context.Context, s *Server, c caller, use statev1.KeyUse, requests []R, sign func(R) (string, error)) ([]*ententev1.TokenResult, error) {
+	if n := len(requests); n == 0 || n > maxBatch {
+		return nil, status.Errorf(codes.InvalidArgument, "%d requests in a batch, not 1 to %d", n, maxBatch)
+	}
+	if err := s.Signer.Ready(use); err != nil {
+		return nil, signError(err)
+	}
+	if wait := s.tokenRates.take(c.agent.GetName(), len(requests), time.Now()); wait > 0 {
+		return nil, exhausted(fmt.Sprintf("host %s asks for more than %d tokens a second", c.agent.GetName(), tokenRate), wait)
+	}
+	kind := map[statev1.KeyUse]string{statev1.KeyUse_KEY_USE_JWT: "jwt", statev1.KeyUse_KEY_USE_WIT: "wit"}[use]
+	results := make([]*ententev1.TokenResult, 0, len(requests))
+	signed := false
+	for _, one := range requests {
+		token, err := sign(one)
+		if err != nil {
+			if ctx.Err() != nil {
+				return nil, status.FromContextError(ctx.Err()).Err()
+			}
+			if errors.Is(err, signer.ErrBusy) && !signed {
+				return nil, signError(err) // with a hint when to come back
+			}
+			st := status.Convert(signError(err))
+			s.metrics.tokens.WithLabelValues(kind, st.Code().String()).Inc()
+			results = append(results, &ententev1.TokenResult{Code: uint32(st.Code()), Error: st.Message()})
+			continue
+		}
+		signed = true
+		s.metrics.tokens.WithLabelValues(kind, codes.OK.String()).Inc()
+		results = append(results, &ententev1.TokenResult{Token: token})
+	}
+	return results, nil
+}
+
+// exhausted says when to come back.
+func exhausted(why string, wait time.Duration) error {
+	st := status.New(codes.ResourceExhausted, fmt.Sprintf("%s; try again in %v", why, wait.Round(time.Millisecond)))
+	if with, err := st.WithDetails(&errdetails.RetryInfo{RetryDelay: durationpb.New(wait)}); err == nil {
+		st = with
+	}
+	return st.Err()
 }
 
 func (s *Server) signAgent(ctx context.Context, host *statev1.Agent, public crypto.PublicKey) ([][]byte, error) {
@@ -107,13 +204,14 @@ func (s *Server) signAgent(ctx context.Context, host *statev1.Agent, public cryp
 // signError maps what the signer says. The client goes to another node after
 // UNAVAILABLE, and comes back later after RESOURCE_EXHAUSTED.
 func signError(err error) error {
+	if _, done := status.FromError(err); done {
+		return err // nil, or a door's own word
+	}
 	switch {
-	case err == nil:
-		return nil
 	case errors.Is(err, signer.ErrNoAuthority), errors.Is(err, signer.ErrClock):
 		return status.Errorf(codes.Unavailable, "%v; ask another CA node", err)
 	case errors.Is(err, signer.ErrBusy):
-		return status.Error(codes.ResourceExhausted, err.Error())
+		return exhausted(err.Error(), signer.RetryAfter)
 	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
 		return status.FromContextError(err).Err()
 	}

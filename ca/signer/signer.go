@@ -1,5 +1,6 @@
 // Package signer holds the live keys of a CA node's authorities and signs
-// X.509-SVIDs with the one that is ACTIVE in the agreed state.
+// X.509-SVIDs, JWT-SVIDs and WIT-SVIDs, each with the one that is ACTIVE for them in
+// the agreed state.
 //
 // It signs without quorum and writes nothing (I5). It does not sign without an
 // ACTIVE authority whose key it has (I3), nor with a clock that it has reason to
@@ -15,6 +16,7 @@ import (
 	"fmt"
 	"runtime"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -29,27 +31,38 @@ var (
 	ErrBusy        = errors.New("this CA node signs as much as it can")
 )
 
-// maxWait is how long a request waits for its turn.
-const maxWait = 250 * time.Millisecond
+// RetryAfter is when a caller should come back after ErrBusy.
+const RetryAfter = 250 * time.Millisecond
+
+const (
+	// maxWait is how long a request waits for its turn.
+	maxWait = 250 * time.Millisecond
+	// maxWaiting is how many wait at once; at 4,000 signatures a second and CPU those
+	// behind it would not be served within maxWait.
+	maxWaiting = 1024
+)
 
 // Config is what a signer needs. All functions are called concurrently and for
 // each signature, and must be quick.
 type Config struct {
-	// Active returns this node's ACTIVE X.509 authority as the replicated state
+	// Active returns this node's ACTIVE authority for one use as the replicated state
 	// has it, nil if there is none.
-	Active func() *statev1.Authority
+	Active func(statev1.KeyUse) *statev1.Authority
 	// Clock says what is known of the agreed time.
 	Clock func() Clock
 	// Signed is called with each SVID that was signed; nil: with none.
 	Signed func(Issued)
 	// Concurrency is how many signatures are made at once; 0: one per CPU.
 	Concurrency int
+	// Issuer is the "iss" of JWT-SVIDs; empty: they have none.
+	Issuer string
 }
 
 // Signer signs. All methods may be called concurrently.
 type Signer struct {
-	config Config
-	slots  chan struct{}
+	config  Config
+	slots   chan struct{}
+	waiting atomic.Int32
 
 	mu     sync.RWMutex
 	keys   map[string]crypto.Signer     // by authority id
@@ -99,12 +112,16 @@ func (s *Signer) Has(id string) bool {
 	return s.keys[id] != nil
 }
 
-// Ready says why nothing could be signed now; nil if it could.
-func (s *Signer) Ready() error {
+// Ready says why nothing could be signed now for that use; nil if it could.
+func (s *Signer) Ready(use statev1.KeyUse) error {
 	if err := s.config.Clock().Check(time.Now()); err != nil {
 		return err
 	}
-	_, _, err := s.active()
+	if use == statev1.KeyUse_KEY_USE_X509 {
+		_, _, err := s.active()
+		return err
+	}
+	_, _, err := s.activeKey(use)
 	return err
 }
 
@@ -182,6 +199,11 @@ func (s *Signer) acquire(ctx context.Context) error {
 		return nil
 	default:
 	}
+	if s.waiting.Add(1) > maxWaiting {
+		s.waiting.Add(-1)
+		return ErrBusy
+	}
+	defer s.waiting.Add(-1)
 	timer := time.NewTimer(maxWait)
 	defer timer.Stop()
 	select {
@@ -194,21 +216,32 @@ func (s *Signer) acquire(ctx context.Context) error {
 	}
 }
 
-// active returns the key and the certificate of the ACTIVE authority.
-func (s *Signer) active() (crypto.Signer, *x509.Certificate, error) {
-	authority := s.config.Active()
-	if authority == nil || !ca.Signs(authority.GetPhase()) {
+// activeKey returns the ACTIVE authority for a use and its key.
+func (s *Signer) activeKey(use statev1.KeyUse) (crypto.Signer, *statev1.Authority, error) {
+	authority := s.config.Active(use)
+	if authority == nil || !ca.Signs(authority.GetPhase()) || authority.GetUse() != use {
 		return nil, nil, ErrNoAuthority
+	}
+	s.mu.RLock()
+	key := s.keys[authority.GetId()]
+	s.mu.RUnlock()
+	if key == nil {
+		return nil, nil, fmt.Errorf("%w: the key of authority %.12s is not in its key store", ErrNoAuthority, authority.GetId())
+	}
+	return key, authority, nil
+}
+
+// active returns the key and the certificate of the ACTIVE X.509 authority.
+func (s *Signer) active() (crypto.Signer, *x509.Certificate, error) {
+	key, authority, err := s.activeKey(statev1.KeyUse_KEY_USE_X509)
+	if err != nil {
+		return nil, nil, err
 	}
 	id := authority.GetId()
 	s.mu.RLock()
-	key, cert := s.keys[id], s.parsed[id]
+	cert := s.parsed[id]
 	s.mu.RUnlock()
-	if key == nil {
-		return nil, nil, fmt.Errorf("%w: the key of authority %.12s is not in its key store", ErrNoAuthority, id)
-	}
 	if cert == nil {
-		var err error
 		if cert, err = x509.ParseCertificate(authority.GetCertificate()); err != nil {
 			return nil, nil, fmt.Errorf("certificate of authority %.12s: %w", id, err)
 		}

@@ -64,7 +64,7 @@ func newWorld(t *testing.T, phase time.Duration, slots int) *world {
 	key := newKey(t)
 	w := &world{authority: newAuthority(t, key, phase)}
 	w.Signer = New(Config{
-		Active:      func() *statev1.Authority { return w.authority },
+		Active:      func(statev1.KeyUse) *statev1.Authority { return w.authority },
 		Clock:       func() Clock { return w.clock },
 		Concurrency: slots,
 	})
@@ -139,7 +139,7 @@ func TestLeafNeverOutlivesAuthority(t *testing.T) {
 
 func TestOnlyTheActiveAuthoritySigns(t *testing.T) {
 	w := newWorld(t, time.Hour, 0)
-	if err := w.Ready(); err != nil {
+	if err := w.Ready(statev1.KeyUse_KEY_USE_X509); err != nil {
 		t.Fatalf("ready: %v", err)
 	}
 	for _, phase := range statev1.AuthorityPhase_value {
@@ -159,7 +159,7 @@ func TestOnlyTheActiveAuthoritySigns(t *testing.T) {
 		t.Errorf("without the key: %v", err)
 	}
 	w.authority = nil
-	if err := w.Ready(); !errors.Is(err, ErrNoAuthority) {
+	if err := w.Ready(statev1.KeyUse_KEY_USE_X509); !errors.Is(err, ErrNoAuthority) {
 		t.Errorf("ready without an authority: %v", err)
 	}
 }
@@ -293,7 +293,7 @@ func BenchmarkSign(b *testing.B) {
 	key, _ := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	t := &testing.T{}
 	authority := newAuthority(t, key, time.Hour)
-	s := New(Config{Active: func() *statev1.Authority { return authority }, Clock: func() Clock { return Clock{} }})
+	s := New(Config{Active: func(statev1.KeyUse) *statev1.Authority { return authority }, Clock: func() Clock { return Clock{} }})
 	if _, err := s.Add(key); err != nil {
 		b.Fatal(err)
 	}

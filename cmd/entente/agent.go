@@ -4,7 +4,9 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"os"
+	"path/filepath"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
@@ -12,6 +14,10 @@ import (
 
 	"github.com/entente-mesh/entente/federation/catalog"
 	"github.com/entente-mesh/entente/meshagent"
+	"github.com/entente-mesh/entente/meshagent/admin"
+	"github.com/entente-mesh/entente/meshagent/files"
+	"github.com/entente-mesh/entente/meshagent/names"
+	"github.com/entente-mesh/entente/meshagent/sds"
 	"github.com/entente-mesh/entente/meshagent/sidecar"
 	"github.com/entente-mesh/entente/meshagent/workloadapi"
 )
@@ -20,9 +26,10 @@ func agentCommand() *cobra.Command {
 	return group(&cobra.Command{
 		Use:     "agent",
 		Short:   "The mesh agent of a host: identities and sidecars for its workloads",
-		Long:    "run is for the host itself; list, show, ban and evict ask a CA node for the agents of its domain.",
+		Long:    "run, explain-pid and healthcheck are for the host itself; list, show, ban and evict ask a CA node for the agents of its domain.",
 		Example: "  entente agent run --config agent.yaml\n  entente agent list",
-	}, agentRunCommand(), agentListCommand(), agentShowCommand(), agentBanCommand(), agentEvictCommand())
+	}, agentRunCommand(), agentExplainPIDCommand(), agentHealthcheckCommand(),
+		agentListCommand(), agentShowCommand(), agentBanCommand(), agentEvictCommand())
 }
 
 func agentRunCommand() *cobra.Command {
@@ -65,14 +72,33 @@ func runAgent(config *meshagent.Config, log *slog.Logger) error {
 		return err
 	}
 	api := workloadapi.New(agent, socket, log)
-	doors := []meshagent.Door{{Name: "workload API", Run: api.Run}}
+	api.Beside(sds.New(agent, workloadapi.Caller, log).Register)
+	local, err := admin.Listen(config.Admin.Socket)
+	if err != nil {
+		return err
+	}
+	doors := []meshagent.Door{
+		{Name: "admin socket", Run: admin.New(agent, local, log).Run},
+		{Name: "workload API", Run: api.Run},
+	}
+	if len(config.Files) > 0 {
+		doors = append(doors, meshagent.Door{Name: "files", Run: files.New(agent, log).Run})
+	}
 	if config.Sidecar.Inbound != "" {
 		access, closeLog, err := accessLog(config.AccessLog.File)
 		if err != nil {
 			return err
 		}
 		defer closeLog()
+		called, resolver, err := openNames(config, agent, log)
+		if err != nil {
+			return err
+		}
+		if resolver != nil {
+			doors = append(doors, meshagent.Door{Name: "DNS", Run: resolver.Run})
+		}
 		car, err := sidecar.New(sidecar.Config{
+			Names:       called,
 			TrustDomain: config.Domain(),
 			Datacenter:  config.Datacenter,
 			Agent:       config.Name,
@@ -91,6 +117,26 @@ func runAgent(config *meshagent.Config, log *slog.Logger) error {
 			meshagent.Door{Name: "sidecar's view", Run: func(ctx context.Context) error { return follow(ctx, agent, car, log) }})
 	}
 	return runUntilSignal(log, func(ctx context.Context) error { return agent.Run(ctx, doors...) })
+}
+
+// openNames opens the agent's DNS, if it has one.
+func openNames(config *meshagent.Config, agent *meshagent.Agent, log *slog.Logger) (*sidecar.Names, *names.Server, error) {
+	if config.DNS.Listen == "" {
+		return nil, nil, nil
+	}
+	network, err := netip.ParsePrefix(config.DNS.Network)
+	if err != nil {
+		return nil, nil, err
+	}
+	table, err := names.Open(network, filepath.Join(config.DataDir, "names.json"), config.TrustDomain, log)
+	if err != nil {
+		return nil, nil, err
+	}
+	resolver, err := names.Listen(table, config.DNS.Listen, log)
+	if err != nil {
+		return nil, nil, err
+	}
+	return &sidecar.Names{Assign: table.Assign, Identify: agent.IdentifyTCP, HTTPPort: uint16(max(config.DNS.HTTPPort, 0))}, resolver, nil
 }
 
 // follow hands the sidecar every new state of the agent.

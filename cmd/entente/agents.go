@@ -147,3 +147,10 @@ func agentChangeCommand(verb, short, long, done string, do changeAgent) *cobra.C
 	admin.register(c)
 	return c
 }
+
+func yesNo(b bool) string {
+	if b {
+		return "yes"
+	}
+	return "no"
+}

@@ -26,15 +26,20 @@ func caCommand() *cobra.Command {
 		Example: `  entente ca init --config ca.yaml     # the first node, once
   entente ca run --config ca.yaml
   entente ca join --config ca.yaml --token-file token     # every further node, once`,
-	}, caInitCommand(), caJoinCommand(), caRunCommand(), caStatusCommand(), caBundleCommand())
+	}, caInitCommand(), caJoinCommand(), caRunCommand(), caRecoverCommand(), caStatusCommand(), caBundleCommand())
 }
 
 func caInitCommand() *cobra.Command {
-	var flags configFlags
+	var (
+		flags   configFlags
+		keyFile string
+	)
 	c := &cobra.Command{
-		Use:     "init",
-		Short:   "Make a new trust domain, with this node as its first",
-		Long:    "Make the node's keys and the first entry of a new cluster's log. Refuses if the data directory holds anything.",
+		Use:   "init",
+		Short: "Make a new trust domain, with this node as its first",
+		Long: `Make the node's keys and the first entry of a new cluster's log. Refuses if the data
+directory holds anything. It prints the cluster's recovery key, once: keep it offline and
+not on a CA node. Without it, a lost quorum and a lost cluster cannot be recovered.`,
 		Example: "  entente ca init --config ca.yaml",
 		Args:    noArguments,
 		RunE: func(c *cobra.Command, _ []string) error {
@@ -42,7 +47,14 @@ func caInitCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			if err := node.Init(config); err != nil {
+			err = node.Init(config, func(key string) error {
+				if keyFile != "" {
+					return writeSecret(keyFile, key)
+				}
+				_, err := fmt.Fprintf(c.OutOrStdout(), "recovery key, shown this once; keep it offline, it is needed when quorum is lost:\n%s\n", key)
+				return err
+			})
+			if err != nil {
 				return err
 			}
 			fmt.Fprintf(c.OutOrStdout(), "trust domain %s has its first CA node, %s; start it: entente ca run --config %s\n",
@@ -51,7 +63,18 @@ func caInitCommand() *cobra.Command {
 		},
 	}
 	flags.register(c, defaultCAConfig)
+	c.Flags().StringVar(&keyFile, "recovery-key-file", "", "write the recovery key to this new file, 0600, instead of printing it")
 	return c
+}
+
+// writeSecret makes a new file for one line.
+func writeSecret(path, line string) error {
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = fmt.Fprintln(f, line)
+	return errors.Join(err, f.Sync(), f.Close())
 }
 
 func caJoinCommand() *cobra.Command {
@@ -167,13 +190,38 @@ func printStatus(w io.Writer, s *ententev1.StatusResponse) error {
 	}
 	quorum := "quorum, leader " + names[s.GetLeaderId()]
 	if s.GetLeaderId() == "" {
-		quorum = fmt.Sprintf("NO QUORUM for %.0f s: agreed things go on, nothing new is granted", s.GetAgeSeconds())
+		quorum = "no leader at the moment"
+	}
+	age := "of unknown age"
+	if s.GetAgeSeconds() >= 0 {
+		age = fmt.Sprintf("%.1f s old", s.GetAgeSeconds())
+	}
+	if !s.GetQuorum() {
+		quorum = "NO QUORUM since " + clockTime(time.Unix(s.GetNoQuorumSince(), 0))
 	}
 	table := tabwriter.NewWriter(w, 0, 4, 2, ' ', 0)
 	fmt.Fprintf(table, "DOMAIN\t%s\n", s.GetCluster().GetTrustDomain())
-	fmt.Fprintf(table, "STATE\t%s; revision %s, %.1f s old\n", quorum, ca.Revision(s.GetRevision()), s.GetAgeSeconds())
-	fmt.Fprintf(table, "HOLDS\t%d entries, %d agents, %d subscribers here\n\n", s.GetEntries(), s.GetAgents(), s.GetSubscribers())
-	fmt.Fprintln(table, "NODE\tDATACENTER\tRAFT\tAPI\tAUTHORITY\tUNTIL")
+	fmt.Fprintf(table, "STATE\t%s; epoch %d, revision %s, %s\n", quorum, s.GetCluster().GetEpoch(), ca.Revision(s.GetRevision()), age)
+	fmt.Fprintf(table, "HOLDS\t%d entries, %d agents, %d subscribers here\n", s.GetEntries(), s.GetAgents(), s.GetSubscribers())
+	disk := "works"
+	if s.GetDisk() != "" {
+		disk = "FAILED: " + s.GetDisk()
+	}
+	fmt.Fprintf(table, "DISK\t%s; log at entry %d, applied %d, %d KiB since the last snapshot\n", disk, s.GetLastIndex(), s.GetAppliedIndex(), s.GetLogBytes()>>10)
+	offset := "not known: no agreement since the start"
+	if s.GetClockKnown() {
+		offset = fmt.Sprintf("%+.3f s from the agreed time", s.GetClockOffsetSeconds())
+	}
+	fmt.Fprintf(table, "CLOCK\t%s\n", offset)
+	if s.GetNotAgreeing() != "" {
+		fmt.Fprintf(table, "TO DO\t%s\n", s.GetNotAgreeing())
+	}
+	fmt.Fprintln(table)
+	autonomy := map[string]*ententev1.Autonomy{}
+	for _, a := range s.GetAutonomy() {
+		autonomy[a.GetMemberId()] = a
+	}
+	fmt.Fprintln(table, "NODE\tDATACENTER\tRAFT\tAPI\tAUTHORITY\tUNTIL\tSIGNS WITHOUT QUORUM")
 	for _, m := range s.GetMembers() {
 		member, role := m.GetMember(), "non-voter"
 		if m.GetVoterNow() {
@@ -184,11 +232,18 @@ func printStatus(w io.Writer, s *ententev1.StatusResponse) error {
 		}
 		phase, until := "none", ""
 		for _, a := range s.GetAuthorities() {
-			if a.GetMemberId() == member.GetId() && a.GetPhase() == statev1.AuthorityPhase_AUTHORITY_PHASE_ACTIVE {
+			if a.GetMemberId() == member.GetId() && a.GetPhase() == statev1.AuthorityPhase_AUTHORITY_PHASE_ACTIVE && a.GetUse() == statev1.KeyUse_KEY_USE_X509 {
 				phase, until = a.GetId()[:8], time.Unix(a.GetNotAfter(), 0).UTC().Format(time.RFC3339)
 			}
 		}
-		fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\n", member.GetName(), member.GetDatacenter(), role, member.GetApiAddress(), phase, until)
+		alone := "no: a witness"
+		if a := autonomy[member.GetId()]; a != nil {
+			alone = "for " + days(a.GetSignsSeconds())
+			if a.GetFullSeconds() < a.GetSignsSeconds() {
+				alone += ", full life for " + days(a.GetFullSeconds())
+			}
+		}
+		fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", member.GetName(), member.GetDatacenter(), role, member.GetApiAddress(), phase, until, alone)
 	}
 	if len(s.GetForeign()) > 0 {
 		fmt.Fprintln(table, "\nFEDERATED\tSEQUENCE\tAUTHORITIES\tFETCHED\tPROBLEM")
@@ -203,10 +258,23 @@ func printStatus(w io.Writer, s *ententev1.StatusResponse) error {
 	return table.Flush()
 }
 
+// days is a long time for people.
+func days(seconds float64) string {
+	d := time.Duration(seconds) * time.Second
+	switch {
+	case d >= 48*time.Hour:
+		return fmt.Sprintf("%.1f d", d.Hours()/24)
+	case d >= time.Hour:
+		return fmt.Sprintf("%.1f h", d.Hours())
+	}
+	return d.Round(time.Second).String()
+}
+
 func caBundleCommand() *cobra.Command {
 	var (
 		admin  adminFlags
 		domain string
+		wit    bool
 	)
 	c := &cobra.Command{
 		Use:     "bundle",
@@ -215,7 +283,7 @@ func caBundleCommand() *cobra.Command {
 		Args:    noArguments,
 		RunE: func(c *cobra.Command, _ []string) error {
 			return admin.call(c.Context(), func(client ententev1.AdminClient) error {
-				response, err := client.GetBundle(c.Context(), &ententev1.GetBundleRequest{TrustDomain: domain})
+				response, err := client.GetBundle(c.Context(), &ententev1.GetBundleRequest{TrustDomain: domain, Wit: wit})
 				if err != nil {
 					return err
 				}
@@ -225,5 +293,6 @@ func caBundleCommand() *cobra.Command {
 	}
 	c.Flags().StringVar(&admin.socket, "socket", defaultAdminSocket, "admin socket of a CA node of this domain")
 	c.Flags().StringVar(&domain, "trust-domain", "", "a federated domain's bundle instead of the own")
+	c.Flags().BoolVar(&wit, "wit", false, "with the WIT keys, for a peer that takes them")
 	return c
 }

@@ -17,6 +17,8 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/entente-mesh/entente/ca"
+	"github.com/entente-mesh/entente/ca/replica"
 	"github.com/entente-mesh/entente/internal/daemon"
 )
 
@@ -44,8 +46,8 @@ other across trust domains and datacenters without sharing a root of trust.`,
 	}
 	root.SetArgs(args[1:])
 	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error { return usageError{c, err} })
-	root.AddCommand(caCommand(), authorityCommand(), nodeCommand(), tokenCommand(), entryCommand(), applyCommand(), agentCommand(), gatewayCommand(),
-		demoCommand(), serviceCommand(), versionCommand())
+	root.AddCommand(caCommand(), authorityCommand(), nodeCommand(), snapshotCommand(), tokenCommand(), entryCommand(), applyCommand(),
+		agentCommand(), gatewayCommand(), runCommand(), fetchCommand(), validateCommand(), demoCommand(), serviceCommand(), versionCommand())
 
 	err := root.ExecuteContext(context.Background())
 	if err == nil {
@@ -103,6 +105,9 @@ func exitCode(err error) int {
 		return exitUsage
 	case errors.As(err, &found):
 		return exitFindings
+	case errors.Is(err, ca.ErrRecoveryKey), errors.Is(err, replica.ErrStateExists),
+		errors.Is(err, replica.ErrSuperseded), errors.Is(err, replica.ErrDiverged):
+		return exitRefused
 	case errors.Is(err, context.Canceled):
 		return 128 + int(syscall.SIGINT)
 	}

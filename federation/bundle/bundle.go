@@ -44,6 +44,32 @@ type Key struct {
 	JWK json.RawMessage // the public members of RFC 7517: kty and those of the key itself
 }
 
+// NewKey makes a key of a SubjectPublicKeyInfo in DER.
+func NewKey(id string, spki []byte) (Key, error) {
+	public, err := x509.ParsePKIXPublicKey(spki)
+	if err != nil {
+		return Key{}, fmt.Errorf("key %q: %w", shorten(id), err)
+	}
+	text, err := jose.JSONWebKey{Key: public}.MarshalJSON()
+	if err != nil {
+		return Key{}, fmt.Errorf("key %q: %w", shorten(id), err)
+	}
+	return Key{id, text}, nil
+}
+
+// Public is the key itself: *ecdsa.PublicKey, *rsa.PublicKey or ed25519.PublicKey.
+func (k Key) Public() (crypto.PublicKey, error) {
+	members, err := object(k.JWK)
+	if err != nil {
+		return nil, fmt.Errorf("key %q: %w", shorten(k.ID), err)
+	}
+	public, err := publicKey(members)
+	if err != nil {
+		return nil, fmt.Errorf("key %q: %w", shorten(k.ID), err)
+	}
+	return public, nil
+}
+
 // X509Bundle returns the X.509 authorities in the form that a peer verifier takes.
 func (b *Bundle) X509Bundle() *x509bundle.Bundle {
 	return x509bundle.FromX509Authorities(b.TrustDomain, b.X509)
@@ -107,6 +133,26 @@ func (b *Bundle) Marshal() ([]byte, error) {
 		return a.Use == useX509 && b.Use == useX509 && bytes.Equal(a.X5C[0], b.X5C[0])
 	})
 	return json.Marshal(doc)
+}
+
+// MarshalMap writes a SPIFFE bundle map (Trust Domain and Bundle 5.1.1): the bundles of several trust domains in one
+// document, which is replaced as a whole. Refresh hints are left out. A trust domain may be given once only.
+func MarshalMap(bundles ...*Bundle) ([]byte, error) {
+	domains := map[string]json.RawMessage{}
+	for _, b := range bundles {
+		name := b.TrustDomain.Name()
+		if _, twice := domains[name]; twice {
+			return nil, fmt.Errorf("writing a bundle map: two bundles of %s", name)
+		}
+		unhinted := *b
+		unhinted.RefreshHint = 0
+		doc, err := unhinted.Marshal()
+		if err != nil {
+			return nil, err
+		}
+		domains[name] = doc
+	}
+	return json.Marshal(map[string]any{"trust_domains": domains})
 }
 
 func authorityEntry(cert *x509.Certificate) (entry, error) {

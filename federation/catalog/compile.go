@@ -10,6 +10,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
@@ -191,7 +193,11 @@ func (c *compiler) service(s *statev1.Service) {
 	c.port("port", s.GetPort())
 	c.port("outbound.port", s.GetOutboundPort())
 	if health := s.GetHealthPath(); health != "" {
-		if _, why := cleanPath(health); why != "" {
+		if name, ok := strings.CutPrefix(health, grpcHealth); ok {
+			if len(name) > 256 || strings.Trim(name, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._") != "" {
+				c.fail("write it as the .proto does: bank.accounts.v1.Accounts", "health.grpc.service %q is not the name of a gRPC service", name)
+			}
+		} else if _, why := cleanPath(health); why != "" {
 			c.fail("", "health.http %q: %s", health, why)
 		}
 		if s.GetPort() == 0 {
@@ -201,6 +207,16 @@ func (c *compiler) service(s *statev1.Service) {
 	const shortest, longest = 2, 7 * 24 * 3600
 	if ttl := s.GetX509SvidSeconds(); ttl != 0 && (ttl < shortest || ttl > longest) {
 		c.fail("", "ttl.x509 of %d s is outside %d s to %d s", ttl, shortest, longest)
+	}
+	const longestJWT, longestWIT = 3600, 24 * 3600
+	if ttl := s.GetJwtSvidSeconds(); ttl != 0 && (ttl < shortest || ttl > longestJWT) {
+		c.fail("", "ttl.jwt of %d s is outside %d s to %d s", ttl, shortest, longestJWT)
+	}
+	if ttl := s.GetWitSvidSeconds(); ttl != 0 && (ttl < shortest || ttl > longestWIT) {
+		c.fail("", "ttl.wit of %d s is outside %d s to %d s", ttl, shortest, longestWIT)
+	}
+	if hint := s.GetHint(); len(hint) > 1024 || !utf8.ValidString(hint) || strings.ContainsFunc(hint, unicode.IsControl) {
+		c.fail("", "the hint is not text of at most 1024 bytes on one line")
 	}
 	failover := c.failover(s.GetFailover())
 	if !ok {
@@ -718,41 +734,60 @@ func (c *compiler) run(hosts, selectors []string) {
 	if len(selectors) == 0 {
 		c.fail("add run: {user: NAME} or run: {uid: N}", "nothing says by what its process is recognised")
 	}
+	const form = "write unix:uid:N, unix:user:NAME, unix:gid:N, unix:group:N, unix:path:/P, unix:sha256:HEX, unix:cmdline:HEX, systemd:unit:NAME.service or container:id:HEX"
 	strong, weak := false, ""
+	digest := func(selector, value, how string) {
+		if len(value) != 64 || strings.Trim(value, "0123456789abcdef") != "" {
+			c.fail(how, "selector %q: not 64 lower-case hexadecimal digits", selector)
+		}
+	}
 	for _, selector := range selectors {
-		rest, unix := strings.CutPrefix(selector, "unix:")
-		kind, value, _ := strings.Cut(rest, ":")
-		if !unix || value == "" {
-			c.fail("write unix:uid:N, unix:user:NAME, unix:gid:N, unix:path:/P or unix:sha256:HEX", "selector %q is not understood", selector)
+		kind, value := cutSelector(selector)
+		if value == "" {
+			c.fail(form, "selector %q is not understood", selector)
 			continue
 		}
 		switch kind {
-		case "uid", "gid":
+		case "unix:uid", "unix:gid", "unix:group":
 			if n, err := strconv.ParseUint(value, 10, 32); err != nil || n == 1<<32-1 || strconv.FormatUint(n, 10) != value {
 				c.fail("", "selector %q: not a number from 0 to 4294967294", selector)
 			}
-			strong = strong || kind == "uid"
-		case "user":
+			strong = strong || kind == "unix:uid"
+		case "unix:user":
 			if len(value) > 32 || strings.ContainsAny(value, ": \t\n/") {
 				c.fail("", "selector %q: not a user name", selector)
 			}
 			strong = true
-		case "sha256":
-			if len(value) != 64 || strings.Trim(value, "0123456789abcdef") != "" {
-				c.fail("take the first column of: sha256sum FILE", "selector %q: not 64 lower-case hexadecimal digits", selector)
+		case "unix:sha256":
+			digest(selector, value, "take the first column of: sha256sum FILE")
+			strong = true
+		case "unix:cmdline":
+			digest(selector, value, "take the first column of: sha256sum /proc/PID/cmdline")
+			weak = selector
+		case "container:id":
+			digest(selector, value, "take it from: docker inspect --format {{.Id}} NAME")
+			strong = true
+		case "systemd:unit":
+			if !strings.HasSuffix(value, ".service") && !strings.HasSuffix(value, ".scope") || len(value) > 255 || strings.ContainsAny(value, "/ \t\n") {
+				c.fail("write the unit as systemctl status shows it: web.service", "selector %q: not the name of a service or scope unit", selector)
 			}
 			strong = true
-		case "path":
+		case "run:id":
+			if len(value) < 16 || len(value) > 64 || strings.Trim(value, "abcdefghijklmnopqrstuvwxyz234567") != "" {
+				c.fail("", "selector %q: not an id that `entente run` makes", selector)
+			}
+			weak = selector
+		case "unix:path":
 			weak = selector
 			if value[0] != '/' || strings.Contains(value+"/", "/../") || strings.Contains(value+"/", "/./") || strings.Contains(value, "//") || len(value) > 1 && strings.HasSuffix(value, "/") {
 				c.fail("write the program's absolute path", "selector %q: not a clean absolute path", selector)
 			}
 		default:
-			c.fail("write unix:uid:N, unix:user:NAME, unix:gid:N, unix:path:/P or unix:sha256:HEX", "selector %q is not understood", selector)
+			c.fail(form, "selector %q is not understood", selector)
 		}
 	}
 	if weak != "" && !strong {
-		c.fail("add user, uid or sha256 beside it", "%s stands alone: any user may place a program at a path he sees", weak)
+		c.fail("add systemd, user, uid or sha256 beside it", "%s stands alone: any user may place a program at a path he sees, and say any command line", weak)
 	}
 }
 

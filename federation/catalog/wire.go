@@ -43,9 +43,14 @@ type runSpec struct {
 	UID     *uint32  `yaml:"uid"`
 	GID     *uint32  `yaml:"gid"`
 	Path    string   `yaml:"path"`
+	Groups  []uint32 `yaml:"groups"` // supplementary ones
 	SHA256  string   `yaml:"sha256"`
-	Hosts   []string `yaml:"hosts,required"`
-	Systemd string   `yaml:"systemd,unsupported"`
+	Cmdline string   `yaml:"cmdline"` // digest of the command line
+	Systemd string   `yaml:"systemd"` // unit
+	// Container is the id that its runtime gave it.
+	Container string   `yaml:"container"`
+	Run       string   `yaml:"run"` // what `entente run` registered
+	Hosts     []string `yaml:"hosts,required"`
 }
 
 type serviceSpec struct {
@@ -60,11 +65,22 @@ type serviceSpec struct {
 	Export   *exportSpec   `yaml:"export"`
 	Calls    []string      `yaml:"calls"`
 	TTL      *ttlSpec      `yaml:"ttl"`
+	Hint     string        `yaml:"hint"` // told to the workload with its SVIDs
 }
 
 type healthSpec struct {
-	HTTP string `yaml:"http,required"`
+	yamlfile.Pos
+	HTTP string    `yaml:"http"`
+	GRPC *grpcSpec `yaml:"grpc"`
 }
+
+type grpcSpec struct {
+	Service string `yaml:"service"` // empty: the server as a whole
+}
+
+// grpcHealth marks a health check by gRPC's health protocol in a Service's record,
+// with the name of the gRPC service behind it.
+const grpcHealth = "grpc:"
 
 type outboundSpec struct {
 	Port uint16 `yaml:"port,required,min=1"`
@@ -84,7 +100,9 @@ type exportSpec struct {
 }
 
 type ttlSpec struct {
-	X509 time.Duration `yaml:"x509,required,min=1s"`
+	X509 time.Duration `yaml:"x509,min=1s"`
+	JWT  time.Duration `yaml:"jwt,min=1s"`
+	WIT  time.Duration `yaml:"wit,min=1s"`
 
 	yamlfile.Pos
 }
@@ -142,6 +160,7 @@ type relationshipSpec struct {
 	Endpoint   *endpointSpec `yaml:"endpoint"`
 	BundleFile string        `yaml:"bundleFile"` // beside the YAML file
 	Bundle     string        `yaml:"bundle"`     // or in it
+	WIT        bool          `yaml:"wit"`        // exchange WIT keys as well
 }
 
 type endpointSpec struct {
@@ -314,7 +333,15 @@ func (p *parser) service(d *document[serviceSpec], object *statev1.Object) error
 		service.Path = s.Path
 	}
 	if s.Health != nil {
-		service.HealthPath = s.Health.HTTP
+		if s.Health.HTTP != "" && s.Health.GRPC != nil || s.Health.HTTP == "" && s.Health.GRPC == nil {
+			return s.Health.Errorf("health is either http: /path or grpc: {service: NAME}; leave it out for a TCP connection")
+		}
+		if strings.HasPrefix(s.Health.HTTP, grpcHealth) {
+			return s.Health.At("http").Errorf("health.http %q is not a path: it begins with /", s.Health.HTTP)
+		}
+		if service.HealthPath = s.Health.HTTP; s.Health.GRPC != nil {
+			service.HealthPath = grpcHealth + s.Health.GRPC.Service
+		}
 	}
 	if s.Outbound != nil {
 		service.OutboundPort = uint32(s.Outbound.Port)
@@ -329,11 +356,18 @@ func (p *parser) service(d *document[serviceSpec], object *statev1.Object) error
 	if s.Export != nil {
 		service.ExportTo = s.Export.To
 	}
-	if s.TTL != nil {
-		if service.X509SvidSeconds, err = wholeSeconds(s.TTL.At("x509"), "ttl.x509", s.TTL.X509); err != nil {
-			return err
+	if ttl := s.TTL; ttl != nil {
+		for _, one := range []struct {
+			key  string
+			d    time.Duration
+			into *uint32
+		}{{"x509", ttl.X509, &service.X509SvidSeconds}, {"jwt", ttl.JWT, &service.JwtSvidSeconds}, {"wit", ttl.WIT, &service.WitSvidSeconds}} {
+			if *one.into, err = wholeSeconds(ttl.At(one.key), "ttl."+one.key, one.d); err != nil {
+				return err
+			}
 		}
 	}
+	service.Hint = s.Hint
 	object.Kind = &statev1.Object_Service{Service: service}
 	return nil
 }
@@ -348,28 +382,41 @@ func wholeSeconds(at yamlfile.Pos, what string, d time.Duration) (uint32, error)
 // selectors in a fixed order, so that the same file gives the same record.
 func (r *runSpec) selectors() ([]string, error) {
 	var list []string
-	if r.User != "" {
-		list = append(list, "unix:user:"+r.User)
+	add := func(kind, value string) {
+		if value != "" {
+			list = append(list, kind+":"+value)
+		}
 	}
-	if r.UID != nil {
-		list = append(list, "unix:uid:"+strconv.FormatUint(uint64(*r.UID), 10))
+	number := func(n *uint32) string {
+		if n == nil {
+			return ""
+		}
+		return strconv.FormatUint(uint64(*n), 10)
 	}
-	if r.GID != nil {
-		list = append(list, "unix:gid:"+strconv.FormatUint(uint64(*r.GID), 10))
+	add("systemd:unit", r.Systemd)
+	add("container:id", r.Container)
+	add("unix:user", r.User)
+	add("unix:uid", number(r.UID))
+	add("unix:gid", number(r.GID))
+	for _, group := range r.Groups {
+		add("unix:group", number(&group))
 	}
-	if r.Path != "" {
-		list = append(list, "unix:path:"+r.Path)
-	}
-	if r.SHA256 != "" {
-		list = append(list, "unix:sha256:"+r.SHA256)
-	}
+	add("unix:path", r.Path)
+	add("unix:sha256", r.SHA256)
+	add("unix:cmdline", r.Cmdline)
+	add("run:id", r.Run)
+	identified := r.User != "" || r.UID != nil || r.SHA256 != "" || r.Systemd != "" || r.Container != ""
 	switch {
 	case len(list) == 0:
-		return nil, r.Errorf("run says nothing by which the process is recognised; add user or uid")
-	case r.User == "" && r.UID == nil && r.SHA256 == "" && r.Path != "":
+		return nil, r.Errorf("run says nothing by which the process is recognised; add systemd, user or uid")
+	case !identified && r.Path != "":
 		return nil, r.At("path").Errorf("run.path stands alone: any user may start a program from a path; add user, uid or sha256 beside it")
-	case r.User == "" && r.UID == nil && r.SHA256 == "":
+	case !identified && r.Cmdline != "":
+		return nil, r.At("cmdline").Errorf("run.cmdline stands alone: a command line is what a process says of itself; add user, uid or sha256 beside it")
+	case !identified && r.GID != nil:
 		return nil, r.At("gid").Errorf("run.gid stands alone; add user or uid beside it")
+	case !identified:
+		return nil, r.Errorf("run says nothing that identifies a process; add systemd, user or uid")
 	}
 	return list, nil
 }
@@ -444,7 +491,7 @@ func (p *parser) agreement(d *document[agreementSpec], object *statev1.Object) e
 
 func (p *parser) relationship(d *document[relationshipSpec], object *statev1.Object) error {
 	s := &d.Spec
-	relationship := &statev1.Relationship{TrustDomain: d.Metadata.Name}
+	relationship := &statev1.Relationship{TrustDomain: d.Metadata.Name, Wit: s.WIT}
 	if s.Endpoint != nil {
 		relationship.EndpointUrls, relationship.EndpointId = s.Endpoint.URLs, s.Endpoint.ID
 	}
@@ -522,7 +569,7 @@ func format(object *statev1.Object) ([]byte, error) {
 		return marshal(kind, name, object, spec, err)
 	case object.GetRelationship() != nil:
 		r := object.GetRelationship()
-		spec := relationshipSpec{Bundle: string(r.GetBootstrapBundle())}
+		spec := relationshipSpec{Bundle: string(r.GetBootstrapBundle()), WIT: r.GetWit()}
 		if len(r.GetEndpointUrls()) > 0 {
 			spec.Endpoint = &endpointSpec{r.GetEndpointUrls(), r.GetEndpointId()}
 		} else if r.GetEndpointId() != "" {
@@ -559,7 +606,10 @@ func formatService(s *statev1.Service) (serviceSpec, error) {
 		spec.Path = s.GetPath()
 	}
 	if s.GetHealthPath() != "" {
-		spec.Health = &healthSpec{s.GetHealthPath()}
+		spec.Health = &healthSpec{HTTP: s.GetHealthPath()}
+		if name, ok := strings.CutPrefix(s.GetHealthPath(), grpcHealth); ok {
+			spec.Health = &healthSpec{GRPC: &grpcSpec{name}}
+		}
 	}
 	if s.GetOutboundPort() != 0 {
 		spec.Outbound = &outboundSpec{uint16(s.GetOutboundPort())}
@@ -575,8 +625,13 @@ func formatService(s *statev1.Service) (serviceSpec, error) {
 	if len(s.GetExportTo()) > 0 {
 		spec.Export = &exportSpec{s.GetExportTo()}
 	}
-	if s.GetX509SvidSeconds() != 0 {
-		spec.TTL = &ttlSpec{X509: time.Duration(s.GetX509SvidSeconds()) * time.Second}
+	spec.Hint = s.GetHint()
+	if s.GetX509SvidSeconds() != 0 || s.GetJwtSvidSeconds() != 0 || s.GetWitSvidSeconds() != 0 {
+		spec.TTL = &ttlSpec{
+			X509: time.Duration(s.GetX509SvidSeconds()) * time.Second,
+			JWT:  time.Duration(s.GetJwtSvidSeconds()) * time.Second,
+			WIT:  time.Duration(s.GetWitSvidSeconds()) * time.Second,
+		}
 	}
 	return spec, nil
 }
@@ -589,31 +644,49 @@ func formatGateway(g *statev1.Gateway) (gatewaySpec, error) {
 func formatRun(hosts, selectors []string) (runSpec, error) {
 	run := runSpec{Hosts: hosts}
 	for _, selector := range selectors {
-		kind, value, _ := strings.Cut(strings.TrimPrefix(selector, "unix:"), ":")
+		kind, value := cutSelector(selector)
 		switch kind {
-		case "user":
+		case "systemd:unit":
+			run.Systemd = value
+		case "container:id":
+			run.Container = value
+		case "unix:user":
 			run.User = value
-		case "uid", "gid":
+		case "unix:uid", "unix:gid", "unix:group":
 			n, err := strconv.ParseUint(value, 10, 32)
 			if err != nil {
 				return run, fmt.Errorf("selector %q: %w", selector, err)
 			}
 			id := uint32(n)
-			if kind == "uid" {
+			switch kind {
+			case "unix:uid":
 				run.UID = &id
-			} else {
+			case "unix:gid":
 				run.GID = &id
+			default:
+				run.Groups = append(run.Groups, id)
 			}
-		case "path":
+		case "unix:path":
 			run.Path = value
-		case "sha256":
+		case "unix:sha256":
 			run.SHA256 = value
+		case "unix:cmdline":
+			run.Cmdline = value
+		case "run:id":
+			run.Run = value
 		}
 	}
 	if again, err := run.selectors(); err != nil || !slices.Equal(again, selectors) {
 		return run, fmt.Errorf("selectors %q cannot be said in a file", selectors)
 	}
 	return run, nil
+}
+
+// cutSelector takes a selector apart: unix:uid:1000 is of kind unix:uid.
+func cutSelector(selector string) (kind, value string) {
+	family, rest, _ := strings.Cut(selector, ":")
+	kind, value, _ = strings.Cut(rest, ":")
+	return family + ":" + kind, value
 }
 
 func formatAgreement(a *statev1.Agreement) (agreementSpec, error) {

@@ -3,9 +3,11 @@ package catalog
 import (
 	"errors"
 	"io/fs"
+	"slices"
 	"strings"
 	"testing"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/protobuf/proto"
 	"pgregory.net/rapid"
 
@@ -56,7 +58,8 @@ func TestParseObjectsRefuses(t *testing.T) {
 		{"path alone", head("Service") + "  run: {path: /x, hosts: [h]}\n", "run.path stands alone"},
 		{"gid alone", head("Service") + "  run: {gid: 1, hosts: [h]}\n", "run.gid stands alone"},
 		{"nobody", head("Service") + "  run: {hosts: [h]}\n", "nothing by which the process is recognised"},
-		{"not yet", head("Service") + "  run: {uid: 1, hosts: [h], systemd: x.service}\n", `key "systemd" in Service spec.run is not supported in this release`},
+		{"run alone", head("Service") + "  run: {run: abcdefghijklmnop, hosts: [h]}\n", "nothing that identifies a process"},
+		{"command line alone", head("Service") + "  run: {cmdline: aa, hosts: [h]}\n", "run.cmdline stands alone"},
 		{"not yet, value", head("Service") + "  run: {uid: 1, hosts: [h]}\n  inbound: permissive\n", `"permissive" is not one of strict`},
 		{"rate", agreement + "  allow: [{callers: [a], service: b, rate: 500/s}]\n", `key "rate" in Agreement spec.allow[0] is not supported`},
 		{"assurance", agreement + "  allow: [{callers: [a], service: b, assurance: origin}]\n", `"origin" is not one of attested`},
@@ -128,6 +131,9 @@ func genObject() *rapid.Generator[*statev1.Object] {
 				Port: rapid.Uint32Range(0, 65535).Draw(t, "port"), OutboundPort: rapid.Uint32Range(0, 65535).Draw(t, "out"),
 				HealthPath: rapid.OneOf(rapid.Just(""), odd).Draw(t, "health"), ExportTo: list(t, maybe, "export"), Calls: list(t, maybe, "calls"),
 				X509SvidSeconds: rapid.Uint32Range(0, 1<<20).Draw(t, "ttl"),
+				JwtSvidSeconds:  rapid.Uint32Range(0, 3600).Draw(t, "jwt"),
+				WitSvidSeconds:  rapid.Uint32Range(0, 1<<16).Draw(t, "wit"),
+				Hint:            rapid.SampledFrom([]string{"", "internal", "for: people"}).Draw(t, "hint"),
 			}
 			if rapid.Bool().Draw(t, "other path") {
 				s.Path = odd.Draw(t, "path")
@@ -279,4 +285,93 @@ func FuzzParseObjects(f *testing.F) {
 			}
 		}
 	})
+}
+
+// Every selector that a file can say is read, compiled, and written again.
+func TestSelectorsInFiles(t *testing.T) {
+	const hex = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"
+	text := `apiVersion: entente/v1
+kind: Service
+metadata:
+  name: web
+  owner: team
+spec:
+  run:
+    user: web
+    uid: 7
+    gid: 8
+    path: /opt/web
+    groups: [9, 10]
+    sha256: ` + hex + `
+    cmdline: ` + hex + `
+    systemd: web@1.service
+    container: ` + hex + `
+    run: abcdefghijklmnopqrst
+    hosts: [h1]
+`
+	objects, err := ParseObjects("web.yaml", strings.NewReader(text), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []string{"systemd:unit:web@1.service", "container:id:" + hex, "unix:user:web", "unix:uid:7", "unix:gid:8", "unix:group:9", "unix:group:10",
+		"unix:path:/opt/web", "unix:sha256:" + hex, "unix:cmdline:" + hex, "run:id:abcdefghijklmnopqrst"}
+	if got := objects[0].GetService().GetSelectors(); !slices.Equal(got, want) {
+		t.Errorf("got %q", got)
+	}
+	if _, err := Compile(spiffeid.RequireTrustDomainFromString("banking.example"), objects); err != nil {
+		t.Error(err)
+	}
+	objects[0].Source = ""
+	if again, err := Format(objects...); err != nil || string(again) != text {
+		t.Errorf("%v\n%s", err, again)
+	}
+	for bad, why := range map[string]string{
+		"{systemd: web, hosts: [h]}":                   "not the name of a service or scope unit",
+		"{systemd: a/b.service, hosts: [h]}":           "not the name of a service or scope unit",
+		"{container: abc, hosts: [h]}":                 "not 64 lower-case",
+		"{uid: 1, cmdline: abc, hosts: [h]}":           "not 64 lower-case",
+		"{uid: 1, run: ABCDEFGHIJKLMNOPQ, hosts: [h]}": "entente run",
+	} {
+		objects, err := ParseObjects("b.yaml", strings.NewReader("apiVersion: entente/v1\nkind: Service\nmetadata: {name: x, owner: t}\nspec: {run: "+bad+"}\n"), nil)
+		if err == nil {
+			_, err = Compile(spiffeid.RequireTrustDomainFromString("banking.example"), objects)
+		}
+		if err == nil || !strings.Contains(err.Error(), why) {
+			t.Errorf("%s: %v", bad, err)
+		}
+	}
+}
+
+func TestHealthInFiles(t *testing.T) {
+	read := func(health string) (*statev1.Object, error) {
+		objects, err := ParseObjects("b.yaml", strings.NewReader("apiVersion: entente/v1\nkind: Service\nmetadata: {name: x, owner: t}\nspec: {run: {uid: 1, hosts: [h]}, port: 80, health: "+health+"}\n"), nil)
+		if err == nil {
+			_, err = Compile(spiffeid.RequireTrustDomainFromString("banking.example"), objects)
+		}
+		if err != nil {
+			return nil, err
+		}
+		return objects[0], nil
+	}
+	for health, want := range map[string]string{"{http: /healthz}": "/healthz", "{grpc: {service: bank.v1.Accounts}}": "grpc:bank.v1.Accounts", "{grpc: {}}": "grpc:"} {
+		object, err := read(health)
+		if err != nil || object.GetService().GetHealthPath() != want {
+			t.Errorf("%s: %v %v", health, object, err)
+			continue
+		}
+		text, err := Format(object)
+		if err != nil {
+			t.Error(err)
+			continue
+		}
+		again, err := ParseObjects("again.yaml", strings.NewReader(string(text)), nil)
+		if err != nil || again[0].GetService().GetHealthPath() != want {
+			t.Errorf("%s: %v\n%s", health, err, text)
+		}
+	}
+	for health, why := range map[string]string{"{}": "either", "{http: /a, grpc: {}}": "either", "{http: \"grpc:x\"}": "not a path", "{grpc: {service: a/b}}": "not the name of a gRPC service"} {
+		if _, err := read(health); err == nil || !strings.Contains(err.Error(), why) {
+			t.Errorf("%s: %v", health, err)
+		}
+	}
 }

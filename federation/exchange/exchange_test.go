@@ -160,6 +160,14 @@ func TestHandler(t *testing.T) {
 			t.Errorf("%s %s %v: %d", test.method, test.path, test.header, got.status)
 		}
 	}
+	// News that is there at once is an answer to a request that would have waited: else a
+	// follower takes us for a server that holds nothing back.
+	if got := ask("GET", "/bundle.json", "Prefer", "wait=60", "If-None-Match", `"6-0"`); got.header.Get("Preference-Applied") != "wait" {
+		t.Error("it does not say that it waits")
+	}
+	if got := ask("GET", "/bundle.json", "If-None-Match", `"6-0"`); got.header.Get("Preference-Applied") != "" {
+		t.Error("it says that it waits, and nobody asked")
+	}
 	p.set(7, jwks(7))
 	if other := ask("GET", "/bundle.json").header.Get("ETag"); other == tag {
 		t.Error("another bundle of the same sequence has the same ETag")

@@ -65,7 +65,11 @@ func Handler(path string, source Source) http.Handler {
 		}
 		jwks, sequence, changed := source()
 		tag := etag(jwks, sequence)
-		if wait := preferredWait(r); wait > 0 && len(jwks) > 0 && matches(r, tag) {
+		if wait := preferredWait(r); wait > 0 && len(jwks) > 0 && !matches(r, tag) {
+			// There is news already. Without this word a follower would take us for a server that
+			// holds nothing back, and come again only at its next refresh.
+			w.Header().Set("Preference-Applied", "wait")
+		} else if wait > 0 && len(jwks) > 0 {
 			select {
 			case waiting <- struct{}{}:
 				w.Header().Set("Preference-Applied", "wait")

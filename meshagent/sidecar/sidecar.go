@@ -37,6 +37,8 @@ type Config struct {
 	AppAddress  string // loopback IP of the host's applications and of the outbound doors; empty: 127.0.0.1
 	PortOffset  int    // added to the catalogue's ports of applications and outbound doors, 0 to 40000
 
+	Names *Names // nil: services are called through outbound ports only
+
 	Log       *slog.Logger
 	AccessLog *slog.Logger          // nil: none
 	Metrics   prometheus.Registerer // nil: none
@@ -74,7 +76,9 @@ type Sidecar struct {
 	revision uint64
 	tables   *catalog.Tables
 	wanted   map[string]outbound // by entry id
-	changed  chan struct{}       // capacity 1: wanted has changed
+	callers  map[string]spiffeid.ID
+	doors    map[netip.AddrPort]bool // of names
+	changed  chan struct{}           // capacity 1: wanted has changed
 }
 
 // outbound is one loopback door as it should be.
@@ -131,6 +135,8 @@ func (s *Sidecar) Update(w World) error {
 	}
 	backends := map[string]dataplane.Backend{}
 	wanted := map[string]outbound{}
+	callers := map[string]spiffeid.ID{}
+	local := map[uint16]bool{}
 	for _, entry := range w.Entries {
 		id, err := spiffeid.FromPath(s.cfg.TrustDomain, entry.GetPath())
 		if err != nil {
@@ -140,8 +146,10 @@ func (s *Sidecar) Update(w World) error {
 		if !ok || entry.GetRole() != statev1.Role_ROLE_UNSPECIFIED {
 			continue // a gateway's
 		}
+		callers[entry.GetId()] = id
 		// Above the last port there is nobody: the agent reports such a service as unhealthy.
 		if port := int(service.Port) + s.cfg.PortOffset; service.Port != 0 && port <= math.MaxUint16 {
+			local[uint16(port)] = true
 			at := netip.AddrPortFrom(s.app, uint16(port))
 			backends[service.Name] = dataplane.Backend{
 				Identity: dataplane.Identity{ID: id, SVID: s.agent.SVIDs(entry.GetId())},
@@ -154,7 +162,10 @@ func (s *Sidecar) Update(w World) error {
 		}
 	}
 	s.backends.Store(&backends)
-	s.wanted = wanted
+	s.wanted, s.callers = wanted, callers
+	if s.cfg.Names != nil {
+		s.doors = nameDoors(s.cfg.Names, s.cfg.TrustDomain, w.Objects, local)
+	}
 	s.engine.SetView(dataplane.View{Tables: s.tables, Endpoints: w.Endpoints})
 	select {
 	case s.changed <- struct{}{}:
@@ -201,6 +212,7 @@ func (s *Sidecar) Run(ctx context.Context) error {
 		stop context.CancelFunc
 	}
 	open := map[string]door{}
+	named := &crowd{sidecar: s, tasks: &doors, open: map[netip.AddrPort]context.CancelFunc{}, callers: map[string]*inbox{}}
 	for {
 		select {
 		case <-ctx.Done():
@@ -214,8 +226,11 @@ func (s *Sidecar) Run(ctx context.Context) error {
 		case <-s.changed:
 		}
 		s.mu.Lock()
-		wanted := s.wanted
+		wanted, callers, names := s.wanted, s.callers, s.doors
 		s.mu.Unlock()
+		if s.cfg.Names != nil {
+			named.follow(ctx, names, callers)
+		}
 		for entry, d := range open {
 			if w, ok := wanted[entry]; !ok || w != d.outbound {
 				d.stop() // drains by itself; others are not touched

@@ -76,13 +76,19 @@ type host struct {
 	world   World
 }
 
-func newHost(t *testing.T) *host { return newOffsetHost(t, 0) }
-
 func newOffsetHost(t *testing.T, offset int) *host {
+	return newHost(t, func(c *Config) { c.PortOffset = offset })
+}
+
+func newHost(t *testing.T, change ...func(*Config)) *host {
 	h := &host{t: t, agent: &agent{authority: peertest.NewAuthority(td), svids: map[string]*x509svid.SVID{}}}
 	h.inbound = fmt.Sprintf("127.0.0.1:%d", freePort(t))
+	cfg := Config{TrustDomain: td, Datacenter: "dc1", Agent: "a1", Inbound: h.inbound}
+	for _, f := range change {
+		f(&cfg)
+	}
 	var err error
-	h.Sidecar, err = New(Config{TrustDomain: td, Datacenter: "dc1", Agent: "a1", Inbound: h.inbound, PortOffset: offset}, h.agent)
+	h.Sidecar, err = New(cfg, h.agent)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,6 +1,6 @@
 // Package workloadapi serves the SPIFFE Workload API to the workloads of one
-// host on a unix socket: X.509-SVIDs and X.509 bundles. Its JWT and WIT calls
-// answer Unimplemented.
+// host on a unix socket: X.509-SVIDs, JWT-SVIDs, their bundles and, where they are
+// switched on, WIT-SVIDs.
 //
 // Who calls is not asked but seen: the process that connected the socket is
 // attested, and gets what the entries give whose selectors it satisfies. That is
@@ -39,7 +39,7 @@ const (
 	maxConnections = 64
 	maxStreams     = 256
 
-	maxRequest = 64 << 10        // bytes; the calls take next to nothing
+	maxRequest = 64 << 10        // bytes; a token has 16 KiB at most
 	startTime  = 5 * time.Second // a caller waits so long for an agent or entry that has no SVID yet
 	drainTime  = time.Second     // for streams to end on shutdown
 )
@@ -68,6 +68,10 @@ type Server struct {
 	patience time.Duration // startTime, but in tests
 	stopping chan struct{} // closed when streams must end
 
+	beside  []func(grpc.ServiceRegistrar)
+	lasting context.Context // ends with stopping, for the services beside
+	halt    context.CancelFunc
+
 	mu    sync.Mutex
 	usage map[process]usage
 }
@@ -87,8 +91,15 @@ func New(agent *meshagent.Agent, listener net.Listener, log *slog.Logger) *Serve
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	return &Server{agent: agent, listener: listener, log: log, patience: startTime, stopping: make(chan struct{}), usage: map[process]usage{}}
+	s := &Server{agent: agent, listener: listener, log: log, patience: startTime, stopping: make(chan struct{}), usage: map[process]usage{}}
+	s.lasting, s.halt = context.WithCancel(context.Background())
+	return s
 }
+
+// Beside adds another service to the socket, before Run. Its calls are attested
+// (Caller) and counted like those of the Workload API, need no security header,
+// and have their context cancelled with Unavailable as cause when the server stops.
+func (s *Server) Beside(register func(grpc.ServiceRegistrar)) { s.beside = append(s.beside, register) }
 
 // Run serves until ctx ends, which it calls once. It closes the listener. Open
 // streams end with Unavailable, whereupon a client comes back.
@@ -96,12 +107,15 @@ func (s *Server) Run(ctx context.Context) error {
 	server := grpc.NewServer(
 		grpc.Creds(transport{s}),
 		grpc.StreamInterceptor(s.guardStream),
-		grpc.UnaryInterceptor(guardUnary),
+		grpc.UnaryInterceptor(s.guardUnary),
 		grpc.MaxConcurrentStreams(maxStreams),
 		grpc.MaxRecvMsgSize(maxRequest),
 		grpc.ConnectionTimeout(5*time.Second),
 	)
 	workload.RegisterSpiffeWorkloadAPIServer(server, s)
+	for _, register := range s.beside {
+		register(server)
+	}
 	reflection.Register(server)
 
 	served := make(chan error, 1)
@@ -112,6 +126,7 @@ func (s *Server) Run(ctx context.Context) error {
 	case <-ctx.Done():
 	}
 	close(s.stopping)
+	s.halt()
 	hard := time.AfterFunc(drainTime, server.Stop)
 	server.GracefulStop()
 	hard.Stop()
@@ -199,9 +214,9 @@ func (s *Server) take(p *workloadattest.Process, more usage) (release func(), er
 
 // checkHeader refuses a call of the Workload API without its security header: a
 // browser or a proxy that was talked into connecting cannot set it (Workload
-// Endpoint 3, 6). Other services on the socket (reflection) need none.
+// Endpoint 3, 6). Other services on the socket (SDS, reflection) need none.
 func checkHeader(ctx context.Context, method string) error {
-	if !strings.HasPrefix(method, "/"+workload.SpiffeWorkloadAPI_ServiceDesc.ServiceName+"/") {
+	if !spiffeCall(method) {
 		return nil
 	}
 	md, _ := metadata.FromIncomingContext(ctx)
@@ -211,10 +226,23 @@ func checkHeader(ctx context.Context, method string) error {
 	return nil
 }
 
-func guardUnary(ctx context.Context, request any, info *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
+func spiffeCall(method string) bool {
+	return strings.HasPrefix(method, "/"+workload.SpiffeWorkloadAPI_ServiceDesc.ServiceName+"/")
+}
+
+func (s *Server) guardUnary(ctx context.Context, request any, info *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
 	if err := checkHeader(ctx, info.FullMethod); err != nil {
 		return nil, err
 	}
+	process, err := callerOf(ctx)
+	if err != nil {
+		return nil, err
+	}
+	release, err := s.take(process, usage{streams: 1})
+	if err != nil {
+		return nil, err
+	}
+	defer release()
 	return handle(ctx, request)
 }
 
@@ -231,8 +259,28 @@ func (s *Server) guardStream(srv any, stream grpc.ServerStream, info *grpc.Strea
 		return err
 	}
 	defer release()
-	return handle(srv, stream)
+	if spiffeCall(info.FullMethod) {
+		return handle(srv, stream) // it looks at stopping itself
+	}
+	ctx, cancel := context.WithCancelCause(stream.Context())
+	defer cancel(nil)
+	defer context.AfterFunc(s.lasting, func() { cancel(errStopping) })()
+	return handle(srv, endingStream{stream, ctx})
 }
+
+var errStopping = status.Error(codes.Unavailable, "the agent is stopping")
+
+// endingStream is a stream whose context also ends when the server stops.
+type endingStream struct {
+	grpc.ServerStream
+	ctx context.Context
+}
+
+func (s endingStream) Context() context.Context { return s.ctx }
+
+// Caller is the attested process at the other end of a call, for services beside
+// the Workload API.
+func Caller(ctx context.Context) (*workloadattest.Process, error) { return callerOf(ctx) }
 
 func callerOf(ctx context.Context) (*workloadattest.Process, error) {
 	p, ok := peer.FromContext(ctx)

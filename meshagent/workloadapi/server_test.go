@@ -74,7 +74,7 @@ func serviceYAML(name, spec string) string {
 	return "apiVersion: entente/v1\nkind: Service\nmetadata: {name: " + name + ", owner: team}\nspec:\n  " + spec + "\n---\n"
 }
 
-func myself(t *testing.T) string {
+func myself(t testing.TB) string {
 	t.Helper()
 	exe, err := os.Executable()
 	if err != nil {
@@ -91,7 +91,10 @@ type host struct {
 	stop   func()
 }
 
-func newHost(t *testing.T, token string, ready bool, change ...func(*Server)) *host {
+// more settings of workloadAPI, for newHostWith.
+var more string
+
+func newHost(t testing.TB, token string, ready bool, change ...func(*Server)) *host {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "wl") // a socket's path is short
 	if err != nil {
@@ -100,8 +103,8 @@ func newHost(t *testing.T, token string, ready bool, change ...func(*Server)) *h
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	h := &host{socket: filepath.Join(dir, "api", "agent.sock")}
 	cfg, err := meshagent.ReadConfig("agent.yaml", strings.NewReader(fmt.Sprintf(
-		"trustDomain: banking.example\nname: h1\ndatacenter: dc1\ndataDir: %s\nca: {token: %s}\nworkloadAPI: {socket: %s}\n",
-		filepath.Join(dir, "data"), token, h.socket)))
+		"trustDomain: banking.example\nname: h1\ndatacenter: dc1\ndataDir: %s\nca: {token: %s}\nworkloadAPI: {socket: %s%s}\n",
+		filepath.Join(dir, "data"), token, h.socket, more)))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -137,7 +140,7 @@ func newHost(t *testing.T, token string, ready bool, change ...func(*Server)) *h
 	return h
 }
 
-func eventually(t *testing.T, what string, check func() error) {
+func eventually(t testing.TB, what string, check func() error) {
 	t.Helper()
 	var err error
 	for deadline := time.Now().Add(15 * time.Second); time.Now().Before(deadline); time.Sleep(2 * time.Millisecond) {
@@ -149,7 +152,7 @@ func eventually(t *testing.T, what string, check func() error) {
 }
 
 // raw is a client that sends what it likes.
-func raw(t *testing.T, socket string) (workload.SpiffeWorkloadAPIClient, *grpc.ClientConn) {
+func raw(t testing.TB, socket string) (workload.SpiffeWorkloadAPIClient, *grpc.ClientConn) {
 	t.Helper()
 	conn, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
@@ -295,7 +298,7 @@ func TestUpdatesArePushed(t *testing.T) {
 }
 
 // A caller without the security header gets nothing, whatever it calls; with it,
-// what is not served answers Unimplemented.
+// WIT-SVIDs answer Unimplemented unless they are switched on.
 func TestSecurityHeader(t *testing.T) {
 	c := catest.Start(t, catest.Options{})
 	c.Apply(serviceYAML("accounts", run(myself(t))))
@@ -338,9 +341,12 @@ func TestSecurityHeader(t *testing.T) {
 			}
 			cancel()
 		}
-		want := codes.Unimplemented
-		if strings.HasPrefix(name, "FetchX509") {
-			want = codes.OK
+		want := codes.OK
+		switch {
+		case strings.HasPrefix(name, "FetchWIT"): // not switched on (163)
+			want = codes.Unimplemented
+		case name == "ValidateJWTSVID": // "b" is no token
+			want = codes.InvalidArgument
 		}
 		ctx, cancel := context.WithTimeout(withHeader(t.Context(), "true"), 5*time.Second)
 		if err := call(ctx); status.Code(err) != want {

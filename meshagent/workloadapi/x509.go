@@ -54,7 +54,9 @@ func follow[R any, P interface {
 				s.log.Info("a Workload API client has no identity", "pid", process.PID(), "uid", process.UID, "why", reason(state, process))
 				return errDenied
 			}
-			if next, err = answer(state, entitled); err != nil {
+			if next, err = answer(state, entitled); errors.Is(err, errDenied) {
+				return errDenied
+			} else if err != nil {
 				s.log.Error("cannot answer a Workload API client", "pid", process.PID(), "error", err)
 				return status.Error(codes.Internal, "the identity cannot be handed out; see the agent's log")
 			}
@@ -102,6 +104,7 @@ func reason(state *meshagent.State, process *workloadattest.Process) error {
 func svidResponse(state *meshagent.State, entitled []*meshagent.Identity) (*workload.X509SVIDResponse, error) {
 	own := concatenate(state.Bundle)
 	response := &workload.X509SVIDResponse{FederatedBundles: map[string][]byte{}}
+	hints := hints{}
 	for _, identity := range entitled {
 		if identity.SVID == nil {
 			continue
@@ -115,6 +118,7 @@ func svidResponse(state *meshagent.State, entitled []*meshagent.Identity) (*work
 			X509Svid:    certificates,
 			X509SvidKey: key,
 			Bundle:      own,
+			Hint:        hints.of(identity),
 		})
 		addFederated(response.FederatedBundles, identity)
 	}
@@ -122,6 +126,19 @@ func svidResponse(state *meshagent.State, entitled []*meshagent.Identity) (*work
 		return nil, nil
 	}
 	return response, nil
+}
+
+// hints are those of one response: there each is unique (Workload API 5.2.1), and the
+// first identity keeps it, since the order is stable.
+type hints map[string]bool
+
+func (h hints) of(identity *meshagent.Identity) string {
+	hint := identity.Entry.GetHint()
+	if h[hint] {
+		return ""
+	}
+	h[hint] = true
+	return hint
 }
 
 func bundlesResponse(state *meshagent.State, entitled []*meshagent.Identity) (*workload.X509BundlesResponse, error) {

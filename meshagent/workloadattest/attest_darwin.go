@@ -51,4 +51,17 @@ func (h *handle) close()            {}
 func (h *handle) alive() error      { return nil }
 func (h *handle) runs(string) error { return errDarwin }
 
+func (h *handle) groups() ([]uint32, error) { return nil, errDarwin }
+func (h *handle) cmdline() (string, error)  { return "", errDarwin }
+func (h *handle) place() (place, error)     { return place{}, errDarwin }
+func (h *handle) exe() (string, error)      { return "", errDarwin }
+
+// PID is refused: see the package comment.
+func (a *Attestor) PID(int) (*Process, error) { return nil, errDarwin }
+
+// Register is refused: see the package comment.
+func (a *Attestor) Register(string, *Process) (func(), error) { return nil, errDarwin }
+
+func (a *Attestor) belongs(*handle, string) error { return errDarwin }
+
 func (a *Attestor) digest(*handle) (string, error) { return "", errDarwin }

@@ -19,6 +19,9 @@ import (
 const (
 	maxExecutable = 1 << 30 // bytes that are read for a digest
 	maxCached     = 4096    // digests, and owners of connections
+	maxCmdline    = 2 << 20 // bytes; the kernel takes no more from the shell by default
+	maxRuns       = 1024    // registered processes
+	maxDepth      = 64      // generations between a process and the one that was registered
 )
 
 // Attestor attests processes of the network and pid namespace it runs in. Its
@@ -30,6 +33,7 @@ type Attestor struct {
 	mu      sync.Mutex
 	digests map[fileVersion]string
 	owners  map[netip.AddrPort]int // the pid that last owned a connection to (or the listener at) an address: tried first
+	runs    map[string]*handle     // registered processes, by the id of their run
 }
 
 // fileVersion names the content of a file. The change time is part of it since,
@@ -42,7 +46,7 @@ type fileVersion struct {
 
 // New returns an attestor.
 func New() *Attestor {
-	return &Attestor{digests: map[fileVersion]string{}, owners: map[netip.AddrPort]int{}}
+	return &Attestor{digests: map[fileVersion]string{}, owners: map[netip.AddrPort]int{}, runs: map[string]*handle{}}
 }
 
 // Unix attests the process that connected conn, which the kernel remembers.
@@ -125,6 +129,24 @@ func (a *Attestor) owner(s socket, address netip.AddrPort, look func() (socket, 
 		return nil, errNoOwner
 	}
 	return &Process{UID: s.uid, attestor: a, find: func() (*handle, error) { return a.findOwner(s, address, look) }}, nil
+}
+
+// PID attests a process by its number, for people who ask.
+func (a *Attestor) PID(pid int) (*Process, error) {
+	h, err := hold(pid, -1)
+	if err != nil {
+		return nil, err
+	}
+	text, err := h.read("status")
+	if err == nil {
+		var is status
+		if is, err = parseStatus(text); err == nil {
+			h.gid = is.gid
+			return &Process{UID: is.uid, attestor: a, handle: h}, h.alive()
+		}
+	}
+	h.close()
+	return nil, fmt.Errorf("cannot look at process %d: %w", pid, err)
 }
 
 var errNoOwner = errors.New("no process owns the socket any more")
@@ -315,18 +337,18 @@ func (h *handle) started() (uint64, error) {
 
 // owns returns nil if the process is of the socket's user and has it open.
 func (h *handle) owns(s socket) error {
-	status, err := h.read("status")
+	text, err := h.read("status")
 	if err != nil {
 		return err
 	}
-	uid, gid, err := parseStatus(status)
+	is, err := parseStatus(text)
 	if err != nil {
 		return err
 	}
-	if uid != s.uid {
+	if is.uid != s.uid {
 		return errNotOwner
 	}
-	h.gid = gid
+	h.gid = is.gid
 
 	fd, err := unix.Openat(int(h.dir.Fd()), "fd", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -362,12 +384,11 @@ func (h *handle) runs(path string) error {
 	if err := unix.Fstatat(int(h.dir.Fd()), "exe", &is, 0); err != nil {
 		return h.exeError(err)
 	}
-	link := make([]byte, unix.PathMax)
-	n, err := unix.Readlinkat(int(h.dir.Fd()), "exe", link)
+	name, err := h.exe()
 	if err != nil {
-		return h.exeError(err)
+		return err
 	}
-	if name := string(link[:n]); name != path {
+	if name != path {
 		if resolved, err := filepath.EvalSymlinks(path); err != nil || name != resolved {
 			return fmt.Errorf("it runs %s", name)
 		}
@@ -379,6 +400,16 @@ func (h *handle) runs(path string) error {
 		return errors.New("the file it runs is not the one the agent sees at that path (another mount namespace, or replaced since)")
 	}
 	return nil
+}
+
+// exe is the path of the process's executable as the kernel shows it.
+func (h *handle) exe() (string, error) {
+	link := make([]byte, unix.PathMax)
+	n, err := unix.Readlinkat(int(h.dir.Fd()), "exe", link)
+	if err != nil {
+		return "", h.exeError(err)
+	}
+	return string(link[:n]), nil
 }
 
 func (h *handle) exeError(err error) error {
@@ -442,4 +473,123 @@ func versionOf(f *os.File) (fileVersion, error) {
 		return fileVersion{}, err
 	}
 	return fileVersion{dev: st.Dev, ino: st.Ino, size: st.Size, mtime: st.Mtim, ctime: st.Ctim}, nil
+}
+
+// groups are the process's supplementary groups.
+func (h *handle) groups() ([]uint32, error) {
+	text, err := h.read("status")
+	if err != nil {
+		return nil, err
+	}
+	is, err := parseStatus(text)
+	return is.groups, err
+}
+
+// cmdline is the lower-case hex SHA-256 of the process's command line.
+func (h *handle) cmdline() (string, error) {
+	fd, err := unix.Openat(int(h.dir.Fd()), "cmdline", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return "", fmt.Errorf("cannot look at the command line of process %d: %w", h.pid, err)
+	}
+	f := os.NewFile(uintptr(fd), h.path("cmdline"))
+	defer f.Close()
+	hash := sha256.New()
+	n, err := io.Copy(hash, io.LimitReader(f, maxCmdline+1))
+	switch {
+	case err != nil:
+		return "", err
+	case n == 0:
+		return "", errors.New("it has no command line")
+	case n > maxCmdline:
+		return "", fmt.Errorf("its command line is longer than %d bytes", maxCmdline)
+	}
+	return hex.EncodeToString(hash.Sum(nil)), nil
+}
+
+// initCgroupNamespace is the inode of the host's own cgroup namespace, always
+// (PROC_CGROUP_INIT_INO).
+const initCgroupNamespace = "cgroup:[4026531835]"
+
+// place reads where the process stands among the host's cgroups. Seen from another
+// cgroup namespace than the host's a path proves nothing: whoever made the namespace
+// made the names.
+func (h *handle) place() (place, error) {
+	if ns, err := os.Readlink("/proc/self/ns/cgroup"); err != nil || ns != initCgroupNamespace {
+		return place{}, errors.New("the agent runs in a cgroup namespace of its own and cannot tell units and containers: run it in the host's")
+	}
+	text, err := h.read("cgroup")
+	if err != nil {
+		return place{}, err
+	}
+	path, err := parseCgroup(text)
+	if err != nil {
+		return place{}, err
+	}
+	return locate(path), nil
+}
+
+// Register makes an attested process and all that it starts satisfy run:id:ID, until
+// release is called. The process must not be closed before.
+func (a *Attestor) Register(id string, p *Process) (release func(), err error) {
+	h, err := p.held()
+	if err != nil {
+		return nil, err
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	switch {
+	case a.runs[id] != nil:
+		return nil, errors.New("that id is taken")
+	case len(a.runs) >= maxRuns:
+		return nil, fmt.Errorf("%d processes are registered; no more are", maxRuns)
+	}
+	a.runs[id] = h
+	return func() {
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		delete(a.runs, id)
+	}, nil
+}
+
+// belongs returns nil if the process is the registered one or was started below it.
+// A parent is always the older one: a pid that was given away meanwhile shows by that.
+func (a *Attestor) belongs(h *handle, id string) error {
+	a.mu.Lock()
+	defer a.mu.Unlock() // keeps root open; a walk is a few small reads
+	root := a.runs[id]
+	if root == nil {
+		return errors.New("no such run is registered with this agent")
+	}
+	if err := root.alive(); err != nil {
+		return fmt.Errorf("what the run began with: %w", err)
+	}
+	pid, born := h.pid, h.start
+	for range maxDepth {
+		if pid == root.pid {
+			if born != root.start {
+				break
+			}
+			return h.alive()
+		}
+		stat, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
+		if err != nil {
+			break
+		}
+		start, err := parseStartTime(stat)
+		if err != nil || start > born {
+			break
+		}
+		born = start
+		if pid, err = parseParent(stat); err != nil || pid <= 1 {
+			break
+		}
+		if stat, err = os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat"); err != nil {
+			break
+		}
+		if start, err = parseStartTime(stat); err != nil || start > born {
+			break
+		}
+		born = start
+	}
+	return errors.New("it was not started by that run")
 }

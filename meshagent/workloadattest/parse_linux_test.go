@@ -35,17 +35,18 @@ func TestParseStatus(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	uid, gid, err := parseStatus(own)
-	if err != nil || int(uid) != os.Geteuid() || int(gid) != os.Getegid() {
-		t.Errorf("own: %d %d %v", uid, gid, err)
+	is, err := parseStatus(own)
+	if err != nil || int(is.uid) != os.Geteuid() || int(is.gid) != os.Getegid() {
+		t.Errorf("own: %v %v", is, err)
 	}
 	// The effective one counts; a command's name cannot bring in a line.
-	uid, gid, err = parseStatus([]byte("Name:\tUid:\\n\nUid:\t1\t2\t3\t4\nGid:\t5\t6\t7\t8\n"))
-	if err != nil || uid != 2 || gid != 6 {
-		t.Errorf("effective: %d %d %v", uid, gid, err)
+	is, err = parseStatus([]byte("Name:\tUid:\\n\nUid:\t1\t2\t3\t4\nGid:\t5\t6\t7\t8\nGroups:\t4 27 1000 \n"))
+	if err != nil || is.uid != 2 || is.gid != 6 || !slices.Equal(is.groups, []uint32{4, 27, 1000}) {
+		t.Errorf("effective: %v %v", is, err)
 	}
-	for _, bad := range []string{"", "Uid:\t1\t2\t3\t4\n", "Uid:\t1\t2\nGid:\t5\t6\t7\t8\n", "Uid:\t1\t-1\t3\t4\nGid:\t5\t6\t7\t8\n", "Uid:\t1\t4294967296\t3\t4\nGid:\t5\t6\t7\t8\n"} {
-		if _, _, err := parseStatus([]byte(bad)); err == nil {
+	for _, bad := range []string{"", "Uid:\t1\t2\t3\t4\n", "Uid:\t1\t2\nGid:\t5\t6\t7\t8\nGroups:\n", "Uid:\t1\t-1\t3\t4\nGid:\t5\t6\t7\t8\nGroups:\n",
+		"Uid:\t1\t4294967296\t3\t4\nGid:\t5\t6\t7\t8\nGroups:\n", "Uid:\t1\t2\t3\t4\nGid:\t5\t6\t7\t8\n", "Uid:\t1\t2\t3\t4\nGid:\t5\t6\t7\t8\nGroups:\tx\n"} {
+		if _, err := parseStatus([]byte(bad)); err == nil {
 			t.Errorf("%q was read", bad)
 		}
 	}

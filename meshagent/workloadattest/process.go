@@ -116,7 +116,7 @@ func price(s ca.Selector) int {
 		return 0
 	case ca.SelectorUser:
 		return 1
-	case ca.SelectorSHA256:
+	case ca.SelectorSHA256, ca.SelectorCmdline:
 		return 3
 	default:
 		return 2
@@ -142,8 +142,45 @@ func (p *Process) satisfies(s ca.Selector) error {
 	switch s.Kind {
 	case ca.SelectorGID:
 		return same(strconv.FormatUint(uint64(h.gid), 10), s.Value)
+	case ca.SelectorGroup:
+		groups, err := h.groups()
+		if err != nil {
+			return err
+		}
+		if !slices.ContainsFunc(groups, func(g uint32) bool { return strconv.FormatUint(uint64(g), 10) == s.Value }) {
+			return fmt.Errorf("its supplementary groups are %d", groups)
+		}
+		return nil
 	case ca.SelectorPath:
 		return h.runs(s.Value)
+	case ca.SelectorCmdline:
+		digest, err := h.cmdline()
+		if err != nil {
+			return err
+		}
+		return same(digest, s.Value)
+	case ca.SelectorUnit:
+		at, err := h.place()
+		if err != nil {
+			return err
+		}
+		if at.unit == "" {
+			return errors.New("it runs in no unit")
+		}
+		return same(at.unit, s.Value)
+	case ca.SelectorContainer:
+		at, err := h.place()
+		switch {
+		case err != nil:
+			return err
+		case at.container == "":
+			return errors.New("it runs in no container")
+		case at.delegate != "":
+			return delegated(at)
+		}
+		return same(at.container, s.Value)
+	case ca.SelectorRun:
+		return p.attestor.belongs(h, s.Value)
 	case ca.SelectorSHA256:
 		digest, err := p.attestor.digest(h)
 		if err != nil {
@@ -153,6 +190,74 @@ func (p *Process) satisfies(s ca.Selector) error {
 	default: // of a later release: not satisfied
 		return errors.New("this agent cannot attest it")
 	}
+}
+
+func delegated(at place) error {
+	return fmt.Errorf("its cgroup says container %s, and lies below %s, whose user could say so of any process", at.container, at.delegate)
+}
+
+// Seen is one selector of a process, or why it cannot be seen.
+type Seen struct {
+	Kind  string // ca.SelectorUID and so on
+	Value string // empty with an Err
+	Err   error
+}
+
+// Selectors are all that the agent sees of a process, as entries would have to name
+// it, in a fixed order. It tells people; entries are decided by Satisfies.
+func (p *Process) Selectors() []Seen {
+	var list []Seen
+	add := func(kind, value string, err error) {
+		if err != nil {
+			value = ""
+		}
+		list = append(list, Seen{kind, value, err})
+	}
+	uid := strconv.FormatUint(uint64(p.UID), 10)
+	add(ca.SelectorUID, uid, nil)
+	if u, err := user.LookupId(uid); err == nil {
+		add(ca.SelectorUser, u.Username, nil)
+	} else {
+		add(ca.SelectorUser, "", err)
+	}
+	h, err := p.held()
+	if err != nil {
+		add(ca.SelectorPath, "", fmt.Errorf("the process cannot be looked at: %w", err))
+		return list
+	}
+	add(ca.SelectorGID, strconv.FormatUint(uint64(h.gid), 10), nil)
+	groups, err := h.groups()
+	if err != nil {
+		add(ca.SelectorGroup, "", err)
+	}
+	for _, g := range groups {
+		add(ca.SelectorGroup, strconv.FormatUint(uint64(g), 10), nil)
+	}
+	path, err := h.exe()
+	if err == nil {
+		err = h.runs(path)
+	}
+	add(ca.SelectorPath, path, err)
+	digest, err := p.attestor.digest(h)
+	add(ca.SelectorSHA256, digest, err)
+	cmdline, err := h.cmdline()
+	add(ca.SelectorCmdline, cmdline, err)
+	at, err := h.place()
+	if err != nil || at.unit != "" {
+		add(ca.SelectorUnit, at.unit, err)
+	}
+	switch {
+	case err != nil:
+		add(ca.SelectorContainer, "", err)
+	case at.delegate != "":
+		add(ca.SelectorContainer, "", delegated(at))
+	case at.container != "":
+		add(ca.SelectorContainer, at.container, nil)
+	}
+	if err := p.Alive(); err != nil {
+		return []Seen{{ca.SelectorPath, "", err}} // what was read may be of nobody
+	}
+	return list
 }
 
 func same(got, want string) error {

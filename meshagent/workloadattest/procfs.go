@@ -28,33 +28,69 @@ func parseStartTime(stat []byte) (uint64, error) {
 	return start, nil
 }
 
-// parseStatus takes the effective user and group out of /proc/PID/status,
-// proc_pid_status(5): "Uid:\treal\teffective\tsaved\tfs". The lines before them
-// are the kernel's; a command's name there has its line breaks escaped.
-func parseStatus(status []byte) (uid, gid uint32, err error) {
-	effective := func(name string) (uint32, error) {
-		for line := range bytes.Lines(status) {
+// status is what /proc/PID/status says of a process's rights.
+type status struct {
+	uid, gid uint32   // effective
+	groups   []uint32 // supplementary
+}
+
+// parseStatus reads /proc/PID/status, proc_pid_status(5): "Uid:\treal\teffective\t
+// saved\tfs" and "Groups:\t1 2". The lines before them are the kernel's; a command's
+// name there has its line breaks escaped.
+func parseStatus(text []byte) (s status, err error) {
+	ids := func(name string) ([]uint32, error) {
+		for line := range bytes.Lines(text) {
 			rest, ok := bytes.CutPrefix(line, []byte(name))
 			if !ok {
 				continue
 			}
-			fields := bytes.Fields(rest)
-			if len(fields) != 4 {
-				return 0, fmt.Errorf("/proc/PID/status: %s has %d values, not 4", name, len(fields))
+			var list []uint32
+			for _, field := range bytes.Fields(rest) {
+				id, err := strconv.ParseUint(string(field), 10, 32)
+				if err != nil {
+					return nil, fmt.Errorf("/proc/PID/status: %s %w", name, err)
+				}
+				list = append(list, uint32(id))
 			}
-			id, err := strconv.ParseUint(string(fields[1]), 10, 32)
-			if err != nil {
-				return 0, fmt.Errorf("/proc/PID/status: %s %w", name, err)
-			}
-			return uint32(id), nil
+			return list, nil
 		}
-		return 0, fmt.Errorf("/proc/PID/status has no %s", name)
+		return nil, fmt.Errorf("/proc/PID/status has no %s", name)
 	}
-	if uid, err = effective("Uid:"); err != nil {
-		return 0, 0, err
+	effective := func(name string) (uint32, error) {
+		list, err := ids(name)
+		if err == nil && len(list) != 4 {
+			err = fmt.Errorf("/proc/PID/status: %s has %d values, not 4", name, len(list))
+		}
+		if err != nil {
+			return 0, err
+		}
+		return list[1], nil
 	}
-	if gid, err = effective("Gid:"); err != nil {
-		return 0, 0, err
+	if s.uid, err = effective("Uid:"); err != nil {
+		return status{}, err
 	}
-	return uid, gid, nil
+	if s.gid, err = effective("Gid:"); err != nil {
+		return status{}, err
+	}
+	if s.groups, err = ids("Groups:"); err != nil {
+		return status{}, err
+	}
+	return s, nil
+}
+
+// parseParent takes field 4 (the parent's pid) out of /proc/PID/stat.
+func parseParent(stat []byte) (int, error) {
+	end := bytes.LastIndexByte(stat, ')')
+	if end < 0 {
+		return 0, errors.New("/proc/PID/stat has no command name")
+	}
+	fields := bytes.Fields(stat[end+1:])
+	if len(fields) < 2 {
+		return 0, fmt.Errorf("/proc/PID/stat has only %d fields", len(fields)+2)
+	}
+	parent, err := strconv.ParseInt(string(fields[1]), 10, 32)
+	if err != nil || parent < 0 {
+		return 0, fmt.Errorf("/proc/PID/stat: parent %.20q", fields[1])
+	}
+	return int(parent), nil
 }

@@ -1438,6 +1438,346 @@ func (x *X509Result) GetError() string {
 	return ""
 }
 
+type SignJWTRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Requests      []*JWTRequest          `protobuf:"bytes,1,rep,name=requests,proto3" json:"requests,omitempty"` // at most 100
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SignJWTRequest) Reset() {
+	*x = SignJWTRequest{}
+	mi := &file_entente_v1_entente_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SignJWTRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SignJWTRequest) ProtoMessage() {}
+
+func (x *SignJWTRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SignJWTRequest.ProtoReflect.Descriptor instead.
+func (*SignJWTRequest) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *SignJWTRequest) GetRequests() []*JWTRequest {
+	if x != nil {
+		return x.Requests
+	}
+	return nil
+}
+
+type JWTRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	EntryId       string                 `protobuf:"bytes,1,opt,name=entry_id,json=entryId,proto3" json:"entry_id,omitempty"`
+	Audience      []string               `protobuf:"bytes,2,rep,name=audience,proto3" json:"audience,omitempty"` // at least one
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *JWTRequest) Reset() {
+	*x = JWTRequest{}
+	mi := &file_entente_v1_entente_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *JWTRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*JWTRequest) ProtoMessage() {}
+
+func (x *JWTRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use JWTRequest.ProtoReflect.Descriptor instead.
+func (*JWTRequest) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *JWTRequest) GetEntryId() string {
+	if x != nil {
+		return x.EntryId
+	}
+	return ""
+}
+
+func (x *JWTRequest) GetAudience() []string {
+	if x != nil {
+		return x.Audience
+	}
+	return nil
+}
+
+type SignJWTResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Results       []*TokenResult         `protobuf:"bytes,1,rep,name=results,proto3" json:"results,omitempty"` // in the order of the requests
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SignJWTResponse) Reset() {
+	*x = SignJWTResponse{}
+	mi := &file_entente_v1_entente_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SignJWTResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SignJWTResponse) ProtoMessage() {}
+
+func (x *SignJWTResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SignJWTResponse.ProtoReflect.Descriptor instead.
+func (*SignJWTResponse) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *SignJWTResponse) GetResults() []*TokenResult {
+	if x != nil {
+		return x.Results
+	}
+	return nil
+}
+
+type SignWITRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Requests      []*WITRequest          `protobuf:"bytes,1,rep,name=requests,proto3" json:"requests,omitempty"` // at most 100
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SignWITRequest) Reset() {
+	*x = SignWITRequest{}
+	mi := &file_entente_v1_entente_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SignWITRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SignWITRequest) ProtoMessage() {}
+
+func (x *SignWITRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SignWITRequest.ProtoReflect.Descriptor instead.
+func (*SignWITRequest) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *SignWITRequest) GetRequests() []*WITRequest {
+	if x != nil {
+		return x.Requests
+	}
+	return nil
+}
+
+type WITRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	EntryId       string                 `protobuf:"bytes,1,opt,name=entry_id,json=entryId,proto3" json:"entry_id,omitempty"`
+	Csr           []byte                 `protobuf:"bytes,2,opt,name=csr,proto3" json:"csr,omitempty"` // PKCS#10, DER, signed with the key that the token will name
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WITRequest) Reset() {
+	*x = WITRequest{}
+	mi := &file_entente_v1_entente_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WITRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WITRequest) ProtoMessage() {}
+
+func (x *WITRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WITRequest.ProtoReflect.Descriptor instead.
+func (*WITRequest) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *WITRequest) GetEntryId() string {
+	if x != nil {
+		return x.EntryId
+	}
+	return ""
+}
+
+func (x *WITRequest) GetCsr() []byte {
+	if x != nil {
+		return x.Csr
+	}
+	return nil
+}
+
+type SignWITResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Results       []*TokenResult         `protobuf:"bytes,1,rep,name=results,proto3" json:"results,omitempty"` // in the order of the requests
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SignWITResponse) Reset() {
+	*x = SignWITResponse{}
+	mi := &file_entente_v1_entente_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SignWITResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SignWITResponse) ProtoMessage() {}
+
+func (x *SignWITResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SignWITResponse.ProtoReflect.Descriptor instead.
+func (*SignWITResponse) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *SignWITResponse) GetResults() []*TokenResult {
+	if x != nil {
+		return x.Results
+	}
+	return nil
+}
+
+type TokenResult struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Token         string                 `protobuf:"bytes,1,opt,name=token,proto3" json:"token,omitempty"` // JWS, compact
+	Code          uint32                 `protobuf:"varint,2,opt,name=code,proto3" json:"code,omitempty"`  // gRPC code; 0 is fine
+	Error         string                 `protobuf:"bytes,3,opt,name=error,proto3" json:"error,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TokenResult) Reset() {
+	*x = TokenResult{}
+	mi := &file_entente_v1_entente_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TokenResult) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TokenResult) ProtoMessage() {}
+
+func (x *TokenResult) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TokenResult.ProtoReflect.Descriptor instead.
+func (*TokenResult) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *TokenResult) GetToken() string {
+	if x != nil {
+		return x.Token
+	}
+	return ""
+}
+
+func (x *TokenResult) GetCode() uint32 {
+	if x != nil {
+		return x.Code
+	}
+	return 0
+}
+
+func (x *TokenResult) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
 type StatusRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -1446,7 +1786,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[19]
+	mi := &file_entente_v1_entente_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1458,7 +1798,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[19]
+	mi := &file_entente_v1_entente_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1471,31 +1811,41 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{19}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{26}
 }
 
 type StatusResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Cluster       *v1.Cluster            `protobuf:"bytes,1,opt,name=cluster,proto3" json:"cluster,omitempty"`
-	Revision      uint64                 `protobuf:"varint,2,opt,name=revision,proto3" json:"revision,omitempty"`
-	NodeId        string                 `protobuf:"bytes,3,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`
-	LeaderId      string                 `protobuf:"bytes,4,opt,name=leader_id,json=leaderId,proto3" json:"leader_id,omitempty"` // empty: no quorum known
-	RaftState     string                 `protobuf:"bytes,5,opt,name=raft_state,json=raftState,proto3" json:"raft_state,omitempty"`
-	AgeSeconds    float64                `protobuf:"fixed64,6,opt,name=age_seconds,json=ageSeconds,proto3" json:"age_seconds,omitempty"` // of the agreed state
-	Members       []*MemberStatus        `protobuf:"bytes,7,rep,name=members,proto3" json:"members,omitempty"`
-	Authorities   []*v1.Authority        `protobuf:"bytes,8,rep,name=authorities,proto3" json:"authorities,omitempty"`
-	Entries       uint32                 `protobuf:"varint,9,opt,name=entries,proto3" json:"entries,omitempty"`
-	Agents        uint32                 `protobuf:"varint,10,opt,name=agents,proto3" json:"agents,omitempty"`
-	Foreign       []*ForeignBundleStatus `protobuf:"bytes,11,rep,name=foreign,proto3" json:"foreign,omitempty"`
-	Instances     []*Instance            `protobuf:"bytes,12,rep,name=instances,proto3" json:"instances,omitempty"`
-	Subscribers   uint32                 `protobuf:"varint,13,opt,name=subscribers,proto3" json:"subscribers,omitempty"` // of this node
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state              protoimpl.MessageState `protogen:"open.v1"`
+	Cluster            *v1.Cluster            `protobuf:"bytes,1,opt,name=cluster,proto3" json:"cluster,omitempty"`
+	Revision           uint64                 `protobuf:"varint,2,opt,name=revision,proto3" json:"revision,omitempty"`
+	NodeId             string                 `protobuf:"bytes,3,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`
+	LeaderId           string                 `protobuf:"bytes,4,opt,name=leader_id,json=leaderId,proto3" json:"leader_id,omitempty"` // empty: no quorum known
+	RaftState          string                 `protobuf:"bytes,5,opt,name=raft_state,json=raftState,proto3" json:"raft_state,omitempty"`
+	AgeSeconds         float64                `protobuf:"fixed64,6,opt,name=age_seconds,json=ageSeconds,proto3" json:"age_seconds,omitempty"` // of the agreed state
+	Members            []*MemberStatus        `protobuf:"bytes,7,rep,name=members,proto3" json:"members,omitempty"`
+	Authorities        []*v1.Authority        `protobuf:"bytes,8,rep,name=authorities,proto3" json:"authorities,omitempty"`
+	Entries            uint32                 `protobuf:"varint,9,opt,name=entries,proto3" json:"entries,omitempty"`
+	Agents             uint32                 `protobuf:"varint,10,opt,name=agents,proto3" json:"agents,omitempty"`
+	Foreign            []*ForeignBundleStatus `protobuf:"bytes,11,rep,name=foreign,proto3" json:"foreign,omitempty"`
+	Instances          []*Instance            `protobuf:"bytes,12,rep,name=instances,proto3" json:"instances,omitempty"`
+	Subscribers        uint32                 `protobuf:"varint,13,opt,name=subscribers,proto3" json:"subscribers,omitempty"`                                            // of this node
+	Quorum             bool                   `protobuf:"varint,30,opt,name=quorum,proto3" json:"quorum,omitempty"`                                                      // agreement goes on, as far as this node knows
+	NoQuorumSince      int64                  `protobuf:"varint,31,opt,name=no_quorum_since,json=noQuorumSince,proto3" json:"no_quorum_since,omitempty"`                 // Unix seconds; 0: there is quorum, as far as this node knows
+	NotAgreeing        string                 `protobuf:"bytes,32,opt,name=not_agreeing,json=notAgreeing,proto3" json:"not_agreeing,omitempty"`                          // without quorum: since when, what still works, what to do
+	Disk               string                 `protobuf:"bytes,33,opt,name=disk,proto3" json:"disk,omitempty"`                                                           // empty: the log's disk works; else what is wrong with it
+	ClockOffsetSeconds float64                `protobuf:"fixed64,34,opt,name=clock_offset_seconds,json=clockOffsetSeconds,proto3" json:"clock_offset_seconds,omitempty"` // own clock minus the agreed time, as of the last Tick
+	ClockKnown         bool                   `protobuf:"varint,35,opt,name=clock_known,json=clockKnown,proto3" json:"clock_known,omitempty"`
+	Autonomy           []*Autonomy            `protobuf:"bytes,36,rep,name=autonomy,proto3" json:"autonomy,omitempty"` // of each signing member
+	AppliedIndex       uint64                 `protobuf:"varint,37,opt,name=applied_index,json=appliedIndex,proto3" json:"applied_index,omitempty"`
+	LastIndex          uint64                 `protobuf:"varint,38,opt,name=last_index,json=lastIndex,proto3" json:"last_index,omitempty"`
+	LogBytes           uint64                 `protobuf:"varint,39,opt,name=log_bytes,json=logBytes,proto3" json:"log_bytes,omitempty"` // since the last snapshot
+	unknownFields      protoimpl.UnknownFields
+	sizeCache          protoimpl.SizeCache
 }
 
 func (x *StatusResponse) Reset() {
 	*x = StatusResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[20]
+	mi := &file_entente_v1_entente_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1507,7 +1857,7 @@ func (x *StatusResponse) String() string {
 func (*StatusResponse) ProtoMessage() {}
 
 func (x *StatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[20]
+	mi := &file_entente_v1_entente_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1520,7 +1870,7 @@ func (x *StatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusResponse.ProtoReflect.Descriptor instead.
 func (*StatusResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{20}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *StatusResponse) GetCluster() *v1.Cluster {
@@ -1614,6 +1964,145 @@ func (x *StatusResponse) GetSubscribers() uint32 {
 	return 0
 }
 
+func (x *StatusResponse) GetQuorum() bool {
+	if x != nil {
+		return x.Quorum
+	}
+	return false
+}
+
+func (x *StatusResponse) GetNoQuorumSince() int64 {
+	if x != nil {
+		return x.NoQuorumSince
+	}
+	return 0
+}
+
+func (x *StatusResponse) GetNotAgreeing() string {
+	if x != nil {
+		return x.NotAgreeing
+	}
+	return ""
+}
+
+func (x *StatusResponse) GetDisk() string {
+	if x != nil {
+		return x.Disk
+	}
+	return ""
+}
+
+func (x *StatusResponse) GetClockOffsetSeconds() float64 {
+	if x != nil {
+		return x.ClockOffsetSeconds
+	}
+	return 0
+}
+
+func (x *StatusResponse) GetClockKnown() bool {
+	if x != nil {
+		return x.ClockKnown
+	}
+	return false
+}
+
+func (x *StatusResponse) GetAutonomy() []*Autonomy {
+	if x != nil {
+		return x.Autonomy
+	}
+	return nil
+}
+
+func (x *StatusResponse) GetAppliedIndex() uint64 {
+	if x != nil {
+		return x.AppliedIndex
+	}
+	return 0
+}
+
+func (x *StatusResponse) GetLastIndex() uint64 {
+	if x != nil {
+		return x.LastIndex
+	}
+	return 0
+}
+
+func (x *StatusResponse) GetLogBytes() uint64 {
+	if x != nil {
+		return x.LogBytes
+	}
+	return 0
+}
+
+// Autonomy is how long a member goes on signing if quorum were lost now.
+type Autonomy struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	MemberId      string                 `protobuf:"bytes,1,opt,name=member_id,json=memberId,proto3" json:"member_id,omitempty"`
+	SignsSeconds  float64                `protobuf:"fixed64,2,opt,name=signs_seconds,json=signsSeconds,proto3" json:"signs_seconds,omitempty"` // until its last authority that may sign ends; 0: it does not sign
+	FullSeconds   float64                `protobuf:"fixed64,3,opt,name=full_seconds,json=fullSeconds,proto3" json:"full_seconds,omitempty"`    // until leaves become shorter than they should be
+	NextReady     bool                   `protobuf:"varint,4,opt,name=next_ready,json=nextReady,proto3" json:"next_ready,omitempty"`           // its next authority may be activated without quorum
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Autonomy) Reset() {
+	*x = Autonomy{}
+	mi := &file_entente_v1_entente_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Autonomy) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Autonomy) ProtoMessage() {}
+
+func (x *Autonomy) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Autonomy.ProtoReflect.Descriptor instead.
+func (*Autonomy) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *Autonomy) GetMemberId() string {
+	if x != nil {
+		return x.MemberId
+	}
+	return ""
+}
+
+func (x *Autonomy) GetSignsSeconds() float64 {
+	if x != nil {
+		return x.SignsSeconds
+	}
+	return 0
+}
+
+func (x *Autonomy) GetFullSeconds() float64 {
+	if x != nil {
+		return x.FullSeconds
+	}
+	return 0
+}
+
+func (x *Autonomy) GetNextReady() bool {
+	if x != nil {
+		return x.NextReady
+	}
+	return false
+}
+
 type MemberStatus struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Member        *v1.Member             `protobuf:"bytes,1,opt,name=member,proto3" json:"member,omitempty"`
@@ -1624,7 +2113,7 @@ type MemberStatus struct {
 
 func (x *MemberStatus) Reset() {
 	*x = MemberStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[21]
+	mi := &file_entente_v1_entente_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1636,7 +2125,7 @@ func (x *MemberStatus) String() string {
 func (*MemberStatus) ProtoMessage() {}
 
 func (x *MemberStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[21]
+	mi := &file_entente_v1_entente_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1649,7 +2138,7 @@ func (x *MemberStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemberStatus.ProtoReflect.Descriptor instead.
 func (*MemberStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{21}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *MemberStatus) GetMember() *v1.Member {
@@ -1666,6 +2155,619 @@ func (x *MemberStatus) GetVoterNow() bool {
 	return false
 }
 
+type SaveSnapshotRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SaveSnapshotRequest) Reset() {
+	*x = SaveSnapshotRequest{}
+	mi := &file_entente_v1_entente_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SaveSnapshotRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SaveSnapshotRequest) ProtoMessage() {}
+
+func (x *SaveSnapshotRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SaveSnapshotRequest.ProtoReflect.Descriptor instead.
+func (*SaveSnapshotRequest) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{30}
+}
+
+// SaveSnapshotResponse is a part of the file. The file carries its own checksums.
+type SaveSnapshotResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Data          []byte                 `protobuf:"bytes,1,opt,name=data,proto3" json:"data,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SaveSnapshotResponse) Reset() {
+	*x = SaveSnapshotResponse{}
+	mi := &file_entente_v1_entente_proto_msgTypes[31]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SaveSnapshotResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SaveSnapshotResponse) ProtoMessage() {}
+
+func (x *SaveSnapshotResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[31]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SaveSnapshotResponse.ProtoReflect.Descriptor instead.
+func (*SaveSnapshotResponse) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{31}
+}
+
+func (x *SaveSnapshotResponse) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
+type ListNodesRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListNodesRequest) Reset() {
+	*x = ListNodesRequest{}
+	mi := &file_entente_v1_entente_proto_msgTypes[32]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListNodesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListNodesRequest) ProtoMessage() {}
+
+func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[32]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListNodesRequest.ProtoReflect.Descriptor instead.
+func (*ListNodesRequest) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{32}
+}
+
+type ListNodesResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	LeaderId      string                 `protobuf:"bytes,1,opt,name=leader_id,json=leaderId,proto3" json:"leader_id,omitempty"` // empty: none is known, and lags are not
+	Nodes         []*NodeProgress        `protobuf:"bytes,2,rep,name=nodes,proto3" json:"nodes,omitempty"`
+	LastIndex     uint64                 `protobuf:"varint,3,opt,name=last_index,json=lastIndex,proto3" json:"last_index,omitempty"` // of the leader's log
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListNodesResponse) Reset() {
+	*x = ListNodesResponse{}
+	mi := &file_entente_v1_entente_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListNodesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListNodesResponse) ProtoMessage() {}
+
+func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListNodesResponse.ProtoReflect.Descriptor instead.
+func (*ListNodesResponse) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{33}
+}
+
+func (x *ListNodesResponse) GetLeaderId() string {
+	if x != nil {
+		return x.LeaderId
+	}
+	return ""
+}
+
+func (x *ListNodesResponse) GetNodes() []*NodeProgress {
+	if x != nil {
+		return x.Nodes
+	}
+	return nil
+}
+
+func (x *ListNodesResponse) GetLastIndex() uint64 {
+	if x != nil {
+		return x.LastIndex
+	}
+	return 0
+}
+
+type NodeProgress struct {
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	Member         *v1.Member             `protobuf:"bytes,1,opt,name=member,proto3" json:"member,omitempty"`
+	VoterNow       bool                   `protobuf:"varint,2,opt,name=voter_now,json=voterNow,proto3" json:"voter_now,omitempty"`
+	Match          uint64                 `protobuf:"varint,3,opt,name=match,proto3" json:"match,omitempty"`                                          // log index up to which it holds the leader's log
+	Lag            uint64                 `protobuf:"varint,4,opt,name=lag,proto3" json:"lag,omitempty"`                                              // entries that it lacks
+	ContactSeconds float64                `protobuf:"fixed64,5,opt,name=contact_seconds,json=contactSeconds,proto3" json:"contact_seconds,omitempty"` // since it last answered the leader; -1: never
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *NodeProgress) Reset() {
+	*x = NodeProgress{}
+	mi := &file_entente_v1_entente_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NodeProgress) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NodeProgress) ProtoMessage() {}
+
+func (x *NodeProgress) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NodeProgress.ProtoReflect.Descriptor instead.
+func (*NodeProgress) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{34}
+}
+
+func (x *NodeProgress) GetMember() *v1.Member {
+	if x != nil {
+		return x.Member
+	}
+	return nil
+}
+
+func (x *NodeProgress) GetVoterNow() bool {
+	if x != nil {
+		return x.VoterNow
+	}
+	return false
+}
+
+func (x *NodeProgress) GetMatch() uint64 {
+	if x != nil {
+		return x.Match
+	}
+	return 0
+}
+
+func (x *NodeProgress) GetLag() uint64 {
+	if x != nil {
+		return x.Lag
+	}
+	return 0
+}
+
+func (x *NodeProgress) GetContactSeconds() float64 {
+	if x != nil {
+		return x.ContactSeconds
+	}
+	return 0
+}
+
+type PromoteNodeRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PromoteNodeRequest) Reset() {
+	*x = PromoteNodeRequest{}
+	mi := &file_entente_v1_entente_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PromoteNodeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PromoteNodeRequest) ProtoMessage() {}
+
+func (x *PromoteNodeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PromoteNodeRequest.ProtoReflect.Descriptor instead.
+func (*PromoteNodeRequest) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{35}
+}
+
+func (x *PromoteNodeRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type PromoteNodeResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Revision      uint64                 `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PromoteNodeResponse) Reset() {
+	*x = PromoteNodeResponse{}
+	mi := &file_entente_v1_entente_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PromoteNodeResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PromoteNodeResponse) ProtoMessage() {}
+
+func (x *PromoteNodeResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PromoteNodeResponse.ProtoReflect.Descriptor instead.
+func (*PromoteNodeResponse) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *PromoteNodeResponse) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+type VouchRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	MemberId      string                 `protobuf:"bytes,1,opt,name=member_id,json=memberId,proto3" json:"member_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VouchRequest) Reset() {
+	*x = VouchRequest{}
+	mi := &file_entente_v1_entente_proto_msgTypes[37]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VouchRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VouchRequest) ProtoMessage() {}
+
+func (x *VouchRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[37]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VouchRequest.ProtoReflect.Descriptor instead.
+func (*VouchRequest) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{37}
+}
+
+func (x *VouchRequest) GetMemberId() string {
+	if x != nil {
+		return x.MemberId
+	}
+	return ""
+}
+
+type VouchResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Member        *v1.Member             `protobuf:"bytes,1,opt,name=member,proto3" json:"member,omitempty"` // absent: not known
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VouchResponse) Reset() {
+	*x = VouchResponse{}
+	mi := &file_entente_v1_entente_proto_msgTypes[38]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VouchResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VouchResponse) ProtoMessage() {}
+
+func (x *VouchResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[38]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VouchResponse.ProtoReflect.Descriptor instead.
+func (*VouchResponse) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{38}
+}
+
+func (x *VouchResponse) GetMember() *v1.Member {
+	if x != nil {
+		return x.Member
+	}
+	return nil
+}
+
+type ChecksumRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	AtIndex       uint64                 `protobuf:"varint,1,opt,name=at_index,json=atIndex,proto3" json:"at_index,omitempty"`
+	Format        uint32                 `protobuf:"varint,2,opt,name=format,proto3" json:"format,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ChecksumRequest) Reset() {
+	*x = ChecksumRequest{}
+	mi := &file_entente_v1_entente_proto_msgTypes[39]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ChecksumRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ChecksumRequest) ProtoMessage() {}
+
+func (x *ChecksumRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[39]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ChecksumRequest.ProtoReflect.Descriptor instead.
+func (*ChecksumRequest) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{39}
+}
+
+func (x *ChecksumRequest) GetAtIndex() uint64 {
+	if x != nil {
+		return x.AtIndex
+	}
+	return 0
+}
+
+func (x *ChecksumRequest) GetFormat() uint32 {
+	if x != nil {
+		return x.Format
+	}
+	return 0
+}
+
+type ChecksumResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Sum           []byte                 `protobuf:"bytes,1,opt,name=sum,proto3" json:"sum,omitempty"` // empty: not known, or of another format
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ChecksumResponse) Reset() {
+	*x = ChecksumResponse{}
+	mi := &file_entente_v1_entente_proto_msgTypes[40]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ChecksumResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ChecksumResponse) ProtoMessage() {}
+
+func (x *ChecksumResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[40]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ChecksumResponse.ProtoReflect.Descriptor instead.
+func (*ChecksumResponse) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{40}
+}
+
+func (x *ChecksumResponse) GetSum() []byte {
+	if x != nil {
+		return x.Sum
+	}
+	return nil
+}
+
+type ShowEpochRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Statement     []byte                 `protobuf:"bytes,1,opt,name=statement,proto3" json:"statement,omitempty"` // encoded state.v1.RecoveryStatement
+	Signature     []byte                 `protobuf:"bytes,2,opt,name=signature,proto3" json:"signature,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ShowEpochRequest) Reset() {
+	*x = ShowEpochRequest{}
+	mi := &file_entente_v1_entente_proto_msgTypes[41]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ShowEpochRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ShowEpochRequest) ProtoMessage() {}
+
+func (x *ShowEpochRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[41]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ShowEpochRequest.ProtoReflect.Descriptor instead.
+func (*ShowEpochRequest) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{41}
+}
+
+func (x *ShowEpochRequest) GetStatement() []byte {
+	if x != nil {
+		return x.Statement
+	}
+	return nil
+}
+
+func (x *ShowEpochRequest) GetSignature() []byte {
+	if x != nil {
+		return x.Signature
+	}
+	return nil
+}
+
+type ShowEpochResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ShowEpochResponse) Reset() {
+	*x = ShowEpochResponse{}
+	mi := &file_entente_v1_entente_proto_msgTypes[42]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ShowEpochResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ShowEpochResponse) ProtoMessage() {}
+
+func (x *ShowEpochResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[42]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ShowEpochResponse.ProtoReflect.Descriptor instead.
+func (*ShowEpochResponse) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{42}
+}
+
 type ForeignBundleStatus struct {
 	state           protoimpl.MessageState `protogen:"open.v1"`
 	TrustDomain     string                 `protobuf:"bytes,1,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"`
@@ -1679,7 +2781,7 @@ type ForeignBundleStatus struct {
 
 func (x *ForeignBundleStatus) Reset() {
 	*x = ForeignBundleStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[22]
+	mi := &file_entente_v1_entente_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1691,7 +2793,7 @@ func (x *ForeignBundleStatus) String() string {
 func (*ForeignBundleStatus) ProtoMessage() {}
 
 func (x *ForeignBundleStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[22]
+	mi := &file_entente_v1_entente_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1704,7 +2806,7 @@ func (x *ForeignBundleStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForeignBundleStatus.ProtoReflect.Descriptor instead.
 func (*ForeignBundleStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{22}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *ForeignBundleStatus) GetTrustDomain() string {
@@ -1753,7 +2855,7 @@ type CreateTokenRequest struct {
 
 func (x *CreateTokenRequest) Reset() {
 	*x = CreateTokenRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[23]
+	mi := &file_entente_v1_entente_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1765,7 +2867,7 @@ func (x *CreateTokenRequest) String() string {
 func (*CreateTokenRequest) ProtoMessage() {}
 
 func (x *CreateTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[23]
+	mi := &file_entente_v1_entente_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1778,7 +2880,7 @@ func (x *CreateTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTokenRequest.ProtoReflect.Descriptor instead.
 func (*CreateTokenRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{23}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *CreateTokenRequest) GetNode() *v1.NodeGrant {
@@ -1813,7 +2915,7 @@ type CreateTokenResponse struct {
 
 func (x *CreateTokenResponse) Reset() {
 	*x = CreateTokenResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[24]
+	mi := &file_entente_v1_entente_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1825,7 +2927,7 @@ func (x *CreateTokenResponse) String() string {
 func (*CreateTokenResponse) ProtoMessage() {}
 
 func (x *CreateTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[24]
+	mi := &file_entente_v1_entente_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1838,7 +2940,7 @@ func (x *CreateTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTokenResponse.ProtoReflect.Descriptor instead.
 func (*CreateTokenResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{24}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *CreateTokenResponse) GetToken() string {
@@ -1873,7 +2975,7 @@ type ApplyRequest struct {
 
 func (x *ApplyRequest) Reset() {
 	*x = ApplyRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[25]
+	mi := &file_entente_v1_entente_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1885,7 +2987,7 @@ func (x *ApplyRequest) String() string {
 func (*ApplyRequest) ProtoMessage() {}
 
 func (x *ApplyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[25]
+	mi := &file_entente_v1_entente_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1898,7 +3000,7 @@ func (x *ApplyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyRequest.ProtoReflect.Descriptor instead.
 func (*ApplyRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{25}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *ApplyRequest) GetObjects() []*v1.Object {
@@ -1932,7 +3034,7 @@ type ApplyResponse struct {
 
 func (x *ApplyResponse) Reset() {
 	*x = ApplyResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[26]
+	mi := &file_entente_v1_entente_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1944,7 +3046,7 @@ func (x *ApplyResponse) String() string {
 func (*ApplyResponse) ProtoMessage() {}
 
 func (x *ApplyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[26]
+	mi := &file_entente_v1_entente_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1957,7 +3059,7 @@ func (x *ApplyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyResponse.ProtoReflect.Descriptor instead.
 func (*ApplyResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{26}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *ApplyResponse) GetRevision() uint64 {
@@ -1984,7 +3086,7 @@ type ObjectChange struct {
 
 func (x *ObjectChange) Reset() {
 	*x = ObjectChange{}
-	mi := &file_entente_v1_entente_proto_msgTypes[27]
+	mi := &file_entente_v1_entente_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1996,7 +3098,7 @@ func (x *ObjectChange) String() string {
 func (*ObjectChange) ProtoMessage() {}
 
 func (x *ObjectChange) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[27]
+	mi := &file_entente_v1_entente_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2009,7 +3111,7 @@ func (x *ObjectChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ObjectChange.ProtoReflect.Descriptor instead.
 func (*ObjectChange) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{27}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *ObjectChange) GetKey() *v1.ObjectKey {
@@ -2029,13 +3131,14 @@ func (x *ObjectChange) GetAction() string {
 type GetBundleRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	TrustDomain   string                 `protobuf:"bytes,1,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"` // empty: the own
+	Wit           bool                   `protobuf:"varint,2,opt,name=wit,proto3" json:"wit,omitempty"`                                   // of the own: with its WIT keys
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *GetBundleRequest) Reset() {
 	*x = GetBundleRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[28]
+	mi := &file_entente_v1_entente_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2047,7 +3150,7 @@ func (x *GetBundleRequest) String() string {
 func (*GetBundleRequest) ProtoMessage() {}
 
 func (x *GetBundleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[28]
+	mi := &file_entente_v1_entente_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2060,7 +3163,7 @@ func (x *GetBundleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBundleRequest.ProtoReflect.Descriptor instead.
 func (*GetBundleRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{28}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *GetBundleRequest) GetTrustDomain() string {
@@ -2068,6 +3171,13 @@ func (x *GetBundleRequest) GetTrustDomain() string {
 		return x.TrustDomain
 	}
 	return ""
+}
+
+func (x *GetBundleRequest) GetWit() bool {
+	if x != nil {
+		return x.Wit
+	}
+	return false
 }
 
 type GetBundleResponse struct {
@@ -2079,7 +3189,7 @@ type GetBundleResponse struct {
 
 func (x *GetBundleResponse) Reset() {
 	*x = GetBundleResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[29]
+	mi := &file_entente_v1_entente_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2091,7 +3201,7 @@ func (x *GetBundleResponse) String() string {
 func (*GetBundleResponse) ProtoMessage() {}
 
 func (x *GetBundleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[29]
+	mi := &file_entente_v1_entente_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2104,7 +3214,7 @@ func (x *GetBundleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBundleResponse.ProtoReflect.Descriptor instead.
 func (*GetBundleResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{29}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *GetBundleResponse) GetJwks() []byte {
@@ -2123,7 +3233,7 @@ type ProposeRequest struct {
 
 func (x *ProposeRequest) Reset() {
 	*x = ProposeRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[30]
+	mi := &file_entente_v1_entente_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2135,7 +3245,7 @@ func (x *ProposeRequest) String() string {
 func (*ProposeRequest) ProtoMessage() {}
 
 func (x *ProposeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[30]
+	mi := &file_entente_v1_entente_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2148,7 +3258,7 @@ func (x *ProposeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProposeRequest.ProtoReflect.Descriptor instead.
 func (*ProposeRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{30}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *ProposeRequest) GetCommand() []byte {
@@ -2169,7 +3279,7 @@ type ProposeResponse struct {
 
 func (x *ProposeResponse) Reset() {
 	*x = ProposeResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[31]
+	mi := &file_entente_v1_entente_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2181,7 +3291,7 @@ func (x *ProposeResponse) String() string {
 func (*ProposeResponse) ProtoMessage() {}
 
 func (x *ProposeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[31]
+	mi := &file_entente_v1_entente_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2194,7 +3304,7 @@ func (x *ProposeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProposeResponse.ProtoReflect.Descriptor instead.
 func (*ProposeResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{31}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *ProposeResponse) GetRevision() uint64 {
@@ -2233,7 +3343,7 @@ type ReportRequest struct {
 
 func (x *ReportRequest) Reset() {
 	*x = ReportRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[32]
+	mi := &file_entente_v1_entente_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2245,7 +3355,7 @@ func (x *ReportRequest) String() string {
 func (*ReportRequest) ProtoMessage() {}
 
 func (x *ReportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[32]
+	mi := &file_entente_v1_entente_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2258,7 +3368,7 @@ func (x *ReportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRequest.ProtoReflect.Descriptor instead.
 func (*ReportRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{32}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *ReportRequest) GetBootId() string {
@@ -2321,7 +3431,7 @@ type HeldAuthority struct {
 
 func (x *HeldAuthority) Reset() {
 	*x = HeldAuthority{}
-	mi := &file_entente_v1_entente_proto_msgTypes[33]
+	mi := &file_entente_v1_entente_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2333,7 +3443,7 @@ func (x *HeldAuthority) String() string {
 func (*HeldAuthority) ProtoMessage() {}
 
 func (x *HeldAuthority) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[33]
+	mi := &file_entente_v1_entente_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2346,7 +3456,7 @@ func (x *HeldAuthority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HeldAuthority.ProtoReflect.Descriptor instead.
 func (*HeldAuthority) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{33}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *HeldAuthority) GetId() string {
@@ -2371,7 +3481,7 @@ type ReportResponse struct {
 
 func (x *ReportResponse) Reset() {
 	*x = ReportResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[34]
+	mi := &file_entente_v1_entente_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2383,7 +3493,7 @@ func (x *ReportResponse) String() string {
 func (*ReportResponse) ProtoMessage() {}
 
 func (x *ReportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[34]
+	mi := &file_entente_v1_entente_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2396,7 +3506,7 @@ func (x *ReportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportResponse.ProtoReflect.Descriptor instead.
 func (*ReportResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{34}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{55}
 }
 
 type GateRequest struct {
@@ -2407,7 +3517,7 @@ type GateRequest struct {
 
 func (x *GateRequest) Reset() {
 	*x = GateRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[35]
+	mi := &file_entente_v1_entente_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2419,7 +3529,7 @@ func (x *GateRequest) String() string {
 func (*GateRequest) ProtoMessage() {}
 
 func (x *GateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[35]
+	mi := &file_entente_v1_entente_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2432,7 +3542,7 @@ func (x *GateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GateRequest.ProtoReflect.Descriptor instead.
 func (*GateRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{35}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{56}
 }
 
 type GateResponse struct {
@@ -2444,7 +3554,7 @@ type GateResponse struct {
 
 func (x *GateResponse) Reset() {
 	*x = GateResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[36]
+	mi := &file_entente_v1_entente_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2456,7 +3566,7 @@ func (x *GateResponse) String() string {
 func (*GateResponse) ProtoMessage() {}
 
 func (x *GateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[36]
+	mi := &file_entente_v1_entente_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2469,7 +3579,7 @@ func (x *GateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GateResponse.ProtoReflect.Descriptor instead.
 func (*GateResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{36}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *GateResponse) GetAuthorities() []*AuthorityGate {
@@ -2491,7 +3601,7 @@ type AuthorityGate struct {
 
 func (x *AuthorityGate) Reset() {
 	*x = AuthorityGate{}
-	mi := &file_entente_v1_entente_proto_msgTypes[37]
+	mi := &file_entente_v1_entente_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2503,7 +3613,7 @@ func (x *AuthorityGate) String() string {
 func (*AuthorityGate) ProtoMessage() {}
 
 func (x *AuthorityGate) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[37]
+	mi := &file_entente_v1_entente_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2516,7 +3626,7 @@ func (x *AuthorityGate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityGate.ProtoReflect.Descriptor instead.
 func (*AuthorityGate) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{37}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *AuthorityGate) GetId() string {
@@ -2548,7 +3658,7 @@ type PresenceRequest struct {
 
 func (x *PresenceRequest) Reset() {
 	*x = PresenceRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[38]
+	mi := &file_entente_v1_entente_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2560,7 +3670,7 @@ func (x *PresenceRequest) String() string {
 func (*PresenceRequest) ProtoMessage() {}
 
 func (x *PresenceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[38]
+	mi := &file_entente_v1_entente_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2573,7 +3683,7 @@ func (x *PresenceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PresenceRequest.ProtoReflect.Descriptor instead.
 func (*PresenceRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{38}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{59}
 }
 
 type PresenceResponse struct {
@@ -2587,7 +3697,7 @@ type PresenceResponse struct {
 
 func (x *PresenceResponse) Reset() {
 	*x = PresenceResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[39]
+	mi := &file_entente_v1_entente_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2599,7 +3709,7 @@ func (x *PresenceResponse) String() string {
 func (*PresenceResponse) ProtoMessage() {}
 
 func (x *PresenceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[39]
+	mi := &file_entente_v1_entente_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2612,7 +3722,7 @@ func (x *PresenceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PresenceResponse.ProtoReflect.Descriptor instead.
 func (*PresenceResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{39}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *PresenceResponse) GetInstances() []*Instance {
@@ -2644,7 +3754,7 @@ type ListAuthoritiesRequest struct {
 
 func (x *ListAuthoritiesRequest) Reset() {
 	*x = ListAuthoritiesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[40]
+	mi := &file_entente_v1_entente_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2656,7 +3766,7 @@ func (x *ListAuthoritiesRequest) String() string {
 func (*ListAuthoritiesRequest) ProtoMessage() {}
 
 func (x *ListAuthoritiesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[40]
+	mi := &file_entente_v1_entente_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2669,7 +3779,7 @@ func (x *ListAuthoritiesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuthoritiesRequest.ProtoReflect.Descriptor instead.
 func (*ListAuthoritiesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{40}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{61}
 }
 
 type ListAuthoritiesResponse struct {
@@ -2683,7 +3793,7 @@ type ListAuthoritiesResponse struct {
 
 func (x *ListAuthoritiesResponse) Reset() {
 	*x = ListAuthoritiesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[41]
+	mi := &file_entente_v1_entente_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2695,7 +3805,7 @@ func (x *ListAuthoritiesResponse) String() string {
 func (*ListAuthoritiesResponse) ProtoMessage() {}
 
 func (x *ListAuthoritiesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[41]
+	mi := &file_entente_v1_entente_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2708,7 +3818,7 @@ func (x *ListAuthoritiesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuthoritiesResponse.ProtoReflect.Descriptor instead.
 func (*ListAuthoritiesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{41}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *ListAuthoritiesResponse) GetAuthorities() []*AuthorityStatus {
@@ -2744,7 +3854,7 @@ type AuthorityStatus struct {
 
 func (x *AuthorityStatus) Reset() {
 	*x = AuthorityStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[42]
+	mi := &file_entente_v1_entente_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2756,7 +3866,7 @@ func (x *AuthorityStatus) String() string {
 func (*AuthorityStatus) ProtoMessage() {}
 
 func (x *AuthorityStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[42]
+	mi := &file_entente_v1_entente_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2769,7 +3879,7 @@ func (x *AuthorityStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityStatus.ProtoReflect.Descriptor instead.
 func (*AuthorityStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{42}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *AuthorityStatus) GetAuthority() *v1.Authority {
@@ -2808,7 +3918,7 @@ type PrepareAuthorityRequest struct {
 
 func (x *PrepareAuthorityRequest) Reset() {
 	*x = PrepareAuthorityRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[43]
+	mi := &file_entente_v1_entente_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2820,7 +3930,7 @@ func (x *PrepareAuthorityRequest) String() string {
 func (*PrepareAuthorityRequest) ProtoMessage() {}
 
 func (x *PrepareAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[43]
+	mi := &file_entente_v1_entente_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2833,7 +3943,7 @@ func (x *PrepareAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*PrepareAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{43}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{64}
 }
 
 type ChangeAuthorityRequest struct {
@@ -2846,7 +3956,7 @@ type ChangeAuthorityRequest struct {
 
 func (x *ChangeAuthorityRequest) Reset() {
 	*x = ChangeAuthorityRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[44]
+	mi := &file_entente_v1_entente_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2858,7 +3968,7 @@ func (x *ChangeAuthorityRequest) String() string {
 func (*ChangeAuthorityRequest) ProtoMessage() {}
 
 func (x *ChangeAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[44]
+	mi := &file_entente_v1_entente_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2871,7 +3981,7 @@ func (x *ChangeAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*ChangeAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{44}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *ChangeAuthorityRequest) GetId() string {
@@ -2903,7 +4013,7 @@ type ChangeAuthorityResponse struct {
 
 func (x *ChangeAuthorityResponse) Reset() {
 	*x = ChangeAuthorityResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[45]
+	mi := &file_entente_v1_entente_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2915,7 +4025,7 @@ func (x *ChangeAuthorityResponse) String() string {
 func (*ChangeAuthorityResponse) ProtoMessage() {}
 
 func (x *ChangeAuthorityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[45]
+	mi := &file_entente_v1_entente_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2928,7 +4038,7 @@ func (x *ChangeAuthorityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAuthorityResponse.ProtoReflect.Descriptor instead.
 func (*ChangeAuthorityResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{45}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *ChangeAuthorityResponse) GetAuthority() *v1.Authority {
@@ -2969,7 +4079,7 @@ type RemoveNodeRequest struct {
 
 func (x *RemoveNodeRequest) Reset() {
 	*x = RemoveNodeRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[46]
+	mi := &file_entente_v1_entente_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2981,7 +4091,7 @@ func (x *RemoveNodeRequest) String() string {
 func (*RemoveNodeRequest) ProtoMessage() {}
 
 func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[46]
+	mi := &file_entente_v1_entente_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2994,7 +4104,7 @@ func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodeRequest.ProtoReflect.Descriptor instead.
 func (*RemoveNodeRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{46}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *RemoveNodeRequest) GetName() string {
@@ -3023,7 +4133,7 @@ type RemoveNodeResponse struct {
 
 func (x *RemoveNodeResponse) Reset() {
 	*x = RemoveNodeResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[47]
+	mi := &file_entente_v1_entente_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3035,7 +4145,7 @@ func (x *RemoveNodeResponse) String() string {
 func (*RemoveNodeResponse) ProtoMessage() {}
 
 func (x *RemoveNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[47]
+	mi := &file_entente_v1_entente_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3048,7 +4158,7 @@ func (x *RemoveNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodeResponse.ProtoReflect.Descriptor instead.
 func (*RemoveNodeResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{47}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *RemoveNodeResponse) GetRevision() uint64 {
@@ -3089,7 +4199,7 @@ type ListAgentsRequest struct {
 
 func (x *ListAgentsRequest) Reset() {
 	*x = ListAgentsRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[48]
+	mi := &file_entente_v1_entente_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3101,7 +4211,7 @@ func (x *ListAgentsRequest) String() string {
 func (*ListAgentsRequest) ProtoMessage() {}
 
 func (x *ListAgentsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[48]
+	mi := &file_entente_v1_entente_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3114,7 +4224,7 @@ func (x *ListAgentsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAgentsRequest.ProtoReflect.Descriptor instead.
 func (*ListAgentsRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{48}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *ListAgentsRequest) GetPageSize() uint32 {
@@ -3141,7 +4251,7 @@ type ListAgentsResponse struct {
 
 func (x *ListAgentsResponse) Reset() {
 	*x = ListAgentsResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[49]
+	mi := &file_entente_v1_entente_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3153,7 +4263,7 @@ func (x *ListAgentsResponse) String() string {
 func (*ListAgentsResponse) ProtoMessage() {}
 
 func (x *ListAgentsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[49]
+	mi := &file_entente_v1_entente_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3166,7 +4276,7 @@ func (x *ListAgentsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAgentsResponse.ProtoReflect.Descriptor instead.
 func (*ListAgentsResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{49}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *ListAgentsResponse) GetAgents() []*AgentStatus {
@@ -3194,7 +4304,7 @@ type AgentStatus struct {
 
 func (x *AgentStatus) Reset() {
 	*x = AgentStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[50]
+	mi := &file_entente_v1_entente_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3206,7 +4316,7 @@ func (x *AgentStatus) String() string {
 func (*AgentStatus) ProtoMessage() {}
 
 func (x *AgentStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[50]
+	mi := &file_entente_v1_entente_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3219,7 +4329,7 @@ func (x *AgentStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentStatus.ProtoReflect.Descriptor instead.
 func (*AgentStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{50}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *AgentStatus) GetAgent() *v1.Agent {
@@ -3252,7 +4362,7 @@ type GetAgentRequest struct {
 
 func (x *GetAgentRequest) Reset() {
 	*x = GetAgentRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[51]
+	mi := &file_entente_v1_entente_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3264,7 +4374,7 @@ func (x *GetAgentRequest) String() string {
 func (*GetAgentRequest) ProtoMessage() {}
 
 func (x *GetAgentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[51]
+	mi := &file_entente_v1_entente_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3277,7 +4387,7 @@ func (x *GetAgentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetAgentRequest.ProtoReflect.Descriptor instead.
 func (*GetAgentRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{51}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *GetAgentRequest) GetName() string {
@@ -3298,7 +4408,7 @@ type GetAgentResponse struct {
 
 func (x *GetAgentResponse) Reset() {
 	*x = GetAgentResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[52]
+	mi := &file_entente_v1_entente_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3310,7 +4420,7 @@ func (x *GetAgentResponse) String() string {
 func (*GetAgentResponse) ProtoMessage() {}
 
 func (x *GetAgentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[52]
+	mi := &file_entente_v1_entente_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3323,7 +4433,7 @@ func (x *GetAgentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetAgentResponse.ProtoReflect.Descriptor instead.
 func (*GetAgentResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{52}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *GetAgentResponse) GetStatus() *AgentStatus {
@@ -3356,7 +4466,7 @@ type ChangeAgentRequest struct {
 
 func (x *ChangeAgentRequest) Reset() {
 	*x = ChangeAgentRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[53]
+	mi := &file_entente_v1_entente_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3368,7 +4478,7 @@ func (x *ChangeAgentRequest) String() string {
 func (*ChangeAgentRequest) ProtoMessage() {}
 
 func (x *ChangeAgentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[53]
+	mi := &file_entente_v1_entente_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3381,7 +4491,7 @@ func (x *ChangeAgentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAgentRequest.ProtoReflect.Descriptor instead.
 func (*ChangeAgentRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{53}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *ChangeAgentRequest) GetName() string {
@@ -3400,7 +4510,7 @@ type ChangeAgentResponse struct {
 
 func (x *ChangeAgentResponse) Reset() {
 	*x = ChangeAgentResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[54]
+	mi := &file_entente_v1_entente_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3412,7 +4522,7 @@ func (x *ChangeAgentResponse) String() string {
 func (*ChangeAgentResponse) ProtoMessage() {}
 
 func (x *ChangeAgentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[54]
+	mi := &file_entente_v1_entente_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3425,7 +4535,7 @@ func (x *ChangeAgentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAgentResponse.ProtoReflect.Descriptor instead.
 func (*ChangeAgentResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{54}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *ChangeAgentResponse) GetRevision() uint64 {
@@ -3443,7 +4553,7 @@ type ListTokensRequest struct {
 
 func (x *ListTokensRequest) Reset() {
 	*x = ListTokensRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[55]
+	mi := &file_entente_v1_entente_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3455,7 +4565,7 @@ func (x *ListTokensRequest) String() string {
 func (*ListTokensRequest) ProtoMessage() {}
 
 func (x *ListTokensRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[55]
+	mi := &file_entente_v1_entente_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3468,7 +4578,7 @@ func (x *ListTokensRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTokensRequest.ProtoReflect.Descriptor instead.
 func (*ListTokensRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{55}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{76}
 }
 
 type ListTokensResponse struct {
@@ -3481,7 +4591,7 @@ type ListTokensResponse struct {
 
 func (x *ListTokensResponse) Reset() {
 	*x = ListTokensResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[56]
+	mi := &file_entente_v1_entente_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3493,7 +4603,7 @@ func (x *ListTokensResponse) String() string {
 func (*ListTokensResponse) ProtoMessage() {}
 
 func (x *ListTokensResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[56]
+	mi := &file_entente_v1_entente_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3506,7 +4616,7 @@ func (x *ListTokensResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTokensResponse.ProtoReflect.Descriptor instead.
 func (*ListTokensResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{56}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *ListTokensResponse) GetTokens() []*v1.Token {
@@ -3532,7 +4642,7 @@ type RevokeTokenRequest struct {
 
 func (x *RevokeTokenRequest) Reset() {
 	*x = RevokeTokenRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[57]
+	mi := &file_entente_v1_entente_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3544,7 +4654,7 @@ func (x *RevokeTokenRequest) String() string {
 func (*RevokeTokenRequest) ProtoMessage() {}
 
 func (x *RevokeTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[57]
+	mi := &file_entente_v1_entente_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3557,7 +4667,7 @@ func (x *RevokeTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeTokenRequest.ProtoReflect.Descriptor instead.
 func (*RevokeTokenRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{57}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{78}
 }
 
 func (x *RevokeTokenRequest) GetId() string {
@@ -3576,7 +4686,7 @@ type RevokeTokenResponse struct {
 
 func (x *RevokeTokenResponse) Reset() {
 	*x = RevokeTokenResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[58]
+	mi := &file_entente_v1_entente_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3588,7 +4698,7 @@ func (x *RevokeTokenResponse) String() string {
 func (*RevokeTokenResponse) ProtoMessage() {}
 
 func (x *RevokeTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[58]
+	mi := &file_entente_v1_entente_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3601,7 +4711,7 @@ func (x *RevokeTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeTokenResponse.ProtoReflect.Descriptor instead.
 func (*RevokeTokenResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{58}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *RevokeTokenResponse) GetRevision() uint64 {
@@ -3621,7 +4731,7 @@ type ChangeEntriesRequest struct {
 
 func (x *ChangeEntriesRequest) Reset() {
 	*x = ChangeEntriesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[59]
+	mi := &file_entente_v1_entente_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3633,7 +4743,7 @@ func (x *ChangeEntriesRequest) String() string {
 func (*ChangeEntriesRequest) ProtoMessage() {}
 
 func (x *ChangeEntriesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[59]
+	mi := &file_entente_v1_entente_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3646,7 +4756,7 @@ func (x *ChangeEntriesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeEntriesRequest.ProtoReflect.Descriptor instead.
 func (*ChangeEntriesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{59}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{80}
 }
 
 func (x *ChangeEntriesRequest) GetChanges() []*v1.EntryChange {
@@ -3672,7 +4782,7 @@ type ChangeEntriesResponse struct {
 
 func (x *ChangeEntriesResponse) Reset() {
 	*x = ChangeEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[60]
+	mi := &file_entente_v1_entente_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3684,7 +4794,7 @@ func (x *ChangeEntriesResponse) String() string {
 func (*ChangeEntriesResponse) ProtoMessage() {}
 
 func (x *ChangeEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[60]
+	mi := &file_entente_v1_entente_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3697,7 +4807,7 @@ func (x *ChangeEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeEntriesResponse.ProtoReflect.Descriptor instead.
 func (*ChangeEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{60}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{81}
 }
 
 func (x *ChangeEntriesResponse) GetResults() []*EntryResult {
@@ -3720,7 +4830,7 @@ type EntryResult struct {
 
 func (x *EntryResult) Reset() {
 	*x = EntryResult{}
-	mi := &file_entente_v1_entente_proto_msgTypes[61]
+	mi := &file_entente_v1_entente_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3732,7 +4842,7 @@ func (x *EntryResult) String() string {
 func (*EntryResult) ProtoMessage() {}
 
 func (x *EntryResult) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[61]
+	mi := &file_entente_v1_entente_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3745,7 +4855,7 @@ func (x *EntryResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EntryResult.ProtoReflect.Descriptor instead.
 func (*EntryResult) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{61}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *EntryResult) GetId() string {
@@ -3796,7 +4906,7 @@ type ListEntriesRequest struct {
 
 func (x *ListEntriesRequest) Reset() {
 	*x = ListEntriesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[62]
+	mi := &file_entente_v1_entente_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3808,7 +4918,7 @@ func (x *ListEntriesRequest) String() string {
 func (*ListEntriesRequest) ProtoMessage() {}
 
 func (x *ListEntriesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[62]
+	mi := &file_entente_v1_entente_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3821,7 +4931,7 @@ func (x *ListEntriesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntriesRequest.ProtoReflect.Descriptor instead.
 func (*ListEntriesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{62}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *ListEntriesRequest) GetPageSize() uint32 {
@@ -3869,7 +4979,7 @@ type ListEntriesResponse struct {
 
 func (x *ListEntriesResponse) Reset() {
 	*x = ListEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[63]
+	mi := &file_entente_v1_entente_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3881,7 +4991,7 @@ func (x *ListEntriesResponse) String() string {
 func (*ListEntriesResponse) ProtoMessage() {}
 
 func (x *ListEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[63]
+	mi := &file_entente_v1_entente_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3894,7 +5004,7 @@ func (x *ListEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntriesResponse.ProtoReflect.Descriptor instead.
 func (*ListEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{63}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *ListEntriesResponse) GetEntries() []*v1.Entry {
@@ -3920,7 +5030,7 @@ type GetEntryRequest struct {
 
 func (x *GetEntryRequest) Reset() {
 	*x = GetEntryRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[64]
+	mi := &file_entente_v1_entente_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3932,7 +5042,7 @@ func (x *GetEntryRequest) String() string {
 func (*GetEntryRequest) ProtoMessage() {}
 
 func (x *GetEntryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[64]
+	mi := &file_entente_v1_entente_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3945,7 +5055,7 @@ func (x *GetEntryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetEntryRequest.ProtoReflect.Descriptor instead.
 func (*GetEntryRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{64}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *GetEntryRequest) GetId() string {
@@ -3964,7 +5074,7 @@ type GetEntryResponse struct {
 
 func (x *GetEntryResponse) Reset() {
 	*x = GetEntryResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[65]
+	mi := &file_entente_v1_entente_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3976,7 +5086,7 @@ func (x *GetEntryResponse) String() string {
 func (*GetEntryResponse) ProtoMessage() {}
 
 func (x *GetEntryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[65]
+	mi := &file_entente_v1_entente_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3989,7 +5099,7 @@ func (x *GetEntryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetEntryResponse.ProtoReflect.Descriptor instead.
 func (*GetEntryResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{65}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{86}
 }
 
 func (x *GetEntryResponse) GetEntry() *v1.Entry {
@@ -4008,7 +5118,7 @@ type CountEntriesResponse struct {
 
 func (x *CountEntriesResponse) Reset() {
 	*x = CountEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[66]
+	mi := &file_entente_v1_entente_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4020,7 +5130,7 @@ func (x *CountEntriesResponse) String() string {
 func (*CountEntriesResponse) ProtoMessage() {}
 
 func (x *CountEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[66]
+	mi := &file_entente_v1_entente_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4033,7 +5143,7 @@ func (x *CountEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CountEntriesResponse.ProtoReflect.Descriptor instead.
 func (*CountEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{66}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *CountEntriesResponse) GetEntries() uint64 {
@@ -4148,8 +5258,28 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"X509Result\x12\"\n" +
 	"\fcertificates\x18\x01 \x03(\fR\fcertificates\x12\x12\n" +
 	"\x04code\x18\x02 \x01(\rR\x04code\x12\x14\n" +
+	"\x05error\x18\x03 \x01(\tR\x05error\"D\n" +
+	"\x0eSignJWTRequest\x122\n" +
+	"\brequests\x18\x01 \x03(\v2\x16.entente.v1.JWTRequestR\brequests\"C\n" +
+	"\n" +
+	"JWTRequest\x12\x19\n" +
+	"\bentry_id\x18\x01 \x01(\tR\aentryId\x12\x1a\n" +
+	"\baudience\x18\x02 \x03(\tR\baudience\"D\n" +
+	"\x0fSignJWTResponse\x121\n" +
+	"\aresults\x18\x01 \x03(\v2\x17.entente.v1.TokenResultR\aresults\"D\n" +
+	"\x0eSignWITRequest\x122\n" +
+	"\brequests\x18\x01 \x03(\v2\x16.entente.v1.WITRequestR\brequests\"9\n" +
+	"\n" +
+	"WITRequest\x12\x19\n" +
+	"\bentry_id\x18\x01 \x01(\tR\aentryId\x12\x10\n" +
+	"\x03csr\x18\x02 \x01(\fR\x03csr\"D\n" +
+	"\x0fSignWITResponse\x121\n" +
+	"\aresults\x18\x01 \x03(\v2\x17.entente.v1.TokenResultR\aresults\"M\n" +
+	"\vTokenResult\x12\x14\n" +
+	"\x05token\x18\x01 \x01(\tR\x05token\x12\x12\n" +
+	"\x04code\x18\x02 \x01(\rR\x04code\x12\x14\n" +
 	"\x05error\x18\x03 \x01(\tR\x05error\"\x0f\n" +
-	"\rStatusRequest\"\x8d\x04\n" +
+	"\rStatusRequest\"\xea\x06\n" +
 	"\x0eStatusResponse\x123\n" +
 	"\acluster\x18\x01 \x01(\v2\x19.entente.state.v1.ClusterR\acluster\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\x04R\brevision\x12\x17\n" +
@@ -4166,10 +5296,60 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	" \x01(\rR\x06agents\x129\n" +
 	"\aforeign\x18\v \x03(\v2\x1f.entente.v1.ForeignBundleStatusR\aforeign\x122\n" +
 	"\tinstances\x18\f \x03(\v2\x14.entente.v1.InstanceR\tinstances\x12 \n" +
-	"\vsubscribers\x18\r \x01(\rR\vsubscribers\"]\n" +
+	"\vsubscribers\x18\r \x01(\rR\vsubscribers\x12\x16\n" +
+	"\x06quorum\x18\x1e \x01(\bR\x06quorum\x12&\n" +
+	"\x0fno_quorum_since\x18\x1f \x01(\x03R\rnoQuorumSince\x12!\n" +
+	"\fnot_agreeing\x18  \x01(\tR\vnotAgreeing\x12\x12\n" +
+	"\x04disk\x18! \x01(\tR\x04disk\x120\n" +
+	"\x14clock_offset_seconds\x18\" \x01(\x01R\x12clockOffsetSeconds\x12\x1f\n" +
+	"\vclock_known\x18# \x01(\bR\n" +
+	"clockKnown\x120\n" +
+	"\bautonomy\x18$ \x03(\v2\x14.entente.v1.AutonomyR\bautonomy\x12#\n" +
+	"\rapplied_index\x18% \x01(\x04R\fappliedIndex\x12\x1d\n" +
+	"\n" +
+	"last_index\x18& \x01(\x04R\tlastIndex\x12\x1b\n" +
+	"\tlog_bytes\x18' \x01(\x04R\blogBytes\"\x8e\x01\n" +
+	"\bAutonomy\x12\x1b\n" +
+	"\tmember_id\x18\x01 \x01(\tR\bmemberId\x12#\n" +
+	"\rsigns_seconds\x18\x02 \x01(\x01R\fsignsSeconds\x12!\n" +
+	"\ffull_seconds\x18\x03 \x01(\x01R\vfullSeconds\x12\x1d\n" +
+	"\n" +
+	"next_ready\x18\x04 \x01(\bR\tnextReady\"]\n" +
 	"\fMemberStatus\x120\n" +
 	"\x06member\x18\x01 \x01(\v2\x18.entente.state.v1.MemberR\x06member\x12\x1b\n" +
-	"\tvoter_now\x18\x02 \x01(\bR\bvoterNow\"\xb6\x01\n" +
+	"\tvoter_now\x18\x02 \x01(\bR\bvoterNow\"\x15\n" +
+	"\x13SaveSnapshotRequest\"*\n" +
+	"\x14SaveSnapshotResponse\x12\x12\n" +
+	"\x04data\x18\x01 \x01(\fR\x04data\"\x12\n" +
+	"\x10ListNodesRequest\"\x7f\n" +
+	"\x11ListNodesResponse\x12\x1b\n" +
+	"\tleader_id\x18\x01 \x01(\tR\bleaderId\x12.\n" +
+	"\x05nodes\x18\x02 \x03(\v2\x18.entente.v1.NodeProgressR\x05nodes\x12\x1d\n" +
+	"\n" +
+	"last_index\x18\x03 \x01(\x04R\tlastIndex\"\xae\x01\n" +
+	"\fNodeProgress\x120\n" +
+	"\x06member\x18\x01 \x01(\v2\x18.entente.state.v1.MemberR\x06member\x12\x1b\n" +
+	"\tvoter_now\x18\x02 \x01(\bR\bvoterNow\x12\x14\n" +
+	"\x05match\x18\x03 \x01(\x04R\x05match\x12\x10\n" +
+	"\x03lag\x18\x04 \x01(\x04R\x03lag\x12'\n" +
+	"\x0fcontact_seconds\x18\x05 \x01(\x01R\x0econtactSeconds\"(\n" +
+	"\x12PromoteNodeRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"1\n" +
+	"\x13PromoteNodeResponse\x12\x1a\n" +
+	"\brevision\x18\x01 \x01(\x04R\brevision\"+\n" +
+	"\fVouchRequest\x12\x1b\n" +
+	"\tmember_id\x18\x01 \x01(\tR\bmemberId\"A\n" +
+	"\rVouchResponse\x120\n" +
+	"\x06member\x18\x01 \x01(\v2\x18.entente.state.v1.MemberR\x06member\"D\n" +
+	"\x0fChecksumRequest\x12\x19\n" +
+	"\bat_index\x18\x01 \x01(\x04R\aatIndex\x12\x16\n" +
+	"\x06format\x18\x02 \x01(\rR\x06format\"$\n" +
+	"\x10ChecksumResponse\x12\x10\n" +
+	"\x03sum\x18\x01 \x01(\fR\x03sum\"N\n" +
+	"\x10ShowEpochRequest\x12\x1c\n" +
+	"\tstatement\x18\x01 \x01(\fR\tstatement\x12\x1c\n" +
+	"\tsignature\x18\x02 \x01(\fR\tsignature\"\x13\n" +
+	"\x11ShowEpochResponse\"\xb6\x01\n" +
 	"\x13ForeignBundleStatus\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x1a\n" +
 	"\bsequence\x18\x02 \x01(\x04R\bsequence\x12)\n" +
@@ -4195,9 +5375,10 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\achanges\x18\x02 \x03(\v2\x18.entente.v1.ObjectChangeR\achanges\"U\n" +
 	"\fObjectChange\x12-\n" +
 	"\x03key\x18\x01 \x01(\v2\x1b.entente.state.v1.ObjectKeyR\x03key\x12\x16\n" +
-	"\x06action\x18\x02 \x01(\tR\x06action\"5\n" +
+	"\x06action\x18\x02 \x01(\tR\x06action\"G\n" +
 	"\x10GetBundleRequest\x12!\n" +
-	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\"'\n" +
+	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x10\n" +
+	"\x03wit\x18\x02 \x01(\bR\x03wit\"'\n" +
 	"\x11GetBundleResponse\x12\x12\n" +
 	"\x04jwks\x18\x01 \x01(\fR\x04jwks\"*\n" +
 	"\x0eProposeRequest\x12\x18\n" +
@@ -4326,9 +5507,11 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x06Attest\x12?\n" +
 	"\x06Attest\x12\x19.entente.v1.AttestRequest\x1a\x1a.entente.v1.AttestResponse2E\n" +
 	"\x04Sync\x12=\n" +
-	"\x04Sync\x12\x17.entente.v1.SyncRequest\x1a\x18.entente.v1.SyncResponse(\x010\x012M\n" +
+	"\x04Sync\x12\x17.entente.v1.SyncRequest\x1a\x18.entente.v1.SyncResponse(\x010\x012\xd5\x01\n" +
 	"\x04Sign\x12E\n" +
-	"\bSignX509\x12\x1b.entente.v1.SignX509Request\x1a\x1c.entente.v1.SignX509Response2\xc8\f\n" +
+	"\bSignX509\x12\x1b.entente.v1.SignX509Request\x1a\x1c.entente.v1.SignX509Response\x12B\n" +
+	"\aSignJWT\x12\x1a.entente.v1.SignJWTRequest\x1a\x1b.entente.v1.SignJWTResponse\x12B\n" +
+	"\aSignWIT\x12\x1a.entente.v1.SignWITRequest\x1a\x1b.entente.v1.SignWITResponse2\xb7\x0e\n" +
 	"\x05Admin\x12?\n" +
 	"\x06Status\x12\x19.entente.v1.StatusRequest\x1a\x1a.entente.v1.StatusResponse\x12N\n" +
 	"\vCreateToken\x12\x1e.entente.v1.CreateTokenRequest\x1a\x1f.entente.v1.CreateTokenResponse\x12<\n" +
@@ -4353,12 +5536,19 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\rChangeEntries\x12 .entente.v1.ChangeEntriesRequest\x1a!.entente.v1.ChangeEntriesResponse\x12N\n" +
 	"\vListEntries\x12\x1e.entente.v1.ListEntriesRequest\x1a\x1f.entente.v1.ListEntriesResponse\x12E\n" +
 	"\bGetEntry\x12\x1b.entente.v1.GetEntryRequest\x1a\x1c.entente.v1.GetEntryResponse\x12P\n" +
-	"\fCountEntries\x12\x1e.entente.v1.ListEntriesRequest\x1a .entente.v1.CountEntriesResponse2\x8f\x02\n" +
+	"\fCountEntries\x12\x1e.entente.v1.ListEntriesRequest\x1a .entente.v1.CountEntriesResponse\x12S\n" +
+	"\fSaveSnapshot\x12\x1f.entente.v1.SaveSnapshotRequest\x1a .entente.v1.SaveSnapshotResponse0\x01\x12H\n" +
+	"\tListNodes\x12\x1c.entente.v1.ListNodesRequest\x1a\x1d.entente.v1.ListNodesResponse\x12N\n" +
+	"\vPromoteNode\x12\x1e.entente.v1.PromoteNodeRequest\x1a\x1f.entente.v1.PromoteNodeResponse2\xa4\x04\n" +
 	"\x04Peer\x12B\n" +
 	"\aPropose\x12\x1a.entente.v1.ProposeRequest\x1a\x1b.entente.v1.ProposeResponse\x12?\n" +
 	"\x06Report\x12\x19.entente.v1.ReportRequest\x1a\x1a.entente.v1.ReportResponse\x12G\n" +
 	"\bPresence\x12\x1b.entente.v1.PresenceRequest\x1a\x1c.entente.v1.PresenceResponse0\x01\x129\n" +
-	"\x04Gate\x12\x17.entente.v1.GateRequest\x1a\x18.entente.v1.GateResponseB:Z8github.com/entente-mesh/entente/api/entente/v1;ententev1b\x06proto3"
+	"\x04Gate\x12\x17.entente.v1.GateRequest\x1a\x18.entente.v1.GateResponse\x12<\n" +
+	"\x05Vouch\x12\x18.entente.v1.VouchRequest\x1a\x19.entente.v1.VouchResponse\x12E\n" +
+	"\bChecksum\x12\x1b.entente.v1.ChecksumRequest\x1a\x1c.entente.v1.ChecksumResponse\x12D\n" +
+	"\x05Nodes\x12\x1c.entente.v1.ListNodesRequest\x1a\x1d.entente.v1.ListNodesResponse\x12H\n" +
+	"\tShowEpoch\x12\x1c.entente.v1.ShowEpochRequest\x1a\x1d.entente.v1.ShowEpochResponseB:Z8github.com/entente-mesh/entente/api/entente/v1;ententev1b\x06proto3"
 
 var (
 	file_entente_v1_entente_proto_rawDescOnce sync.Once
@@ -4373,7 +5563,7 @@ func file_entente_v1_entente_proto_rawDescGZIP() []byte {
 }
 
 var file_entente_v1_entente_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_entente_v1_entente_proto_msgTypes = make([]protoimpl.MessageInfo, 67)
+var file_entente_v1_entente_proto_msgTypes = make([]protoimpl.MessageInfo, 88)
 var file_entente_v1_entente_proto_goTypes = []any{
 	(Health)(0),                     // 0: entente.v1.Health
 	(*JoinRequest)(nil),             // 1: entente.v1.JoinRequest
@@ -4395,188 +5585,235 @@ var file_entente_v1_entente_proto_goTypes = []any{
 	(*X509Request)(nil),             // 17: entente.v1.X509Request
 	(*SignX509Response)(nil),        // 18: entente.v1.SignX509Response
 	(*X509Result)(nil),              // 19: entente.v1.X509Result
-	(*StatusRequest)(nil),           // 20: entente.v1.StatusRequest
-	(*StatusResponse)(nil),          // 21: entente.v1.StatusResponse
-	(*MemberStatus)(nil),            // 22: entente.v1.MemberStatus
-	(*ForeignBundleStatus)(nil),     // 23: entente.v1.ForeignBundleStatus
-	(*CreateTokenRequest)(nil),      // 24: entente.v1.CreateTokenRequest
-	(*CreateTokenResponse)(nil),     // 25: entente.v1.CreateTokenResponse
-	(*ApplyRequest)(nil),            // 26: entente.v1.ApplyRequest
-	(*ApplyResponse)(nil),           // 27: entente.v1.ApplyResponse
-	(*ObjectChange)(nil),            // 28: entente.v1.ObjectChange
-	(*GetBundleRequest)(nil),        // 29: entente.v1.GetBundleRequest
-	(*GetBundleResponse)(nil),       // 30: entente.v1.GetBundleResponse
-	(*ProposeRequest)(nil),          // 31: entente.v1.ProposeRequest
-	(*ProposeResponse)(nil),         // 32: entente.v1.ProposeResponse
-	(*ReportRequest)(nil),           // 33: entente.v1.ReportRequest
-	(*HeldAuthority)(nil),           // 34: entente.v1.HeldAuthority
-	(*ReportResponse)(nil),          // 35: entente.v1.ReportResponse
-	(*GateRequest)(nil),             // 36: entente.v1.GateRequest
-	(*GateResponse)(nil),            // 37: entente.v1.GateResponse
-	(*AuthorityGate)(nil),           // 38: entente.v1.AuthorityGate
-	(*PresenceRequest)(nil),         // 39: entente.v1.PresenceRequest
-	(*PresenceResponse)(nil),        // 40: entente.v1.PresenceResponse
-	(*ListAuthoritiesRequest)(nil),  // 41: entente.v1.ListAuthoritiesRequest
-	(*ListAuthoritiesResponse)(nil), // 42: entente.v1.ListAuthoritiesResponse
-	(*AuthorityStatus)(nil),         // 43: entente.v1.AuthorityStatus
-	(*PrepareAuthorityRequest)(nil), // 44: entente.v1.PrepareAuthorityRequest
-	(*ChangeAuthorityRequest)(nil),  // 45: entente.v1.ChangeAuthorityRequest
-	(*ChangeAuthorityResponse)(nil), // 46: entente.v1.ChangeAuthorityResponse
-	(*RemoveNodeRequest)(nil),       // 47: entente.v1.RemoveNodeRequest
-	(*RemoveNodeResponse)(nil),      // 48: entente.v1.RemoveNodeResponse
-	(*ListAgentsRequest)(nil),       // 49: entente.v1.ListAgentsRequest
-	(*ListAgentsResponse)(nil),      // 50: entente.v1.ListAgentsResponse
-	(*AgentStatus)(nil),             // 51: entente.v1.AgentStatus
-	(*GetAgentRequest)(nil),         // 52: entente.v1.GetAgentRequest
-	(*GetAgentResponse)(nil),        // 53: entente.v1.GetAgentResponse
-	(*ChangeAgentRequest)(nil),      // 54: entente.v1.ChangeAgentRequest
-	(*ChangeAgentResponse)(nil),     // 55: entente.v1.ChangeAgentResponse
-	(*ListTokensRequest)(nil),       // 56: entente.v1.ListTokensRequest
-	(*ListTokensResponse)(nil),      // 57: entente.v1.ListTokensResponse
-	(*RevokeTokenRequest)(nil),      // 58: entente.v1.RevokeTokenRequest
-	(*RevokeTokenResponse)(nil),     // 59: entente.v1.RevokeTokenResponse
-	(*ChangeEntriesRequest)(nil),    // 60: entente.v1.ChangeEntriesRequest
-	(*ChangeEntriesResponse)(nil),   // 61: entente.v1.ChangeEntriesResponse
-	(*EntryResult)(nil),             // 62: entente.v1.EntryResult
-	(*ListEntriesRequest)(nil),      // 63: entente.v1.ListEntriesRequest
-	(*ListEntriesResponse)(nil),     // 64: entente.v1.ListEntriesResponse
-	(*GetEntryRequest)(nil),         // 65: entente.v1.GetEntryRequest
-	(*GetEntryResponse)(nil),        // 66: entente.v1.GetEntryResponse
-	(*CountEntriesResponse)(nil),    // 67: entente.v1.CountEntriesResponse
-	(*v1.Member)(nil),               // 68: entente.state.v1.Member
-	(*v1.Cluster)(nil),              // 69: entente.state.v1.Cluster
-	(*v1.Agent)(nil),                // 70: entente.state.v1.Agent
-	(*v1.Distrust)(nil),             // 71: entente.state.v1.Distrust
-	(*v1.Entry)(nil),                // 72: entente.state.v1.Entry
-	(*v1.Object)(nil),               // 73: entente.state.v1.Object
-	(*v1.ObjectKey)(nil),            // 74: entente.state.v1.ObjectKey
-	(*v1.Authority)(nil),            // 75: entente.state.v1.Authority
-	(*v1.NodeGrant)(nil),            // 76: entente.state.v1.NodeGrant
-	(*v1.AgentGrant)(nil),           // 77: entente.state.v1.AgentGrant
-	(*v1.Token)(nil),                // 78: entente.state.v1.Token
-	(*v1.EntryChange)(nil),          // 79: entente.state.v1.EntryChange
+	(*SignJWTRequest)(nil),          // 20: entente.v1.SignJWTRequest
+	(*JWTRequest)(nil),              // 21: entente.v1.JWTRequest
+	(*SignJWTResponse)(nil),         // 22: entente.v1.SignJWTResponse
+	(*SignWITRequest)(nil),          // 23: entente.v1.SignWITRequest
+	(*WITRequest)(nil),              // 24: entente.v1.WITRequest
+	(*SignWITResponse)(nil),         // 25: entente.v1.SignWITResponse
+	(*TokenResult)(nil),             // 26: entente.v1.TokenResult
+	(*StatusRequest)(nil),           // 27: entente.v1.StatusRequest
+	(*StatusResponse)(nil),          // 28: entente.v1.StatusResponse
+	(*Autonomy)(nil),                // 29: entente.v1.Autonomy
+	(*MemberStatus)(nil),            // 30: entente.v1.MemberStatus
+	(*SaveSnapshotRequest)(nil),     // 31: entente.v1.SaveSnapshotRequest
+	(*SaveSnapshotResponse)(nil),    // 32: entente.v1.SaveSnapshotResponse
+	(*ListNodesRequest)(nil),        // 33: entente.v1.ListNodesRequest
+	(*ListNodesResponse)(nil),       // 34: entente.v1.ListNodesResponse
+	(*NodeProgress)(nil),            // 35: entente.v1.NodeProgress
+	(*PromoteNodeRequest)(nil),      // 36: entente.v1.PromoteNodeRequest
+	(*PromoteNodeResponse)(nil),     // 37: entente.v1.PromoteNodeResponse
+	(*VouchRequest)(nil),            // 38: entente.v1.VouchRequest
+	(*VouchResponse)(nil),           // 39: entente.v1.VouchResponse
+	(*ChecksumRequest)(nil),         // 40: entente.v1.ChecksumRequest
+	(*ChecksumResponse)(nil),        // 41: entente.v1.ChecksumResponse
+	(*ShowEpochRequest)(nil),        // 42: entente.v1.ShowEpochRequest
+	(*ShowEpochResponse)(nil),       // 43: entente.v1.ShowEpochResponse
+	(*ForeignBundleStatus)(nil),     // 44: entente.v1.ForeignBundleStatus
+	(*CreateTokenRequest)(nil),      // 45: entente.v1.CreateTokenRequest
+	(*CreateTokenResponse)(nil),     // 46: entente.v1.CreateTokenResponse
+	(*ApplyRequest)(nil),            // 47: entente.v1.ApplyRequest
+	(*ApplyResponse)(nil),           // 48: entente.v1.ApplyResponse
+	(*ObjectChange)(nil),            // 49: entente.v1.ObjectChange
+	(*GetBundleRequest)(nil),        // 50: entente.v1.GetBundleRequest
+	(*GetBundleResponse)(nil),       // 51: entente.v1.GetBundleResponse
+	(*ProposeRequest)(nil),          // 52: entente.v1.ProposeRequest
+	(*ProposeResponse)(nil),         // 53: entente.v1.ProposeResponse
+	(*ReportRequest)(nil),           // 54: entente.v1.ReportRequest
+	(*HeldAuthority)(nil),           // 55: entente.v1.HeldAuthority
+	(*ReportResponse)(nil),          // 56: entente.v1.ReportResponse
+	(*GateRequest)(nil),             // 57: entente.v1.GateRequest
+	(*GateResponse)(nil),            // 58: entente.v1.GateResponse
+	(*AuthorityGate)(nil),           // 59: entente.v1.AuthorityGate
+	(*PresenceRequest)(nil),         // 60: entente.v1.PresenceRequest
+	(*PresenceResponse)(nil),        // 61: entente.v1.PresenceResponse
+	(*ListAuthoritiesRequest)(nil),  // 62: entente.v1.ListAuthoritiesRequest
+	(*ListAuthoritiesResponse)(nil), // 63: entente.v1.ListAuthoritiesResponse
+	(*AuthorityStatus)(nil),         // 64: entente.v1.AuthorityStatus
+	(*PrepareAuthorityRequest)(nil), // 65: entente.v1.PrepareAuthorityRequest
+	(*ChangeAuthorityRequest)(nil),  // 66: entente.v1.ChangeAuthorityRequest
+	(*ChangeAuthorityResponse)(nil), // 67: entente.v1.ChangeAuthorityResponse
+	(*RemoveNodeRequest)(nil),       // 68: entente.v1.RemoveNodeRequest
+	(*RemoveNodeResponse)(nil),      // 69: entente.v1.RemoveNodeResponse
+	(*ListAgentsRequest)(nil),       // 70: entente.v1.ListAgentsRequest
+	(*ListAgentsResponse)(nil),      // 71: entente.v1.ListAgentsResponse
+	(*AgentStatus)(nil),             // 72: entente.v1.AgentStatus
+	(*GetAgentRequest)(nil),         // 73: entente.v1.GetAgentRequest
+	(*GetAgentResponse)(nil),        // 74: entente.v1.GetAgentResponse
+	(*ChangeAgentRequest)(nil),      // 75: entente.v1.ChangeAgentRequest
+	(*ChangeAgentResponse)(nil),     // 76: entente.v1.ChangeAgentResponse
+	(*ListTokensRequest)(nil),       // 77: entente.v1.ListTokensRequest
+	(*ListTokensResponse)(nil),      // 78: entente.v1.ListTokensResponse
+	(*RevokeTokenRequest)(nil),      // 79: entente.v1.RevokeTokenRequest
+	(*RevokeTokenResponse)(nil),     // 80: entente.v1.RevokeTokenResponse
+	(*ChangeEntriesRequest)(nil),    // 81: entente.v1.ChangeEntriesRequest
+	(*ChangeEntriesResponse)(nil),   // 82: entente.v1.ChangeEntriesResponse
+	(*EntryResult)(nil),             // 83: entente.v1.EntryResult
+	(*ListEntriesRequest)(nil),      // 84: entente.v1.ListEntriesRequest
+	(*ListEntriesResponse)(nil),     // 85: entente.v1.ListEntriesResponse
+	(*GetEntryRequest)(nil),         // 86: entente.v1.GetEntryRequest
+	(*GetEntryResponse)(nil),        // 87: entente.v1.GetEntryResponse
+	(*CountEntriesResponse)(nil),    // 88: entente.v1.CountEntriesResponse
+	(*v1.Member)(nil),               // 89: entente.state.v1.Member
+	(*v1.Cluster)(nil),              // 90: entente.state.v1.Cluster
+	(*v1.Agent)(nil),                // 91: entente.state.v1.Agent
+	(*v1.Distrust)(nil),             // 92: entente.state.v1.Distrust
+	(*v1.Entry)(nil),                // 93: entente.state.v1.Entry
+	(*v1.Object)(nil),               // 94: entente.state.v1.Object
+	(*v1.ObjectKey)(nil),            // 95: entente.state.v1.ObjectKey
+	(*v1.Authority)(nil),            // 96: entente.state.v1.Authority
+	(*v1.NodeGrant)(nil),            // 97: entente.state.v1.NodeGrant
+	(*v1.AgentGrant)(nil),           // 98: entente.state.v1.AgentGrant
+	(*v1.Token)(nil),                // 99: entente.state.v1.Token
+	(*v1.EntryChange)(nil),          // 100: entente.state.v1.EntryChange
 }
 var file_entente_v1_entente_proto_depIdxs = []int32{
-	68, // 0: entente.v1.JoinResponse.member:type_name -> entente.state.v1.Member
-	68, // 1: entente.v1.JoinResponse.members:type_name -> entente.state.v1.Member
-	69, // 2: entente.v1.JoinResponse.cluster:type_name -> entente.state.v1.Cluster
-	68, // 3: entente.v1.AttestResponse.members:type_name -> entente.state.v1.Member
-	69, // 4: entente.v1.AttestResponse.cluster:type_name -> entente.state.v1.Cluster
-	70, // 5: entente.v1.AttestResponse.agent:type_name -> entente.state.v1.Agent
-	6,  // 6: entente.v1.SyncRequest.hello:type_name -> entente.v1.Hello
-	7,  // 7: entente.v1.SyncRequest.ack:type_name -> entente.v1.Ack
-	8,  // 8: entente.v1.SyncRequest.report:type_name -> entente.v1.InstanceReport
-	9,  // 9: entente.v1.InstanceReport.instances:type_name -> entente.v1.Instance
-	0,  // 10: entente.v1.Instance.health:type_name -> entente.v1.Health
-	12, // 11: entente.v1.SyncResponse.policy:type_name -> entente.v1.Policy
-	14, // 12: entente.v1.SyncResponse.presence:type_name -> entente.v1.Presence
-	15, // 13: entente.v1.SyncResponse.heartbeat:type_name -> entente.v1.Heartbeat
-	11, // 14: entente.v1.SyncResponse.urgent:type_name -> entente.v1.Urgent
-	71, // 15: entente.v1.Urgent.distrust:type_name -> entente.state.v1.Distrust
-	69, // 16: entente.v1.Policy.cluster:type_name -> entente.state.v1.Cluster
-	72, // 17: entente.v1.Policy.entries:type_name -> entente.state.v1.Entry
-	13, // 18: entente.v1.Policy.bundles:type_name -> entente.v1.Bundle
-	73, // 19: entente.v1.Policy.objects:type_name -> entente.state.v1.Object
-	74, // 20: entente.v1.Policy.deleted_objects:type_name -> entente.state.v1.ObjectKey
-	68, // 21: entente.v1.Policy.members:type_name -> entente.state.v1.Member
-	71, // 22: entente.v1.Policy.distrust:type_name -> entente.state.v1.Distrust
-	9,  // 23: entente.v1.Presence.instances:type_name -> entente.v1.Instance
-	9,  // 24: entente.v1.Presence.withdrawn:type_name -> entente.v1.Instance
-	17, // 25: entente.v1.SignX509Request.requests:type_name -> entente.v1.X509Request
-	19, // 26: entente.v1.SignX509Response.results:type_name -> entente.v1.X509Result
-	69, // 27: entente.v1.StatusResponse.cluster:type_name -> entente.state.v1.Cluster
-	22, // 28: entente.v1.StatusResponse.members:type_name -> entente.v1.MemberStatus
-	75, // 29: entente.v1.StatusResponse.authorities:type_name -> entente.state.v1.Authority
-	23, // 30: entente.v1.StatusResponse.foreign:type_name -> entente.v1.ForeignBundleStatus
-	9,  // 31: entente.v1.StatusResponse.instances:type_name -> entente.v1.Instance
-	68, // 32: entente.v1.MemberStatus.member:type_name -> entente.state.v1.Member
-	76, // 33: entente.v1.CreateTokenRequest.node:type_name -> entente.state.v1.NodeGrant
-	77, // 34: entente.v1.CreateTokenRequest.agent:type_name -> entente.state.v1.AgentGrant
-	73, // 35: entente.v1.ApplyRequest.objects:type_name -> entente.state.v1.Object
-	74, // 36: entente.v1.ApplyRequest.deletes:type_name -> entente.state.v1.ObjectKey
-	28, // 37: entente.v1.ApplyResponse.changes:type_name -> entente.v1.ObjectChange
-	74, // 38: entente.v1.ObjectChange.key:type_name -> entente.state.v1.ObjectKey
-	34, // 39: entente.v1.ReportRequest.held:type_name -> entente.v1.HeldAuthority
-	38, // 40: entente.v1.GateResponse.authorities:type_name -> entente.v1.AuthorityGate
-	9,  // 41: entente.v1.PresenceResponse.instances:type_name -> entente.v1.Instance
-	9,  // 42: entente.v1.PresenceResponse.withdrawn:type_name -> entente.v1.Instance
-	43, // 43: entente.v1.ListAuthoritiesResponse.authorities:type_name -> entente.v1.AuthorityStatus
-	75, // 44: entente.v1.AuthorityStatus.authority:type_name -> entente.state.v1.Authority
-	75, // 45: entente.v1.ChangeAuthorityResponse.authority:type_name -> entente.state.v1.Authority
-	75, // 46: entente.v1.ChangeAuthorityResponse.signing:type_name -> entente.state.v1.Authority
-	68, // 47: entente.v1.RemoveNodeResponse.member:type_name -> entente.state.v1.Member
-	75, // 48: entente.v1.RemoveNodeResponse.authorities:type_name -> entente.state.v1.Authority
-	51, // 49: entente.v1.ListAgentsResponse.agents:type_name -> entente.v1.AgentStatus
-	70, // 50: entente.v1.AgentStatus.agent:type_name -> entente.state.v1.Agent
-	51, // 51: entente.v1.GetAgentResponse.status:type_name -> entente.v1.AgentStatus
-	72, // 52: entente.v1.GetAgentResponse.entries:type_name -> entente.state.v1.Entry
-	9,  // 53: entente.v1.GetAgentResponse.instances:type_name -> entente.v1.Instance
-	78, // 54: entente.v1.ListTokensResponse.tokens:type_name -> entente.state.v1.Token
-	79, // 55: entente.v1.ChangeEntriesRequest.changes:type_name -> entente.state.v1.EntryChange
-	62, // 56: entente.v1.ChangeEntriesResponse.results:type_name -> entente.v1.EntryResult
-	72, // 57: entente.v1.ListEntriesResponse.entries:type_name -> entente.state.v1.Entry
-	72, // 58: entente.v1.GetEntryResponse.entry:type_name -> entente.state.v1.Entry
-	1,  // 59: entente.v1.Join.Join:input_type -> entente.v1.JoinRequest
-	3,  // 60: entente.v1.Attest.Attest:input_type -> entente.v1.AttestRequest
-	5,  // 61: entente.v1.Sync.Sync:input_type -> entente.v1.SyncRequest
-	16, // 62: entente.v1.Sign.SignX509:input_type -> entente.v1.SignX509Request
-	20, // 63: entente.v1.Admin.Status:input_type -> entente.v1.StatusRequest
-	24, // 64: entente.v1.Admin.CreateToken:input_type -> entente.v1.CreateTokenRequest
-	26, // 65: entente.v1.Admin.Apply:input_type -> entente.v1.ApplyRequest
-	29, // 66: entente.v1.Admin.GetBundle:input_type -> entente.v1.GetBundleRequest
-	41, // 67: entente.v1.Admin.ListAuthorities:input_type -> entente.v1.ListAuthoritiesRequest
-	44, // 68: entente.v1.Admin.PrepareAuthority:input_type -> entente.v1.PrepareAuthorityRequest
-	45, // 69: entente.v1.Admin.ActivateAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	45, // 70: entente.v1.Admin.TaintAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	45, // 71: entente.v1.Admin.RevokeAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	47, // 72: entente.v1.Admin.RemoveNode:input_type -> entente.v1.RemoveNodeRequest
-	49, // 73: entente.v1.Admin.ListAgents:input_type -> entente.v1.ListAgentsRequest
-	52, // 74: entente.v1.Admin.GetAgent:input_type -> entente.v1.GetAgentRequest
-	54, // 75: entente.v1.Admin.BanAgent:input_type -> entente.v1.ChangeAgentRequest
-	54, // 76: entente.v1.Admin.EvictAgent:input_type -> entente.v1.ChangeAgentRequest
-	56, // 77: entente.v1.Admin.ListTokens:input_type -> entente.v1.ListTokensRequest
-	58, // 78: entente.v1.Admin.RevokeToken:input_type -> entente.v1.RevokeTokenRequest
-	60, // 79: entente.v1.Admin.ChangeEntries:input_type -> entente.v1.ChangeEntriesRequest
-	63, // 80: entente.v1.Admin.ListEntries:input_type -> entente.v1.ListEntriesRequest
-	65, // 81: entente.v1.Admin.GetEntry:input_type -> entente.v1.GetEntryRequest
-	63, // 82: entente.v1.Admin.CountEntries:input_type -> entente.v1.ListEntriesRequest
-	31, // 83: entente.v1.Peer.Propose:input_type -> entente.v1.ProposeRequest
-	33, // 84: entente.v1.Peer.Report:input_type -> entente.v1.ReportRequest
-	39, // 85: entente.v1.Peer.Presence:input_type -> entente.v1.PresenceRequest
-	36, // 86: entente.v1.Peer.Gate:input_type -> entente.v1.GateRequest
-	2,  // 87: entente.v1.Join.Join:output_type -> entente.v1.JoinResponse
-	4,  // 88: entente.v1.Attest.Attest:output_type -> entente.v1.AttestResponse
-	10, // 89: entente.v1.Sync.Sync:output_type -> entente.v1.SyncResponse
-	18, // 90: entente.v1.Sign.SignX509:output_type -> entente.v1.SignX509Response
-	21, // 91: entente.v1.Admin.Status:output_type -> entente.v1.StatusResponse
-	25, // 92: entente.v1.Admin.CreateToken:output_type -> entente.v1.CreateTokenResponse
-	27, // 93: entente.v1.Admin.Apply:output_type -> entente.v1.ApplyResponse
-	30, // 94: entente.v1.Admin.GetBundle:output_type -> entente.v1.GetBundleResponse
-	42, // 95: entente.v1.Admin.ListAuthorities:output_type -> entente.v1.ListAuthoritiesResponse
-	46, // 96: entente.v1.Admin.PrepareAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	46, // 97: entente.v1.Admin.ActivateAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	46, // 98: entente.v1.Admin.TaintAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	46, // 99: entente.v1.Admin.RevokeAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	48, // 100: entente.v1.Admin.RemoveNode:output_type -> entente.v1.RemoveNodeResponse
-	50, // 101: entente.v1.Admin.ListAgents:output_type -> entente.v1.ListAgentsResponse
-	53, // 102: entente.v1.Admin.GetAgent:output_type -> entente.v1.GetAgentResponse
-	55, // 103: entente.v1.Admin.BanAgent:output_type -> entente.v1.ChangeAgentResponse
-	55, // 104: entente.v1.Admin.EvictAgent:output_type -> entente.v1.ChangeAgentResponse
-	57, // 105: entente.v1.Admin.ListTokens:output_type -> entente.v1.ListTokensResponse
-	59, // 106: entente.v1.Admin.RevokeToken:output_type -> entente.v1.RevokeTokenResponse
-	61, // 107: entente.v1.Admin.ChangeEntries:output_type -> entente.v1.ChangeEntriesResponse
-	64, // 108: entente.v1.Admin.ListEntries:output_type -> entente.v1.ListEntriesResponse
-	66, // 109: entente.v1.Admin.GetEntry:output_type -> entente.v1.GetEntryResponse
-	67, // 110: entente.v1.Admin.CountEntries:output_type -> entente.v1.CountEntriesResponse
-	32, // 111: entente.v1.Peer.Propose:output_type -> entente.v1.ProposeResponse
-	35, // 112: entente.v1.Peer.Report:output_type -> entente.v1.ReportResponse
-	40, // 113: entente.v1.Peer.Presence:output_type -> entente.v1.PresenceResponse
-	37, // 114: entente.v1.Peer.Gate:output_type -> entente.v1.GateResponse
-	87, // [87:115] is the sub-list for method output_type
-	59, // [59:87] is the sub-list for method input_type
-	59, // [59:59] is the sub-list for extension type_name
-	59, // [59:59] is the sub-list for extension extendee
-	0,  // [0:59] is the sub-list for field type_name
+	89,  // 0: entente.v1.JoinResponse.member:type_name -> entente.state.v1.Member
+	89,  // 1: entente.v1.JoinResponse.members:type_name -> entente.state.v1.Member
+	90,  // 2: entente.v1.JoinResponse.cluster:type_name -> entente.state.v1.Cluster
+	89,  // 3: entente.v1.AttestResponse.members:type_name -> entente.state.v1.Member
+	90,  // 4: entente.v1.AttestResponse.cluster:type_name -> entente.state.v1.Cluster
+	91,  // 5: entente.v1.AttestResponse.agent:type_name -> entente.state.v1.Agent
+	6,   // 6: entente.v1.SyncRequest.hello:type_name -> entente.v1.Hello
+	7,   // 7: entente.v1.SyncRequest.ack:type_name -> entente.v1.Ack
+	8,   // 8: entente.v1.SyncRequest.report:type_name -> entente.v1.InstanceReport
+	9,   // 9: entente.v1.InstanceReport.instances:type_name -> entente.v1.Instance
+	0,   // 10: entente.v1.Instance.health:type_name -> entente.v1.Health
+	12,  // 11: entente.v1.SyncResponse.policy:type_name -> entente.v1.Policy
+	14,  // 12: entente.v1.SyncResponse.presence:type_name -> entente.v1.Presence
+	15,  // 13: entente.v1.SyncResponse.heartbeat:type_name -> entente.v1.Heartbeat
+	11,  // 14: entente.v1.SyncResponse.urgent:type_name -> entente.v1.Urgent
+	92,  // 15: entente.v1.Urgent.distrust:type_name -> entente.state.v1.Distrust
+	90,  // 16: entente.v1.Policy.cluster:type_name -> entente.state.v1.Cluster
+	93,  // 17: entente.v1.Policy.entries:type_name -> entente.state.v1.Entry
+	13,  // 18: entente.v1.Policy.bundles:type_name -> entente.v1.Bundle
+	94,  // 19: entente.v1.Policy.objects:type_name -> entente.state.v1.Object
+	95,  // 20: entente.v1.Policy.deleted_objects:type_name -> entente.state.v1.ObjectKey
+	89,  // 21: entente.v1.Policy.members:type_name -> entente.state.v1.Member
+	92,  // 22: entente.v1.Policy.distrust:type_name -> entente.state.v1.Distrust
+	9,   // 23: entente.v1.Presence.instances:type_name -> entente.v1.Instance
+	9,   // 24: entente.v1.Presence.withdrawn:type_name -> entente.v1.Instance
+	17,  // 25: entente.v1.SignX509Request.requests:type_name -> entente.v1.X509Request
+	19,  // 26: entente.v1.SignX509Response.results:type_name -> entente.v1.X509Result
+	21,  // 27: entente.v1.SignJWTRequest.requests:type_name -> entente.v1.JWTRequest
+	26,  // 28: entente.v1.SignJWTResponse.results:type_name -> entente.v1.TokenResult
+	24,  // 29: entente.v1.SignWITRequest.requests:type_name -> entente.v1.WITRequest
+	26,  // 30: entente.v1.SignWITResponse.results:type_name -> entente.v1.TokenResult
+	90,  // 31: entente.v1.StatusResponse.cluster:type_name -> entente.state.v1.Cluster
+	30,  // 32: entente.v1.StatusResponse.members:type_name -> entente.v1.MemberStatus
+	96,  // 33: entente.v1.StatusResponse.authorities:type_name -> entente.state.v1.Authority
+	44,  // 34: entente.v1.StatusResponse.foreign:type_name -> entente.v1.ForeignBundleStatus
+	9,   // 35: entente.v1.StatusResponse.instances:type_name -> entente.v1.Instance
+	29,  // 36: entente.v1.StatusResponse.autonomy:type_name -> entente.v1.Autonomy
+	89,  // 37: entente.v1.MemberStatus.member:type_name -> entente.state.v1.Member
+	35,  // 38: entente.v1.ListNodesResponse.nodes:type_name -> entente.v1.NodeProgress
+	89,  // 39: entente.v1.NodeProgress.member:type_name -> entente.state.v1.Member
+	89,  // 40: entente.v1.VouchResponse.member:type_name -> entente.state.v1.Member
+	97,  // 41: entente.v1.CreateTokenRequest.node:type_name -> entente.state.v1.NodeGrant
+	98,  // 42: entente.v1.CreateTokenRequest.agent:type_name -> entente.state.v1.AgentGrant
+	94,  // 43: entente.v1.ApplyRequest.objects:type_name -> entente.state.v1.Object
+	95,  // 44: entente.v1.ApplyRequest.deletes:type_name -> entente.state.v1.ObjectKey
+	49,  // 45: entente.v1.ApplyResponse.changes:type_name -> entente.v1.ObjectChange
+	95,  // 46: entente.v1.ObjectChange.key:type_name -> entente.state.v1.ObjectKey
+	55,  // 47: entente.v1.ReportRequest.held:type_name -> entente.v1.HeldAuthority
+	59,  // 48: entente.v1.GateResponse.authorities:type_name -> entente.v1.AuthorityGate
+	9,   // 49: entente.v1.PresenceResponse.instances:type_name -> entente.v1.Instance
+	9,   // 50: entente.v1.PresenceResponse.withdrawn:type_name -> entente.v1.Instance
+	64,  // 51: entente.v1.ListAuthoritiesResponse.authorities:type_name -> entente.v1.AuthorityStatus
+	96,  // 52: entente.v1.AuthorityStatus.authority:type_name -> entente.state.v1.Authority
+	96,  // 53: entente.v1.ChangeAuthorityResponse.authority:type_name -> entente.state.v1.Authority
+	96,  // 54: entente.v1.ChangeAuthorityResponse.signing:type_name -> entente.state.v1.Authority
+	89,  // 55: entente.v1.RemoveNodeResponse.member:type_name -> entente.state.v1.Member
+	96,  // 56: entente.v1.RemoveNodeResponse.authorities:type_name -> entente.state.v1.Authority
+	72,  // 57: entente.v1.ListAgentsResponse.agents:type_name -> entente.v1.AgentStatus
+	91,  // 58: entente.v1.AgentStatus.agent:type_name -> entente.state.v1.Agent
+	72,  // 59: entente.v1.GetAgentResponse.status:type_name -> entente.v1.AgentStatus
+	93,  // 60: entente.v1.GetAgentResponse.entries:type_name -> entente.state.v1.Entry
+	9,   // 61: entente.v1.GetAgentResponse.instances:type_name -> entente.v1.Instance
+	99,  // 62: entente.v1.ListTokensResponse.tokens:type_name -> entente.state.v1.Token
+	100, // 63: entente.v1.ChangeEntriesRequest.changes:type_name -> entente.state.v1.EntryChange
+	83,  // 64: entente.v1.ChangeEntriesResponse.results:type_name -> entente.v1.EntryResult
+	93,  // 65: entente.v1.ListEntriesResponse.entries:type_name -> entente.state.v1.Entry
+	93,  // 66: entente.v1.GetEntryResponse.entry:type_name -> entente.state.v1.Entry
+	1,   // 67: entente.v1.Join.Join:input_type -> entente.v1.JoinRequest
+	3,   // 68: entente.v1.Attest.Attest:input_type -> entente.v1.AttestRequest
+	5,   // 69: entente.v1.Sync.Sync:input_type -> entente.v1.SyncRequest
+	16,  // 70: entente.v1.Sign.SignX509:input_type -> entente.v1.SignX509Request
+	20,  // 71: entente.v1.Sign.SignJWT:input_type -> entente.v1.SignJWTRequest
+	23,  // 72: entente.v1.Sign.SignWIT:input_type -> entente.v1.SignWITRequest
+	27,  // 73: entente.v1.Admin.Status:input_type -> entente.v1.StatusRequest
+	45,  // 74: entente.v1.Admin.CreateToken:input_type -> entente.v1.CreateTokenRequest
+	47,  // 75: entente.v1.Admin.Apply:input_type -> entente.v1.ApplyRequest
+	50,  // 76: entente.v1.Admin.GetBundle:input_type -> entente.v1.GetBundleRequest
+	62,  // 77: entente.v1.Admin.ListAuthorities:input_type -> entente.v1.ListAuthoritiesRequest
+	65,  // 78: entente.v1.Admin.PrepareAuthority:input_type -> entente.v1.PrepareAuthorityRequest
+	66,  // 79: entente.v1.Admin.ActivateAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	66,  // 80: entente.v1.Admin.TaintAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	66,  // 81: entente.v1.Admin.RevokeAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	68,  // 82: entente.v1.Admin.RemoveNode:input_type -> entente.v1.RemoveNodeRequest
+	70,  // 83: entente.v1.Admin.ListAgents:input_type -> entente.v1.ListAgentsRequest
+	73,  // 84: entente.v1.Admin.GetAgent:input_type -> entente.v1.GetAgentRequest
+	75,  // 85: entente.v1.Admin.BanAgent:input_type -> entente.v1.ChangeAgentRequest
+	75,  // 86: entente.v1.Admin.EvictAgent:input_type -> entente.v1.ChangeAgentRequest
+	77,  // 87: entente.v1.Admin.ListTokens:input_type -> entente.v1.ListTokensRequest
+	79,  // 88: entente.v1.Admin.RevokeToken:input_type -> entente.v1.RevokeTokenRequest
+	81,  // 89: entente.v1.Admin.ChangeEntries:input_type -> entente.v1.ChangeEntriesRequest
+	84,  // 90: entente.v1.Admin.ListEntries:input_type -> entente.v1.ListEntriesRequest
+	86,  // 91: entente.v1.Admin.GetEntry:input_type -> entente.v1.GetEntryRequest
+	84,  // 92: entente.v1.Admin.CountEntries:input_type -> entente.v1.ListEntriesRequest
+	31,  // 93: entente.v1.Admin.SaveSnapshot:input_type -> entente.v1.SaveSnapshotRequest
+	33,  // 94: entente.v1.Admin.ListNodes:input_type -> entente.v1.ListNodesRequest
+	36,  // 95: entente.v1.Admin.PromoteNode:input_type -> entente.v1.PromoteNodeRequest
+	52,  // 96: entente.v1.Peer.Propose:input_type -> entente.v1.ProposeRequest
+	54,  // 97: entente.v1.Peer.Report:input_type -> entente.v1.ReportRequest
+	60,  // 98: entente.v1.Peer.Presence:input_type -> entente.v1.PresenceRequest
+	57,  // 99: entente.v1.Peer.Gate:input_type -> entente.v1.GateRequest
+	38,  // 100: entente.v1.Peer.Vouch:input_type -> entente.v1.VouchRequest
+	40,  // 101: entente.v1.Peer.Checksum:input_type -> entente.v1.ChecksumRequest
+	33,  // 102: entente.v1.Peer.Nodes:input_type -> entente.v1.ListNodesRequest
+	42,  // 103: entente.v1.Peer.ShowEpoch:input_type -> entente.v1.ShowEpochRequest
+	2,   // 104: entente.v1.Join.Join:output_type -> entente.v1.JoinResponse
+	4,   // 105: entente.v1.Attest.Attest:output_type -> entente.v1.AttestResponse
+	10,  // 106: entente.v1.Sync.Sync:output_type -> entente.v1.SyncResponse
+	18,  // 107: entente.v1.Sign.SignX509:output_type -> entente.v1.SignX509Response
+	22,  // 108: entente.v1.Sign.SignJWT:output_type -> entente.v1.SignJWTResponse
+	25,  // 109: entente.v1.Sign.SignWIT:output_type -> entente.v1.SignWITResponse
+	28,  // 110: entente.v1.Admin.Status:output_type -> entente.v1.StatusResponse
+	46,  // 111: entente.v1.Admin.CreateToken:output_type -> entente.v1.CreateTokenResponse
+	48,  // 112: entente.v1.Admin.Apply:output_type -> entente.v1.ApplyResponse
+	51,  // 113: entente.v1.Admin.GetBundle:output_type -> entente.v1.GetBundleResponse
+	63,  // 114: entente.v1.Admin.ListAuthorities:output_type -> entente.v1.ListAuthoritiesResponse
+	67,  // 115: entente.v1.Admin.PrepareAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	67,  // 116: entente.v1.Admin.ActivateAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	67,  // 117: entente.v1.Admin.TaintAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	67,  // 118: entente.v1.Admin.RevokeAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	69,  // 119: entente.v1.Admin.RemoveNode:output_type -> entente.v1.RemoveNodeResponse
+	71,  // 120: entente.v1.Admin.ListAgents:output_type -> entente.v1.ListAgentsResponse
+	74,  // 121: entente.v1.Admin.GetAgent:output_type -> entente.v1.GetAgentResponse
+	76,  // 122: entente.v1.Admin.BanAgent:output_type -> entente.v1.ChangeAgentResponse
+	76,  // 123: entente.v1.Admin.EvictAgent:output_type -> entente.v1.ChangeAgentResponse
+	78,  // 124: entente.v1.Admin.ListTokens:output_type -> entente.v1.ListTokensResponse
+	80,  // 125: entente.v1.Admin.RevokeToken:output_type -> entente.v1.RevokeTokenResponse
+	82,  // 126: entente.v1.Admin.ChangeEntries:output_type -> entente.v1.ChangeEntriesResponse
+	85,  // 127: entente.v1.Admin.ListEntries:output_type -> entente.v1.ListEntriesResponse
+	87,  // 128: entente.v1.Admin.GetEntry:output_type -> entente.v1.GetEntryResponse
+	88,  // 129: entente.v1.Admin.CountEntries:output_type -> entente.v1.CountEntriesResponse
+	32,  // 130: entente.v1.Admin.SaveSnapshot:output_type -> entente.v1.SaveSnapshotResponse
+	34,  // 131: entente.v1.Admin.ListNodes:output_type -> entente.v1.ListNodesResponse
+	37,  // 132: entente.v1.Admin.PromoteNode:output_type -> entente.v1.PromoteNodeResponse
+	53,  // 133: entente.v1.Peer.Propose:output_type -> entente.v1.ProposeResponse
+	56,  // 134: entente.v1.Peer.Report:output_type -> entente.v1.ReportResponse
+	61,  // 135: entente.v1.Peer.Presence:output_type -> entente.v1.PresenceResponse
+	58,  // 136: entente.v1.Peer.Gate:output_type -> entente.v1.GateResponse
+	39,  // 137: entente.v1.Peer.Vouch:output_type -> entente.v1.VouchResponse
+	41,  // 138: entente.v1.Peer.Checksum:output_type -> entente.v1.ChecksumResponse
+	34,  // 139: entente.v1.Peer.Nodes:output_type -> entente.v1.ListNodesResponse
+	43,  // 140: entente.v1.Peer.ShowEpoch:output_type -> entente.v1.ShowEpochResponse
+	104, // [104:141] is the sub-list for method output_type
+	67,  // [67:104] is the sub-list for method input_type
+	67,  // [67:67] is the sub-list for extension type_name
+	67,  // [67:67] is the sub-list for extension extendee
+	0,   // [0:67] is the sub-list for field type_name
 }
 
 func init() { file_entente_v1_entente_proto_init() }
@@ -4601,7 +5838,7 @@ func file_entente_v1_entente_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_entente_v1_entente_proto_rawDesc), len(file_entente_v1_entente_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   67,
+			NumMessages:   88,
 			NumExtensions: 0,
 			NumServices:   6,
 		},

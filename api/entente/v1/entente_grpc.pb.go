@@ -344,6 +344,8 @@ var Sync_ServiceDesc = grpc.ServiceDesc{
 
 const (
 	Sign_SignX509_FullMethodName = "/entente.v1.Sign/SignX509"
+	Sign_SignJWT_FullMethodName  = "/entente.v1.Sign/SignJWT"
+	Sign_SignWIT_FullMethodName  = "/entente.v1.Sign/SignWIT"
 )
 
 // SignClient is the client API for Sign service.
@@ -353,6 +355,9 @@ const (
 // Sign issues SVIDs to agents for the entries that name their host.
 type SignClient interface {
 	SignX509(ctx context.Context, in *SignX509Request, opts ...grpc.CallOption) (*SignX509Response, error)
+	// RESOURCE_EXHAUSTED carries a google.rpc.RetryInfo.
+	SignJWT(ctx context.Context, in *SignJWTRequest, opts ...grpc.CallOption) (*SignJWTResponse, error)
+	SignWIT(ctx context.Context, in *SignWITRequest, opts ...grpc.CallOption) (*SignWITResponse, error)
 }
 
 type signClient struct {
@@ -373,6 +378,26 @@ func (c *signClient) SignX509(ctx context.Context, in *SignX509Request, opts ...
 	return out, nil
 }
 
+func (c *signClient) SignJWT(ctx context.Context, in *SignJWTRequest, opts ...grpc.CallOption) (*SignJWTResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(SignJWTResponse)
+	err := c.cc.Invoke(ctx, Sign_SignJWT_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *signClient) SignWIT(ctx context.Context, in *SignWITRequest, opts ...grpc.CallOption) (*SignWITResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(SignWITResponse)
+	err := c.cc.Invoke(ctx, Sign_SignWIT_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // SignServer is the server API for Sign service.
 // All implementations must embed UnimplementedSignServer
 // for forward compatibility.
@@ -380,6 +405,9 @@ func (c *signClient) SignX509(ctx context.Context, in *SignX509Request, opts ...
 // Sign issues SVIDs to agents for the entries that name their host.
 type SignServer interface {
 	SignX509(context.Context, *SignX509Request) (*SignX509Response, error)
+	// RESOURCE_EXHAUSTED carries a google.rpc.RetryInfo.
+	SignJWT(context.Context, *SignJWTRequest) (*SignJWTResponse, error)
+	SignWIT(context.Context, *SignWITRequest) (*SignWITResponse, error)
 	mustEmbedUnimplementedSignServer()
 }
 
@@ -392,6 +420,12 @@ type UnimplementedSignServer struct{}
 
 func (UnimplementedSignServer) SignX509(context.Context, *SignX509Request) (*SignX509Response, error) {
 	return nil, status.Error(codes.Unimplemented, "method SignX509 not implemented")
+}
+func (UnimplementedSignServer) SignJWT(context.Context, *SignJWTRequest) (*SignJWTResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method SignJWT not implemented")
+}
+func (UnimplementedSignServer) SignWIT(context.Context, *SignWITRequest) (*SignWITResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method SignWIT not implemented")
 }
 func (UnimplementedSignServer) mustEmbedUnimplementedSignServer() {}
 func (UnimplementedSignServer) testEmbeddedByValue()              {}
@@ -432,6 +466,42 @@ func _Sign_SignX509_Handler(srv interface{}, ctx context.Context, dec func(inter
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Sign_SignJWT_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(SignJWTRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(SignServer).SignJWT(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Sign_SignJWT_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(SignServer).SignJWT(ctx, req.(*SignJWTRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Sign_SignWIT_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(SignWITRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(SignServer).SignWIT(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Sign_SignWIT_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(SignServer).SignWIT(ctx, req.(*SignWITRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Sign_ServiceDesc is the grpc.ServiceDesc for Sign service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -442,6 +512,14 @@ var Sign_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "SignX509",
 			Handler:    _Sign_SignX509_Handler,
+		},
+		{
+			MethodName: "SignJWT",
+			Handler:    _Sign_SignJWT_Handler,
+		},
+		{
+			MethodName: "SignWIT",
+			Handler:    _Sign_SignWIT_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},
@@ -469,6 +547,9 @@ const (
 	Admin_ListEntries_FullMethodName       = "/entente.v1.Admin/ListEntries"
 	Admin_GetEntry_FullMethodName          = "/entente.v1.Admin/GetEntry"
 	Admin_CountEntries_FullMethodName      = "/entente.v1.Admin/CountEntries"
+	Admin_SaveSnapshot_FullMethodName      = "/entente.v1.Admin/SaveSnapshot"
+	Admin_ListNodes_FullMethodName         = "/entente.v1.Admin/ListNodes"
+	Admin_PromoteNode_FullMethodName       = "/entente.v1.Admin/PromoteNode"
 )
 
 // AdminClient is the client API for Admin service.
@@ -502,6 +583,12 @@ type AdminClient interface {
 	ListEntries(ctx context.Context, in *ListEntriesRequest, opts ...grpc.CallOption) (*ListEntriesResponse, error)
 	GetEntry(ctx context.Context, in *GetEntryRequest, opts ...grpc.CallOption) (*GetEntryResponse, error)
 	CountEntries(ctx context.Context, in *ListEntriesRequest, opts ...grpc.CallOption) (*CountEntriesResponse, error)
+	// SaveSnapshot streams the state of this node as it is now; docs/operations.md.
+	SaveSnapshot(ctx context.Context, in *SaveSnapshotRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[SaveSnapshotResponse], error)
+	// ListNodes says how far each CA node is, as the leader knows it.
+	ListNodes(ctx context.Context, in *ListNodesRequest, opts ...grpc.CallOption) (*ListNodesResponse, error)
+	// PromoteNode makes a non-voter vote when it has caught up.
+	PromoteNode(ctx context.Context, in *PromoteNodeRequest, opts ...grpc.CallOption) (*PromoteNodeResponse, error)
 }
 
 type adminClient struct {
@@ -712,6 +799,45 @@ func (c *adminClient) CountEntries(ctx context.Context, in *ListEntriesRequest, 
 	return out, nil
 }
 
+func (c *adminClient) SaveSnapshot(ctx context.Context, in *SaveSnapshotRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[SaveSnapshotResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Admin_ServiceDesc.Streams[0], Admin_SaveSnapshot_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[SaveSnapshotRequest, SaveSnapshotResponse]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Admin_SaveSnapshotClient = grpc.ServerStreamingClient[SaveSnapshotResponse]
+
+func (c *adminClient) ListNodes(ctx context.Context, in *ListNodesRequest, opts ...grpc.CallOption) (*ListNodesResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListNodesResponse)
+	err := c.cc.Invoke(ctx, Admin_ListNodes_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) PromoteNode(ctx context.Context, in *PromoteNodeRequest, opts ...grpc.CallOption) (*PromoteNodeResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(PromoteNodeResponse)
+	err := c.cc.Invoke(ctx, Admin_PromoteNode_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // AdminServer is the server API for Admin service.
 // All implementations must embed UnimplementedAdminServer
 // for forward compatibility.
@@ -743,6 +869,12 @@ type AdminServer interface {
 	ListEntries(context.Context, *ListEntriesRequest) (*ListEntriesResponse, error)
 	GetEntry(context.Context, *GetEntryRequest) (*GetEntryResponse, error)
 	CountEntries(context.Context, *ListEntriesRequest) (*CountEntriesResponse, error)
+	// SaveSnapshot streams the state of this node as it is now; docs/operations.md.
+	SaveSnapshot(*SaveSnapshotRequest, grpc.ServerStreamingServer[SaveSnapshotResponse]) error
+	// ListNodes says how far each CA node is, as the leader knows it.
+	ListNodes(context.Context, *ListNodesRequest) (*ListNodesResponse, error)
+	// PromoteNode makes a non-voter vote when it has caught up.
+	PromoteNode(context.Context, *PromoteNodeRequest) (*PromoteNodeResponse, error)
 	mustEmbedUnimplementedAdminServer()
 }
 
@@ -812,6 +944,15 @@ func (UnimplementedAdminServer) GetEntry(context.Context, *GetEntryRequest) (*Ge
 }
 func (UnimplementedAdminServer) CountEntries(context.Context, *ListEntriesRequest) (*CountEntriesResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method CountEntries not implemented")
+}
+func (UnimplementedAdminServer) SaveSnapshot(*SaveSnapshotRequest, grpc.ServerStreamingServer[SaveSnapshotResponse]) error {
+	return status.Error(codes.Unimplemented, "method SaveSnapshot not implemented")
+}
+func (UnimplementedAdminServer) ListNodes(context.Context, *ListNodesRequest) (*ListNodesResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListNodes not implemented")
+}
+func (UnimplementedAdminServer) PromoteNode(context.Context, *PromoteNodeRequest) (*PromoteNodeResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method PromoteNode not implemented")
 }
 func (UnimplementedAdminServer) mustEmbedUnimplementedAdminServer() {}
 func (UnimplementedAdminServer) testEmbeddedByValue()               {}
@@ -1194,6 +1335,53 @@ func _Admin_CountEntries_Handler(srv interface{}, ctx context.Context, dec func(
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Admin_SaveSnapshot_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(SaveSnapshotRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(AdminServer).SaveSnapshot(m, &grpc.GenericServerStream[SaveSnapshotRequest, SaveSnapshotResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Admin_SaveSnapshotServer = grpc.ServerStreamingServer[SaveSnapshotResponse]
+
+func _Admin_ListNodes_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListNodesRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).ListNodes(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_ListNodes_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).ListNodes(ctx, req.(*ListNodesRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_PromoteNode_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(PromoteNodeRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).PromoteNode(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_PromoteNode_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).PromoteNode(ctx, req.(*PromoteNodeRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Admin_ServiceDesc is the grpc.ServiceDesc for Admin service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -1281,16 +1469,34 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 			MethodName: "CountEntries",
 			Handler:    _Admin_CountEntries_Handler,
 		},
+		{
+			MethodName: "ListNodes",
+			Handler:    _Admin_ListNodes_Handler,
+		},
+		{
+			MethodName: "PromoteNode",
+			Handler:    _Admin_PromoteNode_Handler,
+		},
 	},
-	Streams:  []grpc.StreamDesc{},
+	Streams: []grpc.StreamDesc{
+		{
+			StreamName:    "SaveSnapshot",
+			Handler:       _Admin_SaveSnapshot_Handler,
+			ServerStreams: true,
+		},
+	},
 	Metadata: "entente/v1/entente.proto",
 }
 
 const (
-	Peer_Propose_FullMethodName  = "/entente.v1.Peer/Propose"
-	Peer_Report_FullMethodName   = "/entente.v1.Peer/Report"
-	Peer_Presence_FullMethodName = "/entente.v1.Peer/Presence"
-	Peer_Gate_FullMethodName     = "/entente.v1.Peer/Gate"
+	Peer_Propose_FullMethodName   = "/entente.v1.Peer/Propose"
+	Peer_Report_FullMethodName    = "/entente.v1.Peer/Report"
+	Peer_Presence_FullMethodName  = "/entente.v1.Peer/Presence"
+	Peer_Gate_FullMethodName      = "/entente.v1.Peer/Gate"
+	Peer_Vouch_FullMethodName     = "/entente.v1.Peer/Vouch"
+	Peer_Checksum_FullMethodName  = "/entente.v1.Peer/Checksum"
+	Peer_Nodes_FullMethodName     = "/entente.v1.Peer/Nodes"
+	Peer_ShowEpoch_FullMethodName = "/entente.v1.Peer/ShowEpoch"
 )
 
 // PeerClient is the client API for Peer service.
@@ -1307,6 +1513,15 @@ type PeerClient interface {
 	// Gate is what the leader knows of acknowledgements. FAILED_PRECONDITION: it does
 	// not lead.
 	Gate(ctx context.Context, in *GateRequest, opts ...grpc.CallOption) (*GateResponse, error)
+	// Vouch says what the server knows of a member that the caller does not know yet.
+	Vouch(ctx context.Context, in *VouchRequest, opts ...grpc.CallOption) (*VouchResponse, error)
+	// Checksum is the hash of the server's state at a log index, if it knows it.
+	Checksum(ctx context.Context, in *ChecksumRequest, opts ...grpc.CallOption) (*ChecksumResponse, error)
+	// Nodes is ListNodes at the leader: FAILED_PRECONDITION elsewhere.
+	Nodes(ctx context.Context, in *ListNodesRequest, opts ...grpc.CallOption) (*ListNodesResponse, error)
+	// ShowEpoch shows a node of an earlier epoch how the present one began. The record
+	// proves itself, so any CA node, and who was one, may call it.
+	ShowEpoch(ctx context.Context, in *ShowEpochRequest, opts ...grpc.CallOption) (*ShowEpochResponse, error)
 }
 
 type peerClient struct {
@@ -1366,6 +1581,46 @@ func (c *peerClient) Gate(ctx context.Context, in *GateRequest, opts ...grpc.Cal
 	return out, nil
 }
 
+func (c *peerClient) Vouch(ctx context.Context, in *VouchRequest, opts ...grpc.CallOption) (*VouchResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(VouchResponse)
+	err := c.cc.Invoke(ctx, Peer_Vouch_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *peerClient) Checksum(ctx context.Context, in *ChecksumRequest, opts ...grpc.CallOption) (*ChecksumResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ChecksumResponse)
+	err := c.cc.Invoke(ctx, Peer_Checksum_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *peerClient) Nodes(ctx context.Context, in *ListNodesRequest, opts ...grpc.CallOption) (*ListNodesResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListNodesResponse)
+	err := c.cc.Invoke(ctx, Peer_Nodes_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *peerClient) ShowEpoch(ctx context.Context, in *ShowEpochRequest, opts ...grpc.CallOption) (*ShowEpochResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ShowEpochResponse)
+	err := c.cc.Invoke(ctx, Peer_ShowEpoch_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // PeerServer is the server API for Peer service.
 // All implementations must embed UnimplementedPeerServer
 // for forward compatibility.
@@ -1380,6 +1635,15 @@ type PeerServer interface {
 	// Gate is what the leader knows of acknowledgements. FAILED_PRECONDITION: it does
 	// not lead.
 	Gate(context.Context, *GateRequest) (*GateResponse, error)
+	// Vouch says what the server knows of a member that the caller does not know yet.
+	Vouch(context.Context, *VouchRequest) (*VouchResponse, error)
+	// Checksum is the hash of the server's state at a log index, if it knows it.
+	Checksum(context.Context, *ChecksumRequest) (*ChecksumResponse, error)
+	// Nodes is ListNodes at the leader: FAILED_PRECONDITION elsewhere.
+	Nodes(context.Context, *ListNodesRequest) (*ListNodesResponse, error)
+	// ShowEpoch shows a node of an earlier epoch how the present one began. The record
+	// proves itself, so any CA node, and who was one, may call it.
+	ShowEpoch(context.Context, *ShowEpochRequest) (*ShowEpochResponse, error)
 	mustEmbedUnimplementedPeerServer()
 }
 
@@ -1401,6 +1665,18 @@ func (UnimplementedPeerServer) Presence(*PresenceRequest, grpc.ServerStreamingSe
 }
 func (UnimplementedPeerServer) Gate(context.Context, *GateRequest) (*GateResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Gate not implemented")
+}
+func (UnimplementedPeerServer) Vouch(context.Context, *VouchRequest) (*VouchResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Vouch not implemented")
+}
+func (UnimplementedPeerServer) Checksum(context.Context, *ChecksumRequest) (*ChecksumResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Checksum not implemented")
+}
+func (UnimplementedPeerServer) Nodes(context.Context, *ListNodesRequest) (*ListNodesResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Nodes not implemented")
+}
+func (UnimplementedPeerServer) ShowEpoch(context.Context, *ShowEpochRequest) (*ShowEpochResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ShowEpoch not implemented")
 }
 func (UnimplementedPeerServer) mustEmbedUnimplementedPeerServer() {}
 func (UnimplementedPeerServer) testEmbeddedByValue()              {}
@@ -1488,6 +1764,78 @@ func _Peer_Gate_Handler(srv interface{}, ctx context.Context, dec func(interface
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Peer_Vouch_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(VouchRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(PeerServer).Vouch(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Peer_Vouch_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(PeerServer).Vouch(ctx, req.(*VouchRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Peer_Checksum_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ChecksumRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(PeerServer).Checksum(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Peer_Checksum_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(PeerServer).Checksum(ctx, req.(*ChecksumRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Peer_Nodes_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListNodesRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(PeerServer).Nodes(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Peer_Nodes_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(PeerServer).Nodes(ctx, req.(*ListNodesRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Peer_ShowEpoch_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ShowEpochRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(PeerServer).ShowEpoch(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Peer_ShowEpoch_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(PeerServer).ShowEpoch(ctx, req.(*ShowEpochRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Peer_ServiceDesc is the grpc.ServiceDesc for Peer service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -1506,6 +1854,22 @@ var Peer_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Gate",
 			Handler:    _Peer_Gate_Handler,
+		},
+		{
+			MethodName: "Vouch",
+			Handler:    _Peer_Vouch_Handler,
+		},
+		{
+			MethodName: "Checksum",
+			Handler:    _Peer_Checksum_Handler,
+		},
+		{
+			MethodName: "Nodes",
+			Handler:    _Peer_Nodes_Handler,
+		},
+		{
+			MethodName: "ShowEpoch",
+			Handler:    _Peer_ShowEpoch_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

@@ -290,6 +290,9 @@ type Cluster struct {
 	Epoch         uint32                 `protobuf:"varint,3,opt,name=epoch,proto3" json:"epoch,omitempty"` // below 512; raised by recover
 	Dev           bool                   `protobuf:"varint,4,opt,name=dev,proto3" json:"dev,omitempty"`     // loopback only, unsealed keys; never federates with a non-dev domain
 	Lifetimes     *Lifetimes             `protobuf:"bytes,5,opt,name=lifetimes,proto3" json:"lifetimes,omitempty"`
+	RecoveryKey   []byte                 `protobuf:"bytes,40,opt,name=recovery_key,json=recoveryKey,proto3" json:"recovery_key,omitempty"` // Ed25519; its private half is with the operator, offline
+	Recovery      *Recovery              `protobuf:"bytes,41,opt,name=recovery,proto3" json:"recovery,omitempty"`                          // how this epoch began; absent in the first
+	MinVoters     uint32                 `protobuf:"varint,42,opt,name=min_voters,json=minVoters,proto3" json:"min_voters,omitempty"`      // a removal never leaves fewer; 0: none but the last is kept
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -359,6 +362,175 @@ func (x *Cluster) GetLifetimes() *Lifetimes {
 	return nil
 }
 
+func (x *Cluster) GetRecoveryKey() []byte {
+	if x != nil {
+		return x.RecoveryKey
+	}
+	return nil
+}
+
+func (x *Cluster) GetRecovery() *Recovery {
+	if x != nil {
+		return x.Recovery
+	}
+	return nil
+}
+
+func (x *Cluster) GetMinVoters() uint32 {
+	if x != nil {
+		return x.MinVoters
+	}
+	return 0
+}
+
+// Recovery is how an epoch began: one node went on alone, by the word of whoever
+// holds the recovery key.
+type Recovery struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Statement     []byte                 `protobuf:"bytes,1,opt,name=statement,proto3" json:"statement,omitempty"`                // encoded RecoveryStatement
+	Signature     []byte                 `protobuf:"bytes,2,opt,name=signature,proto3" json:"signature,omitempty"`                // Ed25519 by the recovery key
+	Absent        []*Member              `protobuf:"bytes,3,rep,name=absent,proto3" json:"absent,omitempty"`                      // who belonged to the cluster before and did not come along
+	RevokeAt      int64                  `protobuf:"varint,4,opt,name=revoke_at,json=revokeAt,proto3" json:"revoke_at,omitempty"` // Unix seconds of state time: their authorities are REVOKED then; 0: counted from the next Tick
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Recovery) Reset() {
+	*x = Recovery{}
+	mi := &file_entente_state_v1_state_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Recovery) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Recovery) ProtoMessage() {}
+
+func (x *Recovery) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_state_v1_state_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Recovery.ProtoReflect.Descriptor instead.
+func (*Recovery) Descriptor() ([]byte, []int) {
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *Recovery) GetStatement() []byte {
+	if x != nil {
+		return x.Statement
+	}
+	return nil
+}
+
+func (x *Recovery) GetSignature() []byte {
+	if x != nil {
+		return x.Signature
+	}
+	return nil
+}
+
+func (x *Recovery) GetAbsent() []*Member {
+	if x != nil {
+		return x.Absent
+	}
+	return nil
+}
+
+func (x *Recovery) GetRevokeAt() int64 {
+	if x != nil {
+		return x.RevokeAt
+	}
+	return 0
+}
+
+// RecoveryStatement is what the recovery key signs. A node of an earlier epoch that
+// is shown one stops.
+type RecoveryStatement struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	ClusterId     []byte                 `protobuf:"bytes,1,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
+	Epoch         uint32                 `protobuf:"varint,2,opt,name=epoch,proto3" json:"epoch,omitempty"`                                // the new one
+	RecoveryId    []byte                 `protobuf:"bytes,3,opt,name=recovery_id,json=recoveryId,proto3" json:"recovery_id,omitempty"`     // 16 random bytes
+	MemberId      string                 `protobuf:"bytes,4,opt,name=member_id,json=memberId,proto3" json:"member_id,omitempty"`           // who goes on
+	UnixSeconds   int64                  `protobuf:"varint,5,opt,name=unix_seconds,json=unixSeconds,proto3" json:"unix_seconds,omitempty"` // by that node's clock
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RecoveryStatement) Reset() {
+	*x = RecoveryStatement{}
+	mi := &file_entente_state_v1_state_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RecoveryStatement) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RecoveryStatement) ProtoMessage() {}
+
+func (x *RecoveryStatement) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_state_v1_state_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RecoveryStatement.ProtoReflect.Descriptor instead.
+func (*RecoveryStatement) Descriptor() ([]byte, []int) {
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *RecoveryStatement) GetClusterId() []byte {
+	if x != nil {
+		return x.ClusterId
+	}
+	return nil
+}
+
+func (x *RecoveryStatement) GetEpoch() uint32 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+func (x *RecoveryStatement) GetRecoveryId() []byte {
+	if x != nil {
+		return x.RecoveryId
+	}
+	return nil
+}
+
+func (x *RecoveryStatement) GetMemberId() string {
+	if x != nil {
+		return x.MemberId
+	}
+	return ""
+}
+
+func (x *RecoveryStatement) GetUnixSeconds() int64 {
+	if x != nil {
+		return x.UnixSeconds
+	}
+	return 0
+}
+
 // Lifetimes are the domain's own; zero means the default of docs/reference.
 type Lifetimes struct {
 	state                    protoimpl.MessageState `protogen:"open.v1"`
@@ -366,13 +538,15 @@ type Lifetimes struct {
 	PhaseSeconds             uint32                 `protobuf:"varint,2,opt,name=phase_seconds,json=phaseSeconds,proto3" json:"phase_seconds,omitempty"`                                         // P, 48 h; an authority lives 3P
 	AgentSvidSeconds         uint32                 `protobuf:"varint,3,opt,name=agent_svid_seconds,json=agentSvidSeconds,proto3" json:"agent_svid_seconds,omitempty"`                           // as x509_svid_seconds
 	BundleRefreshHintSeconds uint32                 `protobuf:"varint,4,opt,name=bundle_refresh_hint_seconds,json=bundleRefreshHintSeconds,proto3" json:"bundle_refresh_hint_seconds,omitempty"` // 300
+	JwtSvidSeconds           uint32                 `protobuf:"varint,5,opt,name=jwt_svid_seconds,json=jwtSvidSeconds,proto3" json:"jwt_svid_seconds,omitempty"`                                 // 300
+	WitSvidSeconds           uint32                 `protobuf:"varint,6,opt,name=wit_svid_seconds,json=witSvidSeconds,proto3" json:"wit_svid_seconds,omitempty"`                                 // 3600
 	unknownFields            protoimpl.UnknownFields
 	sizeCache                protoimpl.SizeCache
 }
 
 func (x *Lifetimes) Reset() {
 	*x = Lifetimes{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[1]
+	mi := &file_entente_state_v1_state_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -384,7 +558,7 @@ func (x *Lifetimes) String() string {
 func (*Lifetimes) ProtoMessage() {}
 
 func (x *Lifetimes) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[1]
+	mi := &file_entente_state_v1_state_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -397,7 +571,7 @@ func (x *Lifetimes) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Lifetimes.ProtoReflect.Descriptor instead.
 func (*Lifetimes) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{1}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *Lifetimes) GetX509SvidSeconds() uint32 {
@@ -428,6 +602,20 @@ func (x *Lifetimes) GetBundleRefreshHintSeconds() uint32 {
 	return 0
 }
 
+func (x *Lifetimes) GetJwtSvidSeconds() uint32 {
+	if x != nil {
+		return x.JwtSvidSeconds
+	}
+	return 0
+}
+
+func (x *Lifetimes) GetWitSvidSeconds() uint32 {
+	if x != nil {
+		return x.WitSvidSeconds
+	}
+	return 0
+}
+
 // Member is one CA node. Its id is the lower-case hex of the SHA-256 of its
 // node key's SubjectPublicKeyInfo; that is also its Raft server id.
 type Member struct {
@@ -445,7 +633,7 @@ type Member struct {
 
 func (x *Member) Reset() {
 	*x = Member{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[2]
+	mi := &file_entente_state_v1_state_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -457,7 +645,7 @@ func (x *Member) String() string {
 func (*Member) ProtoMessage() {}
 
 func (x *Member) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[2]
+	mi := &file_entente_state_v1_state_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -470,7 +658,7 @@ func (x *Member) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Member.ProtoReflect.Descriptor instead.
 func (*Member) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{2}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Member) GetId() string {
@@ -545,7 +733,7 @@ type Authority struct {
 
 func (x *Authority) Reset() {
 	*x = Authority{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[3]
+	mi := &file_entente_state_v1_state_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -557,7 +745,7 @@ func (x *Authority) String() string {
 func (*Authority) ProtoMessage() {}
 
 func (x *Authority) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[3]
+	mi := &file_entente_state_v1_state_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -570,7 +758,7 @@ func (x *Authority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Authority.ProtoReflect.Descriptor instead.
 func (*Authority) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{3}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Authority) GetId() string {
@@ -689,7 +877,7 @@ type Token struct {
 
 func (x *Token) Reset() {
 	*x = Token{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[4]
+	mi := &file_entente_state_v1_state_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -701,7 +889,7 @@ func (x *Token) String() string {
 func (*Token) ProtoMessage() {}
 
 func (x *Token) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[4]
+	mi := &file_entente_state_v1_state_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -714,7 +902,7 @@ func (x *Token) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Token.ProtoReflect.Descriptor instead.
 func (*Token) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{4}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Token) GetId() string {
@@ -798,7 +986,7 @@ type NodeGrant struct {
 
 func (x *NodeGrant) Reset() {
 	*x = NodeGrant{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[5]
+	mi := &file_entente_state_v1_state_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -810,7 +998,7 @@ func (x *NodeGrant) String() string {
 func (*NodeGrant) ProtoMessage() {}
 
 func (x *NodeGrant) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[5]
+	mi := &file_entente_state_v1_state_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -823,7 +1011,7 @@ func (x *NodeGrant) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeGrant.ProtoReflect.Descriptor instead.
 func (*NodeGrant) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{5}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *NodeGrant) GetName() string {
@@ -865,7 +1053,7 @@ type AgentGrant struct {
 
 func (x *AgentGrant) Reset() {
 	*x = AgentGrant{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[6]
+	mi := &file_entente_state_v1_state_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -877,7 +1065,7 @@ func (x *AgentGrant) String() string {
 func (*AgentGrant) ProtoMessage() {}
 
 func (x *AgentGrant) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[6]
+	mi := &file_entente_state_v1_state_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -890,7 +1078,7 @@ func (x *AgentGrant) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentGrant.ProtoReflect.Descriptor instead.
 func (*AgentGrant) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{6}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *AgentGrant) GetName() string {
@@ -929,7 +1117,7 @@ type Agent struct {
 
 func (x *Agent) Reset() {
 	*x = Agent{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[7]
+	mi := &file_entente_state_v1_state_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -941,7 +1129,7 @@ func (x *Agent) String() string {
 func (*Agent) ProtoMessage() {}
 
 func (x *Agent) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[7]
+	mi := &file_entente_state_v1_state_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -954,7 +1142,7 @@ func (x *Agent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Agent.ProtoReflect.Descriptor instead.
 func (*Agent) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{7}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Agent) GetName() string {
@@ -1011,15 +1199,17 @@ type Entry struct {
 	DnsNames        []string               `protobuf:"bytes,6,rep,name=dns_names,json=dnsNames,proto3" json:"dns_names,omitempty"`
 	FederatesWith   []string               `protobuf:"bytes,7,rep,name=federates_with,json=federatesWith,proto3" json:"federates_with,omitempty"` // trust domains whose X.509 bundle it gets (I6)
 	Role            Role                   `protobuf:"varint,8,opt,name=role,proto3,enum=entente.state.v1.Role" json:"role,omitempty"`
-	Revision        uint64                 `protobuf:"varint,9,opt,name=revision,proto3" json:"revision,omitempty"` // generation: of its last change
-	Hint            string                 `protobuf:"bytes,10,opt,name=hint,proto3" json:"hint,omitempty"`         // for the workload: what the identity is for
+	Revision        uint64                 `protobuf:"varint,9,opt,name=revision,proto3" json:"revision,omitempty"`                                      // generation: of its last change
+	Hint            string                 `protobuf:"bytes,10,opt,name=hint,proto3" json:"hint,omitempty"`                                              // for the workload: what the identity is for
+	JwtSvidSeconds  uint32                 `protobuf:"varint,11,opt,name=jwt_svid_seconds,json=jwtSvidSeconds,proto3" json:"jwt_svid_seconds,omitempty"` // 0: the domain's
+	WitSvidSeconds  uint32                 `protobuf:"varint,12,opt,name=wit_svid_seconds,json=witSvidSeconds,proto3" json:"wit_svid_seconds,omitempty"` // 0: the domain's
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
 
 func (x *Entry) Reset() {
 	*x = Entry{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[8]
+	mi := &file_entente_state_v1_state_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1031,7 +1221,7 @@ func (x *Entry) String() string {
 func (*Entry) ProtoMessage() {}
 
 func (x *Entry) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[8]
+	mi := &file_entente_state_v1_state_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1044,7 +1234,7 @@ func (x *Entry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Entry.ProtoReflect.Descriptor instead.
 func (*Entry) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{8}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Entry) GetId() string {
@@ -1117,6 +1307,20 @@ func (x *Entry) GetHint() string {
 	return ""
 }
 
+func (x *Entry) GetJwtSvidSeconds() uint32 {
+	if x != nil {
+		return x.JwtSvidSeconds
+	}
+	return 0
+}
+
+func (x *Entry) GetWitSvidSeconds() uint32 {
+	if x != nil {
+		return x.WitSvidSeconds
+	}
+	return 0
+}
+
 // Distrust names SVIDs that must no longer be accepted although they are still
 // valid: those that match everything which is set. Made by what ends trust, never
 // by itself.
@@ -1136,7 +1340,7 @@ type Distrust struct {
 
 func (x *Distrust) Reset() {
 	*x = Distrust{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[9]
+	mi := &file_entente_state_v1_state_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1148,7 +1352,7 @@ func (x *Distrust) String() string {
 func (*Distrust) ProtoMessage() {}
 
 func (x *Distrust) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[9]
+	mi := &file_entente_state_v1_state_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1161,7 +1365,7 @@ func (x *Distrust) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Distrust.ProtoReflect.Descriptor instead.
 func (*Distrust) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{9}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Distrust) GetId() string {
@@ -1240,7 +1444,7 @@ type Object struct {
 
 func (x *Object) Reset() {
 	*x = Object{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[10]
+	mi := &file_entente_state_v1_state_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1252,7 +1456,7 @@ func (x *Object) String() string {
 func (*Object) ProtoMessage() {}
 
 func (x *Object) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[10]
+	mi := &file_entente_state_v1_state_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1265,7 +1469,7 @@ func (x *Object) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Object.ProtoReflect.Descriptor instead.
 func (*Object) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{10}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Object) GetKind() isObject_Kind {
@@ -1385,7 +1589,7 @@ type ObjectKey struct {
 
 func (x *ObjectKey) Reset() {
 	*x = ObjectKey{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[11]
+	mi := &file_entente_state_v1_state_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1397,7 +1601,7 @@ func (x *ObjectKey) String() string {
 func (*ObjectKey) ProtoMessage() {}
 
 func (x *ObjectKey) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[11]
+	mi := &file_entente_state_v1_state_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1410,7 +1614,7 @@ func (x *ObjectKey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ObjectKey.ProtoReflect.Descriptor instead.
 func (*ObjectKey) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{11}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ObjectKey) GetKind() string {
@@ -1435,19 +1639,22 @@ type Service struct {
 	Hosts           []string               `protobuf:"bytes,3,rep,name=hosts,proto3" json:"hosts,omitempty"`
 	Selectors       []string               `protobuf:"bytes,4,rep,name=selectors,proto3" json:"selectors,omitempty"`
 	Port            uint32                 `protobuf:"varint,5,opt,name=port,proto3" json:"port,omitempty"`                                     // where the application listens; 0: it only calls
-	HealthPath      string                 `protobuf:"bytes,6,opt,name=health_path,json=healthPath,proto3" json:"health_path,omitempty"`        // HTTP GET, 2xx is healthy; empty: TCP connect
+	HealthPath      string                 `protobuf:"bytes,6,opt,name=health_path,json=healthPath,proto3" json:"health_path,omitempty"`        // "/path": HTTP GET, 2xx is healthy; "grpc:SERVICE": grpc.health.v1; empty: TCP connect
 	OutboundPort    uint32                 `protobuf:"varint,7,opt,name=outbound_port,json=outboundPort,proto3" json:"outbound_port,omitempty"` // loopback port on which its workload calls others; 0: none
 	Failover        *Failover              `protobuf:"bytes,8,opt,name=failover,proto3" json:"failover,omitempty"`
 	ExportTo        []string               `protobuf:"bytes,9,rep,name=export_to,json=exportTo,proto3" json:"export_to,omitempty"` // trust domains that may see it
 	Calls           []string               `protobuf:"bytes,10,rep,name=calls,proto3" json:"calls,omitempty"`                      // service names it may call; empty: its own domain's and every import
 	X509SvidSeconds uint32                 `protobuf:"varint,11,opt,name=x509_svid_seconds,json=x509SvidSeconds,proto3" json:"x509_svid_seconds,omitempty"`
+	Hint            string                 `protobuf:"bytes,12,opt,name=hint,proto3" json:"hint,omitempty"`
+	JwtSvidSeconds  uint32                 `protobuf:"varint,13,opt,name=jwt_svid_seconds,json=jwtSvidSeconds,proto3" json:"jwt_svid_seconds,omitempty"`
+	WitSvidSeconds  uint32                 `protobuf:"varint,14,opt,name=wit_svid_seconds,json=witSvidSeconds,proto3" json:"wit_svid_seconds,omitempty"`
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
 
 func (x *Service) Reset() {
 	*x = Service{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[12]
+	mi := &file_entente_state_v1_state_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1459,7 +1666,7 @@ func (x *Service) String() string {
 func (*Service) ProtoMessage() {}
 
 func (x *Service) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[12]
+	mi := &file_entente_state_v1_state_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1472,7 +1679,7 @@ func (x *Service) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Service.ProtoReflect.Descriptor instead.
 func (*Service) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{12}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Service) GetName() string {
@@ -1552,6 +1759,27 @@ func (x *Service) GetX509SvidSeconds() uint32 {
 	return 0
 }
 
+func (x *Service) GetHint() string {
+	if x != nil {
+		return x.Hint
+	}
+	return ""
+}
+
+func (x *Service) GetJwtSvidSeconds() uint32 {
+	if x != nil {
+		return x.JwtSvidSeconds
+	}
+	return 0
+}
+
+func (x *Service) GetWitSvidSeconds() uint32 {
+	if x != nil {
+		return x.WitSvidSeconds
+	}
+	return 0
+}
+
 // Failover says where a service's requests may go, and in which order.
 type Failover struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -1565,7 +1793,7 @@ type Failover struct {
 
 func (x *Failover) Reset() {
 	*x = Failover{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[13]
+	mi := &file_entente_state_v1_state_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1577,7 +1805,7 @@ func (x *Failover) String() string {
 func (*Failover) ProtoMessage() {}
 
 func (x *Failover) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[13]
+	mi := &file_entente_state_v1_state_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1590,7 +1818,7 @@ func (x *Failover) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Failover.ProtoReflect.Descriptor instead.
 func (*Failover) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{13}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Failover) GetMode() Mode {
@@ -1635,7 +1863,7 @@ type Gateway struct {
 
 func (x *Gateway) Reset() {
 	*x = Gateway{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[14]
+	mi := &file_entente_state_v1_state_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1647,7 +1875,7 @@ func (x *Gateway) String() string {
 func (*Gateway) ProtoMessage() {}
 
 func (x *Gateway) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[14]
+	mi := &file_entente_state_v1_state_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1660,7 +1888,7 @@ func (x *Gateway) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Gateway.ProtoReflect.Descriptor instead.
 func (*Gateway) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{14}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Gateway) GetName() string {
@@ -1708,7 +1936,7 @@ type Import struct {
 
 func (x *Import) Reset() {
 	*x = Import{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[15]
+	mi := &file_entente_state_v1_state_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1720,7 +1948,7 @@ func (x *Import) String() string {
 func (*Import) ProtoMessage() {}
 
 func (x *Import) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[15]
+	mi := &file_entente_state_v1_state_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1733,7 +1961,7 @@ func (x *Import) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Import.ProtoReflect.Descriptor instead.
 func (*Import) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{15}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Import) GetService() string {
@@ -1759,7 +1987,7 @@ type Agreement struct {
 
 func (x *Agreement) Reset() {
 	*x = Agreement{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[16]
+	mi := &file_entente_state_v1_state_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1771,7 +1999,7 @@ func (x *Agreement) String() string {
 func (*Agreement) ProtoMessage() {}
 
 func (x *Agreement) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[16]
+	mi := &file_entente_state_v1_state_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1784,7 +2012,7 @@ func (x *Agreement) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Agreement.ProtoReflect.Descriptor instead.
 func (*Agreement) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{16}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Agreement) GetName() string {
@@ -1833,7 +2061,7 @@ type PeerGateway struct {
 
 func (x *PeerGateway) Reset() {
 	*x = PeerGateway{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[17]
+	mi := &file_entente_state_v1_state_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1845,7 +2073,7 @@ func (x *PeerGateway) String() string {
 func (*PeerGateway) ProtoMessage() {}
 
 func (x *PeerGateway) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[17]
+	mi := &file_entente_state_v1_state_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1858,7 +2086,7 @@ func (x *PeerGateway) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PeerGateway.ProtoReflect.Descriptor instead.
 func (*PeerGateway) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{17}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *PeerGateway) GetPath() string {
@@ -1893,7 +2121,7 @@ type Allow struct {
 
 func (x *Allow) Reset() {
 	*x = Allow{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[18]
+	mi := &file_entente_state_v1_state_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1905,7 +2133,7 @@ func (x *Allow) String() string {
 func (*Allow) ProtoMessage() {}
 
 func (x *Allow) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[18]
+	mi := &file_entente_state_v1_state_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1918,7 +2146,7 @@ func (x *Allow) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Allow.ProtoReflect.Descriptor instead.
 func (*Allow) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{18}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Allow) GetCallers() []string {
@@ -1953,7 +2181,7 @@ type HTTPMatch struct {
 
 func (x *HTTPMatch) Reset() {
 	*x = HTTPMatch{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[19]
+	mi := &file_entente_state_v1_state_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1965,7 +2193,7 @@ func (x *HTTPMatch) String() string {
 func (*HTTPMatch) ProtoMessage() {}
 
 func (x *HTTPMatch) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[19]
+	mi := &file_entente_state_v1_state_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1978,7 +2206,7 @@ func (x *HTTPMatch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HTTPMatch.ProtoReflect.Descriptor instead.
 func (*HTTPMatch) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{19}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *HTTPMatch) GetMethods() []string {
@@ -2009,13 +2237,14 @@ type Relationship struct {
 	EndpointUrls    []string               `protobuf:"bytes,2,rep,name=endpoint_urls,json=endpointUrls,proto3" json:"endpoint_urls,omitempty"`          // https; tried in order
 	EndpointId      string                 `protobuf:"bytes,3,opt,name=endpoint_id,json=endpointId,proto3" json:"endpoint_id,omitempty"`                // SPIFFE ID of the endpoint (https_spiffe); empty: https_web
 	BootstrapBundle []byte                 `protobuf:"bytes,4,opt,name=bootstrap_bundle,json=bootstrapBundle,proto3" json:"bootstrap_bundle,omitempty"` // SPIFFE bundle, JSON
+	Wit             bool                   `protobuf:"varint,5,opt,name=wit,proto3" json:"wit,omitempty"`                                               // WIT keys are published for this peer, and taken from its bundle
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
 
 func (x *Relationship) Reset() {
 	*x = Relationship{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[20]
+	mi := &file_entente_state_v1_state_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2027,7 +2256,7 @@ func (x *Relationship) String() string {
 func (*Relationship) ProtoMessage() {}
 
 func (x *Relationship) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[20]
+	mi := &file_entente_state_v1_state_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2040,7 +2269,7 @@ func (x *Relationship) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Relationship.ProtoReflect.Descriptor instead.
 func (*Relationship) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{20}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Relationship) GetTrustDomain() string {
@@ -2071,6 +2300,13 @@ func (x *Relationship) GetBootstrapBundle() []byte {
 	return nil
 }
 
+func (x *Relationship) GetWit() bool {
+	if x != nil {
+		return x.Wit
+	}
+	return false
+}
+
 // ForeignBundle is the last accepted bundle of a peer domain.
 type ForeignBundle struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -2084,7 +2320,7 @@ type ForeignBundle struct {
 
 func (x *ForeignBundle) Reset() {
 	*x = ForeignBundle{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[21]
+	mi := &file_entente_state_v1_state_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2096,7 +2332,7 @@ func (x *ForeignBundle) String() string {
 func (*ForeignBundle) ProtoMessage() {}
 
 func (x *ForeignBundle) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[21]
+	mi := &file_entente_state_v1_state_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2109,7 +2345,7 @@ func (x *ForeignBundle) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForeignBundle.ProtoReflect.Descriptor instead.
 func (*ForeignBundle) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{21}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ForeignBundle) GetTrustDomain() string {
@@ -2169,6 +2405,7 @@ type Command struct {
 	//	*Command_EvictAgent
 	//	*Command_RevokeToken
 	//	*Command_ChangeEntries
+	//	*Command_PromoteMember
 	Body          isCommand_Body `protobuf_oneof:"body"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2176,7 +2413,7 @@ type Command struct {
 
 func (x *Command) Reset() {
 	*x = Command{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[22]
+	mi := &file_entente_state_v1_state_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2188,7 +2425,7 @@ func (x *Command) String() string {
 func (*Command) ProtoMessage() {}
 
 func (x *Command) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[22]
+	mi := &file_entente_state_v1_state_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2201,7 +2438,7 @@ func (x *Command) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Command.ProtoReflect.Descriptor instead.
 func (*Command) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{22}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Command) GetIfRevision() uint64 {
@@ -2412,6 +2649,15 @@ func (x *Command) GetChangeEntries() *ChangeEntries {
 	return nil
 }
 
+func (x *Command) GetPromoteMember() *PromoteMember {
+	if x != nil {
+		if x, ok := x.Body.(*Command_PromoteMember); ok {
+			return x.PromoteMember
+		}
+	}
+	return nil
+}
+
 type isCommand_Body interface {
 	isCommand_Body()
 }
@@ -2496,6 +2742,10 @@ type Command_ChangeEntries struct {
 	ChangeEntries *ChangeEntries `protobuf:"bytes,46,opt,name=change_entries,json=changeEntries,proto3,oneof"`
 }
 
+type Command_PromoteMember struct {
+	PromoteMember *PromoteMember `protobuf:"bytes,60,opt,name=promote_member,json=promoteMember,proto3,oneof"`
+}
+
 func (*Command_Init) isCommand_Body() {}
 
 func (*Command_CreateToken) isCommand_Body() {}
@@ -2536,6 +2786,8 @@ func (*Command_RevokeToken) isCommand_Body() {}
 
 func (*Command_ChangeEntries) isCommand_Body() {}
 
+func (*Command_PromoteMember) isCommand_Body() {}
+
 // Batch is what one Raft log entry holds: the group commit of a proposer.
 type Batch struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -2546,7 +2798,7 @@ type Batch struct {
 
 func (x *Batch) Reset() {
 	*x = Batch{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[23]
+	mi := &file_entente_state_v1_state_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2558,7 +2810,7 @@ func (x *Batch) String() string {
 func (*Batch) ProtoMessage() {}
 
 func (x *Batch) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[23]
+	mi := &file_entente_state_v1_state_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2571,7 +2823,7 @@ func (x *Batch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Batch.ProtoReflect.Descriptor instead.
 func (*Batch) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{23}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Batch) GetCommands() [][]byte {
@@ -2591,7 +2843,7 @@ type Init struct {
 
 func (x *Init) Reset() {
 	*x = Init{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[24]
+	mi := &file_entente_state_v1_state_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2603,7 +2855,7 @@ func (x *Init) String() string {
 func (*Init) ProtoMessage() {}
 
 func (x *Init) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[24]
+	mi := &file_entente_state_v1_state_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2616,7 +2868,7 @@ func (x *Init) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Init.ProtoReflect.Descriptor instead.
 func (*Init) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{24}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Init) GetCluster() *Cluster {
@@ -2642,7 +2894,7 @@ type CreateToken struct {
 
 func (x *CreateToken) Reset() {
 	*x = CreateToken{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[25]
+	mi := &file_entente_state_v1_state_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2654,7 +2906,7 @@ func (x *CreateToken) String() string {
 func (*CreateToken) ProtoMessage() {}
 
 func (x *CreateToken) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[25]
+	mi := &file_entente_state_v1_state_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2667,7 +2919,7 @@ func (x *CreateToken) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateToken.ProtoReflect.Descriptor instead.
 func (*CreateToken) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{25}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *CreateToken) GetToken() *Token {
@@ -2691,7 +2943,7 @@ type JoinMember struct {
 
 func (x *JoinMember) Reset() {
 	*x = JoinMember{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[26]
+	mi := &file_entente_state_v1_state_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2703,7 +2955,7 @@ func (x *JoinMember) String() string {
 func (*JoinMember) ProtoMessage() {}
 
 func (x *JoinMember) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[26]
+	mi := &file_entente_state_v1_state_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2716,7 +2968,7 @@ func (x *JoinMember) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinMember.ProtoReflect.Descriptor instead.
 func (*JoinMember) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{26}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *JoinMember) GetTokenId() string {
@@ -2762,7 +3014,7 @@ type JoinStatement struct {
 
 func (x *JoinStatement) Reset() {
 	*x = JoinStatement{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[27]
+	mi := &file_entente_state_v1_state_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2774,7 +3026,7 @@ func (x *JoinStatement) String() string {
 func (*JoinStatement) ProtoMessage() {}
 
 func (x *JoinStatement) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[27]
+	mi := &file_entente_state_v1_state_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2787,7 +3039,7 @@ func (x *JoinStatement) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinStatement.ProtoReflect.Descriptor instead.
 func (*JoinStatement) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{27}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *JoinStatement) GetClusterId() []byte {
@@ -2844,7 +3096,7 @@ type UpdateMember struct {
 
 func (x *UpdateMember) Reset() {
 	*x = UpdateMember{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[28]
+	mi := &file_entente_state_v1_state_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2856,7 +3108,7 @@ func (x *UpdateMember) String() string {
 func (*UpdateMember) ProtoMessage() {}
 
 func (x *UpdateMember) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[28]
+	mi := &file_entente_state_v1_state_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2869,7 +3121,7 @@ func (x *UpdateMember) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateMember.ProtoReflect.Descriptor instead.
 func (*UpdateMember) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{28}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *UpdateMember) GetId() string {
@@ -2903,7 +3155,7 @@ type RemoveMember struct {
 
 func (x *RemoveMember) Reset() {
 	*x = RemoveMember{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[29]
+	mi := &file_entente_state_v1_state_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2915,7 +3167,7 @@ func (x *RemoveMember) String() string {
 func (*RemoveMember) ProtoMessage() {}
 
 func (x *RemoveMember) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[29]
+	mi := &file_entente_state_v1_state_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2928,7 +3180,7 @@ func (x *RemoveMember) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveMember.ProtoReflect.Descriptor instead.
 func (*RemoveMember) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{29}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *RemoveMember) GetId() string {
@@ -2945,6 +3197,52 @@ func (x *RemoveMember) GetCompromised() bool {
 	return false
 }
 
+// PromoteMember makes a non-voter one that votes; the leader lets it when it has
+// caught up.
+type PromoteMember struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PromoteMember) Reset() {
+	*x = PromoteMember{}
+	mi := &file_entente_state_v1_state_proto_msgTypes[32]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PromoteMember) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PromoteMember) ProtoMessage() {}
+
+func (x *PromoteMember) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_state_v1_state_proto_msgTypes[32]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PromoteMember.ProtoReflect.Descriptor instead.
+func (*PromoteMember) Descriptor() ([]byte, []int) {
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{32}
+}
+
+func (x *PromoteMember) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
 type AttestAgent struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	TokenId       string                 `protobuf:"bytes,1,opt,name=token_id,json=tokenId,proto3" json:"token_id,omitempty"`
@@ -2957,7 +3255,7 @@ type AttestAgent struct {
 
 func (x *AttestAgent) Reset() {
 	*x = AttestAgent{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[30]
+	mi := &file_entente_state_v1_state_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2969,7 +3267,7 @@ func (x *AttestAgent) String() string {
 func (*AttestAgent) ProtoMessage() {}
 
 func (x *AttestAgent) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[30]
+	mi := &file_entente_state_v1_state_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2982,7 +3280,7 @@ func (x *AttestAgent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttestAgent.ProtoReflect.Descriptor instead.
 func (*AttestAgent) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{30}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *AttestAgent) GetTokenId() string {
@@ -3022,7 +3320,7 @@ type PrepareAuthority struct {
 
 func (x *PrepareAuthority) Reset() {
 	*x = PrepareAuthority{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[31]
+	mi := &file_entente_state_v1_state_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3034,7 +3332,7 @@ func (x *PrepareAuthority) String() string {
 func (*PrepareAuthority) ProtoMessage() {}
 
 func (x *PrepareAuthority) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[31]
+	mi := &file_entente_state_v1_state_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3047,7 +3345,7 @@ func (x *PrepareAuthority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareAuthority.ProtoReflect.Descriptor instead.
 func (*PrepareAuthority) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{31}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *PrepareAuthority) GetAuthority() *Authority {
@@ -3067,7 +3365,7 @@ type AuthorityReady struct {
 
 func (x *AuthorityReady) Reset() {
 	*x = AuthorityReady{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[32]
+	mi := &file_entente_state_v1_state_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3079,7 +3377,7 @@ func (x *AuthorityReady) String() string {
 func (*AuthorityReady) ProtoMessage() {}
 
 func (x *AuthorityReady) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[32]
+	mi := &file_entente_state_v1_state_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3092,7 +3390,7 @@ func (x *AuthorityReady) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityReady.ProtoReflect.Descriptor instead.
 func (*AuthorityReady) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{32}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *AuthorityReady) GetId() string {
@@ -3118,7 +3416,7 @@ type ActivateAuthority struct {
 
 func (x *ActivateAuthority) Reset() {
 	*x = ActivateAuthority{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[33]
+	mi := &file_entente_state_v1_state_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3130,7 +3428,7 @@ func (x *ActivateAuthority) String() string {
 func (*ActivateAuthority) ProtoMessage() {}
 
 func (x *ActivateAuthority) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[33]
+	mi := &file_entente_state_v1_state_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3143,7 +3441,7 @@ func (x *ActivateAuthority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ActivateAuthority.ProtoReflect.Descriptor instead.
 func (*ActivateAuthority) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{33}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *ActivateAuthority) GetId() string {
@@ -3163,7 +3461,7 @@ type ApplyObjects struct {
 
 func (x *ApplyObjects) Reset() {
 	*x = ApplyObjects{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[34]
+	mi := &file_entente_state_v1_state_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3175,7 +3473,7 @@ func (x *ApplyObjects) String() string {
 func (*ApplyObjects) ProtoMessage() {}
 
 func (x *ApplyObjects) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[34]
+	mi := &file_entente_state_v1_state_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3188,7 +3486,7 @@ func (x *ApplyObjects) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyObjects.ProtoReflect.Descriptor instead.
 func (*ApplyObjects) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{34}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *ApplyObjects) GetUpserts() []*Object {
@@ -3215,7 +3513,7 @@ type TaintAuthority struct {
 
 func (x *TaintAuthority) Reset() {
 	*x = TaintAuthority{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[35]
+	mi := &file_entente_state_v1_state_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3227,7 +3525,7 @@ func (x *TaintAuthority) String() string {
 func (*TaintAuthority) ProtoMessage() {}
 
 func (x *TaintAuthority) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[35]
+	mi := &file_entente_state_v1_state_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3240,7 +3538,7 @@ func (x *TaintAuthority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaintAuthority.ProtoReflect.Descriptor instead.
 func (*TaintAuthority) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{35}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *TaintAuthority) GetId() string {
@@ -3261,7 +3559,7 @@ type AuthorityDrained struct {
 
 func (x *AuthorityDrained) Reset() {
 	*x = AuthorityDrained{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[36]
+	mi := &file_entente_state_v1_state_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3273,7 +3571,7 @@ func (x *AuthorityDrained) String() string {
 func (*AuthorityDrained) ProtoMessage() {}
 
 func (x *AuthorityDrained) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[36]
+	mi := &file_entente_state_v1_state_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3286,7 +3584,7 @@ func (x *AuthorityDrained) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityDrained.ProtoReflect.Descriptor instead.
 func (*AuthorityDrained) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{36}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *AuthorityDrained) GetId() string {
@@ -3314,7 +3612,7 @@ type RevokeAuthority struct {
 
 func (x *RevokeAuthority) Reset() {
 	*x = RevokeAuthority{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[37]
+	mi := &file_entente_state_v1_state_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3326,7 +3624,7 @@ func (x *RevokeAuthority) String() string {
 func (*RevokeAuthority) ProtoMessage() {}
 
 func (x *RevokeAuthority) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[37]
+	mi := &file_entente_state_v1_state_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3339,7 +3637,7 @@ func (x *RevokeAuthority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeAuthority.ProtoReflect.Descriptor instead.
 func (*RevokeAuthority) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{37}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *RevokeAuthority) GetId() string {
@@ -3366,7 +3664,7 @@ type BanAgent struct {
 
 func (x *BanAgent) Reset() {
 	*x = BanAgent{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[38]
+	mi := &file_entente_state_v1_state_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3378,7 +3676,7 @@ func (x *BanAgent) String() string {
 func (*BanAgent) ProtoMessage() {}
 
 func (x *BanAgent) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[38]
+	mi := &file_entente_state_v1_state_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3391,7 +3689,7 @@ func (x *BanAgent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BanAgent.ProtoReflect.Descriptor instead.
 func (*BanAgent) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{38}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *BanAgent) GetName() string {
@@ -3411,7 +3709,7 @@ type EvictAgent struct {
 
 func (x *EvictAgent) Reset() {
 	*x = EvictAgent{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[39]
+	mi := &file_entente_state_v1_state_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3423,7 +3721,7 @@ func (x *EvictAgent) String() string {
 func (*EvictAgent) ProtoMessage() {}
 
 func (x *EvictAgent) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[39]
+	mi := &file_entente_state_v1_state_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3436,7 +3734,7 @@ func (x *EvictAgent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EvictAgent.ProtoReflect.Descriptor instead.
 func (*EvictAgent) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{39}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *EvictAgent) GetName() string {
@@ -3456,7 +3754,7 @@ type RevokeToken struct {
 
 func (x *RevokeToken) Reset() {
 	*x = RevokeToken{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[40]
+	mi := &file_entente_state_v1_state_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3468,7 +3766,7 @@ func (x *RevokeToken) String() string {
 func (*RevokeToken) ProtoMessage() {}
 
 func (x *RevokeToken) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[40]
+	mi := &file_entente_state_v1_state_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3481,7 +3779,7 @@ func (x *RevokeToken) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeToken.ProtoReflect.Descriptor instead.
 func (*RevokeToken) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{40}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *RevokeToken) GetId() string {
@@ -3501,7 +3799,7 @@ type ChangeEntries struct {
 
 func (x *ChangeEntries) Reset() {
 	*x = ChangeEntries{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[41]
+	mi := &file_entente_state_v1_state_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3513,7 +3811,7 @@ func (x *ChangeEntries) String() string {
 func (*ChangeEntries) ProtoMessage() {}
 
 func (x *ChangeEntries) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[41]
+	mi := &file_entente_state_v1_state_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3526,7 +3824,7 @@ func (x *ChangeEntries) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeEntries.ProtoReflect.Descriptor instead.
 func (*ChangeEntries) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{41}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *ChangeEntries) GetChanges() []*EntryChange {
@@ -3551,7 +3849,7 @@ type EntryChange struct {
 
 func (x *EntryChange) Reset() {
 	*x = EntryChange{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[42]
+	mi := &file_entente_state_v1_state_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3563,7 +3861,7 @@ func (x *EntryChange) String() string {
 func (*EntryChange) ProtoMessage() {}
 
 func (x *EntryChange) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[42]
+	mi := &file_entente_state_v1_state_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3576,7 +3874,7 @@ func (x *EntryChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EntryChange.ProtoReflect.Descriptor instead.
 func (*EntryChange) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{42}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *EntryChange) GetAction() isEntryChange_Action {
@@ -3653,7 +3951,7 @@ type StoreForeignBundle struct {
 
 func (x *StoreForeignBundle) Reset() {
 	*x = StoreForeignBundle{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[43]
+	mi := &file_entente_state_v1_state_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3665,7 +3963,7 @@ func (x *StoreForeignBundle) String() string {
 func (*StoreForeignBundle) ProtoMessage() {}
 
 func (x *StoreForeignBundle) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[43]
+	mi := &file_entente_state_v1_state_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3678,7 +3976,7 @@ func (x *StoreForeignBundle) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StoreForeignBundle.ProtoReflect.Descriptor instead.
 func (*StoreForeignBundle) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{43}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *StoreForeignBundle) GetTrustDomain() string {
@@ -3712,7 +4010,7 @@ type Tick struct {
 
 func (x *Tick) Reset() {
 	*x = Tick{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[44]
+	mi := &file_entente_state_v1_state_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3724,7 +4022,7 @@ func (x *Tick) String() string {
 func (*Tick) ProtoMessage() {}
 
 func (x *Tick) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[44]
+	mi := &file_entente_state_v1_state_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3737,7 +4035,7 @@ func (x *Tick) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Tick.ProtoReflect.Descriptor instead.
 func (*Tick) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{44}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *Tick) GetUnixNanos() []int64 {
@@ -3759,7 +4057,7 @@ type Checksum struct {
 
 func (x *Checksum) Reset() {
 	*x = Checksum{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[45]
+	mi := &file_entente_state_v1_state_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3771,7 +4069,7 @@ func (x *Checksum) String() string {
 func (*Checksum) ProtoMessage() {}
 
 func (x *Checksum) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[45]
+	mi := &file_entente_state_v1_state_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3784,7 +4082,7 @@ func (x *Checksum) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Checksum.ProtoReflect.Descriptor instead.
 func (*Checksum) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{45}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *Checksum) GetAtIndex() uint64 {
@@ -3812,18 +4110,37 @@ var File_entente_state_v1_state_proto protoreflect.FileDescriptor
 
 const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\n" +
-	"\x1centente/state/v1/state.proto\x12\x10entente.state.v1\"\x9f\x01\n" +
+	"\x1centente/state/v1/state.proto\x12\x10entente.state.v1\"\x99\x02\n" +
 	"\aCluster\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\fR\x02id\x12\x14\n" +
 	"\x05epoch\x18\x03 \x01(\rR\x05epoch\x12\x10\n" +
 	"\x03dev\x18\x04 \x01(\bR\x03dev\x129\n" +
-	"\tlifetimes\x18\x05 \x01(\v2\x1b.entente.state.v1.LifetimesR\tlifetimes\"\xc9\x01\n" +
+	"\tlifetimes\x18\x05 \x01(\v2\x1b.entente.state.v1.LifetimesR\tlifetimes\x12!\n" +
+	"\frecovery_key\x18( \x01(\fR\vrecoveryKey\x126\n" +
+	"\brecovery\x18) \x01(\v2\x1a.entente.state.v1.RecoveryR\brecovery\x12\x1d\n" +
+	"\n" +
+	"min_voters\x18* \x01(\rR\tminVoters\"\x95\x01\n" +
+	"\bRecovery\x12\x1c\n" +
+	"\tstatement\x18\x01 \x01(\fR\tstatement\x12\x1c\n" +
+	"\tsignature\x18\x02 \x01(\fR\tsignature\x120\n" +
+	"\x06absent\x18\x03 \x03(\v2\x18.entente.state.v1.MemberR\x06absent\x12\x1b\n" +
+	"\trevoke_at\x18\x04 \x01(\x03R\brevokeAt\"\xa9\x01\n" +
+	"\x11RecoveryStatement\x12\x1d\n" +
+	"\n" +
+	"cluster_id\x18\x01 \x01(\fR\tclusterId\x12\x14\n" +
+	"\x05epoch\x18\x02 \x01(\rR\x05epoch\x12\x1f\n" +
+	"\vrecovery_id\x18\x03 \x01(\fR\n" +
+	"recoveryId\x12\x1b\n" +
+	"\tmember_id\x18\x04 \x01(\tR\bmemberId\x12!\n" +
+	"\funix_seconds\x18\x05 \x01(\x03R\vunixSeconds\"\x9d\x02\n" +
 	"\tLifetimes\x12*\n" +
 	"\x11x509_svid_seconds\x18\x01 \x01(\rR\x0fx509SvidSeconds\x12#\n" +
 	"\rphase_seconds\x18\x02 \x01(\rR\fphaseSeconds\x12,\n" +
 	"\x12agent_svid_seconds\x18\x03 \x01(\rR\x10agentSvidSeconds\x12=\n" +
-	"\x1bbundle_refresh_hint_seconds\x18\x04 \x01(\rR\x18bundleRefreshHintSeconds\"\xc0\x01\n" +
+	"\x1bbundle_refresh_hint_seconds\x18\x04 \x01(\rR\x18bundleRefreshHintSeconds\x12(\n" +
+	"\x10jwt_svid_seconds\x18\x05 \x01(\rR\x0ejwtSvidSeconds\x12(\n" +
+	"\x10wit_svid_seconds\x18\x06 \x01(\rR\x0ewitSvidSeconds\"\xc0\x01\n" +
 	"\x06Member\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x1e\n" +
@@ -3886,7 +4203,7 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\n" +
 	"generation\x18\x05 \x01(\x04R\n" +
 	"generation\x12\x16\n" +
-	"\x06banned\x18\x06 \x01(\bR\x06banned\"\xab\x02\n" +
+	"\x06banned\x18\x06 \x01(\bR\x06banned\"\xff\x02\n" +
 	"\x05Entry\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04path\x18\x02 \x01(\tR\x04path\x12\x14\n" +
@@ -3898,7 +4215,9 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\x04role\x18\b \x01(\x0e2\x16.entente.state.v1.RoleR\x04role\x12\x1a\n" +
 	"\brevision\x18\t \x01(\x04R\brevision\x12\x12\n" +
 	"\x04hint\x18\n" +
-	" \x01(\tR\x04hint\"\xf3\x01\n" +
+	" \x01(\tR\x04hint\x12(\n" +
+	"\x10jwt_svid_seconds\x18\v \x01(\rR\x0ejwtSvidSeconds\x12(\n" +
+	"\x10wit_svid_seconds\x18\f \x01(\rR\x0ewitSvidSeconds\"\xf3\x01\n" +
 	"\bDistrust\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1c\n" +
 	"\tauthority\x18\x02 \x01(\tR\tauthority\x12\x14\n" +
@@ -3921,7 +4240,7 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\x04kind\"3\n" +
 	"\tObjectKey\x12\x12\n" +
 	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x12\n" +
-	"\x04name\x18\x02 \x01(\tR\x04name\"\xd6\x02\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\"\xbe\x03\n" +
 	"\aService\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04path\x18\x02 \x01(\tR\x04path\x12\x14\n" +
@@ -3935,7 +4254,10 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\texport_to\x18\t \x03(\tR\bexportTo\x12\x14\n" +
 	"\x05calls\x18\n" +
 	" \x03(\tR\x05calls\x12*\n" +
-	"\x11x509_svid_seconds\x18\v \x01(\rR\x0fx509SvidSeconds\"\xa3\x01\n" +
+	"\x11x509_svid_seconds\x18\v \x01(\rR\x0fx509SvidSeconds\x12\x12\n" +
+	"\x04hint\x18\f \x01(\tR\x04hint\x12(\n" +
+	"\x10jwt_svid_seconds\x18\r \x01(\rR\x0ejwtSvidSeconds\x12(\n" +
+	"\x10wit_svid_seconds\x18\x0e \x01(\rR\x0ewitSvidSeconds\"\xa3\x01\n" +
 	"\bFailover\x12*\n" +
 	"\x04mode\x18\x01 \x01(\x0e2\x16.entente.state.v1.ModeR\x04mode\x12\x14\n" +
 	"\x05order\x18\x02 \x03(\tR\x05order\x122\n" +
@@ -3970,18 +4292,19 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\tHTTPMatch\x12\x18\n" +
 	"\amethods\x18\x01 \x03(\tR\amethods\x127\n" +
 	"\tpath_type\x18\x02 \x01(\x0e2\x1a.entente.state.v1.PathTypeR\bpathType\x12\x12\n" +
-	"\x04path\x18\x03 \x01(\tR\x04path\"\xa2\x01\n" +
+	"\x04path\x18\x03 \x01(\tR\x04path\"\xb4\x01\n" +
 	"\fRelationship\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12#\n" +
 	"\rendpoint_urls\x18\x02 \x03(\tR\fendpointUrls\x12\x1f\n" +
 	"\vendpoint_id\x18\x03 \x01(\tR\n" +
 	"endpointId\x12)\n" +
-	"\x10bootstrap_bundle\x18\x04 \x01(\fR\x0fbootstrapBundle\"~\n" +
+	"\x10bootstrap_bundle\x18\x04 \x01(\fR\x0fbootstrapBundle\x12\x10\n" +
+	"\x03wit\x18\x05 \x01(\bR\x03wit\"~\n" +
 	"\rForeignBundle\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x12\n" +
 	"\x04jwks\x18\x02 \x01(\fR\x04jwks\x12\x1a\n" +
 	"\bsequence\x18\x03 \x01(\x04R\bsequence\x12\x1a\n" +
-	"\brevision\x18\x04 \x01(\x04R\brevision\"\xe4\v\n" +
+	"\brevision\x18\x04 \x01(\x04R\brevision\"\xae\f\n" +
 	"\aCommand\x12\x1f\n" +
 	"\vif_revision\x18\x01 \x01(\x04R\n" +
 	"ifRevision\x12\x1c\n" +
@@ -4009,7 +4332,8 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\vevict_agent\x18, \x01(\v2\x1c.entente.state.v1.EvictAgentH\x00R\n" +
 	"evictAgent\x12B\n" +
 	"\frevoke_token\x18- \x01(\v2\x1d.entente.state.v1.RevokeTokenH\x00R\vrevokeToken\x12H\n" +
-	"\x0echange_entries\x18. \x01(\v2\x1f.entente.state.v1.ChangeEntriesH\x00R\rchangeEntriesB\x06\n" +
+	"\x0echange_entries\x18. \x01(\v2\x1f.entente.state.v1.ChangeEntriesH\x00R\rchangeEntries\x12H\n" +
+	"\x0epromote_member\x18< \x01(\v2\x1f.entente.state.v1.PromoteMemberH\x00R\rpromoteMemberB\x06\n" +
 	"\x04body\"#\n" +
 	"\x05Batch\x12\x1a\n" +
 	"\bcommands\x18\x01 \x03(\fR\bcommands\"m\n" +
@@ -4039,7 +4363,9 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"apiAddress\"@\n" +
 	"\fRemoveMember\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12 \n" +
-	"\vcompromised\x18\x02 \x01(\bR\vcompromised\"{\n" +
+	"\vcompromised\x18\x02 \x01(\bR\vcompromised\"\x1f\n" +
+	"\rPromoteMember\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"{\n" +
 	"\vAttestAgent\x12\x19\n" +
 	"\btoken_id\x18\x01 \x01(\tR\atokenId\x12\x15\n" +
 	"\x06key_id\x18\x02 \x01(\tR\x05keyId\x12\x1c\n" +
@@ -4127,7 +4453,7 @@ func file_entente_state_v1_state_proto_rawDescGZIP() []byte {
 }
 
 var file_entente_state_v1_state_proto_enumTypes = make([]protoimpl.EnumInfo, 5)
-var file_entente_state_v1_state_proto_msgTypes = make([]protoimpl.MessageInfo, 46)
+var file_entente_state_v1_state_proto_msgTypes = make([]protoimpl.MessageInfo, 49)
 var file_entente_state_v1_state_proto_goTypes = []any{
 	(AuthorityPhase)(0),        // 0: entente.state.v1.AuthorityPhase
 	(KeyUse)(0),                // 1: entente.state.v1.KeyUse
@@ -4135,106 +4461,112 @@ var file_entente_state_v1_state_proto_goTypes = []any{
 	(Mode)(0),                  // 3: entente.state.v1.Mode
 	(PathType)(0),              // 4: entente.state.v1.PathType
 	(*Cluster)(nil),            // 5: entente.state.v1.Cluster
-	(*Lifetimes)(nil),          // 6: entente.state.v1.Lifetimes
-	(*Member)(nil),             // 7: entente.state.v1.Member
-	(*Authority)(nil),          // 8: entente.state.v1.Authority
-	(*Token)(nil),              // 9: entente.state.v1.Token
-	(*NodeGrant)(nil),          // 10: entente.state.v1.NodeGrant
-	(*AgentGrant)(nil),         // 11: entente.state.v1.AgentGrant
-	(*Agent)(nil),              // 12: entente.state.v1.Agent
-	(*Entry)(nil),              // 13: entente.state.v1.Entry
-	(*Distrust)(nil),           // 14: entente.state.v1.Distrust
-	(*Object)(nil),             // 15: entente.state.v1.Object
-	(*ObjectKey)(nil),          // 16: entente.state.v1.ObjectKey
-	(*Service)(nil),            // 17: entente.state.v1.Service
-	(*Failover)(nil),           // 18: entente.state.v1.Failover
-	(*Gateway)(nil),            // 19: entente.state.v1.Gateway
-	(*Import)(nil),             // 20: entente.state.v1.Import
-	(*Agreement)(nil),          // 21: entente.state.v1.Agreement
-	(*PeerGateway)(nil),        // 22: entente.state.v1.PeerGateway
-	(*Allow)(nil),              // 23: entente.state.v1.Allow
-	(*HTTPMatch)(nil),          // 24: entente.state.v1.HTTPMatch
-	(*Relationship)(nil),       // 25: entente.state.v1.Relationship
-	(*ForeignBundle)(nil),      // 26: entente.state.v1.ForeignBundle
-	(*Command)(nil),            // 27: entente.state.v1.Command
-	(*Batch)(nil),              // 28: entente.state.v1.Batch
-	(*Init)(nil),               // 29: entente.state.v1.Init
-	(*CreateToken)(nil),        // 30: entente.state.v1.CreateToken
-	(*JoinMember)(nil),         // 31: entente.state.v1.JoinMember
-	(*JoinStatement)(nil),      // 32: entente.state.v1.JoinStatement
-	(*UpdateMember)(nil),       // 33: entente.state.v1.UpdateMember
-	(*RemoveMember)(nil),       // 34: entente.state.v1.RemoveMember
-	(*AttestAgent)(nil),        // 35: entente.state.v1.AttestAgent
-	(*PrepareAuthority)(nil),   // 36: entente.state.v1.PrepareAuthority
-	(*AuthorityReady)(nil),     // 37: entente.state.v1.AuthorityReady
-	(*ActivateAuthority)(nil),  // 38: entente.state.v1.ActivateAuthority
-	(*ApplyObjects)(nil),       // 39: entente.state.v1.ApplyObjects
-	(*TaintAuthority)(nil),     // 40: entente.state.v1.TaintAuthority
-	(*AuthorityDrained)(nil),   // 41: entente.state.v1.AuthorityDrained
-	(*RevokeAuthority)(nil),    // 42: entente.state.v1.RevokeAuthority
-	(*BanAgent)(nil),           // 43: entente.state.v1.BanAgent
-	(*EvictAgent)(nil),         // 44: entente.state.v1.EvictAgent
-	(*RevokeToken)(nil),        // 45: entente.state.v1.RevokeToken
-	(*ChangeEntries)(nil),      // 46: entente.state.v1.ChangeEntries
-	(*EntryChange)(nil),        // 47: entente.state.v1.EntryChange
-	(*StoreForeignBundle)(nil), // 48: entente.state.v1.StoreForeignBundle
-	(*Tick)(nil),               // 49: entente.state.v1.Tick
-	(*Checksum)(nil),           // 50: entente.state.v1.Checksum
+	(*Recovery)(nil),           // 6: entente.state.v1.Recovery
+	(*RecoveryStatement)(nil),  // 7: entente.state.v1.RecoveryStatement
+	(*Lifetimes)(nil),          // 8: entente.state.v1.Lifetimes
+	(*Member)(nil),             // 9: entente.state.v1.Member
+	(*Authority)(nil),          // 10: entente.state.v1.Authority
+	(*Token)(nil),              // 11: entente.state.v1.Token
+	(*NodeGrant)(nil),          // 12: entente.state.v1.NodeGrant
+	(*AgentGrant)(nil),         // 13: entente.state.v1.AgentGrant
+	(*Agent)(nil),              // 14: entente.state.v1.Agent
+	(*Entry)(nil),              // 15: entente.state.v1.Entry
+	(*Distrust)(nil),           // 16: entente.state.v1.Distrust
+	(*Object)(nil),             // 17: entente.state.v1.Object
+	(*ObjectKey)(nil),          // 18: entente.state.v1.ObjectKey
+	(*Service)(nil),            // 19: entente.state.v1.Service
+	(*Failover)(nil),           // 20: entente.state.v1.Failover
+	(*Gateway)(nil),            // 21: entente.state.v1.Gateway
+	(*Import)(nil),             // 22: entente.state.v1.Import
+	(*Agreement)(nil),          // 23: entente.state.v1.Agreement
+	(*PeerGateway)(nil),        // 24: entente.state.v1.PeerGateway
+	(*Allow)(nil),              // 25: entente.state.v1.Allow
+	(*HTTPMatch)(nil),          // 26: entente.state.v1.HTTPMatch
+	(*Relationship)(nil),       // 27: entente.state.v1.Relationship
+	(*ForeignBundle)(nil),      // 28: entente.state.v1.ForeignBundle
+	(*Command)(nil),            // 29: entente.state.v1.Command
+	(*Batch)(nil),              // 30: entente.state.v1.Batch
+	(*Init)(nil),               // 31: entente.state.v1.Init
+	(*CreateToken)(nil),        // 32: entente.state.v1.CreateToken
+	(*JoinMember)(nil),         // 33: entente.state.v1.JoinMember
+	(*JoinStatement)(nil),      // 34: entente.state.v1.JoinStatement
+	(*UpdateMember)(nil),       // 35: entente.state.v1.UpdateMember
+	(*RemoveMember)(nil),       // 36: entente.state.v1.RemoveMember
+	(*PromoteMember)(nil),      // 37: entente.state.v1.PromoteMember
+	(*AttestAgent)(nil),        // 38: entente.state.v1.AttestAgent
+	(*PrepareAuthority)(nil),   // 39: entente.state.v1.PrepareAuthority
+	(*AuthorityReady)(nil),     // 40: entente.state.v1.AuthorityReady
+	(*ActivateAuthority)(nil),  // 41: entente.state.v1.ActivateAuthority
+	(*ApplyObjects)(nil),       // 42: entente.state.v1.ApplyObjects
+	(*TaintAuthority)(nil),     // 43: entente.state.v1.TaintAuthority
+	(*AuthorityDrained)(nil),   // 44: entente.state.v1.AuthorityDrained
+	(*RevokeAuthority)(nil),    // 45: entente.state.v1.RevokeAuthority
+	(*BanAgent)(nil),           // 46: entente.state.v1.BanAgent
+	(*EvictAgent)(nil),         // 47: entente.state.v1.EvictAgent
+	(*RevokeToken)(nil),        // 48: entente.state.v1.RevokeToken
+	(*ChangeEntries)(nil),      // 49: entente.state.v1.ChangeEntries
+	(*EntryChange)(nil),        // 50: entente.state.v1.EntryChange
+	(*StoreForeignBundle)(nil), // 51: entente.state.v1.StoreForeignBundle
+	(*Tick)(nil),               // 52: entente.state.v1.Tick
+	(*Checksum)(nil),           // 53: entente.state.v1.Checksum
 }
 var file_entente_state_v1_state_proto_depIdxs = []int32{
-	6,  // 0: entente.state.v1.Cluster.lifetimes:type_name -> entente.state.v1.Lifetimes
-	1,  // 1: entente.state.v1.Authority.use:type_name -> entente.state.v1.KeyUse
-	0,  // 2: entente.state.v1.Authority.phase:type_name -> entente.state.v1.AuthorityPhase
-	10, // 3: entente.state.v1.Token.node:type_name -> entente.state.v1.NodeGrant
-	11, // 4: entente.state.v1.Token.agent:type_name -> entente.state.v1.AgentGrant
-	2,  // 5: entente.state.v1.Entry.role:type_name -> entente.state.v1.Role
-	17, // 6: entente.state.v1.Object.service:type_name -> entente.state.v1.Service
-	19, // 7: entente.state.v1.Object.gateway:type_name -> entente.state.v1.Gateway
-	20, // 8: entente.state.v1.Object.import:type_name -> entente.state.v1.Import
-	21, // 9: entente.state.v1.Object.agreement:type_name -> entente.state.v1.Agreement
-	25, // 10: entente.state.v1.Object.relationship:type_name -> entente.state.v1.Relationship
-	18, // 11: entente.state.v1.Service.failover:type_name -> entente.state.v1.Failover
-	3,  // 12: entente.state.v1.Failover.mode:type_name -> entente.state.v1.Mode
-	3,  // 13: entente.state.v1.Failover.failback:type_name -> entente.state.v1.Mode
-	22, // 14: entente.state.v1.Agreement.gateways:type_name -> entente.state.v1.PeerGateway
-	23, // 15: entente.state.v1.Agreement.allow:type_name -> entente.state.v1.Allow
-	24, // 16: entente.state.v1.Allow.http:type_name -> entente.state.v1.HTTPMatch
-	4,  // 17: entente.state.v1.HTTPMatch.path_type:type_name -> entente.state.v1.PathType
-	29, // 18: entente.state.v1.Command.init:type_name -> entente.state.v1.Init
-	30, // 19: entente.state.v1.Command.create_token:type_name -> entente.state.v1.CreateToken
-	31, // 20: entente.state.v1.Command.join_member:type_name -> entente.state.v1.JoinMember
-	33, // 21: entente.state.v1.Command.update_member:type_name -> entente.state.v1.UpdateMember
-	34, // 22: entente.state.v1.Command.remove_member:type_name -> entente.state.v1.RemoveMember
-	35, // 23: entente.state.v1.Command.attest_agent:type_name -> entente.state.v1.AttestAgent
-	36, // 24: entente.state.v1.Command.prepare_authority:type_name -> entente.state.v1.PrepareAuthority
-	37, // 25: entente.state.v1.Command.authority_ready:type_name -> entente.state.v1.AuthorityReady
-	38, // 26: entente.state.v1.Command.activate_authority:type_name -> entente.state.v1.ActivateAuthority
-	39, // 27: entente.state.v1.Command.apply_objects:type_name -> entente.state.v1.ApplyObjects
-	48, // 28: entente.state.v1.Command.store_foreign_bundle:type_name -> entente.state.v1.StoreForeignBundle
-	49, // 29: entente.state.v1.Command.tick:type_name -> entente.state.v1.Tick
-	50, // 30: entente.state.v1.Command.checksum:type_name -> entente.state.v1.Checksum
-	40, // 31: entente.state.v1.Command.taint_authority:type_name -> entente.state.v1.TaintAuthority
-	41, // 32: entente.state.v1.Command.authority_drained:type_name -> entente.state.v1.AuthorityDrained
-	42, // 33: entente.state.v1.Command.revoke_authority:type_name -> entente.state.v1.RevokeAuthority
-	43, // 34: entente.state.v1.Command.ban_agent:type_name -> entente.state.v1.BanAgent
-	44, // 35: entente.state.v1.Command.evict_agent:type_name -> entente.state.v1.EvictAgent
-	45, // 36: entente.state.v1.Command.revoke_token:type_name -> entente.state.v1.RevokeToken
-	46, // 37: entente.state.v1.Command.change_entries:type_name -> entente.state.v1.ChangeEntries
-	5,  // 38: entente.state.v1.Init.cluster:type_name -> entente.state.v1.Cluster
-	7,  // 39: entente.state.v1.Init.member:type_name -> entente.state.v1.Member
-	9,  // 40: entente.state.v1.CreateToken.token:type_name -> entente.state.v1.Token
-	7,  // 41: entente.state.v1.JoinMember.member:type_name -> entente.state.v1.Member
-	8,  // 42: entente.state.v1.PrepareAuthority.authority:type_name -> entente.state.v1.Authority
-	15, // 43: entente.state.v1.ApplyObjects.upserts:type_name -> entente.state.v1.Object
-	16, // 44: entente.state.v1.ApplyObjects.deletes:type_name -> entente.state.v1.ObjectKey
-	47, // 45: entente.state.v1.ChangeEntries.changes:type_name -> entente.state.v1.EntryChange
-	13, // 46: entente.state.v1.EntryChange.create:type_name -> entente.state.v1.Entry
-	13, // 47: entente.state.v1.EntryChange.update:type_name -> entente.state.v1.Entry
-	48, // [48:48] is the sub-list for method output_type
-	48, // [48:48] is the sub-list for method input_type
-	48, // [48:48] is the sub-list for extension type_name
-	48, // [48:48] is the sub-list for extension extendee
-	0,  // [0:48] is the sub-list for field type_name
+	8,  // 0: entente.state.v1.Cluster.lifetimes:type_name -> entente.state.v1.Lifetimes
+	6,  // 1: entente.state.v1.Cluster.recovery:type_name -> entente.state.v1.Recovery
+	9,  // 2: entente.state.v1.Recovery.absent:type_name -> entente.state.v1.Member
+	1,  // 3: entente.state.v1.Authority.use:type_name -> entente.state.v1.KeyUse
+	0,  // 4: entente.state.v1.Authority.phase:type_name -> entente.state.v1.AuthorityPhase
+	12, // 5: entente.state.v1.Token.node:type_name -> entente.state.v1.NodeGrant
+	13, // 6: entente.state.v1.Token.agent:type_name -> entente.state.v1.AgentGrant
+	2,  // 7: entente.state.v1.Entry.role:type_name -> entente.state.v1.Role
+	19, // 8: entente.state.v1.Object.service:type_name -> entente.state.v1.Service
+	21, // 9: entente.state.v1.Object.gateway:type_name -> entente.state.v1.Gateway
+	22, // 10: entente.state.v1.Object.import:type_name -> entente.state.v1.Import
+	23, // 11: entente.state.v1.Object.agreement:type_name -> entente.state.v1.Agreement
+	27, // 12: entente.state.v1.Object.relationship:type_name -> entente.state.v1.Relationship
+	20, // 13: entente.state.v1.Service.failover:type_name -> entente.state.v1.Failover
+	3,  // 14: entente.state.v1.Failover.mode:type_name -> entente.state.v1.Mode
+	3,  // 15: entente.state.v1.Failover.failback:type_name -> entente.state.v1.Mode
+	24, // 16: entente.state.v1.Agreement.gateways:type_name -> entente.state.v1.PeerGateway
+	25, // 17: entente.state.v1.Agreement.allow:type_name -> entente.state.v1.Allow
+	26, // 18: entente.state.v1.Allow.http:type_name -> entente.state.v1.HTTPMatch
+	4,  // 19: entente.state.v1.HTTPMatch.path_type:type_name -> entente.state.v1.PathType
+	31, // 20: entente.state.v1.Command.init:type_name -> entente.state.v1.Init
+	32, // 21: entente.state.v1.Command.create_token:type_name -> entente.state.v1.CreateToken
+	33, // 22: entente.state.v1.Command.join_member:type_name -> entente.state.v1.JoinMember
+	35, // 23: entente.state.v1.Command.update_member:type_name -> entente.state.v1.UpdateMember
+	36, // 24: entente.state.v1.Command.remove_member:type_name -> entente.state.v1.RemoveMember
+	38, // 25: entente.state.v1.Command.attest_agent:type_name -> entente.state.v1.AttestAgent
+	39, // 26: entente.state.v1.Command.prepare_authority:type_name -> entente.state.v1.PrepareAuthority
+	40, // 27: entente.state.v1.Command.authority_ready:type_name -> entente.state.v1.AuthorityReady
+	41, // 28: entente.state.v1.Command.activate_authority:type_name -> entente.state.v1.ActivateAuthority
+	42, // 29: entente.state.v1.Command.apply_objects:type_name -> entente.state.v1.ApplyObjects
+	51, // 30: entente.state.v1.Command.store_foreign_bundle:type_name -> entente.state.v1.StoreForeignBundle
+	52, // 31: entente.state.v1.Command.tick:type_name -> entente.state.v1.Tick
+	53, // 32: entente.state.v1.Command.checksum:type_name -> entente.state.v1.Checksum
+	43, // 33: entente.state.v1.Command.taint_authority:type_name -> entente.state.v1.TaintAuthority
+	44, // 34: entente.state.v1.Command.authority_drained:type_name -> entente.state.v1.AuthorityDrained
+	45, // 35: entente.state.v1.Command.revoke_authority:type_name -> entente.state.v1.RevokeAuthority
+	46, // 36: entente.state.v1.Command.ban_agent:type_name -> entente.state.v1.BanAgent
+	47, // 37: entente.state.v1.Command.evict_agent:type_name -> entente.state.v1.EvictAgent
+	48, // 38: entente.state.v1.Command.revoke_token:type_name -> entente.state.v1.RevokeToken
+	49, // 39: entente.state.v1.Command.change_entries:type_name -> entente.state.v1.ChangeEntries
+	37, // 40: entente.state.v1.Command.promote_member:type_name -> entente.state.v1.PromoteMember
+	5,  // 41: entente.state.v1.Init.cluster:type_name -> entente.state.v1.Cluster
+	9,  // 42: entente.state.v1.Init.member:type_name -> entente.state.v1.Member
+	11, // 43: entente.state.v1.CreateToken.token:type_name -> entente.state.v1.Token
+	9,  // 44: entente.state.v1.JoinMember.member:type_name -> entente.state.v1.Member
+	10, // 45: entente.state.v1.PrepareAuthority.authority:type_name -> entente.state.v1.Authority
+	17, // 46: entente.state.v1.ApplyObjects.upserts:type_name -> entente.state.v1.Object
+	18, // 47: entente.state.v1.ApplyObjects.deletes:type_name -> entente.state.v1.ObjectKey
+	50, // 48: entente.state.v1.ChangeEntries.changes:type_name -> entente.state.v1.EntryChange
+	15, // 49: entente.state.v1.EntryChange.create:type_name -> entente.state.v1.Entry
+	15, // 50: entente.state.v1.EntryChange.update:type_name -> entente.state.v1.Entry
+	51, // [51:51] is the sub-list for method output_type
+	51, // [51:51] is the sub-list for method input_type
+	51, // [51:51] is the sub-list for extension type_name
+	51, // [51:51] is the sub-list for extension extendee
+	0,  // [0:51] is the sub-list for field type_name
 }
 
 func init() { file_entente_state_v1_state_proto_init() }
@@ -4242,18 +4574,18 @@ func file_entente_state_v1_state_proto_init() {
 	if File_entente_state_v1_state_proto != nil {
 		return
 	}
-	file_entente_state_v1_state_proto_msgTypes[4].OneofWrappers = []any{
+	file_entente_state_v1_state_proto_msgTypes[6].OneofWrappers = []any{
 		(*Token_Node)(nil),
 		(*Token_Agent)(nil),
 	}
-	file_entente_state_v1_state_proto_msgTypes[10].OneofWrappers = []any{
+	file_entente_state_v1_state_proto_msgTypes[12].OneofWrappers = []any{
 		(*Object_Service)(nil),
 		(*Object_Gateway)(nil),
 		(*Object_Import)(nil),
 		(*Object_Agreement)(nil),
 		(*Object_Relationship)(nil),
 	}
-	file_entente_state_v1_state_proto_msgTypes[22].OneofWrappers = []any{
+	file_entente_state_v1_state_proto_msgTypes[24].OneofWrappers = []any{
 		(*Command_Init)(nil),
 		(*Command_CreateToken)(nil),
 		(*Command_JoinMember)(nil),
@@ -4274,8 +4606,9 @@ func file_entente_state_v1_state_proto_init() {
 		(*Command_EvictAgent)(nil),
 		(*Command_RevokeToken)(nil),
 		(*Command_ChangeEntries)(nil),
+		(*Command_PromoteMember)(nil),
 	}
-	file_entente_state_v1_state_proto_msgTypes[42].OneofWrappers = []any{
+	file_entente_state_v1_state_proto_msgTypes[45].OneofWrappers = []any{
 		(*EntryChange_Create)(nil),
 		(*EntryChange_Update)(nil),
 		(*EntryChange_Delete)(nil),
@@ -4286,7 +4619,7 @@ func file_entente_state_v1_state_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_entente_state_v1_state_proto_rawDesc), len(file_entente_state_v1_state_proto_rawDesc)),
 			NumEnums:      5,
-			NumMessages:   46,
+			NumMessages:   49,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

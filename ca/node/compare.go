@@ -1,0 +1,109 @@
+package node
+
+import (
+	"bytes"
+	"context"
+	"sync"
+	"time"
+
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	"github.com/entente-mesh/entente/ca/domain"
+)
+
+// checksumEvery is after how many log entries a leader has the states compared. A new
+// leader begins with a comparison.
+const checksumEvery = 4096
+
+// keepComparing proposes checksums of the leader's own state.
+func (n *Node) keepComparing(ctx context.Context) {
+	last := uint64(0)
+	for {
+		if applied := n.replica.Load().Applied(); applied-last >= checksumEvery || last == 0 {
+			checksum := &statev1.Checksum{Format: domain.ChecksumFormat}
+			n.Read(func(st *domain.State) { checksum.AtIndex, checksum.Sum = st.Applied(), st.Checksum() })
+			callCtx, cancel := context.WithTimeout(ctx, 5*time.Second)
+			_, err := n.replica.Load().Propose(callCtx, &statev1.Command{
+				Actor: n.cfg.Name, Body: &statev1.Command_Checksum{Checksum: checksum},
+			})
+			cancel()
+			if err == nil {
+				last = applied
+				n.compare(ctx, checksum.GetAtIndex()) // the leader may be the odd one
+			}
+		}
+		if sleep(ctx, time.Second) != nil {
+			return
+		}
+	}
+}
+
+// runComparisons looks into every checksum that this node's state does not match.
+func (n *Node) runComparisons(ctx context.Context) error {
+	for {
+		select {
+		case index := <-n.odd:
+			n.log.Error("this node's state differs from the leader's: asking the others who is the odd one", "index", index)
+			n.compare(ctx, index)
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// compare asks all other voters for their state's hash at an index, and stops this node
+// if a majority of all voters has another one than it.
+func (n *Node) compare(ctx context.Context, index uint64) {
+	var own []byte
+	known := false
+	voters := make(map[string]*statev1.Member)
+	for _, s := range n.replica.Load().Servers() {
+		if s.Voter {
+			voters[s.ID] = nil
+		}
+	}
+	n.Read(func(st *domain.State) {
+		own, known = st.ChecksumAt(index)
+		for id := range voters {
+			voters[id], _ = st.Member(id)
+		}
+	})
+	if !known {
+		return // it was not there then
+	}
+	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
+	defer cancel()
+	var asking sync.WaitGroup
+	var mu sync.Mutex
+	differ, alike := 0, 0
+	for id, m := range voters {
+		if id == n.own.id || m == nil {
+			continue
+		}
+		asking.Go(func() {
+			// One that lags has not been there yet: give it a moment.
+			for {
+				sum, err := n.peers.Checksum(ctx, m, index)
+				if err == nil && len(sum) > 0 {
+					mu.Lock()
+					defer mu.Unlock()
+					if bytes.Equal(sum, own) {
+						alike++
+					} else {
+						differ++
+					}
+					return
+				}
+				if sleep(ctx, 100*time.Millisecond) != nil {
+					return
+				}
+			}
+		})
+	}
+	asking.Wait()
+	switch {
+	case differ >= len(voters)/2+1:
+		n.replica.Load().Diverge(index)
+	case differ > 0:
+		n.log.Error("the states of the CA nodes differ, and no majority says that this node is the odd one", "index", index, "differ", differ, "alike", alike, "voters", len(voters))
+	}
+}

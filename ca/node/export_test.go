@@ -1,0 +1,9 @@
+package node
+
+import "time"
+
+// BeforeWrite puts f before each write to the log of a node that is not yet opened.
+func (c *Config) BeforeWrite(f func() error) { c.beforeWrite = f }
+
+// ClockError is by how much a node's clock is ahead, asked each time it is read.
+func (c *Config) ClockError(f func() time.Duration) { c.clockError = f }

@@ -1,0 +1,136 @@
+package node
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"log"
+	"net/http"
+	"os"
+	"sync"
+	"time"
+
+	"golang.org/x/net/netutil"
+
+	"github.com/entente-mesh/entente/ca/domain"
+	"github.com/entente-mesh/entente/ca/server"
+	"github.com/entente-mesh/entente/federation/exchange"
+)
+
+// witPath is the bundle endpoint's variant with WIT keys. It has a URL of its own since
+// there are SPIFFE implementations that refuse a whole bundle for a use they do not
+// know; and it is there only while a relationship asks for it.
+const witPath = "/wit"
+
+func (n *Node) readWIT(st *domain.State) {
+	asked := false
+	for _, td := range st.Peers() {
+		if o, ok := st.Object("Relationship/" + td); ok && o.GetRelationship().GetWit() {
+			asked = true
+		}
+	}
+	n.wit.Store(asked)
+}
+
+func (n *Node) bundleHandler() http.Handler {
+	public := exchange.Handler("/", n.bundles.Source)
+	variant := exchange.Handler(witPath, n.bundles.SourceWIT)
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == witPath && n.wit.Load() {
+			variant.ServeHTTP(w, r)
+			return
+		}
+		public.ServeHTTP(w, r)
+	})
+}
+
+const (
+	maxWebConnections = 1024
+	webDrainTime      = 3 * time.Second
+)
+
+// serveOIDC serves the discovery document and the keys to the public, with a
+// certificate that the public knows, until ctx ends. TLS 1.3 only.
+func (n *Node) serveOIDC(ctx context.Context) error {
+	handler, err := server.OIDCHandler(n.cfg.OIDC.Issuer, n.bundles)
+	if err != nil {
+		n.listeners.OIDC.Close()
+		return err
+	}
+	pair := &certificateFiles{cert: n.cfg.OIDC.CertFile, key: n.cfg.OIDC.KeyFile}
+	if _, err := pair.get(nil); err != nil {
+		n.listeners.OIDC.Close()
+		return err
+	}
+	web := &http.Server{
+		Handler:           handler,
+		ReadTimeout:       5 * time.Second,
+		ReadHeaderTimeout: 5 * time.Second,
+		WriteTimeout:      10 * time.Second,
+		IdleTimeout:       time.Minute,
+		MaxHeaderBytes:    16 << 10,
+		ErrorLog:          log.New(io.Discard, "", 0), // strangers' handshakes
+		TLSConfig: &tls.Config{
+			MinVersion:             tls.VersionTLS13,
+			GetCertificate:         pair.get,
+			SessionTicketsDisabled: true,
+		},
+	}
+	served := make(chan error, 1)
+	go func() { served <- web.ServeTLS(netutil.LimitListener(n.listeners.OIDC, maxWebConnections), "", "") }()
+	select {
+	case err := <-served:
+		return fmt.Errorf("the OIDC listener has ended: %w", err)
+	case <-ctx.Done():
+	}
+	drain, cancel := context.WithTimeout(context.WithoutCancel(ctx), webDrainTime)
+	defer cancel()
+	if err := web.Shutdown(drain); err != nil {
+		web.Close()
+	}
+	if err := <-served; !errors.Is(err, http.ErrServerClosed) {
+		return err
+	}
+	return nil
+}
+
+// certificateFiles is a certificate that lies in two files, which others renew.
+type certificateFiles struct {
+	cert, key string
+
+	mu     sync.Mutex
+	loaded *tls.Certificate
+	times  [2]time.Time // of the files as loaded
+	looked time.Time
+}
+
+// get returns the newest pair that fits together: while files are being replaced, the
+// one before.
+func (f *certificateFiles) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	now := time.Now()
+	if f.loaded != nil && now.Sub(f.looked) < time.Second {
+		return f.loaded, nil
+	}
+	f.looked = now
+	var times [2]time.Time
+	for i, name := range []string{f.cert, f.key} {
+		if info, err := os.Stat(name); err == nil {
+			times[i] = info.ModTime()
+		}
+	}
+	if f.loaded != nil && times == f.times {
+		return f.loaded, nil
+	}
+	pair, err := tls.LoadX509KeyPair(f.cert, f.key)
+	switch {
+	case err == nil:
+		f.loaded, f.times = &pair, times
+	case f.loaded == nil:
+		return nil, fmt.Errorf("oidc.certFile and oidc.keyFile cannot be used: %w", err)
+	}
+	return f.loaded, nil
+}

@@ -1,0 +1,310 @@
+// Package files writes identities to files, for software that reads nothing else,
+// and tells that software when they are other ones.
+//
+// What the host's administrator lists in the agent's configuration is written; the
+// operating system decides who reads it. So the key goes only to the user that the
+// entry names, or to root.
+//
+// Files that belong together are first written under other names and synced, and
+// then renamed one directly after the other, the key last: whoever reads each of
+// them at any moment reads a whole file, and a crash leaves old ones or new ones but
+// for the instant between two renames. Software that reads while it is being told is
+// told afterwards; what cannot bear that instant takes one combined file.
+//
+// Files of an entry that is gone stay: what they hold ends with the SVID.
+package files
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/exec"
+	"os/user"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+
+	"github.com/entente-mesh/entente/federation/bundle"
+	"github.com/entente-mesh/entente/meshagent"
+)
+
+const (
+	publicMode = 0o644
+
+	retryFirst = 200 * time.Millisecond
+	retryMost  = time.Minute
+
+	maxOutput = 4 << 10 // bytes of a failed command's output that are logged
+)
+
+// Writer writes what an agent's configuration lists under files.
+type Writer struct {
+	agent *meshagent.Agent
+	log   *slog.Logger
+}
+
+// New returns a writer; log may be nil.
+func New(agent *meshagent.Agent, log *slog.Logger) *Writer {
+	if log == nil {
+		log = slog.New(slog.DiscardHandler)
+	}
+	return &Writer{agent, log}
+}
+
+// Run writes until ctx ends. Nothing that goes wrong with a file ends it: it is
+// tried again.
+func (w *Writer) Run(ctx context.Context) error {
+	var all sync.WaitGroup
+	for i := range w.agent.Config().Files {
+		target := &target{config: &w.agent.Config().Files[i], log: w.log.With("service", w.agent.Config().Files[i].Service)}
+		all.Go(func() { w.keep(ctx, target) })
+	}
+	all.Wait()
+	<-ctx.Done()
+	return ctx.Err()
+}
+
+// target is one entry of the configuration. It belongs to one goroutine.
+type target struct {
+	config  *meshagent.FilesConfig
+	log     *slog.Logger
+	written [sha256.Size]byte // digest of what stands on the disk
+	told    bool              // the software knows of it
+	absent  bool              // it was logged that there is no entry
+}
+
+// keep writes one target anew with every change, and tries again what failed.
+func (w *Writer) keep(ctx context.Context, t *target) {
+	failures := 0
+	for {
+		state := w.agent.State()
+		err := t.update(ctx, state)
+		var again <-chan time.Time
+		if err != nil && ctx.Err() == nil {
+			if failures == 0 {
+				t.log.Error("files are not up to date; trying again", "error", err)
+			}
+			failures++
+			timer := time.NewTimer(min(retryFirst<<min(failures-1, 16), retryMost))
+			defer timer.Stop()
+			again = timer.C
+		} else {
+			failures = 0
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-state.Reissued():
+		case <-again:
+		}
+	}
+}
+
+// update brings the files to the state, and tells the software.
+func (t *target) update(ctx context.Context, state *meshagent.State) error {
+	identity, ok := state.Service(t.config.Service)
+	if state.Ready && !ok && !t.absent {
+		t.log.Warn("this host has no such service; what was written for it stays until its SVID ends")
+	}
+	t.absent = state.Ready && !ok
+	if !ok || identity.SVID == nil || state.Bundle == nil {
+		return nil
+	}
+	list, err := t.contents(state, identity)
+	if err != nil {
+		return err
+	}
+	digest := sha256.New()
+	for _, f := range list {
+		fmt.Fprintf(digest, "%d:%s", len(f.data), f.data)
+	}
+	if sum := [sha256.Size]byte(digest.Sum(nil)); sum != t.written {
+		owner, err := t.owner(identity)
+		if err != nil {
+			return err
+		}
+		if err := write(list, owner); err != nil {
+			return err
+		}
+		t.written, t.told = sum, false
+		t.log.Info("files written", "spiffe_id", identity.ID, "valid_until", identity.SVID.Certificates[0].NotAfter)
+	}
+	if t.told {
+		return nil
+	}
+	if err := t.tell(ctx); err != nil {
+		return err
+	}
+	t.told = true
+	return nil
+}
+
+// contents are the files in the order in which they are to appear.
+func (t *target) contents(state *meshagent.State, identity *meshagent.Identity) (list []file, err error) {
+	chain, key, err := identity.SVID.Marshal()
+	if err != nil {
+		return nil, fmt.Errorf("the SVID of %s: %w", identity.ID, err)
+	}
+	own, err := state.Bundle.Marshal()
+	if err != nil {
+		return nil, fmt.Errorf("the bundle: %w", err)
+	}
+	add := func(path string, mode os.FileMode, data []byte) {
+		if path != "" {
+			list = append(list, file{path, mode, data})
+		}
+	}
+	secret := os.FileMode(t.config.Mode)
+	add(t.config.Bundle, publicMode, own)
+	if t.config.BundleMap != "" {
+		all, err := bundleMap(state.Bundle, identity.Federated)
+		if err != nil {
+			return nil, err
+		}
+		add(t.config.BundleMap, publicMode, all)
+	}
+	add(t.config.Combined, secret, slices.Concat(chain, key))
+	add(t.config.Certificate, publicMode, chain)
+	add(t.config.Key, secret, key)
+	return list, nil
+}
+
+// bundleMap holds X.509 authorities: what reads it verifies TLS peers.
+func bundleMap(own *x509bundle.Bundle, federated []*x509bundle.Bundle) ([]byte, error) {
+	var all []*bundle.Bundle
+	for _, b := range append([]*x509bundle.Bundle{own}, federated...) {
+		all = append(all, &bundle.Bundle{TrustDomain: b.TrustDomain(), X509: b.X509Authorities()})
+	}
+	return bundle.MarshalMap(all...)
+}
+
+// ids are an owner and a group; -1: as the agent's.
+type ids struct{ uid, gid int }
+
+// owner refuses to hand the key to a user whom the entry does not name.
+func (t *target) owner(identity *meshagent.Identity) (ids, error) {
+	o := ids{-1, -1}
+	reader := os.Geteuid()
+	if name := t.config.Owner; name != "" {
+		uid, err := lookup(name, func(name string) (string, error) {
+			u, err := user.Lookup(name)
+			if err != nil {
+				return "", err
+			}
+			return u.Uid, nil
+		})
+		if err != nil {
+			return o, fmt.Errorf("files.owner: %w", err)
+		}
+		o.uid, reader = uid, uid
+	}
+	if name := t.config.Group; name != "" {
+		gid, err := lookup(name, func(name string) (string, error) {
+			g, err := user.LookupGroup(name)
+			if err != nil {
+				return "", err
+			}
+			return g.Gid, nil
+		})
+		if err != nil {
+			return o, fmt.Errorf("files.group: %w", err)
+		}
+		o.gid = gid
+	}
+	if t.config.Key == "" && t.config.Combined == "" || reader == 0 {
+		return o, nil
+	}
+	for _, selector := range identity.Entry.GetSelectors() {
+		if uid, ok := strings.CutPrefix(selector, "unix:uid:"); ok && uid != strconv.Itoa(reader) {
+			return o, fmt.Errorf("the key of %s would belong to uid %d, and its entry names uid %s: set files.owner", identity.ID, reader, uid)
+		}
+		if name, ok := strings.CutPrefix(selector, "unix:user:"); ok {
+			if u, err := user.Lookup(name); err != nil || u.Uid != strconv.Itoa(reader) {
+				return o, fmt.Errorf("the key of %s would belong to uid %d, and its entry names user %s: set files.owner", identity.ID, reader, name)
+			}
+		}
+	}
+	return o, nil
+}
+
+// lookup reads a number, or has a name looked up.
+func lookup(name string, find func(string) (string, error)) (int, error) {
+	if id, err := strconv.ParseUint(name, 10, 31); err == nil {
+		return int(id), nil
+	}
+	text, err := find(name)
+	if err != nil {
+		return 0, err
+	}
+	return strconv.Atoi(text)
+}
+
+// tell runs the command or sends the signal.
+func (t *target) tell(ctx context.Context) error {
+	after := t.config.After
+	switch {
+	case len(after.Command) > 0:
+		ctx, cancel := context.WithTimeout(ctx, after.Timeout)
+		defer cancel()
+		cmd := exec.CommandContext(ctx, after.Command[0], after.Command[1:]...)
+		cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
+		cmd.WaitDelay = 5 * time.Second
+		var output tail
+		cmd.Stdout, cmd.Stderr = &output, &output
+		if err := cmd.Run(); err != nil {
+			if ctx.Err() != nil {
+				err = fmt.Errorf("%w after %s", ctx.Err(), after.Timeout)
+			}
+			return fmt.Errorf("files.after.command %q: %w; it said: %s", after.Command[0], err, strings.TrimSpace(string(output)))
+		}
+	case after.Signal != "":
+		return signal(after.PIDFile, signals[after.Signal])
+	}
+	return nil
+}
+
+var signals = map[string]syscall.Signal{"HUP": syscall.SIGHUP, "USR1": syscall.SIGUSR1, "USR2": syscall.SIGUSR2}
+
+// signal signals the process of a pid file. That it does not run is no failure: it
+// reads the files when it starts.
+func signal(pidFile string, s syscall.Signal) error {
+	text, err := os.ReadFile(pidFile)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("files.after.pidFile: %w", err)
+	}
+	pid, err := strconv.ParseInt(strings.TrimSpace(string(text[:min(len(text), 32)])), 10, 32)
+	if err != nil || pid <= 1 {
+		return fmt.Errorf("files.after.pidFile: %s holds no process number", pidFile)
+	}
+	process, err := os.FindProcess(int(pid))
+	if err != nil {
+		return err
+	}
+	defer process.Release()
+	if err := process.Signal(s); err != nil && !errors.Is(err, os.ErrProcessDone) {
+		return fmt.Errorf("files.after.signal: process %d: %w", pid, err)
+	}
+	return nil
+}
+
+// tail keeps the end of what is written to it.
+type tail []byte
+
+func (t *tail) Write(b []byte) (int, error) {
+	*t = append(*t, b...)
+	if len(*t) > maxOutput {
+		*t = (*t)[len(*t)-maxOutput:]
+	}
+	return len(b), nil
+}

@@ -1,0 +1,394 @@
+package meshagent
+
+import (
+	"context"
+	"crypto"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	"github.com/entente-mesh/entente/ca"
+	"github.com/entente-mesh/entente/ca/client"
+	casigner "github.com/entente-mesh/entente/ca/signer"
+	"github.com/entente-mesh/entente/federation/bundle"
+	"github.com/entente-mesh/entente/internal/peer/peertest"
+)
+
+// fakeTokens is the token half of fakeCA: a real signer with keys of its own.
+type fakeTokens struct {
+	signer *casigner.Signer
+	keys   map[statev1.KeyUse]crypto.Signer
+	batch  []int         // sizes of the batches of JWTs
+	delay  time.Duration // before an answer
+	as     string        // sign for this path instead: the lie
+	life   time.Duration
+}
+
+func tokenCA(life time.Duration) *fakeCA {
+	f := newFakeCA(life)
+	f.tokens.life = life
+	f.rekey()
+	return f
+}
+
+// rekey makes new authorities in place of the old ones.
+func (f *fakeCA) rekey() {
+	authorities := map[statev1.KeyUse]*statev1.Authority{}
+	f.tokens.keys = map[statev1.KeyUse]crypto.Signer{}
+	f.tokens.signer = casigner.New(casigner.Config{
+		Active: func(use statev1.KeyUse) *statev1.Authority { return authorities[use] },
+		Clock:  func() casigner.Clock { return casigner.Clock{} },
+	})
+	for _, use := range []statev1.KeyUse{statev1.KeyUse_KEY_USE_JWT, statev1.KeyUse_KEY_USE_WIT} {
+		key := peertest.NewKey()
+		spki, err := x509.MarshalPKIXPublicKey(key.Public())
+		if err != nil {
+			panic(err)
+		}
+		authority, err := ca.NewTokenAuthority(strings.Repeat("0", 64), use, spki, time.Now(), 48*time.Hour, time.Now())
+		if err != nil {
+			panic(err)
+		}
+		authority.Phase = statev1.AuthorityPhase_AUTHORITY_PHASE_ACTIVE
+		authorities[use], f.tokens.keys[use] = authority, key
+		f.tokens.signer.Add(key)
+	}
+}
+
+func (f *fakeCA) path(entryID string) (spiffeid.ID, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	path, known := f.paths[entryID]
+	switch {
+	case f.fails != nil:
+		return spiffeid.ID{}, f.fails
+	case !known:
+		return spiffeid.ID{}, fmt.Errorf("%w: no such entry", client.ErrDenied)
+	case f.tokens.as != "":
+		path = f.tokens.as
+	}
+	f.signed[entryID]++
+	return spiffeid.RequireFromPath(bank, path), nil
+}
+
+func (f *fakeCA) SignJWT(ctx context.Context, requests []client.JWTRequest) []client.TokenResult {
+	f.mu.Lock()
+	f.tokens.batch = append(f.tokens.batch, len(requests))
+	delay := f.tokens.delay
+	f.mu.Unlock()
+	time.Sleep(delay)
+	results := make([]client.TokenResult, len(requests))
+	for i, r := range requests {
+		id, err := f.path(r.EntryID)
+		if err == nil {
+			results[i].Token, err = f.tokens.signer.SignJWT(ctx, casigner.JWTRequest{ID: id, Audience: r.Audience, Life: f.tokens.life})
+		}
+		results[i].Err = err
+	}
+	return results
+}
+
+func (f *fakeCA) SignWIT(ctx context.Context, requests []client.WITRequest) []client.TokenResult {
+	results := make([]client.TokenResult, len(requests))
+	for i, r := range requests {
+		id, err := f.path(r.EntryID)
+		if err == nil {
+			var public crypto.PublicKey
+			if public, err = casigner.KeyOf(r.CSR); err == nil {
+				results[i].Token, err = f.tokens.signer.SignWIT(ctx, casigner.WITRequest{ID: id, PublicKey: public, Life: f.tokens.life})
+			}
+		}
+		results[i].Err = err
+	}
+	return results
+}
+
+// holdKeys gives the agent the CA's token keys.
+func holdKeys(a *Agent, f *fakeCA) {
+	b := &bundle.Bundle{TrustDomain: bank}
+	for use, into := range map[statev1.KeyUse]*[]bundle.Key{statev1.KeyUse_KEY_USE_JWT: &b.JWT, statev1.KeyUse_KEY_USE_WIT: &b.WIT} {
+		spki, _ := x509.MarshalPKIXPublicKey(f.tokens.keys[use].Public())
+		key, err := bundle.NewKey(ca.KeyID(spki), spki)
+		if err != nil {
+			panic(err)
+		}
+		*into = []bundle.Key{key}
+	}
+	jwt, wit, err := tokenBundles(b)
+	if err != nil {
+		panic(err)
+	}
+	a.change(func(s *State) *State {
+		next := *s
+		next.JWT, next.WIT, next.reissued = jwt, wit, nil
+		return &next
+	})
+}
+
+func accounts(a *Agent) *Identity {
+	identity, _ := a.State().Identity("service/accounts")
+	return identity
+}
+
+func jwtAgent(t *testing.T, life time.Duration) (*Agent, *fakeCA, func()) {
+	f := tokenCA(life)
+	f.paths["service/accounts"] = "/accounts"
+	a := newAgent(t, f)
+	hold(a, f, entry("service/accounts", "/accounts", 7))
+	holdKeys(a, f)
+	return a, f, background(t, a.keepJWTs)
+}
+
+// A token is signed once for a set of audiences, whatever their order, and again when
+// it is asked for in the second half of its life.
+func TestJWTIsHeldAndRenewed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, f, stop := jwtAgent(t, 5*time.Minute)
+		defer stop()
+		fetch := func(audience ...string) string {
+			t.Helper()
+			token, err := a.FetchJWT(t.Context(), accounts(a), audience)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return token
+		}
+		one := fetch("a", "b")
+		if two := fetch("b", "a", "b"); two != one || f.count("service/accounts") != 1 {
+			t.Errorf("the same set was signed %d times", f.count("service/accounts"))
+		}
+		if fetch("a") == one || f.count("service/accounts") != 2 {
+			t.Error("another set got the same token")
+		}
+		time.Sleep(2 * time.Minute)
+		if fetch("a", "b") != one {
+			t.Error("renewed before half of its life")
+		}
+		time.Sleep(time.Minute)
+		if fetch("a", "b") == one {
+			t.Error("not renewed after half of its life")
+		}
+	})
+}
+
+// Without a CA a token stays in use until its end, and not after; the CA is not
+// asked with each call.
+func TestJWTWithoutCA(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, f, stop := jwtAgent(t, 5*time.Minute)
+		defer stop()
+		one, err := a.FetchJWT(t.Context(), accounts(a), []string{"a"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		f.set(func() { f.fails = client.ErrUnreachable; f.tokens.delay = 10 * time.Second })
+		time.Sleep(3 * time.Minute)
+		f.set(func() { f.tokens.batch = nil })
+		begin := time.Now()
+		for range 100 {
+			if token, err := a.FetchJWT(t.Context(), accounts(a), []string{"a"}); err != nil || token != one {
+				t.Fatalf("%v", err)
+			}
+			time.Sleep(100 * time.Millisecond)
+		}
+		if waited := time.Since(begin) - 10*time.Second; waited > 100*jwtPatience {
+			t.Errorf("callers waited %v for a CA that is away", waited)
+		}
+		f.mu.Lock()
+		if n := len(f.tokens.batch); n > 4 {
+			t.Errorf("asked %d times within 20 s", n)
+		}
+		f.tokens.delay = 0
+		f.mu.Unlock()
+		time.Sleep(2 * time.Minute)
+		if _, err := a.FetchJWT(t.Context(), accounts(a), []string{"a"}); !errors.Is(err, client.ErrUnreachable) {
+			t.Errorf("a token that has ended: %v", err)
+		}
+		f.set(func() { f.fails = nil })
+		time.Sleep(retryEnded)
+		if token, err := a.FetchJWT(t.Context(), accounts(a), []string{"a"}); err != nil || token == one {
+			t.Errorf("after the CA came back: %v", err)
+		}
+	})
+}
+
+// What was signed for what an entry was, or by a key that was revoked, is not handed
+// out any more.
+func TestJWTEndsWithWhatItRestsOn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, f, stop := jwtAgent(t, 5*time.Minute)
+		defer stop()
+		fetch := func() string {
+			t.Helper()
+			token, err := a.FetchJWT(t.Context(), accounts(a), []string{"a"})
+			if err != nil {
+				t.Fatal(err)
+			}
+			return token
+		}
+		one := fetch()
+		if fetch() != one {
+			t.Error("control: not held")
+		}
+		hold(a, f, entry("service/accounts", "/accounts", 8))
+		two := fetch()
+		if two == one {
+			t.Error("the token of the entry before was handed out")
+		}
+		f.rekey()
+		holdKeys(a, f)
+		if fetch() == two {
+			t.Error("a token under a revoked key was handed out")
+		}
+	})
+}
+
+// A CA that signs for somebody else, or with a key that is not in the bundle, is not
+// believed.
+func TestJWTOfLyingCA(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, f, stop := jwtAgent(t, 5*time.Minute)
+		defer stop()
+		f.set(func() { f.tokens.as = "/ledger" })
+		if _, err := a.FetchJWT(t.Context(), accounts(a), []string{"a"}); err == nil {
+			t.Error("a token for another identity was taken")
+		}
+		f.set(func() { f.tokens.as = "" })
+		f.rekey() // and the agent does not hold them
+		time.Sleep(time.Minute)
+		if _, err := a.FetchJWT(t.Context(), accounts(a), []string{"a"}); err == nil {
+			t.Error("a token under an unknown key was taken")
+		}
+		holdKeys(a, f)
+		time.Sleep(time.Minute)
+		if _, err := a.FetchJWT(t.Context(), accounts(a), []string{"a"}); err != nil {
+			t.Errorf("control: %v", err)
+		}
+	})
+}
+
+// Tokens that are asked for together are signed together; one entry cannot fill the
+// queue; what is held is bounded.
+func TestJWTBatchesAndBounds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, f, stop := jwtAgent(t, time.Hour)
+		defer stop()
+		f.set(func() { f.tokens.delay = time.Second })
+		var group sync.WaitGroup
+		var mu sync.Mutex
+		busy := 0
+		for i := range 200 {
+			group.Go(func() {
+				_, err := a.FetchJWT(t.Context(), accounts(a), []string{fmt.Sprint("a", i)})
+				mu.Lock()
+				defer mu.Unlock()
+				if wait, ok := RetryAfter(err); ok && wait > 0 {
+					busy++
+				} else if err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		group.Wait()
+		if busy != 200-maxPendingPerEntry {
+			t.Errorf("%d of 200 were sent away", busy)
+		}
+		f.mu.Lock()
+		if len(f.tokens.batch) > jwtCallers+2 || slices.Max(f.tokens.batch) < 10 {
+			t.Errorf("batches of %v", f.tokens.batch)
+		}
+		f.tokens.delay = 0
+		f.mu.Unlock()
+		for i := range maxJWTsPerEntry + 50 {
+			if _, err := a.FetchJWT(t.Context(), accounts(a), []string{fmt.Sprint("b", i)}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		a.jwts.mu.Lock()
+		if n := a.jwts.count; n > maxJWTsPerEntry || n != len(a.jwts.held["service/accounts"]) {
+			t.Errorf("%d tokens are held", n)
+		}
+		a.jwts.mu.Unlock()
+		time.Sleep(2 * time.Hour)
+		a.jwts.mu.Lock()
+		if a.jwts.count != 0 || len(a.jwts.held) != 0 {
+			t.Errorf("%d tokens that have ended are held", a.jwts.count)
+		}
+		a.jwts.mu.Unlock()
+	})
+}
+
+func TestJWTAudience(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, f, stop := jwtAgent(t, time.Hour)
+		defer stop()
+		for _, audience := range [][]string{nil, {}, {""}, {"a", ""}, {"a\x00b"}, {strings.Repeat("a", 5000)}, make([]string, 17)} {
+			if _, err := a.FetchJWT(t.Context(), accounts(a), audience); err == nil {
+				t.Errorf("audience %.40q was taken", audience)
+			}
+		}
+		if f.count("service/accounts") != 0 {
+			t.Error("the CA was asked")
+		}
+	})
+}
+
+// WIT-SVIDs are renewed at half of their life, each with a new key, and when their
+// authority is revoked.
+func TestWITIsRenewed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, f, stopJWTs := jwtAgent(t, time.Hour)
+		defer stopJWTs()
+		stop := background(t, a.keepWITs)
+		defer stop()
+		held := func() *WITSVID { return accounts(a).WIT }
+		synctest.Wait()
+		one := held()
+		if one == nil || one.ID != accounts(a).ID {
+			t.Fatalf("got %+v", one)
+		}
+		time.Sleep(20 * time.Minute)
+		if held() != one {
+			t.Error("renewed too early")
+		}
+		time.Sleep(20 * time.Minute)
+		two := held()
+		if two == one || two.Key == one.Key {
+			t.Error("not renewed with a new key at half of its life")
+		}
+		f.rekey()
+		holdKeys(a, f)
+		synctest.Wait()
+		if held() == two {
+			t.Error("not renewed when its authority was gone")
+		}
+	})
+}
+
+func BenchmarkFetchJWTHeld(b *testing.B) {
+	f := tokenCA(time.Hour)
+	f.paths["service/accounts"] = "/accounts"
+	a := newAgent(&testing.T{}, f)
+	hold(a, f, entry("service/accounts", "/accounts", 7))
+	holdKeys(a, f)
+	ctx, cancel := context.WithCancel(b.Context())
+	done := make(chan error)
+	go func() { done <- a.keepJWTs(ctx) }()
+	identity := accounts(a)
+	for b.Loop() {
+		if _, err := a.FetchJWT(ctx, identity, []string{"a"}); err != nil {
+			b.Fatal(err)
+		}
+	}
+	cancel()
+	<-done
+}

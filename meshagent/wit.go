@@ -1,0 +1,123 @@
+package meshagent
+
+import (
+	"context"
+	"crypto"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+
+	"github.com/entente-mesh/entente/ca/client"
+	"github.com/entente-mesh/entente/internal/jwtsvid"
+	"github.com/entente-mesh/entente/meshagent/nodeattest"
+)
+
+// keepWITs keeps a WIT-SVID for every entry of the host, each time with a new key.
+func (a *Agent) keepWITs(ctx context.Context) error {
+	return a.keepSVIDs(ctx, renewal{
+		bundle: func(s *State) any { return s.WIT },
+		void: func(s *State, identity *Identity, now time.Time) bool {
+			if identity.WIT == nil {
+				return false
+			}
+			return s.WIT == nil || s.WIT.Keys[identity.WIT.keyID] == nil
+		},
+		renew: a.renewWITs,
+		// Re-issue is for X.509: a WIT key's authority that was tainted leaves with its bundle.
+		tainted: func(*State, *Identity) *x509svid.SVID { return nil },
+	})
+}
+
+// renewWITs has one WIT-SVID signed for each slot and takes those that are good into
+// use.
+func (a *Agent) renewWITs(ctx context.Context, slots []*slot) {
+	keys := make([]crypto.Signer, len(slots))
+	requests := make([]client.WITRequest, len(slots))
+	for i, s := range slots {
+		var err error
+		if keys[i], err = nodeattest.NewKey(); err == nil {
+			requests[i].EntryID = s.entryID
+			requests[i].CSR, err = nodeattest.CSR(keys[i])
+		}
+		if err != nil { // no randomness: nothing can go on
+			a.log.Error("cannot make keys", "error", err)
+			wait(ctx, time.Second)
+			return
+		}
+	}
+	results := a.signer.SignWIT(ctx, requests)
+	if ctx.Err() != nil {
+		return
+	}
+	now := time.Now()
+	own := a.State().WIT
+	signed := map[string]*WITSVID{}
+	var failed []error
+	news := false
+	for i, s := range slots {
+		wit, err := (*WITSVID)(nil), results[i].Err
+		if err == nil {
+			wit, err = verifyWIT(s.id, results[i].Token, keys[i], own, now)
+		}
+		if err != nil {
+			s.failures++
+			s.due = now.Add(retryAfter(s.failures, s.ends.Sub(now)))
+			failed = append(failed, fmt.Errorf("%s: %w", s.id, err))
+			news = news || s.failures == 1
+			continue
+		}
+		signed[s.entryID] = wit
+		s.due, s.failures, s.ends = halfTime(wit.Expires, now), 0, wit.Expires
+	}
+	if len(signed) > 0 {
+		a.change(func(state *State) *State { return state.withWITs(signed) })
+		a.metrics.wits.Add(float64(len(signed)))
+	}
+	if len(failed) > 0 {
+		a.metrics.failures.Add(float64(len(failed)))
+		if news {
+			a.log.Warn("WIT-SVIDs are not renewed; trying again, and what is held stays in use until it ends",
+				"entries", len(failed), "error", failed[0])
+		}
+	}
+}
+
+// verifyWIT refuses what the CA signed when it is not for this identity and key.
+func verifyWIT(want spiffeid.ID, token string, key crypto.Signer, own *TokenBundle, now time.Time) (*WITSVID, error) {
+	svid, err := jwtsvid.VerifyWIT(token, only(own), now, 0)
+	if err != nil {
+		return nil, fmt.Errorf("what the CA signed does not verify: %w", err)
+	}
+	if svid.ID != want {
+		return nil, fmt.Errorf("the CA's WIT-SVID is for %s", svid.ID)
+	}
+	if public, ok := key.Public().(interface{ Equal(crypto.PublicKey) bool }); !ok || !public.Equal(svid.Key) {
+		return nil, errors.New("the CA's WIT-SVID is for another key")
+	}
+	return &WITSVID{ID: want, Token: token, Key: key, Expires: svid.Expires, keyID: svid.KeyID}, nil
+}
+
+// withWITs makes the state that follows when WIT-SVIDs were signed.
+func (s *State) withWITs(signed map[string]*WITSVID) *State {
+	next := *s
+	next.reissued = nil
+	next.wits = map[string]*WITSVID{}
+	maps.Copy(next.wits, s.wits)
+	next.Identities = slices.Clone(s.Identities)
+	for i, identity := range s.Identities {
+		wit := signed[identity.Entry.GetId()]
+		if wit == nil || wit.ID != identity.ID {
+			continue
+		}
+		renewed := *identity
+		renewed.WIT = wit
+		next.Identities[i] = &renewed
+		next.wits[identity.Entry.GetId()] = wit
+	}
+	return &next
+}

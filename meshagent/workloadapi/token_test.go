@@ -1,0 +1,404 @@
+package workloadapi
+
+import (
+	"context"
+	"crypto"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/go-jose/go-jose/v4"
+	"github.com/spiffe/go-spiffe/v2/bundle/jwtbundle"
+	"github.com/spiffe/go-spiffe/v2/exp/bundle/witbundle"
+	"github.com/spiffe/go-spiffe/v2/exp/svid/witsvid"
+	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
+	"github.com/spiffe/go-spiffe/v2/workloadapi"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/entente-mesh/entente/ca/catest"
+	"github.com/entente-mesh/entente/ca/node"
+)
+
+func dial(t *testing.T, h *host) *workloadapi.Client {
+	t.Helper()
+	client, err := workloadapi.New(t.Context(), workloadapi.WithAddr("unix://"+h.socket))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { client.Close() })
+	return client
+}
+
+func claimsOf(t *testing.T, token string) (header, claims map[string]any) {
+	t.Helper()
+	parts := strings.Split(token, ".")
+	for i, into := range []*map[string]any{&header, &claims} {
+		data, err := base64.RawURLEncoding.DecodeString(parts[i])
+		if err == nil {
+			err = json.Unmarshal(data, into)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	return header, claims
+}
+
+// go-spiffe's client gets, verifies and validates JWT-SVIDs (requirements 56-66, 69-71,
+// 181, 183, 184).
+func TestJWTSVID(t *testing.T) {
+	c := catest.Start(t, catest.Options{})
+	c.Apply(serviceYAML("accounts", run(myself(t))+"\n  hint: internal\n  ttl: {jwt: 2m}"))
+	h := newHost(t, c.AgentToken("h1", "dc1"), true)
+	client := dial(t, h)
+	ctx := t.Context()
+
+	svid, err := client.FetchJWTSVID(ctx, jwtsvid.Params{Audience: "spiffe://trading.example/portfolio", ExtraAudiences: []string{"b"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if svid.ID.String() != "spiffe://banking.example/accounts" || svid.Hint != "internal" || len(svid.Audience) != 2 {
+		t.Errorf("got %+v", svid)
+	}
+	bundles, err := client.FetchJWTBundles(ctx)
+	if err != nil || bundles.Len() != 1 {
+		t.Fatalf("%v, %v", bundles, err)
+	}
+	if _, err := jwtsvid.ParseAndValidate(svid.Marshal(), bundles, []string{"b"}); err != nil {
+		t.Errorf("go-spiffe finds: %v", err)
+	}
+	header, claims := claimsOf(t, svid.Marshal())
+	if names := slices.Sorted(maps.Keys(header)); !slices.Equal(names, []string{"alg", "kid", "typ"}) || header["alg"] != "ES256" || header["typ"] != "JWT" {
+		t.Errorf("header %v (56-61)", header)
+	}
+	if life := claims["exp"].(float64) - claims["iat"].(float64); life != 120 {
+		t.Errorf("it lives %v s", life)
+	}
+	if origin, ok := claims["entente_origin"].(map[string]any); !ok || origin["entry"] != "service/accounts" || origin["agent"] != "h1" || origin["entry_generation"] == nil || origin["agent_generation"] == nil {
+		t.Errorf("origin %v", claims["entente_origin"])
+	}
+	if _, has := claims["iss"]; has {
+		t.Error("an issuer that nobody configured")
+	}
+
+	// Only JWT keys, each with its use (70, 183): not those of X.509 or WIT.
+	raw, _ := raw(t, h.socket)
+	stream, err := raw.FetchJWTBundles(withHeader(ctx, "true"), &workload.JWTBundlesRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	message, err := stream.Recv()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var set struct {
+		Keys []struct{ Use, Kid string }
+	}
+	if err := json.Unmarshal(message.GetBundles()["spiffe://banking.example"], &set); err != nil {
+		t.Fatal(err)
+	}
+	if len(set.Keys) != 2 || len(message.GetBundles()) != 1 { // ACTIVE and PREPARED
+		t.Errorf("%d keys", len(set.Keys))
+	}
+	for _, key := range set.Keys {
+		if key.Use != "jwt-svid" || key.Kid == "" {
+			t.Errorf("key %+v", key)
+		}
+	}
+
+	if got, err := client.ValidateJWTSVID(ctx, svid.Marshal(), "b"); err != nil || got.ID != svid.ID {
+		t.Errorf("validate: %v, %v", got, err)
+	}
+	resp, err := raw.ValidateJWTSVID(withHeader(ctx, "true"), &workload.ValidateJWTSVIDRequest{Audience: "b", Svid: svid.Marshal()})
+	if err != nil || resp.GetClaims().AsMap()["sub"] != svid.ID.String() || resp.GetSpiffeId() != svid.ID.String() {
+		t.Errorf("validate: %v, %v", resp, err)
+	}
+	for name, req := range map[string]*workload.ValidateJWTSVIDRequest{
+		"no audience (T9, 170)": {Svid: svid.Marshal()},
+		"no token (170)":        {Audience: "b"},
+		"another audience (64)": {Audience: "c", Svid: svid.Marshal()},
+		"changed":               {Audience: "b", Svid: svid.Marshal()[:len(svid.Marshal())-8] + "AAAAAAAA"},
+		"no token at all":       {Audience: "b", Svid: "abc"},
+	} {
+		if resp, err := raw.ValidateJWTSVID(withHeader(ctx, "true"), req); status.Code(err) != codes.InvalidArgument {
+			t.Errorf("%s: %v, %v", name, resp, err)
+		}
+	}
+	for name, req := range map[string]struct {
+		*workload.JWTSVIDRequest
+		want codes.Code
+	}{
+		"no audience (170)":         {&workload.JWTSVIDRequest{}, codes.InvalidArgument},
+		"empty audience":            {&workload.JWTSVIDRequest{Audience: []string{""}}, codes.InvalidArgument},
+		"somebody else's ID (182)":  {&workload.JWTSVIDRequest{Audience: []string{"a"}, SpiffeId: "spiffe://banking.example/ledger"}, codes.PermissionDenied},
+		"another domain's ID (182)": {&workload.JWTSVIDRequest{Audience: []string{"a"}, SpiffeId: "spiffe://trading.example/accounts"}, codes.PermissionDenied},
+		"no ID (182)":               {&workload.JWTSVIDRequest{Audience: []string{"a"}, SpiffeId: "accounts"}, codes.PermissionDenied},
+		"its own ID, control":       {&workload.JWTSVIDRequest{Audience: []string{"a"}, SpiffeId: svid.ID.String()}, codes.OK},
+	} {
+		if _, err := raw.FetchJWTSVID(withHeader(ctx, "true"), req.JWTSVIDRequest); status.Code(err) != req.want {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+// Without an id the caller gets all its identities, the first one stable, each hint
+// once (181, 188).
+func TestJWTSVIDsOfSeveralIdentities(t *testing.T) {
+	c := catest.Start(t, catest.Options{})
+	c.Apply(serviceYAML("accounts", run(myself(t))+"\n  hint: one") + serviceYAML("ledger", run(myself(t))+"\n  hint: one") + serviceYAML("other", run("/bin/true")))
+	h := newHost(t, c.AgentToken("h1", "dc1"), true)
+	client := dial(t, h)
+	for range 3 {
+		svids, err := client.FetchJWTSVIDs(t.Context(), jwtsvid.Params{Audience: "a"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		var got []string
+		for _, svid := range svids {
+			got = append(got, svid.ID.Path()+svid.Hint)
+		}
+		if fmt.Sprint(got) != "[/accountsone /ledger]" {
+			t.Errorf("got %v", got)
+		}
+	}
+	one, err := client.FetchJWTSVID(t.Context(), jwtsvid.Params{Audience: "a", Subject: spiffeid.RequireFromString("spiffe://banking.example/ledger")})
+	if err != nil || one.ID.Path() != "/ledger" {
+		t.Errorf("got %v, %v", one, err)
+	}
+}
+
+// The entitlement ends: streams end with PermissionDenied, and so do calls, with the
+// token still held (177, 178, 182).
+func TestTokensEndWithTheEntry(t *testing.T) {
+	c := catest.Start(t, catest.Options{})
+	c.Apply(serviceYAML("accounts", run(myself(t))))
+	h := newHostWith(t, c.AgentToken("h1", "dc1"), "wit: true")
+	api, _ := raw(t, h.socket)
+	ctx := withHeader(t.Context(), "true")
+	bundles, err := api.FetchJWTBundles(ctx, &workload.JWTBundlesRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	wits, err := api.FetchWITSVID(ctx, &workload.WITSVIDRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, err := range []error{second(bundles.Recv()), second(wits.Recv())} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := api.FetchJWTSVID(ctx, &workload.JWTSVIDRequest{Audience: []string{"a"}}); err != nil {
+		t.Fatalf("control: %v", err)
+	}
+	c.Apply(serviceYAML("accounts", run("/bin/true")))
+	for name, recv := range map[string]func() error{
+		"bundles": func() error { return second(bundles.Recv()) },
+		"WIT":     func() error { return second(wits.Recv()) },
+	} {
+		var err error
+		for err == nil { // what was on its way
+			err = recv()
+		}
+		if status.Code(err) != codes.PermissionDenied {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if _, err := api.FetchJWTSVID(ctx, &workload.JWTSVIDRequest{Audience: []string{"a"}}); status.Code(err) != codes.PermissionDenied {
+		t.Errorf("a held token after the entitlement: %v", err)
+	}
+	if _, err := api.ValidateJWTSVID(ctx, &workload.ValidateJWTSVIDRequest{Audience: "a", Svid: "x"}); status.Code(err) != codes.PermissionDenied {
+		t.Errorf("validate: %v", err)
+	}
+}
+
+func second[R any](_ R, err error) error { return err }
+
+// A new authority reaches an open stream (168), and go-spiffe's source uses it.
+func TestJWTBundlesAreUpdated(t *testing.T) {
+	c := catest.Start(t, catest.Options{})
+	c.Apply(serviceYAML("accounts", run(myself(t))))
+	h := newHost(t, c.AgentToken("h1", "dc1"), true)
+	source, err := workloadapi.NewJWTSource(t.Context(), workloadapi.WithClientOptions(workloadapi.WithAddr("unix://"+h.socket)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer source.Close()
+	keys := func() (map[string]crypto.PublicKey, error) {
+		b, err := source.GetJWTBundleForTrustDomain(c.TrustDomain())
+		if err != nil {
+			return nil, err
+		}
+		return b.JWTAuthorities(), nil
+	}
+	before, err := keys()
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.Join("ca-2", "dc2") // with keys of its own
+	eventually(t, "the new node's keys", func() error {
+		after, err := keys()
+		if err == nil && len(after) < len(before)+2 {
+			err = fmt.Errorf("%d keys after %d", len(after), len(before))
+		}
+		return err
+	})
+	svid, err := source.FetchJWTSVID(t.Context(), jwtsvid.Params{Audience: "a"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := jwtsvid.ParseAndValidate(svid.Marshal(), source, []string{"a"}); err != nil {
+		t.Error(err)
+	}
+}
+
+// Foreign JWT keys reach only whom federates by name: a service validates nothing of
+// another domain (I6), and no domain's keys verify another's tokens (I2).
+func TestForeignJWT(t *testing.T) {
+	banking := catest.Start(t, catest.Options{})
+	trading := catest.Start(t, catest.Options{TrustDomain: "trading.example"})
+	banking.Relate(trading)
+	banking.Apply(serviceYAML("accounts", run(myself(t))))
+	h := newHost(t, banking.AgentToken("h1", "dc1"), true)
+	foreign := func() map[string][]byte {
+		t.Helper()
+		api, _ := raw(t, h.socket)
+		stream, err := api.FetchJWTBundles(withHeader(t.Context(), "true"), &workload.JWTBundlesRequest{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		message, err := stream.Recv()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return message.GetBundles()
+	}
+	if got := foreign(); len(got) != 1 {
+		t.Errorf("a service got %d bundles", len(got))
+	}
+	// The control: a gateway, which federates.
+	banking.Apply("apiVersion: entente/v1\nkind: Gateway\nmetadata: {name: gw-1, owner: team}\nspec: {" + run(myself(t)) + ", datacenter: dc1, address: \"127.0.0.1:9443\"}\n")
+	eventually(t, "the gateway holds trading's keys", func() error {
+		got := foreign()
+		keys, err := jwtbundle.Parse(spiffeid.RequireTrustDomainFromString("trading.example"), got["spiffe://trading.example"])
+		if err == nil && len(keys.JWTAuthorities()) == 0 {
+			err = errors.New("no keys")
+		}
+		return err
+	})
+}
+
+// newHostWith is newHost with more settings of workloadAPI.
+func newHostWith(t *testing.T, token, settings string) *host {
+	t.Helper()
+	more = ", " + settings
+	defer func() { more = "" }()
+	return newHost(t, token, true)
+}
+
+// WIT-SVIDs: with their key, verified by go-spiffe's parser and bundle (79, 86, 93,
+// 186, 187), renewed on the open stream with another key.
+func TestWITSVID(t *testing.T) {
+	c := catest.Start(t, catest.Options{Lifetimes: node.Lifetimes{WITSVID: 4 * time.Second}})
+	c.Apply(serviceYAML("accounts", run(myself(t))+"\n  hint: internal"))
+	h := newHostWith(t, c.AgentToken("h1", "dc1"), "wit: true")
+	api, _ := raw(t, h.socket)
+	ctx, cancel := context.WithTimeout(withHeader(t.Context(), "true"), 15*time.Second)
+	defer cancel()
+	keys, err := api.FetchWITBundles(ctx, &workload.WITBundlesRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	message, err := keys.Recv()
+	if err != nil {
+		t.Fatal(err)
+	}
+	bundle, err := witbundle.Parse(c.TrustDomain(), []byte(message.GetBundles()["spiffe://banking.example"]))
+	if err != nil {
+		t.Fatal(err)
+	}
+	stream, err := api.FetchWITSVID(ctx, &workload.WITSVIDRequest{SpiffeId: "spiffe://banking.example/accounts"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var seen []string
+	for range 2 {
+		response, err := stream.Recv()
+		if err != nil {
+			t.Fatal(err)
+		}
+		got := response.GetSvids()[0]
+		svid, err := witsvid.ParseAndValidate(got.GetWitSvid(), bundle)
+		if err != nil {
+			t.Fatalf("go-spiffe finds: %v", err)
+		}
+		var key jose.JSONWebKey
+		if err := key.UnmarshalJSON([]byte(got.GetWitSvidKey())); err != nil || key.IsPublic() {
+			t.Fatalf("its key: %v", err)
+		}
+		if public := key.Public(); got.GetHint() != "internal" || svid.ID.Path() != "/accounts" || !public.Key.(interface{ Equal(crypto.PublicKey) bool }).Equal(svid.PublicKey) {
+			t.Errorf("got %+v", got)
+		}
+		header, claims := claimsOf(t, got.GetWitSvid())
+		if claims["aud"] != nil || header["typ"] != "wit+jwt" {
+			t.Errorf("%v %v", header, claims)
+		}
+		if slices.Contains(seen, got.GetWitSvidKey()) {
+			t.Error("renewed with the same key")
+		}
+		seen = append(seen, got.GetWitSvidKey())
+		// It is no bearer token (89).
+		if _, err := api.ValidateJWTSVID(ctx, &workload.ValidateJWTSVIDRequest{Audience: "a", Svid: got.GetWitSvid()}); status.Code(err) != codes.InvalidArgument {
+			t.Errorf("a WIT-SVID validates as JWT-SVID: %v", err)
+		}
+	}
+	denied, err := api.FetchWITSVID(ctx, &workload.WITSVIDRequest{SpiffeId: "spiffe://banking.example/ledger"})
+	if err == nil {
+		_, err = denied.Recv()
+	}
+	if status.Code(err) != codes.PermissionDenied {
+		t.Errorf("somebody else's: %v", err)
+	}
+}
+
+func BenchmarkFetchJWTSVID(b *testing.B) {
+	c := catest.Start(b, catest.Options{})
+	c.Apply(serviceYAML("accounts", run(myself(b))))
+	h := newHost(b, c.AgentToken("h1", "dc1"), true)
+	api, _ := raw(b, h.socket)
+	ctx := withHeader(b.Context(), "true")
+	b.Run("held", func(b *testing.B) {
+		for b.Loop() {
+			if _, err := api.FetchJWTSVID(ctx, &workload.JWTSVIDRequest{Audience: []string{"a"}}); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
+	b.Run("signed", func(b *testing.B) {
+		for i := 0; b.Loop(); i++ {
+			if _, err := api.FetchJWTSVID(ctx, &workload.JWTSVIDRequest{Audience: []string{fmt.Sprint(i)}}); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
+	token, err := api.FetchJWTSVID(ctx, &workload.JWTSVIDRequest{Audience: []string{"a"}})
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Run("validate", func(b *testing.B) {
+		for b.Loop() {
+			if _, err := api.ValidateJWTSVID(ctx, &workload.ValidateJWTSVIDRequest{Audience: "a", Svid: token.GetSvids()[0].GetSvid()}); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
+}
