@@ -101,6 +101,7 @@ func (w *world) announce() (forget func() error, err error) {
 			if err := os.Remove(file); err != nil && !errors.Is(err, fs.ErrNotExist) {
 				return err
 			}
+			_ = os.Remove(filepath.Dir(file)) // stays if another demo uses it
 		}
 		return nil
 	}, nil

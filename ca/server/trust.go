@@ -79,7 +79,7 @@ func (s *Server) changedAuthority(id string, revision uint64, heldBy []string) *
 	s.State.Read(func(st *domain.State) {
 		resp.Authority, _ = st.Authority(id)
 		for _, a := range st.Authorities() {
-			if ca.Signs(a.GetPhase()) {
+			if ca.Signs(a.GetPhase()) && a.GetUse() == resp.Authority.GetUse() {
 				resp.Signing = append(resp.Signing, a)
 			}
 		}
