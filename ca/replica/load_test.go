@@ -157,7 +157,7 @@ func TestSnapshotInstallUnderLoad(t *testing.T) {
 		records = 2_000
 	}
 	nodes := cluster(t, "one", "two", "three")
-	leader := leaderOf(t, nodes[0])
+	leaderOf(t, nodes[0])
 	var writers sync.WaitGroup
 	for w := range 64 {
 		writers.Go(func() {
@@ -183,7 +183,7 @@ func TestSnapshotInstallUnderLoad(t *testing.T) {
 	}
 	*nodes[0].group = rest
 	groups.Unlock()
-	leader = awaitLeader(t, rest...)
+	leader := awaitLeader(t, rest...)
 	for _, n := range rest {
 		reload := n.raft.ReloadableConfig()
 		reload.TrailingLogs = 1
