@@ -133,7 +133,7 @@ func TestCatalogueCompiles(t *testing.T) {
 	}
 	bundles := map[string][]byte{"banking.example": []byte(`{"keys":[]}`), "trading.example": []byte(`{"keys":[]}`)}
 	for i := range 2 * len(s.Spec.TrustDomains) {
-		p := newPlan(&s.Spec, "/work", "/work/s", place{one: i%2 == 1})
+		p := newPlan(&s.Spec, "/demo", "/demo/s", place{one: i%2 == 1})
 		td := &s.Spec.TrustDomains[i/2]
 		text, err := p.catalogue(td, time.Now(), bundles)
 		if err != nil {
@@ -155,7 +155,7 @@ func TestPlan(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, at := range []place{{slot: 3}, {slot: 0, one: true}, {slot: oneSlots - 1, one: true}} {
-		p := newPlan(&s.Spec, "/work", "/work/s", at)
+		p := newPlan(&s.Spec, "/demo", "/demo/s", at)
 		seen := map[string]string{p.guard(): "the runner"}
 		names := map[string]bool{}
 		for _, u := range p.units {
@@ -242,7 +242,7 @@ func TestFree(t *testing.T) {
 		"one address":         {true, func(n int) int { return oneSlots - 1 - n%3 }},
 	} {
 		t.Run(name, func(t *testing.T) {
-			at := func(p place) *plan { return newPlan(&s.Spec, "/work", "/work/s", place{test.slot(p.slot), p.one}) }
+			at := func(p place) *plan { return newPlan(&s.Spec, "/demo", "/demo/s", place{test.slot(p.slot), p.one}) }
 			first, guard, _, err := free(at, test.one)
 			if err != nil {
 				t.Fatal(err)
@@ -289,7 +289,7 @@ func TestFreeOneAddress(t *testing.T) {
 		spec := s.Spec
 		spec.Datacenters = slices.Clone(spec.Datacenters)
 		spec.Datacenters[i].Network = "198.18.0.0/16" // for benchmarks between networks, RFC 2544
-		p, guard, note, err := free(func(at place) *plan { return newPlan(&spec, "/work", "/work/s", at) }, false)
+		p, guard, note, err := free(func(at place) *plan { return newPlan(&spec, "/demo", "/demo/s", at) }, false)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -303,7 +303,7 @@ func TestFreeOneAddress(t *testing.T) {
 		many.TrustDomains = append(many.TrustDomains, TrustDomain{Name: name, CA: []string{"dc1"}, Mesh: []string{"dc1", "dc2"}, Services: make([]Service, maxServices)})
 	}
 	many.Datacenters = s.Spec.Datacenters
-	_, _, _, err = free(func(at place) *plan { return newPlan(&many, "/work", "/work/s", at) }, true)
+	_, _, _, err = free(func(at place) *plan { return newPlan(&many, "/demo", "/demo/s", at) }, true)
 	if err == nil || !strings.Contains(err.Error(), "leave out some services") {
 		t.Errorf("more ports than there are: %v", err)
 	}
