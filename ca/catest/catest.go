@@ -13,8 +13,10 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -124,16 +126,26 @@ var host = sync.OnceValue(func() string {
 	return own
 })
 
-// freeAddress finds a port that is free now. It may be gone a moment later, but not to
-// a test of ours: the system hands out the next ones in turn.
+// lastPort counts up from below what the system hands out, so that a port is given
+// once, and stays free while its node is stopped.
+var lastPort = func() *atomic.Int32 {
+	n := new(atomic.Int32)
+	n.Store(20_000 + rand.Int32N(5_000))
+	return n
+}()
+
+// freeAddress finds an address that nobody listens at and no other caller gets.
 func freeAddress(t testing.TB) string {
 	t.Helper()
-	listener, err := net.Listen("tcp", host()+":0")
-	if err != nil {
-		t.Fatal(err)
+	for range 1000 {
+		address := net.JoinHostPort(host(), strconv.Itoa(int(lastPort.Add(1))))
+		if listener, err := net.Listen("tcp", address); err == nil {
+			listener.Close()
+			return address
+		}
 	}
-	defer listener.Close()
-	return listener.Addr().String()
+	t.Fatal("no port is free")
+	return ""
 }
 
 // Join starts another node of the same cluster and returns when it signs and votes.
