@@ -380,21 +380,34 @@ func (a *Agent) keepSVIDs(ctx context.Context, kind renewal) error {
 	}
 }
 
-// renew has one SVID signed for each slot and takes those that are good into use.
-func (a *Agent) renew(ctx context.Context, slots []*slot) {
-	keys := make([]crypto.Signer, len(slots))
-	requests := make([]client.SignRequest, len(slots))
-	for i, s := range slots {
-		var err error
-		if keys[i], err = nodeattest.NewKey(); err == nil {
-			requests[i].EntryID = s.entryID
-			requests[i].CSR, err = nodeattest.CSR(keys[i])
+// newKeys makes n keys, each with the request to certify it. It fails only without
+// randomness; nothing can go on then, and it has waited before it says so.
+func (a *Agent) newKeys(ctx context.Context, n int) (keys []crypto.Signer, csrs [][]byte, ok bool) {
+	for range n {
+		key, err := nodeattest.NewKey()
+		var csr []byte
+		if err == nil {
+			csr, err = nodeattest.CSR(key)
 		}
-		if err != nil { // no randomness: nothing can go on
+		if err != nil {
 			a.log.Error("cannot make keys", "error", err)
 			wait(ctx, time.Second)
-			return
+			return nil, nil, false
 		}
+		keys, csrs = append(keys, key), append(csrs, csr)
+	}
+	return keys, csrs, true
+}
+
+// renew has one SVID signed for each slot and takes those that are good into use.
+func (a *Agent) renew(ctx context.Context, slots []*slot) {
+	keys, csrs, ok := a.newKeys(ctx, len(slots))
+	if !ok {
+		return
+	}
+	requests := make([]client.SignRequest, len(slots))
+	for i, s := range slots {
+		requests[i].EntryID, requests[i].CSR = s.entryID, csrs[i]
 	}
 	results := a.signer.SignX509(ctx, requests)
 	if ctx.Err() != nil {

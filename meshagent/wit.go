@@ -14,7 +14,6 @@ import (
 
 	"github.com/entente-mesh/entente/ca/client"
 	"github.com/entente-mesh/entente/internal/jwtsvid"
-	"github.com/entente-mesh/entente/meshagent/nodeattest"
 )
 
 // keepWITs keeps a WIT-SVID for every entry of the host, each time with a new key.
@@ -36,19 +35,13 @@ func (a *Agent) keepWITs(ctx context.Context) error {
 // renewWITs has one WIT-SVID signed for each slot and takes those that are good into
 // use.
 func (a *Agent) renewWITs(ctx context.Context, slots []*slot) {
-	keys := make([]crypto.Signer, len(slots))
+	keys, csrs, ok := a.newKeys(ctx, len(slots))
+	if !ok {
+		return
+	}
 	requests := make([]client.WITRequest, len(slots))
 	for i, s := range slots {
-		var err error
-		if keys[i], err = nodeattest.NewKey(); err == nil {
-			requests[i].EntryID = s.entryID
-			requests[i].CSR, err = nodeattest.CSR(keys[i])
-		}
-		if err != nil { // no randomness: nothing can go on
-			a.log.Error("cannot make keys", "error", err)
-			wait(ctx, time.Second)
-			return
-		}
+		requests[i].EntryID, requests[i].CSR = s.entryID, csrs[i]
 	}
 	results := a.signer.SignWIT(ctx, requests)
 	if ctx.Err() != nil {

@@ -566,16 +566,23 @@ func (a *application) bundleChanged() {
 // move puts an authority into another phase. The bundle's content is the same in all
 // of them but REVOKED.
 func (a *application) move(have *statev1.Authority, to statev1.AuthorityPhase) {
-	authority := proto.CloneOf(have)
-	authority.Phase, authority.Revision = to, a.rev
-	put(a, &a.authorities, authority.GetId(), authority)
-	a.changed(ChangeAuthority, authority.GetId())
+	a.change(have, func(authority *statev1.Authority) { authority.Phase = to })
 	if ca.InBundle(have.GetPhase()) != ca.InBundle(to) {
 		a.bundleChanged()
 	}
 	if to == statev1.AuthorityPhase_AUTHORITY_PHASE_REVOKED {
 		a.distrusted(&statev1.Distrust{Authority: have.GetId()}, time.Unix(have.GetNotAfter(), 0))
 	}
+}
+
+// change stores an authority as the edit makes it. The record that stands is shared
+// with readers and stays as it is.
+func (a *application) change(have *statev1.Authority, edit func(*statev1.Authority)) {
+	authority := proto.CloneOf(have)
+	edit(authority)
+	authority.Revision = a.rev
+	put(a, &a.authorities, authority.GetId(), authority)
+	a.changed(ChangeAuthority, authority.GetId())
 }
 
 func (a *application) authorityReady(c *statev1.AuthorityReady) *Refusal {
@@ -588,11 +595,9 @@ func (a *application) authorityReady(c *statev1.AuthorityReady) *Refusal {
 	case have.GetPhase() != statev1.AuthorityPhase_AUTHORITY_PHASE_PREPARED:
 		return refuse(CodePhase, "authority is %s, not PREPARED", ca.PhaseName(have.GetPhase()))
 	}
-	authority := proto.CloneOf(have)
-	authority.Ready, authority.Revision = true, a.rev
-	authority.Assumed = assumed(c.GetAssumed())
-	put(a, &a.authorities, authority.GetId(), authority)
-	a.changed(ChangeAuthority, authority.GetId())
+	a.change(have, func(authority *statev1.Authority) {
+		authority.Ready, authority.Assumed = true, assumed(c.GetAssumed())
+	})
 	return nil
 }
 

@@ -113,11 +113,9 @@ func (a *application) authorityDrained(c *statev1.AuthorityDrained) *Refusal {
 	case have.GetDrained():
 		return nil
 	}
-	authority := proto.CloneOf(have)
-	authority.Drained, authority.Revision = true, a.rev
-	authority.AssumedDrained = assumed(c.GetAssumed())
-	put(a, &a.authorities, authority.GetId(), authority)
-	a.changed(ChangeAuthority, authority.GetId())
+	a.change(have, func(authority *statev1.Authority) {
+		authority.Drained, authority.AssumedDrained = true, assumed(c.GetAssumed())
+	})
 	return nil
 }
 

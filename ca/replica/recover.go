@@ -44,12 +44,6 @@ type Survey struct {
 	Time time.Time
 }
 
-// Later tells whether this node's log holds what the other's lacks: a survivor of
-// which this is true of all others loses least.
-func (s Survey) Later(other Survey) bool {
-	return s.Term > other.Term || s.Term == other.Term && s.Last > other.Last
-}
-
 // Look reads a stopped node's state. It writes nothing but finishes a recovery that was
 // interrupted.
 func Look(cfg Config) (Survey, error) {
