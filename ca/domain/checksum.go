@@ -67,7 +67,12 @@ func hashRecord(record any) [4]uint64 {
 	e := encoder{b: make([]byte, 0, 512)}
 	e.b = append(e.b, ChecksumFormat)
 	e.record(record)
-	sum := sha256.Sum256(e.b)
+	return hashEncoding(e.b)
+}
+
+// hashEncoding hashes a record's encoding, which the format stands in front of.
+func hashEncoding(b []byte) [4]uint64 {
+	sum := sha256.Sum256(b)
 	var limbs [4]uint64
 	for i := range limbs {
 		limbs[i] = binary.LittleEndian.Uint64(sum[8*i:])
@@ -183,7 +188,7 @@ func (e *encoder) record(record any) {
 		e.texts(r.GetAddresses())
 		e.number(r.GetGeneration())
 		e.yes(r.GetBanned())
-	case *statev1.Entry:
+	case *statev1.Entry: // decodeEntry and viewEntry read it
 		e.kind('E')
 		e.text(r.GetId())
 		e.text(r.GetPath())

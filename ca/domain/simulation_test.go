@@ -6,6 +6,7 @@ import (
 	"maps"
 	"math/rand/v2"
 	"os"
+	"slices"
 	"strconv"
 	"testing"
 	"time"
@@ -212,8 +213,11 @@ func (w *world) restored() *State {
 	if restored.TrustDomain() != w.s.TrustDomain() || restored.Lifetimes() != w.s.Lifetimes() || !maps.Equal(restored.agentByKey, w.s.agentByKey) {
 		w.t.Fatal("what a restored state derives differs")
 	}
-	for host := range w.s.onHost {
-		if !maps.Equal(restored.onHost[host], w.s.onHost[host]) {
+	if len(restored.entries.onHost) != len(w.s.entries.onHost) || !maps.Equal(restored.entries.lives, w.s.entries.lives) {
+		w.t.Fatal("the indexes of the entries differ")
+	}
+	for host := range w.s.entries.onHost {
+		if !slices.EqualFunc(restored.EntriesOnHost(host), w.s.EntriesOnHost(host), func(a, b *statev1.Entry) bool { return proto.Equal(a, b) }) {
 			w.t.Fatalf("entries on host %s differ", host)
 		}
 	}

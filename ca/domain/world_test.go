@@ -300,7 +300,7 @@ func (w *world) look() look {
 	for _, r := range s.agents.rows {
 		l.agents[r.GetName()] = r
 	}
-	for _, r := range s.entries.rows {
+	for r := range s.EntriesAfter("") {
 		l.entries[r.GetId()] = r
 	}
 	add := func(kind ChangeKind, key string, record any) {
@@ -320,7 +320,7 @@ func (w *world) look() look {
 	for _, r := range s.agents.rows {
 		add(ChangeAgent, r.GetName(), r)
 	}
-	for _, r := range s.entries.rows {
+	for r := range s.EntriesAfter("") {
 		add(ChangeEntry, r.GetId(), r)
 		l.hosts[r.GetId()] = r.GetHosts()
 	}
@@ -408,7 +408,7 @@ func (w *world) check(before look, cmd *statev1.Command, out Outcome) {
 
 	// The incremental hash is the hash.
 	var sum setHash
-	for _, list := range [][]any{anys(s.cluster), anys(s.members), anys(s.authorities), anys(s.tokens), anys(s.agents), anys(s.entries), anys(s.objects), anys(s.foreign), anys(s.distrust)} {
+	for _, list := range [][]any{anys(s.cluster), anys(s.members), anys(s.authorities), anys(s.tokens), anys(s.agents), entriesOf(s), anys(s.objects), anys(s.foreign), anys(s.distrust)} {
 		for _, r := range list {
 			sum.add(hashRecord(r))
 		}
@@ -464,13 +464,13 @@ func (w *world) check(before look, cmd *statev1.Command, out Outcome) {
 			fail("agent %s is not found by its key", a.GetName())
 		}
 	}
-	for e := range s.Entries() {
+	for e := range s.EntriesAfter("") {
 		for _, host := range e.GetHosts() {
 			onHost[host] = append(onHost[host], e.GetId())
 		}
 	}
-	if len(onHost) != len(s.onHost) {
-		fail("entries on %d hosts, indexed %d", len(onHost), len(s.onHost))
+	if len(onHost) != len(s.entries.onHost) {
+		fail("entries on %d hosts, indexed %d", len(onHost), len(s.entries.onHost))
 	}
 	for host, ids := range onHost {
 		slices.Sort(ids)
@@ -497,7 +497,7 @@ func (w *world) check(before look, cmd *statev1.Command, out Outcome) {
 		}
 	}
 	own := 0
-	for e := range s.Entries() {
+	for e := range s.EntriesAfter("") {
 		if !Declared(e.GetId()) {
 			continue
 		}
@@ -556,7 +556,7 @@ func (w *world) check(before look, cmd *statev1.Command, out Outcome) {
 			fail("agent %s of generation %d is admitted and distrusted up to %d", a.GetName(), a.GetGeneration(), d.GetAgentGeneration())
 		}
 	}
-	for e := range s.Entries() {
+	for e := range s.EntriesAfter("") {
 		if d, ok := s.DistrustItem("entry/" + e.GetId()); ok && d.GetEntryGeneration() >= e.GetRevision() {
 			fail("entry %s of generation %d exists and is distrusted up to %d", e.GetId(), e.GetRevision(), d.GetEntryGeneration())
 		}
@@ -583,6 +583,13 @@ func anys[R any](t table[R]) []any {
 	list := make([]any, len(t.rows))
 	for i, r := range t.rows {
 		list[i] = r
+	}
+	return list
+}
+
+func entriesOf(s *State) (list []any) {
+	for e := range s.EntriesAfter("") {
+		list = append(list, e)
 	}
 	return list
 }

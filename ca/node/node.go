@@ -22,7 +22,6 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
-	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/domain"
 	"github.com/entente-mesh/entente/ca/feed"
 	"github.com/entente-mesh/entente/ca/replica"
@@ -60,7 +59,6 @@ type Node struct {
 	gate     gate
 	foreign  foreignStatus
 	wit      atomic.Bool // a relationship asks for WIT keys
-	leaves   leaves
 	registry *prometheus.Registry
 	audit    *server.Audit
 	auditLog *daemon.LogFile // nil: not to a file
@@ -484,30 +482,8 @@ func (n *Node) openAudit() error {
 // status is how far this replica's subscribers are.
 func (n *Node) status() feed.Status {
 	var longest time.Duration
-	n.Read(func(st *domain.State) { longest = n.leaves.longest(st) })
+	n.Read(func(st *domain.State) { longest = st.LongestLeaf() })
 	return n.feed.Status(time.Now(), longest)
-}
-
-// leaves knows the longest life of any SVID that the domain issues.
-type leaves struct {
-	mu       sync.Mutex
-	revision uint64
-	life     time.Duration
-}
-
-// longest looks at all entries once per revision.
-func (l *leaves) longest(st *domain.State) time.Duration {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.life != 0 && l.revision == st.Revision() {
-		return l.life
-	}
-	lifetimes := st.Lifetimes()
-	l.revision, l.life = st.Revision(), max(lifetimes.X509SVID, lifetimes.AgentSVID)
-	for e := range st.Entries() {
-		l.life = max(l.life, ca.SVIDLife(e, lifetimes))
-	}
-	return l.life
 }
 
 // settled: what this node says of its subscribers is the whole truth.
