@@ -13,6 +13,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"runtime/debug"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -167,6 +168,7 @@ func New(cfg *Config, log *slog.Logger, listeners Listeners) (_ *Node, err error
 		return nil, err
 	}
 	n.registerMetrics()
+	debug.FreeOSMemory() // of reading the state: it is not needed again soon
 	return n, nil
 }
 
