@@ -99,6 +99,15 @@ func (e *encoder) yes(b bool) {
 	}
 }
 
+// level stands at the end of a record; one that has none is encoded as before there were
+// levels.
+func (e *encoder) level(n uint32) {
+	if n != 0 {
+		e.kind('L')
+		e.number(uint64(n))
+	}
+}
+
 func encodeList[T any](e *encoder, list []T, one func(*encoder, T)) {
 	e.number(uint64(len(list)))
 	for _, item := range list {
@@ -122,7 +131,7 @@ func (e *encoder) record(record any) {
 		e.number(uint64(l.GetJwtSvidSeconds()))
 		e.number(uint64(l.GetWitSvidSeconds()))
 		// A record that does not use these is encoded as it was before they existed.
-		if len(r.GetRecoveryKey()) == 0 && r.GetMinVoters() == 0 && r.GetRecovery() == nil {
+		if len(r.GetRecoveryKey()) == 0 && r.GetMinVoters() == 0 && r.GetRecovery() == nil && r.GetFeatureLevel() == 0 {
 			return
 		}
 		e.bytes(r.GetRecoveryKey())
@@ -134,6 +143,7 @@ func (e *encoder) record(record any) {
 			encodeList(e, recovery.GetAbsent(), func(e *encoder, m *statev1.Member) { e.record(m) })
 			e.time(recovery.GetRevokeAt())
 		}
+		e.level(r.GetFeatureLevel())
 	case *statev1.Member:
 		e.kind('M')
 		e.text(r.GetId())
@@ -143,6 +153,7 @@ func (e *encoder) record(record any) {
 		e.text(r.GetApiAddress())
 		e.yes(r.GetVoter())
 		e.yes(r.GetSigning())
+		e.level(r.GetFeatureLevel())
 	case *statev1.Authority:
 		e.kind('A')
 		e.text(r.GetId())
@@ -218,6 +229,13 @@ func (e *encoder) record(record any) {
 		e.text(r.GetOwner())
 		e.number(r.GetRevision())
 		e.text(r.GetSource())
+	case *statev1.Staged:
+		e.kind('P')
+		e.bytes(r.GetId())
+		e.number(uint64(r.GetPart()))
+		encodeList(e, r.GetObjects().GetUpserts(), func(e *encoder, o *statev1.Object) { e.record(o) })
+		encodeList(e, r.GetObjects().GetDeletes(), func(e *encoder, k *statev1.ObjectKey) { e.text(k.GetKind()); e.text(k.GetName()) })
+		e.time(r.GetNotAfter())
 	case *statev1.ForeignBundle:
 		e.kind('F')
 		e.text(r.GetTrustDomain())

@@ -40,9 +40,12 @@ type State struct {
 	objects     table[*statev1.Object] // by Kind/name
 	foreign     table[*statev1.ForeignBundle]
 	distrust    table[*statev1.Distrust]
+	staged      table[*statev1.Staged] // by stageKey
 
 	agentByKey map[string]string // key id -> agent name
 	tables     *catalog.Tables   // of objects
+
+	stagedBytes int // of staged
 
 	history history
 }

@@ -64,13 +64,17 @@ func FuzzEntryEncoding(f *testing.F) {
 // The table does what a map would, through slabs that are given back and blocks that are
 // split; what was taken of it stays as it was.
 func TestEntryTableIsAMap(t *testing.T) {
+	most := 4000
+	if testing.Short() {
+		most = 600
+	}
 	rapid.Check(t, func(rt *rapid.T) {
 		var table entryTable
 		var sum setHash
 		model := map[string]*statev1.Entry{}
 		var before []*statev1.Entry
 		var places entryPlaces
-		steps := rapid.IntRange(1, 4000).Draw(rt, "steps")
+		steps := rapid.IntRange(1, most).Draw(rt, "steps")
 		// Few names, long hints: much dies. Many names: blocks are split.
 		names, hint := rapid.SampledFrom([]int{3, 400, 3000}).Draw(rt, "names"), rapid.SampledFrom([]int{0, 2000, slabSize}).Draw(rt, "hint")
 		if hint == slabSize {
@@ -184,6 +188,9 @@ func realistic(i int) *statev1.Entry {
 const maxEntryBytes = 260
 
 func TestEntriesAreCompact(t *testing.T) {
+	if testing.Short() {
+		t.Skip("what the race detector adds is no cost of entries")
+	}
 	const n = 50_000
 	before := heap()
 	w := manyEntries(t, n)
@@ -193,7 +200,7 @@ func TestEntriesAreCompact(t *testing.T) {
 		t.Errorf("an entry costs %.0f bytes of heap, over %d", per, maxEntryBytes)
 	}
 	// What was changed over and over costs no more.
-	for i := range 20_000 {
+	for i := range n / 2 {
 		e := realistic(i % 500)
 		e.Hint = fmt.Sprint(i)
 		w.s.Apply(w.next(), entries(update(e, 0)))

@@ -47,6 +47,7 @@ const (
 	recordForeign
 	recordTrailer
 	recordDistrust
+	recordStaged
 	recordEnd // no kind: one above the last
 
 	recordIgnorable byte = 0x80
@@ -69,6 +70,7 @@ type Snapshot struct {
 	objects     []*statev1.Object
 	foreign     []*statev1.ForeignBundle
 	distrust    []*statev1.Distrust
+	staged      []*statev1.Staged
 }
 
 // Snapshot captures the state. It copies one number for each entry, one pointer for each
@@ -86,6 +88,7 @@ func (s *State) Snapshot() *Snapshot {
 		objects:     slices.Clone(s.objects.rows),
 		foreign:     slices.Clone(s.foreign.rows),
 		distrust:    slices.Clone(s.distrust.rows),
+		staged:      slices.Clone(s.staged.rows),
 	}
 }
 
@@ -107,6 +110,7 @@ func (n *Snapshot) WriteTo(w io.Writer) (int64, error) {
 	writeAll(sw, recordObject, n.objects)
 	writeAll(sw, recordForeign, n.foreign)
 	writeAll(sw, recordDistrust, n.distrust)
+	writeAll(sw, recordStaged, n.staged)
 	sw.close(n.checksum)
 	if sw.err != nil {
 		return sw.written, fmt.Errorf("write snapshot of index %d: %w", n.applied, sw.err)
@@ -429,6 +433,8 @@ func (l *loader) load(kind byte, body []byte) error {
 		return load(l, &s.objects, body, &statev1.Object{}, ObjectKey, notEmpty)
 	case recordForeign:
 		return load(l, &s.foreign, body, &statev1.ForeignBundle{}, (*statev1.ForeignBundle).GetTrustDomain, notEmpty)
+	case recordStaged:
+		return load(l, &s.staged, body, &statev1.Staged{}, stagedKey, nil)
 	default: // recordDistrust
 		return load(l, &s.distrust, body, &statev1.Distrust{}, (*statev1.Distrust).GetId, notEmpty)
 	}
@@ -494,6 +500,9 @@ func (l *loader) finish(trailer []byte) error {
 		return err
 	}
 	s.td, s.lifetimes = td, ca.LifetimesOf(cluster.GetLifetimes())
+	for _, part := range s.staged.rows {
+		s.stagedBytes += stagedSize(part)
+	}
 	for _, agent := range s.agents.rows {
 		if other, ok := s.agentByKey[agent.GetKeyId()]; ok {
 			return fmt.Errorf("agents %s and %s have the same key", other, agent.GetName())

@@ -200,6 +200,27 @@ func deletes(keys ...string) *statev1.Command {
 	return &statev1.Command{Body: &statev1.Command_ApplyObjects{ApplyObjects: c}}
 }
 
+// stage puts aside a part of the change with that number.
+func stage(change int, part uint32, upserts ...*statev1.Object) *statev1.Command {
+	return &statev1.Command{Body: &statev1.Command_StageObjects{StageObjects: &statev1.StageObjects{
+		Id: bytes.Repeat([]byte{byte(change)}, stageIDSize), Part: part, Objects: &statev1.ApplyObjects{Upserts: upserts},
+	}}}
+}
+
+func applyStaged(change int, parts uint32) *statev1.Command {
+	return &statev1.Command{Body: &statev1.Command_ApplyStaged{ApplyStaged: &statev1.ApplyStaged{
+		Id: bytes.Repeat([]byte{byte(change)}, stageIDSize), Parts: parts,
+	}}}
+}
+
+// level has a member announce its feature level.
+func level(name string, n uint32) *statev1.Command {
+	m := member(name)
+	return &statev1.Command{Body: &statev1.Command_UpdateMember{UpdateMember: &statev1.UpdateMember{
+		Id: m.GetId(), RaftAddress: m.GetRaftAddress(), ApiAddress: m.GetApiAddress(), FeatureLevel: n,
+	}}}
+}
+
 func service(name string, hosts ...string) *statev1.Object {
 	return &statev1.Object{Kind: &statev1.Object_Service{Service: &statev1.Service{
 		Name: name, Path: "/" + name, Hosts: hosts, Selectors: []string{"unix:uid:1000", "unix:path:/opt/" + name}, Port: 8080,
@@ -408,7 +429,7 @@ func (w *world) check(before look, cmd *statev1.Command, out Outcome) {
 
 	// The incremental hash is the hash.
 	var sum setHash
-	for _, list := range [][]any{anys(s.cluster), anys(s.members), anys(s.authorities), anys(s.tokens), anys(s.agents), entriesOf(s), anys(s.objects), anys(s.foreign), anys(s.distrust)} {
+	for _, list := range [][]any{anys(s.cluster), anys(s.members), anys(s.authorities), anys(s.tokens), anys(s.agents), entriesOf(s), anys(s.objects), anys(s.foreign), anys(s.distrust), anys(s.staged)} {
 		for _, r := range list {
 			sum.add(hashRecord(r))
 		}

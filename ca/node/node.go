@@ -162,6 +162,9 @@ func New(cfg *Config, log *slog.Logger, listeners Listeners) (_ *Node, err error
 		if cluster := st.Cluster(); cluster != nil && cluster.GetTrustDomain() != n.td.Name() {
 			err = fmt.Errorf("%s holds a CA node of %s, the configuration says %s", cfg.DataDir, cluster.GetTrustDomain(), cfg.TrustDomain)
 		}
+		if level := st.FeatureLevel(); level > domain.FeatureLevel {
+			err = fmt.Errorf("the cluster is at feature level %d, this release knows %d: install the release of the other CA nodes", level, domain.FeatureLevel)
+		}
 		n.hadAgents = st.AgentCount() > 0
 	})
 	if err != nil {

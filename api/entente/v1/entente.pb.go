@@ -82,6 +82,7 @@ type JoinRequest struct {
 	Signature     []byte                 `protobuf:"bytes,3,opt,name=signature,proto3" json:"signature,omitempty"` // Ed25519 by the token's seed
 	RaftAddress   string                 `protobuf:"bytes,4,opt,name=raft_address,json=raftAddress,proto3" json:"raft_address,omitempty"`
 	ApiAddress    string                 `protobuf:"bytes,5,opt,name=api_address,json=apiAddress,proto3" json:"api_address,omitempty"`
+	FeatureLevel  uint32                 `protobuf:"varint,70,opt,name=feature_level,json=featureLevel,proto3" json:"feature_level,omitempty"` // which commands its software carries out; 0: 1
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -149,6 +150,13 @@ func (x *JoinRequest) GetApiAddress() string {
 		return x.ApiAddress
 	}
 	return ""
+}
+
+func (x *JoinRequest) GetFeatureLevel() uint32 {
+	if x != nil {
+		return x.FeatureLevel
+	}
+	return 0
 }
 
 type JoinResponse struct {
@@ -5158,14 +5166,15 @@ var File_entente_v1_entente_proto protoreflect.FileDescriptor
 const file_entente_v1_entente_proto_rawDesc = "" +
 	"\n" +
 	"\x18entente/v1/entente.proto\x12\n" +
-	"entente.v1\x1a\x1centente/state/v1/state.proto\"\xa8\x01\n" +
+	"entente.v1\x1a\x1centente/state/v1/state.proto\"\xcd\x01\n" +
 	"\vJoinRequest\x12\x19\n" +
 	"\btoken_id\x18\x01 \x01(\tR\atokenId\x12\x1c\n" +
 	"\tstatement\x18\x02 \x01(\fR\tstatement\x12\x1c\n" +
 	"\tsignature\x18\x03 \x01(\fR\tsignature\x12!\n" +
 	"\fraft_address\x18\x04 \x01(\tR\vraftAddress\x12\x1f\n" +
 	"\vapi_address\x18\x05 \x01(\tR\n" +
-	"apiAddress\"\xa9\x01\n" +
+	"apiAddress\x12#\n" +
+	"\rfeature_level\x18F \x01(\rR\ffeatureLevel\"\xa9\x01\n" +
 	"\fJoinResponse\x120\n" +
 	"\x06member\x18\x01 \x01(\v2\x18.entente.state.v1.MemberR\x06member\x122\n" +
 	"\amembers\x18\x02 \x03(\v2\x18.entente.state.v1.MemberR\amembers\x123\n" +
