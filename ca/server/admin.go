@@ -184,6 +184,11 @@ func (s *Server) agreeObjects(ctx context.Context, plan applyPlan) (domain.Outco
 			Body:       &statev1.Command_ApplyObjects{ApplyObjects: plan.command},
 		})
 	}
+	for _, o := range plan.command.GetUpserts() {
+		if n := proto.Size(o); n > partBytes {
+			return domain.Outcome{}, status.Errorf(codes.InvalidArgument, "%s: %s has %d bytes, over %d: divide it", o.GetSource(), domain.ObjectKey(o), n, partBytes)
+		}
+	}
 	id := make([]byte, 16)
 	rand.Read(id)
 	staged := func(parts uint32) *statev1.Command_ApplyStaged {
@@ -217,8 +222,7 @@ func (s *Server) forgetParts(ctx context.Context, sent int, forget *statev1.Comm
 	}
 }
 
-// cutObjects cuts a change into parts that fit into log entries. An object that does not
-// is a part by itself, and will be refused.
+// cutObjects cuts a change into parts that fit into log entries.
 func cutObjects(whole *statev1.ApplyObjects) []*statev1.ApplyObjects {
 	part := &statev1.ApplyObjects{}
 	parts := []*statev1.ApplyObjects{part}

@@ -66,6 +66,8 @@ func (s *Server) planEntries(changes []*statev1.EntryChange) entryPlan {
 			switch {
 			case refusal != nil:
 				fail(result, refusalError(refusal))
+			case proto.Size(change) > partBytes:
+				fail(result, status.Errorf(codes.InvalidArgument, "entry %s has over %d bytes: name fewer hosts, make several entries", id, partBytes))
 			case seen[id]:
 				fail(result, status.Errorf(codes.InvalidArgument, "entry %s is changed twice", id))
 			case next == nil:
