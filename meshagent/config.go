@@ -41,6 +41,7 @@ type Config struct {
 	Health      HealthConfig      `yaml:"health"`
 	Files       []FilesConfig     `yaml:"files"`
 	DNS         DNSConfig         `yaml:"dns"`
+	Cache       CacheConfig       `yaml:"cache"`
 	Admin       AdminConfig       `yaml:"admin"`
 	AccessLog   AccessLogConfig   `yaml:"accessLog"`
 	Log         LogConfig         `yaml:"log"`
@@ -141,6 +142,15 @@ type DNSConfig struct {
 	// HTTPPort is where every service answers besides its own port, so that
 	// http://accounts.banking.example/ needs none. Default 80; -1: nowhere.
 	HTTPPort int `yaml:"httpPort,min=-1,max=65535"`
+}
+
+// CacheConfig has what the agent holds kept in DataDir, keys included, so that an
+// agent that is restarted while no CA can be reached serves at once.
+type CacheConfig struct {
+	yamlfile.Pos
+	// PassphraseFile seals it with the passphrase in this file, mode 0600. Empty:
+	// nothing is kept.
+	PassphraseFile string `yaml:"passphraseFile"`
 }
 
 // AfterConfig tells software that its files are other ones.

@@ -57,7 +57,7 @@ eastwest-gateway:        ca/client
                          federation/catalog federation/origin
 eastwest-gateway/edge:   internal/yamlfile internal/refusal
 
-meshagent:               ca ca/client federation/bundle
+meshagent:               ca ca/client ca/keystore federation/bundle
                          meshagent/nodeattest meshagent/workloadattest
                          internal/peer internal/jwtsvid internal/daemon internal/yamlfile
 meshagent/nodeattest:    ca ca/client internal/daemon
