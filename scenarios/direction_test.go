@@ -67,7 +67,7 @@ meshagent/sds:           meshagent meshagent/workloadattest
 meshagent/admin:         meshagent meshagent/workloadattest internal/daemon
 meshagent/names:         internal/daemon
 meshagent/files:         meshagent federation/bundle internal/daemon
-meshagent/sidecar:       internal/dataplane federation/catalog federation/origin internal/peer internal/refusal
+meshagent/sidecar:       internal/dataplane internal/daemon federation/catalog federation/origin internal/peer internal/refusal
 
 internal/dataplane:      internal/dataplane/* federation/catalog federation/origin internal/peer internal/refusal
 internal/dataplane/*:    internal/refusal
