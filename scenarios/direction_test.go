@@ -76,6 +76,7 @@ internal/peer/peertest:
 internal/jwtsvid:
 internal/gossip:
 internal/daemon:
+internal/daemon/daemontest:
 internal/simnet:
 internal/yamlfile:
 internal/refusal:

@@ -7,13 +7,13 @@ import (
 	"log/slog"
 	"net"
 	"os"
-	"os/exec"
 	"path/filepath"
-	"slices"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/entente-mesh/entente/internal/daemon/daemontest"
 )
 
 // TestMain is also the service that TestHandover replaces: it answers every
@@ -78,90 +78,30 @@ func TestMain(m *testing.M) {
 	}))
 }
 
-// manager is a service manager, as far as sockets go.
-type manager struct {
-	t      *testing.T
-	socket *net.UnixConn
-	stored map[string]*os.File
-	env    []string
-}
-
-func newManager(t *testing.T, env ...string) *manager {
-	socket, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: filepath.Join(t.TempDir(), "notify"), Net: "unixgram"})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { socket.Close() })
-	return &manager{t, socket, map[string]*os.File{}, env}
-}
-
-// receive takes what the service has said so far.
-func (m *manager) receive() {
-	for {
-		message, rights := make([]byte, 1024), make([]byte, 1024)
-		m.socket.SetReadDeadline(time.Now().Add(50 * time.Millisecond))
-		n, r, _, _, err := m.socket.ReadMsgUnix(message, rights)
-		if err != nil {
-			return
-		}
-		text := string(message[:n])
-		_, name, _ := strings.Cut(text, "FDNAME=")
-		if strings.ContainsAny(name, ":\n") || len(name) > 255 {
-			m.t.Errorf("a name that is not allowed: %q", name)
-		}
-		switch {
-		case strings.HasPrefix(text, "FDSTOREREMOVE=1\n"):
-			m.stored[name].Close()
-			delete(m.stored, name)
-		case strings.HasPrefix(text, "FDSTORE=1\n"):
-			control, err := syscall.ParseSocketControlMessage(rights[:r])
-			if err != nil {
-				m.t.Fatal(err)
-			}
-			fds, err := syscall.ParseUnixRights(&control[0])
-			if err != nil || len(fds) != 1 {
-				m.t.Fatal(fds, err)
-			}
-			m.stored[name] = os.NewFile(uintptr(fds[0]), name)
-		default:
-			m.t.Errorf("the manager was told %q", text)
-		}
-	}
-}
-
-// start starts the service with what is stored, under the names that rename gives.
-func (m *manager) start(name string, rename func(string) string) (stop func()) {
-	m.t.Helper()
-	// LISTEN_PID is the process's own number, which the shell has before exec.
-	cmd := exec.Command("/bin/sh", "-c", `LISTEN_PID=$$ exec "$0"`, os.Args[0])
-	var names []string
-	for _, stored := range m.stored {
-		cmd.ExtraFiles = append(cmd.ExtraFiles, stored)
-		names = append(names, rename(stored.Name()))
-	}
-	cmd.Env = slices.Concat(os.Environ(), m.env, []string{
-		"HANDOVER_NAME=" + name, "NOTIFY_SOCKET=" + m.socket.LocalAddr().String(),
-		fmt.Sprint("LISTEN_FDS=", len(names)), "LISTEN_FDNAMES=" + strings.Join(names, ":"),
-	})
+// start starts the service with what the manager holds.
+func start(t *testing.T, m *daemontest.Manager, rename func(string) string, env ...string) (stop func()) {
+	t.Helper()
+	cmd := m.Command(rename, os.Args[0])
+	cmd.Env = append(cmd.Env, env...)
 	cmd.Stderr = os.Stderr
 	stdout, err := cmd.StdoutPipe()
 	if err != nil {
-		m.t.Fatal(err)
+		t.Fatal(err)
 	}
 	if err := cmd.Start(); err != nil {
-		m.t.Fatal(err)
+		t.Fatal(err)
 	}
 	line := make([]byte, 16)
 	if n, err := stdout.Read(line); string(line[:n]) != "serving\n" {
-		m.t.Fatalf("%q %v", line[:n], err)
+		t.Fatalf("%q %v", line[:n], err)
 	}
-	m.receive()
+	m.Receive()
 	return func() {
 		cmd.Process.Signal(syscall.SIGTERM)
 		if err := cmd.Wait(); err != nil {
-			m.t.Error(err)
+			t.Error(err)
 		}
-		m.receive()
+		m.Receive()
 	}
 }
 
@@ -179,7 +119,7 @@ func freePort(t *testing.T) string {
 func TestHandover(t *testing.T) {
 	tcp, udp, gone := freePort(t), freePort(t), freePort(t)
 	path := filepath.Join(t.TempDir(), "socket")
-	m := newManager(t, "HANDOVER_TCP="+tcp, "HANDOVER_UNIX="+path, "HANDOVER_UDP="+udp, "HANDOVER_GONE="+gone)
+	m := daemontest.NewManager(t, filepath.Join(t.TempDir(), "notify"))
 	ask := func(network, address string) net.Conn {
 		conn, err := net.Dial(network, address)
 		if err != nil {
@@ -209,14 +149,12 @@ func TestHandover(t *testing.T) {
 	var waiting []net.Conn // of those who came while no process was there
 	names := []string{"first", "second", "third"}
 	for i, rename := range []func(string) string{same, same, byUnit} {
-		stop := m.start(names[i], rename)
-		if len(m.stored) != 3 {
-			t.Fatalf("the manager holds %d sockets, want those that are open", len(m.stored))
+		stop := start(t, m, rename, "HANDOVER_NAME="+names[i], "HANDOVER_TCP="+tcp, "HANDOVER_UNIX="+path, "HANDOVER_UDP="+udp, "HANDOVER_GONE="+gone)
+		if len(m.Stored) != 3 {
+			t.Fatalf("the manager holds %d sockets, want those that are open", len(m.Stored))
 		}
-		if i > 0 {
-			for _, conn := range waiting {
-				hear(conn, names[i])
-			}
+		for _, conn := range waiting {
+			hear(conn, names[i])
 		}
 		waiting = nil
 		for network, address := range map[string]string{"tcp": tcp, "unix": path, "udp": udp} {
@@ -230,9 +168,7 @@ func TestHandover(t *testing.T) {
 			waiting = append(waiting, ask(network, address))
 		}
 	}
-	for _, file := range m.stored {
-		file.Close()
-	}
+	m.Close()
 	if _, err := net.Dial("tcp", tcp); err == nil {
 		t.Error("control: without a manager nobody takes the connection, and yet it was made")
 	}
