@@ -189,6 +189,7 @@ func TestAdminListener(t *testing.T) {
 }
 
 // However short SVIDs live, what the node shows is valid at every moment.
+// Requirements: 29, 123, 141.
 func TestOwnSVIDsAreRenewed(t *testing.T) {
 	t.Parallel()
 	one := catest.Start(t, catest.Options{Lifetimes: node.Lifetimes{X509SVID: 2 * time.Second}})

@@ -83,8 +83,9 @@ func part(t testing.TB, token string, i int) map[string]any {
 	return out
 }
 
-// What is signed follows the profile (JWT-SVID 2, 3; requirements 56, 57, 59, 62, 63,
-// 65), with either kind of key, as another library reads it.
+// What is signed follows the profile (JWT-SVID 2, 3), with either kind of key, as
+// another library reads it.
+// Requirements: 55-57, 59, 61-63, 65.
 func TestSignJWT(t *testing.T) {
 	rsaKey, err := rsa.GenerateKey(rand.Reader, 2048)
 	if err != nil {
@@ -125,6 +126,7 @@ func TestSignJWT(t *testing.T) {
 	}
 }
 
+// Requirements: 73-77, 79, 85, 86.
 func TestSignWIT(t *testing.T) {
 	s, _ := tokenWorld(t, p256(t), 48*time.Hour, Config{Issuer: "https://oidc.banking.example"})
 	holder := p256(t)
@@ -145,6 +147,7 @@ func TestSignWIT(t *testing.T) {
 }
 
 // What may not be signed is not, beside what may.
+// Requirements: 13, 63, 95.
 func TestTokensThatAreNotSigned(t *testing.T) {
 	key := p256(t)
 	s, authorities := tokenWorld(t, key, 48*time.Hour, Config{})
@@ -188,6 +191,7 @@ func TestTokensThatAreNotSigned(t *testing.T) {
 }
 
 // A life is cut to what the profile and the authority allow.
+// Requirements: 65, 82.
 func TestTokenLife(t *testing.T) {
 	for _, test := range []struct{ phase, asked, jwt, wit time.Duration }{
 		{48 * time.Hour, 100 * time.Hour, ca.MaxJWTSVID, ca.MaxWITSVID},

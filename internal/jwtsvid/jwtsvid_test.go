@@ -108,7 +108,8 @@ func source(of map[spiffeid.TrustDomain]Keys) Source {
 	return func(td spiffeid.TrustDomain) (Keys, bool) { k, ok := of[td]; return k, ok }
 }
 
-// The nine algorithms, each with a key that fits it (JWT-SVID 2.1; requirements 57, 58).
+// The nine algorithms, each with a key that fits it (JWT-SVID 2.1).
+// Requirements: 57, 58, 76.
 func TestAlgorithms(t *testing.T) {
 	p256, p384, p521, r := ec(t, elliptic.P256()), ec(t, elliptic.P384()), ec(t, elliptic.P521()), rsaKey(t, 2048)
 	keyOf := map[jose.SignatureAlgorithm]crypto.Signer{
@@ -140,6 +141,7 @@ func TestAlgorithms(t *testing.T) {
 }
 
 // Each attack beside the same token without it.
+// Requirements: 18, 55, 58, 60-62, 64, 66-68, 71, 84, 89, 185, T9-T12.
 func TestAttacks(t *testing.T) {
 	key, other, foreign, wit := ec(t, elliptic.P256()), ec(t, elliptic.P256()), ec(t, elliptic.P256()), ec(t, elliptic.P256())
 	small := rsaKey(t, 2048)
@@ -265,7 +267,8 @@ func TestAttacks(t *testing.T) {
 	}
 }
 
-// Leeway counts in both directions, and no further (T17).
+// Leeway counts in both directions, and no further.
+// Requirements: 66, 67, T17.
 func TestLeeway(t *testing.T) {
 	key := ec(t, elliptic.P256())
 	keys := source(map[spiffeid.TrustDomain]Keys{banking: {"k1": key.Public()}})
@@ -288,6 +291,7 @@ func TestLeeway(t *testing.T) {
 }
 
 // A token without kid makes no verifier try keys without end.
+// Requirements: 60.
 func TestNoKidIsBounded(t *testing.T) {
 	key := ec(t, elliptic.P256())
 	many := Keys{}
@@ -315,6 +319,7 @@ func witClaims(t testing.TB, key crypto.PublicKey, change members) members {
 	return c
 }
 
+// Requirements: 73-79, 82-84, 86, 87, 89.
 func TestWIT(t *testing.T) {
 	authority, holder := ec(t, elliptic.P256()), ec(t, elliptic.P256())
 	keys := source(map[spiffeid.TrustDomain]Keys{banking: {"k1": authority.Public()}})

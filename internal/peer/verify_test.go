@@ -65,6 +65,7 @@ func uri(raw string) peertest.Option {
 }
 
 // The attacks that need only a leaf. Each differs from the first line, which is accepted, in one thing.
+// Requirements: 1-6, 8-11, 15, 34, 39-44, 47, T1, T13, T14.
 func TestVerifyLeaf(t *testing.T) {
 	ca := peertest.NewAuthority(banking)
 	now := time.Now()
@@ -166,6 +167,7 @@ func expect(t *testing.T, id spiffeid.ID, err error, wantID, wantErr string) {
 }
 
 // What is accepted at the edges of an SVID's life, both ends included.
+// Requirements: 39.
 func TestVerifyAtTheEnds(t *testing.T) {
 	ca := peertest.NewAuthority(banking)
 	svid := ca.Issue("/accounts")
@@ -185,6 +187,7 @@ func TestVerifyAtTheEnds(t *testing.T) {
 }
 
 // I2: an SVID is verified only with the bundle of the trust domain it names.
+// Requirements: 29, 45, 54, 104, 121, 172.
 func TestVerifyBundlesAreNotPooled(t *testing.T) {
 	bank, trade, rogue := peertest.NewAuthority(banking), peertest.NewAuthority(trading), peertest.NewAuthority(banking)
 	both := x509bundle.NewSet(bank.Bundle(), trade.Bundle())
@@ -228,6 +231,7 @@ func (b anyBundle) GetX509BundleForTrustDomain(spiffeid.TrustDomain) (*x509bundl
 	return b.Bundle, nil
 }
 
+// Requirements: 39, 47, T14, T15.
 func TestVerifyIntermediates(t *testing.T) {
 	ca := peertest.NewAuthority(banking)
 	other := peertest.NewAuthority(trading)
@@ -284,6 +288,7 @@ func TestVerifyIntermediates(t *testing.T) {
 }
 
 // An authority that found its way into another domain's bundle still says whose it is.
+// Requirements: 47, 121.
 func TestVerifyAuthorityOfAnotherDomain(t *testing.T) {
 	trade := peertest.NewAuthority(trading)
 	misplaced := x509bundle.FromX509Authorities(banking, []*x509.Certificate{trade.Cert})
@@ -296,6 +301,7 @@ func TestVerifyAuthorityOfAnotherDomain(t *testing.T) {
 }
 
 // Where go-spiffe is sound, we refuse at least what it refuses.
+// Requirements: 40-44, T1.
 func TestVerifyIsNoLaxerThanGoSPIFFE(t *testing.T) {
 	ca := peertest.NewAuthority(banking)
 	now := time.Now()

@@ -171,6 +171,7 @@ func withHeader(ctx context.Context, values ...string) context.Context {
 
 // A workload gets exactly the identities whose selectors its process satisfies:
 // here another executable of the same user, and then the one that is named.
+// Requirements: 154, 155, 158.
 func TestIdentityFollowsTheProcess(t *testing.T) {
 	c := catest.Start(t, catest.Options{})
 	other := filepath.Join(t.TempDir(), "other")
@@ -211,6 +212,7 @@ func TestIdentityFollowsTheProcess(t *testing.T) {
 }
 
 // What go-spiffe's source gives is whole: chain, key and bundle fit together.
+// Requirements: 148, 165, 173, 174.
 func TestX509Source(t *testing.T) {
 	c := catest.Start(t, catest.Options{})
 	c.Apply(serviceYAML("accounts", run(myself(t))))
@@ -250,6 +252,7 @@ func (w watcher) OnX509ContextWatchError(err error)              { w.errs <- err
 
 // Changes are pushed to open streams: another entry, other selectors, and the end
 // of the entitlement.
+// Requirements: 166-168, 177, 188.
 func TestUpdatesArePushed(t *testing.T) {
 	c := catest.Start(t, catest.Options{})
 	c.Apply(serviceYAML("ledger", run(myself(t))))
@@ -299,6 +302,7 @@ func TestUpdatesArePushed(t *testing.T) {
 
 // A caller without the security header gets nothing, whatever it calls; with it,
 // WIT-SVIDs answer Unimplemented unless they are switched on.
+// Requirements: 151, 152, 156, 159-164.
 func TestSecurityHeader(t *testing.T) {
 	c := catest.Start(t, catest.Options{})
 	c.Apply(serviceYAML("accounts", run(myself(t))))
@@ -384,6 +388,7 @@ func first[M any](stream grpc.ServerStreamingClient[M], err error) error {
 }
 
 // I6: foreign roots reach the entries that federate by name, and nobody else.
+// Requirements: 176, 179.
 func TestForeignRoots(t *testing.T) {
 	c := catest.Start(t, catest.Options{})
 	trading := catest.Start(t, catest.Options{TrustDomain: "trading.example"})
@@ -470,6 +475,7 @@ func TestStreamsPerProcess(t *testing.T) {
 
 // Before the agent is ready a caller waits a little and then is told to come back;
 // on shutdown streams end the same way, and the socket goes.
+// Requirements: 157.
 func TestStartAndStop(t *testing.T) {
 	c := catest.Start(t, catest.Options{})
 	c.Apply(serviceYAML("accounts", run(myself(t))))

@@ -53,8 +53,8 @@ func claimsOf(t *testing.T, token string) (header, claims map[string]any) {
 	return header, claims
 }
 
-// go-spiffe's client gets, verifies and validates JWT-SVIDs (requirements 56-66, 69-71,
-// 181, 183, 184).
+// go-spiffe's client gets, verifies and validates JWT-SVIDs.
+// Requirements: 56, 57, 59, 61-65, 70, 162, 170, 180-184, T9.
 func TestJWTSVID(t *testing.T) {
 	c := catest.Start(t, catest.Options{})
 	c.Apply(serviceYAML("accounts", run(myself(t))+"\n  hint: internal\n  ttl: {jwt: 2m}"))
@@ -151,7 +151,8 @@ func TestJWTSVID(t *testing.T) {
 }
 
 // Without an id the caller gets all its identities, the first one stable, each hint
-// once (181, 188).
+// once.
+// Requirements: 175, 181, 188.
 func TestJWTSVIDsOfSeveralIdentities(t *testing.T) {
 	c := catest.Start(t, catest.Options{})
 	c.Apply(serviceYAML("accounts", run(myself(t))+"\n  hint: one") + serviceYAML("ledger", run(myself(t))+"\n  hint: one") + serviceYAML("other", run("/bin/true")))
@@ -177,7 +178,8 @@ func TestJWTSVIDsOfSeveralIdentities(t *testing.T) {
 }
 
 // The entitlement ends: streams end with PermissionDenied, and so do calls, with the
-// token still held (177, 178, 182).
+// token still held.
+// Requirements: 177, 182.
 func TestTokensEndWithTheEntry(t *testing.T) {
 	c := catest.Start(t, catest.Options{})
 	c.Apply(serviceYAML("accounts", run(myself(t))))
@@ -223,7 +225,8 @@ func TestTokensEndWithTheEntry(t *testing.T) {
 
 func second[R any](_ R, err error) error { return err }
 
-// A new authority reaches an open stream (168), and go-spiffe's source uses it.
+// A new authority reaches an open stream, and go-spiffe's source uses it.
+// Requirements: 165, 168.
 func TestJWTBundlesAreUpdated(t *testing.T) {
 	c := catest.Start(t, catest.Options{})
 	c.Apply(serviceYAML("accounts", run(myself(t))))
@@ -263,6 +266,7 @@ func TestJWTBundlesAreUpdated(t *testing.T) {
 
 // Foreign JWT keys reach only whom federates by name: a service validates nothing of
 // another domain (I6), and no domain's keys verify another's tokens (I2).
+// Requirements: 176, 183.
 func TestForeignJWT(t *testing.T) {
 	banking := catest.Start(t, catest.Options{})
 	trading := catest.Start(t, catest.Options{TrustDomain: "trading.example"})
@@ -305,8 +309,9 @@ func newHostWith(t *testing.T, token, settings string) *host {
 	return newHost(t, token, true)
 }
 
-// WIT-SVIDs: with their key, verified by go-spiffe's parser and bundle (79, 86, 93,
-// 186, 187), renewed on the open stream with another key.
+// WIT-SVIDs: with their key, verified by go-spiffe's parser and bundle, renewed on the
+// open stream with another key.
+// Requirements: 79, 86, 89, 163, 182, 186, 187.
 func TestWITSVID(t *testing.T) {
 	c := catest.Start(t, catest.Options{Lifetimes: node.Lifetimes{WITSVID: 4 * time.Second}})
 	c.Apply(serviceYAML("accounts", run(myself(t))+"\n  hint: internal"))
