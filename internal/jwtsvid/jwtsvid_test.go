@@ -319,7 +319,7 @@ func witClaims(t testing.TB, key crypto.PublicKey, change members) members {
 	return c
 }
 
-// Requirements: 73-79, 82-84, 86, 87, 89.
+// Requirements: 73-79, 81-84, 86, 87, 89.
 func TestWIT(t *testing.T) {
 	authority, holder := ec(t, elliptic.P256()), ec(t, elliptic.P256())
 	keys := source(map[spiffeid.TrustDomain]Keys{banking: {"k1": authority.Public()}})
@@ -343,6 +343,30 @@ func TestWIT(t *testing.T) {
 		t.Fatalf("%+v, %v", svid, err)
 	}
 	for name, token := range map[string]string{
+		"unknown header (77)":               wit(members{"x": 1}, nil),
+		"unknown claim (87)":                wit(nil, members{"x": members{"y": 1}}),
+		"iat in the future (84)":            wit(nil, members{"iat": now.Add(time.Hour).Unix()}),
+		"no iat (84)":                       wit(nil, members{"iat": nil}),
+		"iss and jti":                       wit(nil, members{"iss": "https://banking.example", "jti": "1"}),
+		"nbf in the past":                   wit(nil, members{"nbf": now.Add(-time.Hour).Unix()}),
+		"a lifespan of a year (83, may be)": wit(nil, members{"exp": now.AddDate(1, 0, 0).Unix()}),
+	} {
+		for range 2 { // the same again is no replay: its proof's jti is (81)
+			if _, err := VerifyWIT(token, keys, now, 0); err != nil {
+				t.Errorf("%s: %v", name, err)
+			}
+		}
+	}
+	parts := strings.Split(wit(nil, nil), ".")
+	for name, token := range map[string]string{
+		"JSON serialization (73)": `{"payload":"` + parts[1] + `","protected":"` + parts[0] + `","signature":"` + parts[2] + `"}`,
+		"crit (77)":               wit(members{"crit": []string{"x"}, "x": 1}, nil),
+		"alg none (76)":           encode(t, header(members{"typ": "wit+jwt", "alg": "none"})) + "." + parts[1] + "." + parts[2],
+		"EdDSA by name (76)":      wit(members{"alg": "EdDSA"}, nil),
+		"typ in capitals (75)":    wit(members{"typ": "WIT+JWT"}, nil),
+		"kid empty (74)":          wit(members{"kid": ""}, nil),
+		"kid in other case (74)":  wit(members{"kid": "K1"}, nil),
+		"sub without path (78)":   wit(nil, members{"sub": "spiffe://banking.example"}),
 		"a JWT-SVID (75)":         wit(members{"typ": "JWT"}, nil),
 		"no typ (75)":             wit(members{"typ": nil}, nil),
 		"no kid (74)":             wit(members{"kid": nil}, nil),

@@ -5,6 +5,7 @@ import (
 	"crypto/x509/pkix"
 	"encoding/asn1"
 	"errors"
+	"fmt"
 	"net/url"
 	"slices"
 	"strings"
@@ -148,6 +149,38 @@ func TestVerifyLeaf(t *testing.T) {
 				test.want = "URI name"
 			}
 			expect(t, id, err, "spiffe://banking.example/accounts", test.want)
+		})
+	}
+}
+
+// The names of trust domains are words and mean nothing, and lengths count up to their last byte.
+// Requirements: 7, 12, 14, T12.
+func TestVerifyNames(t *testing.T) {
+	now := time.Now()
+	long := "/" + strings.Repeat("a", 2048-len("spiffe://banking.example/"))
+	for _, test := range []struct{ td, path, want string }{
+		{"banking.example", "/accounts", ""},
+		{"10.1.2.3", "/accounts", ""},
+		{"1.2", "/accounts", ""},
+		{"localhost", "/accounts", ""},
+		{"my_bank", "/accounts", ""},
+		{"-", "/accounts", ""},
+		{strings.Repeat("a", 255), "/accounts", ""},
+		{strings.Repeat("a", 256), "/accounts", "longer than 255"},
+		{"banking.example", long, ""},
+		{"banking.example", long + "a", "longer than 2048"},
+	} {
+		t.Run(fmt.Sprintf("%.20s%.10s %d", test.td, test.path, len(test.td+test.path)), func(t *testing.T) {
+			td := spiffeid.RequireTrustDomainFromString(test.td)
+			ca := peertest.NewAuthority(td)
+			id, err := peer.Verify(ca.Issue(test.path).Certificates, ca.Bundle(), now)
+			expect(t, id, err, td.IDString()+test.path, test.want)
+			if test.want != "" {
+				return
+			}
+			// It has no power over others, whatever it looks like.
+			_, err = peer.Verify(ca.IssueFor(peertest.NewKey(), trading, "/portfolio").Certificates, x509bundle.NewSet(ca.Bundle(), peertest.NewAuthority(trading).Bundle()), now)
+			expect(t, spiffeid.ID{}, err, "", "not signed by its trust domain")
 		})
 	}
 }
