@@ -13,6 +13,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
@@ -45,8 +46,9 @@ func (f *fakeCA) rekey() {
 	authorities := map[statev1.KeyUse]*statev1.Authority{}
 	f.tokens.keys = map[statev1.KeyUse]crypto.Signer{}
 	f.tokens.signer = casigner.New(casigner.Config{
-		Active: func(use statev1.KeyUse) *statev1.Authority { return authorities[use] },
-		Clock:  func() casigner.Clock { return casigner.Clock{} },
+		TrustDomain: bank,
+		Active:      func(use statev1.KeyUse) *statev1.Authority { return authorities[use] },
+		Clock:       func() casigner.Clock { return casigner.Clock{} },
 	})
 	for _, use := range []statev1.KeyUse{statev1.KeyUse_KEY_USE_JWT, statev1.KeyUse_KEY_USE_WIT} {
 		key := peertest.NewKey()
@@ -391,4 +393,47 @@ func BenchmarkFetchJWTHeld(b *testing.B) {
 	}
 	cancel()
 	<-done
+}
+
+// A key of a bundle is for one kind of SVID: what it is handed on as, and what it
+// verifies.
+// Requirements: 71, 94, 180, T11.
+func TestKeysAreKeptApart(t *testing.T) {
+	authority := peertest.NewAuthority(trade)
+	key := func(id string) bundle.Key {
+		spki, err := x509.MarshalPKIXPublicKey(peertest.NewKey().Public())
+		if err != nil {
+			t.Fatal(err)
+		}
+		k, err := bundle.NewKey(id, spki)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return k
+	}
+	whole := &bundle.Bundle{TrustDomain: trade, X509: []*x509.Certificate{authority.Cert}, JWT: []bundle.Key{key("j")}, WIT: []bundle.Key{key("w")}, Sequence: 7}
+	text, err := whole.Marshal()
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &State{Foreign: map[spiffeid.TrustDomain]*x509bundle.Bundle{}, foreignJWT: map[spiffeid.TrustDomain]*TokenBundle{}, foreignWIT: map[spiffeid.TrustDomain]*TokenBundle{}}
+	if err := s.takeForeign(trade, text); err != nil {
+		t.Fatal(err)
+	}
+	if got := s.Foreign[trade]; len(got.X509Authorities()) != 1 || !got.HasX509Authority(authority.Cert) {
+		t.Errorf("X.509: %v", got.X509Authorities())
+	}
+	for name, test := range map[string]struct {
+		bundle   *TokenBundle
+		id       string
+		jwt, wit int
+	}{"JWT": {s.foreignJWT[trade], "j", 1, 0}, "WIT": {s.foreignWIT[trade], "w", 0, 1}} {
+		if len(test.bundle.Keys) != 1 || test.bundle.Keys[test.id] == nil {
+			t.Errorf("%s: verifies with %v", name, test.bundle.Keys)
+		}
+		b, skipped, err := bundle.Parse(trade, test.bundle.JWKS)
+		if err != nil || len(skipped) > 0 || len(b.X509) != 0 || len(b.JWT) != test.jwt || len(b.WIT) != test.wit {
+			t.Errorf("%s: handed on as %s", name, test.bundle.JWKS)
+		}
+	}
 }

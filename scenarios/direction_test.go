@@ -96,7 +96,7 @@ github.com/envoyproxy:            meshagent/sds
 github.com/miekg/dns:             meshagent/names
 google.golang.org/grpc:           api/entente/v1
                                   ca/server ca/client ca/node federation/exchange
-                                  meshagent/workloadapi meshagent/sds
+                                  meshagent/workloadapi meshagent/sds eastwest-gateway
                                   cmd/*
                                   ca/catest scenarios scenarios/*
 `

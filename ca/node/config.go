@@ -6,6 +6,8 @@ import (
 	"io"
 	"net"
 	"path/filepath"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -172,7 +174,11 @@ func (c *Config) Complete() error {
 			errs = append(errs, at.Errorf("%s: %v", what, err))
 		}
 	}
-	_, err := ca.ParseTrustDomain(c.TrustDomain)
+	td, err := ca.ParseTrustDomain(c.TrustDomain)
+	if err == nil && slices.Contains(strings.Split(td.Name(), "."), "") {
+		// SPIFFE allows it; crypto/x509 reads no certificate with it, our own neither.
+		err = fmt.Errorf("%q begins or ends with a dot or has two in a row: its certificates could not be read", td.Name())
+	}
 	check(c.At("trustDomain"), "trustDomain", err)
 	check(c.At("name"), "name", ca.CheckLabel(c.Name))
 	check(c.At("datacenter"), "datacenter", ca.CheckLabel(c.Datacenter))

@@ -45,6 +45,9 @@ const (
 // Config is what a signer needs. All functions are called concurrently and for
 // each signature, and must be quick.
 type Config struct {
+	// TrustDomain is the only one that tokens are signed for; an X.509 authority's
+	// certificate says it for itself.
+	TrustDomain spiffeid.TrustDomain
 	// Active returns this node's ACTIVE authority for one use as the replicated state
 	// has it, nil if there is none.
 	Active func(statev1.KeyUse) *statev1.Authority
