@@ -67,7 +67,7 @@ func newAuthority(t testing.TB, key crypto.Signer) *x509.Certificate {
 func TestAuthority(t *testing.T) {
 	key := newKey(t)
 	cert := newAuthority(t, key)
-	if err := LintAuthority(cert, banking, 48*time.Hour); err != nil {
+	if err := LintAuthority(cert, nil, banking, 48*time.Hour); err != nil {
 		t.Fatal(err)
 	}
 	if !cert.NotBefore.Equal(start.Truncate(time.Second).Add(-time.Minute)) || !cert.NotAfter.Equal(start.Truncate(time.Second).Add(144*time.Hour)) {
@@ -76,7 +76,7 @@ func TestAuthority(t *testing.T) {
 	if cert.SerialNumber.Cmp(new(big.Int).SetBytes(serial[:])) != 0 {
 		t.Errorf("serial %x", cert.SerialNumber)
 	}
-	record, err := NewAuthority(banking, "member", cert.Raw, 48*time.Hour, start)
+	record, err := NewAuthority(banking, "member", cert.Raw, nil, 48*time.Hour, start)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -85,19 +85,19 @@ func TestAuthority(t *testing.T) {
 		t.Errorf("record %v", record)
 	}
 	trading := spiffeid.RequireTrustDomainFromString("trading.example")
-	if LintAuthority(cert, trading, 48*time.Hour) == nil {
+	if LintAuthority(cert, nil, trading, 48*time.Hour) == nil {
 		t.Error("an authority of another trust domain is accepted")
 	}
-	if LintAuthority(cert, banking, 47*time.Hour) == nil {
+	if LintAuthority(cert, nil, banking, 47*time.Hour) == nil {
 		t.Error("an authority of over three phases is accepted")
 	}
 	for name, when := range map[string]time.Time{"early": start.Add(-time.Hour), "late": start.Add(145 * time.Hour)} {
-		if _, err := NewAuthority(banking, "member", cert.Raw, 48*time.Hour, when); err == nil {
+		if _, err := NewAuthority(banking, "member", cert.Raw, nil, 48*time.Hour, when); err == nil {
 			t.Errorf("%s: accepted", name)
 		}
 	}
 	for name, der := range map[string][]byte{"none": nil, "rubbish": []byte("x"), "two": slices.Concat(cert.Raw, cert.Raw), "large": make([]byte, maxCertificate+1)} {
-		if _, err := NewAuthority(banking, "member", der, 48*time.Hour, start); err == nil {
+		if _, err := NewAuthority(banking, "member", der, nil, 48*time.Hour, start); err == nil {
 			t.Errorf("%s: accepted", name)
 		}
 	}
@@ -147,12 +147,12 @@ func TestLintAuthorityRefuses(t *testing.T) {
 			t.Fatal(err)
 		}
 		test.change(template)
-		err = LintAuthority(sign(t, template, template, key.Public(), key), banking, 48*time.Hour)
+		err = LintAuthority(sign(t, template, template, key.Public(), key), nil, banking, 48*time.Hour)
 		checkSays(t, name, err, test.says)
 	}
 	template, _ := AuthorityTemplate(authorityRequest(key))
-	checkSays(t, "signed by another", LintAuthority(sign(t, template, newAuthority(t, other), key.Public(), other), banking, 48*time.Hour), "not signed by its own key")
-	checkSays(t, "another key in it", LintAuthority(sign(t, template, template, other.Public(), key), banking, 48*time.Hour), "not signed by its own key")
+	checkSays(t, "signed by another", LintAuthority(sign(t, template, newAuthority(t, other), key.Public(), other), nil, banking, 48*time.Hour), "not signed by its own key")
+	checkSays(t, "another key in it", LintAuthority(sign(t, template, template, other.Public(), key), nil, banking, 48*time.Hour), "not signed by its own key")
 	p224, err := ecdsa.GenerateKey(elliptic.P224(), rand.Reader)
 	if err != nil {
 		t.Fatal(err)
@@ -162,7 +162,7 @@ func TestLintAuthorityRefuses(t *testing.T) {
 	}
 	weak, _ := AuthorityTemplate(authorityRequest(key))
 	weak.PublicKey = p224.Public()
-	checkSays(t, "a weak key", LintAuthority(sign(t, weak, weak, p224.Public(), p224), banking, 48*time.Hour), "not on P-256 or P-384")
+	checkSays(t, "a weak key", LintAuthority(sign(t, weak, weak, p224.Public(), p224), nil, banking, 48*time.Hour), "not on P-256 or P-384")
 	for name, change := range map[string]func(*AuthorityRequest){
 		"no trust domain": func(r *AuthorityRequest) { r.TrustDomain = spiffeid.TrustDomain{} },
 		"no phase":        func(r *AuthorityRequest) { r.Phase = 0 },

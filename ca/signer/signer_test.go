@@ -44,7 +44,7 @@ func newAuthority(t *testing.T, key crypto.Signer, phase time.Duration) *statev1
 	if err != nil {
 		t.Fatal(err)
 	}
-	authority, err := ca.NewAuthority(banking, strings.Repeat("0", 64), der, phase, now)
+	authority, err := ca.NewAuthority(banking, strings.Repeat("0", 64), der, nil, phase, now)
 	if err != nil {
 		t.Fatal(err)
 	}
