@@ -733,16 +733,18 @@ type Authority struct {
 	MemberId         string                 `protobuf:"bytes,2,opt,name=member_id,json=memberId,proto3" json:"member_id,omitempty"`
 	Use              KeyUse                 `protobuf:"varint,3,opt,name=use,proto3,enum=entente.state.v1.KeyUse" json:"use,omitempty"`
 	PublicKey        []byte                 `protobuf:"bytes,4,opt,name=public_key,json=publicKey,proto3" json:"public_key,omitempty"`  // SubjectPublicKeyInfo, DER
-	Certificate      []byte                 `protobuf:"bytes,5,opt,name=certificate,proto3" json:"certificate,omitempty"`               // X509 only: the self-signed CA certificate, DER
+	Certificate      []byte                 `protobuf:"bytes,5,opt,name=certificate,proto3" json:"certificate,omitempty"`               // X509 only: the CA certificate, DER; self-signed, or signed by upstream
 	NotBefore        int64                  `protobuf:"varint,6,opt,name=not_before,json=notBefore,proto3" json:"not_before,omitempty"` // Unix seconds
 	NotAfter         int64                  `protobuf:"varint,7,opt,name=not_after,json=notAfter,proto3" json:"not_after,omitempty"`
 	Phase            AuthorityPhase         `protobuf:"varint,8,opt,name=phase,proto3,enum=entente.state.v1.AuthorityPhase" json:"phase,omitempty"`
-	Ready            bool                   `protobuf:"varint,9,opt,name=ready,proto3" json:"ready,omitempty"`                                                // the ready gate was passed (I3)
-	Revision         uint64                 `protobuf:"varint,10,opt,name=revision,proto3" json:"revision,omitempty"`                                         // of its last change
-	PreparedRevision uint64                 `protobuf:"varint,11,opt,name=prepared_revision,json=preparedRevision,proto3" json:"prepared_revision,omitempty"` // since when it stands in the bundle
-	Assumed          []string               `protobuf:"bytes,20,rep,name=assumed,proto3" json:"assumed,omitempty"`                                            // who was not waited for when it became ready
-	Drained          bool                   `protobuf:"varint,21,opt,name=drained,proto3" json:"drained,omitempty"`                                           // TAINTED: nobody was seen to hold an SVID under it any more
-	AssumedDrained   []string               `protobuf:"bytes,22,rep,name=assumed_drained,json=assumedDrained,proto3" json:"assumed_drained,omitempty"`        // who was not waited for then
+	Ready            bool                   `protobuf:"varint,9,opt,name=ready,proto3" json:"ready,omitempty"`                                                  // the ready gate was passed (I3)
+	Revision         uint64                 `protobuf:"varint,10,opt,name=revision,proto3" json:"revision,omitempty"`                                           // of its last change
+	PreparedRevision uint64                 `protobuf:"varint,11,opt,name=prepared_revision,json=preparedRevision,proto3" json:"prepared_revision,omitempty"`   // since when it stands in the bundle
+	Assumed          []string               `protobuf:"bytes,20,rep,name=assumed,proto3" json:"assumed,omitempty"`                                              // who was not waited for when it became ready
+	Drained          bool                   `protobuf:"varint,21,opt,name=drained,proto3" json:"drained,omitempty"`                                             // TAINTED: nobody was seen to hold an SVID under it any more
+	AssumedDrained   []string               `protobuf:"bytes,22,rep,name=assumed_drained,json=assumedDrained,proto3" json:"assumed_drained,omitempty"`          // who was not waited for then
+	Upstream         []byte                 `protobuf:"bytes,85,opt,name=upstream,proto3" json:"upstream,omitempty"`                                            // X509 only: the root that signed certificate, DER; in the bundle in its place
+	UpstreamNotAfter int64                  `protobuf:"varint,86,opt,name=upstream_not_after,json=upstreamNotAfter,proto3" json:"upstream_not_after,omitempty"` // Unix seconds: its end
 	unknownFields    protoimpl.UnknownFields
 	sizeCache        protoimpl.SizeCache
 }
@@ -873,6 +875,20 @@ func (x *Authority) GetAssumedDrained() []string {
 		return x.AssumedDrained
 	}
 	return nil
+}
+
+func (x *Authority) GetUpstream() []byte {
+	if x != nil {
+		return x.Upstream
+	}
+	return nil
+}
+
+func (x *Authority) GetUpstreamNotAfter() int64 {
+	if x != nil {
+		return x.UpstreamNotAfter
+	}
+	return 0
 }
 
 // Token admits one key, once, as what it grants (I9).
@@ -4532,7 +4548,7 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"apiAddress\x12\x14\n" +
 	"\x05voter\x18\x06 \x01(\bR\x05voter\x12\x18\n" +
 	"\asigning\x18\a \x01(\bR\asigning\x12#\n" +
-	"\rfeature_level\x18F \x01(\rR\ffeatureLevel\"\xd5\x03\n" +
+	"\rfeature_level\x18F \x01(\rR\ffeatureLevel\"\x9f\x04\n" +
 	"\tAuthority\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1b\n" +
 	"\tmember_id\x18\x02 \x01(\tR\bmemberId\x12*\n" +
@@ -4550,7 +4566,9 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\x11prepared_revision\x18\v \x01(\x04R\x10preparedRevision\x12\x18\n" +
 	"\aassumed\x18\x14 \x03(\tR\aassumed\x12\x18\n" +
 	"\adrained\x18\x15 \x01(\bR\adrained\x12'\n" +
-	"\x0fassumed_drained\x18\x16 \x03(\tR\x0eassumedDrained\"\xde\x01\n" +
+	"\x0fassumed_drained\x18\x16 \x03(\tR\x0eassumedDrained\x12\x1a\n" +
+	"\bupstream\x18U \x01(\fR\bupstream\x12,\n" +
+	"\x12upstream_not_after\x18V \x01(\x03R\x10upstreamNotAfter\"\xde\x01\n" +
 	"\x05Token\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1d\n" +
 	"\n" +
