@@ -94,6 +94,7 @@ go.etcd.io/bbolt:                 ca/replica
 github.com/hashicorp/memberlist:  internal/gossip
 github.com/envoyproxy:            meshagent/sds
 github.com/miekg/dns:             meshagent/names
+github.com/miekg/pkcs11:          ca/keystore
 google.golang.org/grpc:           api/entente/v1
                                   ca/server ca/client ca/node federation/exchange
                                   meshagent/workloadapi meshagent/sds eastwest-gateway
