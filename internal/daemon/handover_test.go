@@ -16,11 +16,11 @@ import (
 	"github.com/entente-mesh/entente/internal/daemon/daemontest"
 )
 
-func init() { children["HANDOVER_NAME"] = answer }
+func init() { children["HANDOVER_NAME"] = beService }
 
-// answer is the service that TestHandover replaces: it answers every connection, and
+// beService is the service that TestHandover replaces: it answers every connection, and
 // every datagram, with its name.
-func answer(name string) int {
+func beService(name string) int {
 	return Main(context.Background(), slog.New(slog.DiscardHandler), func(ctx context.Context) error {
 		var open []io.Closer
 		serve := func(l net.Listener, err error) error {
