@@ -54,6 +54,7 @@ type Config struct {
 	clockError  func() time.Duration
 	// pretendLevel: this node says that its feature level is another.
 	pretendLevel uint32
+	compareEvery uint64 // 0: checksumEvery
 }
 
 // Listen is where the node listens, each HOST:PORT.

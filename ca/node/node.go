@@ -72,6 +72,7 @@ type Node struct {
 	preparing sync.Mutex  // one authority at a time
 	swapped   broadcast   // another replica took the place of a failed one
 	odd       chan uint64 // indexes at which this node's state was not the leader's
+	compared  atomic.Uint64
 }
 
 // settleTime is how long the subscribers of a node that restarted are given to come
@@ -342,6 +343,9 @@ func (n *Node) onApply(outcome domain.Outcome) {
 		return // New calls onRestore when the replica is there
 	}
 	r.Read(func(st *domain.State) { n.clock.applied(st.Now()) })
+	if outcome.Checked != 0 {
+		n.compared.Store(outcome.Checked)
+	}
 	if outcome.Diverged {
 		select {
 		case n.odd <- outcome.Checked:
@@ -511,6 +515,9 @@ func (n *Node) registerMetrics() {
 			return 1
 		}
 		return 0
+	})
+	gauge("entente_ca_compared_index", "Log entry at which this node's state was last compared with the leader's.", func() float64 {
+		return float64(n.compared.Load())
 	})
 	gauge("entente_ca_signing", "1 while this node can sign.", func() float64 {
 		if n.signer.Ready(statev1.KeyUse_KEY_USE_X509) == nil {
