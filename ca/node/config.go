@@ -50,6 +50,8 @@ type Config struct {
 	// Tests of this package fail or stall the log's disk, and set this node's clock alone.
 	beforeWrite func() error
 	clockError  func() time.Duration
+	// pretendLevel: this node says that its feature level is another.
+	pretendLevel uint32
 }
 
 // Listen is where the node listens, each HOST:PORT.

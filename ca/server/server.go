@@ -164,6 +164,7 @@ func (s *Server) ServeAPI(ctx context.Context, listener net.Listener) error {
 		grpc.MaxRecvMsgSize(maxAPIMessage),
 		grpc.MaxConcurrentStreams(maxStreams),
 		grpc.MaxHeaderListSize(16<<10),
+		grpc.ReadBufferSize(0), // TLS has a buffer of its own, and 10,000 hosts hold a stream open
 		grpc.ConnectionTimeout(10*time.Second),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 2 * time.Second, PermitWithoutStream: true}),
 		grpc.KeepaliveParams(keepalive.ServerParameters{

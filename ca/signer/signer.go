@@ -67,6 +67,8 @@ type Signer struct {
 	slots   chan struct{}
 	waiting atomic.Int32
 
+	signatures atomic.Uint64 // of certificates, with keys in memory
+
 	mu     sync.RWMutex
 	keys   map[string]crypto.Signer     // by authority id
 	parsed map[string]*x509.Certificate // by authority id
@@ -185,8 +187,7 @@ func (s *Signer) sign(ctx context.Context, req Request) ([][]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	// CreateCertificate verifies its own signature; a broken key store is noticed here.
-	der, err := x509.CreateCertificate(rand.Reader, template, authority, req.PublicKey, key)
+	der, err := s.certify(template, authority, key)
 	if err != nil {
 		return nil, err
 	}

@@ -82,6 +82,7 @@ type JoinRequest struct {
 	Signature     []byte                 `protobuf:"bytes,3,opt,name=signature,proto3" json:"signature,omitempty"` // Ed25519 by the token's seed
 	RaftAddress   string                 `protobuf:"bytes,4,opt,name=raft_address,json=raftAddress,proto3" json:"raft_address,omitempty"`
 	ApiAddress    string                 `protobuf:"bytes,5,opt,name=api_address,json=apiAddress,proto3" json:"api_address,omitempty"`
+	FeatureLevel  uint32                 `protobuf:"varint,70,opt,name=feature_level,json=featureLevel,proto3" json:"feature_level,omitempty"` // which commands its software carries out; 0: 1
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -149,6 +150,13 @@ func (x *JoinRequest) GetApiAddress() string {
 		return x.ApiAddress
 	}
 	return ""
+}
+
+func (x *JoinRequest) GetFeatureLevel() uint32 {
+	if x != nil {
+		return x.FeatureLevel
+	}
+	return 0
 }
 
 type JoinResponse struct {
@@ -3650,6 +3658,59 @@ func (x *AuthorityGate) GetAssumed() []string {
 	return nil
 }
 
+// Picture is what a subscriber holds of both lanes, as it keeps it over a restart.
+type Picture struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Policy        *Policy                `protobuf:"bytes,1,opt,name=policy,proto3" json:"policy,omitempty"`     // one full state in one chunk
+	Presence      *Presence              `protobuf:"bytes,2,opt,name=presence,proto3" json:"presence,omitempty"` // complete
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Picture) Reset() {
+	*x = Picture{}
+	mi := &file_entente_v1_entente_proto_msgTypes[59]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Picture) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Picture) ProtoMessage() {}
+
+func (x *Picture) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[59]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Picture.ProtoReflect.Descriptor instead.
+func (*Picture) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{59}
+}
+
+func (x *Picture) GetPolicy() *Policy {
+	if x != nil {
+		return x.Policy
+	}
+	return nil
+}
+
+func (x *Picture) GetPresence() *Presence {
+	if x != nil {
+		return x.Presence
+	}
+	return nil
+}
+
 type PresenceRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -3658,7 +3719,7 @@ type PresenceRequest struct {
 
 func (x *PresenceRequest) Reset() {
 	*x = PresenceRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[59]
+	mi := &file_entente_v1_entente_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3670,7 +3731,7 @@ func (x *PresenceRequest) String() string {
 func (*PresenceRequest) ProtoMessage() {}
 
 func (x *PresenceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[59]
+	mi := &file_entente_v1_entente_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3683,7 +3744,7 @@ func (x *PresenceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PresenceRequest.ProtoReflect.Descriptor instead.
 func (*PresenceRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{59}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{60}
 }
 
 type PresenceResponse struct {
@@ -3697,7 +3758,7 @@ type PresenceResponse struct {
 
 func (x *PresenceResponse) Reset() {
 	*x = PresenceResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[60]
+	mi := &file_entente_v1_entente_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3709,7 +3770,7 @@ func (x *PresenceResponse) String() string {
 func (*PresenceResponse) ProtoMessage() {}
 
 func (x *PresenceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[60]
+	mi := &file_entente_v1_entente_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3722,7 +3783,7 @@ func (x *PresenceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PresenceResponse.ProtoReflect.Descriptor instead.
 func (*PresenceResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{60}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *PresenceResponse) GetInstances() []*Instance {
@@ -3754,7 +3815,7 @@ type ListAuthoritiesRequest struct {
 
 func (x *ListAuthoritiesRequest) Reset() {
 	*x = ListAuthoritiesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[61]
+	mi := &file_entente_v1_entente_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3766,7 +3827,7 @@ func (x *ListAuthoritiesRequest) String() string {
 func (*ListAuthoritiesRequest) ProtoMessage() {}
 
 func (x *ListAuthoritiesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[61]
+	mi := &file_entente_v1_entente_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3779,7 +3840,7 @@ func (x *ListAuthoritiesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuthoritiesRequest.ProtoReflect.Descriptor instead.
 func (*ListAuthoritiesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{61}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{62}
 }
 
 type ListAuthoritiesResponse struct {
@@ -3793,7 +3854,7 @@ type ListAuthoritiesResponse struct {
 
 func (x *ListAuthoritiesResponse) Reset() {
 	*x = ListAuthoritiesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[62]
+	mi := &file_entente_v1_entente_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3805,7 +3866,7 @@ func (x *ListAuthoritiesResponse) String() string {
 func (*ListAuthoritiesResponse) ProtoMessage() {}
 
 func (x *ListAuthoritiesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[62]
+	mi := &file_entente_v1_entente_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3818,7 +3879,7 @@ func (x *ListAuthoritiesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuthoritiesResponse.ProtoReflect.Descriptor instead.
 func (*ListAuthoritiesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{62}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *ListAuthoritiesResponse) GetAuthorities() []*AuthorityStatus {
@@ -3854,7 +3915,7 @@ type AuthorityStatus struct {
 
 func (x *AuthorityStatus) Reset() {
 	*x = AuthorityStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[63]
+	mi := &file_entente_v1_entente_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3866,7 +3927,7 @@ func (x *AuthorityStatus) String() string {
 func (*AuthorityStatus) ProtoMessage() {}
 
 func (x *AuthorityStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[63]
+	mi := &file_entente_v1_entente_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3879,7 +3940,7 @@ func (x *AuthorityStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityStatus.ProtoReflect.Descriptor instead.
 func (*AuthorityStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{63}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *AuthorityStatus) GetAuthority() *v1.Authority {
@@ -3918,7 +3979,7 @@ type PrepareAuthorityRequest struct {
 
 func (x *PrepareAuthorityRequest) Reset() {
 	*x = PrepareAuthorityRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[64]
+	mi := &file_entente_v1_entente_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3930,7 +3991,7 @@ func (x *PrepareAuthorityRequest) String() string {
 func (*PrepareAuthorityRequest) ProtoMessage() {}
 
 func (x *PrepareAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[64]
+	mi := &file_entente_v1_entente_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3943,7 +4004,7 @@ func (x *PrepareAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*PrepareAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{64}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{65}
 }
 
 type ChangeAuthorityRequest struct {
@@ -3956,7 +4017,7 @@ type ChangeAuthorityRequest struct {
 
 func (x *ChangeAuthorityRequest) Reset() {
 	*x = ChangeAuthorityRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[65]
+	mi := &file_entente_v1_entente_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3968,7 +4029,7 @@ func (x *ChangeAuthorityRequest) String() string {
 func (*ChangeAuthorityRequest) ProtoMessage() {}
 
 func (x *ChangeAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[65]
+	mi := &file_entente_v1_entente_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3981,7 +4042,7 @@ func (x *ChangeAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*ChangeAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{65}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *ChangeAuthorityRequest) GetId() string {
@@ -4013,7 +4074,7 @@ type ChangeAuthorityResponse struct {
 
 func (x *ChangeAuthorityResponse) Reset() {
 	*x = ChangeAuthorityResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[66]
+	mi := &file_entente_v1_entente_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4025,7 +4086,7 @@ func (x *ChangeAuthorityResponse) String() string {
 func (*ChangeAuthorityResponse) ProtoMessage() {}
 
 func (x *ChangeAuthorityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[66]
+	mi := &file_entente_v1_entente_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4038,7 +4099,7 @@ func (x *ChangeAuthorityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAuthorityResponse.ProtoReflect.Descriptor instead.
 func (*ChangeAuthorityResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{66}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *ChangeAuthorityResponse) GetAuthority() *v1.Authority {
@@ -4079,7 +4140,7 @@ type RemoveNodeRequest struct {
 
 func (x *RemoveNodeRequest) Reset() {
 	*x = RemoveNodeRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[67]
+	mi := &file_entente_v1_entente_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4091,7 +4152,7 @@ func (x *RemoveNodeRequest) String() string {
 func (*RemoveNodeRequest) ProtoMessage() {}
 
 func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[67]
+	mi := &file_entente_v1_entente_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4104,7 +4165,7 @@ func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodeRequest.ProtoReflect.Descriptor instead.
 func (*RemoveNodeRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{67}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *RemoveNodeRequest) GetName() string {
@@ -4133,7 +4194,7 @@ type RemoveNodeResponse struct {
 
 func (x *RemoveNodeResponse) Reset() {
 	*x = RemoveNodeResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[68]
+	mi := &file_entente_v1_entente_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4145,7 +4206,7 @@ func (x *RemoveNodeResponse) String() string {
 func (*RemoveNodeResponse) ProtoMessage() {}
 
 func (x *RemoveNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[68]
+	mi := &file_entente_v1_entente_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4158,7 +4219,7 @@ func (x *RemoveNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodeResponse.ProtoReflect.Descriptor instead.
 func (*RemoveNodeResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{68}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *RemoveNodeResponse) GetRevision() uint64 {
@@ -4199,7 +4260,7 @@ type ListAgentsRequest struct {
 
 func (x *ListAgentsRequest) Reset() {
 	*x = ListAgentsRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[69]
+	mi := &file_entente_v1_entente_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4211,7 +4272,7 @@ func (x *ListAgentsRequest) String() string {
 func (*ListAgentsRequest) ProtoMessage() {}
 
 func (x *ListAgentsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[69]
+	mi := &file_entente_v1_entente_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4224,7 +4285,7 @@ func (x *ListAgentsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAgentsRequest.ProtoReflect.Descriptor instead.
 func (*ListAgentsRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{69}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *ListAgentsRequest) GetPageSize() uint32 {
@@ -4251,7 +4312,7 @@ type ListAgentsResponse struct {
 
 func (x *ListAgentsResponse) Reset() {
 	*x = ListAgentsResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[70]
+	mi := &file_entente_v1_entente_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4263,7 +4324,7 @@ func (x *ListAgentsResponse) String() string {
 func (*ListAgentsResponse) ProtoMessage() {}
 
 func (x *ListAgentsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[70]
+	mi := &file_entente_v1_entente_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4276,7 +4337,7 @@ func (x *ListAgentsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAgentsResponse.ProtoReflect.Descriptor instead.
 func (*ListAgentsResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{70}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *ListAgentsResponse) GetAgents() []*AgentStatus {
@@ -4304,7 +4365,7 @@ type AgentStatus struct {
 
 func (x *AgentStatus) Reset() {
 	*x = AgentStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[71]
+	mi := &file_entente_v1_entente_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4316,7 +4377,7 @@ func (x *AgentStatus) String() string {
 func (*AgentStatus) ProtoMessage() {}
 
 func (x *AgentStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[71]
+	mi := &file_entente_v1_entente_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4329,7 +4390,7 @@ func (x *AgentStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentStatus.ProtoReflect.Descriptor instead.
 func (*AgentStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{71}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *AgentStatus) GetAgent() *v1.Agent {
@@ -4362,7 +4423,7 @@ type GetAgentRequest struct {
 
 func (x *GetAgentRequest) Reset() {
 	*x = GetAgentRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[72]
+	mi := &file_entente_v1_entente_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4374,7 +4435,7 @@ func (x *GetAgentRequest) String() string {
 func (*GetAgentRequest) ProtoMessage() {}
 
 func (x *GetAgentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[72]
+	mi := &file_entente_v1_entente_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4387,7 +4448,7 @@ func (x *GetAgentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetAgentRequest.ProtoReflect.Descriptor instead.
 func (*GetAgentRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{72}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *GetAgentRequest) GetName() string {
@@ -4408,7 +4469,7 @@ type GetAgentResponse struct {
 
 func (x *GetAgentResponse) Reset() {
 	*x = GetAgentResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[73]
+	mi := &file_entente_v1_entente_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4420,7 +4481,7 @@ func (x *GetAgentResponse) String() string {
 func (*GetAgentResponse) ProtoMessage() {}
 
 func (x *GetAgentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[73]
+	mi := &file_entente_v1_entente_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4433,7 +4494,7 @@ func (x *GetAgentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetAgentResponse.ProtoReflect.Descriptor instead.
 func (*GetAgentResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{73}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *GetAgentResponse) GetStatus() *AgentStatus {
@@ -4466,7 +4527,7 @@ type ChangeAgentRequest struct {
 
 func (x *ChangeAgentRequest) Reset() {
 	*x = ChangeAgentRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[74]
+	mi := &file_entente_v1_entente_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4478,7 +4539,7 @@ func (x *ChangeAgentRequest) String() string {
 func (*ChangeAgentRequest) ProtoMessage() {}
 
 func (x *ChangeAgentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[74]
+	mi := &file_entente_v1_entente_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4491,7 +4552,7 @@ func (x *ChangeAgentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAgentRequest.ProtoReflect.Descriptor instead.
 func (*ChangeAgentRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{74}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *ChangeAgentRequest) GetName() string {
@@ -4510,7 +4571,7 @@ type ChangeAgentResponse struct {
 
 func (x *ChangeAgentResponse) Reset() {
 	*x = ChangeAgentResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[75]
+	mi := &file_entente_v1_entente_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4522,7 +4583,7 @@ func (x *ChangeAgentResponse) String() string {
 func (*ChangeAgentResponse) ProtoMessage() {}
 
 func (x *ChangeAgentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[75]
+	mi := &file_entente_v1_entente_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4535,7 +4596,7 @@ func (x *ChangeAgentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAgentResponse.ProtoReflect.Descriptor instead.
 func (*ChangeAgentResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{75}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{76}
 }
 
 func (x *ChangeAgentResponse) GetRevision() uint64 {
@@ -4553,7 +4614,7 @@ type ListTokensRequest struct {
 
 func (x *ListTokensRequest) Reset() {
 	*x = ListTokensRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[76]
+	mi := &file_entente_v1_entente_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4565,7 +4626,7 @@ func (x *ListTokensRequest) String() string {
 func (*ListTokensRequest) ProtoMessage() {}
 
 func (x *ListTokensRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[76]
+	mi := &file_entente_v1_entente_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4578,7 +4639,7 @@ func (x *ListTokensRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTokensRequest.ProtoReflect.Descriptor instead.
 func (*ListTokensRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{76}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{77}
 }
 
 type ListTokensResponse struct {
@@ -4591,7 +4652,7 @@ type ListTokensResponse struct {
 
 func (x *ListTokensResponse) Reset() {
 	*x = ListTokensResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[77]
+	mi := &file_entente_v1_entente_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4603,7 +4664,7 @@ func (x *ListTokensResponse) String() string {
 func (*ListTokensResponse) ProtoMessage() {}
 
 func (x *ListTokensResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[77]
+	mi := &file_entente_v1_entente_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4616,7 +4677,7 @@ func (x *ListTokensResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTokensResponse.ProtoReflect.Descriptor instead.
 func (*ListTokensResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{77}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{78}
 }
 
 func (x *ListTokensResponse) GetTokens() []*v1.Token {
@@ -4642,7 +4703,7 @@ type RevokeTokenRequest struct {
 
 func (x *RevokeTokenRequest) Reset() {
 	*x = RevokeTokenRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[78]
+	mi := &file_entente_v1_entente_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4654,7 +4715,7 @@ func (x *RevokeTokenRequest) String() string {
 func (*RevokeTokenRequest) ProtoMessage() {}
 
 func (x *RevokeTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[78]
+	mi := &file_entente_v1_entente_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4667,7 +4728,7 @@ func (x *RevokeTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeTokenRequest.ProtoReflect.Descriptor instead.
 func (*RevokeTokenRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{78}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *RevokeTokenRequest) GetId() string {
@@ -4686,7 +4747,7 @@ type RevokeTokenResponse struct {
 
 func (x *RevokeTokenResponse) Reset() {
 	*x = RevokeTokenResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[79]
+	mi := &file_entente_v1_entente_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4698,7 +4759,7 @@ func (x *RevokeTokenResponse) String() string {
 func (*RevokeTokenResponse) ProtoMessage() {}
 
 func (x *RevokeTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[79]
+	mi := &file_entente_v1_entente_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4711,7 +4772,7 @@ func (x *RevokeTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeTokenResponse.ProtoReflect.Descriptor instead.
 func (*RevokeTokenResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{79}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{80}
 }
 
 func (x *RevokeTokenResponse) GetRevision() uint64 {
@@ -4731,7 +4792,7 @@ type ChangeEntriesRequest struct {
 
 func (x *ChangeEntriesRequest) Reset() {
 	*x = ChangeEntriesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[80]
+	mi := &file_entente_v1_entente_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4743,7 +4804,7 @@ func (x *ChangeEntriesRequest) String() string {
 func (*ChangeEntriesRequest) ProtoMessage() {}
 
 func (x *ChangeEntriesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[80]
+	mi := &file_entente_v1_entente_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4756,7 +4817,7 @@ func (x *ChangeEntriesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeEntriesRequest.ProtoReflect.Descriptor instead.
 func (*ChangeEntriesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{80}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{81}
 }
 
 func (x *ChangeEntriesRequest) GetChanges() []*v1.EntryChange {
@@ -4782,7 +4843,7 @@ type ChangeEntriesResponse struct {
 
 func (x *ChangeEntriesResponse) Reset() {
 	*x = ChangeEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[81]
+	mi := &file_entente_v1_entente_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4794,7 +4855,7 @@ func (x *ChangeEntriesResponse) String() string {
 func (*ChangeEntriesResponse) ProtoMessage() {}
 
 func (x *ChangeEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[81]
+	mi := &file_entente_v1_entente_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4807,7 +4868,7 @@ func (x *ChangeEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeEntriesResponse.ProtoReflect.Descriptor instead.
 func (*ChangeEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{81}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *ChangeEntriesResponse) GetResults() []*EntryResult {
@@ -4830,7 +4891,7 @@ type EntryResult struct {
 
 func (x *EntryResult) Reset() {
 	*x = EntryResult{}
-	mi := &file_entente_v1_entente_proto_msgTypes[82]
+	mi := &file_entente_v1_entente_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4842,7 +4903,7 @@ func (x *EntryResult) String() string {
 func (*EntryResult) ProtoMessage() {}
 
 func (x *EntryResult) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[82]
+	mi := &file_entente_v1_entente_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4855,7 +4916,7 @@ func (x *EntryResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EntryResult.ProtoReflect.Descriptor instead.
 func (*EntryResult) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{82}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *EntryResult) GetId() string {
@@ -4906,7 +4967,7 @@ type ListEntriesRequest struct {
 
 func (x *ListEntriesRequest) Reset() {
 	*x = ListEntriesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[83]
+	mi := &file_entente_v1_entente_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4918,7 +4979,7 @@ func (x *ListEntriesRequest) String() string {
 func (*ListEntriesRequest) ProtoMessage() {}
 
 func (x *ListEntriesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[83]
+	mi := &file_entente_v1_entente_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4931,7 +4992,7 @@ func (x *ListEntriesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntriesRequest.ProtoReflect.Descriptor instead.
 func (*ListEntriesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{83}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *ListEntriesRequest) GetPageSize() uint32 {
@@ -4979,7 +5040,7 @@ type ListEntriesResponse struct {
 
 func (x *ListEntriesResponse) Reset() {
 	*x = ListEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[84]
+	mi := &file_entente_v1_entente_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4991,7 +5052,7 @@ func (x *ListEntriesResponse) String() string {
 func (*ListEntriesResponse) ProtoMessage() {}
 
 func (x *ListEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[84]
+	mi := &file_entente_v1_entente_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5004,7 +5065,7 @@ func (x *ListEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntriesResponse.ProtoReflect.Descriptor instead.
 func (*ListEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{84}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *ListEntriesResponse) GetEntries() []*v1.Entry {
@@ -5030,7 +5091,7 @@ type GetEntryRequest struct {
 
 func (x *GetEntryRequest) Reset() {
 	*x = GetEntryRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[85]
+	mi := &file_entente_v1_entente_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5042,7 +5103,7 @@ func (x *GetEntryRequest) String() string {
 func (*GetEntryRequest) ProtoMessage() {}
 
 func (x *GetEntryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[85]
+	mi := &file_entente_v1_entente_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5055,7 +5116,7 @@ func (x *GetEntryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetEntryRequest.ProtoReflect.Descriptor instead.
 func (*GetEntryRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{85}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{86}
 }
 
 func (x *GetEntryRequest) GetId() string {
@@ -5074,7 +5135,7 @@ type GetEntryResponse struct {
 
 func (x *GetEntryResponse) Reset() {
 	*x = GetEntryResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[86]
+	mi := &file_entente_v1_entente_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5086,7 +5147,7 @@ func (x *GetEntryResponse) String() string {
 func (*GetEntryResponse) ProtoMessage() {}
 
 func (x *GetEntryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[86]
+	mi := &file_entente_v1_entente_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5099,7 +5160,7 @@ func (x *GetEntryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetEntryResponse.ProtoReflect.Descriptor instead.
 func (*GetEntryResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{86}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *GetEntryResponse) GetEntry() *v1.Entry {
@@ -5118,7 +5179,7 @@ type CountEntriesResponse struct {
 
 func (x *CountEntriesResponse) Reset() {
 	*x = CountEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[87]
+	mi := &file_entente_v1_entente_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5130,7 +5191,7 @@ func (x *CountEntriesResponse) String() string {
 func (*CountEntriesResponse) ProtoMessage() {}
 
 func (x *CountEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[87]
+	mi := &file_entente_v1_entente_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5143,7 +5204,7 @@ func (x *CountEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CountEntriesResponse.ProtoReflect.Descriptor instead.
 func (*CountEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{87}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{88}
 }
 
 func (x *CountEntriesResponse) GetEntries() uint64 {
@@ -5158,14 +5219,15 @@ var File_entente_v1_entente_proto protoreflect.FileDescriptor
 const file_entente_v1_entente_proto_rawDesc = "" +
 	"\n" +
 	"\x18entente/v1/entente.proto\x12\n" +
-	"entente.v1\x1a\x1centente/state/v1/state.proto\"\xa8\x01\n" +
+	"entente.v1\x1a\x1centente/state/v1/state.proto\"\xcd\x01\n" +
 	"\vJoinRequest\x12\x19\n" +
 	"\btoken_id\x18\x01 \x01(\tR\atokenId\x12\x1c\n" +
 	"\tstatement\x18\x02 \x01(\fR\tstatement\x12\x1c\n" +
 	"\tsignature\x18\x03 \x01(\fR\tsignature\x12!\n" +
 	"\fraft_address\x18\x04 \x01(\tR\vraftAddress\x12\x1f\n" +
 	"\vapi_address\x18\x05 \x01(\tR\n" +
-	"apiAddress\"\xa9\x01\n" +
+	"apiAddress\x12#\n" +
+	"\rfeature_level\x18F \x01(\rR\ffeatureLevel\"\xa9\x01\n" +
 	"\fJoinResponse\x120\n" +
 	"\x06member\x18\x01 \x01(\v2\x18.entente.state.v1.MemberR\x06member\x122\n" +
 	"\amembers\x18\x02 \x03(\v2\x18.entente.state.v1.MemberR\amembers\x123\n" +
@@ -5408,7 +5470,10 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1f\n" +
 	"\vwaiting_for\x18\x02 \x03(\tR\n" +
 	"waitingFor\x12\x18\n" +
-	"\aassumed\x18\x03 \x03(\tR\aassumed\"\x11\n" +
+	"\aassumed\x18\x03 \x03(\tR\aassumed\"g\n" +
+	"\aPicture\x12*\n" +
+	"\x06policy\x18\x01 \x01(\v2\x12.entente.v1.PolicyR\x06policy\x120\n" +
+	"\bpresence\x18\x02 \x01(\v2\x14.entente.v1.PresenceR\bpresence\"\x11\n" +
 	"\x0fPresenceRequest\"\x96\x01\n" +
 	"\x10PresenceResponse\x122\n" +
 	"\tinstances\x18\x01 \x03(\v2\x14.entente.v1.InstanceR\tinstances\x122\n" +
@@ -5563,7 +5628,7 @@ func file_entente_v1_entente_proto_rawDescGZIP() []byte {
 }
 
 var file_entente_v1_entente_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_entente_v1_entente_proto_msgTypes = make([]protoimpl.MessageInfo, 88)
+var file_entente_v1_entente_proto_msgTypes = make([]protoimpl.MessageInfo, 89)
 var file_entente_v1_entente_proto_goTypes = []any{
 	(Health)(0),                     // 0: entente.v1.Health
 	(*JoinRequest)(nil),             // 1: entente.v1.JoinRequest
@@ -5625,55 +5690,56 @@ var file_entente_v1_entente_proto_goTypes = []any{
 	(*GateRequest)(nil),             // 57: entente.v1.GateRequest
 	(*GateResponse)(nil),            // 58: entente.v1.GateResponse
 	(*AuthorityGate)(nil),           // 59: entente.v1.AuthorityGate
-	(*PresenceRequest)(nil),         // 60: entente.v1.PresenceRequest
-	(*PresenceResponse)(nil),        // 61: entente.v1.PresenceResponse
-	(*ListAuthoritiesRequest)(nil),  // 62: entente.v1.ListAuthoritiesRequest
-	(*ListAuthoritiesResponse)(nil), // 63: entente.v1.ListAuthoritiesResponse
-	(*AuthorityStatus)(nil),         // 64: entente.v1.AuthorityStatus
-	(*PrepareAuthorityRequest)(nil), // 65: entente.v1.PrepareAuthorityRequest
-	(*ChangeAuthorityRequest)(nil),  // 66: entente.v1.ChangeAuthorityRequest
-	(*ChangeAuthorityResponse)(nil), // 67: entente.v1.ChangeAuthorityResponse
-	(*RemoveNodeRequest)(nil),       // 68: entente.v1.RemoveNodeRequest
-	(*RemoveNodeResponse)(nil),      // 69: entente.v1.RemoveNodeResponse
-	(*ListAgentsRequest)(nil),       // 70: entente.v1.ListAgentsRequest
-	(*ListAgentsResponse)(nil),      // 71: entente.v1.ListAgentsResponse
-	(*AgentStatus)(nil),             // 72: entente.v1.AgentStatus
-	(*GetAgentRequest)(nil),         // 73: entente.v1.GetAgentRequest
-	(*GetAgentResponse)(nil),        // 74: entente.v1.GetAgentResponse
-	(*ChangeAgentRequest)(nil),      // 75: entente.v1.ChangeAgentRequest
-	(*ChangeAgentResponse)(nil),     // 76: entente.v1.ChangeAgentResponse
-	(*ListTokensRequest)(nil),       // 77: entente.v1.ListTokensRequest
-	(*ListTokensResponse)(nil),      // 78: entente.v1.ListTokensResponse
-	(*RevokeTokenRequest)(nil),      // 79: entente.v1.RevokeTokenRequest
-	(*RevokeTokenResponse)(nil),     // 80: entente.v1.RevokeTokenResponse
-	(*ChangeEntriesRequest)(nil),    // 81: entente.v1.ChangeEntriesRequest
-	(*ChangeEntriesResponse)(nil),   // 82: entente.v1.ChangeEntriesResponse
-	(*EntryResult)(nil),             // 83: entente.v1.EntryResult
-	(*ListEntriesRequest)(nil),      // 84: entente.v1.ListEntriesRequest
-	(*ListEntriesResponse)(nil),     // 85: entente.v1.ListEntriesResponse
-	(*GetEntryRequest)(nil),         // 86: entente.v1.GetEntryRequest
-	(*GetEntryResponse)(nil),        // 87: entente.v1.GetEntryResponse
-	(*CountEntriesResponse)(nil),    // 88: entente.v1.CountEntriesResponse
-	(*v1.Member)(nil),               // 89: entente.state.v1.Member
-	(*v1.Cluster)(nil),              // 90: entente.state.v1.Cluster
-	(*v1.Agent)(nil),                // 91: entente.state.v1.Agent
-	(*v1.Distrust)(nil),             // 92: entente.state.v1.Distrust
-	(*v1.Entry)(nil),                // 93: entente.state.v1.Entry
-	(*v1.Object)(nil),               // 94: entente.state.v1.Object
-	(*v1.ObjectKey)(nil),            // 95: entente.state.v1.ObjectKey
-	(*v1.Authority)(nil),            // 96: entente.state.v1.Authority
-	(*v1.NodeGrant)(nil),            // 97: entente.state.v1.NodeGrant
-	(*v1.AgentGrant)(nil),           // 98: entente.state.v1.AgentGrant
-	(*v1.Token)(nil),                // 99: entente.state.v1.Token
-	(*v1.EntryChange)(nil),          // 100: entente.state.v1.EntryChange
+	(*Picture)(nil),                 // 60: entente.v1.Picture
+	(*PresenceRequest)(nil),         // 61: entente.v1.PresenceRequest
+	(*PresenceResponse)(nil),        // 62: entente.v1.PresenceResponse
+	(*ListAuthoritiesRequest)(nil),  // 63: entente.v1.ListAuthoritiesRequest
+	(*ListAuthoritiesResponse)(nil), // 64: entente.v1.ListAuthoritiesResponse
+	(*AuthorityStatus)(nil),         // 65: entente.v1.AuthorityStatus
+	(*PrepareAuthorityRequest)(nil), // 66: entente.v1.PrepareAuthorityRequest
+	(*ChangeAuthorityRequest)(nil),  // 67: entente.v1.ChangeAuthorityRequest
+	(*ChangeAuthorityResponse)(nil), // 68: entente.v1.ChangeAuthorityResponse
+	(*RemoveNodeRequest)(nil),       // 69: entente.v1.RemoveNodeRequest
+	(*RemoveNodeResponse)(nil),      // 70: entente.v1.RemoveNodeResponse
+	(*ListAgentsRequest)(nil),       // 71: entente.v1.ListAgentsRequest
+	(*ListAgentsResponse)(nil),      // 72: entente.v1.ListAgentsResponse
+	(*AgentStatus)(nil),             // 73: entente.v1.AgentStatus
+	(*GetAgentRequest)(nil),         // 74: entente.v1.GetAgentRequest
+	(*GetAgentResponse)(nil),        // 75: entente.v1.GetAgentResponse
+	(*ChangeAgentRequest)(nil),      // 76: entente.v1.ChangeAgentRequest
+	(*ChangeAgentResponse)(nil),     // 77: entente.v1.ChangeAgentResponse
+	(*ListTokensRequest)(nil),       // 78: entente.v1.ListTokensRequest
+	(*ListTokensResponse)(nil),      // 79: entente.v1.ListTokensResponse
+	(*RevokeTokenRequest)(nil),      // 80: entente.v1.RevokeTokenRequest
+	(*RevokeTokenResponse)(nil),     // 81: entente.v1.RevokeTokenResponse
+	(*ChangeEntriesRequest)(nil),    // 82: entente.v1.ChangeEntriesRequest
+	(*ChangeEntriesResponse)(nil),   // 83: entente.v1.ChangeEntriesResponse
+	(*EntryResult)(nil),             // 84: entente.v1.EntryResult
+	(*ListEntriesRequest)(nil),      // 85: entente.v1.ListEntriesRequest
+	(*ListEntriesResponse)(nil),     // 86: entente.v1.ListEntriesResponse
+	(*GetEntryRequest)(nil),         // 87: entente.v1.GetEntryRequest
+	(*GetEntryResponse)(nil),        // 88: entente.v1.GetEntryResponse
+	(*CountEntriesResponse)(nil),    // 89: entente.v1.CountEntriesResponse
+	(*v1.Member)(nil),               // 90: entente.state.v1.Member
+	(*v1.Cluster)(nil),              // 91: entente.state.v1.Cluster
+	(*v1.Agent)(nil),                // 92: entente.state.v1.Agent
+	(*v1.Distrust)(nil),             // 93: entente.state.v1.Distrust
+	(*v1.Entry)(nil),                // 94: entente.state.v1.Entry
+	(*v1.Object)(nil),               // 95: entente.state.v1.Object
+	(*v1.ObjectKey)(nil),            // 96: entente.state.v1.ObjectKey
+	(*v1.Authority)(nil),            // 97: entente.state.v1.Authority
+	(*v1.NodeGrant)(nil),            // 98: entente.state.v1.NodeGrant
+	(*v1.AgentGrant)(nil),           // 99: entente.state.v1.AgentGrant
+	(*v1.Token)(nil),                // 100: entente.state.v1.Token
+	(*v1.EntryChange)(nil),          // 101: entente.state.v1.EntryChange
 }
 var file_entente_v1_entente_proto_depIdxs = []int32{
-	89,  // 0: entente.v1.JoinResponse.member:type_name -> entente.state.v1.Member
-	89,  // 1: entente.v1.JoinResponse.members:type_name -> entente.state.v1.Member
-	90,  // 2: entente.v1.JoinResponse.cluster:type_name -> entente.state.v1.Cluster
-	89,  // 3: entente.v1.AttestResponse.members:type_name -> entente.state.v1.Member
-	90,  // 4: entente.v1.AttestResponse.cluster:type_name -> entente.state.v1.Cluster
-	91,  // 5: entente.v1.AttestResponse.agent:type_name -> entente.state.v1.Agent
+	90,  // 0: entente.v1.JoinResponse.member:type_name -> entente.state.v1.Member
+	90,  // 1: entente.v1.JoinResponse.members:type_name -> entente.state.v1.Member
+	91,  // 2: entente.v1.JoinResponse.cluster:type_name -> entente.state.v1.Cluster
+	90,  // 3: entente.v1.AttestResponse.members:type_name -> entente.state.v1.Member
+	91,  // 4: entente.v1.AttestResponse.cluster:type_name -> entente.state.v1.Cluster
+	92,  // 5: entente.v1.AttestResponse.agent:type_name -> entente.state.v1.Agent
 	6,   // 6: entente.v1.SyncRequest.hello:type_name -> entente.v1.Hello
 	7,   // 7: entente.v1.SyncRequest.ack:type_name -> entente.v1.Ack
 	8,   // 8: entente.v1.SyncRequest.report:type_name -> entente.v1.InstanceReport
@@ -5683,14 +5749,14 @@ var file_entente_v1_entente_proto_depIdxs = []int32{
 	14,  // 12: entente.v1.SyncResponse.presence:type_name -> entente.v1.Presence
 	15,  // 13: entente.v1.SyncResponse.heartbeat:type_name -> entente.v1.Heartbeat
 	11,  // 14: entente.v1.SyncResponse.urgent:type_name -> entente.v1.Urgent
-	92,  // 15: entente.v1.Urgent.distrust:type_name -> entente.state.v1.Distrust
-	90,  // 16: entente.v1.Policy.cluster:type_name -> entente.state.v1.Cluster
-	93,  // 17: entente.v1.Policy.entries:type_name -> entente.state.v1.Entry
+	93,  // 15: entente.v1.Urgent.distrust:type_name -> entente.state.v1.Distrust
+	91,  // 16: entente.v1.Policy.cluster:type_name -> entente.state.v1.Cluster
+	94,  // 17: entente.v1.Policy.entries:type_name -> entente.state.v1.Entry
 	13,  // 18: entente.v1.Policy.bundles:type_name -> entente.v1.Bundle
-	94,  // 19: entente.v1.Policy.objects:type_name -> entente.state.v1.Object
-	95,  // 20: entente.v1.Policy.deleted_objects:type_name -> entente.state.v1.ObjectKey
-	89,  // 21: entente.v1.Policy.members:type_name -> entente.state.v1.Member
-	92,  // 22: entente.v1.Policy.distrust:type_name -> entente.state.v1.Distrust
+	95,  // 19: entente.v1.Policy.objects:type_name -> entente.state.v1.Object
+	96,  // 20: entente.v1.Policy.deleted_objects:type_name -> entente.state.v1.ObjectKey
+	90,  // 21: entente.v1.Policy.members:type_name -> entente.state.v1.Member
+	93,  // 22: entente.v1.Policy.distrust:type_name -> entente.state.v1.Distrust
 	9,   // 23: entente.v1.Presence.instances:type_name -> entente.v1.Instance
 	9,   // 24: entente.v1.Presence.withdrawn:type_name -> entente.v1.Instance
 	17,  // 25: entente.v1.SignX509Request.requests:type_name -> entente.v1.X509Request
@@ -5699,121 +5765,123 @@ var file_entente_v1_entente_proto_depIdxs = []int32{
 	26,  // 28: entente.v1.SignJWTResponse.results:type_name -> entente.v1.TokenResult
 	24,  // 29: entente.v1.SignWITRequest.requests:type_name -> entente.v1.WITRequest
 	26,  // 30: entente.v1.SignWITResponse.results:type_name -> entente.v1.TokenResult
-	90,  // 31: entente.v1.StatusResponse.cluster:type_name -> entente.state.v1.Cluster
+	91,  // 31: entente.v1.StatusResponse.cluster:type_name -> entente.state.v1.Cluster
 	30,  // 32: entente.v1.StatusResponse.members:type_name -> entente.v1.MemberStatus
-	96,  // 33: entente.v1.StatusResponse.authorities:type_name -> entente.state.v1.Authority
+	97,  // 33: entente.v1.StatusResponse.authorities:type_name -> entente.state.v1.Authority
 	44,  // 34: entente.v1.StatusResponse.foreign:type_name -> entente.v1.ForeignBundleStatus
 	9,   // 35: entente.v1.StatusResponse.instances:type_name -> entente.v1.Instance
 	29,  // 36: entente.v1.StatusResponse.autonomy:type_name -> entente.v1.Autonomy
-	89,  // 37: entente.v1.MemberStatus.member:type_name -> entente.state.v1.Member
+	90,  // 37: entente.v1.MemberStatus.member:type_name -> entente.state.v1.Member
 	35,  // 38: entente.v1.ListNodesResponse.nodes:type_name -> entente.v1.NodeProgress
-	89,  // 39: entente.v1.NodeProgress.member:type_name -> entente.state.v1.Member
-	89,  // 40: entente.v1.VouchResponse.member:type_name -> entente.state.v1.Member
-	97,  // 41: entente.v1.CreateTokenRequest.node:type_name -> entente.state.v1.NodeGrant
-	98,  // 42: entente.v1.CreateTokenRequest.agent:type_name -> entente.state.v1.AgentGrant
-	94,  // 43: entente.v1.ApplyRequest.objects:type_name -> entente.state.v1.Object
-	95,  // 44: entente.v1.ApplyRequest.deletes:type_name -> entente.state.v1.ObjectKey
+	90,  // 39: entente.v1.NodeProgress.member:type_name -> entente.state.v1.Member
+	90,  // 40: entente.v1.VouchResponse.member:type_name -> entente.state.v1.Member
+	98,  // 41: entente.v1.CreateTokenRequest.node:type_name -> entente.state.v1.NodeGrant
+	99,  // 42: entente.v1.CreateTokenRequest.agent:type_name -> entente.state.v1.AgentGrant
+	95,  // 43: entente.v1.ApplyRequest.objects:type_name -> entente.state.v1.Object
+	96,  // 44: entente.v1.ApplyRequest.deletes:type_name -> entente.state.v1.ObjectKey
 	49,  // 45: entente.v1.ApplyResponse.changes:type_name -> entente.v1.ObjectChange
-	95,  // 46: entente.v1.ObjectChange.key:type_name -> entente.state.v1.ObjectKey
+	96,  // 46: entente.v1.ObjectChange.key:type_name -> entente.state.v1.ObjectKey
 	55,  // 47: entente.v1.ReportRequest.held:type_name -> entente.v1.HeldAuthority
 	59,  // 48: entente.v1.GateResponse.authorities:type_name -> entente.v1.AuthorityGate
-	9,   // 49: entente.v1.PresenceResponse.instances:type_name -> entente.v1.Instance
-	9,   // 50: entente.v1.PresenceResponse.withdrawn:type_name -> entente.v1.Instance
-	64,  // 51: entente.v1.ListAuthoritiesResponse.authorities:type_name -> entente.v1.AuthorityStatus
-	96,  // 52: entente.v1.AuthorityStatus.authority:type_name -> entente.state.v1.Authority
-	96,  // 53: entente.v1.ChangeAuthorityResponse.authority:type_name -> entente.state.v1.Authority
-	96,  // 54: entente.v1.ChangeAuthorityResponse.signing:type_name -> entente.state.v1.Authority
-	89,  // 55: entente.v1.RemoveNodeResponse.member:type_name -> entente.state.v1.Member
-	96,  // 56: entente.v1.RemoveNodeResponse.authorities:type_name -> entente.state.v1.Authority
-	72,  // 57: entente.v1.ListAgentsResponse.agents:type_name -> entente.v1.AgentStatus
-	91,  // 58: entente.v1.AgentStatus.agent:type_name -> entente.state.v1.Agent
-	72,  // 59: entente.v1.GetAgentResponse.status:type_name -> entente.v1.AgentStatus
-	93,  // 60: entente.v1.GetAgentResponse.entries:type_name -> entente.state.v1.Entry
-	9,   // 61: entente.v1.GetAgentResponse.instances:type_name -> entente.v1.Instance
-	99,  // 62: entente.v1.ListTokensResponse.tokens:type_name -> entente.state.v1.Token
-	100, // 63: entente.v1.ChangeEntriesRequest.changes:type_name -> entente.state.v1.EntryChange
-	83,  // 64: entente.v1.ChangeEntriesResponse.results:type_name -> entente.v1.EntryResult
-	93,  // 65: entente.v1.ListEntriesResponse.entries:type_name -> entente.state.v1.Entry
-	93,  // 66: entente.v1.GetEntryResponse.entry:type_name -> entente.state.v1.Entry
-	1,   // 67: entente.v1.Join.Join:input_type -> entente.v1.JoinRequest
-	3,   // 68: entente.v1.Attest.Attest:input_type -> entente.v1.AttestRequest
-	5,   // 69: entente.v1.Sync.Sync:input_type -> entente.v1.SyncRequest
-	16,  // 70: entente.v1.Sign.SignX509:input_type -> entente.v1.SignX509Request
-	20,  // 71: entente.v1.Sign.SignJWT:input_type -> entente.v1.SignJWTRequest
-	23,  // 72: entente.v1.Sign.SignWIT:input_type -> entente.v1.SignWITRequest
-	27,  // 73: entente.v1.Admin.Status:input_type -> entente.v1.StatusRequest
-	45,  // 74: entente.v1.Admin.CreateToken:input_type -> entente.v1.CreateTokenRequest
-	47,  // 75: entente.v1.Admin.Apply:input_type -> entente.v1.ApplyRequest
-	50,  // 76: entente.v1.Admin.GetBundle:input_type -> entente.v1.GetBundleRequest
-	62,  // 77: entente.v1.Admin.ListAuthorities:input_type -> entente.v1.ListAuthoritiesRequest
-	65,  // 78: entente.v1.Admin.PrepareAuthority:input_type -> entente.v1.PrepareAuthorityRequest
-	66,  // 79: entente.v1.Admin.ActivateAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	66,  // 80: entente.v1.Admin.TaintAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	66,  // 81: entente.v1.Admin.RevokeAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	68,  // 82: entente.v1.Admin.RemoveNode:input_type -> entente.v1.RemoveNodeRequest
-	70,  // 83: entente.v1.Admin.ListAgents:input_type -> entente.v1.ListAgentsRequest
-	73,  // 84: entente.v1.Admin.GetAgent:input_type -> entente.v1.GetAgentRequest
-	75,  // 85: entente.v1.Admin.BanAgent:input_type -> entente.v1.ChangeAgentRequest
-	75,  // 86: entente.v1.Admin.EvictAgent:input_type -> entente.v1.ChangeAgentRequest
-	77,  // 87: entente.v1.Admin.ListTokens:input_type -> entente.v1.ListTokensRequest
-	79,  // 88: entente.v1.Admin.RevokeToken:input_type -> entente.v1.RevokeTokenRequest
-	81,  // 89: entente.v1.Admin.ChangeEntries:input_type -> entente.v1.ChangeEntriesRequest
-	84,  // 90: entente.v1.Admin.ListEntries:input_type -> entente.v1.ListEntriesRequest
-	86,  // 91: entente.v1.Admin.GetEntry:input_type -> entente.v1.GetEntryRequest
-	84,  // 92: entente.v1.Admin.CountEntries:input_type -> entente.v1.ListEntriesRequest
-	31,  // 93: entente.v1.Admin.SaveSnapshot:input_type -> entente.v1.SaveSnapshotRequest
-	33,  // 94: entente.v1.Admin.ListNodes:input_type -> entente.v1.ListNodesRequest
-	36,  // 95: entente.v1.Admin.PromoteNode:input_type -> entente.v1.PromoteNodeRequest
-	52,  // 96: entente.v1.Peer.Propose:input_type -> entente.v1.ProposeRequest
-	54,  // 97: entente.v1.Peer.Report:input_type -> entente.v1.ReportRequest
-	60,  // 98: entente.v1.Peer.Presence:input_type -> entente.v1.PresenceRequest
-	57,  // 99: entente.v1.Peer.Gate:input_type -> entente.v1.GateRequest
-	38,  // 100: entente.v1.Peer.Vouch:input_type -> entente.v1.VouchRequest
-	40,  // 101: entente.v1.Peer.Checksum:input_type -> entente.v1.ChecksumRequest
-	33,  // 102: entente.v1.Peer.Nodes:input_type -> entente.v1.ListNodesRequest
-	42,  // 103: entente.v1.Peer.ShowEpoch:input_type -> entente.v1.ShowEpochRequest
-	2,   // 104: entente.v1.Join.Join:output_type -> entente.v1.JoinResponse
-	4,   // 105: entente.v1.Attest.Attest:output_type -> entente.v1.AttestResponse
-	10,  // 106: entente.v1.Sync.Sync:output_type -> entente.v1.SyncResponse
-	18,  // 107: entente.v1.Sign.SignX509:output_type -> entente.v1.SignX509Response
-	22,  // 108: entente.v1.Sign.SignJWT:output_type -> entente.v1.SignJWTResponse
-	25,  // 109: entente.v1.Sign.SignWIT:output_type -> entente.v1.SignWITResponse
-	28,  // 110: entente.v1.Admin.Status:output_type -> entente.v1.StatusResponse
-	46,  // 111: entente.v1.Admin.CreateToken:output_type -> entente.v1.CreateTokenResponse
-	48,  // 112: entente.v1.Admin.Apply:output_type -> entente.v1.ApplyResponse
-	51,  // 113: entente.v1.Admin.GetBundle:output_type -> entente.v1.GetBundleResponse
-	63,  // 114: entente.v1.Admin.ListAuthorities:output_type -> entente.v1.ListAuthoritiesResponse
-	67,  // 115: entente.v1.Admin.PrepareAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	67,  // 116: entente.v1.Admin.ActivateAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	67,  // 117: entente.v1.Admin.TaintAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	67,  // 118: entente.v1.Admin.RevokeAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	69,  // 119: entente.v1.Admin.RemoveNode:output_type -> entente.v1.RemoveNodeResponse
-	71,  // 120: entente.v1.Admin.ListAgents:output_type -> entente.v1.ListAgentsResponse
-	74,  // 121: entente.v1.Admin.GetAgent:output_type -> entente.v1.GetAgentResponse
-	76,  // 122: entente.v1.Admin.BanAgent:output_type -> entente.v1.ChangeAgentResponse
-	76,  // 123: entente.v1.Admin.EvictAgent:output_type -> entente.v1.ChangeAgentResponse
-	78,  // 124: entente.v1.Admin.ListTokens:output_type -> entente.v1.ListTokensResponse
-	80,  // 125: entente.v1.Admin.RevokeToken:output_type -> entente.v1.RevokeTokenResponse
-	82,  // 126: entente.v1.Admin.ChangeEntries:output_type -> entente.v1.ChangeEntriesResponse
-	85,  // 127: entente.v1.Admin.ListEntries:output_type -> entente.v1.ListEntriesResponse
-	87,  // 128: entente.v1.Admin.GetEntry:output_type -> entente.v1.GetEntryResponse
-	88,  // 129: entente.v1.Admin.CountEntries:output_type -> entente.v1.CountEntriesResponse
-	32,  // 130: entente.v1.Admin.SaveSnapshot:output_type -> entente.v1.SaveSnapshotResponse
-	34,  // 131: entente.v1.Admin.ListNodes:output_type -> entente.v1.ListNodesResponse
-	37,  // 132: entente.v1.Admin.PromoteNode:output_type -> entente.v1.PromoteNodeResponse
-	53,  // 133: entente.v1.Peer.Propose:output_type -> entente.v1.ProposeResponse
-	56,  // 134: entente.v1.Peer.Report:output_type -> entente.v1.ReportResponse
-	61,  // 135: entente.v1.Peer.Presence:output_type -> entente.v1.PresenceResponse
-	58,  // 136: entente.v1.Peer.Gate:output_type -> entente.v1.GateResponse
-	39,  // 137: entente.v1.Peer.Vouch:output_type -> entente.v1.VouchResponse
-	41,  // 138: entente.v1.Peer.Checksum:output_type -> entente.v1.ChecksumResponse
-	34,  // 139: entente.v1.Peer.Nodes:output_type -> entente.v1.ListNodesResponse
-	43,  // 140: entente.v1.Peer.ShowEpoch:output_type -> entente.v1.ShowEpochResponse
-	104, // [104:141] is the sub-list for method output_type
-	67,  // [67:104] is the sub-list for method input_type
-	67,  // [67:67] is the sub-list for extension type_name
-	67,  // [67:67] is the sub-list for extension extendee
-	0,   // [0:67] is the sub-list for field type_name
+	12,  // 49: entente.v1.Picture.policy:type_name -> entente.v1.Policy
+	14,  // 50: entente.v1.Picture.presence:type_name -> entente.v1.Presence
+	9,   // 51: entente.v1.PresenceResponse.instances:type_name -> entente.v1.Instance
+	9,   // 52: entente.v1.PresenceResponse.withdrawn:type_name -> entente.v1.Instance
+	65,  // 53: entente.v1.ListAuthoritiesResponse.authorities:type_name -> entente.v1.AuthorityStatus
+	97,  // 54: entente.v1.AuthorityStatus.authority:type_name -> entente.state.v1.Authority
+	97,  // 55: entente.v1.ChangeAuthorityResponse.authority:type_name -> entente.state.v1.Authority
+	97,  // 56: entente.v1.ChangeAuthorityResponse.signing:type_name -> entente.state.v1.Authority
+	90,  // 57: entente.v1.RemoveNodeResponse.member:type_name -> entente.state.v1.Member
+	97,  // 58: entente.v1.RemoveNodeResponse.authorities:type_name -> entente.state.v1.Authority
+	73,  // 59: entente.v1.ListAgentsResponse.agents:type_name -> entente.v1.AgentStatus
+	92,  // 60: entente.v1.AgentStatus.agent:type_name -> entente.state.v1.Agent
+	73,  // 61: entente.v1.GetAgentResponse.status:type_name -> entente.v1.AgentStatus
+	94,  // 62: entente.v1.GetAgentResponse.entries:type_name -> entente.state.v1.Entry
+	9,   // 63: entente.v1.GetAgentResponse.instances:type_name -> entente.v1.Instance
+	100, // 64: entente.v1.ListTokensResponse.tokens:type_name -> entente.state.v1.Token
+	101, // 65: entente.v1.ChangeEntriesRequest.changes:type_name -> entente.state.v1.EntryChange
+	84,  // 66: entente.v1.ChangeEntriesResponse.results:type_name -> entente.v1.EntryResult
+	94,  // 67: entente.v1.ListEntriesResponse.entries:type_name -> entente.state.v1.Entry
+	94,  // 68: entente.v1.GetEntryResponse.entry:type_name -> entente.state.v1.Entry
+	1,   // 69: entente.v1.Join.Join:input_type -> entente.v1.JoinRequest
+	3,   // 70: entente.v1.Attest.Attest:input_type -> entente.v1.AttestRequest
+	5,   // 71: entente.v1.Sync.Sync:input_type -> entente.v1.SyncRequest
+	16,  // 72: entente.v1.Sign.SignX509:input_type -> entente.v1.SignX509Request
+	20,  // 73: entente.v1.Sign.SignJWT:input_type -> entente.v1.SignJWTRequest
+	23,  // 74: entente.v1.Sign.SignWIT:input_type -> entente.v1.SignWITRequest
+	27,  // 75: entente.v1.Admin.Status:input_type -> entente.v1.StatusRequest
+	45,  // 76: entente.v1.Admin.CreateToken:input_type -> entente.v1.CreateTokenRequest
+	47,  // 77: entente.v1.Admin.Apply:input_type -> entente.v1.ApplyRequest
+	50,  // 78: entente.v1.Admin.GetBundle:input_type -> entente.v1.GetBundleRequest
+	63,  // 79: entente.v1.Admin.ListAuthorities:input_type -> entente.v1.ListAuthoritiesRequest
+	66,  // 80: entente.v1.Admin.PrepareAuthority:input_type -> entente.v1.PrepareAuthorityRequest
+	67,  // 81: entente.v1.Admin.ActivateAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	67,  // 82: entente.v1.Admin.TaintAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	67,  // 83: entente.v1.Admin.RevokeAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	69,  // 84: entente.v1.Admin.RemoveNode:input_type -> entente.v1.RemoveNodeRequest
+	71,  // 85: entente.v1.Admin.ListAgents:input_type -> entente.v1.ListAgentsRequest
+	74,  // 86: entente.v1.Admin.GetAgent:input_type -> entente.v1.GetAgentRequest
+	76,  // 87: entente.v1.Admin.BanAgent:input_type -> entente.v1.ChangeAgentRequest
+	76,  // 88: entente.v1.Admin.EvictAgent:input_type -> entente.v1.ChangeAgentRequest
+	78,  // 89: entente.v1.Admin.ListTokens:input_type -> entente.v1.ListTokensRequest
+	80,  // 90: entente.v1.Admin.RevokeToken:input_type -> entente.v1.RevokeTokenRequest
+	82,  // 91: entente.v1.Admin.ChangeEntries:input_type -> entente.v1.ChangeEntriesRequest
+	85,  // 92: entente.v1.Admin.ListEntries:input_type -> entente.v1.ListEntriesRequest
+	87,  // 93: entente.v1.Admin.GetEntry:input_type -> entente.v1.GetEntryRequest
+	85,  // 94: entente.v1.Admin.CountEntries:input_type -> entente.v1.ListEntriesRequest
+	31,  // 95: entente.v1.Admin.SaveSnapshot:input_type -> entente.v1.SaveSnapshotRequest
+	33,  // 96: entente.v1.Admin.ListNodes:input_type -> entente.v1.ListNodesRequest
+	36,  // 97: entente.v1.Admin.PromoteNode:input_type -> entente.v1.PromoteNodeRequest
+	52,  // 98: entente.v1.Peer.Propose:input_type -> entente.v1.ProposeRequest
+	54,  // 99: entente.v1.Peer.Report:input_type -> entente.v1.ReportRequest
+	61,  // 100: entente.v1.Peer.Presence:input_type -> entente.v1.PresenceRequest
+	57,  // 101: entente.v1.Peer.Gate:input_type -> entente.v1.GateRequest
+	38,  // 102: entente.v1.Peer.Vouch:input_type -> entente.v1.VouchRequest
+	40,  // 103: entente.v1.Peer.Checksum:input_type -> entente.v1.ChecksumRequest
+	33,  // 104: entente.v1.Peer.Nodes:input_type -> entente.v1.ListNodesRequest
+	42,  // 105: entente.v1.Peer.ShowEpoch:input_type -> entente.v1.ShowEpochRequest
+	2,   // 106: entente.v1.Join.Join:output_type -> entente.v1.JoinResponse
+	4,   // 107: entente.v1.Attest.Attest:output_type -> entente.v1.AttestResponse
+	10,  // 108: entente.v1.Sync.Sync:output_type -> entente.v1.SyncResponse
+	18,  // 109: entente.v1.Sign.SignX509:output_type -> entente.v1.SignX509Response
+	22,  // 110: entente.v1.Sign.SignJWT:output_type -> entente.v1.SignJWTResponse
+	25,  // 111: entente.v1.Sign.SignWIT:output_type -> entente.v1.SignWITResponse
+	28,  // 112: entente.v1.Admin.Status:output_type -> entente.v1.StatusResponse
+	46,  // 113: entente.v1.Admin.CreateToken:output_type -> entente.v1.CreateTokenResponse
+	48,  // 114: entente.v1.Admin.Apply:output_type -> entente.v1.ApplyResponse
+	51,  // 115: entente.v1.Admin.GetBundle:output_type -> entente.v1.GetBundleResponse
+	64,  // 116: entente.v1.Admin.ListAuthorities:output_type -> entente.v1.ListAuthoritiesResponse
+	68,  // 117: entente.v1.Admin.PrepareAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	68,  // 118: entente.v1.Admin.ActivateAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	68,  // 119: entente.v1.Admin.TaintAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	68,  // 120: entente.v1.Admin.RevokeAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	70,  // 121: entente.v1.Admin.RemoveNode:output_type -> entente.v1.RemoveNodeResponse
+	72,  // 122: entente.v1.Admin.ListAgents:output_type -> entente.v1.ListAgentsResponse
+	75,  // 123: entente.v1.Admin.GetAgent:output_type -> entente.v1.GetAgentResponse
+	77,  // 124: entente.v1.Admin.BanAgent:output_type -> entente.v1.ChangeAgentResponse
+	77,  // 125: entente.v1.Admin.EvictAgent:output_type -> entente.v1.ChangeAgentResponse
+	79,  // 126: entente.v1.Admin.ListTokens:output_type -> entente.v1.ListTokensResponse
+	81,  // 127: entente.v1.Admin.RevokeToken:output_type -> entente.v1.RevokeTokenResponse
+	83,  // 128: entente.v1.Admin.ChangeEntries:output_type -> entente.v1.ChangeEntriesResponse
+	86,  // 129: entente.v1.Admin.ListEntries:output_type -> entente.v1.ListEntriesResponse
+	88,  // 130: entente.v1.Admin.GetEntry:output_type -> entente.v1.GetEntryResponse
+	89,  // 131: entente.v1.Admin.CountEntries:output_type -> entente.v1.CountEntriesResponse
+	32,  // 132: entente.v1.Admin.SaveSnapshot:output_type -> entente.v1.SaveSnapshotResponse
+	34,  // 133: entente.v1.Admin.ListNodes:output_type -> entente.v1.ListNodesResponse
+	37,  // 134: entente.v1.Admin.PromoteNode:output_type -> entente.v1.PromoteNodeResponse
+	53,  // 135: entente.v1.Peer.Propose:output_type -> entente.v1.ProposeResponse
+	56,  // 136: entente.v1.Peer.Report:output_type -> entente.v1.ReportResponse
+	62,  // 137: entente.v1.Peer.Presence:output_type -> entente.v1.PresenceResponse
+	58,  // 138: entente.v1.Peer.Gate:output_type -> entente.v1.GateResponse
+	39,  // 139: entente.v1.Peer.Vouch:output_type -> entente.v1.VouchResponse
+	41,  // 140: entente.v1.Peer.Checksum:output_type -> entente.v1.ChecksumResponse
+	34,  // 141: entente.v1.Peer.Nodes:output_type -> entente.v1.ListNodesResponse
+	43,  // 142: entente.v1.Peer.ShowEpoch:output_type -> entente.v1.ShowEpochResponse
+	106, // [106:143] is the sub-list for method output_type
+	69,  // [69:106] is the sub-list for method input_type
+	69,  // [69:69] is the sub-list for extension type_name
+	69,  // [69:69] is the sub-list for extension extendee
+	0,   // [0:69] is the sub-list for field type_name
 }
 
 func init() { file_entente_v1_entente_proto_init() }
@@ -5838,7 +5906,7 @@ func file_entente_v1_entente_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_entente_v1_entente_proto_rawDesc), len(file_entente_v1_entente_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   88,
+			NumMessages:   89,
 			NumExtensions: 0,
 			NumServices:   6,
 		},
