@@ -30,6 +30,7 @@ api/entente/v1:
 
 ca:
 ca/domain:               ca federation federation/catalog
+ca/domain/domaintest:    ca
 ca/presence:
 ca/feed:                 ca ca/domain ca/presence
 ca/signer:               ca

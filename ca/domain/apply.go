@@ -503,6 +503,9 @@ func (a *application) prepareAuthority(c *statev1.PrepareAuthority) *Refusal {
 		if n := len(p.GetCertificate()); n == 0 || n > 4<<10 {
 			return refuse(CodeInvalid, "authority certificate has %d bytes, not 1 to %d", n, 4<<10)
 		}
+		if err := ca.CheckAuthorityCertificate(a.td.Name(), p); err != nil {
+			return invalid(err)
+		}
 	case statev1.KeyUse_KEY_USE_JWT, statev1.KeyUse_KEY_USE_WIT:
 		if len(p.GetCertificate()) != 0 {
 			return refuse(CodeInvalid, "only an X.509 authority has a certificate")
@@ -545,12 +548,15 @@ func (a *application) prepareAuthority(c *statev1.PrepareAuthority) *Refusal {
 	if count >= maxPerMember {
 		return refuse(CodeLimit, "member %s has %d authorities already; wait until some have ended for %v", m.GetName(), count, authorityGrace)
 	}
+	if err := ca.VerifyAuthority(a.Cluster(), p, c.GetNodeKey(), c.GetSignature()); err != nil {
+		return invalid(err)
+	}
 	authority := &statev1.Authority{
 		Id: p.GetId(), MemberId: p.GetMemberId(), Use: p.GetUse(),
 		PublicKey: bytes.Clone(p.GetPublicKey()), Certificate: bytes.Clone(p.GetCertificate()),
 		NotBefore: p.GetNotBefore(), NotAfter: p.GetNotAfter(),
 		Phase:    statev1.AuthorityPhase_AUTHORITY_PHASE_PREPARED,
-		Revision: a.rev, PreparedRevision: a.rev,
+		Revision: a.rev, PreparedRevision: a.rev, Since: a.seconds(),
 	}
 	put(a, &a.authorities, authority.GetId(), authority)
 	a.changed(ChangeAuthority, authority.GetId())
@@ -566,13 +572,21 @@ func (a *application) bundleChanged() {
 // move puts an authority into another phase. The bundle's content is the same in all
 // of them but REVOKED.
 func (a *application) move(have *statev1.Authority, to statev1.AuthorityPhase) {
-	a.change(have, func(authority *statev1.Authority) { authority.Phase = to })
+	a.change(have, func(authority *statev1.Authority) { authority.Phase, authority.Since = to, a.seconds() })
 	if ca.InBundle(have.GetPhase()) != ca.InBundle(to) {
 		a.bundleChanged()
 	}
 	if to == statev1.AuthorityPhase_AUTHORITY_PHASE_REVOKED {
 		a.distrusted(&statev1.Distrust{Authority: have.GetId()}, time.Unix(have.GetNotAfter(), 0))
 	}
+}
+
+// seconds is the state's time in Unix seconds; 0 before the first Tick.
+func (a *application) seconds() int64 {
+	if a.now == 0 {
+		return 0
+	}
+	return a.Now().Unix()
 }
 
 // change stores an authority as the edit makes it. The record that stands is shared
@@ -636,6 +650,14 @@ func (a *application) tick(c *statev1.Tick) *Refusal {
 			drop(a, &a.authorities, authority.GetId())
 			a.changed(ChangeAuthority, authority.GetId())
 			gone = gone || ca.InBundle(authority.GetPhase())
+			continue
+		}
+		switch {
+		case authority.GetPhase() == statev1.AuthorityPhase_AUTHORITY_PHASE_PREPARED && authority.GetNotAfter() <= a.seconds():
+			// It was never used and cannot be any more: its member may prepare another one.
+			a.move(authority, statev1.AuthorityPhase_AUTHORITY_PHASE_RETIRED)
+		case authority.GetSince() == 0:
+			a.change(authority, func(authority *statev1.Authority) { authority.Since = a.seconds() })
 		}
 	}
 	if gone {

@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto"
 	"crypto/rand"
+	"crypto/sha256"
 	"crypto/x509"
 	"errors"
 	"fmt"
@@ -214,9 +215,11 @@ func (n *Node) prepareAuthority(ctx context.Context, own ownAuthorities) (id str
 	if err != nil {
 		return "", err
 	}
-	err = n.agreeSelf(ctx, &statev1.Command{
-		Body: &statev1.Command_PrepareAuthority{PrepareAuthority: &statev1.PrepareAuthority{Authority: authority}},
-	})
+	proposal, err := n.signAuthority(authority)
+	if err != nil {
+		return "", err
+	}
+	err = n.agreeSelf(ctx, &statev1.Command{Body: &statev1.Command_PrepareAuthority{PrepareAuthority: proposal}})
 	if err != nil {
 		return "", fmt.Errorf("prepare %s authority %.12s: %w", own.use.name, authority.GetId(), err)
 	}
@@ -292,6 +295,24 @@ func (n *Node) makeAuthority(key crypto.Signer, own ownAuthorities) (*statev1.Au
 		return nil, fmt.Errorf("sign the authority certificate: %w", err)
 	}
 	return ca.NewAuthority(n.td, n.own.id, der, phase, now)
+}
+
+// signAuthority makes the authority this node's own word.
+func (n *Node) signAuthority(authority *statev1.Authority) (*statev1.PrepareAuthority, error) {
+	spki, err := x509.MarshalPKIXPublicKey(n.own.key.Public())
+	if err != nil {
+		return nil, err
+	}
+	var sum [sha256.Size]byte
+	n.Read(func(st *domain.State) { sum = ca.AuthorityStatement(st.Cluster(), authority) })
+	signature, err := n.own.key.Sign(rand.Reader, sum[:], crypto.SHA256)
+	if err == nil {
+		signature, err = ca.FixedSignature(signature)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("sign the authority with the node key: %w", err)
+	}
+	return &statev1.PrepareAuthority{Authority: authority, NodeKey: spki, Signature: signature}, nil
 }
 
 // dropKeys deletes the keys of authorities that will never sign again.
