@@ -22,10 +22,10 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
-	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/domain"
 	"github.com/entente-mesh/entente/ca/feed"
 	"github.com/entente-mesh/entente/ca/replica"
+	"github.com/entente-mesh/entente/ca/rotation"
 	"github.com/entente-mesh/entente/ca/server"
 	"github.com/entente-mesh/entente/ca/signer"
 	"github.com/entente-mesh/entente/federation/exchange"
@@ -58,6 +58,8 @@ type Node struct {
 	clock    clock
 	svids    *svids
 	gate     gate
+	offline  offline
+	overdue  atomic.Int64 // authorities that the leader waits for longer than a phase
 	foreign  foreignStatus
 	wit      atomic.Bool // a relationship asks for WIT keys
 	leaves   leaves
@@ -135,6 +137,10 @@ func New(cfg *Config, log *slog.Logger, listeners Listeners) (_ *Node, err error
 		Reported:    n.gate.reported,
 		Gate:        n.askGate,
 		LocalGate:   n.localGate,
+		MarkReady:   n.markExcluding,
+		Exclude:     n.askMarkExcluding,
+		Offline:     n.activateOffline,
+		IsOffline:   n.offline.has,
 		Prepare:     n.prepareNow,
 		Audit:       n.audit,
 		Nodes:       n.nodes,
@@ -453,13 +459,20 @@ func (n *Node) info() server.Info {
 // activeAuthority is this node's ACTIVE X.509 authority.
 func (n *Node) activeAuthority() *statev1.Authority { return n.activeFor(statev1.KeyUse_KEY_USE_X509) }
 
-// activeFor is this node's ACTIVE authority for one use.
+// activeFor is the authority that this node signs with for one use: the ACTIVE one, or
+// the one that it took into use without quorum.
 func (n *Node) activeFor(use statev1.KeyUse) (active *statev1.Authority) {
 	r := n.replica.Load()
 	if r == nil {
 		return nil
 	}
-	r.Read(func(st *domain.State) { active, _ = st.Active(n.own.id, use) })
+	taken := n.offline.record(use)
+	r.Read(func(st *domain.State) {
+		var offline bool
+		if active, offline = rotation.Signing(st, n.own.id, use, taken.GetId()); offline {
+			active = taken
+		}
+	})
 	return active
 }
 
@@ -484,28 +497,23 @@ func (n *Node) openAudit() error {
 // status is how far this replica's subscribers are.
 func (n *Node) status() feed.Status {
 	var longest time.Duration
-	n.Read(func(st *domain.State) { longest = n.leaves.longest(st) })
+	n.Read(func(st *domain.State) { longest = n.leaves.longest(st)[statev1.KeyUse_KEY_USE_X509] })
 	return n.feed.Status(time.Now(), longest)
 }
 
-// leaves knows the longest life of any SVID that the domain issues.
+// leaves knows the longest life of anything that the domain issues.
 type leaves struct {
 	mu       sync.Mutex
 	revision uint64
-	life     time.Duration
+	life     rotation.Longest // not changed once it is here
 }
 
 // longest looks at all entries once per revision.
-func (l *leaves) longest(st *domain.State) time.Duration {
+func (l *leaves) longest(st *domain.State) rotation.Longest {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.life != 0 && l.revision == st.Revision() {
-		return l.life
-	}
-	lifetimes := st.Lifetimes()
-	l.revision, l.life = st.Revision(), max(lifetimes.X509SVID, lifetimes.AgentSVID)
-	for e := range st.Entries() {
-		l.life = max(l.life, ca.SVIDLife(e, lifetimes))
+	if l.life == nil || l.revision != st.Revision() {
+		l.revision, l.life = st.Revision(), rotation.LongestOf(st)
 	}
 	return l.life
 }
@@ -556,6 +564,15 @@ func (n *Node) registerMetrics() {
 	})
 	gauge("entente_ca_signs_without_quorum_seconds", "How long this node goes on signing if nothing can be agreed any more.", func() float64 {
 		return n.autonomy(time.Now()).Seconds()
+	})
+	gauge("entente_ca_rotations_overdue", "At the leader: authorities that should be in use by now and are not held by everybody.", func() float64 {
+		if !n.IsLeader() {
+			return 0
+		}
+		return float64(n.overdue.Load())
+	})
+	gauge("entente_ca_authorities_offline", "Authorities that this node took into use without quorum.", func() float64 {
+		return float64(n.offline.count())
 	})
 	gauge("entente_ca_subscribers", "Sync streams at this node.", func() float64 {
 		return float64(n.status().Subscribers)
