@@ -485,7 +485,7 @@ func TestAcknowledgementMinimum(t *testing.T) {
 		t.Error("one has not acknowledged, and the minimum has reached the authority")
 	}
 	status := w.f.Status(start, longest)
-	if len(status.WaitingFor) != 1 || status.WaitingFor[0] != "/entente/agent/h2" {
+	if len(status.WaitingFor) != 1 || status.WaitingFor[0] != "agent h2" {
 		t.Errorf("waiting for %v", status.WaitingFor)
 	}
 

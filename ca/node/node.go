@@ -111,6 +111,8 @@ func New(cfg *Config, log *slog.Logger, listeners Listeners) (_ *Node, err error
 		recheck:   make(chan struct{}, 1),
 		odd:       make(chan uint64, 1),
 	}
+	n.feed.ReissueRate = cfg.ReissueRate.PerSecond
+	n.recallSubscribers()
 	n.bundles = server.NewBundles(n.td)
 	if err := n.openAudit(); err != nil {
 		return nil, err
@@ -248,6 +250,7 @@ func (n *Node) Run(ctx context.Context) error {
 	group.Go("leadership", n.runLeadership)
 	group.Go("presence", n.runPresence)
 	group.Go("reports", n.runReports)
+	group.Go("subscribers", n.runSubscribers)
 	group.Go("rechecks", n.runRechecks)
 	if n.auditLog != nil {
 		group.Go("audit log", func(ctx context.Context) error { return n.auditLog.Run(ctx, n.log) })

@@ -155,7 +155,7 @@ func TestAuthorityListSaysForWhom(t *testing.T) {
 			}
 			for _, a := range r.GetAuthorities() {
 				if a.GetAuthority().GetPhase() == statev1.AuthorityPhase_AUTHORITY_PHASE_PREPARED && !a.GetAuthority().GetReady() &&
-					strings.Contains(strings.Join(a.GetWaitingFor(), " "), "/entente/agent/h1") {
+					strings.Contains(strings.Join(a.GetWaitingFor(), " "), "agent h1") {
 					waiting = a
 					return nil
 				}
@@ -164,7 +164,7 @@ func TestAuthorityListSaysForWhom(t *testing.T) {
 		})
 	}
 	_, err := two.Admin().ActivateAuthority(t.Context(), &ententev1.ChangeAuthorityRequest{Id: waiting.GetAuthority().GetId()})
-	if status.Code(err) != codes.FailedPrecondition || !strings.Contains(err.Error(), "/entente/agent/h1") {
+	if status.Code(err) != codes.FailedPrecondition || !strings.Contains(err.Error(), "agent h1") {
 		t.Errorf("activated although a subscriber does not hold it: %v", err)
 	}
 	close(holds)

@@ -41,7 +41,7 @@ func (d adminDoor) Status(context.Context, *ententev1.StatusRequest) (*ententev1
 		RaftState:   info.RaftState,
 		AgeSeconds:  seconds(info.Age),
 		Instances:   instancesToWire(s.Feed.Instances()),
-		Subscribers: uint32(s.Feed.Status(time.Now(), 0).Subscribers),
+		Subscribers: uint32(s.Feed.Subscribers()),
 
 		Quorum:             info.NoQuorumSince.IsZero(),
 		NotAgreeing:        info.NotAgreeing,
