@@ -32,9 +32,13 @@ type adminDoor struct {
 	server *Server
 }
 
-func (d adminDoor) Status(context.Context, *ententev1.StatusRequest) (*ententev1.StatusResponse, error) {
+func (d adminDoor) Status(ctx context.Context, _ *ententev1.StatusRequest) (*ententev1.StatusResponse, error) {
 	s := d.server
 	info := s.Info()
+	gates, err := s.Gate(ctx)
+	if err != nil {
+		gates = nil // who has acknowledged what is not known
+	}
 	resp := &ententev1.StatusResponse{
 		NodeId:      s.NodeID,
 		LeaderId:    info.LeaderID,
@@ -58,7 +62,7 @@ func (d adminDoor) Status(context.Context, *ententev1.StatusRequest) (*ententev1
 	s.State.Read(func(st *domain.State) {
 		resp.Cluster, resp.Revision = st.Cluster(), st.Revision()
 		resp.Authorities = st.Authorities()
-		resp.Autonomy = autonomies(st, time.Now())
+		resp.Autonomy = autonomies(st, time.Now(), gates)
 		resp.Entries, resp.Agents = uint32(st.EntryCount()), uint32(st.AgentCount())
 		for _, m := range st.Members() {
 			resp.Members = append(resp.Members, &ententev1.MemberStatus{Member: m, VoterNow: info.Voters[m.GetId()]})
