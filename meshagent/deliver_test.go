@@ -22,7 +22,9 @@ func watched(settle time.Duration) (*Agent, *acks) {
 	return a, said
 }
 
-func picture(content uint64, under ...string) *State { return &State{content: content, underIDs: under} }
+func picture(content uint64, under ...string) *State {
+	return &State{content: content, underIDs: under}
+}
 
 // The agent acknowledges what its workloads hold, a settle time after they were given
 // it, and what nobody has to be told of at once.
