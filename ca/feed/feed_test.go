@@ -485,8 +485,8 @@ func TestAcknowledgementMinimum(t *testing.T) {
 		t.Error("one has not acknowledged, and the minimum has reached the authority")
 	}
 	status := w.f.Status(start, longest)
-	if len(status.WaitingFor) != 1 || status.WaitingFor[0] != "agent h2" {
-		t.Errorf("waiting for %v", status.WaitingFor)
+	if len(status.Behind) != 1 || status.Behind[0].Name != "agent h2" {
+		t.Errorf("waiting for %v", status.Behind)
 	}
 
 	// A lost subscriber still counts: its workloads run. Until its SVIDs have ended,

@@ -262,10 +262,18 @@ func (f *Feed) Expire(now time.Time, st *domain.State) {
 // Status is how far this replica's subscribers are.
 type Status struct {
 	Acknowledged uint64   // minimum over the subscribers; the replica's own revision without any
-	WaitingFor   []string // names of those at the minimum, at most 10, if it is not the replica's revision
+	Behind       []Behind // those that are not at the replica's revision, the furthest first, at most 64
 	Subscribers  int      // with a stream
 	Revision     uint64   // of the replica
 }
+
+// Behind is a subscriber that does not hold everything.
+type Behind struct {
+	Name string
+	Held uint64 // revision
+}
+
+const maxBehind = 64
 
 // Status computes the minimum. A subscriber whose stream was lost counts until it
 // appears elsewhere, or longest, the longest life of a leaf, has passed: then it holds
@@ -274,7 +282,6 @@ func (f *Feed) Status(now time.Time, longest time.Duration) Status {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	status := Status{Acknowledged: f.revision, Revision: f.revision}
-	var behind []*Session
 	for key, s := range f.sessions {
 		if s.live {
 			status.Subscribers++
@@ -284,17 +291,12 @@ func (f *Feed) Status(now time.Time, longest time.Duration) Status {
 			continue
 		}
 		if held := s.held(); held < f.revision {
-			behind = append(behind, s)
+			status.Behind = append(status.Behind, Behind{s.name(), held})
 			status.Acknowledged = min(status.Acknowledged, held)
 		}
 	}
-	for _, s := range behind {
-		if s.held() == status.Acknowledged {
-			status.WaitingFor = append(status.WaitingFor, s.name())
-		}
-	}
-	slices.Sort(status.WaitingFor)
-	status.WaitingFor = status.WaitingFor[:min(len(status.WaitingFor), 10)]
+	slices.SortFunc(status.Behind, func(a, b Behind) int { return cmp.Or(cmp.Compare(a.Held, b.Held), compare(a.Name, b.Name)) })
+	status.Behind = status.Behind[:min(len(status.Behind), maxBehind)]
 	return status
 }
 

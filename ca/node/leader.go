@@ -275,7 +275,11 @@ func (n *Node) reports() rotation.Reports {
 }
 
 func gateReport(r server.Report) rotation.Report {
-	return rotation.Report{Applied: r.Applied, Acknowledged: r.Acknowledged, WaitingFor: r.WaitingFor, Settled: r.Settled, Held: r.Held}
+	out := rotation.Report{Applied: r.Applied, Acknowledged: r.Acknowledged, Settled: r.Settled, Held: r.Held}
+	for _, b := range r.WaitingFor {
+		out.WaitingFor = append(out.WaitingFor, rotation.Behind(b))
+	}
+	return out
 }
 
 func (n *Node) stepGate(ctx context.Context, said map[string]string) {

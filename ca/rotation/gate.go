@@ -7,6 +7,7 @@
 package rotation
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
 	"strings"
@@ -21,10 +22,16 @@ import (
 type Report struct {
 	Applied      uint64   // revision of the member's own state
 	Acknowledged uint64   // minimum over its subscribers, a revision
-	WaitingFor   []string // those at the minimum
+	WaitingFor   []Behind // who does not hold everything, the furthest behind first
 	Settled      bool     // false: it started a moment ago, its subscribers are still coming back
 	// Held is who has SVIDs under TAINTED authorities, by authority id.
 	Held map[string][]string
+}
+
+// Behind is a subscriber that does not hold everything.
+type Behind struct {
+	Name string
+	Held uint64 // revision
 }
 
 // Reports gives the fresh report of a member; false if there is none.
@@ -119,7 +126,7 @@ func (v View) WaitingFor(a *statev1.Authority, reports Reports, excluded ...stri
 		case why != "":
 			waiting = append(waiting, why)
 		case report.Acknowledged < a.GetPreparedRevision():
-			waiting = append(waiting, fmt.Sprintf("%s (at CA node %s)", strings.Join(report.WaitingFor, ", "), m.GetName()))
+			waiting = append(waiting, lacking(a, report, m.GetName()))
 		}
 	}
 	for _, td := range v.peers {
@@ -130,6 +137,17 @@ func (v View) WaitingFor(a *statev1.Authority, reports Reports, excluded ...stri
 		}
 	}
 	return waiting, assumed
+}
+
+// lacking names a member's subscribers that do not hold an authority.
+func lacking(a *statev1.Authority, r Report, member string) string {
+	var names []string
+	for _, b := range r.WaitingFor {
+		if b.Held < a.GetPreparedRevision() {
+			names = append(names, b.Name)
+		}
+	}
+	return fmt.Sprintf("%s (at CA node %s)", cmp.Or(strings.Join(names, ", "), "somebody"), member)
 }
 
 // MayExclude says why a member cannot be excluded from the gate, nil if it can: only of

@@ -52,7 +52,7 @@ type Report struct {
 	BootID       string
 	Applied      uint64 // revision
 	Acknowledged uint64 // minimum over its subscribers, a revision
-	WaitingFor   []string
+	WaitingFor   []feed.Behind
 	Clock        time.Time
 	Settled      bool // false: it started a moment ago, its subscribers are still coming back
 	// Held is who of its subscribers, and whether it itself, has SVIDs under TAINTED

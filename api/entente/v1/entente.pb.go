@@ -3458,10 +3458,11 @@ type ReportRequest struct {
 	BootId               string                 `protobuf:"bytes,1,opt,name=boot_id,json=bootId,proto3" json:"boot_id,omitempty"`
 	AppliedRevision      uint64                 `protobuf:"varint,2,opt,name=applied_revision,json=appliedRevision,proto3" json:"applied_revision,omitempty"`                // of this replica
 	AcknowledgedRevision uint64                 `protobuf:"varint,3,opt,name=acknowledged_revision,json=acknowledgedRevision,proto3" json:"acknowledged_revision,omitempty"` // minimum over its subscribers
-	WaitingFor           []string               `protobuf:"bytes,4,rep,name=waiting_for,json=waitingFor,proto3" json:"waiting_for,omitempty"`                                // names of the subscribers at the minimum, at most 10
+	WaitingFor           []string               `protobuf:"bytes,4,rep,name=waiting_for,json=waitingFor,proto3" json:"waiting_for,omitempty"`                                // names of subscribers that are behind, the furthest first, at most 64
 	UnixNanos            int64                  `protobuf:"varint,5,opt,name=unix_nanos,json=unixNanos,proto3" json:"unix_nanos,omitempty"`                                  // its clock
 	CaughtUp             bool                   `protobuf:"varint,6,opt,name=caught_up,json=caughtUp,proto3" json:"caught_up,omitempty"`
-	Held                 []*HeldAuthority       `protobuf:"bytes,20,rep,name=held,proto3" json:"held,omitempty"` // TAINTED ones of which SVIDs live among its subscribers
+	WaitingAt            []uint64               `protobuf:"varint,90,rep,packed,name=waiting_at,json=waitingAt,proto3" json:"waiting_at,omitempty"` // what each of waiting_for holds, a revision
+	Held                 []*HeldAuthority       `protobuf:"bytes,20,rep,name=held,proto3" json:"held,omitempty"`                                    // TAINTED ones of which SVIDs live among its subscribers
 	unknownFields        protoimpl.UnknownFields
 	sizeCache            protoimpl.SizeCache
 }
@@ -3536,6 +3537,13 @@ func (x *ReportRequest) GetCaughtUp() bool {
 		return x.CaughtUp
 	}
 	return false
+}
+
+func (x *ReportRequest) GetWaitingAt() []uint64 {
+	if x != nil {
+		return x.WaitingAt
+	}
+	return nil
 }
 
 func (x *ReportRequest) GetHeld() []*HeldAuthority {
@@ -5678,7 +5686,7 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x0fProposeResponse\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x12\x18\n" +
 	"\arefusal\x18\x02 \x01(\tR\arefusal\x12\x16\n" +
-	"\x06detail\x18\x03 \x01(\tR\x06detail\"\x94\x02\n" +
+	"\x06detail\x18\x03 \x01(\tR\x06detail\"\xb3\x02\n" +
 	"\rReportRequest\x12\x17\n" +
 	"\aboot_id\x18\x01 \x01(\tR\x06bootId\x12)\n" +
 	"\x10applied_revision\x18\x02 \x01(\x04R\x0fappliedRevision\x123\n" +
@@ -5687,7 +5695,9 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"waitingFor\x12\x1d\n" +
 	"\n" +
 	"unix_nanos\x18\x05 \x01(\x03R\tunixNanos\x12\x1b\n" +
-	"\tcaught_up\x18\x06 \x01(\bR\bcaughtUp\x12-\n" +
+	"\tcaught_up\x18\x06 \x01(\bR\bcaughtUp\x12\x1d\n" +
+	"\n" +
+	"waiting_at\x18Z \x03(\x04R\twaitingAt\x12-\n" +
 	"\x04held\x18\x14 \x03(\v2\x19.entente.v1.HeldAuthorityR\x04held\"/\n" +
 	"\rHeldAuthority\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x0e\n" +
