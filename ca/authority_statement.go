@@ -26,11 +26,11 @@ import (
 // the SHA-256 of its fields, bound to the cluster.
 func AuthorityStatement(cluster *statev1.Cluster, a *statev1.Authority) [sha256.Size]byte {
 	b := []byte("entente authority 1\x00")
-	for _, field := range [][]byte{cluster.GetId(), []byte(cluster.GetTrustDomain()), []byte(a.GetMemberId()), a.GetPublicKey(), a.GetCertificate()} {
+	for _, field := range [][]byte{cluster.GetId(), []byte(cluster.GetTrustDomain()), []byte(a.GetMemberId()), a.GetPublicKey(), a.GetCertificate(), a.GetUpstream()} {
 		b = binary.BigEndian.AppendUint32(b, uint32(len(field)))
 		b = append(b, field...)
 	}
-	for _, n := range []int64{int64(a.GetUse()), a.GetNotBefore(), a.GetNotAfter()} {
+	for _, n := range []int64{int64(a.GetUse()), a.GetNotBefore(), a.GetNotAfter(), a.GetUpstreamNotAfter()} {
 		b = binary.BigEndian.AppendUint64(b, uint64(n))
 	}
 	return sha256.Sum256(b)

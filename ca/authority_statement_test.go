@@ -31,7 +31,7 @@ func madeAuthority(t testing.TB, now time.Time) *statev1.Authority {
 	if err != nil {
 		t.Fatal(err)
 	}
-	a, err := ca.NewAuthority(td, "member", der, 48*time.Hour, now)
+	a, err := ca.NewAuthority(td, "member", der, nil, 48*time.Hour, now)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -120,7 +120,10 @@ func TestTaintedJWTIsDropped(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, f, stop := jwtAgent(t, time.Hour)
 		defer stop()
-		fetch := func() (string, error) { return a.FetchJWT(t.Context(), accounts(a), []string{"x"}) }
+		fetch := func() (string, error) {
+			token, _, err := a.FetchJWT(t.Context(), accounts(a), []string{"x"})
+			return token, err
+		}
 		one, err := fetch()
 		if err != nil {
 			t.Fatal(err)

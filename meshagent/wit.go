@@ -25,6 +25,12 @@ func (a *Agent) keepWITs(ctx context.Context) error {
 			}
 			return s.WIT == nil || s.WIT.Keys[identity.WIT.keyID] == nil
 		},
+		ends: func(identity *Identity) (end time.Time) {
+			if identity.WIT != nil {
+				end = identity.WIT.Expires
+			}
+			return end
+		},
 		renew: a.renewWITs,
 		tainted: func(s *State, identity *Identity) any {
 			if identity.WIT == nil || !s.taintedKey(identity.WIT.keyID) {

@@ -85,15 +85,18 @@ func (n *Node) ownAuthorities(u use) (own rotation.Own) {
 
 func (n *Node) stepAuthorities(ctx context.Context) error {
 	member := n.ownAuthorities(uses[0]).Member
-	if !member.GetSigning() {
-		return nil // not admitted as far as this state knows, or a witness
+	if member == nil {
+		return nil // not admitted as far as this state knows
 	}
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-	if member.GetRaftAddress() != n.cfg.Advertise.Raft || member.GetApiAddress() != n.cfg.Advertise.API {
+	if member.GetRaftAddress() != n.cfg.Advertise.Raft || member.GetApiAddress() != n.cfg.Advertise.API || member.GetFeatureLevel() != n.cfg.level() {
 		if err := n.moveMember(ctx); err != nil {
 			return err
 		}
+	}
+	if !member.GetSigning() {
+		return nil // a witness
 	}
 	// All of them also when one fails: X.509 does not wait for tokens.
 	var errs []error
@@ -132,7 +135,7 @@ func (n *Node) due(u use, own rotation.Own) bool {
 		now = n.wall()
 	}
 	var longest time.Duration
-	n.Read(func(st *domain.State) { longest = n.leaves.longest(st)[u.of] })
+	n.Read(func(st *domain.State) { longest = rotation.LongestOf(st)[u.of] })
 	return own.Due(now, longest)
 }
 
@@ -147,19 +150,20 @@ func (n *Node) activate(ctx context.Context, u use, a *statev1.Authority) error 
 	return nil
 }
 
-// moveMember tells everybody where this node is reached now.
+// moveMember tells everybody where this node is reached now, and what it carries out.
 func (n *Node) moveMember(ctx context.Context) error {
 	outcome, err := n.Propose(ctx, &statev1.Command{
 		Actor: n.cfg.Name,
 		Body: &statev1.Command_UpdateMember{UpdateMember: &statev1.UpdateMember{
 			Id: n.own.id, RaftAddress: n.cfg.Advertise.Raft, ApiAddress: n.cfg.Advertise.API,
+			FeatureLevel: n.cfg.level(),
 		}},
 	})
 	if err == nil && outcome.Refused != nil {
 		err = outcome.Refused
 	}
 	if err != nil {
-		return fmt.Errorf("announce this node's addresses: %w", err)
+		return fmt.Errorf("announce this node's addresses and feature level: %w", err)
 	}
 	return nil
 }
@@ -201,7 +205,7 @@ func (n *Node) prepareAuthority(ctx context.Context, u use) (id string, err erro
 	if err != nil {
 		return "", err
 	}
-	authority, err := n.makeAuthority(key, u, own)
+	authority, err := n.makeAuthority(ctx, key, u, own)
 	if err != nil {
 		return "", err
 	}
@@ -261,7 +265,7 @@ func (n *Node) suits(u use, key crypto.Signer) bool {
 	return err == nil && alg == cmp.Or(n.cfg.Keys.JWT, ca.ES256)
 }
 
-func (n *Node) makeAuthority(key crypto.Signer, u use, own rotation.Own) (*statev1.Authority, error) {
+func (n *Node) makeAuthority(ctx context.Context, key crypto.Signer, u use, own rotation.Own) (*statev1.Authority, error) {
 	phase := own.Phase
 	if u.of != statev1.KeyUse_KEY_USE_X509 {
 		spki, err := x509.MarshalPKIXPublicKey(key.Public())
@@ -274,9 +278,11 @@ func (n *Node) makeAuthority(key crypto.Signer, u use, own rotation.Own) (*state
 	var serial [16]byte
 	rand.Read(serial[:])
 	now := time.Now()
-	template, err := ca.AuthorityTemplate(ca.AuthorityRequest{
-		TrustDomain: n.td, PublicKey: key.Public(), Serial: serial, Now: now, Phase: phase,
-	})
+	request := ca.AuthorityRequest{TrustDomain: n.td, PublicKey: key.Public(), Serial: serial, Now: now, Phase: phase}
+	if n.upstream != nil {
+		return n.certifiedAuthority(ctx, key, request)
+	}
+	template, err := ca.AuthorityTemplate(request)
 	if err != nil {
 		return nil, err
 	}
@@ -284,7 +290,7 @@ func (n *Node) makeAuthority(key crypto.Signer, u use, own rotation.Own) (*state
 	if err != nil {
 		return nil, fmt.Errorf("sign the authority certificate: %w", err)
 	}
-	return ca.NewAuthority(n.td, n.own.id, der, phase, now)
+	return ca.NewAuthority(n.td, n.own.id, der, nil, phase, now)
 }
 
 // signAuthority makes the authority this node's own word.

@@ -258,7 +258,7 @@ func (n *Node) keepGate(ctx context.Context) {
 }
 
 func (n *Node) gateView() (v rotation.View) {
-	n.Read(func(st *domain.State) { v = rotation.Look(st, n.leaves.longest(st)) })
+	n.Read(func(st *domain.State) { v = rotation.Look(st) })
 	return v
 }
 

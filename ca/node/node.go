@@ -13,6 +13,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"runtime/debug"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -49,6 +50,7 @@ type Node struct {
 	socket    net.Listener
 	admin     *daemon.Admin
 
+	upstream upstream // nil: authorities sign themselves
 	replica  atomic.Pointer[replica.Replica]
 	feed     *feed.Feed
 	signer   *signer.Signer
@@ -62,7 +64,6 @@ type Node struct {
 	overdue  atomic.Int64 // authorities that the leader waits for longer than a phase
 	foreign  foreignStatus
 	wit      atomic.Bool // a relationship asks for WIT keys
-	leaves   leaves
 	registry *prometheus.Registry
 	audit    *server.Audit
 	auditLog *daemon.LogFile // nil: not to a file
@@ -74,6 +75,7 @@ type Node struct {
 	preparing sync.Mutex  // one authority at a time
 	swapped   broadcast   // another replica took the place of a failed one
 	odd       chan uint64 // indexes at which this node's state was not the leader's
+	compared  atomic.Uint64
 }
 
 // settleTime is how long the subscribers of a node that restarted are given to come
@@ -104,6 +106,7 @@ func New(cfg *Config, log *slog.Logger, listeners Listeners) (_ *Node, err error
 		log:       log.With("node", cfg.Name),
 		own:       own,
 		bootID:    newBootID(),
+		upstream:  cfg.openUpstream(),
 		listeners: listeners,
 		feed:      feed.New(own.id, 0, 0),
 		registry:  prometheus.NewRegistry(),
@@ -117,7 +120,7 @@ func New(cfg *Config, log *slog.Logger, listeners Listeners) (_ *Node, err error
 	if err := n.openAudit(); err != nil {
 		return nil, err
 	}
-	n.signer = signer.New(signer.Config{Active: n.activeFor, Clock: n.signerClock, Issuer: cfg.OIDC.Issuer, Signed: func(i signer.Issued) {
+	n.signer = signer.New(signer.Config{TrustDomain: n.td, Active: n.activeFor, Clock: n.signerClock, Issuer: cfg.OIDC.Issuer, Signed: func(i signer.Issued) {
 		n.audit.Issued(i, n.feed.Revision())
 	}})
 	if err := n.loadAuthorityKeys(); err != nil {
@@ -171,12 +174,16 @@ func New(cfg *Config, log *slog.Logger, listeners Listeners) (_ *Node, err error
 		if cluster := st.Cluster(); cluster != nil && cluster.GetTrustDomain() != n.td.Name() {
 			err = fmt.Errorf("%s holds a CA node of %s, the configuration says %s", cfg.DataDir, cluster.GetTrustDomain(), cfg.TrustDomain)
 		}
+		if level := st.FeatureLevel(); level > domain.FeatureLevel {
+			err = fmt.Errorf("the cluster is at feature level %d, this release knows %d: install the release of the other CA nodes", level, domain.FeatureLevel)
+		}
 		n.hadAgents = st.AgentCount() > 0
 	})
 	if err != nil {
 		return nil, err
 	}
 	n.registerMetrics()
+	debug.FreeOSMemory() // of reading the state: it is not needed again soon
 	return n, nil
 }
 
@@ -252,6 +259,9 @@ func (n *Node) Run(ctx context.Context) error {
 	group.Go("reports", n.runReports)
 	group.Go("subscribers", n.runSubscribers)
 	group.Go("rechecks", n.runRechecks)
+	if n.upstream != nil {
+		group.Go("upstream", n.watchUpstream)
+	}
 	if n.auditLog != nil {
 		group.Go("audit log", func(ctx context.Context) error { return n.auditLog.Run(ctx, n.log) })
 	}
@@ -343,6 +353,9 @@ func (n *Node) onApply(outcome domain.Outcome) {
 		return // New calls onRestore when the replica is there
 	}
 	r.Read(func(st *domain.State) { n.clock.applied(st.Now()) })
+	if outcome.Checked != 0 {
+		n.compared.Store(outcome.Checked)
+	}
 	if outcome.Diverged {
 		select {
 		case n.odd <- outcome.Checked:
@@ -450,6 +463,7 @@ func (n *Node) info() server.Info {
 		Age:       r.Age(),
 		Voters:    make(map[string]bool),
 		Foreign:   n.foreign.all(),
+		Upstream:  n.upstreamStatus(now),
 	}
 	for _, member := range r.Servers() {
 		info.Voters[member.ID] = member.Voter
@@ -500,25 +514,8 @@ func (n *Node) openAudit() error {
 // status is how far this replica's subscribers are.
 func (n *Node) status() feed.Status {
 	var longest time.Duration
-	n.Read(func(st *domain.State) { longest = n.leaves.longest(st)[statev1.KeyUse_KEY_USE_X509] })
+	n.Read(func(st *domain.State) { longest = st.LongestLeaf() })
 	return n.feed.Status(time.Now(), longest)
-}
-
-// leaves knows the longest life of anything that the domain issues.
-type leaves struct {
-	mu       sync.Mutex
-	revision uint64
-	life     rotation.Longest // not changed once it is here
-}
-
-// longest looks at all entries once per revision.
-func (l *leaves) longest(st *domain.State) rotation.Longest {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.life == nil || l.revision != st.Revision() {
-		l.revision, l.life = st.Revision(), rotation.LongestOf(st)
-	}
-	return l.life
 }
 
 // settled: what this node says of its subscribers is the whole truth.
@@ -535,6 +532,9 @@ func (n *Node) registerMetrics() {
 			return 1
 		}
 		return 0
+	})
+	gauge("entente_ca_compared_index", "Log entry at which this node's state was last compared with the leader's.", func() float64 {
+		return float64(n.compared.Load())
 	})
 	gauge("entente_ca_signing", "1 while this node can sign.", func() float64 {
 		if n.signer.Ready(statev1.KeyUse_KEY_USE_X509) == nil {
@@ -577,6 +577,11 @@ func (n *Node) registerMetrics() {
 	gauge("entente_ca_authorities_offline", "Authorities that this node took into use without quorum.", func() float64 {
 		return float64(n.offline.count())
 	})
+	if n.upstream != nil {
+		gauge("entente_ca_upstream_certifies_seconds", "How long the upstream goes on certifying authorities; 0: not any more, or it cannot be used.", func() float64 {
+			return n.upstreamCertifies(time.Now()).Seconds()
+		})
+	}
 	gauge("entente_ca_subscribers", "Sync streams at this node.", func() float64 {
 		return float64(n.status().Subscribers)
 	})

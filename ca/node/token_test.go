@@ -179,6 +179,7 @@ func TestOIDC(t *testing.T) {
 
 // Token authorities rotate like the X.509 ones, each of its own: the next is in the
 // bundle before it signs, the one before stays as long as what it signed.
+// Requirements: 114.
 func TestTokenAuthoritiesRotate(t *testing.T) {
 	t.Parallel()
 	c := catest.Start(t, catest.Options{Lifetimes: node.Lifetimes{Phase: 3 * time.Second, X509SVID: 2 * time.Second, JWTSVID: 2 * time.Second, WITSVID: 2 * time.Second}})
@@ -222,7 +223,8 @@ func TestTokenAuthoritiesRotate(t *testing.T) {
 }
 
 // WIT keys are at the endpoint only while a relationship asks for them, and a domain
-// takes them only for a relationship that does (T16).
+// takes them only for a relationship that does.
+// Requirements: T16.
 func TestWITVariant(t *testing.T) {
 	t.Parallel()
 	banking := catest.Start(t, catest.Options{})

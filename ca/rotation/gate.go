@@ -60,25 +60,19 @@ type ownedBy struct {
 // authority that it is issued under.
 type Longest map[statev1.KeyUse]time.Duration
 
-// LongestOf looks at all entries.
+// LongestOf is known for X.509; of tokens it is the most that any entry may have.
 func LongestOf(st *domain.State) Longest {
-	lifetimes := st.Lifetimes()
-	l := Longest{
-		statev1.KeyUse_KEY_USE_X509: max(lifetimes.X509SVID, lifetimes.AgentSVID),
-		statev1.KeyUse_KEY_USE_JWT:  lifetimes.JWTSVID,
-		statev1.KeyUse_KEY_USE_WIT:  lifetimes.WITSVID,
+	phase := st.Lifetimes().Phase
+	return Longest{
+		statev1.KeyUse_KEY_USE_X509: st.LongestLeaf(),
+		statev1.KeyUse_KEY_USE_JWT:  min(ca.MaxJWTSVID, phase),
+		statev1.KeyUse_KEY_USE_WIT:  min(ca.MaxWITSVID, phase),
 	}
-	for e := range st.Entries() {
-		l[statev1.KeyUse_KEY_USE_X509] = max(l[statev1.KeyUse_KEY_USE_X509], ca.SVIDLife(e, lifetimes))
-		l[statev1.KeyUse_KEY_USE_JWT] = max(l[statev1.KeyUse_KEY_USE_JWT], ca.JWTLife(e, lifetimes))
-		l[statev1.KeyUse_KEY_USE_WIT] = max(l[statev1.KeyUse_KEY_USE_WIT], ca.WITLife(e, lifetimes))
-	}
-	return l
 }
 
 // Look reads the state.
-func Look(st *domain.State, longest Longest) View {
-	v := View{now: st.Now(), active: map[ownedBy]*statev1.Authority{}, longest: longest}
+func Look(st *domain.State) View {
+	v := View{now: st.Now(), active: map[ownedBy]*statev1.Authority{}, longest: LongestOf(st)}
 	for _, a := range st.Authorities() {
 		switch {
 		case a.GetPhase() == statev1.AuthorityPhase_AUTHORITY_PHASE_PREPARED && !a.GetReady():

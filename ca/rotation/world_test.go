@@ -54,6 +54,7 @@ type world struct {
 
 	peerHolds map[string]bool // what the other domain fetched last
 	peerCut   bool
+	peerSeen  time.Time // when it fetched last
 
 	lying    bool // members acknowledge for everybody: the control
 	happened map[string]int
@@ -357,7 +358,7 @@ func (w *world) gate() {
 	if w.leader == nil || !w.quorum(w.leader) {
 		return
 	}
-	v := rotation.Look(w.leader.state, rotation.LongestOf(w.leader.state))
+	v := rotation.Look(w.leader.state)
 	for _, a := range v.Pending {
 		waiting, assumed := v.WaitingFor(a, w.reports)
 		if v.Overdue(a) {
@@ -449,7 +450,7 @@ func (w *world) issue(n *node) {
 				lacking = append(lacking, a.name)
 			}
 		}
-		if related := len(n.state.Peers()) > 0; related && !w.peerCut && !w.peerHolds[signing.GetId()] && use == statev1.KeyUse_KEY_USE_X509 {
+		if related := len(n.state.Peers()) > 0; related && w.now.Sub(w.peerSeen) <= 3*hint && !w.peerHolds[signing.GetId()] && use == statev1.KeyUse_KEY_USE_X509 {
 			lacking = append(lacking, foreign)
 		}
 		if len(lacking) > 0 {
@@ -594,6 +595,7 @@ func (w *world) step(faults bool) {
 	if !w.peerCut && w.leader != nil && w.leader.up {
 		deeds = append(deeds, func() {
 			clear(w.peerHolds)
+			w.peerSeen = w.now
 			for _, id := range bundleOf(w.leader.state) {
 				w.peerHolds[id] = true
 			}

@@ -16,6 +16,7 @@ import (
 )
 
 // A key that stands in one domain's bundle is never accepted in another's (I2).
+// Requirements: 95.
 func TestWithoutSharedKeys(t *testing.T) {
 	t.Parallel()
 	c := catest.Start(t, catest.Options{})

@@ -239,11 +239,7 @@ func ShowEpoch(ctx context.Context, m *statev1.Member, recovery *statev1.Recover
 // its ACTIVE authority, and with the next one if that is marked ready. gates are nil when
 // the leader cannot be asked.
 func autonomies(st *domain.State, now time.Time, gates map[string]Gate) (list []*ententev1.Autonomy) {
-	lifetimes := st.Lifetimes()
-	leaf := max(lifetimes.X509SVID, lifetimes.AgentSVID)
-	for e := range st.Entries() {
-		leaf = max(leaf, ca.SVIDLife(e, lifetimes))
-	}
+	leaf := st.LongestLeaf()
 	for _, m := range st.Members() {
 		if !m.GetSigning() {
 			continue

@@ -108,6 +108,7 @@ func static(body []byte) http.HandlerFunc {
 	return func(w http.ResponseWriter, _ *http.Request) { w.Write(body) }
 }
 
+// Requirements: 132, 133, T18.
 func TestHandler(t *testing.T) {
 	ca := peertest.NewAuthority(trading)
 	p := publish(7, jwks(7, ca))
@@ -192,6 +193,7 @@ func (r *response) Write(p []byte) (int, error) {
 }
 
 // The fetcher against servers that do one thing wrong each, over real TLS; the first lines are the control.
+// Requirements: 127, 137, 138, 141, 142, T3.
 func TestFetchAttacks(t *testing.T) {
 	ca, rogue, bank := peertest.NewAuthority(trading), peertest.NewAuthority(trading), peertest.NewAuthority(banking)
 	endpoint := ca.Issue(endpointID.Path())
@@ -322,6 +324,7 @@ func expect(t *testing.T, got *exchange.Fetched, err error, want string) {
 }
 
 // https_web: the server is recognised by the host in the URL, and an SVID is no substitute.
+// Requirements: 122, 128, 135.
 func TestFetchWeb(t *testing.T) {
 	ca := peertest.NewAuthority(trading)
 	web := func(opt peertest.Option) *tls.Config {
@@ -348,6 +351,7 @@ func TestFetchWeb(t *testing.T) {
 	}
 }
 
+// Requirements: 122, 123.
 func TestGoSPIFFE(t *testing.T) {
 	ca := peertest.NewAuthority(trading)
 	endpoint := ca.Issue(endpointID.Path())
@@ -380,6 +384,7 @@ func TestGoSPIFFE(t *testing.T) {
 }
 
 // The endpoint asks nobody for a certificate, speaks HTTP/2 too, and only TLS 1.3.
+// Requirements: 131.
 func TestServe(t *testing.T) {
 	ca := peertest.NewAuthority(trading)
 	url := serve(t, ca.Issue(endpointID.Path()), exchange.Handler("/bundle.json", publish(7, jwks(7, ca)).source))

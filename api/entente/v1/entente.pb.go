@@ -82,6 +82,7 @@ type JoinRequest struct {
 	Signature     []byte                 `protobuf:"bytes,3,opt,name=signature,proto3" json:"signature,omitempty"` // Ed25519 by the token's seed
 	RaftAddress   string                 `protobuf:"bytes,4,opt,name=raft_address,json=raftAddress,proto3" json:"raft_address,omitempty"`
 	ApiAddress    string                 `protobuf:"bytes,5,opt,name=api_address,json=apiAddress,proto3" json:"api_address,omitempty"`
+	FeatureLevel  uint32                 `protobuf:"varint,70,opt,name=feature_level,json=featureLevel,proto3" json:"feature_level,omitempty"` // which commands its software carries out; 0: 1
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -149,6 +150,13 @@ func (x *JoinRequest) GetApiAddress() string {
 		return x.ApiAddress
 	}
 	return ""
+}
+
+func (x *JoinRequest) GetFeatureLevel() uint32 {
+	if x != nil {
+		return x.FeatureLevel
+	}
+	return 0
 }
 
 type JoinResponse struct {
@@ -1847,6 +1855,7 @@ type StatusResponse struct {
 	AppliedIndex       uint64                 `protobuf:"varint,37,opt,name=applied_index,json=appliedIndex,proto3" json:"applied_index,omitempty"`
 	LastIndex          uint64                 `protobuf:"varint,38,opt,name=last_index,json=lastIndex,proto3" json:"last_index,omitempty"`
 	LogBytes           uint64                 `protobuf:"varint,39,opt,name=log_bytes,json=logBytes,proto3" json:"log_bytes,omitempty"` // since the last snapshot
+	Upstream           *Upstream              `protobuf:"bytes,85,opt,name=upstream,proto3" json:"upstream,omitempty"`                  // of this node; absent: its authorities sign themselves
 	unknownFields      protoimpl.UnknownFields
 	sizeCache          protoimpl.SizeCache
 }
@@ -2042,6 +2051,74 @@ func (x *StatusResponse) GetLogBytes() uint64 {
 	return 0
 }
 
+func (x *StatusResponse) GetUpstream() *Upstream {
+	if x != nil {
+		return x.Upstream
+	}
+	return nil
+}
+
+// Upstream is the root that certifies a node's X.509 authorities.
+type Upstream struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	KeyId         string                 `protobuf:"bytes,1,opt,name=key_id,json=keyId,proto3" json:"key_id,omitempty"`
+	NotAfter      int64                  `protobuf:"varint,2,opt,name=not_after,json=notAfter,proto3" json:"not_after,omitempty"` // Unix seconds
+	Problem       string                 `protobuf:"bytes,3,opt,name=problem,proto3" json:"problem,omitempty"`                    // why it certifies nothing, or soon will not; empty: it does
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Upstream) Reset() {
+	*x = Upstream{}
+	mi := &file_entente_v1_entente_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Upstream) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Upstream) ProtoMessage() {}
+
+func (x *Upstream) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Upstream.ProtoReflect.Descriptor instead.
+func (*Upstream) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *Upstream) GetKeyId() string {
+	if x != nil {
+		return x.KeyId
+	}
+	return ""
+}
+
+func (x *Upstream) GetNotAfter() int64 {
+	if x != nil {
+		return x.NotAfter
+	}
+	return 0
+}
+
+func (x *Upstream) GetProblem() string {
+	if x != nil {
+		return x.Problem
+	}
+	return ""
+}
+
 // Autonomy is how long a member goes on signing if quorum were lost now.
 type Autonomy struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -2056,7 +2133,7 @@ type Autonomy struct {
 
 func (x *Autonomy) Reset() {
 	*x = Autonomy{}
-	mi := &file_entente_v1_entente_proto_msgTypes[28]
+	mi := &file_entente_v1_entente_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2068,7 +2145,7 @@ func (x *Autonomy) String() string {
 func (*Autonomy) ProtoMessage() {}
 
 func (x *Autonomy) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[28]
+	mi := &file_entente_v1_entente_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2081,7 +2158,7 @@ func (x *Autonomy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Autonomy.ProtoReflect.Descriptor instead.
 func (*Autonomy) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{28}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *Autonomy) GetMemberId() string {
@@ -2137,7 +2214,7 @@ type UseAutonomy struct {
 
 func (x *UseAutonomy) Reset() {
 	*x = UseAutonomy{}
-	mi := &file_entente_v1_entente_proto_msgTypes[29]
+	mi := &file_entente_v1_entente_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2149,7 +2226,7 @@ func (x *UseAutonomy) String() string {
 func (*UseAutonomy) ProtoMessage() {}
 
 func (x *UseAutonomy) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[29]
+	mi := &file_entente_v1_entente_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2162,7 +2239,7 @@ func (x *UseAutonomy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UseAutonomy.ProtoReflect.Descriptor instead.
 func (*UseAutonomy) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{29}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *UseAutonomy) GetUse() v1.KeyUse {
@@ -2238,7 +2315,7 @@ type MemberStatus struct {
 
 func (x *MemberStatus) Reset() {
 	*x = MemberStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[30]
+	mi := &file_entente_v1_entente_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2250,7 +2327,7 @@ func (x *MemberStatus) String() string {
 func (*MemberStatus) ProtoMessage() {}
 
 func (x *MemberStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[30]
+	mi := &file_entente_v1_entente_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2263,7 +2340,7 @@ func (x *MemberStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemberStatus.ProtoReflect.Descriptor instead.
 func (*MemberStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{30}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *MemberStatus) GetMember() *v1.Member {
@@ -2288,7 +2365,7 @@ type SaveSnapshotRequest struct {
 
 func (x *SaveSnapshotRequest) Reset() {
 	*x = SaveSnapshotRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[31]
+	mi := &file_entente_v1_entente_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2300,7 +2377,7 @@ func (x *SaveSnapshotRequest) String() string {
 func (*SaveSnapshotRequest) ProtoMessage() {}
 
 func (x *SaveSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[31]
+	mi := &file_entente_v1_entente_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2313,7 +2390,7 @@ func (x *SaveSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SaveSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*SaveSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{31}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{32}
 }
 
 // SaveSnapshotResponse is a part of the file. The file carries its own checksums.
@@ -2326,7 +2403,7 @@ type SaveSnapshotResponse struct {
 
 func (x *SaveSnapshotResponse) Reset() {
 	*x = SaveSnapshotResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[32]
+	mi := &file_entente_v1_entente_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2338,7 +2415,7 @@ func (x *SaveSnapshotResponse) String() string {
 func (*SaveSnapshotResponse) ProtoMessage() {}
 
 func (x *SaveSnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[32]
+	mi := &file_entente_v1_entente_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2351,7 +2428,7 @@ func (x *SaveSnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SaveSnapshotResponse.ProtoReflect.Descriptor instead.
 func (*SaveSnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{32}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *SaveSnapshotResponse) GetData() []byte {
@@ -2369,7 +2446,7 @@ type ListNodesRequest struct {
 
 func (x *ListNodesRequest) Reset() {
 	*x = ListNodesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[33]
+	mi := &file_entente_v1_entente_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2381,7 +2458,7 @@ func (x *ListNodesRequest) String() string {
 func (*ListNodesRequest) ProtoMessage() {}
 
 func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[33]
+	mi := &file_entente_v1_entente_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2394,7 +2471,7 @@ func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesRequest.ProtoReflect.Descriptor instead.
 func (*ListNodesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{33}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{34}
 }
 
 type ListNodesResponse struct {
@@ -2408,7 +2485,7 @@ type ListNodesResponse struct {
 
 func (x *ListNodesResponse) Reset() {
 	*x = ListNodesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[34]
+	mi := &file_entente_v1_entente_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2420,7 +2497,7 @@ func (x *ListNodesResponse) String() string {
 func (*ListNodesResponse) ProtoMessage() {}
 
 func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[34]
+	mi := &file_entente_v1_entente_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2433,7 +2510,7 @@ func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesResponse.ProtoReflect.Descriptor instead.
 func (*ListNodesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{34}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *ListNodesResponse) GetLeaderId() string {
@@ -2470,7 +2547,7 @@ type NodeProgress struct {
 
 func (x *NodeProgress) Reset() {
 	*x = NodeProgress{}
-	mi := &file_entente_v1_entente_proto_msgTypes[35]
+	mi := &file_entente_v1_entente_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2482,7 +2559,7 @@ func (x *NodeProgress) String() string {
 func (*NodeProgress) ProtoMessage() {}
 
 func (x *NodeProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[35]
+	mi := &file_entente_v1_entente_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2495,7 +2572,7 @@ func (x *NodeProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeProgress.ProtoReflect.Descriptor instead.
 func (*NodeProgress) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{35}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *NodeProgress) GetMember() *v1.Member {
@@ -2542,7 +2619,7 @@ type PromoteNodeRequest struct {
 
 func (x *PromoteNodeRequest) Reset() {
 	*x = PromoteNodeRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[36]
+	mi := &file_entente_v1_entente_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2554,7 +2631,7 @@ func (x *PromoteNodeRequest) String() string {
 func (*PromoteNodeRequest) ProtoMessage() {}
 
 func (x *PromoteNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[36]
+	mi := &file_entente_v1_entente_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2567,7 +2644,7 @@ func (x *PromoteNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PromoteNodeRequest.ProtoReflect.Descriptor instead.
 func (*PromoteNodeRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{36}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *PromoteNodeRequest) GetName() string {
@@ -2586,7 +2663,7 @@ type PromoteNodeResponse struct {
 
 func (x *PromoteNodeResponse) Reset() {
 	*x = PromoteNodeResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[37]
+	mi := &file_entente_v1_entente_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2598,7 +2675,7 @@ func (x *PromoteNodeResponse) String() string {
 func (*PromoteNodeResponse) ProtoMessage() {}
 
 func (x *PromoteNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[37]
+	mi := &file_entente_v1_entente_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2611,7 +2688,7 @@ func (x *PromoteNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PromoteNodeResponse.ProtoReflect.Descriptor instead.
 func (*PromoteNodeResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{37}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *PromoteNodeResponse) GetRevision() uint64 {
@@ -2630,7 +2707,7 @@ type VouchRequest struct {
 
 func (x *VouchRequest) Reset() {
 	*x = VouchRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[38]
+	mi := &file_entente_v1_entente_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2642,7 +2719,7 @@ func (x *VouchRequest) String() string {
 func (*VouchRequest) ProtoMessage() {}
 
 func (x *VouchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[38]
+	mi := &file_entente_v1_entente_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2655,7 +2732,7 @@ func (x *VouchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VouchRequest.ProtoReflect.Descriptor instead.
 func (*VouchRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{38}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *VouchRequest) GetMemberId() string {
@@ -2674,7 +2751,7 @@ type VouchResponse struct {
 
 func (x *VouchResponse) Reset() {
 	*x = VouchResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[39]
+	mi := &file_entente_v1_entente_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2686,7 +2763,7 @@ func (x *VouchResponse) String() string {
 func (*VouchResponse) ProtoMessage() {}
 
 func (x *VouchResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[39]
+	mi := &file_entente_v1_entente_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2699,7 +2776,7 @@ func (x *VouchResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VouchResponse.ProtoReflect.Descriptor instead.
 func (*VouchResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{39}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *VouchResponse) GetMember() *v1.Member {
@@ -2719,7 +2796,7 @@ type ChecksumRequest struct {
 
 func (x *ChecksumRequest) Reset() {
 	*x = ChecksumRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[40]
+	mi := &file_entente_v1_entente_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2731,7 +2808,7 @@ func (x *ChecksumRequest) String() string {
 func (*ChecksumRequest) ProtoMessage() {}
 
 func (x *ChecksumRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[40]
+	mi := &file_entente_v1_entente_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2744,7 +2821,7 @@ func (x *ChecksumRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChecksumRequest.ProtoReflect.Descriptor instead.
 func (*ChecksumRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{40}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *ChecksumRequest) GetAtIndex() uint64 {
@@ -2770,7 +2847,7 @@ type ChecksumResponse struct {
 
 func (x *ChecksumResponse) Reset() {
 	*x = ChecksumResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[41]
+	mi := &file_entente_v1_entente_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2782,7 +2859,7 @@ func (x *ChecksumResponse) String() string {
 func (*ChecksumResponse) ProtoMessage() {}
 
 func (x *ChecksumResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[41]
+	mi := &file_entente_v1_entente_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2795,7 +2872,7 @@ func (x *ChecksumResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChecksumResponse.ProtoReflect.Descriptor instead.
 func (*ChecksumResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{41}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *ChecksumResponse) GetSum() []byte {
@@ -2815,7 +2892,7 @@ type ShowEpochRequest struct {
 
 func (x *ShowEpochRequest) Reset() {
 	*x = ShowEpochRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[42]
+	mi := &file_entente_v1_entente_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2827,7 +2904,7 @@ func (x *ShowEpochRequest) String() string {
 func (*ShowEpochRequest) ProtoMessage() {}
 
 func (x *ShowEpochRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[42]
+	mi := &file_entente_v1_entente_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2840,7 +2917,7 @@ func (x *ShowEpochRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowEpochRequest.ProtoReflect.Descriptor instead.
 func (*ShowEpochRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{42}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *ShowEpochRequest) GetStatement() []byte {
@@ -2865,7 +2942,7 @@ type ShowEpochResponse struct {
 
 func (x *ShowEpochResponse) Reset() {
 	*x = ShowEpochResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[43]
+	mi := &file_entente_v1_entente_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2877,7 +2954,7 @@ func (x *ShowEpochResponse) String() string {
 func (*ShowEpochResponse) ProtoMessage() {}
 
 func (x *ShowEpochResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[43]
+	mi := &file_entente_v1_entente_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2890,7 +2967,7 @@ func (x *ShowEpochResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowEpochResponse.ProtoReflect.Descriptor instead.
 func (*ShowEpochResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{43}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{44}
 }
 
 type ForeignBundleStatus struct {
@@ -2906,7 +2983,7 @@ type ForeignBundleStatus struct {
 
 func (x *ForeignBundleStatus) Reset() {
 	*x = ForeignBundleStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[44]
+	mi := &file_entente_v1_entente_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2918,7 +2995,7 @@ func (x *ForeignBundleStatus) String() string {
 func (*ForeignBundleStatus) ProtoMessage() {}
 
 func (x *ForeignBundleStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[44]
+	mi := &file_entente_v1_entente_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2931,7 +3008,7 @@ func (x *ForeignBundleStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForeignBundleStatus.ProtoReflect.Descriptor instead.
 func (*ForeignBundleStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{44}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *ForeignBundleStatus) GetTrustDomain() string {
@@ -2980,7 +3057,7 @@ type CreateTokenRequest struct {
 
 func (x *CreateTokenRequest) Reset() {
 	*x = CreateTokenRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[45]
+	mi := &file_entente_v1_entente_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2992,7 +3069,7 @@ func (x *CreateTokenRequest) String() string {
 func (*CreateTokenRequest) ProtoMessage() {}
 
 func (x *CreateTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[45]
+	mi := &file_entente_v1_entente_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3005,7 +3082,7 @@ func (x *CreateTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTokenRequest.ProtoReflect.Descriptor instead.
 func (*CreateTokenRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{45}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *CreateTokenRequest) GetNode() *v1.NodeGrant {
@@ -3040,7 +3117,7 @@ type CreateTokenResponse struct {
 
 func (x *CreateTokenResponse) Reset() {
 	*x = CreateTokenResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[46]
+	mi := &file_entente_v1_entente_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3052,7 +3129,7 @@ func (x *CreateTokenResponse) String() string {
 func (*CreateTokenResponse) ProtoMessage() {}
 
 func (x *CreateTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[46]
+	mi := &file_entente_v1_entente_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3065,7 +3142,7 @@ func (x *CreateTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTokenResponse.ProtoReflect.Descriptor instead.
 func (*CreateTokenResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{46}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *CreateTokenResponse) GetToken() string {
@@ -3100,7 +3177,7 @@ type ApplyRequest struct {
 
 func (x *ApplyRequest) Reset() {
 	*x = ApplyRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[47]
+	mi := &file_entente_v1_entente_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3112,7 +3189,7 @@ func (x *ApplyRequest) String() string {
 func (*ApplyRequest) ProtoMessage() {}
 
 func (x *ApplyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[47]
+	mi := &file_entente_v1_entente_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3125,7 +3202,7 @@ func (x *ApplyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyRequest.ProtoReflect.Descriptor instead.
 func (*ApplyRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{47}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *ApplyRequest) GetObjects() []*v1.Object {
@@ -3159,7 +3236,7 @@ type ApplyResponse struct {
 
 func (x *ApplyResponse) Reset() {
 	*x = ApplyResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[48]
+	mi := &file_entente_v1_entente_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3171,7 +3248,7 @@ func (x *ApplyResponse) String() string {
 func (*ApplyResponse) ProtoMessage() {}
 
 func (x *ApplyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[48]
+	mi := &file_entente_v1_entente_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3184,7 +3261,7 @@ func (x *ApplyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyResponse.ProtoReflect.Descriptor instead.
 func (*ApplyResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{48}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *ApplyResponse) GetRevision() uint64 {
@@ -3211,7 +3288,7 @@ type ObjectChange struct {
 
 func (x *ObjectChange) Reset() {
 	*x = ObjectChange{}
-	mi := &file_entente_v1_entente_proto_msgTypes[49]
+	mi := &file_entente_v1_entente_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3223,7 +3300,7 @@ func (x *ObjectChange) String() string {
 func (*ObjectChange) ProtoMessage() {}
 
 func (x *ObjectChange) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[49]
+	mi := &file_entente_v1_entente_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3236,7 +3313,7 @@ func (x *ObjectChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ObjectChange.ProtoReflect.Descriptor instead.
 func (*ObjectChange) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{49}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *ObjectChange) GetKey() *v1.ObjectKey {
@@ -3263,7 +3340,7 @@ type GetBundleRequest struct {
 
 func (x *GetBundleRequest) Reset() {
 	*x = GetBundleRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[50]
+	mi := &file_entente_v1_entente_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3275,7 +3352,7 @@ func (x *GetBundleRequest) String() string {
 func (*GetBundleRequest) ProtoMessage() {}
 
 func (x *GetBundleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[50]
+	mi := &file_entente_v1_entente_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3288,7 +3365,7 @@ func (x *GetBundleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBundleRequest.ProtoReflect.Descriptor instead.
 func (*GetBundleRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{50}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *GetBundleRequest) GetTrustDomain() string {
@@ -3314,7 +3391,7 @@ type GetBundleResponse struct {
 
 func (x *GetBundleResponse) Reset() {
 	*x = GetBundleResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[51]
+	mi := &file_entente_v1_entente_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3326,7 +3403,7 @@ func (x *GetBundleResponse) String() string {
 func (*GetBundleResponse) ProtoMessage() {}
 
 func (x *GetBundleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[51]
+	mi := &file_entente_v1_entente_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3339,7 +3416,7 @@ func (x *GetBundleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBundleResponse.ProtoReflect.Descriptor instead.
 func (*GetBundleResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{51}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *GetBundleResponse) GetJwks() []byte {
@@ -3358,7 +3435,7 @@ type ProposeRequest struct {
 
 func (x *ProposeRequest) Reset() {
 	*x = ProposeRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[52]
+	mi := &file_entente_v1_entente_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3370,7 +3447,7 @@ func (x *ProposeRequest) String() string {
 func (*ProposeRequest) ProtoMessage() {}
 
 func (x *ProposeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[52]
+	mi := &file_entente_v1_entente_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3383,7 +3460,7 @@ func (x *ProposeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProposeRequest.ProtoReflect.Descriptor instead.
 func (*ProposeRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{52}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *ProposeRequest) GetCommand() []byte {
@@ -3404,7 +3481,7 @@ type ProposeResponse struct {
 
 func (x *ProposeResponse) Reset() {
 	*x = ProposeResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[53]
+	mi := &file_entente_v1_entente_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3416,7 +3493,7 @@ func (x *ProposeResponse) String() string {
 func (*ProposeResponse) ProtoMessage() {}
 
 func (x *ProposeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[53]
+	mi := &file_entente_v1_entente_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3429,7 +3506,7 @@ func (x *ProposeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProposeResponse.ProtoReflect.Descriptor instead.
 func (*ProposeResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{53}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *ProposeResponse) GetRevision() uint64 {
@@ -3469,7 +3546,7 @@ type ReportRequest struct {
 
 func (x *ReportRequest) Reset() {
 	*x = ReportRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[54]
+	mi := &file_entente_v1_entente_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3481,7 +3558,7 @@ func (x *ReportRequest) String() string {
 func (*ReportRequest) ProtoMessage() {}
 
 func (x *ReportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[54]
+	mi := &file_entente_v1_entente_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3494,7 +3571,7 @@ func (x *ReportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRequest.ProtoReflect.Descriptor instead.
 func (*ReportRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{54}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *ReportRequest) GetBootId() string {
@@ -3564,7 +3641,7 @@ type HeldAuthority struct {
 
 func (x *HeldAuthority) Reset() {
 	*x = HeldAuthority{}
-	mi := &file_entente_v1_entente_proto_msgTypes[55]
+	mi := &file_entente_v1_entente_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3576,7 +3653,7 @@ func (x *HeldAuthority) String() string {
 func (*HeldAuthority) ProtoMessage() {}
 
 func (x *HeldAuthority) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[55]
+	mi := &file_entente_v1_entente_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3589,7 +3666,7 @@ func (x *HeldAuthority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HeldAuthority.ProtoReflect.Descriptor instead.
 func (*HeldAuthority) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{55}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *HeldAuthority) GetId() string {
@@ -3614,7 +3691,7 @@ type ReportResponse struct {
 
 func (x *ReportResponse) Reset() {
 	*x = ReportResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[56]
+	mi := &file_entente_v1_entente_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3626,7 +3703,7 @@ func (x *ReportResponse) String() string {
 func (*ReportResponse) ProtoMessage() {}
 
 func (x *ReportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[56]
+	mi := &file_entente_v1_entente_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3639,7 +3716,7 @@ func (x *ReportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportResponse.ProtoReflect.Descriptor instead.
 func (*ReportResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{56}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{57}
 }
 
 type GateRequest struct {
@@ -3650,7 +3727,7 @@ type GateRequest struct {
 
 func (x *GateRequest) Reset() {
 	*x = GateRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[57]
+	mi := &file_entente_v1_entente_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3662,7 +3739,7 @@ func (x *GateRequest) String() string {
 func (*GateRequest) ProtoMessage() {}
 
 func (x *GateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[57]
+	mi := &file_entente_v1_entente_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3675,7 +3752,7 @@ func (x *GateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GateRequest.ProtoReflect.Descriptor instead.
 func (*GateRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{57}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{58}
 }
 
 type GateResponse struct {
@@ -3687,7 +3764,7 @@ type GateResponse struct {
 
 func (x *GateResponse) Reset() {
 	*x = GateResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[58]
+	mi := &file_entente_v1_entente_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3699,7 +3776,7 @@ func (x *GateResponse) String() string {
 func (*GateResponse) ProtoMessage() {}
 
 func (x *GateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[58]
+	mi := &file_entente_v1_entente_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3712,7 +3789,7 @@ func (x *GateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GateResponse.ProtoReflect.Descriptor instead.
 func (*GateResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{58}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *GateResponse) GetAuthorities() []*AuthorityGate {
@@ -3735,7 +3812,7 @@ type AuthorityGate struct {
 
 func (x *AuthorityGate) Reset() {
 	*x = AuthorityGate{}
-	mi := &file_entente_v1_entente_proto_msgTypes[59]
+	mi := &file_entente_v1_entente_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3747,7 +3824,7 @@ func (x *AuthorityGate) String() string {
 func (*AuthorityGate) ProtoMessage() {}
 
 func (x *AuthorityGate) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[59]
+	mi := &file_entente_v1_entente_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3760,7 +3837,7 @@ func (x *AuthorityGate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityGate.ProtoReflect.Descriptor instead.
 func (*AuthorityGate) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{59}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *AuthorityGate) GetId() string {
@@ -3802,7 +3879,7 @@ type MarkReadyRequest struct {
 
 func (x *MarkReadyRequest) Reset() {
 	*x = MarkReadyRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[60]
+	mi := &file_entente_v1_entente_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3814,7 +3891,7 @@ func (x *MarkReadyRequest) String() string {
 func (*MarkReadyRequest) ProtoMessage() {}
 
 func (x *MarkReadyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[60]
+	mi := &file_entente_v1_entente_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3827,7 +3904,7 @@ func (x *MarkReadyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MarkReadyRequest.ProtoReflect.Descriptor instead.
 func (*MarkReadyRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{60}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *MarkReadyRequest) GetId() string {
@@ -3860,7 +3937,7 @@ type MarkReadyResponse struct {
 
 func (x *MarkReadyResponse) Reset() {
 	*x = MarkReadyResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[61]
+	mi := &file_entente_v1_entente_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3872,7 +3949,7 @@ func (x *MarkReadyResponse) String() string {
 func (*MarkReadyResponse) ProtoMessage() {}
 
 func (x *MarkReadyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[61]
+	mi := &file_entente_v1_entente_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3885,7 +3962,7 @@ func (x *MarkReadyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MarkReadyResponse.ProtoReflect.Descriptor instead.
 func (*MarkReadyResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{61}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *MarkReadyResponse) GetRevision() uint64 {
@@ -3893,6 +3970,59 @@ func (x *MarkReadyResponse) GetRevision() uint64 {
 		return x.Revision
 	}
 	return 0
+}
+
+// Picture is what a subscriber holds of both lanes, as it keeps it over a restart.
+type Picture struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Policy        *Policy                `protobuf:"bytes,1,opt,name=policy,proto3" json:"policy,omitempty"`     // one full state in one chunk
+	Presence      *Presence              `protobuf:"bytes,2,opt,name=presence,proto3" json:"presence,omitempty"` // complete
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Picture) Reset() {
+	*x = Picture{}
+	mi := &file_entente_v1_entente_proto_msgTypes[63]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Picture) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Picture) ProtoMessage() {}
+
+func (x *Picture) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[63]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Picture.ProtoReflect.Descriptor instead.
+func (*Picture) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{63}
+}
+
+func (x *Picture) GetPolicy() *Policy {
+	if x != nil {
+		return x.Policy
+	}
+	return nil
+}
+
+func (x *Picture) GetPresence() *Presence {
+	if x != nil {
+		return x.Presence
+	}
+	return nil
 }
 
 type PresenceRequest struct {
@@ -3903,7 +4033,7 @@ type PresenceRequest struct {
 
 func (x *PresenceRequest) Reset() {
 	*x = PresenceRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[62]
+	mi := &file_entente_v1_entente_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3915,7 +4045,7 @@ func (x *PresenceRequest) String() string {
 func (*PresenceRequest) ProtoMessage() {}
 
 func (x *PresenceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[62]
+	mi := &file_entente_v1_entente_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3928,7 +4058,7 @@ func (x *PresenceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PresenceRequest.ProtoReflect.Descriptor instead.
 func (*PresenceRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{62}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{64}
 }
 
 type PresenceResponse struct {
@@ -3942,7 +4072,7 @@ type PresenceResponse struct {
 
 func (x *PresenceResponse) Reset() {
 	*x = PresenceResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[63]
+	mi := &file_entente_v1_entente_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3954,7 +4084,7 @@ func (x *PresenceResponse) String() string {
 func (*PresenceResponse) ProtoMessage() {}
 
 func (x *PresenceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[63]
+	mi := &file_entente_v1_entente_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3967,7 +4097,7 @@ func (x *PresenceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PresenceResponse.ProtoReflect.Descriptor instead.
 func (*PresenceResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{63}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *PresenceResponse) GetInstances() []*Instance {
@@ -3999,7 +4129,7 @@ type ListAuthoritiesRequest struct {
 
 func (x *ListAuthoritiesRequest) Reset() {
 	*x = ListAuthoritiesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[64]
+	mi := &file_entente_v1_entente_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4011,7 +4141,7 @@ func (x *ListAuthoritiesRequest) String() string {
 func (*ListAuthoritiesRequest) ProtoMessage() {}
 
 func (x *ListAuthoritiesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[64]
+	mi := &file_entente_v1_entente_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4024,7 +4154,7 @@ func (x *ListAuthoritiesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuthoritiesRequest.ProtoReflect.Descriptor instead.
 func (*ListAuthoritiesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{64}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{66}
 }
 
 type ListAuthoritiesResponse struct {
@@ -4038,7 +4168,7 @@ type ListAuthoritiesResponse struct {
 
 func (x *ListAuthoritiesResponse) Reset() {
 	*x = ListAuthoritiesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[65]
+	mi := &file_entente_v1_entente_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4050,7 +4180,7 @@ func (x *ListAuthoritiesResponse) String() string {
 func (*ListAuthoritiesResponse) ProtoMessage() {}
 
 func (x *ListAuthoritiesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[65]
+	mi := &file_entente_v1_entente_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4063,7 +4193,7 @@ func (x *ListAuthoritiesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuthoritiesResponse.ProtoReflect.Descriptor instead.
 func (*ListAuthoritiesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{65}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *ListAuthoritiesResponse) GetAuthorities() []*AuthorityStatus {
@@ -4101,7 +4231,7 @@ type AuthorityStatus struct {
 
 func (x *AuthorityStatus) Reset() {
 	*x = AuthorityStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[66]
+	mi := &file_entente_v1_entente_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4113,7 +4243,7 @@ func (x *AuthorityStatus) String() string {
 func (*AuthorityStatus) ProtoMessage() {}
 
 func (x *AuthorityStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[66]
+	mi := &file_entente_v1_entente_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4126,7 +4256,7 @@ func (x *AuthorityStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityStatus.ProtoReflect.Descriptor instead.
 func (*AuthorityStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{66}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *AuthorityStatus) GetAuthority() *v1.Authority {
@@ -4180,7 +4310,7 @@ type PrepareAuthorityRequest struct {
 
 func (x *PrepareAuthorityRequest) Reset() {
 	*x = PrepareAuthorityRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[67]
+	mi := &file_entente_v1_entente_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4192,7 +4322,7 @@ func (x *PrepareAuthorityRequest) String() string {
 func (*PrepareAuthorityRequest) ProtoMessage() {}
 
 func (x *PrepareAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[67]
+	mi := &file_entente_v1_entente_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4205,7 +4335,7 @@ func (x *PrepareAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*PrepareAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{67}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *PrepareAuthorityRequest) GetUse() v1.KeyUse {
@@ -4226,7 +4356,7 @@ type ChangeAuthorityRequest struct {
 
 func (x *ChangeAuthorityRequest) Reset() {
 	*x = ChangeAuthorityRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[68]
+	mi := &file_entente_v1_entente_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4238,7 +4368,7 @@ func (x *ChangeAuthorityRequest) String() string {
 func (*ChangeAuthorityRequest) ProtoMessage() {}
 
 func (x *ChangeAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[68]
+	mi := &file_entente_v1_entente_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4251,7 +4381,7 @@ func (x *ChangeAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*ChangeAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{68}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *ChangeAuthorityRequest) GetId() string {
@@ -4285,13 +4415,14 @@ type ChangeAuthorityResponse struct {
 	// Authorities that sign now, in the domain.
 	Signing       []*v1.Authority `protobuf:"bytes,4,rep,name=signing,proto3" json:"signing,omitempty"`
 	Offline       bool            `protobuf:"varint,90,opt,name=offline,proto3" json:"offline,omitempty"` // of ActivateAuthority: without quorum, at this node alone
+	Note          string          `protobuf:"bytes,85,opt,name=note,proto3" json:"note,omitempty"`        // who will not learn of it; empty: everybody does
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ChangeAuthorityResponse) Reset() {
 	*x = ChangeAuthorityResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[69]
+	mi := &file_entente_v1_entente_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4303,7 +4434,7 @@ func (x *ChangeAuthorityResponse) String() string {
 func (*ChangeAuthorityResponse) ProtoMessage() {}
 
 func (x *ChangeAuthorityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[69]
+	mi := &file_entente_v1_entente_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4316,7 +4447,7 @@ func (x *ChangeAuthorityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAuthorityResponse.ProtoReflect.Descriptor instead.
 func (*ChangeAuthorityResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{69}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *ChangeAuthorityResponse) GetAuthority() *v1.Authority {
@@ -4354,6 +4485,13 @@ func (x *ChangeAuthorityResponse) GetOffline() bool {
 	return false
 }
 
+func (x *ChangeAuthorityResponse) GetNote() string {
+	if x != nil {
+		return x.Note
+	}
+	return ""
+}
+
 type RemoveNodeRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`                // or its id
@@ -4364,7 +4502,7 @@ type RemoveNodeRequest struct {
 
 func (x *RemoveNodeRequest) Reset() {
 	*x = RemoveNodeRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[70]
+	mi := &file_entente_v1_entente_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4376,7 +4514,7 @@ func (x *RemoveNodeRequest) String() string {
 func (*RemoveNodeRequest) ProtoMessage() {}
 
 func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[70]
+	mi := &file_entente_v1_entente_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4389,7 +4527,7 @@ func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodeRequest.ProtoReflect.Descriptor instead.
 func (*RemoveNodeRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{70}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *RemoveNodeRequest) GetName() string {
@@ -4412,13 +4550,14 @@ type RemoveNodeResponse struct {
 	Member        *v1.Member             `protobuf:"bytes,2,opt,name=member,proto3" json:"member,omitempty"`
 	Authorities   []*v1.Authority        `protobuf:"bytes,3,rep,name=authorities,proto3" json:"authorities,omitempty"` // its own, as they are now
 	HeldBy        []string               `protobuf:"bytes,4,rep,name=held_by,json=heldBy,proto3" json:"held_by,omitempty"`
+	Note          string                 `protobuf:"bytes,85,opt,name=note,proto3" json:"note,omitempty"` // as of ChangeAuthorityResponse
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *RemoveNodeResponse) Reset() {
 	*x = RemoveNodeResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[71]
+	mi := &file_entente_v1_entente_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4430,7 +4569,7 @@ func (x *RemoveNodeResponse) String() string {
 func (*RemoveNodeResponse) ProtoMessage() {}
 
 func (x *RemoveNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[71]
+	mi := &file_entente_v1_entente_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4443,7 +4582,7 @@ func (x *RemoveNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodeResponse.ProtoReflect.Descriptor instead.
 func (*RemoveNodeResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{71}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *RemoveNodeResponse) GetRevision() uint64 {
@@ -4474,6 +4613,13 @@ func (x *RemoveNodeResponse) GetHeldBy() []string {
 	return nil
 }
 
+func (x *RemoveNodeResponse) GetNote() string {
+	if x != nil {
+		return x.Note
+	}
+	return ""
+}
+
 type ListAgentsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	PageSize      uint32                 `protobuf:"varint,1,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"` // at most 1000; 0: 1000
@@ -4484,7 +4630,7 @@ type ListAgentsRequest struct {
 
 func (x *ListAgentsRequest) Reset() {
 	*x = ListAgentsRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[72]
+	mi := &file_entente_v1_entente_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4496,7 +4642,7 @@ func (x *ListAgentsRequest) String() string {
 func (*ListAgentsRequest) ProtoMessage() {}
 
 func (x *ListAgentsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[72]
+	mi := &file_entente_v1_entente_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4509,7 +4655,7 @@ func (x *ListAgentsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAgentsRequest.ProtoReflect.Descriptor instead.
 func (*ListAgentsRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{72}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *ListAgentsRequest) GetPageSize() uint32 {
@@ -4536,7 +4682,7 @@ type ListAgentsResponse struct {
 
 func (x *ListAgentsResponse) Reset() {
 	*x = ListAgentsResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[73]
+	mi := &file_entente_v1_entente_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4548,7 +4694,7 @@ func (x *ListAgentsResponse) String() string {
 func (*ListAgentsResponse) ProtoMessage() {}
 
 func (x *ListAgentsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[73]
+	mi := &file_entente_v1_entente_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4561,7 +4707,7 @@ func (x *ListAgentsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAgentsResponse.ProtoReflect.Descriptor instead.
 func (*ListAgentsResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{73}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *ListAgentsResponse) GetAgents() []*AgentStatus {
@@ -4589,7 +4735,7 @@ type AgentStatus struct {
 
 func (x *AgentStatus) Reset() {
 	*x = AgentStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[74]
+	mi := &file_entente_v1_entente_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4601,7 +4747,7 @@ func (x *AgentStatus) String() string {
 func (*AgentStatus) ProtoMessage() {}
 
 func (x *AgentStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[74]
+	mi := &file_entente_v1_entente_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4614,7 +4760,7 @@ func (x *AgentStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentStatus.ProtoReflect.Descriptor instead.
 func (*AgentStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{74}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{76}
 }
 
 func (x *AgentStatus) GetAgent() *v1.Agent {
@@ -4647,7 +4793,7 @@ type GetAgentRequest struct {
 
 func (x *GetAgentRequest) Reset() {
 	*x = GetAgentRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[75]
+	mi := &file_entente_v1_entente_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4659,7 +4805,7 @@ func (x *GetAgentRequest) String() string {
 func (*GetAgentRequest) ProtoMessage() {}
 
 func (x *GetAgentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[75]
+	mi := &file_entente_v1_entente_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4672,7 +4818,7 @@ func (x *GetAgentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetAgentRequest.ProtoReflect.Descriptor instead.
 func (*GetAgentRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{75}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *GetAgentRequest) GetName() string {
@@ -4693,7 +4839,7 @@ type GetAgentResponse struct {
 
 func (x *GetAgentResponse) Reset() {
 	*x = GetAgentResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[76]
+	mi := &file_entente_v1_entente_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4705,7 +4851,7 @@ func (x *GetAgentResponse) String() string {
 func (*GetAgentResponse) ProtoMessage() {}
 
 func (x *GetAgentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[76]
+	mi := &file_entente_v1_entente_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4718,7 +4864,7 @@ func (x *GetAgentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetAgentResponse.ProtoReflect.Descriptor instead.
 func (*GetAgentResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{76}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{78}
 }
 
 func (x *GetAgentResponse) GetStatus() *AgentStatus {
@@ -4751,7 +4897,7 @@ type ChangeAgentRequest struct {
 
 func (x *ChangeAgentRequest) Reset() {
 	*x = ChangeAgentRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[77]
+	mi := &file_entente_v1_entente_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4763,7 +4909,7 @@ func (x *ChangeAgentRequest) String() string {
 func (*ChangeAgentRequest) ProtoMessage() {}
 
 func (x *ChangeAgentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[77]
+	mi := &file_entente_v1_entente_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4776,7 +4922,7 @@ func (x *ChangeAgentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAgentRequest.ProtoReflect.Descriptor instead.
 func (*ChangeAgentRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{77}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *ChangeAgentRequest) GetName() string {
@@ -4795,7 +4941,7 @@ type ChangeAgentResponse struct {
 
 func (x *ChangeAgentResponse) Reset() {
 	*x = ChangeAgentResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[78]
+	mi := &file_entente_v1_entente_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4807,7 +4953,7 @@ func (x *ChangeAgentResponse) String() string {
 func (*ChangeAgentResponse) ProtoMessage() {}
 
 func (x *ChangeAgentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[78]
+	mi := &file_entente_v1_entente_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4820,7 +4966,7 @@ func (x *ChangeAgentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAgentResponse.ProtoReflect.Descriptor instead.
 func (*ChangeAgentResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{78}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{80}
 }
 
 func (x *ChangeAgentResponse) GetRevision() uint64 {
@@ -4838,7 +4984,7 @@ type ListTokensRequest struct {
 
 func (x *ListTokensRequest) Reset() {
 	*x = ListTokensRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[79]
+	mi := &file_entente_v1_entente_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4850,7 +4996,7 @@ func (x *ListTokensRequest) String() string {
 func (*ListTokensRequest) ProtoMessage() {}
 
 func (x *ListTokensRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[79]
+	mi := &file_entente_v1_entente_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4863,7 +5009,7 @@ func (x *ListTokensRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTokensRequest.ProtoReflect.Descriptor instead.
 func (*ListTokensRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{79}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{81}
 }
 
 type ListTokensResponse struct {
@@ -4876,7 +5022,7 @@ type ListTokensResponse struct {
 
 func (x *ListTokensResponse) Reset() {
 	*x = ListTokensResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[80]
+	mi := &file_entente_v1_entente_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4888,7 +5034,7 @@ func (x *ListTokensResponse) String() string {
 func (*ListTokensResponse) ProtoMessage() {}
 
 func (x *ListTokensResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[80]
+	mi := &file_entente_v1_entente_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4901,7 +5047,7 @@ func (x *ListTokensResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTokensResponse.ProtoReflect.Descriptor instead.
 func (*ListTokensResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{80}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *ListTokensResponse) GetTokens() []*v1.Token {
@@ -4927,7 +5073,7 @@ type RevokeTokenRequest struct {
 
 func (x *RevokeTokenRequest) Reset() {
 	*x = RevokeTokenRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[81]
+	mi := &file_entente_v1_entente_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4939,7 +5085,7 @@ func (x *RevokeTokenRequest) String() string {
 func (*RevokeTokenRequest) ProtoMessage() {}
 
 func (x *RevokeTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[81]
+	mi := &file_entente_v1_entente_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4952,7 +5098,7 @@ func (x *RevokeTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeTokenRequest.ProtoReflect.Descriptor instead.
 func (*RevokeTokenRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{81}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *RevokeTokenRequest) GetId() string {
@@ -4971,7 +5117,7 @@ type RevokeTokenResponse struct {
 
 func (x *RevokeTokenResponse) Reset() {
 	*x = RevokeTokenResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[82]
+	mi := &file_entente_v1_entente_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4983,7 +5129,7 @@ func (x *RevokeTokenResponse) String() string {
 func (*RevokeTokenResponse) ProtoMessage() {}
 
 func (x *RevokeTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[82]
+	mi := &file_entente_v1_entente_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4996,7 +5142,7 @@ func (x *RevokeTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeTokenResponse.ProtoReflect.Descriptor instead.
 func (*RevokeTokenResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{82}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *RevokeTokenResponse) GetRevision() uint64 {
@@ -5016,7 +5162,7 @@ type ChangeEntriesRequest struct {
 
 func (x *ChangeEntriesRequest) Reset() {
 	*x = ChangeEntriesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[83]
+	mi := &file_entente_v1_entente_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5028,7 +5174,7 @@ func (x *ChangeEntriesRequest) String() string {
 func (*ChangeEntriesRequest) ProtoMessage() {}
 
 func (x *ChangeEntriesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[83]
+	mi := &file_entente_v1_entente_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5041,7 +5187,7 @@ func (x *ChangeEntriesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeEntriesRequest.ProtoReflect.Descriptor instead.
 func (*ChangeEntriesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{83}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *ChangeEntriesRequest) GetChanges() []*v1.EntryChange {
@@ -5067,7 +5213,7 @@ type ChangeEntriesResponse struct {
 
 func (x *ChangeEntriesResponse) Reset() {
 	*x = ChangeEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[84]
+	mi := &file_entente_v1_entente_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5079,7 +5225,7 @@ func (x *ChangeEntriesResponse) String() string {
 func (*ChangeEntriesResponse) ProtoMessage() {}
 
 func (x *ChangeEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[84]
+	mi := &file_entente_v1_entente_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5092,7 +5238,7 @@ func (x *ChangeEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeEntriesResponse.ProtoReflect.Descriptor instead.
 func (*ChangeEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{84}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{86}
 }
 
 func (x *ChangeEntriesResponse) GetResults() []*EntryResult {
@@ -5115,7 +5261,7 @@ type EntryResult struct {
 
 func (x *EntryResult) Reset() {
 	*x = EntryResult{}
-	mi := &file_entente_v1_entente_proto_msgTypes[85]
+	mi := &file_entente_v1_entente_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5127,7 +5273,7 @@ func (x *EntryResult) String() string {
 func (*EntryResult) ProtoMessage() {}
 
 func (x *EntryResult) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[85]
+	mi := &file_entente_v1_entente_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5140,7 +5286,7 @@ func (x *EntryResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EntryResult.ProtoReflect.Descriptor instead.
 func (*EntryResult) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{85}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *EntryResult) GetId() string {
@@ -5191,7 +5337,7 @@ type ListEntriesRequest struct {
 
 func (x *ListEntriesRequest) Reset() {
 	*x = ListEntriesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[86]
+	mi := &file_entente_v1_entente_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5203,7 +5349,7 @@ func (x *ListEntriesRequest) String() string {
 func (*ListEntriesRequest) ProtoMessage() {}
 
 func (x *ListEntriesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[86]
+	mi := &file_entente_v1_entente_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5216,7 +5362,7 @@ func (x *ListEntriesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntriesRequest.ProtoReflect.Descriptor instead.
 func (*ListEntriesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{86}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{88}
 }
 
 func (x *ListEntriesRequest) GetPageSize() uint32 {
@@ -5264,7 +5410,7 @@ type ListEntriesResponse struct {
 
 func (x *ListEntriesResponse) Reset() {
 	*x = ListEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[87]
+	mi := &file_entente_v1_entente_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5276,7 +5422,7 @@ func (x *ListEntriesResponse) String() string {
 func (*ListEntriesResponse) ProtoMessage() {}
 
 func (x *ListEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[87]
+	mi := &file_entente_v1_entente_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5289,7 +5435,7 @@ func (x *ListEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntriesResponse.ProtoReflect.Descriptor instead.
 func (*ListEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{87}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{89}
 }
 
 func (x *ListEntriesResponse) GetEntries() []*v1.Entry {
@@ -5315,7 +5461,7 @@ type GetEntryRequest struct {
 
 func (x *GetEntryRequest) Reset() {
 	*x = GetEntryRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[88]
+	mi := &file_entente_v1_entente_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5327,7 +5473,7 @@ func (x *GetEntryRequest) String() string {
 func (*GetEntryRequest) ProtoMessage() {}
 
 func (x *GetEntryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[88]
+	mi := &file_entente_v1_entente_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5340,7 +5486,7 @@ func (x *GetEntryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetEntryRequest.ProtoReflect.Descriptor instead.
 func (*GetEntryRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{88}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{90}
 }
 
 func (x *GetEntryRequest) GetId() string {
@@ -5359,7 +5505,7 @@ type GetEntryResponse struct {
 
 func (x *GetEntryResponse) Reset() {
 	*x = GetEntryResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[89]
+	mi := &file_entente_v1_entente_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5371,7 +5517,7 @@ func (x *GetEntryResponse) String() string {
 func (*GetEntryResponse) ProtoMessage() {}
 
 func (x *GetEntryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[89]
+	mi := &file_entente_v1_entente_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5384,7 +5530,7 @@ func (x *GetEntryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetEntryResponse.ProtoReflect.Descriptor instead.
 func (*GetEntryResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{89}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{91}
 }
 
 func (x *GetEntryResponse) GetEntry() *v1.Entry {
@@ -5403,7 +5549,7 @@ type CountEntriesResponse struct {
 
 func (x *CountEntriesResponse) Reset() {
 	*x = CountEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[90]
+	mi := &file_entente_v1_entente_proto_msgTypes[92]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5415,7 +5561,7 @@ func (x *CountEntriesResponse) String() string {
 func (*CountEntriesResponse) ProtoMessage() {}
 
 func (x *CountEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[90]
+	mi := &file_entente_v1_entente_proto_msgTypes[92]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5428,7 +5574,7 @@ func (x *CountEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CountEntriesResponse.ProtoReflect.Descriptor instead.
 func (*CountEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{90}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{92}
 }
 
 func (x *CountEntriesResponse) GetEntries() uint64 {
@@ -5443,14 +5589,15 @@ var File_entente_v1_entente_proto protoreflect.FileDescriptor
 const file_entente_v1_entente_proto_rawDesc = "" +
 	"\n" +
 	"\x18entente/v1/entente.proto\x12\n" +
-	"entente.v1\x1a\x1centente/state/v1/state.proto\"\xa8\x01\n" +
+	"entente.v1\x1a\x1centente/state/v1/state.proto\"\xcd\x01\n" +
 	"\vJoinRequest\x12\x19\n" +
 	"\btoken_id\x18\x01 \x01(\tR\atokenId\x12\x1c\n" +
 	"\tstatement\x18\x02 \x01(\fR\tstatement\x12\x1c\n" +
 	"\tsignature\x18\x03 \x01(\fR\tsignature\x12!\n" +
 	"\fraft_address\x18\x04 \x01(\tR\vraftAddress\x12\x1f\n" +
 	"\vapi_address\x18\x05 \x01(\tR\n" +
-	"apiAddress\"\xa9\x01\n" +
+	"apiAddress\x12#\n" +
+	"\rfeature_level\x18F \x01(\rR\ffeatureLevel\"\xa9\x01\n" +
 	"\fJoinResponse\x120\n" +
 	"\x06member\x18\x01 \x01(\v2\x18.entente.state.v1.MemberR\x06member\x122\n" +
 	"\amembers\x18\x02 \x03(\v2\x18.entente.state.v1.MemberR\amembers\x123\n" +
@@ -5566,7 +5713,7 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x05token\x18\x01 \x01(\tR\x05token\x12\x12\n" +
 	"\x04code\x18\x02 \x01(\rR\x04code\x12\x14\n" +
 	"\x05error\x18\x03 \x01(\tR\x05error\"\x0f\n" +
-	"\rStatusRequest\"\xea\x06\n" +
+	"\rStatusRequest\"\x9c\a\n" +
 	"\x0eStatusResponse\x123\n" +
 	"\acluster\x18\x01 \x01(\v2\x19.entente.state.v1.ClusterR\acluster\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\x04R\brevision\x12\x17\n" +
@@ -5595,7 +5742,12 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\rapplied_index\x18% \x01(\x04R\fappliedIndex\x12\x1d\n" +
 	"\n" +
 	"last_index\x18& \x01(\x04R\tlastIndex\x12\x1b\n" +
-	"\tlog_bytes\x18' \x01(\x04R\blogBytes\"\xbb\x01\n" +
+	"\tlog_bytes\x18' \x01(\x04R\blogBytes\x120\n" +
+	"\bupstream\x18U \x01(\v2\x14.entente.v1.UpstreamR\bupstream\"X\n" +
+	"\bUpstream\x12\x15\n" +
+	"\x06key_id\x18\x01 \x01(\tR\x05keyId\x12\x1b\n" +
+	"\tnot_after\x18\x02 \x01(\x03R\bnotAfter\x12\x18\n" +
+	"\aproblem\x18\x03 \x01(\tR\aproblem\"\xbb\x01\n" +
 	"\bAutonomy\x12\x1b\n" +
 	"\tmember_id\x18\x01 \x01(\tR\bmemberId\x12#\n" +
 	"\rsigns_seconds\x18\x02 \x01(\x01R\fsignsSeconds\x12!\n" +
@@ -5717,7 +5869,10 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\aexclude\x18\x02 \x03(\tR\aexclude\x12\x10\n" +
 	"\x03who\x18\x03 \x01(\tR\x03who\"/\n" +
 	"\x11MarkReadyResponse\x12\x1a\n" +
-	"\brevision\x18\x01 \x01(\x04R\brevision\"\x11\n" +
+	"\brevision\x18\x01 \x01(\x04R\brevision\"g\n" +
+	"\aPicture\x12*\n" +
+	"\x06policy\x18\x01 \x01(\v2\x12.entente.v1.PolicyR\x06policy\x120\n" +
+	"\bpresence\x18\x02 \x01(\v2\x14.entente.v1.PresenceR\bpresence\"\x11\n" +
 	"\x0fPresenceRequest\"\x96\x01\n" +
 	"\x10PresenceResponse\x122\n" +
 	"\tinstances\x18\x01 \x03(\v2\x14.entente.v1.InstanceR\tinstances\x122\n" +
@@ -5742,21 +5897,23 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x16ChangeAuthorityRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x10\n" +
 	"\x03now\x18\x02 \x01(\bR\x03now\x12\x18\n" +
-	"\aexclude\x18Z \x03(\tR\aexclude\"\xda\x01\n" +
+	"\aexclude\x18Z \x03(\tR\aexclude\"\xee\x01\n" +
 	"\x17ChangeAuthorityResponse\x129\n" +
 	"\tauthority\x18\x01 \x01(\v2\x1b.entente.state.v1.AuthorityR\tauthority\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\x04R\brevision\x12\x17\n" +
 	"\aheld_by\x18\x03 \x03(\tR\x06heldBy\x125\n" +
 	"\asigning\x18\x04 \x03(\v2\x1b.entente.state.v1.AuthorityR\asigning\x12\x18\n" +
-	"\aoffline\x18Z \x01(\bR\aoffline\"I\n" +
+	"\aoffline\x18Z \x01(\bR\aoffline\x12\x12\n" +
+	"\x04note\x18U \x01(\tR\x04note\"I\n" +
 	"\x11RemoveNodeRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12 \n" +
-	"\vcompromised\x18\x02 \x01(\bR\vcompromised\"\xba\x01\n" +
+	"\vcompromised\x18\x02 \x01(\bR\vcompromised\"\xce\x01\n" +
 	"\x12RemoveNodeResponse\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x120\n" +
 	"\x06member\x18\x02 \x01(\v2\x18.entente.state.v1.MemberR\x06member\x12=\n" +
 	"\vauthorities\x18\x03 \x03(\v2\x1b.entente.state.v1.AuthorityR\vauthorities\x12\x17\n" +
-	"\aheld_by\x18\x04 \x03(\tR\x06heldBy\"F\n" +
+	"\aheld_by\x18\x04 \x03(\tR\x06heldBy\x12\x12\n" +
+	"\x04note\x18U \x01(\tR\x04note\"F\n" +
 	"\x11ListAgentsRequest\x12\x1b\n" +
 	"\tpage_size\x18\x01 \x01(\rR\bpageSize\x12\x14\n" +
 	"\x05after\x18\x02 \x01(\tR\x05after\"Y\n" +
@@ -5878,7 +6035,7 @@ func file_entente_v1_entente_proto_rawDescGZIP() []byte {
 }
 
 var file_entente_v1_entente_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_entente_v1_entente_proto_msgTypes = make([]protoimpl.MessageInfo, 91)
+var file_entente_v1_entente_proto_msgTypes = make([]protoimpl.MessageInfo, 93)
 var file_entente_v1_entente_proto_goTypes = []any{
 	(Health)(0),                     // 0: entente.v1.Health
 	(*JoinRequest)(nil),             // 1: entente.v1.JoinRequest
@@ -5909,90 +6066,92 @@ var file_entente_v1_entente_proto_goTypes = []any{
 	(*TokenResult)(nil),             // 26: entente.v1.TokenResult
 	(*StatusRequest)(nil),           // 27: entente.v1.StatusRequest
 	(*StatusResponse)(nil),          // 28: entente.v1.StatusResponse
-	(*Autonomy)(nil),                // 29: entente.v1.Autonomy
-	(*UseAutonomy)(nil),             // 30: entente.v1.UseAutonomy
-	(*MemberStatus)(nil),            // 31: entente.v1.MemberStatus
-	(*SaveSnapshotRequest)(nil),     // 32: entente.v1.SaveSnapshotRequest
-	(*SaveSnapshotResponse)(nil),    // 33: entente.v1.SaveSnapshotResponse
-	(*ListNodesRequest)(nil),        // 34: entente.v1.ListNodesRequest
-	(*ListNodesResponse)(nil),       // 35: entente.v1.ListNodesResponse
-	(*NodeProgress)(nil),            // 36: entente.v1.NodeProgress
-	(*PromoteNodeRequest)(nil),      // 37: entente.v1.PromoteNodeRequest
-	(*PromoteNodeResponse)(nil),     // 38: entente.v1.PromoteNodeResponse
-	(*VouchRequest)(nil),            // 39: entente.v1.VouchRequest
-	(*VouchResponse)(nil),           // 40: entente.v1.VouchResponse
-	(*ChecksumRequest)(nil),         // 41: entente.v1.ChecksumRequest
-	(*ChecksumResponse)(nil),        // 42: entente.v1.ChecksumResponse
-	(*ShowEpochRequest)(nil),        // 43: entente.v1.ShowEpochRequest
-	(*ShowEpochResponse)(nil),       // 44: entente.v1.ShowEpochResponse
-	(*ForeignBundleStatus)(nil),     // 45: entente.v1.ForeignBundleStatus
-	(*CreateTokenRequest)(nil),      // 46: entente.v1.CreateTokenRequest
-	(*CreateTokenResponse)(nil),     // 47: entente.v1.CreateTokenResponse
-	(*ApplyRequest)(nil),            // 48: entente.v1.ApplyRequest
-	(*ApplyResponse)(nil),           // 49: entente.v1.ApplyResponse
-	(*ObjectChange)(nil),            // 50: entente.v1.ObjectChange
-	(*GetBundleRequest)(nil),        // 51: entente.v1.GetBundleRequest
-	(*GetBundleResponse)(nil),       // 52: entente.v1.GetBundleResponse
-	(*ProposeRequest)(nil),          // 53: entente.v1.ProposeRequest
-	(*ProposeResponse)(nil),         // 54: entente.v1.ProposeResponse
-	(*ReportRequest)(nil),           // 55: entente.v1.ReportRequest
-	(*HeldAuthority)(nil),           // 56: entente.v1.HeldAuthority
-	(*ReportResponse)(nil),          // 57: entente.v1.ReportResponse
-	(*GateRequest)(nil),             // 58: entente.v1.GateRequest
-	(*GateResponse)(nil),            // 59: entente.v1.GateResponse
-	(*AuthorityGate)(nil),           // 60: entente.v1.AuthorityGate
-	(*MarkReadyRequest)(nil),        // 61: entente.v1.MarkReadyRequest
-	(*MarkReadyResponse)(nil),       // 62: entente.v1.MarkReadyResponse
-	(*PresenceRequest)(nil),         // 63: entente.v1.PresenceRequest
-	(*PresenceResponse)(nil),        // 64: entente.v1.PresenceResponse
-	(*ListAuthoritiesRequest)(nil),  // 65: entente.v1.ListAuthoritiesRequest
-	(*ListAuthoritiesResponse)(nil), // 66: entente.v1.ListAuthoritiesResponse
-	(*AuthorityStatus)(nil),         // 67: entente.v1.AuthorityStatus
-	(*PrepareAuthorityRequest)(nil), // 68: entente.v1.PrepareAuthorityRequest
-	(*ChangeAuthorityRequest)(nil),  // 69: entente.v1.ChangeAuthorityRequest
-	(*ChangeAuthorityResponse)(nil), // 70: entente.v1.ChangeAuthorityResponse
-	(*RemoveNodeRequest)(nil),       // 71: entente.v1.RemoveNodeRequest
-	(*RemoveNodeResponse)(nil),      // 72: entente.v1.RemoveNodeResponse
-	(*ListAgentsRequest)(nil),       // 73: entente.v1.ListAgentsRequest
-	(*ListAgentsResponse)(nil),      // 74: entente.v1.ListAgentsResponse
-	(*AgentStatus)(nil),             // 75: entente.v1.AgentStatus
-	(*GetAgentRequest)(nil),         // 76: entente.v1.GetAgentRequest
-	(*GetAgentResponse)(nil),        // 77: entente.v1.GetAgentResponse
-	(*ChangeAgentRequest)(nil),      // 78: entente.v1.ChangeAgentRequest
-	(*ChangeAgentResponse)(nil),     // 79: entente.v1.ChangeAgentResponse
-	(*ListTokensRequest)(nil),       // 80: entente.v1.ListTokensRequest
-	(*ListTokensResponse)(nil),      // 81: entente.v1.ListTokensResponse
-	(*RevokeTokenRequest)(nil),      // 82: entente.v1.RevokeTokenRequest
-	(*RevokeTokenResponse)(nil),     // 83: entente.v1.RevokeTokenResponse
-	(*ChangeEntriesRequest)(nil),    // 84: entente.v1.ChangeEntriesRequest
-	(*ChangeEntriesResponse)(nil),   // 85: entente.v1.ChangeEntriesResponse
-	(*EntryResult)(nil),             // 86: entente.v1.EntryResult
-	(*ListEntriesRequest)(nil),      // 87: entente.v1.ListEntriesRequest
-	(*ListEntriesResponse)(nil),     // 88: entente.v1.ListEntriesResponse
-	(*GetEntryRequest)(nil),         // 89: entente.v1.GetEntryRequest
-	(*GetEntryResponse)(nil),        // 90: entente.v1.GetEntryResponse
-	(*CountEntriesResponse)(nil),    // 91: entente.v1.CountEntriesResponse
-	(*v1.Member)(nil),               // 92: entente.state.v1.Member
-	(*v1.Cluster)(nil),              // 93: entente.state.v1.Cluster
-	(*v1.Agent)(nil),                // 94: entente.state.v1.Agent
-	(*v1.Distrust)(nil),             // 95: entente.state.v1.Distrust
-	(*v1.Entry)(nil),                // 96: entente.state.v1.Entry
-	(*v1.Object)(nil),               // 97: entente.state.v1.Object
-	(*v1.ObjectKey)(nil),            // 98: entente.state.v1.ObjectKey
-	(*v1.Authority)(nil),            // 99: entente.state.v1.Authority
-	(v1.KeyUse)(0),                  // 100: entente.state.v1.KeyUse
-	(*v1.NodeGrant)(nil),            // 101: entente.state.v1.NodeGrant
-	(*v1.AgentGrant)(nil),           // 102: entente.state.v1.AgentGrant
-	(*v1.Token)(nil),                // 103: entente.state.v1.Token
-	(*v1.EntryChange)(nil),          // 104: entente.state.v1.EntryChange
+	(*Upstream)(nil),                // 29: entente.v1.Upstream
+	(*Autonomy)(nil),                // 30: entente.v1.Autonomy
+	(*UseAutonomy)(nil),             // 31: entente.v1.UseAutonomy
+	(*MemberStatus)(nil),            // 32: entente.v1.MemberStatus
+	(*SaveSnapshotRequest)(nil),     // 33: entente.v1.SaveSnapshotRequest
+	(*SaveSnapshotResponse)(nil),    // 34: entente.v1.SaveSnapshotResponse
+	(*ListNodesRequest)(nil),        // 35: entente.v1.ListNodesRequest
+	(*ListNodesResponse)(nil),       // 36: entente.v1.ListNodesResponse
+	(*NodeProgress)(nil),            // 37: entente.v1.NodeProgress
+	(*PromoteNodeRequest)(nil),      // 38: entente.v1.PromoteNodeRequest
+	(*PromoteNodeResponse)(nil),     // 39: entente.v1.PromoteNodeResponse
+	(*VouchRequest)(nil),            // 40: entente.v1.VouchRequest
+	(*VouchResponse)(nil),           // 41: entente.v1.VouchResponse
+	(*ChecksumRequest)(nil),         // 42: entente.v1.ChecksumRequest
+	(*ChecksumResponse)(nil),        // 43: entente.v1.ChecksumResponse
+	(*ShowEpochRequest)(nil),        // 44: entente.v1.ShowEpochRequest
+	(*ShowEpochResponse)(nil),       // 45: entente.v1.ShowEpochResponse
+	(*ForeignBundleStatus)(nil),     // 46: entente.v1.ForeignBundleStatus
+	(*CreateTokenRequest)(nil),      // 47: entente.v1.CreateTokenRequest
+	(*CreateTokenResponse)(nil),     // 48: entente.v1.CreateTokenResponse
+	(*ApplyRequest)(nil),            // 49: entente.v1.ApplyRequest
+	(*ApplyResponse)(nil),           // 50: entente.v1.ApplyResponse
+	(*ObjectChange)(nil),            // 51: entente.v1.ObjectChange
+	(*GetBundleRequest)(nil),        // 52: entente.v1.GetBundleRequest
+	(*GetBundleResponse)(nil),       // 53: entente.v1.GetBundleResponse
+	(*ProposeRequest)(nil),          // 54: entente.v1.ProposeRequest
+	(*ProposeResponse)(nil),         // 55: entente.v1.ProposeResponse
+	(*ReportRequest)(nil),           // 56: entente.v1.ReportRequest
+	(*HeldAuthority)(nil),           // 57: entente.v1.HeldAuthority
+	(*ReportResponse)(nil),          // 58: entente.v1.ReportResponse
+	(*GateRequest)(nil),             // 59: entente.v1.GateRequest
+	(*GateResponse)(nil),            // 60: entente.v1.GateResponse
+	(*AuthorityGate)(nil),           // 61: entente.v1.AuthorityGate
+	(*MarkReadyRequest)(nil),        // 62: entente.v1.MarkReadyRequest
+	(*MarkReadyResponse)(nil),       // 63: entente.v1.MarkReadyResponse
+	(*Picture)(nil),                 // 64: entente.v1.Picture
+	(*PresenceRequest)(nil),         // 65: entente.v1.PresenceRequest
+	(*PresenceResponse)(nil),        // 66: entente.v1.PresenceResponse
+	(*ListAuthoritiesRequest)(nil),  // 67: entente.v1.ListAuthoritiesRequest
+	(*ListAuthoritiesResponse)(nil), // 68: entente.v1.ListAuthoritiesResponse
+	(*AuthorityStatus)(nil),         // 69: entente.v1.AuthorityStatus
+	(*PrepareAuthorityRequest)(nil), // 70: entente.v1.PrepareAuthorityRequest
+	(*ChangeAuthorityRequest)(nil),  // 71: entente.v1.ChangeAuthorityRequest
+	(*ChangeAuthorityResponse)(nil), // 72: entente.v1.ChangeAuthorityResponse
+	(*RemoveNodeRequest)(nil),       // 73: entente.v1.RemoveNodeRequest
+	(*RemoveNodeResponse)(nil),      // 74: entente.v1.RemoveNodeResponse
+	(*ListAgentsRequest)(nil),       // 75: entente.v1.ListAgentsRequest
+	(*ListAgentsResponse)(nil),      // 76: entente.v1.ListAgentsResponse
+	(*AgentStatus)(nil),             // 77: entente.v1.AgentStatus
+	(*GetAgentRequest)(nil),         // 78: entente.v1.GetAgentRequest
+	(*GetAgentResponse)(nil),        // 79: entente.v1.GetAgentResponse
+	(*ChangeAgentRequest)(nil),      // 80: entente.v1.ChangeAgentRequest
+	(*ChangeAgentResponse)(nil),     // 81: entente.v1.ChangeAgentResponse
+	(*ListTokensRequest)(nil),       // 82: entente.v1.ListTokensRequest
+	(*ListTokensResponse)(nil),      // 83: entente.v1.ListTokensResponse
+	(*RevokeTokenRequest)(nil),      // 84: entente.v1.RevokeTokenRequest
+	(*RevokeTokenResponse)(nil),     // 85: entente.v1.RevokeTokenResponse
+	(*ChangeEntriesRequest)(nil),    // 86: entente.v1.ChangeEntriesRequest
+	(*ChangeEntriesResponse)(nil),   // 87: entente.v1.ChangeEntriesResponse
+	(*EntryResult)(nil),             // 88: entente.v1.EntryResult
+	(*ListEntriesRequest)(nil),      // 89: entente.v1.ListEntriesRequest
+	(*ListEntriesResponse)(nil),     // 90: entente.v1.ListEntriesResponse
+	(*GetEntryRequest)(nil),         // 91: entente.v1.GetEntryRequest
+	(*GetEntryResponse)(nil),        // 92: entente.v1.GetEntryResponse
+	(*CountEntriesResponse)(nil),    // 93: entente.v1.CountEntriesResponse
+	(*v1.Member)(nil),               // 94: entente.state.v1.Member
+	(*v1.Cluster)(nil),              // 95: entente.state.v1.Cluster
+	(*v1.Agent)(nil),                // 96: entente.state.v1.Agent
+	(*v1.Distrust)(nil),             // 97: entente.state.v1.Distrust
+	(*v1.Entry)(nil),                // 98: entente.state.v1.Entry
+	(*v1.Object)(nil),               // 99: entente.state.v1.Object
+	(*v1.ObjectKey)(nil),            // 100: entente.state.v1.ObjectKey
+	(*v1.Authority)(nil),            // 101: entente.state.v1.Authority
+	(v1.KeyUse)(0),                  // 102: entente.state.v1.KeyUse
+	(*v1.NodeGrant)(nil),            // 103: entente.state.v1.NodeGrant
+	(*v1.AgentGrant)(nil),           // 104: entente.state.v1.AgentGrant
+	(*v1.Token)(nil),                // 105: entente.state.v1.Token
+	(*v1.EntryChange)(nil),          // 106: entente.state.v1.EntryChange
 }
 var file_entente_v1_entente_proto_depIdxs = []int32{
-	92,  // 0: entente.v1.JoinResponse.member:type_name -> entente.state.v1.Member
-	92,  // 1: entente.v1.JoinResponse.members:type_name -> entente.state.v1.Member
-	93,  // 2: entente.v1.JoinResponse.cluster:type_name -> entente.state.v1.Cluster
-	92,  // 3: entente.v1.AttestResponse.members:type_name -> entente.state.v1.Member
-	93,  // 4: entente.v1.AttestResponse.cluster:type_name -> entente.state.v1.Cluster
-	94,  // 5: entente.v1.AttestResponse.agent:type_name -> entente.state.v1.Agent
+	94,  // 0: entente.v1.JoinResponse.member:type_name -> entente.state.v1.Member
+	94,  // 1: entente.v1.JoinResponse.members:type_name -> entente.state.v1.Member
+	95,  // 2: entente.v1.JoinResponse.cluster:type_name -> entente.state.v1.Cluster
+	94,  // 3: entente.v1.AttestResponse.members:type_name -> entente.state.v1.Member
+	95,  // 4: entente.v1.AttestResponse.cluster:type_name -> entente.state.v1.Cluster
+	96,  // 5: entente.v1.AttestResponse.agent:type_name -> entente.state.v1.Agent
 	6,   // 6: entente.v1.SyncRequest.hello:type_name -> entente.v1.Hello
 	7,   // 7: entente.v1.SyncRequest.ack:type_name -> entente.v1.Ack
 	8,   // 8: entente.v1.SyncRequest.report:type_name -> entente.v1.InstanceReport
@@ -6002,14 +6161,14 @@ var file_entente_v1_entente_proto_depIdxs = []int32{
 	14,  // 12: entente.v1.SyncResponse.presence:type_name -> entente.v1.Presence
 	15,  // 13: entente.v1.SyncResponse.heartbeat:type_name -> entente.v1.Heartbeat
 	11,  // 14: entente.v1.SyncResponse.urgent:type_name -> entente.v1.Urgent
-	95,  // 15: entente.v1.Urgent.distrust:type_name -> entente.state.v1.Distrust
-	93,  // 16: entente.v1.Policy.cluster:type_name -> entente.state.v1.Cluster
-	96,  // 17: entente.v1.Policy.entries:type_name -> entente.state.v1.Entry
+	97,  // 15: entente.v1.Urgent.distrust:type_name -> entente.state.v1.Distrust
+	95,  // 16: entente.v1.Policy.cluster:type_name -> entente.state.v1.Cluster
+	98,  // 17: entente.v1.Policy.entries:type_name -> entente.state.v1.Entry
 	13,  // 18: entente.v1.Policy.bundles:type_name -> entente.v1.Bundle
-	97,  // 19: entente.v1.Policy.objects:type_name -> entente.state.v1.Object
-	98,  // 20: entente.v1.Policy.deleted_objects:type_name -> entente.state.v1.ObjectKey
-	92,  // 21: entente.v1.Policy.members:type_name -> entente.state.v1.Member
-	95,  // 22: entente.v1.Policy.distrust:type_name -> entente.state.v1.Distrust
+	99,  // 19: entente.v1.Policy.objects:type_name -> entente.state.v1.Object
+	100, // 20: entente.v1.Policy.deleted_objects:type_name -> entente.state.v1.ObjectKey
+	94,  // 21: entente.v1.Policy.members:type_name -> entente.state.v1.Member
+	97,  // 22: entente.v1.Policy.distrust:type_name -> entente.state.v1.Distrust
 	9,   // 23: entente.v1.Presence.instances:type_name -> entente.v1.Instance
 	9,   // 24: entente.v1.Presence.withdrawn:type_name -> entente.v1.Instance
 	17,  // 25: entente.v1.SignX509Request.requests:type_name -> entente.v1.X509Request
@@ -6018,126 +6177,129 @@ var file_entente_v1_entente_proto_depIdxs = []int32{
 	26,  // 28: entente.v1.SignJWTResponse.results:type_name -> entente.v1.TokenResult
 	24,  // 29: entente.v1.SignWITRequest.requests:type_name -> entente.v1.WITRequest
 	26,  // 30: entente.v1.SignWITResponse.results:type_name -> entente.v1.TokenResult
-	93,  // 31: entente.v1.StatusResponse.cluster:type_name -> entente.state.v1.Cluster
-	31,  // 32: entente.v1.StatusResponse.members:type_name -> entente.v1.MemberStatus
-	99,  // 33: entente.v1.StatusResponse.authorities:type_name -> entente.state.v1.Authority
-	45,  // 34: entente.v1.StatusResponse.foreign:type_name -> entente.v1.ForeignBundleStatus
+	95,  // 31: entente.v1.StatusResponse.cluster:type_name -> entente.state.v1.Cluster
+	32,  // 32: entente.v1.StatusResponse.members:type_name -> entente.v1.MemberStatus
+	101, // 33: entente.v1.StatusResponse.authorities:type_name -> entente.state.v1.Authority
+	46,  // 34: entente.v1.StatusResponse.foreign:type_name -> entente.v1.ForeignBundleStatus
 	9,   // 35: entente.v1.StatusResponse.instances:type_name -> entente.v1.Instance
-	29,  // 36: entente.v1.StatusResponse.autonomy:type_name -> entente.v1.Autonomy
-	30,  // 37: entente.v1.Autonomy.uses:type_name -> entente.v1.UseAutonomy
-	100, // 38: entente.v1.UseAutonomy.use:type_name -> entente.state.v1.KeyUse
-	92,  // 39: entente.v1.MemberStatus.member:type_name -> entente.state.v1.Member
-	36,  // 40: entente.v1.ListNodesResponse.nodes:type_name -> entente.v1.NodeProgress
-	92,  // 41: entente.v1.NodeProgress.member:type_name -> entente.state.v1.Member
-	92,  // 42: entente.v1.VouchResponse.member:type_name -> entente.state.v1.Member
-	101, // 43: entente.v1.CreateTokenRequest.node:type_name -> entente.state.v1.NodeGrant
-	102, // 44: entente.v1.CreateTokenRequest.agent:type_name -> entente.state.v1.AgentGrant
-	97,  // 45: entente.v1.ApplyRequest.objects:type_name -> entente.state.v1.Object
-	98,  // 46: entente.v1.ApplyRequest.deletes:type_name -> entente.state.v1.ObjectKey
-	50,  // 47: entente.v1.ApplyResponse.changes:type_name -> entente.v1.ObjectChange
-	98,  // 48: entente.v1.ObjectChange.key:type_name -> entente.state.v1.ObjectKey
-	56,  // 49: entente.v1.ReportRequest.held:type_name -> entente.v1.HeldAuthority
-	60,  // 50: entente.v1.GateResponse.authorities:type_name -> entente.v1.AuthorityGate
-	9,   // 51: entente.v1.PresenceResponse.instances:type_name -> entente.v1.Instance
-	9,   // 52: entente.v1.PresenceResponse.withdrawn:type_name -> entente.v1.Instance
-	67,  // 53: entente.v1.ListAuthoritiesResponse.authorities:type_name -> entente.v1.AuthorityStatus
-	99,  // 54: entente.v1.AuthorityStatus.authority:type_name -> entente.state.v1.Authority
-	100, // 55: entente.v1.PrepareAuthorityRequest.use:type_name -> entente.state.v1.KeyUse
-	99,  // 56: entente.v1.ChangeAuthorityResponse.authority:type_name -> entente.state.v1.Authority
-	99,  // 57: entente.v1.ChangeAuthorityResponse.signing:type_name -> entente.state.v1.Authority
-	92,  // 58: entente.v1.RemoveNodeResponse.member:type_name -> entente.state.v1.Member
-	99,  // 59: entente.v1.RemoveNodeResponse.authorities:type_name -> entente.state.v1.Authority
-	75,  // 60: entente.v1.ListAgentsResponse.agents:type_name -> entente.v1.AgentStatus
-	94,  // 61: entente.v1.AgentStatus.agent:type_name -> entente.state.v1.Agent
-	75,  // 62: entente.v1.GetAgentResponse.status:type_name -> entente.v1.AgentStatus
-	96,  // 63: entente.v1.GetAgentResponse.entries:type_name -> entente.state.v1.Entry
-	9,   // 64: entente.v1.GetAgentResponse.instances:type_name -> entente.v1.Instance
-	103, // 65: entente.v1.ListTokensResponse.tokens:type_name -> entente.state.v1.Token
-	104, // 66: entente.v1.ChangeEntriesRequest.changes:type_name -> entente.state.v1.EntryChange
-	86,  // 67: entente.v1.ChangeEntriesResponse.results:type_name -> entente.v1.EntryResult
-	96,  // 68: entente.v1.ListEntriesResponse.entries:type_name -> entente.state.v1.Entry
-	96,  // 69: entente.v1.GetEntryResponse.entry:type_name -> entente.state.v1.Entry
-	1,   // 70: entente.v1.Join.Join:input_type -> entente.v1.JoinRequest
-	3,   // 71: entente.v1.Attest.Attest:input_type -> entente.v1.AttestRequest
-	5,   // 72: entente.v1.Sync.Sync:input_type -> entente.v1.SyncRequest
-	16,  // 73: entente.v1.Sign.SignX509:input_type -> entente.v1.SignX509Request
-	20,  // 74: entente.v1.Sign.SignJWT:input_type -> entente.v1.SignJWTRequest
-	23,  // 75: entente.v1.Sign.SignWIT:input_type -> entente.v1.SignWITRequest
-	27,  // 76: entente.v1.Admin.Status:input_type -> entente.v1.StatusRequest
-	46,  // 77: entente.v1.Admin.CreateToken:input_type -> entente.v1.CreateTokenRequest
-	48,  // 78: entente.v1.Admin.Apply:input_type -> entente.v1.ApplyRequest
-	51,  // 79: entente.v1.Admin.GetBundle:input_type -> entente.v1.GetBundleRequest
-	65,  // 80: entente.v1.Admin.ListAuthorities:input_type -> entente.v1.ListAuthoritiesRequest
-	68,  // 81: entente.v1.Admin.PrepareAuthority:input_type -> entente.v1.PrepareAuthorityRequest
-	69,  // 82: entente.v1.Admin.ActivateAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	69,  // 83: entente.v1.Admin.TaintAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	69,  // 84: entente.v1.Admin.RevokeAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	71,  // 85: entente.v1.Admin.RemoveNode:input_type -> entente.v1.RemoveNodeRequest
-	73,  // 86: entente.v1.Admin.ListAgents:input_type -> entente.v1.ListAgentsRequest
-	76,  // 87: entente.v1.Admin.GetAgent:input_type -> entente.v1.GetAgentRequest
-	78,  // 88: entente.v1.Admin.BanAgent:input_type -> entente.v1.ChangeAgentRequest
-	78,  // 89: entente.v1.Admin.EvictAgent:input_type -> entente.v1.ChangeAgentRequest
-	80,  // 90: entente.v1.Admin.ListTokens:input_type -> entente.v1.ListTokensRequest
-	82,  // 91: entente.v1.Admin.RevokeToken:input_type -> entente.v1.RevokeTokenRequest
-	84,  // 92: entente.v1.Admin.ChangeEntries:input_type -> entente.v1.ChangeEntriesRequest
-	87,  // 93: entente.v1.Admin.ListEntries:input_type -> entente.v1.ListEntriesRequest
-	89,  // 94: entente.v1.Admin.GetEntry:input_type -> entente.v1.GetEntryRequest
-	87,  // 95: entente.v1.Admin.CountEntries:input_type -> entente.v1.ListEntriesRequest
-	32,  // 96: entente.v1.Admin.SaveSnapshot:input_type -> entente.v1.SaveSnapshotRequest
-	34,  // 97: entente.v1.Admin.ListNodes:input_type -> entente.v1.ListNodesRequest
-	37,  // 98: entente.v1.Admin.PromoteNode:input_type -> entente.v1.PromoteNodeRequest
-	53,  // 99: entente.v1.Peer.Propose:input_type -> entente.v1.ProposeRequest
-	55,  // 100: entente.v1.Peer.Report:input_type -> entente.v1.ReportRequest
-	63,  // 101: entente.v1.Peer.Presence:input_type -> entente.v1.PresenceRequest
-	58,  // 102: entente.v1.Peer.Gate:input_type -> entente.v1.GateRequest
-	39,  // 103: entente.v1.Peer.Vouch:input_type -> entente.v1.VouchRequest
-	41,  // 104: entente.v1.Peer.Checksum:input_type -> entente.v1.ChecksumRequest
-	34,  // 105: entente.v1.Peer.Nodes:input_type -> entente.v1.ListNodesRequest
-	61,  // 106: entente.v1.Peer.MarkReady:input_type -> entente.v1.MarkReadyRequest
-	43,  // 107: entente.v1.Peer.ShowEpoch:input_type -> entente.v1.ShowEpochRequest
-	2,   // 108: entente.v1.Join.Join:output_type -> entente.v1.JoinResponse
-	4,   // 109: entente.v1.Attest.Attest:output_type -> entente.v1.AttestResponse
-	10,  // 110: entente.v1.Sync.Sync:output_type -> entente.v1.SyncResponse
-	18,  // 111: entente.v1.Sign.SignX509:output_type -> entente.v1.SignX509Response
-	22,  // 112: entente.v1.Sign.SignJWT:output_type -> entente.v1.SignJWTResponse
-	25,  // 113: entente.v1.Sign.SignWIT:output_type -> entente.v1.SignWITResponse
-	28,  // 114: entente.v1.Admin.Status:output_type -> entente.v1.StatusResponse
-	47,  // 115: entente.v1.Admin.CreateToken:output_type -> entente.v1.CreateTokenResponse
-	49,  // 116: entente.v1.Admin.Apply:output_type -> entente.v1.ApplyResponse
-	52,  // 117: entente.v1.Admin.GetBundle:output_type -> entente.v1.GetBundleResponse
-	66,  // 118: entente.v1.Admin.ListAuthorities:output_type -> entente.v1.ListAuthoritiesResponse
-	70,  // 119: entente.v1.Admin.PrepareAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	70,  // 120: entente.v1.Admin.ActivateAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	70,  // 121: entente.v1.Admin.TaintAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	70,  // 122: entente.v1.Admin.RevokeAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	72,  // 123: entente.v1.Admin.RemoveNode:output_type -> entente.v1.RemoveNodeResponse
-	74,  // 124: entente.v1.Admin.ListAgents:output_type -> entente.v1.ListAgentsResponse
-	77,  // 125: entente.v1.Admin.GetAgent:output_type -> entente.v1.GetAgentResponse
-	79,  // 126: entente.v1.Admin.BanAgent:output_type -> entente.v1.ChangeAgentResponse
-	79,  // 127: entente.v1.Admin.EvictAgent:output_type -> entente.v1.ChangeAgentResponse
-	81,  // 128: entente.v1.Admin.ListTokens:output_type -> entente.v1.ListTokensResponse
-	83,  // 129: entente.v1.Admin.RevokeToken:output_type -> entente.v1.RevokeTokenResponse
-	85,  // 130: entente.v1.Admin.ChangeEntries:output_type -> entente.v1.ChangeEntriesResponse
-	88,  // 131: entente.v1.Admin.ListEntries:output_type -> entente.v1.ListEntriesResponse
-	90,  // 132: entente.v1.Admin.GetEntry:output_type -> entente.v1.GetEntryResponse
-	91,  // 133: entente.v1.Admin.CountEntries:output_type -> entente.v1.CountEntriesResponse
-	33,  // 134: entente.v1.Admin.SaveSnapshot:output_type -> entente.v1.SaveSnapshotResponse
-	35,  // 135: entente.v1.Admin.ListNodes:output_type -> entente.v1.ListNodesResponse
-	38,  // 136: entente.v1.Admin.PromoteNode:output_type -> entente.v1.PromoteNodeResponse
-	54,  // 137: entente.v1.Peer.Propose:output_type -> entente.v1.ProposeResponse
-	57,  // 138: entente.v1.Peer.Report:output_type -> entente.v1.ReportResponse
-	64,  // 139: entente.v1.Peer.Presence:output_type -> entente.v1.PresenceResponse
-	59,  // 140: entente.v1.Peer.Gate:output_type -> entente.v1.GateResponse
-	40,  // 141: entente.v1.Peer.Vouch:output_type -> entente.v1.VouchResponse
-	42,  // 142: entente.v1.Peer.Checksum:output_type -> entente.v1.ChecksumResponse
-	35,  // 143: entente.v1.Peer.Nodes:output_type -> entente.v1.ListNodesResponse
-	62,  // 144: entente.v1.Peer.MarkReady:output_type -> entente.v1.MarkReadyResponse
-	44,  // 145: entente.v1.Peer.ShowEpoch:output_type -> entente.v1.ShowEpochResponse
-	108, // [108:146] is the sub-list for method output_type
-	70,  // [70:108] is the sub-list for method input_type
-	70,  // [70:70] is the sub-list for extension type_name
-	70,  // [70:70] is the sub-list for extension extendee
-	0,   // [0:70] is the sub-list for field type_name
+	30,  // 36: entente.v1.StatusResponse.autonomy:type_name -> entente.v1.Autonomy
+	29,  // 37: entente.v1.StatusResponse.upstream:type_name -> entente.v1.Upstream
+	31,  // 38: entente.v1.Autonomy.uses:type_name -> entente.v1.UseAutonomy
+	102, // 39: entente.v1.UseAutonomy.use:type_name -> entente.state.v1.KeyUse
+	94,  // 40: entente.v1.MemberStatus.member:type_name -> entente.state.v1.Member
+	37,  // 41: entente.v1.ListNodesResponse.nodes:type_name -> entente.v1.NodeProgress
+	94,  // 42: entente.v1.NodeProgress.member:type_name -> entente.state.v1.Member
+	94,  // 43: entente.v1.VouchResponse.member:type_name -> entente.state.v1.Member
+	103, // 44: entente.v1.CreateTokenRequest.node:type_name -> entente.state.v1.NodeGrant
+	104, // 45: entente.v1.CreateTokenRequest.agent:type_name -> entente.state.v1.AgentGrant
+	99,  // 46: entente.v1.ApplyRequest.objects:type_name -> entente.state.v1.Object
+	100, // 47: entente.v1.ApplyRequest.deletes:type_name -> entente.state.v1.ObjectKey
+	51,  // 48: entente.v1.ApplyResponse.changes:type_name -> entente.v1.ObjectChange
+	100, // 49: entente.v1.ObjectChange.key:type_name -> entente.state.v1.ObjectKey
+	57,  // 50: entente.v1.ReportRequest.held:type_name -> entente.v1.HeldAuthority
+	61,  // 51: entente.v1.GateResponse.authorities:type_name -> entente.v1.AuthorityGate
+	12,  // 52: entente.v1.Picture.policy:type_name -> entente.v1.Policy
+	14,  // 53: entente.v1.Picture.presence:type_name -> entente.v1.Presence
+	9,   // 54: entente.v1.PresenceResponse.instances:type_name -> entente.v1.Instance
+	9,   // 55: entente.v1.PresenceResponse.withdrawn:type_name -> entente.v1.Instance
+	69,  // 56: entente.v1.ListAuthoritiesResponse.authorities:type_name -> entente.v1.AuthorityStatus
+	101, // 57: entente.v1.AuthorityStatus.authority:type_name -> entente.state.v1.Authority
+	102, // 58: entente.v1.PrepareAuthorityRequest.use:type_name -> entente.state.v1.KeyUse
+	101, // 59: entente.v1.ChangeAuthorityResponse.authority:type_name -> entente.state.v1.Authority
+	101, // 60: entente.v1.ChangeAuthorityResponse.signing:type_name -> entente.state.v1.Authority
+	94,  // 61: entente.v1.RemoveNodeResponse.member:type_name -> entente.state.v1.Member
+	101, // 62: entente.v1.RemoveNodeResponse.authorities:type_name -> entente.state.v1.Authority
+	77,  // 63: entente.v1.ListAgentsResponse.agents:type_name -> entente.v1.AgentStatus
+	96,  // 64: entente.v1.AgentStatus.agent:type_name -> entente.state.v1.Agent
+	77,  // 65: entente.v1.GetAgentResponse.status:type_name -> entente.v1.AgentStatus
+	98,  // 66: entente.v1.GetAgentResponse.entries:type_name -> entente.state.v1.Entry
+	9,   // 67: entente.v1.GetAgentResponse.instances:type_name -> entente.v1.Instance
+	105, // 68: entente.v1.ListTokensResponse.tokens:type_name -> entente.state.v1.Token
+	106, // 69: entente.v1.ChangeEntriesRequest.changes:type_name -> entente.state.v1.EntryChange
+	88,  // 70: entente.v1.ChangeEntriesResponse.results:type_name -> entente.v1.EntryResult
+	98,  // 71: entente.v1.ListEntriesResponse.entries:type_name -> entente.state.v1.Entry
+	98,  // 72: entente.v1.GetEntryResponse.entry:type_name -> entente.state.v1.Entry
+	1,   // 73: entente.v1.Join.Join:input_type -> entente.v1.JoinRequest
+	3,   // 74: entente.v1.Attest.Attest:input_type -> entente.v1.AttestRequest
+	5,   // 75: entente.v1.Sync.Sync:input_type -> entente.v1.SyncRequest
+	16,  // 76: entente.v1.Sign.SignX509:input_type -> entente.v1.SignX509Request
+	20,  // 77: entente.v1.Sign.SignJWT:input_type -> entente.v1.SignJWTRequest
+	23,  // 78: entente.v1.Sign.SignWIT:input_type -> entente.v1.SignWITRequest
+	27,  // 79: entente.v1.Admin.Status:input_type -> entente.v1.StatusRequest
+	47,  // 80: entente.v1.Admin.CreateToken:input_type -> entente.v1.CreateTokenRequest
+	49,  // 81: entente.v1.Admin.Apply:input_type -> entente.v1.ApplyRequest
+	52,  // 82: entente.v1.Admin.GetBundle:input_type -> entente.v1.GetBundleRequest
+	67,  // 83: entente.v1.Admin.ListAuthorities:input_type -> entente.v1.ListAuthoritiesRequest
+	70,  // 84: entente.v1.Admin.PrepareAuthority:input_type -> entente.v1.PrepareAuthorityRequest
+	71,  // 85: entente.v1.Admin.ActivateAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	71,  // 86: entente.v1.Admin.TaintAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	71,  // 87: entente.v1.Admin.RevokeAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	73,  // 88: entente.v1.Admin.RemoveNode:input_type -> entente.v1.RemoveNodeRequest
+	75,  // 89: entente.v1.Admin.ListAgents:input_type -> entente.v1.ListAgentsRequest
+	78,  // 90: entente.v1.Admin.GetAgent:input_type -> entente.v1.GetAgentRequest
+	80,  // 91: entente.v1.Admin.BanAgent:input_type -> entente.v1.ChangeAgentRequest
+	80,  // 92: entente.v1.Admin.EvictAgent:input_type -> entente.v1.ChangeAgentRequest
+	82,  // 93: entente.v1.Admin.ListTokens:input_type -> entente.v1.ListTokensRequest
+	84,  // 94: entente.v1.Admin.RevokeToken:input_type -> entente.v1.RevokeTokenRequest
+	86,  // 95: entente.v1.Admin.ChangeEntries:input_type -> entente.v1.ChangeEntriesRequest
+	89,  // 96: entente.v1.Admin.ListEntries:input_type -> entente.v1.ListEntriesRequest
+	91,  // 97: entente.v1.Admin.GetEntry:input_type -> entente.v1.GetEntryRequest
+	89,  // 98: entente.v1.Admin.CountEntries:input_type -> entente.v1.ListEntriesRequest
+	33,  // 99: entente.v1.Admin.SaveSnapshot:input_type -> entente.v1.SaveSnapshotRequest
+	35,  // 100: entente.v1.Admin.ListNodes:input_type -> entente.v1.ListNodesRequest
+	38,  // 101: entente.v1.Admin.PromoteNode:input_type -> entente.v1.PromoteNodeRequest
+	54,  // 102: entente.v1.Peer.Propose:input_type -> entente.v1.ProposeRequest
+	56,  // 103: entente.v1.Peer.Report:input_type -> entente.v1.ReportRequest
+	65,  // 104: entente.v1.Peer.Presence:input_type -> entente.v1.PresenceRequest
+	59,  // 105: entente.v1.Peer.Gate:input_type -> entente.v1.GateRequest
+	40,  // 106: entente.v1.Peer.Vouch:input_type -> entente.v1.VouchRequest
+	42,  // 107: entente.v1.Peer.Checksum:input_type -> entente.v1.ChecksumRequest
+	35,  // 108: entente.v1.Peer.Nodes:input_type -> entente.v1.ListNodesRequest
+	62,  // 109: entente.v1.Peer.MarkReady:input_type -> entente.v1.MarkReadyRequest
+	44,  // 110: entente.v1.Peer.ShowEpoch:input_type -> entente.v1.ShowEpochRequest
+	2,   // 111: entente.v1.Join.Join:output_type -> entente.v1.JoinResponse
+	4,   // 112: entente.v1.Attest.Attest:output_type -> entente.v1.AttestResponse
+	10,  // 113: entente.v1.Sync.Sync:output_type -> entente.v1.SyncResponse
+	18,  // 114: entente.v1.Sign.SignX509:output_type -> entente.v1.SignX509Response
+	22,  // 115: entente.v1.Sign.SignJWT:output_type -> entente.v1.SignJWTResponse
+	25,  // 116: entente.v1.Sign.SignWIT:output_type -> entente.v1.SignWITResponse
+	28,  // 117: entente.v1.Admin.Status:output_type -> entente.v1.StatusResponse
+	48,  // 118: entente.v1.Admin.CreateToken:output_type -> entente.v1.CreateTokenResponse
+	50,  // 119: entente.v1.Admin.Apply:output_type -> entente.v1.ApplyResponse
+	53,  // 120: entente.v1.Admin.GetBundle:output_type -> entente.v1.GetBundleResponse
+	68,  // 121: entente.v1.Admin.ListAuthorities:output_type -> entente.v1.ListAuthoritiesResponse
+	72,  // 122: entente.v1.Admin.PrepareAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	72,  // 123: entente.v1.Admin.ActivateAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	72,  // 124: entente.v1.Admin.TaintAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	72,  // 125: entente.v1.Admin.RevokeAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	74,  // 126: entente.v1.Admin.RemoveNode:output_type -> entente.v1.RemoveNodeResponse
+	76,  // 127: entente.v1.Admin.ListAgents:output_type -> entente.v1.ListAgentsResponse
+	79,  // 128: entente.v1.Admin.GetAgent:output_type -> entente.v1.GetAgentResponse
+	81,  // 129: entente.v1.Admin.BanAgent:output_type -> entente.v1.ChangeAgentResponse
+	81,  // 130: entente.v1.Admin.EvictAgent:output_type -> entente.v1.ChangeAgentResponse
+	83,  // 131: entente.v1.Admin.ListTokens:output_type -> entente.v1.ListTokensResponse
+	85,  // 132: entente.v1.Admin.RevokeToken:output_type -> entente.v1.RevokeTokenResponse
+	87,  // 133: entente.v1.Admin.ChangeEntries:output_type -> entente.v1.ChangeEntriesResponse
+	90,  // 134: entente.v1.Admin.ListEntries:output_type -> entente.v1.ListEntriesResponse
+	92,  // 135: entente.v1.Admin.GetEntry:output_type -> entente.v1.GetEntryResponse
+	93,  // 136: entente.v1.Admin.CountEntries:output_type -> entente.v1.CountEntriesResponse
+	34,  // 137: entente.v1.Admin.SaveSnapshot:output_type -> entente.v1.SaveSnapshotResponse
+	36,  // 138: entente.v1.Admin.ListNodes:output_type -> entente.v1.ListNodesResponse
+	39,  // 139: entente.v1.Admin.PromoteNode:output_type -> entente.v1.PromoteNodeResponse
+	55,  // 140: entente.v1.Peer.Propose:output_type -> entente.v1.ProposeResponse
+	58,  // 141: entente.v1.Peer.Report:output_type -> entente.v1.ReportResponse
+	66,  // 142: entente.v1.Peer.Presence:output_type -> entente.v1.PresenceResponse
+	60,  // 143: entente.v1.Peer.Gate:output_type -> entente.v1.GateResponse
+	41,  // 144: entente.v1.Peer.Vouch:output_type -> entente.v1.VouchResponse
+	43,  // 145: entente.v1.Peer.Checksum:output_type -> entente.v1.ChecksumResponse
+	36,  // 146: entente.v1.Peer.Nodes:output_type -> entente.v1.ListNodesResponse
+	63,  // 147: entente.v1.Peer.MarkReady:output_type -> entente.v1.MarkReadyResponse
+	45,  // 148: entente.v1.Peer.ShowEpoch:output_type -> entente.v1.ShowEpochResponse
+	111, // [111:149] is the sub-list for method output_type
+	73,  // [73:111] is the sub-list for method input_type
+	73,  // [73:73] is the sub-list for extension type_name
+	73,  // [73:73] is the sub-list for extension extendee
+	0,   // [0:73] is the sub-list for field type_name
 }
 
 func init() { file_entente_v1_entente_proto_init() }
@@ -6162,7 +6324,7 @@ func file_entente_v1_entente_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_entente_v1_entente_proto_rawDesc), len(file_entente_v1_entente_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   91,
+			NumMessages:   93,
 			NumExtensions: 0,
 			NumServices:   6,
 		},
