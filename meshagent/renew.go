@@ -284,8 +284,8 @@ type slot struct {
 	revision uint64 // of the entry
 	due      time.Time
 	failures int
-	ends     time.Time      // of the SVID that is held; zero: none
-	tainted  *x509svid.SVID // the one whose renewal was scheduled for a taint
+	ends     time.Time // of the SVID that is held; zero: none
+	tainted  any       // the SVID whose renewal was scheduled for a taint
 }
 
 // keepEntries keeps an X.509-SVID for every entry of the host, each time with a new key.
@@ -299,7 +299,7 @@ func (a *Agent) keepEntries(ctx context.Context) error {
 			_, err := peer.Verify(identity.SVID.Certificates, s.Bundle, now)
 			return err != nil
 		},
-		tainted: func(s *State, identity *Identity) *x509svid.SVID {
+		tainted: func(s *State, identity *Identity) any {
 			if !s.tainted(identity.SVID) {
 				return nil
 			}
@@ -323,7 +323,7 @@ type renewal struct {
 	renew  func(context.Context, []*slot)
 
 	// tainted is the SVID that is held if it was issued under a TAINTED authority, else nil.
-	tainted func(s *State, identity *Identity) *x509svid.SVID
+	tainted func(s *State, identity *Identity) any
 }
 
 // keepSVIDs keeps an SVID of one kind for every entry of the host: in batches, renewed

@@ -12,6 +12,7 @@ import (
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	"github.com/entente-mesh/entente/ca"
+	"github.com/entente-mesh/entente/ca/domain/domaintest"
 )
 
 func TestInit(t *testing.T) {
@@ -312,7 +313,7 @@ func TestAuthorities(t *testing.T) {
 		"backwards":           {CodeInvalid, func(a *statev1.Authority) { a.NotAfter = a.NotBefore }},
 		"before 1970":         {CodeInvalid, func(a *statev1.Authority) { a.NotBefore = -1 }},
 		"the node key": {CodeInvalid, func(a *statev1.Authority) {
-			a.PublicKey = []byte("key of n1")
+			a.PublicKey = domaintest.SPKI(domaintest.Key("n1"))
 			a.Id = keyID("n1")
 		}},
 	} {

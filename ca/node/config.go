@@ -44,10 +44,14 @@ type Config struct {
 	// Lifetimes are the domain's. They are read by init only.
 	Lifetimes Lifetimes `yaml:"lifetimes"`
 	// MinVoters is how many voters a removal leaves at least; 0: one. Read by init only.
-	MinVoters int    `yaml:"minVoters"`
-	Timing    Timing `yaml:"timing"`
-	Audit     Audit  `yaml:"audit"`
-	Log       Log    `yaml:"log"`
+	MinVoters int `yaml:"minVoters"`
+	// ReissueRate is how many SVIDs this node asks its agents and gateways to have signed
+	// in the whole domain, a second, when an authority is tainted. Default 4000/s.
+	ReissueRate yamlfile.Rate `yaml:"reissueRate"`
+
+	Timing Timing `yaml:"timing"`
+	Audit  Audit  `yaml:"audit"`
+	Log    Log    `yaml:"log"`
 
 	// Tests of this package fail or stall the log's disk, and set this node's clock alone.
 	beforeWrite func() error

@@ -26,6 +26,7 @@ import (
 	"github.com/entente-mesh/entente/ca/domain"
 	"github.com/entente-mesh/entente/ca/feed"
 	"github.com/entente-mesh/entente/ca/replica"
+	"github.com/entente-mesh/entente/ca/rotation"
 	"github.com/entente-mesh/entente/ca/server"
 	"github.com/entente-mesh/entente/ca/signer"
 	"github.com/entente-mesh/entente/federation/exchange"
@@ -59,6 +60,8 @@ type Node struct {
 	clock    clock
 	svids    *svids
 	gate     gate
+	offline  offline
+	overdue  atomic.Int64 // authorities that the leader waits for longer than a phase
 	foreign  foreignStatus
 	wit      atomic.Bool // a relationship asks for WIT keys
 	registry *prometheus.Registry
@@ -111,6 +114,8 @@ func New(cfg *Config, log *slog.Logger, listeners Listeners) (_ *Node, err error
 		recheck:   make(chan struct{}, 1),
 		odd:       make(chan uint64, 1),
 	}
+	n.feed.ReissueRate = cfg.ReissueRate.PerSecond
+	n.recallSubscribers()
 	n.bundles = server.NewBundles(n.td)
 	if err := n.openAudit(); err != nil {
 		return nil, err
@@ -137,6 +142,10 @@ func New(cfg *Config, log *slog.Logger, listeners Listeners) (_ *Node, err error
 		Reported:    n.gate.reported,
 		Gate:        n.askGate,
 		LocalGate:   n.localGate,
+		MarkReady:   n.markExcluding,
+		Exclude:     n.askMarkExcluding,
+		Offline:     n.activateOffline,
+		IsOffline:   n.offline.has,
 		Prepare:     n.prepareNow,
 		Audit:       n.audit,
 		Nodes:       n.nodes,
@@ -248,6 +257,7 @@ func (n *Node) Run(ctx context.Context) error {
 	group.Go("leadership", n.runLeadership)
 	group.Go("presence", n.runPresence)
 	group.Go("reports", n.runReports)
+	group.Go("subscribers", n.runSubscribers)
 	group.Go("rechecks", n.runRechecks)
 	if n.upstream != nil {
 		group.Go("upstream", n.watchUpstream)
@@ -466,13 +476,20 @@ func (n *Node) info() server.Info {
 // activeAuthority is this node's ACTIVE X.509 authority.
 func (n *Node) activeAuthority() *statev1.Authority { return n.activeFor(statev1.KeyUse_KEY_USE_X509) }
 
-// activeFor is this node's ACTIVE authority for one use.
+// activeFor is the authority that this node signs with for one use: the ACTIVE one, or
+// the one that it took into use without quorum.
 func (n *Node) activeFor(use statev1.KeyUse) (active *statev1.Authority) {
 	r := n.replica.Load()
 	if r == nil {
 		return nil
 	}
-	r.Read(func(st *domain.State) { active, _ = st.Active(n.own.id, use) })
+	taken := n.offline.record(use)
+	r.Read(func(st *domain.State) {
+		var offline bool
+		if active, offline = rotation.Signing(st, n.own.id, use, taken.GetId()); offline {
+			active = taken
+		}
+	})
 	return active
 }
 
@@ -550,6 +567,15 @@ func (n *Node) registerMetrics() {
 	})
 	gauge("entente_ca_signs_without_quorum_seconds", "How long this node goes on signing if nothing can be agreed any more.", func() float64 {
 		return n.autonomy(time.Now()).Seconds()
+	})
+	gauge("entente_ca_rotations_overdue", "At the leader: authorities that should be in use by now and are not held by everybody.", func() float64 {
+		if !n.IsLeader() {
+			return 0
+		}
+		return float64(n.overdue.Load())
+	})
+	gauge("entente_ca_authorities_offline", "Authorities that this node took into use without quorum.", func() float64 {
+		return float64(n.offline.count())
 	})
 	if n.upstream != nil {
 		gauge("entente_ca_upstream_certifies_seconds", "How long the upstream goes on certifying authorities; 0: not any more, or it cannot be used.", func() float64 {

@@ -32,16 +32,20 @@ type adminDoor struct {
 	server *Server
 }
 
-func (d adminDoor) Status(context.Context, *ententev1.StatusRequest) (*ententev1.StatusResponse, error) {
+func (d adminDoor) Status(ctx context.Context, _ *ententev1.StatusRequest) (*ententev1.StatusResponse, error) {
 	s := d.server
 	info := s.Info()
+	gates, err := s.Gate(ctx)
+	if err != nil {
+		gates = nil // who has acknowledged what is not known
+	}
 	resp := &ententev1.StatusResponse{
 		NodeId:      s.NodeID,
 		LeaderId:    info.LeaderID,
 		RaftState:   info.RaftState,
 		AgeSeconds:  seconds(info.Age),
 		Instances:   instancesToWire(s.Feed.Instances()),
-		Subscribers: uint32(s.Feed.Status(time.Now(), 0).Subscribers),
+		Subscribers: uint32(s.Feed.Subscribers()),
 
 		Quorum:             info.NoQuorumSince.IsZero(),
 		NotAgreeing:        info.NotAgreeing,
@@ -64,7 +68,7 @@ func (d adminDoor) Status(context.Context, *ententev1.StatusRequest) (*ententev1
 	s.State.Read(func(st *domain.State) {
 		resp.Cluster, resp.Revision = st.Cluster(), st.Revision()
 		resp.Authorities = st.Authorities()
-		resp.Autonomy = autonomies(st, time.Now())
+		resp.Autonomy = autonomies(st, time.Now(), gates)
 		resp.Entries, resp.Agents = uint32(st.EntryCount()), uint32(st.AgentCount())
 		for _, m := range st.Members() {
 			resp.Members = append(resp.Members, &ententev1.MemberStatus{Member: m, VoterNow: info.Voters[m.GetId()]})

@@ -34,7 +34,7 @@ func workloadHost(t *testing.T) (c *catest.CA, socket string) {
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	socket = filepath.Join(dir, "agent.sock")
 	cfg, err := meshagent.ReadConfig("agent.yaml", strings.NewReader(fmt.Sprintf(
-		"trustDomain: banking.example\nname: h1\ndatacenter: dc1\ndataDir: %s\nca: {token: %s}\nworkloadAPI: {socket: %s, wit: true}\n",
+		"trustDomain: banking.example\nname: h1\ndatacenter: dc1\nsettle: 20ms\ndataDir: %s\nca: {token: %s}\nworkloadAPI: {socket: %s, wit: true}\n",
 		filepath.Join(dir, "data"), c.AgentToken("h1", "dc1"), socket)))
 	if err != nil {
 		t.Fatal(err)

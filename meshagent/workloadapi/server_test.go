@@ -112,7 +112,7 @@ func newHostOf(t testing.TB, domain, token, settings string, ready bool, change 
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	h := &host{socket: filepath.Join(dir, "api", "agent.sock")}
 	cfg, err := meshagent.ReadConfig("agent.yaml", strings.NewReader(fmt.Sprintf(
-		"trustDomain: %s\nname: h1\ndatacenter: dc1\ndataDir: %s\nca: {token: %s}\nworkloadAPI: {socket: %s%s}\n",
+		"trustDomain: %s\nname: h1\ndatacenter: dc1\nsettle: 20ms\ndataDir: %s\nca: {token: %s}\nworkloadAPI: {socket: %s%s}\n",
 		domain, filepath.Join(dir, "data"), token, h.socket, settings)))
 	if err != nil {
 		t.Fatal(err)
@@ -604,7 +604,7 @@ func BenchmarkFetchX509SVID(b *testing.B) {
 	c.Apply(serviceYAML("accounts", run(exe)))
 	dir := b.TempDir()
 	cfg, err := meshagent.ReadConfig("agent.yaml", strings.NewReader(fmt.Sprintf(
-		"trustDomain: banking.example\nname: h1\ndatacenter: dc1\ndataDir: %s\nca: {token: %s}\n", dir, c.AgentToken("h1", "dc1"))))
+		"trustDomain: banking.example\nname: h1\ndatacenter: dc1\nsettle: 20ms\ndataDir: %s\nca: {token: %s}\n", dir, c.AgentToken("h1", "dc1"))))
 	if err != nil {
 		b.Fatal(err)
 	}

@@ -44,6 +44,8 @@ func follow[R any, P interface {
 	}
 	patience := time.NewTimer(s.patience)
 	defer patience.Stop()
+	delivery := s.agent.Deliver(fmt.Sprintf("Workload API, pid %d", process.PID()))
+	defer delivery.Close()
 	var sent P
 	for {
 		state := s.agent.State()
@@ -66,6 +68,9 @@ func follow[R any, P interface {
 				return err
 			}
 			sent = next
+		}
+		if next != nil {
+			delivery.Got(state)
 		}
 
 		late := patience.C
