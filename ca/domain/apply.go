@@ -507,7 +507,8 @@ func (a *application) prepareAuthority(c *statev1.PrepareAuthority) *Refusal {
 	p := c.GetAuthority()
 	if have, ok := a.authorities.get(p.GetId()); ok {
 		if have.GetMemberId() == p.GetMemberId() && have.GetUse() == p.GetUse() &&
-			bytes.Equal(have.GetPublicKey(), p.GetPublicKey()) && bytes.Equal(have.GetCertificate(), p.GetCertificate()) {
+			bytes.Equal(have.GetPublicKey(), p.GetPublicKey()) && bytes.Equal(have.GetCertificate(), p.GetCertificate()) &&
+			bytes.Equal(have.GetUpstream(), p.GetUpstream()) {
 			return nil
 		}
 		return refuse(CodeExists, "the key %.64s is an authority already", p.GetId())
@@ -524,8 +525,14 @@ func (a *application) prepareAuthority(c *statev1.PrepareAuthority) *Refusal {
 		if n := len(p.GetCertificate()); n == 0 || n > 4<<10 {
 			return refuse(CodeInvalid, "authority certificate has %d bytes, not 1 to %d", n, 4<<10)
 		}
+		if n := len(p.GetUpstream()); n > 4<<10 || (n == 0) != (p.GetUpstreamNotAfter() == 0) {
+			return refuse(CodeInvalid, "upstream certificate has %d bytes, over %d, or does not come with its end", n, 4<<10)
+		}
+		if len(p.GetUpstream()) > 0 && p.GetNotAfter() > p.GetUpstreamNotAfter() {
+			return refuse(CodeInvalid, "authority would outlive its upstream, which ends at %d", p.GetUpstreamNotAfter())
+		}
 	case statev1.KeyUse_KEY_USE_JWT, statev1.KeyUse_KEY_USE_WIT:
-		if len(p.GetCertificate()) != 0 {
+		if len(p.GetCertificate()) != 0 || len(p.GetUpstream()) != 0 || p.GetUpstreamNotAfter() != 0 {
 			return refuse(CodeInvalid, "only an X.509 authority has a certificate")
 		}
 	default:
@@ -570,6 +577,7 @@ func (a *application) prepareAuthority(c *statev1.PrepareAuthority) *Refusal {
 		Id: p.GetId(), MemberId: p.GetMemberId(), Use: p.GetUse(),
 		PublicKey: bytes.Clone(p.GetPublicKey()), Certificate: bytes.Clone(p.GetCertificate()),
 		NotBefore: p.GetNotBefore(), NotAfter: p.GetNotAfter(),
+		Upstream: bytes.Clone(p.GetUpstream()), UpstreamNotAfter: p.GetUpstreamNotAfter(),
 		Phase:    statev1.AuthorityPhase_AUTHORITY_PHASE_PREPARED,
 		Revision: a.rev, PreparedRevision: a.rev,
 	}

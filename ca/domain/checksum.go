@@ -170,6 +170,10 @@ func (e *encoder) record(record any) {
 		e.texts(r.GetAssumed())
 		e.yes(r.GetDrained())
 		e.texts(r.GetAssumedDrained())
+		if len(r.GetUpstream()) > 0 || r.GetUpstreamNotAfter() != 0 {
+			e.bytes(r.GetUpstream())
+			e.time(r.GetUpstreamNotAfter())
+		}
 	case *statev1.Token:
 		e.kind('T')
 		e.text(r.GetId())

@@ -290,6 +290,7 @@ func TestRemoveMember(t *testing.T) {
 	}
 }
 
+// Requirements: 98, 116.
 func TestAuthorities(t *testing.T) {
 	w := newWorld(t)
 	good := w.authority("n1", "k1")
@@ -524,6 +525,7 @@ func TestCompareAndSwap(t *testing.T) {
 }
 
 // I8: never back, also not by a repeat or beside a conflicting one.
+// Requirements: 118, 119.
 func TestStoreForeignBundle(t *testing.T) {
 	w := newWorld(t)
 	w.refused(foreign("trading.example", "{}", 1), CodeNotFound)

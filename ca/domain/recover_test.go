@@ -40,6 +40,7 @@ func statement(t *testing.T, key *ca.RecoveryKey, epoch uint32, member string) *
 	return r
 }
 
+// Requirements: 98.
 func TestRecover(t *testing.T) {
 	w := recoverable(t)
 	// A ban stands, whoever put it there.

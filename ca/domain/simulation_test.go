@@ -245,6 +245,7 @@ func (w *world) restored() *State {
 
 // TestSimulation replays from its seed. ENTENTE_SEED=N runs one seed, ENTENTE_SEEDS=N
 // that many.
+// Requirements: 98.
 func TestSimulation(t *testing.T) {
 	seeds, first := 12, 1
 	if n, err := strconv.Atoi(os.Getenv("ENTENTE_SEEDS")); err == nil {

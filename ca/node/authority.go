@@ -175,6 +175,9 @@ func (n *Node) mayActivate(own ownAuthorities) bool {
 		return true
 	}
 	made := time.Unix(own.prepared.GetNotAfter(), 0).Add(-3 * own.phase)
+	if begin := time.Unix(own.prepared.GetNotBefore(), 0); made.Before(begin) {
+		made = begin // its upstream ends sooner than in three phases
+	}
 	return now.Sub(made) >= own.phase
 }
 
@@ -214,7 +217,7 @@ func (n *Node) prepareAuthority(ctx context.Context, own ownAuthorities) (id str
 	if err != nil {
 		return "", err
 	}
-	authority, err := n.makeAuthority(key, own)
+	authority, err := n.makeAuthority(ctx, key, own)
 	if err != nil {
 		return "", err
 	}
@@ -272,7 +275,7 @@ func (n *Node) suits(u use, key crypto.Signer) bool {
 	return err == nil && alg == cmp.Or(n.cfg.Keys.JWT, ca.ES256)
 }
 
-func (n *Node) makeAuthority(key crypto.Signer, own ownAuthorities) (*statev1.Authority, error) {
+func (n *Node) makeAuthority(ctx context.Context, key crypto.Signer, own ownAuthorities) (*statev1.Authority, error) {
 	phase := own.phase
 	if own.use.of != statev1.KeyUse_KEY_USE_X509 {
 		spki, err := x509.MarshalPKIXPublicKey(key.Public())
@@ -285,9 +288,11 @@ func (n *Node) makeAuthority(key crypto.Signer, own ownAuthorities) (*statev1.Au
 	var serial [16]byte
 	rand.Read(serial[:])
 	now := time.Now()
-	template, err := ca.AuthorityTemplate(ca.AuthorityRequest{
-		TrustDomain: n.td, PublicKey: key.Public(), Serial: serial, Now: now, Phase: phase,
-	})
+	request := ca.AuthorityRequest{TrustDomain: n.td, PublicKey: key.Public(), Serial: serial, Now: now, Phase: phase}
+	if n.upstream != nil {
+		return n.certifiedAuthority(ctx, key, request)
+	}
+	template, err := ca.AuthorityTemplate(request)
 	if err != nil {
 		return nil, err
 	}
@@ -295,7 +300,7 @@ func (n *Node) makeAuthority(key crypto.Signer, own ownAuthorities) (*statev1.Au
 	if err != nil {
 		return nil, fmt.Errorf("sign the authority certificate: %w", err)
 	}
-	return ca.NewAuthority(n.td, n.own.id, der, phase, now)
+	return ca.NewAuthority(n.td, n.own.id, der, nil, phase, now)
 }
 
 // dropKeys deletes the keys of authorities that will never sign again.

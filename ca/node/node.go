@@ -49,6 +49,7 @@ type Node struct {
 	socket    net.Listener
 	admin     *daemon.Admin
 
+	upstream upstream // nil: authorities sign themselves
 	replica  atomic.Pointer[replica.Replica]
 	feed     *feed.Feed
 	signer   *signer.Signer
@@ -102,6 +103,7 @@ func New(cfg *Config, log *slog.Logger, listeners Listeners) (_ *Node, err error
 		log:       log.With("node", cfg.Name),
 		own:       own,
 		bootID:    newBootID(),
+		upstream:  cfg.openUpstream(),
 		listeners: listeners,
 		feed:      feed.New(own.id, 0, 0),
 		registry:  prometheus.NewRegistry(),
@@ -113,7 +115,7 @@ func New(cfg *Config, log *slog.Logger, listeners Listeners) (_ *Node, err error
 	if err := n.openAudit(); err != nil {
 		return nil, err
 	}
-	n.signer = signer.New(signer.Config{Active: n.activeFor, Clock: n.signerClock, Issuer: cfg.OIDC.Issuer, Signed: func(i signer.Issued) {
+	n.signer = signer.New(signer.Config{TrustDomain: n.td, Active: n.activeFor, Clock: n.signerClock, Issuer: cfg.OIDC.Issuer, Signed: func(i signer.Issued) {
 		n.audit.Issued(i, n.feed.Revision())
 	}})
 	if err := n.loadAuthorityKeys(); err != nil {
@@ -247,6 +249,9 @@ func (n *Node) Run(ctx context.Context) error {
 	group.Go("presence", n.runPresence)
 	group.Go("reports", n.runReports)
 	group.Go("rechecks", n.runRechecks)
+	if n.upstream != nil {
+		group.Go("upstream", n.watchUpstream)
+	}
 	if n.auditLog != nil {
 		group.Go("audit log", func(ctx context.Context) error { return n.auditLog.Run(ctx, n.log) })
 	}
@@ -448,6 +453,7 @@ func (n *Node) info() server.Info {
 		Age:       r.Age(),
 		Voters:    make(map[string]bool),
 		Foreign:   n.foreign.all(),
+		Upstream:  n.upstreamStatus(now),
 	}
 	for _, member := range r.Servers() {
 		info.Voters[member.ID] = member.Voter
@@ -545,6 +551,11 @@ func (n *Node) registerMetrics() {
 	gauge("entente_ca_signs_without_quorum_seconds", "How long this node goes on signing if nothing can be agreed any more.", func() float64 {
 		return n.autonomy(time.Now()).Seconds()
 	})
+	if n.upstream != nil {
+		gauge("entente_ca_upstream_certifies_seconds", "How long the upstream goes on certifying authorities; 0: not any more, or it cannot be used.", func() float64 {
+			return n.upstreamCertifies(time.Now()).Seconds()
+		})
+	}
 	gauge("entente_ca_subscribers", "Sync streams at this node.", func() float64 {
 		return float64(n.status().Subscribers)
 	})

@@ -52,6 +52,12 @@ func (d adminDoor) Status(context.Context, *ententev1.StatusRequest) (*ententev1
 		LastIndex:          info.Last,
 		LogBytes:           info.LogBytes,
 	}
+	if up := info.Upstream; up != nil {
+		resp.Upstream = &ententev1.Upstream{KeyId: up.KeyID, Problem: up.Problem}
+		if !up.NotAfter.IsZero() {
+			resp.Upstream.NotAfter = up.NotAfter.Unix()
+		}
+	}
 	if !resp.Quorum {
 		resp.NoQuorumSince = info.NoQuorumSince.Unix()
 	}

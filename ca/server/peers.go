@@ -87,7 +87,11 @@ func (s *Server) mayPropose(c caller, command *statev1.Command) error {
 		if authority.GetUse() != statev1.KeyUse_KEY_USE_X509 {
 			return ca.SameTokenAuthority(c.keyID, authority, phase, time.Now())
 		}
-		parsed, err := ca.NewAuthority(s.TrustDomain, c.keyID, authority.GetCertificate(), phase, time.Now())
+		parsed, err := ca.NewAuthority(s.TrustDomain, c.keyID, authority.GetCertificate(), authority.GetUpstream(), phase, time.Now())
+		if err != nil {
+			return err
+		}
+		s.State.Read(func(st *domain.State) { err = CheckUpstream(st, authority.GetUpstream()) })
 		if err != nil {
 			return err
 		}

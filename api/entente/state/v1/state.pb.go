@@ -733,16 +733,18 @@ type Authority struct {
 	MemberId         string                 `protobuf:"bytes,2,opt,name=member_id,json=memberId,proto3" json:"member_id,omitempty"`
 	Use              KeyUse                 `protobuf:"varint,3,opt,name=use,proto3,enum=entente.state.v1.KeyUse" json:"use,omitempty"`
 	PublicKey        []byte                 `protobuf:"bytes,4,opt,name=public_key,json=publicKey,proto3" json:"public_key,omitempty"`  // SubjectPublicKeyInfo, DER
-	Certificate      []byte                 `protobuf:"bytes,5,opt,name=certificate,proto3" json:"certificate,omitempty"`               // X509 only: the self-signed CA certificate, DER
+	Certificate      []byte                 `protobuf:"bytes,5,opt,name=certificate,proto3" json:"certificate,omitempty"`               // X509 only: the CA certificate, DER; self-signed, or signed by upstream
 	NotBefore        int64                  `protobuf:"varint,6,opt,name=not_before,json=notBefore,proto3" json:"not_before,omitempty"` // Unix seconds
 	NotAfter         int64                  `protobuf:"varint,7,opt,name=not_after,json=notAfter,proto3" json:"not_after,omitempty"`
 	Phase            AuthorityPhase         `protobuf:"varint,8,opt,name=phase,proto3,enum=entente.state.v1.AuthorityPhase" json:"phase,omitempty"`
-	Ready            bool                   `protobuf:"varint,9,opt,name=ready,proto3" json:"ready,omitempty"`                                                // the ready gate was passed (I3)
-	Revision         uint64                 `protobuf:"varint,10,opt,name=revision,proto3" json:"revision,omitempty"`                                         // of its last change
-	PreparedRevision uint64                 `protobuf:"varint,11,opt,name=prepared_revision,json=preparedRevision,proto3" json:"prepared_revision,omitempty"` // since when it stands in the bundle
-	Assumed          []string               `protobuf:"bytes,20,rep,name=assumed,proto3" json:"assumed,omitempty"`                                            // who was not waited for when it became ready
-	Drained          bool                   `protobuf:"varint,21,opt,name=drained,proto3" json:"drained,omitempty"`                                           // TAINTED: nobody was seen to hold an SVID under it any more
-	AssumedDrained   []string               `protobuf:"bytes,22,rep,name=assumed_drained,json=assumedDrained,proto3" json:"assumed_drained,omitempty"`        // who was not waited for then
+	Ready            bool                   `protobuf:"varint,9,opt,name=ready,proto3" json:"ready,omitempty"`                                                  // the ready gate was passed (I3)
+	Revision         uint64                 `protobuf:"varint,10,opt,name=revision,proto3" json:"revision,omitempty"`                                           // of its last change
+	PreparedRevision uint64                 `protobuf:"varint,11,opt,name=prepared_revision,json=preparedRevision,proto3" json:"prepared_revision,omitempty"`   // since when it stands in the bundle
+	Assumed          []string               `protobuf:"bytes,20,rep,name=assumed,proto3" json:"assumed,omitempty"`                                              // who was not waited for when it became ready
+	Drained          bool                   `protobuf:"varint,21,opt,name=drained,proto3" json:"drained,omitempty"`                                             // TAINTED: nobody was seen to hold an SVID under it any more
+	AssumedDrained   []string               `protobuf:"bytes,22,rep,name=assumed_drained,json=assumedDrained,proto3" json:"assumed_drained,omitempty"`          // who was not waited for then
+	Upstream         []byte                 `protobuf:"bytes,85,opt,name=upstream,proto3" json:"upstream,omitempty"`                                            // X509 only: the root that signed certificate, DER; in the bundle in its place
+	UpstreamNotAfter int64                  `protobuf:"varint,86,opt,name=upstream_not_after,json=upstreamNotAfter,proto3" json:"upstream_not_after,omitempty"` // Unix seconds: its end
 	unknownFields    protoimpl.UnknownFields
 	sizeCache        protoimpl.SizeCache
 }
@@ -873,6 +875,20 @@ func (x *Authority) GetAssumedDrained() []string {
 		return x.AssumedDrained
 	}
 	return nil
+}
+
+func (x *Authority) GetUpstream() []byte {
+	if x != nil {
+		return x.Upstream
+	}
+	return nil
+}
+
+func (x *Authority) GetUpstreamNotAfter() int64 {
+	if x != nil {
+		return x.UpstreamNotAfter
+	}
+	return 0
 }
 
 // Token admits one key, once, as what it grants (I9).
@@ -4347,6 +4363,144 @@ func (x *Checksum) GetSum() []byte {
 	return nil
 }
 
+// AgentCache is what an agent keeps over a restart, so that it serves also when no CA
+// can be reached. It lies on the disk sealed: it holds the workloads' keys.
+type AgentCache struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Picture       []byte                 `protobuf:"bytes,1,opt,name=picture,proto3" json:"picture,omitempty"` // of the CA, as ca/client keeps it
+	X509          []*HeldSVID            `protobuf:"bytes,2,rep,name=x509,proto3" json:"x509,omitempty"`
+	Wit           []*HeldSVID            `protobuf:"bytes,3,rep,name=wit,proto3" json:"wit,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AgentCache) Reset() {
+	*x = AgentCache{}
+	mi := &file_entente_state_v1_state_proto_msgTypes[52]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AgentCache) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AgentCache) ProtoMessage() {}
+
+func (x *AgentCache) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_state_v1_state_proto_msgTypes[52]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AgentCache.ProtoReflect.Descriptor instead.
+func (*AgentCache) Descriptor() ([]byte, []int) {
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{52}
+}
+
+func (x *AgentCache) GetPicture() []byte {
+	if x != nil {
+		return x.Picture
+	}
+	return nil
+}
+
+func (x *AgentCache) GetX509() []*HeldSVID {
+	if x != nil {
+		return x.X509
+	}
+	return nil
+}
+
+func (x *AgentCache) GetWit() []*HeldSVID {
+	if x != nil {
+		return x.Wit
+	}
+	return nil
+}
+
+type HeldSVID struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	EntryId       string                 `protobuf:"bytes,1,opt,name=entry_id,json=entryId,proto3" json:"entry_id,omitempty"`
+	EntryRevision uint64                 `protobuf:"varint,2,opt,name=entry_revision,json=entryRevision,proto3" json:"entry_revision,omitempty"` // it was signed for that
+	Certificates  [][]byte               `protobuf:"bytes,3,rep,name=certificates,proto3" json:"certificates,omitempty"`                         // X.509: DER, leaf first
+	Token         string                 `protobuf:"bytes,4,opt,name=token,proto3" json:"token,omitempty"`                                       // WIT
+	Key           []byte                 `protobuf:"bytes,5,opt,name=key,proto3" json:"key,omitempty"`                                           // PKCS #8
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HeldSVID) Reset() {
+	*x = HeldSVID{}
+	mi := &file_entente_state_v1_state_proto_msgTypes[53]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HeldSVID) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HeldSVID) ProtoMessage() {}
+
+func (x *HeldSVID) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_state_v1_state_proto_msgTypes[53]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HeldSVID.ProtoReflect.Descriptor instead.
+func (*HeldSVID) Descriptor() ([]byte, []int) {
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{53}
+}
+
+func (x *HeldSVID) GetEntryId() string {
+	if x != nil {
+		return x.EntryId
+	}
+	return ""
+}
+
+func (x *HeldSVID) GetEntryRevision() uint64 {
+	if x != nil {
+		return x.EntryRevision
+	}
+	return 0
+}
+
+func (x *HeldSVID) GetCertificates() [][]byte {
+	if x != nil {
+		return x.Certificates
+	}
+	return nil
+}
+
+func (x *HeldSVID) GetToken() string {
+	if x != nil {
+		return x.Token
+	}
+	return ""
+}
+
+func (x *HeldSVID) GetKey() []byte {
+	if x != nil {
+		return x.Key
+	}
+	return nil
+}
+
 var File_entente_state_v1_state_proto protoreflect.FileDescriptor
 
 const file_entente_state_v1_state_proto_rawDesc = "" +
@@ -4394,7 +4548,7 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"apiAddress\x12\x14\n" +
 	"\x05voter\x18\x06 \x01(\bR\x05voter\x12\x18\n" +
 	"\asigning\x18\a \x01(\bR\asigning\x12#\n" +
-	"\rfeature_level\x18F \x01(\rR\ffeatureLevel\"\xd5\x03\n" +
+	"\rfeature_level\x18F \x01(\rR\ffeatureLevel\"\x9f\x04\n" +
 	"\tAuthority\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1b\n" +
 	"\tmember_id\x18\x02 \x01(\tR\bmemberId\x12*\n" +
@@ -4412,7 +4566,9 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\x11prepared_revision\x18\v \x01(\x04R\x10preparedRevision\x12\x18\n" +
 	"\aassumed\x18\x14 \x03(\tR\aassumed\x12\x18\n" +
 	"\adrained\x18\x15 \x01(\bR\adrained\x12'\n" +
-	"\x0fassumed_drained\x18\x16 \x03(\tR\x0eassumedDrained\"\xde\x01\n" +
+	"\x0fassumed_drained\x18\x16 \x03(\tR\x0eassumedDrained\x12\x1a\n" +
+	"\bupstream\x18U \x01(\fR\bupstream\x12,\n" +
+	"\x12upstream_not_after\x18V \x01(\x03R\x10upstreamNotAfter\"\xde\x01\n" +
 	"\x05Token\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1d\n" +
 	"\n" +
@@ -4673,7 +4829,18 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\bChecksum\x12\x19\n" +
 	"\bat_index\x18\x01 \x01(\x04R\aatIndex\x12\x16\n" +
 	"\x06format\x18\x02 \x01(\rR\x06format\x12\x10\n" +
-	"\x03sum\x18\x03 \x01(\fR\x03sum*\xc2\x01\n" +
+	"\x03sum\x18\x03 \x01(\fR\x03sum\"\x84\x01\n" +
+	"\n" +
+	"AgentCache\x12\x18\n" +
+	"\apicture\x18\x01 \x01(\fR\apicture\x12.\n" +
+	"\x04x509\x18\x02 \x03(\v2\x1a.entente.state.v1.HeldSVIDR\x04x509\x12,\n" +
+	"\x03wit\x18\x03 \x03(\v2\x1a.entente.state.v1.HeldSVIDR\x03wit\"\x98\x01\n" +
+	"\bHeldSVID\x12\x19\n" +
+	"\bentry_id\x18\x01 \x01(\tR\aentryId\x12%\n" +
+	"\x0eentry_revision\x18\x02 \x01(\x04R\rentryRevision\x12\"\n" +
+	"\fcertificates\x18\x03 \x03(\fR\fcertificates\x12\x14\n" +
+	"\x05token\x18\x04 \x01(\tR\x05token\x12\x10\n" +
+	"\x03key\x18\x05 \x01(\fR\x03key*\xc2\x01\n" +
 	"\x0eAuthorityPhase\x12\x1f\n" +
 	"\x1bAUTHORITY_PHASE_UNSPECIFIED\x10\x00\x12\x1c\n" +
 	"\x18AUTHORITY_PHASE_PREPARED\x10\x01\x12\x1a\n" +
@@ -4711,7 +4878,7 @@ func file_entente_state_v1_state_proto_rawDescGZIP() []byte {
 }
 
 var file_entente_state_v1_state_proto_enumTypes = make([]protoimpl.EnumInfo, 5)
-var file_entente_state_v1_state_proto_msgTypes = make([]protoimpl.MessageInfo, 52)
+var file_entente_state_v1_state_proto_msgTypes = make([]protoimpl.MessageInfo, 54)
 var file_entente_state_v1_state_proto_goTypes = []any{
 	(AuthorityPhase)(0),        // 0: entente.state.v1.AuthorityPhase
 	(KeyUse)(0),                // 1: entente.state.v1.KeyUse
@@ -4770,6 +4937,8 @@ var file_entente_state_v1_state_proto_goTypes = []any{
 	(*StoreForeignBundle)(nil), // 54: entente.state.v1.StoreForeignBundle
 	(*Tick)(nil),               // 55: entente.state.v1.Tick
 	(*Checksum)(nil),           // 56: entente.state.v1.Checksum
+	(*AgentCache)(nil),         // 57: entente.state.v1.AgentCache
+	(*HeldSVID)(nil),           // 58: entente.state.v1.HeldSVID
 }
 var file_entente_state_v1_state_proto_depIdxs = []int32{
 	8,  // 0: entente.state.v1.Cluster.lifetimes:type_name -> entente.state.v1.Lifetimes
@@ -4827,11 +4996,13 @@ var file_entente_state_v1_state_proto_depIdxs = []int32{
 	53, // 52: entente.state.v1.ChangeEntries.changes:type_name -> entente.state.v1.EntryChange
 	15, // 53: entente.state.v1.EntryChange.create:type_name -> entente.state.v1.Entry
 	15, // 54: entente.state.v1.EntryChange.update:type_name -> entente.state.v1.Entry
-	55, // [55:55] is the sub-list for method output_type
-	55, // [55:55] is the sub-list for method input_type
-	55, // [55:55] is the sub-list for extension type_name
-	55, // [55:55] is the sub-list for extension extendee
-	0,  // [0:55] is the sub-list for field type_name
+	58, // 55: entente.state.v1.AgentCache.x509:type_name -> entente.state.v1.HeldSVID
+	58, // 56: entente.state.v1.AgentCache.wit:type_name -> entente.state.v1.HeldSVID
+	57, // [57:57] is the sub-list for method output_type
+	57, // [57:57] is the sub-list for method input_type
+	57, // [57:57] is the sub-list for extension type_name
+	57, // [57:57] is the sub-list for extension extendee
+	0,  // [0:57] is the sub-list for field type_name
 }
 
 func init() { file_entente_state_v1_state_proto_init() }
@@ -4886,7 +5057,7 @@ func file_entente_state_v1_state_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_entente_state_v1_state_proto_rawDesc), len(file_entente_state_v1_state_proto_rawDesc)),
 			NumEnums:      5,
-			NumMessages:   52,
+			NumMessages:   54,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
