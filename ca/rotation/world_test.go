@@ -634,7 +634,9 @@ func (w *world) run(phases int, faults bool) {
 			if n.gone {
 				continue
 			}
-			if own.Active == nil || own.Prepared == nil || w.now.Unix() >= own.Active.GetNotAfter() || len(n.offline) > 0 {
+			// One that was activated in the last step has no successor yet.
+			fresh := own.Active != nil && w.now.Unix()-own.Active.GetSince() <= int64(step/time.Second)
+			if own.Active == nil || own.Prepared == nil && !fresh || w.now.Unix() >= own.Active.GetNotAfter() || len(n.offline) > 0 {
 				w.broken = append(w.broken, fmt.Sprintf("at the end %s has ACTIVE %v and PREPARED %v for %s, offline %v", n.name, own.Active, own.Prepared, use, n.offline))
 			}
 		}
