@@ -625,7 +625,7 @@ func (w *world) run(phases int, faults bool) {
 	for _, a := range w.agents {
 		a.silent = false
 	}
-	for range 2 * int(phase/step) {
+	for range 3 * int(phase/step) / 2 {
 		w.step(false)
 	}
 	for _, n := range w.nodes { // PREPARED and ACTIVE always exist
@@ -646,9 +646,9 @@ func (w *world) run(phases int, faults bool) {
 // TestRotationWorld replays from its seed. ENTENTE_SEED=N runs one, ENTENTE_SEEDS=N
 // that many.
 func TestRotationWorld(t *testing.T) {
-	seeds, first := 2000, 1
+	seeds, first := 1000, 1
 	if testing.Short() {
-		seeds = 100
+		seeds = 60
 	}
 	if n, err := strconv.Atoi(os.Getenv("ENTENTE_SEEDS")); err == nil {
 		seeds = n
@@ -659,7 +659,7 @@ func TestRotationWorld(t *testing.T) {
 	total := map[string]int{}
 	for seed := first; seed < first+seeds; seed++ {
 		w := newWorld(uint64(seed))
-		w.run(5, true)
+		w.run(3, true)
 		if len(w.broken) > 0 {
 			t.Fatalf("seed %d: %d violations, the first:\n%s", seed, len(w.broken), strings.Join(w.broken[:min(len(w.broken), 3)], "\n"))
 		}
@@ -707,7 +707,7 @@ func TestRotationOracleNotices(t *testing.T) {
 	for seed := range uint64(50) {
 		w := newWorld(seed)
 		w.lying = true
-		w.run(5, true)
+		w.run(3, true)
 		if slices.ContainsFunc(w.broken, func(s string) bool { return strings.Contains(s, "lack") }) {
 			return
 		}
