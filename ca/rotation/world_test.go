@@ -450,7 +450,8 @@ func (w *world) issue(n *node) {
 				lacking = append(lacking, a.name)
 			}
 		}
-		if related := len(n.state.Peers()) > 0; related && w.now.Sub(w.peerSeen) <= 3*hint && !w.peerHolds[signing.GetId()] && use == statev1.KeyUse_KEY_USE_X509 {
+		// With an agent left behind, the domain may have been, too.
+		if related := len(n.state.Peers()) > 0 && len(signing.GetAssumed()) <= 1; related && w.now.Sub(w.peerSeen) <= 3*hint && !w.peerHolds[signing.GetId()] && use == statev1.KeyUse_KEY_USE_X509 {
 			lacking = append(lacking, foreign)
 		}
 		if len(lacking) > 0 {
