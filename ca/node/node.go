@@ -62,6 +62,7 @@ type Node struct {
 	wit      atomic.Bool // a relationship asks for WIT keys
 	leaves   leaves
 	registry *prometheus.Registry
+	bans     *bans
 	audit    *server.Audit
 	auditLog *daemon.LogFile // nil: not to a file
 
@@ -69,6 +70,10 @@ type Node struct {
 	hadAgents bool // the state knew agents when this process started
 	applied   broadcast
 	recheck   chan struct{}
+
+	agentsChanged chan struct{}
+	bansRefused   string // of runBans alone
+
 	preparing sync.Mutex  // one authority at a time
 	swapped   broadcast   // another replica took the place of a failed one
 	odd       chan uint64 // indexes at which this node's state was not the leader's
@@ -107,7 +112,13 @@ func New(cfg *Config, log *slog.Logger, listeners Listeners) (_ *Node, err error
 		registry:  prometheus.NewRegistry(),
 		started:   time.Now(),
 		recheck:   make(chan struct{}, 1),
-		odd:       make(chan uint64, 1),
+
+		agentsChanged: make(chan struct{}, 1),
+
+		odd: make(chan uint64, 1),
+	}
+	if n.bans, err = openBans(cfg.DataDir, cfg.beforeWrite); err != nil {
+		return nil, err
 	}
 	n.bundles = server.NewBundles(n.td)
 	if err := n.openAudit(); err != nil {
@@ -139,6 +150,9 @@ func New(cfg *Config, log *slog.Logger, listeners Listeners) (_ *Node, err error
 		Audit:       n.audit,
 		Nodes:       n.nodes,
 		Supersede:   n.supersede,
+		Isolate:     n.isolate,
+		Isolated:    n.isolations,
+		Subscribers: n.status,
 		Log:         n.log,
 		Registerer:  n.registry,
 	})
@@ -159,6 +173,7 @@ func New(cfg *Config, log *slog.Logger, listeners Listeners) (_ *Node, err error
 	n.listeners.Raft = nil // the replica's now
 	n.replica.Store(r)
 	n.onRestore()
+	n.enforceIsolations()
 	r.Read(func(st *domain.State) {
 		if cluster := st.Cluster(); cluster != nil && cluster.GetTrustDomain() != n.td.Name() {
 			err = fmt.Errorf("%s holds a CA node of %s, the configuration says %s", cfg.DataDir, cluster.GetTrustDomain(), cfg.TrustDomain)
@@ -206,6 +221,7 @@ func (n *Node) Close() error {
 	if n.auditLog != nil {
 		errs = append(errs, n.auditLog.Close())
 	}
+	errs = append(errs, n.bans.Close())
 	if r := n.replica.Load(); r != nil {
 		errs = append(errs, r.Close())
 	}
@@ -243,6 +259,7 @@ func (n *Node) Run(ctx context.Context) error {
 	group.Go("presence", n.runPresence)
 	group.Go("reports", n.runReports)
 	group.Go("rechecks", n.runRechecks)
+	group.Go("bans", n.runBans)
 	if n.auditLog != nil {
 		group.Go("audit log", func(ctx context.Context) error { return n.auditLog.Run(ctx, n.log) })
 	}
@@ -272,6 +289,7 @@ func (n *Node) Run(ctx context.Context) error {
 	if n.auditLog != nil {
 		n.auditLog.Close()
 	}
+	n.bans.Close()
 	n.log.Info("CA node stopped")
 	return err
 }
@@ -346,7 +364,10 @@ func (n *Node) onApply(outcome domain.Outcome) {
 		case domain.ChangeOwnBundle:
 			n.updateBundle(r)
 			recheck = true
-		case domain.ChangeMembers, domain.ChangeAgent, domain.ChangeEntry:
+		case domain.ChangeAgent:
+			signal(n.agentsChanged)
+			recheck = true
+		case domain.ChangeMembers, domain.ChangeEntry:
 			recheck = true
 		case domain.ChangeObject:
 			if strings.HasPrefix(change.Key, "Relationship/") {
@@ -373,6 +394,7 @@ func (n *Node) onRestore() {
 	})
 	n.updateBundle(r)
 	signal(n.recheck)
+	signal(n.agentsChanged)
 	n.applied.tell()
 }
 

@@ -34,14 +34,17 @@ type adminDoor struct {
 
 func (d adminDoor) Status(context.Context, *ententev1.StatusRequest) (*ententev1.StatusResponse, error) {
 	s := d.server
-	info := s.Info()
+	info, subscribers := s.Info(), s.Subscribers()
 	resp := &ententev1.StatusResponse{
 		NodeId:      s.NodeID,
 		LeaderId:    info.LeaderID,
 		RaftState:   info.RaftState,
 		AgeSeconds:  seconds(info.Age),
 		Instances:   instancesToWire(s.Feed.Instances()),
-		Subscribers: uint32(s.Feed.Status(time.Now(), 0).Subscribers),
+		Subscribers: uint32(subscribers.Subscribers),
+
+		AcknowledgedRevision: subscribers.Acknowledged,
+		WaitingFor:           subscribers.WaitingFor,
 
 		Quorum:             info.NoQuorumSince.IsZero(),
 		NotAgreeing:        info.NotAgreeing,
@@ -51,6 +54,9 @@ func (d adminDoor) Status(context.Context, *ententev1.StatusRequest) (*ententev1
 		AppliedIndex:       info.Applied,
 		LastIndex:          info.Last,
 		LogBytes:           info.LogBytes,
+	}
+	for _, i := range s.Isolated() {
+		resp.Isolated = append(resp.Isolated, i.toWire())
 	}
 	if !resp.Quorum {
 		resp.NoQuorumSince = info.NoQuorumSince.Unix()

@@ -152,6 +152,10 @@ func commandName(command *statev1.Command) (what string, on []string) {
 		on = append([]string{"authority/" + body.AuthorityDrained.GetId()}, prefixed("assumed: ", body.AuthorityDrained.GetAssumed())...)
 	case *statev1.Command_ActivateAuthority:
 		on = []string{"authority/" + body.ActivateAuthority.GetId()}
+	case *statev1.Command_MergeBans:
+		for _, b := range body.MergeBans.GetBans() {
+			on = append(on, "agent/"+b.GetAgent().GetName())
+		}
 	case *statev1.Command_StoreForeignBundle:
 		on = []string{"bundle/" + body.StoreForeignBundle.GetTrustDomain()}
 	}
@@ -238,6 +242,10 @@ func (s *Server) audit(ctx context.Context, req, resp any, err error) {
 	case *ententev1.ChangeAgentRequest:
 		what = "ChangeAgent"
 		name("agent/", r.GetName())
+	case *ententev1.IsolateAgentRequest:
+		what = "IsolateAgent"
+		name("agent/", r.GetName())
+		name("reason: ", fmt.Sprintf("%.*s", maxReason, r.GetReason()))
 	case *ententev1.RevokeTokenRequest:
 		what = "RevokeToken"
 		name("token/", r.GetId())

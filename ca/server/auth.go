@@ -74,6 +74,7 @@ var allowed = map[string][]class{
 	ententev1.Admin_GetAgent_FullMethodName:          {local},
 	ententev1.Admin_BanAgent_FullMethodName:          {local},
 	ententev1.Admin_EvictAgent_FullMethodName:        {local},
+	ententev1.Admin_IsolateAgent_FullMethodName:      {local},
 	ententev1.Admin_ListTokens_FullMethodName:        {local},
 	ententev1.Admin_RevokeToken_FullMethodName:       {local},
 	ententev1.Admin_ChangeEntries_FullMethodName:     {local},
@@ -148,6 +149,9 @@ func (s *Server) identify(state tls.ConnectionState) (caller, error) {
 	}
 	c.id = id
 	s.State.Read(func(st *domain.State) { err = c.fromState(st, leaf) })
+	if err == nil {
+		err = s.banned(c.agent)
+	}
 	return c, err
 }
 

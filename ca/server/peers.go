@@ -70,7 +70,7 @@ func (s *Server) mayPropose(c caller, command *statev1.Command) error {
 		// An operator may be at any node. What a member gains by them if nobody asked it: it
 		// can take away, and use early what everybody holds.
 		*statev1.Command_RemoveMember, *statev1.Command_ActivateAuthority, *statev1.Command_TaintAuthority, *statev1.Command_RevokeAuthority,
-		*statev1.Command_BanAgent, *statev1.Command_EvictAgent, *statev1.Command_RevokeToken, *statev1.Command_ChangeEntries, *statev1.Command_PromoteMember:
+		*statev1.Command_BanAgent, *statev1.Command_MergeBans, *statev1.Command_EvictAgent, *statev1.Command_RevokeToken, *statev1.Command_ChangeEntries, *statev1.Command_PromoteMember:
 		return nil
 	case *statev1.Command_UpdateMember:
 		if body.UpdateMember.GetId() == c.keyID {

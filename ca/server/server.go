@@ -114,6 +114,13 @@ type Config struct {
 	// Supersede stops this node if the statement says that its epoch is over.
 	Supersede func(statement, signature []byte) error
 
+	// Isolate shuts an agent out at this node alone. Errors: ErrNoAgent, ErrBanned,
+	// ErrQuorum.
+	Isolate  func(name, reason, who string) (Isolation, error)
+	Isolated func() []Isolation // not agreed yet
+	// Subscribers is how far this node's are.
+	Subscribers func() feed.Status
+
 	// Audit gets a line for each administrative act and each SVID; nil: none.
 	Audit      *Audit
 	Log        *slog.Logger

@@ -1815,32 +1815,35 @@ func (*StatusRequest) Descriptor() ([]byte, []int) {
 }
 
 type StatusResponse struct {
-	state              protoimpl.MessageState `protogen:"open.v1"`
-	Cluster            *v1.Cluster            `protobuf:"bytes,1,opt,name=cluster,proto3" json:"cluster,omitempty"`
-	Revision           uint64                 `protobuf:"varint,2,opt,name=revision,proto3" json:"revision,omitempty"`
-	NodeId             string                 `protobuf:"bytes,3,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`
-	LeaderId           string                 `protobuf:"bytes,4,opt,name=leader_id,json=leaderId,proto3" json:"leader_id,omitempty"` // empty: no quorum known
-	RaftState          string                 `protobuf:"bytes,5,opt,name=raft_state,json=raftState,proto3" json:"raft_state,omitempty"`
-	AgeSeconds         float64                `protobuf:"fixed64,6,opt,name=age_seconds,json=ageSeconds,proto3" json:"age_seconds,omitempty"` // of the agreed state
-	Members            []*MemberStatus        `protobuf:"bytes,7,rep,name=members,proto3" json:"members,omitempty"`
-	Authorities        []*v1.Authority        `protobuf:"bytes,8,rep,name=authorities,proto3" json:"authorities,omitempty"`
-	Entries            uint32                 `protobuf:"varint,9,opt,name=entries,proto3" json:"entries,omitempty"`
-	Agents             uint32                 `protobuf:"varint,10,opt,name=agents,proto3" json:"agents,omitempty"`
-	Foreign            []*ForeignBundleStatus `protobuf:"bytes,11,rep,name=foreign,proto3" json:"foreign,omitempty"`
-	Instances          []*Instance            `protobuf:"bytes,12,rep,name=instances,proto3" json:"instances,omitempty"`
-	Subscribers        uint32                 `protobuf:"varint,13,opt,name=subscribers,proto3" json:"subscribers,omitempty"`                                            // of this node
-	Quorum             bool                   `protobuf:"varint,30,opt,name=quorum,proto3" json:"quorum,omitempty"`                                                      // agreement goes on, as far as this node knows
-	NoQuorumSince      int64                  `protobuf:"varint,31,opt,name=no_quorum_since,json=noQuorumSince,proto3" json:"no_quorum_since,omitempty"`                 // Unix seconds; 0: there is quorum, as far as this node knows
-	NotAgreeing        string                 `protobuf:"bytes,32,opt,name=not_agreeing,json=notAgreeing,proto3" json:"not_agreeing,omitempty"`                          // without quorum: since when, what still works, what to do
-	Disk               string                 `protobuf:"bytes,33,opt,name=disk,proto3" json:"disk,omitempty"`                                                           // empty: the log's disk works; else what is wrong with it
-	ClockOffsetSeconds float64                `protobuf:"fixed64,34,opt,name=clock_offset_seconds,json=clockOffsetSeconds,proto3" json:"clock_offset_seconds,omitempty"` // own clock minus the agreed time, as of the last Tick
-	ClockKnown         bool                   `protobuf:"varint,35,opt,name=clock_known,json=clockKnown,proto3" json:"clock_known,omitempty"`
-	Autonomy           []*Autonomy            `protobuf:"bytes,36,rep,name=autonomy,proto3" json:"autonomy,omitempty"` // of each signing member
-	AppliedIndex       uint64                 `protobuf:"varint,37,opt,name=applied_index,json=appliedIndex,proto3" json:"applied_index,omitempty"`
-	LastIndex          uint64                 `protobuf:"varint,38,opt,name=last_index,json=lastIndex,proto3" json:"last_index,omitempty"`
-	LogBytes           uint64                 `protobuf:"varint,39,opt,name=log_bytes,json=logBytes,proto3" json:"log_bytes,omitempty"` // since the last snapshot
-	unknownFields      protoimpl.UnknownFields
-	sizeCache          protoimpl.SizeCache
+	state                protoimpl.MessageState `protogen:"open.v1"`
+	Cluster              *v1.Cluster            `protobuf:"bytes,1,opt,name=cluster,proto3" json:"cluster,omitempty"`
+	Revision             uint64                 `protobuf:"varint,2,opt,name=revision,proto3" json:"revision,omitempty"`
+	NodeId               string                 `protobuf:"bytes,3,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`
+	LeaderId             string                 `protobuf:"bytes,4,opt,name=leader_id,json=leaderId,proto3" json:"leader_id,omitempty"` // empty: no quorum known
+	RaftState            string                 `protobuf:"bytes,5,opt,name=raft_state,json=raftState,proto3" json:"raft_state,omitempty"`
+	AgeSeconds           float64                `protobuf:"fixed64,6,opt,name=age_seconds,json=ageSeconds,proto3" json:"age_seconds,omitempty"` // of the agreed state
+	Members              []*MemberStatus        `protobuf:"bytes,7,rep,name=members,proto3" json:"members,omitempty"`
+	Authorities          []*v1.Authority        `protobuf:"bytes,8,rep,name=authorities,proto3" json:"authorities,omitempty"`
+	Entries              uint32                 `protobuf:"varint,9,opt,name=entries,proto3" json:"entries,omitempty"`
+	Agents               uint32                 `protobuf:"varint,10,opt,name=agents,proto3" json:"agents,omitempty"`
+	Foreign              []*ForeignBundleStatus `protobuf:"bytes,11,rep,name=foreign,proto3" json:"foreign,omitempty"`
+	Instances            []*Instance            `protobuf:"bytes,12,rep,name=instances,proto3" json:"instances,omitempty"`
+	Subscribers          uint32                 `protobuf:"varint,13,opt,name=subscribers,proto3" json:"subscribers,omitempty"`                                            // of this node
+	Quorum               bool                   `protobuf:"varint,30,opt,name=quorum,proto3" json:"quorum,omitempty"`                                                      // agreement goes on, as far as this node knows
+	NoQuorumSince        int64                  `protobuf:"varint,31,opt,name=no_quorum_since,json=noQuorumSince,proto3" json:"no_quorum_since,omitempty"`                 // Unix seconds; 0: there is quorum, as far as this node knows
+	NotAgreeing          string                 `protobuf:"bytes,32,opt,name=not_agreeing,json=notAgreeing,proto3" json:"not_agreeing,omitempty"`                          // without quorum: since when, what still works, what to do
+	Disk                 string                 `protobuf:"bytes,33,opt,name=disk,proto3" json:"disk,omitempty"`                                                           // empty: the log's disk works; else what is wrong with it
+	ClockOffsetSeconds   float64                `protobuf:"fixed64,34,opt,name=clock_offset_seconds,json=clockOffsetSeconds,proto3" json:"clock_offset_seconds,omitempty"` // own clock minus the agreed time, as of the last Tick
+	ClockKnown           bool                   `protobuf:"varint,35,opt,name=clock_known,json=clockKnown,proto3" json:"clock_known,omitempty"`
+	Autonomy             []*Autonomy            `protobuf:"bytes,36,rep,name=autonomy,proto3" json:"autonomy,omitempty"` // of each signing member
+	AppliedIndex         uint64                 `protobuf:"varint,37,opt,name=applied_index,json=appliedIndex,proto3" json:"applied_index,omitempty"`
+	LastIndex            uint64                 `protobuf:"varint,38,opt,name=last_index,json=lastIndex,proto3" json:"last_index,omitempty"`
+	LogBytes             uint64                 `protobuf:"varint,39,opt,name=log_bytes,json=logBytes,proto3" json:"log_bytes,omitempty"`                                      // since the last snapshot
+	Isolated             []*Isolation           `protobuf:"bytes,120,rep,name=isolated,proto3" json:"isolated,omitempty"`                                                      // by this node, and not agreed yet
+	AcknowledgedRevision uint64                 `protobuf:"varint,121,opt,name=acknowledged_revision,json=acknowledgedRevision,proto3" json:"acknowledged_revision,omitempty"` // minimum over this node's subscribers
+	WaitingFor           []string               `protobuf:"bytes,122,rep,name=waiting_for,json=waitingFor,proto3" json:"waiting_for,omitempty"`                                // SPIFFE paths of those at the minimum if it is not the revision, at most 10
+	unknownFields        protoimpl.UnknownFields
+	sizeCache            protoimpl.SizeCache
 }
 
 func (x *StatusResponse) Reset() {
@@ -2032,6 +2035,27 @@ func (x *StatusResponse) GetLogBytes() uint64 {
 		return x.LogBytes
 	}
 	return 0
+}
+
+func (x *StatusResponse) GetIsolated() []*Isolation {
+	if x != nil {
+		return x.Isolated
+	}
+	return nil
+}
+
+func (x *StatusResponse) GetAcknowledgedRevision() uint64 {
+	if x != nil {
+		return x.AcknowledgedRevision
+	}
+	return 0
+}
+
+func (x *StatusResponse) GetWaitingFor() []string {
+	if x != nil {
+		return x.WaitingFor
+	}
+	return nil
 }
 
 // Autonomy is how long a member goes on signing if quorum were lost now.
@@ -4296,8 +4320,9 @@ func (x *ListAgentsResponse) GetMore() bool {
 type AgentStatus struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Agent         *v1.Agent              `protobuf:"bytes,1,opt,name=agent,proto3" json:"agent,omitempty"`
-	Entries       uint32                 `protobuf:"varint,2,opt,name=entries,proto3" json:"entries,omitempty"` // that it may hold
-	Here          bool                   `protobuf:"varint,3,opt,name=here,proto3" json:"here,omitempty"`       // its stream is at this node
+	Entries       uint32                 `protobuf:"varint,2,opt,name=entries,proto3" json:"entries,omitempty"`     // that it may hold
+	Here          bool                   `protobuf:"varint,3,opt,name=here,proto3" json:"here,omitempty"`           // its stream is at this node
+	Isolated      bool                   `protobuf:"varint,120,opt,name=isolated,proto3" json:"isolated,omitempty"` // by this node, and not agreed yet
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -4349,6 +4374,13 @@ func (x *AgentStatus) GetEntries() uint32 {
 func (x *AgentStatus) GetHere() bool {
 	if x != nil {
 		return x.Here
+	}
+	return false
+}
+
+func (x *AgentStatus) GetIsolated() bool {
+	if x != nil {
+		return x.Isolated
 	}
 	return false
 }
@@ -4545,6 +4577,179 @@ func (x *ChangeAgentResponse) GetRevision() uint64 {
 	return 0
 }
 
+type IsolateAgentRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Reason        string                 `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"` // for the audit log and for people; at most 200 characters
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IsolateAgentRequest) Reset() {
+	*x = IsolateAgentRequest{}
+	mi := &file_entente_v1_entente_proto_msgTypes[76]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IsolateAgentRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IsolateAgentRequest) ProtoMessage() {}
+
+func (x *IsolateAgentRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[76]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IsolateAgentRequest.ProtoReflect.Descriptor instead.
+func (*IsolateAgentRequest) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{76}
+}
+
+func (x *IsolateAgentRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *IsolateAgentRequest) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+type IsolateAgentResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Isolation     *Isolation             `protobuf:"bytes,1,opt,name=isolation,proto3" json:"isolation,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IsolateAgentResponse) Reset() {
+	*x = IsolateAgentResponse{}
+	mi := &file_entente_v1_entente_proto_msgTypes[77]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IsolateAgentResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IsolateAgentResponse) ProtoMessage() {}
+
+func (x *IsolateAgentResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[77]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IsolateAgentResponse.ProtoReflect.Descriptor instead.
+func (*IsolateAgentResponse) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{77}
+}
+
+func (x *IsolateAgentResponse) GetIsolation() *Isolation {
+	if x != nil {
+		return x.Isolation
+	}
+	return nil
+}
+
+// Isolation is an agent that one node shut out by itself.
+type Isolation struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Agent         *v1.Agent              `protobuf:"bytes,1,opt,name=agent,proto3" json:"agent,omitempty"` // as that node knew it
+	Who           string                 `protobuf:"bytes,2,opt,name=who,proto3" json:"who,omitempty"`
+	Reason        string                 `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
+	UnixSeconds   int64                  `protobuf:"varint,4,opt,name=unix_seconds,json=unixSeconds,proto3" json:"unix_seconds,omitempty"`
+	NotWritten    string                 `protobuf:"bytes,5,opt,name=not_written,json=notWritten,proto3" json:"not_written,omitempty"` // why a restart would lose it; empty: it is on disk
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Isolation) Reset() {
+	*x = Isolation{}
+	mi := &file_entente_v1_entente_proto_msgTypes[78]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Isolation) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Isolation) ProtoMessage() {}
+
+func (x *Isolation) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[78]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Isolation.ProtoReflect.Descriptor instead.
+func (*Isolation) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{78}
+}
+
+func (x *Isolation) GetAgent() *v1.Agent {
+	if x != nil {
+		return x.Agent
+	}
+	return nil
+}
+
+func (x *Isolation) GetWho() string {
+	if x != nil {
+		return x.Who
+	}
+	return ""
+}
+
+func (x *Isolation) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *Isolation) GetUnixSeconds() int64 {
+	if x != nil {
+		return x.UnixSeconds
+	}
+	return 0
+}
+
+func (x *Isolation) GetNotWritten() string {
+	if x != nil {
+		return x.NotWritten
+	}
+	return ""
+}
+
 type ListTokensRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -4553,7 +4758,7 @@ type ListTokensRequest struct {
 
 func (x *ListTokensRequest) Reset() {
 	*x = ListTokensRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[76]
+	mi := &file_entente_v1_entente_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4565,7 +4770,7 @@ func (x *ListTokensRequest) String() string {
 func (*ListTokensRequest) ProtoMessage() {}
 
 func (x *ListTokensRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[76]
+	mi := &file_entente_v1_entente_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4578,7 +4783,7 @@ func (x *ListTokensRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTokensRequest.ProtoReflect.Descriptor instead.
 func (*ListTokensRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{76}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{79}
 }
 
 type ListTokensResponse struct {
@@ -4591,7 +4796,7 @@ type ListTokensResponse struct {
 
 func (x *ListTokensResponse) Reset() {
 	*x = ListTokensResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[77]
+	mi := &file_entente_v1_entente_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4603,7 +4808,7 @@ func (x *ListTokensResponse) String() string {
 func (*ListTokensResponse) ProtoMessage() {}
 
 func (x *ListTokensResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[77]
+	mi := &file_entente_v1_entente_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4616,7 +4821,7 @@ func (x *ListTokensResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTokensResponse.ProtoReflect.Descriptor instead.
 func (*ListTokensResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{77}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{80}
 }
 
 func (x *ListTokensResponse) GetTokens() []*v1.Token {
@@ -4642,7 +4847,7 @@ type RevokeTokenRequest struct {
 
 func (x *RevokeTokenRequest) Reset() {
 	*x = RevokeTokenRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[78]
+	mi := &file_entente_v1_entente_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4654,7 +4859,7 @@ func (x *RevokeTokenRequest) String() string {
 func (*RevokeTokenRequest) ProtoMessage() {}
 
 func (x *RevokeTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[78]
+	mi := &file_entente_v1_entente_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4667,7 +4872,7 @@ func (x *RevokeTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeTokenRequest.ProtoReflect.Descriptor instead.
 func (*RevokeTokenRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{78}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{81}
 }
 
 func (x *RevokeTokenRequest) GetId() string {
@@ -4686,7 +4891,7 @@ type RevokeTokenResponse struct {
 
 func (x *RevokeTokenResponse) Reset() {
 	*x = RevokeTokenResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[79]
+	mi := &file_entente_v1_entente_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4698,7 +4903,7 @@ func (x *RevokeTokenResponse) String() string {
 func (*RevokeTokenResponse) ProtoMessage() {}
 
 func (x *RevokeTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[79]
+	mi := &file_entente_v1_entente_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4711,7 +4916,7 @@ func (x *RevokeTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeTokenResponse.ProtoReflect.Descriptor instead.
 func (*RevokeTokenResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{79}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *RevokeTokenResponse) GetRevision() uint64 {
@@ -4731,7 +4936,7 @@ type ChangeEntriesRequest struct {
 
 func (x *ChangeEntriesRequest) Reset() {
 	*x = ChangeEntriesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[80]
+	mi := &file_entente_v1_entente_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4743,7 +4948,7 @@ func (x *ChangeEntriesRequest) String() string {
 func (*ChangeEntriesRequest) ProtoMessage() {}
 
 func (x *ChangeEntriesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[80]
+	mi := &file_entente_v1_entente_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4756,7 +4961,7 @@ func (x *ChangeEntriesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeEntriesRequest.ProtoReflect.Descriptor instead.
 func (*ChangeEntriesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{80}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *ChangeEntriesRequest) GetChanges() []*v1.EntryChange {
@@ -4782,7 +4987,7 @@ type ChangeEntriesResponse struct {
 
 func (x *ChangeEntriesResponse) Reset() {
 	*x = ChangeEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[81]
+	mi := &file_entente_v1_entente_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4794,7 +4999,7 @@ func (x *ChangeEntriesResponse) String() string {
 func (*ChangeEntriesResponse) ProtoMessage() {}
 
 func (x *ChangeEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[81]
+	mi := &file_entente_v1_entente_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4807,7 +5012,7 @@ func (x *ChangeEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeEntriesResponse.ProtoReflect.Descriptor instead.
 func (*ChangeEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{81}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *ChangeEntriesResponse) GetResults() []*EntryResult {
@@ -4830,7 +5035,7 @@ type EntryResult struct {
 
 func (x *EntryResult) Reset() {
 	*x = EntryResult{}
-	mi := &file_entente_v1_entente_proto_msgTypes[82]
+	mi := &file_entente_v1_entente_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4842,7 +5047,7 @@ func (x *EntryResult) String() string {
 func (*EntryResult) ProtoMessage() {}
 
 func (x *EntryResult) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[82]
+	mi := &file_entente_v1_entente_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4855,7 +5060,7 @@ func (x *EntryResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EntryResult.ProtoReflect.Descriptor instead.
 func (*EntryResult) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{82}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *EntryResult) GetId() string {
@@ -4906,7 +5111,7 @@ type ListEntriesRequest struct {
 
 func (x *ListEntriesRequest) Reset() {
 	*x = ListEntriesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[83]
+	mi := &file_entente_v1_entente_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4918,7 +5123,7 @@ func (x *ListEntriesRequest) String() string {
 func (*ListEntriesRequest) ProtoMessage() {}
 
 func (x *ListEntriesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[83]
+	mi := &file_entente_v1_entente_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4931,7 +5136,7 @@ func (x *ListEntriesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntriesRequest.ProtoReflect.Descriptor instead.
 func (*ListEntriesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{83}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{86}
 }
 
 func (x *ListEntriesRequest) GetPageSize() uint32 {
@@ -4979,7 +5184,7 @@ type ListEntriesResponse struct {
 
 func (x *ListEntriesResponse) Reset() {
 	*x = ListEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[84]
+	mi := &file_entente_v1_entente_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4991,7 +5196,7 @@ func (x *ListEntriesResponse) String() string {
 func (*ListEntriesResponse) ProtoMessage() {}
 
 func (x *ListEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[84]
+	mi := &file_entente_v1_entente_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5004,7 +5209,7 @@ func (x *ListEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntriesResponse.ProtoReflect.Descriptor instead.
 func (*ListEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{84}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *ListEntriesResponse) GetEntries() []*v1.Entry {
@@ -5030,7 +5235,7 @@ type GetEntryRequest struct {
 
 func (x *GetEntryRequest) Reset() {
 	*x = GetEntryRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[85]
+	mi := &file_entente_v1_entente_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5042,7 +5247,7 @@ func (x *GetEntryRequest) String() string {
 func (*GetEntryRequest) ProtoMessage() {}
 
 func (x *GetEntryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[85]
+	mi := &file_entente_v1_entente_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5055,7 +5260,7 @@ func (x *GetEntryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetEntryRequest.ProtoReflect.Descriptor instead.
 func (*GetEntryRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{85}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{88}
 }
 
 func (x *GetEntryRequest) GetId() string {
@@ -5074,7 +5279,7 @@ type GetEntryResponse struct {
 
 func (x *GetEntryResponse) Reset() {
 	*x = GetEntryResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[86]
+	mi := &file_entente_v1_entente_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5086,7 +5291,7 @@ func (x *GetEntryResponse) String() string {
 func (*GetEntryResponse) ProtoMessage() {}
 
 func (x *GetEntryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[86]
+	mi := &file_entente_v1_entente_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5099,7 +5304,7 @@ func (x *GetEntryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetEntryResponse.ProtoReflect.Descriptor instead.
 func (*GetEntryResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{86}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{89}
 }
 
 func (x *GetEntryResponse) GetEntry() *v1.Entry {
@@ -5118,7 +5323,7 @@ type CountEntriesResponse struct {
 
 func (x *CountEntriesResponse) Reset() {
 	*x = CountEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[87]
+	mi := &file_entente_v1_entente_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5130,7 +5335,7 @@ func (x *CountEntriesResponse) String() string {
 func (*CountEntriesResponse) ProtoMessage() {}
 
 func (x *CountEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[87]
+	mi := &file_entente_v1_entente_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5143,7 +5348,7 @@ func (x *CountEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CountEntriesResponse.ProtoReflect.Descriptor instead.
 func (*CountEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{87}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{90}
 }
 
 func (x *CountEntriesResponse) GetEntries() uint64 {
@@ -5279,7 +5484,7 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x05token\x18\x01 \x01(\tR\x05token\x12\x12\n" +
 	"\x04code\x18\x02 \x01(\rR\x04code\x12\x14\n" +
 	"\x05error\x18\x03 \x01(\tR\x05error\"\x0f\n" +
-	"\rStatusRequest\"\xea\x06\n" +
+	"\rStatusRequest\"\xf3\a\n" +
 	"\x0eStatusResponse\x123\n" +
 	"\acluster\x18\x01 \x01(\v2\x19.entente.state.v1.ClusterR\acluster\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\x04R\brevision\x12\x17\n" +
@@ -5308,7 +5513,11 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\rapplied_index\x18% \x01(\x04R\fappliedIndex\x12\x1d\n" +
 	"\n" +
 	"last_index\x18& \x01(\x04R\tlastIndex\x12\x1b\n" +
-	"\tlog_bytes\x18' \x01(\x04R\blogBytes\"\x8e\x01\n" +
+	"\tlog_bytes\x18' \x01(\x04R\blogBytes\x121\n" +
+	"\bisolated\x18x \x03(\v2\x15.entente.v1.IsolationR\bisolated\x123\n" +
+	"\x15acknowledged_revision\x18y \x01(\x04R\x14acknowledgedRevision\x12\x1f\n" +
+	"\vwaiting_for\x18z \x03(\tR\n" +
+	"waitingFor\"\x8e\x01\n" +
 	"\bAutonomy\x12\x1b\n" +
 	"\tmember_id\x18\x01 \x01(\tR\bmemberId\x12#\n" +
 	"\rsigns_seconds\x18\x02 \x01(\x01R\fsignsSeconds\x12!\n" +
@@ -5448,11 +5657,12 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x05after\x18\x02 \x01(\tR\x05after\"Y\n" +
 	"\x12ListAgentsResponse\x12/\n" +
 	"\x06agents\x18\x01 \x03(\v2\x17.entente.v1.AgentStatusR\x06agents\x12\x12\n" +
-	"\x04more\x18\x02 \x01(\bR\x04more\"j\n" +
+	"\x04more\x18\x02 \x01(\bR\x04more\"\x86\x01\n" +
 	"\vAgentStatus\x12-\n" +
 	"\x05agent\x18\x01 \x01(\v2\x17.entente.state.v1.AgentR\x05agent\x12\x18\n" +
 	"\aentries\x18\x02 \x01(\rR\aentries\x12\x12\n" +
-	"\x04here\x18\x03 \x01(\bR\x04here\"%\n" +
+	"\x04here\x18\x03 \x01(\bR\x04here\x12\x1a\n" +
+	"\bisolated\x18x \x01(\bR\bisolated\"%\n" +
 	"\x0fGetAgentRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\"\xaa\x01\n" +
 	"\x10GetAgentResponse\x12/\n" +
@@ -5462,7 +5672,19 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x12ChangeAgentRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\"1\n" +
 	"\x13ChangeAgentResponse\x12\x1a\n" +
-	"\brevision\x18\x01 \x01(\x04R\brevision\"\x13\n" +
+	"\brevision\x18\x01 \x01(\x04R\brevision\"A\n" +
+	"\x13IsolateAgentRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\"K\n" +
+	"\x14IsolateAgentResponse\x123\n" +
+	"\tisolation\x18\x01 \x01(\v2\x15.entente.v1.IsolationR\tisolation\"\xa8\x01\n" +
+	"\tIsolation\x12-\n" +
+	"\x05agent\x18\x01 \x01(\v2\x17.entente.state.v1.AgentR\x05agent\x12\x10\n" +
+	"\x03who\x18\x02 \x01(\tR\x03who\x12\x16\n" +
+	"\x06reason\x18\x03 \x01(\tR\x06reason\x12!\n" +
+	"\funix_seconds\x18\x04 \x01(\x03R\vunixSeconds\x12\x1f\n" +
+	"\vnot_written\x18\x05 \x01(\tR\n" +
+	"notWritten\"\x13\n" +
 	"\x11ListTokensRequest\"`\n" +
 	"\x12ListTokensResponse\x12/\n" +
 	"\x06tokens\x18\x01 \x03(\v2\x17.entente.state.v1.TokenR\x06tokens\x12\x19\n" +
@@ -5511,7 +5733,7 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x04Sign\x12E\n" +
 	"\bSignX509\x12\x1b.entente.v1.SignX509Request\x1a\x1c.entente.v1.SignX509Response\x12B\n" +
 	"\aSignJWT\x12\x1a.entente.v1.SignJWTRequest\x1a\x1b.entente.v1.SignJWTResponse\x12B\n" +
-	"\aSignWIT\x12\x1a.entente.v1.SignWITRequest\x1a\x1b.entente.v1.SignWITResponse2\xb7\x0e\n" +
+	"\aSignWIT\x12\x1a.entente.v1.SignWITRequest\x1a\x1b.entente.v1.SignWITResponse2\x8a\x0f\n" +
 	"\x05Admin\x12?\n" +
 	"\x06Status\x12\x19.entente.v1.StatusRequest\x1a\x1a.entente.v1.StatusResponse\x12N\n" +
 	"\vCreateToken\x12\x1e.entente.v1.CreateTokenRequest\x1a\x1f.entente.v1.CreateTokenResponse\x12<\n" +
@@ -5529,7 +5751,8 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\bGetAgent\x12\x1b.entente.v1.GetAgentRequest\x1a\x1c.entente.v1.GetAgentResponse\x12K\n" +
 	"\bBanAgent\x12\x1e.entente.v1.ChangeAgentRequest\x1a\x1f.entente.v1.ChangeAgentResponse\x12M\n" +
 	"\n" +
-	"EvictAgent\x12\x1e.entente.v1.ChangeAgentRequest\x1a\x1f.entente.v1.ChangeAgentResponse\x12K\n" +
+	"EvictAgent\x12\x1e.entente.v1.ChangeAgentRequest\x1a\x1f.entente.v1.ChangeAgentResponse\x12Q\n" +
+	"\fIsolateAgent\x12\x1f.entente.v1.IsolateAgentRequest\x1a .entente.v1.IsolateAgentResponse\x12K\n" +
 	"\n" +
 	"ListTokens\x12\x1d.entente.v1.ListTokensRequest\x1a\x1e.entente.v1.ListTokensResponse\x12N\n" +
 	"\vRevokeToken\x12\x1e.entente.v1.RevokeTokenRequest\x1a\x1f.entente.v1.RevokeTokenResponse\x12T\n" +
@@ -5563,7 +5786,7 @@ func file_entente_v1_entente_proto_rawDescGZIP() []byte {
 }
 
 var file_entente_v1_entente_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_entente_v1_entente_proto_msgTypes = make([]protoimpl.MessageInfo, 88)
+var file_entente_v1_entente_proto_msgTypes = make([]protoimpl.MessageInfo, 91)
 var file_entente_v1_entente_proto_goTypes = []any{
 	(Health)(0),                     // 0: entente.v1.Health
 	(*JoinRequest)(nil),             // 1: entente.v1.JoinRequest
@@ -5642,38 +5865,41 @@ var file_entente_v1_entente_proto_goTypes = []any{
 	(*GetAgentResponse)(nil),        // 74: entente.v1.GetAgentResponse
 	(*ChangeAgentRequest)(nil),      // 75: entente.v1.ChangeAgentRequest
 	(*ChangeAgentResponse)(nil),     // 76: entente.v1.ChangeAgentResponse
-	(*ListTokensRequest)(nil),       // 77: entente.v1.ListTokensRequest
-	(*ListTokensResponse)(nil),      // 78: entente.v1.ListTokensResponse
-	(*RevokeTokenRequest)(nil),      // 79: entente.v1.RevokeTokenRequest
-	(*RevokeTokenResponse)(nil),     // 80: entente.v1.RevokeTokenResponse
-	(*ChangeEntriesRequest)(nil),    // 81: entente.v1.ChangeEntriesRequest
-	(*ChangeEntriesResponse)(nil),   // 82: entente.v1.ChangeEntriesResponse
-	(*EntryResult)(nil),             // 83: entente.v1.EntryResult
-	(*ListEntriesRequest)(nil),      // 84: entente.v1.ListEntriesRequest
-	(*ListEntriesResponse)(nil),     // 85: entente.v1.ListEntriesResponse
-	(*GetEntryRequest)(nil),         // 86: entente.v1.GetEntryRequest
-	(*GetEntryResponse)(nil),        // 87: entente.v1.GetEntryResponse
-	(*CountEntriesResponse)(nil),    // 88: entente.v1.CountEntriesResponse
-	(*v1.Member)(nil),               // 89: entente.state.v1.Member
-	(*v1.Cluster)(nil),              // 90: entente.state.v1.Cluster
-	(*v1.Agent)(nil),                // 91: entente.state.v1.Agent
-	(*v1.Distrust)(nil),             // 92: entente.state.v1.Distrust
-	(*v1.Entry)(nil),                // 93: entente.state.v1.Entry
-	(*v1.Object)(nil),               // 94: entente.state.v1.Object
-	(*v1.ObjectKey)(nil),            // 95: entente.state.v1.ObjectKey
-	(*v1.Authority)(nil),            // 96: entente.state.v1.Authority
-	(*v1.NodeGrant)(nil),            // 97: entente.state.v1.NodeGrant
-	(*v1.AgentGrant)(nil),           // 98: entente.state.v1.AgentGrant
-	(*v1.Token)(nil),                // 99: entente.state.v1.Token
-	(*v1.EntryChange)(nil),          // 100: entente.state.v1.EntryChange
+	(*IsolateAgentRequest)(nil),     // 77: entente.v1.IsolateAgentRequest
+	(*IsolateAgentResponse)(nil),    // 78: entente.v1.IsolateAgentResponse
+	(*Isolation)(nil),               // 79: entente.v1.Isolation
+	(*ListTokensRequest)(nil),       // 80: entente.v1.ListTokensRequest
+	(*ListTokensResponse)(nil),      // 81: entente.v1.ListTokensResponse
+	(*RevokeTokenRequest)(nil),      // 82: entente.v1.RevokeTokenRequest
+	(*RevokeTokenResponse)(nil),     // 83: entente.v1.RevokeTokenResponse
+	(*ChangeEntriesRequest)(nil),    // 84: entente.v1.ChangeEntriesRequest
+	(*ChangeEntriesResponse)(nil),   // 85: entente.v1.ChangeEntriesResponse
+	(*EntryResult)(nil),             // 86: entente.v1.EntryResult
+	(*ListEntriesRequest)(nil),      // 87: entente.v1.ListEntriesRequest
+	(*ListEntriesResponse)(nil),     // 88: entente.v1.ListEntriesResponse
+	(*GetEntryRequest)(nil),         // 89: entente.v1.GetEntryRequest
+	(*GetEntryResponse)(nil),        // 90: entente.v1.GetEntryResponse
+	(*CountEntriesResponse)(nil),    // 91: entente.v1.CountEntriesResponse
+	(*v1.Member)(nil),               // 92: entente.state.v1.Member
+	(*v1.Cluster)(nil),              // 93: entente.state.v1.Cluster
+	(*v1.Agent)(nil),                // 94: entente.state.v1.Agent
+	(*v1.Distrust)(nil),             // 95: entente.state.v1.Distrust
+	(*v1.Entry)(nil),                // 96: entente.state.v1.Entry
+	(*v1.Object)(nil),               // 97: entente.state.v1.Object
+	(*v1.ObjectKey)(nil),            // 98: entente.state.v1.ObjectKey
+	(*v1.Authority)(nil),            // 99: entente.state.v1.Authority
+	(*v1.NodeGrant)(nil),            // 100: entente.state.v1.NodeGrant
+	(*v1.AgentGrant)(nil),           // 101: entente.state.v1.AgentGrant
+	(*v1.Token)(nil),                // 102: entente.state.v1.Token
+	(*v1.EntryChange)(nil),          // 103: entente.state.v1.EntryChange
 }
 var file_entente_v1_entente_proto_depIdxs = []int32{
-	89,  // 0: entente.v1.JoinResponse.member:type_name -> entente.state.v1.Member
-	89,  // 1: entente.v1.JoinResponse.members:type_name -> entente.state.v1.Member
-	90,  // 2: entente.v1.JoinResponse.cluster:type_name -> entente.state.v1.Cluster
-	89,  // 3: entente.v1.AttestResponse.members:type_name -> entente.state.v1.Member
-	90,  // 4: entente.v1.AttestResponse.cluster:type_name -> entente.state.v1.Cluster
-	91,  // 5: entente.v1.AttestResponse.agent:type_name -> entente.state.v1.Agent
+	92,  // 0: entente.v1.JoinResponse.member:type_name -> entente.state.v1.Member
+	92,  // 1: entente.v1.JoinResponse.members:type_name -> entente.state.v1.Member
+	93,  // 2: entente.v1.JoinResponse.cluster:type_name -> entente.state.v1.Cluster
+	92,  // 3: entente.v1.AttestResponse.members:type_name -> entente.state.v1.Member
+	93,  // 4: entente.v1.AttestResponse.cluster:type_name -> entente.state.v1.Cluster
+	94,  // 5: entente.v1.AttestResponse.agent:type_name -> entente.state.v1.Agent
 	6,   // 6: entente.v1.SyncRequest.hello:type_name -> entente.v1.Hello
 	7,   // 7: entente.v1.SyncRequest.ack:type_name -> entente.v1.Ack
 	8,   // 8: entente.v1.SyncRequest.report:type_name -> entente.v1.InstanceReport
@@ -5683,14 +5909,14 @@ var file_entente_v1_entente_proto_depIdxs = []int32{
 	14,  // 12: entente.v1.SyncResponse.presence:type_name -> entente.v1.Presence
 	15,  // 13: entente.v1.SyncResponse.heartbeat:type_name -> entente.v1.Heartbeat
 	11,  // 14: entente.v1.SyncResponse.urgent:type_name -> entente.v1.Urgent
-	92,  // 15: entente.v1.Urgent.distrust:type_name -> entente.state.v1.Distrust
-	90,  // 16: entente.v1.Policy.cluster:type_name -> entente.state.v1.Cluster
-	93,  // 17: entente.v1.Policy.entries:type_name -> entente.state.v1.Entry
+	95,  // 15: entente.v1.Urgent.distrust:type_name -> entente.state.v1.Distrust
+	93,  // 16: entente.v1.Policy.cluster:type_name -> entente.state.v1.Cluster
+	96,  // 17: entente.v1.Policy.entries:type_name -> entente.state.v1.Entry
 	13,  // 18: entente.v1.Policy.bundles:type_name -> entente.v1.Bundle
-	94,  // 19: entente.v1.Policy.objects:type_name -> entente.state.v1.Object
-	95,  // 20: entente.v1.Policy.deleted_objects:type_name -> entente.state.v1.ObjectKey
-	89,  // 21: entente.v1.Policy.members:type_name -> entente.state.v1.Member
-	92,  // 22: entente.v1.Policy.distrust:type_name -> entente.state.v1.Distrust
+	97,  // 19: entente.v1.Policy.objects:type_name -> entente.state.v1.Object
+	98,  // 20: entente.v1.Policy.deleted_objects:type_name -> entente.state.v1.ObjectKey
+	92,  // 21: entente.v1.Policy.members:type_name -> entente.state.v1.Member
+	95,  // 22: entente.v1.Policy.distrust:type_name -> entente.state.v1.Distrust
 	9,   // 23: entente.v1.Presence.instances:type_name -> entente.v1.Instance
 	9,   // 24: entente.v1.Presence.withdrawn:type_name -> entente.v1.Instance
 	17,  // 25: entente.v1.SignX509Request.requests:type_name -> entente.v1.X509Request
@@ -5699,121 +5925,126 @@ var file_entente_v1_entente_proto_depIdxs = []int32{
 	26,  // 28: entente.v1.SignJWTResponse.results:type_name -> entente.v1.TokenResult
 	24,  // 29: entente.v1.SignWITRequest.requests:type_name -> entente.v1.WITRequest
 	26,  // 30: entente.v1.SignWITResponse.results:type_name -> entente.v1.TokenResult
-	90,  // 31: entente.v1.StatusResponse.cluster:type_name -> entente.state.v1.Cluster
+	93,  // 31: entente.v1.StatusResponse.cluster:type_name -> entente.state.v1.Cluster
 	30,  // 32: entente.v1.StatusResponse.members:type_name -> entente.v1.MemberStatus
-	96,  // 33: entente.v1.StatusResponse.authorities:type_name -> entente.state.v1.Authority
+	99,  // 33: entente.v1.StatusResponse.authorities:type_name -> entente.state.v1.Authority
 	44,  // 34: entente.v1.StatusResponse.foreign:type_name -> entente.v1.ForeignBundleStatus
 	9,   // 35: entente.v1.StatusResponse.instances:type_name -> entente.v1.Instance
 	29,  // 36: entente.v1.StatusResponse.autonomy:type_name -> entente.v1.Autonomy
-	89,  // 37: entente.v1.MemberStatus.member:type_name -> entente.state.v1.Member
-	35,  // 38: entente.v1.ListNodesResponse.nodes:type_name -> entente.v1.NodeProgress
-	89,  // 39: entente.v1.NodeProgress.member:type_name -> entente.state.v1.Member
-	89,  // 40: entente.v1.VouchResponse.member:type_name -> entente.state.v1.Member
-	97,  // 41: entente.v1.CreateTokenRequest.node:type_name -> entente.state.v1.NodeGrant
-	98,  // 42: entente.v1.CreateTokenRequest.agent:type_name -> entente.state.v1.AgentGrant
-	94,  // 43: entente.v1.ApplyRequest.objects:type_name -> entente.state.v1.Object
-	95,  // 44: entente.v1.ApplyRequest.deletes:type_name -> entente.state.v1.ObjectKey
-	49,  // 45: entente.v1.ApplyResponse.changes:type_name -> entente.v1.ObjectChange
-	95,  // 46: entente.v1.ObjectChange.key:type_name -> entente.state.v1.ObjectKey
-	55,  // 47: entente.v1.ReportRequest.held:type_name -> entente.v1.HeldAuthority
-	59,  // 48: entente.v1.GateResponse.authorities:type_name -> entente.v1.AuthorityGate
-	9,   // 49: entente.v1.PresenceResponse.instances:type_name -> entente.v1.Instance
-	9,   // 50: entente.v1.PresenceResponse.withdrawn:type_name -> entente.v1.Instance
-	64,  // 51: entente.v1.ListAuthoritiesResponse.authorities:type_name -> entente.v1.AuthorityStatus
-	96,  // 52: entente.v1.AuthorityStatus.authority:type_name -> entente.state.v1.Authority
-	96,  // 53: entente.v1.ChangeAuthorityResponse.authority:type_name -> entente.state.v1.Authority
-	96,  // 54: entente.v1.ChangeAuthorityResponse.signing:type_name -> entente.state.v1.Authority
-	89,  // 55: entente.v1.RemoveNodeResponse.member:type_name -> entente.state.v1.Member
-	96,  // 56: entente.v1.RemoveNodeResponse.authorities:type_name -> entente.state.v1.Authority
-	72,  // 57: entente.v1.ListAgentsResponse.agents:type_name -> entente.v1.AgentStatus
-	91,  // 58: entente.v1.AgentStatus.agent:type_name -> entente.state.v1.Agent
-	72,  // 59: entente.v1.GetAgentResponse.status:type_name -> entente.v1.AgentStatus
-	93,  // 60: entente.v1.GetAgentResponse.entries:type_name -> entente.state.v1.Entry
-	9,   // 61: entente.v1.GetAgentResponse.instances:type_name -> entente.v1.Instance
-	99,  // 62: entente.v1.ListTokensResponse.tokens:type_name -> entente.state.v1.Token
-	100, // 63: entente.v1.ChangeEntriesRequest.changes:type_name -> entente.state.v1.EntryChange
-	83,  // 64: entente.v1.ChangeEntriesResponse.results:type_name -> entente.v1.EntryResult
-	93,  // 65: entente.v1.ListEntriesResponse.entries:type_name -> entente.state.v1.Entry
-	93,  // 66: entente.v1.GetEntryResponse.entry:type_name -> entente.state.v1.Entry
-	1,   // 67: entente.v1.Join.Join:input_type -> entente.v1.JoinRequest
-	3,   // 68: entente.v1.Attest.Attest:input_type -> entente.v1.AttestRequest
-	5,   // 69: entente.v1.Sync.Sync:input_type -> entente.v1.SyncRequest
-	16,  // 70: entente.v1.Sign.SignX509:input_type -> entente.v1.SignX509Request
-	20,  // 71: entente.v1.Sign.SignJWT:input_type -> entente.v1.SignJWTRequest
-	23,  // 72: entente.v1.Sign.SignWIT:input_type -> entente.v1.SignWITRequest
-	27,  // 73: entente.v1.Admin.Status:input_type -> entente.v1.StatusRequest
-	45,  // 74: entente.v1.Admin.CreateToken:input_type -> entente.v1.CreateTokenRequest
-	47,  // 75: entente.v1.Admin.Apply:input_type -> entente.v1.ApplyRequest
-	50,  // 76: entente.v1.Admin.GetBundle:input_type -> entente.v1.GetBundleRequest
-	62,  // 77: entente.v1.Admin.ListAuthorities:input_type -> entente.v1.ListAuthoritiesRequest
-	65,  // 78: entente.v1.Admin.PrepareAuthority:input_type -> entente.v1.PrepareAuthorityRequest
-	66,  // 79: entente.v1.Admin.ActivateAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	66,  // 80: entente.v1.Admin.TaintAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	66,  // 81: entente.v1.Admin.RevokeAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	68,  // 82: entente.v1.Admin.RemoveNode:input_type -> entente.v1.RemoveNodeRequest
-	70,  // 83: entente.v1.Admin.ListAgents:input_type -> entente.v1.ListAgentsRequest
-	73,  // 84: entente.v1.Admin.GetAgent:input_type -> entente.v1.GetAgentRequest
-	75,  // 85: entente.v1.Admin.BanAgent:input_type -> entente.v1.ChangeAgentRequest
-	75,  // 86: entente.v1.Admin.EvictAgent:input_type -> entente.v1.ChangeAgentRequest
-	77,  // 87: entente.v1.Admin.ListTokens:input_type -> entente.v1.ListTokensRequest
-	79,  // 88: entente.v1.Admin.RevokeToken:input_type -> entente.v1.RevokeTokenRequest
-	81,  // 89: entente.v1.Admin.ChangeEntries:input_type -> entente.v1.ChangeEntriesRequest
-	84,  // 90: entente.v1.Admin.ListEntries:input_type -> entente.v1.ListEntriesRequest
-	86,  // 91: entente.v1.Admin.GetEntry:input_type -> entente.v1.GetEntryRequest
-	84,  // 92: entente.v1.Admin.CountEntries:input_type -> entente.v1.ListEntriesRequest
-	31,  // 93: entente.v1.Admin.SaveSnapshot:input_type -> entente.v1.SaveSnapshotRequest
-	33,  // 94: entente.v1.Admin.ListNodes:input_type -> entente.v1.ListNodesRequest
-	36,  // 95: entente.v1.Admin.PromoteNode:input_type -> entente.v1.PromoteNodeRequest
-	52,  // 96: entente.v1.Peer.Propose:input_type -> entente.v1.ProposeRequest
-	54,  // 97: entente.v1.Peer.Report:input_type -> entente.v1.ReportRequest
-	60,  // 98: entente.v1.Peer.Presence:input_type -> entente.v1.PresenceRequest
-	57,  // 99: entente.v1.Peer.Gate:input_type -> entente.v1.GateRequest
-	38,  // 100: entente.v1.Peer.Vouch:input_type -> entente.v1.VouchRequest
-	40,  // 101: entente.v1.Peer.Checksum:input_type -> entente.v1.ChecksumRequest
-	33,  // 102: entente.v1.Peer.Nodes:input_type -> entente.v1.ListNodesRequest
-	42,  // 103: entente.v1.Peer.ShowEpoch:input_type -> entente.v1.ShowEpochRequest
-	2,   // 104: entente.v1.Join.Join:output_type -> entente.v1.JoinResponse
-	4,   // 105: entente.v1.Attest.Attest:output_type -> entente.v1.AttestResponse
-	10,  // 106: entente.v1.Sync.Sync:output_type -> entente.v1.SyncResponse
-	18,  // 107: entente.v1.Sign.SignX509:output_type -> entente.v1.SignX509Response
-	22,  // 108: entente.v1.Sign.SignJWT:output_type -> entente.v1.SignJWTResponse
-	25,  // 109: entente.v1.Sign.SignWIT:output_type -> entente.v1.SignWITResponse
-	28,  // 110: entente.v1.Admin.Status:output_type -> entente.v1.StatusResponse
-	46,  // 111: entente.v1.Admin.CreateToken:output_type -> entente.v1.CreateTokenResponse
-	48,  // 112: entente.v1.Admin.Apply:output_type -> entente.v1.ApplyResponse
-	51,  // 113: entente.v1.Admin.GetBundle:output_type -> entente.v1.GetBundleResponse
-	63,  // 114: entente.v1.Admin.ListAuthorities:output_type -> entente.v1.ListAuthoritiesResponse
-	67,  // 115: entente.v1.Admin.PrepareAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	67,  // 116: entente.v1.Admin.ActivateAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	67,  // 117: entente.v1.Admin.TaintAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	67,  // 118: entente.v1.Admin.RevokeAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	69,  // 119: entente.v1.Admin.RemoveNode:output_type -> entente.v1.RemoveNodeResponse
-	71,  // 120: entente.v1.Admin.ListAgents:output_type -> entente.v1.ListAgentsResponse
-	74,  // 121: entente.v1.Admin.GetAgent:output_type -> entente.v1.GetAgentResponse
-	76,  // 122: entente.v1.Admin.BanAgent:output_type -> entente.v1.ChangeAgentResponse
-	76,  // 123: entente.v1.Admin.EvictAgent:output_type -> entente.v1.ChangeAgentResponse
-	78,  // 124: entente.v1.Admin.ListTokens:output_type -> entente.v1.ListTokensResponse
-	80,  // 125: entente.v1.Admin.RevokeToken:output_type -> entente.v1.RevokeTokenResponse
-	82,  // 126: entente.v1.Admin.ChangeEntries:output_type -> entente.v1.ChangeEntriesResponse
-	85,  // 127: entente.v1.Admin.ListEntries:output_type -> entente.v1.ListEntriesResponse
-	87,  // 128: entente.v1.Admin.GetEntry:output_type -> entente.v1.GetEntryResponse
-	88,  // 129: entente.v1.Admin.CountEntries:output_type -> entente.v1.CountEntriesResponse
-	32,  // 130: entente.v1.Admin.SaveSnapshot:output_type -> entente.v1.SaveSnapshotResponse
-	34,  // 131: entente.v1.Admin.ListNodes:output_type -> entente.v1.ListNodesResponse
-	37,  // 132: entente.v1.Admin.PromoteNode:output_type -> entente.v1.PromoteNodeResponse
-	53,  // 133: entente.v1.Peer.Propose:output_type -> entente.v1.ProposeResponse
-	56,  // 134: entente.v1.Peer.Report:output_type -> entente.v1.ReportResponse
-	61,  // 135: entente.v1.Peer.Presence:output_type -> entente.v1.PresenceResponse
-	58,  // 136: entente.v1.Peer.Gate:output_type -> entente.v1.GateResponse
-	39,  // 137: entente.v1.Peer.Vouch:output_type -> entente.v1.VouchResponse
-	41,  // 138: entente.v1.Peer.Checksum:output_type -> entente.v1.ChecksumResponse
-	34,  // 139: entente.v1.Peer.Nodes:output_type -> entente.v1.ListNodesResponse
-	43,  // 140: entente.v1.Peer.ShowEpoch:output_type -> entente.v1.ShowEpochResponse
-	104, // [104:141] is the sub-list for method output_type
-	67,  // [67:104] is the sub-list for method input_type
-	67,  // [67:67] is the sub-list for extension type_name
-	67,  // [67:67] is the sub-list for extension extendee
-	0,   // [0:67] is the sub-list for field type_name
+	79,  // 37: entente.v1.StatusResponse.isolated:type_name -> entente.v1.Isolation
+	92,  // 38: entente.v1.MemberStatus.member:type_name -> entente.state.v1.Member
+	35,  // 39: entente.v1.ListNodesResponse.nodes:type_name -> entente.v1.NodeProgress
+	92,  // 40: entente.v1.NodeProgress.member:type_name -> entente.state.v1.Member
+	92,  // 41: entente.v1.VouchResponse.member:type_name -> entente.state.v1.Member
+	100, // 42: entente.v1.CreateTokenRequest.node:type_name -> entente.state.v1.NodeGrant
+	101, // 43: entente.v1.CreateTokenRequest.agent:type_name -> entente.state.v1.AgentGrant
+	97,  // 44: entente.v1.ApplyRequest.objects:type_name -> entente.state.v1.Object
+	98,  // 45: entente.v1.ApplyRequest.deletes:type_name -> entente.state.v1.ObjectKey
+	49,  // 46: entente.v1.ApplyResponse.changes:type_name -> entente.v1.ObjectChange
+	98,  // 47: entente.v1.ObjectChange.key:type_name -> entente.state.v1.ObjectKey
+	55,  // 48: entente.v1.ReportRequest.held:type_name -> entente.v1.HeldAuthority
+	59,  // 49: entente.v1.GateResponse.authorities:type_name -> entente.v1.AuthorityGate
+	9,   // 50: entente.v1.PresenceResponse.instances:type_name -> entente.v1.Instance
+	9,   // 51: entente.v1.PresenceResponse.withdrawn:type_name -> entente.v1.Instance
+	64,  // 52: entente.v1.ListAuthoritiesResponse.authorities:type_name -> entente.v1.AuthorityStatus
+	99,  // 53: entente.v1.AuthorityStatus.authority:type_name -> entente.state.v1.Authority
+	99,  // 54: entente.v1.ChangeAuthorityResponse.authority:type_name -> entente.state.v1.Authority
+	99,  // 55: entente.v1.ChangeAuthorityResponse.signing:type_name -> entente.state.v1.Authority
+	92,  // 56: entente.v1.RemoveNodeResponse.member:type_name -> entente.state.v1.Member
+	99,  // 57: entente.v1.RemoveNodeResponse.authorities:type_name -> entente.state.v1.Authority
+	72,  // 58: entente.v1.ListAgentsResponse.agents:type_name -> entente.v1.AgentStatus
+	94,  // 59: entente.v1.AgentStatus.agent:type_name -> entente.state.v1.Agent
+	72,  // 60: entente.v1.GetAgentResponse.status:type_name -> entente.v1.AgentStatus
+	96,  // 61: entente.v1.GetAgentResponse.entries:type_name -> entente.state.v1.Entry
+	9,   // 62: entente.v1.GetAgentResponse.instances:type_name -> entente.v1.Instance
+	79,  // 63: entente.v1.IsolateAgentResponse.isolation:type_name -> entente.v1.Isolation
+	94,  // 64: entente.v1.Isolation.agent:type_name -> entente.state.v1.Agent
+	102, // 65: entente.v1.ListTokensResponse.tokens:type_name -> entente.state.v1.Token
+	103, // 66: entente.v1.ChangeEntriesRequest.changes:type_name -> entente.state.v1.EntryChange
+	86,  // 67: entente.v1.ChangeEntriesResponse.results:type_name -> entente.v1.EntryResult
+	96,  // 68: entente.v1.ListEntriesResponse.entries:type_name -> entente.state.v1.Entry
+	96,  // 69: entente.v1.GetEntryResponse.entry:type_name -> entente.state.v1.Entry
+	1,   // 70: entente.v1.Join.Join:input_type -> entente.v1.JoinRequest
+	3,   // 71: entente.v1.Attest.Attest:input_type -> entente.v1.AttestRequest
+	5,   // 72: entente.v1.Sync.Sync:input_type -> entente.v1.SyncRequest
+	16,  // 73: entente.v1.Sign.SignX509:input_type -> entente.v1.SignX509Request
+	20,  // 74: entente.v1.Sign.SignJWT:input_type -> entente.v1.SignJWTRequest
+	23,  // 75: entente.v1.Sign.SignWIT:input_type -> entente.v1.SignWITRequest
+	27,  // 76: entente.v1.Admin.Status:input_type -> entente.v1.StatusRequest
+	45,  // 77: entente.v1.Admin.CreateToken:input_type -> entente.v1.CreateTokenRequest
+	47,  // 78: entente.v1.Admin.Apply:input_type -> entente.v1.ApplyRequest
+	50,  // 79: entente.v1.Admin.GetBundle:input_type -> entente.v1.GetBundleRequest
+	62,  // 80: entente.v1.Admin.ListAuthorities:input_type -> entente.v1.ListAuthoritiesRequest
+	65,  // 81: entente.v1.Admin.PrepareAuthority:input_type -> entente.v1.PrepareAuthorityRequest
+	66,  // 82: entente.v1.Admin.ActivateAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	66,  // 83: entente.v1.Admin.TaintAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	66,  // 84: entente.v1.Admin.RevokeAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	68,  // 85: entente.v1.Admin.RemoveNode:input_type -> entente.v1.RemoveNodeRequest
+	70,  // 86: entente.v1.Admin.ListAgents:input_type -> entente.v1.ListAgentsRequest
+	73,  // 87: entente.v1.Admin.GetAgent:input_type -> entente.v1.GetAgentRequest
+	75,  // 88: entente.v1.Admin.BanAgent:input_type -> entente.v1.ChangeAgentRequest
+	75,  // 89: entente.v1.Admin.EvictAgent:input_type -> entente.v1.ChangeAgentRequest
+	77,  // 90: entente.v1.Admin.IsolateAgent:input_type -> entente.v1.IsolateAgentRequest
+	80,  // 91: entente.v1.Admin.ListTokens:input_type -> entente.v1.ListTokensRequest
+	82,  // 92: entente.v1.Admin.RevokeToken:input_type -> entente.v1.RevokeTokenRequest
+	84,  // 93: entente.v1.Admin.ChangeEntries:input_type -> entente.v1.ChangeEntriesRequest
+	87,  // 94: entente.v1.Admin.ListEntries:input_type -> entente.v1.ListEntriesRequest
+	89,  // 95: entente.v1.Admin.GetEntry:input_type -> entente.v1.GetEntryRequest
+	87,  // 96: entente.v1.Admin.CountEntries:input_type -> entente.v1.ListEntriesRequest
+	31,  // 97: entente.v1.Admin.SaveSnapshot:input_type -> entente.v1.SaveSnapshotRequest
+	33,  // 98: entente.v1.Admin.ListNodes:input_type -> entente.v1.ListNodesRequest
+	36,  // 99: entente.v1.Admin.PromoteNode:input_type -> entente.v1.PromoteNodeRequest
+	52,  // 100: entente.v1.Peer.Propose:input_type -> entente.v1.ProposeRequest
+	54,  // 101: entente.v1.Peer.Report:input_type -> entente.v1.ReportRequest
+	60,  // 102: entente.v1.Peer.Presence:input_type -> entente.v1.PresenceRequest
+	57,  // 103: entente.v1.Peer.Gate:input_type -> entente.v1.GateRequest
+	38,  // 104: entente.v1.Peer.Vouch:input_type -> entente.v1.VouchRequest
+	40,  // 105: entente.v1.Peer.Checksum:input_type -> entente.v1.ChecksumRequest
+	33,  // 106: entente.v1.Peer.Nodes:input_type -> entente.v1.ListNodesRequest
+	42,  // 107: entente.v1.Peer.ShowEpoch:input_type -> entente.v1.ShowEpochRequest
+	2,   // 108: entente.v1.Join.Join:output_type -> entente.v1.JoinResponse
+	4,   // 109: entente.v1.Attest.Attest:output_type -> entente.v1.AttestResponse
+	10,  // 110: entente.v1.Sync.Sync:output_type -> entente.v1.SyncResponse
+	18,  // 111: entente.v1.Sign.SignX509:output_type -> entente.v1.SignX509Response
+	22,  // 112: entente.v1.Sign.SignJWT:output_type -> entente.v1.SignJWTResponse
+	25,  // 113: entente.v1.Sign.SignWIT:output_type -> entente.v1.SignWITResponse
+	28,  // 114: entente.v1.Admin.Status:output_type -> entente.v1.StatusResponse
+	46,  // 115: entente.v1.Admin.CreateToken:output_type -> entente.v1.CreateTokenResponse
+	48,  // 116: entente.v1.Admin.Apply:output_type -> entente.v1.ApplyResponse
+	51,  // 117: entente.v1.Admin.GetBundle:output_type -> entente.v1.GetBundleResponse
+	63,  // 118: entente.v1.Admin.ListAuthorities:output_type -> entente.v1.ListAuthoritiesResponse
+	67,  // 119: entente.v1.Admin.PrepareAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	67,  // 120: entente.v1.Admin.ActivateAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	67,  // 121: entente.v1.Admin.TaintAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	67,  // 122: entente.v1.Admin.RevokeAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	69,  // 123: entente.v1.Admin.RemoveNode:output_type -> entente.v1.RemoveNodeResponse
+	71,  // 124: entente.v1.Admin.ListAgents:output_type -> entente.v1.ListAgentsResponse
+	74,  // 125: entente.v1.Admin.GetAgent:output_type -> entente.v1.GetAgentResponse
+	76,  // 126: entente.v1.Admin.BanAgent:output_type -> entente.v1.ChangeAgentResponse
+	76,  // 127: entente.v1.Admin.EvictAgent:output_type -> entente.v1.ChangeAgentResponse
+	78,  // 128: entente.v1.Admin.IsolateAgent:output_type -> entente.v1.IsolateAgentResponse
+	81,  // 129: entente.v1.Admin.ListTokens:output_type -> entente.v1.ListTokensResponse
+	83,  // 130: entente.v1.Admin.RevokeToken:output_type -> entente.v1.RevokeTokenResponse
+	85,  // 131: entente.v1.Admin.ChangeEntries:output_type -> entente.v1.ChangeEntriesResponse
+	88,  // 132: entente.v1.Admin.ListEntries:output_type -> entente.v1.ListEntriesResponse
+	90,  // 133: entente.v1.Admin.GetEntry:output_type -> entente.v1.GetEntryResponse
+	91,  // 134: entente.v1.Admin.CountEntries:output_type -> entente.v1.CountEntriesResponse
+	32,  // 135: entente.v1.Admin.SaveSnapshot:output_type -> entente.v1.SaveSnapshotResponse
+	34,  // 136: entente.v1.Admin.ListNodes:output_type -> entente.v1.ListNodesResponse
+	37,  // 137: entente.v1.Admin.PromoteNode:output_type -> entente.v1.PromoteNodeResponse
+	53,  // 138: entente.v1.Peer.Propose:output_type -> entente.v1.ProposeResponse
+	56,  // 139: entente.v1.Peer.Report:output_type -> entente.v1.ReportResponse
+	61,  // 140: entente.v1.Peer.Presence:output_type -> entente.v1.PresenceResponse
+	58,  // 141: entente.v1.Peer.Gate:output_type -> entente.v1.GateResponse
+	39,  // 142: entente.v1.Peer.Vouch:output_type -> entente.v1.VouchResponse
+	41,  // 143: entente.v1.Peer.Checksum:output_type -> entente.v1.ChecksumResponse
+	34,  // 144: entente.v1.Peer.Nodes:output_type -> entente.v1.ListNodesResponse
+	43,  // 145: entente.v1.Peer.ShowEpoch:output_type -> entente.v1.ShowEpochResponse
+	108, // [108:146] is the sub-list for method output_type
+	70,  // [70:108] is the sub-list for method input_type
+	70,  // [70:70] is the sub-list for extension type_name
+	70,  // [70:70] is the sub-list for extension extendee
+	0,   // [0:70] is the sub-list for field type_name
 }
 
 func init() { file_entente_v1_entente_proto_init() }
@@ -5838,7 +6069,7 @@ func file_entente_v1_entente_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_entente_v1_entente_proto_rawDesc), len(file_entente_v1_entente_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   88,
+			NumMessages:   91,
 			NumExtensions: 0,
 			NumServices:   6,
 		},

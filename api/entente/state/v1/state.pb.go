@@ -2406,6 +2406,7 @@ type Command struct {
 	//	*Command_RevokeToken
 	//	*Command_ChangeEntries
 	//	*Command_PromoteMember
+	//	*Command_MergeBans
 	Body          isCommand_Body `protobuf_oneof:"body"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2658,6 +2659,15 @@ func (x *Command) GetPromoteMember() *PromoteMember {
 	return nil
 }
 
+func (x *Command) GetMergeBans() *MergeBans {
+	if x != nil {
+		if x, ok := x.Body.(*Command_MergeBans); ok {
+			return x.MergeBans
+		}
+	}
+	return nil
+}
+
 type isCommand_Body interface {
 	isCommand_Body()
 }
@@ -2746,6 +2756,10 @@ type Command_PromoteMember struct {
 	PromoteMember *PromoteMember `protobuf:"bytes,60,opt,name=promote_member,json=promoteMember,proto3,oneof"`
 }
 
+type Command_MergeBans struct {
+	MergeBans *MergeBans `protobuf:"bytes,120,opt,name=merge_bans,json=mergeBans,proto3,oneof"`
+}
+
 func (*Command_Init) isCommand_Body() {}
 
 func (*Command_CreateToken) isCommand_Body() {}
@@ -2787,6 +2801,8 @@ func (*Command_RevokeToken) isCommand_Body() {}
 func (*Command_ChangeEntries) isCommand_Body() {}
 
 func (*Command_PromoteMember) isCommand_Body() {}
+
+func (*Command_MergeBans) isCommand_Body() {}
 
 // Batch is what one Raft log entry holds: the group commit of a proposer.
 type Batch struct {
@@ -3744,6 +3760,104 @@ func (x *EvictAgent) GetName() string {
 	return ""
 }
 
+// MergeBans repeats what a node remembers of agents that were shut out and the state
+// may not know: made without quorum, or after the backup that it was restored from.
+type MergeBans struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Bans          []*RememberedBan       `protobuf:"bytes,1,rep,name=bans,proto3" json:"bans,omitempty"` // at most 100
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MergeBans) Reset() {
+	*x = MergeBans{}
+	mi := &file_entente_state_v1_state_proto_msgTypes[43]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MergeBans) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MergeBans) ProtoMessage() {}
+
+func (x *MergeBans) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_state_v1_state_proto_msgTypes[43]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MergeBans.ProtoReflect.Descriptor instead.
+func (*MergeBans) Descriptor() ([]byte, []int) {
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{43}
+}
+
+func (x *MergeBans) GetBans() []*RememberedBan {
+	if x != nil {
+		return x.Bans
+	}
+	return nil
+}
+
+type RememberedBan struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Agent         *Agent                 `protobuf:"bytes,1,opt,name=agent,proto3" json:"agent,omitempty"`    // as it was then; a later attestation of the same name is another agent
+	Lifted        bool                   `protobuf:"varint,2,opt,name=lifted,proto3" json:"lifted,omitempty"` // it was evicted since
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RememberedBan) Reset() {
+	*x = RememberedBan{}
+	mi := &file_entente_state_v1_state_proto_msgTypes[44]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RememberedBan) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RememberedBan) ProtoMessage() {}
+
+func (x *RememberedBan) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_state_v1_state_proto_msgTypes[44]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RememberedBan.ProtoReflect.Descriptor instead.
+func (*RememberedBan) Descriptor() ([]byte, []int) {
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{44}
+}
+
+func (x *RememberedBan) GetAgent() *Agent {
+	if x != nil {
+		return x.Agent
+	}
+	return nil
+}
+
+func (x *RememberedBan) GetLifted() bool {
+	if x != nil {
+		return x.Lifted
+	}
+	return false
+}
+
 // RevokeToken forgets a token that was not used.
 type RevokeToken struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -3754,7 +3868,7 @@ type RevokeToken struct {
 
 func (x *RevokeToken) Reset() {
 	*x = RevokeToken{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[43]
+	mi := &file_entente_state_v1_state_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3766,7 +3880,7 @@ func (x *RevokeToken) String() string {
 func (*RevokeToken) ProtoMessage() {}
 
 func (x *RevokeToken) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[43]
+	mi := &file_entente_state_v1_state_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3779,7 +3893,7 @@ func (x *RevokeToken) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeToken.ProtoReflect.Descriptor instead.
 func (*RevokeToken) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{43}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *RevokeToken) GetId() string {
@@ -3799,7 +3913,7 @@ type ChangeEntries struct {
 
 func (x *ChangeEntries) Reset() {
 	*x = ChangeEntries{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[44]
+	mi := &file_entente_state_v1_state_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3811,7 +3925,7 @@ func (x *ChangeEntries) String() string {
 func (*ChangeEntries) ProtoMessage() {}
 
 func (x *ChangeEntries) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[44]
+	mi := &file_entente_state_v1_state_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3824,7 +3938,7 @@ func (x *ChangeEntries) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeEntries.ProtoReflect.Descriptor instead.
 func (*ChangeEntries) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{44}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *ChangeEntries) GetChanges() []*EntryChange {
@@ -3849,7 +3963,7 @@ type EntryChange struct {
 
 func (x *EntryChange) Reset() {
 	*x = EntryChange{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[45]
+	mi := &file_entente_state_v1_state_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3861,7 +3975,7 @@ func (x *EntryChange) String() string {
 func (*EntryChange) ProtoMessage() {}
 
 func (x *EntryChange) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[45]
+	mi := &file_entente_state_v1_state_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3874,7 +3988,7 @@ func (x *EntryChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EntryChange.ProtoReflect.Descriptor instead.
 func (*EntryChange) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{45}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *EntryChange) GetAction() isEntryChange_Action {
@@ -3951,7 +4065,7 @@ type StoreForeignBundle struct {
 
 func (x *StoreForeignBundle) Reset() {
 	*x = StoreForeignBundle{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[46]
+	mi := &file_entente_state_v1_state_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3963,7 +4077,7 @@ func (x *StoreForeignBundle) String() string {
 func (*StoreForeignBundle) ProtoMessage() {}
 
 func (x *StoreForeignBundle) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[46]
+	mi := &file_entente_state_v1_state_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3976,7 +4090,7 @@ func (x *StoreForeignBundle) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StoreForeignBundle.ProtoReflect.Descriptor instead.
 func (*StoreForeignBundle) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{46}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *StoreForeignBundle) GetTrustDomain() string {
@@ -4010,7 +4124,7 @@ type Tick struct {
 
 func (x *Tick) Reset() {
 	*x = Tick{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[47]
+	mi := &file_entente_state_v1_state_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4022,7 +4136,7 @@ func (x *Tick) String() string {
 func (*Tick) ProtoMessage() {}
 
 func (x *Tick) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[47]
+	mi := &file_entente_state_v1_state_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4035,7 +4149,7 @@ func (x *Tick) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Tick.ProtoReflect.Descriptor instead.
 func (*Tick) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{47}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *Tick) GetUnixNanos() []int64 {
@@ -4057,7 +4171,7 @@ type Checksum struct {
 
 func (x *Checksum) Reset() {
 	*x = Checksum{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[48]
+	mi := &file_entente_state_v1_state_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4069,7 +4183,7 @@ func (x *Checksum) String() string {
 func (*Checksum) ProtoMessage() {}
 
 func (x *Checksum) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[48]
+	mi := &file_entente_state_v1_state_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4082,7 +4196,7 @@ func (x *Checksum) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Checksum.ProtoReflect.Descriptor instead.
 func (*Checksum) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{48}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *Checksum) GetAtIndex() uint64 {
@@ -4304,7 +4418,7 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x12\n" +
 	"\x04jwks\x18\x02 \x01(\fR\x04jwks\x12\x1a\n" +
 	"\bsequence\x18\x03 \x01(\x04R\bsequence\x12\x1a\n" +
-	"\brevision\x18\x04 \x01(\x04R\brevision\"\xae\f\n" +
+	"\brevision\x18\x04 \x01(\x04R\brevision\"\xec\f\n" +
 	"\aCommand\x12\x1f\n" +
 	"\vif_revision\x18\x01 \x01(\x04R\n" +
 	"ifRevision\x12\x1c\n" +
@@ -4333,7 +4447,9 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"evictAgent\x12B\n" +
 	"\frevoke_token\x18- \x01(\v2\x1d.entente.state.v1.RevokeTokenH\x00R\vrevokeToken\x12H\n" +
 	"\x0echange_entries\x18. \x01(\v2\x1f.entente.state.v1.ChangeEntriesH\x00R\rchangeEntries\x12H\n" +
-	"\x0epromote_member\x18< \x01(\v2\x1f.entente.state.v1.PromoteMemberH\x00R\rpromoteMemberB\x06\n" +
+	"\x0epromote_member\x18< \x01(\v2\x1f.entente.state.v1.PromoteMemberH\x00R\rpromoteMember\x12<\n" +
+	"\n" +
+	"merge_bans\x18x \x01(\v2\x1b.entente.state.v1.MergeBansH\x00R\tmergeBansB\x06\n" +
 	"\x04body\"#\n" +
 	"\x05Batch\x12\x1a\n" +
 	"\bcommands\x18\x01 \x03(\fR\bcommands\"m\n" +
@@ -4393,7 +4509,12 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\x04name\x18\x01 \x01(\tR\x04name\" \n" +
 	"\n" +
 	"EvictAgent\x12\x12\n" +
-	"\x04name\x18\x01 \x01(\tR\x04name\"\x1d\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"@\n" +
+	"\tMergeBans\x123\n" +
+	"\x04bans\x18\x01 \x03(\v2\x1f.entente.state.v1.RememberedBanR\x04bans\"V\n" +
+	"\rRememberedBan\x12-\n" +
+	"\x05agent\x18\x01 \x01(\v2\x17.entente.state.v1.AgentR\x05agent\x12\x16\n" +
+	"\x06lifted\x18\x02 \x01(\bR\x06lifted\"\x1d\n" +
 	"\vRevokeToken\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"H\n" +
 	"\rChangeEntries\x127\n" +
@@ -4453,7 +4574,7 @@ func file_entente_state_v1_state_proto_rawDescGZIP() []byte {
 }
 
 var file_entente_state_v1_state_proto_enumTypes = make([]protoimpl.EnumInfo, 5)
-var file_entente_state_v1_state_proto_msgTypes = make([]protoimpl.MessageInfo, 49)
+var file_entente_state_v1_state_proto_msgTypes = make([]protoimpl.MessageInfo, 51)
 var file_entente_state_v1_state_proto_goTypes = []any{
 	(AuthorityPhase)(0),        // 0: entente.state.v1.AuthorityPhase
 	(KeyUse)(0),                // 1: entente.state.v1.KeyUse
@@ -4503,12 +4624,14 @@ var file_entente_state_v1_state_proto_goTypes = []any{
 	(*RevokeAuthority)(nil),    // 45: entente.state.v1.RevokeAuthority
 	(*BanAgent)(nil),           // 46: entente.state.v1.BanAgent
 	(*EvictAgent)(nil),         // 47: entente.state.v1.EvictAgent
-	(*RevokeToken)(nil),        // 48: entente.state.v1.RevokeToken
-	(*ChangeEntries)(nil),      // 49: entente.state.v1.ChangeEntries
-	(*EntryChange)(nil),        // 50: entente.state.v1.EntryChange
-	(*StoreForeignBundle)(nil), // 51: entente.state.v1.StoreForeignBundle
-	(*Tick)(nil),               // 52: entente.state.v1.Tick
-	(*Checksum)(nil),           // 53: entente.state.v1.Checksum
+	(*MergeBans)(nil),          // 48: entente.state.v1.MergeBans
+	(*RememberedBan)(nil),      // 49: entente.state.v1.RememberedBan
+	(*RevokeToken)(nil),        // 50: entente.state.v1.RevokeToken
+	(*ChangeEntries)(nil),      // 51: entente.state.v1.ChangeEntries
+	(*EntryChange)(nil),        // 52: entente.state.v1.EntryChange
+	(*StoreForeignBundle)(nil), // 53: entente.state.v1.StoreForeignBundle
+	(*Tick)(nil),               // 54: entente.state.v1.Tick
+	(*Checksum)(nil),           // 55: entente.state.v1.Checksum
 }
 var file_entente_state_v1_state_proto_depIdxs = []int32{
 	8,  // 0: entente.state.v1.Cluster.lifetimes:type_name -> entente.state.v1.Lifetimes
@@ -4541,32 +4664,35 @@ var file_entente_state_v1_state_proto_depIdxs = []int32{
 	40, // 27: entente.state.v1.Command.authority_ready:type_name -> entente.state.v1.AuthorityReady
 	41, // 28: entente.state.v1.Command.activate_authority:type_name -> entente.state.v1.ActivateAuthority
 	42, // 29: entente.state.v1.Command.apply_objects:type_name -> entente.state.v1.ApplyObjects
-	51, // 30: entente.state.v1.Command.store_foreign_bundle:type_name -> entente.state.v1.StoreForeignBundle
-	52, // 31: entente.state.v1.Command.tick:type_name -> entente.state.v1.Tick
-	53, // 32: entente.state.v1.Command.checksum:type_name -> entente.state.v1.Checksum
+	53, // 30: entente.state.v1.Command.store_foreign_bundle:type_name -> entente.state.v1.StoreForeignBundle
+	54, // 31: entente.state.v1.Command.tick:type_name -> entente.state.v1.Tick
+	55, // 32: entente.state.v1.Command.checksum:type_name -> entente.state.v1.Checksum
 	43, // 33: entente.state.v1.Command.taint_authority:type_name -> entente.state.v1.TaintAuthority
 	44, // 34: entente.state.v1.Command.authority_drained:type_name -> entente.state.v1.AuthorityDrained
 	45, // 35: entente.state.v1.Command.revoke_authority:type_name -> entente.state.v1.RevokeAuthority
 	46, // 36: entente.state.v1.Command.ban_agent:type_name -> entente.state.v1.BanAgent
 	47, // 37: entente.state.v1.Command.evict_agent:type_name -> entente.state.v1.EvictAgent
-	48, // 38: entente.state.v1.Command.revoke_token:type_name -> entente.state.v1.RevokeToken
-	49, // 39: entente.state.v1.Command.change_entries:type_name -> entente.state.v1.ChangeEntries
+	50, // 38: entente.state.v1.Command.revoke_token:type_name -> entente.state.v1.RevokeToken
+	51, // 39: entente.state.v1.Command.change_entries:type_name -> entente.state.v1.ChangeEntries
 	37, // 40: entente.state.v1.Command.promote_member:type_name -> entente.state.v1.PromoteMember
-	5,  // 41: entente.state.v1.Init.cluster:type_name -> entente.state.v1.Cluster
-	9,  // 42: entente.state.v1.Init.member:type_name -> entente.state.v1.Member
-	11, // 43: entente.state.v1.CreateToken.token:type_name -> entente.state.v1.Token
-	9,  // 44: entente.state.v1.JoinMember.member:type_name -> entente.state.v1.Member
-	10, // 45: entente.state.v1.PrepareAuthority.authority:type_name -> entente.state.v1.Authority
-	17, // 46: entente.state.v1.ApplyObjects.upserts:type_name -> entente.state.v1.Object
-	18, // 47: entente.state.v1.ApplyObjects.deletes:type_name -> entente.state.v1.ObjectKey
-	50, // 48: entente.state.v1.ChangeEntries.changes:type_name -> entente.state.v1.EntryChange
-	15, // 49: entente.state.v1.EntryChange.create:type_name -> entente.state.v1.Entry
-	15, // 50: entente.state.v1.EntryChange.update:type_name -> entente.state.v1.Entry
-	51, // [51:51] is the sub-list for method output_type
-	51, // [51:51] is the sub-list for method input_type
-	51, // [51:51] is the sub-list for extension type_name
-	51, // [51:51] is the sub-list for extension extendee
-	0,  // [0:51] is the sub-list for field type_name
+	48, // 41: entente.state.v1.Command.merge_bans:type_name -> entente.state.v1.MergeBans
+	5,  // 42: entente.state.v1.Init.cluster:type_name -> entente.state.v1.Cluster
+	9,  // 43: entente.state.v1.Init.member:type_name -> entente.state.v1.Member
+	11, // 44: entente.state.v1.CreateToken.token:type_name -> entente.state.v1.Token
+	9,  // 45: entente.state.v1.JoinMember.member:type_name -> entente.state.v1.Member
+	10, // 46: entente.state.v1.PrepareAuthority.authority:type_name -> entente.state.v1.Authority
+	17, // 47: entente.state.v1.ApplyObjects.upserts:type_name -> entente.state.v1.Object
+	18, // 48: entente.state.v1.ApplyObjects.deletes:type_name -> entente.state.v1.ObjectKey
+	49, // 49: entente.state.v1.MergeBans.bans:type_name -> entente.state.v1.RememberedBan
+	14, // 50: entente.state.v1.RememberedBan.agent:type_name -> entente.state.v1.Agent
+	52, // 51: entente.state.v1.ChangeEntries.changes:type_name -> entente.state.v1.EntryChange
+	15, // 52: entente.state.v1.EntryChange.create:type_name -> entente.state.v1.Entry
+	15, // 53: entente.state.v1.EntryChange.update:type_name -> entente.state.v1.Entry
+	54, // [54:54] is the sub-list for method output_type
+	54, // [54:54] is the sub-list for method input_type
+	54, // [54:54] is the sub-list for extension type_name
+	54, // [54:54] is the sub-list for extension extendee
+	0,  // [0:54] is the sub-list for field type_name
 }
 
 func init() { file_entente_state_v1_state_proto_init() }
@@ -4607,8 +4733,9 @@ func file_entente_state_v1_state_proto_init() {
 		(*Command_RevokeToken)(nil),
 		(*Command_ChangeEntries)(nil),
 		(*Command_PromoteMember)(nil),
+		(*Command_MergeBans)(nil),
 	}
-	file_entente_state_v1_state_proto_msgTypes[45].OneofWrappers = []any{
+	file_entente_state_v1_state_proto_msgTypes[47].OneofWrappers = []any{
 		(*EntryChange_Create)(nil),
 		(*EntryChange_Update)(nil),
 		(*EntryChange_Delete)(nil),
@@ -4619,7 +4746,7 @@ func file_entente_state_v1_state_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_entente_state_v1_state_proto_rawDesc), len(file_entente_state_v1_state_proto_rawDesc)),
 			NumEnums:      5,
-			NumMessages:   49,
+			NumMessages:   51,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
