@@ -213,23 +213,31 @@ func (t *tracking) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo
 	if err != nil {
 		return nil, nil, err
 	}
-	state := info.(credentials.TLSInfo).State
-	if len(state.PeerCertificates) == 0 {
-		return conn, info, nil
-	}
-	first, err := t.server.identify(state)
+	tlsInfo := info.(credentials.TLSInfo)
+	first, err := t.server.identify(tlsInfo.State)
 	if err != nil {
 		conn.Close()
 		return nil, nil, err
 	}
-	untrack := t.server.registry.Track(raw, expiring(first, state), func() error {
-		now, err := t.server.identify(state)
-		if err == nil && first.class != now.class && first.class != stranger {
-			err = errNotOurs
-		}
-		return err
-	})
-	return &tracked{conn, untrack}, info, nil
+	calls, leave, err := t.server.seat(first, raw)
+	if err != nil {
+		conn.Close()
+		return nil, nil, err
+	}
+	if a, ok := raw.(*arriving); ok {
+		a.place.leave()
+	}
+	untrack := func() {}
+	if first.class != anonymous {
+		untrack = t.server.registry.Track(raw, expiring(first, tlsInfo.State), func() error {
+			now, err := t.server.identify(tlsInfo.State)
+			if err == nil && first.class != now.class && first.class != stranger {
+				err = errNotOurs
+			}
+			return err
+		})
+	}
+	return &tracked{conn, untrack, leave}, admitted{tlsInfo, calls}, nil
 }
 
 // expiring hides the certificate of a peer that is known by its key: dates in it mean
@@ -243,11 +251,12 @@ func expiring(c caller, state tls.ConnectionState) tls.ConnectionState {
 
 type tracked struct {
 	net.Conn
-	untrack func()
+	untrack, leave func()
 }
 
 func (t *tracked) Close() error {
 	t.untrack()
+	t.leave()
 	return t.Conn.Close()
 }
 
@@ -306,7 +315,7 @@ func (s *Server) authorise(ctx context.Context, method string) (context.Context,
 	switch info := remote.AuthInfo.(type) {
 	case localInfo:
 		c.class, c.user = local, info.user
-	case credentials.TLSInfo:
+	case admitted:
 		var err error
 		if c, err = s.identify(info.State); err != nil {
 			return nil, status.Error(codes.Unauthenticated, err.Error())
