@@ -579,6 +579,15 @@ func (n *Node) registerMetrics() {
 	gauge("entente_ca_signs_without_quorum_seconds", "How long this node goes on signing if nothing can be agreed any more.", func() float64 {
 		return n.autonomy(time.Now()).Seconds()
 	})
+	gauge("entente_ca_proposals_waiting", "Changes that wait at this node, the leader, to be agreed; 4096 at most.", func() float64 {
+		return float64(n.replica.Load().Stats().Waiting)
+	})
+	gauge("entente_ca_raft_connections", "Open connections to and from other CA nodes for the agreement.", func() float64 {
+		return float64(n.replica.Load().Stats().Connections)
+	})
+	gauge("entente_ca_isolated_agents", "Agents that this node alone shuts out, until that can be agreed.", func() float64 {
+		return float64(len(n.isolations()))
+	})
 	gauge("entente_ca_subscribers", "Sync streams at this node.", func() float64 {
 		return float64(n.status().Subscribers)
 	})
