@@ -156,7 +156,7 @@ func TestJWTIsHeldAndRenewed(t *testing.T) {
 		defer stop()
 		fetch := func(audience ...string) string {
 			t.Helper()
-			token, err := a.FetchJWT(t.Context(), accounts(a), audience)
+			token, _, err := a.FetchJWT(t.Context(), accounts(a), audience)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -186,7 +186,7 @@ func TestJWTWithoutCA(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, f, stop := jwtAgent(t, 5*time.Minute)
 		defer stop()
-		one, err := a.FetchJWT(t.Context(), accounts(a), []string{"a"})
+		one, _, err := a.FetchJWT(t.Context(), accounts(a), []string{"a"})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -195,7 +195,7 @@ func TestJWTWithoutCA(t *testing.T) {
 		f.set(func() { f.tokens.batch = nil })
 		begin := time.Now()
 		for range 100 {
-			if token, err := a.FetchJWT(t.Context(), accounts(a), []string{"a"}); err != nil || token != one {
+			if token, _, err := a.FetchJWT(t.Context(), accounts(a), []string{"a"}); err != nil || token != one {
 				t.Fatalf("%v", err)
 			}
 			time.Sleep(100 * time.Millisecond)
@@ -210,12 +210,12 @@ func TestJWTWithoutCA(t *testing.T) {
 		f.tokens.delay = 0
 		f.mu.Unlock()
 		time.Sleep(2 * time.Minute)
-		if _, err := a.FetchJWT(t.Context(), accounts(a), []string{"a"}); !errors.Is(err, client.ErrUnreachable) {
+		if _, _, err := a.FetchJWT(t.Context(), accounts(a), []string{"a"}); !errors.Is(err, client.ErrUnreachable) {
 			t.Errorf("a token that has ended: %v", err)
 		}
 		f.set(func() { f.fails = nil })
 		time.Sleep(retryEnded)
-		if token, err := a.FetchJWT(t.Context(), accounts(a), []string{"a"}); err != nil || token == one {
+		if token, _, err := a.FetchJWT(t.Context(), accounts(a), []string{"a"}); err != nil || token == one {
 			t.Errorf("after the CA came back: %v", err)
 		}
 	})
@@ -229,7 +229,7 @@ func TestJWTEndsWithWhatItRestsOn(t *testing.T) {
 		defer stop()
 		fetch := func() string {
 			t.Helper()
-			token, err := a.FetchJWT(t.Context(), accounts(a), []string{"a"})
+			token, _, err := a.FetchJWT(t.Context(), accounts(a), []string{"a"})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -259,18 +259,18 @@ func TestJWTOfLyingCA(t *testing.T) {
 		a, f, stop := jwtAgent(t, 5*time.Minute)
 		defer stop()
 		f.set(func() { f.tokens.as = "/ledger" })
-		if _, err := a.FetchJWT(t.Context(), accounts(a), []string{"a"}); err == nil {
+		if _, _, err := a.FetchJWT(t.Context(), accounts(a), []string{"a"}); err == nil {
 			t.Error("a token for another identity was taken")
 		}
 		f.set(func() { f.tokens.as = "" })
 		f.rekey() // and the agent does not hold them
 		time.Sleep(time.Minute)
-		if _, err := a.FetchJWT(t.Context(), accounts(a), []string{"a"}); err == nil {
+		if _, _, err := a.FetchJWT(t.Context(), accounts(a), []string{"a"}); err == nil {
 			t.Error("a token under an unknown key was taken")
 		}
 		holdKeys(a, f)
 		time.Sleep(time.Minute)
-		if _, err := a.FetchJWT(t.Context(), accounts(a), []string{"a"}); err != nil {
+		if _, _, err := a.FetchJWT(t.Context(), accounts(a), []string{"a"}); err != nil {
 			t.Errorf("control: %v", err)
 		}
 	})
@@ -288,7 +288,7 @@ func TestJWTBatchesAndBounds(t *testing.T) {
 		busy := 0
 		for i := range 200 {
 			group.Go(func() {
-				_, err := a.FetchJWT(t.Context(), accounts(a), []string{fmt.Sprint("a", i)})
+				_, _, err := a.FetchJWT(t.Context(), accounts(a), []string{fmt.Sprint("a", i)})
 				mu.Lock()
 				defer mu.Unlock()
 				if wait, ok := RetryAfter(err); ok && wait > 0 {
@@ -309,7 +309,7 @@ func TestJWTBatchesAndBounds(t *testing.T) {
 		f.tokens.delay = 0
 		f.mu.Unlock()
 		for i := range maxJWTsPerEntry + 50 {
-			if _, err := a.FetchJWT(t.Context(), accounts(a), []string{fmt.Sprint("b", i)}); err != nil {
+			if _, _, err := a.FetchJWT(t.Context(), accounts(a), []string{fmt.Sprint("b", i)}); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -332,7 +332,7 @@ func TestJWTAudience(t *testing.T) {
 		a, f, stop := jwtAgent(t, time.Hour)
 		defer stop()
 		for _, audience := range [][]string{nil, {}, {""}, {"a", ""}, {"a\x00b"}, {strings.Repeat("a", 5000)}, make([]string, 17)} {
-			if _, err := a.FetchJWT(t.Context(), accounts(a), audience); err == nil {
+			if _, _, err := a.FetchJWT(t.Context(), accounts(a), audience); err == nil {
 				t.Errorf("audience %.40q was taken", audience)
 			}
 		}
@@ -385,7 +385,7 @@ func BenchmarkFetchJWTHeld(b *testing.B) {
 	go func() { done <- a.keepJWTs(ctx) }()
 	identity := accounts(a)
 	for b.Loop() {
-		if _, err := a.FetchJWT(ctx, identity, []string{"a"}); err != nil {
+		if _, _, err := a.FetchJWT(ctx, identity, []string{"a"}); err != nil {
 			b.Fatal(err)
 		}
 	}

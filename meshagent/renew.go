@@ -301,6 +301,12 @@ func (a *Agent) keepEntries(ctx context.Context) error {
 			}
 			return identity.SVID
 		},
+		ends: func(identity *Identity) (end time.Time) {
+			if identity.SVID != nil {
+				end = identity.SVID.Certificates[0].NotAfter
+			}
+			return end
+		},
 		renew: a.renew,
 	})
 }
@@ -309,6 +315,7 @@ func (a *Agent) keepEntries(ctx context.Context) error {
 type renewal struct {
 	bundle func(*State) any                                       // what its SVIDs are verified with
 	void   func(s *State, identity *Identity, now time.Time) bool // the one that is held does not verify any more
+	ends   func(*Identity) time.Time                              // zero: none is held
 	renew  func(context.Context, []*slot)
 
 	// tainted is the SVID that is held if it was issued under a TAINTED authority, else nil.
@@ -331,6 +338,10 @@ func (a *Agent) keepSVIDs(ctx context.Context, kind renewal) error {
 		for _, identity := range state.Identities {
 			entry := identity.Entry
 			s := slots[entry.GetId()]
+			if ends := kind.ends(identity); s == nil && !ends.IsZero() { // of the cache
+				s = &slot{entryID: entry.GetId(), id: identity.ID, revision: entry.GetRevision(), due: halfTime(ends, now), ends: ends}
+				slots[entry.GetId()] = s
+			}
 			if s == nil || s.id != identity.ID || s.revision != entry.GetRevision() {
 				s = &slot{entryID: entry.GetId(), id: identity.ID, revision: entry.GetRevision(), due: now}
 				slots[entry.GetId()] = s

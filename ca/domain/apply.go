@@ -86,6 +86,9 @@ func (a *application) run(cmd *statev1.Command) *Refusal {
 		return refuse(CodeCAS, "the catalogue is at revision %s, the change was made for %s: read it again and repeat",
 			ca.Revision(a.catalogue), ca.Revision(cmd.GetIfRevision()))
 	}
+	if refusal := a.Admits(cmd); refusal != nil {
+		return refusal
+	}
 	switch body := cmd.GetBody().(type) {
 	case *statev1.Command_CreateToken:
 		return a.createToken(body.CreateToken)
@@ -107,6 +110,10 @@ func (a *application) run(cmd *statev1.Command) *Refusal {
 		return a.activateAuthority(body.ActivateAuthority)
 	case *statev1.Command_ApplyObjects:
 		return a.applyObjects(body.ApplyObjects)
+	case *statev1.Command_StageObjects:
+		return a.stageObjects(body.StageObjects)
+	case *statev1.Command_ApplyStaged:
+		return a.applyStaged(body.ApplyStaged)
 	case *statev1.Command_StoreForeignBundle:
 		return a.storeForeignBundle(body.StoreForeignBundle)
 	case *statev1.Command_TaintAuthority:
@@ -195,6 +202,7 @@ func (a *application) init(c *statev1.Init) *Refusal {
 		return refuse(CodeInvalid, "a new cluster was not recovered, and keeps at most %d voters", maxMinVoters)
 	}
 	cluster = proto.CloneOf(cluster)
+	cluster.FeatureLevel = m.GetFeatureLevel()
 	cluster.TrustDomain = td.Name()
 	tables, err := compile(td, cluster.GetDev(), nil)
 	if err != nil {
@@ -350,13 +358,18 @@ func (a *application) joinMember(c *statev1.JoinMember) *Refusal {
 	case known:
 		return refuse(CodeMemberExists, "the key belongs to member %s already", have.GetName())
 	}
-	// Name, place and rights are the operator's; only the addresses are its own word.
+	// Name, place and rights are the operator's; only the addresses and what its software
+	// knows are its own word.
 	m := &statev1.Member{
 		Id: keyID, Name: grant.GetName(), Datacenter: grant.GetDatacenter(), Voter: grant.GetVoter(), Signing: grant.GetSigning(),
 		RaftAddress: c.GetMember().GetRaftAddress(), ApiAddress: c.GetMember().GetApiAddress(),
+		FeatureLevel: c.GetMember().GetFeatureLevel(),
 	}
 	if err := checkMember(m); err != nil {
 		return invalid(err)
+	}
+	if refusal := a.tooOld(m); refusal != nil {
+		return refusal
 	}
 	for _, other := range a.authorities.rows {
 		if other.GetMemberId() == keyID && !ca.MayMove(other.GetPhase(), statev1.AuthorityPhase_AUTHORITY_PHASE_TAINTED) {
@@ -395,8 +408,14 @@ func (a *application) updateMember(c *statev1.UpdateMember) *Refusal {
 	}
 	m := proto.CloneOf(have)
 	m.RaftAddress, m.ApiAddress = c.GetRaftAddress(), c.GetApiAddress()
+	if c.GetFeatureLevel() != 0 {
+		m.FeatureLevel = c.GetFeatureLevel()
+	}
 	if proto.Equal(have, m) {
 		return nil
+	}
+	if refusal := a.tooOld(m); refusal != nil {
+		return refusal
 	}
 	if err := checkMember(m); err != nil {
 		return invalid(err)
@@ -406,6 +425,7 @@ func (a *application) updateMember(c *statev1.UpdateMember) *Refusal {
 	}
 	put(a, &a.members, m.GetId(), m)
 	a.changed(ChangeMembers, m.GetId())
+	a.raiseLevel()
 	return nil
 }
 
@@ -428,6 +448,7 @@ func (a *application) removeMember(c *statev1.RemoveMember) *Refusal {
 	}
 	drop(a, &a.members, m.GetId())
 	a.changed(ChangeMembers, m.GetId())
+	a.raiseLevel()
 	// Nothing that a stolen key signed is accepted for a moment longer.
 	to := statev1.AuthorityPhase_AUTHORITY_PHASE_RETIRED
 	if c.GetCompromised() {
@@ -644,6 +665,7 @@ func (a *application) tick(c *statev1.Tick) *Refusal {
 		a.bundleChanged()
 	}
 	a.forgetDistrust()
+	a.forgetStaged()
 	a.revokeAbsent()
 	return nil
 }

@@ -435,7 +435,7 @@ func TestApplyObjects(t *testing.T) {
 	moved := service("accounts", "h1", "h2")
 	moved.Source = "banking.yaml:9"
 	w.must(objects(moved))
-	if same, _ := w.s.Entry("service/accounts"); same != e {
+	if same, _ := w.s.Entry("service/accounts"); !proto.Equal(same, e) {
 		t.Errorf("entry %v", same)
 	}
 	// A changed place names the hosts before and after.

@@ -115,29 +115,31 @@ func (a *application) plan(c *statev1.ApplyObjects) (change catalogueChange, ref
 }
 
 // identitiesTaken refuses a service whose identity an entry that is declared by itself
-// has: the workload of that entry would be taken for the service.
+// has: the workload of that entry would be taken for the service. Only an identity that
+// is new to its service is looked for, since that looks at every entry.
 func (a *application) identitiesTaken(change *catalogueChange) *Refusal {
 	paths := map[string]string{}
 	for id, e := range change.entries {
-		if e != nil {
+		if e == nil {
+			continue
+		}
+		if have, ok := a.entries.get(id); !ok || have.GetPath() != e.GetPath() {
 			paths[e.GetPath()] = id
 		}
 	}
 	if len(paths) == 0 {
 		return nil
 	}
-	taken := ""
-	for _, e := range a.entries.rows {
-		// The first by name, so that every replica says the same.
-		if _, ok := paths[e.GetPath()]; ok && Declared(e.GetId()) && (taken == "" || e.GetId() < taken) {
-			taken = e.GetId()
+	for raw := range a.entries.rawFrom(ca.DeclaredPrefix) {
+		v, _ := viewEntry(raw, false)
+		if !Declared(string(v.id)) {
+			break // they stand together
+		}
+		if of, ok := paths[string(v.path)]; ok {
+			return refuse(CodeExists, "entry %s gives the SPIFFE path %s of %s to another workload: delete it first", v.id, v.path, of)
 		}
 	}
-	if taken == "" {
-		return nil
-	}
-	e, _ := a.entries.get(taken)
-	return refuse(CodeExists, "entry %s gives the SPIFFE path %s of %s to another workload: delete it first", taken, e.GetPath(), paths[e.GetPath()])
+	return nil
 }
 
 // after is the whole catalogue as it would be, by key.
@@ -206,41 +208,23 @@ func blame(o *statev1.Object, err error) *Refusal {
 	return refuse(CodeInvalid, "%s: %v", ObjectKey(o), err)
 }
 
-// setEntry stores an entry, nil to remove it, and keeps the index by host.
+// setEntry stores an entry, nil to remove it.
 func (a *application) setEntry(id string, e *statev1.Entry) {
 	have, ok := a.entries.get(id)
-	if !ok && e == nil {
+	switch {
+	case e != nil:
+		a.entries.put(e, &a.sum)
+	case ok:
+		a.entries.remove(id, &a.sum)
+	default:
 		return
 	}
-	a.unindex(have)
-	if e != nil {
-		put(a, &a.entries, id, e)
-		a.index(e)
-	} else {
-		drop(a, &a.entries, id)
-	}
+	a.revision = a.rev
 	hosts := slices.Concat(have.GetHosts(), e.GetHosts())
 	slices.Sort(hosts)
 	a.changes = append(a.changes, Change{Kind: ChangeEntry, Key: id, Hosts: slices.Compact(hosts)})
 	for _, item := range a.voided(have, e) {
 		a.distrusted(item, a.longestLife())
-	}
-}
-
-func (s *State) index(e *statev1.Entry) {
-	for _, host := range e.GetHosts() {
-		if s.onHost[host] == nil {
-			s.onHost[host] = map[string]struct{}{}
-		}
-		s.onHost[host][e.GetId()] = struct{}{}
-	}
-}
-
-func (s *State) unindex(e *statev1.Entry) {
-	for _, host := range e.GetHosts() {
-		if delete(s.onHost[host], e.GetId()); len(s.onHost[host]) == 0 {
-			delete(s.onHost, host)
-		}
 	}
 }
 

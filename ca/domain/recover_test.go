@@ -89,7 +89,7 @@ func TestRecover(t *testing.T) {
 	if p := phases(); p[keyID("n2")] != statev1.AuthorityPhase_AUTHORITY_PHASE_TAINTED {
 		t.Errorf("revoked at once: %v", p)
 	}
-	leaf := s.longestLeaf()
+	leaf := s.LongestLeaf()
 	w.must(tick(later.Add(leaf)))
 	if p := phases(); p[keyID("n2")] != statev1.AuthorityPhase_AUTHORITY_PHASE_TAINTED {
 		t.Errorf("revoked although a leaf may live: %v", p)

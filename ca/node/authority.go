@@ -111,15 +111,18 @@ func (n *Node) ownAuthorities(u use) (own ownAuthorities) {
 
 func (n *Node) stepAuthorities(ctx context.Context) error {
 	member := n.ownAuthorities(uses[0]).member
-	if !member.GetSigning() {
-		return nil // not admitted as far as this state knows, or a witness
+	if member == nil {
+		return nil // not admitted as far as this state knows
 	}
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-	if member.GetRaftAddress() != n.cfg.Advertise.Raft || member.GetApiAddress() != n.cfg.Advertise.API {
+	if member.GetRaftAddress() != n.cfg.Advertise.Raft || member.GetApiAddress() != n.cfg.Advertise.API || member.GetFeatureLevel() != n.cfg.level() {
 		if err := n.moveMember(ctx); err != nil {
 			return err
 		}
+	}
+	if !member.GetSigning() {
+		return nil // a witness
 	}
 	// All of them also when one fails: X.509 does not wait for tokens.
 	var errs []error
@@ -146,19 +149,20 @@ func (n *Node) stepAuthority(ctx context.Context, own ownAuthorities) error {
 	return n.dropKeys(own)
 }
 
-// moveMember tells everybody where this node is reached now.
+// moveMember tells everybody where this node is reached now, and what it carries out.
 func (n *Node) moveMember(ctx context.Context) error {
 	outcome, err := n.Propose(ctx, &statev1.Command{
 		Actor: n.cfg.Name,
 		Body: &statev1.Command_UpdateMember{UpdateMember: &statev1.UpdateMember{
 			Id: n.own.id, RaftAddress: n.cfg.Advertise.Raft, ApiAddress: n.cfg.Advertise.API,
+			FeatureLevel: n.cfg.level(),
 		}},
 	})
 	if err == nil && outcome.Refused != nil {
 		err = outcome.Refused
 	}
 	if err != nil {
-		return fmt.Errorf("announce this node's addresses: %w", err)
+		return fmt.Errorf("announce this node's addresses and feature level: %w", err)
 	}
 	return nil
 }

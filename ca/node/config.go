@@ -49,6 +49,8 @@ type Config struct {
 	beforeWrite func() error
 	step        func(string) // called with where a procedure is; tests only
 	clockError  func() time.Duration
+	// pretendLevel: this node says that its feature level is another.
+	pretendLevel uint32
 }
 
 // Listen is where the node listens, each HOST:PORT.

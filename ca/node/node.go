@@ -13,6 +13,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"runtime/debug"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -22,7 +23,6 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
-	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/domain"
 	"github.com/entente-mesh/entente/ca/feed"
 	"github.com/entente-mesh/entente/ca/replica"
@@ -60,7 +60,6 @@ type Node struct {
 	gate     gate
 	foreign  foreignStatus
 	wit      atomic.Bool // a relationship asks for WIT keys
-	leaves   leaves
 	registry *prometheus.Registry
 	bans     *bans
 	audit    *server.Audit
@@ -178,12 +177,16 @@ func New(cfg *Config, log *slog.Logger, listeners Listeners) (_ *Node, err error
 		if cluster := st.Cluster(); cluster != nil && cluster.GetTrustDomain() != n.td.Name() {
 			err = fmt.Errorf("%s holds a CA node of %s, the configuration says %s", cfg.DataDir, cluster.GetTrustDomain(), cfg.TrustDomain)
 		}
+		if level := st.FeatureLevel(); level > domain.FeatureLevel {
+			err = fmt.Errorf("the cluster is at feature level %d, this release knows %d: install the release of the other CA nodes", level, domain.FeatureLevel)
+		}
 		n.hadAgents = st.AgentCount() > 0
 	})
 	if err != nil {
 		return nil, err
 	}
 	n.registerMetrics()
+	debug.FreeOSMemory() // of reading the state: it is not needed again soon
 	return n, nil
 }
 
@@ -506,30 +509,8 @@ func (n *Node) openAudit() error {
 // status is how far this replica's subscribers are.
 func (n *Node) status() feed.Status {
 	var longest time.Duration
-	n.Read(func(st *domain.State) { longest = n.leaves.longest(st) })
+	n.Read(func(st *domain.State) { longest = st.LongestLeaf() })
 	return n.feed.Status(time.Now(), longest)
-}
-
-// leaves knows the longest life of any SVID that the domain issues.
-type leaves struct {
-	mu       sync.Mutex
-	revision uint64
-	life     time.Duration
-}
-
-// longest looks at all entries once per revision.
-func (l *leaves) longest(st *domain.State) time.Duration {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.life != 0 && l.revision == st.Revision() {
-		return l.life
-	}
-	lifetimes := st.Lifetimes()
-	l.revision, l.life = st.Revision(), max(lifetimes.X509SVID, lifetimes.AgentSVID)
-	for e := range st.Entries() {
-		l.life = max(l.life, ca.SVIDLife(e, lifetimes))
-	}
-	return l.life
 }
 
 // settled: what this node says of its subscribers is the whole truth.

@@ -81,7 +81,7 @@ func (s *Server) mayPropose(c caller, command *statev1.Command) error {
 	switch body := command.GetBody().(type) {
 	case *statev1.Command_JoinMember, *statev1.Command_AttestAgent, *statev1.Command_MergeBans: // they prove themselves, or only take away
 		return nil
-	case *statev1.Command_CreateToken, *statev1.Command_ApplyObjects,
+	case *statev1.Command_CreateToken, *statev1.Command_ApplyObjects, *statev1.Command_StageObjects, *statev1.Command_ApplyStaged,
 		// An operator may be at any node; that one asked, its admin socket knows alone. What
 		// a member gains by these if nobody did stands in the log under its own id.
 		*statev1.Command_RemoveMember, *statev1.Command_ActivateAuthority, *statev1.Command_TaintAuthority, *statev1.Command_RevokeAuthority,
@@ -345,6 +345,7 @@ type JoinRequest struct {
 	Certificate tls.Certificate // of the node key
 	RaftAddress string
 	APIAddress  string
+	Level       uint32 // domain.FeatureLevel of this node
 }
 
 // JoinResult is the answer.
@@ -429,6 +430,8 @@ func joinAt(ctx context.Context, address string, req JoinRequest) (*JoinResult, 
 		Signature:   signature,
 		RaftAddress: req.RaftAddress,
 		ApiAddress:  req.APIAddress,
+
+		FeatureLevel: req.Level,
 	})
 	if err != nil {
 		return nil, err

@@ -247,7 +247,7 @@ func (d adminDoor) ListAgents(_ context.Context, req *ententev1.ListAgentsReques
 			page.add(a.GetName(), a)
 		}
 		for _, a := range page.rows() {
-			entries[a.GetName()] = len(st.EntriesOnHost(a.GetName()))
+			entries[a.GetName()] = st.EntryCountOnHost(a.GetName())
 		}
 	})
 	for _, a := range page.rows() {

@@ -43,7 +43,7 @@ func (s *Server) FetchJWTSVID(ctx context.Context, request *workload.JWTSVIDRequ
 	}
 	answers := make([]chan answer, len(entitled))
 	fetch := func(i int) {
-		token, err := s.agent.FetchJWT(ctx, entitled[i], request.GetAudience())
+		token, _, err := s.agent.FetchJWT(ctx, entitled[i], request.GetAudience())
 		answers[i] <- answer{token, err}
 	}
 	for i := range entitled {

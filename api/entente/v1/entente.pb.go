@@ -82,6 +82,7 @@ type JoinRequest struct {
 	Signature     []byte                 `protobuf:"bytes,3,opt,name=signature,proto3" json:"signature,omitempty"` // Ed25519 by the token's seed
 	RaftAddress   string                 `protobuf:"bytes,4,opt,name=raft_address,json=raftAddress,proto3" json:"raft_address,omitempty"`
 	ApiAddress    string                 `protobuf:"bytes,5,opt,name=api_address,json=apiAddress,proto3" json:"api_address,omitempty"`
+	FeatureLevel  uint32                 `protobuf:"varint,70,opt,name=feature_level,json=featureLevel,proto3" json:"feature_level,omitempty"` // which commands its software carries out; 0: 1
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -149,6 +150,13 @@ func (x *JoinRequest) GetApiAddress() string {
 		return x.ApiAddress
 	}
 	return ""
+}
+
+func (x *JoinRequest) GetFeatureLevel() uint32 {
+	if x != nil {
+		return x.FeatureLevel
+	}
+	return 0
 }
 
 type JoinResponse struct {
@@ -3674,6 +3682,59 @@ func (x *AuthorityGate) GetAssumed() []string {
 	return nil
 }
 
+// Picture is what a subscriber holds of both lanes, as it keeps it over a restart.
+type Picture struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Policy        *Policy                `protobuf:"bytes,1,opt,name=policy,proto3" json:"policy,omitempty"`     // one full state in one chunk
+	Presence      *Presence              `protobuf:"bytes,2,opt,name=presence,proto3" json:"presence,omitempty"` // complete
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Picture) Reset() {
+	*x = Picture{}
+	mi := &file_entente_v1_entente_proto_msgTypes[59]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Picture) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Picture) ProtoMessage() {}
+
+func (x *Picture) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[59]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Picture.ProtoReflect.Descriptor instead.
+func (*Picture) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{59}
+}
+
+func (x *Picture) GetPolicy() *Policy {
+	if x != nil {
+		return x.Policy
+	}
+	return nil
+}
+
+func (x *Picture) GetPresence() *Presence {
+	if x != nil {
+		return x.Presence
+	}
+	return nil
+}
+
 type PresenceRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -3682,7 +3743,7 @@ type PresenceRequest struct {
 
 func (x *PresenceRequest) Reset() {
 	*x = PresenceRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[59]
+	mi := &file_entente_v1_entente_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3694,7 +3755,7 @@ func (x *PresenceRequest) String() string {
 func (*PresenceRequest) ProtoMessage() {}
 
 func (x *PresenceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[59]
+	mi := &file_entente_v1_entente_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3707,7 +3768,7 @@ func (x *PresenceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PresenceRequest.ProtoReflect.Descriptor instead.
 func (*PresenceRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{59}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{60}
 }
 
 type PresenceResponse struct {
@@ -3721,7 +3782,7 @@ type PresenceResponse struct {
 
 func (x *PresenceResponse) Reset() {
 	*x = PresenceResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[60]
+	mi := &file_entente_v1_entente_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3733,7 +3794,7 @@ func (x *PresenceResponse) String() string {
 func (*PresenceResponse) ProtoMessage() {}
 
 func (x *PresenceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[60]
+	mi := &file_entente_v1_entente_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3746,7 +3807,7 @@ func (x *PresenceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PresenceResponse.ProtoReflect.Descriptor instead.
 func (*PresenceResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{60}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *PresenceResponse) GetInstances() []*Instance {
@@ -3778,7 +3839,7 @@ type ListAuthoritiesRequest struct {
 
 func (x *ListAuthoritiesRequest) Reset() {
 	*x = ListAuthoritiesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[61]
+	mi := &file_entente_v1_entente_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3790,7 +3851,7 @@ func (x *ListAuthoritiesRequest) String() string {
 func (*ListAuthoritiesRequest) ProtoMessage() {}
 
 func (x *ListAuthoritiesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[61]
+	mi := &file_entente_v1_entente_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3803,7 +3864,7 @@ func (x *ListAuthoritiesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuthoritiesRequest.ProtoReflect.Descriptor instead.
 func (*ListAuthoritiesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{61}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{62}
 }
 
 type ListAuthoritiesResponse struct {
@@ -3817,7 +3878,7 @@ type ListAuthoritiesResponse struct {
 
 func (x *ListAuthoritiesResponse) Reset() {
 	*x = ListAuthoritiesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[62]
+	mi := &file_entente_v1_entente_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3829,7 +3890,7 @@ func (x *ListAuthoritiesResponse) String() string {
 func (*ListAuthoritiesResponse) ProtoMessage() {}
 
 func (x *ListAuthoritiesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[62]
+	mi := &file_entente_v1_entente_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3842,7 +3903,7 @@ func (x *ListAuthoritiesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuthoritiesResponse.ProtoReflect.Descriptor instead.
 func (*ListAuthoritiesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{62}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *ListAuthoritiesResponse) GetAuthorities() []*AuthorityStatus {
@@ -3878,7 +3939,7 @@ type AuthorityStatus struct {
 
 func (x *AuthorityStatus) Reset() {
 	*x = AuthorityStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[63]
+	mi := &file_entente_v1_entente_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3890,7 +3951,7 @@ func (x *AuthorityStatus) String() string {
 func (*AuthorityStatus) ProtoMessage() {}
 
 func (x *AuthorityStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[63]
+	mi := &file_entente_v1_entente_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3903,7 +3964,7 @@ func (x *AuthorityStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityStatus.ProtoReflect.Descriptor instead.
 func (*AuthorityStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{63}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *AuthorityStatus) GetAuthority() *v1.Authority {
@@ -3942,7 +4003,7 @@ type PrepareAuthorityRequest struct {
 
 func (x *PrepareAuthorityRequest) Reset() {
 	*x = PrepareAuthorityRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[64]
+	mi := &file_entente_v1_entente_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3954,7 +4015,7 @@ func (x *PrepareAuthorityRequest) String() string {
 func (*PrepareAuthorityRequest) ProtoMessage() {}
 
 func (x *PrepareAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[64]
+	mi := &file_entente_v1_entente_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3967,7 +4028,7 @@ func (x *PrepareAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*PrepareAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{64}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{65}
 }
 
 type ChangeAuthorityRequest struct {
@@ -3980,7 +4041,7 @@ type ChangeAuthorityRequest struct {
 
 func (x *ChangeAuthorityRequest) Reset() {
 	*x = ChangeAuthorityRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[65]
+	mi := &file_entente_v1_entente_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3992,7 +4053,7 @@ func (x *ChangeAuthorityRequest) String() string {
 func (*ChangeAuthorityRequest) ProtoMessage() {}
 
 func (x *ChangeAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[65]
+	mi := &file_entente_v1_entente_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4005,7 +4066,7 @@ func (x *ChangeAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*ChangeAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{65}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *ChangeAuthorityRequest) GetId() string {
@@ -4037,7 +4098,7 @@ type ChangeAuthorityResponse struct {
 
 func (x *ChangeAuthorityResponse) Reset() {
 	*x = ChangeAuthorityResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[66]
+	mi := &file_entente_v1_entente_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4049,7 +4110,7 @@ func (x *ChangeAuthorityResponse) String() string {
 func (*ChangeAuthorityResponse) ProtoMessage() {}
 
 func (x *ChangeAuthorityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[66]
+	mi := &file_entente_v1_entente_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4062,7 +4123,7 @@ func (x *ChangeAuthorityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAuthorityResponse.ProtoReflect.Descriptor instead.
 func (*ChangeAuthorityResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{66}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *ChangeAuthorityResponse) GetAuthority() *v1.Authority {
@@ -4103,7 +4164,7 @@ type RemoveNodeRequest struct {
 
 func (x *RemoveNodeRequest) Reset() {
 	*x = RemoveNodeRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[67]
+	mi := &file_entente_v1_entente_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4115,7 +4176,7 @@ func (x *RemoveNodeRequest) String() string {
 func (*RemoveNodeRequest) ProtoMessage() {}
 
 func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[67]
+	mi := &file_entente_v1_entente_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4128,7 +4189,7 @@ func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodeRequest.ProtoReflect.Descriptor instead.
 func (*RemoveNodeRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{67}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *RemoveNodeRequest) GetName() string {
@@ -4157,7 +4218,7 @@ type RemoveNodeResponse struct {
 
 func (x *RemoveNodeResponse) Reset() {
 	*x = RemoveNodeResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[68]
+	mi := &file_entente_v1_entente_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4169,7 +4230,7 @@ func (x *RemoveNodeResponse) String() string {
 func (*RemoveNodeResponse) ProtoMessage() {}
 
 func (x *RemoveNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[68]
+	mi := &file_entente_v1_entente_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4182,7 +4243,7 @@ func (x *RemoveNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodeResponse.ProtoReflect.Descriptor instead.
 func (*RemoveNodeResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{68}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *RemoveNodeResponse) GetRevision() uint64 {
@@ -4223,7 +4284,7 @@ type ListAgentsRequest struct {
 
 func (x *ListAgentsRequest) Reset() {
 	*x = ListAgentsRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[69]
+	mi := &file_entente_v1_entente_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4235,7 +4296,7 @@ func (x *ListAgentsRequest) String() string {
 func (*ListAgentsRequest) ProtoMessage() {}
 
 func (x *ListAgentsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[69]
+	mi := &file_entente_v1_entente_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4248,7 +4309,7 @@ func (x *ListAgentsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAgentsRequest.ProtoReflect.Descriptor instead.
 func (*ListAgentsRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{69}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *ListAgentsRequest) GetPageSize() uint32 {
@@ -4275,7 +4336,7 @@ type ListAgentsResponse struct {
 
 func (x *ListAgentsResponse) Reset() {
 	*x = ListAgentsResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[70]
+	mi := &file_entente_v1_entente_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4287,7 +4348,7 @@ func (x *ListAgentsResponse) String() string {
 func (*ListAgentsResponse) ProtoMessage() {}
 
 func (x *ListAgentsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[70]
+	mi := &file_entente_v1_entente_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4300,7 +4361,7 @@ func (x *ListAgentsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAgentsResponse.ProtoReflect.Descriptor instead.
 func (*ListAgentsResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{70}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *ListAgentsResponse) GetAgents() []*AgentStatus {
@@ -4329,7 +4390,7 @@ type AgentStatus struct {
 
 func (x *AgentStatus) Reset() {
 	*x = AgentStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[71]
+	mi := &file_entente_v1_entente_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4341,7 +4402,7 @@ func (x *AgentStatus) String() string {
 func (*AgentStatus) ProtoMessage() {}
 
 func (x *AgentStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[71]
+	mi := &file_entente_v1_entente_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4354,7 +4415,7 @@ func (x *AgentStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentStatus.ProtoReflect.Descriptor instead.
 func (*AgentStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{71}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *AgentStatus) GetAgent() *v1.Agent {
@@ -4394,7 +4455,7 @@ type GetAgentRequest struct {
 
 func (x *GetAgentRequest) Reset() {
 	*x = GetAgentRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[72]
+	mi := &file_entente_v1_entente_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4406,7 +4467,7 @@ func (x *GetAgentRequest) String() string {
 func (*GetAgentRequest) ProtoMessage() {}
 
 func (x *GetAgentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[72]
+	mi := &file_entente_v1_entente_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4419,7 +4480,7 @@ func (x *GetAgentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetAgentRequest.ProtoReflect.Descriptor instead.
 func (*GetAgentRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{72}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *GetAgentRequest) GetName() string {
@@ -4440,7 +4501,7 @@ type GetAgentResponse struct {
 
 func (x *GetAgentResponse) Reset() {
 	*x = GetAgentResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[73]
+	mi := &file_entente_v1_entente_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4452,7 +4513,7 @@ func (x *GetAgentResponse) String() string {
 func (*GetAgentResponse) ProtoMessage() {}
 
 func (x *GetAgentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[73]
+	mi := &file_entente_v1_entente_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4465,7 +4526,7 @@ func (x *GetAgentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetAgentResponse.ProtoReflect.Descriptor instead.
 func (*GetAgentResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{73}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *GetAgentResponse) GetStatus() *AgentStatus {
@@ -4498,7 +4559,7 @@ type ChangeAgentRequest struct {
 
 func (x *ChangeAgentRequest) Reset() {
 	*x = ChangeAgentRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[74]
+	mi := &file_entente_v1_entente_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4510,7 +4571,7 @@ func (x *ChangeAgentRequest) String() string {
 func (*ChangeAgentRequest) ProtoMessage() {}
 
 func (x *ChangeAgentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[74]
+	mi := &file_entente_v1_entente_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4523,7 +4584,7 @@ func (x *ChangeAgentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAgentRequest.ProtoReflect.Descriptor instead.
 func (*ChangeAgentRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{74}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *ChangeAgentRequest) GetName() string {
@@ -4542,7 +4603,7 @@ type ChangeAgentResponse struct {
 
 func (x *ChangeAgentResponse) Reset() {
 	*x = ChangeAgentResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[75]
+	mi := &file_entente_v1_entente_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4554,7 +4615,7 @@ func (x *ChangeAgentResponse) String() string {
 func (*ChangeAgentResponse) ProtoMessage() {}
 
 func (x *ChangeAgentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[75]
+	mi := &file_entente_v1_entente_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4567,7 +4628,7 @@ func (x *ChangeAgentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAgentResponse.ProtoReflect.Descriptor instead.
 func (*ChangeAgentResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{75}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{76}
 }
 
 func (x *ChangeAgentResponse) GetRevision() uint64 {
@@ -4587,7 +4648,7 @@ type IsolateAgentRequest struct {
 
 func (x *IsolateAgentRequest) Reset() {
 	*x = IsolateAgentRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[76]
+	mi := &file_entente_v1_entente_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4599,7 +4660,7 @@ func (x *IsolateAgentRequest) String() string {
 func (*IsolateAgentRequest) ProtoMessage() {}
 
 func (x *IsolateAgentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[76]
+	mi := &file_entente_v1_entente_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4612,7 +4673,7 @@ func (x *IsolateAgentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IsolateAgentRequest.ProtoReflect.Descriptor instead.
 func (*IsolateAgentRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{76}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *IsolateAgentRequest) GetName() string {
@@ -4638,7 +4699,7 @@ type IsolateAgentResponse struct {
 
 func (x *IsolateAgentResponse) Reset() {
 	*x = IsolateAgentResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[77]
+	mi := &file_entente_v1_entente_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4650,7 +4711,7 @@ func (x *IsolateAgentResponse) String() string {
 func (*IsolateAgentResponse) ProtoMessage() {}
 
 func (x *IsolateAgentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[77]
+	mi := &file_entente_v1_entente_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4663,7 +4724,7 @@ func (x *IsolateAgentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IsolateAgentResponse.ProtoReflect.Descriptor instead.
 func (*IsolateAgentResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{77}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{78}
 }
 
 func (x *IsolateAgentResponse) GetIsolation() *Isolation {
@@ -4687,7 +4748,7 @@ type Isolation struct {
 
 func (x *Isolation) Reset() {
 	*x = Isolation{}
-	mi := &file_entente_v1_entente_proto_msgTypes[78]
+	mi := &file_entente_v1_entente_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4699,7 +4760,7 @@ func (x *Isolation) String() string {
 func (*Isolation) ProtoMessage() {}
 
 func (x *Isolation) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[78]
+	mi := &file_entente_v1_entente_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4712,7 +4773,7 @@ func (x *Isolation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Isolation.ProtoReflect.Descriptor instead.
 func (*Isolation) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{78}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *Isolation) GetAgent() *v1.Agent {
@@ -4758,7 +4819,7 @@ type ListTokensRequest struct {
 
 func (x *ListTokensRequest) Reset() {
 	*x = ListTokensRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[79]
+	mi := &file_entente_v1_entente_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4770,7 +4831,7 @@ func (x *ListTokensRequest) String() string {
 func (*ListTokensRequest) ProtoMessage() {}
 
 func (x *ListTokensRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[79]
+	mi := &file_entente_v1_entente_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4783,7 +4844,7 @@ func (x *ListTokensRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTokensRequest.ProtoReflect.Descriptor instead.
 func (*ListTokensRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{79}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{80}
 }
 
 type ListTokensResponse struct {
@@ -4796,7 +4857,7 @@ type ListTokensResponse struct {
 
 func (x *ListTokensResponse) Reset() {
 	*x = ListTokensResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[80]
+	mi := &file_entente_v1_entente_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4808,7 +4869,7 @@ func (x *ListTokensResponse) String() string {
 func (*ListTokensResponse) ProtoMessage() {}
 
 func (x *ListTokensResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[80]
+	mi := &file_entente_v1_entente_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4821,7 +4882,7 @@ func (x *ListTokensResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTokensResponse.ProtoReflect.Descriptor instead.
 func (*ListTokensResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{80}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{81}
 }
 
 func (x *ListTokensResponse) GetTokens() []*v1.Token {
@@ -4847,7 +4908,7 @@ type RevokeTokenRequest struct {
 
 func (x *RevokeTokenRequest) Reset() {
 	*x = RevokeTokenRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[81]
+	mi := &file_entente_v1_entente_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4859,7 +4920,7 @@ func (x *RevokeTokenRequest) String() string {
 func (*RevokeTokenRequest) ProtoMessage() {}
 
 func (x *RevokeTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[81]
+	mi := &file_entente_v1_entente_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4872,7 +4933,7 @@ func (x *RevokeTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeTokenRequest.ProtoReflect.Descriptor instead.
 func (*RevokeTokenRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{81}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *RevokeTokenRequest) GetId() string {
@@ -4891,7 +4952,7 @@ type RevokeTokenResponse struct {
 
 func (x *RevokeTokenResponse) Reset() {
 	*x = RevokeTokenResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[82]
+	mi := &file_entente_v1_entente_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4903,7 +4964,7 @@ func (x *RevokeTokenResponse) String() string {
 func (*RevokeTokenResponse) ProtoMessage() {}
 
 func (x *RevokeTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[82]
+	mi := &file_entente_v1_entente_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4916,7 +4977,7 @@ func (x *RevokeTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeTokenResponse.ProtoReflect.Descriptor instead.
 func (*RevokeTokenResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{82}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *RevokeTokenResponse) GetRevision() uint64 {
@@ -4936,7 +4997,7 @@ type ChangeEntriesRequest struct {
 
 func (x *ChangeEntriesRequest) Reset() {
 	*x = ChangeEntriesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[83]
+	mi := &file_entente_v1_entente_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4948,7 +5009,7 @@ func (x *ChangeEntriesRequest) String() string {
 func (*ChangeEntriesRequest) ProtoMessage() {}
 
 func (x *ChangeEntriesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[83]
+	mi := &file_entente_v1_entente_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4961,7 +5022,7 @@ func (x *ChangeEntriesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeEntriesRequest.ProtoReflect.Descriptor instead.
 func (*ChangeEntriesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{83}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *ChangeEntriesRequest) GetChanges() []*v1.EntryChange {
@@ -4987,7 +5048,7 @@ type ChangeEntriesResponse struct {
 
 func (x *ChangeEntriesResponse) Reset() {
 	*x = ChangeEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[84]
+	mi := &file_entente_v1_entente_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4999,7 +5060,7 @@ func (x *ChangeEntriesResponse) String() string {
 func (*ChangeEntriesResponse) ProtoMessage() {}
 
 func (x *ChangeEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[84]
+	mi := &file_entente_v1_entente_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5012,7 +5073,7 @@ func (x *ChangeEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeEntriesResponse.ProtoReflect.Descriptor instead.
 func (*ChangeEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{84}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *ChangeEntriesResponse) GetResults() []*EntryResult {
@@ -5035,7 +5096,7 @@ type EntryResult struct {
 
 func (x *EntryResult) Reset() {
 	*x = EntryResult{}
-	mi := &file_entente_v1_entente_proto_msgTypes[85]
+	mi := &file_entente_v1_entente_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5047,7 +5108,7 @@ func (x *EntryResult) String() string {
 func (*EntryResult) ProtoMessage() {}
 
 func (x *EntryResult) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[85]
+	mi := &file_entente_v1_entente_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5060,7 +5121,7 @@ func (x *EntryResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EntryResult.ProtoReflect.Descriptor instead.
 func (*EntryResult) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{85}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{86}
 }
 
 func (x *EntryResult) GetId() string {
@@ -5111,7 +5172,7 @@ type ListEntriesRequest struct {
 
 func (x *ListEntriesRequest) Reset() {
 	*x = ListEntriesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[86]
+	mi := &file_entente_v1_entente_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5123,7 +5184,7 @@ func (x *ListEntriesRequest) String() string {
 func (*ListEntriesRequest) ProtoMessage() {}
 
 func (x *ListEntriesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[86]
+	mi := &file_entente_v1_entente_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5136,7 +5197,7 @@ func (x *ListEntriesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntriesRequest.ProtoReflect.Descriptor instead.
 func (*ListEntriesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{86}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *ListEntriesRequest) GetPageSize() uint32 {
@@ -5184,7 +5245,7 @@ type ListEntriesResponse struct {
 
 func (x *ListEntriesResponse) Reset() {
 	*x = ListEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[87]
+	mi := &file_entente_v1_entente_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5196,7 +5257,7 @@ func (x *ListEntriesResponse) String() string {
 func (*ListEntriesResponse) ProtoMessage() {}
 
 func (x *ListEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[87]
+	mi := &file_entente_v1_entente_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5209,7 +5270,7 @@ func (x *ListEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntriesResponse.ProtoReflect.Descriptor instead.
 func (*ListEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{87}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{88}
 }
 
 func (x *ListEntriesResponse) GetEntries() []*v1.Entry {
@@ -5235,7 +5296,7 @@ type GetEntryRequest struct {
 
 func (x *GetEntryRequest) Reset() {
 	*x = GetEntryRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[88]
+	mi := &file_entente_v1_entente_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5247,7 +5308,7 @@ func (x *GetEntryRequest) String() string {
 func (*GetEntryRequest) ProtoMessage() {}
 
 func (x *GetEntryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[88]
+	mi := &file_entente_v1_entente_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5260,7 +5321,7 @@ func (x *GetEntryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetEntryRequest.ProtoReflect.Descriptor instead.
 func (*GetEntryRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{88}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{89}
 }
 
 func (x *GetEntryRequest) GetId() string {
@@ -5279,7 +5340,7 @@ type GetEntryResponse struct {
 
 func (x *GetEntryResponse) Reset() {
 	*x = GetEntryResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[89]
+	mi := &file_entente_v1_entente_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5291,7 +5352,7 @@ func (x *GetEntryResponse) String() string {
 func (*GetEntryResponse) ProtoMessage() {}
 
 func (x *GetEntryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[89]
+	mi := &file_entente_v1_entente_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5304,7 +5365,7 @@ func (x *GetEntryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetEntryResponse.ProtoReflect.Descriptor instead.
 func (*GetEntryResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{89}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{90}
 }
 
 func (x *GetEntryResponse) GetEntry() *v1.Entry {
@@ -5323,7 +5384,7 @@ type CountEntriesResponse struct {
 
 func (x *CountEntriesResponse) Reset() {
 	*x = CountEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[90]
+	mi := &file_entente_v1_entente_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5335,7 +5396,7 @@ func (x *CountEntriesResponse) String() string {
 func (*CountEntriesResponse) ProtoMessage() {}
 
 func (x *CountEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[90]
+	mi := &file_entente_v1_entente_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5348,7 +5409,7 @@ func (x *CountEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CountEntriesResponse.ProtoReflect.Descriptor instead.
 func (*CountEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{90}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{91}
 }
 
 func (x *CountEntriesResponse) GetEntries() uint64 {
@@ -5363,14 +5424,15 @@ var File_entente_v1_entente_proto protoreflect.FileDescriptor
 const file_entente_v1_entente_proto_rawDesc = "" +
 	"\n" +
 	"\x18entente/v1/entente.proto\x12\n" +
-	"entente.v1\x1a\x1centente/state/v1/state.proto\"\xa8\x01\n" +
+	"entente.v1\x1a\x1centente/state/v1/state.proto\"\xcd\x01\n" +
 	"\vJoinRequest\x12\x19\n" +
 	"\btoken_id\x18\x01 \x01(\tR\atokenId\x12\x1c\n" +
 	"\tstatement\x18\x02 \x01(\fR\tstatement\x12\x1c\n" +
 	"\tsignature\x18\x03 \x01(\fR\tsignature\x12!\n" +
 	"\fraft_address\x18\x04 \x01(\tR\vraftAddress\x12\x1f\n" +
 	"\vapi_address\x18\x05 \x01(\tR\n" +
-	"apiAddress\"\xa9\x01\n" +
+	"apiAddress\x12#\n" +
+	"\rfeature_level\x18F \x01(\rR\ffeatureLevel\"\xa9\x01\n" +
 	"\fJoinResponse\x120\n" +
 	"\x06member\x18\x01 \x01(\v2\x18.entente.state.v1.MemberR\x06member\x122\n" +
 	"\amembers\x18\x02 \x03(\v2\x18.entente.state.v1.MemberR\amembers\x123\n" +
@@ -5617,7 +5679,10 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1f\n" +
 	"\vwaiting_for\x18\x02 \x03(\tR\n" +
 	"waitingFor\x12\x18\n" +
-	"\aassumed\x18\x03 \x03(\tR\aassumed\"\x11\n" +
+	"\aassumed\x18\x03 \x03(\tR\aassumed\"g\n" +
+	"\aPicture\x12*\n" +
+	"\x06policy\x18\x01 \x01(\v2\x12.entente.v1.PolicyR\x06policy\x120\n" +
+	"\bpresence\x18\x02 \x01(\v2\x14.entente.v1.PresenceR\bpresence\"\x11\n" +
 	"\x0fPresenceRequest\"\x96\x01\n" +
 	"\x10PresenceResponse\x122\n" +
 	"\tinstances\x18\x01 \x03(\v2\x14.entente.v1.InstanceR\tinstances\x122\n" +
@@ -5786,7 +5851,7 @@ func file_entente_v1_entente_proto_rawDescGZIP() []byte {
 }
 
 var file_entente_v1_entente_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_entente_v1_entente_proto_msgTypes = make([]protoimpl.MessageInfo, 91)
+var file_entente_v1_entente_proto_msgTypes = make([]protoimpl.MessageInfo, 92)
 var file_entente_v1_entente_proto_goTypes = []any{
 	(Health)(0),                     // 0: entente.v1.Health
 	(*JoinRequest)(nil),             // 1: entente.v1.JoinRequest
@@ -5848,58 +5913,59 @@ var file_entente_v1_entente_proto_goTypes = []any{
 	(*GateRequest)(nil),             // 57: entente.v1.GateRequest
 	(*GateResponse)(nil),            // 58: entente.v1.GateResponse
 	(*AuthorityGate)(nil),           // 59: entente.v1.AuthorityGate
-	(*PresenceRequest)(nil),         // 60: entente.v1.PresenceRequest
-	(*PresenceResponse)(nil),        // 61: entente.v1.PresenceResponse
-	(*ListAuthoritiesRequest)(nil),  // 62: entente.v1.ListAuthoritiesRequest
-	(*ListAuthoritiesResponse)(nil), // 63: entente.v1.ListAuthoritiesResponse
-	(*AuthorityStatus)(nil),         // 64: entente.v1.AuthorityStatus
-	(*PrepareAuthorityRequest)(nil), // 65: entente.v1.PrepareAuthorityRequest
-	(*ChangeAuthorityRequest)(nil),  // 66: entente.v1.ChangeAuthorityRequest
-	(*ChangeAuthorityResponse)(nil), // 67: entente.v1.ChangeAuthorityResponse
-	(*RemoveNodeRequest)(nil),       // 68: entente.v1.RemoveNodeRequest
-	(*RemoveNodeResponse)(nil),      // 69: entente.v1.RemoveNodeResponse
-	(*ListAgentsRequest)(nil),       // 70: entente.v1.ListAgentsRequest
-	(*ListAgentsResponse)(nil),      // 71: entente.v1.ListAgentsResponse
-	(*AgentStatus)(nil),             // 72: entente.v1.AgentStatus
-	(*GetAgentRequest)(nil),         // 73: entente.v1.GetAgentRequest
-	(*GetAgentResponse)(nil),        // 74: entente.v1.GetAgentResponse
-	(*ChangeAgentRequest)(nil),      // 75: entente.v1.ChangeAgentRequest
-	(*ChangeAgentResponse)(nil),     // 76: entente.v1.ChangeAgentResponse
-	(*IsolateAgentRequest)(nil),     // 77: entente.v1.IsolateAgentRequest
-	(*IsolateAgentResponse)(nil),    // 78: entente.v1.IsolateAgentResponse
-	(*Isolation)(nil),               // 79: entente.v1.Isolation
-	(*ListTokensRequest)(nil),       // 80: entente.v1.ListTokensRequest
-	(*ListTokensResponse)(nil),      // 81: entente.v1.ListTokensResponse
-	(*RevokeTokenRequest)(nil),      // 82: entente.v1.RevokeTokenRequest
-	(*RevokeTokenResponse)(nil),     // 83: entente.v1.RevokeTokenResponse
-	(*ChangeEntriesRequest)(nil),    // 84: entente.v1.ChangeEntriesRequest
-	(*ChangeEntriesResponse)(nil),   // 85: entente.v1.ChangeEntriesResponse
-	(*EntryResult)(nil),             // 86: entente.v1.EntryResult
-	(*ListEntriesRequest)(nil),      // 87: entente.v1.ListEntriesRequest
-	(*ListEntriesResponse)(nil),     // 88: entente.v1.ListEntriesResponse
-	(*GetEntryRequest)(nil),         // 89: entente.v1.GetEntryRequest
-	(*GetEntryResponse)(nil),        // 90: entente.v1.GetEntryResponse
-	(*CountEntriesResponse)(nil),    // 91: entente.v1.CountEntriesResponse
-	(*v1.Member)(nil),               // 92: entente.state.v1.Member
-	(*v1.Cluster)(nil),              // 93: entente.state.v1.Cluster
-	(*v1.Agent)(nil),                // 94: entente.state.v1.Agent
-	(*v1.Distrust)(nil),             // 95: entente.state.v1.Distrust
-	(*v1.Entry)(nil),                // 96: entente.state.v1.Entry
-	(*v1.Object)(nil),               // 97: entente.state.v1.Object
-	(*v1.ObjectKey)(nil),            // 98: entente.state.v1.ObjectKey
-	(*v1.Authority)(nil),            // 99: entente.state.v1.Authority
-	(*v1.NodeGrant)(nil),            // 100: entente.state.v1.NodeGrant
-	(*v1.AgentGrant)(nil),           // 101: entente.state.v1.AgentGrant
-	(*v1.Token)(nil),                // 102: entente.state.v1.Token
-	(*v1.EntryChange)(nil),          // 103: entente.state.v1.EntryChange
+	(*Picture)(nil),                 // 60: entente.v1.Picture
+	(*PresenceRequest)(nil),         // 61: entente.v1.PresenceRequest
+	(*PresenceResponse)(nil),        // 62: entente.v1.PresenceResponse
+	(*ListAuthoritiesRequest)(nil),  // 63: entente.v1.ListAuthoritiesRequest
+	(*ListAuthoritiesResponse)(nil), // 64: entente.v1.ListAuthoritiesResponse
+	(*AuthorityStatus)(nil),         // 65: entente.v1.AuthorityStatus
+	(*PrepareAuthorityRequest)(nil), // 66: entente.v1.PrepareAuthorityRequest
+	(*ChangeAuthorityRequest)(nil),  // 67: entente.v1.ChangeAuthorityRequest
+	(*ChangeAuthorityResponse)(nil), // 68: entente.v1.ChangeAuthorityResponse
+	(*RemoveNodeRequest)(nil),       // 69: entente.v1.RemoveNodeRequest
+	(*RemoveNodeResponse)(nil),      // 70: entente.v1.RemoveNodeResponse
+	(*ListAgentsRequest)(nil),       // 71: entente.v1.ListAgentsRequest
+	(*ListAgentsResponse)(nil),      // 72: entente.v1.ListAgentsResponse
+	(*AgentStatus)(nil),             // 73: entente.v1.AgentStatus
+	(*GetAgentRequest)(nil),         // 74: entente.v1.GetAgentRequest
+	(*GetAgentResponse)(nil),        // 75: entente.v1.GetAgentResponse
+	(*ChangeAgentRequest)(nil),      // 76: entente.v1.ChangeAgentRequest
+	(*ChangeAgentResponse)(nil),     // 77: entente.v1.ChangeAgentResponse
+	(*IsolateAgentRequest)(nil),     // 78: entente.v1.IsolateAgentRequest
+	(*IsolateAgentResponse)(nil),    // 79: entente.v1.IsolateAgentResponse
+	(*Isolation)(nil),               // 80: entente.v1.Isolation
+	(*ListTokensRequest)(nil),       // 81: entente.v1.ListTokensRequest
+	(*ListTokensResponse)(nil),      // 82: entente.v1.ListTokensResponse
+	(*RevokeTokenRequest)(nil),      // 83: entente.v1.RevokeTokenRequest
+	(*RevokeTokenResponse)(nil),     // 84: entente.v1.RevokeTokenResponse
+	(*ChangeEntriesRequest)(nil),    // 85: entente.v1.ChangeEntriesRequest
+	(*ChangeEntriesResponse)(nil),   // 86: entente.v1.ChangeEntriesResponse
+	(*EntryResult)(nil),             // 87: entente.v1.EntryResult
+	(*ListEntriesRequest)(nil),      // 88: entente.v1.ListEntriesRequest
+	(*ListEntriesResponse)(nil),     // 89: entente.v1.ListEntriesResponse
+	(*GetEntryRequest)(nil),         // 90: entente.v1.GetEntryRequest
+	(*GetEntryResponse)(nil),        // 91: entente.v1.GetEntryResponse
+	(*CountEntriesResponse)(nil),    // 92: entente.v1.CountEntriesResponse
+	(*v1.Member)(nil),               // 93: entente.state.v1.Member
+	(*v1.Cluster)(nil),              // 94: entente.state.v1.Cluster
+	(*v1.Agent)(nil),                // 95: entente.state.v1.Agent
+	(*v1.Distrust)(nil),             // 96: entente.state.v1.Distrust
+	(*v1.Entry)(nil),                // 97: entente.state.v1.Entry
+	(*v1.Object)(nil),               // 98: entente.state.v1.Object
+	(*v1.ObjectKey)(nil),            // 99: entente.state.v1.ObjectKey
+	(*v1.Authority)(nil),            // 100: entente.state.v1.Authority
+	(*v1.NodeGrant)(nil),            // 101: entente.state.v1.NodeGrant
+	(*v1.AgentGrant)(nil),           // 102: entente.state.v1.AgentGrant
+	(*v1.Token)(nil),                // 103: entente.state.v1.Token
+	(*v1.EntryChange)(nil),          // 104: entente.state.v1.EntryChange
 }
 var file_entente_v1_entente_proto_depIdxs = []int32{
-	92,  // 0: entente.v1.JoinResponse.member:type_name -> entente.state.v1.Member
-	92,  // 1: entente.v1.JoinResponse.members:type_name -> entente.state.v1.Member
-	93,  // 2: entente.v1.JoinResponse.cluster:type_name -> entente.state.v1.Cluster
-	92,  // 3: entente.v1.AttestResponse.members:type_name -> entente.state.v1.Member
-	93,  // 4: entente.v1.AttestResponse.cluster:type_name -> entente.state.v1.Cluster
-	94,  // 5: entente.v1.AttestResponse.agent:type_name -> entente.state.v1.Agent
+	93,  // 0: entente.v1.JoinResponse.member:type_name -> entente.state.v1.Member
+	93,  // 1: entente.v1.JoinResponse.members:type_name -> entente.state.v1.Member
+	94,  // 2: entente.v1.JoinResponse.cluster:type_name -> entente.state.v1.Cluster
+	93,  // 3: entente.v1.AttestResponse.members:type_name -> entente.state.v1.Member
+	94,  // 4: entente.v1.AttestResponse.cluster:type_name -> entente.state.v1.Cluster
+	95,  // 5: entente.v1.AttestResponse.agent:type_name -> entente.state.v1.Agent
 	6,   // 6: entente.v1.SyncRequest.hello:type_name -> entente.v1.Hello
 	7,   // 7: entente.v1.SyncRequest.ack:type_name -> entente.v1.Ack
 	8,   // 8: entente.v1.SyncRequest.report:type_name -> entente.v1.InstanceReport
@@ -5909,14 +5975,14 @@ var file_entente_v1_entente_proto_depIdxs = []int32{
 	14,  // 12: entente.v1.SyncResponse.presence:type_name -> entente.v1.Presence
 	15,  // 13: entente.v1.SyncResponse.heartbeat:type_name -> entente.v1.Heartbeat
 	11,  // 14: entente.v1.SyncResponse.urgent:type_name -> entente.v1.Urgent
-	95,  // 15: entente.v1.Urgent.distrust:type_name -> entente.state.v1.Distrust
-	93,  // 16: entente.v1.Policy.cluster:type_name -> entente.state.v1.Cluster
-	96,  // 17: entente.v1.Policy.entries:type_name -> entente.state.v1.Entry
+	96,  // 15: entente.v1.Urgent.distrust:type_name -> entente.state.v1.Distrust
+	94,  // 16: entente.v1.Policy.cluster:type_name -> entente.state.v1.Cluster
+	97,  // 17: entente.v1.Policy.entries:type_name -> entente.state.v1.Entry
 	13,  // 18: entente.v1.Policy.bundles:type_name -> entente.v1.Bundle
-	97,  // 19: entente.v1.Policy.objects:type_name -> entente.state.v1.Object
-	98,  // 20: entente.v1.Policy.deleted_objects:type_name -> entente.state.v1.ObjectKey
-	92,  // 21: entente.v1.Policy.members:type_name -> entente.state.v1.Member
-	95,  // 22: entente.v1.Policy.distrust:type_name -> entente.state.v1.Distrust
+	98,  // 19: entente.v1.Policy.objects:type_name -> entente.state.v1.Object
+	99,  // 20: entente.v1.Policy.deleted_objects:type_name -> entente.state.v1.ObjectKey
+	93,  // 21: entente.v1.Policy.members:type_name -> entente.state.v1.Member
+	96,  // 22: entente.v1.Policy.distrust:type_name -> entente.state.v1.Distrust
 	9,   // 23: entente.v1.Presence.instances:type_name -> entente.v1.Instance
 	9,   // 24: entente.v1.Presence.withdrawn:type_name -> entente.v1.Instance
 	17,  // 25: entente.v1.SignX509Request.requests:type_name -> entente.v1.X509Request
@@ -5925,126 +5991,128 @@ var file_entente_v1_entente_proto_depIdxs = []int32{
 	26,  // 28: entente.v1.SignJWTResponse.results:type_name -> entente.v1.TokenResult
 	24,  // 29: entente.v1.SignWITRequest.requests:type_name -> entente.v1.WITRequest
 	26,  // 30: entente.v1.SignWITResponse.results:type_name -> entente.v1.TokenResult
-	93,  // 31: entente.v1.StatusResponse.cluster:type_name -> entente.state.v1.Cluster
+	94,  // 31: entente.v1.StatusResponse.cluster:type_name -> entente.state.v1.Cluster
 	30,  // 32: entente.v1.StatusResponse.members:type_name -> entente.v1.MemberStatus
-	99,  // 33: entente.v1.StatusResponse.authorities:type_name -> entente.state.v1.Authority
+	100, // 33: entente.v1.StatusResponse.authorities:type_name -> entente.state.v1.Authority
 	44,  // 34: entente.v1.StatusResponse.foreign:type_name -> entente.v1.ForeignBundleStatus
 	9,   // 35: entente.v1.StatusResponse.instances:type_name -> entente.v1.Instance
 	29,  // 36: entente.v1.StatusResponse.autonomy:type_name -> entente.v1.Autonomy
-	79,  // 37: entente.v1.StatusResponse.isolated:type_name -> entente.v1.Isolation
-	92,  // 38: entente.v1.MemberStatus.member:type_name -> entente.state.v1.Member
+	80,  // 37: entente.v1.StatusResponse.isolated:type_name -> entente.v1.Isolation
+	93,  // 38: entente.v1.MemberStatus.member:type_name -> entente.state.v1.Member
 	35,  // 39: entente.v1.ListNodesResponse.nodes:type_name -> entente.v1.NodeProgress
-	92,  // 40: entente.v1.NodeProgress.member:type_name -> entente.state.v1.Member
-	92,  // 41: entente.v1.VouchResponse.member:type_name -> entente.state.v1.Member
-	100, // 42: entente.v1.CreateTokenRequest.node:type_name -> entente.state.v1.NodeGrant
-	101, // 43: entente.v1.CreateTokenRequest.agent:type_name -> entente.state.v1.AgentGrant
-	97,  // 44: entente.v1.ApplyRequest.objects:type_name -> entente.state.v1.Object
-	98,  // 45: entente.v1.ApplyRequest.deletes:type_name -> entente.state.v1.ObjectKey
+	93,  // 40: entente.v1.NodeProgress.member:type_name -> entente.state.v1.Member
+	93,  // 41: entente.v1.VouchResponse.member:type_name -> entente.state.v1.Member
+	101, // 42: entente.v1.CreateTokenRequest.node:type_name -> entente.state.v1.NodeGrant
+	102, // 43: entente.v1.CreateTokenRequest.agent:type_name -> entente.state.v1.AgentGrant
+	98,  // 44: entente.v1.ApplyRequest.objects:type_name -> entente.state.v1.Object
+	99,  // 45: entente.v1.ApplyRequest.deletes:type_name -> entente.state.v1.ObjectKey
 	49,  // 46: entente.v1.ApplyResponse.changes:type_name -> entente.v1.ObjectChange
-	98,  // 47: entente.v1.ObjectChange.key:type_name -> entente.state.v1.ObjectKey
+	99,  // 47: entente.v1.ObjectChange.key:type_name -> entente.state.v1.ObjectKey
 	55,  // 48: entente.v1.ReportRequest.held:type_name -> entente.v1.HeldAuthority
 	59,  // 49: entente.v1.GateResponse.authorities:type_name -> entente.v1.AuthorityGate
-	9,   // 50: entente.v1.PresenceResponse.instances:type_name -> entente.v1.Instance
-	9,   // 51: entente.v1.PresenceResponse.withdrawn:type_name -> entente.v1.Instance
-	64,  // 52: entente.v1.ListAuthoritiesResponse.authorities:type_name -> entente.v1.AuthorityStatus
-	99,  // 53: entente.v1.AuthorityStatus.authority:type_name -> entente.state.v1.Authority
-	99,  // 54: entente.v1.ChangeAuthorityResponse.authority:type_name -> entente.state.v1.Authority
-	99,  // 55: entente.v1.ChangeAuthorityResponse.signing:type_name -> entente.state.v1.Authority
-	92,  // 56: entente.v1.RemoveNodeResponse.member:type_name -> entente.state.v1.Member
-	99,  // 57: entente.v1.RemoveNodeResponse.authorities:type_name -> entente.state.v1.Authority
-	72,  // 58: entente.v1.ListAgentsResponse.agents:type_name -> entente.v1.AgentStatus
-	94,  // 59: entente.v1.AgentStatus.agent:type_name -> entente.state.v1.Agent
-	72,  // 60: entente.v1.GetAgentResponse.status:type_name -> entente.v1.AgentStatus
-	96,  // 61: entente.v1.GetAgentResponse.entries:type_name -> entente.state.v1.Entry
-	9,   // 62: entente.v1.GetAgentResponse.instances:type_name -> entente.v1.Instance
-	79,  // 63: entente.v1.IsolateAgentResponse.isolation:type_name -> entente.v1.Isolation
-	94,  // 64: entente.v1.Isolation.agent:type_name -> entente.state.v1.Agent
-	102, // 65: entente.v1.ListTokensResponse.tokens:type_name -> entente.state.v1.Token
-	103, // 66: entente.v1.ChangeEntriesRequest.changes:type_name -> entente.state.v1.EntryChange
-	86,  // 67: entente.v1.ChangeEntriesResponse.results:type_name -> entente.v1.EntryResult
-	96,  // 68: entente.v1.ListEntriesResponse.entries:type_name -> entente.state.v1.Entry
-	96,  // 69: entente.v1.GetEntryResponse.entry:type_name -> entente.state.v1.Entry
-	1,   // 70: entente.v1.Join.Join:input_type -> entente.v1.JoinRequest
-	3,   // 71: entente.v1.Attest.Attest:input_type -> entente.v1.AttestRequest
-	5,   // 72: entente.v1.Sync.Sync:input_type -> entente.v1.SyncRequest
-	16,  // 73: entente.v1.Sign.SignX509:input_type -> entente.v1.SignX509Request
-	20,  // 74: entente.v1.Sign.SignJWT:input_type -> entente.v1.SignJWTRequest
-	23,  // 75: entente.v1.Sign.SignWIT:input_type -> entente.v1.SignWITRequest
-	27,  // 76: entente.v1.Admin.Status:input_type -> entente.v1.StatusRequest
-	45,  // 77: entente.v1.Admin.CreateToken:input_type -> entente.v1.CreateTokenRequest
-	47,  // 78: entente.v1.Admin.Apply:input_type -> entente.v1.ApplyRequest
-	50,  // 79: entente.v1.Admin.GetBundle:input_type -> entente.v1.GetBundleRequest
-	62,  // 80: entente.v1.Admin.ListAuthorities:input_type -> entente.v1.ListAuthoritiesRequest
-	65,  // 81: entente.v1.Admin.PrepareAuthority:input_type -> entente.v1.PrepareAuthorityRequest
-	66,  // 82: entente.v1.Admin.ActivateAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	66,  // 83: entente.v1.Admin.TaintAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	66,  // 84: entente.v1.Admin.RevokeAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	68,  // 85: entente.v1.Admin.RemoveNode:input_type -> entente.v1.RemoveNodeRequest
-	70,  // 86: entente.v1.Admin.ListAgents:input_type -> entente.v1.ListAgentsRequest
-	73,  // 87: entente.v1.Admin.GetAgent:input_type -> entente.v1.GetAgentRequest
-	75,  // 88: entente.v1.Admin.BanAgent:input_type -> entente.v1.ChangeAgentRequest
-	75,  // 89: entente.v1.Admin.EvictAgent:input_type -> entente.v1.ChangeAgentRequest
-	77,  // 90: entente.v1.Admin.IsolateAgent:input_type -> entente.v1.IsolateAgentRequest
-	80,  // 91: entente.v1.Admin.ListTokens:input_type -> entente.v1.ListTokensRequest
-	82,  // 92: entente.v1.Admin.RevokeToken:input_type -> entente.v1.RevokeTokenRequest
-	84,  // 93: entente.v1.Admin.ChangeEntries:input_type -> entente.v1.ChangeEntriesRequest
-	87,  // 94: entente.v1.Admin.ListEntries:input_type -> entente.v1.ListEntriesRequest
-	89,  // 95: entente.v1.Admin.GetEntry:input_type -> entente.v1.GetEntryRequest
-	87,  // 96: entente.v1.Admin.CountEntries:input_type -> entente.v1.ListEntriesRequest
-	31,  // 97: entente.v1.Admin.SaveSnapshot:input_type -> entente.v1.SaveSnapshotRequest
-	33,  // 98: entente.v1.Admin.ListNodes:input_type -> entente.v1.ListNodesRequest
-	36,  // 99: entente.v1.Admin.PromoteNode:input_type -> entente.v1.PromoteNodeRequest
-	52,  // 100: entente.v1.Peer.Propose:input_type -> entente.v1.ProposeRequest
-	54,  // 101: entente.v1.Peer.Report:input_type -> entente.v1.ReportRequest
-	60,  // 102: entente.v1.Peer.Presence:input_type -> entente.v1.PresenceRequest
-	57,  // 103: entente.v1.Peer.Gate:input_type -> entente.v1.GateRequest
-	38,  // 104: entente.v1.Peer.Vouch:input_type -> entente.v1.VouchRequest
-	40,  // 105: entente.v1.Peer.Checksum:input_type -> entente.v1.ChecksumRequest
-	33,  // 106: entente.v1.Peer.Nodes:input_type -> entente.v1.ListNodesRequest
-	42,  // 107: entente.v1.Peer.ShowEpoch:input_type -> entente.v1.ShowEpochRequest
-	2,   // 108: entente.v1.Join.Join:output_type -> entente.v1.JoinResponse
-	4,   // 109: entente.v1.Attest.Attest:output_type -> entente.v1.AttestResponse
-	10,  // 110: entente.v1.Sync.Sync:output_type -> entente.v1.SyncResponse
-	18,  // 111: entente.v1.Sign.SignX509:output_type -> entente.v1.SignX509Response
-	22,  // 112: entente.v1.Sign.SignJWT:output_type -> entente.v1.SignJWTResponse
-	25,  // 113: entente.v1.Sign.SignWIT:output_type -> entente.v1.SignWITResponse
-	28,  // 114: entente.v1.Admin.Status:output_type -> entente.v1.StatusResponse
-	46,  // 115: entente.v1.Admin.CreateToken:output_type -> entente.v1.CreateTokenResponse
-	48,  // 116: entente.v1.Admin.Apply:output_type -> entente.v1.ApplyResponse
-	51,  // 117: entente.v1.Admin.GetBundle:output_type -> entente.v1.GetBundleResponse
-	63,  // 118: entente.v1.Admin.ListAuthorities:output_type -> entente.v1.ListAuthoritiesResponse
-	67,  // 119: entente.v1.Admin.PrepareAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	67,  // 120: entente.v1.Admin.ActivateAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	67,  // 121: entente.v1.Admin.TaintAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	67,  // 122: entente.v1.Admin.RevokeAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	69,  // 123: entente.v1.Admin.RemoveNode:output_type -> entente.v1.RemoveNodeResponse
-	71,  // 124: entente.v1.Admin.ListAgents:output_type -> entente.v1.ListAgentsResponse
-	74,  // 125: entente.v1.Admin.GetAgent:output_type -> entente.v1.GetAgentResponse
-	76,  // 126: entente.v1.Admin.BanAgent:output_type -> entente.v1.ChangeAgentResponse
-	76,  // 127: entente.v1.Admin.EvictAgent:output_type -> entente.v1.ChangeAgentResponse
-	78,  // 128: entente.v1.Admin.IsolateAgent:output_type -> entente.v1.IsolateAgentResponse
-	81,  // 129: entente.v1.Admin.ListTokens:output_type -> entente.v1.ListTokensResponse
-	83,  // 130: entente.v1.Admin.RevokeToken:output_type -> entente.v1.RevokeTokenResponse
-	85,  // 131: entente.v1.Admin.ChangeEntries:output_type -> entente.v1.ChangeEntriesResponse
-	88,  // 132: entente.v1.Admin.ListEntries:output_type -> entente.v1.ListEntriesResponse
-	90,  // 133: entente.v1.Admin.GetEntry:output_type -> entente.v1.GetEntryResponse
-	91,  // 134: entente.v1.Admin.CountEntries:output_type -> entente.v1.CountEntriesResponse
-	32,  // 135: entente.v1.Admin.SaveSnapshot:output_type -> entente.v1.SaveSnapshotResponse
-	34,  // 136: entente.v1.Admin.ListNodes:output_type -> entente.v1.ListNodesResponse
-	37,  // 137: entente.v1.Admin.PromoteNode:output_type -> entente.v1.PromoteNodeResponse
-	53,  // 138: entente.v1.Peer.Propose:output_type -> entente.v1.ProposeResponse
-	56,  // 139: entente.v1.Peer.Report:output_type -> entente.v1.ReportResponse
-	61,  // 140: entente.v1.Peer.Presence:output_type -> entente.v1.PresenceResponse
-	58,  // 141: entente.v1.Peer.Gate:output_type -> entente.v1.GateResponse
-	39,  // 142: entente.v1.Peer.Vouch:output_type -> entente.v1.VouchResponse
-	41,  // 143: entente.v1.Peer.Checksum:output_type -> entente.v1.ChecksumResponse
-	34,  // 144: entente.v1.Peer.Nodes:output_type -> entente.v1.ListNodesResponse
-	43,  // 145: entente.v1.Peer.ShowEpoch:output_type -> entente.v1.ShowEpochResponse
-	108, // [108:146] is the sub-list for method output_type
-	70,  // [70:108] is the sub-list for method input_type
-	70,  // [70:70] is the sub-list for extension type_name
-	70,  // [70:70] is the sub-list for extension extendee
-	0,   // [0:70] is the sub-list for field type_name
+	12,  // 50: entente.v1.Picture.policy:type_name -> entente.v1.Policy
+	14,  // 51: entente.v1.Picture.presence:type_name -> entente.v1.Presence
+	9,   // 52: entente.v1.PresenceResponse.instances:type_name -> entente.v1.Instance
+	9,   // 53: entente.v1.PresenceResponse.withdrawn:type_name -> entente.v1.Instance
+	65,  // 54: entente.v1.ListAuthoritiesResponse.authorities:type_name -> entente.v1.AuthorityStatus
+	100, // 55: entente.v1.AuthorityStatus.authority:type_name -> entente.state.v1.Authority
+	100, // 56: entente.v1.ChangeAuthorityResponse.authority:type_name -> entente.state.v1.Authority
+	100, // 57: entente.v1.ChangeAuthorityResponse.signing:type_name -> entente.state.v1.Authority
+	93,  // 58: entente.v1.RemoveNodeResponse.member:type_name -> entente.state.v1.Member
+	100, // 59: entente.v1.RemoveNodeResponse.authorities:type_name -> entente.state.v1.Authority
+	73,  // 60: entente.v1.ListAgentsResponse.agents:type_name -> entente.v1.AgentStatus
+	95,  // 61: entente.v1.AgentStatus.agent:type_name -> entente.state.v1.Agent
+	73,  // 62: entente.v1.GetAgentResponse.status:type_name -> entente.v1.AgentStatus
+	97,  // 63: entente.v1.GetAgentResponse.entries:type_name -> entente.state.v1.Entry
+	9,   // 64: entente.v1.GetAgentResponse.instances:type_name -> entente.v1.Instance
+	80,  // 65: entente.v1.IsolateAgentResponse.isolation:type_name -> entente.v1.Isolation
+	95,  // 66: entente.v1.Isolation.agent:type_name -> entente.state.v1.Agent
+	103, // 67: entente.v1.ListTokensResponse.tokens:type_name -> entente.state.v1.Token
+	104, // 68: entente.v1.ChangeEntriesRequest.changes:type_name -> entente.state.v1.EntryChange
+	87,  // 69: entente.v1.ChangeEntriesResponse.results:type_name -> entente.v1.EntryResult
+	97,  // 70: entente.v1.ListEntriesResponse.entries:type_name -> entente.state.v1.Entry
+	97,  // 71: entente.v1.GetEntryResponse.entry:type_name -> entente.state.v1.Entry
+	1,   // 72: entente.v1.Join.Join:input_type -> entente.v1.JoinRequest
+	3,   // 73: entente.v1.Attest.Attest:input_type -> entente.v1.AttestRequest
+	5,   // 74: entente.v1.Sync.Sync:input_type -> entente.v1.SyncRequest
+	16,  // 75: entente.v1.Sign.SignX509:input_type -> entente.v1.SignX509Request
+	20,  // 76: entente.v1.Sign.SignJWT:input_type -> entente.v1.SignJWTRequest
+	23,  // 77: entente.v1.Sign.SignWIT:input_type -> entente.v1.SignWITRequest
+	27,  // 78: entente.v1.Admin.Status:input_type -> entente.v1.StatusRequest
+	45,  // 79: entente.v1.Admin.CreateToken:input_type -> entente.v1.CreateTokenRequest
+	47,  // 80: entente.v1.Admin.Apply:input_type -> entente.v1.ApplyRequest
+	50,  // 81: entente.v1.Admin.GetBundle:input_type -> entente.v1.GetBundleRequest
+	63,  // 82: entente.v1.Admin.ListAuthorities:input_type -> entente.v1.ListAuthoritiesRequest
+	66,  // 83: entente.v1.Admin.PrepareAuthority:input_type -> entente.v1.PrepareAuthorityRequest
+	67,  // 84: entente.v1.Admin.ActivateAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	67,  // 85: entente.v1.Admin.TaintAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	67,  // 86: entente.v1.Admin.RevokeAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	69,  // 87: entente.v1.Admin.RemoveNode:input_type -> entente.v1.RemoveNodeRequest
+	71,  // 88: entente.v1.Admin.ListAgents:input_type -> entente.v1.ListAgentsRequest
+	74,  // 89: entente.v1.Admin.GetAgent:input_type -> entente.v1.GetAgentRequest
+	76,  // 90: entente.v1.Admin.BanAgent:input_type -> entente.v1.ChangeAgentRequest
+	76,  // 91: entente.v1.Admin.EvictAgent:input_type -> entente.v1.ChangeAgentRequest
+	78,  // 92: entente.v1.Admin.IsolateAgent:input_type -> entente.v1.IsolateAgentRequest
+	81,  // 93: entente.v1.Admin.ListTokens:input_type -> entente.v1.ListTokensRequest
+	83,  // 94: entente.v1.Admin.RevokeToken:input_type -> entente.v1.RevokeTokenRequest
+	85,  // 95: entente.v1.Admin.ChangeEntries:input_type -> entente.v1.ChangeEntriesRequest
+	88,  // 96: entente.v1.Admin.ListEntries:input_type -> entente.v1.ListEntriesRequest
+	90,  // 97: entente.v1.Admin.GetEntry:input_type -> entente.v1.GetEntryRequest
+	88,  // 98: entente.v1.Admin.CountEntries:input_type -> entente.v1.ListEntriesRequest
+	31,  // 99: entente.v1.Admin.SaveSnapshot:input_type -> entente.v1.SaveSnapshotRequest
+	33,  // 100: entente.v1.Admin.ListNodes:input_type -> entente.v1.ListNodesRequest
+	36,  // 101: entente.v1.Admin.PromoteNode:input_type -> entente.v1.PromoteNodeRequest
+	52,  // 102: entente.v1.Peer.Propose:input_type -> entente.v1.ProposeRequest
+	54,  // 103: entente.v1.Peer.Report:input_type -> entente.v1.ReportRequest
+	61,  // 104: entente.v1.Peer.Presence:input_type -> entente.v1.PresenceRequest
+	57,  // 105: entente.v1.Peer.Gate:input_type -> entente.v1.GateRequest
+	38,  // 106: entente.v1.Peer.Vouch:input_type -> entente.v1.VouchRequest
+	40,  // 107: entente.v1.Peer.Checksum:input_type -> entente.v1.ChecksumRequest
+	33,  // 108: entente.v1.Peer.Nodes:input_type -> entente.v1.ListNodesRequest
+	42,  // 109: entente.v1.Peer.ShowEpoch:input_type -> entente.v1.ShowEpochRequest
+	2,   // 110: entente.v1.Join.Join:output_type -> entente.v1.JoinResponse
+	4,   // 111: entente.v1.Attest.Attest:output_type -> entente.v1.AttestResponse
+	10,  // 112: entente.v1.Sync.Sync:output_type -> entente.v1.SyncResponse
+	18,  // 113: entente.v1.Sign.SignX509:output_type -> entente.v1.SignX509Response
+	22,  // 114: entente.v1.Sign.SignJWT:output_type -> entente.v1.SignJWTResponse
+	25,  // 115: entente.v1.Sign.SignWIT:output_type -> entente.v1.SignWITResponse
+	28,  // 116: entente.v1.Admin.Status:output_type -> entente.v1.StatusResponse
+	46,  // 117: entente.v1.Admin.CreateToken:output_type -> entente.v1.CreateTokenResponse
+	48,  // 118: entente.v1.Admin.Apply:output_type -> entente.v1.ApplyResponse
+	51,  // 119: entente.v1.Admin.GetBundle:output_type -> entente.v1.GetBundleResponse
+	64,  // 120: entente.v1.Admin.ListAuthorities:output_type -> entente.v1.ListAuthoritiesResponse
+	68,  // 121: entente.v1.Admin.PrepareAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	68,  // 122: entente.v1.Admin.ActivateAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	68,  // 123: entente.v1.Admin.TaintAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	68,  // 124: entente.v1.Admin.RevokeAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	70,  // 125: entente.v1.Admin.RemoveNode:output_type -> entente.v1.RemoveNodeResponse
+	72,  // 126: entente.v1.Admin.ListAgents:output_type -> entente.v1.ListAgentsResponse
+	75,  // 127: entente.v1.Admin.GetAgent:output_type -> entente.v1.GetAgentResponse
+	77,  // 128: entente.v1.Admin.BanAgent:output_type -> entente.v1.ChangeAgentResponse
+	77,  // 129: entente.v1.Admin.EvictAgent:output_type -> entente.v1.ChangeAgentResponse
+	79,  // 130: entente.v1.Admin.IsolateAgent:output_type -> entente.v1.IsolateAgentResponse
+	82,  // 131: entente.v1.Admin.ListTokens:output_type -> entente.v1.ListTokensResponse
+	84,  // 132: entente.v1.Admin.RevokeToken:output_type -> entente.v1.RevokeTokenResponse
+	86,  // 133: entente.v1.Admin.ChangeEntries:output_type -> entente.v1.ChangeEntriesResponse
+	89,  // 134: entente.v1.Admin.ListEntries:output_type -> entente.v1.ListEntriesResponse
+	91,  // 135: entente.v1.Admin.GetEntry:output_type -> entente.v1.GetEntryResponse
+	92,  // 136: entente.v1.Admin.CountEntries:output_type -> entente.v1.CountEntriesResponse
+	32,  // 137: entente.v1.Admin.SaveSnapshot:output_type -> entente.v1.SaveSnapshotResponse
+	34,  // 138: entente.v1.Admin.ListNodes:output_type -> entente.v1.ListNodesResponse
+	37,  // 139: entente.v1.Admin.PromoteNode:output_type -> entente.v1.PromoteNodeResponse
+	53,  // 140: entente.v1.Peer.Propose:output_type -> entente.v1.ProposeResponse
+	56,  // 141: entente.v1.Peer.Report:output_type -> entente.v1.ReportResponse
+	62,  // 142: entente.v1.Peer.Presence:output_type -> entente.v1.PresenceResponse
+	58,  // 143: entente.v1.Peer.Gate:output_type -> entente.v1.GateResponse
+	39,  // 144: entente.v1.Peer.Vouch:output_type -> entente.v1.VouchResponse
+	41,  // 145: entente.v1.Peer.Checksum:output_type -> entente.v1.ChecksumResponse
+	34,  // 146: entente.v1.Peer.Nodes:output_type -> entente.v1.ListNodesResponse
+	43,  // 147: entente.v1.Peer.ShowEpoch:output_type -> entente.v1.ShowEpochResponse
+	110, // [110:148] is the sub-list for method output_type
+	72,  // [72:110] is the sub-list for method input_type
+	72,  // [72:72] is the sub-list for extension type_name
+	72,  // [72:72] is the sub-list for extension extendee
+	0,   // [0:72] is the sub-list for field type_name
 }
 
 func init() { file_entente_v1_entente_proto_init() }
@@ -6069,7 +6137,7 @@ func file_entente_v1_entente_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_entente_v1_entente_proto_rawDesc), len(file_entente_v1_entente_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   91,
+			NumMessages:   92,
 			NumExtensions: 0,
 			NumServices:   6,
 		},
