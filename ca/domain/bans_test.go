@@ -13,6 +13,7 @@ import (
 // attested by a later decision.
 func TestMergeBans(t *testing.T) {
 	w := newWorld(t)
+	w.must(level("n1", FeatureLevel))
 	w.must(w.agentToken("t1", "h1", time.Hour))
 	w.must(w.attest("t1", keyID("h1-key")))
 	h1, _ := w.s.Agent("h1")

@@ -54,7 +54,7 @@ func (w *world) random(choose choose) *statev1.Command {
 			m := member(name("n", 4))
 			cmd = &statev1.Command{Body: &statev1.Command_UpdateMember{UpdateMember: &statev1.UpdateMember{
 				Id: m.GetId(), RaftAddress: fmt.Sprintf("127.2.0.1:%d", 1+choose(4)), ApiAddress: m.GetApiAddress(),
-				FeatureLevel: uint32(choose(4)),
+				FeatureLevel: uint32(choose(FeatureLevel + 3)),
 			}}}
 		}
 	case 8:
@@ -282,7 +282,7 @@ func TestSimulation(t *testing.T) {
 		"Command_Checksum done", "Command_Tick done",
 		"Command_TaintAuthority done", "Command_TaintAuthority " + CodePhase, "Command_AuthorityDrained done", "Command_AuthorityDrained " + CodePhase,
 		"Command_RevokeAuthority done", "Command_RevokeAuthority " + CodePhase, "Command_RevokeAuthority " + CodeInUse,
-		"Command_BanAgent done", "Command_EvictAgent done", "Command_MergeBans done", "Command_MergeBans " + CodeInvalid, "Command_AttestAgent " + CodeAgentBanned,
+		"Command_BanAgent done", "Command_EvictAgent done", "Command_MergeBans done", "Command_AttestAgent " + CodeAgentBanned,
 		"Command_RevokeToken done", "Command_RevokeToken " + CodeTokenSpent, "Command_RevokeToken " + CodeNotFound,
 		"Command_ChangeEntries done", "Command_ChangeEntries " + CodeExists, "Command_ChangeEntries " + CodeCAS, "Command_ChangeEntries " + CodeNotFound,
 		"Command_ApplyObjects " + CodeExists,
