@@ -35,6 +35,10 @@ type Config struct {
 	// the CA. Made with mode 0700 when missing. Required.
 	DataDir string `yaml:"dataDir,required"`
 
+	// Settle is how long after a workload was given new trust anchors or a new SVID the
+	// agent tells the CA that the workload uses them, 1ms to 10m. Default 10s.
+	Settle time.Duration `yaml:"settle,min=1ms,max=10m"`
+
 	CA          CAConfig          `yaml:"ca"`
 	WorkloadAPI WorkloadAPIConfig `yaml:"workloadAPI"`
 	Sidecar     SidecarConfig     `yaml:"sidecar"`
@@ -277,6 +281,7 @@ type LogConfig struct {
 // name the file and the line.
 func ReadConfig(file string, r io.Reader) (*Config, error) {
 	c := &Config{
+		Settle:      10 * time.Second,
 		WorkloadAPI: WorkloadAPIConfig{Socket: "/run/entente/agent.sock", Leeway: jwtsvid.DefaultLeeway},
 		Sidecar:     SidecarConfig{AppAddress: "127.0.0.1"},
 		DNS:         DNSConfig{Network: "127.80.0.0/16", HTTPPort: 80},

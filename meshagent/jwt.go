@@ -101,7 +101,7 @@ func (a *Agent) FetchJWT(ctx context.Context, identity *Identity, audience []str
 	}
 	set, key := audienceKey(audience)
 	for range 3 { // a token that has ended when it arrives is asked for no more often
-		token, renew, pending, err := a.jwts.get(identity, set, key, a.State().JWT, time.Now())
+		token, renew, pending, err := a.jwts.get(identity, set, key, a.State(), time.Now())
 		switch {
 		case err != nil:
 			return "", time.Time{}, fmt.Errorf("JWT-SVID of %s: %w", identity.ID, err)
@@ -131,7 +131,7 @@ func (a *Agent) FetchJWT(ctx context.Context, identity *Identity, audience []str
 
 // get returns a token that is good and when it is to be renewed, or a channel to wait
 // on, or both when the token is being renewed.
-func (j *jwts) get(identity *Identity, audience []string, key string, own *TokenBundle, now time.Time) (token string, renew time.Time, pending chan struct{}, err error) {
+func (j *jwts) get(identity *Identity, audience []string, key string, state *State, now time.Time) (token string, renew time.Time, pending chan struct{}, err error) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	entry := identity.Entry
@@ -146,8 +146,10 @@ func (j *jwts) get(identity *Identity, audience []string, key string, own *Token
 		}
 	}
 	h.used = now
-	// Revoked is what no verifier in sync accepts any more.
-	good := h.token != "" && now.Add(jwtMargin).Before(h.expires) && own != nil && own.Keys[h.signer] != nil
+	if h.token != "" && !state.vouches(h.signer) {
+		h.token, h.half = "", time.Time{}
+	}
+	good := h.token != "" && now.Add(jwtMargin).Before(h.expires)
 	if good {
 		token, renew = h.token, h.half
 		if renew.Before(h.retry) {
@@ -172,6 +174,12 @@ func (j *jwts) get(identity *Identity, audience []string, key string, own *Token
 		return "", renew, nil, err
 	}
 	return token, renew, h.pending, nil
+}
+
+// vouches tells whether a JWT-SVID under that key is to be handed out: a revoked one no
+// verifier in sync accepts any more, and of a tainted one that is soon so.
+func (s *State) vouches(signer string) bool {
+	return s.JWT != nil && s.JWT.Keys[signer] != nil && !s.taintedKey(signer)
 }
 
 // ask puts a token into the queue of those to be signed.
@@ -253,7 +261,7 @@ func (j *jwts) sweep(now time.Time, state *State) {
 			gone := h.pending == nil && !now.Before(h.expires) && !now.Before(h.retry)
 			if state != nil && h.pending == nil {
 				identity, there := state.Identity(h.entryID)
-				gone = gone || !there || identity.Entry.GetRevision() != h.revision
+				gone = gone || !there || h.token != "" && !state.vouches(h.signer) || identity.Entry.GetRevision() != h.revision
 			}
 			if gone {
 				j.drop(h)
@@ -310,7 +318,7 @@ func (a *Agent) signJWTs(ctx context.Context, batch []*heldJWT) {
 	}
 	results := a.signer.SignJWT(ctx, requests)
 	now := time.Now()
-	own := a.State().JWT
+	state := a.State()
 
 	var news error
 	failed, signed := 0, 0
@@ -318,7 +326,10 @@ func (a *Agent) signJWTs(ctx context.Context, batch []*heldJWT) {
 	for i, h := range batch {
 		svid, err := (*jwtsvid.SVID)(nil), results[i].Err
 		if err == nil {
-			svid, err = verifyJWT(h, results[i].Token, own, now)
+			svid, err = verifyJWT(h, results[i].Token, state.JWT, now)
+		}
+		if err == nil && state.taintedKey(svid.KeyID) {
+			err = errTainted
 		}
 		if err != nil {
 			failed++

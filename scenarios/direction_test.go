@@ -30,9 +30,11 @@ api/entente/v1:
 
 ca:
 ca/domain:               ca federation federation/catalog
+ca/domain/domaintest:    ca
 ca/presence:
 ca/feed:                 ca ca/domain ca/presence
 ca/signer:               ca
+ca/rotation:             ca ca/domain
 ca/replica:              ca ca/domain
 ca/keystore:
 ca/nodeattest:
@@ -41,7 +43,7 @@ ca/server:               api/entente/v1
                          federation federation/bundle federation/catalog
                          internal/peer
 ca/client:               api/entente/v1 ca internal/peer
-ca/node:                 ca ca/domain ca/replica ca/feed ca/presence ca/signer ca/keystore ca/server
+ca/node:                 ca ca/domain ca/rotation ca/replica ca/feed ca/presence ca/signer ca/keystore ca/server
                          federation federation/exchange
                          internal/peer internal/gossip internal/daemon internal/yamlfile
 ca/catest:               ...
@@ -94,9 +96,10 @@ go.etcd.io/bbolt:                 ca/replica
 github.com/hashicorp/memberlist:  internal/gossip
 github.com/envoyproxy:            meshagent/sds
 github.com/miekg/dns:             meshagent/names
+github.com/miekg/pkcs11:          ca/keystore
 google.golang.org/grpc:           api/entente/v1
                                   ca/server ca/client ca/node federation/exchange
-                                  meshagent/workloadapi meshagent/sds
+                                  meshagent/workloadapi meshagent/sds eastwest-gateway
                                   cmd/*
                                   ca/catest scenarios scenarios/*
 `
@@ -104,7 +107,7 @@ google.golang.org/grpc:           api/entente/v1
 // pure lists the rooms without sockets, disk, goroutines, clock and randomness:
 // time and ids arrive as arguments.
 const pure = `
-ca ca/domain ca/presence
+ca ca/domain ca/domain/domaintest ca/presence ca/rotation
 federation federation/catalog federation/origin
 internal/jwtsvid
 `

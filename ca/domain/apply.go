@@ -509,7 +509,8 @@ func (a *application) prepareAuthority(c *statev1.PrepareAuthority) *Refusal {
 	p := c.GetAuthority()
 	if have, ok := a.authorities.get(p.GetId()); ok {
 		if have.GetMemberId() == p.GetMemberId() && have.GetUse() == p.GetUse() &&
-			bytes.Equal(have.GetPublicKey(), p.GetPublicKey()) && bytes.Equal(have.GetCertificate(), p.GetCertificate()) {
+			bytes.Equal(have.GetPublicKey(), p.GetPublicKey()) && bytes.Equal(have.GetCertificate(), p.GetCertificate()) &&
+			bytes.Equal(have.GetUpstream(), p.GetUpstream()) {
 			return nil
 		}
 		return refuse(CodeExists, "the key %.64s is an authority already", p.GetId())
@@ -526,8 +527,17 @@ func (a *application) prepareAuthority(c *statev1.PrepareAuthority) *Refusal {
 		if n := len(p.GetCertificate()); n == 0 || n > 4<<10 {
 			return refuse(CodeInvalid, "authority certificate has %d bytes, not 1 to %d", n, 4<<10)
 		}
+		if err := ca.CheckAuthorityCertificate(a.td.Name(), p); err != nil {
+			return invalid(err)
+		}
+		if n := len(p.GetUpstream()); n > 4<<10 || (n == 0) != (p.GetUpstreamNotAfter() == 0) {
+			return refuse(CodeInvalid, "upstream certificate has %d bytes, over %d, or does not come with its end", n, 4<<10)
+		}
+		if len(p.GetUpstream()) > 0 && p.GetNotAfter() > p.GetUpstreamNotAfter() {
+			return refuse(CodeInvalid, "authority would outlive its upstream, which ends at %d", p.GetUpstreamNotAfter())
+		}
 	case statev1.KeyUse_KEY_USE_JWT, statev1.KeyUse_KEY_USE_WIT:
-		if len(p.GetCertificate()) != 0 {
+		if len(p.GetCertificate()) != 0 || len(p.GetUpstream()) != 0 || p.GetUpstreamNotAfter() != 0 {
 			return refuse(CodeInvalid, "only an X.509 authority has a certificate")
 		}
 	default:
@@ -568,12 +578,16 @@ func (a *application) prepareAuthority(c *statev1.PrepareAuthority) *Refusal {
 	if count >= maxPerMember {
 		return refuse(CodeLimit, "member %s has %d authorities already; wait until some have ended for %v", m.GetName(), count, authorityGrace)
 	}
+	if err := ca.VerifyAuthority(a.Cluster(), p, c.GetNodeKey(), c.GetSignature()); err != nil {
+		return invalid(err)
+	}
 	authority := &statev1.Authority{
 		Id: p.GetId(), MemberId: p.GetMemberId(), Use: p.GetUse(),
 		PublicKey: bytes.Clone(p.GetPublicKey()), Certificate: bytes.Clone(p.GetCertificate()),
 		NotBefore: p.GetNotBefore(), NotAfter: p.GetNotAfter(),
+		Upstream: bytes.Clone(p.GetUpstream()), UpstreamNotAfter: p.GetUpstreamNotAfter(),
 		Phase:    statev1.AuthorityPhase_AUTHORITY_PHASE_PREPARED,
-		Revision: a.rev, PreparedRevision: a.rev,
+		Revision: a.rev, PreparedRevision: a.rev, Since: a.seconds(),
 	}
 	put(a, &a.authorities, authority.GetId(), authority)
 	a.changed(ChangeAuthority, authority.GetId())
@@ -589,13 +603,21 @@ func (a *application) bundleChanged() {
 // move puts an authority into another phase. The bundle's content is the same in all
 // of them but REVOKED.
 func (a *application) move(have *statev1.Authority, to statev1.AuthorityPhase) {
-	a.change(have, func(authority *statev1.Authority) { authority.Phase = to })
+	a.change(have, func(authority *statev1.Authority) { authority.Phase, authority.Since = to, a.seconds() })
 	if ca.InBundle(have.GetPhase()) != ca.InBundle(to) {
 		a.bundleChanged()
 	}
 	if to == statev1.AuthorityPhase_AUTHORITY_PHASE_REVOKED {
 		a.distrusted(&statev1.Distrust{Authority: have.GetId()}, time.Unix(have.GetNotAfter(), 0))
 	}
+}
+
+// seconds is the state's time in Unix seconds; 0 before the first Tick.
+func (a *application) seconds() int64 {
+	if a.now == 0 {
+		return 0
+	}
+	return a.Now().Unix()
 }
 
 // change stores an authority as the edit makes it. The record that stands is shared
@@ -659,6 +681,14 @@ func (a *application) tick(c *statev1.Tick) *Refusal {
 			drop(a, &a.authorities, authority.GetId())
 			a.changed(ChangeAuthority, authority.GetId())
 			gone = gone || ca.InBundle(authority.GetPhase())
+			continue
+		}
+		switch {
+		case authority.GetPhase() == statev1.AuthorityPhase_AUTHORITY_PHASE_PREPARED && authority.GetNotAfter() <= a.seconds():
+			// It was never used and cannot be any more: its member may prepare another one.
+			a.move(authority, statev1.AuthorityPhase_AUTHORITY_PHASE_RETIRED)
+		case authority.GetSince() == 0:
+			a.change(authority, func(authority *statev1.Authority) { authority.Since = a.seconds() })
 		}
 	}
 	if gone {

@@ -11,7 +11,7 @@ import (
 
 // ChecksumFormat names the encodings below. It changes with any of them; replicas
 // of different formats do not compare.
-const ChecksumFormat = 2
+const ChecksumFormat = 3
 
 // setHash is a hash over a set of records that can be kept up to date: the sum, mod
 // 2^256, of the SHA-256 of each record's encoding. Order does not matter, and a
@@ -170,6 +170,11 @@ func (e *encoder) record(record any) {
 		e.texts(r.GetAssumed())
 		e.yes(r.GetDrained())
 		e.texts(r.GetAssumedDrained())
+		e.time(r.GetSince())
+		if len(r.GetUpstream()) > 0 || r.GetUpstreamNotAfter() != 0 {
+			e.bytes(r.GetUpstream())
+			e.time(r.GetUpstreamNotAfter())
+		}
 	case *statev1.Token:
 		e.kind('T')
 		e.text(r.GetId())

@@ -123,7 +123,7 @@ func TestChecksumIsFrozen(t *testing.T) {
 	w.must(objects(service("accounts", "h1"), gateway("gw-1", 1, "h1"), relationship("trading.example")))
 	w.must(foreign("trading.example", "{}", 7))
 	w.must(prepare(w.authority("n1", "k1")))
-	const want = "4d3c1a2d4d6ccddeea39531f456af6569d0e730405a529d53e5b2e680aa93346"
+	const want = "0d4de5ef607d81ecd28bb9d4d3ecd586cab392bf0179766c3558067c29f0503b"
 	if got := hex.EncodeToString(w.s.Checksum()); got != want {
 		t.Errorf("checksum %s, was %s", got, want)
 	}

@@ -10,6 +10,7 @@
 package domain
 
 import (
+	"bytes"
 	"cmp"
 	"iter"
 	"slices"
@@ -122,12 +123,19 @@ func (s *State) Active(memberID string, use statev1.KeyUse) (*statev1.Authority,
 	return nil, false
 }
 
-// OwnBundle holds the X.509 authorities of the domain's bundle, DER, by authority id,
-// and the bundle's sequence.
+// OwnBundle holds the certificates of the domain's bundle, DER, by authority id, and the
+// bundle's sequence. Authorities that an upstream certified are there by their root, once.
 func (s *State) OwnBundle() (x509 [][]byte, sequence uint64) {
 	for _, a := range s.authorities.sorted() {
-		if a.GetUse() == statev1.KeyUse_KEY_USE_X509 && ca.InBundle(a.GetPhase()) {
-			x509 = append(x509, a.GetCertificate())
+		if a.GetUse() != statev1.KeyUse_KEY_USE_X509 || !ca.InBundle(a.GetPhase()) {
+			continue
+		}
+		root := a.GetUpstream()
+		if len(root) == 0 {
+			root = a.GetCertificate()
+		}
+		if !slices.ContainsFunc(x509, func(have []byte) bool { return bytes.Equal(have, root) }) {
+			x509 = append(x509, root)
 		}
 	}
 	return x509, s.bundle

@@ -3,12 +3,10 @@ package domain
 import (
 	"bytes"
 	"crypto/sha256"
-	"encoding/hex"
 	"fmt"
 	"maps"
 	"slices"
 	"strings"
-
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -17,6 +15,7 @@ import (
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	"github.com/entente-mesh/entente/ca"
+	"github.com/entente-mesh/entente/ca/domain/domaintest"
 )
 
 var (
@@ -41,7 +40,7 @@ func newWorld(t rapid.TB) *world {
 	return w
 }
 
-func keyID(name string) string { return ca.KeyID([]byte("key of " + name)) }
+func keyID(name string) string { return domaintest.KeyID(name) }
 
 func member(name string) *statev1.Member {
 	sum := sha256.Sum256([]byte(name))
@@ -117,18 +116,11 @@ func (w *world) attest(tokenID, key string) *statev1.Command {
 }
 
 func (w *world) authority(memberName, name string) *statev1.Authority {
-	public := []byte("public key " + name)
-	sum := sha256.Sum256(public)
-	now := w.s.Now()
-	return &statev1.Authority{
-		Id: hex.EncodeToString(sum[:]), MemberId: keyID(memberName), Use: statev1.KeyUse_KEY_USE_X509,
-		PublicKey: public, Certificate: []byte("certificate " + name),
-		NotBefore: now.Add(-time.Minute).Unix(), NotAfter: now.Add(3 * 48 * time.Hour).Unix(),
-	}
+	return domaintest.Authority(memberName, name, "banking.example", statev1.KeyUse_KEY_USE_X509, w.s.Now(), 48*time.Hour)
 }
 
 func prepare(a *statev1.Authority) *statev1.Command {
-	return &statev1.Command{Body: &statev1.Command_PrepareAuthority{PrepareAuthority: &statev1.PrepareAuthority{Authority: a}}}
+	return domaintest.Prepare(&statev1.Cluster{Id: clusterID, TrustDomain: "banking.example"}, a)
 }
 
 func ready(id string) *statev1.Command {

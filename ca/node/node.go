@@ -26,6 +26,7 @@ import (
 	"github.com/entente-mesh/entente/ca/domain"
 	"github.com/entente-mesh/entente/ca/feed"
 	"github.com/entente-mesh/entente/ca/replica"
+	"github.com/entente-mesh/entente/ca/rotation"
 	"github.com/entente-mesh/entente/ca/server"
 	"github.com/entente-mesh/entente/ca/signer"
 	"github.com/entente-mesh/entente/federation/exchange"
@@ -49,6 +50,7 @@ type Node struct {
 	socket    net.Listener
 	admin     *daemon.Admin
 
+	upstream upstream // nil: authorities sign themselves
 	replica  atomic.Pointer[replica.Replica]
 	feed     *feed.Feed
 	signer   *signer.Signer
@@ -58,6 +60,8 @@ type Node struct {
 	clock    clock
 	svids    *svids
 	gate     gate
+	offline  offline
+	overdue  atomic.Int64 // authorities that the leader waits for longer than a phase
 	foreign  foreignStatus
 	wit      atomic.Bool // a relationship asks for WIT keys
 	registry *prometheus.Registry
@@ -76,6 +80,7 @@ type Node struct {
 	preparing sync.Mutex  // one authority at a time
 	swapped   broadcast   // another replica took the place of a failed one
 	odd       chan uint64 // indexes at which this node's state was not the leader's
+	compared  atomic.Uint64
 }
 
 // settleTime is how long the subscribers of a node that restarted are given to come
@@ -106,6 +111,7 @@ func New(cfg *Config, log *slog.Logger, listeners Listeners) (_ *Node, err error
 		log:       log.With("node", cfg.Name),
 		own:       own,
 		bootID:    newBootID(),
+		upstream:  cfg.openUpstream(),
 		listeners: listeners,
 		feed:      feed.New(own.id, 0, 0),
 		registry:  prometheus.NewRegistry(),
@@ -119,11 +125,13 @@ func New(cfg *Config, log *slog.Logger, listeners Listeners) (_ *Node, err error
 	if n.bans, err = openBans(cfg.DataDir, cfg.beforeWrite); err != nil {
 		return nil, err
 	}
+	n.feed.ReissueRate = cfg.ReissueRate.PerSecond
+	n.recallSubscribers()
 	n.bundles = server.NewBundles(n.td)
 	if err := n.openAudit(); err != nil {
 		return nil, err
 	}
-	n.signer = signer.New(signer.Config{Active: n.activeFor, Clock: n.signerClock, Issuer: cfg.OIDC.Issuer, Signed: func(i signer.Issued) {
+	n.signer = signer.New(signer.Config{TrustDomain: n.td, Active: n.activeFor, Clock: n.signerClock, Issuer: cfg.OIDC.Issuer, Signed: func(i signer.Issued) {
 		n.audit.Issued(i, n.feed.Revision())
 	}})
 	if err := n.loadAuthorityKeys(); err != nil {
@@ -145,6 +153,10 @@ func New(cfg *Config, log *slog.Logger, listeners Listeners) (_ *Node, err error
 		Reported:    n.gate.reported,
 		Gate:        n.askGate,
 		LocalGate:   n.localGate,
+		MarkReady:   n.markExcluding,
+		Exclude:     n.askMarkExcluding,
+		Offline:     n.activateOffline,
+		IsOffline:   n.offline.has,
 		Prepare:     n.prepareNow,
 		Audit:       n.audit,
 		Nodes:       n.nodes,
@@ -261,8 +273,12 @@ func (n *Node) Run(ctx context.Context) error {
 	group.Go("leadership", n.runLeadership)
 	group.Go("presence", n.runPresence)
 	group.Go("reports", n.runReports)
+	group.Go("subscribers", n.runSubscribers)
 	group.Go("rechecks", n.runRechecks)
 	group.Go("bans", n.runBans)
+	if n.upstream != nil {
+		group.Go("upstream", n.watchUpstream)
+	}
 	if n.auditLog != nil {
 		group.Go("audit log", func(ctx context.Context) error { return n.auditLog.Run(ctx, n.log) })
 	}
@@ -355,6 +371,9 @@ func (n *Node) onApply(outcome domain.Outcome) {
 		return // New calls onRestore when the replica is there
 	}
 	r.Read(func(st *domain.State) { n.clock.applied(st.Now()) })
+	if outcome.Checked != 0 {
+		n.compared.Store(outcome.Checked)
+	}
 	if outcome.Diverged {
 		select {
 		case n.odd <- outcome.Checked:
@@ -466,6 +485,7 @@ func (n *Node) info() server.Info {
 		Age:       r.Age(),
 		Voters:    make(map[string]bool),
 		Foreign:   n.foreign.all(),
+		Upstream:  n.upstreamStatus(now),
 	}
 	for _, member := range r.Servers() {
 		info.Voters[member.ID] = member.Voter
@@ -478,13 +498,20 @@ func (n *Node) info() server.Info {
 // activeAuthority is this node's ACTIVE X.509 authority.
 func (n *Node) activeAuthority() *statev1.Authority { return n.activeFor(statev1.KeyUse_KEY_USE_X509) }
 
-// activeFor is this node's ACTIVE authority for one use.
+// activeFor is the authority that this node signs with for one use: the ACTIVE one, or
+// the one that it took into use without quorum.
 func (n *Node) activeFor(use statev1.KeyUse) (active *statev1.Authority) {
 	r := n.replica.Load()
 	if r == nil {
 		return nil
 	}
-	r.Read(func(st *domain.State) { active, _ = st.Active(n.own.id, use) })
+	taken := n.offline.record(use)
+	r.Read(func(st *domain.State) {
+		var offline bool
+		if active, offline = rotation.Signing(st, n.own.id, use, taken.GetId()); offline {
+			active = taken
+		}
+	})
 	return active
 }
 
@@ -528,6 +555,9 @@ func (n *Node) registerMetrics() {
 		}
 		return 0
 	})
+	gauge("entente_ca_compared_index", "Log entry at which this node's state was last compared with the leader's.", func() float64 {
+		return float64(n.compared.Load())
+	})
 	gauge("entente_ca_signing", "1 while this node can sign.", func() float64 {
 		if n.signer.Ready(statev1.KeyUse_KEY_USE_X509) == nil {
 			return 1
@@ -569,6 +599,20 @@ func (n *Node) registerMetrics() {
 	gauge("entente_ca_isolated_agents", "Agents that this node alone shuts out, until that can be agreed.", func() float64 {
 		return float64(len(n.isolations()))
 	})
+	gauge("entente_ca_rotations_overdue", "At the leader: authorities that should be in use by now and are not held by everybody.", func() float64 {
+		if !n.IsLeader() {
+			return 0
+		}
+		return float64(n.overdue.Load())
+	})
+	gauge("entente_ca_authorities_offline", "Authorities that this node took into use without quorum.", func() float64 {
+		return float64(n.offline.count())
+	})
+	if n.upstream != nil {
+		gauge("entente_ca_upstream_certifies_seconds", "How long the upstream goes on certifying authorities; 0: not any more, or it cannot be used.", func() float64 {
+			return n.upstreamCertifies(time.Now()).Seconds()
+		})
+	}
 	gauge("entente_ca_subscribers", "Sync streams at this node.", func() float64 {
 		return float64(n.status().Subscribers)
 	})

@@ -26,7 +26,7 @@ type identity struct {
 	id   string // key id, which is the node id
 	key  crypto.Signer
 	cert tls.Certificate // self-signed, carries the key
-	keys *keystore.Store
+	keys keys
 }
 
 func openIdentity(cfg *Config, create bool) (*identity, error) {
@@ -76,6 +76,9 @@ func Init(cfg *Config, keep func(recoveryKey string) error) error {
 	}
 	if replica.Exists(cfg.DataDir) {
 		return fail(fmt.Errorf("%s: %w; to start it: entente ca run", cfg.DataDir, replica.ErrStateExists))
+	}
+	if err := cfg.checkUpstream(ca.LifetimesOf(cfg.Lifetimes.record()).Phase); err != nil {
+		return fail(err)
 	}
 	own, err := openIdentity(cfg, true)
 	if err != nil {
@@ -163,6 +166,9 @@ func Join(ctx context.Context, cfg *Config, tokenText string) error {
 			result.Member.GetName(), result.Member.GetDatacenter(), cfg.Name, cfg.Datacenter))
 	case result.Cluster.GetDev() != cfg.Keys.InsecureDev:
 		return fail(fmt.Errorf("the cluster is for development: %v, this node's keys.insecureDev: %v; they must agree", result.Cluster.GetDev(), cfg.Keys.InsecureDev))
+	}
+	if err := cfg.checkUpstream(ca.LifetimesOf(result.Cluster.GetLifetimes()).Phase); err != nil {
+		return fail(fmt.Errorf("%w; the node is a member already: correct it and repeat with the same token", err))
 	}
 	if err := replica.PrepareJoin(cfg.replica(own), result.Cluster, result.Members); err != nil {
 		return fail(err)

@@ -32,9 +32,13 @@ type adminDoor struct {
 	server *Server
 }
 
-func (d adminDoor) Status(context.Context, *ententev1.StatusRequest) (*ententev1.StatusResponse, error) {
+func (d adminDoor) Status(ctx context.Context, _ *ententev1.StatusRequest) (*ententev1.StatusResponse, error) {
 	s := d.server
 	info, subscribers := s.Info(), s.Subscribers()
+	gates, err := s.Gate(ctx)
+	if err != nil {
+		gates = nil // who has acknowledged what is not known
+	}
 	resp := &ententev1.StatusResponse{
 		NodeId:      s.NodeID,
 		LeaderId:    info.LeaderID,
@@ -44,7 +48,6 @@ func (d adminDoor) Status(context.Context, *ententev1.StatusRequest) (*ententev1
 		Subscribers: uint32(subscribers.Subscribers),
 
 		AcknowledgedRevision: subscribers.Acknowledged,
-		WaitingFor:           subscribers.WaitingFor,
 
 		Quorum:             info.NoQuorumSince.IsZero(),
 		NotAgreeing:        info.NotAgreeing,
@@ -55,8 +58,17 @@ func (d adminDoor) Status(context.Context, *ententev1.StatusRequest) (*ententev1
 		LastIndex:          info.Last,
 		LogBytes:           info.LogBytes,
 	}
+	for _, behind := range subscribers.Behind[:min(len(subscribers.Behind), 10)] {
+		resp.WaitingFor = append(resp.WaitingFor, behind.Name)
+	}
 	for _, i := range s.Isolated() {
 		resp.Isolated = append(resp.Isolated, i.toWire())
+	}
+	if up := info.Upstream; up != nil {
+		resp.Upstream = &ententev1.Upstream{KeyId: up.KeyID, Problem: up.Problem}
+		if !up.NotAfter.IsZero() {
+			resp.Upstream.NotAfter = up.NotAfter.Unix()
+		}
 	}
 	if !resp.Quorum {
 		resp.NoQuorumSince = info.NoQuorumSince.Unix()
@@ -64,7 +76,7 @@ func (d adminDoor) Status(context.Context, *ententev1.StatusRequest) (*ententev1
 	s.State.Read(func(st *domain.State) {
 		resp.Cluster, resp.Revision = st.Cluster(), st.Revision()
 		resp.Authorities = st.Authorities()
-		resp.Autonomy = autonomies(st, time.Now())
+		resp.Autonomy = autonomies(st, time.Now(), gates)
 		resp.Entries, resp.Agents = uint32(st.EntryCount()), uint32(st.AgentCount())
 		for _, m := range st.Members() {
 			resp.Members = append(resp.Members, &ententev1.MemberStatus{Member: m, VoterNow: info.Voters[m.GetId()]})

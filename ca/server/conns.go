@@ -10,7 +10,6 @@ import (
 	"time"
 
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/credentials"
 	grpcpeer "google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 	"google.golang.org/grpc/tap"
@@ -184,12 +183,6 @@ type calls struct {
 	now  int
 }
 
-// admitted is what a call knows of the connection that it came over.
-type admitted struct {
-	credentials.TLSInfo
-	calls *calls
-}
-
 // guests counts the connections of each peer.
 type guests struct {
 	mu    sync.Mutex
@@ -282,7 +275,7 @@ func (s *Server) tap(ctx context.Context, info *tap.Info) (context.Context, erro
 	if !ok {
 		return nil, status.Error(codes.Unauthenticated, "no connection to authenticate")
 	}
-	from, ok := remote.AuthInfo.(admitted)
+	from, ok := remote.AuthInfo.(*remoteInfo)
 	if !ok {
 		return nil, status.Error(codes.Unauthenticated, "unknown kind of connection")
 	}

@@ -1,6 +1,7 @@
 package server
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"fmt"
@@ -42,6 +43,7 @@ func (d adminDoor) ListAuthorities(ctx context.Context, _ *ententev1.ListAuthori
 			gate := gates[a.GetId()]
 			resp.Authorities = append(resp.Authorities, &ententev1.AuthorityStatus{
 				Authority: a, Node: member.GetName(), WaitingFor: gate.WaitingFor, Assumed: gate.Assumed,
+				Overdue: gate.Overdue, Offline: s.IsOffline(a.GetId()),
 			})
 		}
 	})
@@ -83,16 +85,18 @@ func (s *Server) changedAuthority(id string, revision uint64, heldBy []string) *
 				resp.Signing = append(resp.Signing, a)
 			}
 		}
+		resp.Note = upstreamNote(st, resp.Authority)
 	})
 	return resp
 }
 
-func (d adminDoor) PrepareAuthority(ctx context.Context, _ *ententev1.PrepareAuthorityRequest) (*ententev1.ChangeAuthorityResponse, error) {
+func (d adminDoor) PrepareAuthority(ctx context.Context, req *ententev1.PrepareAuthorityRequest) (*ententev1.ChangeAuthorityResponse, error) {
 	s := d.server
+	use := cmp.Or(req.GetUse(), statev1.KeyUse_KEY_USE_X509)
 	var prepared *statev1.Authority
 	s.State.Read(func(st *domain.State) {
 		for _, a := range st.Authorities() {
-			if a.GetMemberId() == s.NodeID && a.GetUse() == statev1.KeyUse_KEY_USE_X509 && a.GetPhase() == statev1.AuthorityPhase_AUTHORITY_PHASE_PREPARED {
+			if a.GetMemberId() == s.NodeID && a.GetUse() == use && a.GetPhase() == statev1.AuthorityPhase_AUTHORITY_PHASE_PREPARED {
 				prepared = a
 			}
 		}
@@ -100,7 +104,10 @@ func (d adminDoor) PrepareAuthority(ctx context.Context, _ *ententev1.PrepareAut
 	if prepared != nil {
 		return nil, status.Errorf(codes.FailedPrecondition, "this CA node has the PREPARED authority %.12s already: activate it, or taint it to have another one made", prepared.GetId())
 	}
-	id, err := s.Prepare(ctx)
+	if missing := s.Info().NotAgreeing; missing != "" {
+		return nil, status.Error(codes.Unavailable, missing)
+	}
+	id, err := s.Prepare(ctx, use)
 	if err != nil {
 		return nil, status.Error(codes.Unavailable, err.Error())
 	}
@@ -113,7 +120,22 @@ func (d adminDoor) ActivateAuthority(ctx context.Context, req *ententev1.ChangeA
 	if err != nil {
 		return nil, err
 	}
-	if a.GetPhase() == statev1.AuthorityPhase_AUTHORITY_PHASE_PREPARED && !a.GetReady() {
+	who := callerFrom(ctx).who()
+	if s.Info().NotAgreeing != "" {
+		if err := s.Offline(a.GetId(), who); err != nil {
+			return nil, status.Errorf(codes.FailedPrecondition, "%s; of an authority: %v", s.Info().NotAgreeing, err)
+		}
+		resp := s.changedAuthority(a.GetId(), s.Feed.Revision(), nil)
+		resp.Offline = true
+		return resp, nil
+	}
+	waits := a.GetPhase() == statev1.AuthorityPhase_AUTHORITY_PHASE_PREPARED && !a.GetReady()
+	switch {
+	case waits && len(req.GetExclude()) > 0:
+		if err := s.Exclude(ctx, a.GetId(), req.GetExclude(), who); err != nil {
+			return nil, status.Error(codes.FailedPrecondition, err.Error())
+		}
+	case waits:
 		waiting := "the leader cannot be asked for whom it waits"
 		if gates, err := s.Gate(ctx); err == nil {
 			waiting = "it waits for " + strings.Join(gates[a.GetId()].WaitingFor, "; ")
@@ -213,8 +235,36 @@ func (d adminDoor) RemoveNode(ctx context.Context, req *ententev1.RemoveNodeRequ
 		return nil, err
 	}
 	resp := &ententev1.RemoveNodeResponse{Revision: outcome.Revision, Member: member, HeldBy: held}
-	s.State.Read(func(st *domain.State) { resp.Authorities = authoritiesOf(st, member) })
+	s.State.Read(func(st *domain.State) {
+		resp.Authorities = authoritiesOf(st, member)
+		for _, a := range resp.Authorities {
+			resp.Note = cmp.Or(resp.Note, upstreamNote(st, a))
+		}
+	})
 	return resp, nil
+}
+
+// upstreamNote says who goes on accepting what an authority signed that was tainted or
+// revoked; empty: nobody, once it is revoked.
+func upstreamNote(st *domain.State, a *statev1.Authority) string {
+	if len(a.GetUpstream()) == 0 {
+		return ""
+	}
+	const (
+		goOn = "this domain's own processes refuse it by distrust item; other domains, and software that verifies with the SPIFFE bundle alone, go on accepting it until it ends"
+		root = "if somebody else held the node's keys, he may hold the root's as well: replace the root (docs/how-to/certify-by-a-root.md)"
+	)
+	switch a.GetPhase() {
+	case statev1.AuthorityPhase_AUTHORITY_PHASE_TAINTED:
+		return "an upstream certified this authority, and its root stays in the bundle while any authority under it does. When it is revoked, plain SPIFFE peers will not learn of it: " + goOn + ". " + root
+	case statev1.AuthorityPhase_AUTHORITY_PHASE_REVOKED:
+		for _, other := range st.Authorities() {
+			if ca.InBundle(other.GetPhase()) && bytes.Equal(other.GetUpstream(), a.GetUpstream()) {
+				return "plain SPIFFE peers will not learn of it: the root that certified it stays in the bundle, for others under it sign. Of what it signed, " + goOn + ". " + root
+			}
+		}
+	}
+	return ""
 }
 
 func authoritiesOf(st *domain.State, m *statev1.Member) (own []*statev1.Authority) {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
@@ -16,6 +17,7 @@ import (
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/node"
+	"github.com/entente-mesh/entente/internal/daemon"
 )
 
 const defaultCAConfig = "/etc/entente/ca.yaml"
@@ -27,7 +29,7 @@ func caCommand() *cobra.Command {
 		Example: `  entente ca init --config ca.yaml     # the first node, once
   entente ca run --config ca.yaml
   entente ca join --config ca.yaml --token-file token     # every further node, once`,
-	}, caInitCommand(), caJoinCommand(), caRunCommand(), caRecoverCommand(), caStatusCommand(), caBundleCommand())
+	}, holdsKeys(caInitCommand()), holdsKeys(caJoinCommand()), holdsKeys(caRunCommand()), holdsKeys(caRecoverCommand()), holdsKeys(caSealCommand()), caStatusCommand(), caBundleCommand())
 }
 
 func caInitCommand() *cobra.Command {
@@ -170,6 +172,47 @@ func caRunCommand() *cobra.Command {
 	return c
 }
 
+func caSealCommand() *cobra.Command {
+	var (
+		flags configFlags
+		out   string
+	)
+	c := &cobra.Command{
+		Use:   "seal ROOT.KEY",
+		Short: "Seal an upstream root's private key for this CA node",
+		Long: `Write the key, PEM, in the form that upstream.key names: sealed by the passphrase of this
+node's own keys. Destroy the plain file afterwards.`,
+		Example: "  entente ca seal --config ca.yaml --out /etc/entente/root.key.sealed root.key",
+		Args:    oneArgument("the file with the root's private key, PEM"),
+		RunE: func(c *cobra.Command, args []string) error {
+			if out == "" {
+				return usageError{c, errors.New("--out is missing: where the sealed key goes")}
+			}
+			config, err := readConfig(c, flags.file, node.ReadConfig)
+			if err != nil {
+				return err
+			}
+			text, err := os.ReadFile(args[0])
+			if err != nil {
+				return err
+			}
+			sealed, err := node.SealUpstreamKey(config, text)
+			clear(text)
+			if err != nil {
+				return fmt.Errorf("seal %s: %w", args[0], err)
+			}
+			if err := daemon.WriteFileAtomic(out, sealed, 0o600); err != nil {
+				return err
+			}
+			fmt.Fprintf(c.OutOrStdout(), "%s is sealed; destroy %s (shred -u), and keep a copy of the root offline\n", out, args[0])
+			return nil
+		},
+	}
+	flags.register(c, defaultCAConfig)
+	c.Flags().StringVar(&out, "out", "", "file to write, mode 0600")
+	return c
+}
+
 func caStatusCommand() *cobra.Command {
 	var admin adminFlags
 	c := &cobra.Command{
@@ -239,6 +282,9 @@ func printStatus(w io.Writer, s *ententev1.StatusResponse) error {
 		}
 		fmt.Fprintf(table, "ISOLATED\t%s\n", line)
 	}
+	if up := s.GetUpstream(); up != nil {
+		fmt.Fprintf(table, "UPSTREAM\t%s\n", upstreamText(up))
+	}
 	if s.GetNotAgreeing() != "" {
 		fmt.Fprintf(table, "TO DO\t%s\n", s.GetNotAgreeing())
 	}
@@ -271,6 +317,7 @@ func printStatus(w io.Writer, s *ententev1.StatusResponse) error {
 		}
 		fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", member.GetName(), member.GetDatacenter(), role, member.GetApiAddress(), phase, until, alone)
 	}
+	printRotation(table, s)
 	if len(s.GetForeign()) > 0 {
 		fmt.Fprintln(table, "\nFEDERATED\tSEQUENCE\tAUTHORITIES\tFETCHED\tPROBLEM")
 	}
@@ -282,6 +329,50 @@ func printStatus(w io.Writer, s *ententev1.StatusResponse) error {
 		fmt.Fprintf(table, "%s\t%d\t%d\t%s\t%s\n", f.GetTrustDomain(), f.GetSequence(), f.GetX509Authorities(), fetched, f.GetError())
 	}
 	return table.Flush()
+}
+
+// printRotation shows, for each kind of authority, how long it goes on and who has not
+// acknowledged the next one.
+func printRotation(w io.Writer, s *ententev1.StatusResponse) {
+	names := map[string]string{}
+	for _, m := range s.GetMembers() {
+		names[m.GetMember().GetId()] = m.GetMember().GetName()
+	}
+	short := func(id string, seconds float64) string {
+		if id == "" {
+			return "none\t"
+		}
+		return id[:8] + "\t" + days(seconds)
+	}
+	fmt.Fprintln(w, "\nNODE\tUSE\tSIGNS WITH\tFOR\tNEXT\tFOR\tACKNOWLEDGED")
+	for _, a := range s.GetAutonomy() {
+		for _, u := range a.GetUses() {
+			acknowledged := "by everybody"
+			switch {
+			case u.GetNext() == "":
+				acknowledged = ""
+			case u.GetWaitingUnknown():
+				acknowledged = "?"
+			case !u.GetNextReady():
+				acknowledged = "not yet by " + cmp.Or(strings.Join(u.GetWaitingFor(), "; "), "(asking)")
+			}
+			if u.GetOverdue() {
+				acknowledged = "OVERDUE: " + acknowledged
+			}
+			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\n", names[a.GetMemberId()], useName(u.GetUse()),
+				short(u.GetActive(), u.GetActiveSeconds()), short(u.GetNext(), u.GetNextSeconds()), acknowledged)
+		}
+	}
+}
+
+func upstreamText(up *ententev1.Upstream) string {
+	switch {
+	case up.GetKeyId() == "":
+		return "UNUSABLE: " + up.GetProblem()
+	case up.GetProblem() != "":
+		return fmt.Sprintf("root %.8s until %s; TO DO: %s", up.GetKeyId(), date(up.GetNotAfter()), up.GetProblem())
+	}
+	return fmt.Sprintf("root %.8s until %s", up.GetKeyId(), date(up.GetNotAfter()))
 }
 
 // days is a long time for people.

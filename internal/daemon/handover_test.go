@@ -16,16 +16,14 @@ import (
 	"github.com/entente-mesh/entente/internal/daemon/daemontest"
 )
 
-// TestMain is also the service that TestHandover replaces: it answers every
-// connection, and every datagram, with its name.
-func TestMain(m *testing.M) {
-	name := os.Getenv("HANDOVER_NAME")
-	if name == "" {
-		os.Exit(m.Run())
-	}
-	os.Exit(Main(context.Background(), slog.New(slog.DiscardHandler), func(ctx context.Context) error {
+func init() { children["HANDOVER_NAME"] = beService }
+
+// beService is the service that TestHandover replaces: it answers every connection, and
+// every datagram, with its name.
+func beService(name string) int {
+	return Main(context.Background(), slog.New(slog.DiscardHandler), func(ctx context.Context) error {
 		var open []io.Closer
-		answer := func(l net.Listener, err error) error {
+		serve := func(l net.Listener, err error) error {
 			if err != nil {
 				return err
 			}
@@ -43,11 +41,11 @@ func TestMain(m *testing.M) {
 			return nil
 		}
 		for _, address := range strings.Fields(os.Getenv("HANDOVER_TCP")) {
-			if err := answer(Listen(address)); err != nil {
+			if err := serve(Listen(address)); err != nil {
 				return err
 			}
 		}
-		if err := answer(ListenUnix(os.Getenv("HANDOVER_UNIX"), 0o600)); err != nil {
+		if err := serve(ListenUnix(os.Getenv("HANDOVER_UNIX"), 0o600)); err != nil {
 			return err
 		}
 		udp, err := ListenPacket(os.Getenv("HANDOVER_UDP"))
@@ -75,7 +73,7 @@ func TestMain(m *testing.M) {
 			c.Close()
 		}
 		return ctx.Err()
-	}))
+	})
 }
 
 // start starts the service with what the manager holds.

@@ -87,9 +87,14 @@ type target struct {
 // keep writes one target anew with every change, and tries again what failed.
 func (w *Writer) keep(ctx context.Context, t *target) {
 	failures := 0
+	delivery := w.agent.Deliver("files of " + t.config.Service)
+	defer delivery.Close()
 	for {
 		state := w.agent.State()
 		err := t.update(ctx, state)
+		if err == nil {
+			delivery.Got(state)
+		}
 		var again <-chan time.Time
 		if err != nil && ctx.Err() == nil {
 			if failures == 0 {

@@ -165,6 +165,7 @@ func TestFiles(t *testing.T) {
 }
 
 // The bundle map of an entry that federates has every trust domain by itself.
+// Requirements: 109.
 func TestBundleMapOfSeveral(t *testing.T) {
 	var bundles []*x509bundle.Bundle
 	for _, name := range []string{"banking.example", "trading.example"} {

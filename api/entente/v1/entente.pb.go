@@ -529,6 +529,7 @@ type Ack struct {
 	// the authority key ids (RFC 5280 section 4.2.1.1) in lower-case hex.
 	Authorities      []string `protobuf:"bytes,10,rep,name=authorities,proto3" json:"authorities,omitempty"`
 	AuthoritiesKnown bool     `protobuf:"varint,11,opt,name=authorities_known,json=authoritiesKnown,proto3" json:"authorities_known,omitempty"` // false: it does not say
+	WaitingFor       []string `protobuf:"bytes,90,rep,name=waiting_for,json=waitingFor,proto3" json:"waiting_for,omitempty"`                    // who on its host does not hold what came since, at most 10
 	unknownFields    protoimpl.UnknownFields
 	sizeCache        protoimpl.SizeCache
 }
@@ -582,6 +583,13 @@ func (x *Ack) GetAuthoritiesKnown() bool {
 		return x.AuthoritiesKnown
 	}
 	return false
+}
+
+func (x *Ack) GetWaitingFor() []string {
+	if x != nil {
+		return x.WaitingFor
+	}
+	return nil
 }
 
 // InstanceReport is the full list of what the agent's host serves now.
@@ -1847,9 +1855,10 @@ type StatusResponse struct {
 	AppliedIndex         uint64                 `protobuf:"varint,37,opt,name=applied_index,json=appliedIndex,proto3" json:"applied_index,omitempty"`
 	LastIndex            uint64                 `protobuf:"varint,38,opt,name=last_index,json=lastIndex,proto3" json:"last_index,omitempty"`
 	LogBytes             uint64                 `protobuf:"varint,39,opt,name=log_bytes,json=logBytes,proto3" json:"log_bytes,omitempty"`                                      // since the last snapshot
+	Upstream             *Upstream              `protobuf:"bytes,85,opt,name=upstream,proto3" json:"upstream,omitempty"`                                                       // of this node; absent: its authorities sign themselves
 	Isolated             []*Isolation           `protobuf:"bytes,120,rep,name=isolated,proto3" json:"isolated,omitempty"`                                                      // by this node, and not agreed yet
 	AcknowledgedRevision uint64                 `protobuf:"varint,121,opt,name=acknowledged_revision,json=acknowledgedRevision,proto3" json:"acknowledged_revision,omitempty"` // minimum over this node's subscribers
-	WaitingFor           []string               `protobuf:"bytes,122,rep,name=waiting_for,json=waitingFor,proto3" json:"waiting_for,omitempty"`                                // SPIFFE paths of those at the minimum if it is not the revision, at most 10
+	WaitingFor           []string               `protobuf:"bytes,122,rep,name=waiting_for,json=waitingFor,proto3" json:"waiting_for,omitempty"`                                // of these who does not hold this revision, the furthest behind first, at most 10
 	unknownFields        protoimpl.UnknownFields
 	sizeCache            protoimpl.SizeCache
 }
@@ -2045,6 +2054,13 @@ func (x *StatusResponse) GetLogBytes() uint64 {
 	return 0
 }
 
+func (x *StatusResponse) GetUpstream() *Upstream {
+	if x != nil {
+		return x.Upstream
+	}
+	return nil
+}
+
 func (x *StatusResponse) GetIsolated() []*Isolation {
 	if x != nil {
 		return x.Isolated
@@ -2066,6 +2082,67 @@ func (x *StatusResponse) GetWaitingFor() []string {
 	return nil
 }
 
+// Upstream is the root that certifies a node's X.509 authorities.
+type Upstream struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	KeyId         string                 `protobuf:"bytes,1,opt,name=key_id,json=keyId,proto3" json:"key_id,omitempty"`
+	NotAfter      int64                  `protobuf:"varint,2,opt,name=not_after,json=notAfter,proto3" json:"not_after,omitempty"` // Unix seconds
+	Problem       string                 `protobuf:"bytes,3,opt,name=problem,proto3" json:"problem,omitempty"`                    // why it certifies nothing, or soon will not; empty: it does
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Upstream) Reset() {
+	*x = Upstream{}
+	mi := &file_entente_v1_entente_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Upstream) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Upstream) ProtoMessage() {}
+
+func (x *Upstream) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Upstream.ProtoReflect.Descriptor instead.
+func (*Upstream) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *Upstream) GetKeyId() string {
+	if x != nil {
+		return x.KeyId
+	}
+	return ""
+}
+
+func (x *Upstream) GetNotAfter() int64 {
+	if x != nil {
+		return x.NotAfter
+	}
+	return 0
+}
+
+func (x *Upstream) GetProblem() string {
+	if x != nil {
+		return x.Problem
+	}
+	return ""
+}
+
 // Autonomy is how long a member goes on signing if quorum were lost now.
 type Autonomy struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -2073,13 +2150,14 @@ type Autonomy struct {
 	SignsSeconds  float64                `protobuf:"fixed64,2,opt,name=signs_seconds,json=signsSeconds,proto3" json:"signs_seconds,omitempty"` // until its last authority that may sign ends; 0: it does not sign
 	FullSeconds   float64                `protobuf:"fixed64,3,opt,name=full_seconds,json=fullSeconds,proto3" json:"full_seconds,omitempty"`    // until leaves become shorter than they should be
 	NextReady     bool                   `protobuf:"varint,4,opt,name=next_ready,json=nextReady,proto3" json:"next_ready,omitempty"`           // its next authority may be activated without quorum
+	Uses          []*UseAutonomy         `protobuf:"bytes,90,rep,name=uses,proto3" json:"uses,omitempty"`                                      // X.509, JWT, WIT
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Autonomy) Reset() {
 	*x = Autonomy{}
-	mi := &file_entente_v1_entente_proto_msgTypes[28]
+	mi := &file_entente_v1_entente_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2091,7 +2169,7 @@ func (x *Autonomy) String() string {
 func (*Autonomy) ProtoMessage() {}
 
 func (x *Autonomy) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[28]
+	mi := &file_entente_v1_entente_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2104,7 +2182,7 @@ func (x *Autonomy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Autonomy.ProtoReflect.Descriptor instead.
 func (*Autonomy) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{28}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *Autonomy) GetMemberId() string {
@@ -2135,6 +2213,122 @@ func (x *Autonomy) GetNextReady() bool {
 	return false
 }
 
+func (x *Autonomy) GetUses() []*UseAutonomy {
+	if x != nil {
+		return x.Uses
+	}
+	return nil
+}
+
+// UseAutonomy is that of one kind of authority of a member.
+type UseAutonomy struct {
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	Use            v1.KeyUse              `protobuf:"varint,1,opt,name=use,proto3,enum=entente.state.v1.KeyUse" json:"use,omitempty"`
+	Active         string                 `protobuf:"bytes,2,opt,name=active,proto3" json:"active,omitempty"`                                      // authority id; empty: none
+	ActiveSeconds  float64                `protobuf:"fixed64,3,opt,name=active_seconds,json=activeSeconds,proto3" json:"active_seconds,omitempty"` // until it ends
+	Next           string                 `protobuf:"bytes,4,opt,name=next,proto3" json:"next,omitempty"`                                          // authority id of the PREPARED one; empty: none
+	NextReady      bool                   `protobuf:"varint,5,opt,name=next_ready,json=nextReady,proto3" json:"next_ready,omitempty"`
+	NextSeconds    float64                `protobuf:"fixed64,6,opt,name=next_seconds,json=nextSeconds,proto3" json:"next_seconds,omitempty"`         // until it ends
+	WaitingFor     []string               `protobuf:"bytes,7,rep,name=waiting_for,json=waitingFor,proto3" json:"waiting_for,omitempty"`              // who has not acknowledged the next one yet
+	WaitingUnknown bool                   `protobuf:"varint,8,opt,name=waiting_unknown,json=waitingUnknown,proto3" json:"waiting_unknown,omitempty"` // the leader cannot be asked
+	Overdue        bool                   `protobuf:"varint,9,opt,name=overdue,proto3" json:"overdue,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *UseAutonomy) Reset() {
+	*x = UseAutonomy{}
+	mi := &file_entente_v1_entente_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UseAutonomy) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UseAutonomy) ProtoMessage() {}
+
+func (x *UseAutonomy) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UseAutonomy.ProtoReflect.Descriptor instead.
+func (*UseAutonomy) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *UseAutonomy) GetUse() v1.KeyUse {
+	if x != nil {
+		return x.Use
+	}
+	return v1.KeyUse(0)
+}
+
+func (x *UseAutonomy) GetActive() string {
+	if x != nil {
+		return x.Active
+	}
+	return ""
+}
+
+func (x *UseAutonomy) GetActiveSeconds() float64 {
+	if x != nil {
+		return x.ActiveSeconds
+	}
+	return 0
+}
+
+func (x *UseAutonomy) GetNext() string {
+	if x != nil {
+		return x.Next
+	}
+	return ""
+}
+
+func (x *UseAutonomy) GetNextReady() bool {
+	if x != nil {
+		return x.NextReady
+	}
+	return false
+}
+
+func (x *UseAutonomy) GetNextSeconds() float64 {
+	if x != nil {
+		return x.NextSeconds
+	}
+	return 0
+}
+
+func (x *UseAutonomy) GetWaitingFor() []string {
+	if x != nil {
+		return x.WaitingFor
+	}
+	return nil
+}
+
+func (x *UseAutonomy) GetWaitingUnknown() bool {
+	if x != nil {
+		return x.WaitingUnknown
+	}
+	return false
+}
+
+func (x *UseAutonomy) GetOverdue() bool {
+	if x != nil {
+		return x.Overdue
+	}
+	return false
+}
+
 type MemberStatus struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Member        *v1.Member             `protobuf:"bytes,1,opt,name=member,proto3" json:"member,omitempty"`
@@ -2145,7 +2339,7 @@ type MemberStatus struct {
 
 func (x *MemberStatus) Reset() {
 	*x = MemberStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[29]
+	mi := &file_entente_v1_entente_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2157,7 +2351,7 @@ func (x *MemberStatus) String() string {
 func (*MemberStatus) ProtoMessage() {}
 
 func (x *MemberStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[29]
+	mi := &file_entente_v1_entente_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2170,7 +2364,7 @@ func (x *MemberStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemberStatus.ProtoReflect.Descriptor instead.
 func (*MemberStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{29}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *MemberStatus) GetMember() *v1.Member {
@@ -2195,7 +2389,7 @@ type SaveSnapshotRequest struct {
 
 func (x *SaveSnapshotRequest) Reset() {
 	*x = SaveSnapshotRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[30]
+	mi := &file_entente_v1_entente_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2207,7 +2401,7 @@ func (x *SaveSnapshotRequest) String() string {
 func (*SaveSnapshotRequest) ProtoMessage() {}
 
 func (x *SaveSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[30]
+	mi := &file_entente_v1_entente_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2220,7 +2414,7 @@ func (x *SaveSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SaveSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*SaveSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{30}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{32}
 }
 
 // SaveSnapshotResponse is a part of the file. The file carries its own checksums.
@@ -2233,7 +2427,7 @@ type SaveSnapshotResponse struct {
 
 func (x *SaveSnapshotResponse) Reset() {
 	*x = SaveSnapshotResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[31]
+	mi := &file_entente_v1_entente_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2245,7 +2439,7 @@ func (x *SaveSnapshotResponse) String() string {
 func (*SaveSnapshotResponse) ProtoMessage() {}
 
 func (x *SaveSnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[31]
+	mi := &file_entente_v1_entente_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2258,7 +2452,7 @@ func (x *SaveSnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SaveSnapshotResponse.ProtoReflect.Descriptor instead.
 func (*SaveSnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{31}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *SaveSnapshotResponse) GetData() []byte {
@@ -2276,7 +2470,7 @@ type ListNodesRequest struct {
 
 func (x *ListNodesRequest) Reset() {
 	*x = ListNodesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[32]
+	mi := &file_entente_v1_entente_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2288,7 +2482,7 @@ func (x *ListNodesRequest) String() string {
 func (*ListNodesRequest) ProtoMessage() {}
 
 func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[32]
+	mi := &file_entente_v1_entente_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2301,7 +2495,7 @@ func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesRequest.ProtoReflect.Descriptor instead.
 func (*ListNodesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{32}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{34}
 }
 
 type ListNodesResponse struct {
@@ -2315,7 +2509,7 @@ type ListNodesResponse struct {
 
 func (x *ListNodesResponse) Reset() {
 	*x = ListNodesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[33]
+	mi := &file_entente_v1_entente_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2327,7 +2521,7 @@ func (x *ListNodesResponse) String() string {
 func (*ListNodesResponse) ProtoMessage() {}
 
 func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[33]
+	mi := &file_entente_v1_entente_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2340,7 +2534,7 @@ func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesResponse.ProtoReflect.Descriptor instead.
 func (*ListNodesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{33}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *ListNodesResponse) GetLeaderId() string {
@@ -2377,7 +2571,7 @@ type NodeProgress struct {
 
 func (x *NodeProgress) Reset() {
 	*x = NodeProgress{}
-	mi := &file_entente_v1_entente_proto_msgTypes[34]
+	mi := &file_entente_v1_entente_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2389,7 +2583,7 @@ func (x *NodeProgress) String() string {
 func (*NodeProgress) ProtoMessage() {}
 
 func (x *NodeProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[34]
+	mi := &file_entente_v1_entente_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2402,7 +2596,7 @@ func (x *NodeProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeProgress.ProtoReflect.Descriptor instead.
 func (*NodeProgress) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{34}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *NodeProgress) GetMember() *v1.Member {
@@ -2449,7 +2643,7 @@ type PromoteNodeRequest struct {
 
 func (x *PromoteNodeRequest) Reset() {
 	*x = PromoteNodeRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[35]
+	mi := &file_entente_v1_entente_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2461,7 +2655,7 @@ func (x *PromoteNodeRequest) String() string {
 func (*PromoteNodeRequest) ProtoMessage() {}
 
 func (x *PromoteNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[35]
+	mi := &file_entente_v1_entente_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2474,7 +2668,7 @@ func (x *PromoteNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PromoteNodeRequest.ProtoReflect.Descriptor instead.
 func (*PromoteNodeRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{35}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *PromoteNodeRequest) GetName() string {
@@ -2493,7 +2687,7 @@ type PromoteNodeResponse struct {
 
 func (x *PromoteNodeResponse) Reset() {
 	*x = PromoteNodeResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[36]
+	mi := &file_entente_v1_entente_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2505,7 +2699,7 @@ func (x *PromoteNodeResponse) String() string {
 func (*PromoteNodeResponse) ProtoMessage() {}
 
 func (x *PromoteNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[36]
+	mi := &file_entente_v1_entente_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2518,7 +2712,7 @@ func (x *PromoteNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PromoteNodeResponse.ProtoReflect.Descriptor instead.
 func (*PromoteNodeResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{36}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *PromoteNodeResponse) GetRevision() uint64 {
@@ -2537,7 +2731,7 @@ type VouchRequest struct {
 
 func (x *VouchRequest) Reset() {
 	*x = VouchRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[37]
+	mi := &file_entente_v1_entente_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2549,7 +2743,7 @@ func (x *VouchRequest) String() string {
 func (*VouchRequest) ProtoMessage() {}
 
 func (x *VouchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[37]
+	mi := &file_entente_v1_entente_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2562,7 +2756,7 @@ func (x *VouchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VouchRequest.ProtoReflect.Descriptor instead.
 func (*VouchRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{37}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *VouchRequest) GetMemberId() string {
@@ -2581,7 +2775,7 @@ type VouchResponse struct {
 
 func (x *VouchResponse) Reset() {
 	*x = VouchResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[38]
+	mi := &file_entente_v1_entente_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2593,7 +2787,7 @@ func (x *VouchResponse) String() string {
 func (*VouchResponse) ProtoMessage() {}
 
 func (x *VouchResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[38]
+	mi := &file_entente_v1_entente_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2606,7 +2800,7 @@ func (x *VouchResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VouchResponse.ProtoReflect.Descriptor instead.
 func (*VouchResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{38}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *VouchResponse) GetMember() *v1.Member {
@@ -2626,7 +2820,7 @@ type ChecksumRequest struct {
 
 func (x *ChecksumRequest) Reset() {
 	*x = ChecksumRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[39]
+	mi := &file_entente_v1_entente_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2638,7 +2832,7 @@ func (x *ChecksumRequest) String() string {
 func (*ChecksumRequest) ProtoMessage() {}
 
 func (x *ChecksumRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[39]
+	mi := &file_entente_v1_entente_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2651,7 +2845,7 @@ func (x *ChecksumRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChecksumRequest.ProtoReflect.Descriptor instead.
 func (*ChecksumRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{39}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *ChecksumRequest) GetAtIndex() uint64 {
@@ -2677,7 +2871,7 @@ type ChecksumResponse struct {
 
 func (x *ChecksumResponse) Reset() {
 	*x = ChecksumResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[40]
+	mi := &file_entente_v1_entente_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2689,7 +2883,7 @@ func (x *ChecksumResponse) String() string {
 func (*ChecksumResponse) ProtoMessage() {}
 
 func (x *ChecksumResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[40]
+	mi := &file_entente_v1_entente_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2702,7 +2896,7 @@ func (x *ChecksumResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChecksumResponse.ProtoReflect.Descriptor instead.
 func (*ChecksumResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{40}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *ChecksumResponse) GetSum() []byte {
@@ -2722,7 +2916,7 @@ type ShowEpochRequest struct {
 
 func (x *ShowEpochRequest) Reset() {
 	*x = ShowEpochRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[41]
+	mi := &file_entente_v1_entente_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2734,7 +2928,7 @@ func (x *ShowEpochRequest) String() string {
 func (*ShowEpochRequest) ProtoMessage() {}
 
 func (x *ShowEpochRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[41]
+	mi := &file_entente_v1_entente_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2747,7 +2941,7 @@ func (x *ShowEpochRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowEpochRequest.ProtoReflect.Descriptor instead.
 func (*ShowEpochRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{41}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *ShowEpochRequest) GetStatement() []byte {
@@ -2772,7 +2966,7 @@ type ShowEpochResponse struct {
 
 func (x *ShowEpochResponse) Reset() {
 	*x = ShowEpochResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[42]
+	mi := &file_entente_v1_entente_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2784,7 +2978,7 @@ func (x *ShowEpochResponse) String() string {
 func (*ShowEpochResponse) ProtoMessage() {}
 
 func (x *ShowEpochResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[42]
+	mi := &file_entente_v1_entente_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2797,7 +2991,7 @@ func (x *ShowEpochResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowEpochResponse.ProtoReflect.Descriptor instead.
 func (*ShowEpochResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{42}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{44}
 }
 
 type ForeignBundleStatus struct {
@@ -2813,7 +3007,7 @@ type ForeignBundleStatus struct {
 
 func (x *ForeignBundleStatus) Reset() {
 	*x = ForeignBundleStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[43]
+	mi := &file_entente_v1_entente_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2825,7 +3019,7 @@ func (x *ForeignBundleStatus) String() string {
 func (*ForeignBundleStatus) ProtoMessage() {}
 
 func (x *ForeignBundleStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[43]
+	mi := &file_entente_v1_entente_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2838,7 +3032,7 @@ func (x *ForeignBundleStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForeignBundleStatus.ProtoReflect.Descriptor instead.
 func (*ForeignBundleStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{43}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *ForeignBundleStatus) GetTrustDomain() string {
@@ -2887,7 +3081,7 @@ type CreateTokenRequest struct {
 
 func (x *CreateTokenRequest) Reset() {
 	*x = CreateTokenRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[44]
+	mi := &file_entente_v1_entente_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2899,7 +3093,7 @@ func (x *CreateTokenRequest) String() string {
 func (*CreateTokenRequest) ProtoMessage() {}
 
 func (x *CreateTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[44]
+	mi := &file_entente_v1_entente_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2912,7 +3106,7 @@ func (x *CreateTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTokenRequest.ProtoReflect.Descriptor instead.
 func (*CreateTokenRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{44}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *CreateTokenRequest) GetNode() *v1.NodeGrant {
@@ -2947,7 +3141,7 @@ type CreateTokenResponse struct {
 
 func (x *CreateTokenResponse) Reset() {
 	*x = CreateTokenResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[45]
+	mi := &file_entente_v1_entente_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2959,7 +3153,7 @@ func (x *CreateTokenResponse) String() string {
 func (*CreateTokenResponse) ProtoMessage() {}
 
 func (x *CreateTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[45]
+	mi := &file_entente_v1_entente_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2972,7 +3166,7 @@ func (x *CreateTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTokenResponse.ProtoReflect.Descriptor instead.
 func (*CreateTokenResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{45}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *CreateTokenResponse) GetToken() string {
@@ -3007,7 +3201,7 @@ type ApplyRequest struct {
 
 func (x *ApplyRequest) Reset() {
 	*x = ApplyRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[46]
+	mi := &file_entente_v1_entente_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3019,7 +3213,7 @@ func (x *ApplyRequest) String() string {
 func (*ApplyRequest) ProtoMessage() {}
 
 func (x *ApplyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[46]
+	mi := &file_entente_v1_entente_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3032,7 +3226,7 @@ func (x *ApplyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyRequest.ProtoReflect.Descriptor instead.
 func (*ApplyRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{46}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *ApplyRequest) GetObjects() []*v1.Object {
@@ -3066,7 +3260,7 @@ type ApplyResponse struct {
 
 func (x *ApplyResponse) Reset() {
 	*x = ApplyResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[47]
+	mi := &file_entente_v1_entente_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3078,7 +3272,7 @@ func (x *ApplyResponse) String() string {
 func (*ApplyResponse) ProtoMessage() {}
 
 func (x *ApplyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[47]
+	mi := &file_entente_v1_entente_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3091,7 +3285,7 @@ func (x *ApplyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyResponse.ProtoReflect.Descriptor instead.
 func (*ApplyResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{47}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *ApplyResponse) GetRevision() uint64 {
@@ -3118,7 +3312,7 @@ type ObjectChange struct {
 
 func (x *ObjectChange) Reset() {
 	*x = ObjectChange{}
-	mi := &file_entente_v1_entente_proto_msgTypes[48]
+	mi := &file_entente_v1_entente_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3130,7 +3324,7 @@ func (x *ObjectChange) String() string {
 func (*ObjectChange) ProtoMessage() {}
 
 func (x *ObjectChange) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[48]
+	mi := &file_entente_v1_entente_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3143,7 +3337,7 @@ func (x *ObjectChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ObjectChange.ProtoReflect.Descriptor instead.
 func (*ObjectChange) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{48}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *ObjectChange) GetKey() *v1.ObjectKey {
@@ -3170,7 +3364,7 @@ type GetBundleRequest struct {
 
 func (x *GetBundleRequest) Reset() {
 	*x = GetBundleRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[49]
+	mi := &file_entente_v1_entente_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3182,7 +3376,7 @@ func (x *GetBundleRequest) String() string {
 func (*GetBundleRequest) ProtoMessage() {}
 
 func (x *GetBundleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[49]
+	mi := &file_entente_v1_entente_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3195,7 +3389,7 @@ func (x *GetBundleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBundleRequest.ProtoReflect.Descriptor instead.
 func (*GetBundleRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{49}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *GetBundleRequest) GetTrustDomain() string {
@@ -3221,7 +3415,7 @@ type GetBundleResponse struct {
 
 func (x *GetBundleResponse) Reset() {
 	*x = GetBundleResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[50]
+	mi := &file_entente_v1_entente_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3233,7 +3427,7 @@ func (x *GetBundleResponse) String() string {
 func (*GetBundleResponse) ProtoMessage() {}
 
 func (x *GetBundleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[50]
+	mi := &file_entente_v1_entente_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3246,7 +3440,7 @@ func (x *GetBundleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBundleResponse.ProtoReflect.Descriptor instead.
 func (*GetBundleResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{50}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *GetBundleResponse) GetJwks() []byte {
@@ -3265,7 +3459,7 @@ type ProposeRequest struct {
 
 func (x *ProposeRequest) Reset() {
 	*x = ProposeRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[51]
+	mi := &file_entente_v1_entente_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3277,7 +3471,7 @@ func (x *ProposeRequest) String() string {
 func (*ProposeRequest) ProtoMessage() {}
 
 func (x *ProposeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[51]
+	mi := &file_entente_v1_entente_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3290,7 +3484,7 @@ func (x *ProposeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProposeRequest.ProtoReflect.Descriptor instead.
 func (*ProposeRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{51}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *ProposeRequest) GetCommand() []byte {
@@ -3311,7 +3505,7 @@ type ProposeResponse struct {
 
 func (x *ProposeResponse) Reset() {
 	*x = ProposeResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[52]
+	mi := &file_entente_v1_entente_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3323,7 +3517,7 @@ func (x *ProposeResponse) String() string {
 func (*ProposeResponse) ProtoMessage() {}
 
 func (x *ProposeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[52]
+	mi := &file_entente_v1_entente_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3336,7 +3530,7 @@ func (x *ProposeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProposeResponse.ProtoReflect.Descriptor instead.
 func (*ProposeResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{52}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *ProposeResponse) GetRevision() uint64 {
@@ -3365,17 +3559,18 @@ type ReportRequest struct {
 	BootId               string                 `protobuf:"bytes,1,opt,name=boot_id,json=bootId,proto3" json:"boot_id,omitempty"`
 	AppliedRevision      uint64                 `protobuf:"varint,2,opt,name=applied_revision,json=appliedRevision,proto3" json:"applied_revision,omitempty"`                // of this replica
 	AcknowledgedRevision uint64                 `protobuf:"varint,3,opt,name=acknowledged_revision,json=acknowledgedRevision,proto3" json:"acknowledged_revision,omitempty"` // minimum over its subscribers
-	WaitingFor           []string               `protobuf:"bytes,4,rep,name=waiting_for,json=waitingFor,proto3" json:"waiting_for,omitempty"`                                // names of the subscribers at the minimum, at most 10
+	WaitingFor           []string               `protobuf:"bytes,4,rep,name=waiting_for,json=waitingFor,proto3" json:"waiting_for,omitempty"`                                // names of subscribers that are behind, the furthest first, at most 64
 	UnixNanos            int64                  `protobuf:"varint,5,opt,name=unix_nanos,json=unixNanos,proto3" json:"unix_nanos,omitempty"`                                  // its clock
 	CaughtUp             bool                   `protobuf:"varint,6,opt,name=caught_up,json=caughtUp,proto3" json:"caught_up,omitempty"`
-	Held                 []*HeldAuthority       `protobuf:"bytes,20,rep,name=held,proto3" json:"held,omitempty"` // TAINTED ones of which SVIDs live among its subscribers
+	WaitingAt            []uint64               `protobuf:"varint,90,rep,packed,name=waiting_at,json=waitingAt,proto3" json:"waiting_at,omitempty"` // what each of waiting_for holds, a revision
+	Held                 []*HeldAuthority       `protobuf:"bytes,20,rep,name=held,proto3" json:"held,omitempty"`                                    // TAINTED ones of which SVIDs live among its subscribers
 	unknownFields        protoimpl.UnknownFields
 	sizeCache            protoimpl.SizeCache
 }
 
 func (x *ReportRequest) Reset() {
 	*x = ReportRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[53]
+	mi := &file_entente_v1_entente_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3387,7 +3582,7 @@ func (x *ReportRequest) String() string {
 func (*ReportRequest) ProtoMessage() {}
 
 func (x *ReportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[53]
+	mi := &file_entente_v1_entente_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3400,7 +3595,7 @@ func (x *ReportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRequest.ProtoReflect.Descriptor instead.
 func (*ReportRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{53}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *ReportRequest) GetBootId() string {
@@ -3445,6 +3640,13 @@ func (x *ReportRequest) GetCaughtUp() bool {
 	return false
 }
 
+func (x *ReportRequest) GetWaitingAt() []uint64 {
+	if x != nil {
+		return x.WaitingAt
+	}
+	return nil
+}
+
 func (x *ReportRequest) GetHeld() []*HeldAuthority {
 	if x != nil {
 		return x.Held
@@ -3463,7 +3665,7 @@ type HeldAuthority struct {
 
 func (x *HeldAuthority) Reset() {
 	*x = HeldAuthority{}
-	mi := &file_entente_v1_entente_proto_msgTypes[54]
+	mi := &file_entente_v1_entente_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3475,7 +3677,7 @@ func (x *HeldAuthority) String() string {
 func (*HeldAuthority) ProtoMessage() {}
 
 func (x *HeldAuthority) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[54]
+	mi := &file_entente_v1_entente_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3488,7 +3690,7 @@ func (x *HeldAuthority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HeldAuthority.ProtoReflect.Descriptor instead.
 func (*HeldAuthority) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{54}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *HeldAuthority) GetId() string {
@@ -3513,7 +3715,7 @@ type ReportResponse struct {
 
 func (x *ReportResponse) Reset() {
 	*x = ReportResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[55]
+	mi := &file_entente_v1_entente_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3525,7 +3727,7 @@ func (x *ReportResponse) String() string {
 func (*ReportResponse) ProtoMessage() {}
 
 func (x *ReportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[55]
+	mi := &file_entente_v1_entente_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3538,7 +3740,7 @@ func (x *ReportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportResponse.ProtoReflect.Descriptor instead.
 func (*ReportResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{55}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{57}
 }
 
 type GateRequest struct {
@@ -3549,7 +3751,7 @@ type GateRequest struct {
 
 func (x *GateRequest) Reset() {
 	*x = GateRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[56]
+	mi := &file_entente_v1_entente_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3561,7 +3763,7 @@ func (x *GateRequest) String() string {
 func (*GateRequest) ProtoMessage() {}
 
 func (x *GateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[56]
+	mi := &file_entente_v1_entente_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3574,7 +3776,7 @@ func (x *GateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GateRequest.ProtoReflect.Descriptor instead.
 func (*GateRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{56}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{58}
 }
 
 type GateResponse struct {
@@ -3586,7 +3788,7 @@ type GateResponse struct {
 
 func (x *GateResponse) Reset() {
 	*x = GateResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[57]
+	mi := &file_entente_v1_entente_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3598,7 +3800,7 @@ func (x *GateResponse) String() string {
 func (*GateResponse) ProtoMessage() {}
 
 func (x *GateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[57]
+	mi := &file_entente_v1_entente_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3611,7 +3813,7 @@ func (x *GateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GateResponse.ProtoReflect.Descriptor instead.
 func (*GateResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{57}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *GateResponse) GetAuthorities() []*AuthorityGate {
@@ -3627,13 +3829,14 @@ type AuthorityGate struct {
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
 	WaitingFor    []string               `protobuf:"bytes,2,rep,name=waiting_for,json=waitingFor,proto3" json:"waiting_for,omitempty"` // PREPARED: who does not hold it; TAINTED: who has SVIDs under it
 	Assumed       []string               `protobuf:"bytes,3,rep,name=assumed,proto3" json:"assumed,omitempty"`                         // who cannot say, and is not waited for any longer
+	Overdue       bool                   `protobuf:"varint,90,opt,name=overdue,proto3" json:"overdue,omitempty"`                       // PREPARED: the one before should have been replaced by now
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *AuthorityGate) Reset() {
 	*x = AuthorityGate{}
-	mi := &file_entente_v1_entente_proto_msgTypes[58]
+	mi := &file_entente_v1_entente_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3645,7 +3848,7 @@ func (x *AuthorityGate) String() string {
 func (*AuthorityGate) ProtoMessage() {}
 
 func (x *AuthorityGate) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[58]
+	mi := &file_entente_v1_entente_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3658,7 +3861,7 @@ func (x *AuthorityGate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityGate.ProtoReflect.Descriptor instead.
 func (*AuthorityGate) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{58}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *AuthorityGate) GetId() string {
@@ -3682,6 +3885,117 @@ func (x *AuthorityGate) GetAssumed() []string {
 	return nil
 }
 
+func (x *AuthorityGate) GetOverdue() bool {
+	if x != nil {
+		return x.Overdue
+	}
+	return false
+}
+
+type MarkReadyRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Exclude       []string               `protobuf:"bytes,2,rep,name=exclude,proto3" json:"exclude,omitempty"` // names of CA nodes
+	Who           string                 `protobuf:"bytes,3,opt,name=who,proto3" json:"who,omitempty"`         // asked for it, for the audit log
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MarkReadyRequest) Reset() {
+	*x = MarkReadyRequest{}
+	mi := &file_entente_v1_entente_proto_msgTypes[61]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MarkReadyRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MarkReadyRequest) ProtoMessage() {}
+
+func (x *MarkReadyRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[61]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MarkReadyRequest.ProtoReflect.Descriptor instead.
+func (*MarkReadyRequest) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{61}
+}
+
+func (x *MarkReadyRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *MarkReadyRequest) GetExclude() []string {
+	if x != nil {
+		return x.Exclude
+	}
+	return nil
+}
+
+func (x *MarkReadyRequest) GetWho() string {
+	if x != nil {
+		return x.Who
+	}
+	return ""
+}
+
+type MarkReadyResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Revision      uint64                 `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MarkReadyResponse) Reset() {
+	*x = MarkReadyResponse{}
+	mi := &file_entente_v1_entente_proto_msgTypes[62]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MarkReadyResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MarkReadyResponse) ProtoMessage() {}
+
+func (x *MarkReadyResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[62]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MarkReadyResponse.ProtoReflect.Descriptor instead.
+func (*MarkReadyResponse) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{62}
+}
+
+func (x *MarkReadyResponse) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
 // Picture is what a subscriber holds of both lanes, as it keeps it over a restart.
 type Picture struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -3693,7 +4007,7 @@ type Picture struct {
 
 func (x *Picture) Reset() {
 	*x = Picture{}
-	mi := &file_entente_v1_entente_proto_msgTypes[59]
+	mi := &file_entente_v1_entente_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3705,7 +4019,7 @@ func (x *Picture) String() string {
 func (*Picture) ProtoMessage() {}
 
 func (x *Picture) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[59]
+	mi := &file_entente_v1_entente_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3718,7 +4032,7 @@ func (x *Picture) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Picture.ProtoReflect.Descriptor instead.
 func (*Picture) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{59}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *Picture) GetPolicy() *Policy {
@@ -3743,7 +4057,7 @@ type PresenceRequest struct {
 
 func (x *PresenceRequest) Reset() {
 	*x = PresenceRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[60]
+	mi := &file_entente_v1_entente_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3755,7 +4069,7 @@ func (x *PresenceRequest) String() string {
 func (*PresenceRequest) ProtoMessage() {}
 
 func (x *PresenceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[60]
+	mi := &file_entente_v1_entente_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3768,7 +4082,7 @@ func (x *PresenceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PresenceRequest.ProtoReflect.Descriptor instead.
 func (*PresenceRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{60}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{64}
 }
 
 type PresenceResponse struct {
@@ -3782,7 +4096,7 @@ type PresenceResponse struct {
 
 func (x *PresenceResponse) Reset() {
 	*x = PresenceResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[61]
+	mi := &file_entente_v1_entente_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3794,7 +4108,7 @@ func (x *PresenceResponse) String() string {
 func (*PresenceResponse) ProtoMessage() {}
 
 func (x *PresenceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[61]
+	mi := &file_entente_v1_entente_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3807,7 +4121,7 @@ func (x *PresenceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PresenceResponse.ProtoReflect.Descriptor instead.
 func (*PresenceResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{61}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *PresenceResponse) GetInstances() []*Instance {
@@ -3839,7 +4153,7 @@ type ListAuthoritiesRequest struct {
 
 func (x *ListAuthoritiesRequest) Reset() {
 	*x = ListAuthoritiesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[62]
+	mi := &file_entente_v1_entente_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3851,7 +4165,7 @@ func (x *ListAuthoritiesRequest) String() string {
 func (*ListAuthoritiesRequest) ProtoMessage() {}
 
 func (x *ListAuthoritiesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[62]
+	mi := &file_entente_v1_entente_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3864,7 +4178,7 @@ func (x *ListAuthoritiesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuthoritiesRequest.ProtoReflect.Descriptor instead.
 func (*ListAuthoritiesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{62}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{66}
 }
 
 type ListAuthoritiesResponse struct {
@@ -3878,7 +4192,7 @@ type ListAuthoritiesResponse struct {
 
 func (x *ListAuthoritiesResponse) Reset() {
 	*x = ListAuthoritiesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[63]
+	mi := &file_entente_v1_entente_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3890,7 +4204,7 @@ func (x *ListAuthoritiesResponse) String() string {
 func (*ListAuthoritiesResponse) ProtoMessage() {}
 
 func (x *ListAuthoritiesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[63]
+	mi := &file_entente_v1_entente_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3903,7 +4217,7 @@ func (x *ListAuthoritiesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuthoritiesResponse.ProtoReflect.Descriptor instead.
 func (*ListAuthoritiesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{63}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *ListAuthoritiesResponse) GetAuthorities() []*AuthorityStatus {
@@ -3933,13 +4247,15 @@ type AuthorityStatus struct {
 	Node          string                 `protobuf:"bytes,2,opt,name=node,proto3" json:"node,omitempty"` // name of its member; empty: removed
 	WaitingFor    []string               `protobuf:"bytes,3,rep,name=waiting_for,json=waitingFor,proto3" json:"waiting_for,omitempty"`
 	Assumed       []string               `protobuf:"bytes,4,rep,name=assumed,proto3" json:"assumed,omitempty"`
+	Overdue       bool                   `protobuf:"varint,90,opt,name=overdue,proto3" json:"overdue,omitempty"` // the one before should have been replaced by now
+	Offline       bool                   `protobuf:"varint,91,opt,name=offline,proto3" json:"offline,omitempty"` // the node that was asked signs with it, without quorum; the state will learn of it
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *AuthorityStatus) Reset() {
 	*x = AuthorityStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[64]
+	mi := &file_entente_v1_entente_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3951,7 +4267,7 @@ func (x *AuthorityStatus) String() string {
 func (*AuthorityStatus) ProtoMessage() {}
 
 func (x *AuthorityStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[64]
+	mi := &file_entente_v1_entente_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3964,7 +4280,7 @@ func (x *AuthorityStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityStatus.ProtoReflect.Descriptor instead.
 func (*AuthorityStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{64}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *AuthorityStatus) GetAuthority() *v1.Authority {
@@ -3995,15 +4311,30 @@ func (x *AuthorityStatus) GetAssumed() []string {
 	return nil
 }
 
+func (x *AuthorityStatus) GetOverdue() bool {
+	if x != nil {
+		return x.Overdue
+	}
+	return false
+}
+
+func (x *AuthorityStatus) GetOffline() bool {
+	if x != nil {
+		return x.Offline
+	}
+	return false
+}
+
 type PrepareAuthorityRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
+	Use           v1.KeyUse              `protobuf:"varint,90,opt,name=use,proto3,enum=entente.state.v1.KeyUse" json:"use,omitempty"` // unspecified: X.509
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *PrepareAuthorityRequest) Reset() {
 	*x = PrepareAuthorityRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[65]
+	mi := &file_entente_v1_entente_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4015,7 +4346,7 @@ func (x *PrepareAuthorityRequest) String() string {
 func (*PrepareAuthorityRequest) ProtoMessage() {}
 
 func (x *PrepareAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[65]
+	mi := &file_entente_v1_entente_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4028,20 +4359,28 @@ func (x *PrepareAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*PrepareAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{65}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{69}
+}
+
+func (x *PrepareAuthorityRequest) GetUse() v1.KeyUse {
+	if x != nil {
+		return x.Use
+	}
+	return v1.KeyUse(0)
 }
 
 type ChangeAuthorityRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`    // whole, or enough of its beginning to be the only one
-	Now           bool                   `protobuf:"varint,2,opt,name=now,proto3" json:"now,omitempty"` // of RevokeAuthority
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`            // whole, or enough of its beginning to be the only one
+	Now           bool                   `protobuf:"varint,2,opt,name=now,proto3" json:"now,omitempty"`         // of RevokeAuthority
+	Exclude       []string               `protobuf:"bytes,90,rep,name=exclude,proto3" json:"exclude,omitempty"` // of ActivateAuthority: CA nodes that do not report, by name, and are not waited for
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ChangeAuthorityRequest) Reset() {
 	*x = ChangeAuthorityRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[66]
+	mi := &file_entente_v1_entente_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4053,7 +4392,7 @@ func (x *ChangeAuthorityRequest) String() string {
 func (*ChangeAuthorityRequest) ProtoMessage() {}
 
 func (x *ChangeAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[66]
+	mi := &file_entente_v1_entente_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4066,7 +4405,7 @@ func (x *ChangeAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*ChangeAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{66}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *ChangeAuthorityRequest) GetId() string {
@@ -4083,6 +4422,13 @@ func (x *ChangeAuthorityRequest) GetNow() bool {
 	return false
 }
 
+func (x *ChangeAuthorityRequest) GetExclude() []string {
+	if x != nil {
+		return x.Exclude
+	}
+	return nil
+}
+
 type ChangeAuthorityResponse struct {
 	state     protoimpl.MessageState `protogen:"open.v1"`
 	Authority *v1.Authority          `protobuf:"bytes,1,opt,name=authority,proto3" json:"authority,omitempty"` // as it is now
@@ -4092,13 +4438,15 @@ type ChangeAuthorityResponse struct {
 	HeldBy []string `protobuf:"bytes,3,rep,name=held_by,json=heldBy,proto3" json:"held_by,omitempty"`
 	// Authorities that sign now, in the domain.
 	Signing       []*v1.Authority `protobuf:"bytes,4,rep,name=signing,proto3" json:"signing,omitempty"`
+	Offline       bool            `protobuf:"varint,90,opt,name=offline,proto3" json:"offline,omitempty"` // of ActivateAuthority: without quorum, at this node alone
+	Note          string          `protobuf:"bytes,85,opt,name=note,proto3" json:"note,omitempty"`        // who will not learn of it; empty: everybody does
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ChangeAuthorityResponse) Reset() {
 	*x = ChangeAuthorityResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[67]
+	mi := &file_entente_v1_entente_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4110,7 +4458,7 @@ func (x *ChangeAuthorityResponse) String() string {
 func (*ChangeAuthorityResponse) ProtoMessage() {}
 
 func (x *ChangeAuthorityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[67]
+	mi := &file_entente_v1_entente_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4123,7 +4471,7 @@ func (x *ChangeAuthorityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAuthorityResponse.ProtoReflect.Descriptor instead.
 func (*ChangeAuthorityResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{67}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *ChangeAuthorityResponse) GetAuthority() *v1.Authority {
@@ -4154,6 +4502,20 @@ func (x *ChangeAuthorityResponse) GetSigning() []*v1.Authority {
 	return nil
 }
 
+func (x *ChangeAuthorityResponse) GetOffline() bool {
+	if x != nil {
+		return x.Offline
+	}
+	return false
+}
+
+func (x *ChangeAuthorityResponse) GetNote() string {
+	if x != nil {
+		return x.Note
+	}
+	return ""
+}
+
 type RemoveNodeRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`                // or its id
@@ -4164,7 +4526,7 @@ type RemoveNodeRequest struct {
 
 func (x *RemoveNodeRequest) Reset() {
 	*x = RemoveNodeRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[68]
+	mi := &file_entente_v1_entente_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4176,7 +4538,7 @@ func (x *RemoveNodeRequest) String() string {
 func (*RemoveNodeRequest) ProtoMessage() {}
 
 func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[68]
+	mi := &file_entente_v1_entente_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4189,7 +4551,7 @@ func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodeRequest.ProtoReflect.Descriptor instead.
 func (*RemoveNodeRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{68}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *RemoveNodeRequest) GetName() string {
@@ -4212,13 +4574,14 @@ type RemoveNodeResponse struct {
 	Member        *v1.Member             `protobuf:"bytes,2,opt,name=member,proto3" json:"member,omitempty"`
 	Authorities   []*v1.Authority        `protobuf:"bytes,3,rep,name=authorities,proto3" json:"authorities,omitempty"` // its own, as they are now
 	HeldBy        []string               `protobuf:"bytes,4,rep,name=held_by,json=heldBy,proto3" json:"held_by,omitempty"`
+	Note          string                 `protobuf:"bytes,85,opt,name=note,proto3" json:"note,omitempty"` // as of ChangeAuthorityResponse
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *RemoveNodeResponse) Reset() {
 	*x = RemoveNodeResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[69]
+	mi := &file_entente_v1_entente_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4230,7 +4593,7 @@ func (x *RemoveNodeResponse) String() string {
 func (*RemoveNodeResponse) ProtoMessage() {}
 
 func (x *RemoveNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[69]
+	mi := &file_entente_v1_entente_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4243,7 +4606,7 @@ func (x *RemoveNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodeResponse.ProtoReflect.Descriptor instead.
 func (*RemoveNodeResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{69}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *RemoveNodeResponse) GetRevision() uint64 {
@@ -4274,6 +4637,13 @@ func (x *RemoveNodeResponse) GetHeldBy() []string {
 	return nil
 }
 
+func (x *RemoveNodeResponse) GetNote() string {
+	if x != nil {
+		return x.Note
+	}
+	return ""
+}
+
 type ListAgentsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	PageSize      uint32                 `protobuf:"varint,1,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"` // at most 1000; 0: 1000
@@ -4284,7 +4654,7 @@ type ListAgentsRequest struct {
 
 func (x *ListAgentsRequest) Reset() {
 	*x = ListAgentsRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[70]
+	mi := &file_entente_v1_entente_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4296,7 +4666,7 @@ func (x *ListAgentsRequest) String() string {
 func (*ListAgentsRequest) ProtoMessage() {}
 
 func (x *ListAgentsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[70]
+	mi := &file_entente_v1_entente_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4309,7 +4679,7 @@ func (x *ListAgentsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAgentsRequest.ProtoReflect.Descriptor instead.
 func (*ListAgentsRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{70}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *ListAgentsRequest) GetPageSize() uint32 {
@@ -4336,7 +4706,7 @@ type ListAgentsResponse struct {
 
 func (x *ListAgentsResponse) Reset() {
 	*x = ListAgentsResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[71]
+	mi := &file_entente_v1_entente_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4348,7 +4718,7 @@ func (x *ListAgentsResponse) String() string {
 func (*ListAgentsResponse) ProtoMessage() {}
 
 func (x *ListAgentsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[71]
+	mi := &file_entente_v1_entente_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4361,7 +4731,7 @@ func (x *ListAgentsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAgentsResponse.ProtoReflect.Descriptor instead.
 func (*ListAgentsResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{71}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *ListAgentsResponse) GetAgents() []*AgentStatus {
@@ -4390,7 +4760,7 @@ type AgentStatus struct {
 
 func (x *AgentStatus) Reset() {
 	*x = AgentStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[72]
+	mi := &file_entente_v1_entente_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4402,7 +4772,7 @@ func (x *AgentStatus) String() string {
 func (*AgentStatus) ProtoMessage() {}
 
 func (x *AgentStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[72]
+	mi := &file_entente_v1_entente_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4415,7 +4785,7 @@ func (x *AgentStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentStatus.ProtoReflect.Descriptor instead.
 func (*AgentStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{72}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{76}
 }
 
 func (x *AgentStatus) GetAgent() *v1.Agent {
@@ -4455,7 +4825,7 @@ type GetAgentRequest struct {
 
 func (x *GetAgentRequest) Reset() {
 	*x = GetAgentRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[73]
+	mi := &file_entente_v1_entente_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4467,7 +4837,7 @@ func (x *GetAgentRequest) String() string {
 func (*GetAgentRequest) ProtoMessage() {}
 
 func (x *GetAgentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[73]
+	mi := &file_entente_v1_entente_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4480,7 +4850,7 @@ func (x *GetAgentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetAgentRequest.ProtoReflect.Descriptor instead.
 func (*GetAgentRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{73}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *GetAgentRequest) GetName() string {
@@ -4501,7 +4871,7 @@ type GetAgentResponse struct {
 
 func (x *GetAgentResponse) Reset() {
 	*x = GetAgentResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[74]
+	mi := &file_entente_v1_entente_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4513,7 +4883,7 @@ func (x *GetAgentResponse) String() string {
 func (*GetAgentResponse) ProtoMessage() {}
 
 func (x *GetAgentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[74]
+	mi := &file_entente_v1_entente_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4526,7 +4896,7 @@ func (x *GetAgentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetAgentResponse.ProtoReflect.Descriptor instead.
 func (*GetAgentResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{74}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{78}
 }
 
 func (x *GetAgentResponse) GetStatus() *AgentStatus {
@@ -4559,7 +4929,7 @@ type ChangeAgentRequest struct {
 
 func (x *ChangeAgentRequest) Reset() {
 	*x = ChangeAgentRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[75]
+	mi := &file_entente_v1_entente_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4571,7 +4941,7 @@ func (x *ChangeAgentRequest) String() string {
 func (*ChangeAgentRequest) ProtoMessage() {}
 
 func (x *ChangeAgentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[75]
+	mi := &file_entente_v1_entente_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4584,7 +4954,7 @@ func (x *ChangeAgentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAgentRequest.ProtoReflect.Descriptor instead.
 func (*ChangeAgentRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{75}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *ChangeAgentRequest) GetName() string {
@@ -4603,7 +4973,7 @@ type ChangeAgentResponse struct {
 
 func (x *ChangeAgentResponse) Reset() {
 	*x = ChangeAgentResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[76]
+	mi := &file_entente_v1_entente_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4615,7 +4985,7 @@ func (x *ChangeAgentResponse) String() string {
 func (*ChangeAgentResponse) ProtoMessage() {}
 
 func (x *ChangeAgentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[76]
+	mi := &file_entente_v1_entente_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4628,7 +4998,7 @@ func (x *ChangeAgentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAgentResponse.ProtoReflect.Descriptor instead.
 func (*ChangeAgentResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{76}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{80}
 }
 
 func (x *ChangeAgentResponse) GetRevision() uint64 {
@@ -4648,7 +5018,7 @@ type IsolateAgentRequest struct {
 
 func (x *IsolateAgentRequest) Reset() {
 	*x = IsolateAgentRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[77]
+	mi := &file_entente_v1_entente_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4660,7 +5030,7 @@ func (x *IsolateAgentRequest) String() string {
 func (*IsolateAgentRequest) ProtoMessage() {}
 
 func (x *IsolateAgentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[77]
+	mi := &file_entente_v1_entente_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4673,7 +5043,7 @@ func (x *IsolateAgentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IsolateAgentRequest.ProtoReflect.Descriptor instead.
 func (*IsolateAgentRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{77}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{81}
 }
 
 func (x *IsolateAgentRequest) GetName() string {
@@ -4699,7 +5069,7 @@ type IsolateAgentResponse struct {
 
 func (x *IsolateAgentResponse) Reset() {
 	*x = IsolateAgentResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[78]
+	mi := &file_entente_v1_entente_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4711,7 +5081,7 @@ func (x *IsolateAgentResponse) String() string {
 func (*IsolateAgentResponse) ProtoMessage() {}
 
 func (x *IsolateAgentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[78]
+	mi := &file_entente_v1_entente_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4724,7 +5094,7 @@ func (x *IsolateAgentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IsolateAgentResponse.ProtoReflect.Descriptor instead.
 func (*IsolateAgentResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{78}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *IsolateAgentResponse) GetIsolation() *Isolation {
@@ -4748,7 +5118,7 @@ type Isolation struct {
 
 func (x *Isolation) Reset() {
 	*x = Isolation{}
-	mi := &file_entente_v1_entente_proto_msgTypes[79]
+	mi := &file_entente_v1_entente_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4760,7 +5130,7 @@ func (x *Isolation) String() string {
 func (*Isolation) ProtoMessage() {}
 
 func (x *Isolation) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[79]
+	mi := &file_entente_v1_entente_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4773,7 +5143,7 @@ func (x *Isolation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Isolation.ProtoReflect.Descriptor instead.
 func (*Isolation) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{79}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *Isolation) GetAgent() *v1.Agent {
@@ -4819,7 +5189,7 @@ type ListTokensRequest struct {
 
 func (x *ListTokensRequest) Reset() {
 	*x = ListTokensRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[80]
+	mi := &file_entente_v1_entente_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4831,7 +5201,7 @@ func (x *ListTokensRequest) String() string {
 func (*ListTokensRequest) ProtoMessage() {}
 
 func (x *ListTokensRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[80]
+	mi := &file_entente_v1_entente_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4844,7 +5214,7 @@ func (x *ListTokensRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTokensRequest.ProtoReflect.Descriptor instead.
 func (*ListTokensRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{80}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{84}
 }
 
 type ListTokensResponse struct {
@@ -4857,7 +5227,7 @@ type ListTokensResponse struct {
 
 func (x *ListTokensResponse) Reset() {
 	*x = ListTokensResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[81]
+	mi := &file_entente_v1_entente_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4869,7 +5239,7 @@ func (x *ListTokensResponse) String() string {
 func (*ListTokensResponse) ProtoMessage() {}
 
 func (x *ListTokensResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[81]
+	mi := &file_entente_v1_entente_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4882,7 +5252,7 @@ func (x *ListTokensResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTokensResponse.ProtoReflect.Descriptor instead.
 func (*ListTokensResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{81}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *ListTokensResponse) GetTokens() []*v1.Token {
@@ -4908,7 +5278,7 @@ type RevokeTokenRequest struct {
 
 func (x *RevokeTokenRequest) Reset() {
 	*x = RevokeTokenRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[82]
+	mi := &file_entente_v1_entente_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4920,7 +5290,7 @@ func (x *RevokeTokenRequest) String() string {
 func (*RevokeTokenRequest) ProtoMessage() {}
 
 func (x *RevokeTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[82]
+	mi := &file_entente_v1_entente_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4933,7 +5303,7 @@ func (x *RevokeTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeTokenRequest.ProtoReflect.Descriptor instead.
 func (*RevokeTokenRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{82}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{86}
 }
 
 func (x *RevokeTokenRequest) GetId() string {
@@ -4952,7 +5322,7 @@ type RevokeTokenResponse struct {
 
 func (x *RevokeTokenResponse) Reset() {
 	*x = RevokeTokenResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[83]
+	mi := &file_entente_v1_entente_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4964,7 +5334,7 @@ func (x *RevokeTokenResponse) String() string {
 func (*RevokeTokenResponse) ProtoMessage() {}
 
 func (x *RevokeTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[83]
+	mi := &file_entente_v1_entente_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4977,7 +5347,7 @@ func (x *RevokeTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeTokenResponse.ProtoReflect.Descriptor instead.
 func (*RevokeTokenResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{83}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *RevokeTokenResponse) GetRevision() uint64 {
@@ -4997,7 +5367,7 @@ type ChangeEntriesRequest struct {
 
 func (x *ChangeEntriesRequest) Reset() {
 	*x = ChangeEntriesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[84]
+	mi := &file_entente_v1_entente_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5009,7 +5379,7 @@ func (x *ChangeEntriesRequest) String() string {
 func (*ChangeEntriesRequest) ProtoMessage() {}
 
 func (x *ChangeEntriesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[84]
+	mi := &file_entente_v1_entente_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5022,7 +5392,7 @@ func (x *ChangeEntriesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeEntriesRequest.ProtoReflect.Descriptor instead.
 func (*ChangeEntriesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{84}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{88}
 }
 
 func (x *ChangeEntriesRequest) GetChanges() []*v1.EntryChange {
@@ -5048,7 +5418,7 @@ type ChangeEntriesResponse struct {
 
 func (x *ChangeEntriesResponse) Reset() {
 	*x = ChangeEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[85]
+	mi := &file_entente_v1_entente_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5060,7 +5430,7 @@ func (x *ChangeEntriesResponse) String() string {
 func (*ChangeEntriesResponse) ProtoMessage() {}
 
 func (x *ChangeEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[85]
+	mi := &file_entente_v1_entente_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5073,7 +5443,7 @@ func (x *ChangeEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeEntriesResponse.ProtoReflect.Descriptor instead.
 func (*ChangeEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{85}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{89}
 }
 
 func (x *ChangeEntriesResponse) GetResults() []*EntryResult {
@@ -5096,7 +5466,7 @@ type EntryResult struct {
 
 func (x *EntryResult) Reset() {
 	*x = EntryResult{}
-	mi := &file_entente_v1_entente_proto_msgTypes[86]
+	mi := &file_entente_v1_entente_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5108,7 +5478,7 @@ func (x *EntryResult) String() string {
 func (*EntryResult) ProtoMessage() {}
 
 func (x *EntryResult) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[86]
+	mi := &file_entente_v1_entente_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5121,7 +5491,7 @@ func (x *EntryResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EntryResult.ProtoReflect.Descriptor instead.
 func (*EntryResult) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{86}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{90}
 }
 
 func (x *EntryResult) GetId() string {
@@ -5172,7 +5542,7 @@ type ListEntriesRequest struct {
 
 func (x *ListEntriesRequest) Reset() {
 	*x = ListEntriesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[87]
+	mi := &file_entente_v1_entente_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5184,7 +5554,7 @@ func (x *ListEntriesRequest) String() string {
 func (*ListEntriesRequest) ProtoMessage() {}
 
 func (x *ListEntriesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[87]
+	mi := &file_entente_v1_entente_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5197,7 +5567,7 @@ func (x *ListEntriesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntriesRequest.ProtoReflect.Descriptor instead.
 func (*ListEntriesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{87}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{91}
 }
 
 func (x *ListEntriesRequest) GetPageSize() uint32 {
@@ -5245,7 +5615,7 @@ type ListEntriesResponse struct {
 
 func (x *ListEntriesResponse) Reset() {
 	*x = ListEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[88]
+	mi := &file_entente_v1_entente_proto_msgTypes[92]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5257,7 +5627,7 @@ func (x *ListEntriesResponse) String() string {
 func (*ListEntriesResponse) ProtoMessage() {}
 
 func (x *ListEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[88]
+	mi := &file_entente_v1_entente_proto_msgTypes[92]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5270,7 +5640,7 @@ func (x *ListEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntriesResponse.ProtoReflect.Descriptor instead.
 func (*ListEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{88}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{92}
 }
 
 func (x *ListEntriesResponse) GetEntries() []*v1.Entry {
@@ -5296,7 +5666,7 @@ type GetEntryRequest struct {
 
 func (x *GetEntryRequest) Reset() {
 	*x = GetEntryRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[89]
+	mi := &file_entente_v1_entente_proto_msgTypes[93]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5308,7 +5678,7 @@ func (x *GetEntryRequest) String() string {
 func (*GetEntryRequest) ProtoMessage() {}
 
 func (x *GetEntryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[89]
+	mi := &file_entente_v1_entente_proto_msgTypes[93]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5321,7 +5691,7 @@ func (x *GetEntryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetEntryRequest.ProtoReflect.Descriptor instead.
 func (*GetEntryRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{89}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{93}
 }
 
 func (x *GetEntryRequest) GetId() string {
@@ -5340,7 +5710,7 @@ type GetEntryResponse struct {
 
 func (x *GetEntryResponse) Reset() {
 	*x = GetEntryResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[90]
+	mi := &file_entente_v1_entente_proto_msgTypes[94]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5352,7 +5722,7 @@ func (x *GetEntryResponse) String() string {
 func (*GetEntryResponse) ProtoMessage() {}
 
 func (x *GetEntryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[90]
+	mi := &file_entente_v1_entente_proto_msgTypes[94]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5365,7 +5735,7 @@ func (x *GetEntryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetEntryResponse.ProtoReflect.Descriptor instead.
 func (*GetEntryResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{90}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{94}
 }
 
 func (x *GetEntryResponse) GetEntry() *v1.Entry {
@@ -5384,7 +5754,7 @@ type CountEntriesResponse struct {
 
 func (x *CountEntriesResponse) Reset() {
 	*x = CountEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[91]
+	mi := &file_entente_v1_entente_proto_msgTypes[95]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5396,7 +5766,7 @@ func (x *CountEntriesResponse) String() string {
 func (*CountEntriesResponse) ProtoMessage() {}
 
 func (x *CountEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[91]
+	mi := &file_entente_v1_entente_proto_msgTypes[95]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5409,7 +5779,7 @@ func (x *CountEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CountEntriesResponse.ProtoReflect.Descriptor instead.
 func (*CountEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{91}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{95}
 }
 
 func (x *CountEntriesResponse) GetEntries() uint64 {
@@ -5456,12 +5826,14 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x05Hello\x12'\n" +
 	"\x0fresume_revision\x18\x01 \x01(\x04R\x0eresumeRevision\x12\x17\n" +
 	"\aboot_id\x18\x02 \x01(\tR\x06bootId\x12\x18\n" +
-	"\aconnect\x18\x03 \x01(\x04R\aconnect\"p\n" +
+	"\aconnect\x18\x03 \x01(\x04R\aconnect\"\x91\x01\n" +
 	"\x03Ack\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x12 \n" +
 	"\vauthorities\x18\n" +
 	" \x03(\tR\vauthorities\x12+\n" +
-	"\x11authorities_known\x18\v \x01(\bR\x10authoritiesKnown\"D\n" +
+	"\x11authorities_known\x18\v \x01(\bR\x10authoritiesKnown\x12\x1f\n" +
+	"\vwaiting_for\x18Z \x03(\tR\n" +
+	"waitingFor\"D\n" +
 	"\x0eInstanceReport\x122\n" +
 	"\tinstances\x18\x01 \x03(\v2\x14.entente.v1.InstanceR\tinstances\"\xe9\x01\n" +
 	"\bInstance\x12\x18\n" +
@@ -5546,7 +5918,7 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x05token\x18\x01 \x01(\tR\x05token\x12\x12\n" +
 	"\x04code\x18\x02 \x01(\rR\x04code\x12\x14\n" +
 	"\x05error\x18\x03 \x01(\tR\x05error\"\x0f\n" +
-	"\rStatusRequest\"\xf3\a\n" +
+	"\rStatusRequest\"\xa5\b\n" +
 	"\x0eStatusResponse\x123\n" +
 	"\acluster\x18\x01 \x01(\v2\x19.entente.state.v1.ClusterR\acluster\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\x04R\brevision\x12\x17\n" +
@@ -5575,17 +5947,35 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\rapplied_index\x18% \x01(\x04R\fappliedIndex\x12\x1d\n" +
 	"\n" +
 	"last_index\x18& \x01(\x04R\tlastIndex\x12\x1b\n" +
-	"\tlog_bytes\x18' \x01(\x04R\blogBytes\x121\n" +
+	"\tlog_bytes\x18' \x01(\x04R\blogBytes\x120\n" +
+	"\bupstream\x18U \x01(\v2\x14.entente.v1.UpstreamR\bupstream\x121\n" +
 	"\bisolated\x18x \x03(\v2\x15.entente.v1.IsolationR\bisolated\x123\n" +
 	"\x15acknowledged_revision\x18y \x01(\x04R\x14acknowledgedRevision\x12\x1f\n" +
 	"\vwaiting_for\x18z \x03(\tR\n" +
-	"waitingFor\"\x8e\x01\n" +
+	"waitingFor\"X\n" +
+	"\bUpstream\x12\x15\n" +
+	"\x06key_id\x18\x01 \x01(\tR\x05keyId\x12\x1b\n" +
+	"\tnot_after\x18\x02 \x01(\x03R\bnotAfter\x12\x18\n" +
+	"\aproblem\x18\x03 \x01(\tR\aproblem\"\xbb\x01\n" +
 	"\bAutonomy\x12\x1b\n" +
 	"\tmember_id\x18\x01 \x01(\tR\bmemberId\x12#\n" +
 	"\rsigns_seconds\x18\x02 \x01(\x01R\fsignsSeconds\x12!\n" +
 	"\ffull_seconds\x18\x03 \x01(\x01R\vfullSeconds\x12\x1d\n" +
 	"\n" +
-	"next_ready\x18\x04 \x01(\bR\tnextReady\"]\n" +
+	"next_ready\x18\x04 \x01(\bR\tnextReady\x12+\n" +
+	"\x04uses\x18Z \x03(\v2\x17.entente.v1.UseAutonomyR\x04uses\"\xb2\x02\n" +
+	"\vUseAutonomy\x12*\n" +
+	"\x03use\x18\x01 \x01(\x0e2\x18.entente.state.v1.KeyUseR\x03use\x12\x16\n" +
+	"\x06active\x18\x02 \x01(\tR\x06active\x12%\n" +
+	"\x0eactive_seconds\x18\x03 \x01(\x01R\ractiveSeconds\x12\x12\n" +
+	"\x04next\x18\x04 \x01(\tR\x04next\x12\x1d\n" +
+	"\n" +
+	"next_ready\x18\x05 \x01(\bR\tnextReady\x12!\n" +
+	"\fnext_seconds\x18\x06 \x01(\x01R\vnextSeconds\x12\x1f\n" +
+	"\vwaiting_for\x18\a \x03(\tR\n" +
+	"waitingFor\x12'\n" +
+	"\x0fwaiting_unknown\x18\b \x01(\bR\x0ewaitingUnknown\x12\x18\n" +
+	"\aoverdue\x18\t \x01(\bR\aoverdue\"]\n" +
 	"\fMemberStatus\x120\n" +
 	"\x06member\x18\x01 \x01(\v2\x18.entente.state.v1.MemberR\x06member\x12\x1b\n" +
 	"\tvoter_now\x18\x02 \x01(\bR\bvoterNow\"\x15\n" +
@@ -5657,7 +6047,7 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x0fProposeResponse\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x12\x18\n" +
 	"\arefusal\x18\x02 \x01(\tR\arefusal\x12\x16\n" +
-	"\x06detail\x18\x03 \x01(\tR\x06detail\"\x94\x02\n" +
+	"\x06detail\x18\x03 \x01(\tR\x06detail\"\xb3\x02\n" +
 	"\rReportRequest\x12\x17\n" +
 	"\aboot_id\x18\x01 \x01(\tR\x06bootId\x12)\n" +
 	"\x10applied_revision\x18\x02 \x01(\x04R\x0fappliedRevision\x123\n" +
@@ -5666,7 +6056,9 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"waitingFor\x12\x1d\n" +
 	"\n" +
 	"unix_nanos\x18\x05 \x01(\x03R\tunixNanos\x12\x1b\n" +
-	"\tcaught_up\x18\x06 \x01(\bR\bcaughtUp\x12-\n" +
+	"\tcaught_up\x18\x06 \x01(\bR\bcaughtUp\x12\x1d\n" +
+	"\n" +
+	"waiting_at\x18Z \x03(\x04R\twaitingAt\x12-\n" +
 	"\x04held\x18\x14 \x03(\v2\x19.entente.v1.HeldAuthorityR\x04held\"/\n" +
 	"\rHeldAuthority\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x0e\n" +
@@ -5674,12 +6066,19 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x0eReportResponse\"\r\n" +
 	"\vGateRequest\"K\n" +
 	"\fGateResponse\x12;\n" +
-	"\vauthorities\x18\x01 \x03(\v2\x19.entente.v1.AuthorityGateR\vauthorities\"Z\n" +
+	"\vauthorities\x18\x01 \x03(\v2\x19.entente.v1.AuthorityGateR\vauthorities\"t\n" +
 	"\rAuthorityGate\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1f\n" +
 	"\vwaiting_for\x18\x02 \x03(\tR\n" +
 	"waitingFor\x12\x18\n" +
-	"\aassumed\x18\x03 \x03(\tR\aassumed\"g\n" +
+	"\aassumed\x18\x03 \x03(\tR\aassumed\x12\x18\n" +
+	"\aoverdue\x18Z \x01(\bR\aoverdue\"N\n" +
+	"\x10MarkReadyRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x18\n" +
+	"\aexclude\x18\x02 \x03(\tR\aexclude\x12\x10\n" +
+	"\x03who\x18\x03 \x01(\tR\x03who\"/\n" +
+	"\x11MarkReadyResponse\x12\x1a\n" +
+	"\brevision\x18\x01 \x01(\x04R\brevision\"g\n" +
 	"\aPicture\x12*\n" +
 	"\x06policy\x18\x01 \x01(\v2\x12.entente.v1.PolicyR\x06policy\x120\n" +
 	"\bpresence\x18\x02 \x01(\v2\x14.entente.v1.PresenceR\bpresence\"\x11\n" +
@@ -5693,30 +6092,37 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\vauthorities\x18\x01 \x03(\v2\x1b.entente.v1.AuthorityStatusR\vauthorities\x12\x1d\n" +
 	"\n" +
 	"gate_error\x18\x02 \x01(\tR\tgateError\x12\x19\n" +
-	"\bnow_unix\x18\x03 \x01(\x03R\anowUnix\"\x9b\x01\n" +
+	"\bnow_unix\x18\x03 \x01(\x03R\anowUnix\"\xcf\x01\n" +
 	"\x0fAuthorityStatus\x129\n" +
 	"\tauthority\x18\x01 \x01(\v2\x1b.entente.state.v1.AuthorityR\tauthority\x12\x12\n" +
 	"\x04node\x18\x02 \x01(\tR\x04node\x12\x1f\n" +
 	"\vwaiting_for\x18\x03 \x03(\tR\n" +
 	"waitingFor\x12\x18\n" +
-	"\aassumed\x18\x04 \x03(\tR\aassumed\"\x19\n" +
-	"\x17PrepareAuthorityRequest\":\n" +
+	"\aassumed\x18\x04 \x03(\tR\aassumed\x12\x18\n" +
+	"\aoverdue\x18Z \x01(\bR\aoverdue\x12\x18\n" +
+	"\aoffline\x18[ \x01(\bR\aoffline\"E\n" +
+	"\x17PrepareAuthorityRequest\x12*\n" +
+	"\x03use\x18Z \x01(\x0e2\x18.entente.state.v1.KeyUseR\x03use\"T\n" +
 	"\x16ChangeAuthorityRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x10\n" +
-	"\x03now\x18\x02 \x01(\bR\x03now\"\xc0\x01\n" +
+	"\x03now\x18\x02 \x01(\bR\x03now\x12\x18\n" +
+	"\aexclude\x18Z \x03(\tR\aexclude\"\xee\x01\n" +
 	"\x17ChangeAuthorityResponse\x129\n" +
 	"\tauthority\x18\x01 \x01(\v2\x1b.entente.state.v1.AuthorityR\tauthority\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\x04R\brevision\x12\x17\n" +
 	"\aheld_by\x18\x03 \x03(\tR\x06heldBy\x125\n" +
-	"\asigning\x18\x04 \x03(\v2\x1b.entente.state.v1.AuthorityR\asigning\"I\n" +
+	"\asigning\x18\x04 \x03(\v2\x1b.entente.state.v1.AuthorityR\asigning\x12\x18\n" +
+	"\aoffline\x18Z \x01(\bR\aoffline\x12\x12\n" +
+	"\x04note\x18U \x01(\tR\x04note\"I\n" +
 	"\x11RemoveNodeRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12 \n" +
-	"\vcompromised\x18\x02 \x01(\bR\vcompromised\"\xba\x01\n" +
+	"\vcompromised\x18\x02 \x01(\bR\vcompromised\"\xce\x01\n" +
 	"\x12RemoveNodeResponse\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x120\n" +
 	"\x06member\x18\x02 \x01(\v2\x18.entente.state.v1.MemberR\x06member\x12=\n" +
 	"\vauthorities\x18\x03 \x03(\v2\x1b.entente.state.v1.AuthorityR\vauthorities\x12\x17\n" +
-	"\aheld_by\x18\x04 \x03(\tR\x06heldBy\"F\n" +
+	"\aheld_by\x18\x04 \x03(\tR\x06heldBy\x12\x12\n" +
+	"\x04note\x18U \x01(\tR\x04note\"F\n" +
 	"\x11ListAgentsRequest\x12\x1b\n" +
 	"\tpage_size\x18\x01 \x01(\rR\bpageSize\x12\x14\n" +
 	"\x05after\x18\x02 \x01(\tR\x05after\"Y\n" +
@@ -5827,7 +6233,7 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\fCountEntries\x12\x1e.entente.v1.ListEntriesRequest\x1a .entente.v1.CountEntriesResponse\x12S\n" +
 	"\fSaveSnapshot\x12\x1f.entente.v1.SaveSnapshotRequest\x1a .entente.v1.SaveSnapshotResponse0\x01\x12H\n" +
 	"\tListNodes\x12\x1c.entente.v1.ListNodesRequest\x1a\x1d.entente.v1.ListNodesResponse\x12N\n" +
-	"\vPromoteNode\x12\x1e.entente.v1.PromoteNodeRequest\x1a\x1f.entente.v1.PromoteNodeResponse2\xa4\x04\n" +
+	"\vPromoteNode\x12\x1e.entente.v1.PromoteNodeRequest\x1a\x1f.entente.v1.PromoteNodeResponse2\xee\x04\n" +
 	"\x04Peer\x12B\n" +
 	"\aPropose\x12\x1a.entente.v1.ProposeRequest\x1a\x1b.entente.v1.ProposeResponse\x12?\n" +
 	"\x06Report\x12\x19.entente.v1.ReportRequest\x1a\x1a.entente.v1.ReportResponse\x12G\n" +
@@ -5836,6 +6242,7 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x05Vouch\x12\x18.entente.v1.VouchRequest\x1a\x19.entente.v1.VouchResponse\x12E\n" +
 	"\bChecksum\x12\x1b.entente.v1.ChecksumRequest\x1a\x1c.entente.v1.ChecksumResponse\x12D\n" +
 	"\x05Nodes\x12\x1c.entente.v1.ListNodesRequest\x1a\x1d.entente.v1.ListNodesResponse\x12H\n" +
+	"\tMarkReady\x12\x1c.entente.v1.MarkReadyRequest\x1a\x1d.entente.v1.MarkReadyResponse\x12H\n" +
 	"\tShowEpoch\x12\x1c.entente.v1.ShowEpochRequest\x1a\x1d.entente.v1.ShowEpochResponseB:Z8github.com/entente-mesh/entente/api/entente/v1;ententev1b\x06proto3"
 
 var (
@@ -5851,7 +6258,7 @@ func file_entente_v1_entente_proto_rawDescGZIP() []byte {
 }
 
 var file_entente_v1_entente_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_entente_v1_entente_proto_msgTypes = make([]protoimpl.MessageInfo, 92)
+var file_entente_v1_entente_proto_msgTypes = make([]protoimpl.MessageInfo, 96)
 var file_entente_v1_entente_proto_goTypes = []any{
 	(Health)(0),                     // 0: entente.v1.Health
 	(*JoinRequest)(nil),             // 1: entente.v1.JoinRequest
@@ -5882,90 +6289,95 @@ var file_entente_v1_entente_proto_goTypes = []any{
 	(*TokenResult)(nil),             // 26: entente.v1.TokenResult
 	(*StatusRequest)(nil),           // 27: entente.v1.StatusRequest
 	(*StatusResponse)(nil),          // 28: entente.v1.StatusResponse
-	(*Autonomy)(nil),                // 29: entente.v1.Autonomy
-	(*MemberStatus)(nil),            // 30: entente.v1.MemberStatus
-	(*SaveSnapshotRequest)(nil),     // 31: entente.v1.SaveSnapshotRequest
-	(*SaveSnapshotResponse)(nil),    // 32: entente.v1.SaveSnapshotResponse
-	(*ListNodesRequest)(nil),        // 33: entente.v1.ListNodesRequest
-	(*ListNodesResponse)(nil),       // 34: entente.v1.ListNodesResponse
-	(*NodeProgress)(nil),            // 35: entente.v1.NodeProgress
-	(*PromoteNodeRequest)(nil),      // 36: entente.v1.PromoteNodeRequest
-	(*PromoteNodeResponse)(nil),     // 37: entente.v1.PromoteNodeResponse
-	(*VouchRequest)(nil),            // 38: entente.v1.VouchRequest
-	(*VouchResponse)(nil),           // 39: entente.v1.VouchResponse
-	(*ChecksumRequest)(nil),         // 40: entente.v1.ChecksumRequest
-	(*ChecksumResponse)(nil),        // 41: entente.v1.ChecksumResponse
-	(*ShowEpochRequest)(nil),        // 42: entente.v1.ShowEpochRequest
-	(*ShowEpochResponse)(nil),       // 43: entente.v1.ShowEpochResponse
-	(*ForeignBundleStatus)(nil),     // 44: entente.v1.ForeignBundleStatus
-	(*CreateTokenRequest)(nil),      // 45: entente.v1.CreateTokenRequest
-	(*CreateTokenResponse)(nil),     // 46: entente.v1.CreateTokenResponse
-	(*ApplyRequest)(nil),            // 47: entente.v1.ApplyRequest
-	(*ApplyResponse)(nil),           // 48: entente.v1.ApplyResponse
-	(*ObjectChange)(nil),            // 49: entente.v1.ObjectChange
-	(*GetBundleRequest)(nil),        // 50: entente.v1.GetBundleRequest
-	(*GetBundleResponse)(nil),       // 51: entente.v1.GetBundleResponse
-	(*ProposeRequest)(nil),          // 52: entente.v1.ProposeRequest
-	(*ProposeResponse)(nil),         // 53: entente.v1.ProposeResponse
-	(*ReportRequest)(nil),           // 54: entente.v1.ReportRequest
-	(*HeldAuthority)(nil),           // 55: entente.v1.HeldAuthority
-	(*ReportResponse)(nil),          // 56: entente.v1.ReportResponse
-	(*GateRequest)(nil),             // 57: entente.v1.GateRequest
-	(*GateResponse)(nil),            // 58: entente.v1.GateResponse
-	(*AuthorityGate)(nil),           // 59: entente.v1.AuthorityGate
-	(*Picture)(nil),                 // 60: entente.v1.Picture
-	(*PresenceRequest)(nil),         // 61: entente.v1.PresenceRequest
-	(*PresenceResponse)(nil),        // 62: entente.v1.PresenceResponse
-	(*ListAuthoritiesRequest)(nil),  // 63: entente.v1.ListAuthoritiesRequest
-	(*ListAuthoritiesResponse)(nil), // 64: entente.v1.ListAuthoritiesResponse
-	(*AuthorityStatus)(nil),         // 65: entente.v1.AuthorityStatus
-	(*PrepareAuthorityRequest)(nil), // 66: entente.v1.PrepareAuthorityRequest
-	(*ChangeAuthorityRequest)(nil),  // 67: entente.v1.ChangeAuthorityRequest
-	(*ChangeAuthorityResponse)(nil), // 68: entente.v1.ChangeAuthorityResponse
-	(*RemoveNodeRequest)(nil),       // 69: entente.v1.RemoveNodeRequest
-	(*RemoveNodeResponse)(nil),      // 70: entente.v1.RemoveNodeResponse
-	(*ListAgentsRequest)(nil),       // 71: entente.v1.ListAgentsRequest
-	(*ListAgentsResponse)(nil),      // 72: entente.v1.ListAgentsResponse
-	(*AgentStatus)(nil),             // 73: entente.v1.AgentStatus
-	(*GetAgentRequest)(nil),         // 74: entente.v1.GetAgentRequest
-	(*GetAgentResponse)(nil),        // 75: entente.v1.GetAgentResponse
-	(*ChangeAgentRequest)(nil),      // 76: entente.v1.ChangeAgentRequest
-	(*ChangeAgentResponse)(nil),     // 77: entente.v1.ChangeAgentResponse
-	(*IsolateAgentRequest)(nil),     // 78: entente.v1.IsolateAgentRequest
-	(*IsolateAgentResponse)(nil),    // 79: entente.v1.IsolateAgentResponse
-	(*Isolation)(nil),               // 80: entente.v1.Isolation
-	(*ListTokensRequest)(nil),       // 81: entente.v1.ListTokensRequest
-	(*ListTokensResponse)(nil),      // 82: entente.v1.ListTokensResponse
-	(*RevokeTokenRequest)(nil),      // 83: entente.v1.RevokeTokenRequest
-	(*RevokeTokenResponse)(nil),     // 84: entente.v1.RevokeTokenResponse
-	(*ChangeEntriesRequest)(nil),    // 85: entente.v1.ChangeEntriesRequest
-	(*ChangeEntriesResponse)(nil),   // 86: entente.v1.ChangeEntriesResponse
-	(*EntryResult)(nil),             // 87: entente.v1.EntryResult
-	(*ListEntriesRequest)(nil),      // 88: entente.v1.ListEntriesRequest
-	(*ListEntriesResponse)(nil),     // 89: entente.v1.ListEntriesResponse
-	(*GetEntryRequest)(nil),         // 90: entente.v1.GetEntryRequest
-	(*GetEntryResponse)(nil),        // 91: entente.v1.GetEntryResponse
-	(*CountEntriesResponse)(nil),    // 92: entente.v1.CountEntriesResponse
-	(*v1.Member)(nil),               // 93: entente.state.v1.Member
-	(*v1.Cluster)(nil),              // 94: entente.state.v1.Cluster
-	(*v1.Agent)(nil),                // 95: entente.state.v1.Agent
-	(*v1.Distrust)(nil),             // 96: entente.state.v1.Distrust
-	(*v1.Entry)(nil),                // 97: entente.state.v1.Entry
-	(*v1.Object)(nil),               // 98: entente.state.v1.Object
-	(*v1.ObjectKey)(nil),            // 99: entente.state.v1.ObjectKey
-	(*v1.Authority)(nil),            // 100: entente.state.v1.Authority
-	(*v1.NodeGrant)(nil),            // 101: entente.state.v1.NodeGrant
-	(*v1.AgentGrant)(nil),           // 102: entente.state.v1.AgentGrant
-	(*v1.Token)(nil),                // 103: entente.state.v1.Token
-	(*v1.EntryChange)(nil),          // 104: entente.state.v1.EntryChange
+	(*Upstream)(nil),                // 29: entente.v1.Upstream
+	(*Autonomy)(nil),                // 30: entente.v1.Autonomy
+	(*UseAutonomy)(nil),             // 31: entente.v1.UseAutonomy
+	(*MemberStatus)(nil),            // 32: entente.v1.MemberStatus
+	(*SaveSnapshotRequest)(nil),     // 33: entente.v1.SaveSnapshotRequest
+	(*SaveSnapshotResponse)(nil),    // 34: entente.v1.SaveSnapshotResponse
+	(*ListNodesRequest)(nil),        // 35: entente.v1.ListNodesRequest
+	(*ListNodesResponse)(nil),       // 36: entente.v1.ListNodesResponse
+	(*NodeProgress)(nil),            // 37: entente.v1.NodeProgress
+	(*PromoteNodeRequest)(nil),      // 38: entente.v1.PromoteNodeRequest
+	(*PromoteNodeResponse)(nil),     // 39: entente.v1.PromoteNodeResponse
+	(*VouchRequest)(nil),            // 40: entente.v1.VouchRequest
+	(*VouchResponse)(nil),           // 41: entente.v1.VouchResponse
+	(*ChecksumRequest)(nil),         // 42: entente.v1.ChecksumRequest
+	(*ChecksumResponse)(nil),        // 43: entente.v1.ChecksumResponse
+	(*ShowEpochRequest)(nil),        // 44: entente.v1.ShowEpochRequest
+	(*ShowEpochResponse)(nil),       // 45: entente.v1.ShowEpochResponse
+	(*ForeignBundleStatus)(nil),     // 46: entente.v1.ForeignBundleStatus
+	(*CreateTokenRequest)(nil),      // 47: entente.v1.CreateTokenRequest
+	(*CreateTokenResponse)(nil),     // 48: entente.v1.CreateTokenResponse
+	(*ApplyRequest)(nil),            // 49: entente.v1.ApplyRequest
+	(*ApplyResponse)(nil),           // 50: entente.v1.ApplyResponse
+	(*ObjectChange)(nil),            // 51: entente.v1.ObjectChange
+	(*GetBundleRequest)(nil),        // 52: entente.v1.GetBundleRequest
+	(*GetBundleResponse)(nil),       // 53: entente.v1.GetBundleResponse
+	(*ProposeRequest)(nil),          // 54: entente.v1.ProposeRequest
+	(*ProposeResponse)(nil),         // 55: entente.v1.ProposeResponse
+	(*ReportRequest)(nil),           // 56: entente.v1.ReportRequest
+	(*HeldAuthority)(nil),           // 57: entente.v1.HeldAuthority
+	(*ReportResponse)(nil),          // 58: entente.v1.ReportResponse
+	(*GateRequest)(nil),             // 59: entente.v1.GateRequest
+	(*GateResponse)(nil),            // 60: entente.v1.GateResponse
+	(*AuthorityGate)(nil),           // 61: entente.v1.AuthorityGate
+	(*MarkReadyRequest)(nil),        // 62: entente.v1.MarkReadyRequest
+	(*MarkReadyResponse)(nil),       // 63: entente.v1.MarkReadyResponse
+	(*Picture)(nil),                 // 64: entente.v1.Picture
+	(*PresenceRequest)(nil),         // 65: entente.v1.PresenceRequest
+	(*PresenceResponse)(nil),        // 66: entente.v1.PresenceResponse
+	(*ListAuthoritiesRequest)(nil),  // 67: entente.v1.ListAuthoritiesRequest
+	(*ListAuthoritiesResponse)(nil), // 68: entente.v1.ListAuthoritiesResponse
+	(*AuthorityStatus)(nil),         // 69: entente.v1.AuthorityStatus
+	(*PrepareAuthorityRequest)(nil), // 70: entente.v1.PrepareAuthorityRequest
+	(*ChangeAuthorityRequest)(nil),  // 71: entente.v1.ChangeAuthorityRequest
+	(*ChangeAuthorityResponse)(nil), // 72: entente.v1.ChangeAuthorityResponse
+	(*RemoveNodeRequest)(nil),       // 73: entente.v1.RemoveNodeRequest
+	(*RemoveNodeResponse)(nil),      // 74: entente.v1.RemoveNodeResponse
+	(*ListAgentsRequest)(nil),       // 75: entente.v1.ListAgentsRequest
+	(*ListAgentsResponse)(nil),      // 76: entente.v1.ListAgentsResponse
+	(*AgentStatus)(nil),             // 77: entente.v1.AgentStatus
+	(*GetAgentRequest)(nil),         // 78: entente.v1.GetAgentRequest
+	(*GetAgentResponse)(nil),        // 79: entente.v1.GetAgentResponse
+	(*ChangeAgentRequest)(nil),      // 80: entente.v1.ChangeAgentRequest
+	(*ChangeAgentResponse)(nil),     // 81: entente.v1.ChangeAgentResponse
+	(*IsolateAgentRequest)(nil),     // 82: entente.v1.IsolateAgentRequest
+	(*IsolateAgentResponse)(nil),    // 83: entente.v1.IsolateAgentResponse
+	(*Isolation)(nil),               // 84: entente.v1.Isolation
+	(*ListTokensRequest)(nil),       // 85: entente.v1.ListTokensRequest
+	(*ListTokensResponse)(nil),      // 86: entente.v1.ListTokensResponse
+	(*RevokeTokenRequest)(nil),      // 87: entente.v1.RevokeTokenRequest
+	(*RevokeTokenResponse)(nil),     // 88: entente.v1.RevokeTokenResponse
+	(*ChangeEntriesRequest)(nil),    // 89: entente.v1.ChangeEntriesRequest
+	(*ChangeEntriesResponse)(nil),   // 90: entente.v1.ChangeEntriesResponse
+	(*EntryResult)(nil),             // 91: entente.v1.EntryResult
+	(*ListEntriesRequest)(nil),      // 92: entente.v1.ListEntriesRequest
+	(*ListEntriesResponse)(nil),     // 93: entente.v1.ListEntriesResponse
+	(*GetEntryRequest)(nil),         // 94: entente.v1.GetEntryRequest
+	(*GetEntryResponse)(nil),        // 95: entente.v1.GetEntryResponse
+	(*CountEntriesResponse)(nil),    // 96: entente.v1.CountEntriesResponse
+	(*v1.Member)(nil),               // 97: entente.state.v1.Member
+	(*v1.Cluster)(nil),              // 98: entente.state.v1.Cluster
+	(*v1.Agent)(nil),                // 99: entente.state.v1.Agent
+	(*v1.Distrust)(nil),             // 100: entente.state.v1.Distrust
+	(*v1.Entry)(nil),                // 101: entente.state.v1.Entry
+	(*v1.Object)(nil),               // 102: entente.state.v1.Object
+	(*v1.ObjectKey)(nil),            // 103: entente.state.v1.ObjectKey
+	(*v1.Authority)(nil),            // 104: entente.state.v1.Authority
+	(v1.KeyUse)(0),                  // 105: entente.state.v1.KeyUse
+	(*v1.NodeGrant)(nil),            // 106: entente.state.v1.NodeGrant
+	(*v1.AgentGrant)(nil),           // 107: entente.state.v1.AgentGrant
+	(*v1.Token)(nil),                // 108: entente.state.v1.Token
+	(*v1.EntryChange)(nil),          // 109: entente.state.v1.EntryChange
 }
 var file_entente_v1_entente_proto_depIdxs = []int32{
-	93,  // 0: entente.v1.JoinResponse.member:type_name -> entente.state.v1.Member
-	93,  // 1: entente.v1.JoinResponse.members:type_name -> entente.state.v1.Member
-	94,  // 2: entente.v1.JoinResponse.cluster:type_name -> entente.state.v1.Cluster
-	93,  // 3: entente.v1.AttestResponse.members:type_name -> entente.state.v1.Member
-	94,  // 4: entente.v1.AttestResponse.cluster:type_name -> entente.state.v1.Cluster
-	95,  // 5: entente.v1.AttestResponse.agent:type_name -> entente.state.v1.Agent
+	97,  // 0: entente.v1.JoinResponse.member:type_name -> entente.state.v1.Member
+	97,  // 1: entente.v1.JoinResponse.members:type_name -> entente.state.v1.Member
+	98,  // 2: entente.v1.JoinResponse.cluster:type_name -> entente.state.v1.Cluster
+	97,  // 3: entente.v1.AttestResponse.members:type_name -> entente.state.v1.Member
+	98,  // 4: entente.v1.AttestResponse.cluster:type_name -> entente.state.v1.Cluster
+	99,  // 5: entente.v1.AttestResponse.agent:type_name -> entente.state.v1.Agent
 	6,   // 6: entente.v1.SyncRequest.hello:type_name -> entente.v1.Hello
 	7,   // 7: entente.v1.SyncRequest.ack:type_name -> entente.v1.Ack
 	8,   // 8: entente.v1.SyncRequest.report:type_name -> entente.v1.InstanceReport
@@ -5975,14 +6387,14 @@ var file_entente_v1_entente_proto_depIdxs = []int32{
 	14,  // 12: entente.v1.SyncResponse.presence:type_name -> entente.v1.Presence
 	15,  // 13: entente.v1.SyncResponse.heartbeat:type_name -> entente.v1.Heartbeat
 	11,  // 14: entente.v1.SyncResponse.urgent:type_name -> entente.v1.Urgent
-	96,  // 15: entente.v1.Urgent.distrust:type_name -> entente.state.v1.Distrust
-	94,  // 16: entente.v1.Policy.cluster:type_name -> entente.state.v1.Cluster
-	97,  // 17: entente.v1.Policy.entries:type_name -> entente.state.v1.Entry
+	100, // 15: entente.v1.Urgent.distrust:type_name -> entente.state.v1.Distrust
+	98,  // 16: entente.v1.Policy.cluster:type_name -> entente.state.v1.Cluster
+	101, // 17: entente.v1.Policy.entries:type_name -> entente.state.v1.Entry
 	13,  // 18: entente.v1.Policy.bundles:type_name -> entente.v1.Bundle
-	98,  // 19: entente.v1.Policy.objects:type_name -> entente.state.v1.Object
-	99,  // 20: entente.v1.Policy.deleted_objects:type_name -> entente.state.v1.ObjectKey
-	93,  // 21: entente.v1.Policy.members:type_name -> entente.state.v1.Member
-	96,  // 22: entente.v1.Policy.distrust:type_name -> entente.state.v1.Distrust
+	102, // 19: entente.v1.Policy.objects:type_name -> entente.state.v1.Object
+	103, // 20: entente.v1.Policy.deleted_objects:type_name -> entente.state.v1.ObjectKey
+	97,  // 21: entente.v1.Policy.members:type_name -> entente.state.v1.Member
+	100, // 22: entente.v1.Policy.distrust:type_name -> entente.state.v1.Distrust
 	9,   // 23: entente.v1.Presence.instances:type_name -> entente.v1.Instance
 	9,   // 24: entente.v1.Presence.withdrawn:type_name -> entente.v1.Instance
 	17,  // 25: entente.v1.SignX509Request.requests:type_name -> entente.v1.X509Request
@@ -5991,128 +6403,134 @@ var file_entente_v1_entente_proto_depIdxs = []int32{
 	26,  // 28: entente.v1.SignJWTResponse.results:type_name -> entente.v1.TokenResult
 	24,  // 29: entente.v1.SignWITRequest.requests:type_name -> entente.v1.WITRequest
 	26,  // 30: entente.v1.SignWITResponse.results:type_name -> entente.v1.TokenResult
-	94,  // 31: entente.v1.StatusResponse.cluster:type_name -> entente.state.v1.Cluster
-	30,  // 32: entente.v1.StatusResponse.members:type_name -> entente.v1.MemberStatus
-	100, // 33: entente.v1.StatusResponse.authorities:type_name -> entente.state.v1.Authority
-	44,  // 34: entente.v1.StatusResponse.foreign:type_name -> entente.v1.ForeignBundleStatus
+	98,  // 31: entente.v1.StatusResponse.cluster:type_name -> entente.state.v1.Cluster
+	32,  // 32: entente.v1.StatusResponse.members:type_name -> entente.v1.MemberStatus
+	104, // 33: entente.v1.StatusResponse.authorities:type_name -> entente.state.v1.Authority
+	46,  // 34: entente.v1.StatusResponse.foreign:type_name -> entente.v1.ForeignBundleStatus
 	9,   // 35: entente.v1.StatusResponse.instances:type_name -> entente.v1.Instance
-	29,  // 36: entente.v1.StatusResponse.autonomy:type_name -> entente.v1.Autonomy
-	80,  // 37: entente.v1.StatusResponse.isolated:type_name -> entente.v1.Isolation
-	93,  // 38: entente.v1.MemberStatus.member:type_name -> entente.state.v1.Member
-	35,  // 39: entente.v1.ListNodesResponse.nodes:type_name -> entente.v1.NodeProgress
-	93,  // 40: entente.v1.NodeProgress.member:type_name -> entente.state.v1.Member
-	93,  // 41: entente.v1.VouchResponse.member:type_name -> entente.state.v1.Member
-	101, // 42: entente.v1.CreateTokenRequest.node:type_name -> entente.state.v1.NodeGrant
-	102, // 43: entente.v1.CreateTokenRequest.agent:type_name -> entente.state.v1.AgentGrant
-	98,  // 44: entente.v1.ApplyRequest.objects:type_name -> entente.state.v1.Object
-	99,  // 45: entente.v1.ApplyRequest.deletes:type_name -> entente.state.v1.ObjectKey
-	49,  // 46: entente.v1.ApplyResponse.changes:type_name -> entente.v1.ObjectChange
-	99,  // 47: entente.v1.ObjectChange.key:type_name -> entente.state.v1.ObjectKey
-	55,  // 48: entente.v1.ReportRequest.held:type_name -> entente.v1.HeldAuthority
-	59,  // 49: entente.v1.GateResponse.authorities:type_name -> entente.v1.AuthorityGate
-	12,  // 50: entente.v1.Picture.policy:type_name -> entente.v1.Policy
-	14,  // 51: entente.v1.Picture.presence:type_name -> entente.v1.Presence
-	9,   // 52: entente.v1.PresenceResponse.instances:type_name -> entente.v1.Instance
-	9,   // 53: entente.v1.PresenceResponse.withdrawn:type_name -> entente.v1.Instance
-	65,  // 54: entente.v1.ListAuthoritiesResponse.authorities:type_name -> entente.v1.AuthorityStatus
-	100, // 55: entente.v1.AuthorityStatus.authority:type_name -> entente.state.v1.Authority
-	100, // 56: entente.v1.ChangeAuthorityResponse.authority:type_name -> entente.state.v1.Authority
-	100, // 57: entente.v1.ChangeAuthorityResponse.signing:type_name -> entente.state.v1.Authority
-	93,  // 58: entente.v1.RemoveNodeResponse.member:type_name -> entente.state.v1.Member
-	100, // 59: entente.v1.RemoveNodeResponse.authorities:type_name -> entente.state.v1.Authority
-	73,  // 60: entente.v1.ListAgentsResponse.agents:type_name -> entente.v1.AgentStatus
-	95,  // 61: entente.v1.AgentStatus.agent:type_name -> entente.state.v1.Agent
-	73,  // 62: entente.v1.GetAgentResponse.status:type_name -> entente.v1.AgentStatus
-	97,  // 63: entente.v1.GetAgentResponse.entries:type_name -> entente.state.v1.Entry
-	9,   // 64: entente.v1.GetAgentResponse.instances:type_name -> entente.v1.Instance
-	80,  // 65: entente.v1.IsolateAgentResponse.isolation:type_name -> entente.v1.Isolation
-	95,  // 66: entente.v1.Isolation.agent:type_name -> entente.state.v1.Agent
-	103, // 67: entente.v1.ListTokensResponse.tokens:type_name -> entente.state.v1.Token
-	104, // 68: entente.v1.ChangeEntriesRequest.changes:type_name -> entente.state.v1.EntryChange
-	87,  // 69: entente.v1.ChangeEntriesResponse.results:type_name -> entente.v1.EntryResult
-	97,  // 70: entente.v1.ListEntriesResponse.entries:type_name -> entente.state.v1.Entry
-	97,  // 71: entente.v1.GetEntryResponse.entry:type_name -> entente.state.v1.Entry
-	1,   // 72: entente.v1.Join.Join:input_type -> entente.v1.JoinRequest
-	3,   // 73: entente.v1.Attest.Attest:input_type -> entente.v1.AttestRequest
-	5,   // 74: entente.v1.Sync.Sync:input_type -> entente.v1.SyncRequest
-	16,  // 75: entente.v1.Sign.SignX509:input_type -> entente.v1.SignX509Request
-	20,  // 76: entente.v1.Sign.SignJWT:input_type -> entente.v1.SignJWTRequest
-	23,  // 77: entente.v1.Sign.SignWIT:input_type -> entente.v1.SignWITRequest
-	27,  // 78: entente.v1.Admin.Status:input_type -> entente.v1.StatusRequest
-	45,  // 79: entente.v1.Admin.CreateToken:input_type -> entente.v1.CreateTokenRequest
-	47,  // 80: entente.v1.Admin.Apply:input_type -> entente.v1.ApplyRequest
-	50,  // 81: entente.v1.Admin.GetBundle:input_type -> entente.v1.GetBundleRequest
-	63,  // 82: entente.v1.Admin.ListAuthorities:input_type -> entente.v1.ListAuthoritiesRequest
-	66,  // 83: entente.v1.Admin.PrepareAuthority:input_type -> entente.v1.PrepareAuthorityRequest
-	67,  // 84: entente.v1.Admin.ActivateAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	67,  // 85: entente.v1.Admin.TaintAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	67,  // 86: entente.v1.Admin.RevokeAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	69,  // 87: entente.v1.Admin.RemoveNode:input_type -> entente.v1.RemoveNodeRequest
-	71,  // 88: entente.v1.Admin.ListAgents:input_type -> entente.v1.ListAgentsRequest
-	74,  // 89: entente.v1.Admin.GetAgent:input_type -> entente.v1.GetAgentRequest
-	76,  // 90: entente.v1.Admin.BanAgent:input_type -> entente.v1.ChangeAgentRequest
-	76,  // 91: entente.v1.Admin.EvictAgent:input_type -> entente.v1.ChangeAgentRequest
-	78,  // 92: entente.v1.Admin.IsolateAgent:input_type -> entente.v1.IsolateAgentRequest
-	81,  // 93: entente.v1.Admin.ListTokens:input_type -> entente.v1.ListTokensRequest
-	83,  // 94: entente.v1.Admin.RevokeToken:input_type -> entente.v1.RevokeTokenRequest
-	85,  // 95: entente.v1.Admin.ChangeEntries:input_type -> entente.v1.ChangeEntriesRequest
-	88,  // 96: entente.v1.Admin.ListEntries:input_type -> entente.v1.ListEntriesRequest
-	90,  // 97: entente.v1.Admin.GetEntry:input_type -> entente.v1.GetEntryRequest
-	88,  // 98: entente.v1.Admin.CountEntries:input_type -> entente.v1.ListEntriesRequest
-	31,  // 99: entente.v1.Admin.SaveSnapshot:input_type -> entente.v1.SaveSnapshotRequest
-	33,  // 100: entente.v1.Admin.ListNodes:input_type -> entente.v1.ListNodesRequest
-	36,  // 101: entente.v1.Admin.PromoteNode:input_type -> entente.v1.PromoteNodeRequest
-	52,  // 102: entente.v1.Peer.Propose:input_type -> entente.v1.ProposeRequest
-	54,  // 103: entente.v1.Peer.Report:input_type -> entente.v1.ReportRequest
-	61,  // 104: entente.v1.Peer.Presence:input_type -> entente.v1.PresenceRequest
-	57,  // 105: entente.v1.Peer.Gate:input_type -> entente.v1.GateRequest
-	38,  // 106: entente.v1.Peer.Vouch:input_type -> entente.v1.VouchRequest
-	40,  // 107: entente.v1.Peer.Checksum:input_type -> entente.v1.ChecksumRequest
-	33,  // 108: entente.v1.Peer.Nodes:input_type -> entente.v1.ListNodesRequest
-	42,  // 109: entente.v1.Peer.ShowEpoch:input_type -> entente.v1.ShowEpochRequest
-	2,   // 110: entente.v1.Join.Join:output_type -> entente.v1.JoinResponse
-	4,   // 111: entente.v1.Attest.Attest:output_type -> entente.v1.AttestResponse
-	10,  // 112: entente.v1.Sync.Sync:output_type -> entente.v1.SyncResponse
-	18,  // 113: entente.v1.Sign.SignX509:output_type -> entente.v1.SignX509Response
-	22,  // 114: entente.v1.Sign.SignJWT:output_type -> entente.v1.SignJWTResponse
-	25,  // 115: entente.v1.Sign.SignWIT:output_type -> entente.v1.SignWITResponse
-	28,  // 116: entente.v1.Admin.Status:output_type -> entente.v1.StatusResponse
-	46,  // 117: entente.v1.Admin.CreateToken:output_type -> entente.v1.CreateTokenResponse
-	48,  // 118: entente.v1.Admin.Apply:output_type -> entente.v1.ApplyResponse
-	51,  // 119: entente.v1.Admin.GetBundle:output_type -> entente.v1.GetBundleResponse
-	64,  // 120: entente.v1.Admin.ListAuthorities:output_type -> entente.v1.ListAuthoritiesResponse
-	68,  // 121: entente.v1.Admin.PrepareAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	68,  // 122: entente.v1.Admin.ActivateAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	68,  // 123: entente.v1.Admin.TaintAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	68,  // 124: entente.v1.Admin.RevokeAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	70,  // 125: entente.v1.Admin.RemoveNode:output_type -> entente.v1.RemoveNodeResponse
-	72,  // 126: entente.v1.Admin.ListAgents:output_type -> entente.v1.ListAgentsResponse
-	75,  // 127: entente.v1.Admin.GetAgent:output_type -> entente.v1.GetAgentResponse
-	77,  // 128: entente.v1.Admin.BanAgent:output_type -> entente.v1.ChangeAgentResponse
-	77,  // 129: entente.v1.Admin.EvictAgent:output_type -> entente.v1.ChangeAgentResponse
-	79,  // 130: entente.v1.Admin.IsolateAgent:output_type -> entente.v1.IsolateAgentResponse
-	82,  // 131: entente.v1.Admin.ListTokens:output_type -> entente.v1.ListTokensResponse
-	84,  // 132: entente.v1.Admin.RevokeToken:output_type -> entente.v1.RevokeTokenResponse
-	86,  // 133: entente.v1.Admin.ChangeEntries:output_type -> entente.v1.ChangeEntriesResponse
-	89,  // 134: entente.v1.Admin.ListEntries:output_type -> entente.v1.ListEntriesResponse
-	91,  // 135: entente.v1.Admin.GetEntry:output_type -> entente.v1.GetEntryResponse
-	92,  // 136: entente.v1.Admin.CountEntries:output_type -> entente.v1.CountEntriesResponse
-	32,  // 137: entente.v1.Admin.SaveSnapshot:output_type -> entente.v1.SaveSnapshotResponse
-	34,  // 138: entente.v1.Admin.ListNodes:output_type -> entente.v1.ListNodesResponse
-	37,  // 139: entente.v1.Admin.PromoteNode:output_type -> entente.v1.PromoteNodeResponse
-	53,  // 140: entente.v1.Peer.Propose:output_type -> entente.v1.ProposeResponse
-	56,  // 141: entente.v1.Peer.Report:output_type -> entente.v1.ReportResponse
-	62,  // 142: entente.v1.Peer.Presence:output_type -> entente.v1.PresenceResponse
-	58,  // 143: entente.v1.Peer.Gate:output_type -> entente.v1.GateResponse
-	39,  // 144: entente.v1.Peer.Vouch:output_type -> entente.v1.VouchResponse
-	41,  // 145: entente.v1.Peer.Checksum:output_type -> entente.v1.ChecksumResponse
-	34,  // 146: entente.v1.Peer.Nodes:output_type -> entente.v1.ListNodesResponse
-	43,  // 147: entente.v1.Peer.ShowEpoch:output_type -> entente.v1.ShowEpochResponse
-	110, // [110:148] is the sub-list for method output_type
-	72,  // [72:110] is the sub-list for method input_type
-	72,  // [72:72] is the sub-list for extension type_name
-	72,  // [72:72] is the sub-list for extension extendee
-	0,   // [0:72] is the sub-list for field type_name
+	30,  // 36: entente.v1.StatusResponse.autonomy:type_name -> entente.v1.Autonomy
+	29,  // 37: entente.v1.StatusResponse.upstream:type_name -> entente.v1.Upstream
+	84,  // 38: entente.v1.StatusResponse.isolated:type_name -> entente.v1.Isolation
+	31,  // 39: entente.v1.Autonomy.uses:type_name -> entente.v1.UseAutonomy
+	105, // 40: entente.v1.UseAutonomy.use:type_name -> entente.state.v1.KeyUse
+	97,  // 41: entente.v1.MemberStatus.member:type_name -> entente.state.v1.Member
+	37,  // 42: entente.v1.ListNodesResponse.nodes:type_name -> entente.v1.NodeProgress
+	97,  // 43: entente.v1.NodeProgress.member:type_name -> entente.state.v1.Member
+	97,  // 44: entente.v1.VouchResponse.member:type_name -> entente.state.v1.Member
+	106, // 45: entente.v1.CreateTokenRequest.node:type_name -> entente.state.v1.NodeGrant
+	107, // 46: entente.v1.CreateTokenRequest.agent:type_name -> entente.state.v1.AgentGrant
+	102, // 47: entente.v1.ApplyRequest.objects:type_name -> entente.state.v1.Object
+	103, // 48: entente.v1.ApplyRequest.deletes:type_name -> entente.state.v1.ObjectKey
+	51,  // 49: entente.v1.ApplyResponse.changes:type_name -> entente.v1.ObjectChange
+	103, // 50: entente.v1.ObjectChange.key:type_name -> entente.state.v1.ObjectKey
+	57,  // 51: entente.v1.ReportRequest.held:type_name -> entente.v1.HeldAuthority
+	61,  // 52: entente.v1.GateResponse.authorities:type_name -> entente.v1.AuthorityGate
+	12,  // 53: entente.v1.Picture.policy:type_name -> entente.v1.Policy
+	14,  // 54: entente.v1.Picture.presence:type_name -> entente.v1.Presence
+	9,   // 55: entente.v1.PresenceResponse.instances:type_name -> entente.v1.Instance
+	9,   // 56: entente.v1.PresenceResponse.withdrawn:type_name -> entente.v1.Instance
+	69,  // 57: entente.v1.ListAuthoritiesResponse.authorities:type_name -> entente.v1.AuthorityStatus
+	104, // 58: entente.v1.AuthorityStatus.authority:type_name -> entente.state.v1.Authority
+	105, // 59: entente.v1.PrepareAuthorityRequest.use:type_name -> entente.state.v1.KeyUse
+	104, // 60: entente.v1.ChangeAuthorityResponse.authority:type_name -> entente.state.v1.Authority
+	104, // 61: entente.v1.ChangeAuthorityResponse.signing:type_name -> entente.state.v1.Authority
+	97,  // 62: entente.v1.RemoveNodeResponse.member:type_name -> entente.state.v1.Member
+	104, // 63: entente.v1.RemoveNodeResponse.authorities:type_name -> entente.state.v1.Authority
+	77,  // 64: entente.v1.ListAgentsResponse.agents:type_name -> entente.v1.AgentStatus
+	99,  // 65: entente.v1.AgentStatus.agent:type_name -> entente.state.v1.Agent
+	77,  // 66: entente.v1.GetAgentResponse.status:type_name -> entente.v1.AgentStatus
+	101, // 67: entente.v1.GetAgentResponse.entries:type_name -> entente.state.v1.Entry
+	9,   // 68: entente.v1.GetAgentResponse.instances:type_name -> entente.v1.Instance
+	84,  // 69: entente.v1.IsolateAgentResponse.isolation:type_name -> entente.v1.Isolation
+	99,  // 70: entente.v1.Isolation.agent:type_name -> entente.state.v1.Agent
+	108, // 71: entente.v1.ListTokensResponse.tokens:type_name -> entente.state.v1.Token
+	109, // 72: entente.v1.ChangeEntriesRequest.changes:type_name -> entente.state.v1.EntryChange
+	91,  // 73: entente.v1.ChangeEntriesResponse.results:type_name -> entente.v1.EntryResult
+	101, // 74: entente.v1.ListEntriesResponse.entries:type_name -> entente.state.v1.Entry
+	101, // 75: entente.v1.GetEntryResponse.entry:type_name -> entente.state.v1.Entry
+	1,   // 76: entente.v1.Join.Join:input_type -> entente.v1.JoinRequest
+	3,   // 77: entente.v1.Attest.Attest:input_type -> entente.v1.AttestRequest
+	5,   // 78: entente.v1.Sync.Sync:input_type -> entente.v1.SyncRequest
+	16,  // 79: entente.v1.Sign.SignX509:input_type -> entente.v1.SignX509Request
+	20,  // 80: entente.v1.Sign.SignJWT:input_type -> entente.v1.SignJWTRequest
+	23,  // 81: entente.v1.Sign.SignWIT:input_type -> entente.v1.SignWITRequest
+	27,  // 82: entente.v1.Admin.Status:input_type -> entente.v1.StatusRequest
+	47,  // 83: entente.v1.Admin.CreateToken:input_type -> entente.v1.CreateTokenRequest
+	49,  // 84: entente.v1.Admin.Apply:input_type -> entente.v1.ApplyRequest
+	52,  // 85: entente.v1.Admin.GetBundle:input_type -> entente.v1.GetBundleRequest
+	67,  // 86: entente.v1.Admin.ListAuthorities:input_type -> entente.v1.ListAuthoritiesRequest
+	70,  // 87: entente.v1.Admin.PrepareAuthority:input_type -> entente.v1.PrepareAuthorityRequest
+	71,  // 88: entente.v1.Admin.ActivateAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	71,  // 89: entente.v1.Admin.TaintAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	71,  // 90: entente.v1.Admin.RevokeAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	73,  // 91: entente.v1.Admin.RemoveNode:input_type -> entente.v1.RemoveNodeRequest
+	75,  // 92: entente.v1.Admin.ListAgents:input_type -> entente.v1.ListAgentsRequest
+	78,  // 93: entente.v1.Admin.GetAgent:input_type -> entente.v1.GetAgentRequest
+	80,  // 94: entente.v1.Admin.BanAgent:input_type -> entente.v1.ChangeAgentRequest
+	80,  // 95: entente.v1.Admin.EvictAgent:input_type -> entente.v1.ChangeAgentRequest
+	82,  // 96: entente.v1.Admin.IsolateAgent:input_type -> entente.v1.IsolateAgentRequest
+	85,  // 97: entente.v1.Admin.ListTokens:input_type -> entente.v1.ListTokensRequest
+	87,  // 98: entente.v1.Admin.RevokeToken:input_type -> entente.v1.RevokeTokenRequest
+	89,  // 99: entente.v1.Admin.ChangeEntries:input_type -> entente.v1.ChangeEntriesRequest
+	92,  // 100: entente.v1.Admin.ListEntries:input_type -> entente.v1.ListEntriesRequest
+	94,  // 101: entente.v1.Admin.GetEntry:input_type -> entente.v1.GetEntryRequest
+	92,  // 102: entente.v1.Admin.CountEntries:input_type -> entente.v1.ListEntriesRequest
+	33,  // 103: entente.v1.Admin.SaveSnapshot:input_type -> entente.v1.SaveSnapshotRequest
+	35,  // 104: entente.v1.Admin.ListNodes:input_type -> entente.v1.ListNodesRequest
+	38,  // 105: entente.v1.Admin.PromoteNode:input_type -> entente.v1.PromoteNodeRequest
+	54,  // 106: entente.v1.Peer.Propose:input_type -> entente.v1.ProposeRequest
+	56,  // 107: entente.v1.Peer.Report:input_type -> entente.v1.ReportRequest
+	65,  // 108: entente.v1.Peer.Presence:input_type -> entente.v1.PresenceRequest
+	59,  // 109: entente.v1.Peer.Gate:input_type -> entente.v1.GateRequest
+	40,  // 110: entente.v1.Peer.Vouch:input_type -> entente.v1.VouchRequest
+	42,  // 111: entente.v1.Peer.Checksum:input_type -> entente.v1.ChecksumRequest
+	35,  // 112: entente.v1.Peer.Nodes:input_type -> entente.v1.ListNodesRequest
+	62,  // 113: entente.v1.Peer.MarkReady:input_type -> entente.v1.MarkReadyRequest
+	44,  // 114: entente.v1.Peer.ShowEpoch:input_type -> entente.v1.ShowEpochRequest
+	2,   // 115: entente.v1.Join.Join:output_type -> entente.v1.JoinResponse
+	4,   // 116: entente.v1.Attest.Attest:output_type -> entente.v1.AttestResponse
+	10,  // 117: entente.v1.Sync.Sync:output_type -> entente.v1.SyncResponse
+	18,  // 118: entente.v1.Sign.SignX509:output_type -> entente.v1.SignX509Response
+	22,  // 119: entente.v1.Sign.SignJWT:output_type -> entente.v1.SignJWTResponse
+	25,  // 120: entente.v1.Sign.SignWIT:output_type -> entente.v1.SignWITResponse
+	28,  // 121: entente.v1.Admin.Status:output_type -> entente.v1.StatusResponse
+	48,  // 122: entente.v1.Admin.CreateToken:output_type -> entente.v1.CreateTokenResponse
+	50,  // 123: entente.v1.Admin.Apply:output_type -> entente.v1.ApplyResponse
+	53,  // 124: entente.v1.Admin.GetBundle:output_type -> entente.v1.GetBundleResponse
+	68,  // 125: entente.v1.Admin.ListAuthorities:output_type -> entente.v1.ListAuthoritiesResponse
+	72,  // 126: entente.v1.Admin.PrepareAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	72,  // 127: entente.v1.Admin.ActivateAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	72,  // 128: entente.v1.Admin.TaintAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	72,  // 129: entente.v1.Admin.RevokeAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	74,  // 130: entente.v1.Admin.RemoveNode:output_type -> entente.v1.RemoveNodeResponse
+	76,  // 131: entente.v1.Admin.ListAgents:output_type -> entente.v1.ListAgentsResponse
+	79,  // 132: entente.v1.Admin.GetAgent:output_type -> entente.v1.GetAgentResponse
+	81,  // 133: entente.v1.Admin.BanAgent:output_type -> entente.v1.ChangeAgentResponse
+	81,  // 134: entente.v1.Admin.EvictAgent:output_type -> entente.v1.ChangeAgentResponse
+	83,  // 135: entente.v1.Admin.IsolateAgent:output_type -> entente.v1.IsolateAgentResponse
+	86,  // 136: entente.v1.Admin.ListTokens:output_type -> entente.v1.ListTokensResponse
+	88,  // 137: entente.v1.Admin.RevokeToken:output_type -> entente.v1.RevokeTokenResponse
+	90,  // 138: entente.v1.Admin.ChangeEntries:output_type -> entente.v1.ChangeEntriesResponse
+	93,  // 139: entente.v1.Admin.ListEntries:output_type -> entente.v1.ListEntriesResponse
+	95,  // 140: entente.v1.Admin.GetEntry:output_type -> entente.v1.GetEntryResponse
+	96,  // 141: entente.v1.Admin.CountEntries:output_type -> entente.v1.CountEntriesResponse
+	34,  // 142: entente.v1.Admin.SaveSnapshot:output_type -> entente.v1.SaveSnapshotResponse
+	36,  // 143: entente.v1.Admin.ListNodes:output_type -> entente.v1.ListNodesResponse
+	39,  // 144: entente.v1.Admin.PromoteNode:output_type -> entente.v1.PromoteNodeResponse
+	55,  // 145: entente.v1.Peer.Propose:output_type -> entente.v1.ProposeResponse
+	58,  // 146: entente.v1.Peer.Report:output_type -> entente.v1.ReportResponse
+	66,  // 147: entente.v1.Peer.Presence:output_type -> entente.v1.PresenceResponse
+	60,  // 148: entente.v1.Peer.Gate:output_type -> entente.v1.GateResponse
+	41,  // 149: entente.v1.Peer.Vouch:output_type -> entente.v1.VouchResponse
+	43,  // 150: entente.v1.Peer.Checksum:output_type -> entente.v1.ChecksumResponse
+	36,  // 151: entente.v1.Peer.Nodes:output_type -> entente.v1.ListNodesResponse
+	63,  // 152: entente.v1.Peer.MarkReady:output_type -> entente.v1.MarkReadyResponse
+	45,  // 153: entente.v1.Peer.ShowEpoch:output_type -> entente.v1.ShowEpochResponse
+	115, // [115:154] is the sub-list for method output_type
+	76,  // [76:115] is the sub-list for method input_type
+	76,  // [76:76] is the sub-list for extension type_name
+	76,  // [76:76] is the sub-list for extension extendee
+	0,   // [0:76] is the sub-list for field type_name
 }
 
 func init() { file_entente_v1_entente_proto_init() }
@@ -6137,7 +6555,7 @@ func file_entente_v1_entente_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_entente_v1_entente_proto_rawDesc), len(file_entente_v1_entente_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   92,
+			NumMessages:   96,
 			NumExtensions: 0,
 			NumServices:   6,
 		},

@@ -733,16 +733,19 @@ type Authority struct {
 	MemberId         string                 `protobuf:"bytes,2,opt,name=member_id,json=memberId,proto3" json:"member_id,omitempty"`
 	Use              KeyUse                 `protobuf:"varint,3,opt,name=use,proto3,enum=entente.state.v1.KeyUse" json:"use,omitempty"`
 	PublicKey        []byte                 `protobuf:"bytes,4,opt,name=public_key,json=publicKey,proto3" json:"public_key,omitempty"`  // SubjectPublicKeyInfo, DER
-	Certificate      []byte                 `protobuf:"bytes,5,opt,name=certificate,proto3" json:"certificate,omitempty"`               // X509 only: the self-signed CA certificate, DER
+	Certificate      []byte                 `protobuf:"bytes,5,opt,name=certificate,proto3" json:"certificate,omitempty"`               // X509 only: the CA certificate, DER; self-signed, or signed by upstream
 	NotBefore        int64                  `protobuf:"varint,6,opt,name=not_before,json=notBefore,proto3" json:"not_before,omitempty"` // Unix seconds
 	NotAfter         int64                  `protobuf:"varint,7,opt,name=not_after,json=notAfter,proto3" json:"not_after,omitempty"`
 	Phase            AuthorityPhase         `protobuf:"varint,8,opt,name=phase,proto3,enum=entente.state.v1.AuthorityPhase" json:"phase,omitempty"`
-	Ready            bool                   `protobuf:"varint,9,opt,name=ready,proto3" json:"ready,omitempty"`                                                // the ready gate was passed (I3)
-	Revision         uint64                 `protobuf:"varint,10,opt,name=revision,proto3" json:"revision,omitempty"`                                         // of its last change
-	PreparedRevision uint64                 `protobuf:"varint,11,opt,name=prepared_revision,json=preparedRevision,proto3" json:"prepared_revision,omitempty"` // since when it stands in the bundle
-	Assumed          []string               `protobuf:"bytes,20,rep,name=assumed,proto3" json:"assumed,omitempty"`                                            // who was not waited for when it became ready
-	Drained          bool                   `protobuf:"varint,21,opt,name=drained,proto3" json:"drained,omitempty"`                                           // TAINTED: nobody was seen to hold an SVID under it any more
-	AssumedDrained   []string               `protobuf:"bytes,22,rep,name=assumed_drained,json=assumedDrained,proto3" json:"assumed_drained,omitempty"`        // who was not waited for then
+	Ready            bool                   `protobuf:"varint,9,opt,name=ready,proto3" json:"ready,omitempty"`                                                  // the ready gate was passed (I3)
+	Revision         uint64                 `protobuf:"varint,10,opt,name=revision,proto3" json:"revision,omitempty"`                                           // of its last change
+	PreparedRevision uint64                 `protobuf:"varint,11,opt,name=prepared_revision,json=preparedRevision,proto3" json:"prepared_revision,omitempty"`   // since when it stands in the bundle
+	Assumed          []string               `protobuf:"bytes,20,rep,name=assumed,proto3" json:"assumed,omitempty"`                                              // who was not waited for when it became ready
+	Drained          bool                   `protobuf:"varint,21,opt,name=drained,proto3" json:"drained,omitempty"`                                             // TAINTED: nobody was seen to hold an SVID under it any more
+	AssumedDrained   []string               `protobuf:"bytes,22,rep,name=assumed_drained,json=assumedDrained,proto3" json:"assumed_drained,omitempty"`          // who was not waited for then
+	Since            int64                  `protobuf:"varint,90,opt,name=since,proto3" json:"since,omitempty"`                                                 // Unix seconds of state time at which it entered its phase; 0: counted from the next Tick
+	Upstream         []byte                 `protobuf:"bytes,85,opt,name=upstream,proto3" json:"upstream,omitempty"`                                            // X509 only: the root that signed certificate, DER; in the bundle in its place
+	UpstreamNotAfter int64                  `protobuf:"varint,86,opt,name=upstream_not_after,json=upstreamNotAfter,proto3" json:"upstream_not_after,omitempty"` // Unix seconds: its end
 	unknownFields    protoimpl.UnknownFields
 	sizeCache        protoimpl.SizeCache
 }
@@ -873,6 +876,27 @@ func (x *Authority) GetAssumedDrained() []string {
 		return x.AssumedDrained
 	}
 	return nil
+}
+
+func (x *Authority) GetSince() int64 {
+	if x != nil {
+		return x.Since
+	}
+	return 0
+}
+
+func (x *Authority) GetUpstream() []byte {
+	if x != nil {
+		return x.Upstream
+	}
+	return nil
+}
+
+func (x *Authority) GetUpstreamNotAfter() int64 {
+	if x != nil {
+		return x.UpstreamNotAfter
+	}
+	return 0
 }
 
 // Token admits one key, once, as what it grants (I9).
@@ -3452,9 +3476,13 @@ func (x *AttestAgent) GetSignature() []byte {
 	return nil
 }
 
+// PrepareAuthority is a member's own: its node key signs AuthorityStatement of package
+// ca, and Apply verifies that.
 type PrepareAuthority struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Authority     *Authority             `protobuf:"bytes,1,opt,name=authority,proto3" json:"authority,omitempty"`
+	NodeKey       []byte                 `protobuf:"bytes,90,opt,name=node_key,json=nodeKey,proto3" json:"node_key,omitempty"` // SubjectPublicKeyInfo of the member's node key: P-256
+	Signature     []byte                 `protobuf:"bytes,91,opt,name=signature,proto3" json:"signature,omitempty"`            // r and s, 32 bytes each
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3492,6 +3520,20 @@ func (*PrepareAuthority) Descriptor() ([]byte, []int) {
 func (x *PrepareAuthority) GetAuthority() *Authority {
 	if x != nil {
 		return x.Authority
+	}
+	return nil
+}
+
+func (x *PrepareAuthority) GetNodeKey() []byte {
+	if x != nil {
+		return x.NodeKey
+	}
+	return nil
+}
+
+func (x *PrepareAuthority) GetSignature() []byte {
+	if x != nil {
+		return x.Signature
 	}
 	return nil
 }
@@ -4646,7 +4688,7 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"apiAddress\x12\x14\n" +
 	"\x05voter\x18\x06 \x01(\bR\x05voter\x12\x18\n" +
 	"\asigning\x18\a \x01(\bR\asigning\x12#\n" +
-	"\rfeature_level\x18F \x01(\rR\ffeatureLevel\"\xd5\x03\n" +
+	"\rfeature_level\x18F \x01(\rR\ffeatureLevel\"\xb5\x04\n" +
 	"\tAuthority\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1b\n" +
 	"\tmember_id\x18\x02 \x01(\tR\bmemberId\x12*\n" +
@@ -4664,7 +4706,10 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\x11prepared_revision\x18\v \x01(\x04R\x10preparedRevision\x12\x18\n" +
 	"\aassumed\x18\x14 \x03(\tR\aassumed\x12\x18\n" +
 	"\adrained\x18\x15 \x01(\bR\adrained\x12'\n" +
-	"\x0fassumed_drained\x18\x16 \x03(\tR\x0eassumedDrained\"\xde\x01\n" +
+	"\x0fassumed_drained\x18\x16 \x03(\tR\x0eassumedDrained\x12\x14\n" +
+	"\x05since\x18Z \x01(\x03R\x05since\x12\x1a\n" +
+	"\bupstream\x18U \x01(\fR\bupstream\x12,\n" +
+	"\x12upstream_not_after\x18V \x01(\x03R\x10upstreamNotAfter\"\xde\x01\n" +
 	"\x05Token\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1d\n" +
 	"\n" +
@@ -4875,9 +4920,11 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\btoken_id\x18\x01 \x01(\tR\atokenId\x12\x15\n" +
 	"\x06key_id\x18\x02 \x01(\tR\x05keyId\x12\x1c\n" +
 	"\tstatement\x18\x03 \x01(\fR\tstatement\x12\x1c\n" +
-	"\tsignature\x18\x04 \x01(\fR\tsignature\"M\n" +
+	"\tsignature\x18\x04 \x01(\fR\tsignature\"\x86\x01\n" +
 	"\x10PrepareAuthority\x129\n" +
-	"\tauthority\x18\x01 \x01(\v2\x1b.entente.state.v1.AuthorityR\tauthority\":\n" +
+	"\tauthority\x18\x01 \x01(\v2\x1b.entente.state.v1.AuthorityR\tauthority\x12\x19\n" +
+	"\bnode_key\x18Z \x01(\fR\anodeKey\x12\x1c\n" +
+	"\tsignature\x18[ \x01(\fR\tsignature\":\n" +
 	"\x0eAuthorityReady\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x18\n" +
 	"\aassumed\x18\x02 \x03(\tR\aassumed\"#\n" +
