@@ -126,6 +126,8 @@ func (a *application) run(cmd *statev1.Command) *Refusal {
 		return a.banAgent(body.BanAgent)
 	case *statev1.Command_EvictAgent:
 		return a.evictAgent(body.EvictAgent)
+	case *statev1.Command_MergeBans:
+		return a.mergeBans(body.MergeBans)
 	case *statev1.Command_RevokeToken:
 		return a.revokeToken(body.RevokeToken)
 	case *statev1.Command_ChangeEntries:

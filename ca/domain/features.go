@@ -16,11 +16,14 @@ import (
 //
 //	1  everything before levels
 //	2  StageObjects, ApplyStaged
-const FeatureLevel = 2
+//	3  MergeBans
+const FeatureLevel = 3
 
 // levelOf is the first level that carries a command out.
 func levelOf(cmd *statev1.Command) uint32 {
 	switch cmd.GetBody().(type) {
+	case *statev1.Command_MergeBans:
+		return 3
 	case *statev1.Command_StageObjects, *statev1.Command_ApplyStaged:
 		return 2
 	}

@@ -22,6 +22,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
@@ -94,6 +95,9 @@ type Feed struct {
 	sessions map[string]*Session
 	watchers map[*Watcher]struct{}
 	table    *presence.Table
+
+	isolation uint64 // counts the changes of isolated
+	isolated  atomic.Pointer[map[string]*statev1.Distrust]
 }
 
 type entry struct {
@@ -107,7 +111,7 @@ func New(self string, revision uint64, ringSize int) *Feed {
 	if ringSize <= 0 {
 		ringSize = RingSize
 	}
-	return &Feed{
+	f := &Feed{
 		Progress: make(chan struct{}, 1),
 		Roster:   make(chan struct{}, 1),
 		ring:     make([]entry, ringSize),
@@ -117,6 +121,8 @@ func New(self string, revision uint64, ringSize int) *Feed {
 		watchers: make(map[*Watcher]struct{}),
 		table:    presence.New(self),
 	}
+	f.isolated.Store(&map[string]*statev1.Distrust{})
+	return f
 }
 
 // Publish takes the outcome of a log entry, all its commands together, in the order
@@ -213,6 +219,7 @@ type Session struct {
 
 	// Urgent items, sent ahead of the policy lane.
 	ahead   uint64              // number of the next change to look at for them
+	alone   uint64              // Feed.isolation as it was told last
 	foreign map[string]struct{} // trust domains whose bundles it was sent
 
 	// Presence lane.
@@ -287,7 +294,7 @@ func (s *Session) entitled(st *domain.State) error {
 	switch {
 	case !ok || agent.GetKeyId() != s.agentKey:
 		return fmt.Errorf("agent %s: %w", s.who.Agent, ErrUnknown)
-	case agent.GetBanned():
+	case s.feed.Banned(agent):
 		return fmt.Errorf("agent %s: %w", s.who.Agent, ErrBanned)
 	case s.who.EntryID == "":
 		return nil
@@ -386,12 +393,12 @@ func (s *Session) everything(st *domain.State) Update {
 		Objects:        forSubscribers(st.Objects()),
 		Members:        st.Members(),
 		MembersChanged: true,
-		Distrust:       st.Distrust(),
+		Distrust:       s.feed.distrust(st),
 		Tainted:        st.Tainted(),
 		TaintedChanged: true,
 		Reissue:        s.feed.reissue(st),
 	}
-	s.tainted = u.Tainted
+	s.tainted, s.alone = u.Tainted, s.feed.isolation
 	clear(s.foreign)
 	for td := range federates(u.Entries) {
 		if b, ok := st.ForeignBundle(td); ok {
@@ -460,7 +467,7 @@ func (s *Session) delta(st *domain.State) (u Update, relevant bool) {
 				u.DeletedObjects = append(u.DeletedObjects, change.key)
 			}
 		case domain.ChangeDistrust:
-			if d, ok := st.DistrustItem(change.key); ok {
+			if d, ok := f.distrustItem(st, change.key); ok {
 				u.Distrust = append(u.Distrust, d)
 			} else {
 				u.DeletedDistrust = append(u.DeletedDistrust, change.key)

@@ -55,6 +55,7 @@ type Config struct {
 
 	// Tests of this package fail or stall the log's disk, and set this node's clock alone.
 	beforeWrite func() error
+	step        func(string) // called with where a procedure is; tests only
 	clockError  func() time.Duration
 	// pretendLevel: this node says that its feature level is another.
 	pretendLevel uint32

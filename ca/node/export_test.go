@@ -13,3 +13,6 @@ func (c *Config) CompareEvery(entries uint64) { c.compareEvery = entries }
 
 // ClockError is by how much a node's clock is ahead, asked each time it is read.
 func (c *Config) ClockError(f func() time.Duration) { c.clockError = f }
+
+// AtStep calls f with each step of a procedure that the node reaches.
+func (c *Config) AtStep(f func(step string)) { c.step = f }

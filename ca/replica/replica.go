@@ -352,6 +352,7 @@ type Stats struct {
 	LogBytes    uint64 // appended since the last snapshot
 	CachedBytes int    // log cache
 	Connections int    // open Raft connections
+	Waiting     int    // proposals that are not on their way yet
 	Age         time.Duration
 	Err         error // why it left Raft; nil while it takes part
 }
@@ -370,6 +371,7 @@ func (r *Replica) Stats() Stats {
 		LogBytes:    r.fsm.sinceSnapshot.Load(),
 		CachedBytes: r.disk.cache.size(),
 		Connections: r.net.count(),
+		Waiting:     len(r.proposals),
 		Age:         r.Age(),
 		Err:         r.Err(),
 	}

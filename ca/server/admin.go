@@ -34,7 +34,7 @@ type adminDoor struct {
 
 func (d adminDoor) Status(ctx context.Context, _ *ententev1.StatusRequest) (*ententev1.StatusResponse, error) {
 	s := d.server
-	info := s.Info()
+	info, subscribers := s.Info(), s.Subscribers()
 	gates, err := s.Gate(ctx)
 	if err != nil {
 		gates = nil // who has acknowledged what is not known
@@ -45,7 +45,9 @@ func (d adminDoor) Status(ctx context.Context, _ *ententev1.StatusRequest) (*ent
 		RaftState:   info.RaftState,
 		AgeSeconds:  seconds(info.Age),
 		Instances:   instancesToWire(s.Feed.Instances()),
-		Subscribers: uint32(s.Feed.Subscribers()),
+		Subscribers: uint32(subscribers.Subscribers),
+
+		AcknowledgedRevision: subscribers.Acknowledged,
 
 		Quorum:             info.NoQuorumSince.IsZero(),
 		NotAgreeing:        info.NotAgreeing,
@@ -55,6 +57,12 @@ func (d adminDoor) Status(ctx context.Context, _ *ententev1.StatusRequest) (*ent
 		AppliedIndex:       info.Applied,
 		LastIndex:          info.Last,
 		LogBytes:           info.LogBytes,
+	}
+	for _, behind := range subscribers.Behind[:min(len(subscribers.Behind), 10)] {
+		resp.WaitingFor = append(resp.WaitingFor, behind.Name)
+	}
+	for _, i := range s.Isolated() {
+		resp.Isolated = append(resp.Isolated, i.toWire())
 	}
 	if up := info.Upstream; up != nil {
 		resp.Upstream = &ententev1.Upstream{KeyId: up.KeyID, Problem: up.Problem}

@@ -124,6 +124,18 @@ func (a *Audit) Command(command *statev1.Command, outcome domain.Outcome, err er
 	a.Act(cmp.Or(command.GetActor(), "CA node "+a.node), what, on, outcome.Revision, err)
 }
 
+// Forwarded records what another CA node has had this one, the leader, agree on.
+func (a *Audit) Forwarded(command *statev1.Command, outcome domain.Outcome, err error) {
+	if a == nil {
+		return
+	}
+	if err == nil && outcome.Refused != nil {
+		err = outcome.Refused
+	}
+	what, on := commandName(command)
+	a.Act(command.GetActor(), "Forwarded"+what, on, outcome.Revision, err)
+}
+
 // Issued records an SVID.
 func (a *Audit) Issued(i signer.Issued, revision uint64) {
 	if a == nil {
@@ -153,6 +165,39 @@ func commandName(command *statev1.Command) (what string, on []string) {
 		on = append([]string{"authority/" + body.AuthorityDrained.GetId()}, prefixed("assumed: ", body.AuthorityDrained.GetAssumed())...)
 	case *statev1.Command_ActivateAuthority:
 		on = []string{"authority/" + body.ActivateAuthority.GetId()}
+	case *statev1.Command_TaintAuthority:
+		on = []string{"authority/" + body.TaintAuthority.GetId()}
+	case *statev1.Command_RevokeAuthority:
+		on = []string{"authority/" + body.RevokeAuthority.GetId()}
+	case *statev1.Command_BanAgent:
+		on = []string{"agent/" + body.BanAgent.GetName()}
+	case *statev1.Command_EvictAgent:
+		on = []string{"agent/" + body.EvictAgent.GetName()}
+	case *statev1.Command_RemoveMember:
+		on = []string{"node/" + body.RemoveMember.GetId()}
+	case *statev1.Command_PromoteMember:
+		on = []string{"node/" + body.PromoteMember.GetId()}
+	case *statev1.Command_CreateToken:
+		on = []string{"token/" + body.CreateToken.GetToken().GetId()}
+	case *statev1.Command_RevokeToken:
+		on = []string{"token/" + body.RevokeToken.GetId()}
+	case *statev1.Command_JoinMember:
+		on = []string{"token/" + body.JoinMember.GetTokenId(), "node/" + body.JoinMember.GetMember().GetId()}
+	case *statev1.Command_AttestAgent:
+		on = []string{"token/" + body.AttestAgent.GetTokenId(), "key/" + body.AttestAgent.GetKeyId()}
+	case *statev1.Command_ApplyObjects:
+		for _, o := range body.ApplyObjects.GetUpserts() {
+			on = append(on, domain.ObjectKey(o))
+		}
+		for _, key := range body.ApplyObjects.GetDeletes() {
+			on = append(on, "delete "+key.GetKind()+"/"+key.GetName())
+		}
+	case *statev1.Command_ChangeEntries:
+		on = []string{fmt.Sprintf("%d entries", len(body.ChangeEntries.GetChanges()))}
+	case *statev1.Command_MergeBans:
+		for _, b := range body.MergeBans.GetBans() {
+			on = append(on, "agent/"+b.GetAgent().GetName())
+		}
 	case *statev1.Command_StoreForeignBundle:
 		on = []string{"bundle/" + body.StoreForeignBundle.GetTrustDomain()}
 	}
@@ -242,6 +287,10 @@ func (s *Server) audit(ctx context.Context, req, resp any, err error) {
 	case *ententev1.ChangeAgentRequest:
 		what = "ChangeAgent"
 		name("agent/", r.GetName())
+	case *ententev1.IsolateAgentRequest:
+		what = "IsolateAgent"
+		name("agent/", r.GetName())
+		name("reason: ", fmt.Sprintf("%.*s", maxReason, r.GetReason()))
 	case *ententev1.RevokeTokenRequest:
 		what = "RevokeToken"
 		name("token/", r.GetId())

@@ -74,6 +74,7 @@ var allowed = map[string][]class{
 	ententev1.Admin_GetAgent_FullMethodName:          {local},
 	ententev1.Admin_BanAgent_FullMethodName:          {local},
 	ententev1.Admin_EvictAgent_FullMethodName:        {local},
+	ententev1.Admin_IsolateAgent_FullMethodName:      {local},
 	ententev1.Admin_ListTokens_FullMethodName:        {local},
 	ententev1.Admin_RevokeToken_FullMethodName:       {local},
 	ententev1.Admin_ChangeEntries_FullMethodName:     {local},
@@ -149,6 +150,9 @@ func (s *Server) identify(state tls.ConnectionState, proof *peer.Proof) (caller,
 	}
 	c.id = id
 	s.State.Read(func(st *domain.State) { err = c.fromState(st, leaf) })
+	if err == nil {
+		err = s.banned(c.agent)
+	}
 	return c, err
 }
 
@@ -212,28 +216,37 @@ func (t *tracking) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo
 	}
 	remote := &remoteInfo{TLSInfo: info.(credentials.TLSInfo)}
 	state := remote.State
-	if len(state.PeerCertificates) == 0 {
-		return conn, remote, nil
-	}
 	first, err := t.server.identify(state, &remote.proof)
 	if err != nil {
 		conn.Close()
 		return nil, nil, err
 	}
-	untrack := t.server.registry.Track(raw, expiring(first, state), func() error {
-		now, err := t.server.identify(state, &remote.proof)
-		if err == nil && first.class != now.class && first.class != stranger {
-			err = errNotOurs
-		}
-		return err
-	})
-	return &tracked{conn, untrack}, remote, nil
+	var leave func()
+	if remote.calls, leave, err = t.server.seat(first, raw); err != nil {
+		conn.Close()
+		return nil, nil, err
+	}
+	if a, ok := raw.(*arriving); ok {
+		a.place.leave()
+	}
+	untrack := func() {}
+	if first.class != anonymous {
+		untrack = t.server.registry.Track(raw, expiring(first, state), func() error {
+			now, err := t.server.identify(state, &remote.proof)
+			if err == nil && first.class != now.class && first.class != stranger {
+				err = errNotOurs
+			}
+			return err
+		})
+	}
+	return &tracked{conn, untrack, leave}, remote, nil
 }
 
 // remoteInfo is a connection over TLS.
 type remoteInfo struct {
 	credentials.TLSInfo
 	proof peer.Proof
+	calls *calls
 }
 
 // expiring hides the certificate of a peer that is known by its key: dates in it mean
@@ -247,11 +260,12 @@ func expiring(c caller, state tls.ConnectionState) tls.ConnectionState {
 
 type tracked struct {
 	net.Conn
-	untrack func()
+	untrack, leave func()
 }
 
 func (t *tracked) Close() error {
 	t.untrack()
+	t.leave()
 	return t.Conn.Close()
 }
 

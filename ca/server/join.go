@@ -123,12 +123,14 @@ func (d attestDoor) Attest(ctx context.Context, req *ententev1.AttestRequest) (*
 func (s *Server) admit(ctx context.Context, c caller, req *ententev1.AttestRequest, keyID string) (*statev1.Agent, error) {
 	var known *statev1.Agent
 	var token *statev1.Token
+	var named *statev1.Agent // as whom the token admits
 	s.State.Read(func(st *domain.State) {
 		known, _ = st.AgentByKey(keyID)
 		token, _ = st.Token(req.GetTokenId())
+		named, _ = st.Agent(token.GetAgent().GetName())
 	})
-	if known.GetBanned() {
-		return nil, status.Errorf(codes.PermissionDenied, "agent %s is banned", known.GetName())
+	if err := s.banned(known); err != nil {
+		return nil, err
 	}
 	if req.GetTokenId() == "" {
 		// The signature of the request proves the key: nothing to write, no quorum needed.
@@ -146,6 +148,10 @@ func (s *Server) admit(ctx context.Context, c caller, req *ententev1.AttestReque
 			return nil, status.Error(codes.PermissionDenied, err.Error())
 		}
 		return known, nil
+	}
+	// Apply refuses who is banned; it cannot know whom this node isolates.
+	if err := s.banned(named); err != nil {
+		return nil, err
 	}
 	_, err := s.agree(ctx, &statev1.Command{
 		Actor: "attest " + keyID,

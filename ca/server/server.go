@@ -132,6 +132,13 @@ type Config struct {
 	// Supersede stops this node if the statement says that its epoch is over.
 	Supersede func(statement, signature []byte) error
 
+	// Isolate shuts an agent out at this node alone. Errors: ErrNoAgent, ErrBanned,
+	// ErrQuorum.
+	Isolate  func(name, reason, who string) (Isolation, error)
+	Isolated func() []Isolation // not agreed yet
+	// Subscribers is how far this node's are.
+	Subscribers func() feed.Status
+
 	// Audit gets a line for each administrative act and each SVID; nil: none.
 	Audit      *Audit
 	Log        *slog.Logger
@@ -145,16 +152,18 @@ type Server struct {
 	metrics  *metrics
 	attests  chan struct{} // slots
 
+	handshakes, strangers places
+	guests                guests
+	syncs                 syncs
+
 	tokenRates rates
 	stopping   chan struct{}
 	stop       sync.Once
 }
 
 const (
-	maxAPIMessage   = 1 << 20
 	maxAdminMessage = 16 << 20
-	maxStreams      = 128 // per connection
-	maxAttests      = 32  // at once: each may cost an agreement
+	maxAttests      = 32 // at once: each may cost an agreement
 	drainTime       = 3 * time.Second
 )
 
@@ -163,13 +172,16 @@ func New(config Config) *Server {
 	if config.Log == nil {
 		config.Log = slog.New(slog.DiscardHandler)
 	}
-	return &Server{
-		Config:   config,
-		registry: peer.Registry{Log: config.Log},
-		metrics:  newMetrics(config.Registerer),
-		attests:  make(chan struct{}, maxAttests),
-		stopping: make(chan struct{}),
+	s := &Server{
+		Config:     config,
+		registry:   peer.Registry{Log: config.Log},
+		attests:    make(chan struct{}, maxAttests),
+		handshakes: places{most: maxHandshakes, patience: undisturbed},
+		strangers:  places{most: maxStrangers, patience: handshakeLimit},
+		stopping:   make(chan struct{}),
 	}
+	s.metrics = newMetrics(config.Registerer, s)
+	return s
 }
 
 // ServeAPI serves Join, Attest, Sync, Sign and Peer on the listener, which it closes,
@@ -181,9 +193,12 @@ func (s *Server) ServeAPI(ctx context.Context, listener net.Listener) error {
 		grpc.StreamInterceptor(s.stream),
 		grpc.MaxRecvMsgSize(maxAPIMessage),
 		grpc.MaxConcurrentStreams(maxStreams),
-		grpc.MaxHeaderListSize(16<<10),
+		grpc.MaxHeaderListSize(maxHeaders),
 		grpc.ReadBufferSize(0), // TLS has a buffer of its own, and 10,000 hosts hold a stream open
-		grpc.ConnectionTimeout(10*time.Second),
+		grpc.ConnectionTimeout(handshakeLimit),
+		grpc.InitialWindowSize(streamWindow),
+		grpc.InitialConnWindowSize(connWindow),
+		grpc.InTapHandle(s.tap),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 2 * time.Second, PermitWithoutStream: true}),
 		grpc.KeepaliveParams(keepalive.ServerParameters{
 			MaxConnectionIdle: time.Minute, // strangers do not stay
@@ -196,7 +211,7 @@ func (s *Server) ServeAPI(ctx context.Context, listener net.Listener) error {
 	ententev1.RegisterSyncServer(server, syncDoor{server: s})
 	ententev1.RegisterSignServer(server, signDoor{server: s})
 	ententev1.RegisterPeerServer(server, peerDoor{server: s})
-	return s.serve(ctx, server, listener)
+	return s.serve(ctx, server, entrance{listener, s})
 }
 
 // ServeAdmin serves Admin on a unix socket. Its mode, 0600, is the listener's owner's
@@ -246,9 +261,12 @@ type metrics struct {
 	calls  *prometheus.CounterVec
 	svids  *prometheus.CounterVec
 	tokens *prometheus.CounterVec
+
+	underWay prometheus.Gauge
+	cut      *prometheus.CounterVec
 }
 
-func newMetrics(registerer prometheus.Registerer) *metrics {
+func newMetrics(registerer prometheus.Registerer, s *Server) *metrics {
 	m := &metrics{
 		calls: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "entente_ca_calls_total", Help: "Calls at the doors of this CA node, by method and gRPC code.",
@@ -259,9 +277,24 @@ func newMetrics(registerer prometheus.Registerer) *metrics {
 		tokens: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "entente_ca_tokens_total", Help: "JWT- and WIT-SVIDs that were asked of this CA node, by kind and result.",
 		}, []string{"kind", "result"}),
+		underWay: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "entente_ca_calls_under_way", Help: "Calls and streams at the API address that have not ended.",
+		}),
+		cut: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "entente_ca_connections_cut_total", Help: "Connections to the API address that were cut because there are too many of their kind: handshake, stranger (without an identity), peer (of one).",
+		}, []string{"kind"}),
 	}
-	if registerer != nil {
-		registerer.MustRegister(m.calls, m.svids, m.tokens)
+	if registerer == nil {
+		return m
 	}
+	registerer.MustRegister(m.calls, m.svids, m.tokens, m.underWay, m.cut)
+	for kind, count := range map[string]func() int{"handshake": s.handshakes.len, "stranger": s.strangers.len, "peer": s.guests.len} {
+		registerer.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "entente_ca_connections", Help: "Open connections to the API address.", ConstLabels: prometheus.Labels{"kind": kind},
+		}, func() float64 { return float64(count()) }))
+	}
+	registerer.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "entente_ca_attestations_under_way", Help: "Attestations that this CA node is at work on.",
+	}, func() float64 { return float64(len(s.attests)) }))
 	return m
 }

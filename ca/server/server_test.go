@@ -520,6 +520,7 @@ func TestMembersProposals(t *testing.T) {
 	member := memberCertificate(t, c)
 	door := ententev1.NewPeerClient(dial(t, c, &member))
 	propose := func(command *statev1.Command) error {
+		command.Actor = "local user root"
 		data, err := proto.Marshal(command)
 		if err != nil {
 			t.Fatal(err)

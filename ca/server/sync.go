@@ -38,6 +38,11 @@ type syncDoor struct {
 
 func (d syncDoor) Sync(stream ententev1.Sync_SyncServer) error {
 	s, c := d.server, callerFrom(stream.Context())
+	end, err := s.syncs.begin(c.id.String() + " on " + c.agent.GetName())
+	if err != nil {
+		return err
+	}
+	defer end()
 	received := make(chan *ententev1.SyncRequest)
 	ended := make(chan error, 1)
 	done := make(chan struct{})

@@ -301,7 +301,7 @@ func (d adminDoor) ListAgents(_ context.Context, req *ententev1.ListAgentsReques
 		}
 	})
 	for _, a := range page.rows() {
-		resp.Agents = append(resp.Agents, &ententev1.AgentStatus{Agent: a, Entries: uint32(entries[a.GetName()]), Here: s.Feed.Live(a.GetName())})
+		resp.Agents = append(resp.Agents, &ententev1.AgentStatus{Agent: a, Entries: uint32(entries[a.GetName()]), Here: s.Feed.Live(a.GetName()), Isolated: s.isolated(a)})
 	}
 	resp.More = page.more
 	return resp, nil
@@ -320,7 +320,7 @@ func (d adminDoor) GetAgent(_ context.Context, req *ententev1.GetAgentRequest) (
 	if resp.Status == nil {
 		return nil, noAgent(req.GetName())
 	}
-	resp.Status.Here = s.Feed.Live(req.GetName())
+	resp.Status.Here, resp.Status.Isolated = s.Feed.Live(req.GetName()), s.isolated(resp.Status.Agent)
 	for _, i := range s.Feed.Instances() {
 		if i.Agent == req.GetName() {
 			resp.Instances = append(resp.Instances, instanceToWire(i))
@@ -328,6 +328,8 @@ func (d adminDoor) GetAgent(_ context.Context, req *ententev1.GetAgentRequest) (
 	}
 	return resp, nil
 }
+
+func (s *Server) isolated(a *statev1.Agent) bool { return !a.GetBanned() && s.Feed.Banned(a) }
 
 func noAgent(name string) error {
 	return status.Errorf(codes.NotFound, "no agent is named %.80s: see entente agent list", name)

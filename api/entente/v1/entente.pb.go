@@ -1831,33 +1831,36 @@ func (*StatusRequest) Descriptor() ([]byte, []int) {
 }
 
 type StatusResponse struct {
-	state              protoimpl.MessageState `protogen:"open.v1"`
-	Cluster            *v1.Cluster            `protobuf:"bytes,1,opt,name=cluster,proto3" json:"cluster,omitempty"`
-	Revision           uint64                 `protobuf:"varint,2,opt,name=revision,proto3" json:"revision,omitempty"`
-	NodeId             string                 `protobuf:"bytes,3,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`
-	LeaderId           string                 `protobuf:"bytes,4,opt,name=leader_id,json=leaderId,proto3" json:"leader_id,omitempty"` // empty: no quorum known
-	RaftState          string                 `protobuf:"bytes,5,opt,name=raft_state,json=raftState,proto3" json:"raft_state,omitempty"`
-	AgeSeconds         float64                `protobuf:"fixed64,6,opt,name=age_seconds,json=ageSeconds,proto3" json:"age_seconds,omitempty"` // of the agreed state
-	Members            []*MemberStatus        `protobuf:"bytes,7,rep,name=members,proto3" json:"members,omitempty"`
-	Authorities        []*v1.Authority        `protobuf:"bytes,8,rep,name=authorities,proto3" json:"authorities,omitempty"`
-	Entries            uint32                 `protobuf:"varint,9,opt,name=entries,proto3" json:"entries,omitempty"`
-	Agents             uint32                 `protobuf:"varint,10,opt,name=agents,proto3" json:"agents,omitempty"`
-	Foreign            []*ForeignBundleStatus `protobuf:"bytes,11,rep,name=foreign,proto3" json:"foreign,omitempty"`
-	Instances          []*Instance            `protobuf:"bytes,12,rep,name=instances,proto3" json:"instances,omitempty"`
-	Subscribers        uint32                 `protobuf:"varint,13,opt,name=subscribers,proto3" json:"subscribers,omitempty"`                                            // of this node
-	Quorum             bool                   `protobuf:"varint,30,opt,name=quorum,proto3" json:"quorum,omitempty"`                                                      // agreement goes on, as far as this node knows
-	NoQuorumSince      int64                  `protobuf:"varint,31,opt,name=no_quorum_since,json=noQuorumSince,proto3" json:"no_quorum_since,omitempty"`                 // Unix seconds; 0: there is quorum, as far as this node knows
-	NotAgreeing        string                 `protobuf:"bytes,32,opt,name=not_agreeing,json=notAgreeing,proto3" json:"not_agreeing,omitempty"`                          // without quorum: since when, what still works, what to do
-	Disk               string                 `protobuf:"bytes,33,opt,name=disk,proto3" json:"disk,omitempty"`                                                           // empty: the log's disk works; else what is wrong with it
-	ClockOffsetSeconds float64                `protobuf:"fixed64,34,opt,name=clock_offset_seconds,json=clockOffsetSeconds,proto3" json:"clock_offset_seconds,omitempty"` // own clock minus the agreed time, as of the last Tick
-	ClockKnown         bool                   `protobuf:"varint,35,opt,name=clock_known,json=clockKnown,proto3" json:"clock_known,omitempty"`
-	Autonomy           []*Autonomy            `protobuf:"bytes,36,rep,name=autonomy,proto3" json:"autonomy,omitempty"` // of each signing member
-	AppliedIndex       uint64                 `protobuf:"varint,37,opt,name=applied_index,json=appliedIndex,proto3" json:"applied_index,omitempty"`
-	LastIndex          uint64                 `protobuf:"varint,38,opt,name=last_index,json=lastIndex,proto3" json:"last_index,omitempty"`
-	LogBytes           uint64                 `protobuf:"varint,39,opt,name=log_bytes,json=logBytes,proto3" json:"log_bytes,omitempty"` // since the last snapshot
-	Upstream           *Upstream              `protobuf:"bytes,85,opt,name=upstream,proto3" json:"upstream,omitempty"`                  // of this node; absent: its authorities sign themselves
-	unknownFields      protoimpl.UnknownFields
-	sizeCache          protoimpl.SizeCache
+	state                protoimpl.MessageState `protogen:"open.v1"`
+	Cluster              *v1.Cluster            `protobuf:"bytes,1,opt,name=cluster,proto3" json:"cluster,omitempty"`
+	Revision             uint64                 `protobuf:"varint,2,opt,name=revision,proto3" json:"revision,omitempty"`
+	NodeId               string                 `protobuf:"bytes,3,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`
+	LeaderId             string                 `protobuf:"bytes,4,opt,name=leader_id,json=leaderId,proto3" json:"leader_id,omitempty"` // empty: no quorum known
+	RaftState            string                 `protobuf:"bytes,5,opt,name=raft_state,json=raftState,proto3" json:"raft_state,omitempty"`
+	AgeSeconds           float64                `protobuf:"fixed64,6,opt,name=age_seconds,json=ageSeconds,proto3" json:"age_seconds,omitempty"` // of the agreed state
+	Members              []*MemberStatus        `protobuf:"bytes,7,rep,name=members,proto3" json:"members,omitempty"`
+	Authorities          []*v1.Authority        `protobuf:"bytes,8,rep,name=authorities,proto3" json:"authorities,omitempty"`
+	Entries              uint32                 `protobuf:"varint,9,opt,name=entries,proto3" json:"entries,omitempty"`
+	Agents               uint32                 `protobuf:"varint,10,opt,name=agents,proto3" json:"agents,omitempty"`
+	Foreign              []*ForeignBundleStatus `protobuf:"bytes,11,rep,name=foreign,proto3" json:"foreign,omitempty"`
+	Instances            []*Instance            `protobuf:"bytes,12,rep,name=instances,proto3" json:"instances,omitempty"`
+	Subscribers          uint32                 `protobuf:"varint,13,opt,name=subscribers,proto3" json:"subscribers,omitempty"`                                            // of this node
+	Quorum               bool                   `protobuf:"varint,30,opt,name=quorum,proto3" json:"quorum,omitempty"`                                                      // agreement goes on, as far as this node knows
+	NoQuorumSince        int64                  `protobuf:"varint,31,opt,name=no_quorum_since,json=noQuorumSince,proto3" json:"no_quorum_since,omitempty"`                 // Unix seconds; 0: there is quorum, as far as this node knows
+	NotAgreeing          string                 `protobuf:"bytes,32,opt,name=not_agreeing,json=notAgreeing,proto3" json:"not_agreeing,omitempty"`                          // without quorum: since when, what still works, what to do
+	Disk                 string                 `protobuf:"bytes,33,opt,name=disk,proto3" json:"disk,omitempty"`                                                           // empty: the log's disk works; else what is wrong with it
+	ClockOffsetSeconds   float64                `protobuf:"fixed64,34,opt,name=clock_offset_seconds,json=clockOffsetSeconds,proto3" json:"clock_offset_seconds,omitempty"` // own clock minus the agreed time, as of the last Tick
+	ClockKnown           bool                   `protobuf:"varint,35,opt,name=clock_known,json=clockKnown,proto3" json:"clock_known,omitempty"`
+	Autonomy             []*Autonomy            `protobuf:"bytes,36,rep,name=autonomy,proto3" json:"autonomy,omitempty"` // of each signing member
+	AppliedIndex         uint64                 `protobuf:"varint,37,opt,name=applied_index,json=appliedIndex,proto3" json:"applied_index,omitempty"`
+	LastIndex            uint64                 `protobuf:"varint,38,opt,name=last_index,json=lastIndex,proto3" json:"last_index,omitempty"`
+	LogBytes             uint64                 `protobuf:"varint,39,opt,name=log_bytes,json=logBytes,proto3" json:"log_bytes,omitempty"`                                      // since the last snapshot
+	Upstream             *Upstream              `protobuf:"bytes,85,opt,name=upstream,proto3" json:"upstream,omitempty"`                                                       // of this node; absent: its authorities sign themselves
+	Isolated             []*Isolation           `protobuf:"bytes,120,rep,name=isolated,proto3" json:"isolated,omitempty"`                                                      // by this node, and not agreed yet
+	AcknowledgedRevision uint64                 `protobuf:"varint,121,opt,name=acknowledged_revision,json=acknowledgedRevision,proto3" json:"acknowledged_revision,omitempty"` // minimum over this node's subscribers
+	WaitingFor           []string               `protobuf:"bytes,122,rep,name=waiting_for,json=waitingFor,proto3" json:"waiting_for,omitempty"`                                // of these who does not hold this revision, the furthest behind first, at most 10
+	unknownFields        protoimpl.UnknownFields
+	sizeCache            protoimpl.SizeCache
 }
 
 func (x *StatusResponse) Reset() {
@@ -2054,6 +2057,27 @@ func (x *StatusResponse) GetLogBytes() uint64 {
 func (x *StatusResponse) GetUpstream() *Upstream {
 	if x != nil {
 		return x.Upstream
+	}
+	return nil
+}
+
+func (x *StatusResponse) GetIsolated() []*Isolation {
+	if x != nil {
+		return x.Isolated
+	}
+	return nil
+}
+
+func (x *StatusResponse) GetAcknowledgedRevision() uint64 {
+	if x != nil {
+		return x.AcknowledgedRevision
+	}
+	return 0
+}
+
+func (x *StatusResponse) GetWaitingFor() []string {
+	if x != nil {
+		return x.WaitingFor
 	}
 	return nil
 }
@@ -4727,8 +4751,9 @@ func (x *ListAgentsResponse) GetMore() bool {
 type AgentStatus struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Agent         *v1.Agent              `protobuf:"bytes,1,opt,name=agent,proto3" json:"agent,omitempty"`
-	Entries       uint32                 `protobuf:"varint,2,opt,name=entries,proto3" json:"entries,omitempty"` // that it may hold
-	Here          bool                   `protobuf:"varint,3,opt,name=here,proto3" json:"here,omitempty"`       // its stream is at this node
+	Entries       uint32                 `protobuf:"varint,2,opt,name=entries,proto3" json:"entries,omitempty"`     // that it may hold
+	Here          bool                   `protobuf:"varint,3,opt,name=here,proto3" json:"here,omitempty"`           // its stream is at this node
+	Isolated      bool                   `protobuf:"varint,120,opt,name=isolated,proto3" json:"isolated,omitempty"` // by this node, and not agreed yet
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -4780,6 +4805,13 @@ func (x *AgentStatus) GetEntries() uint32 {
 func (x *AgentStatus) GetHere() bool {
 	if x != nil {
 		return x.Here
+	}
+	return false
+}
+
+func (x *AgentStatus) GetIsolated() bool {
+	if x != nil {
+		return x.Isolated
 	}
 	return false
 }
@@ -4976,6 +5008,179 @@ func (x *ChangeAgentResponse) GetRevision() uint64 {
 	return 0
 }
 
+type IsolateAgentRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Reason        string                 `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"` // for the audit log and for people; at most 200 characters
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IsolateAgentRequest) Reset() {
+	*x = IsolateAgentRequest{}
+	mi := &file_entente_v1_entente_proto_msgTypes[81]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IsolateAgentRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IsolateAgentRequest) ProtoMessage() {}
+
+func (x *IsolateAgentRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[81]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IsolateAgentRequest.ProtoReflect.Descriptor instead.
+func (*IsolateAgentRequest) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{81}
+}
+
+func (x *IsolateAgentRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *IsolateAgentRequest) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+type IsolateAgentResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Isolation     *Isolation             `protobuf:"bytes,1,opt,name=isolation,proto3" json:"isolation,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IsolateAgentResponse) Reset() {
+	*x = IsolateAgentResponse{}
+	mi := &file_entente_v1_entente_proto_msgTypes[82]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IsolateAgentResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IsolateAgentResponse) ProtoMessage() {}
+
+func (x *IsolateAgentResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[82]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IsolateAgentResponse.ProtoReflect.Descriptor instead.
+func (*IsolateAgentResponse) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{82}
+}
+
+func (x *IsolateAgentResponse) GetIsolation() *Isolation {
+	if x != nil {
+		return x.Isolation
+	}
+	return nil
+}
+
+// Isolation is an agent that one node shut out by itself.
+type Isolation struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Agent         *v1.Agent              `protobuf:"bytes,1,opt,name=agent,proto3" json:"agent,omitempty"` // as that node knew it
+	Who           string                 `protobuf:"bytes,2,opt,name=who,proto3" json:"who,omitempty"`
+	Reason        string                 `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
+	UnixSeconds   int64                  `protobuf:"varint,4,opt,name=unix_seconds,json=unixSeconds,proto3" json:"unix_seconds,omitempty"`
+	NotWritten    string                 `protobuf:"bytes,5,opt,name=not_written,json=notWritten,proto3" json:"not_written,omitempty"` // why a restart would lose it; empty: it is on disk
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Isolation) Reset() {
+	*x = Isolation{}
+	mi := &file_entente_v1_entente_proto_msgTypes[83]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Isolation) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Isolation) ProtoMessage() {}
+
+func (x *Isolation) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[83]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Isolation.ProtoReflect.Descriptor instead.
+func (*Isolation) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{83}
+}
+
+func (x *Isolation) GetAgent() *v1.Agent {
+	if x != nil {
+		return x.Agent
+	}
+	return nil
+}
+
+func (x *Isolation) GetWho() string {
+	if x != nil {
+		return x.Who
+	}
+	return ""
+}
+
+func (x *Isolation) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *Isolation) GetUnixSeconds() int64 {
+	if x != nil {
+		return x.UnixSeconds
+	}
+	return 0
+}
+
+func (x *Isolation) GetNotWritten() string {
+	if x != nil {
+		return x.NotWritten
+	}
+	return ""
+}
+
 type ListTokensRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -4984,7 +5189,7 @@ type ListTokensRequest struct {
 
 func (x *ListTokensRequest) Reset() {
 	*x = ListTokensRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[81]
+	mi := &file_entente_v1_entente_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4996,7 +5201,7 @@ func (x *ListTokensRequest) String() string {
 func (*ListTokensRequest) ProtoMessage() {}
 
 func (x *ListTokensRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[81]
+	mi := &file_entente_v1_entente_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5009,7 +5214,7 @@ func (x *ListTokensRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTokensRequest.ProtoReflect.Descriptor instead.
 func (*ListTokensRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{81}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{84}
 }
 
 type ListTokensResponse struct {
@@ -5022,7 +5227,7 @@ type ListTokensResponse struct {
 
 func (x *ListTokensResponse) Reset() {
 	*x = ListTokensResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[82]
+	mi := &file_entente_v1_entente_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5034,7 +5239,7 @@ func (x *ListTokensResponse) String() string {
 func (*ListTokensResponse) ProtoMessage() {}
 
 func (x *ListTokensResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[82]
+	mi := &file_entente_v1_entente_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5047,7 +5252,7 @@ func (x *ListTokensResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTokensResponse.ProtoReflect.Descriptor instead.
 func (*ListTokensResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{82}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *ListTokensResponse) GetTokens() []*v1.Token {
@@ -5073,7 +5278,7 @@ type RevokeTokenRequest struct {
 
 func (x *RevokeTokenRequest) Reset() {
 	*x = RevokeTokenRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[83]
+	mi := &file_entente_v1_entente_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5085,7 +5290,7 @@ func (x *RevokeTokenRequest) String() string {
 func (*RevokeTokenRequest) ProtoMessage() {}
 
 func (x *RevokeTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[83]
+	mi := &file_entente_v1_entente_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5098,7 +5303,7 @@ func (x *RevokeTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeTokenRequest.ProtoReflect.Descriptor instead.
 func (*RevokeTokenRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{83}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{86}
 }
 
 func (x *RevokeTokenRequest) GetId() string {
@@ -5117,7 +5322,7 @@ type RevokeTokenResponse struct {
 
 func (x *RevokeTokenResponse) Reset() {
 	*x = RevokeTokenResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[84]
+	mi := &file_entente_v1_entente_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5129,7 +5334,7 @@ func (x *RevokeTokenResponse) String() string {
 func (*RevokeTokenResponse) ProtoMessage() {}
 
 func (x *RevokeTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[84]
+	mi := &file_entente_v1_entente_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5142,7 +5347,7 @@ func (x *RevokeTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeTokenResponse.ProtoReflect.Descriptor instead.
 func (*RevokeTokenResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{84}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *RevokeTokenResponse) GetRevision() uint64 {
@@ -5162,7 +5367,7 @@ type ChangeEntriesRequest struct {
 
 func (x *ChangeEntriesRequest) Reset() {
 	*x = ChangeEntriesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[85]
+	mi := &file_entente_v1_entente_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5174,7 +5379,7 @@ func (x *ChangeEntriesRequest) String() string {
 func (*ChangeEntriesRequest) ProtoMessage() {}
 
 func (x *ChangeEntriesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[85]
+	mi := &file_entente_v1_entente_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5187,7 +5392,7 @@ func (x *ChangeEntriesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeEntriesRequest.ProtoReflect.Descriptor instead.
 func (*ChangeEntriesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{85}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{88}
 }
 
 func (x *ChangeEntriesRequest) GetChanges() []*v1.EntryChange {
@@ -5213,7 +5418,7 @@ type ChangeEntriesResponse struct {
 
 func (x *ChangeEntriesResponse) Reset() {
 	*x = ChangeEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[86]
+	mi := &file_entente_v1_entente_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5225,7 +5430,7 @@ func (x *ChangeEntriesResponse) String() string {
 func (*ChangeEntriesResponse) ProtoMessage() {}
 
 func (x *ChangeEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[86]
+	mi := &file_entente_v1_entente_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5238,7 +5443,7 @@ func (x *ChangeEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeEntriesResponse.ProtoReflect.Descriptor instead.
 func (*ChangeEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{86}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{89}
 }
 
 func (x *ChangeEntriesResponse) GetResults() []*EntryResult {
@@ -5261,7 +5466,7 @@ type EntryResult struct {
 
 func (x *EntryResult) Reset() {
 	*x = EntryResult{}
-	mi := &file_entente_v1_entente_proto_msgTypes[87]
+	mi := &file_entente_v1_entente_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5273,7 +5478,7 @@ func (x *EntryResult) String() string {
 func (*EntryResult) ProtoMessage() {}
 
 func (x *EntryResult) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[87]
+	mi := &file_entente_v1_entente_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5286,7 +5491,7 @@ func (x *EntryResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EntryResult.ProtoReflect.Descriptor instead.
 func (*EntryResult) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{87}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{90}
 }
 
 func (x *EntryResult) GetId() string {
@@ -5337,7 +5542,7 @@ type ListEntriesRequest struct {
 
 func (x *ListEntriesRequest) Reset() {
 	*x = ListEntriesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[88]
+	mi := &file_entente_v1_entente_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5349,7 +5554,7 @@ func (x *ListEntriesRequest) String() string {
 func (*ListEntriesRequest) ProtoMessage() {}
 
 func (x *ListEntriesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[88]
+	mi := &file_entente_v1_entente_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5362,7 +5567,7 @@ func (x *ListEntriesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntriesRequest.ProtoReflect.Descriptor instead.
 func (*ListEntriesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{88}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{91}
 }
 
 func (x *ListEntriesRequest) GetPageSize() uint32 {
@@ -5410,7 +5615,7 @@ type ListEntriesResponse struct {
 
 func (x *ListEntriesResponse) Reset() {
 	*x = ListEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[89]
+	mi := &file_entente_v1_entente_proto_msgTypes[92]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5422,7 +5627,7 @@ func (x *ListEntriesResponse) String() string {
 func (*ListEntriesResponse) ProtoMessage() {}
 
 func (x *ListEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[89]
+	mi := &file_entente_v1_entente_proto_msgTypes[92]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5435,7 +5640,7 @@ func (x *ListEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntriesResponse.ProtoReflect.Descriptor instead.
 func (*ListEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{89}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{92}
 }
 
 func (x *ListEntriesResponse) GetEntries() []*v1.Entry {
@@ -5461,7 +5666,7 @@ type GetEntryRequest struct {
 
 func (x *GetEntryRequest) Reset() {
 	*x = GetEntryRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[90]
+	mi := &file_entente_v1_entente_proto_msgTypes[93]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5473,7 +5678,7 @@ func (x *GetEntryRequest) String() string {
 func (*GetEntryRequest) ProtoMessage() {}
 
 func (x *GetEntryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[90]
+	mi := &file_entente_v1_entente_proto_msgTypes[93]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5486,7 +5691,7 @@ func (x *GetEntryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetEntryRequest.ProtoReflect.Descriptor instead.
 func (*GetEntryRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{90}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{93}
 }
 
 func (x *GetEntryRequest) GetId() string {
@@ -5505,7 +5710,7 @@ type GetEntryResponse struct {
 
 func (x *GetEntryResponse) Reset() {
 	*x = GetEntryResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[91]
+	mi := &file_entente_v1_entente_proto_msgTypes[94]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5517,7 +5722,7 @@ func (x *GetEntryResponse) String() string {
 func (*GetEntryResponse) ProtoMessage() {}
 
 func (x *GetEntryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[91]
+	mi := &file_entente_v1_entente_proto_msgTypes[94]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5530,7 +5735,7 @@ func (x *GetEntryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetEntryResponse.ProtoReflect.Descriptor instead.
 func (*GetEntryResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{91}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{94}
 }
 
 func (x *GetEntryResponse) GetEntry() *v1.Entry {
@@ -5549,7 +5754,7 @@ type CountEntriesResponse struct {
 
 func (x *CountEntriesResponse) Reset() {
 	*x = CountEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[92]
+	mi := &file_entente_v1_entente_proto_msgTypes[95]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5561,7 +5766,7 @@ func (x *CountEntriesResponse) String() string {
 func (*CountEntriesResponse) ProtoMessage() {}
 
 func (x *CountEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[92]
+	mi := &file_entente_v1_entente_proto_msgTypes[95]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5574,7 +5779,7 @@ func (x *CountEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CountEntriesResponse.ProtoReflect.Descriptor instead.
 func (*CountEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{92}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{95}
 }
 
 func (x *CountEntriesResponse) GetEntries() uint64 {
@@ -5713,7 +5918,7 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x05token\x18\x01 \x01(\tR\x05token\x12\x12\n" +
 	"\x04code\x18\x02 \x01(\rR\x04code\x12\x14\n" +
 	"\x05error\x18\x03 \x01(\tR\x05error\"\x0f\n" +
-	"\rStatusRequest\"\x9c\a\n" +
+	"\rStatusRequest\"\xa5\b\n" +
 	"\x0eStatusResponse\x123\n" +
 	"\acluster\x18\x01 \x01(\v2\x19.entente.state.v1.ClusterR\acluster\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\x04R\brevision\x12\x17\n" +
@@ -5743,7 +5948,11 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\n" +
 	"last_index\x18& \x01(\x04R\tlastIndex\x12\x1b\n" +
 	"\tlog_bytes\x18' \x01(\x04R\blogBytes\x120\n" +
-	"\bupstream\x18U \x01(\v2\x14.entente.v1.UpstreamR\bupstream\"X\n" +
+	"\bupstream\x18U \x01(\v2\x14.entente.v1.UpstreamR\bupstream\x121\n" +
+	"\bisolated\x18x \x03(\v2\x15.entente.v1.IsolationR\bisolated\x123\n" +
+	"\x15acknowledged_revision\x18y \x01(\x04R\x14acknowledgedRevision\x12\x1f\n" +
+	"\vwaiting_for\x18z \x03(\tR\n" +
+	"waitingFor\"X\n" +
 	"\bUpstream\x12\x15\n" +
 	"\x06key_id\x18\x01 \x01(\tR\x05keyId\x12\x1b\n" +
 	"\tnot_after\x18\x02 \x01(\x03R\bnotAfter\x12\x18\n" +
@@ -5919,11 +6128,12 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x05after\x18\x02 \x01(\tR\x05after\"Y\n" +
 	"\x12ListAgentsResponse\x12/\n" +
 	"\x06agents\x18\x01 \x03(\v2\x17.entente.v1.AgentStatusR\x06agents\x12\x12\n" +
-	"\x04more\x18\x02 \x01(\bR\x04more\"j\n" +
+	"\x04more\x18\x02 \x01(\bR\x04more\"\x86\x01\n" +
 	"\vAgentStatus\x12-\n" +
 	"\x05agent\x18\x01 \x01(\v2\x17.entente.state.v1.AgentR\x05agent\x12\x18\n" +
 	"\aentries\x18\x02 \x01(\rR\aentries\x12\x12\n" +
-	"\x04here\x18\x03 \x01(\bR\x04here\"%\n" +
+	"\x04here\x18\x03 \x01(\bR\x04here\x12\x1a\n" +
+	"\bisolated\x18x \x01(\bR\bisolated\"%\n" +
 	"\x0fGetAgentRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\"\xaa\x01\n" +
 	"\x10GetAgentResponse\x12/\n" +
@@ -5933,7 +6143,19 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x12ChangeAgentRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\"1\n" +
 	"\x13ChangeAgentResponse\x12\x1a\n" +
-	"\brevision\x18\x01 \x01(\x04R\brevision\"\x13\n" +
+	"\brevision\x18\x01 \x01(\x04R\brevision\"A\n" +
+	"\x13IsolateAgentRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\"K\n" +
+	"\x14IsolateAgentResponse\x123\n" +
+	"\tisolation\x18\x01 \x01(\v2\x15.entente.v1.IsolationR\tisolation\"\xa8\x01\n" +
+	"\tIsolation\x12-\n" +
+	"\x05agent\x18\x01 \x01(\v2\x17.entente.state.v1.AgentR\x05agent\x12\x10\n" +
+	"\x03who\x18\x02 \x01(\tR\x03who\x12\x16\n" +
+	"\x06reason\x18\x03 \x01(\tR\x06reason\x12!\n" +
+	"\funix_seconds\x18\x04 \x01(\x03R\vunixSeconds\x12\x1f\n" +
+	"\vnot_written\x18\x05 \x01(\tR\n" +
+	"notWritten\"\x13\n" +
 	"\x11ListTokensRequest\"`\n" +
 	"\x12ListTokensResponse\x12/\n" +
 	"\x06tokens\x18\x01 \x03(\v2\x17.entente.state.v1.TokenR\x06tokens\x12\x19\n" +
@@ -5982,7 +6204,7 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x04Sign\x12E\n" +
 	"\bSignX509\x12\x1b.entente.v1.SignX509Request\x1a\x1c.entente.v1.SignX509Response\x12B\n" +
 	"\aSignJWT\x12\x1a.entente.v1.SignJWTRequest\x1a\x1b.entente.v1.SignJWTResponse\x12B\n" +
-	"\aSignWIT\x12\x1a.entente.v1.SignWITRequest\x1a\x1b.entente.v1.SignWITResponse2\xb7\x0e\n" +
+	"\aSignWIT\x12\x1a.entente.v1.SignWITRequest\x1a\x1b.entente.v1.SignWITResponse2\x8a\x0f\n" +
 	"\x05Admin\x12?\n" +
 	"\x06Status\x12\x19.entente.v1.StatusRequest\x1a\x1a.entente.v1.StatusResponse\x12N\n" +
 	"\vCreateToken\x12\x1e.entente.v1.CreateTokenRequest\x1a\x1f.entente.v1.CreateTokenResponse\x12<\n" +
@@ -6000,7 +6222,8 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\bGetAgent\x12\x1b.entente.v1.GetAgentRequest\x1a\x1c.entente.v1.GetAgentResponse\x12K\n" +
 	"\bBanAgent\x12\x1e.entente.v1.ChangeAgentRequest\x1a\x1f.entente.v1.ChangeAgentResponse\x12M\n" +
 	"\n" +
-	"EvictAgent\x12\x1e.entente.v1.ChangeAgentRequest\x1a\x1f.entente.v1.ChangeAgentResponse\x12K\n" +
+	"EvictAgent\x12\x1e.entente.v1.ChangeAgentRequest\x1a\x1f.entente.v1.ChangeAgentResponse\x12Q\n" +
+	"\fIsolateAgent\x12\x1f.entente.v1.IsolateAgentRequest\x1a .entente.v1.IsolateAgentResponse\x12K\n" +
 	"\n" +
 	"ListTokens\x12\x1d.entente.v1.ListTokensRequest\x1a\x1e.entente.v1.ListTokensResponse\x12N\n" +
 	"\vRevokeToken\x12\x1e.entente.v1.RevokeTokenRequest\x1a\x1f.entente.v1.RevokeTokenResponse\x12T\n" +
@@ -6035,7 +6258,7 @@ func file_entente_v1_entente_proto_rawDescGZIP() []byte {
 }
 
 var file_entente_v1_entente_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_entente_v1_entente_proto_msgTypes = make([]protoimpl.MessageInfo, 93)
+var file_entente_v1_entente_proto_msgTypes = make([]protoimpl.MessageInfo, 96)
 var file_entente_v1_entente_proto_goTypes = []any{
 	(Health)(0),                     // 0: entente.v1.Health
 	(*JoinRequest)(nil),             // 1: entente.v1.JoinRequest
@@ -6119,39 +6342,42 @@ var file_entente_v1_entente_proto_goTypes = []any{
 	(*GetAgentResponse)(nil),        // 79: entente.v1.GetAgentResponse
 	(*ChangeAgentRequest)(nil),      // 80: entente.v1.ChangeAgentRequest
 	(*ChangeAgentResponse)(nil),     // 81: entente.v1.ChangeAgentResponse
-	(*ListTokensRequest)(nil),       // 82: entente.v1.ListTokensRequest
-	(*ListTokensResponse)(nil),      // 83: entente.v1.ListTokensResponse
-	(*RevokeTokenRequest)(nil),      // 84: entente.v1.RevokeTokenRequest
-	(*RevokeTokenResponse)(nil),     // 85: entente.v1.RevokeTokenResponse
-	(*ChangeEntriesRequest)(nil),    // 86: entente.v1.ChangeEntriesRequest
-	(*ChangeEntriesResponse)(nil),   // 87: entente.v1.ChangeEntriesResponse
-	(*EntryResult)(nil),             // 88: entente.v1.EntryResult
-	(*ListEntriesRequest)(nil),      // 89: entente.v1.ListEntriesRequest
-	(*ListEntriesResponse)(nil),     // 90: entente.v1.ListEntriesResponse
-	(*GetEntryRequest)(nil),         // 91: entente.v1.GetEntryRequest
-	(*GetEntryResponse)(nil),        // 92: entente.v1.GetEntryResponse
-	(*CountEntriesResponse)(nil),    // 93: entente.v1.CountEntriesResponse
-	(*v1.Member)(nil),               // 94: entente.state.v1.Member
-	(*v1.Cluster)(nil),              // 95: entente.state.v1.Cluster
-	(*v1.Agent)(nil),                // 96: entente.state.v1.Agent
-	(*v1.Distrust)(nil),             // 97: entente.state.v1.Distrust
-	(*v1.Entry)(nil),                // 98: entente.state.v1.Entry
-	(*v1.Object)(nil),               // 99: entente.state.v1.Object
-	(*v1.ObjectKey)(nil),            // 100: entente.state.v1.ObjectKey
-	(*v1.Authority)(nil),            // 101: entente.state.v1.Authority
-	(v1.KeyUse)(0),                  // 102: entente.state.v1.KeyUse
-	(*v1.NodeGrant)(nil),            // 103: entente.state.v1.NodeGrant
-	(*v1.AgentGrant)(nil),           // 104: entente.state.v1.AgentGrant
-	(*v1.Token)(nil),                // 105: entente.state.v1.Token
-	(*v1.EntryChange)(nil),          // 106: entente.state.v1.EntryChange
+	(*IsolateAgentRequest)(nil),     // 82: entente.v1.IsolateAgentRequest
+	(*IsolateAgentResponse)(nil),    // 83: entente.v1.IsolateAgentResponse
+	(*Isolation)(nil),               // 84: entente.v1.Isolation
+	(*ListTokensRequest)(nil),       // 85: entente.v1.ListTokensRequest
+	(*ListTokensResponse)(nil),      // 86: entente.v1.ListTokensResponse
+	(*RevokeTokenRequest)(nil),      // 87: entente.v1.RevokeTokenRequest
+	(*RevokeTokenResponse)(nil),     // 88: entente.v1.RevokeTokenResponse
+	(*ChangeEntriesRequest)(nil),    // 89: entente.v1.ChangeEntriesRequest
+	(*ChangeEntriesResponse)(nil),   // 90: entente.v1.ChangeEntriesResponse
+	(*EntryResult)(nil),             // 91: entente.v1.EntryResult
+	(*ListEntriesRequest)(nil),      // 92: entente.v1.ListEntriesRequest
+	(*ListEntriesResponse)(nil),     // 93: entente.v1.ListEntriesResponse
+	(*GetEntryRequest)(nil),         // 94: entente.v1.GetEntryRequest
+	(*GetEntryResponse)(nil),        // 95: entente.v1.GetEntryResponse
+	(*CountEntriesResponse)(nil),    // 96: entente.v1.CountEntriesResponse
+	(*v1.Member)(nil),               // 97: entente.state.v1.Member
+	(*v1.Cluster)(nil),              // 98: entente.state.v1.Cluster
+	(*v1.Agent)(nil),                // 99: entente.state.v1.Agent
+	(*v1.Distrust)(nil),             // 100: entente.state.v1.Distrust
+	(*v1.Entry)(nil),                // 101: entente.state.v1.Entry
+	(*v1.Object)(nil),               // 102: entente.state.v1.Object
+	(*v1.ObjectKey)(nil),            // 103: entente.state.v1.ObjectKey
+	(*v1.Authority)(nil),            // 104: entente.state.v1.Authority
+	(v1.KeyUse)(0),                  // 105: entente.state.v1.KeyUse
+	(*v1.NodeGrant)(nil),            // 106: entente.state.v1.NodeGrant
+	(*v1.AgentGrant)(nil),           // 107: entente.state.v1.AgentGrant
+	(*v1.Token)(nil),                // 108: entente.state.v1.Token
+	(*v1.EntryChange)(nil),          // 109: entente.state.v1.EntryChange
 }
 var file_entente_v1_entente_proto_depIdxs = []int32{
-	94,  // 0: entente.v1.JoinResponse.member:type_name -> entente.state.v1.Member
-	94,  // 1: entente.v1.JoinResponse.members:type_name -> entente.state.v1.Member
-	95,  // 2: entente.v1.JoinResponse.cluster:type_name -> entente.state.v1.Cluster
-	94,  // 3: entente.v1.AttestResponse.members:type_name -> entente.state.v1.Member
-	95,  // 4: entente.v1.AttestResponse.cluster:type_name -> entente.state.v1.Cluster
-	96,  // 5: entente.v1.AttestResponse.agent:type_name -> entente.state.v1.Agent
+	97,  // 0: entente.v1.JoinResponse.member:type_name -> entente.state.v1.Member
+	97,  // 1: entente.v1.JoinResponse.members:type_name -> entente.state.v1.Member
+	98,  // 2: entente.v1.JoinResponse.cluster:type_name -> entente.state.v1.Cluster
+	97,  // 3: entente.v1.AttestResponse.members:type_name -> entente.state.v1.Member
+	98,  // 4: entente.v1.AttestResponse.cluster:type_name -> entente.state.v1.Cluster
+	99,  // 5: entente.v1.AttestResponse.agent:type_name -> entente.state.v1.Agent
 	6,   // 6: entente.v1.SyncRequest.hello:type_name -> entente.v1.Hello
 	7,   // 7: entente.v1.SyncRequest.ack:type_name -> entente.v1.Ack
 	8,   // 8: entente.v1.SyncRequest.report:type_name -> entente.v1.InstanceReport
@@ -6161,14 +6387,14 @@ var file_entente_v1_entente_proto_depIdxs = []int32{
 	14,  // 12: entente.v1.SyncResponse.presence:type_name -> entente.v1.Presence
 	15,  // 13: entente.v1.SyncResponse.heartbeat:type_name -> entente.v1.Heartbeat
 	11,  // 14: entente.v1.SyncResponse.urgent:type_name -> entente.v1.Urgent
-	97,  // 15: entente.v1.Urgent.distrust:type_name -> entente.state.v1.Distrust
-	95,  // 16: entente.v1.Policy.cluster:type_name -> entente.state.v1.Cluster
-	98,  // 17: entente.v1.Policy.entries:type_name -> entente.state.v1.Entry
+	100, // 15: entente.v1.Urgent.distrust:type_name -> entente.state.v1.Distrust
+	98,  // 16: entente.v1.Policy.cluster:type_name -> entente.state.v1.Cluster
+	101, // 17: entente.v1.Policy.entries:type_name -> entente.state.v1.Entry
 	13,  // 18: entente.v1.Policy.bundles:type_name -> entente.v1.Bundle
-	99,  // 19: entente.v1.Policy.objects:type_name -> entente.state.v1.Object
-	100, // 20: entente.v1.Policy.deleted_objects:type_name -> entente.state.v1.ObjectKey
-	94,  // 21: entente.v1.Policy.members:type_name -> entente.state.v1.Member
-	97,  // 22: entente.v1.Policy.distrust:type_name -> entente.state.v1.Distrust
+	102, // 19: entente.v1.Policy.objects:type_name -> entente.state.v1.Object
+	103, // 20: entente.v1.Policy.deleted_objects:type_name -> entente.state.v1.ObjectKey
+	97,  // 21: entente.v1.Policy.members:type_name -> entente.state.v1.Member
+	100, // 22: entente.v1.Policy.distrust:type_name -> entente.state.v1.Distrust
 	9,   // 23: entente.v1.Presence.instances:type_name -> entente.v1.Instance
 	9,   // 24: entente.v1.Presence.withdrawn:type_name -> entente.v1.Instance
 	17,  // 25: entente.v1.SignX509Request.requests:type_name -> entente.v1.X509Request
@@ -6177,129 +6403,134 @@ var file_entente_v1_entente_proto_depIdxs = []int32{
 	26,  // 28: entente.v1.SignJWTResponse.results:type_name -> entente.v1.TokenResult
 	24,  // 29: entente.v1.SignWITRequest.requests:type_name -> entente.v1.WITRequest
 	26,  // 30: entente.v1.SignWITResponse.results:type_name -> entente.v1.TokenResult
-	95,  // 31: entente.v1.StatusResponse.cluster:type_name -> entente.state.v1.Cluster
+	98,  // 31: entente.v1.StatusResponse.cluster:type_name -> entente.state.v1.Cluster
 	32,  // 32: entente.v1.StatusResponse.members:type_name -> entente.v1.MemberStatus
-	101, // 33: entente.v1.StatusResponse.authorities:type_name -> entente.state.v1.Authority
+	104, // 33: entente.v1.StatusResponse.authorities:type_name -> entente.state.v1.Authority
 	46,  // 34: entente.v1.StatusResponse.foreign:type_name -> entente.v1.ForeignBundleStatus
 	9,   // 35: entente.v1.StatusResponse.instances:type_name -> entente.v1.Instance
 	30,  // 36: entente.v1.StatusResponse.autonomy:type_name -> entente.v1.Autonomy
 	29,  // 37: entente.v1.StatusResponse.upstream:type_name -> entente.v1.Upstream
-	31,  // 38: entente.v1.Autonomy.uses:type_name -> entente.v1.UseAutonomy
-	102, // 39: entente.v1.UseAutonomy.use:type_name -> entente.state.v1.KeyUse
-	94,  // 40: entente.v1.MemberStatus.member:type_name -> entente.state.v1.Member
-	37,  // 41: entente.v1.ListNodesResponse.nodes:type_name -> entente.v1.NodeProgress
-	94,  // 42: entente.v1.NodeProgress.member:type_name -> entente.state.v1.Member
-	94,  // 43: entente.v1.VouchResponse.member:type_name -> entente.state.v1.Member
-	103, // 44: entente.v1.CreateTokenRequest.node:type_name -> entente.state.v1.NodeGrant
-	104, // 45: entente.v1.CreateTokenRequest.agent:type_name -> entente.state.v1.AgentGrant
-	99,  // 46: entente.v1.ApplyRequest.objects:type_name -> entente.state.v1.Object
-	100, // 47: entente.v1.ApplyRequest.deletes:type_name -> entente.state.v1.ObjectKey
-	51,  // 48: entente.v1.ApplyResponse.changes:type_name -> entente.v1.ObjectChange
-	100, // 49: entente.v1.ObjectChange.key:type_name -> entente.state.v1.ObjectKey
-	57,  // 50: entente.v1.ReportRequest.held:type_name -> entente.v1.HeldAuthority
-	61,  // 51: entente.v1.GateResponse.authorities:type_name -> entente.v1.AuthorityGate
-	12,  // 52: entente.v1.Picture.policy:type_name -> entente.v1.Policy
-	14,  // 53: entente.v1.Picture.presence:type_name -> entente.v1.Presence
-	9,   // 54: entente.v1.PresenceResponse.instances:type_name -> entente.v1.Instance
-	9,   // 55: entente.v1.PresenceResponse.withdrawn:type_name -> entente.v1.Instance
-	69,  // 56: entente.v1.ListAuthoritiesResponse.authorities:type_name -> entente.v1.AuthorityStatus
-	101, // 57: entente.v1.AuthorityStatus.authority:type_name -> entente.state.v1.Authority
-	102, // 58: entente.v1.PrepareAuthorityRequest.use:type_name -> entente.state.v1.KeyUse
-	101, // 59: entente.v1.ChangeAuthorityResponse.authority:type_name -> entente.state.v1.Authority
-	101, // 60: entente.v1.ChangeAuthorityResponse.signing:type_name -> entente.state.v1.Authority
-	94,  // 61: entente.v1.RemoveNodeResponse.member:type_name -> entente.state.v1.Member
-	101, // 62: entente.v1.RemoveNodeResponse.authorities:type_name -> entente.state.v1.Authority
-	77,  // 63: entente.v1.ListAgentsResponse.agents:type_name -> entente.v1.AgentStatus
-	96,  // 64: entente.v1.AgentStatus.agent:type_name -> entente.state.v1.Agent
-	77,  // 65: entente.v1.GetAgentResponse.status:type_name -> entente.v1.AgentStatus
-	98,  // 66: entente.v1.GetAgentResponse.entries:type_name -> entente.state.v1.Entry
-	9,   // 67: entente.v1.GetAgentResponse.instances:type_name -> entente.v1.Instance
-	105, // 68: entente.v1.ListTokensResponse.tokens:type_name -> entente.state.v1.Token
-	106, // 69: entente.v1.ChangeEntriesRequest.changes:type_name -> entente.state.v1.EntryChange
-	88,  // 70: entente.v1.ChangeEntriesResponse.results:type_name -> entente.v1.EntryResult
-	98,  // 71: entente.v1.ListEntriesResponse.entries:type_name -> entente.state.v1.Entry
-	98,  // 72: entente.v1.GetEntryResponse.entry:type_name -> entente.state.v1.Entry
-	1,   // 73: entente.v1.Join.Join:input_type -> entente.v1.JoinRequest
-	3,   // 74: entente.v1.Attest.Attest:input_type -> entente.v1.AttestRequest
-	5,   // 75: entente.v1.Sync.Sync:input_type -> entente.v1.SyncRequest
-	16,  // 76: entente.v1.Sign.SignX509:input_type -> entente.v1.SignX509Request
-	20,  // 77: entente.v1.Sign.SignJWT:input_type -> entente.v1.SignJWTRequest
-	23,  // 78: entente.v1.Sign.SignWIT:input_type -> entente.v1.SignWITRequest
-	27,  // 79: entente.v1.Admin.Status:input_type -> entente.v1.StatusRequest
-	47,  // 80: entente.v1.Admin.CreateToken:input_type -> entente.v1.CreateTokenRequest
-	49,  // 81: entente.v1.Admin.Apply:input_type -> entente.v1.ApplyRequest
-	52,  // 82: entente.v1.Admin.GetBundle:input_type -> entente.v1.GetBundleRequest
-	67,  // 83: entente.v1.Admin.ListAuthorities:input_type -> entente.v1.ListAuthoritiesRequest
-	70,  // 84: entente.v1.Admin.PrepareAuthority:input_type -> entente.v1.PrepareAuthorityRequest
-	71,  // 85: entente.v1.Admin.ActivateAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	71,  // 86: entente.v1.Admin.TaintAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	71,  // 87: entente.v1.Admin.RevokeAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	73,  // 88: entente.v1.Admin.RemoveNode:input_type -> entente.v1.RemoveNodeRequest
-	75,  // 89: entente.v1.Admin.ListAgents:input_type -> entente.v1.ListAgentsRequest
-	78,  // 90: entente.v1.Admin.GetAgent:input_type -> entente.v1.GetAgentRequest
-	80,  // 91: entente.v1.Admin.BanAgent:input_type -> entente.v1.ChangeAgentRequest
-	80,  // 92: entente.v1.Admin.EvictAgent:input_type -> entente.v1.ChangeAgentRequest
-	82,  // 93: entente.v1.Admin.ListTokens:input_type -> entente.v1.ListTokensRequest
-	84,  // 94: entente.v1.Admin.RevokeToken:input_type -> entente.v1.RevokeTokenRequest
-	86,  // 95: entente.v1.Admin.ChangeEntries:input_type -> entente.v1.ChangeEntriesRequest
-	89,  // 96: entente.v1.Admin.ListEntries:input_type -> entente.v1.ListEntriesRequest
-	91,  // 97: entente.v1.Admin.GetEntry:input_type -> entente.v1.GetEntryRequest
-	89,  // 98: entente.v1.Admin.CountEntries:input_type -> entente.v1.ListEntriesRequest
-	33,  // 99: entente.v1.Admin.SaveSnapshot:input_type -> entente.v1.SaveSnapshotRequest
-	35,  // 100: entente.v1.Admin.ListNodes:input_type -> entente.v1.ListNodesRequest
-	38,  // 101: entente.v1.Admin.PromoteNode:input_type -> entente.v1.PromoteNodeRequest
-	54,  // 102: entente.v1.Peer.Propose:input_type -> entente.v1.ProposeRequest
-	56,  // 103: entente.v1.Peer.Report:input_type -> entente.v1.ReportRequest
-	65,  // 104: entente.v1.Peer.Presence:input_type -> entente.v1.PresenceRequest
-	59,  // 105: entente.v1.Peer.Gate:input_type -> entente.v1.GateRequest
-	40,  // 106: entente.v1.Peer.Vouch:input_type -> entente.v1.VouchRequest
-	42,  // 107: entente.v1.Peer.Checksum:input_type -> entente.v1.ChecksumRequest
-	35,  // 108: entente.v1.Peer.Nodes:input_type -> entente.v1.ListNodesRequest
-	62,  // 109: entente.v1.Peer.MarkReady:input_type -> entente.v1.MarkReadyRequest
-	44,  // 110: entente.v1.Peer.ShowEpoch:input_type -> entente.v1.ShowEpochRequest
-	2,   // 111: entente.v1.Join.Join:output_type -> entente.v1.JoinResponse
-	4,   // 112: entente.v1.Attest.Attest:output_type -> entente.v1.AttestResponse
-	10,  // 113: entente.v1.Sync.Sync:output_type -> entente.v1.SyncResponse
-	18,  // 114: entente.v1.Sign.SignX509:output_type -> entente.v1.SignX509Response
-	22,  // 115: entente.v1.Sign.SignJWT:output_type -> entente.v1.SignJWTResponse
-	25,  // 116: entente.v1.Sign.SignWIT:output_type -> entente.v1.SignWITResponse
-	28,  // 117: entente.v1.Admin.Status:output_type -> entente.v1.StatusResponse
-	48,  // 118: entente.v1.Admin.CreateToken:output_type -> entente.v1.CreateTokenResponse
-	50,  // 119: entente.v1.Admin.Apply:output_type -> entente.v1.ApplyResponse
-	53,  // 120: entente.v1.Admin.GetBundle:output_type -> entente.v1.GetBundleResponse
-	68,  // 121: entente.v1.Admin.ListAuthorities:output_type -> entente.v1.ListAuthoritiesResponse
-	72,  // 122: entente.v1.Admin.PrepareAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	72,  // 123: entente.v1.Admin.ActivateAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	72,  // 124: entente.v1.Admin.TaintAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	72,  // 125: entente.v1.Admin.RevokeAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	74,  // 126: entente.v1.Admin.RemoveNode:output_type -> entente.v1.RemoveNodeResponse
-	76,  // 127: entente.v1.Admin.ListAgents:output_type -> entente.v1.ListAgentsResponse
-	79,  // 128: entente.v1.Admin.GetAgent:output_type -> entente.v1.GetAgentResponse
-	81,  // 129: entente.v1.Admin.BanAgent:output_type -> entente.v1.ChangeAgentResponse
-	81,  // 130: entente.v1.Admin.EvictAgent:output_type -> entente.v1.ChangeAgentResponse
-	83,  // 131: entente.v1.Admin.ListTokens:output_type -> entente.v1.ListTokensResponse
-	85,  // 132: entente.v1.Admin.RevokeToken:output_type -> entente.v1.RevokeTokenResponse
-	87,  // 133: entente.v1.Admin.ChangeEntries:output_type -> entente.v1.ChangeEntriesResponse
-	90,  // 134: entente.v1.Admin.ListEntries:output_type -> entente.v1.ListEntriesResponse
-	92,  // 135: entente.v1.Admin.GetEntry:output_type -> entente.v1.GetEntryResponse
-	93,  // 136: entente.v1.Admin.CountEntries:output_type -> entente.v1.CountEntriesResponse
-	34,  // 137: entente.v1.Admin.SaveSnapshot:output_type -> entente.v1.SaveSnapshotResponse
-	36,  // 138: entente.v1.Admin.ListNodes:output_type -> entente.v1.ListNodesResponse
-	39,  // 139: entente.v1.Admin.PromoteNode:output_type -> entente.v1.PromoteNodeResponse
-	55,  // 140: entente.v1.Peer.Propose:output_type -> entente.v1.ProposeResponse
-	58,  // 141: entente.v1.Peer.Report:output_type -> entente.v1.ReportResponse
-	66,  // 142: entente.v1.Peer.Presence:output_type -> entente.v1.PresenceResponse
-	60,  // 143: entente.v1.Peer.Gate:output_type -> entente.v1.GateResponse
-	41,  // 144: entente.v1.Peer.Vouch:output_type -> entente.v1.VouchResponse
-	43,  // 145: entente.v1.Peer.Checksum:output_type -> entente.v1.ChecksumResponse
-	36,  // 146: entente.v1.Peer.Nodes:output_type -> entente.v1.ListNodesResponse
-	63,  // 147: entente.v1.Peer.MarkReady:output_type -> entente.v1.MarkReadyResponse
-	45,  // 148: entente.v1.Peer.ShowEpoch:output_type -> entente.v1.ShowEpochResponse
-	111, // [111:149] is the sub-list for method output_type
-	73,  // [73:111] is the sub-list for method input_type
-	73,  // [73:73] is the sub-list for extension type_name
-	73,  // [73:73] is the sub-list for extension extendee
-	0,   // [0:73] is the sub-list for field type_name
+	84,  // 38: entente.v1.StatusResponse.isolated:type_name -> entente.v1.Isolation
+	31,  // 39: entente.v1.Autonomy.uses:type_name -> entente.v1.UseAutonomy
+	105, // 40: entente.v1.UseAutonomy.use:type_name -> entente.state.v1.KeyUse
+	97,  // 41: entente.v1.MemberStatus.member:type_name -> entente.state.v1.Member
+	37,  // 42: entente.v1.ListNodesResponse.nodes:type_name -> entente.v1.NodeProgress
+	97,  // 43: entente.v1.NodeProgress.member:type_name -> entente.state.v1.Member
+	97,  // 44: entente.v1.VouchResponse.member:type_name -> entente.state.v1.Member
+	106, // 45: entente.v1.CreateTokenRequest.node:type_name -> entente.state.v1.NodeGrant
+	107, // 46: entente.v1.CreateTokenRequest.agent:type_name -> entente.state.v1.AgentGrant
+	102, // 47: entente.v1.ApplyRequest.objects:type_name -> entente.state.v1.Object
+	103, // 48: entente.v1.ApplyRequest.deletes:type_name -> entente.state.v1.ObjectKey
+	51,  // 49: entente.v1.ApplyResponse.changes:type_name -> entente.v1.ObjectChange
+	103, // 50: entente.v1.ObjectChange.key:type_name -> entente.state.v1.ObjectKey
+	57,  // 51: entente.v1.ReportRequest.held:type_name -> entente.v1.HeldAuthority
+	61,  // 52: entente.v1.GateResponse.authorities:type_name -> entente.v1.AuthorityGate
+	12,  // 53: entente.v1.Picture.policy:type_name -> entente.v1.Policy
+	14,  // 54: entente.v1.Picture.presence:type_name -> entente.v1.Presence
+	9,   // 55: entente.v1.PresenceResponse.instances:type_name -> entente.v1.Instance
+	9,   // 56: entente.v1.PresenceResponse.withdrawn:type_name -> entente.v1.Instance
+	69,  // 57: entente.v1.ListAuthoritiesResponse.authorities:type_name -> entente.v1.AuthorityStatus
+	104, // 58: entente.v1.AuthorityStatus.authority:type_name -> entente.state.v1.Authority
+	105, // 59: entente.v1.PrepareAuthorityRequest.use:type_name -> entente.state.v1.KeyUse
+	104, // 60: entente.v1.ChangeAuthorityResponse.authority:type_name -> entente.state.v1.Authority
+	104, // 61: entente.v1.ChangeAuthorityResponse.signing:type_name -> entente.state.v1.Authority
+	97,  // 62: entente.v1.RemoveNodeResponse.member:type_name -> entente.state.v1.Member
+	104, // 63: entente.v1.RemoveNodeResponse.authorities:type_name -> entente.state.v1.Authority
+	77,  // 64: entente.v1.ListAgentsResponse.agents:type_name -> entente.v1.AgentStatus
+	99,  // 65: entente.v1.AgentStatus.agent:type_name -> entente.state.v1.Agent
+	77,  // 66: entente.v1.GetAgentResponse.status:type_name -> entente.v1.AgentStatus
+	101, // 67: entente.v1.GetAgentResponse.entries:type_name -> entente.state.v1.Entry
+	9,   // 68: entente.v1.GetAgentResponse.instances:type_name -> entente.v1.Instance
+	84,  // 69: entente.v1.IsolateAgentResponse.isolation:type_name -> entente.v1.Isolation
+	99,  // 70: entente.v1.Isolation.agent:type_name -> entente.state.v1.Agent
+	108, // 71: entente.v1.ListTokensResponse.tokens:type_name -> entente.state.v1.Token
+	109, // 72: entente.v1.ChangeEntriesRequest.changes:type_name -> entente.state.v1.EntryChange
+	91,  // 73: entente.v1.ChangeEntriesResponse.results:type_name -> entente.v1.EntryResult
+	101, // 74: entente.v1.ListEntriesResponse.entries:type_name -> entente.state.v1.Entry
+	101, // 75: entente.v1.GetEntryResponse.entry:type_name -> entente.state.v1.Entry
+	1,   // 76: entente.v1.Join.Join:input_type -> entente.v1.JoinRequest
+	3,   // 77: entente.v1.Attest.Attest:input_type -> entente.v1.AttestRequest
+	5,   // 78: entente.v1.Sync.Sync:input_type -> entente.v1.SyncRequest
+	16,  // 79: entente.v1.Sign.SignX509:input_type -> entente.v1.SignX509Request
+	20,  // 80: entente.v1.Sign.SignJWT:input_type -> entente.v1.SignJWTRequest
+	23,  // 81: entente.v1.Sign.SignWIT:input_type -> entente.v1.SignWITRequest
+	27,  // 82: entente.v1.Admin.Status:input_type -> entente.v1.StatusRequest
+	47,  // 83: entente.v1.Admin.CreateToken:input_type -> entente.v1.CreateTokenRequest
+	49,  // 84: entente.v1.Admin.Apply:input_type -> entente.v1.ApplyRequest
+	52,  // 85: entente.v1.Admin.GetBundle:input_type -> entente.v1.GetBundleRequest
+	67,  // 86: entente.v1.Admin.ListAuthorities:input_type -> entente.v1.ListAuthoritiesRequest
+	70,  // 87: entente.v1.Admin.PrepareAuthority:input_type -> entente.v1.PrepareAuthorityRequest
+	71,  // 88: entente.v1.Admin.ActivateAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	71,  // 89: entente.v1.Admin.TaintAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	71,  // 90: entente.v1.Admin.RevokeAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	73,  // 91: entente.v1.Admin.RemoveNode:input_type -> entente.v1.RemoveNodeRequest
+	75,  // 92: entente.v1.Admin.ListAgents:input_type -> entente.v1.ListAgentsRequest
+	78,  // 93: entente.v1.Admin.GetAgent:input_type -> entente.v1.GetAgentRequest
+	80,  // 94: entente.v1.Admin.BanAgent:input_type -> entente.v1.ChangeAgentRequest
+	80,  // 95: entente.v1.Admin.EvictAgent:input_type -> entente.v1.ChangeAgentRequest
+	82,  // 96: entente.v1.Admin.IsolateAgent:input_type -> entente.v1.IsolateAgentRequest
+	85,  // 97: entente.v1.Admin.ListTokens:input_type -> entente.v1.ListTokensRequest
+	87,  // 98: entente.v1.Admin.RevokeToken:input_type -> entente.v1.RevokeTokenRequest
+	89,  // 99: entente.v1.Admin.ChangeEntries:input_type -> entente.v1.ChangeEntriesRequest
+	92,  // 100: entente.v1.Admin.ListEntries:input_type -> entente.v1.ListEntriesRequest
+	94,  // 101: entente.v1.Admin.GetEntry:input_type -> entente.v1.GetEntryRequest
+	92,  // 102: entente.v1.Admin.CountEntries:input_type -> entente.v1.ListEntriesRequest
+	33,  // 103: entente.v1.Admin.SaveSnapshot:input_type -> entente.v1.SaveSnapshotRequest
+	35,  // 104: entente.v1.Admin.ListNodes:input_type -> entente.v1.ListNodesRequest
+	38,  // 105: entente.v1.Admin.PromoteNode:input_type -> entente.v1.PromoteNodeRequest
+	54,  // 106: entente.v1.Peer.Propose:input_type -> entente.v1.ProposeRequest
+	56,  // 107: entente.v1.Peer.Report:input_type -> entente.v1.ReportRequest
+	65,  // 108: entente.v1.Peer.Presence:input_type -> entente.v1.PresenceRequest
+	59,  // 109: entente.v1.Peer.Gate:input_type -> entente.v1.GateRequest
+	40,  // 110: entente.v1.Peer.Vouch:input_type -> entente.v1.VouchRequest
+	42,  // 111: entente.v1.Peer.Checksum:input_type -> entente.v1.ChecksumRequest
+	35,  // 112: entente.v1.Peer.Nodes:input_type -> entente.v1.ListNodesRequest
+	62,  // 113: entente.v1.Peer.MarkReady:input_type -> entente.v1.MarkReadyRequest
+	44,  // 114: entente.v1.Peer.ShowEpoch:input_type -> entente.v1.ShowEpochRequest
+	2,   // 115: entente.v1.Join.Join:output_type -> entente.v1.JoinResponse
+	4,   // 116: entente.v1.Attest.Attest:output_type -> entente.v1.AttestResponse
+	10,  // 117: entente.v1.Sync.Sync:output_type -> entente.v1.SyncResponse
+	18,  // 118: entente.v1.Sign.SignX509:output_type -> entente.v1.SignX509Response
+	22,  // 119: entente.v1.Sign.SignJWT:output_type -> entente.v1.SignJWTResponse
+	25,  // 120: entente.v1.Sign.SignWIT:output_type -> entente.v1.SignWITResponse
+	28,  // 121: entente.v1.Admin.Status:output_type -> entente.v1.StatusResponse
+	48,  // 122: entente.v1.Admin.CreateToken:output_type -> entente.v1.CreateTokenResponse
+	50,  // 123: entente.v1.Admin.Apply:output_type -> entente.v1.ApplyResponse
+	53,  // 124: entente.v1.Admin.GetBundle:output_type -> entente.v1.GetBundleResponse
+	68,  // 125: entente.v1.Admin.ListAuthorities:output_type -> entente.v1.ListAuthoritiesResponse
+	72,  // 126: entente.v1.Admin.PrepareAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	72,  // 127: entente.v1.Admin.ActivateAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	72,  // 128: entente.v1.Admin.TaintAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	72,  // 129: entente.v1.Admin.RevokeAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	74,  // 130: entente.v1.Admin.RemoveNode:output_type -> entente.v1.RemoveNodeResponse
+	76,  // 131: entente.v1.Admin.ListAgents:output_type -> entente.v1.ListAgentsResponse
+	79,  // 132: entente.v1.Admin.GetAgent:output_type -> entente.v1.GetAgentResponse
+	81,  // 133: entente.v1.Admin.BanAgent:output_type -> entente.v1.ChangeAgentResponse
+	81,  // 134: entente.v1.Admin.EvictAgent:output_type -> entente.v1.ChangeAgentResponse
+	83,  // 135: entente.v1.Admin.IsolateAgent:output_type -> entente.v1.IsolateAgentResponse
+	86,  // 136: entente.v1.Admin.ListTokens:output_type -> entente.v1.ListTokensResponse
+	88,  // 137: entente.v1.Admin.RevokeToken:output_type -> entente.v1.RevokeTokenResponse
+	90,  // 138: entente.v1.Admin.ChangeEntries:output_type -> entente.v1.ChangeEntriesResponse
+	93,  // 139: entente.v1.Admin.ListEntries:output_type -> entente.v1.ListEntriesResponse
+	95,  // 140: entente.v1.Admin.GetEntry:output_type -> entente.v1.GetEntryResponse
+	96,  // 141: entente.v1.Admin.CountEntries:output_type -> entente.v1.CountEntriesResponse
+	34,  // 142: entente.v1.Admin.SaveSnapshot:output_type -> entente.v1.SaveSnapshotResponse
+	36,  // 143: entente.v1.Admin.ListNodes:output_type -> entente.v1.ListNodesResponse
+	39,  // 144: entente.v1.Admin.PromoteNode:output_type -> entente.v1.PromoteNodeResponse
+	55,  // 145: entente.v1.Peer.Propose:output_type -> entente.v1.ProposeResponse
+	58,  // 146: entente.v1.Peer.Report:output_type -> entente.v1.ReportResponse
+	66,  // 147: entente.v1.Peer.Presence:output_type -> entente.v1.PresenceResponse
+	60,  // 148: entente.v1.Peer.Gate:output_type -> entente.v1.GateResponse
+	41,  // 149: entente.v1.Peer.Vouch:output_type -> entente.v1.VouchResponse
+	43,  // 150: entente.v1.Peer.Checksum:output_type -> entente.v1.ChecksumResponse
+	36,  // 151: entente.v1.Peer.Nodes:output_type -> entente.v1.ListNodesResponse
+	63,  // 152: entente.v1.Peer.MarkReady:output_type -> entente.v1.MarkReadyResponse
+	45,  // 153: entente.v1.Peer.ShowEpoch:output_type -> entente.v1.ShowEpochResponse
+	115, // [115:154] is the sub-list for method output_type
+	76,  // [76:115] is the sub-list for method input_type
+	76,  // [76:76] is the sub-list for extension type_name
+	76,  // [76:76] is the sub-list for extension extendee
+	0,   // [0:76] is the sub-list for field type_name
 }
 
 func init() { file_entente_v1_entente_proto_init() }
@@ -6324,7 +6555,7 @@ func file_entente_v1_entente_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_entente_v1_entente_proto_rawDesc), len(file_entente_v1_entente_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   93,
+			NumMessages:   96,
 			NumExtensions: 0,
 			NumServices:   6,
 		},

@@ -541,6 +541,7 @@ const (
 	Admin_GetAgent_FullMethodName          = "/entente.v1.Admin/GetAgent"
 	Admin_BanAgent_FullMethodName          = "/entente.v1.Admin/BanAgent"
 	Admin_EvictAgent_FullMethodName        = "/entente.v1.Admin/EvictAgent"
+	Admin_IsolateAgent_FullMethodName      = "/entente.v1.Admin/IsolateAgent"
 	Admin_ListTokens_FullMethodName        = "/entente.v1.Admin/ListTokens"
 	Admin_RevokeToken_FullMethodName       = "/entente.v1.Admin/RevokeToken"
 	Admin_ChangeEntries_FullMethodName     = "/entente.v1.Admin/ChangeEntries"
@@ -575,6 +576,10 @@ type AdminClient interface {
 	GetAgent(ctx context.Context, in *GetAgentRequest, opts ...grpc.CallOption) (*GetAgentResponse, error)
 	BanAgent(ctx context.Context, in *ChangeAgentRequest, opts ...grpc.CallOption) (*ChangeAgentResponse, error)
 	EvictAgent(ctx context.Context, in *ChangeAgentRequest, opts ...grpc.CallOption) (*ChangeAgentResponse, error)
+	// IsolateAgent bans an agent at this node alone while nothing can be agreed; it is
+	// agreed when that is possible again. FAILED_PRECONDITION: there is quorum, BanAgent
+	// is the way.
+	IsolateAgent(ctx context.Context, in *IsolateAgentRequest, opts ...grpc.CallOption) (*IsolateAgentResponse, error)
 	ListTokens(ctx context.Context, in *ListTokensRequest, opts ...grpc.CallOption) (*ListTokensResponse, error)
 	RevokeToken(ctx context.Context, in *RevokeTokenRequest, opts ...grpc.CallOption) (*RevokeTokenResponse, error)
 	// ChangeEntries has each change answered for itself. Those that can be made are
@@ -739,6 +744,16 @@ func (c *adminClient) EvictAgent(ctx context.Context, in *ChangeAgentRequest, op
 	return out, nil
 }
 
+func (c *adminClient) IsolateAgent(ctx context.Context, in *IsolateAgentRequest, opts ...grpc.CallOption) (*IsolateAgentResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(IsolateAgentResponse)
+	err := c.cc.Invoke(ctx, Admin_IsolateAgent_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *adminClient) ListTokens(ctx context.Context, in *ListTokensRequest, opts ...grpc.CallOption) (*ListTokensResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(ListTokensResponse)
@@ -861,6 +876,10 @@ type AdminServer interface {
 	GetAgent(context.Context, *GetAgentRequest) (*GetAgentResponse, error)
 	BanAgent(context.Context, *ChangeAgentRequest) (*ChangeAgentResponse, error)
 	EvictAgent(context.Context, *ChangeAgentRequest) (*ChangeAgentResponse, error)
+	// IsolateAgent bans an agent at this node alone while nothing can be agreed; it is
+	// agreed when that is possible again. FAILED_PRECONDITION: there is quorum, BanAgent
+	// is the way.
+	IsolateAgent(context.Context, *IsolateAgentRequest) (*IsolateAgentResponse, error)
 	ListTokens(context.Context, *ListTokensRequest) (*ListTokensResponse, error)
 	RevokeToken(context.Context, *RevokeTokenRequest) (*RevokeTokenResponse, error)
 	// ChangeEntries has each change answered for itself. Those that can be made are
@@ -926,6 +945,9 @@ func (UnimplementedAdminServer) BanAgent(context.Context, *ChangeAgentRequest) (
 }
 func (UnimplementedAdminServer) EvictAgent(context.Context, *ChangeAgentRequest) (*ChangeAgentResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method EvictAgent not implemented")
+}
+func (UnimplementedAdminServer) IsolateAgent(context.Context, *IsolateAgentRequest) (*IsolateAgentResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method IsolateAgent not implemented")
 }
 func (UnimplementedAdminServer) ListTokens(context.Context, *ListTokensRequest) (*ListTokensResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ListTokens not implemented")
@@ -1227,6 +1249,24 @@ func _Admin_EvictAgent_Handler(srv interface{}, ctx context.Context, dec func(in
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Admin_IsolateAgent_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(IsolateAgentRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).IsolateAgent(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_IsolateAgent_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).IsolateAgent(ctx, req.(*IsolateAgentRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Admin_ListTokens_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(ListTokensRequest)
 	if err := dec(in); err != nil {
@@ -1444,6 +1484,10 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "EvictAgent",
 			Handler:    _Admin_EvictAgent_Handler,
+		},
+		{
+			MethodName: "IsolateAgent",
+			Handler:    _Admin_IsolateAgent_Handler,
 		},
 		{
 			MethodName: "ListTokens",

@@ -2517,6 +2517,7 @@ type Command struct {
 	//	*Command_PromoteMember
 	//	*Command_StageObjects
 	//	*Command_ApplyStaged
+	//	*Command_MergeBans
 	Body          isCommand_Body `protobuf_oneof:"body"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2787,6 +2788,15 @@ func (x *Command) GetApplyStaged() *ApplyStaged {
 	return nil
 }
 
+func (x *Command) GetMergeBans() *MergeBans {
+	if x != nil {
+		if x, ok := x.Body.(*Command_MergeBans); ok {
+			return x.MergeBans
+		}
+	}
+	return nil
+}
+
 type isCommand_Body interface {
 	isCommand_Body()
 }
@@ -2883,6 +2893,10 @@ type Command_ApplyStaged struct {
 	ApplyStaged *ApplyStaged `protobuf:"bytes,71,opt,name=apply_staged,json=applyStaged,proto3,oneof"`
 }
 
+type Command_MergeBans struct {
+	MergeBans *MergeBans `protobuf:"bytes,120,opt,name=merge_bans,json=mergeBans,proto3,oneof"`
+}
+
 func (*Command_Init) isCommand_Body() {}
 
 func (*Command_CreateToken) isCommand_Body() {}
@@ -2928,6 +2942,8 @@ func (*Command_PromoteMember) isCommand_Body() {}
 func (*Command_StageObjects) isCommand_Body() {}
 
 func (*Command_ApplyStaged) isCommand_Body() {}
+
+func (*Command_MergeBans) isCommand_Body() {}
 
 // Batch is what one Raft log entry holds: the group commit of a proposer.
 type Batch struct {
@@ -4027,6 +4043,104 @@ func (x *EvictAgent) GetName() string {
 	return ""
 }
 
+// MergeBans repeats what a node remembers of agents that were shut out and the state
+// may not know: made without quorum, or after the backup that it was restored from.
+type MergeBans struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Bans          []*RememberedBan       `protobuf:"bytes,1,rep,name=bans,proto3" json:"bans,omitempty"` // at most 100
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MergeBans) Reset() {
+	*x = MergeBans{}
+	mi := &file_entente_state_v1_state_proto_msgTypes[46]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MergeBans) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MergeBans) ProtoMessage() {}
+
+func (x *MergeBans) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_state_v1_state_proto_msgTypes[46]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MergeBans.ProtoReflect.Descriptor instead.
+func (*MergeBans) Descriptor() ([]byte, []int) {
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{46}
+}
+
+func (x *MergeBans) GetBans() []*RememberedBan {
+	if x != nil {
+		return x.Bans
+	}
+	return nil
+}
+
+type RememberedBan struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Agent         *Agent                 `protobuf:"bytes,1,opt,name=agent,proto3" json:"agent,omitempty"`    // as it was then; a later attestation of the same name is another agent
+	Lifted        bool                   `protobuf:"varint,2,opt,name=lifted,proto3" json:"lifted,omitempty"` // it was evicted since
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RememberedBan) Reset() {
+	*x = RememberedBan{}
+	mi := &file_entente_state_v1_state_proto_msgTypes[47]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RememberedBan) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RememberedBan) ProtoMessage() {}
+
+func (x *RememberedBan) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_state_v1_state_proto_msgTypes[47]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RememberedBan.ProtoReflect.Descriptor instead.
+func (*RememberedBan) Descriptor() ([]byte, []int) {
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{47}
+}
+
+func (x *RememberedBan) GetAgent() *Agent {
+	if x != nil {
+		return x.Agent
+	}
+	return nil
+}
+
+func (x *RememberedBan) GetLifted() bool {
+	if x != nil {
+		return x.Lifted
+	}
+	return false
+}
+
 // RevokeToken forgets a token that was not used.
 type RevokeToken struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -4037,7 +4151,7 @@ type RevokeToken struct {
 
 func (x *RevokeToken) Reset() {
 	*x = RevokeToken{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[46]
+	mi := &file_entente_state_v1_state_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4049,7 +4163,7 @@ func (x *RevokeToken) String() string {
 func (*RevokeToken) ProtoMessage() {}
 
 func (x *RevokeToken) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[46]
+	mi := &file_entente_state_v1_state_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4062,7 +4176,7 @@ func (x *RevokeToken) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeToken.ProtoReflect.Descriptor instead.
 func (*RevokeToken) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{46}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *RevokeToken) GetId() string {
@@ -4082,7 +4196,7 @@ type ChangeEntries struct {
 
 func (x *ChangeEntries) Reset() {
 	*x = ChangeEntries{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[47]
+	mi := &file_entente_state_v1_state_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4094,7 +4208,7 @@ func (x *ChangeEntries) String() string {
 func (*ChangeEntries) ProtoMessage() {}
 
 func (x *ChangeEntries) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[47]
+	mi := &file_entente_state_v1_state_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4107,7 +4221,7 @@ func (x *ChangeEntries) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeEntries.ProtoReflect.Descriptor instead.
 func (*ChangeEntries) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{47}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *ChangeEntries) GetChanges() []*EntryChange {
@@ -4132,7 +4246,7 @@ type EntryChange struct {
 
 func (x *EntryChange) Reset() {
 	*x = EntryChange{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[48]
+	mi := &file_entente_state_v1_state_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4144,7 +4258,7 @@ func (x *EntryChange) String() string {
 func (*EntryChange) ProtoMessage() {}
 
 func (x *EntryChange) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[48]
+	mi := &file_entente_state_v1_state_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4157,7 +4271,7 @@ func (x *EntryChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EntryChange.ProtoReflect.Descriptor instead.
 func (*EntryChange) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{48}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *EntryChange) GetAction() isEntryChange_Action {
@@ -4234,7 +4348,7 @@ type StoreForeignBundle struct {
 
 func (x *StoreForeignBundle) Reset() {
 	*x = StoreForeignBundle{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[49]
+	mi := &file_entente_state_v1_state_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4246,7 +4360,7 @@ func (x *StoreForeignBundle) String() string {
 func (*StoreForeignBundle) ProtoMessage() {}
 
 func (x *StoreForeignBundle) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[49]
+	mi := &file_entente_state_v1_state_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4259,7 +4373,7 @@ func (x *StoreForeignBundle) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StoreForeignBundle.ProtoReflect.Descriptor instead.
 func (*StoreForeignBundle) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{49}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *StoreForeignBundle) GetTrustDomain() string {
@@ -4293,7 +4407,7 @@ type Tick struct {
 
 func (x *Tick) Reset() {
 	*x = Tick{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[50]
+	mi := &file_entente_state_v1_state_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4305,7 +4419,7 @@ func (x *Tick) String() string {
 func (*Tick) ProtoMessage() {}
 
 func (x *Tick) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[50]
+	mi := &file_entente_state_v1_state_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4318,7 +4432,7 @@ func (x *Tick) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Tick.ProtoReflect.Descriptor instead.
 func (*Tick) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{50}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *Tick) GetUnixNanos() []int64 {
@@ -4340,7 +4454,7 @@ type Checksum struct {
 
 func (x *Checksum) Reset() {
 	*x = Checksum{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[51]
+	mi := &file_entente_state_v1_state_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4352,7 +4466,7 @@ func (x *Checksum) String() string {
 func (*Checksum) ProtoMessage() {}
 
 func (x *Checksum) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[51]
+	mi := &file_entente_state_v1_state_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4365,7 +4479,7 @@ func (x *Checksum) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Checksum.ProtoReflect.Descriptor instead.
 func (*Checksum) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{51}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *Checksum) GetAtIndex() uint64 {
@@ -4402,7 +4516,7 @@ type AgentCache struct {
 
 func (x *AgentCache) Reset() {
 	*x = AgentCache{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[52]
+	mi := &file_entente_state_v1_state_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4414,7 +4528,7 @@ func (x *AgentCache) String() string {
 func (*AgentCache) ProtoMessage() {}
 
 func (x *AgentCache) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[52]
+	mi := &file_entente_state_v1_state_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4427,7 +4541,7 @@ func (x *AgentCache) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentCache.ProtoReflect.Descriptor instead.
 func (*AgentCache) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{52}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *AgentCache) GetPicture() []byte {
@@ -4464,7 +4578,7 @@ type HeldSVID struct {
 
 func (x *HeldSVID) Reset() {
 	*x = HeldSVID{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[53]
+	mi := &file_entente_state_v1_state_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4476,7 +4590,7 @@ func (x *HeldSVID) String() string {
 func (*HeldSVID) ProtoMessage() {}
 
 func (x *HeldSVID) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[53]
+	mi := &file_entente_state_v1_state_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4489,7 +4603,7 @@ func (x *HeldSVID) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HeldSVID.ProtoReflect.Descriptor instead.
 func (*HeldSVID) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{53}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *HeldSVID) GetEntryId() string {
@@ -4735,7 +4849,7 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x12\n" +
 	"\x04jwks\x18\x02 \x01(\fR\x04jwks\x12\x1a\n" +
 	"\bsequence\x18\x03 \x01(\x04R\bsequence\x12\x1a\n" +
-	"\brevision\x18\x04 \x01(\x04R\brevision\"\xb9\r\n" +
+	"\brevision\x18\x04 \x01(\x04R\brevision\"\xf7\r\n" +
 	"\aCommand\x12\x1f\n" +
 	"\vif_revision\x18\x01 \x01(\x04R\n" +
 	"ifRevision\x12\x1c\n" +
@@ -4766,7 +4880,9 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\x0echange_entries\x18. \x01(\v2\x1f.entente.state.v1.ChangeEntriesH\x00R\rchangeEntries\x12H\n" +
 	"\x0epromote_member\x18< \x01(\v2\x1f.entente.state.v1.PromoteMemberH\x00R\rpromoteMember\x12E\n" +
 	"\rstage_objects\x18F \x01(\v2\x1e.entente.state.v1.StageObjectsH\x00R\fstageObjects\x12B\n" +
-	"\fapply_staged\x18G \x01(\v2\x1d.entente.state.v1.ApplyStagedH\x00R\vapplyStagedB\x06\n" +
+	"\fapply_staged\x18G \x01(\v2\x1d.entente.state.v1.ApplyStagedH\x00R\vapplyStaged\x12<\n" +
+	"\n" +
+	"merge_bans\x18x \x01(\v2\x1b.entente.state.v1.MergeBansH\x00R\tmergeBansB\x06\n" +
 	"\x04body\"#\n" +
 	"\x05Batch\x12\x1a\n" +
 	"\bcommands\x18\x01 \x03(\fR\bcommands\"m\n" +
@@ -4836,7 +4952,12 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\x04name\x18\x01 \x01(\tR\x04name\" \n" +
 	"\n" +
 	"EvictAgent\x12\x12\n" +
-	"\x04name\x18\x01 \x01(\tR\x04name\"\x1d\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"@\n" +
+	"\tMergeBans\x123\n" +
+	"\x04bans\x18\x01 \x03(\v2\x1f.entente.state.v1.RememberedBanR\x04bans\"V\n" +
+	"\rRememberedBan\x12-\n" +
+	"\x05agent\x18\x01 \x01(\v2\x17.entente.state.v1.AgentR\x05agent\x12\x16\n" +
+	"\x06lifted\x18\x02 \x01(\bR\x06lifted\"\x1d\n" +
 	"\vRevokeToken\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"H\n" +
 	"\rChangeEntries\x127\n" +
@@ -4907,7 +5028,7 @@ func file_entente_state_v1_state_proto_rawDescGZIP() []byte {
 }
 
 var file_entente_state_v1_state_proto_enumTypes = make([]protoimpl.EnumInfo, 5)
-var file_entente_state_v1_state_proto_msgTypes = make([]protoimpl.MessageInfo, 54)
+var file_entente_state_v1_state_proto_msgTypes = make([]protoimpl.MessageInfo, 56)
 var file_entente_state_v1_state_proto_goTypes = []any{
 	(AuthorityPhase)(0),        // 0: entente.state.v1.AuthorityPhase
 	(KeyUse)(0),                // 1: entente.state.v1.KeyUse
@@ -4960,14 +5081,16 @@ var file_entente_state_v1_state_proto_goTypes = []any{
 	(*RevokeAuthority)(nil),    // 48: entente.state.v1.RevokeAuthority
 	(*BanAgent)(nil),           // 49: entente.state.v1.BanAgent
 	(*EvictAgent)(nil),         // 50: entente.state.v1.EvictAgent
-	(*RevokeToken)(nil),        // 51: entente.state.v1.RevokeToken
-	(*ChangeEntries)(nil),      // 52: entente.state.v1.ChangeEntries
-	(*EntryChange)(nil),        // 53: entente.state.v1.EntryChange
-	(*StoreForeignBundle)(nil), // 54: entente.state.v1.StoreForeignBundle
-	(*Tick)(nil),               // 55: entente.state.v1.Tick
-	(*Checksum)(nil),           // 56: entente.state.v1.Checksum
-	(*AgentCache)(nil),         // 57: entente.state.v1.AgentCache
-	(*HeldSVID)(nil),           // 58: entente.state.v1.HeldSVID
+	(*MergeBans)(nil),          // 51: entente.state.v1.MergeBans
+	(*RememberedBan)(nil),      // 52: entente.state.v1.RememberedBan
+	(*RevokeToken)(nil),        // 53: entente.state.v1.RevokeToken
+	(*ChangeEntries)(nil),      // 54: entente.state.v1.ChangeEntries
+	(*EntryChange)(nil),        // 55: entente.state.v1.EntryChange
+	(*StoreForeignBundle)(nil), // 56: entente.state.v1.StoreForeignBundle
+	(*Tick)(nil),               // 57: entente.state.v1.Tick
+	(*Checksum)(nil),           // 58: entente.state.v1.Checksum
+	(*AgentCache)(nil),         // 59: entente.state.v1.AgentCache
+	(*HeldSVID)(nil),           // 60: entente.state.v1.HeldSVID
 }
 var file_entente_state_v1_state_proto_depIdxs = []int32{
 	8,  // 0: entente.state.v1.Cluster.lifetimes:type_name -> entente.state.v1.Lifetimes
@@ -5001,37 +5124,40 @@ var file_entente_state_v1_state_proto_depIdxs = []int32{
 	41, // 28: entente.state.v1.Command.authority_ready:type_name -> entente.state.v1.AuthorityReady
 	42, // 29: entente.state.v1.Command.activate_authority:type_name -> entente.state.v1.ActivateAuthority
 	43, // 30: entente.state.v1.Command.apply_objects:type_name -> entente.state.v1.ApplyObjects
-	54, // 31: entente.state.v1.Command.store_foreign_bundle:type_name -> entente.state.v1.StoreForeignBundle
-	55, // 32: entente.state.v1.Command.tick:type_name -> entente.state.v1.Tick
-	56, // 33: entente.state.v1.Command.checksum:type_name -> entente.state.v1.Checksum
+	56, // 31: entente.state.v1.Command.store_foreign_bundle:type_name -> entente.state.v1.StoreForeignBundle
+	57, // 32: entente.state.v1.Command.tick:type_name -> entente.state.v1.Tick
+	58, // 33: entente.state.v1.Command.checksum:type_name -> entente.state.v1.Checksum
 	46, // 34: entente.state.v1.Command.taint_authority:type_name -> entente.state.v1.TaintAuthority
 	47, // 35: entente.state.v1.Command.authority_drained:type_name -> entente.state.v1.AuthorityDrained
 	48, // 36: entente.state.v1.Command.revoke_authority:type_name -> entente.state.v1.RevokeAuthority
 	49, // 37: entente.state.v1.Command.ban_agent:type_name -> entente.state.v1.BanAgent
 	50, // 38: entente.state.v1.Command.evict_agent:type_name -> entente.state.v1.EvictAgent
-	51, // 39: entente.state.v1.Command.revoke_token:type_name -> entente.state.v1.RevokeToken
-	52, // 40: entente.state.v1.Command.change_entries:type_name -> entente.state.v1.ChangeEntries
+	53, // 39: entente.state.v1.Command.revoke_token:type_name -> entente.state.v1.RevokeToken
+	54, // 40: entente.state.v1.Command.change_entries:type_name -> entente.state.v1.ChangeEntries
 	38, // 41: entente.state.v1.Command.promote_member:type_name -> entente.state.v1.PromoteMember
 	44, // 42: entente.state.v1.Command.stage_objects:type_name -> entente.state.v1.StageObjects
 	45, // 43: entente.state.v1.Command.apply_staged:type_name -> entente.state.v1.ApplyStaged
-	5,  // 44: entente.state.v1.Init.cluster:type_name -> entente.state.v1.Cluster
-	9,  // 45: entente.state.v1.Init.member:type_name -> entente.state.v1.Member
-	11, // 46: entente.state.v1.CreateToken.token:type_name -> entente.state.v1.Token
-	9,  // 47: entente.state.v1.JoinMember.member:type_name -> entente.state.v1.Member
-	10, // 48: entente.state.v1.PrepareAuthority.authority:type_name -> entente.state.v1.Authority
-	18, // 49: entente.state.v1.ApplyObjects.upserts:type_name -> entente.state.v1.Object
-	19, // 50: entente.state.v1.ApplyObjects.deletes:type_name -> entente.state.v1.ObjectKey
-	43, // 51: entente.state.v1.StageObjects.objects:type_name -> entente.state.v1.ApplyObjects
-	53, // 52: entente.state.v1.ChangeEntries.changes:type_name -> entente.state.v1.EntryChange
-	15, // 53: entente.state.v1.EntryChange.create:type_name -> entente.state.v1.Entry
-	15, // 54: entente.state.v1.EntryChange.update:type_name -> entente.state.v1.Entry
-	58, // 55: entente.state.v1.AgentCache.x509:type_name -> entente.state.v1.HeldSVID
-	58, // 56: entente.state.v1.AgentCache.wit:type_name -> entente.state.v1.HeldSVID
-	57, // [57:57] is the sub-list for method output_type
-	57, // [57:57] is the sub-list for method input_type
-	57, // [57:57] is the sub-list for extension type_name
-	57, // [57:57] is the sub-list for extension extendee
-	0,  // [0:57] is the sub-list for field type_name
+	51, // 44: entente.state.v1.Command.merge_bans:type_name -> entente.state.v1.MergeBans
+	5,  // 45: entente.state.v1.Init.cluster:type_name -> entente.state.v1.Cluster
+	9,  // 46: entente.state.v1.Init.member:type_name -> entente.state.v1.Member
+	11, // 47: entente.state.v1.CreateToken.token:type_name -> entente.state.v1.Token
+	9,  // 48: entente.state.v1.JoinMember.member:type_name -> entente.state.v1.Member
+	10, // 49: entente.state.v1.PrepareAuthority.authority:type_name -> entente.state.v1.Authority
+	18, // 50: entente.state.v1.ApplyObjects.upserts:type_name -> entente.state.v1.Object
+	19, // 51: entente.state.v1.ApplyObjects.deletes:type_name -> entente.state.v1.ObjectKey
+	43, // 52: entente.state.v1.StageObjects.objects:type_name -> entente.state.v1.ApplyObjects
+	52, // 53: entente.state.v1.MergeBans.bans:type_name -> entente.state.v1.RememberedBan
+	14, // 54: entente.state.v1.RememberedBan.agent:type_name -> entente.state.v1.Agent
+	55, // 55: entente.state.v1.ChangeEntries.changes:type_name -> entente.state.v1.EntryChange
+	15, // 56: entente.state.v1.EntryChange.create:type_name -> entente.state.v1.Entry
+	15, // 57: entente.state.v1.EntryChange.update:type_name -> entente.state.v1.Entry
+	60, // 58: entente.state.v1.AgentCache.x509:type_name -> entente.state.v1.HeldSVID
+	60, // 59: entente.state.v1.AgentCache.wit:type_name -> entente.state.v1.HeldSVID
+	60, // [60:60] is the sub-list for method output_type
+	60, // [60:60] is the sub-list for method input_type
+	60, // [60:60] is the sub-list for extension type_name
+	60, // [60:60] is the sub-list for extension extendee
+	0,  // [0:60] is the sub-list for field type_name
 }
 
 func init() { file_entente_state_v1_state_proto_init() }
@@ -5074,8 +5200,9 @@ func file_entente_state_v1_state_proto_init() {
 		(*Command_PromoteMember)(nil),
 		(*Command_StageObjects)(nil),
 		(*Command_ApplyStaged)(nil),
+		(*Command_MergeBans)(nil),
 	}
-	file_entente_state_v1_state_proto_msgTypes[48].OneofWrappers = []any{
+	file_entente_state_v1_state_proto_msgTypes[50].OneofWrappers = []any{
 		(*EntryChange_Create)(nil),
 		(*EntryChange_Update)(nil),
 		(*EntryChange_Delete)(nil),
@@ -5086,7 +5213,7 @@ func file_entente_state_v1_state_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_entente_state_v1_state_proto_rawDesc), len(file_entente_state_v1_state_proto_rawDesc)),
 			NumEnums:      5,
-			NumMessages:   54,
+			NumMessages:   56,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
