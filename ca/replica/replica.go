@@ -84,7 +84,6 @@ type Config struct {
 	// Tests of this package fail and stall the disk, and give removed members more time.
 	wrapStore func(store) store
 	farewell  time.Duration
-	step      func(string) // told where a procedure that writes files is
 }
 
 // Timing sets Raft's pace. A killed leader is replaced after about twice Heartbeat.

@@ -124,9 +124,7 @@ func PrepareJoin(cfg Config, cluster *statev1.Cluster, members []*statev1.Member
 			return fmt.Errorf("cannot join the cluster: %w", err)
 		}
 	}
-	cfg.reach("join list made")
 	err = createState(&cfg, func(dir string) error {
-		cfg.reach("directory made")
 		return writeSynced(filepath.Join(dir, joinFile), data)
 	})
 	if err != nil {
@@ -166,11 +164,9 @@ func createState(cfg *Config, build func(dir string) error) error {
 	if err := syncDir(fresh); err != nil {
 		return err
 	}
-	cfg.reach("state complete")
 	if err := os.Rename(fresh, filepath.Join(dir, stateDir)); err != nil {
 		return err
 	}
-	cfg.reach("state in place")
 	return syncDir(dir)
 }
 
