@@ -13,7 +13,6 @@ import (
 	"sync/atomic"
 	"testing"
 
-	"github.com/google/go-cmp/cmp"
 	"github.com/hashicorp/raft"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
@@ -214,15 +213,12 @@ func TestKillLogStore(t *testing.T) {
 		}
 		defer s.Close()
 		got := contents(t, s)
-		equal := func(a, b memoryContent) bool {
-			return cmp.Equal(a.logs, b.logs) && cmp.Equal(a.stable, b.stable) && a.committed == b.committed
-		}
-		if equal(got, model[confirmed]) || equal(got, model[min(confirmed+1, len(model)-1)]) {
+		if got.equal(model[confirmed]) || got.equal(model[min(confirmed+1, len(model)-1)]) {
 			return
 		}
 		if half := model[confirmed]; confirmed == 10 { // the compaction in two transactions
 			half.logs = half.logs[deleteChunk:]
-			if equal(got, half) {
+			if got.equal(half) {
 				return
 			}
 		}

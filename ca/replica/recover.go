@@ -220,7 +220,8 @@ func found(cfg *Config, dir string, state *domain.State, index, term uint64) err
 		Suffrage: raft.Voter, ID: raft.ServerID(cfg.NodeID), Address: raft.ServerAddress(cfg.Advertise),
 	}}}
 	_, nowhere := raft.NewInmemTransport("") // the store wants one to encode addresses
-	sink, err := files.Create(raft.SnapshotVersionMax, index, term, configuration, index, nowhere)
+	sealing := snapshots{files, filepath.Join(dir, snapshotDir), func(error) {}}
+	sink, err := sealing.Create(raft.SnapshotVersionMax, index, term, configuration, index, nowhere)
 	if err != nil {
 		return fmt.Errorf("cannot create the snapshot: %w", err)
 	}
