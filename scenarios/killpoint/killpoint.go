@@ -28,6 +28,9 @@ type Command struct {
 	// Counts says whether a change to a file, by its path below Dir, is numbered now.
 	// Nil: all are.
 	Counts func(file string) bool
+
+	// Started, if set, is told the process id, for signals.
+	Started func(pid int)
 }
 
 // Result is how a run ended.

@@ -67,6 +67,9 @@ func trace(c Command, at int) (Result, error) {
 	if err != nil {
 		return Result{}, fmt.Errorf("%w: %w", ErrUnsupported, err)
 	}
+	if c.Started != nil {
+		c.Started(pid)
+	}
 	output := make(chan string, 1)
 	go func() {
 		var b bytes.Buffer
