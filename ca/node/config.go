@@ -45,8 +45,10 @@ type Config struct {
 	Audit     Audit  `yaml:"audit"`
 	Log       Log    `yaml:"log"`
 
-	// Tests of this package fail or stall the log's disk, and set this node's clock alone.
+	// Tests of this package fail or stall the log's disk, keep entries from a member, and
+	// set this node's clock alone.
 	beforeWrite func() error
+	holdBack    func(member string) bool
 	clockError  func() time.Duration
 }
 

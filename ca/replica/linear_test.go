@@ -105,23 +105,33 @@ type faultyWorld struct {
 func newFaultyWorld(t *testing.T, seed uint64, voters int) *faultyWorld {
 	w := &faultyWorld{
 		t: t, random: rand.New(rand.NewPCG(seed, 7)), up: map[*node]*Replica{},
-		network: simnet.New(func(from, to string) time.Duration { return time.Millisecond }),
+		network: simnet.New(millisecond),
 		history: history{seen: map[string]int{}},
 	}
 	var names []string
 	for i := range voters {
 		names = append(names, fmt.Sprintf("ca%d", i+1))
 	}
+	w.nodes = clusterOf(t, inMemory(w.network, seed, &w.frozen), names...)
+	for _, n := range w.nodes {
+		w.up[n] = n.Replica
+	}
+	return w
+}
+
+// inMemory makes nodes whose network and log are in memory, for virtual time. The disk of
+// the one that is frozen does not answer for three seconds.
+func inMemory(network *simnet.Network, seed uint64, frozen *atomic.Pointer[node]) func(testing.TB, string) *node {
 	var dice sync.Mutex
 	disk := rand.New(rand.NewPCG(seed, 8))
-	w.nodes = clusterOf(t, func(t testing.TB, name string) *node {
+	return func(t testing.TB, name string) *node {
 		n := placeNode(t, name)
-		n.network, n.address = w.network, name+":7000"
+		n.network, n.address = network, name+":7000"
 		n.shelf = &memoryShelf{
 			latency: func() time.Duration {
 				dice.Lock()
 				defer dice.Unlock()
-				if w.frozen.Load() == n {
+				if frozen.Load() == n {
 					return 3 * time.Second
 				}
 				return 200*time.Microsecond + time.Duration(disk.ExpFloat64()*float64(300*time.Microsecond))
@@ -133,12 +143,10 @@ func newFaultyWorld(t *testing.T, seed uint64, voters int) *faultyWorld {
 			},
 		}
 		return n
-	}, names...)
-	for _, n := range w.nodes {
-		w.up[n] = n.Replica
 	}
-	return w
 }
+
+func millisecond(_, _ string) time.Duration { return time.Millisecond }
 
 func (w *faultyWorld) at(n *node) *Replica {
 	w.mu.RLock()
@@ -150,9 +158,6 @@ func (w *faultyWorld) stop(n *node) {
 	w.mu.Lock()
 	w.up[n] = nil
 	w.mu.Unlock()
-	// Nothing is between two of Raft's goroutines now: what is, when they end, stays
-	// unanswered, and a bubble does not end with a goroutine in it.
-	synctest.Wait()
 	n.kill()
 }
 

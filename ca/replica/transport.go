@@ -1,6 +1,7 @@
 package replica
 
 import (
+	"errors"
 	"io"
 	"sync"
 	"time"
@@ -14,13 +15,16 @@ import (
 // who has caught up.
 type transport struct {
 	*raft.NetworkTransport
-	roster *roster
+	roster   *roster
+	holdBack func(member string) bool
 
 	mu    sync.Mutex
 	peers map[raft.ServerID]peerProgress
 
 	installing map[raft.ServerID]int // snapshots on their way
 }
+
+var errHeldBack = errors.New("held back by a test")
 
 type peerProgress struct {
 	term    uint64 // of the leadership that learned match
@@ -30,7 +34,8 @@ type peerProgress struct {
 
 func newTransport(s *streams, cfg *Config) *transport {
 	return &transport{
-		roster: s.roster,
+		roster:   s.roster,
+		holdBack: cfg.HoldBack,
 		NetworkTransport: raft.NewNetworkTransportWithConfig(&raft.NetworkTransportConfig{
 			Stream:  s,
 			Logger:  newLogger(cfg.Log),
@@ -57,6 +62,9 @@ func (t *transport) target(id raft.ServerID, hostport raft.ServerAddress) raft.S
 }
 
 func (t *transport) AppendEntries(id raft.ServerID, at raft.ServerAddress, args *raft.AppendEntriesRequest, resp *raft.AppendEntriesResponse) error {
+	if t.holdBack != nil && len(args.Entries) > 0 && t.holdBack(string(id)) {
+		return errHeldBack
+	}
 	err := t.NetworkTransport.AppendEntries(id, t.target(id, at), args, resp)
 	if err == nil && resp.Term <= args.Term {
 		match := uint64(0)

@@ -19,6 +19,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/hashicorp/raft"
@@ -228,6 +229,9 @@ func (n *node) start(change ...func(*Config)) {
 // kill cuts the node off as a crash would: no farewell, no hand-over.
 func (n *node) kill() {
 	if n.shelf != nil {
+		// Nothing is between two of Raft's goroutines now: what is, when they end, stays
+		// unanswered, and a bubble does not end with a goroutine in it.
+		synctest.Wait()
 		n.shelf.crash() // nothing that is done now reaches it
 	}
 	n.Replica.Close()
