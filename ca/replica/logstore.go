@@ -369,7 +369,19 @@ func (s *boltStore) DeleteRange(minIndex, maxIndex uint64) error {
 			return fmt.Errorf("cannot delete log entries %d to %d: %w", from, to, err)
 		}
 	}
+	s.unmapRead()
 	return nil
+}
+
+// unmapRead gives back the pages of the file that were read through its mapping and are
+// counted as this process's memory: a log is read once, at start, and its end when it is
+// cut. What is needed again comes from the page cache.
+func (s *boltStore) unmapRead() {
+	// A transaction keeps the mapping in its place.
+	_ = s.view(func(tx *bbolt.Tx) error {
+		dropPages(s.db.Info().Data, uintptr(tx.Size()))
+		return nil
+	})
 }
 
 func deleteEntries(tx *bbolt.Tx, from, to uint64) error {

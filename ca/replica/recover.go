@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/raft"
@@ -225,7 +226,7 @@ func found(cfg *Config, dir string, state *domain.State, index, term uint64) err
 	if err != nil {
 		return fmt.Errorf("cannot create the snapshot: %w", err)
 	}
-	if err := (snapshot{state.Snapshot()}).Persist(sink); err != nil {
+	if err := (snapshot{state.Snapshot(), new(atomic.Uint64)}).Persist(sink); err != nil {
 		return fmt.Errorf("cannot write the snapshot: %w", err)
 	}
 	metas, err := files.List()

@@ -82,6 +82,7 @@ type JoinRequest struct {
 	Signature     []byte                 `protobuf:"bytes,3,opt,name=signature,proto3" json:"signature,omitempty"` // Ed25519 by the token's seed
 	RaftAddress   string                 `protobuf:"bytes,4,opt,name=raft_address,json=raftAddress,proto3" json:"raft_address,omitempty"`
 	ApiAddress    string                 `protobuf:"bytes,5,opt,name=api_address,json=apiAddress,proto3" json:"api_address,omitempty"`
+	FeatureLevel  uint32                 `protobuf:"varint,70,opt,name=feature_level,json=featureLevel,proto3" json:"feature_level,omitempty"` // which commands its software carries out; 0: 1
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -149,6 +150,13 @@ func (x *JoinRequest) GetApiAddress() string {
 		return x.ApiAddress
 	}
 	return ""
+}
+
+func (x *JoinRequest) GetFeatureLevel() uint32 {
+	if x != nil {
+		return x.FeatureLevel
+	}
+	return 0
 }
 
 type JoinResponse struct {
@@ -1839,6 +1847,7 @@ type StatusResponse struct {
 	AppliedIndex       uint64                 `protobuf:"varint,37,opt,name=applied_index,json=appliedIndex,proto3" json:"applied_index,omitempty"`
 	LastIndex          uint64                 `protobuf:"varint,38,opt,name=last_index,json=lastIndex,proto3" json:"last_index,omitempty"`
 	LogBytes           uint64                 `protobuf:"varint,39,opt,name=log_bytes,json=logBytes,proto3" json:"log_bytes,omitempty"` // since the last snapshot
+	Upstream           *Upstream              `protobuf:"bytes,85,opt,name=upstream,proto3" json:"upstream,omitempty"`                  // of this node; absent: its authorities sign themselves
 	unknownFields      protoimpl.UnknownFields
 	sizeCache          protoimpl.SizeCache
 }
@@ -2034,6 +2043,74 @@ func (x *StatusResponse) GetLogBytes() uint64 {
 	return 0
 }
 
+func (x *StatusResponse) GetUpstream() *Upstream {
+	if x != nil {
+		return x.Upstream
+	}
+	return nil
+}
+
+// Upstream is the root that certifies a node's X.509 authorities.
+type Upstream struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	KeyId         string                 `protobuf:"bytes,1,opt,name=key_id,json=keyId,proto3" json:"key_id,omitempty"`
+	NotAfter      int64                  `protobuf:"varint,2,opt,name=not_after,json=notAfter,proto3" json:"not_after,omitempty"` // Unix seconds
+	Problem       string                 `protobuf:"bytes,3,opt,name=problem,proto3" json:"problem,omitempty"`                    // why it certifies nothing, or soon will not; empty: it does
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Upstream) Reset() {
+	*x = Upstream{}
+	mi := &file_entente_v1_entente_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Upstream) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Upstream) ProtoMessage() {}
+
+func (x *Upstream) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Upstream.ProtoReflect.Descriptor instead.
+func (*Upstream) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *Upstream) GetKeyId() string {
+	if x != nil {
+		return x.KeyId
+	}
+	return ""
+}
+
+func (x *Upstream) GetNotAfter() int64 {
+	if x != nil {
+		return x.NotAfter
+	}
+	return 0
+}
+
+func (x *Upstream) GetProblem() string {
+	if x != nil {
+		return x.Problem
+	}
+	return ""
+}
+
 // Autonomy is how long a member goes on signing if quorum were lost now.
 type Autonomy struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -2047,7 +2124,7 @@ type Autonomy struct {
 
 func (x *Autonomy) Reset() {
 	*x = Autonomy{}
-	mi := &file_entente_v1_entente_proto_msgTypes[28]
+	mi := &file_entente_v1_entente_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2059,7 +2136,7 @@ func (x *Autonomy) String() string {
 func (*Autonomy) ProtoMessage() {}
 
 func (x *Autonomy) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[28]
+	mi := &file_entente_v1_entente_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2072,7 +2149,7 @@ func (x *Autonomy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Autonomy.ProtoReflect.Descriptor instead.
 func (*Autonomy) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{28}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *Autonomy) GetMemberId() string {
@@ -2113,7 +2190,7 @@ type MemberStatus struct {
 
 func (x *MemberStatus) Reset() {
 	*x = MemberStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[29]
+	mi := &file_entente_v1_entente_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2125,7 +2202,7 @@ func (x *MemberStatus) String() string {
 func (*MemberStatus) ProtoMessage() {}
 
 func (x *MemberStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[29]
+	mi := &file_entente_v1_entente_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2138,7 +2215,7 @@ func (x *MemberStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemberStatus.ProtoReflect.Descriptor instead.
 func (*MemberStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{29}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *MemberStatus) GetMember() *v1.Member {
@@ -2163,7 +2240,7 @@ type SaveSnapshotRequest struct {
 
 func (x *SaveSnapshotRequest) Reset() {
 	*x = SaveSnapshotRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[30]
+	mi := &file_entente_v1_entente_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2175,7 +2252,7 @@ func (x *SaveSnapshotRequest) String() string {
 func (*SaveSnapshotRequest) ProtoMessage() {}
 
 func (x *SaveSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[30]
+	mi := &file_entente_v1_entente_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2188,7 +2265,7 @@ func (x *SaveSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SaveSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*SaveSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{30}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{31}
 }
 
 // SaveSnapshotResponse is a part of the file. The file carries its own checksums.
@@ -2201,7 +2278,7 @@ type SaveSnapshotResponse struct {
 
 func (x *SaveSnapshotResponse) Reset() {
 	*x = SaveSnapshotResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[31]
+	mi := &file_entente_v1_entente_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2213,7 +2290,7 @@ func (x *SaveSnapshotResponse) String() string {
 func (*SaveSnapshotResponse) ProtoMessage() {}
 
 func (x *SaveSnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[31]
+	mi := &file_entente_v1_entente_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2226,7 +2303,7 @@ func (x *SaveSnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SaveSnapshotResponse.ProtoReflect.Descriptor instead.
 func (*SaveSnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{31}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *SaveSnapshotResponse) GetData() []byte {
@@ -2244,7 +2321,7 @@ type ListNodesRequest struct {
 
 func (x *ListNodesRequest) Reset() {
 	*x = ListNodesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[32]
+	mi := &file_entente_v1_entente_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2256,7 +2333,7 @@ func (x *ListNodesRequest) String() string {
 func (*ListNodesRequest) ProtoMessage() {}
 
 func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[32]
+	mi := &file_entente_v1_entente_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2269,7 +2346,7 @@ func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesRequest.ProtoReflect.Descriptor instead.
 func (*ListNodesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{32}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{33}
 }
 
 type ListNodesResponse struct {
@@ -2283,7 +2360,7 @@ type ListNodesResponse struct {
 
 func (x *ListNodesResponse) Reset() {
 	*x = ListNodesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[33]
+	mi := &file_entente_v1_entente_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2295,7 +2372,7 @@ func (x *ListNodesResponse) String() string {
 func (*ListNodesResponse) ProtoMessage() {}
 
 func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[33]
+	mi := &file_entente_v1_entente_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2308,7 +2385,7 @@ func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesResponse.ProtoReflect.Descriptor instead.
 func (*ListNodesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{33}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *ListNodesResponse) GetLeaderId() string {
@@ -2345,7 +2422,7 @@ type NodeProgress struct {
 
 func (x *NodeProgress) Reset() {
 	*x = NodeProgress{}
-	mi := &file_entente_v1_entente_proto_msgTypes[34]
+	mi := &file_entente_v1_entente_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2357,7 +2434,7 @@ func (x *NodeProgress) String() string {
 func (*NodeProgress) ProtoMessage() {}
 
 func (x *NodeProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[34]
+	mi := &file_entente_v1_entente_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2370,7 +2447,7 @@ func (x *NodeProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeProgress.ProtoReflect.Descriptor instead.
 func (*NodeProgress) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{34}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *NodeProgress) GetMember() *v1.Member {
@@ -2417,7 +2494,7 @@ type PromoteNodeRequest struct {
 
 func (x *PromoteNodeRequest) Reset() {
 	*x = PromoteNodeRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[35]
+	mi := &file_entente_v1_entente_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2429,7 +2506,7 @@ func (x *PromoteNodeRequest) String() string {
 func (*PromoteNodeRequest) ProtoMessage() {}
 
 func (x *PromoteNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[35]
+	mi := &file_entente_v1_entente_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2442,7 +2519,7 @@ func (x *PromoteNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PromoteNodeRequest.ProtoReflect.Descriptor instead.
 func (*PromoteNodeRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{35}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *PromoteNodeRequest) GetName() string {
@@ -2461,7 +2538,7 @@ type PromoteNodeResponse struct {
 
 func (x *PromoteNodeResponse) Reset() {
 	*x = PromoteNodeResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[36]
+	mi := &file_entente_v1_entente_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2473,7 +2550,7 @@ func (x *PromoteNodeResponse) String() string {
 func (*PromoteNodeResponse) ProtoMessage() {}
 
 func (x *PromoteNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[36]
+	mi := &file_entente_v1_entente_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2486,7 +2563,7 @@ func (x *PromoteNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PromoteNodeResponse.ProtoReflect.Descriptor instead.
 func (*PromoteNodeResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{36}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *PromoteNodeResponse) GetRevision() uint64 {
@@ -2505,7 +2582,7 @@ type VouchRequest struct {
 
 func (x *VouchRequest) Reset() {
 	*x = VouchRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[37]
+	mi := &file_entente_v1_entente_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2517,7 +2594,7 @@ func (x *VouchRequest) String() string {
 func (*VouchRequest) ProtoMessage() {}
 
 func (x *VouchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[37]
+	mi := &file_entente_v1_entente_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2530,7 +2607,7 @@ func (x *VouchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VouchRequest.ProtoReflect.Descriptor instead.
 func (*VouchRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{37}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *VouchRequest) GetMemberId() string {
@@ -2549,7 +2626,7 @@ type VouchResponse struct {
 
 func (x *VouchResponse) Reset() {
 	*x = VouchResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[38]
+	mi := &file_entente_v1_entente_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2561,7 +2638,7 @@ func (x *VouchResponse) String() string {
 func (*VouchResponse) ProtoMessage() {}
 
 func (x *VouchResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[38]
+	mi := &file_entente_v1_entente_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2574,7 +2651,7 @@ func (x *VouchResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VouchResponse.ProtoReflect.Descriptor instead.
 func (*VouchResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{38}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *VouchResponse) GetMember() *v1.Member {
@@ -2594,7 +2671,7 @@ type ChecksumRequest struct {
 
 func (x *ChecksumRequest) Reset() {
 	*x = ChecksumRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[39]
+	mi := &file_entente_v1_entente_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2606,7 +2683,7 @@ func (x *ChecksumRequest) String() string {
 func (*ChecksumRequest) ProtoMessage() {}
 
 func (x *ChecksumRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[39]
+	mi := &file_entente_v1_entente_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2619,7 +2696,7 @@ func (x *ChecksumRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChecksumRequest.ProtoReflect.Descriptor instead.
 func (*ChecksumRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{39}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ChecksumRequest) GetAtIndex() uint64 {
@@ -2645,7 +2722,7 @@ type ChecksumResponse struct {
 
 func (x *ChecksumResponse) Reset() {
 	*x = ChecksumResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[40]
+	mi := &file_entente_v1_entente_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2657,7 +2734,7 @@ func (x *ChecksumResponse) String() string {
 func (*ChecksumResponse) ProtoMessage() {}
 
 func (x *ChecksumResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[40]
+	mi := &file_entente_v1_entente_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2670,7 +2747,7 @@ func (x *ChecksumResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChecksumResponse.ProtoReflect.Descriptor instead.
 func (*ChecksumResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{40}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *ChecksumResponse) GetSum() []byte {
@@ -2690,7 +2767,7 @@ type ShowEpochRequest struct {
 
 func (x *ShowEpochRequest) Reset() {
 	*x = ShowEpochRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[41]
+	mi := &file_entente_v1_entente_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2702,7 +2779,7 @@ func (x *ShowEpochRequest) String() string {
 func (*ShowEpochRequest) ProtoMessage() {}
 
 func (x *ShowEpochRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[41]
+	mi := &file_entente_v1_entente_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2715,7 +2792,7 @@ func (x *ShowEpochRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowEpochRequest.ProtoReflect.Descriptor instead.
 func (*ShowEpochRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{41}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *ShowEpochRequest) GetStatement() []byte {
@@ -2740,7 +2817,7 @@ type ShowEpochResponse struct {
 
 func (x *ShowEpochResponse) Reset() {
 	*x = ShowEpochResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[42]
+	mi := &file_entente_v1_entente_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2752,7 +2829,7 @@ func (x *ShowEpochResponse) String() string {
 func (*ShowEpochResponse) ProtoMessage() {}
 
 func (x *ShowEpochResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[42]
+	mi := &file_entente_v1_entente_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2765,7 +2842,7 @@ func (x *ShowEpochResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowEpochResponse.ProtoReflect.Descriptor instead.
 func (*ShowEpochResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{42}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{43}
 }
 
 type ForeignBundleStatus struct {
@@ -2781,7 +2858,7 @@ type ForeignBundleStatus struct {
 
 func (x *ForeignBundleStatus) Reset() {
 	*x = ForeignBundleStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[43]
+	mi := &file_entente_v1_entente_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2793,7 +2870,7 @@ func (x *ForeignBundleStatus) String() string {
 func (*ForeignBundleStatus) ProtoMessage() {}
 
 func (x *ForeignBundleStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[43]
+	mi := &file_entente_v1_entente_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2806,7 +2883,7 @@ func (x *ForeignBundleStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForeignBundleStatus.ProtoReflect.Descriptor instead.
 func (*ForeignBundleStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{43}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *ForeignBundleStatus) GetTrustDomain() string {
@@ -2855,7 +2932,7 @@ type CreateTokenRequest struct {
 
 func (x *CreateTokenRequest) Reset() {
 	*x = CreateTokenRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[44]
+	mi := &file_entente_v1_entente_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2867,7 +2944,7 @@ func (x *CreateTokenRequest) String() string {
 func (*CreateTokenRequest) ProtoMessage() {}
 
 func (x *CreateTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[44]
+	mi := &file_entente_v1_entente_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2880,7 +2957,7 @@ func (x *CreateTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTokenRequest.ProtoReflect.Descriptor instead.
 func (*CreateTokenRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{44}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *CreateTokenRequest) GetNode() *v1.NodeGrant {
@@ -2915,7 +2992,7 @@ type CreateTokenResponse struct {
 
 func (x *CreateTokenResponse) Reset() {
 	*x = CreateTokenResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[45]
+	mi := &file_entente_v1_entente_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2927,7 +3004,7 @@ func (x *CreateTokenResponse) String() string {
 func (*CreateTokenResponse) ProtoMessage() {}
 
 func (x *CreateTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[45]
+	mi := &file_entente_v1_entente_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2940,7 +3017,7 @@ func (x *CreateTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTokenResponse.ProtoReflect.Descriptor instead.
 func (*CreateTokenResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{45}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *CreateTokenResponse) GetToken() string {
@@ -2975,7 +3052,7 @@ type ApplyRequest struct {
 
 func (x *ApplyRequest) Reset() {
 	*x = ApplyRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[46]
+	mi := &file_entente_v1_entente_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2987,7 +3064,7 @@ func (x *ApplyRequest) String() string {
 func (*ApplyRequest) ProtoMessage() {}
 
 func (x *ApplyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[46]
+	mi := &file_entente_v1_entente_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3000,7 +3077,7 @@ func (x *ApplyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyRequest.ProtoReflect.Descriptor instead.
 func (*ApplyRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{46}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *ApplyRequest) GetObjects() []*v1.Object {
@@ -3034,7 +3111,7 @@ type ApplyResponse struct {
 
 func (x *ApplyResponse) Reset() {
 	*x = ApplyResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[47]
+	mi := &file_entente_v1_entente_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3046,7 +3123,7 @@ func (x *ApplyResponse) String() string {
 func (*ApplyResponse) ProtoMessage() {}
 
 func (x *ApplyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[47]
+	mi := &file_entente_v1_entente_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3059,7 +3136,7 @@ func (x *ApplyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyResponse.ProtoReflect.Descriptor instead.
 func (*ApplyResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{47}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *ApplyResponse) GetRevision() uint64 {
@@ -3086,7 +3163,7 @@ type ObjectChange struct {
 
 func (x *ObjectChange) Reset() {
 	*x = ObjectChange{}
-	mi := &file_entente_v1_entente_proto_msgTypes[48]
+	mi := &file_entente_v1_entente_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3098,7 +3175,7 @@ func (x *ObjectChange) String() string {
 func (*ObjectChange) ProtoMessage() {}
 
 func (x *ObjectChange) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[48]
+	mi := &file_entente_v1_entente_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3111,7 +3188,7 @@ func (x *ObjectChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ObjectChange.ProtoReflect.Descriptor instead.
 func (*ObjectChange) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{48}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *ObjectChange) GetKey() *v1.ObjectKey {
@@ -3138,7 +3215,7 @@ type GetBundleRequest struct {
 
 func (x *GetBundleRequest) Reset() {
 	*x = GetBundleRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[49]
+	mi := &file_entente_v1_entente_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3150,7 +3227,7 @@ func (x *GetBundleRequest) String() string {
 func (*GetBundleRequest) ProtoMessage() {}
 
 func (x *GetBundleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[49]
+	mi := &file_entente_v1_entente_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3163,7 +3240,7 @@ func (x *GetBundleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBundleRequest.ProtoReflect.Descriptor instead.
 func (*GetBundleRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{49}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *GetBundleRequest) GetTrustDomain() string {
@@ -3189,7 +3266,7 @@ type GetBundleResponse struct {
 
 func (x *GetBundleResponse) Reset() {
 	*x = GetBundleResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[50]
+	mi := &file_entente_v1_entente_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3201,7 +3278,7 @@ func (x *GetBundleResponse) String() string {
 func (*GetBundleResponse) ProtoMessage() {}
 
 func (x *GetBundleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[50]
+	mi := &file_entente_v1_entente_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3214,7 +3291,7 @@ func (x *GetBundleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBundleResponse.ProtoReflect.Descriptor instead.
 func (*GetBundleResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{50}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *GetBundleResponse) GetJwks() []byte {
@@ -3233,7 +3310,7 @@ type ProposeRequest struct {
 
 func (x *ProposeRequest) Reset() {
 	*x = ProposeRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[51]
+	mi := &file_entente_v1_entente_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3245,7 +3322,7 @@ func (x *ProposeRequest) String() string {
 func (*ProposeRequest) ProtoMessage() {}
 
 func (x *ProposeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[51]
+	mi := &file_entente_v1_entente_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3258,7 +3335,7 @@ func (x *ProposeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProposeRequest.ProtoReflect.Descriptor instead.
 func (*ProposeRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{51}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *ProposeRequest) GetCommand() []byte {
@@ -3279,7 +3356,7 @@ type ProposeResponse struct {
 
 func (x *ProposeResponse) Reset() {
 	*x = ProposeResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[52]
+	mi := &file_entente_v1_entente_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3291,7 +3368,7 @@ func (x *ProposeResponse) String() string {
 func (*ProposeResponse) ProtoMessage() {}
 
 func (x *ProposeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[52]
+	mi := &file_entente_v1_entente_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3304,7 +3381,7 @@ func (x *ProposeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProposeResponse.ProtoReflect.Descriptor instead.
 func (*ProposeResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{52}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *ProposeResponse) GetRevision() uint64 {
@@ -3343,7 +3420,7 @@ type ReportRequest struct {
 
 func (x *ReportRequest) Reset() {
 	*x = ReportRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[53]
+	mi := &file_entente_v1_entente_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3355,7 +3432,7 @@ func (x *ReportRequest) String() string {
 func (*ReportRequest) ProtoMessage() {}
 
 func (x *ReportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[53]
+	mi := &file_entente_v1_entente_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3368,7 +3445,7 @@ func (x *ReportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRequest.ProtoReflect.Descriptor instead.
 func (*ReportRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{53}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *ReportRequest) GetBootId() string {
@@ -3431,7 +3508,7 @@ type HeldAuthority struct {
 
 func (x *HeldAuthority) Reset() {
 	*x = HeldAuthority{}
-	mi := &file_entente_v1_entente_proto_msgTypes[54]
+	mi := &file_entente_v1_entente_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3443,7 +3520,7 @@ func (x *HeldAuthority) String() string {
 func (*HeldAuthority) ProtoMessage() {}
 
 func (x *HeldAuthority) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[54]
+	mi := &file_entente_v1_entente_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3456,7 +3533,7 @@ func (x *HeldAuthority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HeldAuthority.ProtoReflect.Descriptor instead.
 func (*HeldAuthority) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{54}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *HeldAuthority) GetId() string {
@@ -3481,7 +3558,7 @@ type ReportResponse struct {
 
 func (x *ReportResponse) Reset() {
 	*x = ReportResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[55]
+	mi := &file_entente_v1_entente_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3493,7 +3570,7 @@ func (x *ReportResponse) String() string {
 func (*ReportResponse) ProtoMessage() {}
 
 func (x *ReportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[55]
+	mi := &file_entente_v1_entente_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3506,7 +3583,7 @@ func (x *ReportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportResponse.ProtoReflect.Descriptor instead.
 func (*ReportResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{55}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{56}
 }
 
 type GateRequest struct {
@@ -3517,7 +3594,7 @@ type GateRequest struct {
 
 func (x *GateRequest) Reset() {
 	*x = GateRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[56]
+	mi := &file_entente_v1_entente_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3529,7 +3606,7 @@ func (x *GateRequest) String() string {
 func (*GateRequest) ProtoMessage() {}
 
 func (x *GateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[56]
+	mi := &file_entente_v1_entente_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3542,7 +3619,7 @@ func (x *GateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GateRequest.ProtoReflect.Descriptor instead.
 func (*GateRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{56}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{57}
 }
 
 type GateResponse struct {
@@ -3554,7 +3631,7 @@ type GateResponse struct {
 
 func (x *GateResponse) Reset() {
 	*x = GateResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[57]
+	mi := &file_entente_v1_entente_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3566,7 +3643,7 @@ func (x *GateResponse) String() string {
 func (*GateResponse) ProtoMessage() {}
 
 func (x *GateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[57]
+	mi := &file_entente_v1_entente_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3579,7 +3656,7 @@ func (x *GateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GateResponse.ProtoReflect.Descriptor instead.
 func (*GateResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{57}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *GateResponse) GetAuthorities() []*AuthorityGate {
@@ -3601,7 +3678,7 @@ type AuthorityGate struct {
 
 func (x *AuthorityGate) Reset() {
 	*x = AuthorityGate{}
-	mi := &file_entente_v1_entente_proto_msgTypes[58]
+	mi := &file_entente_v1_entente_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3613,7 +3690,7 @@ func (x *AuthorityGate) String() string {
 func (*AuthorityGate) ProtoMessage() {}
 
 func (x *AuthorityGate) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[58]
+	mi := &file_entente_v1_entente_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3626,7 +3703,7 @@ func (x *AuthorityGate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityGate.ProtoReflect.Descriptor instead.
 func (*AuthorityGate) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{58}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *AuthorityGate) GetId() string {
@@ -3650,6 +3727,59 @@ func (x *AuthorityGate) GetAssumed() []string {
 	return nil
 }
 
+// Picture is what a subscriber holds of both lanes, as it keeps it over a restart.
+type Picture struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Policy        *Policy                `protobuf:"bytes,1,opt,name=policy,proto3" json:"policy,omitempty"`     // one full state in one chunk
+	Presence      *Presence              `protobuf:"bytes,2,opt,name=presence,proto3" json:"presence,omitempty"` // complete
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Picture) Reset() {
+	*x = Picture{}
+	mi := &file_entente_v1_entente_proto_msgTypes[60]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Picture) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Picture) ProtoMessage() {}
+
+func (x *Picture) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[60]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Picture.ProtoReflect.Descriptor instead.
+func (*Picture) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{60}
+}
+
+func (x *Picture) GetPolicy() *Policy {
+	if x != nil {
+		return x.Policy
+	}
+	return nil
+}
+
+func (x *Picture) GetPresence() *Presence {
+	if x != nil {
+		return x.Presence
+	}
+	return nil
+}
+
 type PresenceRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -3658,7 +3788,7 @@ type PresenceRequest struct {
 
 func (x *PresenceRequest) Reset() {
 	*x = PresenceRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[59]
+	mi := &file_entente_v1_entente_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3670,7 +3800,7 @@ func (x *PresenceRequest) String() string {
 func (*PresenceRequest) ProtoMessage() {}
 
 func (x *PresenceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[59]
+	mi := &file_entente_v1_entente_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3683,7 +3813,7 @@ func (x *PresenceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PresenceRequest.ProtoReflect.Descriptor instead.
 func (*PresenceRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{59}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{61}
 }
 
 type PresenceResponse struct {
@@ -3697,7 +3827,7 @@ type PresenceResponse struct {
 
 func (x *PresenceResponse) Reset() {
 	*x = PresenceResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[60]
+	mi := &file_entente_v1_entente_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3709,7 +3839,7 @@ func (x *PresenceResponse) String() string {
 func (*PresenceResponse) ProtoMessage() {}
 
 func (x *PresenceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[60]
+	mi := &file_entente_v1_entente_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3722,7 +3852,7 @@ func (x *PresenceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PresenceResponse.ProtoReflect.Descriptor instead.
 func (*PresenceResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{60}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *PresenceResponse) GetInstances() []*Instance {
@@ -3754,7 +3884,7 @@ type ListAuthoritiesRequest struct {
 
 func (x *ListAuthoritiesRequest) Reset() {
 	*x = ListAuthoritiesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[61]
+	mi := &file_entente_v1_entente_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3766,7 +3896,7 @@ func (x *ListAuthoritiesRequest) String() string {
 func (*ListAuthoritiesRequest) ProtoMessage() {}
 
 func (x *ListAuthoritiesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[61]
+	mi := &file_entente_v1_entente_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3779,7 +3909,7 @@ func (x *ListAuthoritiesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuthoritiesRequest.ProtoReflect.Descriptor instead.
 func (*ListAuthoritiesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{61}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{63}
 }
 
 type ListAuthoritiesResponse struct {
@@ -3793,7 +3923,7 @@ type ListAuthoritiesResponse struct {
 
 func (x *ListAuthoritiesResponse) Reset() {
 	*x = ListAuthoritiesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[62]
+	mi := &file_entente_v1_entente_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3805,7 +3935,7 @@ func (x *ListAuthoritiesResponse) String() string {
 func (*ListAuthoritiesResponse) ProtoMessage() {}
 
 func (x *ListAuthoritiesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[62]
+	mi := &file_entente_v1_entente_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3818,7 +3948,7 @@ func (x *ListAuthoritiesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuthoritiesResponse.ProtoReflect.Descriptor instead.
 func (*ListAuthoritiesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{62}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *ListAuthoritiesResponse) GetAuthorities() []*AuthorityStatus {
@@ -3854,7 +3984,7 @@ type AuthorityStatus struct {
 
 func (x *AuthorityStatus) Reset() {
 	*x = AuthorityStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[63]
+	mi := &file_entente_v1_entente_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3866,7 +3996,7 @@ func (x *AuthorityStatus) String() string {
 func (*AuthorityStatus) ProtoMessage() {}
 
 func (x *AuthorityStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[63]
+	mi := &file_entente_v1_entente_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3879,7 +4009,7 @@ func (x *AuthorityStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityStatus.ProtoReflect.Descriptor instead.
 func (*AuthorityStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{63}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *AuthorityStatus) GetAuthority() *v1.Authority {
@@ -3918,7 +4048,7 @@ type PrepareAuthorityRequest struct {
 
 func (x *PrepareAuthorityRequest) Reset() {
 	*x = PrepareAuthorityRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[64]
+	mi := &file_entente_v1_entente_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3930,7 +4060,7 @@ func (x *PrepareAuthorityRequest) String() string {
 func (*PrepareAuthorityRequest) ProtoMessage() {}
 
 func (x *PrepareAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[64]
+	mi := &file_entente_v1_entente_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3943,7 +4073,7 @@ func (x *PrepareAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*PrepareAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{64}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{66}
 }
 
 type ChangeAuthorityRequest struct {
@@ -3956,7 +4086,7 @@ type ChangeAuthorityRequest struct {
 
 func (x *ChangeAuthorityRequest) Reset() {
 	*x = ChangeAuthorityRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[65]
+	mi := &file_entente_v1_entente_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3968,7 +4098,7 @@ func (x *ChangeAuthorityRequest) String() string {
 func (*ChangeAuthorityRequest) ProtoMessage() {}
 
 func (x *ChangeAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[65]
+	mi := &file_entente_v1_entente_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3981,7 +4111,7 @@ func (x *ChangeAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*ChangeAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{65}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *ChangeAuthorityRequest) GetId() string {
@@ -4007,13 +4137,14 @@ type ChangeAuthorityResponse struct {
 	HeldBy []string `protobuf:"bytes,3,rep,name=held_by,json=heldBy,proto3" json:"held_by,omitempty"`
 	// Authorities that sign now, in the domain.
 	Signing       []*v1.Authority `protobuf:"bytes,4,rep,name=signing,proto3" json:"signing,omitempty"`
+	Note          string          `protobuf:"bytes,85,opt,name=note,proto3" json:"note,omitempty"` // who will not learn of it; empty: everybody does
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ChangeAuthorityResponse) Reset() {
 	*x = ChangeAuthorityResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[66]
+	mi := &file_entente_v1_entente_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4025,7 +4156,7 @@ func (x *ChangeAuthorityResponse) String() string {
 func (*ChangeAuthorityResponse) ProtoMessage() {}
 
 func (x *ChangeAuthorityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[66]
+	mi := &file_entente_v1_entente_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4038,7 +4169,7 @@ func (x *ChangeAuthorityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAuthorityResponse.ProtoReflect.Descriptor instead.
 func (*ChangeAuthorityResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{66}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *ChangeAuthorityResponse) GetAuthority() *v1.Authority {
@@ -4069,6 +4200,13 @@ func (x *ChangeAuthorityResponse) GetSigning() []*v1.Authority {
 	return nil
 }
 
+func (x *ChangeAuthorityResponse) GetNote() string {
+	if x != nil {
+		return x.Note
+	}
+	return ""
+}
+
 type RemoveNodeRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`                // or its id
@@ -4079,7 +4217,7 @@ type RemoveNodeRequest struct {
 
 func (x *RemoveNodeRequest) Reset() {
 	*x = RemoveNodeRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[67]
+	mi := &file_entente_v1_entente_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4091,7 +4229,7 @@ func (x *RemoveNodeRequest) String() string {
 func (*RemoveNodeRequest) ProtoMessage() {}
 
 func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[67]
+	mi := &file_entente_v1_entente_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4104,7 +4242,7 @@ func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodeRequest.ProtoReflect.Descriptor instead.
 func (*RemoveNodeRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{67}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *RemoveNodeRequest) GetName() string {
@@ -4127,13 +4265,14 @@ type RemoveNodeResponse struct {
 	Member        *v1.Member             `protobuf:"bytes,2,opt,name=member,proto3" json:"member,omitempty"`
 	Authorities   []*v1.Authority        `protobuf:"bytes,3,rep,name=authorities,proto3" json:"authorities,omitempty"` // its own, as they are now
 	HeldBy        []string               `protobuf:"bytes,4,rep,name=held_by,json=heldBy,proto3" json:"held_by,omitempty"`
+	Note          string                 `protobuf:"bytes,85,opt,name=note,proto3" json:"note,omitempty"` // as of ChangeAuthorityResponse
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *RemoveNodeResponse) Reset() {
 	*x = RemoveNodeResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[68]
+	mi := &file_entente_v1_entente_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4145,7 +4284,7 @@ func (x *RemoveNodeResponse) String() string {
 func (*RemoveNodeResponse) ProtoMessage() {}
 
 func (x *RemoveNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[68]
+	mi := &file_entente_v1_entente_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4158,7 +4297,7 @@ func (x *RemoveNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodeResponse.ProtoReflect.Descriptor instead.
 func (*RemoveNodeResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{68}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *RemoveNodeResponse) GetRevision() uint64 {
@@ -4189,6 +4328,13 @@ func (x *RemoveNodeResponse) GetHeldBy() []string {
 	return nil
 }
 
+func (x *RemoveNodeResponse) GetNote() string {
+	if x != nil {
+		return x.Note
+	}
+	return ""
+}
+
 type ListAgentsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	PageSize      uint32                 `protobuf:"varint,1,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"` // at most 1000; 0: 1000
@@ -4199,7 +4345,7 @@ type ListAgentsRequest struct {
 
 func (x *ListAgentsRequest) Reset() {
 	*x = ListAgentsRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[69]
+	mi := &file_entente_v1_entente_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4211,7 +4357,7 @@ func (x *ListAgentsRequest) String() string {
 func (*ListAgentsRequest) ProtoMessage() {}
 
 func (x *ListAgentsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[69]
+	mi := &file_entente_v1_entente_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4224,7 +4370,7 @@ func (x *ListAgentsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAgentsRequest.ProtoReflect.Descriptor instead.
 func (*ListAgentsRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{69}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *ListAgentsRequest) GetPageSize() uint32 {
@@ -4251,7 +4397,7 @@ type ListAgentsResponse struct {
 
 func (x *ListAgentsResponse) Reset() {
 	*x = ListAgentsResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[70]
+	mi := &file_entente_v1_entente_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4263,7 +4409,7 @@ func (x *ListAgentsResponse) String() string {
 func (*ListAgentsResponse) ProtoMessage() {}
 
 func (x *ListAgentsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[70]
+	mi := &file_entente_v1_entente_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4276,7 +4422,7 @@ func (x *ListAgentsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAgentsResponse.ProtoReflect.Descriptor instead.
 func (*ListAgentsResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{70}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *ListAgentsResponse) GetAgents() []*AgentStatus {
@@ -4304,7 +4450,7 @@ type AgentStatus struct {
 
 func (x *AgentStatus) Reset() {
 	*x = AgentStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[71]
+	mi := &file_entente_v1_entente_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4316,7 +4462,7 @@ func (x *AgentStatus) String() string {
 func (*AgentStatus) ProtoMessage() {}
 
 func (x *AgentStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[71]
+	mi := &file_entente_v1_entente_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4329,7 +4475,7 @@ func (x *AgentStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentStatus.ProtoReflect.Descriptor instead.
 func (*AgentStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{71}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *AgentStatus) GetAgent() *v1.Agent {
@@ -4362,7 +4508,7 @@ type GetAgentRequest struct {
 
 func (x *GetAgentRequest) Reset() {
 	*x = GetAgentRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[72]
+	mi := &file_entente_v1_entente_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4374,7 +4520,7 @@ func (x *GetAgentRequest) String() string {
 func (*GetAgentRequest) ProtoMessage() {}
 
 func (x *GetAgentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[72]
+	mi := &file_entente_v1_entente_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4387,7 +4533,7 @@ func (x *GetAgentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetAgentRequest.ProtoReflect.Descriptor instead.
 func (*GetAgentRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{72}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *GetAgentRequest) GetName() string {
@@ -4408,7 +4554,7 @@ type GetAgentResponse struct {
 
 func (x *GetAgentResponse) Reset() {
 	*x = GetAgentResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[73]
+	mi := &file_entente_v1_entente_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4420,7 +4566,7 @@ func (x *GetAgentResponse) String() string {
 func (*GetAgentResponse) ProtoMessage() {}
 
 func (x *GetAgentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[73]
+	mi := &file_entente_v1_entente_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4433,7 +4579,7 @@ func (x *GetAgentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetAgentResponse.ProtoReflect.Descriptor instead.
 func (*GetAgentResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{73}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *GetAgentResponse) GetStatus() *AgentStatus {
@@ -4466,7 +4612,7 @@ type ChangeAgentRequest struct {
 
 func (x *ChangeAgentRequest) Reset() {
 	*x = ChangeAgentRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[74]
+	mi := &file_entente_v1_entente_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4478,7 +4624,7 @@ func (x *ChangeAgentRequest) String() string {
 func (*ChangeAgentRequest) ProtoMessage() {}
 
 func (x *ChangeAgentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[74]
+	mi := &file_entente_v1_entente_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4491,7 +4637,7 @@ func (x *ChangeAgentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAgentRequest.ProtoReflect.Descriptor instead.
 func (*ChangeAgentRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{74}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{76}
 }
 
 func (x *ChangeAgentRequest) GetName() string {
@@ -4510,7 +4656,7 @@ type ChangeAgentResponse struct {
 
 func (x *ChangeAgentResponse) Reset() {
 	*x = ChangeAgentResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[75]
+	mi := &file_entente_v1_entente_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4522,7 +4668,7 @@ func (x *ChangeAgentResponse) String() string {
 func (*ChangeAgentResponse) ProtoMessage() {}
 
 func (x *ChangeAgentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[75]
+	mi := &file_entente_v1_entente_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4535,7 +4681,7 @@ func (x *ChangeAgentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAgentResponse.ProtoReflect.Descriptor instead.
 func (*ChangeAgentResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{75}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *ChangeAgentResponse) GetRevision() uint64 {
@@ -4553,7 +4699,7 @@ type ListTokensRequest struct {
 
 func (x *ListTokensRequest) Reset() {
 	*x = ListTokensRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[76]
+	mi := &file_entente_v1_entente_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4565,7 +4711,7 @@ func (x *ListTokensRequest) String() string {
 func (*ListTokensRequest) ProtoMessage() {}
 
 func (x *ListTokensRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[76]
+	mi := &file_entente_v1_entente_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4578,7 +4724,7 @@ func (x *ListTokensRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTokensRequest.ProtoReflect.Descriptor instead.
 func (*ListTokensRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{76}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{78}
 }
 
 type ListTokensResponse struct {
@@ -4591,7 +4737,7 @@ type ListTokensResponse struct {
 
 func (x *ListTokensResponse) Reset() {
 	*x = ListTokensResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[77]
+	mi := &file_entente_v1_entente_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4603,7 +4749,7 @@ func (x *ListTokensResponse) String() string {
 func (*ListTokensResponse) ProtoMessage() {}
 
 func (x *ListTokensResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[77]
+	mi := &file_entente_v1_entente_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4616,7 +4762,7 @@ func (x *ListTokensResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTokensResponse.ProtoReflect.Descriptor instead.
 func (*ListTokensResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{77}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *ListTokensResponse) GetTokens() []*v1.Token {
@@ -4642,7 +4788,7 @@ type RevokeTokenRequest struct {
 
 func (x *RevokeTokenRequest) Reset() {
 	*x = RevokeTokenRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[78]
+	mi := &file_entente_v1_entente_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4654,7 +4800,7 @@ func (x *RevokeTokenRequest) String() string {
 func (*RevokeTokenRequest) ProtoMessage() {}
 
 func (x *RevokeTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[78]
+	mi := &file_entente_v1_entente_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4667,7 +4813,7 @@ func (x *RevokeTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeTokenRequest.ProtoReflect.Descriptor instead.
 func (*RevokeTokenRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{78}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{80}
 }
 
 func (x *RevokeTokenRequest) GetId() string {
@@ -4686,7 +4832,7 @@ type RevokeTokenResponse struct {
 
 func (x *RevokeTokenResponse) Reset() {
 	*x = RevokeTokenResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[79]
+	mi := &file_entente_v1_entente_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4698,7 +4844,7 @@ func (x *RevokeTokenResponse) String() string {
 func (*RevokeTokenResponse) ProtoMessage() {}
 
 func (x *RevokeTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[79]
+	mi := &file_entente_v1_entente_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4711,7 +4857,7 @@ func (x *RevokeTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeTokenResponse.ProtoReflect.Descriptor instead.
 func (*RevokeTokenResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{79}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{81}
 }
 
 func (x *RevokeTokenResponse) GetRevision() uint64 {
@@ -4731,7 +4877,7 @@ type ChangeEntriesRequest struct {
 
 func (x *ChangeEntriesRequest) Reset() {
 	*x = ChangeEntriesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[80]
+	mi := &file_entente_v1_entente_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4743,7 +4889,7 @@ func (x *ChangeEntriesRequest) String() string {
 func (*ChangeEntriesRequest) ProtoMessage() {}
 
 func (x *ChangeEntriesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[80]
+	mi := &file_entente_v1_entente_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4756,7 +4902,7 @@ func (x *ChangeEntriesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeEntriesRequest.ProtoReflect.Descriptor instead.
 func (*ChangeEntriesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{80}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *ChangeEntriesRequest) GetChanges() []*v1.EntryChange {
@@ -4782,7 +4928,7 @@ type ChangeEntriesResponse struct {
 
 func (x *ChangeEntriesResponse) Reset() {
 	*x = ChangeEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[81]
+	mi := &file_entente_v1_entente_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4794,7 +4940,7 @@ func (x *ChangeEntriesResponse) String() string {
 func (*ChangeEntriesResponse) ProtoMessage() {}
 
 func (x *ChangeEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[81]
+	mi := &file_entente_v1_entente_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4807,7 +4953,7 @@ func (x *ChangeEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeEntriesResponse.ProtoReflect.Descriptor instead.
 func (*ChangeEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{81}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *ChangeEntriesResponse) GetResults() []*EntryResult {
@@ -4830,7 +4976,7 @@ type EntryResult struct {
 
 func (x *EntryResult) Reset() {
 	*x = EntryResult{}
-	mi := &file_entente_v1_entente_proto_msgTypes[82]
+	mi := &file_entente_v1_entente_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4842,7 +4988,7 @@ func (x *EntryResult) String() string {
 func (*EntryResult) ProtoMessage() {}
 
 func (x *EntryResult) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[82]
+	mi := &file_entente_v1_entente_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4855,7 +5001,7 @@ func (x *EntryResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EntryResult.ProtoReflect.Descriptor instead.
 func (*EntryResult) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{82}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *EntryResult) GetId() string {
@@ -4906,7 +5052,7 @@ type ListEntriesRequest struct {
 
 func (x *ListEntriesRequest) Reset() {
 	*x = ListEntriesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[83]
+	mi := &file_entente_v1_entente_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4918,7 +5064,7 @@ func (x *ListEntriesRequest) String() string {
 func (*ListEntriesRequest) ProtoMessage() {}
 
 func (x *ListEntriesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[83]
+	mi := &file_entente_v1_entente_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4931,7 +5077,7 @@ func (x *ListEntriesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntriesRequest.ProtoReflect.Descriptor instead.
 func (*ListEntriesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{83}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *ListEntriesRequest) GetPageSize() uint32 {
@@ -4979,7 +5125,7 @@ type ListEntriesResponse struct {
 
 func (x *ListEntriesResponse) Reset() {
 	*x = ListEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[84]
+	mi := &file_entente_v1_entente_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4991,7 +5137,7 @@ func (x *ListEntriesResponse) String() string {
 func (*ListEntriesResponse) ProtoMessage() {}
 
 func (x *ListEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[84]
+	mi := &file_entente_v1_entente_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5004,7 +5150,7 @@ func (x *ListEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntriesResponse.ProtoReflect.Descriptor instead.
 func (*ListEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{84}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{86}
 }
 
 func (x *ListEntriesResponse) GetEntries() []*v1.Entry {
@@ -5030,7 +5176,7 @@ type GetEntryRequest struct {
 
 func (x *GetEntryRequest) Reset() {
 	*x = GetEntryRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[85]
+	mi := &file_entente_v1_entente_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5042,7 +5188,7 @@ func (x *GetEntryRequest) String() string {
 func (*GetEntryRequest) ProtoMessage() {}
 
 func (x *GetEntryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[85]
+	mi := &file_entente_v1_entente_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5055,7 +5201,7 @@ func (x *GetEntryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetEntryRequest.ProtoReflect.Descriptor instead.
 func (*GetEntryRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{85}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *GetEntryRequest) GetId() string {
@@ -5074,7 +5220,7 @@ type GetEntryResponse struct {
 
 func (x *GetEntryResponse) Reset() {
 	*x = GetEntryResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[86]
+	mi := &file_entente_v1_entente_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5086,7 +5232,7 @@ func (x *GetEntryResponse) String() string {
 func (*GetEntryResponse) ProtoMessage() {}
 
 func (x *GetEntryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[86]
+	mi := &file_entente_v1_entente_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5099,7 +5245,7 @@ func (x *GetEntryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetEntryResponse.ProtoReflect.Descriptor instead.
 func (*GetEntryResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{86}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{88}
 }
 
 func (x *GetEntryResponse) GetEntry() *v1.Entry {
@@ -5118,7 +5264,7 @@ type CountEntriesResponse struct {
 
 func (x *CountEntriesResponse) Reset() {
 	*x = CountEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[87]
+	mi := &file_entente_v1_entente_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5130,7 +5276,7 @@ func (x *CountEntriesResponse) String() string {
 func (*CountEntriesResponse) ProtoMessage() {}
 
 func (x *CountEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[87]
+	mi := &file_entente_v1_entente_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5143,7 +5289,7 @@ func (x *CountEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CountEntriesResponse.ProtoReflect.Descriptor instead.
 func (*CountEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{87}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{89}
 }
 
 func (x *CountEntriesResponse) GetEntries() uint64 {
@@ -5158,14 +5304,15 @@ var File_entente_v1_entente_proto protoreflect.FileDescriptor
 const file_entente_v1_entente_proto_rawDesc = "" +
 	"\n" +
 	"\x18entente/v1/entente.proto\x12\n" +
-	"entente.v1\x1a\x1centente/state/v1/state.proto\"\xa8\x01\n" +
+	"entente.v1\x1a\x1centente/state/v1/state.proto\"\xcd\x01\n" +
 	"\vJoinRequest\x12\x19\n" +
 	"\btoken_id\x18\x01 \x01(\tR\atokenId\x12\x1c\n" +
 	"\tstatement\x18\x02 \x01(\fR\tstatement\x12\x1c\n" +
 	"\tsignature\x18\x03 \x01(\fR\tsignature\x12!\n" +
 	"\fraft_address\x18\x04 \x01(\tR\vraftAddress\x12\x1f\n" +
 	"\vapi_address\x18\x05 \x01(\tR\n" +
-	"apiAddress\"\xa9\x01\n" +
+	"apiAddress\x12#\n" +
+	"\rfeature_level\x18F \x01(\rR\ffeatureLevel\"\xa9\x01\n" +
 	"\fJoinResponse\x120\n" +
 	"\x06member\x18\x01 \x01(\v2\x18.entente.state.v1.MemberR\x06member\x122\n" +
 	"\amembers\x18\x02 \x03(\v2\x18.entente.state.v1.MemberR\amembers\x123\n" +
@@ -5279,7 +5426,7 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x05token\x18\x01 \x01(\tR\x05token\x12\x12\n" +
 	"\x04code\x18\x02 \x01(\rR\x04code\x12\x14\n" +
 	"\x05error\x18\x03 \x01(\tR\x05error\"\x0f\n" +
-	"\rStatusRequest\"\xea\x06\n" +
+	"\rStatusRequest\"\x9c\a\n" +
 	"\x0eStatusResponse\x123\n" +
 	"\acluster\x18\x01 \x01(\v2\x19.entente.state.v1.ClusterR\acluster\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\x04R\brevision\x12\x17\n" +
@@ -5308,7 +5455,12 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\rapplied_index\x18% \x01(\x04R\fappliedIndex\x12\x1d\n" +
 	"\n" +
 	"last_index\x18& \x01(\x04R\tlastIndex\x12\x1b\n" +
-	"\tlog_bytes\x18' \x01(\x04R\blogBytes\"\x8e\x01\n" +
+	"\tlog_bytes\x18' \x01(\x04R\blogBytes\x120\n" +
+	"\bupstream\x18U \x01(\v2\x14.entente.v1.UpstreamR\bupstream\"X\n" +
+	"\bUpstream\x12\x15\n" +
+	"\x06key_id\x18\x01 \x01(\tR\x05keyId\x12\x1b\n" +
+	"\tnot_after\x18\x02 \x01(\x03R\bnotAfter\x12\x18\n" +
+	"\aproblem\x18\x03 \x01(\tR\aproblem\"\x8e\x01\n" +
 	"\bAutonomy\x12\x1b\n" +
 	"\tmember_id\x18\x01 \x01(\tR\bmemberId\x12#\n" +
 	"\rsigns_seconds\x18\x02 \x01(\x01R\fsignsSeconds\x12!\n" +
@@ -5408,7 +5560,10 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1f\n" +
 	"\vwaiting_for\x18\x02 \x03(\tR\n" +
 	"waitingFor\x12\x18\n" +
-	"\aassumed\x18\x03 \x03(\tR\aassumed\"\x11\n" +
+	"\aassumed\x18\x03 \x03(\tR\aassumed\"g\n" +
+	"\aPicture\x12*\n" +
+	"\x06policy\x18\x01 \x01(\v2\x12.entente.v1.PolicyR\x06policy\x120\n" +
+	"\bpresence\x18\x02 \x01(\v2\x14.entente.v1.PresenceR\bpresence\"\x11\n" +
 	"\x0fPresenceRequest\"\x96\x01\n" +
 	"\x10PresenceResponse\x122\n" +
 	"\tinstances\x18\x01 \x03(\v2\x14.entente.v1.InstanceR\tinstances\x122\n" +
@@ -5429,20 +5584,22 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x17PrepareAuthorityRequest\":\n" +
 	"\x16ChangeAuthorityRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x10\n" +
-	"\x03now\x18\x02 \x01(\bR\x03now\"\xc0\x01\n" +
+	"\x03now\x18\x02 \x01(\bR\x03now\"\xd4\x01\n" +
 	"\x17ChangeAuthorityResponse\x129\n" +
 	"\tauthority\x18\x01 \x01(\v2\x1b.entente.state.v1.AuthorityR\tauthority\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\x04R\brevision\x12\x17\n" +
 	"\aheld_by\x18\x03 \x03(\tR\x06heldBy\x125\n" +
-	"\asigning\x18\x04 \x03(\v2\x1b.entente.state.v1.AuthorityR\asigning\"I\n" +
+	"\asigning\x18\x04 \x03(\v2\x1b.entente.state.v1.AuthorityR\asigning\x12\x12\n" +
+	"\x04note\x18U \x01(\tR\x04note\"I\n" +
 	"\x11RemoveNodeRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12 \n" +
-	"\vcompromised\x18\x02 \x01(\bR\vcompromised\"\xba\x01\n" +
+	"\vcompromised\x18\x02 \x01(\bR\vcompromised\"\xce\x01\n" +
 	"\x12RemoveNodeResponse\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x120\n" +
 	"\x06member\x18\x02 \x01(\v2\x18.entente.state.v1.MemberR\x06member\x12=\n" +
 	"\vauthorities\x18\x03 \x03(\v2\x1b.entente.state.v1.AuthorityR\vauthorities\x12\x17\n" +
-	"\aheld_by\x18\x04 \x03(\tR\x06heldBy\"F\n" +
+	"\aheld_by\x18\x04 \x03(\tR\x06heldBy\x12\x12\n" +
+	"\x04note\x18U \x01(\tR\x04note\"F\n" +
 	"\x11ListAgentsRequest\x12\x1b\n" +
 	"\tpage_size\x18\x01 \x01(\rR\bpageSize\x12\x14\n" +
 	"\x05after\x18\x02 \x01(\tR\x05after\"Y\n" +
@@ -5563,7 +5720,7 @@ func file_entente_v1_entente_proto_rawDescGZIP() []byte {
 }
 
 var file_entente_v1_entente_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_entente_v1_entente_proto_msgTypes = make([]protoimpl.MessageInfo, 88)
+var file_entente_v1_entente_proto_msgTypes = make([]protoimpl.MessageInfo, 90)
 var file_entente_v1_entente_proto_goTypes = []any{
 	(Health)(0),                     // 0: entente.v1.Health
 	(*JoinRequest)(nil),             // 1: entente.v1.JoinRequest
@@ -5594,86 +5751,88 @@ var file_entente_v1_entente_proto_goTypes = []any{
 	(*TokenResult)(nil),             // 26: entente.v1.TokenResult
 	(*StatusRequest)(nil),           // 27: entente.v1.StatusRequest
 	(*StatusResponse)(nil),          // 28: entente.v1.StatusResponse
-	(*Autonomy)(nil),                // 29: entente.v1.Autonomy
-	(*MemberStatus)(nil),            // 30: entente.v1.MemberStatus
-	(*SaveSnapshotRequest)(nil),     // 31: entente.v1.SaveSnapshotRequest
-	(*SaveSnapshotResponse)(nil),    // 32: entente.v1.SaveSnapshotResponse
-	(*ListNodesRequest)(nil),        // 33: entente.v1.ListNodesRequest
-	(*ListNodesResponse)(nil),       // 34: entente.v1.ListNodesResponse
-	(*NodeProgress)(nil),            // 35: entente.v1.NodeProgress
-	(*PromoteNodeRequest)(nil),      // 36: entente.v1.PromoteNodeRequest
-	(*PromoteNodeResponse)(nil),     // 37: entente.v1.PromoteNodeResponse
-	(*VouchRequest)(nil),            // 38: entente.v1.VouchRequest
-	(*VouchResponse)(nil),           // 39: entente.v1.VouchResponse
-	(*ChecksumRequest)(nil),         // 40: entente.v1.ChecksumRequest
-	(*ChecksumResponse)(nil),        // 41: entente.v1.ChecksumResponse
-	(*ShowEpochRequest)(nil),        // 42: entente.v1.ShowEpochRequest
-	(*ShowEpochResponse)(nil),       // 43: entente.v1.ShowEpochResponse
-	(*ForeignBundleStatus)(nil),     // 44: entente.v1.ForeignBundleStatus
-	(*CreateTokenRequest)(nil),      // 45: entente.v1.CreateTokenRequest
-	(*CreateTokenResponse)(nil),     // 46: entente.v1.CreateTokenResponse
-	(*ApplyRequest)(nil),            // 47: entente.v1.ApplyRequest
-	(*ApplyResponse)(nil),           // 48: entente.v1.ApplyResponse
-	(*ObjectChange)(nil),            // 49: entente.v1.ObjectChange
-	(*GetBundleRequest)(nil),        // 50: entente.v1.GetBundleRequest
-	(*GetBundleResponse)(nil),       // 51: entente.v1.GetBundleResponse
-	(*ProposeRequest)(nil),          // 52: entente.v1.ProposeRequest
-	(*ProposeResponse)(nil),         // 53: entente.v1.ProposeResponse
-	(*ReportRequest)(nil),           // 54: entente.v1.ReportRequest
-	(*HeldAuthority)(nil),           // 55: entente.v1.HeldAuthority
-	(*ReportResponse)(nil),          // 56: entente.v1.ReportResponse
-	(*GateRequest)(nil),             // 57: entente.v1.GateRequest
-	(*GateResponse)(nil),            // 58: entente.v1.GateResponse
-	(*AuthorityGate)(nil),           // 59: entente.v1.AuthorityGate
-	(*PresenceRequest)(nil),         // 60: entente.v1.PresenceRequest
-	(*PresenceResponse)(nil),        // 61: entente.v1.PresenceResponse
-	(*ListAuthoritiesRequest)(nil),  // 62: entente.v1.ListAuthoritiesRequest
-	(*ListAuthoritiesResponse)(nil), // 63: entente.v1.ListAuthoritiesResponse
-	(*AuthorityStatus)(nil),         // 64: entente.v1.AuthorityStatus
-	(*PrepareAuthorityRequest)(nil), // 65: entente.v1.PrepareAuthorityRequest
-	(*ChangeAuthorityRequest)(nil),  // 66: entente.v1.ChangeAuthorityRequest
-	(*ChangeAuthorityResponse)(nil), // 67: entente.v1.ChangeAuthorityResponse
-	(*RemoveNodeRequest)(nil),       // 68: entente.v1.RemoveNodeRequest
-	(*RemoveNodeResponse)(nil),      // 69: entente.v1.RemoveNodeResponse
-	(*ListAgentsRequest)(nil),       // 70: entente.v1.ListAgentsRequest
-	(*ListAgentsResponse)(nil),      // 71: entente.v1.ListAgentsResponse
-	(*AgentStatus)(nil),             // 72: entente.v1.AgentStatus
-	(*GetAgentRequest)(nil),         // 73: entente.v1.GetAgentRequest
-	(*GetAgentResponse)(nil),        // 74: entente.v1.GetAgentResponse
-	(*ChangeAgentRequest)(nil),      // 75: entente.v1.ChangeAgentRequest
-	(*ChangeAgentResponse)(nil),     // 76: entente.v1.ChangeAgentResponse
-	(*ListTokensRequest)(nil),       // 77: entente.v1.ListTokensRequest
-	(*ListTokensResponse)(nil),      // 78: entente.v1.ListTokensResponse
-	(*RevokeTokenRequest)(nil),      // 79: entente.v1.RevokeTokenRequest
-	(*RevokeTokenResponse)(nil),     // 80: entente.v1.RevokeTokenResponse
-	(*ChangeEntriesRequest)(nil),    // 81: entente.v1.ChangeEntriesRequest
-	(*ChangeEntriesResponse)(nil),   // 82: entente.v1.ChangeEntriesResponse
-	(*EntryResult)(nil),             // 83: entente.v1.EntryResult
-	(*ListEntriesRequest)(nil),      // 84: entente.v1.ListEntriesRequest
-	(*ListEntriesResponse)(nil),     // 85: entente.v1.ListEntriesResponse
-	(*GetEntryRequest)(nil),         // 86: entente.v1.GetEntryRequest
-	(*GetEntryResponse)(nil),        // 87: entente.v1.GetEntryResponse
-	(*CountEntriesResponse)(nil),    // 88: entente.v1.CountEntriesResponse
-	(*v1.Member)(nil),               // 89: entente.state.v1.Member
-	(*v1.Cluster)(nil),              // 90: entente.state.v1.Cluster
-	(*v1.Agent)(nil),                // 91: entente.state.v1.Agent
-	(*v1.Distrust)(nil),             // 92: entente.state.v1.Distrust
-	(*v1.Entry)(nil),                // 93: entente.state.v1.Entry
-	(*v1.Object)(nil),               // 94: entente.state.v1.Object
-	(*v1.ObjectKey)(nil),            // 95: entente.state.v1.ObjectKey
-	(*v1.Authority)(nil),            // 96: entente.state.v1.Authority
-	(*v1.NodeGrant)(nil),            // 97: entente.state.v1.NodeGrant
-	(*v1.AgentGrant)(nil),           // 98: entente.state.v1.AgentGrant
-	(*v1.Token)(nil),                // 99: entente.state.v1.Token
-	(*v1.EntryChange)(nil),          // 100: entente.state.v1.EntryChange
+	(*Upstream)(nil),                // 29: entente.v1.Upstream
+	(*Autonomy)(nil),                // 30: entente.v1.Autonomy
+	(*MemberStatus)(nil),            // 31: entente.v1.MemberStatus
+	(*SaveSnapshotRequest)(nil),     // 32: entente.v1.SaveSnapshotRequest
+	(*SaveSnapshotResponse)(nil),    // 33: entente.v1.SaveSnapshotResponse
+	(*ListNodesRequest)(nil),        // 34: entente.v1.ListNodesRequest
+	(*ListNodesResponse)(nil),       // 35: entente.v1.ListNodesResponse
+	(*NodeProgress)(nil),            // 36: entente.v1.NodeProgress
+	(*PromoteNodeRequest)(nil),      // 37: entente.v1.PromoteNodeRequest
+	(*PromoteNodeResponse)(nil),     // 38: entente.v1.PromoteNodeResponse
+	(*VouchRequest)(nil),            // 39: entente.v1.VouchRequest
+	(*VouchResponse)(nil),           // 40: entente.v1.VouchResponse
+	(*ChecksumRequest)(nil),         // 41: entente.v1.ChecksumRequest
+	(*ChecksumResponse)(nil),        // 42: entente.v1.ChecksumResponse
+	(*ShowEpochRequest)(nil),        // 43: entente.v1.ShowEpochRequest
+	(*ShowEpochResponse)(nil),       // 44: entente.v1.ShowEpochResponse
+	(*ForeignBundleStatus)(nil),     // 45: entente.v1.ForeignBundleStatus
+	(*CreateTokenRequest)(nil),      // 46: entente.v1.CreateTokenRequest
+	(*CreateTokenResponse)(nil),     // 47: entente.v1.CreateTokenResponse
+	(*ApplyRequest)(nil),            // 48: entente.v1.ApplyRequest
+	(*ApplyResponse)(nil),           // 49: entente.v1.ApplyResponse
+	(*ObjectChange)(nil),            // 50: entente.v1.ObjectChange
+	(*GetBundleRequest)(nil),        // 51: entente.v1.GetBundleRequest
+	(*GetBundleResponse)(nil),       // 52: entente.v1.GetBundleResponse
+	(*ProposeRequest)(nil),          // 53: entente.v1.ProposeRequest
+	(*ProposeResponse)(nil),         // 54: entente.v1.ProposeResponse
+	(*ReportRequest)(nil),           // 55: entente.v1.ReportRequest
+	(*HeldAuthority)(nil),           // 56: entente.v1.HeldAuthority
+	(*ReportResponse)(nil),          // 57: entente.v1.ReportResponse
+	(*GateRequest)(nil),             // 58: entente.v1.GateRequest
+	(*GateResponse)(nil),            // 59: entente.v1.GateResponse
+	(*AuthorityGate)(nil),           // 60: entente.v1.AuthorityGate
+	(*Picture)(nil),                 // 61: entente.v1.Picture
+	(*PresenceRequest)(nil),         // 62: entente.v1.PresenceRequest
+	(*PresenceResponse)(nil),        // 63: entente.v1.PresenceResponse
+	(*ListAuthoritiesRequest)(nil),  // 64: entente.v1.ListAuthoritiesRequest
+	(*ListAuthoritiesResponse)(nil), // 65: entente.v1.ListAuthoritiesResponse
+	(*AuthorityStatus)(nil),         // 66: entente.v1.AuthorityStatus
+	(*PrepareAuthorityRequest)(nil), // 67: entente.v1.PrepareAuthorityRequest
+	(*ChangeAuthorityRequest)(nil),  // 68: entente.v1.ChangeAuthorityRequest
+	(*ChangeAuthorityResponse)(nil), // 69: entente.v1.ChangeAuthorityResponse
+	(*RemoveNodeRequest)(nil),       // 70: entente.v1.RemoveNodeRequest
+	(*RemoveNodeResponse)(nil),      // 71: entente.v1.RemoveNodeResponse
+	(*ListAgentsRequest)(nil),       // 72: entente.v1.ListAgentsRequest
+	(*ListAgentsResponse)(nil),      // 73: entente.v1.ListAgentsResponse
+	(*AgentStatus)(nil),             // 74: entente.v1.AgentStatus
+	(*GetAgentRequest)(nil),         // 75: entente.v1.GetAgentRequest
+	(*GetAgentResponse)(nil),        // 76: entente.v1.GetAgentResponse
+	(*ChangeAgentRequest)(nil),      // 77: entente.v1.ChangeAgentRequest
+	(*ChangeAgentResponse)(nil),     // 78: entente.v1.ChangeAgentResponse
+	(*ListTokensRequest)(nil),       // 79: entente.v1.ListTokensRequest
+	(*ListTokensResponse)(nil),      // 80: entente.v1.ListTokensResponse
+	(*RevokeTokenRequest)(nil),      // 81: entente.v1.RevokeTokenRequest
+	(*RevokeTokenResponse)(nil),     // 82: entente.v1.RevokeTokenResponse
+	(*ChangeEntriesRequest)(nil),    // 83: entente.v1.ChangeEntriesRequest
+	(*ChangeEntriesResponse)(nil),   // 84: entente.v1.ChangeEntriesResponse
+	(*EntryResult)(nil),             // 85: entente.v1.EntryResult
+	(*ListEntriesRequest)(nil),      // 86: entente.v1.ListEntriesRequest
+	(*ListEntriesResponse)(nil),     // 87: entente.v1.ListEntriesResponse
+	(*GetEntryRequest)(nil),         // 88: entente.v1.GetEntryRequest
+	(*GetEntryResponse)(nil),        // 89: entente.v1.GetEntryResponse
+	(*CountEntriesResponse)(nil),    // 90: entente.v1.CountEntriesResponse
+	(*v1.Member)(nil),               // 91: entente.state.v1.Member
+	(*v1.Cluster)(nil),              // 92: entente.state.v1.Cluster
+	(*v1.Agent)(nil),                // 93: entente.state.v1.Agent
+	(*v1.Distrust)(nil),             // 94: entente.state.v1.Distrust
+	(*v1.Entry)(nil),                // 95: entente.state.v1.Entry
+	(*v1.Object)(nil),               // 96: entente.state.v1.Object
+	(*v1.ObjectKey)(nil),            // 97: entente.state.v1.ObjectKey
+	(*v1.Authority)(nil),            // 98: entente.state.v1.Authority
+	(*v1.NodeGrant)(nil),            // 99: entente.state.v1.NodeGrant
+	(*v1.AgentGrant)(nil),           // 100: entente.state.v1.AgentGrant
+	(*v1.Token)(nil),                // 101: entente.state.v1.Token
+	(*v1.EntryChange)(nil),          // 102: entente.state.v1.EntryChange
 }
 var file_entente_v1_entente_proto_depIdxs = []int32{
-	89,  // 0: entente.v1.JoinResponse.member:type_name -> entente.state.v1.Member
-	89,  // 1: entente.v1.JoinResponse.members:type_name -> entente.state.v1.Member
-	90,  // 2: entente.v1.JoinResponse.cluster:type_name -> entente.state.v1.Cluster
-	89,  // 3: entente.v1.AttestResponse.members:type_name -> entente.state.v1.Member
-	90,  // 4: entente.v1.AttestResponse.cluster:type_name -> entente.state.v1.Cluster
-	91,  // 5: entente.v1.AttestResponse.agent:type_name -> entente.state.v1.Agent
+	91,  // 0: entente.v1.JoinResponse.member:type_name -> entente.state.v1.Member
+	91,  // 1: entente.v1.JoinResponse.members:type_name -> entente.state.v1.Member
+	92,  // 2: entente.v1.JoinResponse.cluster:type_name -> entente.state.v1.Cluster
+	91,  // 3: entente.v1.AttestResponse.members:type_name -> entente.state.v1.Member
+	92,  // 4: entente.v1.AttestResponse.cluster:type_name -> entente.state.v1.Cluster
+	93,  // 5: entente.v1.AttestResponse.agent:type_name -> entente.state.v1.Agent
 	6,   // 6: entente.v1.SyncRequest.hello:type_name -> entente.v1.Hello
 	7,   // 7: entente.v1.SyncRequest.ack:type_name -> entente.v1.Ack
 	8,   // 8: entente.v1.SyncRequest.report:type_name -> entente.v1.InstanceReport
@@ -5683,14 +5842,14 @@ var file_entente_v1_entente_proto_depIdxs = []int32{
 	14,  // 12: entente.v1.SyncResponse.presence:type_name -> entente.v1.Presence
 	15,  // 13: entente.v1.SyncResponse.heartbeat:type_name -> entente.v1.Heartbeat
 	11,  // 14: entente.v1.SyncResponse.urgent:type_name -> entente.v1.Urgent
-	92,  // 15: entente.v1.Urgent.distrust:type_name -> entente.state.v1.Distrust
-	90,  // 16: entente.v1.Policy.cluster:type_name -> entente.state.v1.Cluster
-	93,  // 17: entente.v1.Policy.entries:type_name -> entente.state.v1.Entry
+	94,  // 15: entente.v1.Urgent.distrust:type_name -> entente.state.v1.Distrust
+	92,  // 16: entente.v1.Policy.cluster:type_name -> entente.state.v1.Cluster
+	95,  // 17: entente.v1.Policy.entries:type_name -> entente.state.v1.Entry
 	13,  // 18: entente.v1.Policy.bundles:type_name -> entente.v1.Bundle
-	94,  // 19: entente.v1.Policy.objects:type_name -> entente.state.v1.Object
-	95,  // 20: entente.v1.Policy.deleted_objects:type_name -> entente.state.v1.ObjectKey
-	89,  // 21: entente.v1.Policy.members:type_name -> entente.state.v1.Member
-	92,  // 22: entente.v1.Policy.distrust:type_name -> entente.state.v1.Distrust
+	96,  // 19: entente.v1.Policy.objects:type_name -> entente.state.v1.Object
+	97,  // 20: entente.v1.Policy.deleted_objects:type_name -> entente.state.v1.ObjectKey
+	91,  // 21: entente.v1.Policy.members:type_name -> entente.state.v1.Member
+	94,  // 22: entente.v1.Policy.distrust:type_name -> entente.state.v1.Distrust
 	9,   // 23: entente.v1.Presence.instances:type_name -> entente.v1.Instance
 	9,   // 24: entente.v1.Presence.withdrawn:type_name -> entente.v1.Instance
 	17,  // 25: entente.v1.SignX509Request.requests:type_name -> entente.v1.X509Request
@@ -5699,121 +5858,124 @@ var file_entente_v1_entente_proto_depIdxs = []int32{
 	26,  // 28: entente.v1.SignJWTResponse.results:type_name -> entente.v1.TokenResult
 	24,  // 29: entente.v1.SignWITRequest.requests:type_name -> entente.v1.WITRequest
 	26,  // 30: entente.v1.SignWITResponse.results:type_name -> entente.v1.TokenResult
-	90,  // 31: entente.v1.StatusResponse.cluster:type_name -> entente.state.v1.Cluster
-	30,  // 32: entente.v1.StatusResponse.members:type_name -> entente.v1.MemberStatus
-	96,  // 33: entente.v1.StatusResponse.authorities:type_name -> entente.state.v1.Authority
-	44,  // 34: entente.v1.StatusResponse.foreign:type_name -> entente.v1.ForeignBundleStatus
+	92,  // 31: entente.v1.StatusResponse.cluster:type_name -> entente.state.v1.Cluster
+	31,  // 32: entente.v1.StatusResponse.members:type_name -> entente.v1.MemberStatus
+	98,  // 33: entente.v1.StatusResponse.authorities:type_name -> entente.state.v1.Authority
+	45,  // 34: entente.v1.StatusResponse.foreign:type_name -> entente.v1.ForeignBundleStatus
 	9,   // 35: entente.v1.StatusResponse.instances:type_name -> entente.v1.Instance
-	29,  // 36: entente.v1.StatusResponse.autonomy:type_name -> entente.v1.Autonomy
-	89,  // 37: entente.v1.MemberStatus.member:type_name -> entente.state.v1.Member
-	35,  // 38: entente.v1.ListNodesResponse.nodes:type_name -> entente.v1.NodeProgress
-	89,  // 39: entente.v1.NodeProgress.member:type_name -> entente.state.v1.Member
-	89,  // 40: entente.v1.VouchResponse.member:type_name -> entente.state.v1.Member
-	97,  // 41: entente.v1.CreateTokenRequest.node:type_name -> entente.state.v1.NodeGrant
-	98,  // 42: entente.v1.CreateTokenRequest.agent:type_name -> entente.state.v1.AgentGrant
-	94,  // 43: entente.v1.ApplyRequest.objects:type_name -> entente.state.v1.Object
-	95,  // 44: entente.v1.ApplyRequest.deletes:type_name -> entente.state.v1.ObjectKey
-	49,  // 45: entente.v1.ApplyResponse.changes:type_name -> entente.v1.ObjectChange
-	95,  // 46: entente.v1.ObjectChange.key:type_name -> entente.state.v1.ObjectKey
-	55,  // 47: entente.v1.ReportRequest.held:type_name -> entente.v1.HeldAuthority
-	59,  // 48: entente.v1.GateResponse.authorities:type_name -> entente.v1.AuthorityGate
-	9,   // 49: entente.v1.PresenceResponse.instances:type_name -> entente.v1.Instance
-	9,   // 50: entente.v1.PresenceResponse.withdrawn:type_name -> entente.v1.Instance
-	64,  // 51: entente.v1.ListAuthoritiesResponse.authorities:type_name -> entente.v1.AuthorityStatus
-	96,  // 52: entente.v1.AuthorityStatus.authority:type_name -> entente.state.v1.Authority
-	96,  // 53: entente.v1.ChangeAuthorityResponse.authority:type_name -> entente.state.v1.Authority
-	96,  // 54: entente.v1.ChangeAuthorityResponse.signing:type_name -> entente.state.v1.Authority
-	89,  // 55: entente.v1.RemoveNodeResponse.member:type_name -> entente.state.v1.Member
-	96,  // 56: entente.v1.RemoveNodeResponse.authorities:type_name -> entente.state.v1.Authority
-	72,  // 57: entente.v1.ListAgentsResponse.agents:type_name -> entente.v1.AgentStatus
-	91,  // 58: entente.v1.AgentStatus.agent:type_name -> entente.state.v1.Agent
-	72,  // 59: entente.v1.GetAgentResponse.status:type_name -> entente.v1.AgentStatus
-	93,  // 60: entente.v1.GetAgentResponse.entries:type_name -> entente.state.v1.Entry
-	9,   // 61: entente.v1.GetAgentResponse.instances:type_name -> entente.v1.Instance
-	99,  // 62: entente.v1.ListTokensResponse.tokens:type_name -> entente.state.v1.Token
-	100, // 63: entente.v1.ChangeEntriesRequest.changes:type_name -> entente.state.v1.EntryChange
-	83,  // 64: entente.v1.ChangeEntriesResponse.results:type_name -> entente.v1.EntryResult
-	93,  // 65: entente.v1.ListEntriesResponse.entries:type_name -> entente.state.v1.Entry
-	93,  // 66: entente.v1.GetEntryResponse.entry:type_name -> entente.state.v1.Entry
-	1,   // 67: entente.v1.Join.Join:input_type -> entente.v1.JoinRequest
-	3,   // 68: entente.v1.Attest.Attest:input_type -> entente.v1.AttestRequest
-	5,   // 69: entente.v1.Sync.Sync:input_type -> entente.v1.SyncRequest
-	16,  // 70: entente.v1.Sign.SignX509:input_type -> entente.v1.SignX509Request
-	20,  // 71: entente.v1.Sign.SignJWT:input_type -> entente.v1.SignJWTRequest
-	23,  // 72: entente.v1.Sign.SignWIT:input_type -> entente.v1.SignWITRequest
-	27,  // 73: entente.v1.Admin.Status:input_type -> entente.v1.StatusRequest
-	45,  // 74: entente.v1.Admin.CreateToken:input_type -> entente.v1.CreateTokenRequest
-	47,  // 75: entente.v1.Admin.Apply:input_type -> entente.v1.ApplyRequest
-	50,  // 76: entente.v1.Admin.GetBundle:input_type -> entente.v1.GetBundleRequest
-	62,  // 77: entente.v1.Admin.ListAuthorities:input_type -> entente.v1.ListAuthoritiesRequest
-	65,  // 78: entente.v1.Admin.PrepareAuthority:input_type -> entente.v1.PrepareAuthorityRequest
-	66,  // 79: entente.v1.Admin.ActivateAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	66,  // 80: entente.v1.Admin.TaintAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	66,  // 81: entente.v1.Admin.RevokeAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	68,  // 82: entente.v1.Admin.RemoveNode:input_type -> entente.v1.RemoveNodeRequest
-	70,  // 83: entente.v1.Admin.ListAgents:input_type -> entente.v1.ListAgentsRequest
-	73,  // 84: entente.v1.Admin.GetAgent:input_type -> entente.v1.GetAgentRequest
-	75,  // 85: entente.v1.Admin.BanAgent:input_type -> entente.v1.ChangeAgentRequest
-	75,  // 86: entente.v1.Admin.EvictAgent:input_type -> entente.v1.ChangeAgentRequest
-	77,  // 87: entente.v1.Admin.ListTokens:input_type -> entente.v1.ListTokensRequest
-	79,  // 88: entente.v1.Admin.RevokeToken:input_type -> entente.v1.RevokeTokenRequest
-	81,  // 89: entente.v1.Admin.ChangeEntries:input_type -> entente.v1.ChangeEntriesRequest
-	84,  // 90: entente.v1.Admin.ListEntries:input_type -> entente.v1.ListEntriesRequest
-	86,  // 91: entente.v1.Admin.GetEntry:input_type -> entente.v1.GetEntryRequest
-	84,  // 92: entente.v1.Admin.CountEntries:input_type -> entente.v1.ListEntriesRequest
-	31,  // 93: entente.v1.Admin.SaveSnapshot:input_type -> entente.v1.SaveSnapshotRequest
-	33,  // 94: entente.v1.Admin.ListNodes:input_type -> entente.v1.ListNodesRequest
-	36,  // 95: entente.v1.Admin.PromoteNode:input_type -> entente.v1.PromoteNodeRequest
-	52,  // 96: entente.v1.Peer.Propose:input_type -> entente.v1.ProposeRequest
-	54,  // 97: entente.v1.Peer.Report:input_type -> entente.v1.ReportRequest
-	60,  // 98: entente.v1.Peer.Presence:input_type -> entente.v1.PresenceRequest
-	57,  // 99: entente.v1.Peer.Gate:input_type -> entente.v1.GateRequest
-	38,  // 100: entente.v1.Peer.Vouch:input_type -> entente.v1.VouchRequest
-	40,  // 101: entente.v1.Peer.Checksum:input_type -> entente.v1.ChecksumRequest
-	33,  // 102: entente.v1.Peer.Nodes:input_type -> entente.v1.ListNodesRequest
-	42,  // 103: entente.v1.Peer.ShowEpoch:input_type -> entente.v1.ShowEpochRequest
-	2,   // 104: entente.v1.Join.Join:output_type -> entente.v1.JoinResponse
-	4,   // 105: entente.v1.Attest.Attest:output_type -> entente.v1.AttestResponse
-	10,  // 106: entente.v1.Sync.Sync:output_type -> entente.v1.SyncResponse
-	18,  // 107: entente.v1.Sign.SignX509:output_type -> entente.v1.SignX509Response
-	22,  // 108: entente.v1.Sign.SignJWT:output_type -> entente.v1.SignJWTResponse
-	25,  // 109: entente.v1.Sign.SignWIT:output_type -> entente.v1.SignWITResponse
-	28,  // 110: entente.v1.Admin.Status:output_type -> entente.v1.StatusResponse
-	46,  // 111: entente.v1.Admin.CreateToken:output_type -> entente.v1.CreateTokenResponse
-	48,  // 112: entente.v1.Admin.Apply:output_type -> entente.v1.ApplyResponse
-	51,  // 113: entente.v1.Admin.GetBundle:output_type -> entente.v1.GetBundleResponse
-	63,  // 114: entente.v1.Admin.ListAuthorities:output_type -> entente.v1.ListAuthoritiesResponse
-	67,  // 115: entente.v1.Admin.PrepareAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	67,  // 116: entente.v1.Admin.ActivateAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	67,  // 117: entente.v1.Admin.TaintAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	67,  // 118: entente.v1.Admin.RevokeAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	69,  // 119: entente.v1.Admin.RemoveNode:output_type -> entente.v1.RemoveNodeResponse
-	71,  // 120: entente.v1.Admin.ListAgents:output_type -> entente.v1.ListAgentsResponse
-	74,  // 121: entente.v1.Admin.GetAgent:output_type -> entente.v1.GetAgentResponse
-	76,  // 122: entente.v1.Admin.BanAgent:output_type -> entente.v1.ChangeAgentResponse
-	76,  // 123: entente.v1.Admin.EvictAgent:output_type -> entente.v1.ChangeAgentResponse
-	78,  // 124: entente.v1.Admin.ListTokens:output_type -> entente.v1.ListTokensResponse
-	80,  // 125: entente.v1.Admin.RevokeToken:output_type -> entente.v1.RevokeTokenResponse
-	82,  // 126: entente.v1.Admin.ChangeEntries:output_type -> entente.v1.ChangeEntriesResponse
-	85,  // 127: entente.v1.Admin.ListEntries:output_type -> entente.v1.ListEntriesResponse
-	87,  // 128: entente.v1.Admin.GetEntry:output_type -> entente.v1.GetEntryResponse
-	88,  // 129: entente.v1.Admin.CountEntries:output_type -> entente.v1.CountEntriesResponse
-	32,  // 130: entente.v1.Admin.SaveSnapshot:output_type -> entente.v1.SaveSnapshotResponse
-	34,  // 131: entente.v1.Admin.ListNodes:output_type -> entente.v1.ListNodesResponse
-	37,  // 132: entente.v1.Admin.PromoteNode:output_type -> entente.v1.PromoteNodeResponse
-	53,  // 133: entente.v1.Peer.Propose:output_type -> entente.v1.ProposeResponse
-	56,  // 134: entente.v1.Peer.Report:output_type -> entente.v1.ReportResponse
-	61,  // 135: entente.v1.Peer.Presence:output_type -> entente.v1.PresenceResponse
-	58,  // 136: entente.v1.Peer.Gate:output_type -> entente.v1.GateResponse
-	39,  // 137: entente.v1.Peer.Vouch:output_type -> entente.v1.VouchResponse
-	41,  // 138: entente.v1.Peer.Checksum:output_type -> entente.v1.ChecksumResponse
-	34,  // 139: entente.v1.Peer.Nodes:output_type -> entente.v1.ListNodesResponse
-	43,  // 140: entente.v1.Peer.ShowEpoch:output_type -> entente.v1.ShowEpochResponse
-	104, // [104:141] is the sub-list for method output_type
-	67,  // [67:104] is the sub-list for method input_type
-	67,  // [67:67] is the sub-list for extension type_name
-	67,  // [67:67] is the sub-list for extension extendee
-	0,   // [0:67] is the sub-list for field type_name
+	30,  // 36: entente.v1.StatusResponse.autonomy:type_name -> entente.v1.Autonomy
+	29,  // 37: entente.v1.StatusResponse.upstream:type_name -> entente.v1.Upstream
+	91,  // 38: entente.v1.MemberStatus.member:type_name -> entente.state.v1.Member
+	36,  // 39: entente.v1.ListNodesResponse.nodes:type_name -> entente.v1.NodeProgress
+	91,  // 40: entente.v1.NodeProgress.member:type_name -> entente.state.v1.Member
+	91,  // 41: entente.v1.VouchResponse.member:type_name -> entente.state.v1.Member
+	99,  // 42: entente.v1.CreateTokenRequest.node:type_name -> entente.state.v1.NodeGrant
+	100, // 43: entente.v1.CreateTokenRequest.agent:type_name -> entente.state.v1.AgentGrant
+	96,  // 44: entente.v1.ApplyRequest.objects:type_name -> entente.state.v1.Object
+	97,  // 45: entente.v1.ApplyRequest.deletes:type_name -> entente.state.v1.ObjectKey
+	50,  // 46: entente.v1.ApplyResponse.changes:type_name -> entente.v1.ObjectChange
+	97,  // 47: entente.v1.ObjectChange.key:type_name -> entente.state.v1.ObjectKey
+	56,  // 48: entente.v1.ReportRequest.held:type_name -> entente.v1.HeldAuthority
+	60,  // 49: entente.v1.GateResponse.authorities:type_name -> entente.v1.AuthorityGate
+	12,  // 50: entente.v1.Picture.policy:type_name -> entente.v1.Policy
+	14,  // 51: entente.v1.Picture.presence:type_name -> entente.v1.Presence
+	9,   // 52: entente.v1.PresenceResponse.instances:type_name -> entente.v1.Instance
+	9,   // 53: entente.v1.PresenceResponse.withdrawn:type_name -> entente.v1.Instance
+	66,  // 54: entente.v1.ListAuthoritiesResponse.authorities:type_name -> entente.v1.AuthorityStatus
+	98,  // 55: entente.v1.AuthorityStatus.authority:type_name -> entente.state.v1.Authority
+	98,  // 56: entente.v1.ChangeAuthorityResponse.authority:type_name -> entente.state.v1.Authority
+	98,  // 57: entente.v1.ChangeAuthorityResponse.signing:type_name -> entente.state.v1.Authority
+	91,  // 58: entente.v1.RemoveNodeResponse.member:type_name -> entente.state.v1.Member
+	98,  // 59: entente.v1.RemoveNodeResponse.authorities:type_name -> entente.state.v1.Authority
+	74,  // 60: entente.v1.ListAgentsResponse.agents:type_name -> entente.v1.AgentStatus
+	93,  // 61: entente.v1.AgentStatus.agent:type_name -> entente.state.v1.Agent
+	74,  // 62: entente.v1.GetAgentResponse.status:type_name -> entente.v1.AgentStatus
+	95,  // 63: entente.v1.GetAgentResponse.entries:type_name -> entente.state.v1.Entry
+	9,   // 64: entente.v1.GetAgentResponse.instances:type_name -> entente.v1.Instance
+	101, // 65: entente.v1.ListTokensResponse.tokens:type_name -> entente.state.v1.Token
+	102, // 66: entente.v1.ChangeEntriesRequest.changes:type_name -> entente.state.v1.EntryChange
+	85,  // 67: entente.v1.ChangeEntriesResponse.results:type_name -> entente.v1.EntryResult
+	95,  // 68: entente.v1.ListEntriesResponse.entries:type_name -> entente.state.v1.Entry
+	95,  // 69: entente.v1.GetEntryResponse.entry:type_name -> entente.state.v1.Entry
+	1,   // 70: entente.v1.Join.Join:input_type -> entente.v1.JoinRequest
+	3,   // 71: entente.v1.Attest.Attest:input_type -> entente.v1.AttestRequest
+	5,   // 72: entente.v1.Sync.Sync:input_type -> entente.v1.SyncRequest
+	16,  // 73: entente.v1.Sign.SignX509:input_type -> entente.v1.SignX509Request
+	20,  // 74: entente.v1.Sign.SignJWT:input_type -> entente.v1.SignJWTRequest
+	23,  // 75: entente.v1.Sign.SignWIT:input_type -> entente.v1.SignWITRequest
+	27,  // 76: entente.v1.Admin.Status:input_type -> entente.v1.StatusRequest
+	46,  // 77: entente.v1.Admin.CreateToken:input_type -> entente.v1.CreateTokenRequest
+	48,  // 78: entente.v1.Admin.Apply:input_type -> entente.v1.ApplyRequest
+	51,  // 79: entente.v1.Admin.GetBundle:input_type -> entente.v1.GetBundleRequest
+	64,  // 80: entente.v1.Admin.ListAuthorities:input_type -> entente.v1.ListAuthoritiesRequest
+	67,  // 81: entente.v1.Admin.PrepareAuthority:input_type -> entente.v1.PrepareAuthorityRequest
+	68,  // 82: entente.v1.Admin.ActivateAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	68,  // 83: entente.v1.Admin.TaintAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	68,  // 84: entente.v1.Admin.RevokeAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	70,  // 85: entente.v1.Admin.RemoveNode:input_type -> entente.v1.RemoveNodeRequest
+	72,  // 86: entente.v1.Admin.ListAgents:input_type -> entente.v1.ListAgentsRequest
+	75,  // 87: entente.v1.Admin.GetAgent:input_type -> entente.v1.GetAgentRequest
+	77,  // 88: entente.v1.Admin.BanAgent:input_type -> entente.v1.ChangeAgentRequest
+	77,  // 89: entente.v1.Admin.EvictAgent:input_type -> entente.v1.ChangeAgentRequest
+	79,  // 90: entente.v1.Admin.ListTokens:input_type -> entente.v1.ListTokensRequest
+	81,  // 91: entente.v1.Admin.RevokeToken:input_type -> entente.v1.RevokeTokenRequest
+	83,  // 92: entente.v1.Admin.ChangeEntries:input_type -> entente.v1.ChangeEntriesRequest
+	86,  // 93: entente.v1.Admin.ListEntries:input_type -> entente.v1.ListEntriesRequest
+	88,  // 94: entente.v1.Admin.GetEntry:input_type -> entente.v1.GetEntryRequest
+	86,  // 95: entente.v1.Admin.CountEntries:input_type -> entente.v1.ListEntriesRequest
+	32,  // 96: entente.v1.Admin.SaveSnapshot:input_type -> entente.v1.SaveSnapshotRequest
+	34,  // 97: entente.v1.Admin.ListNodes:input_type -> entente.v1.ListNodesRequest
+	37,  // 98: entente.v1.Admin.PromoteNode:input_type -> entente.v1.PromoteNodeRequest
+	53,  // 99: entente.v1.Peer.Propose:input_type -> entente.v1.ProposeRequest
+	55,  // 100: entente.v1.Peer.Report:input_type -> entente.v1.ReportRequest
+	62,  // 101: entente.v1.Peer.Presence:input_type -> entente.v1.PresenceRequest
+	58,  // 102: entente.v1.Peer.Gate:input_type -> entente.v1.GateRequest
+	39,  // 103: entente.v1.Peer.Vouch:input_type -> entente.v1.VouchRequest
+	41,  // 104: entente.v1.Peer.Checksum:input_type -> entente.v1.ChecksumRequest
+	34,  // 105: entente.v1.Peer.Nodes:input_type -> entente.v1.ListNodesRequest
+	43,  // 106: entente.v1.Peer.ShowEpoch:input_type -> entente.v1.ShowEpochRequest
+	2,   // 107: entente.v1.Join.Join:output_type -> entente.v1.JoinResponse
+	4,   // 108: entente.v1.Attest.Attest:output_type -> entente.v1.AttestResponse
+	10,  // 109: entente.v1.Sync.Sync:output_type -> entente.v1.SyncResponse
+	18,  // 110: entente.v1.Sign.SignX509:output_type -> entente.v1.SignX509Response
+	22,  // 111: entente.v1.Sign.SignJWT:output_type -> entente.v1.SignJWTResponse
+	25,  // 112: entente.v1.Sign.SignWIT:output_type -> entente.v1.SignWITResponse
+	28,  // 113: entente.v1.Admin.Status:output_type -> entente.v1.StatusResponse
+	47,  // 114: entente.v1.Admin.CreateToken:output_type -> entente.v1.CreateTokenResponse
+	49,  // 115: entente.v1.Admin.Apply:output_type -> entente.v1.ApplyResponse
+	52,  // 116: entente.v1.Admin.GetBundle:output_type -> entente.v1.GetBundleResponse
+	65,  // 117: entente.v1.Admin.ListAuthorities:output_type -> entente.v1.ListAuthoritiesResponse
+	69,  // 118: entente.v1.Admin.PrepareAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	69,  // 119: entente.v1.Admin.ActivateAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	69,  // 120: entente.v1.Admin.TaintAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	69,  // 121: entente.v1.Admin.RevokeAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	71,  // 122: entente.v1.Admin.RemoveNode:output_type -> entente.v1.RemoveNodeResponse
+	73,  // 123: entente.v1.Admin.ListAgents:output_type -> entente.v1.ListAgentsResponse
+	76,  // 124: entente.v1.Admin.GetAgent:output_type -> entente.v1.GetAgentResponse
+	78,  // 125: entente.v1.Admin.BanAgent:output_type -> entente.v1.ChangeAgentResponse
+	78,  // 126: entente.v1.Admin.EvictAgent:output_type -> entente.v1.ChangeAgentResponse
+	80,  // 127: entente.v1.Admin.ListTokens:output_type -> entente.v1.ListTokensResponse
+	82,  // 128: entente.v1.Admin.RevokeToken:output_type -> entente.v1.RevokeTokenResponse
+	84,  // 129: entente.v1.Admin.ChangeEntries:output_type -> entente.v1.ChangeEntriesResponse
+	87,  // 130: entente.v1.Admin.ListEntries:output_type -> entente.v1.ListEntriesResponse
+	89,  // 131: entente.v1.Admin.GetEntry:output_type -> entente.v1.GetEntryResponse
+	90,  // 132: entente.v1.Admin.CountEntries:output_type -> entente.v1.CountEntriesResponse
+	33,  // 133: entente.v1.Admin.SaveSnapshot:output_type -> entente.v1.SaveSnapshotResponse
+	35,  // 134: entente.v1.Admin.ListNodes:output_type -> entente.v1.ListNodesResponse
+	38,  // 135: entente.v1.Admin.PromoteNode:output_type -> entente.v1.PromoteNodeResponse
+	54,  // 136: entente.v1.Peer.Propose:output_type -> entente.v1.ProposeResponse
+	57,  // 137: entente.v1.Peer.Report:output_type -> entente.v1.ReportResponse
+	63,  // 138: entente.v1.Peer.Presence:output_type -> entente.v1.PresenceResponse
+	59,  // 139: entente.v1.Peer.Gate:output_type -> entente.v1.GateResponse
+	40,  // 140: entente.v1.Peer.Vouch:output_type -> entente.v1.VouchResponse
+	42,  // 141: entente.v1.Peer.Checksum:output_type -> entente.v1.ChecksumResponse
+	35,  // 142: entente.v1.Peer.Nodes:output_type -> entente.v1.ListNodesResponse
+	44,  // 143: entente.v1.Peer.ShowEpoch:output_type -> entente.v1.ShowEpochResponse
+	107, // [107:144] is the sub-list for method output_type
+	70,  // [70:107] is the sub-list for method input_type
+	70,  // [70:70] is the sub-list for extension type_name
+	70,  // [70:70] is the sub-list for extension extendee
+	0,   // [0:70] is the sub-list for field type_name
 }
 
 func init() { file_entente_v1_entente_proto_init() }
@@ -5838,7 +6000,7 @@ func file_entente_v1_entente_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_entente_v1_entente_proto_rawDesc), len(file_entente_v1_entente_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   88,
+			NumMessages:   90,
 			NumExtensions: 0,
 			NumServices:   6,
 		},
