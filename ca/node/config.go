@@ -53,9 +53,11 @@ type Config struct {
 	Audit  Audit  `yaml:"audit"`
 	Log    Log    `yaml:"log"`
 
-	// Tests of this package fail or stall the log's disk, and set this node's clock alone.
+	// Tests of this package fail or stall the log's disk, keep entries from a member, and
+	// set this node's clock alone.
 	beforeWrite func() error
 	step        func(string) // called with where a procedure is; tests only
+	holdBack    func(member string) bool
 	clockError  func() time.Duration
 	// pretendLevel: this node says that its feature level is another.
 	pretendLevel uint32

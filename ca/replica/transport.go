@@ -22,6 +22,7 @@ type transport struct {
 	streams                *streams
 	roster                 *roster
 	log                    *slog.Logger
+	holdBack               func(member string) bool
 
 	heard     chan raft.RPC
 	heartbeat atomic.Pointer[func(raft.RPC)]
@@ -34,6 +35,8 @@ type transport struct {
 	installing map[raft.ServerID]int // snapshots on their way
 }
 
+var errHeldBack = errors.New("held back by a test")
+
 type peerProgress struct {
 	term    uint64 // of the leadership that learned match
 	match   uint64
@@ -45,6 +48,7 @@ func newTransport(s *streams, cfg *Config) *transport {
 		NetworkTransport: newNetwork(dialling{s}, cfg.Log),
 		streams:          s,
 		roster:           s.roster,
+		holdBack:         cfg.HoldBack,
 		log:              cfg.Log,
 		heard:            make(chan raft.RPC),
 		callers:          map[string]*caller{},
@@ -234,6 +238,9 @@ func (t *transport) target(id raft.ServerID, hostport raft.ServerAddress) raft.S
 }
 
 func (t *transport) AppendEntries(id raft.ServerID, at raft.ServerAddress, args *raft.AppendEntriesRequest, resp *raft.AppendEntriesResponse) error {
+	if t.holdBack != nil && len(args.Entries) > 0 && t.holdBack(string(id)) {
+		return errHeldBack
+	}
 	err := t.NetworkTransport.AppendEntries(id, t.target(id, at), args, resp)
 	if err == nil && resp.Term <= args.Term {
 		match := uint64(0)
