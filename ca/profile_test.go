@@ -63,6 +63,7 @@ func newAuthority(t testing.TB, key crypto.Signer) *x509.Certificate {
 	return sign(t, template, template, key.Public(), key)
 }
 
+// Requirements: 16, 17, 20, 25-28, 31-33, 38.
 func TestAuthority(t *testing.T) {
 	key := newKey(t)
 	cert := newAuthority(t, key)
@@ -103,6 +104,7 @@ func TestAuthority(t *testing.T) {
 }
 
 // Each authority differs from a good one in one point.
+// Requirements: 17, 22, 25, 27, 28, 31, 33, 38, 51.
 func TestLintAuthorityRefuses(t *testing.T) {
 	key, other := newKey(t), newKey(t)
 	uri := func(s string) *url.URL {
@@ -195,6 +197,7 @@ func leafRequest(key crypto.Signer, authority *x509.Certificate) LeafRequest {
 	}
 }
 
+// Requirements: 13, 20, 22-24, 30, 32, 34-37.
 func TestLeaf(t *testing.T) {
 	caKey, key := newKey(t), newKey(t)
 	authority := newAuthority(t, caKey)
@@ -272,6 +275,7 @@ func TestLeaf(t *testing.T) {
 }
 
 // Each SVID differs from a good one in one point.
+// Requirements: 2, 22, 23, 30, 32, 35, 37, T13.
 func TestLintLeafRefuses(t *testing.T) {
 	caKey, key := newKey(t), newKey(t)
 	authority := newAuthority(t, caKey)

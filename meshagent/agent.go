@@ -52,12 +52,15 @@ type Agent struct {
 	signer   signer        // client, but in tests
 	jwts     *jwts
 
+	deliveries deliveries
+
 	mu        sync.Mutex // orders changes of state; readers need none
 	state     atomic.Pointer[State]
 	complaint string // the last ones that were logged, so that they are logged once
 
 	diskMu sync.Mutex
 	known  *known
+	cache  *cache // nil: none
 
 	reportMu sync.Mutex
 	leaving  bool // the instances are withdrawn for good
@@ -132,11 +135,21 @@ func New(cfg *Config, opts Options) (*Agent, error) {
 	}
 	withSVID := a.clientAs
 	withSVID.SVID = ownSVID{a}
+	withSVID.AcknowledgeLater = true
 	if a.client, err = client.New(withSVID); err != nil {
 		return nil, err
 	}
+	a.deliveries.settle, a.deliveries.acknowledge, a.deliveries.hold = cfg.Settle, a.client.Acknowledge, a.client.Hold
 	a.signer = a.client
 	a.metrics = newMetrics(opts.Registerer, a)
+	if a.cache, err = openCache(cfg); err != nil {
+		return nil, err
+	}
+	if a.cache != nil && a.known.cluster != nil {
+		if err := a.recallCache(); err != nil {
+			a.log.Warn("cannot take up what the agent held before; it serves when a CA node has answered", "error", err)
+		}
+	}
 	return a, nil
 }
 
@@ -175,10 +188,12 @@ func (a *Agent) change(f func(*State) *State) {
 	if again {
 		next.reissued = make(chan struct{})
 	}
-	a.state.Store(next)
-	if a.client != nil {
-		a.client.Hold(next.under())
+	if again {
+		next.content = old.content + 1
 	}
+	next.underIDs = next.under()
+	a.state.Store(next)
+	a.deliveries.applied(next, 0)
 	close(old.changed)
 	if again {
 		close(old.reissued)
@@ -220,6 +235,7 @@ func (a *Agent) Run(ctx context.Context, doors ...Door) error {
 
 	<-ctx.Done()
 	a.withdraw()
+	defer a.deliveries.stop()
 	var errs []error
 	for _, t := range slices.Backward(running) {
 		errs = append(errs, t.stop())
@@ -274,6 +290,9 @@ func (a *Agent) work(ctx context.Context) error {
 	})
 	group.Go("SVIDs", a.keepEntries)
 	group.Go("JWT-SVIDs", a.keepJWTs)
+	if a.cache != nil {
+		group.Go("cache", a.keepCache)
+	}
 	if a.cfg.WorkloadAPI.WIT {
 		group.Go("WIT-SVIDs", a.keepWITs)
 	}
@@ -301,6 +320,7 @@ func (a *Agent) apply(view *client.View) error {
 		a.complaint = text
 		a.log.Error("the CA sent what this agent does not take", "revision", view.Revision, "error", all)
 	}
+	a.deliveries.applied(a.State(), view.Revision)
 	a.keep(func(k *known) {
 		k.Bundle = view.Bundles[a.cfg.Domain().Name()]
 		if view.Cluster != nil {

@@ -92,20 +92,21 @@ func audienceKey(audience []string) (set []string, key string) {
 }
 
 // FetchJWT returns a JWT-SVID of an identity for a set of audiences (CheckAudience tells
-// which may be asked for), from memory or newly signed. A held one stays in use
-// until its end while the CA cannot be reached. It waits for the CA until ctx ends.
-func (a *Agent) FetchJWT(ctx context.Context, identity *Identity, audience []string) (string, error) {
+// which may be asked for), from memory or newly signed, and when to ask for a fresher
+// one. A held one stays in use until its end while the CA cannot be reached. It waits
+// for the CA until ctx ends.
+func (a *Agent) FetchJWT(ctx context.Context, identity *Identity, audience []string) (token string, renew time.Time, _ error) {
 	if err := CheckAudience(audience); err != nil {
-		return "", err
+		return "", time.Time{}, err
 	}
 	set, key := audienceKey(audience)
 	for range 3 { // a token that has ended when it arrives is asked for no more often
-		token, pending, err := a.jwts.get(identity, set, key, a.State().JWT, time.Now())
+		token, renew, pending, err := a.jwts.get(identity, set, key, a.State(), time.Now())
 		switch {
 		case err != nil:
-			return "", fmt.Errorf("JWT-SVID of %s: %w", identity.ID, err)
+			return "", time.Time{}, fmt.Errorf("JWT-SVID of %s: %w", identity.ID, err)
 		case pending == nil:
-			return token, nil
+			return token, renew, nil
 		case token != "":
 			// Somebody is renewing it: worth a moment, and no more.
 			patience := time.NewTimer(jwtPatience)
@@ -113,24 +114,24 @@ func (a *Agent) FetchJWT(ctx context.Context, identity *Identity, audience []str
 			select {
 			case <-pending:
 			case <-patience.C:
-				return token, nil
+				return token, renew, nil
 			case <-ctx.Done():
-				return token, nil
+				return token, renew, nil
 			}
 		default:
 			select {
 			case <-pending:
 			case <-ctx.Done():
-				return "", ctx.Err()
+				return "", time.Time{}, ctx.Err()
 			}
 		}
 	}
-	return "", fmt.Errorf("JWT-SVID of %s: what the CA signs has ended when it arrives: compare the clocks of this host and the CA nodes", identity.ID)
+	return "", time.Time{}, fmt.Errorf("JWT-SVID of %s: what the CA signs has ended when it arrives: compare the clocks of this host and the CA nodes", identity.ID)
 }
 
-// get returns a token that is good, or a channel to wait on, or both when the token
-// is being renewed.
-func (j *jwts) get(identity *Identity, audience []string, key string, own *TokenBundle, now time.Time) (token string, pending chan struct{}, err error) {
+// get returns a token that is good and when it is to be renewed, or a channel to wait
+// on, or both when the token is being renewed.
+func (j *jwts) get(identity *Identity, audience []string, key string, state *State, now time.Time) (token string, renew time.Time, pending chan struct{}, err error) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	entry := identity.Entry
@@ -141,33 +142,44 @@ func (j *jwts) get(identity *Identity, audience []string, key string, own *Token
 	}
 	if h == nil {
 		if h, err = j.add(identity, audience, key, now); err != nil {
-			return "", nil, err
+			return "", renew, nil, err
 		}
 	}
 	h.used = now
-	// Revoked is what no verifier in sync accepts any more.
-	good := h.token != "" && now.Add(jwtMargin).Before(h.expires) && own != nil && own.Keys[h.signer] != nil
+	if h.token != "" && !state.vouches(h.signer) {
+		h.token, h.half = "", time.Time{}
+	}
+	good := h.token != "" && now.Add(jwtMargin).Before(h.expires)
 	if good {
-		token = h.token
+		token, renew = h.token, h.half
+		if renew.Before(h.retry) {
+			renew = h.retry
+		}
 	}
 	switch {
 	case good && now.Before(h.half):
-		return token, nil, nil
+		return token, renew, nil, nil
 	case h.pending != nil:
-		return token, h.pending, nil
+		return token, renew, h.pending, nil
 	case now.Before(h.retry):
 		if good {
-			return token, nil, nil
+			return token, renew, nil, nil
 		}
-		return "", nil, h.err
+		return "", renew, nil, h.err
 	}
 	if err := j.ask(h); err != nil {
 		if good {
-			return token, nil, nil
+			return token, renew, nil, nil
 		}
-		return "", nil, err
+		return "", renew, nil, err
 	}
-	return token, h.pending, nil
+	return token, renew, h.pending, nil
+}
+
+// vouches tells whether a JWT-SVID under that key is to be handed out: a revoked one no
+// verifier in sync accepts any more, and of a tainted one that is soon so.
+func (s *State) vouches(signer string) bool {
+	return s.JWT != nil && s.JWT.Keys[signer] != nil && !s.taintedKey(signer)
 }
 
 // ask puts a token into the queue of those to be signed.
@@ -249,7 +261,7 @@ func (j *jwts) sweep(now time.Time, state *State) {
 			gone := h.pending == nil && !now.Before(h.expires) && !now.Before(h.retry)
 			if state != nil && h.pending == nil {
 				identity, there := state.Identity(h.entryID)
-				gone = gone || !there || identity.Entry.GetRevision() != h.revision
+				gone = gone || !there || h.token != "" && !state.vouches(h.signer) || identity.Entry.GetRevision() != h.revision
 			}
 			if gone {
 				j.drop(h)
@@ -306,7 +318,7 @@ func (a *Agent) signJWTs(ctx context.Context, batch []*heldJWT) {
 	}
 	results := a.signer.SignJWT(ctx, requests)
 	now := time.Now()
-	own := a.State().JWT
+	state := a.State()
 
 	var news error
 	failed, signed := 0, 0
@@ -314,7 +326,10 @@ func (a *Agent) signJWTs(ctx context.Context, batch []*heldJWT) {
 	for i, h := range batch {
 		svid, err := (*jwtsvid.SVID)(nil), results[i].Err
 		if err == nil {
-			svid, err = verifyJWT(h, results[i].Token, own, now)
+			svid, err = verifyJWT(h, results[i].Token, state.JWT, now)
+		}
+		if err == nil && state.taintedKey(svid.KeyID) {
+			err = errTainted
 		}
 		if err != nil {
 			failed++

@@ -44,6 +44,8 @@ type State struct {
 
 	own      *x509svid.SVID            // the agent's; nil before attestation
 	svids    map[string]*x509svid.SVID // by entry id
+	underIDs []string                  // of all SVIDs here: key ids of their authorities, sorted
+	content  uint64                    // counts the states that differ in identities, SVIDs or bundles
 	changed  chan struct{}
 	reissued chan struct{} // nil in a state under construction: identities or bundles are other ones
 }
@@ -228,17 +230,23 @@ func (s *State) under() []string {
 	for _, svid := range s.svids {
 		set[ca.SignedUnder(svid.Certificates[0])] = struct{}{}
 	}
+	for _, wit := range s.wits {
+		set[ca.AuthorityKeyID(wit.keyID)] = struct{}{}
+	}
 	return slices.Sorted(maps.Keys(set))
 }
 
 // tainted tells whether an SVID is to be issued anew, for what signed it is not trusted
 // for much longer.
 func (s *State) tainted(svid *x509svid.SVID) bool {
-	if svid == nil || len(s.View.Tainted) == 0 {
-		return false
-	}
-	under := ca.SignedUnder(svid.Certificates[0])
-	return slices.ContainsFunc(s.View.Tainted, func(id string) bool { return ca.AuthorityKeyID(id) == under })
+	return svid != nil && len(s.View.Tainted) > 0 && s.taintedKey(ca.SignedUnder(svid.Certificates[0]))
+}
+
+// taintedKey tells the same of what was signed under an authority key id or with a key id.
+func (s *State) taintedKey(id string) bool {
+	return id != "" && slices.ContainsFunc(s.View.Tainted, func(tainted string) bool {
+		return ca.AuthorityKeyID(tainted) == ca.AuthorityKeyID(id)
+	})
 }
 
 func bundlesDiffer(a, b map[string][]byte) bool {

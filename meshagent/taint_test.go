@@ -113,3 +113,86 @@ func TestTaintedIsReissued(t *testing.T) {
 		}
 	})
 }
+
+// A JWT-SVID under a tainted authority is not handed out any more, and a new one under
+// it is not taken; the workload gets one of another authority.
+func TestTaintedJWTIsDropped(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, f, stop := jwtAgent(t, time.Hour)
+		defer stop()
+		fetch := func() (string, error) {
+			token, _, err := a.FetchJWT(t.Context(), accounts(a), []string{"x"})
+			return token, err
+		}
+		one, err := fetch()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if again, err := fetch(); err != nil || again != one {
+			t.Fatalf("control: %v", err)
+		}
+		old := keysOf(a.State().JWT)
+		taint(a, 0, old...)
+		if token, err := fetch(); err == nil {
+			t.Errorf("handed out under a tainted authority: %t", token == one)
+		}
+		f.set(f.rekey)
+		addKeys(a, f)
+		time.Sleep(retryMost)
+		if token, err := fetch(); err != nil || token == one {
+			t.Errorf("under the other authority: %v", err)
+		}
+	})
+}
+
+// A WIT-SVID under a tainted authority is issued anew, spread over the time that the CA
+// gives, and held until then.
+func TestTaintedWITIsReissued(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, f, stopJWT := jwtAgent(t, time.Hour)
+		defer stopJWT()
+		defer background(t, a.keepWITs)()
+		synctest.Wait()
+		first := accounts(a).WIT
+		if first == nil || !slices.Contains(a.State().under(), ca.AuthorityKeyID(first.keyID)) {
+			t.Fatal("control: there is none, or it is not said to be held")
+		}
+		taint(a, time.Second, first.keyID)
+		time.Sleep(5 * time.Second)
+		if accounts(a).WIT != first {
+			t.Error("one under the tainted authority took its place")
+		}
+		f.set(f.rekey)
+		addKeys(a, f)
+		time.Sleep(retryMost)
+		if now := accounts(a).WIT; now == first || now.keyID == first.keyID {
+			t.Error("not issued anew")
+		}
+		if slices.Contains(a.State().under(), ca.AuthorityKeyID(first.keyID)) {
+			t.Error("it is said to be held")
+		}
+	})
+}
+
+func keysOf(b *TokenBundle) (ids []string) {
+	for id := range b.Keys {
+		ids = append(ids, id)
+	}
+	return ids
+}
+
+// addKeys gives the agent the CA's new keys beside the ones it has.
+func addKeys(a *Agent, f *fakeCA) {
+	jwt, wit := a.State().JWT, a.State().WIT
+	holdKeys(a, f)
+	a.change(func(s *State) *State {
+		next := *s
+		for into, from := range map[*TokenBundle]*TokenBundle{next.JWT: jwt, next.WIT: wit} {
+			for id, key := range from.Keys {
+				into.Keys[id] = key
+			}
+		}
+		next.reissued = nil
+		return &next
+	})
+}

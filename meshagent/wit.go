@@ -10,7 +10,6 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
-	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 
 	"github.com/entente-mesh/entente/ca/client"
 	"github.com/entente-mesh/entente/internal/jwtsvid"
@@ -26,9 +25,19 @@ func (a *Agent) keepWITs(ctx context.Context) error {
 			}
 			return s.WIT == nil || s.WIT.Keys[identity.WIT.keyID] == nil
 		},
+		ends: func(identity *Identity) (end time.Time) {
+			if identity.WIT != nil {
+				end = identity.WIT.Expires
+			}
+			return end
+		},
 		renew: a.renewWITs,
-		// Re-issue is for X.509: a WIT key's authority that was tainted leaves with its bundle.
-		tainted: func(*State, *Identity) *x509svid.SVID { return nil },
+		tainted: func(s *State, identity *Identity) any {
+			if identity.WIT == nil || !s.taintedKey(identity.WIT.keyID) {
+				return nil
+			}
+			return identity.WIT
+		},
 	})
 }
 
@@ -48,14 +57,17 @@ func (a *Agent) renewWITs(ctx context.Context, slots []*slot) {
 		return
 	}
 	now := time.Now()
-	own := a.State().WIT
+	state := a.State()
 	signed := map[string]*WITSVID{}
 	var failed []error
 	news := false
 	for i, s := range slots {
 		wit, err := (*WITSVID)(nil), results[i].Err
 		if err == nil {
-			wit, err = verifyWIT(s.id, results[i].Token, keys[i], own, now)
+			wit, err = verifyWIT(s.id, results[i].Token, keys[i], state.WIT, now)
+		}
+		if err == nil && state.taintedKey(wit.keyID) {
+			err = errTainted
 		}
 		if err != nil {
 			s.failures++

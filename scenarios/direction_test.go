@@ -30,9 +30,11 @@ api/entente/v1:
 
 ca:
 ca/domain:               ca federation federation/catalog
+ca/domain/domaintest:    ca
 ca/presence:
 ca/feed:                 ca ca/domain ca/presence
 ca/signer:               ca
+ca/rotation:             ca ca/domain
 ca/replica:              ca ca/domain
 ca/keystore:
 ca/nodeattest:
@@ -41,7 +43,7 @@ ca/server:               api/entente/v1
                          federation federation/bundle federation/catalog
                          internal/peer
 ca/client:               api/entente/v1 ca internal/peer
-ca/node:                 ca ca/domain ca/replica ca/feed ca/presence ca/signer ca/keystore ca/server
+ca/node:                 ca ca/domain ca/rotation ca/replica ca/feed ca/presence ca/signer ca/keystore ca/server
                          federation federation/exchange
                          internal/peer internal/gossip internal/daemon internal/yamlfile
 ca/catest:               ...
@@ -57,7 +59,7 @@ eastwest-gateway:        ca/client
                          federation/catalog federation/origin
 eastwest-gateway/edge:   internal/yamlfile internal/refusal
 
-meshagent:               ca ca/client federation/bundle
+meshagent:               ca ca/client ca/keystore federation/bundle
                          meshagent/nodeattest meshagent/workloadattest
                          internal/peer internal/jwtsvid internal/daemon internal/yamlfile
 meshagent/nodeattest:    ca ca/client internal/daemon
@@ -67,7 +69,7 @@ meshagent/sds:           meshagent meshagent/workloadattest
 meshagent/admin:         meshagent meshagent/workloadattest internal/daemon
 meshagent/names:         internal/daemon
 meshagent/files:         meshagent federation/bundle internal/daemon
-meshagent/sidecar:       internal/dataplane federation/catalog federation/origin internal/peer internal/refusal
+meshagent/sidecar:       internal/dataplane internal/daemon federation/catalog federation/origin internal/peer internal/refusal
 
 internal/dataplane:      internal/dataplane/* federation/catalog federation/origin internal/peer internal/refusal
 internal/dataplane/*:    internal/refusal
@@ -76,6 +78,7 @@ internal/peer/peertest:
 internal/jwtsvid:
 internal/gossip:
 internal/daemon:
+internal/daemon/daemontest:
 internal/simnet:
 internal/yamlfile:
 internal/refusal:
@@ -96,7 +99,7 @@ github.com/miekg/dns:             meshagent/names
 github.com/miekg/pkcs11:          ca/keystore
 google.golang.org/grpc:           api/entente/v1
                                   ca/server ca/client ca/node federation/exchange
-                                  meshagent/workloadapi meshagent/sds
+                                  meshagent/workloadapi meshagent/sds eastwest-gateway
                                   cmd/*
                                   ca/catest scenarios scenarios/*
 `
@@ -104,7 +107,7 @@ google.golang.org/grpc:           api/entente/v1
 // pure lists the rooms without sockets, disk, goroutines, clock and randomness:
 // time and ids arrive as arguments.
 const pure = `
-ca ca/domain ca/presence
+ca ca/domain ca/domain/domaintest ca/presence ca/rotation
 federation federation/catalog federation/origin
 internal/jwtsvid
 `

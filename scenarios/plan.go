@@ -294,6 +294,7 @@ type (
 		Name        string          `yaml:"name"`
 		Datacenter  string          `yaml:"datacenter"`
 		DataDir     string          `yaml:"dataDir"`
+		Settle      string          `yaml:"settle"`
 		CA          addressesConfig `yaml:"ca"`
 		WorkloadAPI socketConfig    `yaml:"workloadAPI"`
 		Sidecar     struct {
@@ -393,6 +394,7 @@ func meshHost(dc string) string { return "host-" + dc }
 func (p *plan) addAgent(td *TrustDomain, dc string) {
 	u := p.add(td, dc, kindAgent, "agent")
 	var c agentConfig
+	c.Settle = "200ms" // a rehearsal's workloads take what they are given at once
 	c.TrustDomain, c.Name, c.Datacenter, c.DataDir = td.Name, meshHost(dc), dc, filepath.Join(u.dir, "data")
 	c.CA = addressesConfig{p.caAddresses(td, dc), filepath.Join(u.dir, "token")}
 	c.WorkloadAPI.Socket = u.socket

@@ -369,14 +369,14 @@ func TestRevokeWaitsForHolders(t *testing.T) {
 	}
 	eventually(t, "the list names the holder", 5*time.Second, func() error {
 		for _, a := range authorities(t, c) {
-			if a.GetAuthority().GetId() == old && slices.Equal(a.GetWaitingFor(), []string{"/entente/agent/h2"}) {
+			if a.GetAuthority().GetId() == old && slices.Equal(a.GetWaitingFor(), []string{"agent h2"}) {
 				return nil
 			}
 		}
 		return fmt.Errorf("%v", authorities(t, c))
 	})
 	_, err := c.Admin().RevokeAuthority(t.Context(), &ententev1.ChangeAuthorityRequest{Id: old})
-	if status.Code(err) != codes.FailedPrecondition || !strings.Contains(err.Error(), "/entente/agent/h2") {
+	if status.Code(err) != codes.FailedPrecondition || !strings.Contains(err.Error(), "agent h2") {
 		t.Errorf("revoked although it is held: %v", err)
 	}
 	silent.Hold([]string{}) // it has nothing any more
@@ -617,7 +617,7 @@ func TestRevokeNowOfTheOnlyOne(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if !slices.Equal(r.GetHeldBy(), []string{"/entente/agent/h1", "/entente/agent/h2"}) {
+	if !slices.Equal(r.GetHeldBy(), []string{"agent h1", "agent h2"}) {
 		t.Errorf("who lost identity: %v", r.GetHeldBy())
 	}
 	cut(t, "a connection under a revoked authority", conn)

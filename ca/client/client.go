@@ -58,6 +58,9 @@ type Config struct {
 	BootID     string // random per process start; empty: New makes one
 	Log        *slog.Logger
 
+	// AcknowledgeLater: what the handler of Sync has applied is not acknowledged before
+	// Acknowledge is called.
+	AcknowledgeLater bool
 	// Dial opens TCP connections; nil: a net.Dialer.
 	Dial func(ctx context.Context, network, address string) (net.Conn, error)
 }
@@ -69,7 +72,7 @@ type Client struct {
 	log   *slog.Logger
 	store *Store
 
-	acked    atomic.Uint64 // newest revision the handler has applied
+	acked    atomic.Uint64 // newest revision that is acknowledged
 	newAck   chan struct{} // holds one token when acked has grown
 	newSVID  chan struct{} // holds one token when the client's own SVID may be a newer one
 	refused  atomic.Bool   // the last try for a session ended with a node's refusal
@@ -80,6 +83,7 @@ type Client struct {
 	report   []Instance     // nil until Report was called
 	connects uint64         // counts the sessions of this process
 	under    []string       // nil until Hold was called
+	waiting  []string       // as Acknowledge was told last
 	failures map[string]int // consecutive ones by address, for the order of dialling
 }
 
@@ -129,6 +133,19 @@ func (c *Client) Report(instances []Instance) {
 	c.mu.Unlock()
 	if !same {
 		signal(c.newHosts)
+	}
+}
+
+// Acknowledge tells the CA that everything up to revision is held by whom this client
+// speaks for, and who of them does not hold what came since. Only with
+// Config.AcknowledgeLater.
+func (c *Client) Acknowledge(revision uint64, waiting []string) {
+	c.mu.Lock()
+	same := slices.Equal(c.waiting, waiting)
+	c.waiting = slices.Clone(waiting)
+	c.mu.Unlock()
+	if c.acked.Swap(revision) != revision || !same {
+		signal(c.newAck)
 	}
 }
 

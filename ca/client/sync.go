@@ -124,7 +124,7 @@ func (c *Client) deliver(ctx context.Context, handle func(*View) error) {
 			continue
 		}
 		failed = ""
-		if c.acked.Swap(view.Revision) != view.Revision {
+		if !c.cfg.AcknowledgeLater && c.acked.Swap(view.Revision) != view.Revision {
 			signal(c.newAck)
 		}
 	}
@@ -370,7 +370,10 @@ func (s *syncer) sendReport(session *session, instances []Instance) error {
 
 func (s *syncer) sendAck(session *session) error {
 	under, known := s.held()
-	ack := &ententev1.Ack{Revision: s.acked.Load(), Authorities: under, AuthoritiesKnown: known}
+	s.mu.Lock()
+	waiting := s.waiting
+	s.mu.Unlock()
+	ack := &ententev1.Ack{Revision: s.acked.Load(), Authorities: under, AuthoritiesKnown: known, WaitingFor: waiting}
 	session.said = under
 	return session.stream.Send(&ententev1.SyncRequest{Message: &ententev1.SyncRequest_Ack{Ack: ack}})
 }

@@ -86,6 +86,9 @@ func (a *application) run(cmd *statev1.Command) *Refusal {
 		return refuse(CodeCAS, "the catalogue is at revision %s, the change was made for %s: read it again and repeat",
 			ca.Revision(a.catalogue), ca.Revision(cmd.GetIfRevision()))
 	}
+	if refusal := a.Admits(cmd); refusal != nil {
+		return refusal
+	}
 	switch body := cmd.GetBody().(type) {
 	case *statev1.Command_CreateToken:
 		return a.createToken(body.CreateToken)
@@ -107,6 +110,10 @@ func (a *application) run(cmd *statev1.Command) *Refusal {
 		return a.activateAuthority(body.ActivateAuthority)
 	case *statev1.Command_ApplyObjects:
 		return a.applyObjects(body.ApplyObjects)
+	case *statev1.Command_StageObjects:
+		return a.stageObjects(body.StageObjects)
+	case *statev1.Command_ApplyStaged:
+		return a.applyStaged(body.ApplyStaged)
 	case *statev1.Command_StoreForeignBundle:
 		return a.storeForeignBundle(body.StoreForeignBundle)
 	case *statev1.Command_TaintAuthority:
@@ -193,6 +200,7 @@ func (a *application) init(c *statev1.Init) *Refusal {
 		return refuse(CodeInvalid, "a new cluster was not recovered, and keeps at most %d voters", maxMinVoters)
 	}
 	cluster = proto.CloneOf(cluster)
+	cluster.FeatureLevel = m.GetFeatureLevel()
 	cluster.TrustDomain = td.Name()
 	tables, err := compile(td, cluster.GetDev(), nil)
 	if err != nil {
@@ -348,13 +356,18 @@ func (a *application) joinMember(c *statev1.JoinMember) *Refusal {
 	case known:
 		return refuse(CodeMemberExists, "the key belongs to member %s already", have.GetName())
 	}
-	// Name, place and rights are the operator's; only the addresses are its own word.
+	// Name, place and rights are the operator's; only the addresses and what its software
+	// knows are its own word.
 	m := &statev1.Member{
 		Id: keyID, Name: grant.GetName(), Datacenter: grant.GetDatacenter(), Voter: grant.GetVoter(), Signing: grant.GetSigning(),
 		RaftAddress: c.GetMember().GetRaftAddress(), ApiAddress: c.GetMember().GetApiAddress(),
+		FeatureLevel: c.GetMember().GetFeatureLevel(),
 	}
 	if err := checkMember(m); err != nil {
 		return invalid(err)
+	}
+	if refusal := a.tooOld(m); refusal != nil {
+		return refusal
 	}
 	for _, other := range a.authorities.rows {
 		if other.GetMemberId() == keyID && !ca.MayMove(other.GetPhase(), statev1.AuthorityPhase_AUTHORITY_PHASE_TAINTED) {
@@ -393,8 +406,14 @@ func (a *application) updateMember(c *statev1.UpdateMember) *Refusal {
 	}
 	m := proto.CloneOf(have)
 	m.RaftAddress, m.ApiAddress = c.GetRaftAddress(), c.GetApiAddress()
+	if c.GetFeatureLevel() != 0 {
+		m.FeatureLevel = c.GetFeatureLevel()
+	}
 	if proto.Equal(have, m) {
 		return nil
+	}
+	if refusal := a.tooOld(m); refusal != nil {
+		return refusal
 	}
 	if err := checkMember(m); err != nil {
 		return invalid(err)
@@ -404,6 +423,7 @@ func (a *application) updateMember(c *statev1.UpdateMember) *Refusal {
 	}
 	put(a, &a.members, m.GetId(), m)
 	a.changed(ChangeMembers, m.GetId())
+	a.raiseLevel()
 	return nil
 }
 
@@ -426,6 +446,7 @@ func (a *application) removeMember(c *statev1.RemoveMember) *Refusal {
 	}
 	drop(a, &a.members, m.GetId())
 	a.changed(ChangeMembers, m.GetId())
+	a.raiseLevel()
 	// Nothing that a stolen key signed is accepted for a moment longer.
 	to := statev1.AuthorityPhase_AUTHORITY_PHASE_RETIRED
 	if c.GetCompromised() {
@@ -504,6 +525,9 @@ func (a *application) prepareAuthority(c *statev1.PrepareAuthority) *Refusal {
 		if n := len(p.GetCertificate()); n == 0 || n > 4<<10 {
 			return refuse(CodeInvalid, "authority certificate has %d bytes, not 1 to %d", n, 4<<10)
 		}
+		if err := ca.CheckAuthorityCertificate(a.td.Name(), p); err != nil {
+			return invalid(err)
+		}
 		if n := len(p.GetUpstream()); n > 4<<10 || (n == 0) != (p.GetUpstreamNotAfter() == 0) {
 			return refuse(CodeInvalid, "upstream certificate has %d bytes, over %d, or does not come with its end", n, 4<<10)
 		}
@@ -552,13 +576,16 @@ func (a *application) prepareAuthority(c *statev1.PrepareAuthority) *Refusal {
 	if count >= maxPerMember {
 		return refuse(CodeLimit, "member %s has %d authorities already; wait until some have ended for %v", m.GetName(), count, authorityGrace)
 	}
+	if err := ca.VerifyAuthority(a.Cluster(), p, c.GetNodeKey(), c.GetSignature()); err != nil {
+		return invalid(err)
+	}
 	authority := &statev1.Authority{
 		Id: p.GetId(), MemberId: p.GetMemberId(), Use: p.GetUse(),
 		PublicKey: bytes.Clone(p.GetPublicKey()), Certificate: bytes.Clone(p.GetCertificate()),
 		NotBefore: p.GetNotBefore(), NotAfter: p.GetNotAfter(),
 		Upstream: bytes.Clone(p.GetUpstream()), UpstreamNotAfter: p.GetUpstreamNotAfter(),
 		Phase:    statev1.AuthorityPhase_AUTHORITY_PHASE_PREPARED,
-		Revision: a.rev, PreparedRevision: a.rev,
+		Revision: a.rev, PreparedRevision: a.rev, Since: a.seconds(),
 	}
 	put(a, &a.authorities, authority.GetId(), authority)
 	a.changed(ChangeAuthority, authority.GetId())
@@ -574,13 +601,21 @@ func (a *application) bundleChanged() {
 // move puts an authority into another phase. The bundle's content is the same in all
 // of them but REVOKED.
 func (a *application) move(have *statev1.Authority, to statev1.AuthorityPhase) {
-	a.change(have, func(authority *statev1.Authority) { authority.Phase = to })
+	a.change(have, func(authority *statev1.Authority) { authority.Phase, authority.Since = to, a.seconds() })
 	if ca.InBundle(have.GetPhase()) != ca.InBundle(to) {
 		a.bundleChanged()
 	}
 	if to == statev1.AuthorityPhase_AUTHORITY_PHASE_REVOKED {
 		a.distrusted(&statev1.Distrust{Authority: have.GetId()}, time.Unix(have.GetNotAfter(), 0))
 	}
+}
+
+// seconds is the state's time in Unix seconds; 0 before the first Tick.
+func (a *application) seconds() int64 {
+	if a.now == 0 {
+		return 0
+	}
+	return a.Now().Unix()
 }
 
 // change stores an authority as the edit makes it. The record that stands is shared
@@ -644,12 +679,21 @@ func (a *application) tick(c *statev1.Tick) *Refusal {
 			drop(a, &a.authorities, authority.GetId())
 			a.changed(ChangeAuthority, authority.GetId())
 			gone = gone || ca.InBundle(authority.GetPhase())
+			continue
+		}
+		switch {
+		case authority.GetPhase() == statev1.AuthorityPhase_AUTHORITY_PHASE_PREPARED && authority.GetNotAfter() <= a.seconds():
+			// It was never used and cannot be any more: its member may prepare another one.
+			a.move(authority, statev1.AuthorityPhase_AUTHORITY_PHASE_RETIRED)
+		case authority.GetSince() == 0:
+			a.change(authority, func(authority *statev1.Authority) { authority.Since = a.seconds() })
 		}
 	}
 	if gone {
 		a.bundleChanged()
 	}
 	a.forgetDistrust()
+	a.forgetStaged()
 	a.revokeAbsent()
 	return nil
 }

@@ -12,6 +12,7 @@ import (
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	"github.com/entente-mesh/entente/ca"
+	"github.com/entente-mesh/entente/ca/domain/domaintest"
 )
 
 func TestInit(t *testing.T) {
@@ -290,6 +291,7 @@ func TestRemoveMember(t *testing.T) {
 	}
 }
 
+// Requirements: 98, 116.
 func TestAuthorities(t *testing.T) {
 	w := newWorld(t)
 	good := w.authority("n1", "k1")
@@ -311,7 +313,7 @@ func TestAuthorities(t *testing.T) {
 		"backwards":           {CodeInvalid, func(a *statev1.Authority) { a.NotAfter = a.NotBefore }},
 		"before 1970":         {CodeInvalid, func(a *statev1.Authority) { a.NotBefore = -1 }},
 		"the node key": {CodeInvalid, func(a *statev1.Authority) {
-			a.PublicKey = []byte("key of n1")
+			a.PublicKey = domaintest.SPKI(domaintest.Key("n1"))
 			a.Id = keyID("n1")
 		}},
 	} {
@@ -435,7 +437,7 @@ func TestApplyObjects(t *testing.T) {
 	moved := service("accounts", "h1", "h2")
 	moved.Source = "banking.yaml:9"
 	w.must(objects(moved))
-	if same, _ := w.s.Entry("service/accounts"); same != e {
+	if same, _ := w.s.Entry("service/accounts"); !proto.Equal(same, e) {
 		t.Errorf("entry %v", same)
 	}
 	// A changed place names the hosts before and after.
@@ -524,6 +526,7 @@ func TestCompareAndSwap(t *testing.T) {
 }
 
 // I8: never back, also not by a repeat or beside a conflicting one.
+// Requirements: 118, 119.
 func TestStoreForeignBundle(t *testing.T) {
 	w := newWorld(t)
 	w.refused(foreign("trading.example", "{}", 1), CodeNotFound)

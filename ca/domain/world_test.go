@@ -3,12 +3,10 @@ package domain
 import (
 	"bytes"
 	"crypto/sha256"
-	"encoding/hex"
 	"fmt"
 	"maps"
 	"slices"
 	"strings"
-
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -17,6 +15,7 @@ import (
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	"github.com/entente-mesh/entente/ca"
+	"github.com/entente-mesh/entente/ca/domain/domaintest"
 )
 
 var (
@@ -41,7 +40,7 @@ func newWorld(t rapid.TB) *world {
 	return w
 }
 
-func keyID(name string) string { return ca.KeyID([]byte("key of " + name)) }
+func keyID(name string) string { return domaintest.KeyID(name) }
 
 func member(name string) *statev1.Member {
 	sum := sha256.Sum256([]byte(name))
@@ -117,18 +116,11 @@ func (w *world) attest(tokenID, key string) *statev1.Command {
 }
 
 func (w *world) authority(memberName, name string) *statev1.Authority {
-	public := []byte("public key " + name)
-	sum := sha256.Sum256(public)
-	now := w.s.Now()
-	return &statev1.Authority{
-		Id: hex.EncodeToString(sum[:]), MemberId: keyID(memberName), Use: statev1.KeyUse_KEY_USE_X509,
-		PublicKey: public, Certificate: []byte("certificate " + name),
-		NotBefore: now.Add(-time.Minute).Unix(), NotAfter: now.Add(3 * 48 * time.Hour).Unix(),
-	}
+	return domaintest.Authority(memberName, name, "banking.example", statev1.KeyUse_KEY_USE_X509, w.s.Now(), 48*time.Hour)
 }
 
 func prepare(a *statev1.Authority) *statev1.Command {
-	return &statev1.Command{Body: &statev1.Command_PrepareAuthority{PrepareAuthority: &statev1.PrepareAuthority{Authority: a}}}
+	return domaintest.Prepare(&statev1.Cluster{Id: clusterID, TrustDomain: "banking.example"}, a)
 }
 
 func ready(id string) *statev1.Command {
@@ -198,6 +190,27 @@ func deletes(keys ...string) *statev1.Command {
 		c.Deletes = append(c.Deletes, &statev1.ObjectKey{Kind: kind, Name: name})
 	}
 	return &statev1.Command{Body: &statev1.Command_ApplyObjects{ApplyObjects: c}}
+}
+
+// stage puts aside a part of the change with that number.
+func stage(change int, part uint32, upserts ...*statev1.Object) *statev1.Command {
+	return &statev1.Command{Body: &statev1.Command_StageObjects{StageObjects: &statev1.StageObjects{
+		Id: bytes.Repeat([]byte{byte(change)}, stageIDSize), Part: part, Objects: &statev1.ApplyObjects{Upserts: upserts},
+	}}}
+}
+
+func applyStaged(change int, parts uint32) *statev1.Command {
+	return &statev1.Command{Body: &statev1.Command_ApplyStaged{ApplyStaged: &statev1.ApplyStaged{
+		Id: bytes.Repeat([]byte{byte(change)}, stageIDSize), Parts: parts,
+	}}}
+}
+
+// level has a member announce its feature level.
+func level(name string, n uint32) *statev1.Command {
+	m := member(name)
+	return &statev1.Command{Body: &statev1.Command_UpdateMember{UpdateMember: &statev1.UpdateMember{
+		Id: m.GetId(), RaftAddress: m.GetRaftAddress(), ApiAddress: m.GetApiAddress(), FeatureLevel: n,
+	}}}
 }
 
 func service(name string, hosts ...string) *statev1.Object {
@@ -300,7 +313,7 @@ func (w *world) look() look {
 	for _, r := range s.agents.rows {
 		l.agents[r.GetName()] = r
 	}
-	for _, r := range s.entries.rows {
+	for r := range s.EntriesAfter("") {
 		l.entries[r.GetId()] = r
 	}
 	add := func(kind ChangeKind, key string, record any) {
@@ -320,7 +333,7 @@ func (w *world) look() look {
 	for _, r := range s.agents.rows {
 		add(ChangeAgent, r.GetName(), r)
 	}
-	for _, r := range s.entries.rows {
+	for r := range s.EntriesAfter("") {
 		add(ChangeEntry, r.GetId(), r)
 		l.hosts[r.GetId()] = r.GetHosts()
 	}
@@ -408,7 +421,7 @@ func (w *world) check(before look, cmd *statev1.Command, out Outcome) {
 
 	// The incremental hash is the hash.
 	var sum setHash
-	for _, list := range [][]any{anys(s.cluster), anys(s.members), anys(s.authorities), anys(s.tokens), anys(s.agents), anys(s.entries), anys(s.objects), anys(s.foreign), anys(s.distrust)} {
+	for _, list := range [][]any{anys(s.cluster), anys(s.members), anys(s.authorities), anys(s.tokens), anys(s.agents), entriesOf(s), anys(s.objects), anys(s.foreign), anys(s.distrust), anys(s.staged)} {
 		for _, r := range list {
 			sum.add(hashRecord(r))
 		}
@@ -464,13 +477,13 @@ func (w *world) check(before look, cmd *statev1.Command, out Outcome) {
 			fail("agent %s is not found by its key", a.GetName())
 		}
 	}
-	for e := range s.Entries() {
+	for e := range s.EntriesAfter("") {
 		for _, host := range e.GetHosts() {
 			onHost[host] = append(onHost[host], e.GetId())
 		}
 	}
-	if len(onHost) != len(s.onHost) {
-		fail("entries on %d hosts, indexed %d", len(onHost), len(s.onHost))
+	if len(onHost) != len(s.entries.onHost) {
+		fail("entries on %d hosts, indexed %d", len(onHost), len(s.entries.onHost))
 	}
 	for host, ids := range onHost {
 		slices.Sort(ids)
@@ -497,7 +510,7 @@ func (w *world) check(before look, cmd *statev1.Command, out Outcome) {
 		}
 	}
 	own := 0
-	for e := range s.Entries() {
+	for e := range s.EntriesAfter("") {
 		if !Declared(e.GetId()) {
 			continue
 		}
@@ -556,7 +569,7 @@ func (w *world) check(before look, cmd *statev1.Command, out Outcome) {
 			fail("agent %s of generation %d is admitted and distrusted up to %d", a.GetName(), a.GetGeneration(), d.GetAgentGeneration())
 		}
 	}
-	for e := range s.Entries() {
+	for e := range s.EntriesAfter("") {
 		if d, ok := s.DistrustItem("entry/" + e.GetId()); ok && d.GetEntryGeneration() >= e.GetRevision() {
 			fail("entry %s of generation %d exists and is distrusted up to %d", e.GetId(), e.GetRevision(), d.GetEntryGeneration())
 		}
@@ -583,6 +596,13 @@ func anys[R any](t table[R]) []any {
 	list := make([]any, len(t.rows))
 	for i, r := range t.rows {
 		list[i] = r
+	}
+	return list
+}
+
+func entriesOf(s *State) (list []any) {
+	for e := range s.EntriesAfter("") {
+		list = append(list, e)
 	}
 	return list
 }

@@ -20,6 +20,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -63,11 +64,27 @@ func (s Subscriber) key() string {
 	return s.EntryID + "@" + s.Agent
 }
 
+// String names the subscriber and its kind for people: agent h1, gateway gw-1 on h1.
+func (s Subscriber) String() string {
+	if s.EntryID == "" {
+		return "agent " + s.Agent
+	}
+	if name, ok := strings.CutPrefix(s.EntryID, "gateway/"); ok {
+		return "gateway " + name + " on " + s.Agent
+	}
+	return "workload " + s.EntryID + " on " + s.Agent
+}
+
 // Feed is the feed of one replica.
 type Feed struct {
 	// Progress receives when Status may have changed. Its capacity is one; it has one
 	// reader.
 	Progress chan struct{}
+	// Roster receives when Roll may have changed; as Progress.
+	Roster chan struct{}
+	// ReissueRate is how many SVIDs the domain's CA nodes are asked to sign in a second
+	// when an authority is tainted; 0: the default. Set before the feed is used.
+	ReissueRate float64
 
 	mu       sync.Mutex
 	ring     []entry // circular; the change with number n is at n % len
@@ -92,6 +109,7 @@ func New(self string, revision uint64, ringSize int) *Feed {
 	}
 	return &Feed{
 		Progress: make(chan struct{}, 1),
+		Roster:   make(chan struct{}, 1),
 		ring:     make([]entry, ringSize),
 		floor:    revision,
 		revision: revision,
@@ -155,6 +173,13 @@ func (f *Feed) progress() {
 	}
 }
 
+func (f *Feed) roster() {
+	select {
+	case f.Roster <- struct{}{}:
+	default:
+	}
+}
+
 // Session is the state of one subscriber at this replica: of its stream, and for
 // some time after the stream was lost.
 type Session struct {
@@ -178,6 +203,9 @@ type Session struct {
 	sent    uint64   // revision of the last update
 	acked   uint64   // revision of the last acknowledgement
 	tainted []string // as it was told last
+
+	// waits are those on its host that do not hold what it was told, as it says.
+	waits []string
 
 	// under are the authority key ids of the SVIDs that the subscriber has; nil: it did
 	// not say.
@@ -248,6 +276,7 @@ func (f *Feed) Subscribe(now time.Time, st *domain.State, who Subscriber, resume
 	f.sessions[who.key()] = s
 	f.tell(who.key(), changes)
 	f.progress()
+	f.roster()
 	s.wake()
 	return s, nil
 }
@@ -360,7 +389,7 @@ func (s *Session) everything(st *domain.State) Update {
 		Distrust:       st.Distrust(),
 		Tainted:        st.Tainted(),
 		TaintedChanged: true,
-		Reissue:        reissue(st),
+		Reissue:        s.feed.reissue(st),
 	}
 	s.tainted = u.Tainted
 	clear(s.foreign)
@@ -387,7 +416,7 @@ func (s *Session) delta(st *domain.State) (u Update, relevant bool) {
 	foreign := make(map[string]struct{})
 	lookAtForeign := s.resumed
 	if s.resumed { // nobody knows what it was told
-		u.Tainted, u.TaintedChanged, u.Reissue = st.Tainted(), true, reissue(st)
+		u.Tainted, u.TaintedChanged, u.Reissue = st.Tainted(), true, f.reissue(st)
 		s.tainted = u.Tainted
 	}
 	for n := s.cursor; n < f.next; n++ {
@@ -443,7 +472,7 @@ func (s *Session) delta(st *domain.State) (u Update, relevant bool) {
 			if slices.Equal(tainted, s.tainted) {
 				continue
 			}
-			u.Tainted, u.TaintedChanged, u.Reissue = tainted, true, reissue(st)
+			u.Tainted, u.TaintedChanged, u.Reissue = tainted, true, f.reissue(st)
 			s.tainted = tainted
 		default:
 			continue // agents are no news to others

@@ -18,6 +18,7 @@ import (
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/domain"
+	"github.com/entente-mesh/entente/ca/domain/domaintest"
 	"github.com/entente-mesh/entente/ca/presence"
 )
 
@@ -36,7 +37,7 @@ type fataler interface {
 	Fatalf(format string, args ...any)
 }
 
-func keyID(name string) string { return ca.KeyID([]byte(name)) }
+func keyID(name string) string { return domaintest.KeyID(name) }
 
 func newWorld(t fataler, ring int) *world {
 	w := &world{t: t, st: domain.New(), f: New(keyID("ca-1"), 0, ring)}
@@ -99,12 +100,9 @@ func (w *world) bundleOf(td string, sequence uint64) {
 
 func (w *world) authority(name string) *statev1.Authority {
 	w.t.Helper()
-	key := []byte(name)
-	w.must(&statev1.Command{Body: &statev1.Command_PrepareAuthority{PrepareAuthority: &statev1.PrepareAuthority{Authority: &statev1.Authority{
-		Id: ca.KeyID(key), MemberId: keyID("ca-1"), Use: statev1.KeyUse_KEY_USE_X509, PublicKey: key, Certificate: []byte("certificate"),
-		NotBefore: start.Unix(), NotAfter: start.Add(time.Hour).Unix(),
-	}}}})
-	a, _ := w.st.Authority(ca.KeyID(key))
+	made := domaintest.Authority("ca-1", name, "banking.example", statev1.KeyUse_KEY_USE_X509, start, 20*time.Minute)
+	w.must(domaintest.Prepare(w.st.Cluster(), made))
+	a, _ := w.st.Authority(made.GetId())
 	return a
 }
 
@@ -321,6 +319,7 @@ func TestSlowSubscriberIsCoalescedThenFull(t *testing.T) {
 }
 
 // I6: a foreign bundle, in whatever form, reaches only whom an entry federates.
+// Requirements: 126, 145.
 func TestForeignRootsReachOnlyGateways(t *testing.T) {
 	w := newWorld(t, 0)
 	w.attest("h1")
@@ -381,6 +380,7 @@ func TestForeignRootsReachOnlyGateways(t *testing.T) {
 }
 
 // What a subscriber lost while it was away is taken from it when it resumes.
+// Requirements: 145.
 func TestResumeTakesForeignBundleAway(t *testing.T) {
 	w := newWorld(t, 0)
 	w.attest("h1")
@@ -487,8 +487,8 @@ func TestAcknowledgementMinimum(t *testing.T) {
 		t.Error("one has not acknowledged, and the minimum has reached the authority")
 	}
 	status := w.f.Status(start, longest)
-	if len(status.WaitingFor) != 1 || status.WaitingFor[0] != "/entente/agent/h2" {
-		t.Errorf("waiting for %v", status.WaitingFor)
+	if len(status.Behind) != 1 || status.Behind[0].Name != "agent h2" {
+		t.Errorf("waiting for %v", status.Behind)
 	}
 
 	// A lost subscriber still counts: its workloads run. Until its SVIDs have ended,

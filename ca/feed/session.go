@@ -3,6 +3,7 @@ package feed
 import (
 	"cmp"
 	"slices"
+	"strings"
 	"time"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
@@ -22,6 +23,25 @@ func (s *Session) Ack(revision uint64) {
 	// replica, it may.
 	s.acked = max(s.acked, min(revision, s.feed.revision))
 	s.feed.progress()
+}
+
+// Waits takes the subscriber's word on who on its host does not hold what came since its
+// acknowledgement.
+func (s *Session) Waits(names []string) {
+	s.feed.mu.Lock()
+	defer s.feed.mu.Unlock()
+	if s.live && !slices.Equal(s.waits, names) {
+		s.waits = names
+		s.feed.progress()
+	}
+}
+
+// name is the subscriber with whom it waits for.
+func (s *Session) name() string {
+	if len(s.waits) == 0 {
+		return s.who.String()
+	}
+	return s.who.String() + " (" + strings.Join(s.waits, ", ") + ")"
 }
 
 // held is the revision up to which the subscriber holds everything that concerns it.
@@ -58,6 +78,7 @@ func (s *Session) Close(now time.Time, goodbye bool) {
 		delete(f.sessions, s.who.key())
 		f.progress()
 	}
+	f.roster()
 	f.tell(s.who.key(), f.table.Detach(now, s.who.key(), s.who.Version, goodbye))
 }
 
@@ -209,6 +230,7 @@ func (f *Feed) supersede() {
 		}
 		delete(f.sessions, key)
 		f.progress()
+		f.roster()
 		for w := range f.watchers {
 			w.dirty[key] = struct{}{}
 			w.wake()
@@ -232,6 +254,7 @@ func (f *Feed) Expire(now time.Time, st *domain.State) {
 			continue
 		}
 		delete(f.sessions, key)
+		f.roster()
 		f.tell(key, f.table.Forget(key))
 	}
 }
@@ -239,10 +262,18 @@ func (f *Feed) Expire(now time.Time, st *domain.State) {
 // Status is how far this replica's subscribers are.
 type Status struct {
 	Acknowledged uint64   // minimum over the subscribers; the replica's own revision without any
-	WaitingFor   []string // SPIFFE paths of those at the minimum, at most 10, if it is not the replica's revision
+	Behind       []Behind // those that are not at the replica's revision, the furthest first, at most 64
 	Subscribers  int      // with a stream
 	Revision     uint64   // of the replica
 }
+
+// Behind is a subscriber that does not hold everything.
+type Behind struct {
+	Name string
+	Held uint64 // revision
+}
+
+const maxBehind = 64
 
 // Status computes the minimum. A subscriber whose stream was lost counts until it
 // appears elsewhere, or longest, the longest life of a leaf, has passed: then it holds
@@ -251,27 +282,74 @@ func (f *Feed) Status(now time.Time, longest time.Duration) Status {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	status := Status{Acknowledged: f.revision, Revision: f.revision}
-	var behind []*Session
 	for key, s := range f.sessions {
 		if s.live {
 			status.Subscribers++
 		} else if now.Sub(s.lostAt) > longest {
 			delete(f.sessions, key)
+			f.roster()
 			continue
 		}
 		if held := s.held(); held < f.revision {
-			behind = append(behind, s)
+			status.Behind = append(status.Behind, Behind{s.name(), held})
 			status.Acknowledged = min(status.Acknowledged, held)
 		}
 	}
-	for _, s := range behind {
-		if s.held() == status.Acknowledged {
-			status.WaitingFor = append(status.WaitingFor, s.who.Path)
+	slices.SortFunc(status.Behind, func(a, b Behind) int { return cmp.Or(cmp.Compare(a.Held, b.Held), compare(a.Name, b.Name)) })
+	status.Behind = status.Behind[:min(len(status.Behind), maxBehind)]
+	return status
+}
+
+// Subscribers is how many have a stream.
+func (f *Feed) Subscribers() (n int) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, s := range f.sessions {
+		if s.live {
+			n++
 		}
 	}
-	slices.Sort(status.WaitingFor)
-	status.WaitingFor = status.WaitingFor[:min(len(status.WaitingFor), 10)]
-	return status
+	return n
+}
+
+// Known is a subscriber that counts for the ready gate.
+type Known struct {
+	Subscriber
+	AgentKey string    // key id of its agent when its session began
+	LostAt   time.Time // zero: it has a stream
+}
+
+// Roll is every subscriber that counts, for a replica that is to know them after a
+// restart (Recall).
+func (f *Feed) Roll() []Known {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	roll := make([]Known, 0, len(f.sessions))
+	for _, s := range f.sessions {
+		k := Known{Subscriber: s.who, AgentKey: s.agentKey}
+		if !s.live {
+			k.LostAt = s.lostAt
+		}
+		roll = append(roll, k)
+	}
+	slices.SortFunc(roll, func(a, b Known) int { return compare(a.key(), b.key()) })
+	return roll
+}
+
+// Recall takes up a roll of before a restart: these subscribers count until they come
+// back, here or elsewhere, for nobody knows what they hold. Those that had a stream are
+// lost since now. Called before the feed is used.
+func (f *Feed) Recall(now time.Time, roll []Known) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, k := range roll {
+		s := &Session{Wake: make(chan struct{}, 1), feed: f, who: k.Subscriber, agentKey: k.AgentKey, lostAt: k.LostAt, full: true}
+		if s.lostAt.IsZero() || s.lostAt.After(now) {
+			s.lostAt = now
+		}
+		f.sessions[k.key()] = s
+		f.table.Recall(k.key(), k.Version, s.lostAt)
+	}
 }
 
 // Instances returns every instance that is known.

@@ -1,6 +1,7 @@
 package feed
 
 import (
+	"cmp"
 	"slices"
 	"time"
 
@@ -10,21 +11,21 @@ import (
 )
 
 const (
-	// reissueRate is how many SVIDs a domain's CA nodes are asked to sign in a second
-	// when an authority is tainted: half of what one core signs, so that what else has
-	// to be signed is signed.
+	// reissueRate is the default of Feed.ReissueRate: half of what one core signs, so that
+	// what else has to be signed is signed.
 	reissueRate = 4000
 	maxReissue  = 10 * time.Minute
 )
 
 // reissue is over how long a domain's subscribers spread the renewals after a taint.
 // With few entries there is nothing to spread.
-func reissue(st *domain.State) time.Duration {
-	n := st.EntryCount() + st.AgentCount()
-	if n < reissueRate/10 {
+func (f *Feed) reissue(st *domain.State) time.Duration {
+	rate := cmp.Or(f.ReissueRate, reissueRate)
+	n := float64(st.EntryCount() + st.AgentCount())
+	if n < rate/10 {
 		return 0
 	}
-	return min(time.Duration(n)*time.Second/reissueRate, maxReissue)
+	return min(time.Duration(n/rate*float64(time.Second)), maxReissue)
 }
 
 // Urgent is what does not wait for its turn in the policy lane.
@@ -65,7 +66,7 @@ func (s *Session) Urgent(st *domain.State) (Urgent, bool) {
 	if len(u.Distrust) == 0 && slices.Equal(u.Tainted, s.tainted) {
 		return Urgent{}, false
 	}
-	u.Reissue = reissue(st)
+	u.Reissue = f.reissue(st)
 	return u, true
 }
 
@@ -86,7 +87,7 @@ func (s *Session) Holds(authorityKeyIDs []string) {
 }
 
 // Held is who of this replica's subscribers has SVIDs under one of the authorities: by
-// authority id, SPIFFE paths, sorted, at most 10. Who did not say counts. A subscriber
+// authority id, names, sorted, at most 10. Who did not say counts. A subscriber
 // whose stream was lost counts as in Status.
 func (f *Feed) Held(authorities []string) map[string][]string {
 	f.mu.Lock()
@@ -96,7 +97,7 @@ func (f *Feed) Held(authorities []string) map[string][]string {
 		var by []string
 		for _, s := range f.sessions {
 			if _, holds := s.under[ca.AuthorityKeyID(id)]; holds || s.under == nil {
-				by = append(by, s.who.Path)
+				by = append(by, s.who.String())
 			}
 		}
 		if len(by) > 0 {

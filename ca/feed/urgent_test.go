@@ -89,7 +89,7 @@ func TestHeld(t *testing.T) {
 		t.Fatalf("control: %v", got)
 	}
 	s := w.subscribe(agentSub("h1", 1), 0)
-	if got := held(); !slices.Equal(got, []string{"/entente/agent/h1"}) {
+	if got := held(); !slices.Equal(got, []string{"agent h1"}) {
 		t.Errorf("one that is silent: %v", got)
 	}
 	s.Holds([]string{"something else"})
@@ -126,7 +126,7 @@ func TestReissueIsSpread(t *testing.T) {
 	w := newWorld(t, 0)
 	w.attest("h1")
 	w.apply(service("accounts", "h1"))
-	if got := reissue(w.st); got != 0 {
+	if got := w.f.reissue(w.st); got != 0 {
 		t.Errorf("one SVID is spread over %v", got)
 	}
 	for i := range 10 {
@@ -138,7 +138,7 @@ func TestReissueIsSpread(t *testing.T) {
 		}
 		w.must(&statev1.Command{Body: &statev1.Command_ChangeEntries{ChangeEntries: &statev1.ChangeEntries{Changes: changes}}})
 	}
-	if got := reissue(w.st); got < 2*time.Second || got > 4*time.Second {
+	if got := w.f.reissue(w.st); got < 2*time.Second || got > 4*time.Second {
 		t.Errorf("10,000 SVIDs are spread over %v, 5 s are allowed for all of it", got)
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto"
 	"crypto/rand"
+	"crypto/sha256"
 	"crypto/x509"
 	"errors"
 	"fmt"
@@ -15,6 +16,7 @@ import (
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/domain"
+	"github.com/entente-mesh/entente/ca/rotation"
 )
 
 // use is one kind of authority: each has a key of its own, so that a signature made
@@ -76,105 +78,94 @@ func (n *Node) runAuthorities(ctx context.Context) error {
 	}
 }
 
-// ownAuthorities is what the state says of this node's, of one use.
-type ownAuthorities struct {
-	use      use
-	member   *statev1.Member
-	phase    time.Duration
-	now      time.Time // agreed
-	active   *statev1.Authority
-	prepared *statev1.Authority
-	known    map[string]*statev1.Authority // of any phase
-}
-
-func (n *Node) ownAuthorities(u use) (own ownAuthorities) {
-	own.use = u
-	n.Read(func(st *domain.State) {
-		own.member, _ = st.Member(n.own.id)
-		own.phase, own.now = st.Lifetimes().Phase, st.Now()
-		own.known = make(map[string]*statev1.Authority)
-		for _, a := range st.Authorities() {
-			if a.GetMemberId() != n.own.id || a.GetUse() != u.of {
-				continue
-			}
-			own.known[a.GetId()] = a
-			switch a.GetPhase() {
-			case statev1.AuthorityPhase_AUTHORITY_PHASE_ACTIVE:
-				own.active = a
-			case statev1.AuthorityPhase_AUTHORITY_PHASE_PREPARED:
-				own.prepared = a
-			}
-		}
-	})
+func (n *Node) ownAuthorities(u use) (own rotation.Own) {
+	n.Read(func(st *domain.State) { own = rotation.OwnOf(st, n.own.id, u.of) })
 	return own
 }
 
 func (n *Node) stepAuthorities(ctx context.Context) error {
-	member := n.ownAuthorities(uses[0]).member
-	if !member.GetSigning() {
-		return nil // not admitted as far as this state knows, or a witness
+	member := n.ownAuthorities(uses[0]).Member
+	if member == nil {
+		return nil // not admitted as far as this state knows
 	}
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-	if member.GetRaftAddress() != n.cfg.Advertise.Raft || member.GetApiAddress() != n.cfg.Advertise.API {
+	if member.GetRaftAddress() != n.cfg.Advertise.Raft || member.GetApiAddress() != n.cfg.Advertise.API || member.GetFeatureLevel() != n.cfg.level() {
 		if err := n.moveMember(ctx); err != nil {
 			return err
 		}
 	}
+	if !member.GetSigning() {
+		return nil // a witness
+	}
 	// All of them also when one fails: X.509 does not wait for tokens.
 	var errs []error
 	for _, u := range uses {
-		errs = append(errs, n.stepAuthority(ctx, n.ownAuthorities(u)))
+		errs = append(errs, n.stepAuthority(ctx, u, n.ownAuthorities(u)))
 	}
 	return errors.Join(errs...)
 }
 
-func (n *Node) stepAuthority(ctx context.Context, own ownAuthorities) error {
-	switch {
-	case own.prepared == nil:
-		_, err := n.prepareAuthority(ctx, own)
+func (n *Node) stepAuthority(ctx context.Context, u use, own rotation.Own) error {
+	if err := n.reconcile(ctx, own, u); err != nil {
 		return err
-	case own.prepared.GetReady() && n.mayActivate(own):
-		err := n.agreeSelf(ctx, &statev1.Command{
-			Body: &statev1.Command_ActivateAuthority{ActivateAuthority: &statev1.ActivateAuthority{Id: own.prepared.GetId()}},
-		})
-		if err != nil {
-			return fmt.Errorf("activate %s authority %.12s: %w", own.use.name, own.prepared.GetId(), err)
-		}
-		n.log.Info("authority signs from now on", "authority", own.prepared.GetId(), "use", own.use.name)
 	}
-	return n.dropKeys(own)
+	switch {
+	case own.Prepared == nil:
+		_, err := n.prepareAuthority(ctx, u)
+		return err
+	case !n.signer.Has(own.Prepared.GetId()):
+		// A node that was restored without its keys: it can never use it.
+		n.log.Error("the key of this node's PREPARED authority is lost: giving it up for another one", "authority", own.Prepared.GetId(), "use", u.name)
+		return n.agreeSelf(ctx, &statev1.Command{Body: &statev1.Command_TaintAuthority{TaintAuthority: &statev1.TaintAuthority{Id: own.Prepared.GetId()}}})
+	case own.Prepared.GetReady() && !n.offline.has(own.Prepared.GetId()) && n.due(u, own):
+		if !n.noQuorumSince(time.Now()).IsZero() {
+			return n.activateOffline(own.Prepared.GetId(), "CA node "+n.cfg.Name)
+		}
+		return n.activate(ctx, u, own.Prepared)
+	}
+	return n.dropKeys(u, own)
 }
 
-// moveMember tells everybody where this node is reached now.
+// due: by schedule the PREPARED authority is to be used. With quorum the agreed time
+// counts, so that no clock alone moves anything; without, this node's own.
+func (n *Node) due(u use, own rotation.Own) bool {
+	now := own.Agreed
+	if !n.noQuorumSince(time.Now()).IsZero() {
+		now = n.wall()
+	}
+	var longest time.Duration
+	n.Read(func(st *domain.State) { longest = rotation.LongestOf(st)[u.of] })
+	return own.Due(now, longest)
+}
+
+func (n *Node) activate(ctx context.Context, u use, a *statev1.Authority) error {
+	err := n.agreeSelf(ctx, &statev1.Command{
+		Body: &statev1.Command_ActivateAuthority{ActivateAuthority: &statev1.ActivateAuthority{Id: a.GetId()}},
+	})
+	if err != nil {
+		return fmt.Errorf("activate %s authority %.12s: %w", u.name, a.GetId(), err)
+	}
+	n.log.Info("authority signs from now on", "authority", a.GetId(), "use", u.name)
+	return nil
+}
+
+// moveMember tells everybody where this node is reached now, and what it carries out.
 func (n *Node) moveMember(ctx context.Context) error {
 	outcome, err := n.Propose(ctx, &statev1.Command{
 		Actor: n.cfg.Name,
 		Body: &statev1.Command_UpdateMember{UpdateMember: &statev1.UpdateMember{
 			Id: n.own.id, RaftAddress: n.cfg.Advertise.Raft, ApiAddress: n.cfg.Advertise.API,
+			FeatureLevel: n.cfg.level(),
 		}},
 	})
 	if err == nil && outcome.Refused != nil {
 		err = outcome.Refused
 	}
 	if err != nil {
-		return fmt.Errorf("announce this node's addresses: %w", err)
+		return fmt.Errorf("announce this node's addresses and feature level: %w", err)
 	}
 	return nil
-}
-
-// mayActivate: the first authority at once, each next one when it has been PREPARED for
-// a phase, or when the ACTIVE one is over.
-func (n *Node) mayActivate(own ownAuthorities) bool {
-	now := time.Now()
-	if own.active == nil || now.Unix() >= own.active.GetNotAfter() {
-		return true
-	}
-	made := time.Unix(own.prepared.GetNotAfter(), 0).Add(-3 * own.phase)
-	if begin := time.Unix(own.prepared.GetNotBefore(), 0); made.Before(begin) {
-		made = begin // its upstream ends sooner than in three phases
-	}
-	return now.Sub(made) >= own.phase
 }
 
 // agreeSelf has something agreed that this node decided by itself, and records it.
@@ -191,51 +182,54 @@ func (n *Node) agreeSelf(ctx context.Context, command *statev1.Command) error {
 	return nil
 }
 
-// prepareNow prepares an authority because an operator wants one.
-func (n *Node) prepareNow(ctx context.Context) (id string, err error) {
-	own := n.ownAuthorities(uses[0]) // X.509; tokens are renewed by the schedule alone
-	switch {
-	case !own.member.GetSigning():
-		return "", errors.New("this CA node does not sign")
-	case own.prepared != nil:
-		return own.prepared.GetId(), nil
+// prepareNow prepares an authority of one use because an operator wants one.
+func (n *Node) prepareNow(ctx context.Context, of statev1.KeyUse) (id string, err error) {
+	i := slices.IndexFunc(uses, func(u use) bool { return u.of == of })
+	if i < 0 {
+		return "", fmt.Errorf("%s is no use of an authority", of)
 	}
-	return n.prepareAuthority(ctx, own)
+	if !n.ownAuthorities(uses[i]).Member.GetSigning() {
+		return "", errors.New("this CA node does not sign")
+	}
+	return n.prepareAuthority(ctx, uses[i])
 }
 
-func (n *Node) prepareAuthority(ctx context.Context, own ownAuthorities) (id string, err error) {
+func (n *Node) prepareAuthority(ctx context.Context, u use) (id string, err error) {
 	n.preparing.Lock() // the schedule and an operator want one at the same time
 	defer n.preparing.Unlock()
-	if now := n.ownAuthorities(own.use); now.prepared != nil {
-		return now.prepared.GetId(), nil
+	own := n.ownAuthorities(u)
+	if own.Prepared != nil {
+		return own.Prepared.GetId(), nil
 	}
-	key, err := n.freshKey(own)
+	key, err := n.freshKey(u, own)
 	if err != nil {
 		return "", err
 	}
-	authority, err := n.makeAuthority(ctx, key, own)
+	authority, err := n.makeAuthority(ctx, key, u, own)
 	if err != nil {
 		return "", err
 	}
-	err = n.agreeSelf(ctx, &statev1.Command{
-		Body: &statev1.Command_PrepareAuthority{PrepareAuthority: &statev1.PrepareAuthority{Authority: authority}},
-	})
+	proposal, err := n.signAuthority(authority)
 	if err != nil {
-		return "", fmt.Errorf("prepare %s authority %.12s: %w", own.use.name, authority.GetId(), err)
+		return "", err
 	}
-	n.log.Info("authority is in the bundle", "authority", authority.GetId(), "use", own.use.name)
+	err = n.agreeSelf(ctx, &statev1.Command{Body: &statev1.Command_PrepareAuthority{PrepareAuthority: proposal}})
+	if err != nil {
+		return "", fmt.Errorf("prepare %s authority %.12s: %w", u.name, authority.GetId(), err)
+	}
+	n.log.Info("authority is in the bundle", "authority", authority.GetId(), "use", u.name)
 	return authority.GetId(), nil
 }
 
 // freshKey returns a key that was made for an authority and never became one, or a new
 // one.
-func (n *Node) freshKey(own ownAuthorities) (crypto.Signer, error) {
+func (n *Node) freshKey(u use, own rotation.Own) (crypto.Signer, error) {
 	names, err := n.own.keys.Names()
 	if err != nil {
 		return nil, err
 	}
 	for _, name := range names {
-		if !strings.HasPrefix(name, own.use.prefix) {
+		if !strings.HasPrefix(name, u.prefix) {
 			continue
 		}
 		key, err := n.own.keys.Load(name)
@@ -246,15 +240,15 @@ func (n *Node) freshKey(own ownAuthorities) (crypto.Signer, error) {
 		if err != nil {
 			return nil, err
 		}
-		if own.known[id] == nil && n.suits(own.use, key) {
+		if own.Known[id] == nil && n.suits(u, key) {
 			return key, nil
 		}
 	}
 	create := n.own.keys.Create
-	if own.use.of == statev1.KeyUse_KEY_USE_JWT && n.cfg.Keys.JWT == ca.RS256 {
+	if u.of == statev1.KeyUse_KEY_USE_JWT && n.cfg.Keys.JWT == ca.RS256 {
 		create = n.own.keys.CreateRSA
 	}
-	key, err := create(own.use.prefix + newBootID())
+	key, err := create(u.prefix + newBootID())
 	if err != nil {
 		return nil, err
 	}
@@ -271,15 +265,15 @@ func (n *Node) suits(u use, key crypto.Signer) bool {
 	return err == nil && alg == cmp.Or(n.cfg.Keys.JWT, ca.ES256)
 }
 
-func (n *Node) makeAuthority(ctx context.Context, key crypto.Signer, own ownAuthorities) (*statev1.Authority, error) {
-	phase := own.phase
-	if own.use.of != statev1.KeyUse_KEY_USE_X509 {
+func (n *Node) makeAuthority(ctx context.Context, key crypto.Signer, u use, own rotation.Own) (*statev1.Authority, error) {
+	phase := own.Phase
+	if u.of != statev1.KeyUse_KEY_USE_X509 {
 		spki, err := x509.MarshalPKIXPublicKey(key.Public())
 		if err != nil {
 			return nil, err
 		}
 		now := time.Now()
-		return ca.NewTokenAuthority(n.own.id, own.use.of, spki, now, phase, now)
+		return ca.NewTokenAuthority(n.own.id, u.of, spki, now, phase, now)
 	}
 	var serial [16]byte
 	rand.Read(serial[:])
@@ -299,11 +293,29 @@ func (n *Node) makeAuthority(ctx context.Context, key crypto.Signer, own ownAuth
 	return ca.NewAuthority(n.td, n.own.id, der, nil, phase, now)
 }
 
+// signAuthority makes the authority this node's own word.
+func (n *Node) signAuthority(authority *statev1.Authority) (*statev1.PrepareAuthority, error) {
+	spki, err := x509.MarshalPKIXPublicKey(n.own.key.Public())
+	if err != nil {
+		return nil, err
+	}
+	var sum [sha256.Size]byte
+	n.Read(func(st *domain.State) { sum = ca.AuthorityStatement(st.Cluster(), authority) })
+	signature, err := n.own.key.Sign(rand.Reader, sum[:], crypto.SHA256)
+	if err == nil {
+		signature, err = ca.FixedSignature(signature)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("sign the authority with the node key: %w", err)
+	}
+	return &statev1.PrepareAuthority{Authority: authority, NodeKey: spki, Signature: signature}, nil
+}
+
 // dropKeys deletes the keys of authorities that will never sign again.
-func (n *Node) dropKeys(own ownAuthorities) error {
+func (n *Node) dropKeys(u use, own rotation.Own) error {
 	var over bool
-	for id, a := range own.known {
-		if a != own.active && a != own.prepared && n.signer.Has(id) {
+	for id, a := range own.Known {
+		if a != own.Active && a != own.Prepared && n.signer.Has(id) {
 			over = true
 		}
 	}
@@ -315,7 +327,7 @@ func (n *Node) dropKeys(own ownAuthorities) error {
 		return err
 	}
 	for _, name := range names {
-		if !strings.HasPrefix(name, own.use.prefix) {
+		if !strings.HasPrefix(name, u.prefix) {
 			continue
 		}
 		key, err := n.own.keys.Load(name)
@@ -326,7 +338,7 @@ func (n *Node) dropKeys(own ownAuthorities) error {
 		if err != nil {
 			return err
 		}
-		if a := own.known[id]; a != nil && a != own.active && a != own.prepared {
+		if a := own.Known[id]; a != nil && a != own.Active && a != own.Prepared {
 			if err := n.own.keys.Delete(name); err != nil {
 				return err
 			}

@@ -7,6 +7,8 @@ import (
 	"io"
 	"net"
 	"path/filepath"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -42,14 +44,21 @@ type Config struct {
 	// Lifetimes are the domain's. They are read by init only.
 	Lifetimes Lifetimes `yaml:"lifetimes"`
 	// MinVoters is how many voters a removal leaves at least; 0: one. Read by init only.
-	MinVoters int    `yaml:"minVoters"`
-	Timing    Timing `yaml:"timing"`
-	Audit     Audit  `yaml:"audit"`
-	Log       Log    `yaml:"log"`
+	MinVoters int `yaml:"minVoters"`
+	// ReissueRate is how many SVIDs this node asks its agents and gateways to have signed
+	// in the whole domain, a second, when an authority is tainted. Default 4000/s.
+	ReissueRate yamlfile.Rate `yaml:"reissueRate"`
+
+	Timing Timing `yaml:"timing"`
+	Audit  Audit  `yaml:"audit"`
+	Log    Log    `yaml:"log"`
 
 	// Tests of this package fail or stall the log's disk, and set this node's clock alone.
 	beforeWrite func() error
 	clockError  func() time.Duration
+	// pretendLevel: this node says that its feature level is another.
+	pretendLevel uint32
+	compareEvery uint64 // 0: checksumEvery
 }
 
 // Listen is where the node listens, each HOST:PORT.
@@ -209,7 +218,11 @@ func (c *Config) Complete() error {
 			errs = append(errs, at.Errorf("%s: %v", what, err))
 		}
 	}
-	_, err := ca.ParseTrustDomain(c.TrustDomain)
+	td, err := ca.ParseTrustDomain(c.TrustDomain)
+	if err == nil && slices.Contains(strings.Split(td.Name(), "."), "") {
+		// SPIFFE allows it; crypto/x509 reads no certificate with it, our own neither.
+		err = fmt.Errorf("%q begins or ends with a dot or has two in a row: its certificates could not be read", td.Name())
+	}
 	check(c.At("trustDomain"), "trustDomain", err)
 	check(c.At("name"), "name", ca.CheckLabel(c.Name))
 	check(c.At("datacenter"), "datacenter", ca.CheckLabel(c.Datacenter))

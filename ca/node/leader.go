@@ -10,9 +10,9 @@ import (
 	"time"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
-	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/domain"
 	"github.com/entente-mesh/entente/ca/replica"
+	"github.com/entente-mesh/entente/ca/rotation"
 	"github.com/entente-mesh/entente/ca/server"
 )
 
@@ -207,8 +207,7 @@ func (n *Node) stepMembers(ctx context.Context) error {
 // this node leads or not; only the leader uses them.
 type gate struct {
 	mu      sync.Mutex
-	reports map[string]reported  // by member id
-	seen    map[string]time.Time // authority id -> when this leader first saw it PREPARED
+	reports map[string]reported // by member id
 	changed broadcast
 }
 
@@ -240,19 +239,6 @@ func (g *gate) reset() {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	clear(g.reports)
-	g.seen = make(map[string]time.Time)
-}
-
-// since is how long this leader has seen the authority PREPARED.
-func (g *gate) since(authority string, now time.Time) time.Duration {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	first, ok := g.seen[authority]
-	if !ok {
-		first = now
-		g.seen[authority] = now
-	}
-	return now.Sub(first)
 }
 
 // keepGate marks authorities ready when everybody holds them (I3).
@@ -271,57 +257,48 @@ func (n *Node) keepGate(ctx context.Context) {
 	}
 }
 
-// gateView is what the ready gate is decided from.
-type gateView struct {
-	members []*statev1.Member
-	pending []*statev1.Authority // PREPARED and not ready
-	tainted []*statev1.Authority // TAINTED and not drained
-	active  map[ownedBy]*statev1.Authority
-	peers   []string // trust domains
-	hint    time.Duration
-	longest map[statev1.KeyUse]time.Duration // life of an SVID
-}
-
-type ownedBy struct {
-	member string
-	use    statev1.KeyUse
-}
-
-func (n *Node) gateView() (v gateView) {
-	n.Read(func(st *domain.State) {
-		v.active = make(map[ownedBy]*statev1.Authority)
-		for _, a := range st.Authorities() {
-			switch {
-			case a.GetPhase() == statev1.AuthorityPhase_AUTHORITY_PHASE_PREPARED && !a.GetReady():
-				v.pending = append(v.pending, a)
-			case a.GetPhase() == statev1.AuthorityPhase_AUTHORITY_PHASE_TAINTED && !a.GetDrained():
-				v.tainted = append(v.tainted, a)
-			case ca.Signs(a.GetPhase()):
-				v.active[ownedBy{a.GetMemberId(), a.GetUse()}] = a
-			}
-		}
-		if len(v.pending)+len(v.tainted) == 0 {
-			return
-		}
-		v.members, v.peers = st.Members(), st.Peers()
-		v.hint = st.Lifetimes().RefreshHint
-		phase := st.Lifetimes().Phase
-		v.longest = map[statev1.KeyUse]time.Duration{
-			statev1.KeyUse_KEY_USE_X509: n.leaves.longest(st),
-			statev1.KeyUse_KEY_USE_JWT:  min(ca.MaxJWTSVID, phase),
-			statev1.KeyUse_KEY_USE_WIT:  min(ca.MaxWITSVID, phase),
-		}
-	})
+func (n *Node) gateView() (v rotation.View) {
+	n.Read(func(st *domain.State) { v = rotation.Look(st) })
 	return v
+}
+
+// reports are the members' words that count now, this node's own among them.
+func (n *Node) reports() rotation.Reports {
+	now, own := time.Now(), n.report()
+	return func(member string) (rotation.Report, bool) {
+		if member == n.own.id {
+			return gateReport(own), true
+		}
+		r, ok := n.gate.last(member, now)
+		return gateReport(r.Report), ok
+	}
+}
+
+func gateReport(r server.Report) rotation.Report {
+	out := rotation.Report{Applied: r.Applied, Acknowledged: r.Acknowledged, Settled: r.Settled, Held: r.Held}
+	for _, b := range r.WaitingFor {
+		out.WaitingFor = append(out.WaitingFor, rotation.Behind(b))
+	}
+	return out
 }
 
 func (n *Node) stepGate(ctx context.Context, said map[string]string) {
 	v := n.gateView()
-	now := time.Now()
-	for _, a := range v.pending {
-		waiting, assumed := n.waitingFor(v, a, now)
-		if len(waiting) > 0 && !leaveBehind(v, a, now) {
-			if text := strings.Join(waiting, "; "); said[a.GetId()] != text {
+	reports := n.reports()
+	overdue := 0
+	for _, a := range v.Pending {
+		waiting, assumed := v.WaitingFor(a, reports)
+		if len(waiting) > 0 && !v.LeaveBehind(a) {
+			text := strings.Join(waiting, "; ")
+			switch {
+			case v.Overdue(a):
+				overdue++
+				if said[a.GetId()] != "overdue" {
+					said[a.GetId()] = "overdue"
+					n.log.Error("an authority should be in use by now, and not everybody holds it: see who is waited for, and mend or remove it; else it is left behind when the one before cannot sign full-length SVIDs any more",
+						"authority", a.GetId(), "waiting_for", text)
+				}
+			case said[a.GetId()] != text:
 				said[a.GetId()] = text
 				n.log.Debug("an authority waits until everybody holds it", "authority", a.GetId(), "waiting_for", text)
 			}
@@ -331,68 +308,86 @@ func (n *Node) stepGate(ctx context.Context, said map[string]string) {
 			n.log.Error("an authority is used although not everybody holds it: the one before ends", "authority", a.GetId(), "left_behind", waiting)
 		}
 		assumed = append(assumed, waiting...)
-		if n.mark(ctx, a, &statev1.Command{Body: &statev1.Command_AuthorityReady{AuthorityReady: &statev1.AuthorityReady{Id: a.GetId(), Assumed: assumed}}}) {
+		if _, err := n.markReady(ctx, a, assumed, ""); err == nil {
 			delete(said, a.GetId())
 			n.log.Info("everybody holds the authority", "authority", a.GetId(), "assumed", assumed)
 		}
 	}
-	for _, a := range v.tainted {
-		holding, silent := n.holding(v, a, now)
-		// Whoever does not say it has an SVID under it no longer, for those have ended.
-		over := n.gate.since("tainted "+a.GetId(), now) > v.longest[a.GetUse()]
-		if len(holding)+len(silent) > 0 && !over {
+	n.overdue.Store(int64(overdue))
+	for _, a := range v.Tainted {
+		holding, silent := v.Holding(a, reports)
+		if len(holding)+len(silent) > 0 && !v.Ended(a) {
 			continue
 		}
 		assumed := append(holding, silent...)
-		if n.mark(ctx, a, &statev1.Command{Body: &statev1.Command_AuthorityDrained{AuthorityDrained: &statev1.AuthorityDrained{Id: a.GetId(), Assumed: assumed}}}) {
+		if _, err := n.mark(ctx, a, &statev1.Command{Body: &statev1.Command_AuthorityDrained{AuthorityDrained: &statev1.AuthorityDrained{Id: a.GetId(), Assumed: assumed}}}); err == nil {
 			n.log.Info("nobody has an SVID under the tainted authority any more: it can be revoked", "authority", a.GetId(), "assumed", assumed)
 		}
 	}
 }
 
-// mark has the outcome of a gate agreed.
-func (n *Node) mark(ctx context.Context, a *statev1.Authority, command *statev1.Command) bool {
-	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
-	defer cancel()
-	command.Actor = "CA node " + n.cfg.Name
-	outcome, err := n.replica.Load().Propose(ctx, command)
-	switch {
-	case err != nil:
-		n.log.Debug("what is known of an authority could not be agreed; trying again", "authority", a.GetId(), "error", err)
-		return false
-	case outcome.Refused != nil:
-		n.log.Warn("what is known of an authority was refused", "authority", a.GetId(), "error", outcome.Refused)
-	}
-	n.audit.Command(command, outcome, nil)
-	return outcome.Refused == nil
+func (n *Node) markReady(ctx context.Context, a *statev1.Authority, assumed []string, who string) (revision uint64, err error) {
+	return n.mark(ctx, a, &statev1.Command{Actor: who, Body: &statev1.Command_AuthorityReady{AuthorityReady: &statev1.AuthorityReady{Id: a.GetId(), Assumed: assumed}}})
 }
 
-// holding says who has SVIDs under a TAINTED authority, and which members cannot tell.
-// A member's word counts only when it has applied the taint: from then on its own
-// authority signs no more, and its subscribers are asked.
-func (n *Node) holding(v gateView, a *statev1.Authority, now time.Time) (holding, silent []string) {
-	own := n.report()
-	for _, m := range v.members {
-		report := own
-		if m.GetId() != n.own.id {
-			r, ok := n.gate.last(m.GetId(), now)
-			if !ok {
-				silent = append(silent, "CA node "+m.GetName()+" does not report")
-				continue
-			}
-			report = r.Report
-		}
-		switch {
-		case !report.Settled:
-			silent = append(silent, "CA node "+m.GetName()+" started a moment ago")
-		case report.Applied < a.GetRevision():
-			silent = append(silent, "CA node "+m.GetName()+" lags behind")
-		default:
-			holding = append(holding, report.Held[a.GetId()]...)
+// mark has the outcome of a gate agreed; an operator's, if the command says so.
+func (n *Node) mark(ctx context.Context, a *statev1.Authority, command *statev1.Command) (revision uint64, err error) {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	if command.Actor == "" {
+		command.Actor = "CA node " + n.cfg.Name
+	}
+	outcome, err := n.replica.Load().Propose(ctx, command)
+	if err != nil {
+		n.log.Debug("what is known of an authority could not be agreed; trying again", "authority", a.GetId(), "error", err)
+		return 0, err
+	}
+	n.audit.Command(command, outcome, nil)
+	if outcome.Refused != nil {
+		n.log.Warn("what is known of an authority was refused", "authority", a.GetId(), "error", outcome.Refused)
+		return 0, outcome.Refused
+	}
+	return outcome.Revision, nil
+}
+
+// markExcluding marks an authority as ready without the word of members that do not
+// report, because an operator said so.
+func (n *Node) markExcluding(ctx context.Context, id string, exclude []string, who string) (revision uint64, err error) {
+	if !n.IsLeader() {
+		return 0, server.ErrNotLeader
+	}
+	v, reports := n.gateView(), n.reports()
+	for _, name := range exclude {
+		if err := v.MayExclude(name, reports); err != nil {
+			return 0, err
 		}
 	}
-	slices.Sort(holding)
-	return slices.Compact(holding), silent
+	i := slices.IndexFunc(v.Pending, func(a *statev1.Authority) bool { return a.GetId() == id })
+	if i < 0 {
+		return 0, fmt.Errorf("authority %.12s waits for nobody", id)
+	}
+	waiting, assumed := v.WaitingFor(v.Pending[i], reports, exclude...)
+	if len(waiting) > 0 {
+		return 0, fmt.Errorf("authority %.12s is not held by everybody yet, who lacks it would refuse what it signs: it waits for %s", id, strings.Join(waiting, "; "))
+	}
+	n.log.Warn("an authority is marked ready without the word of CA nodes that an operator excluded", "authority", id, "excluded", exclude, "who", who)
+	return n.markReady(ctx, v.Pending[i], assumed, who)
+}
+
+// askMarkExcluding asks the leader, wherever it is, and waits until this node knows.
+func (n *Node) askMarkExcluding(ctx context.Context, id string, exclude []string, who string) error {
+	revision, err := n.markExcluding(ctx, id, exclude, who)
+	if errors.Is(err, server.ErrNotLeader) {
+		leader := n.leader()
+		if leader == nil {
+			return errors.New("no CA node leads now: nobody knows who has acknowledged what")
+		}
+		revision, err = n.peers.MarkReady(ctx, leader, id, exclude, who)
+	}
+	if err != nil {
+		return err
+	}
+	return n.reach(ctx, revision)
 }
 
 // localGate says who stands between each authority and its next phase. Only the leader
@@ -401,14 +396,14 @@ func (n *Node) localGate() (map[string]server.Gate, error) {
 	if !n.IsLeader() {
 		return nil, server.ErrNotLeader
 	}
-	v, now := n.gateView(), time.Now()
+	v, reports := n.gateView(), n.reports()
 	gates := make(map[string]server.Gate)
-	for _, a := range v.pending {
-		waiting, assumed := n.waitingFor(v, a, now)
-		gates[a.GetId()] = server.Gate{WaitingFor: waiting, Assumed: assumed}
+	for _, a := range v.Pending {
+		waiting, assumed := v.WaitingFor(a, reports)
+		gates[a.GetId()] = server.Gate{WaitingFor: waiting, Assumed: assumed, Overdue: v.Overdue(a)}
 	}
-	for _, a := range v.tainted {
-		holding, silent := n.holding(v, a, now)
+	for _, a := range v.Tainted {
+		holding, silent := v.Holding(a, reports)
 		gates[a.GetId()] = server.Gate{WaitingFor: append(holding, silent...)}
 	}
 	return gates, nil
@@ -427,48 +422,4 @@ func (n *Node) askGate(ctx context.Context) (map[string]server.Gate, error) {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
 	return n.peers.Gate(ctx, leader)
-}
-
-// waitingFor says who may not hold an authority yet. A member that does not report
-// counts: nobody knows what its subscribers hold. Other domains are assumed to hold it
-// three of our refresh hints after it was published.
-func (n *Node) waitingFor(v gateView, a *statev1.Authority, now time.Time) (waiting, assumed []string) {
-	for _, m := range v.members {
-		var acknowledged uint64
-		var who []string
-		var settled bool
-		if m.GetId() == n.own.id {
-			status := n.status()
-			acknowledged, who, settled = status.Acknowledged, status.WaitingFor, n.settled()
-		} else {
-			r, ok := n.gate.last(m.GetId(), now)
-			if !ok {
-				waiting = append(waiting, "CA node "+m.GetName()+" does not report")
-				continue
-			}
-			acknowledged, who, settled = r.Acknowledged, r.WaitingFor, r.Settled
-		}
-		switch {
-		case !settled:
-			waiting = append(waiting, "CA node "+m.GetName()+" started a moment ago")
-		case acknowledged < a.GetPreparedRevision():
-			waiting = append(waiting, fmt.Sprintf("CA node %s: %s", m.GetName(), strings.Join(who, ", ")))
-		}
-	}
-	since := n.gate.since(a.GetId(), now)
-	for _, peer := range v.peers {
-		if since < 3*v.hint {
-			waiting = append(waiting, "domain "+peer)
-		} else {
-			assumed = append(assumed, "domain "+peer)
-		}
-	}
-	return waiting, assumed
-}
-
-// leaveBehind: one silent agent cannot stop rotation. Stragglers are waited for while
-// the member's ACTIVE authority can still sign leaves of full length.
-func leaveBehind(v gateView, a *statev1.Authority, now time.Time) bool {
-	active, longest := v.active[ownedBy{a.GetMemberId(), a.GetUse()}], v.longest[a.GetUse()]
-	return active != nil && time.Unix(active.GetNotAfter(), 0).Sub(now) < longest+longest/4
 }

@@ -13,6 +13,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"runtime/debug"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -22,10 +23,10 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
-	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/domain"
 	"github.com/entente-mesh/entente/ca/feed"
 	"github.com/entente-mesh/entente/ca/replica"
+	"github.com/entente-mesh/entente/ca/rotation"
 	"github.com/entente-mesh/entente/ca/server"
 	"github.com/entente-mesh/entente/ca/signer"
 	"github.com/entente-mesh/entente/federation/exchange"
@@ -59,9 +60,10 @@ type Node struct {
 	clock    clock
 	svids    *svids
 	gate     gate
+	offline  offline
+	overdue  atomic.Int64 // authorities that the leader waits for longer than a phase
 	foreign  foreignStatus
 	wit      atomic.Bool // a relationship asks for WIT keys
-	leaves   leaves
 	registry *prometheus.Registry
 	audit    *server.Audit
 	auditLog *daemon.LogFile // nil: not to a file
@@ -73,6 +75,7 @@ type Node struct {
 	preparing sync.Mutex  // one authority at a time
 	swapped   broadcast   // another replica took the place of a failed one
 	odd       chan uint64 // indexes at which this node's state was not the leader's
+	compared  atomic.Uint64
 }
 
 // settleTime is how long the subscribers of a node that restarted are given to come
@@ -111,11 +114,13 @@ func New(cfg *Config, log *slog.Logger, listeners Listeners) (_ *Node, err error
 		recheck:   make(chan struct{}, 1),
 		odd:       make(chan uint64, 1),
 	}
+	n.feed.ReissueRate = cfg.ReissueRate.PerSecond
+	n.recallSubscribers()
 	n.bundles = server.NewBundles(n.td)
 	if err := n.openAudit(); err != nil {
 		return nil, err
 	}
-	n.signer = signer.New(signer.Config{Active: n.activeFor, Clock: n.signerClock, Issuer: cfg.OIDC.Issuer, Signed: func(i signer.Issued) {
+	n.signer = signer.New(signer.Config{TrustDomain: n.td, Active: n.activeFor, Clock: n.signerClock, Issuer: cfg.OIDC.Issuer, Signed: func(i signer.Issued) {
 		n.audit.Issued(i, n.feed.Revision())
 	}})
 	if err := n.loadAuthorityKeys(); err != nil {
@@ -137,6 +142,10 @@ func New(cfg *Config, log *slog.Logger, listeners Listeners) (_ *Node, err error
 		Reported:    n.gate.reported,
 		Gate:        n.askGate,
 		LocalGate:   n.localGate,
+		MarkReady:   n.markExcluding,
+		Exclude:     n.askMarkExcluding,
+		Offline:     n.activateOffline,
+		IsOffline:   n.offline.has,
 		Prepare:     n.prepareNow,
 		Audit:       n.audit,
 		Nodes:       n.nodes,
@@ -165,12 +174,16 @@ func New(cfg *Config, log *slog.Logger, listeners Listeners) (_ *Node, err error
 		if cluster := st.Cluster(); cluster != nil && cluster.GetTrustDomain() != n.td.Name() {
 			err = fmt.Errorf("%s holds a CA node of %s, the configuration says %s", cfg.DataDir, cluster.GetTrustDomain(), cfg.TrustDomain)
 		}
+		if level := st.FeatureLevel(); level > domain.FeatureLevel {
+			err = fmt.Errorf("the cluster is at feature level %d, this release knows %d: install the release of the other CA nodes", level, domain.FeatureLevel)
+		}
 		n.hadAgents = st.AgentCount() > 0
 	})
 	if err != nil {
 		return nil, err
 	}
 	n.registerMetrics()
+	debug.FreeOSMemory() // of reading the state: it is not needed again soon
 	return n, nil
 }
 
@@ -244,6 +257,7 @@ func (n *Node) Run(ctx context.Context) error {
 	group.Go("leadership", n.runLeadership)
 	group.Go("presence", n.runPresence)
 	group.Go("reports", n.runReports)
+	group.Go("subscribers", n.runSubscribers)
 	group.Go("rechecks", n.runRechecks)
 	if n.upstream != nil {
 		group.Go("upstream", n.watchUpstream)
@@ -342,6 +356,9 @@ func (n *Node) onApply(outcome domain.Outcome) {
 		return // New calls onRestore when the replica is there
 	}
 	r.Read(func(st *domain.State) { n.clock.applied(st.Now()) })
+	if outcome.Checked != 0 {
+		n.compared.Store(outcome.Checked)
+	}
 	if outcome.Diverged {
 		select {
 		case n.odd <- outcome.Checked:
@@ -462,13 +479,20 @@ func (n *Node) info() server.Info {
 // activeAuthority is this node's ACTIVE X.509 authority.
 func (n *Node) activeAuthority() *statev1.Authority { return n.activeFor(statev1.KeyUse_KEY_USE_X509) }
 
-// activeFor is this node's ACTIVE authority for one use.
+// activeFor is the authority that this node signs with for one use: the ACTIVE one, or
+// the one that it took into use without quorum.
 func (n *Node) activeFor(use statev1.KeyUse) (active *statev1.Authority) {
 	r := n.replica.Load()
 	if r == nil {
 		return nil
 	}
-	r.Read(func(st *domain.State) { active, _ = st.Active(n.own.id, use) })
+	taken := n.offline.record(use)
+	r.Read(func(st *domain.State) {
+		var offline bool
+		if active, offline = rotation.Signing(st, n.own.id, use, taken.GetId()); offline {
+			active = taken
+		}
+	})
 	return active
 }
 
@@ -493,30 +517,8 @@ func (n *Node) openAudit() error {
 // status is how far this replica's subscribers are.
 func (n *Node) status() feed.Status {
 	var longest time.Duration
-	n.Read(func(st *domain.State) { longest = n.leaves.longest(st) })
+	n.Read(func(st *domain.State) { longest = st.LongestLeaf() })
 	return n.feed.Status(time.Now(), longest)
-}
-
-// leaves knows the longest life of any SVID that the domain issues.
-type leaves struct {
-	mu       sync.Mutex
-	revision uint64
-	life     time.Duration
-}
-
-// longest looks at all entries once per revision.
-func (l *leaves) longest(st *domain.State) time.Duration {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.life != 0 && l.revision == st.Revision() {
-		return l.life
-	}
-	lifetimes := st.Lifetimes()
-	l.revision, l.life = st.Revision(), max(lifetimes.X509SVID, lifetimes.AgentSVID)
-	for e := range st.Entries() {
-		l.life = max(l.life, ca.SVIDLife(e, lifetimes))
-	}
-	return l.life
 }
 
 // settled: what this node says of its subscribers is the whole truth.
@@ -533,6 +535,9 @@ func (n *Node) registerMetrics() {
 			return 1
 		}
 		return 0
+	})
+	gauge("entente_ca_compared_index", "Log entry at which this node's state was last compared with the leader's.", func() float64 {
+		return float64(n.compared.Load())
 	})
 	gauge("entente_ca_signing", "1 while this node can sign.", func() float64 {
 		if n.signer.Ready(statev1.KeyUse_KEY_USE_X509) == nil {
@@ -565,6 +570,15 @@ func (n *Node) registerMetrics() {
 	})
 	gauge("entente_ca_signs_without_quorum_seconds", "How long this node goes on signing if nothing can be agreed any more.", func() float64 {
 		return n.autonomy(time.Now()).Seconds()
+	})
+	gauge("entente_ca_rotations_overdue", "At the leader: authorities that should be in use by now and are not held by everybody.", func() float64 {
+		if !n.IsLeader() {
+			return 0
+		}
+		return float64(n.overdue.Load())
+	})
+	gauge("entente_ca_authorities_offline", "Authorities that this node took into use without quorum.", func() float64 {
+		return float64(n.offline.count())
 	})
 	if n.upstream != nil {
 		gauge("entente_ca_upstream_certifies_seconds", "How long the upstream goes on certifying authorities; 0: not any more, or it cannot be used.", func() float64 {

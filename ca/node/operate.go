@@ -47,11 +47,11 @@ func (n *Node) notAgreeing(now time.Time) string {
 func (n *Node) autonomy(now time.Time) time.Duration {
 	own := n.ownAuthorities(uses[0]) // X.509: without it nothing else is reached
 	var end int64
-	if own.active != nil {
-		end = own.active.GetNotAfter()
+	if own.Active != nil {
+		end = own.Active.GetNotAfter()
 	}
-	if own.prepared.GetReady() {
-		end = max(end, own.prepared.GetNotAfter())
+	if own.Prepared.GetReady() {
+		end = max(end, own.Prepared.GetNotAfter())
 	}
 	return max(time.Unix(end, 0).Sub(now), 0)
 }

@@ -67,7 +67,7 @@ func (n *Node) report() server.Report {
 		BootID:       n.bootID,
 		Applied:      status.Revision,
 		Acknowledged: status.Acknowledged,
-		WaitingFor:   status.WaitingFor,
+		WaitingFor:   status.Behind,
 		Clock:        n.wall(),
 		Settled:      n.settled(),
 		Held:         n.held(),

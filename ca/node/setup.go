@@ -11,6 +11,7 @@ import (
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	"github.com/entente-mesh/entente/ca"
+	"github.com/entente-mesh/entente/ca/domain"
 	"github.com/entente-mesh/entente/ca/keystore"
 	"github.com/entente-mesh/entente/ca/replica"
 	"github.com/entente-mesh/entente/ca/server"
@@ -119,8 +120,16 @@ func (c *Config) firstMember(own *identity) *statev1.Member {
 	return &statev1.Member{
 		Id: own.id, Name: c.Name, Datacenter: c.Datacenter,
 		RaftAddress: c.Advertise.Raft, ApiAddress: c.Advertise.API,
-		Voter: true, Signing: true,
+		Voter: true, Signing: true, FeatureLevel: c.level(),
 	}
+}
+
+// level is which commands this node says that it carries out.
+func (c *Config) level() uint32 {
+	if c.pretendLevel != 0 {
+		return c.pretendLevel
+	}
+	return domain.FeatureLevel
 }
 
 // Join has the node admitted to a running cluster by a one-time token. It may be
@@ -146,7 +155,7 @@ func Join(ctx context.Context, cfg *Config, tokenText string) error {
 	}
 	result, err := server.Join(ctx, server.JoinRequest{
 		Token: token, Certificate: own.cert,
-		RaftAddress: cfg.Advertise.Raft, APIAddress: cfg.Advertise.API,
+		RaftAddress: cfg.Advertise.Raft, APIAddress: cfg.Advertise.API, Level: cfg.level(),
 	})
 	if err != nil {
 		return fail(err)

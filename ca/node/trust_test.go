@@ -1,10 +1,15 @@
 package node_test
 
 import (
+	"bytes"
+	"cmp"
 	"context"
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -155,7 +160,7 @@ func TestAuthorityListSaysForWhom(t *testing.T) {
 			}
 			for _, a := range r.GetAuthorities() {
 				if a.GetAuthority().GetPhase() == statev1.AuthorityPhase_AUTHORITY_PHASE_PREPARED && !a.GetAuthority().GetReady() &&
-					strings.Contains(strings.Join(a.GetWaitingFor(), " "), "/entente/agent/h1") {
+					strings.Contains(strings.Join(a.GetWaitingFor(), " "), "agent h1") {
 					waiting = a
 					return nil
 				}
@@ -164,7 +169,7 @@ func TestAuthorityListSaysForWhom(t *testing.T) {
 		})
 	}
 	_, err := two.Admin().ActivateAuthority(t.Context(), &ententev1.ChangeAuthorityRequest{Id: waiting.GetAuthority().GetId()})
-	if status.Code(err) != codes.FailedPrecondition || !strings.Contains(err.Error(), "/entente/agent/h1") {
+	if status.Code(err) != codes.FailedPrecondition || !strings.Contains(err.Error(), "agent h1") {
 		t.Errorf("activated although a subscriber does not hold it: %v", err)
 	}
 	close(holds)
@@ -173,6 +178,66 @@ func TestAuthorityListSaysForWhom(t *testing.T) {
 		_, err := two.Admin().ActivateAuthority(t.Context(), &ententev1.ChangeAuthorityRequest{Id: waiting.GetAuthority().GetId()})
 		return err
 	})
+}
+
+// A member that does not report holds the gate. An operator may exclude it, and only
+// such a one, and that is recorded.
+func TestExclude(t *testing.T) {
+	t.Parallel()
+	nodes := cluster(t)
+	one, lost := nodes[0], nodes[2]
+	var next string
+	var ready bool
+	pending := func() error {
+		r, err := one.Admin().ListAuthorities(t.Context(), &ententev1.ListAuthoritiesRequest{})
+		if err != nil {
+			return err
+		}
+		for _, a := range r.GetAuthorities() {
+			if a.GetNode() == "ca-1" && a.GetAuthority().GetUse() == statev1.KeyUse_KEY_USE_WIT && a.GetAuthority().GetPhase() == statev1.AuthorityPhase_AUTHORITY_PHASE_PREPARED {
+				next, ready = a.GetAuthority().GetId(), a.GetAuthority().GetReady()
+				if slices.Equal(a.GetWaitingFor(), []string{"CA node ca-3 does not report"}) {
+					return nil
+				}
+			}
+		}
+		return fmt.Errorf("%v", r)
+	}
+	lost.Kill()
+	eventually(t, "the third node is missed", 20*time.Second, func() error {
+		// Giving up a PREPARED authority makes the node prepare another one.
+		err := pending()
+		if err != nil && ready {
+			_, err = one.Admin().TaintAuthority(t.Context(), &ententev1.ChangeAuthorityRequest{Id: next})
+			err = cmp.Or(err, errors.New("tainted"))
+		}
+		return err
+	})
+	activate := func(exclude ...string) error {
+		_, err := one.Admin().ActivateAuthority(t.Context(), &ententev1.ChangeAuthorityRequest{Id: next, Exclude: exclude})
+		return err
+	}
+	for name, exclude := range map[string][]string{
+		"nobody": nil, "who reports": {"ca-2"}, "both": {"ca-3", "ca-1"}, "a stranger": {"ca-9", "ca-3"},
+	} {
+		if err := activate(exclude...); status.Code(err) != codes.FailedPrecondition {
+			t.Errorf("%s excluded: %v", name, err)
+		} else {
+			t.Logf("%s excluded: %v", name, err)
+		}
+	}
+	if err := activate("ca-3"); err != nil {
+		t.Fatal(err)
+	}
+	for _, a := range one.Status().GetAuthorities() {
+		if a.GetId() == next && (!ca.Signs(a.GetPhase()) || !slices.Equal(a.GetAssumed(), []string{"CA node ca-3 (excluded)"})) {
+			t.Errorf("%v", a)
+		}
+	}
+	recorded, err := os.ReadFile(filepath.Join(one.Config().DataDir, "audit.log"))
+	if err != nil || !bytes.Contains(recorded, []byte("without the word of node/ca-3")) {
+		t.Errorf("not in the audit log: %v", err)
+	}
 }
 
 // Taint at one node: the others go on signing, and nobody signs with the tainted one.

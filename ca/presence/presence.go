@@ -23,6 +23,7 @@ import (
 	"cmp"
 	"iter"
 	"maps"
+	"math"
 	"slices"
 	"time"
 )
@@ -165,6 +166,15 @@ func (t *Table) Detach(now time.Time, name string, v Version, goodbye bool) []Ch
 	}
 	held.live, held.staleAt = false, now
 	return t.show(a)
+}
+
+// Recall takes up that this replica had a session of the agent before it restarted, and
+// lost it then. Any other boot that is heard of is a later one. What the agent served is
+// not known.
+func (t *Table) Recall(name string, v Version, lostAt time.Time) {
+	a := t.agent(name)
+	a.boots[v.BootID] = math.MinInt64
+	a.sources[t.self] = &holding{version: v, staleAt: lostAt, instances: make(map[string]Instance)}
 }
 
 // Remote takes what another replica says of its own sessions, as its HeldOf lists

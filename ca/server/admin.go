@@ -32,16 +32,20 @@ type adminDoor struct {
 	server *Server
 }
 
-func (d adminDoor) Status(context.Context, *ententev1.StatusRequest) (*ententev1.StatusResponse, error) {
+func (d adminDoor) Status(ctx context.Context, _ *ententev1.StatusRequest) (*ententev1.StatusResponse, error) {
 	s := d.server
 	info := s.Info()
+	gates, err := s.Gate(ctx)
+	if err != nil {
+		gates = nil // who has acknowledged what is not known
+	}
 	resp := &ententev1.StatusResponse{
 		NodeId:      s.NodeID,
 		LeaderId:    info.LeaderID,
 		RaftState:   info.RaftState,
 		AgeSeconds:  seconds(info.Age),
 		Instances:   instancesToWire(s.Feed.Instances()),
-		Subscribers: uint32(s.Feed.Status(time.Now(), 0).Subscribers),
+		Subscribers: uint32(s.Feed.Subscribers()),
 
 		Quorum:             info.NoQuorumSince.IsZero(),
 		NotAgreeing:        info.NotAgreeing,
@@ -64,7 +68,7 @@ func (d adminDoor) Status(context.Context, *ententev1.StatusRequest) (*ententev1
 	s.State.Read(func(st *domain.State) {
 		resp.Cluster, resp.Revision = st.Cluster(), st.Revision()
 		resp.Authorities = st.Authorities()
-		resp.Autonomy = autonomies(st, time.Now())
+		resp.Autonomy = autonomies(st, time.Now(), gates)
 		resp.Entries, resp.Agents = uint32(st.EntryCount()), uint32(st.AgentCount())
 		for _, m := range st.Members() {
 			resp.Members = append(resp.Members, &ententev1.MemberStatus{Member: m, VoterNow: info.Voters[m.GetId()]})
@@ -167,11 +171,7 @@ func (d adminDoor) Apply(ctx context.Context, req *ententev1.ApplyRequest) (*ent
 	if req.GetDryRun() || len(plan.command.GetUpserts())+len(plan.command.GetDeletes()) == 0 {
 		return resp, nil
 	}
-	outcome, err := s.agree(ctx, &statev1.Command{
-		IfRevision: plan.catalogue,
-		Actor:      callerFrom(ctx).who(),
-		Body:       &statev1.Command_ApplyObjects{ApplyObjects: plan.command},
-	})
+	outcome, err := s.agreeObjects(ctx, plan)
 	if err != nil {
 		return nil, err
 	}
@@ -179,6 +179,81 @@ func (d adminDoor) Apply(ctx context.Context, req *ententev1.ApplyRequest) (*ent
 	s.Log.Info("the catalogue was changed", "revision", ca.Revision(outcome.Revision).String(),
 		"upserts", len(plan.command.GetUpserts()), "deletes", len(plan.command.GetDeletes()))
 	return resp, nil
+}
+
+// partBytes is how much of a change one log entry carries; it leaves room for the rest of
+// the command.
+const partBytes = 48 << 10
+
+// agreeObjects has a change of the catalogue agreed, all or nothing. One that no log entry
+// holds goes in parts, which mean nothing until the last command.
+func (s *Server) agreeObjects(ctx context.Context, plan applyPlan) (domain.Outcome, error) {
+	if proto.Size(plan.command) <= partBytes {
+		return s.propose(ctx, &statev1.Command{
+			IfRevision: plan.catalogue,
+			Body:       &statev1.Command_ApplyObjects{ApplyObjects: plan.command},
+		})
+	}
+	for _, o := range plan.command.GetUpserts() {
+		if n := proto.Size(o); n > partBytes {
+			return domain.Outcome{}, status.Errorf(codes.InvalidArgument, "%s: %s has %d bytes, over %d: divide it", o.GetSource(), domain.ObjectKey(o), n, partBytes)
+		}
+	}
+	id := make([]byte, 16)
+	rand.Read(id)
+	staged := func(parts uint32) *statev1.Command_ApplyStaged {
+		return &statev1.Command_ApplyStaged{ApplyStaged: &statev1.ApplyStaged{Id: id, Parts: parts}}
+	}
+	parts := cutObjects(plan.command)
+	for i, part := range parts {
+		_, err := s.propose(ctx, &statev1.Command{Body: &statev1.Command_StageObjects{
+			StageObjects: &statev1.StageObjects{Id: id, Part: uint32(i), Objects: part},
+		}})
+		if err != nil {
+			s.forgetParts(ctx, i, staged(0))
+			return domain.Outcome{}, err
+		}
+	}
+	outcome, err := s.propose(ctx, &statev1.Command{IfRevision: plan.catalogue, Body: staged(uint32(len(parts)))})
+	if err != nil {
+		s.forgetParts(ctx, len(parts), staged(0))
+	}
+	return outcome, err
+}
+
+// forgetParts tidies up after a change that came to nothing. If it cannot, the state
+// forgets by itself after a while.
+func (s *Server) forgetParts(ctx context.Context, sent int, forget *statev1.Command_ApplyStaged) {
+	if sent == 0 {
+		return
+	}
+	if _, err := s.propose(context.WithoutCancel(ctx), &statev1.Command{Body: forget}); err != nil {
+		s.Log.Debug("parts of a change that failed stay until they end", "error", err)
+	}
+}
+
+// cutObjects cuts a change into parts that fit into log entries.
+func cutObjects(whole *statev1.ApplyObjects) []*statev1.ApplyObjects {
+	part := &statev1.ApplyObjects{}
+	parts := []*statev1.ApplyObjects{part}
+	size := 0
+	fit := func(m proto.Message) *statev1.ApplyObjects {
+		n := proto.Size(m) + 8
+		if size += n; size > partBytes && len(part.Upserts)+len(part.Deletes) > 0 {
+			part, size = &statev1.ApplyObjects{}, n
+			parts = append(parts, part)
+		}
+		return part
+	}
+	for _, o := range whole.GetUpserts() {
+		into := fit(o)
+		into.Upserts = append(into.Upserts, o)
+	}
+	for _, k := range whole.GetDeletes() {
+		into := fit(k)
+		into.Deletes = append(into.Deletes, k)
+	}
+	return parts
 }
 
 // applyPlan is what an Apply comes down to at one revision.

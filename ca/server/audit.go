@@ -1,6 +1,7 @@
 package server
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -120,7 +121,7 @@ func (a *Audit) Command(command *statev1.Command, outcome domain.Outcome, err er
 		err = outcome.Refused
 	}
 	what, on := commandName(command)
-	a.Act("CA node "+a.node, what, on, outcome.Revision, err)
+	a.Act(cmp.Or(command.GetActor(), "CA node "+a.node), what, on, outcome.Revision, err)
 }
 
 // Issued records an SVID.
@@ -222,6 +223,9 @@ func (s *Server) audit(ctx context.Context, req, resp any, err error) {
 		what = "ChangeAuthority"
 		if r.GetNow() {
 			name("", "now")
+		}
+		for _, node := range r.GetExclude() {
+			name("without the word of node/", node)
 		}
 		name("authority/", r.GetId())
 		if done, ok := resp.(*ententev1.ChangeAuthorityResponse); ok && done != nil {

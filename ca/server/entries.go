@@ -12,6 +12,7 @@ import (
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
+	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/domain"
 )
 
@@ -65,6 +66,8 @@ func (s *Server) planEntries(changes []*statev1.EntryChange) entryPlan {
 			switch {
 			case refusal != nil:
 				fail(result, refusalError(refusal))
+			case proto.Size(change) > partBytes:
+				fail(result, status.Errorf(codes.InvalidArgument, "entry %s has over %d bytes: name fewer hosts, make several entries", id, partBytes))
 			case seen[id]:
 				fail(result, status.Errorf(codes.InvalidArgument, "entry %s is changed twice", id))
 			case next == nil:
@@ -140,16 +143,29 @@ func fail(r *ententev1.EntryResult, err error) {
 	r.Code, r.Error = uint32(st.Code()), st.Message()
 }
 
-func (d adminDoor) ListEntries(_ context.Context, req *ententev1.ListEntriesRequest) (*ententev1.ListEntriesResponse, error) {
-	page := newPage[*statev1.Entry](pageSize(req.GetPageSize()), req.GetAfter())
-	d.server.eachEntry(req, page.add)
-	return &ententev1.ListEntriesResponse{Entries: page.rows(), More: page.more}, nil
+func (d adminDoor) ListEntries(ctx context.Context, req *ententev1.ListEntriesRequest) (*ententev1.ListEntriesResponse, error) {
+	size := pageSize(req.GetPageSize())
+	resp := &ententev1.ListEntriesResponse{}
+	err := d.server.eachEntry(ctx, req, func(e *statev1.Entry) bool {
+		if resp.More = len(resp.Entries) == size; !resp.More {
+			resp.Entries = append(resp.Entries, e)
+		}
+		return !resp.More
+	})
+	return resp, err
 }
 
-func (d adminDoor) CountEntries(_ context.Context, req *ententev1.ListEntriesRequest) (*ententev1.CountEntriesResponse, error) {
+func (d adminDoor) CountEntries(ctx context.Context, req *ententev1.ListEntriesRequest) (*ententev1.CountEntriesResponse, error) {
 	resp := &ententev1.CountEntriesResponse{}
-	d.server.eachEntry(req, func(string, *statev1.Entry) { resp.Entries++ })
-	return resp, nil
+	if !req.GetDeclared() && req.GetHost() == "" && req.GetPathPrefix() == "" {
+		d.server.State.Read(func(st *domain.State) { resp.Entries = uint64(st.EntryCount()) })
+		return resp, nil
+	}
+	err := d.server.eachEntry(ctx, req, func(*statev1.Entry) bool {
+		resp.Entries++
+		return true
+	})
+	return resp, err
 }
 
 func (d adminDoor) GetEntry(_ context.Context, req *ententev1.GetEntryRequest) (*ententev1.GetEntryResponse, error) {
@@ -161,21 +177,42 @@ func (d adminDoor) GetEntry(_ context.Context, req *ententev1.GetEntryRequest) (
 	return resp, nil
 }
 
-// eachEntry calls f with the entries that a request asks for, in no order.
-func (s *Server) eachEntry(req *ententev1.ListEntriesRequest, f func(id string, e *statev1.Entry)) {
+// entriesAtOnce is how many entries are looked at while the state is kept from changing.
+const entriesAtOnce = 2000
+
+// eachEntry calls f with the entries that a request asks for, by id, until f has enough.
+// What changes meanwhile is seen or not.
+func (s *Server) eachEntry(ctx context.Context, req *ententev1.ListEntriesRequest, f func(*statev1.Entry) bool) error {
 	prefix := strings.TrimSuffix(req.GetPathPrefix(), "/")
-	s.State.Read(func(st *domain.State) {
-		entries := st.Entries()
-		if req.GetHost() != "" {
-			entries = slices.Values(st.EntriesOnHost(req.GetHost()))
+	after, more := req.GetAfter(), true
+	if req.GetDeclared() {
+		after = max(after, ca.DeclaredPrefix) // they stand together
+	}
+	for more {
+		if err := ctx.Err(); err != nil {
+			return status.FromContextError(err).Err()
 		}
-		for e := range entries {
-			switch {
-			case req.GetDeclared() && !domain.Declared(e.GetId()):
-			case prefix != "" && e.GetPath() != prefix && !strings.HasPrefix(e.GetPath(), prefix+"/"):
-			default:
-				f(e.GetId(), e)
+		more = false
+		s.State.Read(func(st *domain.State) {
+			entries, seen := st.EntriesAfter(after), 0
+			if req.GetHost() != "" {
+				entries = slices.Values(st.EntriesOnHost(req.GetHost()))
 			}
-		}
-	})
+			for e := range entries {
+				switch {
+				case e.GetId() <= after:
+				case req.GetDeclared() && !domain.Declared(e.GetId()):
+					return
+				case prefix != "" && e.GetPath() != prefix && !strings.HasPrefix(e.GetPath(), prefix+"/"):
+				case !f(e):
+					return
+				}
+				if seen++; seen == entriesAtOnce && req.GetHost() == "" {
+					after, more = e.GetId(), true
+					return
+				}
+			}
+		})
+	}
+	return nil
 }

@@ -236,18 +236,15 @@ func ShowEpoch(ctx context.Context, m *statev1.Member, recovery *statev1.Recover
 }
 
 // autonomies says how long each signing member goes on if quorum were lost now: with
-// its ACTIVE authority, and with the next one if that is marked ready.
-func autonomies(st *domain.State, now time.Time) (list []*ententev1.Autonomy) {
-	lifetimes := st.Lifetimes()
-	leaf := max(lifetimes.X509SVID, lifetimes.AgentSVID)
-	for e := range st.Entries() {
-		leaf = max(leaf, ca.SVIDLife(e, lifetimes))
-	}
+// its ACTIVE authority, and with the next one if that is marked ready. gates are nil when
+// the leader cannot be asked.
+func autonomies(st *domain.State, now time.Time, gates map[string]Gate) (list []*ententev1.Autonomy) {
+	leaf := st.LongestLeaf()
 	for _, m := range st.Members() {
 		if !m.GetSigning() {
 			continue
 		}
-		a := &ententev1.Autonomy{MemberId: m.GetId()}
+		a := &ententev1.Autonomy{MemberId: m.GetId(), Uses: useAutonomies(st, m.GetId(), now, gates)}
 		var end time.Time
 		for _, authority := range st.Authorities() {
 			if authority.GetMemberId() != m.GetId() || authority.GetUse() != statev1.KeyUse_KEY_USE_X509 {
@@ -267,4 +264,26 @@ func autonomies(st *domain.State, now time.Time) (list []*ententev1.Autonomy) {
 		list = append(list, a)
 	}
 	return list
+}
+
+func useAutonomies(st *domain.State, member string, now time.Time, gates map[string]Gate) (uses []*ententev1.UseAutonomy) {
+	for _, use := range []statev1.KeyUse{statev1.KeyUse_KEY_USE_X509, statev1.KeyUse_KEY_USE_JWT, statev1.KeyUse_KEY_USE_WIT} {
+		u := &ententev1.UseAutonomy{Use: use}
+		for _, a := range st.Authorities() {
+			if a.GetMemberId() != member || a.GetUse() != use {
+				continue
+			}
+			left := max(time.Unix(a.GetNotAfter(), 0).Sub(now), 0).Seconds()
+			switch {
+			case ca.Signs(a.GetPhase()):
+				u.Active, u.ActiveSeconds = a.GetId(), left
+			case a.GetPhase() == statev1.AuthorityPhase_AUTHORITY_PHASE_PREPARED:
+				gate := gates[a.GetId()]
+				u.Next, u.NextSeconds, u.NextReady = a.GetId(), left, a.GetReady()
+				u.WaitingFor, u.WaitingUnknown, u.Overdue = gate.WaitingFor, gates == nil && !a.GetReady(), gate.Overdue
+			}
+		}
+		uses = append(uses, u)
+	}
+	return uses
 }

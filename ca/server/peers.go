@@ -67,6 +67,7 @@ func (d peerDoor) Propose(ctx context.Context, req *ententev1.ProposeRequest) (*
 func (s *Server) mayPropose(c caller, command *statev1.Command) error {
 	switch body := command.GetBody().(type) {
 	case *statev1.Command_CreateToken, *statev1.Command_JoinMember, *statev1.Command_AttestAgent, *statev1.Command_ApplyObjects,
+		*statev1.Command_StageObjects, *statev1.Command_ApplyStaged,
 		// An operator may be at any node. What a member gains by them if nobody asked it: it
 		// can take away, and use early what everybody holds.
 		*statev1.Command_RemoveMember, *statev1.Command_ActivateAuthority, *statev1.Command_TaintAuthority, *statev1.Command_RevokeAuthority,
@@ -115,9 +116,19 @@ func (d peerDoor) Gate(context.Context, *ententev1.GateRequest) (*ententev1.Gate
 	}
 	resp := &ententev1.GateResponse{}
 	for _, id := range slices.Sorted(maps.Keys(gates)) {
-		resp.Authorities = append(resp.Authorities, &ententev1.AuthorityGate{Id: id, WaitingFor: gates[id].WaitingFor, Assumed: gates[id].Assumed})
+		resp.Authorities = append(resp.Authorities, &ententev1.AuthorityGate{Id: id, WaitingFor: gates[id].WaitingFor, Assumed: gates[id].Assumed, Overdue: gates[id].Overdue})
 	}
 	return resp, nil
+}
+
+// MarkReady names the member that asks beside whoever asked it.
+func (d peerDoor) MarkReady(ctx context.Context, req *ententev1.MarkReadyRequest) (*ententev1.MarkReadyResponse, error) {
+	who := fmt.Sprintf("%.200s, at CA node %s", req.GetWho(), callerFrom(ctx).member.GetName())
+	revision, err := d.server.Config.MarkReady(ctx, req.GetId(), req.GetExclude(), who)
+	if err != nil {
+		return nil, status.Error(codes.FailedPrecondition, err.Error())
+	}
+	return &ententev1.MarkReadyResponse{Revision: revision}, nil
 }
 
 func (d peerDoor) Presence(_ *ententev1.PresenceRequest, stream ententev1.Peer_PresenceServer) error {
@@ -278,9 +289,22 @@ func (p *Peers) Gate(ctx context.Context, leader *statev1.Member) (map[string]Ga
 	}
 	gates := make(map[string]Gate, len(resp.GetAuthorities()))
 	for _, g := range resp.GetAuthorities() {
-		gates[g.GetId()] = Gate{WaitingFor: g.GetWaitingFor(), Assumed: g.GetAssumed()}
+		gates[g.GetId()] = Gate{WaitingFor: g.GetWaitingFor(), Assumed: g.GetAssumed(), Overdue: g.GetOverdue()}
 	}
 	return gates, nil
+}
+
+// MarkReady asks the leader to go without the word of the CA nodes named.
+func (p *Peers) MarkReady(ctx context.Context, leader *statev1.Member, id string, exclude []string, who string) (revision uint64, err error) {
+	conn, err := p.to(leader)
+	if err != nil {
+		return 0, err
+	}
+	resp, err := ententev1.NewPeerClient(conn).MarkReady(ctx, &ententev1.MarkReadyRequest{Id: id, Exclude: exclude, Who: who})
+	if err != nil {
+		return 0, errors.New(status.Convert(err).Message())
+	}
+	return resp.GetRevision(), nil
 }
 
 // Presence hands on what another member says of its sessions, until the stream ends.
@@ -323,6 +347,7 @@ type JoinRequest struct {
 	Certificate tls.Certificate // of the node key
 	RaftAddress string
 	APIAddress  string
+	Level       uint32 // domain.FeatureLevel of this node
 }
 
 // JoinResult is the answer.
@@ -407,6 +432,8 @@ func joinAt(ctx context.Context, address string, req JoinRequest) (*JoinResult, 
 		Signature:   signature,
 		RaftAddress: req.RaftAddress,
 		ApiAddress:  req.APIAddress,
+
+		FeatureLevel: req.Level,
 	})
 	if err != nil {
 		return nil, err

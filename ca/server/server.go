@@ -52,7 +52,7 @@ type Report struct {
 	BootID       string
 	Applied      uint64 // revision
 	Acknowledged uint64 // minimum over its subscribers, a revision
-	WaitingFor   []string
+	WaitingFor   []feed.Behind
 	Clock        time.Time
 	Settled      bool // false: it started a moment ago, its subscribers are still coming back
 	// Held is who of its subscribers, and whether it itself, has SVIDs under TAINTED
@@ -64,6 +64,7 @@ type Report struct {
 type Gate struct {
 	WaitingFor []string // PREPARED: who does not hold it; TAINTED: who has SVIDs under it
 	Assumed    []string // who cannot say, and is not waited for
+	Overdue    bool     // PREPARED: the one before should have been replaced by now
 }
 
 // Info is what Status shows beside the agreed state.
@@ -115,8 +116,17 @@ type Config struct {
 	// this node knows, ErrNotLeader if it does not lead.
 	Gate      func(context.Context) (map[string]Gate, error)
 	LocalGate func() (map[string]Gate, error)
+	// MarkReady marks a PREPARED authority as ready without the word of the CA nodes named,
+	// if they do not report and nobody else is waited for; ErrNotLeader if this node does
+	// not lead. Exclude has the leader do that, wherever it is.
+	MarkReady func(ctx context.Context, id string, exclude []string, who string) (revision uint64, err error)
+	Exclude   func(ctx context.Context, id string, exclude []string, who string) error
 	// Prepare makes a new authority of this node and has it agreed. It returns the id.
-	Prepare func(context.Context) (string, error)
+	Prepare func(context.Context, statev1.KeyUse) (string, error)
+	// Offline takes an authority of this node into use without quorum; IsOffline tells
+	// whether that was done.
+	Offline   func(id, who string) error
+	IsOffline func(id string) bool
 	// Nodes is the leader's view; with ask, the leader is asked if it is another node.
 	Nodes func(ctx context.Context, ask bool) (Nodes, error)
 	// Supersede stops this node if the statement says that its epoch is over.
@@ -172,6 +182,7 @@ func (s *Server) ServeAPI(ctx context.Context, listener net.Listener) error {
 		grpc.MaxRecvMsgSize(maxAPIMessage),
 		grpc.MaxConcurrentStreams(maxStreams),
 		grpc.MaxHeaderListSize(16<<10),
+		grpc.ReadBufferSize(0), // TLS has a buffer of its own, and 10,000 hosts hold a stream open
 		grpc.ConnectionTimeout(10*time.Second),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 2 * time.Second, PermitWithoutStream: true}),
 		grpc.KeepaliveParams(keepalive.ServerParameters{

@@ -7,7 +7,9 @@ import (
 	"math/rand/v2"
 	"net"
 	"slices"
+	"strings"
 	"time"
+	"unicode"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -89,6 +91,7 @@ func (d syncDoor) Sync(stream ententev1.Sync_SyncServer) error {
 					session.Holds(m.Ack.GetAuthorities())
 				}
 				session.Ack(m.Ack.GetRevision())
+				session.Waits(checkWaits(m.Ack.GetWaitingFor()))
 			case *ententev1.SyncRequest_Report:
 				instances, refused := s.checkReport(c, m.Report.GetInstances())
 				if refused != nil && !warned {
@@ -117,7 +120,7 @@ func (d syncDoor) Sync(stream ententev1.Sync_SyncServer) error {
 
 // checkHeld bounds what a subscriber may have this node remember.
 func checkHeld(authorities []string) error {
-	const most = 64
+	const most = 256
 	if len(authorities) > most {
 		return status.Errorf(codes.InvalidArgument, "SVIDs under %d authorities, over %d", len(authorities), most)
 	}
@@ -127,6 +130,21 @@ func checkHeld(authorities []string) error {
 		}
 	}
 	return nil
+}
+
+// checkWaits cuts what a subscriber may have this node remember for people.
+func checkWaits(names []string) []string {
+	const most, longest = 10, 100
+	names = slices.Clone(names[:min(len(names), most)])
+	for i, name := range names {
+		names[i] = strings.ToValidUTF8(strings.Map(func(r rune) rune {
+			if unicode.IsControl(r) {
+				return -1
+			}
+			return r
+		}, name[:min(len(name), longest)]), "")
+	}
+	return names
 }
 
 func (s *Server) hello(received <-chan *ententev1.SyncRequest, ended <-chan error) (*ententev1.Hello, error) {

@@ -43,6 +43,7 @@ func (d adminDoor) ListAuthorities(ctx context.Context, _ *ententev1.ListAuthori
 			gate := gates[a.GetId()]
 			resp.Authorities = append(resp.Authorities, &ententev1.AuthorityStatus{
 				Authority: a, Node: member.GetName(), WaitingFor: gate.WaitingFor, Assumed: gate.Assumed,
+				Overdue: gate.Overdue, Offline: s.IsOffline(a.GetId()),
 			})
 		}
 	})
@@ -89,12 +90,13 @@ func (s *Server) changedAuthority(id string, revision uint64, heldBy []string) *
 	return resp
 }
 
-func (d adminDoor) PrepareAuthority(ctx context.Context, _ *ententev1.PrepareAuthorityRequest) (*ententev1.ChangeAuthorityResponse, error) {
+func (d adminDoor) PrepareAuthority(ctx context.Context, req *ententev1.PrepareAuthorityRequest) (*ententev1.ChangeAuthorityResponse, error) {
 	s := d.server
+	use := cmp.Or(req.GetUse(), statev1.KeyUse_KEY_USE_X509)
 	var prepared *statev1.Authority
 	s.State.Read(func(st *domain.State) {
 		for _, a := range st.Authorities() {
-			if a.GetMemberId() == s.NodeID && a.GetUse() == statev1.KeyUse_KEY_USE_X509 && a.GetPhase() == statev1.AuthorityPhase_AUTHORITY_PHASE_PREPARED {
+			if a.GetMemberId() == s.NodeID && a.GetUse() == use && a.GetPhase() == statev1.AuthorityPhase_AUTHORITY_PHASE_PREPARED {
 				prepared = a
 			}
 		}
@@ -102,7 +104,10 @@ func (d adminDoor) PrepareAuthority(ctx context.Context, _ *ententev1.PrepareAut
 	if prepared != nil {
 		return nil, status.Errorf(codes.FailedPrecondition, "this CA node has the PREPARED authority %.12s already: activate it, or taint it to have another one made", prepared.GetId())
 	}
-	id, err := s.Prepare(ctx)
+	if missing := s.Info().NotAgreeing; missing != "" {
+		return nil, status.Error(codes.Unavailable, missing)
+	}
+	id, err := s.Prepare(ctx, use)
 	if err != nil {
 		return nil, status.Error(codes.Unavailable, err.Error())
 	}
@@ -115,7 +120,22 @@ func (d adminDoor) ActivateAuthority(ctx context.Context, req *ententev1.ChangeA
 	if err != nil {
 		return nil, err
 	}
-	if a.GetPhase() == statev1.AuthorityPhase_AUTHORITY_PHASE_PREPARED && !a.GetReady() {
+	who := callerFrom(ctx).who()
+	if s.Info().NotAgreeing != "" {
+		if err := s.Offline(a.GetId(), who); err != nil {
+			return nil, status.Errorf(codes.FailedPrecondition, "%s; of an authority: %v", s.Info().NotAgreeing, err)
+		}
+		resp := s.changedAuthority(a.GetId(), s.Feed.Revision(), nil)
+		resp.Offline = true
+		return resp, nil
+	}
+	waits := a.GetPhase() == statev1.AuthorityPhase_AUTHORITY_PHASE_PREPARED && !a.GetReady()
+	switch {
+	case waits && len(req.GetExclude()) > 0:
+		if err := s.Exclude(ctx, a.GetId(), req.GetExclude(), who); err != nil {
+			return nil, status.Error(codes.FailedPrecondition, err.Error())
+		}
+	case waits:
 		waiting := "the leader cannot be asked for whom it waits"
 		if gates, err := s.Gate(ctx); err == nil {
 			waiting = "it waits for " + strings.Join(gates[a.GetId()].WaitingFor, "; ")
@@ -277,7 +297,7 @@ func (d adminDoor) ListAgents(_ context.Context, req *ententev1.ListAgentsReques
 			page.add(a.GetName(), a)
 		}
 		for _, a := range page.rows() {
-			entries[a.GetName()] = len(st.EntriesOnHost(a.GetName()))
+			entries[a.GetName()] = st.EntryCountOnHost(a.GetName())
 		}
 	})
 	for _, a := range page.rows() {

@@ -178,11 +178,22 @@ func reportFromWire(r *ententev1.ReportRequest) Report {
 		BootID:       r.GetBootId(),
 		Applied:      r.GetAppliedRevision(),
 		Acknowledged: r.GetAcknowledgedRevision(),
-		WaitingFor:   r.GetWaitingFor(),
+		WaitingFor:   behindFromWire(r),
 		Clock:        time.Unix(0, r.GetUnixNanos()),
 		Settled:      r.GetCaughtUp(),
 		Held:         heldFromWire(r.GetHeld()),
 	}
+}
+
+func behindFromWire(r *ententev1.ReportRequest) (list []feed.Behind) {
+	for i, name := range r.GetWaitingFor() {
+		b := feed.Behind{Name: name}
+		if i < len(r.GetWaitingAt()) {
+			b.Held = r.GetWaitingAt()[i]
+		}
+		list = append(list, b)
+	}
+	return list
 }
 
 func heldFromWire(list []*ententev1.HeldAuthority) map[string][]string {
@@ -198,12 +209,18 @@ func reportToWire(r Report) *ententev1.ReportRequest {
 	for _, id := range slices.Sorted(maps.Keys(r.Held)) {
 		held = append(held, &ententev1.HeldAuthority{Id: id, By: r.Held[id]})
 	}
+	var names []string
+	var at []uint64
+	for _, b := range r.WaitingFor {
+		names, at = append(names, b.Name), append(at, b.Held)
+	}
 	return &ententev1.ReportRequest{
 		Held:                 held,
 		BootId:               r.BootID,
 		AppliedRevision:      r.Applied,
 		AcknowledgedRevision: r.Acknowledged,
-		WaitingFor:           r.WaitingFor,
+		WaitingFor:           names,
+		WaitingAt:            at,
 		UnixNanos:            r.Clock.UnixNano(),
 		CaughtUp:             r.Settled,
 	}

@@ -45,6 +45,9 @@ const (
 // Config is what a signer needs. All functions are called concurrently and for
 // each signature, and must be quick.
 type Config struct {
+	// TrustDomain is the only one that tokens are signed for; an X.509 authority's
+	// certificate says it for itself.
+	TrustDomain spiffeid.TrustDomain
 	// Active returns this node's ACTIVE authority for one use as the replicated state
 	// has it, nil if there is none.
 	Active func(statev1.KeyUse) *statev1.Authority
@@ -63,6 +66,8 @@ type Signer struct {
 	config  Config
 	slots   chan struct{}
 	waiting atomic.Int32
+
+	signatures atomic.Uint64 // of certificates, with keys in memory
 
 	mu     sync.RWMutex
 	keys   map[string]crypto.Signer     // by authority id
@@ -182,8 +187,7 @@ func (s *Signer) sign(ctx context.Context, req Request) ([][]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	// CreateCertificate verifies its own signature; a broken key store is noticed here.
-	der, err := x509.CreateCertificate(rand.Reader, template, authority, req.PublicKey, key)
+	der, err := s.certify(template, authority, key)
 	if err != nil {
 		return nil, err
 	}

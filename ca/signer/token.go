@@ -28,7 +28,7 @@ type JWTRequest struct {
 
 // SignJWT returns a JWT-SVID in compact serialization. Errors as of Sign.
 func (s *Signer) SignJWT(ctx context.Context, req JWTRequest) (string, error) {
-	return s.signToken(ctx, statev1.KeyUse_KEY_USE_JWT, ca.TypeJWT, func(authority *statev1.Authority, now time.Time) ([]byte, error) {
+	return s.signToken(ctx, req.ID, statev1.KeyUse_KEY_USE_JWT, ca.TypeJWT, func(authority *statev1.Authority, now time.Time) ([]byte, error) {
 		payload, _, err := ca.JWTClaims(ca.JWTRequest{
 			ID: req.ID, Audience: req.Audience, Issuer: s.config.Issuer,
 			Now: now, Life: req.Life, Authority: authority, Origin: req.Origin,
@@ -48,7 +48,7 @@ type WITRequest struct {
 
 // SignWIT returns a WIT-SVID in compact serialization. Errors as of Sign.
 func (s *Signer) SignWIT(ctx context.Context, req WITRequest) (string, error) {
-	return s.signToken(ctx, statev1.KeyUse_KEY_USE_WIT, ca.TypeWIT, func(authority *statev1.Authority, now time.Time) ([]byte, error) {
+	return s.signToken(ctx, req.ID, statev1.KeyUse_KEY_USE_WIT, ca.TypeWIT, func(authority *statev1.Authority, now time.Time) ([]byte, error) {
 		payload, _, err := ca.WITClaims(ca.WITRequest{
 			ID: req.ID, PublicKey: req.PublicKey,
 			Now: now, Life: req.Life, Authority: authority, Origin: req.Origin,
@@ -57,7 +57,10 @@ func (s *Signer) SignWIT(ctx context.Context, req WITRequest) (string, error) {
 	})
 }
 
-func (s *Signer) signToken(ctx context.Context, use statev1.KeyUse, typ string, claims func(*statev1.Authority, time.Time) ([]byte, error)) (string, error) {
+func (s *Signer) signToken(ctx context.Context, id spiffeid.ID, use statev1.KeyUse, typ string, claims func(*statev1.Authority, time.Time) ([]byte, error)) (string, error) {
+	if !id.MemberOf(s.config.TrustDomain) {
+		return "", fmt.Errorf("sign token for %s: this CA signs for %s only", id, s.config.TrustDomain.Name())
+	}
 	if err := s.acquire(ctx); err != nil {
 		return "", err
 	}

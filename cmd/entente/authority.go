@@ -31,13 +31,18 @@ func authorityCommand() *cobra.Command {
   TAINTED   signs no more; what it signed is issued anew at once
   REVOKED   out of the bundle; nothing that it signed is accepted
 
-The first three follow each other by schedule, with nobody's help.`,
+The first three follow each other by schedule, with nobody's help, for X.509-, JWT- and
+WIT-SVIDs each on its own. A PREPARED one that is not wanted is tainted and revoked: its
+node makes another.`,
 		Example: `  entente authority list
   entente authority taint 9f2c41aa     # then, when nobody has SVIDs under it:
   entente authority revoke 9f2c41aa`,
 	}, authorityListCommand(), authorityPrepareCommand(),
 		authorityChangeCommand("activate", "Have a PREPARED authority sign ahead of schedule",
-			"The one that signed until now becomes RETIRED. Refused while not everybody holds the new one.",
+			`The one that signed until now becomes RETIRED. Refused while not everybody holds the new
+one. --exclude NODE goes without the word of a CA node that does not report, and is
+recorded: whoever has his stream there may refuse what the new one signs. Without quorum,
+a node takes into use its own authority that was marked ready before, and no other.`,
 			func(ctx context.Context, c ententev1.AdminClient, r *ententev1.ChangeAuthorityRequest) (*ententev1.ChangeAuthorityResponse, error) {
 				return c.ActivateAuthority(ctx, r)
 			}),
@@ -80,11 +85,15 @@ func authorityListCommand() *cobra.Command {
 
 func printAuthorities(w io.Writer, r *ententev1.ListAuthoritiesResponse) error {
 	table := tabwriter.NewWriter(w, 0, 4, 2, ' ', 0)
-	fmt.Fprintln(table, "AUTHORITY\tNODE\tUSE\tPHASE\tUNTIL\tWAITS FOR\tASSUMED")
+	fmt.Fprintln(table, "AUTHORITY\tNODE\tUSE\tPHASE\tSINCE\tUNTIL\tREADY\tWAITS FOR\tASSUMED")
 	for _, s := range r.GetAuthorities() {
 		a := s.GetAuthority()
-		fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", a.GetId()[:12], cmp.Or(s.GetNode(), "(removed)"), useName(a.GetUse()),
-			ca.PhaseName(a.GetPhase()), date(a.GetNotAfter()), waitsFor(s, r.GetGateError()), strings.Join(assumedOf(s), ", "))
+		since := "?"
+		if a.GetSince() != 0 {
+			since = date(a.GetSince())
+		}
+		fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", a.GetId()[:12], cmp.Or(s.GetNode(), "(removed)"), useName(a.GetUse()),
+			phaseOf(s), since, date(a.GetNotAfter()), readyState(s), waitsFor(s, r.GetGateError()), strings.Join(assumedOf(s), ", "))
 	}
 	if err := table.Flush(); err != nil {
 		return err
@@ -93,6 +102,25 @@ func printAuthorities(w io.Writer, r *ententev1.ListAuthoritiesResponse) error {
 		fmt.Fprintf(w, "who is waited for is not known: %s\n", r.GetGateError())
 	}
 	return nil
+}
+
+// phaseOf is the agreed phase, and whether the node that was asked goes beyond it.
+func phaseOf(s *ententev1.AuthorityStatus) string {
+	phase := ca.PhaseName(s.GetAuthority().GetPhase())
+	if s.GetOffline() {
+		return phase + ", SIGNS WITHOUT QUORUM"
+	}
+	return phase
+}
+
+func readyState(s *ententev1.AuthorityStatus) string {
+	switch {
+	case s.GetOverdue():
+		return "OVERDUE"
+	case s.GetAuthority().GetReady():
+		return "yes"
+	}
+	return "no"
 }
 
 func useName(use statev1.KeyUse) string {
@@ -134,16 +162,24 @@ func assumedOf(s *ententev1.AuthorityStatus) []string {
 }
 
 func authorityPrepareCommand() *cobra.Command {
-	var admin adminFlags
+	var (
+		admin adminFlags
+		use   string
+	)
 	c := &cobra.Command{
-		Use:     "prepare",
-		Short:   "Have the CA node of this socket make its next authority",
-		Long:    "A CA node prepares its next authority by itself; there is one already, unless something keeps it from that.",
-		Example: "  entente authority prepare",
-		Args:    noArguments,
+		Use:   "prepare",
+		Short: "Have the CA node of this socket make its next authority",
+		Long:  "A CA node prepares its next authority of each use by itself; there is one already, unless something keeps it from that.",
+		Example: `  entente authority prepare
+  entente authority prepare --use jwt`,
+		Args: noArguments,
 		RunE: func(c *cobra.Command, _ []string) error {
+			of, ok := statev1.KeyUse_value["KEY_USE_"+strings.ToUpper(use)]
+			if !ok || of == 0 || use != strings.ToLower(use) {
+				return usageError{c, fmt.Errorf("--use %q: it is x509, jwt or wit", use)}
+			}
 			return admin.call(c.Context(), func(client ententev1.AdminClient) error {
-				response, err := client.PrepareAuthority(c.Context(), &ententev1.PrepareAuthorityRequest{})
+				response, err := client.PrepareAuthority(c.Context(), &ententev1.PrepareAuthorityRequest{Use: statev1.KeyUse(of)})
 				if err != nil {
 					return err
 				}
@@ -152,6 +188,7 @@ func authorityPrepareCommand() *cobra.Command {
 		},
 	}
 	admin.register(c)
+	c.Flags().StringVar(&use, "use", "x509", "what it is to sign: x509, jwt or wit")
 	return c
 }
 
@@ -159,8 +196,9 @@ type changeAuthority func(context.Context, ententev1.AdminClient, *ententev1.Cha
 
 func authorityChangeCommand(verb, short, long string, do changeAuthority) *cobra.Command {
 	var (
-		admin adminFlags
-		now   bool
+		admin   adminFlags
+		now     bool
+		exclude []string
 	)
 	c := &cobra.Command{
 		Use:     verb + " AUTHORITY",
@@ -170,7 +208,7 @@ func authorityChangeCommand(verb, short, long string, do changeAuthority) *cobra
 		Args:    oneArgument("the authority's id, or its beginning: see entente authority list"),
 		RunE: func(c *cobra.Command, args []string) error {
 			return admin.call(c.Context(), func(client ententev1.AdminClient) error {
-				response, err := do(c.Context(), client, &ententev1.ChangeAuthorityRequest{Id: args[0], Now: now})
+				response, err := do(c.Context(), client, &ententev1.ChangeAuthorityRequest{Id: args[0], Now: now, Exclude: exclude})
 				if err != nil {
 					return err
 				}
@@ -179,6 +217,10 @@ func authorityChangeCommand(verb, short, long string, do changeAuthority) *cobra
 		},
 	}
 	admin.register(c)
+	if verb == "activate" {
+		c.Flags().StringSliceVar(&exclude, "exclude", nil, "go without the word of this CA node, which does not report")
+		c.Example += "\n  entente authority activate 9f2c41aa --exclude ca-3"
+	}
 	if verb == "revoke" {
 		c.Flags().BoolVar(&now, "now", false, "from any phase, and although SVIDs under it are in use")
 		c.Example += "\n  entente authority revoke 9f2c41aa --now     # compromised"
@@ -191,6 +233,10 @@ func printAuthorityChange(c *cobra.Command, admin *adminFlags, r *ententev1.Chan
 		return printJSON(c.OutOrStdout(), r)
 	}
 	out, a := c.OutOrStdout(), r.GetAuthority()
+	if r.GetOffline() {
+		fmt.Fprintf(out, "authority %s signs at this node from now on, WITHOUT QUORUM; the cluster learns of it when there is one\n", a.GetId()[:12])
+		return nil
+	}
 	fmt.Fprintf(out, "authority %s is %s at revision %s\n", a.GetId()[:12], ca.PhaseName(a.GetPhase()), ca.Revision(r.GetRevision()))
 	held := strings.Join(r.GetHeldBy(), ", ")
 	switch a.GetPhase() {

@@ -34,7 +34,7 @@ func workloadHost(t *testing.T) (c *catest.CA, socket string) {
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	socket = filepath.Join(dir, "agent.sock")
 	cfg, err := meshagent.ReadConfig("agent.yaml", strings.NewReader(fmt.Sprintf(
-		"trustDomain: banking.example\nname: h1\ndatacenter: dc1\ndataDir: %s\nca: {token: %s}\nworkloadAPI: {socket: %s, wit: true}\n",
+		"trustDomain: banking.example\nname: h1\ndatacenter: dc1\nsettle: 20ms\ndataDir: %s\nca: {token: %s}\nworkloadAPI: {socket: %s, wit: true}\n",
 		filepath.Join(dir, "data"), c.AgentToken("h1", "dc1"), socket)))
 	if err != nil {
 		t.Fatal(err)
@@ -87,6 +87,7 @@ func command(t *testing.T, input string, args ...string) (code int, stdout, stde
 	return code, out(), errs()
 }
 
+// Requirements: 150.
 func TestFetchAndValidate(t *testing.T) {
 	_, socket := workloadHost(t)
 	t.Setenv(socketVariable, "unix://"+socket)
@@ -145,7 +146,8 @@ func TestFetchAndValidate(t *testing.T) {
 	}
 }
 
-// Workload Endpoint 4 (requirement 153).
+// Workload Endpoint 4.
+// Requirements: 153.
 func TestEndpoint(t *testing.T) {
 	for address, want := range map[string]string{
 		"unix:///run/agent.sock":     "unix:///run/agent.sock",

@@ -62,7 +62,7 @@ func TestTrustVerbs(t *testing.T) {
 	var list string
 	for begin := time.Now(); ; time.Sleep(10 * time.Millisecond) {
 		list = expect(exitOK, []string{"AUTHORITY", "WAITS FOR", "ca-1", "X509", "ACTIVE"}, "authority", "list")
-		if strings.Contains(list, "may be activated") {
+		if strings.Count(list, "may be activated") == 3 {
 			break
 		}
 		if time.Since(begin) > 10*time.Second {
@@ -71,7 +71,11 @@ func TestTrustVerbs(t *testing.T) {
 	}
 	old, next := column(list, "ACTIVE", 0), column(list, "PREPARED", 0)
 	expect(exitRefused, []string{"taint it first"}, "authority", "revoke", old)
-	expect(exitRefused, []string{"already"}, "authority", "prepare")
+	for _, use := range []string{"x509", "jwt", "wit"} {
+		expect(exitRefused, []string{"already"}, "authority", "prepare", "--use", use)
+	}
+	expect(exitUsage, []string{"x509, jwt or wit"}, "authority", "prepare", "--use", "JWT")
+	expect(exitOK, []string{"NEXT", "by everybody", "WIT"}, "ca", "status")
 	expect(exitUsage, []string{"missing"}, "authority", "taint")
 	expect(exitRefused, []string{"no authority"}, "authority", "taint", "ffffffff")
 	expect(exitOK, []string{"is ACTIVE at revision 0."}, "authority", "activate", next)

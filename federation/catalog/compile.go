@@ -64,6 +64,7 @@ func Compile(td spiffeid.TrustDomain, objects []*statev1.Object, options ...Opti
 	for _, option := range options {
 		option(&c)
 	}
+	c.tables.datacenters = c.datacenters
 	for _, object := range c.unique(objects) {
 		c.object = object
 		switch {
@@ -885,7 +886,14 @@ func (c *compiler) suggestCaller(text string) string {
 	return didYouMean(text, paths)
 }
 
+// manySuggestions is how many faults are looked for a nearest name: each is compared with
+// every name that there is.
+const manySuggestions = 64
+
 func (c *compiler) suggestTarget(name string) string {
+	if len(c.failed) >= manySuggestions {
+		return ""
+	}
 	domain := "." + c.tables.td.Name()
 	names := sortedKeys(c.tables.targets)
 	nearest := yamlfile.Nearest(name, names)

@@ -15,20 +15,20 @@ import (
 	"time"
 )
 
-// TestMain lets this test binary be the process that is looked at.
-func TestMain(m *testing.M) {
-	switch os.Getenv("DAEMON_TEST_MEMORY") {
-	case "":
-		os.Exit(m.Run())
+func init() { children["DAEMON_TEST_MEMORY"] = beLookedAt }
+
+// beLookedAt is the process that is looked at, or the one that looks.
+func beLookedAt(mode string) int {
+	switch mode {
 	case "sealed":
 		if err := SealMemory(); err != nil {
 			fmt.Println(err)
-			os.Exit(1)
+			return 1
 		}
 	case "look":
 		found, err := look(os.Getenv("DAEMON_TEST_PID"))
 		fmt.Println(found, err)
-		return
+		return 0
 	}
 	// A key that stands in memory only: it is put together here.
 	key := bytes.Repeat([]byte("planted"), 3)
@@ -36,6 +36,7 @@ func TestMain(m *testing.M) {
 	fmt.Println("ready")
 	time.Sleep(time.Minute)
 	runtime.KeepAlive(key)
+	return 0
 }
 
 const planted = "plantedplantedplanted key"

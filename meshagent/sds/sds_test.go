@@ -3,6 +3,7 @@ package sds
 import (
 	"context"
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -26,6 +27,8 @@ import (
 	"google.golang.org/protobuf/types/known/anypb"
 	"google.golang.org/protobuf/types/known/structpb"
 
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
 	"github.com/entente-mesh/entente/ca/catest"
 	"github.com/entente-mesh/entente/meshagent"
 	"github.com/entente-mesh/entente/meshagent/workloadapi"
@@ -64,7 +67,7 @@ func start(t *testing.T, c *catest.CA) *client {
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	cfg, err := meshagent.ReadConfig("agent.yaml", strings.NewReader(fmt.Sprintf(
-		"trustDomain: banking.example\nname: h1\ndatacenter: dc1\ndataDir: %s\nca: {token: %s}\nworkloadAPI: {socket: %s}\n",
+		"trustDomain: banking.example\nname: h1\ndatacenter: dc1\nsettle: 20ms\ndataDir: %s\nca: {token: %s}\nworkloadAPI: {socket: %s}\n",
 		filepath.Join(dir, "data"), c.AgentToken("h1", "dc1"), filepath.Join(dir, "agent.sock"))))
 	if err != nil {
 		t.Fatal(err)
@@ -327,6 +330,7 @@ func TestDenied(t *testing.T) {
 
 // Bundles of other domains come only to an entry that federates with them, each as
 // an entry of its own, and a node without Envoy's validator cannot pool them.
+// Requirements: 45, 121, 126.
 func TestFederated(t *testing.T) {
 	c := catest.Start(t, catest.Options{})
 	other := catest.Start(t, catest.Options{TrustDomain: "trading.example"})
@@ -633,4 +637,80 @@ func TestLimits(t *testing.T) {
 	if got := bad.failure(); got != codes.InvalidArgument {
 		t.Errorf("type: %v", got)
 	}
+}
+
+// I3: the CA goes on to use an authority only when an Envoy has said that it took the
+// bundle with it. A refusal, or silence, holds it, and the CA's list says whose.
+func TestAcknowledgedByEnvoy(t *testing.T) {
+	t.Parallel()
+	c := catest.Start(t, catest.Options{})
+	c.Apply(serviceYAML("accounts", mine(t)))
+	client := start(t, c)
+	st := client.stream()
+	st.ask("", "", nil, NameBundle)
+	first := st.next()
+	prepared := func() *ententev1.AuthorityStatus {
+		r, err := c.Admin().ListAuthorities(t.Context(), &ententev1.ListAuthoritiesRequest{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, a := range r.GetAuthorities() {
+			if a.GetAuthority().GetPhase() == statev1.AuthorityPhase_AUTHORITY_PHASE_PREPARED && a.GetAuthority().GetUse() == statev1.KeyUse_KEY_USE_X509 {
+				return a
+			}
+		}
+		return nil
+	}
+	st.ask(first.GetVersionInfo(), first.GetNonce(), nil, NameBundle)
+	last := first.GetVersionInfo()
+	ready := func() error {
+		if a := prepared(); a == nil || !a.GetAuthority().GetReady() {
+			return fmt.Errorf("%v", a)
+		}
+		return nil
+	}
+	// newer takes what comes while the CA settles.
+	newer := func(fault error) {
+		for {
+			select {
+			case r := <-st.got:
+				if last = r.GetVersionInfo(); fault == nil {
+					st.ask(last, r.GetNonce(), nil, NameBundle)
+				} else {
+					st.ask("", r.GetNonce(), fault, NameBundle)
+				}
+			case <-time.After(quiet):
+				return
+			}
+		}
+	}
+	eventually(t, func() error { newer(nil); return ready() }) // control
+
+	next := prepared().GetAuthority().GetId()
+	if _, err := c.Admin().ActivateAuthority(t.Context(), &ententev1.ChangeAuthorityRequest{Id: next}); err != nil {
+		t.Fatal(err)
+	}
+	waits := func() error {
+		if text := strings.Join(prepared().GetWaitingFor(), " "); !strings.Contains(text, "agent h1 (SDS, pid ") {
+			return fmt.Errorf("waits for %q", text)
+		}
+		return nil
+	}
+	// Another authority was made; the Envoy says nothing.
+	r := st.next()
+	eventually(t, waits)
+	time.Sleep(10 * quiet)
+	if ready() == nil {
+		t.Fatal("ready although an Envoy was silent")
+	}
+	st.ask("", r.GetNonce(), errors.New("no such validator"), NameBundle)
+	newer(errors.New("no such validator"))
+	if waits() != nil || ready() == nil {
+		t.Fatalf("ready although an Envoy refused it: %v", prepared())
+	}
+	// It takes the next bundle.
+	if _, err := c.Admin().RevokeAuthority(t.Context(), &ententev1.ChangeAuthorityRequest{Id: prepared().GetAuthority().GetId(), Now: true}); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, func() error { newer(nil); return ready() })
 }

@@ -1,6 +1,7 @@
 package sds
 
 import (
+	"fmt"
 	"maps"
 	"slices"
 	"strconv"
@@ -49,9 +50,12 @@ func (s *Server) StreamSecrets(stream secret.SecretDiscoveryService_StreamSecret
 		return err
 	}
 	requests, failed := receive(stream)
+	delivery := s.agent.Deliver(fmt.Sprintf("SDS, pid %d", process.PID()))
+	defer delivery.Close()
 	w := world{server: s, process: process}
 	for {
 		state := s.agent.State()
+		upToDate := w.nothing // the client has all that the state has for it, once it takes what it was sent
 		if w.asked && !w.nothing {
 			p, err := s.look(state, process, w.plain)
 			if err != nil {
@@ -65,11 +69,16 @@ func (s *Server) StreamSecrets(stream secret.SecretDiscoveryService_StreamSecret
 				if w.again || response.GetVersionInfo() != w.version {
 					w.again, w.version, w.nonce = false, response.GetVersionInfo(), w.count.next()
 					response.Nonce = w.nonce
+					w.taken = false
 					if err := stream.Send(response); err != nil {
 						return err
 					}
 				}
+				upToDate = w.taken
 			}
+		}
+		if upToDate {
+			delivery.Got(state)
 		}
 		select {
 		case q := <-requests:
@@ -97,6 +106,7 @@ type world struct {
 	again   bool   // it is to be answered although nothing is new
 	version string // sent last; whether taken or not, it is not sent again
 	nonce   string // of that
+	taken   bool   // the client has it and has not refused it
 	count   nonces
 }
 
@@ -120,6 +130,8 @@ func (w *world) take(q *discovery.DiscoveryRequest) error {
 	}
 	if detail := q.GetErrorDetail(); detail != nil {
 		w.server.refused(w.process, w.names, detail.GetMessage())
+	} else {
+		w.taken = true
 	}
 	before, now := slices.Sorted(slices.Values(w.names)), slices.Sorted(slices.Values(q.GetResourceNames()))
 	if !slices.Equal(before, now) {
@@ -148,7 +160,9 @@ func (s *Server) DeltaSecrets(stream secret.SecretDiscoveryService_DeltaSecretsS
 		return err
 	}
 	requests, failed := receive(stream)
-	d := delta{server: s, process: process, wanted: map[string]bool{}, sent: map[string]string{}, open: map[string][]string{}}
+	delivery := s.agent.Deliver(fmt.Sprintf("SDS, pid %d", process.PID()))
+	defer delivery.Close()
+	d := delta{server: s, process: process, wanted: map[string]bool{}, sent: map[string]string{}, open: map[string][]string{}, refused: map[string]bool{}}
 	for {
 		state := s.agent.State()
 		if d.asked {
@@ -165,6 +179,9 @@ func (s *Server) DeltaSecrets(stream secret.SecretDiscoveryService_DeltaSecretsS
 					if err := stream.Send(response); err != nil {
 						return err
 					}
+				}
+				if len(d.open)+len(d.refused) == 0 {
+					delivery.Got(state)
 				}
 			}
 		}
@@ -198,6 +215,8 @@ type delta struct {
 	count  nonces
 	open   map[string][]string // names by nonce, of responses without an answer yet
 	order  []string            // nonces of open, oldest first
+
+	refused map[string]bool // names whose newest version the client did not take
 }
 
 func (d *delta) take(q *discovery.DeltaDiscoveryRequest) error {
@@ -208,8 +227,14 @@ func (d *delta) take(q *discovery.DeltaDiscoveryRequest) error {
 		names, known := d.open[nonce]
 		delete(d.open, nonce)
 		d.order = slices.DeleteFunc(d.order, func(n string) bool { return n == nonce })
-		if detail := q.GetErrorDetail(); detail != nil && known {
+		detail := q.GetErrorDetail()
+		if detail != nil && known {
 			d.server.refused(d.process, names, detail.GetMessage())
+		}
+		for _, name := range names {
+			if delete(d.refused, name); detail != nil {
+				d.refused[name] = true
+			}
 		}
 	}
 	subscribe := q.GetResourceNamesSubscribe()
@@ -240,6 +265,7 @@ func (d *delta) take(q *discovery.DeltaDiscoveryRequest) error {
 		}
 		delete(d.wanted, name)
 		delete(d.sent, name)
+		delete(d.refused, name)
 	}
 	if len(d.wanted) > maxNames {
 		return errNames

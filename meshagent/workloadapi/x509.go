@@ -44,6 +44,8 @@ func follow[R any, P interface {
 	}
 	patience := time.NewTimer(s.patience)
 	defer patience.Stop()
+	delivery := s.agent.Deliver(fmt.Sprintf("Workload API, pid %d", process.PID()))
+	defer delivery.Close()
 	var sent P
 	for {
 		state := s.agent.State()
@@ -66,6 +68,9 @@ func follow[R any, P interface {
 				return err
 			}
 			sent = next
+		}
+		if next != nil {
+			delivery.Got(state)
 		}
 
 		late := patience.C
@@ -142,11 +147,10 @@ func (h hints) of(identity *meshagent.Identity) string {
 }
 
 func bundlesResponse(state *meshagent.State, entitled []*meshagent.Identity) (*workload.X509BundlesResponse, error) {
-	own := concatenate(state.Bundle)
-	if len(own) == 0 {
+	if state.Bundle == nil {
 		return nil, nil
 	}
-	response := &workload.X509BundlesResponse{Bundles: map[string][]byte{state.Bundle.TrustDomain().IDString(): own}}
+	response := &workload.X509BundlesResponse{Bundles: map[string][]byte{state.Bundle.TrustDomain().IDString(): concatenate(state.Bundle)}}
 	for _, identity := range entitled {
 		addFederated(response.Bundles, identity)
 	}

@@ -82,6 +82,7 @@ type JoinRequest struct {
 	Signature     []byte                 `protobuf:"bytes,3,opt,name=signature,proto3" json:"signature,omitempty"` // Ed25519 by the token's seed
 	RaftAddress   string                 `protobuf:"bytes,4,opt,name=raft_address,json=raftAddress,proto3" json:"raft_address,omitempty"`
 	ApiAddress    string                 `protobuf:"bytes,5,opt,name=api_address,json=apiAddress,proto3" json:"api_address,omitempty"`
+	FeatureLevel  uint32                 `protobuf:"varint,70,opt,name=feature_level,json=featureLevel,proto3" json:"feature_level,omitempty"` // which commands its software carries out; 0: 1
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -149,6 +150,13 @@ func (x *JoinRequest) GetApiAddress() string {
 		return x.ApiAddress
 	}
 	return ""
+}
+
+func (x *JoinRequest) GetFeatureLevel() uint32 {
+	if x != nil {
+		return x.FeatureLevel
+	}
+	return 0
 }
 
 type JoinResponse struct {
@@ -521,6 +529,7 @@ type Ack struct {
 	// the authority key ids (RFC 5280 section 4.2.1.1) in lower-case hex.
 	Authorities      []string `protobuf:"bytes,10,rep,name=authorities,proto3" json:"authorities,omitempty"`
 	AuthoritiesKnown bool     `protobuf:"varint,11,opt,name=authorities_known,json=authoritiesKnown,proto3" json:"authorities_known,omitempty"` // false: it does not say
+	WaitingFor       []string `protobuf:"bytes,90,rep,name=waiting_for,json=waitingFor,proto3" json:"waiting_for,omitempty"`                    // who on its host does not hold what came since, at most 10
 	unknownFields    protoimpl.UnknownFields
 	sizeCache        protoimpl.SizeCache
 }
@@ -574,6 +583,13 @@ func (x *Ack) GetAuthoritiesKnown() bool {
 		return x.AuthoritiesKnown
 	}
 	return false
+}
+
+func (x *Ack) GetWaitingFor() []string {
+	if x != nil {
+		return x.WaitingFor
+	}
+	return nil
 }
 
 // InstanceReport is the full list of what the agent's host serves now.
@@ -2110,6 +2126,7 @@ type Autonomy struct {
 	SignsSeconds  float64                `protobuf:"fixed64,2,opt,name=signs_seconds,json=signsSeconds,proto3" json:"signs_seconds,omitempty"` // until its last authority that may sign ends; 0: it does not sign
 	FullSeconds   float64                `protobuf:"fixed64,3,opt,name=full_seconds,json=fullSeconds,proto3" json:"full_seconds,omitempty"`    // until leaves become shorter than they should be
 	NextReady     bool                   `protobuf:"varint,4,opt,name=next_ready,json=nextReady,proto3" json:"next_ready,omitempty"`           // its next authority may be activated without quorum
+	Uses          []*UseAutonomy         `protobuf:"bytes,90,rep,name=uses,proto3" json:"uses,omitempty"`                                      // X.509, JWT, WIT
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2172,6 +2189,122 @@ func (x *Autonomy) GetNextReady() bool {
 	return false
 }
 
+func (x *Autonomy) GetUses() []*UseAutonomy {
+	if x != nil {
+		return x.Uses
+	}
+	return nil
+}
+
+// UseAutonomy is that of one kind of authority of a member.
+type UseAutonomy struct {
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	Use            v1.KeyUse              `protobuf:"varint,1,opt,name=use,proto3,enum=entente.state.v1.KeyUse" json:"use,omitempty"`
+	Active         string                 `protobuf:"bytes,2,opt,name=active,proto3" json:"active,omitempty"`                                      // authority id; empty: none
+	ActiveSeconds  float64                `protobuf:"fixed64,3,opt,name=active_seconds,json=activeSeconds,proto3" json:"active_seconds,omitempty"` // until it ends
+	Next           string                 `protobuf:"bytes,4,opt,name=next,proto3" json:"next,omitempty"`                                          // authority id of the PREPARED one; empty: none
+	NextReady      bool                   `protobuf:"varint,5,opt,name=next_ready,json=nextReady,proto3" json:"next_ready,omitempty"`
+	NextSeconds    float64                `protobuf:"fixed64,6,opt,name=next_seconds,json=nextSeconds,proto3" json:"next_seconds,omitempty"`         // until it ends
+	WaitingFor     []string               `protobuf:"bytes,7,rep,name=waiting_for,json=waitingFor,proto3" json:"waiting_for,omitempty"`              // who has not acknowledged the next one yet
+	WaitingUnknown bool                   `protobuf:"varint,8,opt,name=waiting_unknown,json=waitingUnknown,proto3" json:"waiting_unknown,omitempty"` // the leader cannot be asked
+	Overdue        bool                   `protobuf:"varint,9,opt,name=overdue,proto3" json:"overdue,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *UseAutonomy) Reset() {
+	*x = UseAutonomy{}
+	mi := &file_entente_v1_entente_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UseAutonomy) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UseAutonomy) ProtoMessage() {}
+
+func (x *UseAutonomy) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UseAutonomy.ProtoReflect.Descriptor instead.
+func (*UseAutonomy) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *UseAutonomy) GetUse() v1.KeyUse {
+	if x != nil {
+		return x.Use
+	}
+	return v1.KeyUse(0)
+}
+
+func (x *UseAutonomy) GetActive() string {
+	if x != nil {
+		return x.Active
+	}
+	return ""
+}
+
+func (x *UseAutonomy) GetActiveSeconds() float64 {
+	if x != nil {
+		return x.ActiveSeconds
+	}
+	return 0
+}
+
+func (x *UseAutonomy) GetNext() string {
+	if x != nil {
+		return x.Next
+	}
+	return ""
+}
+
+func (x *UseAutonomy) GetNextReady() bool {
+	if x != nil {
+		return x.NextReady
+	}
+	return false
+}
+
+func (x *UseAutonomy) GetNextSeconds() float64 {
+	if x != nil {
+		return x.NextSeconds
+	}
+	return 0
+}
+
+func (x *UseAutonomy) GetWaitingFor() []string {
+	if x != nil {
+		return x.WaitingFor
+	}
+	return nil
+}
+
+func (x *UseAutonomy) GetWaitingUnknown() bool {
+	if x != nil {
+		return x.WaitingUnknown
+	}
+	return false
+}
+
+func (x *UseAutonomy) GetOverdue() bool {
+	if x != nil {
+		return x.Overdue
+	}
+	return false
+}
+
 type MemberStatus struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Member        *v1.Member             `protobuf:"bytes,1,opt,name=member,proto3" json:"member,omitempty"`
@@ -2182,7 +2315,7 @@ type MemberStatus struct {
 
 func (x *MemberStatus) Reset() {
 	*x = MemberStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[30]
+	mi := &file_entente_v1_entente_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2194,7 +2327,7 @@ func (x *MemberStatus) String() string {
 func (*MemberStatus) ProtoMessage() {}
 
 func (x *MemberStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[30]
+	mi := &file_entente_v1_entente_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2207,7 +2340,7 @@ func (x *MemberStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemberStatus.ProtoReflect.Descriptor instead.
 func (*MemberStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{30}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *MemberStatus) GetMember() *v1.Member {
@@ -2232,7 +2365,7 @@ type SaveSnapshotRequest struct {
 
 func (x *SaveSnapshotRequest) Reset() {
 	*x = SaveSnapshotRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[31]
+	mi := &file_entente_v1_entente_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2244,7 +2377,7 @@ func (x *SaveSnapshotRequest) String() string {
 func (*SaveSnapshotRequest) ProtoMessage() {}
 
 func (x *SaveSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[31]
+	mi := &file_entente_v1_entente_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2257,7 +2390,7 @@ func (x *SaveSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SaveSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*SaveSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{31}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{32}
 }
 
 // SaveSnapshotResponse is a part of the file. The file carries its own checksums.
@@ -2270,7 +2403,7 @@ type SaveSnapshotResponse struct {
 
 func (x *SaveSnapshotResponse) Reset() {
 	*x = SaveSnapshotResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[32]
+	mi := &file_entente_v1_entente_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2282,7 +2415,7 @@ func (x *SaveSnapshotResponse) String() string {
 func (*SaveSnapshotResponse) ProtoMessage() {}
 
 func (x *SaveSnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[32]
+	mi := &file_entente_v1_entente_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2295,7 +2428,7 @@ func (x *SaveSnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SaveSnapshotResponse.ProtoReflect.Descriptor instead.
 func (*SaveSnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{32}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *SaveSnapshotResponse) GetData() []byte {
@@ -2313,7 +2446,7 @@ type ListNodesRequest struct {
 
 func (x *ListNodesRequest) Reset() {
 	*x = ListNodesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[33]
+	mi := &file_entente_v1_entente_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2325,7 +2458,7 @@ func (x *ListNodesRequest) String() string {
 func (*ListNodesRequest) ProtoMessage() {}
 
 func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[33]
+	mi := &file_entente_v1_entente_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2338,7 +2471,7 @@ func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesRequest.ProtoReflect.Descriptor instead.
 func (*ListNodesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{33}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{34}
 }
 
 type ListNodesResponse struct {
@@ -2352,7 +2485,7 @@ type ListNodesResponse struct {
 
 func (x *ListNodesResponse) Reset() {
 	*x = ListNodesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[34]
+	mi := &file_entente_v1_entente_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2364,7 +2497,7 @@ func (x *ListNodesResponse) String() string {
 func (*ListNodesResponse) ProtoMessage() {}
 
 func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[34]
+	mi := &file_entente_v1_entente_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2377,7 +2510,7 @@ func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesResponse.ProtoReflect.Descriptor instead.
 func (*ListNodesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{34}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *ListNodesResponse) GetLeaderId() string {
@@ -2414,7 +2547,7 @@ type NodeProgress struct {
 
 func (x *NodeProgress) Reset() {
 	*x = NodeProgress{}
-	mi := &file_entente_v1_entente_proto_msgTypes[35]
+	mi := &file_entente_v1_entente_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2426,7 +2559,7 @@ func (x *NodeProgress) String() string {
 func (*NodeProgress) ProtoMessage() {}
 
 func (x *NodeProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[35]
+	mi := &file_entente_v1_entente_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2439,7 +2572,7 @@ func (x *NodeProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeProgress.ProtoReflect.Descriptor instead.
 func (*NodeProgress) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{35}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *NodeProgress) GetMember() *v1.Member {
@@ -2486,7 +2619,7 @@ type PromoteNodeRequest struct {
 
 func (x *PromoteNodeRequest) Reset() {
 	*x = PromoteNodeRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[36]
+	mi := &file_entente_v1_entente_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2498,7 +2631,7 @@ func (x *PromoteNodeRequest) String() string {
 func (*PromoteNodeRequest) ProtoMessage() {}
 
 func (x *PromoteNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[36]
+	mi := &file_entente_v1_entente_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2511,7 +2644,7 @@ func (x *PromoteNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PromoteNodeRequest.ProtoReflect.Descriptor instead.
 func (*PromoteNodeRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{36}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *PromoteNodeRequest) GetName() string {
@@ -2530,7 +2663,7 @@ type PromoteNodeResponse struct {
 
 func (x *PromoteNodeResponse) Reset() {
 	*x = PromoteNodeResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[37]
+	mi := &file_entente_v1_entente_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2542,7 +2675,7 @@ func (x *PromoteNodeResponse) String() string {
 func (*PromoteNodeResponse) ProtoMessage() {}
 
 func (x *PromoteNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[37]
+	mi := &file_entente_v1_entente_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2555,7 +2688,7 @@ func (x *PromoteNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PromoteNodeResponse.ProtoReflect.Descriptor instead.
 func (*PromoteNodeResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{37}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *PromoteNodeResponse) GetRevision() uint64 {
@@ -2574,7 +2707,7 @@ type VouchRequest struct {
 
 func (x *VouchRequest) Reset() {
 	*x = VouchRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[38]
+	mi := &file_entente_v1_entente_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2586,7 +2719,7 @@ func (x *VouchRequest) String() string {
 func (*VouchRequest) ProtoMessage() {}
 
 func (x *VouchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[38]
+	mi := &file_entente_v1_entente_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2599,7 +2732,7 @@ func (x *VouchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VouchRequest.ProtoReflect.Descriptor instead.
 func (*VouchRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{38}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *VouchRequest) GetMemberId() string {
@@ -2618,7 +2751,7 @@ type VouchResponse struct {
 
 func (x *VouchResponse) Reset() {
 	*x = VouchResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[39]
+	mi := &file_entente_v1_entente_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2630,7 +2763,7 @@ func (x *VouchResponse) String() string {
 func (*VouchResponse) ProtoMessage() {}
 
 func (x *VouchResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[39]
+	mi := &file_entente_v1_entente_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2643,7 +2776,7 @@ func (x *VouchResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VouchResponse.ProtoReflect.Descriptor instead.
 func (*VouchResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{39}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *VouchResponse) GetMember() *v1.Member {
@@ -2663,7 +2796,7 @@ type ChecksumRequest struct {
 
 func (x *ChecksumRequest) Reset() {
 	*x = ChecksumRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[40]
+	mi := &file_entente_v1_entente_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2675,7 +2808,7 @@ func (x *ChecksumRequest) String() string {
 func (*ChecksumRequest) ProtoMessage() {}
 
 func (x *ChecksumRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[40]
+	mi := &file_entente_v1_entente_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2688,7 +2821,7 @@ func (x *ChecksumRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChecksumRequest.ProtoReflect.Descriptor instead.
 func (*ChecksumRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{40}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *ChecksumRequest) GetAtIndex() uint64 {
@@ -2714,7 +2847,7 @@ type ChecksumResponse struct {
 
 func (x *ChecksumResponse) Reset() {
 	*x = ChecksumResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[41]
+	mi := &file_entente_v1_entente_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2726,7 +2859,7 @@ func (x *ChecksumResponse) String() string {
 func (*ChecksumResponse) ProtoMessage() {}
 
 func (x *ChecksumResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[41]
+	mi := &file_entente_v1_entente_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2739,7 +2872,7 @@ func (x *ChecksumResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChecksumResponse.ProtoReflect.Descriptor instead.
 func (*ChecksumResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{41}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *ChecksumResponse) GetSum() []byte {
@@ -2759,7 +2892,7 @@ type ShowEpochRequest struct {
 
 func (x *ShowEpochRequest) Reset() {
 	*x = ShowEpochRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[42]
+	mi := &file_entente_v1_entente_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2771,7 +2904,7 @@ func (x *ShowEpochRequest) String() string {
 func (*ShowEpochRequest) ProtoMessage() {}
 
 func (x *ShowEpochRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[42]
+	mi := &file_entente_v1_entente_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2784,7 +2917,7 @@ func (x *ShowEpochRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowEpochRequest.ProtoReflect.Descriptor instead.
 func (*ShowEpochRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{42}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *ShowEpochRequest) GetStatement() []byte {
@@ -2809,7 +2942,7 @@ type ShowEpochResponse struct {
 
 func (x *ShowEpochResponse) Reset() {
 	*x = ShowEpochResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[43]
+	mi := &file_entente_v1_entente_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2821,7 +2954,7 @@ func (x *ShowEpochResponse) String() string {
 func (*ShowEpochResponse) ProtoMessage() {}
 
 func (x *ShowEpochResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[43]
+	mi := &file_entente_v1_entente_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2834,7 +2967,7 @@ func (x *ShowEpochResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowEpochResponse.ProtoReflect.Descriptor instead.
 func (*ShowEpochResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{43}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{44}
 }
 
 type ForeignBundleStatus struct {
@@ -2850,7 +2983,7 @@ type ForeignBundleStatus struct {
 
 func (x *ForeignBundleStatus) Reset() {
 	*x = ForeignBundleStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[44]
+	mi := &file_entente_v1_entente_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2862,7 +2995,7 @@ func (x *ForeignBundleStatus) String() string {
 func (*ForeignBundleStatus) ProtoMessage() {}
 
 func (x *ForeignBundleStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[44]
+	mi := &file_entente_v1_entente_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2875,7 +3008,7 @@ func (x *ForeignBundleStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForeignBundleStatus.ProtoReflect.Descriptor instead.
 func (*ForeignBundleStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{44}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *ForeignBundleStatus) GetTrustDomain() string {
@@ -2924,7 +3057,7 @@ type CreateTokenRequest struct {
 
 func (x *CreateTokenRequest) Reset() {
 	*x = CreateTokenRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[45]
+	mi := &file_entente_v1_entente_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2936,7 +3069,7 @@ func (x *CreateTokenRequest) String() string {
 func (*CreateTokenRequest) ProtoMessage() {}
 
 func (x *CreateTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[45]
+	mi := &file_entente_v1_entente_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2949,7 +3082,7 @@ func (x *CreateTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTokenRequest.ProtoReflect.Descriptor instead.
 func (*CreateTokenRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{45}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *CreateTokenRequest) GetNode() *v1.NodeGrant {
@@ -2984,7 +3117,7 @@ type CreateTokenResponse struct {
 
 func (x *CreateTokenResponse) Reset() {
 	*x = CreateTokenResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[46]
+	mi := &file_entente_v1_entente_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2996,7 +3129,7 @@ func (x *CreateTokenResponse) String() string {
 func (*CreateTokenResponse) ProtoMessage() {}
 
 func (x *CreateTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[46]
+	mi := &file_entente_v1_entente_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3009,7 +3142,7 @@ func (x *CreateTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTokenResponse.ProtoReflect.Descriptor instead.
 func (*CreateTokenResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{46}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *CreateTokenResponse) GetToken() string {
@@ -3044,7 +3177,7 @@ type ApplyRequest struct {
 
 func (x *ApplyRequest) Reset() {
 	*x = ApplyRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[47]
+	mi := &file_entente_v1_entente_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3056,7 +3189,7 @@ func (x *ApplyRequest) String() string {
 func (*ApplyRequest) ProtoMessage() {}
 
 func (x *ApplyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[47]
+	mi := &file_entente_v1_entente_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3069,7 +3202,7 @@ func (x *ApplyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyRequest.ProtoReflect.Descriptor instead.
 func (*ApplyRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{47}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *ApplyRequest) GetObjects() []*v1.Object {
@@ -3103,7 +3236,7 @@ type ApplyResponse struct {
 
 func (x *ApplyResponse) Reset() {
 	*x = ApplyResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[48]
+	mi := &file_entente_v1_entente_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3115,7 +3248,7 @@ func (x *ApplyResponse) String() string {
 func (*ApplyResponse) ProtoMessage() {}
 
 func (x *ApplyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[48]
+	mi := &file_entente_v1_entente_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3128,7 +3261,7 @@ func (x *ApplyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyResponse.ProtoReflect.Descriptor instead.
 func (*ApplyResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{48}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *ApplyResponse) GetRevision() uint64 {
@@ -3155,7 +3288,7 @@ type ObjectChange struct {
 
 func (x *ObjectChange) Reset() {
 	*x = ObjectChange{}
-	mi := &file_entente_v1_entente_proto_msgTypes[49]
+	mi := &file_entente_v1_entente_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3167,7 +3300,7 @@ func (x *ObjectChange) String() string {
 func (*ObjectChange) ProtoMessage() {}
 
 func (x *ObjectChange) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[49]
+	mi := &file_entente_v1_entente_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3180,7 +3313,7 @@ func (x *ObjectChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ObjectChange.ProtoReflect.Descriptor instead.
 func (*ObjectChange) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{49}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *ObjectChange) GetKey() *v1.ObjectKey {
@@ -3207,7 +3340,7 @@ type GetBundleRequest struct {
 
 func (x *GetBundleRequest) Reset() {
 	*x = GetBundleRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[50]
+	mi := &file_entente_v1_entente_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3219,7 +3352,7 @@ func (x *GetBundleRequest) String() string {
 func (*GetBundleRequest) ProtoMessage() {}
 
 func (x *GetBundleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[50]
+	mi := &file_entente_v1_entente_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3232,7 +3365,7 @@ func (x *GetBundleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBundleRequest.ProtoReflect.Descriptor instead.
 func (*GetBundleRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{50}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *GetBundleRequest) GetTrustDomain() string {
@@ -3258,7 +3391,7 @@ type GetBundleResponse struct {
 
 func (x *GetBundleResponse) Reset() {
 	*x = GetBundleResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[51]
+	mi := &file_entente_v1_entente_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3270,7 +3403,7 @@ func (x *GetBundleResponse) String() string {
 func (*GetBundleResponse) ProtoMessage() {}
 
 func (x *GetBundleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[51]
+	mi := &file_entente_v1_entente_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3283,7 +3416,7 @@ func (x *GetBundleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBundleResponse.ProtoReflect.Descriptor instead.
 func (*GetBundleResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{51}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *GetBundleResponse) GetJwks() []byte {
@@ -3302,7 +3435,7 @@ type ProposeRequest struct {
 
 func (x *ProposeRequest) Reset() {
 	*x = ProposeRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[52]
+	mi := &file_entente_v1_entente_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3314,7 +3447,7 @@ func (x *ProposeRequest) String() string {
 func (*ProposeRequest) ProtoMessage() {}
 
 func (x *ProposeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[52]
+	mi := &file_entente_v1_entente_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3327,7 +3460,7 @@ func (x *ProposeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProposeRequest.ProtoReflect.Descriptor instead.
 func (*ProposeRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{52}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *ProposeRequest) GetCommand() []byte {
@@ -3348,7 +3481,7 @@ type ProposeResponse struct {
 
 func (x *ProposeResponse) Reset() {
 	*x = ProposeResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[53]
+	mi := &file_entente_v1_entente_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3360,7 +3493,7 @@ func (x *ProposeResponse) String() string {
 func (*ProposeResponse) ProtoMessage() {}
 
 func (x *ProposeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[53]
+	mi := &file_entente_v1_entente_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3373,7 +3506,7 @@ func (x *ProposeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProposeResponse.ProtoReflect.Descriptor instead.
 func (*ProposeResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{53}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *ProposeResponse) GetRevision() uint64 {
@@ -3402,17 +3535,18 @@ type ReportRequest struct {
 	BootId               string                 `protobuf:"bytes,1,opt,name=boot_id,json=bootId,proto3" json:"boot_id,omitempty"`
 	AppliedRevision      uint64                 `protobuf:"varint,2,opt,name=applied_revision,json=appliedRevision,proto3" json:"applied_revision,omitempty"`                // of this replica
 	AcknowledgedRevision uint64                 `protobuf:"varint,3,opt,name=acknowledged_revision,json=acknowledgedRevision,proto3" json:"acknowledged_revision,omitempty"` // minimum over its subscribers
-	WaitingFor           []string               `protobuf:"bytes,4,rep,name=waiting_for,json=waitingFor,proto3" json:"waiting_for,omitempty"`                                // names of the subscribers at the minimum, at most 10
+	WaitingFor           []string               `protobuf:"bytes,4,rep,name=waiting_for,json=waitingFor,proto3" json:"waiting_for,omitempty"`                                // names of subscribers that are behind, the furthest first, at most 64
 	UnixNanos            int64                  `protobuf:"varint,5,opt,name=unix_nanos,json=unixNanos,proto3" json:"unix_nanos,omitempty"`                                  // its clock
 	CaughtUp             bool                   `protobuf:"varint,6,opt,name=caught_up,json=caughtUp,proto3" json:"caught_up,omitempty"`
-	Held                 []*HeldAuthority       `protobuf:"bytes,20,rep,name=held,proto3" json:"held,omitempty"` // TAINTED ones of which SVIDs live among its subscribers
+	WaitingAt            []uint64               `protobuf:"varint,90,rep,packed,name=waiting_at,json=waitingAt,proto3" json:"waiting_at,omitempty"` // what each of waiting_for holds, a revision
+	Held                 []*HeldAuthority       `protobuf:"bytes,20,rep,name=held,proto3" json:"held,omitempty"`                                    // TAINTED ones of which SVIDs live among its subscribers
 	unknownFields        protoimpl.UnknownFields
 	sizeCache            protoimpl.SizeCache
 }
 
 func (x *ReportRequest) Reset() {
 	*x = ReportRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[54]
+	mi := &file_entente_v1_entente_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3424,7 +3558,7 @@ func (x *ReportRequest) String() string {
 func (*ReportRequest) ProtoMessage() {}
 
 func (x *ReportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[54]
+	mi := &file_entente_v1_entente_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3437,7 +3571,7 @@ func (x *ReportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRequest.ProtoReflect.Descriptor instead.
 func (*ReportRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{54}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *ReportRequest) GetBootId() string {
@@ -3482,6 +3616,13 @@ func (x *ReportRequest) GetCaughtUp() bool {
 	return false
 }
 
+func (x *ReportRequest) GetWaitingAt() []uint64 {
+	if x != nil {
+		return x.WaitingAt
+	}
+	return nil
+}
+
 func (x *ReportRequest) GetHeld() []*HeldAuthority {
 	if x != nil {
 		return x.Held
@@ -3500,7 +3641,7 @@ type HeldAuthority struct {
 
 func (x *HeldAuthority) Reset() {
 	*x = HeldAuthority{}
-	mi := &file_entente_v1_entente_proto_msgTypes[55]
+	mi := &file_entente_v1_entente_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3512,7 +3653,7 @@ func (x *HeldAuthority) String() string {
 func (*HeldAuthority) ProtoMessage() {}
 
 func (x *HeldAuthority) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[55]
+	mi := &file_entente_v1_entente_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3525,7 +3666,7 @@ func (x *HeldAuthority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HeldAuthority.ProtoReflect.Descriptor instead.
 func (*HeldAuthority) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{55}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *HeldAuthority) GetId() string {
@@ -3550,7 +3691,7 @@ type ReportResponse struct {
 
 func (x *ReportResponse) Reset() {
 	*x = ReportResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[56]
+	mi := &file_entente_v1_entente_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3562,7 +3703,7 @@ func (x *ReportResponse) String() string {
 func (*ReportResponse) ProtoMessage() {}
 
 func (x *ReportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[56]
+	mi := &file_entente_v1_entente_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3575,7 +3716,7 @@ func (x *ReportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportResponse.ProtoReflect.Descriptor instead.
 func (*ReportResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{56}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{57}
 }
 
 type GateRequest struct {
@@ -3586,7 +3727,7 @@ type GateRequest struct {
 
 func (x *GateRequest) Reset() {
 	*x = GateRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[57]
+	mi := &file_entente_v1_entente_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3598,7 +3739,7 @@ func (x *GateRequest) String() string {
 func (*GateRequest) ProtoMessage() {}
 
 func (x *GateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[57]
+	mi := &file_entente_v1_entente_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3611,7 +3752,7 @@ func (x *GateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GateRequest.ProtoReflect.Descriptor instead.
 func (*GateRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{57}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{58}
 }
 
 type GateResponse struct {
@@ -3623,7 +3764,7 @@ type GateResponse struct {
 
 func (x *GateResponse) Reset() {
 	*x = GateResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[58]
+	mi := &file_entente_v1_entente_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3635,7 +3776,7 @@ func (x *GateResponse) String() string {
 func (*GateResponse) ProtoMessage() {}
 
 func (x *GateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[58]
+	mi := &file_entente_v1_entente_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3648,7 +3789,7 @@ func (x *GateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GateResponse.ProtoReflect.Descriptor instead.
 func (*GateResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{58}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *GateResponse) GetAuthorities() []*AuthorityGate {
@@ -3664,13 +3805,14 @@ type AuthorityGate struct {
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
 	WaitingFor    []string               `protobuf:"bytes,2,rep,name=waiting_for,json=waitingFor,proto3" json:"waiting_for,omitempty"` // PREPARED: who does not hold it; TAINTED: who has SVIDs under it
 	Assumed       []string               `protobuf:"bytes,3,rep,name=assumed,proto3" json:"assumed,omitempty"`                         // who cannot say, and is not waited for any longer
+	Overdue       bool                   `protobuf:"varint,90,opt,name=overdue,proto3" json:"overdue,omitempty"`                       // PREPARED: the one before should have been replaced by now
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *AuthorityGate) Reset() {
 	*x = AuthorityGate{}
-	mi := &file_entente_v1_entente_proto_msgTypes[59]
+	mi := &file_entente_v1_entente_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3682,7 +3824,7 @@ func (x *AuthorityGate) String() string {
 func (*AuthorityGate) ProtoMessage() {}
 
 func (x *AuthorityGate) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[59]
+	mi := &file_entente_v1_entente_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3695,7 +3837,7 @@ func (x *AuthorityGate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityGate.ProtoReflect.Descriptor instead.
 func (*AuthorityGate) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{59}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *AuthorityGate) GetId() string {
@@ -3719,6 +3861,170 @@ func (x *AuthorityGate) GetAssumed() []string {
 	return nil
 }
 
+func (x *AuthorityGate) GetOverdue() bool {
+	if x != nil {
+		return x.Overdue
+	}
+	return false
+}
+
+type MarkReadyRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Exclude       []string               `protobuf:"bytes,2,rep,name=exclude,proto3" json:"exclude,omitempty"` // names of CA nodes
+	Who           string                 `protobuf:"bytes,3,opt,name=who,proto3" json:"who,omitempty"`         // asked for it, for the audit log
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MarkReadyRequest) Reset() {
+	*x = MarkReadyRequest{}
+	mi := &file_entente_v1_entente_proto_msgTypes[61]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MarkReadyRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MarkReadyRequest) ProtoMessage() {}
+
+func (x *MarkReadyRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[61]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MarkReadyRequest.ProtoReflect.Descriptor instead.
+func (*MarkReadyRequest) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{61}
+}
+
+func (x *MarkReadyRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *MarkReadyRequest) GetExclude() []string {
+	if x != nil {
+		return x.Exclude
+	}
+	return nil
+}
+
+func (x *MarkReadyRequest) GetWho() string {
+	if x != nil {
+		return x.Who
+	}
+	return ""
+}
+
+type MarkReadyResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Revision      uint64                 `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MarkReadyResponse) Reset() {
+	*x = MarkReadyResponse{}
+	mi := &file_entente_v1_entente_proto_msgTypes[62]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MarkReadyResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MarkReadyResponse) ProtoMessage() {}
+
+func (x *MarkReadyResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[62]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MarkReadyResponse.ProtoReflect.Descriptor instead.
+func (*MarkReadyResponse) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{62}
+}
+
+func (x *MarkReadyResponse) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+// Picture is what a subscriber holds of both lanes, as it keeps it over a restart.
+type Picture struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Policy        *Policy                `protobuf:"bytes,1,opt,name=policy,proto3" json:"policy,omitempty"`     // one full state in one chunk
+	Presence      *Presence              `protobuf:"bytes,2,opt,name=presence,proto3" json:"presence,omitempty"` // complete
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Picture) Reset() {
+	*x = Picture{}
+	mi := &file_entente_v1_entente_proto_msgTypes[63]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Picture) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Picture) ProtoMessage() {}
+
+func (x *Picture) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[63]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Picture.ProtoReflect.Descriptor instead.
+func (*Picture) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{63}
+}
+
+func (x *Picture) GetPolicy() *Policy {
+	if x != nil {
+		return x.Policy
+	}
+	return nil
+}
+
+func (x *Picture) GetPresence() *Presence {
+	if x != nil {
+		return x.Presence
+	}
+	return nil
+}
+
 type PresenceRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -3727,7 +4033,7 @@ type PresenceRequest struct {
 
 func (x *PresenceRequest) Reset() {
 	*x = PresenceRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[60]
+	mi := &file_entente_v1_entente_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3739,7 +4045,7 @@ func (x *PresenceRequest) String() string {
 func (*PresenceRequest) ProtoMessage() {}
 
 func (x *PresenceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[60]
+	mi := &file_entente_v1_entente_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3752,7 +4058,7 @@ func (x *PresenceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PresenceRequest.ProtoReflect.Descriptor instead.
 func (*PresenceRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{60}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{64}
 }
 
 type PresenceResponse struct {
@@ -3766,7 +4072,7 @@ type PresenceResponse struct {
 
 func (x *PresenceResponse) Reset() {
 	*x = PresenceResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[61]
+	mi := &file_entente_v1_entente_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3778,7 +4084,7 @@ func (x *PresenceResponse) String() string {
 func (*PresenceResponse) ProtoMessage() {}
 
 func (x *PresenceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[61]
+	mi := &file_entente_v1_entente_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3791,7 +4097,7 @@ func (x *PresenceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PresenceResponse.ProtoReflect.Descriptor instead.
 func (*PresenceResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{61}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *PresenceResponse) GetInstances() []*Instance {
@@ -3823,7 +4129,7 @@ type ListAuthoritiesRequest struct {
 
 func (x *ListAuthoritiesRequest) Reset() {
 	*x = ListAuthoritiesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[62]
+	mi := &file_entente_v1_entente_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3835,7 +4141,7 @@ func (x *ListAuthoritiesRequest) String() string {
 func (*ListAuthoritiesRequest) ProtoMessage() {}
 
 func (x *ListAuthoritiesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[62]
+	mi := &file_entente_v1_entente_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3848,7 +4154,7 @@ func (x *ListAuthoritiesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuthoritiesRequest.ProtoReflect.Descriptor instead.
 func (*ListAuthoritiesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{62}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{66}
 }
 
 type ListAuthoritiesResponse struct {
@@ -3862,7 +4168,7 @@ type ListAuthoritiesResponse struct {
 
 func (x *ListAuthoritiesResponse) Reset() {
 	*x = ListAuthoritiesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[63]
+	mi := &file_entente_v1_entente_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3874,7 +4180,7 @@ func (x *ListAuthoritiesResponse) String() string {
 func (*ListAuthoritiesResponse) ProtoMessage() {}
 
 func (x *ListAuthoritiesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[63]
+	mi := &file_entente_v1_entente_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3887,7 +4193,7 @@ func (x *ListAuthoritiesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuthoritiesResponse.ProtoReflect.Descriptor instead.
 func (*ListAuthoritiesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{63}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *ListAuthoritiesResponse) GetAuthorities() []*AuthorityStatus {
@@ -3917,13 +4223,15 @@ type AuthorityStatus struct {
 	Node          string                 `protobuf:"bytes,2,opt,name=node,proto3" json:"node,omitempty"` // name of its member; empty: removed
 	WaitingFor    []string               `protobuf:"bytes,3,rep,name=waiting_for,json=waitingFor,proto3" json:"waiting_for,omitempty"`
 	Assumed       []string               `protobuf:"bytes,4,rep,name=assumed,proto3" json:"assumed,omitempty"`
+	Overdue       bool                   `protobuf:"varint,90,opt,name=overdue,proto3" json:"overdue,omitempty"` // the one before should have been replaced by now
+	Offline       bool                   `protobuf:"varint,91,opt,name=offline,proto3" json:"offline,omitempty"` // the node that was asked signs with it, without quorum; the state will learn of it
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *AuthorityStatus) Reset() {
 	*x = AuthorityStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[64]
+	mi := &file_entente_v1_entente_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3935,7 +4243,7 @@ func (x *AuthorityStatus) String() string {
 func (*AuthorityStatus) ProtoMessage() {}
 
 func (x *AuthorityStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[64]
+	mi := &file_entente_v1_entente_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3948,7 +4256,7 @@ func (x *AuthorityStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityStatus.ProtoReflect.Descriptor instead.
 func (*AuthorityStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{64}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *AuthorityStatus) GetAuthority() *v1.Authority {
@@ -3979,15 +4287,30 @@ func (x *AuthorityStatus) GetAssumed() []string {
 	return nil
 }
 
+func (x *AuthorityStatus) GetOverdue() bool {
+	if x != nil {
+		return x.Overdue
+	}
+	return false
+}
+
+func (x *AuthorityStatus) GetOffline() bool {
+	if x != nil {
+		return x.Offline
+	}
+	return false
+}
+
 type PrepareAuthorityRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
+	Use           v1.KeyUse              `protobuf:"varint,90,opt,name=use,proto3,enum=entente.state.v1.KeyUse" json:"use,omitempty"` // unspecified: X.509
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *PrepareAuthorityRequest) Reset() {
 	*x = PrepareAuthorityRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[65]
+	mi := &file_entente_v1_entente_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3999,7 +4322,7 @@ func (x *PrepareAuthorityRequest) String() string {
 func (*PrepareAuthorityRequest) ProtoMessage() {}
 
 func (x *PrepareAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[65]
+	mi := &file_entente_v1_entente_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4012,20 +4335,28 @@ func (x *PrepareAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*PrepareAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{65}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{69}
+}
+
+func (x *PrepareAuthorityRequest) GetUse() v1.KeyUse {
+	if x != nil {
+		return x.Use
+	}
+	return v1.KeyUse(0)
 }
 
 type ChangeAuthorityRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`    // whole, or enough of its beginning to be the only one
-	Now           bool                   `protobuf:"varint,2,opt,name=now,proto3" json:"now,omitempty"` // of RevokeAuthority
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`            // whole, or enough of its beginning to be the only one
+	Now           bool                   `protobuf:"varint,2,opt,name=now,proto3" json:"now,omitempty"`         // of RevokeAuthority
+	Exclude       []string               `protobuf:"bytes,90,rep,name=exclude,proto3" json:"exclude,omitempty"` // of ActivateAuthority: CA nodes that do not report, by name, and are not waited for
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ChangeAuthorityRequest) Reset() {
 	*x = ChangeAuthorityRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[66]
+	mi := &file_entente_v1_entente_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4037,7 +4368,7 @@ func (x *ChangeAuthorityRequest) String() string {
 func (*ChangeAuthorityRequest) ProtoMessage() {}
 
 func (x *ChangeAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[66]
+	mi := &file_entente_v1_entente_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4050,7 +4381,7 @@ func (x *ChangeAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*ChangeAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{66}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *ChangeAuthorityRequest) GetId() string {
@@ -4067,6 +4398,13 @@ func (x *ChangeAuthorityRequest) GetNow() bool {
 	return false
 }
 
+func (x *ChangeAuthorityRequest) GetExclude() []string {
+	if x != nil {
+		return x.Exclude
+	}
+	return nil
+}
+
 type ChangeAuthorityResponse struct {
 	state     protoimpl.MessageState `protogen:"open.v1"`
 	Authority *v1.Authority          `protobuf:"bytes,1,opt,name=authority,proto3" json:"authority,omitempty"` // as it is now
@@ -4076,14 +4414,15 @@ type ChangeAuthorityResponse struct {
 	HeldBy []string `protobuf:"bytes,3,rep,name=held_by,json=heldBy,proto3" json:"held_by,omitempty"`
 	// Authorities that sign now, in the domain.
 	Signing       []*v1.Authority `protobuf:"bytes,4,rep,name=signing,proto3" json:"signing,omitempty"`
-	Note          string          `protobuf:"bytes,85,opt,name=note,proto3" json:"note,omitempty"` // who will not learn of it; empty: everybody does
+	Offline       bool            `protobuf:"varint,90,opt,name=offline,proto3" json:"offline,omitempty"` // of ActivateAuthority: without quorum, at this node alone
+	Note          string          `protobuf:"bytes,85,opt,name=note,proto3" json:"note,omitempty"`        // who will not learn of it; empty: everybody does
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ChangeAuthorityResponse) Reset() {
 	*x = ChangeAuthorityResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[67]
+	mi := &file_entente_v1_entente_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4095,7 +4434,7 @@ func (x *ChangeAuthorityResponse) String() string {
 func (*ChangeAuthorityResponse) ProtoMessage() {}
 
 func (x *ChangeAuthorityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[67]
+	mi := &file_entente_v1_entente_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4108,7 +4447,7 @@ func (x *ChangeAuthorityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAuthorityResponse.ProtoReflect.Descriptor instead.
 func (*ChangeAuthorityResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{67}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *ChangeAuthorityResponse) GetAuthority() *v1.Authority {
@@ -4139,6 +4478,13 @@ func (x *ChangeAuthorityResponse) GetSigning() []*v1.Authority {
 	return nil
 }
 
+func (x *ChangeAuthorityResponse) GetOffline() bool {
+	if x != nil {
+		return x.Offline
+	}
+	return false
+}
+
 func (x *ChangeAuthorityResponse) GetNote() string {
 	if x != nil {
 		return x.Note
@@ -4156,7 +4502,7 @@ type RemoveNodeRequest struct {
 
 func (x *RemoveNodeRequest) Reset() {
 	*x = RemoveNodeRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[68]
+	mi := &file_entente_v1_entente_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4168,7 +4514,7 @@ func (x *RemoveNodeRequest) String() string {
 func (*RemoveNodeRequest) ProtoMessage() {}
 
 func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[68]
+	mi := &file_entente_v1_entente_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4181,7 +4527,7 @@ func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodeRequest.ProtoReflect.Descriptor instead.
 func (*RemoveNodeRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{68}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *RemoveNodeRequest) GetName() string {
@@ -4211,7 +4557,7 @@ type RemoveNodeResponse struct {
 
 func (x *RemoveNodeResponse) Reset() {
 	*x = RemoveNodeResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[69]
+	mi := &file_entente_v1_entente_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4223,7 +4569,7 @@ func (x *RemoveNodeResponse) String() string {
 func (*RemoveNodeResponse) ProtoMessage() {}
 
 func (x *RemoveNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[69]
+	mi := &file_entente_v1_entente_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4236,7 +4582,7 @@ func (x *RemoveNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodeResponse.ProtoReflect.Descriptor instead.
 func (*RemoveNodeResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{69}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *RemoveNodeResponse) GetRevision() uint64 {
@@ -4284,7 +4630,7 @@ type ListAgentsRequest struct {
 
 func (x *ListAgentsRequest) Reset() {
 	*x = ListAgentsRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[70]
+	mi := &file_entente_v1_entente_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4296,7 +4642,7 @@ func (x *ListAgentsRequest) String() string {
 func (*ListAgentsRequest) ProtoMessage() {}
 
 func (x *ListAgentsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[70]
+	mi := &file_entente_v1_entente_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4309,7 +4655,7 @@ func (x *ListAgentsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAgentsRequest.ProtoReflect.Descriptor instead.
 func (*ListAgentsRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{70}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *ListAgentsRequest) GetPageSize() uint32 {
@@ -4336,7 +4682,7 @@ type ListAgentsResponse struct {
 
 func (x *ListAgentsResponse) Reset() {
 	*x = ListAgentsResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[71]
+	mi := &file_entente_v1_entente_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4348,7 +4694,7 @@ func (x *ListAgentsResponse) String() string {
 func (*ListAgentsResponse) ProtoMessage() {}
 
 func (x *ListAgentsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[71]
+	mi := &file_entente_v1_entente_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4361,7 +4707,7 @@ func (x *ListAgentsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAgentsResponse.ProtoReflect.Descriptor instead.
 func (*ListAgentsResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{71}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *ListAgentsResponse) GetAgents() []*AgentStatus {
@@ -4389,7 +4735,7 @@ type AgentStatus struct {
 
 func (x *AgentStatus) Reset() {
 	*x = AgentStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[72]
+	mi := &file_entente_v1_entente_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4401,7 +4747,7 @@ func (x *AgentStatus) String() string {
 func (*AgentStatus) ProtoMessage() {}
 
 func (x *AgentStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[72]
+	mi := &file_entente_v1_entente_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4414,7 +4760,7 @@ func (x *AgentStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentStatus.ProtoReflect.Descriptor instead.
 func (*AgentStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{72}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{76}
 }
 
 func (x *AgentStatus) GetAgent() *v1.Agent {
@@ -4447,7 +4793,7 @@ type GetAgentRequest struct {
 
 func (x *GetAgentRequest) Reset() {
 	*x = GetAgentRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[73]
+	mi := &file_entente_v1_entente_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4459,7 +4805,7 @@ func (x *GetAgentRequest) String() string {
 func (*GetAgentRequest) ProtoMessage() {}
 
 func (x *GetAgentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[73]
+	mi := &file_entente_v1_entente_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4472,7 +4818,7 @@ func (x *GetAgentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetAgentRequest.ProtoReflect.Descriptor instead.
 func (*GetAgentRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{73}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *GetAgentRequest) GetName() string {
@@ -4493,7 +4839,7 @@ type GetAgentResponse struct {
 
 func (x *GetAgentResponse) Reset() {
 	*x = GetAgentResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[74]
+	mi := &file_entente_v1_entente_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4505,7 +4851,7 @@ func (x *GetAgentResponse) String() string {
 func (*GetAgentResponse) ProtoMessage() {}
 
 func (x *GetAgentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[74]
+	mi := &file_entente_v1_entente_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4518,7 +4864,7 @@ func (x *GetAgentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetAgentResponse.ProtoReflect.Descriptor instead.
 func (*GetAgentResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{74}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{78}
 }
 
 func (x *GetAgentResponse) GetStatus() *AgentStatus {
@@ -4551,7 +4897,7 @@ type ChangeAgentRequest struct {
 
 func (x *ChangeAgentRequest) Reset() {
 	*x = ChangeAgentRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[75]
+	mi := &file_entente_v1_entente_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4563,7 +4909,7 @@ func (x *ChangeAgentRequest) String() string {
 func (*ChangeAgentRequest) ProtoMessage() {}
 
 func (x *ChangeAgentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[75]
+	mi := &file_entente_v1_entente_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4576,7 +4922,7 @@ func (x *ChangeAgentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAgentRequest.ProtoReflect.Descriptor instead.
 func (*ChangeAgentRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{75}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *ChangeAgentRequest) GetName() string {
@@ -4595,7 +4941,7 @@ type ChangeAgentResponse struct {
 
 func (x *ChangeAgentResponse) Reset() {
 	*x = ChangeAgentResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[76]
+	mi := &file_entente_v1_entente_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4607,7 +4953,7 @@ func (x *ChangeAgentResponse) String() string {
 func (*ChangeAgentResponse) ProtoMessage() {}
 
 func (x *ChangeAgentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[76]
+	mi := &file_entente_v1_entente_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4620,7 +4966,7 @@ func (x *ChangeAgentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAgentResponse.ProtoReflect.Descriptor instead.
 func (*ChangeAgentResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{76}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{80}
 }
 
 func (x *ChangeAgentResponse) GetRevision() uint64 {
@@ -4638,7 +4984,7 @@ type ListTokensRequest struct {
 
 func (x *ListTokensRequest) Reset() {
 	*x = ListTokensRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[77]
+	mi := &file_entente_v1_entente_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4650,7 +4996,7 @@ func (x *ListTokensRequest) String() string {
 func (*ListTokensRequest) ProtoMessage() {}
 
 func (x *ListTokensRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[77]
+	mi := &file_entente_v1_entente_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4663,7 +5009,7 @@ func (x *ListTokensRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTokensRequest.ProtoReflect.Descriptor instead.
 func (*ListTokensRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{77}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{81}
 }
 
 type ListTokensResponse struct {
@@ -4676,7 +5022,7 @@ type ListTokensResponse struct {
 
 func (x *ListTokensResponse) Reset() {
 	*x = ListTokensResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[78]
+	mi := &file_entente_v1_entente_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4688,7 +5034,7 @@ func (x *ListTokensResponse) String() string {
 func (*ListTokensResponse) ProtoMessage() {}
 
 func (x *ListTokensResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[78]
+	mi := &file_entente_v1_entente_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4701,7 +5047,7 @@ func (x *ListTokensResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTokensResponse.ProtoReflect.Descriptor instead.
 func (*ListTokensResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{78}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *ListTokensResponse) GetTokens() []*v1.Token {
@@ -4727,7 +5073,7 @@ type RevokeTokenRequest struct {
 
 func (x *RevokeTokenRequest) Reset() {
 	*x = RevokeTokenRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[79]
+	mi := &file_entente_v1_entente_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4739,7 +5085,7 @@ func (x *RevokeTokenRequest) String() string {
 func (*RevokeTokenRequest) ProtoMessage() {}
 
 func (x *RevokeTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[79]
+	mi := &file_entente_v1_entente_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4752,7 +5098,7 @@ func (x *RevokeTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeTokenRequest.ProtoReflect.Descriptor instead.
 func (*RevokeTokenRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{79}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *RevokeTokenRequest) GetId() string {
@@ -4771,7 +5117,7 @@ type RevokeTokenResponse struct {
 
 func (x *RevokeTokenResponse) Reset() {
 	*x = RevokeTokenResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[80]
+	mi := &file_entente_v1_entente_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4783,7 +5129,7 @@ func (x *RevokeTokenResponse) String() string {
 func (*RevokeTokenResponse) ProtoMessage() {}
 
 func (x *RevokeTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[80]
+	mi := &file_entente_v1_entente_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4796,7 +5142,7 @@ func (x *RevokeTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeTokenResponse.ProtoReflect.Descriptor instead.
 func (*RevokeTokenResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{80}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *RevokeTokenResponse) GetRevision() uint64 {
@@ -4816,7 +5162,7 @@ type ChangeEntriesRequest struct {
 
 func (x *ChangeEntriesRequest) Reset() {
 	*x = ChangeEntriesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[81]
+	mi := &file_entente_v1_entente_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4828,7 +5174,7 @@ func (x *ChangeEntriesRequest) String() string {
 func (*ChangeEntriesRequest) ProtoMessage() {}
 
 func (x *ChangeEntriesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[81]
+	mi := &file_entente_v1_entente_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4841,7 +5187,7 @@ func (x *ChangeEntriesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeEntriesRequest.ProtoReflect.Descriptor instead.
 func (*ChangeEntriesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{81}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *ChangeEntriesRequest) GetChanges() []*v1.EntryChange {
@@ -4867,7 +5213,7 @@ type ChangeEntriesResponse struct {
 
 func (x *ChangeEntriesResponse) Reset() {
 	*x = ChangeEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[82]
+	mi := &file_entente_v1_entente_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4879,7 +5225,7 @@ func (x *ChangeEntriesResponse) String() string {
 func (*ChangeEntriesResponse) ProtoMessage() {}
 
 func (x *ChangeEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[82]
+	mi := &file_entente_v1_entente_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4892,7 +5238,7 @@ func (x *ChangeEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeEntriesResponse.ProtoReflect.Descriptor instead.
 func (*ChangeEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{82}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{86}
 }
 
 func (x *ChangeEntriesResponse) GetResults() []*EntryResult {
@@ -4915,7 +5261,7 @@ type EntryResult struct {
 
 func (x *EntryResult) Reset() {
 	*x = EntryResult{}
-	mi := &file_entente_v1_entente_proto_msgTypes[83]
+	mi := &file_entente_v1_entente_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4927,7 +5273,7 @@ func (x *EntryResult) String() string {
 func (*EntryResult) ProtoMessage() {}
 
 func (x *EntryResult) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[83]
+	mi := &file_entente_v1_entente_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4940,7 +5286,7 @@ func (x *EntryResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EntryResult.ProtoReflect.Descriptor instead.
 func (*EntryResult) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{83}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *EntryResult) GetId() string {
@@ -4991,7 +5337,7 @@ type ListEntriesRequest struct {
 
 func (x *ListEntriesRequest) Reset() {
 	*x = ListEntriesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[84]
+	mi := &file_entente_v1_entente_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5003,7 +5349,7 @@ func (x *ListEntriesRequest) String() string {
 func (*ListEntriesRequest) ProtoMessage() {}
 
 func (x *ListEntriesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[84]
+	mi := &file_entente_v1_entente_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5016,7 +5362,7 @@ func (x *ListEntriesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntriesRequest.ProtoReflect.Descriptor instead.
 func (*ListEntriesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{84}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{88}
 }
 
 func (x *ListEntriesRequest) GetPageSize() uint32 {
@@ -5064,7 +5410,7 @@ type ListEntriesResponse struct {
 
 func (x *ListEntriesResponse) Reset() {
 	*x = ListEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[85]
+	mi := &file_entente_v1_entente_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5076,7 +5422,7 @@ func (x *ListEntriesResponse) String() string {
 func (*ListEntriesResponse) ProtoMessage() {}
 
 func (x *ListEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[85]
+	mi := &file_entente_v1_entente_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5089,7 +5435,7 @@ func (x *ListEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntriesResponse.ProtoReflect.Descriptor instead.
 func (*ListEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{85}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{89}
 }
 
 func (x *ListEntriesResponse) GetEntries() []*v1.Entry {
@@ -5115,7 +5461,7 @@ type GetEntryRequest struct {
 
 func (x *GetEntryRequest) Reset() {
 	*x = GetEntryRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[86]
+	mi := &file_entente_v1_entente_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5127,7 +5473,7 @@ func (x *GetEntryRequest) String() string {
 func (*GetEntryRequest) ProtoMessage() {}
 
 func (x *GetEntryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[86]
+	mi := &file_entente_v1_entente_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5140,7 +5486,7 @@ func (x *GetEntryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetEntryRequest.ProtoReflect.Descriptor instead.
 func (*GetEntryRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{86}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{90}
 }
 
 func (x *GetEntryRequest) GetId() string {
@@ -5159,7 +5505,7 @@ type GetEntryResponse struct {
 
 func (x *GetEntryResponse) Reset() {
 	*x = GetEntryResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[87]
+	mi := &file_entente_v1_entente_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5171,7 +5517,7 @@ func (x *GetEntryResponse) String() string {
 func (*GetEntryResponse) ProtoMessage() {}
 
 func (x *GetEntryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[87]
+	mi := &file_entente_v1_entente_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5184,7 +5530,7 @@ func (x *GetEntryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetEntryResponse.ProtoReflect.Descriptor instead.
 func (*GetEntryResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{87}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{91}
 }
 
 func (x *GetEntryResponse) GetEntry() *v1.Entry {
@@ -5203,7 +5549,7 @@ type CountEntriesResponse struct {
 
 func (x *CountEntriesResponse) Reset() {
 	*x = CountEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[88]
+	mi := &file_entente_v1_entente_proto_msgTypes[92]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5215,7 +5561,7 @@ func (x *CountEntriesResponse) String() string {
 func (*CountEntriesResponse) ProtoMessage() {}
 
 func (x *CountEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[88]
+	mi := &file_entente_v1_entente_proto_msgTypes[92]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5228,7 +5574,7 @@ func (x *CountEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CountEntriesResponse.ProtoReflect.Descriptor instead.
 func (*CountEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{88}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{92}
 }
 
 func (x *CountEntriesResponse) GetEntries() uint64 {
@@ -5243,14 +5589,15 @@ var File_entente_v1_entente_proto protoreflect.FileDescriptor
 const file_entente_v1_entente_proto_rawDesc = "" +
 	"\n" +
 	"\x18entente/v1/entente.proto\x12\n" +
-	"entente.v1\x1a\x1centente/state/v1/state.proto\"\xa8\x01\n" +
+	"entente.v1\x1a\x1centente/state/v1/state.proto\"\xcd\x01\n" +
 	"\vJoinRequest\x12\x19\n" +
 	"\btoken_id\x18\x01 \x01(\tR\atokenId\x12\x1c\n" +
 	"\tstatement\x18\x02 \x01(\fR\tstatement\x12\x1c\n" +
 	"\tsignature\x18\x03 \x01(\fR\tsignature\x12!\n" +
 	"\fraft_address\x18\x04 \x01(\tR\vraftAddress\x12\x1f\n" +
 	"\vapi_address\x18\x05 \x01(\tR\n" +
-	"apiAddress\"\xa9\x01\n" +
+	"apiAddress\x12#\n" +
+	"\rfeature_level\x18F \x01(\rR\ffeatureLevel\"\xa9\x01\n" +
 	"\fJoinResponse\x120\n" +
 	"\x06member\x18\x01 \x01(\v2\x18.entente.state.v1.MemberR\x06member\x122\n" +
 	"\amembers\x18\x02 \x03(\v2\x18.entente.state.v1.MemberR\amembers\x123\n" +
@@ -5274,12 +5621,14 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x05Hello\x12'\n" +
 	"\x0fresume_revision\x18\x01 \x01(\x04R\x0eresumeRevision\x12\x17\n" +
 	"\aboot_id\x18\x02 \x01(\tR\x06bootId\x12\x18\n" +
-	"\aconnect\x18\x03 \x01(\x04R\aconnect\"p\n" +
+	"\aconnect\x18\x03 \x01(\x04R\aconnect\"\x91\x01\n" +
 	"\x03Ack\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x12 \n" +
 	"\vauthorities\x18\n" +
 	" \x03(\tR\vauthorities\x12+\n" +
-	"\x11authorities_known\x18\v \x01(\bR\x10authoritiesKnown\"D\n" +
+	"\x11authorities_known\x18\v \x01(\bR\x10authoritiesKnown\x12\x1f\n" +
+	"\vwaiting_for\x18Z \x03(\tR\n" +
+	"waitingFor\"D\n" +
 	"\x0eInstanceReport\x122\n" +
 	"\tinstances\x18\x01 \x03(\v2\x14.entente.v1.InstanceR\tinstances\"\xe9\x01\n" +
 	"\bInstance\x12\x18\n" +
@@ -5398,13 +5747,26 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\bUpstream\x12\x15\n" +
 	"\x06key_id\x18\x01 \x01(\tR\x05keyId\x12\x1b\n" +
 	"\tnot_after\x18\x02 \x01(\x03R\bnotAfter\x12\x18\n" +
-	"\aproblem\x18\x03 \x01(\tR\aproblem\"\x8e\x01\n" +
+	"\aproblem\x18\x03 \x01(\tR\aproblem\"\xbb\x01\n" +
 	"\bAutonomy\x12\x1b\n" +
 	"\tmember_id\x18\x01 \x01(\tR\bmemberId\x12#\n" +
 	"\rsigns_seconds\x18\x02 \x01(\x01R\fsignsSeconds\x12!\n" +
 	"\ffull_seconds\x18\x03 \x01(\x01R\vfullSeconds\x12\x1d\n" +
 	"\n" +
-	"next_ready\x18\x04 \x01(\bR\tnextReady\"]\n" +
+	"next_ready\x18\x04 \x01(\bR\tnextReady\x12+\n" +
+	"\x04uses\x18Z \x03(\v2\x17.entente.v1.UseAutonomyR\x04uses\"\xb2\x02\n" +
+	"\vUseAutonomy\x12*\n" +
+	"\x03use\x18\x01 \x01(\x0e2\x18.entente.state.v1.KeyUseR\x03use\x12\x16\n" +
+	"\x06active\x18\x02 \x01(\tR\x06active\x12%\n" +
+	"\x0eactive_seconds\x18\x03 \x01(\x01R\ractiveSeconds\x12\x12\n" +
+	"\x04next\x18\x04 \x01(\tR\x04next\x12\x1d\n" +
+	"\n" +
+	"next_ready\x18\x05 \x01(\bR\tnextReady\x12!\n" +
+	"\fnext_seconds\x18\x06 \x01(\x01R\vnextSeconds\x12\x1f\n" +
+	"\vwaiting_for\x18\a \x03(\tR\n" +
+	"waitingFor\x12'\n" +
+	"\x0fwaiting_unknown\x18\b \x01(\bR\x0ewaitingUnknown\x12\x18\n" +
+	"\aoverdue\x18\t \x01(\bR\aoverdue\"]\n" +
 	"\fMemberStatus\x120\n" +
 	"\x06member\x18\x01 \x01(\v2\x18.entente.state.v1.MemberR\x06member\x12\x1b\n" +
 	"\tvoter_now\x18\x02 \x01(\bR\bvoterNow\"\x15\n" +
@@ -5476,7 +5838,7 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x0fProposeResponse\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x12\x18\n" +
 	"\arefusal\x18\x02 \x01(\tR\arefusal\x12\x16\n" +
-	"\x06detail\x18\x03 \x01(\tR\x06detail\"\x94\x02\n" +
+	"\x06detail\x18\x03 \x01(\tR\x06detail\"\xb3\x02\n" +
 	"\rReportRequest\x12\x17\n" +
 	"\aboot_id\x18\x01 \x01(\tR\x06bootId\x12)\n" +
 	"\x10applied_revision\x18\x02 \x01(\x04R\x0fappliedRevision\x123\n" +
@@ -5485,7 +5847,9 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"waitingFor\x12\x1d\n" +
 	"\n" +
 	"unix_nanos\x18\x05 \x01(\x03R\tunixNanos\x12\x1b\n" +
-	"\tcaught_up\x18\x06 \x01(\bR\bcaughtUp\x12-\n" +
+	"\tcaught_up\x18\x06 \x01(\bR\bcaughtUp\x12\x1d\n" +
+	"\n" +
+	"waiting_at\x18Z \x03(\x04R\twaitingAt\x12-\n" +
 	"\x04held\x18\x14 \x03(\v2\x19.entente.v1.HeldAuthorityR\x04held\"/\n" +
 	"\rHeldAuthority\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x0e\n" +
@@ -5493,12 +5857,22 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x0eReportResponse\"\r\n" +
 	"\vGateRequest\"K\n" +
 	"\fGateResponse\x12;\n" +
-	"\vauthorities\x18\x01 \x03(\v2\x19.entente.v1.AuthorityGateR\vauthorities\"Z\n" +
+	"\vauthorities\x18\x01 \x03(\v2\x19.entente.v1.AuthorityGateR\vauthorities\"t\n" +
 	"\rAuthorityGate\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1f\n" +
 	"\vwaiting_for\x18\x02 \x03(\tR\n" +
 	"waitingFor\x12\x18\n" +
-	"\aassumed\x18\x03 \x03(\tR\aassumed\"\x11\n" +
+	"\aassumed\x18\x03 \x03(\tR\aassumed\x12\x18\n" +
+	"\aoverdue\x18Z \x01(\bR\aoverdue\"N\n" +
+	"\x10MarkReadyRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x18\n" +
+	"\aexclude\x18\x02 \x03(\tR\aexclude\x12\x10\n" +
+	"\x03who\x18\x03 \x01(\tR\x03who\"/\n" +
+	"\x11MarkReadyResponse\x12\x1a\n" +
+	"\brevision\x18\x01 \x01(\x04R\brevision\"g\n" +
+	"\aPicture\x12*\n" +
+	"\x06policy\x18\x01 \x01(\v2\x12.entente.v1.PolicyR\x06policy\x120\n" +
+	"\bpresence\x18\x02 \x01(\v2\x14.entente.v1.PresenceR\bpresence\"\x11\n" +
 	"\x0fPresenceRequest\"\x96\x01\n" +
 	"\x10PresenceResponse\x122\n" +
 	"\tinstances\x18\x01 \x03(\v2\x14.entente.v1.InstanceR\tinstances\x122\n" +
@@ -5509,22 +5883,27 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\vauthorities\x18\x01 \x03(\v2\x1b.entente.v1.AuthorityStatusR\vauthorities\x12\x1d\n" +
 	"\n" +
 	"gate_error\x18\x02 \x01(\tR\tgateError\x12\x19\n" +
-	"\bnow_unix\x18\x03 \x01(\x03R\anowUnix\"\x9b\x01\n" +
+	"\bnow_unix\x18\x03 \x01(\x03R\anowUnix\"\xcf\x01\n" +
 	"\x0fAuthorityStatus\x129\n" +
 	"\tauthority\x18\x01 \x01(\v2\x1b.entente.state.v1.AuthorityR\tauthority\x12\x12\n" +
 	"\x04node\x18\x02 \x01(\tR\x04node\x12\x1f\n" +
 	"\vwaiting_for\x18\x03 \x03(\tR\n" +
 	"waitingFor\x12\x18\n" +
-	"\aassumed\x18\x04 \x03(\tR\aassumed\"\x19\n" +
-	"\x17PrepareAuthorityRequest\":\n" +
+	"\aassumed\x18\x04 \x03(\tR\aassumed\x12\x18\n" +
+	"\aoverdue\x18Z \x01(\bR\aoverdue\x12\x18\n" +
+	"\aoffline\x18[ \x01(\bR\aoffline\"E\n" +
+	"\x17PrepareAuthorityRequest\x12*\n" +
+	"\x03use\x18Z \x01(\x0e2\x18.entente.state.v1.KeyUseR\x03use\"T\n" +
 	"\x16ChangeAuthorityRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x10\n" +
-	"\x03now\x18\x02 \x01(\bR\x03now\"\xd4\x01\n" +
+	"\x03now\x18\x02 \x01(\bR\x03now\x12\x18\n" +
+	"\aexclude\x18Z \x03(\tR\aexclude\"\xee\x01\n" +
 	"\x17ChangeAuthorityResponse\x129\n" +
 	"\tauthority\x18\x01 \x01(\v2\x1b.entente.state.v1.AuthorityR\tauthority\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\x04R\brevision\x12\x17\n" +
 	"\aheld_by\x18\x03 \x03(\tR\x06heldBy\x125\n" +
-	"\asigning\x18\x04 \x03(\v2\x1b.entente.state.v1.AuthorityR\asigning\x12\x12\n" +
+	"\asigning\x18\x04 \x03(\v2\x1b.entente.state.v1.AuthorityR\asigning\x12\x18\n" +
+	"\aoffline\x18Z \x01(\bR\aoffline\x12\x12\n" +
 	"\x04note\x18U \x01(\tR\x04note\"I\n" +
 	"\x11RemoveNodeRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12 \n" +
@@ -5631,7 +6010,7 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\fCountEntries\x12\x1e.entente.v1.ListEntriesRequest\x1a .entente.v1.CountEntriesResponse\x12S\n" +
 	"\fSaveSnapshot\x12\x1f.entente.v1.SaveSnapshotRequest\x1a .entente.v1.SaveSnapshotResponse0\x01\x12H\n" +
 	"\tListNodes\x12\x1c.entente.v1.ListNodesRequest\x1a\x1d.entente.v1.ListNodesResponse\x12N\n" +
-	"\vPromoteNode\x12\x1e.entente.v1.PromoteNodeRequest\x1a\x1f.entente.v1.PromoteNodeResponse2\xa4\x04\n" +
+	"\vPromoteNode\x12\x1e.entente.v1.PromoteNodeRequest\x1a\x1f.entente.v1.PromoteNodeResponse2\xee\x04\n" +
 	"\x04Peer\x12B\n" +
 	"\aPropose\x12\x1a.entente.v1.ProposeRequest\x1a\x1b.entente.v1.ProposeResponse\x12?\n" +
 	"\x06Report\x12\x19.entente.v1.ReportRequest\x1a\x1a.entente.v1.ReportResponse\x12G\n" +
@@ -5640,6 +6019,7 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x05Vouch\x12\x18.entente.v1.VouchRequest\x1a\x19.entente.v1.VouchResponse\x12E\n" +
 	"\bChecksum\x12\x1b.entente.v1.ChecksumRequest\x1a\x1c.entente.v1.ChecksumResponse\x12D\n" +
 	"\x05Nodes\x12\x1c.entente.v1.ListNodesRequest\x1a\x1d.entente.v1.ListNodesResponse\x12H\n" +
+	"\tMarkReady\x12\x1c.entente.v1.MarkReadyRequest\x1a\x1d.entente.v1.MarkReadyResponse\x12H\n" +
 	"\tShowEpoch\x12\x1c.entente.v1.ShowEpochRequest\x1a\x1d.entente.v1.ShowEpochResponseB:Z8github.com/entente-mesh/entente/api/entente/v1;ententev1b\x06proto3"
 
 var (
@@ -5655,7 +6035,7 @@ func file_entente_v1_entente_proto_rawDescGZIP() []byte {
 }
 
 var file_entente_v1_entente_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_entente_v1_entente_proto_msgTypes = make([]protoimpl.MessageInfo, 89)
+var file_entente_v1_entente_proto_msgTypes = make([]protoimpl.MessageInfo, 93)
 var file_entente_v1_entente_proto_goTypes = []any{
 	(Health)(0),                     // 0: entente.v1.Health
 	(*JoinRequest)(nil),             // 1: entente.v1.JoinRequest
@@ -5688,85 +6068,90 @@ var file_entente_v1_entente_proto_goTypes = []any{
 	(*StatusResponse)(nil),          // 28: entente.v1.StatusResponse
 	(*Upstream)(nil),                // 29: entente.v1.Upstream
 	(*Autonomy)(nil),                // 30: entente.v1.Autonomy
-	(*MemberStatus)(nil),            // 31: entente.v1.MemberStatus
-	(*SaveSnapshotRequest)(nil),     // 32: entente.v1.SaveSnapshotRequest
-	(*SaveSnapshotResponse)(nil),    // 33: entente.v1.SaveSnapshotResponse
-	(*ListNodesRequest)(nil),        // 34: entente.v1.ListNodesRequest
-	(*ListNodesResponse)(nil),       // 35: entente.v1.ListNodesResponse
-	(*NodeProgress)(nil),            // 36: entente.v1.NodeProgress
-	(*PromoteNodeRequest)(nil),      // 37: entente.v1.PromoteNodeRequest
-	(*PromoteNodeResponse)(nil),     // 38: entente.v1.PromoteNodeResponse
-	(*VouchRequest)(nil),            // 39: entente.v1.VouchRequest
-	(*VouchResponse)(nil),           // 40: entente.v1.VouchResponse
-	(*ChecksumRequest)(nil),         // 41: entente.v1.ChecksumRequest
-	(*ChecksumResponse)(nil),        // 42: entente.v1.ChecksumResponse
-	(*ShowEpochRequest)(nil),        // 43: entente.v1.ShowEpochRequest
-	(*ShowEpochResponse)(nil),       // 44: entente.v1.ShowEpochResponse
-	(*ForeignBundleStatus)(nil),     // 45: entente.v1.ForeignBundleStatus
-	(*CreateTokenRequest)(nil),      // 46: entente.v1.CreateTokenRequest
-	(*CreateTokenResponse)(nil),     // 47: entente.v1.CreateTokenResponse
-	(*ApplyRequest)(nil),            // 48: entente.v1.ApplyRequest
-	(*ApplyResponse)(nil),           // 49: entente.v1.ApplyResponse
-	(*ObjectChange)(nil),            // 50: entente.v1.ObjectChange
-	(*GetBundleRequest)(nil),        // 51: entente.v1.GetBundleRequest
-	(*GetBundleResponse)(nil),       // 52: entente.v1.GetBundleResponse
-	(*ProposeRequest)(nil),          // 53: entente.v1.ProposeRequest
-	(*ProposeResponse)(nil),         // 54: entente.v1.ProposeResponse
-	(*ReportRequest)(nil),           // 55: entente.v1.ReportRequest
-	(*HeldAuthority)(nil),           // 56: entente.v1.HeldAuthority
-	(*ReportResponse)(nil),          // 57: entente.v1.ReportResponse
-	(*GateRequest)(nil),             // 58: entente.v1.GateRequest
-	(*GateResponse)(nil),            // 59: entente.v1.GateResponse
-	(*AuthorityGate)(nil),           // 60: entente.v1.AuthorityGate
-	(*PresenceRequest)(nil),         // 61: entente.v1.PresenceRequest
-	(*PresenceResponse)(nil),        // 62: entente.v1.PresenceResponse
-	(*ListAuthoritiesRequest)(nil),  // 63: entente.v1.ListAuthoritiesRequest
-	(*ListAuthoritiesResponse)(nil), // 64: entente.v1.ListAuthoritiesResponse
-	(*AuthorityStatus)(nil),         // 65: entente.v1.AuthorityStatus
-	(*PrepareAuthorityRequest)(nil), // 66: entente.v1.PrepareAuthorityRequest
-	(*ChangeAuthorityRequest)(nil),  // 67: entente.v1.ChangeAuthorityRequest
-	(*ChangeAuthorityResponse)(nil), // 68: entente.v1.ChangeAuthorityResponse
-	(*RemoveNodeRequest)(nil),       // 69: entente.v1.RemoveNodeRequest
-	(*RemoveNodeResponse)(nil),      // 70: entente.v1.RemoveNodeResponse
-	(*ListAgentsRequest)(nil),       // 71: entente.v1.ListAgentsRequest
-	(*ListAgentsResponse)(nil),      // 72: entente.v1.ListAgentsResponse
-	(*AgentStatus)(nil),             // 73: entente.v1.AgentStatus
-	(*GetAgentRequest)(nil),         // 74: entente.v1.GetAgentRequest
-	(*GetAgentResponse)(nil),        // 75: entente.v1.GetAgentResponse
-	(*ChangeAgentRequest)(nil),      // 76: entente.v1.ChangeAgentRequest
-	(*ChangeAgentResponse)(nil),     // 77: entente.v1.ChangeAgentResponse
-	(*ListTokensRequest)(nil),       // 78: entente.v1.ListTokensRequest
-	(*ListTokensResponse)(nil),      // 79: entente.v1.ListTokensResponse
-	(*RevokeTokenRequest)(nil),      // 80: entente.v1.RevokeTokenRequest
-	(*RevokeTokenResponse)(nil),     // 81: entente.v1.RevokeTokenResponse
-	(*ChangeEntriesRequest)(nil),    // 82: entente.v1.ChangeEntriesRequest
-	(*ChangeEntriesResponse)(nil),   // 83: entente.v1.ChangeEntriesResponse
-	(*EntryResult)(nil),             // 84: entente.v1.EntryResult
-	(*ListEntriesRequest)(nil),      // 85: entente.v1.ListEntriesRequest
-	(*ListEntriesResponse)(nil),     // 86: entente.v1.ListEntriesResponse
-	(*GetEntryRequest)(nil),         // 87: entente.v1.GetEntryRequest
-	(*GetEntryResponse)(nil),        // 88: entente.v1.GetEntryResponse
-	(*CountEntriesResponse)(nil),    // 89: entente.v1.CountEntriesResponse
-	(*v1.Member)(nil),               // 90: entente.state.v1.Member
-	(*v1.Cluster)(nil),              // 91: entente.state.v1.Cluster
-	(*v1.Agent)(nil),                // 92: entente.state.v1.Agent
-	(*v1.Distrust)(nil),             // 93: entente.state.v1.Distrust
-	(*v1.Entry)(nil),                // 94: entente.state.v1.Entry
-	(*v1.Object)(nil),               // 95: entente.state.v1.Object
-	(*v1.ObjectKey)(nil),            // 96: entente.state.v1.ObjectKey
-	(*v1.Authority)(nil),            // 97: entente.state.v1.Authority
-	(*v1.NodeGrant)(nil),            // 98: entente.state.v1.NodeGrant
-	(*v1.AgentGrant)(nil),           // 99: entente.state.v1.AgentGrant
-	(*v1.Token)(nil),                // 100: entente.state.v1.Token
-	(*v1.EntryChange)(nil),          // 101: entente.state.v1.EntryChange
+	(*UseAutonomy)(nil),             // 31: entente.v1.UseAutonomy
+	(*MemberStatus)(nil),            // 32: entente.v1.MemberStatus
+	(*SaveSnapshotRequest)(nil),     // 33: entente.v1.SaveSnapshotRequest
+	(*SaveSnapshotResponse)(nil),    // 34: entente.v1.SaveSnapshotResponse
+	(*ListNodesRequest)(nil),        // 35: entente.v1.ListNodesRequest
+	(*ListNodesResponse)(nil),       // 36: entente.v1.ListNodesResponse
+	(*NodeProgress)(nil),            // 37: entente.v1.NodeProgress
+	(*PromoteNodeRequest)(nil),      // 38: entente.v1.PromoteNodeRequest
+	(*PromoteNodeResponse)(nil),     // 39: entente.v1.PromoteNodeResponse
+	(*VouchRequest)(nil),            // 40: entente.v1.VouchRequest
+	(*VouchResponse)(nil),           // 41: entente.v1.VouchResponse
+	(*ChecksumRequest)(nil),         // 42: entente.v1.ChecksumRequest
+	(*ChecksumResponse)(nil),        // 43: entente.v1.ChecksumResponse
+	(*ShowEpochRequest)(nil),        // 44: entente.v1.ShowEpochRequest
+	(*ShowEpochResponse)(nil),       // 45: entente.v1.ShowEpochResponse
+	(*ForeignBundleStatus)(nil),     // 46: entente.v1.ForeignBundleStatus
+	(*CreateTokenRequest)(nil),      // 47: entente.v1.CreateTokenRequest
+	(*CreateTokenResponse)(nil),     // 48: entente.v1.CreateTokenResponse
+	(*ApplyRequest)(nil),            // 49: entente.v1.ApplyRequest
+	(*ApplyResponse)(nil),           // 50: entente.v1.ApplyResponse
+	(*ObjectChange)(nil),            // 51: entente.v1.ObjectChange
+	(*GetBundleRequest)(nil),        // 52: entente.v1.GetBundleRequest
+	(*GetBundleResponse)(nil),       // 53: entente.v1.GetBundleResponse
+	(*ProposeRequest)(nil),          // 54: entente.v1.ProposeRequest
+	(*ProposeResponse)(nil),         // 55: entente.v1.ProposeResponse
+	(*ReportRequest)(nil),           // 56: entente.v1.ReportRequest
+	(*HeldAuthority)(nil),           // 57: entente.v1.HeldAuthority
+	(*ReportResponse)(nil),          // 58: entente.v1.ReportResponse
+	(*GateRequest)(nil),             // 59: entente.v1.GateRequest
+	(*GateResponse)(nil),            // 60: entente.v1.GateResponse
+	(*AuthorityGate)(nil),           // 61: entente.v1.AuthorityGate
+	(*MarkReadyRequest)(nil),        // 62: entente.v1.MarkReadyRequest
+	(*MarkReadyResponse)(nil),       // 63: entente.v1.MarkReadyResponse
+	(*Picture)(nil),                 // 64: entente.v1.Picture
+	(*PresenceRequest)(nil),         // 65: entente.v1.PresenceRequest
+	(*PresenceResponse)(nil),        // 66: entente.v1.PresenceResponse
+	(*ListAuthoritiesRequest)(nil),  // 67: entente.v1.ListAuthoritiesRequest
+	(*ListAuthoritiesResponse)(nil), // 68: entente.v1.ListAuthoritiesResponse
+	(*AuthorityStatus)(nil),         // 69: entente.v1.AuthorityStatus
+	(*PrepareAuthorityRequest)(nil), // 70: entente.v1.PrepareAuthorityRequest
+	(*ChangeAuthorityRequest)(nil),  // 71: entente.v1.ChangeAuthorityRequest
+	(*ChangeAuthorityResponse)(nil), // 72: entente.v1.ChangeAuthorityResponse
+	(*RemoveNodeRequest)(nil),       // 73: entente.v1.RemoveNodeRequest
+	(*RemoveNodeResponse)(nil),      // 74: entente.v1.RemoveNodeResponse
+	(*ListAgentsRequest)(nil),       // 75: entente.v1.ListAgentsRequest
+	(*ListAgentsResponse)(nil),      // 76: entente.v1.ListAgentsResponse
+	(*AgentStatus)(nil),             // 77: entente.v1.AgentStatus
+	(*GetAgentRequest)(nil),         // 78: entente.v1.GetAgentRequest
+	(*GetAgentResponse)(nil),        // 79: entente.v1.GetAgentResponse
+	(*ChangeAgentRequest)(nil),      // 80: entente.v1.ChangeAgentRequest
+	(*ChangeAgentResponse)(nil),     // 81: entente.v1.ChangeAgentResponse
+	(*ListTokensRequest)(nil),       // 82: entente.v1.ListTokensRequest
+	(*ListTokensResponse)(nil),      // 83: entente.v1.ListTokensResponse
+	(*RevokeTokenRequest)(nil),      // 84: entente.v1.RevokeTokenRequest
+	(*RevokeTokenResponse)(nil),     // 85: entente.v1.RevokeTokenResponse
+	(*ChangeEntriesRequest)(nil),    // 86: entente.v1.ChangeEntriesRequest
+	(*ChangeEntriesResponse)(nil),   // 87: entente.v1.ChangeEntriesResponse
+	(*EntryResult)(nil),             // 88: entente.v1.EntryResult
+	(*ListEntriesRequest)(nil),      // 89: entente.v1.ListEntriesRequest
+	(*ListEntriesResponse)(nil),     // 90: entente.v1.ListEntriesResponse
+	(*GetEntryRequest)(nil),         // 91: entente.v1.GetEntryRequest
+	(*GetEntryResponse)(nil),        // 92: entente.v1.GetEntryResponse
+	(*CountEntriesResponse)(nil),    // 93: entente.v1.CountEntriesResponse
+	(*v1.Member)(nil),               // 94: entente.state.v1.Member
+	(*v1.Cluster)(nil),              // 95: entente.state.v1.Cluster
+	(*v1.Agent)(nil),                // 96: entente.state.v1.Agent
+	(*v1.Distrust)(nil),             // 97: entente.state.v1.Distrust
+	(*v1.Entry)(nil),                // 98: entente.state.v1.Entry
+	(*v1.Object)(nil),               // 99: entente.state.v1.Object
+	(*v1.ObjectKey)(nil),            // 100: entente.state.v1.ObjectKey
+	(*v1.Authority)(nil),            // 101: entente.state.v1.Authority
+	(v1.KeyUse)(0),                  // 102: entente.state.v1.KeyUse
+	(*v1.NodeGrant)(nil),            // 103: entente.state.v1.NodeGrant
+	(*v1.AgentGrant)(nil),           // 104: entente.state.v1.AgentGrant
+	(*v1.Token)(nil),                // 105: entente.state.v1.Token
+	(*v1.EntryChange)(nil),          // 106: entente.state.v1.EntryChange
 }
 var file_entente_v1_entente_proto_depIdxs = []int32{
-	90,  // 0: entente.v1.JoinResponse.member:type_name -> entente.state.v1.Member
-	90,  // 1: entente.v1.JoinResponse.members:type_name -> entente.state.v1.Member
-	91,  // 2: entente.v1.JoinResponse.cluster:type_name -> entente.state.v1.Cluster
-	90,  // 3: entente.v1.AttestResponse.members:type_name -> entente.state.v1.Member
-	91,  // 4: entente.v1.AttestResponse.cluster:type_name -> entente.state.v1.Cluster
-	92,  // 5: entente.v1.AttestResponse.agent:type_name -> entente.state.v1.Agent
+	94,  // 0: entente.v1.JoinResponse.member:type_name -> entente.state.v1.Member
+	94,  // 1: entente.v1.JoinResponse.members:type_name -> entente.state.v1.Member
+	95,  // 2: entente.v1.JoinResponse.cluster:type_name -> entente.state.v1.Cluster
+	94,  // 3: entente.v1.AttestResponse.members:type_name -> entente.state.v1.Member
+	95,  // 4: entente.v1.AttestResponse.cluster:type_name -> entente.state.v1.Cluster
+	96,  // 5: entente.v1.AttestResponse.agent:type_name -> entente.state.v1.Agent
 	6,   // 6: entente.v1.SyncRequest.hello:type_name -> entente.v1.Hello
 	7,   // 7: entente.v1.SyncRequest.ack:type_name -> entente.v1.Ack
 	8,   // 8: entente.v1.SyncRequest.report:type_name -> entente.v1.InstanceReport
@@ -5776,14 +6161,14 @@ var file_entente_v1_entente_proto_depIdxs = []int32{
 	14,  // 12: entente.v1.SyncResponse.presence:type_name -> entente.v1.Presence
 	15,  // 13: entente.v1.SyncResponse.heartbeat:type_name -> entente.v1.Heartbeat
 	11,  // 14: entente.v1.SyncResponse.urgent:type_name -> entente.v1.Urgent
-	93,  // 15: entente.v1.Urgent.distrust:type_name -> entente.state.v1.Distrust
-	91,  // 16: entente.v1.Policy.cluster:type_name -> entente.state.v1.Cluster
-	94,  // 17: entente.v1.Policy.entries:type_name -> entente.state.v1.Entry
+	97,  // 15: entente.v1.Urgent.distrust:type_name -> entente.state.v1.Distrust
+	95,  // 16: entente.v1.Policy.cluster:type_name -> entente.state.v1.Cluster
+	98,  // 17: entente.v1.Policy.entries:type_name -> entente.state.v1.Entry
 	13,  // 18: entente.v1.Policy.bundles:type_name -> entente.v1.Bundle
-	95,  // 19: entente.v1.Policy.objects:type_name -> entente.state.v1.Object
-	96,  // 20: entente.v1.Policy.deleted_objects:type_name -> entente.state.v1.ObjectKey
-	90,  // 21: entente.v1.Policy.members:type_name -> entente.state.v1.Member
-	93,  // 22: entente.v1.Policy.distrust:type_name -> entente.state.v1.Distrust
+	99,  // 19: entente.v1.Policy.objects:type_name -> entente.state.v1.Object
+	100, // 20: entente.v1.Policy.deleted_objects:type_name -> entente.state.v1.ObjectKey
+	94,  // 21: entente.v1.Policy.members:type_name -> entente.state.v1.Member
+	97,  // 22: entente.v1.Policy.distrust:type_name -> entente.state.v1.Distrust
 	9,   // 23: entente.v1.Presence.instances:type_name -> entente.v1.Instance
 	9,   // 24: entente.v1.Presence.withdrawn:type_name -> entente.v1.Instance
 	17,  // 25: entente.v1.SignX509Request.requests:type_name -> entente.v1.X509Request
@@ -5792,122 +6177,129 @@ var file_entente_v1_entente_proto_depIdxs = []int32{
 	26,  // 28: entente.v1.SignJWTResponse.results:type_name -> entente.v1.TokenResult
 	24,  // 29: entente.v1.SignWITRequest.requests:type_name -> entente.v1.WITRequest
 	26,  // 30: entente.v1.SignWITResponse.results:type_name -> entente.v1.TokenResult
-	91,  // 31: entente.v1.StatusResponse.cluster:type_name -> entente.state.v1.Cluster
-	31,  // 32: entente.v1.StatusResponse.members:type_name -> entente.v1.MemberStatus
-	97,  // 33: entente.v1.StatusResponse.authorities:type_name -> entente.state.v1.Authority
-	45,  // 34: entente.v1.StatusResponse.foreign:type_name -> entente.v1.ForeignBundleStatus
+	95,  // 31: entente.v1.StatusResponse.cluster:type_name -> entente.state.v1.Cluster
+	32,  // 32: entente.v1.StatusResponse.members:type_name -> entente.v1.MemberStatus
+	101, // 33: entente.v1.StatusResponse.authorities:type_name -> entente.state.v1.Authority
+	46,  // 34: entente.v1.StatusResponse.foreign:type_name -> entente.v1.ForeignBundleStatus
 	9,   // 35: entente.v1.StatusResponse.instances:type_name -> entente.v1.Instance
 	30,  // 36: entente.v1.StatusResponse.autonomy:type_name -> entente.v1.Autonomy
 	29,  // 37: entente.v1.StatusResponse.upstream:type_name -> entente.v1.Upstream
-	90,  // 38: entente.v1.MemberStatus.member:type_name -> entente.state.v1.Member
-	36,  // 39: entente.v1.ListNodesResponse.nodes:type_name -> entente.v1.NodeProgress
-	90,  // 40: entente.v1.NodeProgress.member:type_name -> entente.state.v1.Member
-	90,  // 41: entente.v1.VouchResponse.member:type_name -> entente.state.v1.Member
-	98,  // 42: entente.v1.CreateTokenRequest.node:type_name -> entente.state.v1.NodeGrant
-	99,  // 43: entente.v1.CreateTokenRequest.agent:type_name -> entente.state.v1.AgentGrant
-	95,  // 44: entente.v1.ApplyRequest.objects:type_name -> entente.state.v1.Object
-	96,  // 45: entente.v1.ApplyRequest.deletes:type_name -> entente.state.v1.ObjectKey
-	50,  // 46: entente.v1.ApplyResponse.changes:type_name -> entente.v1.ObjectChange
-	96,  // 47: entente.v1.ObjectChange.key:type_name -> entente.state.v1.ObjectKey
-	56,  // 48: entente.v1.ReportRequest.held:type_name -> entente.v1.HeldAuthority
-	60,  // 49: entente.v1.GateResponse.authorities:type_name -> entente.v1.AuthorityGate
-	9,   // 50: entente.v1.PresenceResponse.instances:type_name -> entente.v1.Instance
-	9,   // 51: entente.v1.PresenceResponse.withdrawn:type_name -> entente.v1.Instance
-	65,  // 52: entente.v1.ListAuthoritiesResponse.authorities:type_name -> entente.v1.AuthorityStatus
-	97,  // 53: entente.v1.AuthorityStatus.authority:type_name -> entente.state.v1.Authority
-	97,  // 54: entente.v1.ChangeAuthorityResponse.authority:type_name -> entente.state.v1.Authority
-	97,  // 55: entente.v1.ChangeAuthorityResponse.signing:type_name -> entente.state.v1.Authority
-	90,  // 56: entente.v1.RemoveNodeResponse.member:type_name -> entente.state.v1.Member
-	97,  // 57: entente.v1.RemoveNodeResponse.authorities:type_name -> entente.state.v1.Authority
-	73,  // 58: entente.v1.ListAgentsResponse.agents:type_name -> entente.v1.AgentStatus
-	92,  // 59: entente.v1.AgentStatus.agent:type_name -> entente.state.v1.Agent
-	73,  // 60: entente.v1.GetAgentResponse.status:type_name -> entente.v1.AgentStatus
-	94,  // 61: entente.v1.GetAgentResponse.entries:type_name -> entente.state.v1.Entry
-	9,   // 62: entente.v1.GetAgentResponse.instances:type_name -> entente.v1.Instance
-	100, // 63: entente.v1.ListTokensResponse.tokens:type_name -> entente.state.v1.Token
-	101, // 64: entente.v1.ChangeEntriesRequest.changes:type_name -> entente.state.v1.EntryChange
-	84,  // 65: entente.v1.ChangeEntriesResponse.results:type_name -> entente.v1.EntryResult
-	94,  // 66: entente.v1.ListEntriesResponse.entries:type_name -> entente.state.v1.Entry
-	94,  // 67: entente.v1.GetEntryResponse.entry:type_name -> entente.state.v1.Entry
-	1,   // 68: entente.v1.Join.Join:input_type -> entente.v1.JoinRequest
-	3,   // 69: entente.v1.Attest.Attest:input_type -> entente.v1.AttestRequest
-	5,   // 70: entente.v1.Sync.Sync:input_type -> entente.v1.SyncRequest
-	16,  // 71: entente.v1.Sign.SignX509:input_type -> entente.v1.SignX509Request
-	20,  // 72: entente.v1.Sign.SignJWT:input_type -> entente.v1.SignJWTRequest
-	23,  // 73: entente.v1.Sign.SignWIT:input_type -> entente.v1.SignWITRequest
-	27,  // 74: entente.v1.Admin.Status:input_type -> entente.v1.StatusRequest
-	46,  // 75: entente.v1.Admin.CreateToken:input_type -> entente.v1.CreateTokenRequest
-	48,  // 76: entente.v1.Admin.Apply:input_type -> entente.v1.ApplyRequest
-	51,  // 77: entente.v1.Admin.GetBundle:input_type -> entente.v1.GetBundleRequest
-	63,  // 78: entente.v1.Admin.ListAuthorities:input_type -> entente.v1.ListAuthoritiesRequest
-	66,  // 79: entente.v1.Admin.PrepareAuthority:input_type -> entente.v1.PrepareAuthorityRequest
-	67,  // 80: entente.v1.Admin.ActivateAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	67,  // 81: entente.v1.Admin.TaintAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	67,  // 82: entente.v1.Admin.RevokeAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	69,  // 83: entente.v1.Admin.RemoveNode:input_type -> entente.v1.RemoveNodeRequest
-	71,  // 84: entente.v1.Admin.ListAgents:input_type -> entente.v1.ListAgentsRequest
-	74,  // 85: entente.v1.Admin.GetAgent:input_type -> entente.v1.GetAgentRequest
-	76,  // 86: entente.v1.Admin.BanAgent:input_type -> entente.v1.ChangeAgentRequest
-	76,  // 87: entente.v1.Admin.EvictAgent:input_type -> entente.v1.ChangeAgentRequest
-	78,  // 88: entente.v1.Admin.ListTokens:input_type -> entente.v1.ListTokensRequest
-	80,  // 89: entente.v1.Admin.RevokeToken:input_type -> entente.v1.RevokeTokenRequest
-	82,  // 90: entente.v1.Admin.ChangeEntries:input_type -> entente.v1.ChangeEntriesRequest
-	85,  // 91: entente.v1.Admin.ListEntries:input_type -> entente.v1.ListEntriesRequest
-	87,  // 92: entente.v1.Admin.GetEntry:input_type -> entente.v1.GetEntryRequest
-	85,  // 93: entente.v1.Admin.CountEntries:input_type -> entente.v1.ListEntriesRequest
-	32,  // 94: entente.v1.Admin.SaveSnapshot:input_type -> entente.v1.SaveSnapshotRequest
-	34,  // 95: entente.v1.Admin.ListNodes:input_type -> entente.v1.ListNodesRequest
-	37,  // 96: entente.v1.Admin.PromoteNode:input_type -> entente.v1.PromoteNodeRequest
-	53,  // 97: entente.v1.Peer.Propose:input_type -> entente.v1.ProposeRequest
-	55,  // 98: entente.v1.Peer.Report:input_type -> entente.v1.ReportRequest
-	61,  // 99: entente.v1.Peer.Presence:input_type -> entente.v1.PresenceRequest
-	58,  // 100: entente.v1.Peer.Gate:input_type -> entente.v1.GateRequest
-	39,  // 101: entente.v1.Peer.Vouch:input_type -> entente.v1.VouchRequest
-	41,  // 102: entente.v1.Peer.Checksum:input_type -> entente.v1.ChecksumRequest
-	34,  // 103: entente.v1.Peer.Nodes:input_type -> entente.v1.ListNodesRequest
-	43,  // 104: entente.v1.Peer.ShowEpoch:input_type -> entente.v1.ShowEpochRequest
-	2,   // 105: entente.v1.Join.Join:output_type -> entente.v1.JoinResponse
-	4,   // 106: entente.v1.Attest.Attest:output_type -> entente.v1.AttestResponse
-	10,  // 107: entente.v1.Sync.Sync:output_type -> entente.v1.SyncResponse
-	18,  // 108: entente.v1.Sign.SignX509:output_type -> entente.v1.SignX509Response
-	22,  // 109: entente.v1.Sign.SignJWT:output_type -> entente.v1.SignJWTResponse
-	25,  // 110: entente.v1.Sign.SignWIT:output_type -> entente.v1.SignWITResponse
-	28,  // 111: entente.v1.Admin.Status:output_type -> entente.v1.StatusResponse
-	47,  // 112: entente.v1.Admin.CreateToken:output_type -> entente.v1.CreateTokenResponse
-	49,  // 113: entente.v1.Admin.Apply:output_type -> entente.v1.ApplyResponse
-	52,  // 114: entente.v1.Admin.GetBundle:output_type -> entente.v1.GetBundleResponse
-	64,  // 115: entente.v1.Admin.ListAuthorities:output_type -> entente.v1.ListAuthoritiesResponse
-	68,  // 116: entente.v1.Admin.PrepareAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	68,  // 117: entente.v1.Admin.ActivateAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	68,  // 118: entente.v1.Admin.TaintAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	68,  // 119: entente.v1.Admin.RevokeAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	70,  // 120: entente.v1.Admin.RemoveNode:output_type -> entente.v1.RemoveNodeResponse
-	72,  // 121: entente.v1.Admin.ListAgents:output_type -> entente.v1.ListAgentsResponse
-	75,  // 122: entente.v1.Admin.GetAgent:output_type -> entente.v1.GetAgentResponse
-	77,  // 123: entente.v1.Admin.BanAgent:output_type -> entente.v1.ChangeAgentResponse
-	77,  // 124: entente.v1.Admin.EvictAgent:output_type -> entente.v1.ChangeAgentResponse
-	79,  // 125: entente.v1.Admin.ListTokens:output_type -> entente.v1.ListTokensResponse
-	81,  // 126: entente.v1.Admin.RevokeToken:output_type -> entente.v1.RevokeTokenResponse
-	83,  // 127: entente.v1.Admin.ChangeEntries:output_type -> entente.v1.ChangeEntriesResponse
-	86,  // 128: entente.v1.Admin.ListEntries:output_type -> entente.v1.ListEntriesResponse
-	88,  // 129: entente.v1.Admin.GetEntry:output_type -> entente.v1.GetEntryResponse
-	89,  // 130: entente.v1.Admin.CountEntries:output_type -> entente.v1.CountEntriesResponse
-	33,  // 131: entente.v1.Admin.SaveSnapshot:output_type -> entente.v1.SaveSnapshotResponse
-	35,  // 132: entente.v1.Admin.ListNodes:output_type -> entente.v1.ListNodesResponse
-	38,  // 133: entente.v1.Admin.PromoteNode:output_type -> entente.v1.PromoteNodeResponse
-	54,  // 134: entente.v1.Peer.Propose:output_type -> entente.v1.ProposeResponse
-	57,  // 135: entente.v1.Peer.Report:output_type -> entente.v1.ReportResponse
-	62,  // 136: entente.v1.Peer.Presence:output_type -> entente.v1.PresenceResponse
-	59,  // 137: entente.v1.Peer.Gate:output_type -> entente.v1.GateResponse
-	40,  // 138: entente.v1.Peer.Vouch:output_type -> entente.v1.VouchResponse
-	42,  // 139: entente.v1.Peer.Checksum:output_type -> entente.v1.ChecksumResponse
-	35,  // 140: entente.v1.Peer.Nodes:output_type -> entente.v1.ListNodesResponse
-	44,  // 141: entente.v1.Peer.ShowEpoch:output_type -> entente.v1.ShowEpochResponse
-	105, // [105:142] is the sub-list for method output_type
-	68,  // [68:105] is the sub-list for method input_type
-	68,  // [68:68] is the sub-list for extension type_name
-	68,  // [68:68] is the sub-list for extension extendee
-	0,   // [0:68] is the sub-list for field type_name
+	31,  // 38: entente.v1.Autonomy.uses:type_name -> entente.v1.UseAutonomy
+	102, // 39: entente.v1.UseAutonomy.use:type_name -> entente.state.v1.KeyUse
+	94,  // 40: entente.v1.MemberStatus.member:type_name -> entente.state.v1.Member
+	37,  // 41: entente.v1.ListNodesResponse.nodes:type_name -> entente.v1.NodeProgress
+	94,  // 42: entente.v1.NodeProgress.member:type_name -> entente.state.v1.Member
+	94,  // 43: entente.v1.VouchResponse.member:type_name -> entente.state.v1.Member
+	103, // 44: entente.v1.CreateTokenRequest.node:type_name -> entente.state.v1.NodeGrant
+	104, // 45: entente.v1.CreateTokenRequest.agent:type_name -> entente.state.v1.AgentGrant
+	99,  // 46: entente.v1.ApplyRequest.objects:type_name -> entente.state.v1.Object
+	100, // 47: entente.v1.ApplyRequest.deletes:type_name -> entente.state.v1.ObjectKey
+	51,  // 48: entente.v1.ApplyResponse.changes:type_name -> entente.v1.ObjectChange
+	100, // 49: entente.v1.ObjectChange.key:type_name -> entente.state.v1.ObjectKey
+	57,  // 50: entente.v1.ReportRequest.held:type_name -> entente.v1.HeldAuthority
+	61,  // 51: entente.v1.GateResponse.authorities:type_name -> entente.v1.AuthorityGate
+	12,  // 52: entente.v1.Picture.policy:type_name -> entente.v1.Policy
+	14,  // 53: entente.v1.Picture.presence:type_name -> entente.v1.Presence
+	9,   // 54: entente.v1.PresenceResponse.instances:type_name -> entente.v1.Instance
+	9,   // 55: entente.v1.PresenceResponse.withdrawn:type_name -> entente.v1.Instance
+	69,  // 56: entente.v1.ListAuthoritiesResponse.authorities:type_name -> entente.v1.AuthorityStatus
+	101, // 57: entente.v1.AuthorityStatus.authority:type_name -> entente.state.v1.Authority
+	102, // 58: entente.v1.PrepareAuthorityRequest.use:type_name -> entente.state.v1.KeyUse
+	101, // 59: entente.v1.ChangeAuthorityResponse.authority:type_name -> entente.state.v1.Authority
+	101, // 60: entente.v1.ChangeAuthorityResponse.signing:type_name -> entente.state.v1.Authority
+	94,  // 61: entente.v1.RemoveNodeResponse.member:type_name -> entente.state.v1.Member
+	101, // 62: entente.v1.RemoveNodeResponse.authorities:type_name -> entente.state.v1.Authority
+	77,  // 63: entente.v1.ListAgentsResponse.agents:type_name -> entente.v1.AgentStatus
+	96,  // 64: entente.v1.AgentStatus.agent:type_name -> entente.state.v1.Agent
+	77,  // 65: entente.v1.GetAgentResponse.status:type_name -> entente.v1.AgentStatus
+	98,  // 66: entente.v1.GetAgentResponse.entries:type_name -> entente.state.v1.Entry
+	9,   // 67: entente.v1.GetAgentResponse.instances:type_name -> entente.v1.Instance
+	105, // 68: entente.v1.ListTokensResponse.tokens:type_name -> entente.state.v1.Token
+	106, // 69: entente.v1.ChangeEntriesRequest.changes:type_name -> entente.state.v1.EntryChange
+	88,  // 70: entente.v1.ChangeEntriesResponse.results:type_name -> entente.v1.EntryResult
+	98,  // 71: entente.v1.ListEntriesResponse.entries:type_name -> entente.state.v1.Entry
+	98,  // 72: entente.v1.GetEntryResponse.entry:type_name -> entente.state.v1.Entry
+	1,   // 73: entente.v1.Join.Join:input_type -> entente.v1.JoinRequest
+	3,   // 74: entente.v1.Attest.Attest:input_type -> entente.v1.AttestRequest
+	5,   // 75: entente.v1.Sync.Sync:input_type -> entente.v1.SyncRequest
+	16,  // 76: entente.v1.Sign.SignX509:input_type -> entente.v1.SignX509Request
+	20,  // 77: entente.v1.Sign.SignJWT:input_type -> entente.v1.SignJWTRequest
+	23,  // 78: entente.v1.Sign.SignWIT:input_type -> entente.v1.SignWITRequest
+	27,  // 79: entente.v1.Admin.Status:input_type -> entente.v1.StatusRequest
+	47,  // 80: entente.v1.Admin.CreateToken:input_type -> entente.v1.CreateTokenRequest
+	49,  // 81: entente.v1.Admin.Apply:input_type -> entente.v1.ApplyRequest
+	52,  // 82: entente.v1.Admin.GetBundle:input_type -> entente.v1.GetBundleRequest
+	67,  // 83: entente.v1.Admin.ListAuthorities:input_type -> entente.v1.ListAuthoritiesRequest
+	70,  // 84: entente.v1.Admin.PrepareAuthority:input_type -> entente.v1.PrepareAuthorityRequest
+	71,  // 85: entente.v1.Admin.ActivateAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	71,  // 86: entente.v1.Admin.TaintAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	71,  // 87: entente.v1.Admin.RevokeAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	73,  // 88: entente.v1.Admin.RemoveNode:input_type -> entente.v1.RemoveNodeRequest
+	75,  // 89: entente.v1.Admin.ListAgents:input_type -> entente.v1.ListAgentsRequest
+	78,  // 90: entente.v1.Admin.GetAgent:input_type -> entente.v1.GetAgentRequest
+	80,  // 91: entente.v1.Admin.BanAgent:input_type -> entente.v1.ChangeAgentRequest
+	80,  // 92: entente.v1.Admin.EvictAgent:input_type -> entente.v1.ChangeAgentRequest
+	82,  // 93: entente.v1.Admin.ListTokens:input_type -> entente.v1.ListTokensRequest
+	84,  // 94: entente.v1.Admin.RevokeToken:input_type -> entente.v1.RevokeTokenRequest
+	86,  // 95: entente.v1.Admin.ChangeEntries:input_type -> entente.v1.ChangeEntriesRequest
+	89,  // 96: entente.v1.Admin.ListEntries:input_type -> entente.v1.ListEntriesRequest
+	91,  // 97: entente.v1.Admin.GetEntry:input_type -> entente.v1.GetEntryRequest
+	89,  // 98: entente.v1.Admin.CountEntries:input_type -> entente.v1.ListEntriesRequest
+	33,  // 99: entente.v1.Admin.SaveSnapshot:input_type -> entente.v1.SaveSnapshotRequest
+	35,  // 100: entente.v1.Admin.ListNodes:input_type -> entente.v1.ListNodesRequest
+	38,  // 101: entente.v1.Admin.PromoteNode:input_type -> entente.v1.PromoteNodeRequest
+	54,  // 102: entente.v1.Peer.Propose:input_type -> entente.v1.ProposeRequest
+	56,  // 103: entente.v1.Peer.Report:input_type -> entente.v1.ReportRequest
+	65,  // 104: entente.v1.Peer.Presence:input_type -> entente.v1.PresenceRequest
+	59,  // 105: entente.v1.Peer.Gate:input_type -> entente.v1.GateRequest
+	40,  // 106: entente.v1.Peer.Vouch:input_type -> entente.v1.VouchRequest
+	42,  // 107: entente.v1.Peer.Checksum:input_type -> entente.v1.ChecksumRequest
+	35,  // 108: entente.v1.Peer.Nodes:input_type -> entente.v1.ListNodesRequest
+	62,  // 109: entente.v1.Peer.MarkReady:input_type -> entente.v1.MarkReadyRequest
+	44,  // 110: entente.v1.Peer.ShowEpoch:input_type -> entente.v1.ShowEpochRequest
+	2,   // 111: entente.v1.Join.Join:output_type -> entente.v1.JoinResponse
+	4,   // 112: entente.v1.Attest.Attest:output_type -> entente.v1.AttestResponse
+	10,  // 113: entente.v1.Sync.Sync:output_type -> entente.v1.SyncResponse
+	18,  // 114: entente.v1.Sign.SignX509:output_type -> entente.v1.SignX509Response
+	22,  // 115: entente.v1.Sign.SignJWT:output_type -> entente.v1.SignJWTResponse
+	25,  // 116: entente.v1.Sign.SignWIT:output_type -> entente.v1.SignWITResponse
+	28,  // 117: entente.v1.Admin.Status:output_type -> entente.v1.StatusResponse
+	48,  // 118: entente.v1.Admin.CreateToken:output_type -> entente.v1.CreateTokenResponse
+	50,  // 119: entente.v1.Admin.Apply:output_type -> entente.v1.ApplyResponse
+	53,  // 120: entente.v1.Admin.GetBundle:output_type -> entente.v1.GetBundleResponse
+	68,  // 121: entente.v1.Admin.ListAuthorities:output_type -> entente.v1.ListAuthoritiesResponse
+	72,  // 122: entente.v1.Admin.PrepareAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	72,  // 123: entente.v1.Admin.ActivateAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	72,  // 124: entente.v1.Admin.TaintAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	72,  // 125: entente.v1.Admin.RevokeAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	74,  // 126: entente.v1.Admin.RemoveNode:output_type -> entente.v1.RemoveNodeResponse
+	76,  // 127: entente.v1.Admin.ListAgents:output_type -> entente.v1.ListAgentsResponse
+	79,  // 128: entente.v1.Admin.GetAgent:output_type -> entente.v1.GetAgentResponse
+	81,  // 129: entente.v1.Admin.BanAgent:output_type -> entente.v1.ChangeAgentResponse
+	81,  // 130: entente.v1.Admin.EvictAgent:output_type -> entente.v1.ChangeAgentResponse
+	83,  // 131: entente.v1.Admin.ListTokens:output_type -> entente.v1.ListTokensResponse
+	85,  // 132: entente.v1.Admin.RevokeToken:output_type -> entente.v1.RevokeTokenResponse
+	87,  // 133: entente.v1.Admin.ChangeEntries:output_type -> entente.v1.ChangeEntriesResponse
+	90,  // 134: entente.v1.Admin.ListEntries:output_type -> entente.v1.ListEntriesResponse
+	92,  // 135: entente.v1.Admin.GetEntry:output_type -> entente.v1.GetEntryResponse
+	93,  // 136: entente.v1.Admin.CountEntries:output_type -> entente.v1.CountEntriesResponse
+	34,  // 137: entente.v1.Admin.SaveSnapshot:output_type -> entente.v1.SaveSnapshotResponse
+	36,  // 138: entente.v1.Admin.ListNodes:output_type -> entente.v1.ListNodesResponse
+	39,  // 139: entente.v1.Admin.PromoteNode:output_type -> entente.v1.PromoteNodeResponse
+	55,  // 140: entente.v1.Peer.Propose:output_type -> entente.v1.ProposeResponse
+	58,  // 141: entente.v1.Peer.Report:output_type -> entente.v1.ReportResponse
+	66,  // 142: entente.v1.Peer.Presence:output_type -> entente.v1.PresenceResponse
+	60,  // 143: entente.v1.Peer.Gate:output_type -> entente.v1.GateResponse
+	41,  // 144: entente.v1.Peer.Vouch:output_type -> entente.v1.VouchResponse
+	43,  // 145: entente.v1.Peer.Checksum:output_type -> entente.v1.ChecksumResponse
+	36,  // 146: entente.v1.Peer.Nodes:output_type -> entente.v1.ListNodesResponse
+	63,  // 147: entente.v1.Peer.MarkReady:output_type -> entente.v1.MarkReadyResponse
+	45,  // 148: entente.v1.Peer.ShowEpoch:output_type -> entente.v1.ShowEpochResponse
+	111, // [111:149] is the sub-list for method output_type
+	73,  // [73:111] is the sub-list for method input_type
+	73,  // [73:73] is the sub-list for extension type_name
+	73,  // [73:73] is the sub-list for extension extendee
+	0,   // [0:73] is the sub-list for field type_name
 }
 
 func init() { file_entente_v1_entente_proto_init() }
@@ -5932,7 +6324,7 @@ func file_entente_v1_entente_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_entente_v1_entente_proto_rawDesc), len(file_entente_v1_entente_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   89,
+			NumMessages:   93,
 			NumExtensions: 0,
 			NumServices:   6,
 		},

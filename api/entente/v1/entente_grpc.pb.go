@@ -1496,6 +1496,7 @@ const (
 	Peer_Vouch_FullMethodName     = "/entente.v1.Peer/Vouch"
 	Peer_Checksum_FullMethodName  = "/entente.v1.Peer/Checksum"
 	Peer_Nodes_FullMethodName     = "/entente.v1.Peer/Nodes"
+	Peer_MarkReady_FullMethodName = "/entente.v1.Peer/MarkReady"
 	Peer_ShowEpoch_FullMethodName = "/entente.v1.Peer/ShowEpoch"
 )
 
@@ -1519,6 +1520,10 @@ type PeerClient interface {
 	Checksum(ctx context.Context, in *ChecksumRequest, opts ...grpc.CallOption) (*ChecksumResponse, error)
 	// Nodes is ListNodes at the leader: FAILED_PRECONDITION elsewhere.
 	Nodes(ctx context.Context, in *ListNodesRequest, opts ...grpc.CallOption) (*ListNodesResponse, error)
+	// MarkReady has the leader mark a PREPARED authority as ready without the word of
+	// members that do not report. FAILED_PRECONDITION: somebody else lacks it, an excluded
+	// member does report, or the server does not lead.
+	MarkReady(ctx context.Context, in *MarkReadyRequest, opts ...grpc.CallOption) (*MarkReadyResponse, error)
 	// ShowEpoch shows a node of an earlier epoch how the present one began. The record
 	// proves itself, so any CA node, and who was one, may call it.
 	ShowEpoch(ctx context.Context, in *ShowEpochRequest, opts ...grpc.CallOption) (*ShowEpochResponse, error)
@@ -1611,6 +1616,16 @@ func (c *peerClient) Nodes(ctx context.Context, in *ListNodesRequest, opts ...gr
 	return out, nil
 }
 
+func (c *peerClient) MarkReady(ctx context.Context, in *MarkReadyRequest, opts ...grpc.CallOption) (*MarkReadyResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(MarkReadyResponse)
+	err := c.cc.Invoke(ctx, Peer_MarkReady_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *peerClient) ShowEpoch(ctx context.Context, in *ShowEpochRequest, opts ...grpc.CallOption) (*ShowEpochResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(ShowEpochResponse)
@@ -1641,6 +1656,10 @@ type PeerServer interface {
 	Checksum(context.Context, *ChecksumRequest) (*ChecksumResponse, error)
 	// Nodes is ListNodes at the leader: FAILED_PRECONDITION elsewhere.
 	Nodes(context.Context, *ListNodesRequest) (*ListNodesResponse, error)
+	// MarkReady has the leader mark a PREPARED authority as ready without the word of
+	// members that do not report. FAILED_PRECONDITION: somebody else lacks it, an excluded
+	// member does report, or the server does not lead.
+	MarkReady(context.Context, *MarkReadyRequest) (*MarkReadyResponse, error)
 	// ShowEpoch shows a node of an earlier epoch how the present one began. The record
 	// proves itself, so any CA node, and who was one, may call it.
 	ShowEpoch(context.Context, *ShowEpochRequest) (*ShowEpochResponse, error)
@@ -1674,6 +1693,9 @@ func (UnimplementedPeerServer) Checksum(context.Context, *ChecksumRequest) (*Che
 }
 func (UnimplementedPeerServer) Nodes(context.Context, *ListNodesRequest) (*ListNodesResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Nodes not implemented")
+}
+func (UnimplementedPeerServer) MarkReady(context.Context, *MarkReadyRequest) (*MarkReadyResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method MarkReady not implemented")
 }
 func (UnimplementedPeerServer) ShowEpoch(context.Context, *ShowEpochRequest) (*ShowEpochResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ShowEpoch not implemented")
@@ -1818,6 +1840,24 @@ func _Peer_Nodes_Handler(srv interface{}, ctx context.Context, dec func(interfac
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Peer_MarkReady_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(MarkReadyRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(PeerServer).MarkReady(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Peer_MarkReady_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(PeerServer).MarkReady(ctx, req.(*MarkReadyRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Peer_ShowEpoch_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(ShowEpochRequest)
 	if err := dec(in); err != nil {
@@ -1866,6 +1906,10 @@ var Peer_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Nodes",
 			Handler:    _Peer_Nodes_Handler,
+		},
+		{
+			MethodName: "MarkReady",
+			Handler:    _Peer_MarkReady_Handler,
 		},
 		{
 			MethodName: "ShowEpoch",

@@ -1,0 +1,104 @@
+// Package domaintest makes what a state believes only with a signature: keys of nodes,
+// and authorities that those nodes propose. For tests. The same names give the same
+// bytes in every run.
+package domaintest
+
+import (
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/sha256"
+	"crypto/x509"
+	"slices"
+	"sync"
+	"time"
+
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	"github.com/entente-mesh/entente/ca"
+)
+
+// keys are the keys by name and by id of everybody that a test has named.
+var keys sync.Map
+
+// Key is the key of a node or agent.
+func Key(name string) *ecdsa.PrivateKey {
+	if key, ok := keys.Load(name); ok {
+		return key.(*ecdsa.PrivateKey)
+	}
+	sum := sha256.Sum256([]byte("key of " + name))
+	key, err := ecdsa.ParseRawPrivateKey(elliptic.P256(), sum[:])
+	if err != nil {
+		panic(err)
+	}
+	keys.Store(name, key)
+	keys.Store(ca.KeyID(SPKI(key)), key)
+	return key
+}
+
+// SPKI is the key's SubjectPublicKeyInfo.
+func SPKI(key *ecdsa.PrivateKey) []byte {
+	spki, err := x509.MarshalPKIXPublicKey(key.Public())
+	if err != nil {
+		panic(err)
+	}
+	return spki
+}
+
+// KeyID is the id of the key with that name.
+func KeyID(name string) string { return ca.KeyID(SPKI(Key(name))) }
+
+// Authority is the record of a new key of a member: from a minute before now, for three
+// phases. Only an X.509 one has a certificate, as much of one as Apply looks at.
+func Authority(member, name, trustDomain string, use statev1.KeyUse, now time.Time, phase time.Duration) *statev1.Authority {
+	public := DER(0x30, []byte("public key "+name))
+	a := &statev1.Authority{
+		Id: ca.KeyID(public), MemberId: KeyID(member), Use: use,
+		PublicKey: public, NotBefore: now.Add(-time.Minute).Unix(), NotAfter: now.Add(3 * phase).Unix(),
+	}
+	if use == statev1.KeyUse_KEY_USE_X509 {
+		a.Certificate = Certificate(a, trustDomain)
+	}
+	return a
+}
+
+// DER is one element.
+func DER(tag byte, parts ...[]byte) []byte {
+	content := slices.Concat(parts...)
+	if len(content) > 127 {
+		return slices.Concat([]byte{tag, 0x81, byte(len(content))}, content)
+	}
+	return append([]byte{tag, byte(len(content))}, content...)
+}
+
+// Certificate says what the record says.
+func Certificate(a *statev1.Authority, trustDomain string) []byte {
+	moment := func(unix int64) []byte { return DER(0x17, []byte(time.Unix(unix, 0).UTC().Format("060102150405Z"))) }
+	name := DER(0x30, []byte{0x06, 0x03, 0x55, 0x1d, 0x11}, DER(0x04, DER(0x30, DER(0x86, []byte("spiffe://"+trustDomain)))))
+	return DER(0x30, DER(0x30, DER(0xa0, DER(0x02, []byte{2})), DER(0x02, []byte{1}), DER(0x30), DER(0x30),
+		DER(0x30, moment(a.GetNotBefore()), moment(a.GetNotAfter())), DER(0x30), a.GetPublicKey(), DER(0xa3, DER(0x30, name))))
+}
+
+// Prepare is the command, signed by the node that the authority names, or by nobody's
+// key if that was never named.
+func Prepare(cluster *statev1.Cluster, a *statev1.Authority) *statev1.Command {
+	key, ok := keys.Load(a.GetMemberId())
+	if !ok {
+		key = Key("nobody")
+	}
+	return PrepareBy(cluster, a, key.(*ecdsa.PrivateKey))
+}
+
+// PrepareBy is the command, signed by that key.
+func PrepareBy(cluster *statev1.Cluster, a *statev1.Authority, key *ecdsa.PrivateKey) *statev1.Command {
+	sum := ca.AuthorityStatement(cluster, a)
+	signature, err := key.Sign(nil, sum[:], crypto.SHA256)
+	if err == nil {
+		signature, err = ca.FixedSignature(signature)
+	}
+	if err != nil {
+		panic(err)
+	}
+	return &statev1.Command{Body: &statev1.Command_PrepareAuthority{PrepareAuthority: &statev1.PrepareAuthority{
+		Authority: a, NodeKey: SPKI(key), Signature: signature,
+	}}}
+}

@@ -1,0 +1,121 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"google.golang.org/protobuf/proto"
+
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	"github.com/entente-mesh/entente/ca"
+	"github.com/entente-mesh/entente/ca/domain"
+	"github.com/entente-mesh/entente/ca/rotation"
+)
+
+// offline knows which authorities this node took into use without quorum: of each use
+// the one that was marked ready before, and so is held by everybody. The state learns of
+// it when it can; what the state says wins. It is not on the disk: after a restart the
+// node comes to the same decision, for there is only the one.
+type offline struct {
+	mu    sync.Mutex
+	taken map[statev1.KeyUse]*statev1.Authority // as ACTIVE
+}
+
+// of is the id of the one taken for that use; empty: none.
+func (o *offline) of(use statev1.KeyUse) string { return o.record(use).GetId() }
+
+func (o *offline) record(use statev1.KeyUse) *statev1.Authority {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.taken[use]
+}
+
+func (o *offline) has(id string) bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	for _, a := range o.taken {
+		if a.GetId() == id {
+			return true
+		}
+	}
+	return false
+}
+
+func (o *offline) count() int {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return len(o.taken)
+}
+
+func (o *offline) take(a *statev1.Authority) {
+	active := proto.CloneOf(a)
+	active.Phase = statev1.AuthorityPhase_AUTHORITY_PHASE_ACTIVE
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.taken == nil {
+		o.taken = make(map[statev1.KeyUse]*statev1.Authority)
+	}
+	o.taken[a.GetUse()] = active
+}
+
+func (o *offline) forget(use statev1.KeyUse) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	delete(o.taken, use)
+}
+
+// activateOffline takes this node's own PREPARED authority into use without quorum.
+func (n *Node) activateOffline(id, who string) error {
+	var a *statev1.Authority
+	n.Read(func(st *domain.State) { a, _ = st.Authority(id) })
+	switch {
+	case n.noQuorumSince(time.Now()).IsZero():
+		return errors.New("there is quorum: have it agreed")
+	case a.GetMemberId() != n.own.id:
+		return errors.New("without quorum a CA node activates an authority of its own only: ask at the node that it belongs to")
+	case !rotation.MayTakeOffline(a, n.own.id):
+		return fmt.Errorf("authority %.12s is %s and was not marked ready before the quorum was lost: without quorum nobody can say that everybody holds it", id, ca.PhaseName(a.GetPhase()))
+	case !n.signer.Has(id):
+		return fmt.Errorf("the key of authority %.12s is not in this node's key store", id)
+	}
+	if err := n.signerClock().Check(time.Now()); err != nil {
+		return err
+	}
+	if n.offline.has(id) {
+		return nil
+	}
+	n.offline.take(a)
+	n.audit.Act(who, "ActivateAuthority", []string{"authority/" + id, "without quorum"}, 0, nil)
+	n.log.Warn("authority signs from now on, without quorum: the cluster learns of it when there is one", "authority", id, "use", a.GetUse().String())
+	n.applied.tell() // the node's own SVIDs follow
+	return nil
+}
+
+// reconcile tells the cluster what this node did without it, and gives up what the
+// cluster has decided otherwise meanwhile.
+func (n *Node) reconcile(ctx context.Context, own rotation.Own, u use) error {
+	id := n.offline.of(u.of)
+	if id == "" {
+		return nil
+	}
+	have := own.Known[id]
+	if rotation.MayTakeOffline(have, n.own.id) && n.noQuorumSince(time.Now()).IsZero() {
+		if err := n.activate(ctx, u, have); err != nil {
+			return err
+		}
+		n.Read(func(st *domain.State) { have, _ = st.Authority(id) })
+	}
+	if rotation.MayTakeOffline(have, n.own.id) {
+		return nil // still without quorum
+	}
+	n.offline.forget(u.of)
+	if !ca.Signs(have.GetPhase()) {
+		n.log.Error("what this node took into use without quorum was given up by the cluster meanwhile: what it signed is void, or issued anew",
+			"authority", id, "use", u.name, "phase", ca.PhaseName(have.GetPhase()))
+	}
+	n.applied.tell()
+	return nil
+}
