@@ -296,6 +296,9 @@ func (n *Node) Run(ctx context.Context) error {
 		}
 	})
 	n.log.Info("CA node runs", "trust_domain", n.td.Name(), "node_id", n.own.id, "api", n.listeners.API.Addr().String(), "dev", n.cfg.Keys.InsecureDev)
+	if n.cfg.Keys.InsecureDev {
+		n.log.Warn("this CA is for development only: its keys lie unsealed in the data directory (keys.insecureDev)")
+	}
 	err := group.Wait()
 	closeErr := n.peers.Close()
 	stopCore()
