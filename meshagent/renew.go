@@ -24,7 +24,7 @@ const (
 	// maxBatch SVIDs are asked for at a time; the client splits them as the door demands.
 	maxBatch = 500
 
-	// manyAtOnce is of how many SVIDs in a row the garbage is worth being collected for.
+	// manyAtOnce is after how many SVIDs the garbage of it is worth a collection of its own.
 	manyAtOnce = 1000
 
 	retryFirst = 100 * time.Millisecond
@@ -331,7 +331,7 @@ type renewal struct {
 func (a *Agent) keepSVIDs(ctx context.Context, kind renewal) error {
 	slots := map[string]*slot{}
 	var bundle any // of the state before: when it has changed, SVIDs may have become void
-	burst := 0     // SVIDs that were asked for without a pause
+	burst := 0     // SVIDs that were asked for since memory was last given back
 	for {
 		state := a.State()
 		now := time.Now()
@@ -385,12 +385,12 @@ func (a *Agent) keepSVIDs(ctx context.Context, kind renewal) error {
 			burst += len(due)
 			continue
 		}
-		if burst >= manyAtOnce {
+		if burst >= manyAtOnce && next.Sub(now) > time.Second {
 			// What a start or a taint took is as much again as what it leaves, and hours may
 			// pass before so much is needed next: the host's workloads get it back.
 			debug.FreeOSMemory()
+			burst = 0
 		}
-		burst = 0
 
 		timer := time.NewTimer(next.Sub(now))
 		select {

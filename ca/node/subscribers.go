@@ -21,7 +21,7 @@ const rollFile = "subscribers.json"
 const maxRoll = 64 << 20
 
 // rollEvery is how long changes are gathered before the file is written.
-const rollEvery = 200 * time.Millisecond
+const rollEvery = time.Second
 
 // recallSubscribers reads the roll of before. One that cannot be read stops nothing: it
 // is as if there had been no subscriber, and said.

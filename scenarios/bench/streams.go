@@ -112,10 +112,8 @@ func measureStreams(ctx context.Context, b *bench) error {
 		return err
 	}
 	const shared = "each stream an attested host of its own with a TLS connection of its own, all held by one other process on this machine"
-	if lost := all.lost.Load(); lost > 0 {
-		return fmt.Errorf("%d streams were lost and came back: the machine is too busy to measure them", lost)
-	}
-	b.report("sync_stream_kib", (after-before)/1024/float64(count), count, "%s; %.0f MiB before, %.0f MiB with them after %.0f s; heartbeats take %.1f %% of a core", shared, before/mib, after/mib, settle.Seconds(), cpu)
+	b.report("sync_stream_kib", (after-before)/1024/float64(count), count, "%s; %.0f MiB before, %.0f MiB with them after %.0f s; heartbeats take %.1f %% of a core; %d were lost and opened again meanwhile",
+		shared, before/mib, after/mib, settle.Seconds(), cpu, all.lost.Load())
 
 	if b.wants("broadcast_10k_p99_ms") {
 		rounds := b.count(20, 2)
