@@ -363,7 +363,7 @@ func TestMessagesNameTheirSender(t *testing.T) {
 		},
 		"heartbeat": func(id string) error {
 			return speak(t, thief, second, func(n raft.Transport, to raft.ServerID, at raft.ServerAddress) error {
-				return n.AppendEntries(to, at, &raft.AppendEntriesRequest{RPCHeader: header(id), Term: 1, Leader: []byte(leader.address)}, &raft.AppendEntriesResponse{})
+				return n.AppendEntries(to, at, &raft.AppendEntriesRequest{RPCHeader: header(id), Term: 1}, &raft.AppendEntriesResponse{})
 			})
 		},
 		"entries": func(id string) error {
