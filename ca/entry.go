@@ -97,6 +97,7 @@ func Canonical(e *statev1.Entry) {
 	e.Selectors = sortedSet(e.GetSelectors())
 	e.DnsNames = sortedSet(e.GetDnsNames())
 	e.FederatesWith = sortedSet(e.GetFederatesWith())
+	e.NodeSelectors = sortedSet(e.GetNodeSelectors())
 }
 
 // EntriesFor derives the registration entries that follow from an object of the
@@ -169,6 +170,9 @@ func CheckEntry(td spiffeid.TrustDomain, e *statev1.Entry, longest time.Duration
 		}
 	}
 	if err := CheckSelectors(e.GetSelectors()); err != nil {
+		return err
+	}
+	if err := CheckNodeSelectors(e.GetNodeSelectors()); err != nil {
 		return err
 	}
 	if n := e.GetX509SvidSeconds(); n != 0 {

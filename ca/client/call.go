@@ -23,11 +23,13 @@ const (
 )
 
 // Proof is what a host shows to be admitted. Statement is an encoded
-// statev1.JoinStatement that names the exporter of the connection.
+// statev1.JoinStatement, or with certificates a statev1.PossessionStatement, that names
+// the exporter of the connection. The zero value: by the key that was admitted before.
 type Proof struct {
-	TokenID   string // empty: by the key that a token admitted before
-	Statement []byte
-	Signature []byte
+	TokenID      string
+	Certificates [][]byte // of the host's own PKI, DER, leaf first
+	Statement    []byte
+	Signature    []byte
 }
 
 // Attestation is the CA's answer: who the host is now, and whom to believe.
@@ -59,10 +61,11 @@ func Attest(ctx context.Context, cfg Config, prove func(exporter []byte) (Proof,
 			return err
 		}
 		answer, err = ententev1.NewAttestClient(conn.rpc).Attest(ctx, &ententev1.AttestRequest{
-			TokenId:   proof.TokenID,
-			Statement: proof.Statement,
-			Signature: proof.Signature,
-			Csr:       csr,
+			TokenId:      proof.TokenID,
+			Certificates: proof.Certificates,
+			Statement:    proof.Statement,
+			Signature:    proof.Signature,
+			Csr:          csr,
 		})
 		return err
 	})

@@ -119,6 +119,10 @@ func New(cfg *Config, log *slog.Logger, listeners Listeners) (_ *Node, err error
 	if err := n.loadAuthorityKeys(); err != nil {
 		return nil, err
 	}
+	x509pop, err := cfg.X509PoP.open()
+	if err != nil {
+		return nil, err
+	}
 	n.svids = newSVIDs(n)
 	n.peers = server.NewPeers(n.certificate)
 	n.server = server.New(server.Config{
@@ -139,6 +143,7 @@ func New(cfg *Config, log *slog.Logger, listeners Listeners) (_ *Node, err error
 		Audit:       n.audit,
 		Nodes:       n.nodes,
 		Supersede:   n.supersede,
+		X509PoP:     x509pop,
 		Log:         n.log,
 		Registerer:  n.registry,
 	})
@@ -469,7 +474,7 @@ func (n *Node) openAudit() error {
 	case "off":
 		return nil
 	case "stderr":
-		n.audit = server.NewAudit(os.Stderr, n.cfg.Name, n.log, n.registry)
+		n.audit = server.NewAudit(os.Stderr, n.cfg.Name, n.cfg.Audit.Required, n.log, n.registry)
 		return nil
 	}
 	file, err := daemon.OpenLogFile(n.cfg.Audit.File, 0o600)
@@ -477,7 +482,7 @@ func (n *Node) openAudit() error {
 		return fmt.Errorf("audit log: %w", err)
 	}
 	n.auditLog = file
-	n.audit = server.NewAudit(file, n.cfg.Name, n.log, n.registry)
+	n.audit = server.NewAudit(file, n.cfg.Name, n.cfg.Audit.Required, n.log, n.registry)
 	return nil
 }
 

@@ -12,6 +12,7 @@ import (
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
+	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/domain"
 )
 
@@ -30,7 +31,7 @@ func (d adminDoor) ChangeEntries(ctx context.Context, req *ententev1.ChangeEntri
 	if n := len(req.GetChanges()); n == 0 || n > maxEntryChanges {
 		return nil, status.Errorf(codes.InvalidArgument, "%d changes of entries in a call, not 1 to %d", n, maxEntryChanges)
 	}
-	plan := s.planEntries(req.GetChanges())
+	plan := s.planEntries(ctx, req.GetChanges())
 	resp := &ententev1.ChangeEntriesResponse{Results: plan.results}
 	if req.GetDryRun() {
 		return resp, nil
@@ -53,12 +54,16 @@ type entryPlan struct {
 }
 
 // planEntries looks at every change in the state as it is.
-func (s *Server) planEntries(changes []*statev1.EntryChange) entryPlan {
+func (s *Server) planEntries(ctx context.Context, changes []*statev1.EntryChange) entryPlan {
 	plan := entryPlan{results: make([]*ententev1.EntryResult, len(changes))}
 	seen := make(map[string]bool, len(changes))
 	s.State.Read(func(st *domain.State) {
+		roles := rolesOf(ctx, st)
 		for i, change := range changes {
 			id, next, refusal := st.PlanEntry(change)
+			if forbidden := roles.MayChangeEntry(change); forbidden != nil {
+				refusal = forbidden // what there is of others' is not theirs to know
+			}
 			result := &ententev1.EntryResult{Id: id}
 			plan.results[i] = result
 			have, exists := st.Entry(id)
@@ -140,21 +145,25 @@ func fail(r *ententev1.EntryResult, err error) {
 	r.Code, r.Error = uint32(st.Code()), st.Message()
 }
 
-func (d adminDoor) ListEntries(_ context.Context, req *ententev1.ListEntriesRequest) (*ententev1.ListEntriesResponse, error) {
+func (d adminDoor) ListEntries(ctx context.Context, req *ententev1.ListEntriesRequest) (*ententev1.ListEntriesResponse, error) {
 	page := newPage[*statev1.Entry](pageSize(req.GetPageSize()), req.GetAfter())
-	d.server.eachEntry(req, page.add)
+	d.server.eachEntry(ctx, req, page.add)
 	return &ententev1.ListEntriesResponse{Entries: page.rows(), More: page.more}, nil
 }
 
-func (d adminDoor) CountEntries(_ context.Context, req *ententev1.ListEntriesRequest) (*ententev1.CountEntriesResponse, error) {
+func (d adminDoor) CountEntries(ctx context.Context, req *ententev1.ListEntriesRequest) (*ententev1.CountEntriesResponse, error) {
 	resp := &ententev1.CountEntriesResponse{}
-	d.server.eachEntry(req, func(string, *statev1.Entry) { resp.Entries++ })
+	d.server.eachEntry(ctx, req, func(string, *statev1.Entry) { resp.Entries++ })
 	return resp, nil
 }
 
-func (d adminDoor) GetEntry(_ context.Context, req *ententev1.GetEntryRequest) (*ententev1.GetEntryResponse, error) {
+func (d adminDoor) GetEntry(ctx context.Context, req *ententev1.GetEntryRequest) (*ententev1.GetEntryResponse, error) {
 	resp := &ententev1.GetEntryResponse{}
-	d.server.State.Read(func(st *domain.State) { resp.Entry, _ = st.Entry(req.GetId()) })
+	d.server.State.Read(func(st *domain.State) {
+		if e, ok := st.Entry(req.GetId()); ok && rolesOf(ctx, st).Sees(e.GetPath()) {
+			resp.Entry = e
+		}
+	})
 	if resp.Entry == nil {
 		return nil, status.Errorf(codes.NotFound, "there is no entry %.250s: see entente entry list", req.GetId())
 	}
@@ -162,9 +171,10 @@ func (d adminDoor) GetEntry(_ context.Context, req *ententev1.GetEntryRequest) (
 }
 
 // eachEntry calls f with the entries that a request asks for, in no order.
-func (s *Server) eachEntry(req *ententev1.ListEntriesRequest, f func(id string, e *statev1.Entry)) {
+func (s *Server) eachEntry(ctx context.Context, req *ententev1.ListEntriesRequest, f func(id string, e *statev1.Entry)) {
 	prefix := strings.TrimSuffix(req.GetPathPrefix(), "/")
 	s.State.Read(func(st *domain.State) {
+		roles := rolesOf(ctx, st)
 		entries := st.Entries()
 		if req.GetHost() != "" {
 			entries = slices.Values(st.EntriesOnHost(req.GetHost()))
@@ -172,7 +182,8 @@ func (s *Server) eachEntry(req *ententev1.ListEntriesRequest, f func(id string, 
 		for e := range entries {
 			switch {
 			case req.GetDeclared() && !domain.Declared(e.GetId()):
-			case prefix != "" && e.GetPath() != prefix && !strings.HasPrefix(e.GetPath(), prefix+"/"):
+			case prefix != "" && !ca.AtOrBelow(e.GetPath(), prefix):
+			case !roles.Sees(e.GetPath()):
 			default:
 				f(e.GetId(), e)
 			}

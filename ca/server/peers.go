@@ -46,12 +46,14 @@ func (d peerDoor) Propose(ctx context.Context, req *ententev1.ProposeRequest) (*
 	}
 	if err := s.mayPropose(c, command); err != nil {
 		s.Log.Warn("a command of a CA node was refused", "member", c.member.GetName(), "error", err)
+		s.Audit.Forwarded(c.member.GetName(), command, domain.Outcome{}, err)
 		return nil, status.Error(codes.PermissionDenied, err.Error())
 	}
 	outcome, err := s.Leader.Propose(ctx, command)
 	if errors.Is(err, ErrNotLeader) {
 		return nil, status.Error(codes.FailedPrecondition, err.Error())
 	}
+	s.Audit.Forwarded(c.member.GetName(), command, outcome, err)
 	if err != nil {
 		return nil, s.proposeError(err)
 	}
@@ -66,7 +68,7 @@ func (d peerDoor) Propose(ctx context.Context, req *ententev1.ProposeRequest) (*
 // rest is the leader's own.
 func (s *Server) mayPropose(c caller, command *statev1.Command) error {
 	switch body := command.GetBody().(type) {
-	case *statev1.Command_CreateToken, *statev1.Command_JoinMember, *statev1.Command_AttestAgent, *statev1.Command_ApplyObjects,
+	case *statev1.Command_CreateToken, *statev1.Command_JoinMember, *statev1.Command_AttestAgent, *statev1.Command_AdmitAgent, *statev1.Command_ApplyObjects,
 		// An operator may be at any node. What a member gains by them if nobody asked it: it
 		// can take away, and use early what everybody holds.
 		*statev1.Command_RemoveMember, *statev1.Command_ActivateAuthority, *statev1.Command_TaintAuthority, *statev1.Command_RevokeAuthority,

@@ -1,5 +1,5 @@
-// Package server holds the doors of a CA node: Join, Attest, Sync, Sign and Peer on
-// its API address, Admin on a unix socket.
+// Package server holds the doors of a CA node: Join, Attest, Sync, Sign, Peer and, for
+// administrators, Admin on its API address; Admin on a unix socket for operators.
 //
 // Each call is authenticated from the TLS connection it came over and authorised by
 // one table (auth.go), which denies what it does not list. Doors parse and check
@@ -27,6 +27,7 @@ import (
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
 	"github.com/entente-mesh/entente/ca/domain"
 	"github.com/entente-mesh/entente/ca/feed"
+	"github.com/entente-mesh/entente/ca/nodeattest"
 	"github.com/entente-mesh/entente/ca/signer"
 	"github.com/entente-mesh/entente/internal/peer"
 )
@@ -111,6 +112,8 @@ type Config struct {
 	Prepare func(context.Context) (string, error)
 	// Nodes is the leader's view; with ask, the leader is asked if it is another node.
 	Nodes func(ctx context.Context, ask bool) (Nodes, error)
+	// X509PoP admits hosts by certificates of their own; nil: none.
+	X509PoP *nodeattest.X509PoP
 	// Supersede stops this node if the statement says that its epoch is over.
 	Supersede func(statement, signature []byte) error
 
@@ -154,7 +157,7 @@ func New(config Config) *Server {
 	}
 }
 
-// ServeAPI serves Join, Attest, Sync, Sign and Peer on the listener, which it closes,
+// ServeAPI serves Join, Attest, Sync, Sign, Peer and Admin on the listener, which it closes,
 // until ctx ends and calls under way had three seconds to finish.
 func (s *Server) ServeAPI(ctx context.Context, listener net.Listener) error {
 	server := grpc.NewServer(
@@ -177,6 +180,7 @@ func (s *Server) ServeAPI(ctx context.Context, listener net.Listener) error {
 	ententev1.RegisterSyncServer(server, syncDoor{server: s})
 	ententev1.RegisterSignServer(server, signDoor{server: s})
 	ententev1.RegisterPeerServer(server, peerDoor{server: s})
+	ententev1.RegisterAdminServer(server, adminDoor{server: s})
 	return s.serve(ctx, server, listener)
 }
 

@@ -5,7 +5,6 @@ import (
 	"crypto"
 	"errors"
 	"fmt"
-	"slices"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -94,9 +93,9 @@ func (s *Server) grant(c caller, entryID string) (g granted, err error) {
 		g.lifetimes = st.Lifetimes()
 	})
 	// The same words for both: who may not hold it need not know that it exists.
-	if g.entry == nil || !slices.Contains(g.entry.GetHosts(), c.agent.GetName()) {
+	if g.entry == nil || !ca.Entitled(c.agent, g.entry) {
 		s.Log.Warn("an SVID was refused", "agent", c.agent.GetName(), "entry", entryID, "exists", g.entry != nil)
-		return g, status.Errorf(codes.PermissionDenied, "no entry %.100q names host %s", entryID, c.agent.GetName())
+		return g, status.Errorf(codes.PermissionDenied, "no entry %.100q is for host %s", entryID, c.agent.GetName())
 	}
 	if g.id, err = ca.ID(s.TrustDomain, g.entry.GetPath()); err != nil {
 		return g, status.Error(codes.Internal, err.Error())

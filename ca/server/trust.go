@@ -19,11 +19,6 @@ import (
 // This file holds what operators do to authorities, CA nodes, agents and tokens: the
 // half of Admin that ends trust.
 
-func (s *Server) propose(ctx context.Context, command *statev1.Command) (domain.Outcome, error) {
-	command.Actor = callerFrom(ctx).who()
-	return s.agree(ctx, command)
-}
-
 // ---------------------------------------------------------------- authorities
 
 func (d adminDoor) ListAuthorities(ctx context.Context, _ *ententev1.ListAuthoritiesRequest) (*ententev1.ListAuthoritiesResponse, error) {
@@ -99,6 +94,9 @@ func (d adminDoor) PrepareAuthority(ctx context.Context, _ *ententev1.PrepareAut
 	})
 	if prepared != nil {
 		return nil, status.Errorf(codes.FailedPrecondition, "this CA node has the PREPARED authority %.12s already: activate it, or taint it to have another one made", prepared.GetId())
+	}
+	if err := s.Audit.Asked(callerFrom(ctx).who(), "PrepareAuthority"); err != nil {
+		return nil, err
 	}
 	id, err := s.Prepare(ctx)
 	if err != nil {
@@ -247,7 +245,7 @@ func (d adminDoor) ListAgents(_ context.Context, req *ententev1.ListAgentsReques
 			page.add(a.GetName(), a)
 		}
 		for _, a := range page.rows() {
-			entries[a.GetName()] = len(st.EntriesOnHost(a.GetName()))
+			entries[a.GetName()] = len(st.HeldBy(a.GetName()))
 		}
 	})
 	for _, a := range page.rows() {
@@ -262,7 +260,7 @@ func (d adminDoor) GetAgent(_ context.Context, req *ententev1.GetAgentRequest) (
 	resp := &ententev1.GetAgentResponse{}
 	s.State.Read(func(st *domain.State) {
 		if a, ok := st.Agent(req.GetName()); ok {
-			entries := st.EntriesOnHost(a.GetName())
+			entries := st.HeldBy(a.GetName())
 			resp.Status = &ententev1.AgentStatus{Agent: a, Entries: uint32(len(entries))}
 			resp.Entries = entries[:min(len(entries), maxPage)]
 		}

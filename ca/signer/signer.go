@@ -136,9 +136,13 @@ type Request struct {
 
 // Issued is an SVID that was signed.
 type Issued struct {
-	Request
-	Serial    string // hex
-	Authority string // id
+	Kind      string // "x509-svid", "jwt-svid", "wit-svid"
+	ID        spiffeid.ID
+	Origin    ca.Origin
+	Serial    string   // hex; of an X.509-SVID
+	Digest    string   // hex SHA-256 of a token's header and payload
+	Audience  []string // of a JWT-SVID
+	Authority string   // id
 	NotAfter  time.Time
 }
 
@@ -188,7 +192,7 @@ func (s *Signer) sign(ctx context.Context, req Request) ([][]byte, error) {
 		return nil, err
 	}
 	if s.config.Signed != nil {
-		s.config.Signed(Issued{Request: req, Serial: template.SerialNumber.Text(16), Authority: ca.KeyID(authority.RawSubjectPublicKeyInfo), NotAfter: template.NotAfter})
+		s.config.Signed(Issued{Kind: "x509-svid", ID: req.ID, Origin: req.Origin, Serial: template.SerialNumber.Text(16), Authority: ca.KeyID(authority.RawSubjectPublicKeyInfo), NotAfter: template.NotAfter})
 	}
 	return [][]byte{der}, nil
 }

@@ -5,8 +5,8 @@
 // source: entente/v1/entente.proto
 
 // Package entente.v1 holds the doors of a CA node. All of them are gRPC over
-// TLS 1.3 on its API address, except Admin, which is also (and by default only)
-// served on a unix socket of mode 0600.
+// TLS 1.3 on its API address. Admin is served there to administrators, and on a unix
+// socket of mode 0600 to the operators of the node's host.
 
 package ententev1
 
@@ -212,11 +212,14 @@ func (x *JoinResponse) GetCluster() *v1.Cluster {
 }
 
 type AttestRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	TokenId       string                 `protobuf:"bytes,1,opt,name=token_id,json=tokenId,proto3" json:"token_id,omitempty"` // empty: by the known key
-	Statement     []byte                 `protobuf:"bytes,2,opt,name=statement,proto3" json:"statement,omitempty"`
-	Signature     []byte                 `protobuf:"bytes,3,opt,name=signature,proto3" json:"signature,omitempty"`
-	Csr           []byte                 `protobuf:"bytes,4,opt,name=csr,proto3" json:"csr,omitempty"` // PKCS#10, DER, signed by the agent's key
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	TokenId   string                 `protobuf:"bytes,1,opt,name=token_id,json=tokenId,proto3" json:"token_id,omitempty"` // empty: by the known key
+	Statement []byte                 `protobuf:"bytes,2,opt,name=statement,proto3" json:"statement,omitempty"`
+	Signature []byte                 `protobuf:"bytes,3,opt,name=signature,proto3" json:"signature,omitempty"`
+	Csr       []byte                 `protobuf:"bytes,4,opt,name=csr,proto3" json:"csr,omitempty"` // PKCS#10, DER, signed by the agent's key
+	// By a certificate of the host's own: DER, leaf first. statement is then an encoded
+	// state.v1.PossessionStatement, signed with the leaf's key.
+	Certificates  [][]byte `protobuf:"bytes,100,rep,name=certificates,proto3" json:"certificates,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -275,6 +278,13 @@ func (x *AttestRequest) GetSignature() []byte {
 func (x *AttestRequest) GetCsr() []byte {
 	if x != nil {
 		return x.Csr
+	}
+	return nil
+}
+
+func (x *AttestRequest) GetCertificates() [][]byte {
+	if x != nil {
+		return x.Certificates
 	}
 	return nil
 }
@@ -3079,7 +3089,8 @@ func (x *ApplyResponse) GetChanges() []*ObjectChange {
 type ObjectChange struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Key           *v1.ObjectKey          `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
-	Action        string                 `protobuf:"bytes,2,opt,name=action,proto3" json:"action,omitempty"` // "created", "updated", "unchanged", "deleted"
+	Action        string                 `protobuf:"bytes,2,opt,name=action,proto3" json:"action,omitempty"`   // "created", "updated", "unchanged", "deleted"
+	Before        *v1.Object             `protobuf:"bytes,100,opt,name=before,proto3" json:"before,omitempty"` // as it was, of a dry run; absent: it was not there
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3128,6 +3139,109 @@ func (x *ObjectChange) GetAction() string {
 	return ""
 }
 
+func (x *ObjectChange) GetBefore() *v1.Object {
+	if x != nil {
+		return x.Before
+	}
+	return nil
+}
+
+type WhoAmIRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WhoAmIRequest) Reset() {
+	*x = WhoAmIRequest{}
+	mi := &file_entente_v1_entente_proto_msgTypes[49]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WhoAmIRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WhoAmIRequest) ProtoMessage() {}
+
+func (x *WhoAmIRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[49]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WhoAmIRequest.ProtoReflect.Descriptor instead.
+func (*WhoAmIRequest) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{49}
+}
+
+type WhoAmIResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Who           string                 `protobuf:"bytes,1,opt,name=who,proto3" json:"who,omitempty"`            // SPIFFE ID, or the user of the CA node's host
+	Operator      bool                   `protobuf:"varint,2,opt,name=operator,proto3" json:"operator,omitempty"` // over the unix socket: may do everything
+	Bindings      []*v1.RoleBinding      `protobuf:"bytes,3,rep,name=bindings,proto3" json:"bindings,omitempty"`  // that name the caller
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WhoAmIResponse) Reset() {
+	*x = WhoAmIResponse{}
+	mi := &file_entente_v1_entente_proto_msgTypes[50]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WhoAmIResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WhoAmIResponse) ProtoMessage() {}
+
+func (x *WhoAmIResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[50]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WhoAmIResponse.ProtoReflect.Descriptor instead.
+func (*WhoAmIResponse) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{50}
+}
+
+func (x *WhoAmIResponse) GetWho() string {
+	if x != nil {
+		return x.Who
+	}
+	return ""
+}
+
+func (x *WhoAmIResponse) GetOperator() bool {
+	if x != nil {
+		return x.Operator
+	}
+	return false
+}
+
+func (x *WhoAmIResponse) GetBindings() []*v1.RoleBinding {
+	if x != nil {
+		return x.Bindings
+	}
+	return nil
+}
+
 type GetBundleRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	TrustDomain   string                 `protobuf:"bytes,1,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"` // empty: the own
@@ -3138,7 +3252,7 @@ type GetBundleRequest struct {
 
 func (x *GetBundleRequest) Reset() {
 	*x = GetBundleRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[49]
+	mi := &file_entente_v1_entente_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3150,7 +3264,7 @@ func (x *GetBundleRequest) String() string {
 func (*GetBundleRequest) ProtoMessage() {}
 
 func (x *GetBundleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[49]
+	mi := &file_entente_v1_entente_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3163,7 +3277,7 @@ func (x *GetBundleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBundleRequest.ProtoReflect.Descriptor instead.
 func (*GetBundleRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{49}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *GetBundleRequest) GetTrustDomain() string {
@@ -3189,7 +3303,7 @@ type GetBundleResponse struct {
 
 func (x *GetBundleResponse) Reset() {
 	*x = GetBundleResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[50]
+	mi := &file_entente_v1_entente_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3201,7 +3315,7 @@ func (x *GetBundleResponse) String() string {
 func (*GetBundleResponse) ProtoMessage() {}
 
 func (x *GetBundleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[50]
+	mi := &file_entente_v1_entente_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3214,7 +3328,7 @@ func (x *GetBundleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBundleResponse.ProtoReflect.Descriptor instead.
 func (*GetBundleResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{50}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *GetBundleResponse) GetJwks() []byte {
@@ -3233,7 +3347,7 @@ type ProposeRequest struct {
 
 func (x *ProposeRequest) Reset() {
 	*x = ProposeRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[51]
+	mi := &file_entente_v1_entente_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3245,7 +3359,7 @@ func (x *ProposeRequest) String() string {
 func (*ProposeRequest) ProtoMessage() {}
 
 func (x *ProposeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[51]
+	mi := &file_entente_v1_entente_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3258,7 +3372,7 @@ func (x *ProposeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProposeRequest.ProtoReflect.Descriptor instead.
 func (*ProposeRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{51}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *ProposeRequest) GetCommand() []byte {
@@ -3279,7 +3393,7 @@ type ProposeResponse struct {
 
 func (x *ProposeResponse) Reset() {
 	*x = ProposeResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[52]
+	mi := &file_entente_v1_entente_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3291,7 +3405,7 @@ func (x *ProposeResponse) String() string {
 func (*ProposeResponse) ProtoMessage() {}
 
 func (x *ProposeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[52]
+	mi := &file_entente_v1_entente_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3304,7 +3418,7 @@ func (x *ProposeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProposeResponse.ProtoReflect.Descriptor instead.
 func (*ProposeResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{52}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *ProposeResponse) GetRevision() uint64 {
@@ -3343,7 +3457,7 @@ type ReportRequest struct {
 
 func (x *ReportRequest) Reset() {
 	*x = ReportRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[53]
+	mi := &file_entente_v1_entente_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3355,7 +3469,7 @@ func (x *ReportRequest) String() string {
 func (*ReportRequest) ProtoMessage() {}
 
 func (x *ReportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[53]
+	mi := &file_entente_v1_entente_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3368,7 +3482,7 @@ func (x *ReportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRequest.ProtoReflect.Descriptor instead.
 func (*ReportRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{53}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *ReportRequest) GetBootId() string {
@@ -3431,7 +3545,7 @@ type HeldAuthority struct {
 
 func (x *HeldAuthority) Reset() {
 	*x = HeldAuthority{}
-	mi := &file_entente_v1_entente_proto_msgTypes[54]
+	mi := &file_entente_v1_entente_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3443,7 +3557,7 @@ func (x *HeldAuthority) String() string {
 func (*HeldAuthority) ProtoMessage() {}
 
 func (x *HeldAuthority) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[54]
+	mi := &file_entente_v1_entente_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3456,7 +3570,7 @@ func (x *HeldAuthority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HeldAuthority.ProtoReflect.Descriptor instead.
 func (*HeldAuthority) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{54}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *HeldAuthority) GetId() string {
@@ -3481,7 +3595,7 @@ type ReportResponse struct {
 
 func (x *ReportResponse) Reset() {
 	*x = ReportResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[55]
+	mi := &file_entente_v1_entente_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3493,7 +3607,7 @@ func (x *ReportResponse) String() string {
 func (*ReportResponse) ProtoMessage() {}
 
 func (x *ReportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[55]
+	mi := &file_entente_v1_entente_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3506,7 +3620,7 @@ func (x *ReportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportResponse.ProtoReflect.Descriptor instead.
 func (*ReportResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{55}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{57}
 }
 
 type GateRequest struct {
@@ -3517,7 +3631,7 @@ type GateRequest struct {
 
 func (x *GateRequest) Reset() {
 	*x = GateRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[56]
+	mi := &file_entente_v1_entente_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3529,7 +3643,7 @@ func (x *GateRequest) String() string {
 func (*GateRequest) ProtoMessage() {}
 
 func (x *GateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[56]
+	mi := &file_entente_v1_entente_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3542,7 +3656,7 @@ func (x *GateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GateRequest.ProtoReflect.Descriptor instead.
 func (*GateRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{56}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{58}
 }
 
 type GateResponse struct {
@@ -3554,7 +3668,7 @@ type GateResponse struct {
 
 func (x *GateResponse) Reset() {
 	*x = GateResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[57]
+	mi := &file_entente_v1_entente_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3566,7 +3680,7 @@ func (x *GateResponse) String() string {
 func (*GateResponse) ProtoMessage() {}
 
 func (x *GateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[57]
+	mi := &file_entente_v1_entente_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3579,7 +3693,7 @@ func (x *GateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GateResponse.ProtoReflect.Descriptor instead.
 func (*GateResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{57}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *GateResponse) GetAuthorities() []*AuthorityGate {
@@ -3601,7 +3715,7 @@ type AuthorityGate struct {
 
 func (x *AuthorityGate) Reset() {
 	*x = AuthorityGate{}
-	mi := &file_entente_v1_entente_proto_msgTypes[58]
+	mi := &file_entente_v1_entente_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3613,7 +3727,7 @@ func (x *AuthorityGate) String() string {
 func (*AuthorityGate) ProtoMessage() {}
 
 func (x *AuthorityGate) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[58]
+	mi := &file_entente_v1_entente_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3626,7 +3740,7 @@ func (x *AuthorityGate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityGate.ProtoReflect.Descriptor instead.
 func (*AuthorityGate) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{58}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *AuthorityGate) GetId() string {
@@ -3658,7 +3772,7 @@ type PresenceRequest struct {
 
 func (x *PresenceRequest) Reset() {
 	*x = PresenceRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[59]
+	mi := &file_entente_v1_entente_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3670,7 +3784,7 @@ func (x *PresenceRequest) String() string {
 func (*PresenceRequest) ProtoMessage() {}
 
 func (x *PresenceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[59]
+	mi := &file_entente_v1_entente_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3683,7 +3797,7 @@ func (x *PresenceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PresenceRequest.ProtoReflect.Descriptor instead.
 func (*PresenceRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{59}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{61}
 }
 
 type PresenceResponse struct {
@@ -3697,7 +3811,7 @@ type PresenceResponse struct {
 
 func (x *PresenceResponse) Reset() {
 	*x = PresenceResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[60]
+	mi := &file_entente_v1_entente_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3709,7 +3823,7 @@ func (x *PresenceResponse) String() string {
 func (*PresenceResponse) ProtoMessage() {}
 
 func (x *PresenceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[60]
+	mi := &file_entente_v1_entente_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3722,7 +3836,7 @@ func (x *PresenceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PresenceResponse.ProtoReflect.Descriptor instead.
 func (*PresenceResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{60}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *PresenceResponse) GetInstances() []*Instance {
@@ -3754,7 +3868,7 @@ type ListAuthoritiesRequest struct {
 
 func (x *ListAuthoritiesRequest) Reset() {
 	*x = ListAuthoritiesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[61]
+	mi := &file_entente_v1_entente_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3766,7 +3880,7 @@ func (x *ListAuthoritiesRequest) String() string {
 func (*ListAuthoritiesRequest) ProtoMessage() {}
 
 func (x *ListAuthoritiesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[61]
+	mi := &file_entente_v1_entente_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3779,7 +3893,7 @@ func (x *ListAuthoritiesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuthoritiesRequest.ProtoReflect.Descriptor instead.
 func (*ListAuthoritiesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{61}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{63}
 }
 
 type ListAuthoritiesResponse struct {
@@ -3793,7 +3907,7 @@ type ListAuthoritiesResponse struct {
 
 func (x *ListAuthoritiesResponse) Reset() {
 	*x = ListAuthoritiesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[62]
+	mi := &file_entente_v1_entente_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3805,7 +3919,7 @@ func (x *ListAuthoritiesResponse) String() string {
 func (*ListAuthoritiesResponse) ProtoMessage() {}
 
 func (x *ListAuthoritiesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[62]
+	mi := &file_entente_v1_entente_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3818,7 +3932,7 @@ func (x *ListAuthoritiesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuthoritiesResponse.ProtoReflect.Descriptor instead.
 func (*ListAuthoritiesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{62}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *ListAuthoritiesResponse) GetAuthorities() []*AuthorityStatus {
@@ -3854,7 +3968,7 @@ type AuthorityStatus struct {
 
 func (x *AuthorityStatus) Reset() {
 	*x = AuthorityStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[63]
+	mi := &file_entente_v1_entente_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3866,7 +3980,7 @@ func (x *AuthorityStatus) String() string {
 func (*AuthorityStatus) ProtoMessage() {}
 
 func (x *AuthorityStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[63]
+	mi := &file_entente_v1_entente_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3879,7 +3993,7 @@ func (x *AuthorityStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityStatus.ProtoReflect.Descriptor instead.
 func (*AuthorityStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{63}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *AuthorityStatus) GetAuthority() *v1.Authority {
@@ -3918,7 +4032,7 @@ type PrepareAuthorityRequest struct {
 
 func (x *PrepareAuthorityRequest) Reset() {
 	*x = PrepareAuthorityRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[64]
+	mi := &file_entente_v1_entente_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3930,7 +4044,7 @@ func (x *PrepareAuthorityRequest) String() string {
 func (*PrepareAuthorityRequest) ProtoMessage() {}
 
 func (x *PrepareAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[64]
+	mi := &file_entente_v1_entente_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3943,7 +4057,7 @@ func (x *PrepareAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*PrepareAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{64}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{66}
 }
 
 type ChangeAuthorityRequest struct {
@@ -3956,7 +4070,7 @@ type ChangeAuthorityRequest struct {
 
 func (x *ChangeAuthorityRequest) Reset() {
 	*x = ChangeAuthorityRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[65]
+	mi := &file_entente_v1_entente_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3968,7 +4082,7 @@ func (x *ChangeAuthorityRequest) String() string {
 func (*ChangeAuthorityRequest) ProtoMessage() {}
 
 func (x *ChangeAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[65]
+	mi := &file_entente_v1_entente_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3981,7 +4095,7 @@ func (x *ChangeAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*ChangeAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{65}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *ChangeAuthorityRequest) GetId() string {
@@ -4013,7 +4127,7 @@ type ChangeAuthorityResponse struct {
 
 func (x *ChangeAuthorityResponse) Reset() {
 	*x = ChangeAuthorityResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[66]
+	mi := &file_entente_v1_entente_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4025,7 +4139,7 @@ func (x *ChangeAuthorityResponse) String() string {
 func (*ChangeAuthorityResponse) ProtoMessage() {}
 
 func (x *ChangeAuthorityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[66]
+	mi := &file_entente_v1_entente_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4038,7 +4152,7 @@ func (x *ChangeAuthorityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAuthorityResponse.ProtoReflect.Descriptor instead.
 func (*ChangeAuthorityResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{66}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *ChangeAuthorityResponse) GetAuthority() *v1.Authority {
@@ -4079,7 +4193,7 @@ type RemoveNodeRequest struct {
 
 func (x *RemoveNodeRequest) Reset() {
 	*x = RemoveNodeRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[67]
+	mi := &file_entente_v1_entente_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4091,7 +4205,7 @@ func (x *RemoveNodeRequest) String() string {
 func (*RemoveNodeRequest) ProtoMessage() {}
 
 func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[67]
+	mi := &file_entente_v1_entente_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4104,7 +4218,7 @@ func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodeRequest.ProtoReflect.Descriptor instead.
 func (*RemoveNodeRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{67}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *RemoveNodeRequest) GetName() string {
@@ -4133,7 +4247,7 @@ type RemoveNodeResponse struct {
 
 func (x *RemoveNodeResponse) Reset() {
 	*x = RemoveNodeResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[68]
+	mi := &file_entente_v1_entente_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4145,7 +4259,7 @@ func (x *RemoveNodeResponse) String() string {
 func (*RemoveNodeResponse) ProtoMessage() {}
 
 func (x *RemoveNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[68]
+	mi := &file_entente_v1_entente_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4158,7 +4272,7 @@ func (x *RemoveNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodeResponse.ProtoReflect.Descriptor instead.
 func (*RemoveNodeResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{68}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *RemoveNodeResponse) GetRevision() uint64 {
@@ -4199,7 +4313,7 @@ type ListAgentsRequest struct {
 
 func (x *ListAgentsRequest) Reset() {
 	*x = ListAgentsRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[69]
+	mi := &file_entente_v1_entente_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4211,7 +4325,7 @@ func (x *ListAgentsRequest) String() string {
 func (*ListAgentsRequest) ProtoMessage() {}
 
 func (x *ListAgentsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[69]
+	mi := &file_entente_v1_entente_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4224,7 +4338,7 @@ func (x *ListAgentsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAgentsRequest.ProtoReflect.Descriptor instead.
 func (*ListAgentsRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{69}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *ListAgentsRequest) GetPageSize() uint32 {
@@ -4251,7 +4365,7 @@ type ListAgentsResponse struct {
 
 func (x *ListAgentsResponse) Reset() {
 	*x = ListAgentsResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[70]
+	mi := &file_entente_v1_entente_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4263,7 +4377,7 @@ func (x *ListAgentsResponse) String() string {
 func (*ListAgentsResponse) ProtoMessage() {}
 
 func (x *ListAgentsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[70]
+	mi := &file_entente_v1_entente_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4276,7 +4390,7 @@ func (x *ListAgentsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAgentsResponse.ProtoReflect.Descriptor instead.
 func (*ListAgentsResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{70}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *ListAgentsResponse) GetAgents() []*AgentStatus {
@@ -4304,7 +4418,7 @@ type AgentStatus struct {
 
 func (x *AgentStatus) Reset() {
 	*x = AgentStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[71]
+	mi := &file_entente_v1_entente_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4316,7 +4430,7 @@ func (x *AgentStatus) String() string {
 func (*AgentStatus) ProtoMessage() {}
 
 func (x *AgentStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[71]
+	mi := &file_entente_v1_entente_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4329,7 +4443,7 @@ func (x *AgentStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentStatus.ProtoReflect.Descriptor instead.
 func (*AgentStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{71}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *AgentStatus) GetAgent() *v1.Agent {
@@ -4362,7 +4476,7 @@ type GetAgentRequest struct {
 
 func (x *GetAgentRequest) Reset() {
 	*x = GetAgentRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[72]
+	mi := &file_entente_v1_entente_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4374,7 +4488,7 @@ func (x *GetAgentRequest) String() string {
 func (*GetAgentRequest) ProtoMessage() {}
 
 func (x *GetAgentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[72]
+	mi := &file_entente_v1_entente_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4387,7 +4501,7 @@ func (x *GetAgentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetAgentRequest.ProtoReflect.Descriptor instead.
 func (*GetAgentRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{72}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *GetAgentRequest) GetName() string {
@@ -4408,7 +4522,7 @@ type GetAgentResponse struct {
 
 func (x *GetAgentResponse) Reset() {
 	*x = GetAgentResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[73]
+	mi := &file_entente_v1_entente_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4420,7 +4534,7 @@ func (x *GetAgentResponse) String() string {
 func (*GetAgentResponse) ProtoMessage() {}
 
 func (x *GetAgentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[73]
+	mi := &file_entente_v1_entente_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4433,7 +4547,7 @@ func (x *GetAgentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetAgentResponse.ProtoReflect.Descriptor instead.
 func (*GetAgentResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{73}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *GetAgentResponse) GetStatus() *AgentStatus {
@@ -4466,7 +4580,7 @@ type ChangeAgentRequest struct {
 
 func (x *ChangeAgentRequest) Reset() {
 	*x = ChangeAgentRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[74]
+	mi := &file_entente_v1_entente_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4478,7 +4592,7 @@ func (x *ChangeAgentRequest) String() string {
 func (*ChangeAgentRequest) ProtoMessage() {}
 
 func (x *ChangeAgentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[74]
+	mi := &file_entente_v1_entente_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4491,7 +4605,7 @@ func (x *ChangeAgentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAgentRequest.ProtoReflect.Descriptor instead.
 func (*ChangeAgentRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{74}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{76}
 }
 
 func (x *ChangeAgentRequest) GetName() string {
@@ -4510,7 +4624,7 @@ type ChangeAgentResponse struct {
 
 func (x *ChangeAgentResponse) Reset() {
 	*x = ChangeAgentResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[75]
+	mi := &file_entente_v1_entente_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4522,7 +4636,7 @@ func (x *ChangeAgentResponse) String() string {
 func (*ChangeAgentResponse) ProtoMessage() {}
 
 func (x *ChangeAgentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[75]
+	mi := &file_entente_v1_entente_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4535,7 +4649,7 @@ func (x *ChangeAgentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAgentResponse.ProtoReflect.Descriptor instead.
 func (*ChangeAgentResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{75}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *ChangeAgentResponse) GetRevision() uint64 {
@@ -4553,7 +4667,7 @@ type ListTokensRequest struct {
 
 func (x *ListTokensRequest) Reset() {
 	*x = ListTokensRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[76]
+	mi := &file_entente_v1_entente_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4565,7 +4679,7 @@ func (x *ListTokensRequest) String() string {
 func (*ListTokensRequest) ProtoMessage() {}
 
 func (x *ListTokensRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[76]
+	mi := &file_entente_v1_entente_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4578,7 +4692,7 @@ func (x *ListTokensRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTokensRequest.ProtoReflect.Descriptor instead.
 func (*ListTokensRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{76}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{78}
 }
 
 type ListTokensResponse struct {
@@ -4591,7 +4705,7 @@ type ListTokensResponse struct {
 
 func (x *ListTokensResponse) Reset() {
 	*x = ListTokensResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[77]
+	mi := &file_entente_v1_entente_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4603,7 +4717,7 @@ func (x *ListTokensResponse) String() string {
 func (*ListTokensResponse) ProtoMessage() {}
 
 func (x *ListTokensResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[77]
+	mi := &file_entente_v1_entente_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4616,7 +4730,7 @@ func (x *ListTokensResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTokensResponse.ProtoReflect.Descriptor instead.
 func (*ListTokensResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{77}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *ListTokensResponse) GetTokens() []*v1.Token {
@@ -4642,7 +4756,7 @@ type RevokeTokenRequest struct {
 
 func (x *RevokeTokenRequest) Reset() {
 	*x = RevokeTokenRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[78]
+	mi := &file_entente_v1_entente_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4654,7 +4768,7 @@ func (x *RevokeTokenRequest) String() string {
 func (*RevokeTokenRequest) ProtoMessage() {}
 
 func (x *RevokeTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[78]
+	mi := &file_entente_v1_entente_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4667,7 +4781,7 @@ func (x *RevokeTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeTokenRequest.ProtoReflect.Descriptor instead.
 func (*RevokeTokenRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{78}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{80}
 }
 
 func (x *RevokeTokenRequest) GetId() string {
@@ -4686,7 +4800,7 @@ type RevokeTokenResponse struct {
 
 func (x *RevokeTokenResponse) Reset() {
 	*x = RevokeTokenResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[79]
+	mi := &file_entente_v1_entente_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4698,7 +4812,7 @@ func (x *RevokeTokenResponse) String() string {
 func (*RevokeTokenResponse) ProtoMessage() {}
 
 func (x *RevokeTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[79]
+	mi := &file_entente_v1_entente_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4711,7 +4825,7 @@ func (x *RevokeTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeTokenResponse.ProtoReflect.Descriptor instead.
 func (*RevokeTokenResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{79}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{81}
 }
 
 func (x *RevokeTokenResponse) GetRevision() uint64 {
@@ -4731,7 +4845,7 @@ type ChangeEntriesRequest struct {
 
 func (x *ChangeEntriesRequest) Reset() {
 	*x = ChangeEntriesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[80]
+	mi := &file_entente_v1_entente_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4743,7 +4857,7 @@ func (x *ChangeEntriesRequest) String() string {
 func (*ChangeEntriesRequest) ProtoMessage() {}
 
 func (x *ChangeEntriesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[80]
+	mi := &file_entente_v1_entente_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4756,7 +4870,7 @@ func (x *ChangeEntriesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeEntriesRequest.ProtoReflect.Descriptor instead.
 func (*ChangeEntriesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{80}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *ChangeEntriesRequest) GetChanges() []*v1.EntryChange {
@@ -4782,7 +4896,7 @@ type ChangeEntriesResponse struct {
 
 func (x *ChangeEntriesResponse) Reset() {
 	*x = ChangeEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[81]
+	mi := &file_entente_v1_entente_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4794,7 +4908,7 @@ func (x *ChangeEntriesResponse) String() string {
 func (*ChangeEntriesResponse) ProtoMessage() {}
 
 func (x *ChangeEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[81]
+	mi := &file_entente_v1_entente_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4807,7 +4921,7 @@ func (x *ChangeEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeEntriesResponse.ProtoReflect.Descriptor instead.
 func (*ChangeEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{81}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *ChangeEntriesResponse) GetResults() []*EntryResult {
@@ -4830,7 +4944,7 @@ type EntryResult struct {
 
 func (x *EntryResult) Reset() {
 	*x = EntryResult{}
-	mi := &file_entente_v1_entente_proto_msgTypes[82]
+	mi := &file_entente_v1_entente_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4842,7 +4956,7 @@ func (x *EntryResult) String() string {
 func (*EntryResult) ProtoMessage() {}
 
 func (x *EntryResult) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[82]
+	mi := &file_entente_v1_entente_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4855,7 +4969,7 @@ func (x *EntryResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EntryResult.ProtoReflect.Descriptor instead.
 func (*EntryResult) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{82}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *EntryResult) GetId() string {
@@ -4897,7 +5011,7 @@ type ListEntriesRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	PageSize      uint32                 `protobuf:"varint,1,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`      // at most 1000; 0: 1000
 	After         string                 `protobuf:"bytes,2,opt,name=after,proto3" json:"after,omitempty"`                             // id
-	Host          string                 `protobuf:"bytes,3,opt,name=host,proto3" json:"host,omitempty"`                               // only those that this agent may hold
+	Host          string                 `protobuf:"bytes,3,opt,name=host,proto3" json:"host,omitempty"`                               // only those that name this agent
 	PathPrefix    string                 `protobuf:"bytes,4,opt,name=path_prefix,json=pathPrefix,proto3" json:"path_prefix,omitempty"` // only SPIFFE paths at or below it
 	Declared      bool                   `protobuf:"varint,5,opt,name=declared,proto3" json:"declared,omitempty"`                      // only those declared by themselves
 	unknownFields protoimpl.UnknownFields
@@ -4906,7 +5020,7 @@ type ListEntriesRequest struct {
 
 func (x *ListEntriesRequest) Reset() {
 	*x = ListEntriesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[83]
+	mi := &file_entente_v1_entente_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4918,7 +5032,7 @@ func (x *ListEntriesRequest) String() string {
 func (*ListEntriesRequest) ProtoMessage() {}
 
 func (x *ListEntriesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[83]
+	mi := &file_entente_v1_entente_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4931,7 +5045,7 @@ func (x *ListEntriesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntriesRequest.ProtoReflect.Descriptor instead.
 func (*ListEntriesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{83}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *ListEntriesRequest) GetPageSize() uint32 {
@@ -4979,7 +5093,7 @@ type ListEntriesResponse struct {
 
 func (x *ListEntriesResponse) Reset() {
 	*x = ListEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[84]
+	mi := &file_entente_v1_entente_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4991,7 +5105,7 @@ func (x *ListEntriesResponse) String() string {
 func (*ListEntriesResponse) ProtoMessage() {}
 
 func (x *ListEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[84]
+	mi := &file_entente_v1_entente_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5004,7 +5118,7 @@ func (x *ListEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntriesResponse.ProtoReflect.Descriptor instead.
 func (*ListEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{84}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{86}
 }
 
 func (x *ListEntriesResponse) GetEntries() []*v1.Entry {
@@ -5030,7 +5144,7 @@ type GetEntryRequest struct {
 
 func (x *GetEntryRequest) Reset() {
 	*x = GetEntryRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[85]
+	mi := &file_entente_v1_entente_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5042,7 +5156,7 @@ func (x *GetEntryRequest) String() string {
 func (*GetEntryRequest) ProtoMessage() {}
 
 func (x *GetEntryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[85]
+	mi := &file_entente_v1_entente_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5055,7 +5169,7 @@ func (x *GetEntryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetEntryRequest.ProtoReflect.Descriptor instead.
 func (*GetEntryRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{85}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *GetEntryRequest) GetId() string {
@@ -5074,7 +5188,7 @@ type GetEntryResponse struct {
 
 func (x *GetEntryResponse) Reset() {
 	*x = GetEntryResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[86]
+	mi := &file_entente_v1_entente_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5086,7 +5200,7 @@ func (x *GetEntryResponse) String() string {
 func (*GetEntryResponse) ProtoMessage() {}
 
 func (x *GetEntryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[86]
+	mi := &file_entente_v1_entente_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5099,7 +5213,7 @@ func (x *GetEntryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetEntryResponse.ProtoReflect.Descriptor instead.
 func (*GetEntryResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{86}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{88}
 }
 
 func (x *GetEntryResponse) GetEntry() *v1.Entry {
@@ -5118,7 +5232,7 @@ type CountEntriesResponse struct {
 
 func (x *CountEntriesResponse) Reset() {
 	*x = CountEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[87]
+	mi := &file_entente_v1_entente_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5130,7 +5244,7 @@ func (x *CountEntriesResponse) String() string {
 func (*CountEntriesResponse) ProtoMessage() {}
 
 func (x *CountEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[87]
+	mi := &file_entente_v1_entente_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5143,7 +5257,7 @@ func (x *CountEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CountEntriesResponse.ProtoReflect.Descriptor instead.
 func (*CountEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{87}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{89}
 }
 
 func (x *CountEntriesResponse) GetEntries() uint64 {
@@ -5169,12 +5283,13 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\fJoinResponse\x120\n" +
 	"\x06member\x18\x01 \x01(\v2\x18.entente.state.v1.MemberR\x06member\x122\n" +
 	"\amembers\x18\x02 \x03(\v2\x18.entente.state.v1.MemberR\amembers\x123\n" +
-	"\acluster\x18\x03 \x01(\v2\x19.entente.state.v1.ClusterR\acluster\"x\n" +
+	"\acluster\x18\x03 \x01(\v2\x19.entente.state.v1.ClusterR\acluster\"\x9c\x01\n" +
 	"\rAttestRequest\x12\x19\n" +
 	"\btoken_id\x18\x01 \x01(\tR\atokenId\x12\x1c\n" +
 	"\tstatement\x18\x02 \x01(\fR\tstatement\x12\x1c\n" +
 	"\tsignature\x18\x03 \x01(\fR\tsignature\x12\x10\n" +
-	"\x03csr\x18\x04 \x01(\fR\x03csr\"\xe4\x01\n" +
+	"\x03csr\x18\x04 \x01(\fR\x03csr\x12\"\n" +
+	"\fcertificates\x18d \x03(\fR\fcertificates\"\xe4\x01\n" +
 	"\x0eAttestResponse\x12\"\n" +
 	"\fcertificates\x18\x01 \x03(\fR\fcertificates\x12\x16\n" +
 	"\x06bundle\x18\x02 \x01(\fR\x06bundle\x122\n" +
@@ -5372,10 +5487,16 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\adry_run\x18\x03 \x01(\bR\x06dryRun\"_\n" +
 	"\rApplyResponse\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x122\n" +
-	"\achanges\x18\x02 \x03(\v2\x18.entente.v1.ObjectChangeR\achanges\"U\n" +
+	"\achanges\x18\x02 \x03(\v2\x18.entente.v1.ObjectChangeR\achanges\"\x87\x01\n" +
 	"\fObjectChange\x12-\n" +
 	"\x03key\x18\x01 \x01(\v2\x1b.entente.state.v1.ObjectKeyR\x03key\x12\x16\n" +
-	"\x06action\x18\x02 \x01(\tR\x06action\"G\n" +
+	"\x06action\x18\x02 \x01(\tR\x06action\x120\n" +
+	"\x06before\x18d \x01(\v2\x18.entente.state.v1.ObjectR\x06before\"\x0f\n" +
+	"\rWhoAmIRequest\"y\n" +
+	"\x0eWhoAmIResponse\x12\x10\n" +
+	"\x03who\x18\x01 \x01(\tR\x03who\x12\x1a\n" +
+	"\boperator\x18\x02 \x01(\bR\boperator\x129\n" +
+	"\bbindings\x18\x03 \x03(\v2\x1d.entente.state.v1.RoleBindingR\bbindings\"G\n" +
 	"\x10GetBundleRequest\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x10\n" +
 	"\x03wit\x18\x02 \x01(\bR\x03wit\"'\n" +
@@ -5511,7 +5632,7 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x04Sign\x12E\n" +
 	"\bSignX509\x12\x1b.entente.v1.SignX509Request\x1a\x1c.entente.v1.SignX509Response\x12B\n" +
 	"\aSignJWT\x12\x1a.entente.v1.SignJWTRequest\x1a\x1b.entente.v1.SignJWTResponse\x12B\n" +
-	"\aSignWIT\x12\x1a.entente.v1.SignWITRequest\x1a\x1b.entente.v1.SignWITResponse2\xb7\x0e\n" +
+	"\aSignWIT\x12\x1a.entente.v1.SignWITRequest\x1a\x1b.entente.v1.SignWITResponse2\xf8\x0e\n" +
 	"\x05Admin\x12?\n" +
 	"\x06Status\x12\x19.entente.v1.StatusRequest\x1a\x1a.entente.v1.StatusResponse\x12N\n" +
 	"\vCreateToken\x12\x1e.entente.v1.CreateTokenRequest\x1a\x1f.entente.v1.CreateTokenResponse\x12<\n" +
@@ -5539,7 +5660,8 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\fCountEntries\x12\x1e.entente.v1.ListEntriesRequest\x1a .entente.v1.CountEntriesResponse\x12S\n" +
 	"\fSaveSnapshot\x12\x1f.entente.v1.SaveSnapshotRequest\x1a .entente.v1.SaveSnapshotResponse0\x01\x12H\n" +
 	"\tListNodes\x12\x1c.entente.v1.ListNodesRequest\x1a\x1d.entente.v1.ListNodesResponse\x12N\n" +
-	"\vPromoteNode\x12\x1e.entente.v1.PromoteNodeRequest\x1a\x1f.entente.v1.PromoteNodeResponse2\xa4\x04\n" +
+	"\vPromoteNode\x12\x1e.entente.v1.PromoteNodeRequest\x1a\x1f.entente.v1.PromoteNodeResponse\x12?\n" +
+	"\x06WhoAmI\x12\x19.entente.v1.WhoAmIRequest\x1a\x1a.entente.v1.WhoAmIResponse2\xa4\x04\n" +
 	"\x04Peer\x12B\n" +
 	"\aPropose\x12\x1a.entente.v1.ProposeRequest\x1a\x1b.entente.v1.ProposeResponse\x12?\n" +
 	"\x06Report\x12\x19.entente.v1.ReportRequest\x1a\x1a.entente.v1.ReportResponse\x12G\n" +
@@ -5563,7 +5685,7 @@ func file_entente_v1_entente_proto_rawDescGZIP() []byte {
 }
 
 var file_entente_v1_entente_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_entente_v1_entente_proto_msgTypes = make([]protoimpl.MessageInfo, 88)
+var file_entente_v1_entente_proto_msgTypes = make([]protoimpl.MessageInfo, 90)
 var file_entente_v1_entente_proto_goTypes = []any{
 	(Health)(0),                     // 0: entente.v1.Health
 	(*JoinRequest)(nil),             // 1: entente.v1.JoinRequest
@@ -5615,65 +5737,68 @@ var file_entente_v1_entente_proto_goTypes = []any{
 	(*ApplyRequest)(nil),            // 47: entente.v1.ApplyRequest
 	(*ApplyResponse)(nil),           // 48: entente.v1.ApplyResponse
 	(*ObjectChange)(nil),            // 49: entente.v1.ObjectChange
-	(*GetBundleRequest)(nil),        // 50: entente.v1.GetBundleRequest
-	(*GetBundleResponse)(nil),       // 51: entente.v1.GetBundleResponse
-	(*ProposeRequest)(nil),          // 52: entente.v1.ProposeRequest
-	(*ProposeResponse)(nil),         // 53: entente.v1.ProposeResponse
-	(*ReportRequest)(nil),           // 54: entente.v1.ReportRequest
-	(*HeldAuthority)(nil),           // 55: entente.v1.HeldAuthority
-	(*ReportResponse)(nil),          // 56: entente.v1.ReportResponse
-	(*GateRequest)(nil),             // 57: entente.v1.GateRequest
-	(*GateResponse)(nil),            // 58: entente.v1.GateResponse
-	(*AuthorityGate)(nil),           // 59: entente.v1.AuthorityGate
-	(*PresenceRequest)(nil),         // 60: entente.v1.PresenceRequest
-	(*PresenceResponse)(nil),        // 61: entente.v1.PresenceResponse
-	(*ListAuthoritiesRequest)(nil),  // 62: entente.v1.ListAuthoritiesRequest
-	(*ListAuthoritiesResponse)(nil), // 63: entente.v1.ListAuthoritiesResponse
-	(*AuthorityStatus)(nil),         // 64: entente.v1.AuthorityStatus
-	(*PrepareAuthorityRequest)(nil), // 65: entente.v1.PrepareAuthorityRequest
-	(*ChangeAuthorityRequest)(nil),  // 66: entente.v1.ChangeAuthorityRequest
-	(*ChangeAuthorityResponse)(nil), // 67: entente.v1.ChangeAuthorityResponse
-	(*RemoveNodeRequest)(nil),       // 68: entente.v1.RemoveNodeRequest
-	(*RemoveNodeResponse)(nil),      // 69: entente.v1.RemoveNodeResponse
-	(*ListAgentsRequest)(nil),       // 70: entente.v1.ListAgentsRequest
-	(*ListAgentsResponse)(nil),      // 71: entente.v1.ListAgentsResponse
-	(*AgentStatus)(nil),             // 72: entente.v1.AgentStatus
-	(*GetAgentRequest)(nil),         // 73: entente.v1.GetAgentRequest
-	(*GetAgentResponse)(nil),        // 74: entente.v1.GetAgentResponse
-	(*ChangeAgentRequest)(nil),      // 75: entente.v1.ChangeAgentRequest
-	(*ChangeAgentResponse)(nil),     // 76: entente.v1.ChangeAgentResponse
-	(*ListTokensRequest)(nil),       // 77: entente.v1.ListTokensRequest
-	(*ListTokensResponse)(nil),      // 78: entente.v1.ListTokensResponse
-	(*RevokeTokenRequest)(nil),      // 79: entente.v1.RevokeTokenRequest
-	(*RevokeTokenResponse)(nil),     // 80: entente.v1.RevokeTokenResponse
-	(*ChangeEntriesRequest)(nil),    // 81: entente.v1.ChangeEntriesRequest
-	(*ChangeEntriesResponse)(nil),   // 82: entente.v1.ChangeEntriesResponse
-	(*EntryResult)(nil),             // 83: entente.v1.EntryResult
-	(*ListEntriesRequest)(nil),      // 84: entente.v1.ListEntriesRequest
-	(*ListEntriesResponse)(nil),     // 85: entente.v1.ListEntriesResponse
-	(*GetEntryRequest)(nil),         // 86: entente.v1.GetEntryRequest
-	(*GetEntryResponse)(nil),        // 87: entente.v1.GetEntryResponse
-	(*CountEntriesResponse)(nil),    // 88: entente.v1.CountEntriesResponse
-	(*v1.Member)(nil),               // 89: entente.state.v1.Member
-	(*v1.Cluster)(nil),              // 90: entente.state.v1.Cluster
-	(*v1.Agent)(nil),                // 91: entente.state.v1.Agent
-	(*v1.Distrust)(nil),             // 92: entente.state.v1.Distrust
-	(*v1.Entry)(nil),                // 93: entente.state.v1.Entry
-	(*v1.Object)(nil),               // 94: entente.state.v1.Object
-	(*v1.ObjectKey)(nil),            // 95: entente.state.v1.ObjectKey
-	(*v1.Authority)(nil),            // 96: entente.state.v1.Authority
-	(*v1.NodeGrant)(nil),            // 97: entente.state.v1.NodeGrant
-	(*v1.AgentGrant)(nil),           // 98: entente.state.v1.AgentGrant
-	(*v1.Token)(nil),                // 99: entente.state.v1.Token
-	(*v1.EntryChange)(nil),          // 100: entente.state.v1.EntryChange
+	(*WhoAmIRequest)(nil),           // 50: entente.v1.WhoAmIRequest
+	(*WhoAmIResponse)(nil),          // 51: entente.v1.WhoAmIResponse
+	(*GetBundleRequest)(nil),        // 52: entente.v1.GetBundleRequest
+	(*GetBundleResponse)(nil),       // 53: entente.v1.GetBundleResponse
+	(*ProposeRequest)(nil),          // 54: entente.v1.ProposeRequest
+	(*ProposeResponse)(nil),         // 55: entente.v1.ProposeResponse
+	(*ReportRequest)(nil),           // 56: entente.v1.ReportRequest
+	(*HeldAuthority)(nil),           // 57: entente.v1.HeldAuthority
+	(*ReportResponse)(nil),          // 58: entente.v1.ReportResponse
+	(*GateRequest)(nil),             // 59: entente.v1.GateRequest
+	(*GateResponse)(nil),            // 60: entente.v1.GateResponse
+	(*AuthorityGate)(nil),           // 61: entente.v1.AuthorityGate
+	(*PresenceRequest)(nil),         // 62: entente.v1.PresenceRequest
+	(*PresenceResponse)(nil),        // 63: entente.v1.PresenceResponse
+	(*ListAuthoritiesRequest)(nil),  // 64: entente.v1.ListAuthoritiesRequest
+	(*ListAuthoritiesResponse)(nil), // 65: entente.v1.ListAuthoritiesResponse
+	(*AuthorityStatus)(nil),         // 66: entente.v1.AuthorityStatus
+	(*PrepareAuthorityRequest)(nil), // 67: entente.v1.PrepareAuthorityRequest
+	(*ChangeAuthorityRequest)(nil),  // 68: entente.v1.ChangeAuthorityRequest
+	(*ChangeAuthorityResponse)(nil), // 69: entente.v1.ChangeAuthorityResponse
+	(*RemoveNodeRequest)(nil),       // 70: entente.v1.RemoveNodeRequest
+	(*RemoveNodeResponse)(nil),      // 71: entente.v1.RemoveNodeResponse
+	(*ListAgentsRequest)(nil),       // 72: entente.v1.ListAgentsRequest
+	(*ListAgentsResponse)(nil),      // 73: entente.v1.ListAgentsResponse
+	(*AgentStatus)(nil),             // 74: entente.v1.AgentStatus
+	(*GetAgentRequest)(nil),         // 75: entente.v1.GetAgentRequest
+	(*GetAgentResponse)(nil),        // 76: entente.v1.GetAgentResponse
+	(*ChangeAgentRequest)(nil),      // 77: entente.v1.ChangeAgentRequest
+	(*ChangeAgentResponse)(nil),     // 78: entente.v1.ChangeAgentResponse
+	(*ListTokensRequest)(nil),       // 79: entente.v1.ListTokensRequest
+	(*ListTokensResponse)(nil),      // 80: entente.v1.ListTokensResponse
+	(*RevokeTokenRequest)(nil),      // 81: entente.v1.RevokeTokenRequest
+	(*RevokeTokenResponse)(nil),     // 82: entente.v1.RevokeTokenResponse
+	(*ChangeEntriesRequest)(nil),    // 83: entente.v1.ChangeEntriesRequest
+	(*ChangeEntriesResponse)(nil),   // 84: entente.v1.ChangeEntriesResponse
+	(*EntryResult)(nil),             // 85: entente.v1.EntryResult
+	(*ListEntriesRequest)(nil),      // 86: entente.v1.ListEntriesRequest
+	(*ListEntriesResponse)(nil),     // 87: entente.v1.ListEntriesResponse
+	(*GetEntryRequest)(nil),         // 88: entente.v1.GetEntryRequest
+	(*GetEntryResponse)(nil),        // 89: entente.v1.GetEntryResponse
+	(*CountEntriesResponse)(nil),    // 90: entente.v1.CountEntriesResponse
+	(*v1.Member)(nil),               // 91: entente.state.v1.Member
+	(*v1.Cluster)(nil),              // 92: entente.state.v1.Cluster
+	(*v1.Agent)(nil),                // 93: entente.state.v1.Agent
+	(*v1.Distrust)(nil),             // 94: entente.state.v1.Distrust
+	(*v1.Entry)(nil),                // 95: entente.state.v1.Entry
+	(*v1.Object)(nil),               // 96: entente.state.v1.Object
+	(*v1.ObjectKey)(nil),            // 97: entente.state.v1.ObjectKey
+	(*v1.Authority)(nil),            // 98: entente.state.v1.Authority
+	(*v1.NodeGrant)(nil),            // 99: entente.state.v1.NodeGrant
+	(*v1.AgentGrant)(nil),           // 100: entente.state.v1.AgentGrant
+	(*v1.RoleBinding)(nil),          // 101: entente.state.v1.RoleBinding
+	(*v1.Token)(nil),                // 102: entente.state.v1.Token
+	(*v1.EntryChange)(nil),          // 103: entente.state.v1.EntryChange
 }
 var file_entente_v1_entente_proto_depIdxs = []int32{
-	89,  // 0: entente.v1.JoinResponse.member:type_name -> entente.state.v1.Member
-	89,  // 1: entente.v1.JoinResponse.members:type_name -> entente.state.v1.Member
-	90,  // 2: entente.v1.JoinResponse.cluster:type_name -> entente.state.v1.Cluster
-	89,  // 3: entente.v1.AttestResponse.members:type_name -> entente.state.v1.Member
-	90,  // 4: entente.v1.AttestResponse.cluster:type_name -> entente.state.v1.Cluster
-	91,  // 5: entente.v1.AttestResponse.agent:type_name -> entente.state.v1.Agent
+	91,  // 0: entente.v1.JoinResponse.member:type_name -> entente.state.v1.Member
+	91,  // 1: entente.v1.JoinResponse.members:type_name -> entente.state.v1.Member
+	92,  // 2: entente.v1.JoinResponse.cluster:type_name -> entente.state.v1.Cluster
+	91,  // 3: entente.v1.AttestResponse.members:type_name -> entente.state.v1.Member
+	92,  // 4: entente.v1.AttestResponse.cluster:type_name -> entente.state.v1.Cluster
+	93,  // 5: entente.v1.AttestResponse.agent:type_name -> entente.state.v1.Agent
 	6,   // 6: entente.v1.SyncRequest.hello:type_name -> entente.v1.Hello
 	7,   // 7: entente.v1.SyncRequest.ack:type_name -> entente.v1.Ack
 	8,   // 8: entente.v1.SyncRequest.report:type_name -> entente.v1.InstanceReport
@@ -5683,14 +5808,14 @@ var file_entente_v1_entente_proto_depIdxs = []int32{
 	14,  // 12: entente.v1.SyncResponse.presence:type_name -> entente.v1.Presence
 	15,  // 13: entente.v1.SyncResponse.heartbeat:type_name -> entente.v1.Heartbeat
 	11,  // 14: entente.v1.SyncResponse.urgent:type_name -> entente.v1.Urgent
-	92,  // 15: entente.v1.Urgent.distrust:type_name -> entente.state.v1.Distrust
-	90,  // 16: entente.v1.Policy.cluster:type_name -> entente.state.v1.Cluster
-	93,  // 17: entente.v1.Policy.entries:type_name -> entente.state.v1.Entry
+	94,  // 15: entente.v1.Urgent.distrust:type_name -> entente.state.v1.Distrust
+	92,  // 16: entente.v1.Policy.cluster:type_name -> entente.state.v1.Cluster
+	95,  // 17: entente.v1.Policy.entries:type_name -> entente.state.v1.Entry
 	13,  // 18: entente.v1.Policy.bundles:type_name -> entente.v1.Bundle
-	94,  // 19: entente.v1.Policy.objects:type_name -> entente.state.v1.Object
-	95,  // 20: entente.v1.Policy.deleted_objects:type_name -> entente.state.v1.ObjectKey
-	89,  // 21: entente.v1.Policy.members:type_name -> entente.state.v1.Member
-	92,  // 22: entente.v1.Policy.distrust:type_name -> entente.state.v1.Distrust
+	96,  // 19: entente.v1.Policy.objects:type_name -> entente.state.v1.Object
+	97,  // 20: entente.v1.Policy.deleted_objects:type_name -> entente.state.v1.ObjectKey
+	91,  // 21: entente.v1.Policy.members:type_name -> entente.state.v1.Member
+	94,  // 22: entente.v1.Policy.distrust:type_name -> entente.state.v1.Distrust
 	9,   // 23: entente.v1.Presence.instances:type_name -> entente.v1.Instance
 	9,   // 24: entente.v1.Presence.withdrawn:type_name -> entente.v1.Instance
 	17,  // 25: entente.v1.SignX509Request.requests:type_name -> entente.v1.X509Request
@@ -5699,121 +5824,125 @@ var file_entente_v1_entente_proto_depIdxs = []int32{
 	26,  // 28: entente.v1.SignJWTResponse.results:type_name -> entente.v1.TokenResult
 	24,  // 29: entente.v1.SignWITRequest.requests:type_name -> entente.v1.WITRequest
 	26,  // 30: entente.v1.SignWITResponse.results:type_name -> entente.v1.TokenResult
-	90,  // 31: entente.v1.StatusResponse.cluster:type_name -> entente.state.v1.Cluster
+	92,  // 31: entente.v1.StatusResponse.cluster:type_name -> entente.state.v1.Cluster
 	30,  // 32: entente.v1.StatusResponse.members:type_name -> entente.v1.MemberStatus
-	96,  // 33: entente.v1.StatusResponse.authorities:type_name -> entente.state.v1.Authority
+	98,  // 33: entente.v1.StatusResponse.authorities:type_name -> entente.state.v1.Authority
 	44,  // 34: entente.v1.StatusResponse.foreign:type_name -> entente.v1.ForeignBundleStatus
 	9,   // 35: entente.v1.StatusResponse.instances:type_name -> entente.v1.Instance
 	29,  // 36: entente.v1.StatusResponse.autonomy:type_name -> entente.v1.Autonomy
-	89,  // 37: entente.v1.MemberStatus.member:type_name -> entente.state.v1.Member
+	91,  // 37: entente.v1.MemberStatus.member:type_name -> entente.state.v1.Member
 	35,  // 38: entente.v1.ListNodesResponse.nodes:type_name -> entente.v1.NodeProgress
-	89,  // 39: entente.v1.NodeProgress.member:type_name -> entente.state.v1.Member
-	89,  // 40: entente.v1.VouchResponse.member:type_name -> entente.state.v1.Member
-	97,  // 41: entente.v1.CreateTokenRequest.node:type_name -> entente.state.v1.NodeGrant
-	98,  // 42: entente.v1.CreateTokenRequest.agent:type_name -> entente.state.v1.AgentGrant
-	94,  // 43: entente.v1.ApplyRequest.objects:type_name -> entente.state.v1.Object
-	95,  // 44: entente.v1.ApplyRequest.deletes:type_name -> entente.state.v1.ObjectKey
+	91,  // 39: entente.v1.NodeProgress.member:type_name -> entente.state.v1.Member
+	91,  // 40: entente.v1.VouchResponse.member:type_name -> entente.state.v1.Member
+	99,  // 41: entente.v1.CreateTokenRequest.node:type_name -> entente.state.v1.NodeGrant
+	100, // 42: entente.v1.CreateTokenRequest.agent:type_name -> entente.state.v1.AgentGrant
+	96,  // 43: entente.v1.ApplyRequest.objects:type_name -> entente.state.v1.Object
+	97,  // 44: entente.v1.ApplyRequest.deletes:type_name -> entente.state.v1.ObjectKey
 	49,  // 45: entente.v1.ApplyResponse.changes:type_name -> entente.v1.ObjectChange
-	95,  // 46: entente.v1.ObjectChange.key:type_name -> entente.state.v1.ObjectKey
-	55,  // 47: entente.v1.ReportRequest.held:type_name -> entente.v1.HeldAuthority
-	59,  // 48: entente.v1.GateResponse.authorities:type_name -> entente.v1.AuthorityGate
-	9,   // 49: entente.v1.PresenceResponse.instances:type_name -> entente.v1.Instance
-	9,   // 50: entente.v1.PresenceResponse.withdrawn:type_name -> entente.v1.Instance
-	64,  // 51: entente.v1.ListAuthoritiesResponse.authorities:type_name -> entente.v1.AuthorityStatus
-	96,  // 52: entente.v1.AuthorityStatus.authority:type_name -> entente.state.v1.Authority
-	96,  // 53: entente.v1.ChangeAuthorityResponse.authority:type_name -> entente.state.v1.Authority
-	96,  // 54: entente.v1.ChangeAuthorityResponse.signing:type_name -> entente.state.v1.Authority
-	89,  // 55: entente.v1.RemoveNodeResponse.member:type_name -> entente.state.v1.Member
-	96,  // 56: entente.v1.RemoveNodeResponse.authorities:type_name -> entente.state.v1.Authority
-	72,  // 57: entente.v1.ListAgentsResponse.agents:type_name -> entente.v1.AgentStatus
-	91,  // 58: entente.v1.AgentStatus.agent:type_name -> entente.state.v1.Agent
-	72,  // 59: entente.v1.GetAgentResponse.status:type_name -> entente.v1.AgentStatus
-	93,  // 60: entente.v1.GetAgentResponse.entries:type_name -> entente.state.v1.Entry
-	9,   // 61: entente.v1.GetAgentResponse.instances:type_name -> entente.v1.Instance
-	99,  // 62: entente.v1.ListTokensResponse.tokens:type_name -> entente.state.v1.Token
-	100, // 63: entente.v1.ChangeEntriesRequest.changes:type_name -> entente.state.v1.EntryChange
-	83,  // 64: entente.v1.ChangeEntriesResponse.results:type_name -> entente.v1.EntryResult
-	93,  // 65: entente.v1.ListEntriesResponse.entries:type_name -> entente.state.v1.Entry
-	93,  // 66: entente.v1.GetEntryResponse.entry:type_name -> entente.state.v1.Entry
-	1,   // 67: entente.v1.Join.Join:input_type -> entente.v1.JoinRequest
-	3,   // 68: entente.v1.Attest.Attest:input_type -> entente.v1.AttestRequest
-	5,   // 69: entente.v1.Sync.Sync:input_type -> entente.v1.SyncRequest
-	16,  // 70: entente.v1.Sign.SignX509:input_type -> entente.v1.SignX509Request
-	20,  // 71: entente.v1.Sign.SignJWT:input_type -> entente.v1.SignJWTRequest
-	23,  // 72: entente.v1.Sign.SignWIT:input_type -> entente.v1.SignWITRequest
-	27,  // 73: entente.v1.Admin.Status:input_type -> entente.v1.StatusRequest
-	45,  // 74: entente.v1.Admin.CreateToken:input_type -> entente.v1.CreateTokenRequest
-	47,  // 75: entente.v1.Admin.Apply:input_type -> entente.v1.ApplyRequest
-	50,  // 76: entente.v1.Admin.GetBundle:input_type -> entente.v1.GetBundleRequest
-	62,  // 77: entente.v1.Admin.ListAuthorities:input_type -> entente.v1.ListAuthoritiesRequest
-	65,  // 78: entente.v1.Admin.PrepareAuthority:input_type -> entente.v1.PrepareAuthorityRequest
-	66,  // 79: entente.v1.Admin.ActivateAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	66,  // 80: entente.v1.Admin.TaintAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	66,  // 81: entente.v1.Admin.RevokeAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	68,  // 82: entente.v1.Admin.RemoveNode:input_type -> entente.v1.RemoveNodeRequest
-	70,  // 83: entente.v1.Admin.ListAgents:input_type -> entente.v1.ListAgentsRequest
-	73,  // 84: entente.v1.Admin.GetAgent:input_type -> entente.v1.GetAgentRequest
-	75,  // 85: entente.v1.Admin.BanAgent:input_type -> entente.v1.ChangeAgentRequest
-	75,  // 86: entente.v1.Admin.EvictAgent:input_type -> entente.v1.ChangeAgentRequest
-	77,  // 87: entente.v1.Admin.ListTokens:input_type -> entente.v1.ListTokensRequest
-	79,  // 88: entente.v1.Admin.RevokeToken:input_type -> entente.v1.RevokeTokenRequest
-	81,  // 89: entente.v1.Admin.ChangeEntries:input_type -> entente.v1.ChangeEntriesRequest
-	84,  // 90: entente.v1.Admin.ListEntries:input_type -> entente.v1.ListEntriesRequest
-	86,  // 91: entente.v1.Admin.GetEntry:input_type -> entente.v1.GetEntryRequest
-	84,  // 92: entente.v1.Admin.CountEntries:input_type -> entente.v1.ListEntriesRequest
-	31,  // 93: entente.v1.Admin.SaveSnapshot:input_type -> entente.v1.SaveSnapshotRequest
-	33,  // 94: entente.v1.Admin.ListNodes:input_type -> entente.v1.ListNodesRequest
-	36,  // 95: entente.v1.Admin.PromoteNode:input_type -> entente.v1.PromoteNodeRequest
-	52,  // 96: entente.v1.Peer.Propose:input_type -> entente.v1.ProposeRequest
-	54,  // 97: entente.v1.Peer.Report:input_type -> entente.v1.ReportRequest
-	60,  // 98: entente.v1.Peer.Presence:input_type -> entente.v1.PresenceRequest
-	57,  // 99: entente.v1.Peer.Gate:input_type -> entente.v1.GateRequest
-	38,  // 100: entente.v1.Peer.Vouch:input_type -> entente.v1.VouchRequest
-	40,  // 101: entente.v1.Peer.Checksum:input_type -> entente.v1.ChecksumRequest
-	33,  // 102: entente.v1.Peer.Nodes:input_type -> entente.v1.ListNodesRequest
-	42,  // 103: entente.v1.Peer.ShowEpoch:input_type -> entente.v1.ShowEpochRequest
-	2,   // 104: entente.v1.Join.Join:output_type -> entente.v1.JoinResponse
-	4,   // 105: entente.v1.Attest.Attest:output_type -> entente.v1.AttestResponse
-	10,  // 106: entente.v1.Sync.Sync:output_type -> entente.v1.SyncResponse
-	18,  // 107: entente.v1.Sign.SignX509:output_type -> entente.v1.SignX509Response
-	22,  // 108: entente.v1.Sign.SignJWT:output_type -> entente.v1.SignJWTResponse
-	25,  // 109: entente.v1.Sign.SignWIT:output_type -> entente.v1.SignWITResponse
-	28,  // 110: entente.v1.Admin.Status:output_type -> entente.v1.StatusResponse
-	46,  // 111: entente.v1.Admin.CreateToken:output_type -> entente.v1.CreateTokenResponse
-	48,  // 112: entente.v1.Admin.Apply:output_type -> entente.v1.ApplyResponse
-	51,  // 113: entente.v1.Admin.GetBundle:output_type -> entente.v1.GetBundleResponse
-	63,  // 114: entente.v1.Admin.ListAuthorities:output_type -> entente.v1.ListAuthoritiesResponse
-	67,  // 115: entente.v1.Admin.PrepareAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	67,  // 116: entente.v1.Admin.ActivateAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	67,  // 117: entente.v1.Admin.TaintAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	67,  // 118: entente.v1.Admin.RevokeAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	69,  // 119: entente.v1.Admin.RemoveNode:output_type -> entente.v1.RemoveNodeResponse
-	71,  // 120: entente.v1.Admin.ListAgents:output_type -> entente.v1.ListAgentsResponse
-	74,  // 121: entente.v1.Admin.GetAgent:output_type -> entente.v1.GetAgentResponse
-	76,  // 122: entente.v1.Admin.BanAgent:output_type -> entente.v1.ChangeAgentResponse
-	76,  // 123: entente.v1.Admin.EvictAgent:output_type -> entente.v1.ChangeAgentResponse
-	78,  // 124: entente.v1.Admin.ListTokens:output_type -> entente.v1.ListTokensResponse
-	80,  // 125: entente.v1.Admin.RevokeToken:output_type -> entente.v1.RevokeTokenResponse
-	82,  // 126: entente.v1.Admin.ChangeEntries:output_type -> entente.v1.ChangeEntriesResponse
-	85,  // 127: entente.v1.Admin.ListEntries:output_type -> entente.v1.ListEntriesResponse
-	87,  // 128: entente.v1.Admin.GetEntry:output_type -> entente.v1.GetEntryResponse
-	88,  // 129: entente.v1.Admin.CountEntries:output_type -> entente.v1.CountEntriesResponse
-	32,  // 130: entente.v1.Admin.SaveSnapshot:output_type -> entente.v1.SaveSnapshotResponse
-	34,  // 131: entente.v1.Admin.ListNodes:output_type -> entente.v1.ListNodesResponse
-	37,  // 132: entente.v1.Admin.PromoteNode:output_type -> entente.v1.PromoteNodeResponse
-	53,  // 133: entente.v1.Peer.Propose:output_type -> entente.v1.ProposeResponse
-	56,  // 134: entente.v1.Peer.Report:output_type -> entente.v1.ReportResponse
-	61,  // 135: entente.v1.Peer.Presence:output_type -> entente.v1.PresenceResponse
-	58,  // 136: entente.v1.Peer.Gate:output_type -> entente.v1.GateResponse
-	39,  // 137: entente.v1.Peer.Vouch:output_type -> entente.v1.VouchResponse
-	41,  // 138: entente.v1.Peer.Checksum:output_type -> entente.v1.ChecksumResponse
-	34,  // 139: entente.v1.Peer.Nodes:output_type -> entente.v1.ListNodesResponse
-	43,  // 140: entente.v1.Peer.ShowEpoch:output_type -> entente.v1.ShowEpochResponse
-	104, // [104:141] is the sub-list for method output_type
-	67,  // [67:104] is the sub-list for method input_type
-	67,  // [67:67] is the sub-list for extension type_name
-	67,  // [67:67] is the sub-list for extension extendee
-	0,   // [0:67] is the sub-list for field type_name
+	97,  // 46: entente.v1.ObjectChange.key:type_name -> entente.state.v1.ObjectKey
+	96,  // 47: entente.v1.ObjectChange.before:type_name -> entente.state.v1.Object
+	101, // 48: entente.v1.WhoAmIResponse.bindings:type_name -> entente.state.v1.RoleBinding
+	57,  // 49: entente.v1.ReportRequest.held:type_name -> entente.v1.HeldAuthority
+	61,  // 50: entente.v1.GateResponse.authorities:type_name -> entente.v1.AuthorityGate
+	9,   // 51: entente.v1.PresenceResponse.instances:type_name -> entente.v1.Instance
+	9,   // 52: entente.v1.PresenceResponse.withdrawn:type_name -> entente.v1.Instance
+	66,  // 53: entente.v1.ListAuthoritiesResponse.authorities:type_name -> entente.v1.AuthorityStatus
+	98,  // 54: entente.v1.AuthorityStatus.authority:type_name -> entente.state.v1.Authority
+	98,  // 55: entente.v1.ChangeAuthorityResponse.authority:type_name -> entente.state.v1.Authority
+	98,  // 56: entente.v1.ChangeAuthorityResponse.signing:type_name -> entente.state.v1.Authority
+	91,  // 57: entente.v1.RemoveNodeResponse.member:type_name -> entente.state.v1.Member
+	98,  // 58: entente.v1.RemoveNodeResponse.authorities:type_name -> entente.state.v1.Authority
+	74,  // 59: entente.v1.ListAgentsResponse.agents:type_name -> entente.v1.AgentStatus
+	93,  // 60: entente.v1.AgentStatus.agent:type_name -> entente.state.v1.Agent
+	74,  // 61: entente.v1.GetAgentResponse.status:type_name -> entente.v1.AgentStatus
+	95,  // 62: entente.v1.GetAgentResponse.entries:type_name -> entente.state.v1.Entry
+	9,   // 63: entente.v1.GetAgentResponse.instances:type_name -> entente.v1.Instance
+	102, // 64: entente.v1.ListTokensResponse.tokens:type_name -> entente.state.v1.Token
+	103, // 65: entente.v1.ChangeEntriesRequest.changes:type_name -> entente.state.v1.EntryChange
+	85,  // 66: entente.v1.ChangeEntriesResponse.results:type_name -> entente.v1.EntryResult
+	95,  // 67: entente.v1.ListEntriesResponse.entries:type_name -> entente.state.v1.Entry
+	95,  // 68: entente.v1.GetEntryResponse.entry:type_name -> entente.state.v1.Entry
+	1,   // 69: entente.v1.Join.Join:input_type -> entente.v1.JoinRequest
+	3,   // 70: entente.v1.Attest.Attest:input_type -> entente.v1.AttestRequest
+	5,   // 71: entente.v1.Sync.Sync:input_type -> entente.v1.SyncRequest
+	16,  // 72: entente.v1.Sign.SignX509:input_type -> entente.v1.SignX509Request
+	20,  // 73: entente.v1.Sign.SignJWT:input_type -> entente.v1.SignJWTRequest
+	23,  // 74: entente.v1.Sign.SignWIT:input_type -> entente.v1.SignWITRequest
+	27,  // 75: entente.v1.Admin.Status:input_type -> entente.v1.StatusRequest
+	45,  // 76: entente.v1.Admin.CreateToken:input_type -> entente.v1.CreateTokenRequest
+	47,  // 77: entente.v1.Admin.Apply:input_type -> entente.v1.ApplyRequest
+	52,  // 78: entente.v1.Admin.GetBundle:input_type -> entente.v1.GetBundleRequest
+	64,  // 79: entente.v1.Admin.ListAuthorities:input_type -> entente.v1.ListAuthoritiesRequest
+	67,  // 80: entente.v1.Admin.PrepareAuthority:input_type -> entente.v1.PrepareAuthorityRequest
+	68,  // 81: entente.v1.Admin.ActivateAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	68,  // 82: entente.v1.Admin.TaintAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	68,  // 83: entente.v1.Admin.RevokeAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	70,  // 84: entente.v1.Admin.RemoveNode:input_type -> entente.v1.RemoveNodeRequest
+	72,  // 85: entente.v1.Admin.ListAgents:input_type -> entente.v1.ListAgentsRequest
+	75,  // 86: entente.v1.Admin.GetAgent:input_type -> entente.v1.GetAgentRequest
+	77,  // 87: entente.v1.Admin.BanAgent:input_type -> entente.v1.ChangeAgentRequest
+	77,  // 88: entente.v1.Admin.EvictAgent:input_type -> entente.v1.ChangeAgentRequest
+	79,  // 89: entente.v1.Admin.ListTokens:input_type -> entente.v1.ListTokensRequest
+	81,  // 90: entente.v1.Admin.RevokeToken:input_type -> entente.v1.RevokeTokenRequest
+	83,  // 91: entente.v1.Admin.ChangeEntries:input_type -> entente.v1.ChangeEntriesRequest
+	86,  // 92: entente.v1.Admin.ListEntries:input_type -> entente.v1.ListEntriesRequest
+	88,  // 93: entente.v1.Admin.GetEntry:input_type -> entente.v1.GetEntryRequest
+	86,  // 94: entente.v1.Admin.CountEntries:input_type -> entente.v1.ListEntriesRequest
+	31,  // 95: entente.v1.Admin.SaveSnapshot:input_type -> entente.v1.SaveSnapshotRequest
+	33,  // 96: entente.v1.Admin.ListNodes:input_type -> entente.v1.ListNodesRequest
+	36,  // 97: entente.v1.Admin.PromoteNode:input_type -> entente.v1.PromoteNodeRequest
+	50,  // 98: entente.v1.Admin.WhoAmI:input_type -> entente.v1.WhoAmIRequest
+	54,  // 99: entente.v1.Peer.Propose:input_type -> entente.v1.ProposeRequest
+	56,  // 100: entente.v1.Peer.Report:input_type -> entente.v1.ReportRequest
+	62,  // 101: entente.v1.Peer.Presence:input_type -> entente.v1.PresenceRequest
+	59,  // 102: entente.v1.Peer.Gate:input_type -> entente.v1.GateRequest
+	38,  // 103: entente.v1.Peer.Vouch:input_type -> entente.v1.VouchRequest
+	40,  // 104: entente.v1.Peer.Checksum:input_type -> entente.v1.ChecksumRequest
+	33,  // 105: entente.v1.Peer.Nodes:input_type -> entente.v1.ListNodesRequest
+	42,  // 106: entente.v1.Peer.ShowEpoch:input_type -> entente.v1.ShowEpochRequest
+	2,   // 107: entente.v1.Join.Join:output_type -> entente.v1.JoinResponse
+	4,   // 108: entente.v1.Attest.Attest:output_type -> entente.v1.AttestResponse
+	10,  // 109: entente.v1.Sync.Sync:output_type -> entente.v1.SyncResponse
+	18,  // 110: entente.v1.Sign.SignX509:output_type -> entente.v1.SignX509Response
+	22,  // 111: entente.v1.Sign.SignJWT:output_type -> entente.v1.SignJWTResponse
+	25,  // 112: entente.v1.Sign.SignWIT:output_type -> entente.v1.SignWITResponse
+	28,  // 113: entente.v1.Admin.Status:output_type -> entente.v1.StatusResponse
+	46,  // 114: entente.v1.Admin.CreateToken:output_type -> entente.v1.CreateTokenResponse
+	48,  // 115: entente.v1.Admin.Apply:output_type -> entente.v1.ApplyResponse
+	53,  // 116: entente.v1.Admin.GetBundle:output_type -> entente.v1.GetBundleResponse
+	65,  // 117: entente.v1.Admin.ListAuthorities:output_type -> entente.v1.ListAuthoritiesResponse
+	69,  // 118: entente.v1.Admin.PrepareAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	69,  // 119: entente.v1.Admin.ActivateAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	69,  // 120: entente.v1.Admin.TaintAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	69,  // 121: entente.v1.Admin.RevokeAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	71,  // 122: entente.v1.Admin.RemoveNode:output_type -> entente.v1.RemoveNodeResponse
+	73,  // 123: entente.v1.Admin.ListAgents:output_type -> entente.v1.ListAgentsResponse
+	76,  // 124: entente.v1.Admin.GetAgent:output_type -> entente.v1.GetAgentResponse
+	78,  // 125: entente.v1.Admin.BanAgent:output_type -> entente.v1.ChangeAgentResponse
+	78,  // 126: entente.v1.Admin.EvictAgent:output_type -> entente.v1.ChangeAgentResponse
+	80,  // 127: entente.v1.Admin.ListTokens:output_type -> entente.v1.ListTokensResponse
+	82,  // 128: entente.v1.Admin.RevokeToken:output_type -> entente.v1.RevokeTokenResponse
+	84,  // 129: entente.v1.Admin.ChangeEntries:output_type -> entente.v1.ChangeEntriesResponse
+	87,  // 130: entente.v1.Admin.ListEntries:output_type -> entente.v1.ListEntriesResponse
+	89,  // 131: entente.v1.Admin.GetEntry:output_type -> entente.v1.GetEntryResponse
+	90,  // 132: entente.v1.Admin.CountEntries:output_type -> entente.v1.CountEntriesResponse
+	32,  // 133: entente.v1.Admin.SaveSnapshot:output_type -> entente.v1.SaveSnapshotResponse
+	34,  // 134: entente.v1.Admin.ListNodes:output_type -> entente.v1.ListNodesResponse
+	37,  // 135: entente.v1.Admin.PromoteNode:output_type -> entente.v1.PromoteNodeResponse
+	51,  // 136: entente.v1.Admin.WhoAmI:output_type -> entente.v1.WhoAmIResponse
+	55,  // 137: entente.v1.Peer.Propose:output_type -> entente.v1.ProposeResponse
+	58,  // 138: entente.v1.Peer.Report:output_type -> entente.v1.ReportResponse
+	63,  // 139: entente.v1.Peer.Presence:output_type -> entente.v1.PresenceResponse
+	60,  // 140: entente.v1.Peer.Gate:output_type -> entente.v1.GateResponse
+	39,  // 141: entente.v1.Peer.Vouch:output_type -> entente.v1.VouchResponse
+	41,  // 142: entente.v1.Peer.Checksum:output_type -> entente.v1.ChecksumResponse
+	34,  // 143: entente.v1.Peer.Nodes:output_type -> entente.v1.ListNodesResponse
+	43,  // 144: entente.v1.Peer.ShowEpoch:output_type -> entente.v1.ShowEpochResponse
+	107, // [107:145] is the sub-list for method output_type
+	69,  // [69:107] is the sub-list for method input_type
+	69,  // [69:69] is the sub-list for extension type_name
+	69,  // [69:69] is the sub-list for extension extendee
+	0,   // [0:69] is the sub-list for field type_name
 }
 
 func init() { file_entente_v1_entente_proto_init() }
@@ -5838,7 +5967,7 @@ func file_entente_v1_entente_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_entente_v1_entente_proto_rawDesc), len(file_entente_v1_entente_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   88,
+			NumMessages:   90,
 			NumExtensions: 0,
 			NumServices:   6,
 		},

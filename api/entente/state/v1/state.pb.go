@@ -282,6 +282,61 @@ func (PathType) EnumDescriptor() ([]byte, []int) {
 	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{4}
 }
 
+type AdminRole int32
+
+const (
+	AdminRole_ADMIN_ROLE_UNSPECIFIED   AdminRole = 0
+	AdminRole_ADMIN_ROLE_VIEWER        AdminRole = 1 // sees
+	AdminRole_ADMIN_ROLE_SERVICE_OWNER AdminRole = 2 // changes services and entries
+	AdminRole_ADMIN_ROLE_API_OWNER     AdminRole = 3 // changes exports, imports and agreements
+	AdminRole_ADMIN_ROLE_TRUST_ADMIN   AdminRole = 4 // everything
+)
+
+// Enum value maps for AdminRole.
+var (
+	AdminRole_name = map[int32]string{
+		0: "ADMIN_ROLE_UNSPECIFIED",
+		1: "ADMIN_ROLE_VIEWER",
+		2: "ADMIN_ROLE_SERVICE_OWNER",
+		3: "ADMIN_ROLE_API_OWNER",
+		4: "ADMIN_ROLE_TRUST_ADMIN",
+	}
+	AdminRole_value = map[string]int32{
+		"ADMIN_ROLE_UNSPECIFIED":   0,
+		"ADMIN_ROLE_VIEWER":        1,
+		"ADMIN_ROLE_SERVICE_OWNER": 2,
+		"ADMIN_ROLE_API_OWNER":     3,
+		"ADMIN_ROLE_TRUST_ADMIN":   4,
+	}
+)
+
+func (x AdminRole) Enum() *AdminRole {
+	p := new(AdminRole)
+	*p = x
+	return p
+}
+
+func (x AdminRole) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (AdminRole) Descriptor() protoreflect.EnumDescriptor {
+	return file_entente_state_v1_state_proto_enumTypes[5].Descriptor()
+}
+
+func (AdminRole) Type() protoreflect.EnumType {
+	return &file_entente_state_v1_state_proto_enumTypes[5]
+}
+
+func (x AdminRole) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use AdminRole.Descriptor instead.
+func (AdminRole) EnumDescriptor() ([]byte, []int) {
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{5}
+}
+
 // Cluster says which CA cluster this is. Written once by Init.
 type Cluster struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -1046,7 +1101,9 @@ type AgentGrant struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"` // SPIFFE path /entente/agent/NAME
 	Datacenter    string                 `protobuf:"bytes,2,opt,name=datacenter,proto3" json:"datacenter,omitempty"`
-	Addresses     []string               `protobuf:"bytes,3,rep,name=addresses,proto3" json:"addresses,omitempty"` // hosts (no port) at which its sidecar may be reached
+	Addresses     []string               `protobuf:"bytes,3,rep,name=addresses,proto3" json:"addresses,omitempty"`                             // hosts (no port) at which its sidecar may be reached
+	Selectors     []string               `protobuf:"bytes,100,rep,name=selectors,proto3" json:"selectors,omitempty"`                           // what entries may demand of the host: "token:rack:r1"
+	PathPrefixes  []string               `protobuf:"bytes,101,rep,name=path_prefixes,json=pathPrefixes,proto3" json:"path_prefixes,omitempty"` // SPIFFE paths at or below which it may hold entries; empty: all
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1102,6 +1159,20 @@ func (x *AgentGrant) GetAddresses() []string {
 	return nil
 }
 
+func (x *AgentGrant) GetSelectors() []string {
+	if x != nil {
+		return x.Selectors
+	}
+	return nil
+}
+
+func (x *AgentGrant) GetPathPrefixes() []string {
+	if x != nil {
+		return x.PathPrefixes
+	}
+	return nil
+}
+
 // Agent is one attested host.
 type Agent struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -1111,6 +1182,9 @@ type Agent struct {
 	Addresses     []string               `protobuf:"bytes,4,rep,name=addresses,proto3" json:"addresses,omitempty"`
 	Generation    uint64                 `protobuf:"varint,5,opt,name=generation,proto3" json:"generation,omitempty"` // revision at which it was attested
 	Banned        bool                   `protobuf:"varint,6,opt,name=banned,proto3" json:"banned,omitempty"`
+	Selectors     []string               `protobuf:"bytes,100,rep,name=selectors,proto3" json:"selectors,omitempty"`                           // of the host, by its token or certificate; sorted
+	PathPrefixes  []string               `protobuf:"bytes,101,rep,name=path_prefixes,json=pathPrefixes,proto3" json:"path_prefixes,omitempty"` // scope: SPIFFE paths at or below which it may hold entries; empty: all
+	Certificate   string                 `protobuf:"bytes,102,opt,name=certificate,proto3" json:"certificate,omitempty"`                       // hex SHA-256 of the certificate that admitted it; empty: a token did
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1187,6 +1261,27 @@ func (x *Agent) GetBanned() bool {
 	return false
 }
 
+func (x *Agent) GetSelectors() []string {
+	if x != nil {
+		return x.Selectors
+	}
+	return nil
+}
+
+func (x *Agent) GetPathPrefixes() []string {
+	if x != nil {
+		return x.PathPrefixes
+	}
+	return nil
+}
+
+func (x *Agent) GetCertificate() string {
+	if x != nil {
+		return x.Certificate
+	}
+	return ""
+}
+
 // Entry says which attested workload gets which SPIFFE ID. Derived from a
 // Service or a Gateway, or declared by itself.
 type Entry struct {
@@ -1203,6 +1298,7 @@ type Entry struct {
 	Hint            string                 `protobuf:"bytes,10,opt,name=hint,proto3" json:"hint,omitempty"`                                              // for the workload: what the identity is for
 	JwtSvidSeconds  uint32                 `protobuf:"varint,11,opt,name=jwt_svid_seconds,json=jwtSvidSeconds,proto3" json:"jwt_svid_seconds,omitempty"` // 0: the domain's
 	WitSvidSeconds  uint32                 `protobuf:"varint,12,opt,name=wit_svid_seconds,json=witSvidSeconds,proto3" json:"wit_svid_seconds,omitempty"` // 0: the domain's
+	NodeSelectors   []string               `protobuf:"bytes,100,rep,name=node_selectors,json=nodeSelectors,proto3" json:"node_selectors,omitempty"`      // what the host must have beside being named: "x509pop:subject:cn:h1"
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -1321,6 +1417,13 @@ func (x *Entry) GetWitSvidSeconds() uint32 {
 	return 0
 }
 
+func (x *Entry) GetNodeSelectors() []string {
+	if x != nil {
+		return x.NodeSelectors
+	}
+	return nil
+}
+
 // Distrust names SVIDs that must no longer be accepted although they are still
 // valid: those that match everything which is set. Made by what ends trust, never
 // by itself.
@@ -1434,6 +1537,7 @@ type Object struct {
 	//	*Object_Import
 	//	*Object_Agreement
 	//	*Object_Relationship
+	//	*Object_RoleBinding
 	Kind          isObject_Kind `protobuf_oneof:"kind"`
 	Owner         string        `protobuf:"bytes,10,opt,name=owner,proto3" json:"owner,omitempty"`
 	Revision      uint64        `protobuf:"varint,11,opt,name=revision,proto3" json:"revision,omitempty"` // of its last change; 0 in a proposal
@@ -1524,6 +1628,15 @@ func (x *Object) GetRelationship() *Relationship {
 	return nil
 }
 
+func (x *Object) GetRoleBinding() *RoleBinding {
+	if x != nil {
+		if x, ok := x.Kind.(*Object_RoleBinding); ok {
+			return x.RoleBinding
+		}
+	}
+	return nil
+}
+
 func (x *Object) GetOwner() string {
 	if x != nil {
 		return x.Owner
@@ -1569,6 +1682,10 @@ type Object_Relationship struct {
 	Relationship *Relationship `protobuf:"bytes,5,opt,name=relationship,proto3,oneof"`
 }
 
+type Object_RoleBinding struct {
+	RoleBinding *RoleBinding `protobuf:"bytes,100,opt,name=role_binding,json=roleBinding,proto3,oneof"`
+}
+
 func (*Object_Service) isObject_Kind() {}
 
 func (*Object_Gateway) isObject_Kind() {}
@@ -1578,6 +1695,8 @@ func (*Object_Import) isObject_Kind() {}
 func (*Object_Agreement) isObject_Kind() {}
 
 func (*Object_Relationship) isObject_Kind() {}
+
+func (*Object_RoleBinding) isObject_Kind() {}
 
 type ObjectKey struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -2307,6 +2426,75 @@ func (x *Relationship) GetWit() bool {
 	return false
 }
 
+// RoleBinding makes the holders of SPIFFE IDs of this domain administrators.
+type RoleBinding struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Role          AdminRole              `protobuf:"varint,2,opt,name=role,proto3,enum=entente.state.v1.AdminRole" json:"role,omitempty"`
+	Subjects      []string               `protobuf:"bytes,3,rep,name=subjects,proto3" json:"subjects,omitempty"` // SPIFFE paths
+	Prefixes      []string               `protobuf:"bytes,4,rep,name=prefixes,proto3" json:"prefixes,omitempty"` // SPIFFE paths at or below which the role counts; empty: everywhere
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RoleBinding) Reset() {
+	*x = RoleBinding{}
+	mi := &file_entente_state_v1_state_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RoleBinding) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RoleBinding) ProtoMessage() {}
+
+func (x *RoleBinding) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_state_v1_state_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RoleBinding.ProtoReflect.Descriptor instead.
+func (*RoleBinding) Descriptor() ([]byte, []int) {
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *RoleBinding) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *RoleBinding) GetRole() AdminRole {
+	if x != nil {
+		return x.Role
+	}
+	return AdminRole_ADMIN_ROLE_UNSPECIFIED
+}
+
+func (x *RoleBinding) GetSubjects() []string {
+	if x != nil {
+		return x.Subjects
+	}
+	return nil
+}
+
+func (x *RoleBinding) GetPrefixes() []string {
+	if x != nil {
+		return x.Prefixes
+	}
+	return nil
+}
+
 // ForeignBundle is the last accepted bundle of a peer domain.
 type ForeignBundle struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -2320,7 +2508,7 @@ type ForeignBundle struct {
 
 func (x *ForeignBundle) Reset() {
 	*x = ForeignBundle{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[23]
+	mi := &file_entente_state_v1_state_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2332,7 +2520,7 @@ func (x *ForeignBundle) String() string {
 func (*ForeignBundle) ProtoMessage() {}
 
 func (x *ForeignBundle) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[23]
+	mi := &file_entente_state_v1_state_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2345,7 +2533,7 @@ func (x *ForeignBundle) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForeignBundle.ProtoReflect.Descriptor instead.
 func (*ForeignBundle) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{23}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ForeignBundle) GetTrustDomain() string {
@@ -2382,7 +2570,8 @@ type Command struct {
 	state      protoimpl.MessageState `protogen:"open.v1"`
 	IfRevision uint64                 `protobuf:"varint,1,opt,name=if_revision,json=ifRevision,proto3" json:"if_revision,omitempty"` // compare-and-swap on the state's catalogue revision; 0: none
 	Ignorable  bool                   `protobuf:"varint,2,opt,name=ignorable,proto3" json:"ignorable,omitempty"`
-	Actor      string                 `protobuf:"bytes,3,opt,name=actor,proto3" json:"actor,omitempty"` // who asked, for the audit log
+	Actor      string                 `protobuf:"bytes,3,opt,name=actor,proto3" json:"actor,omitempty"`           // who asked, for the audit log
+	Principal  string                 `protobuf:"bytes,100,opt,name=principal,proto3" json:"principal,omitempty"` // SPIFFE path of the administrator whose roles must allow it; empty: an operator of a CA node's host, or the node itself
 	// Types that are valid to be assigned to Body:
 	//
 	//	*Command_Init
@@ -2406,6 +2595,7 @@ type Command struct {
 	//	*Command_RevokeToken
 	//	*Command_ChangeEntries
 	//	*Command_PromoteMember
+	//	*Command_AdmitAgent
 	Body          isCommand_Body `protobuf_oneof:"body"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2413,7 +2603,7 @@ type Command struct {
 
 func (x *Command) Reset() {
 	*x = Command{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[24]
+	mi := &file_entente_state_v1_state_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2425,7 +2615,7 @@ func (x *Command) String() string {
 func (*Command) ProtoMessage() {}
 
 func (x *Command) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[24]
+	mi := &file_entente_state_v1_state_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2438,7 +2628,7 @@ func (x *Command) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Command.ProtoReflect.Descriptor instead.
 func (*Command) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{24}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Command) GetIfRevision() uint64 {
@@ -2458,6 +2648,13 @@ func (x *Command) GetIgnorable() bool {
 func (x *Command) GetActor() string {
 	if x != nil {
 		return x.Actor
+	}
+	return ""
+}
+
+func (x *Command) GetPrincipal() string {
+	if x != nil {
+		return x.Principal
 	}
 	return ""
 }
@@ -2658,6 +2855,15 @@ func (x *Command) GetPromoteMember() *PromoteMember {
 	return nil
 }
 
+func (x *Command) GetAdmitAgent() *AdmitAgent {
+	if x != nil {
+		if x, ok := x.Body.(*Command_AdmitAgent); ok {
+			return x.AdmitAgent
+		}
+	}
+	return nil
+}
+
 type isCommand_Body interface {
 	isCommand_Body()
 }
@@ -2746,6 +2952,10 @@ type Command_PromoteMember struct {
 	PromoteMember *PromoteMember `protobuf:"bytes,60,opt,name=promote_member,json=promoteMember,proto3,oneof"`
 }
 
+type Command_AdmitAgent struct {
+	AdmitAgent *AdmitAgent `protobuf:"bytes,101,opt,name=admit_agent,json=admitAgent,proto3,oneof"`
+}
+
 func (*Command_Init) isCommand_Body() {}
 
 func (*Command_CreateToken) isCommand_Body() {}
@@ -2788,6 +2998,8 @@ func (*Command_ChangeEntries) isCommand_Body() {}
 
 func (*Command_PromoteMember) isCommand_Body() {}
 
+func (*Command_AdmitAgent) isCommand_Body() {}
+
 // Batch is what one Raft log entry holds: the group commit of a proposer.
 type Batch struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -2798,7 +3010,7 @@ type Batch struct {
 
 func (x *Batch) Reset() {
 	*x = Batch{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[25]
+	mi := &file_entente_state_v1_state_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2810,7 +3022,7 @@ func (x *Batch) String() string {
 func (*Batch) ProtoMessage() {}
 
 func (x *Batch) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[25]
+	mi := &file_entente_state_v1_state_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2823,7 +3035,7 @@ func (x *Batch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Batch.ProtoReflect.Descriptor instead.
 func (*Batch) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{25}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Batch) GetCommands() [][]byte {
@@ -2843,7 +3055,7 @@ type Init struct {
 
 func (x *Init) Reset() {
 	*x = Init{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[26]
+	mi := &file_entente_state_v1_state_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2855,7 +3067,7 @@ func (x *Init) String() string {
 func (*Init) ProtoMessage() {}
 
 func (x *Init) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[26]
+	mi := &file_entente_state_v1_state_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2868,7 +3080,7 @@ func (x *Init) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Init.ProtoReflect.Descriptor instead.
 func (*Init) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{26}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Init) GetCluster() *Cluster {
@@ -2894,7 +3106,7 @@ type CreateToken struct {
 
 func (x *CreateToken) Reset() {
 	*x = CreateToken{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[27]
+	mi := &file_entente_state_v1_state_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2906,7 +3118,7 @@ func (x *CreateToken) String() string {
 func (*CreateToken) ProtoMessage() {}
 
 func (x *CreateToken) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[27]
+	mi := &file_entente_state_v1_state_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2919,7 +3131,7 @@ func (x *CreateToken) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateToken.ProtoReflect.Descriptor instead.
 func (*CreateToken) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{27}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *CreateToken) GetToken() *Token {
@@ -2943,7 +3155,7 @@ type JoinMember struct {
 
 func (x *JoinMember) Reset() {
 	*x = JoinMember{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[28]
+	mi := &file_entente_state_v1_state_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2955,7 +3167,7 @@ func (x *JoinMember) String() string {
 func (*JoinMember) ProtoMessage() {}
 
 func (x *JoinMember) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[28]
+	mi := &file_entente_state_v1_state_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2968,7 +3180,7 @@ func (x *JoinMember) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinMember.ProtoReflect.Descriptor instead.
 func (*JoinMember) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{28}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *JoinMember) GetTokenId() string {
@@ -3014,7 +3226,7 @@ type JoinStatement struct {
 
 func (x *JoinStatement) Reset() {
 	*x = JoinStatement{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[29]
+	mi := &file_entente_state_v1_state_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3026,7 +3238,7 @@ func (x *JoinStatement) String() string {
 func (*JoinStatement) ProtoMessage() {}
 
 func (x *JoinStatement) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[29]
+	mi := &file_entente_state_v1_state_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3039,7 +3251,7 @@ func (x *JoinStatement) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinStatement.ProtoReflect.Descriptor instead.
 func (*JoinStatement) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{29}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *JoinStatement) GetClusterId() []byte {
@@ -3096,7 +3308,7 @@ type UpdateMember struct {
 
 func (x *UpdateMember) Reset() {
 	*x = UpdateMember{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[30]
+	mi := &file_entente_state_v1_state_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3108,7 +3320,7 @@ func (x *UpdateMember) String() string {
 func (*UpdateMember) ProtoMessage() {}
 
 func (x *UpdateMember) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[30]
+	mi := &file_entente_state_v1_state_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3121,7 +3333,7 @@ func (x *UpdateMember) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateMember.ProtoReflect.Descriptor instead.
 func (*UpdateMember) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{30}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *UpdateMember) GetId() string {
@@ -3155,7 +3367,7 @@ type RemoveMember struct {
 
 func (x *RemoveMember) Reset() {
 	*x = RemoveMember{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[31]
+	mi := &file_entente_state_v1_state_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3167,7 +3379,7 @@ func (x *RemoveMember) String() string {
 func (*RemoveMember) ProtoMessage() {}
 
 func (x *RemoveMember) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[31]
+	mi := &file_entente_state_v1_state_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3180,7 +3392,7 @@ func (x *RemoveMember) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveMember.ProtoReflect.Descriptor instead.
 func (*RemoveMember) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{31}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *RemoveMember) GetId() string {
@@ -3208,7 +3420,7 @@ type PromoteMember struct {
 
 func (x *PromoteMember) Reset() {
 	*x = PromoteMember{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[32]
+	mi := &file_entente_state_v1_state_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3220,7 +3432,7 @@ func (x *PromoteMember) String() string {
 func (*PromoteMember) ProtoMessage() {}
 
 func (x *PromoteMember) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[32]
+	mi := &file_entente_state_v1_state_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3233,7 +3445,7 @@ func (x *PromoteMember) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PromoteMember.ProtoReflect.Descriptor instead.
 func (*PromoteMember) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{32}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *PromoteMember) GetId() string {
@@ -3255,7 +3467,7 @@ type AttestAgent struct {
 
 func (x *AttestAgent) Reset() {
 	*x = AttestAgent{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[33]
+	mi := &file_entente_state_v1_state_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3267,7 +3479,7 @@ func (x *AttestAgent) String() string {
 func (*AttestAgent) ProtoMessage() {}
 
 func (x *AttestAgent) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[33]
+	mi := &file_entente_state_v1_state_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3280,7 +3492,7 @@ func (x *AttestAgent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttestAgent.ProtoReflect.Descriptor instead.
 func (*AttestAgent) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{33}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *AttestAgent) GetTokenId() string {
@@ -3311,6 +3523,122 @@ func (x *AttestAgent) GetSignature() []byte {
 	return nil
 }
 
+// AdmitAgent admits the holder of a key by what its door saw and verified: a
+// certificate of the host's own.
+type AdmitAgent struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Agent         *Agent                 `protobuf:"bytes,1,opt,name=agent,proto3" json:"agent,omitempty"` // generation and banned are left out
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AdmitAgent) Reset() {
+	*x = AdmitAgent{}
+	mi := &file_entente_state_v1_state_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AdmitAgent) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AdmitAgent) ProtoMessage() {}
+
+func (x *AdmitAgent) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_state_v1_state_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AdmitAgent.ProtoReflect.Descriptor instead.
+func (*AdmitAgent) Descriptor() ([]byte, []int) {
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{35}
+}
+
+func (x *AdmitAgent) GetAgent() *Agent {
+	if x != nil {
+		return x.Agent
+	}
+	return nil
+}
+
+// PossessionStatement is what a host signs with the key of a certificate of its own
+// to be admitted by it.
+type PossessionStatement struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	TrustDomain   string                 `protobuf:"bytes,1,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"`
+	KeyId         string                 `protobuf:"bytes,2,opt,name=key_id,json=keyId,proto3" json:"key_id,omitempty"` // hex SHA-256 of the SPKI of the agent's key
+	Certificate   string                 `protobuf:"bytes,3,opt,name=certificate,proto3" json:"certificate,omitempty"`  // hex SHA-256 of the certificate, DER
+	Exporter      []byte                 `protobuf:"bytes,4,opt,name=exporter,proto3" json:"exporter,omitempty"`        // 32 bytes, TLS exporter of the connection, label "EXPORTER-entente-join"
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PossessionStatement) Reset() {
+	*x = PossessionStatement{}
+	mi := &file_entente_state_v1_state_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PossessionStatement) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PossessionStatement) ProtoMessage() {}
+
+func (x *PossessionStatement) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_state_v1_state_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PossessionStatement.ProtoReflect.Descriptor instead.
+func (*PossessionStatement) Descriptor() ([]byte, []int) {
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *PossessionStatement) GetTrustDomain() string {
+	if x != nil {
+		return x.TrustDomain
+	}
+	return ""
+}
+
+func (x *PossessionStatement) GetKeyId() string {
+	if x != nil {
+		return x.KeyId
+	}
+	return ""
+}
+
+func (x *PossessionStatement) GetCertificate() string {
+	if x != nil {
+		return x.Certificate
+	}
+	return ""
+}
+
+func (x *PossessionStatement) GetExporter() []byte {
+	if x != nil {
+		return x.Exporter
+	}
+	return nil
+}
+
 type PrepareAuthority struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Authority     *Authority             `protobuf:"bytes,1,opt,name=authority,proto3" json:"authority,omitempty"`
@@ -3320,7 +3648,7 @@ type PrepareAuthority struct {
 
 func (x *PrepareAuthority) Reset() {
 	*x = PrepareAuthority{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[34]
+	mi := &file_entente_state_v1_state_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3332,7 +3660,7 @@ func (x *PrepareAuthority) String() string {
 func (*PrepareAuthority) ProtoMessage() {}
 
 func (x *PrepareAuthority) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[34]
+	mi := &file_entente_state_v1_state_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3345,7 +3673,7 @@ func (x *PrepareAuthority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareAuthority.ProtoReflect.Descriptor instead.
 func (*PrepareAuthority) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{34}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *PrepareAuthority) GetAuthority() *Authority {
@@ -3365,7 +3693,7 @@ type AuthorityReady struct {
 
 func (x *AuthorityReady) Reset() {
 	*x = AuthorityReady{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[35]
+	mi := &file_entente_state_v1_state_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3377,7 +3705,7 @@ func (x *AuthorityReady) String() string {
 func (*AuthorityReady) ProtoMessage() {}
 
 func (x *AuthorityReady) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[35]
+	mi := &file_entente_state_v1_state_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3390,7 +3718,7 @@ func (x *AuthorityReady) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityReady.ProtoReflect.Descriptor instead.
 func (*AuthorityReady) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{35}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *AuthorityReady) GetId() string {
@@ -3416,7 +3744,7 @@ type ActivateAuthority struct {
 
 func (x *ActivateAuthority) Reset() {
 	*x = ActivateAuthority{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[36]
+	mi := &file_entente_state_v1_state_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3428,7 +3756,7 @@ func (x *ActivateAuthority) String() string {
 func (*ActivateAuthority) ProtoMessage() {}
 
 func (x *ActivateAuthority) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[36]
+	mi := &file_entente_state_v1_state_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3441,7 +3769,7 @@ func (x *ActivateAuthority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ActivateAuthority.ProtoReflect.Descriptor instead.
 func (*ActivateAuthority) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{36}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *ActivateAuthority) GetId() string {
@@ -3461,7 +3789,7 @@ type ApplyObjects struct {
 
 func (x *ApplyObjects) Reset() {
 	*x = ApplyObjects{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[37]
+	mi := &file_entente_state_v1_state_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3473,7 +3801,7 @@ func (x *ApplyObjects) String() string {
 func (*ApplyObjects) ProtoMessage() {}
 
 func (x *ApplyObjects) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[37]
+	mi := &file_entente_state_v1_state_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3486,7 +3814,7 @@ func (x *ApplyObjects) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyObjects.ProtoReflect.Descriptor instead.
 func (*ApplyObjects) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{37}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ApplyObjects) GetUpserts() []*Object {
@@ -3513,7 +3841,7 @@ type TaintAuthority struct {
 
 func (x *TaintAuthority) Reset() {
 	*x = TaintAuthority{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[38]
+	mi := &file_entente_state_v1_state_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3525,7 +3853,7 @@ func (x *TaintAuthority) String() string {
 func (*TaintAuthority) ProtoMessage() {}
 
 func (x *TaintAuthority) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[38]
+	mi := &file_entente_state_v1_state_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3538,7 +3866,7 @@ func (x *TaintAuthority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaintAuthority.ProtoReflect.Descriptor instead.
 func (*TaintAuthority) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{38}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *TaintAuthority) GetId() string {
@@ -3559,7 +3887,7 @@ type AuthorityDrained struct {
 
 func (x *AuthorityDrained) Reset() {
 	*x = AuthorityDrained{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[39]
+	mi := &file_entente_state_v1_state_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3571,7 +3899,7 @@ func (x *AuthorityDrained) String() string {
 func (*AuthorityDrained) ProtoMessage() {}
 
 func (x *AuthorityDrained) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[39]
+	mi := &file_entente_state_v1_state_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3584,7 +3912,7 @@ func (x *AuthorityDrained) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityDrained.ProtoReflect.Descriptor instead.
 func (*AuthorityDrained) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{39}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *AuthorityDrained) GetId() string {
@@ -3612,7 +3940,7 @@ type RevokeAuthority struct {
 
 func (x *RevokeAuthority) Reset() {
 	*x = RevokeAuthority{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[40]
+	mi := &file_entente_state_v1_state_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3624,7 +3952,7 @@ func (x *RevokeAuthority) String() string {
 func (*RevokeAuthority) ProtoMessage() {}
 
 func (x *RevokeAuthority) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[40]
+	mi := &file_entente_state_v1_state_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3637,7 +3965,7 @@ func (x *RevokeAuthority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeAuthority.ProtoReflect.Descriptor instead.
 func (*RevokeAuthority) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{40}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *RevokeAuthority) GetId() string {
@@ -3664,7 +3992,7 @@ type BanAgent struct {
 
 func (x *BanAgent) Reset() {
 	*x = BanAgent{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[41]
+	mi := &file_entente_state_v1_state_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3676,7 +4004,7 @@ func (x *BanAgent) String() string {
 func (*BanAgent) ProtoMessage() {}
 
 func (x *BanAgent) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[41]
+	mi := &file_entente_state_v1_state_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3689,7 +4017,7 @@ func (x *BanAgent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BanAgent.ProtoReflect.Descriptor instead.
 func (*BanAgent) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{41}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *BanAgent) GetName() string {
@@ -3709,7 +4037,7 @@ type EvictAgent struct {
 
 func (x *EvictAgent) Reset() {
 	*x = EvictAgent{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[42]
+	mi := &file_entente_state_v1_state_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3721,7 +4049,7 @@ func (x *EvictAgent) String() string {
 func (*EvictAgent) ProtoMessage() {}
 
 func (x *EvictAgent) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[42]
+	mi := &file_entente_state_v1_state_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3734,7 +4062,7 @@ func (x *EvictAgent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EvictAgent.ProtoReflect.Descriptor instead.
 func (*EvictAgent) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{42}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *EvictAgent) GetName() string {
@@ -3754,7 +4082,7 @@ type RevokeToken struct {
 
 func (x *RevokeToken) Reset() {
 	*x = RevokeToken{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[43]
+	mi := &file_entente_state_v1_state_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3766,7 +4094,7 @@ func (x *RevokeToken) String() string {
 func (*RevokeToken) ProtoMessage() {}
 
 func (x *RevokeToken) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[43]
+	mi := &file_entente_state_v1_state_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3779,7 +4107,7 @@ func (x *RevokeToken) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeToken.ProtoReflect.Descriptor instead.
 func (*RevokeToken) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{43}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *RevokeToken) GetId() string {
@@ -3799,7 +4127,7 @@ type ChangeEntries struct {
 
 func (x *ChangeEntries) Reset() {
 	*x = ChangeEntries{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[44]
+	mi := &file_entente_state_v1_state_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3811,7 +4139,7 @@ func (x *ChangeEntries) String() string {
 func (*ChangeEntries) ProtoMessage() {}
 
 func (x *ChangeEntries) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[44]
+	mi := &file_entente_state_v1_state_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3824,7 +4152,7 @@ func (x *ChangeEntries) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeEntries.ProtoReflect.Descriptor instead.
 func (*ChangeEntries) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{44}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *ChangeEntries) GetChanges() []*EntryChange {
@@ -3849,7 +4177,7 @@ type EntryChange struct {
 
 func (x *EntryChange) Reset() {
 	*x = EntryChange{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[45]
+	mi := &file_entente_state_v1_state_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3861,7 +4189,7 @@ func (x *EntryChange) String() string {
 func (*EntryChange) ProtoMessage() {}
 
 func (x *EntryChange) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[45]
+	mi := &file_entente_state_v1_state_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3874,7 +4202,7 @@ func (x *EntryChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EntryChange.ProtoReflect.Descriptor instead.
 func (*EntryChange) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{45}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *EntryChange) GetAction() isEntryChange_Action {
@@ -3951,7 +4279,7 @@ type StoreForeignBundle struct {
 
 func (x *StoreForeignBundle) Reset() {
 	*x = StoreForeignBundle{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[46]
+	mi := &file_entente_state_v1_state_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3963,7 +4291,7 @@ func (x *StoreForeignBundle) String() string {
 func (*StoreForeignBundle) ProtoMessage() {}
 
 func (x *StoreForeignBundle) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[46]
+	mi := &file_entente_state_v1_state_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3976,7 +4304,7 @@ func (x *StoreForeignBundle) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StoreForeignBundle.ProtoReflect.Descriptor instead.
 func (*StoreForeignBundle) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{46}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *StoreForeignBundle) GetTrustDomain() string {
@@ -4010,7 +4338,7 @@ type Tick struct {
 
 func (x *Tick) Reset() {
 	*x = Tick{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[47]
+	mi := &file_entente_state_v1_state_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4022,7 +4350,7 @@ func (x *Tick) String() string {
 func (*Tick) ProtoMessage() {}
 
 func (x *Tick) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[47]
+	mi := &file_entente_state_v1_state_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4035,7 +4363,7 @@ func (x *Tick) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Tick.ProtoReflect.Descriptor instead.
 func (*Tick) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{47}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *Tick) GetUnixNanos() []int64 {
@@ -4057,7 +4385,7 @@ type Checksum struct {
 
 func (x *Checksum) Reset() {
 	*x = Checksum{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[48]
+	mi := &file_entente_state_v1_state_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4069,7 +4397,7 @@ func (x *Checksum) String() string {
 func (*Checksum) ProtoMessage() {}
 
 func (x *Checksum) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[48]
+	mi := &file_entente_state_v1_state_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4082,7 +4410,7 @@ func (x *Checksum) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Checksum.ProtoReflect.Descriptor instead.
 func (*Checksum) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{48}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *Checksum) GetAtIndex() uint64 {
@@ -4185,14 +4513,16 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"datacenter\x18\x02 \x01(\tR\n" +
 	"datacenter\x12\x14\n" +
 	"\x05voter\x18\x03 \x01(\bR\x05voter\x12\x18\n" +
-	"\asigning\x18\x04 \x01(\bR\asigning\"^\n" +
+	"\asigning\x18\x04 \x01(\bR\asigning\"\xa1\x01\n" +
 	"\n" +
 	"AgentGrant\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1e\n" +
 	"\n" +
 	"datacenter\x18\x02 \x01(\tR\n" +
 	"datacenter\x12\x1c\n" +
-	"\taddresses\x18\x03 \x03(\tR\taddresses\"\xa8\x01\n" +
+	"\taddresses\x18\x03 \x03(\tR\taddresses\x12\x1c\n" +
+	"\tselectors\x18d \x03(\tR\tselectors\x12#\n" +
+	"\rpath_prefixes\x18e \x03(\tR\fpathPrefixes\"\x8d\x02\n" +
 	"\x05Agent\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x15\n" +
 	"\x06key_id\x18\x02 \x01(\tR\x05keyId\x12\x1e\n" +
@@ -4203,7 +4533,10 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\n" +
 	"generation\x18\x05 \x01(\x04R\n" +
 	"generation\x12\x16\n" +
-	"\x06banned\x18\x06 \x01(\bR\x06banned\"\xff\x02\n" +
+	"\x06banned\x18\x06 \x01(\bR\x06banned\x12\x1c\n" +
+	"\tselectors\x18d \x03(\tR\tselectors\x12#\n" +
+	"\rpath_prefixes\x18e \x03(\tR\fpathPrefixes\x12 \n" +
+	"\vcertificate\x18f \x01(\tR\vcertificate\"\xa6\x03\n" +
 	"\x05Entry\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04path\x18\x02 \x01(\tR\x04path\x12\x14\n" +
@@ -4217,7 +4550,8 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\x04hint\x18\n" +
 	" \x01(\tR\x04hint\x12(\n" +
 	"\x10jwt_svid_seconds\x18\v \x01(\rR\x0ejwtSvidSeconds\x12(\n" +
-	"\x10wit_svid_seconds\x18\f \x01(\rR\x0ewitSvidSeconds\"\xf3\x01\n" +
+	"\x10wit_svid_seconds\x18\f \x01(\rR\x0ewitSvidSeconds\x12%\n" +
+	"\x0enode_selectors\x18d \x03(\tR\rnodeSelectors\"\xf3\x01\n" +
 	"\bDistrust\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1c\n" +
 	"\tauthority\x18\x02 \x01(\tR\tauthority\x12\x14\n" +
@@ -4226,13 +4560,14 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\x05entry\x18\x05 \x01(\tR\x05entry\x12)\n" +
 	"\x10entry_generation\x18\x06 \x01(\x04R\x0fentryGeneration\x12\x1b\n" +
 	"\tnot_after\x18\a \x01(\x03R\bnotAfter\x12\x1a\n" +
-	"\brevision\x18\b \x01(\x04R\brevision\"\xff\x02\n" +
+	"\brevision\x18\b \x01(\x04R\brevision\"\xc3\x03\n" +
 	"\x06Object\x125\n" +
 	"\aservice\x18\x01 \x01(\v2\x19.entente.state.v1.ServiceH\x00R\aservice\x125\n" +
 	"\agateway\x18\x02 \x01(\v2\x19.entente.state.v1.GatewayH\x00R\agateway\x122\n" +
 	"\x06import\x18\x03 \x01(\v2\x18.entente.state.v1.ImportH\x00R\x06import\x12;\n" +
 	"\tagreement\x18\x04 \x01(\v2\x1b.entente.state.v1.AgreementH\x00R\tagreement\x12D\n" +
-	"\frelationship\x18\x05 \x01(\v2\x1e.entente.state.v1.RelationshipH\x00R\frelationship\x12\x14\n" +
+	"\frelationship\x18\x05 \x01(\v2\x1e.entente.state.v1.RelationshipH\x00R\frelationship\x12B\n" +
+	"\frole_binding\x18d \x01(\v2\x1d.entente.state.v1.RoleBindingH\x00R\vroleBinding\x12\x14\n" +
 	"\x05owner\x18\n" +
 	" \x01(\tR\x05owner\x12\x1a\n" +
 	"\brevision\x18\v \x01(\x04R\brevision\x12\x16\n" +
@@ -4299,17 +4634,23 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\vendpoint_id\x18\x03 \x01(\tR\n" +
 	"endpointId\x12)\n" +
 	"\x10bootstrap_bundle\x18\x04 \x01(\fR\x0fbootstrapBundle\x12\x10\n" +
-	"\x03wit\x18\x05 \x01(\bR\x03wit\"~\n" +
+	"\x03wit\x18\x05 \x01(\bR\x03wit\"\x8a\x01\n" +
+	"\vRoleBinding\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12/\n" +
+	"\x04role\x18\x02 \x01(\x0e2\x1b.entente.state.v1.AdminRoleR\x04role\x12\x1a\n" +
+	"\bsubjects\x18\x03 \x03(\tR\bsubjects\x12\x1a\n" +
+	"\bprefixes\x18\x04 \x03(\tR\bprefixes\"~\n" +
 	"\rForeignBundle\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x12\n" +
 	"\x04jwks\x18\x02 \x01(\fR\x04jwks\x12\x1a\n" +
 	"\bsequence\x18\x03 \x01(\x04R\bsequence\x12\x1a\n" +
-	"\brevision\x18\x04 \x01(\x04R\brevision\"\xae\f\n" +
+	"\brevision\x18\x04 \x01(\x04R\brevision\"\x8d\r\n" +
 	"\aCommand\x12\x1f\n" +
 	"\vif_revision\x18\x01 \x01(\x04R\n" +
 	"ifRevision\x12\x1c\n" +
 	"\tignorable\x18\x02 \x01(\bR\tignorable\x12\x14\n" +
-	"\x05actor\x18\x03 \x01(\tR\x05actor\x12,\n" +
+	"\x05actor\x18\x03 \x01(\tR\x05actor\x12\x1c\n" +
+	"\tprincipal\x18d \x01(\tR\tprincipal\x12,\n" +
 	"\x04init\x18\n" +
 	" \x01(\v2\x16.entente.state.v1.InitH\x00R\x04init\x12B\n" +
 	"\fcreate_token\x18\v \x01(\v2\x1d.entente.state.v1.CreateTokenH\x00R\vcreateToken\x12?\n" +
@@ -4333,7 +4674,9 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"evictAgent\x12B\n" +
 	"\frevoke_token\x18- \x01(\v2\x1d.entente.state.v1.RevokeTokenH\x00R\vrevokeToken\x12H\n" +
 	"\x0echange_entries\x18. \x01(\v2\x1f.entente.state.v1.ChangeEntriesH\x00R\rchangeEntries\x12H\n" +
-	"\x0epromote_member\x18< \x01(\v2\x1f.entente.state.v1.PromoteMemberH\x00R\rpromoteMemberB\x06\n" +
+	"\x0epromote_member\x18< \x01(\v2\x1f.entente.state.v1.PromoteMemberH\x00R\rpromoteMember\x12?\n" +
+	"\vadmit_agent\x18e \x01(\v2\x1c.entente.state.v1.AdmitAgentH\x00R\n" +
+	"admitAgentB\x06\n" +
 	"\x04body\"#\n" +
 	"\x05Batch\x12\x1a\n" +
 	"\bcommands\x18\x01 \x03(\fR\bcommands\"m\n" +
@@ -4370,7 +4713,15 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\btoken_id\x18\x01 \x01(\tR\atokenId\x12\x15\n" +
 	"\x06key_id\x18\x02 \x01(\tR\x05keyId\x12\x1c\n" +
 	"\tstatement\x18\x03 \x01(\fR\tstatement\x12\x1c\n" +
-	"\tsignature\x18\x04 \x01(\fR\tsignature\"M\n" +
+	"\tsignature\x18\x04 \x01(\fR\tsignature\";\n" +
+	"\n" +
+	"AdmitAgent\x12-\n" +
+	"\x05agent\x18\x01 \x01(\v2\x17.entente.state.v1.AgentR\x05agent\"\x8d\x01\n" +
+	"\x13PossessionStatement\x12!\n" +
+	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x15\n" +
+	"\x06key_id\x18\x02 \x01(\tR\x05keyId\x12 \n" +
+	"\vcertificate\x18\x03 \x01(\tR\vcertificate\x12\x1a\n" +
+	"\bexporter\x18\x04 \x01(\fR\bexporter\"M\n" +
 	"\x10PrepareAuthority\x129\n" +
 	"\tauthority\x18\x01 \x01(\v2\x1b.entente.state.v1.AuthorityR\tauthority\":\n" +
 	"\x0eAuthorityReady\x12\x0e\n" +
@@ -4438,7 +4789,13 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\bPathType\x12\x19\n" +
 	"\x15PATH_TYPE_UNSPECIFIED\x10\x00\x12\x14\n" +
 	"\x10PATH_TYPE_PREFIX\x10\x01\x12\x13\n" +
-	"\x0fPATH_TYPE_EXACT\x10\x02B>Z<github.com/entente-mesh/entente/api/entente/state/v1;statev1b\x06proto3"
+	"\x0fPATH_TYPE_EXACT\x10\x02*\x92\x01\n" +
+	"\tAdminRole\x12\x1a\n" +
+	"\x16ADMIN_ROLE_UNSPECIFIED\x10\x00\x12\x15\n" +
+	"\x11ADMIN_ROLE_VIEWER\x10\x01\x12\x1c\n" +
+	"\x18ADMIN_ROLE_SERVICE_OWNER\x10\x02\x12\x18\n" +
+	"\x14ADMIN_ROLE_API_OWNER\x10\x03\x12\x1a\n" +
+	"\x16ADMIN_ROLE_TRUST_ADMIN\x10\x04B>Z<github.com/entente-mesh/entente/api/entente/state/v1;statev1b\x06proto3"
 
 var (
 	file_entente_state_v1_state_proto_rawDescOnce sync.Once
@@ -4452,121 +4809,129 @@ func file_entente_state_v1_state_proto_rawDescGZIP() []byte {
 	return file_entente_state_v1_state_proto_rawDescData
 }
 
-var file_entente_state_v1_state_proto_enumTypes = make([]protoimpl.EnumInfo, 5)
-var file_entente_state_v1_state_proto_msgTypes = make([]protoimpl.MessageInfo, 49)
+var file_entente_state_v1_state_proto_enumTypes = make([]protoimpl.EnumInfo, 6)
+var file_entente_state_v1_state_proto_msgTypes = make([]protoimpl.MessageInfo, 52)
 var file_entente_state_v1_state_proto_goTypes = []any{
-	(AuthorityPhase)(0),        // 0: entente.state.v1.AuthorityPhase
-	(KeyUse)(0),                // 1: entente.state.v1.KeyUse
-	(Role)(0),                  // 2: entente.state.v1.Role
-	(Mode)(0),                  // 3: entente.state.v1.Mode
-	(PathType)(0),              // 4: entente.state.v1.PathType
-	(*Cluster)(nil),            // 5: entente.state.v1.Cluster
-	(*Recovery)(nil),           // 6: entente.state.v1.Recovery
-	(*RecoveryStatement)(nil),  // 7: entente.state.v1.RecoveryStatement
-	(*Lifetimes)(nil),          // 8: entente.state.v1.Lifetimes
-	(*Member)(nil),             // 9: entente.state.v1.Member
-	(*Authority)(nil),          // 10: entente.state.v1.Authority
-	(*Token)(nil),              // 11: entente.state.v1.Token
-	(*NodeGrant)(nil),          // 12: entente.state.v1.NodeGrant
-	(*AgentGrant)(nil),         // 13: entente.state.v1.AgentGrant
-	(*Agent)(nil),              // 14: entente.state.v1.Agent
-	(*Entry)(nil),              // 15: entente.state.v1.Entry
-	(*Distrust)(nil),           // 16: entente.state.v1.Distrust
-	(*Object)(nil),             // 17: entente.state.v1.Object
-	(*ObjectKey)(nil),          // 18: entente.state.v1.ObjectKey
-	(*Service)(nil),            // 19: entente.state.v1.Service
-	(*Failover)(nil),           // 20: entente.state.v1.Failover
-	(*Gateway)(nil),            // 21: entente.state.v1.Gateway
-	(*Import)(nil),             // 22: entente.state.v1.Import
-	(*Agreement)(nil),          // 23: entente.state.v1.Agreement
-	(*PeerGateway)(nil),        // 24: entente.state.v1.PeerGateway
-	(*Allow)(nil),              // 25: entente.state.v1.Allow
-	(*HTTPMatch)(nil),          // 26: entente.state.v1.HTTPMatch
-	(*Relationship)(nil),       // 27: entente.state.v1.Relationship
-	(*ForeignBundle)(nil),      // 28: entente.state.v1.ForeignBundle
-	(*Command)(nil),            // 29: entente.state.v1.Command
-	(*Batch)(nil),              // 30: entente.state.v1.Batch
-	(*Init)(nil),               // 31: entente.state.v1.Init
-	(*CreateToken)(nil),        // 32: entente.state.v1.CreateToken
-	(*JoinMember)(nil),         // 33: entente.state.v1.JoinMember
-	(*JoinStatement)(nil),      // 34: entente.state.v1.JoinStatement
-	(*UpdateMember)(nil),       // 35: entente.state.v1.UpdateMember
-	(*RemoveMember)(nil),       // 36: entente.state.v1.RemoveMember
-	(*PromoteMember)(nil),      // 37: entente.state.v1.PromoteMember
-	(*AttestAgent)(nil),        // 38: entente.state.v1.AttestAgent
-	(*PrepareAuthority)(nil),   // 39: entente.state.v1.PrepareAuthority
-	(*AuthorityReady)(nil),     // 40: entente.state.v1.AuthorityReady
-	(*ActivateAuthority)(nil),  // 41: entente.state.v1.ActivateAuthority
-	(*ApplyObjects)(nil),       // 42: entente.state.v1.ApplyObjects
-	(*TaintAuthority)(nil),     // 43: entente.state.v1.TaintAuthority
-	(*AuthorityDrained)(nil),   // 44: entente.state.v1.AuthorityDrained
-	(*RevokeAuthority)(nil),    // 45: entente.state.v1.RevokeAuthority
-	(*BanAgent)(nil),           // 46: entente.state.v1.BanAgent
-	(*EvictAgent)(nil),         // 47: entente.state.v1.EvictAgent
-	(*RevokeToken)(nil),        // 48: entente.state.v1.RevokeToken
-	(*ChangeEntries)(nil),      // 49: entente.state.v1.ChangeEntries
-	(*EntryChange)(nil),        // 50: entente.state.v1.EntryChange
-	(*StoreForeignBundle)(nil), // 51: entente.state.v1.StoreForeignBundle
-	(*Tick)(nil),               // 52: entente.state.v1.Tick
-	(*Checksum)(nil),           // 53: entente.state.v1.Checksum
+	(AuthorityPhase)(0),         // 0: entente.state.v1.AuthorityPhase
+	(KeyUse)(0),                 // 1: entente.state.v1.KeyUse
+	(Role)(0),                   // 2: entente.state.v1.Role
+	(Mode)(0),                   // 3: entente.state.v1.Mode
+	(PathType)(0),               // 4: entente.state.v1.PathType
+	(AdminRole)(0),              // 5: entente.state.v1.AdminRole
+	(*Cluster)(nil),             // 6: entente.state.v1.Cluster
+	(*Recovery)(nil),            // 7: entente.state.v1.Recovery
+	(*RecoveryStatement)(nil),   // 8: entente.state.v1.RecoveryStatement
+	(*Lifetimes)(nil),           // 9: entente.state.v1.Lifetimes
+	(*Member)(nil),              // 10: entente.state.v1.Member
+	(*Authority)(nil),           // 11: entente.state.v1.Authority
+	(*Token)(nil),               // 12: entente.state.v1.Token
+	(*NodeGrant)(nil),           // 13: entente.state.v1.NodeGrant
+	(*AgentGrant)(nil),          // 14: entente.state.v1.AgentGrant
+	(*Agent)(nil),               // 15: entente.state.v1.Agent
+	(*Entry)(nil),               // 16: entente.state.v1.Entry
+	(*Distrust)(nil),            // 17: entente.state.v1.Distrust
+	(*Object)(nil),              // 18: entente.state.v1.Object
+	(*ObjectKey)(nil),           // 19: entente.state.v1.ObjectKey
+	(*Service)(nil),             // 20: entente.state.v1.Service
+	(*Failover)(nil),            // 21: entente.state.v1.Failover
+	(*Gateway)(nil),             // 22: entente.state.v1.Gateway
+	(*Import)(nil),              // 23: entente.state.v1.Import
+	(*Agreement)(nil),           // 24: entente.state.v1.Agreement
+	(*PeerGateway)(nil),         // 25: entente.state.v1.PeerGateway
+	(*Allow)(nil),               // 26: entente.state.v1.Allow
+	(*HTTPMatch)(nil),           // 27: entente.state.v1.HTTPMatch
+	(*Relationship)(nil),        // 28: entente.state.v1.Relationship
+	(*RoleBinding)(nil),         // 29: entente.state.v1.RoleBinding
+	(*ForeignBundle)(nil),       // 30: entente.state.v1.ForeignBundle
+	(*Command)(nil),             // 31: entente.state.v1.Command
+	(*Batch)(nil),               // 32: entente.state.v1.Batch
+	(*Init)(nil),                // 33: entente.state.v1.Init
+	(*CreateToken)(nil),         // 34: entente.state.v1.CreateToken
+	(*JoinMember)(nil),          // 35: entente.state.v1.JoinMember
+	(*JoinStatement)(nil),       // 36: entente.state.v1.JoinStatement
+	(*UpdateMember)(nil),        // 37: entente.state.v1.UpdateMember
+	(*RemoveMember)(nil),        // 38: entente.state.v1.RemoveMember
+	(*PromoteMember)(nil),       // 39: entente.state.v1.PromoteMember
+	(*AttestAgent)(nil),         // 40: entente.state.v1.AttestAgent
+	(*AdmitAgent)(nil),          // 41: entente.state.v1.AdmitAgent
+	(*PossessionStatement)(nil), // 42: entente.state.v1.PossessionStatement
+	(*PrepareAuthority)(nil),    // 43: entente.state.v1.PrepareAuthority
+	(*AuthorityReady)(nil),      // 44: entente.state.v1.AuthorityReady
+	(*ActivateAuthority)(nil),   // 45: entente.state.v1.ActivateAuthority
+	(*ApplyObjects)(nil),        // 46: entente.state.v1.ApplyObjects
+	(*TaintAuthority)(nil),      // 47: entente.state.v1.TaintAuthority
+	(*AuthorityDrained)(nil),    // 48: entente.state.v1.AuthorityDrained
+	(*RevokeAuthority)(nil),     // 49: entente.state.v1.RevokeAuthority
+	(*BanAgent)(nil),            // 50: entente.state.v1.BanAgent
+	(*EvictAgent)(nil),          // 51: entente.state.v1.EvictAgent
+	(*RevokeToken)(nil),         // 52: entente.state.v1.RevokeToken
+	(*ChangeEntries)(nil),       // 53: entente.state.v1.ChangeEntries
+	(*EntryChange)(nil),         // 54: entente.state.v1.EntryChange
+	(*StoreForeignBundle)(nil),  // 55: entente.state.v1.StoreForeignBundle
+	(*Tick)(nil),                // 56: entente.state.v1.Tick
+	(*Checksum)(nil),            // 57: entente.state.v1.Checksum
 }
 var file_entente_state_v1_state_proto_depIdxs = []int32{
-	8,  // 0: entente.state.v1.Cluster.lifetimes:type_name -> entente.state.v1.Lifetimes
-	6,  // 1: entente.state.v1.Cluster.recovery:type_name -> entente.state.v1.Recovery
-	9,  // 2: entente.state.v1.Recovery.absent:type_name -> entente.state.v1.Member
+	9,  // 0: entente.state.v1.Cluster.lifetimes:type_name -> entente.state.v1.Lifetimes
+	7,  // 1: entente.state.v1.Cluster.recovery:type_name -> entente.state.v1.Recovery
+	10, // 2: entente.state.v1.Recovery.absent:type_name -> entente.state.v1.Member
 	1,  // 3: entente.state.v1.Authority.use:type_name -> entente.state.v1.KeyUse
 	0,  // 4: entente.state.v1.Authority.phase:type_name -> entente.state.v1.AuthorityPhase
-	12, // 5: entente.state.v1.Token.node:type_name -> entente.state.v1.NodeGrant
-	13, // 6: entente.state.v1.Token.agent:type_name -> entente.state.v1.AgentGrant
+	13, // 5: entente.state.v1.Token.node:type_name -> entente.state.v1.NodeGrant
+	14, // 6: entente.state.v1.Token.agent:type_name -> entente.state.v1.AgentGrant
 	2,  // 7: entente.state.v1.Entry.role:type_name -> entente.state.v1.Role
-	19, // 8: entente.state.v1.Object.service:type_name -> entente.state.v1.Service
-	21, // 9: entente.state.v1.Object.gateway:type_name -> entente.state.v1.Gateway
-	22, // 10: entente.state.v1.Object.import:type_name -> entente.state.v1.Import
-	23, // 11: entente.state.v1.Object.agreement:type_name -> entente.state.v1.Agreement
-	27, // 12: entente.state.v1.Object.relationship:type_name -> entente.state.v1.Relationship
-	20, // 13: entente.state.v1.Service.failover:type_name -> entente.state.v1.Failover
-	3,  // 14: entente.state.v1.Failover.mode:type_name -> entente.state.v1.Mode
-	3,  // 15: entente.state.v1.Failover.failback:type_name -> entente.state.v1.Mode
-	24, // 16: entente.state.v1.Agreement.gateways:type_name -> entente.state.v1.PeerGateway
-	25, // 17: entente.state.v1.Agreement.allow:type_name -> entente.state.v1.Allow
-	26, // 18: entente.state.v1.Allow.http:type_name -> entente.state.v1.HTTPMatch
-	4,  // 19: entente.state.v1.HTTPMatch.path_type:type_name -> entente.state.v1.PathType
-	31, // 20: entente.state.v1.Command.init:type_name -> entente.state.v1.Init
-	32, // 21: entente.state.v1.Command.create_token:type_name -> entente.state.v1.CreateToken
-	33, // 22: entente.state.v1.Command.join_member:type_name -> entente.state.v1.JoinMember
-	35, // 23: entente.state.v1.Command.update_member:type_name -> entente.state.v1.UpdateMember
-	36, // 24: entente.state.v1.Command.remove_member:type_name -> entente.state.v1.RemoveMember
-	38, // 25: entente.state.v1.Command.attest_agent:type_name -> entente.state.v1.AttestAgent
-	39, // 26: entente.state.v1.Command.prepare_authority:type_name -> entente.state.v1.PrepareAuthority
-	40, // 27: entente.state.v1.Command.authority_ready:type_name -> entente.state.v1.AuthorityReady
-	41, // 28: entente.state.v1.Command.activate_authority:type_name -> entente.state.v1.ActivateAuthority
-	42, // 29: entente.state.v1.Command.apply_objects:type_name -> entente.state.v1.ApplyObjects
-	51, // 30: entente.state.v1.Command.store_foreign_bundle:type_name -> entente.state.v1.StoreForeignBundle
-	52, // 31: entente.state.v1.Command.tick:type_name -> entente.state.v1.Tick
-	53, // 32: entente.state.v1.Command.checksum:type_name -> entente.state.v1.Checksum
-	43, // 33: entente.state.v1.Command.taint_authority:type_name -> entente.state.v1.TaintAuthority
-	44, // 34: entente.state.v1.Command.authority_drained:type_name -> entente.state.v1.AuthorityDrained
-	45, // 35: entente.state.v1.Command.revoke_authority:type_name -> entente.state.v1.RevokeAuthority
-	46, // 36: entente.state.v1.Command.ban_agent:type_name -> entente.state.v1.BanAgent
-	47, // 37: entente.state.v1.Command.evict_agent:type_name -> entente.state.v1.EvictAgent
-	48, // 38: entente.state.v1.Command.revoke_token:type_name -> entente.state.v1.RevokeToken
-	49, // 39: entente.state.v1.Command.change_entries:type_name -> entente.state.v1.ChangeEntries
-	37, // 40: entente.state.v1.Command.promote_member:type_name -> entente.state.v1.PromoteMember
-	5,  // 41: entente.state.v1.Init.cluster:type_name -> entente.state.v1.Cluster
-	9,  // 42: entente.state.v1.Init.member:type_name -> entente.state.v1.Member
-	11, // 43: entente.state.v1.CreateToken.token:type_name -> entente.state.v1.Token
-	9,  // 44: entente.state.v1.JoinMember.member:type_name -> entente.state.v1.Member
-	10, // 45: entente.state.v1.PrepareAuthority.authority:type_name -> entente.state.v1.Authority
-	17, // 46: entente.state.v1.ApplyObjects.upserts:type_name -> entente.state.v1.Object
-	18, // 47: entente.state.v1.ApplyObjects.deletes:type_name -> entente.state.v1.ObjectKey
-	50, // 48: entente.state.v1.ChangeEntries.changes:type_name -> entente.state.v1.EntryChange
-	15, // 49: entente.state.v1.EntryChange.create:type_name -> entente.state.v1.Entry
-	15, // 50: entente.state.v1.EntryChange.update:type_name -> entente.state.v1.Entry
-	51, // [51:51] is the sub-list for method output_type
-	51, // [51:51] is the sub-list for method input_type
-	51, // [51:51] is the sub-list for extension type_name
-	51, // [51:51] is the sub-list for extension extendee
-	0,  // [0:51] is the sub-list for field type_name
+	20, // 8: entente.state.v1.Object.service:type_name -> entente.state.v1.Service
+	22, // 9: entente.state.v1.Object.gateway:type_name -> entente.state.v1.Gateway
+	23, // 10: entente.state.v1.Object.import:type_name -> entente.state.v1.Import
+	24, // 11: entente.state.v1.Object.agreement:type_name -> entente.state.v1.Agreement
+	28, // 12: entente.state.v1.Object.relationship:type_name -> entente.state.v1.Relationship
+	29, // 13: entente.state.v1.Object.role_binding:type_name -> entente.state.v1.RoleBinding
+	21, // 14: entente.state.v1.Service.failover:type_name -> entente.state.v1.Failover
+	3,  // 15: entente.state.v1.Failover.mode:type_name -> entente.state.v1.Mode
+	3,  // 16: entente.state.v1.Failover.failback:type_name -> entente.state.v1.Mode
+	25, // 17: entente.state.v1.Agreement.gateways:type_name -> entente.state.v1.PeerGateway
+	26, // 18: entente.state.v1.Agreement.allow:type_name -> entente.state.v1.Allow
+	27, // 19: entente.state.v1.Allow.http:type_name -> entente.state.v1.HTTPMatch
+	4,  // 20: entente.state.v1.HTTPMatch.path_type:type_name -> entente.state.v1.PathType
+	5,  // 21: entente.state.v1.RoleBinding.role:type_name -> entente.state.v1.AdminRole
+	33, // 22: entente.state.v1.Command.init:type_name -> entente.state.v1.Init
+	34, // 23: entente.state.v1.Command.create_token:type_name -> entente.state.v1.CreateToken
+	35, // 24: entente.state.v1.Command.join_member:type_name -> entente.state.v1.JoinMember
+	37, // 25: entente.state.v1.Command.update_member:type_name -> entente.state.v1.UpdateMember
+	38, // 26: entente.state.v1.Command.remove_member:type_name -> entente.state.v1.RemoveMember
+	40, // 27: entente.state.v1.Command.attest_agent:type_name -> entente.state.v1.AttestAgent
+	43, // 28: entente.state.v1.Command.prepare_authority:type_name -> entente.state.v1.PrepareAuthority
+	44, // 29: entente.state.v1.Command.authority_ready:type_name -> entente.state.v1.AuthorityReady
+	45, // 30: entente.state.v1.Command.activate_authority:type_name -> entente.state.v1.ActivateAuthority
+	46, // 31: entente.state.v1.Command.apply_objects:type_name -> entente.state.v1.ApplyObjects
+	55, // 32: entente.state.v1.Command.store_foreign_bundle:type_name -> entente.state.v1.StoreForeignBundle
+	56, // 33: entente.state.v1.Command.tick:type_name -> entente.state.v1.Tick
+	57, // 34: entente.state.v1.Command.checksum:type_name -> entente.state.v1.Checksum
+	47, // 35: entente.state.v1.Command.taint_authority:type_name -> entente.state.v1.TaintAuthority
+	48, // 36: entente.state.v1.Command.authority_drained:type_name -> entente.state.v1.AuthorityDrained
+	49, // 37: entente.state.v1.Command.revoke_authority:type_name -> entente.state.v1.RevokeAuthority
+	50, // 38: entente.state.v1.Command.ban_agent:type_name -> entente.state.v1.BanAgent
+	51, // 39: entente.state.v1.Command.evict_agent:type_name -> entente.state.v1.EvictAgent
+	52, // 40: entente.state.v1.Command.revoke_token:type_name -> entente.state.v1.RevokeToken
+	53, // 41: entente.state.v1.Command.change_entries:type_name -> entente.state.v1.ChangeEntries
+	39, // 42: entente.state.v1.Command.promote_member:type_name -> entente.state.v1.PromoteMember
+	41, // 43: entente.state.v1.Command.admit_agent:type_name -> entente.state.v1.AdmitAgent
+	6,  // 44: entente.state.v1.Init.cluster:type_name -> entente.state.v1.Cluster
+	10, // 45: entente.state.v1.Init.member:type_name -> entente.state.v1.Member
+	12, // 46: entente.state.v1.CreateToken.token:type_name -> entente.state.v1.Token
+	10, // 47: entente.state.v1.JoinMember.member:type_name -> entente.state.v1.Member
+	15, // 48: entente.state.v1.AdmitAgent.agent:type_name -> entente.state.v1.Agent
+	11, // 49: entente.state.v1.PrepareAuthority.authority:type_name -> entente.state.v1.Authority
+	18, // 50: entente.state.v1.ApplyObjects.upserts:type_name -> entente.state.v1.Object
+	19, // 51: entente.state.v1.ApplyObjects.deletes:type_name -> entente.state.v1.ObjectKey
+	54, // 52: entente.state.v1.ChangeEntries.changes:type_name -> entente.state.v1.EntryChange
+	16, // 53: entente.state.v1.EntryChange.create:type_name -> entente.state.v1.Entry
+	16, // 54: entente.state.v1.EntryChange.update:type_name -> entente.state.v1.Entry
+	55, // [55:55] is the sub-list for method output_type
+	55, // [55:55] is the sub-list for method input_type
+	55, // [55:55] is the sub-list for extension type_name
+	55, // [55:55] is the sub-list for extension extendee
+	0,  // [0:55] is the sub-list for field type_name
 }
 
 func init() { file_entente_state_v1_state_proto_init() }
@@ -4584,8 +4949,9 @@ func file_entente_state_v1_state_proto_init() {
 		(*Object_Import)(nil),
 		(*Object_Agreement)(nil),
 		(*Object_Relationship)(nil),
+		(*Object_RoleBinding)(nil),
 	}
-	file_entente_state_v1_state_proto_msgTypes[24].OneofWrappers = []any{
+	file_entente_state_v1_state_proto_msgTypes[25].OneofWrappers = []any{
 		(*Command_Init)(nil),
 		(*Command_CreateToken)(nil),
 		(*Command_JoinMember)(nil),
@@ -4607,8 +4973,9 @@ func file_entente_state_v1_state_proto_init() {
 		(*Command_RevokeToken)(nil),
 		(*Command_ChangeEntries)(nil),
 		(*Command_PromoteMember)(nil),
+		(*Command_AdmitAgent)(nil),
 	}
-	file_entente_state_v1_state_proto_msgTypes[45].OneofWrappers = []any{
+	file_entente_state_v1_state_proto_msgTypes[48].OneofWrappers = []any{
 		(*EntryChange_Create)(nil),
 		(*EntryChange_Update)(nil),
 		(*EntryChange_Delete)(nil),
@@ -4618,8 +4985,8 @@ func file_entente_state_v1_state_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_entente_state_v1_state_proto_rawDesc), len(file_entente_state_v1_state_proto_rawDesc)),
-			NumEnums:      5,
-			NumMessages:   49,
+			NumEnums:      6,
+			NumMessages:   52,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
