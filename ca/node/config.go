@@ -45,6 +45,7 @@ type Config struct {
 	Timing    Timing `yaml:"timing"`
 	// X509PoP admits hosts by certificates that they have already.
 	X509PoP X509PoP `yaml:"x509pop"`
+	Limits  Limits  `yaml:"limits"`
 	Audit   Audit   `yaml:"audit"`
 	Log     Log     `yaml:"log"`
 
@@ -125,6 +126,25 @@ type Timing struct {
 
 	// Heartbeat is how long a follower waits for its leader. Default 500ms.
 	Heartbeat time.Duration `yaml:"heartbeat"`
+}
+
+// Limits are how much this node issues; who asks for more is told when to come back, and
+// may ask another node.
+type Limits struct {
+	yamlfile.Pos
+
+	// X509PerAgent is how many X.509-SVIDs one agent may have signed, 10 s of them at
+	// once. Default 5000/s.
+	X509PerAgent yamlfile.Rate `yaml:"x509PerAgent"`
+	// TokensPerAgent is how many JWT- and WIT-SVIDs one agent may have signed. Default
+	// 5000/s.
+	TokensPerAgent yamlfile.Rate `yaml:"tokensPerAgent"`
+	// PerNode is how many SVIDs this node signs for all agents. Default: as many as it can.
+	PerNode yamlfile.Rate `yaml:"perNode"`
+	// Attests is how many hosts may attest at once. Default 32.
+	Attests int `yaml:"attests,min=0,max=4096"`
+	// Waiting is how many SVIDs may wait for their turn, 250ms at most. Default 1024.
+	Waiting int `yaml:"waiting,min=0,max=1048576"`
 }
 
 // X509PoP admits hosts by certificates that another PKI gave them. It must be the same at

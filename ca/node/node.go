@@ -113,7 +113,7 @@ func New(cfg *Config, log *slog.Logger, listeners Listeners) (_ *Node, err error
 	if err := n.openAudit(); err != nil {
 		return nil, err
 	}
-	n.signer = signer.New(signer.Config{Active: n.activeFor, Clock: n.signerClock, Issuer: cfg.OIDC.Issuer, Signed: func(i signer.Issued) {
+	n.signer = signer.New(signer.Config{Active: n.activeFor, Clock: n.signerClock, Issuer: cfg.OIDC.Issuer, Waiting: cfg.Limits.Waiting, Signed: func(i signer.Issued) {
 		n.audit.Issued(i, n.feed.Revision())
 	}})
 	if err := n.loadAuthorityKeys(); err != nil {
@@ -144,8 +144,12 @@ func New(cfg *Config, log *slog.Logger, listeners Listeners) (_ *Node, err error
 		Nodes:       n.nodes,
 		Supersede:   n.supersede,
 		X509PoP:     x509pop,
-		Log:         n.log,
-		Registerer:  n.registry,
+		Limits: server.Limits{
+			X509PerAgent: cfg.Limits.X509PerAgent.PerSecond, TokensPerAgent: cfg.Limits.TokensPerAgent.PerSecond,
+			PerNode: cfg.Limits.PerNode.PerSecond, Attests: cfg.Limits.Attests,
+		},
+		Log:        n.log,
+		Registerer: n.registry,
 	})
 	defer func() {
 		if err != nil {

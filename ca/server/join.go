@@ -95,7 +95,8 @@ func (d attestDoor) Attest(ctx context.Context, req *ententev1.AttestRequest) (*
 	case s.attests <- struct{}{}:
 		defer func() { <-s.attests }()
 	default:
-		return nil, status.Error(codes.ResourceExhausted, "too many hosts attest at this CA node just now; try another or come back")
+		s.metrics.limited.WithLabelValues("attest").Inc()
+		return nil, exhausted("too many hosts attest at this CA node just now", attestRetry)
 	}
 	public, err := signer.KeyOf(req.GetCsr())
 	if err != nil {
@@ -111,7 +112,7 @@ func (d attestDoor) Attest(ctx context.Context, req *ententev1.AttestRequest) (*
 	}
 	svid, err := s.signAgent(ctx, host, public)
 	if err != nil {
-		return nil, signError(err)
+		return nil, s.signError(err)
 	}
 	resp := &ententev1.AttestResponse{Certificates: svid, Agent: host}
 	resp.Bundle, _ = s.Bundles.JWKS()

@@ -321,4 +321,3 @@ func TestMemberForwardsAdministrators(t *testing.T) {
 		}
 	}
 }
-

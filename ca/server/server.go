@@ -9,6 +9,7 @@
 package server
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -117,6 +118,7 @@ type Config struct {
 	// Supersede stops this node if the statement says that its epoch is over.
 	Supersede func(statement, signature []byte) error
 
+	Limits Limits
 	// Audit gets a line for each administrative act and each SVID; nil: none.
 	Audit      *Audit
 	Log        *slog.Logger
@@ -130,7 +132,9 @@ type Server struct {
 	metrics  *metrics
 	attests  chan struct{} // slots
 
-	tokenRates rates
+	x509Rates  *rates
+	tokenRates *rates
+	perNode    *rates // nil: no limit
 	stopping   chan struct{}
 	stop       sync.Once
 }
@@ -139,7 +143,6 @@ const (
 	maxAPIMessage   = 1 << 20
 	maxAdminMessage = 16 << 20
 	maxStreams      = 128 // per connection
-	maxAttests      = 32  // at once: each may cost an agreement
 	drainTime       = 3 * time.Second
 )
 
@@ -148,13 +151,20 @@ func New(config Config) *Server {
 	if config.Log == nil {
 		config.Log = slog.New(slog.DiscardHandler)
 	}
-	return &Server{
-		Config:   config,
-		registry: peer.Registry{Log: config.Log},
-		metrics:  newMetrics(config.Registerer),
-		attests:  make(chan struct{}, maxAttests),
-		stopping: make(chan struct{}),
+	limits := config.Limits
+	s := &Server{
+		Config:     config,
+		registry:   peer.Registry{Log: config.Log},
+		metrics:    newMetrics(config.Registerer),
+		attests:    make(chan struct{}, cmp.Or(limits.Attests, defaultAttests)),
+		x509Rates:  newRates(cmp.Or(limits.X509PerAgent, defaultX509Rate), x509BurstSeconds, "X.509-SVIDs"),
+		tokenRates: newRates(cmp.Or(limits.TokensPerAgent, defaultTokenRate), 1, "tokens"),
+		stopping:   make(chan struct{}),
 	}
+	if limits.PerNode > 0 {
+		s.perNode = newRates(limits.PerNode, 1, "SVIDs")
+	}
+	return s
 }
 
 // ServeAPI serves Join, Attest, Sync, Sign, Peer and Admin on the listener, which it closes,
@@ -228,9 +238,10 @@ func (s *Server) Recheck() {
 }
 
 type metrics struct {
-	calls  *prometheus.CounterVec
-	svids  *prometheus.CounterVec
-	tokens *prometheus.CounterVec
+	calls   *prometheus.CounterVec
+	svids   *prometheus.CounterVec
+	tokens  *prometheus.CounterVec
+	limited *prometheus.CounterVec
 }
 
 func newMetrics(registerer prometheus.Registerer) *metrics {
@@ -244,9 +255,12 @@ func newMetrics(registerer prometheus.Registerer) *metrics {
 		tokens: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "entente_ca_tokens_total", Help: "JWT- and WIT-SVIDs that were asked of this CA node, by kind and result.",
 		}, []string{"kind", "result"}),
+		limited: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "entente_ca_limited_total", Help: "Calls that were sent away with RESOURCE_EXHAUSTED, by whose limit it was: agent, node, attest, queue.",
+		}, []string{"limit"}),
 	}
 	if registerer != nil {
-		registerer.MustRegister(m.calls, m.svids, m.tokens)
+		registerer.MustRegister(m.calls, m.svids, m.tokens, m.limited)
 	}
 	return m
 }

@@ -8,6 +8,7 @@
 package signer
 
 import (
+	"cmp"
 	"context"
 	"crypto"
 	"crypto/rand"
@@ -37,9 +38,9 @@ const RetryAfter = 250 * time.Millisecond
 const (
 	// maxWait is how long a request waits for its turn.
 	maxWait = 250 * time.Millisecond
-	// maxWaiting is how many wait at once; at 4,000 signatures a second and CPU those
+	// defaultWaiting is how many wait at once; at 4,000 signatures a second and CPU those
 	// behind it would not be served within maxWait.
-	maxWaiting = 1024
+	defaultWaiting = 1024
 )
 
 // Config is what a signer needs. All functions are called concurrently and for
@@ -54,6 +55,8 @@ type Config struct {
 	Signed func(Issued)
 	// Concurrency is how many signatures are made at once; 0: one per CPU.
 	Concurrency int
+	// Waiting is how many requests may wait for their turn; 0: 1024.
+	Waiting int
 	// Issuer is the "iss" of JWT-SVIDs; empty: they have none.
 	Issuer string
 }
@@ -203,7 +206,7 @@ func (s *Signer) acquire(ctx context.Context) error {
 		return nil
 	default:
 	}
-	if s.waiting.Add(1) > maxWaiting {
+	if int(s.waiting.Add(1)) > cmp.Or(s.config.Waiting, defaultWaiting) {
 		s.waiting.Add(-1)
 		return ErrBusy
 	}
