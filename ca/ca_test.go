@@ -63,6 +63,7 @@ func TestLabels(t *testing.T) {
 	}
 }
 
+// Requirements: 8-14, T12.
 func TestIDs(t *testing.T) {
 	long := "/" + strings.Repeat("a", MaxID)
 	fits := "/" + strings.Repeat("a", MaxID-len("spiffe://banking.example/"))

@@ -27,6 +27,7 @@ func svid(t *testing.T, td string, origin ca.Origin) *x509.Certificate {
 }
 
 // I4: an item names what it says, each generation up to its own, and nothing else.
+// Requirements: 21.
 func TestDistrusted(t *testing.T) {
 	banking := spiffeid.RequireTrustDomainFromString("banking.example")
 	signer := &x509.Certificate{RawSubjectPublicKeyInfo: []byte("authority")}
@@ -70,6 +71,7 @@ func TestDistrusted(t *testing.T) {
 	}
 }
 
+// Requirements: 116.
 func TestMayRevoke(t *testing.T) {
 	for phase := range statev1.AuthorityPhase_name {
 		a := &statev1.Authority{Phase: statev1.AuthorityPhase(phase)}

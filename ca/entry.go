@@ -93,11 +93,21 @@ func CheckEntryID(id string) error {
 
 // Canonical puts an entry's sets in order, so that equal entries are equal records.
 func Canonical(e *statev1.Entry) {
-	e.Hosts = sortedSet(e.GetHosts())
-	e.Selectors = sortedSet(e.GetSelectors())
-	e.DnsNames = sortedSet(e.GetDnsNames())
-	e.FederatesWith = sortedSet(e.GetFederatesWith())
-	e.NodeSelectors = sortedSet(e.GetNodeSelectors())
+	for _, list := range []*[]string{&e.Hosts, &e.Selectors, &e.DnsNames, &e.FederatesWith, &e.NodeSelectors} {
+		if !isSet(*list) {
+			*list = sortedSet(*list)
+		}
+	}
+}
+
+// isSet tells whether a list is in order and has nothing twice.
+func isSet(list []string) bool {
+	for i := 1; i < len(list); i++ {
+		if list[i-1] >= list[i] {
+			return false
+		}
+	}
+	return true
 }
 
 // EntriesFor derives the registration entries that follow from an object of the

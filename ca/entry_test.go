@@ -16,6 +16,7 @@ func service(s *statev1.Service) *statev1.Object {
 	return &statev1.Object{Kind: &statev1.Object_Service{Service: s}}
 }
 
+// Requirements: 7.
 func TestEntriesFor(t *testing.T) {
 	accounts := &statev1.Service{
 		Name: "accounts", Path: "/accounts", Hosts: []string{"h2", "h1", "h2"},

@@ -123,10 +123,11 @@ type AuthorityRequest struct {
 	PublicKey   crypto.PublicKey
 	Serial      [16]byte // random
 	Now         time.Time
-	Phase       time.Duration // P; it lives 3P
+	Phase       time.Duration     // P; it lives 3P
+	Upstream    *x509.Certificate // that will sign it, after LintUpstream; nil: it signs itself
 }
 
-// AuthorityTemplate is the certificate of a signing authority before it signs itself
+// AuthorityTemplate is the certificate of a signing authority before it is signed
 // (X509-SVID sections 3.2 and 4): CA, path length 0, exactly the trust domain's own
 // ID, keyCertSign and cRLSign, critical.
 func AuthorityTemplate(req AuthorityRequest) (*x509.Certificate, error) {
@@ -148,12 +149,27 @@ func AuthorityTemplate(req AuthorityRequest) (*x509.Certificate, error) {
 		return nil, fmt.Errorf("authority template: %w", err)
 	}
 	now := req.Now.UTC().Truncate(time.Second)
+	notBefore, notAfter := now.Add(-authorityBackdate), now.Add(3*req.Phase)
+	var issuerKeyID []byte
+	if up := req.Upstream; up != nil {
+		if err := CheckUpstreamLife(up, req.Phase, now); err != nil {
+			return nil, fmt.Errorf("authority template: %w", err)
+		}
+		issuerKeyID = up.SubjectKeyId
+		if notBefore.Before(up.NotBefore) {
+			notBefore = up.NotBefore
+		}
+		if notAfter.After(up.NotAfter) {
+			notAfter = up.NotAfter
+		}
+	}
 	return &x509.Certificate{
 		SerialNumber: serial,
 		// A name of its own for each, so that path building by name finds one.
 		Subject:               pkix.Name{Organization: []string{"Entente"}, SerialNumber: serial.Text(16)},
-		NotBefore:             now.Add(-authorityBackdate),
-		NotAfter:              now.Add(3 * req.Phase),
+		NotBefore:             notBefore,
+		NotAfter:              notAfter,
+		AuthorityKeyId:        issuerKeyID,
 		URIs:                  []*url.URL{req.TrustDomain.ID().URL()},
 		IsCA:                  true,
 		BasicConstraintsValid: true,
@@ -247,11 +263,13 @@ func LeafTemplate(req LeafRequest) (*x509.Certificate, error) {
 }
 
 // LintAuthority refuses a certificate that is not exactly what AuthorityTemplate
-// makes, signed by its own key, for that trust domain and phase. A CA node's door
-// asks it before an authority is proposed, since Apply parses no X.509.
-func LintAuthority(cert *x509.Certificate, td spiffeid.TrustDomain, phase time.Duration) error {
+// makes, for that trust domain and phase, signed by its upstream, or by its own key where
+// that is nil. A CA node's door asks it before an authority is proposed, since Apply
+// parses no X.509.
+func LintAuthority(cert, upstream *x509.Certificate, td spiffeid.TrustDomain, phase time.Duration) error {
 	var f findings
 	f.common(cert)
+	f.serial(cert, 128)
 	id := f.uri(cert)
 	f.refuse(!id.IsZero() && id != td.ID(), "its SPIFFE ID is %s, not %s", id, td.ID())
 	f.refuse(!cert.BasicConstraintsValid || !cert.IsCA, "it is not a CA")
@@ -261,6 +279,10 @@ func LintAuthority(cert *x509.Certificate, td spiffeid.TrustDomain, phase time.D
 	f.refuse(len(cert.DNSNames) != 0, "it has DNS names")
 	f.refuse(len(cert.SubjectKeyId) == 0, "it has no subject key id")
 	f.refuse(cert.NotAfter.Sub(cert.NotBefore) > 3*phase+authorityBackdate, "it lives %v, over three phases of %v", cert.NotAfter.Sub(cert.NotBefore), phase)
+	if upstream != nil {
+		f.issuer(cert, upstream)
+		return f.err("authority certificate")
+	}
 	f.refuse(!bytes.Equal(cert.RawSubject, cert.RawIssuer), "its issuer is not itself")
 	if err := cert.CheckSignatureFrom(cert); err != nil {
 		f.refuse(true, "it is not signed by its own key: %v", err)
@@ -277,6 +299,7 @@ func LintLeaf(cert, authority *x509.Certificate) error {
 		return err
 	}
 	f.common(cert)
+	f.serial(cert, 128)
 	id := f.uri(cert)
 	f.refuse(!id.IsZero() && !id.MemberOf(td), "its SPIFFE ID %s is outside %s", id, td.Name())
 	f.refuse(!id.IsZero() && id.Path() == "", "its SPIFFE ID has no path")
@@ -295,9 +318,10 @@ func LintLeaf(cert, authority *x509.Certificate) error {
 	return f.err("X.509-SVID")
 }
 
-// NewAuthority takes a member's X.509 authority certificate apart into the record
-// that PrepareAuthority proposes, after LintAuthority and at the time now.
-func NewAuthority(td spiffeid.TrustDomain, memberID string, der []byte, phase time.Duration, now time.Time) (*statev1.Authority, error) {
+// NewAuthority takes a member's X.509 authority certificate apart into the record that
+// PrepareAuthority proposes, after LintAuthority and at the time now. upstream is the root
+// that signed it, after LintUpstream; none: it signed itself.
+func NewAuthority(td spiffeid.TrustDomain, memberID string, der, upstream []byte, phase time.Duration, now time.Time) (*statev1.Authority, error) {
 	if len(der) > maxCertificate {
 		return nil, fmt.Errorf("authority certificate has %d bytes, over %d", len(der), maxCertificate)
 	}
@@ -305,13 +329,7 @@ func NewAuthority(td spiffeid.TrustDomain, memberID string, der []byte, phase ti
 	if err != nil {
 		return nil, fmt.Errorf("authority certificate does not parse: %w", err)
 	}
-	if err := LintAuthority(cert, td, phase); err != nil {
-		return nil, err
-	}
-	if now.Before(cert.NotBefore) || !now.Before(cert.NotAfter) {
-		return nil, errors.New("authority certificate is not valid now: compare the clocks of the CA nodes")
-	}
-	return &statev1.Authority{
+	record := &statev1.Authority{
 		Id:          KeyID(cert.RawSubjectPublicKeyInfo),
 		MemberId:    memberID,
 		Use:         statev1.KeyUse_KEY_USE_X509,
@@ -320,7 +338,21 @@ func NewAuthority(td spiffeid.TrustDomain, memberID string, der []byte, phase ti
 		NotBefore:   cert.NotBefore.Unix(),
 		NotAfter:    cert.NotAfter.Unix(),
 		Phase:       statev1.AuthorityPhase_AUTHORITY_PHASE_PREPARED,
-	}, nil
+	}
+	var root *x509.Certificate
+	if len(upstream) > 0 {
+		if root, err = ParseUpstream(upstream, td); err != nil {
+			return nil, err
+		}
+		record.Upstream, record.UpstreamNotAfter = bytes.Clone(root.Raw), root.NotAfter.Unix()
+	}
+	if err := LintAuthority(cert, root, td, phase); err != nil {
+		return nil, err
+	}
+	if now.Before(cert.NotBefore) || !now.Before(cert.NotAfter) {
+		return nil, errors.New("authority certificate is not valid now: compare the clocks of the CA nodes")
+	}
+	return record, nil
 }
 
 // authorityDomain is the trust domain that a signing certificate speaks for.
@@ -358,10 +390,15 @@ var (
 	oidNameConstraints  = asn1.ObjectIdentifier{2, 5, 29, 30}
 )
 
-// common is what both profiles ask.
+// serial refuses numbers that we do not make, or that nobody may.
+func (f *findings) serial(cert *x509.Certificate, bits int) {
+	n := cert.SerialNumber
+	f.refuse(n == nil || n.Sign() <= 0 || n.BitLen() > bits, "its serial number is not positive with at most %d bits", bits)
+}
+
+// common is what all profiles ask.
 func (f *findings) common(cert *x509.Certificate) {
 	f.refuse(cert.Version != 3, "it is not an X.509 v3 certificate")
-	f.refuse(cert.SerialNumber == nil || cert.SerialNumber.Sign() <= 0 || cert.SerialNumber.BitLen() > 128, "its serial number is not positive with at most 128 bits")
 	f.refuse(!cert.NotAfter.After(cert.NotBefore), "it ends before it begins")
 	f.refuse(len(cert.EmailAddresses)+len(cert.IPAddresses) != 0, "it has e-mail or IP names")
 	f.refuse(len(cert.UnhandledCriticalExtensions) != 0, "it has a critical extension that nobody knows")

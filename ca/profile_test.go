@@ -63,10 +63,11 @@ func newAuthority(t testing.TB, key crypto.Signer) *x509.Certificate {
 	return sign(t, template, template, key.Public(), key)
 }
 
+// Requirements: 16, 17, 20, 25-28, 31-33, 38.
 func TestAuthority(t *testing.T) {
 	key := newKey(t)
 	cert := newAuthority(t, key)
-	if err := LintAuthority(cert, banking, 48*time.Hour); err != nil {
+	if err := LintAuthority(cert, nil, banking, 48*time.Hour); err != nil {
 		t.Fatal(err)
 	}
 	if !cert.NotBefore.Equal(start.Truncate(time.Second).Add(-time.Minute)) || !cert.NotAfter.Equal(start.Truncate(time.Second).Add(144*time.Hour)) {
@@ -75,7 +76,7 @@ func TestAuthority(t *testing.T) {
 	if cert.SerialNumber.Cmp(new(big.Int).SetBytes(serial[:])) != 0 {
 		t.Errorf("serial %x", cert.SerialNumber)
 	}
-	record, err := NewAuthority(banking, "member", cert.Raw, 48*time.Hour, start)
+	record, err := NewAuthority(banking, "member", cert.Raw, nil, 48*time.Hour, start)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -84,25 +85,26 @@ func TestAuthority(t *testing.T) {
 		t.Errorf("record %v", record)
 	}
 	trading := spiffeid.RequireTrustDomainFromString("trading.example")
-	if LintAuthority(cert, trading, 48*time.Hour) == nil {
+	if LintAuthority(cert, nil, trading, 48*time.Hour) == nil {
 		t.Error("an authority of another trust domain is accepted")
 	}
-	if LintAuthority(cert, banking, 47*time.Hour) == nil {
+	if LintAuthority(cert, nil, banking, 47*time.Hour) == nil {
 		t.Error("an authority of over three phases is accepted")
 	}
 	for name, when := range map[string]time.Time{"early": start.Add(-time.Hour), "late": start.Add(145 * time.Hour)} {
-		if _, err := NewAuthority(banking, "member", cert.Raw, 48*time.Hour, when); err == nil {
+		if _, err := NewAuthority(banking, "member", cert.Raw, nil, 48*time.Hour, when); err == nil {
 			t.Errorf("%s: accepted", name)
 		}
 	}
 	for name, der := range map[string][]byte{"none": nil, "rubbish": []byte("x"), "two": slices.Concat(cert.Raw, cert.Raw), "large": make([]byte, maxCertificate+1)} {
-		if _, err := NewAuthority(banking, "member", der, 48*time.Hour, start); err == nil {
+		if _, err := NewAuthority(banking, "member", der, nil, 48*time.Hour, start); err == nil {
 			t.Errorf("%s: accepted", name)
 		}
 	}
 }
 
 // Each authority differs from a good one in one point.
+// Requirements: 17, 22, 25, 27, 28, 31, 33, 38, 51.
 func TestLintAuthorityRefuses(t *testing.T) {
 	key, other := newKey(t), newKey(t)
 	uri := func(s string) *url.URL {
@@ -145,12 +147,12 @@ func TestLintAuthorityRefuses(t *testing.T) {
 			t.Fatal(err)
 		}
 		test.change(template)
-		err = LintAuthority(sign(t, template, template, key.Public(), key), banking, 48*time.Hour)
+		err = LintAuthority(sign(t, template, template, key.Public(), key), nil, banking, 48*time.Hour)
 		checkSays(t, name, err, test.says)
 	}
 	template, _ := AuthorityTemplate(authorityRequest(key))
-	checkSays(t, "signed by another", LintAuthority(sign(t, template, newAuthority(t, other), key.Public(), other), banking, 48*time.Hour), "not signed by its own key")
-	checkSays(t, "another key in it", LintAuthority(sign(t, template, template, other.Public(), key), banking, 48*time.Hour), "not signed by its own key")
+	checkSays(t, "signed by another", LintAuthority(sign(t, template, newAuthority(t, other), key.Public(), other), nil, banking, 48*time.Hour), "not signed by its own key")
+	checkSays(t, "another key in it", LintAuthority(sign(t, template, template, other.Public(), key), nil, banking, 48*time.Hour), "not signed by its own key")
 	p224, err := ecdsa.GenerateKey(elliptic.P224(), rand.Reader)
 	if err != nil {
 		t.Fatal(err)
@@ -160,7 +162,7 @@ func TestLintAuthorityRefuses(t *testing.T) {
 	}
 	weak, _ := AuthorityTemplate(authorityRequest(key))
 	weak.PublicKey = p224.Public()
-	checkSays(t, "a weak key", LintAuthority(sign(t, weak, weak, p224.Public(), p224), banking, 48*time.Hour), "not on P-256 or P-384")
+	checkSays(t, "a weak key", LintAuthority(sign(t, weak, weak, p224.Public(), p224), nil, banking, 48*time.Hour), "not on P-256 or P-384")
 	for name, change := range map[string]func(*AuthorityRequest){
 		"no trust domain": func(r *AuthorityRequest) { r.TrustDomain = spiffeid.TrustDomain{} },
 		"no phase":        func(r *AuthorityRequest) { r.Phase = 0 },
@@ -195,6 +197,7 @@ func leafRequest(key crypto.Signer, authority *x509.Certificate) LeafRequest {
 	}
 }
 
+// Requirements: 13, 20, 22-24, 30, 32, 34-37.
 func TestLeaf(t *testing.T) {
 	caKey, key := newKey(t), newKey(t)
 	authority := newAuthority(t, caKey)
@@ -272,6 +275,7 @@ func TestLeaf(t *testing.T) {
 }
 
 // Each SVID differs from a good one in one point.
+// Requirements: 2, 22, 23, 30, 32, 35, 37, T13.
 func TestLintLeafRefuses(t *testing.T) {
 	caKey, key := newKey(t), newKey(t)
 	authority := newAuthority(t, caKey)

@@ -15,6 +15,7 @@ import (
 )
 
 // Which keys may sign which tokens.
+// Requirements: 57, 76.
 func TestTokenAuthorityKeys(t *testing.T) {
 	now := time.Date(2027, 3, 1, 12, 0, 0, 0, time.UTC)
 	p256, _ := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -60,6 +61,7 @@ func TestTokenAuthorityKeys(t *testing.T) {
 	}
 }
 
+// Requirements: 63.
 func TestCheckAudience(t *testing.T) {
 	long := strings.Repeat("a", MaxAudienceBytes)
 	for _, good := range [][]string{{"a"}, {"spiffe://trading.example/portfolio"}, {"größe"}, {long}, make16("a")} {
@@ -82,6 +84,7 @@ func make16(s string) []string {
 	return list
 }
 
+// Requirements: 65.
 func TestTokenLives(t *testing.T) {
 	l := LifetimesOf(nil)
 	if err := l.Check(); err != nil || l.JWTSVID != 5*time.Minute || l.WITSVID != time.Hour {
@@ -108,6 +111,7 @@ func TestTokenLives(t *testing.T) {
 	}
 }
 
+// Requirements: 175.
 func TestCheckHint(t *testing.T) {
 	for hint, ok := range map[string]bool{"": true, "internal": true, "für Leute": true, strings.Repeat("a", 1024): true,
 		strings.Repeat("a", 1025): false, "a\nb": false, "\xff": false, "a\x1b[31m": false} {

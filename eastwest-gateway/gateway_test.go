@@ -23,7 +23,9 @@ import (
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/status"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
@@ -280,6 +282,7 @@ func TestConfig(t *testing.T) {
 }
 
 // An SVID that was not there in the beginning, one that goes away, bundles.
+// Requirements: 169, 178.
 func TestIdentities(t *testing.T) {
 	authority := peertest.NewAuthority(td)
 	changes := 0
@@ -303,6 +306,32 @@ func TestIdentities(t *testing.T) {
 	i.OnX509ContextWatchError(errors.New("gone"))
 	if got, _ := i.of(id).GetX509SVID(); got != first || changes != 2 {
 		t.Error("an error changes nothing")
+	}
+	i.OnX509ContextWatchError(status.Error(codes.Unavailable, "the agent is stopping"))
+	if got, _ := i.of(id).GetX509SVID(); got != first || changes != 2 {
+		t.Error("an agent that goes away changes nothing")
+	}
+	// What a message leaves out is gone, and all of it when the entitlement ends.
+	i.OnX509ContextUpdate(contextOf(x509bundle.NewSet(), authority.Issue("/other")))
+	if _, err := i.of(id).GetX509SVID(); err == nil {
+		t.Error("an SVID that is not in the message is still used")
+	}
+	if _, err := i.GetX509BundleForTrustDomain(td); err == nil {
+		t.Error("a bundle that is not in the message is still used")
+	}
+	i.OnX509ContextUpdate(contextOf(set, first))
+	for range 2 {
+		i.OnX509ContextWatchError(status.Error(codes.PermissionDenied, "no identity issued"))
+	}
+	if _, err := i.of(id).GetX509SVID(); err == nil || changes != 5 {
+		t.Errorf("the SVID is used without entitlement: %v, %d changes", err, changes)
+	}
+	if _, err := i.GetX509BundleForTrustDomain(td); err == nil {
+		t.Error("the bundles are used without entitlement")
+	}
+	i.OnX509ContextUpdate(contextOf(set, first))
+	if got, _ := i.of(id).GetX509SVID(); got != first {
+		t.Error("entitled again, and it has no SVID")
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()

@@ -14,10 +14,13 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 )
 
 // identities are the newest SVIDs and bundles of the Workload API. What was received
-// stays when the API goes away (I12); an SVID ends by itself.
+// stays when the API goes away (I12), and goes when the API says that there is nothing
+// for this process any more; an SVID ends by itself.
 type identities struct {
 	log     *slog.Logger
 	changed func() // called after each update
@@ -88,11 +91,30 @@ func (i *identities) OnX509ContextUpdate(c *workloadapi.X509Context) {
 
 // OnX509ContextWatchError is told of each failed try. Part of workloadapi.X509ContextWatcher.
 func (i *identities) OnX509ContextWatchError(err error) {
+	if status.Code(err) == codes.PermissionDenied {
+		i.drop()
+		return
+	}
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	if !i.broken {
 		i.log.Warn("Workload API does not answer: going on with what it gave before", "error", err)
 		i.broken = true
+	}
+}
+
+// drop lets go of everything: this process is entitled to nothing any more (Workload
+// API 5.2.1).
+func (i *identities) drop() {
+	i.mu.Lock()
+	had := len(i.svids) > 0
+	if had {
+		i.log.Warn("the Workload API has no identity for this process any more: it stops to speak for one")
+		i.svids, i.bundles = map[spiffeid.ID]*x509svid.SVID{}, x509bundle.NewSet()
+	}
+	i.mu.Unlock()
+	if had {
+		i.changed()
 	}
 }
 

@@ -29,6 +29,7 @@ func TestStates(t *testing.T) {
 	}
 }
 
+// Requirements: 119, 121.
 func TestAcceptBundle(t *testing.T) {
 	b := func(sequence uint64, jwks string) *statev1.ForeignBundle {
 		return &statev1.ForeignBundle{TrustDomain: "trading.example", Sequence: sequence, Jwks: []byte(jwks)}

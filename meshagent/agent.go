@@ -58,6 +58,7 @@ type Agent struct {
 
 	diskMu sync.Mutex
 	known  *known
+	cache  *cache // nil: none
 
 	reportMu sync.Mutex
 	leaving  bool // the instances are withdrawn for good
@@ -140,6 +141,14 @@ func New(cfg *Config, opts Options) (*Agent, error) {
 	}
 	a.signer = a.client
 	a.metrics = newMetrics(opts.Registerer, a)
+	if a.cache, err = openCache(cfg); err != nil {
+		return nil, err
+	}
+	if a.cache != nil && a.known.cluster != nil {
+		if err := a.recallCache(); err != nil {
+			a.log.Warn("cannot take up what the agent held before; it serves when a CA node has answered", "error", err)
+		}
+	}
 	return a, nil
 }
 
@@ -299,6 +308,9 @@ func (a *Agent) work(ctx context.Context) error {
 	})
 	group.Go("SVIDs", a.keepEntries)
 	group.Go("JWT-SVIDs", a.keepJWTs)
+	if a.cache != nil {
+		group.Go("cache", a.keepCache)
+	}
 	if a.cfg.WorkloadAPI.WIT {
 		group.Go("WIT-SVIDs", a.keepWITs)
 	}

@@ -42,6 +42,7 @@ type Config struct {
 	Health      HealthConfig      `yaml:"health"`
 	Files       []FilesConfig     `yaml:"files"`
 	DNS         DNSConfig         `yaml:"dns"`
+	Cache       CacheConfig       `yaml:"cache"`
 	Admin       AdminConfig       `yaml:"admin"`
 	AccessLog   AccessLogConfig   `yaml:"accessLog"`
 	Log         LogConfig         `yaml:"log"`
@@ -138,14 +139,25 @@ type FilesConfig struct {
 	Combined    string `yaml:"combined"`
 	Bundle      string `yaml:"bundle"`
 	BundleMap   string `yaml:"bundleMap"`
+	// JWTs are JWT-SVIDs of the service, each in a file of its own with nothing else in it.
+	JWTs []JWTFileConfig `yaml:"jwts"`
 	// Owner and Group of the files, by name or number. Default: the agent's.
 	Owner string `yaml:"owner"`
 	Group string `yaml:"group"`
-	// Mode of the files that hold the key. Default 0600; others get none of it. The
+	// Mode of the files that hold the key or a JWT-SVID. Default 0600; others get none of it. The
 	// files that hold no secret have 0644.
 	Mode FileMode `yaml:"mode"`
 	// After every change this is run or signalled.
 	After AfterConfig `yaml:"after"`
+}
+
+// JWTFileConfig is a file with one JWT-SVID, written anew after half of its life.
+type JWTFileConfig struct {
+	yamlfile.Pos
+	// Path of the file, absolute. Required.
+	Path string `yaml:"path,required"`
+	// Audience of the token, one or more. Required.
+	Audience []string `yaml:"audience,required"`
 }
 
 // DNSConfig gives the services that this host may call names that resolve.
@@ -160,6 +172,15 @@ type DNSConfig struct {
 	// HTTPPort is where every service answers besides its own port, so that
 	// http://accounts.banking.example/ needs none. Default 80; -1: nowhere.
 	HTTPPort int `yaml:"httpPort,min=-1,max=65535"`
+}
+
+// CacheConfig has what the agent holds kept in DataDir, keys included, so that an
+// agent that is restarted while no CA can be reached serves at once.
+type CacheConfig struct {
+	yamlfile.Pos
+	// PassphraseFile seals it with the passphrase in this file, mode 0600. Empty:
+	// nothing is kept.
+	PassphraseFile string `yaml:"passphraseFile"`
 }
 
 // AfterConfig tells software that its files are other ones.
@@ -197,6 +218,9 @@ func (f *FilesConfig) Paths() (paths []string) {
 			paths = append(paths, path)
 		}
 	}
+	for _, jwt := range f.JWTs {
+		paths = append(paths, jwt.Path)
+	}
 	return paths
 }
 
@@ -210,7 +234,7 @@ func (c *Config) checkFiles() (errs yamlfile.Errors) {
 			refuse("service", "%v", err)
 		}
 		if len(f.Paths()) == 0 {
-			refuse("service", "nothing is to be written: give certificate, key, combined, bundle or bundleMap")
+			refuse("service", "nothing is to be written: give certificate, key, combined, bundle, bundleMap or jwts")
 		}
 		for _, path := range append(f.Paths(), f.After.PIDFile) {
 			if path != "" && (!filepath.IsAbs(path) || filepath.Clean(path) != path) {
@@ -223,11 +247,16 @@ func (c *Config) checkFiles() (errs yamlfile.Errors) {
 			}
 			written[path] = true
 		}
+		for _, jwt := range f.JWTs {
+			if err := CheckAudience(jwt.Audience); err != nil {
+				errs = append(errs, jwt.At("audience").Errorf("%v", err))
+			}
+		}
 		if f.Mode == 0 {
 			f.Mode = 0o600
 		}
 		if f.Mode&0o007 != 0 {
-			refuse("mode", "mode %04o lets every user of the host read the private key: give it to a group, as in 0640", uint32(f.Mode))
+			refuse("mode", "mode %04o lets every user of the host read the secret: give it to a group, as in 0640", uint32(f.Mode))
 		}
 		if f.After.Timeout == 0 {
 			f.After.Timeout = 30 * time.Second

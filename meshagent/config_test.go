@@ -42,6 +42,10 @@ func TestFilesConfig(t *testing.T) {
 		"{service: web, key: /x, after: {signal: KILL, pidFile: /p}}":              "KILL",
 		"{service: web, key: /x, after: {command: [a], signal: HUP, pidFile: /p}}": "one of them",
 		"{service: web, key: /x, after: {command: [a], timeout: 1ms}}":             "100ms",
+		"{service: web, jwts: [{path: /x}]}":                                       "audience",
+		"{service: web, jwts: [{path: x, audience: [a]}]}":                         "absolute",
+		"{service: web, key: /x, jwts: [{path: /x, audience: [a]}]}":               "twice",
+		"{service: web, jwts: [{path: /x, audience: ['']}]}":                       "audience",
 		"{service: web, kee: /x}":                                                  "kee",
 	} {
 		_, err := ReadConfig("agent.yaml", strings.NewReader(minimal+"files:\n- "+bad+"\n"))

@@ -92,20 +92,21 @@ func audienceKey(audience []string) (set []string, key string) {
 }
 
 // FetchJWT returns a JWT-SVID of an identity for a set of audiences (CheckAudience tells
-// which may be asked for), from memory or newly signed. A held one stays in use
-// until its end while the CA cannot be reached. It waits for the CA until ctx ends.
-func (a *Agent) FetchJWT(ctx context.Context, identity *Identity, audience []string) (string, error) {
+// which may be asked for), from memory or newly signed, and when to ask for a fresher
+// one. A held one stays in use until its end while the CA cannot be reached. It waits
+// for the CA until ctx ends.
+func (a *Agent) FetchJWT(ctx context.Context, identity *Identity, audience []string) (token string, renew time.Time, _ error) {
 	if err := CheckAudience(audience); err != nil {
-		return "", err
+		return "", time.Time{}, err
 	}
 	set, key := audienceKey(audience)
 	for range 3 { // a token that has ended when it arrives is asked for no more often
-		token, pending, err := a.jwts.get(identity, set, key, a.State().JWT, time.Now())
+		token, renew, pending, err := a.jwts.get(identity, set, key, a.State().JWT, time.Now())
 		switch {
 		case err != nil:
-			return "", fmt.Errorf("JWT-SVID of %s: %w", identity.ID, err)
+			return "", time.Time{}, fmt.Errorf("JWT-SVID of %s: %w", identity.ID, err)
 		case pending == nil:
-			return token, nil
+			return token, renew, nil
 		case token != "":
 			// Somebody is renewing it: worth a moment, and no more.
 			patience := time.NewTimer(jwtPatience)
@@ -113,24 +114,24 @@ func (a *Agent) FetchJWT(ctx context.Context, identity *Identity, audience []str
 			select {
 			case <-pending:
 			case <-patience.C:
-				return token, nil
+				return token, renew, nil
 			case <-ctx.Done():
-				return token, nil
+				return token, renew, nil
 			}
 		default:
 			select {
 			case <-pending:
 			case <-ctx.Done():
-				return "", ctx.Err()
+				return "", time.Time{}, ctx.Err()
 			}
 		}
 	}
-	return "", fmt.Errorf("JWT-SVID of %s: what the CA signs has ended when it arrives: compare the clocks of this host and the CA nodes", identity.ID)
+	return "", time.Time{}, fmt.Errorf("JWT-SVID of %s: what the CA signs has ended when it arrives: compare the clocks of this host and the CA nodes", identity.ID)
 }
 
-// get returns a token that is good, or a channel to wait on, or both when the token
-// is being renewed.
-func (j *jwts) get(identity *Identity, audience []string, key string, own *TokenBundle, now time.Time) (token string, pending chan struct{}, err error) {
+// get returns a token that is good and when it is to be renewed, or a channel to wait
+// on, or both when the token is being renewed.
+func (j *jwts) get(identity *Identity, audience []string, key string, own *TokenBundle, now time.Time) (token string, renew time.Time, pending chan struct{}, err error) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	entry := identity.Entry
@@ -141,33 +142,36 @@ func (j *jwts) get(identity *Identity, audience []string, key string, own *Token
 	}
 	if h == nil {
 		if h, err = j.add(identity, audience, key, now); err != nil {
-			return "", nil, err
+			return "", renew, nil, err
 		}
 	}
 	h.used = now
 	// Revoked is what no verifier in sync accepts any more.
 	good := h.token != "" && now.Add(jwtMargin).Before(h.expires) && own != nil && own.Keys[h.signer] != nil
 	if good {
-		token = h.token
+		token, renew = h.token, h.half
+		if renew.Before(h.retry) {
+			renew = h.retry
+		}
 	}
 	switch {
 	case good && now.Before(h.half):
-		return token, nil, nil
+		return token, renew, nil, nil
 	case h.pending != nil:
-		return token, h.pending, nil
+		return token, renew, h.pending, nil
 	case now.Before(h.retry):
 		if good {
-			return token, nil, nil
+			return token, renew, nil, nil
 		}
-		return "", nil, h.err
+		return "", renew, nil, h.err
 	}
 	if err := j.ask(h); err != nil {
 		if good {
-			return token, nil, nil
+			return token, renew, nil, nil
 		}
-		return "", nil, err
+		return "", renew, nil, err
 	}
-	return token, h.pending, nil
+	return token, renew, h.pending, nil
 }
 
 // ask puts a token into the queue of those to be signed.

@@ -13,6 +13,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
@@ -20,6 +21,7 @@ import (
 	"github.com/entente-mesh/entente/ca/client"
 	casigner "github.com/entente-mesh/entente/ca/signer"
 	"github.com/entente-mesh/entente/federation/bundle"
+	"github.com/entente-mesh/entente/internal/jwtsvid"
 	"github.com/entente-mesh/entente/internal/peer/peertest"
 )
 
@@ -45,8 +47,9 @@ func (f *fakeCA) rekey() {
 	authorities := map[statev1.KeyUse]*statev1.Authority{}
 	f.tokens.keys = map[statev1.KeyUse]crypto.Signer{}
 	f.tokens.signer = casigner.New(casigner.Config{
-		Active: func(use statev1.KeyUse) *statev1.Authority { return authorities[use] },
-		Clock:  func() casigner.Clock { return casigner.Clock{} },
+		TrustDomain: bank,
+		Active:      func(use statev1.KeyUse) *statev1.Authority { return authorities[use] },
+		Clock:       func() casigner.Clock { return casigner.Clock{} },
 	})
 	for _, use := range []statev1.KeyUse{statev1.KeyUse_KEY_USE_JWT, statev1.KeyUse_KEY_USE_WIT} {
 		key := peertest.NewKey()
@@ -156,7 +159,7 @@ func TestJWTIsHeldAndRenewed(t *testing.T) {
 		defer stop()
 		fetch := func(audience ...string) string {
 			t.Helper()
-			token, err := a.FetchJWT(t.Context(), accounts(a), audience)
+			token, _, err := a.FetchJWT(t.Context(), accounts(a), audience)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -186,7 +189,7 @@ func TestJWTWithoutCA(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, f, stop := jwtAgent(t, 5*time.Minute)
 		defer stop()
-		one, err := a.FetchJWT(t.Context(), accounts(a), []string{"a"})
+		one, _, err := a.FetchJWT(t.Context(), accounts(a), []string{"a"})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -195,7 +198,7 @@ func TestJWTWithoutCA(t *testing.T) {
 		f.set(func() { f.tokens.batch = nil })
 		begin := time.Now()
 		for range 100 {
-			if token, err := a.FetchJWT(t.Context(), accounts(a), []string{"a"}); err != nil || token != one {
+			if token, _, err := a.FetchJWT(t.Context(), accounts(a), []string{"a"}); err != nil || token != one {
 				t.Fatalf("%v", err)
 			}
 			time.Sleep(100 * time.Millisecond)
@@ -210,12 +213,12 @@ func TestJWTWithoutCA(t *testing.T) {
 		f.tokens.delay = 0
 		f.mu.Unlock()
 		time.Sleep(2 * time.Minute)
-		if _, err := a.FetchJWT(t.Context(), accounts(a), []string{"a"}); !errors.Is(err, client.ErrUnreachable) {
+		if _, _, err := a.FetchJWT(t.Context(), accounts(a), []string{"a"}); !errors.Is(err, client.ErrUnreachable) {
 			t.Errorf("a token that has ended: %v", err)
 		}
 		f.set(func() { f.fails = nil })
 		time.Sleep(retryEnded)
-		if token, err := a.FetchJWT(t.Context(), accounts(a), []string{"a"}); err != nil || token == one {
+		if token, _, err := a.FetchJWT(t.Context(), accounts(a), []string{"a"}); err != nil || token == one {
 			t.Errorf("after the CA came back: %v", err)
 		}
 	})
@@ -229,7 +232,7 @@ func TestJWTEndsWithWhatItRestsOn(t *testing.T) {
 		defer stop()
 		fetch := func() string {
 			t.Helper()
-			token, err := a.FetchJWT(t.Context(), accounts(a), []string{"a"})
+			token, _, err := a.FetchJWT(t.Context(), accounts(a), []string{"a"})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -259,18 +262,18 @@ func TestJWTOfLyingCA(t *testing.T) {
 		a, f, stop := jwtAgent(t, 5*time.Minute)
 		defer stop()
 		f.set(func() { f.tokens.as = "/ledger" })
-		if _, err := a.FetchJWT(t.Context(), accounts(a), []string{"a"}); err == nil {
+		if _, _, err := a.FetchJWT(t.Context(), accounts(a), []string{"a"}); err == nil {
 			t.Error("a token for another identity was taken")
 		}
 		f.set(func() { f.tokens.as = "" })
 		f.rekey() // and the agent does not hold them
 		time.Sleep(time.Minute)
-		if _, err := a.FetchJWT(t.Context(), accounts(a), []string{"a"}); err == nil {
+		if _, _, err := a.FetchJWT(t.Context(), accounts(a), []string{"a"}); err == nil {
 			t.Error("a token under an unknown key was taken")
 		}
 		holdKeys(a, f)
 		time.Sleep(time.Minute)
-		if _, err := a.FetchJWT(t.Context(), accounts(a), []string{"a"}); err != nil {
+		if _, _, err := a.FetchJWT(t.Context(), accounts(a), []string{"a"}); err != nil {
 			t.Errorf("control: %v", err)
 		}
 	})
@@ -288,7 +291,7 @@ func TestJWTBatchesAndBounds(t *testing.T) {
 		busy := 0
 		for i := range 200 {
 			group.Go(func() {
-				_, err := a.FetchJWT(t.Context(), accounts(a), []string{fmt.Sprint("a", i)})
+				_, _, err := a.FetchJWT(t.Context(), accounts(a), []string{fmt.Sprint("a", i)})
 				mu.Lock()
 				defer mu.Unlock()
 				if wait, ok := RetryAfter(err); ok && wait > 0 {
@@ -309,7 +312,7 @@ func TestJWTBatchesAndBounds(t *testing.T) {
 		f.tokens.delay = 0
 		f.mu.Unlock()
 		for i := range maxJWTsPerEntry + 50 {
-			if _, err := a.FetchJWT(t.Context(), accounts(a), []string{fmt.Sprint("b", i)}); err != nil {
+			if _, _, err := a.FetchJWT(t.Context(), accounts(a), []string{fmt.Sprint("b", i)}); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -332,7 +335,7 @@ func TestJWTAudience(t *testing.T) {
 		a, f, stop := jwtAgent(t, time.Hour)
 		defer stop()
 		for _, audience := range [][]string{nil, {}, {""}, {"a", ""}, {"a\x00b"}, {strings.Repeat("a", 5000)}, make([]string, 17)} {
-			if _, err := a.FetchJWT(t.Context(), accounts(a), audience); err == nil {
+			if _, _, err := a.FetchJWT(t.Context(), accounts(a), audience); err == nil {
 				t.Errorf("audience %.40q was taken", audience)
 			}
 		}
@@ -385,10 +388,78 @@ func BenchmarkFetchJWTHeld(b *testing.B) {
 	go func() { done <- a.keepJWTs(ctx) }()
 	identity := accounts(a)
 	for b.Loop() {
-		if _, err := a.FetchJWT(ctx, identity, []string{"a"}); err != nil {
+		if _, _, err := a.FetchJWT(ctx, identity, []string{"a"}); err != nil {
 			b.Fatal(err)
 		}
 	}
 	cancel()
 	<-done
+}
+
+// A key of a bundle is for one kind of SVID: what it is handed on as, and what it
+// verifies.
+// Requirements: 68, 71, 94, 126, 180, 185, T11.
+func TestKeysAreKeptApart(t *testing.T) {
+	authority := peertest.NewAuthority(trade)
+	key := func(id string) bundle.Key {
+		spki, err := x509.MarshalPKIXPublicKey(peertest.NewKey().Public())
+		if err != nil {
+			t.Fatal(err)
+		}
+		k, err := bundle.NewKey(id, spki)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return k
+	}
+	whole := &bundle.Bundle{TrustDomain: trade, X509: []*x509.Certificate{authority.Cert}, JWT: []bundle.Key{key("j")}, WIT: []bundle.Key{key("w")}, Sequence: 7}
+	text, err := whole.Marshal()
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &State{Foreign: map[spiffeid.TrustDomain]*x509bundle.Bundle{}, foreignJWT: map[spiffeid.TrustDomain]*TokenBundle{}, foreignWIT: map[spiffeid.TrustDomain]*TokenBundle{}}
+	if err := s.takeForeign(trade, text); err != nil {
+		t.Fatal(err)
+	}
+	if got := s.Foreign[trade]; len(got.X509Authorities()) != 1 || !got.HasX509Authority(authority.Cert) {
+		t.Errorf("X.509: %v", got.X509Authorities())
+	}
+	for name, test := range map[string]struct {
+		bundle   *TokenBundle
+		id       string
+		jwt, wit int
+	}{"JWT": {s.foreignJWT[trade], "j", 1, 0}, "WIT": {s.foreignWIT[trade], "w", 0, 1}} {
+		if len(test.bundle.Keys) != 1 || test.bundle.Keys[test.id] == nil {
+			t.Errorf("%s: verifies with %v", name, test.bundle.Keys)
+		}
+		b, skipped, err := bundle.Parse(trade, test.bundle.JWKS)
+		if err != nil || len(skipped) > 0 || len(b.X509) != 0 || len(b.JWT) != test.jwt || len(b.WIT) != test.wit {
+			t.Errorf("%s: handed on as %s", name, test.bundle.JWKS)
+		}
+	}
+
+	// Who federates gets the JWT keys, and the WIT keys of a relationship that has them;
+	// each verifies its own domain's tokens only.
+	gateway := entry("gateway/gw", "/entente/gateway/gw", 1)
+	gateway.Role, gateway.FederatesWith = statev1.Role_ROLE_GATEWAY, []string{"trading.example"}
+	for _, wit := range []bool{false, true} {
+		s.witPeers = map[string]bool{"trading.example": wit, "banking.example": true}
+		identity, err := s.identify(gateway, bank, "h1")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(identity.FederatedJWT) != 1 || (len(identity.FederatedWIT) == 1) != wit {
+			t.Errorf("a relationship with WIT keys: %v; %d JWT, %d WIT", wit, len(identity.FederatedJWT), len(identity.FederatedWIT))
+		}
+		s.JWT = &TokenBundle{TrustDomain: bank, Keys: jwtsvid.Keys{"own": nil}}
+		for td, want := range map[string]string{"banking.example": "own", "trading.example": "j", "clearing.example": ""} {
+			keys, ok := s.JWTKeys([]*Identity{identity})(spiffeid.RequireTrustDomainFromString(td))
+			if _, has := keys[want]; ok != (want != "") || ok && (!has || len(keys) != 1) {
+				t.Errorf("keys of %s: %v", td, keys)
+			}
+		}
+		if keys, ok := s.JWTKeys(nil)(trade); ok {
+			t.Errorf("who federates with nobody verifies with %v", keys)
+		}
+	}
 }

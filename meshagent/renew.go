@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"runtime/debug"
 	"slices"
 	"time"
 
@@ -22,6 +23,9 @@ import (
 const (
 	// maxBatch SVIDs are asked for at a time; the client splits them as the door demands.
 	maxBatch = 500
+
+	// manyAtOnce is of how many SVIDs in a row the garbage is worth being collected for.
+	manyAtOnce = 1000
 
 	retryFirst = 100 * time.Millisecond
 	retryMost  = 30 * time.Second
@@ -328,6 +332,12 @@ func (a *Agent) keepEntries(ctx context.Context) error {
 			}
 			return identity.SVID
 		},
+		ends: func(identity *Identity) (end time.Time) {
+			if identity.SVID != nil {
+				end = identity.SVID.Certificates[0].NotAfter
+			}
+			return end
+		},
 		renew: a.renew,
 	})
 }
@@ -336,6 +346,7 @@ func (a *Agent) keepEntries(ctx context.Context) error {
 type renewal struct {
 	bundle func(*State) any                                       // what its SVIDs are verified with
 	void   func(s *State, identity *Identity, now time.Time) bool // the one that is held does not verify any more
+	ends   func(*Identity) time.Time                              // zero: none is held
 	renew  func(context.Context, []*slot)
 
 	// tainted is the SVID that is held if it was issued under a TAINTED authority, else nil.
@@ -347,6 +358,7 @@ type renewal struct {
 func (a *Agent) keepSVIDs(ctx context.Context, kind renewal) error {
 	slots := map[string]*slot{}
 	var bundle any // of the state before: when it has changed, SVIDs may have become void
+	burst := 0     // SVIDs that were asked for without a pause
 	for {
 		state := a.State()
 		now := time.Now()
@@ -358,6 +370,10 @@ func (a *Agent) keepSVIDs(ctx context.Context, kind renewal) error {
 		for _, identity := range state.Identities {
 			entry := identity.Entry
 			s := slots[entry.GetId()]
+			if ends := kind.ends(identity); s == nil && !ends.IsZero() { // of the cache
+				s = &slot{entryID: entry.GetId(), id: identity.ID, revision: entry.GetRevision(), due: halfTime(ends, now), ends: ends}
+				slots[entry.GetId()] = s
+			}
 			if s == nil || s.id != identity.ID || s.revision != entry.GetRevision() {
 				s = &slot{entryID: entry.GetId(), id: identity.ID, revision: entry.GetRevision(), due: now}
 				slots[entry.GetId()] = s
@@ -388,12 +404,20 @@ func (a *Agent) keepSVIDs(ctx context.Context, kind renewal) error {
 			slices.SortFunc(due, func(x, y *slot) int {
 				return cmp.Or(x.ends.Compare(y.ends), cmp.Compare(x.entryID, y.entryID))
 			})
-			kind.renew(ctx, due[:min(len(due), maxBatch)])
+			due = due[:min(len(due), maxBatch)]
+			kind.renew(ctx, due)
 			if ctx.Err() != nil {
 				return ctx.Err()
 			}
+			burst += len(due)
 			continue
 		}
+		if burst >= manyAtOnce {
+			// What a start or a taint took is as much again as what it leaves, and hours may
+			// pass before so much is needed next: the host's workloads get it back.
+			debug.FreeOSMemory()
+		}
+		burst = 0
 
 		timer := time.NewTimer(next.Sub(now))
 		select {

@@ -402,6 +402,7 @@ func TestPauses(t *testing.T) {
 }
 
 // What the CA sends is taken as far as it is for this host.
+// Requirements: 104, 126.
 func TestView(t *testing.T) {
 	authority, foreign := peertest.NewAuthority(bank), peertest.NewAuthority(trade)
 	view := func(revision uint64, entries ...*statev1.Entry) *client.View {

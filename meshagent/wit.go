@@ -26,6 +26,12 @@ func (a *Agent) keepWITs(ctx context.Context) error {
 			}
 			return s.WIT == nil || s.WIT.Keys[identity.WIT.keyID] == nil
 		},
+		ends: func(identity *Identity) (end time.Time) {
+			if identity.WIT != nil {
+				end = identity.WIT.Expires
+			}
+			return end
+		},
 		renew: a.renewWITs,
 		// Re-issue is for X.509: a WIT key's authority that was tainted leaves with its bundle.
 		tainted: func(*State, *Identity) *x509svid.SVID { return nil },

@@ -57,7 +57,7 @@ eastwest-gateway:        ca/client
                          federation/catalog federation/origin
 eastwest-gateway/edge:   internal/yamlfile internal/refusal
 
-meshagent:               ca ca/client federation/bundle
+meshagent:               ca ca/client ca/keystore federation/bundle
                          meshagent/nodeattest meshagent/workloadattest
                          internal/peer internal/jwtsvid internal/daemon internal/yamlfile
 meshagent/nodeattest:    ca ca/client internal/daemon
@@ -67,7 +67,7 @@ meshagent/sds:           meshagent meshagent/workloadattest
 meshagent/admin:         meshagent meshagent/workloadattest internal/daemon
 meshagent/names:         internal/daemon
 meshagent/files:         meshagent federation/bundle internal/daemon
-meshagent/sidecar:       internal/dataplane federation/catalog federation/origin internal/peer internal/refusal
+meshagent/sidecar:       internal/dataplane internal/daemon federation/catalog federation/origin internal/peer internal/refusal
 
 internal/dataplane:      internal/dataplane/* federation/catalog federation/origin internal/peer internal/refusal
 internal/dataplane/*:    internal/refusal
@@ -76,6 +76,7 @@ internal/peer/peertest:
 internal/jwtsvid:
 internal/gossip:
 internal/daemon:
+internal/daemon/daemontest:
 internal/simnet:
 internal/yamlfile:
 internal/refusal:
@@ -93,9 +94,10 @@ go.etcd.io/bbolt:                 ca/replica
 github.com/hashicorp/memberlist:  internal/gossip
 github.com/envoyproxy:            meshagent/sds
 github.com/miekg/dns:             meshagent/names
+github.com/miekg/pkcs11:          ca/keystore
 google.golang.org/grpc:           api/entente/v1
                                   ca/server ca/client ca/node federation/exchange
-                                  meshagent/workloadapi meshagent/sds
+                                  meshagent/workloadapi meshagent/sds eastwest-gateway
                                   cmd/*
                                   ca/catest scenarios scenarios/*
 `

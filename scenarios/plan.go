@@ -42,6 +42,10 @@ const (
 	hostEdge
 )
 
+// A rehearsal's keys are plain files. Its agents, which are not root, look at the
+// gateways' executables, and it measures everybody's memory.
+const debuggable = "--debuggable"
+
 // Slots that are tried: third octet of every address.
 const maxSlots = 64
 
@@ -359,7 +363,7 @@ func (p *plan) addCA(td *TrustDomain, dc string) {
 	c.Log = quiet
 	u.config, u.admin, u.door = c, c.Listen.Admin, c.Listen.API
 	u.listens = []string{c.Listen.Raft, c.Listen.API, c.Listen.Bundle, c.Listen.Admin}
-	u.args = []string{"ca", "run"}
+	u.args = []string{"ca", "run", debuggable}
 }
 
 // caAddresses are the APIs of a domain's CA nodes, those of the datacenter first.
@@ -399,7 +403,7 @@ func (p *plan) addAgent(td *TrustDomain, dc string) {
 	c.Log = quiet
 	u.config, u.admin, u.door, u.access = c, c.Admin.Listen, c.Sidecar.Inbound, c.AccessLog.File
 	u.listens = []string{c.Sidecar.Inbound, c.Admin.Listen}
-	u.args = []string{"agent", "run"}
+	u.args = []string{"agent", "run", debuggable}
 }
 
 func gatewayName(dc string) string { return "gw-" + dc }
@@ -425,7 +429,7 @@ func (p *plan) gatewayConfig(td *TrustDomain, dc string, u *unit, name string, r
 	c.AccessLog.File = filepath.Join(u.dir, "access.jsonl")
 	u.admin, u.access = c.Admin.Listen, c.AccessLog.File
 	u.listens = []string{u.admin}
-	u.args = []string{"gateway", "run"}
+	u.args = []string{"gateway", "run", debuggable}
 	return c
 }
 

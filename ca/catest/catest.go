@@ -38,6 +38,7 @@ type Options struct {
 	Name        string         // of the (first) node; default "ca-1"
 	Datacenter  string         // default "dc1"
 	Lifetimes   node.Lifetimes // zero: the defaults
+	Upstream    node.Upstream  // zero: authorities sign themselves
 	Verbose     bool           // the node's log goes to the test's
 }
 
@@ -108,6 +109,7 @@ func Prepare(t testing.TB, o Options) *CA {
 		Listen:      node.Listen{Raft: freeAddress(t), API: freeAddress(t), Bundle: freeAddress(t), Admin: "127.0.0.1:0"},
 		Keys:        node.Keys{InsecureDev: true},
 		Lifetimes:   o.Lifetimes,
+		Upstream:    o.Upstream,
 		Timing:      node.Timing{Heartbeat: 250 * time.Millisecond},
 	}}
 	t.Cleanup(c.Stop)
@@ -151,7 +153,7 @@ func freeAddress(t testing.TB) string {
 // Join starts another node of the same cluster and returns when it signs and votes.
 func (c *CA) Join(name, datacenter string) *CA {
 	c.t.Helper()
-	other := Prepare(c.t, Options{TrustDomain: c.config.TrustDomain, Name: name, Datacenter: datacenter, Lifetimes: c.config.Lifetimes, Verbose: c.verbose})
+	other := Prepare(c.t, Options{TrustDomain: c.config.TrustDomain, Name: name, Datacenter: datacenter, Lifetimes: c.config.Lifetimes, Upstream: c.config.Upstream, Verbose: c.verbose})
 	token := c.NodeToken(name, datacenter)
 	if err := node.Join(c.t.Context(), other.config, token); err != nil {
 		c.t.Fatal(err)

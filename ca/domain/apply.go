@@ -86,6 +86,9 @@ func (a *application) run(cmd *statev1.Command) *Refusal {
 		return refuse(CodeCAS, "the catalogue is at revision %s, the change was made for %s: read it again and repeat",
 			ca.Revision(a.catalogue), ca.Revision(cmd.GetIfRevision()))
 	}
+	if refusal := a.Admits(cmd); refusal != nil {
+		return refusal
+	}
 	if path := cmd.GetPrincipal(); path != "" {
 		if refusal := a.Administrator(path).MayCarryOut(cmd); refusal != nil {
 			return refusal
@@ -114,6 +117,10 @@ func (a *application) run(cmd *statev1.Command) *Refusal {
 		return a.activateAuthority(body.ActivateAuthority)
 	case *statev1.Command_ApplyObjects:
 		return a.applyObjects(body.ApplyObjects)
+	case *statev1.Command_StageObjects:
+		return a.stageObjects(body.StageObjects)
+	case *statev1.Command_ApplyStaged:
+		return a.applyStaged(body.ApplyStaged)
 	case *statev1.Command_StoreForeignBundle:
 		return a.storeForeignBundle(body.StoreForeignBundle)
 	case *statev1.Command_TaintAuthority:
@@ -200,6 +207,7 @@ func (a *application) init(c *statev1.Init) *Refusal {
 		return refuse(CodeInvalid, "a new cluster was not recovered, and keeps at most %d voters", maxMinVoters)
 	}
 	cluster = proto.CloneOf(cluster)
+	cluster.FeatureLevel = m.GetFeatureLevel()
 	cluster.TrustDomain = td.Name()
 	tables, err := compile(td, cluster.GetDev(), nil)
 	if err != nil {
@@ -351,13 +359,18 @@ func (a *application) joinMember(c *statev1.JoinMember) *Refusal {
 	case known:
 		return refuse(CodeMemberExists, "the key belongs to member %s already", have.GetName())
 	}
-	// Name, place and rights are the operator's; only the addresses are its own word.
+	// Name, place and rights are the operator's; only the addresses and what its software
+	// knows are its own word.
 	m := &statev1.Member{
 		Id: keyID, Name: grant.GetName(), Datacenter: grant.GetDatacenter(), Voter: grant.GetVoter(), Signing: grant.GetSigning(),
 		RaftAddress: c.GetMember().GetRaftAddress(), ApiAddress: c.GetMember().GetApiAddress(),
+		FeatureLevel: c.GetMember().GetFeatureLevel(),
 	}
 	if err := checkMember(m); err != nil {
 		return invalid(err)
+	}
+	if refusal := a.tooOld(m); refusal != nil {
+		return refusal
 	}
 	for _, other := range a.authorities.rows {
 		if other.GetMemberId() == keyID && !ca.MayMove(other.GetPhase(), statev1.AuthorityPhase_AUTHORITY_PHASE_TAINTED) {
@@ -396,8 +409,14 @@ func (a *application) updateMember(c *statev1.UpdateMember) *Refusal {
 	}
 	m := proto.CloneOf(have)
 	m.RaftAddress, m.ApiAddress = c.GetRaftAddress(), c.GetApiAddress()
+	if c.GetFeatureLevel() != 0 {
+		m.FeatureLevel = c.GetFeatureLevel()
+	}
 	if proto.Equal(have, m) {
 		return nil
+	}
+	if refusal := a.tooOld(m); refusal != nil {
+		return refusal
 	}
 	if err := checkMember(m); err != nil {
 		return invalid(err)
@@ -407,6 +426,7 @@ func (a *application) updateMember(c *statev1.UpdateMember) *Refusal {
 	}
 	put(a, &a.members, m.GetId(), m)
 	a.changed(ChangeMembers, m.GetId())
+	a.raiseLevel()
 	return nil
 }
 
@@ -429,6 +449,7 @@ func (a *application) removeMember(c *statev1.RemoveMember) *Refusal {
 	}
 	drop(a, &a.members, m.GetId())
 	a.changed(ChangeMembers, m.GetId())
+	a.raiseLevel()
 	// Nothing that a stolen key signed is accepted for a moment longer.
 	to := statev1.AuthorityPhase_AUTHORITY_PHASE_RETIRED
 	if c.GetCompromised() {
@@ -450,7 +471,8 @@ func (a *application) prepareAuthority(c *statev1.PrepareAuthority) *Refusal {
 	p := c.GetAuthority()
 	if have, ok := a.authorities.get(p.GetId()); ok {
 		if have.GetMemberId() == p.GetMemberId() && have.GetUse() == p.GetUse() &&
-			bytes.Equal(have.GetPublicKey(), p.GetPublicKey()) && bytes.Equal(have.GetCertificate(), p.GetCertificate()) {
+			bytes.Equal(have.GetPublicKey(), p.GetPublicKey()) && bytes.Equal(have.GetCertificate(), p.GetCertificate()) &&
+			bytes.Equal(have.GetUpstream(), p.GetUpstream()) {
 			return nil
 		}
 		return refuse(CodeExists, "the key %.64s is an authority already", p.GetId())
@@ -467,8 +489,14 @@ func (a *application) prepareAuthority(c *statev1.PrepareAuthority) *Refusal {
 		if n := len(p.GetCertificate()); n == 0 || n > 4<<10 {
 			return refuse(CodeInvalid, "authority certificate has %d bytes, not 1 to %d", n, 4<<10)
 		}
+		if n := len(p.GetUpstream()); n > 4<<10 || (n == 0) != (p.GetUpstreamNotAfter() == 0) {
+			return refuse(CodeInvalid, "upstream certificate has %d bytes, over %d, or does not come with its end", n, 4<<10)
+		}
+		if len(p.GetUpstream()) > 0 && p.GetNotAfter() > p.GetUpstreamNotAfter() {
+			return refuse(CodeInvalid, "authority would outlive its upstream, which ends at %d", p.GetUpstreamNotAfter())
+		}
 	case statev1.KeyUse_KEY_USE_JWT, statev1.KeyUse_KEY_USE_WIT:
-		if len(p.GetCertificate()) != 0 {
+		if len(p.GetCertificate()) != 0 || len(p.GetUpstream()) != 0 || p.GetUpstreamNotAfter() != 0 {
 			return refuse(CodeInvalid, "only an X.509 authority has a certificate")
 		}
 	default:
@@ -513,6 +541,7 @@ func (a *application) prepareAuthority(c *statev1.PrepareAuthority) *Refusal {
 		Id: p.GetId(), MemberId: p.GetMemberId(), Use: p.GetUse(),
 		PublicKey: bytes.Clone(p.GetPublicKey()), Certificate: bytes.Clone(p.GetCertificate()),
 		NotBefore: p.GetNotBefore(), NotAfter: p.GetNotAfter(),
+		Upstream: bytes.Clone(p.GetUpstream()), UpstreamNotAfter: p.GetUpstreamNotAfter(),
 		Phase:    statev1.AuthorityPhase_AUTHORITY_PHASE_PREPARED,
 		Revision: a.rev, PreparedRevision: a.rev,
 	}
@@ -606,6 +635,7 @@ func (a *application) tick(c *statev1.Tick) *Refusal {
 		a.bundleChanged()
 	}
 	a.forgetDistrust()
+	a.forgetStaged()
 	a.revokeAbsent()
 	return nil
 }

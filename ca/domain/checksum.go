@@ -67,7 +67,12 @@ func hashRecord(record any) [4]uint64 {
 	e := encoder{b: make([]byte, 0, 512)}
 	e.b = append(e.b, ChecksumFormat)
 	e.record(record)
-	sum := sha256.Sum256(e.b)
+	return hashEncoding(e.b)
+}
+
+// hashEncoding hashes a record's encoding, which the format stands in front of.
+func hashEncoding(b []byte) [4]uint64 {
+	sum := sha256.Sum256(b)
 	var limbs [4]uint64
 	for i := range limbs {
 		limbs[i] = binary.LittleEndian.Uint64(sum[8*i:])
@@ -94,6 +99,15 @@ func (e *encoder) yes(b bool) {
 	}
 }
 
+// level stands at the end of a record; one that has none is encoded as before there were
+// levels.
+func (e *encoder) level(n uint32) {
+	if n != 0 {
+		e.kind('L')
+		e.number(uint64(n))
+	}
+}
+
 func encodeList[T any](e *encoder, list []T, one func(*encoder, T)) {
 	e.number(uint64(len(list)))
 	for _, item := range list {
@@ -117,7 +131,7 @@ func (e *encoder) record(record any) {
 		e.number(uint64(l.GetJwtSvidSeconds()))
 		e.number(uint64(l.GetWitSvidSeconds()))
 		// A record that does not use these is encoded as it was before they existed.
-		if len(r.GetRecoveryKey()) == 0 && r.GetMinVoters() == 0 && r.GetRecovery() == nil {
+		if len(r.GetRecoveryKey()) == 0 && r.GetMinVoters() == 0 && r.GetRecovery() == nil && r.GetFeatureLevel() == 0 {
 			return
 		}
 		e.bytes(r.GetRecoveryKey())
@@ -129,6 +143,7 @@ func (e *encoder) record(record any) {
 			encodeList(e, recovery.GetAbsent(), func(e *encoder, m *statev1.Member) { e.record(m) })
 			e.time(recovery.GetRevokeAt())
 		}
+		e.level(r.GetFeatureLevel())
 	case *statev1.Member:
 		e.kind('M')
 		e.text(r.GetId())
@@ -138,6 +153,7 @@ func (e *encoder) record(record any) {
 		e.text(r.GetApiAddress())
 		e.yes(r.GetVoter())
 		e.yes(r.GetSigning())
+		e.level(r.GetFeatureLevel())
 	case *statev1.Authority:
 		e.kind('A')
 		e.text(r.GetId())
@@ -154,6 +170,10 @@ func (e *encoder) record(record any) {
 		e.texts(r.GetAssumed())
 		e.yes(r.GetDrained())
 		e.texts(r.GetAssumedDrained())
+		if len(r.GetUpstream()) > 0 || r.GetUpstreamNotAfter() != 0 {
+			e.bytes(r.GetUpstream())
+			e.time(r.GetUpstreamNotAfter())
+		}
 	case *statev1.Token:
 		e.kind('T')
 		e.text(r.GetId())
@@ -194,7 +214,7 @@ func (e *encoder) record(record any) {
 			e.texts(r.GetPathPrefixes())
 			e.text(r.GetCertificate())
 		}
-	case *statev1.Entry:
+	case *statev1.Entry: // decodeEntry and viewEntry read it
 		e.kind('E')
 		e.text(r.GetId())
 		e.text(r.GetPath())
@@ -227,6 +247,13 @@ func (e *encoder) record(record any) {
 		e.text(r.GetOwner())
 		e.number(r.GetRevision())
 		e.text(r.GetSource())
+	case *statev1.Staged:
+		e.kind('P')
+		e.bytes(r.GetId())
+		e.number(uint64(r.GetPart()))
+		encodeList(e, r.GetObjects().GetUpserts(), func(e *encoder, o *statev1.Object) { e.record(o) })
+		encodeList(e, r.GetObjects().GetDeletes(), func(e *encoder, k *statev1.ObjectKey) { e.text(k.GetKind()); e.text(k.GetName()) })
+		e.time(r.GetNotAfter())
 	case *statev1.ForeignBundle:
 		e.kind('F')
 		e.text(r.GetTrustDomain())

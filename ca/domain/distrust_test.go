@@ -16,6 +16,7 @@ func (w *world) phase(id string) statev1.AuthorityPhase {
 }
 
 // The legal order of an authority's end, and every step out of order refused.
+// Requirements: 116.
 func TestTaintAndRevoke(t *testing.T) {
 	w := newWorld(t)
 	a := w.authority("n1", "k1")

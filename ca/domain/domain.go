@@ -10,9 +10,9 @@
 package domain
 
 import (
+	"bytes"
 	"cmp"
 	"iter"
-	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -37,14 +37,16 @@ type State struct {
 	authorities table[*statev1.Authority]
 	tokens      table[*statev1.Token]
 	agents      table[*statev1.Agent]
-	entries     table[*statev1.Entry]
+	entries     entryTable
 	objects     table[*statev1.Object] // by Kind/name
 	foreign     table[*statev1.ForeignBundle]
 	distrust    table[*statev1.Distrust]
+	staged      table[*statev1.Staged] // by stageKey
 
-	agentByKey map[string]string              // key id -> agent name
-	onHost     map[string]map[string]struct{} // agent name -> ids of its entries
-	tables     *catalog.Tables                // of objects
+	agentByKey map[string]string // key id -> agent name
+	tables     *catalog.Tables   // of objects
+
+	stagedBytes int // of staged
 
 	history history
 }
@@ -60,10 +62,7 @@ type scalars struct {
 
 // New is the state before Init.
 func New() *State {
-	return &State{
-		agentByKey: map[string]string{},
-		onHost:     map[string]map[string]struct{}{},
-	}
+	return &State{agentByKey: map[string]string{}}
 }
 
 // Applied is the log index of the last command.
@@ -124,12 +123,19 @@ func (s *State) Active(memberID string, use statev1.KeyUse) (*statev1.Authority,
 	return nil, false
 }
 
-// OwnBundle holds the X.509 authorities of the domain's bundle, DER, by authority id,
-// and the bundle's sequence.
+// OwnBundle holds the certificates of the domain's bundle, DER, by authority id, and the
+// bundle's sequence. Authorities that an upstream certified are there by their root, once.
 func (s *State) OwnBundle() (x509 [][]byte, sequence uint64) {
 	for _, a := range s.authorities.sorted() {
-		if a.GetUse() == statev1.KeyUse_KEY_USE_X509 && ca.InBundle(a.GetPhase()) {
-			x509 = append(x509, a.GetCertificate())
+		if a.GetUse() != statev1.KeyUse_KEY_USE_X509 || !ca.InBundle(a.GetPhase()) {
+			continue
+		}
+		root := a.GetUpstream()
+		if len(root) == 0 {
+			root = a.GetCertificate()
+		}
+		if !slices.ContainsFunc(x509, func(have []byte) bool { return bytes.Equal(have, root) }) {
+			x509 = append(x509, root)
 		}
 	}
 	return x509, s.bundle
@@ -188,24 +194,26 @@ func (s *State) AgentByKey(keyID string) (*statev1.Agent, bool) {
 	return s.agents.get(name)
 }
 
-// Entries are all registration entries, in no order, for as long as the lock is held.
-func (s *State) Entries() iter.Seq[*statev1.Entry] { return slices.Values(s.entries.rows) }
+// EntriesAfter are the registration entries whose id is after a given one, by id, for
+// as long as the lock is held. Each is decoded when it is asked for.
+func (s *State) EntriesAfter(id string) iter.Seq[*statev1.Entry] { return s.entries.from(id) }
 
 // EntryCount is the number of registration entries.
-func (s *State) EntryCount() int { return len(s.entries.rows) }
+func (s *State) EntryCount() int { return s.entries.len() }
 
 // Entry is the registration entry with that id.
 func (s *State) Entry(id string) (*statev1.Entry, bool) { return s.entries.get(id) }
 
 // EntriesOnHost are the entries that an agent may hold, by id. Its cost is that of
 // the host's entries.
-func (s *State) EntriesOnHost(agent string) []*statev1.Entry {
-	ids := slices.Sorted(maps.Keys(s.onHost[agent]))
-	entries := make([]*statev1.Entry, len(ids))
-	for i, id := range ids {
-		entries[i], _ = s.entries.get(id)
-	}
-	return entries
+func (s *State) EntriesOnHost(agent string) []*statev1.Entry { return s.entries.onHostOf(agent) }
+
+// EntryCountOnHost is the number of entries that an agent may hold.
+func (s *State) EntryCountOnHost(agent string) int { return s.entries.countOnHost(agent) }
+
+// LongestLeaf is the longest life of any SVID that the domain issues now.
+func (s *State) LongestLeaf() time.Duration {
+	return max(s.lifetimes.X509SVID, s.lifetimes.AgentSVID, s.entries.longest(s.lifetimes))
 }
 
 // Objects are all objects of the catalogue, by key (ObjectKey).

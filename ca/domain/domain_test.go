@@ -290,6 +290,7 @@ func TestRemoveMember(t *testing.T) {
 	}
 }
 
+// Requirements: 98, 116.
 func TestAuthorities(t *testing.T) {
 	w := newWorld(t)
 	good := w.authority("n1", "k1")
@@ -435,7 +436,7 @@ func TestApplyObjects(t *testing.T) {
 	moved := service("accounts", "h1", "h2")
 	moved.Source = "banking.yaml:9"
 	w.must(objects(moved))
-	if same, _ := w.s.Entry("service/accounts"); same != e {
+	if same, _ := w.s.Entry("service/accounts"); !proto.Equal(same, e) {
 		t.Errorf("entry %v", same)
 	}
 	// A changed place names the hosts before and after.
@@ -524,6 +525,7 @@ func TestCompareAndSwap(t *testing.T) {
 }
 
 // I8: never back, also not by a repeat or beside a conflicting one.
+// Requirements: 118, 119.
 func TestStoreForeignBundle(t *testing.T) {
 	w := newWorld(t)
 	w.refused(foreign("trading.example", "{}", 1), CodeNotFound)

@@ -51,7 +51,6 @@ func (a *application) changeEntries(c *statev1.ChangeEntries) *Refusal {
 		}
 		if e != nil {
 			e.Revision = a.rev
-			intern(e)
 		}
 		a.setEntry(id, e)
 	}

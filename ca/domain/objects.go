@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/protobuf/proto"
@@ -16,7 +17,10 @@ import (
 	"github.com/entente-mesh/entente/federation/catalog"
 )
 
-const maxLabelText = 1 << 10 // owner, source
+const (
+	maxLabelText    = 1 << 10 // owner, source
+	relationshipKey = "Relationship/"
+)
 
 // applyObjects changes the catalogue as a whole or not at all, and derives the
 // entries that follow.
@@ -42,7 +46,7 @@ func (a *application) applyObjects(c *statev1.ApplyObjects) *Refusal {
 		a.setEntry(id, change.entries[id])
 	}
 	for _, td := range a.foreign.sorted() {
-		if _, ok := a.objects.get("Relationship/" + td.GetTrustDomain()); !ok {
+		if _, ok := a.objects.get(relationshipKey + td.GetTrustDomain()); !ok {
 			drop(a, &a.foreign, td.GetTrustDomain()) // trust ended; so does what it rested on
 			a.changed(ChangeForeignBundle, td.GetTrustDomain())
 		}
@@ -102,42 +106,43 @@ func (a *application) plan(c *statev1.ApplyObjects) (change catalogueChange, ref
 	if len(change.objects) == 0 {
 		return change, nil
 	}
-	after := a.after(change.objects)
-	tables, err := compile(a.td, a.Cluster().GetDev(), after)
+	tables, err := a.tables.Update(change.objects, func() []*statev1.Object { return a.after(change.objects) })
 	if err != nil {
 		return change, invalid(err)
 	}
 	change.tables = tables
-	if refusal := a.derive(&change, after); refusal != nil {
+	if refusal := a.derive(&change); refusal != nil {
 		return change, refusal
 	}
 	return change, cmp.Or(a.identitiesTaken(&change), a.roomForDistrust(change.entries))
 }
 
 // identitiesTaken refuses a service whose identity an entry that is declared by itself
-// has: the workload of that entry would be taken for the service.
+// has: the workload of that entry would be taken for the service. Only an identity that
+// is new to its service is looked for, since that looks at every entry.
 func (a *application) identitiesTaken(change *catalogueChange) *Refusal {
 	paths := map[string]string{}
 	for id, e := range change.entries {
-		if e != nil {
+		if e == nil {
+			continue
+		}
+		if have, ok := a.entries.get(id); !ok || have.GetPath() != e.GetPath() {
 			paths[e.GetPath()] = id
 		}
 	}
 	if len(paths) == 0 {
 		return nil
 	}
-	taken := ""
-	for _, e := range a.entries.rows {
-		// The first by name, so that every replica says the same.
-		if _, ok := paths[e.GetPath()]; ok && Declared(e.GetId()) && (taken == "" || e.GetId() < taken) {
-			taken = e.GetId()
+	for raw := range a.entries.rawFrom(ca.DeclaredPrefix) {
+		v, _ := viewEntry(raw, false)
+		if !Declared(string(v.id)) {
+			break // they stand together
+		}
+		if of, ok := paths[string(v.path)]; ok {
+			return refuse(CodeExists, "entry %s gives the SPIFFE path %s of %s to another workload: delete it first", v.id, v.path, of)
 		}
 	}
-	if taken == "" {
-		return nil
-	}
-	e, _ := a.entries.get(taken)
-	return refuse(CodeExists, "entry %s gives the SPIFFE path %s of %s to another workload: delete it first", taken, e.GetPath(), paths[e.GetPath()])
+	return nil
 }
 
 // after is the whole catalogue as it would be, by key.
@@ -158,18 +163,32 @@ func (a *application) after(changed map[string]*statev1.Object) []*statev1.Objec
 
 // derive finds the entries that change with the objects. A gateway's follows from
 // the relationships as well.
-func (a *application) derive(change *catalogueChange, after []*statev1.Object) *Refusal {
-	var peers []string
-	for _, o := range after {
+func (a *application) derive(change *catalogueChange) *Refusal {
+	before := a.Peers()
+	peers := slices.DeleteFunc(slices.Clone(before), func(td string) bool {
+		_, changed := change.objects[relationshipKey+td]
+		return changed
+	})
+	var concerned []*statev1.Object
+	for _, o := range change.objects {
+		if o == nil {
+			continue
+		}
+		concerned = append(concerned, o)
 		if r := o.GetRelationship(); r != nil {
 			peers = append(peers, r.GetTrustDomain())
 		}
 	}
-	peersChanged := !slices.Equal(slices.Sorted(slices.Values(peers)), a.Peers())
-	for _, o := range after {
-		if _, changed := change.objects[ObjectKey(o)]; !changed && !(peersChanged && o.GetGateway() != nil) {
-			continue
+	slices.Sort(peers)
+	if !slices.Equal(peers, before) {
+		for _, o := range a.objects.rows {
+			if _, changed := change.objects[ObjectKey(o)]; !changed && o.GetGateway() != nil {
+				concerned = append(concerned, o)
+			}
 		}
+	}
+	slices.SortFunc(concerned, func(x, y *statev1.Object) int { return strings.Compare(ObjectKey(x), ObjectKey(y)) })
+	for _, o := range concerned {
 		entries, err := ca.EntriesFor(a.td, o, peers, a.lifetimes.Phase)
 		if err != nil {
 			return blame(o, err)
@@ -206,19 +225,18 @@ func blame(o *statev1.Object, err error) *Refusal {
 	return refuse(CodeInvalid, "%s: %v", ObjectKey(o), err)
 }
 
-// setEntry stores an entry, nil to remove it, and keeps the index by host.
+// setEntry stores an entry, nil to remove it.
 func (a *application) setEntry(id string, e *statev1.Entry) {
 	have, ok := a.entries.get(id)
-	if !ok && e == nil {
+	switch {
+	case e != nil:
+		a.entries.put(e, &a.sum)
+	case ok:
+		a.entries.remove(id, &a.sum)
+	default:
 		return
 	}
-	a.unindex(have)
-	if e != nil {
-		put(a, &a.entries, id, e)
-		a.index(e)
-	} else {
-		drop(a, &a.entries, id)
-	}
+	a.revision = a.rev
 	hosts := slices.Concat(have.GetHosts(), e.GetHosts())
 	slices.Sort(hosts)
 	a.changes = append(a.changes, Change{Kind: ChangeEntry, Key: id, Hosts: slices.Compact(hosts)})
@@ -227,28 +245,11 @@ func (a *application) setEntry(id string, e *statev1.Entry) {
 	}
 }
 
-func (s *State) index(e *statev1.Entry) {
-	for _, host := range e.GetHosts() {
-		if s.onHost[host] == nil {
-			s.onHost[host] = map[string]struct{}{}
-		}
-		s.onHost[host][e.GetId()] = struct{}{}
-	}
-}
-
-func (s *State) unindex(e *statev1.Entry) {
-	for _, host := range e.GetHosts() {
-		if delete(s.onHost[host], e.GetId()); len(s.onHost[host]) == 0 {
-			delete(s.onHost, host)
-		}
-	}
-}
-
 // storeForeignBundle keeps what the door parsed, wrote anew and compared with the keys
 // of other domains; here only the sequence is judged, which never goes back (I8).
 func (a *application) storeForeignBundle(c *statev1.StoreForeignBundle) *Refusal {
 	td := c.GetTrustDomain()
-	if _, ok := a.objects.get("Relationship/" + td); !ok {
+	if _, ok := a.objects.get(relationshipKey + td); !ok {
 		return refuse(CodeNotFound, "there is no relationship with %.255s", td)
 	}
 	if n := len(c.GetJwks()); n == 0 || n > maxBundle {

@@ -53,6 +53,7 @@ const (
 	CodeConflict      = "sequence-conflict" // another bundle has that sequence
 	CodeLimit         = "limit"             // there are too many
 	CodeForbidden     = "forbidden"         // the administrator's roles do not allow it
+	CodeFeature       = "feature-level"     // a member's software does not know it
 )
 
 func refuse(code, format string, args ...any) *Refusal {

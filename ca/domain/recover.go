@@ -3,7 +3,6 @@ package domain
 import (
 	"fmt"
 	"slices"
-	"time"
 
 	"google.golang.org/protobuf/proto"
 
@@ -90,7 +89,7 @@ func (a *application) revokeAbsent() {
 	}
 	if recovery.GetRevokeAt() == 0 {
 		cluster := proto.CloneOf(a.Cluster())
-		cluster.Recovery.RevokeAt = a.Now().Add(a.longestLeaf() + maxClockSlack).Unix()
+		cluster.Recovery.RevokeAt = a.Now().Add(a.LongestLeaf() + maxClockSlack).Unix()
 		put(a, &a.cluster, "", cluster)
 		a.changed(ChangeCluster, "")
 		return
@@ -109,15 +108,6 @@ func (a *application) revokeAbsent() {
 	cluster.Recovery.Absent = nil
 	put(a, &a.cluster, "", cluster)
 	a.changed(ChangeCluster, "")
-}
-
-// longestLeaf is the longest life of any SVID that the domain issues.
-func (s *State) longestLeaf() time.Duration {
-	longest := max(s.lifetimes.X509SVID, s.lifetimes.AgentSVID)
-	for _, e := range s.entries.rows {
-		longest = max(longest, ca.SVIDLife(e, s.lifetimes))
-	}
-	return longest
 }
 
 // promoteMember lets a non-voter vote, as far as the rules go.

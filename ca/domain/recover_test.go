@@ -40,6 +40,7 @@ func statement(t *testing.T, key *ca.RecoveryKey, epoch uint32, member string) *
 	return r
 }
 
+// Requirements: 98.
 func TestRecover(t *testing.T) {
 	w := recoverable(t)
 	// A ban stands, whoever put it there.
@@ -89,7 +90,7 @@ func TestRecover(t *testing.T) {
 	if p := phases(); p[keyID("n2")] != statev1.AuthorityPhase_AUTHORITY_PHASE_TAINTED {
 		t.Errorf("revoked at once: %v", p)
 	}
-	leaf := s.longestLeaf()
+	leaf := s.LongestLeaf()
 	w.must(tick(later.Add(leaf)))
 	if p := phases(); p[keyID("n2")] != statev1.AuthorityPhase_AUTHORITY_PHASE_TAINTED {
 		t.Errorf("revoked although a leaf may live: %v", p)

@@ -138,6 +138,11 @@ func (a *Administrator) MayCarryOut(cmd *statev1.Command) *Refusal {
 		return nil
 	case *statev1.Command_ApplyObjects:
 		return a.mayApply(body.ApplyObjects)
+	case *statev1.Command_StageObjects:
+		return nil // it means nothing until all of it is applied, and asked about
+	case *statev1.Command_ApplyStaged:
+		whole, _ := a.state.staging(body.ApplyStaged)
+		return a.mayApply(whole)
 	}
 	return a.May(Govern)
 }

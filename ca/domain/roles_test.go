@@ -61,6 +61,7 @@ var (
 //	vic   viewer of /team/pay              tom  trust-admin
 func administered(t *testing.T) *world {
 	w := newWorld(t)
+	w.must(level("n1", 3))
 	w.must(w.agentToken("t1", "h1", 1e15))
 	w.must(w.attest("t1", keyID("h1")))
 	w.must(objects(
@@ -259,6 +260,7 @@ func TestRights(t *testing.T) {
 // Scope and node selectors of a token decide what its host may hold.
 func TestHostsHoldWhatTheyAreEntitledTo(t *testing.T) {
 	w := newWorld(t)
+	w.must(level("n1", 3))
 	token := func(id string, grant *statev1.AgentGrant) *statev1.Command {
 		grant.Name, grant.Datacenter, grant.Addresses = "h1", "dc1", []string{"127.1.0.9"}
 		return w.token(id, &statev1.Token{Grant: &statev1.Token_Agent{Agent: grant}}, 1e15)
@@ -293,6 +295,7 @@ func TestHostsHoldWhatTheyAreEntitledTo(t *testing.T) {
 // A certificate admits one key as one agent, until that is evicted.
 func TestACertificateAdmitsOneAgent(t *testing.T) {
 	w := newWorld(t)
+	w.must(level("n1", 3))
 	admit := func(name, key, certificate string) *statev1.Command {
 		return &statev1.Command{Body: &statev1.Command_AdmitAgent{AdmitAgent: &statev1.AdmitAgent{Agent: &statev1.Agent{
 			Name: name, KeyId: keyID(key), Datacenter: "dc1", Addresses: []string{"h1.example"}, Certificate: keyID(certificate), Selectors: []string{"x509pop:subject:cn:" + name},
@@ -322,4 +325,26 @@ func TestACertificateAdmitsOneAgent(t *testing.T) {
 			t.Error(name)
 		}
 	}
+}
+// A change that comes in parts is asked about as a whole, when it is carried out.
+func TestStagedChangesAskForRoles(t *testing.T) {
+	w := administered(t)
+	w.must(as("/people/pia", stage(1, 0, at(service("x", "h2"), "/team/payments/x", "31"))))
+	w.refused(as("/people/pia", applyStaged(1, 1)), CodeForbidden)
+	w.must(as("/people/olaf", applyStaged(1, 1))) // control
+}
+
+// Members of an earlier release do not know roles: nothing of them gets into a log.
+func TestRolesWaitForTheFeatureLevel(t *testing.T) {
+	w := newWorld(t)
+	e := entry("a", "/a", "h1")
+	e.NodeSelectors = []string{"token:pci"}
+	token := w.agentToken("t1", "h1", 1e15)
+	token.GetCreateToken().GetToken().GetAgent().PathPrefixes = []string{"/team"}
+	for _, cmd := range []*statev1.Command{objects(binding("x", viewer, "/people/x")), entries(create(e)), token, as("/people/tom", ban("h1")),
+		{Body: &statev1.Command_AdmitAgent{AdmitAgent: &statev1.AdmitAgent{}}}} {
+		w.refused(cmd, CodeFeature)
+	}
+	w.must(level("n1", 3))
+	w.must(objects(binding("x", viewer, "/people/x"))) // control
 }

@@ -6,6 +6,8 @@ import (
 	"maps"
 	"math/rand/v2"
 	"os"
+	"reflect"
+	"slices"
 	"strconv"
 	"testing"
 	"time"
@@ -32,7 +34,7 @@ func (w *world) random(choose choose) *statev1.Command {
 		return keyID("none")
 	}
 	var cmd *statev1.Command
-	switch choose(21) {
+	switch choose(23) {
 	case 0, 1:
 		cmd = tick(s.Now().Add(time.Duration(choose(3600)-600)*time.Second), s.Now().Add(time.Minute))
 		if choose(40) == 0 {
@@ -53,6 +55,7 @@ func (w *world) random(choose choose) *statev1.Command {
 			m := member(name("n", 4))
 			cmd = &statev1.Command{Body: &statev1.Command_UpdateMember{UpdateMember: &statev1.UpdateMember{
 				Id: m.GetId(), RaftAddress: fmt.Sprintf("127.2.0.1:%d", 1+choose(4)), ApiAddress: m.GetApiAddress(),
+				FeatureLevel: uint32(choose(4)),
 			}}}
 		}
 	case 8:
@@ -114,6 +117,13 @@ func (w *world) random(choose choose) *statev1.Command {
 			cmd = entries(create(e), create(entry(name("e", 4), "/job", name("h", 4))))
 		default:
 			cmd = entries(create(e))
+		}
+	case 21:
+		cmd = stage(choose(3), uint32(choose(2)), service(name("s", 5), name("h", 4)))
+	case 22:
+		cmd = applyStaged(choose(3), uint32(choose(3)))
+		if choose(4) == 0 {
+			cmd.IfRevision = s.CatalogueRevision() - uint64(choose(2))
 		}
 	case 16:
 		cmd = &statev1.Command{Body: &statev1.Command_Checksum{Checksum: &statev1.Checksum{AtIndex: s.Applied(), Format: ChecksumFormat, Sum: s.Checksum()}}}
@@ -212,12 +222,15 @@ func (w *world) restored() *State {
 	if restored.TrustDomain() != w.s.TrustDomain() || restored.Lifetimes() != w.s.Lifetimes() || !maps.Equal(restored.agentByKey, w.s.agentByKey) {
 		w.t.Fatal("what a restored state derives differs")
 	}
-	for host := range w.s.onHost {
-		if !maps.Equal(restored.onHost[host], w.s.onHost[host]) {
+	if len(restored.entries.onHost) != len(w.s.entries.onHost) || !maps.Equal(restored.entries.lives, w.s.entries.lives) {
+		w.t.Fatal("the indexes of the entries differ")
+	}
+	for host := range w.s.entries.onHost {
+		if !slices.EqualFunc(restored.EntriesOnHost(host), w.s.EntriesOnHost(host), func(a, b *statev1.Entry) bool { return proto.Equal(a, b) }) {
 			w.t.Fatalf("entries on host %s differ", host)
 		}
 	}
-	if len(restored.Tables().Services()) != len(w.s.Tables().Services()) {
+	if !reflect.DeepEqual(restored.Tables(), w.s.Tables()) { // one compiled as a whole, one by what changed
 		w.t.Fatal("the tables differ")
 	}
 	if again, other := restored.Objects(), w.s.Objects(); len(again) == len(other) {
@@ -232,6 +245,7 @@ func (w *world) restored() *State {
 
 // TestSimulation replays from its seed. ENTENTE_SEED=N runs one seed, ENTENTE_SEEDS=N
 // that many.
+// Requirements: 98.
 func TestSimulation(t *testing.T) {
 	seeds, first := 12, 1
 	if n, err := strconv.Atoi(os.Getenv("ENTENTE_SEEDS")); err == nil {
@@ -267,6 +281,8 @@ func TestSimulation(t *testing.T) {
 		"Command_RevokeToken done", "Command_RevokeToken " + CodeTokenSpent, "Command_RevokeToken " + CodeNotFound,
 		"Command_ChangeEntries done", "Command_ChangeEntries " + CodeExists, "Command_ChangeEntries " + CodeCAS, "Command_ChangeEntries " + CodeNotFound,
 		"Command_ApplyObjects " + CodeExists,
+		"Command_UpdateMember " + CodeFeature, "Command_StageObjects done", "Command_StageObjects " + CodeFeature, "Command_StageObjects " + CodeExists,
+		"Command_ApplyStaged done", "Command_ApplyStaged " + CodeNotFound,
 	} {
 		if total["*statev1."+what] == 0 {
 			t.Errorf("never seen: %s", what)

@@ -200,6 +200,27 @@ func deletes(keys ...string) *statev1.Command {
 	return &statev1.Command{Body: &statev1.Command_ApplyObjects{ApplyObjects: c}}
 }
 
+// stage puts aside a part of the change with that number.
+func stage(change int, part uint32, upserts ...*statev1.Object) *statev1.Command {
+	return &statev1.Command{Body: &statev1.Command_StageObjects{StageObjects: &statev1.StageObjects{
+		Id: bytes.Repeat([]byte{byte(change)}, stageIDSize), Part: part, Objects: &statev1.ApplyObjects{Upserts: upserts},
+	}}}
+}
+
+func applyStaged(change int, parts uint32) *statev1.Command {
+	return &statev1.Command{Body: &statev1.Command_ApplyStaged{ApplyStaged: &statev1.ApplyStaged{
+		Id: bytes.Repeat([]byte{byte(change)}, stageIDSize), Parts: parts,
+	}}}
+}
+
+// level has a member announce its feature level.
+func level(name string, n uint32) *statev1.Command {
+	m := member(name)
+	return &statev1.Command{Body: &statev1.Command_UpdateMember{UpdateMember: &statev1.UpdateMember{
+		Id: m.GetId(), RaftAddress: m.GetRaftAddress(), ApiAddress: m.GetApiAddress(), FeatureLevel: n,
+	}}}
+}
+
 func service(name string, hosts ...string) *statev1.Object {
 	return &statev1.Object{Kind: &statev1.Object_Service{Service: &statev1.Service{
 		Name: name, Path: "/" + name, Hosts: hosts, Selectors: []string{"unix:uid:1000", "unix:path:/opt/" + name}, Port: 8080,
@@ -300,7 +321,7 @@ func (w *world) look() look {
 	for _, r := range s.agents.rows {
 		l.agents[r.GetName()] = r
 	}
-	for _, r := range s.entries.rows {
+	for r := range s.EntriesAfter("") {
 		l.entries[r.GetId()] = r
 	}
 	add := func(kind ChangeKind, key string, record any) {
@@ -320,7 +341,7 @@ func (w *world) look() look {
 	for _, r := range s.agents.rows {
 		add(ChangeAgent, r.GetName(), r)
 	}
-	for _, r := range s.entries.rows {
+	for r := range s.EntriesAfter("") {
 		add(ChangeEntry, r.GetId(), r)
 		l.hosts[r.GetId()] = r.GetHosts()
 	}
@@ -408,7 +429,7 @@ func (w *world) check(before look, cmd *statev1.Command, out Outcome) {
 
 	// The incremental hash is the hash.
 	var sum setHash
-	for _, list := range [][]any{anys(s.cluster), anys(s.members), anys(s.authorities), anys(s.tokens), anys(s.agents), anys(s.entries), anys(s.objects), anys(s.foreign), anys(s.distrust)} {
+	for _, list := range [][]any{anys(s.cluster), anys(s.members), anys(s.authorities), anys(s.tokens), anys(s.agents), entriesOf(s), anys(s.objects), anys(s.foreign), anys(s.distrust), anys(s.staged)} {
 		for _, r := range list {
 			sum.add(hashRecord(r))
 		}
@@ -464,13 +485,13 @@ func (w *world) check(before look, cmd *statev1.Command, out Outcome) {
 			fail("agent %s is not found by its key", a.GetName())
 		}
 	}
-	for e := range s.Entries() {
+	for e := range s.EntriesAfter("") {
 		for _, host := range e.GetHosts() {
 			onHost[host] = append(onHost[host], e.GetId())
 		}
 	}
-	if len(onHost) != len(s.onHost) {
-		fail("entries on %d hosts, indexed %d", len(onHost), len(s.onHost))
+	if len(onHost) != len(s.entries.onHost) {
+		fail("entries on %d hosts, indexed %d", len(onHost), len(s.entries.onHost))
 	}
 	for host, ids := range onHost {
 		slices.Sort(ids)
@@ -497,7 +518,7 @@ func (w *world) check(before look, cmd *statev1.Command, out Outcome) {
 		}
 	}
 	own := 0
-	for e := range s.Entries() {
+	for e := range s.EntriesAfter("") {
 		if !Declared(e.GetId()) {
 			continue
 		}
@@ -556,7 +577,7 @@ func (w *world) check(before look, cmd *statev1.Command, out Outcome) {
 			fail("agent %s of generation %d is admitted and distrusted up to %d", a.GetName(), a.GetGeneration(), d.GetAgentGeneration())
 		}
 	}
-	for e := range s.Entries() {
+	for e := range s.EntriesAfter("") {
 		if d, ok := s.DistrustItem("entry/" + e.GetId()); ok && d.GetEntryGeneration() >= e.GetRevision() {
 			fail("entry %s of generation %d exists and is distrusted up to %d", e.GetId(), e.GetRevision(), d.GetEntryGeneration())
 		}
@@ -583,6 +604,13 @@ func anys[R any](t table[R]) []any {
 	list := make([]any, len(t.rows))
 	for i, r := range t.rows {
 		list[i] = r
+	}
+	return list
+}
+
+func entriesOf(s *State) (list []any) {
+	for e := range s.EntriesAfter("") {
+		list = append(list, e)
 	}
 	return list
 }

@@ -321,6 +321,7 @@ func TestSlowSubscriberIsCoalescedThenFull(t *testing.T) {
 }
 
 // I6: a foreign bundle, in whatever form, reaches only whom an entry federates.
+// Requirements: 126, 145.
 func TestForeignRootsReachOnlyGateways(t *testing.T) {
 	w := newWorld(t, 0)
 	w.attest("h1")
@@ -381,6 +382,7 @@ func TestForeignRootsReachOnlyGateways(t *testing.T) {
 }
 
 // What a subscriber lost while it was away is taken from it when it resumes.
+// Requirements: 145.
 func TestResumeTakesForeignBundleAway(t *testing.T) {
 	w := newWorld(t, 0)
 	w.attest("h1")

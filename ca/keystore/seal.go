@@ -11,7 +11,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"os"
 	"sync"
 )
 
@@ -49,7 +48,7 @@ const (
 var (
 	errWrongPassphrase = errors.New("the passphrase does not open this file, or the file was changed or renamed")
 	errNotSealed       = errors.New("the file is not sealed: it was written with insecureDev; a node that is not for development must be set up anew")
-	errSealed          = errors.New("the file is sealed; set keys.passphraseFile in place of keys.insecureDev")
+	errSealed          = errors.New("the file is sealed; set keys.passphraseFile or keys.systemdCredential in place of keys.insecureDev")
 	errNoKeyFile       = errors.New("the file is not a key file of ours, or it is cut short")
 )
 
@@ -69,25 +68,30 @@ type derivation struct {
 
 // PassphraseFile seals with the passphrase in the file at path, which must be
 // readable by its owner only and hold 12 characters to 4 KiB; line ends at its end
-// do not count. A systemd credential is such a file.
+// do not count.
 func PassphraseFile(path string) (Sealer, error) {
-	info, err := os.Stat(path)
+	data, err := readSecret(path, ownerOnly, maxPassphrase)
 	if err != nil {
 		return nil, fmt.Errorf("passphrase: %w", err)
 	}
-	if mode := info.Mode().Perm(); mode&0o077 != 0 {
-		return nil, fmt.Errorf("passphrase: %s has mode %#o, others may read it; run: chmod 600 %s", path, mode, path)
-	}
-	if info.Size() > maxPassphrase {
-		return nil, fmt.Errorf("passphrase: %s has %d bytes, at most %d are allowed", path, info.Size(), maxPassphrase)
-	}
-	data, err := os.ReadFile(path)
+	return sealWith(data, path)
+}
+
+// Credential seals with the passphrase in a systemd credential of this service, of the
+// same form.
+func Credential(name string) (Sealer, error) {
+	data, err := ReadCredential(name)
 	if err != nil {
 		return nil, fmt.Errorf("passphrase: %w", err)
 	}
+	return sealWith(data, "credential "+name)
+}
+
+func sealWith(data []byte, from string) (Sealer, error) {
 	phrase := string(bytes.TrimRight(data, "\r\n"))
-	if len(phrase) < minPassphrase {
-		return nil, fmt.Errorf("passphrase: %s holds %d characters, at least %d are needed; for example: openssl rand -base64 32 > %s", path, len(phrase), minPassphrase, path)
+	clear(data)
+	if n := len(phrase); n < minPassphrase || n > maxPassphrase {
+		return nil, fmt.Errorf("passphrase: %s holds %d characters, not %d to %d; for example: openssl rand -base64 32", from, n, minPassphrase, maxPassphrase)
 	}
 	return &passphraseSealer{passphrase: phrase, iterations: iterationsNow, derived: make(map[derivation][]byte)}, nil
 }

@@ -111,15 +111,18 @@ func (n *Node) ownAuthorities(u use) (own ownAuthorities) {
 
 func (n *Node) stepAuthorities(ctx context.Context) error {
 	member := n.ownAuthorities(uses[0]).member
-	if !member.GetSigning() {
-		return nil // not admitted as far as this state knows, or a witness
+	if member == nil {
+		return nil // not admitted as far as this state knows
 	}
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-	if member.GetRaftAddress() != n.cfg.Advertise.Raft || member.GetApiAddress() != n.cfg.Advertise.API {
+	if member.GetRaftAddress() != n.cfg.Advertise.Raft || member.GetApiAddress() != n.cfg.Advertise.API || member.GetFeatureLevel() != n.cfg.level() {
 		if err := n.moveMember(ctx); err != nil {
 			return err
 		}
+	}
+	if !member.GetSigning() {
+		return nil // a witness
 	}
 	// All of them also when one fails: X.509 does not wait for tokens.
 	var errs []error
@@ -146,19 +149,20 @@ func (n *Node) stepAuthority(ctx context.Context, own ownAuthorities) error {
 	return n.dropKeys(own)
 }
 
-// moveMember tells everybody where this node is reached now.
+// moveMember tells everybody where this node is reached now, and what it carries out.
 func (n *Node) moveMember(ctx context.Context) error {
 	outcome, err := n.Propose(ctx, &statev1.Command{
 		Actor: n.cfg.Name,
 		Body: &statev1.Command_UpdateMember{UpdateMember: &statev1.UpdateMember{
 			Id: n.own.id, RaftAddress: n.cfg.Advertise.Raft, ApiAddress: n.cfg.Advertise.API,
+			FeatureLevel: n.cfg.level(),
 		}},
 	})
 	if err == nil && outcome.Refused != nil {
 		err = outcome.Refused
 	}
 	if err != nil {
-		return fmt.Errorf("announce this node's addresses: %w", err)
+		return fmt.Errorf("announce this node's addresses and feature level: %w", err)
 	}
 	return nil
 }
@@ -171,6 +175,9 @@ func (n *Node) mayActivate(own ownAuthorities) bool {
 		return true
 	}
 	made := time.Unix(own.prepared.GetNotAfter(), 0).Add(-3 * own.phase)
+	if begin := time.Unix(own.prepared.GetNotBefore(), 0); made.Before(begin) {
+		made = begin // its upstream ends sooner than in three phases
+	}
 	return now.Sub(made) >= own.phase
 }
 
@@ -210,7 +217,7 @@ func (n *Node) prepareAuthority(ctx context.Context, own ownAuthorities) (id str
 	if err != nil {
 		return "", err
 	}
-	authority, err := n.makeAuthority(key, own)
+	authority, err := n.makeAuthority(ctx, key, own)
 	if err != nil {
 		return "", err
 	}
@@ -268,7 +275,7 @@ func (n *Node) suits(u use, key crypto.Signer) bool {
 	return err == nil && alg == cmp.Or(n.cfg.Keys.JWT, ca.ES256)
 }
 
-func (n *Node) makeAuthority(key crypto.Signer, own ownAuthorities) (*statev1.Authority, error) {
+func (n *Node) makeAuthority(ctx context.Context, key crypto.Signer, own ownAuthorities) (*statev1.Authority, error) {
 	phase := own.phase
 	if own.use.of != statev1.KeyUse_KEY_USE_X509 {
 		spki, err := x509.MarshalPKIXPublicKey(key.Public())
@@ -281,9 +288,11 @@ func (n *Node) makeAuthority(key crypto.Signer, own ownAuthorities) (*statev1.Au
 	var serial [16]byte
 	rand.Read(serial[:])
 	now := time.Now()
-	template, err := ca.AuthorityTemplate(ca.AuthorityRequest{
-		TrustDomain: n.td, PublicKey: key.Public(), Serial: serial, Now: now, Phase: phase,
-	})
+	request := ca.AuthorityRequest{TrustDomain: n.td, PublicKey: key.Public(), Serial: serial, Now: now, Phase: phase}
+	if n.upstream != nil {
+		return n.certifiedAuthority(ctx, key, request)
+	}
+	template, err := ca.AuthorityTemplate(request)
 	if err != nil {
 		return nil, err
 	}
@@ -291,7 +300,7 @@ func (n *Node) makeAuthority(key crypto.Signer, own ownAuthorities) (*statev1.Au
 	if err != nil {
 		return nil, fmt.Errorf("sign the authority certificate: %w", err)
 	}
-	return ca.NewAuthority(n.td, n.own.id, der, phase, now)
+	return ca.NewAuthority(n.td, n.own.id, der, nil, phase, now)
 }
 
 // dropKeys deletes the keys of authorities that will never sign again.

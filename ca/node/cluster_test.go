@@ -271,6 +271,7 @@ func TestWithoutQuorum(t *testing.T) {
 }
 
 // I3: an authority is not used before every subscriber has acknowledged it.
+// Requirements: 114.
 func TestReadyGateWaitsForSubscribers(t *testing.T) {
 	t.Parallel()
 	one := catest.Start(t, catest.Options{})
@@ -399,6 +400,7 @@ func TestPresenceBetweenNodes(t *testing.T) {
 }
 
 // Two domains follow each other's bundles.
+// Requirements: 117, 118.
 func TestBundlesAreFollowed(t *testing.T) {
 	t.Parallel()
 	banking := catest.Start(t, catest.Options{})

@@ -16,9 +16,12 @@ const checksumEvery = 4096
 
 // keepComparing proposes checksums of the leader's own state.
 func (n *Node) keepComparing(ctx context.Context) {
-	last := uint64(0)
+	last, every := uint64(0), uint64(checksumEvery)
+	if n.cfg.compareEvery != 0 {
+		every = n.cfg.compareEvery
+	}
 	for {
-		if applied := n.replica.Load().Applied(); applied-last >= checksumEvery || last == 0 {
+		if applied := n.replica.Load().Applied(); applied-last >= every || last == 0 {
 			checksum := &statev1.Checksum{Format: domain.ChecksumFormat}
 			n.Read(func(st *domain.State) { checksum.AtIndex, checksum.Sum = st.Applied(), st.Checksum() })
 			callCtx, cancel := context.WithTimeout(ctx, 5*time.Second)

@@ -1,11 +1,14 @@
 package node
 
 import (
+	"crypto"
 	"errors"
 	"fmt"
 	"io"
 	"net"
 	"path/filepath"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -36,8 +39,9 @@ type Config struct {
 	// Socket is the unix socket for operators, mode 0600. Default: DataDir/admin.sock.
 	Socket string `yaml:"socket"`
 
-	OIDC OIDC `yaml:"oidc"`
-	Keys Keys `yaml:"keys"`
+	OIDC     OIDC     `yaml:"oidc"`
+	Keys     Keys     `yaml:"keys"`
+	Upstream Upstream `yaml:"upstream"`
 	// Lifetimes are the domain's. They are read by init only.
 	Lifetimes Lifetimes `yaml:"lifetimes"`
 	// MinVoters is how many voters a removal leaves at least; 0: one. Read by init only.
@@ -52,6 +56,9 @@ type Config struct {
 	// Tests of this package fail or stall the log's disk, and set this node's clock alone.
 	beforeWrite func() error
 	clockError  func() time.Duration
+	// pretendLevel: this node says that its feature level is another.
+	pretendLevel uint32
+	compareEvery uint64 // 0: checksumEvery
 }
 
 // Listen is where the node listens, each HOST:PORT.
@@ -94,18 +101,55 @@ type Advertise struct {
 	API  string `yaml:"api"`
 }
 
-// Keys says how keys lie on the disk. One of the two is needed.
+// Keys says how the node's keys are kept. One of the first four is needed.
 type Keys struct {
 	yamlfile.Pos
 
 	// PassphraseFile seals them with the passphrase in this file, mode 0600.
 	PassphraseFile string `yaml:"passphraseFile"`
+	// SystemdCredential seals them with the passphrase in the systemd credential of this
+	// name, which the unit loads.
+	SystemdCredential string `yaml:"systemdCredential"`
+	// PKCS11 keeps them in a token, which they never leave. For binaries that were built
+	// with -tags pkcs11.
+	PKCS11 PKCS11 `yaml:"pkcs11"`
 	// InsecureDev leaves them unsealed, allows loopback addresses only, and marks the
 	// cluster as one for development.
 	InsecureDev bool `yaml:"insecureDev"`
 	// JWT is the algorithm of this node's next JWT key. Default ES256; RS256 for
 	// verifiers that know nothing else.
 	JWT string `yaml:"jwt,oneof=ES256|RS256"`
+}
+
+// PKCS11 is where a hardware security module is found. A node finds its keys again by
+// their labels, LABEL/NAME.
+type PKCS11 struct {
+	yamlfile.Pos
+
+	// Module is the vendor's library, an absolute path.
+	Module string `yaml:"module"`
+	// Token is the label of the token.
+	Token string `yaml:"token"`
+	// PINFile holds its user PIN, mode 0600.
+	PINFile string `yaml:"pinFile"`
+	// PINCredential is the name of a systemd credential with the PIN, in place of PINFile.
+	PINCredential string `yaml:"pinCredential"`
+	// Label is what the labels of this node's keys begin with. Default: entente/TRUSTDOMAIN/NAME.
+	Label string `yaml:"label"`
+}
+
+// Upstream is a root that certifies this node's X.509 authorities, and stands in the
+// bundle in their place. It belongs to this trust domain alone. Empty: they sign
+// themselves.
+type Upstream struct {
+	yamlfile.Pos
+
+	// Certificate is the root's, PEM.
+	Certificate string `yaml:"certificate"`
+	// Key is the root's, sealed by `entente ca seal`; plain PEM with keys.insecureDev only.
+	Key string `yaml:"key"`
+	// KeyCredential is the name of a systemd credential with the key, PEM, in place of Key.
+	KeyCredential string `yaml:"keyCredential"`
 }
 
 // Lifetimes of what the domain issues; zero: the default.
@@ -222,7 +266,11 @@ func (c *Config) Complete() error {
 			errs = append(errs, at.Errorf("%s: %v", what, err))
 		}
 	}
-	_, err := ca.ParseTrustDomain(c.TrustDomain)
+	td, err := ca.ParseTrustDomain(c.TrustDomain)
+	if err == nil && slices.Contains(strings.Split(td.Name(), "."), "") {
+		// SPIFFE allows it; crypto/x509 reads no certificate with it, our own neither.
+		err = fmt.Errorf("%q begins or ends with a dot or has two in a row: its certificates could not be read", td.Name())
+	}
 	check(c.At("trustDomain"), "trustDomain", err)
 	check(c.At("name"), "name", ca.CheckLabel(c.Name))
 	check(c.At("datacenter"), "datacenter", ca.CheckLabel(c.Datacenter))
@@ -255,9 +303,11 @@ func (c *Config) Complete() error {
 	if c.OIDC.Listen != "" && (c.OIDC.Issuer == "" || c.OIDC.CertFile == "" || c.OIDC.KeyFile == "") {
 		check(c.OIDC.At("listen"), "oidc.listen", errors.New("needs issuer, certFile and keyFile beside it"))
 	}
-	if (c.Keys.PassphraseFile == "") != c.Keys.InsecureDev {
-		check(c.At("keys"), "keys", errors.New("set passphraseFile, or insecureDev for development, and not both"))
+	check(c.At("keys"), "keys", c.Keys.check())
+	if c.Keys.PKCS11.Module != "" && c.Keys.PKCS11.Label == "" {
+		c.Keys.PKCS11.Label = "entente/" + c.TrustDomain + "/" + c.Name
 	}
+	check(c.At("upstream"), "upstream", c.Upstream.check())
 	if h := c.Timing.Heartbeat; h != 0 && (h < 50*time.Millisecond || h > time.Minute) {
 		check(c.Timing.At("heartbeat"), "timing.heartbeat", fmt.Errorf("%v is not between 50ms and 1m", h))
 	}
@@ -315,13 +365,78 @@ func (c *Config) trustDomain() spiffeid.TrustDomain {
 	return td
 }
 
-func (c *Config) openKeys() (*keystore.Store, error) {
-	sealer := keystore.Plain()
-	if !c.Keys.InsecureDev {
-		var err error
-		if sealer, err = keystore.PassphraseFile(c.Keys.PassphraseFile); err != nil {
-			return nil, err
+func (k Keys) check() error {
+	ways := 0
+	for _, set := range []bool{k.PassphraseFile != "", k.SystemdCredential != "", k.PKCS11.set(), k.InsecureDev} {
+		if set {
+			ways++
 		}
 	}
+	token := k.PKCS11
+	switch {
+	case ways != 1:
+		return errors.New("set exactly one of passphraseFile, systemdCredential, pkcs11, and, for development, insecureDev")
+	case !token.set():
+		return nil
+	case !keystore.PKCS11:
+		return keystore.ErrNoPKCS11
+	case !filepath.IsAbs(token.Module) || token.Token == "":
+		return errors.New("pkcs11 needs module, an absolute path, and token")
+	case (token.PINFile == "") == (token.PINCredential == ""):
+		return errors.New("pkcs11 needs pinFile or pinCredential")
+	}
+	return nil
+}
+
+func (p PKCS11) set() bool {
+	return p.Module+p.Token+p.PINFile+p.PINCredential+p.Label != ""
+}
+
+func (u Upstream) check() error {
+	switch {
+	case u.Certificate+u.Key+u.KeyCredential == "":
+		return nil
+	case u.Certificate == "":
+		return errors.New("needs certificate")
+	case (u.Key == "") == (u.KeyCredential == ""):
+		return errors.New("needs key or keyCredential")
+	}
+	return nil
+}
+
+// keys is a node's key store: files, or a token.
+type keys interface {
+	Create(name string) (crypto.Signer, error)
+	CreateRSA(name string) (crypto.Signer, error)
+	Load(name string) (crypto.Signer, error)
+	LoadOrCreate(name string) (crypto.Signer, error)
+	Delete(name string) error
+	Names() ([]string, error)
+}
+
+func (c *Config) openKeys() (keys, error) {
+	if token := c.Keys.PKCS11; token.Module != "" {
+		return keystore.OpenToken(keystore.TokenConfig{
+			Module: token.Module, Token: token.Token, Label: token.Label,
+			PINFile: token.PINFile, PINCredential: token.PINCredential,
+		})
+	}
+	sealer, err := c.sealer()
+	if err != nil {
+		return nil, err
+	}
 	return keystore.Open(filepath.Join(c.DataDir, "keys"), sealer)
+}
+
+// sealer is how key files of this node are sealed.
+func (c *Config) sealer() (keystore.Sealer, error) {
+	switch {
+	case c.Keys.InsecureDev:
+		return keystore.Plain(), nil
+	case c.Keys.PassphraseFile != "":
+		return keystore.PassphraseFile(c.Keys.PassphraseFile)
+	case c.Keys.SystemdCredential != "":
+		return keystore.Credential(c.Keys.SystemdCredential)
+	}
+	return nil, errors.New("a node whose keys are in a PKCS#11 token has nothing to seal key files with: give the key as a systemd credential (keyCredential)")
 }

@@ -307,7 +307,7 @@ func (n *Node) gateView() (v gateView) {
 		v.hint = st.Lifetimes().RefreshHint
 		phase := st.Lifetimes().Phase
 		v.longest = map[statev1.KeyUse]time.Duration{
-			statev1.KeyUse_KEY_USE_X509: n.leaves.longest(st),
+			statev1.KeyUse_KEY_USE_X509: st.LongestLeaf(),
 			statev1.KeyUse_KEY_USE_JWT:  min(ca.MaxJWTSVID, phase),
 			statev1.KeyUse_KEY_USE_WIT:  min(ca.MaxWITSVID, phase),
 		}

@@ -13,6 +13,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"runtime/debug"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -22,7 +23,6 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
-	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/domain"
 	"github.com/entente-mesh/entente/ca/feed"
 	"github.com/entente-mesh/entente/ca/replica"
@@ -49,6 +49,7 @@ type Node struct {
 	socket    net.Listener
 	admin     *daemon.Admin
 
+	upstream upstream // nil: authorities sign themselves
 	replica  atomic.Pointer[replica.Replica]
 	feed     *feed.Feed
 	signer   *signer.Signer
@@ -60,7 +61,6 @@ type Node struct {
 	gate     gate
 	foreign  foreignStatus
 	wit      atomic.Bool // a relationship asks for WIT keys
-	leaves   leaves
 	registry *prometheus.Registry
 	audit    *server.Audit
 	auditLog *daemon.LogFile // nil: not to a file
@@ -72,6 +72,7 @@ type Node struct {
 	preparing sync.Mutex  // one authority at a time
 	swapped   broadcast   // another replica took the place of a failed one
 	odd       chan uint64 // indexes at which this node's state was not the leader's
+	compared  atomic.Uint64
 }
 
 // settleTime is how long the subscribers of a node that restarted are given to come
@@ -102,6 +103,7 @@ func New(cfg *Config, log *slog.Logger, listeners Listeners) (_ *Node, err error
 		log:       log.With("node", cfg.Name),
 		own:       own,
 		bootID:    newBootID(),
+		upstream:  cfg.openUpstream(),
 		listeners: listeners,
 		feed:      feed.New(own.id, 0, 0),
 		registry:  prometheus.NewRegistry(),
@@ -113,7 +115,7 @@ func New(cfg *Config, log *slog.Logger, listeners Listeners) (_ *Node, err error
 	if err := n.openAudit(); err != nil {
 		return nil, err
 	}
-	n.signer = signer.New(signer.Config{Active: n.activeFor, Clock: n.signerClock, Issuer: cfg.OIDC.Issuer, Waiting: cfg.Limits.Waiting, Signed: func(i signer.Issued) {
+	n.signer = signer.New(signer.Config{TrustDomain: n.td, Active: n.activeFor, Clock: n.signerClock, Issuer: cfg.OIDC.Issuer, Waiting: cfg.Limits.Waiting, Signed: func(i signer.Issued) {
 		n.audit.Issued(i, n.feed.Revision())
 	}})
 	if err := n.loadAuthorityKeys(); err != nil {
@@ -172,12 +174,16 @@ func New(cfg *Config, log *slog.Logger, listeners Listeners) (_ *Node, err error
 		if cluster := st.Cluster(); cluster != nil && cluster.GetTrustDomain() != n.td.Name() {
 			err = fmt.Errorf("%s holds a CA node of %s, the configuration says %s", cfg.DataDir, cluster.GetTrustDomain(), cfg.TrustDomain)
 		}
+		if level := st.FeatureLevel(); level > domain.FeatureLevel {
+			err = fmt.Errorf("the cluster is at feature level %d, this release knows %d: install the release of the other CA nodes", level, domain.FeatureLevel)
+		}
 		n.hadAgents = st.AgentCount() > 0
 	})
 	if err != nil {
 		return nil, err
 	}
 	n.registerMetrics()
+	debug.FreeOSMemory() // of reading the state: it is not needed again soon
 	return n, nil
 }
 
@@ -252,6 +258,9 @@ func (n *Node) Run(ctx context.Context) error {
 	group.Go("presence", n.runPresence)
 	group.Go("reports", n.runReports)
 	group.Go("rechecks", n.runRechecks)
+	if n.upstream != nil {
+		group.Go("upstream", n.watchUpstream)
+	}
 	if n.auditLog != nil {
 		group.Go("audit log", func(ctx context.Context) error { return n.auditLog.Run(ctx, n.log) })
 	}
@@ -343,6 +352,9 @@ func (n *Node) onApply(outcome domain.Outcome) {
 		return // New calls onRestore when the replica is there
 	}
 	r.Read(func(st *domain.State) { n.clock.applied(st.Now()) })
+	if outcome.Checked != 0 {
+		n.compared.Store(outcome.Checked)
+	}
 	if outcome.Diverged {
 		select {
 		case n.odd <- outcome.Checked:
@@ -450,6 +462,7 @@ func (n *Node) info() server.Info {
 		Age:       r.Age(),
 		Voters:    make(map[string]bool),
 		Foreign:   n.foreign.all(),
+		Upstream:  n.upstreamStatus(now),
 	}
 	for _, member := range r.Servers() {
 		info.Voters[member.ID] = member.Voter
@@ -493,30 +506,8 @@ func (n *Node) openAudit() error {
 // status is how far this replica's subscribers are.
 func (n *Node) status() feed.Status {
 	var longest time.Duration
-	n.Read(func(st *domain.State) { longest = n.leaves.longest(st) })
+	n.Read(func(st *domain.State) { longest = st.LongestLeaf() })
 	return n.feed.Status(time.Now(), longest)
-}
-
-// leaves knows the longest life of any SVID that the domain issues.
-type leaves struct {
-	mu       sync.Mutex
-	revision uint64
-	life     time.Duration
-}
-
-// longest looks at all entries once per revision.
-func (l *leaves) longest(st *domain.State) time.Duration {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.life != 0 && l.revision == st.Revision() {
-		return l.life
-	}
-	lifetimes := st.Lifetimes()
-	l.revision, l.life = st.Revision(), max(lifetimes.X509SVID, lifetimes.AgentSVID)
-	for e := range st.Entries() {
-		l.life = max(l.life, ca.SVIDLife(e, lifetimes))
-	}
-	return l.life
 }
 
 // settled: what this node says of its subscribers is the whole truth.
@@ -533,6 +524,9 @@ func (n *Node) registerMetrics() {
 			return 1
 		}
 		return 0
+	})
+	gauge("entente_ca_compared_index", "Log entry at which this node's state was last compared with the leader's.", func() float64 {
+		return float64(n.compared.Load())
 	})
 	gauge("entente_ca_signing", "1 while this node can sign.", func() float64 {
 		if n.signer.Ready(statev1.KeyUse_KEY_USE_X509) == nil {
@@ -566,6 +560,11 @@ func (n *Node) registerMetrics() {
 	gauge("entente_ca_signs_without_quorum_seconds", "How long this node goes on signing if nothing can be agreed any more.", func() float64 {
 		return n.autonomy(time.Now()).Seconds()
 	})
+	if n.upstream != nil {
+		gauge("entente_ca_upstream_certifies_seconds", "How long the upstream goes on certifying authorities; 0: not any more, or it cannot be used.", func() float64 {
+			return n.upstreamCertifies(time.Now()).Seconds()
+		})
+	}
 	gauge("entente_ca_subscribers", "Sync streams at this node.", func() float64 {
 		return float64(n.status().Subscribers)
 	})

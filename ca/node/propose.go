@@ -22,6 +22,12 @@ func (l leaderProposer) Propose(ctx context.Context, command *statev1.Command) (
 			return domain.Outcome{Refused: refusal}, err
 		}
 	}
+	// A member that does not know the command would stop at it.
+	var refusal *domain.Refusal
+	l.n.Read(func(st *domain.State) { refusal = st.Admits(command) })
+	if refusal != nil {
+		return domain.Outcome{Refused: refusal}, nil
+	}
 	outcome, err := l.n.replica.Load().Propose(ctx, command)
 	if notProposed(err) {
 		return outcome, server.ErrNotLeader

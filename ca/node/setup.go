@@ -11,6 +11,7 @@ import (
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	"github.com/entente-mesh/entente/ca"
+	"github.com/entente-mesh/entente/ca/domain"
 	"github.com/entente-mesh/entente/ca/keystore"
 	"github.com/entente-mesh/entente/ca/replica"
 	"github.com/entente-mesh/entente/ca/server"
@@ -25,7 +26,7 @@ type identity struct {
 	id   string // key id, which is the node id
 	key  crypto.Signer
 	cert tls.Certificate // self-signed, carries the key
-	keys *keystore.Store
+	keys keys
 }
 
 func openIdentity(cfg *Config, create bool) (*identity, error) {
@@ -76,6 +77,9 @@ func Init(cfg *Config, keep func(recoveryKey string) error) error {
 	if replica.Exists(cfg.DataDir) {
 		return fail(fmt.Errorf("%s: %w; to start it: entente ca run", cfg.DataDir, replica.ErrStateExists))
 	}
+	if err := cfg.checkUpstream(ca.LifetimesOf(cfg.Lifetimes.record()).Phase); err != nil {
+		return fail(err)
+	}
 	own, err := openIdentity(cfg, true)
 	if err != nil {
 		return fail(err)
@@ -116,8 +120,16 @@ func (c *Config) firstMember(own *identity) *statev1.Member {
 	return &statev1.Member{
 		Id: own.id, Name: c.Name, Datacenter: c.Datacenter,
 		RaftAddress: c.Advertise.Raft, ApiAddress: c.Advertise.API,
-		Voter: true, Signing: true,
+		Voter: true, Signing: true, FeatureLevel: c.level(),
 	}
+}
+
+// level is which commands this node says that it carries out.
+func (c *Config) level() uint32 {
+	if c.pretendLevel != 0 {
+		return c.pretendLevel
+	}
+	return domain.FeatureLevel
 }
 
 // Join has the node admitted to a running cluster by a one-time token. It may be
@@ -143,7 +155,7 @@ func Join(ctx context.Context, cfg *Config, tokenText string) error {
 	}
 	result, err := server.Join(ctx, server.JoinRequest{
 		Token: token, Certificate: own.cert,
-		RaftAddress: cfg.Advertise.Raft, APIAddress: cfg.Advertise.API,
+		RaftAddress: cfg.Advertise.Raft, APIAddress: cfg.Advertise.API, Level: cfg.level(),
 	})
 	if err != nil {
 		return fail(err)
@@ -154,6 +166,9 @@ func Join(ctx context.Context, cfg *Config, tokenText string) error {
 			result.Member.GetName(), result.Member.GetDatacenter(), cfg.Name, cfg.Datacenter))
 	case result.Cluster.GetDev() != cfg.Keys.InsecureDev:
 		return fail(fmt.Errorf("the cluster is for development: %v, this node's keys.insecureDev: %v; they must agree", result.Cluster.GetDev(), cfg.Keys.InsecureDev))
+	}
+	if err := cfg.checkUpstream(ca.LifetimesOf(result.Cluster.GetLifetimes()).Phase); err != nil {
+		return fail(fmt.Errorf("%w; the node is a member already: correct it and repeat with the same token", err))
 	}
 	if err := replica.PrepareJoin(cfg.replica(own), result.Cluster, result.Members); err != nil {
 		return fail(err)

@@ -52,6 +52,7 @@ func TestReadConfig(t *testing.T) {
 		{"missing", "name: ca-1\n", "", []string{"ca.yaml", "name"}},
 		{"no label", "name: ca-1", "name: CA_1", []string{"ca.yaml:2", "name"}},
 		{"no trust domain", "banking.example", "spiffe://banking.example", []string{"ca.yaml:1", "trustDomain"}},
+		{"a trust domain that no certificate can hold", "banking.example", "banking..example", []string{"ca.yaml:1", "two in a row"}},
 		{"no address", "raft: 10.0.0.1:7000", "raft: 10.0.0.1", []string{"ca.yaml:6", "listen.raft"}},
 		{"nobody can dial it", "api: 10.0.0.1:7001", "api: 0.0.0.0:7001", []string{"advertise.api", "set advertise"}},
 		{"no keys", "  passphraseFile: /etc/entente/passphrase\n", "  insecureDev: false\n", []string{"ca.yaml:8", "passphraseFile"}},
@@ -189,6 +190,7 @@ func TestAdminListener(t *testing.T) {
 }
 
 // However short SVIDs live, what the node shows is valid at every moment.
+// Requirements: 29, 123, 141.
 func TestOwnSVIDsAreRenewed(t *testing.T) {
 	t.Parallel()
 	one := catest.Start(t, catest.Options{Lifetimes: node.Lifetimes{X509SVID: 2 * time.Second}})

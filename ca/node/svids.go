@@ -131,7 +131,10 @@ func (s *svids) renew(ctx context.Context) error {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.own = &tls.Certificate{Certificate: [][]byte{own.Certificates[0].Raw}, PrivateKey: own.PrivateKey, Leaf: own.Certificates[0]}
+	s.own = &tls.Certificate{PrivateKey: own.PrivateKey, Leaf: own.Certificates[0]}
+	for _, cert := range own.Certificates {
+		s.own.Certificate = append(s.own.Certificate, cert.Raw)
+	}
 	s.endpoint, s.signedBy = endpoint, active.GetId()
 	return nil
 }
@@ -145,9 +148,13 @@ func (s *svids) sign(ctx context.Context, path string, key crypto.Signer, life t
 	if err != nil {
 		return nil, err
 	}
-	leaf, err := x509.ParseCertificate(chain[0])
-	if err != nil {
-		return nil, fmt.Errorf("own SVID: %w", err)
+	svid := &x509svid.SVID{ID: id, PrivateKey: key}
+	for _, der := range chain {
+		cert, err := x509.ParseCertificate(der)
+		if err != nil {
+			return nil, fmt.Errorf("own SVID: %w", err)
+		}
+		svid.Certificates = append(svid.Certificates, cert)
 	}
-	return &x509svid.SVID{ID: id, Certificates: []*x509.Certificate{leaf}, PrivateKey: key}, nil
+	return svid, nil
 }

@@ -40,6 +40,7 @@ type fsm struct {
 	installing    atomic.Bool   // a snapshot is being read
 	sinceSnapshot atomic.Uint64 // bytes of entries
 	entries       atomic.Uint64 // their number
+	snapshotSize  atomic.Uint64 // of the last one here, in bytes
 
 	ended error // once set, nothing is applied any more; Raft's goroutine only
 }
@@ -147,7 +148,8 @@ func (f *fsm) end(err error) error {
 
 func (f *fsm) count(size int) {
 	f.entries.Add(1)
-	if f.sinceSnapshot.Add(uint64(size)) >= snapshotBytes && f.onFull != nil {
+	due := min(max(f.snapshotSize.Load()/2, snapshotBytes), snapshotMost)
+	if f.sinceSnapshot.Add(uint64(size)) >= due && f.onFull != nil {
 		f.onFull()
 	}
 }
@@ -161,7 +163,7 @@ func (f *fsm) Snapshot() (raft.FSMSnapshot, error) {
 	f.entries.Store(0)
 	f.mu.RLock()
 	defer f.mu.RUnlock()
-	return snapshot{f.state.Snapshot()}, nil
+	return snapshot{f.state.Snapshot(), &f.snapshotSize}, nil
 }
 
 // Restore takes a snapshot from the leader. The old state is read until the new one
@@ -202,12 +204,17 @@ func (f *fsm) adopt(state *domain.State, index uint64) bool {
 }
 
 // snapshot is a state at one index on its way to disk.
-type snapshot struct{ *domain.Snapshot }
+type snapshot struct {
+	*domain.Snapshot
+	size *atomic.Uint64 // set to what was written
+}
 
 func (s snapshot) Persist(sink raft.SnapshotSink) error {
-	if _, err := s.WriteTo(sink); err != nil {
+	size, err := s.WriteTo(sink)
+	if err != nil {
 		return errors.Join(err, sink.Cancel())
 	}
+	s.size.Store(uint64(size))
 	return sink.Close()
 }
 

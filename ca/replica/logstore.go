@@ -226,7 +226,19 @@ func (s *boltStore) DeleteRange(minIndex, maxIndex uint64) error {
 		s.first = to + 1
 		s.mu.Unlock()
 	}
+	s.unmapRead()
 	return nil
+}
+
+// unmapRead gives back the pages of the file that were read through its mapping and are
+// counted as this process's memory: a log is read once, at start, and its end when it is
+// cut. What is needed again comes from the page cache.
+func (s *boltStore) unmapRead() {
+	// A transaction keeps the mapping in its place.
+	_ = s.db.View(func(tx *bbolt.Tx) error {
+		dropPages(s.db.Info().Data, uintptr(tx.Size()))
+		return nil
+	})
 }
 
 // deleteTail deletes what conflicts with the leader's log, or all of it. What stood in

@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/raft"
@@ -228,7 +229,7 @@ func found(cfg *Config, dir string, state *domain.State, index, term uint64) err
 		return fmt.Errorf("cannot create the snapshot: %w", err)
 	}
 	cfg.reach("snapshot begun")
-	if err := (snapshot{state.Snapshot()}).Persist(sink); err != nil {
+	if err := (snapshot{state.Snapshot(), new(atomic.Uint64)}).Persist(sink); err != nil {
 		return fmt.Errorf("cannot write the snapshot: %w", err)
 	}
 	cfg.reach("snapshot written")

@@ -9,13 +9,16 @@ import (
 const (
 	maxEntry = 64 << 10 // bytes of one log entry, as the design says
 
-	// Log and snapshots. A snapshot is taken after this many entries or bytes; after it
-	// this many stay, so that a member that was away a while gets entries, not a snapshot.
-	// Entries hold up to 256 commands, so 64 Ki of them cover any transfer and restore.
+	// Log and snapshots. A snapshot is taken after so many entries, or when the log since
+	// the last one has half its size: applying a byte again at start costs about as much as
+	// restoring three. The bounds keep a small state from being written all the time, and
+	// the restart of a large one short. After it so much stays that a member that was away
+	// a while, or is given a snapshot of a million entries, gets entries next.
 	snapshotEntries = 32 << 10
-	snapshotBytes   = 64 << 20
+	snapshotBytes   = 8 << 20
+	snapshotMost    = 32 << 20
 	trailingEntries = 64 << 10
-	trailingBytes   = 128 << 20
+	trailingBytes   = 64 << 20
 	trailingLeast   = 1 << 10 // however large the entries are
 
 	cacheBytes = 16 << 20

@@ -269,6 +269,7 @@ func open(cfg Config) (*Replica, error) {
 	if err := r.start(files, list); err != nil {
 		return nil, errors.Join(err, st.Close())
 	}
+	bolt.unmapRead()
 	return r, nil
 }
 
@@ -350,6 +351,7 @@ func loadSnapshot(files *raft.FileSnapshotStore, meta *raft.SnapshotMeta, f *fsm
 	}
 	// Between the two are entries that are no commands.
 	f.adopt(state, meta.Index)
+	f.snapshotSize.Store(uint64(meta.Size))
 	return nil
 }
 

@@ -53,6 +53,12 @@ func (d adminDoor) Status(ctx context.Context, _ *ententev1.StatusRequest) (*ent
 		LastIndex:          info.Last,
 		LogBytes:           info.LogBytes,
 	}
+	if up := info.Upstream; up != nil {
+		resp.Upstream = &ententev1.Upstream{KeyId: up.KeyID, Problem: up.Problem}
+		if !up.NotAfter.IsZero() {
+			resp.Upstream.NotAfter = up.NotAfter.Unix()
+		}
+	}
 	if !resp.Quorum {
 		resp.NoQuorumSince = info.NoQuorumSince.Unix()
 	}
@@ -171,7 +177,7 @@ func (d adminDoor) Apply(ctx context.Context, req *ententev1.ApplyRequest) (*ent
 	if req.GetDryRun() || len(plan.command.GetUpserts())+len(plan.command.GetDeletes()) == 0 {
 		return resp, nil
 	}
-	outcome, err := s.propose(ctx, plan.body())
+	outcome, err := s.agreeObjects(ctx, plan)
 	if err != nil {
 		return nil, err
 	}
@@ -179,6 +185,78 @@ func (d adminDoor) Apply(ctx context.Context, req *ententev1.ApplyRequest) (*ent
 	s.Log.Info("the catalogue was changed", "revision", ca.Revision(outcome.Revision).String(),
 		"upserts", len(plan.command.GetUpserts()), "deletes", len(plan.command.GetDeletes()))
 	return resp, nil
+}
+
+// partBytes is how much of a change one log entry carries; it leaves room for the rest of
+// the command.
+const partBytes = 48 << 10
+
+// agreeObjects has a change of the catalogue agreed, all or nothing. One that no log entry
+// holds goes in parts, which mean nothing until the last command.
+func (s *Server) agreeObjects(ctx context.Context, plan applyPlan) (domain.Outcome, error) {
+	if proto.Size(plan.command) <= partBytes {
+		return s.propose(ctx, plan.body())
+	}
+	for _, o := range plan.command.GetUpserts() {
+		if n := proto.Size(o); n > partBytes {
+			return domain.Outcome{}, status.Errorf(codes.InvalidArgument, "%s: %s has %d bytes, over %d: divide it", o.GetSource(), domain.ObjectKey(o), n, partBytes)
+		}
+	}
+	id := make([]byte, 16)
+	rand.Read(id)
+	staged := func(parts uint32) *statev1.Command_ApplyStaged {
+		return &statev1.Command_ApplyStaged{ApplyStaged: &statev1.ApplyStaged{Id: id, Parts: parts}}
+	}
+	parts := cutObjects(plan.command)
+	for i, part := range parts {
+		_, err := s.propose(ctx, &statev1.Command{Body: &statev1.Command_StageObjects{
+			StageObjects: &statev1.StageObjects{Id: id, Part: uint32(i), Objects: part},
+		}})
+		if err != nil {
+			s.forgetParts(ctx, i, staged(0))
+			return domain.Outcome{}, err
+		}
+	}
+	outcome, err := s.propose(ctx, &statev1.Command{IfRevision: plan.catalogue, Body: staged(uint32(len(parts)))})
+	if err != nil {
+		s.forgetParts(ctx, len(parts), staged(0))
+	}
+	return outcome, err
+}
+
+// forgetParts tidies up after a change that came to nothing. If it cannot, the state
+// forgets by itself after a while.
+func (s *Server) forgetParts(ctx context.Context, sent int, forget *statev1.Command_ApplyStaged) {
+	if sent == 0 {
+		return
+	}
+	if _, err := s.propose(context.WithoutCancel(ctx), &statev1.Command{Body: forget}); err != nil {
+		s.Log.Debug("parts of a change that failed stay until they end", "error", err)
+	}
+}
+
+// cutObjects cuts a change into parts that fit into log entries.
+func cutObjects(whole *statev1.ApplyObjects) []*statev1.ApplyObjects {
+	part := &statev1.ApplyObjects{}
+	parts := []*statev1.ApplyObjects{part}
+	size := 0
+	fit := func(m proto.Message) *statev1.ApplyObjects {
+		n := proto.Size(m) + 8
+		if size += n; size > partBytes && len(part.Upserts)+len(part.Deletes) > 0 {
+			part, size = &statev1.ApplyObjects{}, n
+			parts = append(parts, part)
+		}
+		return part
+	}
+	for _, o := range whole.GetUpserts() {
+		into := fit(o)
+		into.Upserts = append(into.Upserts, o)
+	}
+	for _, k := range whole.GetDeletes() {
+		into := fit(k)
+		into.Deletes = append(into.Deletes, k)
+	}
+	return parts
 }
 
 // applyPlan is what an Apply comes down to at one revision.

@@ -69,6 +69,7 @@ var refusalCodes = map[string]codes.Code{
 	domain.CodeSequence:      codes.FailedPrecondition,
 	domain.CodeLimit:         codes.ResourceExhausted,
 	domain.CodeForbidden:     codes.PermissionDenied,
+	domain.CodeFeature:       codes.FailedPrecondition,
 }
 
 func refusalError(r *domain.Refusal) error {

@@ -121,9 +121,10 @@ func (c caller) String() string {
 // errNotOurs: the certificate claims a name that it does not prove.
 var errNotOurs = errors.New("the certificate is no SVID of this trust domain that is valid now, and its key is no member's")
 
-// identify says who holds the other end of a TLS connection. It verifies anew each
-// time: what was true when the connection began may have ended (I4).
-func (s *Server) identify(state tls.ConnectionState) (caller, error) {
+// identify says who holds the other end of a TLS connection. It decides anew each
+// time: what was true when the connection began may have ended (I4). proof is the
+// connection's.
+func (s *Server) identify(state tls.ConnectionState, proof *peer.Proof) (caller, error) {
 	c := caller{state: state}
 	if len(state.PeerCertificates) == 0 {
 		c.class = anonymous
@@ -143,7 +144,7 @@ func (s *Server) identify(state tls.ConnectionState) (caller, error) {
 		c.class = stranger
 		return c, nil
 	}
-	id, err := peer.Verify(state.PeerCertificates, s.Bundles, time.Now())
+	id, err := proof.Verify(state.PeerCertificates, s.Bundles, time.Now())
 	if err != nil || !id.MemberOf(s.TrustDomain) {
 		return c, errNotOurs
 	}
@@ -189,7 +190,7 @@ func (c *caller) fromState(st *domain.State, leaf *x509.Certificate) error {
 // bare key may only knock at Join.
 func (s *Server) tlsConfig() *tls.Config {
 	return peer.AllowClient(s.Certificate, func(state tls.ConnectionState) error {
-		_, err := s.identify(state)
+		_, err := s.identify(state, new(peer.Proof))
 		return err
 	}, "h2")
 }
@@ -210,23 +211,30 @@ func (t *tracking) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo
 	if err != nil {
 		return nil, nil, err
 	}
-	state := info.(credentials.TLSInfo).State
+	remote := &remoteInfo{TLSInfo: info.(credentials.TLSInfo)}
+	state := remote.State
 	if len(state.PeerCertificates) == 0 {
-		return conn, info, nil
+		return conn, remote, nil
 	}
-	first, err := t.server.identify(state)
+	first, err := t.server.identify(state, &remote.proof)
 	if err != nil {
 		conn.Close()
 		return nil, nil, err
 	}
 	untrack := t.server.registry.Track(raw, expiring(first, state), func() error {
-		now, err := t.server.identify(state)
+		now, err := t.server.identify(state, &remote.proof)
 		if err == nil && first.class != now.class && first.class != stranger {
 			err = errNotOurs
 		}
 		return err
 	})
-	return &tracked{conn, untrack}, info, nil
+	return &tracked{conn, untrack}, remote, nil
+}
+
+// remoteInfo is a connection over TLS.
+type remoteInfo struct {
+	credentials.TLSInfo
+	proof peer.Proof
 }
 
 // expiring hides the certificate of a peer that is known by its key: dates in it mean
@@ -304,9 +312,9 @@ func (s *Server) authorise(ctx context.Context, method string) (context.Context,
 	switch info := remote.AuthInfo.(type) {
 	case localInfo:
 		c.class, c.user = local, info.user
-	case credentials.TLSInfo:
+	case *remoteInfo:
 		var err error
-		if c, err = s.identify(info.State); err != nil {
+		if c, err = s.identify(info.State, &info.proof); err != nil {
 			return ctx, status.Error(codes.Unauthenticated, err.Error())
 		}
 	default:

@@ -9,6 +9,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/domain"
 	"github.com/entente-mesh/entente/ca/feed"
@@ -26,6 +27,7 @@ type Bundles struct {
 	sequence uint64
 	hint     time.Duration
 	x509     *x509bundle.Bundle
+	revoked  map[string]bool // ids of authorities
 	rendered
 	changed chan struct{} // closed when rendered changes
 }
@@ -46,6 +48,15 @@ func NewBundles(td spiffeid.TrustDomain) *Bundles {
 // Update takes the own bundle from the state. To be called whenever it changed, in
 // order.
 func (b *Bundles) Update(st *domain.State) error {
+	revoked := make(map[string]bool)
+	for _, a := range st.Authorities() {
+		if a.GetPhase() == statev1.AuthorityPhase_AUTHORITY_PHASE_REVOKED {
+			revoked[a.GetId()] = true
+		}
+	}
+	b.mu.Lock()
+	b.revoked = revoked
+	b.mu.Unlock()
 	own := feed.OwnBundleOf(st)
 	_, err := b.render(&own, st.Lifetimes().RefreshHint)
 	return err
@@ -59,6 +70,19 @@ func (b *Bundles) GetX509BundleForTrustDomain(td spiffeid.TrustDomain) (*x509bun
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return b.x509, nil
+}
+
+// Distrusted refuses what a REVOKED authority signed: where an upstream certified it, the
+// bundle alone would still verify that. Agents and entries are looked up at each call.
+func (b *Bundles) Distrusted(path []*x509.Certificate) error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for _, signer := range path[1:] {
+		if id := ca.KeyID(signer.RawSubjectPublicKeyInfo); b.revoked[id] {
+			return fmt.Errorf("authority %.12s was revoked", id)
+		}
+	}
+	return nil
 }
 
 // JWKS is the own bundle as it is handed to this domain's own processes, and its

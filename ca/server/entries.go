@@ -70,6 +70,8 @@ func (s *Server) planEntries(ctx context.Context, changes []*statev1.EntryChange
 			switch {
 			case refusal != nil:
 				fail(result, refusalError(refusal))
+			case proto.Size(change) > partBytes:
+				fail(result, status.Errorf(codes.InvalidArgument, "entry %s has over %d bytes: name fewer hosts, make several entries", id, partBytes))
 			case seen[id]:
 				fail(result, status.Errorf(codes.InvalidArgument, "entry %s is changed twice", id))
 			case next == nil:
@@ -146,15 +148,33 @@ func fail(r *ententev1.EntryResult, err error) {
 }
 
 func (d adminDoor) ListEntries(ctx context.Context, req *ententev1.ListEntriesRequest) (*ententev1.ListEntriesResponse, error) {
-	page := newPage[*statev1.Entry](pageSize(req.GetPageSize()), req.GetAfter())
-	d.server.eachEntry(ctx, req, page.add)
-	return &ententev1.ListEntriesResponse{Entries: page.rows(), More: page.more}, nil
+	size := pageSize(req.GetPageSize())
+	resp := &ententev1.ListEntriesResponse{}
+	err := d.server.eachEntry(ctx, req, func(e *statev1.Entry) bool {
+		if resp.More = len(resp.Entries) == size; !resp.More {
+			resp.Entries = append(resp.Entries, e)
+		}
+		return !resp.More
+	})
+	return resp, err
 }
 
 func (d adminDoor) CountEntries(ctx context.Context, req *ententev1.ListEntriesRequest) (*ententev1.CountEntriesResponse, error) {
 	resp := &ententev1.CountEntriesResponse{}
-	d.server.eachEntry(ctx, req, func(string, *statev1.Entry) { resp.Entries++ })
-	return resp, nil
+	everything := false
+	d.server.State.Read(func(st *domain.State) {
+		if everything = rolesOf(ctx, st).May(domain.SeeAll) == nil && !req.GetDeclared() && req.GetHost() == "" && req.GetPathPrefix() == ""; everything {
+			resp.Entries = uint64(st.EntryCount())
+		}
+	})
+	if everything {
+		return resp, nil
+	}
+	err := d.server.eachEntry(ctx, req, func(*statev1.Entry) bool {
+		resp.Entries++
+		return true
+	})
+	return resp, err
 }
 
 func (d adminDoor) GetEntry(ctx context.Context, req *ententev1.GetEntryRequest) (*ententev1.GetEntryResponse, error) {
@@ -170,23 +190,44 @@ func (d adminDoor) GetEntry(ctx context.Context, req *ententev1.GetEntryRequest)
 	return resp, nil
 }
 
-// eachEntry calls f with the entries that a request asks for, in no order.
-func (s *Server) eachEntry(ctx context.Context, req *ententev1.ListEntriesRequest, f func(id string, e *statev1.Entry)) {
+// entriesAtOnce is how many entries are looked at while the state is kept from changing.
+const entriesAtOnce = 2000
+
+// eachEntry calls f with the entries that a request asks for, by id, until f has enough.
+// What changes meanwhile is seen or not.
+func (s *Server) eachEntry(ctx context.Context, req *ententev1.ListEntriesRequest, f func(*statev1.Entry) bool) error {
 	prefix := strings.TrimSuffix(req.GetPathPrefix(), "/")
-	s.State.Read(func(st *domain.State) {
-		roles := rolesOf(ctx, st)
-		entries := st.Entries()
-		if req.GetHost() != "" {
-			entries = slices.Values(st.EntriesOnHost(req.GetHost()))
+	after, more := req.GetAfter(), true
+	if req.GetDeclared() {
+		after = max(after, ca.DeclaredPrefix) // they stand together
+	}
+	for more {
+		if err := ctx.Err(); err != nil {
+			return status.FromContextError(err).Err()
 		}
-		for e := range entries {
-			switch {
-			case req.GetDeclared() && !domain.Declared(e.GetId()):
-			case prefix != "" && !ca.AtOrBelow(e.GetPath(), prefix):
-			case !roles.Sees(e.GetPath()):
-			default:
-				f(e.GetId(), e)
+		more = false
+		s.State.Read(func(st *domain.State) {
+			roles := rolesOf(ctx, st)
+			entries, seen := st.EntriesAfter(after), 0
+			if req.GetHost() != "" {
+				entries = slices.Values(st.EntriesOnHost(req.GetHost()))
 			}
-		}
-	})
+			for e := range entries {
+				switch {
+				case e.GetId() <= after:
+				case req.GetDeclared() && !domain.Declared(e.GetId()):
+					return
+				case prefix != "" && !ca.AtOrBelow(e.GetPath(), prefix):
+				case !roles.Sees(e.GetPath()):
+				case !f(e):
+					return
+				}
+				if seen++; seen == entriesAtOnce && req.GetHost() == "" {
+					after, more = e.GetId(), true
+					return
+				}
+			}
+		})
+	}
+	return nil
 }

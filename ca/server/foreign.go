@@ -1,6 +1,7 @@
 package server
 
 import (
+	"bytes"
 	"crypto/x509"
 	"fmt"
 	"slices"
@@ -57,6 +58,14 @@ func WithoutSharedKeys(st *domain.State, record *statev1.ForeignBundle) (*statev
 	taken := make(map[string]bool)
 	for _, authority := range st.Authorities() {
 		taken[authority.GetId()] = true
+		if len(authority.GetUpstream()) == 0 {
+			continue
+		}
+		root, err := x509.ParseCertificate(authority.GetUpstream())
+		if err != nil {
+			return nil, nil, fmt.Errorf("upstream of authority %.12s: %w", authority.GetId(), err)
+		}
+		taken[ca.KeyID(root.RawSubjectPublicKeyInfo)] = true
 	}
 	for _, other := range st.ForeignBundles() {
 		otherTD, err := ca.ParseTrustDomain(other.GetTrustDomain())
@@ -102,6 +111,34 @@ func WithoutSharedKeys(st *domain.State, record *statev1.ForeignBundle) (*statev
 	b.X509 = kept
 	clean, err := foreignRecord(b)
 	return clean, dropped, err
+}
+
+// CheckUpstream refuses a root, DER, whose key stands in another domain's bundle: it would
+// let each domain sign names of the other (I2). No root: nothing to refuse.
+func CheckUpstream(st *domain.State, upstream []byte) error {
+	if len(upstream) == 0 {
+		return nil
+	}
+	root, err := x509.ParseCertificate(upstream)
+	if err != nil {
+		return fmt.Errorf("upstream certificate: %w", err)
+	}
+	for _, held := range st.ForeignBundles() {
+		td, err := ca.ParseTrustDomain(held.GetTrustDomain())
+		if err != nil {
+			continue
+		}
+		b, _, err := bundle.Parse(td, held.GetJwks())
+		if err != nil {
+			return fmt.Errorf("bundle of %s: %w", td.Name(), err)
+		}
+		for _, cert := range b.X509 {
+			if bytes.Equal(cert.RawSubjectPublicKeyInfo, root.RawSubjectPublicKeyInfo) {
+				return fmt.Errorf("the upstream's key stands in the bundle of %s: a root belongs to one trust domain alone; make one for this domain", td.Name())
+			}
+		}
+	}
+	return nil
 }
 
 func tokenKeyID(key bundle.Key) (string, error) {

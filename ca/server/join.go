@@ -66,7 +66,7 @@ func (d joinDoor) Join(ctx context.Context, req *ententev1.JoinRequest) (*entent
 		Actor: "join " + c.keyID,
 		Body: &statev1.Command_JoinMember{JoinMember: &statev1.JoinMember{
 			TokenId:   req.GetTokenId(),
-			Member:    &statev1.Member{Id: c.keyID, RaftAddress: req.GetRaftAddress(), ApiAddress: req.GetApiAddress()},
+			Member:    &statev1.Member{Id: c.keyID, RaftAddress: req.GetRaftAddress(), ApiAddress: req.GetApiAddress(), FeatureLevel: req.GetFeatureLevel()},
 			Statement: req.GetStatement(),
 			Signature: req.GetSignature(),
 		}},

@@ -238,11 +238,7 @@ func ShowEpoch(ctx context.Context, m *statev1.Member, recovery *statev1.Recover
 // autonomies says how long each signing member goes on if quorum were lost now: with
 // its ACTIVE authority, and with the next one if that is marked ready.
 func autonomies(st *domain.State, now time.Time) (list []*ententev1.Autonomy) {
-	lifetimes := st.Lifetimes()
-	leaf := max(lifetimes.X509SVID, lifetimes.AgentSVID)
-	for e := range st.Entries() {
-		leaf = max(leaf, ca.SVIDLife(e, lifetimes))
-	}
+	leaf := st.LongestLeaf()
 	for _, m := range st.Members() {
 		if !m.GetSigning() {
 			continue

@@ -69,6 +69,7 @@ func (d peerDoor) Propose(ctx context.Context, req *ententev1.ProposeRequest) (*
 func (s *Server) mayPropose(c caller, command *statev1.Command) error {
 	switch body := command.GetBody().(type) {
 	case *statev1.Command_CreateToken, *statev1.Command_JoinMember, *statev1.Command_AttestAgent, *statev1.Command_AdmitAgent, *statev1.Command_ApplyObjects,
+		*statev1.Command_StageObjects, *statev1.Command_ApplyStaged,
 		// An operator may be at any node. What a member gains by them if nobody asked it: it
 		// can take away, and use early what everybody holds.
 		*statev1.Command_RemoveMember, *statev1.Command_ActivateAuthority, *statev1.Command_TaintAuthority, *statev1.Command_RevokeAuthority,
@@ -88,7 +89,11 @@ func (s *Server) mayPropose(c caller, command *statev1.Command) error {
 		if authority.GetUse() != statev1.KeyUse_KEY_USE_X509 {
 			return ca.SameTokenAuthority(c.keyID, authority, phase, time.Now())
 		}
-		parsed, err := ca.NewAuthority(s.TrustDomain, c.keyID, authority.GetCertificate(), phase, time.Now())
+		parsed, err := ca.NewAuthority(s.TrustDomain, c.keyID, authority.GetCertificate(), authority.GetUpstream(), phase, time.Now())
+		if err != nil {
+			return err
+		}
+		s.State.Read(func(st *domain.State) { err = CheckUpstream(st, authority.GetUpstream()) })
 		if err != nil {
 			return err
 		}
@@ -321,6 +326,7 @@ type JoinRequest struct {
 	Certificate tls.Certificate // of the node key
 	RaftAddress string
 	APIAddress  string
+	Level       uint32 // domain.FeatureLevel of this node
 }
 
 // JoinResult is the answer.
@@ -405,6 +411,8 @@ func joinAt(ctx context.Context, address string, req JoinRequest) (*JoinResult, 
 		Signature:   signature,
 		RaftAddress: req.RaftAddress,
 		ApiAddress:  req.APIAddress,
+
+		FeatureLevel: req.Level,
 	})
 	if err != nil {
 		return nil, err

@@ -81,9 +81,17 @@ type Info struct {
 	Disk          string    // what is wrong with the log's disk; empty: nothing
 	ClockOffset   time.Duration
 	ClockKnown    bool
-	Applied       uint64 // log index
-	Last          uint64 // of the log
-	LogBytes      uint64 // since the last snapshot
+	Applied       uint64    // log index
+	Last          uint64    // of the log
+	LogBytes      uint64    // since the last snapshot
+	Upstream      *Upstream // nil: this node's authorities sign themselves
+}
+
+// Upstream is the root that certifies this node's X.509 authorities.
+type Upstream struct {
+	KeyID    string    // empty: it cannot be read
+	NotAfter time.Time // its end
+	Problem  string    // why it certifies nothing, or soon will not; empty: it does
 }
 
 // Fetched is how this node's last look at a foreign bundle went.
@@ -177,6 +185,7 @@ func (s *Server) ServeAPI(ctx context.Context, listener net.Listener) error {
 		grpc.MaxRecvMsgSize(maxAPIMessage),
 		grpc.MaxConcurrentStreams(maxStreams),
 		grpc.MaxHeaderListSize(16<<10),
+		grpc.ReadBufferSize(0), // TLS has a buffer of its own, and 10,000 hosts hold a stream open
 		grpc.ConnectionTimeout(10*time.Second),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 2 * time.Second, PermitWithoutStream: true}),
 		grpc.KeepaliveParams(keepalive.ServerParameters{

@@ -368,6 +368,7 @@ func selfSigned(t testing.TB, id string, isCA bool) (tls.Certificate, *x509.Cert
 
 // I2: only this domain's SVIDs come through the door, and nothing that merely claims a
 // name.
+// Requirements: 45.
 func TestForeignAndForgedCertificates(t *testing.T) {
 	t.Parallel()
 	c := catest.Start(t, catest.Options{})
@@ -561,6 +562,7 @@ func TestMembersProposals(t *testing.T) {
 }
 
 // The doors end what rests on an SVID when the SVID ends.
+// Requirements: 46.
 func TestConnectionEndsWithItsSVID(t *testing.T) {
 	t.Parallel()
 	c := catest.Start(t, catest.Options{Lifetimes: node.Lifetimes{AgentSVID: 2 * time.Second}})

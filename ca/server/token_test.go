@@ -155,7 +155,8 @@ func TestTokenRate(t *testing.T) {
 }
 
 // WIT keys stand in the variant only, whose sequence is its own, and both are one
-// domain's keys (T16, 93, 95).
+// domain's keys.
+// Requirements: 93, 95, 97, 100, T16.
 func TestBundleVariants(t *testing.T) {
 	t.Parallel()
 	c := catest.Start(t, catest.Options{})
@@ -174,6 +175,9 @@ func TestBundleVariants(t *testing.T) {
 	public, variant := get(false), get(true)
 	if len(public.WIT) != 0 || len(public.JWT) != 2 || len(public.X509) != 2 {
 		t.Errorf("public: %d WIT, %d JWT, %d X.509", len(public.WIT), len(public.JWT), len(public.X509))
+	}
+	if public.Sequence == 0 || public.RefreshHint != ca.DefaultRefreshHint {
+		t.Errorf("public: sequence %d, refresh hint %v", public.Sequence, public.RefreshHint)
 	}
 	if len(variant.WIT) != 2 || len(variant.JWT) != 2 || variant.Sequence != public.Sequence+1 {
 		t.Errorf("variant: %d WIT, %d JWT, sequence %d after %d", len(variant.WIT), len(variant.JWT), variant.Sequence, public.Sequence)

@@ -1,6 +1,7 @@
 package server
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"fmt"
@@ -78,6 +79,7 @@ func (s *Server) changedAuthority(id string, revision uint64, heldBy []string) *
 				resp.Signing = append(resp.Signing, a)
 			}
 		}
+		resp.Note = upstreamNote(st, resp.Authority)
 	})
 	return resp
 }
@@ -211,8 +213,36 @@ func (d adminDoor) RemoveNode(ctx context.Context, req *ententev1.RemoveNodeRequ
 		return nil, err
 	}
 	resp := &ententev1.RemoveNodeResponse{Revision: outcome.Revision, Member: member, HeldBy: held}
-	s.State.Read(func(st *domain.State) { resp.Authorities = authoritiesOf(st, member) })
+	s.State.Read(func(st *domain.State) {
+		resp.Authorities = authoritiesOf(st, member)
+		for _, a := range resp.Authorities {
+			resp.Note = cmp.Or(resp.Note, upstreamNote(st, a))
+		}
+	})
 	return resp, nil
+}
+
+// upstreamNote says who goes on accepting what an authority signed that was tainted or
+// revoked; empty: nobody, once it is revoked.
+func upstreamNote(st *domain.State, a *statev1.Authority) string {
+	if len(a.GetUpstream()) == 0 {
+		return ""
+	}
+	const (
+		goOn = "this domain's own processes refuse it by distrust item; other domains, and software that verifies with the SPIFFE bundle alone, go on accepting it until it ends"
+		root = "if somebody else held the node's keys, he may hold the root's as well: replace the root (docs/how-to/certify-by-a-root.md)"
+	)
+	switch a.GetPhase() {
+	case statev1.AuthorityPhase_AUTHORITY_PHASE_TAINTED:
+		return "an upstream certified this authority, and its root stays in the bundle while any authority under it does. When it is revoked, plain SPIFFE peers will not learn of it: " + goOn + ". " + root
+	case statev1.AuthorityPhase_AUTHORITY_PHASE_REVOKED:
+		for _, other := range st.Authorities() {
+			if ca.InBundle(other.GetPhase()) && bytes.Equal(other.GetUpstream(), a.GetUpstream()) {
+				return "plain SPIFFE peers will not learn of it: the root that certified it stays in the bundle, for others under it sign. Of what it signed, " + goOn + ". " + root
+			}
+		}
+	}
+	return ""
 }
 
 func authoritiesOf(st *domain.State, m *statev1.Member) (own []*statev1.Authority) {

@@ -46,6 +46,9 @@ const (
 // Config is what a signer needs. All functions are called concurrently and for
 // each signature, and must be quick.
 type Config struct {
+	// TrustDomain is the only one that tokens are signed for; an X.509 authority's
+	// certificate says it for itself.
+	TrustDomain spiffeid.TrustDomain
 	// Active returns this node's ACTIVE authority for one use as the replicated state
 	// has it, nil if there is none.
 	Active func(statev1.KeyUse) *statev1.Authority
@@ -66,6 +69,8 @@ type Signer struct {
 	config  Config
 	slots   chan struct{}
 	waiting atomic.Int32
+
+	signatures atomic.Uint64 // of certificates, with keys in memory
 
 	mu     sync.RWMutex
 	keys   map[string]crypto.Signer     // by authority id
@@ -121,7 +126,7 @@ func (s *Signer) Ready(use statev1.KeyUse) error {
 		return err
 	}
 	if use == statev1.KeyUse_KEY_USE_X509 {
-		_, _, err := s.active()
+		_, _, _, err := s.active()
 		return err
 	}
 	_, _, err := s.activeKey(use)
@@ -149,8 +154,8 @@ type Issued struct {
 	NotAfter  time.Time
 }
 
-// Sign returns the certificates of an X.509-SVID, DER, leaf first, without the
-// authority's own. Errors: ErrNoAuthority, ErrBusy, ErrClock, the context's, or what
+// Sign returns the certificates of an X.509-SVID, DER, leaf first: with the authority's own
+// where that is an intermediate, without it where it stands in the bundle. Errors: ErrNoAuthority, ErrBusy, ErrClock, the context's, or what
 // is wrong with the request.
 func (s *Signer) Sign(ctx context.Context, req Request) ([][]byte, error) {
 	chain, err := s.sign(ctx, req)
@@ -170,7 +175,7 @@ func (s *Signer) sign(ctx context.Context, req Request) ([][]byte, error) {
 	if err := s.config.Clock().Check(now); err != nil {
 		return nil, err
 	}
-	key, authority, err := s.active()
+	key, record, authority, err := s.active()
 	if err != nil {
 		return nil, err
 	}
@@ -189,15 +194,18 @@ func (s *Signer) sign(ctx context.Context, req Request) ([][]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	// CreateCertificate verifies its own signature; a broken key store is noticed here.
-	der, err := x509.CreateCertificate(rand.Reader, template, authority, req.PublicKey, key)
+	der, err := s.certify(template, authority, key)
 	if err != nil {
 		return nil, err
 	}
 	if s.config.Signed != nil {
 		s.config.Signed(Issued{Kind: "x509-svid", ID: req.ID, Origin: req.Origin, Serial: template.SerialNumber.Text(16), Authority: ca.KeyID(authority.RawSubjectPublicKeyInfo), NotAfter: template.NotAfter})
 	}
-	return [][]byte{der}, nil
+	chain := [][]byte{der}
+	if len(record.GetUpstream()) > 0 {
+		chain = append(chain, authority.Raw)
+	}
+	return chain, nil
 }
 
 func (s *Signer) acquire(ctx context.Context) error {
@@ -238,11 +246,11 @@ func (s *Signer) activeKey(use statev1.KeyUse) (crypto.Signer, *statev1.Authorit
 	return key, authority, nil
 }
 
-// active returns the key and the certificate of the ACTIVE X.509 authority.
-func (s *Signer) active() (crypto.Signer, *x509.Certificate, error) {
+// active returns the ACTIVE X.509 authority with its key and its certificate.
+func (s *Signer) active() (crypto.Signer, *statev1.Authority, *x509.Certificate, error) {
 	key, authority, err := s.activeKey(statev1.KeyUse_KEY_USE_X509)
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, nil, err
 	}
 	id := authority.GetId()
 	s.mu.RLock()
@@ -250,13 +258,13 @@ func (s *Signer) active() (crypto.Signer, *x509.Certificate, error) {
 	s.mu.RUnlock()
 	if cert == nil {
 		if cert, err = x509.ParseCertificate(authority.GetCertificate()); err != nil {
-			return nil, nil, fmt.Errorf("certificate of authority %.12s: %w", id, err)
+			return nil, nil, nil, fmt.Errorf("certificate of authority %.12s: %w", id, err)
 		}
 		s.mu.Lock()
 		s.parsed[id] = cert
 		s.mu.Unlock()
 	}
-	return key, cert, nil
+	return key, authority, cert, nil
 }
 
 // MaxCSR is the size of the largest certificate request that is read, in bytes.

@@ -44,7 +44,7 @@ func newAuthority(t *testing.T, key crypto.Signer, phase time.Duration) *statev1
 	if err != nil {
 		t.Fatal(err)
 	}
-	authority, err := ca.NewAuthority(banking, strings.Repeat("0", 64), der, phase, now)
+	authority, err := ca.NewAuthority(banking, strings.Repeat("0", 64), der, nil, phase, now)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -88,6 +88,7 @@ func request(t *testing.T) Request {
 	}
 }
 
+// Requirements: 22-24, 30, 32, 34-37.
 func TestSignFollowsTheProfile(t *testing.T) {
 	w := newWorld(t, 48*time.Hour, 0)
 	serials := make(map[string]bool)
@@ -172,6 +173,7 @@ func TestRemovedKeyDoesNotSign(t *testing.T) {
 	}
 }
 
+// Requirements: 20.
 func TestForeignNameIsNotSigned(t *testing.T) {
 	w := newWorld(t, time.Hour, 0)
 	req := request(t)

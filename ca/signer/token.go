@@ -59,6 +59,9 @@ func (s *Signer) SignWIT(ctx context.Context, req WITRequest) (string, error) {
 }
 
 func (s *Signer) signToken(ctx context.Context, use statev1.KeyUse, typ string, issued Issued, claims func(*statev1.Authority, time.Time) ([]byte, time.Time, error)) (string, error) {
+	if !issued.ID.MemberOf(s.config.TrustDomain) {
+		return "", fmt.Errorf("sign token for %s: this CA signs for %s only", issued.ID, s.config.TrustDomain.Name())
+	}
 	if err := s.acquire(ctx); err != nil {
 		return "", err
 	}

@@ -27,6 +27,7 @@ import (
 func tokenWorld(t testing.TB, jwtKey crypto.Signer, phase time.Duration, config Config) (*Signer, map[statev1.KeyUse]*statev1.Authority) {
 	t.Helper()
 	authorities := map[statev1.KeyUse]*statev1.Authority{}
+	config.TrustDomain = banking
 	config.Active = func(use statev1.KeyUse) *statev1.Authority { return authorities[use] }
 	if config.Clock == nil {
 		config.Clock = func() Clock { return Clock{} }
@@ -83,8 +84,9 @@ func part(t testing.TB, token string, i int) map[string]any {
 	return out
 }
 
-// What is signed follows the profile (JWT-SVID 2, 3; requirements 56, 57, 59, 62, 63,
-// 65), with either kind of key, as another library reads it.
+// What is signed follows the profile (JWT-SVID 2, 3), with either kind of key, as
+// another library reads it.
+// Requirements: 55-57, 59, 61-63, 65.
 func TestSignJWT(t *testing.T) {
 	rsaKey, err := rsa.GenerateKey(rand.Reader, 2048)
 	if err != nil {
@@ -125,6 +127,7 @@ func TestSignJWT(t *testing.T) {
 	}
 }
 
+// Requirements: 73-77, 79, 85, 86.
 func TestSignWIT(t *testing.T) {
 	s, _ := tokenWorld(t, p256(t), 48*time.Hour, Config{Issuer: "https://oidc.banking.example"})
 	holder := p256(t)
@@ -145,6 +148,7 @@ func TestSignWIT(t *testing.T) {
 }
 
 // What may not be signed is not, beside what may.
+// Requirements: 13, 20, 23, 63, 95.
 func TestTokensThatAreNotSigned(t *testing.T) {
 	key := p256(t)
 	s, authorities := tokenWorld(t, key, 48*time.Hour, Config{})
@@ -158,6 +162,7 @@ func TestTokensThatAreNotSigned(t *testing.T) {
 		"no ID":            func(r *JWTRequest) { r.ID = spiffeid.ID{} },
 		"too long an ID":   func(r *JWTRequest) { r.ID = spiffeid.RequireFromPath(banking, "/"+strings.Repeat("a", 2048)) },
 		"no life":          func(r *JWTRequest) { r.Life = 0 },
+		"another domain":   func(r *JWTRequest) { r.ID = spiffeid.RequireFromString("spiffe://trading.example/accounts") },
 	} {
 		req := jwtRequest()
 		change(&req)
@@ -171,6 +176,10 @@ func TestTokensThatAreNotSigned(t *testing.T) {
 		if _, err := s.SignWIT(t.Context(), WITRequest{ID: jwtRequest().ID, PublicKey: public, Life: time.Hour}); err == nil {
 			t.Errorf("WIT for %s: signed", name)
 		}
+	}
+	abroad := WITRequest{ID: spiffeid.RequireFromString("spiffe://trading.example/accounts"), PublicKey: p256(t).Public(), Life: time.Hour}
+	if _, err := s.SignWIT(t.Context(), abroad); err == nil {
+		t.Error("WIT of another domain: signed")
 	}
 	// No authority signs for another use, in another phase, or before it is ACTIVE.
 	jwtAuthority := authorities[statev1.KeyUse_KEY_USE_JWT]
@@ -188,6 +197,7 @@ func TestTokensThatAreNotSigned(t *testing.T) {
 }
 
 // A life is cut to what the profile and the authority allow.
+// Requirements: 65, 82.
 func TestTokenLife(t *testing.T) {
 	for _, test := range []struct{ phase, asked, jwt, wit time.Duration }{
 		{48 * time.Hour, 100 * time.Hour, ca.MaxJWTSVID, ca.MaxWITSVID},

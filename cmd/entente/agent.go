@@ -28,7 +28,7 @@ func agentCommand() *cobra.Command {
 		Short:   "The mesh agent of a host: identities and sidecars for its workloads",
 		Long:    "run, explain-pid and healthcheck are for the host itself; list, show, ban and evict ask a CA node for the agents of its domain.",
 		Example: "  entente agent run --config agent.yaml\n  entente agent list",
-	}, agentRunCommand(), agentExplainPIDCommand(), agentHealthcheckCommand(),
+	}, holdsKeys(agentRunCommand()), agentExplainPIDCommand(), agentHealthcheckCommand(),
 		agentListCommand(), agentShowCommand(), agentBanCommand(), agentEvictCommand())
 }
 

@@ -204,6 +204,9 @@ func printAuthorityChange(c *cobra.Command, admin *adminFlags, r *ententev1.Chan
 			fmt.Fprintf(out, "lost their SVIDs, and get new ones: %s\n", held)
 		}
 	}
+	if r.GetNote() != "" {
+		fmt.Fprintln(out, "note:", r.GetNote())
+	}
 	if len(r.GetSigning()) == 0 {
 		fmt.Fprintln(out, "NOBODY SIGNS just now: the CA nodes activate what they have prepared")
 	}

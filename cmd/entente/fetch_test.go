@@ -87,6 +87,7 @@ func command(t *testing.T, input string, args ...string) (code int, stdout, stde
 	return code, out(), errs()
 }
 
+// Requirements: 150.
 func TestFetchAndValidate(t *testing.T) {
 	_, socket := workloadHost(t)
 	t.Setenv(socketVariable, "unix://"+socket)
@@ -145,7 +146,8 @@ func TestFetchAndValidate(t *testing.T) {
 	}
 }
 
-// Workload Endpoint 4 (requirement 153).
+// Workload Endpoint 4.
+// Requirements: 153.
 func TestEndpoint(t *testing.T) {
 	for address, want := range map[string]string{
 		"unix:///run/agent.sock":     "unix:///run/agent.sock",

@@ -42,6 +42,9 @@ is to come back joins anew, with an empty data directory and a new token.`,
 				if held := response.GetHeldBy(); len(held) > 0 {
 					fmt.Fprintf(out, "lost their SVIDs, and get new ones: %s\n", strings.Join(held, ", "))
 				}
+				if response.GetNote() != "" {
+					fmt.Fprintln(out, "note:", response.GetNote())
+				}
 				return nil
 			})
 		},

@@ -26,7 +26,7 @@ func snapshotCommand() *cobra.Command {
 		Example: `  entente snapshot save banking-$(date +%F).snapshot
   entente snapshot inspect banking-2026-11-20.snapshot
   entente snapshot restore --config ca.yaml --recovery-key-file key banking-2026-11-20.snapshot`,
-	}, snapshotSaveCommand(), snapshotInspectCommand(), snapshotRestoreCommand())
+	}, snapshotSaveCommand(), snapshotInspectCommand(), holdsKeys(snapshotRestoreCommand()))
 }
 
 // oneFile takes exactly one argument, a file.

@@ -5,6 +5,8 @@ import (
 	"runtime/debug"
 
 	"github.com/spf13/cobra"
+
+	"github.com/entente-mesh/entente/ca/keystore"
 )
 
 func versionCommand() *cobra.Command {
@@ -25,7 +27,11 @@ func versionCommand() *cobra.Command {
 					}
 				}
 			}
-			_, err := fmt.Fprintf(c.OutOrStdout(), "entente %s%s\n", version, commit)
+			pkcs11 := "without"
+			if keystore.PKCS11 {
+				pkcs11 = "with"
+			}
+			_, err := fmt.Fprintf(c.OutOrStdout(), "entente %s%s, %s PKCS#11\n", version, commit, pkcs11)
 			return err
 		},
 	}

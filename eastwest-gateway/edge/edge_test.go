@@ -142,6 +142,7 @@ func hmacToken(t *testing.T, key *ecdsa.PrivateKey) string {
 	return signed + "." + encode(mac.Sum(nil))
 }
 
+// Requirements: 89.
 func TestTokens(t *testing.T) {
 	w := newWorld(t, nil)
 	claim := func(name string, value any) string {

@@ -12,6 +12,7 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"math/big"
 	"slices"
 	"strings"
@@ -51,7 +52,8 @@ func doc(keys ...string) string {
 	return `{"keys":[` + strings.Join(keys, ",") + `],"spiffe_sequence":7,"spiffe_refresh_hint":300}`
 }
 
-// One line for each requirement on a consumer, spiffe-requirements 48 to 54 and 95 to 107: the entry beside it always counts.
+// One line for each thing that a consumer meets: the entry beside it always counts.
+// Requirements: 50, 52-54, 71, 94, 96, 103, 106, 107, T5, T8.
 func TestParseEntries(t *testing.T) {
 	ca, other := peertest.NewAuthority(trading), peertest.NewAuthority(trading)
 	leaf := ca.Issue("/portfolio").Certificates[0]
@@ -133,6 +135,7 @@ func TestParseEntries(t *testing.T) {
 }
 
 // A key id stands for one key, over both kinds of tokens.
+// Requirements: 93.
 func TestParseKeyIDTwice(t *testing.T) {
 	one, two := peertest.NewKey().Public(), peertest.NewKey().Public()
 	b, skipped, err := bundle.Parse(trading, []byte(doc(
@@ -146,6 +149,7 @@ func TestParseKeyIDTwice(t *testing.T) {
 	}
 }
 
+// Requirements: 96, 99, 101, 102, 108, T8.
 func TestParseDocument(t *testing.T) {
 	ca := peertest.NewAuthority(trading)
 	good := jwk(ca.Cert.PublicKey, `"use":"x509-svid"`, x5c(ca.Cert.Raw))
@@ -217,6 +221,7 @@ func TestParseDocument(t *testing.T) {
 	}
 }
 
+// Requirements: 48-50, 70, 93, 97, 101, 102, 105, 106, T6, T7.
 func TestMarshal(t *testing.T) {
 	one, two := peertest.NewAuthority(trading), peertest.NewAuthority(trading)
 	key := func(id string) bundle.Key {
@@ -246,6 +251,27 @@ func TestMarshal(t *testing.T) {
 		t.Errorf("not the same after reading: %v\n%s\n%s", err, text, again)
 	}
 
+	// Each entry has the members that SPIFFE defines for it, and no others.
+	var written struct {
+		Keys []map[string]json.RawMessage
+	}
+	if err := json.Unmarshal(text, &written); err != nil || len(written.Keys) != 5 {
+		t.Fatalf("%d entries, %v", len(written.Keys), err)
+	}
+	for _, entry := range written.Keys {
+		want := []string{"crv", "kid", "kty", "use", "x", "y"}
+		if string(entry["use"]) == `"x509-svid"` {
+			want = []string{"crv", "kty", "use", "x", "x5c", "y"}
+			var chain [][]byte
+			if err := json.Unmarshal(entry["x5c"], &chain); err != nil || len(chain) != 1 || !bytes.Equal(chain[0], one.Cert.Raw) && !bytes.Equal(chain[0], two.Cert.Raw) {
+				t.Errorf("x5c %s, %v", entry["x5c"], err)
+			}
+		}
+		if names := slices.Sorted(maps.Keys(entry)); !slices.Equal(names, want) {
+			t.Errorf("an entry of use %s has %v", entry["use"], names)
+		}
+	}
+
 	empty, err := (&bundle.Bundle{TrustDomain: trading, Sequence: 9}).Marshal()
 	if err != nil || string(empty) != `{"keys":[],"spiffe_sequence":9}` {
 		t.Errorf("the bundle that revokes everything: %s, %v", empty, err)
@@ -265,7 +291,38 @@ func TestMarshal(t *testing.T) {
 	}
 }
 
+// A map has each trust domain once, with its bundle as it is but for the hint.
+// Requirements: 109, 111.
+func TestMarshalMap(t *testing.T) {
+	banking := spiffeid.RequireTrustDomainFromString("banking.example")
+	one, two := peertest.NewAuthority(trading), peertest.NewAuthority(banking)
+	hinted := &bundle.Bundle{TrustDomain: trading, X509: []*x509.Certificate{one.Cert}, Sequence: 3, RefreshHint: time.Minute}
+	other := &bundle.Bundle{TrustDomain: banking, X509: []*x509.Certificate{two.Cert}, Sequence: 4}
+	text, err := bundle.MarshalMap(hinted, other)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var written map[string]map[string]json.RawMessage
+	if err := json.Unmarshal(text, &written); err != nil || len(written) != 1 || len(written["trust_domains"]) != 2 {
+		t.Fatalf("%s, %v", text, err)
+	}
+	b, skipped, err := bundle.Parse(trading, written["trust_domains"]["trading.example"])
+	if err != nil || len(skipped) > 0 || b.Sequence != 3 || b.RefreshHint != 0 || !b.X509Bundle().HasX509Authority(one.Cert) || len(b.X509) != 1 {
+		t.Errorf("read back: %+v, skipped %v, %v", b, skipped, err)
+	}
+	if hinted.RefreshHint != time.Minute {
+		t.Error("the bundle that was given lost its hint")
+	}
+	if text, err := bundle.MarshalMap(hinted, other, hinted); err == nil {
+		t.Errorf("one trust domain twice: %s", text)
+	}
+	if text, err := bundle.MarshalMap(); err != nil || string(text) != `{"trust_domains":{}}` {
+		t.Errorf("the map of nobody: %s, %v", text, err)
+	}
+}
+
 // What go-spiffe writes, we read, and the other way round: with every kind of key.
+// Requirements: 48, 50, 54, 70, 96, 101, T6.
 func TestGoSPIFFE(t *testing.T) {
 	rsaKey, err := rsa.GenerateKey(rand.Reader, 2048)
 	if err != nil {

@@ -64,6 +64,7 @@ func Compile(td spiffeid.TrustDomain, objects []*statev1.Object, options ...Opti
 	for _, option := range options {
 		option(&c)
 	}
+	c.tables.datacenters = c.datacenters
 	for _, object := range c.unique(objects) {
 		c.object = object
 		switch {

@@ -31,6 +31,7 @@ const DefaultHold = 30 * time.Second
 type Tables struct {
 	td            spiffeid.TrustDomain
 	allowLoopback bool
+	datacenters   []string // nil: any
 
 	services map[string]*Service // by label
 	callers  map[string]*Service // by SPIFFE path

@@ -108,6 +108,7 @@ func static(body []byte) http.HandlerFunc {
 	return func(w http.ResponseWriter, _ *http.Request) { w.Write(body) }
 }
 
+// Requirements: 132, 133, T18.
 func TestHandler(t *testing.T) {
 	ca := peertest.NewAuthority(trading)
 	p := publish(7, jwks(7, ca))
@@ -192,6 +193,7 @@ func (r *response) Write(p []byte) (int, error) {
 }
 
 // The fetcher against servers that do one thing wrong each, over real TLS; the first lines are the control.
+// Requirements: 127, 137, 138, 141, 142, T3.
 func TestFetchAttacks(t *testing.T) {
 	ca, rogue, bank := peertest.NewAuthority(trading), peertest.NewAuthority(trading), peertest.NewAuthority(banking)
 	endpoint := ca.Issue(endpointID.Path())
@@ -271,9 +273,22 @@ func TestFetchAttacks(t *testing.T) {
 		{"expired", with(ca.Issue(endpointID.Path(), peertest.Lifetime(time.Now().Add(-time.Hour), time.Now().Add(-time.Minute))), static(body)), false, "expired"},
 		{"the authority's own certificate", with(&x509svid.SVID{ID: trading.ID(), Certificates: []*x509.Certificate{ca.Cert}, PrivateKey: ca.Key}, static(body)), false, "no path"},
 	}
+	// First, since net/http looks at the environment once.
 	for _, name := range []string{"HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY"} {
-		t.Setenv(name, plainURL) // must not count
+		t.Setenv(name, "http://proxy.example:3128")
 	}
+	t.Run("a proxy in the environment does not count", func(t *testing.T) {
+		address := strings.TrimSuffix(strings.TrimPrefix(good, "https://"), "/bundle.json")
+		var dialled []string
+		dial := func(ctx context.Context, network, to string) (net.Conn, error) {
+			dialled = append(dialled, to)
+			return (&net.Dialer{}).DialContext(ctx, network, address)
+		}
+		got, err := exchange.Fetch(t.Context(), exchange.Endpoint{TrustDomain: trading, URLs: []string{"https://trading.example/bundle.json"}, ID: endpointID, Bundles: both, Dial: dial})
+		if expect(t, got, err, ""); len(dialled) != 1 || dialled[0] != "trading.example:443" {
+			t.Errorf("dialled %v", dialled)
+		}
+	})
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
 			got, err := exchange.Fetch(t.Context(), exchange.Endpoint{TrustDomain: trading, URLs: []string{test.url}, ID: endpointID, Bundles: both, NoRedirects: test.noRedirects})
@@ -322,6 +337,7 @@ func expect(t *testing.T, got *exchange.Fetched, err error, want string) {
 }
 
 // https_web: the server is recognised by the host in the URL, and an SVID is no substitute.
+// Requirements: 122, 128, 135.
 func TestFetchWeb(t *testing.T) {
 	ca := peertest.NewAuthority(trading)
 	web := func(opt peertest.Option) *tls.Config {
@@ -348,6 +364,7 @@ func TestFetchWeb(t *testing.T) {
 	}
 }
 
+// Requirements: 122, 123.
 func TestGoSPIFFE(t *testing.T) {
 	ca := peertest.NewAuthority(trading)
 	endpoint := ca.Issue(endpointID.Path())
@@ -380,6 +397,7 @@ func TestGoSPIFFE(t *testing.T) {
 }
 
 // The endpoint asks nobody for a certificate, speaks HTTP/2 too, and only TLS 1.3.
+// Requirements: 131.
 func TestServe(t *testing.T) {
 	ca := peertest.NewAuthority(trading)
 	url := serve(t, ca.Issue(endpointID.Path()), exchange.Handler("/bundle.json", publish(7, jwks(7, ca)).source))

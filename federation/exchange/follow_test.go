@@ -178,6 +178,7 @@ func counting(n *atomic.Int64, handler http.Handler) http.Handler {
 }
 
 // A new bundle is there in one round trip, whenever it comes, with one request a minute in between.
+// Requirements: 117.
 func TestFollowHeldBack(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, "a")
@@ -212,6 +213,7 @@ func TestFollowHeldBack(t *testing.T) {
 }
 
 // How often a server is asked, whatever it says.
+// Requirements: 113, 117, 144, T4.
 func TestFollowPace(t *testing.T) {
 	authority := func(w *world) []byte { return jwks(1, w.ca) }
 	hint := func(seconds string) func(w *world) []byte {
@@ -266,6 +268,7 @@ func TestFollowPace(t *testing.T) {
 }
 
 // A server whose bundle is new each time can make us write once a second, not more.
+// Requirements: T4.
 func TestFollowRestlessServer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, "a")
@@ -286,6 +289,7 @@ func TestFollowRestlessServer(t *testing.T) {
 }
 
 // I8: the sequence never goes back, and one sequence has one content. What is refused is reported until a newer one comes.
+// Requirements: 119, T4.
 func TestFollowSequence(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, "a")
@@ -321,6 +325,7 @@ func TestFollowSequence(t *testing.T) {
 }
 
 // What was accepted before counts after a restart, also when an older release wrote it in another way.
+// Requirements: 119.
 func TestFollowRemembers(t *testing.T) {
 	for _, test := range []struct {
 		name     string
@@ -350,6 +355,38 @@ func TestFollowRemembers(t *testing.T) {
 	}
 }
 
+// Of what is served only a part is held: that part is what a bundle of the same sequence is compared with.
+// Requirements: 119.
+func TestFollowHold(t *testing.T) {
+	for name, hold := range map[string]bool{"held in part": true, "control: held as a whole": false} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld(t, "a")
+				other := peertest.NewAuthority(trading)
+				part := func(sequence uint64) *statev1.ForeignBundle {
+					return &statev1.ForeignBundle{TrustDomain: "trading.example", Sequence: sequence, Jwks: jwks(sequence, w.ca)}
+				}
+				w.config.Last = part(7)
+				if hold {
+					w.config.Hold = func(b *statev1.ForeignBundle) (*statev1.ForeignBundle, error) { return part(b.GetSequence()), nil }
+				}
+				p := publish(7, jwks(7, w.ca, other))
+				w.start("a", w.endpoint, exchange.Handler("/bundle.json", p.source))
+				w.follow()
+				time.Sleep(time.Minute)
+				w.expect()
+				if s := w.status(); (s.Refused == "") != hold {
+					t.Errorf("status %+v", s)
+				}
+				p.set(8, jwks(8, w.ca, other))
+				time.Sleep(2 * time.Minute)
+				w.expect(8)
+			})
+		})
+	}
+}
+
+// Requirements: 120, 139.
 func TestFollowBootstrap(t *testing.T) {
 	other := peertest.NewAuthority(trading)
 	for _, test := range []struct {
@@ -381,6 +418,7 @@ func TestFollowBootstrap(t *testing.T) {
 }
 
 // A self-serving endpoint is verified with the newest bundle it served itself (Federation 5.2.2.4).
+// Requirements: 104, 143.
 func TestFollowRotation(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, "a")
@@ -508,6 +546,7 @@ func TestFollowSeveralURLs(t *testing.T) {
 }
 
 // When nobody answers it asks less and less, and is there within a minute when somebody does.
+// Requirements: 144.
 func TestFollowBackoff(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, "a", "b")
@@ -539,6 +578,7 @@ func TestFollowBackoff(t *testing.T) {
 }
 
 // A bundle that could not be stored is not taken as accepted.
+// Requirements: 118.
 func TestFollowStoreFails(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, "a", "b")
@@ -559,6 +599,7 @@ func TestFollowStoreFails(t *testing.T) {
 	})
 }
 
+// Requirements: 125, 128, 136, 138, 140.
 func TestFollowConfig(t *testing.T) {
 	ca := peertest.NewAuthority(trading)
 	good := exchange.FollowConfig{

@@ -14,23 +14,32 @@ import (
 	"time"
 )
 
-// Listen listens on a TCP address, "host:port". Its errors say what is wrong and what to do.
+// Listen listens on a TCP address, "host:port": at the socket that a service manager has held for it, if there is one.
+// Its errors say what is wrong and what to do.
 func Listen(addr string) (net.Listener, error) {
 	if _, _, err := net.SplitHostPort(addr); err != nil {
 		return nil, fmt.Errorf("address %q is not of the form host:port: %w", addr, err)
 	}
+	if listener, err := takeTCP(addr); listener != nil || err != nil {
+		return listener, err
+	}
 	listener, err := net.Listen("tcp", addr)
+	if err != nil {
+		return nil, listenError(addr, err)
+	}
+	return hold(listener), nil
+}
+
+func listenError(addr string, err error) error {
 	switch {
-	case err == nil:
-		return listener, nil
 	case errors.Is(err, syscall.EADDRINUSE):
-		return nil, fmt.Errorf("address %s is already in use: stop the process that listens there (ss -ltnp shows it) or choose another port: %w", addr, err)
+		return fmt.Errorf("address %s is already in use: stop the process that listens there (ss -ltnp shows it) or choose another port: %w", addr, err)
 	case errors.Is(err, syscall.EACCES):
-		return nil, fmt.Errorf("no permission to listen on address %s: choose a port of 1024 or above, or grant CAP_NET_BIND_SERVICE: %w", addr, err)
+		return fmt.Errorf("no permission to listen on address %s: choose a port of 1024 or above, or grant CAP_NET_BIND_SERVICE: %w", addr, err)
 	case errors.Is(err, syscall.EADDRNOTAVAIL):
-		return nil, fmt.Errorf("address %s cannot be assigned: no network interface of this machine has it; choose one that does (ip addr shows them): %w", addr, err)
+		return fmt.Errorf("address %s cannot be assigned: no network interface of this machine has it; choose one that does (ip addr shows them): %w", addr, err)
 	default:
-		return nil, fmt.Errorf("cannot listen on address %s: %w", addr, err)
+		return fmt.Errorf("cannot listen on address %s: %w", addr, err)
 	}
 }
 
@@ -39,8 +48,20 @@ const maxSocketPath = 103
 
 // ListenUnix listens on a Unix socket with exactly this mode. A socket that a dead process left behind is replaced; one on
 // which somebody answers is not, nor is any other kind of file. Connections are *net.UnixConn. Closing the listener
-// removes the socket, unless another process has put its own there.
+// removes the socket, unless another process has put its own there, or a service manager holds it for the next process.
 func ListenUnix(path string, mode fs.FileMode) (net.Listener, error) {
+	if file := claim(unixKey(path)); file != nil {
+		defer file.Close()
+		listener, err := net.FileListener(file)
+		if err != nil {
+			return nil, fmt.Errorf("the socket that was handed over for %s: %w", path, err)
+		}
+		if unix, ok := listener.(*net.UnixListener); ok {
+			return &unixListener{UnixListener: unix, path: path, key: unixKey(path)}, nil
+		}
+		listener.Close()
+		return nil, fmt.Errorf("the socket that was handed over for %s is no unix socket", path)
+	}
 	listener, err := listenUnix(path, mode)
 	if err != nil {
 		return nil, fmt.Errorf("cannot listen on socket %s: %w", path, err)
@@ -78,7 +99,11 @@ func listenUnix(path string, mode fs.FileMode) (net.Listener, error) {
 		os.Remove(draft)
 		return nil, err
 	}
-	return &unixListener{UnixListener: listener, path: path, own: own}, nil
+	held := &unixListener{UnixListener: listener, path: path, own: own}
+	if key := unixKey(path); store(listener, key) {
+		held.key = key
+	}
+	return held, nil
 }
 
 func place(draft, path string, mode fs.FileMode) (fs.FileInfo, error) {
@@ -130,10 +155,13 @@ func checkStale(path string) error {
 	}
 }
 
+func unixKey(path string) string { return socketKey(&net.UnixAddr{Name: path, Net: "unix"}) }
+
 type unixListener struct {
 	*net.UnixListener
 	path  string
-	own   fs.FileInfo
+	own   fs.FileInfo // nil: another process has made it
+	key   string      // under which a service manager holds a copy; empty: none does
 	close sync.Once
 }
 
@@ -141,6 +169,15 @@ func (l *unixListener) Addr() net.Addr { return &net.UnixAddr{Name: l.path, Net:
 
 func (l *unixListener) Close() error {
 	l.close.Do(func() {
+		if l.key != "" {
+			forget(l.key)
+			if handover.leaving.Load() {
+				return // the next process serves it under the same path
+			}
+		}
+		if l.own == nil {
+			return
+		}
 		if now, err := os.Lstat(l.path); err == nil && os.SameFile(now, l.own) {
 			os.Remove(l.path)
 		}

@@ -25,6 +25,7 @@ func supervise(ctx context.Context, log *slog.Logger, run func(context.Context) 
 	defer cancel()
 	done := make(chan error, 1)
 	go func() { done <- run(ctx) }()
+	go giveUp(ctx, log)
 
 	asked := false
 	for {
@@ -46,6 +47,7 @@ func supervise(ctx context.Context, log *slog.Logger, run func(context.Context) 
 				return code
 			}
 			asked = true
+			handover.leaving.Store(true)
 			log.Info("stopping; a second signal stops at once", "signal", s.String())
 			cancel()
 		}

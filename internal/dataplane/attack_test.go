@@ -46,6 +46,7 @@ func direct(svid x509svid.Source, bundles x509bundle.Source, serverName string, 
 }
 
 // Nobody but a gateway speaks for somebody else (DESIGN section 5; trust.md "a gateway is never a caller").
+// Requirements: 21.
 func TestCallerCannotBeInvented(t *testing.T) {
 	w := newWorld(t)
 	const portfolio, rogue = "spiffe://trading.example/portfolio", "spiffe://trading.example/rogue"
@@ -287,6 +288,7 @@ func TestApplicationCannotAnswerForTheMesh(t *testing.T) {
 }
 
 // I4: what is no longer agreed is cut within a second, on connections that are open.
+// Requirements: 145.
 func TestUnagreementCutsOpenConnections(t *testing.T) {
 	w := newWorld(t)
 	streaming := make(chan struct{}, 2)
@@ -401,6 +403,7 @@ func TestNarrowingCutsStreams(t *testing.T) {
 }
 
 // The same when only the bundle goes.
+// Requirements: 46, 145.
 func TestBundleRemovedCutsOpenConnections(t *testing.T) {
 	w := newWorld(t)
 	if a := get(t, w.trading.outURL[0], "accounts.banking.example", "/v1/balance"); a.StatusCode != 200 {

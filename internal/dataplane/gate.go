@@ -1,6 +1,7 @@
 package dataplane
 
 import (
+	"context"
 	"net"
 	"sync"
 	"time"
@@ -14,8 +15,10 @@ type gate struct {
 
 	conns chan net.Conn
 	errs  chan error
-	done  chan struct{}
+	done  chan struct{} // closed: nothing is handed out any more
 	once  sync.Once
+	shut  chan struct{} // closed: nothing is taken from the listener any more
+	stop  sync.Once
 	tasks sync.WaitGroup
 }
 
@@ -26,6 +29,7 @@ func newGate(ln net.Listener, check func(net.Conn) (net.Conn, error)) *gate {
 		conns:    make(chan net.Conn),
 		errs:     make(chan error, 1),
 		done:     make(chan struct{}),
+		shut:     make(chan struct{}),
 	}
 	g.tasks.Add(1)
 	go g.run()
@@ -39,7 +43,7 @@ func (g *gate) run() {
 		conn, err := g.Listener.Accept()
 		if err != nil {
 			select {
-			case <-g.done:
+			case <-g.shut:
 				return
 			default:
 			}
@@ -69,21 +73,53 @@ func (g *gate) run() {
 }
 
 func (g *gate) Accept() (net.Conn, error) {
-	select {
-	case conn := <-g.conns:
-		return conn, nil
-	case err := <-g.errs:
-		return nil, err
-	case <-g.done:
-		return nil, net.ErrClosed
+	for {
+		select {
+		case conn := <-g.conns:
+			if conn != nil {
+				return conn, nil
+			}
+		case err := <-g.errs:
+			return nil, err
+		case <-g.done:
+			return nil, net.ErrClosed
+		}
 	}
 }
 
-// Close stops accepting; checks that are under way end by their own time limits.
+// Drain takes nothing more from the listener and returns when what was taken before is
+// handed out or has failed its check, or when ctx ends: a connection that a caller
+// believes to have must not be reset.
+func (g *gate) Drain(ctx context.Context) {
+	_ = g.shutListener()
+	handed := make(chan struct{})
+	go func() {
+		defer close(handed)
+		g.tasks.Wait()
+		// Nobody is handed nothing: whoever takes it has come back for more, and so has
+		// begun with all that it was given before.
+		select {
+		case g.conns <- nil:
+		case <-g.done:
+		case <-ctx.Done():
+		}
+	}()
+	select {
+	case <-handed:
+	case <-ctx.Done():
+	}
+}
+
+// Close hands out nothing more, too; checks that are under way end by their own time
+// limits.
 func (g *gate) Close() error {
-	var err error
-	g.once.Do(func() {
-		close(g.done)
+	g.once.Do(func() { close(g.done) })
+	return g.shutListener()
+}
+
+func (g *gate) shutListener() (err error) {
+	g.stop.Do(func() {
+		close(g.shut)
 		err = g.Listener.Close()
 	})
 	return err

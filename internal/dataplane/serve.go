@@ -105,6 +105,7 @@ func (e *Engine) serve(ctx context.Context, ln *gate, server *http.Server) error
 	server.MaxHeaderBytes = maxHeaderBytes
 	server.ErrorLog = log.New(discard{}, "", 0) // its lines are of clients' making; ours are structured
 
+	fresh := watch(server)
 	failed := make(chan error, 1)
 	go func() { failed <- server.Serve(ln) }()
 	var err error
@@ -112,6 +113,8 @@ func (e *Engine) serve(ctx context.Context, ln *gate, server *http.Server) error
 	case <-ctx.Done():
 		limit, cancel := context.WithTimeout(context.WithoutCancel(ctx), e.cfg.Timing.Drain)
 		defer cancel()
+		ln.Drain(limit)
+		fresh.wait()
 		if server.Shutdown(limit) != nil { // in-flight requests did not end in time
 			_ = server.Close()
 		}

@@ -4,9 +4,7 @@ import (
 	"container/heap"
 	"context"
 	"crypto/tls"
-	"crypto/x509"
 	"errors"
-	"fmt"
 	"log/slog"
 	"net"
 	"runtime"
@@ -198,47 +196,17 @@ func transport(c net.Conn) net.Conn {
 	}
 }
 
-// Recheck is the usual function for [Registry.Track]: the peer's SVID must still verify, and authz must still admit it.
-// Once the chain to an authority is found, only the authority's place in the bundle and the dates are looked at again, so a
-// recheck of thousands of connections takes milliseconds.
+// Recheck is the usual function for [Registry.Track]: the peer's SVID must still verify, and authz must still admit it. It
+// holds a [Proof], so a recheck of thousands of connections takes milliseconds.
 func Recheck(state tls.ConnectionState, bundles x509bundle.Source, authz Authorize) func() error {
-	certs := state.PeerCertificates
-	var path []*x509.Certificate // how the SVID verified last
+	var proof Proof
 	return func() error {
-		now := time.Now()
-		if !anchored(path, bundles, now) {
-			var err error
-			if _, path, err = verify(certs, bundles, now); err != nil {
-				return err
-			}
-		}
-		id, err := leafID(certs[0])
+		id, err := proof.Verify(state.PeerCertificates, bundles, time.Now())
 		if err != nil {
 			return err
 		}
-		if err := distrusted(bundles, path); err != nil {
-			return fmt.Errorf("certificate of %s is distrusted: %w", id, err)
-		}
 		return authorize(authz, id)
 	}
-}
-
-// anchored reports whether a path that once verified still does: signatures do not change, authorities and time do.
-func anchored(path []*x509.Certificate, bundles x509bundle.Source, now time.Time) bool {
-	if len(path) == 0 {
-		return false
-	}
-	for _, cert := range path {
-		if now.Before(cert.NotBefore) || now.After(cert.NotAfter) {
-			return false
-		}
-	}
-	id, err := leafID(path[0])
-	if err != nil {
-		return false
-	}
-	bundle, err := bundles.GetX509BundleForTrustDomain(id.TrustDomain())
-	return err == nil && bundle != nil && bundle.TrustDomain() == id.TrustDomain() && bundle.HasX509Authority(path[len(path)-1])
 }
 
 // expiryHeap implements heap.Interface.

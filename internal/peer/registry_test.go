@@ -50,6 +50,7 @@ func run(t *testing.T, r *peer.Registry) {
 	})
 }
 
+// Requirements: 39, 46.
 func TestRegistryExpiry(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var r peer.Registry
@@ -92,6 +93,7 @@ func TestRegistryExpiry(t *testing.T) {
 }
 
 // I4: ending a relationship cuts what is open, and only that.
+// Requirements: 46.
 func TestRegistryRecheck(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		bank, trade := peertest.NewAuthority(banking), peertest.NewAuthority(trading)

@@ -68,6 +68,7 @@ func connect(t *testing.T) (client, server net.Conn) {
 	return client, server
 }
 
+// Requirements: 45, 142.
 func TestMutualTLS(t *testing.T) {
 	bank, trade := peertest.NewAuthority(banking), peertest.NewAuthority(trading)
 	both := x509bundle.NewSet(bank.Bundle(), trade.Bundle())
@@ -132,6 +133,7 @@ type noSVID struct{}
 func (noSVID) GetX509SVID() (*x509svid.SVID, error) { return nil, errNo }
 
 // Certificates and bundles are asked for at each handshake.
+// Requirements: 46.
 func TestSourcesAreLive(t *testing.T) {
 	bank, trade := peertest.NewAuthority(banking), peertest.NewAuthority(trading)
 	set := x509bundle.NewSet(bank.Bundle(), trade.Bundle())
@@ -162,7 +164,8 @@ type liveSVID struct{ atomic.Pointer[x509svid.SVID] }
 
 func (l *liveSVID) GetX509SVID() (*x509svid.SVID, error) { return l.Load(), nil }
 
-// T2: no session is resumed past a verification. The control shows that a server that gives out tickets would resume.
+// No session is resumed past a verification. The control shows that a server that gives out tickets would resume.
+// Requirements: 46, T2.
 func TestResumption(t *testing.T) {
 	bank, trade := peertest.NewAuthority(banking), peertest.NewAuthority(trading)
 	accounts, portfolio := bank.Issue("/accounts"), trade.Issue("/portfolio")

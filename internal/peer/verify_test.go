@@ -5,6 +5,7 @@ import (
 	"crypto/x509/pkix"
 	"encoding/asn1"
 	"errors"
+	"fmt"
 	"net/url"
 	"slices"
 	"strings"
@@ -65,6 +66,7 @@ func uri(raw string) peertest.Option {
 }
 
 // The attacks that need only a leaf. Each differs from the first line, which is accepted, in one thing.
+// Requirements: 1-6, 8-11, 15, 34, 39-44, 47, T1, T13, T14.
 func TestVerifyLeaf(t *testing.T) {
 	ca := peertest.NewAuthority(banking)
 	now := time.Now()
@@ -151,6 +153,38 @@ func TestVerifyLeaf(t *testing.T) {
 	}
 }
 
+// The names of trust domains are words and mean nothing, and lengths count up to their last byte.
+// Requirements: 7, 12, 14, T12.
+func TestVerifyNames(t *testing.T) {
+	now := time.Now()
+	long := "/" + strings.Repeat("a", 2048-len("spiffe://banking.example/"))
+	for _, test := range []struct{ td, path, want string }{
+		{"banking.example", "/accounts", ""},
+		{"10.1.2.3", "/accounts", ""},
+		{"1.2", "/accounts", ""},
+		{"localhost", "/accounts", ""},
+		{"my_bank", "/accounts", ""},
+		{"-", "/accounts", ""},
+		{strings.Repeat("a", 255), "/accounts", ""},
+		{strings.Repeat("a", 256), "/accounts", "longer than 255"},
+		{"banking.example", long, ""},
+		{"banking.example", long + "a", "longer than 2048"},
+	} {
+		t.Run(fmt.Sprintf("%.20s%.10s %d", test.td, test.path, len(test.td+test.path)), func(t *testing.T) {
+			td := spiffeid.RequireTrustDomainFromString(test.td)
+			ca := peertest.NewAuthority(td)
+			id, err := peer.Verify(ca.Issue(test.path).Certificates, ca.Bundle(), now)
+			expect(t, id, err, td.IDString()+test.path, test.want)
+			if test.want != "" {
+				return
+			}
+			// It has no power over others, whatever it looks like.
+			_, err = peer.Verify(ca.IssueFor(peertest.NewKey(), trading, "/portfolio").Certificates, x509bundle.NewSet(ca.Bundle(), peertest.NewAuthority(trading).Bundle()), now)
+			expect(t, spiffeid.ID{}, err, "", "not signed by its trust domain")
+		})
+	}
+}
+
 func expect(t *testing.T, id spiffeid.ID, err error, wantID, wantErr string) {
 	t.Helper()
 	switch {
@@ -166,6 +200,7 @@ func expect(t *testing.T, id spiffeid.ID, err error, wantID, wantErr string) {
 }
 
 // What is accepted at the edges of an SVID's life, both ends included.
+// Requirements: 39.
 func TestVerifyAtTheEnds(t *testing.T) {
 	ca := peertest.NewAuthority(banking)
 	svid := ca.Issue("/accounts")
@@ -185,6 +220,7 @@ func TestVerifyAtTheEnds(t *testing.T) {
 }
 
 // I2: an SVID is verified only with the bundle of the trust domain it names.
+// Requirements: 29, 45, 54, 104, 121, 172.
 func TestVerifyBundlesAreNotPooled(t *testing.T) {
 	bank, trade, rogue := peertest.NewAuthority(banking), peertest.NewAuthority(trading), peertest.NewAuthority(banking)
 	both := x509bundle.NewSet(bank.Bundle(), trade.Bundle())
@@ -228,6 +264,7 @@ func (b anyBundle) GetX509BundleForTrustDomain(spiffeid.TrustDomain) (*x509bundl
 	return b.Bundle, nil
 }
 
+// Requirements: 39, 47, T14, T15.
 func TestVerifyIntermediates(t *testing.T) {
 	ca := peertest.NewAuthority(banking)
 	other := peertest.NewAuthority(trading)
@@ -284,6 +321,7 @@ func TestVerifyIntermediates(t *testing.T) {
 }
 
 // An authority that found its way into another domain's bundle still says whose it is.
+// Requirements: 47, 121.
 func TestVerifyAuthorityOfAnotherDomain(t *testing.T) {
 	trade := peertest.NewAuthority(trading)
 	misplaced := x509bundle.FromX509Authorities(banking, []*x509.Certificate{trade.Cert})
@@ -296,6 +334,7 @@ func TestVerifyAuthorityOfAnotherDomain(t *testing.T) {
 }
 
 // Where go-spiffe is sound, we refuse at least what it refuses.
+// Requirements: 40-44, T1.
 func TestVerifyIsNoLaxerThanGoSPIFFE(t *testing.T) {
 	ca := peertest.NewAuthority(banking)
 	now := time.Now()

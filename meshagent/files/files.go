@@ -64,7 +64,7 @@ func New(agent *meshagent.Agent, log *slog.Logger) *Writer {
 func (w *Writer) Run(ctx context.Context) error {
 	var all sync.WaitGroup
 	for i := range w.agent.Config().Files {
-		target := &target{config: &w.agent.Config().Files[i], log: w.log.With("service", w.agent.Config().Files[i].Service)}
+		target := &target{agent: w.agent, config: &w.agent.Config().Files[i], tokens: map[string]string{}, log: w.log.With("service", w.agent.Config().Files[i].Service)}
 		all.Go(func() { w.keep(ctx, target) })
 	}
 	all.Wait()
@@ -74,9 +74,12 @@ func (w *Writer) Run(ctx context.Context) error {
 
 // target is one entry of the configuration. It belongs to one goroutine.
 type target struct {
+	agent   *meshagent.Agent
 	config  *meshagent.FilesConfig
 	log     *slog.Logger
 	written [sha256.Size]byte // digest of what stands on the disk
+	tokens  map[string]string // JWT-SVIDs that stand on the disk, by path
+	renew   time.Time         // when one of them is to be fetched again; zero: there is none
 	told    bool              // the software knows of it
 	absent  bool              // it was logged that there is no entry
 }
@@ -93,11 +96,12 @@ func (w *Writer) keep(ctx context.Context, t *target) {
 				t.log.Error("files are not up to date; trying again", "error", err)
 			}
 			failures++
-			timer := time.NewTimer(min(retryFirst<<min(failures-1, 16), retryMost))
-			defer timer.Stop()
-			again = timer.C
+			again = time.After(min(retryFirst<<min(failures-1, 16), retryMost))
 		} else {
 			failures = 0
+			if !t.renew.IsZero() {
+				again = time.After(max(time.Until(t.renew), retryFirst))
+			}
 		}
 		select {
 		case <-ctx.Done():
@@ -122,29 +126,54 @@ func (t *target) update(ctx context.Context, state *meshagent.State) error {
 	if err != nil {
 		return err
 	}
+	owner, err := t.owner(identity)
+	if err != nil {
+		return err
+	}
 	digest := sha256.New()
 	for _, f := range list {
 		fmt.Fprintf(digest, "%d:%s", len(f.data), f.data)
 	}
 	if sum := [sha256.Size]byte(digest.Sum(nil)); sum != t.written {
-		owner, err := t.owner(identity)
-		if err != nil {
-			return err
-		}
 		if err := write(list, owner); err != nil {
 			return err
 		}
 		t.written, t.told = sum, false
 		t.log.Info("files written", "spiffe_id", identity.ID, "valid_until", identity.SVID.Certificates[0].NotAfter)
 	}
-	if t.told {
-		return nil
+	// The certificate is of use without the tokens, and so the software is told of it.
+	unsigned := t.updateTokens(ctx, identity, owner)
+	if !t.told {
+		if err := t.tell(ctx); err != nil {
+			return errors.Join(unsigned, err)
+		}
+		t.told = true
 	}
-	if err := t.tell(ctx); err != nil {
-		return err
+	return unsigned
+}
+
+// updateTokens writes the JWT-SVIDs that are other ones.
+func (t *target) updateTokens(ctx context.Context, identity *meshagent.Identity, owner ids) error {
+	var errs []error
+	t.renew = time.Time{}
+	for i := range t.config.JWTs {
+		jwt := &t.config.JWTs[i]
+		token, renew, err := t.agent.FetchJWT(ctx, identity, jwt.Audience)
+		if err == nil && token != t.tokens[jwt.Path] {
+			err = write([]file{{jwt.Path, os.FileMode(t.config.Mode), []byte(token)}}, owner)
+			if err == nil {
+				t.tokens[jwt.Path], t.told = token, false
+			}
+		}
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		if t.renew.IsZero() || renew.Before(t.renew) {
+			t.renew = renew
+		}
 	}
-	t.told = true
-	return nil
+	return errors.Join(errs...)
 }
 
 // contents are the files in the order in which they are to appear.
@@ -219,16 +248,16 @@ func (t *target) owner(identity *meshagent.Identity) (ids, error) {
 		}
 		o.gid = gid
 	}
-	if t.config.Key == "" && t.config.Combined == "" || reader == 0 {
+	if t.config.Key == "" && t.config.Combined == "" && len(t.config.JWTs) == 0 || reader == 0 {
 		return o, nil
 	}
 	for _, selector := range identity.Entry.GetSelectors() {
 		if uid, ok := strings.CutPrefix(selector, "unix:uid:"); ok && uid != strconv.Itoa(reader) {
-			return o, fmt.Errorf("the key of %s would belong to uid %d, and its entry names uid %s: set files.owner", identity.ID, reader, uid)
+			return o, fmt.Errorf("the secret of %s would belong to uid %d, and its entry names uid %s: set files.owner", identity.ID, reader, uid)
 		}
 		if name, ok := strings.CutPrefix(selector, "unix:user:"); ok {
 			if u, err := user.Lookup(name); err != nil || u.Uid != strconv.Itoa(reader) {
-				return o, fmt.Errorf("the key of %s would belong to uid %d, and its entry names user %s: set files.owner", identity.ID, reader, name)
+				return o, fmt.Errorf("the secret of %s would belong to uid %d, and its entry names user %s: set files.owner", identity.ID, reader, name)
 			}
 		}
 	}

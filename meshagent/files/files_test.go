@@ -21,6 +21,7 @@ import (
 
 	"github.com/entente-mesh/entente/ca/catest"
 	"github.com/entente-mesh/entente/federation/bundle"
+	"github.com/entente-mesh/entente/internal/jwtsvid"
 	"github.com/entente-mesh/entente/meshagent"
 )
 
@@ -164,6 +165,7 @@ func TestFiles(t *testing.T) {
 }
 
 // The bundle map of an entry that federates has every trust domain by itself.
+// Requirements: 109.
 func TestBundleMapOfSeveral(t *testing.T) {
 	var bundles []*x509bundle.Bundle
 	for _, name := range []string{"banking.example", "trading.example"} {
@@ -300,4 +302,43 @@ func TestWriteIsAllOrNone(t *testing.T) {
 		default:
 		}
 	}
+}
+
+// A JWT-SVID stands in a file of its own, and is another one before it ends; the software is told.
+func TestJWTFiles(t *testing.T) {
+	c := catest.Start(t, catest.Options{})
+	c.Apply(service("web", mine()+", ttl: {jwt: 5s}"))
+	dir := t.TempDir()
+	at := func(name string) string { return filepath.Join(dir, name) }
+	agent := start(t, c, fmt.Sprintf("- {service: web, jwts: [{path: %s, audience: [vault]}, {path: %s, audience: [a, b]}], after: {command: [sh, -c, 'echo x >> %s']}}\n", at("vault"), at("ab"), at("told")))
+	read := func(name string, audience ...string) string {
+		text, err := os.ReadFile(at(name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		svid, err := jwtsvid.Verify(string(text), agent.State().JWTKeys(nil), audience[0], time.Now(), 0)
+		if err != nil || svid.ID.String() != "spiffe://banking.example/web" || !slices.Equal(svid.Audience, audience) {
+			t.Fatalf("%s: %v %v", name, svid, err)
+		}
+		return string(text)
+	}
+	exists := func() error { _, err := os.Stat(at("told")); return err }
+	eventually(t, exists)
+	first := read("vault", "vault")
+	read("ab", "a", "b")
+	if info, err := os.Stat(at("vault")); err != nil || info.Mode() != 0o600 {
+		t.Errorf("%v %v", info.Mode(), err)
+	}
+	eventually(t, func() error {
+		if read("vault", "vault") == first {
+			return errors.New("not renewed")
+		}
+		return nil
+	})
+	eventually(t, func() error {
+		if text, _ := os.ReadFile(at("told")); strings.Count(string(text), "x") < 2 {
+			return errors.New("not told again")
+		}
+		return nil
+	})
 }

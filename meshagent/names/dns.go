@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"github.com/miekg/dns"
+
+	"github.com/entente-mesh/entente/internal/daemon"
 )
 
 const (
@@ -40,11 +42,11 @@ func Listen(table *Table, address string, log *slog.Logger) (*Server, error) {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	tcp, err := net.Listen("tcp", address)
+	tcp, err := daemon.Listen(address)
 	if err == nil {
 		address = tcp.Addr().String() // with the real port if 0 was asked for
 		var udp net.PacketConn
-		if udp, err = net.ListenPacket("udp", address); err == nil {
+		if udp, err = daemon.ListenPacket(address); err == nil {
 			return &Server{table, udp, tcp, log}, nil
 		}
 		tcp.Close()

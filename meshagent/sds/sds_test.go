@@ -327,6 +327,7 @@ func TestDenied(t *testing.T) {
 
 // Bundles of other domains come only to an entry that federates with them, each as
 // an entry of its own, and a node without Envoy's validator cannot pool them.
+// Requirements: 45, 121, 126.
 func TestFederated(t *testing.T) {
 	c := catest.Start(t, catest.Options{})
 	other := catest.Start(t, catest.Options{TrustDomain: "trading.example"})

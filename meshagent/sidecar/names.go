@@ -14,6 +14,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	"github.com/entente-mesh/entente/internal/daemon"
 	"github.com/entente-mesh/entente/internal/dataplane"
 )
 
@@ -135,8 +136,7 @@ func (c *crowd) follow(ctx context.Context, doors map[netip.AddrPort]bool, calle
 func (c *crowd) listen(ctx context.Context, at netip.AddrPort) {
 	said := false
 	for ctx.Err() == nil {
-		var config net.ListenConfig
-		ln, err := config.Listen(ctx, "tcp", at.String())
+		ln, err := daemon.Listen(at.String())
 		if err == nil {
 			said = false
 			closing := context.AfterFunc(ctx, func() { ln.Close() })

@@ -25,6 +25,7 @@ import (
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	"github.com/entente-mesh/entente/federation/catalog"
+	"github.com/entente-mesh/entente/internal/daemon"
 	"github.com/entente-mesh/entente/internal/dataplane"
 )
 
@@ -195,7 +196,7 @@ func (s *Sidecar) Run(ctx context.Context) error {
 	var doors sync.WaitGroup
 	defer doors.Wait()
 	if s.cfg.Inbound != "" {
-		ln, err := net.Listen("tcp", s.cfg.Inbound)
+		ln, err := daemon.Listen(s.cfg.Inbound)
 		if err != nil {
 			cancel(nil)
 			return fmt.Errorf("sidecar: opening its mTLS door (sidecar.inbound): %w", err)
@@ -255,8 +256,7 @@ func (s *Sidecar) serveOutbound(ctx context.Context, entry string, w outbound) {
 	door := s.engine.Outbound(dataplane.Identity{ID: w.id, SVID: s.agent.SVIDs(entry)})
 	said := false
 	for {
-		var config net.ListenConfig
-		ln, err := config.Listen(ctx, "tcp", address)
+		ln, err := daemon.Listen(address)
 		if err == nil {
 			s.log.Info("outbound door open", "address", address, "caller", w.id.String())
 			err = door.Serve(ctx, ln, func(c net.Conn) error { return s.agent.AttestTCP(c, entry) })

@@ -43,7 +43,7 @@ func (s *Server) FetchJWTSVID(ctx context.Context, request *workload.JWTSVIDRequ
 	}
 	answers := make([]chan answer, len(entitled))
 	fetch := func(i int) {
-		token, err := s.agent.FetchJWT(ctx, entitled[i], request.GetAudience())
+		token, _, err := s.agent.FetchJWT(ctx, entitled[i], request.GetAudience())
 		answers[i] <- answer{token, err}
 	}
 	for i := range entitled {
@@ -136,7 +136,7 @@ func (s *Server) FetchJWTBundles(_ *workload.JWTBundlesRequest, stream grpc.Serv
 }
 
 func jwtBundles(state *meshagent.State, entitled []*meshagent.Identity) (*workload.JWTBundlesResponse, error) {
-	if state.JWT == nil || len(state.JWT.Keys) == 0 {
+	if state.JWT == nil {
 		return nil, nil
 	}
 	response := &workload.JWTBundlesResponse{Bundles: map[string][]byte{state.JWT.TrustDomain.IDString(): state.JWT.JWKS}}

@@ -110,6 +110,7 @@ func (s *Server) Run(ctx context.Context) error {
 		grpc.UnaryInterceptor(s.guardUnary),
 		grpc.MaxConcurrentStreams(maxStreams),
 		grpc.MaxRecvMsgSize(maxRequest),
+		grpc.ReadBufferSize(2<<10), // requests are short, and many clients connect for one
 		grpc.ConnectionTimeout(5*time.Second),
 	)
 	workload.RegisterSpiffeWorkloadAPIServer(server, s)

@@ -4,6 +4,8 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"os"
@@ -26,7 +28,10 @@ import (
 	"google.golang.org/grpc/reflection/grpc_reflection_v1"
 	"google.golang.org/grpc/status"
 
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
 	"github.com/entente-mesh/entente/ca/catest"
+	"github.com/entente-mesh/entente/internal/peer"
 	"github.com/entente-mesh/entente/meshagent"
 )
 
@@ -91,10 +96,14 @@ type host struct {
 	stop   func()
 }
 
-// more settings of workloadAPI, for newHostWith.
-var more string
-
+// newHost is a host of banking.example.
 func newHost(t testing.TB, token string, ready bool, change ...func(*Server)) *host {
+	t.Helper()
+	return newHostOf(t, "banking.example", token, "", ready, change...)
+}
+
+// newHostOf is a host of any trust domain, with more settings of workloadAPI.
+func newHostOf(t testing.TB, domain, token, settings string, ready bool, change ...func(*Server)) *host {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "wl") // a socket's path is short
 	if err != nil {
@@ -103,8 +112,8 @@ func newHost(t testing.TB, token string, ready bool, change ...func(*Server)) *h
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	h := &host{socket: filepath.Join(dir, "api", "agent.sock")}
 	cfg, err := meshagent.ReadConfig("agent.yaml", strings.NewReader(fmt.Sprintf(
-		"trustDomain: banking.example\nname: h1\ndatacenter: dc1\ndataDir: %s\nca: {token: %s}\nworkloadAPI: {socket: %s%s}\n",
-		filepath.Join(dir, "data"), token, h.socket, more)))
+		"trustDomain: %s\nname: h1\ndatacenter: dc1\ndataDir: %s\nca: {token: %s}\nworkloadAPI: {socket: %s%s}\n",
+		domain, filepath.Join(dir, "data"), token, h.socket, settings)))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -171,6 +180,7 @@ func withHeader(ctx context.Context, values ...string) context.Context {
 
 // A workload gets exactly the identities whose selectors its process satisfies:
 // here another executable of the same user, and then the one that is named.
+// Requirements: 154, 155, 158.
 func TestIdentityFollowsTheProcess(t *testing.T) {
 	c := catest.Start(t, catest.Options{})
 	other := filepath.Join(t.TempDir(), "other")
@@ -211,6 +221,7 @@ func TestIdentityFollowsTheProcess(t *testing.T) {
 }
 
 // What go-spiffe's source gives is whole: chain, key and bundle fit together.
+// Requirements: 148, 165, 173, 174.
 func TestX509Source(t *testing.T) {
 	c := catest.Start(t, catest.Options{})
 	c.Apply(serviceYAML("accounts", run(myself(t))))
@@ -239,6 +250,86 @@ func TestX509Source(t *testing.T) {
 	}
 }
 
+// A message as it is on the wire: every field set, each hint once, the longest ID that
+// there may be like any other; and tokens for it that verify.
+// Requirements: 12, 162, 173-176, 179-181.
+func TestMessage(t *testing.T) {
+	c := catest.Start(t, catest.Options{})
+	h := newHost(t, c.AgentToken("h1", "dc1"), true)
+	long := "/" + strings.Repeat("a", 2048-len("spiffe://banking.example/"))
+	var changes []*statev1.EntryChange
+	for id, path := range map[string]string{"entry/a": "/accounts", "entry/b": long, "entry/c": "/ledger"} {
+		entry := &statev1.Entry{Id: id, Path: path, Hosts: []string{"h1"}, Selectors: []string{fmt.Sprintf("unix:uid:%d", os.Getuid())}, Hint: "same"}
+		if id == "entry/c" {
+			entry.Hint = strings.Repeat("h", 1024)
+		}
+		changes = append(changes, &statev1.EntryChange{Action: &statev1.EntryChange_Create{Create: entry}})
+	}
+	if _, err := c.Admin().ChangeEntries(t.Context(), &ententev1.ChangeEntriesRequest{Changes: changes}); err != nil {
+		t.Fatal(err)
+	}
+	api, _ := raw(t, h.socket)
+	ctx, cancel := context.WithTimeout(withHeader(t.Context(), "true"), 30*time.Second)
+	defer cancel()
+	var message *workload.X509SVIDResponse
+	eventually(t, "all three", func() error {
+		stream, err := api.FetchX509SVID(ctx, &workload.X509SVIDRequest{})
+		if err == nil {
+			message, err = stream.Recv()
+		}
+		if err == nil && len(message.GetSvids()) != 3 {
+			err = fmt.Errorf("%d identities", len(message.GetSvids()))
+		}
+		return err
+	})
+	want := []struct{ path, hint string }{{"/accounts", "same"}, {long, ""}, {"/ledger", strings.Repeat("h", 1024)}}
+	for i, got := range message.GetSvids() {
+		if got.GetSpiffeId() != "spiffe://banking.example"+want[i].path || got.GetHint() != want[i].hint {
+			t.Errorf("identity %d is %.60s with hint %.20q", i, got.GetSpiffeId(), got.GetHint())
+		}
+		chain, err := x509.ParseCertificates(got.GetX509Svid())
+		if err != nil {
+			t.Fatal(err)
+		}
+		key, err := x509.ParsePKCS8PrivateKey(got.GetX509SvidKey())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if public := key.(crypto.Signer).Public(); !public.(interface{ Equal(crypto.PublicKey) bool }).Equal(chain[0].PublicKey) {
+			t.Errorf("identity %d: the key is not the certificate's", i)
+		}
+		roots, err := x509.ParseCertificates(got.GetBundle())
+		if err != nil || !x509bundle.FromX509Authorities(c.TrustDomain(), roots).Equal(c.Bundle()) {
+			t.Errorf("identity %d: bundle of %d certificates, %v", i, len(roots), err)
+		}
+		if id, _, err := x509svid.Verify(chain, c.Bundle()); err != nil || id.String() != got.GetSpiffeId() {
+			t.Errorf("identity %d: go-spiffe finds %.60s, %v", i, id, err)
+		}
+		if id, err := peer.Verify(chain, c.Bundle(), time.Now()); err != nil || id.String() != got.GetSpiffeId() {
+			t.Errorf("identity %d: verified as %.60s, %v", i, id, err)
+		}
+	}
+	if len(message.GetFederatedBundles()) != 0 {
+		t.Errorf("federated bundles %v", message.GetFederatedBundles())
+	}
+	tokens, err := api.FetchJWTSVID(ctx, &workload.JWTSVIDRequest{Audience: []string{"ledger"}})
+	if err != nil || len(tokens.GetSvids()) != 3 {
+		t.Fatalf("tokens: %v", err)
+	}
+	for i, token := range tokens.GetSvids() {
+		got, err := api.ValidateJWTSVID(ctx, &workload.ValidateJWTSVIDRequest{Audience: "ledger", Svid: token.GetSvid()})
+		if err != nil || got.GetSpiffeId() != "spiffe://banking.example"+want[i].path || token.GetSpiffeId() != got.GetSpiffeId() || token.GetHint() != want[i].hint {
+			t.Errorf("token %d: %.60s, %v", i, got.GetSpiffeId(), err)
+		}
+	}
+	// One byte more is no ID.
+	more := &statev1.Entry{Id: "entry/d", Path: long + "a", Hosts: []string{"h1"}, Selectors: []string{"unix:uid:1"}}
+	answer, err := c.Admin().ChangeEntries(ctx, &ententev1.ChangeEntriesRequest{Changes: []*statev1.EntryChange{{Action: &statev1.EntryChange_Create{Create: more}}}})
+	if err != nil || !strings.Contains(answer.GetResults()[0].GetError(), "over 2048") {
+		t.Errorf("an entry of 2049 bytes: %v, %v", answer, err)
+	}
+}
+
 // watcher keeps what a stream brought.
 type watcher struct {
 	updates chan *workloadapi.X509Context
@@ -250,6 +341,7 @@ func (w watcher) OnX509ContextWatchError(err error)              { w.errs <- err
 
 // Changes are pushed to open streams: another entry, other selectors, and the end
 // of the entitlement.
+// Requirements: 166-168, 177, 188.
 func TestUpdatesArePushed(t *testing.T) {
 	c := catest.Start(t, catest.Options{})
 	c.Apply(serviceYAML("ledger", run(myself(t))))
@@ -299,6 +391,7 @@ func TestUpdatesArePushed(t *testing.T) {
 
 // A caller without the security header gets nothing, whatever it calls; with it,
 // WIT-SVIDs answer Unimplemented unless they are switched on.
+// Requirements: 151, 152, 156, 159-164.
 func TestSecurityHeader(t *testing.T) {
 	c := catest.Start(t, catest.Options{})
 	c.Apply(serviceYAML("accounts", run(myself(t))))
@@ -384,6 +477,7 @@ func first[M any](stream grpc.ServerStreamingClient[M], err error) error {
 }
 
 // I6: foreign roots reach the entries that federate by name, and nobody else.
+// Requirements: 176, 179.
 func TestForeignRoots(t *testing.T) {
 	c := catest.Start(t, catest.Options{})
 	trading := catest.Start(t, catest.Options{TrustDomain: "trading.example"})
@@ -470,6 +564,7 @@ func TestStreamsPerProcess(t *testing.T) {
 
 // Before the agent is ready a caller waits a little and then is told to come back;
 // on shutdown streams end the same way, and the socket goes.
+// Requirements: 157.
 func TestStartAndStop(t *testing.T) {
 	c := catest.Start(t, catest.Options{})
 	c.Apply(serviceYAML("accounts", run(myself(t))))

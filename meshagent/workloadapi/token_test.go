@@ -5,7 +5,6 @@ import (
 	"crypto"
 	"encoding/base64"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -15,6 +14,7 @@ import (
 
 	"github.com/go-jose/go-jose/v4"
 	"github.com/spiffe/go-spiffe/v2/bundle/jwtbundle"
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/exp/bundle/witbundle"
 	"github.com/spiffe/go-spiffe/v2/exp/svid/witsvid"
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
@@ -24,8 +24,11 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
 	"github.com/entente-mesh/entente/ca/catest"
 	"github.com/entente-mesh/entente/ca/node"
+	"github.com/entente-mesh/entente/meshagent"
 )
 
 func dial(t *testing.T, h *host) *workloadapi.Client {
@@ -53,8 +56,8 @@ func claimsOf(t *testing.T, token string) (header, claims map[string]any) {
 	return header, claims
 }
 
-// go-spiffe's client gets, verifies and validates JWT-SVIDs (requirements 56-66, 69-71,
-// 181, 183, 184).
+// go-spiffe's client gets, verifies and validates JWT-SVIDs.
+// Requirements: 56, 57, 59, 61-65, 70, 162, 170, 180-184, T9.
 func TestJWTSVID(t *testing.T) {
 	c := catest.Start(t, catest.Options{})
 	c.Apply(serviceYAML("accounts", run(myself(t))+"\n  hint: internal\n  ttl: {jwt: 2m}"))
@@ -100,19 +103,9 @@ func TestJWTSVID(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	var set struct {
-		Keys []struct{ Use, Kid string }
-	}
-	if err := json.Unmarshal(message.GetBundles()["spiffe://banking.example"], &set); err != nil {
-		t.Fatal(err)
-	}
-	if len(set.Keys) != 2 || len(message.GetBundles()) != 1 { // ACTIVE and PREPARED
-		t.Errorf("%d keys", len(set.Keys))
-	}
-	for _, key := range set.Keys {
-		if key.Use != "jwt-svid" || key.Kid == "" {
-			t.Errorf("key %+v", key)
-		}
+	uses(t, string(message.GetBundles()["spiffe://banking.example"]), "jwt-svid")
+	if keys, err := bundles.GetJWTBundleForTrustDomain(c.TrustDomain()); err != nil || len(keys.JWTAuthorities()) != 2 || len(message.GetBundles()) != 1 { // ACTIVE and PREPARED
+		t.Errorf("keys %v, %v", keys, err)
 	}
 
 	if got, err := client.ValidateJWTSVID(ctx, svid.Marshal(), "b"); err != nil || got.ID != svid.ID {
@@ -151,7 +144,8 @@ func TestJWTSVID(t *testing.T) {
 }
 
 // Without an id the caller gets all its identities, the first one stable, each hint
-// once (181, 188).
+// once.
+// Requirements: 175, 181, 188.
 func TestJWTSVIDsOfSeveralIdentities(t *testing.T) {
 	c := catest.Start(t, catest.Options{})
 	c.Apply(serviceYAML("accounts", run(myself(t))+"\n  hint: one") + serviceYAML("ledger", run(myself(t))+"\n  hint: one") + serviceYAML("other", run("/bin/true")))
@@ -177,11 +171,12 @@ func TestJWTSVIDsOfSeveralIdentities(t *testing.T) {
 }
 
 // The entitlement ends: streams end with PermissionDenied, and so do calls, with the
-// token still held (177, 178, 182).
+// token still held.
+// Requirements: 177, 182.
 func TestTokensEndWithTheEntry(t *testing.T) {
 	c := catest.Start(t, catest.Options{})
 	c.Apply(serviceYAML("accounts", run(myself(t))))
-	h := newHostWith(t, c.AgentToken("h1", "dc1"), "wit: true")
+	h := newHostOf(t, "banking.example", c.AgentToken("h1", "dc1"), ", wit: true", true)
 	api, _ := raw(t, h.socket)
 	ctx := withHeader(t.Context(), "true")
 	bundles, err := api.FetchJWTBundles(ctx, &workload.JWTBundlesRequest{})
@@ -223,7 +218,8 @@ func TestTokensEndWithTheEntry(t *testing.T) {
 
 func second[R any](_ R, err error) error { return err }
 
-// A new authority reaches an open stream (168), and go-spiffe's source uses it.
+// A new authority reaches an open stream, and go-spiffe's source uses it.
+// Requirements: 165, 168.
 func TestJWTBundlesAreUpdated(t *testing.T) {
 	c := catest.Start(t, catest.Options{})
 	c.Apply(serviceYAML("accounts", run(myself(t))))
@@ -261,56 +257,193 @@ func TestJWTBundlesAreUpdated(t *testing.T) {
 	}
 }
 
-// Foreign JWT keys reach only whom federates by name: a service validates nothing of
-// another domain (I6), and no domain's keys verify another's tokens (I2).
-func TestForeignJWT(t *testing.T) {
+// relate has one domain take the bundle of another, WIT keys included.
+func relate(t *testing.T, from, to *catest.CA, url string) {
+	t.Helper()
+	_, err := from.Admin().Apply(t.Context(), &ententev1.ApplyRequest{Objects: []*statev1.Object{{
+		Kind: &statev1.Object_Relationship{Relationship: &statev1.Relationship{
+			TrustDomain: to.TrustDomain().Name(), EndpointUrls: []string{url}, EndpointId: to.BundleID().String(), BootstrapBundle: to.BundleJSON(), Wit: true,
+		}},
+	}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Foreign token keys reach only whom federates by name: a service validates nothing of
+// another domain (I6), a gateway does as long as the relationship lasts, and no domain's
+// keys verify another's tokens (I2).
+// Requirements: 68, 94, 126, 145, 176, 183-185, 187.
+func TestForeignTokens(t *testing.T) {
 	banking := catest.Start(t, catest.Options{})
 	trading := catest.Start(t, catest.Options{TrustDomain: "trading.example"})
-	banking.Relate(trading)
+	relate(t, trading, banking, banking.BundleURL())
+	relate(t, banking, trading, trading.BundleURL()+"wit")
 	banking.Apply(serviceYAML("accounts", run(myself(t))))
-	h := newHost(t, banking.AgentToken("h1", "dc1"), true)
-	foreign := func() map[string][]byte {
-		t.Helper()
-		api, _ := raw(t, h.socket)
-		stream, err := api.FetchJWTBundles(withHeader(t.Context(), "true"), &workload.JWTBundlesRequest{})
-		if err != nil {
-			t.Fatal(err)
-		}
-		message, err := stream.Recv()
-		if err != nil {
-			t.Fatal(err)
-		}
-		return message.GetBundles()
+	trading.Apply(serviceYAML("portfolio", run(myself(t))))
+	here := newHostOf(t, "banking.example", banking.AgentToken("h1", "dc1"), ", wit: true", true)
+	there := newHostOf(t, "trading.example", trading.AgentToken("h1", "dc1"), ", wit: true", true)
+	api, _ := raw(t, here.socket)
+	abroad, _ := raw(t, there.socket)
+	ctx, cancel := context.WithTimeout(withHeader(t.Context(), "true"), time.Minute)
+	defer cancel()
+
+	issued, err := abroad.FetchJWTSVID(ctx, &workload.JWTSVIDRequest{Audience: []string{"ledger"}})
+	if err != nil {
+		t.Fatal(err)
 	}
-	if got := foreign(); len(got) != 1 {
-		t.Errorf("a service got %d bundles", len(got))
+	token := issued.GetSvids()[0].GetSvid()
+	validate := func(api workload.SpiffeWorkloadAPIClient, token string) (string, error) {
+		got, err := api.ValidateJWTSVID(ctx, &workload.ValidateJWTSVIDRequest{Audience: "ledger", Svid: token})
+		return got.GetSpiffeId(), err
 	}
-	// The control: a gateway, which federates.
+	if id, err := validate(abroad, token); err != nil || id != "spiffe://trading.example/portfolio" {
+		t.Fatalf("control: at home it is %q, %v", id, err)
+	}
+	wits, err := abroad.FetchWITSVID(ctx, &workload.WITSVIDRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	wit, err := wits.Recv()
+	if err != nil {
+		t.Fatal(err)
+	}
+
+	jwtStream, err := api.FetchJWTBundles(ctx, &workload.JWTBundlesRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	witStream, err := api.FetchWITBundles(ctx, &workload.WITBundlesRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	jwts, err := jwtStream.Recv()
+	if err != nil || len(jwts.GetBundles()) != 1 {
+		t.Errorf("a service got %d JWT bundles, %v", len(jwts.GetBundles()), err)
+	}
+	bundles, err := witStream.Recv()
+	if err != nil || len(bundles.GetBundles()) != 1 {
+		t.Errorf("a service got %d WIT bundles, %v", len(bundles.GetBundles()), err)
+	}
+	if id, err := validate(api, token); status.Code(err) != codes.InvalidArgument {
+		t.Errorf("a service validates a token of another domain: %q, %v", id, err)
+	}
+
+	// A gateway federates. What changes comes on the open streams.
 	banking.Apply("apiVersion: entente/v1\nkind: Gateway\nmetadata: {name: gw-1, owner: team}\nspec: {" + run(myself(t)) + ", datacenter: dc1, address: \"127.0.0.1:9443\"}\n")
-	eventually(t, "the gateway holds trading's keys", func() error {
-		got := foreign()
-		keys, err := jwtbundle.Parse(spiffeid.RequireTrustDomainFromString("trading.example"), got["spiffe://trading.example"])
-		if err == nil && len(keys.JWTAuthorities()) == 0 {
-			err = errors.New("no keys")
+	const td = "spiffe://trading.example"
+	for len(jwts.GetBundles()[td]) == 0 {
+		if jwts, err = jwtStream.Recv(); err != nil {
+			t.Fatal(err)
 		}
-		return err
-	})
+	}
+	for bundles.GetBundles()[td] == "" {
+		if bundles, err = witStream.Recv(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	keys, err := witbundle.Parse(trading.TrustDomain(), []byte(bundles.GetBundles()[td]))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if svid, err := witsvid.ParseAndValidate(wit.GetSvids()[0].GetWitSvid(), keys); err != nil || svid.ID.String() != "spiffe://trading.example/portfolio" {
+		t.Errorf("trading's WIT-SVID by what banking holds: %v, %v", svid, err)
+	}
+	uses(t, bundles.GetBundles()[td], "wit-svid")
+	uses(t, string(jwts.GetBundles()[td]), "jwt-svid")
+	if len(jwts.GetBundles()) != 2 || len(bundles.GetBundles()) != 2 {
+		t.Errorf("%d JWT and %d WIT bundles", len(jwts.GetBundles()), len(bundles.GetBundles()))
+	}
+	if id, err := validate(api, token); err != nil || id != "spiffe://trading.example/portfolio" {
+		t.Errorf("the gateway's: %q, %v", id, err)
+	}
+	if _, err := validate(api, token[:len(token)-8]+"AAAAAAAA"); status.Code(err) != codes.InvalidArgument {
+		t.Errorf("with another signature: %v", err)
+	}
+	own, err := api.FetchJWTSVID(ctx, &workload.JWTSVIDRequest{Audience: []string{"ledger"}, SpiffeId: "spiffe://banking.example/accounts"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if id, err := validate(api, own.GetSvids()[0].GetSvid()); err != nil || id != "spiffe://banking.example/accounts" {
+		t.Errorf("its own: %q, %v", id, err)
+	}
+	if id, err := validate(abroad, own.GetSvids()[0].GetSvid()); status.Code(err) != codes.InvalidArgument {
+		t.Errorf("trading's service validates banking's: %q, %v", id, err)
+	}
+
+	// The relationship ends, and with it the trust.
+	if _, err := banking.Admin().Apply(ctx, &ententev1.ApplyRequest{Deletes: []*statev1.ObjectKey{{Kind: "Relationship", Name: "trading.example"}}}); err != nil {
+		t.Fatal(err)
+	}
+	for len(jwts.GetBundles()) > 1 {
+		if jwts, err = jwtStream.Recv(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for len(bundles.GetBundles()) > 1 {
+		if bundles, err = witStream.Recv(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if id, err := validate(api, token); status.Code(err) != codes.InvalidArgument {
+		t.Errorf("after the end: %q, %v", id, err)
+	}
 }
 
-// newHostWith is newHost with more settings of workloadAPI.
-func newHostWith(t *testing.T, token, settings string) *host {
+// uses checks that all keys of a JWK Set are for one use and told apart by kid.
+func uses(t *testing.T, jwks, use string) {
 	t.Helper()
-	more = ", " + settings
-	defer func() { more = "" }()
-	return newHost(t, token, true)
+	var set struct {
+		Keys []struct{ Use, Kid string }
+	}
+	if err := json.Unmarshal([]byte(jwks), &set); err != nil || len(set.Keys) == 0 {
+		t.Fatalf("%s: %v", jwks, err)
+	}
+	seen := map[string]bool{"": true}
+	for _, key := range set.Keys {
+		if key.Use != use || seen[key.Kid] {
+			t.Errorf("%s: key %+v", use, key)
+		}
+		seen[key.Kid] = true
+	}
 }
 
-// WIT-SVIDs: with their key, verified by go-spiffe's parser and bundle (79, 86, 93,
-// 186, 187), renewed on the open stream with another key.
+// A domain whose keys are all revoked says so to whom it had told them: it does not fall
+// silent.
+// Requirements: 104, 166, 179, 183, 187.
+func TestEmptyBundlesAreTold(t *testing.T) {
+	td := spiffeid.RequireTrustDomainFromString("banking.example")
+	empty := &meshagent.TokenBundle{TrustDomain: td, JWKS: []byte(`{"keys":[]}`)}
+	state := &meshagent.State{Bundle: x509bundle.New(td), JWT: empty, WIT: empty}
+	x509s, err := bundlesResponse(state, nil)
+	if der, told := x509s.GetBundles()[td.IDString()]; err != nil || !told || len(der) > 0 {
+		t.Errorf("X.509: %v, %v", x509s, err)
+	}
+	jwts, err := jwtBundles(state, nil)
+	if b, parseErr := jwtbundle.Parse(td, jwts.GetBundles()[td.IDString()]); err != nil || parseErr != nil || !b.Empty() {
+		t.Errorf("JWT: %v, %v, %v", jwts, err, parseErr)
+	}
+	wits, err := witBundles(state, nil)
+	if b, parseErr := witbundle.Parse(td, []byte(wits.GetBundles()[td.IDString()])); err != nil || parseErr != nil || !b.Empty() {
+		t.Errorf("WIT: %v, %v, %v", wits, err, parseErr)
+	}
+	// The control: what is not known yet is not told.
+	state = &meshagent.State{}
+	x509s, _ = bundlesResponse(state, nil)
+	jwts, _ = jwtBundles(state, nil)
+	wits, _ = witBundles(state, nil)
+	if x509s != nil || jwts != nil || wits != nil {
+		t.Errorf("before the first picture: %v, %v, %v", x509s, jwts, wits)
+	}
+}
+
+// WIT-SVIDs: with their key, verified by go-spiffe's parser and bundle, renewed on the
+// open stream with another key.
+// Requirements: 79, 86, 89, 163, 182, 186, 187.
 func TestWITSVID(t *testing.T) {
 	c := catest.Start(t, catest.Options{Lifetimes: node.Lifetimes{WITSVID: 4 * time.Second}})
 	c.Apply(serviceYAML("accounts", run(myself(t))+"\n  hint: internal"))
-	h := newHostWith(t, c.AgentToken("h1", "dc1"), "wit: true")
+	h := newHostOf(t, "banking.example", c.AgentToken("h1", "dc1"), ", wit: true", true)
 	api, _ := raw(t, h.socket)
 	ctx, cancel := context.WithTimeout(withHeader(t.Context(), "true"), 15*time.Second)
 	defer cancel()

@@ -64,18 +64,20 @@ func (s *Server) FetchWITBundles(_ *workload.WITBundlesRequest, stream grpc.Serv
 	if !s.agent.Config().WorkloadAPI.WIT {
 		return errNoWIT
 	}
-	return follow(s, stream, func(state *meshagent.State, entitled []*meshagent.Identity) (*workload.WITBundlesResponse, error) {
-		if state.WIT == nil || len(state.WIT.Keys) == 0 {
-			return nil, nil
-		}
-		response := &workload.WITBundlesResponse{Bundles: map[string]string{state.WIT.TrustDomain.IDString(): string(state.WIT.JWKS)}}
-		for _, identity := range entitled {
-			for _, foreign := range identity.FederatedWIT {
-				if len(foreign.Keys) > 0 {
-					response.Bundles[foreign.TrustDomain.IDString()] = string(foreign.JWKS)
-				}
+	return follow(s, stream, witBundles)
+}
+
+func witBundles(state *meshagent.State, entitled []*meshagent.Identity) (*workload.WITBundlesResponse, error) {
+	if state.WIT == nil {
+		return nil, nil
+	}
+	response := &workload.WITBundlesResponse{Bundles: map[string]string{state.WIT.TrustDomain.IDString(): string(state.WIT.JWKS)}}
+	for _, identity := range entitled {
+		for _, foreign := range identity.FederatedWIT {
+			if len(foreign.Keys) > 0 {
+				response.Bundles[foreign.TrustDomain.IDString()] = string(foreign.JWKS)
 			}
 		}
-		return response, nil
-	})
+	}
+	return response, nil
 }

@@ -142,11 +142,10 @@ func (h hints) of(identity *meshagent.Identity) string {
 }
 
 func bundlesResponse(state *meshagent.State, entitled []*meshagent.Identity) (*workload.X509BundlesResponse, error) {
-	own := concatenate(state.Bundle)
-	if len(own) == 0 {
+	if state.Bundle == nil {
 		return nil, nil
 	}
-	response := &workload.X509BundlesResponse{Bundles: map[string][]byte{state.Bundle.TrustDomain().IDString(): own}}
+	response := &workload.X509BundlesResponse{Bundles: map[string][]byte{state.Bundle.TrustDomain().IDString(): concatenate(state.Bundle)}}
 	for _, identity := range entitled {
 		addFederated(response.Bundles, identity)
 	}

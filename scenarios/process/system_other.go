@@ -5,6 +5,7 @@ package process
 import (
 	"errors"
 	"syscall"
+	"time"
 )
 
 func attributes() *syscall.SysProcAttr { return &syscall.SysProcAttr{Setpgid: true} }
@@ -17,3 +18,6 @@ type Memory struct {
 
 // MemoryOf is only possible on Linux.
 func MemoryOf(int) (Memory, error) { return Memory{}, errors.ErrUnsupported }
+
+// CPUOf is only possible on Linux.
+func CPUOf(int) (time.Duration, error) { return 0, errors.ErrUnsupported }

@@ -345,9 +345,10 @@ type Cluster struct {
 	Epoch         uint32                 `protobuf:"varint,3,opt,name=epoch,proto3" json:"epoch,omitempty"` // below 512; raised by recover
 	Dev           bool                   `protobuf:"varint,4,opt,name=dev,proto3" json:"dev,omitempty"`     // loopback only, unsealed keys; never federates with a non-dev domain
 	Lifetimes     *Lifetimes             `protobuf:"bytes,5,opt,name=lifetimes,proto3" json:"lifetimes,omitempty"`
-	RecoveryKey   []byte                 `protobuf:"bytes,40,opt,name=recovery_key,json=recoveryKey,proto3" json:"recovery_key,omitempty"` // Ed25519; its private half is with the operator, offline
-	Recovery      *Recovery              `protobuf:"bytes,41,opt,name=recovery,proto3" json:"recovery,omitempty"`                          // how this epoch began; absent in the first
-	MinVoters     uint32                 `protobuf:"varint,42,opt,name=min_voters,json=minVoters,proto3" json:"min_voters,omitempty"`      // a removal never leaves fewer; 0: none but the last is kept
+	RecoveryKey   []byte                 `protobuf:"bytes,40,opt,name=recovery_key,json=recoveryKey,proto3" json:"recovery_key,omitempty"`     // Ed25519; its private half is with the operator, offline
+	Recovery      *Recovery              `protobuf:"bytes,41,opt,name=recovery,proto3" json:"recovery,omitempty"`                              // how this epoch began; absent in the first
+	MinVoters     uint32                 `protobuf:"varint,42,opt,name=min_voters,json=minVoters,proto3" json:"min_voters,omitempty"`          // a removal never leaves fewer; 0: none but the last is kept
+	FeatureLevel  uint32                 `protobuf:"varint,70,opt,name=feature_level,json=featureLevel,proto3" json:"feature_level,omitempty"` // the lowest that all members have had together; never falls; 0: 1
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -434,6 +435,13 @@ func (x *Cluster) GetRecovery() *Recovery {
 func (x *Cluster) GetMinVoters() uint32 {
 	if x != nil {
 		return x.MinVoters
+	}
+	return 0
+}
+
+func (x *Cluster) GetFeatureLevel() uint32 {
+	if x != nil {
+		return x.FeatureLevel
 	}
 	return 0
 }
@@ -680,8 +688,9 @@ type Member struct {
 	Datacenter    string                 `protobuf:"bytes,3,opt,name=datacenter,proto3" json:"datacenter,omitempty"`
 	RaftAddress   string                 `protobuf:"bytes,4,opt,name=raft_address,json=raftAddress,proto3" json:"raft_address,omitempty"`
 	ApiAddress    string                 `protobuf:"bytes,5,opt,name=api_address,json=apiAddress,proto3" json:"api_address,omitempty"`
-	Voter         bool                   `protobuf:"varint,6,opt,name=voter,proto3" json:"voter,omitempty"`     // what it was admitted as; it becomes one when it has caught up
-	Signing       bool                   `protobuf:"varint,7,opt,name=signing,proto3" json:"signing,omitempty"` // false: a witness
+	Voter         bool                   `protobuf:"varint,6,opt,name=voter,proto3" json:"voter,omitempty"`                                    // what it was admitted as; it becomes one when it has caught up
+	Signing       bool                   `protobuf:"varint,7,opt,name=signing,proto3" json:"signing,omitempty"`                                // false: a witness
+	FeatureLevel  uint32                 `protobuf:"varint,70,opt,name=feature_level,json=featureLevel,proto3" json:"feature_level,omitempty"` // which commands its software carries out; 0: 1
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -765,6 +774,13 @@ func (x *Member) GetSigning() bool {
 	return false
 }
 
+func (x *Member) GetFeatureLevel() uint32 {
+	if x != nil {
+		return x.FeatureLevel
+	}
+	return 0
+}
+
 // Authority is the public half of one signing key of one member.
 type Authority struct {
 	state            protoimpl.MessageState `protogen:"open.v1"`
@@ -772,16 +788,18 @@ type Authority struct {
 	MemberId         string                 `protobuf:"bytes,2,opt,name=member_id,json=memberId,proto3" json:"member_id,omitempty"`
 	Use              KeyUse                 `protobuf:"varint,3,opt,name=use,proto3,enum=entente.state.v1.KeyUse" json:"use,omitempty"`
 	PublicKey        []byte                 `protobuf:"bytes,4,opt,name=public_key,json=publicKey,proto3" json:"public_key,omitempty"`  // SubjectPublicKeyInfo, DER
-	Certificate      []byte                 `protobuf:"bytes,5,opt,name=certificate,proto3" json:"certificate,omitempty"`               // X509 only: the self-signed CA certificate, DER
+	Certificate      []byte                 `protobuf:"bytes,5,opt,name=certificate,proto3" json:"certificate,omitempty"`               // X509 only: the CA certificate, DER; self-signed, or signed by upstream
 	NotBefore        int64                  `protobuf:"varint,6,opt,name=not_before,json=notBefore,proto3" json:"not_before,omitempty"` // Unix seconds
 	NotAfter         int64                  `protobuf:"varint,7,opt,name=not_after,json=notAfter,proto3" json:"not_after,omitempty"`
 	Phase            AuthorityPhase         `protobuf:"varint,8,opt,name=phase,proto3,enum=entente.state.v1.AuthorityPhase" json:"phase,omitempty"`
-	Ready            bool                   `protobuf:"varint,9,opt,name=ready,proto3" json:"ready,omitempty"`                                                // the ready gate was passed (I3)
-	Revision         uint64                 `protobuf:"varint,10,opt,name=revision,proto3" json:"revision,omitempty"`                                         // of its last change
-	PreparedRevision uint64                 `protobuf:"varint,11,opt,name=prepared_revision,json=preparedRevision,proto3" json:"prepared_revision,omitempty"` // since when it stands in the bundle
-	Assumed          []string               `protobuf:"bytes,20,rep,name=assumed,proto3" json:"assumed,omitempty"`                                            // who was not waited for when it became ready
-	Drained          bool                   `protobuf:"varint,21,opt,name=drained,proto3" json:"drained,omitempty"`                                           // TAINTED: nobody was seen to hold an SVID under it any more
-	AssumedDrained   []string               `protobuf:"bytes,22,rep,name=assumed_drained,json=assumedDrained,proto3" json:"assumed_drained,omitempty"`        // who was not waited for then
+	Ready            bool                   `protobuf:"varint,9,opt,name=ready,proto3" json:"ready,omitempty"`                                                  // the ready gate was passed (I3)
+	Revision         uint64                 `protobuf:"varint,10,opt,name=revision,proto3" json:"revision,omitempty"`                                           // of its last change
+	PreparedRevision uint64                 `protobuf:"varint,11,opt,name=prepared_revision,json=preparedRevision,proto3" json:"prepared_revision,omitempty"`   // since when it stands in the bundle
+	Assumed          []string               `protobuf:"bytes,20,rep,name=assumed,proto3" json:"assumed,omitempty"`                                              // who was not waited for when it became ready
+	Drained          bool                   `protobuf:"varint,21,opt,name=drained,proto3" json:"drained,omitempty"`                                             // TAINTED: nobody was seen to hold an SVID under it any more
+	AssumedDrained   []string               `protobuf:"bytes,22,rep,name=assumed_drained,json=assumedDrained,proto3" json:"assumed_drained,omitempty"`          // who was not waited for then
+	Upstream         []byte                 `protobuf:"bytes,85,opt,name=upstream,proto3" json:"upstream,omitempty"`                                            // X509 only: the root that signed certificate, DER; in the bundle in its place
+	UpstreamNotAfter int64                  `protobuf:"varint,86,opt,name=upstream_not_after,json=upstreamNotAfter,proto3" json:"upstream_not_after,omitempty"` // Unix seconds: its end
 	unknownFields    protoimpl.UnknownFields
 	sizeCache        protoimpl.SizeCache
 }
@@ -912,6 +930,20 @@ func (x *Authority) GetAssumedDrained() []string {
 		return x.AssumedDrained
 	}
 	return nil
+}
+
+func (x *Authority) GetUpstream() []byte {
+	if x != nil {
+		return x.Upstream
+	}
+	return nil
+}
+
+func (x *Authority) GetUpstreamNotAfter() int64 {
+	if x != nil {
+		return x.UpstreamNotAfter
+	}
+	return 0
 }
 
 // Token admits one key, once, as what it grants (I9).
@@ -1527,6 +1559,75 @@ func (x *Distrust) GetRevision() uint64 {
 	return 0
 }
 
+// Staged is a part of a change of the catalogue that is not complete yet.
+type Staged struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            []byte                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Part          uint32                 `protobuf:"varint,2,opt,name=part,proto3" json:"part,omitempty"`
+	Objects       *ApplyObjects          `protobuf:"bytes,3,opt,name=objects,proto3" json:"objects,omitempty"`
+	NotAfter      int64                  `protobuf:"varint,4,opt,name=not_after,json=notAfter,proto3" json:"not_after,omitempty"` // Unix seconds of state time: it is forgotten then
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Staged) Reset() {
+	*x = Staged{}
+	mi := &file_entente_state_v1_state_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Staged) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Staged) ProtoMessage() {}
+
+func (x *Staged) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_state_v1_state_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Staged.ProtoReflect.Descriptor instead.
+func (*Staged) Descriptor() ([]byte, []int) {
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *Staged) GetId() []byte {
+	if x != nil {
+		return x.Id
+	}
+	return nil
+}
+
+func (x *Staged) GetPart() uint32 {
+	if x != nil {
+		return x.Part
+	}
+	return 0
+}
+
+func (x *Staged) GetObjects() *ApplyObjects {
+	if x != nil {
+		return x.Objects
+	}
+	return nil
+}
+
+func (x *Staged) GetNotAfter() int64 {
+	if x != nil {
+		return x.NotAfter
+	}
+	return 0
+}
+
 // Object is one declared thing of the catalogue. Its key is kind/name.
 type Object struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1548,7 +1649,7 @@ type Object struct {
 
 func (x *Object) Reset() {
 	*x = Object{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[12]
+	mi := &file_entente_state_v1_state_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1560,7 +1661,7 @@ func (x *Object) String() string {
 func (*Object) ProtoMessage() {}
 
 func (x *Object) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[12]
+	mi := &file_entente_state_v1_state_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1573,7 +1674,7 @@ func (x *Object) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Object.ProtoReflect.Descriptor instead.
 func (*Object) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{12}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Object) GetKind() isObject_Kind {
@@ -1708,7 +1809,7 @@ type ObjectKey struct {
 
 func (x *ObjectKey) Reset() {
 	*x = ObjectKey{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[13]
+	mi := &file_entente_state_v1_state_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1720,7 +1821,7 @@ func (x *ObjectKey) String() string {
 func (*ObjectKey) ProtoMessage() {}
 
 func (x *ObjectKey) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[13]
+	mi := &file_entente_state_v1_state_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1733,7 +1834,7 @@ func (x *ObjectKey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ObjectKey.ProtoReflect.Descriptor instead.
 func (*ObjectKey) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{13}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *ObjectKey) GetKind() string {
@@ -1773,7 +1874,7 @@ type Service struct {
 
 func (x *Service) Reset() {
 	*x = Service{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[14]
+	mi := &file_entente_state_v1_state_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1785,7 +1886,7 @@ func (x *Service) String() string {
 func (*Service) ProtoMessage() {}
 
 func (x *Service) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[14]
+	mi := &file_entente_state_v1_state_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1798,7 +1899,7 @@ func (x *Service) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Service.ProtoReflect.Descriptor instead.
 func (*Service) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{14}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Service) GetName() string {
@@ -1912,7 +2013,7 @@ type Failover struct {
 
 func (x *Failover) Reset() {
 	*x = Failover{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[15]
+	mi := &file_entente_state_v1_state_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1924,7 +2025,7 @@ func (x *Failover) String() string {
 func (*Failover) ProtoMessage() {}
 
 func (x *Failover) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[15]
+	mi := &file_entente_state_v1_state_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1937,7 +2038,7 @@ func (x *Failover) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Failover.ProtoReflect.Descriptor instead.
 func (*Failover) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{15}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Failover) GetMode() Mode {
@@ -1982,7 +2083,7 @@ type Gateway struct {
 
 func (x *Gateway) Reset() {
 	*x = Gateway{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[16]
+	mi := &file_entente_state_v1_state_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1994,7 +2095,7 @@ func (x *Gateway) String() string {
 func (*Gateway) ProtoMessage() {}
 
 func (x *Gateway) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[16]
+	mi := &file_entente_state_v1_state_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2007,7 +2108,7 @@ func (x *Gateway) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Gateway.ProtoReflect.Descriptor instead.
 func (*Gateway) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{16}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Gateway) GetName() string {
@@ -2055,7 +2156,7 @@ type Import struct {
 
 func (x *Import) Reset() {
 	*x = Import{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[17]
+	mi := &file_entente_state_v1_state_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2067,7 +2168,7 @@ func (x *Import) String() string {
 func (*Import) ProtoMessage() {}
 
 func (x *Import) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[17]
+	mi := &file_entente_state_v1_state_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2080,7 +2181,7 @@ func (x *Import) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Import.ProtoReflect.Descriptor instead.
 func (*Import) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{17}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Import) GetService() string {
@@ -2106,7 +2207,7 @@ type Agreement struct {
 
 func (x *Agreement) Reset() {
 	*x = Agreement{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[18]
+	mi := &file_entente_state_v1_state_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2118,7 +2219,7 @@ func (x *Agreement) String() string {
 func (*Agreement) ProtoMessage() {}
 
 func (x *Agreement) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[18]
+	mi := &file_entente_state_v1_state_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2131,7 +2232,7 @@ func (x *Agreement) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Agreement.ProtoReflect.Descriptor instead.
 func (*Agreement) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{18}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Agreement) GetName() string {
@@ -2180,7 +2281,7 @@ type PeerGateway struct {
 
 func (x *PeerGateway) Reset() {
 	*x = PeerGateway{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[19]
+	mi := &file_entente_state_v1_state_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2192,7 +2293,7 @@ func (x *PeerGateway) String() string {
 func (*PeerGateway) ProtoMessage() {}
 
 func (x *PeerGateway) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[19]
+	mi := &file_entente_state_v1_state_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2205,7 +2306,7 @@ func (x *PeerGateway) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PeerGateway.ProtoReflect.Descriptor instead.
 func (*PeerGateway) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{19}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *PeerGateway) GetPath() string {
@@ -2240,7 +2341,7 @@ type Allow struct {
 
 func (x *Allow) Reset() {
 	*x = Allow{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[20]
+	mi := &file_entente_state_v1_state_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2252,7 +2353,7 @@ func (x *Allow) String() string {
 func (*Allow) ProtoMessage() {}
 
 func (x *Allow) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[20]
+	mi := &file_entente_state_v1_state_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2265,7 +2366,7 @@ func (x *Allow) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Allow.ProtoReflect.Descriptor instead.
 func (*Allow) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{20}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Allow) GetCallers() []string {
@@ -2300,7 +2401,7 @@ type HTTPMatch struct {
 
 func (x *HTTPMatch) Reset() {
 	*x = HTTPMatch{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[21]
+	mi := &file_entente_state_v1_state_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2312,7 +2413,7 @@ func (x *HTTPMatch) String() string {
 func (*HTTPMatch) ProtoMessage() {}
 
 func (x *HTTPMatch) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[21]
+	mi := &file_entente_state_v1_state_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2325,7 +2426,7 @@ func (x *HTTPMatch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HTTPMatch.ProtoReflect.Descriptor instead.
 func (*HTTPMatch) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{21}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *HTTPMatch) GetMethods() []string {
@@ -2363,7 +2464,7 @@ type Relationship struct {
 
 func (x *Relationship) Reset() {
 	*x = Relationship{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[22]
+	mi := &file_entente_state_v1_state_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2375,7 +2476,7 @@ func (x *Relationship) String() string {
 func (*Relationship) ProtoMessage() {}
 
 func (x *Relationship) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[22]
+	mi := &file_entente_state_v1_state_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2388,7 +2489,7 @@ func (x *Relationship) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Relationship.ProtoReflect.Descriptor instead.
 func (*Relationship) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{22}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Relationship) GetTrustDomain() string {
@@ -2439,7 +2540,7 @@ type RoleBinding struct {
 
 func (x *RoleBinding) Reset() {
 	*x = RoleBinding{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[23]
+	mi := &file_entente_state_v1_state_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2451,7 +2552,7 @@ func (x *RoleBinding) String() string {
 func (*RoleBinding) ProtoMessage() {}
 
 func (x *RoleBinding) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[23]
+	mi := &file_entente_state_v1_state_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2464,7 +2565,7 @@ func (x *RoleBinding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RoleBinding.ProtoReflect.Descriptor instead.
 func (*RoleBinding) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{23}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *RoleBinding) GetName() string {
@@ -2508,7 +2609,7 @@ type ForeignBundle struct {
 
 func (x *ForeignBundle) Reset() {
 	*x = ForeignBundle{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[24]
+	mi := &file_entente_state_v1_state_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2520,7 +2621,7 @@ func (x *ForeignBundle) String() string {
 func (*ForeignBundle) ProtoMessage() {}
 
 func (x *ForeignBundle) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[24]
+	mi := &file_entente_state_v1_state_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2533,7 +2634,7 @@ func (x *ForeignBundle) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForeignBundle.ProtoReflect.Descriptor instead.
 func (*ForeignBundle) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{24}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ForeignBundle) GetTrustDomain() string {
@@ -2595,6 +2696,8 @@ type Command struct {
 	//	*Command_RevokeToken
 	//	*Command_ChangeEntries
 	//	*Command_PromoteMember
+	//	*Command_StageObjects
+	//	*Command_ApplyStaged
 	//	*Command_AdmitAgent
 	Body          isCommand_Body `protobuf_oneof:"body"`
 	unknownFields protoimpl.UnknownFields
@@ -2603,7 +2706,7 @@ type Command struct {
 
 func (x *Command) Reset() {
 	*x = Command{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[25]
+	mi := &file_entente_state_v1_state_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2615,7 +2718,7 @@ func (x *Command) String() string {
 func (*Command) ProtoMessage() {}
 
 func (x *Command) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[25]
+	mi := &file_entente_state_v1_state_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2628,7 +2731,7 @@ func (x *Command) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Command.ProtoReflect.Descriptor instead.
 func (*Command) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{25}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Command) GetIfRevision() uint64 {
@@ -2855,6 +2958,24 @@ func (x *Command) GetPromoteMember() *PromoteMember {
 	return nil
 }
 
+func (x *Command) GetStageObjects() *StageObjects {
+	if x != nil {
+		if x, ok := x.Body.(*Command_StageObjects); ok {
+			return x.StageObjects
+		}
+	}
+	return nil
+}
+
+func (x *Command) GetApplyStaged() *ApplyStaged {
+	if x != nil {
+		if x, ok := x.Body.(*Command_ApplyStaged); ok {
+			return x.ApplyStaged
+		}
+	}
+	return nil
+}
+
 func (x *Command) GetAdmitAgent() *AdmitAgent {
 	if x != nil {
 		if x, ok := x.Body.(*Command_AdmitAgent); ok {
@@ -2952,6 +3073,14 @@ type Command_PromoteMember struct {
 	PromoteMember *PromoteMember `protobuf:"bytes,60,opt,name=promote_member,json=promoteMember,proto3,oneof"`
 }
 
+type Command_StageObjects struct {
+	StageObjects *StageObjects `protobuf:"bytes,70,opt,name=stage_objects,json=stageObjects,proto3,oneof"`
+}
+
+type Command_ApplyStaged struct {
+	ApplyStaged *ApplyStaged `protobuf:"bytes,71,opt,name=apply_staged,json=applyStaged,proto3,oneof"`
+}
+
 type Command_AdmitAgent struct {
 	AdmitAgent *AdmitAgent `protobuf:"bytes,101,opt,name=admit_agent,json=admitAgent,proto3,oneof"`
 }
@@ -2998,6 +3127,10 @@ func (*Command_ChangeEntries) isCommand_Body() {}
 
 func (*Command_PromoteMember) isCommand_Body() {}
 
+func (*Command_StageObjects) isCommand_Body() {}
+
+func (*Command_ApplyStaged) isCommand_Body() {}
+
 func (*Command_AdmitAgent) isCommand_Body() {}
 
 // Batch is what one Raft log entry holds: the group commit of a proposer.
@@ -3010,7 +3143,7 @@ type Batch struct {
 
 func (x *Batch) Reset() {
 	*x = Batch{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[26]
+	mi := &file_entente_state_v1_state_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3022,7 +3155,7 @@ func (x *Batch) String() string {
 func (*Batch) ProtoMessage() {}
 
 func (x *Batch) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[26]
+	mi := &file_entente_state_v1_state_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3035,7 +3168,7 @@ func (x *Batch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Batch.ProtoReflect.Descriptor instead.
 func (*Batch) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{26}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Batch) GetCommands() [][]byte {
@@ -3055,7 +3188,7 @@ type Init struct {
 
 func (x *Init) Reset() {
 	*x = Init{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[27]
+	mi := &file_entente_state_v1_state_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3067,7 +3200,7 @@ func (x *Init) String() string {
 func (*Init) ProtoMessage() {}
 
 func (x *Init) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[27]
+	mi := &file_entente_state_v1_state_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3080,7 +3213,7 @@ func (x *Init) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Init.ProtoReflect.Descriptor instead.
 func (*Init) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{27}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Init) GetCluster() *Cluster {
@@ -3106,7 +3239,7 @@ type CreateToken struct {
 
 func (x *CreateToken) Reset() {
 	*x = CreateToken{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[28]
+	mi := &file_entente_state_v1_state_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3118,7 +3251,7 @@ func (x *CreateToken) String() string {
 func (*CreateToken) ProtoMessage() {}
 
 func (x *CreateToken) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[28]
+	mi := &file_entente_state_v1_state_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3131,7 +3264,7 @@ func (x *CreateToken) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateToken.ProtoReflect.Descriptor instead.
 func (*CreateToken) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{28}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *CreateToken) GetToken() *Token {
@@ -3155,7 +3288,7 @@ type JoinMember struct {
 
 func (x *JoinMember) Reset() {
 	*x = JoinMember{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[29]
+	mi := &file_entente_state_v1_state_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3167,7 +3300,7 @@ func (x *JoinMember) String() string {
 func (*JoinMember) ProtoMessage() {}
 
 func (x *JoinMember) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[29]
+	mi := &file_entente_state_v1_state_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3180,7 +3313,7 @@ func (x *JoinMember) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinMember.ProtoReflect.Descriptor instead.
 func (*JoinMember) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{29}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *JoinMember) GetTokenId() string {
@@ -3226,7 +3359,7 @@ type JoinStatement struct {
 
 func (x *JoinStatement) Reset() {
 	*x = JoinStatement{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[30]
+	mi := &file_entente_state_v1_state_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3238,7 +3371,7 @@ func (x *JoinStatement) String() string {
 func (*JoinStatement) ProtoMessage() {}
 
 func (x *JoinStatement) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[30]
+	mi := &file_entente_state_v1_state_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3251,7 +3384,7 @@ func (x *JoinStatement) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinStatement.ProtoReflect.Descriptor instead.
 func (*JoinStatement) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{30}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *JoinStatement) GetClusterId() []byte {
@@ -3296,19 +3429,20 @@ func (x *JoinStatement) GetExporter() []byte {
 	return nil
 }
 
-// UpdateMember lets a member change where it is reached.
+// UpdateMember lets a member change where it is reached, and say what it has become.
 type UpdateMember struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
 	RaftAddress   string                 `protobuf:"bytes,2,opt,name=raft_address,json=raftAddress,proto3" json:"raft_address,omitempty"`
 	ApiAddress    string                 `protobuf:"bytes,3,opt,name=api_address,json=apiAddress,proto3" json:"api_address,omitempty"`
+	FeatureLevel  uint32                 `protobuf:"varint,70,opt,name=feature_level,json=featureLevel,proto3" json:"feature_level,omitempty"` // 0: as before
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *UpdateMember) Reset() {
 	*x = UpdateMember{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[31]
+	mi := &file_entente_state_v1_state_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3320,7 +3454,7 @@ func (x *UpdateMember) String() string {
 func (*UpdateMember) ProtoMessage() {}
 
 func (x *UpdateMember) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[31]
+	mi := &file_entente_state_v1_state_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3333,7 +3467,7 @@ func (x *UpdateMember) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateMember.ProtoReflect.Descriptor instead.
 func (*UpdateMember) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{31}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *UpdateMember) GetId() string {
@@ -3357,6 +3491,13 @@ func (x *UpdateMember) GetApiAddress() string {
 	return ""
 }
 
+func (x *UpdateMember) GetFeatureLevel() uint32 {
+	if x != nil {
+		return x.FeatureLevel
+	}
+	return 0
+}
+
 type RemoveMember struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -3367,7 +3508,7 @@ type RemoveMember struct {
 
 func (x *RemoveMember) Reset() {
 	*x = RemoveMember{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[32]
+	mi := &file_entente_state_v1_state_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3379,7 +3520,7 @@ func (x *RemoveMember) String() string {
 func (*RemoveMember) ProtoMessage() {}
 
 func (x *RemoveMember) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[32]
+	mi := &file_entente_state_v1_state_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3392,7 +3533,7 @@ func (x *RemoveMember) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveMember.ProtoReflect.Descriptor instead.
 func (*RemoveMember) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{32}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *RemoveMember) GetId() string {
@@ -3420,7 +3561,7 @@ type PromoteMember struct {
 
 func (x *PromoteMember) Reset() {
 	*x = PromoteMember{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[33]
+	mi := &file_entente_state_v1_state_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3432,7 +3573,7 @@ func (x *PromoteMember) String() string {
 func (*PromoteMember) ProtoMessage() {}
 
 func (x *PromoteMember) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[33]
+	mi := &file_entente_state_v1_state_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3445,7 +3586,7 @@ func (x *PromoteMember) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PromoteMember.ProtoReflect.Descriptor instead.
 func (*PromoteMember) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{33}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *PromoteMember) GetId() string {
@@ -3467,7 +3608,7 @@ type AttestAgent struct {
 
 func (x *AttestAgent) Reset() {
 	*x = AttestAgent{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[34]
+	mi := &file_entente_state_v1_state_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3479,7 +3620,7 @@ func (x *AttestAgent) String() string {
 func (*AttestAgent) ProtoMessage() {}
 
 func (x *AttestAgent) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[34]
+	mi := &file_entente_state_v1_state_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3492,7 +3633,7 @@ func (x *AttestAgent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttestAgent.ProtoReflect.Descriptor instead.
 func (*AttestAgent) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{34}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *AttestAgent) GetTokenId() string {
@@ -3534,7 +3675,7 @@ type AdmitAgent struct {
 
 func (x *AdmitAgent) Reset() {
 	*x = AdmitAgent{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[35]
+	mi := &file_entente_state_v1_state_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3546,7 +3687,7 @@ func (x *AdmitAgent) String() string {
 func (*AdmitAgent) ProtoMessage() {}
 
 func (x *AdmitAgent) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[35]
+	mi := &file_entente_state_v1_state_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3559,7 +3700,7 @@ func (x *AdmitAgent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AdmitAgent.ProtoReflect.Descriptor instead.
 func (*AdmitAgent) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{35}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *AdmitAgent) GetAgent() *Agent {
@@ -3583,7 +3724,7 @@ type PossessionStatement struct {
 
 func (x *PossessionStatement) Reset() {
 	*x = PossessionStatement{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[36]
+	mi := &file_entente_state_v1_state_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3595,7 +3736,7 @@ func (x *PossessionStatement) String() string {
 func (*PossessionStatement) ProtoMessage() {}
 
 func (x *PossessionStatement) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[36]
+	mi := &file_entente_state_v1_state_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3608,7 +3749,7 @@ func (x *PossessionStatement) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PossessionStatement.ProtoReflect.Descriptor instead.
 func (*PossessionStatement) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{36}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *PossessionStatement) GetTrustDomain() string {
@@ -3648,7 +3789,7 @@ type PrepareAuthority struct {
 
 func (x *PrepareAuthority) Reset() {
 	*x = PrepareAuthority{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[37]
+	mi := &file_entente_state_v1_state_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3660,7 +3801,7 @@ func (x *PrepareAuthority) String() string {
 func (*PrepareAuthority) ProtoMessage() {}
 
 func (x *PrepareAuthority) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[37]
+	mi := &file_entente_state_v1_state_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3673,7 +3814,7 @@ func (x *PrepareAuthority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareAuthority.ProtoReflect.Descriptor instead.
 func (*PrepareAuthority) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{37}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *PrepareAuthority) GetAuthority() *Authority {
@@ -3693,7 +3834,7 @@ type AuthorityReady struct {
 
 func (x *AuthorityReady) Reset() {
 	*x = AuthorityReady{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[38]
+	mi := &file_entente_state_v1_state_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3705,7 +3846,7 @@ func (x *AuthorityReady) String() string {
 func (*AuthorityReady) ProtoMessage() {}
 
 func (x *AuthorityReady) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[38]
+	mi := &file_entente_state_v1_state_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3718,7 +3859,7 @@ func (x *AuthorityReady) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityReady.ProtoReflect.Descriptor instead.
 func (*AuthorityReady) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{38}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *AuthorityReady) GetId() string {
@@ -3744,7 +3885,7 @@ type ActivateAuthority struct {
 
 func (x *ActivateAuthority) Reset() {
 	*x = ActivateAuthority{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[39]
+	mi := &file_entente_state_v1_state_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3756,7 +3897,7 @@ func (x *ActivateAuthority) String() string {
 func (*ActivateAuthority) ProtoMessage() {}
 
 func (x *ActivateAuthority) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[39]
+	mi := &file_entente_state_v1_state_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3769,7 +3910,7 @@ func (x *ActivateAuthority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ActivateAuthority.ProtoReflect.Descriptor instead.
 func (*ActivateAuthority) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{39}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ActivateAuthority) GetId() string {
@@ -3789,7 +3930,7 @@ type ApplyObjects struct {
 
 func (x *ApplyObjects) Reset() {
 	*x = ApplyObjects{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[40]
+	mi := &file_entente_state_v1_state_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3801,7 +3942,7 @@ func (x *ApplyObjects) String() string {
 func (*ApplyObjects) ProtoMessage() {}
 
 func (x *ApplyObjects) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[40]
+	mi := &file_entente_state_v1_state_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3814,7 +3955,7 @@ func (x *ApplyObjects) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyObjects.ProtoReflect.Descriptor instead.
 func (*ApplyObjects) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{40}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *ApplyObjects) GetUpserts() []*Object {
@@ -3831,6 +3972,122 @@ func (x *ApplyObjects) GetDeletes() []*ObjectKey {
 	return nil
 }
 
+// StageObjects puts aside a part of a change that no log entry holds as a whole. Feature
+// level 2.
+type StageObjects struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            []byte                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`      // of the whole change, 16 random bytes
+	Part          uint32                 `protobuf:"varint,2,opt,name=part,proto3" json:"part,omitempty"` // from 0
+	Objects       *ApplyObjects          `protobuf:"bytes,3,opt,name=objects,proto3" json:"objects,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StageObjects) Reset() {
+	*x = StageObjects{}
+	mi := &file_entente_state_v1_state_proto_msgTypes[42]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StageObjects) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StageObjects) ProtoMessage() {}
+
+func (x *StageObjects) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_state_v1_state_proto_msgTypes[42]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StageObjects.ProtoReflect.Descriptor instead.
+func (*StageObjects) Descriptor() ([]byte, []int) {
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{42}
+}
+
+func (x *StageObjects) GetId() []byte {
+	if x != nil {
+		return x.Id
+	}
+	return nil
+}
+
+func (x *StageObjects) GetPart() uint32 {
+	if x != nil {
+		return x.Part
+	}
+	return 0
+}
+
+func (x *StageObjects) GetObjects() *ApplyObjects {
+	if x != nil {
+		return x.Objects
+	}
+	return nil
+}
+
+// ApplyStaged carries out a change whose parts were put aside, as a whole or not at all,
+// and forgets them if it was. Feature level 2.
+type ApplyStaged struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            []byte                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Parts         uint32                 `protobuf:"varint,2,opt,name=parts,proto3" json:"parts,omitempty"` // 0: forget them
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ApplyStaged) Reset() {
+	*x = ApplyStaged{}
+	mi := &file_entente_state_v1_state_proto_msgTypes[43]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ApplyStaged) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ApplyStaged) ProtoMessage() {}
+
+func (x *ApplyStaged) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_state_v1_state_proto_msgTypes[43]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ApplyStaged.ProtoReflect.Descriptor instead.
+func (*ApplyStaged) Descriptor() ([]byte, []int) {
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{43}
+}
+
+func (x *ApplyStaged) GetId() []byte {
+	if x != nil {
+		return x.Id
+	}
+	return nil
+}
+
+func (x *ApplyStaged) GetParts() uint32 {
+	if x != nil {
+		return x.Parts
+	}
+	return 0
+}
+
 // TaintAuthority: it signs no more, and what it signed is to be issued anew.
 type TaintAuthority struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -3841,7 +4098,7 @@ type TaintAuthority struct {
 
 func (x *TaintAuthority) Reset() {
 	*x = TaintAuthority{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[41]
+	mi := &file_entente_state_v1_state_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3853,7 +4110,7 @@ func (x *TaintAuthority) String() string {
 func (*TaintAuthority) ProtoMessage() {}
 
 func (x *TaintAuthority) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[41]
+	mi := &file_entente_state_v1_state_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3866,7 +4123,7 @@ func (x *TaintAuthority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaintAuthority.ProtoReflect.Descriptor instead.
 func (*TaintAuthority) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{41}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *TaintAuthority) GetId() string {
@@ -3887,7 +4144,7 @@ type AuthorityDrained struct {
 
 func (x *AuthorityDrained) Reset() {
 	*x = AuthorityDrained{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[42]
+	mi := &file_entente_state_v1_state_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3899,7 +4156,7 @@ func (x *AuthorityDrained) String() string {
 func (*AuthorityDrained) ProtoMessage() {}
 
 func (x *AuthorityDrained) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[42]
+	mi := &file_entente_state_v1_state_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3912,7 +4169,7 @@ func (x *AuthorityDrained) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityDrained.ProtoReflect.Descriptor instead.
 func (*AuthorityDrained) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{42}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *AuthorityDrained) GetId() string {
@@ -3940,7 +4197,7 @@ type RevokeAuthority struct {
 
 func (x *RevokeAuthority) Reset() {
 	*x = RevokeAuthority{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[43]
+	mi := &file_entente_state_v1_state_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3952,7 +4209,7 @@ func (x *RevokeAuthority) String() string {
 func (*RevokeAuthority) ProtoMessage() {}
 
 func (x *RevokeAuthority) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[43]
+	mi := &file_entente_state_v1_state_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3965,7 +4222,7 @@ func (x *RevokeAuthority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeAuthority.ProtoReflect.Descriptor instead.
 func (*RevokeAuthority) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{43}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *RevokeAuthority) GetId() string {
@@ -3992,7 +4249,7 @@ type BanAgent struct {
 
 func (x *BanAgent) Reset() {
 	*x = BanAgent{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[44]
+	mi := &file_entente_state_v1_state_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4004,7 +4261,7 @@ func (x *BanAgent) String() string {
 func (*BanAgent) ProtoMessage() {}
 
 func (x *BanAgent) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[44]
+	mi := &file_entente_state_v1_state_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4017,7 +4274,7 @@ func (x *BanAgent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BanAgent.ProtoReflect.Descriptor instead.
 func (*BanAgent) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{44}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *BanAgent) GetName() string {
@@ -4037,7 +4294,7 @@ type EvictAgent struct {
 
 func (x *EvictAgent) Reset() {
 	*x = EvictAgent{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[45]
+	mi := &file_entente_state_v1_state_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4049,7 +4306,7 @@ func (x *EvictAgent) String() string {
 func (*EvictAgent) ProtoMessage() {}
 
 func (x *EvictAgent) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[45]
+	mi := &file_entente_state_v1_state_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4062,7 +4319,7 @@ func (x *EvictAgent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EvictAgent.ProtoReflect.Descriptor instead.
 func (*EvictAgent) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{45}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *EvictAgent) GetName() string {
@@ -4082,7 +4339,7 @@ type RevokeToken struct {
 
 func (x *RevokeToken) Reset() {
 	*x = RevokeToken{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[46]
+	mi := &file_entente_state_v1_state_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4094,7 +4351,7 @@ func (x *RevokeToken) String() string {
 func (*RevokeToken) ProtoMessage() {}
 
 func (x *RevokeToken) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[46]
+	mi := &file_entente_state_v1_state_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4107,7 +4364,7 @@ func (x *RevokeToken) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeToken.ProtoReflect.Descriptor instead.
 func (*RevokeToken) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{46}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *RevokeToken) GetId() string {
@@ -4127,7 +4384,7 @@ type ChangeEntries struct {
 
 func (x *ChangeEntries) Reset() {
 	*x = ChangeEntries{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[47]
+	mi := &file_entente_state_v1_state_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4139,7 +4396,7 @@ func (x *ChangeEntries) String() string {
 func (*ChangeEntries) ProtoMessage() {}
 
 func (x *ChangeEntries) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[47]
+	mi := &file_entente_state_v1_state_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4152,7 +4409,7 @@ func (x *ChangeEntries) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeEntries.ProtoReflect.Descriptor instead.
 func (*ChangeEntries) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{47}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *ChangeEntries) GetChanges() []*EntryChange {
@@ -4177,7 +4434,7 @@ type EntryChange struct {
 
 func (x *EntryChange) Reset() {
 	*x = EntryChange{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[48]
+	mi := &file_entente_state_v1_state_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4189,7 +4446,7 @@ func (x *EntryChange) String() string {
 func (*EntryChange) ProtoMessage() {}
 
 func (x *EntryChange) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[48]
+	mi := &file_entente_state_v1_state_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4202,7 +4459,7 @@ func (x *EntryChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EntryChange.ProtoReflect.Descriptor instead.
 func (*EntryChange) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{48}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *EntryChange) GetAction() isEntryChange_Action {
@@ -4279,7 +4536,7 @@ type StoreForeignBundle struct {
 
 func (x *StoreForeignBundle) Reset() {
 	*x = StoreForeignBundle{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[49]
+	mi := &file_entente_state_v1_state_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4291,7 +4548,7 @@ func (x *StoreForeignBundle) String() string {
 func (*StoreForeignBundle) ProtoMessage() {}
 
 func (x *StoreForeignBundle) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[49]
+	mi := &file_entente_state_v1_state_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4304,7 +4561,7 @@ func (x *StoreForeignBundle) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StoreForeignBundle.ProtoReflect.Descriptor instead.
 func (*StoreForeignBundle) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{49}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *StoreForeignBundle) GetTrustDomain() string {
@@ -4338,7 +4595,7 @@ type Tick struct {
 
 func (x *Tick) Reset() {
 	*x = Tick{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[50]
+	mi := &file_entente_state_v1_state_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4350,7 +4607,7 @@ func (x *Tick) String() string {
 func (*Tick) ProtoMessage() {}
 
 func (x *Tick) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[50]
+	mi := &file_entente_state_v1_state_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4363,7 +4620,7 @@ func (x *Tick) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Tick.ProtoReflect.Descriptor instead.
 func (*Tick) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{50}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *Tick) GetUnixNanos() []int64 {
@@ -4385,7 +4642,7 @@ type Checksum struct {
 
 func (x *Checksum) Reset() {
 	*x = Checksum{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[51]
+	mi := &file_entente_state_v1_state_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4397,7 +4654,7 @@ func (x *Checksum) String() string {
 func (*Checksum) ProtoMessage() {}
 
 func (x *Checksum) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[51]
+	mi := &file_entente_state_v1_state_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4410,7 +4667,7 @@ func (x *Checksum) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Checksum.ProtoReflect.Descriptor instead.
 func (*Checksum) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{51}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *Checksum) GetAtIndex() uint64 {
@@ -4434,11 +4691,149 @@ func (x *Checksum) GetSum() []byte {
 	return nil
 }
 
+// AgentCache is what an agent keeps over a restart, so that it serves also when no CA
+// can be reached. It lies on the disk sealed: it holds the workloads' keys.
+type AgentCache struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Picture       []byte                 `protobuf:"bytes,1,opt,name=picture,proto3" json:"picture,omitempty"` // of the CA, as ca/client keeps it
+	X509          []*HeldSVID            `protobuf:"bytes,2,rep,name=x509,proto3" json:"x509,omitempty"`
+	Wit           []*HeldSVID            `protobuf:"bytes,3,rep,name=wit,proto3" json:"wit,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AgentCache) Reset() {
+	*x = AgentCache{}
+	mi := &file_entente_state_v1_state_proto_msgTypes[55]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AgentCache) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AgentCache) ProtoMessage() {}
+
+func (x *AgentCache) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_state_v1_state_proto_msgTypes[55]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AgentCache.ProtoReflect.Descriptor instead.
+func (*AgentCache) Descriptor() ([]byte, []int) {
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{55}
+}
+
+func (x *AgentCache) GetPicture() []byte {
+	if x != nil {
+		return x.Picture
+	}
+	return nil
+}
+
+func (x *AgentCache) GetX509() []*HeldSVID {
+	if x != nil {
+		return x.X509
+	}
+	return nil
+}
+
+func (x *AgentCache) GetWit() []*HeldSVID {
+	if x != nil {
+		return x.Wit
+	}
+	return nil
+}
+
+type HeldSVID struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	EntryId       string                 `protobuf:"bytes,1,opt,name=entry_id,json=entryId,proto3" json:"entry_id,omitempty"`
+	EntryRevision uint64                 `protobuf:"varint,2,opt,name=entry_revision,json=entryRevision,proto3" json:"entry_revision,omitempty"` // it was signed for that
+	Certificates  [][]byte               `protobuf:"bytes,3,rep,name=certificates,proto3" json:"certificates,omitempty"`                         // X.509: DER, leaf first
+	Token         string                 `protobuf:"bytes,4,opt,name=token,proto3" json:"token,omitempty"`                                       // WIT
+	Key           []byte                 `protobuf:"bytes,5,opt,name=key,proto3" json:"key,omitempty"`                                           // PKCS #8
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HeldSVID) Reset() {
+	*x = HeldSVID{}
+	mi := &file_entente_state_v1_state_proto_msgTypes[56]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HeldSVID) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HeldSVID) ProtoMessage() {}
+
+func (x *HeldSVID) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_state_v1_state_proto_msgTypes[56]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HeldSVID.ProtoReflect.Descriptor instead.
+func (*HeldSVID) Descriptor() ([]byte, []int) {
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{56}
+}
+
+func (x *HeldSVID) GetEntryId() string {
+	if x != nil {
+		return x.EntryId
+	}
+	return ""
+}
+
+func (x *HeldSVID) GetEntryRevision() uint64 {
+	if x != nil {
+		return x.EntryRevision
+	}
+	return 0
+}
+
+func (x *HeldSVID) GetCertificates() [][]byte {
+	if x != nil {
+		return x.Certificates
+	}
+	return nil
+}
+
+func (x *HeldSVID) GetToken() string {
+	if x != nil {
+		return x.Token
+	}
+	return ""
+}
+
+func (x *HeldSVID) GetKey() []byte {
+	if x != nil {
+		return x.Key
+	}
+	return nil
+}
+
 var File_entente_state_v1_state_proto protoreflect.FileDescriptor
 
 const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\n" +
-	"\x1centente/state/v1/state.proto\x12\x10entente.state.v1\"\x99\x02\n" +
+	"\x1centente/state/v1/state.proto\x12\x10entente.state.v1\"\xbe\x02\n" +
 	"\aCluster\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\fR\x02id\x12\x14\n" +
@@ -4448,7 +4843,8 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\frecovery_key\x18( \x01(\fR\vrecoveryKey\x126\n" +
 	"\brecovery\x18) \x01(\v2\x1a.entente.state.v1.RecoveryR\brecovery\x12\x1d\n" +
 	"\n" +
-	"min_voters\x18* \x01(\rR\tminVoters\"\x95\x01\n" +
+	"min_voters\x18* \x01(\rR\tminVoters\x12#\n" +
+	"\rfeature_level\x18F \x01(\rR\ffeatureLevel\"\x95\x01\n" +
 	"\bRecovery\x12\x1c\n" +
 	"\tstatement\x18\x01 \x01(\fR\tstatement\x12\x1c\n" +
 	"\tsignature\x18\x02 \x01(\fR\tsignature\x120\n" +
@@ -4468,7 +4864,7 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\x12agent_svid_seconds\x18\x03 \x01(\rR\x10agentSvidSeconds\x12=\n" +
 	"\x1bbundle_refresh_hint_seconds\x18\x04 \x01(\rR\x18bundleRefreshHintSeconds\x12(\n" +
 	"\x10jwt_svid_seconds\x18\x05 \x01(\rR\x0ejwtSvidSeconds\x12(\n" +
-	"\x10wit_svid_seconds\x18\x06 \x01(\rR\x0ewitSvidSeconds\"\xc0\x01\n" +
+	"\x10wit_svid_seconds\x18\x06 \x01(\rR\x0ewitSvidSeconds\"\xe5\x01\n" +
 	"\x06Member\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x1e\n" +
@@ -4479,7 +4875,8 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\vapi_address\x18\x05 \x01(\tR\n" +
 	"apiAddress\x12\x14\n" +
 	"\x05voter\x18\x06 \x01(\bR\x05voter\x12\x18\n" +
-	"\asigning\x18\a \x01(\bR\asigning\"\xd5\x03\n" +
+	"\asigning\x18\a \x01(\bR\asigning\x12#\n" +
+	"\rfeature_level\x18F \x01(\rR\ffeatureLevel\"\x9f\x04\n" +
 	"\tAuthority\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1b\n" +
 	"\tmember_id\x18\x02 \x01(\tR\bmemberId\x12*\n" +
@@ -4497,7 +4894,9 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\x11prepared_revision\x18\v \x01(\x04R\x10preparedRevision\x12\x18\n" +
 	"\aassumed\x18\x14 \x03(\tR\aassumed\x12\x18\n" +
 	"\adrained\x18\x15 \x01(\bR\adrained\x12'\n" +
-	"\x0fassumed_drained\x18\x16 \x03(\tR\x0eassumedDrained\"\xde\x01\n" +
+	"\x0fassumed_drained\x18\x16 \x03(\tR\x0eassumedDrained\x12\x1a\n" +
+	"\bupstream\x18U \x01(\fR\bupstream\x12,\n" +
+	"\x12upstream_not_after\x18V \x01(\x03R\x10upstreamNotAfter\"\xde\x01\n" +
 	"\x05Token\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1d\n" +
 	"\n" +
@@ -4560,7 +4959,12 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\x05entry\x18\x05 \x01(\tR\x05entry\x12)\n" +
 	"\x10entry_generation\x18\x06 \x01(\x04R\x0fentryGeneration\x12\x1b\n" +
 	"\tnot_after\x18\a \x01(\x03R\bnotAfter\x12\x1a\n" +
-	"\brevision\x18\b \x01(\x04R\brevision\"\xc3\x03\n" +
+	"\brevision\x18\b \x01(\x04R\brevision\"\x83\x01\n" +
+	"\x06Staged\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\fR\x02id\x12\x12\n" +
+	"\x04part\x18\x02 \x01(\rR\x04part\x128\n" +
+	"\aobjects\x18\x03 \x01(\v2\x1e.entente.state.v1.ApplyObjectsR\aobjects\x12\x1b\n" +
+	"\tnot_after\x18\x04 \x01(\x03R\bnotAfter\"\xc3\x03\n" +
 	"\x06Object\x125\n" +
 	"\aservice\x18\x01 \x01(\v2\x19.entente.state.v1.ServiceH\x00R\aservice\x125\n" +
 	"\agateway\x18\x02 \x01(\v2\x19.entente.state.v1.GatewayH\x00R\agateway\x122\n" +
@@ -4644,7 +5048,7 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x12\n" +
 	"\x04jwks\x18\x02 \x01(\fR\x04jwks\x12\x1a\n" +
 	"\bsequence\x18\x03 \x01(\x04R\bsequence\x12\x1a\n" +
-	"\brevision\x18\x04 \x01(\x04R\brevision\"\x8d\r\n" +
+	"\brevision\x18\x04 \x01(\x04R\brevision\"\x98\x0e\n" +
 	"\aCommand\x12\x1f\n" +
 	"\vif_revision\x18\x01 \x01(\x04R\n" +
 	"ifRevision\x12\x1c\n" +
@@ -4674,7 +5078,9 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"evictAgent\x12B\n" +
 	"\frevoke_token\x18- \x01(\v2\x1d.entente.state.v1.RevokeTokenH\x00R\vrevokeToken\x12H\n" +
 	"\x0echange_entries\x18. \x01(\v2\x1f.entente.state.v1.ChangeEntriesH\x00R\rchangeEntries\x12H\n" +
-	"\x0epromote_member\x18< \x01(\v2\x1f.entente.state.v1.PromoteMemberH\x00R\rpromoteMember\x12?\n" +
+	"\x0epromote_member\x18< \x01(\v2\x1f.entente.state.v1.PromoteMemberH\x00R\rpromoteMember\x12E\n" +
+	"\rstage_objects\x18F \x01(\v2\x1e.entente.state.v1.StageObjectsH\x00R\fstageObjects\x12B\n" +
+	"\fapply_staged\x18G \x01(\v2\x1d.entente.state.v1.ApplyStagedH\x00R\vapplyStaged\x12?\n" +
 	"\vadmit_agent\x18e \x01(\v2\x1c.entente.state.v1.AdmitAgentH\x00R\n" +
 	"admitAgentB\x06\n" +
 	"\x04body\"#\n" +
@@ -4698,12 +5104,13 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\btoken_id\x18\x03 \x01(\tR\atokenId\x12\x12\n" +
 	"\x04role\x18\x04 \x01(\tR\x04role\x12\x15\n" +
 	"\x06key_id\x18\x05 \x01(\tR\x05keyId\x12\x1a\n" +
-	"\bexporter\x18\x06 \x01(\fR\bexporter\"b\n" +
+	"\bexporter\x18\x06 \x01(\fR\bexporter\"\x87\x01\n" +
 	"\fUpdateMember\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12!\n" +
 	"\fraft_address\x18\x02 \x01(\tR\vraftAddress\x12\x1f\n" +
 	"\vapi_address\x18\x03 \x01(\tR\n" +
-	"apiAddress\"@\n" +
+	"apiAddress\x12#\n" +
+	"\rfeature_level\x18F \x01(\rR\ffeatureLevel\"@\n" +
 	"\fRemoveMember\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12 \n" +
 	"\vcompromised\x18\x02 \x01(\bR\vcompromised\"\x1f\n" +
@@ -4731,7 +5138,14 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"y\n" +
 	"\fApplyObjects\x122\n" +
 	"\aupserts\x18\x01 \x03(\v2\x18.entente.state.v1.ObjectR\aupserts\x125\n" +
-	"\adeletes\x18\x02 \x03(\v2\x1b.entente.state.v1.ObjectKeyR\adeletes\" \n" +
+	"\adeletes\x18\x02 \x03(\v2\x1b.entente.state.v1.ObjectKeyR\adeletes\"l\n" +
+	"\fStageObjects\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\fR\x02id\x12\x12\n" +
+	"\x04part\x18\x02 \x01(\rR\x04part\x128\n" +
+	"\aobjects\x18\x03 \x01(\v2\x1e.entente.state.v1.ApplyObjectsR\aobjects\"3\n" +
+	"\vApplyStaged\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\fR\x02id\x12\x14\n" +
+	"\x05parts\x18\x02 \x01(\rR\x05parts\" \n" +
 	"\x0eTaintAuthority\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"<\n" +
 	"\x10AuthorityDrained\x12\x0e\n" +
@@ -4766,7 +5180,18 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\bChecksum\x12\x19\n" +
 	"\bat_index\x18\x01 \x01(\x04R\aatIndex\x12\x16\n" +
 	"\x06format\x18\x02 \x01(\rR\x06format\x12\x10\n" +
-	"\x03sum\x18\x03 \x01(\fR\x03sum*\xc2\x01\n" +
+	"\x03sum\x18\x03 \x01(\fR\x03sum\"\x84\x01\n" +
+	"\n" +
+	"AgentCache\x12\x18\n" +
+	"\apicture\x18\x01 \x01(\fR\apicture\x12.\n" +
+	"\x04x509\x18\x02 \x03(\v2\x1a.entente.state.v1.HeldSVIDR\x04x509\x12,\n" +
+	"\x03wit\x18\x03 \x03(\v2\x1a.entente.state.v1.HeldSVIDR\x03wit\"\x98\x01\n" +
+	"\bHeldSVID\x12\x19\n" +
+	"\bentry_id\x18\x01 \x01(\tR\aentryId\x12%\n" +
+	"\x0eentry_revision\x18\x02 \x01(\x04R\rentryRevision\x12\"\n" +
+	"\fcertificates\x18\x03 \x03(\fR\fcertificates\x12\x14\n" +
+	"\x05token\x18\x04 \x01(\tR\x05token\x12\x10\n" +
+	"\x03key\x18\x05 \x01(\fR\x03key*\xc2\x01\n" +
 	"\x0eAuthorityPhase\x12\x1f\n" +
 	"\x1bAUTHORITY_PHASE_UNSPECIFIED\x10\x00\x12\x1c\n" +
 	"\x18AUTHORITY_PHASE_PREPARED\x10\x01\x12\x1a\n" +
@@ -4810,7 +5235,7 @@ func file_entente_state_v1_state_proto_rawDescGZIP() []byte {
 }
 
 var file_entente_state_v1_state_proto_enumTypes = make([]protoimpl.EnumInfo, 6)
-var file_entente_state_v1_state_proto_msgTypes = make([]protoimpl.MessageInfo, 52)
+var file_entente_state_v1_state_proto_msgTypes = make([]protoimpl.MessageInfo, 57)
 var file_entente_state_v1_state_proto_goTypes = []any{
 	(AuthorityPhase)(0),         // 0: entente.state.v1.AuthorityPhase
 	(KeyUse)(0),                 // 1: entente.state.v1.KeyUse
@@ -4830,46 +5255,51 @@ var file_entente_state_v1_state_proto_goTypes = []any{
 	(*Agent)(nil),               // 15: entente.state.v1.Agent
 	(*Entry)(nil),               // 16: entente.state.v1.Entry
 	(*Distrust)(nil),            // 17: entente.state.v1.Distrust
-	(*Object)(nil),              // 18: entente.state.v1.Object
-	(*ObjectKey)(nil),           // 19: entente.state.v1.ObjectKey
-	(*Service)(nil),             // 20: entente.state.v1.Service
-	(*Failover)(nil),            // 21: entente.state.v1.Failover
-	(*Gateway)(nil),             // 22: entente.state.v1.Gateway
-	(*Import)(nil),              // 23: entente.state.v1.Import
-	(*Agreement)(nil),           // 24: entente.state.v1.Agreement
-	(*PeerGateway)(nil),         // 25: entente.state.v1.PeerGateway
-	(*Allow)(nil),               // 26: entente.state.v1.Allow
-	(*HTTPMatch)(nil),           // 27: entente.state.v1.HTTPMatch
-	(*Relationship)(nil),        // 28: entente.state.v1.Relationship
-	(*RoleBinding)(nil),         // 29: entente.state.v1.RoleBinding
-	(*ForeignBundle)(nil),       // 30: entente.state.v1.ForeignBundle
-	(*Command)(nil),             // 31: entente.state.v1.Command
-	(*Batch)(nil),               // 32: entente.state.v1.Batch
-	(*Init)(nil),                // 33: entente.state.v1.Init
-	(*CreateToken)(nil),         // 34: entente.state.v1.CreateToken
-	(*JoinMember)(nil),          // 35: entente.state.v1.JoinMember
-	(*JoinStatement)(nil),       // 36: entente.state.v1.JoinStatement
-	(*UpdateMember)(nil),        // 37: entente.state.v1.UpdateMember
-	(*RemoveMember)(nil),        // 38: entente.state.v1.RemoveMember
-	(*PromoteMember)(nil),       // 39: entente.state.v1.PromoteMember
-	(*AttestAgent)(nil),         // 40: entente.state.v1.AttestAgent
-	(*AdmitAgent)(nil),          // 41: entente.state.v1.AdmitAgent
-	(*PossessionStatement)(nil), // 42: entente.state.v1.PossessionStatement
-	(*PrepareAuthority)(nil),    // 43: entente.state.v1.PrepareAuthority
-	(*AuthorityReady)(nil),      // 44: entente.state.v1.AuthorityReady
-	(*ActivateAuthority)(nil),   // 45: entente.state.v1.ActivateAuthority
-	(*ApplyObjects)(nil),        // 46: entente.state.v1.ApplyObjects
-	(*TaintAuthority)(nil),      // 47: entente.state.v1.TaintAuthority
-	(*AuthorityDrained)(nil),    // 48: entente.state.v1.AuthorityDrained
-	(*RevokeAuthority)(nil),     // 49: entente.state.v1.RevokeAuthority
-	(*BanAgent)(nil),            // 50: entente.state.v1.BanAgent
-	(*EvictAgent)(nil),          // 51: entente.state.v1.EvictAgent
-	(*RevokeToken)(nil),         // 52: entente.state.v1.RevokeToken
-	(*ChangeEntries)(nil),       // 53: entente.state.v1.ChangeEntries
-	(*EntryChange)(nil),         // 54: entente.state.v1.EntryChange
-	(*StoreForeignBundle)(nil),  // 55: entente.state.v1.StoreForeignBundle
-	(*Tick)(nil),                // 56: entente.state.v1.Tick
-	(*Checksum)(nil),            // 57: entente.state.v1.Checksum
+	(*Staged)(nil),              // 18: entente.state.v1.Staged
+	(*Object)(nil),              // 19: entente.state.v1.Object
+	(*ObjectKey)(nil),           // 20: entente.state.v1.ObjectKey
+	(*Service)(nil),             // 21: entente.state.v1.Service
+	(*Failover)(nil),            // 22: entente.state.v1.Failover
+	(*Gateway)(nil),             // 23: entente.state.v1.Gateway
+	(*Import)(nil),              // 24: entente.state.v1.Import
+	(*Agreement)(nil),           // 25: entente.state.v1.Agreement
+	(*PeerGateway)(nil),         // 26: entente.state.v1.PeerGateway
+	(*Allow)(nil),               // 27: entente.state.v1.Allow
+	(*HTTPMatch)(nil),           // 28: entente.state.v1.HTTPMatch
+	(*Relationship)(nil),        // 29: entente.state.v1.Relationship
+	(*RoleBinding)(nil),         // 30: entente.state.v1.RoleBinding
+	(*ForeignBundle)(nil),       // 31: entente.state.v1.ForeignBundle
+	(*Command)(nil),             // 32: entente.state.v1.Command
+	(*Batch)(nil),               // 33: entente.state.v1.Batch
+	(*Init)(nil),                // 34: entente.state.v1.Init
+	(*CreateToken)(nil),         // 35: entente.state.v1.CreateToken
+	(*JoinMember)(nil),          // 36: entente.state.v1.JoinMember
+	(*JoinStatement)(nil),       // 37: entente.state.v1.JoinStatement
+	(*UpdateMember)(nil),        // 38: entente.state.v1.UpdateMember
+	(*RemoveMember)(nil),        // 39: entente.state.v1.RemoveMember
+	(*PromoteMember)(nil),       // 40: entente.state.v1.PromoteMember
+	(*AttestAgent)(nil),         // 41: entente.state.v1.AttestAgent
+	(*AdmitAgent)(nil),          // 42: entente.state.v1.AdmitAgent
+	(*PossessionStatement)(nil), // 43: entente.state.v1.PossessionStatement
+	(*PrepareAuthority)(nil),    // 44: entente.state.v1.PrepareAuthority
+	(*AuthorityReady)(nil),      // 45: entente.state.v1.AuthorityReady
+	(*ActivateAuthority)(nil),   // 46: entente.state.v1.ActivateAuthority
+	(*ApplyObjects)(nil),        // 47: entente.state.v1.ApplyObjects
+	(*StageObjects)(nil),        // 48: entente.state.v1.StageObjects
+	(*ApplyStaged)(nil),         // 49: entente.state.v1.ApplyStaged
+	(*TaintAuthority)(nil),      // 50: entente.state.v1.TaintAuthority
+	(*AuthorityDrained)(nil),    // 51: entente.state.v1.AuthorityDrained
+	(*RevokeAuthority)(nil),     // 52: entente.state.v1.RevokeAuthority
+	(*BanAgent)(nil),            // 53: entente.state.v1.BanAgent
+	(*EvictAgent)(nil),          // 54: entente.state.v1.EvictAgent
+	(*RevokeToken)(nil),         // 55: entente.state.v1.RevokeToken
+	(*ChangeEntries)(nil),       // 56: entente.state.v1.ChangeEntries
+	(*EntryChange)(nil),         // 57: entente.state.v1.EntryChange
+	(*StoreForeignBundle)(nil),  // 58: entente.state.v1.StoreForeignBundle
+	(*Tick)(nil),                // 59: entente.state.v1.Tick
+	(*Checksum)(nil),            // 60: entente.state.v1.Checksum
+	(*AgentCache)(nil),          // 61: entente.state.v1.AgentCache
+	(*HeldSVID)(nil),            // 62: entente.state.v1.HeldSVID
 }
 var file_entente_state_v1_state_proto_depIdxs = []int32{
 	9,  // 0: entente.state.v1.Cluster.lifetimes:type_name -> entente.state.v1.Lifetimes
@@ -4880,58 +5310,64 @@ var file_entente_state_v1_state_proto_depIdxs = []int32{
 	13, // 5: entente.state.v1.Token.node:type_name -> entente.state.v1.NodeGrant
 	14, // 6: entente.state.v1.Token.agent:type_name -> entente.state.v1.AgentGrant
 	2,  // 7: entente.state.v1.Entry.role:type_name -> entente.state.v1.Role
-	20, // 8: entente.state.v1.Object.service:type_name -> entente.state.v1.Service
-	22, // 9: entente.state.v1.Object.gateway:type_name -> entente.state.v1.Gateway
-	23, // 10: entente.state.v1.Object.import:type_name -> entente.state.v1.Import
-	24, // 11: entente.state.v1.Object.agreement:type_name -> entente.state.v1.Agreement
-	28, // 12: entente.state.v1.Object.relationship:type_name -> entente.state.v1.Relationship
-	29, // 13: entente.state.v1.Object.role_binding:type_name -> entente.state.v1.RoleBinding
-	21, // 14: entente.state.v1.Service.failover:type_name -> entente.state.v1.Failover
-	3,  // 15: entente.state.v1.Failover.mode:type_name -> entente.state.v1.Mode
-	3,  // 16: entente.state.v1.Failover.failback:type_name -> entente.state.v1.Mode
-	25, // 17: entente.state.v1.Agreement.gateways:type_name -> entente.state.v1.PeerGateway
-	26, // 18: entente.state.v1.Agreement.allow:type_name -> entente.state.v1.Allow
-	27, // 19: entente.state.v1.Allow.http:type_name -> entente.state.v1.HTTPMatch
-	4,  // 20: entente.state.v1.HTTPMatch.path_type:type_name -> entente.state.v1.PathType
-	5,  // 21: entente.state.v1.RoleBinding.role:type_name -> entente.state.v1.AdminRole
-	33, // 22: entente.state.v1.Command.init:type_name -> entente.state.v1.Init
-	34, // 23: entente.state.v1.Command.create_token:type_name -> entente.state.v1.CreateToken
-	35, // 24: entente.state.v1.Command.join_member:type_name -> entente.state.v1.JoinMember
-	37, // 25: entente.state.v1.Command.update_member:type_name -> entente.state.v1.UpdateMember
-	38, // 26: entente.state.v1.Command.remove_member:type_name -> entente.state.v1.RemoveMember
-	40, // 27: entente.state.v1.Command.attest_agent:type_name -> entente.state.v1.AttestAgent
-	43, // 28: entente.state.v1.Command.prepare_authority:type_name -> entente.state.v1.PrepareAuthority
-	44, // 29: entente.state.v1.Command.authority_ready:type_name -> entente.state.v1.AuthorityReady
-	45, // 30: entente.state.v1.Command.activate_authority:type_name -> entente.state.v1.ActivateAuthority
-	46, // 31: entente.state.v1.Command.apply_objects:type_name -> entente.state.v1.ApplyObjects
-	55, // 32: entente.state.v1.Command.store_foreign_bundle:type_name -> entente.state.v1.StoreForeignBundle
-	56, // 33: entente.state.v1.Command.tick:type_name -> entente.state.v1.Tick
-	57, // 34: entente.state.v1.Command.checksum:type_name -> entente.state.v1.Checksum
-	47, // 35: entente.state.v1.Command.taint_authority:type_name -> entente.state.v1.TaintAuthority
-	48, // 36: entente.state.v1.Command.authority_drained:type_name -> entente.state.v1.AuthorityDrained
-	49, // 37: entente.state.v1.Command.revoke_authority:type_name -> entente.state.v1.RevokeAuthority
-	50, // 38: entente.state.v1.Command.ban_agent:type_name -> entente.state.v1.BanAgent
-	51, // 39: entente.state.v1.Command.evict_agent:type_name -> entente.state.v1.EvictAgent
-	52, // 40: entente.state.v1.Command.revoke_token:type_name -> entente.state.v1.RevokeToken
-	53, // 41: entente.state.v1.Command.change_entries:type_name -> entente.state.v1.ChangeEntries
-	39, // 42: entente.state.v1.Command.promote_member:type_name -> entente.state.v1.PromoteMember
-	41, // 43: entente.state.v1.Command.admit_agent:type_name -> entente.state.v1.AdmitAgent
-	6,  // 44: entente.state.v1.Init.cluster:type_name -> entente.state.v1.Cluster
-	10, // 45: entente.state.v1.Init.member:type_name -> entente.state.v1.Member
-	12, // 46: entente.state.v1.CreateToken.token:type_name -> entente.state.v1.Token
-	10, // 47: entente.state.v1.JoinMember.member:type_name -> entente.state.v1.Member
-	15, // 48: entente.state.v1.AdmitAgent.agent:type_name -> entente.state.v1.Agent
-	11, // 49: entente.state.v1.PrepareAuthority.authority:type_name -> entente.state.v1.Authority
-	18, // 50: entente.state.v1.ApplyObjects.upserts:type_name -> entente.state.v1.Object
-	19, // 51: entente.state.v1.ApplyObjects.deletes:type_name -> entente.state.v1.ObjectKey
-	54, // 52: entente.state.v1.ChangeEntries.changes:type_name -> entente.state.v1.EntryChange
-	16, // 53: entente.state.v1.EntryChange.create:type_name -> entente.state.v1.Entry
-	16, // 54: entente.state.v1.EntryChange.update:type_name -> entente.state.v1.Entry
-	55, // [55:55] is the sub-list for method output_type
-	55, // [55:55] is the sub-list for method input_type
-	55, // [55:55] is the sub-list for extension type_name
-	55, // [55:55] is the sub-list for extension extendee
-	0,  // [0:55] is the sub-list for field type_name
+	47, // 8: entente.state.v1.Staged.objects:type_name -> entente.state.v1.ApplyObjects
+	21, // 9: entente.state.v1.Object.service:type_name -> entente.state.v1.Service
+	23, // 10: entente.state.v1.Object.gateway:type_name -> entente.state.v1.Gateway
+	24, // 11: entente.state.v1.Object.import:type_name -> entente.state.v1.Import
+	25, // 12: entente.state.v1.Object.agreement:type_name -> entente.state.v1.Agreement
+	29, // 13: entente.state.v1.Object.relationship:type_name -> entente.state.v1.Relationship
+	30, // 14: entente.state.v1.Object.role_binding:type_name -> entente.state.v1.RoleBinding
+	22, // 15: entente.state.v1.Service.failover:type_name -> entente.state.v1.Failover
+	3,  // 16: entente.state.v1.Failover.mode:type_name -> entente.state.v1.Mode
+	3,  // 17: entente.state.v1.Failover.failback:type_name -> entente.state.v1.Mode
+	26, // 18: entente.state.v1.Agreement.gateways:type_name -> entente.state.v1.PeerGateway
+	27, // 19: entente.state.v1.Agreement.allow:type_name -> entente.state.v1.Allow
+	28, // 20: entente.state.v1.Allow.http:type_name -> entente.state.v1.HTTPMatch
+	4,  // 21: entente.state.v1.HTTPMatch.path_type:type_name -> entente.state.v1.PathType
+	5,  // 22: entente.state.v1.RoleBinding.role:type_name -> entente.state.v1.AdminRole
+	34, // 23: entente.state.v1.Command.init:type_name -> entente.state.v1.Init
+	35, // 24: entente.state.v1.Command.create_token:type_name -> entente.state.v1.CreateToken
+	36, // 25: entente.state.v1.Command.join_member:type_name -> entente.state.v1.JoinMember
+	38, // 26: entente.state.v1.Command.update_member:type_name -> entente.state.v1.UpdateMember
+	39, // 27: entente.state.v1.Command.remove_member:type_name -> entente.state.v1.RemoveMember
+	41, // 28: entente.state.v1.Command.attest_agent:type_name -> entente.state.v1.AttestAgent
+	44, // 29: entente.state.v1.Command.prepare_authority:type_name -> entente.state.v1.PrepareAuthority
+	45, // 30: entente.state.v1.Command.authority_ready:type_name -> entente.state.v1.AuthorityReady
+	46, // 31: entente.state.v1.Command.activate_authority:type_name -> entente.state.v1.ActivateAuthority
+	47, // 32: entente.state.v1.Command.apply_objects:type_name -> entente.state.v1.ApplyObjects
+	58, // 33: entente.state.v1.Command.store_foreign_bundle:type_name -> entente.state.v1.StoreForeignBundle
+	59, // 34: entente.state.v1.Command.tick:type_name -> entente.state.v1.Tick
+	60, // 35: entente.state.v1.Command.checksum:type_name -> entente.state.v1.Checksum
+	50, // 36: entente.state.v1.Command.taint_authority:type_name -> entente.state.v1.TaintAuthority
+	51, // 37: entente.state.v1.Command.authority_drained:type_name -> entente.state.v1.AuthorityDrained
+	52, // 38: entente.state.v1.Command.revoke_authority:type_name -> entente.state.v1.RevokeAuthority
+	53, // 39: entente.state.v1.Command.ban_agent:type_name -> entente.state.v1.BanAgent
+	54, // 40: entente.state.v1.Command.evict_agent:type_name -> entente.state.v1.EvictAgent
+	55, // 41: entente.state.v1.Command.revoke_token:type_name -> entente.state.v1.RevokeToken
+	56, // 42: entente.state.v1.Command.change_entries:type_name -> entente.state.v1.ChangeEntries
+	40, // 43: entente.state.v1.Command.promote_member:type_name -> entente.state.v1.PromoteMember
+	48, // 44: entente.state.v1.Command.stage_objects:type_name -> entente.state.v1.StageObjects
+	49, // 45: entente.state.v1.Command.apply_staged:type_name -> entente.state.v1.ApplyStaged
+	42, // 46: entente.state.v1.Command.admit_agent:type_name -> entente.state.v1.AdmitAgent
+	6,  // 47: entente.state.v1.Init.cluster:type_name -> entente.state.v1.Cluster
+	10, // 48: entente.state.v1.Init.member:type_name -> entente.state.v1.Member
+	12, // 49: entente.state.v1.CreateToken.token:type_name -> entente.state.v1.Token
+	10, // 50: entente.state.v1.JoinMember.member:type_name -> entente.state.v1.Member
+	15, // 51: entente.state.v1.AdmitAgent.agent:type_name -> entente.state.v1.Agent
+	11, // 52: entente.state.v1.PrepareAuthority.authority:type_name -> entente.state.v1.Authority
+	19, // 53: entente.state.v1.ApplyObjects.upserts:type_name -> entente.state.v1.Object
+	20, // 54: entente.state.v1.ApplyObjects.deletes:type_name -> entente.state.v1.ObjectKey
+	47, // 55: entente.state.v1.StageObjects.objects:type_name -> entente.state.v1.ApplyObjects
+	57, // 56: entente.state.v1.ChangeEntries.changes:type_name -> entente.state.v1.EntryChange
+	16, // 57: entente.state.v1.EntryChange.create:type_name -> entente.state.v1.Entry
+	16, // 58: entente.state.v1.EntryChange.update:type_name -> entente.state.v1.Entry
+	62, // 59: entente.state.v1.AgentCache.x509:type_name -> entente.state.v1.HeldSVID
+	62, // 60: entente.state.v1.AgentCache.wit:type_name -> entente.state.v1.HeldSVID
+	61, // [61:61] is the sub-list for method output_type
+	61, // [61:61] is the sub-list for method input_type
+	61, // [61:61] is the sub-list for extension type_name
+	61, // [61:61] is the sub-list for extension extendee
+	0,  // [0:61] is the sub-list for field type_name
 }
 
 func init() { file_entente_state_v1_state_proto_init() }
@@ -4943,7 +5379,7 @@ func file_entente_state_v1_state_proto_init() {
 		(*Token_Node)(nil),
 		(*Token_Agent)(nil),
 	}
-	file_entente_state_v1_state_proto_msgTypes[12].OneofWrappers = []any{
+	file_entente_state_v1_state_proto_msgTypes[13].OneofWrappers = []any{
 		(*Object_Service)(nil),
 		(*Object_Gateway)(nil),
 		(*Object_Import)(nil),
@@ -4951,7 +5387,7 @@ func file_entente_state_v1_state_proto_init() {
 		(*Object_Relationship)(nil),
 		(*Object_RoleBinding)(nil),
 	}
-	file_entente_state_v1_state_proto_msgTypes[25].OneofWrappers = []any{
+	file_entente_state_v1_state_proto_msgTypes[26].OneofWrappers = []any{
 		(*Command_Init)(nil),
 		(*Command_CreateToken)(nil),
 		(*Command_JoinMember)(nil),
@@ -4973,9 +5409,11 @@ func file_entente_state_v1_state_proto_init() {
 		(*Command_RevokeToken)(nil),
 		(*Command_ChangeEntries)(nil),
 		(*Command_PromoteMember)(nil),
+		(*Command_StageObjects)(nil),
+		(*Command_ApplyStaged)(nil),
 		(*Command_AdmitAgent)(nil),
 	}
-	file_entente_state_v1_state_proto_msgTypes[48].OneofWrappers = []any{
+	file_entente_state_v1_state_proto_msgTypes[51].OneofWrappers = []any{
 		(*EntryChange_Create)(nil),
 		(*EntryChange_Update)(nil),
 		(*EntryChange_Delete)(nil),
@@ -4986,7 +5424,7 @@ func file_entente_state_v1_state_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_entente_state_v1_state_proto_rawDesc), len(file_entente_state_v1_state_proto_rawDesc)),
 			NumEnums:      6,
-			NumMessages:   52,
+			NumMessages:   57,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

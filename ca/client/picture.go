@@ -1,0 +1,69 @@
+package client
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+
+	"google.golang.org/protobuf/proto"
+
+	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
+)
+
+// Picture is what View shows, in a form to be kept and given to Recall by a later
+// process. It holds no secret. Nil: there is none yet.
+func (c *Client) Picture() ([]byte, error) {
+	picture := c.store.picture()
+	if picture == nil {
+		return nil, nil
+	}
+	return proto.MarshalOptions{Deterministic: true}.Marshal(picture)
+}
+
+// Recall takes up a picture of a former process, before Sync runs: a session then
+// resumes where that one had been, and until there is one its instances count as stale
+// (I12). What another cluster or trust domain has sent is refused, as in a session.
+func (c *Client) Recall(data []byte) error {
+	picture := &ententev1.Picture{}
+	if err := proto.Unmarshal(data, picture); err != nil {
+		return fmt.Errorf("the picture of the CA that was kept cannot be read: %w", err)
+	}
+	if p := picture.GetPolicy(); !p.GetFull() || !p.GetLast() {
+		return errors.New("the picture of the CA that was kept is not whole")
+	}
+	c.store.attach()
+	if err := c.store.policy(picture.GetPolicy()); err != nil {
+		return fmt.Errorf("the picture of the CA that was kept: %w", err)
+	}
+	c.store.presence(picture.GetPresence())
+	c.store.disown()
+	return nil
+}
+
+// picture is the inverse of attach, policy and presence.
+func (s *Store) picture() *ententev1.Picture {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	view := s.view
+	if view.Revision == 0 {
+		return nil
+	}
+	policy := &ententev1.Policy{
+		Full: true, Last: true, Revision: view.Revision,
+		Cluster: view.Cluster, Entries: view.Entries, Objects: view.Objects,
+		Members: view.Members, MembersChanged: len(view.Members) > 0,
+		Tainted: view.Tainted, TaintedChanged: true, ReissueWithinMs: uint32(view.ReissueWithin.Milliseconds()),
+	}
+	for _, td := range slices.Sorted(maps.Keys(view.Bundles)) {
+		policy.Bundles = append(policy.Bundles, &ententev1.Bundle{TrustDomain: td, Jwks: view.Bundles[td]})
+	}
+	for _, id := range slices.Sorted(maps.Keys(s.distrust)) {
+		policy.Distrust = append(policy.Distrust, s.distrust[id])
+	}
+	presence := &ententev1.Presence{Complete: true}
+	for _, i := range view.Instances {
+		presence.Instances = append(presence.Instances, i.toWire())
+	}
+	return &ententev1.Picture{Policy: policy, Presence: presence}
+}

@@ -1,0 +1,113 @@
+package domain
+
+import (
+	"slices"
+	"strings"
+
+	"google.golang.org/protobuf/proto"
+
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+)
+
+// FeatureLevel is which commands this release carries out: all of this level and below.
+// Every member announces its own. A command above the level of the cluster, which is the
+// lowest that all members have had together, is refused by the rules, and must not get
+// into a log at all (Admits): a member that does not know it would stop.
+//
+//	1  everything before levels
+//	2  StageObjects, ApplyStaged
+//	3  administrators: Command.principal, RoleBinding; hosts: AdmitAgent, selectors, scope
+const FeatureLevel = 3
+
+// levelOf is the first level that carries a command out.
+func levelOf(cmd *statev1.Command) uint32 {
+	if cmd.GetPrincipal() != "" {
+		return 3
+	}
+	switch body := cmd.GetBody().(type) {
+	case *statev1.Command_AdmitAgent:
+		return 3
+	case *statev1.Command_CreateToken:
+		if grant := body.CreateToken.GetToken().GetAgent(); len(grant.GetSelectors())+len(grant.GetPathPrefixes()) > 0 {
+			return 3
+		}
+	case *statev1.Command_ChangeEntries:
+		if slices.ContainsFunc(body.ChangeEntries.GetChanges(), func(c *statev1.EntryChange) bool {
+			return len(c.GetCreate().GetNodeSelectors())+len(c.GetUpdate().GetNodeSelectors()) > 0
+		}) {
+			return 3
+		}
+	case *statev1.Command_ApplyObjects:
+		return levelOfObjects(body.ApplyObjects, 1)
+	case *statev1.Command_StageObjects:
+		return levelOfObjects(body.StageObjects.GetObjects(), 2)
+	case *statev1.Command_ApplyStaged:
+		return 2
+	}
+	return 1
+}
+
+func levelOfObjects(c *statev1.ApplyObjects, least uint32) uint32 {
+	if slices.ContainsFunc(c.GetUpserts(), func(o *statev1.Object) bool { return o.GetRoleBinding() != nil }) {
+		return 3
+	}
+	return least
+}
+
+// FeatureLevel is the cluster's. It never falls: what was agreed at a level is in the
+// log and in snapshots.
+func (s *State) FeatureLevel() uint32 { return max(s.Cluster().GetFeatureLevel(), 1) }
+
+// Admits says why a command cannot be agreed in this state because of the software of
+// the members; nil if it can. Who proposes asks before it does.
+func (s *State) Admits(cmd *statev1.Command) *Refusal {
+	needs := levelOf(cmd)
+	if needs <= s.FeatureLevel() {
+		return nil
+	}
+	var behind []string
+	for _, m := range s.members.rows {
+		if levelOfMember(m) < needs {
+			behind = append(behind, m.GetName())
+		}
+	}
+	slices.Sort(behind)
+	if len(behind) == 0 {
+		return refuse(CodeFeature, "the cluster is at feature level %d, this needs %d: wait until all CA nodes have said that they are upgraded", s.FeatureLevel(), needs)
+	}
+	return refuse(CodeFeature, "this needs feature level %d of every CA node, and %s: upgrade what is behind, or remove it", needs, verb(behind))
+}
+
+func verb(behind []string) string {
+	if len(behind) == 1 {
+		return behind[0] + " is behind"
+	}
+	return strings.Join(behind, ", ") + " are behind"
+}
+
+func levelOfMember(m *statev1.Member) uint32 { return max(m.GetFeatureLevel(), 1) }
+
+// tooOld refuses a member whose software does not know what was agreed already.
+func (a *application) tooOld(m *statev1.Member) *Refusal {
+	if have := levelOfMember(m); have < a.FeatureLevel() {
+		return refuse(CodeFeature, "member %s has feature level %d, and the cluster uses %d: install the release of the other CA nodes", m.GetName(), have, a.FeatureLevel())
+	}
+	return nil
+}
+
+// raiseLevel follows a change of the members.
+func (a *application) raiseLevel() {
+	lowest := uint32(0)
+	for _, m := range a.members.rows {
+		if level := levelOfMember(m); lowest == 0 || level < lowest {
+			lowest = level
+		}
+	}
+	if lowest <= a.FeatureLevel() {
+		return
+	}
+	cluster := proto.CloneOf(a.Cluster())
+	cluster.FeatureLevel = lowest
+	put(a, &a.cluster, "", cluster)
+	a.changed(ChangeCluster, "")
+}

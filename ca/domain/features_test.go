@@ -1,0 +1,142 @@
+package domain
+
+import (
+	"bytes"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+)
+
+func TestCommandsWaitForTheLastMember(t *testing.T) {
+	w := newWorld(t)
+	w.must(w.nodeToken("t1", "n2", time.Hour))
+	w.must(w.join("t1", "n2"))
+	newer := stage(1, 0, service("accounts", "h1"))
+	if r := w.refused(newer, CodeFeature); !strings.Contains(r.Detail, "n1, n2 are behind") {
+		t.Errorf("%v", r)
+	}
+	w.must(level("n1", 2))
+	if r := w.refused(newer, CodeFeature); !strings.Contains(r.Detail, "n2 is behind") {
+		t.Errorf("%v", r)
+	}
+	if w.s.Admits(newer) == nil {
+		t.Error("the proposer would let it into the log")
+	}
+	if w.s.Admits(objects(service("accounts", "h1"))) != nil {
+		t.Error("an old command waits too")
+	}
+	w.must(level("n2", 2))
+	if w.s.FeatureLevel() != 2 || w.s.Admits(newer) != nil {
+		t.Errorf("level %d, %v", w.s.FeatureLevel(), w.s.Admits(newer))
+	}
+	w.must(newer)
+	// It never falls again: the log holds what an older release does not know.
+	w.refused(level("n2", 1), CodeFeature)
+	w.must(w.nodeToken("t2", "n3", time.Hour))
+	w.refused(w.join("t2", "n3"), CodeFeature)
+	join := w.join("t2", "n3")
+	join.GetJoinMember().GetMember().FeatureLevel = 3
+	w.must(join)
+	if w.s.FeatureLevel() != 2 {
+		t.Errorf("level %d", w.s.FeatureLevel())
+	}
+}
+
+func TestRemovingTheLaggardRaisesTheLevel(t *testing.T) {
+	w := newWorld(t)
+	w.must(w.nodeToken("t1", "n2", time.Hour))
+	w.must(w.join("t1", "n2"))
+	w.must(level("n1", 2))
+	w.refused(stage(1, 0, service("accounts", "h1")), CodeFeature)
+	w.must(remove("n2", false))
+	w.must(stage(1, 0, service("accounts", "h1")))
+}
+
+func TestStagedChange(t *testing.T) {
+	w := newWorld(t)
+	w.must(level("n1", 2))
+	w.must(tick(epochTime))
+	part := func(from, to int) (list []*statev1.Object) {
+		for i := from; i < to; i++ {
+			list = append(list, service(fmt.Sprintf("s%d", i), "h1"))
+		}
+		return list
+	}
+	w.must(stage(1, 0, part(0, 10)...))
+	w.unchanged(stage(1, 0, part(0, 10)...))
+	w.refused(stage(1, 0, part(0, 9)...), CodeExists)
+	if r := w.refused(applyStaged(1, 2), CodeNotFound); !strings.Contains(r.Detail, "part 2 of 2") {
+		t.Errorf("%v", r)
+	}
+	if len(w.s.Objects()) != 0 || w.s.EntryCount() != 0 {
+		t.Error("a part means something by itself")
+	}
+	w.must(stage(1, 1, part(10, 20)...))
+
+	// Another snapshot holds what is put aside.
+	if w.restored().stagedBytes != w.s.stagedBytes || w.s.stagedBytes == 0 {
+		t.Errorf("%d bytes are put aside", w.s.stagedBytes)
+	}
+	stale := applyStaged(1, 2)
+	stale.IfRevision = w.s.CatalogueRevision() + 1
+	w.refused(stale, CodeCAS)
+	out := w.must(applyStaged(1, 2))
+	if len(out.Changes) != 40 || len(w.s.Objects()) != 20 || w.s.EntryCount() != 20 {
+		t.Errorf("%d changes, %d objects", len(out.Changes), len(w.s.Objects()))
+	}
+	if len(w.s.staged.rows) != 0 || w.s.stagedBytes != 0 {
+		t.Error("the parts stay")
+	}
+	w.refused(applyStaged(1, 2), CodeNotFound)
+
+	// What does not hold together changes nothing; who gives up has it forgotten.
+	broken := service("s99", "h1")
+	broken.GetService().Path = "/s1"
+	w.must(stage(2, 0, service("s50", "h1")))
+	w.must(stage(2, 1, broken))
+	w.refused(applyStaged(2, 2), CodeInvalid)
+	if _, ok := w.s.Object("Service/s50"); ok {
+		t.Error("half a change was carried out")
+	}
+	w.must(applyStaged(2, 0))
+	if len(w.s.staged.rows) != 0 || w.s.stagedBytes != 0 {
+		t.Error("the parts stay")
+	}
+
+	// Who died is forgotten.
+	w.must(stage(3, 0, service("s60", "h1")))
+	w.must(tick(epochTime.Add(stagedLife)))
+	if len(w.s.staged.rows) != 1 {
+		t.Error("it was forgotten too early")
+	}
+	w.must(tick(epochTime.Add(stagedLife + 2*time.Second)))
+	if len(w.s.staged.rows) != 0 {
+		t.Error("it was not forgotten")
+	}
+}
+
+func TestStagingIsBounded(t *testing.T) {
+	w := newWorld(t)
+	w.must(level("n1", 2))
+	large := service("accounts", "h1")
+	large.GetService().Hint = strings.Repeat("x", 1<<20)
+	refused := 0
+	for i := range 20 {
+		if out := w.s.Apply(w.next(), stage(1, uint32(i), large)); out.Refused != nil {
+			if refused++; out.Refused.Code != CodeLimit {
+				t.Fatal(out.Refused)
+			}
+		}
+	}
+	if refused != 5 || w.s.stagedBytes > maxStaged {
+		t.Errorf("%d refused, %d bytes are put aside", refused, w.s.stagedBytes)
+	}
+	for _, c := range []*statev1.StageObjects{{}, {Id: bytes.Repeat([]byte{1}, stageIDSize), Part: maxParts}, {Id: bytes.Repeat([]byte{1}, stageIDSize)}} {
+		if out := w.s.Apply(w.next(), &statev1.Command{Body: &statev1.Command_StageObjects{StageObjects: c}}); out.Refused == nil || out.Refused.Code != CodeInvalid {
+			t.Errorf("%v: %v", c, out.Refused)
+		}
+	}
+}

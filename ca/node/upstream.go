@@ -1,0 +1,206 @@
+package node
+
+import (
+	"bytes"
+	"context"
+	"crypto"
+	"crypto/rand"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	"github.com/entente-mesh/entente/ca"
+	"github.com/entente-mesh/entente/ca/domain"
+	"github.com/entente-mesh/entente/ca/keystore"
+	"github.com/entente-mesh/entente/ca/server"
+)
+
+// upstream certifies this node's X.509 authorities.
+type upstream interface {
+	// Root is the certificate that verifiers hold.
+	Root(ctx context.Context) (*x509.Certificate, error)
+	// Certify signs an authority's certificate for a key, which may sign a request.
+	// The answer is linted like any stranger's.
+	Certify(ctx context.Context, template *x509.Certificate, key crypto.Signer) (der []byte, err error)
+}
+
+// openUpstream is nil where this node's authorities sign themselves.
+func (c *Config) openUpstream() upstream {
+	if c.Upstream.Certificate == "" {
+		return nil
+	}
+	return diskUpstream{c}
+}
+
+// diskUpstream has the root's certificate and key in files. They are read at each use: a
+// root is replaced by replacing them, and its key is in memory only while it signs.
+type diskUpstream struct{ cfg *Config }
+
+const upstreamKey = "upstream" // what the sealed key is bound to
+
+func (d diskUpstream) Root(context.Context) (*x509.Certificate, error) {
+	cfg := d.cfg
+	text, err := os.ReadFile(cfg.Upstream.Certificate)
+	if err != nil {
+		return nil, fmt.Errorf("upstream.certificate: %w", err)
+	}
+	block, rest := pem.Decode(text)
+	if block == nil || block.Type != "CERTIFICATE" || len(bytes.TrimSpace(rest)) != 0 {
+		return nil, fmt.Errorf("upstream.certificate: %s does not hold one PEM certificate and nothing else", cfg.Upstream.Certificate)
+	}
+	root, err := ca.ParseUpstream(block.Bytes, cfg.trustDomain())
+	if err != nil {
+		return nil, fmt.Errorf("upstream.certificate: %s: %w", cfg.Upstream.Certificate, err)
+	}
+	return root, nil
+}
+
+func (d diskUpstream) Certify(ctx context.Context, template *x509.Certificate, key crypto.Signer) ([]byte, error) {
+	root, err := d.Root(ctx)
+	if err != nil {
+		return nil, err
+	}
+	rootKey, err := d.key()
+	if err != nil {
+		return nil, err
+	}
+	if public, ok := rootKey.Public().(interface{ Equal(crypto.PublicKey) bool }); !ok || !public.Equal(root.PublicKey) {
+		return nil, errors.New("the upstream's key is not that of its certificate")
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, root, key.Public(), rootKey)
+	if err != nil {
+		return nil, fmt.Errorf("sign by the upstream: %w", err)
+	}
+	return der, nil
+}
+
+func (d diskUpstream) key() (crypto.Signer, error) {
+	cfg := d.cfg
+	if name := cfg.Upstream.KeyCredential; name != "" {
+		key, err := keystore.CredentialKey(name)
+		if err != nil {
+			return nil, fmt.Errorf("upstream.keyCredential: %w", err)
+		}
+		return key, nil
+	}
+	sealer, err := cfg.sealer()
+	if err == nil {
+		var key crypto.Signer
+		if key, err = keystore.LoadKey(cfg.Upstream.Key, sealer, upstreamKey, cfg.Keys.InsecureDev); err == nil {
+			return key, nil
+		}
+	}
+	return nil, fmt.Errorf("upstream.key: %w", err)
+}
+
+// SealUpstreamKey makes of a root's key, PEM, what upstream.key may name.
+func SealUpstreamKey(cfg *Config, text []byte) ([]byte, error) {
+	sealer, err := cfg.sealer()
+	if err != nil {
+		return nil, err
+	}
+	return keystore.SealKey(sealer, upstreamKey, text)
+}
+
+// checkUpstream tries everything but signing, before a node is set up.
+func (c *Config) checkUpstream(phase time.Duration) error {
+	up := c.openUpstream()
+	if up == nil {
+		return nil
+	}
+	root, err := up.Root(context.Background())
+	if err != nil {
+		return err
+	}
+	if err := ca.CheckUpstreamLife(root, phase, time.Now()); err != nil {
+		return err
+	}
+	disk := diskUpstream{c}
+	key, err := disk.key()
+	if err != nil {
+		return err
+	}
+	if public, ok := key.Public().(interface{ Equal(crypto.PublicKey) bool }); !ok || !public.Equal(root.PublicKey) {
+		return errors.New("the upstream's key is not that of its certificate")
+	}
+	return nil
+}
+
+// certifiedAuthority is an authority that the upstream certified.
+func (n *Node) certifiedAuthority(ctx context.Context, key crypto.Signer, request ca.AuthorityRequest) (*statev1.Authority, error) {
+	root, _, err := n.usableUpstream(request.Now)
+	if err != nil {
+		return nil, err
+	}
+	request.Upstream = root
+	template, err := ca.AuthorityTemplate(request)
+	if err != nil {
+		return nil, err
+	}
+	der, err := n.upstream.Certify(ctx, template, key)
+	if err != nil {
+		return nil, err
+	}
+	return ca.NewAuthority(n.td, n.own.id, der, root.Raw, request.Phase, request.Now)
+}
+
+// upstreamStatus looks at the root as it is now; nil without one.
+func (n *Node) upstreamStatus(now time.Time) *server.Upstream {
+	if n.upstream == nil {
+		return nil
+	}
+	root, phase, err := n.usableUpstream(now)
+	s := &server.Upstream{}
+	if root != nil {
+		s.KeyID, s.NotAfter = ca.KeyID(root.RawSubjectPublicKeyInfo), root.NotAfter
+	}
+	if err != nil {
+		s.Problem = err.Error()
+	} else if last := ca.UpstreamCertifiesUntil(root, phase); last.Sub(now) < ca.UpstreamWarning*phase {
+		s.Problem = fmt.Sprintf("it certifies nothing from %s on: put a new root in its place (docs/how-to/certify-by-a-root.md)", last.UTC().Format(time.RFC3339))
+	}
+	return s
+}
+
+func (n *Node) upstreamCertifies(now time.Time) time.Duration {
+	root, phase, err := n.usableUpstream(now)
+	if err != nil {
+		return 0
+	}
+	return ca.UpstreamCertifiesUntil(root, phase).Sub(now)
+}
+
+// usableUpstream says why the root certifies nothing now. The root may be known all the
+// same.
+func (n *Node) usableUpstream(now time.Time) (root *x509.Certificate, phase time.Duration, err error) {
+	if root, err = n.upstream.Root(context.Background()); err != nil {
+		return nil, 0, err
+	}
+	n.Read(func(st *domain.State) {
+		phase = st.Lifetimes().Phase
+		err = server.CheckUpstream(st, root.Raw)
+	})
+	if err == nil {
+		err = ca.CheckUpstreamLife(root, phase, now)
+	}
+	return root, phase, err
+}
+
+// watchUpstream says in the log what the status shows, once a day and when it changes.
+func (n *Node) watchUpstream(ctx context.Context) error {
+	var said string
+	var at time.Time
+	for {
+		if s := n.upstreamStatus(time.Now()); s.Problem != "" && (s.Problem != said || time.Since(at) > 24*time.Hour) {
+			said, at = s.Problem, time.Now()
+			n.log.Error("the upstream needs attention", "problem", s.Problem)
+		}
+		if err := sleep(ctx, time.Minute); err != nil {
+			return err
+		}
+	}
+}

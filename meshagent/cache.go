@@ -1,0 +1,232 @@
+package meshagent
+
+import (
+	"context"
+	"crypto"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+	"google.golang.org/protobuf/proto"
+
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	"github.com/entente-mesh/entente/ca/keystore"
+	"github.com/entente-mesh/entente/internal/daemon"
+)
+
+const (
+	cacheFile = "cache.sealed" // statev1.AgentCache
+
+	// A write follows a change by cachePause, and takes no more than one part in
+	// cacheShare of the time: on a host of thousands of entries some SVID is always new.
+	cachePause = time.Second
+	cacheShare = 50
+
+	maxCache = 1 << 30 // bytes
+)
+
+// cache is the sealed copy of the agent's state on the disk. It belongs to keepCache
+// once New has read it.
+type cache struct {
+	path   string
+	sealer keystore.Sealer
+	stands *State // the state on the disk; nil: unknown
+}
+
+// openCache returns nil when the configuration asks for none.
+func openCache(cfg *Config) (*cache, error) {
+	if cfg.Cache.PassphraseFile == "" {
+		return nil, nil
+	}
+	sealer, err := keystore.PassphraseFile(cfg.Cache.PassphraseFile)
+	if err != nil {
+		return nil, fmt.Errorf("the cache: %w", err)
+	}
+	return &cache{path: filepath.Join(cfg.DataDir, cacheFile), sealer: sealer}, nil
+}
+
+// read returns nil when nothing was kept yet.
+func (c *cache) read() (*statev1.AgentCache, error) {
+	info, err := os.Stat(c.path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err == nil && info.Size() > maxCache {
+		err = fmt.Errorf("%s has %d bytes, at most %d are read", c.path, info.Size(), maxCache)
+	}
+	if err != nil {
+		return nil, err
+	}
+	sealed, err := os.ReadFile(c.path)
+	if err != nil {
+		return nil, err
+	}
+	plain, err := c.sealer.Unseal(cacheFile, sealed)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", c.path, err)
+	}
+	defer clear(plain)
+	kept := &statev1.AgentCache{}
+	if err := proto.Unmarshal(plain, kept); err != nil {
+		return nil, fmt.Errorf("%s is of another release, or damaged: %w", c.path, err)
+	}
+	return kept, nil
+}
+
+func (c *cache) write(kept *statev1.AgentCache) error {
+	plain, err := proto.Marshal(kept)
+	if err != nil {
+		return err
+	}
+	sealed, err := c.sealer.Seal(cacheFile, plain)
+	clear(plain)
+	if err != nil {
+		return err
+	}
+	return daemon.WriteFileAtomic(c.path, sealed, 0o600)
+}
+
+// recallCache takes up what a former process of this agent held, so that workloads are
+// served before any CA node answers. What does not verify any more, or was signed for
+// what its entry is no longer, is left out.
+func (a *Agent) recallCache() error {
+	kept, err := a.cache.read()
+	if err != nil || kept == nil || len(kept.GetPicture()) == 0 {
+		return err
+	}
+	if err := a.client.Recall(kept.GetPicture()); err != nil {
+		return err
+	}
+	if err := a.apply(a.client.View()); err != nil {
+		return err
+	}
+	now := time.Now()
+	state := a.State()
+	svids, wits := map[string]*x509svid.SVID{}, map[string]*WITSVID{}
+	held := func(list []*statev1.HeldSVID, take func(*Identity, *statev1.HeldSVID, crypto.Signer) error) {
+		for _, h := range list {
+			identity, ok := state.Identity(h.GetEntryId())
+			if !ok || identity.Entry.GetRevision() != h.GetEntryRevision() {
+				continue
+			}
+			key, err := parseKey(h.GetKey())
+			if err == nil {
+				err = take(identity, h, key)
+			}
+			if err != nil {
+				a.log.Info("an SVID that was kept is of no more use", "error", err)
+			}
+		}
+	}
+	held(kept.GetX509(), func(identity *Identity, h *statev1.HeldSVID, key crypto.Signer) error {
+		svid, err := verifySVID(identity.ID, h.GetCertificates(), key, state.Bundle, now)
+		if err == nil {
+			svids[h.GetEntryId()] = svid
+		}
+		return err
+	})
+	held(kept.GetWit(), func(identity *Identity, h *statev1.HeldSVID, key crypto.Signer) error {
+		wit, err := verifyWIT(identity.ID, h.GetToken(), key, state.WIT, now)
+		if err == nil {
+			wits[h.GetEntryId()] = wit
+		}
+		return err
+	})
+	a.change(func(s *State) *State { return s.withSVIDs(svids).withWITs(wits) })
+	a.log.Info("took up what the agent held before", "entries", len(state.Identities), "svids", len(svids))
+	return nil
+}
+
+func parseKey(der []byte) (crypto.Signer, error) {
+	key, err := x509.ParsePKCS8PrivateKey(der)
+	if err != nil {
+		return nil, errors.New("its key cannot be read") // the parser's words may quote it
+	}
+	signer, ok := key.(crypto.Signer)
+	if !ok {
+		return nil, errors.New("its key cannot sign")
+	}
+	return signer, nil
+}
+
+// keepCache writes the cache after changes, and a last time when ctx ends.
+func (a *Agent) keepCache(ctx context.Context) error {
+	failed := false
+	for {
+		state := a.State()
+		began := time.Now()
+		if err := a.writeCache(state); err != nil {
+			if !failed {
+				a.log.Error("the cache is not up to date: after a restart without a CA the agent would serve what it held before; trying again", "error", err)
+			}
+			failed = true
+			state = nil
+		} else {
+			failed = false
+		}
+		pause := time.NewTimer(max(cachePause, cacheShare*time.Since(began)))
+		select {
+		case <-pause.C:
+		case <-ctx.Done():
+		}
+		pause.Stop()
+		if state != nil {
+			select {
+			case <-state.Reissued():
+			case <-ctx.Done():
+			}
+		}
+		if ctx.Err() != nil {
+			if err := a.writeCache(a.State()); err != nil {
+				a.log.Error("the cache lacks what the agent held last", "error", err)
+			}
+			return ctx.Err()
+		}
+	}
+}
+
+// writeCache does nothing while the disk has it all.
+func (a *Agent) writeCache(state *State) error {
+	if !state.Ready || a.cache.stands != nil && a.cache.stands.reissued == state.reissued {
+		return nil
+	}
+	kept := &statev1.AgentCache{}
+	var err error
+	if kept.Picture, err = a.client.Picture(); err != nil {
+		return err
+	}
+	for _, identity := range state.Identities {
+		h := func(key crypto.Signer) (*statev1.HeldSVID, error) {
+			der, err := x509.MarshalPKCS8PrivateKey(key)
+			return &statev1.HeldSVID{EntryId: identity.Entry.GetId(), EntryRevision: identity.Entry.GetRevision(), Key: der}, err
+		}
+		if svid := identity.SVID; svid != nil {
+			held, err := h(svid.PrivateKey)
+			if err != nil {
+				return err
+			}
+			for _, c := range svid.Certificates {
+				held.Certificates = append(held.Certificates, c.Raw)
+			}
+			kept.X509 = append(kept.X509, held)
+		}
+		if wit := identity.WIT; wit != nil {
+			held, err := h(wit.Key)
+			if err != nil {
+				return err
+			}
+			held.Token = wit.Token
+			kept.Wit = append(kept.Wit, held)
+		}
+	}
+	if err := a.cache.write(kept); err != nil {
+		return err
+	}
+	a.cache.stands = state
+	return nil
+}

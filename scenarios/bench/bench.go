@@ -1,0 +1,265 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/entente-mesh/entente/scenarios/process"
+)
+
+// suite is what one verb measures.
+type suite struct {
+	name, short string
+	lines       []line
+	groups      []group
+}
+
+var suites = []*suite{&caSuite, &agentSuite}
+
+// line is one number.
+type line struct {
+	name   string
+	unit   string
+	what   string
+	target float64 // 0: none was set
+	peer   float64 // SPIRE's on a machine of this kind; 0: not known
+}
+
+// up tells whether more is better.
+func (l line) up() bool { return strings.HasSuffix(l.name, "_per_s") }
+
+// met tells whether a value reaches the target.
+func (l line) met(value float64) bool {
+	if l.up() {
+		return value >= l.target
+	}
+	return value <= l.target
+}
+
+func (s *suite) line(name string) (line, bool) {
+	i := slices.IndexFunc(s.lines, func(l line) bool { return l.name == name })
+	if i < 0 {
+		return line{}, false
+	}
+	return s.lines[i], true
+}
+
+// group measures lines that need the same processes.
+type group struct {
+	lines   []string
+	measure func(context.Context, *bench) error
+}
+
+// result is one measured line, as --json writes it.
+type result struct {
+	Name  string  `json:"name"`
+	Value float64 `json:"value"`
+	Unit  string  `json:"unit"`
+	N     int     `json:"n"` // items that were measured
+	Note  string  `json:"note"`
+}
+
+type options struct {
+	suite    *suite
+	json     string
+	markdown string
+	from     string
+	only     []string
+	quick    bool
+	binary   string
+
+	out, progress io.Writer
+}
+
+// bench is one run.
+type bench struct {
+	*options
+	dir       string // its own, removed at the end
+	host      string // loopback address that no other program uses
+	processes *process.Supervisor
+	domains   int
+	results   []result
+}
+
+func run(ctx context.Context, o *options) (err error) {
+	for _, name := range o.only {
+		if _, ok := o.suite.line(name); !ok {
+			return fmt.Errorf("%s measures no %q; see --list", o.suite.name, name)
+		}
+	}
+	b := &bench{options: o}
+	if o.from != "" {
+		err = b.read()
+	} else {
+		err = b.measure(ctx)
+	}
+	// What was measured before something failed is worth keeping.
+	if o.json != "" && o.from == "" {
+		err = errors.Join(err, b.write())
+	}
+	if o.markdown != "" && err == nil {
+		err = b.writePage()
+	}
+	return err
+}
+
+// measure runs the groups one after the other. One that fails does not keep the others
+// from being measured.
+func (b *bench) measure(ctx context.Context) (err error) {
+	if _, err := process.CPUOf(os.Getpid()); err != nil {
+		return fmt.Errorf("processor time of other processes cannot be read on this system: %w", err)
+	}
+	if b.dir, err = os.MkdirTemp("", "entente-bench-"); err != nil {
+		return err
+	}
+	b.processes = process.New()
+	defer func() {
+		b.processes.Close()
+		err = errors.Join(err, os.RemoveAll(b.dir))
+	}()
+	b.host = fmt.Sprintf("127.%d.%d.%d", 64+rand.IntN(128), rand.IntN(256), 1+rand.IntN(254))
+	if err := b.build(ctx); err != nil {
+		return err
+	}
+
+	b.tableHead()
+	var failures []error
+	for _, g := range b.suite.groups {
+		if !slices.ContainsFunc(g.lines, b.wants) {
+			continue
+		}
+		if err := g.measure(ctx, b); err != nil {
+			if ctx.Err() != nil {
+				return ctx.Err()
+			}
+			failures = append(failures, fmt.Errorf("%s: %w", strings.Join(g.lines, ", "), err))
+			b.say("FAILED: %v", failures[len(failures)-1])
+		}
+	}
+	return errors.Join(failures...)
+}
+
+// build makes the binary as a release has it.
+func (b *bench) build(ctx context.Context) error {
+	if b.binary != "" {
+		path, err := filepath.Abs(b.binary)
+		if err != nil {
+			return err
+		}
+		b.binary = path
+		return nil
+	}
+	b.say("building entente")
+	b.binary = filepath.Join(b.dir, "entente")
+	_, err := b.processes.Run(ctx, process.Spec{
+		Name: "go build", Binary: "go", Env: []string{"CGO_ENABLED=0"},
+		Args: []string{"build", "-trimpath", "-ldflags", "-s -w", "-o", b.binary, "github.com/entente-mesh/entente/cmd/entente"},
+	})
+	return err
+}
+
+// wants tells whether a line is to be measured.
+func (b *bench) wants(name string) bool { return len(b.only) == 0 || slices.Contains(b.only, name) }
+
+// count is how many items are measured.
+func (b *bench) count(full, quick int) int {
+	if b.quick {
+		return quick
+	}
+	return full
+}
+
+// while is how long something is done that is measured by the time.
+func (b *bench) while() time.Duration {
+	if b.quick {
+		return 300 * time.Millisecond
+	}
+	return 4 * time.Second
+}
+
+// say is progress, for who waits.
+func (b *bench) say(format string, args ...any) {
+	fmt.Fprintf(b.progress, "%s "+format+"\n", append([]any{time.Now().Format("15:04:05")}, args...)...)
+}
+
+// report takes a number that was measured over n items.
+func (b *bench) report(name string, value float64, n int, format string, args ...any) {
+	if !b.wants(name) {
+		return
+	}
+	l, ok := b.suite.line(name)
+	if !ok {
+		panic("no line " + name)
+	}
+	r := result{Name: name, Value: rounded(value), Unit: l.unit, N: n, Note: fmt.Sprintf(format, args...)}
+	if b.quick {
+		r.Note = "--quick, not to be quoted; " + r.Note
+	}
+	b.results = append(b.results, r)
+	b.tableLine(l, r)
+}
+
+// rounded keeps three digits: more would be noise.
+func rounded(v float64) float64 {
+	text := fmt.Sprintf("%.3g", v)
+	if v >= 1000 {
+		text = fmt.Sprintf("%.0f", v)
+	}
+	var out float64
+	fmt.Sscan(text, &out)
+	return out
+}
+
+func (b *bench) write() error {
+	data, err := json.MarshalIndent(slices.Clip(append([]result{}, b.results...)), "", "  ")
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(b.json, append(data, '\n'), 0o644)
+}
+
+func (b *bench) read() error {
+	data, err := os.ReadFile(b.from)
+	if err != nil {
+		return err
+	}
+	if err := json.Unmarshal(data, &b.results); err != nil {
+		return fmt.Errorf("%s: %w", b.from, err)
+	}
+	b.tableHead()
+	for _, r := range b.results {
+		l, ok := b.suite.line(r.Name)
+		if !ok {
+			return fmt.Errorf("%s: %s measures no %q", b.from, b.suite.name, r.Name)
+		}
+		b.tableLine(l, r)
+	}
+	return nil
+}
+
+// percentile is the value that p of 100 do not exceed. It sorts.
+func percentile(times []time.Duration, p int) time.Duration {
+	if len(times) == 0 {
+		return 0
+	}
+	slices.Sort(times)
+	return times[min(len(times)*p/100, len(times)-1)]
+}
+
+func milliseconds(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }
+
+// perItem is processor time for each of n, in microseconds.
+func perItem(cpu time.Duration, n int) float64 {
+	return float64(cpu) / float64(time.Microsecond) / float64(max(n, 1))
+}
+
+const mib = 1 << 20

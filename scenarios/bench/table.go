@@ -1,0 +1,108 @@
+package main
+
+import (
+	"bytes"
+	"fmt"
+	"os"
+	"runtime"
+	"strings"
+	"time"
+)
+
+func (b *bench) tableHead() {
+	fmt.Fprintf(b.out, "%-26s %10s %-4s %9s %9s %7s  %s\n", "LINE", "VALUE", "UNIT", "TARGET", "SPIRE", "RATIO", "NOTE")
+}
+
+func (b *bench) tableLine(l line, r result) {
+	fmt.Fprintf(b.out, "%-26s %10s %-4s %9s %9s %7s  %s\n", r.Name, number(r.Value), r.Unit, l.bound(r.Value), number(l.peer), l.ratio(r.Value), r.Note)
+}
+
+// number is a value for people; 0 is none.
+func number(v float64) string {
+	if v == 0 {
+		return "-"
+	}
+	return fmt.Sprint(v)
+}
+
+// bound is the target, marked when the value misses it.
+func (l line) bound(value float64) string {
+	if l.target == 0 {
+		return "-"
+	}
+	sign, mark := "<= ", ""
+	if l.up() {
+		sign = ">= "
+	}
+	if !l.met(value) {
+		mark = " !"
+	}
+	return sign + number(l.target) + mark
+}
+
+// ratio is how many times better than the peer the value is.
+func (l line) ratio(value float64) string {
+	if l.peer == 0 || value == 0 {
+		return "-"
+	}
+	ratio := l.peer / value
+	if l.up() {
+		ratio = value / l.peer
+	}
+	if ratio >= 10 {
+		return fmt.Sprintf("%.0f x", ratio)
+	}
+	return fmt.Sprintf("%.1f x", ratio)
+}
+
+// writePage puts the table into the page, between the two comments that mark its place.
+func (b *bench) writePage() error {
+	page, err := os.ReadFile(b.markdown)
+	if err != nil {
+		return err
+	}
+	begin, end := fmt.Sprintf("<!-- bench %s -->\n", b.suite.name), fmt.Sprintf("<!-- bench %s ends -->", b.suite.name)
+	i := bytes.Index(page, []byte(begin))
+	j := bytes.Index(page, []byte(end))
+	if i < 0 || j < i {
+		return fmt.Errorf("%s has no place for this table: a line %q and below it %q", b.markdown, strings.TrimSpace(begin), end)
+	}
+	when := time.Now()
+	if b.from != "" {
+		info, err := os.Stat(b.from)
+		if err != nil {
+			return err
+		}
+		when = info.ModTime()
+	}
+	var out bytes.Buffer
+	out.Write(page[:i+len(begin)])
+	fmt.Fprintf(&out, "\nMade %s by `go run ./scenarios/bench %s` on %s.\n\n", when.UTC().Format(time.DateOnly), b.suite.name, machine())
+	out.WriteString("| line | what | value | target | SPIRE | better by | n | note |\n|---|---|---|---|---|---|---|---|\n")
+	for _, r := range b.results {
+		l, _ := b.suite.line(r.Name)
+		value := number(r.Value) + " " + r.Unit
+		if l.target != 0 && !l.met(r.Value) {
+			value = "**" + value + "**"
+		}
+		fmt.Fprintf(&out, "| `%s` | %s | %s | %s | %s | %s | %d | %s |\n",
+			r.Name, l.what, value, strings.TrimSuffix(l.bound(r.Value), " !"), number(l.peer), l.ratio(r.Value), r.N, r.Note)
+	}
+	out.WriteString("\n")
+	out.Write(page[j:])
+	return os.WriteFile(b.markdown, out.Bytes(), 0o644)
+}
+
+// machine is the kind of machine that this is.
+func machine() string {
+	model := runtime.GOARCH
+	info, _ := os.ReadFile("/proc/cpuinfo")
+	for line := range strings.Lines(string(info)) {
+		if key, value, ok := strings.Cut(line, ":"); ok && strings.TrimSpace(key) == "model name" {
+			model = strings.TrimSpace(value)
+			break
+		}
+	}
+	kernel, _ := os.ReadFile("/proc/sys/kernel/osrelease")
+	return fmt.Sprintf("%d cores (%s), Linux %s, %s", runtime.NumCPU(), model, strings.TrimSpace(string(kernel)), runtime.Version())
+}
