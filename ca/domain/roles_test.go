@@ -326,6 +326,7 @@ func TestACertificateAdmitsOneAgent(t *testing.T) {
 		}
 	}
 }
+
 // A change that comes in parts is asked about as a whole, when it is carried out.
 func TestStagedChangesAskForRoles(t *testing.T) {
 	w := administered(t)
