@@ -299,7 +299,7 @@ func (s *Session) entitled(st *domain.State) error {
 	case s.who.EntryID == "":
 		return nil
 	}
-	if e, ok := st.Entry(s.who.EntryID); !ok || e.GetPath() != s.who.Path || !slices.Contains(e.GetHosts(), s.who.Agent) {
+	if e, ok := st.Entry(s.who.EntryID); !ok || e.GetPath() != s.who.Path || !ca.Entitled(agent, e) {
 		return fmt.Errorf("entry %s: %w", s.who.EntryID, ErrUnknown)
 	}
 	return nil
@@ -442,7 +442,7 @@ func (s *Session) delta(st *domain.State) (u Update, relevant bool) {
 		}
 	}
 	for _, id := range slices.Sorted(maps.Keys(entries)) {
-		if e, ok := st.Entry(id); ok && s.holds(e) {
+		if e, ok := st.Entry(id); ok && s.holds(st, e) {
 			u.Entries = append(u.Entries, e)
 		} else {
 			u.DeletedEntries = append(u.DeletedEntries, id)
@@ -461,6 +461,9 @@ func (s *Session) delta(st *domain.State) (u Update, relevant bool) {
 		case domain.ChangeOwnBundle:
 			u.OwnBundle = ownBundle(st)
 		case domain.ChangeObject:
+			if strings.HasPrefix(change.key, "RoleBinding/") {
+				continue
+			}
 			if o, ok := st.Object(change.key); ok {
 				u.Objects = append(u.Objects, forSubscriber(o))
 			} else {
@@ -536,7 +539,7 @@ func (s *Session) deltaForeign(st *domain.State, changed map[string]struct{}, u 
 // subscriber its own.
 func (s *Session) entries(st *domain.State) []*statev1.Entry {
 	if s.who.EntryID == "" {
-		return st.EntriesOnHost(s.who.Agent)
+		return st.HeldBy(s.who.Agent)
 	}
 	if e, ok := st.Entry(s.who.EntryID); ok {
 		return []*statev1.Entry{e}
@@ -544,9 +547,10 @@ func (s *Session) entries(st *domain.State) []*statev1.Entry {
 	return nil
 }
 
-func (s *Session) holds(e *statev1.Entry) bool {
+func (s *Session) holds(st *domain.State, e *statev1.Entry) bool {
 	if s.who.EntryID == "" {
-		return slices.Contains(e.GetHosts(), s.who.Agent)
+		agent, _ := st.Agent(s.who.Agent)
+		return ca.Entitled(agent, e)
 	}
 	return e.GetId() == s.who.EntryID
 }
@@ -601,9 +605,11 @@ func forSubscriber(o *statev1.Object) *statev1.Object {
 }
 
 func forSubscribers(objects []*statev1.Object) []*statev1.Object {
-	out := make([]*statev1.Object, len(objects))
-	for i, o := range objects {
-		out[i] = forSubscriber(o)
+	out := make([]*statev1.Object, 0, len(objects))
+	for _, o := range objects {
+		if o.GetRoleBinding() == nil { // who administers the domain is no host's business
+			out = append(out, forSubscriber(o))
+		}
 	}
 	return out
 }

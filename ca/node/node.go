@@ -131,10 +131,14 @@ func New(cfg *Config, log *slog.Logger, listeners Listeners) (_ *Node, err error
 	if err := n.openAudit(); err != nil {
 		return nil, err
 	}
-	n.signer = signer.New(signer.Config{TrustDomain: n.td, Active: n.activeFor, Clock: n.signerClock, Issuer: cfg.OIDC.Issuer, Signed: func(i signer.Issued) {
+	n.signer = signer.New(signer.Config{TrustDomain: n.td, Active: n.activeFor, Clock: n.signerClock, Issuer: cfg.OIDC.Issuer, Waiting: cfg.Limits.Waiting, Signed: func(i signer.Issued) {
 		n.audit.Issued(i, n.feed.Revision())
 	}})
 	if err := n.loadAuthorityKeys(); err != nil {
+		return nil, err
+	}
+	x509pop, err := cfg.X509PoP.open()
+	if err != nil {
 		return nil, err
 	}
 	n.svids = newSVIDs(n)
@@ -164,8 +168,13 @@ func New(cfg *Config, log *slog.Logger, listeners Listeners) (_ *Node, err error
 		Isolate:     n.isolate,
 		Isolated:    n.isolations,
 		Subscribers: n.status,
-		Log:         n.log,
-		Registerer:  n.registry,
+		X509PoP:     x509pop,
+		Limits: server.Limits{
+			X509PerAgent: cfg.Limits.X509PerAgent.PerSecond, TokensPerAgent: cfg.Limits.TokensPerAgent.PerSecond,
+			PerNode: cfg.Limits.PerNode.PerSecond, Attests: cfg.Limits.Attests,
+		},
+		Log:        n.log,
+		Registerer: n.registry,
 	})
 	defer func() {
 		if err != nil {
@@ -524,7 +533,7 @@ func (n *Node) openAudit() error {
 	case "off":
 		return nil
 	case "stderr":
-		n.audit = server.NewAudit(os.Stderr, n.cfg.Name, n.log, n.registry)
+		n.audit = server.NewAudit(os.Stderr, n.cfg.Name, n.cfg.Audit.Required, n.log, n.registry)
 		return nil
 	}
 	file, err := daemon.OpenLogFile(n.cfg.Audit.File, 0o600)
@@ -532,7 +541,7 @@ func (n *Node) openAudit() error {
 		return fmt.Errorf("audit log: %w", err)
 	}
 	n.auditLog = file
-	n.audit = server.NewAudit(file, n.cfg.Name, n.log, n.registry)
+	n.audit = server.NewAudit(file, n.cfg.Name, n.cfg.Audit.Required, n.log, n.registry)
 	return nil
 }
 

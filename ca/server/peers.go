@@ -53,6 +53,7 @@ func (d peerDoor) Propose(ctx context.Context, req *ententev1.ProposeRequest) (*
 	}
 	if err := s.mayPropose(c, command); err != nil {
 		s.Log.Warn("a command of a CA node was refused", "member", c.member.GetName(), "error", err)
+		s.Audit.Forwarded(c.member.GetName(), command, domain.Outcome{}, err)
 		return nil, status.Error(codes.PermissionDenied, err.Error())
 	}
 	// Whoever asked that member is its word; that it was this member is ours.
@@ -61,7 +62,7 @@ func (d peerDoor) Propose(ctx context.Context, req *ententev1.ProposeRequest) (*
 	if errors.Is(err, ErrNotLeader) {
 		return nil, status.Error(codes.FailedPrecondition, err.Error())
 	}
-	s.Audit.Forwarded(command, outcome, err)
+	s.Audit.Forwarded(c.member.GetName(), command, outcome, err)
 	if err != nil {
 		return nil, s.proposeError(err)
 	}
@@ -79,7 +80,7 @@ func (s *Server) mayPropose(c caller, command *statev1.Command) error {
 		return fmt.Errorf("CA node %s does not say who asks, or at length", c.member.GetName())
 	}
 	switch body := command.GetBody().(type) {
-	case *statev1.Command_JoinMember, *statev1.Command_AttestAgent, *statev1.Command_MergeBans: // they prove themselves, or only take away
+	case *statev1.Command_JoinMember, *statev1.Command_AttestAgent, *statev1.Command_AdmitAgent, *statev1.Command_MergeBans: // they prove themselves, were verified at the door, or only take away
 		return nil
 	case *statev1.Command_CreateToken, *statev1.Command_ApplyObjects, *statev1.Command_StageObjects, *statev1.Command_ApplyStaged,
 		// An operator may be at any node; that one asked, its admin socket knows alone. What

@@ -1,5 +1,5 @@
-// Package server holds the doors of a CA node: Join, Attest, Sync, Sign and Peer on
-// its API address, Admin on a unix socket.
+// Package server holds the doors of a CA node: Join, Attest, Sync, Sign, Peer and, for
+// administrators, Admin on its API address; Admin on a unix socket for operators.
 //
 // Each call is authenticated from the TLS connection it came over and authorised by
 // one table (auth.go), which denies what it does not list. Doors parse and check
@@ -9,6 +9,7 @@
 package server
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -27,6 +28,7 @@ import (
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
 	"github.com/entente-mesh/entente/ca/domain"
 	"github.com/entente-mesh/entente/ca/feed"
+	"github.com/entente-mesh/entente/ca/nodeattest"
 	"github.com/entente-mesh/entente/ca/signer"
 	"github.com/entente-mesh/entente/internal/peer"
 )
@@ -129,6 +131,8 @@ type Config struct {
 	IsOffline func(id string) bool
 	// Nodes is the leader's view; with ask, the leader is asked if it is another node.
 	Nodes func(ctx context.Context, ask bool) (Nodes, error)
+	// X509PoP admits hosts by certificates of their own; nil: none.
+	X509PoP *nodeattest.X509PoP
 	// Supersede stops this node if the statement says that its epoch is over.
 	Supersede func(statement, signature []byte) error
 
@@ -139,6 +143,7 @@ type Config struct {
 	// Subscribers is how far this node's are.
 	Subscribers func() feed.Status
 
+	Limits Limits
 	// Audit gets a line for each administrative act and each SVID; nil: none.
 	Audit      *Audit
 	Log        *slog.Logger
@@ -156,14 +161,15 @@ type Server struct {
 	guests                guests
 	syncs                 syncs
 
-	tokenRates rates
+	x509Rates  *rates
+	tokenRates *rates
+	perNode    *rates // nil: no limit
 	stopping   chan struct{}
 	stop       sync.Once
 }
 
 const (
 	maxAdminMessage = 16 << 20
-	maxAttests      = 32 // at once: each may cost an agreement
 	drainTime       = 3 * time.Second
 )
 
@@ -172,19 +178,25 @@ func New(config Config) *Server {
 	if config.Log == nil {
 		config.Log = slog.New(slog.DiscardHandler)
 	}
+	limits := config.Limits
 	s := &Server{
 		Config:     config,
 		registry:   peer.Registry{Log: config.Log},
-		attests:    make(chan struct{}, maxAttests),
+		attests:    make(chan struct{}, cmp.Or(limits.Attests, defaultAttests)),
+		x509Rates:  newRates(cmp.Or(limits.X509PerAgent, defaultX509Rate), x509BurstSeconds, "X.509-SVIDs"),
+		tokenRates: newRates(cmp.Or(limits.TokensPerAgent, defaultTokenRate), 1, "tokens"),
 		handshakes: places{most: maxHandshakes, patience: undisturbed},
 		strangers:  places{most: maxStrangers, patience: handshakeLimit},
 		stopping:   make(chan struct{}),
 	}
 	s.metrics = newMetrics(config.Registerer, s)
+	if limits.PerNode > 0 {
+		s.perNode = newRates(limits.PerNode, 1, "SVIDs")
+	}
 	return s
 }
 
-// ServeAPI serves Join, Attest, Sync, Sign and Peer on the listener, which it closes,
+// ServeAPI serves Join, Attest, Sync, Sign, Peer and Admin on the listener, which it closes,
 // until ctx ends and calls under way had three seconds to finish.
 func (s *Server) ServeAPI(ctx context.Context, listener net.Listener) error {
 	server := grpc.NewServer(
@@ -211,6 +223,7 @@ func (s *Server) ServeAPI(ctx context.Context, listener net.Listener) error {
 	ententev1.RegisterSyncServer(server, syncDoor{server: s})
 	ententev1.RegisterSignServer(server, signDoor{server: s})
 	ententev1.RegisterPeerServer(server, peerDoor{server: s})
+	ententev1.RegisterAdminServer(server, adminDoor{server: s})
 	return s.serve(ctx, server, entrance{listener, s})
 }
 
@@ -262,6 +275,8 @@ type metrics struct {
 	svids  *prometheus.CounterVec
 	tokens *prometheus.CounterVec
 
+	limited *prometheus.CounterVec
+
 	underWay prometheus.Gauge
 	cut      *prometheus.CounterVec
 }
@@ -283,11 +298,14 @@ func newMetrics(registerer prometheus.Registerer, s *Server) *metrics {
 		cut: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "entente_ca_connections_cut_total", Help: "Connections to the API address that were cut because there are too many of their kind: handshake, stranger (without an identity), peer (of one).",
 		}, []string{"kind"}),
+		limited: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "entente_ca_limited_total", Help: "Calls that were sent away with RESOURCE_EXHAUSTED, by whose limit it was: agent, node, attest, queue.",
+		}, []string{"limit"}),
 	}
 	if registerer == nil {
 		return m
 	}
-	registerer.MustRegister(m.calls, m.svids, m.tokens, m.underWay, m.cut)
+	registerer.MustRegister(m.calls, m.svids, m.tokens, m.limited, m.underWay, m.cut)
 	for kind, count := range map[string]func() int{"handshake": s.handshakes.len, "stranger": s.strangers.len, "peer": s.guests.len} {
 		registerer.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "entente_ca_connections", Help: "Open connections to the API address.", ConstLabels: prometheus.Labels{"kind": kind},

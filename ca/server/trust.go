@@ -20,11 +20,6 @@ import (
 // This file holds what operators do to authorities, CA nodes, agents and tokens: the
 // half of Admin that ends trust.
 
-func (s *Server) propose(ctx context.Context, command *statev1.Command) (domain.Outcome, error) {
-	command.Actor = callerFrom(ctx).who()
-	return s.agree(ctx, command)
-}
-
 // ---------------------------------------------------------------- authorities
 
 func (d adminDoor) ListAuthorities(ctx context.Context, _ *ententev1.ListAuthoritiesRequest) (*ententev1.ListAuthoritiesResponse, error) {
@@ -106,6 +101,9 @@ func (d adminDoor) PrepareAuthority(ctx context.Context, req *ententev1.PrepareA
 	}
 	if missing := s.Info().NotAgreeing; missing != "" {
 		return nil, status.Error(codes.Unavailable, missing)
+	}
+	if err := s.Audit.Asked(callerFrom(ctx).who(), "PrepareAuthority"); err != nil {
+		return nil, err
 	}
 	id, err := s.Prepare(ctx, use)
 	if err != nil {
@@ -297,7 +295,7 @@ func (d adminDoor) ListAgents(_ context.Context, req *ententev1.ListAgentsReques
 			page.add(a.GetName(), a)
 		}
 		for _, a := range page.rows() {
-			entries[a.GetName()] = st.EntryCountOnHost(a.GetName())
+			entries[a.GetName()] = len(st.HeldBy(a.GetName()))
 		}
 	})
 	for _, a := range page.rows() {
@@ -312,7 +310,7 @@ func (d adminDoor) GetAgent(_ context.Context, req *ententev1.GetAgentRequest) (
 	resp := &ententev1.GetAgentResponse{}
 	s.State.Read(func(st *domain.State) {
 		if a, ok := st.Agent(req.GetName()); ok {
-			entries := st.EntriesOnHost(a.GetName())
+			entries := st.HeldBy(a.GetName())
 			resp.Status = &ententev1.AgentStatus{Agent: a, Entries: uint32(len(entries))}
 			resp.Entries = entries[:min(len(entries), maxPage)]
 		}

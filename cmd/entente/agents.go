@@ -80,6 +80,13 @@ func agentShowCommand() *cobra.Command {
 				table := tabwriter.NewWriter(c.OutOrStdout(), 0, 4, 2, ' ', 0)
 				fmt.Fprintf(table, "AGENT\t%s\nSTATE\t%s\nDATACENTER\t%s\nADDRESSES\t%s\nKEY\t%s\nADMITTED AT\t%s\nCONNECTED HERE\t%s\n",
 					a.GetName(), agentState(r.GetStatus()), a.GetDatacenter(), strings.Join(a.GetAddresses(), ","), a.GetKeyId(), ca.Revision(a.GetGeneration()), yesNo(r.GetStatus().GetHere()))
+				for _, line := range []struct{ name, value string }{
+					{"CERTIFICATE", a.GetCertificate()}, {"SELECTORS", strings.Join(a.GetSelectors(), " ")}, {"MAY HOLD", strings.Join(a.GetPathPrefixes(), " ")},
+				} {
+					if line.value != "" {
+						fmt.Fprintf(table, "%s\t%s\n", line.name, line.value)
+					}
+				}
 				if len(r.GetEntries()) > 0 {
 					fmt.Fprintln(table, "\nENTRY\tSPIFFE PATH\tSELECTORS")
 				}

@@ -5,8 +5,8 @@
 // source: entente/v1/entente.proto
 
 // Package entente.v1 holds the doors of a CA node. All of them are gRPC over
-// TLS 1.3 on its API address, except Admin, which is also (and by default only)
-// served on a unix socket of mode 0600.
+// TLS 1.3 on its API address. Admin is served there to administrators, and on a unix
+// socket of mode 0600 to the operators of the node's host.
 
 package ententev1
 
@@ -220,11 +220,14 @@ func (x *JoinResponse) GetCluster() *v1.Cluster {
 }
 
 type AttestRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	TokenId       string                 `protobuf:"bytes,1,opt,name=token_id,json=tokenId,proto3" json:"token_id,omitempty"` // empty: by the known key
-	Statement     []byte                 `protobuf:"bytes,2,opt,name=statement,proto3" json:"statement,omitempty"`
-	Signature     []byte                 `protobuf:"bytes,3,opt,name=signature,proto3" json:"signature,omitempty"`
-	Csr           []byte                 `protobuf:"bytes,4,opt,name=csr,proto3" json:"csr,omitempty"` // PKCS#10, DER, signed by the agent's key
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	TokenId   string                 `protobuf:"bytes,1,opt,name=token_id,json=tokenId,proto3" json:"token_id,omitempty"` // empty: by the known key
+	Statement []byte                 `protobuf:"bytes,2,opt,name=statement,proto3" json:"statement,omitempty"`
+	Signature []byte                 `protobuf:"bytes,3,opt,name=signature,proto3" json:"signature,omitempty"`
+	Csr       []byte                 `protobuf:"bytes,4,opt,name=csr,proto3" json:"csr,omitempty"` // PKCS#10, DER, signed by the agent's key
+	// By a certificate of the host's own: DER, leaf first. statement is then an encoded
+	// state.v1.PossessionStatement, signed with the leaf's key.
+	Certificates  [][]byte `protobuf:"bytes,100,rep,name=certificates,proto3" json:"certificates,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -283,6 +286,13 @@ func (x *AttestRequest) GetSignature() []byte {
 func (x *AttestRequest) GetCsr() []byte {
 	if x != nil {
 		return x.Csr
+	}
+	return nil
+}
+
+func (x *AttestRequest) GetCertificates() [][]byte {
+	if x != nil {
+		return x.Certificates
 	}
 	return nil
 }
@@ -3305,7 +3315,8 @@ func (x *ApplyResponse) GetChanges() []*ObjectChange {
 type ObjectChange struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Key           *v1.ObjectKey          `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
-	Action        string                 `protobuf:"bytes,2,opt,name=action,proto3" json:"action,omitempty"` // "created", "updated", "unchanged", "deleted"
+	Action        string                 `protobuf:"bytes,2,opt,name=action,proto3" json:"action,omitempty"`   // "created", "updated", "unchanged", "deleted"
+	Before        *v1.Object             `protobuf:"bytes,100,opt,name=before,proto3" json:"before,omitempty"` // as it was, of a dry run; absent: it was not there
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3354,6 +3365,109 @@ func (x *ObjectChange) GetAction() string {
 	return ""
 }
 
+func (x *ObjectChange) GetBefore() *v1.Object {
+	if x != nil {
+		return x.Before
+	}
+	return nil
+}
+
+type WhoAmIRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WhoAmIRequest) Reset() {
+	*x = WhoAmIRequest{}
+	mi := &file_entente_v1_entente_proto_msgTypes[51]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WhoAmIRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WhoAmIRequest) ProtoMessage() {}
+
+func (x *WhoAmIRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[51]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WhoAmIRequest.ProtoReflect.Descriptor instead.
+func (*WhoAmIRequest) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{51}
+}
+
+type WhoAmIResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Who           string                 `protobuf:"bytes,1,opt,name=who,proto3" json:"who,omitempty"`            // SPIFFE ID, or the user of the CA node's host
+	Operator      bool                   `protobuf:"varint,2,opt,name=operator,proto3" json:"operator,omitempty"` // over the unix socket: may do everything
+	Bindings      []*v1.RoleBinding      `protobuf:"bytes,3,rep,name=bindings,proto3" json:"bindings,omitempty"`  // that name the caller
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WhoAmIResponse) Reset() {
+	*x = WhoAmIResponse{}
+	mi := &file_entente_v1_entente_proto_msgTypes[52]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WhoAmIResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WhoAmIResponse) ProtoMessage() {}
+
+func (x *WhoAmIResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[52]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WhoAmIResponse.ProtoReflect.Descriptor instead.
+func (*WhoAmIResponse) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{52}
+}
+
+func (x *WhoAmIResponse) GetWho() string {
+	if x != nil {
+		return x.Who
+	}
+	return ""
+}
+
+func (x *WhoAmIResponse) GetOperator() bool {
+	if x != nil {
+		return x.Operator
+	}
+	return false
+}
+
+func (x *WhoAmIResponse) GetBindings() []*v1.RoleBinding {
+	if x != nil {
+		return x.Bindings
+	}
+	return nil
+}
+
 type GetBundleRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	TrustDomain   string                 `protobuf:"bytes,1,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"` // empty: the own
@@ -3364,7 +3478,7 @@ type GetBundleRequest struct {
 
 func (x *GetBundleRequest) Reset() {
 	*x = GetBundleRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[51]
+	mi := &file_entente_v1_entente_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3376,7 +3490,7 @@ func (x *GetBundleRequest) String() string {
 func (*GetBundleRequest) ProtoMessage() {}
 
 func (x *GetBundleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[51]
+	mi := &file_entente_v1_entente_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3389,7 +3503,7 @@ func (x *GetBundleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBundleRequest.ProtoReflect.Descriptor instead.
 func (*GetBundleRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{51}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *GetBundleRequest) GetTrustDomain() string {
@@ -3415,7 +3529,7 @@ type GetBundleResponse struct {
 
 func (x *GetBundleResponse) Reset() {
 	*x = GetBundleResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[52]
+	mi := &file_entente_v1_entente_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3427,7 +3541,7 @@ func (x *GetBundleResponse) String() string {
 func (*GetBundleResponse) ProtoMessage() {}
 
 func (x *GetBundleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[52]
+	mi := &file_entente_v1_entente_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3440,7 +3554,7 @@ func (x *GetBundleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBundleResponse.ProtoReflect.Descriptor instead.
 func (*GetBundleResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{52}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *GetBundleResponse) GetJwks() []byte {
@@ -3459,7 +3573,7 @@ type ProposeRequest struct {
 
 func (x *ProposeRequest) Reset() {
 	*x = ProposeRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[53]
+	mi := &file_entente_v1_entente_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3471,7 +3585,7 @@ func (x *ProposeRequest) String() string {
 func (*ProposeRequest) ProtoMessage() {}
 
 func (x *ProposeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[53]
+	mi := &file_entente_v1_entente_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3484,7 +3598,7 @@ func (x *ProposeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProposeRequest.ProtoReflect.Descriptor instead.
 func (*ProposeRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{53}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *ProposeRequest) GetCommand() []byte {
@@ -3505,7 +3619,7 @@ type ProposeResponse struct {
 
 func (x *ProposeResponse) Reset() {
 	*x = ProposeResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[54]
+	mi := &file_entente_v1_entente_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3517,7 +3631,7 @@ func (x *ProposeResponse) String() string {
 func (*ProposeResponse) ProtoMessage() {}
 
 func (x *ProposeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[54]
+	mi := &file_entente_v1_entente_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3530,7 +3644,7 @@ func (x *ProposeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProposeResponse.ProtoReflect.Descriptor instead.
 func (*ProposeResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{54}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *ProposeResponse) GetRevision() uint64 {
@@ -3570,7 +3684,7 @@ type ReportRequest struct {
 
 func (x *ReportRequest) Reset() {
 	*x = ReportRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[55]
+	mi := &file_entente_v1_entente_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3582,7 +3696,7 @@ func (x *ReportRequest) String() string {
 func (*ReportRequest) ProtoMessage() {}
 
 func (x *ReportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[55]
+	mi := &file_entente_v1_entente_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3595,7 +3709,7 @@ func (x *ReportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRequest.ProtoReflect.Descriptor instead.
 func (*ReportRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{55}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *ReportRequest) GetBootId() string {
@@ -3665,7 +3779,7 @@ type HeldAuthority struct {
 
 func (x *HeldAuthority) Reset() {
 	*x = HeldAuthority{}
-	mi := &file_entente_v1_entente_proto_msgTypes[56]
+	mi := &file_entente_v1_entente_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3677,7 +3791,7 @@ func (x *HeldAuthority) String() string {
 func (*HeldAuthority) ProtoMessage() {}
 
 func (x *HeldAuthority) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[56]
+	mi := &file_entente_v1_entente_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3690,7 +3804,7 @@ func (x *HeldAuthority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HeldAuthority.ProtoReflect.Descriptor instead.
 func (*HeldAuthority) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{56}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *HeldAuthority) GetId() string {
@@ -3715,7 +3829,7 @@ type ReportResponse struct {
 
 func (x *ReportResponse) Reset() {
 	*x = ReportResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[57]
+	mi := &file_entente_v1_entente_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3727,7 +3841,7 @@ func (x *ReportResponse) String() string {
 func (*ReportResponse) ProtoMessage() {}
 
 func (x *ReportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[57]
+	mi := &file_entente_v1_entente_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3740,7 +3854,7 @@ func (x *ReportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportResponse.ProtoReflect.Descriptor instead.
 func (*ReportResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{57}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{59}
 }
 
 type GateRequest struct {
@@ -3751,7 +3865,7 @@ type GateRequest struct {
 
 func (x *GateRequest) Reset() {
 	*x = GateRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[58]
+	mi := &file_entente_v1_entente_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3763,7 +3877,7 @@ func (x *GateRequest) String() string {
 func (*GateRequest) ProtoMessage() {}
 
 func (x *GateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[58]
+	mi := &file_entente_v1_entente_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3776,7 +3890,7 @@ func (x *GateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GateRequest.ProtoReflect.Descriptor instead.
 func (*GateRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{58}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{60}
 }
 
 type GateResponse struct {
@@ -3788,7 +3902,7 @@ type GateResponse struct {
 
 func (x *GateResponse) Reset() {
 	*x = GateResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[59]
+	mi := &file_entente_v1_entente_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3800,7 +3914,7 @@ func (x *GateResponse) String() string {
 func (*GateResponse) ProtoMessage() {}
 
 func (x *GateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[59]
+	mi := &file_entente_v1_entente_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3813,7 +3927,7 @@ func (x *GateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GateResponse.ProtoReflect.Descriptor instead.
 func (*GateResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{59}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *GateResponse) GetAuthorities() []*AuthorityGate {
@@ -3836,7 +3950,7 @@ type AuthorityGate struct {
 
 func (x *AuthorityGate) Reset() {
 	*x = AuthorityGate{}
-	mi := &file_entente_v1_entente_proto_msgTypes[60]
+	mi := &file_entente_v1_entente_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3848,7 +3962,7 @@ func (x *AuthorityGate) String() string {
 func (*AuthorityGate) ProtoMessage() {}
 
 func (x *AuthorityGate) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[60]
+	mi := &file_entente_v1_entente_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3861,7 +3975,7 @@ func (x *AuthorityGate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityGate.ProtoReflect.Descriptor instead.
 func (*AuthorityGate) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{60}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *AuthorityGate) GetId() string {
@@ -3903,7 +4017,7 @@ type MarkReadyRequest struct {
 
 func (x *MarkReadyRequest) Reset() {
 	*x = MarkReadyRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[61]
+	mi := &file_entente_v1_entente_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3915,7 +4029,7 @@ func (x *MarkReadyRequest) String() string {
 func (*MarkReadyRequest) ProtoMessage() {}
 
 func (x *MarkReadyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[61]
+	mi := &file_entente_v1_entente_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3928,7 +4042,7 @@ func (x *MarkReadyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MarkReadyRequest.ProtoReflect.Descriptor instead.
 func (*MarkReadyRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{61}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *MarkReadyRequest) GetId() string {
@@ -3961,7 +4075,7 @@ type MarkReadyResponse struct {
 
 func (x *MarkReadyResponse) Reset() {
 	*x = MarkReadyResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[62]
+	mi := &file_entente_v1_entente_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3973,7 +4087,7 @@ func (x *MarkReadyResponse) String() string {
 func (*MarkReadyResponse) ProtoMessage() {}
 
 func (x *MarkReadyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[62]
+	mi := &file_entente_v1_entente_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3986,7 +4100,7 @@ func (x *MarkReadyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MarkReadyResponse.ProtoReflect.Descriptor instead.
 func (*MarkReadyResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{62}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *MarkReadyResponse) GetRevision() uint64 {
@@ -4007,7 +4121,7 @@ type Picture struct {
 
 func (x *Picture) Reset() {
 	*x = Picture{}
-	mi := &file_entente_v1_entente_proto_msgTypes[63]
+	mi := &file_entente_v1_entente_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4019,7 +4133,7 @@ func (x *Picture) String() string {
 func (*Picture) ProtoMessage() {}
 
 func (x *Picture) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[63]
+	mi := &file_entente_v1_entente_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4032,7 +4146,7 @@ func (x *Picture) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Picture.ProtoReflect.Descriptor instead.
 func (*Picture) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{63}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *Picture) GetPolicy() *Policy {
@@ -4057,7 +4171,7 @@ type PresenceRequest struct {
 
 func (x *PresenceRequest) Reset() {
 	*x = PresenceRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[64]
+	mi := &file_entente_v1_entente_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4069,7 +4183,7 @@ func (x *PresenceRequest) String() string {
 func (*PresenceRequest) ProtoMessage() {}
 
 func (x *PresenceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[64]
+	mi := &file_entente_v1_entente_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4082,7 +4196,7 @@ func (x *PresenceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PresenceRequest.ProtoReflect.Descriptor instead.
 func (*PresenceRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{64}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{66}
 }
 
 type PresenceResponse struct {
@@ -4096,7 +4210,7 @@ type PresenceResponse struct {
 
 func (x *PresenceResponse) Reset() {
 	*x = PresenceResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[65]
+	mi := &file_entente_v1_entente_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4108,7 +4222,7 @@ func (x *PresenceResponse) String() string {
 func (*PresenceResponse) ProtoMessage() {}
 
 func (x *PresenceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[65]
+	mi := &file_entente_v1_entente_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4121,7 +4235,7 @@ func (x *PresenceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PresenceResponse.ProtoReflect.Descriptor instead.
 func (*PresenceResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{65}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *PresenceResponse) GetInstances() []*Instance {
@@ -4153,7 +4267,7 @@ type ListAuthoritiesRequest struct {
 
 func (x *ListAuthoritiesRequest) Reset() {
 	*x = ListAuthoritiesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[66]
+	mi := &file_entente_v1_entente_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4165,7 +4279,7 @@ func (x *ListAuthoritiesRequest) String() string {
 func (*ListAuthoritiesRequest) ProtoMessage() {}
 
 func (x *ListAuthoritiesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[66]
+	mi := &file_entente_v1_entente_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4178,7 +4292,7 @@ func (x *ListAuthoritiesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuthoritiesRequest.ProtoReflect.Descriptor instead.
 func (*ListAuthoritiesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{66}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{68}
 }
 
 type ListAuthoritiesResponse struct {
@@ -4192,7 +4306,7 @@ type ListAuthoritiesResponse struct {
 
 func (x *ListAuthoritiesResponse) Reset() {
 	*x = ListAuthoritiesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[67]
+	mi := &file_entente_v1_entente_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4204,7 +4318,7 @@ func (x *ListAuthoritiesResponse) String() string {
 func (*ListAuthoritiesResponse) ProtoMessage() {}
 
 func (x *ListAuthoritiesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[67]
+	mi := &file_entente_v1_entente_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4217,7 +4331,7 @@ func (x *ListAuthoritiesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuthoritiesResponse.ProtoReflect.Descriptor instead.
 func (*ListAuthoritiesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{67}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *ListAuthoritiesResponse) GetAuthorities() []*AuthorityStatus {
@@ -4255,7 +4369,7 @@ type AuthorityStatus struct {
 
 func (x *AuthorityStatus) Reset() {
 	*x = AuthorityStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[68]
+	mi := &file_entente_v1_entente_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4267,7 +4381,7 @@ func (x *AuthorityStatus) String() string {
 func (*AuthorityStatus) ProtoMessage() {}
 
 func (x *AuthorityStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[68]
+	mi := &file_entente_v1_entente_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4280,7 +4394,7 @@ func (x *AuthorityStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityStatus.ProtoReflect.Descriptor instead.
 func (*AuthorityStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{68}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *AuthorityStatus) GetAuthority() *v1.Authority {
@@ -4334,7 +4448,7 @@ type PrepareAuthorityRequest struct {
 
 func (x *PrepareAuthorityRequest) Reset() {
 	*x = PrepareAuthorityRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[69]
+	mi := &file_entente_v1_entente_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4346,7 +4460,7 @@ func (x *PrepareAuthorityRequest) String() string {
 func (*PrepareAuthorityRequest) ProtoMessage() {}
 
 func (x *PrepareAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[69]
+	mi := &file_entente_v1_entente_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4359,7 +4473,7 @@ func (x *PrepareAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*PrepareAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{69}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *PrepareAuthorityRequest) GetUse() v1.KeyUse {
@@ -4380,7 +4494,7 @@ type ChangeAuthorityRequest struct {
 
 func (x *ChangeAuthorityRequest) Reset() {
 	*x = ChangeAuthorityRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[70]
+	mi := &file_entente_v1_entente_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4392,7 +4506,7 @@ func (x *ChangeAuthorityRequest) String() string {
 func (*ChangeAuthorityRequest) ProtoMessage() {}
 
 func (x *ChangeAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[70]
+	mi := &file_entente_v1_entente_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4405,7 +4519,7 @@ func (x *ChangeAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*ChangeAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{70}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *ChangeAuthorityRequest) GetId() string {
@@ -4446,7 +4560,7 @@ type ChangeAuthorityResponse struct {
 
 func (x *ChangeAuthorityResponse) Reset() {
 	*x = ChangeAuthorityResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[71]
+	mi := &file_entente_v1_entente_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4458,7 +4572,7 @@ func (x *ChangeAuthorityResponse) String() string {
 func (*ChangeAuthorityResponse) ProtoMessage() {}
 
 func (x *ChangeAuthorityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[71]
+	mi := &file_entente_v1_entente_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4471,7 +4585,7 @@ func (x *ChangeAuthorityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAuthorityResponse.ProtoReflect.Descriptor instead.
 func (*ChangeAuthorityResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{71}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *ChangeAuthorityResponse) GetAuthority() *v1.Authority {
@@ -4526,7 +4640,7 @@ type RemoveNodeRequest struct {
 
 func (x *RemoveNodeRequest) Reset() {
 	*x = RemoveNodeRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[72]
+	mi := &file_entente_v1_entente_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4538,7 +4652,7 @@ func (x *RemoveNodeRequest) String() string {
 func (*RemoveNodeRequest) ProtoMessage() {}
 
 func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[72]
+	mi := &file_entente_v1_entente_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4551,7 +4665,7 @@ func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodeRequest.ProtoReflect.Descriptor instead.
 func (*RemoveNodeRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{72}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *RemoveNodeRequest) GetName() string {
@@ -4581,7 +4695,7 @@ type RemoveNodeResponse struct {
 
 func (x *RemoveNodeResponse) Reset() {
 	*x = RemoveNodeResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[73]
+	mi := &file_entente_v1_entente_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4593,7 +4707,7 @@ func (x *RemoveNodeResponse) String() string {
 func (*RemoveNodeResponse) ProtoMessage() {}
 
 func (x *RemoveNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[73]
+	mi := &file_entente_v1_entente_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4606,7 +4720,7 @@ func (x *RemoveNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodeResponse.ProtoReflect.Descriptor instead.
 func (*RemoveNodeResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{73}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *RemoveNodeResponse) GetRevision() uint64 {
@@ -4654,7 +4768,7 @@ type ListAgentsRequest struct {
 
 func (x *ListAgentsRequest) Reset() {
 	*x = ListAgentsRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[74]
+	mi := &file_entente_v1_entente_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4666,7 +4780,7 @@ func (x *ListAgentsRequest) String() string {
 func (*ListAgentsRequest) ProtoMessage() {}
 
 func (x *ListAgentsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[74]
+	mi := &file_entente_v1_entente_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4679,7 +4793,7 @@ func (x *ListAgentsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAgentsRequest.ProtoReflect.Descriptor instead.
 func (*ListAgentsRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{74}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{76}
 }
 
 func (x *ListAgentsRequest) GetPageSize() uint32 {
@@ -4706,7 +4820,7 @@ type ListAgentsResponse struct {
 
 func (x *ListAgentsResponse) Reset() {
 	*x = ListAgentsResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[75]
+	mi := &file_entente_v1_entente_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4718,7 +4832,7 @@ func (x *ListAgentsResponse) String() string {
 func (*ListAgentsResponse) ProtoMessage() {}
 
 func (x *ListAgentsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[75]
+	mi := &file_entente_v1_entente_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4731,7 +4845,7 @@ func (x *ListAgentsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAgentsResponse.ProtoReflect.Descriptor instead.
 func (*ListAgentsResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{75}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *ListAgentsResponse) GetAgents() []*AgentStatus {
@@ -4760,7 +4874,7 @@ type AgentStatus struct {
 
 func (x *AgentStatus) Reset() {
 	*x = AgentStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[76]
+	mi := &file_entente_v1_entente_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4772,7 +4886,7 @@ func (x *AgentStatus) String() string {
 func (*AgentStatus) ProtoMessage() {}
 
 func (x *AgentStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[76]
+	mi := &file_entente_v1_entente_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4785,7 +4899,7 @@ func (x *AgentStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentStatus.ProtoReflect.Descriptor instead.
 func (*AgentStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{76}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{78}
 }
 
 func (x *AgentStatus) GetAgent() *v1.Agent {
@@ -4825,7 +4939,7 @@ type GetAgentRequest struct {
 
 func (x *GetAgentRequest) Reset() {
 	*x = GetAgentRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[77]
+	mi := &file_entente_v1_entente_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4837,7 +4951,7 @@ func (x *GetAgentRequest) String() string {
 func (*GetAgentRequest) ProtoMessage() {}
 
 func (x *GetAgentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[77]
+	mi := &file_entente_v1_entente_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4850,7 +4964,7 @@ func (x *GetAgentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetAgentRequest.ProtoReflect.Descriptor instead.
 func (*GetAgentRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{77}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *GetAgentRequest) GetName() string {
@@ -4871,7 +4985,7 @@ type GetAgentResponse struct {
 
 func (x *GetAgentResponse) Reset() {
 	*x = GetAgentResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[78]
+	mi := &file_entente_v1_entente_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4883,7 +4997,7 @@ func (x *GetAgentResponse) String() string {
 func (*GetAgentResponse) ProtoMessage() {}
 
 func (x *GetAgentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[78]
+	mi := &file_entente_v1_entente_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4896,7 +5010,7 @@ func (x *GetAgentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetAgentResponse.ProtoReflect.Descriptor instead.
 func (*GetAgentResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{78}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{80}
 }
 
 func (x *GetAgentResponse) GetStatus() *AgentStatus {
@@ -4929,7 +5043,7 @@ type ChangeAgentRequest struct {
 
 func (x *ChangeAgentRequest) Reset() {
 	*x = ChangeAgentRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[79]
+	mi := &file_entente_v1_entente_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4941,7 +5055,7 @@ func (x *ChangeAgentRequest) String() string {
 func (*ChangeAgentRequest) ProtoMessage() {}
 
 func (x *ChangeAgentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[79]
+	mi := &file_entente_v1_entente_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4954,7 +5068,7 @@ func (x *ChangeAgentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAgentRequest.ProtoReflect.Descriptor instead.
 func (*ChangeAgentRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{79}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{81}
 }
 
 func (x *ChangeAgentRequest) GetName() string {
@@ -4973,7 +5087,7 @@ type ChangeAgentResponse struct {
 
 func (x *ChangeAgentResponse) Reset() {
 	*x = ChangeAgentResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[80]
+	mi := &file_entente_v1_entente_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4985,7 +5099,7 @@ func (x *ChangeAgentResponse) String() string {
 func (*ChangeAgentResponse) ProtoMessage() {}
 
 func (x *ChangeAgentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[80]
+	mi := &file_entente_v1_entente_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4998,7 +5112,7 @@ func (x *ChangeAgentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAgentResponse.ProtoReflect.Descriptor instead.
 func (*ChangeAgentResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{80}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *ChangeAgentResponse) GetRevision() uint64 {
@@ -5018,7 +5132,7 @@ type IsolateAgentRequest struct {
 
 func (x *IsolateAgentRequest) Reset() {
 	*x = IsolateAgentRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[81]
+	mi := &file_entente_v1_entente_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5030,7 +5144,7 @@ func (x *IsolateAgentRequest) String() string {
 func (*IsolateAgentRequest) ProtoMessage() {}
 
 func (x *IsolateAgentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[81]
+	mi := &file_entente_v1_entente_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5043,7 +5157,7 @@ func (x *IsolateAgentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IsolateAgentRequest.ProtoReflect.Descriptor instead.
 func (*IsolateAgentRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{81}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *IsolateAgentRequest) GetName() string {
@@ -5069,7 +5183,7 @@ type IsolateAgentResponse struct {
 
 func (x *IsolateAgentResponse) Reset() {
 	*x = IsolateAgentResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[82]
+	mi := &file_entente_v1_entente_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5081,7 +5195,7 @@ func (x *IsolateAgentResponse) String() string {
 func (*IsolateAgentResponse) ProtoMessage() {}
 
 func (x *IsolateAgentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[82]
+	mi := &file_entente_v1_entente_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5094,7 +5208,7 @@ func (x *IsolateAgentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IsolateAgentResponse.ProtoReflect.Descriptor instead.
 func (*IsolateAgentResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{82}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *IsolateAgentResponse) GetIsolation() *Isolation {
@@ -5118,7 +5232,7 @@ type Isolation struct {
 
 func (x *Isolation) Reset() {
 	*x = Isolation{}
-	mi := &file_entente_v1_entente_proto_msgTypes[83]
+	mi := &file_entente_v1_entente_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5130,7 +5244,7 @@ func (x *Isolation) String() string {
 func (*Isolation) ProtoMessage() {}
 
 func (x *Isolation) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[83]
+	mi := &file_entente_v1_entente_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5143,7 +5257,7 @@ func (x *Isolation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Isolation.ProtoReflect.Descriptor instead.
 func (*Isolation) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{83}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *Isolation) GetAgent() *v1.Agent {
@@ -5189,7 +5303,7 @@ type ListTokensRequest struct {
 
 func (x *ListTokensRequest) Reset() {
 	*x = ListTokensRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[84]
+	mi := &file_entente_v1_entente_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5201,7 +5315,7 @@ func (x *ListTokensRequest) String() string {
 func (*ListTokensRequest) ProtoMessage() {}
 
 func (x *ListTokensRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[84]
+	mi := &file_entente_v1_entente_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5214,7 +5328,7 @@ func (x *ListTokensRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTokensRequest.ProtoReflect.Descriptor instead.
 func (*ListTokensRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{84}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{86}
 }
 
 type ListTokensResponse struct {
@@ -5227,7 +5341,7 @@ type ListTokensResponse struct {
 
 func (x *ListTokensResponse) Reset() {
 	*x = ListTokensResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[85]
+	mi := &file_entente_v1_entente_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5239,7 +5353,7 @@ func (x *ListTokensResponse) String() string {
 func (*ListTokensResponse) ProtoMessage() {}
 
 func (x *ListTokensResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[85]
+	mi := &file_entente_v1_entente_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5252,7 +5366,7 @@ func (x *ListTokensResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTokensResponse.ProtoReflect.Descriptor instead.
 func (*ListTokensResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{85}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *ListTokensResponse) GetTokens() []*v1.Token {
@@ -5278,7 +5392,7 @@ type RevokeTokenRequest struct {
 
 func (x *RevokeTokenRequest) Reset() {
 	*x = RevokeTokenRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[86]
+	mi := &file_entente_v1_entente_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5290,7 +5404,7 @@ func (x *RevokeTokenRequest) String() string {
 func (*RevokeTokenRequest) ProtoMessage() {}
 
 func (x *RevokeTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[86]
+	mi := &file_entente_v1_entente_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5303,7 +5417,7 @@ func (x *RevokeTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeTokenRequest.ProtoReflect.Descriptor instead.
 func (*RevokeTokenRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{86}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{88}
 }
 
 func (x *RevokeTokenRequest) GetId() string {
@@ -5322,7 +5436,7 @@ type RevokeTokenResponse struct {
 
 func (x *RevokeTokenResponse) Reset() {
 	*x = RevokeTokenResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[87]
+	mi := &file_entente_v1_entente_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5334,7 +5448,7 @@ func (x *RevokeTokenResponse) String() string {
 func (*RevokeTokenResponse) ProtoMessage() {}
 
 func (x *RevokeTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[87]
+	mi := &file_entente_v1_entente_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5347,7 +5461,7 @@ func (x *RevokeTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeTokenResponse.ProtoReflect.Descriptor instead.
 func (*RevokeTokenResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{87}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{89}
 }
 
 func (x *RevokeTokenResponse) GetRevision() uint64 {
@@ -5367,7 +5481,7 @@ type ChangeEntriesRequest struct {
 
 func (x *ChangeEntriesRequest) Reset() {
 	*x = ChangeEntriesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[88]
+	mi := &file_entente_v1_entente_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5379,7 +5493,7 @@ func (x *ChangeEntriesRequest) String() string {
 func (*ChangeEntriesRequest) ProtoMessage() {}
 
 func (x *ChangeEntriesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[88]
+	mi := &file_entente_v1_entente_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5392,7 +5506,7 @@ func (x *ChangeEntriesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeEntriesRequest.ProtoReflect.Descriptor instead.
 func (*ChangeEntriesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{88}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{90}
 }
 
 func (x *ChangeEntriesRequest) GetChanges() []*v1.EntryChange {
@@ -5418,7 +5532,7 @@ type ChangeEntriesResponse struct {
 
 func (x *ChangeEntriesResponse) Reset() {
 	*x = ChangeEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[89]
+	mi := &file_entente_v1_entente_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5430,7 +5544,7 @@ func (x *ChangeEntriesResponse) String() string {
 func (*ChangeEntriesResponse) ProtoMessage() {}
 
 func (x *ChangeEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[89]
+	mi := &file_entente_v1_entente_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5443,7 +5557,7 @@ func (x *ChangeEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeEntriesResponse.ProtoReflect.Descriptor instead.
 func (*ChangeEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{89}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{91}
 }
 
 func (x *ChangeEntriesResponse) GetResults() []*EntryResult {
@@ -5466,7 +5580,7 @@ type EntryResult struct {
 
 func (x *EntryResult) Reset() {
 	*x = EntryResult{}
-	mi := &file_entente_v1_entente_proto_msgTypes[90]
+	mi := &file_entente_v1_entente_proto_msgTypes[92]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5478,7 +5592,7 @@ func (x *EntryResult) String() string {
 func (*EntryResult) ProtoMessage() {}
 
 func (x *EntryResult) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[90]
+	mi := &file_entente_v1_entente_proto_msgTypes[92]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5491,7 +5605,7 @@ func (x *EntryResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EntryResult.ProtoReflect.Descriptor instead.
 func (*EntryResult) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{90}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{92}
 }
 
 func (x *EntryResult) GetId() string {
@@ -5533,7 +5647,7 @@ type ListEntriesRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	PageSize      uint32                 `protobuf:"varint,1,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`      // at most 1000; 0: 1000
 	After         string                 `protobuf:"bytes,2,opt,name=after,proto3" json:"after,omitempty"`                             // id
-	Host          string                 `protobuf:"bytes,3,opt,name=host,proto3" json:"host,omitempty"`                               // only those that this agent may hold
+	Host          string                 `protobuf:"bytes,3,opt,name=host,proto3" json:"host,omitempty"`                               // only those that name this agent
 	PathPrefix    string                 `protobuf:"bytes,4,opt,name=path_prefix,json=pathPrefix,proto3" json:"path_prefix,omitempty"` // only SPIFFE paths at or below it
 	Declared      bool                   `protobuf:"varint,5,opt,name=declared,proto3" json:"declared,omitempty"`                      // only those declared by themselves
 	unknownFields protoimpl.UnknownFields
@@ -5542,7 +5656,7 @@ type ListEntriesRequest struct {
 
 func (x *ListEntriesRequest) Reset() {
 	*x = ListEntriesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[91]
+	mi := &file_entente_v1_entente_proto_msgTypes[93]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5554,7 +5668,7 @@ func (x *ListEntriesRequest) String() string {
 func (*ListEntriesRequest) ProtoMessage() {}
 
 func (x *ListEntriesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[91]
+	mi := &file_entente_v1_entente_proto_msgTypes[93]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5567,7 +5681,7 @@ func (x *ListEntriesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntriesRequest.ProtoReflect.Descriptor instead.
 func (*ListEntriesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{91}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{93}
 }
 
 func (x *ListEntriesRequest) GetPageSize() uint32 {
@@ -5615,7 +5729,7 @@ type ListEntriesResponse struct {
 
 func (x *ListEntriesResponse) Reset() {
 	*x = ListEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[92]
+	mi := &file_entente_v1_entente_proto_msgTypes[94]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5627,7 +5741,7 @@ func (x *ListEntriesResponse) String() string {
 func (*ListEntriesResponse) ProtoMessage() {}
 
 func (x *ListEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[92]
+	mi := &file_entente_v1_entente_proto_msgTypes[94]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5640,7 +5754,7 @@ func (x *ListEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntriesResponse.ProtoReflect.Descriptor instead.
 func (*ListEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{92}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{94}
 }
 
 func (x *ListEntriesResponse) GetEntries() []*v1.Entry {
@@ -5666,7 +5780,7 @@ type GetEntryRequest struct {
 
 func (x *GetEntryRequest) Reset() {
 	*x = GetEntryRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[93]
+	mi := &file_entente_v1_entente_proto_msgTypes[95]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5678,7 +5792,7 @@ func (x *GetEntryRequest) String() string {
 func (*GetEntryRequest) ProtoMessage() {}
 
 func (x *GetEntryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[93]
+	mi := &file_entente_v1_entente_proto_msgTypes[95]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5691,7 +5805,7 @@ func (x *GetEntryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetEntryRequest.ProtoReflect.Descriptor instead.
 func (*GetEntryRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{93}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{95}
 }
 
 func (x *GetEntryRequest) GetId() string {
@@ -5710,7 +5824,7 @@ type GetEntryResponse struct {
 
 func (x *GetEntryResponse) Reset() {
 	*x = GetEntryResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[94]
+	mi := &file_entente_v1_entente_proto_msgTypes[96]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5722,7 +5836,7 @@ func (x *GetEntryResponse) String() string {
 func (*GetEntryResponse) ProtoMessage() {}
 
 func (x *GetEntryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[94]
+	mi := &file_entente_v1_entente_proto_msgTypes[96]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5735,7 +5849,7 @@ func (x *GetEntryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetEntryResponse.ProtoReflect.Descriptor instead.
 func (*GetEntryResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{94}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{96}
 }
 
 func (x *GetEntryResponse) GetEntry() *v1.Entry {
@@ -5754,7 +5868,7 @@ type CountEntriesResponse struct {
 
 func (x *CountEntriesResponse) Reset() {
 	*x = CountEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[95]
+	mi := &file_entente_v1_entente_proto_msgTypes[97]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5766,7 +5880,7 @@ func (x *CountEntriesResponse) String() string {
 func (*CountEntriesResponse) ProtoMessage() {}
 
 func (x *CountEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[95]
+	mi := &file_entente_v1_entente_proto_msgTypes[97]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5779,7 +5893,7 @@ func (x *CountEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CountEntriesResponse.ProtoReflect.Descriptor instead.
 func (*CountEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{95}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{97}
 }
 
 func (x *CountEntriesResponse) GetEntries() uint64 {
@@ -5806,12 +5920,13 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\fJoinResponse\x120\n" +
 	"\x06member\x18\x01 \x01(\v2\x18.entente.state.v1.MemberR\x06member\x122\n" +
 	"\amembers\x18\x02 \x03(\v2\x18.entente.state.v1.MemberR\amembers\x123\n" +
-	"\acluster\x18\x03 \x01(\v2\x19.entente.state.v1.ClusterR\acluster\"x\n" +
+	"\acluster\x18\x03 \x01(\v2\x19.entente.state.v1.ClusterR\acluster\"\x9c\x01\n" +
 	"\rAttestRequest\x12\x19\n" +
 	"\btoken_id\x18\x01 \x01(\tR\atokenId\x12\x1c\n" +
 	"\tstatement\x18\x02 \x01(\fR\tstatement\x12\x1c\n" +
 	"\tsignature\x18\x03 \x01(\fR\tsignature\x12\x10\n" +
-	"\x03csr\x18\x04 \x01(\fR\x03csr\"\xe4\x01\n" +
+	"\x03csr\x18\x04 \x01(\fR\x03csr\x12\"\n" +
+	"\fcertificates\x18d \x03(\fR\fcertificates\"\xe4\x01\n" +
 	"\x0eAttestResponse\x12\"\n" +
 	"\fcertificates\x18\x01 \x03(\fR\fcertificates\x12\x16\n" +
 	"\x06bundle\x18\x02 \x01(\fR\x06bundle\x122\n" +
@@ -6033,10 +6148,16 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\adry_run\x18\x03 \x01(\bR\x06dryRun\"_\n" +
 	"\rApplyResponse\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x122\n" +
-	"\achanges\x18\x02 \x03(\v2\x18.entente.v1.ObjectChangeR\achanges\"U\n" +
+	"\achanges\x18\x02 \x03(\v2\x18.entente.v1.ObjectChangeR\achanges\"\x87\x01\n" +
 	"\fObjectChange\x12-\n" +
 	"\x03key\x18\x01 \x01(\v2\x1b.entente.state.v1.ObjectKeyR\x03key\x12\x16\n" +
-	"\x06action\x18\x02 \x01(\tR\x06action\"G\n" +
+	"\x06action\x18\x02 \x01(\tR\x06action\x120\n" +
+	"\x06before\x18d \x01(\v2\x18.entente.state.v1.ObjectR\x06before\"\x0f\n" +
+	"\rWhoAmIRequest\"y\n" +
+	"\x0eWhoAmIResponse\x12\x10\n" +
+	"\x03who\x18\x01 \x01(\tR\x03who\x12\x1a\n" +
+	"\boperator\x18\x02 \x01(\bR\boperator\x129\n" +
+	"\bbindings\x18\x03 \x03(\v2\x1d.entente.state.v1.RoleBindingR\bbindings\"G\n" +
 	"\x10GetBundleRequest\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x10\n" +
 	"\x03wit\x18\x02 \x01(\bR\x03wit\"'\n" +
@@ -6204,7 +6325,7 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x04Sign\x12E\n" +
 	"\bSignX509\x12\x1b.entente.v1.SignX509Request\x1a\x1c.entente.v1.SignX509Response\x12B\n" +
 	"\aSignJWT\x12\x1a.entente.v1.SignJWTRequest\x1a\x1b.entente.v1.SignJWTResponse\x12B\n" +
-	"\aSignWIT\x12\x1a.entente.v1.SignWITRequest\x1a\x1b.entente.v1.SignWITResponse2\x8a\x0f\n" +
+	"\aSignWIT\x12\x1a.entente.v1.SignWITRequest\x1a\x1b.entente.v1.SignWITResponse2\xcb\x0f\n" +
 	"\x05Admin\x12?\n" +
 	"\x06Status\x12\x19.entente.v1.StatusRequest\x1a\x1a.entente.v1.StatusResponse\x12N\n" +
 	"\vCreateToken\x12\x1e.entente.v1.CreateTokenRequest\x1a\x1f.entente.v1.CreateTokenResponse\x12<\n" +
@@ -6233,7 +6354,8 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\fCountEntries\x12\x1e.entente.v1.ListEntriesRequest\x1a .entente.v1.CountEntriesResponse\x12S\n" +
 	"\fSaveSnapshot\x12\x1f.entente.v1.SaveSnapshotRequest\x1a .entente.v1.SaveSnapshotResponse0\x01\x12H\n" +
 	"\tListNodes\x12\x1c.entente.v1.ListNodesRequest\x1a\x1d.entente.v1.ListNodesResponse\x12N\n" +
-	"\vPromoteNode\x12\x1e.entente.v1.PromoteNodeRequest\x1a\x1f.entente.v1.PromoteNodeResponse2\xee\x04\n" +
+	"\vPromoteNode\x12\x1e.entente.v1.PromoteNodeRequest\x1a\x1f.entente.v1.PromoteNodeResponse\x12?\n" +
+	"\x06WhoAmI\x12\x19.entente.v1.WhoAmIRequest\x1a\x1a.entente.v1.WhoAmIResponse2\xee\x04\n" +
 	"\x04Peer\x12B\n" +
 	"\aPropose\x12\x1a.entente.v1.ProposeRequest\x1a\x1b.entente.v1.ProposeResponse\x12?\n" +
 	"\x06Report\x12\x19.entente.v1.ReportRequest\x1a\x1a.entente.v1.ReportResponse\x12G\n" +
@@ -6258,7 +6380,7 @@ func file_entente_v1_entente_proto_rawDescGZIP() []byte {
 }
 
 var file_entente_v1_entente_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_entente_v1_entente_proto_msgTypes = make([]protoimpl.MessageInfo, 96)
+var file_entente_v1_entente_proto_msgTypes = make([]protoimpl.MessageInfo, 98)
 var file_entente_v1_entente_proto_goTypes = []any{
 	(Health)(0),                     // 0: entente.v1.Health
 	(*JoinRequest)(nil),             // 1: entente.v1.JoinRequest
@@ -6312,72 +6434,75 @@ var file_entente_v1_entente_proto_goTypes = []any{
 	(*ApplyRequest)(nil),            // 49: entente.v1.ApplyRequest
 	(*ApplyResponse)(nil),           // 50: entente.v1.ApplyResponse
 	(*ObjectChange)(nil),            // 51: entente.v1.ObjectChange
-	(*GetBundleRequest)(nil),        // 52: entente.v1.GetBundleRequest
-	(*GetBundleResponse)(nil),       // 53: entente.v1.GetBundleResponse
-	(*ProposeRequest)(nil),          // 54: entente.v1.ProposeRequest
-	(*ProposeResponse)(nil),         // 55: entente.v1.ProposeResponse
-	(*ReportRequest)(nil),           // 56: entente.v1.ReportRequest
-	(*HeldAuthority)(nil),           // 57: entente.v1.HeldAuthority
-	(*ReportResponse)(nil),          // 58: entente.v1.ReportResponse
-	(*GateRequest)(nil),             // 59: entente.v1.GateRequest
-	(*GateResponse)(nil),            // 60: entente.v1.GateResponse
-	(*AuthorityGate)(nil),           // 61: entente.v1.AuthorityGate
-	(*MarkReadyRequest)(nil),        // 62: entente.v1.MarkReadyRequest
-	(*MarkReadyResponse)(nil),       // 63: entente.v1.MarkReadyResponse
-	(*Picture)(nil),                 // 64: entente.v1.Picture
-	(*PresenceRequest)(nil),         // 65: entente.v1.PresenceRequest
-	(*PresenceResponse)(nil),        // 66: entente.v1.PresenceResponse
-	(*ListAuthoritiesRequest)(nil),  // 67: entente.v1.ListAuthoritiesRequest
-	(*ListAuthoritiesResponse)(nil), // 68: entente.v1.ListAuthoritiesResponse
-	(*AuthorityStatus)(nil),         // 69: entente.v1.AuthorityStatus
-	(*PrepareAuthorityRequest)(nil), // 70: entente.v1.PrepareAuthorityRequest
-	(*ChangeAuthorityRequest)(nil),  // 71: entente.v1.ChangeAuthorityRequest
-	(*ChangeAuthorityResponse)(nil), // 72: entente.v1.ChangeAuthorityResponse
-	(*RemoveNodeRequest)(nil),       // 73: entente.v1.RemoveNodeRequest
-	(*RemoveNodeResponse)(nil),      // 74: entente.v1.RemoveNodeResponse
-	(*ListAgentsRequest)(nil),       // 75: entente.v1.ListAgentsRequest
-	(*ListAgentsResponse)(nil),      // 76: entente.v1.ListAgentsResponse
-	(*AgentStatus)(nil),             // 77: entente.v1.AgentStatus
-	(*GetAgentRequest)(nil),         // 78: entente.v1.GetAgentRequest
-	(*GetAgentResponse)(nil),        // 79: entente.v1.GetAgentResponse
-	(*ChangeAgentRequest)(nil),      // 80: entente.v1.ChangeAgentRequest
-	(*ChangeAgentResponse)(nil),     // 81: entente.v1.ChangeAgentResponse
-	(*IsolateAgentRequest)(nil),     // 82: entente.v1.IsolateAgentRequest
-	(*IsolateAgentResponse)(nil),    // 83: entente.v1.IsolateAgentResponse
-	(*Isolation)(nil),               // 84: entente.v1.Isolation
-	(*ListTokensRequest)(nil),       // 85: entente.v1.ListTokensRequest
-	(*ListTokensResponse)(nil),      // 86: entente.v1.ListTokensResponse
-	(*RevokeTokenRequest)(nil),      // 87: entente.v1.RevokeTokenRequest
-	(*RevokeTokenResponse)(nil),     // 88: entente.v1.RevokeTokenResponse
-	(*ChangeEntriesRequest)(nil),    // 89: entente.v1.ChangeEntriesRequest
-	(*ChangeEntriesResponse)(nil),   // 90: entente.v1.ChangeEntriesResponse
-	(*EntryResult)(nil),             // 91: entente.v1.EntryResult
-	(*ListEntriesRequest)(nil),      // 92: entente.v1.ListEntriesRequest
-	(*ListEntriesResponse)(nil),     // 93: entente.v1.ListEntriesResponse
-	(*GetEntryRequest)(nil),         // 94: entente.v1.GetEntryRequest
-	(*GetEntryResponse)(nil),        // 95: entente.v1.GetEntryResponse
-	(*CountEntriesResponse)(nil),    // 96: entente.v1.CountEntriesResponse
-	(*v1.Member)(nil),               // 97: entente.state.v1.Member
-	(*v1.Cluster)(nil),              // 98: entente.state.v1.Cluster
-	(*v1.Agent)(nil),                // 99: entente.state.v1.Agent
-	(*v1.Distrust)(nil),             // 100: entente.state.v1.Distrust
-	(*v1.Entry)(nil),                // 101: entente.state.v1.Entry
-	(*v1.Object)(nil),               // 102: entente.state.v1.Object
-	(*v1.ObjectKey)(nil),            // 103: entente.state.v1.ObjectKey
-	(*v1.Authority)(nil),            // 104: entente.state.v1.Authority
-	(v1.KeyUse)(0),                  // 105: entente.state.v1.KeyUse
-	(*v1.NodeGrant)(nil),            // 106: entente.state.v1.NodeGrant
-	(*v1.AgentGrant)(nil),           // 107: entente.state.v1.AgentGrant
-	(*v1.Token)(nil),                // 108: entente.state.v1.Token
-	(*v1.EntryChange)(nil),          // 109: entente.state.v1.EntryChange
+	(*WhoAmIRequest)(nil),           // 52: entente.v1.WhoAmIRequest
+	(*WhoAmIResponse)(nil),          // 53: entente.v1.WhoAmIResponse
+	(*GetBundleRequest)(nil),        // 54: entente.v1.GetBundleRequest
+	(*GetBundleResponse)(nil),       // 55: entente.v1.GetBundleResponse
+	(*ProposeRequest)(nil),          // 56: entente.v1.ProposeRequest
+	(*ProposeResponse)(nil),         // 57: entente.v1.ProposeResponse
+	(*ReportRequest)(nil),           // 58: entente.v1.ReportRequest
+	(*HeldAuthority)(nil),           // 59: entente.v1.HeldAuthority
+	(*ReportResponse)(nil),          // 60: entente.v1.ReportResponse
+	(*GateRequest)(nil),             // 61: entente.v1.GateRequest
+	(*GateResponse)(nil),            // 62: entente.v1.GateResponse
+	(*AuthorityGate)(nil),           // 63: entente.v1.AuthorityGate
+	(*MarkReadyRequest)(nil),        // 64: entente.v1.MarkReadyRequest
+	(*MarkReadyResponse)(nil),       // 65: entente.v1.MarkReadyResponse
+	(*Picture)(nil),                 // 66: entente.v1.Picture
+	(*PresenceRequest)(nil),         // 67: entente.v1.PresenceRequest
+	(*PresenceResponse)(nil),        // 68: entente.v1.PresenceResponse
+	(*ListAuthoritiesRequest)(nil),  // 69: entente.v1.ListAuthoritiesRequest
+	(*ListAuthoritiesResponse)(nil), // 70: entente.v1.ListAuthoritiesResponse
+	(*AuthorityStatus)(nil),         // 71: entente.v1.AuthorityStatus
+	(*PrepareAuthorityRequest)(nil), // 72: entente.v1.PrepareAuthorityRequest
+	(*ChangeAuthorityRequest)(nil),  // 73: entente.v1.ChangeAuthorityRequest
+	(*ChangeAuthorityResponse)(nil), // 74: entente.v1.ChangeAuthorityResponse
+	(*RemoveNodeRequest)(nil),       // 75: entente.v1.RemoveNodeRequest
+	(*RemoveNodeResponse)(nil),      // 76: entente.v1.RemoveNodeResponse
+	(*ListAgentsRequest)(nil),       // 77: entente.v1.ListAgentsRequest
+	(*ListAgentsResponse)(nil),      // 78: entente.v1.ListAgentsResponse
+	(*AgentStatus)(nil),             // 79: entente.v1.AgentStatus
+	(*GetAgentRequest)(nil),         // 80: entente.v1.GetAgentRequest
+	(*GetAgentResponse)(nil),        // 81: entente.v1.GetAgentResponse
+	(*ChangeAgentRequest)(nil),      // 82: entente.v1.ChangeAgentRequest
+	(*ChangeAgentResponse)(nil),     // 83: entente.v1.ChangeAgentResponse
+	(*IsolateAgentRequest)(nil),     // 84: entente.v1.IsolateAgentRequest
+	(*IsolateAgentResponse)(nil),    // 85: entente.v1.IsolateAgentResponse
+	(*Isolation)(nil),               // 86: entente.v1.Isolation
+	(*ListTokensRequest)(nil),       // 87: entente.v1.ListTokensRequest
+	(*ListTokensResponse)(nil),      // 88: entente.v1.ListTokensResponse
+	(*RevokeTokenRequest)(nil),      // 89: entente.v1.RevokeTokenRequest
+	(*RevokeTokenResponse)(nil),     // 90: entente.v1.RevokeTokenResponse
+	(*ChangeEntriesRequest)(nil),    // 91: entente.v1.ChangeEntriesRequest
+	(*ChangeEntriesResponse)(nil),   // 92: entente.v1.ChangeEntriesResponse
+	(*EntryResult)(nil),             // 93: entente.v1.EntryResult
+	(*ListEntriesRequest)(nil),      // 94: entente.v1.ListEntriesRequest
+	(*ListEntriesResponse)(nil),     // 95: entente.v1.ListEntriesResponse
+	(*GetEntryRequest)(nil),         // 96: entente.v1.GetEntryRequest
+	(*GetEntryResponse)(nil),        // 97: entente.v1.GetEntryResponse
+	(*CountEntriesResponse)(nil),    // 98: entente.v1.CountEntriesResponse
+	(*v1.Member)(nil),               // 99: entente.state.v1.Member
+	(*v1.Cluster)(nil),              // 100: entente.state.v1.Cluster
+	(*v1.Agent)(nil),                // 101: entente.state.v1.Agent
+	(*v1.Distrust)(nil),             // 102: entente.state.v1.Distrust
+	(*v1.Entry)(nil),                // 103: entente.state.v1.Entry
+	(*v1.Object)(nil),               // 104: entente.state.v1.Object
+	(*v1.ObjectKey)(nil),            // 105: entente.state.v1.ObjectKey
+	(*v1.Authority)(nil),            // 106: entente.state.v1.Authority
+	(v1.KeyUse)(0),                  // 107: entente.state.v1.KeyUse
+	(*v1.NodeGrant)(nil),            // 108: entente.state.v1.NodeGrant
+	(*v1.AgentGrant)(nil),           // 109: entente.state.v1.AgentGrant
+	(*v1.RoleBinding)(nil),          // 110: entente.state.v1.RoleBinding
+	(*v1.Token)(nil),                // 111: entente.state.v1.Token
+	(*v1.EntryChange)(nil),          // 112: entente.state.v1.EntryChange
 }
 var file_entente_v1_entente_proto_depIdxs = []int32{
-	97,  // 0: entente.v1.JoinResponse.member:type_name -> entente.state.v1.Member
-	97,  // 1: entente.v1.JoinResponse.members:type_name -> entente.state.v1.Member
-	98,  // 2: entente.v1.JoinResponse.cluster:type_name -> entente.state.v1.Cluster
-	97,  // 3: entente.v1.AttestResponse.members:type_name -> entente.state.v1.Member
-	98,  // 4: entente.v1.AttestResponse.cluster:type_name -> entente.state.v1.Cluster
-	99,  // 5: entente.v1.AttestResponse.agent:type_name -> entente.state.v1.Agent
+	99,  // 0: entente.v1.JoinResponse.member:type_name -> entente.state.v1.Member
+	99,  // 1: entente.v1.JoinResponse.members:type_name -> entente.state.v1.Member
+	100, // 2: entente.v1.JoinResponse.cluster:type_name -> entente.state.v1.Cluster
+	99,  // 3: entente.v1.AttestResponse.members:type_name -> entente.state.v1.Member
+	100, // 4: entente.v1.AttestResponse.cluster:type_name -> entente.state.v1.Cluster
+	101, // 5: entente.v1.AttestResponse.agent:type_name -> entente.state.v1.Agent
 	6,   // 6: entente.v1.SyncRequest.hello:type_name -> entente.v1.Hello
 	7,   // 7: entente.v1.SyncRequest.ack:type_name -> entente.v1.Ack
 	8,   // 8: entente.v1.SyncRequest.report:type_name -> entente.v1.InstanceReport
@@ -6387,14 +6512,14 @@ var file_entente_v1_entente_proto_depIdxs = []int32{
 	14,  // 12: entente.v1.SyncResponse.presence:type_name -> entente.v1.Presence
 	15,  // 13: entente.v1.SyncResponse.heartbeat:type_name -> entente.v1.Heartbeat
 	11,  // 14: entente.v1.SyncResponse.urgent:type_name -> entente.v1.Urgent
-	100, // 15: entente.v1.Urgent.distrust:type_name -> entente.state.v1.Distrust
-	98,  // 16: entente.v1.Policy.cluster:type_name -> entente.state.v1.Cluster
-	101, // 17: entente.v1.Policy.entries:type_name -> entente.state.v1.Entry
+	102, // 15: entente.v1.Urgent.distrust:type_name -> entente.state.v1.Distrust
+	100, // 16: entente.v1.Policy.cluster:type_name -> entente.state.v1.Cluster
+	103, // 17: entente.v1.Policy.entries:type_name -> entente.state.v1.Entry
 	13,  // 18: entente.v1.Policy.bundles:type_name -> entente.v1.Bundle
-	102, // 19: entente.v1.Policy.objects:type_name -> entente.state.v1.Object
-	103, // 20: entente.v1.Policy.deleted_objects:type_name -> entente.state.v1.ObjectKey
-	97,  // 21: entente.v1.Policy.members:type_name -> entente.state.v1.Member
-	100, // 22: entente.v1.Policy.distrust:type_name -> entente.state.v1.Distrust
+	104, // 19: entente.v1.Policy.objects:type_name -> entente.state.v1.Object
+	105, // 20: entente.v1.Policy.deleted_objects:type_name -> entente.state.v1.ObjectKey
+	99,  // 21: entente.v1.Policy.members:type_name -> entente.state.v1.Member
+	102, // 22: entente.v1.Policy.distrust:type_name -> entente.state.v1.Distrust
 	9,   // 23: entente.v1.Presence.instances:type_name -> entente.v1.Instance
 	9,   // 24: entente.v1.Presence.withdrawn:type_name -> entente.v1.Instance
 	17,  // 25: entente.v1.SignX509Request.requests:type_name -> entente.v1.X509Request
@@ -6403,134 +6528,138 @@ var file_entente_v1_entente_proto_depIdxs = []int32{
 	26,  // 28: entente.v1.SignJWTResponse.results:type_name -> entente.v1.TokenResult
 	24,  // 29: entente.v1.SignWITRequest.requests:type_name -> entente.v1.WITRequest
 	26,  // 30: entente.v1.SignWITResponse.results:type_name -> entente.v1.TokenResult
-	98,  // 31: entente.v1.StatusResponse.cluster:type_name -> entente.state.v1.Cluster
+	100, // 31: entente.v1.StatusResponse.cluster:type_name -> entente.state.v1.Cluster
 	32,  // 32: entente.v1.StatusResponse.members:type_name -> entente.v1.MemberStatus
-	104, // 33: entente.v1.StatusResponse.authorities:type_name -> entente.state.v1.Authority
+	106, // 33: entente.v1.StatusResponse.authorities:type_name -> entente.state.v1.Authority
 	46,  // 34: entente.v1.StatusResponse.foreign:type_name -> entente.v1.ForeignBundleStatus
 	9,   // 35: entente.v1.StatusResponse.instances:type_name -> entente.v1.Instance
 	30,  // 36: entente.v1.StatusResponse.autonomy:type_name -> entente.v1.Autonomy
 	29,  // 37: entente.v1.StatusResponse.upstream:type_name -> entente.v1.Upstream
-	84,  // 38: entente.v1.StatusResponse.isolated:type_name -> entente.v1.Isolation
+	86,  // 38: entente.v1.StatusResponse.isolated:type_name -> entente.v1.Isolation
 	31,  // 39: entente.v1.Autonomy.uses:type_name -> entente.v1.UseAutonomy
-	105, // 40: entente.v1.UseAutonomy.use:type_name -> entente.state.v1.KeyUse
-	97,  // 41: entente.v1.MemberStatus.member:type_name -> entente.state.v1.Member
+	107, // 40: entente.v1.UseAutonomy.use:type_name -> entente.state.v1.KeyUse
+	99,  // 41: entente.v1.MemberStatus.member:type_name -> entente.state.v1.Member
 	37,  // 42: entente.v1.ListNodesResponse.nodes:type_name -> entente.v1.NodeProgress
-	97,  // 43: entente.v1.NodeProgress.member:type_name -> entente.state.v1.Member
-	97,  // 44: entente.v1.VouchResponse.member:type_name -> entente.state.v1.Member
-	106, // 45: entente.v1.CreateTokenRequest.node:type_name -> entente.state.v1.NodeGrant
-	107, // 46: entente.v1.CreateTokenRequest.agent:type_name -> entente.state.v1.AgentGrant
-	102, // 47: entente.v1.ApplyRequest.objects:type_name -> entente.state.v1.Object
-	103, // 48: entente.v1.ApplyRequest.deletes:type_name -> entente.state.v1.ObjectKey
+	99,  // 43: entente.v1.NodeProgress.member:type_name -> entente.state.v1.Member
+	99,  // 44: entente.v1.VouchResponse.member:type_name -> entente.state.v1.Member
+	108, // 45: entente.v1.CreateTokenRequest.node:type_name -> entente.state.v1.NodeGrant
+	109, // 46: entente.v1.CreateTokenRequest.agent:type_name -> entente.state.v1.AgentGrant
+	104, // 47: entente.v1.ApplyRequest.objects:type_name -> entente.state.v1.Object
+	105, // 48: entente.v1.ApplyRequest.deletes:type_name -> entente.state.v1.ObjectKey
 	51,  // 49: entente.v1.ApplyResponse.changes:type_name -> entente.v1.ObjectChange
-	103, // 50: entente.v1.ObjectChange.key:type_name -> entente.state.v1.ObjectKey
-	57,  // 51: entente.v1.ReportRequest.held:type_name -> entente.v1.HeldAuthority
-	61,  // 52: entente.v1.GateResponse.authorities:type_name -> entente.v1.AuthorityGate
-	12,  // 53: entente.v1.Picture.policy:type_name -> entente.v1.Policy
-	14,  // 54: entente.v1.Picture.presence:type_name -> entente.v1.Presence
-	9,   // 55: entente.v1.PresenceResponse.instances:type_name -> entente.v1.Instance
-	9,   // 56: entente.v1.PresenceResponse.withdrawn:type_name -> entente.v1.Instance
-	69,  // 57: entente.v1.ListAuthoritiesResponse.authorities:type_name -> entente.v1.AuthorityStatus
-	104, // 58: entente.v1.AuthorityStatus.authority:type_name -> entente.state.v1.Authority
-	105, // 59: entente.v1.PrepareAuthorityRequest.use:type_name -> entente.state.v1.KeyUse
-	104, // 60: entente.v1.ChangeAuthorityResponse.authority:type_name -> entente.state.v1.Authority
-	104, // 61: entente.v1.ChangeAuthorityResponse.signing:type_name -> entente.state.v1.Authority
-	97,  // 62: entente.v1.RemoveNodeResponse.member:type_name -> entente.state.v1.Member
-	104, // 63: entente.v1.RemoveNodeResponse.authorities:type_name -> entente.state.v1.Authority
-	77,  // 64: entente.v1.ListAgentsResponse.agents:type_name -> entente.v1.AgentStatus
-	99,  // 65: entente.v1.AgentStatus.agent:type_name -> entente.state.v1.Agent
-	77,  // 66: entente.v1.GetAgentResponse.status:type_name -> entente.v1.AgentStatus
-	101, // 67: entente.v1.GetAgentResponse.entries:type_name -> entente.state.v1.Entry
-	9,   // 68: entente.v1.GetAgentResponse.instances:type_name -> entente.v1.Instance
-	84,  // 69: entente.v1.IsolateAgentResponse.isolation:type_name -> entente.v1.Isolation
-	99,  // 70: entente.v1.Isolation.agent:type_name -> entente.state.v1.Agent
-	108, // 71: entente.v1.ListTokensResponse.tokens:type_name -> entente.state.v1.Token
-	109, // 72: entente.v1.ChangeEntriesRequest.changes:type_name -> entente.state.v1.EntryChange
-	91,  // 73: entente.v1.ChangeEntriesResponse.results:type_name -> entente.v1.EntryResult
-	101, // 74: entente.v1.ListEntriesResponse.entries:type_name -> entente.state.v1.Entry
-	101, // 75: entente.v1.GetEntryResponse.entry:type_name -> entente.state.v1.Entry
-	1,   // 76: entente.v1.Join.Join:input_type -> entente.v1.JoinRequest
-	3,   // 77: entente.v1.Attest.Attest:input_type -> entente.v1.AttestRequest
-	5,   // 78: entente.v1.Sync.Sync:input_type -> entente.v1.SyncRequest
-	16,  // 79: entente.v1.Sign.SignX509:input_type -> entente.v1.SignX509Request
-	20,  // 80: entente.v1.Sign.SignJWT:input_type -> entente.v1.SignJWTRequest
-	23,  // 81: entente.v1.Sign.SignWIT:input_type -> entente.v1.SignWITRequest
-	27,  // 82: entente.v1.Admin.Status:input_type -> entente.v1.StatusRequest
-	47,  // 83: entente.v1.Admin.CreateToken:input_type -> entente.v1.CreateTokenRequest
-	49,  // 84: entente.v1.Admin.Apply:input_type -> entente.v1.ApplyRequest
-	52,  // 85: entente.v1.Admin.GetBundle:input_type -> entente.v1.GetBundleRequest
-	67,  // 86: entente.v1.Admin.ListAuthorities:input_type -> entente.v1.ListAuthoritiesRequest
-	70,  // 87: entente.v1.Admin.PrepareAuthority:input_type -> entente.v1.PrepareAuthorityRequest
-	71,  // 88: entente.v1.Admin.ActivateAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	71,  // 89: entente.v1.Admin.TaintAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	71,  // 90: entente.v1.Admin.RevokeAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	73,  // 91: entente.v1.Admin.RemoveNode:input_type -> entente.v1.RemoveNodeRequest
-	75,  // 92: entente.v1.Admin.ListAgents:input_type -> entente.v1.ListAgentsRequest
-	78,  // 93: entente.v1.Admin.GetAgent:input_type -> entente.v1.GetAgentRequest
-	80,  // 94: entente.v1.Admin.BanAgent:input_type -> entente.v1.ChangeAgentRequest
-	80,  // 95: entente.v1.Admin.EvictAgent:input_type -> entente.v1.ChangeAgentRequest
-	82,  // 96: entente.v1.Admin.IsolateAgent:input_type -> entente.v1.IsolateAgentRequest
-	85,  // 97: entente.v1.Admin.ListTokens:input_type -> entente.v1.ListTokensRequest
-	87,  // 98: entente.v1.Admin.RevokeToken:input_type -> entente.v1.RevokeTokenRequest
-	89,  // 99: entente.v1.Admin.ChangeEntries:input_type -> entente.v1.ChangeEntriesRequest
-	92,  // 100: entente.v1.Admin.ListEntries:input_type -> entente.v1.ListEntriesRequest
-	94,  // 101: entente.v1.Admin.GetEntry:input_type -> entente.v1.GetEntryRequest
-	92,  // 102: entente.v1.Admin.CountEntries:input_type -> entente.v1.ListEntriesRequest
-	33,  // 103: entente.v1.Admin.SaveSnapshot:input_type -> entente.v1.SaveSnapshotRequest
-	35,  // 104: entente.v1.Admin.ListNodes:input_type -> entente.v1.ListNodesRequest
-	38,  // 105: entente.v1.Admin.PromoteNode:input_type -> entente.v1.PromoteNodeRequest
-	54,  // 106: entente.v1.Peer.Propose:input_type -> entente.v1.ProposeRequest
-	56,  // 107: entente.v1.Peer.Report:input_type -> entente.v1.ReportRequest
-	65,  // 108: entente.v1.Peer.Presence:input_type -> entente.v1.PresenceRequest
-	59,  // 109: entente.v1.Peer.Gate:input_type -> entente.v1.GateRequest
-	40,  // 110: entente.v1.Peer.Vouch:input_type -> entente.v1.VouchRequest
-	42,  // 111: entente.v1.Peer.Checksum:input_type -> entente.v1.ChecksumRequest
-	35,  // 112: entente.v1.Peer.Nodes:input_type -> entente.v1.ListNodesRequest
-	62,  // 113: entente.v1.Peer.MarkReady:input_type -> entente.v1.MarkReadyRequest
-	44,  // 114: entente.v1.Peer.ShowEpoch:input_type -> entente.v1.ShowEpochRequest
-	2,   // 115: entente.v1.Join.Join:output_type -> entente.v1.JoinResponse
-	4,   // 116: entente.v1.Attest.Attest:output_type -> entente.v1.AttestResponse
-	10,  // 117: entente.v1.Sync.Sync:output_type -> entente.v1.SyncResponse
-	18,  // 118: entente.v1.Sign.SignX509:output_type -> entente.v1.SignX509Response
-	22,  // 119: entente.v1.Sign.SignJWT:output_type -> entente.v1.SignJWTResponse
-	25,  // 120: entente.v1.Sign.SignWIT:output_type -> entente.v1.SignWITResponse
-	28,  // 121: entente.v1.Admin.Status:output_type -> entente.v1.StatusResponse
-	48,  // 122: entente.v1.Admin.CreateToken:output_type -> entente.v1.CreateTokenResponse
-	50,  // 123: entente.v1.Admin.Apply:output_type -> entente.v1.ApplyResponse
-	53,  // 124: entente.v1.Admin.GetBundle:output_type -> entente.v1.GetBundleResponse
-	68,  // 125: entente.v1.Admin.ListAuthorities:output_type -> entente.v1.ListAuthoritiesResponse
-	72,  // 126: entente.v1.Admin.PrepareAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	72,  // 127: entente.v1.Admin.ActivateAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	72,  // 128: entente.v1.Admin.TaintAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	72,  // 129: entente.v1.Admin.RevokeAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	74,  // 130: entente.v1.Admin.RemoveNode:output_type -> entente.v1.RemoveNodeResponse
-	76,  // 131: entente.v1.Admin.ListAgents:output_type -> entente.v1.ListAgentsResponse
-	79,  // 132: entente.v1.Admin.GetAgent:output_type -> entente.v1.GetAgentResponse
-	81,  // 133: entente.v1.Admin.BanAgent:output_type -> entente.v1.ChangeAgentResponse
-	81,  // 134: entente.v1.Admin.EvictAgent:output_type -> entente.v1.ChangeAgentResponse
-	83,  // 135: entente.v1.Admin.IsolateAgent:output_type -> entente.v1.IsolateAgentResponse
-	86,  // 136: entente.v1.Admin.ListTokens:output_type -> entente.v1.ListTokensResponse
-	88,  // 137: entente.v1.Admin.RevokeToken:output_type -> entente.v1.RevokeTokenResponse
-	90,  // 138: entente.v1.Admin.ChangeEntries:output_type -> entente.v1.ChangeEntriesResponse
-	93,  // 139: entente.v1.Admin.ListEntries:output_type -> entente.v1.ListEntriesResponse
-	95,  // 140: entente.v1.Admin.GetEntry:output_type -> entente.v1.GetEntryResponse
-	96,  // 141: entente.v1.Admin.CountEntries:output_type -> entente.v1.CountEntriesResponse
-	34,  // 142: entente.v1.Admin.SaveSnapshot:output_type -> entente.v1.SaveSnapshotResponse
-	36,  // 143: entente.v1.Admin.ListNodes:output_type -> entente.v1.ListNodesResponse
-	39,  // 144: entente.v1.Admin.PromoteNode:output_type -> entente.v1.PromoteNodeResponse
-	55,  // 145: entente.v1.Peer.Propose:output_type -> entente.v1.ProposeResponse
-	58,  // 146: entente.v1.Peer.Report:output_type -> entente.v1.ReportResponse
-	66,  // 147: entente.v1.Peer.Presence:output_type -> entente.v1.PresenceResponse
-	60,  // 148: entente.v1.Peer.Gate:output_type -> entente.v1.GateResponse
-	41,  // 149: entente.v1.Peer.Vouch:output_type -> entente.v1.VouchResponse
-	43,  // 150: entente.v1.Peer.Checksum:output_type -> entente.v1.ChecksumResponse
-	36,  // 151: entente.v1.Peer.Nodes:output_type -> entente.v1.ListNodesResponse
-	63,  // 152: entente.v1.Peer.MarkReady:output_type -> entente.v1.MarkReadyResponse
-	45,  // 153: entente.v1.Peer.ShowEpoch:output_type -> entente.v1.ShowEpochResponse
-	115, // [115:154] is the sub-list for method output_type
-	76,  // [76:115] is the sub-list for method input_type
-	76,  // [76:76] is the sub-list for extension type_name
-	76,  // [76:76] is the sub-list for extension extendee
-	0,   // [0:76] is the sub-list for field type_name
+	105, // 50: entente.v1.ObjectChange.key:type_name -> entente.state.v1.ObjectKey
+	104, // 51: entente.v1.ObjectChange.before:type_name -> entente.state.v1.Object
+	110, // 52: entente.v1.WhoAmIResponse.bindings:type_name -> entente.state.v1.RoleBinding
+	59,  // 53: entente.v1.ReportRequest.held:type_name -> entente.v1.HeldAuthority
+	63,  // 54: entente.v1.GateResponse.authorities:type_name -> entente.v1.AuthorityGate
+	12,  // 55: entente.v1.Picture.policy:type_name -> entente.v1.Policy
+	14,  // 56: entente.v1.Picture.presence:type_name -> entente.v1.Presence
+	9,   // 57: entente.v1.PresenceResponse.instances:type_name -> entente.v1.Instance
+	9,   // 58: entente.v1.PresenceResponse.withdrawn:type_name -> entente.v1.Instance
+	71,  // 59: entente.v1.ListAuthoritiesResponse.authorities:type_name -> entente.v1.AuthorityStatus
+	106, // 60: entente.v1.AuthorityStatus.authority:type_name -> entente.state.v1.Authority
+	107, // 61: entente.v1.PrepareAuthorityRequest.use:type_name -> entente.state.v1.KeyUse
+	106, // 62: entente.v1.ChangeAuthorityResponse.authority:type_name -> entente.state.v1.Authority
+	106, // 63: entente.v1.ChangeAuthorityResponse.signing:type_name -> entente.state.v1.Authority
+	99,  // 64: entente.v1.RemoveNodeResponse.member:type_name -> entente.state.v1.Member
+	106, // 65: entente.v1.RemoveNodeResponse.authorities:type_name -> entente.state.v1.Authority
+	79,  // 66: entente.v1.ListAgentsResponse.agents:type_name -> entente.v1.AgentStatus
+	101, // 67: entente.v1.AgentStatus.agent:type_name -> entente.state.v1.Agent
+	79,  // 68: entente.v1.GetAgentResponse.status:type_name -> entente.v1.AgentStatus
+	103, // 69: entente.v1.GetAgentResponse.entries:type_name -> entente.state.v1.Entry
+	9,   // 70: entente.v1.GetAgentResponse.instances:type_name -> entente.v1.Instance
+	86,  // 71: entente.v1.IsolateAgentResponse.isolation:type_name -> entente.v1.Isolation
+	101, // 72: entente.v1.Isolation.agent:type_name -> entente.state.v1.Agent
+	111, // 73: entente.v1.ListTokensResponse.tokens:type_name -> entente.state.v1.Token
+	112, // 74: entente.v1.ChangeEntriesRequest.changes:type_name -> entente.state.v1.EntryChange
+	93,  // 75: entente.v1.ChangeEntriesResponse.results:type_name -> entente.v1.EntryResult
+	103, // 76: entente.v1.ListEntriesResponse.entries:type_name -> entente.state.v1.Entry
+	103, // 77: entente.v1.GetEntryResponse.entry:type_name -> entente.state.v1.Entry
+	1,   // 78: entente.v1.Join.Join:input_type -> entente.v1.JoinRequest
+	3,   // 79: entente.v1.Attest.Attest:input_type -> entente.v1.AttestRequest
+	5,   // 80: entente.v1.Sync.Sync:input_type -> entente.v1.SyncRequest
+	16,  // 81: entente.v1.Sign.SignX509:input_type -> entente.v1.SignX509Request
+	20,  // 82: entente.v1.Sign.SignJWT:input_type -> entente.v1.SignJWTRequest
+	23,  // 83: entente.v1.Sign.SignWIT:input_type -> entente.v1.SignWITRequest
+	27,  // 84: entente.v1.Admin.Status:input_type -> entente.v1.StatusRequest
+	47,  // 85: entente.v1.Admin.CreateToken:input_type -> entente.v1.CreateTokenRequest
+	49,  // 86: entente.v1.Admin.Apply:input_type -> entente.v1.ApplyRequest
+	54,  // 87: entente.v1.Admin.GetBundle:input_type -> entente.v1.GetBundleRequest
+	69,  // 88: entente.v1.Admin.ListAuthorities:input_type -> entente.v1.ListAuthoritiesRequest
+	72,  // 89: entente.v1.Admin.PrepareAuthority:input_type -> entente.v1.PrepareAuthorityRequest
+	73,  // 90: entente.v1.Admin.ActivateAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	73,  // 91: entente.v1.Admin.TaintAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	73,  // 92: entente.v1.Admin.RevokeAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	75,  // 93: entente.v1.Admin.RemoveNode:input_type -> entente.v1.RemoveNodeRequest
+	77,  // 94: entente.v1.Admin.ListAgents:input_type -> entente.v1.ListAgentsRequest
+	80,  // 95: entente.v1.Admin.GetAgent:input_type -> entente.v1.GetAgentRequest
+	82,  // 96: entente.v1.Admin.BanAgent:input_type -> entente.v1.ChangeAgentRequest
+	82,  // 97: entente.v1.Admin.EvictAgent:input_type -> entente.v1.ChangeAgentRequest
+	84,  // 98: entente.v1.Admin.IsolateAgent:input_type -> entente.v1.IsolateAgentRequest
+	87,  // 99: entente.v1.Admin.ListTokens:input_type -> entente.v1.ListTokensRequest
+	89,  // 100: entente.v1.Admin.RevokeToken:input_type -> entente.v1.RevokeTokenRequest
+	91,  // 101: entente.v1.Admin.ChangeEntries:input_type -> entente.v1.ChangeEntriesRequest
+	94,  // 102: entente.v1.Admin.ListEntries:input_type -> entente.v1.ListEntriesRequest
+	96,  // 103: entente.v1.Admin.GetEntry:input_type -> entente.v1.GetEntryRequest
+	94,  // 104: entente.v1.Admin.CountEntries:input_type -> entente.v1.ListEntriesRequest
+	33,  // 105: entente.v1.Admin.SaveSnapshot:input_type -> entente.v1.SaveSnapshotRequest
+	35,  // 106: entente.v1.Admin.ListNodes:input_type -> entente.v1.ListNodesRequest
+	38,  // 107: entente.v1.Admin.PromoteNode:input_type -> entente.v1.PromoteNodeRequest
+	52,  // 108: entente.v1.Admin.WhoAmI:input_type -> entente.v1.WhoAmIRequest
+	56,  // 109: entente.v1.Peer.Propose:input_type -> entente.v1.ProposeRequest
+	58,  // 110: entente.v1.Peer.Report:input_type -> entente.v1.ReportRequest
+	67,  // 111: entente.v1.Peer.Presence:input_type -> entente.v1.PresenceRequest
+	61,  // 112: entente.v1.Peer.Gate:input_type -> entente.v1.GateRequest
+	40,  // 113: entente.v1.Peer.Vouch:input_type -> entente.v1.VouchRequest
+	42,  // 114: entente.v1.Peer.Checksum:input_type -> entente.v1.ChecksumRequest
+	35,  // 115: entente.v1.Peer.Nodes:input_type -> entente.v1.ListNodesRequest
+	64,  // 116: entente.v1.Peer.MarkReady:input_type -> entente.v1.MarkReadyRequest
+	44,  // 117: entente.v1.Peer.ShowEpoch:input_type -> entente.v1.ShowEpochRequest
+	2,   // 118: entente.v1.Join.Join:output_type -> entente.v1.JoinResponse
+	4,   // 119: entente.v1.Attest.Attest:output_type -> entente.v1.AttestResponse
+	10,  // 120: entente.v1.Sync.Sync:output_type -> entente.v1.SyncResponse
+	18,  // 121: entente.v1.Sign.SignX509:output_type -> entente.v1.SignX509Response
+	22,  // 122: entente.v1.Sign.SignJWT:output_type -> entente.v1.SignJWTResponse
+	25,  // 123: entente.v1.Sign.SignWIT:output_type -> entente.v1.SignWITResponse
+	28,  // 124: entente.v1.Admin.Status:output_type -> entente.v1.StatusResponse
+	48,  // 125: entente.v1.Admin.CreateToken:output_type -> entente.v1.CreateTokenResponse
+	50,  // 126: entente.v1.Admin.Apply:output_type -> entente.v1.ApplyResponse
+	55,  // 127: entente.v1.Admin.GetBundle:output_type -> entente.v1.GetBundleResponse
+	70,  // 128: entente.v1.Admin.ListAuthorities:output_type -> entente.v1.ListAuthoritiesResponse
+	74,  // 129: entente.v1.Admin.PrepareAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	74,  // 130: entente.v1.Admin.ActivateAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	74,  // 131: entente.v1.Admin.TaintAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	74,  // 132: entente.v1.Admin.RevokeAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	76,  // 133: entente.v1.Admin.RemoveNode:output_type -> entente.v1.RemoveNodeResponse
+	78,  // 134: entente.v1.Admin.ListAgents:output_type -> entente.v1.ListAgentsResponse
+	81,  // 135: entente.v1.Admin.GetAgent:output_type -> entente.v1.GetAgentResponse
+	83,  // 136: entente.v1.Admin.BanAgent:output_type -> entente.v1.ChangeAgentResponse
+	83,  // 137: entente.v1.Admin.EvictAgent:output_type -> entente.v1.ChangeAgentResponse
+	85,  // 138: entente.v1.Admin.IsolateAgent:output_type -> entente.v1.IsolateAgentResponse
+	88,  // 139: entente.v1.Admin.ListTokens:output_type -> entente.v1.ListTokensResponse
+	90,  // 140: entente.v1.Admin.RevokeToken:output_type -> entente.v1.RevokeTokenResponse
+	92,  // 141: entente.v1.Admin.ChangeEntries:output_type -> entente.v1.ChangeEntriesResponse
+	95,  // 142: entente.v1.Admin.ListEntries:output_type -> entente.v1.ListEntriesResponse
+	97,  // 143: entente.v1.Admin.GetEntry:output_type -> entente.v1.GetEntryResponse
+	98,  // 144: entente.v1.Admin.CountEntries:output_type -> entente.v1.CountEntriesResponse
+	34,  // 145: entente.v1.Admin.SaveSnapshot:output_type -> entente.v1.SaveSnapshotResponse
+	36,  // 146: entente.v1.Admin.ListNodes:output_type -> entente.v1.ListNodesResponse
+	39,  // 147: entente.v1.Admin.PromoteNode:output_type -> entente.v1.PromoteNodeResponse
+	53,  // 148: entente.v1.Admin.WhoAmI:output_type -> entente.v1.WhoAmIResponse
+	57,  // 149: entente.v1.Peer.Propose:output_type -> entente.v1.ProposeResponse
+	60,  // 150: entente.v1.Peer.Report:output_type -> entente.v1.ReportResponse
+	68,  // 151: entente.v1.Peer.Presence:output_type -> entente.v1.PresenceResponse
+	62,  // 152: entente.v1.Peer.Gate:output_type -> entente.v1.GateResponse
+	41,  // 153: entente.v1.Peer.Vouch:output_type -> entente.v1.VouchResponse
+	43,  // 154: entente.v1.Peer.Checksum:output_type -> entente.v1.ChecksumResponse
+	36,  // 155: entente.v1.Peer.Nodes:output_type -> entente.v1.ListNodesResponse
+	65,  // 156: entente.v1.Peer.MarkReady:output_type -> entente.v1.MarkReadyResponse
+	45,  // 157: entente.v1.Peer.ShowEpoch:output_type -> entente.v1.ShowEpochResponse
+	118, // [118:158] is the sub-list for method output_type
+	78,  // [78:118] is the sub-list for method input_type
+	78,  // [78:78] is the sub-list for extension type_name
+	78,  // [78:78] is the sub-list for extension extendee
+	0,   // [0:78] is the sub-list for field type_name
 }
 
 func init() { file_entente_v1_entente_proto_init() }
@@ -6555,7 +6684,7 @@ func file_entente_v1_entente_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_entente_v1_entente_proto_rawDesc), len(file_entente_v1_entente_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   96,
+			NumMessages:   98,
 			NumExtensions: 0,
 			NumServices:   6,
 		},

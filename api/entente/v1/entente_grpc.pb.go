@@ -5,8 +5,8 @@
 // source: entente/v1/entente.proto
 
 // Package entente.v1 holds the doors of a CA node. All of them are gRPC over
-// TLS 1.3 on its API address, except Admin, which is also (and by default only)
-// served on a unix socket of mode 0600.
+// TLS 1.3 on its API address. Admin is served there to administrators, and on a unix
+// socket of mode 0600 to the operators of the node's host.
 
 package ententev1
 
@@ -551,6 +551,7 @@ const (
 	Admin_SaveSnapshot_FullMethodName      = "/entente.v1.Admin/SaveSnapshot"
 	Admin_ListNodes_FullMethodName         = "/entente.v1.Admin/ListNodes"
 	Admin_PromoteNode_FullMethodName       = "/entente.v1.Admin/PromoteNode"
+	Admin_WhoAmI_FullMethodName            = "/entente.v1.Admin/WhoAmI"
 )
 
 // AdminClient is the client API for Admin service.
@@ -594,6 +595,8 @@ type AdminClient interface {
 	ListNodes(ctx context.Context, in *ListNodesRequest, opts ...grpc.CallOption) (*ListNodesResponse, error)
 	// PromoteNode makes a non-voter vote when it has caught up.
 	PromoteNode(ctx context.Context, in *PromoteNodeRequest, opts ...grpc.CallOption) (*PromoteNodeResponse, error)
+	// WhoAmI says as whom the caller is known, and with which roles.
+	WhoAmI(ctx context.Context, in *WhoAmIRequest, opts ...grpc.CallOption) (*WhoAmIResponse, error)
 }
 
 type adminClient struct {
@@ -853,6 +856,16 @@ func (c *adminClient) PromoteNode(ctx context.Context, in *PromoteNodeRequest, o
 	return out, nil
 }
 
+func (c *adminClient) WhoAmI(ctx context.Context, in *WhoAmIRequest, opts ...grpc.CallOption) (*WhoAmIResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(WhoAmIResponse)
+	err := c.cc.Invoke(ctx, Admin_WhoAmI_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // AdminServer is the server API for Admin service.
 // All implementations must embed UnimplementedAdminServer
 // for forward compatibility.
@@ -894,6 +907,8 @@ type AdminServer interface {
 	ListNodes(context.Context, *ListNodesRequest) (*ListNodesResponse, error)
 	// PromoteNode makes a non-voter vote when it has caught up.
 	PromoteNode(context.Context, *PromoteNodeRequest) (*PromoteNodeResponse, error)
+	// WhoAmI says as whom the caller is known, and with which roles.
+	WhoAmI(context.Context, *WhoAmIRequest) (*WhoAmIResponse, error)
 	mustEmbedUnimplementedAdminServer()
 }
 
@@ -975,6 +990,9 @@ func (UnimplementedAdminServer) ListNodes(context.Context, *ListNodesRequest) (*
 }
 func (UnimplementedAdminServer) PromoteNode(context.Context, *PromoteNodeRequest) (*PromoteNodeResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method PromoteNode not implemented")
+}
+func (UnimplementedAdminServer) WhoAmI(context.Context, *WhoAmIRequest) (*WhoAmIResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method WhoAmI not implemented")
 }
 func (UnimplementedAdminServer) mustEmbedUnimplementedAdminServer() {}
 func (UnimplementedAdminServer) testEmbeddedByValue()               {}
@@ -1422,6 +1440,24 @@ func _Admin_PromoteNode_Handler(srv interface{}, ctx context.Context, dec func(i
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Admin_WhoAmI_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(WhoAmIRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).WhoAmI(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_WhoAmI_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).WhoAmI(ctx, req.(*WhoAmIRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Admin_ServiceDesc is the grpc.ServiceDesc for Admin service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -1520,6 +1556,10 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "PromoteNode",
 			Handler:    _Admin_PromoteNode_Handler,
+		},
+		{
+			MethodName: "WhoAmI",
+			Handler:    _Admin_WhoAmI_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{
