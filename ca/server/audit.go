@@ -190,13 +190,12 @@ func (a *Audit) Command(command *statev1.Command, outcome domain.Outcome, err er
 	}
 }
 
-// Forwarded records, at the leader, what another CA node has had agreed: in whose name it
-// says. Nobody else can tell whether that is so.
-func (a *Audit) Forwarded(member string, command *statev1.Command, outcome domain.Outcome, err error) {
-	if a == nil {
-		return
+// Forwarded records, at the leader, what another CA node has had agreed, and in whose name
+// it says. Nobody else can tell whether that is so.
+func (a *Audit) Forwarded(who, via string, command *statev1.Command, outcome domain.Outcome, err error) {
+	if a != nil {
+		a.command(cmp.Or(who, via), via, command, outcome, err)
 	}
-	a.command(cmp.Or(command.GetActor(), "CA node "+member), "CA node "+member, command, outcome, err)
 }
 
 func (a *Audit) command(who, via string, command *statev1.Command, outcome domain.Outcome, err error) {

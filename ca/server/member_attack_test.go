@@ -116,7 +116,7 @@ func TestStolenNodeKey(t *testing.T) {
 		t.Errorf("control: an operator's ban: %v", err)
 	}
 	audit, err := os.ReadFile(filepath.Join(leader.Config().DataDir, "audit.log"))
-	if want := `"who":"local user eve, by way of CA node ` + stolen.Config().Name + ` (` + id + `)","what":"ForwardedBanAgent","on":["agent/h2"],"result":"done"`; err != nil || !strings.Contains(string(audit), want) {
+	if want := `"who":"local user eve","via":"CA node ` + stolen.Config().Name + ` (` + id + `)","what":"BanAgent","on":["agent/h2"],"result":"done"`; err != nil || !strings.Contains(string(audit), want) {
 		t.Errorf("the leader's audit log does not say %s: %v", want, err)
 	}
 	v.serves("afterwards")

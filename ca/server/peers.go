@@ -51,18 +51,19 @@ func (d peerDoor) Propose(ctx context.Context, req *ententev1.ProposeRequest) (*
 	if len(req.GetCommand()) > maxCommand || proto.Unmarshal(req.GetCommand(), command) != nil {
 		return nil, status.Errorf(codes.InvalidArgument, "the command does not decode, or has over %d bytes", maxCommand)
 	}
+	who, via := command.GetActor(), fmt.Sprintf("CA node %s (%s)", c.member.GetName(), c.keyID)
 	if err := s.mayPropose(c, command); err != nil {
 		s.Log.Warn("a command of a CA node was refused", "member", c.member.GetName(), "error", err)
-		s.Audit.Forwarded(c.member.GetName(), command, domain.Outcome{}, err)
+		s.Audit.Forwarded(who, via, command, domain.Outcome{}, err)
 		return nil, status.Error(codes.PermissionDenied, err.Error())
 	}
 	// Whoever asked that member is its word; that it was this member is ours.
-	command.Actor += fmt.Sprintf(", by way of CA node %s (%s)", c.member.GetName(), c.keyID)
+	command.Actor = who + ", by way of " + via
 	outcome, err := s.Leader.Propose(ctx, command)
 	if errors.Is(err, ErrNotLeader) {
 		return nil, status.Error(codes.FailedPrecondition, err.Error())
 	}
-	s.Audit.Forwarded(c.member.GetName(), command, outcome, err)
+	s.Audit.Forwarded(who, via, command, outcome, err)
 	if err != nil {
 		return nil, s.proposeError(err)
 	}

@@ -101,7 +101,7 @@ func TestAdministratorsByTheirRoles(t *testing.T) {
 		"Status": "pia vic tom", "GetBundle": "pia vic tom", "ListEntries": "pia vic tom", "CountEntries": "pia vic tom", "GetEntry": "pia vic tom",
 		"Apply": "pia vic tom", "ChangeEntries": "pia vic tom", // and looked at there
 		"ListNodes": "vic tom", "ListAuthorities": "vic tom", "ListAgents": "vic tom", "GetAgent": "vic tom", "ListTokens": "vic tom",
-		"CreateToken": "tom", "RevokeToken": "tom", "BanAgent": "tom", "EvictAgent": "tom", "PrepareAuthority": "tom", "ActivateAuthority": "tom",
+		"CreateToken": "tom", "RevokeToken": "tom", "BanAgent": "tom", "EvictAgent": "tom", "IsolateAgent": "tom", "PrepareAuthority": "tom", "ActivateAuthority": "tom",
 		"TaintAuthority": "tom", "RevokeAuthority": "tom", "RemoveNode": "tom", "PromoteNode": "tom", "SaveSnapshot": "tom",
 		"WhoAmI": "pia vic tom nobody",
 	}
@@ -314,8 +314,8 @@ func TestMemberForwardsAdministrators(t *testing.T) {
 		t.Errorf("an agent: %v", r)
 	}
 	_, raw := auditLines(t, f.ca)
-	for _, want := range []string{`"who":"spiffe://banking.example/people/pia","via":"CA node ca-1","what":"ChangeEntries","on":["entry/a"],"result":"done"`,
-		`"who":"spiffe://banking.example/people/pia","via":"CA node ca-1","what":"ChangeEntries","on":["entry/b"],"result":"refused"`} {
+	for _, want := range []string{`"who":"spiffe://banking.example/people/pia","via":"CA node ca-1 (` + f.ca.Node().ID() + `)","what":"ChangeEntries","on":["entry/a"],"result":"done"`,
+		`"who":"spiffe://banking.example/people/pia","via":"CA node ca-1 (` + f.ca.Node().ID() + `)","what":"ChangeEntries","on":["entry/b"],"result":"refused"`} {
 		if !strings.Contains(string(raw), want) {
 			t.Errorf("no %s in\n%s", want, raw)
 		}
