@@ -93,7 +93,7 @@ func CheckEntryID(id string) error {
 
 // Canonical puts an entry's sets in order, so that equal entries are equal records.
 func Canonical(e *statev1.Entry) {
-	for _, list := range []*[]string{&e.Hosts, &e.Selectors, &e.DnsNames, &e.FederatesWith} {
+	for _, list := range []*[]string{&e.Hosts, &e.Selectors, &e.DnsNames, &e.FederatesWith, &e.NodeSelectors} {
 		if !isSet(*list) {
 			*list = sortedSet(*list)
 		}
@@ -180,6 +180,9 @@ func CheckEntry(td spiffeid.TrustDomain, e *statev1.Entry, longest time.Duration
 		}
 	}
 	if err := CheckSelectors(e.GetSelectors()); err != nil {
+		return err
+	}
+	if err := CheckNodeSelectors(e.GetNodeSelectors()); err != nil {
 		return err
 	}
 	if n := e.GetX509SvidSeconds(); n != 0 {

@@ -33,8 +33,13 @@ func GatewayPath(name string) string { return "/entente/gateway/" + name }
 
 // Reserved tells whether a SPIFFE path is below ReservedPath, which no service
 // may claim.
-func Reserved(path string) bool {
-	return path == ReservedPath || strings.HasPrefix(path, ReservedPath+"/")
+func Reserved(path string) bool { return AtOrBelow(path, ReservedPath) }
+
+// AtOrBelow compares SPIFFE paths by whole segments: /team/payments is not below
+// /team/pay.
+func AtOrBelow(path, prefix string) bool {
+	below, ok := strings.CutPrefix(path, prefix)
+	return ok && (below == "" || below[0] == '/')
 }
 
 // CheckLabel refuses what is not one DNS label in lower case: letters, digits and

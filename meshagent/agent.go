@@ -110,8 +110,8 @@ func New(cfg *Config, opts Options) (*Agent, error) {
 		}
 		a.log.Warn("the join token cannot be read; the agent attests by its key", "error", err)
 	}
-	if a.known.cluster == nil && a.token == nil {
-		return nil, errors.New("this host has not attested yet and has no join token: make one with `entente token create` at the CA, and set ca.token or ca.tokenFile")
+	if a.known.cluster == nil && a.token == nil && cfg.Attest.X509PoP.Certificate == "" {
+		return nil, errors.New("this host has not attested yet and has no join token: make one with `entente token create` at the CA, and set ca.token or ca.tokenFile; or set attest.x509pop")
 	}
 	if td := cfg.Domain(); a.token != nil && a.token.TrustDomain != td {
 		return nil, fmt.Errorf("the join token is for trust domain %s, the agent's is %s", a.token.TrustDomain.Name(), td.Name())
@@ -119,6 +119,9 @@ func New(cfg *Config, opts Options) (*Agent, error) {
 
 	state := &State{View: &client.View{}, changed: make(chan struct{}), reissued: make(chan struct{})}
 	a.state.Store(state)
+	if err := a.trust(); err != nil {
+		return nil, err
+	}
 	a.recall()
 	a.clientAs = client.Config{
 		TrustDomain: cfg.Domain(),
@@ -151,6 +154,28 @@ func New(cfg *Config, opts Options) (*Agent, error) {
 		}
 	}
 	return a, nil
+}
+
+// trust reads the bundle by which the CA is known before the first attestation.
+func (a *Agent) trust() error {
+	file := a.cfg.CA.BundleFile
+	if file == "" || a.known.cluster != nil {
+		return nil
+	}
+	data, err := os.ReadFile(file)
+	if err != nil {
+		return fmt.Errorf("cannot read the bundle of %s: %w", a.cfg.TrustDomain, err)
+	}
+	bundle, err := readBundle(a.cfg.Domain(), data)
+	if err != nil {
+		return fmt.Errorf("%s: %w", file, err)
+	}
+	a.change(func(s *State) *State {
+		next := *s
+		next.Bundle = bundle
+		return &next
+	})
+	return nil
 }
 
 // recall takes up the SVID and bundle of the last run, if they are still good.

@@ -40,6 +40,7 @@ type Config struct {
 	Settle time.Duration `yaml:"settle,min=1ms,max=10m"`
 
 	CA          CAConfig          `yaml:"ca"`
+	Attest      AttestConfig      `yaml:"attest"`
 	WorkloadAPI WorkloadAPIConfig `yaml:"workloadAPI"`
 	Sidecar     SidecarConfig     `yaml:"sidecar"`
 	Health      HealthConfig      `yaml:"health"`
@@ -64,6 +65,24 @@ type CAConfig struct {
 	// the first attestation only.
 	Token     string `yaml:"token"`
 	TokenFile string `yaml:"tokenFile"`
+	// BundleFile is the domain's SPIFFE bundle (JSON), by which the CA is known before
+	// the first attestation. A join token says that by itself.
+	BundleFile string `yaml:"bundleFile"`
+}
+
+// AttestConfig says how the host is admitted, if not by a join token.
+type AttestConfig struct {
+	X509PoP X509PoPConfig `yaml:"x509pop"`
+}
+
+// X509PoPConfig is a certificate that the host has of another PKI, and that the CA nodes
+// admit it by (their x509pop).
+type X509PoPConfig struct {
+	yamlfile.Pos
+	// Certificate is a PEM file: the host's, then those that lead to its authority. Key is
+	// its private key.
+	Certificate string `yaml:"certificate"`
+	Key         string `yaml:"key"`
 }
 
 // WorkloadAPIConfig is about the SPIFFE Workload API.
@@ -319,6 +338,15 @@ func (c *Config) check() (errs yamlfile.Errors) {
 	}
 	if c.CA.Token != "" && c.CA.TokenFile != "" {
 		refuse(c.CA.At("tokenFile"), "token and tokenFile are both given: give one of them")
+	}
+	switch pop := c.Attest.X509PoP; {
+	case (pop.Certificate == "") != (pop.Key == ""):
+		refuse(pop.At("certificate"), "certificate and key belong together")
+	case pop.Certificate == "":
+	case c.CA.Token != "" || c.CA.TokenFile != "":
+		refuse(pop.At("certificate"), "the host is admitted by a certificate or by a join token, not by both: leave one out")
+	case c.CA.BundleFile == "" || len(c.CA.Addresses) == 0:
+		refuse(pop.At("certificate"), "ca.addresses and ca.bundleFile are needed: without a join token nothing else says which CA to believe")
 	}
 
 	if c.app, err = netip.ParseAddr(c.Sidecar.AppAddress); err != nil || !c.app.IsLoopback() {

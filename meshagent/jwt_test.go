@@ -21,6 +21,7 @@ import (
 	"github.com/entente-mesh/entente/ca/client"
 	casigner "github.com/entente-mesh/entente/ca/signer"
 	"github.com/entente-mesh/entente/federation/bundle"
+	"github.com/entente-mesh/entente/internal/jwtsvid"
 	"github.com/entente-mesh/entente/internal/peer/peertest"
 )
 
@@ -397,7 +398,7 @@ func BenchmarkFetchJWTHeld(b *testing.B) {
 
 // A key of a bundle is for one kind of SVID: what it is handed on as, and what it
 // verifies.
-// Requirements: 71, 94, 180, T11.
+// Requirements: 68, 71, 94, 126, 180, 185, T11.
 func TestKeysAreKeptApart(t *testing.T) {
 	authority := peertest.NewAuthority(trade)
 	key := func(id string) bundle.Key {
@@ -434,6 +435,31 @@ func TestKeysAreKeptApart(t *testing.T) {
 		b, skipped, err := bundle.Parse(trade, test.bundle.JWKS)
 		if err != nil || len(skipped) > 0 || len(b.X509) != 0 || len(b.JWT) != test.jwt || len(b.WIT) != test.wit {
 			t.Errorf("%s: handed on as %s", name, test.bundle.JWKS)
+		}
+	}
+
+	// Who federates gets the JWT keys, and the WIT keys of a relationship that has them;
+	// each verifies its own domain's tokens only.
+	gateway := entry("gateway/gw", "/entente/gateway/gw", 1)
+	gateway.Role, gateway.FederatesWith = statev1.Role_ROLE_GATEWAY, []string{"trading.example"}
+	for _, wit := range []bool{false, true} {
+		s.witPeers = map[string]bool{"trading.example": wit, "banking.example": true}
+		identity, err := s.identify(gateway, bank, "h1")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(identity.FederatedJWT) != 1 || (len(identity.FederatedWIT) == 1) != wit {
+			t.Errorf("a relationship with WIT keys: %v; %d JWT, %d WIT", wit, len(identity.FederatedJWT), len(identity.FederatedWIT))
+		}
+		s.JWT = &TokenBundle{TrustDomain: bank, Keys: jwtsvid.Keys{"own": nil}}
+		for td, want := range map[string]string{"banking.example": "own", "trading.example": "j", "clearing.example": ""} {
+			keys, ok := s.JWTKeys([]*Identity{identity})(spiffeid.RequireTrustDomainFromString(td))
+			if _, has := keys[want]; ok != (want != "") || ok && (!has || len(keys) != 1) {
+				t.Errorf("keys of %s: %v", td, keys)
+			}
+		}
+		if keys, ok := s.JWTKeys(nil)(trade); ok {
+			t.Errorf("who federates with nobody verifies with %v", keys)
 		}
 	}
 }

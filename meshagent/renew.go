@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"runtime/debug"
 	"slices"
 	"time"
 
@@ -22,6 +23,9 @@ import (
 const (
 	// maxBatch SVIDs are asked for at a time; the client splits them as the door demands.
 	maxBatch = 500
+
+	// manyAtOnce is after how many SVIDs the garbage of it is worth a collection of its own.
+	manyAtOnce = 1000
 
 	retryFirst = 100 * time.Millisecond
 	retryMost  = 30 * time.Second
@@ -50,6 +54,16 @@ func retryAfter(n int, left time.Duration) time.Duration {
 	}
 	pause := min(retryFirst<<min(n-1, 16), most)
 	return pause/2 + rand.N(pause/2+1)
+}
+
+// pauseAfter is the pause after the nth failure: not shorter than the CA asked for, if it
+// was busy.
+func pauseAfter(err error, n int, left time.Duration) time.Duration {
+	pause := retryAfter(n, left)
+	if asked, busy := client.RetryAfter(err); busy {
+		pause = max(pause, asked+rand.N(asked/4+1))
+	}
+	return pause
 }
 
 func wait(ctx context.Context, d time.Duration) error {
@@ -107,7 +121,7 @@ func (a *Agent) keepOwn(ctx context.Context, identified chan<- struct{}) error {
 		if failures == 1 {
 			a.log.Warn("no fresh SVID for the agent itself; trying again", "valid_for", max(left, 0).Round(time.Second), "error", err)
 		}
-		due = now.Add(retryAfter(failures, left))
+		due = now.Add(pauseAfter(err, failures, left))
 	}
 }
 
@@ -199,7 +213,7 @@ func (a *Agent) renewOwn(ctx context.Context) (*x509svid.SVID, error) {
 }
 
 // attest asks to be admitted: by the key if it was admitted before, else, or when
-// the CA does not know the key, by the join token.
+// the CA does not know the key, by the join token or the host's certificate.
 func (a *Agent) attest(ctx context.Context, csr []byte) (*x509svid.SVID, error) {
 	var byKey error
 	if !a.neverAdmitted() {
@@ -207,23 +221,40 @@ func (a *Agent) attest(ctx context.Context, csr []byte) (*x509svid.SVID, error) 
 		if err == nil {
 			return a.install(answer.Certificates, answer)
 		}
-		if a.token == nil || !errors.Is(err, client.ErrDenied) {
+		if a.token == nil && a.cfg.Attest.X509PoP.Certificate == "" || !errors.Is(err, client.ErrDenied) {
 			return nil, err
 		}
 		byKey = err
 	}
-	answer, err := client.Attest(ctx, a.clientAs, nodeattest.ByToken(a.token, a.key), csr)
+	prove, err := a.proof()
+	if err != nil {
+		return nil, errors.Join(byKey, err)
+	}
+	answer, err := client.Attest(ctx, a.clientAs, prove, csr)
 	if err != nil {
 		return nil, errors.Join(byKey, err)
 	}
 	return a.install(answer.Certificates, answer)
 }
 
+// proof is what a host that is not known shows.
+func (a *Agent) proof() (func(exporter []byte) (client.Proof, error), error) {
+	pop := a.cfg.Attest.X509PoP
+	if a.token != nil || pop.Certificate == "" {
+		return nodeattest.ByToken(a.token, a.key), nil
+	}
+	host, err := nodeattest.LoadHostCertificate(pop.Certificate, pop.Key)
+	if err != nil {
+		return nil, err
+	}
+	return nodeattest.ByCertificate(host, a.cfg.TrustDomain, a.key), nil
+}
+
 // errTainted: a CA node that lags, or lies. What is held is as good.
 var errTainted = errors.New("a CA node signed it under an authority that is tainted")
 
-// errOtherAgent: the join token was made for an agent of another name.
-var errOtherAgent = errors.New("the join token admits another agent")
+// errOtherAgent: the join token, or the template over certificates, is for another name.
+var errOtherAgent = errors.New("the CA admits this host as another agent")
 
 // install verifies a new SVID of the agent's own and takes it into use; answer is
 // nil when it was renewed and not attested.
@@ -236,7 +267,7 @@ func (a *Agent) install(certificates [][]byte, answer *client.Attestation) (*x50
 		}
 		bundle = attested
 		if name := answer.Agent.GetName(); name != a.cfg.Name {
-			return nil, fmt.Errorf("%w: %q, and this one is %q: change its name, or make a token for it", errOtherAgent, name, a.cfg.Name)
+			return nil, fmt.Errorf("%w: %q, and this one is %q: change its name, or make a token for it or another template (x509pop.name of the CA nodes)", errOtherAgent, name, a.cfg.Name)
 		}
 		a.diskMu.Lock()
 		cluster := a.known.cluster
@@ -327,6 +358,7 @@ type renewal struct {
 func (a *Agent) keepSVIDs(ctx context.Context, kind renewal) error {
 	slots := map[string]*slot{}
 	var bundle any // of the state before: when it has changed, SVIDs may have become void
+	burst := 0     // SVIDs that were asked for since memory was last given back
 	for {
 		state := a.State()
 		now := time.Now()
@@ -372,11 +404,19 @@ func (a *Agent) keepSVIDs(ctx context.Context, kind renewal) error {
 			slices.SortFunc(due, func(x, y *slot) int {
 				return cmp.Or(x.ends.Compare(y.ends), cmp.Compare(x.entryID, y.entryID))
 			})
-			kind.renew(ctx, due[:min(len(due), maxBatch)])
+			due = due[:min(len(due), maxBatch)]
+			kind.renew(ctx, due)
 			if ctx.Err() != nil {
 				return ctx.Err()
 			}
+			burst += len(due)
 			continue
+		}
+		if burst >= manyAtOnce && next.Sub(now) > time.Second {
+			// What a start or a taint took is as much again as what it leaves, and hours may
+			// pass before so much is needed next: the host's workloads get it back.
+			debug.FreeOSMemory()
+			burst = 0
 		}
 
 		timer := time.NewTimer(next.Sub(now))
@@ -441,7 +481,7 @@ func (a *Agent) renew(ctx context.Context, slots []*slot) {
 		}
 		if err != nil {
 			s.failures++
-			s.due = now.Add(retryAfter(s.failures, s.ends.Sub(now)))
+			s.due = now.Add(pauseAfter(err, s.failures, s.ends.Sub(now)))
 			failed = append(failed, fmt.Errorf("%s: %w", s.id, err))
 			news = news || s.failures == 1
 			continue

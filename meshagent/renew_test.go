@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"reflect"
 	"strings"
 	"sync"
 	"testing"
@@ -463,5 +464,23 @@ func TestView(t *testing.T) {
 	s.reissued = make(chan struct{})
 	if got, _, err := s.withView(&same, bank, "h1"); err != nil || got.reissued == nil || len(got.View.Instances) != 1 {
 		t.Errorf("instances: %v %v", got, err)
+	}
+}
+
+// A certificate that shares what it can says what it said before.
+func TestSharedCertificateIsTheSame(t *testing.T) {
+	authority := peertest.NewAuthority(spiffeid.RequireTrustDomainFromString("banking.example"))
+	svid := authority.Issue("/accounts")
+	before, err := x509.ParseCertificate(svid.Certificates[0].Raw)
+	if err != nil {
+		t.Fatal(err)
+	}
+	after, err := x509.ParseCertificate(svid.Certificates[0].Raw)
+	if err != nil {
+		t.Fatal(err)
+	}
+	share(after, authority.Bundle(), svid.PrivateKey)
+	if !reflect.DeepEqual(before, after) {
+		t.Errorf("before %+v\nafter %+v", before, after)
 	}
 }

@@ -37,13 +37,13 @@ ca/signer:               ca
 ca/rotation:             ca ca/domain
 ca/replica:              ca ca/domain
 ca/keystore:
-ca/nodeattest:
+ca/nodeattest:           ca
 ca/server:               api/entente/v1
                          ca ca/domain ca/feed ca/presence ca/signer ca/nodeattest
                          federation federation/bundle federation/catalog
                          internal/peer
 ca/client:               api/entente/v1 ca internal/peer
-ca/node:                 ca ca/domain ca/rotation ca/replica ca/feed ca/presence ca/signer ca/keystore ca/server
+ca/node:                 ca ca/domain ca/rotation ca/replica ca/feed ca/presence ca/signer ca/keystore ca/nodeattest ca/server
                          federation federation/exchange
                          internal/peer internal/gossip internal/daemon internal/yamlfile
 ca/catest:               ...

@@ -23,11 +23,13 @@ const (
 )
 
 // Proof is what a host shows to be admitted. Statement is an encoded
-// statev1.JoinStatement that names the exporter of the connection.
+// statev1.JoinStatement, or with certificates a statev1.PossessionStatement, that names
+// the exporter of the connection. The zero value: by the key that was admitted before.
 type Proof struct {
-	TokenID   string // empty: by the key that a token admitted before
-	Statement []byte
-	Signature []byte
+	TokenID      string
+	Certificates [][]byte // of the host's own PKI, DER, leaf first
+	Statement    []byte
+	Signature    []byte
 }
 
 // Attestation is the CA's answer: who the host is now, and whom to believe.
@@ -59,10 +61,11 @@ func Attest(ctx context.Context, cfg Config, prove func(exporter []byte) (Proof,
 			return err
 		}
 		answer, err = ententev1.NewAttestClient(conn.rpc).Attest(ctx, &ententev1.AttestRequest{
-			TokenId:   proof.TokenID,
-			Statement: proof.Statement,
-			Signature: proof.Signature,
-			Csr:       csr,
+			TokenId:      proof.TokenID,
+			Certificates: proof.Certificates,
+			Statement:    proof.Statement,
+			Signature:    proof.Signature,
+			Csr:          csr,
 		})
 		return err
 	})
@@ -178,19 +181,14 @@ func signTokens[R any](ctx context.Context, c *Client, requests []R, sign func(c
 	for len(results) < len(requests) {
 		batch := requests[len(results):min(len(results)+signBatch, len(requests))]
 		var answer []*ententev1.TokenResult
-		var busy time.Duration
 		err := c.anyNode(ctx, func(ctx context.Context, conn *conn) error {
 			got, err := sign(ctx, ententev1.NewSignClient(conn.rpc), batch)
 			if err == nil && len(got) != len(batch) {
 				err = fmt.Errorf("%d results for %d requests", len(got), len(batch))
 			}
-			busy = max(busy, retryHint(err))
 			answer = got
 			return err
 		})
-		if err != nil && busy > 0 {
-			err = &busyError{err, busy}
-		}
 		for i := range batch {
 			if err != nil {
 				results = append(results, TokenResult{Err: err})
@@ -252,11 +250,13 @@ func itemError(r result) error {
 
 // anyNode calls one node after the other until one has answered: first the one
 // that Sync is connected to, then others in the order of dialling. A refusal is
-// asked of the others too, since a node may lag behind what was just agreed.
+// asked of the others too, since a node may lag behind what was just agreed. Where nobody
+// refused and somebody was busy, RetryAfter tells when to come back.
 func (c *Client) anyNode(ctx context.Context, call func(context.Context, *conn) error) error {
 	var tried []string
 	var failures []error
 	kind := ErrUnreachable
+	var busy time.Duration
 	try := func(conn *conn) (done bool) {
 		ctx, cancel := context.WithTimeout(ctx, callTimeout)
 		defer cancel()
@@ -267,6 +267,7 @@ func (c *Client) anyNode(ctx context.Context, call func(context.Context, *conn) 
 		if isDenial(err) {
 			kind = ErrDenied
 		}
+		busy = max(busy, retryHint(err))
 		tried = append(tried, conn.address)
 		failures = append(failures, fmt.Errorf("CA node at %s: %w", conn.address, plain(err)))
 		return false
@@ -295,7 +296,11 @@ func (c *Client) anyNode(ctx context.Context, call func(context.Context, *conn) 
 	if ctx.Err() != nil {
 		kind = ctx.Err()
 	}
-	return fmt.Errorf("%w: %w", kind, errors.Join(failures...))
+	err := fmt.Errorf("%w: %w", kind, errors.Join(failures...))
+	if kind == ErrUnreachable && busy > 0 {
+		return &busyError{err, busy}
+	}
+	return err
 }
 
 func isDenial(err error) bool {

@@ -2,6 +2,7 @@ package domain
 
 import (
 	"bytes"
+	"cmp"
 	"crypto/ed25519"
 	"crypto/sha256"
 	"encoding/hex"
@@ -20,9 +21,8 @@ import (
 const (
 	maxTokens      = 1 << 16
 	tokenMemory    = 24 * time.Hour // how long an expired token is remembered at least
-	maxAddresses   = 16
-	maxBundle      = 60 << 10 // a log entry has 64 KiB
-	maxPerMember   = 16       // authorities of one use
+	maxBundle      = 60 << 10       // a log entry has 64 KiB
+	maxPerMember   = 16             // authorities of one use
 	maxClockSlack  = 5 * time.Minute
 	authorityGrace = 24 * time.Hour // how long an ended authority is kept
 	maxSamples     = 64
@@ -89,6 +89,11 @@ func (a *application) run(cmd *statev1.Command) *Refusal {
 	if refusal := a.Admits(cmd); refusal != nil {
 		return refusal
 	}
+	if path := cmd.GetPrincipal(); path != "" {
+		if refusal := a.Administrator(path).MayCarryOut(cmd); refusal != nil {
+			return refusal
+		}
+	}
 	switch body := cmd.GetBody().(type) {
 	case *statev1.Command_CreateToken:
 		return a.createToken(body.CreateToken)
@@ -102,6 +107,8 @@ func (a *application) run(cmd *statev1.Command) *Refusal {
 		return a.promoteMember(body.PromoteMember)
 	case *statev1.Command_AttestAgent:
 		return a.attestAgent(body.AttestAgent)
+	case *statev1.Command_AdmitAgent:
+		return a.admitAgent(body.AdmitAgent)
 	case *statev1.Command_PrepareAuthority:
 		return a.prepareAuthority(body.PrepareAuthority)
 	case *statev1.Command_AuthorityReady:
@@ -126,6 +133,8 @@ func (a *application) run(cmd *statev1.Command) *Refusal {
 		return a.banAgent(body.BanAgent)
 	case *statev1.Command_EvictAgent:
 		return a.evictAgent(body.EvictAgent)
+	case *statev1.Command_MergeBans:
+		return a.mergeBans(body.MergeBans)
 	case *statev1.Command_RevokeToken:
 		return a.revokeToken(body.RevokeToken)
 	case *statev1.Command_ChangeEntries:
@@ -253,13 +262,9 @@ func (a *application) createToken(c *statev1.CreateToken) *Refusal {
 		name, datacenter = grant.Node.GetName(), grant.Node.GetDatacenter()
 	case *statev1.Token_Agent:
 		name, datacenter = grant.Agent.GetName(), grant.Agent.GetDatacenter()
-		if n := len(grant.Agent.GetAddresses()); n > maxAddresses {
-			return refuse(CodeInvalid, "%d addresses, over %d", n, maxAddresses)
-		}
-		for _, host := range grant.Agent.GetAddresses() {
-			if err := ca.CheckHost(host); err != nil {
-				return invalid(err)
-			}
+		if err := cmp.Or(ca.CheckHostAddresses(grant.Agent.GetAddresses()), ca.CheckNodeSelectors(grant.Agent.GetSelectors(), ca.NodeByToken),
+			ca.CheckScope(grant.Agent.GetPathPrefixes())); err != nil {
+			return invalid(err)
 		}
 	default:
 		return refuse(CodeInvalid, "the token grants nothing")
@@ -457,45 +462,6 @@ func (a *application) removeMember(c *statev1.RemoveMember) *Refusal {
 			a.move(authority, to)
 		}
 	}
-	return nil
-}
-
-// ---------------------------------------------------------------- agents
-
-func (a *application) attestAgent(c *statev1.AttestAgent) *Refusal {
-	keyID := c.GetKeyId()
-	t, repeat, refusal := a.redeem(c.GetTokenId(), ca.RoleAgent, keyID, c.GetStatement(), c.GetSignature())
-	if refusal != nil {
-		return refusal
-	}
-	grant := t.GetAgent()
-	if grant == nil {
-		return refuse(CodeTokenInvalid, "the token does not admit agents")
-	}
-	have, known := a.agents.get(grant.GetName())
-	switch {
-	case known && have.GetBanned():
-		return refuse(CodeAgentBanned, "agent %s is banned", have.GetName())
-	case repeat && known && have.GetKeyId() == keyID:
-		return nil
-	case repeat:
-		return refuse(CodeTokenSpent, "the host was attested with another key since: ask for a new token")
-	}
-	if other, ok := a.AgentByKey(keyID); ok {
-		if other.GetName() != grant.GetName() {
-			return refuse(CodeExists, "the key belongs to agent %s already", other.GetName())
-		}
-	}
-	if known {
-		delete(a.agentByKey, have.GetKeyId())
-	}
-	put(a, &a.agents, grant.GetName(), &statev1.Agent{
-		Name: grant.GetName(), KeyId: keyID, Datacenter: grant.GetDatacenter(),
-		Addresses: slices.Clone(grant.GetAddresses()), Generation: a.rev,
-	})
-	a.agentByKey[keyID] = grant.GetName()
-	a.spend(t, keyID)
-	a.changed(ChangeAgent, grant.GetName())
 	return nil
 }
 

@@ -192,6 +192,12 @@ func (e *encoder) record(record any) {
 			e.text(grant.Agent.GetName())
 			e.text(grant.Agent.GetDatacenter())
 			e.texts(grant.Agent.GetAddresses())
+			// A record that does not use these is encoded as it was before they existed.
+			if len(grant.Agent.GetSelectors())+len(grant.Agent.GetPathPrefixes()) > 0 {
+				e.kind('s')
+				e.texts(grant.Agent.GetSelectors())
+				e.texts(grant.Agent.GetPathPrefixes())
+			}
 		default:
 			e.kind('-')
 		}
@@ -204,6 +210,11 @@ func (e *encoder) record(record any) {
 		e.texts(r.GetAddresses())
 		e.number(r.GetGeneration())
 		e.yes(r.GetBanned())
+		if len(r.GetSelectors())+len(r.GetPathPrefixes())+len(r.GetCertificate()) > 0 {
+			e.texts(r.GetSelectors())
+			e.texts(r.GetPathPrefixes())
+			e.text(r.GetCertificate())
+		}
 	case *statev1.Entry: // decodeEntry and viewEntry read it
 		e.kind('E')
 		e.text(r.GetId())
@@ -218,6 +229,9 @@ func (e *encoder) record(record any) {
 		e.text(r.GetHint())
 		e.number(uint64(r.GetJwtSvidSeconds()))
 		e.number(uint64(r.GetWitSvidSeconds()))
+		if len(r.GetNodeSelectors()) > 0 {
+			e.texts(r.GetNodeSelectors())
+		}
 	case *statev1.Distrust:
 		e.kind('D')
 		e.text(r.GetId())
@@ -302,6 +316,13 @@ func (e *encoder) object(o *statev1.Object) {
 		e.text(r.GetEndpointId())
 		e.bytes(r.GetBootstrapBundle())
 		e.yes(r.GetWit())
+	case *statev1.Object_RoleBinding:
+		e.kind('b')
+		b := kind.RoleBinding
+		e.text(b.GetName())
+		e.number(uint64(b.GetRole()))
+		e.texts(b.GetSubjects())
+		e.texts(b.GetPrefixes())
 	default:
 		e.kind('-')
 	}

@@ -333,6 +333,9 @@ func viewEntry(raw []byte, strict bool) (v entryView, err error) {
 	r.text()      // hint
 	r.uint32()    // JWT life
 	r.uint32()    // WIT life
+	if r.more() {
+		r.skipTexts() // node selectors
+	}
 	return v, r.end()
 }
 
@@ -364,6 +367,9 @@ func decodeEntry(raw []byte) (*statev1.Entry, error) {
 		Hint:            string(r.text()),
 		JwtSvidSeconds:  r.uint32(),
 		WitSvidSeconds:  r.uint32(),
+	}
+	if r.more() {
+		e.NodeSelectors = r.texts()
 	}
 	return e, r.end()
 }
@@ -399,6 +405,14 @@ func (r *entryReader) end() error {
 		return errors.New("it has more fields than this release knows; upgrade this node")
 	}
 	return nil
+}
+
+// more tells whether a list follows that is only written when it holds something.
+func (r *entryReader) more() bool {
+	if len(r.b) > 0 && r.b[0] == 0 {
+		r.fail("it has more fields than this release knows; upgrade this node")
+	}
+	return len(r.b) > 0
 }
 
 func (r *entryReader) kind(letter byte) {

@@ -30,8 +30,10 @@ func TestEntryEncodingRoundTrips(t *testing.T) {
 		if _, err := viewEntry(enc.b, true); err != nil {
 			t.Errorf("%s: %v", path, err)
 		}
+		without := encoder{} // node selectors stand at the end, and only if there are some
+		without.record(&statev1.Entry{})
 		for n := range enc.b {
-			if _, err := viewEntry(enc.b[:n], true); err == nil {
+			if _, err := viewEntry(enc.b[:n], true); err == nil && !(len(e.GetNodeSelectors()) > 0 && n == len(without.b)) {
 				t.Errorf("%s: %d of %d bytes are read", path, n, len(enc.b))
 			}
 		}

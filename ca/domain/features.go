@@ -16,15 +16,42 @@ import (
 //
 //	1  everything before levels
 //	2  StageObjects, ApplyStaged
-const FeatureLevel = 2
+//	3  MergeBans; administrators: Command.principal, RoleBinding; hosts: AdmitAgent, selectors, scope
+const FeatureLevel = 3
 
 // levelOf is the first level that carries a command out.
 func levelOf(cmd *statev1.Command) uint32 {
-	switch cmd.GetBody().(type) {
-	case *statev1.Command_StageObjects, *statev1.Command_ApplyStaged:
+	if cmd.GetPrincipal() != "" {
+		return 3
+	}
+	switch body := cmd.GetBody().(type) {
+	case *statev1.Command_AdmitAgent, *statev1.Command_MergeBans:
+		return 3
+	case *statev1.Command_CreateToken:
+		if grant := body.CreateToken.GetToken().GetAgent(); len(grant.GetSelectors())+len(grant.GetPathPrefixes()) > 0 {
+			return 3
+		}
+	case *statev1.Command_ChangeEntries:
+		if slices.ContainsFunc(body.ChangeEntries.GetChanges(), func(c *statev1.EntryChange) bool {
+			return len(c.GetCreate().GetNodeSelectors())+len(c.GetUpdate().GetNodeSelectors()) > 0
+		}) {
+			return 3
+		}
+	case *statev1.Command_ApplyObjects:
+		return levelOfObjects(body.ApplyObjects, 1)
+	case *statev1.Command_StageObjects:
+		return levelOfObjects(body.StageObjects.GetObjects(), 2)
+	case *statev1.Command_ApplyStaged:
 		return 2
 	}
 	return 1
+}
+
+func levelOfObjects(c *statev1.ApplyObjects, least uint32) uint32 {
+	if slices.ContainsFunc(c.GetUpserts(), func(o *statev1.Object) bool { return o.GetRoleBinding() != nil }) {
+		return 3
+	}
+	return least
 }
 
 // FeatureLevel is the cluster's. It never falls: what was agreed at a level is in the

@@ -52,6 +52,7 @@ const (
 	CodeSequence      = "sequence-back"     // a bundle's sequence would go back (I8)
 	CodeConflict      = "sequence-conflict" // another bundle has that sequence
 	CodeLimit         = "limit"             // there are too many
+	CodeForbidden     = "forbidden"         // the administrator's roles do not allow it
 	CodeFeature       = "feature-level"     // a member's software does not know it
 )
 

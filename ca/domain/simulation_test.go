@@ -55,7 +55,7 @@ func (w *world) random(choose choose) *statev1.Command {
 			m := member(name("n", 4))
 			cmd = &statev1.Command{Body: &statev1.Command_UpdateMember{UpdateMember: &statev1.UpdateMember{
 				Id: m.GetId(), RaftAddress: fmt.Sprintf("127.2.0.1:%d", 1+choose(4)), ApiAddress: m.GetApiAddress(),
-				FeatureLevel: uint32(choose(4)),
+				FeatureLevel: uint32(choose(FeatureLevel + 3)),
 			}}}
 		}
 	case 8:
@@ -102,6 +102,13 @@ func (w *world) random(choose choose) *statev1.Command {
 		cmd = ban(name("h", 4))
 		if choose(4) == 0 {
 			cmd = evict(name("h", 4))
+		}
+		if choose(4) == 0 { // what some node remembers, true or not
+			who := &statev1.Agent{Name: name("h", 4), Datacenter: "dc1", KeyId: keyID(name("a", 9)), Generation: uint64(choose(int(s.Applied()) + 3))}
+			if have, ok := s.Agent(who.GetName()); ok && choose(2) == 0 {
+				who = have
+			}
+			cmd = mergeBans(choose(3) == 0, who)
 		}
 	case 19:
 		cmd = revokeToken(tokenID)
@@ -277,7 +284,7 @@ func TestSimulation(t *testing.T) {
 		"Command_Checksum done", "Command_Tick done",
 		"Command_TaintAuthority done", "Command_TaintAuthority " + CodePhase, "Command_AuthorityDrained done", "Command_AuthorityDrained " + CodePhase,
 		"Command_RevokeAuthority done", "Command_RevokeAuthority " + CodePhase, "Command_RevokeAuthority " + CodeInUse,
-		"Command_BanAgent done", "Command_EvictAgent done", "Command_AttestAgent " + CodeAgentBanned,
+		"Command_BanAgent done", "Command_EvictAgent done", "Command_MergeBans done", "Command_AttestAgent " + CodeAgentBanned,
 		"Command_RevokeToken done", "Command_RevokeToken " + CodeTokenSpent, "Command_RevokeToken " + CodeNotFound,
 		"Command_ChangeEntries done", "Command_ChangeEntries " + CodeExists, "Command_ChangeEntries " + CodeCAS, "Command_ChangeEntries " + CodeNotFound,
 		"Command_ApplyObjects " + CodeExists,

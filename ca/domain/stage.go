@@ -63,20 +63,29 @@ func (a *application) applyStaged(c *statev1.ApplyStaged) *Refusal {
 	if c.GetParts() > maxParts {
 		return refuse(CodeInvalid, "a staged change has at most %d parts", maxParts)
 	}
-	whole := &statev1.ApplyObjects{}
-	for part := range c.GetParts() {
-		s, ok := a.staged.get(stageKey(c.GetId(), part))
-		if !ok {
-			return refuse(CodeNotFound, "part %d of %d of the staged change is not there any more: repeat all of it", part+1, c.GetParts())
-		}
-		whole.Upserts = append(whole.Upserts, s.GetObjects().GetUpserts()...)
-		whole.Deletes = append(whole.Deletes, s.GetObjects().GetDeletes()...)
+	whole, refusal := a.staging(c)
+	if refusal != nil {
+		return refusal
 	}
 	if refusal := a.applyObjects(whole); refusal != nil {
 		return refusal
 	}
 	a.unstage(func(s *statev1.Staged) bool { return string(s.GetId()) == string(c.GetId()) })
 	return nil
+}
+
+// staging is a staged change as a whole, or as far as it is there.
+func (s *State) staging(c *statev1.ApplyStaged) (whole *statev1.ApplyObjects, refusal *Refusal) {
+	whole = &statev1.ApplyObjects{}
+	for part := range min(c.GetParts(), maxParts) {
+		staged, ok := s.staged.get(stageKey(c.GetId(), part))
+		if !ok {
+			return whole, refuse(CodeNotFound, "part %d of %d of the staged change is not there any more: repeat all of it", part+1, c.GetParts())
+		}
+		whole.Upserts = append(whole.Upserts, staged.GetObjects().GetUpserts()...)
+		whole.Deletes = append(whole.Deletes, staged.GetObjects().GetDeletes()...)
+	}
+	return whole, nil
 }
 
 func (a *application) unstage(which func(*statev1.Staged) bool) {

@@ -155,6 +155,14 @@ func evict(name string) *statev1.Command {
 	return &statev1.Command{Body: &statev1.Command_EvictAgent{EvictAgent: &statev1.EvictAgent{Name: name}}}
 }
 
+func mergeBans(lifted bool, agents ...*statev1.Agent) *statev1.Command {
+	merge := &statev1.MergeBans{}
+	for _, a := range agents {
+		merge.Bans = append(merge.Bans, &statev1.RememberedBan{Agent: a, Lifted: lifted})
+	}
+	return &statev1.Command{Body: &statev1.Command_MergeBans{MergeBans: merge}}
+}
+
 func revokeToken(id string) *statev1.Command {
 	return &statev1.Command{Body: &statev1.Command_RevokeToken{RevokeToken: &statev1.RevokeToken{Id: id}}}
 }

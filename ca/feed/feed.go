@@ -22,6 +22,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
@@ -94,6 +95,9 @@ type Feed struct {
 	sessions map[string]*Session
 	watchers map[*Watcher]struct{}
 	table    *presence.Table
+
+	isolation uint64 // counts the changes of isolated
+	isolated  atomic.Pointer[map[string]*statev1.Distrust]
 }
 
 type entry struct {
@@ -107,7 +111,7 @@ func New(self string, revision uint64, ringSize int) *Feed {
 	if ringSize <= 0 {
 		ringSize = RingSize
 	}
-	return &Feed{
+	f := &Feed{
 		Progress: make(chan struct{}, 1),
 		Roster:   make(chan struct{}, 1),
 		ring:     make([]entry, ringSize),
@@ -117,6 +121,8 @@ func New(self string, revision uint64, ringSize int) *Feed {
 		watchers: make(map[*Watcher]struct{}),
 		table:    presence.New(self),
 	}
+	f.isolated.Store(&map[string]*statev1.Distrust{})
+	return f
 }
 
 // Publish takes the outcome of a log entry, all its commands together, in the order
@@ -213,6 +219,7 @@ type Session struct {
 
 	// Urgent items, sent ahead of the policy lane.
 	ahead   uint64              // number of the next change to look at for them
+	alone   uint64              // Feed.isolation as it was told last
 	foreign map[string]struct{} // trust domains whose bundles it was sent
 
 	// Presence lane.
@@ -287,12 +294,12 @@ func (s *Session) entitled(st *domain.State) error {
 	switch {
 	case !ok || agent.GetKeyId() != s.agentKey:
 		return fmt.Errorf("agent %s: %w", s.who.Agent, ErrUnknown)
-	case agent.GetBanned():
+	case s.feed.Banned(agent):
 		return fmt.Errorf("agent %s: %w", s.who.Agent, ErrBanned)
 	case s.who.EntryID == "":
 		return nil
 	}
-	if e, ok := st.Entry(s.who.EntryID); !ok || e.GetPath() != s.who.Path || !slices.Contains(e.GetHosts(), s.who.Agent) {
+	if e, ok := st.Entry(s.who.EntryID); !ok || e.GetPath() != s.who.Path || !ca.Entitled(agent, e) {
 		return fmt.Errorf("entry %s: %w", s.who.EntryID, ErrUnknown)
 	}
 	return nil
@@ -386,12 +393,12 @@ func (s *Session) everything(st *domain.State) Update {
 		Objects:        forSubscribers(st.Objects()),
 		Members:        st.Members(),
 		MembersChanged: true,
-		Distrust:       st.Distrust(),
+		Distrust:       s.feed.distrust(st),
 		Tainted:        st.Tainted(),
 		TaintedChanged: true,
 		Reissue:        s.feed.reissue(st),
 	}
-	s.tainted = u.Tainted
+	s.tainted, s.alone = u.Tainted, s.feed.isolation
 	clear(s.foreign)
 	for td := range federates(u.Entries) {
 		if b, ok := st.ForeignBundle(td); ok {
@@ -435,7 +442,7 @@ func (s *Session) delta(st *domain.State) (u Update, relevant bool) {
 		}
 	}
 	for _, id := range slices.Sorted(maps.Keys(entries)) {
-		if e, ok := st.Entry(id); ok && s.holds(e) {
+		if e, ok := st.Entry(id); ok && s.holds(st, e) {
 			u.Entries = append(u.Entries, e)
 		} else {
 			u.DeletedEntries = append(u.DeletedEntries, id)
@@ -454,13 +461,16 @@ func (s *Session) delta(st *domain.State) (u Update, relevant bool) {
 		case domain.ChangeOwnBundle:
 			u.OwnBundle = ownBundle(st)
 		case domain.ChangeObject:
+			if strings.HasPrefix(change.key, "RoleBinding/") {
+				continue
+			}
 			if o, ok := st.Object(change.key); ok {
 				u.Objects = append(u.Objects, forSubscriber(o))
 			} else {
 				u.DeletedObjects = append(u.DeletedObjects, change.key)
 			}
 		case domain.ChangeDistrust:
-			if d, ok := st.DistrustItem(change.key); ok {
+			if d, ok := f.distrustItem(st, change.key); ok {
 				u.Distrust = append(u.Distrust, d)
 			} else {
 				u.DeletedDistrust = append(u.DeletedDistrust, change.key)
@@ -529,7 +539,7 @@ func (s *Session) deltaForeign(st *domain.State, changed map[string]struct{}, u 
 // subscriber its own.
 func (s *Session) entries(st *domain.State) []*statev1.Entry {
 	if s.who.EntryID == "" {
-		return st.EntriesOnHost(s.who.Agent)
+		return st.HeldBy(s.who.Agent)
 	}
 	if e, ok := st.Entry(s.who.EntryID); ok {
 		return []*statev1.Entry{e}
@@ -537,9 +547,10 @@ func (s *Session) entries(st *domain.State) []*statev1.Entry {
 	return nil
 }
 
-func (s *Session) holds(e *statev1.Entry) bool {
+func (s *Session) holds(st *domain.State, e *statev1.Entry) bool {
 	if s.who.EntryID == "" {
-		return slices.Contains(e.GetHosts(), s.who.Agent)
+		agent, _ := st.Agent(s.who.Agent)
+		return ca.Entitled(agent, e)
 	}
 	return e.GetId() == s.who.EntryID
 }
@@ -594,9 +605,11 @@ func forSubscriber(o *statev1.Object) *statev1.Object {
 }
 
 func forSubscribers(objects []*statev1.Object) []*statev1.Object {
-	out := make([]*statev1.Object, len(objects))
-	for i, o := range objects {
-		out[i] = forSubscriber(o)
+	out := make([]*statev1.Object, 0, len(objects))
+	for _, o := range objects {
+		if o.GetRoleBinding() == nil { // who administers the domain is no host's business
+			out = append(out, forSubscriber(o))
+		}
 	}
 	return out
 }

@@ -43,7 +43,7 @@ func newWorld(t fataler, ring int) *world {
 	w := &world{t: t, st: domain.New(), f: New(keyID("ca-1"), 0, ring)}
 	w.must(&statev1.Command{Body: &statev1.Command_Init{Init: &statev1.Init{
 		Cluster: &statev1.Cluster{TrustDomain: "banking.example", Id: make([]byte, 16)},
-		Member: &statev1.Member{Id: keyID("ca-1"), Name: "ca-1", Datacenter: "dc1", Voter: true, Signing: true,
+		Member: &statev1.Member{Id: keyID("ca-1"), Name: "ca-1", Datacenter: "dc1", Voter: true, Signing: true, FeatureLevel: domain.FeatureLevel,
 			RaftAddress: "10.0.0.1:7000", ApiAddress: "10.0.0.1:7001"},
 	}}})
 	return w

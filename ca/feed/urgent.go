@@ -2,6 +2,7 @@ package feed
 
 import (
 	"cmp"
+	"maps"
 	"slices"
 	"time"
 
@@ -42,12 +43,16 @@ func (s *Session) Urgent(st *domain.State) (Urgent, bool) {
 	f := s.feed
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if !s.live || s.ahead >= f.next {
+	if !s.live || s.ahead >= f.next && s.alone == f.isolation {
 		return Urgent{}, false
 	}
 	var u Urgent
+	if s.alone != f.isolation {
+		u.Distrust = slices.Collect(maps.Values(*f.isolated.Load()))
+		s.alone = f.isolation
+	}
 	if s.full || f.next-s.ahead > uint64(len(f.ring)) {
-		u.Distrust = st.Distrust()
+		u.Distrust = f.distrust(st)
 	} else {
 		seen := map[string]bool{}
 		for n := s.ahead; n < f.next; n++ {
@@ -56,7 +61,7 @@ func (s *Session) Urgent(st *domain.State) (Urgent, bool) {
 				continue
 			}
 			seen[change.Key] = true
-			if d, ok := st.DistrustItem(change.Key); ok {
+			if d, ok := f.distrustItem(st, change.Key); ok {
 				u.Distrust = append(u.Distrust, d)
 			}
 		}

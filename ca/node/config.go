@@ -16,6 +16,7 @@ import (
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/keystore"
+	"github.com/entente-mesh/entente/ca/nodeattest"
 	"github.com/entente-mesh/entente/ca/server"
 	"github.com/entente-mesh/entente/internal/yamlfile"
 )
@@ -48,13 +49,19 @@ type Config struct {
 	// ReissueRate is how many SVIDs this node asks its agents and gateways to have signed
 	// in the whole domain, a second, when an authority is tainted. Default 4000/s.
 	ReissueRate yamlfile.Rate `yaml:"reissueRate"`
+	// X509PoP admits hosts by certificates that they have already.
+	X509PoP X509PoP `yaml:"x509pop"`
+	Limits  Limits  `yaml:"limits"`
 
 	Timing Timing `yaml:"timing"`
 	Audit  Audit  `yaml:"audit"`
 	Log    Log    `yaml:"log"`
 
-	// Tests of this package fail or stall the log's disk, and set this node's clock alone.
+	// Tests of this package fail or stall the log's disk, keep entries from a member, and
+	// set this node's clock alone.
 	beforeWrite func() error
+	step        func(string) // called with where a procedure is; tests only
+	holdBack    func(member string) bool
 	clockError  func() time.Duration
 	// pretendLevel: this node says that its feature level is another.
 	pretendLevel uint32
@@ -172,11 +179,59 @@ type Timing struct {
 	Heartbeat time.Duration `yaml:"heartbeat"`
 }
 
+// Limits are how much this node issues; who asks for more is told when to come back, and
+// may ask another node.
+type Limits struct {
+	yamlfile.Pos
+
+	// X509PerAgent is how many X.509-SVIDs one agent may have signed, 10 s of them at
+	// once. Default 5000/s.
+	X509PerAgent yamlfile.Rate `yaml:"x509PerAgent"`
+	// TokensPerAgent is how many JWT- and WIT-SVIDs one agent may have signed. Default
+	// 5000/s.
+	TokensPerAgent yamlfile.Rate `yaml:"tokensPerAgent"`
+	// PerNode is how many SVIDs this node signs for all agents. Default: as many as it can.
+	PerNode yamlfile.Rate `yaml:"perNode"`
+	// Attests is how many hosts may attest at once. Default 32.
+	Attests int `yaml:"attests,min=0,max=4096"`
+	// Waiting is how many SVIDs may wait for their turn, 250ms at most. Default 1024.
+	Waiting int `yaml:"waiting,min=0,max=1048576"`
+}
+
+// X509PoP admits hosts by certificates that another PKI gave them. It must be the same at
+// every CA node: each decides by its own file.
+type X509PoP struct {
+	yamlfile.Pos
+
+	// CABundle is a PEM file with the authorities of the hosts' certificates. It is read
+	// again when it changes. Empty: no host is admitted by a certificate.
+	CABundle string `yaml:"caBundle"`
+	// Name of the agent, one DNS label: a template over the certificate. Default
+	// {{label .Host}}: the first label of its first DNS name, else of its common name.
+	Name string `yaml:"name"`
+	// Datacenter of the agent: a name, or a template as in {{label .Locality}}.
+	Datacenter string `yaml:"datacenter"`
+	// PathPrefixes are the SPIFFE paths at or below which these hosts may hold entries.
+	// Default: all.
+	PathPrefixes []string `yaml:"pathPrefixes"`
+}
+
+// open is nil where no host is admitted by a certificate.
+func (x *X509PoP) open() (*nodeattest.X509PoP, error) {
+	if x.CABundle == "" {
+		return nil, nil
+	}
+	return nodeattest.NewX509PoP(nodeattest.X509PoPConfig{CABundle: x.CABundle, Name: x.Name, Datacenter: x.Datacenter, PathPrefixes: x.PathPrefixes})
+}
+
 // Audit is where each administrative act and each SVID is recorded, a line of JSON each.
 type Audit struct {
 	// File is appended to; after it was moved away, SIGHUP begins a new one. Default:
 	// DataDir/audit.log. "stderr" writes to standard error, "off" records nothing.
 	File string `yaml:"file"`
+	// Required refuses what administrators would change while the log cannot be written.
+	// Default: it is done, and an alarm says that it goes unrecorded.
+	Required bool `yaml:"required"`
 }
 
 // Log is how the node logs.
@@ -262,6 +317,12 @@ func (c *Config) Complete() error {
 	check(c.At("upstream"), "upstream", c.Upstream.check())
 	if h := c.Timing.Heartbeat; h != 0 && (h < 50*time.Millisecond || h > time.Minute) {
 		check(c.Timing.At("heartbeat"), "timing.heartbeat", fmt.Errorf("%v is not between 50ms and 1m", h))
+	}
+	if c.X509PoP.CABundle != "" {
+		_, err := c.X509PoP.open()
+		check(c.At("x509pop"), "x509pop", err)
+	} else if c.X509PoP.Name != "" || c.X509PoP.Datacenter != "" || len(c.X509PoP.PathPrefixes) > 0 {
+		check(c.At("x509pop"), "x509pop", errors.New("caBundle is missing: without it no certificate admits a host"))
 	}
 	if c.MinVoters < 0 || c.MinVoters > 15 {
 		check(c.At("minVoters"), "minVoters", fmt.Errorf("%d is not between 0 and 15", c.MinVoters))

@@ -1,6 +1,9 @@
 package node
 
-import "time"
+import (
+	"context"
+	"time"
+)
 
 // BeforeWrite puts f before each write to the log of a node that is not yet opened.
 func (c *Config) BeforeWrite(f func() error) { c.beforeWrite = f }
@@ -13,3 +16,13 @@ func (c *Config) CompareEvery(entries uint64) { c.compareEvery = entries }
 
 // ClockError is by how much a node's clock is ahead, asked each time it is read.
 func (c *Config) ClockError(f func() time.Duration) { c.clockError = f }
+
+// AtStep calls f with each step of a procedure that the node reaches.
+func (c *Config) AtStep(f func(step string)) { c.step = f }
+
+// HoldBack says to which members a node that is not yet opened sends no entries.
+func (c *Config) HoldBack(f func(member string) bool) { c.holdBack = f }
+
+// CompareAt asks the other voters for their state's hash at an index, as a node does that
+// met a checksum which is not its own.
+func (n *Node) CompareAt(ctx context.Context, index uint64) { n.compare(ctx, index) }

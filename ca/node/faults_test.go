@@ -1,11 +1,13 @@
 package node_test
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -206,19 +208,67 @@ func TestFileSystemFull(t *testing.T) {
 	caughtUp(t, one, three, c)
 }
 
-// A node whose state is not what the others hold is stopped by the first comparison, and
-// only it; the log alone cannot bring it back.
-func TestDivergedNodeStops(t *testing.T) {
+// A follower hears its leader and is not replicated to: the leader hands over, and when
+// that does not help the follower leaves the agreement and enters it anew, by themselves.
+func TestWatchdogsAct(t *testing.T) {
+	if testing.Short() {
+		t.Skip("it waits for watchdogs of real time")
+	}
 	t.Parallel()
 	nodes := cluster(t)
-	nodes[0].Apply(accounts)
-	caughtUp(t, nodes[0], nodes[1], nodes[2])
-	leader, followers := leads(nodes)
-	if leader == nil {
-		t.Fatal("nobody leads")
+	target := nodes[0]
+	var held atomic.Bool
+	id := target.Node().ID()
+	for _, c := range nodes {
+		c.Stop()
+		c.Config().HoldBack(func(member string) bool { return held.Load() && member == id })
 	}
-	odd := followers[0]
-	odd.Node().Read(func(st *domain.State) { // a fault in its memory
+	for _, c := range nodes {
+		c.Restart()
+	}
+	var led *catest.CA
+	eventually(t, "the target follows", 30*time.Second, func() error {
+		if led, _ = leads(nodes); led == nil || led == target {
+			if led == target {
+				target.Stop()
+				target.Restart()
+			}
+			return errors.New("not yet")
+		}
+		return nil
+	})
+	target.WaitReady()
+	caughtUp(t, nodes[0], nodes[1], nodes[2])
+	held.Store(true)
+	took := eventually(t, "another node leads", 40*time.Second, func() error {
+		if now, _ := leads(nodes); now == nil || now == led {
+			return errors.New("not yet")
+		}
+		return nil
+	})
+	t.Logf("the leader handed over after %v", took)
+	took = eventually(t, "the follower leaves the agreement", 60*time.Second, func() error {
+		if why := target.Status().GetNotAgreeing(); !strings.Contains(why, "replicated to") {
+			return fmt.Errorf("it says %q", why)
+		}
+		return nil
+	})
+	t.Logf("the follower left after %v more", took)
+	nodes[1].Apply(services(3)) // the others go on
+	held.Store(false)
+	took = eventually(t, "it is back", 40*time.Second, func() error {
+		if s := target.Status(); !s.GetQuorum() || s.GetEntries() != 4 {
+			return fmt.Errorf("quorum %v, %d entries", s.GetQuorum(), s.GetEntries())
+		}
+		return nil
+	})
+	t.Logf("it was back after %v", took)
+	caughtUp(t, nodes[0], nodes[1], nodes[2])
+}
+
+// damage removes an entry from a node's memory, and from no other's.
+func damage(t *testing.T, c *catest.CA) {
+	c.Node().Read(func(st *domain.State) {
 		outcome := st.Apply(st.Applied(), &statev1.Command{Body: &statev1.Command_ApplyObjects{ApplyObjects: &statev1.ApplyObjects{
 			Deletes: []*statev1.ObjectKey{{Kind: "Service", Name: "accounts"}},
 		}}})
@@ -226,24 +276,146 @@ func TestDivergedNodeStops(t *testing.T) {
 			t.Error(outcome.Refused)
 		}
 	})
-	leader.Stop() // a new leader begins with a comparison, whoever it is
-	leader.Restart()
-	eventually(t, "the odd node stops", 30*time.Second, func() error {
-		_, err := os.Stat(filepath.Join(odd.Config().DataDir, "raft", "diverged"))
-		return err
-	})
-	odd.Kill()
-	if _, err := node.New(odd.Config(), nil, node.Listeners{}); !errors.Is(err, replica.ErrDiverged) {
-		t.Errorf("the odd node starts again: %v", err)
+}
+
+func stopped(c *catest.CA) bool {
+	_, err := os.Stat(filepath.Join(c.Config().DataDir, "raft", "diverged"))
+	return err == nil
+}
+
+// A node whose state is not what the others hold is stopped by the next comparison, no
+// more than 4096 log entries later, and only it, whether it follows or leads; its own log
+// cannot bring it back.
+func TestDivergedNodeStops(t *testing.T) {
+	for _, whose := range []string{"follower", "leader"} {
+		t.Run(whose, func(t *testing.T) {
+			t.Parallel()
+			nodes := cluster(t)
+			nodes[0].Apply(accounts)
+			caughtUp(t, nodes[0], nodes[1], nodes[2])
+			leader, followers := leads(nodes)
+			if leader == nil {
+				t.Fatal("nobody leads")
+			}
+			odd, sound := followers[0], []*catest.CA{leader, followers[1]}
+			if whose == "leader" {
+				odd, sound = leader, followers
+			}
+			before := applied(odd)
+			damage(t, odd)
+			var writers sync.WaitGroup
+			done := make(chan struct{})
+			for range 8 { // entries, not commands, count: few callers share one
+				writers.Go(func() {
+					for {
+						select {
+						case <-done:
+							return
+						default:
+							ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+							sound[0].Node().Propose(ctx, &statev1.Command{Ignorable: true})
+							cancel()
+						}
+					}
+				})
+			}
+			eventually(t, "the odd node stops", 120*time.Second, func() error {
+				if !stopped(odd) {
+					return errors.New("not yet")
+				}
+				return nil
+			})
+			close(done)
+			writers.Wait()
+			if entries := applied(odd) - before; entries > 4096+1024 { // those that were under way
+				t.Errorf("it stopped after %d entries", entries)
+			} else {
+				t.Logf("it stopped after %d entries", entries)
+			}
+			odd.Kill()
+			if _, err := node.New(odd.Config(), nil, node.Listeners{}); !errors.Is(err, replica.ErrDiverged) {
+				t.Errorf("the odd node starts again: %v", err)
+			}
+			eventually(t, "the others agree", 20*time.Second, func() error {
+				_, err := sound[0].TryApply(cards)
+				return err
+			})
+			caughtUp(t, sound...)
+			for _, c := range sound {
+				if stopped(c) {
+					t.Errorf("%s stopped, too", c.Config().Name)
+				}
+			}
+		})
 	}
-	eventually(t, "the others agree", 20*time.Second, func() error {
-		_, err := leader.TryApply(cards)
-		return err
+}
+
+// Of four voters two hold one state and two another: nobody knows who is wrong, so
+// nobody stops, and all say so.
+func TestDivergedHalvesStay(t *testing.T) {
+	t.Parallel()
+	three := cluster(t)
+	nodes := append(three[:], three[0].Join("ca-4", "dc1"))
+	nodes[0].Apply(accounts)
+	caughtUp(t, nodes...)
+	damage(t, nodes[0])
+	damage(t, nodes[1])
+	nodes[2].AgentToken("h9", "dc1") // nothing whose rules look at what differs
+	caughtUp(t, nodes...)
+	var index uint64
+	sums := map[string]int{}
+	eventually(t, "an index that all remember", 20*time.Second, func() error {
+		index = applied(nodes[0])
+		clear(sums)
+		for _, c := range nodes {
+			c.Node().Read(func(st *domain.State) {
+				if sum, ok := st.ChecksumAt(index); ok {
+					sums[string(sum)]++
+				}
+			})
+		}
+		if len(sums) != 2 {
+			return fmt.Errorf("%d states", len(sums))
+		}
+		for _, n := range sums {
+			if n != 2 {
+				return errors.New("not two and two")
+			}
+		}
+		return nil
 	})
-	caughtUp(t, leader, followers[1])
-	if _, err := os.Stat(filepath.Join(followers[1].Config().DataDir, "raft", "diverged")); err == nil {
-		t.Error("a sound node stopped, too")
+	for _, c := range nodes {
+		c.Node().CompareAt(t.Context(), index)
 	}
+	for _, c := range nodes {
+		if stopped(c) {
+			t.Errorf("%s stopped", c.Config().Name)
+		}
+	}
+	// The control: once three are of one mind, the fourth stops.
+	c := nodes[1]
+	c.Stop()
+	c.Restart() // from its log, which is sound
+	c.WaitReady()
+	caughtUp(t, nodes...)
+	eventually(t, "the odd one stops", 30*time.Second, func() error {
+		nodes[0].Node().CompareAt(t.Context(), applied(nodes[2]))
+		if !stopped(nodes[0]) {
+			return errors.New("not yet")
+		}
+		return nil
+	})
+	for _, c := range nodes[1:] {
+		if stopped(c) {
+			t.Errorf("%s stopped, too", c.Config().Name)
+		}
+	}
+	nodes[0].Kill()
+}
+
+func applied(c *catest.CA) (index uint64) {
+	c.Node().Read(func(st *domain.State) { index = st.Applied() })
+	return index
 }
 
 // A witness votes and does not sign, and leads only while nobody else can.

@@ -106,11 +106,15 @@ func (n *Node) followOnce(ctx context.Context, r *statev1.Relationship) error {
 	if err != nil {
 		return err
 	}
+	hold := n.holdForeign()
 	var last *statev1.ForeignBundle
 	n.Read(func(st *domain.State) { last, _ = st.ForeignBundle(td.Name()) })
 	if last == nil && len(r.GetBootstrapBundle()) > 0 {
 		// What was given by hand counts from the start, before its endpoint is up.
 		if last, err = server.ForeignRecord(td, r.GetBootstrapBundle()); err != nil {
+			return err
+		}
+		if last, err = hold(last); err != nil {
 			return err
 		}
 		if err := n.storeForeign(ctx, last); err != nil {
@@ -129,6 +133,7 @@ func (n *Node) followOnce(ctx context.Context, r *statev1.Relationship) error {
 	return exchange.Follow(ctx, exchange.FollowConfig{
 		Endpoint: endpoint,
 		Last:     last,
+		Hold:     hold,
 		Accept: func(ctx context.Context, f *exchange.Fetched) error {
 			return n.storeForeign(ctx, f.Record)
 		},
@@ -143,18 +148,26 @@ func (n *Node) followOnce(ctx context.Context, r *statev1.Relationship) error {
 	})
 }
 
-// storeForeign has a bundle agreed, without keys that belong to another domain.
+// holdForeign leaves out of a bundle the keys that belong to another domain, and says so
+// once for each sequence.
+func (n *Node) holdForeign() func(*statev1.ForeignBundle) (*statev1.ForeignBundle, error) {
+	told := false
+	var of uint64
+	return func(record *statev1.ForeignBundle) (*statev1.ForeignBundle, error) {
+		var dropped []string
+		var err error
+		n.Read(func(st *domain.State) { record, dropped, err = server.WithoutSharedKeys(st, record) })
+		if err == nil && len(dropped) > 0 && (!told || of != record.GetSequence()) {
+			told, of = true, record.GetSequence()
+			n.log.Error("another domain's bundle claims keys that belong to a different domain; they were dropped from it: ask its administrators",
+				"peer_domain", record.GetTrustDomain(), "keys", dropped)
+		}
+		return record, err
+	}
+}
+
+// storeForeign has a bundle agreed.
 func (n *Node) storeForeign(ctx context.Context, record *statev1.ForeignBundle) error {
-	var dropped []string
-	var err error
-	n.Read(func(st *domain.State) { record, dropped, err = server.WithoutSharedKeys(st, record) })
-	if err != nil {
-		return err
-	}
-	if len(dropped) > 0 {
-		n.log.Error("another domain's bundle claims keys that belong to a different domain; they were dropped from it: ask its administrators",
-			"peer_domain", record.GetTrustDomain(), "keys", dropped)
-	}
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
 	command := &statev1.Command{

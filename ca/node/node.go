@@ -65,6 +65,7 @@ type Node struct {
 	foreign  foreignStatus
 	wit      atomic.Bool // a relationship asks for WIT keys
 	registry *prometheus.Registry
+	bans     *bans
 	audit    *server.Audit
 	auditLog *daemon.LogFile // nil: not to a file
 
@@ -72,6 +73,10 @@ type Node struct {
 	hadAgents bool // the state knew agents when this process started
 	applied   broadcast
 	recheck   chan struct{}
+
+	agentsChanged chan struct{}
+	bansRefused   string // of runBans alone
+
 	preparing sync.Mutex  // one authority at a time
 	swapped   broadcast   // another replica took the place of a failed one
 	odd       chan uint64 // indexes at which this node's state was not the leader's
@@ -112,7 +117,13 @@ func New(cfg *Config, log *slog.Logger, listeners Listeners) (_ *Node, err error
 		registry:  prometheus.NewRegistry(),
 		started:   time.Now(),
 		recheck:   make(chan struct{}, 1),
-		odd:       make(chan uint64, 1),
+
+		agentsChanged: make(chan struct{}, 1),
+
+		odd: make(chan uint64, 1),
+	}
+	if n.bans, err = openBans(cfg.DataDir, cfg.beforeWrite); err != nil {
+		return nil, err
 	}
 	n.feed.ReissueRate = cfg.ReissueRate.PerSecond
 	n.recallSubscribers()
@@ -120,10 +131,14 @@ func New(cfg *Config, log *slog.Logger, listeners Listeners) (_ *Node, err error
 	if err := n.openAudit(); err != nil {
 		return nil, err
 	}
-	n.signer = signer.New(signer.Config{TrustDomain: n.td, Active: n.activeFor, Clock: n.signerClock, Issuer: cfg.OIDC.Issuer, Signed: func(i signer.Issued) {
+	n.signer = signer.New(signer.Config{TrustDomain: n.td, Active: n.activeFor, Clock: n.signerClock, Issuer: cfg.OIDC.Issuer, Waiting: cfg.Limits.Waiting, Signed: func(i signer.Issued) {
 		n.audit.Issued(i, n.feed.Revision())
 	}})
 	if err := n.loadAuthorityKeys(); err != nil {
+		return nil, err
+	}
+	x509pop, err := cfg.X509PoP.open()
+	if err != nil {
 		return nil, err
 	}
 	n.svids = newSVIDs(n)
@@ -150,8 +165,16 @@ func New(cfg *Config, log *slog.Logger, listeners Listeners) (_ *Node, err error
 		Audit:       n.audit,
 		Nodes:       n.nodes,
 		Supersede:   n.supersede,
-		Log:         n.log,
-		Registerer:  n.registry,
+		Isolate:     n.isolate,
+		Isolated:    n.isolations,
+		Subscribers: n.status,
+		X509PoP:     x509pop,
+		Limits: server.Limits{
+			X509PerAgent: cfg.Limits.X509PerAgent.PerSecond, TokensPerAgent: cfg.Limits.TokensPerAgent.PerSecond,
+			PerNode: cfg.Limits.PerNode.PerSecond, Attests: cfg.Limits.Attests,
+		},
+		Log:        n.log,
+		Registerer: n.registry,
 	})
 	defer func() {
 		if err != nil {
@@ -170,6 +193,7 @@ func New(cfg *Config, log *slog.Logger, listeners Listeners) (_ *Node, err error
 	n.listeners.Raft = nil // the replica's now
 	n.replica.Store(r)
 	n.onRestore()
+	n.enforceIsolations()
 	r.Read(func(st *domain.State) {
 		if cluster := st.Cluster(); cluster != nil && cluster.GetTrustDomain() != n.td.Name() {
 			err = fmt.Errorf("%s holds a CA node of %s, the configuration says %s", cfg.DataDir, cluster.GetTrustDomain(), cfg.TrustDomain)
@@ -221,6 +245,7 @@ func (n *Node) Close() error {
 	if n.auditLog != nil {
 		errs = append(errs, n.auditLog.Close())
 	}
+	errs = append(errs, n.bans.Close())
 	if r := n.replica.Load(); r != nil {
 		errs = append(errs, r.Close())
 	}
@@ -259,6 +284,7 @@ func (n *Node) Run(ctx context.Context) error {
 	group.Go("reports", n.runReports)
 	group.Go("subscribers", n.runSubscribers)
 	group.Go("rechecks", n.runRechecks)
+	group.Go("bans", n.runBans)
 	if n.upstream != nil {
 		group.Go("upstream", n.watchUpstream)
 	}
@@ -279,6 +305,9 @@ func (n *Node) Run(ctx context.Context) error {
 		}
 	})
 	n.log.Info("CA node runs", "trust_domain", n.td.Name(), "node_id", n.own.id, "api", n.listeners.API.Addr().String(), "dev", n.cfg.Keys.InsecureDev)
+	if n.cfg.Keys.InsecureDev {
+		n.log.Warn("this CA is for development only: its keys lie unsealed in the data directory (keys.insecureDev)")
+	}
 	err := group.Wait()
 	closeErr := n.peers.Close()
 	stopCore()
@@ -291,6 +320,7 @@ func (n *Node) Run(ctx context.Context) error {
 	if n.auditLog != nil {
 		n.auditLog.Close()
 	}
+	n.bans.Close()
 	n.log.Info("CA node stopped")
 	return err
 }
@@ -368,7 +398,10 @@ func (n *Node) onApply(outcome domain.Outcome) {
 		case domain.ChangeOwnBundle:
 			n.updateBundle(r)
 			recheck = true
-		case domain.ChangeMembers, domain.ChangeAgent, domain.ChangeEntry:
+		case domain.ChangeAgent:
+			signal(n.agentsChanged)
+			recheck = true
+		case domain.ChangeMembers, domain.ChangeEntry:
 			recheck = true
 		case domain.ChangeObject:
 			if strings.HasPrefix(change.Key, "Relationship/") {
@@ -395,6 +428,7 @@ func (n *Node) onRestore() {
 	})
 	n.updateBundle(r)
 	signal(n.recheck)
+	signal(n.agentsChanged)
 	n.applied.tell()
 }
 
@@ -499,7 +533,7 @@ func (n *Node) openAudit() error {
 	case "off":
 		return nil
 	case "stderr":
-		n.audit = server.NewAudit(os.Stderr, n.cfg.Name, n.log, n.registry)
+		n.audit = server.NewAudit(os.Stderr, n.cfg.Name, n.cfg.Audit.Required, n.log, n.registry)
 		return nil
 	}
 	file, err := daemon.OpenLogFile(n.cfg.Audit.File, 0o600)
@@ -507,7 +541,7 @@ func (n *Node) openAudit() error {
 		return fmt.Errorf("audit log: %w", err)
 	}
 	n.auditLog = file
-	n.audit = server.NewAudit(file, n.cfg.Name, n.log, n.registry)
+	n.audit = server.NewAudit(file, n.cfg.Name, n.cfg.Audit.Required, n.log, n.registry)
 	return nil
 }
 
@@ -567,6 +601,15 @@ func (n *Node) registerMetrics() {
 	})
 	gauge("entente_ca_signs_without_quorum_seconds", "How long this node goes on signing if nothing can be agreed any more.", func() float64 {
 		return n.autonomy(time.Now()).Seconds()
+	})
+	gauge("entente_ca_proposals_waiting", "Changes that wait at this node, the leader, to be agreed; 4096 at most.", func() float64 {
+		return float64(n.replica.Load().Stats().Waiting)
+	})
+	gauge("entente_ca_raft_connections", "Open connections to and from other CA nodes for the agreement.", func() float64 {
+		return float64(n.replica.Load().Stats().Connections)
+	})
+	gauge("entente_ca_isolated_agents", "Agents that this node alone shuts out, until that can be agreed.", func() float64 {
+		return float64(len(n.isolations()))
 	})
 	gauge("entente_ca_rotations_overdue", "At the leader: authorities that should be in use by now and are not held by everybody.", func() float64 {
 		if !n.IsLeader() {

@@ -191,8 +191,9 @@ func begin(key *ca.RecoveryKey, cluster *statev1.Cluster, epoch uint32, node str
 // Restore makes this node, whose DataDir holds no state, the only member of a cluster
 // with the state of a snapshot, in a new epoch: the one after the snapshot's, or epoch
 // if that is later. Keys that lie in DataDir are used: if they are those of a member
-// in the snapshot, agents go on trusting it.
-func Restore(cfg *Config, snapshot io.Reader, recoveryKey string, epoch uint32) (Contents, error) {
+// in the snapshot, agents go on trusting it. bans are files in which nodes remember whom
+// they shut out, also after the backup: beside that of DataDir.
+func Restore(cfg *Config, snapshot io.Reader, recoveryKey string, epoch uint32, bans ...string) (Contents, error) {
 	fail := func(err error) (Contents, error) {
 		return Contents{}, fmt.Errorf("restore the CA of %s: %w", cfg.TrustDomain, err)
 	}
@@ -226,6 +227,9 @@ func Restore(cfg *Config, snapshot io.Reader, recoveryKey string, epoch uint32) 
 	}
 	recovery, err := begin(key, cluster, max(epoch, cluster.GetEpoch()+1), own.id)
 	if err != nil {
+		return fail(err)
+	}
+	if err := importBans(cfg.DataDir, bans); err != nil {
 		return fail(err)
 	}
 	if err := replica.Restore(cfg.replica(own), state, cfg.firstMember(own), recovery); err != nil {

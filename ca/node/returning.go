@@ -166,5 +166,6 @@ func (n *Node) replicaConfig() replica.Config {
 	cfg.OnRestore = n.onRestore
 	cfg.Vouch = n.vouch
 	cfg.BeforeWrite = n.cfg.beforeWrite
+	cfg.HoldBack = n.cfg.holdBack
 	return cfg
 }

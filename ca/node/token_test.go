@@ -222,6 +222,58 @@ func TestTokenAuthoritiesRotate(t *testing.T) {
 	}
 }
 
+// What is held of a bundle may be less than what its domain serves: without the WIT keys
+// that nobody asked for. A node that starts anew with that does not take the same bundle
+// for another of the same sequence.
+// Requirements: 119.
+func TestTrimmedBundleIsTheSame(t *testing.T) {
+	t.Parallel()
+	banking := catest.Start(t, catest.Options{})
+	trading := catest.Start(t, catest.Options{TrustDomain: "trading.example"})
+	relate := func(from, to *catest.CA, url string, wit bool) {
+		t.Helper()
+		_, err := from.Admin().Apply(t.Context(), &ententev1.ApplyRequest{Objects: []*statev1.Object{{
+			Kind: &statev1.Object_Relationship{Relationship: &statev1.Relationship{
+				TrustDomain: to.TrustDomain().Name(), EndpointUrls: []string{url}, EndpointId: to.BundleID().String(),
+				BootstrapBundle: to.BundleJSON(), Wit: wit,
+			}},
+		}}})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	relate(banking, trading, trading.BundleURL(), true) // so that there is a variant with WIT keys
+	relate(trading, banking, banking.BundleURL()+"wit", false)
+	fetched := func(sequence uint64) func() error {
+		return func() error {
+			for _, f := range trading.Status().GetForeign() {
+				switch {
+				case f.GetError() != "":
+					return errors.New(f.GetError())
+				case f.GetAgeSeconds() < 0 || f.GetSequence() < sequence:
+					return fmt.Errorf("fetched %v s ago, sequence %d", f.GetAgeSeconds(), f.GetSequence())
+				default:
+					return nil
+				}
+			}
+			return errors.New("no foreign bundle")
+		}
+	}
+	resp, err := banking.Admin().GetBundle(t.Context(), &ententev1.GetBundleRequest{Wit: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	variant, _, err := bundle.Parse(banking.TrustDomain(), resp.GetJwks())
+	if err != nil || len(variant.WIT) == 0 {
+		t.Fatalf("control: %d WIT keys, %v", len(variant.WIT), err)
+	}
+	eventually(t, "trading has fetched the variant", 10*time.Second, fetched(variant.Sequence))
+	trading.Stop()
+	trading.Restart()
+	trading.WaitReady()
+	eventually(t, "trading has fetched it again", 10*time.Second, fetched(variant.Sequence))
+}
+
 // WIT keys are at the endpoint only while a relationship asks for them, and a domain
 // takes them only for a relationship that does.
 // Requirements: T16.

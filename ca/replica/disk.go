@@ -1,8 +1,13 @@
 package replica
 
 import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
 	"runtime"
 	"sync"
 	"sync/atomic"
@@ -161,8 +166,12 @@ func (d *disk) close(applied uint64) error {
 
 // snapshots reports the disk's errors under snapshot writing to the same watchdog.
 // Slowness is no error here: a snapshot is large.
+//
+// It also stores a checksum of each snapshot's description: Raft checks only the content,
+// and a wrong index in the description would make it skip entries.
 type snapshots struct {
 	raft.SnapshotStore
+	dir  string // of the snapshots
 	fail func(error)
 }
 
@@ -173,28 +182,76 @@ func (s snapshots) Create(version raft.SnapshotVersion, index, term uint64, conf
 		s.fail(fmt.Errorf("%w: cannot create a snapshot: %w", ErrDisk, err))
 		return nil, err
 	}
-	return snapshotSink{sink, s.fail}, nil
+	return &snapshotSink{SnapshotSink: sink, store: s}, nil
 }
 
 type snapshotSink struct {
 	raft.SnapshotSink
-	fail func(error)
+	store snapshots
+	over  bool // closed or cancelled; Raft closes again
 }
 
-func (s snapshotSink) Write(b []byte) (int, error) {
+func (s *snapshotSink) Write(b []byte) (int, error) {
 	n, err := s.SnapshotSink.Write(b)
 	if err != nil {
-		s.fail(fmt.Errorf("%w: cannot write a snapshot: %w", ErrDisk, err))
+		s.store.fail(fmt.Errorf("%w: cannot write a snapshot: %w", ErrDisk, err))
 	}
 	return n, err
 }
 
-func (s snapshotSink) Close() error {
+func (s *snapshotSink) Cancel() error {
+	s.over = true
+	return s.SnapshotSink.Cancel()
+}
+
+func (s *snapshotSink) Close() error {
+	if s.over {
+		return nil
+	}
+	s.over = true
 	err := s.SnapshotSink.Close()
+	if err == nil {
+		err = sealSnapshot(filepath.Join(s.store.dir, s.ID()))
+	}
 	if err != nil {
-		s.fail(fmt.Errorf("%w: cannot finish a snapshot: %w", ErrDisk, err))
+		s.store.fail(fmt.Errorf("%w: cannot finish a snapshot: %w", ErrDisk, err))
 	}
 	return err
+}
+
+const (
+	metaFile    = "meta.json" // Raft's name for it
+	metaSumFile = "meta.sum"
+)
+
+func sealSnapshot(dir string) error {
+	meta, err := os.ReadFile(filepath.Join(dir, metaFile))
+	if err != nil {
+		return err
+	}
+	sum := sha256.Sum256(meta)
+	return errors.Join(writeSynced(filepath.Join(dir, metaSumFile), sum[:]), syncDir(dir))
+}
+
+// describes says whether a snapshot's description is what was written. After a crash at
+// the end of writing there may be no checksum.
+func describes(dir string) error {
+	data, err := os.ReadFile(filepath.Join(dir, metaFile))
+	if err != nil {
+		return err
+	}
+	sum := sha256.Sum256(data)
+	if sealed, err := os.ReadFile(filepath.Join(dir, metaSumFile)); err == nil && len(sealed) > 0 && !bytes.Equal(sealed, sum[:]) {
+		return errors.New("the checksum of its description does not match")
+	}
+	var meta raft.SnapshotMeta
+	if err := json.Unmarshal(data, &meta); err != nil {
+		return fmt.Errorf("its description cannot be read: %w", err)
+	}
+	if meta.ID != filepath.Base(dir) {
+		return fmt.Errorf("its description is of %.100s", meta.ID)
+	}
+	return nil
 }
 
 // logCache holds the newest entries, at most limit bytes of them: those that the state

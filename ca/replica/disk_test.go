@@ -66,7 +66,11 @@ func (f *faulty) GetLog(index uint64, log *raft.Log) error {
 func onFaultyDisk(f *faulty, stall time.Duration) func(*Config) {
 	return func(cfg *Config) {
 		cfg.Timing.DiskStall = stall
+		under := cfg.wrapStore
 		cfg.wrapStore = func(s store) store {
+			if under != nil {
+				s = under(s)
+			}
 			f.store = s
 			return f
 		}

@@ -33,9 +33,11 @@ func heal(path string) error {
 	if err != nil {
 		return errors.Join(err, db.Close())
 	}
-	err = db.View(func(tx *bbolt.Tx) error {
-		_, err := tx.WriteTo(fresh)
-		return err
+	err = guarded(func() error {
+		return db.View(func(tx *bbolt.Tx) error {
+			_, err := tx.WriteTo(fresh)
+			return err
+		})
 	})
 	if err == nil {
 		err = fresh.Sync()

@@ -1,11 +1,14 @@
 package replica
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"hash/crc32"
 	"io/fs"
+	"os"
+	"runtime/debug"
 	"sync"
 	"time"
 
@@ -37,7 +40,7 @@ var (
 	bucketStable = []byte("stable")
 	bucketMeta   = []byte("meta")
 
-	keyCommitted = []byte("committed")
+	keyExtent = []byte("extent")
 )
 
 // errAbsent is what Raft expects of a stable store, by its text.
@@ -49,72 +52,212 @@ const deleteChunk = 4096
 
 // boltStore is the store on bbolt.
 //
-// StoreLogs writes the entries and `committed` in one transaction, so that a crash
-// leaves both or neither.
+// Every transaction also writes the extent: how far the log goes and is agreed, under the
+// transaction's own number, with a checksum. So a crash leaves all of it or nothing, and
+// a transaction of which the disk kept only some pages is noticed at the next start.
 type boltStore struct {
 	db      *bbolt.DB
 	applied func() uint64 // index up to which the state machine has applied
 
-	mu          sync.RWMutex
+	writing sync.Mutex // one transaction at a time, with what follows from it
+
+	mu  sync.RWMutex
+	now extent
+}
+
+type extent struct {
+	transaction uint64
 	first, last uint64 // 0, 0: the log is empty
+	committed   uint64
+	values      uint64 // checksum of all stable values: none may be missing
+}
+
+func (e extent) encode() (b []byte) {
+	for _, n := range []uint64{e.transaction, e.first, e.last, e.committed, e.values} {
+		b = binary.BigEndian.AppendUint64(b, n)
+	}
+	return binary.BigEndian.AppendUint32(b, crc32.Checksum(b, castagnoli))
+}
+
+func decodeExtent(b []byte) (extent, error) {
+	e := extent{}
+	for i, n := range []*uint64{&e.transaction, &e.first, &e.last, &e.committed, &e.values} {
+		*n = number(b[min(8*i, len(b)):])
+	}
+	if !bytes.Equal(e.encode(), b) {
+		return extent{}, errors.New("the record of the log's extent is damaged")
+	}
+	return e, nil
+}
+
+func valuesSum(tx *bbolt.Tx) (sum uint64) {
+	var all uint32
+	tx.Bucket(bucketStable).ForEach(func(key, value []byte) error {
+		all = crc32.Update(crc32.Update(all, castagnoli, key), castagnoli, value)
+		return nil
+	})
+	return uint64(all)
+}
+
+// guarded runs what reads the file. A damaged page makes bbolt panic, or reach behind
+// the end of the file.
+func guarded(f func() error) (err error) {
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("the file is damaged: %v", p)
+		}
+	}()
+	return f()
+}
+
+func (s *boltStore) view(f func(*bbolt.Tx) error) error {
+	return guarded(func() error { return s.db.View(f) })
+}
+
+// update runs one transaction, which may change the extent.
+func (s *boltStore) update(f func(*bbolt.Tx, *extent) error) error {
+	s.writing.Lock()
+	defer s.writing.Unlock()
+	next := s.now
+	err := guarded(func() error {
+		return s.db.Update(func(tx *bbolt.Tx) error {
+			if err := f(tx, &next); err != nil {
+				return err
+			}
+			next.transaction = uint64(tx.ID())
+			return tx.Bucket(bucketMeta).Put(keyExtent, next.encode())
+		})
+	})
+	if err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.now = next
+	return nil
 }
 
 // openBolt opens or creates the file. applied may be called from any goroutine.
 func openBolt(path string, applied func() uint64) (*boltStore, error) {
-	db, err := bbolt.Open(path, 0o600, &bbolt.Options{
-		Timeout: time.Second, // for the file lock: a second process must be told, not made to wait
-		// The freelist is rebuilt at start instead of being written with each append:
-		// after a large compaction it would be most of what an append writes.
-		NoFreelistSync: true,
-		FreelistType:   bbolt.FreelistMapType, // constant time on a fragmented file
-	})
+	var db *bbolt.DB
+	err := readable(path)
+	if err == nil {
+		err = guarded(func() (err error) {
+			db, err = bbolt.Open(path, 0o600, &bbolt.Options{
+				Timeout: lockTimeout,
+				// The freelist is rebuilt at start instead of being written with each append:
+				// after a large compaction it would be most of what an append writes.
+				NoFreelistSync: true,
+				FreelistType:   bbolt.FreelistMapType, // constant time on a fragmented file
+			})
+			return err
+		})
+	}
 	switch {
 	case errors.Is(err, bolterrors.ErrTimeout):
 		return nil, fmt.Errorf("cannot open the log %s: another process uses it", path)
 	case errors.Is(err, fs.ErrPermission):
 		return nil, fmt.Errorf("cannot open the log %s: it belongs to another user: %w", path, err)
 	case err != nil:
-		return nil, fmt.Errorf("cannot open the log %s: %w", path, err)
+		return nil, fmt.Errorf("cannot open the log %s: %w: %s", path, err, joinAnew)
 	}
 	s := &boltStore{db: db, applied: applied}
-	err = db.Update(func(tx *bbolt.Tx) error {
+	if err := s.look(); err != nil {
+		db.Close()
+		return nil, fmt.Errorf("cannot read the log %s: %w: %s", path, err, joinAnew)
+	}
+	return s, nil
+}
+
+// lockTimeout is for the file lock: a second process must be told, not made to wait.
+const lockTimeout = time.Second
+
+// readable walks the pages of a file that exists. When bbolt opens it to write, it does so
+// too, but in a goroutine of its own, where a damaged page ends the process.
+func readable(path string) error {
+	if info, err := os.Stat(path); errors.Is(err, fs.ErrNotExist) || err == nil && info.Size() == 0 {
+		return nil
+	}
+	return guarded(func() error {
+		db, err := bbolt.Open(path, 0o600, &bbolt.Options{Timeout: lockTimeout, ReadOnly: true})
+		if err != nil {
+			return err
+		}
+		defer db.Close()
+		return db.View(func(tx *bbolt.Tx) error {
+			return tx.ForEach(func(_ []byte, b *bbolt.Bucket) error {
+				var before []byte
+				return b.ForEach(func(key, _ []byte) error {
+					if before != nil && bytes.Compare(before, key) >= 0 {
+						return errors.New("the file is damaged: its keys are out of order")
+					}
+					before = key
+					return nil
+				})
+			})
+		})
+	})
+}
+
+// joinAnew is what remains to be done where a disk lost what others count on.
+const joinAnew = "remove this node from the cluster, wipe it and join it anew"
+
+// look reads the extent, and compares it with what is there.
+func (s *boltStore) look() error {
+	fresh := false
+	err := s.view(func(tx *bbolt.Tx) error {
+		meta, log := tx.Bucket(bucketMeta), tx.Bucket(bucketLog)
+		if fresh = tx.ID() <= 1; fresh { // the first transaction is ours
+			return nil
+		}
+		if meta == nil || log == nil || tx.Bucket(bucketStable) == nil {
+			return errors.New("a part of the file is missing")
+		}
+		var err error
+		if s.now, err = decodeExtent(meta.Get(keyExtent)); err != nil {
+			return err
+		}
+		if id := uint64(tx.ID()); s.now.transaction != id {
+			return fmt.Errorf("the disk lost a part of write %d: the log is that of write %d", id, s.now.transaction)
+		}
+		if valuesSum(tx) != s.now.values {
+			return errors.New("the disk lost a term or a vote")
+		}
+		first, _ := log.Cursor().First()
+		last, _ := log.Cursor().Last()
+		if number(first) != s.now.first || number(last) != s.now.last {
+			return fmt.Errorf("the disk lost a part of the log: it goes from %d to %d, and went from %d to %d", number(first), number(last), s.now.first, s.now.last)
+		}
+		return nil
+	})
+	if err != nil || !fresh {
+		return err
+	}
+	return s.update(func(tx *bbolt.Tx, _ *extent) error {
 		for _, name := range [][]byte{bucketLog, bucketStable, bucketMeta} {
 			if _, err := tx.CreateBucketIfNotExists(name); err != nil {
 				return err
 			}
 		}
-		cursor := tx.Bucket(bucketLog).Cursor()
-		if key, _ := cursor.First(); key != nil {
-			s.first = binary.BigEndian.Uint64(key)
-		}
-		if key, _ := cursor.Last(); key != nil {
-			s.last = binary.BigEndian.Uint64(key)
-		}
 		return nil
 	})
-	if err != nil {
-		db.Close()
-		return nil, fmt.Errorf("cannot read the log %s: %w", path, err)
-	}
-	return s, nil
 }
 
 func (s *boltStore) Close() error { return s.db.Close() }
 
 func (s *boltStore) FirstIndex() (uint64, error) {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	return s.first, nil
+	first, _ := s.bounds()
+	return first, nil
 }
 
 func (s *boltStore) LastIndex() (uint64, error) {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	return s.last, nil
+	_, last := s.bounds()
+	return last, nil
 }
 
 func (s *boltStore) GetLog(index uint64, log *raft.Log) error {
-	return s.db.View(func(tx *bbolt.Tx) error {
+	return s.view(func(tx *bbolt.Tx) error {
 		data := tx.Bucket(bucketLog).Get(indexKey(index))
 		if data == nil {
 			return raft.ErrLogNotFound
@@ -135,7 +278,7 @@ func (s *boltStore) StoreLogs(logs []*raft.Log) error {
 	}
 	newLast := logs[len(logs)-1].Index
 	committed := min(s.applied(), newLast)
-	err := s.db.Update(func(tx *bbolt.Tx) error {
+	err := s.update(func(tx *bbolt.Tx, e *extent) error {
 		bucket := tx.Bucket(bucketLog)
 		bucket.FillPercent = 0.95 // keys only grow: a split would leave half-empty pages behind
 		var buf []byte
@@ -147,17 +290,16 @@ func (s *boltStore) StoreLogs(logs []*raft.Log) error {
 				return err
 			}
 		}
-		return raise(tx, committed)
+		if e.first == 0 {
+			e.first = logs[0].Index
+		}
+		e.last = newLast
+		e.committed = max(e.committed, committed)
+		return nil
 	})
 	if err != nil {
 		return fmt.Errorf("cannot store log entries %d to %d: %w", logs[0].Index, newLast, err)
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.first == 0 {
-		s.first = logs[0].Index
-	}
-	s.last = newLast
 	return nil
 }
 
@@ -176,27 +318,17 @@ func follows(last uint64, logs []*raft.Log) error {
 	return nil
 }
 
-// raise writes committed unless it would go back.
-func raise(tx *bbolt.Tx, committed uint64) error {
-	meta := tx.Bucket(bucketMeta)
-	if committed <= number(meta.Get(keyCommitted)) {
-		return nil
-	}
-	return meta.Put(keyCommitted, binary.BigEndian.AppendUint64(nil, committed))
-}
-
 func (s *boltStore) Committed() (uint64, error) {
-	var committed uint64
-	err := s.db.View(func(tx *bbolt.Tx) error {
-		committed = number(tx.Bucket(bucketMeta).Get(keyCommitted))
-		return nil
-	})
-	return committed, err
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return s.now.committed, nil
 }
 
 func (s *boltStore) Mark(index uint64) error {
-	_, last := s.bounds()
-	err := s.db.Update(func(tx *bbolt.Tx) error { return raise(tx, min(index, last)) })
+	err := s.update(func(_ *bbolt.Tx, e *extent) error {
+		e.committed = max(e.committed, min(index, e.last))
+		return nil
+	})
 	if err != nil {
 		return fmt.Errorf("cannot note that the log is agreed up to entry %d: %w", index, err)
 	}
@@ -213,18 +345,29 @@ func (s *boltStore) DeleteRange(minIndex, maxIndex uint64) error {
 	if minIndex != first && maxIndex != last {
 		return fmt.Errorf("cannot delete log entries %d to %d from the middle of %d to %d", minIndex, maxIndex, first, last)
 	}
-	if maxIndex == last {
-		return s.deleteTail(minIndex, last)
+	if maxIndex == last { // what conflicts with the leader's log, or all of it
+		err := s.update(func(tx *bbolt.Tx, e *extent) error {
+			if e.last = minIndex - 1; minIndex == first {
+				e.first, e.last = 0, 0
+			}
+			e.committed = min(e.committed, minIndex-1)
+			return deleteEntries(tx, minIndex, last)
+		})
+		if err != nil {
+			return fmt.Errorf("cannot delete log entries %d to %d: %w", minIndex, last, err)
+		}
+		return nil
 	}
 	// A crash between two of these leaves a log that begins later: as good a log.
 	for from := minIndex; from <= maxIndex; from += deleteChunk {
 		to := min(from+deleteChunk-1, maxIndex)
-		if err := s.db.Update(func(tx *bbolt.Tx) error { return deleteEntries(tx, from, to) }); err != nil {
+		err := s.update(func(tx *bbolt.Tx, e *extent) error {
+			e.first = to + 1
+			return deleteEntries(tx, from, to)
+		})
+		if err != nil {
 			return fmt.Errorf("cannot delete log entries %d to %d: %w", from, to, err)
 		}
-		s.mu.Lock()
-		s.first = to + 1
-		s.mu.Unlock()
 	}
 	s.unmapRead()
 	return nil
@@ -235,36 +378,10 @@ func (s *boltStore) DeleteRange(minIndex, maxIndex uint64) error {
 // cut. What is needed again comes from the page cache.
 func (s *boltStore) unmapRead() {
 	// A transaction keeps the mapping in its place.
-	_ = s.db.View(func(tx *bbolt.Tx) error {
+	_ = s.view(func(tx *bbolt.Tx) error {
 		dropPages(s.db.Info().Data, uintptr(tx.Size()))
 		return nil
 	})
-}
-
-// deleteTail deletes what conflicts with the leader's log, or all of it. What stood in
-// `committed` beyond the new end is lowered in the same transaction.
-func (s *boltStore) deleteTail(from, last uint64) error {
-	err := s.db.Update(func(tx *bbolt.Tx) error {
-		if err := deleteEntries(tx, from, last); err != nil {
-			return err
-		}
-		meta := tx.Bucket(bucketMeta)
-		if number(meta.Get(keyCommitted)) < from {
-			return nil
-		}
-		return meta.Put(keyCommitted, binary.BigEndian.AppendUint64(nil, from-1))
-	})
-	if err != nil {
-		return fmt.Errorf("cannot delete log entries %d to %d: %w", from, last, err)
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if from == s.first {
-		s.first, s.last = 0, 0
-	} else {
-		s.last = from - 1
-	}
-	return nil
 }
 
 func deleteEntries(tx *bbolt.Tx, from, to uint64) error {
@@ -280,11 +397,15 @@ func deleteEntries(tx *bbolt.Tx, from, to uint64) error {
 func (s *boltStore) bounds() (first, last uint64) {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
-	return s.first, s.last
+	return s.now.first, s.now.last
 }
 
 func (s *boltStore) Set(key, value []byte) error {
-	err := s.db.Update(func(tx *bbolt.Tx) error { return tx.Bucket(bucketStable).Put(key, value) })
+	err := s.update(func(tx *bbolt.Tx, e *extent) error {
+		err := tx.Bucket(bucketStable).Put(key, value)
+		e.values = valuesSum(tx)
+		return err
+	})
 	if err != nil {
 		return fmt.Errorf("cannot store %s: %w", key, err)
 	}
@@ -293,7 +414,7 @@ func (s *boltStore) Set(key, value []byte) error {
 
 func (s *boltStore) Get(key []byte) ([]byte, error) {
 	var value []byte
-	err := s.db.View(func(tx *bbolt.Tx) error {
+	err := s.view(func(tx *bbolt.Tx) error {
 		stored := tx.Bucket(bucketStable).Get(key)
 		if stored == nil {
 			return errAbsent
@@ -321,9 +442,9 @@ func (s *boltStore) GetUint64(key []byte) (uint64, error) {
 
 func indexKey(index uint64) []byte { return binary.BigEndian.AppendUint64(nil, index) }
 
-// number reads what AppendUint64 wrote; anything else is 0.
+// number reads what AppendUint64 wrote; less is 0.
 func number(b []byte) uint64 {
-	if len(b) != 8 {
+	if len(b) < 8 {
 		return 0
 	}
 	return binary.BigEndian.Uint64(b)

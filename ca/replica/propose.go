@@ -194,7 +194,7 @@ func (r *Replica) agree(batch *statev1.Batch) ([]domain.Outcome, error) {
 		return nil, fmt.Errorf("cannot encode a log entry: %w", err)
 	}
 	future := r.raft.Apply(data, enqueueTimeout)
-	if err := future.Error(); err != nil {
+	if err := r.answer(future); err != nil {
 		return nil, r.explain(err)
 	}
 	switch response := future.Response().(type) {
@@ -207,6 +207,24 @@ func (r *Replica) agree(batch *statev1.Batch) ([]domain.Outcome, error) {
 		return nil, fmt.Errorf("%w: %w", ErrOutcomeUnknown, response)
 	default:
 		return nil, fmt.Errorf("%w: log entry %d was applied before", ErrOutcomeUnknown, future.Index())
+	}
+}
+
+// answer waits for one of Raft's futures. A few of them are never answered once Raft has
+// shut down; the goroutine that stays with such a one holds nothing of the replica.
+func (r *Replica) answer(f raft.Future) error {
+	done := make(chan error, 1)
+	go func() { done <- f.Error() }()
+	select {
+	case err := <-done:
+		return err
+	case <-r.halted:
+	}
+	select {
+	case err := <-done:
+		return err
+	default:
+		return raft.ErrRaftShutdown
 	}
 }
 
@@ -277,7 +295,7 @@ func (r *Replica) runBarriers() {
 			return
 		}
 		b.mu.Unlock()
-		if err := r.raft.Barrier(enqueueTimeout).Error(); err != nil {
+		if err := r.answer(r.raft.Barrier(enqueueTimeout)); err != nil {
 			wait.err = r.explain(err)
 		}
 		close(wait.done)

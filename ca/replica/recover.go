@@ -165,7 +165,6 @@ func Recover(cfg Config, decide func(Survey) (*statev1.Recovery, *statev1.Member
 	if err := os.Mkdir(fresh, 0o700); err != nil {
 		return fail(err)
 	}
-	cfg.reach("directory made")
 	if err := found(&cfg, fresh, rest.state, index, rest.term+1); err != nil {
 		os.RemoveAll(fresh)
 		return fail(err)
@@ -176,7 +175,6 @@ func Recover(cfg Config, decide func(Survey) (*statev1.Recovery, *statev1.Member
 	if err := syncDir(cfg.Dir); err != nil {
 		return fail(err)
 	}
-	cfg.reach("state complete")
 	if err := settle(&cfg); err != nil {
 		return fail(err)
 	}
@@ -204,7 +202,6 @@ func Restore(cfg Config, state *domain.State, member *statev1.Member, recovery *
 		return fail(err)
 	}
 	err := createState(&cfg, func(dir string) error {
-		cfg.reach("directory made")
 		return found(&cfg, dir, state, index, 1)
 	})
 	if err != nil {
@@ -224,15 +221,14 @@ func found(cfg *Config, dir string, state *domain.State, index, term uint64) err
 		Suffrage: raft.Voter, ID: raft.ServerID(cfg.NodeID), Address: raft.ServerAddress(cfg.Advertise),
 	}}}
 	_, nowhere := raft.NewInmemTransport("") // the store wants one to encode addresses
-	sink, err := files.Create(raft.SnapshotVersionMax, index, term, configuration, index, nowhere)
+	sealing := snapshots{files, filepath.Join(dir, snapshotDir), func(error) {}}
+	sink, err := sealing.Create(raft.SnapshotVersionMax, index, term, configuration, index, nowhere)
 	if err != nil {
 		return fmt.Errorf("cannot create the snapshot: %w", err)
 	}
-	cfg.reach("snapshot begun")
 	if err := (snapshot{state.Snapshot(), new(atomic.Uint64)}).Persist(sink); err != nil {
 		return fmt.Errorf("cannot write the snapshot: %w", err)
 	}
-	cfg.reach("snapshot written")
 	metas, err := files.List()
 	if err != nil || len(metas) != 1 {
 		return fmt.Errorf("cannot find the snapshot that was written: %w", err)
@@ -251,7 +247,6 @@ func found(cfg *Config, dir string, state *domain.State, index, term uint64) err
 	if err := errors.Join(store.SetUint64(keyCurrentTerm, term), store.Close()); err != nil {
 		return err
 	}
-	cfg.reach("log written")
 	return syncDir(dir)
 }
 
@@ -274,20 +269,11 @@ func settle(cfg *Config) error {
 		if err := os.Rename(now, before); err != nil {
 			return err
 		}
-		cfg.reach("former state put aside")
 	}
 	if err := os.Rename(next, now); err != nil {
 		return err
 	}
-	cfg.reach("state in place")
 	return syncDir(cfg.Dir)
-}
-
-// reach tells a test of this package where the procedure is.
-func (c *Config) reach(step string) {
-	if c.step != nil {
-		c.step(step)
-	}
 }
 
 // supersession is what superseded.json holds.

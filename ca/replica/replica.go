@@ -79,12 +79,15 @@ type Config struct {
 	// For tests that fail or stall the disk of a whole node.
 	BeforeWrite func() error
 
+	// HoldBack, if set, says that entries do not reach a member now although heartbeats do.
+	// For tests of what a whole node does about that.
+	HoldBack func(member string) bool
+
 	Timing Timing
 
 	// Tests of this package fail and stall the disk, and give removed members more time.
 	wrapStore func(store) store
 	farewell  time.Duration
-	step      func(string) // told where a procedure that writes files is
 }
 
 // Timing sets Raft's pace. A killed leader is replaced after about twice Heartbeat.
@@ -352,6 +355,7 @@ type Stats struct {
 	LogBytes    uint64 // appended since the last snapshot
 	CachedBytes int    // log cache
 	Connections int    // open Raft connections
+	Waiting     int    // proposals that are not on their way yet
 	Age         time.Duration
 	Err         error // why it left Raft; nil while it takes part
 }
@@ -370,6 +374,7 @@ func (r *Replica) Stats() Stats {
 		LogBytes:    r.fsm.sinceSnapshot.Load(),
 		CachedBytes: r.disk.cache.size(),
 		Connections: r.net.count(),
+		Waiting:     len(r.proposals),
 		Age:         r.Age(),
 		Err:         r.Err(),
 	}

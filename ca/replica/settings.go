@@ -62,7 +62,9 @@ func raftConfig(cfg *Config) *raft.Config {
 		// 64 entries of 64 KiB are 4 MiB per exchange: a bound on memory and on how long
 		// one exchange blocks a thin line. Group commit gives 16 Ki commands within it.
 		MaxAppendEntries: 64,
-		BatchApplyCh:     true, // lets concurrent entries share one disk write
+		// Not buffered: what lies in the buffer when Raft shuts down is never answered. The
+		// entries that fly at once (batchesFlying) share a disk write all the same.
+		BatchApplyCh: false,
 
 		SnapshotThreshold: snapshotEntries,
 		SnapshotInterval:  time.Minute, // the check costs nothing

@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/hashicorp/raft"
@@ -33,7 +34,9 @@ const (
 	stateNew   = "raft.new"
 	logFile    = "log.db"
 	damagedDir = "damaged"
-	joinFile   = "join.json"
+
+	snapshotDir = "snapshots" // Raft's name for it
+	joinFile    = "join.json"
 )
 
 // joinList is what a joiner knows before it has any state.
@@ -124,9 +127,7 @@ func PrepareJoin(cfg Config, cluster *statev1.Cluster, members []*statev1.Member
 			return fmt.Errorf("cannot join the cluster: %w", err)
 		}
 	}
-	cfg.reach("join list made")
 	err = createState(&cfg, func(dir string) error {
-		cfg.reach("directory made")
 		return writeSynced(filepath.Join(dir, joinFile), data)
 	})
 	if err != nil {
@@ -166,11 +167,9 @@ func createState(cfg *Config, build func(dir string) error) error {
 	if err := syncDir(fresh); err != nil {
 		return err
 	}
-	cfg.reach("state complete")
 	if err := os.Rename(fresh, filepath.Join(dir, stateDir)); err != nil {
 		return err
 	}
-	cfg.reach("state in place")
 	return syncDir(dir)
 }
 
@@ -277,6 +276,31 @@ func open(cfg Config) (*Replica, error) {
 // can be read, then the log up to `committed`. This is what lets a lone node restart.
 // agreed is what the caller knows beyond that.
 func load(dir string, st store, files *raft.FileSnapshotStore, f *fsm, log *slog.Logger, agreed uint64) error {
+	damaged := 0
+	// Raft takes the newest listed snapshot on trust and would skip the entries it stands
+	// for. So it must not see one that cannot be read.
+	aside := func(id string, err error) error {
+		damaged++
+		log.Error("a snapshot cannot be read and is put aside", "snapshot", id, "error", err)
+		if err := putAside(dir, id); err != nil {
+			return fmt.Errorf("cannot put the damaged snapshot %s aside: %w", id, err)
+		}
+		return nil
+	}
+	present, err := os.ReadDir(filepath.Join(dir, snapshotDir))
+	if err != nil {
+		return fmt.Errorf("cannot list the snapshots: %w", err)
+	}
+	for _, entry := range present {
+		if strings.HasSuffix(entry.Name(), ".tmp") { // Raft's name for one that was not finished
+			continue
+		}
+		if err := describes(filepath.Join(dir, snapshotDir, entry.Name())); err != nil {
+			if err := aside(entry.Name(), err); err != nil {
+				return err
+			}
+		}
+	}
 	metas, err := files.List()
 	if err != nil {
 		return fmt.Errorf("cannot list the snapshots: %w", err)
@@ -288,11 +312,8 @@ func load(dir string, st store, files *raft.FileSnapshotStore, f *fsm, log *slog
 			newest = meta
 			break
 		}
-		// Raft takes the newest listed snapshot on trust and would skip the entries it
-		// stands for. So it must not see this one.
-		log.Error("a snapshot cannot be read and is put aside", "snapshot", meta.ID, "error", err)
-		if err := putAside(dir, meta.ID); err != nil {
-			return fmt.Errorf("cannot put the damaged snapshot %s aside: %w", meta.ID, err)
+		if err := aside(meta.ID, err); err != nil {
+			return err
 		}
 	}
 	if newest != nil {
@@ -313,7 +334,7 @@ func load(dir string, st store, files *raft.FileSnapshotStore, f *fsm, log *slog
 		return fmt.Errorf("the log begins at entry %d, but the newest readable snapshot ends at %d: "+
 			"this node cannot be repaired from its own disk: remove it from the cluster and join anew", first, f.applied.Load())
 	}
-	if first == 0 && newest == nil && len(metas) > 0 {
+	if first == 0 && newest == nil && damaged > 0 {
 		return errors.New("no snapshot can be read and the log is empty: remove this node from the cluster and join anew")
 	}
 	committed, err := st.Committed()
@@ -364,7 +385,7 @@ func putAside(dir, id string) error {
 	if err := os.RemoveAll(target); err != nil {
 		return err
 	}
-	return os.Rename(filepath.Join(dir, "snapshots", id), target)
+	return os.Rename(filepath.Join(dir, snapshotDir, id), target)
 }
 
 // cutStale deletes a log that ends before the snapshot, or that has another entry where
@@ -484,7 +505,7 @@ func (r *Replica) start(files *raft.FileSnapshotStore, list joinList) error {
 		}
 	}
 
-	started, err := newRaft(&r.cfg, r.fsm, r.disk, snapshots{files, r.disk.fail}, r.trans)
+	started, err := newRaft(&r.cfg, r.fsm, r.disk, snapshots{files, filepath.Join(r.cfg.Dir, stateDir, snapshotDir), r.disk.fail}, r.trans)
 	if err != nil {
 		stop()
 		return errors.Join(err, r.trans.Close())

@@ -6,6 +6,8 @@ import (
 	"errors"
 	"io"
 	"net"
+	"slices"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -323,4 +325,72 @@ func TestNewestMembershipCountsWhileTheStateLags(t *testing.T) {
 	if find() {
 		t.Error("the state is newer than Raft's membership and does not know it, but it still counts")
 	}
+}
+
+// speak sends one Raft message over a connection of n's key to its peer and returns
+// what came of it.
+func speak(t *testing.T, from *door, to *node, send func(raft.Transport, raft.ServerID, raft.ServerAddress) error) error {
+	t.Helper()
+	network := newNetwork(dialling{from.streams}, from.log)
+	defer network.CloseStreams()
+	return send(network, raft.ServerID(to.id), target(to.id, to.address))
+}
+
+// A stolen voter's key speaks for that voter only: what names another one as its sender
+// reaches nobody, in whatever message, and the connection is cut.
+func TestMessagesNameTheirSender(t *testing.T) {
+	t.Parallel()
+	nodes := cluster(t, "ca1", "ca2", "ca3")
+	leader := awaitLeader(t, nodes...)
+	others := slices.DeleteFunc(slices.Clone(nodes), func(n *node) bool { return n == leader })
+	second, third := others[0], others[1]
+	term := leader.raft.CurrentTerm()
+	thief := newDoor(t, &node{t: t, name: "thief", id: third.id, cert: third.cert, dir: tempDir(t), address: third.address},
+		membersState(t, leader, second.member()))
+	header := func(id string) raft.RPCHeader {
+		return raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax, ID: []byte(id), Addr: []byte(leader.address)}
+	}
+	messages := map[string]func(id string) error{
+		"vote": func(id string) error {
+			return speak(t, thief, second, func(n raft.Transport, to raft.ServerID, at raft.ServerAddress) error {
+				return n.RequestVote(to, at, &raft.RequestVoteRequest{RPCHeader: header(id)}, &raft.RequestVoteResponse{})
+			})
+		},
+		"pre-vote": func(id string) error {
+			return speak(t, thief, second, func(n raft.Transport, to raft.ServerID, at raft.ServerAddress) error {
+				return n.(*raft.NetworkTransport).RequestPreVote(to, at, &raft.RequestPreVoteRequest{RPCHeader: header(id)}, &raft.RequestPreVoteResponse{})
+			})
+		},
+		"heartbeat": func(id string) error {
+			return speak(t, thief, second, func(n raft.Transport, to raft.ServerID, at raft.ServerAddress) error {
+				return n.AppendEntries(to, at, &raft.AppendEntriesRequest{RPCHeader: header(id), Term: 1}, &raft.AppendEntriesResponse{})
+			})
+		},
+		"entries": func(id string) error {
+			return speak(t, thief, second, func(n raft.Transport, to raft.ServerID, at raft.ServerAddress) error {
+				return n.AppendEntries(to, at, &raft.AppendEntriesRequest{RPCHeader: header(id), Term: 1, PrevLogEntry: 1}, &raft.AppendEntriesResponse{})
+			})
+		},
+		"snapshot": func(id string) error {
+			return speak(t, thief, second, func(n raft.Transport, to raft.ServerID, at raft.ServerAddress) error {
+				return n.InstallSnapshot(to, at, &raft.InstallSnapshotRequest{RPCHeader: header(id), Term: 1, Size: 4}, &raft.InstallSnapshotResponse{}, strings.NewReader("none"))
+			})
+		},
+	}
+	for name, say := range messages {
+		// An old term: what is heard changes nothing.
+		if err := say(third.id); err != nil {
+			t.Errorf("control: a %s in its own name: %v", name, err)
+		}
+		if err := say(leader.id); err == nil {
+			t.Errorf("a %s in the leader's name was heard", name)
+		}
+		if err := say(""); err == nil {
+			t.Errorf("a %s in nobody's name was heard", name)
+		}
+	}
+	if !leader.IsLeader() || leader.raft.CurrentTerm() != term {
+		t.Errorf("leads: %v, term %d, was %d", leader.IsLeader(), leader.raft.CurrentTerm(), term)
+	}
+	await(t, "the second follows the leader", func() bool { return second.Leader() == leader.id })
 }

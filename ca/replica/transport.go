@@ -1,26 +1,41 @@
 package replica
 
 import (
+	"errors"
+	"fmt"
 	"io"
+	"log/slog"
+	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/raft"
 )
 
-// transport is Raft's network transport with two additions. It dials a member by node
-// id, so that the stream layer knows whose key to expect. And it watches the answers:
-// the library tells nobody how far its followers are, and without that nobody can say
-// who has caught up.
+// transport is Raft's network transport with three additions. It dials a member by node
+// id, so that the stream layer knows whose key to expect. It takes a message only from
+// the member that its header names. And it watches the answers: the library tells nobody
+// how far its followers are, and without that nobody can say who has caught up.
 type transport struct {
-	*raft.NetworkTransport
-	roster *roster
+	*raft.NetworkTransport // what this node says to others
+	streams                *streams
+	roster                 *roster
+	log                    *slog.Logger
+	holdBack               func(member string) bool
 
-	mu    sync.Mutex
-	peers map[raft.ServerID]peerProgress
+	heard     chan raft.RPC
+	heartbeat atomic.Pointer[func(raft.RPC)]
+
+	mu      sync.Mutex
+	closed  bool
+	callers map[string]*caller // by node id
+	peers   map[raft.ServerID]peerProgress
 
 	installing map[raft.ServerID]int // snapshots on their way
 }
+
+var errHeldBack = errors.New("held back by a test")
 
 type peerProgress struct {
 	term    uint64 // of the leadership that learned match
@@ -29,22 +44,188 @@ type peerProgress struct {
 }
 
 func newTransport(s *streams, cfg *Config) *transport {
-	return &transport{
-		roster: s.roster,
-		NetworkTransport: raft.NewNetworkTransportWithConfig(&raft.NetworkTransportConfig{
-			Stream:  s,
-			Logger:  newLogger(cfg.Log),
-			Timeout: rpcTimeout,
-			// Replication, heartbeats and votes of one peer at a time; idle ones are kept.
-			MaxPool: 4,
-			// 1 switches pipelining off. With the default of 2, a follower whose disk gave
-			// errors for 300 ms was never replicated to again.
-			MaxRPCsInFlight:         1,
-			MsgpackUseNewTimeFormat: true,
-		}),
-		peers:      map[raft.ServerID]peerProgress{},
-		installing: map[raft.ServerID]int{},
+	t := &transport{
+		NetworkTransport: newNetwork(dialling{s}, cfg.Log),
+		streams:          s,
+		roster:           s.roster,
+		holdBack:         cfg.HoldBack,
+		log:              cfg.Log,
+		heard:            make(chan raft.RPC),
+		callers:          map[string]*caller{},
+		peers:            map[raft.ServerID]peerProgress{},
+		installing:       map[raft.ServerID]int{},
 	}
+	go t.accept()
+	return t
+}
+
+func newNetwork(layer raft.StreamLayer, log *slog.Logger) *raft.NetworkTransport {
+	return raft.NewNetworkTransportWithConfig(&raft.NetworkTransportConfig{
+		Stream:  layer,
+		Logger:  newLogger(log),
+		Timeout: rpcTimeout,
+		// Replication, heartbeats and votes of one peer at a time; idle ones are kept.
+		MaxPool: 4,
+		// 1 switches pipelining off. With the default of 2, a follower whose disk gave
+		// errors for 300 ms was never replicated to again.
+		MaxRPCsInFlight:         1,
+		MsgpackUseNewTimeFormat: true,
+	})
+}
+
+// dialling is the stream layer of what this node says: nobody is heard there.
+type dialling struct{ *streams }
+
+func (d dialling) Accept() (net.Conn, error) {
+	<-d.closed
+	return nil, errKilled
+}
+
+// caller is the stream layer of what one peer says. The library does not tell which
+// connection a message came by, so each peer has a transport of its own.
+type caller struct {
+	streams *streams
+	peer    string // node id
+	conns   chan net.Conn
+	network *raft.NetworkTransport
+}
+
+func (c *caller) Addr() net.Addr { return c.streams.Addr() }
+func (c *caller) Close() error   { return nil } // the connections are the streams'
+
+func (c *caller) Dial(raft.ServerAddress, time.Duration) (net.Conn, error) { return nil, errKilled }
+
+func (c *caller) Accept() (net.Conn, error) {
+	select {
+	case conn := <-c.conns:
+		return conn, nil
+	case <-c.streams.closed:
+		return nil, errKilled
+	}
+}
+
+// accept hands each connection to its peer's transport, until the streams are closed.
+func (t *transport) accept() {
+	for {
+		conn, err := t.streams.Accept()
+		if err != nil {
+			return
+		}
+		c := t.caller(conn.(*stream).peer)
+		if c == nil {
+			conn.Close()
+			return
+		}
+		select {
+		case c.conns <- conn:
+		case <-t.streams.closed:
+			conn.Close()
+		}
+	}
+}
+
+// caller is made with a peer's first connection and stays: there are as few as voters.
+func (t *transport) caller(peer string) *caller {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.closed {
+		return nil
+	}
+	c := t.callers[peer]
+	if c == nil {
+		c = &caller{streams: t.streams, peer: peer, conns: make(chan net.Conn)}
+		c.network = newNetwork(c, t.log)
+		c.network.SetHeartbeatHandler(func(rpc raft.RPC) {
+			switch handle := t.heartbeat.Load(); {
+			case !t.genuine(peer, rpc):
+			case handle == nil:
+				rpc.Respond(nil, errors.New("this node is just starting"))
+			default:
+				(*handle)(rpc)
+			}
+		})
+		t.callers[peer] = c
+		go t.hear(c)
+	}
+	return c
+}
+
+// hear passes on what a peer says in its own name.
+func (t *transport) hear(c *caller) {
+	for {
+		select {
+		case rpc := <-c.network.Consumer():
+			if !t.genuine(c.peer, rpc) {
+				continue
+			}
+			select {
+			case t.heard <- rpc:
+			case <-t.streams.closed:
+				return
+			}
+		case <-t.streams.closed:
+			return
+		}
+	}
+}
+
+// genuine answers a message itself, and cuts the peer off, if it names another sender
+// than the one whose key opened the connection. Raft counts votes and follows leaders by
+// what stands in the header; the address there is replaced by the node id, so that
+// nothing in it is the sender's own word, and votes are remembered by key.
+func (t *transport) genuine(peer string, rpc raft.RPC) bool {
+	header := rpcHeader(rpc.Command)
+	if header != nil && string(header.ID) == peer {
+		header.Addr = []byte(peer)
+		return true
+	}
+	claimed := "nobody"
+	if header != nil {
+		claimed = fmt.Sprintf("%.64s", header.ID)
+	}
+	t.log.Error("a member spoke Raft in another's name; it is cut off: look for who holds its key", "member", peer, "claimed", claimed)
+	rpc.Respond(nil, fmt.Errorf("the header names %s, the connection was opened by %s", claimed, peer))
+	for _, st := range t.streams.open() {
+		if st.inbound && st.peer == peer {
+			st.Close()
+		}
+	}
+	return false
+}
+
+func rpcHeader(command any) *raft.RPCHeader {
+	switch c := command.(type) {
+	case *raft.AppendEntriesRequest:
+		return &c.RPCHeader
+	case *raft.RequestVoteRequest:
+		return &c.RPCHeader
+	case *raft.RequestPreVoteRequest:
+		return &c.RPCHeader
+	case *raft.InstallSnapshotRequest:
+		return &c.RPCHeader
+	case *raft.TimeoutNowRequest:
+		return &c.RPCHeader
+	}
+	return nil
+}
+
+// Consumer is where Raft hears the others.
+func (t *transport) Consumer() <-chan raft.RPC { return t.heard }
+
+// SetHeartbeatHandler takes heartbeats past the queue, so that a slow disk does not hold
+// them up.
+func (t *transport) SetHeartbeatHandler(f func(raft.RPC)) { t.heartbeat.Store(&f) }
+
+// Close ends all connections and waits for nobody.
+func (t *transport) Close() error {
+	err := t.NetworkTransport.Close()
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.closed = true
+	for _, c := range t.callers {
+		c.network.Close()
+	}
+	return err
 }
 
 // target says whom to expect at an address: the stream layer pins the key. The state's
@@ -57,6 +238,9 @@ func (t *transport) target(id raft.ServerID, hostport raft.ServerAddress) raft.S
 }
 
 func (t *transport) AppendEntries(id raft.ServerID, at raft.ServerAddress, args *raft.AppendEntriesRequest, resp *raft.AppendEntriesResponse) error {
+	if t.holdBack != nil && len(args.Entries) > 0 && t.holdBack(string(id)) {
+		return errHeldBack
+	}
 	err := t.NetworkTransport.AppendEntries(id, t.target(id, at), args, resp)
 	if err == nil && resp.Term <= args.Term {
 		match := uint64(0)

@@ -19,11 +19,15 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
+
+	"github.com/hashicorp/raft"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/domain"
+	"github.com/entente-mesh/entente/internal/simnet"
 )
 
 // beat is calm enough for a loaded machine: leadership must not flap while tests look.
@@ -41,6 +45,9 @@ type node struct {
 	address string
 
 	group *[]*node // the cluster it belongs to, itself included
+
+	network *simnet.Network // nil: TCP
+	shelf   *memoryShelf    // nil: bbolt
 
 	*Replica
 	stop func() error // ends Run and returns what it returned
@@ -74,15 +81,21 @@ func selfSigned(t testing.TB) (tls.Certificate, string) {
 
 func newNode(t testing.TB, name string) *node {
 	t.Helper()
-	cert, id := selfSigned(t)
-	n := &node{t: t, name: name, id: id, cert: cert, dir: tempDir(t)}
-	n.group = &[]*node{n}
+	n := placeNode(t, name)
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
 	n.address = l.Addr().String()
 	l.Close()
+	return n
+}
+
+func placeNode(t testing.TB, name string) *node {
+	t.Helper()
+	cert, id := selfSigned(t)
+	n := &node{t: t, name: name, id: id, cert: cert, dir: tempDir(t)}
+	n.group = &[]*node{n}
 	return n
 }
 
@@ -108,7 +121,7 @@ func (n *node) config() Config {
 	if os.Getenv("RAFT_LOG") != "" {
 		level = slog.LevelDebug
 	}
-	return Config{
+	cfg := Config{
 		Dir: n.dir, Certificate: n.cert, Advertise: n.address,
 		Log:      slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level})).With("node", n.name),
 		Timing:   Timing{Heartbeat: beat, DiskStall: 10 * time.Second},
@@ -120,6 +133,48 @@ func (n *node) config() Config {
 		},
 		OnRestore: func() { n.restored.Add(1) },
 	}
+	if n.network != nil {
+		cfg.Dial = func(ctx context.Context, address string) (net.Conn, error) {
+			return n.network.Dial(ctx, n.name, address)
+		}
+	}
+	if n.shelf != nil {
+		cfg.wrapStore = n.toMemory
+	}
+	return cfg
+}
+
+// toMemory takes what a procedure left on the disk, once; from then on the shelf counts.
+func (n *node) toMemory(s store) store {
+	b := s.(*boltStore)
+	defer b.Close()
+	if n.shelf.content.stable != nil {
+		return n.shelf.open(b.applied)
+	}
+	m := n.shelf.open(b.applied)
+	latency := n.shelf.latency
+	n.shelf.latency = nil
+	defer func() { n.shelf.latency = latency }()
+	first, last := b.bounds()
+	for i := first; i <= last && last > 0; i++ {
+		log := new(raft.Log)
+		if err := errors.Join(b.GetLog(i, log), m.StoreLog(log)); err != nil {
+			n.t.Fatal(err)
+		}
+	}
+	if term, err := b.GetUint64(keyCurrentTerm); err == nil {
+		m.SetUint64(keyCurrentTerm, term)
+	}
+	committed, _ := b.Committed()
+	m.Mark(committed)
+	return m
+}
+
+func (n *node) listen() (net.Listener, error) {
+	if n.network != nil {
+		return n.network.Listen(n.name, n.address)
+	}
+	return net.Listen("tcp", n.address)
 }
 
 // member is the node's record.
@@ -148,7 +203,7 @@ func (n *node) start(change ...func(*Config)) {
 	}
 	var err error
 	for range 50 { // the port may still be in the hands of the node's former life
-		if cfg.Listener, err = net.Listen("tcp", n.address); err == nil {
+		if cfg.Listener, err = n.listen(); err == nil {
 			break
 		}
 		time.Sleep(10 * time.Millisecond)
@@ -173,12 +228,23 @@ func (n *node) start(change ...func(*Config)) {
 
 // kill cuts the node off as a crash would: no farewell, no hand-over.
 func (n *node) kill() {
+	if n.shelf != nil {
+		// Nothing is between two of Raft's goroutines now: what is, when they end, stays
+		// unanswered, and a bubble does not end with a goroutine in it.
+		synctest.Wait()
+		n.shelf.crash() // nothing that is done now reaches it
+	}
 	n.Replica.Close()
 	n.stop()
 }
 
 // cluster starts a cluster of the named nodes, all voters.
 func cluster(t testing.TB, names ...string) []*node {
+	t.Helper()
+	return clusterOf(t, newNode, names...)
+}
+
+func clusterOf(t testing.TB, newNode func(t testing.TB, name string) *node, names ...string) []*node {
 	t.Helper()
 	first := newNode(t, names[0])
 	if err := Bootstrap(first.config(), initCommand(first)); err != nil {

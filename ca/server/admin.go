@@ -26,7 +26,8 @@ const (
 	minTokenLife     = time.Second
 )
 
-// adminDoor is for operators, over the unix socket.
+// adminDoor is for operators, over the unix socket, and for administrators as far as their
+// roles go.
 type adminDoor struct {
 	ententev1.UnimplementedAdminServer
 	server *Server
@@ -34,7 +35,7 @@ type adminDoor struct {
 
 func (d adminDoor) Status(ctx context.Context, _ *ententev1.StatusRequest) (*ententev1.StatusResponse, error) {
 	s := d.server
-	info := s.Info()
+	info, subscribers := s.Info(), s.Subscribers()
 	gates, err := s.Gate(ctx)
 	if err != nil {
 		gates = nil // who has acknowledged what is not known
@@ -45,7 +46,9 @@ func (d adminDoor) Status(ctx context.Context, _ *ententev1.StatusRequest) (*ent
 		RaftState:   info.RaftState,
 		AgeSeconds:  seconds(info.Age),
 		Instances:   instancesToWire(s.Feed.Instances()),
-		Subscribers: uint32(s.Feed.Subscribers()),
+		Subscribers: uint32(subscribers.Subscribers),
+
+		AcknowledgedRevision: subscribers.Acknowledged,
 
 		Quorum:             info.NoQuorumSince.IsZero(),
 		NotAgreeing:        info.NotAgreeing,
@@ -55,6 +58,12 @@ func (d adminDoor) Status(ctx context.Context, _ *ententev1.StatusRequest) (*ent
 		AppliedIndex:       info.Applied,
 		LastIndex:          info.Last,
 		LogBytes:           info.LogBytes,
+	}
+	for _, behind := range subscribers.Behind[:min(len(subscribers.Behind), 10)] {
+		resp.WaitingFor = append(resp.WaitingFor, behind.Name)
+	}
+	for _, i := range s.Isolated() {
+		resp.Isolated = append(resp.Isolated, i.toWire())
 	}
 	if up := info.Upstream; up != nil {
 		resp.Upstream = &ententev1.Upstream{KeyId: up.KeyID, Problem: up.Problem}
@@ -69,6 +78,11 @@ func (d adminDoor) Status(ctx context.Context, _ *ententev1.StatusRequest) (*ent
 		resp.Cluster, resp.Revision = st.Cluster(), st.Revision()
 		resp.Authorities = st.Authorities()
 		resp.Autonomy = autonomies(st, time.Now(), gates)
+		roles := rolesOf(ctx, st)
+		resp.Instances = slices.DeleteFunc(resp.Instances, func(i *ententev1.Instance) bool {
+			service, _ := st.Object("Service/" + i.GetService())
+			return !roles.Sees(service.GetService().GetPath())
+		})
 		resp.Entries, resp.Agents = uint32(st.EntryCount()), uint32(st.AgentCount())
 		for _, m := range st.Members() {
 			resp.Members = append(resp.Members, &ententev1.MemberStatus{Member: m, VoterNow: info.Voters[m.GetId()]})
@@ -133,10 +147,7 @@ func (d adminDoor) CreateToken(ctx context.Context, req *ententev1.CreateTokenRe
 	if err != nil {
 		return nil, status.Error(codes.Internal, err.Error())
 	}
-	_, err = s.agree(ctx, &statev1.Command{
-		Actor: callerFrom(ctx).who(),
-		Body:  &statev1.Command_CreateToken{CreateToken: &statev1.CreateToken{Token: record}},
-	})
+	_, err = s.propose(ctx, &statev1.Command{Body: &statev1.Command_CreateToken{CreateToken: &statev1.CreateToken{Token: record}}})
 	if err != nil {
 		return nil, err
 	}
@@ -160,9 +171,16 @@ func (d adminDoor) GetBundle(_ context.Context, req *ententev1.GetBundleRequest)
 func (d adminDoor) Apply(ctx context.Context, req *ententev1.ApplyRequest) (*ententev1.ApplyResponse, error) {
 	s := d.server
 	var plan applyPlan
-	s.State.Read(func(st *domain.State) { plan = planApply(st, req.GetObjects(), req.GetDeletes()) })
+	var forbidden *domain.Refusal
+	s.State.Read(func(st *domain.State) {
+		plan = planApply(st, req.GetObjects(), req.GetDeletes(), req.GetDryRun())
+		forbidden = rolesOf(ctx, st).MayCarryOut(plan.body())
+	})
 	if plan.problem != nil {
 		return nil, status.Error(codes.InvalidArgument, plan.problem.Error())
+	}
+	if forbidden != nil {
+		return nil, refusalError(forbidden)
 	}
 	if err := s.check(plan); err != nil {
 		return nil, status.Error(codes.InvalidArgument, err.Error())
@@ -189,10 +207,7 @@ const partBytes = 48 << 10
 // holds goes in parts, which mean nothing until the last command.
 func (s *Server) agreeObjects(ctx context.Context, plan applyPlan) (domain.Outcome, error) {
 	if proto.Size(plan.command) <= partBytes {
-		return s.propose(ctx, &statev1.Command{
-			IfRevision: plan.catalogue,
-			Body:       &statev1.Command_ApplyObjects{ApplyObjects: plan.command},
-		})
+		return s.propose(ctx, plan.body())
 	}
 	for _, o := range plan.command.GetUpserts() {
 		if n := proto.Size(o); n > partBytes {
@@ -269,7 +284,13 @@ type applyPlan struct {
 	problem   error
 }
 
-func planApply(st *domain.State, upserts []*statev1.Object, deletes []*statev1.ObjectKey) applyPlan {
+// body is the plan as a command, which no other change of the catalogue may overtake.
+func (p *applyPlan) body() *statev1.Command {
+	return &statev1.Command{IfRevision: p.catalogue, Body: &statev1.Command_ApplyObjects{ApplyObjects: p.command}}
+}
+
+// planApply plans in one state; with before, it shows what the objects are in it.
+func planApply(st *domain.State, upserts []*statev1.Object, deletes []*statev1.ObjectKey, before bool) applyPlan {
 	plan := applyPlan{
 		revision:  st.Revision(),
 		catalogue: st.CatalogueRevision(),
@@ -288,7 +309,8 @@ func planApply(st *domain.State, upserts []*statev1.Object, deletes []*statev1.O
 		o.Revision = 0
 		named[key] = o
 		action := "created"
-		if have, ok := st.Object(key); ok {
+		have, ok := st.Object(key)
+		if ok {
 			action = "updated"
 			if same(have, o) {
 				action = "unchanged"
@@ -297,7 +319,11 @@ func planApply(st *domain.State, upserts []*statev1.Object, deletes []*statev1.O
 		if action != "unchanged" {
 			plan.command.Upserts = append(plan.command.Upserts, o)
 		}
-		plan.changes = append(plan.changes, &ententev1.ObjectChange{Key: keyToWire(key), Action: action})
+		change := &ententev1.ObjectChange{Key: keyToWire(key), Action: action}
+		if before {
+			change.Before = have
+		}
+		plan.changes = append(plan.changes, change)
 	}
 	for _, key := range deletes {
 		name := key.GetKind() + "/" + key.GetName()
@@ -305,13 +331,18 @@ func planApply(st *domain.State, upserts []*statev1.Object, deletes []*statev1.O
 			plan.problem = fmt.Errorf("%.300s is both changed and deleted, or deleted twice", name)
 			return plan
 		}
-		if _, ok := st.Object(name); !ok {
+		have, ok := st.Object(name)
+		if !ok {
 			plan.problem = fmt.Errorf("there is no %.300s to delete", name)
 			return plan
 		}
 		named[name] = nil
 		plan.command.Deletes = append(plan.command.Deletes, key)
-		plan.changes = append(plan.changes, &ententev1.ObjectChange{Key: key, Action: "deleted"})
+		change := &ententev1.ObjectChange{Key: key, Action: "deleted"}
+		if before {
+			change.Before = have
+		}
+		plan.changes = append(plan.changes, change)
 	}
 	for _, o := range st.Objects() {
 		if _, replaced := named[domain.ObjectKey(o)]; !replaced {

@@ -68,6 +68,7 @@ var refusalCodes = map[string]codes.Code{
 	domain.CodeNotReady:      codes.FailedPrecondition,
 	domain.CodeSequence:      codes.FailedPrecondition,
 	domain.CodeLimit:         codes.ResourceExhausted,
+	domain.CodeForbidden:     codes.PermissionDenied,
 	domain.CodeFeature:       codes.FailedPrecondition,
 }
 

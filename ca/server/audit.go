@@ -7,37 +7,48 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"path"
 	"strings"
 	"sync"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/domain"
+	"github.com/entente-mesh/entente/ca/nodeattest"
 	"github.com/entente-mesh/entente/ca/signer"
 )
 
 // Audit writes one line of JSON for each administrative act, granted or refused, at the
-// node that was asked, and for each SVID, at the node that signed. Lines hold no secret
-// (I1). A line that cannot be written stops nothing: it is counted, and said once in
-// the process's log. Methods may be called concurrently.
+// node that was asked (and at the leader, if that was another one), and for each SVID, at
+// the node that signed. Lines hold no secret (I1).
+//
+// A line that cannot be written is counted and said once in the process's log, and stops
+// no SVID: hosts must not lose their identities because a disk is full. Acts of
+// administrators go on as well, since one of them may be what mends it, unless the log
+// is required. When lines can be written again, the first one says how many are missing.
+// Methods may be called concurrently.
 type Audit struct {
 	node     string
+	required bool
 	log      *slog.Logger
 	failures prometheus.Counter
 
-	mu     sync.Mutex
-	w      io.Writer
-	failed bool
+	mu   sync.Mutex
+	w    io.Writer
+	lost uint64 // lines, since the last that was written
+	torn bool   // the last line was written in part
 }
 
-// NewAudit writes to w, one Write for each line. registerer may be nil.
-func NewAudit(w io.Writer, node string, log *slog.Logger, registerer prometheus.Registerer) *Audit {
-	a := &Audit{node: node, log: log, w: w, failures: prometheus.NewCounter(prometheus.CounterOpts{
+// NewAudit writes to w, one Write for each line. With required, acts of administrators are
+// refused while lines cannot be written. registerer may be nil.
+func NewAudit(w io.Writer, node string, required bool, log *slog.Logger, registerer prometheus.Registerer) *Audit {
+	a := &Audit{node: node, required: required, log: log, w: w, failures: prometheus.NewCounter(prometheus.CounterOpts{
 		Name: "entente_ca_audit_failures_total", Help: "Audit lines that could not be written.",
 	})}
 	if registerer != nil {
@@ -52,57 +63,117 @@ type act struct {
 	Kind     string   `json:"kind"` // "act"
 	Node     string   `json:"node"`
 	Who      string   `json:"who"`
+	Via      string   `json:"via,omitempty"` // the CA node that says so, if this one did not see it itself
 	What     string   `json:"what"`
 	On       []string `json:"on,omitempty"` // what it was done to
-	Result   string   `json:"result"`       // "done", "refused"
+	Result   string   `json:"result"`       // "done", "refused"; "asked" ahead of it where the log is required
 	Reason   string   `json:"reason,omitempty"`
 	Revision string   `json:"revision,omitempty"`
 }
 
 // issued is an SVID.
 type issued struct {
-	Time       string `json:"time"`
-	Kind       string `json:"kind"` // "x509-svid"
-	Node       string `json:"node"`
-	Who        string `json:"who"` // agent it was given to; the node itself for its own
-	SPIFFEID   string `json:"spiffe_id"`
-	Entry      string `json:"entry,omitempty"`
-	Generation string `json:"entry_generation,omitempty"`
-	Serial     string `json:"serial"` // hex
-	Authority  string `json:"authority"`
-	NotAfter   string `json:"not_after"`
-	Revision   string `json:"revision"`
+	Time       string   `json:"time"`
+	Kind       string   `json:"kind"` // "x509-svid", "jwt-svid", "wit-svid"
+	Node       string   `json:"node"`
+	Who        string   `json:"who"` // agent it was given to; the node itself for its own
+	SPIFFEID   string   `json:"spiffe_id"`
+	Entry      string   `json:"entry,omitempty"`
+	Generation string   `json:"entry_generation,omitempty"`
+	Serial     string   `json:"serial,omitempty"` // hex; of an X.509-SVID
+	Digest     string   `json:"digest,omitempty"` // of a token: hex SHA-256 of its header and payload, as they stand before the signature
+	Audience   []string `json:"audience,omitempty"`
+	Authority  string   `json:"authority"` // a token's kid as well
+	NotAfter   string   `json:"not_after"`
+	Revision   string   `json:"revision"`
+}
+
+// gap is the first line after some that could not be written.
+type gap struct {
+	Time string `json:"time"`
+	Kind string `json:"kind"` // "gap"
+	Node string `json:"node"`
+	Lost uint64 `json:"lost"` // lines
 }
 
 func (a *Audit) write(line any) {
 	if a == nil {
 		return
 	}
-	data, err := json.Marshal(line)
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	err := a.mend()
 	if err == nil {
-		_, err = a.w.Write(append(data, '\n'))
+		err = a.append(line)
 	}
 	if err == nil {
-		a.failed = false
 		return
 	}
 	a.failures.Inc()
-	if !a.failed {
-		a.failed = true
-		a.log.Error("the audit log cannot be written: acts and SVIDs go unrecorded until it can", "error", err)
+	if a.lost++; a.lost == 1 {
+		a.log.Error("the audit log cannot be written: what happens goes unrecorded until it can", "error", err)
 	}
+}
+
+// mend says how many lines are missing, as soon as that can be said.
+func (a *Audit) mend() error {
+	if a.lost == 0 {
+		return nil
+	}
+	if err := a.append(gap{Time: stamp(), Kind: "gap", Node: a.node, Lost: a.lost}); err != nil {
+		return err
+	}
+	a.log.Info("the audit log can be written again", "lost_lines", a.lost)
+	a.lost = 0
+	return nil
+}
+
+func (a *Audit) append(line any) error {
+	data, err := json.Marshal(line)
+	if err != nil {
+		return err
+	}
+	if a.torn {
+		data = append([]byte{'\n'}, data...)
+	}
+	n, err := a.w.Write(append(data, '\n'))
+	if err != nil {
+		a.torn = a.torn || n > 0
+		return err
+	}
+	a.torn = false
+	return nil
+}
+
+// Asked records, where the log is required, that an act is about to be done, or says why
+// it may not be: the log cannot be written.
+func (a *Audit) Asked(who, what string) error {
+	if a == nil || !a.required {
+		return nil
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	err := a.mend()
+	if err == nil {
+		err = a.append(act{Time: stamp(), Kind: "act", Node: a.node, Who: who, What: what, Result: "asked"})
+	}
+	if err != nil {
+		return status.Errorf(codes.FailedPrecondition, "the audit log of this CA node cannot be written and is required (audit.required): %v; make room for it, or ask another CA node", err)
+	}
+	return nil
 }
 
 func stamp() string { return time.Now().UTC().Format(time.RFC3339Nano) }
 
 // Act records that somebody did something, or was refused to.
 func (a *Audit) Act(who, what string, on []string, revision uint64, err error) {
-	if a == nil {
-		return
+	if a != nil {
+		a.act(who, "", what, on, revision, err)
 	}
-	line := act{Time: stamp(), Kind: "act", Node: a.node, Who: who, What: what, On: on, Result: "done"}
+}
+
+func (a *Audit) act(who, via, what string, on []string, revision uint64, err error) {
+	line := act{Time: stamp(), Kind: "act", Node: a.node, Who: who, Via: via, What: what, On: on, Result: "done"}
 	if revision != 0 {
 		line.Revision = ca.Revision(revision).String()
 	}
@@ -114,14 +185,25 @@ func (a *Audit) Act(who, what string, on []string, revision uint64, err error) {
 
 // Command records what a node has had agreed by itself.
 func (a *Audit) Command(command *statev1.Command, outcome domain.Outcome, err error) {
-	if a == nil {
-		return
+	if a != nil {
+		a.command(cmp.Or(command.GetActor(), "CA node "+a.node), "", command, outcome, err)
 	}
+}
+
+// Forwarded records, at the leader, what another CA node has had agreed, and in whose name
+// it says. Nobody else can tell whether that is so.
+func (a *Audit) Forwarded(who, via string, command *statev1.Command, outcome domain.Outcome, err error) {
+	if a != nil {
+		a.command(cmp.Or(who, via), via, command, outcome, err)
+	}
+}
+
+func (a *Audit) command(who, via string, command *statev1.Command, outcome domain.Outcome, err error) {
 	if err == nil && outcome.Refused != nil {
 		err = outcome.Refused
 	}
 	what, on := commandName(command)
-	a.Act(cmp.Or(command.GetActor(), "CA node "+a.node), what, on, outcome.Revision, err)
+	a.act(who, via, what, on, outcome.Revision, err)
 }
 
 // Issued records an SVID.
@@ -130,8 +212,9 @@ func (a *Audit) Issued(i signer.Issued, revision uint64) {
 		return
 	}
 	line := issued{
-		Time: stamp(), Kind: "x509-svid", Node: a.node, Who: i.Origin.Agent, SPIFFEID: i.ID.String(), Entry: i.Origin.Entry,
-		Serial: i.Serial, Authority: i.Authority, NotAfter: i.NotAfter.UTC().Format(time.RFC3339), Revision: ca.Revision(revision).String(),
+		Time: stamp(), Kind: i.Kind, Node: a.node, Who: i.Origin.Agent, SPIFFEID: i.ID.String(), Entry: i.Origin.Entry,
+		Serial: i.Serial, Digest: i.Digest, Audience: i.Audience, Authority: i.Authority,
+		NotAfter: i.NotAfter.UTC().Format(time.RFC3339), Revision: ca.Revision(revision).String(),
 	}
 	if line.Who == "" {
 		line.Who = "CA node " + a.node
@@ -153,8 +236,45 @@ func commandName(command *statev1.Command) (what string, on []string) {
 		on = append([]string{"authority/" + body.AuthorityDrained.GetId()}, prefixed("assumed: ", body.AuthorityDrained.GetAssumed())...)
 	case *statev1.Command_ActivateAuthority:
 		on = []string{"authority/" + body.ActivateAuthority.GetId()}
+	case *statev1.Command_MergeBans:
+		for _, b := range body.MergeBans.GetBans() {
+			on = append(on, "agent/"+b.GetAgent().GetName())
+		}
 	case *statev1.Command_StoreForeignBundle:
 		on = []string{"bundle/" + body.StoreForeignBundle.GetTrustDomain()}
+	case *statev1.Command_CreateToken:
+		on = []string{"token/" + body.CreateToken.GetToken().GetId()}
+	case *statev1.Command_RevokeToken:
+		on = []string{"token/" + body.RevokeToken.GetId()}
+	case *statev1.Command_JoinMember:
+		on = []string{"token/" + body.JoinMember.GetTokenId(), "node/" + body.JoinMember.GetMember().GetId()}
+	case *statev1.Command_AttestAgent:
+		on = []string{"token/" + body.AttestAgent.GetTokenId(), "key/" + body.AttestAgent.GetKeyId()}
+	case *statev1.Command_AdmitAgent:
+		on = []string{"agent/" + body.AdmitAgent.GetAgent().GetName(), "certificate/" + body.AdmitAgent.GetAgent().GetCertificate()}
+	case *statev1.Command_BanAgent:
+		on = []string{"agent/" + body.BanAgent.GetName()}
+	case *statev1.Command_EvictAgent:
+		on = []string{"agent/" + body.EvictAgent.GetName()}
+	case *statev1.Command_TaintAuthority:
+		on = []string{"authority/" + body.TaintAuthority.GetId()}
+	case *statev1.Command_RevokeAuthority:
+		on = []string{"authority/" + body.RevokeAuthority.GetId()}
+	case *statev1.Command_RemoveMember:
+		on = []string{"node/" + body.RemoveMember.GetId()}
+	case *statev1.Command_PromoteMember:
+		on = []string{"node/" + body.PromoteMember.GetId()}
+	case *statev1.Command_ApplyObjects:
+		for _, o := range body.ApplyObjects.GetUpserts() {
+			on = append(on, domain.ObjectKey(o))
+		}
+		for _, key := range body.ApplyObjects.GetDeletes() {
+			on = append(on, "delete "+key.GetKind()+"/"+key.GetName())
+		}
+	case *statev1.Command_ChangeEntries:
+		for _, change := range body.ChangeEntries.GetChanges() {
+			on = append(on, change.GetCreate().GetId()+change.GetUpdate().GetId()+change.GetDelete())
+		}
 	}
 	return what, on
 }
@@ -170,12 +290,53 @@ func prefixed(prefix string, list []string) []string {
 // maxNamed bounds how many things one act's line names.
 const maxNamed = 1000
 
-// audit records a call if it is an act; what only reads is none.
+// shows are the methods of Admin that change nothing and give nothing away that a role
+// must be had for: only their refusal is recorded.
+var shows = map[string]bool{
+	ententev1.Admin_Status_FullMethodName:          true,
+	ententev1.Admin_GetBundle_FullMethodName:       true,
+	ententev1.Admin_ListNodes_FullMethodName:       true,
+	ententev1.Admin_ListAuthorities_FullMethodName: true,
+	ententev1.Admin_ListAgents_FullMethodName:      true,
+	ententev1.Admin_GetAgent_FullMethodName:        true,
+	ententev1.Admin_ListTokens_FullMethodName:      true,
+	ententev1.Admin_ListEntries_FullMethodName:     true,
+	ententev1.Admin_GetEntry_FullMethodName:        true,
+	ententev1.Admin_CountEntries_FullMethodName:    true,
+	ententev1.Admin_WhoAmI_FullMethodName:          true,
+}
+
+const adminMethods = "/entente.v1.Admin/"
+
+// acts tells whether a call of a method is one to be recorded if it succeeds.
+func acts(method string) bool {
+	return strings.HasPrefix(method, adminMethods) && !shows[method] ||
+		method == ententev1.Join_Join_FullMethodName || method == ententev1.Attest_Attest_FullMethodName
+}
+
+// dryRun is a request that may ask to change nothing.
+type dryRun interface{ GetDryRun() bool }
+
+// audit records a call if it is an act, or an administrative method that was refused to
+// its caller.
 func (s *Server) audit(ctx context.Context, req, resp any, err error) {
-	if s.Audit == nil {
+	method := methodFrom(ctx)
+	forbidden := strings.HasPrefix(method, adminMethods) && (status.Code(err) == codes.PermissionDenied)
+	if s.Audit == nil || !forbidden && !acts(method) {
 		return
 	}
-	what, on := "", []string(nil)
+	if r, ok := req.(dryRun); ok && r.GetDryRun() && !forbidden {
+		return
+	}
+	var revision uint64
+	if r, ok := resp.(interface{ GetRevision() uint64 }); ok && err == nil {
+		revision = r.GetRevision()
+	}
+	s.Audit.Act(callerFrom(ctx).who(), path.Base(method), named(req, resp), revision, err)
+}
+
+// named is what a call is about.
+func named(req, resp any) (on []string) {
 	name := func(kind, key string) {
 		switch {
 		case len(on) < maxNamed:
@@ -186,7 +347,6 @@ func (s *Server) audit(ctx context.Context, req, resp any, err error) {
 	}
 	switch r := req.(type) {
 	case *ententev1.CreateTokenRequest:
-		what = "CreateToken"
 		if r.GetNode() != nil {
 			name("node/", r.GetNode().GetName())
 		} else {
@@ -196,10 +356,6 @@ func (s *Server) audit(ctx context.Context, req, resp any, err error) {
 			name("token/", made.GetId())
 		}
 	case *ententev1.ApplyRequest:
-		if r.GetDryRun() {
-			return
-		}
-		what = "Apply"
 		if done, ok := resp.(*ententev1.ApplyResponse); ok && done != nil {
 			for _, change := range done.GetChanges() {
 				if change.GetAction() != "unchanged" {
@@ -215,12 +371,10 @@ func (s *Server) audit(ctx context.Context, req, resp any, err error) {
 			}
 		}
 	case *ententev1.PrepareAuthorityRequest:
-		what = "PrepareAuthority"
 		if done, ok := resp.(*ententev1.ChangeAuthorityResponse); ok && done != nil {
 			name("authority/", done.GetAuthority().GetId())
 		}
 	case *ententev1.ChangeAuthorityRequest:
-		what = "ChangeAuthority"
 		if r.GetNow() {
 			name("", "now")
 		}
@@ -234,22 +388,20 @@ func (s *Server) audit(ctx context.Context, req, resp any, err error) {
 			}
 		}
 	case *ententev1.RemoveNodeRequest:
-		what = "RemoveNode"
 		name("node/", r.GetName())
 		if r.GetCompromised() {
 			name("", "compromised")
 		}
+	case *ententev1.PromoteNodeRequest:
+		name("node/", r.GetName())
 	case *ententev1.ChangeAgentRequest:
-		what = "ChangeAgent"
 		name("agent/", r.GetName())
+	case *ententev1.IsolateAgentRequest:
+		name("agent/", r.GetName())
+		name("reason: ", fmt.Sprintf("%.*s", maxReason, r.GetReason()))
 	case *ententev1.RevokeTokenRequest:
-		what = "RevokeToken"
 		name("token/", r.GetId())
 	case *ententev1.ChangeEntriesRequest:
-		if r.GetDryRun() {
-			return
-		}
-		what = "ChangeEntries"
 		done, _ := resp.(*ententev1.ChangeEntriesResponse)
 		for _, result := range done.GetResults() {
 			if result.GetError() != "" {
@@ -259,28 +411,24 @@ func (s *Server) audit(ctx context.Context, req, resp any, err error) {
 			}
 		}
 	case *ententev1.JoinRequest:
-		what = "Join"
 		name("token/", r.GetTokenId())
 		if done, ok := resp.(*ententev1.JoinResponse); ok && done != nil {
 			name("node/", done.GetMember().GetName())
 		}
 	case *ententev1.AttestRequest:
-		what = "Attest"
 		if r.GetTokenId() != "" {
 			name("token/", r.GetTokenId())
+		}
+		if len(r.GetCertificates()) > 0 {
+			name("certificate/", nodeattest.Fingerprint(r.GetCertificates()[0]))
 		}
 		if done, ok := resp.(*ententev1.AttestResponse); ok && done != nil {
 			name("agent/", done.GetAgent().GetName())
 		}
-	default:
-		return
+	case interface{ GetName() string }:
+		name("", r.GetName())
+	case interface{ GetId() string }:
+		name("", r.GetId())
 	}
-	if method, ok := methodFrom(ctx); ok && strings.HasPrefix(what, "Change") {
-		what = method // Taint, Revoke, Ban, ...
-	}
-	var revision uint64
-	if r, ok := resp.(interface{ GetRevision() uint64 }); ok && err == nil {
-		revision = r.GetRevision()
-	}
-	s.Audit.Act(callerFrom(ctx).who(), what, on, revision, err)
+	return on
 }

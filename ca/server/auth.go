@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"path"
 	"slices"
 	"time"
 
@@ -29,16 +28,17 @@ import (
 type class uint8
 
 const (
-	anonymous class = iota + 1 // shows no certificate
-	stranger                   // holds a key that means nothing yet, and claims no name
-	member                     // holds the node key of a member
-	agent                      // shows the SVID of an attested agent, with the agent's key
-	workload                   // shows the SVID of an entry: a gateway, or another that listens
-	local                      // came over the unix socket
+	anonymous     class = iota + 1 // shows no certificate
+	stranger                       // holds a key that means nothing yet, and claims no name
+	member                         // holds the node key of a member
+	agent                          // shows the SVID of an attested agent, with the agent's key
+	workload                       // shows the SVID of an entry: a gateway, or another that listens
+	local                          // came over the unix socket
+	administrator                  // a workload whose roles let it make this call
 )
 
 func (c class) String() string {
-	return [...]string{"nobody", "a client without certificate", "a holder of an unknown key", "a CA node", "an agent", "a workload", "the operator of this host"}[c]
+	return [...]string{"nobody", "a client without certificate", "a holder of an unknown key", "a CA node", "an agent", "a workload", "the operator of this host", "an administrator"}[c]
 }
 
 // allowed is who may call what. A method that does not stand here is refused to all.
@@ -52,34 +52,36 @@ var allowed = map[string][]class{
 	ententev1.Peer_Propose_FullMethodName:            {member},
 	ententev1.Peer_Report_FullMethodName:             {member},
 	ententev1.Peer_Presence_FullMethodName:           {member},
-	ententev1.Admin_Status_FullMethodName:            {local},
-	ententev1.Admin_CreateToken_FullMethodName:       {local},
-	ententev1.Admin_Apply_FullMethodName:             {local},
-	ententev1.Admin_GetBundle_FullMethodName:         {local},
-	ententev1.Admin_SaveSnapshot_FullMethodName:      {local},
-	ententev1.Admin_ListNodes_FullMethodName:         {local},
-	ententev1.Admin_PromoteNode_FullMethodName:       {local},
+	ententev1.Admin_Status_FullMethodName:            {local, administrator},
+	ententev1.Admin_CreateToken_FullMethodName:       {local, administrator},
+	ententev1.Admin_Apply_FullMethodName:             {local, administrator},
+	ententev1.Admin_GetBundle_FullMethodName:         {local, administrator},
+	ententev1.Admin_SaveSnapshot_FullMethodName:      {local, administrator},
+	ententev1.Admin_ListNodes_FullMethodName:         {local, administrator},
+	ententev1.Admin_PromoteNode_FullMethodName:       {local, administrator},
 	ententev1.Peer_Checksum_FullMethodName:           {member},
 	ententev1.Peer_Nodes_FullMethodName:              {member},
 	ententev1.Peer_Vouch_FullMethodName:              {member},
 	ententev1.Peer_ShowEpoch_FullMethodName:          {anonymous, stranger, member},
 	ententev1.Peer_Gate_FullMethodName:               {member},
-	ententev1.Admin_ListAuthorities_FullMethodName:   {local},
-	ententev1.Admin_PrepareAuthority_FullMethodName:  {local},
-	ententev1.Admin_ActivateAuthority_FullMethodName: {local},
-	ententev1.Admin_TaintAuthority_FullMethodName:    {local},
-	ententev1.Admin_RevokeAuthority_FullMethodName:   {local},
-	ententev1.Admin_RemoveNode_FullMethodName:        {local},
-	ententev1.Admin_ListAgents_FullMethodName:        {local},
-	ententev1.Admin_GetAgent_FullMethodName:          {local},
-	ententev1.Admin_BanAgent_FullMethodName:          {local},
-	ententev1.Admin_EvictAgent_FullMethodName:        {local},
-	ententev1.Admin_ListTokens_FullMethodName:        {local},
-	ententev1.Admin_RevokeToken_FullMethodName:       {local},
-	ententev1.Admin_ChangeEntries_FullMethodName:     {local},
-	ententev1.Admin_ListEntries_FullMethodName:       {local},
-	ententev1.Admin_GetEntry_FullMethodName:          {local},
-	ententev1.Admin_CountEntries_FullMethodName:      {local},
+	ententev1.Admin_ListAuthorities_FullMethodName:   {local, administrator},
+	ententev1.Admin_PrepareAuthority_FullMethodName:  {local, administrator},
+	ententev1.Admin_ActivateAuthority_FullMethodName: {local, administrator},
+	ententev1.Admin_TaintAuthority_FullMethodName:    {local, administrator},
+	ententev1.Admin_RevokeAuthority_FullMethodName:   {local, administrator},
+	ententev1.Admin_RemoveNode_FullMethodName:        {local, administrator},
+	ententev1.Admin_ListAgents_FullMethodName:        {local, administrator},
+	ententev1.Admin_GetAgent_FullMethodName:          {local, administrator},
+	ententev1.Admin_BanAgent_FullMethodName:          {local, administrator},
+	ententev1.Admin_EvictAgent_FullMethodName:        {local, administrator},
+	ententev1.Admin_IsolateAgent_FullMethodName:      {local, administrator},
+	ententev1.Admin_ListTokens_FullMethodName:        {local, administrator},
+	ententev1.Admin_RevokeToken_FullMethodName:       {local, administrator},
+	ententev1.Admin_ChangeEntries_FullMethodName:     {local, administrator},
+	ententev1.Admin_ListEntries_FullMethodName:       {local, administrator},
+	ententev1.Admin_GetEntry_FullMethodName:          {local, administrator},
+	ententev1.Admin_CountEntries_FullMethodName:      {local, administrator},
+	ententev1.Admin_WhoAmI_FullMethodName:            {local, workload},
 }
 
 // caller is who calls, as the connection proves it.
@@ -111,7 +113,7 @@ func (c caller) String() string {
 	switch c.class {
 	case member:
 		return "CA node " + c.member.GetName()
-	case agent, workload:
+	case agent, workload, administrator:
 		return c.id.String()
 	}
 	return c.class.String()
@@ -149,6 +151,9 @@ func (s *Server) identify(state tls.ConnectionState, proof *peer.Proof) (caller,
 	}
 	c.id = id
 	s.State.Read(func(st *domain.State) { err = c.fromState(st, leaf) })
+	if err == nil {
+		err = s.banned(c.agent)
+	}
 	return c, err
 }
 
@@ -178,7 +183,7 @@ func (c *caller) fromState(st *domain.State, leaf *x509.Certificate) error {
 		return nil
 	}
 	entry, ok := st.Entry(origin.Entry)
-	if !ok || entry.GetPath() != c.id.Path() || !slices.Contains(entry.GetHosts(), host.GetName()) {
+	if !ok || entry.GetPath() != c.id.Path() || !ca.Entitled(host, entry) || st.Distrusts(origin) {
 		return fmt.Errorf("%s is no longer an identity that host %s may hold", c.id, host.GetName())
 	}
 	c.class, c.agent, c.entry = workload, host, entry
@@ -212,28 +217,37 @@ func (t *tracking) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo
 	}
 	remote := &remoteInfo{TLSInfo: info.(credentials.TLSInfo)}
 	state := remote.State
-	if len(state.PeerCertificates) == 0 {
-		return conn, remote, nil
-	}
 	first, err := t.server.identify(state, &remote.proof)
 	if err != nil {
 		conn.Close()
 		return nil, nil, err
 	}
-	untrack := t.server.registry.Track(raw, expiring(first, state), func() error {
-		now, err := t.server.identify(state, &remote.proof)
-		if err == nil && first.class != now.class && first.class != stranger {
-			err = errNotOurs
-		}
-		return err
-	})
-	return &tracked{conn, untrack}, remote, nil
+	var leave func()
+	if remote.calls, leave, err = t.server.seat(first, raw); err != nil {
+		conn.Close()
+		return nil, nil, err
+	}
+	if a, ok := raw.(*arriving); ok {
+		a.place.leave()
+	}
+	untrack := func() {}
+	if first.class != anonymous {
+		untrack = t.server.registry.Track(raw, expiring(first, state), func() error {
+			now, err := t.server.identify(state, &remote.proof)
+			if err == nil && first.class != now.class && first.class != stranger {
+				err = errNotOurs
+			}
+			return err
+		})
+	}
+	return &tracked{conn, untrack, leave}, remote, nil
 }
 
 // remoteInfo is a connection over TLS.
 type remoteInfo struct {
 	credentials.TLSInfo
 	proof peer.Proof
+	calls *calls
 }
 
 // expiring hides the certificate of a peer that is known by its key: dates in it mean
@@ -247,11 +261,12 @@ func expiring(c caller, state tls.ConnectionState) tls.ConnectionState {
 
 type tracked struct {
 	net.Conn
-	untrack func()
+	untrack, leave func()
 }
 
 func (t *tracked) Close() error {
 	t.untrack()
+	t.leave()
 	return t.Conn.Close()
 }
 
@@ -288,10 +303,10 @@ type (
 	methodKey struct{}
 )
 
-// methodFrom is the name of the method that is called.
-func methodFrom(ctx context.Context) (string, bool) {
-	name, ok := ctx.Value(methodKey{}).(string)
-	return name, ok
+// methodFrom is the full name of the method that is called.
+func methodFrom(ctx context.Context) string {
+	name, _ := ctx.Value(methodKey{}).(string)
+	return name
 }
 
 // callerFrom is the caller that the interceptors found.
@@ -300,11 +315,12 @@ func callerFrom(ctx context.Context) caller {
 	return c
 }
 
-// authorise authenticates a call and looks it up in the table.
+// authorise authenticates a call and looks it up in the table. It returns the context of
+// the call also when it is refused, as far as its caller is known.
 func (s *Server) authorise(ctx context.Context, method string) (context.Context, error) {
 	remote, ok := grpcpeer.FromContext(ctx)
 	if !ok {
-		return nil, status.Error(codes.Unauthenticated, "no connection to authenticate")
+		return ctx, status.Error(codes.Unauthenticated, "no connection to authenticate")
 	}
 	var c caller
 	switch info := remote.AuthInfo.(type) {
@@ -313,26 +329,27 @@ func (s *Server) authorise(ctx context.Context, method string) (context.Context,
 	case *remoteInfo:
 		var err error
 		if c, err = s.identify(info.State, &info.proof); err != nil {
-			return nil, status.Error(codes.Unauthenticated, err.Error())
+			return ctx, status.Error(codes.Unauthenticated, err.Error())
 		}
 	default:
-		return nil, status.Error(codes.Unauthenticated, "unknown kind of connection")
+		return ctx, status.Error(codes.Unauthenticated, "unknown kind of connection")
 	}
-	if !slices.Contains(allowed[method], c.class) {
-		s.Log.Warn("a call was refused: its caller may not make it", "method", method, "caller", c.String(), "remote", remote.Addr.String())
-		return nil, status.Errorf(codes.PermissionDenied, "%s may not call %s", c.class, method)
+	err := s.promote(&c, method)
+	if err == nil && !slices.Contains(allowed[method], c.class) {
+		err = status.Errorf(codes.PermissionDenied, "%s may not call %s", c.class, method)
+	}
+	if err != nil {
+		s.Log.Warn("a call was refused: its caller may not make it", "method", method, "caller", c.String(), "remote", remote.Addr.String(), "reason", status.Convert(err).Message())
 	}
 	ctx = context.WithValue(ctx, callerKey{}, c)
-	return context.WithValue(ctx, methodKey{}, path.Base(method)), nil
+	return context.WithValue(ctx, methodKey{}, method), err
 }
 
 func (s *Server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (resp any, err error) {
 	defer func() { s.metrics.calls.WithLabelValues(info.FullMethod, status.Code(err).String()).Inc() }()
-	ctx, err = s.authorise(ctx, info.FullMethod)
-	if err != nil {
-		return nil, err
+	if ctx, err = s.authorise(ctx, info.FullMethod); err == nil {
+		resp, err = handler(ctx, req)
 	}
-	resp, err = handler(ctx, req)
 	s.audit(ctx, req, resp, err)
 	return resp, err
 }
@@ -347,8 +364,9 @@ func (c callerStream) Context() context.Context { return c.ctx }
 func (s *Server) stream(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) (err error) {
 	defer func() { s.metrics.calls.WithLabelValues(info.FullMethod, status.Code(err).String()).Inc() }()
 	ctx, err := s.authorise(stream.Context(), info.FullMethod)
-	if err != nil {
-		return err
+	if err == nil {
+		err = handler(srv, callerStream{stream, ctx})
 	}
-	return handler(srv, callerStream{stream, ctx})
+	s.audit(ctx, nil, nil, err)
+	return err
 }

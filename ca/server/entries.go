@@ -31,7 +31,7 @@ func (d adminDoor) ChangeEntries(ctx context.Context, req *ententev1.ChangeEntri
 	if n := len(req.GetChanges()); n == 0 || n > maxEntryChanges {
 		return nil, status.Errorf(codes.InvalidArgument, "%d changes of entries in a call, not 1 to %d", n, maxEntryChanges)
 	}
-	plan := s.planEntries(req.GetChanges())
+	plan := s.planEntries(ctx, req.GetChanges())
 	resp := &ententev1.ChangeEntriesResponse{Results: plan.results}
 	if req.GetDryRun() {
 		return resp, nil
@@ -54,12 +54,16 @@ type entryPlan struct {
 }
 
 // planEntries looks at every change in the state as it is.
-func (s *Server) planEntries(changes []*statev1.EntryChange) entryPlan {
+func (s *Server) planEntries(ctx context.Context, changes []*statev1.EntryChange) entryPlan {
 	plan := entryPlan{results: make([]*ententev1.EntryResult, len(changes))}
 	seen := make(map[string]bool, len(changes))
 	s.State.Read(func(st *domain.State) {
+		roles := rolesOf(ctx, st)
 		for i, change := range changes {
 			id, next, refusal := st.PlanEntry(change)
+			if forbidden := roles.MayChangeEntry(change); forbidden != nil {
+				refusal = forbidden // what there is of others' is not theirs to know
+			}
 			result := &ententev1.EntryResult{Id: id}
 			plan.results[i] = result
 			have, exists := st.Entry(id)
@@ -157,8 +161,13 @@ func (d adminDoor) ListEntries(ctx context.Context, req *ententev1.ListEntriesRe
 
 func (d adminDoor) CountEntries(ctx context.Context, req *ententev1.ListEntriesRequest) (*ententev1.CountEntriesResponse, error) {
 	resp := &ententev1.CountEntriesResponse{}
-	if !req.GetDeclared() && req.GetHost() == "" && req.GetPathPrefix() == "" {
-		d.server.State.Read(func(st *domain.State) { resp.Entries = uint64(st.EntryCount()) })
+	everything := false
+	d.server.State.Read(func(st *domain.State) {
+		if everything = rolesOf(ctx, st).May(domain.SeeAll) == nil && !req.GetDeclared() && req.GetHost() == "" && req.GetPathPrefix() == ""; everything {
+			resp.Entries = uint64(st.EntryCount())
+		}
+	})
+	if everything {
 		return resp, nil
 	}
 	err := d.server.eachEntry(ctx, req, func(*statev1.Entry) bool {
@@ -168,9 +177,13 @@ func (d adminDoor) CountEntries(ctx context.Context, req *ententev1.ListEntriesR
 	return resp, err
 }
 
-func (d adminDoor) GetEntry(_ context.Context, req *ententev1.GetEntryRequest) (*ententev1.GetEntryResponse, error) {
+func (d adminDoor) GetEntry(ctx context.Context, req *ententev1.GetEntryRequest) (*ententev1.GetEntryResponse, error) {
 	resp := &ententev1.GetEntryResponse{}
-	d.server.State.Read(func(st *domain.State) { resp.Entry, _ = st.Entry(req.GetId()) })
+	d.server.State.Read(func(st *domain.State) {
+		if e, ok := st.Entry(req.GetId()); ok && rolesOf(ctx, st).Sees(e.GetPath()) {
+			resp.Entry = e
+		}
+	})
 	if resp.Entry == nil {
 		return nil, status.Errorf(codes.NotFound, "there is no entry %.250s: see entente entry list", req.GetId())
 	}
@@ -194,6 +207,7 @@ func (s *Server) eachEntry(ctx context.Context, req *ententev1.ListEntriesReques
 		}
 		more = false
 		s.State.Read(func(st *domain.State) {
+			roles := rolesOf(ctx, st)
 			entries, seen := st.EntriesAfter(after), 0
 			if req.GetHost() != "" {
 				entries = slices.Values(st.EntriesOnHost(req.GetHost()))
@@ -203,7 +217,8 @@ func (s *Server) eachEntry(ctx context.Context, req *ententev1.ListEntriesReques
 				case e.GetId() <= after:
 				case req.GetDeclared() && !domain.Declared(e.GetId()):
 					return
-				case prefix != "" && e.GetPath() != prefix && !strings.HasPrefix(e.GetPath(), prefix+"/"):
+				case prefix != "" && !ca.AtOrBelow(e.GetPath(), prefix):
+				case !roles.Sees(e.GetPath()):
 				case !f(e):
 					return
 				}

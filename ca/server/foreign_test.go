@@ -74,4 +74,39 @@ func TestWithoutSharedKeys(t *testing.T) {
 			t.Errorf("%s: kept %d, dropped %v", name, len(kept), dropped)
 		}
 	}
+
+	// The same with keys of tokens, whatever kind and kid they come under.
+	spki, err := x509.MarshalPKIXPublicKey(newKey(t).Public())
+	if err != nil {
+		t.Fatal(err)
+	}
+	free, err := bundle.NewKey("free", spki)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, owner := range map[string]*catest.CA{"own domain's": c, "trading's": trading} {
+		b, _, err := bundle.Parse(owner.TrustDomain(), owner.BundleJSON())
+		if err != nil {
+			t.Fatal(err)
+		}
+		stolen := b.JWT[0]
+		stolen.ID = "mine"
+		jwks, err := (&bundle.Bundle{TrustDomain: evil, X509: []*x509.Certificate{own}, JWT: []bundle.Key{free, stolen}, Sequence: 1}).Marshal()
+		if err != nil {
+			t.Fatal(err)
+		}
+		r, err := server.ForeignRecord(evil, jwks)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var dropped []string
+		c.Node().Read(func(st *domain.State) { r, dropped, err = server.WithoutSharedKeys(st, r) })
+		if err != nil {
+			t.Fatal(err)
+		}
+		left, _, err := bundle.Parse(evil, r.GetJwks())
+		if err != nil || len(left.X509) != 1 || len(left.JWT) != 1 || left.JWT[0].ID != "free" || len(dropped) != 1 {
+			t.Errorf("%s JWT key: left %+v, dropped %v, %v", name, left, dropped, err)
+		}
+	}
 }

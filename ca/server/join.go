@@ -5,6 +5,7 @@ import (
 	"crypto"
 	"crypto/x509"
 	"fmt"
+	"time"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -94,7 +95,8 @@ func (d attestDoor) Attest(ctx context.Context, req *ententev1.AttestRequest) (*
 	case s.attests <- struct{}{}:
 		defer func() { <-s.attests }()
 	default:
-		return nil, status.Error(codes.ResourceExhausted, "too many hosts attest at this CA node just now; try another or come back")
+		s.metrics.limited.WithLabelValues("attest").Inc()
+		return nil, exhausted("too many hosts attest at this CA node just now", attestRetry)
 	}
 	public, err := signer.KeyOf(req.GetCsr())
 	if err != nil {
@@ -110,12 +112,12 @@ func (d attestDoor) Attest(ctx context.Context, req *ententev1.AttestRequest) (*
 	}
 	svid, err := s.signAgent(ctx, host, public)
 	if err != nil {
-		return nil, signError(err)
+		return nil, s.signError(err)
 	}
 	resp := &ententev1.AttestResponse{Certificates: svid, Agent: host}
 	resp.Bundle, _ = s.Bundles.JWKS()
 	s.State.Read(func(st *domain.State) { resp.Members, resp.Cluster = st.Members(), st.Cluster() })
-	s.Log.Info("an agent was attested", "agent", host.GetName(), "by_token", req.GetTokenId() != "")
+	s.Log.Info("an agent was attested", "agent", host.GetName(), "by_token", req.GetTokenId() != "", "by_certificate", len(req.GetCertificates()) > 0)
 	return resp, nil
 }
 
@@ -123,12 +125,17 @@ func (d attestDoor) Attest(ctx context.Context, req *ententev1.AttestRequest) (*
 func (s *Server) admit(ctx context.Context, c caller, req *ententev1.AttestRequest, keyID string) (*statev1.Agent, error) {
 	var known *statev1.Agent
 	var token *statev1.Token
+	var named *statev1.Agent // as whom the token admits
 	s.State.Read(func(st *domain.State) {
 		known, _ = st.AgentByKey(keyID)
 		token, _ = st.Token(req.GetTokenId())
+		named, _ = st.Agent(token.GetAgent().GetName())
 	})
-	if known.GetBanned() {
-		return nil, status.Errorf(codes.PermissionDenied, "agent %s is banned", known.GetName())
+	if err := s.banned(known); err != nil {
+		return nil, err
+	}
+	if len(req.GetCertificates()) > 0 {
+		return s.admitByCertificate(ctx, c, req, keyID)
 	}
 	if req.GetTokenId() == "" {
 		// The signature of the request proves the key: nothing to write, no quorum needed.
@@ -147,6 +154,10 @@ func (s *Server) admit(ctx context.Context, c caller, req *ententev1.AttestReque
 		}
 		return known, nil
 	}
+	// Apply refuses who is banned; it cannot know whom this node isolates.
+	if err := s.banned(named); err != nil {
+		return nil, err
+	}
 	_, err := s.agree(ctx, &statev1.Command{
 		Actor: "attest " + keyID,
 		Body: &statev1.Command_AttestAgent{AttestAgent: &statev1.AttestAgent{
@@ -159,6 +170,51 @@ func (s *Server) admit(ctx context.Context, c caller, req *ententev1.AttestReque
 	s.State.Read(func(st *domain.State) { known, _ = st.AgentByKey(keyID) })
 	if known == nil {
 		return nil, status.Error(codes.Unavailable, "the agent was admitted and replaced at once; attest again")
+	}
+	return known, nil
+}
+
+// admitByCertificate returns the agent that the key becomes by a certificate of the host's
+// own. A key that this certificate admitted before gets the same answer, also without
+// quorum.
+func (s *Server) admitByCertificate(ctx context.Context, c caller, req *ententev1.AttestRequest, keyID string) (*statev1.Agent, error) {
+	if s.X509PoP == nil {
+		return nil, status.Error(codes.PermissionDenied, "this CA node admits no host by its certificate: set x509pop at every CA node, or use a join token")
+	}
+	if req.GetTokenId() != "" {
+		return nil, status.Error(codes.InvalidArgument, "a host attests by a token or by a certificate, not by both")
+	}
+	leaf, host, err := s.X509PoP.Verify(req.GetCertificates(), time.Now())
+	if err != nil {
+		return nil, status.Error(codes.PermissionDenied, err.Error())
+	}
+	exporter, err := c.state.ExportKeyingMaterial(ca.ExporterLabel, nil, ca.ExporterSize)
+	if err != nil {
+		return nil, status.Error(codes.Internal, "this connection has no exporter")
+	}
+	statement, err := ca.VerifyPossession(leaf.PublicKey, req.GetStatement(), req.GetSignature())
+	if err == nil {
+		err = ca.CheckPossession(statement, s.TrustDomain.Name(), keyID, host.GetCertificate(), exporter)
+	}
+	if err != nil {
+		return nil, status.Error(codes.PermissionDenied, err.Error())
+	}
+	host.KeyId = keyID
+	var known *statev1.Agent
+	s.State.Read(func(st *domain.State) { known, _ = st.AgentByKey(keyID) })
+	if known.GetName() == host.GetName() && known.GetCertificate() == host.GetCertificate() {
+		return known, nil
+	}
+	_, err = s.agree(ctx, &statev1.Command{
+		Actor: "certificate " + host.GetCertificate(),
+		Body:  &statev1.Command_AdmitAgent{AdmitAgent: &statev1.AdmitAgent{Agent: host}},
+	})
+	if err != nil {
+		return nil, err
+	}
+	s.State.Read(func(st *domain.State) { known, _ = st.AgentByKey(keyID) })
+	if known == nil {
+		return nil, status.Error(codes.Unavailable, "the agent was admitted and removed at once; attest again")
 	}
 	return known, nil
 }

@@ -123,10 +123,7 @@ func (d adminDoor) PromoteNode(ctx context.Context, req *ententev1.PromoteNodeRe
 	if id == "" {
 		return nil, status.Errorf(codes.NotFound, "no CA node is named %.64q; entente node list shows them", req.GetName())
 	}
-	outcome, err := s.agree(ctx, &statev1.Command{
-		Actor: "operator",
-		Body:  &statev1.Command_PromoteMember{PromoteMember: &statev1.PromoteMember{Id: id}},
-	})
+	outcome, err := s.propose(ctx, &statev1.Command{Body: &statev1.Command_PromoteMember{PromoteMember: &statev1.PromoteMember{Id: id}}})
 	if err != nil {
 		return nil, err
 	}

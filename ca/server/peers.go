@@ -10,6 +10,7 @@ import (
 	"maps"
 	"net"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -30,7 +31,13 @@ import (
 	"github.com/entente-mesh/entente/internal/peer"
 )
 
-const maxCommand = 64 << 10
+const (
+	maxCommand = 64 << 10
+	maxActor   = 256
+
+	// nodeActor begins the name of a CA node that acts by itself.
+	nodeActor = "CA node "
+)
 
 // peerDoor is spoken between CA nodes.
 type peerDoor struct {
@@ -44,14 +51,19 @@ func (d peerDoor) Propose(ctx context.Context, req *ententev1.ProposeRequest) (*
 	if len(req.GetCommand()) > maxCommand || proto.Unmarshal(req.GetCommand(), command) != nil {
 		return nil, status.Errorf(codes.InvalidArgument, "the command does not decode, or has over %d bytes", maxCommand)
 	}
+	who, via := command.GetActor(), fmt.Sprintf("CA node %s (%s)", c.member.GetName(), c.keyID)
 	if err := s.mayPropose(c, command); err != nil {
 		s.Log.Warn("a command of a CA node was refused", "member", c.member.GetName(), "error", err)
+		s.Audit.Forwarded(who, via, command, domain.Outcome{}, err)
 		return nil, status.Error(codes.PermissionDenied, err.Error())
 	}
+	// Whoever asked that member is its word; that it was this member is ours.
+	command.Actor = who + ", by way of " + via
 	outcome, err := s.Leader.Propose(ctx, command)
 	if errors.Is(err, ErrNotLeader) {
 		return nil, status.Error(codes.FailedPrecondition, err.Error())
 	}
+	s.Audit.Forwarded(who, via, command, outcome, err)
 	if err != nil {
 		return nil, s.proposeError(err)
 	}
@@ -65,14 +77,20 @@ func (d peerDoor) Propose(ctx context.Context, req *ententev1.ProposeRequest) (*
 // mayPropose says what a member may propose for others, and what for itself only. The
 // rest is the leader's own.
 func (s *Server) mayPropose(c caller, command *statev1.Command) error {
+	if n := len(command.GetActor()); n == 0 || n > maxActor {
+		return fmt.Errorf("CA node %s does not say who asks, or at length", c.member.GetName())
+	}
 	switch body := command.GetBody().(type) {
-	case *statev1.Command_CreateToken, *statev1.Command_JoinMember, *statev1.Command_AttestAgent, *statev1.Command_ApplyObjects,
-		*statev1.Command_StageObjects, *statev1.Command_ApplyStaged,
-		// An operator may be at any node. What a member gains by them if nobody asked it: it
-		// can take away, and use early what everybody holds.
+	case *statev1.Command_JoinMember, *statev1.Command_AttestAgent, *statev1.Command_AdmitAgent, *statev1.Command_MergeBans: // they prove themselves, were verified at the door, or only take away
+		return nil
+	case *statev1.Command_CreateToken, *statev1.Command_ApplyObjects, *statev1.Command_StageObjects, *statev1.Command_ApplyStaged,
+		// An operator may be at any node; that one asked, its admin socket knows alone. What
+		// a member gains by these if nobody did stands in the log under its own id.
 		*statev1.Command_RemoveMember, *statev1.Command_ActivateAuthority, *statev1.Command_TaintAuthority, *statev1.Command_RevokeAuthority,
 		*statev1.Command_BanAgent, *statev1.Command_EvictAgent, *statev1.Command_RevokeToken, *statev1.Command_ChangeEntries, *statev1.Command_PromoteMember:
-		return nil
+		if !strings.HasPrefix(command.GetActor(), nodeActor) || s.itsOwn(c, command) {
+			return nil
+		}
 	case *statev1.Command_UpdateMember:
 		if body.UpdateMember.GetId() == c.keyID {
 			return nil
@@ -101,6 +119,15 @@ func (s *Server) mayPropose(c caller, command *statev1.Command) error {
 		return nil
 	}
 	return fmt.Errorf("CA node %s may not propose this %T", c.member.GetName(), command.GetBody())
+}
+
+// itsOwn: a node uses its own authority when it is ready.
+func (s *Server) itsOwn(c caller, command *statev1.Command) (own bool) {
+	s.State.Read(func(st *domain.State) {
+		a, ok := st.Authority(command.GetActivateAuthority().GetId())
+		own = ok && a.GetMemberId() == c.keyID
+	})
+	return own
 }
 
 func (d peerDoor) Report(ctx context.Context, req *ententev1.ReportRequest) (*ententev1.ReportResponse, error) {

@@ -1,26 +1,47 @@
 package server
 
 import (
+	"fmt"
 	"sync"
 	"time"
 
 	"golang.org/x/time/rate"
 )
 
+// Limits are how much one node issues. Zero of a field: its default. Each node counts for
+// itself; an agent that is sent away asks another one.
+type Limits struct {
+	X509PerAgent   float64 // X.509-SVIDs that one agent may have signed a second; default 5000, 10 s of them at once
+	TokensPerAgent float64 // JWT- and WIT-SVIDs that one agent may have signed a second; default 5000, 1 s of them at once
+	PerNode        float64 // SVIDs of all kinds for all agents a second, 1 s of them at once; default: as many as it can
+	Attests        int     // hosts that attest at once; default 32: each may cost an agreement
+}
+
 const (
-	// tokenRate is how many tokens one host may have signed a second; agents keep
-	// them, so a host that needs more runs in a circle.
-	tokenRate  = 5000
-	tokenBurst = 5000
+	defaultX509Rate  = 5000
+	defaultTokenRate = 5000
+	defaultAttests   = 32
+	// A host that starts anew asks for all its SVIDs at once; tokens it asks for as it goes.
+	x509BurstSeconds = 10
+	// attestRetry is when a host comes back that found all slots taken.
+	attestRetry = 500 * time.Millisecond
 	// quietRates is how many hosts' buckets are kept before full ones are dropped.
 	quietRates = 1024
 )
 
-// rates limits each host, so that none takes the whole node. The zero value is ready
-// to use.
+// rates limits each host, so that none takes the whole node.
 type rates struct {
+	each    rate.Limit // events a second
+	burst   int
+	what    string
 	mu      sync.Mutex
 	buckets map[string]*rate.Limiter
+}
+
+// newRates allows each host so many of what a second, and the events of some seconds at
+// once; a batch always fits.
+func newRates(each float64, seconds int, what string) *rates {
+	return &rates{each: rate.Limit(each), burst: max(int(each)*seconds, maxBatch), what: what, buckets: make(map[string]*rate.Limiter)}
 }
 
 // take lets n pass, or says how long to wait for them.
@@ -31,15 +52,12 @@ func (r *rates) take(host string, n int, now time.Time) (wait time.Duration) {
 	if bucket == nil {
 		if len(r.buckets) >= quietRates {
 			for name, other := range r.buckets {
-				if other.TokensAt(now) >= tokenBurst {
+				if other.TokensAt(now) >= float64(r.burst) {
 					delete(r.buckets, name)
 				}
 			}
 		}
-		if r.buckets == nil {
-			r.buckets = make(map[string]*rate.Limiter)
-		}
-		bucket = rate.NewLimiter(tokenRate, tokenBurst)
+		bucket = rate.NewLimiter(r.each, r.burst)
 		r.buckets[host] = bucket
 	}
 	reservation := bucket.ReserveN(now, n)
@@ -47,4 +65,22 @@ func (r *rates) take(host string, n int, now time.Time) (wait time.Duration) {
 		reservation.CancelAt(now)
 	}
 	return wait
+}
+
+// limit lets a host have n SVIDs signed, or says when to come back: first as the host's
+// own limit is, then as the node's.
+func (s *Server) limit(perAgent *rates, host string, n int) error {
+	now := time.Now()
+	if wait := perAgent.take(host, n, now); wait > 0 {
+		s.metrics.limited.WithLabelValues("agent").Inc()
+		return exhausted(fmt.Sprintf("host %s asks for more than %g %s a second", host, float64(perAgent.each), perAgent.what), wait)
+	}
+	if s.perNode == nil {
+		return nil
+	}
+	if wait := s.perNode.take("", n, now); wait > 0 {
+		s.metrics.limited.WithLabelValues("node").Inc()
+		return exhausted(fmt.Sprintf("this CA node signs at most %g SVIDs a second", float64(s.perNode.each)), wait)
+	}
+	return nil
 }

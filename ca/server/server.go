@@ -1,5 +1,5 @@
-// Package server holds the doors of a CA node: Join, Attest, Sync, Sign and Peer on
-// its API address, Admin on a unix socket.
+// Package server holds the doors of a CA node: Join, Attest, Sync, Sign, Peer and, for
+// administrators, Admin on its API address; Admin on a unix socket for operators.
 //
 // Each call is authenticated from the TLS connection it came over and authorised by
 // one table (auth.go), which denies what it does not list. Doors parse and check
@@ -9,6 +9,7 @@
 package server
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -27,6 +28,7 @@ import (
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
 	"github.com/entente-mesh/entente/ca/domain"
 	"github.com/entente-mesh/entente/ca/feed"
+	"github.com/entente-mesh/entente/ca/nodeattest"
 	"github.com/entente-mesh/entente/ca/signer"
 	"github.com/entente-mesh/entente/internal/peer"
 )
@@ -129,9 +131,19 @@ type Config struct {
 	IsOffline func(id string) bool
 	// Nodes is the leader's view; with ask, the leader is asked if it is another node.
 	Nodes func(ctx context.Context, ask bool) (Nodes, error)
+	// X509PoP admits hosts by certificates of their own; nil: none.
+	X509PoP *nodeattest.X509PoP
 	// Supersede stops this node if the statement says that its epoch is over.
 	Supersede func(statement, signature []byte) error
 
+	// Isolate shuts an agent out at this node alone. Errors: ErrNoAgent, ErrBanned,
+	// ErrQuorum.
+	Isolate  func(name, reason, who string) (Isolation, error)
+	Isolated func() []Isolation // not agreed yet
+	// Subscribers is how far this node's are.
+	Subscribers func() feed.Status
+
+	Limits Limits
 	// Audit gets a line for each administrative act and each SVID; nil: none.
 	Audit      *Audit
 	Log        *slog.Logger
@@ -145,16 +157,19 @@ type Server struct {
 	metrics  *metrics
 	attests  chan struct{} // slots
 
-	tokenRates rates
+	handshakes, strangers places
+	guests                guests
+	syncs                 syncs
+
+	x509Rates  *rates
+	tokenRates *rates
+	perNode    *rates // nil: no limit
 	stopping   chan struct{}
 	stop       sync.Once
 }
 
 const (
-	maxAPIMessage   = 1 << 20
 	maxAdminMessage = 16 << 20
-	maxStreams      = 128 // per connection
-	maxAttests      = 32  // at once: each may cost an agreement
 	drainTime       = 3 * time.Second
 )
 
@@ -163,16 +178,25 @@ func New(config Config) *Server {
 	if config.Log == nil {
 		config.Log = slog.New(slog.DiscardHandler)
 	}
-	return &Server{
-		Config:   config,
-		registry: peer.Registry{Log: config.Log},
-		metrics:  newMetrics(config.Registerer),
-		attests:  make(chan struct{}, maxAttests),
-		stopping: make(chan struct{}),
+	limits := config.Limits
+	s := &Server{
+		Config:     config,
+		registry:   peer.Registry{Log: config.Log},
+		attests:    make(chan struct{}, cmp.Or(limits.Attests, defaultAttests)),
+		x509Rates:  newRates(cmp.Or(limits.X509PerAgent, defaultX509Rate), x509BurstSeconds, "X.509-SVIDs"),
+		tokenRates: newRates(cmp.Or(limits.TokensPerAgent, defaultTokenRate), 1, "tokens"),
+		handshakes: places{most: maxHandshakes, patience: undisturbed},
+		strangers:  places{most: maxStrangers, patience: handshakeLimit},
+		stopping:   make(chan struct{}),
 	}
+	s.metrics = newMetrics(config.Registerer, s)
+	if limits.PerNode > 0 {
+		s.perNode = newRates(limits.PerNode, 1, "SVIDs")
+	}
+	return s
 }
 
-// ServeAPI serves Join, Attest, Sync, Sign and Peer on the listener, which it closes,
+// ServeAPI serves Join, Attest, Sync, Sign, Peer and Admin on the listener, which it closes,
 // until ctx ends and calls under way had three seconds to finish.
 func (s *Server) ServeAPI(ctx context.Context, listener net.Listener) error {
 	server := grpc.NewServer(
@@ -181,9 +205,12 @@ func (s *Server) ServeAPI(ctx context.Context, listener net.Listener) error {
 		grpc.StreamInterceptor(s.stream),
 		grpc.MaxRecvMsgSize(maxAPIMessage),
 		grpc.MaxConcurrentStreams(maxStreams),
-		grpc.MaxHeaderListSize(16<<10),
+		grpc.MaxHeaderListSize(maxHeaders),
 		grpc.ReadBufferSize(0), // TLS has a buffer of its own, and 10,000 hosts hold a stream open
-		grpc.ConnectionTimeout(10*time.Second),
+		grpc.ConnectionTimeout(handshakeLimit),
+		grpc.InitialWindowSize(streamWindow),
+		grpc.InitialConnWindowSize(connWindow),
+		grpc.InTapHandle(s.tap),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 2 * time.Second, PermitWithoutStream: true}),
 		grpc.KeepaliveParams(keepalive.ServerParameters{
 			MaxConnectionIdle: time.Minute, // strangers do not stay
@@ -196,7 +223,8 @@ func (s *Server) ServeAPI(ctx context.Context, listener net.Listener) error {
 	ententev1.RegisterSyncServer(server, syncDoor{server: s})
 	ententev1.RegisterSignServer(server, signDoor{server: s})
 	ententev1.RegisterPeerServer(server, peerDoor{server: s})
-	return s.serve(ctx, server, listener)
+	ententev1.RegisterAdminServer(server, adminDoor{server: s})
+	return s.serve(ctx, server, entrance{listener, s})
 }
 
 // ServeAdmin serves Admin on a unix socket. Its mode, 0600, is the listener's owner's
@@ -246,9 +274,14 @@ type metrics struct {
 	calls  *prometheus.CounterVec
 	svids  *prometheus.CounterVec
 	tokens *prometheus.CounterVec
+
+	limited *prometheus.CounterVec
+
+	underWay prometheus.Gauge
+	cut      *prometheus.CounterVec
 }
 
-func newMetrics(registerer prometheus.Registerer) *metrics {
+func newMetrics(registerer prometheus.Registerer, s *Server) *metrics {
 	m := &metrics{
 		calls: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "entente_ca_calls_total", Help: "Calls at the doors of this CA node, by method and gRPC code.",
@@ -259,9 +292,27 @@ func newMetrics(registerer prometheus.Registerer) *metrics {
 		tokens: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "entente_ca_tokens_total", Help: "JWT- and WIT-SVIDs that were asked of this CA node, by kind and result.",
 		}, []string{"kind", "result"}),
+		underWay: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "entente_ca_calls_under_way", Help: "Calls and streams at the API address that have not ended.",
+		}),
+		cut: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "entente_ca_connections_cut_total", Help: "Connections to the API address that were cut because there are too many of their kind: handshake, stranger (without an identity), peer (of one).",
+		}, []string{"kind"}),
+		limited: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "entente_ca_limited_total", Help: "Calls that were sent away with RESOURCE_EXHAUSTED, by whose limit it was: agent, node, attest, queue.",
+		}, []string{"limit"}),
 	}
-	if registerer != nil {
-		registerer.MustRegister(m.calls, m.svids, m.tokens)
+	if registerer == nil {
+		return m
 	}
+	registerer.MustRegister(m.calls, m.svids, m.tokens, m.limited, m.underWay, m.cut)
+	for kind, count := range map[string]func() int{"handshake": s.handshakes.len, "stranger": s.strangers.len, "peer": s.guests.len} {
+		registerer.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "entente_ca_connections", Help: "Open connections to the API address.", ConstLabels: prometheus.Labels{"kind": kind},
+		}, func() float64 { return float64(count()) }))
+	}
+	registerer.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "entente_ca_attestations_under_way", Help: "Attestations that this CA node is at work on.",
+	}, func() float64 { return float64(len(s.attests)) }))
 	return m
 }

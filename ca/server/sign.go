@@ -5,7 +5,6 @@ import (
 	"crypto"
 	"errors"
 	"fmt"
-	"slices"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -35,7 +34,10 @@ func (d signDoor) SignX509(ctx context.Context, req *ententev1.SignX509Request) 
 		return nil, status.Errorf(codes.InvalidArgument, "%d requests in a batch, not 1 to %d", n, maxBatch)
 	}
 	if err := s.Signer.Ready(statev1.KeyUse_KEY_USE_X509); err != nil {
-		return nil, signError(err)
+		return nil, s.signError(err)
+	}
+	if err := s.limit(s.x509Rates, c.agent.GetName(), len(req.GetRequests())); err != nil {
+		return nil, err
 	}
 	resp := &ententev1.SignX509Response{}
 	for _, one := range req.GetRequests() {
@@ -43,6 +45,9 @@ func (d signDoor) SignX509(ctx context.Context, req *ententev1.SignX509Request) 
 		if err != nil {
 			if ctx.Err() != nil {
 				return nil, status.FromContextError(ctx.Err()).Err()
+			}
+			if status.Code(err) == codes.ResourceExhausted && len(resp.Results) == 0 {
+				return nil, err // with a hint when to come back
 			}
 			st := status.Convert(err)
 			s.metrics.svids.WithLabelValues(st.Code().String()).Inc()
@@ -66,7 +71,7 @@ func (s *Server) signOne(ctx context.Context, c caller, one *ententev1.X509Reque
 			return nil, status.Error(codes.PermissionDenied, "an agent's own SVID is for the key that was attested: attest the new key with a join token")
 		}
 		chain, err := s.signAgent(ctx, c.agent, public)
-		return chain, signError(err)
+		return chain, s.signError(err)
 	}
 	g, err := s.grant(c, one.GetEntryId())
 	if err != nil {
@@ -75,7 +80,7 @@ func (s *Server) signOne(ctx context.Context, c caller, one *ententev1.X509Reque
 	chain, err := s.Signer.Sign(ctx, signer.Request{
 		ID: g.id, DNSNames: g.entry.GetDnsNames(), PublicKey: public, Life: ca.SVIDLife(g.entry, g.lifetimes), Origin: g.origin,
 	})
-	return chain, signError(err)
+	return chain, s.signError(err)
 }
 
 // granted is what an SVID for an entry is made from.
@@ -94,9 +99,9 @@ func (s *Server) grant(c caller, entryID string) (g granted, err error) {
 		g.lifetimes = st.Lifetimes()
 	})
 	// The same words for both: who may not hold it need not know that it exists.
-	if g.entry == nil || !slices.Contains(g.entry.GetHosts(), c.agent.GetName()) {
+	if g.entry == nil || !ca.Entitled(c.agent, g.entry) {
 		s.Log.Warn("an SVID was refused", "agent", c.agent.GetName(), "entry", entryID, "exists", g.entry != nil)
-		return g, status.Errorf(codes.PermissionDenied, "no entry %.100q names host %s", entryID, c.agent.GetName())
+		return g, status.Errorf(codes.PermissionDenied, "no entry %.100q is for host %s", entryID, c.agent.GetName())
 	}
 	if g.id, err = ca.ID(s.TrustDomain, g.entry.GetPath()); err != nil {
 		return g, status.Error(codes.Internal, err.Error())
@@ -150,10 +155,10 @@ func signTokens[R any](ctx context.Context, s *Server, c caller, use statev1.Key
 		return nil, status.Errorf(codes.InvalidArgument, "%d requests in a batch, not 1 to %d", n, maxBatch)
 	}
 	if err := s.Signer.Ready(use); err != nil {
-		return nil, signError(err)
+		return nil, s.signError(err)
 	}
-	if wait := s.tokenRates.take(c.agent.GetName(), len(requests), time.Now()); wait > 0 {
-		return nil, exhausted(fmt.Sprintf("host %s asks for more than %d tokens a second", c.agent.GetName(), tokenRate), wait)
+	if err := s.limit(s.tokenRates, c.agent.GetName(), len(requests)); err != nil {
+		return nil, err
 	}
 	kind := map[statev1.KeyUse]string{statev1.KeyUse_KEY_USE_JWT: "jwt", statev1.KeyUse_KEY_USE_WIT: "wit"}[use]
 	results := make([]*ententev1.TokenResult, 0, len(requests))
@@ -165,9 +170,9 @@ func signTokens[R any](ctx context.Context, s *Server, c caller, use statev1.Key
 				return nil, status.FromContextError(ctx.Err()).Err()
 			}
 			if errors.Is(err, signer.ErrBusy) && !signed {
-				return nil, signError(err) // with a hint when to come back
+				return nil, s.signError(err) // with a hint when to come back
 			}
-			st := status.Convert(signError(err))
+			st := status.Convert(s.signError(err))
 			s.metrics.tokens.WithLabelValues(kind, st.Code().String()).Inc()
 			results = append(results, &ententev1.TokenResult{Code: uint32(st.Code()), Error: st.Message()})
 			continue
@@ -203,7 +208,7 @@ func (s *Server) signAgent(ctx context.Context, host *statev1.Agent, public cryp
 
 // signError maps what the signer says. The client goes to another node after
 // UNAVAILABLE, and comes back later after RESOURCE_EXHAUSTED.
-func signError(err error) error {
+func (s *Server) signError(err error) error {
 	if _, done := status.FromError(err); done {
 		return err // nil, or a door's own word
 	}
@@ -211,6 +216,7 @@ func signError(err error) error {
 	case errors.Is(err, signer.ErrNoAuthority), errors.Is(err, signer.ErrClock):
 		return status.Errorf(codes.Unavailable, "%v; ask another CA node", err)
 	case errors.Is(err, signer.ErrBusy):
+		s.metrics.limited.WithLabelValues("queue").Inc()
 		return exhausted(err.Error(), signer.RetryAfter)
 	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
 		return status.FromContextError(err).Err()

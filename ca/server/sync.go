@@ -16,6 +16,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
+	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/domain"
 	"github.com/entente-mesh/entente/ca/feed"
 	"github.com/entente-mesh/entente/ca/presence"
@@ -38,6 +39,11 @@ type syncDoor struct {
 
 func (d syncDoor) Sync(stream ententev1.Sync_SyncServer) error {
 	s, c := d.server, callerFrom(stream.Context())
+	end, err := s.syncs.begin(c.id.String() + " on " + c.agent.GetName())
+	if err != nil {
+		return err
+	}
+	defer end()
 	received := make(chan *ententev1.SyncRequest)
 	ended := make(chan error, 1)
 	done := make(chan struct{})
@@ -326,8 +332,8 @@ func (s *Server) checkReport(c caller, reported []*ententev1.Instance) (instance
 }
 
 func mayServe(st *domain.State, c caller, r *ententev1.Instance) error {
-	o, ok := st.Object("Service/" + r.GetService())
-	if !ok || !slices.Contains(o.GetService().GetHosts(), c.agent.GetName()) {
+	e, ok := st.Entry(ca.ServiceEntry(r.GetService()))
+	if !ok || !ca.Entitled(c.agent, e) {
 		return errors.New("service " + r.GetService() + " does not run on this host")
 	}
 	host, _, err := net.SplitHostPort(r.GetAddress())

@@ -20,11 +20,6 @@ import (
 // This file holds what operators do to authorities, CA nodes, agents and tokens: the
 // half of Admin that ends trust.
 
-func (s *Server) propose(ctx context.Context, command *statev1.Command) (domain.Outcome, error) {
-	command.Actor = callerFrom(ctx).who()
-	return s.agree(ctx, command)
-}
-
 // ---------------------------------------------------------------- authorities
 
 func (d adminDoor) ListAuthorities(ctx context.Context, _ *ententev1.ListAuthoritiesRequest) (*ententev1.ListAuthoritiesResponse, error) {
@@ -106,6 +101,9 @@ func (d adminDoor) PrepareAuthority(ctx context.Context, req *ententev1.PrepareA
 	}
 	if missing := s.Info().NotAgreeing; missing != "" {
 		return nil, status.Error(codes.Unavailable, missing)
+	}
+	if err := s.Audit.Asked(callerFrom(ctx).who(), "PrepareAuthority"); err != nil {
+		return nil, err
 	}
 	id, err := s.Prepare(ctx, use)
 	if err != nil {
@@ -297,11 +295,11 @@ func (d adminDoor) ListAgents(_ context.Context, req *ententev1.ListAgentsReques
 			page.add(a.GetName(), a)
 		}
 		for _, a := range page.rows() {
-			entries[a.GetName()] = st.EntryCountOnHost(a.GetName())
+			entries[a.GetName()] = len(st.HeldBy(a.GetName()))
 		}
 	})
 	for _, a := range page.rows() {
-		resp.Agents = append(resp.Agents, &ententev1.AgentStatus{Agent: a, Entries: uint32(entries[a.GetName()]), Here: s.Feed.Live(a.GetName())})
+		resp.Agents = append(resp.Agents, &ententev1.AgentStatus{Agent: a, Entries: uint32(entries[a.GetName()]), Here: s.Feed.Live(a.GetName()), Isolated: s.isolated(a)})
 	}
 	resp.More = page.more
 	return resp, nil
@@ -312,7 +310,7 @@ func (d adminDoor) GetAgent(_ context.Context, req *ententev1.GetAgentRequest) (
 	resp := &ententev1.GetAgentResponse{}
 	s.State.Read(func(st *domain.State) {
 		if a, ok := st.Agent(req.GetName()); ok {
-			entries := st.EntriesOnHost(a.GetName())
+			entries := st.HeldBy(a.GetName())
 			resp.Status = &ententev1.AgentStatus{Agent: a, Entries: uint32(len(entries))}
 			resp.Entries = entries[:min(len(entries), maxPage)]
 		}
@@ -320,7 +318,7 @@ func (d adminDoor) GetAgent(_ context.Context, req *ententev1.GetAgentRequest) (
 	if resp.Status == nil {
 		return nil, noAgent(req.GetName())
 	}
-	resp.Status.Here = s.Feed.Live(req.GetName())
+	resp.Status.Here, resp.Status.Isolated = s.Feed.Live(req.GetName()), s.isolated(resp.Status.Agent)
 	for _, i := range s.Feed.Instances() {
 		if i.Agent == req.GetName() {
 			resp.Instances = append(resp.Instances, instanceToWire(i))
@@ -328,6 +326,8 @@ func (d adminDoor) GetAgent(_ context.Context, req *ententev1.GetAgentRequest) (
 	}
 	return resp, nil
 }
+
+func (s *Server) isolated(a *statev1.Agent) bool { return !a.GetBanned() && s.Feed.Banned(a) }
 
 func noAgent(name string) error {
 	return status.Errorf(codes.NotFound, "no agent is named %.80s: see entente agent list", name)

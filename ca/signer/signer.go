@@ -8,6 +8,7 @@
 package signer
 
 import (
+	"cmp"
 	"context"
 	"crypto"
 	"crypto/rand"
@@ -37,9 +38,9 @@ const RetryAfter = 250 * time.Millisecond
 const (
 	// maxWait is how long a request waits for its turn.
 	maxWait = 250 * time.Millisecond
-	// maxWaiting is how many wait at once; at 4,000 signatures a second and CPU those
+	// defaultWaiting is how many wait at once; at 4,000 signatures a second and CPU those
 	// behind it would not be served within maxWait.
-	maxWaiting = 1024
+	defaultWaiting = 1024
 )
 
 // Config is what a signer needs. All functions are called concurrently and for
@@ -57,6 +58,8 @@ type Config struct {
 	Signed func(Issued)
 	// Concurrency is how many signatures are made at once; 0: one per CPU.
 	Concurrency int
+	// Waiting is how many requests may wait for their turn; 0: 1024.
+	Waiting int
 	// Issuer is the "iss" of JWT-SVIDs; empty: they have none.
 	Issuer string
 }
@@ -141,9 +144,13 @@ type Request struct {
 
 // Issued is an SVID that was signed.
 type Issued struct {
-	Request
-	Serial    string // hex
-	Authority string // id
+	Kind      string // "x509-svid", "jwt-svid", "wit-svid"
+	ID        spiffeid.ID
+	Origin    ca.Origin
+	Serial    string   // hex; of an X.509-SVID
+	Digest    string   // hex SHA-256 of a token's header and payload
+	Audience  []string // of a JWT-SVID
+	Authority string   // id
 	NotAfter  time.Time
 }
 
@@ -192,7 +199,7 @@ func (s *Signer) sign(ctx context.Context, req Request) ([][]byte, error) {
 		return nil, err
 	}
 	if s.config.Signed != nil {
-		s.config.Signed(Issued{Request: req, Serial: template.SerialNumber.Text(16), Authority: ca.KeyID(authority.RawSubjectPublicKeyInfo), NotAfter: template.NotAfter})
+		s.config.Signed(Issued{Kind: "x509-svid", ID: req.ID, Origin: req.Origin, Serial: template.SerialNumber.Text(16), Authority: ca.KeyID(authority.RawSubjectPublicKeyInfo), NotAfter: template.NotAfter})
 	}
 	chain := [][]byte{der}
 	if len(record.GetUpstream()) > 0 {
@@ -207,7 +214,7 @@ func (s *Signer) acquire(ctx context.Context) error {
 		return nil
 	default:
 	}
-	if s.waiting.Add(1) > maxWaiting {
+	if int(s.waiting.Add(1)) > cmp.Or(s.config.Waiting, defaultWaiting) {
 		s.waiting.Add(-1)
 		return ErrBusy
 	}

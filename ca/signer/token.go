@@ -7,6 +7,7 @@ import (
 	"crypto/sha256"
 	"encoding/asn1"
 	"encoding/base64"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"math/big"
@@ -28,12 +29,12 @@ type JWTRequest struct {
 
 // SignJWT returns a JWT-SVID in compact serialization. Errors as of Sign.
 func (s *Signer) SignJWT(ctx context.Context, req JWTRequest) (string, error) {
-	return s.signToken(ctx, req.ID, statev1.KeyUse_KEY_USE_JWT, ca.TypeJWT, func(authority *statev1.Authority, now time.Time) ([]byte, error) {
-		payload, _, err := ca.JWTClaims(ca.JWTRequest{
+	issued := Issued{Kind: "jwt-svid", ID: req.ID, Origin: req.Origin, Audience: req.Audience}
+	return s.signToken(ctx, statev1.KeyUse_KEY_USE_JWT, ca.TypeJWT, issued, func(authority *statev1.Authority, now time.Time) ([]byte, time.Time, error) {
+		return ca.JWTClaims(ca.JWTRequest{
 			ID: req.ID, Audience: req.Audience, Issuer: s.config.Issuer,
 			Now: now, Life: req.Life, Authority: authority, Origin: req.Origin,
 		})
-		return payload, err
 	})
 }
 
@@ -48,18 +49,18 @@ type WITRequest struct {
 
 // SignWIT returns a WIT-SVID in compact serialization. Errors as of Sign.
 func (s *Signer) SignWIT(ctx context.Context, req WITRequest) (string, error) {
-	return s.signToken(ctx, req.ID, statev1.KeyUse_KEY_USE_WIT, ca.TypeWIT, func(authority *statev1.Authority, now time.Time) ([]byte, error) {
-		payload, _, err := ca.WITClaims(ca.WITRequest{
+	issued := Issued{Kind: "wit-svid", ID: req.ID, Origin: req.Origin}
+	return s.signToken(ctx, statev1.KeyUse_KEY_USE_WIT, ca.TypeWIT, issued, func(authority *statev1.Authority, now time.Time) ([]byte, time.Time, error) {
+		return ca.WITClaims(ca.WITRequest{
 			ID: req.ID, PublicKey: req.PublicKey,
 			Now: now, Life: req.Life, Authority: authority, Origin: req.Origin,
 		})
-		return payload, err
 	})
 }
 
-func (s *Signer) signToken(ctx context.Context, id spiffeid.ID, use statev1.KeyUse, typ string, claims func(*statev1.Authority, time.Time) ([]byte, error)) (string, error) {
-	if !id.MemberOf(s.config.TrustDomain) {
-		return "", fmt.Errorf("sign token for %s: this CA signs for %s only", id, s.config.TrustDomain.Name())
+func (s *Signer) signToken(ctx context.Context, use statev1.KeyUse, typ string, issued Issued, claims func(*statev1.Authority, time.Time) ([]byte, time.Time, error)) (string, error) {
+	if !issued.ID.MemberOf(s.config.TrustDomain) {
+		return "", fmt.Errorf("sign token for %s: this CA signs for %s only", issued.ID, s.config.TrustDomain.Name())
 	}
 	if err := s.acquire(ctx); err != nil {
 		return "", err
@@ -74,7 +75,7 @@ func (s *Signer) signToken(ctx context.Context, id spiffeid.ID, use statev1.KeyU
 	if err != nil {
 		return "", err
 	}
-	payload, err := claims(authority, now)
+	payload, end, err := claims(authority, now)
 	if err != nil {
 		return "", err
 	}
@@ -82,29 +83,34 @@ func (s *Signer) signToken(ctx context.Context, id spiffeid.ID, use statev1.KeyU
 	if err != nil {
 		return "", fmt.Errorf("authority %.12s: %w", authority.GetId(), err)
 	}
-	return compact(key, alg, ca.TokenHeader(alg, authority.GetId(), typ), payload)
+	token, digest, err := compact(key, alg, ca.TokenHeader(alg, authority.GetId(), typ), payload)
+	if err == nil && s.config.Signed != nil {
+		issued.Digest, issued.Authority, issued.NotAfter = hex.EncodeToString(digest[:]), authority.GetId(), end
+		s.config.Signed(issued)
+	}
+	return token, err
 }
 
 // compact makes a JWS in compact serialization (RFC 7515 7.1). ES256 and RS256 both
-// sign the SHA-256 of what stands before the signature.
-func compact(key crypto.Signer, alg string, header, payload []byte) (string, error) {
+// sign the SHA-256 of what stands before the signature, which is returned as well.
+func compact(key crypto.Signer, alg string, header, payload []byte) (_ string, digest [sha256.Size]byte, err error) {
 	encoding := base64.RawURLEncoding
 	token := make([]byte, 0, encoding.EncodedLen(len(header))+encoding.EncodedLen(len(payload))+2+encoding.EncodedLen(512))
 	token = encoding.AppendEncode(token, header)
 	token = append(token, '.')
 	token = encoding.AppendEncode(token, payload)
-	sum := sha256.Sum256(token)
-	signature, err := key.Sign(rand.Reader, sum[:], crypto.SHA256)
+	digest = sha256.Sum256(token)
+	signature, err := key.Sign(rand.Reader, digest[:], crypto.SHA256)
 	if err != nil {
-		return "", fmt.Errorf("sign token: %w", err)
+		return "", digest, fmt.Errorf("sign token: %w", err)
 	}
 	if alg == ca.ES256 {
 		if signature, err = joseSignature(signature); err != nil {
-			return "", err
+			return "", digest, err
 		}
 	}
 	token = append(token, '.')
-	return string(encoding.AppendEncode(token, signature)), nil
+	return string(encoding.AppendEncode(token, signature)), digest, nil
 }
 
 // joseSignature turns an ECDSA signature on P-256 from ASN.1 into R and S, 32 bytes each

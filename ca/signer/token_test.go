@@ -230,7 +230,7 @@ func TestQueueIsBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s, _ := tokenWorld(t, p256(t), 48*time.Hour, Config{Concurrency: 1})
 		s.slots <- struct{}{}
-		s.waiting.Store(maxWaiting)
+		s.waiting.Store(defaultWaiting)
 		begin := time.Now()
 		if _, err := s.SignJWT(t.Context(), jwtRequest()); !errors.Is(err, ErrBusy) || time.Since(begin) != 0 {
 			t.Errorf("%v after %v", err, time.Since(begin))

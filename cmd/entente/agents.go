@@ -8,7 +8,6 @@ import (
 
 	"github.com/spf13/cobra"
 
-	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
 	"github.com/entente-mesh/entente/ca"
 )
@@ -41,7 +40,7 @@ func agentListCommand() *cobra.Command {
 				for _, s := range all.GetAgents() {
 					a := s.GetAgent()
 					fmt.Fprintf(table, "%s\t%s\t%s\t%d\t%s\t%s\t%s\n", a.GetName(), a.GetDatacenter(), strings.Join(a.GetAddresses(), ","),
-						s.GetEntries(), yesNo(s.GetHere()), ca.Revision(a.GetGeneration()), agentState(a))
+						s.GetEntries(), yesNo(s.GetHere()), ca.Revision(a.GetGeneration()), agentState(s))
 				}
 				return table.Flush()
 			})
@@ -51,9 +50,12 @@ func agentListCommand() *cobra.Command {
 	return c
 }
 
-func agentState(a *statev1.Agent) string {
-	if a.GetBanned() {
+func agentState(s *ententev1.AgentStatus) string {
+	switch {
+	case s.GetAgent().GetBanned():
 		return "BANNED"
+	case s.GetIsolated():
+		return "ISOLATED by this node, not agreed yet"
 	}
 	return "admitted"
 }
@@ -77,7 +79,14 @@ func agentShowCommand() *cobra.Command {
 				a := r.GetStatus().GetAgent()
 				table := tabwriter.NewWriter(c.OutOrStdout(), 0, 4, 2, ' ', 0)
 				fmt.Fprintf(table, "AGENT\t%s\nSTATE\t%s\nDATACENTER\t%s\nADDRESSES\t%s\nKEY\t%s\nADMITTED AT\t%s\nCONNECTED HERE\t%s\n",
-					a.GetName(), agentState(a), a.GetDatacenter(), strings.Join(a.GetAddresses(), ","), a.GetKeyId(), ca.Revision(a.GetGeneration()), yesNo(r.GetStatus().GetHere()))
+					a.GetName(), agentState(r.GetStatus()), a.GetDatacenter(), strings.Join(a.GetAddresses(), ","), a.GetKeyId(), ca.Revision(a.GetGeneration()), yesNo(r.GetStatus().GetHere()))
+				for _, line := range []struct{ name, value string }{
+					{"CERTIFICATE", a.GetCertificate()}, {"SELECTORS", strings.Join(a.GetSelectors(), " ")}, {"MAY HOLD", strings.Join(a.GetPathPrefixes(), " ")},
+				} {
+					if line.value != "" {
+						fmt.Fprintf(table, "%s\t%s\n", line.name, line.value)
+					}
+				}
 				if len(r.GetEntries()) > 0 {
 					fmt.Fprintln(table, "\nENTRY\tSPIFFE PATH\tSELECTORS")
 				}
@@ -120,6 +129,41 @@ func agentEvictCommand() *cobra.Command {
 		func(ctx context.Context, c ententev1.AdminClient, r *ententev1.ChangeAgentRequest) (*ententev1.ChangeAgentResponse, error) {
 			return c.EvictAgent(ctx, r)
 		})
+}
+
+func agentIsolateCommand() *cobra.Command {
+	var admin adminFlags
+	var reason string
+	c := &cobra.Command{
+		Use:   "isolate AGENT",
+		Short: "Without quorum: shut a host out at the CA node that is asked",
+		Long: `For when a host must go and nothing can be agreed; with quorum, ban is the way. The CA
+node that is asked writes it down, ends the host's streams, gives it nothing any more and
+tells its own subscribers to accept nothing that was issued through it. Ask every node
+that can be reached. When there is quorum again, the node has it agreed by itself: a ban.
+Only an agreement lifts it: entente agent evict, then a new token.`,
+		Example: "  entente agent isolate h1 --reason INC-881",
+		Args:    oneArgument("the agent's name: see entente agent list"),
+		RunE: func(c *cobra.Command, args []string) error {
+			return admin.call(c.Context(), func(client ententev1.AdminClient) error {
+				r, err := client.IsolateAgent(c.Context(), &ententev1.IsolateAgentRequest{Name: args[0], Reason: reason})
+				if err != nil {
+					return err
+				}
+				if admin.json {
+					return printJSON(c.OutOrStdout(), r)
+				}
+				fmt.Fprintf(c.OutOrStdout(), "agent %s is isolated by this CA node; ask the others, too: it holds at each node that was asked, until quorum is back and makes it a ban\n", args[0])
+				if why := r.GetIsolation().GetNotWritten(); why != "" {
+					fmt.Fprintf(c.ErrOrStderr(), "NOT ON DISK: a restart of this node would lose it (%s)\n", why)
+				}
+				return nil
+			})
+		},
+	}
+	admin.register(c)
+	c.Flags().StringVar(&reason, "reason", "", "why, for the audit log and the list of isolated agents")
+	return c
 }
 
 func agentChangeCommand(verb, short, long, done string, do changeAgent) *cobra.Command {

@@ -18,21 +18,26 @@ func applyCommand() *cobra.Command {
 		admin  adminFlags
 		files  []string
 		dryRun bool
+		diff   bool
 	)
 	c := &cobra.Command{
 		Use:   "apply -f FILE",
-		Short: "Declare services, gateways, exports, imports and agreements",
+		Short: "Declare services, gateways, exports, imports, agreements and roles",
 		Long: `Read objects from YAML files and agree on all of them at once, or on none. What is
 wrong is refused with its file and line before anything changes. Objects that are not
-in the files stay as they are.`,
+in the files stay as they are.
+
+--diff changes nothing and shows what would be, field by field: + created, ~ updated,
+= left alone. Its exit code is 0 if nothing would change and 1 if something would.`,
 		Example: `  entente apply -f banking.yaml
-  entente apply -f banking.yaml --dry-run`,
+  entente apply -f banking.yaml --diff
+  entente apply -f pay.yaml --server ca-1.banking.example:8443     # as an administrator`,
 		Args: noArguments,
 		RunE: func(c *cobra.Command, _ []string) error {
 			if len(files) == 0 {
 				return usageError{c, errors.New("name a file: -f banking.yaml")}
 			}
-			request := &ententev1.ApplyRequest{DryRun: dryRun}
+			request := &ententev1.ApplyRequest{DryRun: dryRun || diff}
 			for _, file := range files {
 				objects, err := parseObjects(file)
 				if err != nil {
@@ -44,6 +49,9 @@ in the files stay as they are.`,
 				response, err := client.Apply(c.Context(), request)
 				if err != nil {
 					return err
+				}
+				if diff {
+					return showDiff(c.OutOrStdout(), request.GetObjects(), response, admin.json)
 				}
 				if admin.json {
 					return printJSON(c.OutOrStdout(), response)
@@ -64,6 +72,7 @@ in the files stay as they are.`,
 	}
 	admin.register(c)
 	c.Flags().StringArrayVarP(&files, "file", "f", nil, "YAML file with objects; repeatable")
+	c.Flags().BoolVar(&diff, "diff", false, "show what would change, field by field, and change nothing; exit code 1: something would")
 	c.Flags().BoolVar(&dryRun, "dry-run", false, "say what would change, and change nothing")
 	return c
 }

@@ -256,7 +256,7 @@ func printStatus(w io.Writer, s *ententev1.StatusResponse) error {
 	table := tabwriter.NewWriter(w, 0, 4, 2, ' ', 0)
 	fmt.Fprintf(table, "DOMAIN\t%s\n", s.GetCluster().GetTrustDomain())
 	fmt.Fprintf(table, "STATE\t%s; epoch %d, revision %s, %s\n", quorum, s.GetCluster().GetEpoch(), ca.Revision(s.GetRevision()), age)
-	fmt.Fprintf(table, "HOLDS\t%d entries, %d agents, %d subscribers here\n", s.GetEntries(), s.GetAgents(), s.GetSubscribers())
+	fmt.Fprintf(table, "HOLDS\t%d entries, %d agents\n", s.GetEntries(), s.GetAgents())
 	disk := "works"
 	if s.GetDisk() != "" {
 		disk = "FAILED: " + s.GetDisk()
@@ -267,6 +267,21 @@ func printStatus(w io.Writer, s *ententev1.StatusResponse) error {
 		offset = fmt.Sprintf("%+.3f s from the agreed time", s.GetClockOffsetSeconds())
 	}
 	fmt.Fprintf(table, "CLOCK\t%s\n", offset)
+	acks := "all have acknowledged this revision"
+	if len(s.GetWaitingFor()) > 0 {
+		acks = fmt.Sprintf("up to %s: waiting for %s", ca.Revision(s.GetAcknowledgedRevision()), strings.Join(s.GetWaitingFor(), ", "))
+	}
+	fmt.Fprintf(table, "SUBSCRIBERS\t%d here; %s\n", s.GetSubscribers(), acks)
+	for _, i := range s.GetIsolated() {
+		line := fmt.Sprintf("agent %s by %s since %s", i.GetAgent().GetName(), i.GetWho(), clockTime(time.Unix(i.GetUnixSeconds(), 0)))
+		if i.GetReason() != "" {
+			line += ": " + i.GetReason()
+		}
+		if i.GetNotWritten() != "" {
+			line += "; NOT ON DISK: " + i.GetNotWritten()
+		}
+		fmt.Fprintf(table, "ISOLATED\t%s\n", line)
+	}
 	if up := s.GetUpstream(); up != nil {
 		fmt.Fprintf(table, "UPSTREAM\t%s\n", upstreamText(up))
 	}

@@ -1,6 +1,8 @@
 package main
 
 import (
+	"bufio"
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -11,6 +13,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"google.golang.org/protobuf/proto"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
@@ -40,19 +43,26 @@ type entryFile struct {
 	Selectors     []string      `yaml:"selectors,required"`
 	DNSNames      []string      `yaml:"dnsNames"`
 	FederatesWith []string      `yaml:"federatesWith"`
+	NodeSelectors []string      `yaml:"nodeSelectors"`
 	Hint          string        `yaml:"hint"`
 	TTL           time.Duration `yaml:"ttl"`
+	JWTTTL        time.Duration `yaml:"jwtTTL"`
+	WITTTL        time.Duration `yaml:"witTTL"`
 	IfRevision    string        `yaml:"ifRevision"`
+
+	source string // FILE:LINE; empty: of the command line
 }
 
 func (f *entryFile) entry() *statev1.Entry {
 	return &statev1.Entry{
 		Id: f.ID, Path: f.Path, Hosts: f.Hosts, Selectors: f.Selectors, DnsNames: f.DNSNames,
-		FederatesWith: f.FederatesWith, Hint: f.Hint, X509SvidSeconds: uint32(f.TTL / time.Second),
+		FederatesWith: f.FederatesWith, NodeSelectors: f.NodeSelectors, Hint: f.Hint,
+		X509SvidSeconds: uint32(f.TTL / time.Second), JwtSvidSeconds: uint32(f.JWTTTL / time.Second), WitSvidSeconds: uint32(f.WITTTL / time.Second),
 	}
 }
 
-// readEntries reads a batch file; "-" is standard input.
+// readEntries reads a batch file; "-" is standard input. A file is YAML with one document
+// for each entry, or, if its name ends in .jsonl, JSON with one line for each.
 func readEntries(file string) ([]*entryFile, error) {
 	in, name := io.Reader(os.Stdin), "standard input"
 	if file != "-" {
@@ -63,9 +73,15 @@ func readEntries(file string) ([]*entryFile, error) {
 		defer f.Close()
 		in, name = f, file
 	}
-	var all []*entryFile
-	err := yamlfile.DecodeAll(name, in, func(doc yamlfile.Node) error {
-		f := &entryFile{}
+	if strings.HasSuffix(name, ".jsonl") {
+		return readEntryLines(name, in)
+	}
+	return decodeEntries(name, in)
+}
+
+func decodeEntries(name string, in io.Reader) (all []*entryFile, err error) {
+	err = yamlfile.DecodeAll(name, in, func(doc yamlfile.Node) error {
+		f := &entryFile{source: doc.Pos().String()}
 		if err := doc.Decode(f); err != nil {
 			return err
 		}
@@ -75,26 +91,62 @@ func readEntries(file string) ([]*entryFile, error) {
 	return all, err
 }
 
+const maxEntryLine = 1 << 20
+
+// readEntryLines reads JSON lines, of which a file may hold any number. JSON is YAML.
+func readEntryLines(name string, in io.Reader) (all []*entryFile, err error) {
+	lines := bufio.NewScanner(in)
+	lines.Buffer(nil, maxEntryLine)
+	for n := 1; lines.Scan(); n++ {
+		if len(bytes.TrimSpace(lines.Bytes())) == 0 {
+			continue
+		}
+		one, err := decodeEntries(name, bytes.NewReader(lines.Bytes()))
+		if err == nil && len(one) != 1 {
+			err = yamlfile.Errors{{File: name, Line: n, Msg: "there is not one entry"}}
+		}
+		if err != nil {
+			var places yamlfile.Errors
+			if errors.As(err, &places) {
+				for _, place := range places {
+					place.Line = n
+				}
+			}
+			return nil, err
+		}
+		one[0].source = fmt.Sprintf("%s:%d", name, n)
+		all = append(all, one[0])
+	}
+	if err := lines.Err(); err != nil {
+		return nil, fmt.Errorf("%s: %w", name, err)
+	}
+	return all, nil
+}
+
 // entryFlags describe one entry on a command line.
 type entryFlags struct {
 	adminFlags
-	files  []string
-	dryRun bool
-	entry  entryFile
+	files   []string
+	dryRun  bool
+	entry   entryFile
+	sources []string // of the changes, FILE:LINE each; of a command line none
 }
 
 func (f *entryFlags) registerEntry(c *cobra.Command) {
 	f.register(c)
 	flags := c.Flags()
-	flags.StringArrayVarP(&f.files, "file", "f", nil, "YAML file with entries, one document each; - reads standard input; repeatable")
+	flags.StringArrayVarP(&f.files, "file", "f", nil, "file with entries: YAML with one document each, or .jsonl with one line each; - reads YAML from standard input; repeatable")
 	flags.BoolVar(&f.dryRun, "dry-run", false, "say what would change, and change nothing")
 	flags.StringVar(&f.entry.Path, "path", "", "SPIFFE path, as in /batch/nightly")
 	flags.StringSliceVar(&f.entry.Hosts, "host", nil, "agent that may hold it; repeatable")
 	flags.StringSliceVar(&f.entry.Selectors, "selector", nil, "what the process must be, as in unix:uid:1000; repeatable, all must match")
 	flags.StringSliceVar(&f.entry.DNSNames, "dns-name", nil, "DNS name in its X.509-SVIDs; repeatable")
 	flags.StringSliceVar(&f.entry.FederatesWith, "federates-with", nil, "trust domain whose bundle it gets; repeatable")
+	flags.StringSliceVar(&f.entry.NodeSelectors, "node-selector", nil, "what the host must have beside being named, as in token:pci; repeatable, all must match")
 	flags.StringVar(&f.entry.Hint, "hint", "", "tells the workload what the identity is for")
 	flags.DurationVar(&f.entry.TTL, "ttl", 0, "life of its X.509-SVIDs; 0: the domain's")
+	flags.DurationVar(&f.entry.JWTTTL, "jwt-ttl", 0, "life of its JWT-SVIDs; 0: the domain's")
+	flags.DurationVar(&f.entry.WITTTL, "wit-ttl", 0, "life of its WIT-SVIDs; 0: the domain's")
 }
 
 // entries are those of the files, or the one of the flags.
@@ -137,7 +189,8 @@ func entryCreateCommand() *cobra.Command {
 		Short: "Make entries",
 		Long:  "Each entry of a file is answered for itself: what is wrong with one keeps no other from being made.",
 		Example: `  entente entry create entry/nightly --path /batch/nightly --host h1 --selector unix:uid:1000 --ttl 1h
-  entente entry create -f entries.yaml --dry-run`,
+  entente entry create -f entries.yaml --dry-run
+  entente entry create -f entries.jsonl --server ca-1.banking.example:8443     # as a service-owner`,
 		Args: atMostOne,
 		RunE: func(c *cobra.Command, args []string) error {
 			entries, err := flags.entries(c, args)
@@ -149,6 +202,7 @@ func entryCreateCommand() *cobra.Command {
 				if e.IfRevision != "" {
 					return usageError{c, e.At("ifRevision").Errorf("%s: what is created has no revision yet", e.ID)}
 				}
+				flags.sources = append(flags.sources, e.source)
 				changes = append(changes, &statev1.EntryChange{Action: &statev1.EntryChange_Create{Create: e.entry()}})
 			}
 			return changeEntries(c, &flags, changes)
@@ -184,6 +238,7 @@ func entryUpdateCommand() *cobra.Command {
 				if err != nil {
 					return usageError{c, fmt.Errorf("%s: %w", e.ID, err)}
 				}
+				flags.sources = append(flags.sources, e.source)
 				changes = append(changes, &statev1.EntryChange{Action: &statev1.EntryChange_Update{Update: e.entry()}, IfRevision: at})
 			}
 			return changeEntries(c, &flags, changes)
@@ -224,7 +279,7 @@ func entryDeleteCommand() *cobra.Command {
 					return usageError{c, err}
 				}
 				for _, e := range entries {
-					args = append(args, e.ID)
+					args, flags.sources = append(args, e.ID), append(flags.sources, e.source)
 				}
 			}
 			var changes []*statev1.EntryChange
@@ -241,8 +296,21 @@ func entryDeleteCommand() *cobra.Command {
 	return c
 }
 
-// entryBatch is how many changes one call carries.
-const entryBatch = 10_000
+// What one call carries: a CA node takes less over the network than over its socket.
+const (
+	entryBatch      = 10_000
+	entryBatchBytes = 768 << 10
+)
+
+// nextBatch is how many of the changes go into the next call.
+func nextBatch(changes []*statev1.EntryChange) (n int) {
+	for size := 0; n < min(entryBatch, len(changes)); n++ {
+		if size += proto.Size(changes[n]) + 8; size > entryBatchBytes && n > 0 {
+			break
+		}
+	}
+	return n
+}
 
 // changeEntries makes the changes and prints each result. Refused ones make it end with
 // exit code 4.
@@ -250,7 +318,7 @@ func changeEntries(c *cobra.Command, flags *entryFlags, changes []*statev1.Entry
 	return flags.call(c.Context(), func(client ententev1.AdminClient) error {
 		all := &ententev1.ChangeEntriesResponse{}
 		for len(changes) > 0 {
-			batch := changes[:min(entryBatch, len(changes))]
+			batch := changes[:nextBatch(changes)]
 			changes = changes[len(batch):]
 			r, err := client.ChangeEntries(c.Context(), &ententev1.ChangeEntriesRequest{Changes: batch, DryRun: flags.dryRun}, largeAnswer)
 			if err != nil {
@@ -259,10 +327,10 @@ func changeEntries(c *cobra.Command, flags *entryFlags, changes []*statev1.Entry
 			all.Results = append(all.Results, r.GetResults()...)
 		}
 		refused, first := 0, ""
-		for _, r := range all.GetResults() {
+		for i, r := range all.GetResults() {
 			if r.GetCode() != 0 {
 				if refused++; first == "" {
-					first = r.GetError()
+					first = strings.TrimPrefix(flags.source(i)+": "+r.GetError(), ": ")
 				}
 			}
 		}
@@ -270,7 +338,7 @@ func changeEntries(c *cobra.Command, flags *entryFlags, changes []*statev1.Entry
 			if err := printJSON(c.OutOrStdout(), all); err != nil {
 				return err
 			}
-		} else if err := printEntryResults(c, all.GetResults(), flags.dryRun); err != nil {
+		} else if err := printEntryResults(c, flags, all.GetResults()); err != nil {
 			return err
 		}
 		if refused > 0 {
@@ -280,9 +348,20 @@ func changeEntries(c *cobra.Command, flags *entryFlags, changes []*statev1.Entry
 	})
 }
 
-func printEntryResults(c *cobra.Command, results []*ententev1.EntryResult, dryRun bool) error {
+// source is where a change stands in a file; empty: on the command line.
+func (f *entryFlags) source(i int) string {
+	if i >= len(f.sources) {
+		return ""
+	}
+	return f.sources[i]
+}
+
+func printEntryResults(c *cobra.Command, flags *entryFlags, results []*ententev1.EntryResult) error {
 	table := tabwriter.NewWriter(c.OutOrStdout(), 0, 4, 2, ' ', 0)
-	for _, r := range results {
+	for i, r := range results {
+		if source := flags.source(i); source != "" {
+			fmt.Fprintf(table, "%s\t", source)
+		}
 		if r.GetCode() != 0 {
 			fmt.Fprintf(table, "%s\tREFUSED\t%s\n", r.GetId(), r.GetError())
 		} else {
@@ -292,7 +371,7 @@ func printEntryResults(c *cobra.Command, results []*ententev1.EntryResult, dryRu
 	if err := table.Flush(); err != nil {
 		return err
 	}
-	if dryRun {
+	if flags.dryRun {
 		fmt.Fprintln(c.OutOrStdout(), "nothing was changed: --dry-run")
 	}
 	return nil
@@ -318,7 +397,7 @@ func entryListCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:     "list",
 		Short:   "Show entries, by id",
-		Example: "  entente entry list --path-prefix /batch --limit 100",
+		Example: "  entente entry list --path-prefix /batch --page-size 100",
 		Args:    noArguments,
 		RunE: func(c *cobra.Command, _ []string) error {
 			return flags.call(c.Context(), func(client ententev1.AdminClient) error {
@@ -339,15 +418,15 @@ func entryListCommand() *cobra.Command {
 				}
 				if all.GetMore() {
 					last := all.GetEntries()[len(all.GetEntries())-1].GetId()
-					fmt.Fprintf(c.OutOrStdout(), "there are more: --after %s\n", last)
+					fmt.Fprintf(c.OutOrStdout(), "there are more: --page-token %s\n", last)
 				}
 				return nil
 			})
 		},
 	}
 	flags.registerList(c)
-	c.Flags().IntVar(&flags.limit, "limit", 10_000, "at most so many")
-	c.Flags().StringVar(&flags.request.After, "after", "", "begin after this entry")
+	c.Flags().IntVar(&flags.limit, "page-size", 10_000, "show at most so many")
+	c.Flags().StringVar(&flags.request.After, "page-token", "", "begin after this entry: the last one of the page before")
 	return c
 }
 
@@ -395,10 +474,16 @@ func entryShowCommand() *cobra.Command {
 				line("HOSTS", strings.Join(e.GetHosts(), ", "))
 				line("SELECTORS", strings.Join(e.GetSelectors(), ", "))
 				line("DNS NAMES", strings.Join(e.GetDnsNames(), ", "))
+				line("NODE SELECTORS", strings.Join(e.GetNodeSelectors(), ", "))
 				line("FEDERATES WITH", strings.Join(e.GetFederatesWith(), ", "))
 				line("HINT", e.GetHint())
-				if e.GetX509SvidSeconds() != 0 {
-					line("TTL", (time.Duration(e.GetX509SvidSeconds()) * time.Second).String())
+				for _, ttl := range []struct {
+					name    string
+					seconds uint32
+				}{{"TTL", e.GetX509SvidSeconds()}, {"JWT TTL", e.GetJwtSvidSeconds()}, {"WIT TTL", e.GetWitSvidSeconds()}} {
+					if ttl.seconds != 0 {
+						line(ttl.name, (time.Duration(ttl.seconds) * time.Second).String())
+					}
 				}
 				line("REVISION", ca.Revision(e.GetRevision()).String())
 				return table.Flush()

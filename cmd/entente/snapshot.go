@@ -151,6 +151,7 @@ func snapshotRestoreCommand() *cobra.Command {
 		flags   configFlags
 		keyFile string
 		epoch   uint32
+		bans    []string
 		asJSON  bool
 	)
 	c := &cobra.Command{
@@ -158,8 +159,9 @@ func snapshotRestoreCommand() *cobra.Command {
 		Short: "Begin a new epoch with a snapshot, in an empty data directory",
 		Long: `Make the node of --config the only member of the cluster that FILE is of, in a new
 epoch. For when every CA node is lost. What was agreed after the snapshot is lost; join
-tokens are void; bans stay; the other members' authorities are tainted. Agents that do
-not trust this node's key need a new join token.`,
+tokens are void; bans stay, and those made since that a bans.journal holds are agreed
+again; the other members' authorities are tainted. Agents that do not trust this node's
+key need a new join token.`,
 		Example: "  entente snapshot restore --config ca.yaml --recovery-key-file key banking.snapshot",
 		Args:    oneFile,
 		RunE: func(c *cobra.Command, args []string) error {
@@ -176,7 +178,7 @@ not trust this node's key need a new join token.`,
 				return usageError{c, err}
 			}
 			defer f.Close()
-			contents, err := node.Restore(config, f, key, epoch)
+			contents, err := node.Restore(config, f, key, epoch, bans...)
 			if err != nil {
 				return err
 			}
@@ -189,6 +191,7 @@ not trust this node's key need a new join token.`,
 	}
 	flags.register(c, defaultCAConfig)
 	c.Flags().StringVar(&keyFile, "recovery-key-file", "", "file with the recovery key that `entente ca init` printed; - reads standard input")
+	c.Flags().StringArrayVar(&bans, "bans", nil, "bans.journal from the data directory of any CA node of this cluster: whom it shut out stays out (repeat for several)")
 	c.Flags().Uint32Var(&epoch, "epoch", 0, "begin at least with this epoch: higher than any that agents and peers have seen (default: the snapshot's + 1)")
 	c.Flags().BoolVar(&asJSON, "json", false, "print JSON")
 	return c

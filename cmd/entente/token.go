@@ -91,6 +91,8 @@ func tokenCreateCommand() *cobra.Command {
 		node, agent   string
 		datacenter    string
 		addresses     []string
+		selectors     []string
+		prefixes      []string
 		voter, signer bool
 		ttl           time.Duration
 	)
@@ -100,6 +102,7 @@ func tokenCreateCommand() *cobra.Command {
 		Long: `Make a join token. It is shown once: the log holds only its public key. It admits
 the first key that shows it; the same key may show it again and gets the same answer.`,
 		Example: `  entente token create --agent host-7 --datacenter dc1 --address 10.0.0.7
+  entente token create --agent pay-7 --datacenter dc1 --address 10.0.1.7 --selector token:pci --path-prefix /team/pay
   entente token create --node ca-dc2 --datacenter dc2`,
 		Args: noArguments,
 		RunE: func(c *cobra.Command, _ []string) error {
@@ -116,7 +119,9 @@ the first key that shows it; the same key may show it again and gets the same an
 			case len(addresses) == 0:
 				return usageError{c, errors.New("--address is missing: the hosts at which the agent's sidecar is reached")}
 			default:
-				request.Agent = &statev1.AgentGrant{Name: agent, Datacenter: datacenter, Addresses: addresses}
+				request.Agent = &statev1.AgentGrant{
+					Name: agent, Datacenter: datacenter, Addresses: addresses, Selectors: selectors, PathPrefixes: prefixes,
+				}
 			}
 			return admin.call(c.Context(), func(client ententev1.AdminClient) error {
 				response, err := client.CreateToken(c.Context(), request)
@@ -138,6 +143,8 @@ the first key that shows it; the same key may show it again and gets the same an
 	f.StringVar(&agent, "agent", "", "name of the agent to admit")
 	f.StringVar(&datacenter, "datacenter", "", "datacenter it stands in")
 	f.StringSliceVar(&addresses, "address", nil, "host (no port) at which the agent's sidecar is reached; repeatable")
+	f.StringSliceVar(&selectors, "selector", nil, "what entries may demand of the agent's host, as in token:pci; repeatable")
+	f.StringSliceVar(&prefixes, "path-prefix", nil, "SPIFFE path at or below which the agent may hold entries; repeatable; default: all")
 	f.BoolVar(&voter, "voter", true, "the CA node becomes a voter when it has caught up")
 	f.BoolVar(&signer, "signing", true, "the CA node signs; false makes it a witness")
 	f.DurationVar(&ttl, "ttl", 15*time.Minute, "how long the token may be used")

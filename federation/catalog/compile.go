@@ -76,6 +76,8 @@ func Compile(td spiffeid.TrustDomain, objects []*statev1.Object, options ...Opti
 			c.relationship(object.GetRelationship())
 		case object.GetImport() != nil:
 			c.imported(object.GetImport())
+		case object.GetRoleBinding() != nil:
+			c.roleBinding(object.GetRoleBinding())
 		}
 	}
 	// What refers to the above comes after all of it.
@@ -361,6 +363,49 @@ func (c *compiler) relationship(r *statev1.Relationship) {
 		c.peer(td.Name()).related = true
 	}
 }
+
+// Bounds of a role binding.
+const (
+	maxSubjects = 256
+	maxPrefixes = 64
+)
+
+func (c *compiler) roleBinding(b *statev1.RoleBinding) {
+	c.label("metadata.name", b.GetName())
+	if _, known := statev1.AdminRole_name[int32(b.GetRole())]; !known || b.GetRole() == statev1.AdminRole_ADMIN_ROLE_UNSPECIFIED {
+		c.fail("give one of "+strings.Join(sortedKeys(adminRoles), ", "), "the role is none that this release knows")
+	}
+	if n := len(b.GetSubjects()); n == 0 || n > maxSubjects {
+		c.fail("", "%d subjects, not 1 to %d", n, maxSubjects)
+	}
+	if n := len(b.GetPrefixes()); n > maxPrefixes {
+		c.fail("", "%d prefixes, over %d", n, maxPrefixes)
+	}
+	for _, path := range b.GetSubjects() {
+		c.rolePath("subject", path)
+	}
+	for _, path := range b.GetPrefixes() {
+		c.rolePath("prefix", path)
+	}
+	if b.GetRole() == statev1.AdminRole_ADMIN_ROLE_TRUST_ADMIN && len(b.GetPrefixes()) > 0 {
+		c.fail("leave prefixes out, or give another role", "trust-admin is for the whole domain: authorities, hosts and roles have no path")
+	}
+}
+
+// rolePath refuses a path that no SVID of a workload can have: what the mesh itself runs
+// is nobody's administrator, and owns nothing.
+func (c *compiler) rolePath(what, path string) {
+	switch err := spiffeid.ValidatePath(path); {
+	case path == "" || err != nil:
+		c.fail("write a SPIFFE path with its leading slash and none at the end, as in /team/payments", "%s %q is not a SPIFFE path: %v", what, path, err)
+	case len(path) > maxRolePath:
+		c.fail("", "%s %.40q... has over %d bytes", what, path, maxRolePath)
+	case path == reservedPath || strings.HasPrefix(path, reservedPath+"/"):
+		c.fail("", "%s %q is reserved for what the mesh itself runs", what, path)
+	}
+}
+
+const maxRolePath = 1024
 
 func (c *compiler) imported(i *statev1.Import) {
 	label, domain, ok := splitServiceName(i.GetService())
@@ -886,7 +931,14 @@ func (c *compiler) suggestCaller(text string) string {
 	return didYouMean(text, paths)
 }
 
+// manySuggestions is how many faults are looked for a nearest name: each is compared with
+// every name that there is.
+const manySuggestions = 64
+
 func (c *compiler) suggestTarget(name string) string {
+	if len(c.failed) >= manySuggestions {
+		return ""
+	}
 	domain := "." + c.tables.td.Name()
 	names := sortedKeys(c.tables.targets)
 	nearest := yamlfile.Nearest(name, names)

@@ -360,6 +360,8 @@ func KindName(object *statev1.Object) (kind, name string) {
 		return "Agreement", object.GetAgreement().GetName()
 	case object.GetRelationship() != nil:
 		return "Relationship", object.GetRelationship().GetTrustDomain()
+	case object.GetRoleBinding() != nil:
+		return "RoleBinding", object.GetRoleBinding().GetName()
 	default:
 		return "", ""
 	}
@@ -367,5 +369,5 @@ func KindName(object *statev1.Object) (kind, name string) {
 
 // Kinds are the kinds of objects, in the order in which they are best read.
 func Kinds() []string {
-	return []string{"Relationship", "Gateway", "Service", "Import", "Agreement"}
+	return []string{"Relationship", "Gateway", "Service", "Import", "Agreement", "RoleBinding"}
 }

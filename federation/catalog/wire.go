@@ -163,6 +163,43 @@ type relationshipSpec struct {
 	WIT        bool          `yaml:"wit"`        // exchange WIT keys as well
 }
 
+type roleBindingSpec struct {
+	yamlfile.Pos
+	Role     adminRole `yaml:"role,required"`
+	Subjects []string  `yaml:"subjects,required"` // SPIFFE paths
+	Prefixes []string  `yaml:"prefixes"`          // SPIFFE paths at or below which the role counts; none: everywhere
+}
+
+// adminRole is statev1.AdminRole as people write it.
+type adminRole statev1.AdminRole
+
+var adminRoles = map[string]statev1.AdminRole{
+	"viewer":        statev1.AdminRole_ADMIN_ROLE_VIEWER,
+	"service-owner": statev1.AdminRole_ADMIN_ROLE_SERVICE_OWNER,
+	"api-owner":     statev1.AdminRole_ADMIN_ROLE_API_OWNER,
+	"trust-admin":   statev1.AdminRole_ADMIN_ROLE_TRUST_ADMIN,
+}
+
+func (r *adminRole) UnmarshalText(text []byte) error {
+	value, ok := adminRoles[string(text)]
+	if !ok {
+		return notOneOf(string(text), sortedKeys(adminRoles))
+	}
+	*r = adminRole(value)
+	return nil
+}
+
+func (r adminRole) MarshalText() ([]byte, error) { return nameOf(adminRoles, statev1.AdminRole(r)) }
+
+// RoleName is a role as it stands in a file.
+func RoleName(r statev1.AdminRole) string {
+	name, err := nameOf(adminRoles, r)
+	if err != nil {
+		return "unknown"
+	}
+	return string(name)
+}
+
 type endpointSpec struct {
 	URLs []string `yaml:"urls,required"`
 	ID   string   `yaml:"id"`
@@ -293,6 +330,8 @@ func (p *parser) object(doc yamlfile.Node) (*statev1.Object, error) {
 		return parse(doc, p.agreement)
 	case "Relationship":
 		return parse(doc, p.relationship)
+	case "RoleBinding":
+		return parse(doc, p.roleBinding)
 	default:
 		return nil, pos.Errorf("kind: %v", notOneOf(kind, Kinds()))
 	}
@@ -513,6 +552,13 @@ func (p *parser) relationship(d *document[relationshipSpec], object *statev1.Obj
 	return nil
 }
 
+func (p *parser) roleBinding(d *document[roleBindingSpec], object *statev1.Object) error {
+	object.Kind = &statev1.Object_RoleBinding{RoleBinding: &statev1.RoleBinding{
+		Name: d.Metadata.Name, Role: statev1.AdminRole(d.Spec.Role), Subjects: d.Spec.Subjects, Prefixes: d.Spec.Prefixes,
+	}}
+	return nil
+}
+
 // maxBundle bounds a bootstrap bundle: it travels in one entry of the log.
 const maxBundle = 48 << 10
 
@@ -576,6 +622,9 @@ func format(object *statev1.Object) ([]byte, error) {
 			return nil, errors.New("it has an endpoint ID and no URL")
 		}
 		return marshal(kind, name, object, spec, nil)
+	case object.GetRoleBinding() != nil:
+		b := object.GetRoleBinding()
+		return marshal(kind, name, object, roleBindingSpec{Role: adminRole(b.GetRole()), Subjects: b.GetSubjects(), Prefixes: b.GetPrefixes()}, nil)
 	default:
 		return nil, errors.New("the object is of no known kind")
 	}

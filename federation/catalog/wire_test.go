@@ -44,7 +44,7 @@ func TestParseObjectsRefuses(t *testing.T) {
 		{"nothing", "", "b.yaml: the file is empty"},
 		{"no mapping", "- a\n", "b.yaml:1:1: the document has no kind"},
 		{"no kind", "apiVersion: entente/v1\n", "b.yaml:1:1: the document has no kind; it is one of"},
-		{"other kind", head("Servce"), `b.yaml:2:7: kind: "Servce" is not one of Relationship, Gateway, Service, Import, Agreement; did you mean "Service"?`},
+		{"other kind", head("Servce"), `b.yaml:2:7: kind: "Servce" is not one of Relationship, Gateway, Service, Import, Agreement, RoleBinding; did you mean "Service"?`},
 		{"other version", "apiVersion: entente/v2\nkind: Service\n", `b.yaml:1:13: apiVersion is "entente/v2"; this release reads "entente/v1"`},
 		{"unknown key", head("Service") + "  run: {uid: 1, hosts: [h]}\n  expot: {to: [a]}\n", `b.yaml:6:3: unknown key "expot" in Service spec; did you mean "export"?`},
 		{"unknown key below", head("Service") + "  run: {uid: 1, host: [h]}\n", `unknown key "host" in Service spec.run; did you mean "hosts"?`},
@@ -123,7 +123,7 @@ func genObject() *rapid.Generator[*statev1.Object] {
 	}
 	return rapid.Custom(func(t *rapid.T) *statev1.Object {
 		object := &statev1.Object{Owner: rapid.OneOf(rapid.Just(""), odd).Draw(t, "owner")}
-		switch rapid.IntRange(0, 4).Draw(t, "kind") {
+		switch rapid.IntRange(0, 5).Draw(t, "kind") {
 		case 0:
 			name := odd.Draw(t, "name")
 			s := &statev1.Service{
@@ -168,6 +168,10 @@ func genObject() *rapid.Generator[*statev1.Object] {
 				a.Allow = append(a.Allow, allow)
 			}
 			object.Kind = &statev1.Object_Agreement{Agreement: a}
+		case 4:
+			object.Kind = &statev1.Object_RoleBinding{RoleBinding: &statev1.RoleBinding{
+				Name: odd.Draw(t, "name"), Role: statev1.AdminRole(rapid.IntRange(1, 4).Draw(t, "role")), Subjects: words.Draw(t, "subjects"), Prefixes: list(t, maybe, "prefixes"),
+			}}
 		default:
 			r := &statev1.Relationship{TrustDomain: odd.Draw(t, "name"), EndpointUrls: words.Draw(t, "urls")}
 			if rapid.Bool().Draw(t, "bundle") {

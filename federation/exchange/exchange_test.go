@@ -273,9 +273,22 @@ func TestFetchAttacks(t *testing.T) {
 		{"expired", with(ca.Issue(endpointID.Path(), peertest.Lifetime(time.Now().Add(-time.Hour), time.Now().Add(-time.Minute))), static(body)), false, "expired"},
 		{"the authority's own certificate", with(&x509svid.SVID{ID: trading.ID(), Certificates: []*x509.Certificate{ca.Cert}, PrivateKey: ca.Key}, static(body)), false, "no path"},
 	}
+	// First, since net/http looks at the environment once.
 	for _, name := range []string{"HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY"} {
-		t.Setenv(name, plainURL) // must not count
+		t.Setenv(name, "http://proxy.example:3128")
 	}
+	t.Run("a proxy in the environment does not count", func(t *testing.T) {
+		address := strings.TrimSuffix(strings.TrimPrefix(good, "https://"), "/bundle.json")
+		var dialled []string
+		dial := func(ctx context.Context, network, to string) (net.Conn, error) {
+			dialled = append(dialled, to)
+			return (&net.Dialer{}).DialContext(ctx, network, address)
+		}
+		got, err := exchange.Fetch(t.Context(), exchange.Endpoint{TrustDomain: trading, URLs: []string{"https://trading.example/bundle.json"}, ID: endpointID, Bundles: both, Dial: dial})
+		if expect(t, got, err, ""); len(dialled) != 1 || dialled[0] != "trading.example:443" {
+			t.Errorf("dialled %v", dialled)
+		}
+	})
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
 			got, err := exchange.Fetch(t.Context(), exchange.Endpoint{TrustDomain: trading, URLs: []string{test.url}, ID: endpointID, Bundles: both, NoRedirects: test.noRedirects})

@@ -38,6 +38,9 @@ type FollowConfig struct {
 	// server of a self-serving endpoint, and nothing older is accepted.
 	Bootstrap []byte
 
+	// Hold says what of a bundle its follower holds, if not all of it; nil: all. Last is such a part, so what is fetched is
+	// compared with it as a part too.
+	Hold func(*statev1.ForeignBundle) (*statev1.ForeignBundle, error)
 	// Accept is given each new bundle that passed, one at a time. If it fails, the bundle is not accepted and is tried again.
 	Accept func(context.Context, *Fetched) error
 	// OnStatus is told after each attempt; nil: nobody is. It must be quick.
@@ -221,6 +224,11 @@ func (f *follower) wait() time.Duration {
 // judge applies the sequence rule, and hands on what is new. otherURL says whether a failure may be the URL's fault.
 func (f *follower) judge(ctx context.Context, got *Fetched) (otherURL bool, err error) {
 	f.hint = got.Bundle.RefreshHint
+	if f.Hold != nil {
+		if got.Record, err = f.Hold(got.Record); err != nil {
+			return true, err
+		}
+	}
 	verdict := federation.AcceptBundle(f.last, got.Record)
 	if f.bootstrap && (verdict == federation.Unchanged || verdict == federation.Conflicting) {
 		verdict = federation.Accepted // what was given by hand is overridden by the first refresh (Federation 4.2)

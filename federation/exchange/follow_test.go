@@ -355,6 +355,37 @@ func TestFollowRemembers(t *testing.T) {
 	}
 }
 
+// Of what is served only a part is held: that part is what a bundle of the same sequence is compared with.
+// Requirements: 119.
+func TestFollowHold(t *testing.T) {
+	for name, hold := range map[string]bool{"held in part": true, "control: held as a whole": false} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld(t, "a")
+				other := peertest.NewAuthority(trading)
+				part := func(sequence uint64) *statev1.ForeignBundle {
+					return &statev1.ForeignBundle{TrustDomain: "trading.example", Sequence: sequence, Jwks: jwks(sequence, w.ca)}
+				}
+				w.config.Last = part(7)
+				if hold {
+					w.config.Hold = func(b *statev1.ForeignBundle) (*statev1.ForeignBundle, error) { return part(b.GetSequence()), nil }
+				}
+				p := publish(7, jwks(7, w.ca, other))
+				w.start("a", w.endpoint, exchange.Handler("/bundle.json", p.source))
+				w.follow()
+				time.Sleep(time.Minute)
+				w.expect()
+				if s := w.status(); (s.Refused == "") != hold {
+					t.Errorf("status %+v", s)
+				}
+				p.set(8, jwks(8, w.ca, other))
+				time.Sleep(2 * time.Minute)
+				w.expect(8)
+			})
+		})
+	}
+}
+
 // Requirements: 120, 139.
 func TestFollowBootstrap(t *testing.T) {
 	other := peertest.NewAuthority(trading)

@@ -12,6 +12,28 @@ import (
 	"time"
 )
 
+// A file that was copied and cut to nothing (copytruncate) goes on at its beginning, with
+// no hole in front.
+func TestLogFileThatIsTruncated(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "audit.log")
+	l, err := OpenLogFile(path, 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	for _, line := range []string{"one\n", "two\n"} {
+		if err := os.Truncate(path, 0); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := l.Write([]byte(line)); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := os.ReadFile(path); err != nil || string(got) != line {
+			t.Errorf("%q, %v", got, err)
+		}
+	}
+}
+
 // A file that was moved away is written until SIGHUP; then a new one of the old name.
 func TestLogFile(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "audit.log")

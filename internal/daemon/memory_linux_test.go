@@ -1,10 +1,14 @@
 package daemon
 
 import (
+	"bufio"
 	"bytes"
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -13,21 +17,116 @@ import (
 
 func init() { children["DAEMON_TEST_MEMORY"] = beLookedAt }
 
-// beLookedAt is the process of TestSealMemory.
+// beLookedAt is the process that is looked at, or the one that looks.
 func beLookedAt(mode string) int {
-	if mode == "sealed" {
+	switch mode {
+	case "sealed":
 		if err := SealMemory(); err != nil {
 			fmt.Println(err)
 			return 1
 		}
+	case "look":
+		found, err := look(os.Getenv("DAEMON_TEST_PID"))
+		fmt.Println(found, err)
+		return 0
 	}
+	// A key that stands in memory only: it is put together here.
+	key := bytes.Repeat([]byte("planted"), 3)
+	key = append(key, " key"...)
 	fmt.Println("ready")
 	time.Sleep(time.Minute)
+	runtime.KeepAlive(key)
 	return 0
 }
 
-// A sealed process leaves no core and lets nobody of its user look at it; one that is
-// not sealed does both.
+const planted = "plantedplantedplanted key"
+
+// look searches another process's memory as a debugger does.
+func look(pid string) (found bool, err error) {
+	maps, err := os.ReadFile("/proc/" + pid + "/maps")
+	if err != nil {
+		return false, err
+	}
+	memory, err := os.Open("/proc/" + pid + "/mem")
+	if err != nil {
+		return false, err
+	}
+	defer memory.Close()
+	for line := range strings.Lines(string(maps)) {
+		var from, to int64
+		var rights string
+		if n, _ := fmt.Sscanf(line, "%x-%x %s", &from, &to, &rights); n != 3 || !strings.HasPrefix(rights, "rw") || to-from > 64<<20 {
+			continue
+		}
+		region := make([]byte, to-from)
+		n, _ := memory.ReadAt(region, from)
+		found = found || bytes.Contains(region[:n], []byte(planted))
+	}
+	return found, nil
+}
+
+// A debugger of the same user is refused by a sealed process. One that is not sealed
+// gives it the key.
+func TestSealMemoryFromDebuggers(t *testing.T) {
+	// Root may look at everything: be somebody else.
+	dir, err := os.MkdirTemp("", "memory")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	attributes := &syscall.SysProcAttr{}
+	if os.Getuid() == 0 {
+		const nobody = 65534
+		attributes.Credential = &syscall.Credential{Uid: nobody, Gid: nobody}
+		if err := os.Chown(dir, nobody, nobody); err != nil {
+			t.Fatal(err)
+		}
+	}
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	image, err := os.ReadFile(self)
+	if err != nil {
+		t.Fatal(err)
+	}
+	binary := filepath.Join(dir, "memory.test")
+	if err := os.WriteFile(binary, image, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for _, mode := range []string{"sealed", "open"} {
+		child := exec.Command(binary)
+		child.Env, child.Dir, child.SysProcAttr = append(os.Environ(), "DAEMON_TEST_MEMORY="+mode), dir, attributes
+		out, err := child.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := child.Start(); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { child.Process.Kill(); child.Wait() })
+		if line, err := bufio.NewReader(out).ReadString('\n'); err != nil || line != "ready\n" {
+			t.Fatalf("%s: %q, %v", mode, line, err)
+		}
+		debugger := exec.Command(binary)
+		debugger.Env = append(os.Environ(), "DAEMON_TEST_MEMORY=look", "DAEMON_TEST_PID="+strconv.Itoa(child.Process.Pid))
+		debugger.Dir, debugger.SysProcAttr = dir, attributes
+		said, err := debugger.CombinedOutput()
+		t.Logf("%s: %s", mode, bytes.TrimSpace(said))
+		switch {
+		case err != nil:
+			t.Errorf("%s: %v", mode, err)
+		case mode == "sealed" && !bytes.Contains(said, []byte("permission denied")):
+			t.Errorf("a debugger of the same user reads a sealed process: %s", said)
+		case mode == "open" && bytes.Contains(said, []byte("permission denied")):
+			t.Skip("NOT RUN: this machine lets nobody debug his own processes")
+		case mode == "open" && !bytes.HasPrefix(said, []byte("true")):
+			t.Errorf("control: the memory of an open process does not show its key: %s", said)
+		}
+	}
+}
+
+// A sealed process leaves no core when it crashes, whatever limit it was started with.
 func TestSealMemory(t *testing.T) {
 	binary, err := os.Executable()
 	if err != nil {

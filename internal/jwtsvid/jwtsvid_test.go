@@ -15,6 +15,7 @@ import (
 	"fmt"
 	"maps"
 	"math/big"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -167,6 +168,17 @@ func TestAttacks(t *testing.T) {
 		return input + "." + base64.RawURLEncoding.EncodeToString(ed25519.Sign(edKey, []byte(input)))
 	}
 	es := func(h, c members) string { return sign(t, jose.ES256, key, header(h), claims(c)) }
+	// The same R and S, each with zeros before it.
+	short := sign(t, "ES384", key, header(members{"alg": "ES384"}), claims(nil))
+	cut := strings.LastIndexByte(short, '.') + 1
+	rs, err := base64.RawURLEncoding.DecodeString(short[cut:])
+	if err != nil {
+		t.Fatal(err)
+	}
+	padded := short[:cut] + base64.RawURLEncoding.EncodeToString(slices.Concat(make([]byte, 16), rs[:32], make([]byte, 16), rs[32:]))
+	// Another spelling of the same signature: bits that no byte has.
+	const alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
+	respelled := good[:len(good)-1] + alphabet[strings.IndexByte(alphabet, good[len(good)-1])+1:][:1]
 	tests := []struct {
 		name  string
 		token string
@@ -193,6 +205,7 @@ func TestAttacks(t *testing.T) {
 		{"EdDSA (58)", eddsa(), "alg"},
 		{"RS256 by name, ES256 by signature", es(members{"alg": "RS256"}, nil), "no key"},
 		{"ES384 by name on a P-256 key", sign(t, "ES384", key, header(members{"alg": "ES384"}), claims(nil)), "no key"},
+		{"ES384 by name on a P-256 key, padded to its length", padded, "no key"},
 		{"kid of another key of the domain", es(members{"kid": "k2"}, nil), "no key"},
 		{"kid of no key", es(members{"kid": "k9"}, nil), "no key"},
 		{"kid empty", es(members{"kid": ""}, nil), "kid"},
@@ -240,6 +253,7 @@ func TestAttacks(t *testing.T) {
 		{"a line end inside", parts[0] + ".\n" + parts[1] + "." + parts[2], "compact"},
 		{"blank around", " " + good, "compact"},
 		{"padding", good + "==", "compact"},
+		{"the signature in another spelling", respelled, "base64url"},
 		{"signature cut", good[:len(good)-4], "no valid"},
 		{"signature of zeros", parts[0] + "." + parts[1] + "." + base64.RawURLEncoding.EncodeToString(make([]byte, 64)), "no key"},
 		{"claims changed after signing", parts[0] + "." + encode(t, claims(members{"sub": "spiffe://banking.example/root"})) + "." + parts[2], "no key"},
@@ -338,11 +352,20 @@ func TestWIT(t *testing.T) {
 		maps.DeleteFunc(inner, func(_ string, v any) bool { return v == nil })
 		return members{"cnf": members{"jwk": inner}}
 	}
+	small := rsaKey(t, 2048)
+	witOf := func(holder crypto.PublicKey, alg string) string {
+		text, err := jose.JSONWebKey{Key: holder, Algorithm: alg}.MarshalJSON()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return wit(nil, members{"cnf": members{"jwk": json.RawMessage(text)}})
+	}
 	svid, err := VerifyWIT(wit(nil, nil), keys, now, 0)
 	if err != nil || !holder.PublicKey.Equal(svid.Key) || svid.Algorithm != "ES256" || len(svid.Audience) != 0 {
 		t.Fatalf("%+v, %v", svid, err)
 	}
 	for name, token := range map[string]string{
+		"of an RSA key (79)":                witOf(small.Public(), "PS256"),
 		"unknown header (77)":               wit(members{"x": 1}, nil),
 		"unknown claim (87)":                wit(nil, members{"x": members{"y": 1}}),
 		"iat in the future (84)":            wit(nil, members{"iat": now.Add(time.Hour).Unix()}),
@@ -359,33 +382,35 @@ func TestWIT(t *testing.T) {
 	}
 	parts := strings.Split(wit(nil, nil), ".")
 	for name, token := range map[string]string{
-		"JSON serialization (73)": `{"payload":"` + parts[1] + `","protected":"` + parts[0] + `","signature":"` + parts[2] + `"}`,
-		"crit (77)":               wit(members{"crit": []string{"x"}, "x": 1}, nil),
-		"alg none (76)":           encode(t, header(members{"typ": "wit+jwt", "alg": "none"})) + "." + parts[1] + "." + parts[2],
-		"EdDSA by name (76)":      wit(members{"alg": "EdDSA"}, nil),
-		"typ in capitals (75)":    wit(members{"typ": "WIT+JWT"}, nil),
-		"kid empty (74)":          wit(members{"kid": ""}, nil),
-		"kid in other case (74)":  wit(members{"kid": "K1"}, nil),
-		"sub without path (78)":   wit(nil, members{"sub": "spiffe://banking.example"}),
-		"a JWT-SVID (75)":         wit(members{"typ": "JWT"}, nil),
-		"no typ (75)":             wit(members{"typ": nil}, nil),
-		"no kid (74)":             wit(members{"kid": nil}, nil),
-		"aud (86)":                wit(nil, members{"aud": "ledger"}),
-		"aud empty (86)":          wit(nil, members{"aud": []string{}}),
-		"no cnf (79)":             wit(nil, members{"cnf": nil}),
-		"cnf without jwk (79)":    wit(nil, members{"cnf": members{"kid": "x"}}),
-		"cnf.jwk without alg":     wit(nil, jwk(members{"alg": nil})),
-		"cnf.jwk with HS256":      wit(nil, jwk(members{"alg": "HS256"})),
-		"cnf.jwk of another kind": wit(nil, jwk(members{"alg": "RS256"})),
-		"cnf.jwk is private":      wit(nil, jwk(members{"d": "AAAA"})),
-		"cnf.jwk not on curve":    wit(nil, jwk(members{"x": base64.RawURLEncoding.EncodeToString(make([]byte, 32))})),
-		"cnf.jwk short":           wit(nil, jwk(members{"x": "AAAA"})),
-		"cnf.jwk symmetric":       wit(nil, jwk(members{"kty": "oct"})),
-		"expired (82)":            wit(nil, members{"exp": now.Unix()}),
-		"no exp (82)":             wit(nil, members{"exp": nil}),
-		"not yet valid (83)":      wit(nil, members{"nbf": now.Add(time.Minute).Unix()}),
-		"no sub (78)":             wit(nil, members{"sub": nil}),
-		"signed by its holder":    sign(t, jose.ES256, holder, header(members{"typ": "wit+jwt"}), witClaims(t, holder.Public(), nil)),
+		"JSON serialization (73)":    `{"payload":"` + parts[1] + `","protected":"` + parts[0] + `","signature":"` + parts[2] + `"}`,
+		"crit (77)":                  wit(members{"crit": []string{"x"}, "x": 1}, nil),
+		"alg none (76)":              encode(t, header(members{"typ": "wit+jwt", "alg": "none"})) + "." + parts[1] + "." + parts[2],
+		"EdDSA by name (76)":         wit(members{"alg": "EdDSA"}, nil),
+		"typ in capitals (75)":       wit(members{"typ": "WIT+JWT"}, nil),
+		"kid empty (74)":             wit(members{"kid": ""}, nil),
+		"kid in other case (74)":     wit(members{"kid": "K1"}, nil),
+		"sub without path (78)":      wit(nil, members{"sub": "spiffe://banking.example"}),
+		"a JWT-SVID (75)":            wit(members{"typ": "JWT"}, nil),
+		"no typ (75)":                wit(members{"typ": nil}, nil),
+		"no kid (74)":                wit(members{"kid": nil}, nil),
+		"aud (86)":                   wit(nil, members{"aud": "ledger"}),
+		"aud empty (86)":             wit(nil, members{"aud": []string{}}),
+		"no cnf (79)":                wit(nil, members{"cnf": nil}),
+		"cnf without jwk (79)":       wit(nil, members{"cnf": members{"kid": "x"}}),
+		"cnf.jwk without alg":        wit(nil, jwk(members{"alg": nil})),
+		"cnf.jwk with HS256":         wit(nil, jwk(members{"alg": "HS256"})),
+		"cnf.jwk is RSA, with HS256": witOf(small.Public(), "HS256"),
+		"cnf.jwk is RSA, to encrypt": witOf(small.Public(), "RSA-OAEP"),
+		"cnf.jwk of another kind":    wit(nil, jwk(members{"alg": "RS256"})),
+		"cnf.jwk is private":         wit(nil, jwk(members{"d": "AAAA"})),
+		"cnf.jwk not on curve":       wit(nil, jwk(members{"x": base64.RawURLEncoding.EncodeToString(make([]byte, 32))})),
+		"cnf.jwk short":              wit(nil, jwk(members{"x": "AAAA"})),
+		"cnf.jwk symmetric":          wit(nil, jwk(members{"kty": "oct"})),
+		"expired (82)":               wit(nil, members{"exp": now.Unix()}),
+		"no exp (82)":                wit(nil, members{"exp": nil}),
+		"not yet valid (83)":         wit(nil, members{"nbf": now.Add(time.Minute).Unix()}),
+		"no sub (78)":                wit(nil, members{"sub": nil}),
+		"signed by its holder":       sign(t, jose.ES256, holder, header(members{"typ": "wit+jwt"}), witClaims(t, holder.Public(), nil)),
 	} {
 		if got, err := VerifyWIT(token, keys, now, 0); err == nil {
 			t.Errorf("%s: accepted as %+v", name, got)

@@ -1,8 +1,9 @@
 // Package nodeattest is the attesting half of node attestation: what a host
 // shows a CA to be admitted as an agent, and again later.
 //
-// The host makes its key itself and never lets go of it. A one-time join token
-// admits the key (I9); from then on the key speaks for itself.
+// The host makes its key itself and never lets go of it. A one-time join token (I9), or a
+// certificate that the host has already, admits the key; from then on the key speaks for
+// itself.
 package nodeattest
 
 import (
@@ -10,7 +11,10 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/sha256"
+	"crypto/tls"
 	"crypto/x509"
+	"encoding/hex"
 	"encoding/pem"
 	"errors"
 	"fmt"
@@ -18,6 +22,7 @@ import (
 	"os"
 	"strings"
 
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/client"
 	"github.com/entente-mesh/entente/internal/daemon"
@@ -120,6 +125,43 @@ func ByToken(token *ca.Token, key crypto.Signer) func(exporter []byte) (client.P
 		}
 		statement, signature, err := token.Sign(ca.KeyID(spki), exporter)
 		return client.Proof{TokenID: token.ID, Statement: statement, Signature: signature}, err
+	}
+}
+
+// HostCertificate is a certificate that the host has of another PKI, with its key.
+type HostCertificate struct {
+	chain [][]byte // DER, leaf first
+	key   crypto.Signer
+}
+
+// LoadHostCertificate reads the host's certificate, with those that lead to its authority
+// behind it, and its key, both PEM. They are read at each attestation: the host's PKI may
+// have renewed them.
+func LoadHostCertificate(certificate, key string) (*HostCertificate, error) {
+	pair, err := tls.LoadX509KeyPair(certificate, key)
+	if err != nil {
+		return nil, fmt.Errorf("cannot use the host's certificate %s with the key %s: %w", certificate, key, err)
+	}
+	signer, ok := pair.PrivateKey.(crypto.Signer)
+	if !ok {
+		return nil, fmt.Errorf("the host's key %s is a %T, which cannot sign", key, pair.PrivateKey)
+	}
+	return &HostCertificate{pair.Certificate, signer}, nil
+}
+
+// ByCertificate proves with a certificate of the host's own that the agent's key may be
+// admitted. The proof is bound to one TLS connection by its exporter.
+func ByCertificate(host *HostCertificate, trustDomain string, key crypto.Signer) func(exporter []byte) (client.Proof, error) {
+	return func(exporter []byte) (client.Proof, error) {
+		spki, err := x509.MarshalPKIXPublicKey(key.Public())
+		if err != nil {
+			return client.Proof{}, fmt.Errorf("cannot name the agent's key: %w", err)
+		}
+		sum := sha256.Sum256(host.chain[0])
+		statement, signature, err := ca.SignPossession(rand.Reader, host.key, &statev1.PossessionStatement{
+			TrustDomain: trustDomain, KeyId: ca.KeyID(spki), Certificate: hex.EncodeToString(sum[:]), Exporter: exporter,
+		})
+		return client.Proof{Certificates: host.chain, Statement: statement, Signature: signature}, err
 	}
 }
 

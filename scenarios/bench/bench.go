@@ -122,6 +122,7 @@ func (b *bench) measure(ctx context.Context) (err error) {
 		return err
 	}
 	b.processes = process.New()
+	defer context.AfterFunc(ctx, b.processes.Close)() // an interrupt ends them at once, whatever waits for them here
 	defer func() {
 		b.processes.Close()
 		err = errors.Join(err, os.RemoveAll(b.dir))

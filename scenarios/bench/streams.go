@@ -22,9 +22,11 @@ const enrolling = 24
 // audience is many subscribers with an open Sync stream each. Each has its own key, SVID
 // and TLS connection.
 type audience struct {
-	streams []ententev1.Sync_SyncClient
-	waits   atomic.Pointer[round]
-	acks    sync.WaitGroup
+	*bench
+	size  int
+	waits atomic.Pointer[round]
+	held  sync.WaitGroup
+	lost  atomic.Int64 // streams that ended and were opened again
 }
 
 // round is one change that streams wait for.
@@ -86,8 +88,8 @@ func measureStreams(ctx context.Context, b *bench) error {
 	}
 	b.say("%d streams open; %d hosts were admitted in %.0f s", count, count, enrolled.Seconds())
 	ctx, cancel := context.WithCancel(ctx)
-	all := &audience{streams: make([]ententev1.Sync_SyncClient, count)}
-	defer all.acks.Wait()
+	all := &audience{bench: b, size: count}
+	defer all.held.Wait()
 	defer cancel()
 	group, groupCtx = errgroup.WithContext(ctx)
 	group.SetLimit(enrolling)
@@ -110,7 +112,8 @@ func measureStreams(ctx context.Context, b *bench) error {
 		return err
 	}
 	const shared = "each stream an attested host of its own with a TLS connection of its own, all held by one other process on this machine"
-	b.report("sync_stream_kib", (after-before)/1024/float64(count), count, "%s; %.0f MiB before, %.0f MiB with them after %.0f s; heartbeats take %.1f %% of a core", shared, before/mib, after/mib, settle.Seconds(), cpu)
+	b.report("sync_stream_kib", (after-before)/1024/float64(count), count, "%s; %.0f MiB before, %.0f MiB with them after %.0f s; heartbeats take %.1f %% of a core; %d were lost and opened again meanwhile",
+		shared, before/mib, after/mib, settle.Seconds(), cpu, all.lost.Load())
 
 	if b.wants("broadcast_10k_p99_ms") {
 		rounds := b.count(20, 2)
@@ -165,44 +168,46 @@ func (n *caNode) idle(ctx context.Context, window time.Duration) (percent float6
 	return 100 * (after - before).Seconds() / time.Since(began).Seconds(), err
 }
 
-// open opens the stream of one subscriber, which lasts until ctx ends, and returns when
-// it has the full state.
+// open keeps a stream of one subscriber open until ctx ends: one that is lost is opened
+// again, as every agent does. It returns when the subscriber has the full state.
 func (a *audience) open(opening, ctx context.Context, i int, s *subscriber) error {
-	conn, err := s.dial()
-	if err != nil {
-		return err
-	}
-	stream, err := ententev1.NewSyncClient(conn).Sync(ctx)
-	if err == nil {
-		err = stream.Send(&ententev1.SyncRequest{Message: &ententev1.SyncRequest_Hello{Hello: &ententev1.Hello{BootId: s.name, Connect: 1}}})
-	}
-	if err != nil {
-		conn.Close()
-		return err
-	}
-	a.streams[i] = stream
-	full := make(chan error, 1)
-	a.acks.Go(func() {
-		defer conn.Close()
-		full <- a.receive(i, stream, full)
+	whole := make(chan struct{})
+	a.held.Go(func() {
+		tell := sync.OnceFunc(func() { close(whole) })
+		var last error
+		for connect := uint64(1); ctx.Err() == nil; connect++ {
+			if connect > 1 {
+				a.lost.Add(1)
+				a.say("%s lost its stream: %v", s.name, last)
+				sleep(ctx, rand.N(time.Second))
+			}
+			last = a.follow(ctx, i, s, connect, tell)
+		}
 	})
 	select {
-	case err := <-full:
-		return err
+	case <-whole:
+		return nil
 	case <-opening.Done():
 		return opening.Err()
 	}
 }
 
-// receive takes in what the CA node says until the stream ends.
-func (a *audience) receive(i int, stream ententev1.Sync_SyncClient, full chan<- error) error {
-	for whole := false; ; {
-		message, err := stream.Recv()
-		if err != nil {
-			if whole {
-				return nil // nobody asks any more
-			}
-			return err
+// follow opens one stream and takes in what the CA node says until it ends.
+func (a *audience) follow(ctx context.Context, i int, s *subscriber, connect uint64, whole func()) error {
+	conn, err := s.dial()
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	stream, err := ententev1.NewSyncClient(conn).Sync(ctx)
+	if err != nil {
+		return err
+	}
+	err = stream.Send(&ententev1.SyncRequest{Message: &ententev1.SyncRequest_Hello{Hello: &ententev1.Hello{BootId: s.name, Connect: connect}}})
+	for err == nil {
+		var message *ententev1.SyncResponse
+		if message, err = stream.Recv(); err != nil {
+			break
 		}
 		policy := message.GetPolicy()
 		if policy == nil {
@@ -214,17 +219,12 @@ func (a *audience) receive(i int, stream ententev1.Sync_SyncClient, full chan<- 
 				close(r.done)
 			}
 		}
-		if !policy.GetLast() {
-			continue
-		}
-		if err := stream.Send(&ententev1.SyncRequest{Message: &ententev1.SyncRequest_Ack{Ack: &ententev1.Ack{Revision: policy.GetRevision()}}}); err != nil {
-			return err
-		}
-		if !whole {
-			whole = true
-			full <- nil
+		if policy.GetLast() {
+			whole()
+			err = stream.Send(&ententev1.SyncRequest{Message: &ententev1.SyncRequest_Ack{Ack: &ententev1.Ack{Revision: policy.GetRevision()}}})
 		}
 	}
+	return err
 }
 
 // in tells whether the change stands in what a stream was told.
@@ -244,7 +244,7 @@ func (r *round) in(policy *ententev1.Policy) bool {
 
 // time makes a change and returns how long each of so many streams waited for it.
 func (a *audience) time(ctx context.Context, name string, streams int, change func() error) ([]time.Duration, error) {
-	r := &round{name: name, took: make([]time.Duration, len(a.streams)), done: make(chan struct{})}
+	r := &round{name: name, took: make([]time.Duration, a.size), done: make(chan struct{})}
 	r.left.Store(int64(streams))
 	r.began = time.Now()
 	a.waits.Store(r)

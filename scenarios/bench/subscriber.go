@@ -72,6 +72,6 @@ func (s *subscriber) dial() (*grpc.ClientConn, error) {
 			return fmt.Errorf("it is no CA node")
 		}), "h2")
 	return grpc.NewClient("passthrough:///"+s.members[0].GetApiAddress(), grpc.WithTransportCredentials(credentials.NewTLS(config)),
-		grpc.WithReadBufferSize(0), grpc.WithSharedWriteBuffer(true), grpc.WithDisableServiceConfig(), grpc.WithDisableRetry(), grpc.WithIdleTimeout(0),
+		grpc.WithReadBufferSize(0), grpc.WithDisableServiceConfig(), grpc.WithDisableRetry(), grpc.WithIdleTimeout(0),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(16*mib)))
 }

@@ -5,8 +5,8 @@
 // source: entente/v1/entente.proto
 
 // Package entente.v1 holds the doors of a CA node. All of them are gRPC over
-// TLS 1.3 on its API address, except Admin, which is also (and by default only)
-// served on a unix socket of mode 0600.
+// TLS 1.3 on its API address. Admin is served there to administrators, and on a unix
+// socket of mode 0600 to the operators of the node's host.
 
 package ententev1
 
@@ -220,11 +220,14 @@ func (x *JoinResponse) GetCluster() *v1.Cluster {
 }
 
 type AttestRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	TokenId       string                 `protobuf:"bytes,1,opt,name=token_id,json=tokenId,proto3" json:"token_id,omitempty"` // empty: by the known key
-	Statement     []byte                 `protobuf:"bytes,2,opt,name=statement,proto3" json:"statement,omitempty"`
-	Signature     []byte                 `protobuf:"bytes,3,opt,name=signature,proto3" json:"signature,omitempty"`
-	Csr           []byte                 `protobuf:"bytes,4,opt,name=csr,proto3" json:"csr,omitempty"` // PKCS#10, DER, signed by the agent's key
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	TokenId   string                 `protobuf:"bytes,1,opt,name=token_id,json=tokenId,proto3" json:"token_id,omitempty"` // empty: by the known key
+	Statement []byte                 `protobuf:"bytes,2,opt,name=statement,proto3" json:"statement,omitempty"`
+	Signature []byte                 `protobuf:"bytes,3,opt,name=signature,proto3" json:"signature,omitempty"`
+	Csr       []byte                 `protobuf:"bytes,4,opt,name=csr,proto3" json:"csr,omitempty"` // PKCS#10, DER, signed by the agent's key
+	// By a certificate of the host's own: DER, leaf first. statement is then an encoded
+	// state.v1.PossessionStatement, signed with the leaf's key.
+	Certificates  [][]byte `protobuf:"bytes,100,rep,name=certificates,proto3" json:"certificates,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -283,6 +286,13 @@ func (x *AttestRequest) GetSignature() []byte {
 func (x *AttestRequest) GetCsr() []byte {
 	if x != nil {
 		return x.Csr
+	}
+	return nil
+}
+
+func (x *AttestRequest) GetCertificates() [][]byte {
+	if x != nil {
+		return x.Certificates
 	}
 	return nil
 }
@@ -1831,33 +1841,36 @@ func (*StatusRequest) Descriptor() ([]byte, []int) {
 }
 
 type StatusResponse struct {
-	state              protoimpl.MessageState `protogen:"open.v1"`
-	Cluster            *v1.Cluster            `protobuf:"bytes,1,opt,name=cluster,proto3" json:"cluster,omitempty"`
-	Revision           uint64                 `protobuf:"varint,2,opt,name=revision,proto3" json:"revision,omitempty"`
-	NodeId             string                 `protobuf:"bytes,3,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`
-	LeaderId           string                 `protobuf:"bytes,4,opt,name=leader_id,json=leaderId,proto3" json:"leader_id,omitempty"` // empty: no quorum known
-	RaftState          string                 `protobuf:"bytes,5,opt,name=raft_state,json=raftState,proto3" json:"raft_state,omitempty"`
-	AgeSeconds         float64                `protobuf:"fixed64,6,opt,name=age_seconds,json=ageSeconds,proto3" json:"age_seconds,omitempty"` // of the agreed state
-	Members            []*MemberStatus        `protobuf:"bytes,7,rep,name=members,proto3" json:"members,omitempty"`
-	Authorities        []*v1.Authority        `protobuf:"bytes,8,rep,name=authorities,proto3" json:"authorities,omitempty"`
-	Entries            uint32                 `protobuf:"varint,9,opt,name=entries,proto3" json:"entries,omitempty"`
-	Agents             uint32                 `protobuf:"varint,10,opt,name=agents,proto3" json:"agents,omitempty"`
-	Foreign            []*ForeignBundleStatus `protobuf:"bytes,11,rep,name=foreign,proto3" json:"foreign,omitempty"`
-	Instances          []*Instance            `protobuf:"bytes,12,rep,name=instances,proto3" json:"instances,omitempty"`
-	Subscribers        uint32                 `protobuf:"varint,13,opt,name=subscribers,proto3" json:"subscribers,omitempty"`                                            // of this node
-	Quorum             bool                   `protobuf:"varint,30,opt,name=quorum,proto3" json:"quorum,omitempty"`                                                      // agreement goes on, as far as this node knows
-	NoQuorumSince      int64                  `protobuf:"varint,31,opt,name=no_quorum_since,json=noQuorumSince,proto3" json:"no_quorum_since,omitempty"`                 // Unix seconds; 0: there is quorum, as far as this node knows
-	NotAgreeing        string                 `protobuf:"bytes,32,opt,name=not_agreeing,json=notAgreeing,proto3" json:"not_agreeing,omitempty"`                          // without quorum: since when, what still works, what to do
-	Disk               string                 `protobuf:"bytes,33,opt,name=disk,proto3" json:"disk,omitempty"`                                                           // empty: the log's disk works; else what is wrong with it
-	ClockOffsetSeconds float64                `protobuf:"fixed64,34,opt,name=clock_offset_seconds,json=clockOffsetSeconds,proto3" json:"clock_offset_seconds,omitempty"` // own clock minus the agreed time, as of the last Tick
-	ClockKnown         bool                   `protobuf:"varint,35,opt,name=clock_known,json=clockKnown,proto3" json:"clock_known,omitempty"`
-	Autonomy           []*Autonomy            `protobuf:"bytes,36,rep,name=autonomy,proto3" json:"autonomy,omitempty"` // of each signing member
-	AppliedIndex       uint64                 `protobuf:"varint,37,opt,name=applied_index,json=appliedIndex,proto3" json:"applied_index,omitempty"`
-	LastIndex          uint64                 `protobuf:"varint,38,opt,name=last_index,json=lastIndex,proto3" json:"last_index,omitempty"`
-	LogBytes           uint64                 `protobuf:"varint,39,opt,name=log_bytes,json=logBytes,proto3" json:"log_bytes,omitempty"` // since the last snapshot
-	Upstream           *Upstream              `protobuf:"bytes,85,opt,name=upstream,proto3" json:"upstream,omitempty"`                  // of this node; absent: its authorities sign themselves
-	unknownFields      protoimpl.UnknownFields
-	sizeCache          protoimpl.SizeCache
+	state                protoimpl.MessageState `protogen:"open.v1"`
+	Cluster              *v1.Cluster            `protobuf:"bytes,1,opt,name=cluster,proto3" json:"cluster,omitempty"`
+	Revision             uint64                 `protobuf:"varint,2,opt,name=revision,proto3" json:"revision,omitempty"`
+	NodeId               string                 `protobuf:"bytes,3,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`
+	LeaderId             string                 `protobuf:"bytes,4,opt,name=leader_id,json=leaderId,proto3" json:"leader_id,omitempty"` // empty: no quorum known
+	RaftState            string                 `protobuf:"bytes,5,opt,name=raft_state,json=raftState,proto3" json:"raft_state,omitempty"`
+	AgeSeconds           float64                `protobuf:"fixed64,6,opt,name=age_seconds,json=ageSeconds,proto3" json:"age_seconds,omitempty"` // of the agreed state
+	Members              []*MemberStatus        `protobuf:"bytes,7,rep,name=members,proto3" json:"members,omitempty"`
+	Authorities          []*v1.Authority        `protobuf:"bytes,8,rep,name=authorities,proto3" json:"authorities,omitempty"`
+	Entries              uint32                 `protobuf:"varint,9,opt,name=entries,proto3" json:"entries,omitempty"`
+	Agents               uint32                 `protobuf:"varint,10,opt,name=agents,proto3" json:"agents,omitempty"`
+	Foreign              []*ForeignBundleStatus `protobuf:"bytes,11,rep,name=foreign,proto3" json:"foreign,omitempty"`
+	Instances            []*Instance            `protobuf:"bytes,12,rep,name=instances,proto3" json:"instances,omitempty"`
+	Subscribers          uint32                 `protobuf:"varint,13,opt,name=subscribers,proto3" json:"subscribers,omitempty"`                                            // of this node
+	Quorum               bool                   `protobuf:"varint,30,opt,name=quorum,proto3" json:"quorum,omitempty"`                                                      // agreement goes on, as far as this node knows
+	NoQuorumSince        int64                  `protobuf:"varint,31,opt,name=no_quorum_since,json=noQuorumSince,proto3" json:"no_quorum_since,omitempty"`                 // Unix seconds; 0: there is quorum, as far as this node knows
+	NotAgreeing          string                 `protobuf:"bytes,32,opt,name=not_agreeing,json=notAgreeing,proto3" json:"not_agreeing,omitempty"`                          // without quorum: since when, what still works, what to do
+	Disk                 string                 `protobuf:"bytes,33,opt,name=disk,proto3" json:"disk,omitempty"`                                                           // empty: the log's disk works; else what is wrong with it
+	ClockOffsetSeconds   float64                `protobuf:"fixed64,34,opt,name=clock_offset_seconds,json=clockOffsetSeconds,proto3" json:"clock_offset_seconds,omitempty"` // own clock minus the agreed time, as of the last Tick
+	ClockKnown           bool                   `protobuf:"varint,35,opt,name=clock_known,json=clockKnown,proto3" json:"clock_known,omitempty"`
+	Autonomy             []*Autonomy            `protobuf:"bytes,36,rep,name=autonomy,proto3" json:"autonomy,omitempty"` // of each signing member
+	AppliedIndex         uint64                 `protobuf:"varint,37,opt,name=applied_index,json=appliedIndex,proto3" json:"applied_index,omitempty"`
+	LastIndex            uint64                 `protobuf:"varint,38,opt,name=last_index,json=lastIndex,proto3" json:"last_index,omitempty"`
+	LogBytes             uint64                 `protobuf:"varint,39,opt,name=log_bytes,json=logBytes,proto3" json:"log_bytes,omitempty"`                                      // since the last snapshot
+	Upstream             *Upstream              `protobuf:"bytes,85,opt,name=upstream,proto3" json:"upstream,omitempty"`                                                       // of this node; absent: its authorities sign themselves
+	Isolated             []*Isolation           `protobuf:"bytes,120,rep,name=isolated,proto3" json:"isolated,omitempty"`                                                      // by this node, and not agreed yet
+	AcknowledgedRevision uint64                 `protobuf:"varint,121,opt,name=acknowledged_revision,json=acknowledgedRevision,proto3" json:"acknowledged_revision,omitempty"` // minimum over this node's subscribers
+	WaitingFor           []string               `protobuf:"bytes,122,rep,name=waiting_for,json=waitingFor,proto3" json:"waiting_for,omitempty"`                                // of these who does not hold this revision, the furthest behind first, at most 10
+	unknownFields        protoimpl.UnknownFields
+	sizeCache            protoimpl.SizeCache
 }
 
 func (x *StatusResponse) Reset() {
@@ -2054,6 +2067,27 @@ func (x *StatusResponse) GetLogBytes() uint64 {
 func (x *StatusResponse) GetUpstream() *Upstream {
 	if x != nil {
 		return x.Upstream
+	}
+	return nil
+}
+
+func (x *StatusResponse) GetIsolated() []*Isolation {
+	if x != nil {
+		return x.Isolated
+	}
+	return nil
+}
+
+func (x *StatusResponse) GetAcknowledgedRevision() uint64 {
+	if x != nil {
+		return x.AcknowledgedRevision
+	}
+	return 0
+}
+
+func (x *StatusResponse) GetWaitingFor() []string {
+	if x != nil {
+		return x.WaitingFor
 	}
 	return nil
 }
@@ -3281,7 +3315,8 @@ func (x *ApplyResponse) GetChanges() []*ObjectChange {
 type ObjectChange struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Key           *v1.ObjectKey          `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
-	Action        string                 `protobuf:"bytes,2,opt,name=action,proto3" json:"action,omitempty"` // "created", "updated", "unchanged", "deleted"
+	Action        string                 `protobuf:"bytes,2,opt,name=action,proto3" json:"action,omitempty"`   // "created", "updated", "unchanged", "deleted"
+	Before        *v1.Object             `protobuf:"bytes,100,opt,name=before,proto3" json:"before,omitempty"` // as it was, of a dry run; absent: it was not there
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3330,6 +3365,109 @@ func (x *ObjectChange) GetAction() string {
 	return ""
 }
 
+func (x *ObjectChange) GetBefore() *v1.Object {
+	if x != nil {
+		return x.Before
+	}
+	return nil
+}
+
+type WhoAmIRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WhoAmIRequest) Reset() {
+	*x = WhoAmIRequest{}
+	mi := &file_entente_v1_entente_proto_msgTypes[51]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WhoAmIRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WhoAmIRequest) ProtoMessage() {}
+
+func (x *WhoAmIRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[51]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WhoAmIRequest.ProtoReflect.Descriptor instead.
+func (*WhoAmIRequest) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{51}
+}
+
+type WhoAmIResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Who           string                 `protobuf:"bytes,1,opt,name=who,proto3" json:"who,omitempty"`            // SPIFFE ID, or the user of the CA node's host
+	Operator      bool                   `protobuf:"varint,2,opt,name=operator,proto3" json:"operator,omitempty"` // over the unix socket: may do everything
+	Bindings      []*v1.RoleBinding      `protobuf:"bytes,3,rep,name=bindings,proto3" json:"bindings,omitempty"`  // that name the caller
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WhoAmIResponse) Reset() {
+	*x = WhoAmIResponse{}
+	mi := &file_entente_v1_entente_proto_msgTypes[52]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WhoAmIResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WhoAmIResponse) ProtoMessage() {}
+
+func (x *WhoAmIResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[52]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WhoAmIResponse.ProtoReflect.Descriptor instead.
+func (*WhoAmIResponse) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{52}
+}
+
+func (x *WhoAmIResponse) GetWho() string {
+	if x != nil {
+		return x.Who
+	}
+	return ""
+}
+
+func (x *WhoAmIResponse) GetOperator() bool {
+	if x != nil {
+		return x.Operator
+	}
+	return false
+}
+
+func (x *WhoAmIResponse) GetBindings() []*v1.RoleBinding {
+	if x != nil {
+		return x.Bindings
+	}
+	return nil
+}
+
 type GetBundleRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	TrustDomain   string                 `protobuf:"bytes,1,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"` // empty: the own
@@ -3340,7 +3478,7 @@ type GetBundleRequest struct {
 
 func (x *GetBundleRequest) Reset() {
 	*x = GetBundleRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[51]
+	mi := &file_entente_v1_entente_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3352,7 +3490,7 @@ func (x *GetBundleRequest) String() string {
 func (*GetBundleRequest) ProtoMessage() {}
 
 func (x *GetBundleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[51]
+	mi := &file_entente_v1_entente_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3365,7 +3503,7 @@ func (x *GetBundleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBundleRequest.ProtoReflect.Descriptor instead.
 func (*GetBundleRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{51}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *GetBundleRequest) GetTrustDomain() string {
@@ -3391,7 +3529,7 @@ type GetBundleResponse struct {
 
 func (x *GetBundleResponse) Reset() {
 	*x = GetBundleResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[52]
+	mi := &file_entente_v1_entente_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3403,7 +3541,7 @@ func (x *GetBundleResponse) String() string {
 func (*GetBundleResponse) ProtoMessage() {}
 
 func (x *GetBundleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[52]
+	mi := &file_entente_v1_entente_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3416,7 +3554,7 @@ func (x *GetBundleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBundleResponse.ProtoReflect.Descriptor instead.
 func (*GetBundleResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{52}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *GetBundleResponse) GetJwks() []byte {
@@ -3435,7 +3573,7 @@ type ProposeRequest struct {
 
 func (x *ProposeRequest) Reset() {
 	*x = ProposeRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[53]
+	mi := &file_entente_v1_entente_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3447,7 +3585,7 @@ func (x *ProposeRequest) String() string {
 func (*ProposeRequest) ProtoMessage() {}
 
 func (x *ProposeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[53]
+	mi := &file_entente_v1_entente_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3460,7 +3598,7 @@ func (x *ProposeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProposeRequest.ProtoReflect.Descriptor instead.
 func (*ProposeRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{53}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *ProposeRequest) GetCommand() []byte {
@@ -3481,7 +3619,7 @@ type ProposeResponse struct {
 
 func (x *ProposeResponse) Reset() {
 	*x = ProposeResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[54]
+	mi := &file_entente_v1_entente_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3493,7 +3631,7 @@ func (x *ProposeResponse) String() string {
 func (*ProposeResponse) ProtoMessage() {}
 
 func (x *ProposeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[54]
+	mi := &file_entente_v1_entente_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3506,7 +3644,7 @@ func (x *ProposeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProposeResponse.ProtoReflect.Descriptor instead.
 func (*ProposeResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{54}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *ProposeResponse) GetRevision() uint64 {
@@ -3546,7 +3684,7 @@ type ReportRequest struct {
 
 func (x *ReportRequest) Reset() {
 	*x = ReportRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[55]
+	mi := &file_entente_v1_entente_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3558,7 +3696,7 @@ func (x *ReportRequest) String() string {
 func (*ReportRequest) ProtoMessage() {}
 
 func (x *ReportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[55]
+	mi := &file_entente_v1_entente_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3571,7 +3709,7 @@ func (x *ReportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRequest.ProtoReflect.Descriptor instead.
 func (*ReportRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{55}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *ReportRequest) GetBootId() string {
@@ -3641,7 +3779,7 @@ type HeldAuthority struct {
 
 func (x *HeldAuthority) Reset() {
 	*x = HeldAuthority{}
-	mi := &file_entente_v1_entente_proto_msgTypes[56]
+	mi := &file_entente_v1_entente_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3653,7 +3791,7 @@ func (x *HeldAuthority) String() string {
 func (*HeldAuthority) ProtoMessage() {}
 
 func (x *HeldAuthority) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[56]
+	mi := &file_entente_v1_entente_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3666,7 +3804,7 @@ func (x *HeldAuthority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HeldAuthority.ProtoReflect.Descriptor instead.
 func (*HeldAuthority) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{56}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *HeldAuthority) GetId() string {
@@ -3691,7 +3829,7 @@ type ReportResponse struct {
 
 func (x *ReportResponse) Reset() {
 	*x = ReportResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[57]
+	mi := &file_entente_v1_entente_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3703,7 +3841,7 @@ func (x *ReportResponse) String() string {
 func (*ReportResponse) ProtoMessage() {}
 
 func (x *ReportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[57]
+	mi := &file_entente_v1_entente_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3716,7 +3854,7 @@ func (x *ReportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportResponse.ProtoReflect.Descriptor instead.
 func (*ReportResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{57}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{59}
 }
 
 type GateRequest struct {
@@ -3727,7 +3865,7 @@ type GateRequest struct {
 
 func (x *GateRequest) Reset() {
 	*x = GateRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[58]
+	mi := &file_entente_v1_entente_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3739,7 +3877,7 @@ func (x *GateRequest) String() string {
 func (*GateRequest) ProtoMessage() {}
 
 func (x *GateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[58]
+	mi := &file_entente_v1_entente_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3752,7 +3890,7 @@ func (x *GateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GateRequest.ProtoReflect.Descriptor instead.
 func (*GateRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{58}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{60}
 }
 
 type GateResponse struct {
@@ -3764,7 +3902,7 @@ type GateResponse struct {
 
 func (x *GateResponse) Reset() {
 	*x = GateResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[59]
+	mi := &file_entente_v1_entente_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3776,7 +3914,7 @@ func (x *GateResponse) String() string {
 func (*GateResponse) ProtoMessage() {}
 
 func (x *GateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[59]
+	mi := &file_entente_v1_entente_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3789,7 +3927,7 @@ func (x *GateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GateResponse.ProtoReflect.Descriptor instead.
 func (*GateResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{59}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *GateResponse) GetAuthorities() []*AuthorityGate {
@@ -3812,7 +3950,7 @@ type AuthorityGate struct {
 
 func (x *AuthorityGate) Reset() {
 	*x = AuthorityGate{}
-	mi := &file_entente_v1_entente_proto_msgTypes[60]
+	mi := &file_entente_v1_entente_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3824,7 +3962,7 @@ func (x *AuthorityGate) String() string {
 func (*AuthorityGate) ProtoMessage() {}
 
 func (x *AuthorityGate) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[60]
+	mi := &file_entente_v1_entente_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3837,7 +3975,7 @@ func (x *AuthorityGate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityGate.ProtoReflect.Descriptor instead.
 func (*AuthorityGate) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{60}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *AuthorityGate) GetId() string {
@@ -3879,7 +4017,7 @@ type MarkReadyRequest struct {
 
 func (x *MarkReadyRequest) Reset() {
 	*x = MarkReadyRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[61]
+	mi := &file_entente_v1_entente_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3891,7 +4029,7 @@ func (x *MarkReadyRequest) String() string {
 func (*MarkReadyRequest) ProtoMessage() {}
 
 func (x *MarkReadyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[61]
+	mi := &file_entente_v1_entente_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3904,7 +4042,7 @@ func (x *MarkReadyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MarkReadyRequest.ProtoReflect.Descriptor instead.
 func (*MarkReadyRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{61}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *MarkReadyRequest) GetId() string {
@@ -3937,7 +4075,7 @@ type MarkReadyResponse struct {
 
 func (x *MarkReadyResponse) Reset() {
 	*x = MarkReadyResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[62]
+	mi := &file_entente_v1_entente_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3949,7 +4087,7 @@ func (x *MarkReadyResponse) String() string {
 func (*MarkReadyResponse) ProtoMessage() {}
 
 func (x *MarkReadyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[62]
+	mi := &file_entente_v1_entente_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3962,7 +4100,7 @@ func (x *MarkReadyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MarkReadyResponse.ProtoReflect.Descriptor instead.
 func (*MarkReadyResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{62}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *MarkReadyResponse) GetRevision() uint64 {
@@ -3983,7 +4121,7 @@ type Picture struct {
 
 func (x *Picture) Reset() {
 	*x = Picture{}
-	mi := &file_entente_v1_entente_proto_msgTypes[63]
+	mi := &file_entente_v1_entente_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3995,7 +4133,7 @@ func (x *Picture) String() string {
 func (*Picture) ProtoMessage() {}
 
 func (x *Picture) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[63]
+	mi := &file_entente_v1_entente_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4008,7 +4146,7 @@ func (x *Picture) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Picture.ProtoReflect.Descriptor instead.
 func (*Picture) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{63}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *Picture) GetPolicy() *Policy {
@@ -4033,7 +4171,7 @@ type PresenceRequest struct {
 
 func (x *PresenceRequest) Reset() {
 	*x = PresenceRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[64]
+	mi := &file_entente_v1_entente_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4045,7 +4183,7 @@ func (x *PresenceRequest) String() string {
 func (*PresenceRequest) ProtoMessage() {}
 
 func (x *PresenceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[64]
+	mi := &file_entente_v1_entente_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4058,7 +4196,7 @@ func (x *PresenceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PresenceRequest.ProtoReflect.Descriptor instead.
 func (*PresenceRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{64}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{66}
 }
 
 type PresenceResponse struct {
@@ -4072,7 +4210,7 @@ type PresenceResponse struct {
 
 func (x *PresenceResponse) Reset() {
 	*x = PresenceResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[65]
+	mi := &file_entente_v1_entente_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4084,7 +4222,7 @@ func (x *PresenceResponse) String() string {
 func (*PresenceResponse) ProtoMessage() {}
 
 func (x *PresenceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[65]
+	mi := &file_entente_v1_entente_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4097,7 +4235,7 @@ func (x *PresenceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PresenceResponse.ProtoReflect.Descriptor instead.
 func (*PresenceResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{65}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *PresenceResponse) GetInstances() []*Instance {
@@ -4129,7 +4267,7 @@ type ListAuthoritiesRequest struct {
 
 func (x *ListAuthoritiesRequest) Reset() {
 	*x = ListAuthoritiesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[66]
+	mi := &file_entente_v1_entente_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4141,7 +4279,7 @@ func (x *ListAuthoritiesRequest) String() string {
 func (*ListAuthoritiesRequest) ProtoMessage() {}
 
 func (x *ListAuthoritiesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[66]
+	mi := &file_entente_v1_entente_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4154,7 +4292,7 @@ func (x *ListAuthoritiesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuthoritiesRequest.ProtoReflect.Descriptor instead.
 func (*ListAuthoritiesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{66}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{68}
 }
 
 type ListAuthoritiesResponse struct {
@@ -4168,7 +4306,7 @@ type ListAuthoritiesResponse struct {
 
 func (x *ListAuthoritiesResponse) Reset() {
 	*x = ListAuthoritiesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[67]
+	mi := &file_entente_v1_entente_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4180,7 +4318,7 @@ func (x *ListAuthoritiesResponse) String() string {
 func (*ListAuthoritiesResponse) ProtoMessage() {}
 
 func (x *ListAuthoritiesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[67]
+	mi := &file_entente_v1_entente_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4193,7 +4331,7 @@ func (x *ListAuthoritiesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuthoritiesResponse.ProtoReflect.Descriptor instead.
 func (*ListAuthoritiesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{67}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *ListAuthoritiesResponse) GetAuthorities() []*AuthorityStatus {
@@ -4231,7 +4369,7 @@ type AuthorityStatus struct {
 
 func (x *AuthorityStatus) Reset() {
 	*x = AuthorityStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[68]
+	mi := &file_entente_v1_entente_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4243,7 +4381,7 @@ func (x *AuthorityStatus) String() string {
 func (*AuthorityStatus) ProtoMessage() {}
 
 func (x *AuthorityStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[68]
+	mi := &file_entente_v1_entente_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4256,7 +4394,7 @@ func (x *AuthorityStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityStatus.ProtoReflect.Descriptor instead.
 func (*AuthorityStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{68}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *AuthorityStatus) GetAuthority() *v1.Authority {
@@ -4310,7 +4448,7 @@ type PrepareAuthorityRequest struct {
 
 func (x *PrepareAuthorityRequest) Reset() {
 	*x = PrepareAuthorityRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[69]
+	mi := &file_entente_v1_entente_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4322,7 +4460,7 @@ func (x *PrepareAuthorityRequest) String() string {
 func (*PrepareAuthorityRequest) ProtoMessage() {}
 
 func (x *PrepareAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[69]
+	mi := &file_entente_v1_entente_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4335,7 +4473,7 @@ func (x *PrepareAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*PrepareAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{69}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *PrepareAuthorityRequest) GetUse() v1.KeyUse {
@@ -4356,7 +4494,7 @@ type ChangeAuthorityRequest struct {
 
 func (x *ChangeAuthorityRequest) Reset() {
 	*x = ChangeAuthorityRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[70]
+	mi := &file_entente_v1_entente_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4368,7 +4506,7 @@ func (x *ChangeAuthorityRequest) String() string {
 func (*ChangeAuthorityRequest) ProtoMessage() {}
 
 func (x *ChangeAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[70]
+	mi := &file_entente_v1_entente_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4381,7 +4519,7 @@ func (x *ChangeAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*ChangeAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{70}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *ChangeAuthorityRequest) GetId() string {
@@ -4422,7 +4560,7 @@ type ChangeAuthorityResponse struct {
 
 func (x *ChangeAuthorityResponse) Reset() {
 	*x = ChangeAuthorityResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[71]
+	mi := &file_entente_v1_entente_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4434,7 +4572,7 @@ func (x *ChangeAuthorityResponse) String() string {
 func (*ChangeAuthorityResponse) ProtoMessage() {}
 
 func (x *ChangeAuthorityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[71]
+	mi := &file_entente_v1_entente_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4447,7 +4585,7 @@ func (x *ChangeAuthorityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAuthorityResponse.ProtoReflect.Descriptor instead.
 func (*ChangeAuthorityResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{71}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *ChangeAuthorityResponse) GetAuthority() *v1.Authority {
@@ -4502,7 +4640,7 @@ type RemoveNodeRequest struct {
 
 func (x *RemoveNodeRequest) Reset() {
 	*x = RemoveNodeRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[72]
+	mi := &file_entente_v1_entente_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4514,7 +4652,7 @@ func (x *RemoveNodeRequest) String() string {
 func (*RemoveNodeRequest) ProtoMessage() {}
 
 func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[72]
+	mi := &file_entente_v1_entente_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4527,7 +4665,7 @@ func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodeRequest.ProtoReflect.Descriptor instead.
 func (*RemoveNodeRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{72}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *RemoveNodeRequest) GetName() string {
@@ -4557,7 +4695,7 @@ type RemoveNodeResponse struct {
 
 func (x *RemoveNodeResponse) Reset() {
 	*x = RemoveNodeResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[73]
+	mi := &file_entente_v1_entente_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4569,7 +4707,7 @@ func (x *RemoveNodeResponse) String() string {
 func (*RemoveNodeResponse) ProtoMessage() {}
 
 func (x *RemoveNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[73]
+	mi := &file_entente_v1_entente_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4582,7 +4720,7 @@ func (x *RemoveNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodeResponse.ProtoReflect.Descriptor instead.
 func (*RemoveNodeResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{73}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *RemoveNodeResponse) GetRevision() uint64 {
@@ -4630,7 +4768,7 @@ type ListAgentsRequest struct {
 
 func (x *ListAgentsRequest) Reset() {
 	*x = ListAgentsRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[74]
+	mi := &file_entente_v1_entente_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4642,7 +4780,7 @@ func (x *ListAgentsRequest) String() string {
 func (*ListAgentsRequest) ProtoMessage() {}
 
 func (x *ListAgentsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[74]
+	mi := &file_entente_v1_entente_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4655,7 +4793,7 @@ func (x *ListAgentsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAgentsRequest.ProtoReflect.Descriptor instead.
 func (*ListAgentsRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{74}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{76}
 }
 
 func (x *ListAgentsRequest) GetPageSize() uint32 {
@@ -4682,7 +4820,7 @@ type ListAgentsResponse struct {
 
 func (x *ListAgentsResponse) Reset() {
 	*x = ListAgentsResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[75]
+	mi := &file_entente_v1_entente_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4694,7 +4832,7 @@ func (x *ListAgentsResponse) String() string {
 func (*ListAgentsResponse) ProtoMessage() {}
 
 func (x *ListAgentsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[75]
+	mi := &file_entente_v1_entente_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4707,7 +4845,7 @@ func (x *ListAgentsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAgentsResponse.ProtoReflect.Descriptor instead.
 func (*ListAgentsResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{75}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *ListAgentsResponse) GetAgents() []*AgentStatus {
@@ -4727,15 +4865,16 @@ func (x *ListAgentsResponse) GetMore() bool {
 type AgentStatus struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Agent         *v1.Agent              `protobuf:"bytes,1,opt,name=agent,proto3" json:"agent,omitempty"`
-	Entries       uint32                 `protobuf:"varint,2,opt,name=entries,proto3" json:"entries,omitempty"` // that it may hold
-	Here          bool                   `protobuf:"varint,3,opt,name=here,proto3" json:"here,omitempty"`       // its stream is at this node
+	Entries       uint32                 `protobuf:"varint,2,opt,name=entries,proto3" json:"entries,omitempty"`     // that it may hold
+	Here          bool                   `protobuf:"varint,3,opt,name=here,proto3" json:"here,omitempty"`           // its stream is at this node
+	Isolated      bool                   `protobuf:"varint,120,opt,name=isolated,proto3" json:"isolated,omitempty"` // by this node, and not agreed yet
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *AgentStatus) Reset() {
 	*x = AgentStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[76]
+	mi := &file_entente_v1_entente_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4747,7 +4886,7 @@ func (x *AgentStatus) String() string {
 func (*AgentStatus) ProtoMessage() {}
 
 func (x *AgentStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[76]
+	mi := &file_entente_v1_entente_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4760,7 +4899,7 @@ func (x *AgentStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentStatus.ProtoReflect.Descriptor instead.
 func (*AgentStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{76}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{78}
 }
 
 func (x *AgentStatus) GetAgent() *v1.Agent {
@@ -4784,6 +4923,13 @@ func (x *AgentStatus) GetHere() bool {
 	return false
 }
 
+func (x *AgentStatus) GetIsolated() bool {
+	if x != nil {
+		return x.Isolated
+	}
+	return false
+}
+
 type GetAgentRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -4793,7 +4939,7 @@ type GetAgentRequest struct {
 
 func (x *GetAgentRequest) Reset() {
 	*x = GetAgentRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[77]
+	mi := &file_entente_v1_entente_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4805,7 +4951,7 @@ func (x *GetAgentRequest) String() string {
 func (*GetAgentRequest) ProtoMessage() {}
 
 func (x *GetAgentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[77]
+	mi := &file_entente_v1_entente_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4818,7 +4964,7 @@ func (x *GetAgentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetAgentRequest.ProtoReflect.Descriptor instead.
 func (*GetAgentRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{77}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *GetAgentRequest) GetName() string {
@@ -4839,7 +4985,7 @@ type GetAgentResponse struct {
 
 func (x *GetAgentResponse) Reset() {
 	*x = GetAgentResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[78]
+	mi := &file_entente_v1_entente_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4851,7 +4997,7 @@ func (x *GetAgentResponse) String() string {
 func (*GetAgentResponse) ProtoMessage() {}
 
 func (x *GetAgentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[78]
+	mi := &file_entente_v1_entente_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4864,7 +5010,7 @@ func (x *GetAgentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetAgentResponse.ProtoReflect.Descriptor instead.
 func (*GetAgentResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{78}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{80}
 }
 
 func (x *GetAgentResponse) GetStatus() *AgentStatus {
@@ -4897,7 +5043,7 @@ type ChangeAgentRequest struct {
 
 func (x *ChangeAgentRequest) Reset() {
 	*x = ChangeAgentRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[79]
+	mi := &file_entente_v1_entente_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4909,7 +5055,7 @@ func (x *ChangeAgentRequest) String() string {
 func (*ChangeAgentRequest) ProtoMessage() {}
 
 func (x *ChangeAgentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[79]
+	mi := &file_entente_v1_entente_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4922,7 +5068,7 @@ func (x *ChangeAgentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAgentRequest.ProtoReflect.Descriptor instead.
 func (*ChangeAgentRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{79}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{81}
 }
 
 func (x *ChangeAgentRequest) GetName() string {
@@ -4941,7 +5087,7 @@ type ChangeAgentResponse struct {
 
 func (x *ChangeAgentResponse) Reset() {
 	*x = ChangeAgentResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[80]
+	mi := &file_entente_v1_entente_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4953,7 +5099,7 @@ func (x *ChangeAgentResponse) String() string {
 func (*ChangeAgentResponse) ProtoMessage() {}
 
 func (x *ChangeAgentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[80]
+	mi := &file_entente_v1_entente_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4966,7 +5112,7 @@ func (x *ChangeAgentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAgentResponse.ProtoReflect.Descriptor instead.
 func (*ChangeAgentResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{80}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *ChangeAgentResponse) GetRevision() uint64 {
@@ -4974,6 +5120,179 @@ func (x *ChangeAgentResponse) GetRevision() uint64 {
 		return x.Revision
 	}
 	return 0
+}
+
+type IsolateAgentRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Reason        string                 `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"` // for the audit log and for people; at most 200 characters
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IsolateAgentRequest) Reset() {
+	*x = IsolateAgentRequest{}
+	mi := &file_entente_v1_entente_proto_msgTypes[83]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IsolateAgentRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IsolateAgentRequest) ProtoMessage() {}
+
+func (x *IsolateAgentRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[83]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IsolateAgentRequest.ProtoReflect.Descriptor instead.
+func (*IsolateAgentRequest) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{83}
+}
+
+func (x *IsolateAgentRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *IsolateAgentRequest) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+type IsolateAgentResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Isolation     *Isolation             `protobuf:"bytes,1,opt,name=isolation,proto3" json:"isolation,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IsolateAgentResponse) Reset() {
+	*x = IsolateAgentResponse{}
+	mi := &file_entente_v1_entente_proto_msgTypes[84]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IsolateAgentResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IsolateAgentResponse) ProtoMessage() {}
+
+func (x *IsolateAgentResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[84]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IsolateAgentResponse.ProtoReflect.Descriptor instead.
+func (*IsolateAgentResponse) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{84}
+}
+
+func (x *IsolateAgentResponse) GetIsolation() *Isolation {
+	if x != nil {
+		return x.Isolation
+	}
+	return nil
+}
+
+// Isolation is an agent that one node shut out by itself.
+type Isolation struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Agent         *v1.Agent              `protobuf:"bytes,1,opt,name=agent,proto3" json:"agent,omitempty"` // as that node knew it
+	Who           string                 `protobuf:"bytes,2,opt,name=who,proto3" json:"who,omitempty"`
+	Reason        string                 `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
+	UnixSeconds   int64                  `protobuf:"varint,4,opt,name=unix_seconds,json=unixSeconds,proto3" json:"unix_seconds,omitempty"`
+	NotWritten    string                 `protobuf:"bytes,5,opt,name=not_written,json=notWritten,proto3" json:"not_written,omitempty"` // why a restart would lose it; empty: it is on disk
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Isolation) Reset() {
+	*x = Isolation{}
+	mi := &file_entente_v1_entente_proto_msgTypes[85]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Isolation) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Isolation) ProtoMessage() {}
+
+func (x *Isolation) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[85]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Isolation.ProtoReflect.Descriptor instead.
+func (*Isolation) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{85}
+}
+
+func (x *Isolation) GetAgent() *v1.Agent {
+	if x != nil {
+		return x.Agent
+	}
+	return nil
+}
+
+func (x *Isolation) GetWho() string {
+	if x != nil {
+		return x.Who
+	}
+	return ""
+}
+
+func (x *Isolation) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *Isolation) GetUnixSeconds() int64 {
+	if x != nil {
+		return x.UnixSeconds
+	}
+	return 0
+}
+
+func (x *Isolation) GetNotWritten() string {
+	if x != nil {
+		return x.NotWritten
+	}
+	return ""
 }
 
 type ListTokensRequest struct {
@@ -4984,7 +5303,7 @@ type ListTokensRequest struct {
 
 func (x *ListTokensRequest) Reset() {
 	*x = ListTokensRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[81]
+	mi := &file_entente_v1_entente_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4996,7 +5315,7 @@ func (x *ListTokensRequest) String() string {
 func (*ListTokensRequest) ProtoMessage() {}
 
 func (x *ListTokensRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[81]
+	mi := &file_entente_v1_entente_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5009,7 +5328,7 @@ func (x *ListTokensRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTokensRequest.ProtoReflect.Descriptor instead.
 func (*ListTokensRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{81}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{86}
 }
 
 type ListTokensResponse struct {
@@ -5022,7 +5341,7 @@ type ListTokensResponse struct {
 
 func (x *ListTokensResponse) Reset() {
 	*x = ListTokensResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[82]
+	mi := &file_entente_v1_entente_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5034,7 +5353,7 @@ func (x *ListTokensResponse) String() string {
 func (*ListTokensResponse) ProtoMessage() {}
 
 func (x *ListTokensResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[82]
+	mi := &file_entente_v1_entente_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5047,7 +5366,7 @@ func (x *ListTokensResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTokensResponse.ProtoReflect.Descriptor instead.
 func (*ListTokensResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{82}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *ListTokensResponse) GetTokens() []*v1.Token {
@@ -5073,7 +5392,7 @@ type RevokeTokenRequest struct {
 
 func (x *RevokeTokenRequest) Reset() {
 	*x = RevokeTokenRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[83]
+	mi := &file_entente_v1_entente_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5085,7 +5404,7 @@ func (x *RevokeTokenRequest) String() string {
 func (*RevokeTokenRequest) ProtoMessage() {}
 
 func (x *RevokeTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[83]
+	mi := &file_entente_v1_entente_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5098,7 +5417,7 @@ func (x *RevokeTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeTokenRequest.ProtoReflect.Descriptor instead.
 func (*RevokeTokenRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{83}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{88}
 }
 
 func (x *RevokeTokenRequest) GetId() string {
@@ -5117,7 +5436,7 @@ type RevokeTokenResponse struct {
 
 func (x *RevokeTokenResponse) Reset() {
 	*x = RevokeTokenResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[84]
+	mi := &file_entente_v1_entente_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5129,7 +5448,7 @@ func (x *RevokeTokenResponse) String() string {
 func (*RevokeTokenResponse) ProtoMessage() {}
 
 func (x *RevokeTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[84]
+	mi := &file_entente_v1_entente_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5142,7 +5461,7 @@ func (x *RevokeTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeTokenResponse.ProtoReflect.Descriptor instead.
 func (*RevokeTokenResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{84}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{89}
 }
 
 func (x *RevokeTokenResponse) GetRevision() uint64 {
@@ -5162,7 +5481,7 @@ type ChangeEntriesRequest struct {
 
 func (x *ChangeEntriesRequest) Reset() {
 	*x = ChangeEntriesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[85]
+	mi := &file_entente_v1_entente_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5174,7 +5493,7 @@ func (x *ChangeEntriesRequest) String() string {
 func (*ChangeEntriesRequest) ProtoMessage() {}
 
 func (x *ChangeEntriesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[85]
+	mi := &file_entente_v1_entente_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5187,7 +5506,7 @@ func (x *ChangeEntriesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeEntriesRequest.ProtoReflect.Descriptor instead.
 func (*ChangeEntriesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{85}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{90}
 }
 
 func (x *ChangeEntriesRequest) GetChanges() []*v1.EntryChange {
@@ -5213,7 +5532,7 @@ type ChangeEntriesResponse struct {
 
 func (x *ChangeEntriesResponse) Reset() {
 	*x = ChangeEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[86]
+	mi := &file_entente_v1_entente_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5225,7 +5544,7 @@ func (x *ChangeEntriesResponse) String() string {
 func (*ChangeEntriesResponse) ProtoMessage() {}
 
 func (x *ChangeEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[86]
+	mi := &file_entente_v1_entente_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5238,7 +5557,7 @@ func (x *ChangeEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeEntriesResponse.ProtoReflect.Descriptor instead.
 func (*ChangeEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{86}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{91}
 }
 
 func (x *ChangeEntriesResponse) GetResults() []*EntryResult {
@@ -5261,7 +5580,7 @@ type EntryResult struct {
 
 func (x *EntryResult) Reset() {
 	*x = EntryResult{}
-	mi := &file_entente_v1_entente_proto_msgTypes[87]
+	mi := &file_entente_v1_entente_proto_msgTypes[92]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5273,7 +5592,7 @@ func (x *EntryResult) String() string {
 func (*EntryResult) ProtoMessage() {}
 
 func (x *EntryResult) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[87]
+	mi := &file_entente_v1_entente_proto_msgTypes[92]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5286,7 +5605,7 @@ func (x *EntryResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EntryResult.ProtoReflect.Descriptor instead.
 func (*EntryResult) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{87}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{92}
 }
 
 func (x *EntryResult) GetId() string {
@@ -5328,7 +5647,7 @@ type ListEntriesRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	PageSize      uint32                 `protobuf:"varint,1,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`      // at most 1000; 0: 1000
 	After         string                 `protobuf:"bytes,2,opt,name=after,proto3" json:"after,omitempty"`                             // id
-	Host          string                 `protobuf:"bytes,3,opt,name=host,proto3" json:"host,omitempty"`                               // only those that this agent may hold
+	Host          string                 `protobuf:"bytes,3,opt,name=host,proto3" json:"host,omitempty"`                               // only those that name this agent
 	PathPrefix    string                 `protobuf:"bytes,4,opt,name=path_prefix,json=pathPrefix,proto3" json:"path_prefix,omitempty"` // only SPIFFE paths at or below it
 	Declared      bool                   `protobuf:"varint,5,opt,name=declared,proto3" json:"declared,omitempty"`                      // only those declared by themselves
 	unknownFields protoimpl.UnknownFields
@@ -5337,7 +5656,7 @@ type ListEntriesRequest struct {
 
 func (x *ListEntriesRequest) Reset() {
 	*x = ListEntriesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[88]
+	mi := &file_entente_v1_entente_proto_msgTypes[93]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5349,7 +5668,7 @@ func (x *ListEntriesRequest) String() string {
 func (*ListEntriesRequest) ProtoMessage() {}
 
 func (x *ListEntriesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[88]
+	mi := &file_entente_v1_entente_proto_msgTypes[93]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5362,7 +5681,7 @@ func (x *ListEntriesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntriesRequest.ProtoReflect.Descriptor instead.
 func (*ListEntriesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{88}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{93}
 }
 
 func (x *ListEntriesRequest) GetPageSize() uint32 {
@@ -5410,7 +5729,7 @@ type ListEntriesResponse struct {
 
 func (x *ListEntriesResponse) Reset() {
 	*x = ListEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[89]
+	mi := &file_entente_v1_entente_proto_msgTypes[94]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5422,7 +5741,7 @@ func (x *ListEntriesResponse) String() string {
 func (*ListEntriesResponse) ProtoMessage() {}
 
 func (x *ListEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[89]
+	mi := &file_entente_v1_entente_proto_msgTypes[94]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5435,7 +5754,7 @@ func (x *ListEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntriesResponse.ProtoReflect.Descriptor instead.
 func (*ListEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{89}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{94}
 }
 
 func (x *ListEntriesResponse) GetEntries() []*v1.Entry {
@@ -5461,7 +5780,7 @@ type GetEntryRequest struct {
 
 func (x *GetEntryRequest) Reset() {
 	*x = GetEntryRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[90]
+	mi := &file_entente_v1_entente_proto_msgTypes[95]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5473,7 +5792,7 @@ func (x *GetEntryRequest) String() string {
 func (*GetEntryRequest) ProtoMessage() {}
 
 func (x *GetEntryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[90]
+	mi := &file_entente_v1_entente_proto_msgTypes[95]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5486,7 +5805,7 @@ func (x *GetEntryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetEntryRequest.ProtoReflect.Descriptor instead.
 func (*GetEntryRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{90}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{95}
 }
 
 func (x *GetEntryRequest) GetId() string {
@@ -5505,7 +5824,7 @@ type GetEntryResponse struct {
 
 func (x *GetEntryResponse) Reset() {
 	*x = GetEntryResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[91]
+	mi := &file_entente_v1_entente_proto_msgTypes[96]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5517,7 +5836,7 @@ func (x *GetEntryResponse) String() string {
 func (*GetEntryResponse) ProtoMessage() {}
 
 func (x *GetEntryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[91]
+	mi := &file_entente_v1_entente_proto_msgTypes[96]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5530,7 +5849,7 @@ func (x *GetEntryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetEntryResponse.ProtoReflect.Descriptor instead.
 func (*GetEntryResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{91}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{96}
 }
 
 func (x *GetEntryResponse) GetEntry() *v1.Entry {
@@ -5549,7 +5868,7 @@ type CountEntriesResponse struct {
 
 func (x *CountEntriesResponse) Reset() {
 	*x = CountEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[92]
+	mi := &file_entente_v1_entente_proto_msgTypes[97]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5561,7 +5880,7 @@ func (x *CountEntriesResponse) String() string {
 func (*CountEntriesResponse) ProtoMessage() {}
 
 func (x *CountEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[92]
+	mi := &file_entente_v1_entente_proto_msgTypes[97]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5574,7 +5893,7 @@ func (x *CountEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CountEntriesResponse.ProtoReflect.Descriptor instead.
 func (*CountEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{92}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{97}
 }
 
 func (x *CountEntriesResponse) GetEntries() uint64 {
@@ -5601,12 +5920,13 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\fJoinResponse\x120\n" +
 	"\x06member\x18\x01 \x01(\v2\x18.entente.state.v1.MemberR\x06member\x122\n" +
 	"\amembers\x18\x02 \x03(\v2\x18.entente.state.v1.MemberR\amembers\x123\n" +
-	"\acluster\x18\x03 \x01(\v2\x19.entente.state.v1.ClusterR\acluster\"x\n" +
+	"\acluster\x18\x03 \x01(\v2\x19.entente.state.v1.ClusterR\acluster\"\x9c\x01\n" +
 	"\rAttestRequest\x12\x19\n" +
 	"\btoken_id\x18\x01 \x01(\tR\atokenId\x12\x1c\n" +
 	"\tstatement\x18\x02 \x01(\fR\tstatement\x12\x1c\n" +
 	"\tsignature\x18\x03 \x01(\fR\tsignature\x12\x10\n" +
-	"\x03csr\x18\x04 \x01(\fR\x03csr\"\xe4\x01\n" +
+	"\x03csr\x18\x04 \x01(\fR\x03csr\x12\"\n" +
+	"\fcertificates\x18d \x03(\fR\fcertificates\"\xe4\x01\n" +
 	"\x0eAttestResponse\x12\"\n" +
 	"\fcertificates\x18\x01 \x03(\fR\fcertificates\x12\x16\n" +
 	"\x06bundle\x18\x02 \x01(\fR\x06bundle\x122\n" +
@@ -5713,7 +6033,7 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x05token\x18\x01 \x01(\tR\x05token\x12\x12\n" +
 	"\x04code\x18\x02 \x01(\rR\x04code\x12\x14\n" +
 	"\x05error\x18\x03 \x01(\tR\x05error\"\x0f\n" +
-	"\rStatusRequest\"\x9c\a\n" +
+	"\rStatusRequest\"\xa5\b\n" +
 	"\x0eStatusResponse\x123\n" +
 	"\acluster\x18\x01 \x01(\v2\x19.entente.state.v1.ClusterR\acluster\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\x04R\brevision\x12\x17\n" +
@@ -5743,7 +6063,11 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\n" +
 	"last_index\x18& \x01(\x04R\tlastIndex\x12\x1b\n" +
 	"\tlog_bytes\x18' \x01(\x04R\blogBytes\x120\n" +
-	"\bupstream\x18U \x01(\v2\x14.entente.v1.UpstreamR\bupstream\"X\n" +
+	"\bupstream\x18U \x01(\v2\x14.entente.v1.UpstreamR\bupstream\x121\n" +
+	"\bisolated\x18x \x03(\v2\x15.entente.v1.IsolationR\bisolated\x123\n" +
+	"\x15acknowledged_revision\x18y \x01(\x04R\x14acknowledgedRevision\x12\x1f\n" +
+	"\vwaiting_for\x18z \x03(\tR\n" +
+	"waitingFor\"X\n" +
 	"\bUpstream\x12\x15\n" +
 	"\x06key_id\x18\x01 \x01(\tR\x05keyId\x12\x1b\n" +
 	"\tnot_after\x18\x02 \x01(\x03R\bnotAfter\x12\x18\n" +
@@ -5824,10 +6148,16 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\adry_run\x18\x03 \x01(\bR\x06dryRun\"_\n" +
 	"\rApplyResponse\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x122\n" +
-	"\achanges\x18\x02 \x03(\v2\x18.entente.v1.ObjectChangeR\achanges\"U\n" +
+	"\achanges\x18\x02 \x03(\v2\x18.entente.v1.ObjectChangeR\achanges\"\x87\x01\n" +
 	"\fObjectChange\x12-\n" +
 	"\x03key\x18\x01 \x01(\v2\x1b.entente.state.v1.ObjectKeyR\x03key\x12\x16\n" +
-	"\x06action\x18\x02 \x01(\tR\x06action\"G\n" +
+	"\x06action\x18\x02 \x01(\tR\x06action\x120\n" +
+	"\x06before\x18d \x01(\v2\x18.entente.state.v1.ObjectR\x06before\"\x0f\n" +
+	"\rWhoAmIRequest\"y\n" +
+	"\x0eWhoAmIResponse\x12\x10\n" +
+	"\x03who\x18\x01 \x01(\tR\x03who\x12\x1a\n" +
+	"\boperator\x18\x02 \x01(\bR\boperator\x129\n" +
+	"\bbindings\x18\x03 \x03(\v2\x1d.entente.state.v1.RoleBindingR\bbindings\"G\n" +
 	"\x10GetBundleRequest\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x10\n" +
 	"\x03wit\x18\x02 \x01(\bR\x03wit\"'\n" +
@@ -5919,11 +6249,12 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x05after\x18\x02 \x01(\tR\x05after\"Y\n" +
 	"\x12ListAgentsResponse\x12/\n" +
 	"\x06agents\x18\x01 \x03(\v2\x17.entente.v1.AgentStatusR\x06agents\x12\x12\n" +
-	"\x04more\x18\x02 \x01(\bR\x04more\"j\n" +
+	"\x04more\x18\x02 \x01(\bR\x04more\"\x86\x01\n" +
 	"\vAgentStatus\x12-\n" +
 	"\x05agent\x18\x01 \x01(\v2\x17.entente.state.v1.AgentR\x05agent\x12\x18\n" +
 	"\aentries\x18\x02 \x01(\rR\aentries\x12\x12\n" +
-	"\x04here\x18\x03 \x01(\bR\x04here\"%\n" +
+	"\x04here\x18\x03 \x01(\bR\x04here\x12\x1a\n" +
+	"\bisolated\x18x \x01(\bR\bisolated\"%\n" +
 	"\x0fGetAgentRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\"\xaa\x01\n" +
 	"\x10GetAgentResponse\x12/\n" +
@@ -5933,7 +6264,19 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x12ChangeAgentRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\"1\n" +
 	"\x13ChangeAgentResponse\x12\x1a\n" +
-	"\brevision\x18\x01 \x01(\x04R\brevision\"\x13\n" +
+	"\brevision\x18\x01 \x01(\x04R\brevision\"A\n" +
+	"\x13IsolateAgentRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\"K\n" +
+	"\x14IsolateAgentResponse\x123\n" +
+	"\tisolation\x18\x01 \x01(\v2\x15.entente.v1.IsolationR\tisolation\"\xa8\x01\n" +
+	"\tIsolation\x12-\n" +
+	"\x05agent\x18\x01 \x01(\v2\x17.entente.state.v1.AgentR\x05agent\x12\x10\n" +
+	"\x03who\x18\x02 \x01(\tR\x03who\x12\x16\n" +
+	"\x06reason\x18\x03 \x01(\tR\x06reason\x12!\n" +
+	"\funix_seconds\x18\x04 \x01(\x03R\vunixSeconds\x12\x1f\n" +
+	"\vnot_written\x18\x05 \x01(\tR\n" +
+	"notWritten\"\x13\n" +
 	"\x11ListTokensRequest\"`\n" +
 	"\x12ListTokensResponse\x12/\n" +
 	"\x06tokens\x18\x01 \x03(\v2\x17.entente.state.v1.TokenR\x06tokens\x12\x19\n" +
@@ -5982,7 +6325,7 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x04Sign\x12E\n" +
 	"\bSignX509\x12\x1b.entente.v1.SignX509Request\x1a\x1c.entente.v1.SignX509Response\x12B\n" +
 	"\aSignJWT\x12\x1a.entente.v1.SignJWTRequest\x1a\x1b.entente.v1.SignJWTResponse\x12B\n" +
-	"\aSignWIT\x12\x1a.entente.v1.SignWITRequest\x1a\x1b.entente.v1.SignWITResponse2\xb7\x0e\n" +
+	"\aSignWIT\x12\x1a.entente.v1.SignWITRequest\x1a\x1b.entente.v1.SignWITResponse2\xcb\x0f\n" +
 	"\x05Admin\x12?\n" +
 	"\x06Status\x12\x19.entente.v1.StatusRequest\x1a\x1a.entente.v1.StatusResponse\x12N\n" +
 	"\vCreateToken\x12\x1e.entente.v1.CreateTokenRequest\x1a\x1f.entente.v1.CreateTokenResponse\x12<\n" +
@@ -6000,7 +6343,8 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\bGetAgent\x12\x1b.entente.v1.GetAgentRequest\x1a\x1c.entente.v1.GetAgentResponse\x12K\n" +
 	"\bBanAgent\x12\x1e.entente.v1.ChangeAgentRequest\x1a\x1f.entente.v1.ChangeAgentResponse\x12M\n" +
 	"\n" +
-	"EvictAgent\x12\x1e.entente.v1.ChangeAgentRequest\x1a\x1f.entente.v1.ChangeAgentResponse\x12K\n" +
+	"EvictAgent\x12\x1e.entente.v1.ChangeAgentRequest\x1a\x1f.entente.v1.ChangeAgentResponse\x12Q\n" +
+	"\fIsolateAgent\x12\x1f.entente.v1.IsolateAgentRequest\x1a .entente.v1.IsolateAgentResponse\x12K\n" +
 	"\n" +
 	"ListTokens\x12\x1d.entente.v1.ListTokensRequest\x1a\x1e.entente.v1.ListTokensResponse\x12N\n" +
 	"\vRevokeToken\x12\x1e.entente.v1.RevokeTokenRequest\x1a\x1f.entente.v1.RevokeTokenResponse\x12T\n" +
@@ -6010,7 +6354,8 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\fCountEntries\x12\x1e.entente.v1.ListEntriesRequest\x1a .entente.v1.CountEntriesResponse\x12S\n" +
 	"\fSaveSnapshot\x12\x1f.entente.v1.SaveSnapshotRequest\x1a .entente.v1.SaveSnapshotResponse0\x01\x12H\n" +
 	"\tListNodes\x12\x1c.entente.v1.ListNodesRequest\x1a\x1d.entente.v1.ListNodesResponse\x12N\n" +
-	"\vPromoteNode\x12\x1e.entente.v1.PromoteNodeRequest\x1a\x1f.entente.v1.PromoteNodeResponse2\xee\x04\n" +
+	"\vPromoteNode\x12\x1e.entente.v1.PromoteNodeRequest\x1a\x1f.entente.v1.PromoteNodeResponse\x12?\n" +
+	"\x06WhoAmI\x12\x19.entente.v1.WhoAmIRequest\x1a\x1a.entente.v1.WhoAmIResponse2\xee\x04\n" +
 	"\x04Peer\x12B\n" +
 	"\aPropose\x12\x1a.entente.v1.ProposeRequest\x1a\x1b.entente.v1.ProposeResponse\x12?\n" +
 	"\x06Report\x12\x19.entente.v1.ReportRequest\x1a\x1a.entente.v1.ReportResponse\x12G\n" +
@@ -6035,7 +6380,7 @@ func file_entente_v1_entente_proto_rawDescGZIP() []byte {
 }
 
 var file_entente_v1_entente_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_entente_v1_entente_proto_msgTypes = make([]protoimpl.MessageInfo, 93)
+var file_entente_v1_entente_proto_msgTypes = make([]protoimpl.MessageInfo, 98)
 var file_entente_v1_entente_proto_goTypes = []any{
 	(Health)(0),                     // 0: entente.v1.Health
 	(*JoinRequest)(nil),             // 1: entente.v1.JoinRequest
@@ -6089,69 +6434,75 @@ var file_entente_v1_entente_proto_goTypes = []any{
 	(*ApplyRequest)(nil),            // 49: entente.v1.ApplyRequest
 	(*ApplyResponse)(nil),           // 50: entente.v1.ApplyResponse
 	(*ObjectChange)(nil),            // 51: entente.v1.ObjectChange
-	(*GetBundleRequest)(nil),        // 52: entente.v1.GetBundleRequest
-	(*GetBundleResponse)(nil),       // 53: entente.v1.GetBundleResponse
-	(*ProposeRequest)(nil),          // 54: entente.v1.ProposeRequest
-	(*ProposeResponse)(nil),         // 55: entente.v1.ProposeResponse
-	(*ReportRequest)(nil),           // 56: entente.v1.ReportRequest
-	(*HeldAuthority)(nil),           // 57: entente.v1.HeldAuthority
-	(*ReportResponse)(nil),          // 58: entente.v1.ReportResponse
-	(*GateRequest)(nil),             // 59: entente.v1.GateRequest
-	(*GateResponse)(nil),            // 60: entente.v1.GateResponse
-	(*AuthorityGate)(nil),           // 61: entente.v1.AuthorityGate
-	(*MarkReadyRequest)(nil),        // 62: entente.v1.MarkReadyRequest
-	(*MarkReadyResponse)(nil),       // 63: entente.v1.MarkReadyResponse
-	(*Picture)(nil),                 // 64: entente.v1.Picture
-	(*PresenceRequest)(nil),         // 65: entente.v1.PresenceRequest
-	(*PresenceResponse)(nil),        // 66: entente.v1.PresenceResponse
-	(*ListAuthoritiesRequest)(nil),  // 67: entente.v1.ListAuthoritiesRequest
-	(*ListAuthoritiesResponse)(nil), // 68: entente.v1.ListAuthoritiesResponse
-	(*AuthorityStatus)(nil),         // 69: entente.v1.AuthorityStatus
-	(*PrepareAuthorityRequest)(nil), // 70: entente.v1.PrepareAuthorityRequest
-	(*ChangeAuthorityRequest)(nil),  // 71: entente.v1.ChangeAuthorityRequest
-	(*ChangeAuthorityResponse)(nil), // 72: entente.v1.ChangeAuthorityResponse
-	(*RemoveNodeRequest)(nil),       // 73: entente.v1.RemoveNodeRequest
-	(*RemoveNodeResponse)(nil),      // 74: entente.v1.RemoveNodeResponse
-	(*ListAgentsRequest)(nil),       // 75: entente.v1.ListAgentsRequest
-	(*ListAgentsResponse)(nil),      // 76: entente.v1.ListAgentsResponse
-	(*AgentStatus)(nil),             // 77: entente.v1.AgentStatus
-	(*GetAgentRequest)(nil),         // 78: entente.v1.GetAgentRequest
-	(*GetAgentResponse)(nil),        // 79: entente.v1.GetAgentResponse
-	(*ChangeAgentRequest)(nil),      // 80: entente.v1.ChangeAgentRequest
-	(*ChangeAgentResponse)(nil),     // 81: entente.v1.ChangeAgentResponse
-	(*ListTokensRequest)(nil),       // 82: entente.v1.ListTokensRequest
-	(*ListTokensResponse)(nil),      // 83: entente.v1.ListTokensResponse
-	(*RevokeTokenRequest)(nil),      // 84: entente.v1.RevokeTokenRequest
-	(*RevokeTokenResponse)(nil),     // 85: entente.v1.RevokeTokenResponse
-	(*ChangeEntriesRequest)(nil),    // 86: entente.v1.ChangeEntriesRequest
-	(*ChangeEntriesResponse)(nil),   // 87: entente.v1.ChangeEntriesResponse
-	(*EntryResult)(nil),             // 88: entente.v1.EntryResult
-	(*ListEntriesRequest)(nil),      // 89: entente.v1.ListEntriesRequest
-	(*ListEntriesResponse)(nil),     // 90: entente.v1.ListEntriesResponse
-	(*GetEntryRequest)(nil),         // 91: entente.v1.GetEntryRequest
-	(*GetEntryResponse)(nil),        // 92: entente.v1.GetEntryResponse
-	(*CountEntriesResponse)(nil),    // 93: entente.v1.CountEntriesResponse
-	(*v1.Member)(nil),               // 94: entente.state.v1.Member
-	(*v1.Cluster)(nil),              // 95: entente.state.v1.Cluster
-	(*v1.Agent)(nil),                // 96: entente.state.v1.Agent
-	(*v1.Distrust)(nil),             // 97: entente.state.v1.Distrust
-	(*v1.Entry)(nil),                // 98: entente.state.v1.Entry
-	(*v1.Object)(nil),               // 99: entente.state.v1.Object
-	(*v1.ObjectKey)(nil),            // 100: entente.state.v1.ObjectKey
-	(*v1.Authority)(nil),            // 101: entente.state.v1.Authority
-	(v1.KeyUse)(0),                  // 102: entente.state.v1.KeyUse
-	(*v1.NodeGrant)(nil),            // 103: entente.state.v1.NodeGrant
-	(*v1.AgentGrant)(nil),           // 104: entente.state.v1.AgentGrant
-	(*v1.Token)(nil),                // 105: entente.state.v1.Token
-	(*v1.EntryChange)(nil),          // 106: entente.state.v1.EntryChange
+	(*WhoAmIRequest)(nil),           // 52: entente.v1.WhoAmIRequest
+	(*WhoAmIResponse)(nil),          // 53: entente.v1.WhoAmIResponse
+	(*GetBundleRequest)(nil),        // 54: entente.v1.GetBundleRequest
+	(*GetBundleResponse)(nil),       // 55: entente.v1.GetBundleResponse
+	(*ProposeRequest)(nil),          // 56: entente.v1.ProposeRequest
+	(*ProposeResponse)(nil),         // 57: entente.v1.ProposeResponse
+	(*ReportRequest)(nil),           // 58: entente.v1.ReportRequest
+	(*HeldAuthority)(nil),           // 59: entente.v1.HeldAuthority
+	(*ReportResponse)(nil),          // 60: entente.v1.ReportResponse
+	(*GateRequest)(nil),             // 61: entente.v1.GateRequest
+	(*GateResponse)(nil),            // 62: entente.v1.GateResponse
+	(*AuthorityGate)(nil),           // 63: entente.v1.AuthorityGate
+	(*MarkReadyRequest)(nil),        // 64: entente.v1.MarkReadyRequest
+	(*MarkReadyResponse)(nil),       // 65: entente.v1.MarkReadyResponse
+	(*Picture)(nil),                 // 66: entente.v1.Picture
+	(*PresenceRequest)(nil),         // 67: entente.v1.PresenceRequest
+	(*PresenceResponse)(nil),        // 68: entente.v1.PresenceResponse
+	(*ListAuthoritiesRequest)(nil),  // 69: entente.v1.ListAuthoritiesRequest
+	(*ListAuthoritiesResponse)(nil), // 70: entente.v1.ListAuthoritiesResponse
+	(*AuthorityStatus)(nil),         // 71: entente.v1.AuthorityStatus
+	(*PrepareAuthorityRequest)(nil), // 72: entente.v1.PrepareAuthorityRequest
+	(*ChangeAuthorityRequest)(nil),  // 73: entente.v1.ChangeAuthorityRequest
+	(*ChangeAuthorityResponse)(nil), // 74: entente.v1.ChangeAuthorityResponse
+	(*RemoveNodeRequest)(nil),       // 75: entente.v1.RemoveNodeRequest
+	(*RemoveNodeResponse)(nil),      // 76: entente.v1.RemoveNodeResponse
+	(*ListAgentsRequest)(nil),       // 77: entente.v1.ListAgentsRequest
+	(*ListAgentsResponse)(nil),      // 78: entente.v1.ListAgentsResponse
+	(*AgentStatus)(nil),             // 79: entente.v1.AgentStatus
+	(*GetAgentRequest)(nil),         // 80: entente.v1.GetAgentRequest
+	(*GetAgentResponse)(nil),        // 81: entente.v1.GetAgentResponse
+	(*ChangeAgentRequest)(nil),      // 82: entente.v1.ChangeAgentRequest
+	(*ChangeAgentResponse)(nil),     // 83: entente.v1.ChangeAgentResponse
+	(*IsolateAgentRequest)(nil),     // 84: entente.v1.IsolateAgentRequest
+	(*IsolateAgentResponse)(nil),    // 85: entente.v1.IsolateAgentResponse
+	(*Isolation)(nil),               // 86: entente.v1.Isolation
+	(*ListTokensRequest)(nil),       // 87: entente.v1.ListTokensRequest
+	(*ListTokensResponse)(nil),      // 88: entente.v1.ListTokensResponse
+	(*RevokeTokenRequest)(nil),      // 89: entente.v1.RevokeTokenRequest
+	(*RevokeTokenResponse)(nil),     // 90: entente.v1.RevokeTokenResponse
+	(*ChangeEntriesRequest)(nil),    // 91: entente.v1.ChangeEntriesRequest
+	(*ChangeEntriesResponse)(nil),   // 92: entente.v1.ChangeEntriesResponse
+	(*EntryResult)(nil),             // 93: entente.v1.EntryResult
+	(*ListEntriesRequest)(nil),      // 94: entente.v1.ListEntriesRequest
+	(*ListEntriesResponse)(nil),     // 95: entente.v1.ListEntriesResponse
+	(*GetEntryRequest)(nil),         // 96: entente.v1.GetEntryRequest
+	(*GetEntryResponse)(nil),        // 97: entente.v1.GetEntryResponse
+	(*CountEntriesResponse)(nil),    // 98: entente.v1.CountEntriesResponse
+	(*v1.Member)(nil),               // 99: entente.state.v1.Member
+	(*v1.Cluster)(nil),              // 100: entente.state.v1.Cluster
+	(*v1.Agent)(nil),                // 101: entente.state.v1.Agent
+	(*v1.Distrust)(nil),             // 102: entente.state.v1.Distrust
+	(*v1.Entry)(nil),                // 103: entente.state.v1.Entry
+	(*v1.Object)(nil),               // 104: entente.state.v1.Object
+	(*v1.ObjectKey)(nil),            // 105: entente.state.v1.ObjectKey
+	(*v1.Authority)(nil),            // 106: entente.state.v1.Authority
+	(v1.KeyUse)(0),                  // 107: entente.state.v1.KeyUse
+	(*v1.NodeGrant)(nil),            // 108: entente.state.v1.NodeGrant
+	(*v1.AgentGrant)(nil),           // 109: entente.state.v1.AgentGrant
+	(*v1.RoleBinding)(nil),          // 110: entente.state.v1.RoleBinding
+	(*v1.Token)(nil),                // 111: entente.state.v1.Token
+	(*v1.EntryChange)(nil),          // 112: entente.state.v1.EntryChange
 }
 var file_entente_v1_entente_proto_depIdxs = []int32{
-	94,  // 0: entente.v1.JoinResponse.member:type_name -> entente.state.v1.Member
-	94,  // 1: entente.v1.JoinResponse.members:type_name -> entente.state.v1.Member
-	95,  // 2: entente.v1.JoinResponse.cluster:type_name -> entente.state.v1.Cluster
-	94,  // 3: entente.v1.AttestResponse.members:type_name -> entente.state.v1.Member
-	95,  // 4: entente.v1.AttestResponse.cluster:type_name -> entente.state.v1.Cluster
-	96,  // 5: entente.v1.AttestResponse.agent:type_name -> entente.state.v1.Agent
+	99,  // 0: entente.v1.JoinResponse.member:type_name -> entente.state.v1.Member
+	99,  // 1: entente.v1.JoinResponse.members:type_name -> entente.state.v1.Member
+	100, // 2: entente.v1.JoinResponse.cluster:type_name -> entente.state.v1.Cluster
+	99,  // 3: entente.v1.AttestResponse.members:type_name -> entente.state.v1.Member
+	100, // 4: entente.v1.AttestResponse.cluster:type_name -> entente.state.v1.Cluster
+	101, // 5: entente.v1.AttestResponse.agent:type_name -> entente.state.v1.Agent
 	6,   // 6: entente.v1.SyncRequest.hello:type_name -> entente.v1.Hello
 	7,   // 7: entente.v1.SyncRequest.ack:type_name -> entente.v1.Ack
 	8,   // 8: entente.v1.SyncRequest.report:type_name -> entente.v1.InstanceReport
@@ -6161,14 +6512,14 @@ var file_entente_v1_entente_proto_depIdxs = []int32{
 	14,  // 12: entente.v1.SyncResponse.presence:type_name -> entente.v1.Presence
 	15,  // 13: entente.v1.SyncResponse.heartbeat:type_name -> entente.v1.Heartbeat
 	11,  // 14: entente.v1.SyncResponse.urgent:type_name -> entente.v1.Urgent
-	97,  // 15: entente.v1.Urgent.distrust:type_name -> entente.state.v1.Distrust
-	95,  // 16: entente.v1.Policy.cluster:type_name -> entente.state.v1.Cluster
-	98,  // 17: entente.v1.Policy.entries:type_name -> entente.state.v1.Entry
+	102, // 15: entente.v1.Urgent.distrust:type_name -> entente.state.v1.Distrust
+	100, // 16: entente.v1.Policy.cluster:type_name -> entente.state.v1.Cluster
+	103, // 17: entente.v1.Policy.entries:type_name -> entente.state.v1.Entry
 	13,  // 18: entente.v1.Policy.bundles:type_name -> entente.v1.Bundle
-	99,  // 19: entente.v1.Policy.objects:type_name -> entente.state.v1.Object
-	100, // 20: entente.v1.Policy.deleted_objects:type_name -> entente.state.v1.ObjectKey
-	94,  // 21: entente.v1.Policy.members:type_name -> entente.state.v1.Member
-	97,  // 22: entente.v1.Policy.distrust:type_name -> entente.state.v1.Distrust
+	104, // 19: entente.v1.Policy.objects:type_name -> entente.state.v1.Object
+	105, // 20: entente.v1.Policy.deleted_objects:type_name -> entente.state.v1.ObjectKey
+	99,  // 21: entente.v1.Policy.members:type_name -> entente.state.v1.Member
+	102, // 22: entente.v1.Policy.distrust:type_name -> entente.state.v1.Distrust
 	9,   // 23: entente.v1.Presence.instances:type_name -> entente.v1.Instance
 	9,   // 24: entente.v1.Presence.withdrawn:type_name -> entente.v1.Instance
 	17,  // 25: entente.v1.SignX509Request.requests:type_name -> entente.v1.X509Request
@@ -6177,129 +6528,138 @@ var file_entente_v1_entente_proto_depIdxs = []int32{
 	26,  // 28: entente.v1.SignJWTResponse.results:type_name -> entente.v1.TokenResult
 	24,  // 29: entente.v1.SignWITRequest.requests:type_name -> entente.v1.WITRequest
 	26,  // 30: entente.v1.SignWITResponse.results:type_name -> entente.v1.TokenResult
-	95,  // 31: entente.v1.StatusResponse.cluster:type_name -> entente.state.v1.Cluster
+	100, // 31: entente.v1.StatusResponse.cluster:type_name -> entente.state.v1.Cluster
 	32,  // 32: entente.v1.StatusResponse.members:type_name -> entente.v1.MemberStatus
-	101, // 33: entente.v1.StatusResponse.authorities:type_name -> entente.state.v1.Authority
+	106, // 33: entente.v1.StatusResponse.authorities:type_name -> entente.state.v1.Authority
 	46,  // 34: entente.v1.StatusResponse.foreign:type_name -> entente.v1.ForeignBundleStatus
 	9,   // 35: entente.v1.StatusResponse.instances:type_name -> entente.v1.Instance
 	30,  // 36: entente.v1.StatusResponse.autonomy:type_name -> entente.v1.Autonomy
 	29,  // 37: entente.v1.StatusResponse.upstream:type_name -> entente.v1.Upstream
-	31,  // 38: entente.v1.Autonomy.uses:type_name -> entente.v1.UseAutonomy
-	102, // 39: entente.v1.UseAutonomy.use:type_name -> entente.state.v1.KeyUse
-	94,  // 40: entente.v1.MemberStatus.member:type_name -> entente.state.v1.Member
-	37,  // 41: entente.v1.ListNodesResponse.nodes:type_name -> entente.v1.NodeProgress
-	94,  // 42: entente.v1.NodeProgress.member:type_name -> entente.state.v1.Member
-	94,  // 43: entente.v1.VouchResponse.member:type_name -> entente.state.v1.Member
-	103, // 44: entente.v1.CreateTokenRequest.node:type_name -> entente.state.v1.NodeGrant
-	104, // 45: entente.v1.CreateTokenRequest.agent:type_name -> entente.state.v1.AgentGrant
-	99,  // 46: entente.v1.ApplyRequest.objects:type_name -> entente.state.v1.Object
-	100, // 47: entente.v1.ApplyRequest.deletes:type_name -> entente.state.v1.ObjectKey
-	51,  // 48: entente.v1.ApplyResponse.changes:type_name -> entente.v1.ObjectChange
-	100, // 49: entente.v1.ObjectChange.key:type_name -> entente.state.v1.ObjectKey
-	57,  // 50: entente.v1.ReportRequest.held:type_name -> entente.v1.HeldAuthority
-	61,  // 51: entente.v1.GateResponse.authorities:type_name -> entente.v1.AuthorityGate
-	12,  // 52: entente.v1.Picture.policy:type_name -> entente.v1.Policy
-	14,  // 53: entente.v1.Picture.presence:type_name -> entente.v1.Presence
-	9,   // 54: entente.v1.PresenceResponse.instances:type_name -> entente.v1.Instance
-	9,   // 55: entente.v1.PresenceResponse.withdrawn:type_name -> entente.v1.Instance
-	69,  // 56: entente.v1.ListAuthoritiesResponse.authorities:type_name -> entente.v1.AuthorityStatus
-	101, // 57: entente.v1.AuthorityStatus.authority:type_name -> entente.state.v1.Authority
-	102, // 58: entente.v1.PrepareAuthorityRequest.use:type_name -> entente.state.v1.KeyUse
-	101, // 59: entente.v1.ChangeAuthorityResponse.authority:type_name -> entente.state.v1.Authority
-	101, // 60: entente.v1.ChangeAuthorityResponse.signing:type_name -> entente.state.v1.Authority
-	94,  // 61: entente.v1.RemoveNodeResponse.member:type_name -> entente.state.v1.Member
-	101, // 62: entente.v1.RemoveNodeResponse.authorities:type_name -> entente.state.v1.Authority
-	77,  // 63: entente.v1.ListAgentsResponse.agents:type_name -> entente.v1.AgentStatus
-	96,  // 64: entente.v1.AgentStatus.agent:type_name -> entente.state.v1.Agent
-	77,  // 65: entente.v1.GetAgentResponse.status:type_name -> entente.v1.AgentStatus
-	98,  // 66: entente.v1.GetAgentResponse.entries:type_name -> entente.state.v1.Entry
-	9,   // 67: entente.v1.GetAgentResponse.instances:type_name -> entente.v1.Instance
-	105, // 68: entente.v1.ListTokensResponse.tokens:type_name -> entente.state.v1.Token
-	106, // 69: entente.v1.ChangeEntriesRequest.changes:type_name -> entente.state.v1.EntryChange
-	88,  // 70: entente.v1.ChangeEntriesResponse.results:type_name -> entente.v1.EntryResult
-	98,  // 71: entente.v1.ListEntriesResponse.entries:type_name -> entente.state.v1.Entry
-	98,  // 72: entente.v1.GetEntryResponse.entry:type_name -> entente.state.v1.Entry
-	1,   // 73: entente.v1.Join.Join:input_type -> entente.v1.JoinRequest
-	3,   // 74: entente.v1.Attest.Attest:input_type -> entente.v1.AttestRequest
-	5,   // 75: entente.v1.Sync.Sync:input_type -> entente.v1.SyncRequest
-	16,  // 76: entente.v1.Sign.SignX509:input_type -> entente.v1.SignX509Request
-	20,  // 77: entente.v1.Sign.SignJWT:input_type -> entente.v1.SignJWTRequest
-	23,  // 78: entente.v1.Sign.SignWIT:input_type -> entente.v1.SignWITRequest
-	27,  // 79: entente.v1.Admin.Status:input_type -> entente.v1.StatusRequest
-	47,  // 80: entente.v1.Admin.CreateToken:input_type -> entente.v1.CreateTokenRequest
-	49,  // 81: entente.v1.Admin.Apply:input_type -> entente.v1.ApplyRequest
-	52,  // 82: entente.v1.Admin.GetBundle:input_type -> entente.v1.GetBundleRequest
-	67,  // 83: entente.v1.Admin.ListAuthorities:input_type -> entente.v1.ListAuthoritiesRequest
-	70,  // 84: entente.v1.Admin.PrepareAuthority:input_type -> entente.v1.PrepareAuthorityRequest
-	71,  // 85: entente.v1.Admin.ActivateAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	71,  // 86: entente.v1.Admin.TaintAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	71,  // 87: entente.v1.Admin.RevokeAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	73,  // 88: entente.v1.Admin.RemoveNode:input_type -> entente.v1.RemoveNodeRequest
-	75,  // 89: entente.v1.Admin.ListAgents:input_type -> entente.v1.ListAgentsRequest
-	78,  // 90: entente.v1.Admin.GetAgent:input_type -> entente.v1.GetAgentRequest
-	80,  // 91: entente.v1.Admin.BanAgent:input_type -> entente.v1.ChangeAgentRequest
-	80,  // 92: entente.v1.Admin.EvictAgent:input_type -> entente.v1.ChangeAgentRequest
-	82,  // 93: entente.v1.Admin.ListTokens:input_type -> entente.v1.ListTokensRequest
-	84,  // 94: entente.v1.Admin.RevokeToken:input_type -> entente.v1.RevokeTokenRequest
-	86,  // 95: entente.v1.Admin.ChangeEntries:input_type -> entente.v1.ChangeEntriesRequest
-	89,  // 96: entente.v1.Admin.ListEntries:input_type -> entente.v1.ListEntriesRequest
-	91,  // 97: entente.v1.Admin.GetEntry:input_type -> entente.v1.GetEntryRequest
-	89,  // 98: entente.v1.Admin.CountEntries:input_type -> entente.v1.ListEntriesRequest
-	33,  // 99: entente.v1.Admin.SaveSnapshot:input_type -> entente.v1.SaveSnapshotRequest
-	35,  // 100: entente.v1.Admin.ListNodes:input_type -> entente.v1.ListNodesRequest
-	38,  // 101: entente.v1.Admin.PromoteNode:input_type -> entente.v1.PromoteNodeRequest
-	54,  // 102: entente.v1.Peer.Propose:input_type -> entente.v1.ProposeRequest
-	56,  // 103: entente.v1.Peer.Report:input_type -> entente.v1.ReportRequest
-	65,  // 104: entente.v1.Peer.Presence:input_type -> entente.v1.PresenceRequest
-	59,  // 105: entente.v1.Peer.Gate:input_type -> entente.v1.GateRequest
-	40,  // 106: entente.v1.Peer.Vouch:input_type -> entente.v1.VouchRequest
-	42,  // 107: entente.v1.Peer.Checksum:input_type -> entente.v1.ChecksumRequest
-	35,  // 108: entente.v1.Peer.Nodes:input_type -> entente.v1.ListNodesRequest
-	62,  // 109: entente.v1.Peer.MarkReady:input_type -> entente.v1.MarkReadyRequest
-	44,  // 110: entente.v1.Peer.ShowEpoch:input_type -> entente.v1.ShowEpochRequest
-	2,   // 111: entente.v1.Join.Join:output_type -> entente.v1.JoinResponse
-	4,   // 112: entente.v1.Attest.Attest:output_type -> entente.v1.AttestResponse
-	10,  // 113: entente.v1.Sync.Sync:output_type -> entente.v1.SyncResponse
-	18,  // 114: entente.v1.Sign.SignX509:output_type -> entente.v1.SignX509Response
-	22,  // 115: entente.v1.Sign.SignJWT:output_type -> entente.v1.SignJWTResponse
-	25,  // 116: entente.v1.Sign.SignWIT:output_type -> entente.v1.SignWITResponse
-	28,  // 117: entente.v1.Admin.Status:output_type -> entente.v1.StatusResponse
-	48,  // 118: entente.v1.Admin.CreateToken:output_type -> entente.v1.CreateTokenResponse
-	50,  // 119: entente.v1.Admin.Apply:output_type -> entente.v1.ApplyResponse
-	53,  // 120: entente.v1.Admin.GetBundle:output_type -> entente.v1.GetBundleResponse
-	68,  // 121: entente.v1.Admin.ListAuthorities:output_type -> entente.v1.ListAuthoritiesResponse
-	72,  // 122: entente.v1.Admin.PrepareAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	72,  // 123: entente.v1.Admin.ActivateAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	72,  // 124: entente.v1.Admin.TaintAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	72,  // 125: entente.v1.Admin.RevokeAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	74,  // 126: entente.v1.Admin.RemoveNode:output_type -> entente.v1.RemoveNodeResponse
-	76,  // 127: entente.v1.Admin.ListAgents:output_type -> entente.v1.ListAgentsResponse
-	79,  // 128: entente.v1.Admin.GetAgent:output_type -> entente.v1.GetAgentResponse
-	81,  // 129: entente.v1.Admin.BanAgent:output_type -> entente.v1.ChangeAgentResponse
-	81,  // 130: entente.v1.Admin.EvictAgent:output_type -> entente.v1.ChangeAgentResponse
-	83,  // 131: entente.v1.Admin.ListTokens:output_type -> entente.v1.ListTokensResponse
-	85,  // 132: entente.v1.Admin.RevokeToken:output_type -> entente.v1.RevokeTokenResponse
-	87,  // 133: entente.v1.Admin.ChangeEntries:output_type -> entente.v1.ChangeEntriesResponse
-	90,  // 134: entente.v1.Admin.ListEntries:output_type -> entente.v1.ListEntriesResponse
-	92,  // 135: entente.v1.Admin.GetEntry:output_type -> entente.v1.GetEntryResponse
-	93,  // 136: entente.v1.Admin.CountEntries:output_type -> entente.v1.CountEntriesResponse
-	34,  // 137: entente.v1.Admin.SaveSnapshot:output_type -> entente.v1.SaveSnapshotResponse
-	36,  // 138: entente.v1.Admin.ListNodes:output_type -> entente.v1.ListNodesResponse
-	39,  // 139: entente.v1.Admin.PromoteNode:output_type -> entente.v1.PromoteNodeResponse
-	55,  // 140: entente.v1.Peer.Propose:output_type -> entente.v1.ProposeResponse
-	58,  // 141: entente.v1.Peer.Report:output_type -> entente.v1.ReportResponse
-	66,  // 142: entente.v1.Peer.Presence:output_type -> entente.v1.PresenceResponse
-	60,  // 143: entente.v1.Peer.Gate:output_type -> entente.v1.GateResponse
-	41,  // 144: entente.v1.Peer.Vouch:output_type -> entente.v1.VouchResponse
-	43,  // 145: entente.v1.Peer.Checksum:output_type -> entente.v1.ChecksumResponse
-	36,  // 146: entente.v1.Peer.Nodes:output_type -> entente.v1.ListNodesResponse
-	63,  // 147: entente.v1.Peer.MarkReady:output_type -> entente.v1.MarkReadyResponse
-	45,  // 148: entente.v1.Peer.ShowEpoch:output_type -> entente.v1.ShowEpochResponse
-	111, // [111:149] is the sub-list for method output_type
-	73,  // [73:111] is the sub-list for method input_type
-	73,  // [73:73] is the sub-list for extension type_name
-	73,  // [73:73] is the sub-list for extension extendee
-	0,   // [0:73] is the sub-list for field type_name
+	86,  // 38: entente.v1.StatusResponse.isolated:type_name -> entente.v1.Isolation
+	31,  // 39: entente.v1.Autonomy.uses:type_name -> entente.v1.UseAutonomy
+	107, // 40: entente.v1.UseAutonomy.use:type_name -> entente.state.v1.KeyUse
+	99,  // 41: entente.v1.MemberStatus.member:type_name -> entente.state.v1.Member
+	37,  // 42: entente.v1.ListNodesResponse.nodes:type_name -> entente.v1.NodeProgress
+	99,  // 43: entente.v1.NodeProgress.member:type_name -> entente.state.v1.Member
+	99,  // 44: entente.v1.VouchResponse.member:type_name -> entente.state.v1.Member
+	108, // 45: entente.v1.CreateTokenRequest.node:type_name -> entente.state.v1.NodeGrant
+	109, // 46: entente.v1.CreateTokenRequest.agent:type_name -> entente.state.v1.AgentGrant
+	104, // 47: entente.v1.ApplyRequest.objects:type_name -> entente.state.v1.Object
+	105, // 48: entente.v1.ApplyRequest.deletes:type_name -> entente.state.v1.ObjectKey
+	51,  // 49: entente.v1.ApplyResponse.changes:type_name -> entente.v1.ObjectChange
+	105, // 50: entente.v1.ObjectChange.key:type_name -> entente.state.v1.ObjectKey
+	104, // 51: entente.v1.ObjectChange.before:type_name -> entente.state.v1.Object
+	110, // 52: entente.v1.WhoAmIResponse.bindings:type_name -> entente.state.v1.RoleBinding
+	59,  // 53: entente.v1.ReportRequest.held:type_name -> entente.v1.HeldAuthority
+	63,  // 54: entente.v1.GateResponse.authorities:type_name -> entente.v1.AuthorityGate
+	12,  // 55: entente.v1.Picture.policy:type_name -> entente.v1.Policy
+	14,  // 56: entente.v1.Picture.presence:type_name -> entente.v1.Presence
+	9,   // 57: entente.v1.PresenceResponse.instances:type_name -> entente.v1.Instance
+	9,   // 58: entente.v1.PresenceResponse.withdrawn:type_name -> entente.v1.Instance
+	71,  // 59: entente.v1.ListAuthoritiesResponse.authorities:type_name -> entente.v1.AuthorityStatus
+	106, // 60: entente.v1.AuthorityStatus.authority:type_name -> entente.state.v1.Authority
+	107, // 61: entente.v1.PrepareAuthorityRequest.use:type_name -> entente.state.v1.KeyUse
+	106, // 62: entente.v1.ChangeAuthorityResponse.authority:type_name -> entente.state.v1.Authority
+	106, // 63: entente.v1.ChangeAuthorityResponse.signing:type_name -> entente.state.v1.Authority
+	99,  // 64: entente.v1.RemoveNodeResponse.member:type_name -> entente.state.v1.Member
+	106, // 65: entente.v1.RemoveNodeResponse.authorities:type_name -> entente.state.v1.Authority
+	79,  // 66: entente.v1.ListAgentsResponse.agents:type_name -> entente.v1.AgentStatus
+	101, // 67: entente.v1.AgentStatus.agent:type_name -> entente.state.v1.Agent
+	79,  // 68: entente.v1.GetAgentResponse.status:type_name -> entente.v1.AgentStatus
+	103, // 69: entente.v1.GetAgentResponse.entries:type_name -> entente.state.v1.Entry
+	9,   // 70: entente.v1.GetAgentResponse.instances:type_name -> entente.v1.Instance
+	86,  // 71: entente.v1.IsolateAgentResponse.isolation:type_name -> entente.v1.Isolation
+	101, // 72: entente.v1.Isolation.agent:type_name -> entente.state.v1.Agent
+	111, // 73: entente.v1.ListTokensResponse.tokens:type_name -> entente.state.v1.Token
+	112, // 74: entente.v1.ChangeEntriesRequest.changes:type_name -> entente.state.v1.EntryChange
+	93,  // 75: entente.v1.ChangeEntriesResponse.results:type_name -> entente.v1.EntryResult
+	103, // 76: entente.v1.ListEntriesResponse.entries:type_name -> entente.state.v1.Entry
+	103, // 77: entente.v1.GetEntryResponse.entry:type_name -> entente.state.v1.Entry
+	1,   // 78: entente.v1.Join.Join:input_type -> entente.v1.JoinRequest
+	3,   // 79: entente.v1.Attest.Attest:input_type -> entente.v1.AttestRequest
+	5,   // 80: entente.v1.Sync.Sync:input_type -> entente.v1.SyncRequest
+	16,  // 81: entente.v1.Sign.SignX509:input_type -> entente.v1.SignX509Request
+	20,  // 82: entente.v1.Sign.SignJWT:input_type -> entente.v1.SignJWTRequest
+	23,  // 83: entente.v1.Sign.SignWIT:input_type -> entente.v1.SignWITRequest
+	27,  // 84: entente.v1.Admin.Status:input_type -> entente.v1.StatusRequest
+	47,  // 85: entente.v1.Admin.CreateToken:input_type -> entente.v1.CreateTokenRequest
+	49,  // 86: entente.v1.Admin.Apply:input_type -> entente.v1.ApplyRequest
+	54,  // 87: entente.v1.Admin.GetBundle:input_type -> entente.v1.GetBundleRequest
+	69,  // 88: entente.v1.Admin.ListAuthorities:input_type -> entente.v1.ListAuthoritiesRequest
+	72,  // 89: entente.v1.Admin.PrepareAuthority:input_type -> entente.v1.PrepareAuthorityRequest
+	73,  // 90: entente.v1.Admin.ActivateAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	73,  // 91: entente.v1.Admin.TaintAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	73,  // 92: entente.v1.Admin.RevokeAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	75,  // 93: entente.v1.Admin.RemoveNode:input_type -> entente.v1.RemoveNodeRequest
+	77,  // 94: entente.v1.Admin.ListAgents:input_type -> entente.v1.ListAgentsRequest
+	80,  // 95: entente.v1.Admin.GetAgent:input_type -> entente.v1.GetAgentRequest
+	82,  // 96: entente.v1.Admin.BanAgent:input_type -> entente.v1.ChangeAgentRequest
+	82,  // 97: entente.v1.Admin.EvictAgent:input_type -> entente.v1.ChangeAgentRequest
+	84,  // 98: entente.v1.Admin.IsolateAgent:input_type -> entente.v1.IsolateAgentRequest
+	87,  // 99: entente.v1.Admin.ListTokens:input_type -> entente.v1.ListTokensRequest
+	89,  // 100: entente.v1.Admin.RevokeToken:input_type -> entente.v1.RevokeTokenRequest
+	91,  // 101: entente.v1.Admin.ChangeEntries:input_type -> entente.v1.ChangeEntriesRequest
+	94,  // 102: entente.v1.Admin.ListEntries:input_type -> entente.v1.ListEntriesRequest
+	96,  // 103: entente.v1.Admin.GetEntry:input_type -> entente.v1.GetEntryRequest
+	94,  // 104: entente.v1.Admin.CountEntries:input_type -> entente.v1.ListEntriesRequest
+	33,  // 105: entente.v1.Admin.SaveSnapshot:input_type -> entente.v1.SaveSnapshotRequest
+	35,  // 106: entente.v1.Admin.ListNodes:input_type -> entente.v1.ListNodesRequest
+	38,  // 107: entente.v1.Admin.PromoteNode:input_type -> entente.v1.PromoteNodeRequest
+	52,  // 108: entente.v1.Admin.WhoAmI:input_type -> entente.v1.WhoAmIRequest
+	56,  // 109: entente.v1.Peer.Propose:input_type -> entente.v1.ProposeRequest
+	58,  // 110: entente.v1.Peer.Report:input_type -> entente.v1.ReportRequest
+	67,  // 111: entente.v1.Peer.Presence:input_type -> entente.v1.PresenceRequest
+	61,  // 112: entente.v1.Peer.Gate:input_type -> entente.v1.GateRequest
+	40,  // 113: entente.v1.Peer.Vouch:input_type -> entente.v1.VouchRequest
+	42,  // 114: entente.v1.Peer.Checksum:input_type -> entente.v1.ChecksumRequest
+	35,  // 115: entente.v1.Peer.Nodes:input_type -> entente.v1.ListNodesRequest
+	64,  // 116: entente.v1.Peer.MarkReady:input_type -> entente.v1.MarkReadyRequest
+	44,  // 117: entente.v1.Peer.ShowEpoch:input_type -> entente.v1.ShowEpochRequest
+	2,   // 118: entente.v1.Join.Join:output_type -> entente.v1.JoinResponse
+	4,   // 119: entente.v1.Attest.Attest:output_type -> entente.v1.AttestResponse
+	10,  // 120: entente.v1.Sync.Sync:output_type -> entente.v1.SyncResponse
+	18,  // 121: entente.v1.Sign.SignX509:output_type -> entente.v1.SignX509Response
+	22,  // 122: entente.v1.Sign.SignJWT:output_type -> entente.v1.SignJWTResponse
+	25,  // 123: entente.v1.Sign.SignWIT:output_type -> entente.v1.SignWITResponse
+	28,  // 124: entente.v1.Admin.Status:output_type -> entente.v1.StatusResponse
+	48,  // 125: entente.v1.Admin.CreateToken:output_type -> entente.v1.CreateTokenResponse
+	50,  // 126: entente.v1.Admin.Apply:output_type -> entente.v1.ApplyResponse
+	55,  // 127: entente.v1.Admin.GetBundle:output_type -> entente.v1.GetBundleResponse
+	70,  // 128: entente.v1.Admin.ListAuthorities:output_type -> entente.v1.ListAuthoritiesResponse
+	74,  // 129: entente.v1.Admin.PrepareAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	74,  // 130: entente.v1.Admin.ActivateAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	74,  // 131: entente.v1.Admin.TaintAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	74,  // 132: entente.v1.Admin.RevokeAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	76,  // 133: entente.v1.Admin.RemoveNode:output_type -> entente.v1.RemoveNodeResponse
+	78,  // 134: entente.v1.Admin.ListAgents:output_type -> entente.v1.ListAgentsResponse
+	81,  // 135: entente.v1.Admin.GetAgent:output_type -> entente.v1.GetAgentResponse
+	83,  // 136: entente.v1.Admin.BanAgent:output_type -> entente.v1.ChangeAgentResponse
+	83,  // 137: entente.v1.Admin.EvictAgent:output_type -> entente.v1.ChangeAgentResponse
+	85,  // 138: entente.v1.Admin.IsolateAgent:output_type -> entente.v1.IsolateAgentResponse
+	88,  // 139: entente.v1.Admin.ListTokens:output_type -> entente.v1.ListTokensResponse
+	90,  // 140: entente.v1.Admin.RevokeToken:output_type -> entente.v1.RevokeTokenResponse
+	92,  // 141: entente.v1.Admin.ChangeEntries:output_type -> entente.v1.ChangeEntriesResponse
+	95,  // 142: entente.v1.Admin.ListEntries:output_type -> entente.v1.ListEntriesResponse
+	97,  // 143: entente.v1.Admin.GetEntry:output_type -> entente.v1.GetEntryResponse
+	98,  // 144: entente.v1.Admin.CountEntries:output_type -> entente.v1.CountEntriesResponse
+	34,  // 145: entente.v1.Admin.SaveSnapshot:output_type -> entente.v1.SaveSnapshotResponse
+	36,  // 146: entente.v1.Admin.ListNodes:output_type -> entente.v1.ListNodesResponse
+	39,  // 147: entente.v1.Admin.PromoteNode:output_type -> entente.v1.PromoteNodeResponse
+	53,  // 148: entente.v1.Admin.WhoAmI:output_type -> entente.v1.WhoAmIResponse
+	57,  // 149: entente.v1.Peer.Propose:output_type -> entente.v1.ProposeResponse
+	60,  // 150: entente.v1.Peer.Report:output_type -> entente.v1.ReportResponse
+	68,  // 151: entente.v1.Peer.Presence:output_type -> entente.v1.PresenceResponse
+	62,  // 152: entente.v1.Peer.Gate:output_type -> entente.v1.GateResponse
+	41,  // 153: entente.v1.Peer.Vouch:output_type -> entente.v1.VouchResponse
+	43,  // 154: entente.v1.Peer.Checksum:output_type -> entente.v1.ChecksumResponse
+	36,  // 155: entente.v1.Peer.Nodes:output_type -> entente.v1.ListNodesResponse
+	65,  // 156: entente.v1.Peer.MarkReady:output_type -> entente.v1.MarkReadyResponse
+	45,  // 157: entente.v1.Peer.ShowEpoch:output_type -> entente.v1.ShowEpochResponse
+	118, // [118:158] is the sub-list for method output_type
+	78,  // [78:118] is the sub-list for method input_type
+	78,  // [78:78] is the sub-list for extension type_name
+	78,  // [78:78] is the sub-list for extension extendee
+	0,   // [0:78] is the sub-list for field type_name
 }
 
 func init() { file_entente_v1_entente_proto_init() }
@@ -6324,7 +6684,7 @@ func file_entente_v1_entente_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_entente_v1_entente_proto_rawDesc), len(file_entente_v1_entente_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   93,
+			NumMessages:   98,
 			NumExtensions: 0,
 			NumServices:   6,
 		},

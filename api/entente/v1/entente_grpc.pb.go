@@ -5,8 +5,8 @@
 // source: entente/v1/entente.proto
 
 // Package entente.v1 holds the doors of a CA node. All of them are gRPC over
-// TLS 1.3 on its API address, except Admin, which is also (and by default only)
-// served on a unix socket of mode 0600.
+// TLS 1.3 on its API address. Admin is served there to administrators, and on a unix
+// socket of mode 0600 to the operators of the node's host.
 
 package ententev1
 
@@ -541,6 +541,7 @@ const (
 	Admin_GetAgent_FullMethodName          = "/entente.v1.Admin/GetAgent"
 	Admin_BanAgent_FullMethodName          = "/entente.v1.Admin/BanAgent"
 	Admin_EvictAgent_FullMethodName        = "/entente.v1.Admin/EvictAgent"
+	Admin_IsolateAgent_FullMethodName      = "/entente.v1.Admin/IsolateAgent"
 	Admin_ListTokens_FullMethodName        = "/entente.v1.Admin/ListTokens"
 	Admin_RevokeToken_FullMethodName       = "/entente.v1.Admin/RevokeToken"
 	Admin_ChangeEntries_FullMethodName     = "/entente.v1.Admin/ChangeEntries"
@@ -550,6 +551,7 @@ const (
 	Admin_SaveSnapshot_FullMethodName      = "/entente.v1.Admin/SaveSnapshot"
 	Admin_ListNodes_FullMethodName         = "/entente.v1.Admin/ListNodes"
 	Admin_PromoteNode_FullMethodName       = "/entente.v1.Admin/PromoteNode"
+	Admin_WhoAmI_FullMethodName            = "/entente.v1.Admin/WhoAmI"
 )
 
 // AdminClient is the client API for Admin service.
@@ -575,6 +577,10 @@ type AdminClient interface {
 	GetAgent(ctx context.Context, in *GetAgentRequest, opts ...grpc.CallOption) (*GetAgentResponse, error)
 	BanAgent(ctx context.Context, in *ChangeAgentRequest, opts ...grpc.CallOption) (*ChangeAgentResponse, error)
 	EvictAgent(ctx context.Context, in *ChangeAgentRequest, opts ...grpc.CallOption) (*ChangeAgentResponse, error)
+	// IsolateAgent bans an agent at this node alone while nothing can be agreed; it is
+	// agreed when that is possible again. FAILED_PRECONDITION: there is quorum, BanAgent
+	// is the way.
+	IsolateAgent(ctx context.Context, in *IsolateAgentRequest, opts ...grpc.CallOption) (*IsolateAgentResponse, error)
 	ListTokens(ctx context.Context, in *ListTokensRequest, opts ...grpc.CallOption) (*ListTokensResponse, error)
 	RevokeToken(ctx context.Context, in *RevokeTokenRequest, opts ...grpc.CallOption) (*RevokeTokenResponse, error)
 	// ChangeEntries has each change answered for itself. Those that can be made are
@@ -589,6 +595,8 @@ type AdminClient interface {
 	ListNodes(ctx context.Context, in *ListNodesRequest, opts ...grpc.CallOption) (*ListNodesResponse, error)
 	// PromoteNode makes a non-voter vote when it has caught up.
 	PromoteNode(ctx context.Context, in *PromoteNodeRequest, opts ...grpc.CallOption) (*PromoteNodeResponse, error)
+	// WhoAmI says as whom the caller is known, and with which roles.
+	WhoAmI(ctx context.Context, in *WhoAmIRequest, opts ...grpc.CallOption) (*WhoAmIResponse, error)
 }
 
 type adminClient struct {
@@ -739,6 +747,16 @@ func (c *adminClient) EvictAgent(ctx context.Context, in *ChangeAgentRequest, op
 	return out, nil
 }
 
+func (c *adminClient) IsolateAgent(ctx context.Context, in *IsolateAgentRequest, opts ...grpc.CallOption) (*IsolateAgentResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(IsolateAgentResponse)
+	err := c.cc.Invoke(ctx, Admin_IsolateAgent_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *adminClient) ListTokens(ctx context.Context, in *ListTokensRequest, opts ...grpc.CallOption) (*ListTokensResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(ListTokensResponse)
@@ -838,6 +856,16 @@ func (c *adminClient) PromoteNode(ctx context.Context, in *PromoteNodeRequest, o
 	return out, nil
 }
 
+func (c *adminClient) WhoAmI(ctx context.Context, in *WhoAmIRequest, opts ...grpc.CallOption) (*WhoAmIResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(WhoAmIResponse)
+	err := c.cc.Invoke(ctx, Admin_WhoAmI_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // AdminServer is the server API for Admin service.
 // All implementations must embed UnimplementedAdminServer
 // for forward compatibility.
@@ -861,6 +889,10 @@ type AdminServer interface {
 	GetAgent(context.Context, *GetAgentRequest) (*GetAgentResponse, error)
 	BanAgent(context.Context, *ChangeAgentRequest) (*ChangeAgentResponse, error)
 	EvictAgent(context.Context, *ChangeAgentRequest) (*ChangeAgentResponse, error)
+	// IsolateAgent bans an agent at this node alone while nothing can be agreed; it is
+	// agreed when that is possible again. FAILED_PRECONDITION: there is quorum, BanAgent
+	// is the way.
+	IsolateAgent(context.Context, *IsolateAgentRequest) (*IsolateAgentResponse, error)
 	ListTokens(context.Context, *ListTokensRequest) (*ListTokensResponse, error)
 	RevokeToken(context.Context, *RevokeTokenRequest) (*RevokeTokenResponse, error)
 	// ChangeEntries has each change answered for itself. Those that can be made are
@@ -875,6 +907,8 @@ type AdminServer interface {
 	ListNodes(context.Context, *ListNodesRequest) (*ListNodesResponse, error)
 	// PromoteNode makes a non-voter vote when it has caught up.
 	PromoteNode(context.Context, *PromoteNodeRequest) (*PromoteNodeResponse, error)
+	// WhoAmI says as whom the caller is known, and with which roles.
+	WhoAmI(context.Context, *WhoAmIRequest) (*WhoAmIResponse, error)
 	mustEmbedUnimplementedAdminServer()
 }
 
@@ -927,6 +961,9 @@ func (UnimplementedAdminServer) BanAgent(context.Context, *ChangeAgentRequest) (
 func (UnimplementedAdminServer) EvictAgent(context.Context, *ChangeAgentRequest) (*ChangeAgentResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method EvictAgent not implemented")
 }
+func (UnimplementedAdminServer) IsolateAgent(context.Context, *IsolateAgentRequest) (*IsolateAgentResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method IsolateAgent not implemented")
+}
 func (UnimplementedAdminServer) ListTokens(context.Context, *ListTokensRequest) (*ListTokensResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ListTokens not implemented")
 }
@@ -953,6 +990,9 @@ func (UnimplementedAdminServer) ListNodes(context.Context, *ListNodesRequest) (*
 }
 func (UnimplementedAdminServer) PromoteNode(context.Context, *PromoteNodeRequest) (*PromoteNodeResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method PromoteNode not implemented")
+}
+func (UnimplementedAdminServer) WhoAmI(context.Context, *WhoAmIRequest) (*WhoAmIResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method WhoAmI not implemented")
 }
 func (UnimplementedAdminServer) mustEmbedUnimplementedAdminServer() {}
 func (UnimplementedAdminServer) testEmbeddedByValue()               {}
@@ -1227,6 +1267,24 @@ func _Admin_EvictAgent_Handler(srv interface{}, ctx context.Context, dec func(in
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Admin_IsolateAgent_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(IsolateAgentRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).IsolateAgent(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_IsolateAgent_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).IsolateAgent(ctx, req.(*IsolateAgentRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Admin_ListTokens_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(ListTokensRequest)
 	if err := dec(in); err != nil {
@@ -1382,6 +1440,24 @@ func _Admin_PromoteNode_Handler(srv interface{}, ctx context.Context, dec func(i
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Admin_WhoAmI_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(WhoAmIRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).WhoAmI(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_WhoAmI_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).WhoAmI(ctx, req.(*WhoAmIRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Admin_ServiceDesc is the grpc.ServiceDesc for Admin service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -1446,6 +1522,10 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 			Handler:    _Admin_EvictAgent_Handler,
 		},
 		{
+			MethodName: "IsolateAgent",
+			Handler:    _Admin_IsolateAgent_Handler,
+		},
+		{
 			MethodName: "ListTokens",
 			Handler:    _Admin_ListTokens_Handler,
 		},
@@ -1476,6 +1556,10 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "PromoteNode",
 			Handler:    _Admin_PromoteNode_Handler,
+		},
+		{
+			MethodName: "WhoAmI",
+			Handler:    _Admin_WhoAmI_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

@@ -282,6 +282,61 @@ func (PathType) EnumDescriptor() ([]byte, []int) {
 	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{4}
 }
 
+type AdminRole int32
+
+const (
+	AdminRole_ADMIN_ROLE_UNSPECIFIED   AdminRole = 0
+	AdminRole_ADMIN_ROLE_VIEWER        AdminRole = 1 // sees
+	AdminRole_ADMIN_ROLE_SERVICE_OWNER AdminRole = 2 // changes services and entries
+	AdminRole_ADMIN_ROLE_API_OWNER     AdminRole = 3 // changes exports, imports and agreements
+	AdminRole_ADMIN_ROLE_TRUST_ADMIN   AdminRole = 4 // everything
+)
+
+// Enum value maps for AdminRole.
+var (
+	AdminRole_name = map[int32]string{
+		0: "ADMIN_ROLE_UNSPECIFIED",
+		1: "ADMIN_ROLE_VIEWER",
+		2: "ADMIN_ROLE_SERVICE_OWNER",
+		3: "ADMIN_ROLE_API_OWNER",
+		4: "ADMIN_ROLE_TRUST_ADMIN",
+	}
+	AdminRole_value = map[string]int32{
+		"ADMIN_ROLE_UNSPECIFIED":   0,
+		"ADMIN_ROLE_VIEWER":        1,
+		"ADMIN_ROLE_SERVICE_OWNER": 2,
+		"ADMIN_ROLE_API_OWNER":     3,
+		"ADMIN_ROLE_TRUST_ADMIN":   4,
+	}
+)
+
+func (x AdminRole) Enum() *AdminRole {
+	p := new(AdminRole)
+	*p = x
+	return p
+}
+
+func (x AdminRole) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (AdminRole) Descriptor() protoreflect.EnumDescriptor {
+	return file_entente_state_v1_state_proto_enumTypes[5].Descriptor()
+}
+
+func (AdminRole) Type() protoreflect.EnumType {
+	return &file_entente_state_v1_state_proto_enumTypes[5]
+}
+
+func (x AdminRole) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use AdminRole.Descriptor instead.
+func (AdminRole) EnumDescriptor() ([]byte, []int) {
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{5}
+}
+
 // Cluster says which CA cluster this is. Written once by Init.
 type Cluster struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -1086,7 +1141,9 @@ type AgentGrant struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"` // SPIFFE path /entente/agent/NAME
 	Datacenter    string                 `protobuf:"bytes,2,opt,name=datacenter,proto3" json:"datacenter,omitempty"`
-	Addresses     []string               `protobuf:"bytes,3,rep,name=addresses,proto3" json:"addresses,omitempty"` // hosts (no port) at which its sidecar may be reached
+	Addresses     []string               `protobuf:"bytes,3,rep,name=addresses,proto3" json:"addresses,omitempty"`                             // hosts (no port) at which its sidecar may be reached
+	Selectors     []string               `protobuf:"bytes,100,rep,name=selectors,proto3" json:"selectors,omitempty"`                           // what entries may demand of the host: "token:rack:r1"
+	PathPrefixes  []string               `protobuf:"bytes,101,rep,name=path_prefixes,json=pathPrefixes,proto3" json:"path_prefixes,omitempty"` // SPIFFE paths at or below which it may hold entries; empty: all
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1142,6 +1199,20 @@ func (x *AgentGrant) GetAddresses() []string {
 	return nil
 }
 
+func (x *AgentGrant) GetSelectors() []string {
+	if x != nil {
+		return x.Selectors
+	}
+	return nil
+}
+
+func (x *AgentGrant) GetPathPrefixes() []string {
+	if x != nil {
+		return x.PathPrefixes
+	}
+	return nil
+}
+
 // Agent is one attested host.
 type Agent struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -1151,6 +1222,9 @@ type Agent struct {
 	Addresses     []string               `protobuf:"bytes,4,rep,name=addresses,proto3" json:"addresses,omitempty"`
 	Generation    uint64                 `protobuf:"varint,5,opt,name=generation,proto3" json:"generation,omitempty"` // revision at which it was attested
 	Banned        bool                   `protobuf:"varint,6,opt,name=banned,proto3" json:"banned,omitempty"`
+	Selectors     []string               `protobuf:"bytes,100,rep,name=selectors,proto3" json:"selectors,omitempty"`                           // of the host, by its token or certificate; sorted
+	PathPrefixes  []string               `protobuf:"bytes,101,rep,name=path_prefixes,json=pathPrefixes,proto3" json:"path_prefixes,omitempty"` // scope: SPIFFE paths at or below which it may hold entries; empty: all
+	Certificate   string                 `protobuf:"bytes,102,opt,name=certificate,proto3" json:"certificate,omitempty"`                       // hex SHA-256 of the certificate that admitted it; empty: a token did
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1227,6 +1301,27 @@ func (x *Agent) GetBanned() bool {
 	return false
 }
 
+func (x *Agent) GetSelectors() []string {
+	if x != nil {
+		return x.Selectors
+	}
+	return nil
+}
+
+func (x *Agent) GetPathPrefixes() []string {
+	if x != nil {
+		return x.PathPrefixes
+	}
+	return nil
+}
+
+func (x *Agent) GetCertificate() string {
+	if x != nil {
+		return x.Certificate
+	}
+	return ""
+}
+
 // Entry says which attested workload gets which SPIFFE ID. Derived from a
 // Service or a Gateway, or declared by itself.
 type Entry struct {
@@ -1243,6 +1338,7 @@ type Entry struct {
 	Hint            string                 `protobuf:"bytes,10,opt,name=hint,proto3" json:"hint,omitempty"`                                              // for the workload: what the identity is for
 	JwtSvidSeconds  uint32                 `protobuf:"varint,11,opt,name=jwt_svid_seconds,json=jwtSvidSeconds,proto3" json:"jwt_svid_seconds,omitempty"` // 0: the domain's
 	WitSvidSeconds  uint32                 `protobuf:"varint,12,opt,name=wit_svid_seconds,json=witSvidSeconds,proto3" json:"wit_svid_seconds,omitempty"` // 0: the domain's
+	NodeSelectors   []string               `protobuf:"bytes,100,rep,name=node_selectors,json=nodeSelectors,proto3" json:"node_selectors,omitempty"`      // what the host must have beside being named: "x509pop:subject:cn:h1"
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -1359,6 +1455,13 @@ func (x *Entry) GetWitSvidSeconds() uint32 {
 		return x.WitSvidSeconds
 	}
 	return 0
+}
+
+func (x *Entry) GetNodeSelectors() []string {
+	if x != nil {
+		return x.NodeSelectors
+	}
+	return nil
 }
 
 // Distrust names SVIDs that must no longer be accepted although they are still
@@ -1543,6 +1646,7 @@ type Object struct {
 	//	*Object_Import
 	//	*Object_Agreement
 	//	*Object_Relationship
+	//	*Object_RoleBinding
 	Kind          isObject_Kind `protobuf_oneof:"kind"`
 	Owner         string        `protobuf:"bytes,10,opt,name=owner,proto3" json:"owner,omitempty"`
 	Revision      uint64        `protobuf:"varint,11,opt,name=revision,proto3" json:"revision,omitempty"` // of its last change; 0 in a proposal
@@ -1633,6 +1737,15 @@ func (x *Object) GetRelationship() *Relationship {
 	return nil
 }
 
+func (x *Object) GetRoleBinding() *RoleBinding {
+	if x != nil {
+		if x, ok := x.Kind.(*Object_RoleBinding); ok {
+			return x.RoleBinding
+		}
+	}
+	return nil
+}
+
 func (x *Object) GetOwner() string {
 	if x != nil {
 		return x.Owner
@@ -1678,6 +1791,10 @@ type Object_Relationship struct {
 	Relationship *Relationship `protobuf:"bytes,5,opt,name=relationship,proto3,oneof"`
 }
 
+type Object_RoleBinding struct {
+	RoleBinding *RoleBinding `protobuf:"bytes,100,opt,name=role_binding,json=roleBinding,proto3,oneof"`
+}
+
 func (*Object_Service) isObject_Kind() {}
 
 func (*Object_Gateway) isObject_Kind() {}
@@ -1687,6 +1804,8 @@ func (*Object_Import) isObject_Kind() {}
 func (*Object_Agreement) isObject_Kind() {}
 
 func (*Object_Relationship) isObject_Kind() {}
+
+func (*Object_RoleBinding) isObject_Kind() {}
 
 type ObjectKey struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -2416,6 +2535,75 @@ func (x *Relationship) GetWit() bool {
 	return false
 }
 
+// RoleBinding makes the holders of SPIFFE IDs of this domain administrators.
+type RoleBinding struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Role          AdminRole              `protobuf:"varint,2,opt,name=role,proto3,enum=entente.state.v1.AdminRole" json:"role,omitempty"`
+	Subjects      []string               `protobuf:"bytes,3,rep,name=subjects,proto3" json:"subjects,omitempty"` // SPIFFE paths
+	Prefixes      []string               `protobuf:"bytes,4,rep,name=prefixes,proto3" json:"prefixes,omitempty"` // SPIFFE paths at or below which the role counts; empty: everywhere
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RoleBinding) Reset() {
+	*x = RoleBinding{}
+	mi := &file_entente_state_v1_state_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RoleBinding) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RoleBinding) ProtoMessage() {}
+
+func (x *RoleBinding) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_state_v1_state_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RoleBinding.ProtoReflect.Descriptor instead.
+func (*RoleBinding) Descriptor() ([]byte, []int) {
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *RoleBinding) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *RoleBinding) GetRole() AdminRole {
+	if x != nil {
+		return x.Role
+	}
+	return AdminRole_ADMIN_ROLE_UNSPECIFIED
+}
+
+func (x *RoleBinding) GetSubjects() []string {
+	if x != nil {
+		return x.Subjects
+	}
+	return nil
+}
+
+func (x *RoleBinding) GetPrefixes() []string {
+	if x != nil {
+		return x.Prefixes
+	}
+	return nil
+}
+
 // ForeignBundle is the last accepted bundle of a peer domain.
 type ForeignBundle struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -2429,7 +2617,7 @@ type ForeignBundle struct {
 
 func (x *ForeignBundle) Reset() {
 	*x = ForeignBundle{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[24]
+	mi := &file_entente_state_v1_state_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2441,7 +2629,7 @@ func (x *ForeignBundle) String() string {
 func (*ForeignBundle) ProtoMessage() {}
 
 func (x *ForeignBundle) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[24]
+	mi := &file_entente_state_v1_state_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2454,7 +2642,7 @@ func (x *ForeignBundle) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForeignBundle.ProtoReflect.Descriptor instead.
 func (*ForeignBundle) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{24}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ForeignBundle) GetTrustDomain() string {
@@ -2491,7 +2679,8 @@ type Command struct {
 	state      protoimpl.MessageState `protogen:"open.v1"`
 	IfRevision uint64                 `protobuf:"varint,1,opt,name=if_revision,json=ifRevision,proto3" json:"if_revision,omitempty"` // compare-and-swap on the state's catalogue revision; 0: none
 	Ignorable  bool                   `protobuf:"varint,2,opt,name=ignorable,proto3" json:"ignorable,omitempty"`
-	Actor      string                 `protobuf:"bytes,3,opt,name=actor,proto3" json:"actor,omitempty"` // who asked, for the audit log
+	Actor      string                 `protobuf:"bytes,3,opt,name=actor,proto3" json:"actor,omitempty"`           // who asked, for the audit log
+	Principal  string                 `protobuf:"bytes,100,opt,name=principal,proto3" json:"principal,omitempty"` // SPIFFE path of the administrator whose roles must allow it; empty: an operator of a CA node's host, or the node itself
 	// Types that are valid to be assigned to Body:
 	//
 	//	*Command_Init
@@ -2517,6 +2706,8 @@ type Command struct {
 	//	*Command_PromoteMember
 	//	*Command_StageObjects
 	//	*Command_ApplyStaged
+	//	*Command_AdmitAgent
+	//	*Command_MergeBans
 	Body          isCommand_Body `protobuf_oneof:"body"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2524,7 +2715,7 @@ type Command struct {
 
 func (x *Command) Reset() {
 	*x = Command{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[25]
+	mi := &file_entente_state_v1_state_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2536,7 +2727,7 @@ func (x *Command) String() string {
 func (*Command) ProtoMessage() {}
 
 func (x *Command) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[25]
+	mi := &file_entente_state_v1_state_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2549,7 +2740,7 @@ func (x *Command) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Command.ProtoReflect.Descriptor instead.
 func (*Command) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{25}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Command) GetIfRevision() uint64 {
@@ -2569,6 +2760,13 @@ func (x *Command) GetIgnorable() bool {
 func (x *Command) GetActor() string {
 	if x != nil {
 		return x.Actor
+	}
+	return ""
+}
+
+func (x *Command) GetPrincipal() string {
+	if x != nil {
+		return x.Principal
 	}
 	return ""
 }
@@ -2787,6 +2985,24 @@ func (x *Command) GetApplyStaged() *ApplyStaged {
 	return nil
 }
 
+func (x *Command) GetAdmitAgent() *AdmitAgent {
+	if x != nil {
+		if x, ok := x.Body.(*Command_AdmitAgent); ok {
+			return x.AdmitAgent
+		}
+	}
+	return nil
+}
+
+func (x *Command) GetMergeBans() *MergeBans {
+	if x != nil {
+		if x, ok := x.Body.(*Command_MergeBans); ok {
+			return x.MergeBans
+		}
+	}
+	return nil
+}
+
 type isCommand_Body interface {
 	isCommand_Body()
 }
@@ -2883,6 +3099,14 @@ type Command_ApplyStaged struct {
 	ApplyStaged *ApplyStaged `protobuf:"bytes,71,opt,name=apply_staged,json=applyStaged,proto3,oneof"`
 }
 
+type Command_AdmitAgent struct {
+	AdmitAgent *AdmitAgent `protobuf:"bytes,101,opt,name=admit_agent,json=admitAgent,proto3,oneof"`
+}
+
+type Command_MergeBans struct {
+	MergeBans *MergeBans `protobuf:"bytes,120,opt,name=merge_bans,json=mergeBans,proto3,oneof"`
+}
+
 func (*Command_Init) isCommand_Body() {}
 
 func (*Command_CreateToken) isCommand_Body() {}
@@ -2929,6 +3153,10 @@ func (*Command_StageObjects) isCommand_Body() {}
 
 func (*Command_ApplyStaged) isCommand_Body() {}
 
+func (*Command_AdmitAgent) isCommand_Body() {}
+
+func (*Command_MergeBans) isCommand_Body() {}
+
 // Batch is what one Raft log entry holds: the group commit of a proposer.
 type Batch struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -2939,7 +3167,7 @@ type Batch struct {
 
 func (x *Batch) Reset() {
 	*x = Batch{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[26]
+	mi := &file_entente_state_v1_state_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2951,7 +3179,7 @@ func (x *Batch) String() string {
 func (*Batch) ProtoMessage() {}
 
 func (x *Batch) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[26]
+	mi := &file_entente_state_v1_state_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2964,7 +3192,7 @@ func (x *Batch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Batch.ProtoReflect.Descriptor instead.
 func (*Batch) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{26}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Batch) GetCommands() [][]byte {
@@ -2984,7 +3212,7 @@ type Init struct {
 
 func (x *Init) Reset() {
 	*x = Init{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[27]
+	mi := &file_entente_state_v1_state_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2996,7 +3224,7 @@ func (x *Init) String() string {
 func (*Init) ProtoMessage() {}
 
 func (x *Init) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[27]
+	mi := &file_entente_state_v1_state_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3009,7 +3237,7 @@ func (x *Init) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Init.ProtoReflect.Descriptor instead.
 func (*Init) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{27}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Init) GetCluster() *Cluster {
@@ -3035,7 +3263,7 @@ type CreateToken struct {
 
 func (x *CreateToken) Reset() {
 	*x = CreateToken{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[28]
+	mi := &file_entente_state_v1_state_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3047,7 +3275,7 @@ func (x *CreateToken) String() string {
 func (*CreateToken) ProtoMessage() {}
 
 func (x *CreateToken) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[28]
+	mi := &file_entente_state_v1_state_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3060,7 +3288,7 @@ func (x *CreateToken) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateToken.ProtoReflect.Descriptor instead.
 func (*CreateToken) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{28}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *CreateToken) GetToken() *Token {
@@ -3084,7 +3312,7 @@ type JoinMember struct {
 
 func (x *JoinMember) Reset() {
 	*x = JoinMember{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[29]
+	mi := &file_entente_state_v1_state_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3096,7 +3324,7 @@ func (x *JoinMember) String() string {
 func (*JoinMember) ProtoMessage() {}
 
 func (x *JoinMember) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[29]
+	mi := &file_entente_state_v1_state_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3109,7 +3337,7 @@ func (x *JoinMember) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinMember.ProtoReflect.Descriptor instead.
 func (*JoinMember) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{29}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *JoinMember) GetTokenId() string {
@@ -3155,7 +3383,7 @@ type JoinStatement struct {
 
 func (x *JoinStatement) Reset() {
 	*x = JoinStatement{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[30]
+	mi := &file_entente_state_v1_state_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3167,7 +3395,7 @@ func (x *JoinStatement) String() string {
 func (*JoinStatement) ProtoMessage() {}
 
 func (x *JoinStatement) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[30]
+	mi := &file_entente_state_v1_state_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3180,7 +3408,7 @@ func (x *JoinStatement) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinStatement.ProtoReflect.Descriptor instead.
 func (*JoinStatement) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{30}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *JoinStatement) GetClusterId() []byte {
@@ -3238,7 +3466,7 @@ type UpdateMember struct {
 
 func (x *UpdateMember) Reset() {
 	*x = UpdateMember{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[31]
+	mi := &file_entente_state_v1_state_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3250,7 +3478,7 @@ func (x *UpdateMember) String() string {
 func (*UpdateMember) ProtoMessage() {}
 
 func (x *UpdateMember) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[31]
+	mi := &file_entente_state_v1_state_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3263,7 +3491,7 @@ func (x *UpdateMember) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateMember.ProtoReflect.Descriptor instead.
 func (*UpdateMember) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{31}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *UpdateMember) GetId() string {
@@ -3304,7 +3532,7 @@ type RemoveMember struct {
 
 func (x *RemoveMember) Reset() {
 	*x = RemoveMember{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[32]
+	mi := &file_entente_state_v1_state_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3316,7 +3544,7 @@ func (x *RemoveMember) String() string {
 func (*RemoveMember) ProtoMessage() {}
 
 func (x *RemoveMember) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[32]
+	mi := &file_entente_state_v1_state_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3329,7 +3557,7 @@ func (x *RemoveMember) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveMember.ProtoReflect.Descriptor instead.
 func (*RemoveMember) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{32}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *RemoveMember) GetId() string {
@@ -3357,7 +3585,7 @@ type PromoteMember struct {
 
 func (x *PromoteMember) Reset() {
 	*x = PromoteMember{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[33]
+	mi := &file_entente_state_v1_state_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3369,7 +3597,7 @@ func (x *PromoteMember) String() string {
 func (*PromoteMember) ProtoMessage() {}
 
 func (x *PromoteMember) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[33]
+	mi := &file_entente_state_v1_state_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3382,7 +3610,7 @@ func (x *PromoteMember) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PromoteMember.ProtoReflect.Descriptor instead.
 func (*PromoteMember) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{33}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *PromoteMember) GetId() string {
@@ -3404,7 +3632,7 @@ type AttestAgent struct {
 
 func (x *AttestAgent) Reset() {
 	*x = AttestAgent{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[34]
+	mi := &file_entente_state_v1_state_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3416,7 +3644,7 @@ func (x *AttestAgent) String() string {
 func (*AttestAgent) ProtoMessage() {}
 
 func (x *AttestAgent) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[34]
+	mi := &file_entente_state_v1_state_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3429,7 +3657,7 @@ func (x *AttestAgent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttestAgent.ProtoReflect.Descriptor instead.
 func (*AttestAgent) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{34}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *AttestAgent) GetTokenId() string {
@@ -3460,6 +3688,122 @@ func (x *AttestAgent) GetSignature() []byte {
 	return nil
 }
 
+// AdmitAgent admits the holder of a key by what its door saw and verified: a
+// certificate of the host's own.
+type AdmitAgent struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Agent         *Agent                 `protobuf:"bytes,1,opt,name=agent,proto3" json:"agent,omitempty"` // generation and banned are left out
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AdmitAgent) Reset() {
+	*x = AdmitAgent{}
+	mi := &file_entente_state_v1_state_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AdmitAgent) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AdmitAgent) ProtoMessage() {}
+
+func (x *AdmitAgent) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_state_v1_state_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AdmitAgent.ProtoReflect.Descriptor instead.
+func (*AdmitAgent) Descriptor() ([]byte, []int) {
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *AdmitAgent) GetAgent() *Agent {
+	if x != nil {
+		return x.Agent
+	}
+	return nil
+}
+
+// PossessionStatement is what a host signs with the key of a certificate of its own
+// to be admitted by it.
+type PossessionStatement struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	TrustDomain   string                 `protobuf:"bytes,1,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"`
+	KeyId         string                 `protobuf:"bytes,2,opt,name=key_id,json=keyId,proto3" json:"key_id,omitempty"` // hex SHA-256 of the SPKI of the agent's key
+	Certificate   string                 `protobuf:"bytes,3,opt,name=certificate,proto3" json:"certificate,omitempty"`  // hex SHA-256 of the certificate, DER
+	Exporter      []byte                 `protobuf:"bytes,4,opt,name=exporter,proto3" json:"exporter,omitempty"`        // 32 bytes, TLS exporter of the connection, label "EXPORTER-entente-join"
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PossessionStatement) Reset() {
+	*x = PossessionStatement{}
+	mi := &file_entente_state_v1_state_proto_msgTypes[37]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PossessionStatement) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PossessionStatement) ProtoMessage() {}
+
+func (x *PossessionStatement) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_state_v1_state_proto_msgTypes[37]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PossessionStatement.ProtoReflect.Descriptor instead.
+func (*PossessionStatement) Descriptor() ([]byte, []int) {
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{37}
+}
+
+func (x *PossessionStatement) GetTrustDomain() string {
+	if x != nil {
+		return x.TrustDomain
+	}
+	return ""
+}
+
+func (x *PossessionStatement) GetKeyId() string {
+	if x != nil {
+		return x.KeyId
+	}
+	return ""
+}
+
+func (x *PossessionStatement) GetCertificate() string {
+	if x != nil {
+		return x.Certificate
+	}
+	return ""
+}
+
+func (x *PossessionStatement) GetExporter() []byte {
+	if x != nil {
+		return x.Exporter
+	}
+	return nil
+}
+
 // PrepareAuthority is a member's own: its node key signs AuthorityStatement of package
 // ca, and Apply verifies that.
 type PrepareAuthority struct {
@@ -3473,7 +3817,7 @@ type PrepareAuthority struct {
 
 func (x *PrepareAuthority) Reset() {
 	*x = PrepareAuthority{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[35]
+	mi := &file_entente_state_v1_state_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3485,7 +3829,7 @@ func (x *PrepareAuthority) String() string {
 func (*PrepareAuthority) ProtoMessage() {}
 
 func (x *PrepareAuthority) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[35]
+	mi := &file_entente_state_v1_state_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3498,7 +3842,7 @@ func (x *PrepareAuthority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareAuthority.ProtoReflect.Descriptor instead.
 func (*PrepareAuthority) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{35}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *PrepareAuthority) GetAuthority() *Authority {
@@ -3532,7 +3876,7 @@ type AuthorityReady struct {
 
 func (x *AuthorityReady) Reset() {
 	*x = AuthorityReady{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[36]
+	mi := &file_entente_state_v1_state_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3544,7 +3888,7 @@ func (x *AuthorityReady) String() string {
 func (*AuthorityReady) ProtoMessage() {}
 
 func (x *AuthorityReady) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[36]
+	mi := &file_entente_state_v1_state_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3557,7 +3901,7 @@ func (x *AuthorityReady) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityReady.ProtoReflect.Descriptor instead.
 func (*AuthorityReady) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{36}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *AuthorityReady) GetId() string {
@@ -3583,7 +3927,7 @@ type ActivateAuthority struct {
 
 func (x *ActivateAuthority) Reset() {
 	*x = ActivateAuthority{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[37]
+	mi := &file_entente_state_v1_state_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3595,7 +3939,7 @@ func (x *ActivateAuthority) String() string {
 func (*ActivateAuthority) ProtoMessage() {}
 
 func (x *ActivateAuthority) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[37]
+	mi := &file_entente_state_v1_state_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3608,7 +3952,7 @@ func (x *ActivateAuthority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ActivateAuthority.ProtoReflect.Descriptor instead.
 func (*ActivateAuthority) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{37}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ActivateAuthority) GetId() string {
@@ -3628,7 +3972,7 @@ type ApplyObjects struct {
 
 func (x *ApplyObjects) Reset() {
 	*x = ApplyObjects{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[38]
+	mi := &file_entente_state_v1_state_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3640,7 +3984,7 @@ func (x *ApplyObjects) String() string {
 func (*ApplyObjects) ProtoMessage() {}
 
 func (x *ApplyObjects) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[38]
+	mi := &file_entente_state_v1_state_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3653,7 +3997,7 @@ func (x *ApplyObjects) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyObjects.ProtoReflect.Descriptor instead.
 func (*ApplyObjects) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{38}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *ApplyObjects) GetUpserts() []*Object {
@@ -3683,7 +4027,7 @@ type StageObjects struct {
 
 func (x *StageObjects) Reset() {
 	*x = StageObjects{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[39]
+	mi := &file_entente_state_v1_state_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3695,7 +4039,7 @@ func (x *StageObjects) String() string {
 func (*StageObjects) ProtoMessage() {}
 
 func (x *StageObjects) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[39]
+	mi := &file_entente_state_v1_state_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3708,7 +4052,7 @@ func (x *StageObjects) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StageObjects.ProtoReflect.Descriptor instead.
 func (*StageObjects) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{39}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *StageObjects) GetId() []byte {
@@ -3744,7 +4088,7 @@ type ApplyStaged struct {
 
 func (x *ApplyStaged) Reset() {
 	*x = ApplyStaged{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[40]
+	mi := &file_entente_state_v1_state_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3756,7 +4100,7 @@ func (x *ApplyStaged) String() string {
 func (*ApplyStaged) ProtoMessage() {}
 
 func (x *ApplyStaged) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[40]
+	mi := &file_entente_state_v1_state_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3769,7 +4113,7 @@ func (x *ApplyStaged) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyStaged.ProtoReflect.Descriptor instead.
 func (*ApplyStaged) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{40}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *ApplyStaged) GetId() []byte {
@@ -3796,7 +4140,7 @@ type TaintAuthority struct {
 
 func (x *TaintAuthority) Reset() {
 	*x = TaintAuthority{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[41]
+	mi := &file_entente_state_v1_state_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3808,7 +4152,7 @@ func (x *TaintAuthority) String() string {
 func (*TaintAuthority) ProtoMessage() {}
 
 func (x *TaintAuthority) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[41]
+	mi := &file_entente_state_v1_state_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3821,7 +4165,7 @@ func (x *TaintAuthority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaintAuthority.ProtoReflect.Descriptor instead.
 func (*TaintAuthority) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{41}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *TaintAuthority) GetId() string {
@@ -3842,7 +4186,7 @@ type AuthorityDrained struct {
 
 func (x *AuthorityDrained) Reset() {
 	*x = AuthorityDrained{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[42]
+	mi := &file_entente_state_v1_state_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3854,7 +4198,7 @@ func (x *AuthorityDrained) String() string {
 func (*AuthorityDrained) ProtoMessage() {}
 
 func (x *AuthorityDrained) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[42]
+	mi := &file_entente_state_v1_state_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3867,7 +4211,7 @@ func (x *AuthorityDrained) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityDrained.ProtoReflect.Descriptor instead.
 func (*AuthorityDrained) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{42}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *AuthorityDrained) GetId() string {
@@ -3895,7 +4239,7 @@ type RevokeAuthority struct {
 
 func (x *RevokeAuthority) Reset() {
 	*x = RevokeAuthority{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[43]
+	mi := &file_entente_state_v1_state_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3907,7 +4251,7 @@ func (x *RevokeAuthority) String() string {
 func (*RevokeAuthority) ProtoMessage() {}
 
 func (x *RevokeAuthority) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[43]
+	mi := &file_entente_state_v1_state_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3920,7 +4264,7 @@ func (x *RevokeAuthority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeAuthority.ProtoReflect.Descriptor instead.
 func (*RevokeAuthority) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{43}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *RevokeAuthority) GetId() string {
@@ -3947,7 +4291,7 @@ type BanAgent struct {
 
 func (x *BanAgent) Reset() {
 	*x = BanAgent{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[44]
+	mi := &file_entente_state_v1_state_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3959,7 +4303,7 @@ func (x *BanAgent) String() string {
 func (*BanAgent) ProtoMessage() {}
 
 func (x *BanAgent) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[44]
+	mi := &file_entente_state_v1_state_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3972,7 +4316,7 @@ func (x *BanAgent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BanAgent.ProtoReflect.Descriptor instead.
 func (*BanAgent) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{44}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *BanAgent) GetName() string {
@@ -3992,7 +4336,7 @@ type EvictAgent struct {
 
 func (x *EvictAgent) Reset() {
 	*x = EvictAgent{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[45]
+	mi := &file_entente_state_v1_state_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4004,7 +4348,7 @@ func (x *EvictAgent) String() string {
 func (*EvictAgent) ProtoMessage() {}
 
 func (x *EvictAgent) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[45]
+	mi := &file_entente_state_v1_state_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4017,7 +4361,7 @@ func (x *EvictAgent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EvictAgent.ProtoReflect.Descriptor instead.
 func (*EvictAgent) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{45}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *EvictAgent) GetName() string {
@@ -4025,6 +4369,104 @@ func (x *EvictAgent) GetName() string {
 		return x.Name
 	}
 	return ""
+}
+
+// MergeBans repeats what a node remembers of agents that were shut out and the state
+// may not know: made without quorum, or after the backup that it was restored from.
+type MergeBans struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Bans          []*RememberedBan       `protobuf:"bytes,1,rep,name=bans,proto3" json:"bans,omitempty"` // at most 100
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MergeBans) Reset() {
+	*x = MergeBans{}
+	mi := &file_entente_state_v1_state_proto_msgTypes[49]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MergeBans) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MergeBans) ProtoMessage() {}
+
+func (x *MergeBans) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_state_v1_state_proto_msgTypes[49]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MergeBans.ProtoReflect.Descriptor instead.
+func (*MergeBans) Descriptor() ([]byte, []int) {
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{49}
+}
+
+func (x *MergeBans) GetBans() []*RememberedBan {
+	if x != nil {
+		return x.Bans
+	}
+	return nil
+}
+
+type RememberedBan struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Agent         *Agent                 `protobuf:"bytes,1,opt,name=agent,proto3" json:"agent,omitempty"`    // as it was then; a later attestation of the same name is another agent
+	Lifted        bool                   `protobuf:"varint,2,opt,name=lifted,proto3" json:"lifted,omitempty"` // it was evicted since
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RememberedBan) Reset() {
+	*x = RememberedBan{}
+	mi := &file_entente_state_v1_state_proto_msgTypes[50]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RememberedBan) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RememberedBan) ProtoMessage() {}
+
+func (x *RememberedBan) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_state_v1_state_proto_msgTypes[50]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RememberedBan.ProtoReflect.Descriptor instead.
+func (*RememberedBan) Descriptor() ([]byte, []int) {
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{50}
+}
+
+func (x *RememberedBan) GetAgent() *Agent {
+	if x != nil {
+		return x.Agent
+	}
+	return nil
+}
+
+func (x *RememberedBan) GetLifted() bool {
+	if x != nil {
+		return x.Lifted
+	}
+	return false
 }
 
 // RevokeToken forgets a token that was not used.
@@ -4037,7 +4479,7 @@ type RevokeToken struct {
 
 func (x *RevokeToken) Reset() {
 	*x = RevokeToken{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[46]
+	mi := &file_entente_state_v1_state_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4049,7 +4491,7 @@ func (x *RevokeToken) String() string {
 func (*RevokeToken) ProtoMessage() {}
 
 func (x *RevokeToken) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[46]
+	mi := &file_entente_state_v1_state_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4062,7 +4504,7 @@ func (x *RevokeToken) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeToken.ProtoReflect.Descriptor instead.
 func (*RevokeToken) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{46}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *RevokeToken) GetId() string {
@@ -4082,7 +4524,7 @@ type ChangeEntries struct {
 
 func (x *ChangeEntries) Reset() {
 	*x = ChangeEntries{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[47]
+	mi := &file_entente_state_v1_state_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4094,7 +4536,7 @@ func (x *ChangeEntries) String() string {
 func (*ChangeEntries) ProtoMessage() {}
 
 func (x *ChangeEntries) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[47]
+	mi := &file_entente_state_v1_state_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4107,7 +4549,7 @@ func (x *ChangeEntries) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeEntries.ProtoReflect.Descriptor instead.
 func (*ChangeEntries) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{47}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *ChangeEntries) GetChanges() []*EntryChange {
@@ -4132,7 +4574,7 @@ type EntryChange struct {
 
 func (x *EntryChange) Reset() {
 	*x = EntryChange{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[48]
+	mi := &file_entente_state_v1_state_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4144,7 +4586,7 @@ func (x *EntryChange) String() string {
 func (*EntryChange) ProtoMessage() {}
 
 func (x *EntryChange) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[48]
+	mi := &file_entente_state_v1_state_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4157,7 +4599,7 @@ func (x *EntryChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EntryChange.ProtoReflect.Descriptor instead.
 func (*EntryChange) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{48}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *EntryChange) GetAction() isEntryChange_Action {
@@ -4234,7 +4676,7 @@ type StoreForeignBundle struct {
 
 func (x *StoreForeignBundle) Reset() {
 	*x = StoreForeignBundle{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[49]
+	mi := &file_entente_state_v1_state_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4246,7 +4688,7 @@ func (x *StoreForeignBundle) String() string {
 func (*StoreForeignBundle) ProtoMessage() {}
 
 func (x *StoreForeignBundle) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[49]
+	mi := &file_entente_state_v1_state_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4259,7 +4701,7 @@ func (x *StoreForeignBundle) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StoreForeignBundle.ProtoReflect.Descriptor instead.
 func (*StoreForeignBundle) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{49}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *StoreForeignBundle) GetTrustDomain() string {
@@ -4293,7 +4735,7 @@ type Tick struct {
 
 func (x *Tick) Reset() {
 	*x = Tick{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[50]
+	mi := &file_entente_state_v1_state_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4305,7 +4747,7 @@ func (x *Tick) String() string {
 func (*Tick) ProtoMessage() {}
 
 func (x *Tick) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[50]
+	mi := &file_entente_state_v1_state_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4318,7 +4760,7 @@ func (x *Tick) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Tick.ProtoReflect.Descriptor instead.
 func (*Tick) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{50}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *Tick) GetUnixNanos() []int64 {
@@ -4340,7 +4782,7 @@ type Checksum struct {
 
 func (x *Checksum) Reset() {
 	*x = Checksum{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[51]
+	mi := &file_entente_state_v1_state_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4352,7 +4794,7 @@ func (x *Checksum) String() string {
 func (*Checksum) ProtoMessage() {}
 
 func (x *Checksum) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[51]
+	mi := &file_entente_state_v1_state_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4365,7 +4807,7 @@ func (x *Checksum) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Checksum.ProtoReflect.Descriptor instead.
 func (*Checksum) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{51}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *Checksum) GetAtIndex() uint64 {
@@ -4402,7 +4844,7 @@ type AgentCache struct {
 
 func (x *AgentCache) Reset() {
 	*x = AgentCache{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[52]
+	mi := &file_entente_state_v1_state_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4414,7 +4856,7 @@ func (x *AgentCache) String() string {
 func (*AgentCache) ProtoMessage() {}
 
 func (x *AgentCache) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[52]
+	mi := &file_entente_state_v1_state_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4427,7 +4869,7 @@ func (x *AgentCache) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentCache.ProtoReflect.Descriptor instead.
 func (*AgentCache) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{52}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *AgentCache) GetPicture() []byte {
@@ -4464,7 +4906,7 @@ type HeldSVID struct {
 
 func (x *HeldSVID) Reset() {
 	*x = HeldSVID{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[53]
+	mi := &file_entente_state_v1_state_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4476,7 +4918,7 @@ func (x *HeldSVID) String() string {
 func (*HeldSVID) ProtoMessage() {}
 
 func (x *HeldSVID) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[53]
+	mi := &file_entente_state_v1_state_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4489,7 +4931,7 @@ func (x *HeldSVID) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HeldSVID.ProtoReflect.Descriptor instead.
 func (*HeldSVID) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{53}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *HeldSVID) GetEntryId() string {
@@ -4611,14 +5053,16 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"datacenter\x18\x02 \x01(\tR\n" +
 	"datacenter\x12\x14\n" +
 	"\x05voter\x18\x03 \x01(\bR\x05voter\x12\x18\n" +
-	"\asigning\x18\x04 \x01(\bR\asigning\"^\n" +
+	"\asigning\x18\x04 \x01(\bR\asigning\"\xa1\x01\n" +
 	"\n" +
 	"AgentGrant\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1e\n" +
 	"\n" +
 	"datacenter\x18\x02 \x01(\tR\n" +
 	"datacenter\x12\x1c\n" +
-	"\taddresses\x18\x03 \x03(\tR\taddresses\"\xa8\x01\n" +
+	"\taddresses\x18\x03 \x03(\tR\taddresses\x12\x1c\n" +
+	"\tselectors\x18d \x03(\tR\tselectors\x12#\n" +
+	"\rpath_prefixes\x18e \x03(\tR\fpathPrefixes\"\x8d\x02\n" +
 	"\x05Agent\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x15\n" +
 	"\x06key_id\x18\x02 \x01(\tR\x05keyId\x12\x1e\n" +
@@ -4629,7 +5073,10 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\n" +
 	"generation\x18\x05 \x01(\x04R\n" +
 	"generation\x12\x16\n" +
-	"\x06banned\x18\x06 \x01(\bR\x06banned\"\xff\x02\n" +
+	"\x06banned\x18\x06 \x01(\bR\x06banned\x12\x1c\n" +
+	"\tselectors\x18d \x03(\tR\tselectors\x12#\n" +
+	"\rpath_prefixes\x18e \x03(\tR\fpathPrefixes\x12 \n" +
+	"\vcertificate\x18f \x01(\tR\vcertificate\"\xa6\x03\n" +
 	"\x05Entry\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04path\x18\x02 \x01(\tR\x04path\x12\x14\n" +
@@ -4643,7 +5090,8 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\x04hint\x18\n" +
 	" \x01(\tR\x04hint\x12(\n" +
 	"\x10jwt_svid_seconds\x18\v \x01(\rR\x0ejwtSvidSeconds\x12(\n" +
-	"\x10wit_svid_seconds\x18\f \x01(\rR\x0ewitSvidSeconds\"\xf3\x01\n" +
+	"\x10wit_svid_seconds\x18\f \x01(\rR\x0ewitSvidSeconds\x12%\n" +
+	"\x0enode_selectors\x18d \x03(\tR\rnodeSelectors\"\xf3\x01\n" +
 	"\bDistrust\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1c\n" +
 	"\tauthority\x18\x02 \x01(\tR\tauthority\x12\x14\n" +
@@ -4657,13 +5105,14 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\x02id\x18\x01 \x01(\fR\x02id\x12\x12\n" +
 	"\x04part\x18\x02 \x01(\rR\x04part\x128\n" +
 	"\aobjects\x18\x03 \x01(\v2\x1e.entente.state.v1.ApplyObjectsR\aobjects\x12\x1b\n" +
-	"\tnot_after\x18\x04 \x01(\x03R\bnotAfter\"\xff\x02\n" +
+	"\tnot_after\x18\x04 \x01(\x03R\bnotAfter\"\xc3\x03\n" +
 	"\x06Object\x125\n" +
 	"\aservice\x18\x01 \x01(\v2\x19.entente.state.v1.ServiceH\x00R\aservice\x125\n" +
 	"\agateway\x18\x02 \x01(\v2\x19.entente.state.v1.GatewayH\x00R\agateway\x122\n" +
 	"\x06import\x18\x03 \x01(\v2\x18.entente.state.v1.ImportH\x00R\x06import\x12;\n" +
 	"\tagreement\x18\x04 \x01(\v2\x1b.entente.state.v1.AgreementH\x00R\tagreement\x12D\n" +
-	"\frelationship\x18\x05 \x01(\v2\x1e.entente.state.v1.RelationshipH\x00R\frelationship\x12\x14\n" +
+	"\frelationship\x18\x05 \x01(\v2\x1e.entente.state.v1.RelationshipH\x00R\frelationship\x12B\n" +
+	"\frole_binding\x18d \x01(\v2\x1d.entente.state.v1.RoleBindingH\x00R\vroleBinding\x12\x14\n" +
 	"\x05owner\x18\n" +
 	" \x01(\tR\x05owner\x12\x1a\n" +
 	"\brevision\x18\v \x01(\x04R\brevision\x12\x16\n" +
@@ -4730,17 +5179,23 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\vendpoint_id\x18\x03 \x01(\tR\n" +
 	"endpointId\x12)\n" +
 	"\x10bootstrap_bundle\x18\x04 \x01(\fR\x0fbootstrapBundle\x12\x10\n" +
-	"\x03wit\x18\x05 \x01(\bR\x03wit\"~\n" +
+	"\x03wit\x18\x05 \x01(\bR\x03wit\"\x8a\x01\n" +
+	"\vRoleBinding\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12/\n" +
+	"\x04role\x18\x02 \x01(\x0e2\x1b.entente.state.v1.AdminRoleR\x04role\x12\x1a\n" +
+	"\bsubjects\x18\x03 \x03(\tR\bsubjects\x12\x1a\n" +
+	"\bprefixes\x18\x04 \x03(\tR\bprefixes\"~\n" +
 	"\rForeignBundle\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x12\n" +
 	"\x04jwks\x18\x02 \x01(\fR\x04jwks\x12\x1a\n" +
 	"\bsequence\x18\x03 \x01(\x04R\bsequence\x12\x1a\n" +
-	"\brevision\x18\x04 \x01(\x04R\brevision\"\xb9\r\n" +
+	"\brevision\x18\x04 \x01(\x04R\brevision\"\xd6\x0e\n" +
 	"\aCommand\x12\x1f\n" +
 	"\vif_revision\x18\x01 \x01(\x04R\n" +
 	"ifRevision\x12\x1c\n" +
 	"\tignorable\x18\x02 \x01(\bR\tignorable\x12\x14\n" +
-	"\x05actor\x18\x03 \x01(\tR\x05actor\x12,\n" +
+	"\x05actor\x18\x03 \x01(\tR\x05actor\x12\x1c\n" +
+	"\tprincipal\x18d \x01(\tR\tprincipal\x12,\n" +
 	"\x04init\x18\n" +
 	" \x01(\v2\x16.entente.state.v1.InitH\x00R\x04init\x12B\n" +
 	"\fcreate_token\x18\v \x01(\v2\x1d.entente.state.v1.CreateTokenH\x00R\vcreateToken\x12?\n" +
@@ -4766,7 +5221,11 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\x0echange_entries\x18. \x01(\v2\x1f.entente.state.v1.ChangeEntriesH\x00R\rchangeEntries\x12H\n" +
 	"\x0epromote_member\x18< \x01(\v2\x1f.entente.state.v1.PromoteMemberH\x00R\rpromoteMember\x12E\n" +
 	"\rstage_objects\x18F \x01(\v2\x1e.entente.state.v1.StageObjectsH\x00R\fstageObjects\x12B\n" +
-	"\fapply_staged\x18G \x01(\v2\x1d.entente.state.v1.ApplyStagedH\x00R\vapplyStagedB\x06\n" +
+	"\fapply_staged\x18G \x01(\v2\x1d.entente.state.v1.ApplyStagedH\x00R\vapplyStaged\x12?\n" +
+	"\vadmit_agent\x18e \x01(\v2\x1c.entente.state.v1.AdmitAgentH\x00R\n" +
+	"admitAgent\x12<\n" +
+	"\n" +
+	"merge_bans\x18x \x01(\v2\x1b.entente.state.v1.MergeBansH\x00R\tmergeBansB\x06\n" +
 	"\x04body\"#\n" +
 	"\x05Batch\x12\x1a\n" +
 	"\bcommands\x18\x01 \x03(\fR\bcommands\"m\n" +
@@ -4804,7 +5263,15 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\btoken_id\x18\x01 \x01(\tR\atokenId\x12\x15\n" +
 	"\x06key_id\x18\x02 \x01(\tR\x05keyId\x12\x1c\n" +
 	"\tstatement\x18\x03 \x01(\fR\tstatement\x12\x1c\n" +
-	"\tsignature\x18\x04 \x01(\fR\tsignature\"\x86\x01\n" +
+	"\tsignature\x18\x04 \x01(\fR\tsignature\";\n" +
+	"\n" +
+	"AdmitAgent\x12-\n" +
+	"\x05agent\x18\x01 \x01(\v2\x17.entente.state.v1.AgentR\x05agent\"\x8d\x01\n" +
+	"\x13PossessionStatement\x12!\n" +
+	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x15\n" +
+	"\x06key_id\x18\x02 \x01(\tR\x05keyId\x12 \n" +
+	"\vcertificate\x18\x03 \x01(\tR\vcertificate\x12\x1a\n" +
+	"\bexporter\x18\x04 \x01(\fR\bexporter\"\x86\x01\n" +
 	"\x10PrepareAuthority\x129\n" +
 	"\tauthority\x18\x01 \x01(\v2\x1b.entente.state.v1.AuthorityR\tauthority\x12\x19\n" +
 	"\bnode_key\x18Z \x01(\fR\anodeKey\x12\x1c\n" +
@@ -4836,7 +5303,12 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\x04name\x18\x01 \x01(\tR\x04name\" \n" +
 	"\n" +
 	"EvictAgent\x12\x12\n" +
-	"\x04name\x18\x01 \x01(\tR\x04name\"\x1d\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"@\n" +
+	"\tMergeBans\x123\n" +
+	"\x04bans\x18\x01 \x03(\v2\x1f.entente.state.v1.RememberedBanR\x04bans\"V\n" +
+	"\rRememberedBan\x12-\n" +
+	"\x05agent\x18\x01 \x01(\v2\x17.entente.state.v1.AgentR\x05agent\x12\x16\n" +
+	"\x06lifted\x18\x02 \x01(\bR\x06lifted\"\x1d\n" +
 	"\vRevokeToken\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"H\n" +
 	"\rChangeEntries\x127\n" +
@@ -4892,7 +5364,13 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\bPathType\x12\x19\n" +
 	"\x15PATH_TYPE_UNSPECIFIED\x10\x00\x12\x14\n" +
 	"\x10PATH_TYPE_PREFIX\x10\x01\x12\x13\n" +
-	"\x0fPATH_TYPE_EXACT\x10\x02B>Z<github.com/entente-mesh/entente/api/entente/state/v1;statev1b\x06proto3"
+	"\x0fPATH_TYPE_EXACT\x10\x02*\x92\x01\n" +
+	"\tAdminRole\x12\x1a\n" +
+	"\x16ADMIN_ROLE_UNSPECIFIED\x10\x00\x12\x15\n" +
+	"\x11ADMIN_ROLE_VIEWER\x10\x01\x12\x1c\n" +
+	"\x18ADMIN_ROLE_SERVICE_OWNER\x10\x02\x12\x18\n" +
+	"\x14ADMIN_ROLE_API_OWNER\x10\x03\x12\x1a\n" +
+	"\x16ADMIN_ROLE_TRUST_ADMIN\x10\x04B>Z<github.com/entente-mesh/entente/api/entente/state/v1;statev1b\x06proto3"
 
 var (
 	file_entente_state_v1_state_proto_rawDescOnce sync.Once
@@ -4906,132 +5384,145 @@ func file_entente_state_v1_state_proto_rawDescGZIP() []byte {
 	return file_entente_state_v1_state_proto_rawDescData
 }
 
-var file_entente_state_v1_state_proto_enumTypes = make([]protoimpl.EnumInfo, 5)
-var file_entente_state_v1_state_proto_msgTypes = make([]protoimpl.MessageInfo, 54)
+var file_entente_state_v1_state_proto_enumTypes = make([]protoimpl.EnumInfo, 6)
+var file_entente_state_v1_state_proto_msgTypes = make([]protoimpl.MessageInfo, 59)
 var file_entente_state_v1_state_proto_goTypes = []any{
-	(AuthorityPhase)(0),        // 0: entente.state.v1.AuthorityPhase
-	(KeyUse)(0),                // 1: entente.state.v1.KeyUse
-	(Role)(0),                  // 2: entente.state.v1.Role
-	(Mode)(0),                  // 3: entente.state.v1.Mode
-	(PathType)(0),              // 4: entente.state.v1.PathType
-	(*Cluster)(nil),            // 5: entente.state.v1.Cluster
-	(*Recovery)(nil),           // 6: entente.state.v1.Recovery
-	(*RecoveryStatement)(nil),  // 7: entente.state.v1.RecoveryStatement
-	(*Lifetimes)(nil),          // 8: entente.state.v1.Lifetimes
-	(*Member)(nil),             // 9: entente.state.v1.Member
-	(*Authority)(nil),          // 10: entente.state.v1.Authority
-	(*Token)(nil),              // 11: entente.state.v1.Token
-	(*NodeGrant)(nil),          // 12: entente.state.v1.NodeGrant
-	(*AgentGrant)(nil),         // 13: entente.state.v1.AgentGrant
-	(*Agent)(nil),              // 14: entente.state.v1.Agent
-	(*Entry)(nil),              // 15: entente.state.v1.Entry
-	(*Distrust)(nil),           // 16: entente.state.v1.Distrust
-	(*Staged)(nil),             // 17: entente.state.v1.Staged
-	(*Object)(nil),             // 18: entente.state.v1.Object
-	(*ObjectKey)(nil),          // 19: entente.state.v1.ObjectKey
-	(*Service)(nil),            // 20: entente.state.v1.Service
-	(*Failover)(nil),           // 21: entente.state.v1.Failover
-	(*Gateway)(nil),            // 22: entente.state.v1.Gateway
-	(*Import)(nil),             // 23: entente.state.v1.Import
-	(*Agreement)(nil),          // 24: entente.state.v1.Agreement
-	(*PeerGateway)(nil),        // 25: entente.state.v1.PeerGateway
-	(*Allow)(nil),              // 26: entente.state.v1.Allow
-	(*HTTPMatch)(nil),          // 27: entente.state.v1.HTTPMatch
-	(*Relationship)(nil),       // 28: entente.state.v1.Relationship
-	(*ForeignBundle)(nil),      // 29: entente.state.v1.ForeignBundle
-	(*Command)(nil),            // 30: entente.state.v1.Command
-	(*Batch)(nil),              // 31: entente.state.v1.Batch
-	(*Init)(nil),               // 32: entente.state.v1.Init
-	(*CreateToken)(nil),        // 33: entente.state.v1.CreateToken
-	(*JoinMember)(nil),         // 34: entente.state.v1.JoinMember
-	(*JoinStatement)(nil),      // 35: entente.state.v1.JoinStatement
-	(*UpdateMember)(nil),       // 36: entente.state.v1.UpdateMember
-	(*RemoveMember)(nil),       // 37: entente.state.v1.RemoveMember
-	(*PromoteMember)(nil),      // 38: entente.state.v1.PromoteMember
-	(*AttestAgent)(nil),        // 39: entente.state.v1.AttestAgent
-	(*PrepareAuthority)(nil),   // 40: entente.state.v1.PrepareAuthority
-	(*AuthorityReady)(nil),     // 41: entente.state.v1.AuthorityReady
-	(*ActivateAuthority)(nil),  // 42: entente.state.v1.ActivateAuthority
-	(*ApplyObjects)(nil),       // 43: entente.state.v1.ApplyObjects
-	(*StageObjects)(nil),       // 44: entente.state.v1.StageObjects
-	(*ApplyStaged)(nil),        // 45: entente.state.v1.ApplyStaged
-	(*TaintAuthority)(nil),     // 46: entente.state.v1.TaintAuthority
-	(*AuthorityDrained)(nil),   // 47: entente.state.v1.AuthorityDrained
-	(*RevokeAuthority)(nil),    // 48: entente.state.v1.RevokeAuthority
-	(*BanAgent)(nil),           // 49: entente.state.v1.BanAgent
-	(*EvictAgent)(nil),         // 50: entente.state.v1.EvictAgent
-	(*RevokeToken)(nil),        // 51: entente.state.v1.RevokeToken
-	(*ChangeEntries)(nil),      // 52: entente.state.v1.ChangeEntries
-	(*EntryChange)(nil),        // 53: entente.state.v1.EntryChange
-	(*StoreForeignBundle)(nil), // 54: entente.state.v1.StoreForeignBundle
-	(*Tick)(nil),               // 55: entente.state.v1.Tick
-	(*Checksum)(nil),           // 56: entente.state.v1.Checksum
-	(*AgentCache)(nil),         // 57: entente.state.v1.AgentCache
-	(*HeldSVID)(nil),           // 58: entente.state.v1.HeldSVID
+	(AuthorityPhase)(0),         // 0: entente.state.v1.AuthorityPhase
+	(KeyUse)(0),                 // 1: entente.state.v1.KeyUse
+	(Role)(0),                   // 2: entente.state.v1.Role
+	(Mode)(0),                   // 3: entente.state.v1.Mode
+	(PathType)(0),               // 4: entente.state.v1.PathType
+	(AdminRole)(0),              // 5: entente.state.v1.AdminRole
+	(*Cluster)(nil),             // 6: entente.state.v1.Cluster
+	(*Recovery)(nil),            // 7: entente.state.v1.Recovery
+	(*RecoveryStatement)(nil),   // 8: entente.state.v1.RecoveryStatement
+	(*Lifetimes)(nil),           // 9: entente.state.v1.Lifetimes
+	(*Member)(nil),              // 10: entente.state.v1.Member
+	(*Authority)(nil),           // 11: entente.state.v1.Authority
+	(*Token)(nil),               // 12: entente.state.v1.Token
+	(*NodeGrant)(nil),           // 13: entente.state.v1.NodeGrant
+	(*AgentGrant)(nil),          // 14: entente.state.v1.AgentGrant
+	(*Agent)(nil),               // 15: entente.state.v1.Agent
+	(*Entry)(nil),               // 16: entente.state.v1.Entry
+	(*Distrust)(nil),            // 17: entente.state.v1.Distrust
+	(*Staged)(nil),              // 18: entente.state.v1.Staged
+	(*Object)(nil),              // 19: entente.state.v1.Object
+	(*ObjectKey)(nil),           // 20: entente.state.v1.ObjectKey
+	(*Service)(nil),             // 21: entente.state.v1.Service
+	(*Failover)(nil),            // 22: entente.state.v1.Failover
+	(*Gateway)(nil),             // 23: entente.state.v1.Gateway
+	(*Import)(nil),              // 24: entente.state.v1.Import
+	(*Agreement)(nil),           // 25: entente.state.v1.Agreement
+	(*PeerGateway)(nil),         // 26: entente.state.v1.PeerGateway
+	(*Allow)(nil),               // 27: entente.state.v1.Allow
+	(*HTTPMatch)(nil),           // 28: entente.state.v1.HTTPMatch
+	(*Relationship)(nil),        // 29: entente.state.v1.Relationship
+	(*RoleBinding)(nil),         // 30: entente.state.v1.RoleBinding
+	(*ForeignBundle)(nil),       // 31: entente.state.v1.ForeignBundle
+	(*Command)(nil),             // 32: entente.state.v1.Command
+	(*Batch)(nil),               // 33: entente.state.v1.Batch
+	(*Init)(nil),                // 34: entente.state.v1.Init
+	(*CreateToken)(nil),         // 35: entente.state.v1.CreateToken
+	(*JoinMember)(nil),          // 36: entente.state.v1.JoinMember
+	(*JoinStatement)(nil),       // 37: entente.state.v1.JoinStatement
+	(*UpdateMember)(nil),        // 38: entente.state.v1.UpdateMember
+	(*RemoveMember)(nil),        // 39: entente.state.v1.RemoveMember
+	(*PromoteMember)(nil),       // 40: entente.state.v1.PromoteMember
+	(*AttestAgent)(nil),         // 41: entente.state.v1.AttestAgent
+	(*AdmitAgent)(nil),          // 42: entente.state.v1.AdmitAgent
+	(*PossessionStatement)(nil), // 43: entente.state.v1.PossessionStatement
+	(*PrepareAuthority)(nil),    // 44: entente.state.v1.PrepareAuthority
+	(*AuthorityReady)(nil),      // 45: entente.state.v1.AuthorityReady
+	(*ActivateAuthority)(nil),   // 46: entente.state.v1.ActivateAuthority
+	(*ApplyObjects)(nil),        // 47: entente.state.v1.ApplyObjects
+	(*StageObjects)(nil),        // 48: entente.state.v1.StageObjects
+	(*ApplyStaged)(nil),         // 49: entente.state.v1.ApplyStaged
+	(*TaintAuthority)(nil),      // 50: entente.state.v1.TaintAuthority
+	(*AuthorityDrained)(nil),    // 51: entente.state.v1.AuthorityDrained
+	(*RevokeAuthority)(nil),     // 52: entente.state.v1.RevokeAuthority
+	(*BanAgent)(nil),            // 53: entente.state.v1.BanAgent
+	(*EvictAgent)(nil),          // 54: entente.state.v1.EvictAgent
+	(*MergeBans)(nil),           // 55: entente.state.v1.MergeBans
+	(*RememberedBan)(nil),       // 56: entente.state.v1.RememberedBan
+	(*RevokeToken)(nil),         // 57: entente.state.v1.RevokeToken
+	(*ChangeEntries)(nil),       // 58: entente.state.v1.ChangeEntries
+	(*EntryChange)(nil),         // 59: entente.state.v1.EntryChange
+	(*StoreForeignBundle)(nil),  // 60: entente.state.v1.StoreForeignBundle
+	(*Tick)(nil),                // 61: entente.state.v1.Tick
+	(*Checksum)(nil),            // 62: entente.state.v1.Checksum
+	(*AgentCache)(nil),          // 63: entente.state.v1.AgentCache
+	(*HeldSVID)(nil),            // 64: entente.state.v1.HeldSVID
 }
 var file_entente_state_v1_state_proto_depIdxs = []int32{
-	8,  // 0: entente.state.v1.Cluster.lifetimes:type_name -> entente.state.v1.Lifetimes
-	6,  // 1: entente.state.v1.Cluster.recovery:type_name -> entente.state.v1.Recovery
-	9,  // 2: entente.state.v1.Recovery.absent:type_name -> entente.state.v1.Member
+	9,  // 0: entente.state.v1.Cluster.lifetimes:type_name -> entente.state.v1.Lifetimes
+	7,  // 1: entente.state.v1.Cluster.recovery:type_name -> entente.state.v1.Recovery
+	10, // 2: entente.state.v1.Recovery.absent:type_name -> entente.state.v1.Member
 	1,  // 3: entente.state.v1.Authority.use:type_name -> entente.state.v1.KeyUse
 	0,  // 4: entente.state.v1.Authority.phase:type_name -> entente.state.v1.AuthorityPhase
-	12, // 5: entente.state.v1.Token.node:type_name -> entente.state.v1.NodeGrant
-	13, // 6: entente.state.v1.Token.agent:type_name -> entente.state.v1.AgentGrant
+	13, // 5: entente.state.v1.Token.node:type_name -> entente.state.v1.NodeGrant
+	14, // 6: entente.state.v1.Token.agent:type_name -> entente.state.v1.AgentGrant
 	2,  // 7: entente.state.v1.Entry.role:type_name -> entente.state.v1.Role
-	43, // 8: entente.state.v1.Staged.objects:type_name -> entente.state.v1.ApplyObjects
-	20, // 9: entente.state.v1.Object.service:type_name -> entente.state.v1.Service
-	22, // 10: entente.state.v1.Object.gateway:type_name -> entente.state.v1.Gateway
-	23, // 11: entente.state.v1.Object.import:type_name -> entente.state.v1.Import
-	24, // 12: entente.state.v1.Object.agreement:type_name -> entente.state.v1.Agreement
-	28, // 13: entente.state.v1.Object.relationship:type_name -> entente.state.v1.Relationship
-	21, // 14: entente.state.v1.Service.failover:type_name -> entente.state.v1.Failover
-	3,  // 15: entente.state.v1.Failover.mode:type_name -> entente.state.v1.Mode
-	3,  // 16: entente.state.v1.Failover.failback:type_name -> entente.state.v1.Mode
-	25, // 17: entente.state.v1.Agreement.gateways:type_name -> entente.state.v1.PeerGateway
-	26, // 18: entente.state.v1.Agreement.allow:type_name -> entente.state.v1.Allow
-	27, // 19: entente.state.v1.Allow.http:type_name -> entente.state.v1.HTTPMatch
-	4,  // 20: entente.state.v1.HTTPMatch.path_type:type_name -> entente.state.v1.PathType
-	32, // 21: entente.state.v1.Command.init:type_name -> entente.state.v1.Init
-	33, // 22: entente.state.v1.Command.create_token:type_name -> entente.state.v1.CreateToken
-	34, // 23: entente.state.v1.Command.join_member:type_name -> entente.state.v1.JoinMember
-	36, // 24: entente.state.v1.Command.update_member:type_name -> entente.state.v1.UpdateMember
-	37, // 25: entente.state.v1.Command.remove_member:type_name -> entente.state.v1.RemoveMember
-	39, // 26: entente.state.v1.Command.attest_agent:type_name -> entente.state.v1.AttestAgent
-	40, // 27: entente.state.v1.Command.prepare_authority:type_name -> entente.state.v1.PrepareAuthority
-	41, // 28: entente.state.v1.Command.authority_ready:type_name -> entente.state.v1.AuthorityReady
-	42, // 29: entente.state.v1.Command.activate_authority:type_name -> entente.state.v1.ActivateAuthority
-	43, // 30: entente.state.v1.Command.apply_objects:type_name -> entente.state.v1.ApplyObjects
-	54, // 31: entente.state.v1.Command.store_foreign_bundle:type_name -> entente.state.v1.StoreForeignBundle
-	55, // 32: entente.state.v1.Command.tick:type_name -> entente.state.v1.Tick
-	56, // 33: entente.state.v1.Command.checksum:type_name -> entente.state.v1.Checksum
-	46, // 34: entente.state.v1.Command.taint_authority:type_name -> entente.state.v1.TaintAuthority
-	47, // 35: entente.state.v1.Command.authority_drained:type_name -> entente.state.v1.AuthorityDrained
-	48, // 36: entente.state.v1.Command.revoke_authority:type_name -> entente.state.v1.RevokeAuthority
-	49, // 37: entente.state.v1.Command.ban_agent:type_name -> entente.state.v1.BanAgent
-	50, // 38: entente.state.v1.Command.evict_agent:type_name -> entente.state.v1.EvictAgent
-	51, // 39: entente.state.v1.Command.revoke_token:type_name -> entente.state.v1.RevokeToken
-	52, // 40: entente.state.v1.Command.change_entries:type_name -> entente.state.v1.ChangeEntries
-	38, // 41: entente.state.v1.Command.promote_member:type_name -> entente.state.v1.PromoteMember
-	44, // 42: entente.state.v1.Command.stage_objects:type_name -> entente.state.v1.StageObjects
-	45, // 43: entente.state.v1.Command.apply_staged:type_name -> entente.state.v1.ApplyStaged
-	5,  // 44: entente.state.v1.Init.cluster:type_name -> entente.state.v1.Cluster
-	9,  // 45: entente.state.v1.Init.member:type_name -> entente.state.v1.Member
-	11, // 46: entente.state.v1.CreateToken.token:type_name -> entente.state.v1.Token
-	9,  // 47: entente.state.v1.JoinMember.member:type_name -> entente.state.v1.Member
-	10, // 48: entente.state.v1.PrepareAuthority.authority:type_name -> entente.state.v1.Authority
-	18, // 49: entente.state.v1.ApplyObjects.upserts:type_name -> entente.state.v1.Object
-	19, // 50: entente.state.v1.ApplyObjects.deletes:type_name -> entente.state.v1.ObjectKey
-	43, // 51: entente.state.v1.StageObjects.objects:type_name -> entente.state.v1.ApplyObjects
-	53, // 52: entente.state.v1.ChangeEntries.changes:type_name -> entente.state.v1.EntryChange
-	15, // 53: entente.state.v1.EntryChange.create:type_name -> entente.state.v1.Entry
-	15, // 54: entente.state.v1.EntryChange.update:type_name -> entente.state.v1.Entry
-	58, // 55: entente.state.v1.AgentCache.x509:type_name -> entente.state.v1.HeldSVID
-	58, // 56: entente.state.v1.AgentCache.wit:type_name -> entente.state.v1.HeldSVID
-	57, // [57:57] is the sub-list for method output_type
-	57, // [57:57] is the sub-list for method input_type
-	57, // [57:57] is the sub-list for extension type_name
-	57, // [57:57] is the sub-list for extension extendee
-	0,  // [0:57] is the sub-list for field type_name
+	47, // 8: entente.state.v1.Staged.objects:type_name -> entente.state.v1.ApplyObjects
+	21, // 9: entente.state.v1.Object.service:type_name -> entente.state.v1.Service
+	23, // 10: entente.state.v1.Object.gateway:type_name -> entente.state.v1.Gateway
+	24, // 11: entente.state.v1.Object.import:type_name -> entente.state.v1.Import
+	25, // 12: entente.state.v1.Object.agreement:type_name -> entente.state.v1.Agreement
+	29, // 13: entente.state.v1.Object.relationship:type_name -> entente.state.v1.Relationship
+	30, // 14: entente.state.v1.Object.role_binding:type_name -> entente.state.v1.RoleBinding
+	22, // 15: entente.state.v1.Service.failover:type_name -> entente.state.v1.Failover
+	3,  // 16: entente.state.v1.Failover.mode:type_name -> entente.state.v1.Mode
+	3,  // 17: entente.state.v1.Failover.failback:type_name -> entente.state.v1.Mode
+	26, // 18: entente.state.v1.Agreement.gateways:type_name -> entente.state.v1.PeerGateway
+	27, // 19: entente.state.v1.Agreement.allow:type_name -> entente.state.v1.Allow
+	28, // 20: entente.state.v1.Allow.http:type_name -> entente.state.v1.HTTPMatch
+	4,  // 21: entente.state.v1.HTTPMatch.path_type:type_name -> entente.state.v1.PathType
+	5,  // 22: entente.state.v1.RoleBinding.role:type_name -> entente.state.v1.AdminRole
+	34, // 23: entente.state.v1.Command.init:type_name -> entente.state.v1.Init
+	35, // 24: entente.state.v1.Command.create_token:type_name -> entente.state.v1.CreateToken
+	36, // 25: entente.state.v1.Command.join_member:type_name -> entente.state.v1.JoinMember
+	38, // 26: entente.state.v1.Command.update_member:type_name -> entente.state.v1.UpdateMember
+	39, // 27: entente.state.v1.Command.remove_member:type_name -> entente.state.v1.RemoveMember
+	41, // 28: entente.state.v1.Command.attest_agent:type_name -> entente.state.v1.AttestAgent
+	44, // 29: entente.state.v1.Command.prepare_authority:type_name -> entente.state.v1.PrepareAuthority
+	45, // 30: entente.state.v1.Command.authority_ready:type_name -> entente.state.v1.AuthorityReady
+	46, // 31: entente.state.v1.Command.activate_authority:type_name -> entente.state.v1.ActivateAuthority
+	47, // 32: entente.state.v1.Command.apply_objects:type_name -> entente.state.v1.ApplyObjects
+	60, // 33: entente.state.v1.Command.store_foreign_bundle:type_name -> entente.state.v1.StoreForeignBundle
+	61, // 34: entente.state.v1.Command.tick:type_name -> entente.state.v1.Tick
+	62, // 35: entente.state.v1.Command.checksum:type_name -> entente.state.v1.Checksum
+	50, // 36: entente.state.v1.Command.taint_authority:type_name -> entente.state.v1.TaintAuthority
+	51, // 37: entente.state.v1.Command.authority_drained:type_name -> entente.state.v1.AuthorityDrained
+	52, // 38: entente.state.v1.Command.revoke_authority:type_name -> entente.state.v1.RevokeAuthority
+	53, // 39: entente.state.v1.Command.ban_agent:type_name -> entente.state.v1.BanAgent
+	54, // 40: entente.state.v1.Command.evict_agent:type_name -> entente.state.v1.EvictAgent
+	57, // 41: entente.state.v1.Command.revoke_token:type_name -> entente.state.v1.RevokeToken
+	58, // 42: entente.state.v1.Command.change_entries:type_name -> entente.state.v1.ChangeEntries
+	40, // 43: entente.state.v1.Command.promote_member:type_name -> entente.state.v1.PromoteMember
+	48, // 44: entente.state.v1.Command.stage_objects:type_name -> entente.state.v1.StageObjects
+	49, // 45: entente.state.v1.Command.apply_staged:type_name -> entente.state.v1.ApplyStaged
+	42, // 46: entente.state.v1.Command.admit_agent:type_name -> entente.state.v1.AdmitAgent
+	55, // 47: entente.state.v1.Command.merge_bans:type_name -> entente.state.v1.MergeBans
+	6,  // 48: entente.state.v1.Init.cluster:type_name -> entente.state.v1.Cluster
+	10, // 49: entente.state.v1.Init.member:type_name -> entente.state.v1.Member
+	12, // 50: entente.state.v1.CreateToken.token:type_name -> entente.state.v1.Token
+	10, // 51: entente.state.v1.JoinMember.member:type_name -> entente.state.v1.Member
+	15, // 52: entente.state.v1.AdmitAgent.agent:type_name -> entente.state.v1.Agent
+	11, // 53: entente.state.v1.PrepareAuthority.authority:type_name -> entente.state.v1.Authority
+	19, // 54: entente.state.v1.ApplyObjects.upserts:type_name -> entente.state.v1.Object
+	20, // 55: entente.state.v1.ApplyObjects.deletes:type_name -> entente.state.v1.ObjectKey
+	47, // 56: entente.state.v1.StageObjects.objects:type_name -> entente.state.v1.ApplyObjects
+	56, // 57: entente.state.v1.MergeBans.bans:type_name -> entente.state.v1.RememberedBan
+	15, // 58: entente.state.v1.RememberedBan.agent:type_name -> entente.state.v1.Agent
+	59, // 59: entente.state.v1.ChangeEntries.changes:type_name -> entente.state.v1.EntryChange
+	16, // 60: entente.state.v1.EntryChange.create:type_name -> entente.state.v1.Entry
+	16, // 61: entente.state.v1.EntryChange.update:type_name -> entente.state.v1.Entry
+	64, // 62: entente.state.v1.AgentCache.x509:type_name -> entente.state.v1.HeldSVID
+	64, // 63: entente.state.v1.AgentCache.wit:type_name -> entente.state.v1.HeldSVID
+	64, // [64:64] is the sub-list for method output_type
+	64, // [64:64] is the sub-list for method input_type
+	64, // [64:64] is the sub-list for extension type_name
+	64, // [64:64] is the sub-list for extension extendee
+	0,  // [0:64] is the sub-list for field type_name
 }
 
 func init() { file_entente_state_v1_state_proto_init() }
@@ -5049,8 +5540,9 @@ func file_entente_state_v1_state_proto_init() {
 		(*Object_Import)(nil),
 		(*Object_Agreement)(nil),
 		(*Object_Relationship)(nil),
+		(*Object_RoleBinding)(nil),
 	}
-	file_entente_state_v1_state_proto_msgTypes[25].OneofWrappers = []any{
+	file_entente_state_v1_state_proto_msgTypes[26].OneofWrappers = []any{
 		(*Command_Init)(nil),
 		(*Command_CreateToken)(nil),
 		(*Command_JoinMember)(nil),
@@ -5074,8 +5566,10 @@ func file_entente_state_v1_state_proto_init() {
 		(*Command_PromoteMember)(nil),
 		(*Command_StageObjects)(nil),
 		(*Command_ApplyStaged)(nil),
+		(*Command_AdmitAgent)(nil),
+		(*Command_MergeBans)(nil),
 	}
-	file_entente_state_v1_state_proto_msgTypes[48].OneofWrappers = []any{
+	file_entente_state_v1_state_proto_msgTypes[53].OneofWrappers = []any{
 		(*EntryChange_Create)(nil),
 		(*EntryChange_Update)(nil),
 		(*EntryChange_Delete)(nil),
@@ -5085,8 +5579,8 @@ func file_entente_state_v1_state_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_entente_state_v1_state_proto_rawDesc), len(file_entente_state_v1_state_proto_rawDesc)),
-			NumEnums:      5,
-			NumMessages:   54,
+			NumEnums:      6,
+			NumMessages:   59,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -1,0 +1,385 @@
+package domain
+
+import (
+	"slices"
+	"strings"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/protobuf/proto"
+
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	"github.com/entente-mesh/entente/ca"
+	"github.com/entente-mesh/entente/federation"
+)
+
+// Right is what a door asks of an administrator before it looks at a request.
+type Right uint8
+
+const (
+	// See is had with any role. What is shown is narrowed by Sees, what is changed by
+	// MayCarryOut.
+	See Right = iota + 1
+	// SeeAll is had with a role that no prefix narrows.
+	SeeAll
+	// Govern is had as a trust-admin: everything that no path owns.
+	Govern
+)
+
+// Administrator is what somebody may do by the role bindings of one state. It is the one
+// place where that is decided: doors ask it before they act or show, Apply asks it again
+// about the command, whose turn may come when roles are others. The zero value may do
+// nothing. It is for use under the lock of the state's owner.
+type Administrator struct {
+	state    *State
+	path     string // SPIFFE path; of an operator empty
+	governs  bool
+	owns     prefixes // service-owner
+	exports  prefixes // api-owner
+	sees     prefixes // any role
+	bindings []*statev1.RoleBinding
+
+	protected map[string]struct{}         // SPIFFE paths that roles are bound to
+	others    map[string][]*statev1.Entry // by host: entries that are not this owner's; found when needed
+}
+
+// Operator may do everything: who can open the administrative socket of a CA node.
+func (s *State) Operator() *Administrator {
+	return &Administrator{state: s, governs: true}
+}
+
+// Administrator is the holder of an SVID of this domain with that path.
+func (s *State) Administrator(path string) *Administrator {
+	a := &Administrator{state: s, path: path, protected: map[string]struct{}{}, others: map[string][]*statev1.Entry{}}
+	for _, o := range s.objects.rows {
+		b := o.GetRoleBinding()
+		for _, subject := range b.GetSubjects() {
+			a.protected[subject] = struct{}{}
+		}
+		if path == "" || ca.Reserved(path) || !slices.Contains(b.GetSubjects(), path) {
+			continue
+		}
+		a.bindings = append(a.bindings, b)
+		switch b.GetRole() {
+		case statev1.AdminRole_ADMIN_ROLE_TRUST_ADMIN:
+			a.governs = true
+		case statev1.AdminRole_ADMIN_ROLE_SERVICE_OWNER:
+			a.owns.add(b.GetPrefixes())
+		case statev1.AdminRole_ADMIN_ROLE_API_OWNER:
+			a.exports.add(b.GetPrefixes())
+		case statev1.AdminRole_ADMIN_ROLE_VIEWER:
+		default:
+			continue // a later release's
+		}
+		a.sees.add(b.GetPrefixes())
+	}
+	slices.SortFunc(a.bindings, func(x, y *statev1.RoleBinding) int { return strings.Compare(x.GetName(), y.GetName()) })
+	return a
+}
+
+// Bindings are the role bindings that name the administrator, by name.
+func (a *Administrator) Bindings() []*statev1.RoleBinding { return a.bindings }
+
+// prefixes is a set of SPIFFE paths and all below them. The zero value is empty.
+type prefixes struct {
+	all  bool
+	list []string
+}
+
+func (p *prefixes) add(list []string) {
+	p.all = p.all || len(list) == 0
+	p.list = append(p.list, list...)
+}
+
+func (p *prefixes) some() bool { return p.all || len(p.list) > 0 }
+
+// cover tells whether a path stands at or below one of them, compared by whole
+// segments. What is no SPIFFE path (dot segments, doubled or trailing slashes) stands
+// nowhere.
+func (p *prefixes) cover(path string) bool {
+	if path == "" || spiffeid.ValidatePath(path) != nil {
+		return false
+	}
+	return p.all || slices.ContainsFunc(p.list, func(prefix string) bool { return ca.AtOrBelow(path, prefix) })
+}
+
+// May says why the administrator does not have a right; nil if he has it.
+func (a *Administrator) May(right Right) *Refusal {
+	switch {
+	case a.governs, right == See && a.sees.some(), right == SeeAll && a.sees.all:
+		return nil
+	case !a.sees.some():
+		return a.refuse("no role is bound to it: a trust-admin applies a RoleBinding")
+	case right == Govern:
+		return a.refuse("that takes the role trust-admin")
+	}
+	return a.refuse("that takes a role without prefixes: it shows the whole domain")
+}
+
+func (a *Administrator) refuse(format string, args ...any) *Refusal {
+	return refuse(CodeForbidden, a.path+" may not do that: "+format, args...)
+}
+
+// Sees tells whether what belongs to a SPIFFE path may be shown.
+func (a *Administrator) Sees(path string) bool { return a.governs || a.sees.cover(path) }
+
+// MayCarryOut says why the administrator may not have a command carried out; nil if he
+// may.
+func (a *Administrator) MayCarryOut(cmd *statev1.Command) *Refusal {
+	if refusal := a.May(See); refusal != nil {
+		return refusal
+	}
+	switch body := cmd.GetBody().(type) {
+	case *statev1.Command_ChangeEntries:
+		for _, change := range body.ChangeEntries.GetChanges() {
+			if refusal := a.MayChangeEntry(change); refusal != nil {
+				return refusal
+			}
+		}
+		return nil
+	case *statev1.Command_ApplyObjects:
+		return a.mayApply(body.ApplyObjects)
+	case *statev1.Command_StageObjects:
+		return nil // it means nothing until all of it is applied, and asked about
+	case *statev1.Command_ApplyStaged:
+		whole, _ := a.state.staging(body.ApplyStaged)
+		return a.mayApply(whole)
+	}
+	return a.May(Govern)
+}
+
+// MayChangeEntry says why the administrator may not change an entry that is declared by
+// itself: a service owner, what lies and stays at or below his prefixes.
+func (a *Administrator) MayChangeEntry(change *statev1.EntryChange) *Refusal {
+	var id string
+	var next *statev1.Entry
+	switch action := change.GetAction().(type) {
+	case *statev1.EntryChange_Create:
+		id, next = action.Create.GetId(), action.Create
+	case *statev1.EntryChange_Update:
+		id, next = action.Update.GetId(), action.Update
+	case *statev1.EntryChange_Delete:
+		id = action.Delete
+	}
+	if refusal := a.May(See); refusal != nil || a.governs {
+		return refusal
+	}
+	have, _ := a.state.Entry(id)
+	what := "entry " + id
+	if refusal := a.mayOwn(what, have.GetPath(), next.GetPath()); refusal != nil {
+		return refusal
+	}
+	if next == nil {
+		return nil
+	}
+	if !a.owns.all && !slices.Equal(sorted(have.GetDnsNames()), sorted(next.GetDnsNames())) {
+		return a.refuse("the DNS names of %s are the whole domain's: that takes a service-owner without prefixes", what)
+	}
+	if !slices.Equal(sorted(have.GetFederatesWith()), sorted(next.GetFederatesWith())) && !a.exports.cover(next.GetPath()) {
+		return a.refuse("whom %s federates with takes the role api-owner for %s", what, next.GetPath())
+	}
+	if slices.Equal(sorted(have.GetHosts()), sorted(next.GetHosts())) && slices.Equal(sorted(have.GetSelectors()), sorted(next.GetSelectors())) {
+		return nil
+	}
+	return a.mayTake(what, id, next.GetHosts(), next.GetSelectors())
+}
+
+// mayOwn asks for the role service-owner where something was and where it would be; an
+// empty path is nowhere.
+func (a *Administrator) mayOwn(what, have, next string) *Refusal {
+	if have == "" && next == "" {
+		return nil // nothing is there, and nothing will be: the state says so
+	}
+	for _, path := range []string{have, next} {
+		if path == "" {
+			continue
+		}
+		if !a.owns.cover(path) {
+			return a.refuse("%s is or would be %.200s, for which it is no service-owner", what, path)
+		}
+		if _, bound := a.protected[path]; bound {
+			return a.refuse("roles are bound to %s, so only a trust-admin decides which process holds it", path)
+		}
+	}
+	return nil
+}
+
+// mayTake refuses an identity for a process that may be somebody else's already: another
+// owner's entry on the same host whose selectors do not exclude it. It would let its
+// maker act for that process's owner, or the process act under a name it does not know.
+func (a *Administrator) mayTake(what, id string, hosts, selectors []string) *Refusal {
+	if a.owns.all {
+		return nil
+	}
+	for _, host := range hosts {
+		others, known := a.others[host]
+		if !known {
+			for _, e := range a.state.EntriesOnHost(host) {
+				if !a.owns.cover(e.GetPath()) {
+					others = append(others, e)
+				}
+			}
+			a.others[host] = others
+		}
+		for _, other := range others {
+			if other.GetId() != id && !exclusive(selectors, other.GetSelectors()) {
+				return a.refuse("%s could be held on host %s by a process of another owner: give it a selector of the same kind and another value than that process has, or another host", what, host)
+			}
+		}
+	}
+	return nil
+}
+
+// exclusive tells whether no process can have both sets of selectors: of one kind, that a
+// process has one value of, they want two.
+func exclusive(a, b []string) bool {
+	for _, x := range a {
+		s, err := ca.ParseSelector(x)
+		if err != nil || s.Kind == ca.SelectorGroup || s.Kind == ca.SelectorRun {
+			continue
+		}
+		for _, y := range b {
+			if t, err := ca.ParseSelector(y); err == nil && s.Kind == t.Kind && s.Value != t.Value {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// mayApply asks about each object as it is and as it would be.
+func (a *Administrator) mayApply(c *statev1.ApplyObjects) *Refusal {
+	if a.governs {
+		return nil
+	}
+	services := map[string]string{} // path by label, of this proposal
+	for _, o := range c.GetUpserts() {
+		if s := o.GetService(); s != nil {
+			services[s.GetName()] = s.GetPath()
+		}
+	}
+	for _, next := range c.GetUpserts() {
+		have, _ := a.state.Object(ObjectKey(next))
+		if refusal := a.mayChangeObject(have, next, services); refusal != nil {
+			return refusal
+		}
+	}
+	for _, key := range c.GetDeletes() {
+		have, _ := a.state.Object(key.GetKind() + "/" + key.GetName())
+		if refusal := a.mayChangeObject(have, nil, services); refusal != nil {
+			return refusal
+		}
+	}
+	return nil
+}
+
+// mayChangeObject: have is nil for a new one, next for one that goes.
+func (a *Administrator) mayChangeObject(have, next *statev1.Object, services map[string]string) *Refusal {
+	either := next
+	if either == nil {
+		either = have
+	}
+	key := ObjectKey(either)
+	switch {
+	case either == nil:
+		return nil // there is nothing to delete: the state says so
+	case either.GetService() != nil:
+		return a.mayChangeService(key, have, next)
+	case either.GetAgreement() != nil:
+		return a.mayChangeAgreement(key, have.GetAgreement(), next.GetAgreement(), services)
+	case either.GetImport() != nil:
+		if !a.exports.all {
+			return a.refuse("%s is the whole domain's: that takes an api-owner without prefixes", key)
+		}
+		return nil
+	}
+	return a.refuse("%s takes the role trust-admin", key)
+}
+
+// mayChangeService tells apart what a service is, which its service owner says, and to
+// whom it is shown, which its API owner says. Who deletes it withdraws it from everybody.
+func (a *Administrator) mayChangeService(key string, have, next *statev1.Object) *Refusal {
+	before, after := have.GetService(), next.GetService()
+	if next != nil && !slices.Equal(sorted(before.GetExportTo()), sorted(after.GetExportTo())) {
+		for _, path := range []string{before.GetPath(), after.GetPath()} {
+			if path != "" && !a.exports.cover(path) {
+				return a.refuse("to whom %s is exported takes the role api-owner for %s", key, path)
+			}
+		}
+	}
+	if have != nil && next != nil && proto.Equal(unexported(have), unexported(next)) {
+		return nil
+	}
+	if refusal := a.mayOwn(key, before.GetPath(), after.GetPath()); refusal != nil || after == nil {
+		return refusal
+	}
+	if slices.Equal(sorted(before.GetHosts()), sorted(after.GetHosts())) && slices.Equal(sorted(before.GetSelectors()), sorted(after.GetSelectors())) {
+		return nil
+	}
+	return a.mayTake(key, ca.ServiceEntry(after.GetName()), after.GetHosts(), after.GetSelectors())
+}
+
+func unexported(o *statev1.Object) *statev1.Object {
+	o = proto.CloneOf(o)
+	o.Revision, o.Source, o.GetService().ExportTo = 0, "", nil
+	return o
+}
+
+// mayChangeAgreement asks for the role api-owner for everything that the agreement was
+// and would be about. Whom the domain exchanges traffic with is not one owner's business:
+// a gateway of the peer must be one that another agreement names.
+func (a *Administrator) mayChangeAgreement(key string, have, next *statev1.Agreement, services map[string]string) *Refusal {
+	if a.exports.all {
+		return nil
+	}
+	for _, agreement := range []*statev1.Agreement{have, next} {
+		if agreement != nil && len(agreement.GetAllow()) == 0 {
+			return a.refuse("%s is about no service of its: that takes an api-owner without prefixes", key)
+		}
+		for _, allow := range agreement.GetAllow() {
+			for _, path := range a.pathsOf(allow, services) {
+				if !a.exports.cover(path) {
+					return a.refuse("%s allows what takes the role api-owner for %s", key, path)
+				}
+			}
+		}
+	}
+	known := have.GetGateways()
+	for _, o := range a.state.objects.rows {
+		if other := o.GetAgreement(); other.GetPeer() == next.GetPeer() {
+			known = slices.Concat(known, other.GetGateways())
+		}
+	}
+	for _, g := range next.GetGateways() {
+		if !slices.ContainsFunc(known, func(k *statev1.PeerGateway) bool { return proto.Equal(k, g) }) {
+			return a.refuse("%s names gateway %s at %s, which no agreement with %s does yet: that takes an api-owner without prefixes", key, g.GetPath(), g.GetAddress(), next.GetPeer())
+		}
+	}
+	return nil
+}
+
+// pathsOf are the own paths that an allowance is about: on the serving side the
+// service's, on the calling side its callers', down to the first wildcard.
+func (a *Administrator) pathsOf(allow *statev1.Allow, services map[string]string) (paths []string) {
+	if label := allow.GetService(); !strings.Contains(label, ".") {
+		if s, ok := a.state.Object("Service/" + label); ok {
+			paths = append(paths, s.GetService().GetPath())
+		}
+		if path, ok := services[label]; ok {
+			paths = append(paths, path)
+		}
+		if len(paths) == 0 {
+			return []string{"(service " + label + ")"} // there is none: no prefix covers it
+		}
+		return paths
+	}
+	for _, text := range allow.GetCallers() {
+		literal := "(callers " + text + ")"
+		if _, err := federation.ParsePattern(text); err == nil {
+			literal, _, _ = strings.Cut("/"+text, "/*")
+		}
+		paths = append(paths, literal)
+	}
+	return paths
+}
+
+func sorted(list []string) []string { return slices.Sorted(slices.Values(list)) }

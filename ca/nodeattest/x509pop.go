@@ -1,0 +1,344 @@
+// Package nodeattest is the verifying half of node attestation by what a host has
+// already: a certificate of its own PKI. (A join token is verified by the agreed state
+// itself.) It decides what a certificate says of a host; whether the host holds the
+// certificate's key is for the statement that the door verifies, and whether it may be
+// admitted beside the agents there are, for the agreed state.
+package nodeattest
+
+import (
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/hex"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"text/template"
+	"time"
+
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	"github.com/entente-mesh/entente/ca"
+)
+
+// Bounds of what a host sends and of what the operator gives.
+const (
+	maxChain       = 6
+	maxCertificate = 8 << 10
+	maxBundle      = 1 << 20
+	maxAnchors     = 256
+	maxRendered    = 256
+	maxAddresses   = 16
+)
+
+// X509PoPConfig says which certificates admit hosts, and as what.
+type X509PoPConfig struct {
+	// CABundle is a file with the certificates (PEM) of the authorities that sign the
+	// hosts' certificates. It is read again when it changes.
+	CABundle string
+	// Name is the agent's name, one DNS label: a text/template over Certificate. Empty:
+	// {{label .Host}}.
+	Name string
+	// Datacenter is a name or a template as well.
+	Datacenter string
+	// PathPrefixes are the scope of the agents; none: everything.
+	PathPrefixes []string
+}
+
+// Certificate is what templates can speak of.
+type Certificate struct {
+	Host               string // the first DNS name, else the common name
+	CommonName         string
+	DNSNames           []string
+	Organization       string // the first
+	OrganizationalUnit string // the first
+	Locality           string // the first
+	SerialNumber       string // lower-case hex
+	Fingerprint        string // SHA-256 of the certificate, lower-case hex
+}
+
+const defaultName = "{{label .Host}}"
+
+// X509PoP admits hosts by certificates. Its methods may be called concurrently.
+type X509PoP struct {
+	config           X509PoPConfig
+	name, datacenter *template.Template
+
+	mu       sync.Mutex
+	roots    *x509.CertPool
+	modified time.Time
+	size     int64
+}
+
+// NewX509PoP checks the configuration and reads the bundle.
+func NewX509PoP(config X509PoPConfig) (*X509PoP, error) {
+	x := &X509PoP{config: config}
+	if config.Name == "" {
+		config.Name = defaultName
+	}
+	var err error
+	if x.name, err = parseTemplate("name", config.Name); err != nil {
+		return nil, err
+	}
+	if x.datacenter, err = parseTemplate("datacenter", config.Datacenter); err != nil {
+		return nil, err
+	}
+	if config.Datacenter == "" {
+		return nil, errors.New("datacenter is missing: a name, or a template as in {{label .Locality}}")
+	}
+	if err := ca.CheckScope(config.PathPrefixes); err != nil {
+		return nil, err
+	}
+	if _, err := x.anchors(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// parseTemplate also tries it: a field that does not exist is noticed now.
+func parseTemplate(what, text string) (*template.Template, error) {
+	t, err := template.New(what).Option("missingkey=error").Funcs(template.FuncMap{"label": label, "lower": strings.ToLower}).Parse(text)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", what, err)
+	}
+	if _, err := render(t, Certificate{DNSNames: []string{"h1.example"}}); err != nil {
+		return nil, fmt.Errorf("%s: %w", what, err)
+	}
+	return t, nil
+}
+
+// label is the first label of a name, in lower case: h1 of H1.dc1.example.
+func label(name string) string {
+	first, _, _ := strings.Cut(name, ".")
+	return strings.ToLower(first)
+}
+
+func render(t *template.Template, c Certificate) (string, error) {
+	var b limited
+	if err := t.Execute(&b, c); err != nil {
+		return "", err
+	}
+	return string(b), nil
+}
+
+// limited is a writer that refuses to grow without end.
+type limited []byte
+
+func (l *limited) Write(b []byte) (int, error) {
+	if len(*l)+len(b) > maxRendered {
+		return 0, fmt.Errorf("the result has over %d bytes", maxRendered)
+	}
+	*l = append(*l, b...)
+	return len(b), nil
+}
+
+// anchors are the authorities as the file names them now. A file that cannot be read any
+// more leaves those that were read.
+func (x *X509PoP) anchors() (*x509.CertPool, error) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	info, err := os.Stat(x.config.CABundle)
+	if err == nil && x.roots != nil && info.ModTime().Equal(x.modified) && info.Size() == x.size {
+		return x.roots, nil
+	}
+	if err == nil && info.Size() > maxBundle {
+		err = fmt.Errorf("%s has %d bytes, over %d", x.config.CABundle, info.Size(), maxBundle)
+	}
+	var roots *x509.CertPool
+	if err == nil {
+		roots, err = readAnchors(x.config.CABundle)
+	}
+	if err != nil {
+		if x.roots != nil {
+			return x.roots, nil
+		}
+		return nil, fmt.Errorf("authorities of the hosts' certificates: %w", err)
+	}
+	x.roots, x.modified, x.size = roots, info.ModTime(), info.Size()
+	return roots, nil
+}
+
+func readAnchors(file string) (*x509.CertPool, error) {
+	data, err := os.ReadFile(file)
+	if err != nil {
+		return nil, err
+	}
+	roots, n := x509.NewCertPool(), 0
+	for {
+		var block *pem.Block
+		if block, data = pem.Decode(data); block == nil {
+			break
+		}
+		if block.Type != "CERTIFICATE" {
+			return nil, fmt.Errorf("%s holds a %s, not certificates only", file, block.Type)
+		}
+		cert, err := x509.ParseCertificate(block.Bytes)
+		if err != nil {
+			return nil, fmt.Errorf("%s: certificate %d: %w", file, n+1, err)
+		}
+		if !cert.IsCA || !cert.BasicConstraintsValid {
+			return nil, fmt.Errorf("%s: certificate %d (%s) is no authority's", file, n+1, cert.Subject)
+		}
+		if n++; n > maxAnchors {
+			return nil, fmt.Errorf("%s holds over %d certificates", file, maxAnchors)
+		}
+		roots.AddCert(cert)
+	}
+	if n == 0 {
+		return nil, fmt.Errorf("%s holds no certificate (PEM)", file)
+	}
+	return roots, nil
+}
+
+// Verify says what a chain (DER, leaf first) makes of the host that holds the leaf's key:
+// an agent without its own key. It verifies with the configured authorities only, for
+// client authentication, at now.
+func (x *X509PoP) Verify(chain [][]byte, now time.Time) (leaf *x509.Certificate, host *statev1.Agent, err error) {
+	leaf, intermediates, err := parseChain(chain)
+	if err != nil {
+		return nil, nil, err
+	}
+	if err := checkLeaf(leaf); err != nil {
+		return nil, nil, fmt.Errorf("the host's certificate: %w", err)
+	}
+	roots, err := x.anchors()
+	if err != nil {
+		return nil, nil, err
+	}
+	paths, err := leaf.Verify(x509.VerifyOptions{
+		Roots: roots, Intermediates: intermediates, CurrentTime: now, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
+	})
+	if err != nil {
+		return nil, nil, fmt.Errorf("the host's certificate does not verify: %w", err)
+	}
+	host, err = x.describe(leaf, paths)
+	return leaf, host, err
+}
+
+func parseChain(chain [][]byte) (leaf *x509.Certificate, intermediates *x509.CertPool, err error) {
+	if n := len(chain); n == 0 || n > maxChain {
+		return nil, nil, fmt.Errorf("the host shows %d certificates, not 1 to %d", n, maxChain)
+	}
+	intermediates = x509.NewCertPool()
+	for i, der := range chain {
+		if len(der) > maxCertificate {
+			return nil, nil, fmt.Errorf("certificate %d of the host has %d bytes, over %d", i+1, len(der), maxCertificate)
+		}
+		cert, err := x509.ParseCertificate(der)
+		if err != nil {
+			return nil, nil, fmt.Errorf("certificate %d of the host does not parse: %w", i+1, err)
+		}
+		if i == 0 {
+			leaf = cert
+		} else {
+			intermediates.AddCert(cert)
+		}
+	}
+	return leaf, intermediates, nil
+}
+
+// checkLeaf asks for what chain verification leaves open: a certificate that is silent
+// about its use could be used for anything.
+func checkLeaf(leaf *x509.Certificate) error {
+	switch {
+	case leaf.IsCA:
+		return errors.New("it is an authority's, not a host's")
+	case leaf.KeyUsage&x509.KeyUsageDigitalSignature == 0:
+		return errors.New("its key usage does not include digitalSignature")
+	case leaf.KeyUsage&(x509.KeyUsageCertSign|x509.KeyUsageCRLSign) != 0:
+		return errors.New("its key may sign certificates")
+	case !slices.Contains(leaf.ExtKeyUsage, x509.ExtKeyUsageClientAuth):
+		return errors.New("its extended key usage does not include clientAuth")
+	}
+	return ca.CheckPossessionKey(leaf.PublicKey)
+}
+
+// describe makes an agent of a certificate that verifies.
+func (x *X509PoP) describe(leaf *x509.Certificate, paths [][]*x509.Certificate) (*statev1.Agent, error) {
+	c := Certificate{
+		CommonName: leaf.Subject.CommonName, DNSNames: leaf.DNSNames, Host: leaf.Subject.CommonName,
+		Organization: first(leaf.Subject.Organization), OrganizationalUnit: first(leaf.Subject.OrganizationalUnit), Locality: first(leaf.Subject.Locality),
+		SerialNumber: leaf.SerialNumber.Text(16), Fingerprint: Fingerprint(leaf.Raw),
+	}
+	if len(leaf.DNSNames) > 0 {
+		c.Host = leaf.DNSNames[0]
+	}
+	host := &statev1.Agent{Certificate: c.Fingerprint, PathPrefixes: x.config.PathPrefixes}
+	for _, part := range []struct {
+		what string
+		t    *template.Template
+		into *string
+	}{{"name", x.name, &host.Name}, {"datacenter", x.datacenter, &host.Datacenter}} {
+		text, err := render(part.t, c)
+		if err == nil {
+			err = ca.CheckLabel(text)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("the host's certificate gives no %s of an agent: %w", part.what, err)
+		}
+		*part.into = text
+	}
+	for _, name := range leaf.DNSNames {
+		if name = strings.ToLower(name); ca.CheckHost(name) == nil && len(host.Addresses) < maxAddresses {
+			host.Addresses = append(host.Addresses, name)
+		}
+	}
+	for _, ip := range leaf.IPAddresses {
+		if !unreachable(ip) && len(host.Addresses) < maxAddresses {
+			host.Addresses = append(host.Addresses, ip.String())
+		}
+	}
+	host.Selectors = selectorsOf(leaf, c, paths)
+	return host, nil
+}
+
+// unreachable are addresses at which nobody else can reach the host.
+func unreachable(ip net.IP) bool { return ip.IsUnspecified() || ip.IsMulticast() }
+
+// selectorsOf are what entries may demand, in the spelling of SPIRE's x509pop where it has
+// one; fingerprints are SHA-256. What does not fit is left out.
+func selectorsOf(leaf *x509.Certificate, c Certificate, paths [][]*x509.Certificate) []string {
+	var all []string
+	add := func(kind, value string) {
+		if s := ca.NodeByX509PoP + ":" + kind + ":" + value; value != "" && ca.CheckNodeSelectors([]string{s}) == nil {
+			all = append(all, s)
+		}
+	}
+	add("subject:cn", c.CommonName)
+	add("subject:o", c.Organization)
+	add("subject:ou", c.OrganizationalUnit)
+	add("serialnumber", c.SerialNumber)
+	add("fingerprint", c.Fingerprint)
+	for _, name := range leaf.DNSNames {
+		add("san:dns", strings.ToLower(name))
+	}
+	for _, uri := range leaf.URIs {
+		add("san:uri", uri.String())
+	}
+	for _, path := range paths {
+		for _, authority := range path[1:] {
+			add("ca:fingerprint", Fingerprint(authority.Raw))
+		}
+	}
+	slices.Sort(all)
+	all = slices.Compact(all)
+	return all[:min(len(all), maxSelectors)]
+}
+
+const maxSelectors = 64
+
+func first(list []string) string {
+	if len(list) == 0 {
+		return ""
+	}
+	return list[0]
+}
+
+// Fingerprint names a certificate: hex SHA-256 of its DER.
+func Fingerprint(der []byte) string {
+	sum := sha256.Sum256(der)
+	return hex.EncodeToString(sum[:])
+}

@@ -1,0 +1,251 @@
+package nodeattest
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"math/big"
+	"net"
+	"net/url"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+var now = time.Date(2026, 11, 20, 12, 0, 0, 0, time.UTC)
+
+// pki is an authority for hosts.
+type pki struct {
+	t    testing.TB
+	cert *x509.Certificate
+	key  *ecdsa.PrivateKey
+}
+
+func newKey(t testing.TB) *ecdsa.PrivateKey {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return key
+}
+
+func newPKI(t testing.TB, name string) *pki {
+	p := &pki{t: t, key: newKey(t)}
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: name}, NotBefore: now.AddDate(-1, 0, 0), NotAfter: now.AddDate(1, 0, 0),
+		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
+	}
+	p.cert = p.sign(template, template, &p.key.PublicKey, p.key)
+	return p
+}
+
+func (p *pki) sign(template, parent *x509.Certificate, public any, key *ecdsa.PrivateKey) *x509.Certificate {
+	p.t.Helper()
+	der, err := x509.CreateCertificate(rand.Reader, template, parent, public, key)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	cert, err := x509.ParseCertificate(der)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	return cert
+}
+
+// host issues a host's certificate, as edit alters it.
+func (p *pki) host(edit func(*x509.Certificate)) *x509.Certificate {
+	p.t.Helper()
+	spiffeURI, _ := url.Parse("https://assets.example/h1")
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(0xabc), Subject: pkix.Name{CommonName: "h1.dc1.example", Organization: []string{"bank"}, Locality: []string{"dc1"}},
+		DNSNames: []string{"H1.dc1.example"}, IPAddresses: []net.IP{net.IPv4(10, 0, 0, 1), net.IPv4zero}, URIs: []*url.URL{spiffeURI},
+		NotBefore: now.Add(-time.Hour), NotAfter: now.Add(time.Hour), KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
+		BasicConstraintsValid: true,
+	}
+	if edit != nil {
+		edit(template)
+	}
+	var public any = &newKey(p.t).PublicKey
+	if template.PublicKey != nil {
+		public = template.PublicKey
+	}
+	return p.sign(template, p.cert, public, p.key)
+}
+
+func (p *pki) file() string {
+	p.t.Helper()
+	file := filepath.Join(p.t.TempDir(), "ca.pem")
+	p.write(file)
+	return file
+}
+
+func (p *pki) write(file string) {
+	if err := os.WriteFile(file, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: p.cert.Raw}), 0o600); err != nil {
+		p.t.Fatal(err)
+	}
+}
+
+func open(t testing.TB, config X509PoPConfig) *X509PoP {
+	t.Helper()
+	if config.Datacenter == "" {
+		config.Datacenter = "{{label .Locality}}"
+	}
+	x, err := NewX509PoP(config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return x
+}
+
+func TestVerify(t *testing.T) {
+	p, other := newPKI(t, "hosts"), newPKI(t, "hosts") // the other one has the same name
+	x := open(t, X509PoPConfig{CABundle: p.file(), PathPrefixes: []string{"/team/pay"}})
+	leafKey := newKey(t)
+	leaf := p.host(func(c *x509.Certificate) { c.PublicKey = &leafKey.PublicKey })
+	_, host, err := x.Verify([][]byte{leaf.Raw}, now)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if host.GetName() != "h1" || host.GetDatacenter() != "dc1" || !slices.Equal(host.GetAddresses(), []string{"h1.dc1.example", "10.0.0.1"}) ||
+		host.GetCertificate() != Fingerprint(leaf.Raw) || !slices.Equal(host.GetPathPrefixes(), []string{"/team/pay"}) {
+		t.Errorf("host: %v", host)
+	}
+	for _, want := range []string{"x509pop:subject:cn:h1.dc1.example", "x509pop:subject:o:bank", "x509pop:serialnumber:abc", "x509pop:san:dns:h1.dc1.example",
+		"x509pop:san:uri:https://assets.example/h1", "x509pop:ca:fingerprint:" + Fingerprint(p.cert.Raw), "x509pop:fingerprint:" + Fingerprint(leaf.Raw)} {
+		if !slices.Contains(host.GetSelectors(), want) {
+			t.Errorf("no selector %s in %q", want, host.GetSelectors())
+		}
+	}
+
+	weak, err := rsa.GenerateKey(rand.Reader, 1024)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// An intermediate that the host sends along.
+	middle := &pki{t: t, key: newKey(t)}
+	middle.cert = p.sign(&x509.Certificate{
+		SerialNumber: big.NewInt(2), Subject: pkix.Name{CommonName: "middle"}, NotBefore: now.AddDate(0, -1, 0), NotAfter: now.AddDate(0, 1, 0),
+		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
+	}, p.cert, &middle.key.PublicKey, p.key)
+	below := middle.host(nil)
+	if _, host, err := x.Verify([][]byte{below.Raw, middle.cert.Raw}, now); err != nil || !slices.Contains(host.GetSelectors(), "x509pop:ca:fingerprint:"+Fingerprint(middle.cert.Raw)) {
+		t.Errorf("through an intermediate: %v, %v", host, err)
+	}
+	chain := func(certs ...*x509.Certificate) (all [][]byte) {
+		for _, c := range certs {
+			all = append(all, c.Raw)
+		}
+		return all
+	}
+	for what, test := range map[string]struct {
+		chain [][]byte
+		want  string
+	}{
+		"another authority":         {chain(other.host(nil)), "does not verify"},
+		"and its certificate along": {chain(other.host(nil), other.cert), "does not verify"},
+		"without its intermediate":  {chain(below), "does not verify"},
+		"below another host":        {chain((&pki{t: t, cert: leaf, key: leafKey}).host(nil), leaf), "does not verify"},
+		"ended":                     {chain(p.host(func(c *x509.Certificate) { c.NotAfter = now.Add(-time.Second) })), "expired"},
+		"not yet":                   {chain(p.host(func(c *x509.Certificate) { c.NotBefore = now.Add(time.Second) })), "not yet valid"},
+		"no client":                 {chain(p.host(func(c *x509.Certificate) { c.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth} })), "clientAuth"},
+		"silent about its use":      {chain(p.host(func(c *x509.Certificate) { c.ExtKeyUsage = nil })), "clientAuth"},
+		"any use":                   {chain(p.host(func(c *x509.Certificate) { c.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageAny} })), "clientAuth"},
+		"no signature":              {chain(p.host(func(c *x509.Certificate) { c.KeyUsage = x509.KeyUsageKeyEncipherment })), "digitalSignature"},
+		"no key usage":              {chain(p.host(func(c *x509.Certificate) { c.KeyUsage = 0 })), "digitalSignature"},
+		"the authority's own":       {chain(p.cert), "authority's"},
+		"an intermediate's own":     {chain(middle.cert), "authority's"},
+		"a weak key":                {chain(p.host(func(c *x509.Certificate) { c.PublicKey = &weak.PublicKey })), "1024 bits"},
+		"a name that is none": {chain(p.host(func(c *x509.Certificate) {
+			c.DNSNames, c.Subject.CommonName = nil, "../../entente/ca/ca-1"
+		})), "gives no name"},
+		"no name at all": {chain(p.host(func(c *x509.Certificate) { c.DNSNames, c.Subject.CommonName = nil, "" })), "gives no name"},
+		"no datacenter":  {chain(p.host(func(c *x509.Certificate) { c.Subject.Locality = nil })), "gives no datacenter"},
+		"nothing":        {nil, "0 certificates"},
+		"too many":       {chain(leaf, leaf, leaf, leaf, leaf, leaf, leaf), "7 certificates"},
+		"no certificate": {[][]byte{[]byte("x")}, "does not parse"},
+		"too large":      {[][]byte{make([]byte, maxCertificate+1)}, "over 8192"},
+		"trailing bytes": {[][]byte{append(slices.Clone(leaf.Raw), 0)}, "does not parse"},
+	} {
+		if _, host, err := x.Verify(test.chain, now); err == nil || !strings.Contains(err.Error(), test.want) {
+			t.Errorf("%s: %v, %v", what, host, err)
+		}
+	}
+}
+
+// The authorities' file is read again when it changes, and a broken one changes nothing.
+func TestAnchorsFollowTheFile(t *testing.T) {
+	p, next := newPKI(t, "old"), newPKI(t, "new")
+	file := p.file()
+	x := open(t, X509PoPConfig{CABundle: file})
+	accepts := func(by *pki) bool {
+		_, _, err := x.Verify([][]byte{by.host(nil).Raw}, now)
+		return err == nil
+	}
+	if !accepts(p) || accepts(next) {
+		t.Fatal("control")
+	}
+	if err := os.WriteFile(file, []byte("half written"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if !accepts(p) {
+		t.Error("a broken file took the authorities away")
+	}
+	next.write(file)
+	if err := os.Chtimes(file, now, now); err != nil {
+		t.Fatal(err)
+	}
+	if accepts(p) || !accepts(next) {
+		t.Error("the new file does not count")
+	}
+}
+
+func TestConfig(t *testing.T) {
+	p := newPKI(t, "hosts")
+	file := p.file()
+	leafFile := filepath.Join(t.TempDir(), "leaf.pem")
+	if err := os.WriteFile(leafFile, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: p.host(nil).Raw}), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for what, c := range map[string]X509PoPConfig{
+		"no file":      {CABundle: file + "x", Datacenter: "dc1"},
+		"a leaf":       {CABundle: leafFile, Datacenter: "dc1"},
+		"no datacentr": {CABundle: file},
+		"no field":     {CABundle: file, Datacenter: "{{.Nothing}}"},
+		"no template":  {CABundle: file, Datacenter: "dc1", Name: "{{"},
+		"no function":  {CABundle: file, Datacenter: "dc1", Name: `{{exec "x"}}`},
+		"endless":      {CABundle: file, Datacenter: "dc1", Name: `{{printf "%1000d" 1}}`},
+		"scope":        {CABundle: file, Datacenter: "dc1", PathPrefixes: []string{"team"}},
+	} {
+		if _, err := NewX509PoP(c); err == nil {
+			t.Error(what)
+		}
+	}
+	x := open(t, X509PoPConfig{CABundle: file, Datacenter: "dc1", Name: "host-{{.SerialNumber}}"})
+	if _, host, err := x.Verify([][]byte{p.host(nil).Raw}, now); err != nil || host.GetName() != "host-abc" {
+		t.Errorf("%v, %v", host, err)
+	}
+}
+
+// Whatever a host sends: an answer, and never a host that was not vouched for.
+func FuzzVerify(f *testing.F) {
+	p := newPKI(f, "hosts")
+	x := open(f, X509PoPConfig{CABundle: p.file()})
+	leaf := p.host(nil)
+	f.Add(leaf.Raw, p.cert.Raw)
+	f.Add(p.cert.Raw, leaf.Raw)
+	f.Add([]byte{}, []byte{})
+	f.Fuzz(func(t *testing.T, first, second []byte) {
+		got, host, err := x.Verify([][]byte{first, second}, now)
+		if err == nil && (got.CheckSignatureFrom(p.cert) != nil || host.GetName() == "") {
+			t.Fatalf("%v from %x", host, first)
+		}
+	})
+}

@@ -1,0 +1,336 @@
+package server
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	grpcpeer "google.golang.org/grpc/peer"
+	"google.golang.org/grpc/status"
+	"google.golang.org/grpc/tap"
+
+	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
+)
+
+// What the API address may be made to hold, by those who mean harm as well: see
+// DESIGN.md. Everything beyond is refused or takes the place of something older.
+const (
+	maxAPIMessage  = 256 << 10 // 100 requests with keys of any kind
+	maxHeaders     = 16 << 10
+	streamWindow   = 64 << 10 // what is read ahead of one call
+	connWindow     = 256 << 10
+	maxStreams     = 128 // of one connection
+	maxCalls       = 256 // of one peer, over all its connections
+	strangersCalls = 2   // of a connection without an identity
+	maxSyncs       = 4   // streams of one subscriber: one that ends while the next begins, and a reserve
+	handshakeLimit = 5 * time.Second
+	callLimit      = 15 * time.Second // but for streams, which last
+
+	maxHandshakes = 1024 // under way at once
+	maxStrangers  = 256  // connections without an identity: of hosts and nodes that are about to get one
+	maxPeerConns  = 16   // of one agent, of all workloads of one host, of one CA node
+
+	// undisturbed is how long a connection is left in peace by others of its source that
+	// want its place.
+	undisturbed = time.Second
+)
+
+// places is a bounded set of connections. When it is full, the newest takes the place of
+// the oldest of the source that holds the most: one source cannot keep others out, and
+// one that sits on its places loses them to its own next connections.
+type places struct {
+	most     int
+	patience time.Duration // how old one is at least that its own source, or all together, push out
+
+	mu       sync.Mutex
+	held     []*place // oldest first
+	bySource map[string]int
+}
+
+type place struct {
+	set    *places
+	source string
+	since  time.Time
+	close  func()
+}
+
+// take gets a place for a connection, which close ends; nil if there is none now.
+func (p *places) take(source string, now time.Time, close func()) *place {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if len(p.held) >= p.most {
+		i := p.victim(source, now)
+		if i < 0 {
+			return nil
+		}
+		victim := p.held[i]
+		p.drop(i)
+		victim.close()
+	}
+	if p.bySource == nil {
+		p.bySource = make(map[string]int)
+	}
+	taken := &place{set: p, source: source, since: now, close: close}
+	p.held = append(p.held, taken)
+	p.bySource[source]++
+	return taken
+}
+
+// victim is who has to go for one more of source; -1: nobody.
+func (p *places) victim(source string, now time.Time) int {
+	busiest := source
+	for other, n := range p.bySource {
+		if n > p.bySource[busiest] {
+			busiest = other
+		}
+	}
+	if p.bySource[busiest] > p.bySource[source]+1 {
+		return slices.IndexFunc(p.held, func(h *place) bool { return h.source == busiest })
+	}
+	i := max(slices.IndexFunc(p.held, func(h *place) bool { return h.source == source }), 0)
+	if now.Sub(p.held[i].since) < p.patience {
+		return -1
+	}
+	return i
+}
+
+func (p *places) drop(i int) {
+	h := p.held[i]
+	p.held = slices.Delete(p.held, i, i+1)
+	if p.bySource[h.source]--; p.bySource[h.source] == 0 {
+		delete(p.bySource, h.source)
+	}
+}
+
+// leave gives the place up; it may be called more than once.
+func (h *place) leave() {
+	h.set.mu.Lock()
+	defer h.set.mu.Unlock()
+	if i := slices.Index(h.set.held, h); i >= 0 {
+		h.set.drop(i)
+	}
+}
+
+func (p *places) len() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return len(p.held)
+}
+
+// sourceOf is where a connection comes from: an IPv4 address, or the network of an IPv6
+// one, of which a host has as many as it likes.
+func sourceOf(address net.Addr) string {
+	port, err := netip.ParseAddrPort(address.String())
+	if err != nil {
+		return address.String()
+	}
+	host := port.Addr().Unmap()
+	if host.Is6() {
+		network, _ := host.Prefix(64)
+		return network.String()
+	}
+	return host.String()
+}
+
+// entrance is the listener of the API address. It takes no more connections than there
+// are places for handshakes; the others wait in the kernel.
+type entrance struct {
+	net.Listener
+	server *Server
+}
+
+// arriving is a connection whose handshake is not over.
+type arriving struct {
+	net.Conn
+	place *place
+}
+
+func (a *arriving) Close() error {
+	a.place.leave()
+	return a.Conn.Close()
+}
+
+func (e entrance) Accept() (net.Conn, error) {
+	conn, err := e.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	for {
+		taken := e.server.handshakes.take(sourceOf(conn.RemoteAddr()), time.Now(), func() {
+			e.server.metrics.cut.WithLabelValues("handshake").Inc()
+			conn.Close()
+		})
+		if taken != nil {
+			return &arriving{conn, taken}, nil
+		}
+		select {
+		case <-time.After(undisturbed / 20):
+		case <-e.server.stopping:
+			return conn, nil
+		}
+	}
+}
+
+// calls counts what is under way, over all connections of a peer.
+type calls struct {
+	most int
+	mu   sync.Mutex
+	now  int
+}
+
+// guests counts the connections of each peer.
+type guests struct {
+	mu    sync.Mutex
+	peers map[string]*peerConns
+}
+
+type peerConns struct {
+	conns places
+	calls calls
+}
+
+// take counts one more connection of a peer, in the place of its oldest if there are too
+// many: the newest is the one that its owner knows of, the others may be left over from
+// before a crash.
+func (g *guests) take(name string, close func()) (*calls, func()) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.peers == nil {
+		g.peers = make(map[string]*peerConns)
+	}
+	p := g.peers[name]
+	if p == nil {
+		p = &peerConns{conns: places{most: maxPeerConns}, calls: calls{most: maxCalls}}
+		g.peers[name] = p
+	}
+	taken := p.conns.take(name, time.Now(), close)
+	return &p.calls, func() {
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		taken.leave()
+		if p.conns.len() == 0 && g.peers[name] == p {
+			delete(g.peers, name)
+		}
+	}
+}
+
+func (g *guests) len() (n int) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for _, p := range g.peers {
+		n += p.conns.len()
+	}
+	return n
+}
+
+// guestName is under which name a caller's connections are counted; empty for who has no
+// identity yet.
+func guestName(c caller) string {
+	switch c.class {
+	case member:
+		return "CA node " + c.member.GetId()
+	case agent:
+		return "agent " + c.agent.GetName()
+	case workload:
+		return "workloads of " + c.agent.GetName()
+	}
+	return ""
+}
+
+// seat counts a connection whose handshake is over. The returned function is to be
+// called when it ends.
+func (s *Server) seat(c caller, raw net.Conn) (*calls, func(), error) {
+	name := guestName(c)
+	if name == "" {
+		taken := s.strangers.take(sourceOf(raw.RemoteAddr()), time.Now(), func() {
+			s.metrics.cut.WithLabelValues("stranger").Inc()
+			raw.Close()
+		})
+		if taken == nil {
+			s.metrics.cut.WithLabelValues("stranger").Inc()
+			return nil, nil, fmt.Errorf("%d connections without an identity are open at this CA node", maxStrangers)
+		}
+		return &calls{most: strangersCalls}, taken.leave, nil
+	}
+	calls, leave := s.guests.take(name, func() {
+		s.metrics.cut.WithLabelValues("peer").Inc()
+		s.Log.Warn("a peer has too many connections; its oldest is cut", "peer", name, "most", maxPeerConns)
+		raw.Close()
+	})
+	return calls, leave, nil
+}
+
+// lasts are the calls that stay open.
+var lasts = map[string]bool{ententev1.Sync_Sync_FullMethodName: true, ententev1.Peer_Presence_FullMethodName: true}
+
+// tap bounds each call before anything of it is read: in number, and, unless it is one
+// that lasts, in time, so that a message that is never sent to its end does not stay.
+func (s *Server) tap(ctx context.Context, info *tap.Info) (context.Context, error) {
+	remote, ok := grpcpeer.FromContext(ctx)
+	if !ok {
+		return nil, status.Error(codes.Unauthenticated, "no connection to authenticate")
+	}
+	from, ok := remote.AuthInfo.(*remoteInfo)
+	if !ok {
+		return nil, status.Error(codes.Unauthenticated, "unknown kind of connection")
+	}
+	c := from.calls
+	c.mu.Lock()
+	full := c.now >= c.most
+	if !full {
+		c.now++
+	}
+	c.mu.Unlock()
+	if full {
+		s.metrics.calls.WithLabelValues("any", codes.ResourceExhausted.String()).Inc()
+		return nil, status.Errorf(codes.ResourceExhausted, "%d calls of yours are under way at this CA node; wait for their answers", c.most)
+	}
+	s.metrics.underWay.Inc()
+	ended := func() {
+		s.metrics.underWay.Dec()
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		c.now--
+	}
+	if lasts[info.FullMethodName] {
+		context.AfterFunc(ctx, ended)
+		return ctx, nil
+	}
+	limited, cancel := context.WithTimeout(ctx, callLimit)
+	context.AfterFunc(ctx, func() {
+		cancel()
+		ended()
+	})
+	return limited, nil
+}
+
+// syncs counts the streams of each subscriber.
+type syncs struct {
+	mu  sync.Mutex
+	now map[string]int
+}
+
+// begin counts one more; the returned function ends it.
+func (y *syncs) begin(who string) (end func(), err error) {
+	y.mu.Lock()
+	defer y.mu.Unlock()
+	if y.now == nil {
+		y.now = make(map[string]int)
+	}
+	if y.now[who] >= maxSyncs {
+		return nil, status.Errorf(codes.ResourceExhausted, "%d streams of %s are open at this CA node: a subscriber needs one", maxSyncs, who)
+	}
+	y.now[who]++
+	return func() {
+		y.mu.Lock()
+		defer y.mu.Unlock()
+		if y.now[who]--; y.now[who] == 0 {
+			delete(y.now, who)
+		}
+	}, nil
+}

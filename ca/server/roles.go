@@ -1,0 +1,102 @@
+package server
+
+import (
+	"context"
+	"path"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
+	"github.com/entente-mesh/entente/ca/domain"
+)
+
+// rights are what an administrator needs to be let through to a method of Admin; what
+// does not stand here is for operators of the node's host alone. What See lets through
+// looks at its request itself.
+var rights = map[string]domain.Right{
+	ententev1.Admin_Status_FullMethodName:            domain.See,
+	ententev1.Admin_GetBundle_FullMethodName:         domain.See,
+	ententev1.Admin_Apply_FullMethodName:             domain.See,
+	ententev1.Admin_ChangeEntries_FullMethodName:     domain.See,
+	ententev1.Admin_ListEntries_FullMethodName:       domain.See,
+	ententev1.Admin_CountEntries_FullMethodName:      domain.See,
+	ententev1.Admin_GetEntry_FullMethodName:          domain.See,
+	ententev1.Admin_ListNodes_FullMethodName:         domain.SeeAll,
+	ententev1.Admin_ListAuthorities_FullMethodName:   domain.SeeAll,
+	ententev1.Admin_ListAgents_FullMethodName:        domain.SeeAll,
+	ententev1.Admin_GetAgent_FullMethodName:          domain.SeeAll,
+	ententev1.Admin_ListTokens_FullMethodName:        domain.SeeAll,
+	ententev1.Admin_CreateToken_FullMethodName:       domain.Govern,
+	ententev1.Admin_RevokeToken_FullMethodName:       domain.Govern,
+	ententev1.Admin_BanAgent_FullMethodName:          domain.Govern,
+	ententev1.Admin_EvictAgent_FullMethodName:        domain.Govern,
+	ententev1.Admin_IsolateAgent_FullMethodName:      domain.Govern,
+	ententev1.Admin_PrepareAuthority_FullMethodName:  domain.Govern,
+	ententev1.Admin_ActivateAuthority_FullMethodName: domain.Govern,
+	ententev1.Admin_TaintAuthority_FullMethodName:    domain.Govern,
+	ententev1.Admin_RevokeAuthority_FullMethodName:   domain.Govern,
+	ententev1.Admin_RemoveNode_FullMethodName:        domain.Govern,
+	ententev1.Admin_PromoteNode_FullMethodName:       domain.Govern,
+	ententev1.Admin_SaveSnapshot_FullMethodName:      domain.Govern,
+}
+
+// promote makes a workload an administrator for a call that its roles let it make.
+func (s *Server) promote(c *caller, method string) error {
+	right, ok := rights[method]
+	if !ok || c.class != workload {
+		return nil
+	}
+	var refusal *domain.Refusal
+	s.State.Read(func(st *domain.State) { refusal = st.Administrator(c.id.Path()).May(right) })
+	if refusal != nil {
+		return refusalError(refusal)
+	}
+	c.class = administrator
+	return nil
+}
+
+// principal is the caller as a command names him: whose roles must allow it, empty if
+// nobody's need to.
+func (c caller) principal() string {
+	if c.class == administrator {
+		return c.id.Path()
+	}
+	return ""
+}
+
+// rolesOf is what the caller of an administrative method may do in this state.
+func rolesOf(ctx context.Context, st *domain.State) *domain.Administrator {
+	switch c := callerFrom(ctx); c.class {
+	case local:
+		return st.Operator()
+	case administrator:
+		return st.Administrator(c.id.Path())
+	}
+	return &domain.Administrator{}
+}
+
+// WhoAmI answers everybody who holds an identity of this domain: also that he has no
+// role.
+func (d adminDoor) WhoAmI(ctx context.Context, _ *ententev1.WhoAmIRequest) (*ententev1.WhoAmIResponse, error) {
+	c := callerFrom(ctx)
+	resp := &ententev1.WhoAmIResponse{Who: c.who(), Operator: c.class == local}
+	if c.class == workload {
+		d.server.State.Read(func(st *domain.State) { resp.Bindings = st.Administrator(c.id.Path()).Bindings() })
+	}
+	return resp, nil
+}
+
+// propose has a command agreed in the caller's name and by his rights.
+func (s *Server) propose(ctx context.Context, command *statev1.Command) (domain.Outcome, error) {
+	c := callerFrom(ctx)
+	if c.class != local && c.class != administrator {
+		return domain.Outcome{}, status.Errorf(codes.PermissionDenied, "%s may not change the domain", c.class)
+	}
+	if err := s.Audit.Asked(c.who(), path.Base(methodFrom(ctx))); err != nil {
+		return domain.Outcome{}, err
+	}
+	command.Actor, command.Principal = c.who(), c.principal()
+	return s.agree(ctx, command)
+}
