@@ -582,9 +582,12 @@ func TestDeclaredEntryLives(t *testing.T) {
 	if _, err := connect(t, d, svid); err == nil {
 		t.Error("an SVID of a deleted entry is accepted")
 	}
-	if _, err := h2.SVIDs("entry/nightly").GetX509SVID(); err == nil {
-		t.Error("the agent still hands it out")
-	}
+	eventually(t, "its own agent hands it out no more", 2*time.Second, func() error {
+		if _, err := h2.SVIDs("entry/nightly").GetX509SVID(); err == nil {
+			return errors.New("it still does")
+		}
+		return nil
+	})
 	// Made anew, it is another generation, and accepted.
 	nightly.Revision = 0
 	change(&statev1.EntryChange{Action: &statev1.EntryChange_Create{Create: nightly}})
