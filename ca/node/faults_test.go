@@ -316,7 +316,7 @@ func TestDivergedNodeStops(t *testing.T) {
 							return
 						default:
 							ctx, cancel := context.WithTimeout(t.Context(), time.Second)
-							sound[0].Node().Propose(ctx, &statev1.Command{Ignorable: true})
+							sound[0].Node().Propose(ctx, &statev1.Command{Actor: "a test", Body: &statev1.Command_RevokeToken{RevokeToken: &statev1.RevokeToken{Id: "none"}}})
 							cancel()
 						}
 					}

@@ -582,7 +582,7 @@ func TestLinearizable(t *testing.T) {
 func TestLinearizableSeesFaults(t *testing.T) {
 	t.Parallel()
 	t.Run("reads without a barrier", func(t *testing.T) {
-		h := linear(t, 1, 3, 8*time.Second, func(w *faultyWorld) { w.blind = true }, nemeses["full partition"])
+		h := linear(t, 1, 3, 20*time.Second, func(w *faultyWorld) { w.blind = true }, nemeses["full partition"])
 		if result := h.check(); result != porcupine.Illegal {
 			t.Errorf("stale reads were not found: %v", result)
 		}

@@ -89,7 +89,6 @@ type agent struct {
 	revision uint64
 	pending  uint64 // to be acknowledged: its workloads take a while
 	holds    map[string]bool
-	svids    int
 }
 
 func (w *world) count(what string) { w.happened[what]++ }
