@@ -254,7 +254,10 @@ func TestWatchdogsAct(t *testing.T) {
 		return nil
 	})
 	t.Logf("the follower left after %v more", took)
-	nodes[1].Apply(services(3)) // the others go on
+	eventually(t, "the others go on", 20*time.Second, func() error {
+		_, err := nodes[1].TryApply(services(3))
+		return err
+	})
 	held.Store(false)
 	took = eventually(t, "it is back", 40*time.Second, func() error {
 		if s := target.Status(); !s.GetQuorum() || s.GetEntries() != 4 {
