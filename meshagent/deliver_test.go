@@ -2,24 +2,40 @@ package meshagent
 
 import (
 	"slices"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
 )
 
-// acks records what the agent tells the CA.
+// acks is what the agent tells the CA.
 type acks struct {
 	revision uint64
 	waiting  []string
 	held     []string
 }
 
-func watched(settle time.Duration) (*Agent, *acks) {
-	a, said := &Agent{}, &acks{}
+// watched is an agent without anything else; said is what it told last.
+func watched(settle time.Duration) (a *Agent, said func() acks) {
+	a = &Agent{}
+	var mu sync.Mutex
+	var last acks
 	a.deliveries.settle = settle
-	a.deliveries.acknowledge = func(revision uint64, waiting []string) { said.revision, said.waiting = revision, waiting }
-	a.deliveries.hold = func(ids []string) { said.held = ids }
-	return a, said
+	a.deliveries.acknowledge = func(revision uint64, waiting []string) {
+		mu.Lock()
+		defer mu.Unlock()
+		last.revision, last.waiting = revision, waiting
+	}
+	a.deliveries.hold = func(ids []string) {
+		mu.Lock()
+		defer mu.Unlock()
+		last.held = ids
+	}
+	return a, func() acks {
+		mu.Lock()
+		defer mu.Unlock()
+		return last
+	}
 }
 
 func picture(content uint64, under ...string) *State {
@@ -36,38 +52,38 @@ func TestAcknowledgesWhatWasDelivered(t *testing.T) {
 		one, two, three := picture(1), picture(2), picture(3)
 
 		a.deliveries.applied(one, 10)
-		if said.revision != 10 {
-			t.Fatalf("control: nobody is there to be told, and %d is acknowledged", said.revision)
+		if said().revision != 10 {
+			t.Fatalf("control: nobody is there to be told, and %d is acknowledged", said().revision)
 		}
 		fast, slow := a.Deliver("fast"), a.Deliver("slow")
 		fast.Got(one)
 		a.deliveries.applied(two, 20) // slow was given nothing yet: it holds nothing old
-		if said.revision != 10 || !slices.Equal(said.waiting, []string{"fast"}) {
-			t.Errorf("acknowledged %d, waits for %v", said.revision, said.waiting)
+		if said().revision != 10 || !slices.Equal(said().waiting, []string{"fast"}) {
+			t.Errorf("acknowledged %d, waits for %v", said().revision, said().waiting)
 		}
 		slow.Got(one) // an old one
 		fast.Got(two)
 		time.Sleep(time.Minute)
 		synctest.Wait()
-		if said.revision != 10 || !slices.Equal(said.waiting, []string{"slow"}) {
-			t.Errorf("acknowledged %d, waits for %v", said.revision, said.waiting)
+		if said().revision != 10 || !slices.Equal(said().waiting, []string{"slow"}) {
+			t.Errorf("acknowledged %d, waits for %v", said().revision, said().waiting)
 		}
 		slow.Got(two)
 		time.Sleep(settle - time.Second)
 		synctest.Wait()
-		if said.revision != 10 {
+		if said().revision != 10 {
 			t.Error("acknowledged before the settle time was over")
 		}
 		time.Sleep(time.Second)
 		synctest.Wait()
-		if said.revision != 20 || len(said.waiting) != 0 {
-			t.Errorf("acknowledged %d, waits for %v", said.revision, said.waiting)
+		if said().revision != 20 || len(said().waiting) != 0 {
+			t.Errorf("acknowledged %d, waits for %v", said().revision, said().waiting)
 		}
 
 		// A revision that brings this host nothing needs nobody.
 		a.deliveries.applied(two, 25)
-		if said.revision != 25 {
-			t.Errorf("%d", said.revision)
+		if said().revision != 25 {
+			t.Errorf("%d", said().revision)
 		}
 		// While one settles, the next is on its way; none is acknowledged too early.
 		a.deliveries.applied(three, 30)
@@ -80,23 +96,23 @@ func TestAcknowledgesWhatWasDelivered(t *testing.T) {
 		fast.Got(four)
 		time.Sleep(settle / 2)
 		synctest.Wait()
-		if said.revision != 30 {
-			t.Errorf("%d", said.revision)
+		if said().revision != 30 {
+			t.Errorf("%d", said().revision)
 		}
 		// Who is gone holds nothing up, who has come since has the newest.
 		slow.Close()
 		a.Deliver("new").Got(four)
 		time.Sleep(settle)
 		synctest.Wait()
-		if said.revision != 40 {
-			t.Errorf("%d", said.revision)
+		if said().revision != 40 {
+			t.Errorf("%d", said().revision)
 		}
 		// A consumer that hangs makes the agent remember a bounded number.
 		for i := range uint64(1000) {
 			a.deliveries.applied(picture(5+i), 50+i)
 		}
-		if n := len(a.deliveries.pending); n > maxPendingAcks || said.revision != 40 {
-			t.Errorf("%d are pending, %d is acknowledged", n, said.revision)
+		if n := len(a.deliveries.pending); n > maxPendingAcks || said().revision != 40 {
+			t.Errorf("%d are pending, %d is acknowledged", n, said().revision)
 		}
 		last := picture(5 + 999)
 		fast.Got(last)
@@ -105,8 +121,8 @@ func TestAcknowledgesWhatWasDelivered(t *testing.T) {
 		}
 		time.Sleep(time.Duration(maxPendingAcks+1) * settle)
 		synctest.Wait()
-		if said.revision != 50+999 || len(a.deliveries.pending) != 0 {
-			t.Errorf("%d, %d pending", said.revision, len(a.deliveries.pending))
+		if said().revision != 50+999 || len(a.deliveries.pending) != 0 {
+			t.Errorf("%d, %d pending", said().revision, len(a.deliveries.pending))
 		}
 	})
 }
@@ -124,23 +140,23 @@ func TestHoldsWhatWasDelivered(t *testing.T) {
 		a.deliveries.applied(next, 2)
 		time.Sleep(time.Hour)
 		synctest.Wait()
-		if !slices.Equal(said.held, []string{"new", "old"}) {
-			t.Errorf("a workload has not taken the new one: %v", said.held)
+		if !slices.Equal(said().held, []string{"new", "old"}) {
+			t.Errorf("a workload has not taken the new one: %v", said().held)
 		}
 		w.Got(next)
 		time.Sleep(settle - time.Second)
 		synctest.Wait()
-		if !slices.Equal(said.held, []string{"new", "old"}) {
-			t.Errorf("it has had it for a moment: %v", said.held)
+		if !slices.Equal(said().held, []string{"new", "old"}) {
+			t.Errorf("it has had it for a moment: %v", said().held)
 		}
 		time.Sleep(2 * time.Second)
 		synctest.Wait()
-		if !slices.Equal(said.held, []string{"new"}) {
-			t.Errorf("%v", said.held)
+		if !slices.Equal(said().held, []string{"new"}) {
+			t.Errorf("%v", said().held)
 		}
 		w.Close()
-		if !slices.Equal(said.held, []string{"new"}) {
-			t.Errorf("%v", said.held)
+		if !slices.Equal(said().held, []string{"new"}) {
+			t.Errorf("%v", said().held)
 		}
 	})
 }

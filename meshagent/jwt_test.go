@@ -67,6 +67,12 @@ func (f *fakeCA) rekey() {
 	}
 }
 
+func (f *fakeCA) tokenSigner() *casigner.Signer {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.tokens.signer
+}
+
 func (f *fakeCA) path(entryID string) (spiffeid.ID, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -93,7 +99,7 @@ func (f *fakeCA) SignJWT(ctx context.Context, requests []client.JWTRequest) []cl
 	for i, r := range requests {
 		id, err := f.path(r.EntryID)
 		if err == nil {
-			results[i].Token, err = f.tokens.signer.SignJWT(ctx, casigner.JWTRequest{ID: id, Audience: r.Audience, Life: f.tokens.life})
+			results[i].Token, err = f.tokenSigner().SignJWT(ctx, casigner.JWTRequest{ID: id, Audience: r.Audience, Life: f.tokens.life})
 		}
 		results[i].Err = err
 	}
@@ -107,7 +113,7 @@ func (f *fakeCA) SignWIT(ctx context.Context, requests []client.WITRequest) []cl
 		if err == nil {
 			var public crypto.PublicKey
 			if public, err = casigner.KeyOf(r.CSR); err == nil {
-				results[i].Token, err = f.tokens.signer.SignWIT(ctx, casigner.WITRequest{ID: id, PublicKey: public, Life: f.tokens.life})
+				results[i].Token, err = f.tokenSigner().SignWIT(ctx, casigner.WITRequest{ID: id, PublicKey: public, Life: f.tokens.life})
 			}
 		}
 		results[i].Err = err

@@ -1,6 +1,7 @@
 package meshagent
 
 import (
+	"maps"
 	"slices"
 	"strings"
 	"testing"
@@ -183,16 +184,16 @@ func keysOf(b *TokenBundle) (ids []string) {
 
 // addKeys gives the agent the CA's new keys beside the ones it has.
 func addKeys(a *Agent, f *fakeCA) {
-	jwt, wit := a.State().JWT, a.State().WIT
+	before := a.State()
 	holdKeys(a, f)
+	both := func(x, y *TokenBundle) *TokenBundle {
+		keys := maps.Clone(x.Keys)
+		maps.Copy(keys, y.Keys)
+		return &TokenBundle{TrustDomain: x.TrustDomain, Keys: keys}
+	}
 	a.change(func(s *State) *State {
 		next := *s
-		for into, from := range map[*TokenBundle]*TokenBundle{next.JWT: jwt, next.WIT: wit} {
-			for id, key := range from.Keys {
-				into.Keys[id] = key
-			}
-		}
-		next.reissued = nil
+		next.JWT, next.WIT, next.reissued = both(before.JWT, s.JWT), both(before.WIT, s.WIT), nil
 		return &next
 	})
 }
