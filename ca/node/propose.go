@@ -96,8 +96,7 @@ func (n *Node) Propose(ctx context.Context, command *statev1.Command) (domain.Ou
 		case errors.Is(err, replica.ErrTooLarge):
 			return outcome, err
 		case errors.Is(err, server.ErrNotLeader):
-		case command.GetIfRevision() != 0:
-			// It may have been agreed; repeated, it would be refused as out of date.
+		case !repeatable(command):
 			return outcome, err
 		}
 		select {
@@ -106,6 +105,18 @@ func (n *Node) Propose(ctx context.Context, command *statev1.Command) (domain.Ou
 		case <-time.After(50 * time.Millisecond):
 		}
 	}
+}
+
+// repeatable: proposed once more, a command that may have been agreed already does no harm.
+// A guarded one would be refused as out of date although it was done, and an update or a
+// delete of an entry could undo what somebody else has done since.
+func repeatable(command *statev1.Command) bool {
+	for _, change := range command.GetChangeEntries().GetChanges() {
+		if change.GetCreate() == nil {
+			return false
+		}
+	}
+	return command.GetIfRevision() == 0
 }
 
 func (n *Node) proposeOnce(ctx context.Context, command *statev1.Command) (domain.Outcome, error) {
