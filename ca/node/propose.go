@@ -88,6 +88,7 @@ func notProposed(err error) bool {
 // Propose has a command agreed, wherever the leader is, and waits for an election if
 // there is none, until ctx ends. When it returns an outcome, this node's state holds it.
 func (n *Node) Propose(ctx context.Context, command *statev1.Command) (domain.Outcome, error) {
+	inDoubt := false // it was on its way at least once, and nobody answered
 	for {
 		outcome, err := n.proposeOnce(ctx, command)
 		switch {
@@ -97,11 +98,17 @@ func (n *Node) Propose(ctx context.Context, command *statev1.Command) (domain.Ou
 			return outcome, err
 		case errors.Is(err, server.ErrNotLeader):
 		case !repeatable(command):
-			return outcome, err
+			return outcome, fmt.Errorf("%w (%w)", server.ErrInDoubt, err)
+		default:
+			inDoubt = true
 		}
 		select {
 		case <-ctx.Done():
-			return outcome, fmt.Errorf("%w: %w", err, ctx.Err())
+			err = fmt.Errorf("%w: %w", err, ctx.Err())
+			if inDoubt {
+				err = fmt.Errorf("%w (%w)", server.ErrInDoubt, err)
+			}
+			return outcome, err
 		case <-time.After(50 * time.Millisecond):
 		}
 	}
