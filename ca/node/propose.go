@@ -88,6 +88,7 @@ func notProposed(err error) bool {
 // Propose has a command agreed, wherever the leader is, and waits for an election if
 // there is none, until ctx ends. When it returns an outcome, this node's state holds it.
 func (n *Node) Propose(ctx context.Context, command *statev1.Command) (domain.Outcome, error) {
+	inDoubt := false // it was on its way at least once, and nobody answered
 	for {
 		outcome, err := n.proposeOnce(ctx, command)
 		switch {
@@ -96,16 +97,33 @@ func (n *Node) Propose(ctx context.Context, command *statev1.Command) (domain.Ou
 		case errors.Is(err, replica.ErrTooLarge):
 			return outcome, err
 		case errors.Is(err, server.ErrNotLeader):
-		case command.GetIfRevision() != 0:
-			// It may have been agreed; repeated, it would be refused as out of date.
-			return outcome, err
+		case !repeatable(command):
+			return outcome, fmt.Errorf("%w (%w)", server.ErrInDoubt, err)
+		default:
+			inDoubt = true
 		}
 		select {
 		case <-ctx.Done():
-			return outcome, fmt.Errorf("%w: %w", err, ctx.Err())
+			err = fmt.Errorf("%w: %w", err, ctx.Err())
+			if inDoubt {
+				err = fmt.Errorf("%w (%w)", server.ErrInDoubt, err)
+			}
+			return outcome, err
 		case <-time.After(50 * time.Millisecond):
 		}
 	}
+}
+
+// repeatable: proposed once more, a command that may have been agreed already does no harm.
+// A guarded one would be refused as out of date although it was done, and an update or a
+// delete of an entry could undo what somebody else has done since.
+func repeatable(command *statev1.Command) bool {
+	for _, change := range command.GetChangeEntries().GetChanges() {
+		if change.GetCreate() == nil {
+			return false
+		}
+	}
+	return command.GetIfRevision() == 0
 }
 
 func (n *Node) proposeOnce(ctx context.Context, command *statev1.Command) (domain.Outcome, error) {

@@ -37,9 +37,16 @@ func (s *Server) agree(ctx context.Context, command *statev1.Command) (domain.Ou
 	return outcome, nil
 }
 
+// ErrInDoubt: a command was on its way when whoever was to agree to it fell silent. It
+// may be carried out all the same, also later.
+var ErrInDoubt = errors.New("it is not known whether this was agreed: look before you repeat it")
+
 func (s *Server) proposeError(err error) error {
 	if errors.Is(err, context.Canceled) {
 		return status.FromContextError(err).Err()
+	}
+	if errors.Is(err, ErrInDoubt) {
+		return status.Error(codes.Unavailable, err.Error())
 	}
 	// Without quorum nothing is granted (I5). Repeating is safe: tokens admit one key,
 	// changes of the catalogue name the revision they were made for.

@@ -20,6 +20,7 @@ import (
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/keepalive"
+	grpcpeer "google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
@@ -277,10 +278,11 @@ func (p *Peers) Propose(ctx context.Context, leader *statev1.Member, command *st
 	if err != nil {
 		return domain.Outcome{}, err
 	}
-	resp, err := ententev1.NewPeerClient(conn).Propose(ctx, &ententev1.ProposeRequest{Command: data})
-	switch status.Code(err) {
-	case codes.OK:
-	case codes.FailedPrecondition:
+	var reached grpcpeer.Peer
+	resp, err := ententev1.NewPeerClient(conn).Propose(ctx, &ententev1.ProposeRequest{Command: data}, grpc.Peer(&reached))
+	switch code := status.Code(err); {
+	case code == codes.OK:
+	case code == codes.FailedPrecondition, reached.Addr == nil: // there was no connection: it was not sent
 		return domain.Outcome{}, ErrNotLeader
 	default:
 		return domain.Outcome{}, fmt.Errorf("CA node %s: %w", leader.GetName(), plain(err))
