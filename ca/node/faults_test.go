@@ -299,7 +299,10 @@ func TestDivergedNodeStops(t *testing.T) {
 			if whose == "leader" || testing.Short() { // writing so many once is enough
 				every = 256
 				for _, c := range nodes {
+					c.Stop()
 					c.Config().CompareEvery(every)
+				}
+				for _, c := range nodes {
 					c.Restart()
 				}
 				for _, c := range nodes {
@@ -307,10 +310,14 @@ func TestDivergedNodeStops(t *testing.T) {
 				}
 			}
 			caughtUp(t, nodes[0], nodes[1], nodes[2])
-			leader, followers := leads(nodes)
-			if leader == nil {
-				t.Fatal("nobody leads")
-			}
+			var leader *catest.CA
+			var followers []*catest.CA
+			eventually(t, "somebody leads", 20*time.Second, func() error {
+				if leader, followers = leads(nodes); leader == nil {
+					return errors.New("nobody does")
+				}
+				return nil
+			})
 			odd, sound := followers[0], []*catest.CA{leader, followers[1]}
 			if whose == "leader" {
 				odd, sound = leader, followers
