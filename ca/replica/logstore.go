@@ -379,7 +379,11 @@ func (s *boltStore) DeleteRange(minIndex, maxIndex uint64) error {
 func (s *boltStore) unmapRead() {
 	// A transaction keeps the mapping in its place.
 	_ = s.view(func(tx *bbolt.Tx) error {
-		dropPages(s.db.Info().Data, uintptr(tx.Size()))
+		// A damaged file may claim more than it has and was mapped: what lies behind the
+		// mapping is somebody else's memory.
+		if file, err := os.Stat(s.db.Path()); err == nil && tx.Size() <= file.Size() {
+			dropPages(s.db.Info().Data, uintptr(tx.Size()))
+		}
 		return nil
 	})
 }
