@@ -17,6 +17,7 @@ import (
 func TestComparedAsTheLogGrows(t *testing.T) {
 	t.Parallel()
 	ca1 := catest.Start(t, catest.Options{})
+	ca1.Stop()
 	ca1.Config().CompareEvery(100_000) // not again here
 	ca1.Restart()
 	ca1.WaitReady()
@@ -42,6 +43,8 @@ func TestComparedAsTheLogGrows(t *testing.T) {
 		t.Errorf("compared at %v, and again at %v", first, again)
 	}
 
+	ca1.Stop()
+	ca2.Stop()
 	ca1.Config().CompareEvery(50)
 	ca2.Config().CompareEvery(50) // whoever leads then
 	ca1.Restart()

@@ -331,7 +331,7 @@ func TestDivergedNodeStops(t *testing.T) {
 			caughtUp(t, nodes[0], nodes[1], nodes[2])
 			var leader *catest.CA
 			var followers []*catest.CA
-			eventually(t, "somebody leads", 10*time.Second, func() error {
+			eventually(t, "somebody leads", 20*time.Second, func() error {
 				if leader, followers = leads(nodes); leader == nil || len(followers) != 2 {
 					return errors.New("nobody does")
 				}

@@ -60,6 +60,7 @@ func TestMixedReleases(t *testing.T) {
 	}
 	ca2.Apply(accounts) // what the release before knows
 
+	ca2.Stop()
 	ca2.Config().PretendLevel(0)
 	ca2.Restart()
 	ca2.WaitReady()
@@ -69,6 +70,7 @@ func TestMixedReleases(t *testing.T) {
 	}
 	eventually(t, "only ca-1 is behind", 10*time.Second, func() error { return refused("ca-1 is behind") })
 
+	ca1.Stop()
 	ca1.Config().PretendLevel(0)
 	ca1.Restart()
 	ca1.WaitReady()

@@ -51,10 +51,10 @@ func churn(t *testing.T, seed uint64, rounds int) {
 			return false
 		}
 	}
-	fewest := voters
+	fewest, one := voters, present[0] // its group is everybody's, also when it is gone
 	tasks.Go(func() {
 		for pause(5 * time.Millisecond) {
-			for _, n := range members(present[0]) {
+			for _, n := range members(one) {
 				if n.Replica != nil && n.IsLeader() {
 					fewest = min(fewest, n.voters())
 				}
@@ -63,7 +63,7 @@ func churn(t *testing.T, seed uint64, rounds int) {
 	})
 	tasks.Go(func() { // the nemesis
 		for pause(time.Duration(200+random.IntN(1500)) * time.Millisecond) {
-			all := members(present[0])
+			all := members(one)
 			victim := all[random.IntN(len(all))]
 			if random.IntN(3) == 0 && victim.Replica != nil {
 				limit, cancel := context.WithTimeout(ctx, time.Second)
@@ -87,7 +87,7 @@ func churn(t *testing.T, seed uint64, rounds int) {
 		t.Helper()
 		for begin := time.Now(); ; time.Sleep(5 * time.Millisecond) {
 			err := error(ErrNoQuorum)
-			for _, n := range members(present[0]) {
+			for _, n := range members(one) {
 				if n.IsLeader() {
 					err = do(n)
 					break
@@ -136,11 +136,11 @@ func churn(t *testing.T, seed uint64, rounds int) {
 		if err := PrepareJoin(fresh.config(), cluster, list); err != nil {
 			t.Fatal(err)
 		}
-		groups.Lock()
-		*gone.group = append(*gone.group, fresh)
 		fresh.group = gone.group
-		groups.Unlock()
 		fresh.start()
+		groups.Lock()
+		*gone.group = append(*gone.group, fresh) // others look at it from now on
+		groups.Unlock()
 		change("replication", func(leader *node, limit context.Context) error {
 			return leader.AddNonvoter(limit, fresh.id, fresh.address)
 		})

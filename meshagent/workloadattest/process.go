@@ -35,8 +35,9 @@ type Process struct {
 	find     func() (*handle, error) // of a TCP socket's owner; nil: held from the begin
 
 	mu     sync.Mutex
-	handle *handle // nil: not looked for yet, or not to be had
-	err    error   // why not
+	using  sync.RWMutex // held by whoever looks, and for writing by Close
+	handle *handle      // nil: not looked for yet, or not to be had
+	err    error        // why not
 }
 
 // PID is the process's id, or 0 while it is not known: the owner of a TCP socket
@@ -52,6 +53,8 @@ func (p *Process) PID() int {
 
 // Close lets go of the process.
 func (p *Process) Close() {
+	p.using.Lock() // what a stream looks at must not be another process's file by then
+	defer p.using.Unlock()
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.handle != nil {
@@ -92,6 +95,8 @@ func (p *Process) Satisfies(selectors []string) error {
 	if len(selectors) == 0 {
 		return errors.New("no selectors: no process satisfies them")
 	}
+	p.using.RLock()
+	defer p.using.RUnlock()
 	parsed := make([]ca.Selector, len(selectors))
 	for i, text := range selectors {
 		var err error
@@ -206,6 +211,8 @@ type Seen struct {
 // Selectors are all that the agent sees of a process, as entries would have to name
 // it, in a fixed order. It tells people; entries are decided by Satisfies.
 func (p *Process) Selectors() []Seen {
+	p.using.RLock()
+	defer p.using.RUnlock()
 	var list []Seen
 	add := func(kind, value string, err error) {
 		if err != nil {
