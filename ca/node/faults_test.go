@@ -321,7 +321,10 @@ func TestDivergedNodeStops(t *testing.T) {
 			if whose == "leader" || testing.Short() { // writing so many once is enough
 				every = 256
 				for _, c := range nodes {
+					c.Stop()
 					c.Config().CompareEvery(every)
+				}
+				for _, c := range nodes {
 					c.Restart()
 				}
 				for _, c := range nodes {
