@@ -269,15 +269,37 @@ func TestWatchdogsAct(t *testing.T) {
 	caughtUp(t, nodes[0], nodes[1], nodes[2])
 }
 
-// damage removes an entry from a node's memory, and from no other's.
-func damage(t *testing.T, c *catest.CA) {
-	c.Node().Read(func(st *domain.State) {
-		outcome := st.Apply(st.Applied(), &statev1.Command{Body: &statev1.Command_ApplyObjects{ApplyObjects: &statev1.ApplyObjects{
-			Deletes: []*statev1.ObjectKey{{Kind: "Service", Name: "accounts"}},
-		}}})
-		if outcome.Refused != nil {
-			t.Error(outcome.Refused)
+// damage removes an entry from the memory of nodes, all at the same log index, and from
+// no other's.
+func damage(t *testing.T, nodes ...*catest.CA) {
+	t.Helper()
+	eventually(t, "the nodes stand at the same log entry", 20*time.Second, func() error {
+		var states []*domain.State
+		var reach func(rest []*catest.CA) error
+		reach = func(rest []*catest.CA) (err error) {
+			if len(rest) > 0 {
+				rest[0].Node().Read(func(st *domain.State) {
+					states = append(states, st)
+					err = reach(rest[1:])
+				})
+				return err
+			}
+			for _, st := range states {
+				if st.Applied() != states[0].Applied() {
+					return errors.New("not now")
+				}
+			}
+			for _, st := range states {
+				outcome := st.Apply(st.Applied(), &statev1.Command{Body: &statev1.Command_ApplyObjects{ApplyObjects: &statev1.ApplyObjects{
+					Deletes: []*statev1.ObjectKey{{Kind: "Service", Name: "accounts"}},
+				}}})
+				if outcome.Refused != nil {
+					t.Error(outcome.Refused)
+				}
+			}
+			return nil
 		}
+		return reach(nodes)
 	})
 }
 
@@ -313,7 +335,7 @@ func TestDivergedNodeStops(t *testing.T) {
 			var leader *catest.CA
 			var followers []*catest.CA
 			eventually(t, "somebody leads", 20*time.Second, func() error {
-				if leader, followers = leads(nodes); leader == nil {
+				if leader, followers = leads(nodes); leader == nil || len(followers) != 2 {
 					return errors.New("nobody does")
 				}
 				return nil
@@ -381,8 +403,7 @@ func TestDivergedHalvesStay(t *testing.T) {
 	nodes := append(three[:], three[0].Join("ca-4", "dc1"))
 	nodes[0].Apply(accounts)
 	caughtUp(t, nodes...)
-	damage(t, nodes[0])
-	damage(t, nodes[1])
+	damage(t, nodes[0], nodes[1])
 	nodes[2].AgentToken("h9", "dc1") // nothing whose rules look at what differs
 	caughtUp(t, nodes...)
 	var index uint64
