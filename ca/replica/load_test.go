@@ -98,13 +98,13 @@ func steady(t *testing.T, member *node, stop <-chan struct{}) []time.Duration {
 				changes = append(changes, updateEntry(fmt.Sprintf("old%d", (n*100+i)%1000), fmt.Sprint(n), 0))
 			}
 			from := time.Now()
-			// A busy machine may have an election meanwhile.
-			done := false
-			for try := 0; try < 2 && !done; try++ {
-				done = proposeAnywhere(t, member, entryCommand(changes...))
-			}
-			if !done {
-				t.Error("a write failed, twice")
+			// A busy machine may have an election meanwhile: what a writer waits then counts.
+			for !proposeAnywhere(t, member, entryCommand(changes...)) {
+				if time.Since(from) > 30*time.Second {
+					t.Error("a write failed for half a minute")
+					return
+				}
+				time.Sleep(10 * time.Millisecond)
 			}
 			mu.Lock()
 			defer mu.Unlock()
