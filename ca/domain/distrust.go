@@ -71,13 +71,8 @@ func (a *application) voided(have, next *statev1.Entry) []*statev1.Distrust {
 
 // roomForDistrust refuses changes of entries that would leave more items behind than
 // every subscriber can be asked to hold.
-func (a *application) roomForDistrust(entries map[string]*statev1.Entry) *Refusal {
-	n := len(a.distrust.rows)
-	for id, next := range entries {
-		have, _ := a.entries.get(id)
-		n += len(a.voided(have, next))
-	}
-	if n > maxDistrust {
+func (a *application) roomForDistrust(items int) *Refusal {
+	if n := len(a.distrust.rows) + items; n > maxDistrust {
 		return refuse(CodeLimit, "%d items would name SVIDs that are not to be accepted any more, over %d: wait until SVIDs have ended, or ban the agents instead", n, maxDistrust)
 	}
 	return nil

@@ -21,38 +21,38 @@ func (a *application) changeEntries(c *statev1.ChangeEntries) *Refusal {
 	if n := len(c.GetChanges()); n == 0 || n > maxEntryChanges {
 		return refuse(CodeInvalid, "%d changes of entries, not 1 to %d", n, maxEntryChanges)
 	}
-	next := make(map[string]*statev1.Entry, len(c.GetChanges()))
-	order := make([]string, 0, len(c.GetChanges()))
+	type planned struct {
+		id         string
+		have, next *statev1.Entry
+	}
+	seen := make(map[string]bool, len(c.GetChanges()))
+	plan := make([]planned, 0, len(c.GetChanges()))
+	items := 0
 	for _, change := range c.GetChanges() {
-		id, e, refusal := a.PlanEntry(change)
+		id, have, next, refusal := a.planEntry(change)
 		if refusal != nil {
 			return refusal
 		}
-		if _, twice := next[id]; twice {
+		if seen[id] {
 			return refuse(CodeInvalid, "entry %s stands there twice", id)
 		}
-		next[id] = e
-		order = append(order, id)
-	}
-	for id, e := range next {
-		if have, ok := a.entries.get(id); ok && e != nil {
-			if e.Revision = have.GetRevision(); proto.Equal(e, have) {
-				delete(next, id)
+		seen[id] = true
+		if have != nil && next != nil {
+			if next.Revision = have.GetRevision(); proto.Equal(next, have) {
+				continue
 			}
 		}
+		items += len(a.voided(have, next))
+		plan = append(plan, planned{id, have, next})
 	}
-	if refusal := a.roomForDistrust(next); refusal != nil {
+	if refusal := a.roomForDistrust(items); refusal != nil {
 		return refusal
 	}
-	for _, id := range order {
-		e, ok := next[id]
-		if !ok {
-			continue
+	for _, p := range plan {
+		if p.next != nil {
+			p.next.Revision = a.rev
 		}
-		if e != nil {
-			e.Revision = a.rev
-		}
-		a.setEntry(id, e)
+		a.replaceEntry(p.id, p.have, p.next)
 	}
 	return nil
 }
@@ -61,6 +61,12 @@ func (a *application) changeEntries(c *statev1.ChangeEntries) *Refusal {
 // would be, nil when it goes, without its new revision. Doors ask it before they
 // propose.
 func (s *State) PlanEntry(change *statev1.EntryChange) (id string, next *statev1.Entry, refusal *Refusal) {
+	id, _, next, refusal = s.planEntry(change)
+	return id, next, refusal
+}
+
+// planEntry gives the entry as it is as well, nil if there is none.
+func (s *State) planEntry(change *statev1.EntryChange) (id string, have, next *statev1.Entry, refusal *Refusal) {
 	switch action := change.GetAction().(type) {
 	case *statev1.EntryChange_Create:
 		id, next = action.Create.GetId(), proto.CloneOf(action.Create)
@@ -69,13 +75,13 @@ func (s *State) PlanEntry(change *statev1.EntryChange) (id string, next *statev1
 	case *statev1.EntryChange_Delete:
 		id = action.Delete
 	default:
-		return "", nil, refuse(CodeInvalid, "a change of an entry creates, updates or deletes")
+		return "", nil, nil, refuse(CodeInvalid, "a change of an entry creates, updates or deletes")
 	}
-	invalid := func(err error) (string, *statev1.Entry, *Refusal) {
-		return id, nil, refuse(CodeInvalid, "entry %.250s: %v", id, err)
+	invalid := func(err error) (string, *statev1.Entry, *statev1.Entry, *Refusal) {
+		return id, nil, nil, refuse(CodeInvalid, "entry %.250s: %v", id, err)
 	}
 	if err := ca.CheckEntryID(id); err != nil {
-		return id, nil, refuse(CodeInvalid, "%v", err)
+		return id, nil, nil, refuse(CodeInvalid, "%v", err)
 	}
 	have, exists := s.entries.get(id)
 	_, creates := change.GetAction().(*statev1.EntryChange_Create)
@@ -83,12 +89,12 @@ func (s *State) PlanEntry(change *statev1.EntryChange) (id string, next *statev1
 	case creates && change.GetIfRevision() != 0:
 		return invalid(fmt.Errorf("what is created has no revision yet"))
 	case !creates && !exists:
-		return id, nil, refuse(CodeNotFound, "there is no entry %s", id)
+		return id, nil, nil, refuse(CodeNotFound, "there is no entry %s", id)
 	case !creates && change.GetIfRevision() != 0 && change.GetIfRevision() != have.GetRevision():
-		return id, nil, refuse(CodeCAS, "entry %s is at revision %s, the change was made for %s: read it again and repeat",
+		return id, nil, nil, refuse(CodeCAS, "entry %s is at revision %s, the change was made for %s: read it again and repeat",
 			id, ca.Revision(have.GetRevision()), ca.Revision(change.GetIfRevision()))
 	case next == nil:
-		return id, nil, nil
+		return id, have, nil, nil
 	}
 	ca.Canonical(next)
 	next.Revision = 0
@@ -100,14 +106,14 @@ func (s *State) PlanEntry(change *statev1.EntryChange) (id string, next *statev1
 		return invalid(err)
 	}
 	if service, ok := s.tables.ServiceByID(spiffeID); ok {
-		return id, nil, refuse(CodeExists, "entry %s: the SPIFFE path %s belongs to Service %s", id, next.GetPath(), service.Name)
+		return id, nil, nil, refuse(CodeExists, "entry %s: the SPIFFE path %s belongs to Service %s", id, next.GetPath(), service.Name)
 	}
 	if creates && exists {
 		same := proto.CloneOf(have)
 		if same.Revision = 0; !proto.Equal(same, next) {
-			return id, nil, refuse(CodeExists, "there is an entry %s already: update it", id)
+			return id, nil, nil, refuse(CodeExists, "there is an entry %s already: update it", id)
 		}
 		// The proposer did not hear the first answer.
 	}
-	return id, next, nil
+	return id, have, next, nil
 }

@@ -59,6 +59,9 @@ func rawEntry(slabs [][]byte, place uint64) []byte {
 
 // idOf is the id in an encoding that was checked.
 func idOf(raw []byte) []byte {
+	if n := raw[1]; n < 0x80 {
+		return raw[2 : 2+n]
+	}
 	r := entryReader{b: raw[1:]}
 	return r.text()
 }
@@ -141,11 +144,11 @@ func (t *entryTable) put(e *statev1.Entry, sum *setHash) {
 	if err != nil {
 		panic("domain: an entry that was checked does not read back: " + err.Error())
 	}
-	row, ok := t.row(e.GetId())
-	if ok {
-		t.forget(row, sum)
+	block, i, replaces := t.byID.find(t.compareID(v.id))
+	if replaces {
+		t.forget(t.byID.blocks[block][i], sum)
 	}
-	t.add(row, ok, enc.b, v, sum)
+	t.add(block, i, replaces, enc.b, v, sum)
 }
 
 // load stores the encoding of an entry that comes from a snapshot.
@@ -157,16 +160,20 @@ func (t *entryTable) load(raw []byte, sum *setHash) error {
 	case len(v.id) == 0:
 		return errors.New("it has no name")
 	}
-	if _, _, twice := t.byID.find(t.compareID(v.id)); twice {
+	block, i, twice := t.byID.find(t.compareID(v.id))
+	if twice {
 		return fmt.Errorf("it holds %.300q twice", v.id)
 	}
-	t.add(0, false, raw, v, sum)
+	t.add(block, i, false, raw, v, sum)
 	return nil
 }
 
-func (t *entryTable) add(row uint32, replaces bool, raw []byte, v entryView, sum *setHash) {
+// add stores an encoding where find says that its id is, or would be.
+func (t *entryTable) add(block, i int, replaces bool, raw []byte, v entryView, sum *setHash) {
+	var row uint32
 	switch {
 	case replaces:
+		row = t.byID.blocks[block][i]
 	case len(t.unused) > 0:
 		row, t.unused = last(t.unused), t.unused[:len(t.unused)-1]
 	default:
@@ -176,7 +183,7 @@ func (t *entryTable) add(row uint32, replaces bool, raw []byte, v entryView, sum
 	t.write(row, raw)
 	sum.add(t.digest(row))
 	if !replaces {
-		t.byID.insert(row, t.compareID(v.id))
+		t.byID.insertAt(block, i, row)
 	}
 	if t.onHost == nil {
 		t.onHost, t.lives = map[string]*orderedRows{}, map[uint32]int{}
@@ -187,7 +194,9 @@ func (t *entryTable) add(row uint32, replaces bool, raw []byte, v entryView, sum
 			rows = new(orderedRows)
 			t.onHost[string(host)] = rows
 		}
-		rows.insert(row, t.compareID(v.id))
+		if block, i, twice := rows.find(t.compareID(v.id)); !twice {
+			rows.insertAt(block, i, row)
+		}
 	}
 	t.lives[v.life]++
 }
@@ -519,11 +528,8 @@ func (o *orderedRows) find(compare func(row uint32) int) (block, i int, found bo
 
 func last(b []uint32) uint32 { return b[len(b)-1] }
 
-func (o *orderedRows) insert(row uint32, compare func(row uint32) int) {
-	block, i, found := o.find(compare)
-	if found {
-		return
-	}
+// insertAt puts a row where find says that it would be.
+func (o *orderedRows) insertAt(block, i int, row uint32) {
 	o.n++
 	if block == len(o.blocks) {
 		if block == 0 || len(o.blocks[block-1]) == rowsPerBlock {

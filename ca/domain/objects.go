@@ -114,7 +114,12 @@ func (a *application) plan(c *statev1.ApplyObjects) (change catalogueChange, ref
 	if refusal := a.derive(&change); refusal != nil {
 		return change, refusal
 	}
-	return change, cmp.Or(a.identitiesTaken(&change), a.roomForDistrust(change.entries))
+	items := 0
+	for id, next := range change.entries {
+		have, _ := a.entries.get(id)
+		items += len(a.voided(have, next))
+	}
+	return change, cmp.Or(a.identitiesTaken(&change), a.roomForDistrust(items))
 }
 
 // identitiesTaken refuses a service whose identity an entry that is declared by itself
@@ -227,11 +232,15 @@ func blame(o *statev1.Object, err error) *Refusal {
 
 // setEntry stores an entry, nil to remove it.
 func (a *application) setEntry(id string, e *statev1.Entry) {
-	have, ok := a.entries.get(id)
+	have, _ := a.entries.get(id)
+	a.replaceEntry(id, have, e)
+}
+
+func (a *application) replaceEntry(id string, have, e *statev1.Entry) {
 	switch {
 	case e != nil:
 		a.entries.put(e, &a.sum)
-	case ok:
+	case have != nil:
 		a.entries.remove(id, &a.sum)
 	default:
 		return
