@@ -32,6 +32,7 @@ import (
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/client"
 	"github.com/entente-mesh/entente/internal/daemon"
+	"github.com/entente-mesh/entente/internal/peer"
 	"github.com/entente-mesh/entente/meshagent/nodeattest"
 	"github.com/entente-mesh/entente/meshagent/workloadattest"
 )
@@ -188,7 +189,7 @@ func (a *Agent) recall() {
 		a.log.Warn("cannot take up what the agent last knew", "error", err)
 		return
 	}
-	svid, err := verifySVID(a.id, a.known.Certificates, a.key, own, time.Now())
+	svid, err := verifySVID(new(peer.Proof), a.id, a.known.Certificates, a.key, own, time.Now())
 	if err != nil {
 		a.log.Info("the agent's last SVID is of no more use; it attests again by its key", "error", err)
 	}

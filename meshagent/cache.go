@@ -17,6 +17,7 @@ import (
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	"github.com/entente-mesh/entente/ca/keystore"
 	"github.com/entente-mesh/entente/internal/daemon"
+	"github.com/entente-mesh/entente/internal/peer"
 )
 
 const (
@@ -124,7 +125,7 @@ func (a *Agent) recallCache() error {
 		}
 	}
 	held(kept.GetX509(), func(identity *Identity, h *statev1.HeldSVID, key crypto.Signer) error {
-		svid, err := verifySVID(identity.ID, h.GetCertificates(), key, state.Bundle, now)
+		svid, err := verifySVID(new(peer.Proof), identity.ID, h.GetCertificates(), key, state.Bundle, now)
 		if err == nil {
 			svids[h.GetEntryId()] = svid
 		}

@@ -112,7 +112,7 @@ func (f *fakeCA) SignWIT(ctx context.Context, requests []client.WITRequest) []cl
 		id, err := f.path(r.EntryID)
 		if err == nil {
 			var public crypto.PublicKey
-			if public, err = casigner.KeyOf(r.CSR); err == nil {
+			if public, err = ca.KeyOf(r.CSR); err == nil {
 				results[i].Token, err = f.tokenSigner().SignWIT(ctx, casigner.WITRequest{ID: id, PublicKey: public, Life: f.tokens.life})
 			}
 		}

@@ -273,7 +273,7 @@ func readBundle(td spiffeid.TrustDomain, jwks []byte) (*x509bundle.Bundle, error
 
 // verifySVID makes an SVID of what a CA signed, and refuses it when it is not what
 // was asked for: for this identity, for this key, and under the own bundle.
-func verifySVID(want spiffeid.ID, certificates [][]byte, key crypto.Signer, own x509bundle.Source, now time.Time) (*x509svid.SVID, error) {
+func verifySVID(proof *peer.Proof, want spiffeid.ID, certificates [][]byte, key crypto.Signer, own x509bundle.Source, now time.Time) (*x509svid.SVID, error) {
 	chain := make([]*x509.Certificate, len(certificates))
 	for i, der := range certificates {
 		cert, err := x509.ParseCertificate(der)
@@ -282,7 +282,7 @@ func verifySVID(want spiffeid.ID, certificates [][]byte, key crypto.Signer, own 
 		}
 		chain[i] = cert
 	}
-	id, err := peer.Verify(chain, own, now)
+	id, err := proof.Verify(chain, own, now)
 	if err != nil {
 		return nil, fmt.Errorf("the CA's certificate for %s does not verify: %w", want, err)
 	}

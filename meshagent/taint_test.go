@@ -112,6 +112,32 @@ func TestTaintedIsReissued(t *testing.T) {
 		if n := holding(other); n != 0 {
 			t.Errorf("after %v %d are still under the tainted authority", time.Since(began), n)
 		}
+
+		// Within a second: those that come due close together share a call.
+		calls := func() (n int) {
+			server.set(func() { n = len(server.calls) })
+			return n
+		}
+		server.set(func() { server.authority = next })
+		before := calls()
+		taint(a, time.Second, tainted)
+		time.Sleep(time.Second + gather)
+		if n := holding(under); n != 0 {
+			t.Errorf("%d are still under the tainted authority", n)
+		}
+		if n := calls() - before; n < 3 || n > 7 {
+			t.Errorf("%d calls for %d SVIDs, spread over a second: %v apart makes 6", n, services, gather)
+		}
+
+		// Who has none does not wait for others.
+		hold(a, server, entry(ids[0], "/"+ids[0], 2))
+		synctest.Wait()
+		signed := server.count(ids[0])
+		hold(a, server, entry(ids[0], "/"+ids[0], 3))
+		synctest.Wait()
+		if server.count(ids[0]) != signed+1 {
+			t.Error("an entry that has changed waits for its SVID")
+		}
 	})
 }
 

@@ -19,7 +19,7 @@ import (
 func (a *Agent) keepWITs(ctx context.Context) error {
 	return a.keepSVIDs(ctx, renewal{
 		bundle: func(s *State) any { return s.WIT },
-		void: func(s *State, identity *Identity, now time.Time) bool {
+		void: func(s *State, _ *slot, identity *Identity, now time.Time) bool {
 			if identity.WIT == nil {
 				return false
 			}

@@ -15,7 +15,6 @@ import (
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/domain"
-	"github.com/entente-mesh/entente/ca/signer"
 )
 
 // checkStatement looks at what can be seen of a join statement at the door: that it
@@ -98,7 +97,7 @@ func (d attestDoor) Attest(ctx context.Context, req *ententev1.AttestRequest) (*
 		s.metrics.limited.WithLabelValues("attest").Inc()
 		return nil, exhausted("too many hosts attest at this CA node just now", attestRetry)
 	}
-	public, err := signer.KeyOf(req.GetCsr())
+	public, err := ca.KeyOf(req.GetCsr())
 	if err != nil {
 		return nil, status.Error(codes.InvalidArgument, err.Error())
 	}

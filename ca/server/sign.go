@@ -61,7 +61,7 @@ func (d signDoor) SignX509(ctx context.Context, req *ententev1.SignX509Request) 
 }
 
 func (s *Server) signOne(ctx context.Context, c caller, one *ententev1.X509Request) ([][]byte, error) {
-	public, err := signer.KeyOf(one.GetCsr())
+	public, err := ca.KeyOf(one.GetCsr())
 	if err != nil {
 		return nil, status.Error(codes.InvalidArgument, err.Error())
 	}
@@ -133,7 +133,7 @@ func (d signDoor) SignJWT(ctx context.Context, req *ententev1.SignJWTRequest) (*
 func (d signDoor) SignWIT(ctx context.Context, req *ententev1.SignWITRequest) (*ententev1.SignWITResponse, error) {
 	s, c := d.server, callerFrom(ctx)
 	results, err := signTokens(ctx, s, c, statev1.KeyUse_KEY_USE_WIT, req.GetRequests(), func(one *ententev1.WITRequest) (string, error) {
-		public, err := signer.KeyOf(one.GetCsr())
+		public, err := ca.KeyOf(one.GetCsr())
 		if err != nil {
 			return "", status.Error(codes.InvalidArgument, err.Error())
 		}

@@ -84,7 +84,7 @@ func makeKey(path string) (crypto.Signer, error) {
 // CSR is a PKCS#10 request (DER) that proves possession of the key and says
 // nothing else: the CA decides on the content of what it signs.
 func CSR(key crypto.Signer) ([]byte, error) {
-	csr, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{}, key)
+	csr, err := ca.CSR(rand.Reader, key)
 	if err != nil {
 		return nil, fmt.Errorf("cannot make a certificate request: %w", err)
 	}

@@ -1,4 +1,4 @@
-package signer
+package ca
 
 import (
 	"bytes"
@@ -9,6 +9,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io"
 	"slices"
 )
 
@@ -16,6 +17,31 @@ import (
 const MaxCSR = 4 << 10
 
 var errNotItsKey = errors.New("certificate request is not signed with its own key")
+
+// CSR is a PKCS#10 request (DER) that proves possession of the key and says nothing else:
+// the CA decides on the content of what it signs. For keys on P-256 it is written here;
+// x509.CreateCertificateRequest, which it is equal to, verifies its own signature, as the
+// CA does anyway.
+func CSR(random io.Reader, key crypto.Signer) ([]byte, error) {
+	own, ok := key.(*ecdsa.PrivateKey)
+	if !ok || own.Curve != elliptic.P256() {
+		return x509.CreateCertificateRequest(random, &x509.CertificateRequest{}, key)
+	}
+	point, err := own.PublicKey.Bytes()
+	if err != nil {
+		return nil, err
+	}
+	csr := slices.Concat([]byte{tagSequence, 0x81, 0}, beforeKey, point, afterKey)
+	digest := sha256.Sum256(csr[3 : len(csr)-len(ecdsaWithSHA256)])
+	signature, err := ecdsa.SignASN1(random, own, digest[:])
+	if err != nil {
+		return nil, err
+	}
+	csr = append(csr, tagBitString, byte(1+len(signature)), 0)
+	csr = append(csr, signature...)
+	csr[2] = byte(len(csr) - 3)
+	return csr, nil
+}
 
 // KeyOf returns the key of a PKCS#10 request (DER) after checking that the request
 // is signed with it. Nothing else in the request means anything.
@@ -42,6 +68,29 @@ func KeyOf(csr []byte) (crypto.PublicKey, error) {
 	}
 	return req.PublicKey, nil
 }
+
+// EncodeKey is a SubjectPublicKeyInfo, DER.
+func EncodeKey(public crypto.PublicKey) ([]byte, error) {
+	if key, ok := public.(*ecdsa.PublicKey); ok && key.Curve == elliptic.P256() {
+		point, err := key.Bytes()
+		return slices.Concat(spkiP256, point), err
+	}
+	return x509.MarshalPKIXPublicKey(public)
+}
+
+const (
+	tagInteger   = 0x02
+	tagBitString = 0x03
+	tagSequence  = 0x30
+)
+
+var (
+	ecdsaWithSHA256 = []byte{0x30, 0x0a, 0x06, 0x08, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x04, 0x03, 0x02} // RFC 5758 3.2
+	spkiP256        = []byte{                                                                        // RFC 5480, as far as the point
+		0x30, 0x59, 0x30, 0x13, 0x06, 0x07, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x02, 0x01,
+		0x06, 0x08, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x03, 0x01, 0x07, 0x03, 0x42, 0x00,
+	}
+)
 
 const pointSize = 65 // of a public key on P-256
 

@@ -1,4 +1,4 @@
-package signer
+package ca
 
 import (
 	"bytes"
@@ -7,6 +7,7 @@ import (
 	"crypto/ed25519"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/rsa"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"errors"
@@ -14,7 +15,7 @@ import (
 )
 
 func TestKeyOf(t *testing.T) {
-	key := newKey(t)
+	key := p256Key(t)
 	csr, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{}, key)
 	if err != nil {
 		t.Fatal(err)
@@ -35,6 +36,15 @@ func TestKeyOf(t *testing.T) {
 			t.Errorf("%s: accepted", name)
 		}
 	}
+}
+
+func p256Key(t testing.TB) *ecdsa.PrivateKey {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return key
 }
 
 // sameJudgement compares KeyOf with what x509 says of a request.
@@ -61,7 +71,7 @@ func sameJudgement(t *testing.T, csr []byte) (plain bool) {
 // Requests that say only their key are compared, not parsed: with the same judgement, of
 // them and of all that is near them.
 func TestPlainRequest(t *testing.T) {
-	key := newKey(t)
+	key := p256Key(t)
 	request := func(template x509.CertificateRequest, key crypto.Signer) []byte {
 		csr, err := x509.CreateCertificateRequest(rand.Reader, &template, key)
 		if err != nil {
@@ -70,17 +80,30 @@ func TestPlainRequest(t *testing.T) {
 		return csr
 	}
 	for range 20 { // signatures differ in length
-		if !sameJudgement(t, request(x509.CertificateRequest{}, key)) {
+		ours, err := CSR(rand.Reader, key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		theirs := request(x509.CertificateRequest{}, key)
+		if !sameJudgement(t, ours) || !sameJudgement(t, theirs) {
 			t.Error("a plain request was parsed")
+		}
+		if _, err := KeyOf(ours); err != nil {
+			t.Error(err)
+		}
+		if n := len(beforeKey) + pointSize + len(afterKey); !bytes.Equal(ours[3:3+n], theirs[3:3+n]) {
+			t.Errorf("the request reads\n%x, not\n%x", ours, theirs)
 		}
 	}
 	p384, _ := ecdsa.GenerateKey(elliptic.P384(), rand.Reader)
+	rsaKey, _ := rsa.GenerateKey(rand.Reader, 2048)
 	_, ed, _ := ed25519.GenerateKey(rand.Reader)
 	for name, other := range map[string][]byte{
 		"P-384":     request(x509.CertificateRequest{}, p384),
 		"Ed25519":   request(x509.CertificateRequest{}, ed),
 		"SHA-384":   request(x509.CertificateRequest{SignatureAlgorithm: x509.ECDSAWithSHA384}, key),
 		"a subject": request(x509.CertificateRequest{Subject: pkix.Name{CommonName: "a"}}, key),
+		"RSA":       request(x509.CertificateRequest{}, rsaKey),
 		"a name":    request(x509.CertificateRequest{DNSNames: []string{"a"}}, key),
 	} {
 		if sameJudgement(t, other) {
@@ -107,10 +130,18 @@ func FuzzKeyOf(f *testing.F) {
 }
 
 func BenchmarkKeyOf(b *testing.B) {
-	key, _ := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	csr, _ := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{}, key)
+	csr, _ := CSR(rand.Reader, p256Key(b))
 	for b.Loop() {
 		if _, err := KeyOf(csr); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+func BenchmarkCSR(b *testing.B) {
+	key := p256Key(b)
+	for b.Loop() {
+		if _, err := CSR(rand.Reader, key); err != nil {
 			b.Fatal(err)
 		}
 	}
