@@ -111,7 +111,11 @@ func (e *Engine) ServeInbound(ctx context.Context, ln net.Listener, backend func
 			x.refuse(refusal.UnknownService, "Host is not the service this connection was opened for.", "Host "+r.Host+", SNI "+d.serverName)
 			return
 		}
-		if x.decide() {
+		switch {
+		case !x.decide():
+		case x.tcp:
+			x.toStream(b)
+		default:
 			x.toApplication(b, d)
 		}
 	})

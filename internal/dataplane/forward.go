@@ -87,6 +87,8 @@ type sender struct {
 	paid bool  // its retry is already taken from the budget
 	err  error // why it failed
 
+	reset func() // breaks the connection to what answered, so that nobody takes it for a clean end
+
 	mayHaveRun bool // of all attempts: one was sent and its outcome is not known
 }
 
@@ -94,7 +96,7 @@ func newSender(x *exchange) *sender {
 	s := &sender{
 		x:          x,
 		head:       x.r.Header,
-		idempotent: resilience.Idempotent(x.r.Method, x.r.Header) && x.upgrade == "",
+		idempotent: resilience.Idempotent(x.r.Method, x.r.Header) && x.upgrade == "" || x.tcp, // a TCP stream has not begun yet
 		pauses:     resilience.Backoff{Base: 20 * time.Millisecond, Max: 200 * time.Millisecond},
 	}
 	delete(s.head, "Expect") // the 100 (Continue) is ours to give: our server sends it when the body is first read
@@ -199,6 +201,7 @@ func (s *sender) try(service string, hop *routeHop, more bool) (done bool) {
 		return s.failed(p, &state, err, false)
 	}
 	defer c.release()
+	s.reset = c.reset
 	x.record.upstream = c.peer.String()
 
 	h := s.head
