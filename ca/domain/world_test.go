@@ -78,7 +78,7 @@ func (w *world) token(id string, t *statev1.Token, life time.Duration) *statev1.
 	seed := sha256.Sum256([]byte("seed of " + id))
 	w.seeds[id] = seed[:]
 	t.Id = id
-	t.PublicKey = once("key of "+id, func() []byte { return (&ca.Token{Seed: seed[:]}).PublicKey() })
+	t.PublicKey = bytes.Clone(once("key of "+id, func() []byte { return (&ca.Token{Seed: seed[:]}).PublicKey() }))
 	t.NotAfter = epochTime.Add(life).Unix()
 	if now := w.s.Now(); !now.IsZero() {
 		t.NotAfter = now.Add(life).Unix()
@@ -109,7 +109,7 @@ func (w *world) statement(tokenID, role, key string) (statement, signature []byt
 		}
 		return [2][]byte{statement, signature}
 	})
-	return signed[0], signed[1]
+	return bytes.Clone(signed[0]), bytes.Clone(signed[1])
 }
 
 // once remembers what costs a signature and never changes.
