@@ -146,16 +146,6 @@ func (r Reason) Title() string {
 	return "The request failed."
 }
 
-// Parse returns the reason in the value of an Entente-Refused header, or of the
-// "type" of a problem. False: it is none of the table's.
-func Parse(s string) (Reason, bool) {
-	if len(s) > len(TypePrefix) && s[:len(TypePrefix)] == TypePrefix {
-		s = s[len(TypePrefix):]
-	}
-	r := Reason(s)
-	return r, r.Known()
-}
-
 // FromHeader returns the reason that a response's header carries. False: the
 // header is absent, stands there more than once or names no reason of the table,
 // so the response is not one of the mesh.
