@@ -145,7 +145,13 @@ func follow(ctx context.Context, agent *meshagent.Agent, car *sidecar.Sidecar, l
 		state := agent.State()
 		if state.Ready {
 			world := sidecar.World{Revision: state.View.Changed, Dev: state.View.Cluster.GetDev(),
-				Objects: state.View.Objects, Entries: state.Entries()}
+				Objects: state.View.Objects, Entries: state.Entries(), Local: map[string]sidecar.Local{}}
+			for _, s := range state.Services {
+				// Above the last port there is nobody: the agent reports such a service as unhealthy.
+				if at, err := netip.ParseAddrPort(s.Address); err == nil {
+					world.Local[s.Name] = sidecar.Local{Address: at, Monitor: s.Instance, Open: s.Instance.Open()}
+				}
+			}
 			for _, instance := range state.View.Instances {
 				world.Endpoints = append(world.Endpoints, catalog.Endpoint(instance))
 			}

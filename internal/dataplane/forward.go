@@ -389,7 +389,7 @@ func (s *sender) giveUp() {
 		x.refuseDecision(cut.Decision)
 	case errors.Is(cause, errDeadline):
 		s.timeout()
-	case cause != nil:
+	case cause != nil && !errors.Is(cause, errDrained):
 		x.gone()
 	case s.mayHaveRun:
 		x.refuse(refusal.UpstreamOutcomeUnknown, "The request was sent, and the connection was lost before an answer came.", errText(s.err))
@@ -426,6 +426,14 @@ func (x *exchange) toApplication(b Backend, d *downstream) {
 	}
 	x.record.attempts, x.record.upstream = 1, "application"
 	x.record.upstreamAddress, x.record.upstreamDatacenter = b.Address, e.cfg.Datacenter
+	status, failure := 0, error(nil)
+	if b.Monitor != nil {
+		b.Monitor.Begin()
+		defer func() { b.Monitor.End(status, failure) }()
+	}
+	if b.Open != nil {
+		defer context.AfterFunc(b.Open, func() { s.cancel(errDrained) })()
+	}
 	transport := e.apps.http1
 	if header.IsGRPC(s.head) {
 		transport = e.apps.h2c
@@ -441,12 +449,18 @@ func (x *exchange) toApplication(b Backend, d *downstream) {
 			x.gone()
 			return
 		}
+		if s.ctx.Err() == nil {
+			failure = err
+		}
 		s.giveUp()
 		return
 	}
 	// What the mesh says, only the mesh says.
 	header.RemoveProtected(res.Header)
 	s.copy(res, "")
+	if !x.broken { // or it cannot be known whose doing that was
+		status = res.StatusCode
+	}
 }
 
 var buffers = sync.Pool{New: func() any { return new([32 << 10]byte) }}
