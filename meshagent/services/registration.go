@@ -54,7 +54,7 @@ type Health struct {
 	// Port of http, tcp and grpc. Default: the service's.
 	Port uint16 `yaml:"port,min=1"`
 
-	Thresholds `yaml:",inline"`
+	Thresholds
 
 	// Initial is what it counts as until the first check has ended. Default unhealthy.
 	Initial string `yaml:"initial,oneof=healthy|unhealthy"`
