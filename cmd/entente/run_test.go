@@ -78,7 +78,7 @@ var programs = map[string]func() int{
 	// slow takes its time to answer, and none to end.
 	"slow": func() int {
 		http.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
-			time.Sleep(time.Second)
+			time.Sleep(500 * time.Millisecond)
 			io.WriteString(w, "served")
 		})
 		fmt.Fprintln(os.Stderr, http.ListenAndServe(os.Getenv("ENTENTE_LISTEN"), nil))

@@ -127,7 +127,11 @@ func (e *Engine) ServeInbound(ctx context.Context, ln net.Listener, backend func
 			x.refuse(refusal.UpstreamUnreachable, "This instance takes no more requests: nothing was sent.", "it is drained")
 			return
 		}
-		if x.decide() {
+		switch {
+		case !x.decide():
+		case x.tcp:
+			x.toStream(b)
+		default:
 			x.toApplication(b, d)
 		}
 	})

@@ -297,7 +297,7 @@ func (r *Registry) Reread() {
 
 // lookEvery is how often the directory is looked at. What has changed is read when two
 // looks have found the same, so that a file that is being written is left in peace.
-const lookEvery = 500 * time.Millisecond
+const lookEvery = 250 * time.Millisecond
 
 // Run follows the directory until ctx ends.
 func (r *Registry) Run(ctx context.Context) error {

@@ -85,8 +85,8 @@ type Sidecar struct {
 	tables   *catalog.Tables
 	wanted   map[string]outbound // by entry id
 	callers  map[string]spiffeid.ID
-	doors    map[netip.AddrPort]bool // of names
-	changed  chan struct{}           // capacity 1: wanted has changed
+	doors    map[netip.AddrPort]nameDoor
+	changed  chan struct{} // capacity 1: wanted has changed
 }
 
 // outbound is one loopback door as it should be.
@@ -172,7 +172,7 @@ func (s *Sidecar) Update(w World) error {
 	s.backends.Store(&backends)
 	s.wanted, s.callers = wanted, callers
 	if s.cfg.Names != nil {
-		s.doors = nameDoors(s.cfg.Names, s.cfg.TrustDomain, w.Objects, local)
+		s.doors = nameDoors(s.cfg.Names, s.tables, local)
 	}
 	s.engine.SetView(dataplane.View{Tables: s.tables, Endpoints: w.Endpoints})
 	select {
@@ -220,7 +220,7 @@ func (s *Sidecar) Run(ctx context.Context) error {
 		stop context.CancelFunc
 	}
 	open := map[string]door{}
-	named := &crowd{sidecar: s, tasks: &doors, open: map[netip.AddrPort]context.CancelFunc{}, callers: map[string]*inbox{}}
+	named := &crowd{sidecar: s, tasks: &doors, open: map[netip.AddrPort]openName{}, callers: map[string]*inbox{}}
 	for {
 		select {
 		case <-ctx.Done():
