@@ -20,6 +20,7 @@ import (
 	"github.com/entente-mesh/entente/ca/client"
 	"github.com/entente-mesh/entente/federation/bundle"
 	"github.com/entente-mesh/entente/internal/peer"
+	"github.com/entente-mesh/entente/meshagent/services"
 	"github.com/entente-mesh/entente/meshagent/workloadattest"
 )
 
@@ -39,10 +40,14 @@ type State struct {
 	JWT, WIT *TokenBundle
 	// Identities are the entries of this host, by entry id.
 	Identities []*Identity
+	// Services are those of this host that listen, by name.
+	Services []Service
 
 	foreignJWT, foreignWIT map[spiffeid.TrustDomain]*TokenBundle
 	witPeers               map[string]bool     // trust domains that WIT keys are exchanged with
 	wits                   map[string]*WITSVID // by entry id
+
+	registered *services.Snapshot // what Services were made with
 
 	own      *x509svid.SVID            // the agent's; nil before attestation
 	svids    map[string]*x509svid.SVID // by entry id
