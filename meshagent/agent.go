@@ -445,7 +445,7 @@ func (e entrySVID) GetX509SVID() (*x509svid.SVID, error) {
 	if identity.SVID == nil {
 		return nil, fmt.Errorf("the CA has not signed an SVID for %s yet", identity.ID)
 	}
-	return identity.SVID, nil
+	return identity.SVID.Parsed()
 }
 
 // ownSVID is the source of the agent's own SVID.

@@ -45,8 +45,10 @@ func newMetrics(r prometheus.Registerer, a *Agent) *metrics {
 			if s.own != nil {
 				consider(s.own.Certificates[0].NotAfter)
 			}
-			for _, svid := range s.svids {
-				consider(svid.Certificates[0].NotAfter)
+			for _, identity := range s.Identities {
+				if identity.SVID != nil {
+					consider(identity.SVID.NotAfter)
+				}
 			}
 			if first.IsZero() {
 				return 0

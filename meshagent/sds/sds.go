@@ -175,10 +175,7 @@ func (p *picture) find(name string) (*resource, error) {
 
 // certificate is versioned by its chain: every SVID has a key of its own.
 func certificate(name string, identity *meshagent.Identity) (*resource, error) {
-	chain, key, err := identity.SVID.Marshal()
-	if err != nil {
-		return nil, fmt.Errorf("the SVID of %s: %w", identity.ID, err)
-	}
+	chain, key := identity.SVID.PEM()
 	return pack(name, chain, &tls.Secret{Name: name, Type: &tls.Secret_TlsCertificate{TlsCertificate: &tls.TlsCertificate{
 		CertificateChain: inline(chain),
 		PrivateKey:       inline(key),
