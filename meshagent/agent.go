@@ -16,7 +16,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
-	"net/http"
 	"net/netip"
 	"os"
 	"slices"
@@ -32,8 +31,8 @@ import (
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/client"
 	"github.com/entente-mesh/entente/internal/daemon"
-	"github.com/entente-mesh/entente/internal/peer"
 	"github.com/entente-mesh/entente/meshagent/nodeattest"
+	"github.com/entente-mesh/entente/meshagent/services"
 	"github.com/entente-mesh/entente/meshagent/workloadattest"
 )
 
@@ -66,7 +65,9 @@ type Agent struct {
 	reportMu sync.Mutex
 	leaving  bool // the instances are withdrawn for good
 
-	health, grpcHealth *http.Transport
+	registry  *services.Registry
+	instances map[string]*services.Instance // by service name; mu
+	prober    *services.Prober
 }
 
 // signer has SVIDs signed: one result for each request, in their order.
@@ -95,7 +96,7 @@ func New(cfg *Config, opts Options) (*Agent, error) {
 	if err := os.MkdirAll(cfg.DataDir, 0o700); err != nil {
 		return nil, fmt.Errorf("cannot make the data directory: %w", err)
 	}
-	a := &Agent{cfg: cfg, log: opts.Log, gatherer: opts.Gatherer, id: id, attestor: workloadattest.New(), jwts: newJWTs(), health: healthTransport(), grpcHealth: grpcTransport()}
+	a := &Agent{cfg: cfg, log: opts.Log, gatherer: opts.Gatherer, id: id, attestor: workloadattest.New(), jwts: newJWTs(), instances: map[string]*services.Instance{}, prober: services.NewProber()}
 	if a.log == nil {
 		a.log = slog.New(slog.DiscardHandler)
 	}
@@ -118,6 +119,9 @@ func New(cfg *Config, opts Options) (*Agent, error) {
 		return nil, fmt.Errorf("the join token is for trust domain %s, the agent's is %s", a.token.TrustDomain.Name(), td.Name())
 	}
 
+	a.registry = services.Open(cfg.Services, cfg.ServicesDir, cfg.DataDir, a.log, func() {
+		a.change(func(s *State) *State { next := *s; return &next })
+	})
 	state := &State{View: &client.View{}, changed: make(chan struct{}), reissued: make(chan struct{})}
 	a.state.Store(state)
 	if err := a.trust(); err != nil {
@@ -189,7 +193,7 @@ func (a *Agent) recall() {
 		a.log.Warn("cannot take up what the agent last knew", "error", err)
 		return
 	}
-	svid, err := verifySVID(new(peer.Proof), a.id, a.known.Certificates, a.key, own, time.Now())
+	svid, _, err := verifySVID(a.id, a.known.Certificates, a.key, own, time.Now())
 	if err != nil {
 		a.log.Info("the agent's last SVID is of no more use; it attests again by its key", "error", err)
 	}
@@ -216,6 +220,9 @@ func (a *Agent) change(f func(*State) *State) {
 	}
 	if again {
 		next.content = old.content + 1
+	}
+	if registered := a.registry.Snapshot(); next.registered != registered || next.Ready != old.Ready || next.View.Changed != old.View.Changed {
+		next.registered, next.Services = registered, a.place(next, registered)
 	}
 	next.underIDs = next.under()
 	a.state.Store(next)
@@ -324,6 +331,7 @@ func (a *Agent) work(ctx context.Context) error {
 	}
 	if a.cfg.Sidecar.Inbound != "" {
 		group.Go("health", a.watchHealth)
+		group.Go("registrations", a.registry.Run)
 	}
 	return group.Wait()
 }
@@ -437,7 +445,7 @@ func (e entrySVID) GetX509SVID() (*x509svid.SVID, error) {
 	if identity.SVID == nil {
 		return nil, fmt.Errorf("the CA has not signed an SVID for %s yet", identity.ID)
 	}
-	return identity.SVID, nil
+	return identity.SVID.Parsed()
 }
 
 // ownSVID is the source of the agent's own SVID.

@@ -282,7 +282,7 @@ func (a *Agent) install(certificates [][]byte, answer *client.Attestation) (*x50
 				answer.Cluster.GetId(), cluster.GetId(), a.cfg.DataDir)
 		}
 	}
-	svid, err := verifySVID(new(peer.Proof), a.id, certificates, a.key, bundle, time.Now())
+	svid, _, err := verifySVID(a.id, certificates, a.key, bundle, time.Now())
 	if err == nil && a.State().tainted(svid) {
 		err = errTainted
 	}
@@ -318,29 +318,27 @@ type slot struct {
 	failures int
 	ends     time.Time // of the SVID that is held; zero: none, or none that anybody accepts
 	tainted  any       // the SVID whose renewal was scheduled for a taint
-	proof    peer.Proof
 }
 
 // keepEntries keeps an X.509-SVID for every entry of the host, each time with a new key.
 func (a *Agent) keepEntries(ctx context.Context) error {
 	return a.keepSVIDs(ctx, renewal{
 		bundle: func(s *State) any { return s.Bundle },
-		void: func(s *State, slot *slot, identity *Identity, now time.Time) bool {
+		void: func(s *State, identity *Identity, now time.Time) bool {
 			if identity.SVID == nil {
 				return false
 			}
-			_, err := slot.proof.Verify(identity.SVID.Certificates, s.Bundle, now)
-			return err != nil
+			return identity.SVID.verify(s.Bundle, now) != nil
 		},
 		tainted: func(s *State, identity *Identity) any {
-			if !s.tainted(identity.SVID) {
+			if identity.SVID == nil || !s.taintedKey(identity.SVID.under) {
 				return nil
 			}
 			return identity.SVID
 		},
 		ends: func(identity *Identity) (end time.Time) {
 			if identity.SVID != nil {
-				end = identity.SVID.Certificates[0].NotAfter
+				end = identity.SVID.NotAfter
 			}
 			return end
 		},
@@ -350,9 +348,9 @@ func (a *Agent) keepEntries(ctx context.Context) error {
 
 // renewal is how one kind of SVID is kept.
 type renewal struct {
-	bundle func(*State) any                                                   // what its SVIDs are verified with
-	void   func(s *State, slot *slot, identity *Identity, now time.Time) bool // the one that is held does not verify any more
-	ends   func(*Identity) time.Time                                          // zero: none is held
+	bundle func(*State) any                                       // what its SVIDs are verified with
+	void   func(s *State, identity *Identity, now time.Time) bool // the one that is held does not verify any more
+	ends   func(*Identity) time.Time                              // zero: none is held
 	renew  func(context.Context, []*slot)
 
 	// tainted is the SVID that is held if it was issued under a TAINTED authority, else nil.
@@ -391,7 +389,7 @@ func (a *Agent) keepSVIDs(ctx context.Context, kind renewal) error {
 					s.due = due
 				}
 			}
-			if bundle != kind.bundle(state) && kind.void(state, s, identity, now) {
+			if bundle != kind.bundle(state) && kind.void(state, identity, now) {
 				s.due, s.ends = now, time.Time{}
 			}
 		}
@@ -483,15 +481,15 @@ func (a *Agent) renew(ctx context.Context, slots []*slot) {
 	now := time.Now()
 	state := a.State()
 	bundle := state.Bundle
-	signed := map[string]*x509svid.SVID{}
+	signed := map[string]*X509SVID{}
 	var failed []error
 	news := false
 	for i, s := range slots {
-		svid, err := (*x509svid.SVID)(nil), results[i].Err
+		svid, err := (*X509SVID)(nil), results[i].Err
 		if err == nil {
-			svid, err = verifySVID(&s.proof, s.id, results[i].Certificates, keys[i], bundle, now)
+			svid, err = keptSVID(s.id, results[i].Certificates, keys[i], bundle, now)
 		}
-		if err == nil && state.tainted(svid) {
+		if err == nil && state.taintedKey(svid.under) {
 			err = errTainted
 		}
 		if err != nil {
@@ -502,7 +500,7 @@ func (a *Agent) renew(ctx context.Context, slots []*slot) {
 			continue
 		}
 		signed[s.entryID] = svid
-		s.due, s.failures, s.ends = halfLife(svid, now), 0, svid.Certificates[0].NotAfter
+		s.due, s.failures, s.ends = halfTime(svid.NotAfter, now), 0, svid.NotAfter
 	}
 	if len(signed) > 0 {
 		a.change(func(state *State) *State { return state.withSVIDs(signed) })

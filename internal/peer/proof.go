@@ -39,6 +39,15 @@ func (p *Proof) Verify(chain []*x509.Certificate, bundles x509bundle.Source, now
 	return id, nil
 }
 
+// Anchor is the authority of the bundle that the peer verified with last; nil: it has not.
+func (p *Proof) Anchor() *x509.Certificate {
+	last := p.last.Load()
+	if last == nil {
+		return nil
+	}
+	return last.path[len(last.path)-1]
+}
+
 // anchored reports whether a path that once verified still does.
 func (p *proven) anchored(bundles x509bundle.Source, now time.Time) bool {
 	for _, cert := range p.path {
