@@ -136,20 +136,21 @@ func (f *Feed) Publish(outcome domain.Outcome) {
 			f.floor = max(f.floor, slot.revision)
 		}
 		*slot = entry{outcome.Revision, change}
+		n := f.next
 		f.next++
 		if change.Kind == domain.ChangeEntry {
 			// Of a million entries few are on the host of any one agent.
 			for _, host := range change.Hosts {
 				for _, who := range []Subscriber{{Agent: host}, {Agent: host, EntryID: change.Key}} {
 					if s := f.sessions[who.key()]; s != nil {
-						s.wake()
+						s.concern(n)
 					}
 				}
 			}
 			continue
 		}
 		for _, s := range f.sessions {
-			s.wake()
+			s.concern(n)
 		}
 	}
 	f.revision = max(f.revision, outcome.Revision)
@@ -167,7 +168,7 @@ func (f *Feed) Reset(revision uint64) {
 	f.revision = max(f.revision, revision)
 	f.floor = f.revision
 	for _, s := range f.sessions {
-		s.full = true
+		s.full, s.pending = true, true
 		s.wake()
 	}
 }
@@ -204,6 +205,7 @@ type Session struct {
 	// Policy lane.
 	full    bool
 	resumed bool     // the next delta is the first after a resume
+	pending bool     // there is something to look at, from cursor on; else all up to now is no news to it
 	cursor  uint64   // number of the next change to look at
 	at      uint64   // revision that the subscriber would be at if it holds all it was sent
 	sent    uint64   // revision of the last update
@@ -225,6 +227,18 @@ type Session struct {
 	// Presence lane.
 	all   bool
 	dirty map[presence.Key]struct{}
+}
+
+// concern says that the change with number n may be news. What came before it, and was
+// none, does not have to stay in the ring for it.
+func (s *Session) concern(n uint64) {
+	if !s.pending {
+		s.pending, s.cursor, s.ahead = true, n, n
+		if s.live {
+			s.at = s.feed.revision
+		}
+	}
+	s.wake()
 }
 
 func (s *Session) wake() {
@@ -249,6 +263,7 @@ func (f *Feed) Subscribe(now time.Time, st *domain.State, who Subscriber, resume
 		feed:    f,
 		who:     who,
 		live:    true,
+		pending: true,
 		since:   now,
 		all:     true,
 		dirty:   make(map[presence.Key]struct{}),
@@ -349,18 +364,17 @@ func (s *Session) Policy(st *domain.State) (Update, bool, error) {
 	if err := s.entitled(st); err != nil {
 		return Update{}, false, err
 	}
+	if !s.pending {
+		return Update{}, false, nil
+	}
 	if s.full || f.next-s.cursor > uint64(len(f.ring)) {
 		u := s.everything(st)
-		s.full, s.resumed = false, false
-		s.cursor = f.next
+		s.full, s.resumed, s.pending = false, false, false
 		s.at, s.sent = f.revision, f.revision
 		return u, true, nil
 	}
-	if s.cursor == f.next && !s.resumed {
-		return Update{}, false, nil
-	}
 	u, relevant := s.delta(st)
-	s.cursor = f.next
+	s.pending = false
 	s.at = f.revision
 	f.progress()
 	if !relevant && !s.resumed {
@@ -376,7 +390,7 @@ func (s *Session) Policy(st *domain.State) (Update, bool, error) {
 func (s *Session) Catch() (revision uint64, ok bool) {
 	s.feed.mu.Lock()
 	defer s.feed.mu.Unlock()
-	if s.full || s.resumed || s.cursor != s.feed.next || s.sent >= s.feed.revision {
+	if s.pending || s.sent >= s.feed.revision {
 		return 0, false
 	}
 	s.at, s.sent = s.feed.revision, s.feed.revision

@@ -589,6 +589,52 @@ func TestEntryChangeWakes(t *testing.T) {
 	}
 }
 
+// However many entries change on other hosts, a subscriber goes on where it is, and its
+// resume point moves with them. Who does not come for what concerns it falls behind.
+func TestChangesElsewhereLeaveTheRing(t *testing.T) {
+	const ring = 16
+	w := newWorld(t, ring)
+	w.attest("h1")
+	w.attest("h2")
+	var m, of2 mirror
+	s, slow := w.subscribe(agentSub("h1", 1), 0), w.subscribe(agentSub("h2", 1), 0)
+	w.drain(s, &m)
+	w.drain(slow, &of2)
+	entries := func(n int, host string) {
+		for i := range n {
+			w.must(&statev1.Command{Body: &statev1.Command_ChangeEntries{ChangeEntries: &statev1.ChangeEntries{Changes: []*statev1.EntryChange{{
+				Action: &statev1.EntryChange_Create{Create: &statev1.Entry{
+					Id: fmt.Sprintf("entry/%s-%d", host, i), Path: fmt.Sprintf("/%s/%d", host, i), Hosts: []string{host}, Selectors: []string{"unix:uid:1"},
+				}},
+			}}}}})
+		}
+	}
+	entries(3*ring, "h2")
+	if at, ok := s.Catch(); !ok || at != w.st.Revision() {
+		t.Errorf("the resume point stays behind: %d, %v", at, ok)
+	}
+	if _, ok := slow.Catch(); ok {
+		t.Error("it moves over what was not told")
+	}
+	if _, has := s.Urgent(w.st); has {
+		t.Error("changes elsewhere are urgent")
+	}
+	w.apply(service("accounts", "h1"))
+	w.must(&statev1.Command{Body: &statev1.Command_BanAgent{BanAgent: &statev1.BanAgent{Name: "h2"}}})
+	if u, has := s.Urgent(w.st); !has || len(u.Distrust) != 1 {
+		t.Errorf("the ban is not urgent: %+v, %v", u, has)
+	}
+	w.drain(s, &m)
+	if m.full != 1 || len(m.entries) != 1 || len(m.objects) != 1 {
+		t.Errorf("told everything %d times; it holds %d entries and %d objects", m.full, len(m.entries), len(m.objects))
+	}
+	entries(2*ring, "h1")
+	w.drain(s, &m)
+	if m.full != 2 || len(m.entries) != 2*ring+1 {
+		t.Errorf("control: who is behind the ring was told everything %d times, and holds %d entries", m.full, len(m.entries))
+	}
+}
+
 func TestRestoreSendsEverything(t *testing.T) {
 	w := newWorld(t, 0)
 	w.attest("h1")

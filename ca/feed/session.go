@@ -49,7 +49,7 @@ func (s *Session) held() uint64 {
 	if s.acked < s.sent || s.full || s.resumed {
 		return s.acked
 	}
-	if s.live && s.cursor == s.feed.next {
+	if s.live && !s.pending {
 		return s.feed.revision
 	}
 	return s.at

@@ -43,6 +43,9 @@ func (s *Session) Urgent(st *domain.State) (Urgent, bool) {
 	f := s.feed
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	if !s.pending {
+		s.ahead = f.next
+	}
 	if !s.live || s.ahead >= f.next && s.alone == f.isolation {
 		return Urgent{}, false
 	}
