@@ -24,8 +24,8 @@ const (
 	// maxBatch SVIDs are asked for at a time; the client splits them as the door demands.
 	maxBatch = 500
 
-	// gather is how long what becomes due after a batch waits for the next: a hundred SVIDs in
-	// one call cost half of what they do one by one, and a taint spreads them over seconds.
+	// gather is how long what becomes due after a batch waits for the next, where a taint
+	// spreads SVIDs over seconds: a hundred in one call cost half of what they do one by one.
 	// Who has none does not wait.
 	gather = 200 * time.Millisecond
 
@@ -404,11 +404,11 @@ func (a *Agent) keepSVIDs(ctx context.Context, kind renewal) error {
 				next = s.due
 			}
 		}
-		if len(due) > 0 {
-			next = now
-		}
 		none := func(s *slot) bool { return s.ends.IsZero() }
-		if len(due) > 0 && (!now.Before(together) || slices.ContainsFunc(due, none)) {
+		if len(due) > 0 && now.Before(together) && !slices.ContainsFunc(due, none) {
+			next, due = together, nil
+		}
+		if len(due) > 0 {
 			// What ends first is renewed first; what has no SVID at all before that.
 			slices.SortFunc(due, func(x, y *slot) int {
 				return cmp.Or(x.ends.Compare(y.ends), cmp.Compare(x.entryID, y.entryID))
@@ -419,7 +419,9 @@ func (a *Agent) keepSVIDs(ctx context.Context, kind renewal) error {
 				return ctx.Err()
 			}
 			burst += len(due)
-			together = time.Now().Add(gather)
+			if state.View.ReissueWithin > 0 {
+				together = time.Now().Add(gather)
+			}
 			continue
 		}
 		if burst >= manyAtOnce && next.Sub(now) > time.Second {
@@ -429,9 +431,6 @@ func (a *Agent) keepSVIDs(ctx context.Context, kind renewal) error {
 			burst = 0
 		}
 
-		if next.Before(together) {
-			next = together
-		}
 		timer := time.NewTimer(next.Sub(now))
 		select {
 		case <-ctx.Done():

@@ -61,11 +61,11 @@ type group struct {
 
 // result is one measured line, as --json writes it.
 type result struct {
-	Name  string  `json:"name"`
-	Value float64 `json:"value"`
-	Unit  string  `json:"unit"`
-	N     int     `json:"n"` // items that were measured
-	Note  string  `json:"note"`
+	Name  string   `json:"name"`
+	Value *float64 `json:"value"` // null: it could not be measured; the note says why
+	Unit  string   `json:"unit"`
+	N     int      `json:"n"` // items that were measured
+	Note  string   `json:"note"`
 }
 
 type options struct {
@@ -112,8 +112,8 @@ func run(ctx context.Context, o *options) (err error) {
 	return err
 }
 
-// measure runs the groups one after the other. One that fails does not keep the others
-// from being measured.
+// measure runs the groups one after the other. What fails keeps nothing else from being
+// measured.
 func (b *bench) measure(ctx context.Context) (err error) {
 	if _, err := process.CPUOf(os.Getpid()); err != nil {
 		return fmt.Errorf("processor time of other processes cannot be read on this system: %w", err)
@@ -138,15 +138,51 @@ func (b *bench) measure(ctx context.Context) (err error) {
 		if !slices.ContainsFunc(g.lines, b.wants) {
 			continue
 		}
-		if err := g.measure(ctx, b); err != nil {
-			if ctx.Err() != nil {
-				return ctx.Err()
-			}
-			failures = append(failures, fmt.Errorf("%s: %w", strings.Join(g.lines, ", "), err))
-			b.say("FAILED: %v", failures[len(failures)-1])
+		failures = append(failures, b.measureGroup(ctx, g))
+		if ctx.Err() != nil {
+			return ctx.Err()
 		}
 	}
 	return errors.Join(failures...)
+}
+
+// measureGroup measures the lines of a group together, and if that fails, each of those
+// that it leaves by itself. One that fails again stands in the results with the reason.
+func (b *bench) measureGroup(ctx context.Context, g group) error {
+	err := g.measure(ctx, b)
+	var left []string
+	for _, name := range g.lines {
+		if b.wants(name) && !slices.ContainsFunc(b.results, func(r result) bool { return r.Name == name }) {
+			left = append(left, name)
+		}
+	}
+	if ctx.Err() != nil || len(left) == 0 {
+		return err
+	}
+	if len(left) == 1 {
+		return b.fail(left[0], err)
+	}
+	b.say("failed, each line by itself now: %v", err)
+	var failures []error
+	all := b.only
+	defer func() { b.only = all }()
+	for _, name := range left {
+		b.only = []string{name}
+		failures = append(failures, b.measureGroup(ctx, g))
+	}
+	return errors.Join(failures...)
+}
+
+// fail reports a line that could not be measured.
+func (b *bench) fail(name string, err error) error {
+	if err == nil {
+		err = errors.New("nothing was reported")
+	}
+	l, _ := b.suite.line(name)
+	r := result{Name: name, Unit: l.unit, Note: "FAILED: " + strings.ReplaceAll(err.Error(), "\n", "; ")}
+	b.results = append(b.results, r)
+	b.tableLine(l, r)
+	return fmt.Errorf("%s: %w", name, err)
 }
 
 // build makes the binary as a release has it.
@@ -201,7 +237,8 @@ func (b *bench) report(name string, value float64, n int, format string, args ..
 	if !ok {
 		panic("no line " + name)
 	}
-	r := result{Name: name, Value: rounded(value), Unit: l.unit, N: n, Note: fmt.Sprintf(format, args...)}
+	value = rounded(value)
+	r := result{Name: name, Value: &value, Unit: l.unit, N: n, Note: fmt.Sprintf(format, args...)}
 	if b.quick {
 		r.Note = "--quick, not to be quoted; " + r.Note
 	}

@@ -148,7 +148,7 @@ func TestQuick(t *testing.T) {
 			var names []string
 			for _, r := range results {
 				names = append(names, r.Name)
-				if r.Value < 0 || r.Value == 0 && r.Name != "idle_cpu_100k_pct" || r.N <= 0 || r.Unit == "" {
+				if r.Value == nil || *r.Value < 0 || *r.Value == 0 && r.Name != "idle_cpu_100k_pct" || r.N <= 0 || r.Unit == "" {
 					t.Errorf("%+v", r)
 				}
 			}
@@ -200,16 +200,61 @@ func TestInterrupt(t *testing.T) {
 	checkNothingLeft(t, dir)
 }
 
+// A line that fails is said with the reason, and loses no other of its group.
+func TestOneFails(t *testing.T) {
+	if runtime.GOOS != "linux" {
+		t.Skip("processor time of other processes can be read on Linux only")
+	}
+	file := filepath.Join(t.TempDir(), "results.json")
+	dir := scratch(t)
+	s := &suite{name: "some", lines: []line{{"a_ms", "ms", "the first", 1, 0}, {"b_ms", "ms", "the second", 1, 0}, {"c_ms", "ms", "the third", 1, 0}, {"d_ms", "ms", "the fourth", 0, 0}}}
+	s.groups = []group{
+		{[]string{"a_ms", "b_ms", "c_ms"}, func(_ context.Context, b *bench) error {
+			b.report("a_ms", 1, 1, "")
+			if b.wants("b_ms") {
+				return errors.New("it broke")
+			}
+			b.report("c_ms", 3, 1, "")
+			return nil
+		}},
+		{[]string{"d_ms"}, func(_ context.Context, b *bench) error {
+			b.report("d_ms", 4, 1, "")
+			return nil
+		}},
+	}
+	var table bytes.Buffer
+	err := run(t.Context(), &options{suite: s, json: file, binary: "entente", out: &table, progress: io.Discard})
+	if err == nil || !strings.Contains(err.Error(), "b_ms: it broke") {
+		t.Errorf("%v", err)
+	}
+	text, _ := os.ReadFile(file)
+	var results []result
+	if err := json.Unmarshal(text, &results); err != nil {
+		t.Fatal(err)
+	}
+	got := map[string]string{}
+	for _, r := range results {
+		got[r.Name] = r.Note
+		if (r.Value == nil) != (r.Name == "b_ms") {
+			t.Errorf("%+v", r)
+		}
+	}
+	if len(results) != 4 || !strings.Contains(got["b_ms"], "it broke") || !bytes.Contains(text, []byte(`"value": null`)) || !strings.Contains(table.String(), "FAILED") {
+		t.Errorf("%s\n%s", text, table.String())
+	}
+	checkNothingLeft(t, dir)
+}
+
 func TestTable(t *testing.T) {
 	l, _ := caSuite.line("entries_batched_per_s")
 	for value, want := range map[float64][2]string{25_000: {">= 20000", "25 x"}, 5000: {">= 20000 !", "5.0 x"}} {
-		if got := [2]string{l.bound(value), l.ratio(value)}; got != want {
+		if got := [2]string{l.bound(&value), l.ratio(value)}; got != want {
 			t.Errorf("%v: %q", value, got)
 		}
 	}
 	l, _ = caSuite.line("jwt_cpu_us")
 	for value, want := range map[float64][2]string{100: {"<= 120", "3.4 x"}, 170: {"<= 120 !", "2.0 x"}} {
-		if got := [2]string{l.bound(value), l.ratio(value)}; got != want {
+		if got := [2]string{l.bound(&value), l.ratio(value)}; got != want {
 			t.Errorf("%v: %q", value, got)
 		}
 	}

@@ -75,7 +75,7 @@ Nothing else should run on the machine meanwhile.`,
 		},
 	}
 	f := c.Flags()
-	f.StringVar(&o.json, "json", "", "write the results to this file, a list of {name, value, unit, n, note}")
+	f.StringVar(&o.json, "json", "", "write the results to this file, a list of {name, value, unit, n, note}; value is null where the note says why it failed")
 	f.StringVar(&o.markdown, "markdown", "", "put the results in the place of this suite's table in this page")
 	f.StringVar(&o.from, "from", "", "take the results from this file of an earlier --json and measure nothing")
 	f.StringSliceVar(&o.only, "only", nil, "measure these lines only")

@@ -14,7 +14,15 @@ func (b *bench) tableHead() {
 }
 
 func (b *bench) tableLine(l line, r result) {
-	fmt.Fprintf(b.out, "%-26s %10s %-4s %9s %9s %7s  %s\n", r.Name, number(r.Value), r.Unit, l.bound(r.Value), number(l.peer), l.ratio(r.Value), r.Note)
+	value, unit, bound, ratio := r.columns(l)
+	fmt.Fprintf(b.out, "%-26s %10s %-4s %9s %9s %7s  %s\n", r.Name, value, unit, bound, number(l.peer), ratio, r.Note)
+}
+
+func (r result) columns(l line) (value, unit, bound, ratio string) {
+	if r.Value == nil {
+		return "FAILED", "", l.bound(nil), "-"
+	}
+	return number(*r.Value), r.Unit, l.bound(r.Value), l.ratio(*r.Value)
 }
 
 // number is a value for people; 0 is none.
@@ -25,8 +33,8 @@ func number(v float64) string {
 	return fmt.Sprint(v)
 }
 
-// bound is the target, marked when the value misses it.
-func (l line) bound(value float64) string {
+// bound is the target, marked when the value misses it or there is none.
+func (l line) bound(value *float64) string {
 	if l.target == 0 {
 		return "-"
 	}
@@ -34,7 +42,7 @@ func (l line) bound(value float64) string {
 	if l.up() {
 		sign = ">= "
 	}
-	if !l.met(value) {
+	if value == nil || !l.met(*value) {
 		mark = " !"
 	}
 	return sign + number(l.target) + mark
@@ -81,12 +89,14 @@ func (b *bench) writePage() error {
 	out.WriteString("| line | what | value | target | SPIRE | better by | n | note |\n|---|---|---|---|---|---|---|---|\n")
 	for _, r := range b.results {
 		l, _ := b.suite.line(r.Name)
-		value := number(r.Value) + " " + r.Unit
-		if l.target != 0 && !l.met(r.Value) {
+		value, unit, bound, ratio := r.columns(l)
+		value = strings.TrimSpace(value + " " + unit)
+		bound, missed := strings.CutSuffix(bound, " !")
+		if missed {
 			value = "**" + value + "**"
 		}
 		fmt.Fprintf(&out, "| `%s` | %s | %s | %s | %s | %s | %d | %s |\n",
-			r.Name, l.what, value, strings.TrimSuffix(l.bound(r.Value), " !"), number(l.peer), l.ratio(r.Value), r.N, r.Note)
+			r.Name, l.what, value, bound, number(l.peer), ratio, r.N, r.Note)
 	}
 	out.WriteString("\n")
 	out.Write(page[j:])
