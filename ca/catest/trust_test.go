@@ -416,10 +416,13 @@ func rested(t *testing.T, use statev1.KeyUse, of, at *agent, d *door, authority 
 	case !ok || identity.SVID == nil || identity.WIT == nil:
 		return errors.New("the workload has no SVIDs")
 	case use == x509Use:
-		if under = ca.SignedUnder(identity.SVID.Certificates[0]); of != at && d != nil {
-			if _, err := connect(t, d, identity.SVID); err != nil {
-				return err
-			}
+		svid, err := of.SVIDs(of.entry).GetX509SVID()
+		if err != nil {
+			return err
+		}
+		under = ca.SignedUnder(svid.Certificates[0])
+		if _, err := connect(t, d, svid); err != nil {
+			return err
 		}
 	case use == jwtUse:
 		token, _, err := of.FetchJWT(t.Context(), identity, []string{"them"})
