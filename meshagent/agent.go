@@ -322,6 +322,7 @@ func (a *Agent) work(ctx context.Context) error {
 		}
 	})
 	group.Go("SVIDs", a.keepEntries)
+	group.Go("expiry", a.dropEnded)
 	group.Go("JWT-SVIDs", a.keepJWTs)
 	if a.cache != nil {
 		group.Go("cache", a.keepCache)
@@ -443,9 +444,9 @@ func (e entrySVID) GetX509SVID() (*x509svid.SVID, error) {
 		return nil, fmt.Errorf("this host has no entry %q", e.entryID)
 	}
 	if identity.SVID == nil {
-		return nil, fmt.Errorf("the CA has not signed an SVID for %s yet", identity.ID)
+		return nil, fmt.Errorf("there is no SVID for %s: the CA has not signed one yet, or none since the last one ended", identity.ID)
 	}
-	return identity.SVID, nil
+	return identity.SVID.Parsed()
 }
 
 // ownSVID is the source of the agent's own SVID.

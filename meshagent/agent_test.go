@@ -186,8 +186,8 @@ func TestImpostorCA(t *testing.T) {
 	}
 }
 
-// Short lives: SVIDs are renewed, stay while the CA is gone, and are renewed when
-// it is back.
+// Short lives: SVIDs are renewed, stay until their end while the CA is gone, and are
+// renewed when it is back.
 func TestRenewal(t *testing.T) {
 	c := catest.Start(t, catest.Options{Lifetimes: node.Lifetimes{AgentSVID: 4 * time.Second}})
 	c.Apply(serviceYAML("accounts", self()+"\nttl: {x509: 4s}"))
@@ -218,13 +218,17 @@ func TestRenewal(t *testing.T) {
 		t.Error("without a CA something has changed")
 	}
 	time.Sleep(4 * time.Second) // the agent's own SVID ends meanwhile
+	if _, err := source.GetX509SVID(); err == nil {
+		t.Error("the SVID is still there after its end")
+	}
 	c.Restart()
 	eventually(t, "renewed after the CA came back", func() error {
-		if current() == last {
-			return errors.New("not yet")
-		}
-		return nil
+		_, err := source.GetX509SVID()
+		return err
 	})
+	if current() == last {
+		t.Error("it is the one of before")
+	}
 }
 
 // Services that listen are reported with their health, and withdrawn on the way out.

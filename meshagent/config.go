@@ -11,6 +11,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
@@ -43,6 +45,7 @@ type Config struct {
 	CA          CAConfig          `yaml:"ca"`
 	Attest      AttestConfig      `yaml:"attest"`
 	WorkloadAPI WorkloadAPIConfig `yaml:"workloadAPI"`
+	SDS         SDSConfig         `yaml:"sds"`
 	Sidecar     SidecarConfig     `yaml:"sidecar"`
 	Health      HealthConfig      `yaml:"health"`
 	// Services say where services of this host listen and how they are checked, where
@@ -103,6 +106,38 @@ type WorkloadAPIConfig struct {
 	// Leeway is how much later than its exp, or earlier than its nbf, a JWT-SVID is
 	// still found valid, at most 2m. Default 10s.
 	Leeway time.Duration `yaml:"leeway,min=0s,max=2m"`
+}
+
+// SDSConfig is about Envoy's secret discovery on the Workload API's socket. The settings
+// are those of a SPIRE agent.
+type SDSConfig struct {
+	yamlfile.Pos
+	// DefaultSVIDName is the name of the caller's first X.509-SVID. Default "default".
+	DefaultSVIDName string `yaml:"defaultSVIDName"`
+	// DefaultBundleName is the name of the own trust domain's bundle. Default "ROOTCA".
+	DefaultBundleName string `yaml:"defaultBundleName"`
+	// DefaultAllBundlesName is the name of every bundle that the caller may have. Default "ALL".
+	DefaultAllBundlesName string `yaml:"defaultAllBundlesName"`
+	// DisableSPIFFECertValidation sends bundles as plain lists of authorities to every
+	// Envoy, as its node's metadata may ask for by itself. Default false: as a configuration of
+	// Envoy's SPIFFE validator.
+	DisableSPIFFECertValidation bool `yaml:"disableSPIFFECertValidation"`
+}
+
+// check refuses names that would hide one another, or a name that SDS has already.
+func (s *SDSConfig) check(refuse func(at yamlfile.Pos, format string, args ...any)) {
+	taken := map[string]string{}
+	for _, n := range []struct{ key, name string }{
+		{"defaultSVIDName", s.DefaultSVIDName}, {"defaultBundleName", s.DefaultBundleName}, {"defaultAllBundlesName", s.DefaultAllBundlesName},
+	} {
+		switch other := taken[n.name]; {
+		case n.name == "" || len(n.name) > 255 || n.name == "*" || strings.HasPrefix(n.name, "spiffe://") || strings.ContainsFunc(n.name, unicode.IsControl) || !utf8.ValidString(n.name):
+			refuse(s.At(n.key), "%.300q is no name of a secret: give 1 to 255 characters, neither * nor a SPIFFE ID, which mean something already", n.name)
+		case other != "":
+			refuse(s.At(n.key), "%q is %s already: Envoy could ask for one of them only", n.name, other)
+		}
+		taken[n.name] = n.key
+	}
 }
 
 // SidecarConfig is about the data plane of this host.
@@ -188,9 +223,12 @@ type DNSConfig struct {
 // agent that is restarted while no CA can be reached serves at once.
 type CacheConfig struct {
 	yamlfile.Pos
-	// PassphraseFile seals it with the passphrase in this file, mode 0600. Empty:
-	// nothing is kept.
+	// PassphraseFile seals it with the passphrase in this file, mode 0600. With neither of
+	// the two nothing is kept.
 	PassphraseFile string `yaml:"passphraseFile"`
+	// SystemdCredential seals it with the passphrase in the systemd credential of this
+	// name, which the unit loads.
+	SystemdCredential string `yaml:"systemdCredential"`
 }
 
 // AfterConfig tells software that its files are other ones.
@@ -308,6 +346,7 @@ func ReadConfig(file string, r io.Reader) (*Config, error) {
 	c := &Config{
 		Settle:      10 * time.Second,
 		WorkloadAPI: WorkloadAPIConfig{Socket: "/run/entente/agent.sock", Leeway: jwtsvid.DefaultLeeway},
+		SDS:         SDSConfig{DefaultSVIDName: "default", DefaultBundleName: "ROOTCA", DefaultAllBundlesName: "ALL"},
 		Sidecar:     SidecarConfig{AppAddress: "127.0.0.1"},
 		DNS:         DNSConfig{Network: "127.80.0.0/16", HTTPPort: 80},
 		Health:      HealthConfig{Thresholds: services.Defaults()},
@@ -392,6 +431,10 @@ func (c *Config) check() (errs yamlfile.Errors) {
 		if c.Sidecar.Inbound == "" {
 			refuse(c.DNS.At("listen"), "names lead to the sidecar, and there is none: set sidecar.inbound")
 		}
+	}
+	c.SDS.check(refuse)
+	if c.Cache.PassphraseFile != "" && c.Cache.SystemdCredential != "" {
+		refuse(c.Cache.At("systemdCredential"), "passphraseFile and systemdCredential are both given: give one of them")
 	}
 	if c.Admin.Socket == "" {
 		c.Admin.Socket = filepath.Join(c.DataDir, "admin.sock")

@@ -75,7 +75,7 @@ func runAgent(config *meshagent.Config, log *slog.Logger) error {
 		return err
 	}
 	api := workloadapi.New(agent, socket, log)
-	api.Beside(sds.New(agent, workloadapi.Caller, log).Register)
+	api.Beside(sds.New(agent, config.SDS, workloadapi.Caller, log).Register)
 	local, err := admin.Listen(config.Admin.Socket)
 	if err != nil {
 		return err

@@ -155,7 +155,7 @@ func (s *Server) status() *Status {
 	for _, identity := range state.Identities {
 		is := Identity{Entry: identity.Entry.GetId(), SPIFFEID: identity.ID.String()}
 		if identity.SVID != nil {
-			is.ValidUntil = &identity.SVID.Certificates[0].NotAfter
+			is.ValidUntil = &identity.SVID.NotAfter
 		}
 		if service, ok := strings.CutPrefix(is.Entry, "service/"); ok {
 			for _, instance := range state.View.Instances {
