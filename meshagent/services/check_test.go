@@ -160,7 +160,7 @@ func watch(t *testing.T, h Health, bad bool) *watched {
 		}
 		return nil
 	}, func(err error) {
-		healthy, _, _ := w.Health()
+		healthy := w.Healthy()
 		w.mu.Lock()
 		defer w.mu.Unlock()
 		w.changes = append(w.changes, fmt.Sprint(healthy))
@@ -251,7 +251,7 @@ func TestOutlierDetection(t *testing.T) {
 		w.expect(t, "no three in a row", "true")
 		request(w, 1, 0, down)
 		w.expect(t, "three in a row", "true", "false")
-		if _, why, _ := w.Health(); why == nil || !strings.Contains(why.Error(), "connection refused") {
+		if _, _, why := w.Health(); why == nil || !strings.Contains(why.Error(), "connection refused") {
 			t.Errorf("%v", why)
 		}
 		time.Sleep(1100 * time.Millisecond)
