@@ -150,7 +150,7 @@ func TestCache(t *testing.T) {
 		c.Apply(serviceYAML("accounts", self()+"\nhint: changed"))
 		eventually(t, "the change", func() error {
 			identity, ok := agent.State().Service("accounts")
-			if !ok || identity.Entry.GetHint() != "changed" || identity.SVID.Certificates[0].Equal(before.Certificates[0]) {
+			if !ok || identity.Entry.GetHint() != "changed" || bytes.Equal(identity.SVID.Certificates[0], before.Certificates[0].Raw) {
 				return errors.New("not yet")
 			}
 			return nil

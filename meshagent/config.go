@@ -19,6 +19,7 @@ import (
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/internal/jwtsvid"
 	"github.com/entente-mesh/entente/internal/yamlfile"
+	"github.com/entente-mesh/entente/meshagent/services"
 )
 
 // Config is the agent's file.
@@ -47,15 +48,21 @@ type Config struct {
 	SDS         SDSConfig         `yaml:"sds"`
 	Sidecar     SidecarConfig     `yaml:"sidecar"`
 	Health      HealthConfig      `yaml:"health"`
-	Files       []FilesConfig     `yaml:"files"`
-	DNS         DNSConfig         `yaml:"dns"`
-	Cache       CacheConfig       `yaml:"cache"`
-	Admin       AdminConfig       `yaml:"admin"`
-	AccessLog   AccessLogConfig   `yaml:"accessLog"`
-	Log         LogConfig         `yaml:"log"`
+	// Services say where services of this host listen and how they are checked, where
+	// that differs from the catalogue.
+	Services []services.Registration `yaml:"services"`
+	// ServicesDir holds files NAME.yaml with the same, followed as they change. Default
+	// /etc/entente/services.d.
+	ServicesDir string `yaml:"servicesDir"`
+
+	Files     []FilesConfig   `yaml:"files"`
+	DNS       DNSConfig       `yaml:"dns"`
+	Cache     CacheConfig     `yaml:"cache"`
+	Admin     AdminConfig     `yaml:"admin"`
+	AccessLog AccessLogConfig `yaml:"accessLog"`
+	Log       LogConfig       `yaml:"log"`
 
 	domain spiffeid.TrustDomain
-	app    netip.Addr
 }
 
 // CAConfig says where the CA is, and how to be admitted.
@@ -151,12 +158,11 @@ type SidecarConfig struct {
 	PortOffset int `yaml:"portOffset,min=0,max=40000"`
 }
 
-// HealthConfig is about the health checks of this host's services.
+// HealthConfig is about the health checks of this host's services: what a registration of
+// theirs does not say.
 type HealthConfig struct {
-	// Interval between two checks of a service, 100ms to 1h. Default 1s.
-	Interval time.Duration `yaml:"interval,min=100ms,max=1h"`
-	// Timeout of one check, 10ms to 1m. Default 1s.
-	Timeout time.Duration `yaml:"timeout,min=10ms,max=1m"`
+	services.Thresholds
+
 	// Commands check services of this host in the place of what the catalogue says:
 	// by the service's name, a command with its arguments, no shell. It is healthy
 	// when the command exits with 0. They stand here only, since whoever could put
@@ -343,7 +349,8 @@ func ReadConfig(file string, r io.Reader) (*Config, error) {
 		SDS:         SDSConfig{DefaultSVIDName: "default", DefaultBundleName: "ROOTCA", DefaultAllBundlesName: "ALL"},
 		Sidecar:     SidecarConfig{AppAddress: "127.0.0.1"},
 		DNS:         DNSConfig{Network: "127.80.0.0/16", HTTPPort: 80},
-		Health:      HealthConfig{Interval: time.Second, Timeout: time.Second},
+		Health:      HealthConfig{Thresholds: services.Defaults()},
+		ServicesDir: "/etc/entente/services.d",
 		Log:         LogConfig{Format: "text", Level: "info"},
 	}
 	if err := yamlfile.Decode(file, r, c); err != nil {
@@ -388,7 +395,7 @@ func (c *Config) check() (errs yamlfile.Errors) {
 		refuse(pop.At("certificate"), "ca.addresses and ca.bundleFile are needed: without a join token nothing else says which CA to believe")
 	}
 
-	if c.app, err = netip.ParseAddr(c.Sidecar.AppAddress); err != nil || !c.app.IsLoopback() {
+	if app, err := netip.ParseAddr(c.Sidecar.AppAddress); err != nil || !app.IsLoopback() {
 		refuse(c.Sidecar.At("appAddress"), "%q is not a loopback address: traffic to the application may not leave the host unprotected", c.Sidecar.AppAddress)
 	}
 	if c.Sidecar.Advertise == "" {
@@ -410,8 +417,8 @@ func (c *Config) check() (errs yamlfile.Errors) {
 		refuse(c.Pos, "the Workload API's socket %s: the path of a unix socket has at most 103 bytes; set workloadAPI.socket", c.WorkloadAPI.Socket)
 	}
 	for name, command := range c.Health.Commands {
-		if len(command) == 0 || !filepath.IsAbs(command[0]) {
-			refuse(c.Pos, "health.commands.%s: give the absolute path of a program, and its arguments", name)
+		if err := services.CheckCommand(command); err != nil {
+			refuse(c.Pos, "health.commands.%s: %v", name, err)
 		}
 	}
 	if network, err := netip.ParsePrefix(c.DNS.Network); err != nil || network.Bits() != 16 || !network.Addr().Is4() || !network.Addr().IsLoopback() || network.Masked() != network {
@@ -432,17 +439,21 @@ func (c *Config) check() (errs yamlfile.Errors) {
 	if c.Admin.Socket == "" {
 		c.Admin.Socket = filepath.Join(c.DataDir, "admin.sock")
 	}
+	if !filepath.IsAbs(c.ServicesDir) {
+		refuse(c.At("servicesDir"), "%q is not an absolute path", c.ServicesDir)
+	}
+	errs = append(errs, services.Inspect(c.Services)...)
 	return append(errs, c.checkFiles()...)
 }
 
 // Domain is the trust domain.
 func (c *Config) Domain() spiffeid.TrustDomain { return c.domain }
 
-// App is the host:port of an application of this host whose service has port in the
+// App is the host:port of an application at a host whose service has port in the
 // catalogue.
-func (c *Config) App(port uint32) (string, error) {
+func (c *Config) App(host string, port uint32) (string, error) {
 	if port == 0 || port > 65535 {
 		return "", fmt.Errorf("%d is not a port", port)
 	}
-	return net.JoinHostPort(c.app.String(), strconv.Itoa(int(port)+c.Sidecar.PortOffset)), nil
+	return net.JoinHostPort(host, strconv.Itoa(int(port)+c.Sidecar.PortOffset)), nil
 }

@@ -323,18 +323,17 @@ func (a *Agent) keepEntries(ctx context.Context) error {
 			if identity.SVID == nil {
 				return false
 			}
-			_, err := peer.Verify(identity.SVID.Certificates, s.Bundle, now)
-			return err != nil
+			return identity.SVID.verify(s.Bundle, now) != nil
 		},
 		tainted: func(s *State, identity *Identity) any {
-			if !s.tainted(identity.SVID) {
+			if identity.SVID == nil || !s.taintedKey(identity.SVID.under) {
 				return nil
 			}
 			return identity.SVID
 		},
 		ends: func(identity *Identity) (end time.Time) {
 			if identity.SVID != nil {
-				end = identity.SVID.Certificates[0].NotAfter
+				end = identity.SVID.NotAfter
 			}
 			return end
 		},
@@ -468,15 +467,15 @@ func (a *Agent) renew(ctx context.Context, slots []*slot) {
 	now := time.Now()
 	state := a.State()
 	bundle := state.Bundle
-	signed := map[string]*x509svid.SVID{}
+	signed := map[string]*X509SVID{}
 	var failed []error
 	news := false
 	for i, s := range slots {
-		svid, err := (*x509svid.SVID)(nil), results[i].Err
+		svid, err := (*X509SVID)(nil), results[i].Err
 		if err == nil {
-			svid, err = verifySVID(s.id, results[i].Certificates, keys[i], bundle, now)
+			svid, err = keptSVID(s.id, results[i].Certificates, keys[i], bundle, now)
 		}
-		if err == nil && state.tainted(svid) {
+		if err == nil && state.taintedKey(svid.under) {
 			err = errTainted
 		}
 		if err != nil {
@@ -487,7 +486,7 @@ func (a *Agent) renew(ctx context.Context, slots []*slot) {
 			continue
 		}
 		signed[s.entryID] = svid
-		s.due, s.failures, s.ends = halfLife(svid, now), 0, svid.Certificates[0].NotAfter
+		s.due, s.failures, s.ends = halfTime(svid.NotAfter, now), 0, svid.NotAfter
 	}
 	if len(signed) > 0 {
 		a.change(func(state *State) *State { return state.withSVIDs(signed) })

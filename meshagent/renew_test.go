@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"reflect"
 	"strings"
 	"sync"
 	"testing"
@@ -16,11 +15,11 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
-	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	"github.com/entente-mesh/entente/ca/client"
 	"github.com/entente-mesh/entente/internal/peer/peertest"
+	"github.com/entente-mesh/entente/meshagent/services"
 )
 
 var (
@@ -112,7 +111,9 @@ func newAgent(t *testing.T, ca *fakeCA) *Agent {
 	a := &Agent{
 		cfg: &Config{Name: "h1", domain: bank, DataDir: t.TempDir()}, log: slog.New(slog.DiscardHandler),
 		id: spiffeid.RequireFromPath(bank, "/entente/agent/h1"), key: peertest.NewKey(), signer: ca, known: &known{cluster: &statev1.Cluster{}}, jwts: newJWTs(),
+		instances: map[string]*services.Instance{},
 	}
+	a.registry = services.Open(nil, "", a.cfg.DataDir, a.log, func() {})
 	a.metrics = newMetrics(nil, a)
 	a.state.Store(&State{View: &client.View{}, changed: make(chan struct{}), reissued: make(chan struct{})})
 	return a
@@ -127,14 +128,14 @@ func hold(a *Agent, ca *fakeCA, entries ...*statev1.Entry) {
 	a.change(func(s *State) *State {
 		next := *s
 		next.Ready, next.Bundle, next.reissued = true, ca.authority.Bundle(), nil
-		next.Identities, next.svids = nil, map[string]*x509svid.SVID{}
+		next.Identities = nil
 		for _, e := range entries {
 			identity, err := next.identify(e, bank, "h1")
 			if err != nil {
 				panic(err)
 			}
-			if svid := s.svids[e.GetId()]; svid != nil && svid.ID == identity.ID {
-				identity.SVID, next.svids[e.GetId()] = svid, svid
+			if before, ok := s.Identity(e.GetId()); ok && before.ID == identity.ID {
+				identity.SVID = before.SVID
 			}
 			next.Identities = append(next.Identities, identity)
 		}
@@ -160,7 +161,11 @@ func serial(a *Agent, entryID string) string {
 	if !ok || identity.SVID == nil {
 		return ""
 	}
-	return identity.SVID.Certificates[0].SerialNumber.String()
+	svid, err := identity.SVID.Parsed()
+	if err != nil {
+		panic(err)
+	}
+	return svid.Certificates[0].SerialNumber.String()
 }
 
 // Every SVID is renewed at half of its life, give or take a tenth, each time with a new key;
@@ -464,23 +469,5 @@ func TestView(t *testing.T) {
 	s.reissued = make(chan struct{})
 	if got, _, err := s.withView(&same, bank, "h1"); err != nil || got.reissued == nil || len(got.View.Instances) != 1 {
 		t.Errorf("instances: %v %v", got, err)
-	}
-}
-
-// A certificate that shares what it can says what it said before.
-func TestSharedCertificateIsTheSame(t *testing.T) {
-	authority := peertest.NewAuthority(spiffeid.RequireTrustDomainFromString("banking.example"))
-	svid := authority.Issue("/accounts")
-	before, err := x509.ParseCertificate(svid.Certificates[0].Raw)
-	if err != nil {
-		t.Fatal(err)
-	}
-	after, err := x509.ParseCertificate(svid.Certificates[0].Raw)
-	if err != nil {
-		t.Fatal(err)
-	}
-	share(after, authority.Bundle(), svid.PrivateKey)
-	if !reflect.DeepEqual(before, after) {
-		t.Errorf("before %+v\nafter %+v", before, after)
 	}
 }

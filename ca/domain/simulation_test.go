@@ -7,8 +7,11 @@ import (
 	"math/rand/v2"
 	"os"
 	"reflect"
+	"runtime"
+	"runtime/debug"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -226,13 +229,15 @@ func (w *world) run(steps int, choose choose) tally {
 	before := w.look()
 	step := func(cmd *statev1.Command) {
 		w.t.Helper()
-		w.index++
+		if w.index < 3 || choose(6) > 0 {
+			w.index++ // or it is in one entry of the log with the command before
+		}
 		repeated := cmd == last
 		out := w.carryOut(w.s, cmd)
 		after := w.look()
 		w.check(before, after, cmd, out)
 		if out.Diverged {
-			w.t.Fatalf("index %d: diverged from itself", w.index)
+			w.t.Fatalf("index %d: it diverged from itself", w.index)
 		}
 		if repeated && (out.Refused != nil || len(out.Changes) != 0 || after.sum != before.sum) {
 			w.t.Fatalf("index %d: %T repeated: %v, changed %v", w.index, cmd.GetBody(), out.Refused, out.Changes)
@@ -274,7 +279,7 @@ func (w *world) run(steps int, choose choose) tally {
 			cmd = last
 		}
 		step(cmd)
-		switch choose(50) {
+		switch choose(80) {
 		case 0, 1: // the replica restarts from the other's snapshot
 			replica = w.restored()
 		case 2, 3: // a snapshot does not move with the state
@@ -354,7 +359,7 @@ func (w *world) restored() *State {
 	if !bytes.Equal(restored.Checksum(), w.s.Checksum()) || restored.Applied() != w.s.Applied() || !restored.Now().Equal(w.s.Now()) {
 		w.t.Fatal("a restored state has another checksum")
 	}
-	if restored.TrustDomain() != w.s.TrustDomain() || restored.Lifetimes() != w.s.Lifetimes() || !maps.Equal(restored.agentByKey, w.s.agentByKey) {
+	if restored.TrustDomain() != w.s.TrustDomain() || restored.Lifetimes() != w.s.Lifetimes() || !maps.Equal(restored.agentByKey, w.s.agentByKey) || restored.stagedBytes != w.s.stagedBytes {
 		w.t.Fatal("what a restored state derives differs")
 	}
 	if len(restored.entries.onHost) != len(w.s.entries.onHost) || !maps.Equal(restored.entries.lives, w.s.entries.lives) {
@@ -378,8 +383,36 @@ func (w *world) restored() *State {
 	return restored
 }
 
-// TestSimulation replays from its seeds: thousands of short runs, and a few long ones.
-// ENTENTE_SEED=N runs one seed, ENTENTE_SEEDS=N that many of each.
+// verdict makes the first failure of a run a value.
+type verdict struct{ testing.TB }
+
+type fault string
+
+func (v verdict) Fatal(args ...any)                 { panic(fault(fmt.Sprint(args...))) }
+func (v verdict) Fatalf(format string, args ...any) { panic(fault(fmt.Sprintf(format, args...))) }
+
+// simulate is one run, and what was wrong with it.
+func simulate(t testing.TB, seed, steps int, machine machine) (done tally, found error) {
+	defer func() {
+		if r := recover(); r != nil {
+			found = fmt.Errorf("%v", r)
+			if _, ok := r.(fault); !ok {
+				found = fmt.Errorf("panic: %v\n%s", r, debug.Stack())
+			}
+		}
+	}()
+	w := &world{t: verdict{t}, seeds: map[string][]byte{}, machine: machine}
+	return w.run(steps, rand.New(rand.NewPCG(uint64(seed), 0)).IntN), nil
+}
+
+// A run is short, so that there are thousands, or long, so that a state grows old.
+const (
+	shortRun = 30
+	longRun  = 300
+)
+
+// TestSimulation replays from its seeds. ENTENTE_SEED=N runs one of them, ENTENTE_SEEDS=N
+// that many of each length.
 // Requirements: 98.
 func TestSimulation(t *testing.T) {
 	short, long, first := 2000, 12, 1
@@ -392,24 +425,39 @@ func TestSimulation(t *testing.T) {
 	if n, err := strconv.Atoi(os.Getenv("ENTENTE_SEED")); err == nil {
 		short, long, first = 1, 1, n
 	}
-	total := tally{}
-	var mu sync.Mutex
-	t.Run("runs", func(t *testing.T) {
-		for name, runs := range map[string]struct{ seeds, steps int }{"short": {short, 40}, "long": {long, 300}} {
-			for seed := first; seed < first+runs.seeds; seed++ {
-				t.Run(name+"/"+strconv.Itoa(seed), func(t *testing.T) {
-					t.Parallel()
-					done := newWorld(t).run(runs.steps, rand.New(rand.NewPCG(uint64(seed), 0)).IntN)
-					mu.Lock()
-					defer mu.Unlock()
-					for what, n := range done {
-						total[what] += n
-					}
-				})
+	type run struct{ seed, steps int }
+	runs := make(chan run)
+	go func() {
+		defer close(runs)
+		for seed := first; seed < first+max(short, long); seed++ {
+			if seed < first+long {
+				runs <- run{seed, longRun}
+			}
+			if seed < first+short {
+				runs <- run{seed, shortRun}
 			}
 		}
-	})
-	if short < 200 {
+	}()
+	total := tally{}
+	var mu sync.Mutex
+	var workers sync.WaitGroup
+	for range runtime.GOMAXPROCS(0) {
+		workers.Go(func() {
+			for r := range runs {
+				done, found := simulate(t, r.seed, r.steps, nil)
+				if found != nil {
+					t.Errorf("ENTENTE_SEED=%d, %d steps: %v", r.seed, r.steps, found)
+				}
+				mu.Lock()
+				for what, n := range done {
+					total[what] += n
+				}
+				mu.Unlock()
+			}
+		})
+	}
+	workers.Wait()
+	if short < 200 || t.Failed() {
 		return
 	}
 	// The simulation must reach what it is there for: each command that there is, done and
@@ -421,6 +469,9 @@ func TestSimulation(t *testing.T) {
 				t.Errorf("never seen: %s: let random (kinds) make such commands", what)
 			}
 		}
+	}
+	if short < 2000 {
+		return
 	}
 	for _, what := range []string{
 		"recovered", "nothing done", "init " + CodeExists,
@@ -440,7 +491,126 @@ func TestSimulation(t *testing.T) {
 			t.Errorf("never seen: %s", what)
 		}
 	}
-	t.Logf("%v", total)
+}
+
+// broken carries commands out as a machine does that has one fault: after is called when
+// the command was carried out.
+func broken(after func(s *State, cmd *statev1.Command, out *Outcome)) machine {
+	return func(s *State, index uint64, cmd *statev1.Command) Outcome {
+		out := s.Apply(index, cmd)
+		after(s, cmd, &out)
+		return out
+	}
+}
+
+// A simulation that cannot fail shows nothing: each of these machines is found out within
+// the first long runs, in which TestSimulation finds nothing wrong with the real one.
+func TestSimulationSeesFaults(t *testing.T) {
+	flips := 0
+	edit := func(s *State) *application { return &application{State: s, rev: s.revision} }
+	for what, c := range map[string]struct {
+		machine machine
+		says    string
+	}{
+		"it panics": {broken(func(_ *State, cmd *statev1.Command, _ *Outcome) {
+			_ = cmd.GetPromoteMember().Id
+		}), "nil pointer"},
+		"a refused command changes the state": {broken(func(s *State, cmd *statev1.Command, out *Outcome) {
+			if out.Refused != nil && cmd.GetBanAgent() != nil {
+				a := edit(s)
+				a.distrusted(&statev1.Distrust{Agent: cmd.GetBanAgent().GetName(), AgentGeneration: 1}, time.Unix(1<<36, 0))
+			}
+		}), "refused and changed"},
+		"the replicas decide differently": {broken(func(s *State, cmd *statev1.Command, out *Outcome) {
+			if flips++; cmd.GetTick() != nil && flips%2 == 0 {
+				s.now++
+			}
+		}), "the replica is another"},
+		"an outcome depends on the replica": {broken(func(_ *State, cmd *statev1.Command, out *Outcome) {
+			if flips++; out.Refused != nil && cmd.GetRevokeToken() != nil && flips%2 == 0 {
+				out.Refused.Detail += "!"
+			}
+		}), "the replica is another"},
+		"a revision goes back": {broken(func(s *State, cmd *statev1.Command, out *Outcome) {
+			if cmd.GetTick() != nil {
+				s.revision--
+				out.Revision--
+			}
+		}), "numbers went"},
+		"a bundle's sequence stands still": {func(s *State, index uint64, cmd *statev1.Command) Outcome {
+			was := s.bundle
+			out := s.Apply(index, cmd)
+			if cmd.GetPrepareAuthority() != nil {
+				s.bundle = was
+			}
+			return out
+		}, "bundle's sequence"},
+		"a token admits two (I9)": {func(s *State, index uint64, cmd *statev1.Command) Outcome {
+			a := edit(s)
+			t, ok := s.Token(cmd.GetAttestAgent().GetTokenId())
+			if !ok || t.GetUsedBy() == cmd.GetAttestAgent().GetKeyId() {
+				return s.Apply(index, cmd)
+			}
+			fresh := proto.CloneOf(t)
+			fresh.UsedBy = ""
+			put(a, &s.tokens, t.GetId(), fresh)
+			out := s.Apply(index, cmd)
+			if out.Refused != nil {
+				put(a, &s.tokens, t.GetId(), t)
+			}
+			return out
+		}, "admitted"},
+		"an authority signs that not everybody holds (I3)": {func(s *State, index uint64, cmd *statev1.Command) Outcome {
+			a, id := edit(s), cmd.GetActivateAuthority().GetId()
+			pass := func(ready bool) {
+				if have, ok := s.Authority(id); ok {
+					have = proto.CloneOf(have)
+					have.Ready = ready
+					put(a, &s.authorities, id, have)
+				}
+			}
+			pass(true)
+			out := s.Apply(index, cmd)
+			pass(false)
+			return out
+		}, "did not pass the gate"},
+		"a ban leaves nothing behind (I4)": {broken(func(s *State, cmd *statev1.Command, out *Outcome) {
+			if id := "agent/" + cmd.GetBanAgent().GetName(); out.Refused == nil && cmd.GetBanAgent() != nil {
+				drop(edit(s), &s.distrust, id)
+				out.Changes = slices.DeleteFunc(out.Changes, func(c Change) bool { return c.Kind == ChangeDistrust })
+			}
+		}), "not distrusted"},
+		"a change is not named": {broken(func(_ *State, cmd *statev1.Command, out *Outcome) {
+			if cmd.GetEvictAgent() != nil {
+				out.Changes = nil
+			}
+		}), "changes made"},
+		"a record changes that readers hold": {broken(func(s *State, cmd *statev1.Command, _ *Outcome) {
+			if cmd.GetEvictAgent() != nil && len(s.agents.rows) > 0 {
+				s.agents.rows[0].Banned = true
+			}
+		}), "changes made"},
+		"an index is not kept": {broken(func(s *State, cmd *statev1.Command, out *Outcome) {
+			if c := cmd.GetAdmitAgent(); c != nil && out.Refused == nil {
+				delete(s.agentByKey, c.GetAgent().GetKeyId())
+			}
+		}), "keys of"},
+		"a snapshot leaves something out": {broken(func(s *State, cmd *statev1.Command, _ *Outcome) {
+			if cmd.GetApplyStaged() != nil {
+				s.stagedBytes++
+			}
+		}), "derives"},
+	} {
+		t.Run(what, func(t *testing.T) {
+			var found error
+			for seed := 1; found == nil && seed <= 12; seed++ {
+				_, found = simulate(t, seed, longRun, c.machine)
+			}
+			if found == nil || !strings.Contains(found.Error(), c.says) {
+				t.Errorf("found %v, not %q", found, c.says)
+			}
+		})
+	}
 }
 
 // The same as a property that shrinks: a failing run comes down to few commands.

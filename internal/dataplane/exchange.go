@@ -264,4 +264,5 @@ func (x *exchange) gone() {
 var (
 	errDeadline  = errors.New("the request's deadline has passed")
 	errAbandoned = errors.New("no answer in time; tried elsewhere")
+	errDrained   = errors.New("the instance is drained, and the time for requests under way is over")
 )

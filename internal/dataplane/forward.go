@@ -392,7 +392,7 @@ func (s *sender) giveUp() {
 		x.refuseDecision(cut.Decision)
 	case errors.Is(cause, errDeadline):
 		s.timeout()
-	case cause != nil:
+	case cause != nil && !errors.Is(cause, errDrained):
 		x.gone()
 	case s.mayHaveRun:
 		x.refuse(refusal.UpstreamOutcomeUnknown, "The request was sent, and the connection was lost before an answer came.", errText(s.err))
@@ -417,6 +417,24 @@ func errText(err error) string {
 	return err.Error()
 }
 
+// give tells the monitor of an application that it is given something, and has that end
+// with the instance. end is to be called when status and failure are what they were to be.
+func (s *sender) give(b Backend, status *int, failure *error) (end func()) {
+	cut := func() bool { return true }
+	if b.Open != nil {
+		cut = context.AfterFunc(b.Open, func() { s.cancel(errDrained) })
+	}
+	if b.Monitor != nil {
+		b.Monitor.Begin()
+	}
+	return func() {
+		cut()
+		if b.Monitor != nil {
+			b.Monitor.End(*status, *failure)
+		}
+	}
+}
+
 // toApplication hands the request to the host's own service: once, as its sidecar
 // cannot know whether it has begun.
 func (x *exchange) toApplication(b Backend, d *downstream) {
@@ -429,6 +447,9 @@ func (x *exchange) toApplication(b Backend, d *downstream) {
 	}
 	x.record.attempts, x.record.upstream = 1, "application"
 	x.record.upstreamAddress, x.record.upstreamDatacenter = b.Address, e.cfg.Datacenter
+	var status int
+	var failure error
+	defer s.give(b, &status, &failure)()
 	transport := e.apps.http1
 	if header.IsGRPC(s.head) {
 		transport = e.apps.h2c
@@ -444,12 +465,18 @@ func (x *exchange) toApplication(b Backend, d *downstream) {
 			x.gone()
 			return
 		}
+		if s.ctx.Err() == nil {
+			failure = err
+		}
 		s.giveUp()
 		return
 	}
 	// What the mesh says, only the mesh says.
 	header.RemoveProtected(res.Header)
 	s.copy(res, "")
+	if !x.broken { // or it cannot be known whose doing that was
+		status = res.StatusCode
+	}
 }
 
 var buffers = sync.Pool{New: func() any { return new([32 << 10]byte) }}

@@ -78,12 +78,18 @@ func (x *exchange) toStream(b Backend) {
 	defer s.close()
 	x.record.attempts, x.record.upstream = 1, "application"
 	x.record.upstreamAddress, x.record.upstreamDatacenter = b.Address, x.engine.cfg.Datacenter
+	var status int
+	var failure error
+	defer s.give(b, &status, &failure)()
 	conn, err := x.engine.apps.dial(context.WithValue(s.ctx, attestKey{}, b.Attest), "tcp", b.Address)
 	if err != nil {
-		s.err = err
+		if s.err = err; s.ctx.Err() == nil {
+			failure = err
+		}
 		s.giveUp()
 		return
 	}
+	status = http.StatusSwitchingProtocols
 	s.reset = func() { reset(conn) }
 	s.copy(&http.Response{
 		StatusCode: http.StatusSwitchingProtocols,

@@ -3,6 +3,8 @@ package workloadapi
 import (
 	"errors"
 	"fmt"
+	"slices"
+	"strconv"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
@@ -33,7 +35,8 @@ var errDenied = status.Error(codes.PermissionDenied, "no identity issued")
 // follow sends the caller its full state at once and again whenever that is
 // another one, until the entitlement or the stream ends. answer makes a response
 // of a state and the caller's identities in it, of which there is at least one;
-// nil when there is nothing to send yet.
+// nil when there is nothing to send: nothing yet, or all of it has ended. A stream
+// then stays open until there is.
 func follow[R any, P interface {
 	*R
 	proto.Message
@@ -42,9 +45,8 @@ func follow[R any, P interface {
 	if err != nil {
 		return err
 	}
-	patience := time.NewTimer(s.patience)
-	defer patience.Stop()
-	delivery := s.agent.Deliver(fmt.Sprintf("Workload API, pid %d", process.PID()))
+	var late <-chan time.Time // set while there is nothing to send yet
+	delivery := s.agent.Deliver("Workload API, pid " + strconv.Itoa(process.PID()))
 	defer delivery.Close()
 	var sent P
 	for {
@@ -69,13 +71,14 @@ func follow[R any, P interface {
 			}
 			sent = next
 		}
-		if next != nil {
+		if next != nil || sent != nil { // of what has all ended nothing is lacking
 			delivery.Got(state)
 		}
 
-		late := patience.C
 		if sent != nil {
 			late = nil
+		} else if late == nil {
+			late = time.After(s.patience)
 		}
 		select {
 		case <-state.Reissued():
@@ -114,14 +117,10 @@ func svidResponse(state *meshagent.State, entitled []*meshagent.Identity) (*work
 		if identity.SVID == nil {
 			continue
 		}
-		certificates, key, err := identity.SVID.MarshalRaw()
-		if err != nil {
-			return nil, fmt.Errorf("the SVID of %s: %w", identity.ID, err)
-		}
 		response.Svids = append(response.Svids, &workload.X509SVID{
 			SpiffeId:    identity.ID.String(),
-			X509Svid:    certificates,
-			X509SvidKey: key,
+			X509Svid:    slices.Concat(identity.SVID.Certificates...),
+			X509SvidKey: identity.SVID.Key,
 			Bundle:      own,
 			Hint:        hints.of(identity),
 		})

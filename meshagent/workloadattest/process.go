@@ -92,28 +92,57 @@ func (p *Process) Alive() error {
 // at least one. The error says which one it does not satisfy, and why, for the
 // log; it is not for the process to read.
 func (p *Process) Satisfies(selectors []string) error {
+	parsed, err := Parse(selectors)
+	if err != nil {
+		return err
+	}
+	return p.SatisfiesAll(parsed)
+}
+
+// Parse reads the selectors of an entry and puts them into the order in which they are
+// looked at. The user is first: it is known already, and for another user's process
+// nothing dear (a search, a digest) is done.
+func Parse(selectors []string) ([]ca.Selector, error) {
+	parsed := make([]ca.Selector, len(selectors))
+	for i, text := range selectors {
+		var err error
+		if parsed[i], err = ca.ParseSelector(text); err != nil {
+			return nil, err
+		}
+	}
+	slices.SortStableFunc(parsed, func(x, y ca.Selector) int { return cmp.Compare(price(x), price(y)) })
+	return parsed, nil
+}
+
+// SatisfiesAll is Satisfies for selectors that were parsed.
+func (p *Process) SatisfiesAll(selectors []ca.Selector) error {
 	if len(selectors) == 0 {
 		return errors.New("no selectors: no process satisfies them")
 	}
 	p.using.RLock()
 	defer p.using.RUnlock()
-	parsed := make([]ca.Selector, len(selectors))
-	for i, text := range selectors {
-		var err error
-		if parsed[i], err = ca.ParseSelector(text); err != nil {
-			return err
-		}
-	}
-	// The user first: it is known already, and for another user's process nothing
-	// dear (a search, a digest) is done.
-	slices.SortStableFunc(parsed, func(x, y ca.Selector) int { return cmp.Compare(price(x), price(y)) })
-	for _, selector := range parsed {
+	for _, selector := range selectors {
 		if err := p.satisfies(selector); err != nil {
-			return fmt.Errorf("%s: %w", selector, err)
+			return &unsatisfied{selector, err}
 		}
 	}
 	return p.Alive()
 }
+
+// unsatisfied is put into words only when somebody asks: on a host of thousands of
+// entries nearly every look ends with one.
+type unsatisfied struct {
+	selector ca.Selector
+	why      error
+}
+
+func (u *unsatisfied) Error() string { return u.selector.String() + ": " + u.why.Error() }
+func (u *unsatisfied) Unwrap() error { return u.why }
+
+// mismatch is what the process has in the place of a selector's value.
+type mismatch string
+
+func (m mismatch) Error() string { return "it is " + string(m) }
 
 func price(s ca.Selector) int {
 	switch s.Kind {
@@ -269,7 +298,7 @@ func (p *Process) Selectors() []Seen {
 
 func same(got, want string) error {
 	if got != want {
-		return fmt.Errorf("it is %s", got)
+		return mismatch(got)
 	}
 	return nil
 }
