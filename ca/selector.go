@@ -130,17 +130,3 @@ func CheckSelectors(selectors []string) error {
 	}
 	return nil
 }
-
-// Match tells whether a process with the attested selectors has all that an entry
-// wants. A want that is empty matches nothing.
-func Match(want, attested []string) bool {
-	if len(want) == 0 {
-		return false
-	}
-	for _, w := range want {
-		if !slices.Contains(attested, w) {
-			return false
-		}
-	}
-	return true
-}

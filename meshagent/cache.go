@@ -39,10 +39,16 @@ type cache struct {
 
 // openCache returns nil when the configuration asks for none.
 func openCache(cfg *Config) (*cache, error) {
-	if cfg.Cache.PassphraseFile == "" {
+	var sealer keystore.Sealer
+	var err error
+	switch {
+	case cfg.Cache.PassphraseFile != "":
+		sealer, err = keystore.PassphraseFile(cfg.Cache.PassphraseFile)
+	case cfg.Cache.SystemdCredential != "":
+		sealer, err = keystore.Credential(cfg.Cache.SystemdCredential)
+	default:
 		return nil, nil
 	}
-	sealer, err := keystore.PassphraseFile(cfg.Cache.PassphraseFile)
 	if err != nil {
 		return nil, fmt.Errorf("the cache: %w", err)
 	}

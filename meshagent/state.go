@@ -14,6 +14,7 @@ import (
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/client"
 	"github.com/entente-mesh/entente/federation/bundle"
+	"github.com/entente-mesh/entente/meshagent/services"
 	"github.com/entente-mesh/entente/meshagent/workloadattest"
 )
 
@@ -33,9 +34,13 @@ type State struct {
 	JWT, WIT *TokenBundle
 	// Identities are the entries of this host, by entry id.
 	Identities []*Identity
+	// Services are those of this host that listen, by name.
+	Services []Service
 
 	foreignJWT, foreignWIT map[spiffeid.TrustDomain]*TokenBundle
 	witPeers               map[string]bool // trust domains that WIT keys are exchanged with
+
+	registered *services.Snapshot // what Services were made with
 
 	own      *x509svid.SVID // the agent's; nil before attestation
 	underIDs []string       // of all SVIDs here: key ids of their authorities, sorted

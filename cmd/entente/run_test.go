@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -74,6 +75,15 @@ var programs = map[string]func() int{
 		}
 		return 2
 	},
+	// slow takes its time to answer, and none to end.
+	"slow": func() int {
+		http.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
+			time.Sleep(500 * time.Millisecond)
+			io.WriteString(w, "served")
+		})
+		fmt.Fprintln(os.Stderr, http.ListenAndServe(os.Getenv("ENTENTE_LISTEN"), nil))
+		return 1
+	},
 	"entente": func() int { return run(append([]string{"entente"}, os.Args[1:]...)) },
 	"signalled": func() int {
 		syscall.Kill(os.Getppid(), syscall.SIGHUP) // comes back as ours, and ends us
@@ -89,8 +99,14 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// host runs an agent with its admin socket and its sidecar.
+// host runs the agent of h1 with its admin socket and its sidecar.
 func host(t *testing.T, c *catest.CA, more ...string) (socket, dns string) {
+	t.Helper()
+	socket, dns, _ = hostNamed(t, c, "h1", more...)
+	return socket, dns
+}
+
+func hostNamed(t *testing.T, c *catest.CA, name string, more ...string) (socket, dns string, stop func()) {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "run") // a socket's path is short
 	if err != nil {
@@ -103,8 +119,8 @@ func host(t *testing.T, c *catest.CA, more ...string) (socket, dns string) {
 	}
 	inbound.Close()
 	cfg, err := meshagent.ReadConfig("agent.yaml", strings.NewReader(fmt.Sprintf(
-		"trustDomain: banking.example\nname: h1\ndatacenter: dc1\ndataDir: %s\nca: {token: %s}\nsidecar: {inbound: \"%s\"}\nhealth: {interval: 100ms}\n"+strings.Join(more, "\n"),
-		filepath.Join(dir, "data"), c.AgentToken("h1", "dc1", "127.0.0.1"), inbound.Addr())))
+		"trustDomain: banking.example\nname: %s\ndatacenter: dc1\ndataDir: %s\nca: {token: %s}\nsidecar: {inbound: \"%s\"}\nhealth: {interval: 100ms}\n"+strings.Join(more, "\n"),
+		name, filepath.Join(dir, "data"), c.AgentToken(name, "dc1", "127.0.0.1"), inbound.Addr())))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -136,13 +152,14 @@ func host(t *testing.T, c *catest.CA, more ...string) (socket, dns string) {
 	doors = append(doors, meshagent.Door{Name: "admin", Run: admin.New(agent, listener, log).Run}, meshagent.Door{Name: "sidecar", Run: car.Run},
 		meshagent.Door{Name: "sidecar's view", Run: func(ctx context.Context) error { return follow(ctx, agent, car, log) }})
 	go func() { ended <- agent.Run(ctx, doors...) }()
-	t.Cleanup(func() {
+	stop = sync.OnceFunc(func() {
 		cancel()
 		if err := <-ended; err != nil {
 			t.Error(err)
 		}
 	})
-	return cfg.Admin.Socket, dns
+	t.Cleanup(stop)
+	return cfg.Admin.Socket, dns, stop
 }
 
 // A program serves and another one calls it, each with its own identity though they

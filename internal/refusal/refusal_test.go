@@ -98,7 +98,7 @@ func TestWriteHTTP(t *testing.T) {
 	if err := json.Unmarshal(data, &body); err != nil {
 		t.Fatal(err)
 	}
-	if reason, ok := Parse(body.Type); !ok || reason != AgreementCaller {
+	if body.Type != TypePrefix+string(AgreementCaller) {
 		t.Errorf("the type says %q", body.Type)
 	}
 }

@@ -5,15 +5,15 @@
 // and gets what the entries give whose selectors it satisfies. No header is asked
 // for: Envoy sends none.
 //
-// Names are those of a SPIRE agent: "default" is the caller's first X.509-SVID,
-// "ROOTCA" its own trust domain's bundle, "ALL" every bundle it may have; an SVID
-// can also be named by its SPIFFE ID and a bundle by spiffe://TRUSTDOMAIN. No name
-// at all, or "*", means everything, by SPIFFE name.
+// Names are those of a SPIRE agent, unless the agent's file has others: "default" is the
+// caller's first X.509-SVID by entry id, "ROOTCA" its own trust domain's bundle, "ALL" every
+// bundle it may have; an SVID can also be named by its SPIFFE ID and a bundle by
+// spiffe://TRUSTDOMAIN. No name at all, or "*", means everything, by SPIFFE name.
 //
 // A bundle is sent as a configuration of Envoy's SPIFFE validator, with one entry
 // per trust domain, so that bundles are never pooled (I2). An Envoy that has no
 // such validator says so in its node's metadata (disable_spiffe_cert_validation:
-// true) and gets a plain list of authorities, of one trust domain only.
+// true), or the agent's file says it for all of them, and it gets a plain list of authorities, of one trust domain only.
 package sds
 
 import (
@@ -43,13 +43,6 @@ import (
 	"github.com/entente-mesh/entente/meshagent/workloadattest"
 )
 
-// Names that mean the same at every host.
-const (
-	NameSVID    = "default" // the caller's first X.509-SVID, by entry id
-	NameBundle  = "ROOTCA"  // the own trust domain's bundle
-	NameBundles = "ALL"     // every bundle the caller may have
-)
-
 const (
 	typeURL   = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret"
 	validator = "envoy.tls.cert_validator.spiffe"
@@ -64,16 +57,17 @@ type Server struct {
 	secret.UnimplementedSecretDiscoveryServiceServer
 
 	agent  *meshagent.Agent
+	cfg    meshagent.SDSConfig
 	caller func(context.Context) (*workloadattest.Process, error)
 	log    *slog.Logger
 }
 
 // New returns a server. caller tells who is at the other end of a call; log may be nil.
-func New(agent *meshagent.Agent, caller func(context.Context) (*workloadattest.Process, error), log *slog.Logger) *Server {
+func New(agent *meshagent.Agent, cfg meshagent.SDSConfig, caller func(context.Context) (*workloadattest.Process, error), log *slog.Logger) *Server {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	return &Server{agent: agent, caller: caller, log: log}
+	return &Server{agent: agent, cfg: cfg, caller: caller, log: log}
 }
 
 // Register adds the service to a gRPC server.
@@ -90,7 +84,9 @@ type resource struct {
 type picture struct {
 	state      *meshagent.State
 	identities []*meshagent.Identity // with an SVID; at least one
+	waiting    []string              // SPIFFE IDs of those without: not signed yet, or ended
 	federated  []*x509bundle.Bundle  // by trust domain; none is empty
+	cfg        *meshagent.SDSConfig
 	plain      bool
 }
 
@@ -107,10 +103,12 @@ func (s *Server) look(state *meshagent.State, process *workloadattest.Process, p
 		s.log.Info("an SDS client has no identity", "pid", process.PID(), "uid", process.UID)
 		return nil, errDenied
 	}
-	p := &picture{state: state, plain: plain}
+	p := &picture{state: state, cfg: &s.cfg, plain: plain || s.cfg.DisableSPIFFECertValidation}
 	for _, identity := range entitled {
 		if identity.SVID != nil {
 			p.identities = append(p.identities, identity)
+		} else {
+			p.waiting = append(p.waiting, identity.ID.String())
 		}
 		for _, b := range identity.Federated {
 			known := slices.ContainsFunc(p.federated, func(x *x509bundle.Bundle) bool { return x.TrustDomain() == b.TrustDomain() })
@@ -147,14 +145,14 @@ func (p *picture) bundles() []*x509bundle.Bundle {
 // find makes the resource of a name; nil when the caller has none of that name.
 func (p *picture) find(name string) (*resource, error) {
 	switch name {
-	case NameSVID:
+	case p.cfg.DefaultSVIDName:
 		return certificate(name, p.identities[0])
-	case NameBundle:
+	case p.cfg.DefaultBundleName:
 		return p.validation(name, p.state.Bundle)
-	case NameBundles:
+	case p.cfg.DefaultAllBundlesName:
 		if p.plain {
 			return nil, status.Errorf(codes.InvalidArgument,
-				"%q without Envoy's SPIFFE validator would pool the authorities of several trust domains: ask for %q or spiffe://TRUSTDOMAIN", NameBundles, NameBundle)
+				"%q without Envoy's SPIFFE validator would pool the authorities of several trust domains: ask for %q or spiffe://TRUSTDOMAIN", name, p.cfg.DefaultBundleName)
 		}
 		return p.validation(name, p.bundles()...)
 	}
@@ -259,8 +257,9 @@ func checkType(url string) error {
 // every tells whether the names mean everything.
 func every(names []string) bool { return len(names) == 0 || slices.Contains(names, "*") }
 
-// answer makes a response of what was asked for. A name that the caller has nothing
-// of refuses all of it: Envoy would wait for it for ever.
+// answer makes a response of what was asked for; nil when all of that is still to come.
+// A name that the caller has nothing of refuses all of it: Envoy would wait for it for
+// ever.
 func (p *picture) answer(names []string) (*discovery.DiscoveryResponse, error) {
 	if every(names) {
 		names = p.names()
@@ -273,11 +272,17 @@ func (p *picture) answer(names []string) (*discovery.DiscoveryResponse, error) {
 		if err != nil {
 			return nil, err
 		}
+		if r == nil && slices.Contains(p.waiting, name) {
+			continue
+		}
 		if r == nil {
 			return nil, status.Errorf(codes.PermissionDenied, "there is no secret %.300q for this workload", name)
 		}
 		response.Resources = append(response.Resources, r.secret)
 		versions = append(versions, []byte(r.version))
+	}
+	if len(response.Resources) == 0 {
+		return nil, nil
 	}
 	response.VersionInfo = digest(versions...)
 	return response, nil
@@ -305,7 +310,9 @@ func (s *Server) FetchSecrets(ctx context.Context, request *discovery.DiscoveryR
 		}
 		if p != nil {
 			response, err := p.answer(request.GetResourceNames())
-			return response, s.public(err)
+			if response != nil || err != nil {
+				return response, s.public(err)
+			}
 		}
 		select {
 		case <-state.Reissued():
