@@ -43,6 +43,7 @@ type Agent struct {
 	metrics  *metrics
 	gatherer prometheus.Gatherer
 
+	now      func() time.Time // time.Now, but in tests
 	id       spiffeid.ID
 	key      crypto.Signer
 	token    *ca.Token // nil: none was given
@@ -96,7 +97,7 @@ func New(cfg *Config, opts Options) (*Agent, error) {
 	if err := os.MkdirAll(cfg.DataDir, 0o700); err != nil {
 		return nil, fmt.Errorf("cannot make the data directory: %w", err)
 	}
-	a := &Agent{cfg: cfg, log: opts.Log, gatherer: opts.Gatherer, id: id, attestor: workloadattest.New(), jwts: newJWTs(), instances: map[string]*services.Instance{}, prober: services.NewProber()}
+	a := &Agent{cfg: cfg, log: opts.Log, gatherer: opts.Gatherer, now: time.Now, id: id, attestor: workloadattest.New(), jwts: newJWTs(), instances: map[string]*services.Instance{}, prober: services.NewProber()}
 	if a.log == nil {
 		a.log = slog.New(slog.DiscardHandler)
 	}
@@ -193,7 +194,7 @@ func (a *Agent) recall() {
 		a.log.Warn("cannot take up what the agent last knew", "error", err)
 		return
 	}
-	svid, _, err := verifySVID(a.id, a.known.Certificates, a.key, own, time.Now())
+	svid, err := verifySVID(a.id, a.known.Certificates, a.key, own, time.Now())
 	if err != nil {
 		a.log.Info("the agent's last SVID is of no more use; it attests again by its key", "error", err)
 	}
@@ -322,6 +323,7 @@ func (a *Agent) work(ctx context.Context) error {
 		}
 	})
 	group.Go("SVIDs", a.keepEntries)
+	group.Go("expiry", a.dropEnded)
 	group.Go("JWT-SVIDs", a.keepJWTs)
 	if a.cache != nil {
 		group.Go("cache", a.keepCache)
@@ -443,7 +445,7 @@ func (e entrySVID) GetX509SVID() (*x509svid.SVID, error) {
 		return nil, fmt.Errorf("this host has no entry %q", e.entryID)
 	}
 	if identity.SVID == nil {
-		return nil, fmt.Errorf("the CA has not signed an SVID for %s yet", identity.ID)
+		return nil, fmt.Errorf("there is no SVID for %s: the CA has not signed one yet, or none since the last one ended", identity.ID)
 	}
 	return identity.SVID.Parsed()
 }

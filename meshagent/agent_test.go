@@ -186,8 +186,8 @@ func TestImpostorCA(t *testing.T) {
 	}
 }
 
-// Short lives: SVIDs are renewed, stay while the CA is gone, and are renewed when
-// it is back.
+// Short lives: SVIDs are renewed, stay until their end while the CA is gone, and are
+// renewed when it is back.
 func TestRenewal(t *testing.T) {
 	c := catest.Start(t, catest.Options{Lifetimes: node.Lifetimes{AgentSVID: 4 * time.Second}})
 	c.Apply(serviceYAML("accounts", self()+"\nttl: {x509: 4s}"))
@@ -218,13 +218,17 @@ func TestRenewal(t *testing.T) {
 		t.Error("without a CA something has changed")
 	}
 	time.Sleep(4 * time.Second) // the agent's own SVID ends meanwhile
+	if _, err := source.GetX509SVID(); err == nil {
+		t.Error("the SVID is still there after its end")
+	}
 	c.Restart()
 	eventually(t, "renewed after the CA came back", func() error {
-		if current() == last {
-			return errors.New("not yet")
-		}
-		return nil
+		_, err := source.GetX509SVID()
+		return err
 	})
+	if current() == last {
+		t.Error("it is the one of before")
+	}
 }
 
 // Services that listen are reported with their health, and withdrawn on the way out.
@@ -419,14 +423,14 @@ func TestReadConfig(t *testing.T) {
 	if cfg.Sidecar.Advertise != "127.1.0.5:7443" || cfg.Sidecar.AppAddress != "127.0.0.1" || cfg.Health.Interval != time.Second || cfg.WorkloadAPI.Socket == "" {
 		t.Errorf("defaults: %+v", cfg)
 	}
-	if app, err := cfg.App("127.0.0.1", 8080); err != nil || app != "127.0.0.1:8080" {
+	if app, err := cfg.App(8080); err != nil || app != "127.0.0.1:8080" {
 		t.Errorf("%v %v", app, err)
 	}
 	cfg = configure(t, "dataDir: /d", "sidecar: {inbound: 127.0.0.1:7443, portOffset: 40000}")
-	if app, err := cfg.App("127.0.0.1", 8080); err != nil || app != "127.0.0.1:48080" || cfg.Sidecar.Advertise != "127.0.0.1:7443" {
+	if app, err := cfg.App(8080); err != nil || app != "127.0.0.1:48080" || cfg.Sidecar.Advertise != "127.0.0.1:7443" {
 		t.Errorf("%v %v, reported at %s", app, err, cfg.Sidecar.Advertise)
 	}
-	if app, err := cfg.App("127.0.0.1", 0); err == nil {
+	if app, err := cfg.App(0); err == nil {
 		t.Errorf("no port is %s", app)
 	}
 	for text, want := range map[string]string{

@@ -8,7 +8,7 @@ import (
 )
 
 type metrics struct {
-	signed, jwts, wits, failures prometheus.Counter
+	signed, jwts, wits, failures, ended prometheus.Counter
 }
 
 // newMetrics registers the agent's metrics; r may be nil.
@@ -18,6 +18,7 @@ func newMetrics(r prometheus.Registerer, a *Agent) *metrics {
 		jwts:     prometheus.NewCounter(prometheus.CounterOpts{Name: "entente_agent_jwt_svids_signed_total", Help: "JWT-SVIDs that were signed for workloads of this host; what was answered from memory does not count."}),
 		wits:     prometheus.NewCounter(prometheus.CounterOpts{Name: "entente_agent_wit_svids_signed_total", Help: "WIT-SVIDs that were signed for entries of this host."}),
 		failures: prometheus.NewCounter(prometheus.CounterOpts{Name: "entente_agent_sign_failures_total", Help: "Attempts to get an SVID of any kind signed that failed."}),
+		ended:    prometheus.NewCounter(prometheus.CounterOpts{Name: "entente_agent_svids_ended_total", Help: "X.509- and WIT-SVIDs that ended before new ones were signed, and are handed out no more."}),
 	}
 	if r == nil {
 		return m
@@ -25,14 +26,14 @@ func newMetrics(r prometheus.Registerer, a *Agent) *metrics {
 	gauge := func(name, help string, value func(*State) float64) prometheus.Collector {
 		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, func() float64 { return value(a.State()) })
 	}
-	r.MustRegister(m.signed, m.jwts, m.wits, m.failures,
+	r.MustRegister(m.signed, m.jwts, m.wits, m.failures, m.ended,
 		gauge("entente_agent_entries", "Entries of this host.", func(s *State) float64 { return float64(len(s.Identities)) }),
+		gauge("entente_agent_entries_without_svid", "Entries of this host that have no valid X.509-SVID.", func(s *State) float64 {
+			return float64(len(slices.DeleteFunc(slices.Clone(s.Identities), func(i *Identity) bool { return i.SVID != nil })))
+		}),
 		gauge("entente_agent_revision", "Revision of the CA's state that is in use.", func(*State) float64 { return float64(a.client.View().Revision) }),
 		gauge("entente_agent_services_unhealthy", "Services of this host that listen, are not drained, and are not healthy.", func(s *State) float64 {
-			return float64(len(slices.DeleteFunc(slices.Clone(s.Services), func(s Service) bool {
-				healthy, _, _ := s.Instance.Health()
-				return healthy || s.Draining
-			})))
+			return float64(len(slices.DeleteFunc(slices.Clone(s.Services), func(s Service) bool { return s.Draining || s.Instance.Healthy() })))
 		}),
 		gauge("entente_agent_registrations_broken", "Files that register services and whose newest content cannot be used.", func(*State) float64 { return float64(len(a.Broken())) }),
 		gauge("entente_agent_first_expiry_seconds", "Seconds until the first X.509-SVID held here ends; negative: it has ended; 0: none is held.", func(s *State) float64 {

@@ -80,7 +80,7 @@ func parseChain(id spiffeid.ID, certificates [][]byte) ([]*x509.Certificate, err
 
 // keptSVID is verifySVID for an entry.
 func keptSVID(want spiffeid.ID, certificates [][]byte, key crypto.Signer, own x509bundle.Source, now time.Time) (*X509SVID, error) {
-	svid, anchor, err := verifySVID(want, certificates, key, own, now)
+	svid, anchor, err := proveSVID(want, certificates, key, own, now)
 	if err != nil {
 		return nil, err
 	}
@@ -93,9 +93,14 @@ func keptSVID(want spiffeid.ID, certificates [][]byte, key crypto.Signer, own x5
 }
 
 // verifySVID makes an SVID of what a CA signed, and refuses it when it is not what
-// was asked for: for this identity, for this key, and under the own bundle, by the
-// authority that is returned as well.
-func verifySVID(want spiffeid.ID, certificates [][]byte, key crypto.Signer, own x509bundle.Source, now time.Time) (*x509svid.SVID, *x509.Certificate, error) {
+// was asked for: for this identity, for this key, and under the own bundle.
+func verifySVID(want spiffeid.ID, certificates [][]byte, key crypto.Signer, own x509bundle.Source, now time.Time) (*x509svid.SVID, error) {
+	svid, _, err := proveSVID(want, certificates, key, own, now)
+	return svid, err
+}
+
+// proveSVID is verifySVID that says which authority of the bundle it is under.
+func proveSVID(want spiffeid.ID, certificates [][]byte, key crypto.Signer, own x509bundle.Source, now time.Time) (*x509svid.SVID, *x509.Certificate, error) {
 	chain, err := parseChain(want, certificates)
 	if err != nil {
 		return nil, nil, err

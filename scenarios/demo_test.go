@@ -103,9 +103,11 @@ func lenient(t *testing.T, change ...string) string {
 	return file
 }
 
-// The main job, with real processes.
+// The main job, with real processes. Both domains' authorities are intermediates here,
+// each of a root of its own; elsewhere they sign themselves.
 func TestDemo(t *testing.T) {
-	options := Options{Binary: binary(t), File: lenient(t), JSONFile: filepath.Join(t.TempDir(), "report.json")}
+	upstream := lenient(t, "bundleRefreshHint: 2s}", "bundleRefreshHint: 2s}\n    upstream: true")
+	options := Options{Binary: binary(t), File: upstream, JSONFile: filepath.Join(t.TempDir(), "report.json")}
 	temp := shortTemp(t)
 	t.Setenv("TMPDIR", temp)
 	var out bytes.Buffer

@@ -51,6 +51,7 @@ type TrustDomain struct {
 	CA        []string  `yaml:"ca,required"`   // datacenters with a CA node
 	Mesh      []string  `yaml:"mesh,required"` // datacenters with an agent, a gateway and every service
 	Lifetimes Lifetimes `yaml:"lifetimes"`
+	Upstream  bool      `yaml:"upstream"` // a root of its own on disk certifies its CA nodes
 	Services  []Service `yaml:"services,required"`
 	Edge      *Edge     `yaml:"edge"`
 }

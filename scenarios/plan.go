@@ -268,6 +268,10 @@ type (
 		Addresses []string `yaml:"addresses"`
 		TokenFile string   `yaml:"tokenFile"`
 	}
+	upstreamConfig struct {
+		Certificate string `yaml:"certificate"`
+		Key         string `yaml:"key"`
+	}
 	caConfig struct {
 		TrustDomain string `yaml:"trustDomain"`
 		Name        string `yaml:"name"`
@@ -283,6 +287,7 @@ type (
 		Keys   struct {
 			InsecureDev bool `yaml:"insecureDev"`
 		} `yaml:"keys"`
+		Upstream  *upstreamConfig `yaml:"upstream"`
 		Lifetimes struct {
 			X509SVID          time.Duration `yaml:"x509SVID"`
 			BundleRefreshHint time.Duration `yaml:"bundleRefreshHint"`
@@ -360,6 +365,7 @@ func (p *plan) addCA(td *TrustDomain, dc string) {
 	c.Listen.Bundle, c.Listen.Admin = p.at(td.Name, dc, hostCA, portCABundle), p.at(td.Name, dc, hostCA, portAdmin)
 	c.Socket = u.socket
 	c.Keys.InsecureDev = true // only such clusters may name loopback addresses to each other
+	c.Upstream = p.upstream(td)
 	c.Lifetimes.X509SVID, c.Lifetimes.BundleRefreshHint = td.Lifetimes.X509SVID, td.Lifetimes.BundleRefreshHint
 	c.Log = quiet
 	u.config, u.admin, u.door = c, c.Listen.Admin, c.Listen.API

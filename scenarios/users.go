@@ -57,7 +57,7 @@ func newUsers(p *plan, td *TrustDomain) (*users, error) {
 		addresses = append(addresses, net.ParseIP(p.host(td.Name, dc, hostEdge)))
 	}
 	addresses = slices.CompactFunc(addresses, net.IP.Equal) // all the same, where there is only one
-	ca, err := newRootCA(&url.URL{}, "phones trust this")
+	ca, err := newRootCA(&url.URL{}, "phones trust this", tokenLife)
 	if err != nil {
 		return nil, err
 	}
@@ -110,20 +110,20 @@ func (u *users) token(sort, subject, tier string) (string, error) {
 }
 
 // rootCA is a certificate authority of the runner's own: the one of the edge's public
-// certificate, or a rogue one.
+// certificate, a domain's upstream, or a rogue one.
 type rootCA struct {
 	certificate *x509.Certificate
 	key         crypto.Signer
 }
 
-func newRootCA(uri *url.URL, name string) (*rootCA, error) {
+func newRootCA(uri *url.URL, name string, life time.Duration) (*rootCA, error) {
 	key, err := newKey()
 	if err != nil {
 		return nil, err
 	}
 	template := &x509.Certificate{
 		SerialNumber: serial(), Subject: pkix.Name{CommonName: name},
-		NotBefore: time.Now().Add(-time.Minute), NotAfter: time.Now().Add(tokenLife),
+		NotBefore: time.Now().Add(-time.Minute), NotAfter: time.Now().Add(life),
 		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageCRLSign,
 	}
 	if uri.Scheme != "" {
@@ -161,7 +161,7 @@ func forge(id string) (tls.Certificate, error) {
 	if err != nil {
 		return tls.Certificate{}, err
 	}
-	rogue, err := newRootCA(&url.URL{Scheme: uri.Scheme, Host: uri.Host}, "rogue")
+	rogue, err := newRootCA(&url.URL{Scheme: uri.Scheme, Host: uri.Host}, "rogue", tokenLife)
 	if err != nil {
 		return tls.Certificate{}, err
 	}

@@ -185,6 +185,13 @@ func (w *world) layOut() error {
 			return err
 		}
 	}
+	for i := range w.spec.TrustDomains {
+		if td := &w.spec.TrustDomains[i]; td.Upstream {
+			if err := newUpstream(w.plan, td); err != nil {
+				return err
+			}
+		}
+	}
 	for _, u := range w.units {
 		if err := w.layOutUnit(u); err != nil {
 			return err

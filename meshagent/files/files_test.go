@@ -20,6 +20,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 
 	"github.com/entente-mesh/entente/ca/catest"
+	"github.com/entente-mesh/entente/ca/node"
 	"github.com/entente-mesh/entente/federation/bundle"
 	"github.com/entente-mesh/entente/internal/jwtsvid"
 	"github.com/entente-mesh/entente/meshagent"
@@ -338,6 +339,41 @@ func TestJWTFiles(t *testing.T) {
 	eventually(t, func() error {
 		if text, _ := os.ReadFile(at("told")); strings.Count(string(text), "x") < 2 {
 			return errors.New("not told again")
+		}
+		return nil
+	})
+}
+
+// What stands in files when the SVID ends stays there until the CA signs the next one.
+func TestEndedFilesStay(t *testing.T) {
+	t.Parallel()
+	c := catest.Start(t, catest.Options{Lifetimes: node.Lifetimes{X509SVID: 3 * time.Second, AgentSVID: time.Hour}})
+	c.Apply(service("web", mine()))
+	cert, key := filepath.Join(t.TempDir(), "web.pem"), filepath.Join(t.TempDir(), "web.key")
+	agent := start(t, c, fmt.Sprintf("- {service: web, certificate: %s, key: %s}\n", cert, key))
+	eventually(t, func() error {
+		_, err := serial(cert, key)
+		return err
+	})
+	c.Stop()
+	eventually(t, func() error {
+		if _, err := agent.SVIDs("service/web").GetX509SVID(); err == nil {
+			return errors.New("it has not ended")
+		}
+		return nil
+	})
+	ended, err := serial(cert, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.Restart()
+	c.WaitReady()
+	eventually(t, func() error {
+		switch now, err := serial(cert, key); {
+		case err != nil:
+			return err
+		case now == ended:
+			return errors.New("still what has ended")
 		}
 		return nil
 	})

@@ -84,6 +84,7 @@ type resource struct {
 type picture struct {
 	state      *meshagent.State
 	identities []*meshagent.Identity // with an SVID; at least one
+	waiting    []string              // SPIFFE IDs of those without: not signed yet, or ended
 	federated  []*x509bundle.Bundle  // by trust domain; none is empty
 	cfg        *meshagent.SDSConfig
 	plain      bool
@@ -106,6 +107,8 @@ func (s *Server) look(state *meshagent.State, process *workloadattest.Process, p
 	for _, identity := range entitled {
 		if identity.SVID != nil {
 			p.identities = append(p.identities, identity)
+		} else {
+			p.waiting = append(p.waiting, identity.ID.String())
 		}
 		for _, b := range identity.Federated {
 			known := slices.ContainsFunc(p.federated, func(x *x509bundle.Bundle) bool { return x.TrustDomain() == b.TrustDomain() })
@@ -254,8 +257,9 @@ func checkType(url string) error {
 // every tells whether the names mean everything.
 func every(names []string) bool { return len(names) == 0 || slices.Contains(names, "*") }
 
-// answer makes a response of what was asked for. A name that the caller has nothing
-// of refuses all of it: Envoy would wait for it for ever.
+// answer makes a response of what was asked for; nil when all of that is still to come.
+// A name that the caller has nothing of refuses all of it: Envoy would wait for it for
+// ever.
 func (p *picture) answer(names []string) (*discovery.DiscoveryResponse, error) {
 	if every(names) {
 		names = p.names()
@@ -268,11 +272,17 @@ func (p *picture) answer(names []string) (*discovery.DiscoveryResponse, error) {
 		if err != nil {
 			return nil, err
 		}
+		if r == nil && slices.Contains(p.waiting, name) {
+			continue
+		}
 		if r == nil {
 			return nil, status.Errorf(codes.PermissionDenied, "there is no secret %.300q for this workload", name)
 		}
 		response.Resources = append(response.Resources, r.secret)
 		versions = append(versions, []byte(r.version))
+	}
+	if len(response.Resources) == 0 {
+		return nil, nil
 	}
 	response.VersionInfo = digest(versions...)
 	return response, nil
@@ -300,7 +310,9 @@ func (s *Server) FetchSecrets(ctx context.Context, request *discovery.DiscoveryR
 		}
 		if p != nil {
 			response, err := p.answer(request.GetResourceNames())
-			return response, s.public(err)
+			if response != nil || err != nil {
+				return response, s.public(err)
+			}
 		}
 		select {
 		case <-state.Reissued():

@@ -55,7 +55,9 @@ func (s *Server) StreamSecrets(stream secret.SecretDiscoveryService_StreamSecret
 	w := world{server: s, process: process}
 	for {
 		state := s.agent.State()
-		upToDate := w.nothing // the client has all that the state has for it, once it takes what it was sent
+		// The client has all that the state has for it once it takes what it was sent; of
+		// what has ended it lacks nothing.
+		upToDate := w.nothing || w.taken
 		if w.asked && !w.nothing {
 			p, err := s.look(state, process, w.plain)
 			if err != nil {
@@ -66,7 +68,7 @@ func (s *Server) StreamSecrets(stream secret.SecretDiscoveryService_StreamSecret
 				if err != nil {
 					return s.public(err)
 				}
-				if w.again || response.GetVersionInfo() != w.version {
+				if response != nil && (w.again || response.GetVersionInfo() != w.version) {
 					w.again, w.version, w.nonce = false, response.GetVersionInfo(), w.count.next()
 					response.Nonce = w.nonce
 					w.taken = false
@@ -180,9 +182,9 @@ func (s *Server) DeltaSecrets(stream secret.SecretDiscoveryService_DeltaSecretsS
 						return err
 					}
 				}
-				if len(d.open)+len(d.refused) == 0 {
-					delivery.Got(state)
-				}
+			}
+			if (p != nil || len(d.sent) > 0) && len(d.open)+len(d.refused) == 0 {
+				delivery.Got(state)
 			}
 		}
 		select {

@@ -71,6 +71,7 @@ type Server struct {
 	lasting context.Context // ends with stopping, for the services beside
 	halt    context.CancelFunc
 
+	taken  sync.WaitGroup // connections that were accepted and have not begun their handshake
 	limits *limits
 }
 
@@ -90,8 +91,9 @@ func New(agent *meshagent.Agent, listener net.Listener, log *slog.Logger) *Serve
 // and have their context cancelled with Unavailable as cause when the server stops.
 func (s *Server) Beside(register func(grpc.ServiceRegistrar)) { s.beside = append(s.beside, register) }
 
-// Run serves until ctx ends, which it calls once. It closes the listener. Open
-// streams end with Unavailable, whereupon a client comes back.
+// Run serves until ctx ends, which it calls once. It closes the listener. What it has
+// accepted by then gets its answer; open streams end with Unavailable, whereupon a
+// client comes back.
 func (s *Server) Run(ctx context.Context) error {
 	server := grpc.NewServer(
 		grpc.Creds(transport{s}),
@@ -113,19 +115,37 @@ func (s *Server) Run(ctx context.Context) error {
 	reflection.Register(server)
 
 	served := make(chan error, 1)
-	go func() { served <- server.Serve(s.listener) }()
+	go func() { served <- server.Serve(counted{s.listener, &s.taken}) }()
 	select {
 	case err := <-served:
 		return fmt.Errorf("the Workload API has ended: %w", err)
 	case <-ctx.Done():
 	}
+	// GracefulStop waits for handshakes that have begun, and cuts what was accepted just
+	// before: so nothing more is accepted, and each has to begin, which takes no time.
+	s.listener.Close()
+	<-served
+	s.taken.Wait()
 	close(s.stopping)
 	s.halt()
 	hard := time.AfterFunc(drainTime, server.Stop)
 	server.GracefulStop()
 	hard.Stop()
-	<-served
 	return nil
+}
+
+// counted is a listener whose connections are counted until their handshake begins.
+type counted struct {
+	net.Listener
+	taken *sync.WaitGroup
+}
+
+func (l counted) Accept() (net.Conn, error) {
+	conn, err := l.Listener.Accept()
+	if err == nil {
+		l.taken.Add(1)
+	}
+	return conn, err
 }
 
 // transport attests who connects. There is no TLS: the socket is local, and the
@@ -141,6 +161,7 @@ type caller struct {
 func (*caller) AuthType() string { return "workload attestation" }
 
 func (t transport) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	t.server.taken.Done()
 	unixConn, ok := conn.(*net.UnixConn)
 	if !ok {
 		return nil, nil, fmt.Errorf("%T is not a unix socket: its peer cannot be attested", conn)

@@ -35,7 +35,8 @@ var errDenied = status.Error(codes.PermissionDenied, "no identity issued")
 // follow sends the caller its full state at once and again whenever that is
 // another one, until the entitlement or the stream ends. answer makes a response
 // of a state and the caller's identities in it, of which there is at least one;
-// nil when there is nothing to send yet.
+// nil when there is nothing to send: nothing yet, or all of it has ended. A stream
+// then stays open until there is.
 func follow[R any, P interface {
 	*R
 	proto.Message
@@ -70,7 +71,7 @@ func follow[R any, P interface {
 			}
 			sent = next
 		}
-		if next != nil {
+		if next != nil || sent != nil { // of what has all ended nothing is lacking
 			delivery.Got(state)
 		}
 
