@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"runtime"
 	"runtime/debug"
 	"strings"
 	"text/tabwriter"
@@ -134,16 +135,15 @@ func readToken(token, file string) (string, error) {
 // frugal has garbage collected when it is half of what lives, not as much. What lives is
 // mostly entries, which the collector need not look at: 40 ms of a core for a million.
 // Where few live, it waits for 12 MiB all the same: collecting at each few would take a
-// tenth of signing. GOGC says otherwise where it is set.
-func frugal() {
-	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(50)
-		spare = make([]byte, 24<<20)
+// tenth of signing. For that, spare counts as living as long as the caller holds it; it
+// is never touched, so that it takes no memory. GOGC says otherwise where it is set.
+func frugal() (spare []byte) {
+	if os.Getenv("GOGC") != "" {
+		return nil
 	}
+	debug.SetGCPercent(50)
+	return make([]byte, 24<<20)
 }
-
-// spare counts as living and is never touched, so that it takes no memory.
-var spare []byte
 
 func caRunCommand() *cobra.Command {
 	var flags configFlags
@@ -164,7 +164,7 @@ func caRunCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			frugal()
+			defer runtime.KeepAlive(frugal())
 			n, err := node.New(config, log, node.Listeners{})
 			if err != nil {
 				return err
