@@ -43,6 +43,7 @@ type Agent struct {
 	metrics  *metrics
 	gatherer prometheus.Gatherer
 
+	now      func() time.Time // time.Now, but in tests
 	id       spiffeid.ID
 	key      crypto.Signer
 	token    *ca.Token // nil: none was given
@@ -96,7 +97,7 @@ func New(cfg *Config, opts Options) (*Agent, error) {
 	if err := os.MkdirAll(cfg.DataDir, 0o700); err != nil {
 		return nil, fmt.Errorf("cannot make the data directory: %w", err)
 	}
-	a := &Agent{cfg: cfg, log: opts.Log, gatherer: opts.Gatherer, id: id, attestor: workloadattest.New(), jwts: newJWTs(), instances: map[string]*services.Instance{}, prober: services.NewProber()}
+	a := &Agent{cfg: cfg, log: opts.Log, gatherer: opts.Gatherer, now: time.Now, id: id, attestor: workloadattest.New(), jwts: newJWTs(), instances: map[string]*services.Instance{}, prober: services.NewProber()}
 	if a.log == nil {
 		a.log = slog.New(slog.DiscardHandler)
 	}

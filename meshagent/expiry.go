@@ -15,7 +15,7 @@ const lookEnded = 5 * time.Second
 func (a *Agent) dropEnded(ctx context.Context) error {
 	said := false
 	for {
-		state, now := a.State(), time.Now()
+		state, now := a.State(), a.now()
 		pause := lookEnded
 		if first := state.firstEnd(); !first.IsZero() {
 			pause = min(pause, first.Sub(now))

@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -109,7 +110,7 @@ func entry(id, path string, revision uint64) *statev1.Entry {
 func newAgent(t *testing.T, ca *fakeCA) *Agent {
 	t.Helper()
 	a := &Agent{
-		cfg: &Config{Name: "h1", domain: bank, DataDir: t.TempDir()}, log: slog.New(slog.DiscardHandler),
+		cfg: &Config{Name: "h1", domain: bank, DataDir: t.TempDir()}, log: slog.New(slog.DiscardHandler), now: time.Now,
 		id: spiffeid.RequireFromPath(bank, "/entente/agent/h1"), key: peertest.NewKey(), signer: ca, known: &known{cluster: &statev1.Cluster{}}, jwts: newJWTs(),
 		instances: map[string]*services.Instance{},
 	}
@@ -388,6 +389,70 @@ func TestOwnSVIDIsRenewed(t *testing.T) {
 			t.Error("not renewed after the lie")
 		}
 	})
+}
+
+// The host's clock is set, forward (or the host has slept) and back: what has ended by
+// the new time is renewed within moments, what was due is not forgotten, and what is good
+// by it stays in use.
+func TestClockIsSet(t *testing.T) {
+	for name, by := range map[string]time.Duration{"forward": 100 * time.Minute, "a little forward": 40 * time.Minute, "back": -100 * time.Minute} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				ca := newFakeCA(time.Hour)
+				ca.paths["service/a"] = "/a"
+				a := newAgent(t, ca)
+				var offset atomic.Int64
+				a.now = func() time.Time { return time.Now().Round(0).Add(time.Duration(offset.Load())) }
+				hold(a, ca, entry("service/a", "/a", 1))
+				own := issue(ca.authority, a.key.Public(), bank, "/entente/agent/h1", time.Hour)
+				svid, err := verifySVID(a.id, own, a.key, a.State().Bundle, time.Now())
+				if err != nil {
+					t.Fatal(err)
+				}
+				a.change(func(s *State) *State { next := *s; next.own = svid; return &next })
+				ca.paths[""] = "/entente/agent/h1"
+				defer background(t, a.keepEntries)()
+				defer background(t, func(ctx context.Context) error { return a.keepOwn(ctx, make(chan struct{})) })()
+				time.Sleep(time.Minute)
+				synctest.Wait()
+				if ca.count("service/a") != 1 || ca.count("") != 0 {
+					t.Fatalf("control: signed %d, %d", ca.count("service/a"), ca.count(""))
+				}
+				before := serial(a, "service/a")
+
+				offset.Store(int64(by))
+				ca.set(func() { ca.life += by }) // its clock is right, and ours is not
+				time.Sleep(lookAtClock + time.Second)
+				synctest.Wait()
+				switch {
+				case by > time.Hour:
+					if ca.count("service/a") == 1 || serial(a, "service/a") == before {
+						t.Errorf("signed %d after the end", ca.count("service/a"))
+					}
+				case by > 0: // more than half is over: it is due again when half of the rest is
+					if ca.count("service/a") != 1 || serial(a, "service/a") != before {
+						t.Errorf("signed %d, with minutes left", ca.count("service/a"))
+					}
+					time.Sleep(13 * time.Minute)
+					synctest.Wait()
+					if ca.count("service/a") == 1 || ca.count("") == 0 {
+						t.Errorf("signed %d, %d: by the new clock nothing is left to wait for", ca.count("service/a"), ca.count(""))
+					}
+				default:
+					if serial(a, "service/a") != before {
+						t.Error("what is good was replaced")
+					}
+					offset.Store(0) // and set right again
+					ca.set(func() { ca.life -= by })
+					time.Sleep(35 * time.Minute)
+					synctest.Wait()
+					if ca.count("service/a") == 1 || ca.count("") == 0 {
+						t.Errorf("signed %d, %d: it is never renewed", ca.count("service/a"), ca.count(""))
+					}
+				}
+			})
+		})
+	}
 }
 
 func TestPauses(t *testing.T) {

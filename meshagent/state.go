@@ -91,8 +91,9 @@ func (s *State) Service(name string) (*Identity, bool) { return s.Identity(ca.Se
 // of them, by entry id.
 func (s *State) IdentitiesOf(p *workloadattest.Process) []*Identity {
 	var entitled []*Identity
+	glance := p.Glance()
 	for _, identity := range s.Identities {
-		if p.SatisfiesAll(identity.selectors) == nil {
+		if glance.Satisfies(identity.selectors) == nil {
 			entitled = append(entitled, identity)
 		}
 	}

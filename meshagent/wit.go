@@ -55,7 +55,7 @@ func (a *Agent) renewWITs(ctx context.Context, slots []*slot) {
 	if ctx.Err() != nil {
 		return
 	}
-	now := time.Now()
+	now := a.now()
 	state := a.State()
 	signed := map[string]*WITSVID{}
 	var failed []error

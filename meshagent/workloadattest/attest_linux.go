@@ -388,31 +388,45 @@ func (h *handle) owns(s socket) error {
 	}
 }
 
-// runs returns nil if the process's executable is the file at this path as the
-// agent sees it. The name alone proves nothing: in a mount namespace of its own a
+// runs returns nil if the executable is the file at this path as the agent sees it. The name alone proves nothing: in a mount namespace of its own a
 // process can have any file there. The device and inode alone do not either: they
 // are the same for every hard link.
-func (h *handle) runs(path string) error {
-	var is, want unix.Stat_t
-	if err := unix.Fstatat(int(h.dir.Fd()), "exe", &is, 0); err != nil {
-		return h.exeError(err)
-	}
-	name, err := h.exe()
-	if err != nil {
-		return err
-	}
-	if name != path {
-		if resolved, err := filepath.EvalSymlinks(path); err != nil || name != resolved {
-			return fmt.Errorf("it runs %s", name)
-		}
-	}
+func (e executable) runs(path string) error {
+	var want unix.Stat_t
 	if err := unix.Stat(path, &want); err != nil {
+		if e.name != path {
+			return runsOther(e.name)
+		}
 		return fmt.Errorf("the agent cannot look at that path: %w", err)
 	}
-	if is.Dev != want.Dev || is.Ino != want.Ino {
+	same := e.dev == want.Dev && e.ino == want.Ino
+	if e.name != path {
+		if !same {
+			return runsOther(e.name)
+		}
+		if resolved, err := filepath.EvalSymlinks(path); err != nil || e.name != resolved {
+			return runsOther(e.name)
+		}
+	}
+	if !same {
 		return errors.New("the file it runs is not the one the agent sees at that path (another mount namespace, or replaced since)")
 	}
 	return nil
+}
+
+// runsOther is what the process runs in the place of a path.
+type runsOther string
+
+func (r runsOther) Error() string { return "it runs " + string(r) }
+
+// executable is what the process runs now.
+func (h *handle) executable() (executable, error) {
+	var is unix.Stat_t
+	if err := unix.Fstatat(int(h.dir.Fd()), "exe", &is, 0); err != nil {
+		return executable{}, h.exeError(err)
+	}
+	name, err := h.exe()
+	return executable{name: name, dev: is.Dev, ino: is.Ino}, err
 }
 
 // exe is the path of the process's executable as the kernel shows it.

@@ -96,7 +96,7 @@ func (p *Process) Satisfies(selectors []string) error {
 	if err != nil {
 		return err
 	}
-	return p.SatisfiesAll(parsed)
+	return p.Glance().Satisfies(parsed)
 }
 
 // Parse reads the selectors of an entry and puts them into the order in which they are
@@ -114,15 +114,33 @@ func Parse(selectors []string) ([]ca.Selector, error) {
 	return parsed, nil
 }
 
-// SatisfiesAll is Satisfies for selectors that were parsed.
-func (p *Process) SatisfiesAll(selectors []ca.Selector) error {
+// Glance is one look at a process for many entries: what they all ask for, the kernel is
+// asked once. It is for one goroutine and for the moment.
+type Glance struct {
+	process *Process
+	exe     *executable // nil: not looked at yet
+	err     error
+}
+
+// executable is a file that a process runs: the name the kernel shows, and which it is.
+type executable struct {
+	name     string
+	dev, ino uint64
+}
+
+// Glance begins one.
+func (p *Process) Glance() *Glance { return &Glance{process: p} }
+
+// Satisfies is that of Process, for selectors that were parsed.
+func (g *Glance) Satisfies(selectors []ca.Selector) error {
 	if len(selectors) == 0 {
 		return errors.New("no selectors: no process satisfies them")
 	}
+	p := g.process
 	p.using.RLock()
 	defer p.using.RUnlock()
 	for _, selector := range selectors {
-		if err := p.satisfies(selector); err != nil {
+		if err := g.satisfies(selector); err != nil {
 			return &unsatisfied{selector, err}
 		}
 	}
@@ -157,7 +175,8 @@ func price(s ca.Selector) int {
 	}
 }
 
-func (p *Process) satisfies(s ca.Selector) error {
+func (g *Glance) satisfies(s ca.Selector) error {
+	p := g.process
 	switch s.Kind {
 	case ca.SelectorUID:
 		return same(strconv.FormatUint(uint64(p.UID), 10), s.Value)
@@ -186,7 +205,15 @@ func (p *Process) satisfies(s ca.Selector) error {
 		}
 		return nil
 	case ca.SelectorPath:
-		return h.runs(s.Value)
+		if g.exe == nil {
+			var exe executable
+			exe, g.err = h.executable()
+			g.exe = &exe
+		}
+		if g.err != nil {
+			return g.err
+		}
+		return g.exe.runs(s.Value)
 	case ca.SelectorCmdline:
 		digest, err := h.cmdline()
 		if err != nil {
@@ -269,11 +296,11 @@ func (p *Process) Selectors() []Seen {
 	for _, g := range groups {
 		add(ca.SelectorGroup, strconv.FormatUint(uint64(g), 10), nil)
 	}
-	path, err := h.exe()
+	exe, err := h.executable()
 	if err == nil {
-		err = h.runs(path)
+		err = exe.runs(exe.name)
 	}
-	add(ca.SelectorPath, path, err)
+	add(ca.SelectorPath, exe.name, err)
 	digest, err := p.attestor.digest(h)
 	add(ca.SelectorSHA256, digest, err)
 	cmdline, err := h.cmdline()
