@@ -96,6 +96,8 @@ type Feed struct {
 	watchers map[*Watcher]struct{}
 	table    *presence.Table
 
+	overtaken atomic.Uint64
+
 	isolation uint64 // counts the changes of isolated
 	isolated  atomic.Pointer[map[string]*statev1.Distrust]
 }
@@ -349,7 +351,11 @@ func (s *Session) Policy(st *domain.State) (Update, bool, error) {
 	if err := s.entitled(st); err != nil {
 		return Update{}, false, err
 	}
-	if s.full || f.next-s.cursor > uint64(len(f.ring)) {
+	slow := !s.full && f.next-s.cursor > uint64(len(f.ring))
+	if slow {
+		f.overtaken.Add(1)
+	}
+	if s.full || slow {
 		u := s.everything(st)
 		s.full, s.resumed = false, false
 		s.cursor = f.next
@@ -370,6 +376,10 @@ func (s *Session) Policy(st *domain.State) (Update, bool, error) {
 	s.sent = f.revision
 	return u, true, nil
 }
+
+// Overtaken is how often a subscriber was so slow that it was sent everything anew in
+// the place of what it missed, in either lane.
+func (f *Feed) Overtaken() uint64 { return f.overtaken.Load() }
 
 // Catch returns the revision that the subscriber is at, when it was told nothing for
 // it: the update that only moves its resume point. Asked with each heartbeat.
