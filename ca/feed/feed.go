@@ -100,6 +100,9 @@ type Feed struct {
 
 	isolation uint64 // counts the changes of isolated
 	isolated  atomic.Pointer[map[string]*statev1.Distrust]
+
+	unagreedNews uint64 // counts the changes of unagreed that bring something
+	unagreed     atomic.Pointer[map[string]*statev1.ForeignBundle]
 }
 
 type entry struct {
@@ -124,6 +127,7 @@ func New(self string, revision uint64, ringSize int) *Feed {
 		table:    presence.New(self),
 	}
 	f.isolated.Store(&map[string]*statev1.Distrust{})
+	f.unagreed.Store(&map[string]*statev1.ForeignBundle{})
 	return f
 }
 
@@ -223,6 +227,7 @@ type Session struct {
 	ahead   uint64              // number of the next change to look at for them
 	alone   uint64              // Feed.isolation as it was told last
 	foreign map[string]struct{} // trust domains whose bundles it was sent
+	early   uint64              // Feed.unagreedNews as it was told last
 
 	// Presence lane.
 	all   bool
@@ -408,10 +413,10 @@ func (s *Session) everything(st *domain.State) Update {
 		TaintedChanged: true,
 		Reissue:        s.feed.reissue(st),
 	}
-	s.tainted, s.alone = u.Tainted, s.feed.isolation
+	s.tainted, s.alone, s.early = u.Tainted, s.feed.isolation, s.feed.unagreedNews
 	clear(s.foreign)
 	for td := range federates(u.Entries) {
-		if b, ok := st.ForeignBundle(td); ok {
+		if b, ok := s.feed.ForeignBundle(st, td); ok {
 			u.ForeignBundles = append(u.ForeignBundles, b)
 			s.foreign[td] = struct{}{}
 		}
@@ -514,7 +519,7 @@ func (s *Session) delta(st *domain.State) (u Update, relevant bool) {
 func (s *Session) deltaForeign(st *domain.State, changed map[string]struct{}, u *Update) (relevant bool) {
 	entitled := federates(s.entries(st))
 	for td := range entitled {
-		b, ok := st.ForeignBundle(td)
+		b, ok := s.feed.ForeignBundle(st, td)
 		if !ok {
 			continue
 		}
@@ -533,7 +538,7 @@ func (s *Session) deltaForeign(st *domain.State, changed map[string]struct{}, u 
 		}
 	}
 	for td := range gone {
-		_, ok := st.ForeignBundle(td)
+		_, ok := s.feed.ForeignBundle(st, td)
 		if _, may := entitled[td]; may && ok {
 			continue
 		}

@@ -285,6 +285,7 @@ func (n *Node) Run(ctx context.Context) error {
 	group.Go("subscribers", n.runSubscribers)
 	group.Go("rechecks", n.runRechecks)
 	group.Go("bans", n.runBans)
+	group.Go("other domains' bundles", n.runForeign)
 	if n.upstream != nil {
 		group.Go("upstream", n.watchUpstream)
 	}
