@@ -16,7 +16,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
-	"net/http"
 	"net/netip"
 	"os"
 	"slices"
@@ -33,6 +32,7 @@ import (
 	"github.com/entente-mesh/entente/ca/client"
 	"github.com/entente-mesh/entente/internal/daemon"
 	"github.com/entente-mesh/entente/meshagent/nodeattest"
+	"github.com/entente-mesh/entente/meshagent/services"
 	"github.com/entente-mesh/entente/meshagent/workloadattest"
 )
 
@@ -43,6 +43,7 @@ type Agent struct {
 	metrics  *metrics
 	gatherer prometheus.Gatherer
 
+	now      func() time.Time // time.Now, but in tests
 	id       spiffeid.ID
 	key      crypto.Signer
 	token    *ca.Token // nil: none was given
@@ -65,7 +66,9 @@ type Agent struct {
 	reportMu sync.Mutex
 	leaving  bool // the instances are withdrawn for good
 
-	health, grpcHealth *http.Transport
+	registry  *services.Registry
+	instances map[string]*services.Instance // by service name; mu
+	prober    *services.Prober
 }
 
 // signer has SVIDs signed: one result for each request, in their order.
@@ -94,7 +97,7 @@ func New(cfg *Config, opts Options) (*Agent, error) {
 	if err := os.MkdirAll(cfg.DataDir, 0o700); err != nil {
 		return nil, fmt.Errorf("cannot make the data directory: %w", err)
 	}
-	a := &Agent{cfg: cfg, log: opts.Log, gatherer: opts.Gatherer, id: id, attestor: workloadattest.New(), jwts: newJWTs(), health: healthTransport(), grpcHealth: grpcTransport()}
+	a := &Agent{cfg: cfg, log: opts.Log, gatherer: opts.Gatherer, now: time.Now, id: id, attestor: workloadattest.New(), jwts: newJWTs(), instances: map[string]*services.Instance{}, prober: services.NewProber()}
 	if a.log == nil {
 		a.log = slog.New(slog.DiscardHandler)
 	}
@@ -117,6 +120,9 @@ func New(cfg *Config, opts Options) (*Agent, error) {
 		return nil, fmt.Errorf("the join token is for trust domain %s, the agent's is %s", a.token.TrustDomain.Name(), td.Name())
 	}
 
+	a.registry = services.Open(cfg.Services, cfg.ServicesDir, cfg.DataDir, a.log, func() {
+		a.change(func(s *State) *State { next := *s; return &next })
+	})
 	state := &State{View: &client.View{}, changed: make(chan struct{}), reissued: make(chan struct{})}
 	a.state.Store(state)
 	if err := a.trust(); err != nil {
@@ -215,6 +221,9 @@ func (a *Agent) change(f func(*State) *State) {
 	}
 	if again {
 		next.content = old.content + 1
+	}
+	if registered := a.registry.Snapshot(); next.registered != registered || next.Ready != old.Ready || next.View.Changed != old.View.Changed {
+		next.registered, next.Services = registered, a.place(next, registered)
 	}
 	next.underIDs = next.under()
 	a.state.Store(next)
@@ -324,6 +333,7 @@ func (a *Agent) work(ctx context.Context) error {
 	}
 	if a.cfg.Sidecar.Inbound != "" {
 		group.Go("health", a.watchHealth)
+		group.Go("registrations", a.registry.Run)
 	}
 	return group.Wait()
 }
@@ -437,7 +447,7 @@ func (e entrySVID) GetX509SVID() (*x509svid.SVID, error) {
 	if identity.SVID == nil {
 		return nil, fmt.Errorf("there is no SVID for %s: the CA has not signed one yet, or none since the last one ended", identity.ID)
 	}
-	return identity.SVID, nil
+	return identity.SVID.Parsed()
 }
 
 // ownSVID is the source of the agent's own SVID.

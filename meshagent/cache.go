@@ -11,7 +11,6 @@ import (
 	"path/filepath"
 	"time"
 
-	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"google.golang.org/protobuf/proto"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
@@ -40,10 +39,16 @@ type cache struct {
 
 // openCache returns nil when the configuration asks for none.
 func openCache(cfg *Config) (*cache, error) {
-	if cfg.Cache.PassphraseFile == "" {
+	var sealer keystore.Sealer
+	var err error
+	switch {
+	case cfg.Cache.PassphraseFile != "":
+		sealer, err = keystore.PassphraseFile(cfg.Cache.PassphraseFile)
+	case cfg.Cache.SystemdCredential != "":
+		sealer, err = keystore.Credential(cfg.Cache.SystemdCredential)
+	default:
 		return nil, nil
 	}
-	sealer, err := keystore.PassphraseFile(cfg.Cache.PassphraseFile)
 	if err != nil {
 		return nil, fmt.Errorf("the cache: %w", err)
 	}
@@ -107,7 +112,7 @@ func (a *Agent) recallCache() error {
 	}
 	now := time.Now()
 	state := a.State()
-	svids, wits := map[string]*x509svid.SVID{}, map[string]*WITSVID{}
+	svids, wits := map[string]*X509SVID{}, map[string]*WITSVID{}
 	held := func(list []*statev1.HeldSVID, take func(*Identity, *statev1.HeldSVID, crypto.Signer) error) {
 		for _, h := range list {
 			identity, ok := state.Identity(h.GetEntryId())
@@ -124,7 +129,7 @@ func (a *Agent) recallCache() error {
 		}
 	}
 	held(kept.GetX509(), func(identity *Identity, h *statev1.HeldSVID, key crypto.Signer) error {
-		svid, err := verifySVID(identity.ID, h.GetCertificates(), key, state.Bundle, now)
+		svid, err := keptSVID(identity.ID, h.GetCertificates(), key, state.Bundle, now)
 		if err == nil {
 			svids[h.GetEntryId()] = svid
 		}
@@ -201,25 +206,20 @@ func (a *Agent) writeCache(state *State) error {
 		return err
 	}
 	for _, identity := range state.Identities {
-		h := func(key crypto.Signer) (*statev1.HeldSVID, error) {
-			der, err := x509.MarshalPKCS8PrivateKey(key)
-			return &statev1.HeldSVID{EntryId: identity.Entry.GetId(), EntryRevision: identity.Entry.GetRevision(), Key: der}, err
+		h := func(key []byte) *statev1.HeldSVID {
+			return &statev1.HeldSVID{EntryId: identity.Entry.GetId(), EntryRevision: identity.Entry.GetRevision(), Key: key}
 		}
 		if svid := identity.SVID; svid != nil {
-			held, err := h(svid.PrivateKey)
-			if err != nil {
-				return err
-			}
-			for _, c := range svid.Certificates {
-				held.Certificates = append(held.Certificates, c.Raw)
-			}
+			held := h(svid.Key)
+			held.Certificates = svid.Certificates
 			kept.X509 = append(kept.X509, held)
 		}
 		if wit := identity.WIT; wit != nil {
-			held, err := h(wit.Key)
+			key, err := x509.MarshalPKCS8PrivateKey(wit.Key)
 			if err != nil {
 				return err
 			}
+			held := h(key)
 			held.Token = wit.Token
 			kept.Wit = append(kept.Wit, held)
 		}

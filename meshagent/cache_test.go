@@ -7,6 +7,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -62,6 +63,25 @@ func TestCache(t *testing.T) {
 	if info, _ := os.Stat(path); info.Mode().Perm() != 0o600 {
 		t.Errorf("mode %v", info.Mode())
 	}
+
+	t.Run("systemd credential", func(t *testing.T) {
+		credentials := filepath.Dir(phrase)
+		t.Setenv("CREDENTIALS_DIRECTORY", credentials)
+		cfg := configure(t, "dataDir: "+dir, "cache: {systemdCredential: passphrase}", "workloadAPI: {wit: true}")
+		if kept, err := mustOpen(t, cfg).read(); err != nil || len(kept.GetPicture()) == 0 { // the same passphrase
+			t.Errorf("%v", err)
+		}
+		cfg.Cache.SystemdCredential = "other"
+		if _, err := openCache(cfg); err == nil || !strings.Contains(err.Error(), "LoadCredentialEncrypted=other:FILE") {
+			t.Errorf("not loaded: %v", err)
+		}
+		if err := os.WriteFile(filepath.Join(credentials, "other"), []byte("not the same passphrase"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := mustOpen(t, cfg).read(); err == nil {
+			t.Error("another passphrase opens it")
+		}
+	})
 
 	t.Run("sealed", func(t *testing.T) {
 		key, err := x509.MarshalPKCS8PrivateKey(before.PrivateKey)
@@ -130,7 +150,7 @@ func TestCache(t *testing.T) {
 		c.Apply(serviceYAML("accounts", self()+"\nhint: changed"))
 		eventually(t, "the change", func() error {
 			identity, ok := agent.State().Service("accounts")
-			if !ok || identity.Entry.GetHint() != "changed" || identity.SVID.Certificates[0].Equal(before.Certificates[0]) {
+			if !ok || identity.Entry.GetHint() != "changed" || bytes.Equal(identity.SVID.Certificates[0], before.Certificates[0].Raw) {
 				return errors.New("not yet")
 			}
 			return nil

@@ -11,12 +11,15 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/internal/jwtsvid"
 	"github.com/entente-mesh/entente/internal/yamlfile"
+	"github.com/entente-mesh/entente/meshagent/services"
 )
 
 // Config is the agent's file.
@@ -42,17 +45,24 @@ type Config struct {
 	CA          CAConfig          `yaml:"ca"`
 	Attest      AttestConfig      `yaml:"attest"`
 	WorkloadAPI WorkloadAPIConfig `yaml:"workloadAPI"`
+	SDS         SDSConfig         `yaml:"sds"`
 	Sidecar     SidecarConfig     `yaml:"sidecar"`
 	Health      HealthConfig      `yaml:"health"`
-	Files       []FilesConfig     `yaml:"files"`
-	DNS         DNSConfig         `yaml:"dns"`
-	Cache       CacheConfig       `yaml:"cache"`
-	Admin       AdminConfig       `yaml:"admin"`
-	AccessLog   AccessLogConfig   `yaml:"accessLog"`
-	Log         LogConfig         `yaml:"log"`
+	// Services say where services of this host listen and how they are checked, where
+	// that differs from the catalogue.
+	Services []services.Registration `yaml:"services"`
+	// ServicesDir holds files NAME.yaml with the same, followed as they change. Default
+	// /etc/entente/services.d.
+	ServicesDir string `yaml:"servicesDir"`
+
+	Files     []FilesConfig   `yaml:"files"`
+	DNS       DNSConfig       `yaml:"dns"`
+	Cache     CacheConfig     `yaml:"cache"`
+	Admin     AdminConfig     `yaml:"admin"`
+	AccessLog AccessLogConfig `yaml:"accessLog"`
+	Log       LogConfig       `yaml:"log"`
 
 	domain spiffeid.TrustDomain
-	app    netip.Addr
 }
 
 // CAConfig says where the CA is, and how to be admitted.
@@ -98,6 +108,38 @@ type WorkloadAPIConfig struct {
 	Leeway time.Duration `yaml:"leeway,min=0s,max=2m"`
 }
 
+// SDSConfig is about Envoy's secret discovery on the Workload API's socket. The settings
+// are those of a SPIRE agent.
+type SDSConfig struct {
+	yamlfile.Pos
+	// DefaultSVIDName is the name of the caller's first X.509-SVID. Default "default".
+	DefaultSVIDName string `yaml:"defaultSVIDName"`
+	// DefaultBundleName is the name of the own trust domain's bundle. Default "ROOTCA".
+	DefaultBundleName string `yaml:"defaultBundleName"`
+	// DefaultAllBundlesName is the name of every bundle that the caller may have. Default "ALL".
+	DefaultAllBundlesName string `yaml:"defaultAllBundlesName"`
+	// DisableSPIFFECertValidation sends bundles as plain lists of authorities to every
+	// Envoy, as its node's metadata may ask for by itself. Default false: as a configuration of
+	// Envoy's SPIFFE validator.
+	DisableSPIFFECertValidation bool `yaml:"disableSPIFFECertValidation"`
+}
+
+// check refuses names that would hide one another, or a name that SDS has already.
+func (s *SDSConfig) check(refuse func(at yamlfile.Pos, format string, args ...any)) {
+	taken := map[string]string{}
+	for _, n := range []struct{ key, name string }{
+		{"defaultSVIDName", s.DefaultSVIDName}, {"defaultBundleName", s.DefaultBundleName}, {"defaultAllBundlesName", s.DefaultAllBundlesName},
+	} {
+		switch other := taken[n.name]; {
+		case n.name == "" || len(n.name) > 255 || n.name == "*" || strings.HasPrefix(n.name, "spiffe://") || strings.ContainsFunc(n.name, unicode.IsControl) || !utf8.ValidString(n.name):
+			refuse(s.At(n.key), "%.300q is no name of a secret: give 1 to 255 characters, neither * nor a SPIFFE ID, which mean something already", n.name)
+		case other != "":
+			refuse(s.At(n.key), "%q is %s already: Envoy could ask for one of them only", n.name, other)
+		}
+		taken[n.name] = n.key
+	}
+}
+
 // SidecarConfig is about the data plane of this host.
 type SidecarConfig struct {
 	yamlfile.Pos
@@ -116,12 +158,11 @@ type SidecarConfig struct {
 	PortOffset int `yaml:"portOffset,min=0,max=40000"`
 }
 
-// HealthConfig is about the health checks of this host's services.
+// HealthConfig is about the health checks of this host's services: what a registration of
+// theirs does not say.
 type HealthConfig struct {
-	// Interval between two checks of a service, 100ms to 1h. Default 1s.
-	Interval time.Duration `yaml:"interval,min=100ms,max=1h"`
-	// Timeout of one check, 10ms to 1m. Default 1s.
-	Timeout time.Duration `yaml:"timeout,min=10ms,max=1m"`
+	services.Thresholds
+
 	// Commands check services of this host in the place of what the catalogue says:
 	// by the service's name, a command with its arguments, no shell. It is healthy
 	// when the command exits with 0. They stand here only, since whoever could put
@@ -182,9 +223,12 @@ type DNSConfig struct {
 // agent that is restarted while no CA can be reached serves at once.
 type CacheConfig struct {
 	yamlfile.Pos
-	// PassphraseFile seals it with the passphrase in this file, mode 0600. Empty:
-	// nothing is kept.
+	// PassphraseFile seals it with the passphrase in this file, mode 0600. With neither of
+	// the two nothing is kept.
 	PassphraseFile string `yaml:"passphraseFile"`
+	// SystemdCredential seals it with the passphrase in the systemd credential of this
+	// name, which the unit loads.
+	SystemdCredential string `yaml:"systemdCredential"`
 }
 
 // AfterConfig tells software that its files are other ones.
@@ -302,9 +346,11 @@ func ReadConfig(file string, r io.Reader) (*Config, error) {
 	c := &Config{
 		Settle:      10 * time.Second,
 		WorkloadAPI: WorkloadAPIConfig{Socket: "/run/entente/agent.sock", Leeway: jwtsvid.DefaultLeeway},
+		SDS:         SDSConfig{DefaultSVIDName: "default", DefaultBundleName: "ROOTCA", DefaultAllBundlesName: "ALL"},
 		Sidecar:     SidecarConfig{AppAddress: "127.0.0.1"},
 		DNS:         DNSConfig{Network: "127.80.0.0/16", HTTPPort: 80},
-		Health:      HealthConfig{Interval: time.Second, Timeout: time.Second},
+		Health:      HealthConfig{Thresholds: services.Defaults()},
+		ServicesDir: "/etc/entente/services.d",
 		Log:         LogConfig{Format: "text", Level: "info"},
 	}
 	if err := yamlfile.Decode(file, r, c); err != nil {
@@ -349,7 +395,7 @@ func (c *Config) check() (errs yamlfile.Errors) {
 		refuse(pop.At("certificate"), "ca.addresses and ca.bundleFile are needed: without a join token nothing else says which CA to believe")
 	}
 
-	if c.app, err = netip.ParseAddr(c.Sidecar.AppAddress); err != nil || !c.app.IsLoopback() {
+	if app, err := netip.ParseAddr(c.Sidecar.AppAddress); err != nil || !app.IsLoopback() {
 		refuse(c.Sidecar.At("appAddress"), "%q is not a loopback address: traffic to the application may not leave the host unprotected", c.Sidecar.AppAddress)
 	}
 	if c.Sidecar.Advertise == "" {
@@ -371,8 +417,8 @@ func (c *Config) check() (errs yamlfile.Errors) {
 		refuse(c.Pos, "the Workload API's socket %s: the path of a unix socket has at most 103 bytes; set workloadAPI.socket", c.WorkloadAPI.Socket)
 	}
 	for name, command := range c.Health.Commands {
-		if len(command) == 0 || !filepath.IsAbs(command[0]) {
-			refuse(c.Pos, "health.commands.%s: give the absolute path of a program, and its arguments", name)
+		if err := services.CheckCommand(command); err != nil {
+			refuse(c.Pos, "health.commands.%s: %v", name, err)
 		}
 	}
 	if network, err := netip.ParsePrefix(c.DNS.Network); err != nil || network.Bits() != 16 || !network.Addr().Is4() || !network.Addr().IsLoopback() || network.Masked() != network {
@@ -386,9 +432,17 @@ func (c *Config) check() (errs yamlfile.Errors) {
 			refuse(c.DNS.At("listen"), "names lead to the sidecar, and there is none: set sidecar.inbound")
 		}
 	}
+	c.SDS.check(refuse)
+	if c.Cache.PassphraseFile != "" && c.Cache.SystemdCredential != "" {
+		refuse(c.Cache.At("systemdCredential"), "passphraseFile and systemdCredential are both given: give one of them")
+	}
 	if c.Admin.Socket == "" {
 		c.Admin.Socket = filepath.Join(c.DataDir, "admin.sock")
 	}
+	if !filepath.IsAbs(c.ServicesDir) {
+		refuse(c.At("servicesDir"), "%q is not an absolute path", c.ServicesDir)
+	}
+	errs = append(errs, services.Inspect(c.Services)...)
 	return append(errs, c.checkFiles()...)
 }
 
@@ -396,10 +450,10 @@ func (c *Config) check() (errs yamlfile.Errors) {
 func (c *Config) Domain() spiffeid.TrustDomain { return c.domain }
 
 // App is the host:port of an application of this host whose service has port in the
-// catalogue.
+// catalogue, if the host says nothing else of it.
 func (c *Config) App(port uint32) (string, error) {
 	if port == 0 || port > 65535 {
 		return "", fmt.Errorf("%d is not a port", port)
 	}
-	return net.JoinHostPort(c.app.String(), strconv.Itoa(int(port)+c.Sidecar.PortOffset)), nil
+	return net.JoinHostPort(c.Sidecar.AppAddress, strconv.Itoa(int(port)+c.Sidecar.PortOffset)), nil
 }

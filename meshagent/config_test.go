@@ -71,6 +71,13 @@ func TestHealthAndDNSConfig(t *testing.T) {
 		"dns: {network: 10.0.0.0/16}":         "/16 of loopback",
 		"dns: {network: 127.80.0.0/8}":        "/16 of loopback",
 		"dns: {httpPort: 65536}":              "65535",
+
+		"sds: {defaultSVIDName: ''}":                            "no name of a secret",
+		"sds: {defaultSVIDName: '*'}":                           "no name of a secret",
+		"sds: {defaultBundleName: spiffe://banking.example}":    "no name of a secret",
+		"sds: {defaultAllBundlesName: ROOTCA}":                  "defaultBundleName already",
+		"sds: {default_svid_name: x}":                           "defaultSVIDName",
+		"cache: {passphraseFile: /p, systemdCredential: cache}": "give one of them",
 	} {
 		if _, err := ReadConfig("agent.yaml", strings.NewReader(minimal+bad+"\n")); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v", bad, err)

@@ -23,10 +23,7 @@ func (a *Agent) Deliver(name string) *Delivery {
 	d := &Delivery{all: &a.deliveries, name: name}
 	d.all.mu.Lock()
 	defer d.all.mu.Unlock()
-	if d.all.open == nil {
-		d.all.open = map[*Delivery]struct{}{}
-	}
-	d.all.open[d] = struct{}{}
+	d.all.open++
 	return d
 }
 
@@ -37,10 +34,7 @@ func (d *Delivery) Got(state *State) {
 	if d.got != nil && d.got.content >= state.content {
 		return
 	}
-	if d.got != nil {
-		d.all.linger(d.got)
-	}
-	d.got = state
+	d.all.give(d, state)
 	d.all.look()
 }
 
@@ -48,10 +42,8 @@ func (d *Delivery) Got(state *State) {
 func (d *Delivery) Close() {
 	d.all.mu.Lock()
 	defer d.all.mu.Unlock()
-	delete(d.all.open, d)
-	if d.got != nil {
-		d.all.linger(d.got)
-	}
+	d.all.open--
+	d.all.give(d, nil)
 	d.all.look()
 }
 
@@ -66,8 +58,10 @@ type deliveries struct {
 	hold        func(authorityKeyIDs []string)
 
 	mu        sync.Mutex
-	open      map[*Delivery]struct{}
-	state     *State // the newest
+	open      int                               // consumers
+	given     map[*State]map[*Delivery]struct{} // those who were given something, by what it was
+	behind    []*Delivery                       // some of those who lack what is to be acknowledged
+	state     *State                            // the newest
 	pending   []pending
 	acked     uint64               // revision
 	settled   uint64               // content that the last acknowledgement was for
@@ -80,6 +74,9 @@ type pending struct {
 	revision, content uint64
 	due               time.Time // zero: somebody lacks it
 }
+
+// maxBehind is how many of those who hold something up the CA is told of.
+const maxBehind = 10
 
 // maxPendingAcks bounds what a consumer that hangs makes the agent remember; beyond, the
 // newest ones are taken together.
@@ -115,13 +112,47 @@ func (d *deliveries) linger(before *State) {
 	}
 }
 
-// lacking are the consumers that have less than content. Who was given nothing yet
-// holds nothing that is out of date.
-func (d *deliveries) lacking(content uint64) (names []string) {
-	for c := range d.open {
-		if c.got != nil && c.got.content < content {
-			names = append(names, c.name)
+// give moves a consumer to those who were given a state; nil: it holds nothing any more.
+func (d *deliveries) give(c *Delivery, state *State) {
+	if before := c.got; before != nil {
+		d.linger(before)
+		delete(d.given[before], c)
+		if len(d.given[before]) == 0 {
+			delete(d.given, before)
 		}
+	}
+	c.got = state
+	if state == nil {
+		return
+	}
+	if d.given == nil {
+		d.given = map[*State]map[*Delivery]struct{}{}
+	}
+	if d.given[state] == nil {
+		d.given[state] = map[*Delivery]struct{}{}
+	}
+	d.given[state][c] = struct{}{}
+}
+
+// lacking are some of the consumers that have less than content: the same ones as long
+// as they do. Who was given nothing yet holds nothing that is out of date.
+func (d *deliveries) lacking(content uint64) (names []string) {
+	d.behind = slices.DeleteFunc(d.behind, func(c *Delivery) bool { return c.got == nil || c.got.content >= content })
+	for state, consumers := range d.given {
+		if state.content >= content {
+			continue
+		}
+		for c := range consumers {
+			if len(d.behind) == maxBehind {
+				break
+			}
+			if !slices.Contains(d.behind, c) {
+				d.behind = append(d.behind, c)
+			}
+		}
+	}
+	for _, c := range d.behind {
+		names = append(names, c.name)
 	}
 	slices.Sort(names)
 	return names
@@ -147,7 +178,7 @@ func (d *deliveries) look() {
 				break
 			}
 			p.due = now
-			if len(d.open) > 0 && p.content != d.settled {
+			if d.open > 0 && p.content != d.settled {
 				p.due = now.Add(d.settle)
 			}
 		}
@@ -159,7 +190,7 @@ func (d *deliveries) look() {
 		d.pending = d.pending[1:]
 	}
 	if d.acked != 0 && d.acknowledge != nil {
-		d.acknowledge(d.acked, waiting[:min(len(waiting), 10)])
+		d.acknowledge(d.acked, waiting)
 	}
 
 	maps.DeleteFunc(d.lingering, func(_ string, until time.Time) bool { return !until.After(now) })
@@ -171,11 +202,9 @@ func (d *deliveries) look() {
 	for _, id := range d.state.underIDs {
 		held[id] = struct{}{}
 	}
-	for c := range d.open {
-		if c.got != nil {
-			for _, id := range c.got.underIDs {
-				held[id] = struct{}{}
-			}
+	for state := range d.given {
+		for _, id := range state.underIDs {
+			held[id] = struct{}{}
 		}
 	}
 	if d.hold != nil {

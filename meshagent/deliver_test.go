@@ -2,6 +2,7 @@ package meshagent
 
 import (
 	"slices"
+	"strconv"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -101,7 +102,8 @@ func TestAcknowledgesWhatWasDelivered(t *testing.T) {
 		}
 		// Who is gone holds nothing up, who has come since has the newest.
 		slow.Close()
-		a.Deliver("new").Got(four)
+		latest := a.Deliver("new")
+		latest.Got(four)
 		time.Sleep(settle)
 		synctest.Wait()
 		if said().revision != 40 {
@@ -116,9 +118,7 @@ func TestAcknowledgesWhatWasDelivered(t *testing.T) {
 		}
 		last := picture(5 + 999)
 		fast.Got(last)
-		for d := range a.deliveries.open {
-			d.Got(last)
-		}
+		latest.Got(last)
 		time.Sleep(time.Duration(maxPendingAcks+1) * settle)
 		synctest.Wait()
 		if said().revision != 50+999 || len(a.deliveries.pending) != 0 {
@@ -157,6 +157,44 @@ func TestHoldsWhatWasDelivered(t *testing.T) {
 		w.Close()
 		if !slices.Equal(said().held, []string{"new"}) {
 			t.Errorf("%v", said().held)
+		}
+	})
+}
+
+// Of thousands that hang the CA is told some, and always the same: what it is told goes
+// over the network.
+func TestThousandsLackSomething(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, said := watched(time.Second)
+		defer a.deliveries.stop()
+		one, two := picture(1), picture(2)
+		a.deliveries.applied(one, 1)
+		var all []*Delivery
+		for range 5000 {
+			d := a.Deliver("w" + strconv.Itoa(len(all)))
+			d.Got(one)
+			all = append(all, d)
+		}
+		a.deliveries.applied(two, 2)
+		first := said().waiting
+		if len(first) != maxBehind || said().revision != 1 {
+			t.Fatalf("acknowledged %d, waits for %v", said().revision, first)
+		}
+		for _, d := range all {
+			if !slices.Contains(first, d.name) {
+				d.Got(two)
+			}
+		}
+		if now := said().waiting; !slices.Equal(now, first) {
+			t.Errorf("waits for %v, before for %v", now, first)
+		}
+		for _, d := range all {
+			d.Got(two)
+		}
+		time.Sleep(2 * time.Second)
+		synctest.Wait()
+		if said().revision != 2 || len(said().waiting) != 0 || len(a.deliveries.given) != 1 {
+			t.Errorf("acknowledged %d, waits for %v", said().revision, said().waiting)
 		}
 	})
 }

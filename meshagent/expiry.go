@@ -2,10 +2,8 @@ package meshagent
 
 import (
 	"context"
-	"maps"
+	"slices"
 	"time"
-
-	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 )
 
 // lookEnded is how often the clock is looked at: it may have been set, or the host may have
@@ -17,7 +15,7 @@ const lookEnded = 5 * time.Second
 func (a *Agent) dropEnded(ctx context.Context) error {
 	said := false
 	for {
-		state, now := a.State(), time.Now()
+		state, now := a.State(), a.now()
 		pause := lookEnded
 		if first := state.firstEnd(); !first.IsZero() {
 			pause = min(pause, first.Sub(now))
@@ -54,11 +52,13 @@ func (s *State) firstEnd() (first time.Time) {
 			first = end
 		}
 	}
-	for _, svid := range s.svids {
-		consider(svid.Certificates[0].NotAfter)
-	}
-	for _, wit := range s.wits {
-		consider(wit.Expires)
+	for _, identity := range s.Identities {
+		if identity.SVID != nil {
+			consider(identity.SVID.NotAfter)
+		}
+		if identity.WIT != nil {
+			consider(identity.WIT.Expires)
+		}
 	}
 	return first
 }
@@ -67,21 +67,23 @@ func (s *State) firstEnd() (first time.Time) {
 func (s *State) withoutEnded(now time.Time) (_ *State, ended int) {
 	next := *s
 	next.reissued = nil
-	next.svids, next.wits = maps.Clone(s.svids), maps.Clone(s.wits)
-	maps.DeleteFunc(next.svids, func(_ string, svid *x509svid.SVID) bool { return !now.Before(svid.Certificates[0].NotAfter) })
-	maps.DeleteFunc(next.wits, func(_ string, wit *WITSVID) bool { return !now.Before(wit.Expires) })
-	if ended = len(s.svids) - len(next.svids) + len(s.wits) - len(next.wits); ended == 0 {
-		return nil, 0
-	}
-	next.Identities = make([]*Identity, len(s.Identities))
+	next.Identities = slices.Clone(s.Identities)
 	for i, identity := range s.Identities {
-		id := identity.Entry.GetId()
-		if next.svids[id] != identity.SVID || next.wits[id] != identity.WIT {
-			without := *identity
-			without.SVID, without.WIT = next.svids[id], next.wits[id]
-			identity = &without
+		without := *identity
+		if svid := identity.SVID; svid != nil && !now.Before(svid.NotAfter) {
+			without.SVID = nil
+			ended++
 		}
-		next.Identities[i] = identity
+		if wit := identity.WIT; wit != nil && !now.Before(wit.Expires) {
+			without.WIT = nil
+			ended++
+		}
+		if without.SVID != identity.SVID || without.WIT != identity.WIT {
+			next.Identities[i] = &without
+		}
+	}
+	if ended == 0 {
+		return nil, 0
 	}
 	return &next, ended
 }

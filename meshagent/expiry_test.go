@@ -38,7 +38,7 @@ func TestEndedSVIDsAreDropped(t *testing.T) {
 		defer background(t, a.dropEnded)()
 		synctest.Wait()
 		identity, _ := a.State().Identity("service/a")
-		end := identity.SVID.Certificates[0].NotAfter
+		end := identity.SVID.NotAfter
 		time.Sleep(10 * time.Minute)
 		ca.set(func() { ca.fails = client.ErrUnreachable })
 
@@ -91,12 +91,13 @@ func TestFirstEnd(t *testing.T) {
 		return nil
 	})
 	stop()
-	svid, _ := a.SVIDs("service/a").GetX509SVID()
+	first, _ := a.State().Identity("service/a")
+	svid := first.SVID
 	a.change(func(s *State) *State {
-		return s.withWITs(map[string]*WITSVID{"service/a": {ID: svid.ID, Key: peertest.NewKey(), Expires: svid.Certificates[0].NotAfter.Add(-time.Minute)}})
+		return s.withWITs(map[string]*WITSVID{"service/a": {ID: svid.ID, Key: peertest.NewKey(), Expires: svid.NotAfter.Add(-time.Minute)}})
 	})
 	s := a.State()
-	if want := svid.Certificates[0].NotAfter.Add(-time.Minute); !s.firstEnd().Equal(want) {
+	if want := svid.NotAfter.Add(-time.Minute); !s.firstEnd().Equal(want) {
 		t.Errorf("the first ends at %v, want %v", s.firstEnd(), want)
 	}
 	next, ended := s.withoutEnded(s.firstEnd())

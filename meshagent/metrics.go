@@ -1,6 +1,7 @@
 package meshagent
 
 import (
+	"slices"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -27,8 +28,14 @@ func newMetrics(r prometheus.Registerer, a *Agent) *metrics {
 	}
 	r.MustRegister(m.signed, m.jwts, m.wits, m.failures, m.ended,
 		gauge("entente_agent_entries", "Entries of this host.", func(s *State) float64 { return float64(len(s.Identities)) }),
-		gauge("entente_agent_entries_without_svid", "Entries of this host that have no valid X.509-SVID.", func(s *State) float64 { return float64(len(s.Identities) - len(s.svids)) }),
+		gauge("entente_agent_entries_without_svid", "Entries of this host that have no valid X.509-SVID.", func(s *State) float64 {
+			return float64(len(slices.DeleteFunc(slices.Clone(s.Identities), func(i *Identity) bool { return i.SVID != nil })))
+		}),
 		gauge("entente_agent_revision", "Revision of the CA's state that is in use.", func(*State) float64 { return float64(a.client.View().Revision) }),
+		gauge("entente_agent_services_unhealthy", "Services of this host that listen, are not drained, and are not healthy.", func(s *State) float64 {
+			return float64(len(slices.DeleteFunc(slices.Clone(s.Services), func(s Service) bool { return s.Draining || s.Instance.Healthy() })))
+		}),
+		gauge("entente_agent_registrations_broken", "Files that register services and whose newest content cannot be used.", func(*State) float64 { return float64(len(a.Broken())) }),
 		gauge("entente_agent_first_expiry_seconds", "Seconds until the first X.509-SVID held here ends; negative: it has ended; 0: none is held.", func(s *State) float64 {
 			var first time.Time
 			consider := func(end time.Time) {
@@ -39,8 +46,10 @@ func newMetrics(r prometheus.Registerer, a *Agent) *metrics {
 			if s.own != nil {
 				consider(s.own.Certificates[0].NotAfter)
 			}
-			for _, svid := range s.svids {
-				consider(svid.Certificates[0].NotAfter)
+			for _, identity := range s.Identities {
+				if identity.SVID != nil {
+					consider(identity.SVID.NotAfter)
+				}
 			}
 			if first.IsZero() {
 				return 0

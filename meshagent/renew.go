@@ -81,7 +81,7 @@ func wait(ctx context.Context, d time.Duration) error {
 // half-life, and attests again when it has ended or the CA does not know it any more.
 // It closes identified when there is one. Only the refusal of a join token ends it.
 func (a *Agent) keepOwn(ctx context.Context, identified chan<- struct{}) error {
-	now := time.Now()
+	now := a.now()
 	due, failures := now, 0
 	if own := a.State().own; own != nil {
 		due = halfLife(own, now)
@@ -97,7 +97,7 @@ func (a *Agent) keepOwn(ctx context.Context, identified chan<- struct{}) error {
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
-		now = time.Now()
+		now = a.now()
 		if err == nil {
 			due, failures = halfLife(svid, now), 0
 			if before != nil && a.client != nil {
@@ -125,14 +125,18 @@ func (a *Agent) keepOwn(ctx context.Context, identified chan<- struct{}) error {
 	}
 }
 
+// lookAtClock is how often the agent looks whether its host's clock was set.
+const lookAtClock = 10 * time.Second
+
 // lookRefused is how often the agent looks whether CA nodes will not have its SVID.
 const lookRefused = time.Second
 
 // waitForOwn waits until the agent's own SVID is to be renewed: when it is due, and,
 // with early, when its authority was tainted or CA nodes refuse it.
 func (a *Agent) waitForOwn(ctx context.Context, due time.Time, early bool) error {
-	timer := time.NewTimer(time.Until(due))
+	timer := time.NewTimer(due.Sub(a.now()))
 	defer timer.Stop()
+	clock := a.clock()
 	look := time.NewTicker(lookRefused)
 	defer look.Stop()
 	scheduled := false // for a taint
@@ -143,7 +147,7 @@ func (a *Agent) waitForOwn(ctx context.Context, due time.Time, early bool) error
 		}
 		if early && !scheduled && state.tainted(state.own) {
 			scheduled = true
-			if pause := spread(state.View.ReissueWithin); pause < time.Until(due) {
+			if pause := spread(state.View.ReissueWithin); pause < due.Sub(a.now()) {
 				timer.Reset(pause)
 			}
 		}
@@ -159,10 +163,39 @@ func (a *Agent) waitForOwn(ctx context.Context, due time.Time, early bool) error
 			if early && a.refused() {
 				return nil
 			}
+			if clock.set() != 0 && state.own != nil {
+				now := a.now()
+				timer.Reset(halfLife(state.own, now).Sub(now))
+			}
 		case <-ctx.Done():
 			return ctx.Err()
 		}
 	}
+}
+
+// clock notices when the host's clock is set, or the host has slept: what is due was
+// reckoned by it.
+type clock struct {
+	now        func() time.Time
+	wall, mono time.Time
+}
+
+// clockSlack is what nobody has to care for.
+const clockSlack = 10 * time.Second
+
+func (a *Agent) clock() *clock {
+	return &clock{now: a.now, wall: a.now().Round(0), mono: time.Now()}
+}
+
+// set is by how much the clock was moved since the last call; 0: not.
+func (c *clock) set() time.Duration {
+	wall, mono := c.now().Round(0), time.Now()
+	by := wall.Sub(c.wall) - mono.Sub(c.mono)
+	c.wall, c.mono = wall, mono
+	if by.Abs() < clockSlack {
+		return 0
+	}
+	return by
 }
 
 // refused tells whether CA nodes will not have the agent's SVID.
@@ -174,7 +207,7 @@ func (a *Agent) void(state *State) bool {
 	if state.own == nil || state.Bundle == nil {
 		return true
 	}
-	_, err := peer.Verify(state.own.Certificates, state.Bundle, time.Now())
+	_, err := peer.Verify(state.own.Certificates, state.Bundle, a.now())
 	return err != nil
 }
 
@@ -277,7 +310,7 @@ func (a *Agent) install(certificates [][]byte, answer *client.Attestation) (*x50
 				answer.Cluster.GetId(), cluster.GetId(), a.cfg.DataDir)
 		}
 	}
-	svid, err := verifySVID(a.id, certificates, a.key, bundle, time.Now())
+	svid, err := verifySVID(a.id, certificates, a.key, bundle, a.now())
 	if err == nil && a.State().tainted(svid) {
 		err = errTainted
 	}
@@ -323,18 +356,17 @@ func (a *Agent) keepEntries(ctx context.Context) error {
 			if identity.SVID == nil {
 				return false
 			}
-			_, err := peer.Verify(identity.SVID.Certificates, s.Bundle, now)
-			return err != nil
+			return identity.SVID.verify(s.Bundle, now) != nil
 		},
 		tainted: func(s *State, identity *Identity) any {
-			if !s.tainted(identity.SVID) {
+			if identity.SVID == nil || !s.taintedKey(identity.SVID.under) {
 				return nil
 			}
 			return identity.SVID
 		},
 		ends: func(identity *Identity) (end time.Time) {
 			if identity.SVID != nil {
-				end = identity.SVID.Certificates[0].NotAfter
+				end = identity.SVID.NotAfter
 			}
 			return end
 		},
@@ -359,9 +391,16 @@ func (a *Agent) keepSVIDs(ctx context.Context, kind renewal) error {
 	slots := map[string]*slot{}
 	var bundle any // of the state before: when it has changed, SVIDs may have become void
 	burst := 0     // SVIDs that were asked for since memory was last given back
+	clock := a.clock()
 	for {
 		state := a.State()
-		now := time.Now()
+		now := a.now()
+		if by := clock.set(); by != 0 {
+			a.log.Warn("the host's clock was set; all SVIDs are looked at again", "by", by)
+			for _, s := range slots {
+				s.due = halfTime(s.ends, now) // at once if it has ended, or there is none
+			}
+		}
 		for id := range slots {
 			if _, there := state.Identity(id); !there {
 				delete(slots, id)
@@ -419,7 +458,7 @@ func (a *Agent) keepSVIDs(ctx context.Context, kind renewal) error {
 			burst = 0
 		}
 
-		timer := time.NewTimer(next.Sub(now))
+		timer := time.NewTimer(min(next.Sub(now), lookAtClock))
 		select {
 		case <-ctx.Done():
 			timer.Stop()
@@ -465,18 +504,18 @@ func (a *Agent) renew(ctx context.Context, slots []*slot) {
 		return
 	}
 
-	now := time.Now()
+	now := a.now()
 	state := a.State()
 	bundle := state.Bundle
-	signed := map[string]*x509svid.SVID{}
+	signed := map[string]*X509SVID{}
 	var failed []error
 	news := false
 	for i, s := range slots {
-		svid, err := (*x509svid.SVID)(nil), results[i].Err
+		svid, err := (*X509SVID)(nil), results[i].Err
 		if err == nil {
-			svid, err = verifySVID(s.id, results[i].Certificates, keys[i], bundle, now)
+			svid, err = keptSVID(s.id, results[i].Certificates, keys[i], bundle, now)
 		}
-		if err == nil && state.tainted(svid) {
+		if err == nil && state.taintedKey(svid.under) {
 			err = errTainted
 		}
 		if err != nil {
@@ -487,7 +526,7 @@ func (a *Agent) renew(ctx context.Context, slots []*slot) {
 			continue
 		}
 		signed[s.entryID] = svid
-		s.due, s.failures, s.ends = halfLife(svid, now), 0, svid.Certificates[0].NotAfter
+		s.due, s.failures, s.ends = halfTime(svid.NotAfter, now), 0, svid.NotAfter
 	}
 	if len(signed) > 0 {
 		a.change(func(state *State) *State { return state.withSVIDs(signed) })

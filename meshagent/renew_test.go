@@ -8,19 +8,19 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"reflect"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
-	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	"github.com/entente-mesh/entente/ca/client"
 	"github.com/entente-mesh/entente/internal/peer/peertest"
+	"github.com/entente-mesh/entente/meshagent/services"
 )
 
 var (
@@ -110,9 +110,11 @@ func entry(id, path string, revision uint64) *statev1.Entry {
 func newAgent(t *testing.T, ca *fakeCA) *Agent {
 	t.Helper()
 	a := &Agent{
-		cfg: &Config{Name: "h1", domain: bank, DataDir: t.TempDir()}, log: slog.New(slog.DiscardHandler),
+		cfg: &Config{Name: "h1", domain: bank, DataDir: t.TempDir()}, log: slog.New(slog.DiscardHandler), now: time.Now,
 		id: spiffeid.RequireFromPath(bank, "/entente/agent/h1"), key: peertest.NewKey(), signer: ca, known: &known{cluster: &statev1.Cluster{}}, jwts: newJWTs(),
+		instances: map[string]*services.Instance{},
 	}
+	a.registry = services.Open(nil, "", a.cfg.DataDir, a.log, func() {})
 	a.metrics = newMetrics(nil, a)
 	a.state.Store(&State{View: &client.View{}, changed: make(chan struct{}), reissued: make(chan struct{})})
 	return a
@@ -127,14 +129,14 @@ func hold(a *Agent, ca *fakeCA, entries ...*statev1.Entry) {
 	a.change(func(s *State) *State {
 		next := *s
 		next.Ready, next.Bundle, next.reissued = true, ca.authority.Bundle(), nil
-		next.Identities, next.svids = nil, map[string]*x509svid.SVID{}
+		next.Identities = nil
 		for _, e := range entries {
 			identity, err := next.identify(e, bank, "h1")
 			if err != nil {
 				panic(err)
 			}
-			if svid := s.svids[e.GetId()]; svid != nil && svid.ID == identity.ID {
-				identity.SVID, next.svids[e.GetId()] = svid, svid
+			if before, ok := s.Identity(e.GetId()); ok && before.ID == identity.ID {
+				identity.SVID = before.SVID
 			}
 			next.Identities = append(next.Identities, identity)
 		}
@@ -160,7 +162,11 @@ func serial(a *Agent, entryID string) string {
 	if !ok || identity.SVID == nil {
 		return ""
 	}
-	return identity.SVID.Certificates[0].SerialNumber.String()
+	svid, err := identity.SVID.Parsed()
+	if err != nil {
+		panic(err)
+	}
+	return svid.Certificates[0].SerialNumber.String()
 }
 
 // Every SVID is renewed at half of its life, give or take a tenth, each time with a new key;
@@ -385,6 +391,70 @@ func TestOwnSVIDIsRenewed(t *testing.T) {
 	})
 }
 
+// The host's clock is set, forward (or the host has slept) and back: what has ended by
+// the new time is renewed within moments, what was due is not forgotten, and what is good
+// by it stays in use.
+func TestClockIsSet(t *testing.T) {
+	for name, by := range map[string]time.Duration{"forward": 100 * time.Minute, "a little forward": 40 * time.Minute, "back": -100 * time.Minute} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				ca := newFakeCA(time.Hour)
+				ca.paths["service/a"] = "/a"
+				a := newAgent(t, ca)
+				var offset atomic.Int64
+				a.now = func() time.Time { return time.Now().Round(0).Add(time.Duration(offset.Load())) }
+				hold(a, ca, entry("service/a", "/a", 1))
+				own := issue(ca.authority, a.key.Public(), bank, "/entente/agent/h1", time.Hour)
+				svid, err := verifySVID(a.id, own, a.key, a.State().Bundle, time.Now())
+				if err != nil {
+					t.Fatal(err)
+				}
+				a.change(func(s *State) *State { next := *s; next.own = svid; return &next })
+				ca.paths[""] = "/entente/agent/h1"
+				defer background(t, a.keepEntries)()
+				defer background(t, func(ctx context.Context) error { return a.keepOwn(ctx, make(chan struct{})) })()
+				time.Sleep(time.Minute)
+				synctest.Wait()
+				if ca.count("service/a") != 1 || ca.count("") != 0 {
+					t.Fatalf("control: signed %d, %d", ca.count("service/a"), ca.count(""))
+				}
+				before := serial(a, "service/a")
+
+				offset.Store(int64(by))
+				ca.set(func() { ca.life += by }) // its clock is right, and ours is not
+				time.Sleep(lookAtClock + time.Second)
+				synctest.Wait()
+				switch {
+				case by > time.Hour:
+					if ca.count("service/a") == 1 || serial(a, "service/a") == before {
+						t.Errorf("signed %d after the end", ca.count("service/a"))
+					}
+				case by > 0: // more than half is over: it is due again when half of the rest is
+					if ca.count("service/a") != 1 || serial(a, "service/a") != before {
+						t.Errorf("signed %d, with minutes left", ca.count("service/a"))
+					}
+					time.Sleep(13 * time.Minute)
+					synctest.Wait()
+					if ca.count("service/a") == 1 || ca.count("") == 0 {
+						t.Errorf("signed %d, %d: by the new clock nothing is left to wait for", ca.count("service/a"), ca.count(""))
+					}
+				default:
+					if serial(a, "service/a") != before {
+						t.Error("what is good was replaced")
+					}
+					offset.Store(0) // and set right again
+					ca.set(func() { ca.life -= by })
+					time.Sleep(35 * time.Minute)
+					synctest.Wait()
+					if ca.count("service/a") == 1 || ca.count("") == 0 {
+						t.Errorf("signed %d, %d: it is never renewed", ca.count("service/a"), ca.count(""))
+					}
+				}
+			})
+		})
+	}
+}
+
 func TestPauses(t *testing.T) {
 	if got := retryAfter(1, time.Hour); got > retryFirst {
 		t.Errorf("the first pause is %v", got)
@@ -464,23 +534,5 @@ func TestView(t *testing.T) {
 	s.reissued = make(chan struct{})
 	if got, _, err := s.withView(&same, bank, "h1"); err != nil || got.reissued == nil || len(got.View.Instances) != 1 {
 		t.Errorf("instances: %v %v", got, err)
-	}
-}
-
-// A certificate that shares what it can says what it said before.
-func TestSharedCertificateIsTheSame(t *testing.T) {
-	authority := peertest.NewAuthority(spiffeid.RequireTrustDomainFromString("banking.example"))
-	svid := authority.Issue("/accounts")
-	before, err := x509.ParseCertificate(svid.Certificates[0].Raw)
-	if err != nil {
-		t.Fatal(err)
-	}
-	after, err := x509.ParseCertificate(svid.Certificates[0].Raw)
-	if err != nil {
-		t.Fatal(err)
-	}
-	share(after, authority.Bundle(), svid.PrivateKey)
-	if !reflect.DeepEqual(before, after) {
-		t.Errorf("before %+v\nafter %+v", before, after)
 	}
 }

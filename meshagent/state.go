@@ -1,15 +1,10 @@
 package meshagent
 
 import (
-	"bytes"
-	"crypto"
-	"crypto/x509"
-	"encoding/asn1"
 	"fmt"
 	"maps"
 	"slices"
 	"strings"
-	"time"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -19,7 +14,7 @@ import (
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/client"
 	"github.com/entente-mesh/entente/federation/bundle"
-	"github.com/entente-mesh/entente/internal/peer"
+	"github.com/entente-mesh/entente/meshagent/services"
 	"github.com/entente-mesh/entente/meshagent/workloadattest"
 )
 
@@ -39,15 +34,17 @@ type State struct {
 	JWT, WIT *TokenBundle
 	// Identities are the entries of this host, by entry id.
 	Identities []*Identity
+	// Services are those of this host that listen, by name.
+	Services []Service
 
 	foreignJWT, foreignWIT map[spiffeid.TrustDomain]*TokenBundle
-	witPeers               map[string]bool     // trust domains that WIT keys are exchanged with
-	wits                   map[string]*WITSVID // by entry id
+	witPeers               map[string]bool // trust domains that WIT keys are exchanged with
 
-	own      *x509svid.SVID            // the agent's; nil before attestation
-	svids    map[string]*x509svid.SVID // by entry id
-	underIDs []string                  // of all SVIDs here: key ids of their authorities, sorted
-	content  uint64                    // counts the states that differ in identities, SVIDs or bundles
+	registered *services.Snapshot // what Services were made with
+
+	own      *x509svid.SVID // the agent's; nil before attestation
+	underIDs []string       // of all SVIDs here: key ids of their authorities, sorted
+	content  uint64         // counts the states that differ in identities, SVIDs or bundles
 	changed  chan struct{}
 	reissued chan struct{} // nil in a state under construction: identities or bundles are other ones
 }
@@ -56,7 +53,7 @@ type State struct {
 type Identity struct {
 	Entry *statev1.Entry
 	ID    spiffeid.ID
-	SVID  *x509svid.SVID // nil until the CA has signed one
+	SVID  *X509SVID // nil until the CA has signed one
 	// Federated are the bundles of the foreign trust domains that the entry
 	// federates with by name (I6), by trust domain.
 	Federated []*x509bundle.Bundle
@@ -65,6 +62,8 @@ type Identity struct {
 	FederatedJWT, FederatedWIT []*TokenBundle
 	// WIT is nil until the CA has signed one, and while WIT-SVIDs are switched off.
 	WIT *WITSVID
+
+	selectors []ca.Selector // the entry's; none, or one of a later release: no process satisfies it
 }
 
 // Changed is closed when there is a newer state.
@@ -92,8 +91,9 @@ func (s *State) Service(name string) (*Identity, bool) { return s.Identity(ca.Se
 // of them, by entry id.
 func (s *State) IdentitiesOf(p *workloadattest.Process) []*Identity {
 	var entitled []*Identity
+	glance := p.Glance()
 	for _, identity := range s.Identities {
-		if p.Satisfies(identity.Entry.GetSelectors()) == nil {
+		if glance.Satisfies(identity.selectors) == nil {
 			entitled = append(entitled, identity)
 		}
 	}
@@ -152,9 +152,7 @@ func (s *State) withView(view *client.View, domain spiffeid.TrustDomain, agent s
 		}
 	}
 
-	next.Identities = nil
-	next.svids = map[string]*x509svid.SVID{}
-	next.wits = map[string]*WITSVID{}
+	next.Identities = make([]*Identity, 0, len(view.Entries))
 	next.witPeers = witPeers(view)
 	for _, entry := range view.Entries {
 		identity, err := next.identify(entry, domain, agent)
@@ -163,13 +161,8 @@ func (s *State) withView(view *client.View, domain spiffeid.TrustDomain, agent s
 			continue
 		}
 		// An SVID of a former path of the entry is not one of this identity.
-		if svid := s.svids[entry.GetId()]; svid != nil && svid.ID == identity.ID {
-			identity.SVID = svid
-			next.svids[entry.GetId()] = svid
-		}
-		if wit := s.wits[entry.GetId()]; wit != nil && wit.ID == identity.ID {
-			identity.WIT = wit
-			next.wits[entry.GetId()] = wit
+		if before, ok := s.Identity(entry.GetId()); ok && before.ID == identity.ID {
+			identity.SVID, identity.WIT = before.SVID, before.WIT
 		}
 		next.Identities = append(next.Identities, identity)
 	}
@@ -190,6 +183,9 @@ func (s *State) identify(entry *statev1.Entry, domain spiffeid.TrustDomain, agen
 		return nil, fmt.Errorf("the CA sent entry %q with the reserved path %s: left out", entry.GetId(), entry.GetPath())
 	}
 	identity := &Identity{Entry: entry, ID: id}
+	if selectors, err := workloadattest.Parse(entry.GetSelectors()); err == nil {
+		identity.selectors = selectors
+	}
 	for _, name := range slices.Sorted(slices.Values(entry.GetFederatesWith())) {
 		if td, err := spiffeid.TrustDomainFromString(name); err == nil && s.Foreign[td] != nil {
 			identity.Federated = append(identity.Federated, s.Foreign[td])
@@ -204,10 +200,9 @@ func (s *State) identify(entry *statev1.Entry, domain spiffeid.TrustDomain, agen
 
 // withSVIDs makes the state that follows when SVIDs were signed. One of an entry
 // that is gone meanwhile is dropped.
-func (s *State) withSVIDs(signed map[string]*x509svid.SVID) *State {
+func (s *State) withSVIDs(signed map[string]*X509SVID) *State {
 	next := *s
 	next.reissued = nil
-	next.svids = maps.Clone(s.svids)
 	next.Identities = slices.Clone(s.Identities)
 	for i, identity := range s.Identities {
 		svid := signed[identity.Entry.GetId()]
@@ -217,7 +212,6 @@ func (s *State) withSVIDs(signed map[string]*x509svid.SVID) *State {
 		renewed := *identity
 		renewed.SVID = svid
 		next.Identities[i] = &renewed
-		next.svids[identity.Entry.GetId()] = svid
 	}
 	return &next
 }
@@ -229,17 +223,19 @@ func (s *State) under() []string {
 	if s.own != nil {
 		set[ca.SignedUnder(s.own.Certificates[0])] = struct{}{}
 	}
-	for _, svid := range s.svids {
-		set[ca.SignedUnder(svid.Certificates[0])] = struct{}{}
-	}
-	for _, wit := range s.wits {
-		set[ca.AuthorityKeyID(wit.keyID)] = struct{}{}
+	for _, identity := range s.Identities {
+		if identity.SVID != nil {
+			set[identity.SVID.under] = struct{}{}
+		}
+		if identity.WIT != nil {
+			set[ca.AuthorityKeyID(identity.WIT.keyID)] = struct{}{}
+		}
 	}
 	return slices.Sorted(maps.Keys(set))
 }
 
-// tainted tells whether an SVID is to be issued anew, for what signed it is not trusted
-// for much longer.
+// tainted tells whether the agent's own SVID is to be issued anew, for what signed it is
+// not trusted for much longer.
 func (s *State) tainted(svid *x509svid.SVID) bool {
 	return svid != nil && len(s.View.Tainted) > 0 && s.taintedKey(ca.SignedUnder(svid.Certificates[0]))
 }
@@ -269,53 +265,4 @@ func readBundle(td spiffeid.TrustDomain, jwks []byte) (*x509bundle.Bundle, error
 		return nil, err
 	}
 	return b.X509Bundle(), nil
-}
-
-// verifySVID makes an SVID of what a CA signed, and refuses it when it is not what
-// was asked for: for this identity, for this key, and under the own bundle.
-func verifySVID(want spiffeid.ID, certificates [][]byte, key crypto.Signer, own x509bundle.Source, now time.Time) (*x509svid.SVID, error) {
-	chain := make([]*x509.Certificate, len(certificates))
-	for i, der := range certificates {
-		cert, err := x509.ParseCertificate(der)
-		if err != nil {
-			return nil, fmt.Errorf("the CA's certificate for %s cannot be read: %w", want, err)
-		}
-		chain[i] = cert
-	}
-	id, err := peer.Verify(chain, own, now)
-	if err != nil {
-		return nil, fmt.Errorf("the CA's certificate for %s does not verify: %w", want, err)
-	}
-	if id != want {
-		return nil, fmt.Errorf("the CA's certificate for %s is for %s", want, id)
-	}
-	if public, ok := key.Public().(interface{ Equal(crypto.PublicKey) bool }); !ok || !public.Equal(chain[0].PublicKey) {
-		return nil, fmt.Errorf("the CA's certificate for %s is for another key", want)
-	}
-	if bundle, err := own.GetX509BundleForTrustDomain(id.TrustDomain()); err == nil {
-		share(chain[0], bundle, key)
-	}
-	return &x509svid.SVID{ID: id, Certificates: chain, PrivateKey: key}, nil
-}
-
-// extensionIDs are those of the extensions of our leaves.
-var extensionIDs = []asn1.ObjectIdentifier{{2, 5, 29, 15}, {2, 5, 29, 37}, {2, 5, 29, 19}, {2, 5, 29, 35}, {2, 5, 29, 17}, ca.OriginOID}
-
-// share has a parsed leaf refer to what is held anyway in the place of copies of its own:
-// its key, its authority's name, the names of extensions. It says the same as before. A
-// host with thousands of SVIDs needs a fifth less for them.
-func share(leaf *x509.Certificate, bundle *x509bundle.Bundle, key crypto.Signer) {
-	leaf.PublicKey = key.Public()
-	for _, authority := range bundle.X509Authorities() {
-		if bytes.Equal(authority.RawSubject, leaf.RawIssuer) {
-			leaf.Issuer = authority.Subject
-		}
-	}
-	for i, extension := range leaf.Extensions {
-		for _, id := range extensionIDs {
-			if extension.Id.Equal(id) {
-				leaf.Extensions[i].Id = id
-			}
-		}
-	}
 }

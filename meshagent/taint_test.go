@@ -9,7 +9,6 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
-	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/internal/peer/peertest"
@@ -46,7 +45,7 @@ func TestTaintedIsReissued(t *testing.T) {
 		both := x509bundle.FromX509Authorities(bank, append(old.Bundle().X509Authorities(), next.Bundle().X509Authorities()...))
 		a.change(func(s *State) *State {
 			state := *s
-			state.Ready, state.Bundle, state.reissued, state.svids = true, both, nil, map[string]*x509svid.SVID{}
+			state.Ready, state.Bundle, state.reissued = true, both, nil
 			for _, id := range ids {
 				identity, err := state.identify(entry(id, "/"+id, 1), bank, "h1")
 				if err != nil {

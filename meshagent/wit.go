@@ -5,7 +5,6 @@ import (
 	"crypto"
 	"errors"
 	"fmt"
-	"maps"
 	"slices"
 	"time"
 
@@ -56,7 +55,7 @@ func (a *Agent) renewWITs(ctx context.Context, slots []*slot) {
 	if ctx.Err() != nil {
 		return
 	}
-	now := time.Now()
+	now := a.now()
 	state := a.State()
 	signed := map[string]*WITSVID{}
 	var failed []error
@@ -111,8 +110,6 @@ func verifyWIT(want spiffeid.ID, token string, key crypto.Signer, own *TokenBund
 func (s *State) withWITs(signed map[string]*WITSVID) *State {
 	next := *s
 	next.reissued = nil
-	next.wits = map[string]*WITSVID{}
-	maps.Copy(next.wits, s.wits)
 	next.Identities = slices.Clone(s.Identities)
 	for i, identity := range s.Identities {
 		wit := signed[identity.Entry.GetId()]
@@ -122,7 +119,6 @@ func (s *State) withWITs(signed map[string]*WITSVID) *State {
 		renewed := *identity
 		renewed.WIT = wit
 		next.Identities[i] = &renewed
-		next.wits[identity.Entry.GetId()] = wit
 	}
 	return &next
 }

@@ -60,13 +60,14 @@ eastwest-gateway:        ca/client
 eastwest-gateway/edge:   internal/yamlfile internal/refusal
 
 meshagent:               ca ca/client ca/keystore federation/bundle
-                         meshagent/nodeattest meshagent/workloadattest
+                         meshagent/nodeattest meshagent/services meshagent/workloadattest
                          internal/peer internal/jwtsvid internal/daemon internal/yamlfile
 meshagent/nodeattest:    ca ca/client internal/daemon
 meshagent/workloadattest: ca
+meshagent/services:      ca internal/daemon internal/yamlfile
 meshagent/workloadapi:   meshagent meshagent/workloadattest federation/bundle internal/daemon internal/jwtsvid
 meshagent/sds:           meshagent meshagent/workloadattest
-meshagent/admin:         meshagent meshagent/workloadattest internal/daemon
+meshagent/admin:         meshagent meshagent/services meshagent/workloadattest internal/daemon
 meshagent/names:         internal/daemon
 meshagent/files:         meshagent federation/bundle internal/daemon
 meshagent/sidecar:       internal/dataplane internal/daemon federation/catalog federation/origin internal/peer internal/refusal

@@ -486,7 +486,7 @@ func (p *plan) addServices(td *TrustDomain, dc string) {
 			}
 			u = p.add(td, dc, kindService, name)
 			u.link = p.link(td, s)
-			u.args = []string{"service"}
+			u.args = []string{"demo-service"}
 			configs[u] = &platform.Config{Datacenter: dc, Control: u.socket, WorkloadAPI: p.find(kindAgent, td.Name, dc).socket}
 			if !s.Alone {
 				rest = u

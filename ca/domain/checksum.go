@@ -100,7 +100,7 @@ func (e *encoder) yes(b bool) {
 }
 
 // level stands at the end of a record; one that has none is encoded as before there were
-// levels.
+// levels. What else came later and is rarely set is written in the same way.
 func (e *encoder) level(n uint32) {
 	if n != 0 {
 		e.kind('L')
@@ -248,6 +248,11 @@ func (e *encoder) record(record any) {
 		e.text(r.GetOwner())
 		e.number(r.GetRevision())
 		e.text(r.GetSource())
+		e.level(uint32(r.GetService().GetProtocol()))
+		if i := r.GetImport(); i.GetPort() != 0 || i.GetProtocol() != 0 {
+			e.number(uint64(i.GetPort()))
+			e.number(uint64(i.GetProtocol()))
+		}
 	case *statev1.Staged:
 		e.kind('P')
 		e.bytes(r.GetId())

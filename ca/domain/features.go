@@ -17,7 +17,8 @@ import (
 //	1  everything before levels
 //	2  StageObjects, ApplyStaged
 //	3  MergeBans; administrators: Command.principal, RoleBinding; hosts: AdmitAgent, selectors, scope
-const FeatureLevel = 3
+//	4  Service.protocol, Import.port, Import.protocol
+const FeatureLevel = 4
 
 // levelOf is the first level that carries a command out.
 func levelOf(cmd *statev1.Command) uint32 {
@@ -48,8 +49,13 @@ func levelOf(cmd *statev1.Command) uint32 {
 }
 
 func levelOfObjects(c *statev1.ApplyObjects, least uint32) uint32 {
-	if slices.ContainsFunc(c.GetUpserts(), func(o *statev1.Object) bool { return o.GetRoleBinding() != nil }) {
-		return 3
+	for _, o := range c.GetUpserts() {
+		switch {
+		case o.GetService().GetProtocol() != 0 || o.GetImport().GetPort() != 0 || o.GetImport().GetProtocol() != 0:
+			return 4
+		case o.GetRoleBinding() != nil:
+			least = 3
+		}
 	}
 	return least
 }

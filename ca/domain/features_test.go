@@ -118,6 +118,28 @@ func TestStagedChange(t *testing.T) {
 	}
 }
 
+// What a member of before would not count in its checksum waits until none is left.
+func TestProtocolNeedsItsLevel(t *testing.T) {
+	tcp := service("store", "h1")
+	tcp.GetService().Protocol = statev1.Protocol_PROTOCOL_TCP
+	imported := func(port uint32) *statev1.Object {
+		return &statev1.Object{Kind: &statev1.Object_Import{Import: &statev1.Import{Service: "store.trading.example", Port: port}}}
+	}
+	for _, test := range []struct {
+		cmd  *statev1.Command
+		want uint32
+	}{
+		{objects(service("store", "h1"), imported(0)), 1},
+		{objects(service("store", "h1"), tcp), 4},
+		{objects(imported(5432)), 4},
+		{stage(1, 0, tcp), 4},
+	} {
+		if got := levelOf(test.cmd); got != test.want {
+			t.Errorf("level %d, not %d: %v", got, test.want, test.cmd)
+		}
+	}
+}
+
 func TestStagingIsBounded(t *testing.T) {
 	w := newWorld(t)
 	w.must(level("n1", 2))

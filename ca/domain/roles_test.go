@@ -296,11 +296,6 @@ func TestHostsHoldWhatTheyAreEntitledTo(t *testing.T) {
 func TestACertificateAdmitsOneAgent(t *testing.T) {
 	w := newWorld(t)
 	w.must(level("n1", 3))
-	admit := func(name, key, certificate string) *statev1.Command {
-		return &statev1.Command{Body: &statev1.Command_AdmitAgent{AdmitAgent: &statev1.AdmitAgent{Agent: &statev1.Agent{
-			Name: name, KeyId: keyID(key), Datacenter: "dc1", Addresses: []string{"h1.example"}, Certificate: keyID(certificate), Selectors: []string{"x509pop:subject:cn:" + name},
-		}}}}
-	}
 	w.must(admit("h1", "k1", "c1"))
 	w.unchanged(admit("h1", "k1", "c1"))
 	w.refused(admit("h1", "k2", "c1"), CodeExists) // who copied the certificate's key

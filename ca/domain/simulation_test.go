@@ -7,8 +7,12 @@ import (
 	"math/rand/v2"
 	"os"
 	"reflect"
+	"runtime"
+	"runtime/debug"
 	"slices"
 	"strconv"
+	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -16,180 +20,269 @@ import (
 	"pgregory.net/rapid"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	"github.com/entente-mesh/entente/ca"
+	"github.com/entente-mesh/entente/ca/domain/domaintest"
 )
 
 // choose gives a number from 0 below n.
 type choose func(n int) int
 
-// random is a command that may or may not make sense now. Names are few, so that
+// random is a command that may or may not make sense now: one of the kinds in the mix,
+// of which all together make every command that there is. Names are few, so that
 // commands meet.
-func (w *world) random(choose choose) *statev1.Command {
+func (w *world) random(choose choose, mix []int, few int) *statev1.Command {
 	s := w.s
-	name := func(prefix string, n int) string { return prefix + strconv.Itoa(1+choose(n)) }
-	tokenID := name("t", 12)
+	name := func(prefix string, n int) string { return prefix + strconv.Itoa(1+choose(min(n, few))) }
+	tokenID := func() string {
+		if all := s.tokens.sorted(); len(all) > 0 && choose(3) > 0 {
+			return all[choose(len(all))].GetId()
+		}
+		return name("t", 12)
+	}
 	authority := func() string {
 		if all := s.Authorities(); len(all) > 0 && choose(20) > 0 {
 			return all[choose(len(all))].GetId()
 		}
 		return keyID("none")
 	}
-	var cmd *statev1.Command
-	switch choose(23) {
-	case 0, 1:
-		cmd = tick(s.Now().Add(time.Duration(choose(3600)-600)*time.Second), s.Now().Add(time.Minute))
+	peer := func() string { return name("p", 3) + ".example" }
+	life := func() time.Duration { return time.Duration(1+choose(7200)) * time.Second }
+	ifRevision := func(cmd *statev1.Command) *statev1.Command {
+		if choose(5) == 0 {
+			cmd.IfRevision = s.CatalogueRevision() - uint64(choose(2))
+		}
+		return cmd
+	}
+	switch mix[choose(len(mix))] {
+	case 0:
 		if choose(40) == 0 {
-			cmd = tick(s.Now().Add(40 * time.Hour))
+			return tick(s.Now().Add(40 * time.Hour))
 		}
-	case 2:
-		cmd = w.agentToken(tokenID, name("h", 4), time.Duration(1+choose(7200))*time.Second)
-	case 3:
-		cmd = w.nodeToken(tokenID, name("n", 4), time.Duration(1+choose(7200))*time.Second)
-		cmd.GetCreateToken().GetToken().GetNode().Voter = choose(3) > 0
-	case 4, 5:
-		cmd = w.attest(tokenID, keyID(name("agent", 6)))
-	case 6:
-		cmd = w.join(tokenID, name("n", 4))
-	case 7:
-		cmd = remove(name("n", 4), choose(3) == 0)
-		if choose(2) > 0 {
-			m := member(name("n", 4))
-			cmd = &statev1.Command{Body: &statev1.Command_UpdateMember{UpdateMember: &statev1.UpdateMember{
-				Id: m.GetId(), RaftAddress: fmt.Sprintf("127.2.0.1:%d", 1+choose(4)), ApiAddress: m.GetApiAddress(),
-				FeatureLevel: uint32(choose(FeatureLevel + 3)),
-			}}}
-		}
-	case 8:
-		a := w.authority(name("n", 4), name("k", 40))
+		return tick(s.Now().Add(time.Duration(choose(3600)-600)*time.Second), s.Now().Add(time.Minute))
+	case 1:
+		cmd := w.agentToken(name("t", 12), name("h", 4), life())
 		if choose(4) == 0 {
-			a.Use, a.Certificate = statev1.KeyUse_KEY_USE_JWT, nil
+			grant := cmd.GetCreateToken().GetToken().GetAgent()
+			grant.Selectors, grant.PathPrefixes = []string{"token:rack:" + name("r", 2)}, []string{"/" + name("s", 9)}
 		}
-		cmd = prepare(a)
+		return cmd
+	case 2:
+		cmd := w.nodeToken(name("t", 12), name("n", 4), life())
+		grant := cmd.GetCreateToken().GetToken().GetNode()
+		grant.Voter, grant.Signing = choose(3) > 0, choose(6) > 0
+		return cmd
+	case 3:
+		return w.attest(tokenID(), keyID(name("agent", 6)))
+	case 4:
+		cmd := w.join(tokenID(), name("n", 4))
+		cmd.GetJoinMember().GetMember().FeatureLevel = uint32(choose(FeatureLevel + 2))
+		return cmd
+	case 5:
+		return remove(name("n", 4), choose(3) == 0)
+	case 6:
+		if choose(2) == 0 {
+			return level(name("n", 4), uint32(choose(FeatureLevel+3)))
+		}
+		m := member(name("n", 4))
+		return &statev1.Command{Body: &statev1.Command_UpdateMember{UpdateMember: &statev1.UpdateMember{
+			Id: m.GetId(), RaftAddress: fmt.Sprintf("127.2.0.1:%d", 1+choose(4)), ApiAddress: m.GetApiAddress(),
+		}}}
+	case 7:
+		return promote(name("n", 4))
+	case 8:
+		return domaintest.Prepare(s.Cluster(), w.randomAuthority(choose, name("n", 4), name("k", 40)))
 	case 9:
-		cmd = ready(authority())
+		cmd := ready(authority())
+		if choose(4) == 0 {
+			cmd.GetAuthorityReady().Assumed = []string{"somebody"}
+		}
+		return cmd
 	case 10:
-		cmd = activate(authority())
-	case 11, 12:
+		return activate(authority())
+	case 11:
+		return taint(authority())
+	case 12:
+		return drained(authority(), "somebody")
+	case 13:
+		return revoke(authority(), choose(3) == 0)
+	case 14:
 		o := service(name("s", 5), name("h", 4), name("h", 4))
 		o.GetService().X509SvidSeconds = uint32(choose(3)) * 30
 		if choose(3) == 0 {
-			o.GetService().ExportTo = []string{name("p", 3) + ".example"}
+			o.GetService().ExportTo = []string{peer()}
 		}
-		cmd = objects(o)
+		cmd := objects(o)
 		if n := choose(4); n > 0 {
 			cmd.GetApplyObjects().Upserts = append(cmd.GetApplyObjects().Upserts, gateway(name("gw-", 2), n, name("h", 4)))
 		}
-		if choose(4) == 0 {
-			cmd.IfRevision = s.CatalogueRevision() - uint64(choose(2))
-		}
-	case 13:
-		cmd = objects(relationship(name("p", 3) + ".example"))
-	case 14:
-		cmd = deletes([]string{"Service/" + name("s", 5), "Gateway/" + name("gw-", 2), "Relationship/" + name("p", 3) + ".example"}[choose(3)])
+		return ifRevision(cmd)
 	case 15:
-		td := name("p", 3) + ".example"
-		have, _ := s.ForeignBundle(td)
-		cmd = foreign(td, fmt.Sprint(choose(3)), max(have.GetSequence(), 2)+2-uint64(choose(5)))
+		return ifRevision(objects(relationship(peer())))
+	case 16:
+		o := agreement(name("a", 3), &statev1.Allow{Callers: []string{"portfolio"}, Service: name("s", 5)}, knownGateway)
+		o.GetAgreement().Peer = peer()
+		if choose(3) == 0 {
+			o = &statev1.Object{Kind: &statev1.Object_Import{Import: &statev1.Import{Service: "accounts." + peer()}}}
+		}
+		return objects(o)
 	case 17:
-		switch id := authority(); choose(5) {
-		case 0, 1:
-			cmd = taint(id)
-		case 2:
-			cmd = drained(id, "somebody")
-		default:
-			cmd = revoke(id, choose(3) == 0)
+		role := []statev1.AdminRole{viewer, serviceOwner, apiOwner, trustAdmin}[choose(4)]
+		o := binding(name("b", 3), role, "/"+name("s", 5))
+		if choose(2) == 0 {
+			o.GetRoleBinding().Prefixes = []string{"/" + name("s", 9)}
 		}
+		return ifRevision(objects(o))
 	case 18:
-		cmd = ban(name("h", 4))
-		if choose(4) == 0 {
-			cmd = evict(name("h", 4))
-		}
-		if choose(4) == 0 { // what some node remembers, true or not
-			who := &statev1.Agent{Name: name("h", 4), Datacenter: "dc1", KeyId: keyID(name("a", 9)), Generation: uint64(choose(int(s.Applied()) + 3))}
-			if have, ok := s.Agent(who.GetName()); ok && choose(2) == 0 {
-				who = have
-			}
-			cmd = mergeBans(choose(3) == 0, who)
-		}
+		return deletes([]string{"Service/" + name("s", 5), "Gateway/" + name("gw-", 2), "Relationship/" + peer(),
+			"Agreement/" + name("a", 3), "Import/accounts." + peer(), "RoleBinding/" + name("b", 3)}[choose(6)])
 	case 19:
-		cmd = revokeToken(tokenID)
+		cmd := stage(choose(3), uint32(choose(2)), service(name("s", 5), name("h", 4)))
+		if choose(3) == 0 {
+			cmd.GetStageObjects().GetObjects().Deletes = deletes("Gateway/" + name("gw-", 2)).GetApplyObjects().GetDeletes()
+		}
+		return cmd
 	case 20:
+		return ifRevision(applyStaged(choose(3), uint32(choose(3))))
+	case 21:
+		td := peer()
+		have, _ := s.ForeignBundle(td)
+		return foreign(td, fmt.Sprint(choose(3)), max(have.GetSequence(), 2)+2-uint64(choose(5)))
+	case 22:
+		return ban(name("h", 4))
+	case 23:
+		return evict(name("h", 4))
+	case 24: // what some node remembers, true or not
+		who := &statev1.Agent{Name: name("h", 4), Datacenter: "dc1", KeyId: keyID(name("a", 9)), Generation: uint64(choose(int(s.Applied()) + 3))}
+		if have, ok := s.Agent(who.GetName()); ok && choose(2) == 0 {
+			who = have
+		}
+		return mergeBans(choose(3) == 0, who)
+	case 25:
+		return admit(name("h", 4), name("agent", 6), name("c", 4))
+	case 26:
+		return revokeToken(tokenID())
+	case 27:
 		e := entry(name("e", 4), "/"+name("s", 9), name("h", 4), name("h", 4))
+		if choose(3) == 0 {
+			e.NodeSelectors = []string{"x509pop:subject:cn:" + name("h", 4)}
+		}
 		have, _ := s.Entry(e.GetId())
 		switch choose(6) {
 		case 0:
-			cmd = entries(deleteEntry(e.GetId()))
+			return entries(deleteEntry(e.GetId()))
 		case 1, 2:
-			cmd = entries(update(e, have.GetRevision()-uint64(choose(2)))) // 0-1 wraps: a revision that nothing has
+			return entries(update(e, have.GetRevision()-uint64(choose(2)))) // 0-1 wraps: a revision that nothing has
 		case 3:
-			cmd = entries(create(e), create(entry(name("e", 4), "/job", name("h", 4))))
-		default:
-			cmd = entries(create(e))
+			return entries(create(e), create(entry(name("e", 4), "/job", name("h", 4))))
 		}
-	case 21:
-		cmd = stage(choose(3), uint32(choose(2)), service(name("s", 5), name("h", 4)))
-	case 22:
-		cmd = applyStaged(choose(3), uint32(choose(3)))
-		if choose(4) == 0 {
-			cmd.IfRevision = s.CatalogueRevision() - uint64(choose(2))
+		return entries(create(e))
+	case 28:
+		return &statev1.Command{Body: &statev1.Command_Checksum{Checksum: &statev1.Checksum{AtIndex: s.Applied(), Format: ChecksumFormat, Sum: s.Checksum()}}}
+	case 29:
+		if choose(4) > 0 {
+			return &statev1.Command{Ignorable: true} // of a later release
 		}
-	case 16:
-		cmd = &statev1.Command{Body: &statev1.Command_Checksum{Checksum: &statev1.Checksum{AtIndex: s.Applied(), Format: ChecksumFormat, Sum: s.Checksum()}}}
+		return w.initCommand()
 	}
-	return cmd
+	panic("no such kind")
 }
 
-// run drives a state by random commands, a second replica beside it, and restarts
-// that one from snapshots.
-func (w *world) run(steps int, choose choose) (done map[string]int) {
-	done = map[string]int{}
+// kinds is how many kinds of commands there are in random.
+const kinds = 30
+
+func (w *world) randomAuthority(choose choose, memberName, key string) *statev1.Authority {
+	use := []statev1.KeyUse{statev1.KeyUse_KEY_USE_X509, statev1.KeyUse_KEY_USE_X509, statev1.KeyUse_KEY_USE_JWT, statev1.KeyUse_KEY_USE_WIT}[choose(4)]
+	a := domaintest.Authority(memberName, key, "banking.example", use, w.s.Now(), 48*time.Hour)
+	if use == statev1.KeyUse_KEY_USE_X509 && choose(4) == 0 {
+		a.Upstream, a.UpstreamNotAfter = []byte("root"), a.GetNotAfter()+int64(choose(4)-1)
+	}
+	return a
+}
+
+// tally counts commands by what became of them, as in "ban_agent done".
+type tally map[string]int
+
+func (n tally) count(cmd *statev1.Command, out Outcome) {
+	name := "nothing"
+	if body := cmd.ProtoReflect().WhichOneof(bodies); body != nil {
+		name = string(body.Name())
+	}
+	result := "done"
+	if out.Refused != nil {
+		result = out.Refused.Code
+		n[name+" refused"]++
+	}
+	n[name+" "+result]++
+}
+
+var bodies = (*statev1.Command)(nil).ProtoReflect().Descriptor().Oneofs().ByName("body")
+
+// run drives a state by random commands, and a second replica beside it, which it
+// restarts from snapshots. Now and then the survivor of a lost quorum begins a new epoch.
+func (w *world) run(steps int, choose choose) tally {
+	done := tally{}
+	w.s, w.index = New(), 0
 	replica := New()
-	var log []*statev1.Command
 	var kept *Snapshot
 	var keptBytes []byte
-	replay := func() {
-		for _, cmd := range log {
-			if out := replica.Apply(w.index-uint64(len(log))+1, reencode(w.t, cmd)); out.Fatal != nil || out.Diverged {
-				w.t.Fatalf("the replica: %+v", out)
-			}
-			log = log[1:]
+	var last *statev1.Command // a token's, whose answer the proposer may not hear
+	before := w.look()
+	step := func(cmd *statev1.Command) {
+		w.t.Helper()
+		if w.index < 3 || choose(6) > 0 {
+			w.index++ // or it is in one entry of the log with the command before
 		}
-		if !bytes.Equal(replica.Checksum(), w.s.Checksum()) {
-			w.t.Fatalf("index %d: the replica has another checksum", w.index)
+		repeated := cmd == last
+		out := w.carryOut(w.s, cmd)
+		after := w.look()
+		w.check(before, after, cmd, out)
+		if out.Diverged {
+			w.t.Fatalf("index %d: it diverged from itself", w.index)
+		}
+		if repeated && (out.Refused != nil || len(out.Changes) != 0 || after.sum != before.sum) {
+			w.t.Fatalf("index %d: %T repeated: %v, changed %v", w.index, cmd.GetBody(), out.Refused, out.Changes)
+		}
+		if other := w.carryOut(replica, cmd); !reflect.DeepEqual(other, out) || !bytes.Equal(replica.Checksum(), w.s.Checksum()) {
+			w.t.Fatalf("index %d, %T: the replica is another: %+v, not %+v", w.index, cmd.GetBody(), other, out)
+		}
+		before = after
+		if last = nil; out.Refused == nil && (cmd.GetAttestAgent() != nil || cmd.GetJoinMember() != nil) {
+			last = cmd
+		}
+		if !repeated {
+			done.count(cmd, out)
 		}
 	}
-	replica.Apply(1, w.initCommand())
-	replica.Apply(2, tick(epochTime))
-	var last *statev1.Command
+	init := w.initCommand()
+	init.GetInit().GetCluster().RecoveryKey = recoveryKey.PublicKey()
+	step(init)
+	step(tick(epochTime))
+	few := []int{1, 2, 3, 12}[choose(4)]
+	if choose(3) > 0 {
+		step(level("n1", FeatureLevel))
+	}
+	var mix []int // a run that does everything seldom comes far with anything
+	for kind := range kinds {
+		if choose(3) > 0 {
+			mix = append(mix, kind)
+		}
+	}
+	if len(mix) == 0 || choose(4) == 0 {
+		mix = everyKind
+	}
 	for range steps {
-		cmd := w.random(choose)
+		cmd := w.random(choose, mix, few)
+		if choose(6) == 0 {
+			cmd.Principal = "/s" + strconv.Itoa(1+choose(5))
+		}
 		if last != nil && choose(5) == 0 {
-			cmd = last // the proposer did not hear the answer
+			cmd = last
 		}
-		tokenCommand := cmd.GetAttestAgent() != nil || cmd.GetJoinMember() != nil
-		if last == cmd && tokenCommand {
-			w.unchanged(cmd)
-		} else {
-			out := w.apply(cmd)
-			if out.Diverged {
-				w.t.Fatal("diverged from itself")
-			}
-			result := "done"
-			if out.Refused != nil {
-				result = out.Refused.Code
-			}
-			done[fmt.Sprintf("%T %s", cmd.GetBody(), result)]++
-			if last = nil; out.Refused == nil && tokenCommand {
-				last = cmd
-			}
-		}
-		log = append(log, cmd)
-		switch choose(25) {
-		case 0:
-			replay()
-		case 1: // the replica restarts from the other's snapshot
-			log = nil
+		step(cmd)
+		switch choose(80) {
+		case 0, 1: // the replica restarts from the other's snapshot
 			replica = w.restored()
-		case 2: // a snapshot does not move with the state
+		case 2, 3: // a snapshot does not move with the state
 			if kept != nil {
 				var b bytes.Buffer
 				if _, err := kept.WriteTo(&b); err != nil || !bytes.Equal(b.Bytes(), keptBytes) {
@@ -200,10 +293,50 @@ func (w *world) run(steps int, choose choose) (done map[string]int) {
 			kept = w.s.Snapshot()
 			kept.WriteTo(&b)
 			keptBytes = b.Bytes()
+		case 4:
+			if w.s.Cluster().GetEpoch() < ca.MaxEpoch {
+				w.recover(replica, choose)
+				before, last = w.look(), nil
+				done["recovered"]++
+			}
 		}
 	}
-	replay()
+	w.restored()
 	return done
+}
+
+var everyKind = func() (all []int) {
+	for kind := range kinds {
+		all = append(all, kind)
+	}
+	return all
+}()
+
+// recover begins a new epoch with one of the members, in both replicas alike.
+func (w *world) recover(replica *State, choose choose) {
+	w.t.Helper()
+	s, was := w.s, w.s.scalars
+	members := s.Members()
+	survivor := proto.CloneOf(members[choose(len(members))])
+	survivor.Voter = true
+	recovery, err := recoveryKey.Sign(&statev1.RecoveryStatement{
+		ClusterId: clusterID, Epoch: s.Cluster().GetEpoch() + 1, RecoveryId: make([]byte, ca.RecoveryIDSize), MemberId: survivor.GetId(),
+	})
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	w.index++
+	for _, state := range []*State{s, replica} {
+		if err := state.Recover(w.index, proto.CloneOf(survivor), proto.CloneOf(recovery)); err != nil {
+			w.t.Fatalf("index %d: %v", w.index, err)
+		}
+	}
+	if s.revision <= was.revision || s.bundle <= was.bundle || s.catalogue <= was.catalogue || s.now != was.now || len(s.Members()) != 1 || len(s.Tokens()) != 0 {
+		w.t.Fatalf("index %d: recovered from %+v to %+v", w.index, was, s.scalars)
+	}
+	if w.look().computed != s.sum || !bytes.Equal(s.Checksum(), replica.Checksum()) {
+		w.t.Fatalf("index %d: recovered replicas differ", w.index)
+	}
 }
 
 // restored is the state after a snapshot and back, compared.
@@ -226,7 +359,7 @@ func (w *world) restored() *State {
 	if !bytes.Equal(restored.Checksum(), w.s.Checksum()) || restored.Applied() != w.s.Applied() || !restored.Now().Equal(w.s.Now()) {
 		w.t.Fatal("a restored state has another checksum")
 	}
-	if restored.TrustDomain() != w.s.TrustDomain() || restored.Lifetimes() != w.s.Lifetimes() || !maps.Equal(restored.agentByKey, w.s.agentByKey) {
+	if restored.TrustDomain() != w.s.TrustDomain() || restored.Lifetimes() != w.s.Lifetimes() || !maps.Equal(restored.agentByKey, w.s.agentByKey) || restored.stagedBytes != w.s.stagedBytes {
 		w.t.Fatal("what a restored state derives differs")
 	}
 	if len(restored.entries.onHost) != len(w.s.entries.onHost) || !maps.Equal(restored.entries.lives, w.s.entries.lives) {
@@ -250,50 +383,233 @@ func (w *world) restored() *State {
 	return restored
 }
 
-// TestSimulation replays from its seed. ENTENTE_SEED=N runs one seed, ENTENTE_SEEDS=N
-// that many.
+// verdict makes the first failure of a run a value.
+type verdict struct{ testing.TB }
+
+type fault string
+
+func (v verdict) Fatal(args ...any)                 { panic(fault(fmt.Sprint(args...))) }
+func (v verdict) Fatalf(format string, args ...any) { panic(fault(fmt.Sprintf(format, args...))) }
+
+// simulate is one run, and what was wrong with it.
+func simulate(t testing.TB, seed, steps int, machine machine) (done tally, found error) {
+	defer func() {
+		if r := recover(); r != nil {
+			found = fmt.Errorf("%v", r)
+			if _, ok := r.(fault); !ok {
+				found = fmt.Errorf("panic: %v\n%s", r, debug.Stack())
+			}
+		}
+	}()
+	w := &world{t: verdict{t}, seeds: map[string][]byte{}, machine: machine}
+	return w.run(steps, rand.New(rand.NewPCG(uint64(seed), 0)).IntN), nil
+}
+
+// A run is short, so that there are thousands, or long, so that a state grows old.
+const (
+	shortRun = 30
+	longRun  = 300
+)
+
+// TestSimulation replays from its seeds. ENTENTE_SEED=N runs one of them, ENTENTE_SEEDS=N
+// that many of each length.
 // Requirements: 98.
 func TestSimulation(t *testing.T) {
-	seeds, first := 12, 1
+	short, long, first := 2000, 12, 1
+	if testing.Short() {
+		short, long = 200, 4
+	}
 	if n, err := strconv.Atoi(os.Getenv("ENTENTE_SEEDS")); err == nil {
-		seeds = n
+		short, long = n, n
 	}
 	if n, err := strconv.Atoi(os.Getenv("ENTENTE_SEED")); err == nil {
-		seeds, first = 1, n
+		short, long, first = 1, 1, n
 	}
-	total := map[string]int{}
-	for seed := first; seed < first+seeds; seed++ {
-		t.Run(strconv.Itoa(seed), func(t *testing.T) {
-			rng := rand.New(rand.NewPCG(uint64(seed), 0))
-			for what, n := range newWorld(t).run(300, rng.IntN) {
-				total[what] += n
+	type run struct{ seed, steps int }
+	runs := make(chan run)
+	go func() {
+		defer close(runs)
+		for seed := first; seed < first+max(short, long); seed++ {
+			if seed < first+long {
+				runs <- run{seed, longRun}
+			}
+			if seed < first+short {
+				runs <- run{seed, shortRun}
+			}
+		}
+	}()
+	total := tally{}
+	var mu sync.Mutex
+	var workers sync.WaitGroup
+	for range runtime.GOMAXPROCS(0) {
+		workers.Go(func() {
+			for r := range runs {
+				done, found := simulate(t, r.seed, r.steps, nil)
+				if found != nil {
+					t.Errorf("ENTENTE_SEED=%d, %d steps: %v", r.seed, r.steps, found)
+				}
+				mu.Lock()
+				for what, n := range done {
+					total[what] += n
+				}
+				mu.Unlock()
 			}
 		})
 	}
-	if seeds < 10 {
+	workers.Wait()
+	if short < 200 || t.Failed() {
 		return
 	}
-	// The simulation must reach what it is there for.
+	// The simulation must reach what it is there for: each command that there is, done and
+	// refused, and each way of saying no that protects something.
+	for i := range bodies.Fields().Len() {
+		command := string(bodies.Fields().Get(i).Name())
+		for _, what := range []string{command + " done", command + " refused"} {
+			if total[what] == 0 {
+				t.Errorf("never seen: %s: let random (kinds) make such commands", what)
+			}
+		}
+	}
+	if short < 2000 {
+		return
+	}
 	for _, what := range []string{
-		"Command_ActivateAuthority done", "Command_ActivateAuthority " + CodeNotReady, "Command_ActivateAuthority " + CodePhase,
-		"Command_PrepareAuthority done", "Command_JoinMember done", "Command_JoinMember " + CodeTokenSpent, "Command_JoinMember " + CodeMemberExists,
-		"Command_RemoveMember done", "Command_RemoveMember " + CodeLastVoter, "Command_UpdateMember done",
-		"Command_AttestAgent done", "Command_AttestAgent " + CodeTokenSpent, "Command_AttestAgent " + CodeTokenExpired,
-		"Command_ApplyObjects done", "Command_ApplyObjects " + CodeCAS, "Command_ApplyObjects " + CodeNotFound, "Command_ApplyObjects " + CodeInvalid,
-		"Command_StoreForeignBundle done", "Command_StoreForeignBundle " + CodeSequence, "Command_StoreForeignBundle " + CodeConflict,
-		"Command_Checksum done", "Command_Tick done",
-		"Command_TaintAuthority done", "Command_TaintAuthority " + CodePhase, "Command_AuthorityDrained done", "Command_AuthorityDrained " + CodePhase,
-		"Command_RevokeAuthority done", "Command_RevokeAuthority " + CodePhase, "Command_RevokeAuthority " + CodeInUse,
-		"Command_BanAgent done", "Command_EvictAgent done", "Command_MergeBans done", "Command_AttestAgent " + CodeAgentBanned,
-		"Command_RevokeToken done", "Command_RevokeToken " + CodeTokenSpent, "Command_RevokeToken " + CodeNotFound,
-		"Command_ChangeEntries done", "Command_ChangeEntries " + CodeExists, "Command_ChangeEntries " + CodeCAS, "Command_ChangeEntries " + CodeNotFound,
-		"Command_ApplyObjects " + CodeExists,
-		"Command_UpdateMember " + CodeFeature, "Command_StageObjects done", "Command_StageObjects " + CodeFeature, "Command_StageObjects " + CodeExists,
-		"Command_ApplyStaged done", "Command_ApplyStaged " + CodeNotFound,
+		"recovered", "nothing done", "init " + CodeExists,
+		"activate_authority " + CodeNotReady, "activate_authority " + CodePhase,
+		"join_member " + CodeTokenSpent, "join_member " + CodeMemberExists, "remove_member " + CodeLastVoter,
+		"attest_agent " + CodeTokenSpent, "attest_agent " + CodeTokenExpired, "attest_agent " + CodeAgentBanned,
+		"admit_agent " + CodeAgentBanned, "admit_agent " + CodeExists,
+		"apply_objects " + CodeCAS, "apply_objects " + CodeNotFound, "apply_objects " + CodeInvalid, "apply_objects " + CodeExists, "apply_objects " + CodeForbidden,
+		"store_foreign_bundle " + CodeSequence, "store_foreign_bundle " + CodeConflict,
+		"taint_authority " + CodePhase, "authority_drained " + CodePhase, "revoke_authority " + CodePhase, "revoke_authority " + CodeInUse,
+		"revoke_token " + CodeTokenSpent, "revoke_token " + CodeNotFound,
+		"change_entries " + CodeExists, "change_entries " + CodeCAS, "change_entries " + CodeNotFound, "change_entries " + CodeForbidden,
+		"update_member " + CodeFeature, "stage_objects " + CodeFeature, "stage_objects " + CodeExists,
+		"apply_staged " + CodeNotFound, "apply_staged " + CodeCAS,
 	} {
-		if total["*statev1."+what] == 0 {
+		if total[what] == 0 {
 			t.Errorf("never seen: %s", what)
 		}
+	}
+}
+
+// broken carries commands out as a machine does that has one fault: after is called when
+// the command was carried out.
+func broken(after func(s *State, cmd *statev1.Command, out *Outcome)) machine {
+	return func(s *State, index uint64, cmd *statev1.Command) Outcome {
+		out := s.Apply(index, cmd)
+		after(s, cmd, &out)
+		return out
+	}
+}
+
+// A simulation that cannot fail shows nothing: each of these machines is found out within
+// the first long runs, in which TestSimulation finds nothing wrong with the real one.
+func TestSimulationSeesFaults(t *testing.T) {
+	flips := 0
+	edit := func(s *State) *application { return &application{State: s, rev: s.revision} }
+	for what, c := range map[string]struct {
+		machine machine
+		says    string
+	}{
+		"it panics": {broken(func(_ *State, cmd *statev1.Command, _ *Outcome) {
+			_ = cmd.GetPromoteMember().Id
+		}), "nil pointer"},
+		"a refused command changes the state": {broken(func(s *State, cmd *statev1.Command, out *Outcome) {
+			if out.Refused != nil && cmd.GetBanAgent() != nil {
+				a := edit(s)
+				a.distrusted(&statev1.Distrust{Agent: cmd.GetBanAgent().GetName(), AgentGeneration: 1}, time.Unix(1<<36, 0))
+			}
+		}), "refused and changed"},
+		"the replicas decide differently": {broken(func(s *State, cmd *statev1.Command, out *Outcome) {
+			if flips++; cmd.GetTick() != nil && flips%2 == 0 {
+				s.now++
+			}
+		}), "the replica is another"},
+		"an outcome depends on the replica": {broken(func(_ *State, cmd *statev1.Command, out *Outcome) {
+			if flips++; out.Refused != nil && cmd.GetRevokeToken() != nil && flips%2 == 0 {
+				out.Refused.Detail += "!"
+			}
+		}), "the replica is another"},
+		"a revision goes back": {broken(func(s *State, cmd *statev1.Command, out *Outcome) {
+			if cmd.GetTick() != nil {
+				s.revision--
+				out.Revision--
+			}
+		}), "numbers went"},
+		"a bundle's sequence stands still": {func(s *State, index uint64, cmd *statev1.Command) Outcome {
+			was := s.bundle
+			out := s.Apply(index, cmd)
+			if cmd.GetPrepareAuthority() != nil {
+				s.bundle = was
+			}
+			return out
+		}, "bundle's sequence"},
+		"a token admits two (I9)": {func(s *State, index uint64, cmd *statev1.Command) Outcome {
+			a := edit(s)
+			t, ok := s.Token(cmd.GetAttestAgent().GetTokenId())
+			if !ok || t.GetUsedBy() == cmd.GetAttestAgent().GetKeyId() {
+				return s.Apply(index, cmd)
+			}
+			fresh := proto.CloneOf(t)
+			fresh.UsedBy = ""
+			put(a, &s.tokens, t.GetId(), fresh)
+			out := s.Apply(index, cmd)
+			if out.Refused != nil {
+				put(a, &s.tokens, t.GetId(), t)
+			}
+			return out
+		}, "admitted"},
+		"an authority signs that not everybody holds (I3)": {func(s *State, index uint64, cmd *statev1.Command) Outcome {
+			a, id := edit(s), cmd.GetActivateAuthority().GetId()
+			pass := func(ready bool) {
+				if have, ok := s.Authority(id); ok {
+					have = proto.CloneOf(have)
+					have.Ready = ready
+					put(a, &s.authorities, id, have)
+				}
+			}
+			pass(true)
+			out := s.Apply(index, cmd)
+			pass(false)
+			return out
+		}, "did not pass the gate"},
+		"a ban leaves nothing behind (I4)": {broken(func(s *State, cmd *statev1.Command, out *Outcome) {
+			if id := "agent/" + cmd.GetBanAgent().GetName(); out.Refused == nil && cmd.GetBanAgent() != nil {
+				drop(edit(s), &s.distrust, id)
+				out.Changes = slices.DeleteFunc(out.Changes, func(c Change) bool { return c.Kind == ChangeDistrust })
+			}
+		}), "not distrusted"},
+		"a change is not named": {broken(func(_ *State, cmd *statev1.Command, out *Outcome) {
+			if cmd.GetEvictAgent() != nil {
+				out.Changes = nil
+			}
+		}), "changes made"},
+		"a record changes that readers hold": {broken(func(s *State, cmd *statev1.Command, _ *Outcome) {
+			if cmd.GetEvictAgent() != nil && len(s.agents.rows) > 0 {
+				s.agents.rows[0].Banned = true
+			}
+		}), "changes made"},
+		"an index is not kept": {broken(func(s *State, cmd *statev1.Command, out *Outcome) {
+			if c := cmd.GetAdmitAgent(); c != nil && out.Refused == nil {
+				delete(s.agentByKey, c.GetAgent().GetKeyId())
+			}
+		}), "keys of"},
+		"a snapshot leaves something out": {broken(func(s *State, cmd *statev1.Command, _ *Outcome) {
+			if cmd.GetApplyStaged() != nil {
+				s.stagedBytes++
+			}
+		}), "derives"},
+	} {
+		t.Run(what, func(t *testing.T) {
+			var found error
+			for seed := 1; found == nil && seed <= 12; seed++ {
+				_, found = simulate(t, seed, longRun, c.machine)
+			}
+			if found == nil || !strings.Contains(found.Error(), c.says) {
+				t.Errorf("found %v, not %q", found, c.says)
+			}
+		})
 	}
 }
 

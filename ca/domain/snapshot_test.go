@@ -21,7 +21,7 @@ func sampleSnapshot(t testing.TB) []byte {
 	w := newWorld(t)
 	rng := rand.New(rand.NewPCG(1, 2))
 	for range 200 {
-		w.apply(w.random(rng.IntN))
+		w.apply(w.random(rng.IntN, everyKind, 12))
 	}
 	var b bytes.Buffer
 	if _, err := w.s.Snapshot().WriteTo(&b); err != nil {

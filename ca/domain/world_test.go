@@ -7,6 +7,7 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -31,7 +32,12 @@ type world struct {
 	s     *State
 	index uint64
 	seeds map[string][]byte // token id -> seed
+
+	machine machine // nil: State.Apply
 }
+
+// machine is what carries out a command: State.Apply, or something that is broken.
+type machine func(*State, uint64, *statev1.Command) Outcome
 
 func newWorld(t rapid.TB) *world {
 	w := &world{t: t, s: New(), seeds: map[string][]byte{}}
@@ -40,7 +46,9 @@ func newWorld(t rapid.TB) *world {
 	return w
 }
 
-func keyID(name string) string { return domaintest.KeyID(name) }
+func keyID(name string) string {
+	return once("id of "+name, func() string { return domaintest.KeyID(name) })
+}
 
 func member(name string) *statev1.Member {
 	sum := sha256.Sum256([]byte(name))
@@ -70,7 +78,7 @@ func (w *world) token(id string, t *statev1.Token, life time.Duration) *statev1.
 	seed := sha256.Sum256([]byte("seed of " + id))
 	w.seeds[id] = seed[:]
 	t.Id = id
-	t.PublicKey = (&ca.Token{Seed: seed[:]}).PublicKey()
+	t.PublicKey = bytes.Clone(once("key of "+id, func() []byte { return (&ca.Token{Seed: seed[:]}).PublicKey() }))
 	t.NotAfter = epochTime.Add(life).Unix()
 	if now := w.s.Now(); !now.IsZero() {
 		t.NotAfter = now.Add(life).Unix()
@@ -91,14 +99,29 @@ func (w *world) statement(tokenID, role, key string) (statement, signature []byt
 	if seed == nil {
 		seed = make([]byte, 32)
 	}
-	statement, signature, err := ca.SignStatement(seed, &statev1.JoinStatement{
-		ClusterId: clusterID, TokenId: tokenID, Role: role, KeyId: key, Exporter: make([]byte, ca.ExporterSize),
+	epoch := w.s.Cluster().GetEpoch()
+	signed := once(fmt.Sprintf("%x %s %s %s %d", seed, tokenID, role, key, epoch), func() [2][]byte {
+		statement, signature, err := ca.SignStatement(seed, &statev1.JoinStatement{
+			ClusterId: clusterID, Epoch: epoch, TokenId: tokenID, Role: role, KeyId: key, Exporter: make([]byte, ca.ExporterSize),
+		})
+		if err != nil {
+			w.t.Fatal(err)
+		}
+		return [2][]byte{statement, signature}
 	})
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	return statement, signature
+	return bytes.Clone(signed[0]), bytes.Clone(signed[1])
 }
+
+// once remembers what costs a signature and never changes.
+func once[R any](key string, make func() R) R {
+	if made, ok := signatures.Load(key); ok {
+		return made.(R)
+	}
+	made, _ := signatures.LoadOrStore(key, make())
+	return made.(R)
+}
+
+var signatures sync.Map
 
 func (w *world) join(tokenID, name string) *statev1.Command {
 	m := member(name)
@@ -153,6 +176,16 @@ func ban(name string) *statev1.Command {
 
 func evict(name string) *statev1.Command {
 	return &statev1.Command{Body: &statev1.Command_EvictAgent{EvictAgent: &statev1.EvictAgent{Name: name}}}
+}
+
+func admit(name, key, certificate string) *statev1.Command {
+	return &statev1.Command{Body: &statev1.Command_AdmitAgent{AdmitAgent: &statev1.AdmitAgent{Agent: &statev1.Agent{
+		Name: name, KeyId: keyID(key), Datacenter: "dc1", Addresses: []string{"h1.example"}, Certificate: keyID(certificate), Selectors: []string{"x509pop:subject:cn:" + name},
+	}}}}
+}
+
+func promote(name string) *statev1.Command {
+	return &statev1.Command{Body: &statev1.Command_PromoteMember{PromoteMember: &statev1.PromoteMember{Id: keyID(name)}}}
 }
 
 func mergeBans(lifted bool, agents ...*statev1.Agent) *statev1.Command {
@@ -281,11 +314,22 @@ func (w *world) apply(cmd *statev1.Command) Outcome {
 	w.t.Helper()
 	w.index++
 	before := w.look()
-	out := w.s.Apply(w.index, reencode(w.t, cmd))
+	out := w.carryOut(w.s, cmd)
+	w.check(before, w.look(), cmd, out)
+	return out
+}
+
+// carryOut gives a state the command of this index.
+func (w *world) carryOut(s *State, cmd *statev1.Command) Outcome {
+	w.t.Helper()
+	apply := w.machine
+	if apply == nil {
+		apply = (*State).Apply
+	}
+	out := apply(s, w.index, reencode(w.t, cmd))
 	if out.Fatal != nil {
 		w.t.Fatalf("%T: %v", cmd.GetBody(), out.Fatal)
 	}
-	w.check(before, cmd, out)
 	return out
 }
 
@@ -304,31 +348,28 @@ func reencode[M proto.Message](t rapid.TB, m M) M {
 // look is everything in a state, for comparison.
 type look struct {
 	scalars
-	sum     setHash
-	records map[named]string
-	hosts   map[string][]string
-	bundle  []string          // authorities in it, of any use
-	tokens  map[string]string // id -> used by
-	foreign map[string]uint64
-	agents  map[string]*statev1.Agent
-	entries map[string]*statev1.Entry
+	sum      setHash
+	computed setHash // over the records as they are
+	records  map[named]string
+	bundle   []string          // authorities in it, of any use
+	tokens   map[string]string // id -> used by
+	foreign  map[string]uint64
+	agents   map[string]*statev1.Agent
+	entries  map[string]*statev1.Entry
 }
 
 func (w *world) look() look {
 	s := w.s
-	l := look{scalars: s.scalars, sum: s.sum, records: map[named]string{}, hosts: map[string][]string{}, tokens: map[string]string{}, foreign: map[string]uint64{},
+	l := look{scalars: s.scalars, sum: s.sum, records: map[named]string{}, tokens: map[string]string{}, foreign: map[string]uint64{},
 		agents: map[string]*statev1.Agent{}, entries: map[string]*statev1.Entry{}}
-	for _, r := range s.agents.rows {
-		l.agents[r.GetName()] = r
-	}
-	for r := range s.EntriesAfter("") {
-		l.entries[r.GetId()] = r
-	}
-	add := func(kind ChangeKind, key string, record any) {
-		e := encoder{}
+	e := encoder{}
+	hash := func(record any) []byte {
+		e.b = append(e.b[:0], ChecksumFormat)
 		e.record(record)
-		l.records[named{kind, key}] = string(e.b)
+		l.computed.add(hashEncoding(e.b))
+		return e.b
 	}
+	add := func(kind ChangeKind, key string, record any) { l.records[named{kind, key}] = string(hash(record)) }
 	for _, r := range s.cluster.rows {
 		add(ChangeCluster, "", r)
 	}
@@ -337,13 +378,18 @@ func (w *world) look() look {
 	}
 	for _, r := range s.authorities.rows {
 		add(ChangeAuthority, r.GetId(), r)
+		if ca.InBundle(r.GetPhase()) {
+			l.bundle = append(l.bundle, r.GetId())
+		}
 	}
+	slices.Sort(l.bundle)
 	for _, r := range s.agents.rows {
 		add(ChangeAgent, r.GetName(), r)
+		l.agents[r.GetName()] = r
 	}
 	for r := range s.EntriesAfter("") {
 		add(ChangeEntry, r.GetId(), r)
-		l.hosts[r.GetId()] = r.GetHosts()
+		l.entries[r.GetId()] = r
 	}
 	for _, r := range s.objects.rows {
 		add(ChangeObject, ObjectKey(r), r)
@@ -356,20 +402,19 @@ func (w *world) look() look {
 		l.foreign[r.GetTrustDomain()] = r.GetSequence()
 	}
 	for _, r := range s.tokens.rows {
+		hash(r)
 		l.tokens[r.GetId()] = r.GetUsedBy()
 	}
-	for _, a := range s.Authorities() {
-		if ca.InBundle(a.GetPhase()) {
-			l.bundle = append(l.bundle, a.GetId())
-		}
+	for _, r := range s.staged.rows {
+		hash(r)
 	}
 	return l
 }
 
 // check asserts what must hold after every step, whatever the command.
-func (w *world) check(before look, cmd *statev1.Command, out Outcome) {
+func (w *world) check(before, after look, cmd *statev1.Command, out Outcome) {
 	w.t.Helper()
-	s, after := w.s, w.look()
+	s := w.s
 	fail := func(format string, args ...any) {
 		w.t.Helper()
 		w.t.Fatalf("index %d, %T (%v): %s", w.index, cmd.GetBody(), out.Refused, fmt.Sprintf(format, args...))
@@ -390,12 +435,17 @@ func (w *world) check(before look, cmd *statev1.Command, out Outcome) {
 		}
 	}
 
-	// The changes named are the changes made.
+	// The changes named are the changes made. What was changed under this revision before
+	// may be changed to what it is.
+	shared := before.applied == w.index
 	made := map[named]bool{}
-	for _, key := range slices.Concat(slices.Collect(maps.Keys(before.records)), slices.Collect(maps.Keys(after.records))) {
-		old, had := before.records[key]
-		now, has := after.records[key]
-		if had != has || old != now {
+	for key, now := range after.records {
+		if old, had := before.records[key]; !had || old != now {
+			made[key] = true
+		}
+	}
+	for key := range before.records {
+		if _, has := after.records[key]; !has {
 			made[key] = true
 		}
 	}
@@ -403,7 +453,8 @@ func (w *world) check(before look, cmd *statev1.Command, out Outcome) {
 	if !sameBundle {
 		made[named{ChangeOwnBundle, ""}] = true
 	}
-	if sameBundle != (before.scalars.bundle == after.scalars.bundle) {
+	moved := before.scalars.bundle != after.scalars.bundle
+	if moved && sameBundle || !moved && !sameBundle && !shared {
 		fail("the bundle's sequence moved from %d to %d, its content changed: %v", before.scalars.bundle, after.scalars.bundle, !sameBundle)
 	}
 	said := map[named]bool{}
@@ -414,7 +465,7 @@ func (w *world) check(before look, cmd *statev1.Command, out Outcome) {
 		}
 		said[key] = true
 		if c.Kind == ChangeEntry {
-			hosts := slices.Concat(before.hosts[c.Key], after.hosts[c.Key])
+			hosts := slices.Concat(before.entries[c.Key].GetHosts(), after.entries[c.Key].GetHosts())
 			slices.Sort(hosts)
 			if !slices.Equal(c.Hosts, slices.Compact(hosts)) {
 				fail("%s concerns %v, named %v", c.Key, hosts, c.Hosts)
@@ -423,18 +474,17 @@ func (w *world) check(before look, cmd *statev1.Command, out Outcome) {
 			fail("%v has hosts", c)
 		}
 	}
+	for key := range said {
+		if shared && after.records[key] != "" && key.kind != ChangeEntry {
+			made[key] = true
+		}
+	}
 	if !maps.Equal(made, said) {
 		fail("changes made %v, named %v", made, said)
 	}
 
 	// The incremental hash is the hash.
-	var sum setHash
-	for _, list := range [][]any{anys(s.cluster), anys(s.members), anys(s.authorities), anys(s.tokens), anys(s.agents), entriesOf(s), anys(s.objects), anys(s.foreign), anys(s.distrust), anys(s.staged)} {
-		for _, r := range list {
-			sum.add(hashRecord(r))
-		}
-	}
-	if sum != s.sum {
+	if after.computed != s.sum {
 		fail("the incremental checksum is off")
 	}
 
@@ -485,9 +535,9 @@ func (w *world) check(before look, cmd *statev1.Command, out Outcome) {
 			fail("agent %s is not found by its key", a.GetName())
 		}
 	}
-	for e := range s.EntriesAfter("") {
+	for id, e := range after.entries {
 		for _, host := range e.GetHosts() {
-			onHost[host] = append(onHost[host], e.GetId())
+			onHost[host] = append(onHost[host], id)
 		}
 	}
 	if len(onHost) != len(s.entries.onHost) {
@@ -495,10 +545,7 @@ func (w *world) check(before look, cmd *statev1.Command, out Outcome) {
 	}
 	for host, ids := range onHost {
 		slices.Sort(ids)
-		var found []string
-		for _, e := range s.EntriesOnHost(host) {
-			found = append(found, e.GetId())
-		}
+		found := s.entries.idsOnHost(host)
 		if !slices.Equal(ids, found) {
 			fail("host %s has %v, found %v", host, ids, found)
 		}
@@ -511,14 +558,14 @@ func (w *world) check(before look, cmd *statev1.Command, out Outcome) {
 		}
 		for _, want := range entries {
 			derived++
-			have, ok := s.Entry(want.GetId())
+			have, ok := after.entries[want.GetId()]
 			if want.Revision = have.GetRevision(); !ok || !proto.Equal(want, have) {
 				fail("entry %s is %v, not %v", want.GetId(), have, want)
 			}
 		}
 	}
 	own := 0
-	for e := range s.EntriesAfter("") {
+	for _, e := range after.entries {
 		if !Declared(e.GetId()) {
 			continue
 		}
@@ -538,7 +585,8 @@ func (w *world) check(before look, cmd *statev1.Command, out Outcome) {
 	// that is gone, an entry that is gone and could be held.
 	distrusts := func(want *statev1.Distrust) bool {
 		have, ok := s.DistrustItem(ca.DistrustID(want))
-		return ok && have.GetAgentGeneration() >= want.GetAgentGeneration() && have.GetEntryGeneration() >= want.GetEntryGeneration()
+		covers := func(have, want uint64) bool { return have >= want || want == after.revision } // nobody saw the generation of this very revision
+		return ok && covers(have.GetAgentGeneration(), want.GetAgentGeneration()) && covers(have.GetEntryGeneration(), want.GetEntryGeneration())
 	}
 	for _, a := range s.Authorities() {
 		if a.GetPhase() == statev1.AuthorityPhase_AUTHORITY_PHASE_REVOKED && time.Unix(a.GetNotAfter(), 0).After(s.Now()) && !distrusts(&statev1.Distrust{Authority: a.GetId()}) {
@@ -558,7 +606,7 @@ func (w *world) check(before look, cmd *statev1.Command, out Outcome) {
 		}
 	}
 	for id, e := range before.entries {
-		now, ok := s.Entry(id)
+		now, ok := after.entries[id]
 		for _, host := range e.GetHosts() {
 			if before.agents[host] == nil {
 				continue
@@ -577,9 +625,9 @@ func (w *world) check(before look, cmd *statev1.Command, out Outcome) {
 			fail("agent %s of generation %d is admitted and distrusted up to %d", a.GetName(), a.GetGeneration(), d.GetAgentGeneration())
 		}
 	}
-	for e := range s.EntriesAfter("") {
-		if d, ok := s.DistrustItem("entry/" + e.GetId()); ok && d.GetEntryGeneration() >= e.GetRevision() {
-			fail("entry %s of generation %d exists and is distrusted up to %d", e.GetId(), e.GetRevision(), d.GetEntryGeneration())
+	for id, e := range after.entries {
+		if d, ok := s.DistrustItem("entry/" + id); ok && d.GetEntryGeneration() >= e.GetRevision() {
+			fail("entry %s of generation %d exists and is distrusted up to %d", id, e.GetRevision(), d.GetEntryGeneration())
 		}
 	}
 
@@ -600,17 +648,12 @@ type named struct {
 	key  string
 }
 
-func anys[R any](t table[R]) []any {
-	list := make([]any, len(t.rows))
-	for i, r := range t.rows {
-		list[i] = r
+// idsOnHost are the ids of onHostOf.
+func (t *entryTable) idsOnHost(agent string) (ids []string) {
+	if rows := t.onHost[agent]; rows != nil {
+		for _, row := range slices.Concat(rows.blocks...) {
+			ids = append(ids, string(idOf(t.raw(row))))
+		}
 	}
-	return list
-}
-
-func entriesOf(s *State) (list []any) {
-	for e := range s.EntriesAfter("") {
-		list = append(list, e)
-	}
-	return list
+	return ids
 }

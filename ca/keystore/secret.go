@@ -22,7 +22,7 @@ func credentialPath(name string) (string, error) {
 	}
 	dir := os.Getenv(credentialsDirectory)
 	if dir == "" {
-		return "", fmt.Errorf("systemd gave this process no credentials: the unit needs LoadCredentialEncrypted=%s:FILE (systemd-creds encrypt makes the file); outside of the unit: systemd-run --pty --wait -p LoadCredentialEncrypted=%s:FILE entente ca run", name, name)
+		return "", fmt.Errorf("systemd gave this process no credentials: the unit needs LoadCredentialEncrypted=%s:FILE (systemd-creds encrypt makes the file); outside of the unit: systemd-run --pty --wait -p LoadCredentialEncrypted=%s:FILE entente …", name, name)
 	}
 	path := filepath.Join(dir, name)
 	if _, err := os.Stat(path); err != nil {

@@ -2,7 +2,12 @@ package node
 
 import (
 	"context"
+	"reflect"
+	"sync"
 	"time"
+	"unsafe"
+
+	"github.com/entente-mesh/entente/ca/domain"
 )
 
 // BeforeWrite puts f before each write to the log of a node that is not yet opened.
@@ -26,3 +31,15 @@ func (c *Config) HoldBack(f func(member string) bool) { c.holdBack = f }
 // CompareAt asks the other voters for their state's hash at an index, as a node does that
 // met a checksum which is not its own.
 func (n *Node) CompareAt(ctx context.Context, index uint64) { n.compare(ctx, index) }
+
+// Damage calls f with the agreed state while nobody reads it. The replica has no door for
+// that, and must not have one.
+func (n *Node) Damage(f func(*domain.State)) {
+	mu := reflect.ValueOf(n.replica.Load()).Elem().FieldByName("fsm").Elem().FieldByName("mu")
+	lock := (*sync.RWMutex)(unsafe.Pointer(mu.UnsafeAddr()))
+	var state *domain.State
+	n.Read(func(st *domain.State) { state = st })
+	lock.Lock()
+	defer lock.Unlock()
+	f(state)
+}

@@ -278,7 +278,7 @@ func damage(t *testing.T, nodes ...*catest.CA) {
 		var reach func(rest []*catest.CA) error
 		reach = func(rest []*catest.CA) (err error) {
 			if len(rest) > 0 {
-				rest[0].Node().Read(func(st *domain.State) {
+				rest[0].Node().Damage(func(st *domain.State) {
 					states = append(states, st)
 					err = reach(rest[1:])
 				})

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -123,16 +124,17 @@ func (c caller) String() string {
 var errNotOurs = errors.New("the certificate is no SVID of this trust domain that is valid now, and its key is no member's")
 
 // identify says who holds the other end of a TLS connection. It decides anew each
-// time: what was true when the connection began may have ended (I4). proof is the
+// time: what was true when the connection began may have ended (I4). shown is the
 // connection's.
-func (s *Server) identify(state tls.ConnectionState, proof *peer.Proof) (caller, error) {
+func (s *Server) identify(state tls.ConnectionState, shown *shown) (caller, error) {
 	c := caller{state: state}
 	if len(state.PeerCertificates) == 0 {
 		c.class = anonymous
 		return c, nil
 	}
 	leaf := state.PeerCertificates[0]
-	c.keyID = peer.KeyID(leaf)
+	shown.read(leaf)
+	c.keyID = shown.keyID
 	s.State.Read(func(st *domain.State) {
 		if m, ok := st.Member(c.keyID); ok {
 			c.class, c.member = member, m
@@ -145,16 +147,33 @@ func (s *Server) identify(state tls.ConnectionState, proof *peer.Proof) (caller,
 		c.class = stranger
 		return c, nil
 	}
-	id, err := proof.Verify(state.PeerCertificates, s.Bundles, time.Now())
+	id, err := shown.proof.Verify(state.PeerCertificates, s.Bundles, time.Now())
 	if err != nil || !id.MemberOf(s.TrustDomain) {
 		return c, errNotOurs
 	}
 	c.id = id
-	s.State.Read(func(st *domain.State) { err = c.fromState(st, leaf) })
+	s.State.Read(func(st *domain.State) { err = c.fromState(st, shown) })
 	if err == nil {
 		err = s.banned(c.agent)
 	}
 	return c, err
+}
+
+// shown is what a connection's certificate says, which stays, and how it verified last.
+type shown struct {
+	proof peer.Proof
+
+	once      sync.Once
+	keyID     string
+	origin    ca.Origin
+	hasOrigin bool
+}
+
+func (s *shown) read(leaf *x509.Certificate) {
+	s.once.Do(func() {
+		s.keyID = peer.KeyID(leaf)
+		s.origin, s.hasOrigin, _ = ca.OriginOf(leaf)
+	})
 }
 
 // claimsName tells an SVID or a server certificate from a bare node key.
@@ -163,11 +182,11 @@ func claimsName(leaf *x509.Certificate) bool {
 }
 
 // fromState finds what the agreed state knows of a verified SVID's holder.
-func (c *caller) fromState(st *domain.State, leaf *x509.Certificate) error {
-	origin, ok, err := ca.OriginOf(leaf)
-	if err != nil || !ok {
+func (c *caller) fromState(st *domain.State, shown *shown) error {
+	if !shown.hasOrigin {
 		return errors.New("the SVID does not say by which agent and entry it was issued")
 	}
+	origin := shown.origin
 	host, ok := st.Agent(origin.Agent)
 	switch {
 	case !ok || host.GetGeneration() != origin.AgentGeneration:
@@ -194,7 +213,7 @@ func (c *caller) fromState(st *domain.State, leaf *x509.Certificate) error {
 // bare key may only knock at Join.
 func (s *Server) tlsConfig() *tls.Config {
 	return peer.AllowClient(s.Certificate, func(state tls.ConnectionState) error {
-		_, err := s.identify(state, new(peer.Proof))
+		_, err := s.identify(state, new(shown))
 		return err
 	}, "h2")
 }
@@ -217,7 +236,7 @@ func (t *tracking) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo
 	}
 	remote := &remoteInfo{TLSInfo: info.(credentials.TLSInfo)}
 	state := remote.State
-	first, err := t.server.identify(state, &remote.proof)
+	first, err := t.server.identify(state, &remote.shown)
 	if err != nil {
 		conn.Close()
 		return nil, nil, err
@@ -233,7 +252,7 @@ func (t *tracking) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo
 	untrack := func() {}
 	if first.class != anonymous {
 		untrack = t.server.registry.Track(raw, expiring(first, state), func() error {
-			now, err := t.server.identify(state, &remote.proof)
+			now, err := t.server.identify(state, &remote.shown)
 			if err == nil && first.class != now.class && first.class != stranger {
 				err = errNotOurs
 			}
@@ -246,7 +265,7 @@ func (t *tracking) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo
 // remoteInfo is a connection over TLS.
 type remoteInfo struct {
 	credentials.TLSInfo
-	proof peer.Proof
+	shown shown
 	calls *calls
 }
 
@@ -328,7 +347,7 @@ func (s *Server) authorise(ctx context.Context, method string) (context.Context,
 		c.class, c.user = local, info.user
 	case *remoteInfo:
 		var err error
-		if c, err = s.identify(info.State, &info.proof); err != nil {
+		if c, err = s.identify(info.State, &info.shown); err != nil {
 			return ctx, status.Error(codes.Unauthenticated, err.Error())
 		}
 	default:

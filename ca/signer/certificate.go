@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"math/big"
+	"slices"
 	"time"
 
 	"github.com/entente-mesh/entente/ca"
@@ -63,7 +64,11 @@ var (
 	ecdsaWithSHA256 = []byte{0x30, 0x0a, 0x06, 0x08, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x04, 0x03, 0x02} // RFC 5758 3.2
 	version3        = []byte{0xa0, 0x03, tagInteger, 1, 2}
 	noSubject       = []byte{tagSequence, 0}
-	critical        = []byte{0x01, 0x01, 0xff}
+	spkiP256        = []byte{ // RFC 5480, as far as the point
+		0x30, 0x59, 0x30, 0x13, 0x06, 0x07, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x02, 0x01,
+		0x06, 0x08, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x03, 0x01, 0x07, 0x03, 0x42, 0x00,
+	}
+	critical = []byte{0x01, 0x01, 0xff}
 
 	oidAuthorityKeyID = []byte{0x06, 0x03, 0x55, 0x1d, 0x23}
 	oidSubjectAltName = []byte{0x06, 0x03, 0x55, 0x1d, 0x11}
@@ -85,7 +90,7 @@ func encodeLeaf(leaf, authority *x509.Certificate) ([]byte, error) {
 		len(leaf.URIs) != 1 || len(leaf.EmailAddresses)+len(leaf.IPAddresses) != 0 || len(leaf.ExtraExtensions) > 1 {
 		return nil, errors.New("encode SVID: the template is not that of a leaf")
 	}
-	spki, err := x509.MarshalPKIXPublicKey(leaf.PublicKey)
+	spki, err := encodeKey(leaf.PublicKey)
 	if err != nil {
 		return nil, fmt.Errorf("encode SVID: %w", err)
 	}
@@ -114,6 +119,15 @@ func encodeLeaf(leaf, authority *x509.Certificate) ([]byte, error) {
 		spki,
 		der(0xa3, der(tagSequence, extensions)),
 	), nil
+}
+
+// encodeKey is a SubjectPublicKeyInfo.
+func encodeKey(public any) ([]byte, error) {
+	if key, ok := public.(*ecdsa.PublicKey); ok && key.Curve == elliptic.P256() {
+		point, err := key.Bytes()
+		return slices.Concat(spkiP256, point), err
+	}
+	return x509.MarshalPKIXPublicKey(public)
 }
 
 // der is one element with its parts one behind the other.

@@ -266,22 +266,3 @@ func (s *Signer) active() (crypto.Signer, *statev1.Authority, *x509.Certificate,
 	}
 	return key, authority, cert, nil
 }
-
-// MaxCSR is the size of the largest certificate request that is read, in bytes.
-const MaxCSR = 4 << 10
-
-// KeyOf returns the key of a PKCS#10 request (DER) after checking that the request
-// is signed with it. Nothing else in the request means anything.
-func KeyOf(csr []byte) (crypto.PublicKey, error) {
-	if len(csr) > MaxCSR {
-		return nil, fmt.Errorf("certificate request has %d bytes, over %d", len(csr), MaxCSR)
-	}
-	req, err := x509.ParseCertificateRequest(csr)
-	if err != nil {
-		return nil, fmt.Errorf("certificate request does not parse: %w", err)
-	}
-	if err := req.CheckSignature(); err != nil {
-		return nil, fmt.Errorf("certificate request is not signed with its own key: %w", err)
-	}
-	return req.PublicKey, nil
-}

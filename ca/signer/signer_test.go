@@ -267,30 +267,6 @@ func TestConcurrentUse(t *testing.T) {
 	group.Wait()
 }
 
-func TestKeyOf(t *testing.T) {
-	key := newKey(t)
-	csr, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{}, key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	got, err := KeyOf(csr)
-	if err != nil || !key.PublicKey.Equal(got) {
-		t.Fatalf("got %v, %v", got, err)
-	}
-	forged := append([]byte(nil), csr...)
-	forged[len(forged)-1] ^= 1
-	for name, bad := range map[string][]byte{
-		"forged signature": forged,
-		"cut short":        csr[:len(csr)-3],
-		"empty":            nil,
-		"too large":        make([]byte, MaxCSR+1),
-	} {
-		if _, err := KeyOf(bad); err == nil {
-			t.Errorf("%s: accepted", name)
-		}
-	}
-}
-
 func BenchmarkSign(b *testing.B) {
 	key, _ := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	t := &testing.T{}

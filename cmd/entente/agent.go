@@ -6,7 +6,9 @@ import (
 	"log/slog"
 	"net/netip"
 	"os"
+	"os/signal"
 	"path/filepath"
+	"syscall"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
@@ -37,6 +39,7 @@ func agentRunCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:     "run",
 		Short:   "Run the agent of this host",
+		Long:    "SIGHUP has the drop-in directory of services read at once; everything else of the file needs a restart.",
 		Example: "  entente agent run --config agent.yaml",
 		Args:    noArguments,
 		RunE: func(c *cobra.Command, _ []string) error {
@@ -72,7 +75,7 @@ func runAgent(config *meshagent.Config, log *slog.Logger) error {
 		return err
 	}
 	api := workloadapi.New(agent, socket, log)
-	api.Beside(sds.New(agent, workloadapi.Caller, log).Register)
+	api.Beside(sds.New(agent, config.SDS, workloadapi.Caller, log).Register)
 	local, err := admin.Listen(config.Admin.Socket)
 	if err != nil {
 		return err
@@ -116,6 +119,14 @@ func runAgent(config *meshagent.Config, log *slog.Logger) error {
 			meshagent.Door{Name: "sidecar", Run: car.Run},
 			meshagent.Door{Name: "sidecar's view", Run: func(ctx context.Context) error { return follow(ctx, agent, car, log) }})
 	}
+	hangups := make(chan os.Signal, 1)
+	signal.Notify(hangups, syscall.SIGHUP)
+	go func() {
+		for range hangups {
+			log.Info("reading again", "directory", config.ServicesDir)
+			agent.Reread()
+		}
+	}()
 	return runUntilSignal(log, func(ctx context.Context) error { return agent.Run(ctx, doors...) })
 }
 
@@ -145,7 +156,13 @@ func follow(ctx context.Context, agent *meshagent.Agent, car *sidecar.Sidecar, l
 		state := agent.State()
 		if state.Ready {
 			world := sidecar.World{Revision: state.View.Changed, Dev: state.View.Cluster.GetDev(),
-				Objects: state.View.Objects, Entries: state.Entries()}
+				Objects: state.View.Objects, Entries: state.Entries(), Local: map[string]sidecar.Local{}}
+			for _, s := range state.Services {
+				// Above the last port there is nobody: the agent reports such a service as unhealthy.
+				if at, err := netip.ParseAddrPort(s.Address); err == nil {
+					world.Local[s.Name] = sidecar.Local{Address: at, Monitor: s.Instance, Open: s.Instance.Open()}
+				}
+			}
 			for _, instance := range state.View.Instances {
 				world.Endpoints = append(world.Endpoints, catalog.Endpoint(instance))
 			}

@@ -134,6 +134,9 @@ when it answers and something is missing, 3 when it does not answer.`,
 				}
 			} else if s.Ready {
 				fmt.Fprintf(out, "%s of %s is ready: %d identities\n", s.Agent, s.TrustDomain, len(s.Identities))
+				for _, b := range s.Broken {
+					fmt.Fprintf(out, "! registrations not used, the last good ones stay: %s\n", b.Why)
+				}
 			}
 			if !s.Ready {
 				return findings{fmt.Errorf("%s of %s is not ready: %s", s.Agent, s.TrustDomain, s.Why)}

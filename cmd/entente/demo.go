@@ -47,12 +47,12 @@ Ends every process and removes its directory, also on Ctrl-C.`,
 	return c
 }
 
-// serviceCommand runs one of the demo's service programs. The demo hard-links this
+// demoServiceCommand runs one of the demo's service programs. The demo hard-links this
 // binary under the service's name, so that its path tells services apart.
-func serviceCommand() *cobra.Command {
+func demoServiceCommand() *cobra.Command {
 	var config string
 	c := &cobra.Command{
-		Use:    "service",
+		Use:    "demo-service",
 		Short:  "Run a service program of a scenario",
 		Hidden: true,
 		Args:   noArguments,

@@ -36,12 +36,13 @@ type runFlags struct {
 	domain, service      string
 	port                 uint16
 	health               string
+	tcp                  bool
 	calls                []string
 	agentSocket          string
 	caSocket             string
 	owner                string
 	proxy, replace, json bool
-	wait                 time.Duration
+	wait, drain          time.Duration
 }
 
 func runCommand() *cobra.Command {
@@ -53,6 +54,7 @@ func runCommand() *cobra.Command {
 start COMMAND below it. What COMMAND and all that it starts do is done as that service:
 its calls go out through ENTENTE_OUTBOUND (and http_proxy), and others reach the port it
 listens on as S.D. When it ends the service is taken back, and its exit code is this one's.
+On SIGTERM nobody is sent to it any more and requests under way end, before it is told.
 
 It needs the admin sockets of a CA node and of this host's agent: those of a demo that
 "entente demo --keep" keeps up are found without flags.
@@ -71,6 +73,9 @@ The program finds in its environment
 			}
 			if err := ca.CheckLabel(f.service); err != nil {
 				return usageError{c, fmt.Errorf("--service: %w", err)}
+			}
+			if f.drain < 0 || f.drain > time.Hour {
+				return usageError{c, errors.New("--drain: 0 to 1h")}
 			}
 			if _, err := ca.ParseTrustDomain(f.domain); err != nil {
 				return usageError{c, fmt.Errorf("--domain: %w", err)}
@@ -92,6 +97,7 @@ func (f *runFlags) register(c *cobra.Command) {
 	flags.StringVar(&f.domain, "domain", "", "trust domain to join")
 	flags.StringVar(&f.service, "service", "", "name of the service it becomes: one DNS label")
 	flags.Uint16Var(&f.port, "port", 0, "port it listens on; 0: it only calls")
+	flags.BoolVar(&f.tcp, "tcp", false, "it speaks TCP, not HTTP: others call it by its name, at --port")
 	flags.StringVar(&f.health, "health", "", "path of an HTTP health check, as in /healthz; default: a TCP connection")
 	flags.StringSliceVar(&f.calls, "calls", nil, "service names it may call; default: its own domain's and every import")
 	flags.StringVar(&f.agentSocket, "agent-socket", "", "admin socket of this host's agent; default: the demo's, else "+defaultAgentSocket)
@@ -100,6 +106,7 @@ func (f *runFlags) register(c *cobra.Command) {
 	flags.BoolVar(&f.proxy, "proxy", true, "set http_proxy for the command")
 	flags.BoolVar(&f.replace, "replace", false, "take the place of a service of that name, as a run that was killed leaves it")
 	flags.BoolVar(&f.json, "json", false, "print who it is as JSON")
+	flags.DurationVar(&f.drain, "drain", 10*time.Second, "on SIGTERM: how long requests under way may take before the program is told, at most 1h; 0: it is told at once")
 	flags.DurationVar(&f.wait, "wait", 15*time.Second, "how long to wait for the identity")
 }
 
@@ -128,6 +135,8 @@ func (f *runFlags) run(ctx context.Context, say io.Writer, program string, args 
 	}()
 	defer func() { stop(); <-kept }()
 
+	putBack := func() {}
+	defer func() { putBack() }() // when it is no longer declared
 	service, err := f.declare(ctx, id, is, caSockets)
 	if err != nil {
 		return err
@@ -162,6 +171,7 @@ func (f *runFlags) run(ctx context.Context, say io.Writer, program string, args 
 		go f.watch(watching, say, agent, listen)
 	}
 	terminal := inForeground()
+	var drained chan func() // nil: nobody has asked it to end
 	for {
 		select {
 		case s := <-signals:
@@ -169,11 +179,30 @@ func (f *runFlags) run(ctx context.Context, say io.Writer, program string, args 
 			if terminal && (s == os.Interrupt || s == syscall.SIGQUIT) {
 				continue
 			}
-			cmd.Process.Signal(s)
+			if s == syscall.SIGTERM && f.port != 0 && f.drain > 0 && drained == nil {
+				drained = make(chan func(), 1)
+				go func() { drained <- f.takeOut(lasting, say, agent) }()
+				continue
+			}
+			cmd.Process.Signal(s) // a second SIGTERM does not wait
+		case putBack = <-drained:
+			cmd.Process.Signal(syscall.SIGTERM)
 		case err := <-ended:
 			return exitOf(err)
 		}
 	}
+}
+
+// takeOut has nobody sent to the program any more, and the requests that it has end.
+func (f *runFlags) takeOut(ctx context.Context, say io.Writer, agent *admin.Client) (release func()) {
+	ctx, cancel := context.WithTimeout(ctx, f.drain+5*time.Second)
+	defer cancel()
+	release, err := agent.HoldDrained(ctx, f.service, f.drain)
+	if err != nil {
+		fmt.Fprintf(say, "entente: %s is stopped without having been drained: %s\n", f.service, message(agentError(err)))
+		return func() {}
+	}
+	return release
 }
 
 // find looks for an agent of the domain that answers, and for where its CA may be.
@@ -277,6 +306,9 @@ func (f *runFlags) declare(ctx context.Context, id string, is *admin.Status, nod
 		Name: f.service, Path: "/" + f.service, Hosts: []string{is.Agent},
 		Selectors: []string{ca.SelectorUID + ":" + strconv.Itoa(os.Getuid()), ca.SelectorRun + ":" + id},
 		Port:      uint32(f.port), HealthPath: f.health, OutboundPort: uint32(outbound - is.PortOffset), Calls: f.calls,
+	}
+	if f.tcp {
+		service.Protocol = statev1.Protocol_PROTOCOL_TCP
 	}
 	object := &statev1.Object{Owner: owner, Source: "entente run:1", Kind: &statev1.Object_Service{Service: service}}
 	return service, f.admin(ctx, nodes, func(ctx context.Context, client ententev1.AdminClient) error {

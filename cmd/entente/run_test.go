@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -74,6 +75,39 @@ var programs = map[string]func() int{
 		}
 		return 2
 	},
+	// dial asks the agent's DNS for ledger, and it for what it sends back.
+	"dial": func() int {
+		resolver := &net.Resolver{PreferGo: true, Dial: func(ctx context.Context, network, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, network, os.Getenv("ENTENTE_TEST_DNS"))
+		}}
+		tries := 200
+		if os.Getenv("ENTENTE_OUTBOUND") == "" {
+			tries = 5
+		}
+		for range tries {
+			conn, err := (&net.Dialer{Resolver: resolver}).Dial("tcp", "ledger.banking.example:"+os.Getenv("ENTENTE_TEST_PORT"))
+			if err == nil {
+				io.WriteString(conn, "select")
+				conn.(*net.TCPConn).CloseWrite()
+				text, err := io.ReadAll(conn)
+				conn.Close()
+				if err == nil && string(text) == "select" {
+					return 7
+				}
+			}
+			time.Sleep(25 * time.Millisecond)
+		}
+		return 2
+	},
+	// slow takes its time to answer, and none to end.
+	"slow": func() int {
+		http.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
+			time.Sleep(500 * time.Millisecond)
+			io.WriteString(w, "served")
+		})
+		fmt.Fprintln(os.Stderr, http.ListenAndServe(os.Getenv("ENTENTE_LISTEN"), nil))
+		return 1
+	},
 	"entente": func() int { return run(append([]string{"entente"}, os.Args[1:]...)) },
 	"signalled": func() int {
 		syscall.Kill(os.Getppid(), syscall.SIGHUP) // comes back as ours, and ends us
@@ -89,8 +123,14 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// host runs an agent with its admin socket and its sidecar.
+// host runs the agent of h1 with its admin socket and its sidecar.
 func host(t *testing.T, c *catest.CA, more ...string) (socket, dns string) {
+	t.Helper()
+	socket, dns, _ = hostNamed(t, c, "h1", more...)
+	return socket, dns
+}
+
+func hostNamed(t *testing.T, c *catest.CA, name string, more ...string) (socket, dns string, stop func()) {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "run") // a socket's path is short
 	if err != nil {
@@ -103,8 +143,8 @@ func host(t *testing.T, c *catest.CA, more ...string) (socket, dns string) {
 	}
 	inbound.Close()
 	cfg, err := meshagent.ReadConfig("agent.yaml", strings.NewReader(fmt.Sprintf(
-		"trustDomain: banking.example\nname: h1\ndatacenter: dc1\ndataDir: %s\nca: {token: %s}\nsidecar: {inbound: \"%s\"}\nhealth: {interval: 100ms}\n"+strings.Join(more, "\n"),
-		filepath.Join(dir, "data"), c.AgentToken("h1", "dc1", "127.0.0.1"), inbound.Addr())))
+		"trustDomain: banking.example\nname: %s\ndatacenter: dc1\ndataDir: %s\nca: {token: %s}\nsidecar: {inbound: \"%s\"}\nhealth: {interval: 100ms}\n"+strings.Join(more, "\n"),
+		name, filepath.Join(dir, "data"), c.AgentToken(name, "dc1", "127.0.0.1"), inbound.Addr())))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -136,13 +176,14 @@ func host(t *testing.T, c *catest.CA, more ...string) (socket, dns string) {
 	doors = append(doors, meshagent.Door{Name: "admin", Run: admin.New(agent, listener, log).Run}, meshagent.Door{Name: "sidecar", Run: car.Run},
 		meshagent.Door{Name: "sidecar's view", Run: func(ctx context.Context) error { return follow(ctx, agent, car, log) }})
 	go func() { ended <- agent.Run(ctx, doors...) }()
-	t.Cleanup(func() {
+	stop = sync.OnceFunc(func() {
 		cancel()
 		if err := <-ended; err != nil {
 			t.Error(err)
 		}
 	})
-	return cfg.Admin.Socket, dns
+	t.Cleanup(stop)
+	return cfg.Admin.Socket, dns, stop
 }
 
 // A program serves and another one calls it, each with its own identity though they
@@ -223,21 +264,46 @@ func TestNamesThatResolve(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	c.Apply(fmt.Sprintf("apiVersion: entente/v1\nkind: Service\nmetadata: {name: cart, owner: t}\nspec: {run: {uid: %d, path: %s, hosts: [h1]}, port: %d}\n",
-		os.Getuid(), self, application.Addr().(*net.TCPAddr).Port))
+	ledger, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ledger.Close()
+	go func() {
+		for {
+			conn, err := ledger.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer conn.Close()
+				io.Copy(conn, conn)
+			}()
+		}
+	}()
+	at := func(l net.Listener) int { return l.Addr().(*net.TCPAddr).Port }
+	c.Apply(fmt.Sprintf("apiVersion: entente/v1\nkind: Service\nmetadata: {name: cart, owner: t}\nspec: {run: {uid: %[1]d, path: %[2]s, hosts: [h1]}, port: %[3]d}\n---\n"+
+		"apiVersion: entente/v1\nkind: Service\nmetadata: {name: ledger, owner: t}\nspec: {run: {uid: %[1]d, path: %[2]s, hosts: [h1]}, port: %[4]d, protocol: tcp}\n",
+		os.Getuid(), self, at(application), at(ledger)))
 	socket, dns := host(t, c, fmt.Sprintf("dns: {listen: \"127.0.0.1:0\", network: 127.83.0.0/16, httpPort: %d}\n", port))
 	t.Setenv("ENTENTE_TEST_DNS", dns)
-	t.Setenv("ENTENTE_TEST_PORT", fmt.Sprint(port))
-	code := run([]string{"entente", "run", "--domain", "banking.example", "--service", "probe", "--proxy=false", "--agent-socket", socket, "--ca-socket", c.Socket(),
-		"--", "env", "ENTENTE_TEST_PROGRAM=resolve", other})
-	if code != 6 {
-		t.Errorf("by name: %d", code)
-	}
-	// The run has ended, and with it the identity.
-	stranger := exec.Command(other)
-	stranger.Env = append(os.Environ(), "ENTENTE_TEST_PROGRAM=resolve")
-	if err := stranger.Run(); stranger.ProcessState.ExitCode() != 2 {
-		t.Errorf("a stranger: %v", err)
+	for _, test := range []struct {
+		program string
+		port    int
+		want    int
+	}{{"resolve", port, 6}, {"resolve", at(application), 6}, {"dial", at(ledger), 7}} {
+		t.Setenv("ENTENTE_TEST_PORT", fmt.Sprint(test.port))
+		code := run([]string{"entente", "run", "--domain", "banking.example", "--service", "probe", "--proxy=false", "--agent-socket", socket, "--ca-socket", c.Socket(),
+			"--", "env", "ENTENTE_TEST_PROGRAM=" + test.program, other})
+		if code != test.want {
+			t.Errorf("%s at port %d: %d", test.program, test.port, code)
+		}
+		// The run has ended, and with it the identity.
+		stranger := exec.Command(other)
+		stranger.Env = append(os.Environ(), "ENTENTE_TEST_PROGRAM="+test.program)
+		if err := stranger.Run(); stranger.ProcessState.ExitCode() != 2 {
+			t.Errorf("a stranger, %s at port %d: %v", test.program, test.port, err)
+		}
 	}
 }
 

@@ -206,7 +206,11 @@ func (c *compiler) service(s *statev1.Service) {
 		if s.GetPort() == 0 {
 			c.fail("give it a port, or no health check", "it has a health check and no port")
 		}
+		if s.GetProtocol() == statev1.Protocol_PROTOCOL_TCP {
+			c.fail("leave health out: a TCP connect is the check; or give the agent a command", "it speaks TCP, and its health check does not")
+		}
 	}
+	c.protocol(s.GetProtocol(), s.GetPort())
 	const shortest, longest = 2, 7 * 24 * 3600
 	if ttl := s.GetX509SvidSeconds(); ttl != 0 && (ttl < shortest || ttl > longest) {
 		c.fail("", "ttl.x509 of %d s is outside %d s to %d s", ttl, shortest, longest)
@@ -231,6 +235,7 @@ func (c *compiler) service(s *statev1.Service) {
 		ID:           id,
 		Hosts:        slices.Clone(s.GetHosts()),
 		Port:         uint16(s.GetPort()),
+		TCP:          s.GetProtocol() == statev1.Protocol_PROTOCOL_TCP,
 		HealthPath:   s.GetHealthPath(),
 		OutboundPort: uint16(s.GetOutboundPort()),
 		Failover:     failover,
@@ -242,7 +247,7 @@ func (c *compiler) service(s *statev1.Service) {
 	}
 	c.tables.services[service.Label] = service
 	c.tables.callers[s.GetPath()] = service
-	c.tables.targets[service.Name] = Target{service.Name, c.tables.td, service}
+	c.tables.targets[service.Name] = Target{service.Name, c.tables.td, service, service.Port, service.TCP}
 }
 
 func (c *compiler) failover(f *statev1.Failover) Failover {
@@ -420,7 +425,11 @@ func (c *compiler) imported(i *statev1.Import) {
 	if !ok {
 		return
 	}
-	c.tables.targets[i.GetService()] = Target{Name: i.GetService(), TrustDomain: td}
+	c.port("port", i.GetPort())
+	c.protocol(i.GetProtocol(), i.GetPort())
+	c.tables.targets[i.GetService()] = Target{
+		Name: i.GetService(), TrustDomain: td, Port: uint16(i.GetPort()), TCP: i.GetProtocol() == statev1.Protocol_PROTOCOL_TCP,
+	}
 }
 
 // ---------------------------------------------------------------- all together
@@ -572,6 +581,11 @@ func (c *compiler) allow(what string, allow *statev1.Allow, td spiffeid.TrustDom
 		if match, ok := c.http(fmt.Sprintf("%s.http[%d]", what, i), m); ok {
 			r.http = append(r.http, match)
 		}
+	}
+	if target := c.tables.targets[allow.GetService()]; target.TCP && len(allow.GetHttp()) > 0 {
+		c.fail("leave http out", "%s: %s speaks TCP, which has no methods and paths", what, target.Name)
+	} else if service := c.tables.services[allow.GetService()]; service != nil && service.TCP && len(allow.GetHttp()) > 0 {
+		c.fail("leave http out", "%s: %s speaks TCP, which has no methods and paths", what, service.Name)
 	}
 	if calling {
 		c.allowCalling(what, allow.GetService(), td, r, gates)
@@ -767,6 +781,15 @@ func (c *compiler) port(what string, port uint32) {
 }
 
 // run checks where something runs and by what it is recognised.
+func (c *compiler) protocol(p statev1.Protocol, port uint32) {
+	switch {
+	case p != statev1.Protocol_PROTOCOL_UNSPECIFIED && p != statev1.Protocol_PROTOCOL_TCP:
+		c.fail("upgrade what reads this", "protocol %d is not one that this release knows", p)
+	case p == statev1.Protocol_PROTOCOL_TCP && port == 0:
+		c.fail("give it a port", "it speaks TCP and has no port: nothing else says which service a connection is for")
+	}
+}
+
 func (c *compiler) run(hosts, selectors []string) {
 	if len(hosts) == 0 {
 		c.fail("list the agents, as in run: {hosts: [h1]}", "no host is listed")

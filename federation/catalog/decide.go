@@ -20,6 +20,8 @@ type Query struct {
 	// caller's own sidecar, which attested the calling process itself.
 	Peer spiffeid.ID
 	Now  time.Time
+
+	TCP bool // a connection whose content nobody looks at; it has neither method nor path
 }
 
 // Decision is the answer to a Query. Reason may be told to the caller; Rule,
@@ -87,12 +89,15 @@ func (tr *trace) refuse(what string, reason refusal.Reason, detail string) Decis
 }
 
 func (t *Tables) decide(q *Query, tr *trace) Decision {
-	if !validMethod(q.Method) {
-		return tr.refuse("request", refusal.BadRequest, "the method is not a token")
-	}
-	path, why := cleanPath(q.Path)
-	if why != "" {
-		return tr.refuse("request", refusal.BadRequest, why)
+	var path string
+	if !q.TCP {
+		if !validMethod(q.Method) {
+			return tr.refuse("request", refusal.BadRequest, "the method is not a token")
+		}
+		var why string
+		if path, why = cleanPath(q.Path); why != "" {
+			return tr.refuse("request", refusal.BadRequest, why)
+		}
 	}
 	if q.Caller.IsZero() || q.Caller.Path() == "" {
 		return tr.refuse("caller", refusal.CallerUnknown, "the request has no caller")
@@ -158,6 +163,9 @@ func (t *Tables) decideOwn(q *Query, target Target, known bool, path string, tr 
 		}
 		tr.add(Step{key, caller.Source, caller.Revision, true, why})
 	}
+	if target.TCP != q.TCP {
+		return tr.refuse("protocol", refusal.Protocol, mismatch(q.TCP))
+	}
 	if !target.Import() {
 		return Decision{Allowed: true, Rule: key, Source: caller.Source, Revision: caller.Revision}
 	}
@@ -179,9 +187,20 @@ func (t *Tables) decideForeign(q *Query, target Target, known bool, path string,
 		return tr.refuse("target", refusal.UnknownService, "the service is not exported to the caller's domain")
 	case !t.related(domain):
 		return tr.refuse("relationship", refusal.AgreementMissing, "no Relationship with the caller's domain exists")
+	case target.TCP != q.TCP:
+		return tr.refuse("protocol", refusal.Protocol, mismatch(q.TCP))
 	}
 	atDoor := !q.Peer.MemberOf(t.td)
 	return decideRules(t.serving[export{domain, target.Service.Label}], q, path, atDoor, tr)
+}
+
+// mismatch is refused before any rule is asked: an HTTP service behind a connection that
+// nobody looks into would be free of its rules on methods and paths.
+func mismatch(tcp bool) string {
+	if tcp {
+		return "a TCP connection for a service that speaks HTTP"
+	}
+	return "an HTTP request for a service that speaks TCP"
 }
 
 // How far a rule agreed with a request; the furthest is reported.
@@ -237,7 +256,7 @@ func (r *rule) compare(q *Query, path string, atDoor bool) int {
 	if !r.listsCaller(q.Caller.Path()) {
 		return callerDiffers
 	}
-	if !r.listsRequest(q.Method, path) {
+	if q.TCP && len(r.http) > 0 || !q.TCP && !r.listsRequest(q.Method, path) {
 		return requestDiffers
 	}
 	if atDoor {

@@ -129,12 +129,52 @@ func TestDecide(t *testing.T) {
 	}
 }
 
+// A TCP service is called without method and path, by a rule that lists none; neither
+// protocol passes for the other.
+func TestDecideTCP(t *testing.T) {
+	text := strings.Replace(bankingYAML, "port: 8080\n  health: {http: /healthz}", "port: 5432\n  protocol: tcp", 1)
+	from, to := strings.Index(text, "    service: accounts\n    http:"), strings.Index(text, "  - callers: [notices")
+	if from < 0 || to < from {
+		t.Fatal("the catalogue of the tests is another one")
+	}
+	tables := compileYAML(t, text[:from]+"    service: accounts\n"+text[to:])
+	if target, ok := tables.Resolve("accounts.banking.example"); !ok || !target.TCP || target.Port != 5432 {
+		t.Errorf("%+v", target)
+	}
+	gateway := other("/entente/gateway/gw-dc1")
+	for _, test := range []struct {
+		name   string
+		q      Query
+		reason refusal.Reason
+	}{
+		{"agreed", Query{Caller: other("/portfolio"), Peer: gateway, TCP: true}, ""},
+		{"own", Query{Caller: own("/notices"), TCP: true}, ""},
+		{"other caller", Query{Caller: other("/market-data"), Peer: gateway, TCP: true}, refusal.AgreementCaller},
+		{"other gateway", Query{Caller: other("/portfolio"), Peer: other("/entente/gateway/gw-9"), TCP: true}, refusal.GatewayNotAgreed},
+		{"HTTP, agreed", Query{Caller: other("/portfolio"), Peer: gateway, Method: "GET", Path: "/"}, refusal.Protocol},
+		{"HTTP, own", Query{Caller: own("/notices"), Method: "GET", Path: "/"}, refusal.Protocol},
+		{"outside calls", Query{Caller: own("/notices"), Target: "fx.banking.example", TCP: true}, refusal.CallerCalls},
+		{"TCP to an HTTP service", Query{Caller: own("/accounts"), Target: "fx.banking.example", TCP: true}, refusal.Protocol},
+		{"TCP to an HTTP import", Query{Caller: own("/notices"), Target: "prices.trading.example", TCP: true}, refusal.Protocol},
+		{"control", Query{Caller: own("/notices"), Target: "prices.trading.example", Method: "GET", Path: "/"}, ""},
+	} {
+		test.q.Now = now
+		if test.q.Target == "" {
+			test.q.Target = "accounts.banking.example"
+		}
+		d := tables.Explain(test.q)
+		if d.Reason != test.reason || d.Allowed != (test.reason == "") || len(d.Steps) == 0 {
+			t.Errorf("%s: %+v", test.name, d)
+		}
+	}
+}
+
 // What could be read in two ways is refused before any rule is looked at, at the
 // same place where the plain form passes.
 func TestDecideRefusesAmbiguousPaths(t *testing.T) {
 	tables := compileYAML(t, bankingYAML)
 	ask := func(path string) Decision {
-		return tables.Decide(Query{other("/portfolio"), "accounts.banking.example", "GET", path, own("/entente/gateway/gw-dc1"), now})
+		return tables.Decide(Query{other("/portfolio"), "accounts.banking.example", "GET", path, own("/entente/gateway/gw-dc1"), now, false})
 	}
 	for _, path := range []string{"/v1/balance", "/v1/balance/", "/v1/balance/42", "/v1/balance/a..b", "/v1/balance/..a", "/v1/balance/...", "/v1/balance/a%20b", "/v1/balance/%C3%A9", "/v1/balance/100%25", "/v1/balance/a;v=1"} {
 		if d := ask(path); !d.Allowed {
@@ -167,7 +207,7 @@ spec:
   allow: [{callers: [desk], service: accounts}]
 `)
 	ask := func(caller, gateway string) Decision {
-		return tables.Decide(Query{other(caller), "accounts.banking.example", "GET", "/v1/balance", other("/entente/gateway/" + gateway), now})
+		return tables.Decide(Query{other(caller), "accounts.banking.example", "GET", "/v1/balance", other("/entente/gateway/" + gateway), now, false})
 	}
 	for _, good := range [][2]string{{"/desk", "gw-3"}, {"/portfolio", "gw-dc1"}} {
 		if d := ask(good[0], good[1]); !d.Allowed {
@@ -183,7 +223,7 @@ spec:
 
 func TestTakingAwayBitesAtOnce(t *testing.T) {
 	ask := func(tables *Tables) Decision {
-		return tables.Decide(Query{other("/portfolio"), "accounts.banking.example", "GET", "/v1/balance", other("/entente/gateway/gw-dc1"), now})
+		return tables.Decide(Query{other("/portfolio"), "accounts.banking.example", "GET", "/v1/balance", other("/entente/gateway/gw-dc1"), now, false})
 	}
 	if d := ask(compileYAML(t, bankingYAML)); !d.Allowed {
 		t.Fatalf("%+v", d)
@@ -202,7 +242,7 @@ func TestTakingAwayBitesAtOnce(t *testing.T) {
 	if noRelation.IsPeerGateway(other("/entente/gateway/gw-dc1")) {
 		t.Error("without the relationship its gateways still complete connections")
 	}
-	d := noRelation.Decide(Query{other("/portfolio"), "accounts.banking.example", "GET", "/v1/balance", own("/entente/gateway/gw-dc1"), now})
+	d := noRelation.Decide(Query{other("/portfolio"), "accounts.banking.example", "GET", "/v1/balance", own("/entente/gateway/gw-dc1"), now, false})
 	if d.Reason != refusal.AgreementMissing {
 		t.Errorf("without the relationship, at the callee: %+v", d)
 	}
@@ -210,7 +250,7 @@ func TestTakingAwayBitesAtOnce(t *testing.T) {
 	if d := ask(noAgreement); d.Reason != refusal.GatewayNotAgreed {
 		t.Errorf("without the agreement: %+v", d)
 	}
-	d = noAgreement.Decide(Query{own("/notices"), "prices.trading.example", "GET", "/", spiffeid.ID{}, now})
+	d = noAgreement.Decide(Query{own("/notices"), "prices.trading.example", "GET", "/", spiffeid.ID{}, now, false})
 	if d.Reason != refusal.AgreementMissing {
 		t.Errorf("without the agreement, outbound: %+v", d)
 	}
@@ -364,7 +404,7 @@ spec:
   expires: 2026-01-01
   allow: [{callers: [market-data], service: accounts}]
 `)
-	e := tables.Explain(Query{other("/market-data"), "accounts.banking.example", "GET", "/v1/balance", own("/entente/gateway/gw-dc1"), now})
+	e := tables.Explain(Query{other("/market-data"), "accounts.banking.example", "GET", "/v1/balance", own("/entente/gateway/gw-dc1"), now, false})
 	if e.Reason != refusal.AgreementExpired || e.Rule != "Agreement/second" || len(e.Steps) != 2 {
 		t.Errorf("the rule that came nearest is not the one reported: %+v", e)
 	}
@@ -379,7 +419,7 @@ func FuzzDecidePath(f *testing.F) {
 		f.Add("GET", seed)
 	}
 	f.Fuzz(func(t *testing.T, method, path string) {
-		q := Query{other("/portfolio"), "accounts.banking.example", method, path, own("/entente/gateway/gw-dc1"), now}
+		q := Query{other("/portfolio"), "accounts.banking.example", method, path, own("/entente/gateway/gw-dc1"), now, false}
 		d := tables.Decide(q)
 		if !d.Allowed {
 			return
@@ -444,9 +484,9 @@ func TestDecideDoesNotAllocate(t *testing.T) {
 
 func benchQueries() map[string]Query {
 	return map[string]Query{
-		"in-domain": {own("/notices"), "accounts.banking.example", "GET", "/v1/balance/42", spiffeid.ID{}, now},
-		"import":    {own("/notices"), "prices.trading.example", "GET", "/v1/quotes/ACME", own("/notices"), now},
-		"export":    {other("/portfolio"), "accounts.banking.example", "GET", "/v1/balance/42", other("/entente/gateway/gw-dc1"), now},
+		"in-domain": {own("/notices"), "accounts.banking.example", "GET", "/v1/balance/42", spiffeid.ID{}, now, false},
+		"import":    {own("/notices"), "prices.trading.example", "GET", "/v1/quotes/ACME", own("/notices"), now, false},
+		"export":    {other("/portfolio"), "accounts.banking.example", "GET", "/v1/balance/42", other("/entente/gateway/gw-dc1"), now, false},
 	}
 }
 

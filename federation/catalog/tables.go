@@ -70,6 +70,7 @@ type Service struct {
 
 	Hosts        []string // agents that may run it
 	Port         uint16   // where the application listens; 0: it only calls
+	TCP          bool     // what it speaks there is carried, not looked at; else it is HTTP
 	HealthPath   string   // empty: a TCP connect is the check
 	OutboundPort uint16   // loopback port on which its workload calls others; 0: none
 	Failover     Failover
@@ -116,6 +117,8 @@ type Target struct {
 	Name        string // canonical service name
 	TrustDomain spiffeid.TrustDomain
 	Service     *Service // nil: an import
+	Port        uint16   // the service's own; 0: not known, or none
+	TCP         bool     // it is not HTTP
 }
 
 // Import reports whether another domain serves the target.

@@ -51,7 +51,7 @@ func (t *Tables) updateServices(changed map[string]*statev1.Object) *Tables {
 		switch {
 		case object != nil:
 			c.sorted = append(c.sorted, object)
-			if before != nil && (before.ID.Path() != object.GetService().GetPath() || narrows(before.ExportTo, object.GetService().GetExportTo())) {
+			if before != nil && (before.ID.Path() != object.GetService().GetPath() || before.TCP != (object.GetService().GetProtocol() == statev1.Protocol_PROTOCOL_TCP) || narrows(before.ExportTo, object.GetService().GetExportTo())) {
 				return nil
 			}
 		case before == nil || t.refersTo(before):

@@ -43,16 +43,24 @@ func TestUpdateIsCompile(t *testing.T) {
 				if rapid.IntRange(0, 5).Draw(t, "fails over") == 0 {
 					s.Failover = &statev1.Failover{Order: []string{pick("order", "dc1", "dc9")}}
 				}
+				if rapid.IntRange(0, 3).Draw(t, "speaks TCP") == 0 {
+					s.Protocol = statev1.Protocol_PROTOCOL_TCP
+				}
 				o.Kind = &statev1.Object_Service{Service: s}
 			case 0:
 				o.Kind = &statev1.Object_Gateway{Gateway: &statev1.Gateway{Name: name, Datacenter: pick("dc", "dc1", "dc2"), Address: name + ".net:1", Hosts: []string{"h1"}, Selectors: []string{"unix:uid:1"}}}
 			case 1:
 				o.Kind = &statev1.Object_Relationship{Relationship: &statev1.Relationship{TrustDomain: pick("peer", "p.example", "q.example"), EndpointUrls: []string{"https://10.0.0.1/"}}}
 			case 2:
-				o.Kind = &statev1.Object_Import{Import: &statev1.Import{Service: "x.p.example"}}
+				i := &statev1.Import{Service: "x.p.example", Port: uint32(rapid.IntRange(0, 1).Draw(t, "port"))}
+				i.Protocol = statev1.Protocol(i.Port)
+				o.Kind = &statev1.Object_Import{Import: i}
 			case 3:
 				a := &statev1.Agreement{Name: name, Peer: "p.example", Expires: 1 << 33, Gateways: []*statev1.PeerGateway{{Path: "/g", Datacenter: "dc1", Address: "10.0.0.1:1"}}}
 				a.Allow = []*statev1.Allow{{Callers: []string{pick("callers", "a", "b", "**")}, Service: pick("allowed", "a", "b", "x.p.example")}}
+				if rapid.Bool().Draw(t, "http") {
+					a.Allow[0].Http = []*statev1.HTTPMatch{{Methods: []string{"GET"}}}
+				}
 				o.Kind = &statev1.Object_Agreement{Agreement: a}
 			}
 			return o

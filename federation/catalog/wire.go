@@ -58,6 +58,7 @@ type serviceSpec struct {
 	Run      runSpec       `yaml:"run,required"`
 	Path     string        `yaml:"path"` // SPIFFE path; default: "/" and the name
 	Port     uint16        `yaml:"port,min=1"`
+	Protocol protocol      `yaml:"protocol"`
 	Health   *healthSpec   `yaml:"health"`
 	Inbound  string        `yaml:"inbound,oneof=strict"` // the only way there is so far
 	Outbound *outboundSpec `yaml:"outbound"`
@@ -116,7 +117,9 @@ type gatewaySpec struct {
 
 type importSpec struct {
 	yamlfile.Pos
-	Service string `yaml:"service,required"`
+	Service  string   `yaml:"service,required"`
+	Port     uint16   `yaml:"port,min=1"` // the one that it has in its own domain
+	Protocol protocol `yaml:"protocol"`
 }
 
 type agreementSpec struct {
@@ -220,6 +223,22 @@ func (m *mode) UnmarshalText(text []byte) error {
 }
 
 func (m mode) MarshalText() ([]byte, error) { return nameOf(modes, statev1.Mode(m)) }
+
+// protocol is statev1.Protocol as people write it.
+type protocol statev1.Protocol
+
+var protocols = map[string]statev1.Protocol{"http": statev1.Protocol_PROTOCOL_UNSPECIFIED, "tcp": statev1.Protocol_PROTOCOL_TCP}
+
+func (p *protocol) UnmarshalText(text []byte) error {
+	value, ok := protocols[string(text)]
+	if !ok {
+		return notOneOf(string(text), sortedKeys(protocols))
+	}
+	*p = protocol(value)
+	return nil
+}
+
+func (p protocol) MarshalText() ([]byte, error) { return nameOf(protocols, statev1.Protocol(p)) }
 
 // pathType is statev1.PathType by the names of the Gateway API.
 type pathType statev1.PathType
@@ -366,6 +385,7 @@ func (p *parser) service(d *document[serviceSpec], object *statev1.Object) error
 		Hosts:     s.Run.Hosts,
 		Selectors: selectors,
 		Port:      uint32(s.Port),
+		Protocol:  statev1.Protocol(s.Protocol),
 		Calls:     s.Calls,
 	}
 	if s.Path != "" {
@@ -479,7 +499,9 @@ func (p *parser) imported(d *document[importSpec], object *statev1.Object) error
 	if d.Metadata.Name != "" && d.Metadata.Name != d.Spec.Service {
 		return d.Metadata.At("name").Errorf("an Import is named by its service; leave metadata.name out")
 	}
-	object.Kind = &statev1.Object_Import{Import: &statev1.Import{Service: d.Spec.Service}}
+	object.Kind = &statev1.Object_Import{Import: &statev1.Import{
+		Service: d.Spec.Service, Port: uint32(d.Spec.Port), Protocol: statev1.Protocol(d.Spec.Protocol),
+	}}
 	return nil
 }
 
@@ -609,7 +631,11 @@ func format(object *statev1.Object) ([]byte, error) {
 		spec, err := formatGateway(object.GetGateway())
 		return marshal(kind, name, object, spec, err)
 	case object.GetImport() != nil:
-		return marshal(kind, "", object, importSpec{Service: name}, nil)
+		i := object.GetImport()
+		if i.GetPort() > math.MaxUint16 {
+			return nil, errors.New("its port is over 65535")
+		}
+		return marshal(kind, "", object, importSpec{Service: name, Port: uint16(i.GetPort()), Protocol: protocol(i.GetProtocol())}, nil)
 	case object.GetAgreement() != nil:
 		spec, err := formatAgreement(object.GetAgreement())
 		return marshal(kind, name, object, spec, err)
@@ -650,7 +676,7 @@ func formatService(s *statev1.Service) (serviceSpec, error) {
 	if s.GetPort() > math.MaxUint16 || s.GetOutboundPort() > math.MaxUint16 {
 		return serviceSpec{}, errors.New("a port is over 65535")
 	}
-	spec := serviceSpec{Run: run, Port: uint16(s.GetPort()), Calls: s.GetCalls()}
+	spec := serviceSpec{Run: run, Port: uint16(s.GetPort()), Protocol: protocol(s.GetProtocol()), Calls: s.GetCalls()}
 	if s.GetPath() != "/"+s.GetName() {
 		spec.Path = s.GetPath()
 	}

@@ -53,6 +53,8 @@ func TestParseObjectsRefuses(t *testing.T) {
 		{"port 0", head("Service") + "  run: {uid: 1, hosts: [h]}\n  port: 0\n", "0 is too small; the least is 1"},
 		{"no name", "apiVersion: entente/v1\nkind: Service\nspec: {run: {uid: 1, hosts: [h]}}\n", "Service has no metadata.name"},
 		{"no run", head("Service") + "  port: 1\n", `key "run" is missing in Service spec`},
+		{"protocol", head("Service") + "  run: {uid: 1, hosts: [h]}\n  protocol: udp\n", `"udp" is not one of http, tcp`},
+		{"port of an import", "apiVersion: entente/v1\nkind: Import\nspec: {service: a.b, port: 65536}\n", "from 0 to 65535"},
 		{"mode", head("Service") + "  run: {uid: 1, hosts: [h]}\n  failover: {mode: atuo}\n", `"atuo" is not one of auto, manual; did you mean "auto"?`},
 		{"hold", head("Service") + "  run: {uid: 1, hosts: [h]}\n  failover: {hold: 1500ms}\n", "failover.hold must be whole seconds"},
 		{"path alone", head("Service") + "  run: {path: /x, hosts: [h]}\n", "run.path stands alone"},
@@ -131,6 +133,7 @@ func genObject() *rapid.Generator[*statev1.Object] {
 				Port: rapid.Uint32Range(0, 65535).Draw(t, "port"), OutboundPort: rapid.Uint32Range(0, 65535).Draw(t, "out"),
 				HealthPath: rapid.OneOf(rapid.Just(""), odd).Draw(t, "health"), ExportTo: list(t, maybe, "export"), Calls: list(t, maybe, "calls"),
 				X509SvidSeconds: rapid.Uint32Range(0, 1<<20).Draw(t, "ttl"),
+				Protocol:        statev1.Protocol(rapid.IntRange(0, 1).Draw(t, "protocol")),
 				JwtSvidSeconds:  rapid.Uint32Range(0, 3600).Draw(t, "jwt"),
 				WitSvidSeconds:  rapid.Uint32Range(0, 1<<16).Draw(t, "wit"),
 				Hint:            rapid.SampledFrom([]string{"", "internal", "for: people"}).Draw(t, "hint"),
@@ -150,7 +153,7 @@ func genObject() *rapid.Generator[*statev1.Object] {
 				Name: odd.Draw(t, "name"), Datacenter: odd.Draw(t, "dc"), Address: odd.Draw(t, "address"), Hosts: words.Draw(t, "hosts"), Selectors: selectors.Draw(t, "selectors"),
 			}}
 		case 2:
-			object.Kind = &statev1.Object_Import{Import: &statev1.Import{Service: odd.Draw(t, "service")}}
+			object.Kind = &statev1.Object_Import{Import: &statev1.Import{Service: odd.Draw(t, "service"), Port: rapid.Uint32Range(0, 65535).Draw(t, "port"), Protocol: statev1.Protocol(rapid.IntRange(0, 1).Draw(t, "protocol"))}}
 		case 3:
 			a := &statev1.Agreement{Name: odd.Draw(t, "name"), Peer: "trading.example", Expires: rapid.OneOf(rapid.Just[int64](1826668800), rapid.Int64Range(1, 1<<33)).Draw(t, "expires")}
 			for range rapid.IntRange(0, 2).Draw(t, "gateways") {

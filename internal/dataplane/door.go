@@ -79,6 +79,18 @@ type Backend struct {
 	Identity
 	Address string       // host:port where the application listens
 	Attest  func() error // says who listens there, asked before each connect; nil: not asked
+
+	Monitor Monitor         // nil: nobody wants to know
+	Open    context.Context // done: it takes no more requests, and those under way are cut; nil: it always does
+}
+
+// Monitor is told of each request that the application is given: when it begins, and how
+// it ends. With an error the application could not be reached or gave no answer; with
+// neither a status nor an error it is not to blame for what was wrong. Its methods are
+// called concurrently.
+type Monitor interface {
+	Begin()
+	End(status int, err error)
 }
 
 // ServeInbound serves a sidecar's mTLS door until ctx is done, then drains: for members of the
@@ -111,7 +123,15 @@ func (e *Engine) ServeInbound(ctx context.Context, ln net.Listener, backend func
 			x.refuse(refusal.UnknownService, "Host is not the service this connection was opened for.", "Host "+r.Host+", SNI "+d.serverName)
 			return
 		}
-		if x.decide() {
+		if b.Open != nil && b.Open.Err() != nil {
+			x.refuse(refusal.UpstreamUnreachable, "This instance takes no more requests: nothing was sent.", "it is drained")
+			return
+		}
+		switch {
+		case !x.decide():
+		case x.tcp:
+			x.toStream(b)
+		default:
 			x.toApplication(b, d)
 		}
 	})

@@ -246,8 +246,9 @@ func (e *Engine) dial(ctx context.Context, address string, foreign bool) (net.Co
 	return dialer.DialContext(ctx, "tcp", address)
 }
 
-// applications is the way to the host's own services: plain HTTP on loopback.
+// applications is the way to the host's own services: plain HTTP or TCP on loopback.
 type applications struct {
+	dial  func(ctx context.Context, network, address string) (net.Conn, error) // asks Backend.Attest first
 	http1 *http.Transport
 	h2c   *http.Transport
 }
@@ -256,7 +257,7 @@ type applications struct {
 type attestKey struct{}
 
 func (a *applications) init(connect func(ctx context.Context, address string, foreign bool) (net.Conn, error)) {
-	dial := func(ctx context.Context, _, address string) (net.Conn, error) {
+	a.dial = func(ctx context.Context, _, address string) (net.Conn, error) {
 		if attest, _ := ctx.Value(attestKey{}).(func() error); attest != nil {
 			if err := attest(); err != nil {
 				return nil, err
@@ -268,7 +269,7 @@ func (a *applications) init(connect func(ctx context.Context, address string, fo
 	one.SetHTTP1(true)
 	two.SetUnencryptedHTTP2(true)
 	a.http1 = &http.Transport{
-		DialContext:            dial,
+		DialContext:            a.dial,
 		Protocols:              one,
 		DisableCompression:     true,
 		MaxIdleConnsPerHost:    256,
@@ -276,7 +277,7 @@ func (a *applications) init(connect func(ctx context.Context, address string, fo
 		MaxResponseHeaderBytes: maxHeaderBytes,
 	}
 	a.h2c = &http.Transport{
-		DialContext:            dial,
+		DialContext:            a.dial,
 		Protocols:              two,
 		DisableCompression:     true,
 		IdleConnTimeout:        30 * time.Second,

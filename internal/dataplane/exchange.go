@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net/http"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -34,6 +35,7 @@ type exchange struct {
 	skip    string        // datacenter whose instances are to be asked last
 	again   bool          // the hop before is trying for the second time or more
 	upgrade string        // protocol of an Upgrade
+	tcp     bool          // which is TCP of a service that speaks no HTTP
 	begun   bool          // the answer has begun
 	broken  bool          // and could not be finished: the connection must not look clean
 }
@@ -64,6 +66,9 @@ func (e *Engine) begin(hop string, w http.ResponseWriter, r *http.Request, servi
 	}
 	if x.upgrade == "h2c" {
 		x.upgrade = "" // an offer that may be ignored (RFC 9110 section 7.8)
+	}
+	if x.tcp = x.upgrade == header.TCP; x.tcp {
+		x.record.method, x.record.path = "TCP", ""
 	}
 	header.RemoveHop(r.Header)
 	if header.IsGRPC(r.Header) {
@@ -137,6 +142,7 @@ func (x *exchange) decide() bool {
 		Method: x.r.Method,
 		Path:   x.record.path,
 		Now:    time.Now(),
+		TCP:    x.tcp,
 	}
 	if d, _ := x.r.Context().Value(downstreamKey{}).(*downstream); d != nil {
 		x.query.Peer = d.id
@@ -151,7 +157,7 @@ func (x *exchange) decide() bool {
 
 func (x *exchange) refuseDecision(d catalog.Decision) {
 	x.record.rule, x.record.revision = d.Rule, d.Revision
-	x.refuse(d.Reason, fmt.Sprintf("%s to %s: %s %s", x.who, x.record.service, x.r.Method, x.record.path), d.Detail)
+	x.refuse(d.Reason, fmt.Sprintf("%s to %s: %s", x.who, x.record.service, strings.TrimSpace(x.record.method+" "+x.record.path)), d.Detail)
 }
 
 // revoked ends a request that was allowed when it came and is not any more (I4).
@@ -258,4 +264,5 @@ func (x *exchange) gone() {
 var (
 	errDeadline  = errors.New("the request's deadline has passed")
 	errAbandoned = errors.New("no answer in time; tried elsewhere")
+	errDrained   = errors.New("the instance is drained, and the time for requests under way is over")
 )

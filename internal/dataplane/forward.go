@@ -87,6 +87,8 @@ type sender struct {
 	paid bool  // its retry is already taken from the budget
 	err  error // why it failed
 
+	reset func() // breaks the connection to what answered, so that nobody takes it for a clean end
+
 	mayHaveRun bool // of all attempts: one was sent and its outcome is not known
 }
 
@@ -94,7 +96,7 @@ func newSender(x *exchange) *sender {
 	s := &sender{
 		x:          x,
 		head:       x.r.Header,
-		idempotent: resilience.Idempotent(x.r.Method, x.r.Header) && x.upgrade == "",
+		idempotent: resilience.Idempotent(x.r.Method, x.r.Header) && x.upgrade == "" || x.tcp, // a TCP stream has not begun yet
 		pauses:     resilience.Backoff{Base: 20 * time.Millisecond, Max: 200 * time.Millisecond},
 	}
 	delete(s.head, "Expect") // the 100 (Continue) is ours to give: our server sends it when the body is first read
@@ -199,6 +201,7 @@ func (s *sender) try(service string, hop *routeHop, more bool) (done bool) {
 		return s.failed(p, &state, err, false)
 	}
 	defer c.release()
+	s.reset = c.reset
 	x.record.upstream = c.peer.String()
 
 	h := s.head
@@ -389,7 +392,7 @@ func (s *sender) giveUp() {
 		x.refuseDecision(cut.Decision)
 	case errors.Is(cause, errDeadline):
 		s.timeout()
-	case cause != nil:
+	case cause != nil && !errors.Is(cause, errDrained):
 		x.gone()
 	case s.mayHaveRun:
 		x.refuse(refusal.UpstreamOutcomeUnknown, "The request was sent, and the connection was lost before an answer came.", errText(s.err))
@@ -414,6 +417,24 @@ func errText(err error) string {
 	return err.Error()
 }
 
+// give tells the monitor of an application that it is given something, and has that end
+// with the instance. end is to be called when status and failure are what they were to be.
+func (s *sender) give(b Backend, status *int, failure *error) (end func()) {
+	cut := func() bool { return true }
+	if b.Open != nil {
+		cut = context.AfterFunc(b.Open, func() { s.cancel(errDrained) })
+	}
+	if b.Monitor != nil {
+		b.Monitor.Begin()
+	}
+	return func() {
+		cut()
+		if b.Monitor != nil {
+			b.Monitor.End(*status, *failure)
+		}
+	}
+}
+
 // toApplication hands the request to the host's own service: once, as its sidecar
 // cannot know whether it has begun.
 func (x *exchange) toApplication(b Backend, d *downstream) {
@@ -426,6 +447,9 @@ func (x *exchange) toApplication(b Backend, d *downstream) {
 	}
 	x.record.attempts, x.record.upstream = 1, "application"
 	x.record.upstreamAddress, x.record.upstreamDatacenter = b.Address, e.cfg.Datacenter
+	var status int
+	var failure error
+	defer s.give(b, &status, &failure)()
 	transport := e.apps.http1
 	if header.IsGRPC(s.head) {
 		transport = e.apps.h2c
@@ -441,12 +465,18 @@ func (x *exchange) toApplication(b Backend, d *downstream) {
 			x.gone()
 			return
 		}
+		if s.ctx.Err() == nil {
+			failure = err
+		}
 		s.giveUp()
 		return
 	}
 	// What the mesh says, only the mesh says.
 	header.RemoveProtected(res.Header)
 	s.copy(res, "")
+	if !x.broken { // or it cannot be known whose doing that was
+		status = res.StatusCode
+	}
 }
 
 var buffers = sync.Pool{New: func() any { return new([32 << 10]byte) }}

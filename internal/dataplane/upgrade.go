@@ -1,12 +1,14 @@
 package dataplane
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"io"
 	"net/http"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/entente-mesh/entente/internal/dataplane/header"
 	"github.com/entente-mesh/entente/internal/refusal"
@@ -44,21 +46,38 @@ func (s *sender) tunnel(res *http.Response) {
 	if err := buffered.Flush(); err != nil {
 		return
 	}
+	// Not through buffered: at the end of what comes it would cancel the request's context.
+	early, _ := buffered.Peek(buffered.Reader.Buffered())
+	sent := io.MultiReader(bytes.NewReader(early), client)
 	hangUp := func() {
 		_ = client.Close()
 		_ = upstream.Close()
 	}
+	if x.tcp {
+		hangUp = func() {
+			reset(client)
+			s.reset()
+		}
+	}
 	defer context.AfterFunc(x.engine.ctx, hangUp)() // the process stops
 	defer context.AfterFunc(s.ctx, hangUp)()        // no longer allowed
+
+	half := time.AfterFunc(halfClosed, hangUp)
+	half.Stop()
+	defer half.Stop()
 
 	var both sync.WaitGroup
 	both.Add(2)
 	carry := func(to io.Writer, from io.Reader) {
 		defer both.Done()
-		_, _ = io.Copy(to, from)
+		_, err := io.Copy(to, from)
+		if x.tcp && err == nil && closeWrite(to) == nil {
+			half.Reset(halfClosed)
+			return
+		}
 		hangUp() // either end ends both
 	}
-	go carry(upstream, buffered)
+	go carry(upstream, sent)
 	go carry(client, upstream)
 	both.Wait()
 	var cut *revoked

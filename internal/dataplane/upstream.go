@@ -84,6 +84,7 @@ type upstreamConn struct {
 	peer     spiffeid.ID
 	retireAt time.Time // no new request from then on: an SVID of either end is about to end
 	untrack  func()
+	reset    func() // closes it without a word
 	pool     *pool
 	// ---
 	inflight int
@@ -291,7 +292,7 @@ func (u *upstreams) dial(ctx context.Context, p *place, spec *dialSpec, alpn str
 		_ = conn.Close()
 		return nil, err
 	}
-	c := &upstreamConn{peer: id, retireAt: retireAt(time.Now(), state, spec.identity)}
+	c := &upstreamConn{peer: id, retireAt: retireAt(time.Now(), state, spec.identity), reset: func() { reset(conn) }}
 	recheck := peer.Recheck(state, u.engine.cfg.Bundles, func(id spiffeid.ID) error { return u.engine.admits(spec.kind, id) })
 	c.untrack = u.engine.registry.Track(conn, state, recheck)
 	c.http, err = u.transport.NewClientConn(context.WithValue(ctx, dialedConn{}, conn), "https", p.address)

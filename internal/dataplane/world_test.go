@@ -313,6 +313,9 @@ type domain struct {
 	sidecars  [2]*process     // dc1, dc2
 	gateways  [2]*process
 	apps      [2]*app
+	stores    [2]*store   // speak TCP
+	monitors  [2]*monitor // of the apps
+	drain     [2]func()   // closes the apps' instances
 	out       [2]*process // callers' sidecars: outbound doors only
 	outURL    [2]string
 	caller    string // path of the calling workload
@@ -401,10 +404,17 @@ func (w *world) build(d *domain) {
 	for i, dc := range []string{"dc1", "dc2"} {
 		a := newApp(w.t, w.listen())
 		d.apps[i] = a
-		backend := Backend{Identity: w.identity(d, "/"+service), Address: a.addr()}
+		d.stores[i] = newStore(w.t, w.listen())
+		open, drain := context.WithCancel(context.Background())
+		d.monitors[i], d.drain[i] = &monitor{}, drain
+		backends := map[string]Backend{
+			service + "." + d.td.Name(): {Identity: w.identity(d, "/"+service), Address: a.addr(), Monitor: d.monitors[i], Open: open},
+			"store." + d.td.Name():      {Identity: w.identity(d, "/store"), Address: d.stores[i].Addr().String(), Open: open},
+		}
 		d.sidecars[i] = w.process(d, "agent-"+dc, dc, d.own, func(ctx context.Context, e *Engine, ln net.Listener) error {
 			return e.ServeInbound(ctx, ln, func(name string) (Backend, bool) {
-				return backend, name == service+"."+d.td.Name()
+				b, ok := backends[name]
+				return b, ok
 			})
 		})
 		gateway := w.identity(d, "/entente/gateway/gw-"+dc)

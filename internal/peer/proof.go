@@ -14,40 +14,38 @@ import (
 // Once the chain to an authority is found, only the authority's place in the bundle, the dates and what is distrusted are
 // looked at again: signatures do not change. The zero value is ready to use, concurrently.
 type Proof struct {
-	path atomic.Pointer[[]*x509.Certificate] // how the SVID verified last
+	last atomic.Pointer[proven]
+}
+
+// proven is how an SVID verified.
+type proven struct {
+	id   spiffeid.ID
+	path []*x509.Certificate
 }
 
 // Verify gives what [Verify] gives.
 func (p *Proof) Verify(chain []*x509.Certificate, bundles x509bundle.Source, now time.Time) (spiffeid.ID, error) {
-	if path := p.path.Load(); path != nil && len(chain) > 0 && (*path)[0] == chain[0] && anchored(*path, bundles, now) {
-		id, err := leafID(chain[0])
-		if err != nil {
-			return id, err
+	if last := p.last.Load(); last != nil && len(chain) > 0 && last.path[0] == chain[0] && last.anchored(bundles, now) {
+		if err := distrusted(bundles, last.path); err != nil {
+			return last.id, fmt.Errorf("certificate of %s is distrusted: %w", last.id, err)
 		}
-		if err := distrusted(bundles, *path); err != nil {
-			return id, fmt.Errorf("certificate of %s is distrusted: %w", id, err)
-		}
-		return id, nil
+		return last.id, nil
 	}
 	id, path, err := verify(chain, bundles, now)
 	if err != nil {
 		return id, err
 	}
-	p.path.Store(&path)
+	p.last.Store(&proven{id, path})
 	return id, nil
 }
 
 // anchored reports whether a path that once verified still does.
-func anchored(path []*x509.Certificate, bundles x509bundle.Source, now time.Time) bool {
-	for _, cert := range path {
+func (p *proven) anchored(bundles x509bundle.Source, now time.Time) bool {
+	for _, cert := range p.path {
 		if now.Before(cert.NotBefore) || now.After(cert.NotAfter) {
 			return false
 		}
 	}
-	id, err := leafID(path[0])
-	if err != nil {
-		return false
-	}
-	bundle, err := bundles.GetX509BundleForTrustDomain(id.TrustDomain())
-	return err == nil && bundle != nil && bundle.TrustDomain() == id.TrustDomain() && bundle.HasX509Authority(path[len(path)-1])
+	bundle, err := bundles.GetX509BundleForTrustDomain(p.id.TrustDomain())
+	return err == nil && bundle != nil && bundle.TrustDomain() == p.id.TrustDomain() && bundle.HasX509Authority(p.path[len(p.path)-1])
 }

@@ -20,6 +20,7 @@ import (
 
 	"github.com/entente-mesh/entente/internal/daemon"
 	"github.com/entente-mesh/entente/meshagent"
+	"github.com/entente-mesh/entente/meshagent/services"
 	"github.com/entente-mesh/entente/meshagent/workloadattest"
 )
 
@@ -38,6 +39,14 @@ type Status struct {
 	PortOffset  int        `json:"port_offset,omitempty"` // added to the ports that the catalogue says
 	Inbound     string     `json:"inbound,omitempty"`
 	Identities  []Identity `json:"identities"`
+	// Broken are files of registrations whose newest content is not used.
+	Broken []services.Broken `json:"broken,omitempty"`
+}
+
+// Services are those that run on the host or are registered there.
+type Services struct {
+	Services []meshagent.ServiceStatus `json:"services"`
+	Broken   []services.Broken         `json:"broken,omitempty"`
 }
 
 // Identity is one entry of the host.
@@ -102,6 +111,11 @@ func (s *Server) Run(ctx context.Context) error {
 	mux.HandleFunc("GET /v1/status", func(w http.ResponseWriter, _ *http.Request) { answer(w, s.status()) })
 	mux.HandleFunc("GET /v1/pid/{pid}", s.explain)
 	mux.HandleFunc("POST /v1/runs/{id}", s.register)
+	mux.HandleFunc("GET /v1/services", func(w http.ResponseWriter, _ *http.Request) { answer(w, s.services()) })
+	mux.HandleFunc("POST /v1/services", s.registerServices)
+	mux.HandleFunc("DELETE /v1/services/{name}", s.change((*meshagent.Agent).Deregister))
+	mux.HandleFunc("POST /v1/services/{name}/drain", s.drain)
+	mux.HandleFunc("POST /v1/services/{name}/restore", s.change((*meshagent.Agent).Restore))
 	server := &http.Server{
 		Handler:           mux,
 		ReadHeaderTimeout: 5 * time.Second,
@@ -133,7 +147,7 @@ func (s *Server) status() *Status {
 	cfg, state := s.agent.Config(), s.agent.State()
 	st := &Status{
 		TrustDomain: cfg.TrustDomain, Agent: cfg.Name, Datacenter: cfg.Datacenter, Ready: true, Revision: state.View.Revision,
-		WorkloadAPI: cfg.WorkloadAPI.Socket, AppAddress: cfg.Sidecar.AppAddress, PortOffset: cfg.Sidecar.PortOffset, Inbound: cfg.Sidecar.Inbound, Identities: []Identity{},
+		WorkloadAPI: cfg.WorkloadAPI.Socket, AppAddress: cfg.Sidecar.AppAddress, PortOffset: cfg.Sidecar.PortOffset, Inbound: cfg.Sidecar.Inbound, Identities: []Identity{}, Broken: s.agent.Broken(),
 	}
 	if err := s.agent.Ready(); err != nil {
 		st.Ready, st.Why = false, err.Error()
@@ -141,7 +155,7 @@ func (s *Server) status() *Status {
 	for _, identity := range state.Identities {
 		is := Identity{Entry: identity.Entry.GetId(), SPIFFEID: identity.ID.String()}
 		if identity.SVID != nil {
-			is.ValidUntil = &identity.SVID.Certificates[0].NotAfter
+			is.ValidUntil = &identity.SVID.NotAfter
 		}
 		if service, ok := strings.CutPrefix(is.Entry, "service/"); ok {
 			for _, instance := range state.View.Instances {
@@ -230,4 +244,70 @@ func (s *Server) register(w http.ResponseWriter, r *http.Request) {
 	}
 	<-r.Context().Done()
 	s.log.Info("a run has ended", "pid", process.PID(), "run", r.PathValue("id"))
+}
+
+func (s *Server) services() *Services {
+	return &Services{s.agent.Services(), s.agent.Broken()}
+}
+
+// registerServices takes what a drop-in file may hold.
+func (s *Server) registerServices(w http.ResponseWriter, r *http.Request) {
+	name := r.URL.Query().Get("file")
+	registrations, err := services.Read(name, http.MaxBytesReader(w, r.Body, maxBody))
+	if err == nil {
+		err = s.agent.Register(registrations)
+	}
+	if err != nil {
+		refuse(w, http.StatusUnprocessableEntity, err)
+		return
+	}
+	for _, registration := range registrations {
+		s.log.Info("service registered by command", "service", registration.Service)
+	}
+	answer(w, s.services())
+}
+
+// change makes a change that needs only the name of a service.
+func (s *Server) change(do func(*meshagent.Agent, string) error) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		if err := do(s.agent, r.PathValue("name")); err != nil {
+			refuse(w, http.StatusConflict, err)
+			return
+		}
+		answer(w, s.services())
+	}
+}
+
+// drain answers when a service is drained. With hold the drain lasts until the caller hangs
+// up, else until it is restored.
+func (s *Server) drain(w http.ResponseWriter, r *http.Request) {
+	io.Copy(io.Discard, io.LimitReader(r.Body, maxBody)) // read to its end, or a hang-up is not noticed
+	var within time.Duration
+	if text := r.URL.Query().Get("within"); text != "" {
+		var err error
+		if within, err = time.ParseDuration(text); err != nil || within <= 0 || within > time.Hour {
+			refuse(w, http.StatusBadRequest, fmt.Errorf("requests under way may take up to an hour, not %.40q", text))
+			return
+		}
+	}
+	name := r.PathValue("name")
+	if !r.URL.Query().Has("hold") {
+		if err := s.agent.Drain(r.Context(), name, within); err != nil {
+			refuse(w, http.StatusConflict, err)
+			return
+		}
+		answer(w, s.services())
+		return
+	}
+	release, err := s.agent.HoldDrained(r.Context(), name, within)
+	if err != nil {
+		refuse(w, http.StatusConflict, err)
+		return
+	}
+	defer release()
+	w.WriteHeader(http.StatusOK)
+	if err := http.NewResponseController(w).Flush(); err != nil {
+		return
+	}
+	<-r.Context().Done()
 }

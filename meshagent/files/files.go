@@ -144,7 +144,7 @@ func (t *target) update(ctx context.Context, state *meshagent.State) error {
 			return err
 		}
 		t.written, t.told = sum, false
-		t.log.Info("files written", "spiffe_id", identity.ID, "valid_until", identity.SVID.Certificates[0].NotAfter)
+		t.log.Info("files written", "spiffe_id", identity.ID, "valid_until", identity.SVID.NotAfter)
 	}
 	// The certificate is of use without the tokens, and so the software is told of it.
 	unsigned := t.updateTokens(ctx, identity, owner)
@@ -183,10 +183,7 @@ func (t *target) updateTokens(ctx context.Context, identity *meshagent.Identity,
 
 // contents are the files in the order in which they are to appear.
 func (t *target) contents(state *meshagent.State, identity *meshagent.Identity) (list []file, err error) {
-	chain, key, err := identity.SVID.Marshal()
-	if err != nil {
-		return nil, fmt.Errorf("the SVID of %s: %w", identity.ID, err)
-	}
+	chain, key := identity.SVID.PEM()
 	own, err := state.Bundle.Marshal()
 	if err != nil {
 		return nil, fmt.Errorf("the bundle: %w", err)

@@ -24,7 +24,7 @@ func TestEndedCertificatesAreNotHandedOut(t *testing.T) {
 	fetch := func() error {
 		ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
 		defer cancel()
-		_, err := c.FetchSecrets(ctx, &discovery.DiscoveryRequest{ResourceNames: []string{NameSVID}, TypeUrl: typeURL})
+		_, err := c.FetchSecrets(ctx, &discovery.DiscoveryRequest{ResourceNames: []string{"default"}, TypeUrl: typeURL})
 		return err
 	}
 	if err := fetch(); err != nil {

@@ -5,15 +5,15 @@
 // and gets what the entries give whose selectors it satisfies. No header is asked
 // for: Envoy sends none.
 //
-// Names are those of a SPIRE agent: "default" is the caller's first X.509-SVID,
-// "ROOTCA" its own trust domain's bundle, "ALL" every bundle it may have; an SVID
-// can also be named by its SPIFFE ID and a bundle by spiffe://TRUSTDOMAIN. No name
-// at all, or "*", means everything, by SPIFFE name.
+// Names are those of a SPIRE agent, unless the agent's file has others: "default" is the
+// caller's first X.509-SVID by entry id, "ROOTCA" its own trust domain's bundle, "ALL" every
+// bundle it may have; an SVID can also be named by its SPIFFE ID and a bundle by
+// spiffe://TRUSTDOMAIN. No name at all, or "*", means everything, by SPIFFE name.
 //
 // A bundle is sent as a configuration of Envoy's SPIFFE validator, with one entry
 // per trust domain, so that bundles are never pooled (I2). An Envoy that has no
 // such validator says so in its node's metadata (disable_spiffe_cert_validation:
-// true) and gets a plain list of authorities, of one trust domain only.
+// true), or the agent's file says it for all of them, and it gets a plain list of authorities, of one trust domain only.
 package sds
 
 import (
@@ -43,13 +43,6 @@ import (
 	"github.com/entente-mesh/entente/meshagent/workloadattest"
 )
 
-// Names that mean the same at every host.
-const (
-	NameSVID    = "default" // the caller's first X.509-SVID, by entry id
-	NameBundle  = "ROOTCA"  // the own trust domain's bundle
-	NameBundles = "ALL"     // every bundle the caller may have
-)
-
 const (
 	typeURL   = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret"
 	validator = "envoy.tls.cert_validator.spiffe"
@@ -64,16 +57,17 @@ type Server struct {
 	secret.UnimplementedSecretDiscoveryServiceServer
 
 	agent  *meshagent.Agent
+	cfg    meshagent.SDSConfig
 	caller func(context.Context) (*workloadattest.Process, error)
 	log    *slog.Logger
 }
 
 // New returns a server. caller tells who is at the other end of a call; log may be nil.
-func New(agent *meshagent.Agent, caller func(context.Context) (*workloadattest.Process, error), log *slog.Logger) *Server {
+func New(agent *meshagent.Agent, cfg meshagent.SDSConfig, caller func(context.Context) (*workloadattest.Process, error), log *slog.Logger) *Server {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	return &Server{agent: agent, caller: caller, log: log}
+	return &Server{agent: agent, cfg: cfg, caller: caller, log: log}
 }
 
 // Register adds the service to a gRPC server.
@@ -92,6 +86,7 @@ type picture struct {
 	identities []*meshagent.Identity // with an SVID; at least one
 	waiting    []string              // SPIFFE IDs of those without: not signed yet, or ended
 	federated  []*x509bundle.Bundle  // by trust domain; none is empty
+	cfg        *meshagent.SDSConfig
 	plain      bool
 }
 
@@ -108,7 +103,7 @@ func (s *Server) look(state *meshagent.State, process *workloadattest.Process, p
 		s.log.Info("an SDS client has no identity", "pid", process.PID(), "uid", process.UID)
 		return nil, errDenied
 	}
-	p := &picture{state: state, plain: plain}
+	p := &picture{state: state, cfg: &s.cfg, plain: plain || s.cfg.DisableSPIFFECertValidation}
 	for _, identity := range entitled {
 		if identity.SVID != nil {
 			p.identities = append(p.identities, identity)
@@ -150,14 +145,14 @@ func (p *picture) bundles() []*x509bundle.Bundle {
 // find makes the resource of a name; nil when the caller has none of that name.
 func (p *picture) find(name string) (*resource, error) {
 	switch name {
-	case NameSVID:
+	case p.cfg.DefaultSVIDName:
 		return certificate(name, p.identities[0])
-	case NameBundle:
+	case p.cfg.DefaultBundleName:
 		return p.validation(name, p.state.Bundle)
-	case NameBundles:
+	case p.cfg.DefaultAllBundlesName:
 		if p.plain {
 			return nil, status.Errorf(codes.InvalidArgument,
-				"%q without Envoy's SPIFFE validator would pool the authorities of several trust domains: ask for %q or spiffe://TRUSTDOMAIN", NameBundles, NameBundle)
+				"%q without Envoy's SPIFFE validator would pool the authorities of several trust domains: ask for %q or spiffe://TRUSTDOMAIN", name, p.cfg.DefaultBundleName)
 		}
 		return p.validation(name, p.bundles()...)
 	}
@@ -183,10 +178,7 @@ func (p *picture) find(name string) (*resource, error) {
 
 // certificate is versioned by its chain: every SVID has a key of its own.
 func certificate(name string, identity *meshagent.Identity) (*resource, error) {
-	chain, key, err := identity.SVID.Marshal()
-	if err != nil {
-		return nil, fmt.Errorf("the SVID of %s: %w", identity.ID, err)
-	}
+	chain, key := identity.SVID.PEM()
 	return pack(name, chain, &tls.Secret{Name: name, Type: &tls.Secret_TlsCertificate{TlsCertificate: &tls.TlsCertificate{
 		CertificateChain: inline(chain),
 		PrivateKey:       inline(key),

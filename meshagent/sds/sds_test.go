@@ -59,7 +59,7 @@ type client struct {
 	agent *meshagent.Agent
 }
 
-func start(t *testing.T, c *catest.CA) *client {
+func start(t *testing.T, c *catest.CA, lines ...string) *client {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "sds") // a socket's path is short
 	if err != nil {
@@ -67,8 +67,8 @@ func start(t *testing.T, c *catest.CA) *client {
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	cfg, err := meshagent.ReadConfig("agent.yaml", strings.NewReader(fmt.Sprintf(
-		"trustDomain: banking.example\nname: h1\ndatacenter: dc1\nsettle: 20ms\ndataDir: %s\nca: {token: %s}\nworkloadAPI: {socket: %s}\n",
-		filepath.Join(dir, "data"), c.AgentToken("h1", "dc1"), filepath.Join(dir, "agent.sock"))))
+		"trustDomain: banking.example\nname: h1\ndatacenter: dc1\nsettle: 20ms\ndataDir: %s\nca: {token: %s}\nworkloadAPI: {socket: %s}\n%s\n",
+		filepath.Join(dir, "data"), c.AgentToken("h1", "dc1"), filepath.Join(dir, "agent.sock"), strings.Join(lines, "\n"))))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -81,7 +81,7 @@ func start(t *testing.T, c *catest.CA) *client {
 		t.Fatal(err)
 	}
 	api := workloadapi.New(agent, listener, nil)
-	api.Beside(New(agent, workloadapi.Caller, nil).Register)
+	api.Beside(New(agent, cfg.SDS, workloadapi.Caller, nil).Register)
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
 	go func() { ended <- agent.Run(ctx, meshagent.Door{Name: "workload API", Run: api.Run}) }()
@@ -304,6 +304,35 @@ func TestNames(t *testing.T) {
 	} {
 		if r, err := envoy.FetchSecrets(envoy.context(), test.request); status.Code(err) != test.want {
 			t.Errorf("%.3v: %v %v", test.request.GetResourceNames(), names(r.GetResources()), err)
+		}
+	}
+}
+
+// The names can be others, as with a SPIRE agent; those that they replace mean nothing
+// then. Without the validator bundles are plain lists, and those of all domains are refused.
+func TestConfiguredNames(t *testing.T) {
+	c := catest.Start(t, catest.Options{})
+	c.Apply(serviceYAML("accounts", mine(t)))
+	envoy := start(t, c, "sds: {defaultSVIDName: my-svid, defaultBundleName: my-ca, defaultAllBundlesName: my-cas, disableSPIFFECertValidation: true}")
+	r, err := envoy.FetchSecrets(envoy.context(), &discovery.DiscoveryRequest{ResourceNames: []string{"my-svid", "my-ca"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := names(r.GetResources()); !slices.Equal(got, []string{"my-ca", "my-svid"}) {
+		t.Fatalf("got %v", got)
+	}
+	if id := keyPair(t, unpack(t, r.GetResources()[1])); id != ownID {
+		t.Errorf("my-svid is of %s", id)
+	}
+	bundle := unpack(t, r.GetResources()[0]).GetValidationContext()
+	if bundle.GetCustomValidatorConfig() != nil || len(bundle.GetTrustedCa().GetInlineBytes()) == 0 {
+		t.Errorf("%v", bundle)
+	}
+	for name, want := range map[string]codes.Code{
+		"default": codes.PermissionDenied, "ROOTCA": codes.PermissionDenied, "ALL": codes.PermissionDenied, "my-cas": codes.InvalidArgument, ownID: codes.OK,
+	} {
+		if _, err := envoy.FetchSecrets(envoy.context(), &discovery.DiscoveryRequest{ResourceNames: []string{name}}); status.Code(err) != want {
+			t.Errorf("%s: %v", name, err)
 		}
 	}
 }
@@ -647,7 +676,7 @@ func TestAcknowledgedByEnvoy(t *testing.T) {
 	c.Apply(serviceYAML("accounts", mine(t)))
 	client := start(t, c)
 	st := client.stream()
-	st.ask("", "", nil, NameBundle)
+	st.ask("", "", nil, "ROOTCA")
 	first := st.next()
 	prepared := func() *ententev1.AuthorityStatus {
 		r, err := c.Admin().ListAuthorities(t.Context(), &ententev1.ListAuthoritiesRequest{})
@@ -661,7 +690,7 @@ func TestAcknowledgedByEnvoy(t *testing.T) {
 		}
 		return nil
 	}
-	st.ask(first.GetVersionInfo(), first.GetNonce(), nil, NameBundle)
+	st.ask(first.GetVersionInfo(), first.GetNonce(), nil, "ROOTCA")
 	last := first.GetVersionInfo()
 	ready := func() error {
 		if a := prepared(); a == nil || !a.GetAuthority().GetReady() {
@@ -675,9 +704,9 @@ func TestAcknowledgedByEnvoy(t *testing.T) {
 			select {
 			case r := <-st.got:
 				if last = r.GetVersionInfo(); fault == nil {
-					st.ask(last, r.GetNonce(), nil, NameBundle)
+					st.ask(last, r.GetNonce(), nil, "ROOTCA")
 				} else {
-					st.ask("", r.GetNonce(), fault, NameBundle)
+					st.ask("", r.GetNonce(), fault, "ROOTCA")
 				}
 			case <-time.After(quiet):
 				return
@@ -703,7 +732,7 @@ func TestAcknowledgedByEnvoy(t *testing.T) {
 	if ready() == nil {
 		t.Fatal("ready although an Envoy was silent")
 	}
-	st.ask("", r.GetNonce(), errors.New("no such validator"), NameBundle)
+	st.ask("", r.GetNonce(), errors.New("no such validator"), "ROOTCA")
 	newer(errors.New("no such validator"))
 	if waits() != nil || ready() == nil {
 		t.Fatalf("ready although an Envoy refused it: %v", prepared())

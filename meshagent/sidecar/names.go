@@ -9,11 +9,12 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
-	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	"github.com/entente-mesh/entente/federation/catalog"
 	"github.com/entente-mesh/entente/internal/daemon"
 	"github.com/entente-mesh/entente/internal/dataplane"
 )
@@ -30,31 +31,39 @@ type Names struct {
 	HTTPPort uint16
 }
 
-// maxNameDoors listeners are opened at most.
-const maxNameDoors = 4096
+const (
+	maxNameDoors = 4096            // listeners at most
+	namePause    = 2 * time.Second // until one that could not be had is tried again
+)
 
-// nameDoors are the addresses to listen at. A port that an application of this host
-// has is left out: it may want it on every address, which we would keep it from.
-func nameDoors(n *Names, td spiffeid.TrustDomain, objects []*statev1.Object, local map[uint16]bool) map[netip.AddrPort]bool {
-	ports := map[string][]uint16{}
-	var services []string
-	for _, object := range objects {
-		switch kind := object.GetKind().(type) {
-		case *statev1.Object_Service:
-			if port := kind.Service.GetPort(); port != 0 && port <= 65535 {
-				name := kind.Service.GetName() + "." + td.Name()
-				services = append(services, name)
-				ports[name] = append(ports[name], uint16(port))
-			}
-		case *statev1.Object_Import:
-			services = append(services, kind.Import.GetService())
+// nameDoor is a listener at the address of a service.
+type nameDoor struct {
+	service string
+	tcp     bool // what comes is for the service as it is; else it is HTTP, whose Host says for whom
+	taken   bool // an application of this host has the same port
+}
+
+// nameDoors are the addresses to listen at.
+func nameDoors(n *Names, tables *catalog.Tables, taken map[uint16]bool) map[netip.AddrPort]nameDoor {
+	names := tables.Imports()
+	for _, s := range tables.Services() {
+		if s.Port != 0 {
+			names = append(names, s.Name)
 		}
 	}
-	doors := map[netip.AddrPort]bool{}
-	for name, addr := range n.Assign(services) {
-		for _, port := range append(ports[name], n.HTTPPort) {
-			if port != 0 && !local[port] && len(doors) < maxNameDoors {
-				doors[netip.AddrPortFrom(addr, port)] = true
+	doors := map[netip.AddrPort]nameDoor{}
+	for name, addr := range n.Assign(names) {
+		target, ok := tables.Resolve(name)
+		if !ok {
+			continue
+		}
+		ports := []uint16{target.Port}
+		if !target.TCP {
+			ports = append(ports, n.HTTPPort)
+		}
+		for _, port := range ports {
+			if port != 0 && len(doors) < maxNameDoors {
+				doors[netip.AddrPortFrom(addr, port)] = nameDoor{name, target.TCP, taken[port]}
 			}
 		}
 	}
@@ -66,17 +75,23 @@ func nameDoors(n *Names, td spiffeid.TrustDomain, objects []*statev1.Object, loc
 type crowd struct {
 	sidecar *Sidecar
 	tasks   *sync.WaitGroup
-	open    map[netip.AddrPort]context.CancelFunc
+	open    map[netip.AddrPort]openName
 
 	mu      sync.Mutex
 	callers map[string]*inbox // by entry id
 }
 
+type openName struct {
+	nameDoor
+	stop context.CancelFunc
+}
+
 // inbox is a listener that is handed its connections.
 type inbox struct {
 	id    spiffeid.ID
+	door  *dataplane.Outbound
+	ctx   context.Context
 	conns chan net.Conn
-	done  <-chan struct{}
 	stop  context.CancelFunc
 }
 
@@ -84,7 +99,7 @@ func (i *inbox) Accept() (net.Conn, error) {
 	select {
 	case c := <-i.conns:
 		return c, nil
-	case <-i.done:
+	case <-i.ctx.Done():
 		return nil, net.ErrClosed
 	}
 }
@@ -93,7 +108,7 @@ func (i *inbox) Close() error   { i.stop(); return nil }
 func (i *inbox) Addr() net.Addr { return &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)} }
 
 // follow brings listeners and doors to what is wanted.
-func (c *crowd) follow(ctx context.Context, doors map[netip.AddrPort]bool, callers map[string]spiffeid.ID) {
+func (c *crowd) follow(ctx context.Context, doors map[netip.AddrPort]nameDoor, callers map[string]spiffeid.ID) {
 	c.mu.Lock()
 	for entry, box := range c.callers {
 		if id, ok := callers[entry]; !ok || id != box.id {
@@ -106,59 +121,88 @@ func (c *crowd) follow(ctx context.Context, doors map[netip.AddrPort]bool, calle
 			continue
 		}
 		own, stop := context.WithCancel(ctx)
-		box := &inbox{id: id, conns: make(chan net.Conn), done: own.Done(), stop: stop}
-		c.callers[entry] = box
 		door := c.sidecar.engine.Outbound(dataplane.Identity{ID: id, SVID: c.sidecar.agent.SVIDs(entry)})
+		box := &inbox{id: id, door: door, ctx: own, conns: make(chan net.Conn), stop: stop}
+		c.callers[entry] = box
 		c.tasks.Go(func() {
 			door.Serve(own, box, func(net.Conn) error { return nil }) // attested at accept
 		})
 	}
 	c.mu.Unlock()
 
-	for at, stop := range c.open {
-		if !doors[at] {
-			stop()
+	for at, open := range c.open {
+		if want, ok := doors[at]; !ok || want != open.nameDoor {
+			open.stop()
 			delete(c.open, at)
 		}
 	}
-	for at := range doors {
-		if c.open[at] != nil {
+	for at, door := range doors {
+		if _, ok := c.open[at]; ok {
 			continue
 		}
 		own, stop := context.WithCancel(ctx)
-		c.open[at] = stop
-		c.tasks.Go(func() { c.listen(own, at) })
+		c.open[at] = openName{door, stop}
+		c.tasks.Go(func() { c.listen(own, at, door) })
 	}
 }
 
 // listen keeps one listener open. An address that cannot be had costs the callers of
 // that service the name, and nobody else; it is tried again.
-func (c *crowd) listen(ctx context.Context, at netip.AddrPort) {
+func (c *crowd) listen(ctx context.Context, at netip.AddrPort, door nameDoor) {
 	said := false
 	for ctx.Err() == nil {
-		ln, err := daemon.Listen(at.String())
-		if err == nil {
-			said = false
-			closing := context.AfterFunc(ctx, func() { ln.Close() })
-			err = c.accept(ctx, ln)
-			closing()
-			ln.Close()
-		}
-		if ctx.Err() != nil {
-			return
-		}
-		if !said {
-			c.sidecar.log.Error("a service cannot be called by its name here; trying again", "address", at.String(), "error", err)
-			said = true
+		if !door.taken || c.listens(ctx, at.Port()) {
+			ln, err := daemon.Listen(at.String())
+			if err == nil {
+				said = false
+				closing := context.AfterFunc(ctx, func() { ln.Close() })
+				err = c.accept(ctx, ln, door)
+				closing()
+				ln.Close()
+			}
+			if ctx.Err() != nil {
+				return
+			}
+			if !said {
+				c.sidecar.log.Error("a service cannot be called by its name here; trying again",
+					"service", door.service, "address", at.String(), "error", err, "fix", whyNot(err, at.Port()))
+				said = true
+			}
 		}
 		select {
 		case <-ctx.Done():
-		case <-time.After(2 * time.Second):
+		case <-time.After(namePause):
 		}
 	}
 }
 
-func (c *crowd) accept(ctx context.Context, ln net.Listener) error {
+// listens tells whether the application of this host that has the port is there. It may
+// want the port on every address, which a listener of ours would keep it from, so it
+// comes first; if it is content with its own address, the others are free.
+func (c *crowd) listens(ctx context.Context, port uint16) bool {
+	dialer := net.Dialer{Timeout: time.Second}
+	conn, err := dialer.DialContext(ctx, "tcp", netip.AddrPortFrom(c.sidecar.app, port).String())
+	if err != nil {
+		return false
+	}
+	conn.Close()
+	return true
+}
+
+// whyNot says what can be done about a listener that cannot be had.
+func whyNot(err error, port uint16) string {
+	switch {
+	case errors.Is(err, syscall.EADDRINUSE):
+		return fmt.Sprintf("something on this host listens at port %d of every address, and gets what is meant for the service: have it listen at 127.0.0.1 only (ss -ltnp shows it)", port)
+	case errors.Is(err, syscall.EACCES):
+		return fmt.Sprintf("port %d needs CAP_NET_BIND_SERVICE (in a unit: AmbientCapabilities= for a user other than root, and CapabilityBoundingSet=)", port)
+	case errors.Is(err, syscall.EADDRNOTAVAIL):
+		return "the address is not one of this host's: on Linux all of 127.0.0.0/8 is, elsewhere loopback needs it as an alias"
+	}
+	return ""
+}
+
+func (c *crowd) accept(ctx context.Context, ln net.Listener, door nameDoor) error {
 	for {
 		conn, err := ln.Accept()
 		if err != nil {
@@ -172,7 +216,7 @@ func (c *crowd) accept(ctx context.Context, ln net.Listener) error {
 			return err
 		}
 		c.tasks.Go(func() {
-			if err := c.pass(conn); err != nil {
+			if err := c.pass(conn, door); err != nil {
 				conn.Close()
 				c.sidecar.log.Info("connection closed unread: the process that opened it has no identity to call with", "listener", ln.Addr().String(), "error", err)
 			}
@@ -181,7 +225,7 @@ func (c *crowd) accept(ctx context.Context, ln net.Listener) error {
 }
 
 // pass hands a connection to the door of the one entry that its process satisfies.
-func (c *crowd) pass(conn net.Conn) error {
+func (c *crowd) pass(conn net.Conn, to nameDoor) error {
 	entries, err := c.sidecar.cfg.Names.Identify(conn)
 	if err != nil {
 		return err
@@ -199,10 +243,14 @@ func (c *crowd) pass(conn net.Conn) error {
 	case box == nil:
 		return fmt.Errorf("it satisfies several entries (%s), and the name does not say which one calls: tell them apart by path or unit, or use their outbound ports", strings.Join(entries, ", "))
 	}
+	if to.tcp {
+		box.door.Carry(box.ctx, conn, to.service)
+		return nil
+	}
 	select {
 	case box.conns <- conn:
 		return nil
-	case <-box.done:
+	case <-box.ctx.Done():
 		return errors.New("the entry is gone")
 	}
 }

@@ -10,7 +10,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"math"
 	"net"
 	"net/netip"
 	"strconv"
@@ -35,8 +34,8 @@ type Config struct {
 	Datacenter  string
 	Agent       string // name of the agent, for access records
 	Inbound     string // host:port of the mTLS door; empty: nothing is served here
-	AppAddress  string // loopback IP of the host's applications and of the outbound doors; empty: 127.0.0.1
-	PortOffset  int    // added to the catalogue's ports of applications and outbound doors, 0 to 40000
+	AppAddress  string // loopback IP of the outbound doors; empty: 127.0.0.1
+	PortOffset  int    // added to the catalogue's ports of outbound doors, 0 to 40000
 
 	Names *Names // nil: services are called through outbound ports only
 
@@ -61,6 +60,14 @@ type World struct {
 	Objects   []*statev1.Object // the domain's catalogue
 	Entries   []*statev1.Entry  // of this host
 	Endpoints []catalog.Endpoint
+	Local     map[string]Local // services of this host that listen, by label
+}
+
+// Local is a service as it runs on this host.
+type Local struct {
+	Address netip.AddrPort    // loopback, where the application listens
+	Monitor dataplane.Monitor // of its requests; nil: none
+	Open    context.Context   // done: it takes no more requests; nil: it always does
 }
 
 // Sidecar runs the doors of one host.
@@ -78,8 +85,8 @@ type Sidecar struct {
 	tables   *catalog.Tables
 	wanted   map[string]outbound // by entry id
 	callers  map[string]spiffeid.ID
-	doors    map[netip.AddrPort]bool // of names
-	changed  chan struct{}           // capacity 1: wanted has changed
+	doors    map[netip.AddrPort]nameDoor
+	changed  chan struct{} // capacity 1: wanted has changed
 }
 
 // outbound is one loopback door as it should be.
@@ -148,14 +155,14 @@ func (s *Sidecar) Update(w World) error {
 			continue // a gateway's
 		}
 		callers[entry.GetId()] = id
-		// Above the last port there is nobody: the agent reports such a service as unhealthy.
-		if port := int(service.Port) + s.cfg.PortOffset; service.Port != 0 && port <= math.MaxUint16 {
-			local[uint16(port)] = true
-			at := netip.AddrPortFrom(s.app, uint16(port))
+		if l, ok := w.Local[service.Label]; ok {
+			local[l.Address.Port()] = true
 			backends[service.Name] = dataplane.Backend{
 				Identity: dataplane.Identity{ID: id, SVID: s.agent.SVIDs(entry.GetId())},
-				Address:  at.String(),
-				Attest:   func() error { return s.agent.AttestListener(at, entry.GetId()) },
+				Address:  l.Address.String(),
+				Attest:   func() error { return s.agent.AttestListener(l.Address, entry.GetId()) },
+				Monitor:  l.Monitor,
+				Open:     l.Open,
 			}
 		}
 		if service.OutboundPort != 0 {
@@ -165,7 +172,7 @@ func (s *Sidecar) Update(w World) error {
 	s.backends.Store(&backends)
 	s.wanted, s.callers = wanted, callers
 	if s.cfg.Names != nil {
-		s.doors = nameDoors(s.cfg.Names, s.cfg.TrustDomain, w.Objects, local)
+		s.doors = nameDoors(s.cfg.Names, s.tables, local)
 	}
 	s.engine.SetView(dataplane.View{Tables: s.tables, Endpoints: w.Endpoints})
 	select {
@@ -213,7 +220,7 @@ func (s *Sidecar) Run(ctx context.Context) error {
 		stop context.CancelFunc
 	}
 	open := map[string]door{}
-	named := &crowd{sidecar: s, tasks: &doors, open: map[netip.AddrPort]context.CancelFunc{}, callers: map[string]*inbox{}}
+	named := &crowd{sidecar: s, tasks: &doors, open: map[netip.AddrPort]openName{}, callers: map[string]*inbox{}}
 	for {
 		select {
 		case <-ctx.Done():

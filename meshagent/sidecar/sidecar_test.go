@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
+	"math"
 	"net"
 	"net/http"
 	"net/netip"
@@ -73,15 +75,18 @@ type host struct {
 	t       *testing.T
 	agent   *agent
 	inbound string
+	offset  int // of the ports of applications
 	world   World
 }
 
 func newOffsetHost(t *testing.T, offset int) *host {
-	return newHost(t, func(c *Config) { c.PortOffset = offset })
+	h := newHost(t, func(c *Config) { c.PortOffset = offset })
+	h.offset = offset
+	return h
 }
 
 func newHost(t *testing.T, change ...func(*Config)) *host {
-	h := &host{t: t, agent: &agent{authority: peertest.NewAuthority(td), svids: map[string]*x509svid.SVID{}}}
+	h := &host{t: t, agent: &agent{authority: peertest.NewAuthority(td), svids: map[string]*x509svid.SVID{}}, world: World{Local: map[string]Local{}}}
 	h.inbound = fmt.Sprintf("127.0.0.1:%d", freePort(t))
 	cfg := Config{TrustDomain: td, Datacenter: "dc1", Agent: "a1", Inbound: h.inbound}
 	for _, f := range change {
@@ -109,7 +114,11 @@ func (h *host) service(name string, port, outbound uint32) {
 	h.world.Objects = append(h.world.Objects, &statev1.Object{Revision: 1, Kind: &statev1.Object_Service{Service: &statev1.Service{
 		Name: name, Path: "/" + name, Hosts: []string{"a1"}, Selectors: []string{"unix:uid:1000"}, Port: port, OutboundPort: outbound}}})
 	h.world.Entries = append(h.world.Entries, &statev1.Entry{Id: "service/" + name, Path: "/" + name})
-	if port != 0 {
+	if port += uint32(h.offset); port > uint32(h.offset) && port <= math.MaxUint16 {
+		h.world.Local = maps.Clone(h.world.Local)
+		h.world.Local[name] = Local{Address: netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), uint16(port))}
+	}
+	if port > uint32(h.offset) {
 		h.world.Endpoints = append(h.world.Endpoints, catalog.Endpoint{Service: name, Agent: "a1", Datacenter: "dc1", Address: h.inbound, Healthy: true})
 	}
 }
@@ -207,7 +216,7 @@ func TestDoorsFollowTheEntries(t *testing.T) {
 	h.apply()
 	eventually(t, other, "news.trading.example", "200 news called by")
 	revision := h.world.Revision
-	h.world = World{Revision: revision, Objects: slices.Clone(before.Objects), Entries: slices.Clone(before.Entries), Endpoints: slices.Clone(before.Endpoints)}
+	h.world = World{Revision: revision, Objects: slices.Clone(before.Objects), Entries: slices.Clone(before.Entries), Endpoints: slices.Clone(before.Endpoints), Local: before.Local}
 	h.apply()
 	gone := false
 	for range 100 {

@@ -3,16 +3,13 @@ package workloadapi
 import (
 	"context"
 	"errors"
-	"fmt"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
-	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
-	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/structpb"
 
 	"github.com/entente-mesh/entente/internal/jwtsvid"
@@ -116,11 +113,7 @@ func fetchError(err error) error {
 	wait, busy := meshagent.RetryAfter(err)
 	switch {
 	case busy:
-		st := status.New(codes.ResourceExhausted, fmt.Sprintf("too many JWT-SVIDs are being signed; try again in %v", wait.Round(time.Millisecond)))
-		if with, err := st.WithDetails(&errdetails.RetryInfo{RetryDelay: durationpb.New(wait)}); err == nil {
-			st = with
-		}
-		return st.Err()
+		return exhausted(wait, "too many JWT-SVIDs are being signed; try again in %v", wait.Round(time.Millisecond))
 	case errors.Is(err, meshagent.ErrDenied):
 		return errDenied
 	case errors.Is(err, context.Canceled):

@@ -35,13 +35,12 @@ import (
 )
 
 const (
-	// What one process may hold open, so that it cannot starve the others.
-	maxConnections = 64
-	maxStreams     = 256
-
-	maxRequest = 64 << 10        // bytes; a token has 16 KiB at most
-	startTime  = 5 * time.Second // a caller waits so long for an agent or entry that has no SVID yet
-	drainTime  = time.Second     // for streams to end on shutdown
+	maxRequest = 64 << 10 // bytes; a token has 16 KiB at most
+	// Goroutines that stand ready for calls: a fresh one has to grow its stack first.
+	// While lasting streams have taken all of them, every call gets a fresh one.
+	streamWorkers = 64
+	startTime     = 5 * time.Second // a caller waits so long for an agent or entry that has no SVID yet
+	drainTime     = time.Second     // for streams to end on shutdown
 )
 
 // Listen opens the Workload API's socket: everybody may connect (0777), the
@@ -72,20 +71,9 @@ type Server struct {
 	lasting context.Context // ends with stopping, for the services beside
 	halt    context.CancelFunc
 
-	taken sync.WaitGroup // connections that were accepted and have not begun their handshake
-
-	mu    sync.Mutex
-	usage map[process]usage
+	taken  sync.WaitGroup // connections that were accepted and have not begun their handshake
+	limits *limits
 }
-
-// process tells callers apart. On darwin, where the pid is not known, all of one
-// user count as one.
-type process struct {
-	pid int
-	uid uint32
-}
-
-type usage struct{ connections, streams int }
 
 // New returns a server for a listener whose connections are *net.UnixConn. log
 // may be nil.
@@ -93,7 +81,7 @@ func New(agent *meshagent.Agent, listener net.Listener, log *slog.Logger) *Serve
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	s := &Server{agent: agent, listener: listener, log: log, patience: startTime, stopping: make(chan struct{}), usage: map[process]usage{}}
+	s := &Server{agent: agent, listener: listener, log: log, patience: startTime, stopping: make(chan struct{}), limits: newLimits()}
 	s.lasting, s.halt = context.WithCancel(context.Background())
 	return s
 }
@@ -114,6 +102,10 @@ func (s *Server) Run(ctx context.Context) error {
 		grpc.MaxConcurrentStreams(maxStreams),
 		grpc.MaxRecvMsgSize(maxRequest),
 		grpc.ReadBufferSize(2<<10), // requests are short, and many clients connect for one
+		// So small a window does for them, and its size need not be felt for with pings.
+		grpc.StaticStreamWindowSize(maxRequest),
+		grpc.StaticConnWindowSize(maxRequest),
+		grpc.NumStreamWorkers(streamWorkers),
 		grpc.ConnectionTimeout(5*time.Second),
 	)
 	workload.RegisterSpiffeWorkloadAPIServer(server, s)
@@ -163,7 +155,7 @@ type transport struct{ server *Server }
 // caller is what a connection's handshake found out.
 type caller struct {
 	process *workloadattest.Process
-	refused error // why it gets nothing; process is then nil
+	refused error // what it is told; process is then nil
 }
 
 func (*caller) AuthType() string { return "workload attestation" }
@@ -177,14 +169,33 @@ func (t transport) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthInf
 	attested, err := t.server.agent.AttestUnix(unixConn)
 	if err != nil {
 		t.server.log.Warn("a Workload API client cannot be attested", "error", err)
-		return conn, &caller{refused: err}, nil
+		return t.refuse(conn, status.Error(codes.PermissionDenied, "the calling process cannot be attested"))
 	}
-	release, err := t.server.take(attested, usage{connections: 1})
+	release, err := t.server.take(attested, usage{connections: 1}, 2)
 	if err != nil {
 		attested.Close()
-		return nil, nil, err
+		return t.refuse(conn, err)
 	}
 	return &heldConn{Conn: conn, release: sync.OnceFunc(func() { release(); attested.Close() })}, &caller{process: attested}, nil
+}
+
+// refuse lets a caller ask once, so that it hears why; then it is cut off.
+func (t transport) refuse(conn net.Conn, why error) (net.Conn, credentials.AuthInfo, error) {
+	release, ok := t.server.limits.tell()
+	if !ok {
+		return nil, nil, why
+	}
+	cut := time.AfterFunc(refusedTime, func() { conn.Close() })
+	return &heldConn{Conn: conn, release: sync.OnceFunc(func() { cut.Stop(); release() })}, &caller{refused: why}, nil
+}
+
+// take counts what a process opens, or says why it may not.
+func (s *Server) take(p *workloadattest.Process, more usage, cost float64) (release func(), err error) {
+	release, loud, err := s.limits.take(process{p.PID(), p.UID}, more, cost)
+	if loud {
+		s.log.Warn("a Workload API client is held back", "pid", p.PID(), "uid", p.UID, "why", status.Convert(err).Message())
+	}
+	return release, err
 }
 
 func (transport) ClientHandshake(context.Context, string, net.Conn) (net.Conn, credentials.AuthInfo, error) {
@@ -209,32 +220,6 @@ func (c *heldConn) Close() error {
 	return c.Conn.Close()
 }
 
-// take counts what a process holds, and refuses what is too much.
-func (s *Server) take(p *workloadattest.Process, more usage) (release func(), err error) {
-	key := process{p.PID(), p.UID}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	now := s.usage[key]
-	now.connections += more.connections
-	now.streams += more.streams
-	if now.connections > maxConnections || now.streams > maxStreams {
-		return nil, status.Errorf(codes.ResourceExhausted, "process %d has %d connections and %d streams open here; close some", key.pid, now.connections-more.connections, now.streams-more.streams)
-	}
-	s.usage[key] = now
-	return func() {
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		now := s.usage[key]
-		now.connections -= more.connections
-		now.streams -= more.streams
-		if now == (usage{}) {
-			delete(s.usage, key)
-		} else {
-			s.usage[key] = now
-		}
-	}, nil
-}
-
 // checkHeader refuses a call of the Workload API without its security header: a
 // browser or a proxy that was talked into connecting cannot set it (Workload
 // Endpoint 3, 6). Other services on the socket (SDS, reflection) need none.
@@ -242,8 +227,7 @@ func checkHeader(ctx context.Context, method string) error {
 	if !spiffeCall(method) {
 		return nil
 	}
-	md, _ := metadata.FromIncomingContext(ctx)
-	if values := md.Get("workload.spiffe.io"); len(values) != 1 || values[0] != "true" {
+	if values := metadata.ValueFromIncomingContext(ctx, "workload.spiffe.io"); len(values) != 1 || values[0] != "true" {
 		return status.Error(codes.InvalidArgument, "security header missing from request: workload.spiffe.io must be true")
 	}
 	return nil
@@ -261,7 +245,7 @@ func (s *Server) guardUnary(ctx context.Context, request any, info *grpc.UnarySe
 	if err != nil {
 		return nil, err
 	}
-	release, err := s.take(process, usage{streams: 1})
+	release, err := s.take(process, usage{streams: 1}, 1)
 	if err != nil {
 		return nil, err
 	}
@@ -277,7 +261,7 @@ func (s *Server) guardStream(srv any, stream grpc.ServerStream, info *grpc.Strea
 	if err != nil {
 		return err
 	}
-	release, err := s.take(process, usage{streams: 1})
+	release, err := s.take(process, usage{streams: 1}, 2)
 	if err != nil {
 		return err
 	}
@@ -311,8 +295,11 @@ func callerOf(ctx context.Context) (*workloadattest.Process, error) {
 		return nil, status.Error(codes.Internal, "the connection has no peer")
 	}
 	c, ok := p.AuthInfo.(*caller)
-	if !ok || c.process == nil {
-		return nil, status.Error(codes.PermissionDenied, "the calling process cannot be attested")
+	switch {
+	case !ok:
+		return nil, status.Error(codes.Internal, "the connection's peer was not attested")
+	case c.refused != nil:
+		return nil, c.refused
 	}
 	return c.process, nil
 }

@@ -37,6 +37,10 @@ import (
 
 // The test binary is also another workload: one that fetches and says what it got.
 func TestMain(m *testing.M) {
+	if kind := os.Getenv("ENTENTE_TEST_ATTACK"); kind != "" {
+		attack(kind, os.Getenv("ENTENTE_TEST_SOCKET"))
+		os.Exit(0)
+	}
 	if socket := os.Getenv("ENTENTE_TEST_SOCKET"); socket != "" {
 		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 		defer cancel()

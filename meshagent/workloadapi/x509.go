@@ -3,6 +3,8 @@ package workloadapi
 import (
 	"errors"
 	"fmt"
+	"slices"
+	"strconv"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
@@ -43,9 +45,8 @@ func follow[R any, P interface {
 	if err != nil {
 		return err
 	}
-	patience := time.NewTimer(s.patience)
-	defer patience.Stop()
-	delivery := s.agent.Deliver(fmt.Sprintf("Workload API, pid %d", process.PID()))
+	var late <-chan time.Time // set while there is nothing to send yet
+	delivery := s.agent.Deliver("Workload API, pid " + strconv.Itoa(process.PID()))
 	defer delivery.Close()
 	var sent P
 	for {
@@ -74,9 +75,10 @@ func follow[R any, P interface {
 			delivery.Got(state)
 		}
 
-		late := patience.C
 		if sent != nil {
 			late = nil
+		} else if late == nil {
+			late = time.After(s.patience)
 		}
 		select {
 		case <-state.Reissued():
@@ -115,14 +117,10 @@ func svidResponse(state *meshagent.State, entitled []*meshagent.Identity) (*work
 		if identity.SVID == nil {
 			continue
 		}
-		certificates, key, err := identity.SVID.MarshalRaw()
-		if err != nil {
-			return nil, fmt.Errorf("the SVID of %s: %w", identity.ID, err)
-		}
 		response.Svids = append(response.Svids, &workload.X509SVID{
 			SpiffeId:    identity.ID.String(),
-			X509Svid:    certificates,
-			X509SvidKey: key,
+			X509Svid:    slices.Concat(identity.SVID.Certificates...),
+			X509SvidKey: identity.SVID.Key,
 			Bundle:      own,
 			Hint:        hints.of(identity),
 		})

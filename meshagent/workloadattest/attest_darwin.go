@@ -47,14 +47,15 @@ type handle struct {
 	gid uint32
 }
 
-func (h *handle) close()            {}
-func (h *handle) alive() error      { return nil }
-func (h *handle) runs(string) error { return errDarwin }
+func (h *handle) close()       {}
+func (h *handle) alive() error { return nil }
+
+func (e executable) runs(string) error            { return errDarwin }
+func (h *handle) executable() (executable, error) { return executable{}, errDarwin }
 
 func (h *handle) groups() ([]uint32, error) { return nil, errDarwin }
 func (h *handle) cmdline() (string, error)  { return "", errDarwin }
 func (h *handle) place() (place, error)     { return place{}, errDarwin }
-func (h *handle) exe() (string, error)      { return "", errDarwin }
 
 // PID is refused: see the package comment.
 func (a *Attestor) PID(int) (*Process, error) { return nil, errDarwin }

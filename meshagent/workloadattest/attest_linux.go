@@ -249,7 +249,7 @@ type handle struct {
 	gid   uint32
 	pidfd int      // -1: the kernel has none
 	dir   *os.File // /proc/PID
-	start uint64   // clock ticks since boot
+	start uint64   // clock ticks since boot; without a pidfd only, see born
 }
 
 // hold opens a process. With a pidfd from the kernel it is certain that pid is
@@ -268,7 +268,10 @@ func hold(pid, pidfd int) (*handle, error) {
 		}
 	}
 	h := &handle{pid: pid, pidfd: pidfd, dir: dir}
-	if h.start, err = h.started(); err == nil {
+	if pidfd < 0 {
+		h.start, err = h.started()
+	}
+	if err == nil {
 		err = h.alive()
 	}
 	if err != nil {
@@ -327,6 +330,16 @@ func (h *handle) read(name string) ([]byte, error) {
 
 func (h *handle) path(name string) string { return filepath.Join(h.dir.Name(), name) }
 
+// born is the start time of the process. It is dear to ask for: with a pidfd only
+// selectors that rest on parents need it.
+func (h *handle) born() (uint64, error) {
+	start, err := h.started()
+	if err == nil {
+		err = h.alive() // so that it was this process's
+	}
+	return start, err
+}
+
 func (h *handle) started() (uint64, error) {
 	data, err := h.read("stat")
 	if err != nil {
@@ -375,38 +388,56 @@ func (h *handle) owns(s socket) error {
 	}
 }
 
-// runs returns nil if the process's executable is the file at this path as the
-// agent sees it. The name alone proves nothing: in a mount namespace of its own a
+// runs returns nil if the executable is the file at this path as the agent sees it. The name alone proves nothing: in a mount namespace of its own a
 // process can have any file there. The device and inode alone do not either: they
 // are the same for every hard link.
-func (h *handle) runs(path string) error {
-	var is, want unix.Stat_t
-	if err := unix.Fstatat(int(h.dir.Fd()), "exe", &is, 0); err != nil {
-		return h.exeError(err)
-	}
-	name, err := h.exe()
-	if err != nil {
-		return err
-	}
-	if name != path {
-		if resolved, err := filepath.EvalSymlinks(path); err != nil || name != resolved {
-			return fmt.Errorf("it runs %s", name)
-		}
-	}
+func (e executable) runs(path string) error {
+	var want unix.Stat_t
 	if err := unix.Stat(path, &want); err != nil {
+		if e.name != path {
+			return runsOther(e.name)
+		}
 		return fmt.Errorf("the agent cannot look at that path: %w", err)
 	}
-	if is.Dev != want.Dev || is.Ino != want.Ino {
+	same := e.dev == want.Dev && e.ino == want.Ino
+	if e.name != path {
+		if !same {
+			return runsOther(e.name)
+		}
+		if resolved, err := filepath.EvalSymlinks(path); err != nil || e.name != resolved {
+			return runsOther(e.name)
+		}
+	}
+	if !same {
 		return errors.New("the file it runs is not the one the agent sees at that path (another mount namespace, or replaced since)")
 	}
 	return nil
 }
 
+// runsOther is what the process runs in the place of a path.
+type runsOther string
+
+func (r runsOther) Error() string { return "it runs " + string(r) }
+
+// executable is what the process runs now.
+func (h *handle) executable() (executable, error) {
+	var is unix.Stat_t
+	if err := unix.Fstatat(int(h.dir.Fd()), "exe", &is, 0); err != nil {
+		return executable{}, h.exeError(err)
+	}
+	name, err := h.exe()
+	return executable{name: name, dev: is.Dev, ino: is.Ino}, err
+}
+
 // exe is the path of the process's executable as the kernel shows it.
 func (h *handle) exe() (string, error) {
+	var short [256]byte
+	n, err := unix.Readlinkat(int(h.dir.Fd()), "exe", short[:])
+	if err == nil && n < len(short) {
+		return string(short[:n]), nil
+	}
 	link := make([]byte, unix.PathMax)
-	n, err := unix.Readlinkat(int(h.dir.Fd()), "exe", link)
-	if err != nil {
+	if n, err = unix.Readlinkat(int(h.dir.Fd()), "exe", link); err != nil {
 		return "", h.exeError(err)
 	}
 	return string(link[:n]), nil
@@ -560,13 +591,18 @@ func (a *Attestor) belongs(h *handle, id string) error {
 	if root == nil {
 		return errors.New("no such run is registered with this agent")
 	}
-	if err := root.alive(); err != nil {
+	began, err := root.born()
+	if err != nil {
 		return fmt.Errorf("what the run began with: %w", err)
 	}
-	pid, born := h.pid, h.start
+	pid := h.pid
+	born, err := h.born()
+	if err != nil {
+		return err
+	}
 	for range maxDepth {
 		if pid == root.pid {
-			if born != root.start {
+			if born != began {
 				break
 			}
 			return h.alive()

@@ -334,6 +334,9 @@ func TestRecycledPID(t *testing.T) {
 	if err := p.Satisfies(want); err != nil {
 		t.Fatalf("control: %v", err)
 	}
+	if p.handle.start, err = p.handle.born(); err != nil { // for the end of this test
+		t.Fatal(err)
+	}
 	pid := o.Process.Pid
 	time.Sleep(30 * time.Millisecond) // start times count clock ticks of 10 ms
 	o.end()

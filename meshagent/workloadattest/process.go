@@ -92,28 +92,75 @@ func (p *Process) Alive() error {
 // at least one. The error says which one it does not satisfy, and why, for the
 // log; it is not for the process to read.
 func (p *Process) Satisfies(selectors []string) error {
-	if len(selectors) == 0 {
-		return errors.New("no selectors: no process satisfies them")
+	parsed, err := Parse(selectors)
+	if err != nil {
+		return err
 	}
-	p.using.RLock()
-	defer p.using.RUnlock()
+	return p.Glance().Satisfies(parsed)
+}
+
+// Parse reads the selectors of an entry and puts them into the order in which they are
+// looked at. The user is first: it is known already, and for another user's process
+// nothing dear (a search, a digest) is done.
+func Parse(selectors []string) ([]ca.Selector, error) {
 	parsed := make([]ca.Selector, len(selectors))
 	for i, text := range selectors {
 		var err error
 		if parsed[i], err = ca.ParseSelector(text); err != nil {
-			return err
+			return nil, err
 		}
 	}
-	// The user first: it is known already, and for another user's process nothing
-	// dear (a search, a digest) is done.
 	slices.SortStableFunc(parsed, func(x, y ca.Selector) int { return cmp.Compare(price(x), price(y)) })
-	for _, selector := range parsed {
-		if err := p.satisfies(selector); err != nil {
-			return fmt.Errorf("%s: %w", selector, err)
+	return parsed, nil
+}
+
+// Glance is one look at a process for many entries: what they all ask for, the kernel is
+// asked once. It is for one goroutine and for the moment.
+type Glance struct {
+	process *Process
+	exe     *executable // nil: not looked at yet
+	err     error
+}
+
+// executable is a file that a process runs: the name the kernel shows, and which it is.
+type executable struct {
+	name     string
+	dev, ino uint64
+}
+
+// Glance begins one.
+func (p *Process) Glance() *Glance { return &Glance{process: p} }
+
+// Satisfies is that of Process, for selectors that were parsed.
+func (g *Glance) Satisfies(selectors []ca.Selector) error {
+	if len(selectors) == 0 {
+		return errors.New("no selectors: no process satisfies them")
+	}
+	p := g.process
+	p.using.RLock()
+	defer p.using.RUnlock()
+	for _, selector := range selectors {
+		if err := g.satisfies(selector); err != nil {
+			return &unsatisfied{selector, err}
 		}
 	}
 	return p.Alive()
 }
+
+// unsatisfied is put into words only when somebody asks: on a host of thousands of
+// entries nearly every look ends with one.
+type unsatisfied struct {
+	selector ca.Selector
+	why      error
+}
+
+func (u *unsatisfied) Error() string { return u.selector.String() + ": " + u.why.Error() }
+func (u *unsatisfied) Unwrap() error { return u.why }
+
+// mismatch is what the process has in the place of a selector's value.
+type mismatch string
+
+func (m mismatch) Error() string { return "it is " + string(m) }
 
 func price(s ca.Selector) int {
 	switch s.Kind {
@@ -128,7 +175,8 @@ func price(s ca.Selector) int {
 	}
 }
 
-func (p *Process) satisfies(s ca.Selector) error {
+func (g *Glance) satisfies(s ca.Selector) error {
+	p := g.process
 	switch s.Kind {
 	case ca.SelectorUID:
 		return same(strconv.FormatUint(uint64(p.UID), 10), s.Value)
@@ -157,7 +205,15 @@ func (p *Process) satisfies(s ca.Selector) error {
 		}
 		return nil
 	case ca.SelectorPath:
-		return h.runs(s.Value)
+		if g.exe == nil {
+			var exe executable
+			exe, g.err = h.executable()
+			g.exe = &exe
+		}
+		if g.err != nil {
+			return g.err
+		}
+		return g.exe.runs(s.Value)
 	case ca.SelectorCmdline:
 		digest, err := h.cmdline()
 		if err != nil {
@@ -240,11 +296,11 @@ func (p *Process) Selectors() []Seen {
 	for _, g := range groups {
 		add(ca.SelectorGroup, strconv.FormatUint(uint64(g), 10), nil)
 	}
-	path, err := h.exe()
+	exe, err := h.executable()
 	if err == nil {
-		err = h.runs(path)
+		err = exe.runs(exe.name)
 	}
-	add(ca.SelectorPath, path, err)
+	add(ca.SelectorPath, exe.name, err)
 	digest, err := p.attestor.digest(h)
 	add(ca.SelectorSHA256, digest, err)
 	cmdline, err := h.cmdline()
@@ -269,7 +325,7 @@ func (p *Process) Selectors() []Seen {
 
 func same(got, want string) error {
 	if got != want {
-		return fmt.Errorf("it is %s", got)
+		return mismatch(got)
 	}
 	return nil
 }

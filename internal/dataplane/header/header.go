@@ -35,6 +35,9 @@ const (
 	Unknown = "unknown"  // it may have
 )
 
+// TCP is what a connection is upgraded to that carries the bytes of a TCP service.
+const TCP = "entente-tcp"
+
 const (
 	prefix     = "entente-"
 	clientCert = "x-forwarded-client-cert"

@@ -184,6 +184,53 @@ func (Role) EnumDescriptor() ([]byte, []int) {
 	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{2}
 }
 
+// Protocol is what is spoken at a service's port.
+type Protocol int32
+
+const (
+	Protocol_PROTOCOL_UNSPECIFIED Protocol = 0 // HTTP, gRPC included
+	Protocol_PROTOCOL_TCP         Protocol = 1 // bytes that nobody looks at
+)
+
+// Enum value maps for Protocol.
+var (
+	Protocol_name = map[int32]string{
+		0: "PROTOCOL_UNSPECIFIED",
+		1: "PROTOCOL_TCP",
+	}
+	Protocol_value = map[string]int32{
+		"PROTOCOL_UNSPECIFIED": 0,
+		"PROTOCOL_TCP":         1,
+	}
+)
+
+func (x Protocol) Enum() *Protocol {
+	p := new(Protocol)
+	*p = x
+	return p
+}
+
+func (x Protocol) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Protocol) Descriptor() protoreflect.EnumDescriptor {
+	return file_entente_state_v1_state_proto_enumTypes[3].Descriptor()
+}
+
+func (Protocol) Type() protoreflect.EnumType {
+	return &file_entente_state_v1_state_proto_enumTypes[3]
+}
+
+func (x Protocol) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Protocol.Descriptor instead.
+func (Protocol) EnumDescriptor() ([]byte, []int) {
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{3}
+}
+
 type Mode int32
 
 const (
@@ -217,11 +264,11 @@ func (x Mode) String() string {
 }
 
 func (Mode) Descriptor() protoreflect.EnumDescriptor {
-	return file_entente_state_v1_state_proto_enumTypes[3].Descriptor()
+	return file_entente_state_v1_state_proto_enumTypes[4].Descriptor()
 }
 
 func (Mode) Type() protoreflect.EnumType {
-	return &file_entente_state_v1_state_proto_enumTypes[3]
+	return &file_entente_state_v1_state_proto_enumTypes[4]
 }
 
 func (x Mode) Number() protoreflect.EnumNumber {
@@ -230,7 +277,7 @@ func (x Mode) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Mode.Descriptor instead.
 func (Mode) EnumDescriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{3}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{4}
 }
 
 type PathType int32
@@ -266,11 +313,11 @@ func (x PathType) String() string {
 }
 
 func (PathType) Descriptor() protoreflect.EnumDescriptor {
-	return file_entente_state_v1_state_proto_enumTypes[4].Descriptor()
+	return file_entente_state_v1_state_proto_enumTypes[5].Descriptor()
 }
 
 func (PathType) Type() protoreflect.EnumType {
-	return &file_entente_state_v1_state_proto_enumTypes[4]
+	return &file_entente_state_v1_state_proto_enumTypes[5]
 }
 
 func (x PathType) Number() protoreflect.EnumNumber {
@@ -279,7 +326,7 @@ func (x PathType) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use PathType.Descriptor instead.
 func (PathType) EnumDescriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{4}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{5}
 }
 
 type AdminRole int32
@@ -321,11 +368,11 @@ func (x AdminRole) String() string {
 }
 
 func (AdminRole) Descriptor() protoreflect.EnumDescriptor {
-	return file_entente_state_v1_state_proto_enumTypes[5].Descriptor()
+	return file_entente_state_v1_state_proto_enumTypes[6].Descriptor()
 }
 
 func (AdminRole) Type() protoreflect.EnumType {
-	return &file_entente_state_v1_state_proto_enumTypes[5]
+	return &file_entente_state_v1_state_proto_enumTypes[6]
 }
 
 func (x AdminRole) Number() protoreflect.EnumNumber {
@@ -334,7 +381,7 @@ func (x AdminRole) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use AdminRole.Descriptor instead.
 func (AdminRole) EnumDescriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{5}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{6}
 }
 
 // Cluster says which CA cluster this is. Written once by Init.
@@ -1876,6 +1923,7 @@ type Service struct {
 	Hint            string                 `protobuf:"bytes,12,opt,name=hint,proto3" json:"hint,omitempty"`
 	JwtSvidSeconds  uint32                 `protobuf:"varint,13,opt,name=jwt_svid_seconds,json=jwtSvidSeconds,proto3" json:"jwt_svid_seconds,omitempty"`
 	WitSvidSeconds  uint32                 `protobuf:"varint,14,opt,name=wit_svid_seconds,json=witSvidSeconds,proto3" json:"wit_svid_seconds,omitempty"`
+	Protocol        Protocol               `protobuf:"varint,155,opt,name=protocol,proto3,enum=entente.state.v1.Protocol" json:"protocol,omitempty"`
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -2006,6 +2054,13 @@ func (x *Service) GetWitSvidSeconds() uint32 {
 		return x.WitSvidSeconds
 	}
 	return 0
+}
+
+func (x *Service) GetProtocol() Protocol {
+	if x != nil {
+		return x.Protocol
+	}
+	return Protocol_PROTOCOL_UNSPECIFIED
 }
 
 // Failover says where a service's requests may go, and in which order.
@@ -2158,6 +2213,8 @@ func (x *Gateway) GetSelectors() []string {
 type Import struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Service       string                 `protobuf:"bytes,1,opt,name=service,proto3" json:"service,omitempty"` // accounts.banking.example
+	Port          uint32                 `protobuf:"varint,155,opt,name=port,proto3" json:"port,omitempty"`    // at which the peer's domain calls it; 0: not known here
+	Protocol      Protocol               `protobuf:"varint,156,opt,name=protocol,proto3,enum=entente.state.v1.Protocol" json:"protocol,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2197,6 +2254,20 @@ func (x *Import) GetService() string {
 		return x.Service
 	}
 	return ""
+}
+
+func (x *Import) GetPort() uint32 {
+	if x != nil {
+		return x.Port
+	}
+	return 0
+}
+
+func (x *Import) GetProtocol() Protocol {
+	if x != nil {
+		return x.Protocol
+	}
+	return Protocol_PROTOCOL_UNSPECIFIED
 }
 
 // Agreement permits. On the side that serves, allow.service is a label of an own
@@ -5120,7 +5191,7 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\x04kind\"3\n" +
 	"\tObjectKey\x12\x12\n" +
 	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x12\n" +
-	"\x04name\x18\x02 \x01(\tR\x04name\"\xbe\x03\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\"\xf7\x03\n" +
 	"\aService\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04path\x18\x02 \x01(\tR\x04path\x12\x14\n" +
@@ -5137,7 +5208,8 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\x11x509_svid_seconds\x18\v \x01(\rR\x0fx509SvidSeconds\x12\x12\n" +
 	"\x04hint\x18\f \x01(\tR\x04hint\x12(\n" +
 	"\x10jwt_svid_seconds\x18\r \x01(\rR\x0ejwtSvidSeconds\x12(\n" +
-	"\x10wit_svid_seconds\x18\x0e \x01(\rR\x0ewitSvidSeconds\"\xa3\x01\n" +
+	"\x10wit_svid_seconds\x18\x0e \x01(\rR\x0ewitSvidSeconds\x127\n" +
+	"\bprotocol\x18\x9b\x01 \x01(\x0e2\x1a.entente.state.v1.ProtocolR\bprotocol\"\xa3\x01\n" +
 	"\bFailover\x12*\n" +
 	"\x04mode\x18\x01 \x01(\x0e2\x16.entente.state.v1.ModeR\x04mode\x12\x14\n" +
 	"\x05order\x18\x02 \x03(\tR\x05order\x122\n" +
@@ -5150,9 +5222,11 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"datacenter\x12\x18\n" +
 	"\aaddress\x18\x03 \x01(\tR\aaddress\x12\x14\n" +
 	"\x05hosts\x18\x04 \x03(\tR\x05hosts\x12\x1c\n" +
-	"\tselectors\x18\x05 \x03(\tR\tselectors\"\"\n" +
+	"\tselectors\x18\x05 \x03(\tR\tselectors\"p\n" +
 	"\x06Import\x12\x18\n" +
-	"\aservice\x18\x01 \x01(\tR\aservice\"\xb7\x01\n" +
+	"\aservice\x18\x01 \x01(\tR\aservice\x12\x13\n" +
+	"\x04port\x18\x9b\x01 \x01(\rR\x04port\x127\n" +
+	"\bprotocol\x18\x9c\x01 \x01(\x0e2\x1a.entente.state.v1.ProtocolR\bprotocol\"\xb7\x01\n" +
 	"\tAgreement\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04peer\x18\x02 \x01(\tR\x04peer\x12\x18\n" +
@@ -5356,7 +5430,10 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\vKEY_USE_WIT\x10\x03*.\n" +
 	"\x04Role\x12\x14\n" +
 	"\x10ROLE_UNSPECIFIED\x10\x00\x12\x10\n" +
-	"\fROLE_GATEWAY\x10\x01*<\n" +
+	"\fROLE_GATEWAY\x10\x01*6\n" +
+	"\bProtocol\x12\x18\n" +
+	"\x14PROTOCOL_UNSPECIFIED\x10\x00\x12\x10\n" +
+	"\fPROTOCOL_TCP\x10\x01*<\n" +
 	"\x04Mode\x12\x14\n" +
 	"\x10MODE_UNSPECIFIED\x10\x00\x12\r\n" +
 	"\tMODE_AUTO\x10\x01\x12\x0f\n" +
@@ -5384,145 +5461,148 @@ func file_entente_state_v1_state_proto_rawDescGZIP() []byte {
 	return file_entente_state_v1_state_proto_rawDescData
 }
 
-var file_entente_state_v1_state_proto_enumTypes = make([]protoimpl.EnumInfo, 6)
+var file_entente_state_v1_state_proto_enumTypes = make([]protoimpl.EnumInfo, 7)
 var file_entente_state_v1_state_proto_msgTypes = make([]protoimpl.MessageInfo, 59)
 var file_entente_state_v1_state_proto_goTypes = []any{
 	(AuthorityPhase)(0),         // 0: entente.state.v1.AuthorityPhase
 	(KeyUse)(0),                 // 1: entente.state.v1.KeyUse
 	(Role)(0),                   // 2: entente.state.v1.Role
-	(Mode)(0),                   // 3: entente.state.v1.Mode
-	(PathType)(0),               // 4: entente.state.v1.PathType
-	(AdminRole)(0),              // 5: entente.state.v1.AdminRole
-	(*Cluster)(nil),             // 6: entente.state.v1.Cluster
-	(*Recovery)(nil),            // 7: entente.state.v1.Recovery
-	(*RecoveryStatement)(nil),   // 8: entente.state.v1.RecoveryStatement
-	(*Lifetimes)(nil),           // 9: entente.state.v1.Lifetimes
-	(*Member)(nil),              // 10: entente.state.v1.Member
-	(*Authority)(nil),           // 11: entente.state.v1.Authority
-	(*Token)(nil),               // 12: entente.state.v1.Token
-	(*NodeGrant)(nil),           // 13: entente.state.v1.NodeGrant
-	(*AgentGrant)(nil),          // 14: entente.state.v1.AgentGrant
-	(*Agent)(nil),               // 15: entente.state.v1.Agent
-	(*Entry)(nil),               // 16: entente.state.v1.Entry
-	(*Distrust)(nil),            // 17: entente.state.v1.Distrust
-	(*Staged)(nil),              // 18: entente.state.v1.Staged
-	(*Object)(nil),              // 19: entente.state.v1.Object
-	(*ObjectKey)(nil),           // 20: entente.state.v1.ObjectKey
-	(*Service)(nil),             // 21: entente.state.v1.Service
-	(*Failover)(nil),            // 22: entente.state.v1.Failover
-	(*Gateway)(nil),             // 23: entente.state.v1.Gateway
-	(*Import)(nil),              // 24: entente.state.v1.Import
-	(*Agreement)(nil),           // 25: entente.state.v1.Agreement
-	(*PeerGateway)(nil),         // 26: entente.state.v1.PeerGateway
-	(*Allow)(nil),               // 27: entente.state.v1.Allow
-	(*HTTPMatch)(nil),           // 28: entente.state.v1.HTTPMatch
-	(*Relationship)(nil),        // 29: entente.state.v1.Relationship
-	(*RoleBinding)(nil),         // 30: entente.state.v1.RoleBinding
-	(*ForeignBundle)(nil),       // 31: entente.state.v1.ForeignBundle
-	(*Command)(nil),             // 32: entente.state.v1.Command
-	(*Batch)(nil),               // 33: entente.state.v1.Batch
-	(*Init)(nil),                // 34: entente.state.v1.Init
-	(*CreateToken)(nil),         // 35: entente.state.v1.CreateToken
-	(*JoinMember)(nil),          // 36: entente.state.v1.JoinMember
-	(*JoinStatement)(nil),       // 37: entente.state.v1.JoinStatement
-	(*UpdateMember)(nil),        // 38: entente.state.v1.UpdateMember
-	(*RemoveMember)(nil),        // 39: entente.state.v1.RemoveMember
-	(*PromoteMember)(nil),       // 40: entente.state.v1.PromoteMember
-	(*AttestAgent)(nil),         // 41: entente.state.v1.AttestAgent
-	(*AdmitAgent)(nil),          // 42: entente.state.v1.AdmitAgent
-	(*PossessionStatement)(nil), // 43: entente.state.v1.PossessionStatement
-	(*PrepareAuthority)(nil),    // 44: entente.state.v1.PrepareAuthority
-	(*AuthorityReady)(nil),      // 45: entente.state.v1.AuthorityReady
-	(*ActivateAuthority)(nil),   // 46: entente.state.v1.ActivateAuthority
-	(*ApplyObjects)(nil),        // 47: entente.state.v1.ApplyObjects
-	(*StageObjects)(nil),        // 48: entente.state.v1.StageObjects
-	(*ApplyStaged)(nil),         // 49: entente.state.v1.ApplyStaged
-	(*TaintAuthority)(nil),      // 50: entente.state.v1.TaintAuthority
-	(*AuthorityDrained)(nil),    // 51: entente.state.v1.AuthorityDrained
-	(*RevokeAuthority)(nil),     // 52: entente.state.v1.RevokeAuthority
-	(*BanAgent)(nil),            // 53: entente.state.v1.BanAgent
-	(*EvictAgent)(nil),          // 54: entente.state.v1.EvictAgent
-	(*MergeBans)(nil),           // 55: entente.state.v1.MergeBans
-	(*RememberedBan)(nil),       // 56: entente.state.v1.RememberedBan
-	(*RevokeToken)(nil),         // 57: entente.state.v1.RevokeToken
-	(*ChangeEntries)(nil),       // 58: entente.state.v1.ChangeEntries
-	(*EntryChange)(nil),         // 59: entente.state.v1.EntryChange
-	(*StoreForeignBundle)(nil),  // 60: entente.state.v1.StoreForeignBundle
-	(*Tick)(nil),                // 61: entente.state.v1.Tick
-	(*Checksum)(nil),            // 62: entente.state.v1.Checksum
-	(*AgentCache)(nil),          // 63: entente.state.v1.AgentCache
-	(*HeldSVID)(nil),            // 64: entente.state.v1.HeldSVID
+	(Protocol)(0),               // 3: entente.state.v1.Protocol
+	(Mode)(0),                   // 4: entente.state.v1.Mode
+	(PathType)(0),               // 5: entente.state.v1.PathType
+	(AdminRole)(0),              // 6: entente.state.v1.AdminRole
+	(*Cluster)(nil),             // 7: entente.state.v1.Cluster
+	(*Recovery)(nil),            // 8: entente.state.v1.Recovery
+	(*RecoveryStatement)(nil),   // 9: entente.state.v1.RecoveryStatement
+	(*Lifetimes)(nil),           // 10: entente.state.v1.Lifetimes
+	(*Member)(nil),              // 11: entente.state.v1.Member
+	(*Authority)(nil),           // 12: entente.state.v1.Authority
+	(*Token)(nil),               // 13: entente.state.v1.Token
+	(*NodeGrant)(nil),           // 14: entente.state.v1.NodeGrant
+	(*AgentGrant)(nil),          // 15: entente.state.v1.AgentGrant
+	(*Agent)(nil),               // 16: entente.state.v1.Agent
+	(*Entry)(nil),               // 17: entente.state.v1.Entry
+	(*Distrust)(nil),            // 18: entente.state.v1.Distrust
+	(*Staged)(nil),              // 19: entente.state.v1.Staged
+	(*Object)(nil),              // 20: entente.state.v1.Object
+	(*ObjectKey)(nil),           // 21: entente.state.v1.ObjectKey
+	(*Service)(nil),             // 22: entente.state.v1.Service
+	(*Failover)(nil),            // 23: entente.state.v1.Failover
+	(*Gateway)(nil),             // 24: entente.state.v1.Gateway
+	(*Import)(nil),              // 25: entente.state.v1.Import
+	(*Agreement)(nil),           // 26: entente.state.v1.Agreement
+	(*PeerGateway)(nil),         // 27: entente.state.v1.PeerGateway
+	(*Allow)(nil),               // 28: entente.state.v1.Allow
+	(*HTTPMatch)(nil),           // 29: entente.state.v1.HTTPMatch
+	(*Relationship)(nil),        // 30: entente.state.v1.Relationship
+	(*RoleBinding)(nil),         // 31: entente.state.v1.RoleBinding
+	(*ForeignBundle)(nil),       // 32: entente.state.v1.ForeignBundle
+	(*Command)(nil),             // 33: entente.state.v1.Command
+	(*Batch)(nil),               // 34: entente.state.v1.Batch
+	(*Init)(nil),                // 35: entente.state.v1.Init
+	(*CreateToken)(nil),         // 36: entente.state.v1.CreateToken
+	(*JoinMember)(nil),          // 37: entente.state.v1.JoinMember
+	(*JoinStatement)(nil),       // 38: entente.state.v1.JoinStatement
+	(*UpdateMember)(nil),        // 39: entente.state.v1.UpdateMember
+	(*RemoveMember)(nil),        // 40: entente.state.v1.RemoveMember
+	(*PromoteMember)(nil),       // 41: entente.state.v1.PromoteMember
+	(*AttestAgent)(nil),         // 42: entente.state.v1.AttestAgent
+	(*AdmitAgent)(nil),          // 43: entente.state.v1.AdmitAgent
+	(*PossessionStatement)(nil), // 44: entente.state.v1.PossessionStatement
+	(*PrepareAuthority)(nil),    // 45: entente.state.v1.PrepareAuthority
+	(*AuthorityReady)(nil),      // 46: entente.state.v1.AuthorityReady
+	(*ActivateAuthority)(nil),   // 47: entente.state.v1.ActivateAuthority
+	(*ApplyObjects)(nil),        // 48: entente.state.v1.ApplyObjects
+	(*StageObjects)(nil),        // 49: entente.state.v1.StageObjects
+	(*ApplyStaged)(nil),         // 50: entente.state.v1.ApplyStaged
+	(*TaintAuthority)(nil),      // 51: entente.state.v1.TaintAuthority
+	(*AuthorityDrained)(nil),    // 52: entente.state.v1.AuthorityDrained
+	(*RevokeAuthority)(nil),     // 53: entente.state.v1.RevokeAuthority
+	(*BanAgent)(nil),            // 54: entente.state.v1.BanAgent
+	(*EvictAgent)(nil),          // 55: entente.state.v1.EvictAgent
+	(*MergeBans)(nil),           // 56: entente.state.v1.MergeBans
+	(*RememberedBan)(nil),       // 57: entente.state.v1.RememberedBan
+	(*RevokeToken)(nil),         // 58: entente.state.v1.RevokeToken
+	(*ChangeEntries)(nil),       // 59: entente.state.v1.ChangeEntries
+	(*EntryChange)(nil),         // 60: entente.state.v1.EntryChange
+	(*StoreForeignBundle)(nil),  // 61: entente.state.v1.StoreForeignBundle
+	(*Tick)(nil),                // 62: entente.state.v1.Tick
+	(*Checksum)(nil),            // 63: entente.state.v1.Checksum
+	(*AgentCache)(nil),          // 64: entente.state.v1.AgentCache
+	(*HeldSVID)(nil),            // 65: entente.state.v1.HeldSVID
 }
 var file_entente_state_v1_state_proto_depIdxs = []int32{
-	9,  // 0: entente.state.v1.Cluster.lifetimes:type_name -> entente.state.v1.Lifetimes
-	7,  // 1: entente.state.v1.Cluster.recovery:type_name -> entente.state.v1.Recovery
-	10, // 2: entente.state.v1.Recovery.absent:type_name -> entente.state.v1.Member
+	10, // 0: entente.state.v1.Cluster.lifetimes:type_name -> entente.state.v1.Lifetimes
+	8,  // 1: entente.state.v1.Cluster.recovery:type_name -> entente.state.v1.Recovery
+	11, // 2: entente.state.v1.Recovery.absent:type_name -> entente.state.v1.Member
 	1,  // 3: entente.state.v1.Authority.use:type_name -> entente.state.v1.KeyUse
 	0,  // 4: entente.state.v1.Authority.phase:type_name -> entente.state.v1.AuthorityPhase
-	13, // 5: entente.state.v1.Token.node:type_name -> entente.state.v1.NodeGrant
-	14, // 6: entente.state.v1.Token.agent:type_name -> entente.state.v1.AgentGrant
+	14, // 5: entente.state.v1.Token.node:type_name -> entente.state.v1.NodeGrant
+	15, // 6: entente.state.v1.Token.agent:type_name -> entente.state.v1.AgentGrant
 	2,  // 7: entente.state.v1.Entry.role:type_name -> entente.state.v1.Role
-	47, // 8: entente.state.v1.Staged.objects:type_name -> entente.state.v1.ApplyObjects
-	21, // 9: entente.state.v1.Object.service:type_name -> entente.state.v1.Service
-	23, // 10: entente.state.v1.Object.gateway:type_name -> entente.state.v1.Gateway
-	24, // 11: entente.state.v1.Object.import:type_name -> entente.state.v1.Import
-	25, // 12: entente.state.v1.Object.agreement:type_name -> entente.state.v1.Agreement
-	29, // 13: entente.state.v1.Object.relationship:type_name -> entente.state.v1.Relationship
-	30, // 14: entente.state.v1.Object.role_binding:type_name -> entente.state.v1.RoleBinding
-	22, // 15: entente.state.v1.Service.failover:type_name -> entente.state.v1.Failover
-	3,  // 16: entente.state.v1.Failover.mode:type_name -> entente.state.v1.Mode
-	3,  // 17: entente.state.v1.Failover.failback:type_name -> entente.state.v1.Mode
-	26, // 18: entente.state.v1.Agreement.gateways:type_name -> entente.state.v1.PeerGateway
-	27, // 19: entente.state.v1.Agreement.allow:type_name -> entente.state.v1.Allow
-	28, // 20: entente.state.v1.Allow.http:type_name -> entente.state.v1.HTTPMatch
-	4,  // 21: entente.state.v1.HTTPMatch.path_type:type_name -> entente.state.v1.PathType
-	5,  // 22: entente.state.v1.RoleBinding.role:type_name -> entente.state.v1.AdminRole
-	34, // 23: entente.state.v1.Command.init:type_name -> entente.state.v1.Init
-	35, // 24: entente.state.v1.Command.create_token:type_name -> entente.state.v1.CreateToken
-	36, // 25: entente.state.v1.Command.join_member:type_name -> entente.state.v1.JoinMember
-	38, // 26: entente.state.v1.Command.update_member:type_name -> entente.state.v1.UpdateMember
-	39, // 27: entente.state.v1.Command.remove_member:type_name -> entente.state.v1.RemoveMember
-	41, // 28: entente.state.v1.Command.attest_agent:type_name -> entente.state.v1.AttestAgent
-	44, // 29: entente.state.v1.Command.prepare_authority:type_name -> entente.state.v1.PrepareAuthority
-	45, // 30: entente.state.v1.Command.authority_ready:type_name -> entente.state.v1.AuthorityReady
-	46, // 31: entente.state.v1.Command.activate_authority:type_name -> entente.state.v1.ActivateAuthority
-	47, // 32: entente.state.v1.Command.apply_objects:type_name -> entente.state.v1.ApplyObjects
-	60, // 33: entente.state.v1.Command.store_foreign_bundle:type_name -> entente.state.v1.StoreForeignBundle
-	61, // 34: entente.state.v1.Command.tick:type_name -> entente.state.v1.Tick
-	62, // 35: entente.state.v1.Command.checksum:type_name -> entente.state.v1.Checksum
-	50, // 36: entente.state.v1.Command.taint_authority:type_name -> entente.state.v1.TaintAuthority
-	51, // 37: entente.state.v1.Command.authority_drained:type_name -> entente.state.v1.AuthorityDrained
-	52, // 38: entente.state.v1.Command.revoke_authority:type_name -> entente.state.v1.RevokeAuthority
-	53, // 39: entente.state.v1.Command.ban_agent:type_name -> entente.state.v1.BanAgent
-	54, // 40: entente.state.v1.Command.evict_agent:type_name -> entente.state.v1.EvictAgent
-	57, // 41: entente.state.v1.Command.revoke_token:type_name -> entente.state.v1.RevokeToken
-	58, // 42: entente.state.v1.Command.change_entries:type_name -> entente.state.v1.ChangeEntries
-	40, // 43: entente.state.v1.Command.promote_member:type_name -> entente.state.v1.PromoteMember
-	48, // 44: entente.state.v1.Command.stage_objects:type_name -> entente.state.v1.StageObjects
-	49, // 45: entente.state.v1.Command.apply_staged:type_name -> entente.state.v1.ApplyStaged
-	42, // 46: entente.state.v1.Command.admit_agent:type_name -> entente.state.v1.AdmitAgent
-	55, // 47: entente.state.v1.Command.merge_bans:type_name -> entente.state.v1.MergeBans
-	6,  // 48: entente.state.v1.Init.cluster:type_name -> entente.state.v1.Cluster
-	10, // 49: entente.state.v1.Init.member:type_name -> entente.state.v1.Member
-	12, // 50: entente.state.v1.CreateToken.token:type_name -> entente.state.v1.Token
-	10, // 51: entente.state.v1.JoinMember.member:type_name -> entente.state.v1.Member
-	15, // 52: entente.state.v1.AdmitAgent.agent:type_name -> entente.state.v1.Agent
-	11, // 53: entente.state.v1.PrepareAuthority.authority:type_name -> entente.state.v1.Authority
-	19, // 54: entente.state.v1.ApplyObjects.upserts:type_name -> entente.state.v1.Object
-	20, // 55: entente.state.v1.ApplyObjects.deletes:type_name -> entente.state.v1.ObjectKey
-	47, // 56: entente.state.v1.StageObjects.objects:type_name -> entente.state.v1.ApplyObjects
-	56, // 57: entente.state.v1.MergeBans.bans:type_name -> entente.state.v1.RememberedBan
-	15, // 58: entente.state.v1.RememberedBan.agent:type_name -> entente.state.v1.Agent
-	59, // 59: entente.state.v1.ChangeEntries.changes:type_name -> entente.state.v1.EntryChange
-	16, // 60: entente.state.v1.EntryChange.create:type_name -> entente.state.v1.Entry
-	16, // 61: entente.state.v1.EntryChange.update:type_name -> entente.state.v1.Entry
-	64, // 62: entente.state.v1.AgentCache.x509:type_name -> entente.state.v1.HeldSVID
-	64, // 63: entente.state.v1.AgentCache.wit:type_name -> entente.state.v1.HeldSVID
-	64, // [64:64] is the sub-list for method output_type
-	64, // [64:64] is the sub-list for method input_type
-	64, // [64:64] is the sub-list for extension type_name
-	64, // [64:64] is the sub-list for extension extendee
-	0,  // [0:64] is the sub-list for field type_name
+	48, // 8: entente.state.v1.Staged.objects:type_name -> entente.state.v1.ApplyObjects
+	22, // 9: entente.state.v1.Object.service:type_name -> entente.state.v1.Service
+	24, // 10: entente.state.v1.Object.gateway:type_name -> entente.state.v1.Gateway
+	25, // 11: entente.state.v1.Object.import:type_name -> entente.state.v1.Import
+	26, // 12: entente.state.v1.Object.agreement:type_name -> entente.state.v1.Agreement
+	30, // 13: entente.state.v1.Object.relationship:type_name -> entente.state.v1.Relationship
+	31, // 14: entente.state.v1.Object.role_binding:type_name -> entente.state.v1.RoleBinding
+	23, // 15: entente.state.v1.Service.failover:type_name -> entente.state.v1.Failover
+	3,  // 16: entente.state.v1.Service.protocol:type_name -> entente.state.v1.Protocol
+	4,  // 17: entente.state.v1.Failover.mode:type_name -> entente.state.v1.Mode
+	4,  // 18: entente.state.v1.Failover.failback:type_name -> entente.state.v1.Mode
+	3,  // 19: entente.state.v1.Import.protocol:type_name -> entente.state.v1.Protocol
+	27, // 20: entente.state.v1.Agreement.gateways:type_name -> entente.state.v1.PeerGateway
+	28, // 21: entente.state.v1.Agreement.allow:type_name -> entente.state.v1.Allow
+	29, // 22: entente.state.v1.Allow.http:type_name -> entente.state.v1.HTTPMatch
+	5,  // 23: entente.state.v1.HTTPMatch.path_type:type_name -> entente.state.v1.PathType
+	6,  // 24: entente.state.v1.RoleBinding.role:type_name -> entente.state.v1.AdminRole
+	35, // 25: entente.state.v1.Command.init:type_name -> entente.state.v1.Init
+	36, // 26: entente.state.v1.Command.create_token:type_name -> entente.state.v1.CreateToken
+	37, // 27: entente.state.v1.Command.join_member:type_name -> entente.state.v1.JoinMember
+	39, // 28: entente.state.v1.Command.update_member:type_name -> entente.state.v1.UpdateMember
+	40, // 29: entente.state.v1.Command.remove_member:type_name -> entente.state.v1.RemoveMember
+	42, // 30: entente.state.v1.Command.attest_agent:type_name -> entente.state.v1.AttestAgent
+	45, // 31: entente.state.v1.Command.prepare_authority:type_name -> entente.state.v1.PrepareAuthority
+	46, // 32: entente.state.v1.Command.authority_ready:type_name -> entente.state.v1.AuthorityReady
+	47, // 33: entente.state.v1.Command.activate_authority:type_name -> entente.state.v1.ActivateAuthority
+	48, // 34: entente.state.v1.Command.apply_objects:type_name -> entente.state.v1.ApplyObjects
+	61, // 35: entente.state.v1.Command.store_foreign_bundle:type_name -> entente.state.v1.StoreForeignBundle
+	62, // 36: entente.state.v1.Command.tick:type_name -> entente.state.v1.Tick
+	63, // 37: entente.state.v1.Command.checksum:type_name -> entente.state.v1.Checksum
+	51, // 38: entente.state.v1.Command.taint_authority:type_name -> entente.state.v1.TaintAuthority
+	52, // 39: entente.state.v1.Command.authority_drained:type_name -> entente.state.v1.AuthorityDrained
+	53, // 40: entente.state.v1.Command.revoke_authority:type_name -> entente.state.v1.RevokeAuthority
+	54, // 41: entente.state.v1.Command.ban_agent:type_name -> entente.state.v1.BanAgent
+	55, // 42: entente.state.v1.Command.evict_agent:type_name -> entente.state.v1.EvictAgent
+	58, // 43: entente.state.v1.Command.revoke_token:type_name -> entente.state.v1.RevokeToken
+	59, // 44: entente.state.v1.Command.change_entries:type_name -> entente.state.v1.ChangeEntries
+	41, // 45: entente.state.v1.Command.promote_member:type_name -> entente.state.v1.PromoteMember
+	49, // 46: entente.state.v1.Command.stage_objects:type_name -> entente.state.v1.StageObjects
+	50, // 47: entente.state.v1.Command.apply_staged:type_name -> entente.state.v1.ApplyStaged
+	43, // 48: entente.state.v1.Command.admit_agent:type_name -> entente.state.v1.AdmitAgent
+	56, // 49: entente.state.v1.Command.merge_bans:type_name -> entente.state.v1.MergeBans
+	7,  // 50: entente.state.v1.Init.cluster:type_name -> entente.state.v1.Cluster
+	11, // 51: entente.state.v1.Init.member:type_name -> entente.state.v1.Member
+	13, // 52: entente.state.v1.CreateToken.token:type_name -> entente.state.v1.Token
+	11, // 53: entente.state.v1.JoinMember.member:type_name -> entente.state.v1.Member
+	16, // 54: entente.state.v1.AdmitAgent.agent:type_name -> entente.state.v1.Agent
+	12, // 55: entente.state.v1.PrepareAuthority.authority:type_name -> entente.state.v1.Authority
+	20, // 56: entente.state.v1.ApplyObjects.upserts:type_name -> entente.state.v1.Object
+	21, // 57: entente.state.v1.ApplyObjects.deletes:type_name -> entente.state.v1.ObjectKey
+	48, // 58: entente.state.v1.StageObjects.objects:type_name -> entente.state.v1.ApplyObjects
+	57, // 59: entente.state.v1.MergeBans.bans:type_name -> entente.state.v1.RememberedBan
+	16, // 60: entente.state.v1.RememberedBan.agent:type_name -> entente.state.v1.Agent
+	60, // 61: entente.state.v1.ChangeEntries.changes:type_name -> entente.state.v1.EntryChange
+	17, // 62: entente.state.v1.EntryChange.create:type_name -> entente.state.v1.Entry
+	17, // 63: entente.state.v1.EntryChange.update:type_name -> entente.state.v1.Entry
+	65, // 64: entente.state.v1.AgentCache.x509:type_name -> entente.state.v1.HeldSVID
+	65, // 65: entente.state.v1.AgentCache.wit:type_name -> entente.state.v1.HeldSVID
+	66, // [66:66] is the sub-list for method output_type
+	66, // [66:66] is the sub-list for method input_type
+	66, // [66:66] is the sub-list for extension type_name
+	66, // [66:66] is the sub-list for extension extendee
+	0,  // [0:66] is the sub-list for field type_name
 }
 
 func init() { file_entente_state_v1_state_proto_init() }
@@ -5579,7 +5659,7 @@ func file_entente_state_v1_state_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_entente_state_v1_state_proto_rawDesc), len(file_entente_state_v1_state_proto_rawDesc)),
-			NumEnums:      6,
+			NumEnums:      7,
 			NumMessages:   59,
 			NumExtensions: 0,
 			NumServices:   0,

@@ -1,0 +1,356 @@
+package meshagent
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"strconv"
+	"sync"
+	"time"
+
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	"github.com/entente-mesh/entente/ca"
+	"github.com/entente-mesh/entente/ca/client"
+	"github.com/entente-mesh/entente/meshagent/services"
+)
+
+// Service is a service that the catalogue places on this host and that listens here,
+// with what the host says of it.
+type Service struct {
+	Name     string
+	Address  string // loopback host:port where the application listens
+	Source   string // of what the host says: FILE:LINE, services.FromCommand, or FromCatalogue
+	Check    services.Check
+	Drain    time.Duration // how long requests under way may take when it is drained
+	Draining bool          // it is reported no more
+	Instance *services.Instance
+}
+
+// FromCatalogue is the source of a service of which the host says nothing.
+const FromCatalogue = "catalogue"
+
+const defaultDrain = 10 * time.Second
+
+// place finds the services of a state, by name. a.mu is held.
+func (a *Agent) place(s *State, registered *services.Snapshot) []Service {
+	var list []Service
+	for _, object := range s.View.Objects {
+		service := object.GetService()
+		if _, here := s.Service(service.GetName()); service == nil || !here || !s.Ready {
+			continue
+		}
+		if placed, err := a.placeOne(service, registered); err == nil {
+			list = append(list, placed)
+		}
+	}
+	slices.SortFunc(list, func(x, y Service) int { return cmp.Compare(x.Name, y.Name) })
+	for name, instance := range a.instances {
+		if !slices.ContainsFunc(list, func(s Service) bool { return s.Name == name }) {
+			instance.Close()
+			delete(a.instances, name)
+		}
+	}
+	return list
+}
+
+// placeOne makes a service of what the catalogue and the host say of it.
+func (a *Agent) placeOne(service *statev1.Service, registered *services.Snapshot) (Service, error) {
+	name := service.GetName()
+	p := Service{Name: name, Source: FromCatalogue}
+	catalogued, err := a.cfg.App(service.GetPort())
+	if err != nil {
+		return p, err // it only calls
+	}
+	var says services.Registration
+	if all := registered.Of(name); len(all) > 0 {
+		says, p.Source = *all[0].Registration, all[0].Source
+	}
+	host, port, err := net.SplitHostPort(catalogued)
+	if err != nil {
+		return p, err
+	}
+	if says.Port != 0 {
+		port = strconv.Itoa(int(says.Port))
+	}
+	p.Address = net.JoinHostPort(cmp.Or(says.Address, host), port)
+	p.Check = services.FromCatalogue(ca.ServiceName(name, a.cfg.Domain()), p.Address, service.GetHealthPath(), a.cfg.Health.Thresholds)
+	if command := a.cfg.Health.Commands[name]; len(command) > 0 {
+		p.Check = p.Check.WithCommand(command)
+	}
+	p.Check = p.Check.With(says.Health, a.cfg.Health.Thresholds)
+
+	within, draining := registered.Drained(name)
+	p.Draining, p.Drain = draining, cmp.Or(within, says.Drain, defaultDrain)
+	p.Instance = a.instances[name]
+	switch {
+	case p.Instance == nil:
+		p.Instance = services.NewInstance()
+		if draining { // since before the agent was started
+			p.Instance.Close()
+		}
+	case !draining && p.Instance.Open().Err() != nil:
+		p.Instance = services.NewInstance()
+	}
+	a.instances[name] = p.Instance
+	return p, nil
+}
+
+// mayRegister says why this host may say nothing of a service: it speaks only of those that
+// the catalogue and an entry place here.
+func (a *Agent) mayRegister(s *State, name string) error {
+	if !s.Ready {
+		return fmt.Errorf("the CA has not told yet which services run on this host: is a CA node reachable? entente agent healthcheck says more")
+	}
+	if _, here := s.Service(name); !here {
+		return fmt.Errorf("no entry places service %s on host %s: somebody whose role allows it must declare a Service %s with %s in run.hosts: entente apply -f FILE", name, a.cfg.Name, name, a.cfg.Name)
+	}
+	for _, object := range s.View.Objects {
+		if service := object.GetService(); service.GetName() == name && service.GetPort() != 0 {
+			return nil
+		}
+	}
+	return fmt.Errorf("service %s only calls others: the catalogue gives it no port; somebody whose role allows it must add one: entente apply -f FILE", name)
+}
+
+// Services shows every service that runs on this host or is registered here, by name.
+func (a *Agent) Services() []ServiceStatus {
+	s, registered := a.State(), a.registry.Snapshot()
+	list := []ServiceStatus{}
+	for i := range s.Services {
+		status := statusOf(&s.Services[i], registered)
+		if a.cfg.Sidecar.Inbound == "" {
+			status.Why = "nobody is sent here: this host has no sidecar; set sidecar.inbound"
+		}
+		list = append(list, status)
+	}
+	for _, name := range registered.Services() {
+		err := a.mayRegister(s, name)
+		if err == nil || slices.ContainsFunc(s.Services, func(s Service) bool { return s.Name == name }) {
+			continue
+		}
+		list = append(list, ServiceStatus{Service: name, State: "refused", Source: registered.Of(name)[0].Source, Why: err.Error()})
+	}
+	slices.SortFunc(list, func(x, y ServiceStatus) int { return cmp.Compare(x.Service, y.Service) })
+	return list
+}
+
+// ServiceStatus is a service of this host as people are shown it.
+type ServiceStatus struct {
+	Service  string     `json:"service"`
+	State    string     `json:"state"` // healthy, unhealthy, draining, drained, refused
+	Why      string     `json:"why,omitempty"`
+	Since    *time.Time `json:"since,omitempty"` // healthy or unhealthy
+	Address  string     `json:"address,omitempty"`
+	Check    string     `json:"check,omitempty"`
+	Requests int        `json:"requests"`         // under way
+	Source   string     `json:"source"`           // FILE:LINE, command or catalogue
+	Hidden   []string   `json:"hidden,omitempty"` // sources that do not count beside it
+}
+
+func statusOf(s *Service, registered *services.Snapshot) ServiceStatus {
+	healthy, since, why := s.Instance.Health()
+	status := ServiceStatus{Service: s.Name, State: "unhealthy", Since: &since, Address: s.Address, Check: s.Check.String(), Requests: s.Instance.Requests(), Source: s.Source}
+	if why != nil {
+		status.Why = why.Error()
+	} else if !healthy {
+		status.Why = "it was not checked yet"
+	}
+	switch {
+	case s.Draining && s.Instance.Open().Err() != nil:
+		status.State = "drained"
+	case s.Draining:
+		status.State = "draining"
+	case healthy:
+		status.State = "healthy"
+	}
+	if all := registered.Of(s.Name); len(all) > 1 {
+		for _, other := range all[1:] {
+			status.Hidden = append(status.Hidden, other.Source)
+		}
+	}
+	return status
+}
+
+// Broken are the files of registrations whose newest content is not used.
+func (a *Agent) Broken() []services.Broken { return a.registry.Snapshot().Broken() }
+
+// Reread has the drop-in directory read now.
+func (a *Agent) Reread() { a.registry.Reread() }
+
+// Register takes registrations by command. It takes none or all.
+func (a *Agent) Register(registrations []services.Registration) error {
+	for i := range registrations {
+		if err := a.mayRegister(a.State(), registrations[i].Service); err != nil {
+			return err
+		}
+	}
+	return a.registry.Register(registrations)
+}
+
+// Deregister takes back what was registered by command.
+func (a *Agent) Deregister(service string) error { return a.registry.Deregister(service) }
+
+// Drain takes a service of this host out: it is reported no more, requests under way may
+// end within the given time (0: as it is registered), then the others are cut. It returns
+// when that is done, or when ctx ends, which ends the waiting only. It lasts until Restore.
+func (a *Agent) Drain(ctx context.Context, service string, within time.Duration) error {
+	if err := a.mayDrain(service); err != nil {
+		return err
+	}
+	if err := a.registry.Drain(service, within); err != nil {
+		return err
+	}
+	return a.drained(ctx, service)
+}
+
+// HoldDrained is Drain that lasts until release is called.
+func (a *Agent) HoldDrained(ctx context.Context, service string, within time.Duration) (release func(), err error) {
+	if err := a.mayDrain(service); err != nil {
+		return nil, err
+	}
+	release = a.registry.Hold(service, within)
+	if err := a.drained(ctx, service); err != nil {
+		release()
+		return nil, err
+	}
+	return release, nil
+}
+
+// Restore ends every drain of a service.
+func (a *Agent) Restore(service string) error {
+	if _, drained := a.registry.Snapshot().Drained(service); !drained {
+		return fmt.Errorf("service %s is not drained on this host", service)
+	}
+	return a.registry.Restore(service)
+}
+
+func (a *Agent) mayDrain(service string) error {
+	if a.cfg.Sidecar.Inbound == "" {
+		return fmt.Errorf("this host has no sidecar, so nobody is sent to its services: there is nothing to drain")
+	}
+	return a.mayRegister(a.State(), service)
+}
+
+// drained waits until a service takes no more requests.
+func (a *Agent) drained(ctx context.Context, service string) error {
+	s := a.State()
+	i := slices.IndexFunc(s.Services, func(s Service) bool { return s.Name == service })
+	if i < 0 {
+		return fmt.Errorf("service %s is no longer on this host", service)
+	}
+	select {
+	case <-s.Services[i].Instance.Open().Done():
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// watchHealth checks every service of this host that listens, reports them as instances,
+// and drains those that are to be drained. All it has started has ended when it returns.
+func (a *Agent) watchHealth(ctx context.Context) error {
+	type watched struct {
+		services.Check
+		*services.Instance
+	}
+	changed := make(chan struct{}, 1)
+	var tasks sync.WaitGroup
+	checks := map[watched]context.CancelFunc{}
+	drains := map[*services.Instance]context.CancelFunc{}
+	defer tasks.Wait()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+
+	for {
+		state := a.State()
+		check, drain := map[watched]Service{}, map[*services.Instance]Service{}
+		instances := []client.Instance{}
+		for _, s := range state.Services {
+			check[watched{s.Check, s.Instance}] = s
+			if s.Draining {
+				drain[s.Instance] = s
+				continue
+			}
+			instances = append(instances, client.Instance{
+				Service: s.Name, Agent: a.cfg.Name, Datacenter: a.cfg.Datacenter,
+				Address: a.cfg.Sidecar.Advertise, Healthy: s.Instance.Healthy(),
+			})
+		}
+		if state.Ready {
+			a.report(instances)
+		}
+		follow(ctx, &tasks, checks, check, func(ctx context.Context, s Service) {
+			s.Check.Watch(ctx, s.Instance, a.probe(s), func(err error) {
+				a.log.Info("health", "service", s.Name, "address", s.Address, "healthy", s.Instance.Healthy(), "error", err)
+				select {
+				case changed <- struct{}{}:
+				default:
+				}
+			})
+		})
+		follow(ctx, &tasks, drains, drain, a.drain)
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-state.Changed():
+		case <-changed:
+		}
+	}
+}
+
+// follow has a task run for each that is wanted, and ends the others.
+func follow[K comparable, V any](ctx context.Context, tasks *sync.WaitGroup, running map[K]context.CancelFunc, wanted map[K]V, run func(context.Context, V)) {
+	for key, stop := range running {
+		if _, ok := wanted[key]; !ok {
+			stop()
+			delete(running, key)
+		}
+	}
+	for key, value := range wanted {
+		if running[key] == nil {
+			own, stop := context.WithCancel(ctx)
+			running[key] = stop
+			tasks.Go(func() { run(own, value) })
+		}
+	}
+}
+
+// probe makes the checks of a service. Who listens must be the service: an impostor gets
+// no traffic, so he is not healthy either.
+func (a *Agent) probe(s Service) func(context.Context, services.Check) error {
+	return func(ctx context.Context, c services.Check) error {
+		at, err := netip.ParseAddrPort(s.Address)
+		if err != nil {
+			return err
+		}
+		if err := a.AttestListener(at, ca.ServiceEntry(s.Name)); err != nil {
+			return err
+		}
+		return a.prober.Probe(ctx, c)
+	}
+}
+
+// drain lets the requests of a service end that is reported no more, and closes it.
+func (a *Agent) drain(ctx context.Context, s Service) {
+	a.log.Info("service is drained", "service", s.Name, "requests", s.Instance.Requests(), "within", s.Drain)
+	limit, cancel := context.WithTimeout(ctx, withdrawTime+s.Drain)
+	defer cancel()
+	select {
+	case <-time.After(withdrawTime):
+	case <-ctx.Done():
+		return
+	}
+	s.Instance.Idle(limit)
+	left := s.Instance.Requests()
+	// It may have been restored in this moment.
+	a.change(func(state *State) *State {
+		if i := slices.IndexFunc(state.Services, func(o Service) bool { return o.Instance == s.Instance }); i >= 0 && state.Services[i].Draining && ctx.Err() == nil {
+			s.Instance.Close()
+			a.log.Info("service has been drained", "service", s.Name, "cut", left)
+		}
+		return nil
+	})
+}
