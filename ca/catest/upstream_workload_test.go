@@ -25,6 +25,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/catest"
@@ -108,7 +109,7 @@ func TestUpstreamAtWorkloads(t *testing.T) {
 		t.Fatal(err)
 	}
 	api := workloaddoor.New(a, socket, nil)
-	api.Beside(sds.New(a, workloaddoor.Caller, nil).Register)
+	api.Beside(sds.New(a, cfg.SDS, workloaddoor.Caller, nil).Register)
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
 	go func() {
@@ -147,7 +148,7 @@ func TestUpstreamAtWorkloads(t *testing.T) {
 			return err
 		}
 		defer conn.Close()
-		response, err := secret.NewSecretDiscoveryServiceClient(conn).FetchSecrets(t.Context(), &discovery.DiscoveryRequest{ResourceNames: []string{sds.NameSVID, sds.NameBundle}})
+		response, err := secret.NewSecretDiscoveryServiceClient(conn).FetchSecrets(t.Context(), &discovery.DiscoveryRequest{ResourceNames: []string{"default", "ROOTCA"}})
 		if err != nil {
 			return err
 		}
@@ -156,7 +157,7 @@ func TestUpstreamAtWorkloads(t *testing.T) {
 			if err := packed.UnmarshalTo(s); err != nil {
 				return err
 			}
-			if s.GetName() == sds.NameSVID {
+			if s.GetName() == "default" {
 				err = underRoot(certificates(t, s.GetTlsCertificate().GetCertificateChain().GetInlineBytes()), root.Cert)
 			} else {
 				validator := &envoytls.SPIFFECertValidatorConfig{}
@@ -255,8 +256,8 @@ func TestUpstreamAtWorkloads(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	old := inPhase(t, c, "ca-1", active).GetAuthority().GetId()
-	next := waitReady(t, c, "ca-1").GetId()
+	old := inPhase(t, c, "ca-1", statev1.KeyUse_KEY_USE_X509, active).GetAuthority().GetId()
+	next := waitReady(t, c, "ca-1", statev1.KeyUse_KEY_USE_X509).GetId()
 	change(c.Admin().ActivateAuthority, next)
 	change(c.Admin().TaintAuthority, old)
 	eventually(t, "the workload's SVID is under the next intermediate", 10*time.Second, func() error {
