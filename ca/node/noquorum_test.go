@@ -337,7 +337,7 @@ func TestTableWithoutQuorum(t *testing.T) {
 	held := view.Load()
 	last.Kill()
 	time.Sleep(100 * time.Millisecond)
-	if v := view.Load(); v.Revision != held.Revision || len(v.Entries) != 2 || len(v.Bundles) != 2 {
+	if v := view.Load(); v.Revision < held.Revision || len(v.Entries) != 2 || len(v.Bundles) != 2 {
 		t.Errorf("without any node: revision %s, %d entries", ca.Revision(v.Revision), len(v.Entries))
 	}
 }
