@@ -423,14 +423,14 @@ func TestReadConfig(t *testing.T) {
 	if cfg.Sidecar.Advertise != "127.1.0.5:7443" || cfg.Sidecar.AppAddress != "127.0.0.1" || cfg.Health.Interval != time.Second || cfg.WorkloadAPI.Socket == "" {
 		t.Errorf("defaults: %+v", cfg)
 	}
-	if app, err := cfg.App("127.0.0.1", 8080); err != nil || app != "127.0.0.1:8080" {
+	if app, err := cfg.App(8080); err != nil || app != "127.0.0.1:8080" {
 		t.Errorf("%v %v", app, err)
 	}
 	cfg = configure(t, "dataDir: /d", "sidecar: {inbound: 127.0.0.1:7443, portOffset: 40000}")
-	if app, err := cfg.App("127.0.0.1", 8080); err != nil || app != "127.0.0.1:48080" || cfg.Sidecar.Advertise != "127.0.0.1:7443" {
+	if app, err := cfg.App(8080); err != nil || app != "127.0.0.1:48080" || cfg.Sidecar.Advertise != "127.0.0.1:7443" {
 		t.Errorf("%v %v, reported at %s", app, err, cfg.Sidecar.Advertise)
 	}
-	if app, err := cfg.App("127.0.0.1", 0); err == nil {
+	if app, err := cfg.App(0); err == nil {
 		t.Errorf("no port is %s", app)
 	}
 	for text, want := range map[string]string{

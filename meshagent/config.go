@@ -449,11 +449,11 @@ func (c *Config) check() (errs yamlfile.Errors) {
 // Domain is the trust domain.
 func (c *Config) Domain() spiffeid.TrustDomain { return c.domain }
 
-// App is the host:port of an application at a host whose service has port in the
-// catalogue.
-func (c *Config) App(host string, port uint32) (string, error) {
+// App is the host:port of an application of this host whose service has port in the
+// catalogue, if the host says nothing else of it.
+func (c *Config) App(port uint32) (string, error) {
 	if port == 0 || port > 65535 {
 		return "", fmt.Errorf("%d is not a port", port)
 	}
-	return net.JoinHostPort(host, strconv.Itoa(int(port)+c.Sidecar.PortOffset)), nil
+	return net.JoinHostPort(c.Sidecar.AppAddress, strconv.Itoa(int(port)+c.Sidecar.PortOffset)), nil
 }

@@ -33,10 +33,7 @@ func newMetrics(r prometheus.Registerer, a *Agent) *metrics {
 		}),
 		gauge("entente_agent_revision", "Revision of the CA's state that is in use.", func(*State) float64 { return float64(a.client.View().Revision) }),
 		gauge("entente_agent_services_unhealthy", "Services of this host that listen, are not drained, and are not healthy.", func(s *State) float64 {
-			return float64(len(slices.DeleteFunc(slices.Clone(s.Services), func(s Service) bool {
-				healthy, _, _ := s.Instance.Health()
-				return healthy || s.Draining
-			})))
+			return float64(len(slices.DeleteFunc(slices.Clone(s.Services), func(s Service) bool { return s.Draining || s.Instance.Healthy() })))
 		}),
 		gauge("entente_agent_registrations_broken", "Files that register services and whose newest content cannot be used.", func(*State) float64 { return float64(len(a.Broken())) }),
 		gauge("entente_agent_first_expiry_seconds", "Seconds until the first X.509-SVID held here ends; negative: it has ended; 0: none is held.", func(s *State) float64 {

@@ -39,7 +39,7 @@ func (a *Agent) place(s *State, registered *services.Snapshot) []Service {
 	var list []Service
 	for _, object := range s.View.Objects {
 		service := object.GetService()
-		if service == nil || a.mayRegister(s, service.GetName()) != nil {
+		if _, here := s.Service(service.GetName()); service == nil || !here || !s.Ready {
 			continue
 		}
 		if placed, err := a.placeOne(service, registered); err == nil {
@@ -56,23 +56,26 @@ func (a *Agent) place(s *State, registered *services.Snapshot) []Service {
 	return list
 }
 
+// placeOne makes a service of what the catalogue and the host say of it.
 func (a *Agent) placeOne(service *statev1.Service, registered *services.Snapshot) (Service, error) {
 	name := service.GetName()
-	p := Service{Name: name, Source: FromCatalogue, Drain: defaultDrain}
+	p := Service{Name: name, Source: FromCatalogue}
+	catalogued, err := a.cfg.App(service.GetPort())
+	if err != nil {
+		return p, err // it only calls
+	}
 	var says services.Registration
 	if all := registered.Of(name); len(all) > 0 {
 		says, p.Source = *all[0].Registration, all[0].Source
 	}
-	p.Drain = cmp.Or(says.Drain, defaultDrain)
-	host := cmp.Or(says.Address, a.cfg.Sidecar.AppAddress)
-	if says.Port != 0 {
-		p.Address = net.JoinHostPort(host, strconv.Itoa(int(says.Port)))
-	} else {
-		var err error
-		if p.Address, err = a.cfg.App(host, service.GetPort()); err != nil {
-			return p, err
-		}
+	host, port, err := net.SplitHostPort(catalogued)
+	if err != nil {
+		return p, err
 	}
+	if says.Port != 0 {
+		port = strconv.Itoa(int(says.Port))
+	}
+	p.Address = net.JoinHostPort(cmp.Or(says.Address, host), port)
 	p.Check = services.FromCatalogue(ca.ServiceName(name, a.cfg.Domain()), p.Address, service.GetHealthPath(), a.cfg.Health.Thresholds)
 	if command := a.cfg.Health.Commands[name]; len(command) > 0 {
 		p.Check = p.Check.WithCommand(command)
@@ -80,7 +83,7 @@ func (a *Agent) placeOne(service *statev1.Service, registered *services.Snapshot
 	p.Check = p.Check.With(says.Health, a.cfg.Health.Thresholds)
 
 	within, draining := registered.Drained(name)
-	p.Draining, p.Drain = draining, cmp.Or(within, p.Drain)
+	p.Draining, p.Drain = draining, cmp.Or(within, says.Drain, defaultDrain)
 	p.Instance = a.instances[name]
 	switch {
 	case p.Instance == nil:
@@ -117,7 +120,11 @@ func (a *Agent) Services() []ServiceStatus {
 	s, registered := a.State(), a.registry.Snapshot()
 	list := []ServiceStatus{}
 	for i := range s.Services {
-		list = append(list, statusOf(&s.Services[i], registered))
+		status := statusOf(&s.Services[i], registered)
+		if a.cfg.Sidecar.Inbound == "" {
+			status.Why = "nobody is sent here: this host has no sidecar; set sidecar.inbound"
+		}
+		list = append(list, status)
 	}
 	for _, name := range registered.Services() {
 		err := a.mayRegister(s, name)
@@ -144,7 +151,7 @@ type ServiceStatus struct {
 }
 
 func statusOf(s *Service, registered *services.Snapshot) ServiceStatus {
-	healthy, why, since := s.Instance.Health()
+	healthy, since, why := s.Instance.Health()
 	status := ServiceStatus{Service: s.Name, State: "unhealthy", Since: &since, Address: s.Address, Check: s.Check.String(), Requests: s.Instance.Requests(), Source: s.Source}
 	if why != nil {
 		status.Why = why.Error()
@@ -267,10 +274,9 @@ func (a *Agent) watchHealth(ctx context.Context) error {
 				drain[s.Instance] = s
 				continue
 			}
-			healthy, _, _ := s.Instance.Health()
 			instances = append(instances, client.Instance{
 				Service: s.Name, Agent: a.cfg.Name, Datacenter: a.cfg.Datacenter,
-				Address: a.cfg.Sidecar.Advertise, Healthy: healthy,
+				Address: a.cfg.Sidecar.Advertise, Healthy: s.Instance.Healthy(),
 			})
 		}
 		if state.Ready {
@@ -278,8 +284,7 @@ func (a *Agent) watchHealth(ctx context.Context) error {
 		}
 		follow(ctx, &tasks, checks, check, func(ctx context.Context, s Service) {
 			s.Check.Watch(ctx, s.Instance, a.probe(s), func(err error) {
-				healthy, _, _ := s.Instance.Health()
-				a.log.Info("health", "service", s.Name, "address", s.Address, "healthy", healthy, "error", err)
+				a.log.Info("health", "service", s.Name, "address", s.Address, "healthy", s.Instance.Healthy(), "error", err)
 				select {
 				case changed <- struct{}{}:
 				default:

@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -133,10 +134,11 @@ func TestImpostorIsNotHealthy(t *testing.T) {
 // What is registered by command is reported, outlives the agent, and stays drained.
 func TestRegisterByCommand(t *testing.T) {
 	c := catest.Start(t, catest.Options{})
-	sick := true
+	var sick atomic.Bool
+	sick.Store(true)
 	l := listening(t)
 	server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-		if sick {
+		if sick.Load() {
 			w.WriteHeader(http.StatusServiceUnavailable)
 		}
 	}))
@@ -161,7 +163,7 @@ func TestRegisterByCommand(t *testing.T) {
 		return nil
 	})
 	agent.stop()
-	sick = false
+	sick.Store(false)
 	agent = start()
 	if s := agent.is(t, "web", "healthy"); s.Source != services.FromCommand || s.Check != "http /healthz" {
 		t.Errorf("after a restart: %+v", s)

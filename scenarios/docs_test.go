@@ -3,9 +3,15 @@ package scenarios
 import (
 	"flag"
 	"fmt"
+	"io/fs"
+	"maps"
 	"os"
+	"path"
+	"regexp"
+	"slices"
 	"strings"
 	"testing"
+	"testing/fstest"
 
 	"github.com/entente-mesh/entente/internal/refusal"
 )
@@ -42,4 +48,100 @@ This page is made from the table in internal/refusal: ` + "`go test ./scenarios 
 	if string(have) != b.String() {
 		t.Errorf("%s is not what the table says: run this test with -update", page)
 	}
+}
+
+// What the pages say that a test shows, a test shows: each test that a page names is
+// there, in the room that the page names beside it, and each runbook has its own.
+func TestDocumentsNameTests(t *testing.T) {
+	for _, complaint := range namedTests(os.DirFS("..")) {
+		t.Error(complaint)
+	}
+}
+
+func TestDocumentsNameTestsNotices(t *testing.T) {
+	tree := func(page string) fstest.MapFS {
+		return fstest.MapFS{
+			"docs/operations.md": {Data: []byte(page)},
+			"ca/node/a_test.go":  {Data: []byte("package node\n\nfunc TestRunbookLostNode(t *testing.T) {}\n\nfunc FuzzA(f *testing.F) {}\n")},
+			"ca/node/a.go":       {Data: []byte("package node\n\nfunc TestHelper() {}\n")},
+		}
+	}
+	for page, want := range map[string]string{
+		"## Runbook: lost node\n\n`TestRunbookLostNode`, `FuzzA` (ca/node); `ca/node/a_test.go`; `go test -run TestRunbook`": "", // control
+		"`TestGone`":              "docs/operations.md names TestGone",
+		"`TestHelper`":            "names TestHelper",
+		"`FuzzA` (ca/replica)":    "names FuzzA of ca/replica",
+		"`TestRunbook`":           "names TestRunbook",
+		"`ca/node/b_test.go`":     "names ca/node/b_test.go",
+		"## Runbook: lost quorum": "names TestRunbookLostQuorum",
+	} {
+		switch got := namedTests(tree(page)); {
+		case want == "" && len(got) > 0, want != "" && (len(got) != 1 || !strings.Contains(got[0], want)):
+			t.Errorf("%s: %q", page, got)
+		}
+	}
+}
+
+var (
+	testFunction = regexp.MustCompile(`(?m)^func ((?:Test|Fuzz|Benchmark)\w+)\(`)
+	runbook      = regexp.MustCompile(`(?m)^## Runbook: (.+)$`)
+	testFile     = regexp.MustCompile("`([\\w/-]+_test\\.go)`")
+	// A test with the room it is in; behind -run, what tests begin with.
+	testName = regexp.MustCompile("(-run '?)?\\b((?:Test|Fuzz|Benchmark)[A-Z]\\w*)(?:/…)?(?:` \\(([\\w/-]+)\\))?")
+)
+
+// namedTests says which tests the pages of a tree name that are not there.
+func namedTests(tree fs.FS) (complaints []string) {
+	rooms := map[string][]string{} // of a test
+	pages := map[string]string{}
+	err := fs.WalkDir(tree, ".", func(name string, entry fs.DirEntry, err error) error {
+		isTest, isPage := strings.HasSuffix(name, "_test.go"), strings.HasSuffix(name, ".md")
+		if err != nil || entry.IsDir() || !isTest && !isPage {
+			return err
+		}
+		text, err := fs.ReadFile(tree, name)
+		if isPage {
+			pages[name] = string(text)
+			return err
+		}
+		for _, match := range testFunction.FindAllStringSubmatch(string(text), -1) {
+			rooms[match[1]] = append(rooms[match[1]], path.Dir(name))
+		}
+		return err
+	})
+	if err != nil {
+		return []string{err.Error()}
+	}
+	for _, page := range slices.Sorted(maps.Keys(pages)) {
+		names := func(what string, there bool) {
+			if !there {
+				complaints = append(complaints, fmt.Sprintf("%s names %s, which is not there", page, what))
+			}
+		}
+		for _, match := range testName.FindAllStringSubmatch(pages[page], -1) {
+			pattern, test, room := match[1] != "", match[2], match[3]
+			in, ok := rooms[test]
+			switch {
+			case pattern:
+				names("tests "+test, slices.ContainsFunc(slices.Collect(maps.Keys(rooms)), func(name string) bool { return strings.HasPrefix(name, test) }))
+			case ok && room != "":
+				names(test+" of "+room, slices.ContainsFunc(in, func(have string) bool { return have == room || path.Base(have) == room }))
+			default:
+				names(test, ok)
+			}
+		}
+		for _, match := range testFile.FindAllStringSubmatch(pages[page], -1) {
+			_, here := fs.Stat(tree, path.Join(path.Dir(page), match[1]))
+			_, there := fs.Stat(tree, match[1])
+			names(match[1], here == nil || there == nil)
+		}
+		for _, match := range runbook.FindAllStringSubmatch(pages[page], -1) {
+			test := "TestRunbook"
+			for word := range strings.FieldsSeq(match[1]) {
+				test += strings.ToUpper(word[:1]) + word[1:]
+			}
+			names(test, rooms[test] != nil)
+		}
+	}
+	return complaints
 }

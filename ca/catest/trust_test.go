@@ -2,6 +2,7 @@ package catest_test
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto"
 	"crypto/ecdsa"
@@ -18,11 +19,13 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -31,6 +34,8 @@ import (
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/catest"
 	"github.com/entente-mesh/entente/ca/client"
+	"github.com/entente-mesh/entente/ca/node"
+	"github.com/entente-mesh/entente/internal/jwtsvid"
 	"github.com/entente-mesh/entente/internal/peer"
 	"github.com/entente-mesh/entente/meshagent"
 	"github.com/entente-mesh/entente/meshagent/nodeattest"
@@ -79,7 +84,7 @@ type agent struct {
 
 func startAgent(t *testing.T, c *catest.CA, name, entry, token, dir string) *agent {
 	t.Helper()
-	text := fmt.Sprintf("trustDomain: banking.example\nname: %s\ndatacenter: dc1\ndataDir: %s\nca: {addresses: [%q], token: %q}\n", name, dir, c.Addresses()[0], token)
+	text := fmt.Sprintf("trustDomain: banking.example\nname: %s\ndatacenter: dc1\ndataDir: %s\nca: {addresses: [%q], token: %q}\nworkloadAPI: {wit: true}\n", name, dir, c.Addresses()[0], token)
 	cfg, err := meshagent.ReadConfig("agent.yaml", strings.NewReader(text))
 	if err != nil {
 		t.Fatal(err)
@@ -222,22 +227,22 @@ func authorities(t *testing.T, c *catest.CA) []*ententev1.AuthorityStatus {
 	return r.GetAuthorities()
 }
 
-// inPhase finds the one authority of a node in that phase.
-func inPhase(t *testing.T, c *catest.CA, node string, phase statev1.AuthorityPhase) *ententev1.AuthorityStatus {
+// inPhase finds the one authority of a node and use in that phase.
+func inPhase(t *testing.T, c *catest.CA, node string, use statev1.KeyUse, phase statev1.AuthorityPhase) *ententev1.AuthorityStatus {
 	t.Helper()
 	for _, a := range authorities(t, c) {
-		if a.GetNode() == node && a.GetAuthority().GetPhase() == phase {
+		if a.GetNode() == node && a.GetAuthority().GetUse() == use && a.GetAuthority().GetPhase() == phase {
 			return a
 		}
 	}
 	return nil
 }
 
-func waitReady(t *testing.T, c *catest.CA, node string) *statev1.Authority {
+func waitReady(t *testing.T, c *catest.CA, node string, use statev1.KeyUse) *statev1.Authority {
 	t.Helper()
 	var found *statev1.Authority
 	eventually(t, "a prepared authority is ready", 10*time.Second, func() error {
-		a := inPhase(t, c, node, statev1.AuthorityPhase_AUTHORITY_PHASE_PREPARED)
+		a := inPhase(t, c, node, use, prepared)
 		if !a.GetAuthority().GetReady() {
 			return fmt.Errorf("not yet: %v", a)
 		}
@@ -248,27 +253,56 @@ func waitReady(t *testing.T, c *catest.CA, node string) *statev1.Authority {
 }
 
 const (
-	active  = statev1.AuthorityPhase_AUTHORITY_PHASE_ACTIVE
-	retired = statev1.AuthorityPhase_AUTHORITY_PHASE_RETIRED
-	revoked = statev1.AuthorityPhase_AUTHORITY_PHASE_REVOKED
+	prepared = statev1.AuthorityPhase_AUTHORITY_PHASE_PREPARED
+	active   = statev1.AuthorityPhase_AUTHORITY_PHASE_ACTIVE
+	retired  = statev1.AuthorityPhase_AUTHORITY_PHASE_RETIRED
+	revoked  = statev1.AuthorityPhase_AUTHORITY_PHASE_REVOKED
+
+	x509Use = statev1.KeyUse_KEY_USE_X509
+	jwtUse  = statev1.KeyUse_KEY_USE_JWT
+	witUse  = statev1.KeyUse_KEY_USE_WIT
 )
 
-// The runbook "rotation by hand" of docs/operations.md, step by step, with a workload
-// that never is without an SVID that everybody accepts (I3).
+// The runbook "rotation by hand" of docs/operations.md, step by step and in the wrong
+// order, for each kind of authority, with workloads that never are without an SVID that
+// everybody accepts (I3).
 func TestRunbookRotationByHand(t *testing.T) {
 	t.Parallel()
-	c := catest.Start(t, catest.Options{})
+	for _, use := range []statev1.KeyUse{x509Use, jwtUse, witUse} {
+		t.Run(use.String(), func(t *testing.T) {
+			t.Parallel()
+			rotateByHand(t, use)
+		})
+	}
+}
+
+func rotateByHand(t *testing.T, use statev1.KeyUse) {
+	options := catest.Options{}
+	if use == jwtUse { // what is shown to others is waited for, for an hour or a phase if that is less
+		const phase = 10 * time.Second
+		options.Lifetimes = node.Lifetimes{Phase: phase, X509SVID: phase, AgentSVID: phase, JWTSVID: phase, WITSVID: phase}
+	}
+	c := catest.Start(t, options)
 	c.Apply(workloads)
 	h1, h2 := newAgent(t, c, "h1", "service/accounts"), newAgent(t, c, "h2", "service/cards")
+	var deaf atomic.Bool
+	h3 := subscribe(t, c, "h3", func(*client.View) error {
+		if deaf.Load() {
+			return errors.New("its workloads do not hold it")
+		}
+		return nil
+	})
+	h3.Hold(nil)
 	d := openDoor(t, h1)
-	if _, err := connect(t, d, h2.svid(t)); err != nil {
-		t.Fatal(err)
-	}
+	eventually(t, "the workload has its SVIDs", 10*time.Second, func() error { return cmp.Or(rested(t, use, h2, h1, d, ""), rested(t, use, h1, h2, d, "")) })
+
 	ctx, stop := context.WithCancel(t.Context())
 	var watching sync.WaitGroup
-	watching.Go(func() { // I3, all the time: a new connection of the newest SVID works
+	defer watching.Wait()
+	defer stop()
+	watching.Go(func() { // I3, all the time: the newest SVID is accepted
 		for ctx.Err() == nil {
-			if _, err := connect(t, d, h2.svid(t)); err != nil && ctx.Err() == nil {
+			if err := rested(t, use, h2, h1, d, ""); err != nil && ctx.Err() == nil {
 				t.Errorf("during the rotation: %v", err)
 				return
 			}
@@ -276,53 +310,82 @@ func TestRunbookRotationByHand(t *testing.T) {
 		}
 	})
 	admin := c.Admin()
-	change := func(f func(context.Context) (*ententev1.ChangeAuthorityResponse, error)) *ententev1.ChangeAuthorityResponse {
+	type verb func(context.Context, *ententev1.ChangeAuthorityRequest, ...grpc.CallOption) (*ententev1.ChangeAuthorityResponse, error)
+	done := func(change verb, id string) *ententev1.ChangeAuthorityResponse {
 		t.Helper()
-		r, err := f(t.Context())
+		r, err := change(t.Context(), &ententev1.ChangeAuthorityRequest{Id: id[:12]})
 		if err != nil {
 			t.Fatal(err)
 		}
 		return r
 	}
+	refused := func(change verb, id, because string) {
+		t.Helper()
+		if _, err := change(t.Context(), &ententev1.ChangeAuthorityRequest{Id: id[:12]}); status.Code(err) != codes.FailedPrecondition || !strings.Contains(err.Error(), because) {
+			t.Errorf("not refused for %q: %v", because, err)
+		}
+	}
+	waitsFor := func(id string) string {
+		for _, a := range authorities(t, c) {
+			if a.GetAuthority().GetId() == id {
+				return strings.Join(a.GetWaitingFor(), ", ")
+			}
+		}
+		return ""
+	}
 
 	// 1. authority list: the next one is ready.
-	next := waitReady(t, c, "ca-1")
-	old := inPhase(t, c, "ca-1", active).GetAuthority().GetId()
-	if !h1.under(t, old) {
-		t.Fatal("control: the workload's SVID is not under the active authority")
+	next := waitReady(t, c, "ca-1", use).GetId()
+	old := inPhase(t, c, "ca-1", use, active).GetAuthority().GetId()
+	if err := rested(t, use, h1, h2, d, old); err != nil {
+		t.Fatalf("control: %v", err)
 	}
-	// Out of order.
-	if _, err := admin.RevokeAuthority(t.Context(), &ententev1.ChangeAuthorityRequest{Id: old}); status.Code(err) != codes.FailedPrecondition || !strings.Contains(err.Error(), "taint it first") {
-		t.Errorf("revoking what signs: %v", err)
-	}
-	if _, err := admin.PrepareAuthority(t.Context(), &ententev1.PrepareAuthorityRequest{}); status.Code(err) != codes.FailedPrecondition {
+	refused(admin.RevokeAuthority, old, "taint it first")
+	if _, err := admin.PrepareAuthority(t.Context(), &ententev1.PrepareAuthorityRequest{Use: use}); status.Code(err) != codes.FailedPrecondition || !strings.Contains(err.Error(), "already") {
 		t.Errorf("preparing a second one: %v", err)
 	}
+	deaf.Store(true)
 	// 2. authority activate.
-	r := change(func(ctx context.Context) (*ententev1.ChangeAuthorityResponse, error) {
-		return admin.ActivateAuthority(ctx, &ententev1.ChangeAuthorityRequest{Id: next.GetId()[:12]})
-	})
-	if r.GetAuthority().GetPhase() != active || inPhase(t, c, "ca-1", retired).GetAuthority().GetId() != old {
+	if r := done(admin.ActivateAuthority, next); r.GetAuthority().GetPhase() != active || inPhase(t, c, "ca-1", use, retired).GetAuthority().GetId() != old {
 		t.Errorf("after activate: %v", r)
 	}
-	// 3. authority taint: what it signed is issued anew, at once.
-	r = change(func(ctx context.Context) (*ententev1.ChangeAuthorityResponse, error) {
-		return admin.TaintAuthority(ctx, &ententev1.ChangeAuthorityRequest{Id: old[:12]})
-	})
-	if len(r.GetSigning()) != 1 || r.GetSigning()[0].GetId() != next.GetId() {
-		t.Errorf("who signs now: %v", r.GetSigning())
-	}
-	took := eventually(t, "the workloads have SVIDs under the new authority", 5*time.Second, func() error {
-		for _, a := range []*agent{h1, h2} {
-			if !a.under(t, next.GetId()) {
-				return errors.New("not yet")
-			}
+	refused(admin.ActivateAuthority, old, "RETIRED")
+	// The node prepares the one after it, which one host does not hold yet.
+	var third string
+	eventually(t, "the list says for whom the third one waits", 10*time.Second, func() error {
+		third = inPhase(t, c, "ca-1", use, prepared).GetAuthority().GetId()
+		if waits := waitsFor(third); !strings.Contains(waits, "agent h3") {
+			return fmt.Errorf("%s waits for %q", third, waits)
 		}
 		return nil
 	})
+	refused(admin.ActivateAuthority, third, "agent h3")
+	deaf.Store(false)
+	c.Apply("apiVersion: entente/v1\nkind: Service\nmetadata: {name: ledger}\nspec: {run: {uid: 1003, hosts: [h3]}, port: 8084}\n") // it is asked again
+	waitReady(t, c, "ca-1", use)
+	// 3. authority taint: what it signed is issued anew, at once.
+	h3.Hold([]string{ca.AuthorityKeyID(old)})
+	if r := done(admin.TaintAuthority, old); len(r.GetSigning()) != 1 || r.GetSigning()[0].GetId() != next {
+		t.Errorf("who signs now: %v", r.GetSigning())
+	}
+	took := eventually(t, "the workloads have SVIDs under the new authority", 5*time.Second, func() error {
+		return cmp.Or(rested(t, use, h1, h2, d, next), rested(t, use, h2, h1, d, next))
+	})
 	t.Logf("taint to re-issue: %v", took)
 	// 4. authority list, until it waits for nobody.
-	took = eventually(t, "nobody has SVIDs under the tainted authority", 10*time.Second, func() error {
+	holder := "agent h3"
+	if use == jwtUse {
+		holder = "JWT-SVIDs until "
+	}
+	eventually(t, "only that one is waited for", 10*time.Second, func() error {
+		if waits := waitsFor(old); !strings.HasPrefix(waits, holder) {
+			return fmt.Errorf("it waits for %q", waits)
+		}
+		return nil
+	})
+	refused(admin.RevokeAuthority, old, holder)
+	h3.Hold(nil)
+	took = eventually(t, "nobody has SVIDs under the tainted authority", 30*time.Second, func() error {
 		for _, a := range authorities(t, c) {
 			if a.GetAuthority().GetId() == old && !a.GetAuthority().GetDrained() {
 				return fmt.Errorf("waits for %v", a.GetWaitingFor())
@@ -332,25 +395,68 @@ func TestRunbookRotationByHand(t *testing.T) {
 	})
 	t.Logf("drained after %v more", took)
 	// 5. authority revoke.
-	r = change(func(ctx context.Context) (*ententev1.ChangeAuthorityResponse, error) {
-		return admin.RevokeAuthority(ctx, &ententev1.ChangeAuthorityRequest{Id: old[:12]})
-	})
-	if r.GetAuthority().GetPhase() != revoked || len(r.GetHeldBy()) != 0 {
+	if r := done(admin.RevokeAuthority, old); r.GetAuthority().GetPhase() != revoked || len(r.GetHeldBy()) != 0 {
 		t.Errorf("after revoke: %v", r)
 	}
 	eventually(t, "the hosts know of it", 5*time.Second, func() error {
-		for _, a := range []*agent{h1, h2} {
-			for _, authority := range a.State().Bundle.X509Authorities() {
-				if peer.KeyID(authority) == old {
-					return errors.New("it stands in the bundle")
-				}
-			}
+		if accepts(h1.State(), use, old) || accepts(h2.State(), use, old) {
+			return errors.New("it stands in the bundle")
 		}
 		return nil
 	})
 	time.Sleep(300 * time.Millisecond) // the watcher looks at the time after it, too
-	stop()
-	watching.Wait()
+}
+
+// rested tells why an agent's workload has no SVID of that kind that another one's
+// accepts, or not under that authority, if one is named.
+func rested(t *testing.T, use statev1.KeyUse, of, at *agent, d *door, authority string) error {
+	var under string
+	identity, ok := of.State().Identity(of.entry)
+	switch {
+	case !ok || identity.SVID == nil || identity.WIT == nil:
+		return errors.New("the workload has no SVIDs")
+	case use == x509Use:
+		svid, err := of.SVIDs(of.entry).GetX509SVID()
+		if err != nil {
+			return err
+		}
+		under = ca.SignedUnder(svid.Certificates[0])
+		if _, err := connect(t, d, svid); err != nil {
+			return err
+		}
+	case use == jwtUse:
+		token, _, err := of.FetchJWT(t.Context(), identity, []string{"them"})
+		if err != nil {
+			return err
+		}
+		svid, err := jwtsvid.Verify(token, at.State().JWTKeys(nil), "them", time.Now(), time.Second)
+		if err != nil {
+			return err
+		}
+		under = svid.KeyID
+	default:
+		keys := func(spiffeid.TrustDomain) (jwtsvid.Keys, bool) { return at.State().WIT.Keys, true }
+		svid, err := jwtsvid.VerifyWIT(identity.WIT.Token, keys, time.Now(), time.Second)
+		if err != nil {
+			return err
+		}
+		under = svid.KeyID
+	}
+	if authority != "" && ca.AuthorityKeyID(under) != ca.AuthorityKeyID(authority) {
+		return fmt.Errorf("its SVID is under %.12s, not %.12s", under, authority)
+	}
+	return nil
+}
+
+// accepts tells whether an authority stands in an agent's bundle.
+func accepts(s *meshagent.State, use statev1.KeyUse, authority string) bool {
+	switch use {
+	case jwtUse:
+		return s.JWT.Keys[authority] != nil
+	case witUse:
+		return s.WIT.Keys[authority] != nil
+	}
+	return slices.ContainsFunc(s.Bundle.X509Authorities(), func(a *x509.Certificate) bool { return peer.KeyID(a) == authority })
 }
 
 // While somebody still holds an SVID under it, a tainted authority is not revoked, and
@@ -360,8 +466,8 @@ func TestRevokeWaitsForHolders(t *testing.T) {
 	c := catest.Start(t, catest.Options{})
 	c.Apply(workloads)
 	h1 := newAgent(t, c, "h1", "service/accounts")
-	waitReady(t, c, "ca-1")
-	old := inPhase(t, c, "ca-1", active).GetAuthority().GetId()
+	waitReady(t, c, "ca-1", x509Use)
+	old := inPhase(t, c, "ca-1", x509Use, active).GetAuthority().GetId()
 	h1.stop() // it says goodbye, and counts no more; but this one does not:
 	silent := newSubscriber(t, c, "h2")
 	if _, err := c.Admin().TaintAuthority(t.Context(), &ententev1.ChangeAuthorityRequest{Id: old}); err != nil {
@@ -412,7 +518,7 @@ func TestRunbookCompromisedNode(t *testing.T) {
 		operator = two
 	}
 	for name := range nodes { // everybody can sign
-		waitReady(t, operator, name)
+		waitReady(t, operator, name, x509Use)
 	}
 	conn, err := connect(t, d, stolen)
 	if err != nil {
@@ -609,8 +715,8 @@ func TestRevokeNowOfTheOnlyOne(t *testing.T) {
 	c.Apply(workloads)
 	h1, h2 := newAgent(t, c, "h1", "service/accounts"), newAgent(t, c, "h2", "service/cards")
 	d := openDoor(t, h1)
-	waitReady(t, c, "ca-1")
-	old := inPhase(t, c, "ca-1", active).GetAuthority().GetId()
+	waitReady(t, c, "ca-1", x509Use)
+	old := inPhase(t, c, "ca-1", x509Use, active).GetAuthority().GetId()
 	before := h2.svid(t)
 	conn, err := connect(t, d, before)
 	if err != nil {
@@ -637,6 +743,12 @@ func TestRevokeNowOfTheOnlyOne(t *testing.T) {
 // newSubscriber is an attested host that syncs and says nothing of its SVIDs by itself.
 func newSubscriber(t *testing.T, c *catest.CA, name string) *client.Client {
 	t.Helper()
+	return subscribe(t, c, name, func(*client.View) error { return nil })
+}
+
+// subscribe is an agent that takes pictures as handle does.
+func subscribe(t *testing.T, c *catest.CA, name string, handle func(*client.View) error) *client.Client {
+	t.Helper()
 	token, err := ca.ParseToken(c.AgentToken(name, "dc1"))
 	if err != nil {
 		t.Fatal(err)
@@ -661,7 +773,7 @@ func newSubscriber(t *testing.T, c *catest.CA, name string) *client.Client {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
-	go func() { ended <- one.Sync(ctx, func(*client.View) error { return nil }) }()
+	go func() { ended <- one.Sync(ctx, handle) }()
 	t.Cleanup(func() { cancel(); <-ended })
 	eventually(t, "the subscriber has its picture", 5*time.Second, func() error {
 		if one.View().Revision == 0 {
@@ -699,7 +811,7 @@ func signAt(t *testing.T, c *client.Client) ([]byte, error) {
 // what it logs.
 func refusedToStart(t *testing.T, c *catest.CA, name, token, dir, reason string) {
 	t.Helper()
-	text := fmt.Sprintf("trustDomain: banking.example\nname: %s\ndatacenter: dc1\ndataDir: %s\nca: {addresses: [%q], token: %q}\n", name, dir, c.Addresses()[0], token)
+	text := fmt.Sprintf("trustDomain: banking.example\nname: %s\ndatacenter: dc1\ndataDir: %s\nca: {addresses: [%q], token: %q}\nworkloadAPI: {wit: true}\n", name, dir, c.Addresses()[0], token)
 	cfg, err := meshagent.ReadConfig("agent.yaml", strings.NewReader(text))
 	if err != nil {
 		t.Fatal(err)

@@ -81,7 +81,7 @@ func TestUpstream(t *testing.T) {
 	one.Apply(workloads)
 	h1, h2 := newAgent(t, one, "h1", "service/accounts"), newAgent(t, one, "h2", "service/cards")
 	for name := range nodes {
-		waitReady(t, one, name)
+		waitReady(t, one, name, x509Use)
 	}
 	if held := two.Bundle().X509Authorities(); len(held) != 1 || !held[0].Equal(root.Cert) {
 		t.Fatalf("the bundle holds %d authorities, not the root alone", len(held))
@@ -225,7 +225,7 @@ func TestUpstreamReplaced(t *testing.T) {
 	change(taint, second) // so that another is prepared, under the new root
 	eventually(t, "both roots are in the bundle", 10*time.Second, func() error { return holds(old, next) })
 	change(revoke, second)
-	third := waitReady(t, c, "ca-1").GetId()
+	third := waitReady(t, c, "ca-1", x509Use).GetId()
 	if _, err := c.Admin().ActivateAuthority(t.Context(), &ententev1.ChangeAuthorityRequest{Id: third}); err != nil {
 		t.Fatal(err)
 	}

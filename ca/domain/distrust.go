@@ -19,8 +19,15 @@ const (
 // Ending trust (I4): each of these leaves an item behind that names what was issued
 // under it, until nothing of that can be valid any more.
 
-// distrusted stores an item. until is when the last SVID that it names has ended.
+// distrusted stores an item. until is when the last SVID that it names has ended. What
+// this very entry of the log made was never seen, so no SVID is of that generation, and
+// what the entry makes after this may be of it.
 func (a *application) distrusted(item *statev1.Distrust, until time.Time) {
+	for _, generation := range []*uint64{&item.AgentGeneration, &item.EntryGeneration} {
+		if *generation == a.rev {
+			*generation--
+		}
+	}
 	item.Id, item.Revision = ca.DistrustID(item), a.rev
 	item.NotAfter = until.Add(ca.DistrustGrace).Unix()
 	put(a, &a.distrust, item.GetId(), item)

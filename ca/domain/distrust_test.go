@@ -1,6 +1,7 @@
 package domain
 
 import (
+	"fmt"
 	"slices"
 	"strings"
 	"testing"
@@ -225,7 +226,7 @@ func TestDistrustIsBounded(t *testing.T) {
 	w.must(entries(create(entry("x", "/x", "h1"))))
 	full := &application{State: w.s, rev: w.s.revision}
 	for i := range maxDistrust {
-		id := "authority/" + keyID(string(rune(i)))
+		id := fmt.Sprintf("authority/%064x", i)
 		put(full, &w.s.distrust, id, &statev1.Distrust{Id: id, Authority: "x", NotAfter: 1 << 40})
 	}
 	w.index++
@@ -235,5 +236,43 @@ func TestDistrustIsBounded(t *testing.T) {
 	w.index++
 	if out := w.s.Apply(w.index, ban("h1")); out.Refused != nil {
 		t.Errorf("a ban is always possible: %v", out.Refused)
+	}
+}
+
+// One entry of the log may hold many commands, all of one revision. What it makes, ends
+// and makes again is not distrusted; what was there before it is.
+func TestMadeAndEndedInOneEntry(t *testing.T) {
+	w := newWorld(t)
+	w.must(level("n1", 3))
+	together := func(commands ...*statev1.Command) {
+		t.Helper()
+		for i, cmd := range commands {
+			w.must(cmd)
+			if i < len(commands)-1 {
+				w.index--
+			}
+		}
+	}
+	w.must(admit("h1", "k1", "c1"))
+	held, _ := w.s.Agent("h1")
+	together(evict("h1"), admit("h1", "k2", "c1"), evict("h1"), admit("h1", "k3", "c1"))
+	if host, _ := w.s.Agent("h1"); w.s.Distrusts(ca.Origin{Agent: "h1", AgentGeneration: host.GetGeneration()}) {
+		t.Error("the host that was admitted last is distrusted")
+	}
+	if !w.s.Distrusts(ca.Origin{Agent: "h1", AgentGeneration: held.GetGeneration()}) {
+		t.Error("control: the host of before is not distrusted")
+	}
+	w.must(entries(create(entry("a", "/a", "h1"))))
+	before, _ := w.s.Entry("entry/a")
+	together(entries(deleteEntry("entry/a")), entries(create(entry("a", "/a", "h1"))), entries(deleteEntry("entry/a")), entries(create(entry("a", "/b", "h1"))))
+	host, _ := w.s.Agent("h1")
+	of := func(e *statev1.Entry) ca.Origin {
+		return ca.Origin{Agent: "h1", AgentGeneration: host.GetGeneration(), Entry: e.GetId(), EntryGeneration: e.GetRevision()}
+	}
+	if now, _ := w.s.Entry("entry/a"); w.s.Distrusts(of(now)) {
+		t.Error("the entry that was created last is distrusted")
+	}
+	if !w.s.Distrusts(of(before)) {
+		t.Error("control: the entry of before is not distrusted")
 	}
 }

@@ -585,7 +585,8 @@ func (w *world) check(before, after look, cmd *statev1.Command, out Outcome) {
 	// that is gone, an entry that is gone and could be held.
 	distrusts := func(want *statev1.Distrust) bool {
 		have, ok := s.DistrustItem(ca.DistrustID(want))
-		return ok && have.GetAgentGeneration() >= want.GetAgentGeneration() && have.GetEntryGeneration() >= want.GetEntryGeneration()
+		covers := func(have, want uint64) bool { return have >= want || want == after.revision } // nobody saw the generation of this very revision
+		return ok && covers(have.GetAgentGeneration(), want.GetAgentGeneration()) && covers(have.GetEntryGeneration(), want.GetEntryGeneration())
 	}
 	for _, a := range s.Authorities() {
 		if a.GetPhase() == statev1.AuthorityPhase_AUTHORITY_PHASE_REVOKED && time.Unix(a.GetNotAfter(), 0).After(s.Now()) && !distrusts(&statev1.Distrust{Authority: a.GetId()}) {

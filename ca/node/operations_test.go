@@ -297,7 +297,7 @@ func TestRunbookLostDatacenter(t *testing.T) {
 
 // Restore from backup: every node is gone. The backup makes a new epoch in an empty
 // directory; what the agents knew of the key decides how they come back.
-func TestRunbookRestore(t *testing.T) {
+func TestRunbookRestoreFromBackup(t *testing.T) {
 	t.Parallel()
 	old := catest.Start(t, catest.Options{})
 	old.Apply(accounts)

@@ -182,7 +182,7 @@ func TestSnapshotInstallUnderLoad(t *testing.T) {
 	if err := errors.Join(os.RemoveAll(victim.dir), os.MkdirAll(victim.dir, 0o700), PrepareJoin(victim.config(), cluster, list)); err != nil {
 		t.Fatal(err)
 	}
-	begin := time.Now()
+	begin, term := time.Now(), leader.raft.CurrentTerm()
 	reads, unread := 0, 0
 	var caught time.Duration
 	during := measure(func() {
@@ -213,7 +213,8 @@ func TestSnapshotInstallUnderLoad(t *testing.T) {
 		t.Error("no snapshot was installed: the test sees nothing")
 	}
 	was, is := percentile99(before), percentile99(during)
-	t.Logf("%d entries: caught up after %v; %d writes of 100 and %d reads meanwhile; p99 of writes %v, before %v", records, caught, len(during), reads, is, was)
+	t.Logf("%d entries: caught up after %v; %d writes of 100 and %d reads meanwhile, %d of which failed, %d elections; p99 of writes %v, before %v",
+		records, caught, len(during), reads, unread, leader.raft.CurrentTerm()-term, is, was)
 	if caught > time.Minute {
 		t.Error("that is more than a minute")
 	}

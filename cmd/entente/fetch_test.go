@@ -119,6 +119,13 @@ func TestFetchAndValidate(t *testing.T) {
 	if code != exitOK || !strings.Contains(out, "VALID") || !strings.Contains(out, "spiffe://banking.example/accounts") {
 		t.Errorf("validate: %d %s %s", code, out, errs)
 	}
+	code, out, errs = command(t, "", "validate", "jwt", "--audience", "ledger", "--token", token, "--json")
+	var verdict struct {
+		ID string `json:"spiffe_id"`
+	}
+	if err := json.Unmarshal([]byte(out), &verdict); code != exitOK || err != nil || verdict.ID != "spiffe://banking.example/accounts" {
+		t.Errorf("validate: %d %s %s", code, out, errs)
+	}
 	for _, kind := range []string{"x509", "jwt", "wit"} {
 		if code, out, errs = command(t, "", "fetch", "bundle", "--kind", kind); code != exitOK || !strings.Contains(out, "banking.example") {
 			t.Errorf("bundle %s: %d %s %s", kind, code, out, errs)
@@ -148,6 +155,29 @@ func TestFetchAndValidate(t *testing.T) {
 		if code, out, errs := command(t, "", test.args...); code != test.want || !strings.Contains(errs, test.err) {
 			t.Errorf("%s: %d, want %d; %s %s", name, code, test.want, out, errs)
 		}
+	}
+}
+
+// agent run --check prints every setting, in a form that it reads itself, and starts nothing.
+func TestAgentCheck(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "agent.yaml")
+	write := func(text string) {
+		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write("trustDomain: banking.example\nname: h1\ndatacenter: dc1\ndataDir: /var/lib/entente/agent\n")
+	code, out, errs := command(t, "", "agent", "run", "--config", file, "--check")
+	if code != exitOK || !strings.Contains(out, "defaultSVIDName: default") {
+		t.Fatalf("%d %s %s", code, out, errs)
+	}
+	write(out)
+	if code, again, errs := command(t, "", "agent", "run", "--config", file, "--check"); code != exitOK || again != out {
+		t.Errorf("what it printed is read otherwise: %d %s %s", code, again, errs)
+	}
+	write("trustDomain: banking.example\nname: h1\ndatacenter: dc1\ndatadir: /x\n")
+	if code, _, errs := command(t, "", "agent", "run", "--config", file, "--check"); code != exitUsage || !strings.Contains(errs, "agent.yaml:4:1") || !strings.Contains(errs, "dataDir") {
+		t.Errorf("%d %s", code, errs)
 	}
 }
 

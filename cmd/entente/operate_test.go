@@ -5,7 +5,10 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
+	"strings"
 	"testing"
+	"time"
 
 	"github.com/entente-mesh/entente/ca/catest"
 	"github.com/entente-mesh/entente/ca/node"
@@ -100,5 +103,75 @@ func TestContentsJSON(t *testing.T) {
 		if _, ok := names[name]; !ok {
 			t.Errorf("%s is missing", name)
 		}
+	}
+}
+
+// `snapshot restore --bans`: whom a node shut out after the backup stays out. Without the
+// flag he is back, for the backup knows nothing of it.
+func TestRestoreWithBans(t *testing.T) {
+	dir := t.TempDir()
+	file := func(name string) string { return filepath.Join(dir, name) }
+	expect := func(code int, args ...string) string {
+		t.Helper()
+		out, got := entente(t, args...)
+		if got != code {
+			t.Fatalf("entente %q: exit code %d, want %d:\n%s", args, got, code, out)
+		}
+		return out
+	}
+	c := catest.Start(t, catest.Options{})
+	for _, name := range []string{"h1", "h2", "h3"} {
+		attestHost(t, c, c.AgentToken(name, "dc1"))
+	}
+	os.WriteFile(file("key"), []byte(c.RecoveryKey()+"\n"), 0o600)
+	expect(exitOK, "snapshot", "save", "--socket", c.Socket(), file("backup"))
+	expect(exitOK, "agent", "ban", "--socket", c.Socket(), "h1")
+	journal := filepath.Join(c.Config().DataDir, "bans.journal")
+	for begin := time.Now(); ; time.Sleep(10 * time.Millisecond) {
+		if text, _ := os.ReadFile(journal); strings.Contains(string(text), `"h1"`) {
+			break
+		}
+		if time.Since(begin) > time.Minute {
+			t.Fatal("the node does not remember the ban")
+		}
+	}
+	c.Stop()
+	text, err := os.ReadFile(journal)
+	if err != nil {
+		t.Fatal(err)
+	}
+	os.WriteFile(file("damaged"), []byte(strings.Replace(string(text), "h1", "h3", 1)), 0o600)
+
+	// restored is the restored node's list of agents, when a line of it is there.
+	restored := func(line string, bans ...string) string {
+		t.Helper()
+		other, config := place(t, catest.Options{})
+		restore := []string{"snapshot", "restore", "--config", config, "--recovery-key-file", file("key")}
+		for _, refused := range []string{file("nothing"), file("damaged")} {
+			if out, code := entente(t, append(restore, "--bans", refused, file("backup"))...); code == exitOK || !strings.Contains(out, filepath.Base(refused)) {
+				t.Errorf("--bans %s: exit code %d:\n%s", refused, code, out)
+			}
+		}
+		for _, b := range bans {
+			restore = append(restore, "--bans", b)
+		}
+		expect(exitOK, append(restore, file("backup"))...)
+		other.Restart()
+		defer other.Stop()
+		for begin := time.Now(); ; time.Sleep(20 * time.Millisecond) {
+			list, _ := entente(t, "agent", "list", "--socket", other.Socket())
+			if regexp.MustCompile(`(?m)^` + line).MatchString(list) {
+				return list
+			}
+			if time.Since(begin) > time.Minute {
+				t.Fatalf("no line %q in\n%s", line, list)
+			}
+		}
+	}
+	if list := restored(`h1 .* admitted`); strings.Contains(list, "BANNED") {
+		t.Errorf("control: without --bans:\n%s", list)
+	}
+	if list := restored(`h1 .* BANNED`, journal, journal); strings.Count(list, "admitted\n") != 2 {
+		t.Errorf("whom nobody banned:\n%s", list)
 	}
 }

@@ -36,6 +36,7 @@ type runFlags struct {
 	domain, service      string
 	port                 uint16
 	health               string
+	tcp                  bool
 	calls                []string
 	agentSocket          string
 	caSocket             string
@@ -96,6 +97,7 @@ func (f *runFlags) register(c *cobra.Command) {
 	flags.StringVar(&f.domain, "domain", "", "trust domain to join")
 	flags.StringVar(&f.service, "service", "", "name of the service it becomes: one DNS label")
 	flags.Uint16Var(&f.port, "port", 0, "port it listens on; 0: it only calls")
+	flags.BoolVar(&f.tcp, "tcp", false, "it speaks TCP, not HTTP: others call it by its name, at --port")
 	flags.StringVar(&f.health, "health", "", "path of an HTTP health check, as in /healthz; default: a TCP connection")
 	flags.StringSliceVar(&f.calls, "calls", nil, "service names it may call; default: its own domain's and every import")
 	flags.StringVar(&f.agentSocket, "agent-socket", "", "admin socket of this host's agent; default: the demo's, else "+defaultAgentSocket)
@@ -304,6 +306,9 @@ func (f *runFlags) declare(ctx context.Context, id string, is *admin.Status, nod
 		Name: f.service, Path: "/" + f.service, Hosts: []string{is.Agent},
 		Selectors: []string{ca.SelectorUID + ":" + strconv.Itoa(os.Getuid()), ca.SelectorRun + ":" + id},
 		Port:      uint32(f.port), HealthPath: f.health, OutboundPort: uint32(outbound - is.PortOffset), Calls: f.calls,
+	}
+	if f.tcp {
+		service.Protocol = statev1.Protocol_PROTOCOL_TCP
 	}
 	object := &statev1.Object{Owner: owner, Source: "entente run:1", Kind: &statev1.Object_Service{Service: service}}
 	return service, f.admin(ctx, nodes, func(ctx context.Context, client ententev1.AdminClient) error {

@@ -75,6 +75,30 @@ var programs = map[string]func() int{
 		}
 		return 2
 	},
+	// dial asks the agent's DNS for ledger, and it for what it sends back.
+	"dial": func() int {
+		resolver := &net.Resolver{PreferGo: true, Dial: func(ctx context.Context, network, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, network, os.Getenv("ENTENTE_TEST_DNS"))
+		}}
+		tries := 200
+		if os.Getenv("ENTENTE_OUTBOUND") == "" {
+			tries = 5
+		}
+		for range tries {
+			conn, err := (&net.Dialer{Resolver: resolver}).Dial("tcp", "ledger.banking.example:"+os.Getenv("ENTENTE_TEST_PORT"))
+			if err == nil {
+				io.WriteString(conn, "select")
+				conn.(*net.TCPConn).CloseWrite()
+				text, err := io.ReadAll(conn)
+				conn.Close()
+				if err == nil && string(text) == "select" {
+					return 7
+				}
+			}
+			time.Sleep(25 * time.Millisecond)
+		}
+		return 2
+	},
 	// slow takes its time to answer, and none to end.
 	"slow": func() int {
 		http.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
@@ -240,21 +264,46 @@ func TestNamesThatResolve(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	c.Apply(fmt.Sprintf("apiVersion: entente/v1\nkind: Service\nmetadata: {name: cart, owner: t}\nspec: {run: {uid: %d, path: %s, hosts: [h1]}, port: %d}\n",
-		os.Getuid(), self, application.Addr().(*net.TCPAddr).Port))
+	ledger, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ledger.Close()
+	go func() {
+		for {
+			conn, err := ledger.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer conn.Close()
+				io.Copy(conn, conn)
+			}()
+		}
+	}()
+	at := func(l net.Listener) int { return l.Addr().(*net.TCPAddr).Port }
+	c.Apply(fmt.Sprintf("apiVersion: entente/v1\nkind: Service\nmetadata: {name: cart, owner: t}\nspec: {run: {uid: %[1]d, path: %[2]s, hosts: [h1]}, port: %[3]d}\n---\n"+
+		"apiVersion: entente/v1\nkind: Service\nmetadata: {name: ledger, owner: t}\nspec: {run: {uid: %[1]d, path: %[2]s, hosts: [h1]}, port: %[4]d, protocol: tcp}\n",
+		os.Getuid(), self, at(application), at(ledger)))
 	socket, dns := host(t, c, fmt.Sprintf("dns: {listen: \"127.0.0.1:0\", network: 127.83.0.0/16, httpPort: %d}\n", port))
 	t.Setenv("ENTENTE_TEST_DNS", dns)
-	t.Setenv("ENTENTE_TEST_PORT", fmt.Sprint(port))
-	code := run([]string{"entente", "run", "--domain", "banking.example", "--service", "probe", "--proxy=false", "--agent-socket", socket, "--ca-socket", c.Socket(),
-		"--", "env", "ENTENTE_TEST_PROGRAM=resolve", other})
-	if code != 6 {
-		t.Errorf("by name: %d", code)
-	}
-	// The run has ended, and with it the identity.
-	stranger := exec.Command(other)
-	stranger.Env = append(os.Environ(), "ENTENTE_TEST_PROGRAM=resolve")
-	if err := stranger.Run(); stranger.ProcessState.ExitCode() != 2 {
-		t.Errorf("a stranger: %v", err)
+	for _, test := range []struct {
+		program string
+		port    int
+		want    int
+	}{{"resolve", port, 6}, {"resolve", at(application), 6}, {"dial", at(ledger), 7}} {
+		t.Setenv("ENTENTE_TEST_PORT", fmt.Sprint(test.port))
+		code := run([]string{"entente", "run", "--domain", "banking.example", "--service", "probe", "--proxy=false", "--agent-socket", socket, "--ca-socket", c.Socket(),
+			"--", "env", "ENTENTE_TEST_PROGRAM=" + test.program, other})
+		if code != test.want {
+			t.Errorf("%s at port %d: %d", test.program, test.port, code)
+		}
+		// The run has ended, and with it the identity.
+		stranger := exec.Command(other)
+		stranger.Env = append(os.Environ(), "ENTENTE_TEST_PROGRAM="+test.program)
+		if err := stranger.Run(); stranger.ProcessState.ExitCode() != 2 {
+			t.Errorf("a stranger, %s at port %d: %v", test.program, test.port, err)
+		}
 	}
 }
 

@@ -276,6 +276,9 @@ func TestRunDrains(t *testing.T) {
 
 // The verbs as an administrator types them: what they print, and the exit codes.
 func TestServiceVerbs(t *testing.T) {
+	if testing.Short() {
+		t.Skip("waits for files to rest; the registry's own test does so in virtual time")
+	}
 	c := catest.Start(t, catest.Options{})
 	exe, err := os.Executable()
 	if err != nil {
@@ -325,4 +328,57 @@ func TestServiceVerbs(t *testing.T) {
 	expectEntente(t, exitOK, []string{"ready", "last good", file + ":3"}, "agent", "healthcheck", "--socket", socket)
 	os.Remove(file)
 	expectEntente(t, exitOK, []string{"catalogue"}, list...)
+}
+
+// An application that dies between two checks is reported as soon as requests show it, and
+// comes back by a check.
+func TestOutlier(t *testing.T) {
+	c := catest.Start(t, catest.Options{})
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, port := freeTCPPort(t), freeTCPPort(t)
+	serve := func() *http.Server {
+		l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))
+		if err != nil {
+			t.Fatal(err)
+		}
+		server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "served") })}
+		go server.Serve(l)
+		t.Cleanup(func() { server.Close() })
+		return server
+	}
+	c.Apply(fmt.Sprintf("apiVersion: entente/v1\nkind: Service\nmetadata: {name: web, owner: t}\nspec: {run: {uid: %d, path: %s, hosts: [h1]}, port: %d, outbound: {port: %d}}\n", os.Getuid(), exe, port, out))
+	app := serve()
+	socket, _ := host(t, c, "services: [{service: web, health: {tcp: true, interval: 1h}}]")
+	expectEntente(t, exitOK, []string{" healthy"}, "service", "list", "--socket", socket)
+	ask := func() int {
+		request, err := http.NewRequestWithContext(t.Context(), "GET", fmt.Sprintf("http://127.0.0.1:%d/", out), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		request.Host = "web.banking.example"
+		response, err := http.DefaultClient.Do(request)
+		if err != nil {
+			return 0
+		}
+		response.Body.Close()
+		return response.StatusCode
+	}
+	for begin := time.Now(); ask() != 200; time.Sleep(10 * time.Millisecond) {
+		if time.Since(begin) > 20*time.Second {
+			t.Fatal("it is never served")
+		}
+	}
+	app.Close()
+	for range 10 {
+		if code := ask(); code == 200 {
+			t.Fatal("control: the application still answers")
+		}
+	}
+	expectEntente(t, exitOK, []string{"unhealthy", "in a row went wrong", "no such socket"}, "service", "list", "--socket", socket)
+	serve()
+	expectEntente(t, exitOK, nil, "service", "register", "web", "--interval", "100ms", "--socket", socket)
+	expectEntente(t, exitOK, []string{" healthy"}, "service", "list", "--socket", socket)
 }

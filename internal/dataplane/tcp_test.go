@@ -267,6 +267,18 @@ func TestTCPIsCut(t *testing.T) {
 		t.Errorf("without its agreement: %v", err)
 	}
 	<-failed
+
+	c = w.carry("/portfolio", "store.trading.example")
+	if _, err := io.ReadFull(c, make([]byte, 6)); err != nil {
+		t.Fatal(err)
+	}
+	w.trading.drain[0]()
+	if _, err := c.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("of a drained instance: %v", err)
+	}
+	if got, err := talk(w.carry("/portfolio", "store.trading.example"), []byte("x")); err != nil || string(got) != "hello x bye" || w.trading.stores[1].served.Load() != 1 {
+		t.Errorf("after that: %q, %v", got, err)
+	}
 }
 
 // A place that cannot be reached, or where nobody listens, is passed over.

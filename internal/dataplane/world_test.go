@@ -409,7 +409,7 @@ func (w *world) build(d *domain) {
 		d.monitors[i], d.drain[i] = &monitor{}, drain
 		backends := map[string]Backend{
 			service + "." + d.td.Name(): {Identity: w.identity(d, "/"+service), Address: a.addr(), Monitor: d.monitors[i], Open: open},
-			"store." + d.td.Name():      {Identity: w.identity(d, "/store"), Address: d.stores[i].Addr().String()},
+			"store." + d.td.Name():      {Identity: w.identity(d, "/store"), Address: d.stores[i].Addr().String(), Open: open},
 		}
 		d.sidecars[i] = w.process(d, "agent-"+dc, dc, d.own, func(ctx context.Context, e *Engine, ln net.Listener) error {
 			return e.ServeInbound(ctx, ln, func(name string) (Backend, bool) {

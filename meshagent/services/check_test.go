@@ -11,6 +11,8 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -141,20 +143,26 @@ func TestCommandEnds(t *testing.T) {
 // watched is a service whose checks a test answers, in virtual time.
 type watched struct {
 	*Instance
-	bad     bool
+	bad atomic.Bool
+
+	mu      sync.Mutex
 	changes []string
 }
 
-func watch(t *testing.T, h Health, defaults Thresholds) *watched {
+func watch(t *testing.T, h Health, bad bool) *watched {
 	w := &watched{Instance: NewInstance()}
+	w.bad.Store(bad)
+	defaults := Defaults()
 	c := FromCatalogue("x.banking.example", "127.0.0.1:1", "", defaults).With(&h, defaults)
 	go c.Watch(t.Context(), w.Instance, func(context.Context, Check) error {
-		if w.bad {
+		if w.bad.Load() {
 			return errors.New("bad")
 		}
 		return nil
 	}, func(err error) {
-		healthy, _, _ := w.Health()
+		healthy := w.Healthy()
+		w.mu.Lock()
+		defer w.mu.Unlock()
 		w.changes = append(w.changes, fmt.Sprint(healthy))
 	})
 	return w
@@ -163,6 +171,8 @@ func watch(t *testing.T, h Health, defaults Thresholds) *watched {
 func (w *watched) expect(t *testing.T, when string, want ...string) {
 	t.Helper()
 	synctest.Wait()
+	w.mu.Lock()
+	defer w.mu.Unlock()
 	if fmt.Sprint(w.changes) != fmt.Sprint(want) {
 		t.Errorf("%s: %v, want %v", when, w.changes, want)
 	}
@@ -170,22 +180,21 @@ func (w *watched) expect(t *testing.T, when string, want ...string) {
 
 func TestThresholds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		w := watch(t, Health{Thresholds: Thresholds{Interval: 10 * time.Second, HealthyThreshold: 3, UnhealthyThreshold: 2}}, Defaults())
+		w := watch(t, Health{Thresholds: Thresholds{Interval: 10 * time.Second, HealthyThreshold: 3, UnhealthyThreshold: 2}}, false)
 		w.expect(t, "the first good check is enough", "true")
-		w.bad = true
+		w.bad.Store(true)
 		time.Sleep(11 * time.Second)
 		w.expect(t, "one bad check", "true")
 		time.Sleep(11 * time.Second)
 		w.expect(t, "two", "true", "false")
-		w.bad = false
+		w.bad.Store(false)
 		time.Sleep(22 * time.Second)
 		w.expect(t, "two good ones", "true", "false")
 		time.Sleep(11 * time.Second)
 		w.expect(t, "three", "true", "false", "true")
 	})
 	synctest.Test(t, func(t *testing.T) {
-		w := watch(t, Health{Initial: "healthy", Thresholds: Thresholds{UnhealthyThreshold: 2}}, Defaults())
-		w.bad = true
+		w := watch(t, Health{Initial: "healthy", Thresholds: Thresholds{UnhealthyThreshold: 2}}, true)
 		w.expect(t, "initially healthy, one bad check", "true", "true")
 		time.Sleep(1100 * time.Millisecond)
 		w.expect(t, "two", "true", "true", "false")
@@ -233,7 +242,7 @@ func TestOutlierDetection(t *testing.T) {
 		}
 	}
 	synctest.Test(t, func(t *testing.T) {
-		w := watch(t, Health{Thresholds: limits}, Defaults())
+		w := watch(t, Health{Thresholds: limits}, false)
 		w.expect(t, "at first", "true")
 		request(w, 2, 0, down)
 		request(w, 1, 200, nil)
@@ -242,7 +251,7 @@ func TestOutlierDetection(t *testing.T) {
 		w.expect(t, "no three in a row", "true")
 		request(w, 1, 0, down)
 		w.expect(t, "three in a row", "true", "false")
-		if _, why, _ := w.Health(); why == nil || !strings.Contains(why.Error(), "connection refused") {
+		if _, _, why := w.Health(); why == nil || !strings.Contains(why.Error(), "connection refused") {
 			t.Errorf("%v", why)
 		}
 		time.Sleep(1100 * time.Millisecond)
@@ -251,7 +260,7 @@ func TestOutlierDetection(t *testing.T) {
 		w.expect(t, "two", "true", "false", "true")
 	})
 	synctest.Test(t, func(t *testing.T) {
-		w := watch(t, Health{Thresholds: limits}, Defaults())
+		w := watch(t, Health{Thresholds: limits}, false)
 		request(w, 3, 503, nil)
 		request(w, 1, 404, nil)
 		request(w, 3, 500, nil)
@@ -270,7 +279,7 @@ func TestOutlierDetection(t *testing.T) {
 		w.expect(t, "after 20 s", "true", "false", "true", "false", "true")
 	})
 	synctest.Test(t, func(t *testing.T) {
-		w := watch(t, Health{}, Defaults())
+		w := watch(t, Health{}, false)
 		request(w, 100, 500, nil)
 		w.expect(t, "5xx count only where somebody says so", "true")
 		request(w, 5, 0, down)

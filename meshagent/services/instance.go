@@ -123,11 +123,17 @@ func (i *Instance) set(healthy bool, err error) {
 	i.err = err
 }
 
-// Health says whether the instance is healthy, why not, and since when.
-func (i *Instance) Health() (healthy bool, why error, since time.Time) {
+// Healthy says whether the instance is healthy.
+func (i *Instance) Healthy() bool {
+	healthy, _, _ := i.Health()
+	return healthy
+}
+
+// Health says whether the instance is healthy, since when, and why it is not.
+func (i *Instance) Health() (healthy bool, since time.Time, why error) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	return i.healthy, i.err, i.since
+	return i.healthy, i.since, i.err
 }
 
 // Requests are how many are under way.

@@ -19,6 +19,12 @@ import (
 )
 
 func TestRead(t *testing.T) {
+	const example = "../../docs/packaging/services.d/web.yaml"
+	if shown, err := os.Open(example); err != nil {
+		t.Error(err)
+	} else if list, err := Read(example, shown); err != nil || len(list) != 1 {
+		t.Errorf("%v %v", list, err)
+	}
 	text := `services:
 - service: web
   port: 8081

@@ -73,8 +73,8 @@ func eventually(t *testing.T, what string, check func() error) {
 }
 
 // day is what an agent and its CA say to one another: a host is admitted, gets SVIDs, is
-// told of changes, reports what it serves, and is shut out.
-func day(t *testing.T) {
+// told of changes, reports what it serves, and has its SVIDs issued anew. meanwhile is done in between.
+func day(t *testing.T, meanwhile func(*catest.CA)) {
 	c := catest.Start(t, catest.Options{})
 	c.Apply(service("accounts", ", port: 18080"))
 	agent := start(t, c, t.TempDir())
@@ -88,7 +88,7 @@ func day(t *testing.T) {
 	tokens(t, agent)
 	c.Apply(service("accounts", ", port: 18081") + service("ledger", ""))
 	eventually(t, "ledger", has("service/ledger"))
-	c.Join("ca-2", "dc2")
+	meanwhile(c)
 	eventually(t, "acknowledged", func() error {
 		list, err := c.Admin().ListAuthorities(t.Context(), &ententev1.ListAuthoritiesRequest{})
 		for _, a := range list.GetAuthorities() {
@@ -143,7 +143,7 @@ func TestRecord(t *testing.T) {
 		return m
 	}
 	tap.Store(&record)
-	day(t)
+	day(t, func(c *catest.CA) { c.Join("ca-2", "dc2") })
 	tap.Store(nil)
 	mu.Lock()
 	defer mu.Unlock()
