@@ -236,16 +236,22 @@ func (a *Agent) mayDrain(service string) error {
 
 // drained waits until a service takes no more requests.
 func (a *Agent) drained(ctx context.Context, service string) error {
-	s := a.State()
-	i := slices.IndexFunc(s.Services, func(s Service) bool { return s.Name == service })
-	if i < 0 {
-		return fmt.Errorf("service %s is no longer on this host", service)
-	}
-	select {
-	case <-s.Services[i].Instance.Open().Done():
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
+	for {
+		s := a.State()
+		i := slices.IndexFunc(s.Services, func(s Service) bool { return s.Name == service })
+		if i < 0 {
+			return fmt.Errorf("service %s is no longer on this host", service)
+		}
+		if !s.Services[i].Draining {
+			return fmt.Errorf("service %s was restored before it was drained", service)
+		}
+		select {
+		case <-s.Services[i].Instance.Open().Done():
+			return nil
+		case <-s.Changed():
+		case <-ctx.Done():
+			return ctx.Err()
+		}
 	}
 }
 

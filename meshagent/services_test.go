@@ -240,6 +240,15 @@ func TestDrainLasts(t *testing.T) {
 		t.Error("its requests were cut")
 	}
 
+	kept := make(chan error, 1)
+	go func() { kept <- agent.Drain(t.Context(), "web", 0) }()
+	agent.is(t, "web", "draining")
+	if err := agent.Restore("web"); err != nil {
+		t.Error(err)
+	}
+	if err := <-kept; err == nil || !strings.Contains(err.Error(), "was restored") {
+		t.Error(err)
+	}
 	if err := agent.Drain(t.Context(), "web", 10*time.Millisecond); err != nil { // the request takes longer
 		t.Error(err)
 	}

@@ -56,7 +56,7 @@ func (s *Store) picture() *ententev1.Picture {
 		Tainted: view.Tainted, TaintedChanged: true, ReissueWithinMs: uint32(view.ReissueWithin.Milliseconds()),
 	}
 	for _, td := range slices.Sorted(maps.Keys(view.Bundles)) {
-		policy.Bundles = append(policy.Bundles, &ententev1.Bundle{TrustDomain: td, Jwks: view.Bundles[td]})
+		policy.Bundles = append(policy.Bundles, &ententev1.Bundle{TrustDomain: td, Jwks: view.Bundles[td], Sequence: s.sequences[td]})
 	}
 	for _, id := range slices.Sorted(maps.Keys(s.distrust)) {
 		policy.Distrust = append(policy.Distrust, s.distrust[id])

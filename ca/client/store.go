@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -39,12 +40,13 @@ type Store struct {
 	domain  string        // its name
 	changed chan struct{} // holds one token when view is newer than the last Snapshot taken for it
 
-	mu       sync.Mutex
-	view     *View
-	update   *update // chunks since the last applied one; nil: none
-	distrust map[string]*statev1.Distrust
-	places   map[place]Instance // what view.Instances is made of
-	arriving map[place]Instance // presence of this session until it is complete; nil: it is
+	mu        sync.Mutex
+	view      *View
+	update    *update // chunks since the last applied one; nil: none
+	distrust  map[string]*statev1.Distrust
+	sequences map[string]uint64  // of view.Bundles, where known: they do not go back
+	places    map[place]Instance // what view.Instances is made of
+	arriving  map[place]Instance // presence of this session until it is complete; nil: it is
 }
 
 // place identifies an instance: an agent serves a service at one place.
@@ -57,7 +59,7 @@ type update struct {
 	cluster    *statev1.Cluster
 	entries    map[string]*statev1.Entry
 	objects    map[string]*statev1.Object
-	bundles    map[string][]byte
+	bundles    map[string]*ententev1.Bundle
 	members    []*statev1.Member
 	newMembers bool
 	distrust   map[string]*statev1.Distrust
@@ -74,7 +76,8 @@ func newStore(td spiffeid.TrustDomain, cluster *statev1.Cluster, members []*stat
 		view:    &View{Cluster: cluster, Members: sorted(members, (*statev1.Member).GetId), Bundles: map[string][]byte{}},
 		places:  map[place]Instance{},
 
-		distrust: map[string]*statev1.Distrust{},
+		distrust:  map[string]*statev1.Distrust{},
+		sequences: map[string]uint64{},
 	}
 }
 
@@ -110,7 +113,7 @@ func (s *Store) policy(chunk *ententev1.Policy) error {
 			full:    chunk.GetFull(),
 			entries: map[string]*statev1.Entry{},
 			objects: map[string]*statev1.Object{},
-			bundles: map[string][]byte{},
+			bundles: map[string]*ententev1.Bundle{},
 
 			distrust: map[string]*statev1.Distrust{},
 		}
@@ -147,7 +150,7 @@ func (u *update) add(chunk *ententev1.Policy) error {
 		if _, err := spiffeid.TrustDomainFromString(b.GetTrustDomain()); err != nil || len(b.GetJwks()) == 0 {
 			return fmt.Errorf("%w: a bundle without a trust domain or without content (%q)", errRefused, b.GetTrustDomain())
 		}
-		u.bundles[b.GetTrustDomain()] = b.GetJwks()
+		u.bundles[b.GetTrustDomain()] = b
 	}
 	for _, td := range chunk.GetDeletedBundles() {
 		u.bundles[td] = nil
@@ -242,11 +245,31 @@ func (s *Store) apply(u *update, revision uint64) error {
 		if !u.full {
 			maps.Copy(view.Bundles, old.Bundles)
 		}
-		maps.Copy(view.Bundles, u.bundles)
-		maps.DeleteFunc(view.Bundles, func(_ string, jwks []byte) bool { return jwks == nil })
+		for td, b := range u.bundles {
+			switch {
+			case b == nil:
+				delete(view.Bundles, td)
+				delete(s.sequences, td)
+			case b.GetSequence() != 0 && b.GetSequence() < s.sequences[td] && related(old, td) == related(view, td):
+				view.Bundles[td] = old.Bundles[td] // the node has seen less (I8)
+			default:
+				view.Bundles[td], s.sequences[td] = b.GetJwks(), b.GetSequence()
+			}
+		}
+		maps.DeleteFunc(s.sequences, func(td string, _ uint64) bool { return view.Bundles[td] == nil })
 	}
 	s.publish(view)
 	return nil
+}
+
+// related is the revision of the relationship with another domain; 0: there is none.
+func related(v *View, td string) uint64 {
+	key := "Relationship/" + td
+	i, found := slices.BinarySearchFunc(v.Objects, key, func(o *statev1.Object, key string) int { return strings.Compare(objectKey(o), key) })
+	if !found {
+		return 0
+	}
+	return v.Objects[i].GetRevision()
 }
 
 // distrustAlso takes items over; nil takes one away.
@@ -272,6 +295,13 @@ func (s *Store) urgent(message *ententev1.Urgent) {
 	}
 	view := *s.view
 	view.Urgent++
+	for _, b := range message.GetBundles() {
+		// Whom it concerns has one already: nothing is granted ahead of an agreement.
+		if td := b.GetTrustDomain(); td != s.domain && len(b.GetJwks()) > 0 && s.view.Bundles[td] != nil && b.GetSequence() > s.sequences[td] {
+			view.Bundles = maps.Clone(view.Bundles)
+			view.Bundles[td], s.sequences[td] = b.GetJwks(), b.GetSequence()
+		}
+	}
 	view.Distrust = s.distrusted()
 	view.Tainted = message.GetTainted()
 	view.ReissueWithin = time.Duration(message.GetReissueWithinMs()) * time.Millisecond
@@ -288,7 +318,7 @@ func (s *Store) check(u *update) error {
 			return fmt.Errorf("%w: it is of cluster %x, not of %x", errRefused, c.GetId(), known.GetId())
 		}
 	}
-	if jwks, told := u.bundles[s.domain]; (u.full || told) && jwks == nil {
+	if own, told := u.bundles[s.domain]; (u.full || told) && own == nil {
 		return fmt.Errorf("%w: it lacks the own domain's bundle", errRefused)
 	}
 	if u.newMembers && len(u.members) == 0 {

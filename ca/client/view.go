@@ -30,8 +30,8 @@ type View struct {
 	// ReissueWithin.
 	Tainted       []string
 	ReissueWithin time.Duration
-	// Urgent counts what has come ahead of its revision: with another number Distrust or
-	// Tainted may differ although Changed is the same.
+	// Urgent counts what has come ahead of its revision: with another number Distrust,
+	// Tainted or Bundles may differ although Changed is the same.
 	Urgent uint64
 	// Instances are all known places that serve, by service and agent.
 	Instances []Instance

@@ -96,8 +96,13 @@ type Feed struct {
 	watchers map[*Watcher]struct{}
 	table    *presence.Table
 
+	overtaken atomic.Uint64
+
 	isolation uint64 // counts the changes of isolated
 	isolated  atomic.Pointer[map[string]*statev1.Distrust]
+
+	unagreedNews uint64 // counts the changes of unagreed that bring something
+	unagreed     atomic.Pointer[map[string]*statev1.ForeignBundle]
 }
 
 type entry struct {
@@ -122,6 +127,7 @@ func New(self string, revision uint64, ringSize int) *Feed {
 		table:    presence.New(self),
 	}
 	f.isolated.Store(&map[string]*statev1.Distrust{})
+	f.unagreed.Store(&map[string]*statev1.ForeignBundle{})
 	return f
 }
 
@@ -223,6 +229,7 @@ type Session struct {
 	ahead   uint64              // number of the next change to look at for them
 	alone   uint64              // Feed.isolation as it was told last
 	foreign map[string]struct{} // trust domains whose bundles it was sent
+	early   uint64              // Feed.unagreedNews as it was told last
 
 	// Presence lane.
 	all   bool
@@ -367,7 +374,11 @@ func (s *Session) Policy(st *domain.State) (Update, bool, error) {
 	if !s.pending {
 		return Update{}, false, nil
 	}
-	if s.full || f.next-s.cursor > uint64(len(f.ring)) {
+	slow := !s.full && f.next-s.cursor > uint64(len(f.ring))
+	if slow {
+		f.overtaken.Add(1)
+	}
+	if s.full || slow {
 		u := s.everything(st)
 		s.full, s.resumed, s.pending = false, false, false
 		s.at, s.sent = f.revision, f.revision
@@ -384,6 +395,10 @@ func (s *Session) Policy(st *domain.State) (Update, bool, error) {
 	s.sent = f.revision
 	return u, true, nil
 }
+
+// Overtaken is how often a subscriber was so slow that it was sent everything anew in
+// the place of what it missed, in either lane.
+func (f *Feed) Overtaken() uint64 { return f.overtaken.Load() }
 
 // Catch returns the revision that the subscriber is at, when it was told nothing for
 // it: the update that only moves its resume point. Asked with each heartbeat.
@@ -412,10 +427,10 @@ func (s *Session) everything(st *domain.State) Update {
 		TaintedChanged: true,
 		Reissue:        s.feed.reissue(st),
 	}
-	s.tainted, s.alone = u.Tainted, s.feed.isolation
+	s.tainted, s.alone, s.early = u.Tainted, s.feed.isolation, s.feed.unagreedNews
 	clear(s.foreign)
 	for td := range federates(u.Entries) {
-		if b, ok := st.ForeignBundle(td); ok {
+		if b, ok := s.feed.ForeignBundle(st, td); ok {
 			u.ForeignBundles = append(u.ForeignBundles, b)
 			s.foreign[td] = struct{}{}
 		}
@@ -518,7 +533,7 @@ func (s *Session) delta(st *domain.State) (u Update, relevant bool) {
 func (s *Session) deltaForeign(st *domain.State, changed map[string]struct{}, u *Update) (relevant bool) {
 	entitled := federates(s.entries(st))
 	for td := range entitled {
-		b, ok := st.ForeignBundle(td)
+		b, ok := s.feed.ForeignBundle(st, td)
 		if !ok {
 			continue
 		}
@@ -537,7 +552,7 @@ func (s *Session) deltaForeign(st *domain.State, changed map[string]struct{}, u 
 		}
 	}
 	for td := range gone {
-		_, ok := st.ForeignBundle(td)
+		_, ok := s.feed.ForeignBundle(st, td)
 		if _, may := entitled[td]; may && ok {
 			continue
 		}

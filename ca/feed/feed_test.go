@@ -305,6 +305,9 @@ func TestSlowSubscriberIsCoalescedThenFull(t *testing.T) {
 	if m.full != 2 || len(m.entries) != 21 {
 		t.Errorf("fallen out of the ring: full %d, %d entries", m.full, len(m.entries))
 	}
+	if n := w.f.Overtaken(); n != 1 {
+		t.Errorf("overtaken %d times", n)
+	}
 	// Out of the ring while away, too.
 	s.Close(start, false)
 	at := m.revision

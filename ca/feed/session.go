@@ -140,6 +140,7 @@ func (f *Feed) tellSubscribers(changes []presence.Change) {
 			}
 			if len(s.dirty) > maxDirty {
 				s.all = true
+				f.overtaken.Add(1)
 				clear(s.dirty)
 			}
 		}

@@ -34,6 +34,7 @@ type Urgent struct {
 	Distrust []*statev1.Distrust // in addition to what is known
 	Tainted  []string            // all authority ids
 	Reissue  time.Duration
+	Foreign  []*statev1.ForeignBundle // newer than the agreed ones
 }
 
 // Urgent returns what is to be sent ahead of the policy lane, which repeats it; false if
@@ -46,13 +47,17 @@ func (s *Session) Urgent(st *domain.State) (Urgent, bool) {
 	if !s.pending {
 		s.ahead = f.next
 	}
-	if !s.live || s.ahead >= f.next && s.alone == f.isolation {
+	if !s.live || s.ahead >= f.next && s.alone == f.isolation && s.early == f.unagreedNews {
 		return Urgent{}, false
 	}
 	var u Urgent
 	if s.alone != f.isolation {
 		u.Distrust = slices.Collect(maps.Values(*f.isolated.Load()))
 		s.alone = f.isolation
+	}
+	if s.early != f.unagreedNews {
+		u.Foreign = s.foreignAhead(st)
+		s.early = f.unagreedNews
 	}
 	if s.full || f.next-s.ahead > uint64(len(f.ring)) {
 		u.Distrust = f.distrust(st)
@@ -71,7 +76,7 @@ func (s *Session) Urgent(st *domain.State) (Urgent, bool) {
 	}
 	s.ahead = f.next
 	u.Tainted = st.Tainted()
-	if len(u.Distrust) == 0 && slices.Equal(u.Tainted, s.tainted) {
+	if len(u.Distrust)+len(u.Foreign) == 0 && slices.Equal(u.Tainted, s.tainted) {
 		return Urgent{}, false
 	}
 	u.Reissue = f.reissue(st)

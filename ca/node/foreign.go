@@ -18,8 +18,9 @@ import (
 
 // foreignStatus is how following the other domains' bundles goes, at this node.
 type foreignStatus struct {
-	mu sync.Mutex
-	of map[string]server.Fetched
+	mu  sync.Mutex
+	of  map[string]server.Fetched
+	own map[string]*statev1.ForeignBundle // accepted while nothing could be agreed
 }
 
 func (f *foreignStatus) set(td string, fetched server.Fetched) {
@@ -37,8 +38,11 @@ func (f *foreignStatus) all() map[string]server.Fetched {
 	return maps.Clone(f.of)
 }
 
+// accept is what becomes of a bundle that passed.
+type accept func(context.Context, *statev1.ForeignBundle) error
+
 // keepFollowing runs one fetcher for each relationship.
-func (n *Node) keepFollowing(ctx context.Context) {
+func (n *Node) keepFollowing(ctx context.Context, take accept) {
 	type follower struct {
 		revision uint64
 		cancel   context.CancelFunc
@@ -71,7 +75,7 @@ func (n *Node) keepFollowing(ctx context.Context) {
 			}
 			ctx, cancel := context.WithCancel(ctx)
 			running[td] = follower{o.GetRevision(), cancel}
-			fetchers.Go(func() { n.follow(ctx, o.GetRelationship()) })
+			fetchers.Go(func() { n.follow(ctx, o.GetRelationship(), take) })
 		}
 		select {
 		case <-changed:
@@ -81,11 +85,75 @@ func (n *Node) keepFollowing(ctx context.Context) {
 	}
 }
 
-// follow keeps the agreed bundle of one domain the newest.
-func (n *Node) follow(ctx context.Context, r *statev1.Relationship) {
+// runForeign follows the other domains' bundles at this node while nothing can be agreed,
+// which else the leader does for all: what passes the same checks counts in this node's
+// memory and for its own subscribers (I5, I8). When there is quorum again, the leader
+// has what it holds agreed, and fetches; until that is as new, each node keeps its own.
+func (n *Node) runForeign(ctx context.Context) error {
+	for {
+		if !n.noQuorumSince(time.Now()).IsZero() {
+			alone, stop := context.WithCancel(ctx)
+			var following sync.WaitGroup
+			following.Go(func() { n.keepFollowing(alone, n.holdForeignAlone) })
+			for ctx.Err() == nil && !n.noQuorumSince(time.Now()).IsZero() {
+				sleep(ctx, lookForQuorum)
+			}
+			stop()
+			following.Wait()
+		}
+		n.foreign.settle(n)
+		if err := sleep(ctx, lookForQuorum); err != nil {
+			return err
+		}
+	}
+}
+
+const lookForQuorum = 500 * time.Millisecond
+
+// holdForeignAlone takes a bundle into use here while nothing can be agreed.
+func (n *Node) holdForeignAlone(_ context.Context, record *statev1.ForeignBundle) error {
+	n.foreign.hold(n, record)
+	n.log.Warn("the bundle of another domain is in use at this node alone, until it can be agreed", "peer_domain", record.GetTrustDomain(), "sequence", record.GetSequence())
+	return nil
+}
+
+// hold takes a bundle for this node's own; it is newer than all before, its follower saw
+// to that.
+func (f *foreignStatus) hold(n *Node, record *statev1.ForeignBundle) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	own := maps.Clone(f.own)
+	if own == nil {
+		own = make(map[string]*statev1.ForeignBundle)
+	}
+	own[record.GetTrustDomain()] = record
+	f.own = own
+	n.feed.HoldForeign(own)
+}
+
+// settle gives up what is agreed by now, or concerns nobody any more.
+func (f *foreignStatus) settle(n *Node) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if len(f.own) == 0 {
+		return
+	}
+	own := maps.Clone(f.own)
+	n.Read(func(st *domain.State) {
+		maps.DeleteFunc(own, func(td string, b *statev1.ForeignBundle) bool {
+			newest, _ := n.feed.ForeignBundle(st, td)
+			return newest != b
+		})
+	})
+	f.own = own
+	n.feed.HoldForeign(own)
+}
+
+// follow keeps the accepted bundle of one domain the newest.
+func (n *Node) follow(ctx context.Context, r *statev1.Relationship, take accept) {
 	log := n.log.With("peer_domain", r.GetTrustDomain())
 	for ctx.Err() == nil {
-		err := n.followOnce(ctx, r)
+		err := n.followOnce(ctx, r, take)
 		if ctx.Err() != nil {
 			return
 		}
@@ -101,14 +169,22 @@ func (n *Node) follow(ctx context.Context, r *statev1.Relationship) {
 	}
 }
 
-func (n *Node) followOnce(ctx context.Context, r *statev1.Relationship) error {
+func (n *Node) followOnce(ctx context.Context, r *statev1.Relationship, take accept) error {
 	td, err := ca.ParseTrustDomain(r.GetTrustDomain())
 	if err != nil {
 		return err
 	}
 	hold := n.holdForeign()
-	var last *statev1.ForeignBundle
-	n.Read(func(st *domain.State) { last, _ = st.ForeignBundle(td.Name()) })
+	var last, agreed *statev1.ForeignBundle
+	n.Read(func(st *domain.State) {
+		agreed, _ = st.ForeignBundle(td.Name())
+		last, _ = n.feed.ForeignBundle(st, td.Name())
+	})
+	if last != agreed { // this node's own, from before there was quorum
+		if err := take(ctx, last); err != nil {
+			return err
+		}
+	}
 	if last == nil && len(r.GetBootstrapBundle()) > 0 {
 		// What was given by hand counts from the start, before its endpoint is up.
 		if last, err = server.ForeignRecord(td, r.GetBootstrapBundle()); err != nil {
@@ -117,14 +193,14 @@ func (n *Node) followOnce(ctx context.Context, r *statev1.Relationship) error {
 		if last, err = hold(last); err != nil {
 			return err
 		}
-		if err := n.storeForeign(ctx, last); err != nil {
+		if err := take(ctx, last); err != nil {
 			return err
 		}
 	}
 	if len(r.GetEndpointUrls()) == 0 {
 		return nil
 	}
-	endpoint := exchange.Endpoint{TrustDomain: td, URLs: r.GetEndpointUrls(), Bundles: server.ForeignBundles{State: n}}
+	endpoint := exchange.Endpoint{TrustDomain: td, URLs: r.GetEndpointUrls(), Bundles: server.ForeignBundles{State: n, Feed: n.feed}}
 	if r.GetEndpointId() != "" {
 		if endpoint.ID, err = spiffeid.FromString(r.GetEndpointId()); err != nil {
 			return fmt.Errorf("endpoint id: %w", err)
@@ -135,7 +211,7 @@ func (n *Node) followOnce(ctx context.Context, r *statev1.Relationship) error {
 		Last:     last,
 		Hold:     hold,
 		Accept: func(ctx context.Context, f *exchange.Fetched) error {
-			return n.storeForeign(ctx, f.Record)
+			return take(ctx, f.Record)
 		},
 		OnStatus: func(s exchange.Status) {
 			fetched := server.Fetched{At: s.Succeeded, Err: s.Error}

@@ -63,7 +63,7 @@ func (n *Node) lead(ctx context.Context) (stop func()) {
 		duties.Go(func() { n.keepTicking(ctx) })
 		duties.Go(func() { n.keepGate(ctx) })
 		duties.Go(func() { n.keepMembers(ctx) })
-		duties.Go(func() { n.keepFollowing(ctx) })
+		duties.Go(func() { n.keepFollowing(ctx, n.storeForeign) })
 		duties.Go(func() { n.keepShowing(ctx) })
 		duties.Go(func() { n.keepWitness(ctx) })
 		duties.Go(func() { n.keepComparing(ctx) })

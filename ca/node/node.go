@@ -285,6 +285,7 @@ func (n *Node) Run(ctx context.Context) error {
 	group.Go("subscribers", n.runSubscribers)
 	group.Go("rechecks", n.runRechecks)
 	group.Go("bans", n.runBans)
+	group.Go("other domains' bundles", n.runForeign)
 	if n.upstream != nil {
 		group.Go("upstream", n.watchUpstream)
 	}
@@ -628,6 +629,9 @@ func (n *Node) registerMetrics() {
 	gauge("entente_ca_subscribers", "Sync streams at this node.", func() float64 {
 		return float64(n.status().Subscribers)
 	})
+	n.registry.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{
+		Name: "entente_ca_subscribers_overtaken_total", Help: "Subscribers that were so slow that they were sent everything anew in the place of what they missed.",
+	}, func() float64 { return float64(n.feed.Overtaken()) }))
 	gauge("entente_ca_applied_revision", "Revision of this node's state.", func() float64 {
 		var revision uint64
 		n.Read(func(st *domain.State) { revision = st.Revision() })

@@ -20,6 +20,7 @@ import (
 	"github.com/entente-mesh/entente/ca/catest"
 	"github.com/entente-mesh/entente/ca/client"
 	"github.com/entente-mesh/entente/ca/node"
+	"github.com/entente-mesh/entente/federation/bundle"
 	"github.com/entente-mesh/entente/internal/peer"
 )
 
@@ -28,6 +29,11 @@ apiVersion: entente/v1
 kind: Service
 metadata: {name: ledger}
 spec: {run: {uid: 1001, hosts: [h2]}, port: 8081}
+---
+apiVersion: entente/v1
+kind: Gateway
+metadata: {name: gw-1}
+spec: {run: {uid: 1002, hosts: [h1]}, datacenter: dc1, address: "127.0.0.1:15443"}
 `
 
 // What goes on without quorum and what does not: a row for each line of the table in
@@ -36,7 +42,9 @@ spec: {run: {uid: 1001, hosts: [h2]}, port: 8081}
 func TestTableWithoutQuorum(t *testing.T) {
 	t.Parallel()
 	nodes := cluster(t)
+	trading := catest.Start(t, catest.Options{TrustDomain: "trading.example"})
 	nodes[0].Apply(twoServices)
+	nodes[0].Relate(trading)
 	h1, h2 := attest(t, nodes[0], "h1"), attest(t, nodes[0], "h2")
 	attest(t, nodes[0], "h9")
 	newHost, err := ca.ParseToken(nodes[0].AgentToken("h3", "dc1"))
@@ -72,6 +80,12 @@ func TestTableWithoutQuorum(t *testing.T) {
 		t.Fatal(err)
 	}
 	view := follow(t, h1, last)
+	eventually(t, "the other domain's bundle", 15*time.Second, func() error {
+		if view.Load().Bundles["trading.example"] == nil {
+			return errors.New("not yet")
+		}
+		return nil
+	})
 	admin := last.Admin()
 	nodes[0].Kill()
 	nodes[1].Kill()
@@ -154,11 +168,36 @@ func TestTableWithoutQuorum(t *testing.T) {
 				<-ended
 			}()
 			eventually(t, "the instance is seen", 10*time.Second, func() error {
-				if v := view.Load(); len(v.Instances) != 1 || v.Instances[0].Agent != "h2" || len(v.Objects) != 2 {
+				if v := view.Load(); len(v.Instances) != 1 || v.Instances[0].Agent != "h2" || len(v.Objects) != 4 {
 					return errors.New("not yet")
 				}
 				return nil
 			})
+			return nil
+		}},
+		{"refresh of another domain's bundle, a removal in it too", func(t *testing.T, ctx context.Context) error {
+			before := string(view.Load().Bundles["trading.example"])
+			for _, a := range trading.Status().GetAuthorities() {
+				if a.GetUse() == statev1.KeyUse_KEY_USE_X509 && a.GetPhase() == statev1.AuthorityPhase_AUTHORITY_PHASE_PREPARED {
+					if _, err := trading.Admin().RevokeAuthority(ctx, &ententev1.ChangeAuthorityRequest{Id: a.GetId(), Now: true}); err != nil {
+						return err
+					}
+				}
+			}
+			served, _, err := bundle.Parse(trading.TrustDomain(), trading.BundleJSON())
+			if err != nil {
+				return err
+			}
+			eventually(t, "a subscriber holds it", 15*time.Second, func() error {
+				held, _, err := bundle.Parse(trading.TrustDomain(), view.Load().Bundles["trading.example"])
+				if err == nil && (held.Sequence < served.Sequence || string(view.Load().Bundles["trading.example"]) == before) {
+					err = fmt.Errorf("it holds sequence %d, %d is served", held.Sequence, served.Sequence)
+				}
+				return err
+			})
+			if held := last.Status().GetForeign()[0]; held.GetSequence() < served.Sequence {
+				return fmt.Errorf("the node's status: %v", held)
+			}
 			return nil
 		}},
 		act("a backup", func(ctx context.Context) error {
@@ -273,11 +312,32 @@ func TestTableWithoutQuorum(t *testing.T) {
 		t.Errorf("the revision went from %s to %s without quorum", ca.Revision(before), ca.Revision(now))
 	}
 
+	// With quorum again the other domain's bundle is agreed, and no subscriber goes back.
+	sequence := func() uint64 {
+		b, _, err := bundle.Parse(trading.TrustDomain(), view.Load().Bundles["trading.example"])
+		if err != nil {
+			t.Fatal(err)
+		}
+		return b.Sequence
+	}
+	newest := sequence()
+	nodes[0].Restart()
+	eventually(t, "the bundle is agreed", 30*time.Second, func() error {
+		if now := sequence(); now < newest {
+			t.Fatalf("the subscriber went from sequence %d to %d (I8)", newest, now)
+		}
+		if f := nodes[0].Status().GetForeign(); len(f) != 1 || f[0].GetSequence() < newest {
+			return fmt.Errorf("%v", f)
+		}
+		return nil
+	})
+
 	// No CA node at all: everything that is held stays in use.
+	nodes[0].Kill()
 	held := view.Load()
 	last.Kill()
 	time.Sleep(100 * time.Millisecond)
-	if v := view.Load(); v.Revision != held.Revision || len(v.Entries) != 1 || len(v.Bundles) == 0 {
+	if v := view.Load(); v.Revision < held.Revision || len(v.Entries) != 2 || len(v.Bundles) != 2 {
 		t.Errorf("without any node: revision %s, %d entries", ca.Revision(v.Revision), len(v.Entries))
 	}
 }

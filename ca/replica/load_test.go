@@ -130,7 +130,11 @@ func TestSnapshotInstallUnderLoad(t *testing.T) {
 	case testing.Short():
 		records = 2_000
 	}
-	nodes := cluster(t, "one", "two", "three")
+	nodes := clusterOf(t, func(t testing.TB, name string) *node {
+		n := newNode(t, name)
+		n.beat = Timing{}.heartbeat() // as nodes have it, which are not three in one process
+		return n
+	}, "one", "two", "three")
 	var writers sync.WaitGroup
 	for w := range 8 {
 		writers.Go(func() {

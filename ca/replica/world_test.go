@@ -1,6 +1,7 @@
 package replica
 
 import (
+	"cmp"
 	"context"
 	"crypto/ecdsa"
 	"crypto/ed25519"
@@ -45,6 +46,7 @@ type node struct {
 	cert    tls.Certificate
 	dir     string
 	address string
+	beat    time.Duration // 0: that of all tests
 
 	group *[]*node // the cluster it belongs to, itself included
 
@@ -130,7 +132,7 @@ func (n *node) config() Config {
 	cfg := Config{
 		Dir: n.dir, Certificate: n.cert, Advertise: n.address,
 		Log:      slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level})).With("node", n.name),
-		Timing:   Timing{Heartbeat: beat, DiskStall: 10 * time.Second},
+		Timing:   Timing{Heartbeat: cmp.Or(n.beat, beat), DiskStall: 10 * time.Second},
 		farewell: 5 * time.Second,
 		OnApply: func(o domain.Outcome) {
 			n.mu.Lock()

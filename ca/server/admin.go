@@ -88,18 +88,18 @@ func (d adminDoor) Status(ctx context.Context, _ *ententev1.StatusRequest) (*ent
 			resp.Members = append(resp.Members, &ententev1.MemberStatus{Member: m, VoterNow: info.Voters[m.GetId()]})
 		}
 		for _, peer := range st.Peers() {
-			resp.Foreign = append(resp.Foreign, foreignStatus(st, peer, info.Foreign[peer]))
+			resp.Foreign = append(resp.Foreign, s.foreignStatus(st, peer, info.Foreign[peer]))
 		}
 	})
 	return resp, nil
 }
 
-func foreignStatus(st *domain.State, peer string, fetched Fetched) *ententev1.ForeignBundleStatus {
+func (s *Server) foreignStatus(st *domain.State, peer string, fetched Fetched) *ententev1.ForeignBundleStatus {
 	f := &ententev1.ForeignBundleStatus{TrustDomain: peer, AgeSeconds: -1, Error: fetched.Err}
 	if !fetched.At.IsZero() {
 		f.AgeSeconds = time.Since(fetched.At).Seconds()
 	}
-	held, ok := st.ForeignBundle(peer)
+	held, ok := s.Feed.ForeignBundle(st, peer)
 	if !ok {
 		return f
 	}
@@ -161,7 +161,7 @@ func (d adminDoor) GetBundle(_ context.Context, req *ententev1.GetBundleRequest)
 		return &ententev1.GetBundleResponse{Jwks: s.Bundles.Public(req.GetWit())}, nil
 	}
 	var held *statev1.ForeignBundle
-	s.State.Read(func(st *domain.State) { held, _ = st.ForeignBundle(td) })
+	s.State.Read(func(st *domain.State) { held, _ = s.Feed.ForeignBundle(st, td) })
 	if held == nil {
 		return nil, status.Errorf(codes.NotFound, "this domain holds no bundle of %.255s: apply a Relationship with it first", td)
 	}

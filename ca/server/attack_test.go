@@ -226,6 +226,9 @@ func TestMaliciousRequests(t *testing.T) {
 	t.Run("sizes", func(t *testing.T) {
 		_, err := ententev1.NewSignClient(conn).SignX509(t.Context(), &ententev1.SignX509Request{Requests: []*ententev1.X509Request{{Csr: make([]byte, 300<<10)}}})
 		wantCode(t, "an oversize message", err, codes.ResourceExhausted)
+		if n := v.metric(`entente_ca_limited_total{limit="message"}`); n != 1 {
+			t.Errorf("%v oversize messages are counted", n)
+		}
 		ctx := metadata.AppendToOutgoingContext(t.Context(), "x-filler", strings.Repeat("x", 64<<10))
 		_, err = ententev1.NewSignClient(dial(t, v.CA, &v.good)).SignX509(ctx, &ententev1.SignX509Request{})
 		if err == nil || status.Code(err) == codes.InvalidArgument {
@@ -459,6 +462,9 @@ func TestIdleStreams(t *testing.T) {
 	t.Logf("%d streams: %v under way after a second; %d refused, %d cut or let sit; grown by %d KiB", streams, underWay, refused.Load(), other.Load(), grown>>10)
 	if refused.Load() == 0 {
 		t.Error("none was refused")
+	}
+	if n := v.metric(`entente_ca_limited_total{limit="streams"}`); n == 0 {
+		t.Error("none is counted")
 	}
 	if grown > 96<<20 {
 		t.Errorf("the process grew by %d MiB", grown>>20)

@@ -365,6 +365,7 @@ func (s *Server) authorise(ctx context.Context, method string) (context.Context,
 }
 
 func (s *Server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (resp any, err error) {
+	heard(ctx)
 	defer func() { s.metrics.calls.WithLabelValues(info.FullMethod, status.Code(err).String()).Inc() }()
 	if ctx, err = s.authorise(ctx, info.FullMethod); err == nil {
 		resp, err = handler(ctx, req)
@@ -381,6 +382,7 @@ type callerStream struct {
 func (c callerStream) Context() context.Context { return c.ctx }
 
 func (s *Server) stream(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) (err error) {
+	heard(stream.Context())
 	defer func() { s.metrics.calls.WithLabelValues(info.FullMethod, status.Code(err).String()).Inc() }()
 	ctx, err := s.authorise(stream.Context(), info.FullMethod)
 	if err == nil {

@@ -7,10 +7,12 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc/codes"
 	grpcpeer "google.golang.org/grpc/peer"
+	"google.golang.org/grpc/stats"
 	"google.golang.org/grpc/status"
 	"google.golang.org/grpc/tap"
 
@@ -265,6 +267,36 @@ func (s *Server) seat(c caller, raw net.Conn) (*calls, func(), error) {
 	return calls, leave, nil
 }
 
+// messages counts calls that no door hears of, since a message of theirs is too large.
+type messages struct{ server *Server }
+
+type heardKey struct{}
+
+// TagRPC gives each call a mark for the interceptors to set.
+func (messages) TagRPC(ctx context.Context, _ *stats.RPCTagInfo) context.Context {
+	return context.WithValue(ctx, heardKey{}, new(atomic.Bool))
+}
+
+// heard says that a door counts the call.
+func heard(ctx context.Context) {
+	if mark, ok := ctx.Value(heardKey{}).(*atomic.Bool); ok {
+		mark.Store(true)
+	}
+}
+
+func (m messages) HandleRPC(ctx context.Context, what stats.RPCStats) {
+	end, ok := what.(*stats.End)
+	if !ok || status.Code(end.Error) != codes.ResourceExhausted {
+		return
+	}
+	if mark, ok := ctx.Value(heardKey{}).(*atomic.Bool); ok && !mark.Load() {
+		m.server.metrics.limited.WithLabelValues("message").Inc()
+	}
+}
+
+func (messages) TagConn(ctx context.Context, _ *stats.ConnTagInfo) context.Context { return ctx }
+func (messages) HandleConn(context.Context, stats.ConnStats)                       {}
+
 // lasts are the calls that stay open.
 var lasts = map[string]bool{ententev1.Sync_Sync_FullMethodName: true, ententev1.Peer_Presence_FullMethodName: true}
 
@@ -288,6 +320,7 @@ func (s *Server) tap(ctx context.Context, info *tap.Info) (context.Context, erro
 	c.mu.Unlock()
 	if full {
 		s.metrics.calls.WithLabelValues("any", codes.ResourceExhausted.String()).Inc()
+		s.metrics.limited.WithLabelValues("calls").Inc()
 		return nil, status.Errorf(codes.ResourceExhausted, "%d calls of yours are under way at this CA node; wait for their answers", c.most)
 	}
 	s.metrics.underWay.Inc()

@@ -12,6 +12,7 @@ import (
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/domain"
+	"github.com/entente-mesh/entente/ca/feed"
 	"github.com/entente-mesh/entente/federation/bundle"
 )
 
@@ -153,14 +154,17 @@ func tokenKeyID(key bundle.Key) (string, error) {
 	return ca.KeyID(spki), nil
 }
 
-// ForeignBundles is the source of the agreed bundles of other domains, for verifying a
-// bundle endpoint whose identity is of a third domain.
-type ForeignBundles struct{ State State }
+// ForeignBundles is the source of the accepted bundles of other domains, for verifying
+// bundle endpoints.
+type ForeignBundles struct {
+	State State
+	Feed  *feed.Feed
+}
 
 // GetX509BundleForTrustDomain returns the last accepted bundle of that domain.
 func (f ForeignBundles) GetX509BundleForTrustDomain(td spiffeid.TrustDomain) (*x509bundle.Bundle, error) {
 	var held *statev1.ForeignBundle
-	f.State.Read(func(st *domain.State) { held, _ = st.ForeignBundle(td.Name()) })
+	f.State.Read(func(st *domain.State) { held, _ = f.Feed.ForeignBundle(st, td.Name()) })
 	if held == nil {
 		return nil, fmt.Errorf("no bundle of %s is held", td.Name())
 	}

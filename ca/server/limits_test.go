@@ -11,6 +11,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -132,4 +133,40 @@ func metricsOf(t *testing.T, c *catest.CA) string {
 		t.Fatal(err)
 	}
 	return string(text)
+}
+
+// Who begins more calls at once than he may is counted; a report of too much, too.
+func TestRefusalsAreCounted(t *testing.T) {
+	t.Parallel()
+	c := catest.Start(t, catest.Options{})
+	c.Apply(twoHosts)
+	counted := func(limit string) bool {
+		return strings.Contains(metricsOf(t, c), `entente_ca_limited_total{limit="`+limit+`"} `)
+	}
+	within := func(limit string) {
+		t.Helper()
+		for deadline := time.Now().Add(10 * time.Second); !counted(limit); time.Sleep(5 * time.Millisecond) {
+			if time.Now().After(deadline) {
+				t.Fatalf("%s is not counted", limit)
+			}
+		}
+	}
+	if counted("calls") || counted("report") {
+		t.Fatal("control: counted before it happens")
+	}
+	stranger := dial(t, c, nil)
+	for range 3 { // begun, and nothing said: two may
+		if _, err := stranger.NewStream(t.Context(), &grpc.StreamDesc{ClientStreams: true}, ententev1.Attest_Attest_FullMethodName); err != nil {
+			t.Fatal(err)
+		}
+	}
+	within("calls")
+
+	agent := attest(t, c, "h1")
+	s := openSync(t, dial(t, c, &agent), "boot", 1, 0)
+	if err := s.Send(&ententev1.SyncRequest{Message: &ententev1.SyncRequest_Ack{Ack: &ententev1.Ack{AuthoritiesKnown: true, Authorities: make([]string, 300)}}}); err != nil {
+		t.Fatal(err)
+	}
+	wantCode(t, "300 authorities", s.untilEnd(t), codes.InvalidArgument)
+	within("report")
 }

@@ -211,6 +211,7 @@ func (s *Server) ServeAPI(ctx context.Context, listener net.Listener) error {
 		grpc.InitialWindowSize(streamWindow),
 		grpc.InitialConnWindowSize(connWindow),
 		grpc.InTapHandle(s.tap),
+		grpc.StatsHandler(messages{s}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 2 * time.Second, PermitWithoutStream: true}),
 		grpc.KeepaliveParams(keepalive.ServerParameters{
 			MaxConnectionIdle: time.Minute, // strangers do not stay
@@ -276,6 +277,7 @@ type metrics struct {
 	tokens *prometheus.CounterVec
 
 	limited *prometheus.CounterVec
+	leftOut prometheus.Counter
 
 	underWay prometheus.Gauge
 	cut      *prometheus.CounterVec
@@ -299,13 +301,16 @@ func newMetrics(registerer prometheus.Registerer, s *Server) *metrics {
 			Name: "entente_ca_connections_cut_total", Help: "Connections to the API address that were cut because there are too many of their kind: handshake, stranger (without an identity), peer (of one).",
 		}, []string{"kind"}),
 		limited: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "entente_ca_limited_total", Help: "Calls that were sent away with RESOURCE_EXHAUSTED, by whose limit it was: agent, node, attest, queue.",
+			Name: "entente_ca_limited_total", Help: "Calls that were sent away for a limit, by whose it was: agent, node, attest and queue (signatures), calls and streams (of one peer), message (too large), report (of too much).",
 		}, []string{"limit"}),
+		leftOut: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "entente_ca_reported_instances_left_out_total", Help: "Instances that hosts reported and that were left out: more than one may report, or not theirs to serve.",
+		}),
 	}
 	if registerer == nil {
 		return m
 	}
-	registerer.MustRegister(m.calls, m.svids, m.tokens, m.limited, m.underWay, m.cut)
+	registerer.MustRegister(m.calls, m.svids, m.tokens, m.limited, m.leftOut, m.underWay, m.cut)
 	for kind, count := range map[string]func() int{"handshake": s.handshakes.len, "stranger": s.strangers.len, "peer": s.guests.len} {
 		registerer.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "entente_ca_connections", Help: "Open connections to the API address.", ConstLabels: prometheus.Labels{"kind": kind},

@@ -41,6 +41,7 @@ func (d syncDoor) Sync(stream ententev1.Sync_SyncServer) error {
 	s, c := d.server, callerFrom(stream.Context())
 	end, err := s.syncs.begin(c.id.String() + " on " + c.agent.GetName())
 	if err != nil {
+		s.metrics.limited.WithLabelValues("streams").Inc()
 		return err
 	}
 	defer end()
@@ -92,6 +93,7 @@ func (d syncDoor) Sync(stream ententev1.Sync_SyncServer) error {
 			case *ententev1.SyncRequest_Ack:
 				if m.Ack.GetAuthoritiesKnown() {
 					if err = checkHeld(m.Ack.GetAuthorities()); err != nil {
+						s.metrics.limited.WithLabelValues("report").Inc()
 						break
 					}
 					session.Holds(m.Ack.GetAuthorities())
@@ -314,6 +316,7 @@ func (s *Server) checkReport(c caller, reported []*ententev1.Instance) (instance
 		}
 		return nil, refused
 	}
+	defer func(all int) { s.metrics.leftOut.Add(float64(all - len(instances))) }(len(reported))
 	if len(reported) > presence.MaxInstancesPerAgent {
 		reported, refused = reported[:presence.MaxInstancesPerAgent], errors.New("too many instances")
 	}

@@ -229,6 +229,9 @@ func TestInstanceReports(t *testing.T) {
 	if i := watcher.instances["accounts@h1"]; i.GetDatacenter() != "dc1" || i.GetBootId() != "boot" || i.GetHealth() != healthy || i.GetStale() {
 		t.Errorf("the instance: %v", i)
 	}
+	if text := metricsOf(t, c); !strings.Contains(text, "\nentente_ca_reported_instances_left_out_total 2\n") {
+		t.Error("the two that were left out are not counted")
+	}
 	// At an address that is not the host's: what was there goes, for the report is the whole.
 	s.report(t, &ententev1.Instance{Service: "accounts", Address: "10.0.0.1:7443", Health: healthy})
 	watcher.until(t, "its withdrawal", func() bool { return len(watcher.instances) == 0 })

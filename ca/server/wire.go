@@ -98,7 +98,7 @@ func (s *Server) policyToWire(u feed.Update, hint time.Duration) ([]*ententev1.P
 	}
 	for _, b := range u.ForeignBundles {
 		c := room(len(b.GetJwks()))
-		c.Bundles = append(c.Bundles, &ententev1.Bundle{TrustDomain: b.GetTrustDomain(), Jwks: b.GetJwks()})
+		c.Bundles = append(c.Bundles, foreignToWire(b))
 	}
 	for _, td := range u.DeletedBundles {
 		c := room(len(td))
@@ -148,7 +148,14 @@ func urgentToWire(u feed.Urgent) []*ententev1.Urgent {
 		}
 		chunk.Distrust = append(chunk.Distrust, d)
 	}
+	for _, b := range u.Foreign { // as large as a chunk may be, each by itself
+		chunks = append(chunks, &ententev1.Urgent{Tainted: u.Tainted, ReissueWithinMs: milliseconds(u.Reissue), Bundles: []*ententev1.Bundle{foreignToWire(b)}})
+	}
 	return chunks
+}
+
+func foreignToWire(b *statev1.ForeignBundle) *ententev1.Bundle {
+	return &ententev1.Bundle{TrustDomain: b.GetTrustDomain(), Jwks: b.GetJwks(), Sequence: b.GetSequence()}
 }
 
 func milliseconds(d time.Duration) uint32 { return uint32(d / time.Millisecond) }

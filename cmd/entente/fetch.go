@@ -23,6 +23,7 @@ import (
 
 	"github.com/spf13/cobra"
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
@@ -252,11 +253,18 @@ func readX509(response *workload.X509SVIDResponse) (r result, err error) {
 		Federated map[string]string `json:"federated_bundles"` // PEM
 	}{SVIDs: []row{}, Federated: map[string]string{}}
 	for i, svid := range response.GetSvids() {
-		chain, err := x509.ParseCertificates(svid.GetX509Svid())
-		if err != nil || len(chain) == 0 {
-			return r, fmt.Errorf("the X.509-SVID of %s cannot be read: %w", svid.GetSpiffeId(), err)
+		parsed, err := x509svid.ParseRaw(svid.GetX509Svid(), svid.GetX509SvidKey()) // and whether they belong together
+		if err == nil && parsed.ID.String() != svid.GetSpiffeId() {
+			err = fmt.Errorf("it is for %s", parsed.ID)
 		}
+		if err != nil {
+			return r, fmt.Errorf("the X.509-SVID that came for %q is of no use: %w", svid.GetSpiffeId(), err)
+		}
+		chain := parsed.Certificates
 		authorities, err := x509.ParseCertificates(svid.GetBundle())
+		if err == nil && len(authorities) == 0 {
+			err = errors.New("it is empty")
+		}
 		if err != nil {
 			return r, fmt.Errorf("the bundle beside %s cannot be read: %w", svid.GetSpiffeId(), err)
 		}

@@ -1,18 +1,23 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
-	"context"
+	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/grpc"
 
 	"github.com/entente-mesh/entente/ca/catest"
+	"github.com/entente-mesh/entente/internal/peer/peertest"
 	"github.com/entente-mesh/entente/meshagent"
 	"github.com/entente-mesh/entente/meshagent/workloadapi"
 )
@@ -195,6 +200,56 @@ func TestEndpoint(t *testing.T) {
 		got, err := endpoint(address)
 		if got != want || (err == nil) != (want != "") {
 			t.Errorf("%q: %q, %v", address, got, err)
+		}
+	}
+}
+
+// incomplete is a Workload API whose messages lack a field.
+type incomplete struct {
+	workload.UnimplementedSpiffeWorkloadAPIServer
+	svid *workload.X509SVID
+}
+
+func (i incomplete) FetchX509SVID(_ *workload.X509SVIDRequest, stream grpc.ServerStreamingServer[workload.X509SVIDResponse]) error {
+	return stream.Send(&workload.X509SVIDResponse{Svids: []*workload.X509SVID{i.svid}})
+}
+
+// A message that lacks a field is reported, and nothing of it is used.
+// Requirements: 171.
+func TestFetchIncomplete(t *testing.T) {
+	authority := peertest.NewAuthority(spiffeid.RequireTrustDomainFromString("banking.example"))
+	certificates, key, err := authority.Issue("/accounts").MarshalRaw()
+	if err != nil {
+		t.Fatal(err)
+	}
+	whole := func() *workload.X509SVID {
+		return &workload.X509SVID{SpiffeId: "spiffe://banking.example/accounts", X509Svid: certificates, X509SvidKey: key, Bundle: authority.Bundle().X509Authorities()[0].Raw}
+	}
+	for name, change := range map[string]func(*workload.X509SVID){
+		"":            func(*workload.X509SVID) {}, // the control
+		"ID":          func(s *workload.X509SVID) { s.SpiffeId = "" },
+		"certificate": func(s *workload.X509SVID) { s.X509Svid = nil },
+		"key":         func(s *workload.X509SVID) { s.X509SvidKey = nil },
+		"bundle":      func(s *workload.X509SVID) { s.Bundle = nil },
+	} {
+		dir, err := os.MkdirTemp("", "fetch") // a socket's path is short
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { os.RemoveAll(dir) })
+		listener, err := net.Listen("unix", filepath.Join(dir, "s"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		svid := whole()
+		change(svid)
+		server := grpc.NewServer()
+		workload.RegisterSpiffeWorkloadAPIServer(server, incomplete{svid: svid})
+		go server.Serve(listener)
+		t.Cleanup(server.Stop)
+		code, out, errs := command(t, "", "fetch", "x509", "--socket", "unix://"+listener.Addr().String(), "--write", dir)
+		if left, _ := filepath.Glob(filepath.Join(dir, "*.pem")); (code == exitOK) != (name == "") || (len(left) > 0) != (name == "") || name != "" && errs == "" {
+			t.Errorf("without %q: %d, %v; %s %s", name, code, left, out, errs)
 		}
 	}
 }

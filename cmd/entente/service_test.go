@@ -382,3 +382,44 @@ func TestOutlier(t *testing.T) {
 	expectEntente(t, exitOK, nil, "service", "register", "web", "--interval", "100ms", "--socket", socket)
 	expectEntente(t, exitOK, []string{" healthy"}, "service", "list", "--socket", socket)
 }
+
+// SIGHUP has the agent read its directory, and nothing else happens to it.
+func TestHangup(t *testing.T) {
+	c := catest.Start(t, catest.Options{})
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir, err := os.MkdirTemp("", "hup") // a socket's path is short
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	file, drops, socket := filepath.Join(dir, "agent.yaml"), filepath.Join(dir, "services.d"), filepath.Join(dir, "data", "admin.sock")
+	text := fmt.Sprintf("trustDomain: banking.example\nname: h1\ndatacenter: dc1\ndataDir: %s\nca: {token: %s}\nworkloadAPI: {socket: %s}\nsidecar: {inbound: \"127.0.0.1:%d\"}\nservicesDir: %s\n",
+		filepath.Join(dir, "data"), c.AgentToken("h1", "dc1", "127.0.0.1"), filepath.Join(dir, "api.sock"), freeTCPPort(t), drops)
+	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	agent := exec.Command(exe, "agent", "run", "--config", file)
+	agent.Env = append(os.Environ(), "ENTENTE_TEST_PROGRAM=entente")
+	log := &strings.Builder{}
+	agent.Stderr = log
+	if err := agent.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { agent.Process.Kill() })
+	expectEntente(t, exitOK, []string{"is ready"}, "agent", "healthcheck", "--socket", socket)
+	if err := os.Mkdir(drops, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(drops, "web.yaml"), []byte("services: [{service: web}]\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	agent.Process.Signal(syscall.SIGHUP)
+	expectEntente(t, exitOK, []string{"web", "refused", "web.yaml:1"}, "service", "list", "--socket", socket)
+	agent.Process.Signal(syscall.SIGTERM)
+	if err := agent.Wait(); err != nil || !strings.Contains(log.String(), "reading again") {
+		t.Errorf("%v\n%s", err, log)
+	}
+}

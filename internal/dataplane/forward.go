@@ -485,7 +485,8 @@ var buffers = sync.Pool{New: func() any { return new([32 << 10]byte) }}
 func (s *sender) copy(res *http.Response, reason refusal.Reason) {
 	x := s.x
 	defer res.Body.Close()
-	if !s.answered() && s.ctx.Err() != nil {
+	if !s.answered() { // the timer has fired, and may just be about to cancel
+		s.cancel(errDeadline)
 		s.giveUp()
 		return
 	}

@@ -296,6 +296,38 @@ func TestClientDiesInRequest(t *testing.T) {
 	}
 }
 
+// The Workload API is local: a connection whose peer's process cannot be told gets
+// nothing, whoever made it.
+// Requirements: 147, 149.
+func TestOnlyUnixSockets(t *testing.T) {
+	h := anyProcess(t)
+	network, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() { ended <- New(h.agent, network, nil).Run(ctx) }()
+	defer func() {
+		cancel()
+		<-ended
+	}()
+	client, err := grpc.NewClient(network.Addr().String(), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	if err := first(workload.NewSpiffeWorkloadAPIClient(client).FetchX509SVID(withHeader(ctx, "true"), &workload.X509SVIDRequest{})); status.Code(err) != codes.Unavailable {
+		t.Errorf("over TCP: %v", err)
+	}
+	if info, err := os.Stat(h.socket); err != nil || info.Mode() != os.ModeSocket|0o777 {
+		t.Errorf("%v, %v", info, err)
+	}
+	if got := fetch(t.Context(), h.socket); got != "spiffe://banking.example/accounts" {
+		t.Errorf("control: %s", got)
+	}
+}
+
 // Nobody gets more than what is left to the others, and who holds nothing always gets in
 // while anything is left.
 func TestLimitsOfUsers(t *testing.T) {

@@ -870,8 +870,10 @@ type Urgent struct {
 	Distrust        []*v1.Distrust         `protobuf:"bytes,1,rep,name=distrust,proto3" json:"distrust,omitempty"`                                         // in addition to what is known
 	Tainted         []string               `protobuf:"bytes,2,rep,name=tainted,proto3" json:"tainted,omitempty"`                                           // whole list of TAINTED authorities, ids
 	ReissueWithinMs uint32                 `protobuf:"varint,3,opt,name=reissue_within_ms,json=reissueWithinMs,proto3" json:"reissue_within_ms,omitempty"` // spread the renewals that follow over this long
-	unknownFields   protoimpl.UnknownFields
-	sizeCache       protoimpl.SizeCache
+	// Of other domains, newer than what is agreed: of a CA node without quorum, to whom an entry federates.
+	Bundles       []*Bundle `protobuf:"bytes,140,rep,name=bundles,proto3" json:"bundles,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Urgent) Reset() {
@@ -923,6 +925,13 @@ func (x *Urgent) GetReissueWithinMs() uint32 {
 		return x.ReissueWithinMs
 	}
 	return 0
+}
+
+func (x *Urgent) GetBundles() []*Bundle {
+	if x != nil {
+		return x.Bundles
+	}
+	return nil
 }
 
 // Policy is one chunk of the ordered lane. revision is set on the last chunk only.
@@ -1101,7 +1110,8 @@ func (x *Policy) GetReissueWithinMs() uint32 {
 type Bundle struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	TrustDomain   string                 `protobuf:"bytes,1,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"`
-	Jwks          []byte                 `protobuf:"bytes,2,opt,name=jwks,proto3" json:"jwks,omitempty"` // SPIFFE bundle, JSON
+	Jwks          []byte                 `protobuf:"bytes,2,opt,name=jwks,proto3" json:"jwks,omitempty"`            // SPIFFE bundle, JSON
+	Sequence      uint64                 `protobuf:"varint,140,opt,name=sequence,proto3" json:"sequence,omitempty"` // of another domain's: it never goes back while the relationship stays as it is
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1148,6 +1158,13 @@ func (x *Bundle) GetJwks() []byte {
 		return x.Jwks
 	}
 	return nil
+}
+
+func (x *Bundle) GetSequence() uint64 {
+	if x != nil {
+		return x.Sequence
+	}
+	return 0
 }
 
 // Presence is the second lane; never resumed. Each attach sends the full set,
@@ -5967,11 +5984,12 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\bpresence\x18\x02 \x01(\v2\x14.entente.v1.PresenceH\x00R\bpresence\x125\n" +
 	"\theartbeat\x18\x03 \x01(\v2\x15.entente.v1.HeartbeatH\x00R\theartbeat\x12,\n" +
 	"\x06urgent\x18\x14 \x01(\v2\x12.entente.v1.UrgentH\x00R\x06urgentB\t\n" +
-	"\amessage\"\x86\x01\n" +
+	"\amessage\"\xb5\x01\n" +
 	"\x06Urgent\x126\n" +
 	"\bdistrust\x18\x01 \x03(\v2\x1a.entente.state.v1.DistrustR\bdistrust\x12\x18\n" +
 	"\atainted\x18\x02 \x03(\tR\atainted\x12*\n" +
-	"\x11reissue_within_ms\x18\x03 \x01(\rR\x0freissueWithinMs\"\xdd\x05\n" +
+	"\x11reissue_within_ms\x18\x03 \x01(\rR\x0freissueWithinMs\x12-\n" +
+	"\abundles\x18\x8c\x01 \x03(\v2\x12.entente.v1.BundleR\abundles\"\xdd\x05\n" +
 	"\x06Policy\x12\x12\n" +
 	"\x04full\x18\x01 \x01(\bR\x04full\x12\x12\n" +
 	"\x04last\x18\x02 \x01(\bR\x04last\x12\x1a\n" +
@@ -5990,10 +6008,11 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x10deleted_distrust\x18\x15 \x03(\tR\x0fdeletedDistrust\x12\x18\n" +
 	"\atainted\x18\x16 \x03(\tR\atainted\x12'\n" +
 	"\x0ftainted_changed\x18\x17 \x01(\bR\x0etaintedChanged\x12*\n" +
-	"\x11reissue_within_ms\x18\x18 \x01(\rR\x0freissueWithinMs\"?\n" +
+	"\x11reissue_within_ms\x18\x18 \x01(\rR\x0freissueWithinMs\"\\\n" +
 	"\x06Bundle\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x12\n" +
-	"\x04jwks\x18\x02 \x01(\fR\x04jwks\"\x8e\x01\n" +
+	"\x04jwks\x18\x02 \x01(\fR\x04jwks\x12\x1b\n" +
+	"\bsequence\x18\x8c\x01 \x01(\x04R\bsequence\"\x8e\x01\n" +
 	"\bPresence\x122\n" +
 	"\tinstances\x18\x01 \x03(\v2\x14.entente.v1.InstanceR\tinstances\x122\n" +
 	"\twithdrawn\x18\x02 \x03(\v2\x14.entente.v1.InstanceR\twithdrawn\x12\x1a\n" +
@@ -6513,153 +6532,154 @@ var file_entente_v1_entente_proto_depIdxs = []int32{
 	15,  // 13: entente.v1.SyncResponse.heartbeat:type_name -> entente.v1.Heartbeat
 	11,  // 14: entente.v1.SyncResponse.urgent:type_name -> entente.v1.Urgent
 	102, // 15: entente.v1.Urgent.distrust:type_name -> entente.state.v1.Distrust
-	100, // 16: entente.v1.Policy.cluster:type_name -> entente.state.v1.Cluster
-	103, // 17: entente.v1.Policy.entries:type_name -> entente.state.v1.Entry
-	13,  // 18: entente.v1.Policy.bundles:type_name -> entente.v1.Bundle
-	104, // 19: entente.v1.Policy.objects:type_name -> entente.state.v1.Object
-	105, // 20: entente.v1.Policy.deleted_objects:type_name -> entente.state.v1.ObjectKey
-	99,  // 21: entente.v1.Policy.members:type_name -> entente.state.v1.Member
-	102, // 22: entente.v1.Policy.distrust:type_name -> entente.state.v1.Distrust
-	9,   // 23: entente.v1.Presence.instances:type_name -> entente.v1.Instance
-	9,   // 24: entente.v1.Presence.withdrawn:type_name -> entente.v1.Instance
-	17,  // 25: entente.v1.SignX509Request.requests:type_name -> entente.v1.X509Request
-	19,  // 26: entente.v1.SignX509Response.results:type_name -> entente.v1.X509Result
-	21,  // 27: entente.v1.SignJWTRequest.requests:type_name -> entente.v1.JWTRequest
-	26,  // 28: entente.v1.SignJWTResponse.results:type_name -> entente.v1.TokenResult
-	24,  // 29: entente.v1.SignWITRequest.requests:type_name -> entente.v1.WITRequest
-	26,  // 30: entente.v1.SignWITResponse.results:type_name -> entente.v1.TokenResult
-	100, // 31: entente.v1.StatusResponse.cluster:type_name -> entente.state.v1.Cluster
-	32,  // 32: entente.v1.StatusResponse.members:type_name -> entente.v1.MemberStatus
-	106, // 33: entente.v1.StatusResponse.authorities:type_name -> entente.state.v1.Authority
-	46,  // 34: entente.v1.StatusResponse.foreign:type_name -> entente.v1.ForeignBundleStatus
-	9,   // 35: entente.v1.StatusResponse.instances:type_name -> entente.v1.Instance
-	30,  // 36: entente.v1.StatusResponse.autonomy:type_name -> entente.v1.Autonomy
-	29,  // 37: entente.v1.StatusResponse.upstream:type_name -> entente.v1.Upstream
-	86,  // 38: entente.v1.StatusResponse.isolated:type_name -> entente.v1.Isolation
-	31,  // 39: entente.v1.Autonomy.uses:type_name -> entente.v1.UseAutonomy
-	107, // 40: entente.v1.UseAutonomy.use:type_name -> entente.state.v1.KeyUse
-	99,  // 41: entente.v1.MemberStatus.member:type_name -> entente.state.v1.Member
-	37,  // 42: entente.v1.ListNodesResponse.nodes:type_name -> entente.v1.NodeProgress
-	99,  // 43: entente.v1.NodeProgress.member:type_name -> entente.state.v1.Member
-	99,  // 44: entente.v1.VouchResponse.member:type_name -> entente.state.v1.Member
-	108, // 45: entente.v1.CreateTokenRequest.node:type_name -> entente.state.v1.NodeGrant
-	109, // 46: entente.v1.CreateTokenRequest.agent:type_name -> entente.state.v1.AgentGrant
-	104, // 47: entente.v1.ApplyRequest.objects:type_name -> entente.state.v1.Object
-	105, // 48: entente.v1.ApplyRequest.deletes:type_name -> entente.state.v1.ObjectKey
-	51,  // 49: entente.v1.ApplyResponse.changes:type_name -> entente.v1.ObjectChange
-	105, // 50: entente.v1.ObjectChange.key:type_name -> entente.state.v1.ObjectKey
-	104, // 51: entente.v1.ObjectChange.before:type_name -> entente.state.v1.Object
-	110, // 52: entente.v1.WhoAmIResponse.bindings:type_name -> entente.state.v1.RoleBinding
-	59,  // 53: entente.v1.ReportRequest.held:type_name -> entente.v1.HeldAuthority
-	63,  // 54: entente.v1.GateResponse.authorities:type_name -> entente.v1.AuthorityGate
-	12,  // 55: entente.v1.Picture.policy:type_name -> entente.v1.Policy
-	14,  // 56: entente.v1.Picture.presence:type_name -> entente.v1.Presence
-	9,   // 57: entente.v1.PresenceResponse.instances:type_name -> entente.v1.Instance
-	9,   // 58: entente.v1.PresenceResponse.withdrawn:type_name -> entente.v1.Instance
-	71,  // 59: entente.v1.ListAuthoritiesResponse.authorities:type_name -> entente.v1.AuthorityStatus
-	106, // 60: entente.v1.AuthorityStatus.authority:type_name -> entente.state.v1.Authority
-	107, // 61: entente.v1.PrepareAuthorityRequest.use:type_name -> entente.state.v1.KeyUse
-	106, // 62: entente.v1.ChangeAuthorityResponse.authority:type_name -> entente.state.v1.Authority
-	106, // 63: entente.v1.ChangeAuthorityResponse.signing:type_name -> entente.state.v1.Authority
-	99,  // 64: entente.v1.RemoveNodeResponse.member:type_name -> entente.state.v1.Member
-	106, // 65: entente.v1.RemoveNodeResponse.authorities:type_name -> entente.state.v1.Authority
-	79,  // 66: entente.v1.ListAgentsResponse.agents:type_name -> entente.v1.AgentStatus
-	101, // 67: entente.v1.AgentStatus.agent:type_name -> entente.state.v1.Agent
-	79,  // 68: entente.v1.GetAgentResponse.status:type_name -> entente.v1.AgentStatus
-	103, // 69: entente.v1.GetAgentResponse.entries:type_name -> entente.state.v1.Entry
-	9,   // 70: entente.v1.GetAgentResponse.instances:type_name -> entente.v1.Instance
-	86,  // 71: entente.v1.IsolateAgentResponse.isolation:type_name -> entente.v1.Isolation
-	101, // 72: entente.v1.Isolation.agent:type_name -> entente.state.v1.Agent
-	111, // 73: entente.v1.ListTokensResponse.tokens:type_name -> entente.state.v1.Token
-	112, // 74: entente.v1.ChangeEntriesRequest.changes:type_name -> entente.state.v1.EntryChange
-	93,  // 75: entente.v1.ChangeEntriesResponse.results:type_name -> entente.v1.EntryResult
-	103, // 76: entente.v1.ListEntriesResponse.entries:type_name -> entente.state.v1.Entry
-	103, // 77: entente.v1.GetEntryResponse.entry:type_name -> entente.state.v1.Entry
-	1,   // 78: entente.v1.Join.Join:input_type -> entente.v1.JoinRequest
-	3,   // 79: entente.v1.Attest.Attest:input_type -> entente.v1.AttestRequest
-	5,   // 80: entente.v1.Sync.Sync:input_type -> entente.v1.SyncRequest
-	16,  // 81: entente.v1.Sign.SignX509:input_type -> entente.v1.SignX509Request
-	20,  // 82: entente.v1.Sign.SignJWT:input_type -> entente.v1.SignJWTRequest
-	23,  // 83: entente.v1.Sign.SignWIT:input_type -> entente.v1.SignWITRequest
-	27,  // 84: entente.v1.Admin.Status:input_type -> entente.v1.StatusRequest
-	47,  // 85: entente.v1.Admin.CreateToken:input_type -> entente.v1.CreateTokenRequest
-	49,  // 86: entente.v1.Admin.Apply:input_type -> entente.v1.ApplyRequest
-	54,  // 87: entente.v1.Admin.GetBundle:input_type -> entente.v1.GetBundleRequest
-	69,  // 88: entente.v1.Admin.ListAuthorities:input_type -> entente.v1.ListAuthoritiesRequest
-	72,  // 89: entente.v1.Admin.PrepareAuthority:input_type -> entente.v1.PrepareAuthorityRequest
-	73,  // 90: entente.v1.Admin.ActivateAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	73,  // 91: entente.v1.Admin.TaintAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	73,  // 92: entente.v1.Admin.RevokeAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	75,  // 93: entente.v1.Admin.RemoveNode:input_type -> entente.v1.RemoveNodeRequest
-	77,  // 94: entente.v1.Admin.ListAgents:input_type -> entente.v1.ListAgentsRequest
-	80,  // 95: entente.v1.Admin.GetAgent:input_type -> entente.v1.GetAgentRequest
-	82,  // 96: entente.v1.Admin.BanAgent:input_type -> entente.v1.ChangeAgentRequest
-	82,  // 97: entente.v1.Admin.EvictAgent:input_type -> entente.v1.ChangeAgentRequest
-	84,  // 98: entente.v1.Admin.IsolateAgent:input_type -> entente.v1.IsolateAgentRequest
-	87,  // 99: entente.v1.Admin.ListTokens:input_type -> entente.v1.ListTokensRequest
-	89,  // 100: entente.v1.Admin.RevokeToken:input_type -> entente.v1.RevokeTokenRequest
-	91,  // 101: entente.v1.Admin.ChangeEntries:input_type -> entente.v1.ChangeEntriesRequest
-	94,  // 102: entente.v1.Admin.ListEntries:input_type -> entente.v1.ListEntriesRequest
-	96,  // 103: entente.v1.Admin.GetEntry:input_type -> entente.v1.GetEntryRequest
-	94,  // 104: entente.v1.Admin.CountEntries:input_type -> entente.v1.ListEntriesRequest
-	33,  // 105: entente.v1.Admin.SaveSnapshot:input_type -> entente.v1.SaveSnapshotRequest
-	35,  // 106: entente.v1.Admin.ListNodes:input_type -> entente.v1.ListNodesRequest
-	38,  // 107: entente.v1.Admin.PromoteNode:input_type -> entente.v1.PromoteNodeRequest
-	52,  // 108: entente.v1.Admin.WhoAmI:input_type -> entente.v1.WhoAmIRequest
-	56,  // 109: entente.v1.Peer.Propose:input_type -> entente.v1.ProposeRequest
-	58,  // 110: entente.v1.Peer.Report:input_type -> entente.v1.ReportRequest
-	67,  // 111: entente.v1.Peer.Presence:input_type -> entente.v1.PresenceRequest
-	61,  // 112: entente.v1.Peer.Gate:input_type -> entente.v1.GateRequest
-	40,  // 113: entente.v1.Peer.Vouch:input_type -> entente.v1.VouchRequest
-	42,  // 114: entente.v1.Peer.Checksum:input_type -> entente.v1.ChecksumRequest
-	35,  // 115: entente.v1.Peer.Nodes:input_type -> entente.v1.ListNodesRequest
-	64,  // 116: entente.v1.Peer.MarkReady:input_type -> entente.v1.MarkReadyRequest
-	44,  // 117: entente.v1.Peer.ShowEpoch:input_type -> entente.v1.ShowEpochRequest
-	2,   // 118: entente.v1.Join.Join:output_type -> entente.v1.JoinResponse
-	4,   // 119: entente.v1.Attest.Attest:output_type -> entente.v1.AttestResponse
-	10,  // 120: entente.v1.Sync.Sync:output_type -> entente.v1.SyncResponse
-	18,  // 121: entente.v1.Sign.SignX509:output_type -> entente.v1.SignX509Response
-	22,  // 122: entente.v1.Sign.SignJWT:output_type -> entente.v1.SignJWTResponse
-	25,  // 123: entente.v1.Sign.SignWIT:output_type -> entente.v1.SignWITResponse
-	28,  // 124: entente.v1.Admin.Status:output_type -> entente.v1.StatusResponse
-	48,  // 125: entente.v1.Admin.CreateToken:output_type -> entente.v1.CreateTokenResponse
-	50,  // 126: entente.v1.Admin.Apply:output_type -> entente.v1.ApplyResponse
-	55,  // 127: entente.v1.Admin.GetBundle:output_type -> entente.v1.GetBundleResponse
-	70,  // 128: entente.v1.Admin.ListAuthorities:output_type -> entente.v1.ListAuthoritiesResponse
-	74,  // 129: entente.v1.Admin.PrepareAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	74,  // 130: entente.v1.Admin.ActivateAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	74,  // 131: entente.v1.Admin.TaintAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	74,  // 132: entente.v1.Admin.RevokeAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	76,  // 133: entente.v1.Admin.RemoveNode:output_type -> entente.v1.RemoveNodeResponse
-	78,  // 134: entente.v1.Admin.ListAgents:output_type -> entente.v1.ListAgentsResponse
-	81,  // 135: entente.v1.Admin.GetAgent:output_type -> entente.v1.GetAgentResponse
-	83,  // 136: entente.v1.Admin.BanAgent:output_type -> entente.v1.ChangeAgentResponse
-	83,  // 137: entente.v1.Admin.EvictAgent:output_type -> entente.v1.ChangeAgentResponse
-	85,  // 138: entente.v1.Admin.IsolateAgent:output_type -> entente.v1.IsolateAgentResponse
-	88,  // 139: entente.v1.Admin.ListTokens:output_type -> entente.v1.ListTokensResponse
-	90,  // 140: entente.v1.Admin.RevokeToken:output_type -> entente.v1.RevokeTokenResponse
-	92,  // 141: entente.v1.Admin.ChangeEntries:output_type -> entente.v1.ChangeEntriesResponse
-	95,  // 142: entente.v1.Admin.ListEntries:output_type -> entente.v1.ListEntriesResponse
-	97,  // 143: entente.v1.Admin.GetEntry:output_type -> entente.v1.GetEntryResponse
-	98,  // 144: entente.v1.Admin.CountEntries:output_type -> entente.v1.CountEntriesResponse
-	34,  // 145: entente.v1.Admin.SaveSnapshot:output_type -> entente.v1.SaveSnapshotResponse
-	36,  // 146: entente.v1.Admin.ListNodes:output_type -> entente.v1.ListNodesResponse
-	39,  // 147: entente.v1.Admin.PromoteNode:output_type -> entente.v1.PromoteNodeResponse
-	53,  // 148: entente.v1.Admin.WhoAmI:output_type -> entente.v1.WhoAmIResponse
-	57,  // 149: entente.v1.Peer.Propose:output_type -> entente.v1.ProposeResponse
-	60,  // 150: entente.v1.Peer.Report:output_type -> entente.v1.ReportResponse
-	68,  // 151: entente.v1.Peer.Presence:output_type -> entente.v1.PresenceResponse
-	62,  // 152: entente.v1.Peer.Gate:output_type -> entente.v1.GateResponse
-	41,  // 153: entente.v1.Peer.Vouch:output_type -> entente.v1.VouchResponse
-	43,  // 154: entente.v1.Peer.Checksum:output_type -> entente.v1.ChecksumResponse
-	36,  // 155: entente.v1.Peer.Nodes:output_type -> entente.v1.ListNodesResponse
-	65,  // 156: entente.v1.Peer.MarkReady:output_type -> entente.v1.MarkReadyResponse
-	45,  // 157: entente.v1.Peer.ShowEpoch:output_type -> entente.v1.ShowEpochResponse
-	118, // [118:158] is the sub-list for method output_type
-	78,  // [78:118] is the sub-list for method input_type
-	78,  // [78:78] is the sub-list for extension type_name
-	78,  // [78:78] is the sub-list for extension extendee
-	0,   // [0:78] is the sub-list for field type_name
+	13,  // 16: entente.v1.Urgent.bundles:type_name -> entente.v1.Bundle
+	100, // 17: entente.v1.Policy.cluster:type_name -> entente.state.v1.Cluster
+	103, // 18: entente.v1.Policy.entries:type_name -> entente.state.v1.Entry
+	13,  // 19: entente.v1.Policy.bundles:type_name -> entente.v1.Bundle
+	104, // 20: entente.v1.Policy.objects:type_name -> entente.state.v1.Object
+	105, // 21: entente.v1.Policy.deleted_objects:type_name -> entente.state.v1.ObjectKey
+	99,  // 22: entente.v1.Policy.members:type_name -> entente.state.v1.Member
+	102, // 23: entente.v1.Policy.distrust:type_name -> entente.state.v1.Distrust
+	9,   // 24: entente.v1.Presence.instances:type_name -> entente.v1.Instance
+	9,   // 25: entente.v1.Presence.withdrawn:type_name -> entente.v1.Instance
+	17,  // 26: entente.v1.SignX509Request.requests:type_name -> entente.v1.X509Request
+	19,  // 27: entente.v1.SignX509Response.results:type_name -> entente.v1.X509Result
+	21,  // 28: entente.v1.SignJWTRequest.requests:type_name -> entente.v1.JWTRequest
+	26,  // 29: entente.v1.SignJWTResponse.results:type_name -> entente.v1.TokenResult
+	24,  // 30: entente.v1.SignWITRequest.requests:type_name -> entente.v1.WITRequest
+	26,  // 31: entente.v1.SignWITResponse.results:type_name -> entente.v1.TokenResult
+	100, // 32: entente.v1.StatusResponse.cluster:type_name -> entente.state.v1.Cluster
+	32,  // 33: entente.v1.StatusResponse.members:type_name -> entente.v1.MemberStatus
+	106, // 34: entente.v1.StatusResponse.authorities:type_name -> entente.state.v1.Authority
+	46,  // 35: entente.v1.StatusResponse.foreign:type_name -> entente.v1.ForeignBundleStatus
+	9,   // 36: entente.v1.StatusResponse.instances:type_name -> entente.v1.Instance
+	30,  // 37: entente.v1.StatusResponse.autonomy:type_name -> entente.v1.Autonomy
+	29,  // 38: entente.v1.StatusResponse.upstream:type_name -> entente.v1.Upstream
+	86,  // 39: entente.v1.StatusResponse.isolated:type_name -> entente.v1.Isolation
+	31,  // 40: entente.v1.Autonomy.uses:type_name -> entente.v1.UseAutonomy
+	107, // 41: entente.v1.UseAutonomy.use:type_name -> entente.state.v1.KeyUse
+	99,  // 42: entente.v1.MemberStatus.member:type_name -> entente.state.v1.Member
+	37,  // 43: entente.v1.ListNodesResponse.nodes:type_name -> entente.v1.NodeProgress
+	99,  // 44: entente.v1.NodeProgress.member:type_name -> entente.state.v1.Member
+	99,  // 45: entente.v1.VouchResponse.member:type_name -> entente.state.v1.Member
+	108, // 46: entente.v1.CreateTokenRequest.node:type_name -> entente.state.v1.NodeGrant
+	109, // 47: entente.v1.CreateTokenRequest.agent:type_name -> entente.state.v1.AgentGrant
+	104, // 48: entente.v1.ApplyRequest.objects:type_name -> entente.state.v1.Object
+	105, // 49: entente.v1.ApplyRequest.deletes:type_name -> entente.state.v1.ObjectKey
+	51,  // 50: entente.v1.ApplyResponse.changes:type_name -> entente.v1.ObjectChange
+	105, // 51: entente.v1.ObjectChange.key:type_name -> entente.state.v1.ObjectKey
+	104, // 52: entente.v1.ObjectChange.before:type_name -> entente.state.v1.Object
+	110, // 53: entente.v1.WhoAmIResponse.bindings:type_name -> entente.state.v1.RoleBinding
+	59,  // 54: entente.v1.ReportRequest.held:type_name -> entente.v1.HeldAuthority
+	63,  // 55: entente.v1.GateResponse.authorities:type_name -> entente.v1.AuthorityGate
+	12,  // 56: entente.v1.Picture.policy:type_name -> entente.v1.Policy
+	14,  // 57: entente.v1.Picture.presence:type_name -> entente.v1.Presence
+	9,   // 58: entente.v1.PresenceResponse.instances:type_name -> entente.v1.Instance
+	9,   // 59: entente.v1.PresenceResponse.withdrawn:type_name -> entente.v1.Instance
+	71,  // 60: entente.v1.ListAuthoritiesResponse.authorities:type_name -> entente.v1.AuthorityStatus
+	106, // 61: entente.v1.AuthorityStatus.authority:type_name -> entente.state.v1.Authority
+	107, // 62: entente.v1.PrepareAuthorityRequest.use:type_name -> entente.state.v1.KeyUse
+	106, // 63: entente.v1.ChangeAuthorityResponse.authority:type_name -> entente.state.v1.Authority
+	106, // 64: entente.v1.ChangeAuthorityResponse.signing:type_name -> entente.state.v1.Authority
+	99,  // 65: entente.v1.RemoveNodeResponse.member:type_name -> entente.state.v1.Member
+	106, // 66: entente.v1.RemoveNodeResponse.authorities:type_name -> entente.state.v1.Authority
+	79,  // 67: entente.v1.ListAgentsResponse.agents:type_name -> entente.v1.AgentStatus
+	101, // 68: entente.v1.AgentStatus.agent:type_name -> entente.state.v1.Agent
+	79,  // 69: entente.v1.GetAgentResponse.status:type_name -> entente.v1.AgentStatus
+	103, // 70: entente.v1.GetAgentResponse.entries:type_name -> entente.state.v1.Entry
+	9,   // 71: entente.v1.GetAgentResponse.instances:type_name -> entente.v1.Instance
+	86,  // 72: entente.v1.IsolateAgentResponse.isolation:type_name -> entente.v1.Isolation
+	101, // 73: entente.v1.Isolation.agent:type_name -> entente.state.v1.Agent
+	111, // 74: entente.v1.ListTokensResponse.tokens:type_name -> entente.state.v1.Token
+	112, // 75: entente.v1.ChangeEntriesRequest.changes:type_name -> entente.state.v1.EntryChange
+	93,  // 76: entente.v1.ChangeEntriesResponse.results:type_name -> entente.v1.EntryResult
+	103, // 77: entente.v1.ListEntriesResponse.entries:type_name -> entente.state.v1.Entry
+	103, // 78: entente.v1.GetEntryResponse.entry:type_name -> entente.state.v1.Entry
+	1,   // 79: entente.v1.Join.Join:input_type -> entente.v1.JoinRequest
+	3,   // 80: entente.v1.Attest.Attest:input_type -> entente.v1.AttestRequest
+	5,   // 81: entente.v1.Sync.Sync:input_type -> entente.v1.SyncRequest
+	16,  // 82: entente.v1.Sign.SignX509:input_type -> entente.v1.SignX509Request
+	20,  // 83: entente.v1.Sign.SignJWT:input_type -> entente.v1.SignJWTRequest
+	23,  // 84: entente.v1.Sign.SignWIT:input_type -> entente.v1.SignWITRequest
+	27,  // 85: entente.v1.Admin.Status:input_type -> entente.v1.StatusRequest
+	47,  // 86: entente.v1.Admin.CreateToken:input_type -> entente.v1.CreateTokenRequest
+	49,  // 87: entente.v1.Admin.Apply:input_type -> entente.v1.ApplyRequest
+	54,  // 88: entente.v1.Admin.GetBundle:input_type -> entente.v1.GetBundleRequest
+	69,  // 89: entente.v1.Admin.ListAuthorities:input_type -> entente.v1.ListAuthoritiesRequest
+	72,  // 90: entente.v1.Admin.PrepareAuthority:input_type -> entente.v1.PrepareAuthorityRequest
+	73,  // 91: entente.v1.Admin.ActivateAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	73,  // 92: entente.v1.Admin.TaintAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	73,  // 93: entente.v1.Admin.RevokeAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	75,  // 94: entente.v1.Admin.RemoveNode:input_type -> entente.v1.RemoveNodeRequest
+	77,  // 95: entente.v1.Admin.ListAgents:input_type -> entente.v1.ListAgentsRequest
+	80,  // 96: entente.v1.Admin.GetAgent:input_type -> entente.v1.GetAgentRequest
+	82,  // 97: entente.v1.Admin.BanAgent:input_type -> entente.v1.ChangeAgentRequest
+	82,  // 98: entente.v1.Admin.EvictAgent:input_type -> entente.v1.ChangeAgentRequest
+	84,  // 99: entente.v1.Admin.IsolateAgent:input_type -> entente.v1.IsolateAgentRequest
+	87,  // 100: entente.v1.Admin.ListTokens:input_type -> entente.v1.ListTokensRequest
+	89,  // 101: entente.v1.Admin.RevokeToken:input_type -> entente.v1.RevokeTokenRequest
+	91,  // 102: entente.v1.Admin.ChangeEntries:input_type -> entente.v1.ChangeEntriesRequest
+	94,  // 103: entente.v1.Admin.ListEntries:input_type -> entente.v1.ListEntriesRequest
+	96,  // 104: entente.v1.Admin.GetEntry:input_type -> entente.v1.GetEntryRequest
+	94,  // 105: entente.v1.Admin.CountEntries:input_type -> entente.v1.ListEntriesRequest
+	33,  // 106: entente.v1.Admin.SaveSnapshot:input_type -> entente.v1.SaveSnapshotRequest
+	35,  // 107: entente.v1.Admin.ListNodes:input_type -> entente.v1.ListNodesRequest
+	38,  // 108: entente.v1.Admin.PromoteNode:input_type -> entente.v1.PromoteNodeRequest
+	52,  // 109: entente.v1.Admin.WhoAmI:input_type -> entente.v1.WhoAmIRequest
+	56,  // 110: entente.v1.Peer.Propose:input_type -> entente.v1.ProposeRequest
+	58,  // 111: entente.v1.Peer.Report:input_type -> entente.v1.ReportRequest
+	67,  // 112: entente.v1.Peer.Presence:input_type -> entente.v1.PresenceRequest
+	61,  // 113: entente.v1.Peer.Gate:input_type -> entente.v1.GateRequest
+	40,  // 114: entente.v1.Peer.Vouch:input_type -> entente.v1.VouchRequest
+	42,  // 115: entente.v1.Peer.Checksum:input_type -> entente.v1.ChecksumRequest
+	35,  // 116: entente.v1.Peer.Nodes:input_type -> entente.v1.ListNodesRequest
+	64,  // 117: entente.v1.Peer.MarkReady:input_type -> entente.v1.MarkReadyRequest
+	44,  // 118: entente.v1.Peer.ShowEpoch:input_type -> entente.v1.ShowEpochRequest
+	2,   // 119: entente.v1.Join.Join:output_type -> entente.v1.JoinResponse
+	4,   // 120: entente.v1.Attest.Attest:output_type -> entente.v1.AttestResponse
+	10,  // 121: entente.v1.Sync.Sync:output_type -> entente.v1.SyncResponse
+	18,  // 122: entente.v1.Sign.SignX509:output_type -> entente.v1.SignX509Response
+	22,  // 123: entente.v1.Sign.SignJWT:output_type -> entente.v1.SignJWTResponse
+	25,  // 124: entente.v1.Sign.SignWIT:output_type -> entente.v1.SignWITResponse
+	28,  // 125: entente.v1.Admin.Status:output_type -> entente.v1.StatusResponse
+	48,  // 126: entente.v1.Admin.CreateToken:output_type -> entente.v1.CreateTokenResponse
+	50,  // 127: entente.v1.Admin.Apply:output_type -> entente.v1.ApplyResponse
+	55,  // 128: entente.v1.Admin.GetBundle:output_type -> entente.v1.GetBundleResponse
+	70,  // 129: entente.v1.Admin.ListAuthorities:output_type -> entente.v1.ListAuthoritiesResponse
+	74,  // 130: entente.v1.Admin.PrepareAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	74,  // 131: entente.v1.Admin.ActivateAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	74,  // 132: entente.v1.Admin.TaintAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	74,  // 133: entente.v1.Admin.RevokeAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	76,  // 134: entente.v1.Admin.RemoveNode:output_type -> entente.v1.RemoveNodeResponse
+	78,  // 135: entente.v1.Admin.ListAgents:output_type -> entente.v1.ListAgentsResponse
+	81,  // 136: entente.v1.Admin.GetAgent:output_type -> entente.v1.GetAgentResponse
+	83,  // 137: entente.v1.Admin.BanAgent:output_type -> entente.v1.ChangeAgentResponse
+	83,  // 138: entente.v1.Admin.EvictAgent:output_type -> entente.v1.ChangeAgentResponse
+	85,  // 139: entente.v1.Admin.IsolateAgent:output_type -> entente.v1.IsolateAgentResponse
+	88,  // 140: entente.v1.Admin.ListTokens:output_type -> entente.v1.ListTokensResponse
+	90,  // 141: entente.v1.Admin.RevokeToken:output_type -> entente.v1.RevokeTokenResponse
+	92,  // 142: entente.v1.Admin.ChangeEntries:output_type -> entente.v1.ChangeEntriesResponse
+	95,  // 143: entente.v1.Admin.ListEntries:output_type -> entente.v1.ListEntriesResponse
+	97,  // 144: entente.v1.Admin.GetEntry:output_type -> entente.v1.GetEntryResponse
+	98,  // 145: entente.v1.Admin.CountEntries:output_type -> entente.v1.CountEntriesResponse
+	34,  // 146: entente.v1.Admin.SaveSnapshot:output_type -> entente.v1.SaveSnapshotResponse
+	36,  // 147: entente.v1.Admin.ListNodes:output_type -> entente.v1.ListNodesResponse
+	39,  // 148: entente.v1.Admin.PromoteNode:output_type -> entente.v1.PromoteNodeResponse
+	53,  // 149: entente.v1.Admin.WhoAmI:output_type -> entente.v1.WhoAmIResponse
+	57,  // 150: entente.v1.Peer.Propose:output_type -> entente.v1.ProposeResponse
+	60,  // 151: entente.v1.Peer.Report:output_type -> entente.v1.ReportResponse
+	68,  // 152: entente.v1.Peer.Presence:output_type -> entente.v1.PresenceResponse
+	62,  // 153: entente.v1.Peer.Gate:output_type -> entente.v1.GateResponse
+	41,  // 154: entente.v1.Peer.Vouch:output_type -> entente.v1.VouchResponse
+	43,  // 155: entente.v1.Peer.Checksum:output_type -> entente.v1.ChecksumResponse
+	36,  // 156: entente.v1.Peer.Nodes:output_type -> entente.v1.ListNodesResponse
+	65,  // 157: entente.v1.Peer.MarkReady:output_type -> entente.v1.MarkReadyResponse
+	45,  // 158: entente.v1.Peer.ShowEpoch:output_type -> entente.v1.ShowEpochResponse
+	119, // [119:159] is the sub-list for method output_type
+	79,  // [79:119] is the sub-list for method input_type
+	79,  // [79:79] is the sub-list for extension type_name
+	79,  // [79:79] is the sub-list for extension extendee
+	0,   // [0:79] is the sub-list for field type_name
 }
 
 func init() { file_entente_v1_entente_proto_init() }
