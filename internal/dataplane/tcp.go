@@ -69,7 +69,7 @@ func (p *plainConn) Write(b []byte) (int, error) { return len(b), nil }
 
 func (p *plainConn) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	p.joined = true
-	return p.conn, bufio.NewReadWriter(bufio.NewReader(p.conn), bufio.NewWriter(p.conn)), nil
+	return p.conn, bufio.NewReadWriter(bufio.NewReader(p.conn), bufio.NewWriter(io.Discard)), nil
 }
 
 // toStream connects the caller with the host's own TCP service.

@@ -151,6 +151,11 @@ func TestTCP(t *testing.T) {
 			t.Errorf("%s: %d bytes, %v", service, len(got), err)
 		}
 	}
+	for range 30 { // a caller whose half ends as soon as the connection stands
+		if got, err := talk(w.carry("/portfolio", "store.banking.example"), nil); err != nil || string(got) != "hello  bye" {
+			t.Fatalf("%q, %v", got, err)
+		}
+	}
 	in := w.banking.sidecars[0].access.last("store.banking.example")
 	for field, want := range map[string]any{
 		"caller": "spiffe://trading.example/portfolio", "peer": "spiffe://banking.example/entente/gateway/gw-dc1", "method": "TCP", "outcome": "answered", "rule": "Agreement/stores",

@@ -22,17 +22,17 @@ func (s *sender) tunnel(res *http.Response) {
 		x.refuse(refusal.UpstreamOutcomeUnknown, "The service switched to a protocol nobody asked for.", "")
 		return
 	}
-	h := x.w.Header()
 	header.RemoveHop(res.Header)
 	header.RemoveProtected(res.Header)
+	answer := http.Response{StatusCode: http.StatusSwitchingProtocols, ProtoMajor: 1, ProtoMinor: 1, Header: x.w.Header()}
 	for name, values := range res.Header {
-		h[name] = values
+		answer.Header[name] = values
 	}
-	h["Connection"], h["Upgrade"] = []string{"Upgrade"}, []string{x.upgrade}
-	h[header.RequestID] = []string{x.record.requestID}
-	control := http.NewResponseController(x.w)
-	x.w.WriteHeader(http.StatusSwitchingProtocols)
-	client, buffered, err := control.Hijack()
+	answer.Header["Connection"], answer.Header["Upgrade"] = []string{"Upgrade"}, []string{x.upgrade}
+	answer.Header[header.RequestID] = []string{x.record.requestID}
+	// Taken over before the answer is written: a client that has it may end its half at
+	// once, which the server would take for the end of the request.
+	client, buffered, err := http.NewResponseController(x.w).Hijack()
 	if err != nil {
 		x.gone()
 		return
@@ -43,7 +43,7 @@ func (s *sender) tunnel(res *http.Response) {
 	if d, _ := x.r.Context().Value(downstreamKey{}).(*downstream); d != nil {
 		defer d.untrack()
 	}
-	if err := buffered.Flush(); err != nil {
+	if err := errors.Join(answer.Write(buffered), buffered.Flush()); err != nil {
 		return
 	}
 	// Not through buffered: at the end of what comes it would cancel the request's context.
