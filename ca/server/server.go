@@ -249,6 +249,7 @@ func (s *Server) serve(ctx context.Context, server *grpc.Server, listener net.Li
 	go func() { failed <- server.Serve(listener) }()
 	select {
 	case err := <-failed:
+		server.Stop() // its connections do not end with the listener
 		return err
 	case <-ctx.Done():
 	}
