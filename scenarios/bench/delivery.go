@@ -3,10 +3,10 @@ package main
 import (
 	"context"
 	"crypto/x509"
-	"errors"
 	"fmt"
 	"math/rand/v2"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
@@ -107,12 +107,13 @@ func (d *domain) taint(ctx context.Context, replaced func() error) (took time.Du
 			return err
 		}
 		active = ""
-		ready := false
+		ready, there := false, []string(nil)
 		for _, s := range list.GetAuthorities() {
 			a := s.GetAuthority()
 			if a.GetUse() != statev1.KeyUse_KEY_USE_X509 {
 				continue
 			}
+			there = append(there, fmt.Sprintf("%v waits for %v", a.GetPhase(), s.GetWaitingFor()))
 			switch a.GetPhase() {
 			case statev1.AuthorityPhase_AUTHORITY_PHASE_ACTIVE:
 				active = a.GetId()
@@ -121,7 +122,7 @@ func (d *domain) taint(ctx context.Context, replaced func() error) (took time.Du
 			}
 		}
 		if active == "" || !ready {
-			return errors.New("it is not acknowledged by all")
+			return fmt.Errorf("there are: %s", strings.Join(there, "; "))
 		}
 		return nil
 	})
