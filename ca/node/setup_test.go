@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/tls"
+	"flag"
 	"io"
 	"net/http"
 	"os"
@@ -20,6 +21,7 @@ import (
 )
 
 func TestMain(m *testing.M) {
+	_ = flag.Set("test.parallel", "5") // they wait more than they compute
 	// Raft may stop without a word on a transfer of leadership that was under way.
 	goleak.VerifyTestMain(m, goleak.IgnoreAnyFunction("github.com/entente-mesh/entente/ca/replica.(*Replica).handOver.func1"))
 }
