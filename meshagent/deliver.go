@@ -171,8 +171,8 @@ func (d *deliveries) look() {
 		}
 	}
 	var waiting []string
-	for len(d.pending) > 0 {
-		p := &d.pending[0]
+	for i := range d.pending { // each settles for itself: in a burst of changes they do so together
+		p := &d.pending[i]
 		if p.due.IsZero() {
 			if waiting = d.lacking(p.content); len(waiting) > 0 {
 				break
@@ -182,6 +182,9 @@ func (d *deliveries) look() {
 				p.due = now.Add(d.settle)
 			}
 		}
+	}
+	for len(d.pending) > 0 && !d.pending[0].due.IsZero() {
+		p := d.pending[0]
 		if p.due.After(now) {
 			later(p.due)
 			break

@@ -43,6 +43,33 @@ func picture(content uint64, under ...string) *State {
 	return &State{content: content, underIDs: under}
 }
 
+// A host on which much changes is acknowledged a settle time after the last change, and
+// not one for each: else a rotation waits for minutes.
+func TestBurstSettlesTogether(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const settle = 10 * time.Second
+		a, said := watched(settle)
+		defer a.deliveries.stop()
+		a.deliveries.applied(picture(1), 1)
+		workload := a.Deliver("workload")
+		for n := uint64(2); n <= 2*maxPendingAcks; n++ {
+			a.deliveries.applied(picture(n), n)
+			workload.Got(picture(n))
+			time.Sleep(10 * time.Millisecond)
+		}
+		time.Sleep(settle - 20*time.Millisecond)
+		synctest.Wait()
+		if said().revision == 2*maxPendingAcks {
+			t.Error("the last change is acknowledged before it has settled")
+		}
+		time.Sleep(20 * time.Millisecond)
+		synctest.Wait()
+		if said().revision != 2*maxPendingAcks {
+			t.Errorf("%d of %d are acknowledged", said().revision, 2*maxPendingAcks)
+		}
+	})
+}
+
 // The agent acknowledges what its workloads hold, a settle time after they were given
 // it, and what nobody has to be told of at once.
 func TestAcknowledgesWhatWasDelivered(t *testing.T) {
