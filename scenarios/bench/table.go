@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"fmt"
 	"os"
+	"regexp"
 	"runtime"
 	"strings"
 	"time"
@@ -114,5 +115,6 @@ func machine() string {
 		}
 	}
 	kernel, _ := os.ReadFile("/proc/sys/kernel/osrelease")
-	return fmt.Sprintf("%d cores (%s), Linux %s, %s", runtime.NumCPU(), model, strings.TrimSpace(string(kernel)), runtime.Version())
+	release := regexp.MustCompile(`^\d+\.\d+`) // who built it says nothing
+	return fmt.Sprintf("%d cores (%s), Linux %s, %s", runtime.NumCPU(), model, release.FindString(string(kernel)), runtime.Version())
 }
