@@ -217,15 +217,19 @@ func (d *domain) until(ctx context.Context, what string, is func(context.Context
 	defer cancel()
 	pause := time.NewTicker(20 * time.Millisecond)
 	defer pause.Stop()
+	var why error
 	for {
 		err := is(ctx)
 		if err == nil {
 			return nil
 		}
+		if ctx.Err() == nil || why == nil { // else it is only that time is up
+			why = err
+		}
 		select {
 		case <-pause.C:
 		case <-ctx.Done():
-			return fmt.Errorf("waiting until %s: %w", what, err)
+			return fmt.Errorf("waiting until %s: %w", what, why)
 		}
 		if died := d.processes.Died(); len(died) > 0 {
 			return died[0].Obituary()
