@@ -465,7 +465,38 @@ func (w *world) buildMesh(ctx context.Context, td *TrustDomain, bundles map[stri
 			return err
 		}
 	}
-	return w.upMesh(ctx, func(u *unit) bool { return u.domain == td.Name && u.kind != kindCA })
+	if err := w.upMesh(ctx, func(u *unit) bool { return u.domain == td.Name && u.kind != kindCA }); err != nil {
+		return err
+	}
+	for _, dc := range td.Mesh {
+		if err := w.healthy(ctx, w.find(kindAgent, td.Name, dc)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// healthy waits until an agent has found every service of its host healthy: until then
+// requests go to another datacenter.
+func (w *world) healthy(ctx context.Context, agent *unit) error {
+	return w.process(agent).Ready(ctx, func(ctx context.Context) error {
+		text, err := w.run(ctx, "service", "list", "--socket", agent.adminSocket(), "--json")
+		if err != nil {
+			return err
+		}
+		var list struct {
+			Services []struct{ Service, State, Why string }
+		}
+		if err := json.Unmarshal(text, &list); err != nil {
+			return err
+		}
+		for _, s := range list.Services {
+			if s.State != "healthy" {
+				return fmt.Errorf("%s is %s: %s", s.Service, s.State, s.Why)
+			}
+		}
+		return nil
+	})
 }
 
 // upMesh starts what is chosen: CA nodes, agents and services first, then what takes
