@@ -24,6 +24,7 @@ import (
 
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
 	"github.com/entente-mesh/entente/internal/yamlfile"
+	"github.com/entente-mesh/entente/meshagent/admin"
 	"github.com/entente-mesh/entente/scenarios/platform"
 	"github.com/entente-mesh/entente/scenarios/process"
 )
@@ -479,15 +480,10 @@ func (w *world) buildMesh(ctx context.Context, td *TrustDomain, bundles map[stri
 // healthy waits until an agent has found every service of its host healthy: until then
 // requests go to another datacenter.
 func (w *world) healthy(ctx context.Context, agent *unit) error {
+	client := admin.NewClient(agent.adminSocket())
 	return w.process(agent).Ready(ctx, func(ctx context.Context) error {
-		text, err := w.run(ctx, "service", "list", "--socket", agent.adminSocket(), "--json")
+		list, err := client.Services(ctx)
 		if err != nil {
-			return err
-		}
-		var list struct {
-			Services []struct{ Service, State, Why string }
-		}
-		if err := json.Unmarshal(text, &list); err != nil {
 			return err
 		}
 		for _, s := range list.Services {

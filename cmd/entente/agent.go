@@ -121,12 +121,17 @@ func runAgent(config *meshagent.Config, log *slog.Logger) error {
 	}
 	hangups := make(chan os.Signal, 1)
 	signal.Notify(hangups, syscall.SIGHUP)
-	go func() {
-		for range hangups {
-			log.Info("reading again", "directory", config.ServicesDir)
-			agent.Reread()
+	doors = append(doors, meshagent.Door{Name: "hangups", Run: func(ctx context.Context) error {
+		for {
+			select {
+			case <-hangups:
+				log.Info("reading again", "directory", config.ServicesDir)
+				agent.Reread()
+			case <-ctx.Done():
+				return ctx.Err()
+			}
 		}
-	}()
+	}})
 	return runUntilSignal(log, func(ctx context.Context) error { return agent.Run(ctx, doors...) })
 }
 

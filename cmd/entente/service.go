@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -56,7 +57,7 @@ func printServices(w io.Writer, list *admin.Services) error {
 	table := tabwriter.NewWriter(w, 0, 4, 2, ' ', 0)
 	fmt.Fprintln(table, "SERVICE\tSTATE\tADDRESS\tCHECK\tREQUESTS\tSOURCE\tWHY")
 	for _, s := range list.Services {
-		fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%d\t%s\t%s\n", s.Service, s.State, dash(s.Address), dash(s.Check), s.Requests, s.Source, s.Why)
+		fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%d\t%s\t%s\n", s.Service, s.State, cmp.Or(s.Address, "-"), cmp.Or(s.Check, "-"), s.Requests, s.Source, s.Why)
 		for _, hidden := range s.Hidden {
 			fmt.Fprintf(table, "\t\t\t\t\t(%s)\tdoes not count beside it\n", hidden)
 		}
@@ -68,13 +69,6 @@ func printServices(w io.Writer, list *admin.Services) error {
 		fmt.Fprintf(w, "! not used, the last good state stays: %s\n", b.Why)
 	}
 	return nil
-}
-
-func dash(s string) string {
-	if s == "" {
-		return "-"
-	}
-	return s
 }
 
 // oneService takes the only argument, the name of a service.

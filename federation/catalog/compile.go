@@ -582,10 +582,12 @@ func (c *compiler) allow(what string, allow *statev1.Allow, td spiffeid.TrustDom
 			r.http = append(r.http, match)
 		}
 	}
-	if target := c.tables.targets[allow.GetService()]; target.TCP && len(allow.GetHttp()) > 0 {
+	target := c.tables.targets[allow.GetService()]
+	if service := c.tables.services[allow.GetService()]; service != nil {
+		target = c.tables.targets[service.Name]
+	}
+	if target.TCP && len(allow.GetHttp()) > 0 {
 		c.fail("leave http out", "%s: %s speaks TCP, which has no methods and paths", what, target.Name)
-	} else if service := c.tables.services[allow.GetService()]; service != nil && service.TCP && len(allow.GetHttp()) > 0 {
-		c.fail("leave http out", "%s: %s speaks TCP, which has no methods and paths", what, service.Name)
 	}
 	if calling {
 		c.allowCalling(what, allow.GetService(), td, r, gates)
@@ -780,7 +782,7 @@ func (c *compiler) port(what string, port uint32) {
 	}
 }
 
-// run checks where something runs and by what it is recognised.
+// protocol checks what is spoken at a port.
 func (c *compiler) protocol(p statev1.Protocol, port uint32) {
 	switch {
 	case p != statev1.Protocol_PROTOCOL_UNSPECIFIED && p != statev1.Protocol_PROTOCOL_TCP:
@@ -790,6 +792,7 @@ func (c *compiler) protocol(p statev1.Protocol, port uint32) {
 	}
 }
 
+// run checks where something runs and by what it is recognised.
 func (c *compiler) run(hosts, selectors []string) {
 	if len(hosts) == 0 {
 		c.fail("list the agents, as in run: {hosts: [h1]}", "no host is listed")
