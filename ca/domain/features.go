@@ -18,7 +18,15 @@ import (
 //	2  StageObjects, ApplyStaged
 //	3  MergeBans; administrators: Command.principal, RoleBinding; hosts: AdmitAgent, selectors, scope
 //	4  Service.protocol, Import.port, Import.protocol
-const FeatureLevel = 4
+//	5  stricter rules of Apply: each asks hardened()
+const FeatureLevel = 5
+
+// levelHardened is the first level at which the stricter rules of Apply hold. Below it
+// Apply decides as the release before did, since every member must decide alike.
+const levelHardened = 5
+
+// hardened reports whether the stricter rules of Apply hold.
+func (s *State) hardened() bool { return s.FeatureLevel() >= levelHardened }
 
 // levelOf is the first level that carries a command out.
 func levelOf(cmd *statev1.Command) uint32 {
