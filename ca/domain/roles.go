@@ -221,23 +221,33 @@ func (a *Administrator) mayTake(what, id string, hosts, selectors []string) *Ref
 			a.others[host] = others
 		}
 		for _, other := range others {
-			if other.GetId() != id && !exclusive(selectors, other.GetSelectors()) {
-				return a.refuse("%s could be held on host %s by a process of another owner: give it a selector of the same kind and another value than that process has, or another host", what, host)
+			if other.GetId() != id && !a.exclusive(selectors, other.GetSelectors()) {
+				return a.refuse("%s could be held on host %s by a process that entry %s of another owner is for: give it a unix:uid, unix:user, systemd:unit or container:id whose value differs from that entry's, or another host", what, host, other.GetId())
 			}
 		}
 	}
 	return nil
 }
 
-// exclusive tells whether no process can have both sets of selectors: of one kind, that a
-// process has one value of, they want two.
-func exclusive(a, b []string) bool {
-	for _, x := range a {
+// separating kinds tell processes apart. A process has one value of each, which nobody but
+// root can give to another one. Paths do not: two paths may name one file (a symbolic
+// link, a bind mount), a process can execute another file, and of one user's processes
+// each can become the other. Nor do digests, command lines and groups.
+var separating = []string{ca.SelectorUID, ca.SelectorUser, ca.SelectorUnit, ca.SelectorContainer}
+
+// exclusive tells whether no process can match both sets of selectors: they want two
+// values of one separating kind.
+func (a *Administrator) exclusive(one, other []string) bool {
+	separates := func(kind string) bool { return slices.Contains(separating, kind) }
+	if !a.state.hardened() {
+		separates = func(kind string) bool { return kind != ca.SelectorGroup && kind != ca.SelectorRun }
+	}
+	for _, x := range one {
 		s, err := ca.ParseSelector(x)
-		if err != nil || s.Kind == ca.SelectorGroup || s.Kind == ca.SelectorRun {
+		if err != nil || !separates(s.Kind) {
 			continue
 		}
-		for _, y := range b {
+		for _, y := range other {
 			if t, err := ca.ParseSelector(y); err == nil && s.Kind == t.Kind && s.Value != t.Value {
 				return true
 			}

@@ -1,6 +1,7 @@
 package domain
 
 import (
+	"slices"
 	"strings"
 	"testing"
 
@@ -343,4 +344,51 @@ func TestRolesWaitForTheFeatureLevel(t *testing.T) {
 	}
 	w.must(level("n1", 3))
 	w.must(objects(binding("x", viewer, "/people/x"))) // control
+}
+
+// Two paths may name one file, and of one user's processes each can become the other: only
+// users, units and containers keep an entry of one owner from a process of another.
+func TestPathsTellNoOwnersProcessesApart(t *testing.T) {
+	selected := func(name, path string, selectors ...string) *statev1.Entry {
+		e := entry(name, path, "h7")
+		e.Selectors = selectors
+		return e
+	}
+	digest := func(c string) string { return strings.Repeat(c, 64) }
+	of := []string{"unix:uid:1000", "unix:user:app", "unix:gid:5", "unix:path:/opt/current/app", "unix:sha256:" + digest("a"), "unix:cmdline:" + digest("a"), "systemd:unit:app.service", "container:id:" + digest("a")}
+	for name, test := range map[string]struct {
+		selectors []string
+		apart     bool
+	}{
+		"a symbolic link to the same file": {[]string{"unix:uid:1000", "unix:path:/opt/v7/app"}, false},
+		"another digest":                   {[]string{"unix:uid:1000", "unix:sha256:" + digest("b")}, false},
+		"another command line":             {[]string{"unix:uid:1000", "unix:cmdline:" + digest("b")}, false},
+		"another group":                    {[]string{"unix:uid:1000", "unix:gid:6"}, false},
+		"the same":                         {[]string{"unix:uid:1000"}, false},
+		"another user":                     {[]string{"unix:uid:1001"}, true},
+		"another user's name":              {[]string{"unix:user:web"}, true},
+		"another unit":                     {[]string{"systemd:unit:web.service"}, true},
+		"another container":                {[]string{"container:id:" + digest("b")}, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := administered(t)
+			w.must(entries(create(selected("theirs", "/team/payments/app", of...))))
+			mine := func() *statev1.Command {
+				return as("/people/pia", entries(create(selected("mine", "/team/pay/app", test.selectors...))))
+			}
+			if weak := !slices.Equal(test.selectors, []string{"unix:uid:1000"}); weak {
+				// Below the level all members decide as the release before did.
+				if refusal := w.s.Administrator("/people/pia").MayCarryOut(mine()); refusal != nil {
+					t.Errorf("below the feature level: %v", refusal)
+				}
+			}
+			w.must(level("n1", levelHardened))
+			if !test.apart {
+				w.refused(mine(), CodeForbidden)
+				w.must(as("/people/olaf", entries(create(selected("mine", "/team/pay/app", test.selectors...))))) // control
+				return
+			}
+			w.must(mine())
+		})
+	}
 }
