@@ -28,6 +28,8 @@ func killed(t *testing.T, dir string, at int, args ...string) killpoint.Result {
 
 func killedWhere(t *testing.T, c killpoint.Command, at int) killpoint.Result {
 	t.Helper()
+	// Its user may trace it only if it does not seal its memory, which changes no file.
+	c.Args = append(c.Args, "--debuggable")
 	c.Path, c.Env = os.Args[0], append(os.Environ(), "ENTENTE_TEST_PROGRAM=entente")
 	r, err := killpoint.Run(c, at)
 	if errors.Is(err, killpoint.ErrUnsupported) {

@@ -2,6 +2,8 @@
 // chosen change that it makes to its files: it stops the program at each system call
 // (ptrace), numbers those that change something below a directory, and kills at the
 // number that is asked for. Nothing in the program knows of it, and no point is missed.
+// A program that hides its memory from its own user (PR_SET_DUMPABLE 0) is an error,
+// unless root runs it: its points cannot be told.
 // A process that is killed before each change, one run after another, has been killed
 // after each as well.
 //

@@ -4,6 +4,7 @@ package killpoint
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -198,7 +199,10 @@ func (t *tracing) call(thread int) (kill bool, err error) {
 	if info.op != atEntry {
 		return false, nil
 	}
-	name, path := t.change(thread, int(info.nr), info.args)
+	name, path, err := t.change(thread, int(info.nr), info.args)
+	if err != nil {
+		return false, err
+	}
 	file, below := strings.CutPrefix(path, t.Dir+"/")
 	if name == "" || !below || t.Counts != nil && !t.Counts(file) {
 		return false, nil
@@ -208,21 +212,23 @@ func (t *tracing) call(thread int) (kill bool, err error) {
 }
 
 // change tells a system call that changes files, and the file.
-func (t *tracing) change(thread, call int, args [6]uint64) (name, path string) {
-	held := func(name string) (string, string) {
-		path, _ := os.Readlink(fmt.Sprintf("/proc/%d/fd/%d", thread, int32(args[0])))
-		return name, path
+func (t *tracing) change(thread, call int, args [6]uint64) (name, path string, err error) {
+	held := func(name string) (string, string, error) {
+		path, err := link("/proc/%d/fd/%d", thread, int32(args[0]))
+		return name, path, err
 	}
-	at := func(name string, dir, arg uint64) (string, string) {
-		path := t.text(arg)
-		if !filepath.IsAbs(path) {
-			base, _ := os.Readlink(fmt.Sprintf("/proc/%d/cwd", thread))
+	at := func(name string, dir, arg uint64) (string, string, error) {
+		path, err := t.text(arg)
+		if err == nil && !filepath.IsAbs(path) {
+			var base string
 			if int32(dir) >= 0 {
-				base, _ = os.Readlink(fmt.Sprintf("/proc/%d/fd/%d", thread, int32(dir)))
+				base, err = link("/proc/%d/fd/%d", thread, int32(dir))
+			} else {
+				base, err = link("/proc/%d/cwd", thread)
 			}
 			path = filepath.Join(base, path)
 		}
-		return name, path
+		return name, path, err
 	}
 	switch call {
 	case syscall.SYS_WRITE:
@@ -254,18 +260,33 @@ func (t *tracing) change(thread, call int, args [6]uint64) (name, path string) {
 		const here = ^uint64(99) // AT_FDCWD
 		return at(old.name, here, args[old.arg])
 	}
-	return "", ""
+	return "", "", nil
+}
+
+// hidden is the error of a look into a program that does not allow it. Other errors are
+// the program's own, which names a file that is not open or memory that is not there: its
+// call will fail and change nothing.
+func hidden(err error) error {
+	if errors.Is(err, os.ErrPermission) {
+		return fmt.Errorf("the program hides its files and memory from its own user, so that changes would be missed; start it debuggable: %w", err)
+	}
+	return nil
+}
+
+func link(format string, args ...any) (string, error) {
+	path, err := os.Readlink(fmt.Sprintf(format, args...))
+	return path, hidden(err)
 }
 
 // text reads a string of the program's memory.
-func (t *tracing) text(address uint64) string {
+func (t *tracing) text(address uint64) (string, error) {
 	memory, err := os.Open(fmt.Sprintf("/proc/%d/mem", t.pid))
 	if err != nil {
-		return ""
+		return "", hidden(err)
 	}
 	defer memory.Close()
 	b := make([]byte, 4096)
 	n, _ := memory.ReadAt(b, int64(address)) // less, where its memory ends
 	text, _, _ := bytes.Cut(b[:n], []byte{0})
-	return string(text)
+	return string(text), nil
 }

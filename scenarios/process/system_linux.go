@@ -21,7 +21,8 @@ type Memory struct {
 	PSS int64 // resident; a page shared by n counts 1/n
 }
 
-// MemoryOf reads the memory of a process of the same user.
+// MemoryOf reads the memory of a process of the same user. One that holds keys shows it
+// to root alone, unless it was started with --debuggable.
 func MemoryOf(pid int) (Memory, error) {
 	f, err := os.Open(fmt.Sprintf("/proc/%d/smaps_rollup", pid))
 	if err != nil {
