@@ -64,12 +64,12 @@ meshagent:               ca ca/client ca/keystore federation/bundle
                          internal/peer internal/jwtsvid internal/daemon internal/yamlfile
 meshagent/nodeattest:    ca ca/client internal/daemon
 meshagent/workloadattest: ca
-meshagent/services:      ca internal/daemon internal/yamlfile
+meshagent/services:      ca internal/daemon internal/safepath internal/yamlfile
 meshagent/workloadapi:   meshagent meshagent/workloadattest federation/bundle internal/daemon internal/jwtsvid
 meshagent/sds:           meshagent meshagent/workloadattest
 meshagent/admin:         meshagent meshagent/services meshagent/workloadattest internal/daemon
 meshagent/names:         internal/daemon
-meshagent/files:         meshagent federation/bundle internal/daemon
+meshagent/files:         meshagent federation/bundle internal/daemon internal/safepath
 meshagent/sidecar:       internal/dataplane internal/daemon federation/catalog federation/origin internal/peer internal/refusal
 
 internal/dataplane:      internal/dataplane/* federation/catalog federation/origin internal/peer internal/refusal
@@ -80,6 +80,7 @@ internal/jwtsvid:
 internal/gossip:
 internal/daemon:
 internal/daemon/daemontest:
+internal/safepath:
 internal/simnet:
 internal/yamlfile:
 internal/refusal:

@@ -19,6 +19,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"os"
 	"os/exec"
@@ -33,6 +34,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 
 	"github.com/entente-mesh/entente/federation/bundle"
+	"github.com/entente-mesh/entente/internal/safepath"
 	"github.com/entente-mesh/entente/meshagent"
 )
 
@@ -135,21 +137,22 @@ func (t *target) update(ctx context.Context, state *meshagent.State) error {
 	if err != nil {
 		return err
 	}
+	users := users(identity, owner)
 	digest := sha256.New()
 	for _, f := range list {
 		fmt.Fprintf(digest, "%d:%s", len(f.data), f.data)
 	}
 	if sum := [sha256.Size]byte(digest.Sum(nil)); sum != t.written {
-		if err := write(list, owner); err != nil {
+		if err := write(list, owner, users...); err != nil {
 			return err
 		}
 		t.written, t.told = sum, false
 		t.log.Info("files written", "spiffe_id", identity.ID, "valid_until", identity.SVID.NotAfter)
 	}
 	// The certificate is of use without the tokens, and so the software is told of it.
-	unsigned := t.updateTokens(ctx, identity, owner)
+	unsigned := t.updateTokens(ctx, identity, owner, users)
 	if !t.told {
-		if err := t.tell(ctx); err != nil {
+		if err := t.tell(ctx, users); err != nil {
 			return errors.Join(unsigned, err)
 		}
 		t.told = true
@@ -158,14 +161,14 @@ func (t *target) update(ctx context.Context, state *meshagent.State) error {
 }
 
 // updateTokens writes the JWT-SVIDs that are other ones.
-func (t *target) updateTokens(ctx context.Context, identity *meshagent.Identity, owner ids) error {
+func (t *target) updateTokens(ctx context.Context, identity *meshagent.Identity, owner ids, users []int) error {
 	var errs []error
 	t.renew = time.Time{}
 	for i := range t.config.JWTs {
 		jwt := &t.config.JWTs[i]
 		token, renew, err := t.agent.FetchJWT(ctx, identity, jwt.Audience)
 		if err == nil && token != t.tokens[jwt.Path] {
-			err = write([]file{{jwt.Path, os.FileMode(t.config.Mode), []byte(token)}}, owner)
+			err = write([]file{{jwt.Path, os.FileMode(t.config.Mode), []byte(token)}}, owner, users...)
 			if err == nil {
 				t.tokens[jwt.Path], t.told = token, false
 			}
@@ -266,6 +269,26 @@ func (t *target) owner(identity *meshagent.Identity) (ids, error) {
 	return o, nil
 }
 
+// users are those whom the files are meant for: their owner and the user whom the entry
+// names. They may own directories on the way to the files and the pid file.
+func users(identity *meshagent.Identity, owner ids) (list []int) {
+	if owner.uid >= 0 {
+		list = append(list, owner.uid)
+	}
+	for _, selector := range identity.Entry.GetSelectors() {
+		text, ok := strings.CutPrefix(selector, "unix:uid:")
+		if name, named := strings.CutPrefix(selector, "unix:user:"); named {
+			if u, err := user.Lookup(name); err == nil {
+				text, ok = u.Uid, true
+			}
+		}
+		if uid, err := strconv.Atoi(text); ok && err == nil && !slices.Contains(list, uid) {
+			list = append(list, uid)
+		}
+	}
+	return list
+}
+
 // lookup reads a number, or has a name looked up.
 func lookup(name string, find func(string) (string, error)) (int, error) {
 	if id, err := strconv.ParseUint(name, 10, 31); err == nil {
@@ -279,7 +302,7 @@ func lookup(name string, find func(string) (string, error)) (int, error) {
 }
 
 // tell runs the command or sends the signal.
-func (t *target) tell(ctx context.Context) error {
+func (t *target) tell(ctx context.Context, users []int) error {
 	after := t.config.After
 	switch {
 	case len(after.Command) > 0:
@@ -297,7 +320,7 @@ func (t *target) tell(ctx context.Context) error {
 			return fmt.Errorf("files.after.command %q: %w; it said: %s", after.Command[0], err, strings.TrimSpace(string(output)))
 		}
 	case after.Signal != "":
-		return signal(after.PIDFile, signals[after.Signal])
+		return signal(after.PIDFile, signals[after.Signal], users)
 	}
 	return nil
 }
@@ -306,27 +329,58 @@ var signals = map[string]syscall.Signal{"HUP": syscall.SIGHUP, "USR1": syscall.S
 
 // signal signals the process of a pid file. That it does not run is no failure: it
 // reads the files when it starts.
-func signal(pidFile string, s syscall.Signal) error {
-	text, err := os.ReadFile(pidFile)
+//
+// What the file says is worth as much as who can change it: if that is one of the users,
+// the process must be that user's own, whom he could signal himself. Otherwise it must be
+// root's, the agent's or one of the users'.
+func signal(pidFile string, s syscall.Signal, users []int) error {
+	f, by, err := safepath.OpenFile(pidFile, users...)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil
 	}
 	if err != nil {
 		return fmt.Errorf("files.after.pidFile: %w", err)
 	}
-	pid, err := strconv.ParseInt(strings.TrimSpace(string(text[:min(len(text), 32)])), 10, 32)
+	defer f.Close()
+	text, err := io.ReadAll(io.LimitReader(f, 32))
+	if err != nil {
+		return fmt.Errorf("files.after.pidFile: %w", err)
+	}
+	pid, err := strconv.ParseInt(strings.TrimSpace(string(text)), 10, 32)
 	if err != nil || pid <= 1 {
 		return fmt.Errorf("files.after.pidFile: %s holds no process number", pidFile)
 	}
-	process, err := os.FindProcess(int(pid))
-	if err != nil {
-		return err
+	of := by
+	switch len(by) {
+	case 0:
+		of = append([]int{0, os.Geteuid()}, users...)
+	case 1:
+	default:
+		return fmt.Errorf("files.after.pidFile: users %d can change %s: it must be one user's", by, pidFile)
 	}
-	defer process.Release()
-	if err := process.Signal(s); err != nil && !errors.Is(err, os.ErrProcessDone) {
-		return fmt.Errorf("files.after.signal: process %d: %w", pid, err)
+	err = kill(int(pid), s, of)
+	if errors.Is(err, syscall.ESRCH) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("files.after.signal: process %d of %s: %w", pid, pidFile, err)
 	}
 	return nil
+}
+
+// checkUser refuses a process that is not wholly one of these users'.
+func checkUser(real, effective int, of []int) error {
+	for _, uid := range []int{real, effective} {
+		if !slices.Contains(of, uid) {
+			return fmt.Errorf("it runs as uid %d, and only a process of uid %s is signalled: see files.owner and the owner of the pid file", uid, list(of))
+		}
+	}
+	return nil
+}
+
+func list(uids []int) string {
+	uids = slices.Compact(slices.Sorted(slices.Values(uids)))
+	return strings.Trim(strings.ReplaceAll(fmt.Sprint(uids), " ", " or "), "[]")
 }
 
 // tail keeps the end of what is written to it.

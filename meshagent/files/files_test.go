@@ -240,27 +240,27 @@ func TestKeyGoesToTheEntrysUser(t *testing.T) {
 func TestSignal(t *testing.T) {
 	dir := t.TempDir()
 	pid := filepath.Join(dir, "pid")
-	if err := signal(pid, syscall.SIGHUP); err != nil {
+	if err := signal(pid, syscall.SIGHUP, nil); err != nil {
 		t.Errorf("no pid file: %v", err)
 	}
 	for _, bad := range []string{"", "x", "-1", "0", "1", "99999999999999999999", strings.Repeat("1", 1000)} {
 		if err := os.WriteFile(pid, []byte(bad), 0o644); err != nil {
 			t.Fatal(err)
 		}
-		if err := signal(pid, syscall.Signal(0)); err == nil {
+		if err := signal(pid, syscall.Signal(0), nil); err == nil {
 			t.Errorf("%.20q was taken", bad)
 		}
 	}
 	if err := os.WriteFile(pid, []byte(strconv.Itoa(os.Getpid())+"\n"), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	if err := signal(pid, syscall.Signal(0)); err != nil {
+	if err := signal(pid, syscall.Signal(0), nil); err != nil {
 		t.Errorf("own process: %v", err)
 	}
 	if err := os.WriteFile(pid, []byte("4194000\n"), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	if err := signal(pid, syscall.SIGHUP); err != nil {
+	if err := signal(pid, syscall.SIGHUP, nil); err != nil {
 		t.Errorf("a process that has ended: %v", err)
 	}
 }

@@ -7,6 +7,8 @@ import (
 	"os"
 	"path/filepath"
 	"syscall"
+
+	"github.com/entente-mesh/entente/internal/safepath"
 )
 
 // file is one file as it should be.
@@ -16,17 +18,20 @@ type file struct {
 	data []byte
 }
 
-// draft is a file that is complete but for its name. Its directory is held open:
-// who may replace that directory by a link cannot lead the rename elsewhere.
+// draft is a file that is complete but for its name, in an open directory.
 type draft struct {
-	dir  *os.Root
+	dir  *safepath.Dir
 	name string // under which it stands now
 	base string // under which it is to stand
 }
 
 // write makes all files complete beside their places and then puts them there, in
-// order. If one cannot be made, none is put.
-func write(list []file, owner ids) error {
+// order. If one cannot be made, none is put. The files' owner and these users are the
+// only ones besides root and the agent's user who may own directories on the way.
+func write(list []file, owner ids, users ...int) error {
+	if owner.uid >= 0 {
+		users = append([]int{owner.uid}, users...)
+	}
 	var drafts []draft
 	defer func() {
 		for _, d := range drafts {
@@ -37,7 +42,7 @@ func write(list []file, owner ids) error {
 		}
 	}()
 	for _, f := range list {
-		dir, err := os.OpenRoot(filepath.Dir(f.path))
+		dir, err := safepath.OpenDir(filepath.Dir(f.path), users...)
 		if err != nil {
 			return fmt.Errorf("cannot write %s: %w", f.path, err)
 		}
@@ -45,7 +50,7 @@ func write(list []file, owner ids) error {
 		d := &drafts[len(drafts)-1]
 		name := "." + d.base + "." + rand.Text()[:8]
 		// Nobody else can read it before it has its owner.
-		w, err := dir.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+		w, err := dir.Create(name, 0o600)
 		if err != nil {
 			return fmt.Errorf("cannot write %s: %w", f.path, err)
 		}
@@ -65,7 +70,7 @@ func write(list []file, owner ids) error {
 		d.name = ""
 	}
 	for i, d := range drafts {
-		if err := syncDir(d.dir); err != nil {
+		if err := d.dir.Sync(); err != nil {
 			return fmt.Errorf("cannot sync the directory of %s: %w", list[i].path, err)
 		}
 	}
@@ -85,13 +90,4 @@ func fill(w *os.File, f file, owner ids) error {
 		return err
 	}
 	return w.Sync()
-}
-
-func syncDir(root *os.Root) error {
-	dir, err := root.Open(".")
-	if err != nil {
-		return err
-	}
-	defer dir.Close()
-	return dir.Sync()
 }

@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"github.com/entente-mesh/entente/internal/daemon"
+	"github.com/entente-mesh/entente/internal/safepath"
 	"github.com/entente-mesh/entente/internal/yamlfile"
 )
 
@@ -368,10 +369,7 @@ func stampOf(info fs.FileInfo) string {
 func (r *Registry) readDir() {
 	found, err := r.entries()
 	if err == nil && len(found) > 0 {
-		var info fs.FileInfo
-		if info, err = os.Stat(r.dir); err == nil {
-			err = trustworthy(r.dir, info)
-		}
+		err = r.trustworthyDir()
 	}
 	if err != nil {
 		r.complain(r.dir, err)
@@ -441,15 +439,12 @@ func notTwice(registrations []Registration, first map[string]string) error {
 }
 
 func readFile(path string) ([]Registration, error) {
-	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // a FIFO waits for nobody
+	f, _, err := safepath.OpenFile(path)
 	if err != nil {
-		return nil, err
+		return nil, unsafePath(err)
 	}
 	defer f.Close()
 	info, err := f.Stat()
-	if err == nil && !info.Mode().IsRegular() {
-		err = fmt.Errorf("%s is not a file", path)
-	}
 	if err == nil {
 		err = trustworthy(path, info)
 	}
@@ -457,6 +452,27 @@ func readFile(path string) ([]Registration, error) {
 		return nil, err
 	}
 	return Read(path, f)
+}
+
+func (r *Registry) trustworthyDir() error {
+	dir, err := safepath.OpenDir(r.dir)
+	if err != nil {
+		return unsafePath(err)
+	}
+	defer dir.Close()
+	info, err := dir.Stat()
+	if err != nil {
+		return err
+	}
+	return trustworthy(r.dir, info)
+}
+
+// unsafePath says why it matters.
+func unsafePath(err error) error {
+	if errors.Is(err, safepath.ErrUnsafe) {
+		return fmt.Errorf("commands of registrations run as the agent: %w", err)
+	}
+	return err
 }
 
 // trustworthy refuses what somebody else than root and the agent's user may change:
