@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -74,7 +75,7 @@ func listenUnix(path string, mode fs.FileMode) (net.Listener, error) {
 		return nil, fmt.Errorf("its path has %d bytes and the system allows %d: choose a shorter one", len(path), maxSocketPath)
 	}
 	dir := filepath.Dir(path)
-	unlock, err := lockDir(dir)
+	unlock, err := lockSocket(path, lockWait)
 	if err != nil {
 		return nil, err
 	}
@@ -107,7 +108,8 @@ func listenUnix(path string, mode fs.FileMode) (net.Listener, error) {
 }
 
 func place(draft, path string, mode fs.FileMode) (fs.FileInfo, error) {
-	if err := os.Chmod(draft, mode); err != nil {
+	// Who may change the directory could put a link there.
+	if err := chmodSocket(draft, mode); err != nil {
 		return nil, err
 	}
 	own, err := os.Lstat(draft)
@@ -117,20 +119,94 @@ func place(draft, path string, mode fs.FileMode) (fs.FileInfo, error) {
 	return own, os.Rename(draft, path)
 }
 
-// lockDir keeps two processes that start at the same moment from both finding the same stale socket.
-func lockDir(dir string) (unlock func(), err error) {
-	f, err := os.Open(dir)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("directory %s does not exist: create it: %w", dir, err)
+const (
+	lockWait  = 5 * time.Second // for another process that opens the same socket, which takes no time
+	lockRetry = 10 * time.Millisecond
+)
+
+// lockSocket keeps two processes that start at the same moment from both finding the same stale socket. The lock is on a
+// file that no other user can open, beside the socket: whoever can open a file can hold a lock on it for ever.
+func lockSocket(path string, wait time.Duration) (unlock func(), err error) {
+	dir, name := filepath.Split(path)
+	lock := filepath.Join(dir, "."+name+".lock")
+	for end := time.Now().Add(wait); ; time.Sleep(lockRetry) {
+		f, err := openLock(lock)
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil, fmt.Errorf("directory %s does not exist: create it: %w", filepath.Clean(dir), err)
+		}
+		if errors.Is(err, syscall.EACCES) {
+			return nil, fmt.Errorf("no permission to create files in %s, or another user has made %s: %w", filepath.Clean(dir), lock, err)
+		}
+		if err != nil {
+			return nil, err
+		}
+		err = syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
+		if err == nil && inPlace(f, lock) {
+			// For whoever waits in vain.
+			if err := f.Truncate(0); err == nil {
+				fmt.Fprintf(f, "%d\n", os.Getpid())
+			}
+			return func() {
+				os.Remove(lock) // while it is held: see inPlace
+				f.Close()
+			}, nil
+		}
+		holder := ""
+		if err != nil {
+			holder = lockHolder(f)
+		}
+		f.Close()
+		if err != nil && !errors.Is(err, syscall.EWOULDBLOCK) && !errors.Is(err, syscall.EINTR) {
+			return nil, fmt.Errorf("locking %s: %w", lock, err)
+		}
+		if time.Now().After(end) {
+			return nil, fmt.Errorf("%s has held the lock file %s for %s: end it, or choose another path", holder, lock, wait)
+		}
 	}
+}
+
+// openLock opens a lock file that nobody but this process's user and root can open.
+func openLock(path string) (*os.File, error) {
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0o600)
 	if err != nil {
 		return nil, err
 	}
-	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX); err != nil {
-		f.Close()
-		return nil, fmt.Errorf("locking %s: %w", dir, err)
+	info, err := f.Stat()
+	if err == nil {
+		switch is, ok := info.Sys().(*syscall.Stat_t); {
+		case !info.Mode().IsRegular():
+			err = fmt.Errorf("%s is not a regular file: remove it", path)
+		case !ok || is.Uid != 0 && int(is.Uid) != os.Geteuid():
+			err = fmt.Errorf("the lock file %s belongs to uid %d, who could hold it for ever: remove it, or choose a directory in which only root and this process's user can create files", path, is.Uid)
+		case info.Mode().Perm()&0o077 != 0:
+			err = fmt.Errorf("the lock file %s has mode %04o, so that other users could hold it for ever: remove it", path, info.Mode().Perm())
+		}
 	}
-	return func() { f.Close() }, nil
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
+}
+
+// inPlace tells whether the file that was locked still has its name: the process before removes it.
+func inPlace(f *os.File, path string) bool {
+	held, err := f.Stat()
+	if err != nil {
+		return false
+	}
+	now, err := os.Lstat(path)
+	return err == nil && os.SameFile(held, now)
+}
+
+// lockHolder says who holds a lock file, as far as it tells.
+func lockHolder(f *os.File) string {
+	text := make([]byte, 16)
+	n, _ := f.ReadAt(text, 0)
+	if pid, err := strconv.Atoi(strings.TrimSpace(string(text[:n]))); err == nil && pid > 0 {
+		return fmt.Sprintf("process %d", pid)
+	}
+	return "another process"
 }
 
 func checkStale(path string) error {
