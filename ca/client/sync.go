@@ -16,6 +16,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
+	"github.com/entente-mesh/entente/ca"
 )
 
 const (
@@ -339,7 +340,7 @@ func (s *syncer) greet(session *session) error {
 	if s.full {
 		resume = 0
 	}
-	hello := &ententev1.Hello{ResumeRevision: resume, BootId: s.cfg.BootID, Connect: connect}
+	hello := &ententev1.Hello{ResumeRevision: resume, BootId: s.cfg.BootID, Connect: connect, Level: ca.SyncLevel}
 	if err := session.stream.Send(&ententev1.SyncRequest{Message: &ententev1.SyncRequest_Hello{Hello: hello}}); err != nil {
 		return err
 	}

@@ -54,6 +54,7 @@ type Subscriber struct {
 	EntryID string // of a workload that listens, a gateway for example; empty for an agent
 	Path    string // SPIFFE path, for logs and the ready gate's report
 	Version presence.Version
+	Level   uint32 // of its Hello: what its software understands
 }
 
 // key names the subscriber among sessions: one identity may stand on several hosts.
@@ -86,6 +87,8 @@ type Feed struct {
 	// ReissueRate is how many SVIDs the domain's CA nodes are asked to sign in a second
 	// when an authority is tainted; 0: the default. Set before the feed is used.
 	ReissueRate float64
+
+	levels levels
 
 	mu       sync.Mutex
 	ring     []entry // circular; the change with number n is at n % len
@@ -125,6 +128,7 @@ func New(self string, revision uint64, ringSize int) *Feed {
 		sessions: make(map[string]*Session),
 		watchers: make(map[*Watcher]struct{}),
 		table:    presence.New(self),
+		levels:   sinceLevel,
 	}
 	f.isolated.Store(&map[string]*statev1.Distrust{})
 	f.unagreed.Store(&map[string]*statev1.ForeignBundle{})
@@ -218,6 +222,12 @@ type Session struct {
 	acked   uint64   // revision of the last acknowledgement
 	tainted []string // as it was told last
 
+	older   bool              // there is something that its software does not know
+	tooOld  map[string]string // what restricts and it cannot enforce, by record
+	skipped []string          // what it does not know, as it says
+
+	toldTooOld []string // as it was told last
+
 	// waits are those on its host that do not hold what it was told, as it says.
 	waits []string
 
@@ -275,6 +285,8 @@ func (f *Feed) Subscribe(now time.Time, st *domain.State, who Subscriber, resume
 		all:     true,
 		dirty:   make(map[presence.Key]struct{}),
 		foreign: make(map[string]struct{}),
+		older:   f.levels.below(who.Level),
+		tooOld:  make(map[string]string),
 	}
 	if agent, ok := st.Agent(who.Agent); ok {
 		s.agentKey = agent.GetKeyId()
@@ -349,6 +361,11 @@ type Update struct {
 	Tainted         []string // authority ids: all, if TaintedChanged
 	TaintedChanged  bool
 	Reissue         time.Duration // over which renewals because of Tainted are to be spread
+
+	TooOld        []string // what restricts and the subscriber cannot enforce: all, if TooOldChanged
+	TooOldChanged bool
+
+	withheld map[string]bool // keys of objects of a kind that the subscriber does not know
 }
 
 // OwnBundle is what the domain's own bundle holds.
@@ -436,6 +453,7 @@ func (s *Session) everything(st *domain.State) Update {
 		}
 	}
 	slices.SortFunc(u.ForeignBundles, compareBundles)
+	s.forLevel(st, &u)
 	return u
 }
 
@@ -524,6 +542,7 @@ func (s *Session) delta(st *domain.State) (u Update, relevant bool) {
 		return compare(domain.ObjectKey(a), domain.ObjectKey(b))
 	})
 	slices.Sort(u.DeletedObjects)
+	s.forLevel(st, &u)
 	return u, relevant
 }
 

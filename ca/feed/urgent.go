@@ -74,6 +74,7 @@ func (s *Session) Urgent(st *domain.State) (Urgent, bool) {
 			}
 		}
 	}
+	u.Distrust = s.distrustForLevel(u.Distrust)
 	s.ahead = f.next
 	u.Tainted = st.Tainted()
 	if len(u.Distrust)+len(u.Foreign) == 0 && slices.Equal(u.Tainted, s.tainted) {

@@ -62,6 +62,9 @@ func (d adminDoor) Status(ctx context.Context, _ *ententev1.StatusRequest) (*ent
 	for _, behind := range subscribers.Behind[:min(len(subscribers.Behind), 10)] {
 		resp.WaitingFor = append(resp.WaitingFor, behind.Name)
 	}
+	for _, o := range s.Feed.Older() {
+		resp.Older = append(resp.Older, &ententev1.SubscriberLevel{Name: o.Name, Level: o.Level, TooOld: o.TooOld, Skipped: o.Skipped})
+	}
 	for _, i := range s.Isolated() {
 		resp.Isolated = append(resp.Isolated, i.toWire())
 	}

@@ -99,7 +99,8 @@ func (d syncDoor) Sync(stream ententev1.Sync_SyncServer) error {
 					session.Holds(m.Ack.GetAuthorities())
 				}
 				session.Ack(m.Ack.GetRevision())
-				session.Waits(checkWaits(m.Ack.GetWaitingFor()))
+				session.Waits(checkNames(m.Ack.GetWaitingFor(), 10))
+				session.Skipped(checkNames(m.Ack.GetSkipped(), feed.MostTooOld))
 			case *ententev1.SyncRequest_Report:
 				instances, refused := s.checkReport(c, m.Report.GetInstances())
 				if refused != nil && !warned {
@@ -140,9 +141,9 @@ func checkHeld(authorities []string) error {
 	return nil
 }
 
-// checkWaits cuts what a subscriber may have this node remember for people.
-func checkWaits(names []string) []string {
-	const most, longest = 10, 100
+// checkNames cuts what a subscriber may have this node remember for people.
+func checkNames(names []string, most int) []string {
+	const longest = 100
 	names = slices.Clone(names[:min(len(names), most)])
 	for i, name := range names {
 		names[i] = strings.ToValidUTF8(strings.Map(func(r rune) rune {
@@ -183,6 +184,7 @@ func (s *Server) subscribe(ctx context.Context, c caller, hello *ententev1.Hello
 		Path:    c.id.Path(),
 		Version: presence.Version{BootID: hello.GetBootId(), Connect: hello.GetConnect()},
 	}
+	who.Level = hello.GetLevel()
 	who.Agent, who.EntryID = c.agent.GetName(), c.entry.GetId()
 	deadline := time.Now().Add(catchUpTimeout)
 	for {

@@ -131,6 +131,9 @@ func (s *Server) policyToWire(u feed.Update, hint time.Duration) ([]*ententev1.P
 	if u.TaintedChanged {
 		chunk.TaintedChanged, chunk.Tainted, chunk.ReissueWithinMs = true, u.Tainted, milliseconds(u.Reissue)
 	}
+	if u.TooOldChanged {
+		chunk.TooOldChanged, chunk.TooOld = true, u.TooOld
+	}
 	chunk.Last, chunk.Revision = true, u.Revision
 	return chunks, nil
 }

@@ -277,6 +277,9 @@ func printStatus(w io.Writer, s *ententev1.StatusResponse) error {
 		acks = fmt.Sprintf("up to %s: waiting for %s", ca.Revision(s.GetAcknowledgedRevision()), strings.Join(s.GetWaitingFor(), ", "))
 	}
 	fmt.Fprintf(table, "SUBSCRIBERS\t%d here; %s\n", s.GetSubscribers(), acks)
+	for _, o := range s.GetOlder() {
+		fmt.Fprintf(table, "%s\n", olderText(o))
+	}
 	for _, i := range s.GetIsolated() {
 		line := fmt.Sprintf("agent %s by %s since %s", i.GetAgent().GetName(), i.GetWho(), clockTime(time.Unix(i.GetUnixSeconds(), 0)))
 		if i.GetReason() != "" {
@@ -368,6 +371,17 @@ func printRotation(w io.Writer, s *ententev1.StatusResponse) {
 				short(u.GetActive(), u.GetActiveSeconds()), short(u.GetNext(), u.GetNextSeconds()), acknowledged)
 		}
 	}
+}
+
+// olderText is the line about a subscriber that does not understand everything.
+func olderText(o *ententev1.SubscriberLevel) string {
+	if len(o.GetTooOld()) > 0 {
+		return fmt.Sprintf("TOO OLD\t%s (level %d) cannot enforce %s: upgrade it", o.GetName(), o.GetLevel(), strings.Join(o.GetTooOld(), ", "))
+	}
+	if len(o.GetSkipped()) > 0 {
+		return fmt.Sprintf("OLDER\t%s (level %d) skips %s", o.GetName(), o.GetLevel(), strings.Join(o.GetSkipped(), ", "))
+	}
+	return fmt.Sprintf("OLDER\t%s (level %d)", o.GetName(), o.GetLevel())
 }
 
 func upstreamText(up *ententev1.Upstream) string {

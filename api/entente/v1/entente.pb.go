@@ -476,8 +476,10 @@ type Hello struct {
 	ResumeRevision uint64                 `protobuf:"varint,1,opt,name=resume_revision,json=resumeRevision,proto3" json:"resume_revision,omitempty"` // 0: send the full state
 	BootId         string                 `protobuf:"bytes,2,opt,name=boot_id,json=bootId,proto3" json:"boot_id,omitempty"`                          // random per process start
 	Connect        uint64                 `protobuf:"varint,3,opt,name=connect,proto3" json:"connect,omitempty"`                                     // counts this process's connects
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// What the subscriber's software understands; 0: the release before levels. ca.SyncLevel.
+	Level         uint32 `protobuf:"varint,260,opt,name=level,proto3" json:"level,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Hello) Reset() {
@@ -531,6 +533,13 @@ func (x *Hello) GetConnect() uint64 {
 	return 0
 }
 
+func (x *Hello) GetLevel() uint32 {
+	if x != nil {
+		return x.Level
+	}
+	return 0
+}
+
 // Ack: what the subscriber has applied and its workloads hold.
 type Ack struct {
 	state    protoimpl.MessageState `protogen:"open.v1"`
@@ -540,8 +549,10 @@ type Ack struct {
 	Authorities      []string `protobuf:"bytes,10,rep,name=authorities,proto3" json:"authorities,omitempty"`
 	AuthoritiesKnown bool     `protobuf:"varint,11,opt,name=authorities_known,json=authoritiesKnown,proto3" json:"authorities_known,omitempty"` // false: it does not say
 	WaitingFor       []string `protobuf:"bytes,90,rep,name=waiting_for,json=waitingFor,proto3" json:"waiting_for,omitempty"`                    // who on its host does not hold what came since, at most 10
-	unknownFields    protoimpl.UnknownFields
-	sizeCache        protoimpl.SizeCache
+	// What the CA sent and the subscriber does not know, at most 32: "Object: field 300".
+	Skipped       []string `protobuf:"bytes,260,rep,name=skipped,proto3" json:"skipped,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Ack) Reset() {
@@ -598,6 +609,13 @@ func (x *Ack) GetAuthoritiesKnown() bool {
 func (x *Ack) GetWaitingFor() []string {
 	if x != nil {
 		return x.WaitingFor
+	}
+	return nil
+}
+
+func (x *Ack) GetSkipped() []string {
+	if x != nil {
+		return x.Skipped
 	}
 	return nil
 }
@@ -954,8 +972,12 @@ type Policy struct {
 	Tainted         []string               `protobuf:"bytes,22,rep,name=tainted,proto3" json:"tainted,omitempty"`                                        // whole list when tainted_changed
 	TaintedChanged  bool                   `protobuf:"varint,23,opt,name=tainted_changed,json=taintedChanged,proto3" json:"tainted_changed,omitempty"`
 	ReissueWithinMs uint32                 `protobuf:"varint,24,opt,name=reissue_within_ms,json=reissueWithinMs,proto3" json:"reissue_within_ms,omitempty"` // beside tainted
-	unknownFields   protoimpl.UnknownFields
-	sizeCache       protoimpl.SizeCache
+	// What restricts and the subscriber cannot enforce, being of a lower level: whole list
+	// when too_old_changed, at most 32. Empty: it enforces everything.
+	TooOld        []string `protobuf:"bytes,260,rep,name=too_old,json=tooOld,proto3" json:"too_old,omitempty"`
+	TooOldChanged bool     `protobuf:"varint,261,opt,name=too_old_changed,json=tooOldChanged,proto3" json:"too_old_changed,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Policy) Reset() {
@@ -1105,6 +1127,20 @@ func (x *Policy) GetReissueWithinMs() uint32 {
 		return x.ReissueWithinMs
 	}
 	return 0
+}
+
+func (x *Policy) GetTooOld() []string {
+	if x != nil {
+		return x.TooOld
+	}
+	return nil
+}
+
+func (x *Policy) GetTooOldChanged() bool {
+	if x != nil {
+		return x.TooOldChanged
+	}
+	return false
 }
 
 type Bundle struct {
@@ -1326,9 +1362,13 @@ func (x *SignX509Request) GetRequests() []*X509Request {
 }
 
 type X509Request struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	EntryId       string                 `protobuf:"bytes,1,opt,name=entry_id,json=entryId,proto3" json:"entry_id,omitempty"` // empty: the agent's own SVID
-	Csr           []byte                 `protobuf:"bytes,2,opt,name=csr,proto3" json:"csr,omitempty"`                        // PKCS#10, DER; only its key is used
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	EntryId string                 `protobuf:"bytes,1,opt,name=entry_id,json=entryId,proto3" json:"entry_id,omitempty"` // empty: the agent's own SVID
+	Csr     []byte                 `protobuf:"bytes,2,opt,name=csr,proto3" json:"csr,omitempty"`                        // PKCS#10, DER; only its key is used
+	// Of the entry as the agent holds it: SHA-256 of its canonical encoding (ca.RecordHash),
+	// and its revision. Empty: an agent of before levels.
+	Record        []byte `protobuf:"bytes,260,opt,name=record,proto3" json:"record,omitempty"`
+	EntryRevision uint64 `protobuf:"varint,261,opt,name=entry_revision,json=entryRevision,proto3" json:"entry_revision,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1375,6 +1415,20 @@ func (x *X509Request) GetCsr() []byte {
 		return x.Csr
 	}
 	return nil
+}
+
+func (x *X509Request) GetRecord() []byte {
+	if x != nil {
+		return x.Record
+	}
+	return nil
+}
+
+func (x *X509Request) GetEntryRevision() uint64 {
+	if x != nil {
+		return x.EntryRevision
+	}
+	return 0
 }
 
 type SignX509Response struct {
@@ -1529,6 +1583,8 @@ type JWTRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	EntryId       string                 `protobuf:"bytes,1,opt,name=entry_id,json=entryId,proto3" json:"entry_id,omitempty"`
 	Audience      []string               `protobuf:"bytes,2,rep,name=audience,proto3" json:"audience,omitempty"` // at least one
+	Record        []byte                 `protobuf:"bytes,260,opt,name=record,proto3" json:"record,omitempty"`   // as in X509Request
+	EntryRevision uint64                 `protobuf:"varint,261,opt,name=entry_revision,json=entryRevision,proto3" json:"entry_revision,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1575,6 +1631,20 @@ func (x *JWTRequest) GetAudience() []string {
 		return x.Audience
 	}
 	return nil
+}
+
+func (x *JWTRequest) GetRecord() []byte {
+	if x != nil {
+		return x.Record
+	}
+	return nil
+}
+
+func (x *JWTRequest) GetEntryRevision() uint64 {
+	if x != nil {
+		return x.EntryRevision
+	}
+	return 0
 }
 
 type SignJWTResponse struct {
@@ -1668,7 +1738,9 @@ func (x *SignWITRequest) GetRequests() []*WITRequest {
 type WITRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	EntryId       string                 `protobuf:"bytes,1,opt,name=entry_id,json=entryId,proto3" json:"entry_id,omitempty"`
-	Csr           []byte                 `protobuf:"bytes,2,opt,name=csr,proto3" json:"csr,omitempty"` // PKCS#10, DER, signed with the key that the token will name
+	Csr           []byte                 `protobuf:"bytes,2,opt,name=csr,proto3" json:"csr,omitempty"`         // PKCS#10, DER, signed with the key that the token will name
+	Record        []byte                 `protobuf:"bytes,260,opt,name=record,proto3" json:"record,omitempty"` // as in X509Request
+	EntryRevision uint64                 `protobuf:"varint,261,opt,name=entry_revision,json=entryRevision,proto3" json:"entry_revision,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1715,6 +1787,20 @@ func (x *WITRequest) GetCsr() []byte {
 		return x.Csr
 	}
 	return nil
+}
+
+func (x *WITRequest) GetRecord() []byte {
+	if x != nil {
+		return x.Record
+	}
+	return nil
+}
+
+func (x *WITRequest) GetEntryRevision() uint64 {
+	if x != nil {
+		return x.EntryRevision
+	}
+	return 0
 }
 
 type SignWITResponse struct {
@@ -1886,6 +1972,7 @@ type StatusResponse struct {
 	Isolated             []*Isolation           `protobuf:"bytes,120,rep,name=isolated,proto3" json:"isolated,omitempty"`                                                      // by this node, and not agreed yet
 	AcknowledgedRevision uint64                 `protobuf:"varint,121,opt,name=acknowledged_revision,json=acknowledgedRevision,proto3" json:"acknowledged_revision,omitempty"` // minimum over this node's subscribers
 	WaitingFor           []string               `protobuf:"bytes,122,rep,name=waiting_for,json=waitingFor,proto3" json:"waiting_for,omitempty"`                                // of these who does not hold this revision, the furthest behind first, at most 10
+	Older                []*SubscriberLevel     `protobuf:"bytes,260,rep,name=older,proto3" json:"older,omitempty"`                                                            // subscribers of this node that do not understand everything, at most 64
 	unknownFields        protoimpl.UnknownFields
 	sizeCache            protoimpl.SizeCache
 }
@@ -2109,6 +2196,83 @@ func (x *StatusResponse) GetWaitingFor() []string {
 	return nil
 }
 
+func (x *StatusResponse) GetOlder() []*SubscriberLevel {
+	if x != nil {
+		return x.Older
+	}
+	return nil
+}
+
+// SubscriberLevel is a subscriber whose software is older than this node's, or that was
+// sent something it does not know.
+type SubscriberLevel struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Level         uint32                 `protobuf:"varint,2,opt,name=level,proto3" json:"level,omitempty"`                // of its Hello
+	TooOld        []string               `protobuf:"bytes,3,rep,name=too_old,json=tooOld,proto3" json:"too_old,omitempty"` // what restricts and it cannot enforce
+	Skipped       []string               `protobuf:"bytes,4,rep,name=skipped,proto3" json:"skipped,omitempty"`             // what it says that it does not know
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SubscriberLevel) Reset() {
+	*x = SubscriberLevel{}
+	mi := &file_entente_v1_entente_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SubscriberLevel) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SubscriberLevel) ProtoMessage() {}
+
+func (x *SubscriberLevel) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SubscriberLevel.ProtoReflect.Descriptor instead.
+func (*SubscriberLevel) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *SubscriberLevel) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *SubscriberLevel) GetLevel() uint32 {
+	if x != nil {
+		return x.Level
+	}
+	return 0
+}
+
+func (x *SubscriberLevel) GetTooOld() []string {
+	if x != nil {
+		return x.TooOld
+	}
+	return nil
+}
+
+func (x *SubscriberLevel) GetSkipped() []string {
+	if x != nil {
+		return x.Skipped
+	}
+	return nil
+}
+
 // Upstream is the root that certifies a node's X.509 authorities.
 type Upstream struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -2121,7 +2285,7 @@ type Upstream struct {
 
 func (x *Upstream) Reset() {
 	*x = Upstream{}
-	mi := &file_entente_v1_entente_proto_msgTypes[28]
+	mi := &file_entente_v1_entente_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2133,7 +2297,7 @@ func (x *Upstream) String() string {
 func (*Upstream) ProtoMessage() {}
 
 func (x *Upstream) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[28]
+	mi := &file_entente_v1_entente_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2146,7 +2310,7 @@ func (x *Upstream) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Upstream.ProtoReflect.Descriptor instead.
 func (*Upstream) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{28}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *Upstream) GetKeyId() string {
@@ -2184,7 +2348,7 @@ type Autonomy struct {
 
 func (x *Autonomy) Reset() {
 	*x = Autonomy{}
-	mi := &file_entente_v1_entente_proto_msgTypes[29]
+	mi := &file_entente_v1_entente_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2196,7 +2360,7 @@ func (x *Autonomy) String() string {
 func (*Autonomy) ProtoMessage() {}
 
 func (x *Autonomy) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[29]
+	mi := &file_entente_v1_entente_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2209,7 +2373,7 @@ func (x *Autonomy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Autonomy.ProtoReflect.Descriptor instead.
 func (*Autonomy) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{29}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *Autonomy) GetMemberId() string {
@@ -2265,7 +2429,7 @@ type UseAutonomy struct {
 
 func (x *UseAutonomy) Reset() {
 	*x = UseAutonomy{}
-	mi := &file_entente_v1_entente_proto_msgTypes[30]
+	mi := &file_entente_v1_entente_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2277,7 +2441,7 @@ func (x *UseAutonomy) String() string {
 func (*UseAutonomy) ProtoMessage() {}
 
 func (x *UseAutonomy) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[30]
+	mi := &file_entente_v1_entente_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2290,7 +2454,7 @@ func (x *UseAutonomy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UseAutonomy.ProtoReflect.Descriptor instead.
 func (*UseAutonomy) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{30}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *UseAutonomy) GetUse() v1.KeyUse {
@@ -2366,7 +2530,7 @@ type MemberStatus struct {
 
 func (x *MemberStatus) Reset() {
 	*x = MemberStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[31]
+	mi := &file_entente_v1_entente_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2378,7 +2542,7 @@ func (x *MemberStatus) String() string {
 func (*MemberStatus) ProtoMessage() {}
 
 func (x *MemberStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[31]
+	mi := &file_entente_v1_entente_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2391,7 +2555,7 @@ func (x *MemberStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemberStatus.ProtoReflect.Descriptor instead.
 func (*MemberStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{31}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *MemberStatus) GetMember() *v1.Member {
@@ -2416,7 +2580,7 @@ type SaveSnapshotRequest struct {
 
 func (x *SaveSnapshotRequest) Reset() {
 	*x = SaveSnapshotRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[32]
+	mi := &file_entente_v1_entente_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2428,7 +2592,7 @@ func (x *SaveSnapshotRequest) String() string {
 func (*SaveSnapshotRequest) ProtoMessage() {}
 
 func (x *SaveSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[32]
+	mi := &file_entente_v1_entente_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2441,7 +2605,7 @@ func (x *SaveSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SaveSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*SaveSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{32}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{33}
 }
 
 // SaveSnapshotResponse is a part of the file. The file carries its own checksums.
@@ -2454,7 +2618,7 @@ type SaveSnapshotResponse struct {
 
 func (x *SaveSnapshotResponse) Reset() {
 	*x = SaveSnapshotResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[33]
+	mi := &file_entente_v1_entente_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2466,7 +2630,7 @@ func (x *SaveSnapshotResponse) String() string {
 func (*SaveSnapshotResponse) ProtoMessage() {}
 
 func (x *SaveSnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[33]
+	mi := &file_entente_v1_entente_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2479,7 +2643,7 @@ func (x *SaveSnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SaveSnapshotResponse.ProtoReflect.Descriptor instead.
 func (*SaveSnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{33}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *SaveSnapshotResponse) GetData() []byte {
@@ -2497,7 +2661,7 @@ type ListNodesRequest struct {
 
 func (x *ListNodesRequest) Reset() {
 	*x = ListNodesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[34]
+	mi := &file_entente_v1_entente_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2509,7 +2673,7 @@ func (x *ListNodesRequest) String() string {
 func (*ListNodesRequest) ProtoMessage() {}
 
 func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[34]
+	mi := &file_entente_v1_entente_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2522,7 +2686,7 @@ func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesRequest.ProtoReflect.Descriptor instead.
 func (*ListNodesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{34}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{35}
 }
 
 type ListNodesResponse struct {
@@ -2536,7 +2700,7 @@ type ListNodesResponse struct {
 
 func (x *ListNodesResponse) Reset() {
 	*x = ListNodesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[35]
+	mi := &file_entente_v1_entente_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2548,7 +2712,7 @@ func (x *ListNodesResponse) String() string {
 func (*ListNodesResponse) ProtoMessage() {}
 
 func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[35]
+	mi := &file_entente_v1_entente_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2561,7 +2725,7 @@ func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesResponse.ProtoReflect.Descriptor instead.
 func (*ListNodesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{35}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *ListNodesResponse) GetLeaderId() string {
@@ -2598,7 +2762,7 @@ type NodeProgress struct {
 
 func (x *NodeProgress) Reset() {
 	*x = NodeProgress{}
-	mi := &file_entente_v1_entente_proto_msgTypes[36]
+	mi := &file_entente_v1_entente_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2610,7 +2774,7 @@ func (x *NodeProgress) String() string {
 func (*NodeProgress) ProtoMessage() {}
 
 func (x *NodeProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[36]
+	mi := &file_entente_v1_entente_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2623,7 +2787,7 @@ func (x *NodeProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeProgress.ProtoReflect.Descriptor instead.
 func (*NodeProgress) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{36}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *NodeProgress) GetMember() *v1.Member {
@@ -2670,7 +2834,7 @@ type PromoteNodeRequest struct {
 
 func (x *PromoteNodeRequest) Reset() {
 	*x = PromoteNodeRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[37]
+	mi := &file_entente_v1_entente_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2682,7 +2846,7 @@ func (x *PromoteNodeRequest) String() string {
 func (*PromoteNodeRequest) ProtoMessage() {}
 
 func (x *PromoteNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[37]
+	mi := &file_entente_v1_entente_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2695,7 +2859,7 @@ func (x *PromoteNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PromoteNodeRequest.ProtoReflect.Descriptor instead.
 func (*PromoteNodeRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{37}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *PromoteNodeRequest) GetName() string {
@@ -2714,7 +2878,7 @@ type PromoteNodeResponse struct {
 
 func (x *PromoteNodeResponse) Reset() {
 	*x = PromoteNodeResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[38]
+	mi := &file_entente_v1_entente_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2726,7 +2890,7 @@ func (x *PromoteNodeResponse) String() string {
 func (*PromoteNodeResponse) ProtoMessage() {}
 
 func (x *PromoteNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[38]
+	mi := &file_entente_v1_entente_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2739,7 +2903,7 @@ func (x *PromoteNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PromoteNodeResponse.ProtoReflect.Descriptor instead.
 func (*PromoteNodeResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{38}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *PromoteNodeResponse) GetRevision() uint64 {
@@ -2758,7 +2922,7 @@ type VouchRequest struct {
 
 func (x *VouchRequest) Reset() {
 	*x = VouchRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[39]
+	mi := &file_entente_v1_entente_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2770,7 +2934,7 @@ func (x *VouchRequest) String() string {
 func (*VouchRequest) ProtoMessage() {}
 
 func (x *VouchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[39]
+	mi := &file_entente_v1_entente_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2783,7 +2947,7 @@ func (x *VouchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VouchRequest.ProtoReflect.Descriptor instead.
 func (*VouchRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{39}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *VouchRequest) GetMemberId() string {
@@ -2802,7 +2966,7 @@ type VouchResponse struct {
 
 func (x *VouchResponse) Reset() {
 	*x = VouchResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[40]
+	mi := &file_entente_v1_entente_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2814,7 +2978,7 @@ func (x *VouchResponse) String() string {
 func (*VouchResponse) ProtoMessage() {}
 
 func (x *VouchResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[40]
+	mi := &file_entente_v1_entente_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2827,7 +2991,7 @@ func (x *VouchResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VouchResponse.ProtoReflect.Descriptor instead.
 func (*VouchResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{40}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *VouchResponse) GetMember() *v1.Member {
@@ -2847,7 +3011,7 @@ type ChecksumRequest struct {
 
 func (x *ChecksumRequest) Reset() {
 	*x = ChecksumRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[41]
+	mi := &file_entente_v1_entente_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2859,7 +3023,7 @@ func (x *ChecksumRequest) String() string {
 func (*ChecksumRequest) ProtoMessage() {}
 
 func (x *ChecksumRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[41]
+	mi := &file_entente_v1_entente_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2872,7 +3036,7 @@ func (x *ChecksumRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChecksumRequest.ProtoReflect.Descriptor instead.
 func (*ChecksumRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{41}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *ChecksumRequest) GetAtIndex() uint64 {
@@ -2898,7 +3062,7 @@ type ChecksumResponse struct {
 
 func (x *ChecksumResponse) Reset() {
 	*x = ChecksumResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[42]
+	mi := &file_entente_v1_entente_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2910,7 +3074,7 @@ func (x *ChecksumResponse) String() string {
 func (*ChecksumResponse) ProtoMessage() {}
 
 func (x *ChecksumResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[42]
+	mi := &file_entente_v1_entente_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2923,7 +3087,7 @@ func (x *ChecksumResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChecksumResponse.ProtoReflect.Descriptor instead.
 func (*ChecksumResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{42}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *ChecksumResponse) GetSum() []byte {
@@ -2943,7 +3107,7 @@ type ShowEpochRequest struct {
 
 func (x *ShowEpochRequest) Reset() {
 	*x = ShowEpochRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[43]
+	mi := &file_entente_v1_entente_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2955,7 +3119,7 @@ func (x *ShowEpochRequest) String() string {
 func (*ShowEpochRequest) ProtoMessage() {}
 
 func (x *ShowEpochRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[43]
+	mi := &file_entente_v1_entente_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2968,7 +3132,7 @@ func (x *ShowEpochRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowEpochRequest.ProtoReflect.Descriptor instead.
 func (*ShowEpochRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{43}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *ShowEpochRequest) GetStatement() []byte {
@@ -2993,7 +3157,7 @@ type ShowEpochResponse struct {
 
 func (x *ShowEpochResponse) Reset() {
 	*x = ShowEpochResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[44]
+	mi := &file_entente_v1_entente_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3005,7 +3169,7 @@ func (x *ShowEpochResponse) String() string {
 func (*ShowEpochResponse) ProtoMessage() {}
 
 func (x *ShowEpochResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[44]
+	mi := &file_entente_v1_entente_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3018,7 +3182,7 @@ func (x *ShowEpochResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowEpochResponse.ProtoReflect.Descriptor instead.
 func (*ShowEpochResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{44}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{45}
 }
 
 type ForeignBundleStatus struct {
@@ -3034,7 +3198,7 @@ type ForeignBundleStatus struct {
 
 func (x *ForeignBundleStatus) Reset() {
 	*x = ForeignBundleStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[45]
+	mi := &file_entente_v1_entente_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3046,7 +3210,7 @@ func (x *ForeignBundleStatus) String() string {
 func (*ForeignBundleStatus) ProtoMessage() {}
 
 func (x *ForeignBundleStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[45]
+	mi := &file_entente_v1_entente_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3059,7 +3223,7 @@ func (x *ForeignBundleStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForeignBundleStatus.ProtoReflect.Descriptor instead.
 func (*ForeignBundleStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{45}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *ForeignBundleStatus) GetTrustDomain() string {
@@ -3108,7 +3272,7 @@ type CreateTokenRequest struct {
 
 func (x *CreateTokenRequest) Reset() {
 	*x = CreateTokenRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[46]
+	mi := &file_entente_v1_entente_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3120,7 +3284,7 @@ func (x *CreateTokenRequest) String() string {
 func (*CreateTokenRequest) ProtoMessage() {}
 
 func (x *CreateTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[46]
+	mi := &file_entente_v1_entente_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3133,7 +3297,7 @@ func (x *CreateTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTokenRequest.ProtoReflect.Descriptor instead.
 func (*CreateTokenRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{46}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *CreateTokenRequest) GetNode() *v1.NodeGrant {
@@ -3168,7 +3332,7 @@ type CreateTokenResponse struct {
 
 func (x *CreateTokenResponse) Reset() {
 	*x = CreateTokenResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[47]
+	mi := &file_entente_v1_entente_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3180,7 +3344,7 @@ func (x *CreateTokenResponse) String() string {
 func (*CreateTokenResponse) ProtoMessage() {}
 
 func (x *CreateTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[47]
+	mi := &file_entente_v1_entente_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3193,7 +3357,7 @@ func (x *CreateTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTokenResponse.ProtoReflect.Descriptor instead.
 func (*CreateTokenResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{47}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *CreateTokenResponse) GetToken() string {
@@ -3228,7 +3392,7 @@ type ApplyRequest struct {
 
 func (x *ApplyRequest) Reset() {
 	*x = ApplyRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[48]
+	mi := &file_entente_v1_entente_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3240,7 +3404,7 @@ func (x *ApplyRequest) String() string {
 func (*ApplyRequest) ProtoMessage() {}
 
 func (x *ApplyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[48]
+	mi := &file_entente_v1_entente_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3253,7 +3417,7 @@ func (x *ApplyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyRequest.ProtoReflect.Descriptor instead.
 func (*ApplyRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{48}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *ApplyRequest) GetObjects() []*v1.Object {
@@ -3287,7 +3451,7 @@ type ApplyResponse struct {
 
 func (x *ApplyResponse) Reset() {
 	*x = ApplyResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[49]
+	mi := &file_entente_v1_entente_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3299,7 +3463,7 @@ func (x *ApplyResponse) String() string {
 func (*ApplyResponse) ProtoMessage() {}
 
 func (x *ApplyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[49]
+	mi := &file_entente_v1_entente_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3312,7 +3476,7 @@ func (x *ApplyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyResponse.ProtoReflect.Descriptor instead.
 func (*ApplyResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{49}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *ApplyResponse) GetRevision() uint64 {
@@ -3340,7 +3504,7 @@ type ObjectChange struct {
 
 func (x *ObjectChange) Reset() {
 	*x = ObjectChange{}
-	mi := &file_entente_v1_entente_proto_msgTypes[50]
+	mi := &file_entente_v1_entente_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3352,7 +3516,7 @@ func (x *ObjectChange) String() string {
 func (*ObjectChange) ProtoMessage() {}
 
 func (x *ObjectChange) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[50]
+	mi := &file_entente_v1_entente_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3365,7 +3529,7 @@ func (x *ObjectChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ObjectChange.ProtoReflect.Descriptor instead.
 func (*ObjectChange) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{50}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *ObjectChange) GetKey() *v1.ObjectKey {
@@ -3397,7 +3561,7 @@ type WhoAmIRequest struct {
 
 func (x *WhoAmIRequest) Reset() {
 	*x = WhoAmIRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[51]
+	mi := &file_entente_v1_entente_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3409,7 +3573,7 @@ func (x *WhoAmIRequest) String() string {
 func (*WhoAmIRequest) ProtoMessage() {}
 
 func (x *WhoAmIRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[51]
+	mi := &file_entente_v1_entente_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3422,7 +3586,7 @@ func (x *WhoAmIRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhoAmIRequest.ProtoReflect.Descriptor instead.
 func (*WhoAmIRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{51}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{52}
 }
 
 type WhoAmIResponse struct {
@@ -3436,7 +3600,7 @@ type WhoAmIResponse struct {
 
 func (x *WhoAmIResponse) Reset() {
 	*x = WhoAmIResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[52]
+	mi := &file_entente_v1_entente_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3448,7 +3612,7 @@ func (x *WhoAmIResponse) String() string {
 func (*WhoAmIResponse) ProtoMessage() {}
 
 func (x *WhoAmIResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[52]
+	mi := &file_entente_v1_entente_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3461,7 +3625,7 @@ func (x *WhoAmIResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhoAmIResponse.ProtoReflect.Descriptor instead.
 func (*WhoAmIResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{52}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *WhoAmIResponse) GetWho() string {
@@ -3495,7 +3659,7 @@ type GetBundleRequest struct {
 
 func (x *GetBundleRequest) Reset() {
 	*x = GetBundleRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[53]
+	mi := &file_entente_v1_entente_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3507,7 +3671,7 @@ func (x *GetBundleRequest) String() string {
 func (*GetBundleRequest) ProtoMessage() {}
 
 func (x *GetBundleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[53]
+	mi := &file_entente_v1_entente_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3520,7 +3684,7 @@ func (x *GetBundleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBundleRequest.ProtoReflect.Descriptor instead.
 func (*GetBundleRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{53}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *GetBundleRequest) GetTrustDomain() string {
@@ -3546,7 +3710,7 @@ type GetBundleResponse struct {
 
 func (x *GetBundleResponse) Reset() {
 	*x = GetBundleResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[54]
+	mi := &file_entente_v1_entente_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3558,7 +3722,7 @@ func (x *GetBundleResponse) String() string {
 func (*GetBundleResponse) ProtoMessage() {}
 
 func (x *GetBundleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[54]
+	mi := &file_entente_v1_entente_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3571,7 +3735,7 @@ func (x *GetBundleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBundleResponse.ProtoReflect.Descriptor instead.
 func (*GetBundleResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{54}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *GetBundleResponse) GetJwks() []byte {
@@ -3590,7 +3754,7 @@ type ProposeRequest struct {
 
 func (x *ProposeRequest) Reset() {
 	*x = ProposeRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[55]
+	mi := &file_entente_v1_entente_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3602,7 +3766,7 @@ func (x *ProposeRequest) String() string {
 func (*ProposeRequest) ProtoMessage() {}
 
 func (x *ProposeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[55]
+	mi := &file_entente_v1_entente_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3615,7 +3779,7 @@ func (x *ProposeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProposeRequest.ProtoReflect.Descriptor instead.
 func (*ProposeRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{55}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *ProposeRequest) GetCommand() []byte {
@@ -3636,7 +3800,7 @@ type ProposeResponse struct {
 
 func (x *ProposeResponse) Reset() {
 	*x = ProposeResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[56]
+	mi := &file_entente_v1_entente_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3648,7 +3812,7 @@ func (x *ProposeResponse) String() string {
 func (*ProposeResponse) ProtoMessage() {}
 
 func (x *ProposeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[56]
+	mi := &file_entente_v1_entente_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3661,7 +3825,7 @@ func (x *ProposeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProposeResponse.ProtoReflect.Descriptor instead.
 func (*ProposeResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{56}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *ProposeResponse) GetRevision() uint64 {
@@ -3701,7 +3865,7 @@ type ReportRequest struct {
 
 func (x *ReportRequest) Reset() {
 	*x = ReportRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[57]
+	mi := &file_entente_v1_entente_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3713,7 +3877,7 @@ func (x *ReportRequest) String() string {
 func (*ReportRequest) ProtoMessage() {}
 
 func (x *ReportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[57]
+	mi := &file_entente_v1_entente_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3726,7 +3890,7 @@ func (x *ReportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRequest.ProtoReflect.Descriptor instead.
 func (*ReportRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{57}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *ReportRequest) GetBootId() string {
@@ -3796,7 +3960,7 @@ type HeldAuthority struct {
 
 func (x *HeldAuthority) Reset() {
 	*x = HeldAuthority{}
-	mi := &file_entente_v1_entente_proto_msgTypes[58]
+	mi := &file_entente_v1_entente_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3808,7 +3972,7 @@ func (x *HeldAuthority) String() string {
 func (*HeldAuthority) ProtoMessage() {}
 
 func (x *HeldAuthority) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[58]
+	mi := &file_entente_v1_entente_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3821,7 +3985,7 @@ func (x *HeldAuthority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HeldAuthority.ProtoReflect.Descriptor instead.
 func (*HeldAuthority) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{58}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *HeldAuthority) GetId() string {
@@ -3846,7 +4010,7 @@ type ReportResponse struct {
 
 func (x *ReportResponse) Reset() {
 	*x = ReportResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[59]
+	mi := &file_entente_v1_entente_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3858,7 +4022,7 @@ func (x *ReportResponse) String() string {
 func (*ReportResponse) ProtoMessage() {}
 
 func (x *ReportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[59]
+	mi := &file_entente_v1_entente_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3871,7 +4035,7 @@ func (x *ReportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportResponse.ProtoReflect.Descriptor instead.
 func (*ReportResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{59}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{60}
 }
 
 type GateRequest struct {
@@ -3882,7 +4046,7 @@ type GateRequest struct {
 
 func (x *GateRequest) Reset() {
 	*x = GateRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[60]
+	mi := &file_entente_v1_entente_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3894,7 +4058,7 @@ func (x *GateRequest) String() string {
 func (*GateRequest) ProtoMessage() {}
 
 func (x *GateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[60]
+	mi := &file_entente_v1_entente_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3907,7 +4071,7 @@ func (x *GateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GateRequest.ProtoReflect.Descriptor instead.
 func (*GateRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{60}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{61}
 }
 
 type GateResponse struct {
@@ -3919,7 +4083,7 @@ type GateResponse struct {
 
 func (x *GateResponse) Reset() {
 	*x = GateResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[61]
+	mi := &file_entente_v1_entente_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3931,7 +4095,7 @@ func (x *GateResponse) String() string {
 func (*GateResponse) ProtoMessage() {}
 
 func (x *GateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[61]
+	mi := &file_entente_v1_entente_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3944,7 +4108,7 @@ func (x *GateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GateResponse.ProtoReflect.Descriptor instead.
 func (*GateResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{61}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *GateResponse) GetAuthorities() []*AuthorityGate {
@@ -3967,7 +4131,7 @@ type AuthorityGate struct {
 
 func (x *AuthorityGate) Reset() {
 	*x = AuthorityGate{}
-	mi := &file_entente_v1_entente_proto_msgTypes[62]
+	mi := &file_entente_v1_entente_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3979,7 +4143,7 @@ func (x *AuthorityGate) String() string {
 func (*AuthorityGate) ProtoMessage() {}
 
 func (x *AuthorityGate) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[62]
+	mi := &file_entente_v1_entente_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3992,7 +4156,7 @@ func (x *AuthorityGate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityGate.ProtoReflect.Descriptor instead.
 func (*AuthorityGate) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{62}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *AuthorityGate) GetId() string {
@@ -4034,7 +4198,7 @@ type MarkReadyRequest struct {
 
 func (x *MarkReadyRequest) Reset() {
 	*x = MarkReadyRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[63]
+	mi := &file_entente_v1_entente_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4046,7 +4210,7 @@ func (x *MarkReadyRequest) String() string {
 func (*MarkReadyRequest) ProtoMessage() {}
 
 func (x *MarkReadyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[63]
+	mi := &file_entente_v1_entente_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4059,7 +4223,7 @@ func (x *MarkReadyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MarkReadyRequest.ProtoReflect.Descriptor instead.
 func (*MarkReadyRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{63}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *MarkReadyRequest) GetId() string {
@@ -4092,7 +4256,7 @@ type MarkReadyResponse struct {
 
 func (x *MarkReadyResponse) Reset() {
 	*x = MarkReadyResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[64]
+	mi := &file_entente_v1_entente_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4104,7 +4268,7 @@ func (x *MarkReadyResponse) String() string {
 func (*MarkReadyResponse) ProtoMessage() {}
 
 func (x *MarkReadyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[64]
+	mi := &file_entente_v1_entente_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4117,7 +4281,7 @@ func (x *MarkReadyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MarkReadyResponse.ProtoReflect.Descriptor instead.
 func (*MarkReadyResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{64}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *MarkReadyResponse) GetRevision() uint64 {
@@ -4132,13 +4296,14 @@ type Picture struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Policy        *Policy                `protobuf:"bytes,1,opt,name=policy,proto3" json:"policy,omitempty"`     // one full state in one chunk
 	Presence      *Presence              `protobuf:"bytes,2,opt,name=presence,proto3" json:"presence,omitempty"` // complete
+	Level         uint32                 `protobuf:"varint,260,opt,name=level,proto3" json:"level,omitempty"`    // ca.SyncLevel of who kept it: what it did not know is not in it
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Picture) Reset() {
 	*x = Picture{}
-	mi := &file_entente_v1_entente_proto_msgTypes[65]
+	mi := &file_entente_v1_entente_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4150,7 +4315,7 @@ func (x *Picture) String() string {
 func (*Picture) ProtoMessage() {}
 
 func (x *Picture) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[65]
+	mi := &file_entente_v1_entente_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4163,7 +4328,7 @@ func (x *Picture) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Picture.ProtoReflect.Descriptor instead.
 func (*Picture) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{65}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *Picture) GetPolicy() *Policy {
@@ -4180,6 +4345,13 @@ func (x *Picture) GetPresence() *Presence {
 	return nil
 }
 
+func (x *Picture) GetLevel() uint32 {
+	if x != nil {
+		return x.Level
+	}
+	return 0
+}
+
 type PresenceRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -4188,7 +4360,7 @@ type PresenceRequest struct {
 
 func (x *PresenceRequest) Reset() {
 	*x = PresenceRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[66]
+	mi := &file_entente_v1_entente_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4200,7 +4372,7 @@ func (x *PresenceRequest) String() string {
 func (*PresenceRequest) ProtoMessage() {}
 
 func (x *PresenceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[66]
+	mi := &file_entente_v1_entente_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4213,7 +4385,7 @@ func (x *PresenceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PresenceRequest.ProtoReflect.Descriptor instead.
 func (*PresenceRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{66}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{67}
 }
 
 type PresenceResponse struct {
@@ -4227,7 +4399,7 @@ type PresenceResponse struct {
 
 func (x *PresenceResponse) Reset() {
 	*x = PresenceResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[67]
+	mi := &file_entente_v1_entente_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4239,7 +4411,7 @@ func (x *PresenceResponse) String() string {
 func (*PresenceResponse) ProtoMessage() {}
 
 func (x *PresenceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[67]
+	mi := &file_entente_v1_entente_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4252,7 +4424,7 @@ func (x *PresenceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PresenceResponse.ProtoReflect.Descriptor instead.
 func (*PresenceResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{67}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *PresenceResponse) GetInstances() []*Instance {
@@ -4284,7 +4456,7 @@ type ListAuthoritiesRequest struct {
 
 func (x *ListAuthoritiesRequest) Reset() {
 	*x = ListAuthoritiesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[68]
+	mi := &file_entente_v1_entente_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4296,7 +4468,7 @@ func (x *ListAuthoritiesRequest) String() string {
 func (*ListAuthoritiesRequest) ProtoMessage() {}
 
 func (x *ListAuthoritiesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[68]
+	mi := &file_entente_v1_entente_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4309,7 +4481,7 @@ func (x *ListAuthoritiesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuthoritiesRequest.ProtoReflect.Descriptor instead.
 func (*ListAuthoritiesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{68}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{69}
 }
 
 type ListAuthoritiesResponse struct {
@@ -4323,7 +4495,7 @@ type ListAuthoritiesResponse struct {
 
 func (x *ListAuthoritiesResponse) Reset() {
 	*x = ListAuthoritiesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[69]
+	mi := &file_entente_v1_entente_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4335,7 +4507,7 @@ func (x *ListAuthoritiesResponse) String() string {
 func (*ListAuthoritiesResponse) ProtoMessage() {}
 
 func (x *ListAuthoritiesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[69]
+	mi := &file_entente_v1_entente_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4348,7 +4520,7 @@ func (x *ListAuthoritiesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuthoritiesResponse.ProtoReflect.Descriptor instead.
 func (*ListAuthoritiesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{69}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *ListAuthoritiesResponse) GetAuthorities() []*AuthorityStatus {
@@ -4386,7 +4558,7 @@ type AuthorityStatus struct {
 
 func (x *AuthorityStatus) Reset() {
 	*x = AuthorityStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[70]
+	mi := &file_entente_v1_entente_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4398,7 +4570,7 @@ func (x *AuthorityStatus) String() string {
 func (*AuthorityStatus) ProtoMessage() {}
 
 func (x *AuthorityStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[70]
+	mi := &file_entente_v1_entente_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4411,7 +4583,7 @@ func (x *AuthorityStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityStatus.ProtoReflect.Descriptor instead.
 func (*AuthorityStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{70}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *AuthorityStatus) GetAuthority() *v1.Authority {
@@ -4465,7 +4637,7 @@ type PrepareAuthorityRequest struct {
 
 func (x *PrepareAuthorityRequest) Reset() {
 	*x = PrepareAuthorityRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[71]
+	mi := &file_entente_v1_entente_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4477,7 +4649,7 @@ func (x *PrepareAuthorityRequest) String() string {
 func (*PrepareAuthorityRequest) ProtoMessage() {}
 
 func (x *PrepareAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[71]
+	mi := &file_entente_v1_entente_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4490,7 +4662,7 @@ func (x *PrepareAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*PrepareAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{71}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *PrepareAuthorityRequest) GetUse() v1.KeyUse {
@@ -4511,7 +4683,7 @@ type ChangeAuthorityRequest struct {
 
 func (x *ChangeAuthorityRequest) Reset() {
 	*x = ChangeAuthorityRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[72]
+	mi := &file_entente_v1_entente_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4523,7 +4695,7 @@ func (x *ChangeAuthorityRequest) String() string {
 func (*ChangeAuthorityRequest) ProtoMessage() {}
 
 func (x *ChangeAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[72]
+	mi := &file_entente_v1_entente_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4536,7 +4708,7 @@ func (x *ChangeAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*ChangeAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{72}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *ChangeAuthorityRequest) GetId() string {
@@ -4577,7 +4749,7 @@ type ChangeAuthorityResponse struct {
 
 func (x *ChangeAuthorityResponse) Reset() {
 	*x = ChangeAuthorityResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[73]
+	mi := &file_entente_v1_entente_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4589,7 +4761,7 @@ func (x *ChangeAuthorityResponse) String() string {
 func (*ChangeAuthorityResponse) ProtoMessage() {}
 
 func (x *ChangeAuthorityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[73]
+	mi := &file_entente_v1_entente_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4602,7 +4774,7 @@ func (x *ChangeAuthorityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAuthorityResponse.ProtoReflect.Descriptor instead.
 func (*ChangeAuthorityResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{73}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *ChangeAuthorityResponse) GetAuthority() *v1.Authority {
@@ -4657,7 +4829,7 @@ type RemoveNodeRequest struct {
 
 func (x *RemoveNodeRequest) Reset() {
 	*x = RemoveNodeRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[74]
+	mi := &file_entente_v1_entente_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4669,7 +4841,7 @@ func (x *RemoveNodeRequest) String() string {
 func (*RemoveNodeRequest) ProtoMessage() {}
 
 func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[74]
+	mi := &file_entente_v1_entente_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4682,7 +4854,7 @@ func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodeRequest.ProtoReflect.Descriptor instead.
 func (*RemoveNodeRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{74}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *RemoveNodeRequest) GetName() string {
@@ -4712,7 +4884,7 @@ type RemoveNodeResponse struct {
 
 func (x *RemoveNodeResponse) Reset() {
 	*x = RemoveNodeResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[75]
+	mi := &file_entente_v1_entente_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4724,7 +4896,7 @@ func (x *RemoveNodeResponse) String() string {
 func (*RemoveNodeResponse) ProtoMessage() {}
 
 func (x *RemoveNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[75]
+	mi := &file_entente_v1_entente_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4737,7 +4909,7 @@ func (x *RemoveNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodeResponse.ProtoReflect.Descriptor instead.
 func (*RemoveNodeResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{75}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{76}
 }
 
 func (x *RemoveNodeResponse) GetRevision() uint64 {
@@ -4785,7 +4957,7 @@ type ListAgentsRequest struct {
 
 func (x *ListAgentsRequest) Reset() {
 	*x = ListAgentsRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[76]
+	mi := &file_entente_v1_entente_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4797,7 +4969,7 @@ func (x *ListAgentsRequest) String() string {
 func (*ListAgentsRequest) ProtoMessage() {}
 
 func (x *ListAgentsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[76]
+	mi := &file_entente_v1_entente_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4810,7 +4982,7 @@ func (x *ListAgentsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAgentsRequest.ProtoReflect.Descriptor instead.
 func (*ListAgentsRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{76}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *ListAgentsRequest) GetPageSize() uint32 {
@@ -4837,7 +5009,7 @@ type ListAgentsResponse struct {
 
 func (x *ListAgentsResponse) Reset() {
 	*x = ListAgentsResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[77]
+	mi := &file_entente_v1_entente_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4849,7 +5021,7 @@ func (x *ListAgentsResponse) String() string {
 func (*ListAgentsResponse) ProtoMessage() {}
 
 func (x *ListAgentsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[77]
+	mi := &file_entente_v1_entente_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4862,7 +5034,7 @@ func (x *ListAgentsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAgentsResponse.ProtoReflect.Descriptor instead.
 func (*ListAgentsResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{77}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{78}
 }
 
 func (x *ListAgentsResponse) GetAgents() []*AgentStatus {
@@ -4891,7 +5063,7 @@ type AgentStatus struct {
 
 func (x *AgentStatus) Reset() {
 	*x = AgentStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[78]
+	mi := &file_entente_v1_entente_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4903,7 +5075,7 @@ func (x *AgentStatus) String() string {
 func (*AgentStatus) ProtoMessage() {}
 
 func (x *AgentStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[78]
+	mi := &file_entente_v1_entente_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4916,7 +5088,7 @@ func (x *AgentStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentStatus.ProtoReflect.Descriptor instead.
 func (*AgentStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{78}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *AgentStatus) GetAgent() *v1.Agent {
@@ -4956,7 +5128,7 @@ type GetAgentRequest struct {
 
 func (x *GetAgentRequest) Reset() {
 	*x = GetAgentRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[79]
+	mi := &file_entente_v1_entente_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4968,7 +5140,7 @@ func (x *GetAgentRequest) String() string {
 func (*GetAgentRequest) ProtoMessage() {}
 
 func (x *GetAgentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[79]
+	mi := &file_entente_v1_entente_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4981,7 +5153,7 @@ func (x *GetAgentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetAgentRequest.ProtoReflect.Descriptor instead.
 func (*GetAgentRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{79}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{80}
 }
 
 func (x *GetAgentRequest) GetName() string {
@@ -5002,7 +5174,7 @@ type GetAgentResponse struct {
 
 func (x *GetAgentResponse) Reset() {
 	*x = GetAgentResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[80]
+	mi := &file_entente_v1_entente_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5014,7 +5186,7 @@ func (x *GetAgentResponse) String() string {
 func (*GetAgentResponse) ProtoMessage() {}
 
 func (x *GetAgentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[80]
+	mi := &file_entente_v1_entente_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5027,7 +5199,7 @@ func (x *GetAgentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetAgentResponse.ProtoReflect.Descriptor instead.
 func (*GetAgentResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{80}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{81}
 }
 
 func (x *GetAgentResponse) GetStatus() *AgentStatus {
@@ -5060,7 +5232,7 @@ type ChangeAgentRequest struct {
 
 func (x *ChangeAgentRequest) Reset() {
 	*x = ChangeAgentRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[81]
+	mi := &file_entente_v1_entente_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5072,7 +5244,7 @@ func (x *ChangeAgentRequest) String() string {
 func (*ChangeAgentRequest) ProtoMessage() {}
 
 func (x *ChangeAgentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[81]
+	mi := &file_entente_v1_entente_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5085,7 +5257,7 @@ func (x *ChangeAgentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAgentRequest.ProtoReflect.Descriptor instead.
 func (*ChangeAgentRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{81}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *ChangeAgentRequest) GetName() string {
@@ -5104,7 +5276,7 @@ type ChangeAgentResponse struct {
 
 func (x *ChangeAgentResponse) Reset() {
 	*x = ChangeAgentResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[82]
+	mi := &file_entente_v1_entente_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5116,7 +5288,7 @@ func (x *ChangeAgentResponse) String() string {
 func (*ChangeAgentResponse) ProtoMessage() {}
 
 func (x *ChangeAgentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[82]
+	mi := &file_entente_v1_entente_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5129,7 +5301,7 @@ func (x *ChangeAgentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAgentResponse.ProtoReflect.Descriptor instead.
 func (*ChangeAgentResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{82}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *ChangeAgentResponse) GetRevision() uint64 {
@@ -5149,7 +5321,7 @@ type IsolateAgentRequest struct {
 
 func (x *IsolateAgentRequest) Reset() {
 	*x = IsolateAgentRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[83]
+	mi := &file_entente_v1_entente_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5161,7 +5333,7 @@ func (x *IsolateAgentRequest) String() string {
 func (*IsolateAgentRequest) ProtoMessage() {}
 
 func (x *IsolateAgentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[83]
+	mi := &file_entente_v1_entente_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5174,7 +5346,7 @@ func (x *IsolateAgentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IsolateAgentRequest.ProtoReflect.Descriptor instead.
 func (*IsolateAgentRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{83}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *IsolateAgentRequest) GetName() string {
@@ -5200,7 +5372,7 @@ type IsolateAgentResponse struct {
 
 func (x *IsolateAgentResponse) Reset() {
 	*x = IsolateAgentResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[84]
+	mi := &file_entente_v1_entente_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5212,7 +5384,7 @@ func (x *IsolateAgentResponse) String() string {
 func (*IsolateAgentResponse) ProtoMessage() {}
 
 func (x *IsolateAgentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[84]
+	mi := &file_entente_v1_entente_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5225,7 +5397,7 @@ func (x *IsolateAgentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IsolateAgentResponse.ProtoReflect.Descriptor instead.
 func (*IsolateAgentResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{84}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *IsolateAgentResponse) GetIsolation() *Isolation {
@@ -5249,7 +5421,7 @@ type Isolation struct {
 
 func (x *Isolation) Reset() {
 	*x = Isolation{}
-	mi := &file_entente_v1_entente_proto_msgTypes[85]
+	mi := &file_entente_v1_entente_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5261,7 +5433,7 @@ func (x *Isolation) String() string {
 func (*Isolation) ProtoMessage() {}
 
 func (x *Isolation) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[85]
+	mi := &file_entente_v1_entente_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5274,7 +5446,7 @@ func (x *Isolation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Isolation.ProtoReflect.Descriptor instead.
 func (*Isolation) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{85}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{86}
 }
 
 func (x *Isolation) GetAgent() *v1.Agent {
@@ -5320,7 +5492,7 @@ type ListTokensRequest struct {
 
 func (x *ListTokensRequest) Reset() {
 	*x = ListTokensRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[86]
+	mi := &file_entente_v1_entente_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5332,7 +5504,7 @@ func (x *ListTokensRequest) String() string {
 func (*ListTokensRequest) ProtoMessage() {}
 
 func (x *ListTokensRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[86]
+	mi := &file_entente_v1_entente_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5345,7 +5517,7 @@ func (x *ListTokensRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTokensRequest.ProtoReflect.Descriptor instead.
 func (*ListTokensRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{86}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{87}
 }
 
 type ListTokensResponse struct {
@@ -5358,7 +5530,7 @@ type ListTokensResponse struct {
 
 func (x *ListTokensResponse) Reset() {
 	*x = ListTokensResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[87]
+	mi := &file_entente_v1_entente_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5370,7 +5542,7 @@ func (x *ListTokensResponse) String() string {
 func (*ListTokensResponse) ProtoMessage() {}
 
 func (x *ListTokensResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[87]
+	mi := &file_entente_v1_entente_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5383,7 +5555,7 @@ func (x *ListTokensResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTokensResponse.ProtoReflect.Descriptor instead.
 func (*ListTokensResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{87}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{88}
 }
 
 func (x *ListTokensResponse) GetTokens() []*v1.Token {
@@ -5409,7 +5581,7 @@ type RevokeTokenRequest struct {
 
 func (x *RevokeTokenRequest) Reset() {
 	*x = RevokeTokenRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[88]
+	mi := &file_entente_v1_entente_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5421,7 +5593,7 @@ func (x *RevokeTokenRequest) String() string {
 func (*RevokeTokenRequest) ProtoMessage() {}
 
 func (x *RevokeTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[88]
+	mi := &file_entente_v1_entente_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5434,7 +5606,7 @@ func (x *RevokeTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeTokenRequest.ProtoReflect.Descriptor instead.
 func (*RevokeTokenRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{88}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{89}
 }
 
 func (x *RevokeTokenRequest) GetId() string {
@@ -5453,7 +5625,7 @@ type RevokeTokenResponse struct {
 
 func (x *RevokeTokenResponse) Reset() {
 	*x = RevokeTokenResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[89]
+	mi := &file_entente_v1_entente_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5465,7 +5637,7 @@ func (x *RevokeTokenResponse) String() string {
 func (*RevokeTokenResponse) ProtoMessage() {}
 
 func (x *RevokeTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[89]
+	mi := &file_entente_v1_entente_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5478,7 +5650,7 @@ func (x *RevokeTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeTokenResponse.ProtoReflect.Descriptor instead.
 func (*RevokeTokenResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{89}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{90}
 }
 
 func (x *RevokeTokenResponse) GetRevision() uint64 {
@@ -5498,7 +5670,7 @@ type ChangeEntriesRequest struct {
 
 func (x *ChangeEntriesRequest) Reset() {
 	*x = ChangeEntriesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[90]
+	mi := &file_entente_v1_entente_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5510,7 +5682,7 @@ func (x *ChangeEntriesRequest) String() string {
 func (*ChangeEntriesRequest) ProtoMessage() {}
 
 func (x *ChangeEntriesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[90]
+	mi := &file_entente_v1_entente_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5523,7 +5695,7 @@ func (x *ChangeEntriesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeEntriesRequest.ProtoReflect.Descriptor instead.
 func (*ChangeEntriesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{90}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{91}
 }
 
 func (x *ChangeEntriesRequest) GetChanges() []*v1.EntryChange {
@@ -5549,7 +5721,7 @@ type ChangeEntriesResponse struct {
 
 func (x *ChangeEntriesResponse) Reset() {
 	*x = ChangeEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[91]
+	mi := &file_entente_v1_entente_proto_msgTypes[92]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5561,7 +5733,7 @@ func (x *ChangeEntriesResponse) String() string {
 func (*ChangeEntriesResponse) ProtoMessage() {}
 
 func (x *ChangeEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[91]
+	mi := &file_entente_v1_entente_proto_msgTypes[92]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5574,7 +5746,7 @@ func (x *ChangeEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeEntriesResponse.ProtoReflect.Descriptor instead.
 func (*ChangeEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{91}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{92}
 }
 
 func (x *ChangeEntriesResponse) GetResults() []*EntryResult {
@@ -5597,7 +5769,7 @@ type EntryResult struct {
 
 func (x *EntryResult) Reset() {
 	*x = EntryResult{}
-	mi := &file_entente_v1_entente_proto_msgTypes[92]
+	mi := &file_entente_v1_entente_proto_msgTypes[93]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5609,7 +5781,7 @@ func (x *EntryResult) String() string {
 func (*EntryResult) ProtoMessage() {}
 
 func (x *EntryResult) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[92]
+	mi := &file_entente_v1_entente_proto_msgTypes[93]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5622,7 +5794,7 @@ func (x *EntryResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EntryResult.ProtoReflect.Descriptor instead.
 func (*EntryResult) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{92}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{93}
 }
 
 func (x *EntryResult) GetId() string {
@@ -5673,7 +5845,7 @@ type ListEntriesRequest struct {
 
 func (x *ListEntriesRequest) Reset() {
 	*x = ListEntriesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[93]
+	mi := &file_entente_v1_entente_proto_msgTypes[94]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5685,7 +5857,7 @@ func (x *ListEntriesRequest) String() string {
 func (*ListEntriesRequest) ProtoMessage() {}
 
 func (x *ListEntriesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[93]
+	mi := &file_entente_v1_entente_proto_msgTypes[94]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5698,7 +5870,7 @@ func (x *ListEntriesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntriesRequest.ProtoReflect.Descriptor instead.
 func (*ListEntriesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{93}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{94}
 }
 
 func (x *ListEntriesRequest) GetPageSize() uint32 {
@@ -5746,7 +5918,7 @@ type ListEntriesResponse struct {
 
 func (x *ListEntriesResponse) Reset() {
 	*x = ListEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[94]
+	mi := &file_entente_v1_entente_proto_msgTypes[95]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5758,7 +5930,7 @@ func (x *ListEntriesResponse) String() string {
 func (*ListEntriesResponse) ProtoMessage() {}
 
 func (x *ListEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[94]
+	mi := &file_entente_v1_entente_proto_msgTypes[95]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5771,7 +5943,7 @@ func (x *ListEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntriesResponse.ProtoReflect.Descriptor instead.
 func (*ListEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{94}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{95}
 }
 
 func (x *ListEntriesResponse) GetEntries() []*v1.Entry {
@@ -5797,7 +5969,7 @@ type GetEntryRequest struct {
 
 func (x *GetEntryRequest) Reset() {
 	*x = GetEntryRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[95]
+	mi := &file_entente_v1_entente_proto_msgTypes[96]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5809,7 +5981,7 @@ func (x *GetEntryRequest) String() string {
 func (*GetEntryRequest) ProtoMessage() {}
 
 func (x *GetEntryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[95]
+	mi := &file_entente_v1_entente_proto_msgTypes[96]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5822,7 +5994,7 @@ func (x *GetEntryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetEntryRequest.ProtoReflect.Descriptor instead.
 func (*GetEntryRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{95}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{96}
 }
 
 func (x *GetEntryRequest) GetId() string {
@@ -5841,7 +6013,7 @@ type GetEntryResponse struct {
 
 func (x *GetEntryResponse) Reset() {
 	*x = GetEntryResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[96]
+	mi := &file_entente_v1_entente_proto_msgTypes[97]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5853,7 +6025,7 @@ func (x *GetEntryResponse) String() string {
 func (*GetEntryResponse) ProtoMessage() {}
 
 func (x *GetEntryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[96]
+	mi := &file_entente_v1_entente_proto_msgTypes[97]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5866,7 +6038,7 @@ func (x *GetEntryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetEntryResponse.ProtoReflect.Descriptor instead.
 func (*GetEntryResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{96}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{97}
 }
 
 func (x *GetEntryResponse) GetEntry() *v1.Entry {
@@ -5885,7 +6057,7 @@ type CountEntriesResponse struct {
 
 func (x *CountEntriesResponse) Reset() {
 	*x = CountEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[97]
+	mi := &file_entente_v1_entente_proto_msgTypes[98]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5897,7 +6069,7 @@ func (x *CountEntriesResponse) String() string {
 func (*CountEntriesResponse) ProtoMessage() {}
 
 func (x *CountEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[97]
+	mi := &file_entente_v1_entente_proto_msgTypes[98]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5910,7 +6082,7 @@ func (x *CountEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CountEntriesResponse.ProtoReflect.Descriptor instead.
 func (*CountEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{97}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{98}
 }
 
 func (x *CountEntriesResponse) GetEntries() uint64 {
@@ -5954,18 +6126,20 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x05hello\x18\x01 \x01(\v2\x11.entente.v1.HelloH\x00R\x05hello\x12#\n" +
 	"\x03ack\x18\x02 \x01(\v2\x0f.entente.v1.AckH\x00R\x03ack\x124\n" +
 	"\x06report\x18\x03 \x01(\v2\x1a.entente.v1.InstanceReportH\x00R\x06reportB\t\n" +
-	"\amessage\"c\n" +
+	"\amessage\"z\n" +
 	"\x05Hello\x12'\n" +
 	"\x0fresume_revision\x18\x01 \x01(\x04R\x0eresumeRevision\x12\x17\n" +
 	"\aboot_id\x18\x02 \x01(\tR\x06bootId\x12\x18\n" +
-	"\aconnect\x18\x03 \x01(\x04R\aconnect\"\x91\x01\n" +
+	"\aconnect\x18\x03 \x01(\x04R\aconnect\x12\x15\n" +
+	"\x05level\x18\x84\x02 \x01(\rR\x05level\"\xac\x01\n" +
 	"\x03Ack\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x12 \n" +
 	"\vauthorities\x18\n" +
 	" \x03(\tR\vauthorities\x12+\n" +
 	"\x11authorities_known\x18\v \x01(\bR\x10authoritiesKnown\x12\x1f\n" +
 	"\vwaiting_for\x18Z \x03(\tR\n" +
-	"waitingFor\"D\n" +
+	"waitingFor\x12\x19\n" +
+	"\askipped\x18\x84\x02 \x03(\tR\askipped\"D\n" +
 	"\x0eInstanceReport\x122\n" +
 	"\tinstances\x18\x01 \x03(\v2\x14.entente.v1.InstanceR\tinstances\"\xe9\x01\n" +
 	"\bInstance\x12\x18\n" +
@@ -5989,7 +6163,7 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\bdistrust\x18\x01 \x03(\v2\x1a.entente.state.v1.DistrustR\bdistrust\x12\x18\n" +
 	"\atainted\x18\x02 \x03(\tR\atainted\x12*\n" +
 	"\x11reissue_within_ms\x18\x03 \x01(\rR\x0freissueWithinMs\x12-\n" +
-	"\abundles\x18\x8c\x01 \x03(\v2\x12.entente.v1.BundleR\abundles\"\xdd\x05\n" +
+	"\abundles\x18\x8c\x01 \x03(\v2\x12.entente.v1.BundleR\abundles\"\xa0\x06\n" +
 	"\x06Policy\x12\x12\n" +
 	"\x04full\x18\x01 \x01(\bR\x04full\x12\x12\n" +
 	"\x04last\x18\x02 \x01(\bR\x04last\x12\x1a\n" +
@@ -6008,7 +6182,9 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x10deleted_distrust\x18\x15 \x03(\tR\x0fdeletedDistrust\x12\x18\n" +
 	"\atainted\x18\x16 \x03(\tR\atainted\x12'\n" +
 	"\x0ftainted_changed\x18\x17 \x01(\bR\x0etaintedChanged\x12*\n" +
-	"\x11reissue_within_ms\x18\x18 \x01(\rR\x0freissueWithinMs\"\\\n" +
+	"\x11reissue_within_ms\x18\x18 \x01(\rR\x0freissueWithinMs\x12\x18\n" +
+	"\atoo_old\x18\x84\x02 \x03(\tR\x06tooOld\x12'\n" +
+	"\x0ftoo_old_changed\x18\x85\x02 \x01(\bR\rtooOldChanged\"\\\n" +
 	"\x06Bundle\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x12\n" +
 	"\x04jwks\x18\x02 \x01(\fR\x04jwks\x12\x1b\n" +
@@ -6021,10 +6197,12 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x12'\n" +
 	"\x10as_of_unix_nanos\x18\x02 \x01(\x03R\rasOfUnixNanos\"F\n" +
 	"\x0fSignX509Request\x123\n" +
-	"\brequests\x18\x01 \x03(\v2\x17.entente.v1.X509RequestR\brequests\":\n" +
+	"\brequests\x18\x01 \x03(\v2\x17.entente.v1.X509RequestR\brequests\"{\n" +
 	"\vX509Request\x12\x19\n" +
 	"\bentry_id\x18\x01 \x01(\tR\aentryId\x12\x10\n" +
-	"\x03csr\x18\x02 \x01(\fR\x03csr\"D\n" +
+	"\x03csr\x18\x02 \x01(\fR\x03csr\x12\x17\n" +
+	"\x06record\x18\x84\x02 \x01(\fR\x06record\x12&\n" +
+	"\x0eentry_revision\x18\x85\x02 \x01(\x04R\rentryRevision\"D\n" +
 	"\x10SignX509Response\x120\n" +
 	"\aresults\x18\x01 \x03(\v2\x16.entente.v1.X509ResultR\aresults\"Z\n" +
 	"\n" +
@@ -6033,26 +6211,30 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x04code\x18\x02 \x01(\rR\x04code\x12\x14\n" +
 	"\x05error\x18\x03 \x01(\tR\x05error\"D\n" +
 	"\x0eSignJWTRequest\x122\n" +
-	"\brequests\x18\x01 \x03(\v2\x16.entente.v1.JWTRequestR\brequests\"C\n" +
+	"\brequests\x18\x01 \x03(\v2\x16.entente.v1.JWTRequestR\brequests\"\x84\x01\n" +
 	"\n" +
 	"JWTRequest\x12\x19\n" +
 	"\bentry_id\x18\x01 \x01(\tR\aentryId\x12\x1a\n" +
-	"\baudience\x18\x02 \x03(\tR\baudience\"D\n" +
+	"\baudience\x18\x02 \x03(\tR\baudience\x12\x17\n" +
+	"\x06record\x18\x84\x02 \x01(\fR\x06record\x12&\n" +
+	"\x0eentry_revision\x18\x85\x02 \x01(\x04R\rentryRevision\"D\n" +
 	"\x0fSignJWTResponse\x121\n" +
 	"\aresults\x18\x01 \x03(\v2\x17.entente.v1.TokenResultR\aresults\"D\n" +
 	"\x0eSignWITRequest\x122\n" +
-	"\brequests\x18\x01 \x03(\v2\x16.entente.v1.WITRequestR\brequests\"9\n" +
+	"\brequests\x18\x01 \x03(\v2\x16.entente.v1.WITRequestR\brequests\"z\n" +
 	"\n" +
 	"WITRequest\x12\x19\n" +
 	"\bentry_id\x18\x01 \x01(\tR\aentryId\x12\x10\n" +
-	"\x03csr\x18\x02 \x01(\fR\x03csr\"D\n" +
+	"\x03csr\x18\x02 \x01(\fR\x03csr\x12\x17\n" +
+	"\x06record\x18\x84\x02 \x01(\fR\x06record\x12&\n" +
+	"\x0eentry_revision\x18\x85\x02 \x01(\x04R\rentryRevision\"D\n" +
 	"\x0fSignWITResponse\x121\n" +
 	"\aresults\x18\x01 \x03(\v2\x17.entente.v1.TokenResultR\aresults\"M\n" +
 	"\vTokenResult\x12\x14\n" +
 	"\x05token\x18\x01 \x01(\tR\x05token\x12\x12\n" +
 	"\x04code\x18\x02 \x01(\rR\x04code\x12\x14\n" +
 	"\x05error\x18\x03 \x01(\tR\x05error\"\x0f\n" +
-	"\rStatusRequest\"\xa5\b\n" +
+	"\rStatusRequest\"\xd9\b\n" +
 	"\x0eStatusResponse\x123\n" +
 	"\acluster\x18\x01 \x01(\v2\x19.entente.state.v1.ClusterR\acluster\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\x04R\brevision\x12\x17\n" +
@@ -6086,7 +6268,13 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\bisolated\x18x \x03(\v2\x15.entente.v1.IsolationR\bisolated\x123\n" +
 	"\x15acknowledged_revision\x18y \x01(\x04R\x14acknowledgedRevision\x12\x1f\n" +
 	"\vwaiting_for\x18z \x03(\tR\n" +
-	"waitingFor\"X\n" +
+	"waitingFor\x122\n" +
+	"\x05older\x18\x84\x02 \x03(\v2\x1b.entente.v1.SubscriberLevelR\x05older\"n\n" +
+	"\x0fSubscriberLevel\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
+	"\x05level\x18\x02 \x01(\rR\x05level\x12\x17\n" +
+	"\atoo_old\x18\x03 \x03(\tR\x06tooOld\x12\x18\n" +
+	"\askipped\x18\x04 \x03(\tR\askipped\"X\n" +
 	"\bUpstream\x12\x15\n" +
 	"\x06key_id\x18\x01 \x01(\tR\x05keyId\x12\x1b\n" +
 	"\tnot_after\x18\x02 \x01(\x03R\bnotAfter\x12\x18\n" +
@@ -6218,10 +6406,11 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\aexclude\x18\x02 \x03(\tR\aexclude\x12\x10\n" +
 	"\x03who\x18\x03 \x01(\tR\x03who\"/\n" +
 	"\x11MarkReadyResponse\x12\x1a\n" +
-	"\brevision\x18\x01 \x01(\x04R\brevision\"g\n" +
+	"\brevision\x18\x01 \x01(\x04R\brevision\"~\n" +
 	"\aPicture\x12*\n" +
 	"\x06policy\x18\x01 \x01(\v2\x12.entente.v1.PolicyR\x06policy\x120\n" +
-	"\bpresence\x18\x02 \x01(\v2\x14.entente.v1.PresenceR\bpresence\"\x11\n" +
+	"\bpresence\x18\x02 \x01(\v2\x14.entente.v1.PresenceR\bpresence\x12\x15\n" +
+	"\x05level\x18\x84\x02 \x01(\rR\x05level\"\x11\n" +
 	"\x0fPresenceRequest\"\x96\x01\n" +
 	"\x10PresenceResponse\x122\n" +
 	"\tinstances\x18\x01 \x03(\v2\x14.entente.v1.InstanceR\tinstances\x122\n" +
@@ -6399,7 +6588,7 @@ func file_entente_v1_entente_proto_rawDescGZIP() []byte {
 }
 
 var file_entente_v1_entente_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_entente_v1_entente_proto_msgTypes = make([]protoimpl.MessageInfo, 98)
+var file_entente_v1_entente_proto_msgTypes = make([]protoimpl.MessageInfo, 99)
 var file_entente_v1_entente_proto_goTypes = []any{
 	(Health)(0),                     // 0: entente.v1.Health
 	(*JoinRequest)(nil),             // 1: entente.v1.JoinRequest
@@ -6430,98 +6619,99 @@ var file_entente_v1_entente_proto_goTypes = []any{
 	(*TokenResult)(nil),             // 26: entente.v1.TokenResult
 	(*StatusRequest)(nil),           // 27: entente.v1.StatusRequest
 	(*StatusResponse)(nil),          // 28: entente.v1.StatusResponse
-	(*Upstream)(nil),                // 29: entente.v1.Upstream
-	(*Autonomy)(nil),                // 30: entente.v1.Autonomy
-	(*UseAutonomy)(nil),             // 31: entente.v1.UseAutonomy
-	(*MemberStatus)(nil),            // 32: entente.v1.MemberStatus
-	(*SaveSnapshotRequest)(nil),     // 33: entente.v1.SaveSnapshotRequest
-	(*SaveSnapshotResponse)(nil),    // 34: entente.v1.SaveSnapshotResponse
-	(*ListNodesRequest)(nil),        // 35: entente.v1.ListNodesRequest
-	(*ListNodesResponse)(nil),       // 36: entente.v1.ListNodesResponse
-	(*NodeProgress)(nil),            // 37: entente.v1.NodeProgress
-	(*PromoteNodeRequest)(nil),      // 38: entente.v1.PromoteNodeRequest
-	(*PromoteNodeResponse)(nil),     // 39: entente.v1.PromoteNodeResponse
-	(*VouchRequest)(nil),            // 40: entente.v1.VouchRequest
-	(*VouchResponse)(nil),           // 41: entente.v1.VouchResponse
-	(*ChecksumRequest)(nil),         // 42: entente.v1.ChecksumRequest
-	(*ChecksumResponse)(nil),        // 43: entente.v1.ChecksumResponse
-	(*ShowEpochRequest)(nil),        // 44: entente.v1.ShowEpochRequest
-	(*ShowEpochResponse)(nil),       // 45: entente.v1.ShowEpochResponse
-	(*ForeignBundleStatus)(nil),     // 46: entente.v1.ForeignBundleStatus
-	(*CreateTokenRequest)(nil),      // 47: entente.v1.CreateTokenRequest
-	(*CreateTokenResponse)(nil),     // 48: entente.v1.CreateTokenResponse
-	(*ApplyRequest)(nil),            // 49: entente.v1.ApplyRequest
-	(*ApplyResponse)(nil),           // 50: entente.v1.ApplyResponse
-	(*ObjectChange)(nil),            // 51: entente.v1.ObjectChange
-	(*WhoAmIRequest)(nil),           // 52: entente.v1.WhoAmIRequest
-	(*WhoAmIResponse)(nil),          // 53: entente.v1.WhoAmIResponse
-	(*GetBundleRequest)(nil),        // 54: entente.v1.GetBundleRequest
-	(*GetBundleResponse)(nil),       // 55: entente.v1.GetBundleResponse
-	(*ProposeRequest)(nil),          // 56: entente.v1.ProposeRequest
-	(*ProposeResponse)(nil),         // 57: entente.v1.ProposeResponse
-	(*ReportRequest)(nil),           // 58: entente.v1.ReportRequest
-	(*HeldAuthority)(nil),           // 59: entente.v1.HeldAuthority
-	(*ReportResponse)(nil),          // 60: entente.v1.ReportResponse
-	(*GateRequest)(nil),             // 61: entente.v1.GateRequest
-	(*GateResponse)(nil),            // 62: entente.v1.GateResponse
-	(*AuthorityGate)(nil),           // 63: entente.v1.AuthorityGate
-	(*MarkReadyRequest)(nil),        // 64: entente.v1.MarkReadyRequest
-	(*MarkReadyResponse)(nil),       // 65: entente.v1.MarkReadyResponse
-	(*Picture)(nil),                 // 66: entente.v1.Picture
-	(*PresenceRequest)(nil),         // 67: entente.v1.PresenceRequest
-	(*PresenceResponse)(nil),        // 68: entente.v1.PresenceResponse
-	(*ListAuthoritiesRequest)(nil),  // 69: entente.v1.ListAuthoritiesRequest
-	(*ListAuthoritiesResponse)(nil), // 70: entente.v1.ListAuthoritiesResponse
-	(*AuthorityStatus)(nil),         // 71: entente.v1.AuthorityStatus
-	(*PrepareAuthorityRequest)(nil), // 72: entente.v1.PrepareAuthorityRequest
-	(*ChangeAuthorityRequest)(nil),  // 73: entente.v1.ChangeAuthorityRequest
-	(*ChangeAuthorityResponse)(nil), // 74: entente.v1.ChangeAuthorityResponse
-	(*RemoveNodeRequest)(nil),       // 75: entente.v1.RemoveNodeRequest
-	(*RemoveNodeResponse)(nil),      // 76: entente.v1.RemoveNodeResponse
-	(*ListAgentsRequest)(nil),       // 77: entente.v1.ListAgentsRequest
-	(*ListAgentsResponse)(nil),      // 78: entente.v1.ListAgentsResponse
-	(*AgentStatus)(nil),             // 79: entente.v1.AgentStatus
-	(*GetAgentRequest)(nil),         // 80: entente.v1.GetAgentRequest
-	(*GetAgentResponse)(nil),        // 81: entente.v1.GetAgentResponse
-	(*ChangeAgentRequest)(nil),      // 82: entente.v1.ChangeAgentRequest
-	(*ChangeAgentResponse)(nil),     // 83: entente.v1.ChangeAgentResponse
-	(*IsolateAgentRequest)(nil),     // 84: entente.v1.IsolateAgentRequest
-	(*IsolateAgentResponse)(nil),    // 85: entente.v1.IsolateAgentResponse
-	(*Isolation)(nil),               // 86: entente.v1.Isolation
-	(*ListTokensRequest)(nil),       // 87: entente.v1.ListTokensRequest
-	(*ListTokensResponse)(nil),      // 88: entente.v1.ListTokensResponse
-	(*RevokeTokenRequest)(nil),      // 89: entente.v1.RevokeTokenRequest
-	(*RevokeTokenResponse)(nil),     // 90: entente.v1.RevokeTokenResponse
-	(*ChangeEntriesRequest)(nil),    // 91: entente.v1.ChangeEntriesRequest
-	(*ChangeEntriesResponse)(nil),   // 92: entente.v1.ChangeEntriesResponse
-	(*EntryResult)(nil),             // 93: entente.v1.EntryResult
-	(*ListEntriesRequest)(nil),      // 94: entente.v1.ListEntriesRequest
-	(*ListEntriesResponse)(nil),     // 95: entente.v1.ListEntriesResponse
-	(*GetEntryRequest)(nil),         // 96: entente.v1.GetEntryRequest
-	(*GetEntryResponse)(nil),        // 97: entente.v1.GetEntryResponse
-	(*CountEntriesResponse)(nil),    // 98: entente.v1.CountEntriesResponse
-	(*v1.Member)(nil),               // 99: entente.state.v1.Member
-	(*v1.Cluster)(nil),              // 100: entente.state.v1.Cluster
-	(*v1.Agent)(nil),                // 101: entente.state.v1.Agent
-	(*v1.Distrust)(nil),             // 102: entente.state.v1.Distrust
-	(*v1.Entry)(nil),                // 103: entente.state.v1.Entry
-	(*v1.Object)(nil),               // 104: entente.state.v1.Object
-	(*v1.ObjectKey)(nil),            // 105: entente.state.v1.ObjectKey
-	(*v1.Authority)(nil),            // 106: entente.state.v1.Authority
-	(v1.KeyUse)(0),                  // 107: entente.state.v1.KeyUse
-	(*v1.NodeGrant)(nil),            // 108: entente.state.v1.NodeGrant
-	(*v1.AgentGrant)(nil),           // 109: entente.state.v1.AgentGrant
-	(*v1.RoleBinding)(nil),          // 110: entente.state.v1.RoleBinding
-	(*v1.Token)(nil),                // 111: entente.state.v1.Token
-	(*v1.EntryChange)(nil),          // 112: entente.state.v1.EntryChange
+	(*SubscriberLevel)(nil),         // 29: entente.v1.SubscriberLevel
+	(*Upstream)(nil),                // 30: entente.v1.Upstream
+	(*Autonomy)(nil),                // 31: entente.v1.Autonomy
+	(*UseAutonomy)(nil),             // 32: entente.v1.UseAutonomy
+	(*MemberStatus)(nil),            // 33: entente.v1.MemberStatus
+	(*SaveSnapshotRequest)(nil),     // 34: entente.v1.SaveSnapshotRequest
+	(*SaveSnapshotResponse)(nil),    // 35: entente.v1.SaveSnapshotResponse
+	(*ListNodesRequest)(nil),        // 36: entente.v1.ListNodesRequest
+	(*ListNodesResponse)(nil),       // 37: entente.v1.ListNodesResponse
+	(*NodeProgress)(nil),            // 38: entente.v1.NodeProgress
+	(*PromoteNodeRequest)(nil),      // 39: entente.v1.PromoteNodeRequest
+	(*PromoteNodeResponse)(nil),     // 40: entente.v1.PromoteNodeResponse
+	(*VouchRequest)(nil),            // 41: entente.v1.VouchRequest
+	(*VouchResponse)(nil),           // 42: entente.v1.VouchResponse
+	(*ChecksumRequest)(nil),         // 43: entente.v1.ChecksumRequest
+	(*ChecksumResponse)(nil),        // 44: entente.v1.ChecksumResponse
+	(*ShowEpochRequest)(nil),        // 45: entente.v1.ShowEpochRequest
+	(*ShowEpochResponse)(nil),       // 46: entente.v1.ShowEpochResponse
+	(*ForeignBundleStatus)(nil),     // 47: entente.v1.ForeignBundleStatus
+	(*CreateTokenRequest)(nil),      // 48: entente.v1.CreateTokenRequest
+	(*CreateTokenResponse)(nil),     // 49: entente.v1.CreateTokenResponse
+	(*ApplyRequest)(nil),            // 50: entente.v1.ApplyRequest
+	(*ApplyResponse)(nil),           // 51: entente.v1.ApplyResponse
+	(*ObjectChange)(nil),            // 52: entente.v1.ObjectChange
+	(*WhoAmIRequest)(nil),           // 53: entente.v1.WhoAmIRequest
+	(*WhoAmIResponse)(nil),          // 54: entente.v1.WhoAmIResponse
+	(*GetBundleRequest)(nil),        // 55: entente.v1.GetBundleRequest
+	(*GetBundleResponse)(nil),       // 56: entente.v1.GetBundleResponse
+	(*ProposeRequest)(nil),          // 57: entente.v1.ProposeRequest
+	(*ProposeResponse)(nil),         // 58: entente.v1.ProposeResponse
+	(*ReportRequest)(nil),           // 59: entente.v1.ReportRequest
+	(*HeldAuthority)(nil),           // 60: entente.v1.HeldAuthority
+	(*ReportResponse)(nil),          // 61: entente.v1.ReportResponse
+	(*GateRequest)(nil),             // 62: entente.v1.GateRequest
+	(*GateResponse)(nil),            // 63: entente.v1.GateResponse
+	(*AuthorityGate)(nil),           // 64: entente.v1.AuthorityGate
+	(*MarkReadyRequest)(nil),        // 65: entente.v1.MarkReadyRequest
+	(*MarkReadyResponse)(nil),       // 66: entente.v1.MarkReadyResponse
+	(*Picture)(nil),                 // 67: entente.v1.Picture
+	(*PresenceRequest)(nil),         // 68: entente.v1.PresenceRequest
+	(*PresenceResponse)(nil),        // 69: entente.v1.PresenceResponse
+	(*ListAuthoritiesRequest)(nil),  // 70: entente.v1.ListAuthoritiesRequest
+	(*ListAuthoritiesResponse)(nil), // 71: entente.v1.ListAuthoritiesResponse
+	(*AuthorityStatus)(nil),         // 72: entente.v1.AuthorityStatus
+	(*PrepareAuthorityRequest)(nil), // 73: entente.v1.PrepareAuthorityRequest
+	(*ChangeAuthorityRequest)(nil),  // 74: entente.v1.ChangeAuthorityRequest
+	(*ChangeAuthorityResponse)(nil), // 75: entente.v1.ChangeAuthorityResponse
+	(*RemoveNodeRequest)(nil),       // 76: entente.v1.RemoveNodeRequest
+	(*RemoveNodeResponse)(nil),      // 77: entente.v1.RemoveNodeResponse
+	(*ListAgentsRequest)(nil),       // 78: entente.v1.ListAgentsRequest
+	(*ListAgentsResponse)(nil),      // 79: entente.v1.ListAgentsResponse
+	(*AgentStatus)(nil),             // 80: entente.v1.AgentStatus
+	(*GetAgentRequest)(nil),         // 81: entente.v1.GetAgentRequest
+	(*GetAgentResponse)(nil),        // 82: entente.v1.GetAgentResponse
+	(*ChangeAgentRequest)(nil),      // 83: entente.v1.ChangeAgentRequest
+	(*ChangeAgentResponse)(nil),     // 84: entente.v1.ChangeAgentResponse
+	(*IsolateAgentRequest)(nil),     // 85: entente.v1.IsolateAgentRequest
+	(*IsolateAgentResponse)(nil),    // 86: entente.v1.IsolateAgentResponse
+	(*Isolation)(nil),               // 87: entente.v1.Isolation
+	(*ListTokensRequest)(nil),       // 88: entente.v1.ListTokensRequest
+	(*ListTokensResponse)(nil),      // 89: entente.v1.ListTokensResponse
+	(*RevokeTokenRequest)(nil),      // 90: entente.v1.RevokeTokenRequest
+	(*RevokeTokenResponse)(nil),     // 91: entente.v1.RevokeTokenResponse
+	(*ChangeEntriesRequest)(nil),    // 92: entente.v1.ChangeEntriesRequest
+	(*ChangeEntriesResponse)(nil),   // 93: entente.v1.ChangeEntriesResponse
+	(*EntryResult)(nil),             // 94: entente.v1.EntryResult
+	(*ListEntriesRequest)(nil),      // 95: entente.v1.ListEntriesRequest
+	(*ListEntriesResponse)(nil),     // 96: entente.v1.ListEntriesResponse
+	(*GetEntryRequest)(nil),         // 97: entente.v1.GetEntryRequest
+	(*GetEntryResponse)(nil),        // 98: entente.v1.GetEntryResponse
+	(*CountEntriesResponse)(nil),    // 99: entente.v1.CountEntriesResponse
+	(*v1.Member)(nil),               // 100: entente.state.v1.Member
+	(*v1.Cluster)(nil),              // 101: entente.state.v1.Cluster
+	(*v1.Agent)(nil),                // 102: entente.state.v1.Agent
+	(*v1.Distrust)(nil),             // 103: entente.state.v1.Distrust
+	(*v1.Entry)(nil),                // 104: entente.state.v1.Entry
+	(*v1.Object)(nil),               // 105: entente.state.v1.Object
+	(*v1.ObjectKey)(nil),            // 106: entente.state.v1.ObjectKey
+	(*v1.Authority)(nil),            // 107: entente.state.v1.Authority
+	(v1.KeyUse)(0),                  // 108: entente.state.v1.KeyUse
+	(*v1.NodeGrant)(nil),            // 109: entente.state.v1.NodeGrant
+	(*v1.AgentGrant)(nil),           // 110: entente.state.v1.AgentGrant
+	(*v1.RoleBinding)(nil),          // 111: entente.state.v1.RoleBinding
+	(*v1.Token)(nil),                // 112: entente.state.v1.Token
+	(*v1.EntryChange)(nil),          // 113: entente.state.v1.EntryChange
 }
 var file_entente_v1_entente_proto_depIdxs = []int32{
-	99,  // 0: entente.v1.JoinResponse.member:type_name -> entente.state.v1.Member
-	99,  // 1: entente.v1.JoinResponse.members:type_name -> entente.state.v1.Member
-	100, // 2: entente.v1.JoinResponse.cluster:type_name -> entente.state.v1.Cluster
-	99,  // 3: entente.v1.AttestResponse.members:type_name -> entente.state.v1.Member
-	100, // 4: entente.v1.AttestResponse.cluster:type_name -> entente.state.v1.Cluster
-	101, // 5: entente.v1.AttestResponse.agent:type_name -> entente.state.v1.Agent
+	100, // 0: entente.v1.JoinResponse.member:type_name -> entente.state.v1.Member
+	100, // 1: entente.v1.JoinResponse.members:type_name -> entente.state.v1.Member
+	101, // 2: entente.v1.JoinResponse.cluster:type_name -> entente.state.v1.Cluster
+	100, // 3: entente.v1.AttestResponse.members:type_name -> entente.state.v1.Member
+	101, // 4: entente.v1.AttestResponse.cluster:type_name -> entente.state.v1.Cluster
+	102, // 5: entente.v1.AttestResponse.agent:type_name -> entente.state.v1.Agent
 	6,   // 6: entente.v1.SyncRequest.hello:type_name -> entente.v1.Hello
 	7,   // 7: entente.v1.SyncRequest.ack:type_name -> entente.v1.Ack
 	8,   // 8: entente.v1.SyncRequest.report:type_name -> entente.v1.InstanceReport
@@ -6531,15 +6721,15 @@ var file_entente_v1_entente_proto_depIdxs = []int32{
 	14,  // 12: entente.v1.SyncResponse.presence:type_name -> entente.v1.Presence
 	15,  // 13: entente.v1.SyncResponse.heartbeat:type_name -> entente.v1.Heartbeat
 	11,  // 14: entente.v1.SyncResponse.urgent:type_name -> entente.v1.Urgent
-	102, // 15: entente.v1.Urgent.distrust:type_name -> entente.state.v1.Distrust
+	103, // 15: entente.v1.Urgent.distrust:type_name -> entente.state.v1.Distrust
 	13,  // 16: entente.v1.Urgent.bundles:type_name -> entente.v1.Bundle
-	100, // 17: entente.v1.Policy.cluster:type_name -> entente.state.v1.Cluster
-	103, // 18: entente.v1.Policy.entries:type_name -> entente.state.v1.Entry
+	101, // 17: entente.v1.Policy.cluster:type_name -> entente.state.v1.Cluster
+	104, // 18: entente.v1.Policy.entries:type_name -> entente.state.v1.Entry
 	13,  // 19: entente.v1.Policy.bundles:type_name -> entente.v1.Bundle
-	104, // 20: entente.v1.Policy.objects:type_name -> entente.state.v1.Object
-	105, // 21: entente.v1.Policy.deleted_objects:type_name -> entente.state.v1.ObjectKey
-	99,  // 22: entente.v1.Policy.members:type_name -> entente.state.v1.Member
-	102, // 23: entente.v1.Policy.distrust:type_name -> entente.state.v1.Distrust
+	105, // 20: entente.v1.Policy.objects:type_name -> entente.state.v1.Object
+	106, // 21: entente.v1.Policy.deleted_objects:type_name -> entente.state.v1.ObjectKey
+	100, // 22: entente.v1.Policy.members:type_name -> entente.state.v1.Member
+	103, // 23: entente.v1.Policy.distrust:type_name -> entente.state.v1.Distrust
 	9,   // 24: entente.v1.Presence.instances:type_name -> entente.v1.Instance
 	9,   // 25: entente.v1.Presence.withdrawn:type_name -> entente.v1.Instance
 	17,  // 26: entente.v1.SignX509Request.requests:type_name -> entente.v1.X509Request
@@ -6548,138 +6738,139 @@ var file_entente_v1_entente_proto_depIdxs = []int32{
 	26,  // 29: entente.v1.SignJWTResponse.results:type_name -> entente.v1.TokenResult
 	24,  // 30: entente.v1.SignWITRequest.requests:type_name -> entente.v1.WITRequest
 	26,  // 31: entente.v1.SignWITResponse.results:type_name -> entente.v1.TokenResult
-	100, // 32: entente.v1.StatusResponse.cluster:type_name -> entente.state.v1.Cluster
-	32,  // 33: entente.v1.StatusResponse.members:type_name -> entente.v1.MemberStatus
-	106, // 34: entente.v1.StatusResponse.authorities:type_name -> entente.state.v1.Authority
-	46,  // 35: entente.v1.StatusResponse.foreign:type_name -> entente.v1.ForeignBundleStatus
+	101, // 32: entente.v1.StatusResponse.cluster:type_name -> entente.state.v1.Cluster
+	33,  // 33: entente.v1.StatusResponse.members:type_name -> entente.v1.MemberStatus
+	107, // 34: entente.v1.StatusResponse.authorities:type_name -> entente.state.v1.Authority
+	47,  // 35: entente.v1.StatusResponse.foreign:type_name -> entente.v1.ForeignBundleStatus
 	9,   // 36: entente.v1.StatusResponse.instances:type_name -> entente.v1.Instance
-	30,  // 37: entente.v1.StatusResponse.autonomy:type_name -> entente.v1.Autonomy
-	29,  // 38: entente.v1.StatusResponse.upstream:type_name -> entente.v1.Upstream
-	86,  // 39: entente.v1.StatusResponse.isolated:type_name -> entente.v1.Isolation
-	31,  // 40: entente.v1.Autonomy.uses:type_name -> entente.v1.UseAutonomy
-	107, // 41: entente.v1.UseAutonomy.use:type_name -> entente.state.v1.KeyUse
-	99,  // 42: entente.v1.MemberStatus.member:type_name -> entente.state.v1.Member
-	37,  // 43: entente.v1.ListNodesResponse.nodes:type_name -> entente.v1.NodeProgress
-	99,  // 44: entente.v1.NodeProgress.member:type_name -> entente.state.v1.Member
-	99,  // 45: entente.v1.VouchResponse.member:type_name -> entente.state.v1.Member
-	108, // 46: entente.v1.CreateTokenRequest.node:type_name -> entente.state.v1.NodeGrant
-	109, // 47: entente.v1.CreateTokenRequest.agent:type_name -> entente.state.v1.AgentGrant
-	104, // 48: entente.v1.ApplyRequest.objects:type_name -> entente.state.v1.Object
-	105, // 49: entente.v1.ApplyRequest.deletes:type_name -> entente.state.v1.ObjectKey
-	51,  // 50: entente.v1.ApplyResponse.changes:type_name -> entente.v1.ObjectChange
-	105, // 51: entente.v1.ObjectChange.key:type_name -> entente.state.v1.ObjectKey
-	104, // 52: entente.v1.ObjectChange.before:type_name -> entente.state.v1.Object
-	110, // 53: entente.v1.WhoAmIResponse.bindings:type_name -> entente.state.v1.RoleBinding
-	59,  // 54: entente.v1.ReportRequest.held:type_name -> entente.v1.HeldAuthority
-	63,  // 55: entente.v1.GateResponse.authorities:type_name -> entente.v1.AuthorityGate
-	12,  // 56: entente.v1.Picture.policy:type_name -> entente.v1.Policy
-	14,  // 57: entente.v1.Picture.presence:type_name -> entente.v1.Presence
-	9,   // 58: entente.v1.PresenceResponse.instances:type_name -> entente.v1.Instance
-	9,   // 59: entente.v1.PresenceResponse.withdrawn:type_name -> entente.v1.Instance
-	71,  // 60: entente.v1.ListAuthoritiesResponse.authorities:type_name -> entente.v1.AuthorityStatus
-	106, // 61: entente.v1.AuthorityStatus.authority:type_name -> entente.state.v1.Authority
-	107, // 62: entente.v1.PrepareAuthorityRequest.use:type_name -> entente.state.v1.KeyUse
-	106, // 63: entente.v1.ChangeAuthorityResponse.authority:type_name -> entente.state.v1.Authority
-	106, // 64: entente.v1.ChangeAuthorityResponse.signing:type_name -> entente.state.v1.Authority
-	99,  // 65: entente.v1.RemoveNodeResponse.member:type_name -> entente.state.v1.Member
-	106, // 66: entente.v1.RemoveNodeResponse.authorities:type_name -> entente.state.v1.Authority
-	79,  // 67: entente.v1.ListAgentsResponse.agents:type_name -> entente.v1.AgentStatus
-	101, // 68: entente.v1.AgentStatus.agent:type_name -> entente.state.v1.Agent
-	79,  // 69: entente.v1.GetAgentResponse.status:type_name -> entente.v1.AgentStatus
-	103, // 70: entente.v1.GetAgentResponse.entries:type_name -> entente.state.v1.Entry
-	9,   // 71: entente.v1.GetAgentResponse.instances:type_name -> entente.v1.Instance
-	86,  // 72: entente.v1.IsolateAgentResponse.isolation:type_name -> entente.v1.Isolation
-	101, // 73: entente.v1.Isolation.agent:type_name -> entente.state.v1.Agent
-	111, // 74: entente.v1.ListTokensResponse.tokens:type_name -> entente.state.v1.Token
-	112, // 75: entente.v1.ChangeEntriesRequest.changes:type_name -> entente.state.v1.EntryChange
-	93,  // 76: entente.v1.ChangeEntriesResponse.results:type_name -> entente.v1.EntryResult
-	103, // 77: entente.v1.ListEntriesResponse.entries:type_name -> entente.state.v1.Entry
-	103, // 78: entente.v1.GetEntryResponse.entry:type_name -> entente.state.v1.Entry
-	1,   // 79: entente.v1.Join.Join:input_type -> entente.v1.JoinRequest
-	3,   // 80: entente.v1.Attest.Attest:input_type -> entente.v1.AttestRequest
-	5,   // 81: entente.v1.Sync.Sync:input_type -> entente.v1.SyncRequest
-	16,  // 82: entente.v1.Sign.SignX509:input_type -> entente.v1.SignX509Request
-	20,  // 83: entente.v1.Sign.SignJWT:input_type -> entente.v1.SignJWTRequest
-	23,  // 84: entente.v1.Sign.SignWIT:input_type -> entente.v1.SignWITRequest
-	27,  // 85: entente.v1.Admin.Status:input_type -> entente.v1.StatusRequest
-	47,  // 86: entente.v1.Admin.CreateToken:input_type -> entente.v1.CreateTokenRequest
-	49,  // 87: entente.v1.Admin.Apply:input_type -> entente.v1.ApplyRequest
-	54,  // 88: entente.v1.Admin.GetBundle:input_type -> entente.v1.GetBundleRequest
-	69,  // 89: entente.v1.Admin.ListAuthorities:input_type -> entente.v1.ListAuthoritiesRequest
-	72,  // 90: entente.v1.Admin.PrepareAuthority:input_type -> entente.v1.PrepareAuthorityRequest
-	73,  // 91: entente.v1.Admin.ActivateAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	73,  // 92: entente.v1.Admin.TaintAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	73,  // 93: entente.v1.Admin.RevokeAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	75,  // 94: entente.v1.Admin.RemoveNode:input_type -> entente.v1.RemoveNodeRequest
-	77,  // 95: entente.v1.Admin.ListAgents:input_type -> entente.v1.ListAgentsRequest
-	80,  // 96: entente.v1.Admin.GetAgent:input_type -> entente.v1.GetAgentRequest
-	82,  // 97: entente.v1.Admin.BanAgent:input_type -> entente.v1.ChangeAgentRequest
-	82,  // 98: entente.v1.Admin.EvictAgent:input_type -> entente.v1.ChangeAgentRequest
-	84,  // 99: entente.v1.Admin.IsolateAgent:input_type -> entente.v1.IsolateAgentRequest
-	87,  // 100: entente.v1.Admin.ListTokens:input_type -> entente.v1.ListTokensRequest
-	89,  // 101: entente.v1.Admin.RevokeToken:input_type -> entente.v1.RevokeTokenRequest
-	91,  // 102: entente.v1.Admin.ChangeEntries:input_type -> entente.v1.ChangeEntriesRequest
-	94,  // 103: entente.v1.Admin.ListEntries:input_type -> entente.v1.ListEntriesRequest
-	96,  // 104: entente.v1.Admin.GetEntry:input_type -> entente.v1.GetEntryRequest
-	94,  // 105: entente.v1.Admin.CountEntries:input_type -> entente.v1.ListEntriesRequest
-	33,  // 106: entente.v1.Admin.SaveSnapshot:input_type -> entente.v1.SaveSnapshotRequest
-	35,  // 107: entente.v1.Admin.ListNodes:input_type -> entente.v1.ListNodesRequest
-	38,  // 108: entente.v1.Admin.PromoteNode:input_type -> entente.v1.PromoteNodeRequest
-	52,  // 109: entente.v1.Admin.WhoAmI:input_type -> entente.v1.WhoAmIRequest
-	56,  // 110: entente.v1.Peer.Propose:input_type -> entente.v1.ProposeRequest
-	58,  // 111: entente.v1.Peer.Report:input_type -> entente.v1.ReportRequest
-	67,  // 112: entente.v1.Peer.Presence:input_type -> entente.v1.PresenceRequest
-	61,  // 113: entente.v1.Peer.Gate:input_type -> entente.v1.GateRequest
-	40,  // 114: entente.v1.Peer.Vouch:input_type -> entente.v1.VouchRequest
-	42,  // 115: entente.v1.Peer.Checksum:input_type -> entente.v1.ChecksumRequest
-	35,  // 116: entente.v1.Peer.Nodes:input_type -> entente.v1.ListNodesRequest
-	64,  // 117: entente.v1.Peer.MarkReady:input_type -> entente.v1.MarkReadyRequest
-	44,  // 118: entente.v1.Peer.ShowEpoch:input_type -> entente.v1.ShowEpochRequest
-	2,   // 119: entente.v1.Join.Join:output_type -> entente.v1.JoinResponse
-	4,   // 120: entente.v1.Attest.Attest:output_type -> entente.v1.AttestResponse
-	10,  // 121: entente.v1.Sync.Sync:output_type -> entente.v1.SyncResponse
-	18,  // 122: entente.v1.Sign.SignX509:output_type -> entente.v1.SignX509Response
-	22,  // 123: entente.v1.Sign.SignJWT:output_type -> entente.v1.SignJWTResponse
-	25,  // 124: entente.v1.Sign.SignWIT:output_type -> entente.v1.SignWITResponse
-	28,  // 125: entente.v1.Admin.Status:output_type -> entente.v1.StatusResponse
-	48,  // 126: entente.v1.Admin.CreateToken:output_type -> entente.v1.CreateTokenResponse
-	50,  // 127: entente.v1.Admin.Apply:output_type -> entente.v1.ApplyResponse
-	55,  // 128: entente.v1.Admin.GetBundle:output_type -> entente.v1.GetBundleResponse
-	70,  // 129: entente.v1.Admin.ListAuthorities:output_type -> entente.v1.ListAuthoritiesResponse
-	74,  // 130: entente.v1.Admin.PrepareAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	74,  // 131: entente.v1.Admin.ActivateAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	74,  // 132: entente.v1.Admin.TaintAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	74,  // 133: entente.v1.Admin.RevokeAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	76,  // 134: entente.v1.Admin.RemoveNode:output_type -> entente.v1.RemoveNodeResponse
-	78,  // 135: entente.v1.Admin.ListAgents:output_type -> entente.v1.ListAgentsResponse
-	81,  // 136: entente.v1.Admin.GetAgent:output_type -> entente.v1.GetAgentResponse
-	83,  // 137: entente.v1.Admin.BanAgent:output_type -> entente.v1.ChangeAgentResponse
-	83,  // 138: entente.v1.Admin.EvictAgent:output_type -> entente.v1.ChangeAgentResponse
-	85,  // 139: entente.v1.Admin.IsolateAgent:output_type -> entente.v1.IsolateAgentResponse
-	88,  // 140: entente.v1.Admin.ListTokens:output_type -> entente.v1.ListTokensResponse
-	90,  // 141: entente.v1.Admin.RevokeToken:output_type -> entente.v1.RevokeTokenResponse
-	92,  // 142: entente.v1.Admin.ChangeEntries:output_type -> entente.v1.ChangeEntriesResponse
-	95,  // 143: entente.v1.Admin.ListEntries:output_type -> entente.v1.ListEntriesResponse
-	97,  // 144: entente.v1.Admin.GetEntry:output_type -> entente.v1.GetEntryResponse
-	98,  // 145: entente.v1.Admin.CountEntries:output_type -> entente.v1.CountEntriesResponse
-	34,  // 146: entente.v1.Admin.SaveSnapshot:output_type -> entente.v1.SaveSnapshotResponse
-	36,  // 147: entente.v1.Admin.ListNodes:output_type -> entente.v1.ListNodesResponse
-	39,  // 148: entente.v1.Admin.PromoteNode:output_type -> entente.v1.PromoteNodeResponse
-	53,  // 149: entente.v1.Admin.WhoAmI:output_type -> entente.v1.WhoAmIResponse
-	57,  // 150: entente.v1.Peer.Propose:output_type -> entente.v1.ProposeResponse
-	60,  // 151: entente.v1.Peer.Report:output_type -> entente.v1.ReportResponse
-	68,  // 152: entente.v1.Peer.Presence:output_type -> entente.v1.PresenceResponse
-	62,  // 153: entente.v1.Peer.Gate:output_type -> entente.v1.GateResponse
-	41,  // 154: entente.v1.Peer.Vouch:output_type -> entente.v1.VouchResponse
-	43,  // 155: entente.v1.Peer.Checksum:output_type -> entente.v1.ChecksumResponse
-	36,  // 156: entente.v1.Peer.Nodes:output_type -> entente.v1.ListNodesResponse
-	65,  // 157: entente.v1.Peer.MarkReady:output_type -> entente.v1.MarkReadyResponse
-	45,  // 158: entente.v1.Peer.ShowEpoch:output_type -> entente.v1.ShowEpochResponse
-	119, // [119:159] is the sub-list for method output_type
-	79,  // [79:119] is the sub-list for method input_type
-	79,  // [79:79] is the sub-list for extension type_name
-	79,  // [79:79] is the sub-list for extension extendee
-	0,   // [0:79] is the sub-list for field type_name
+	31,  // 37: entente.v1.StatusResponse.autonomy:type_name -> entente.v1.Autonomy
+	30,  // 38: entente.v1.StatusResponse.upstream:type_name -> entente.v1.Upstream
+	87,  // 39: entente.v1.StatusResponse.isolated:type_name -> entente.v1.Isolation
+	29,  // 40: entente.v1.StatusResponse.older:type_name -> entente.v1.SubscriberLevel
+	32,  // 41: entente.v1.Autonomy.uses:type_name -> entente.v1.UseAutonomy
+	108, // 42: entente.v1.UseAutonomy.use:type_name -> entente.state.v1.KeyUse
+	100, // 43: entente.v1.MemberStatus.member:type_name -> entente.state.v1.Member
+	38,  // 44: entente.v1.ListNodesResponse.nodes:type_name -> entente.v1.NodeProgress
+	100, // 45: entente.v1.NodeProgress.member:type_name -> entente.state.v1.Member
+	100, // 46: entente.v1.VouchResponse.member:type_name -> entente.state.v1.Member
+	109, // 47: entente.v1.CreateTokenRequest.node:type_name -> entente.state.v1.NodeGrant
+	110, // 48: entente.v1.CreateTokenRequest.agent:type_name -> entente.state.v1.AgentGrant
+	105, // 49: entente.v1.ApplyRequest.objects:type_name -> entente.state.v1.Object
+	106, // 50: entente.v1.ApplyRequest.deletes:type_name -> entente.state.v1.ObjectKey
+	52,  // 51: entente.v1.ApplyResponse.changes:type_name -> entente.v1.ObjectChange
+	106, // 52: entente.v1.ObjectChange.key:type_name -> entente.state.v1.ObjectKey
+	105, // 53: entente.v1.ObjectChange.before:type_name -> entente.state.v1.Object
+	111, // 54: entente.v1.WhoAmIResponse.bindings:type_name -> entente.state.v1.RoleBinding
+	60,  // 55: entente.v1.ReportRequest.held:type_name -> entente.v1.HeldAuthority
+	64,  // 56: entente.v1.GateResponse.authorities:type_name -> entente.v1.AuthorityGate
+	12,  // 57: entente.v1.Picture.policy:type_name -> entente.v1.Policy
+	14,  // 58: entente.v1.Picture.presence:type_name -> entente.v1.Presence
+	9,   // 59: entente.v1.PresenceResponse.instances:type_name -> entente.v1.Instance
+	9,   // 60: entente.v1.PresenceResponse.withdrawn:type_name -> entente.v1.Instance
+	72,  // 61: entente.v1.ListAuthoritiesResponse.authorities:type_name -> entente.v1.AuthorityStatus
+	107, // 62: entente.v1.AuthorityStatus.authority:type_name -> entente.state.v1.Authority
+	108, // 63: entente.v1.PrepareAuthorityRequest.use:type_name -> entente.state.v1.KeyUse
+	107, // 64: entente.v1.ChangeAuthorityResponse.authority:type_name -> entente.state.v1.Authority
+	107, // 65: entente.v1.ChangeAuthorityResponse.signing:type_name -> entente.state.v1.Authority
+	100, // 66: entente.v1.RemoveNodeResponse.member:type_name -> entente.state.v1.Member
+	107, // 67: entente.v1.RemoveNodeResponse.authorities:type_name -> entente.state.v1.Authority
+	80,  // 68: entente.v1.ListAgentsResponse.agents:type_name -> entente.v1.AgentStatus
+	102, // 69: entente.v1.AgentStatus.agent:type_name -> entente.state.v1.Agent
+	80,  // 70: entente.v1.GetAgentResponse.status:type_name -> entente.v1.AgentStatus
+	104, // 71: entente.v1.GetAgentResponse.entries:type_name -> entente.state.v1.Entry
+	9,   // 72: entente.v1.GetAgentResponse.instances:type_name -> entente.v1.Instance
+	87,  // 73: entente.v1.IsolateAgentResponse.isolation:type_name -> entente.v1.Isolation
+	102, // 74: entente.v1.Isolation.agent:type_name -> entente.state.v1.Agent
+	112, // 75: entente.v1.ListTokensResponse.tokens:type_name -> entente.state.v1.Token
+	113, // 76: entente.v1.ChangeEntriesRequest.changes:type_name -> entente.state.v1.EntryChange
+	94,  // 77: entente.v1.ChangeEntriesResponse.results:type_name -> entente.v1.EntryResult
+	104, // 78: entente.v1.ListEntriesResponse.entries:type_name -> entente.state.v1.Entry
+	104, // 79: entente.v1.GetEntryResponse.entry:type_name -> entente.state.v1.Entry
+	1,   // 80: entente.v1.Join.Join:input_type -> entente.v1.JoinRequest
+	3,   // 81: entente.v1.Attest.Attest:input_type -> entente.v1.AttestRequest
+	5,   // 82: entente.v1.Sync.Sync:input_type -> entente.v1.SyncRequest
+	16,  // 83: entente.v1.Sign.SignX509:input_type -> entente.v1.SignX509Request
+	20,  // 84: entente.v1.Sign.SignJWT:input_type -> entente.v1.SignJWTRequest
+	23,  // 85: entente.v1.Sign.SignWIT:input_type -> entente.v1.SignWITRequest
+	27,  // 86: entente.v1.Admin.Status:input_type -> entente.v1.StatusRequest
+	48,  // 87: entente.v1.Admin.CreateToken:input_type -> entente.v1.CreateTokenRequest
+	50,  // 88: entente.v1.Admin.Apply:input_type -> entente.v1.ApplyRequest
+	55,  // 89: entente.v1.Admin.GetBundle:input_type -> entente.v1.GetBundleRequest
+	70,  // 90: entente.v1.Admin.ListAuthorities:input_type -> entente.v1.ListAuthoritiesRequest
+	73,  // 91: entente.v1.Admin.PrepareAuthority:input_type -> entente.v1.PrepareAuthorityRequest
+	74,  // 92: entente.v1.Admin.ActivateAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	74,  // 93: entente.v1.Admin.TaintAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	74,  // 94: entente.v1.Admin.RevokeAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	76,  // 95: entente.v1.Admin.RemoveNode:input_type -> entente.v1.RemoveNodeRequest
+	78,  // 96: entente.v1.Admin.ListAgents:input_type -> entente.v1.ListAgentsRequest
+	81,  // 97: entente.v1.Admin.GetAgent:input_type -> entente.v1.GetAgentRequest
+	83,  // 98: entente.v1.Admin.BanAgent:input_type -> entente.v1.ChangeAgentRequest
+	83,  // 99: entente.v1.Admin.EvictAgent:input_type -> entente.v1.ChangeAgentRequest
+	85,  // 100: entente.v1.Admin.IsolateAgent:input_type -> entente.v1.IsolateAgentRequest
+	88,  // 101: entente.v1.Admin.ListTokens:input_type -> entente.v1.ListTokensRequest
+	90,  // 102: entente.v1.Admin.RevokeToken:input_type -> entente.v1.RevokeTokenRequest
+	92,  // 103: entente.v1.Admin.ChangeEntries:input_type -> entente.v1.ChangeEntriesRequest
+	95,  // 104: entente.v1.Admin.ListEntries:input_type -> entente.v1.ListEntriesRequest
+	97,  // 105: entente.v1.Admin.GetEntry:input_type -> entente.v1.GetEntryRequest
+	95,  // 106: entente.v1.Admin.CountEntries:input_type -> entente.v1.ListEntriesRequest
+	34,  // 107: entente.v1.Admin.SaveSnapshot:input_type -> entente.v1.SaveSnapshotRequest
+	36,  // 108: entente.v1.Admin.ListNodes:input_type -> entente.v1.ListNodesRequest
+	39,  // 109: entente.v1.Admin.PromoteNode:input_type -> entente.v1.PromoteNodeRequest
+	53,  // 110: entente.v1.Admin.WhoAmI:input_type -> entente.v1.WhoAmIRequest
+	57,  // 111: entente.v1.Peer.Propose:input_type -> entente.v1.ProposeRequest
+	59,  // 112: entente.v1.Peer.Report:input_type -> entente.v1.ReportRequest
+	68,  // 113: entente.v1.Peer.Presence:input_type -> entente.v1.PresenceRequest
+	62,  // 114: entente.v1.Peer.Gate:input_type -> entente.v1.GateRequest
+	41,  // 115: entente.v1.Peer.Vouch:input_type -> entente.v1.VouchRequest
+	43,  // 116: entente.v1.Peer.Checksum:input_type -> entente.v1.ChecksumRequest
+	36,  // 117: entente.v1.Peer.Nodes:input_type -> entente.v1.ListNodesRequest
+	65,  // 118: entente.v1.Peer.MarkReady:input_type -> entente.v1.MarkReadyRequest
+	45,  // 119: entente.v1.Peer.ShowEpoch:input_type -> entente.v1.ShowEpochRequest
+	2,   // 120: entente.v1.Join.Join:output_type -> entente.v1.JoinResponse
+	4,   // 121: entente.v1.Attest.Attest:output_type -> entente.v1.AttestResponse
+	10,  // 122: entente.v1.Sync.Sync:output_type -> entente.v1.SyncResponse
+	18,  // 123: entente.v1.Sign.SignX509:output_type -> entente.v1.SignX509Response
+	22,  // 124: entente.v1.Sign.SignJWT:output_type -> entente.v1.SignJWTResponse
+	25,  // 125: entente.v1.Sign.SignWIT:output_type -> entente.v1.SignWITResponse
+	28,  // 126: entente.v1.Admin.Status:output_type -> entente.v1.StatusResponse
+	49,  // 127: entente.v1.Admin.CreateToken:output_type -> entente.v1.CreateTokenResponse
+	51,  // 128: entente.v1.Admin.Apply:output_type -> entente.v1.ApplyResponse
+	56,  // 129: entente.v1.Admin.GetBundle:output_type -> entente.v1.GetBundleResponse
+	71,  // 130: entente.v1.Admin.ListAuthorities:output_type -> entente.v1.ListAuthoritiesResponse
+	75,  // 131: entente.v1.Admin.PrepareAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	75,  // 132: entente.v1.Admin.ActivateAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	75,  // 133: entente.v1.Admin.TaintAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	75,  // 134: entente.v1.Admin.RevokeAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	77,  // 135: entente.v1.Admin.RemoveNode:output_type -> entente.v1.RemoveNodeResponse
+	79,  // 136: entente.v1.Admin.ListAgents:output_type -> entente.v1.ListAgentsResponse
+	82,  // 137: entente.v1.Admin.GetAgent:output_type -> entente.v1.GetAgentResponse
+	84,  // 138: entente.v1.Admin.BanAgent:output_type -> entente.v1.ChangeAgentResponse
+	84,  // 139: entente.v1.Admin.EvictAgent:output_type -> entente.v1.ChangeAgentResponse
+	86,  // 140: entente.v1.Admin.IsolateAgent:output_type -> entente.v1.IsolateAgentResponse
+	89,  // 141: entente.v1.Admin.ListTokens:output_type -> entente.v1.ListTokensResponse
+	91,  // 142: entente.v1.Admin.RevokeToken:output_type -> entente.v1.RevokeTokenResponse
+	93,  // 143: entente.v1.Admin.ChangeEntries:output_type -> entente.v1.ChangeEntriesResponse
+	96,  // 144: entente.v1.Admin.ListEntries:output_type -> entente.v1.ListEntriesResponse
+	98,  // 145: entente.v1.Admin.GetEntry:output_type -> entente.v1.GetEntryResponse
+	99,  // 146: entente.v1.Admin.CountEntries:output_type -> entente.v1.CountEntriesResponse
+	35,  // 147: entente.v1.Admin.SaveSnapshot:output_type -> entente.v1.SaveSnapshotResponse
+	37,  // 148: entente.v1.Admin.ListNodes:output_type -> entente.v1.ListNodesResponse
+	40,  // 149: entente.v1.Admin.PromoteNode:output_type -> entente.v1.PromoteNodeResponse
+	54,  // 150: entente.v1.Admin.WhoAmI:output_type -> entente.v1.WhoAmIResponse
+	58,  // 151: entente.v1.Peer.Propose:output_type -> entente.v1.ProposeResponse
+	61,  // 152: entente.v1.Peer.Report:output_type -> entente.v1.ReportResponse
+	69,  // 153: entente.v1.Peer.Presence:output_type -> entente.v1.PresenceResponse
+	63,  // 154: entente.v1.Peer.Gate:output_type -> entente.v1.GateResponse
+	42,  // 155: entente.v1.Peer.Vouch:output_type -> entente.v1.VouchResponse
+	44,  // 156: entente.v1.Peer.Checksum:output_type -> entente.v1.ChecksumResponse
+	37,  // 157: entente.v1.Peer.Nodes:output_type -> entente.v1.ListNodesResponse
+	66,  // 158: entente.v1.Peer.MarkReady:output_type -> entente.v1.MarkReadyResponse
+	46,  // 159: entente.v1.Peer.ShowEpoch:output_type -> entente.v1.ShowEpochResponse
+	120, // [120:160] is the sub-list for method output_type
+	80,  // [80:120] is the sub-list for method input_type
+	80,  // [80:80] is the sub-list for extension type_name
+	80,  // [80:80] is the sub-list for extension extendee
+	0,   // [0:80] is the sub-list for field type_name
 }
 
 func init() { file_entente_v1_entente_proto_init() }
@@ -6704,7 +6895,7 @@ func file_entente_v1_entente_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_entente_v1_entente_proto_rawDesc), len(file_entente_v1_entente_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   98,
+			NumMessages:   99,
 			NumExtensions: 0,
 			NumServices:   6,
 		},

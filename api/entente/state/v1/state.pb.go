@@ -4971,6 +4971,7 @@ type HeldSVID struct {
 	Certificates  [][]byte               `protobuf:"bytes,3,rep,name=certificates,proto3" json:"certificates,omitempty"`                         // X.509: DER, leaf first
 	Token         string                 `protobuf:"bytes,4,opt,name=token,proto3" json:"token,omitempty"`                                       // WIT
 	Key           []byte                 `protobuf:"bytes,5,opt,name=key,proto3" json:"key,omitempty"`                                           // PKCS #8
+	Record        []byte                 `protobuf:"bytes,260,opt,name=record,proto3" json:"record,omitempty"`                                   // ca.RecordHash of the entry that it was signed for
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -5036,6 +5037,13 @@ func (x *HeldSVID) GetToken() string {
 func (x *HeldSVID) GetKey() []byte {
 	if x != nil {
 		return x.Key
+	}
+	return nil
+}
+
+func (x *HeldSVID) GetRecord() []byte {
+	if x != nil {
+		return x.Record
 	}
 	return nil
 }
@@ -5409,13 +5417,14 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"AgentCache\x12\x18\n" +
 	"\apicture\x18\x01 \x01(\fR\apicture\x12.\n" +
 	"\x04x509\x18\x02 \x03(\v2\x1a.entente.state.v1.HeldSVIDR\x04x509\x12,\n" +
-	"\x03wit\x18\x03 \x03(\v2\x1a.entente.state.v1.HeldSVIDR\x03wit\"\x98\x01\n" +
+	"\x03wit\x18\x03 \x03(\v2\x1a.entente.state.v1.HeldSVIDR\x03wit\"\xb1\x01\n" +
 	"\bHeldSVID\x12\x19\n" +
 	"\bentry_id\x18\x01 \x01(\tR\aentryId\x12%\n" +
 	"\x0eentry_revision\x18\x02 \x01(\x04R\rentryRevision\x12\"\n" +
 	"\fcertificates\x18\x03 \x03(\fR\fcertificates\x12\x14\n" +
 	"\x05token\x18\x04 \x01(\tR\x05token\x12\x10\n" +
-	"\x03key\x18\x05 \x01(\fR\x03key*\xc2\x01\n" +
+	"\x03key\x18\x05 \x01(\fR\x03key\x12\x17\n" +
+	"\x06record\x18\x84\x02 \x01(\fR\x06record*\xc2\x01\n" +
 	"\x0eAuthorityPhase\x12\x1f\n" +
 	"\x1bAUTHORITY_PHASE_UNSPECIFIED\x10\x00\x12\x1c\n" +
 	"\x18AUTHORITY_PHASE_PREPARED\x10\x01\x12\x1a\n" +
