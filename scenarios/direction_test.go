@@ -41,7 +41,7 @@ ca/nodeattest:           ca
 ca/server:               api/entente/v1
                          ca ca/domain ca/feed ca/presence ca/signer ca/nodeattest
                          federation federation/bundle federation/catalog
-                         internal/peer
+                         internal/peer internal/admission
 ca/client:               api/entente/v1 ca internal/peer
 ca/node:                 ca ca/domain ca/rotation ca/replica ca/feed ca/presence ca/signer ca/keystore ca/nodeattest ca/server
                          federation federation/exchange
@@ -78,6 +78,7 @@ internal/peer:
 internal/peer/peertest:
 internal/jwtsvid:
 internal/gossip:
+internal/admission:
 internal/daemon:
 internal/daemon/daemontest:
 internal/safepath:

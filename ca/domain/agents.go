@@ -30,66 +30,107 @@ func (s *State) Distrusts(o ca.Origin) bool {
 	return false
 }
 
-func (a *application) attestAgent(c *statev1.AttestAgent) *Refusal {
-	keyID := c.GetKeyId()
-	t, repeat, refusal := a.redeem(c.GetTokenId(), ca.RoleAgent, keyID, c.GetStatement(), c.GetSignature())
-	if refusal != nil {
+// RefusesAdmission says why Apply would refuse a command that admits a host or a CA node,
+// in this state; nil if it would not. It changes nothing: who proposes such a command for
+// a stranger asks first, so that strangers do not write to the log.
+func (s *State) RefusesAdmission(cmd *statev1.Command) (refusal *Refusal) {
+	if s.Cluster() == nil {
+		return refuse(CodeNotInit, "no cluster was initialised yet")
+	}
+	if refusal := s.Admits(cmd); refusal != nil {
 		return refusal
 	}
-	grant := t.GetAgent()
-	if grant == nil {
-		return refuse(CodeTokenInvalid, "the token does not admit agents")
+	switch body := cmd.GetBody().(type) {
+	case *statev1.Command_JoinMember:
+		_, _, refusal = s.joining(body.JoinMember)
+	case *statev1.Command_AttestAgent:
+		_, _, refusal = s.attesting(body.AttestAgent)
+	case *statev1.Command_AdmitAgent:
+		_, refusal = s.admitting(body.AdmitAgent)
+	default:
+		refusal = refuse(CodeInvalid, "command %T admits nobody", cmd.GetBody())
 	}
-	have, known := a.agents.get(grant.GetName())
-	switch {
-	case known && have.GetBanned():
-		return refuse(CodeAgentBanned, "agent %s is banned", have.GetName())
-	case repeat && known && have.GetKeyId() == keyID:
-		return nil
-	case repeat:
-		return refuse(CodeTokenSpent, "the host was attested with another key since: ask for a new token")
+	return refusal
+}
+
+func (a *application) attestAgent(c *statev1.AttestAgent) *Refusal {
+	next, t, refusal := a.attesting(c)
+	if refusal != nil || next == nil {
+		return refusal
 	}
-	if other, ok := a.AgentByKey(keyID); ok && other.GetName() != grant.GetName() {
-		return refuse(CodeExists, "the key belongs to agent %s already", other.GetName())
-	}
-	a.admit(&statev1.Agent{
-		Name: grant.GetName(), KeyId: keyID, Datacenter: grant.GetDatacenter(), Addresses: slices.Clone(grant.GetAddresses()),
-		Selectors: set(grant.GetSelectors()), PathPrefixes: set(grant.GetPathPrefixes()),
-	})
-	a.spend(t, keyID)
+	a.admit(next)
+	a.spend(t, c.GetKeyId())
 	return nil
 }
 
-// admitAgent takes the door's word that the host holds the key of a certificate that
-// verifies. A certificate admits one key, as a token does: another one is refused until
-// the agent is evicted, for who copied the host's key would come with another.
+// attesting is the agent that a token makes, nil if it did before.
+func (s *State) attesting(c *statev1.AttestAgent) (next *statev1.Agent, t *statev1.Token, refusal *Refusal) {
+	keyID := c.GetKeyId()
+	t, repeat, refusal := s.redeem(c.GetTokenId(), ca.RoleAgent, keyID, c.GetStatement(), c.GetSignature())
+	if refusal != nil {
+		return nil, nil, refusal
+	}
+	grant := t.GetAgent()
+	if grant == nil {
+		return nil, nil, refuse(CodeTokenInvalid, "the token does not admit agents")
+	}
+	have, known := s.agents.get(grant.GetName())
+	switch {
+	case known && have.GetBanned():
+		return nil, nil, refuse(CodeAgentBanned, "agent %s is banned", have.GetName())
+	case repeat && known && have.GetKeyId() == keyID:
+		return nil, nil, nil
+	case repeat:
+		return nil, nil, refuse(CodeTokenSpent, "the host was attested with another key since: ask for a new token")
+	}
+	if other, ok := s.AgentByKey(keyID); ok && other.GetName() != grant.GetName() {
+		return nil, nil, refuse(CodeExists, "the key belongs to agent %s already", other.GetName())
+	}
+	return &statev1.Agent{
+		Name: grant.GetName(), KeyId: keyID, Datacenter: grant.GetDatacenter(), Addresses: slices.Clone(grant.GetAddresses()),
+		Selectors: set(grant.GetSelectors()), PathPrefixes: set(grant.GetPathPrefixes()),
+	}, t, nil
+}
+
 func (a *application) admitAgent(c *statev1.AdmitAgent) *Refusal {
-	next := proto.CloneOf(c.GetAgent())
-	if err := ca.CheckAgent(next); err != nil {
-		return invalid(err)
-	}
-	next.Selectors, next.PathPrefixes = set(next.GetSelectors()), set(next.GetPathPrefixes())
-	for _, other := range a.agents.rows {
-		if other.GetName() != next.GetName() && other.GetCertificate() == next.GetCertificate() {
-			return refuse(CodeExists, "the certificate admitted agent %s: evict that one first", other.GetName())
-		}
-	}
-	if other, ok := a.AgentByKey(next.GetKeyId()); ok && other.GetName() != next.GetName() {
-		return refuse(CodeExists, "the key belongs to agent %s already", other.GetName())
-	}
-	if have, known := a.agents.get(next.GetName()); known {
-		switch {
-		case have.GetBanned():
-			return refuse(CodeAgentBanned, "agent %s is banned", have.GetName())
-		case have.GetKeyId() != next.GetKeyId():
-			return refuse(CodeExists, "agent %s was admitted with another key: if the host was set up anew, evict the agent first", have.GetName())
-		}
-		if next.Generation = have.GetGeneration(); proto.Equal(have, next) {
-			return nil
-		}
+	next, refusal := a.admitting(c)
+	if refusal != nil || next == nil {
+		return refusal
 	}
 	a.admit(next)
 	return nil
+}
+
+// admitting is the agent that a certificate makes, nil if it did before. It takes the
+// door's word that the host holds the key of a certificate that verifies. A certificate
+// admits one key, as a token does: another one is refused until the agent is evicted, for
+// who copied the host's key would come with another.
+func (s *State) admitting(c *statev1.AdmitAgent) (*statev1.Agent, *Refusal) {
+	next := proto.CloneOf(c.GetAgent())
+	if err := ca.CheckAgent(next); err != nil {
+		return nil, invalid(err)
+	}
+	next.Selectors, next.PathPrefixes = set(next.GetSelectors()), set(next.GetPathPrefixes())
+	for _, other := range s.agents.rows {
+		if other.GetName() != next.GetName() && other.GetCertificate() == next.GetCertificate() {
+			return nil, refuse(CodeExists, "the certificate admitted agent %s: evict that one first", other.GetName())
+		}
+	}
+	if other, ok := s.AgentByKey(next.GetKeyId()); ok && other.GetName() != next.GetName() {
+		return nil, refuse(CodeExists, "the key belongs to agent %s already", other.GetName())
+	}
+	if have, known := s.agents.get(next.GetName()); known {
+		switch {
+		case have.GetBanned():
+			return nil, refuse(CodeAgentBanned, "agent %s is banned", have.GetName())
+		case have.GetKeyId() != next.GetKeyId():
+			return nil, refuse(CodeExists, "agent %s was admitted with another key: if the host was set up anew, evict the agent first", have.GetName())
+		}
+		if next.Generation = have.GetGeneration(); proto.Equal(have, next) {
+			return nil, nil
+		}
+	}
+	return next, nil
 }
 
 // admit puts an agent in the place of the one that had its name.

@@ -310,8 +310,8 @@ func (a *application) forgetTokens() {
 // redeem verifies that the holder of the token made the statement for that key.
 // repeat tells that the token admitted this very key before (I9): then neither its
 // expiry nor anything else stands in the way of the same answer.
-func (a *application) redeem(tokenID, role, keyID string, statement, signature []byte) (t *statev1.Token, repeat bool, refusal *Refusal) {
-	t, ok := a.tokens.get(tokenID)
+func (s *State) redeem(tokenID, role, keyID string, statement, signature []byte) (t *statev1.Token, repeat bool, refusal *Refusal) {
+	t, ok := s.tokens.get(tokenID)
 	if !ok {
 		return nil, false, refuse(CodeTokenUnknown, "no such token: ask for a new one")
 	}
@@ -319,7 +319,7 @@ func (a *application) redeem(tokenID, role, keyID string, statement, signature [
 	if err != nil {
 		return nil, false, refuse(CodeTokenInvalid, "%v", err)
 	}
-	if err := ca.CheckStatement(st, a.Cluster(), tokenID, role, keyID, nil); err != nil {
+	if err := ca.CheckStatement(st, s.Cluster(), tokenID, role, keyID, nil); err != nil {
 		return nil, false, refuse(CodeTokenInvalid, "%v", err)
 	}
 	switch {
@@ -327,7 +327,7 @@ func (a *application) redeem(tokenID, role, keyID string, statement, signature [
 		return t, true, nil
 	case t.GetUsedBy() != "":
 		return nil, false, refuse(CodeTokenSpent, "the token admitted another key: ask for a new one")
-	case a.now != 0 && a.Now().Unix() >= t.GetNotAfter():
+	case s.now != 0 && s.Now().Unix() >= t.GetNotAfter():
 		return nil, false, refuse(CodeTokenExpired, "the token ended at %s: ask for a new one",
 			time.Unix(t.GetNotAfter(), 0).UTC().Format(time.RFC3339))
 	}
@@ -343,54 +343,63 @@ func (a *application) spend(t *statev1.Token, keyID string) {
 // ---------------------------------------------------------------- members
 
 func (a *application) joinMember(c *statev1.JoinMember) *Refusal {
-	keyID := c.GetMember().GetId()
-	t, repeat, refusal := a.redeem(c.GetTokenId(), ca.RoleNode, keyID, c.GetStatement(), c.GetSignature())
-	if refusal != nil {
+	m, t, refusal := a.joining(c)
+	if refusal != nil || m == nil {
 		return refusal
+	}
+	put(a, &a.members, m.GetId(), m)
+	a.spend(t, m.GetId())
+	a.changed(ChangeMembers, m.GetId())
+	return nil
+}
+
+// joining is the member that a token makes, nil if it did before.
+func (s *State) joining(c *statev1.JoinMember) (m *statev1.Member, t *statev1.Token, refusal *Refusal) {
+	keyID := c.GetMember().GetId()
+	t, repeat, refusal := s.redeem(c.GetTokenId(), ca.RoleNode, keyID, c.GetStatement(), c.GetSignature())
+	if refusal != nil {
+		return nil, nil, refusal
 	}
 	grant := t.GetNode()
 	if grant == nil {
-		return refuse(CodeTokenInvalid, "the token does not admit CA nodes")
+		return nil, nil, refuse(CodeTokenInvalid, "the token does not admit CA nodes")
 	}
-	have, known := a.members.get(keyID)
+	have, known := s.members.get(keyID)
 	switch {
 	case repeat && known:
-		return nil
+		return nil, nil, nil
 	case repeat:
-		return refuse(CodeMemberRemoved, "the member that the token admitted was removed: wipe its data and join with a new key and token")
+		return nil, nil, refuse(CodeMemberRemoved, "the member that the token admitted was removed: wipe its data and join with a new key and token")
 	case known:
-		return refuse(CodeMemberExists, "the key belongs to member %s already", have.GetName())
+		return nil, nil, refuse(CodeMemberExists, "the key belongs to member %s already", have.GetName())
 	}
 	// Name, place and rights are the operator's; only the addresses and what its software
 	// knows are its own word.
-	m := &statev1.Member{
+	m = &statev1.Member{
 		Id: keyID, Name: grant.GetName(), Datacenter: grant.GetDatacenter(), Voter: grant.GetVoter(), Signing: grant.GetSigning(),
 		RaftAddress: c.GetMember().GetRaftAddress(), ApiAddress: c.GetMember().GetApiAddress(),
 		FeatureLevel: c.GetMember().GetFeatureLevel(),
 	}
 	if err := checkMember(m); err != nil {
-		return invalid(err)
+		return nil, nil, invalid(err)
 	}
-	if refusal := a.tooOld(m); refusal != nil {
-		return refusal
+	if refusal := s.tooOld(m); refusal != nil {
+		return nil, nil, refusal
 	}
-	for _, other := range a.authorities.rows {
+	for _, other := range s.authorities.rows {
 		if other.GetMemberId() == keyID && !ca.MayMove(other.GetPhase(), statev1.AuthorityPhase_AUTHORITY_PHASE_TAINTED) {
-			return refuse(CodeMemberRemoved, "the key belongs to a member that was removed as compromised")
+			return nil, nil, refuse(CodeMemberRemoved, "the key belongs to a member that was removed as compromised")
 		}
 	}
-	if refusal := a.takenBy(m); refusal != nil {
-		return refusal
+	if refusal := s.takenBy(m); refusal != nil {
+		return nil, nil, refusal
 	}
-	put(a, &a.members, keyID, m)
-	a.spend(t, keyID)
-	a.changed(ChangeMembers, keyID)
-	return nil
+	return m, t, nil
 }
 
 // takenBy refuses a member whose name or address another one has.
-func (a *application) takenBy(m *statev1.Member) *Refusal {
-	for _, other := range a.Members() {
+func (s *State) takenBy(m *statev1.Member) *Refusal {
+	for _, other := range s.Members() {
 		switch {
 		case other.GetId() == m.GetId():
 		case other.GetName() == m.GetName():

@@ -102,9 +102,9 @@ func verb(behind []string) string {
 func levelOfMember(m *statev1.Member) uint32 { return max(m.GetFeatureLevel(), 1) }
 
 // tooOld refuses a member whose software does not know what was agreed already.
-func (a *application) tooOld(m *statev1.Member) *Refusal {
-	if have := levelOfMember(m); have < a.FeatureLevel() {
-		return refuse(CodeFeature, "member %s has feature level %d, and the cluster uses %d: install the release of the other CA nodes", m.GetName(), have, a.FeatureLevel())
+func (s *State) tooOld(m *statev1.Member) *Refusal {
+	if have := levelOfMember(m); have < s.FeatureLevel() {
+		return refuse(CodeFeature, "member %s has feature level %d, and the cluster uses %d: install the release of the other CA nodes", m.GetName(), have, s.FeatureLevel())
 	}
 	return nil
 }

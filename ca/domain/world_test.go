@@ -326,11 +326,37 @@ func (w *world) carryOut(s *State, cmd *statev1.Command) Outcome {
 	if apply == nil {
 		apply = (*State).Apply
 	}
+	foreseen := w.foresee(s, cmd)
 	out := apply(s, w.index, reencode(w.t, cmd))
 	if out.Fatal != nil {
 		w.t.Fatalf("%T: %v", cmd.GetBody(), out.Fatal)
 	}
+	foreseen(out)
 	return out
+}
+
+// foresee asks whether a command would be refused that admits a stranger. The returned
+// function compares the answer with what came of it.
+func (w *world) foresee(s *State, cmd *statev1.Command) func(Outcome) {
+	switch cmd.GetBody().(type) {
+	case *statev1.Command_JoinMember, *statev1.Command_AttestAgent, *statev1.Command_AdmitAgent:
+	default:
+		return func(Outcome) {}
+	}
+	if w.machine != nil || cmd.GetPrincipal() != "" || cmd.GetIfRevision() != 0 {
+		return func(Outcome) {}
+	}
+	sum, revision := s.sum, s.revision
+	refusal := s.RefusesAdmission(reencode(w.t, cmd))
+	if s.sum != sum || s.revision != revision {
+		w.t.Fatalf("%T: to ask whether it is refused changed the state", cmd.GetBody())
+	}
+	return func(out Outcome) {
+		w.t.Helper()
+		if (refusal == nil) != (out.Refused == nil) || refusal != nil && *refusal != *out.Refused {
+			w.t.Fatalf("%T: foreseen %v, and it came %v", cmd.GetBody(), refusal, out.Refused)
+		}
+	}
 }
 
 func reencode[M proto.Message](t rapid.TB, m M) M {

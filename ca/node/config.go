@@ -194,6 +194,9 @@ type Limits struct {
 	PerNode yamlfile.Rate `yaml:"perNode"`
 	// Attests is how many hosts may attest at once. Default 32.
 	Attests int `yaml:"attests,min=0,max=4096"`
+	// AttestsPerSource is how often one address (IPv6: one /64) may ask to be admitted, 10 s
+	// of them at once. Default 200/s.
+	AttestsPerSource yamlfile.Rate `yaml:"attestsPerSource"`
 	// Waiting is how many SVIDs may wait for their turn, 250ms at most. Default 1024.
 	Waiting int `yaml:"waiting,min=0,max=1048576"`
 }

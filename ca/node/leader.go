@@ -54,11 +54,14 @@ func (n *Node) lead(ctx context.Context) (stop func()) {
 	var duties sync.WaitGroup
 	duties.Go(func() {
 		// What was agreed before this leadership must be applied first.
+		term := n.replica.Load().Term()
 		for n.replica.Load().Barrier(ctx) != nil {
 			if sleep(ctx, 50*time.Millisecond) != nil {
 				return
 			}
+			term = n.replica.Load().Term()
 		}
+		n.ledTerm.Store(term)
 		n.gate.reset()
 		duties.Go(func() { n.keepTicking(ctx) })
 		duties.Go(func() { n.keepGate(ctx) })
@@ -72,6 +75,13 @@ func (n *Node) lead(ctx context.Context) (stop func()) {
 		cancel()
 		duties.Wait()
 	}
+}
+
+// knows tells whether this node leads and has applied what was agreed before it did: its
+// state holds every change that anybody was told of.
+func (n *Node) knows() bool {
+	r := n.replica.Load()
+	return r.IsLeader() && r.Term() == n.ledTerm.Load()
 }
 
 func sleep(ctx context.Context, d time.Duration) error {

@@ -60,6 +60,7 @@ type Node struct {
 	clock    clock
 	svids    *svids
 	gate     gate
+	ledTerm  atomic.Uint64 // term of which this node, as its leader, has applied all before
 	offline  offline
 	overdue  atomic.Int64 // authorities that the leader waits for longer than a phase
 	foreign  foreignStatus
@@ -154,6 +155,7 @@ func New(cfg *Config, log *slog.Logger, listeners Listeners) (_ *Node, err error
 		Bundles:     n.bundles,
 		Certificate: n.certificate,
 		Info:        n.info,
+		Knows:       n.knows,
 		Reported:    n.gate.reported,
 		Gate:        n.askGate,
 		LocalGate:   n.localGate,
@@ -171,7 +173,7 @@ func New(cfg *Config, log *slog.Logger, listeners Listeners) (_ *Node, err error
 		X509PoP:     x509pop,
 		Limits: server.Limits{
 			X509PerAgent: cfg.Limits.X509PerAgent.PerSecond, TokensPerAgent: cfg.Limits.TokensPerAgent.PerSecond,
-			PerNode: cfg.Limits.PerNode.PerSecond, Attests: cfg.Limits.Attests,
+			PerNode: cfg.Limits.PerNode.PerSecond, Attests: cfg.Limits.Attests, AttestsPerSource: cfg.Limits.AttestsPerSource.PerSecond,
 		},
 		Log:        n.log,
 		Registerer: n.registry,

@@ -22,9 +22,15 @@ func (l leaderProposer) Propose(ctx context.Context, command *statev1.Command) (
 			return domain.Outcome{Refused: refusal}, err
 		}
 	}
-	// A member that does not know the command would stop at it.
+	// A member that does not know the command would stop at it. What admits a stranger is
+	// not written down to be refused, also if another node's door let it pass.
 	var refusal *domain.Refusal
-	l.n.Read(func(st *domain.State) { refusal = st.Admits(command) })
+	knows := l.n.knows()
+	l.n.Read(func(st *domain.State) {
+		if refusal = st.Admits(command); refusal == nil && knows && admits(command) {
+			refusal = st.RefusesAdmission(command)
+		}
+	})
 	if refusal != nil {
 		return domain.Outcome{Refused: refusal}, nil
 	}
@@ -33,6 +39,15 @@ func (l leaderProposer) Propose(ctx context.Context, command *statev1.Command) (
 		return outcome, server.ErrNotLeader
 	}
 	return outcome, err
+}
+
+// admits tells whether a command admits a host or a CA node.
+func admits(command *statev1.Command) bool {
+	switch command.GetBody().(type) {
+	case *statev1.Command_JoinMember, *statev1.Command_AttestAgent, *statev1.Command_AdmitAgent:
+		return true
+	}
+	return false
 }
 
 // contactFresh is how long a voter's last answer counts as one.

@@ -289,6 +289,9 @@ func (r *Replica) IsLeader() bool {
 	return r.Err() == nil && r.raft.State() == raft.Leader
 }
 
+// Term is the Raft term as far as this node knows.
+func (r *Replica) Term() uint64 { return r.raft.CurrentTerm() }
+
 // Leader is the node id of the leader as far as known, or empty.
 func (r *Replica) Leader() string {
 	if r.Err() != nil {

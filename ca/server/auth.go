@@ -247,7 +247,7 @@ func (t *tracking) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo
 		return nil, nil, err
 	}
 	if a, ok := raw.(*arriving); ok {
-		a.place.leave()
+		a.place.Leave()
 	}
 	untrack := func() {}
 	if first.class != anonymous {
@@ -357,8 +357,10 @@ func (s *Server) authorise(ctx context.Context, method string) (context.Context,
 	if err == nil && !slices.Contains(allowed[method], c.class) {
 		err = status.Errorf(codes.PermissionDenied, "%s may not call %s", c.class, method)
 	}
-	if err != nil {
-		s.Log.Warn("a call was refused: its caller may not make it", "method", method, "caller", c.String(), "remote", remote.Addr.String(), "reason", status.Convert(err).Message())
+	if err != nil && c.known() {
+		if unsaid, say := s.refusals.say(method+" by "+c.String(), time.Now()); say {
+			s.Log.Warn("a call was refused: its caller may not make it", "method", method, "caller", c.String(), "remote", remote.Addr.String(), "reason", status.Convert(err).Message(), "more_since_last_line", unsaid)
+		}
 	}
 	ctx = context.WithValue(ctx, callerKey{}, c)
 	return context.WithValue(ctx, methodKey{}, method), err
@@ -370,8 +372,22 @@ func (s *Server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo,
 	if ctx, err = s.authorise(ctx, info.FullMethod); err == nil {
 		resp, err = handler(ctx, req)
 	}
-	s.audit(ctx, req, resp, err)
+	s.record(ctx, req, resp, err)
 	return resp, err
+}
+
+// record writes into the audit log what belongs there.
+func (s *Server) record(ctx context.Context, req, resp any, err error) {
+	if c := callerFrom(ctx); err != nil && !c.known() {
+		where := "unknown"
+		if remote, ok := grpcpeer.FromContext(ctx); ok {
+			where = remote.Addr.String()
+		}
+		if !s.refused(c, methodFrom(ctx), where, err) {
+			return
+		}
+	}
+	s.audit(ctx, req, resp, err)
 }
 
 type callerStream struct {
@@ -388,6 +404,6 @@ func (s *Server) stream(srv any, stream grpc.ServerStream, info *grpc.StreamServ
 	if err == nil {
 		err = handler(srv, callerStream{stream, ctx})
 	}
-	s.audit(ctx, nil, nil, err)
+	s.record(ctx, nil, nil, err)
 	return err
 }

@@ -4,8 +4,6 @@ import (
 	"context"
 	"fmt"
 	"net"
-	"net/netip"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -17,6 +15,7 @@ import (
 	"google.golang.org/grpc/tap"
 
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
+	"github.com/entente-mesh/entente/internal/admission"
 )
 
 // What the API address may be made to hold, by those who mean harm as well: see
@@ -42,103 +41,6 @@ const (
 	undisturbed = time.Second
 )
 
-// places is a bounded set of connections. When it is full, the newest takes the place of
-// the oldest of the source that holds the most: one source cannot keep others out, and
-// one that sits on its places loses them to its own next connections.
-type places struct {
-	most     int
-	patience time.Duration // how old one is at least that its own source, or all together, push out
-
-	mu       sync.Mutex
-	held     []*place // oldest first
-	bySource map[string]int
-}
-
-type place struct {
-	set    *places
-	source string
-	since  time.Time
-	close  func()
-}
-
-// take gets a place for a connection, which close ends; nil if there is none now.
-func (p *places) take(source string, now time.Time, close func()) *place {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if len(p.held) >= p.most {
-		i := p.victim(source, now)
-		if i < 0 {
-			return nil
-		}
-		victim := p.held[i]
-		p.drop(i)
-		victim.close()
-	}
-	if p.bySource == nil {
-		p.bySource = make(map[string]int)
-	}
-	taken := &place{set: p, source: source, since: now, close: close}
-	p.held = append(p.held, taken)
-	p.bySource[source]++
-	return taken
-}
-
-// victim is who has to go for one more of source; -1: nobody.
-func (p *places) victim(source string, now time.Time) int {
-	busiest := source
-	for other, n := range p.bySource {
-		if n > p.bySource[busiest] {
-			busiest = other
-		}
-	}
-	if p.bySource[busiest] > p.bySource[source]+1 {
-		return slices.IndexFunc(p.held, func(h *place) bool { return h.source == busiest })
-	}
-	i := max(slices.IndexFunc(p.held, func(h *place) bool { return h.source == source }), 0)
-	if now.Sub(p.held[i].since) < p.patience {
-		return -1
-	}
-	return i
-}
-
-func (p *places) drop(i int) {
-	h := p.held[i]
-	p.held = slices.Delete(p.held, i, i+1)
-	if p.bySource[h.source]--; p.bySource[h.source] == 0 {
-		delete(p.bySource, h.source)
-	}
-}
-
-// leave gives the place up; it may be called more than once.
-func (h *place) leave() {
-	h.set.mu.Lock()
-	defer h.set.mu.Unlock()
-	if i := slices.Index(h.set.held, h); i >= 0 {
-		h.set.drop(i)
-	}
-}
-
-func (p *places) len() int {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return len(p.held)
-}
-
-// sourceOf is where a connection comes from: an IPv4 address, or the network of an IPv6
-// one, of which a host has as many as it likes.
-func sourceOf(address net.Addr) string {
-	port, err := netip.ParseAddrPort(address.String())
-	if err != nil {
-		return address.String()
-	}
-	host := port.Addr().Unmap()
-	if host.Is6() {
-		network, _ := host.Prefix(64)
-		return network.String()
-	}
-	return host.String()
-}
-
 // entrance is the listener of the API address. It takes no more connections than there
 // are places for handshakes; the others wait in the kernel.
 type entrance struct {
@@ -149,11 +51,11 @@ type entrance struct {
 // arriving is a connection whose handshake is not over.
 type arriving struct {
 	net.Conn
-	place *place
+	place *admission.Place
 }
 
 func (a *arriving) Close() error {
-	a.place.leave()
+	a.place.Leave()
 	return a.Conn.Close()
 }
 
@@ -163,7 +65,7 @@ func (e entrance) Accept() (net.Conn, error) {
 		return nil, err
 	}
 	for {
-		taken := e.server.handshakes.take(sourceOf(conn.RemoteAddr()), time.Now(), func() {
+		taken := e.server.handshakes.Take(admission.Source(conn.RemoteAddr()), time.Now(), func() {
 			e.server.metrics.cut.WithLabelValues("handshake").Inc()
 			conn.Close()
 		})
@@ -192,7 +94,7 @@ type guests struct {
 }
 
 type peerConns struct {
-	conns places
+	conns *admission.Places
 	calls calls
 }
 
@@ -207,15 +109,15 @@ func (g *guests) take(name string, close func()) (*calls, func()) {
 	}
 	p := g.peers[name]
 	if p == nil {
-		p = &peerConns{conns: places{most: maxPeerConns}, calls: calls{most: maxCalls}}
+		p = &peerConns{conns: admission.NewPlaces(admission.Limits{Most: maxPeerConns}), calls: calls{most: maxCalls}}
 		g.peers[name] = p
 	}
-	taken := p.conns.take(name, time.Now(), close)
+	taken := p.conns.Take(name, time.Now(), close)
 	return &p.calls, func() {
 		g.mu.Lock()
 		defer g.mu.Unlock()
-		taken.leave()
-		if p.conns.len() == 0 && g.peers[name] == p {
+		taken.Leave()
+		if p.conns.Len() == 0 && g.peers[name] == p {
 			delete(g.peers, name)
 		}
 	}
@@ -225,7 +127,7 @@ func (g *guests) len() (n int) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	for _, p := range g.peers {
-		n += p.conns.len()
+		n += p.conns.Len()
 	}
 	return n
 }
@@ -249,7 +151,7 @@ func guestName(c caller) string {
 func (s *Server) seat(c caller, raw net.Conn) (*calls, func(), error) {
 	name := guestName(c)
 	if name == "" {
-		taken := s.strangers.take(sourceOf(raw.RemoteAddr()), time.Now(), func() {
+		taken := s.strangers.Take(admission.Source(raw.RemoteAddr()), time.Now(), func() {
 			s.metrics.cut.WithLabelValues("stranger").Inc()
 			raw.Close()
 		})
@@ -257,7 +159,7 @@ func (s *Server) seat(c caller, raw net.Conn) (*calls, func(), error) {
 			s.metrics.cut.WithLabelValues("stranger").Inc()
 			return nil, nil, fmt.Errorf("%d connections without an identity are open at this CA node", maxStrangers)
 		}
-		return &calls{most: strangersCalls}, taken.leave, nil
+		return &calls{most: strangersCalls}, taken.Leave, nil
 	}
 	calls, leave := s.guests.take(name, func() {
 		s.metrics.cut.WithLabelValues("peer").Inc()

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"google.golang.org/grpc/codes"
+	grpcpeer "google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
@@ -15,11 +16,71 @@ import (
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/domain"
+	"github.com/entente-mesh/entente/internal/admission"
 )
 
-// checkStatement looks at what can be seen of a join statement at the door: that it
+// knock lets a source of addresses try to be admitted, or says when to come back. It
+// comes before anything that costs.
+func (s *Server) knock(ctx context.Context) error {
+	remote, ok := grpcpeer.FromContext(ctx)
+	if !ok {
+		return status.Error(codes.Unauthenticated, "no connection to authenticate")
+	}
+	source := admission.Source(remote.Addr)
+	if wait := s.knocks.Take(source, time.Now()); wait > 0 {
+		s.metrics.limited.WithLabelValues("source").Inc()
+		return exhausted("too many requests to be admitted come from "+source, wait)
+	}
+	return nil
+}
+
+// proved returns the token that the statement was signed with, if it is the caller's: all
+// that a stranger must show before anything is proposed for him.
+func (s *Server) proved(c caller, tokenID, role, keyID string, statement, signature []byte) (*statev1.Token, error) {
+	if err := s.checkStatement(c, tokenID, role, keyID, statement); err != nil {
+		return nil, err
+	}
+	var token *statev1.Token
+	s.State.Read(func(st *domain.State) { token, _ = st.Token(tokenID) })
+	switch {
+	case token == nil && s.Knows():
+		return nil, status.Error(codes.PermissionDenied, "no such token: ask for a new one")
+	case token == nil:
+		// It may be behind, and the token a minute old: no final answer.
+		return nil, status.Error(codes.Unavailable, "this CA node does not know the token, and may lag behind: ask the one that leads")
+	}
+	if _, err := ca.VerifyStatement(token.GetPublicKey(), statement, signature); err != nil {
+		return nil, status.Error(codes.PermissionDenied, err.Error())
+	}
+	return token, nil
+}
+
+// enter has a command agreed that admits somebody, who has proved that what he shows is
+// his, unless the rules would refuse it: nothing is written then.
+func (s *Server) enter(ctx context.Context, shown string, command *statev1.Command) error {
+	var refusal *domain.Refusal
+	s.State.Read(func(st *domain.State) { refusal = st.RefusesAdmission(command) })
+	if refusal != nil {
+		return &provedError{refusalError(refusal), shown}
+	}
+	if _, err := s.agree(ctx, command); err != nil {
+		return &provedError{err, shown}
+	}
+	return nil
+}
+
+// provedError refuses somebody who holds a token or a certificate that is known here:
+// unlike a stranger's, his refusal is worth a line in the audit log.
+type provedError struct {
+	error
+	shown string // what he holds
+}
+
+func (e *provedError) Unwrap() error              { return e.error }
+func (e *provedError) GRPCStatus() *status.Status { return status.Convert(e.error) }
+
+// checkStatement looks at what can be seen of a join statement without the token: that it
 // is for this cluster, role, key and, which nobody else can check, this connection.
-// Apply verifies the signature.
 func (s *Server) checkStatement(c caller, tokenID, role, keyID string, encoded []byte) error {
 	if err := ca.CheckTokenID(tokenID); err != nil {
 		return status.Error(codes.InvalidArgument, err.Error())
@@ -52,8 +113,7 @@ type joinDoor struct {
 
 func (d joinDoor) Join(ctx context.Context, req *ententev1.JoinRequest) (*ententev1.JoinResponse, error) {
 	s, c := d.server, callerFrom(ctx)
-	// The handshake has proved that the caller holds its key.
-	if err := s.checkStatement(c, req.GetTokenId(), ca.RoleNode, c.keyID, req.GetStatement()); err != nil {
+	if err := s.knock(ctx); err != nil {
 		return nil, err
 	}
 	for _, address := range []string{req.GetRaftAddress(), req.GetApiAddress()} {
@@ -61,7 +121,11 @@ func (d joinDoor) Join(ctx context.Context, req *ententev1.JoinRequest) (*entent
 			return nil, status.Error(codes.InvalidArgument, err.Error())
 		}
 	}
-	_, err := s.agree(ctx, &statev1.Command{
+	// The handshake has proved that the caller holds its key.
+	if _, err := s.proved(c, req.GetTokenId(), ca.RoleNode, c.keyID, req.GetStatement(), req.GetSignature()); err != nil {
+		return nil, err
+	}
+	err := s.enter(ctx, "token/"+req.GetTokenId(), &statev1.Command{
 		Actor: "join " + c.keyID,
 		Body: &statev1.Command_JoinMember{JoinMember: &statev1.JoinMember{
 			TokenId:   req.GetTokenId(),
@@ -90,6 +154,9 @@ type attestDoor struct {
 
 func (d attestDoor) Attest(ctx context.Context, req *ententev1.AttestRequest) (*ententev1.AttestResponse, error) {
 	s, c := d.server, callerFrom(ctx)
+	if err := s.knock(ctx); err != nil {
+		return nil, err
+	}
 	select {
 	case s.attests <- struct{}{}:
 		defer func() { <-s.attests }()
@@ -123,13 +190,7 @@ func (d attestDoor) Attest(ctx context.Context, req *ententev1.AttestRequest) (*
 // admit returns the agent that the key is, or becomes by the token.
 func (s *Server) admit(ctx context.Context, c caller, req *ententev1.AttestRequest, keyID string) (*statev1.Agent, error) {
 	var known *statev1.Agent
-	var token *statev1.Token
-	var named *statev1.Agent // as whom the token admits
-	s.State.Read(func(st *domain.State) {
-		known, _ = st.AgentByKey(keyID)
-		token, _ = st.Token(req.GetTokenId())
-		named, _ = st.Agent(token.GetAgent().GetName())
-	})
+	s.State.Read(func(st *domain.State) { known, _ = st.AgentByKey(keyID) })
 	if err := s.banned(known); err != nil {
 		return nil, err
 	}
@@ -143,21 +204,20 @@ func (s *Server) admit(ctx context.Context, c caller, req *ententev1.AttestReque
 		}
 		return known, nil
 	}
-	if err := s.checkStatement(c, req.GetTokenId(), ca.RoleAgent, keyID, req.GetStatement()); err != nil {
+	token, err := s.proved(c, req.GetTokenId(), ca.RoleAgent, keyID, req.GetStatement(), req.GetSignature())
+	if err != nil {
 		return nil, err
 	}
 	if known != nil && token.GetUsedBy() == keyID && token.GetAgent().GetName() == known.GetName() {
-		// A repeat gets the same answer (I9), also without quorum.
-		if _, err := ca.VerifyStatement(token.GetPublicKey(), req.GetStatement(), req.GetSignature()); err != nil {
-			return nil, status.Error(codes.PermissionDenied, err.Error())
-		}
-		return known, nil
+		return known, nil // a repeat gets the same answer (I9), also without quorum
 	}
+	var named *statev1.Agent // as whom the token admits
+	s.State.Read(func(st *domain.State) { named, _ = st.Agent(token.GetAgent().GetName()) })
 	// Apply refuses who is banned; it cannot know whom this node isolates.
 	if err := s.banned(named); err != nil {
-		return nil, err
+		return nil, &provedError{err, "token/" + token.GetId()}
 	}
-	_, err := s.agree(ctx, &statev1.Command{
+	err = s.enter(ctx, "token/"+token.GetId(), &statev1.Command{
 		Actor: "attest " + keyID,
 		Body: &statev1.Command_AttestAgent{AttestAgent: &statev1.AttestAgent{
 			TokenId: req.GetTokenId(), KeyId: keyID, Statement: req.GetStatement(), Signature: req.GetSignature(),
@@ -204,7 +264,7 @@ func (s *Server) admitByCertificate(ctx context.Context, c caller, req *ententev
 	if known.GetName() == host.GetName() && known.GetCertificate() == host.GetCertificate() {
 		return known, nil
 	}
-	_, err = s.agree(ctx, &statev1.Command{
+	err = s.enter(ctx, "certificate/"+host.GetCertificate(), &statev1.Command{
 		Actor: "certificate " + host.GetCertificate(),
 		Body:  &statev1.Command_AdmitAgent{AdmitAgent: &statev1.AdmitAgent{Agent: host}},
 	})

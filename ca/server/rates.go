@@ -6,6 +6,8 @@ import (
 	"time"
 
 	"golang.org/x/time/rate"
+
+	"github.com/entente-mesh/entente/internal/admission"
 )
 
 // Limits are how much one node issues. Zero of a field: its default. Each node counts for
@@ -15,12 +17,16 @@ type Limits struct {
 	TokensPerAgent float64 // JWT- and WIT-SVIDs that one agent may have signed a second; default 5000, 1 s of them at once
 	PerNode        float64 // SVIDs of all kinds for all agents a second, 1 s of them at once; default: as many as it can
 	Attests        int     // hosts that attest at once; default 32: each may cost an agreement
+	// AttestsPerSource is how often one address (IPv6: one /64) may ask to be admitted, as
+	// host or as CA node, a second; default 200, 10 s of them at once.
+	AttestsPerSource float64
 }
 
 const (
 	defaultX509Rate  = 5000
 	defaultTokenRate = 5000
 	defaultAttests   = 32
+	defaultKnocks    = 200
 	// A host that starts anew asks for all its SVIDs at once; tokens it asks for as it goes.
 	x509BurstSeconds = 10
 	// attestRetry is when a host comes back that found all slots taken.
@@ -28,6 +34,12 @@ const (
 	// quietRates is how many hosts' buckets are kept before full ones are dropped.
 	quietRates = 1024
 )
+
+// newKnocks bounds how often each source asks to be admitted. Behind one address there
+// may be a datacenter that starts at once.
+func newKnocks(each float64) *admission.Rate {
+	return admission.NewRate(each, max(int(10*each), 1))
+}
 
 // rates limits each host, so that none takes the whole node.
 type rates struct {

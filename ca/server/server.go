@@ -30,6 +30,7 @@ import (
 	"github.com/entente-mesh/entente/ca/feed"
 	"github.com/entente-mesh/entente/ca/nodeattest"
 	"github.com/entente-mesh/entente/ca/signer"
+	"github.com/entente-mesh/entente/internal/admission"
 	"github.com/entente-mesh/entente/internal/peer"
 )
 
@@ -113,7 +114,10 @@ type Config struct {
 	Bundles     *Bundles
 	Certificate func() (*tls.Certificate, error) // shown on the API address
 	Info        func() Info
-	Reported    func(memberID string, r Report)
+	// Knows tells whether this node leads and its state holds everything that was agreed
+	// before: what it does not find there does not exist.
+	Knows    func() bool
+	Reported func(memberID string, r Report)
 	// Gate is by authority id, asked of the leader wherever it is; LocalGate is what
 	// this node knows, ErrNotLeader if it does not lead.
 	Gate      func(context.Context) (map[string]Gate, error)
@@ -156,8 +160,10 @@ type Server struct {
 	registry peer.Registry
 	metrics  *metrics
 	attests  chan struct{} // slots
+	knocks   *admission.Rate
+	refusals refusals
 
-	handshakes, strangers places
+	handshakes, strangers *admission.Places
 	guests                guests
 	syncs                 syncs
 
@@ -183,10 +189,11 @@ func New(config Config) *Server {
 		Config:     config,
 		registry:   peer.Registry{Log: config.Log},
 		attests:    make(chan struct{}, cmp.Or(limits.Attests, defaultAttests)),
+		knocks:     newKnocks(cmp.Or(limits.AttestsPerSource, defaultKnocks)),
 		x509Rates:  newRates(cmp.Or(limits.X509PerAgent, defaultX509Rate), x509BurstSeconds, "X.509-SVIDs"),
 		tokenRates: newRates(cmp.Or(limits.TokensPerAgent, defaultTokenRate), 1, "tokens"),
-		handshakes: places{most: maxHandshakes, patience: undisturbed},
-		strangers:  places{most: maxStrangers, patience: handshakeLimit},
+		handshakes: admission.NewPlaces(admission.Limits{Most: maxHandshakes, Patience: undisturbed}),
+		strangers:  admission.NewPlaces(admission.Limits{Most: maxStrangers, Patience: handshakeLimit}),
 		stopping:   make(chan struct{}),
 	}
 	s.metrics = newMetrics(config.Registerer, s)
@@ -280,6 +287,8 @@ type metrics struct {
 	limited *prometheus.CounterVec
 	leftOut prometheus.Counter
 
+	strangers *prometheus.CounterVec
+
 	underWay prometheus.Gauge
 	cut      *prometheus.CounterVec
 }
@@ -295,6 +304,9 @@ func newMetrics(registerer prometheus.Registerer, s *Server) *metrics {
 		tokens: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "entente_ca_tokens_total", Help: "JWT- and WIT-SVIDs that were asked of this CA node, by kind and result.",
 		}, []string{"kind", "result"}),
+		strangers: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "entente_ca_strangers_refused_total", Help: "Calls that were refused to clients without an identity, by method.",
+		}, []string{"method"}),
 		underWay: prometheus.NewGauge(prometheus.GaugeOpts{
 			Name: "entente_ca_calls_under_way", Help: "Calls and streams at the API address that have not ended.",
 		}),
@@ -302,7 +314,7 @@ func newMetrics(registerer prometheus.Registerer, s *Server) *metrics {
 			Name: "entente_ca_connections_cut_total", Help: "Connections to the API address that were cut because there are too many of their kind: handshake, stranger (without an identity), peer (of one).",
 		}, []string{"kind"}),
 		limited: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "entente_ca_limited_total", Help: "Calls that were sent away for a limit, by whose it was: agent, node, attest and queue (signatures), calls and streams (of one peer), message (too large), report (of too much).",
+			Name: "entente_ca_limited_total", Help: "Calls that were sent away for a limit, by whose it was: agent, node, source (of addresses that hosts attest from), attest and queue (signatures), calls and streams (of one peer), message (too large), report (of too much).",
 		}, []string{"limit"}),
 		leftOut: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "entente_ca_reported_instances_left_out_total", Help: "Instances that hosts reported and that were left out: more than one may report, or not theirs to serve.",
@@ -311,8 +323,11 @@ func newMetrics(registerer prometheus.Registerer, s *Server) *metrics {
 	if registerer == nil {
 		return m
 	}
-	registerer.MustRegister(m.calls, m.svids, m.tokens, m.limited, m.leftOut, m.underWay, m.cut)
-	for kind, count := range map[string]func() int{"handshake": s.handshakes.len, "stranger": s.strangers.len, "peer": s.guests.len} {
+	for _, method := range []string{ententev1.Join_Join_FullMethodName, ententev1.Attest_Attest_FullMethodName} {
+		m.strangers.WithLabelValues(method) // a rate needs a zero to begin with
+	}
+	registerer.MustRegister(m.calls, m.svids, m.tokens, m.limited, m.leftOut, m.strangers, m.underWay, m.cut)
+	for kind, count := range map[string]func() int{"handshake": s.handshakes.Len, "stranger": s.strangers.Len, "peer": s.guests.len} {
 		registerer.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "entente_ca_connections", Help: "Open connections to the API address.", ConstLabels: prometheus.Labels{"kind": kind},
 		}, func() float64 { return float64(count()) }))

@@ -15,6 +15,7 @@ import (
 	"math/big"
 	"net/url"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -31,6 +32,7 @@ import (
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/catest"
+	"github.com/entente-mesh/entente/ca/domain"
 	"github.com/entente-mesh/entente/ca/keystore"
 	"github.com/entente-mesh/entente/ca/node"
 	"github.com/entente-mesh/entente/internal/peer"
@@ -165,6 +167,8 @@ metadata: {name: gw-1}
 spec: {run: {uid: 1002, hosts: [h2]}, datacenter: dc1, address: 127.0.0.1:15443}
 `
 
+// Who is admitted by a token, and who is not. Each attempt is refused for its own reason,
+// changes nothing that is agreed, and spends nothing: its token admits afterwards.
 func TestAttest(t *testing.T) {
 	t.Parallel()
 	c := catest.Start(t, catest.Options{})
@@ -174,75 +178,130 @@ func TestAttest(t *testing.T) {
 	call := func(req *ententev1.AttestRequest) (*ententev1.AttestResponse, error) {
 		return door.Attest(t.Context(), req)
 	}
+	admitted := func() (agents, spent int) {
+		c.Node().Read(func(st *domain.State) {
+			agents = st.AgentCount()
+			for _, token := range st.Tokens() {
+				if token.GetUsedBy() != "" {
+					spent++
+				}
+			}
+		})
+		return agents, spent
+	}
 
 	token, key := parseToken(t, c.AgentToken("h1", "dc1", "127.0.0.1")), newKey(t)
 	first, err := call(attestRequest(t, token, key, bound))
 	if err != nil {
 		t.Fatal(err)
 	}
-	if a := first.GetAgent(); a.GetName() != "h1" || a.GetKeyId() != keyIDOf(t, key) || len(first.GetMembers()) != 1 || first.GetCluster() == nil || len(first.GetBundle()) == 0 {
+	if a := first.GetAgent(); a.GetName() != "h1" || a.GetKeyId() != keyIDOf(t, key) || a.GetDatacenter() != "dc1" || !slices.Equal(a.GetAddresses(), []string{"127.0.0.1"}) ||
+		len(first.GetMembers()) != 1 || first.GetCluster() == nil || len(first.GetBundle()) == 0 {
 		t.Errorf("answer: %v", first)
 	}
+	leaf, err := x509.ParseCertificate(first.GetCertificates()[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	if id, err := peer.Verify([]*x509.Certificate{leaf}, c.Bundle(), time.Now()); err != nil || id.Path() != "/entente/agent/h1" || !key.PublicKey.Equal(leaf.PublicKey) {
+		t.Errorf("the SVID is %s's: %v", id, err)
+	}
 
-	// I9: one token, one key. The same key may repeat.
+	// I9: one token, one key. The same key may repeat and gets the same answer; nothing is
+	// written then, nor by the known key alone.
+	revision := c.Status().GetRevision()
 	again, err := call(attestRequest(t, token, key, bound))
 	if err != nil || !proto.Equal(again.GetAgent(), first.GetAgent()) {
 		t.Errorf("repeated with the same key: %v, %v", again.GetAgent(), err)
 	}
-	_, err = call(attestRequest(t, token, newKey(t), bound))
-	wantCode(t, "the token with another key", err, codes.PermissionDenied)
-
-	// By the known key, without token and without a write.
-	revision := c.Status().GetRevision()
-	if _, err := call(&ententev1.AttestRequest{Csr: csrOf(t, key)}); err != nil {
-		t.Errorf("by the known key: %v", err)
+	if known, err := call(&ententev1.AttestRequest{Csr: csrOf(t, key)}); err != nil || !proto.Equal(known.GetAgent(), first.GetAgent()) {
+		t.Errorf("by the known key: %v, %v", known.GetAgent(), err)
 	}
 	if now := c.Status().GetRevision(); now != revision {
 		t.Errorf("a re-attestation was written: revision %d, then %d", revision, now)
 	}
-	_, err = call(&ententev1.AttestRequest{Csr: csrOf(t, newKey(t))})
-	wantCode(t, "an unknown key without token", err, codes.PermissionDenied)
 
-	fresh := func() *ca.Token { return parseToken(t, c.AgentToken("h2", "dc1")) }
 	other := newKey(t)
-	// A statement made for another connection.
-	_, err = call(attestRequest(t, fresh(), other, exporter(t, dial(t, c, nil))))
-	wantCode(t, "a statement from another connection", err, codes.PermissionDenied)
-	_, err = call(attestRequest(t, fresh(), other, make([]byte, ca.ExporterSize)))
-	wantCode(t, "a statement bound to nothing", err, codes.PermissionDenied)
-
-	strange := fresh()
-	strange.ClusterID = make([]byte, ca.ClusterIDSize)
-	_, err = call(attestRequest(t, strange, other, bound))
-	wantCode(t, "another cluster's token", err, codes.FailedPrecondition)
-
-	forged := fresh()
-	forged.Seed = make([]byte, 32)
-	_, err = call(attestRequest(t, forged, other, bound))
-	wantCode(t, "a token's id without its seed", err, codes.PermissionDenied)
-
-	unknown := fresh()
-	unknown.ID = "nosuchtoken"
-	_, err = call(attestRequest(t, unknown, other, bound))
-	wantCode(t, "an unknown token", err, codes.PermissionDenied)
-
-	req := attestRequest(t, parseToken(t, c.NodeToken("ca-9", "dc1")), other, bound)
-	_, err = call(req)
-	wantCode(t, "a node's token", err, codes.PermissionDenied)
-
-	swapped := attestRequest(t, fresh(), other, bound)
-	swapped.Csr = csrOf(t, newKey(t))
-	_, err = call(swapped)
-	wantCode(t, "a request for another key than the statement's", err, codes.PermissionDenied)
-
-	broken := attestRequest(t, fresh(), other, bound)
-	broken.Csr[len(broken.Csr)-1] ^= 1
-	_, err = call(broken)
-	wantCode(t, "a request that is not signed with its key", err, codes.InvalidArgument)
-
-	// Control: none of the attempts has spent anything.
-	if _, err := call(attestRequest(t, fresh(), other, bound)); err != nil {
-		t.Errorf("control: %v", err)
+	for i, attack := range []struct {
+		name string
+		make func(token *ca.Token) *ententev1.AttestRequest
+		code codes.Code
+		why  string // part of the answer
+	}{
+		{"a spent token with another key", func(*ca.Token) *ententev1.AttestRequest { return attestRequest(t, token, newKey(t), bound) }, codes.PermissionDenied, "admitted another key"},
+		{"an unknown key without token", func(*ca.Token) *ententev1.AttestRequest { return &ententev1.AttestRequest{Csr: csrOf(t, newKey(t))} }, codes.PermissionDenied, "never admitted"},
+		{"a statement from another connection", func(token *ca.Token) *ententev1.AttestRequest {
+			return attestRequest(t, token, other, exporter(t, dial(t, c, nil)))
+		}, codes.PermissionDenied, "bound to another connection"},
+		{"a statement bound to zeros", func(token *ca.Token) *ententev1.AttestRequest {
+			return attestRequest(t, token, other, make([]byte, ca.ExporterSize))
+		}, codes.PermissionDenied, "bound to another connection"},
+		{"a statement bound to nothing", func(token *ca.Token) *ententev1.AttestRequest { return attestRequest(t, token, other, nil) }, codes.PermissionDenied, "not bound to a connection"},
+		{"another cluster's token", func(token *ca.Token) *ententev1.AttestRequest {
+			strange := *token
+			strange.ClusterID = make([]byte, ca.ClusterIDSize)
+			return attestRequest(t, &strange, other, bound)
+		}, codes.FailedPrecondition, "another cluster"},
+		{"another epoch's token", func(token *ca.Token) *ententev1.AttestRequest {
+			strange := *token
+			strange.Epoch++
+			return attestRequest(t, &strange, other, bound)
+		}, codes.FailedPrecondition, "epoch"},
+		{"a token's id without its seed", func(token *ca.Token) *ententev1.AttestRequest {
+			forged := *token
+			forged.Seed = make([]byte, 32)
+			return attestRequest(t, &forged, other, bound)
+		}, codes.PermissionDenied, "not signed with the token"},
+		{"no signature", func(token *ca.Token) *ententev1.AttestRequest {
+			req := attestRequest(t, token, other, bound)
+			req.Signature = nil
+			return req
+		}, codes.PermissionDenied, "not signed with the token"},
+		{"an unknown token", func(token *ca.Token) *ententev1.AttestRequest {
+			unknown := *token
+			unknown.ID = "nosuchtoken"
+			return attestRequest(t, &unknown, other, bound)
+		}, codes.PermissionDenied, "no such token"},
+		{"one token's id on another's statement", func(token *ca.Token) *ententev1.AttestRequest {
+			req := attestRequest(t, token, other, bound)
+			req.TokenId = parseToken(t, c.AgentToken("h-beside", "dc1")).ID
+			return req
+		}, codes.PermissionDenied, "another token"},
+		{"a node's token", func(*ca.Token) *ententev1.AttestRequest {
+			return attestRequest(t, parseToken(t, c.NodeToken("ca-9", "dc1")), other, bound)
+		}, codes.PermissionDenied, "role"},
+		{"a node's token that says it is an agent's", func(*ca.Token) *ententev1.AttestRequest {
+			node := parseToken(t, c.NodeToken("ca-9", "dc1"))
+			node.Role = ca.RoleAgent
+			return attestRequest(t, node, other, bound)
+		}, codes.PermissionDenied, "does not admit agents"},
+		{"a request for another key than the statement's", func(token *ca.Token) *ententev1.AttestRequest {
+			swapped := attestRequest(t, token, other, bound)
+			swapped.Csr = csrOf(t, newKey(t))
+			return swapped
+		}, codes.PermissionDenied, "another key"},
+		{"a request that is not signed with its key", func(token *ca.Token) *ententev1.AttestRequest {
+			broken := attestRequest(t, token, other, bound)
+			broken.Csr[len(broken.Csr)-1] ^= 1
+			return broken
+		}, codes.InvalidArgument, "not signed"},
+		{"another agent's key", func(token *ca.Token) *ententev1.AttestRequest { return attestRequest(t, token, key, bound) }, codes.AlreadyExists, "agent h1 already"},
+	} {
+		unspent := parseToken(t, c.AgentToken(fmt.Sprint("a", i), "dc1"))
+		req := attack.make(unspent)
+		agents, spent := admitted()
+		_, err := call(req)
+		wantCode(t, attack.name, err, attack.code)
+		if err == nil || !strings.Contains(err.Error(), attack.why) {
+			t.Errorf("%s: %v, not for %q", attack.name, err, attack.why)
+		}
+		if a, s := admitted(); a != agents || s != spent {
+			t.Errorf("%s: %d agents, then %d; %d spent tokens, then %d", attack.name, agents, a, spent, s)
+		}
+		// Control: the same token, as it is meant.
+		if resp, err := call(attestRequest(t, unspent, newKey(t), bound)); err != nil || resp.GetAgent().GetName() != fmt.Sprint("a", i) {
+			t.Errorf("after %s its token admits %v, %v", attack.name, resp.GetAgent(), err)
+		}
 	}
 }
 

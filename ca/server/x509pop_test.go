@@ -178,11 +178,27 @@ func TestAttestByCertificate(t *testing.T) {
 		t.Errorf("control: after it was evicted: %v", err)
 	}
 	_, raw := auditLines(t, c)
-	for _, want := range []string{`"on":["certificate/` + nodeattest.Fingerprint(leaf.Raw) + `","agent/h1"],"result":"done"`, `"on":["certificate/` + nodeattest.Fingerprint(strange.Raw) + `"],"result":"refused"`} {
+	// Who holds a certificate of the host authority is in the audit log, a stranger is not.
+	for _, want := range []string{`"on":["certificate/` + nodeattest.Fingerprint(leaf.Raw) + `","agent/h1"],"result":"done"`, `"on":["certificate/` + nodeattest.Fingerprint(leaf.Raw) + `"],"result":"refused"`} {
 		if !strings.Contains(string(raw), want) {
 			t.Errorf("no %s in the audit log", want)
 		}
 	}
+	if strings.Contains(string(raw), nodeattest.Fingerprint(strange.Raw)) {
+		t.Error("a stranger's refusal is in the audit log")
+	}
+}
+
+// possession is the request of who holds a certificate's key.
+func possession(t testing.TB, leaf *x509.Certificate, signer, key crypto.Signer, bound []byte) *ententev1.AttestRequest {
+	t.Helper()
+	statement, signature, err := ca.SignPossession(rand.Reader, signer, &statev1.PossessionStatement{
+		TrustDomain: "banking.example", KeyId: keyIDOf(t, key), Certificate: nodeattest.Fingerprint(leaf.Raw), Exporter: bound,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &ententev1.AttestRequest{Certificates: [][]byte{leaf.Raw}, Statement: statement, Signature: signature, Csr: csrOf(t, key)}
 }
 
 // Without the setting no certificate admits anybody.
