@@ -193,7 +193,7 @@ func signTokens[R any](ctx context.Context, c *Client, requests []R, sign func(c
 			if err != nil {
 				results = append(results, TokenResult{Err: err})
 			} else {
-				results = append(results, TokenResult{Token: answer[i].GetToken(), Err: itemError(answer[i])})
+				results = append(results, TokenResult{Token: answer[i].GetToken(), Err: tokenError(answer[i])})
 			}
 		}
 	}
@@ -225,16 +225,29 @@ func retryHint(err error) time.Duration {
 	}
 	for _, detail := range s.Details() {
 		if info, ok := detail.(*errdetails.RetryInfo); ok {
-			return min(max(info.GetRetryDelay().AsDuration(), 10*time.Millisecond), 30*time.Second)
+			return boundedRetry(info.GetRetryDelay().AsDuration())
 		}
 	}
 	return time.Second
+}
+
+func boundedRetry(wait time.Duration) time.Duration {
+	return min(max(wait, 10*time.Millisecond), 30*time.Second)
 }
 
 // result is one item of a batch's answer.
 type result interface {
 	GetCode() uint32
 	GetError() string
+}
+
+// tokenError is itemError, with when to ask again if the CA says so.
+func tokenError(r *ententev1.TokenResult) error {
+	err := itemError(r)
+	if s := r.GetRetryAfterSeconds(); codes.Code(r.GetCode()) == codes.ResourceExhausted && s > 0 {
+		return &busyError{err, boundedRetry(time.Duration(min(s, 3600) * float64(time.Second)))}
+	}
+	return err
 }
 
 func itemError(r result) error {

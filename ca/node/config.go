@@ -190,6 +190,9 @@ type Limits struct {
 	// TokensPerAgent is how many JWT- and WIT-SVIDs one agent may have signed. Default
 	// 5000/s.
 	TokensPerAgent yamlfile.Rate `yaml:"tokensPerAgent"`
+	// TokensPerEntry is how many of them may be for one entry, on each of its hosts, 5 s
+	// of them at once. Default 200/s.
+	TokensPerEntry yamlfile.Rate `yaml:"tokensPerEntry"`
 	// PerNode is how many SVIDs this node signs for all agents. Default: as many as it can.
 	PerNode yamlfile.Rate `yaml:"perNode"`
 	// Attests is how many hosts may attest at once. Default 32.
@@ -229,9 +232,16 @@ func (x *X509PoP) open() (*nodeattest.X509PoP, error) {
 
 // Audit is where each administrative act and each SVID is recorded, a line of JSON each.
 type Audit struct {
+	yamlfile.Pos
+
 	// File is appended to; after it was moved away, SIGHUP begins a new one. Default:
 	// DataDir/audit.log. "stderr" writes to standard error, "off" records nothing.
 	File string `yaml:"file"`
+	// MaxSize bounds File and the files beside it that were rotated, NAME.* and NAME-*. An
+	// eighth of it is rotated to NAME.TIME. At three quarters SVIDs are counted for each
+	// entry and minute, and the rest is for administrative acts. Default 1GiB, at least
+	// 1MiB.
+	MaxSize yamlfile.Size `yaml:"maxSize"`
 	// Required refuses what administrators would change while the log cannot be written.
 	// Default: it is done, and an alarm says that it goes unrecorded.
 	Required bool `yaml:"required"`
@@ -269,6 +279,9 @@ func (c *Config) Complete() error {
 	}
 	if c.Audit.File == "" {
 		c.Audit.File = filepath.Join(c.DataDir, "audit.log")
+	}
+	if c.Audit.MaxSize.Bytes == 0 {
+		c.Audit.MaxSize.Bytes = 1 << 30
 	}
 	var errs yamlfile.Errors
 	check := func(at yamlfile.Pos, what string, err error) {
@@ -326,6 +339,9 @@ func (c *Config) Complete() error {
 		check(c.At("x509pop"), "x509pop", err)
 	} else if c.X509PoP.Name != "" || c.X509PoP.Datacenter != "" || len(c.X509PoP.PathPrefixes) > 0 {
 		check(c.At("x509pop"), "x509pop", errors.New("caBundle is missing: without it no certificate admits a host"))
+	}
+	if c.Audit.MaxSize.Bytes < 1<<20 {
+		check(c.Audit.At("maxSize"), "audit.maxSize", errors.New("is less than 1MiB: administrative acts would have no room"))
 	}
 	if c.MinVoters < 0 || c.MinVoters > 15 {
 		check(c.At("minVoters"), "minVoters", fmt.Errorf("%d is not between 0 and 15", c.MinVoters))

@@ -12,7 +12,6 @@ import (
 	"io"
 	"log/slog"
 	"net"
-	"os"
 	"runtime/debug"
 	"strings"
 	"sync"
@@ -69,6 +68,8 @@ type Node struct {
 	bans     *bans
 	audit    *server.Audit
 	auditLog *daemon.LogFile // nil: not to a file
+	// auditShares: it is on the file system of the replicated log.
+	auditShares bool
 
 	started   time.Time
 	hadAgents bool // the state knew agents when this process started
@@ -172,7 +173,7 @@ func New(cfg *Config, log *slog.Logger, listeners Listeners) (_ *Node, err error
 		Subscribers: n.status,
 		X509PoP:     x509pop,
 		Limits: server.Limits{
-			X509PerAgent: cfg.Limits.X509PerAgent.PerSecond, TokensPerAgent: cfg.Limits.TokensPerAgent.PerSecond,
+			X509PerAgent: cfg.Limits.X509PerAgent.PerSecond, TokensPerAgent: cfg.Limits.TokensPerAgent.PerSecond, TokensPerEntry: cfg.Limits.TokensPerEntry.PerSecond,
 			PerNode: cfg.Limits.PerNode.PerSecond, Attests: cfg.Limits.Attests, AttestsPerSource: cfg.Limits.AttestsPerSource.PerSecond,
 		},
 		Log:        n.log,
@@ -294,6 +295,9 @@ func (n *Node) Run(ctx context.Context) error {
 	if n.auditLog != nil {
 		group.Go("audit log", func(ctx context.Context) error { return n.auditLog.Run(ctx, n.log) })
 	}
+	if n.audit != nil {
+		group.Go("audit counts", n.audit.Run)
+	}
 	group.Go("comparisons", n.runComparisons)
 	group.Go("progress", n.runProgress)
 	group.Go("replica", func(ctx context.Context) error {
@@ -320,6 +324,7 @@ func (n *Node) Run(ctx context.Context) error {
 	if err == nil {
 		err = closeErr
 	}
+	n.audit.Flush()
 	if n.auditLog != nil {
 		n.auditLog.Close()
 	}
@@ -501,6 +506,7 @@ func (n *Node) info() server.Info {
 		Voters:    make(map[string]bool),
 		Foreign:   n.foreign.all(),
 		Upstream:  n.upstreamStatus(now),
+		Audit:     n.auditStatus(),
 	}
 	for _, member := range r.Servers() {
 		info.Voters[member.ID] = member.Voter
@@ -528,24 +534,6 @@ func (n *Node) activeFor(use statev1.KeyUse) (active *statev1.Authority) {
 		}
 	})
 	return active
-}
-
-// openAudit opens the audit log.
-func (n *Node) openAudit() error {
-	switch n.cfg.Audit.File {
-	case "off":
-		return nil
-	case "stderr":
-		n.audit = server.NewAudit(os.Stderr, n.cfg.Name, n.cfg.Audit.Required, n.log, n.registry)
-		return nil
-	}
-	file, err := daemon.OpenLogFile(n.cfg.Audit.File, 0o600)
-	if err != nil {
-		return fmt.Errorf("audit log: %w", err)
-	}
-	n.auditLog = file
-	n.audit = server.NewAudit(file, n.cfg.Name, n.cfg.Audit.Required, n.log, n.registry)
-	return nil
 }
 
 // status is how far this replica's subscribers are.

@@ -58,6 +58,10 @@ func (d adminDoor) Status(ctx context.Context, _ *ententev1.StatusRequest) (*ent
 		AppliedIndex:       info.Applied,
 		LastIndex:          info.Last,
 		LogBytes:           info.LogBytes,
+		Audit: &ententev1.AuditLog{
+			File: info.Audit.File, Bytes: info.Audit.Bytes, BoundBytes: info.Audit.Bound,
+			SharesRaftDisk: info.Audit.SharesRaft, Problem: info.Audit.Problem,
+		},
 	}
 	for _, behind := range subscribers.Behind[:min(len(subscribers.Behind), 10)] {
 		resp.WaitingFor = append(resp.WaitingFor, behind.Name)

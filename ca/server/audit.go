@@ -3,7 +3,9 @@ package server
 import (
 	"cmp"
 	"context"
+	"crypto/sha256"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -28,31 +30,74 @@ import (
 // node that was asked (and at the leader, if that was another one), and for each SVID, at
 // the node that signed. Lines hold no secret (I1).
 //
-// A line that cannot be written is counted and said once in the process's log, and stops
-// no SVID: hosts must not lose their identities because a disk is full. Acts of
-// administrators go on as well, since one of them may be what mends it, unless the log
-// is required. When lines can be written again, the first one says how many are missing.
+// Nobody who asks for SVIDs or is refused can fill the disk (I14): where the log is
+// Bounded, its last quarter takes no more SVIDs one by one, but how many were signed for
+// each entry and minute; its last eighth only how many of each kind; and the rest is for
+// acts. One caller's refusals have a rate, beyond which they are counted.
+//
+// An act that cannot be written goes to the process's log, is counted, and the first line
+// that can be written again says how many are missing. An SVID whose line cannot be
+// written is counted as above. Nothing of that stops an SVID: hosts must not lose their
+// identities because a disk is full. Acts of administrators go on as well, since one of
+// them may be what frees the disk, unless the log is required.
 // Methods may be called concurrently.
 type Audit struct {
 	node     string
 	required bool
 	log      *slog.Logger
 	failures prometheus.Counter
+	counted  prometheus.Counter
+	refusals *rates
 
-	mu   sync.Mutex
-	w    io.Writer
-	lost uint64 // lines, since the last that was written
-	torn bool   // the last line was written in part
+	mu        sync.Mutex
+	w         io.Writer
+	lost      uint64             // acts, since the last line that was written
+	torn      bool               // the last line was written in part
+	counts    map[countKey]int64 // what was counted and is not written yet
+	since     time.Time          // when the first of counts was counted
+	counting  error              // why SVIDs are counted; nil: they have lines
+	unwritten error              // why acts are lost; nil: they are not
 }
 
-// NewAudit writes to w, one Write for each line. With required, acts of administrators are
-// refused while lines cannot be written. registerer may be nil.
+// Bounded is where audit lines go if their size has a bound. Room is how many bytes are
+// left, of how many.
+type Bounded interface {
+	io.Writer
+	Room() (left, bound int64)
+}
+
+// What part of a bound must be left for a line to be written.
+const (
+	roomForSVIDs  = 1. / 4
+	roomForCounts = 1. / 8
+	roomForTotals = 1. / 16
+	roomForActs   = 0
+)
+
+const (
+	maxCounts     = 10_000 // entries and callers that are counted apart
+	countInterval = time.Minute
+	refusalRate   = 1 // refusals of one caller a second that have a line each; maxBatch at once
+)
+
+// errAuditFull: the bound leaves no room for a line of this kind.
+var errAuditFull = errors.New("the audit log is at its bound (audit.maxSize), or its file system has only the room left that the replicated log needs; move the closed files (NAME.TIME) elsewhere")
+
+// NewAudit writes to w, one Write for each line; w may be Bounded. With required, acts of
+// administrators are refused while lines cannot be written. registerer may be nil.
 func NewAudit(w io.Writer, node string, required bool, log *slog.Logger, registerer prometheus.Registerer) *Audit {
-	a := &Audit{node: node, required: required, log: log, w: w, failures: prometheus.NewCounter(prometheus.CounterOpts{
-		Name: "entente_ca_audit_failures_total", Help: "Audit lines that could not be written.",
-	})}
+	a := &Audit{
+		node: node, required: required, log: log, w: w, counts: make(map[countKey]int64),
+		refusals: newRates(refusalRate, 0, "refusals"),
+		failures: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "entente_ca_audit_failures_total", Help: "Audit lines that could not be written.",
+		}),
+		counted: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "entente_ca_audit_lines_counted_total", Help: "SVIDs and refusals that have no audit line of their own, but are counted in one.",
+		}),
+	}
 	if registerer != nil {
-		registerer.MustRegister(a.failures)
+		registerer.MustRegister(a.failures, a.counted)
 	}
 	return a
 }
@@ -88,6 +133,29 @@ type issued struct {
 	Revision   string   `json:"revision"`
 }
 
+// countKey is what is counted together.
+type countKey struct {
+	of    string // a kind of SVID, or "refused"
+	entry string // of SVIDs; empty: agents' own, or several
+	who   string // of refusals
+	what  string // of refusals
+	more  bool   // several entries or callers, beyond maxCounts or the room for them
+}
+
+// count stands for SVIDs or refusals that have no line each.
+type count struct {
+	Time   string `json:"time"`
+	Kind   string `json:"kind"` // "count"
+	Node   string `json:"node"`
+	Since  string `json:"since"`
+	Of     string `json:"of"` // a kind of SVID, or "refused"
+	Number int64  `json:"number"`
+	Entry  string `json:"entry,omitempty"`
+	Who    string `json:"who,omitempty"`
+	What   string `json:"what,omitempty"`
+	More   bool   `json:"more,omitempty"` // of several entries or callers
+}
+
 // gap is the first line after some that could not be written.
 type gap struct {
 	Time string `json:"time"`
@@ -96,23 +164,24 @@ type gap struct {
 	Lost uint64 `json:"lost"` // lines
 }
 
-func (a *Audit) write(line any) {
-	if a == nil {
-		return
-	}
+// write writes an act's line, or sends it to the process's log.
+func (a *Audit) write(line act) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	err := a.mend()
 	if err == nil {
-		err = a.append(line)
+		err = a.append(line, roomForActs)
 	}
 	if err == nil {
 		return
 	}
 	a.failures.Inc()
+	a.unwritten = err
 	if a.lost++; a.lost == 1 {
-		a.log.Error("the audit log cannot be written: what happens goes unrecorded until it can", "error", err)
+		a.log.Error("the audit log cannot be written: administrative acts are recorded here only, until it can", "error", err)
 	}
+	data, _ := json.Marshal(line)
+	a.log.Warn("administrative act that is missing in the audit log", "line", string(data))
 }
 
 // mend says how many lines are missing, as soon as that can be said.
@@ -120,15 +189,16 @@ func (a *Audit) mend() error {
 	if a.lost == 0 {
 		return nil
 	}
-	if err := a.append(gap{Time: stamp(), Kind: "gap", Node: a.node, Lost: a.lost}); err != nil {
+	if err := a.append(gap{Time: stamp(), Kind: "gap", Node: a.node, Lost: a.lost}, roomForActs); err != nil {
 		return err
 	}
 	a.log.Info("the audit log can be written again", "lost_lines", a.lost)
-	a.lost = 0
+	a.lost, a.unwritten = 0, nil
 	return nil
 }
 
-func (a *Audit) append(line any) error {
+// append writes a line if at least part of the bound is left after it.
+func (a *Audit) append(line any, part float64) error {
 	data, err := json.Marshal(line)
 	if err != nil {
 		return err
@@ -136,13 +206,87 @@ func (a *Audit) append(line any) error {
 	if a.torn {
 		data = append([]byte{'\n'}, data...)
 	}
-	n, err := a.w.Write(append(data, '\n'))
+	data = append(data, '\n')
+	if b, ok := a.w.(Bounded); ok {
+		if left, bound := b.Room(); bound > 0 && left-int64(len(data)) < int64(part*float64(bound)) {
+			return errAuditFull
+		}
+	}
+	n, err := a.w.Write(data)
 	if err != nil {
 		a.torn = a.torn || n > 0
 		return err
 	}
 	a.torn = false
 	return nil
+}
+
+// count counts what has no line of its own. a.mu is held.
+func (a *Audit) count(key countKey, n int64) {
+	if _, there := a.counts[key]; !there && len(a.counts) >= maxCounts {
+		key = countKey{of: key.of, more: true}
+	}
+	if len(a.counts) == 0 {
+		a.since = time.Now()
+	}
+	a.counts[key] += n
+}
+
+// Run writes each minute what was counted, until ctx is done.
+func (a *Audit) Run(ctx context.Context) error {
+	ticker := time.NewTicker(countInterval)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ticker.C:
+			a.Flush()
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// Flush writes what was counted. What there is no room for is kept as one number for each
+// kind, so that a bound or a full disk costs detail and no number.
+func (a *Audit) Flush() {
+	if a == nil {
+		return
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	since := a.since.UTC().Format(time.RFC3339Nano)
+	kept := make(map[countKey]int64)
+	write := func(counts map[countKey]int64, part float64) (err error) {
+		for key, n := range counts {
+			if err == nil {
+				err = a.append(count{Time: stamp(), Kind: "count", Node: a.node, Since: since, Of: key.of, Number: n,
+					Entry: key.entry, Who: key.who, What: key.what, More: key.more}, part)
+			}
+			delete(counts, key)
+			if err != nil {
+				kept[countKey{of: key.of, more: true}] += n
+			}
+		}
+		return err
+	}
+	if write(a.counts, roomForCounts) != nil {
+		totals := kept
+		kept = make(map[countKey]int64)
+		if err := write(totals, roomForTotals); err != nil && !errors.Is(err, errAuditFull) {
+			a.failures.Inc()
+		}
+	}
+	a.counts = kept
+}
+
+// Problem is why SVIDs or acts have no line each at the moment; nil: they have.
+func (a *Audit) Problem() error {
+	if a == nil {
+		return nil
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return cmp.Or(a.unwritten, a.counting)
 }
 
 // Asked records, where the log is required, that an act is about to be done, or says why
@@ -155,7 +299,7 @@ func (a *Audit) Asked(who, what string) error {
 	defer a.mu.Unlock()
 	err := a.mend()
 	if err == nil {
-		err = a.append(act{Time: stamp(), Kind: "act", Node: a.node, Who: who, What: what, Result: "asked"})
+		err = a.append(act{Time: stamp(), Kind: "act", Node: a.node, Who: who, What: what, Result: "asked"}, roomForActs)
 	}
 	if err != nil {
 		return status.Errorf(codes.FailedPrecondition, "the audit log of this CA node cannot be written and is required (audit.required): %v; make room for it, or ask another CA node", err)
@@ -164,6 +308,23 @@ func (a *Audit) Asked(who, what string) error {
 }
 
 func stamp() string { return time.Now().UTC().Format(time.RFC3339Nano) }
+
+// Refused records that a caller was refused, who may ask for ever. source is whose rate
+// counts: the caller's, or that of all callers without an identity together.
+func (a *Audit) Refused(source, who, what string, on []string, err error) {
+	if a == nil {
+		return
+	}
+	if a.refusals.take(source, 1, time.Now()) > 0 {
+		who = source
+		a.counted.Inc()
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		a.count(countKey{of: "refused", who: who, what: what}, 1)
+		return
+	}
+	a.act(who, "", what, on, 0, err)
+}
 
 // Act records that somebody did something, or was refused to.
 func (a *Audit) Act(who, what string, on []string, revision uint64, err error) {
@@ -213,7 +374,7 @@ func (a *Audit) Issued(i signer.Issued, revision uint64) {
 	}
 	line := issued{
 		Time: stamp(), Kind: i.Kind, Node: a.node, Who: i.Origin.Agent, SPIFFEID: i.ID.String(), Entry: i.Origin.Entry,
-		Serial: i.Serial, Digest: i.Digest, Audience: i.Audience, Authority: i.Authority,
+		Serial: i.Serial, Digest: i.Digest, Audience: shortAudience(i.Audience), Authority: i.Authority,
 		NotAfter: i.NotAfter.UTC().Format(time.RFC3339), Revision: ca.Revision(revision).String(),
 	}
 	if line.Who == "" {
@@ -222,7 +383,46 @@ func (a *Audit) Issued(i signer.Issued, revision uint64) {
 	if i.Origin.EntryGeneration != 0 {
 		line.Generation = ca.Revision(i.Origin.EntryGeneration).String()
 	}
-	a.write(line)
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	err := a.append(line, roomForSVIDs)
+	if err == nil {
+		if a.counting != nil {
+			a.log.Info("SVIDs are recorded one by one again in the audit log")
+			a.counting = nil
+		}
+		return
+	}
+	if !errors.Is(err, errAuditFull) {
+		a.failures.Inc()
+	}
+	if a.counting == nil {
+		a.log.Error("SVIDs are no longer recorded one by one in the audit log, but counted for each entry and minute", "error", err)
+	}
+	a.counting = err
+	a.counted.Inc()
+	a.count(countKey{of: i.Kind, entry: i.Origin.Entry}, 1)
+}
+
+const (
+	maxAudience  = 128 // bytes of an audience that stands in a line as it is
+	maxAudiences = 512 // bytes of all of them
+)
+
+// shortAudience is an audience for a line: what is long stands by its SHA-256, since the
+// caller chooses it.
+func shortAudience(audience []string) []string {
+	short, size := make([]string, len(audience)), 0
+	for i, one := range audience {
+		if short[i] = one; len(one) > maxAudience {
+			short[i] = fmt.Sprintf("sha256:%x", sha256.Sum256([]byte(one)))
+		}
+		size += len(short[i])
+	}
+	if size > maxAudiences {
+		return []string{fmt.Sprintf("%d audiences, sha256:%x", len(audience), sha256.Sum256([]byte(strings.Join(audience, "\n"))))}
+	}
+	return short
 }
 
 func commandName(command *statev1.Command) (what string, on []string) {
@@ -287,8 +487,12 @@ func prefixed(prefix string, list []string) []string {
 	return out
 }
 
-// maxNamed bounds how many things one act's line names.
-const maxNamed = 1000
+// Bounds of what one act's line names, which may be what its caller made up.
+const (
+	maxNamed   = 1000 // things
+	maxRefused = 20   // things of an act whose caller may not do it
+	maxName    = 512  // bytes of one
+)
 
 // shows are the methods of Admin that change nothing and give nothing away that a role
 // must be had for: only their refusal is recorded.
@@ -332,16 +536,31 @@ func (s *Server) audit(ctx context.Context, req, resp any, err error) {
 	if r, ok := resp.(interface{ GetRevision() uint64 }); ok && err == nil {
 		revision = r.GetRevision()
 	}
-	s.Audit.Act(callerFrom(ctx).who(), path.Base(method), named(req, resp), revision, err)
+	c := callerFrom(ctx)
+	if undone(status.Code(err)) && c.class != local {
+		s.Audit.Refused(c.String(), c.who(), path.Base(method), named(req, resp, maxRefused), err)
+		return
+	}
+	s.Audit.Act(c.who(), path.Base(method), named(req, resp, maxNamed), revision, err)
 }
 
-// named is what a call is about.
-func named(req, resp any) (on []string) {
+// undone tells that a call was refused: that it changed nothing is certain. After any
+// other error it may have been carried out, and that is never counted instead of written.
+func undone(code codes.Code) bool {
+	switch code {
+	case codes.PermissionDenied, codes.Unauthenticated, codes.InvalidArgument, codes.NotFound, codes.AlreadyExists, codes.FailedPrecondition, codes.ResourceExhausted:
+		return true
+	}
+	return false
+}
+
+// named is what a call is about, most things at most.
+func named(req, resp any, most int) (on []string) {
 	name := func(kind, key string) {
 		switch {
-		case len(on) < maxNamed:
-			on = append(on, kind+key)
-		case len(on) == maxNamed:
+		case len(on) < most:
+			on = append(on, fmt.Sprintf("%.*s", maxName, kind+key))
+		case len(on) == most:
 			on = append(on, "and more")
 		}
 	}

@@ -15,6 +15,7 @@ import (
 type Limits struct {
 	X509PerAgent   float64 // X.509-SVIDs that one agent may have signed a second; default 5000, 10 s of them at once
 	TokensPerAgent float64 // JWT- and WIT-SVIDs that one agent may have signed a second; default 5000, 1 s of them at once
+	TokensPerEntry float64 // those of them for one entry; default 200, 5 s of them at once
 	PerNode        float64 // SVIDs of all kinds for all agents a second, 1 s of them at once; default: as many as it can
 	Attests        int     // hosts that attest at once; default 32: each may cost an agreement
 	// AttestsPerSource is how often one address (IPv6: one /64) may ask to be admitted, as
@@ -25,10 +26,13 @@ type Limits struct {
 const (
 	defaultX509Rate  = 5000
 	defaultTokenRate = 5000
+	defaultEntryRate = 200
 	defaultAttests   = 32
 	defaultKnocks    = 200
 	// A host that starts anew asks for all its SVIDs at once; tokens it asks for as it goes.
 	x509BurstSeconds = 10
+	// A workload that starts asks for tokens for all whom it calls.
+	entryBurstSeconds = 5
 	// attestRetry is when a host comes back that found all slots taken.
 	attestRetry = 500 * time.Millisecond
 	// quietRates is how many hosts' buckets are kept before full ones are dropped.
@@ -50,8 +54,8 @@ type rates struct {
 	buckets map[string]*rate.Limiter
 }
 
-// newRates allows each host so many of what a second, and the events of some seconds at
-// once; a batch always fits.
+// newRates allows each host (or entry of a host, or caller) so many of what a second, and
+// the events of some seconds at once; a batch always fits.
 func newRates(each float64, seconds int, what string) *rates {
 	return &rates{each: rate.Limit(each), burst: max(int(each)*seconds, maxBatch), what: what, buckets: make(map[string]*rate.Limiter)}
 }

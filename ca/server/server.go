@@ -87,6 +87,16 @@ type Info struct {
 	Last          uint64    // of the log
 	LogBytes      uint64    // since the last snapshot
 	Upstream      *Upstream // nil: this node's authorities sign themselves
+	Audit         AuditLog
+}
+
+// AuditLog is where the audit log is and how it goes.
+type AuditLog struct {
+	File       string // or "stderr", "off"
+	Bytes      int64  // of the file and those that were rotated
+	Bound      int64  // of Bytes; 0: none
+	SharesRaft bool   // it is on the file system of the replicated log
+	Problem    string // why lines are counted or missing; empty: they are not
 }
 
 // Upstream is the root that certifies this node's X.509 authorities.
@@ -169,6 +179,7 @@ type Server struct {
 
 	x509Rates  *rates
 	tokenRates *rates
+	entryRates *rates // of tokens, by host and entry
 	perNode    *rates // nil: no limit
 	stopping   chan struct{}
 	stop       sync.Once
@@ -192,6 +203,7 @@ func New(config Config) *Server {
 		knocks:     newKnocks(cmp.Or(limits.AttestsPerSource, defaultKnocks)),
 		x509Rates:  newRates(cmp.Or(limits.X509PerAgent, defaultX509Rate), x509BurstSeconds, "X.509-SVIDs"),
 		tokenRates: newRates(cmp.Or(limits.TokensPerAgent, defaultTokenRate), 1, "tokens"),
+		entryRates: newRates(cmp.Or(limits.TokensPerEntry, defaultEntryRate), entryBurstSeconds, "tokens"),
 		handshakes: admission.NewPlaces(admission.Limits{Most: maxHandshakes, Patience: undisturbed}),
 		strangers:  admission.NewPlaces(admission.Limits{Most: maxStrangers, Patience: handshakeLimit}),
 		stopping:   make(chan struct{}),
@@ -314,7 +326,7 @@ func newMetrics(registerer prometheus.Registerer, s *Server) *metrics {
 			Name: "entente_ca_connections_cut_total", Help: "Connections to the API address that were cut because there are too many of their kind: handshake, stranger (without an identity), peer (of one).",
 		}, []string{"kind"}),
 		limited: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "entente_ca_limited_total", Help: "Calls that were sent away for a limit, by whose it was: agent, node, source (of addresses that hosts attest from), attest and queue (signatures), calls and streams (of one peer), message (too large), report (of too much).",
+			Name: "entente_ca_limited_total", Help: "Calls that were sent away for a limit, by whose it was: agent, entry (of an agent), node, source (of addresses that hosts attest from), attest and queue (signatures), calls and streams (of one peer), message (too large), report (of too much).",
 		}, []string{"limit"}),
 		leftOut: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "entente_ca_reported_instances_left_out_total", Help: "Instances that hosts reported and that were left out: more than one may report, or not theirs to serve.",

@@ -113,13 +113,29 @@ func (s *Server) grant(c caller, entryID string) (g granted, err error) {
 	return g, nil
 }
 
+// grantToken is grant for a token, of which an entry may have so many a second: workloads
+// ask for tokens as they like, and each costs a signature and a line of the audit log. An
+// entry has this rate on each of its hosts, so that a workload takes nothing from the
+// instances elsewhere.
+func (s *Server) grantToken(c caller, entryID string) (granted, error) {
+	g, err := s.grant(c, entryID)
+	if err != nil {
+		return g, err
+	}
+	if wait := s.entryRates.take(c.agent.GetName()+"/"+entryID, 1, time.Now()); wait > 0 {
+		s.metrics.limited.WithLabelValues("entry").Inc()
+		return g, exhausted(fmt.Sprintf("entry %s asks on host %s for more than %g tokens a second", entryID, c.agent.GetName(), float64(s.entryRates.each)), wait)
+	}
+	return g, nil
+}
+
 func (d signDoor) SignJWT(ctx context.Context, req *ententev1.SignJWTRequest) (*ententev1.SignJWTResponse, error) {
 	s, c := d.server, callerFrom(ctx)
 	results, err := signTokens(ctx, s, c, statev1.KeyUse_KEY_USE_JWT, req.GetRequests(), func(one *ententev1.JWTRequest) (string, error) {
 		if err := ca.CheckAudience(one.GetAudience()); err != nil {
 			return "", status.Error(codes.InvalidArgument, err.Error())
 		}
-		g, err := s.grant(c, one.GetEntryId())
+		g, err := s.grantToken(c, one.GetEntryId())
 		if err != nil {
 			return "", err
 		}
@@ -137,7 +153,7 @@ func (d signDoor) SignWIT(ctx context.Context, req *ententev1.SignWITRequest) (*
 		if err != nil {
 			return "", status.Error(codes.InvalidArgument, err.Error())
 		}
-		g, err := s.grant(c, one.GetEntryId())
+		g, err := s.grantToken(c, one.GetEntryId())
 		if err != nil {
 			return "", err
 		}
@@ -162,7 +178,7 @@ func signTokens[R any](ctx context.Context, s *Server, c caller, use statev1.Key
 	}
 	kind := map[statev1.KeyUse]string{statev1.KeyUse_KEY_USE_JWT: "jwt", statev1.KeyUse_KEY_USE_WIT: "wit"}[use]
 	results := make([]*ententev1.TokenResult, 0, len(requests))
-	signed := false
+	signed, exhaustedResults, limited := false, 0, error(nil)
 	for _, one := range requests {
 		token, err := sign(one)
 		if err != nil {
@@ -174,14 +190,31 @@ func signTokens[R any](ctx context.Context, s *Server, c caller, use statev1.Key
 			}
 			st := status.Convert(s.signError(err))
 			s.metrics.tokens.WithLabelValues(kind, st.Code().String()).Inc()
-			results = append(results, &ententev1.TokenResult{Code: uint32(st.Code()), Error: st.Message()})
+			result := &ententev1.TokenResult{Code: uint32(st.Code()), Error: st.Message()}
+			if st.Code() == codes.ResourceExhausted {
+				result.RetryAfterSeconds, exhaustedResults, limited = retryDelay(st).Seconds(), exhaustedResults+1, err
+			}
+			results = append(results, result)
 			continue
 		}
 		signed = true
 		s.metrics.tokens.WithLabelValues(kind, codes.OK.String()).Inc()
 		results = append(results, &ententev1.TokenResult{Token: token})
 	}
+	if exhaustedResults == len(requests) {
+		return nil, limited // which older agents heed
+	}
 	return results, nil
+}
+
+// retryDelay is when to come back, as exhausted has said; 0: it has not.
+func retryDelay(st *status.Status) time.Duration {
+	for _, detail := range st.Details() {
+		if info, ok := detail.(*errdetails.RetryInfo); ok {
+			return info.GetRetryDelay().AsDuration()
+		}
+	}
+	return 0
 }
 
 // exhausted says when to come back.

@@ -242,6 +242,20 @@ func caStatusCommand() *cobra.Command {
 	return c
 }
 
+func auditText(a *ententev1.AuditLog) string {
+	text := a.GetFile()
+	if a.GetBoundBytes() > 0 {
+		text += fmt.Sprintf(", %d of %d MiB", a.GetBytes()>>20, a.GetBoundBytes()>>20)
+	}
+	if a.GetSharesRaftDisk() {
+		text += "; on the file system of the replicated log"
+	}
+	if a.GetProblem() != "" {
+		text += "; DEGRADED: " + a.GetProblem()
+	}
+	return text
+}
+
 func printStatus(w io.Writer, s *ententev1.StatusResponse) error {
 	names := map[string]string{}
 	for _, m := range s.GetMembers() {
@@ -267,6 +281,9 @@ func printStatus(w io.Writer, s *ententev1.StatusResponse) error {
 		disk = "FAILED: " + s.GetDisk()
 	}
 	fmt.Fprintf(table, "DISK\t%s; log at entry %d, applied %d, %d KiB since the last snapshot\n", disk, s.GetLastIndex(), s.GetAppliedIndex(), s.GetLogBytes()>>10)
+	if audit := s.GetAudit(); audit != nil {
+		fmt.Fprintf(table, "AUDIT\t%s\n", auditText(audit))
+	}
 	offset := "not known: no agreement since the start"
 	if s.GetClockKnown() {
 		offset = fmt.Sprintf("%+.3f s from the agreed time", s.GetClockOffsetSeconds())

@@ -102,7 +102,7 @@ func TestStatus(t *testing.T) {
 	}
 
 	until("with quorum", append(uses("by everybody"), `DOMAIN +banking\.example`, `STATE +quorum, leader ca-[12]; epoch 0, revision 0\.\d+, \d+\.\d s old`,
-		`DISK +works; log at entry \d+, applied \d+, \d+ KiB`, `CLOCK +[+-]\d+\.\d{3} s from the agreed time`, `SUBSCRIBERS +1 here; all have acknowledged`,
+		`DISK +works; log at entry \d+, applied \d+, \d+ KiB`, `AUDIT +\S+/audit\.log, 0 of 1024 MiB; on the file system of the replicated log`, `CLOCK +[+-]\d+\.\d{3} s from the agreed time`, `SUBSCRIBERS +1 here; all have acknowledged`,
 		autonomy, `ca-2 +dc2 +(leader|voter)`),
 		func(fields map[string]any) error {
 			if waiting, _ := fields["waitingFor"].([]any); fields["quorum"] != true || fields["noQuorumSince"] != "0" || len(waiting) != 0 || fields["notAgreeing"] != "" {

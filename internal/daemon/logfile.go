@@ -2,29 +2,59 @@ package daemon
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"os"
 	"os/signal"
+	"path/filepath"
+	"strings"
 	"sync"
 	"syscall"
+	"time"
 )
 
-// LogFile is a file that is only appended to and that somebody else rotates: after it was moved away, SIGHUP makes the process
-// write to a new one of the old name. Methods may be called concurrently.
+const (
+	// segments is how many files of equal size a bound is divided into.
+	segments = 8
+	// recount is how often files that somebody else made, moved or deleted are noticed.
+	recount = 5 * time.Second
+)
+
+// LogFile is a file that is only appended to, and that may be rotated from outside: after it was moved away, SIGHUP makes
+// the process write to a new one of the old name. Methods may be called concurrently.
+//
+// With a bound, it is also rotated by the process: a file that has an eighth of the bound is renamed to NAME.TIME, and
+// never deleted, compressed or written again. The file set is NAME, NAME.* and NAME-* in its directory, so that what a
+// rotation from outside leaves there counts too. Room says what is left of the bound; it is for the caller to heed.
 type LogFile struct {
 	path    string
 	mode    os.FileMode
+	bound   int64                   // of the file set, bytes; 0: none
+	free    func() (uint64, uint64) // nil: the file system's other users do not matter
 	hangups chan os.Signal
 
-	mu sync.Mutex
-	f  *os.File // nil: closed, or could not be opened again
+	mu      sync.Mutex
+	f       *os.File  // nil: closed, or could not be opened again
+	size    int64     // of f
+	set     int64     // bytes in the file set
+	left    int64     // bytes that the file system has to give
+	counted time.Time // when size, set and left were looked up
+}
+
+// LogBound bounds a log file. The zero value is no bound.
+type LogBound struct {
+	Bytes int64 // of the file set
+	// Free tells how many bytes the file's file system has to give and how many of them others need, if the file has to
+	// leave room for them; nil: it has not.
+	Free func() (free, others uint64)
 }
 
 // OpenLogFile opens or makes the file. From then on SIGHUP no longer ends the process: Run answers it.
-func OpenLogFile(path string, mode os.FileMode) (*LogFile, error) {
-	l := &LogFile{path: path, mode: mode, hangups: make(chan os.Signal, 1)}
+func OpenLogFile(path string, mode os.FileMode, bound LogBound) (*LogFile, error) {
+	l := &LogFile{path: path, mode: mode, bound: bound.Bytes, free: bound.Free, hangups: make(chan os.Signal, 1)}
 	if err := l.Reopen(); err != nil {
 		return nil, err
 	}
@@ -34,17 +64,70 @@ func OpenLogFile(path string, mode os.FileMode) (*LogFile, error) {
 
 // Reopen closes the file and opens the one that has its name now. When that fails, the old one stays in use.
 func (l *LogFile) Reopen() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.reopen()
+}
+
+func (l *LogFile) reopen() error {
 	f, err := os.OpenFile(l.path, os.O_CREATE|os.O_APPEND|os.O_WRONLY, l.mode)
 	if err != nil {
 		return explain(l.path, err)
 	}
-	l.mu.Lock()
-	defer l.mu.Unlock()
 	if l.f != nil {
 		l.f.Close()
 	}
 	l.f = f
+	l.count(time.Now())
 	return nil
+}
+
+// count looks up the sizes.
+func (l *LogFile) count(now time.Time) {
+	l.counted, l.size, l.set = now, 0, 0
+	if l.bound == 0 {
+		return
+	}
+	if info, err := l.f.Stat(); err == nil && info.Mode().IsRegular() {
+		l.size, l.set = info.Size(), info.Size()
+	}
+	base := filepath.Base(l.path)
+	entries, _ := os.ReadDir(filepath.Dir(l.path)) // what cannot be read is not counted
+	for _, e := range entries {
+		if rest, ours := strings.CutPrefix(e.Name(), base); ours && rest != "" && strings.ContainsRune(".-", rune(rest[0])) {
+			if info, err := e.Info(); err == nil && info.Mode().IsRegular() {
+				l.set += info.Size()
+			}
+		}
+	}
+	if l.free != nil {
+		free, others := l.free()
+		l.left = int64(min(free, 1<<62)) - int64(min(others, 1<<62))
+	}
+}
+
+// Room is how many bytes may still be written, of how many; 0 of 0: there is no bound. left may be negative.
+func (l *LogFile) Room() (left, bound int64) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.bound == 0 || l.f == nil {
+		return 0, l.bound
+	}
+	if now := time.Now(); now.Sub(l.counted) >= recount {
+		l.count(now)
+	}
+	left = l.bound - l.set
+	if l.free != nil {
+		left = min(left, l.left)
+	}
+	return left, l.bound
+}
+
+// Size is the size of the file set in bytes; it is known of a file with a bound.
+func (l *LogFile) Size() int64 {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.set
 }
 
 // Write appends b in one write.
@@ -54,11 +137,37 @@ func (l *LogFile) Write(b []byte) (int, error) {
 	if l.f == nil {
 		return 0, fmt.Errorf("cannot write %s: %w", l.path, os.ErrClosed)
 	}
+	if l.bound > 0 && l.size >= l.bound/segments {
+		l.rotate(time.Now())
+	}
 	n, err := l.f.Write(b)
+	l.size, l.set, l.left = l.size+int64(n), l.set+int64(n), l.left-int64(n)
 	if err != nil {
 		return n, explain(l.path, err)
 	}
 	return n, nil
+}
+
+// rotate renames a full file and opens a new one. If that fails, the file goes on to grow within the bound, which is what
+// matters, and the next try is an eighth of it further on.
+func (l *LogFile) rotate(now time.Time) {
+	l.size = 0
+	open, err := l.f.Stat()
+	if err != nil {
+		return
+	}
+	switch there, err := os.Lstat(l.path); {
+	case err == nil && os.SameFile(open, there):
+		name := l.path + "." + now.UTC().Format("20060102T150405.000000000Z")
+		if _, err := os.Lstat(name); !errors.Is(err, fs.ErrNotExist) || os.Rename(l.path, name) != nil {
+			return
+		}
+	case err == nil && !there.Mode().IsRegular():
+		return // a link or a device is not ours to rename
+	case err != nil && !errors.Is(err, fs.ErrNotExist):
+		return
+	}
+	l.reopen() // also where it was moved away and no SIGHUP came
 }
 
 // Close closes the file.

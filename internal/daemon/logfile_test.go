@@ -9,6 +9,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -16,7 +17,7 @@ import (
 // no hole in front.
 func TestLogFileThatIsTruncated(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "audit.log")
-	l, err := OpenLogFile(path, 0o600)
+	l, err := OpenLogFile(path, 0o600, LogBound{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -37,7 +38,7 @@ func TestLogFileThatIsTruncated(t *testing.T) {
 // A file that was moved away is written until SIGHUP; then a new one of the old name.
 func TestLogFile(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "audit.log")
-	l, err := OpenLogFile(path, 0o600)
+	l, err := OpenLogFile(path, 0o600, LogBound{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -96,7 +97,95 @@ func TestLogFile(t *testing.T) {
 	if _, err := l.Write([]byte("five")); err == nil {
 		t.Error("a closed file was written")
 	}
-	if _, err := OpenLogFile(filepath.Join(path, "no", "such"), 0o600); err == nil {
+	if _, err := OpenLogFile(filepath.Join(path, "no", "such"), 0o600, LogBound{}); err == nil {
 		t.Error("opened in a directory that is not there")
+	}
+}
+
+// With a bound the file is rotated and nothing is deleted; the bound is on all files of
+// its name, also those that somebody else made, and there is room again when they are gone.
+func TestLogFileWithABound(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const bound = 8000
+		dir := t.TempDir()
+		path := filepath.Join(dir, "audit.log")
+		others := uint64(0)
+		l, err := OpenLogFile(path, 0o600, LogBound{Bytes: bound, Free: func() (uint64, uint64) { return 1 << 30, others }})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer l.Close()
+		line := []byte(strings.Repeat("x", 99) + "\n")
+		room := func(want int64) {
+			t.Helper()
+			time.Sleep(recount)
+			if left, of := l.Room(); left != want || of != bound {
+				t.Errorf("room %d of %d, want %d", left, of, want)
+			}
+		}
+		room(bound)
+		for range 35 {
+			if _, err := l.Write(line); err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(time.Millisecond)
+		}
+		rotated, err := filepath.Glob(path + ".*")
+		if err != nil || len(rotated) != 3 {
+			t.Fatalf("%q, %v", rotated, err)
+		}
+		for _, file := range rotated {
+			if info, err := os.Stat(file); err != nil || info.Size() != bound/8 || info.Mode().Perm() != 0o600 {
+				t.Errorf("%s: %v, %v", file, info, err)
+			}
+		}
+		room(bound - 3500)
+		for _, name := range []string{"audit.log-20260101.gz", "audit.log.1"} {
+			if err := os.WriteFile(filepath.Join(dir, name), line, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := os.WriteFile(filepath.Join(dir, "audit.logbook"), line, 0o600); err != nil { // somebody else's
+			t.Fatal(err)
+		}
+		room(bound - 3700)
+		for _, file := range rotated {
+			if err := os.Remove(file); err != nil {
+				t.Fatal(err)
+			}
+		}
+		room(bound - 700)
+		others = 1<<30 - 50 // others of the file system need what is free
+		room(50)
+		if err := os.Truncate(path, 0); err != nil { // copytruncate
+			t.Fatal(err)
+		}
+		others = 0
+		room(bound - 200)
+	})
+}
+
+// A link or a device is its owner's business: it is not renamed.
+func TestLogFileThatIsALinkIsNotRotated(t *testing.T) {
+	dir := t.TempDir()
+	path, target := filepath.Join(dir, "audit.log"), filepath.Join(dir, "elsewhere")
+	if err := os.Symlink(target, path); err != nil {
+		t.Fatal(err)
+	}
+	l, err := OpenLogFile(path, 0o600, LogBound{Bytes: 800})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	for range 5 {
+		if _, err := l.Write([]byte(strings.Repeat("x", 100))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if to, err := os.Readlink(path); err != nil || to != target {
+		t.Errorf("%q, %v", to, err)
+	}
+	if left, _ := l.Room(); left != 300 {
+		t.Errorf("room %d", left)
 	}
 }

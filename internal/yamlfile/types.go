@@ -80,3 +80,41 @@ func (r Rate) MarshalText() ([]byte, error) {
 	}
 	return []byte(strconv.FormatInt(int64(math.Ceil(r.PerSecond)), 10) + "/s"), nil
 }
+
+// Size is a number of bytes, written "512KiB", "100MiB" or "1GiB".
+type Size struct {
+	Bytes int64 // 0: not set
+}
+
+// sizeUnits are the units of a size, the largest first.
+var sizeUnits = []struct {
+	name  string
+	bytes int64
+}{{"TiB", 1 << 40}, {"GiB", 1 << 30}, {"MiB", 1 << 20}, {"KiB", 1 << 10}}
+
+// UnmarshalText reads a size; it must be positive.
+func (s *Size) UnmarshalText(text []byte) error {
+	for _, unit := range sizeUnits {
+		count, found := strings.CutSuffix(string(text), unit.name)
+		if !found {
+			continue
+		}
+		n, err := strconv.ParseUint(count, 10, 22)
+		if err != nil || n == 0 {
+			break
+		}
+		s.Bytes = int64(n) * unit.bytes
+		return nil
+	}
+	return fmt.Errorf("%q is not a size such as \"512KiB\", \"100MiB\" or \"1GiB\"", clip(string(text)))
+}
+
+// MarshalText writes the size in the largest unit that gives a whole number.
+func (s Size) MarshalText() ([]byte, error) {
+	for _, unit := range sizeUnits {
+		if s.Bytes%unit.bytes == 0 {
+			return []byte(strconv.FormatInt(s.Bytes/unit.bytes, 10) + unit.name), nil
+		}
+	}
+	return []byte(strconv.FormatInt(s.Bytes>>10, 10) + "KiB"), nil // less than 1 KiB is not read
+}

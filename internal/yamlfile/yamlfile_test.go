@@ -46,6 +46,7 @@ type config struct {
 	Port   uint16         `yaml:"port,min=1"`
 	TTL    time.Duration  `yaml:"ttl,min=1s,max=7d"`
 	Rate   Rate           `yaml:"rate"`
+	Size   Size           `yaml:"size"`
 	Level  level          `yaml:"level"`
 	Mode   string         `yaml:"mode,oneof=auto|manual"`
 	On     bool           `yaml:"on"`
@@ -71,6 +72,7 @@ name: ca-1
 listen: {raft: "127.0.0.1:1"}
 ttl: 1d12h
 rate: 30/m
+size: 1536MiB
 level: high
 mode: manual
 on: true
@@ -85,7 +87,7 @@ later: {raft: y}
 	if err != nil {
 		t.Fatal(err)
 	}
-	if c.Name != "ca-1" || c.Listen.Raft != "127.0.0.1:1" || c.TTL != 36*time.Hour || c.Rate.PerSecond != 0.5 || c.Level != 2 || c.Mode != "manual" || !c.On || c.Ratio != 0.5 || c.Small != -3 {
+	if c.Name != "ca-1" || c.Listen.Raft != "127.0.0.1:1" || c.TTL != 36*time.Hour || c.Rate.PerSecond != 0.5 || c.Size.Bytes != 1536<<20 || c.Level != 2 || c.Mode != "manual" || !c.On || c.Ratio != 0.5 || c.Small != -3 {
 		t.Errorf("%+v", c)
 	}
 	if c.Port != 7443 || c.Hidden != "kept" || c.Extra != nil {
@@ -94,7 +96,7 @@ later: {raft: y}
 	if !reflect.DeepEqual(c.Names, []string{"a", "b"}) || c.Tiers["gold"] != 3 || c.Many[0].Raft != "x" {
 		t.Errorf("%+v", c)
 	}
-	if got := c.Many[0].Pos.String(); got != "ca.yaml:14" {
+	if got := c.Many[0].Pos.String(); got != "ca.yaml:15" {
 		t.Errorf("many[0] stands at %s", got)
 	}
 	if got := c.At("listen").Errorf("no").Error(); got != "ca.yaml:3:1: no" {
@@ -145,6 +147,9 @@ func TestDecodeRefuses(t *testing.T) {
 		{"long duration", "name: a\nttl: 8d\n", "ttl: 8d is too large; the most is 7d"},
 		{"endless duration", "name: a\nttl: 999999999h\n", "ttl must be a duration"},
 		{"rate", "name: a\nrate: 500\n", `rate: "500" is not a rate such as "500/s"`},
+		{"size", "name: a\nsize: 500\n", `size: "500" is not a size such as "512KiB"`},
+		{"size of nothing", "name: a\nsize: 0MiB\n", "is not a size"},
+		{"size in decimal units", "name: a\nsize: 1GB\n", "is not a size"},
 		{"rate of nothing", "name: a\nrate: 0/s\n", "would refuse everything"},
 		{"enumeration", "name: a\nlevel: middle\n", `level: "middle" is neither low nor high`},
 		{"list for an enumeration", "name: a\nlevel: [low]\n", "level must be one value, not a list"},

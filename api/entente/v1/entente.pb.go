@@ -1848,12 +1848,13 @@ func (x *SignWITResponse) GetResults() []*TokenResult {
 }
 
 type TokenResult struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Token         string                 `protobuf:"bytes,1,opt,name=token,proto3" json:"token,omitempty"` // JWS, compact
-	Code          uint32                 `protobuf:"varint,2,opt,name=code,proto3" json:"code,omitempty"`  // gRPC code; 0 is fine
-	Error         string                 `protobuf:"bytes,3,opt,name=error,proto3" json:"error,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state             protoimpl.MessageState `protogen:"open.v1"`
+	Token             string                 `protobuf:"bytes,1,opt,name=token,proto3" json:"token,omitempty"` // JWS, compact
+	Code              uint32                 `protobuf:"varint,2,opt,name=code,proto3" json:"code,omitempty"`  // gRPC code; 0 is fine
+	Error             string                 `protobuf:"bytes,3,opt,name=error,proto3" json:"error,omitempty"`
+	RetryAfterSeconds float64                `protobuf:"fixed64,220,opt,name=retry_after_seconds,json=retryAfterSeconds,proto3" json:"retry_after_seconds,omitempty"` // of RESOURCE_EXHAUSTED: when to ask again; 0: not said
+	unknownFields     protoimpl.UnknownFields
+	sizeCache         protoimpl.SizeCache
 }
 
 func (x *TokenResult) Reset() {
@@ -1905,6 +1906,13 @@ func (x *TokenResult) GetError() string {
 		return x.Error
 	}
 	return ""
+}
+
+func (x *TokenResult) GetRetryAfterSeconds() float64 {
+	if x != nil {
+		return x.RetryAfterSeconds
+	}
+	return 0
 }
 
 type StatusRequest struct {
@@ -1972,6 +1980,7 @@ type StatusResponse struct {
 	Isolated             []*Isolation           `protobuf:"bytes,120,rep,name=isolated,proto3" json:"isolated,omitempty"`                                                      // by this node, and not agreed yet
 	AcknowledgedRevision uint64                 `protobuf:"varint,121,opt,name=acknowledged_revision,json=acknowledgedRevision,proto3" json:"acknowledged_revision,omitempty"` // minimum over this node's subscribers
 	WaitingFor           []string               `protobuf:"bytes,122,rep,name=waiting_for,json=waitingFor,proto3" json:"waiting_for,omitempty"`                                // of these who does not hold this revision, the furthest behind first, at most 10
+	Audit                *AuditLog              `protobuf:"bytes,220,opt,name=audit,proto3" json:"audit,omitempty"`                                                            // of this node
 	Older                []*SubscriberLevel     `protobuf:"bytes,260,rep,name=older,proto3" json:"older,omitempty"`                                                            // subscribers of this node that do not understand everything, at most 64
 	unknownFields        protoimpl.UnknownFields
 	sizeCache            protoimpl.SizeCache
@@ -2196,6 +2205,13 @@ func (x *StatusResponse) GetWaitingFor() []string {
 	return nil
 }
 
+func (x *StatusResponse) GetAudit() *AuditLog {
+	if x != nil {
+		return x.Audit
+	}
+	return nil
+}
+
 func (x *StatusResponse) GetOlder() []*SubscriberLevel {
 	if x != nil {
 		return x.Older
@@ -2273,6 +2289,83 @@ func (x *SubscriberLevel) GetSkipped() []string {
 	return nil
 }
 
+// AuditLog is where a node's audit log is and how it goes.
+type AuditLog struct {
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	File           string                 `protobuf:"bytes,1,opt,name=file,proto3" json:"file,omitempty"`                                              // or "stderr", "off"
+	Bytes          int64                  `protobuf:"varint,2,opt,name=bytes,proto3" json:"bytes,omitempty"`                                           // of the file and those that were rotated
+	BoundBytes     int64                  `protobuf:"varint,3,opt,name=bound_bytes,json=boundBytes,proto3" json:"bound_bytes,omitempty"`               // of bytes; 0: none
+	SharesRaftDisk bool                   `protobuf:"varint,4,opt,name=shares_raft_disk,json=sharesRaftDisk,proto3" json:"shares_raft_disk,omitempty"` // it is on the file system of the replicated log
+	Problem        string                 `protobuf:"bytes,5,opt,name=problem,proto3" json:"problem,omitempty"`                                        // why lines are counted or missing; empty: they are not
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *AuditLog) Reset() {
+	*x = AuditLog{}
+	mi := &file_entente_v1_entente_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AuditLog) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AuditLog) ProtoMessage() {}
+
+func (x *AuditLog) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AuditLog.ProtoReflect.Descriptor instead.
+func (*AuditLog) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *AuditLog) GetFile() string {
+	if x != nil {
+		return x.File
+	}
+	return ""
+}
+
+func (x *AuditLog) GetBytes() int64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+func (x *AuditLog) GetBoundBytes() int64 {
+	if x != nil {
+		return x.BoundBytes
+	}
+	return 0
+}
+
+func (x *AuditLog) GetSharesRaftDisk() bool {
+	if x != nil {
+		return x.SharesRaftDisk
+	}
+	return false
+}
+
+func (x *AuditLog) GetProblem() string {
+	if x != nil {
+		return x.Problem
+	}
+	return ""
+}
+
 // Upstream is the root that certifies a node's X.509 authorities.
 type Upstream struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -2285,7 +2378,7 @@ type Upstream struct {
 
 func (x *Upstream) Reset() {
 	*x = Upstream{}
-	mi := &file_entente_v1_entente_proto_msgTypes[29]
+	mi := &file_entente_v1_entente_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2297,7 +2390,7 @@ func (x *Upstream) String() string {
 func (*Upstream) ProtoMessage() {}
 
 func (x *Upstream) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[29]
+	mi := &file_entente_v1_entente_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2310,7 +2403,7 @@ func (x *Upstream) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Upstream.ProtoReflect.Descriptor instead.
 func (*Upstream) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{29}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *Upstream) GetKeyId() string {
@@ -2348,7 +2441,7 @@ type Autonomy struct {
 
 func (x *Autonomy) Reset() {
 	*x = Autonomy{}
-	mi := &file_entente_v1_entente_proto_msgTypes[30]
+	mi := &file_entente_v1_entente_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2360,7 +2453,7 @@ func (x *Autonomy) String() string {
 func (*Autonomy) ProtoMessage() {}
 
 func (x *Autonomy) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[30]
+	mi := &file_entente_v1_entente_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2373,7 +2466,7 @@ func (x *Autonomy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Autonomy.ProtoReflect.Descriptor instead.
 func (*Autonomy) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{30}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Autonomy) GetMemberId() string {
@@ -2429,7 +2522,7 @@ type UseAutonomy struct {
 
 func (x *UseAutonomy) Reset() {
 	*x = UseAutonomy{}
-	mi := &file_entente_v1_entente_proto_msgTypes[31]
+	mi := &file_entente_v1_entente_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2441,7 +2534,7 @@ func (x *UseAutonomy) String() string {
 func (*UseAutonomy) ProtoMessage() {}
 
 func (x *UseAutonomy) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[31]
+	mi := &file_entente_v1_entente_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2454,7 +2547,7 @@ func (x *UseAutonomy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UseAutonomy.ProtoReflect.Descriptor instead.
 func (*UseAutonomy) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{31}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *UseAutonomy) GetUse() v1.KeyUse {
@@ -2530,7 +2623,7 @@ type MemberStatus struct {
 
 func (x *MemberStatus) Reset() {
 	*x = MemberStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[32]
+	mi := &file_entente_v1_entente_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2542,7 +2635,7 @@ func (x *MemberStatus) String() string {
 func (*MemberStatus) ProtoMessage() {}
 
 func (x *MemberStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[32]
+	mi := &file_entente_v1_entente_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2555,7 +2648,7 @@ func (x *MemberStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemberStatus.ProtoReflect.Descriptor instead.
 func (*MemberStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{32}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *MemberStatus) GetMember() *v1.Member {
@@ -2580,7 +2673,7 @@ type SaveSnapshotRequest struct {
 
 func (x *SaveSnapshotRequest) Reset() {
 	*x = SaveSnapshotRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[33]
+	mi := &file_entente_v1_entente_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2592,7 +2685,7 @@ func (x *SaveSnapshotRequest) String() string {
 func (*SaveSnapshotRequest) ProtoMessage() {}
 
 func (x *SaveSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[33]
+	mi := &file_entente_v1_entente_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2605,7 +2698,7 @@ func (x *SaveSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SaveSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*SaveSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{33}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{34}
 }
 
 // SaveSnapshotResponse is a part of the file. The file carries its own checksums.
@@ -2618,7 +2711,7 @@ type SaveSnapshotResponse struct {
 
 func (x *SaveSnapshotResponse) Reset() {
 	*x = SaveSnapshotResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[34]
+	mi := &file_entente_v1_entente_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2630,7 +2723,7 @@ func (x *SaveSnapshotResponse) String() string {
 func (*SaveSnapshotResponse) ProtoMessage() {}
 
 func (x *SaveSnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[34]
+	mi := &file_entente_v1_entente_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2643,7 +2736,7 @@ func (x *SaveSnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SaveSnapshotResponse.ProtoReflect.Descriptor instead.
 func (*SaveSnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{34}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *SaveSnapshotResponse) GetData() []byte {
@@ -2661,7 +2754,7 @@ type ListNodesRequest struct {
 
 func (x *ListNodesRequest) Reset() {
 	*x = ListNodesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[35]
+	mi := &file_entente_v1_entente_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2673,7 +2766,7 @@ func (x *ListNodesRequest) String() string {
 func (*ListNodesRequest) ProtoMessage() {}
 
 func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[35]
+	mi := &file_entente_v1_entente_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2686,7 +2779,7 @@ func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesRequest.ProtoReflect.Descriptor instead.
 func (*ListNodesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{35}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{36}
 }
 
 type ListNodesResponse struct {
@@ -2700,7 +2793,7 @@ type ListNodesResponse struct {
 
 func (x *ListNodesResponse) Reset() {
 	*x = ListNodesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[36]
+	mi := &file_entente_v1_entente_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2712,7 +2805,7 @@ func (x *ListNodesResponse) String() string {
 func (*ListNodesResponse) ProtoMessage() {}
 
 func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[36]
+	mi := &file_entente_v1_entente_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2725,7 +2818,7 @@ func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesResponse.ProtoReflect.Descriptor instead.
 func (*ListNodesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{36}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *ListNodesResponse) GetLeaderId() string {
@@ -2762,7 +2855,7 @@ type NodeProgress struct {
 
 func (x *NodeProgress) Reset() {
 	*x = NodeProgress{}
-	mi := &file_entente_v1_entente_proto_msgTypes[37]
+	mi := &file_entente_v1_entente_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2774,7 +2867,7 @@ func (x *NodeProgress) String() string {
 func (*NodeProgress) ProtoMessage() {}
 
 func (x *NodeProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[37]
+	mi := &file_entente_v1_entente_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2787,7 +2880,7 @@ func (x *NodeProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeProgress.ProtoReflect.Descriptor instead.
 func (*NodeProgress) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{37}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *NodeProgress) GetMember() *v1.Member {
@@ -2834,7 +2927,7 @@ type PromoteNodeRequest struct {
 
 func (x *PromoteNodeRequest) Reset() {
 	*x = PromoteNodeRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[38]
+	mi := &file_entente_v1_entente_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2846,7 +2939,7 @@ func (x *PromoteNodeRequest) String() string {
 func (*PromoteNodeRequest) ProtoMessage() {}
 
 func (x *PromoteNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[38]
+	mi := &file_entente_v1_entente_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2859,7 +2952,7 @@ func (x *PromoteNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PromoteNodeRequest.ProtoReflect.Descriptor instead.
 func (*PromoteNodeRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{38}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *PromoteNodeRequest) GetName() string {
@@ -2878,7 +2971,7 @@ type PromoteNodeResponse struct {
 
 func (x *PromoteNodeResponse) Reset() {
 	*x = PromoteNodeResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[39]
+	mi := &file_entente_v1_entente_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2890,7 +2983,7 @@ func (x *PromoteNodeResponse) String() string {
 func (*PromoteNodeResponse) ProtoMessage() {}
 
 func (x *PromoteNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[39]
+	mi := &file_entente_v1_entente_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2903,7 +2996,7 @@ func (x *PromoteNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PromoteNodeResponse.ProtoReflect.Descriptor instead.
 func (*PromoteNodeResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{39}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *PromoteNodeResponse) GetRevision() uint64 {
@@ -2922,7 +3015,7 @@ type VouchRequest struct {
 
 func (x *VouchRequest) Reset() {
 	*x = VouchRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[40]
+	mi := &file_entente_v1_entente_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2934,7 +3027,7 @@ func (x *VouchRequest) String() string {
 func (*VouchRequest) ProtoMessage() {}
 
 func (x *VouchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[40]
+	mi := &file_entente_v1_entente_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2947,7 +3040,7 @@ func (x *VouchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VouchRequest.ProtoReflect.Descriptor instead.
 func (*VouchRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{40}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *VouchRequest) GetMemberId() string {
@@ -2966,7 +3059,7 @@ type VouchResponse struct {
 
 func (x *VouchResponse) Reset() {
 	*x = VouchResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[41]
+	mi := &file_entente_v1_entente_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2978,7 +3071,7 @@ func (x *VouchResponse) String() string {
 func (*VouchResponse) ProtoMessage() {}
 
 func (x *VouchResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[41]
+	mi := &file_entente_v1_entente_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2991,7 +3084,7 @@ func (x *VouchResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VouchResponse.ProtoReflect.Descriptor instead.
 func (*VouchResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{41}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *VouchResponse) GetMember() *v1.Member {
@@ -3011,7 +3104,7 @@ type ChecksumRequest struct {
 
 func (x *ChecksumRequest) Reset() {
 	*x = ChecksumRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[42]
+	mi := &file_entente_v1_entente_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3023,7 +3116,7 @@ func (x *ChecksumRequest) String() string {
 func (*ChecksumRequest) ProtoMessage() {}
 
 func (x *ChecksumRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[42]
+	mi := &file_entente_v1_entente_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3036,7 +3129,7 @@ func (x *ChecksumRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChecksumRequest.ProtoReflect.Descriptor instead.
 func (*ChecksumRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{42}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *ChecksumRequest) GetAtIndex() uint64 {
@@ -3062,7 +3155,7 @@ type ChecksumResponse struct {
 
 func (x *ChecksumResponse) Reset() {
 	*x = ChecksumResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[43]
+	mi := &file_entente_v1_entente_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3074,7 +3167,7 @@ func (x *ChecksumResponse) String() string {
 func (*ChecksumResponse) ProtoMessage() {}
 
 func (x *ChecksumResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[43]
+	mi := &file_entente_v1_entente_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3087,7 +3180,7 @@ func (x *ChecksumResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChecksumResponse.ProtoReflect.Descriptor instead.
 func (*ChecksumResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{43}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *ChecksumResponse) GetSum() []byte {
@@ -3107,7 +3200,7 @@ type ShowEpochRequest struct {
 
 func (x *ShowEpochRequest) Reset() {
 	*x = ShowEpochRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[44]
+	mi := &file_entente_v1_entente_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3119,7 +3212,7 @@ func (x *ShowEpochRequest) String() string {
 func (*ShowEpochRequest) ProtoMessage() {}
 
 func (x *ShowEpochRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[44]
+	mi := &file_entente_v1_entente_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3132,7 +3225,7 @@ func (x *ShowEpochRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowEpochRequest.ProtoReflect.Descriptor instead.
 func (*ShowEpochRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{44}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *ShowEpochRequest) GetStatement() []byte {
@@ -3157,7 +3250,7 @@ type ShowEpochResponse struct {
 
 func (x *ShowEpochResponse) Reset() {
 	*x = ShowEpochResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[45]
+	mi := &file_entente_v1_entente_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3169,7 +3262,7 @@ func (x *ShowEpochResponse) String() string {
 func (*ShowEpochResponse) ProtoMessage() {}
 
 func (x *ShowEpochResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[45]
+	mi := &file_entente_v1_entente_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3182,7 +3275,7 @@ func (x *ShowEpochResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowEpochResponse.ProtoReflect.Descriptor instead.
 func (*ShowEpochResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{45}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{46}
 }
 
 type ForeignBundleStatus struct {
@@ -3198,7 +3291,7 @@ type ForeignBundleStatus struct {
 
 func (x *ForeignBundleStatus) Reset() {
 	*x = ForeignBundleStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[46]
+	mi := &file_entente_v1_entente_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3210,7 +3303,7 @@ func (x *ForeignBundleStatus) String() string {
 func (*ForeignBundleStatus) ProtoMessage() {}
 
 func (x *ForeignBundleStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[46]
+	mi := &file_entente_v1_entente_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3223,7 +3316,7 @@ func (x *ForeignBundleStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForeignBundleStatus.ProtoReflect.Descriptor instead.
 func (*ForeignBundleStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{46}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *ForeignBundleStatus) GetTrustDomain() string {
@@ -3272,7 +3365,7 @@ type CreateTokenRequest struct {
 
 func (x *CreateTokenRequest) Reset() {
 	*x = CreateTokenRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[47]
+	mi := &file_entente_v1_entente_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3284,7 +3377,7 @@ func (x *CreateTokenRequest) String() string {
 func (*CreateTokenRequest) ProtoMessage() {}
 
 func (x *CreateTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[47]
+	mi := &file_entente_v1_entente_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3297,7 +3390,7 @@ func (x *CreateTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTokenRequest.ProtoReflect.Descriptor instead.
 func (*CreateTokenRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{47}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *CreateTokenRequest) GetNode() *v1.NodeGrant {
@@ -3332,7 +3425,7 @@ type CreateTokenResponse struct {
 
 func (x *CreateTokenResponse) Reset() {
 	*x = CreateTokenResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[48]
+	mi := &file_entente_v1_entente_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3344,7 +3437,7 @@ func (x *CreateTokenResponse) String() string {
 func (*CreateTokenResponse) ProtoMessage() {}
 
 func (x *CreateTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[48]
+	mi := &file_entente_v1_entente_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3357,7 +3450,7 @@ func (x *CreateTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTokenResponse.ProtoReflect.Descriptor instead.
 func (*CreateTokenResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{48}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *CreateTokenResponse) GetToken() string {
@@ -3392,7 +3485,7 @@ type ApplyRequest struct {
 
 func (x *ApplyRequest) Reset() {
 	*x = ApplyRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[49]
+	mi := &file_entente_v1_entente_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3404,7 +3497,7 @@ func (x *ApplyRequest) String() string {
 func (*ApplyRequest) ProtoMessage() {}
 
 func (x *ApplyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[49]
+	mi := &file_entente_v1_entente_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3417,7 +3510,7 @@ func (x *ApplyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyRequest.ProtoReflect.Descriptor instead.
 func (*ApplyRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{49}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *ApplyRequest) GetObjects() []*v1.Object {
@@ -3451,7 +3544,7 @@ type ApplyResponse struct {
 
 func (x *ApplyResponse) Reset() {
 	*x = ApplyResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[50]
+	mi := &file_entente_v1_entente_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3463,7 +3556,7 @@ func (x *ApplyResponse) String() string {
 func (*ApplyResponse) ProtoMessage() {}
 
 func (x *ApplyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[50]
+	mi := &file_entente_v1_entente_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3476,7 +3569,7 @@ func (x *ApplyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyResponse.ProtoReflect.Descriptor instead.
 func (*ApplyResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{50}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *ApplyResponse) GetRevision() uint64 {
@@ -3504,7 +3597,7 @@ type ObjectChange struct {
 
 func (x *ObjectChange) Reset() {
 	*x = ObjectChange{}
-	mi := &file_entente_v1_entente_proto_msgTypes[51]
+	mi := &file_entente_v1_entente_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3516,7 +3609,7 @@ func (x *ObjectChange) String() string {
 func (*ObjectChange) ProtoMessage() {}
 
 func (x *ObjectChange) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[51]
+	mi := &file_entente_v1_entente_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3529,7 +3622,7 @@ func (x *ObjectChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ObjectChange.ProtoReflect.Descriptor instead.
 func (*ObjectChange) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{51}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *ObjectChange) GetKey() *v1.ObjectKey {
@@ -3561,7 +3654,7 @@ type WhoAmIRequest struct {
 
 func (x *WhoAmIRequest) Reset() {
 	*x = WhoAmIRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[52]
+	mi := &file_entente_v1_entente_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3573,7 +3666,7 @@ func (x *WhoAmIRequest) String() string {
 func (*WhoAmIRequest) ProtoMessage() {}
 
 func (x *WhoAmIRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[52]
+	mi := &file_entente_v1_entente_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3586,7 +3679,7 @@ func (x *WhoAmIRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhoAmIRequest.ProtoReflect.Descriptor instead.
 func (*WhoAmIRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{52}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{53}
 }
 
 type WhoAmIResponse struct {
@@ -3600,7 +3693,7 @@ type WhoAmIResponse struct {
 
 func (x *WhoAmIResponse) Reset() {
 	*x = WhoAmIResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[53]
+	mi := &file_entente_v1_entente_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3612,7 +3705,7 @@ func (x *WhoAmIResponse) String() string {
 func (*WhoAmIResponse) ProtoMessage() {}
 
 func (x *WhoAmIResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[53]
+	mi := &file_entente_v1_entente_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3625,7 +3718,7 @@ func (x *WhoAmIResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhoAmIResponse.ProtoReflect.Descriptor instead.
 func (*WhoAmIResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{53}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *WhoAmIResponse) GetWho() string {
@@ -3659,7 +3752,7 @@ type GetBundleRequest struct {
 
 func (x *GetBundleRequest) Reset() {
 	*x = GetBundleRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[54]
+	mi := &file_entente_v1_entente_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3671,7 +3764,7 @@ func (x *GetBundleRequest) String() string {
 func (*GetBundleRequest) ProtoMessage() {}
 
 func (x *GetBundleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[54]
+	mi := &file_entente_v1_entente_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3684,7 +3777,7 @@ func (x *GetBundleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBundleRequest.ProtoReflect.Descriptor instead.
 func (*GetBundleRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{54}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *GetBundleRequest) GetTrustDomain() string {
@@ -3710,7 +3803,7 @@ type GetBundleResponse struct {
 
 func (x *GetBundleResponse) Reset() {
 	*x = GetBundleResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[55]
+	mi := &file_entente_v1_entente_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3722,7 +3815,7 @@ func (x *GetBundleResponse) String() string {
 func (*GetBundleResponse) ProtoMessage() {}
 
 func (x *GetBundleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[55]
+	mi := &file_entente_v1_entente_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3735,7 +3828,7 @@ func (x *GetBundleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBundleResponse.ProtoReflect.Descriptor instead.
 func (*GetBundleResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{55}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *GetBundleResponse) GetJwks() []byte {
@@ -3754,7 +3847,7 @@ type ProposeRequest struct {
 
 func (x *ProposeRequest) Reset() {
 	*x = ProposeRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[56]
+	mi := &file_entente_v1_entente_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3766,7 +3859,7 @@ func (x *ProposeRequest) String() string {
 func (*ProposeRequest) ProtoMessage() {}
 
 func (x *ProposeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[56]
+	mi := &file_entente_v1_entente_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3779,7 +3872,7 @@ func (x *ProposeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProposeRequest.ProtoReflect.Descriptor instead.
 func (*ProposeRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{56}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *ProposeRequest) GetCommand() []byte {
@@ -3800,7 +3893,7 @@ type ProposeResponse struct {
 
 func (x *ProposeResponse) Reset() {
 	*x = ProposeResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[57]
+	mi := &file_entente_v1_entente_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3812,7 +3905,7 @@ func (x *ProposeResponse) String() string {
 func (*ProposeResponse) ProtoMessage() {}
 
 func (x *ProposeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[57]
+	mi := &file_entente_v1_entente_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3825,7 +3918,7 @@ func (x *ProposeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProposeResponse.ProtoReflect.Descriptor instead.
 func (*ProposeResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{57}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *ProposeResponse) GetRevision() uint64 {
@@ -3865,7 +3958,7 @@ type ReportRequest struct {
 
 func (x *ReportRequest) Reset() {
 	*x = ReportRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[58]
+	mi := &file_entente_v1_entente_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3877,7 +3970,7 @@ func (x *ReportRequest) String() string {
 func (*ReportRequest) ProtoMessage() {}
 
 func (x *ReportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[58]
+	mi := &file_entente_v1_entente_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3890,7 +3983,7 @@ func (x *ReportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRequest.ProtoReflect.Descriptor instead.
 func (*ReportRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{58}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *ReportRequest) GetBootId() string {
@@ -3960,7 +4053,7 @@ type HeldAuthority struct {
 
 func (x *HeldAuthority) Reset() {
 	*x = HeldAuthority{}
-	mi := &file_entente_v1_entente_proto_msgTypes[59]
+	mi := &file_entente_v1_entente_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3972,7 +4065,7 @@ func (x *HeldAuthority) String() string {
 func (*HeldAuthority) ProtoMessage() {}
 
 func (x *HeldAuthority) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[59]
+	mi := &file_entente_v1_entente_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3985,7 +4078,7 @@ func (x *HeldAuthority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HeldAuthority.ProtoReflect.Descriptor instead.
 func (*HeldAuthority) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{59}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *HeldAuthority) GetId() string {
@@ -4010,7 +4103,7 @@ type ReportResponse struct {
 
 func (x *ReportResponse) Reset() {
 	*x = ReportResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[60]
+	mi := &file_entente_v1_entente_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4022,7 +4115,7 @@ func (x *ReportResponse) String() string {
 func (*ReportResponse) ProtoMessage() {}
 
 func (x *ReportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[60]
+	mi := &file_entente_v1_entente_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4035,7 +4128,7 @@ func (x *ReportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportResponse.ProtoReflect.Descriptor instead.
 func (*ReportResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{60}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{61}
 }
 
 type GateRequest struct {
@@ -4046,7 +4139,7 @@ type GateRequest struct {
 
 func (x *GateRequest) Reset() {
 	*x = GateRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[61]
+	mi := &file_entente_v1_entente_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4058,7 +4151,7 @@ func (x *GateRequest) String() string {
 func (*GateRequest) ProtoMessage() {}
 
 func (x *GateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[61]
+	mi := &file_entente_v1_entente_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4071,7 +4164,7 @@ func (x *GateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GateRequest.ProtoReflect.Descriptor instead.
 func (*GateRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{61}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{62}
 }
 
 type GateResponse struct {
@@ -4083,7 +4176,7 @@ type GateResponse struct {
 
 func (x *GateResponse) Reset() {
 	*x = GateResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[62]
+	mi := &file_entente_v1_entente_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4095,7 +4188,7 @@ func (x *GateResponse) String() string {
 func (*GateResponse) ProtoMessage() {}
 
 func (x *GateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[62]
+	mi := &file_entente_v1_entente_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4108,7 +4201,7 @@ func (x *GateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GateResponse.ProtoReflect.Descriptor instead.
 func (*GateResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{62}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *GateResponse) GetAuthorities() []*AuthorityGate {
@@ -4131,7 +4224,7 @@ type AuthorityGate struct {
 
 func (x *AuthorityGate) Reset() {
 	*x = AuthorityGate{}
-	mi := &file_entente_v1_entente_proto_msgTypes[63]
+	mi := &file_entente_v1_entente_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4143,7 +4236,7 @@ func (x *AuthorityGate) String() string {
 func (*AuthorityGate) ProtoMessage() {}
 
 func (x *AuthorityGate) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[63]
+	mi := &file_entente_v1_entente_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4156,7 +4249,7 @@ func (x *AuthorityGate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityGate.ProtoReflect.Descriptor instead.
 func (*AuthorityGate) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{63}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *AuthorityGate) GetId() string {
@@ -4198,7 +4291,7 @@ type MarkReadyRequest struct {
 
 func (x *MarkReadyRequest) Reset() {
 	*x = MarkReadyRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[64]
+	mi := &file_entente_v1_entente_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4210,7 +4303,7 @@ func (x *MarkReadyRequest) String() string {
 func (*MarkReadyRequest) ProtoMessage() {}
 
 func (x *MarkReadyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[64]
+	mi := &file_entente_v1_entente_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4223,7 +4316,7 @@ func (x *MarkReadyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MarkReadyRequest.ProtoReflect.Descriptor instead.
 func (*MarkReadyRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{64}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *MarkReadyRequest) GetId() string {
@@ -4256,7 +4349,7 @@ type MarkReadyResponse struct {
 
 func (x *MarkReadyResponse) Reset() {
 	*x = MarkReadyResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[65]
+	mi := &file_entente_v1_entente_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4268,7 +4361,7 @@ func (x *MarkReadyResponse) String() string {
 func (*MarkReadyResponse) ProtoMessage() {}
 
 func (x *MarkReadyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[65]
+	mi := &file_entente_v1_entente_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4281,7 +4374,7 @@ func (x *MarkReadyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MarkReadyResponse.ProtoReflect.Descriptor instead.
 func (*MarkReadyResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{65}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *MarkReadyResponse) GetRevision() uint64 {
@@ -4303,7 +4396,7 @@ type Picture struct {
 
 func (x *Picture) Reset() {
 	*x = Picture{}
-	mi := &file_entente_v1_entente_proto_msgTypes[66]
+	mi := &file_entente_v1_entente_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4315,7 +4408,7 @@ func (x *Picture) String() string {
 func (*Picture) ProtoMessage() {}
 
 func (x *Picture) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[66]
+	mi := &file_entente_v1_entente_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4328,7 +4421,7 @@ func (x *Picture) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Picture.ProtoReflect.Descriptor instead.
 func (*Picture) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{66}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *Picture) GetPolicy() *Policy {
@@ -4360,7 +4453,7 @@ type PresenceRequest struct {
 
 func (x *PresenceRequest) Reset() {
 	*x = PresenceRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[67]
+	mi := &file_entente_v1_entente_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4372,7 +4465,7 @@ func (x *PresenceRequest) String() string {
 func (*PresenceRequest) ProtoMessage() {}
 
 func (x *PresenceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[67]
+	mi := &file_entente_v1_entente_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4385,7 +4478,7 @@ func (x *PresenceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PresenceRequest.ProtoReflect.Descriptor instead.
 func (*PresenceRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{67}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{68}
 }
 
 type PresenceResponse struct {
@@ -4399,7 +4492,7 @@ type PresenceResponse struct {
 
 func (x *PresenceResponse) Reset() {
 	*x = PresenceResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[68]
+	mi := &file_entente_v1_entente_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4411,7 +4504,7 @@ func (x *PresenceResponse) String() string {
 func (*PresenceResponse) ProtoMessage() {}
 
 func (x *PresenceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[68]
+	mi := &file_entente_v1_entente_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4424,7 +4517,7 @@ func (x *PresenceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PresenceResponse.ProtoReflect.Descriptor instead.
 func (*PresenceResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{68}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *PresenceResponse) GetInstances() []*Instance {
@@ -4456,7 +4549,7 @@ type ListAuthoritiesRequest struct {
 
 func (x *ListAuthoritiesRequest) Reset() {
 	*x = ListAuthoritiesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[69]
+	mi := &file_entente_v1_entente_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4468,7 +4561,7 @@ func (x *ListAuthoritiesRequest) String() string {
 func (*ListAuthoritiesRequest) ProtoMessage() {}
 
 func (x *ListAuthoritiesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[69]
+	mi := &file_entente_v1_entente_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4481,7 +4574,7 @@ func (x *ListAuthoritiesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuthoritiesRequest.ProtoReflect.Descriptor instead.
 func (*ListAuthoritiesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{69}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{70}
 }
 
 type ListAuthoritiesResponse struct {
@@ -4495,7 +4588,7 @@ type ListAuthoritiesResponse struct {
 
 func (x *ListAuthoritiesResponse) Reset() {
 	*x = ListAuthoritiesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[70]
+	mi := &file_entente_v1_entente_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4507,7 +4600,7 @@ func (x *ListAuthoritiesResponse) String() string {
 func (*ListAuthoritiesResponse) ProtoMessage() {}
 
 func (x *ListAuthoritiesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[70]
+	mi := &file_entente_v1_entente_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4520,7 +4613,7 @@ func (x *ListAuthoritiesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuthoritiesResponse.ProtoReflect.Descriptor instead.
 func (*ListAuthoritiesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{70}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *ListAuthoritiesResponse) GetAuthorities() []*AuthorityStatus {
@@ -4558,7 +4651,7 @@ type AuthorityStatus struct {
 
 func (x *AuthorityStatus) Reset() {
 	*x = AuthorityStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[71]
+	mi := &file_entente_v1_entente_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4570,7 +4663,7 @@ func (x *AuthorityStatus) String() string {
 func (*AuthorityStatus) ProtoMessage() {}
 
 func (x *AuthorityStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[71]
+	mi := &file_entente_v1_entente_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4583,7 +4676,7 @@ func (x *AuthorityStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityStatus.ProtoReflect.Descriptor instead.
 func (*AuthorityStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{71}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *AuthorityStatus) GetAuthority() *v1.Authority {
@@ -4637,7 +4730,7 @@ type PrepareAuthorityRequest struct {
 
 func (x *PrepareAuthorityRequest) Reset() {
 	*x = PrepareAuthorityRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[72]
+	mi := &file_entente_v1_entente_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4649,7 +4742,7 @@ func (x *PrepareAuthorityRequest) String() string {
 func (*PrepareAuthorityRequest) ProtoMessage() {}
 
 func (x *PrepareAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[72]
+	mi := &file_entente_v1_entente_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4662,7 +4755,7 @@ func (x *PrepareAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*PrepareAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{72}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *PrepareAuthorityRequest) GetUse() v1.KeyUse {
@@ -4683,7 +4776,7 @@ type ChangeAuthorityRequest struct {
 
 func (x *ChangeAuthorityRequest) Reset() {
 	*x = ChangeAuthorityRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[73]
+	mi := &file_entente_v1_entente_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4695,7 +4788,7 @@ func (x *ChangeAuthorityRequest) String() string {
 func (*ChangeAuthorityRequest) ProtoMessage() {}
 
 func (x *ChangeAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[73]
+	mi := &file_entente_v1_entente_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4708,7 +4801,7 @@ func (x *ChangeAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*ChangeAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{73}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *ChangeAuthorityRequest) GetId() string {
@@ -4749,7 +4842,7 @@ type ChangeAuthorityResponse struct {
 
 func (x *ChangeAuthorityResponse) Reset() {
 	*x = ChangeAuthorityResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[74]
+	mi := &file_entente_v1_entente_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4761,7 +4854,7 @@ func (x *ChangeAuthorityResponse) String() string {
 func (*ChangeAuthorityResponse) ProtoMessage() {}
 
 func (x *ChangeAuthorityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[74]
+	mi := &file_entente_v1_entente_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4774,7 +4867,7 @@ func (x *ChangeAuthorityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAuthorityResponse.ProtoReflect.Descriptor instead.
 func (*ChangeAuthorityResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{74}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *ChangeAuthorityResponse) GetAuthority() *v1.Authority {
@@ -4829,7 +4922,7 @@ type RemoveNodeRequest struct {
 
 func (x *RemoveNodeRequest) Reset() {
 	*x = RemoveNodeRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[75]
+	mi := &file_entente_v1_entente_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4841,7 +4934,7 @@ func (x *RemoveNodeRequest) String() string {
 func (*RemoveNodeRequest) ProtoMessage() {}
 
 func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[75]
+	mi := &file_entente_v1_entente_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4854,7 +4947,7 @@ func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodeRequest.ProtoReflect.Descriptor instead.
 func (*RemoveNodeRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{75}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{76}
 }
 
 func (x *RemoveNodeRequest) GetName() string {
@@ -4884,7 +4977,7 @@ type RemoveNodeResponse struct {
 
 func (x *RemoveNodeResponse) Reset() {
 	*x = RemoveNodeResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[76]
+	mi := &file_entente_v1_entente_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4896,7 +4989,7 @@ func (x *RemoveNodeResponse) String() string {
 func (*RemoveNodeResponse) ProtoMessage() {}
 
 func (x *RemoveNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[76]
+	mi := &file_entente_v1_entente_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4909,7 +5002,7 @@ func (x *RemoveNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodeResponse.ProtoReflect.Descriptor instead.
 func (*RemoveNodeResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{76}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *RemoveNodeResponse) GetRevision() uint64 {
@@ -4957,7 +5050,7 @@ type ListAgentsRequest struct {
 
 func (x *ListAgentsRequest) Reset() {
 	*x = ListAgentsRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[77]
+	mi := &file_entente_v1_entente_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4969,7 +5062,7 @@ func (x *ListAgentsRequest) String() string {
 func (*ListAgentsRequest) ProtoMessage() {}
 
 func (x *ListAgentsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[77]
+	mi := &file_entente_v1_entente_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4982,7 +5075,7 @@ func (x *ListAgentsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAgentsRequest.ProtoReflect.Descriptor instead.
 func (*ListAgentsRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{77}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{78}
 }
 
 func (x *ListAgentsRequest) GetPageSize() uint32 {
@@ -5009,7 +5102,7 @@ type ListAgentsResponse struct {
 
 func (x *ListAgentsResponse) Reset() {
 	*x = ListAgentsResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[78]
+	mi := &file_entente_v1_entente_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5021,7 +5114,7 @@ func (x *ListAgentsResponse) String() string {
 func (*ListAgentsResponse) ProtoMessage() {}
 
 func (x *ListAgentsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[78]
+	mi := &file_entente_v1_entente_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5034,7 +5127,7 @@ func (x *ListAgentsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAgentsResponse.ProtoReflect.Descriptor instead.
 func (*ListAgentsResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{78}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *ListAgentsResponse) GetAgents() []*AgentStatus {
@@ -5063,7 +5156,7 @@ type AgentStatus struct {
 
 func (x *AgentStatus) Reset() {
 	*x = AgentStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[79]
+	mi := &file_entente_v1_entente_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5075,7 +5168,7 @@ func (x *AgentStatus) String() string {
 func (*AgentStatus) ProtoMessage() {}
 
 func (x *AgentStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[79]
+	mi := &file_entente_v1_entente_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5088,7 +5181,7 @@ func (x *AgentStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentStatus.ProtoReflect.Descriptor instead.
 func (*AgentStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{79}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{80}
 }
 
 func (x *AgentStatus) GetAgent() *v1.Agent {
@@ -5128,7 +5221,7 @@ type GetAgentRequest struct {
 
 func (x *GetAgentRequest) Reset() {
 	*x = GetAgentRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[80]
+	mi := &file_entente_v1_entente_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5140,7 +5233,7 @@ func (x *GetAgentRequest) String() string {
 func (*GetAgentRequest) ProtoMessage() {}
 
 func (x *GetAgentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[80]
+	mi := &file_entente_v1_entente_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5153,7 +5246,7 @@ func (x *GetAgentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetAgentRequest.ProtoReflect.Descriptor instead.
 func (*GetAgentRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{80}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{81}
 }
 
 func (x *GetAgentRequest) GetName() string {
@@ -5174,7 +5267,7 @@ type GetAgentResponse struct {
 
 func (x *GetAgentResponse) Reset() {
 	*x = GetAgentResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[81]
+	mi := &file_entente_v1_entente_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5186,7 +5279,7 @@ func (x *GetAgentResponse) String() string {
 func (*GetAgentResponse) ProtoMessage() {}
 
 func (x *GetAgentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[81]
+	mi := &file_entente_v1_entente_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5199,7 +5292,7 @@ func (x *GetAgentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetAgentResponse.ProtoReflect.Descriptor instead.
 func (*GetAgentResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{81}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *GetAgentResponse) GetStatus() *AgentStatus {
@@ -5232,7 +5325,7 @@ type ChangeAgentRequest struct {
 
 func (x *ChangeAgentRequest) Reset() {
 	*x = ChangeAgentRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[82]
+	mi := &file_entente_v1_entente_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5244,7 +5337,7 @@ func (x *ChangeAgentRequest) String() string {
 func (*ChangeAgentRequest) ProtoMessage() {}
 
 func (x *ChangeAgentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[82]
+	mi := &file_entente_v1_entente_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5257,7 +5350,7 @@ func (x *ChangeAgentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAgentRequest.ProtoReflect.Descriptor instead.
 func (*ChangeAgentRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{82}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *ChangeAgentRequest) GetName() string {
@@ -5276,7 +5369,7 @@ type ChangeAgentResponse struct {
 
 func (x *ChangeAgentResponse) Reset() {
 	*x = ChangeAgentResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[83]
+	mi := &file_entente_v1_entente_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5288,7 +5381,7 @@ func (x *ChangeAgentResponse) String() string {
 func (*ChangeAgentResponse) ProtoMessage() {}
 
 func (x *ChangeAgentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[83]
+	mi := &file_entente_v1_entente_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5301,7 +5394,7 @@ func (x *ChangeAgentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAgentResponse.ProtoReflect.Descriptor instead.
 func (*ChangeAgentResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{83}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *ChangeAgentResponse) GetRevision() uint64 {
@@ -5321,7 +5414,7 @@ type IsolateAgentRequest struct {
 
 func (x *IsolateAgentRequest) Reset() {
 	*x = IsolateAgentRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[84]
+	mi := &file_entente_v1_entente_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5333,7 +5426,7 @@ func (x *IsolateAgentRequest) String() string {
 func (*IsolateAgentRequest) ProtoMessage() {}
 
 func (x *IsolateAgentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[84]
+	mi := &file_entente_v1_entente_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5346,7 +5439,7 @@ func (x *IsolateAgentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IsolateAgentRequest.ProtoReflect.Descriptor instead.
 func (*IsolateAgentRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{84}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *IsolateAgentRequest) GetName() string {
@@ -5372,7 +5465,7 @@ type IsolateAgentResponse struct {
 
 func (x *IsolateAgentResponse) Reset() {
 	*x = IsolateAgentResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[85]
+	mi := &file_entente_v1_entente_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5384,7 +5477,7 @@ func (x *IsolateAgentResponse) String() string {
 func (*IsolateAgentResponse) ProtoMessage() {}
 
 func (x *IsolateAgentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[85]
+	mi := &file_entente_v1_entente_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5397,7 +5490,7 @@ func (x *IsolateAgentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IsolateAgentResponse.ProtoReflect.Descriptor instead.
 func (*IsolateAgentResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{85}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{86}
 }
 
 func (x *IsolateAgentResponse) GetIsolation() *Isolation {
@@ -5421,7 +5514,7 @@ type Isolation struct {
 
 func (x *Isolation) Reset() {
 	*x = Isolation{}
-	mi := &file_entente_v1_entente_proto_msgTypes[86]
+	mi := &file_entente_v1_entente_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5433,7 +5526,7 @@ func (x *Isolation) String() string {
 func (*Isolation) ProtoMessage() {}
 
 func (x *Isolation) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[86]
+	mi := &file_entente_v1_entente_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5446,7 +5539,7 @@ func (x *Isolation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Isolation.ProtoReflect.Descriptor instead.
 func (*Isolation) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{86}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *Isolation) GetAgent() *v1.Agent {
@@ -5492,7 +5585,7 @@ type ListTokensRequest struct {
 
 func (x *ListTokensRequest) Reset() {
 	*x = ListTokensRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[87]
+	mi := &file_entente_v1_entente_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5504,7 +5597,7 @@ func (x *ListTokensRequest) String() string {
 func (*ListTokensRequest) ProtoMessage() {}
 
 func (x *ListTokensRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[87]
+	mi := &file_entente_v1_entente_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5517,7 +5610,7 @@ func (x *ListTokensRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTokensRequest.ProtoReflect.Descriptor instead.
 func (*ListTokensRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{87}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{88}
 }
 
 type ListTokensResponse struct {
@@ -5530,7 +5623,7 @@ type ListTokensResponse struct {
 
 func (x *ListTokensResponse) Reset() {
 	*x = ListTokensResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[88]
+	mi := &file_entente_v1_entente_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5542,7 +5635,7 @@ func (x *ListTokensResponse) String() string {
 func (*ListTokensResponse) ProtoMessage() {}
 
 func (x *ListTokensResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[88]
+	mi := &file_entente_v1_entente_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5555,7 +5648,7 @@ func (x *ListTokensResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTokensResponse.ProtoReflect.Descriptor instead.
 func (*ListTokensResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{88}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{89}
 }
 
 func (x *ListTokensResponse) GetTokens() []*v1.Token {
@@ -5581,7 +5674,7 @@ type RevokeTokenRequest struct {
 
 func (x *RevokeTokenRequest) Reset() {
 	*x = RevokeTokenRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[89]
+	mi := &file_entente_v1_entente_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5593,7 +5686,7 @@ func (x *RevokeTokenRequest) String() string {
 func (*RevokeTokenRequest) ProtoMessage() {}
 
 func (x *RevokeTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[89]
+	mi := &file_entente_v1_entente_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5606,7 +5699,7 @@ func (x *RevokeTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeTokenRequest.ProtoReflect.Descriptor instead.
 func (*RevokeTokenRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{89}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{90}
 }
 
 func (x *RevokeTokenRequest) GetId() string {
@@ -5625,7 +5718,7 @@ type RevokeTokenResponse struct {
 
 func (x *RevokeTokenResponse) Reset() {
 	*x = RevokeTokenResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[90]
+	mi := &file_entente_v1_entente_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5637,7 +5730,7 @@ func (x *RevokeTokenResponse) String() string {
 func (*RevokeTokenResponse) ProtoMessage() {}
 
 func (x *RevokeTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[90]
+	mi := &file_entente_v1_entente_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5650,7 +5743,7 @@ func (x *RevokeTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeTokenResponse.ProtoReflect.Descriptor instead.
 func (*RevokeTokenResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{90}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{91}
 }
 
 func (x *RevokeTokenResponse) GetRevision() uint64 {
@@ -5670,7 +5763,7 @@ type ChangeEntriesRequest struct {
 
 func (x *ChangeEntriesRequest) Reset() {
 	*x = ChangeEntriesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[91]
+	mi := &file_entente_v1_entente_proto_msgTypes[92]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5682,7 +5775,7 @@ func (x *ChangeEntriesRequest) String() string {
 func (*ChangeEntriesRequest) ProtoMessage() {}
 
 func (x *ChangeEntriesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[91]
+	mi := &file_entente_v1_entente_proto_msgTypes[92]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5695,7 +5788,7 @@ func (x *ChangeEntriesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeEntriesRequest.ProtoReflect.Descriptor instead.
 func (*ChangeEntriesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{91}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{92}
 }
 
 func (x *ChangeEntriesRequest) GetChanges() []*v1.EntryChange {
@@ -5721,7 +5814,7 @@ type ChangeEntriesResponse struct {
 
 func (x *ChangeEntriesResponse) Reset() {
 	*x = ChangeEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[92]
+	mi := &file_entente_v1_entente_proto_msgTypes[93]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5733,7 +5826,7 @@ func (x *ChangeEntriesResponse) String() string {
 func (*ChangeEntriesResponse) ProtoMessage() {}
 
 func (x *ChangeEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[92]
+	mi := &file_entente_v1_entente_proto_msgTypes[93]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5746,7 +5839,7 @@ func (x *ChangeEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeEntriesResponse.ProtoReflect.Descriptor instead.
 func (*ChangeEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{92}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{93}
 }
 
 func (x *ChangeEntriesResponse) GetResults() []*EntryResult {
@@ -5769,7 +5862,7 @@ type EntryResult struct {
 
 func (x *EntryResult) Reset() {
 	*x = EntryResult{}
-	mi := &file_entente_v1_entente_proto_msgTypes[93]
+	mi := &file_entente_v1_entente_proto_msgTypes[94]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5781,7 +5874,7 @@ func (x *EntryResult) String() string {
 func (*EntryResult) ProtoMessage() {}
 
 func (x *EntryResult) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[93]
+	mi := &file_entente_v1_entente_proto_msgTypes[94]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5794,7 +5887,7 @@ func (x *EntryResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EntryResult.ProtoReflect.Descriptor instead.
 func (*EntryResult) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{93}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{94}
 }
 
 func (x *EntryResult) GetId() string {
@@ -5845,7 +5938,7 @@ type ListEntriesRequest struct {
 
 func (x *ListEntriesRequest) Reset() {
 	*x = ListEntriesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[94]
+	mi := &file_entente_v1_entente_proto_msgTypes[95]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5857,7 +5950,7 @@ func (x *ListEntriesRequest) String() string {
 func (*ListEntriesRequest) ProtoMessage() {}
 
 func (x *ListEntriesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[94]
+	mi := &file_entente_v1_entente_proto_msgTypes[95]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5870,7 +5963,7 @@ func (x *ListEntriesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntriesRequest.ProtoReflect.Descriptor instead.
 func (*ListEntriesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{94}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{95}
 }
 
 func (x *ListEntriesRequest) GetPageSize() uint32 {
@@ -5918,7 +6011,7 @@ type ListEntriesResponse struct {
 
 func (x *ListEntriesResponse) Reset() {
 	*x = ListEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[95]
+	mi := &file_entente_v1_entente_proto_msgTypes[96]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5930,7 +6023,7 @@ func (x *ListEntriesResponse) String() string {
 func (*ListEntriesResponse) ProtoMessage() {}
 
 func (x *ListEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[95]
+	mi := &file_entente_v1_entente_proto_msgTypes[96]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5943,7 +6036,7 @@ func (x *ListEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntriesResponse.ProtoReflect.Descriptor instead.
 func (*ListEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{95}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{96}
 }
 
 func (x *ListEntriesResponse) GetEntries() []*v1.Entry {
@@ -5969,7 +6062,7 @@ type GetEntryRequest struct {
 
 func (x *GetEntryRequest) Reset() {
 	*x = GetEntryRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[96]
+	mi := &file_entente_v1_entente_proto_msgTypes[97]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5981,7 +6074,7 @@ func (x *GetEntryRequest) String() string {
 func (*GetEntryRequest) ProtoMessage() {}
 
 func (x *GetEntryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[96]
+	mi := &file_entente_v1_entente_proto_msgTypes[97]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5994,7 +6087,7 @@ func (x *GetEntryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetEntryRequest.ProtoReflect.Descriptor instead.
 func (*GetEntryRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{96}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{97}
 }
 
 func (x *GetEntryRequest) GetId() string {
@@ -6013,7 +6106,7 @@ type GetEntryResponse struct {
 
 func (x *GetEntryResponse) Reset() {
 	*x = GetEntryResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[97]
+	mi := &file_entente_v1_entente_proto_msgTypes[98]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6025,7 +6118,7 @@ func (x *GetEntryResponse) String() string {
 func (*GetEntryResponse) ProtoMessage() {}
 
 func (x *GetEntryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[97]
+	mi := &file_entente_v1_entente_proto_msgTypes[98]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6038,7 +6131,7 @@ func (x *GetEntryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetEntryResponse.ProtoReflect.Descriptor instead.
 func (*GetEntryResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{97}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{98}
 }
 
 func (x *GetEntryResponse) GetEntry() *v1.Entry {
@@ -6057,7 +6150,7 @@ type CountEntriesResponse struct {
 
 func (x *CountEntriesResponse) Reset() {
 	*x = CountEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[98]
+	mi := &file_entente_v1_entente_proto_msgTypes[99]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6069,7 +6162,7 @@ func (x *CountEntriesResponse) String() string {
 func (*CountEntriesResponse) ProtoMessage() {}
 
 func (x *CountEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[98]
+	mi := &file_entente_v1_entente_proto_msgTypes[99]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6082,7 +6175,7 @@ func (x *CountEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CountEntriesResponse.ProtoReflect.Descriptor instead.
 func (*CountEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{98}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{99}
 }
 
 func (x *CountEntriesResponse) GetEntries() uint64 {
@@ -6229,12 +6322,13 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x06record\x18\x84\x02 \x01(\fR\x06record\x12&\n" +
 	"\x0eentry_revision\x18\x85\x02 \x01(\x04R\rentryRevision\"D\n" +
 	"\x0fSignWITResponse\x121\n" +
-	"\aresults\x18\x01 \x03(\v2\x17.entente.v1.TokenResultR\aresults\"M\n" +
+	"\aresults\x18\x01 \x03(\v2\x17.entente.v1.TokenResultR\aresults\"~\n" +
 	"\vTokenResult\x12\x14\n" +
 	"\x05token\x18\x01 \x01(\tR\x05token\x12\x12\n" +
 	"\x04code\x18\x02 \x01(\rR\x04code\x12\x14\n" +
-	"\x05error\x18\x03 \x01(\tR\x05error\"\x0f\n" +
-	"\rStatusRequest\"\xd9\b\n" +
+	"\x05error\x18\x03 \x01(\tR\x05error\x12/\n" +
+	"\x13retry_after_seconds\x18\xdc\x01 \x01(\x01R\x11retryAfterSeconds\"\x0f\n" +
+	"\rStatusRequest\"\x86\t\n" +
 	"\x0eStatusResponse\x123\n" +
 	"\acluster\x18\x01 \x01(\v2\x19.entente.state.v1.ClusterR\acluster\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\x04R\brevision\x12\x17\n" +
@@ -6268,13 +6362,21 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\bisolated\x18x \x03(\v2\x15.entente.v1.IsolationR\bisolated\x123\n" +
 	"\x15acknowledged_revision\x18y \x01(\x04R\x14acknowledgedRevision\x12\x1f\n" +
 	"\vwaiting_for\x18z \x03(\tR\n" +
-	"waitingFor\x122\n" +
+	"waitingFor\x12+\n" +
+	"\x05audit\x18\xdc\x01 \x01(\v2\x14.entente.v1.AuditLogR\x05audit\x122\n" +
 	"\x05older\x18\x84\x02 \x03(\v2\x1b.entente.v1.SubscriberLevelR\x05older\"n\n" +
 	"\x0fSubscriberLevel\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05level\x18\x02 \x01(\rR\x05level\x12\x17\n" +
 	"\atoo_old\x18\x03 \x03(\tR\x06tooOld\x12\x18\n" +
-	"\askipped\x18\x04 \x03(\tR\askipped\"X\n" +
+	"\askipped\x18\x04 \x03(\tR\askipped\"\x99\x01\n" +
+	"\bAuditLog\x12\x12\n" +
+	"\x04file\x18\x01 \x01(\tR\x04file\x12\x14\n" +
+	"\x05bytes\x18\x02 \x01(\x03R\x05bytes\x12\x1f\n" +
+	"\vbound_bytes\x18\x03 \x01(\x03R\n" +
+	"boundBytes\x12(\n" +
+	"\x10shares_raft_disk\x18\x04 \x01(\bR\x0esharesRaftDisk\x12\x18\n" +
+	"\aproblem\x18\x05 \x01(\tR\aproblem\"X\n" +
 	"\bUpstream\x12\x15\n" +
 	"\x06key_id\x18\x01 \x01(\tR\x05keyId\x12\x1b\n" +
 	"\tnot_after\x18\x02 \x01(\x03R\bnotAfter\x12\x18\n" +
@@ -6588,7 +6690,7 @@ func file_entente_v1_entente_proto_rawDescGZIP() []byte {
 }
 
 var file_entente_v1_entente_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_entente_v1_entente_proto_msgTypes = make([]protoimpl.MessageInfo, 99)
+var file_entente_v1_entente_proto_msgTypes = make([]protoimpl.MessageInfo, 100)
 var file_entente_v1_entente_proto_goTypes = []any{
 	(Health)(0),                     // 0: entente.v1.Health
 	(*JoinRequest)(nil),             // 1: entente.v1.JoinRequest
@@ -6620,98 +6722,99 @@ var file_entente_v1_entente_proto_goTypes = []any{
 	(*StatusRequest)(nil),           // 27: entente.v1.StatusRequest
 	(*StatusResponse)(nil),          // 28: entente.v1.StatusResponse
 	(*SubscriberLevel)(nil),         // 29: entente.v1.SubscriberLevel
-	(*Upstream)(nil),                // 30: entente.v1.Upstream
-	(*Autonomy)(nil),                // 31: entente.v1.Autonomy
-	(*UseAutonomy)(nil),             // 32: entente.v1.UseAutonomy
-	(*MemberStatus)(nil),            // 33: entente.v1.MemberStatus
-	(*SaveSnapshotRequest)(nil),     // 34: entente.v1.SaveSnapshotRequest
-	(*SaveSnapshotResponse)(nil),    // 35: entente.v1.SaveSnapshotResponse
-	(*ListNodesRequest)(nil),        // 36: entente.v1.ListNodesRequest
-	(*ListNodesResponse)(nil),       // 37: entente.v1.ListNodesResponse
-	(*NodeProgress)(nil),            // 38: entente.v1.NodeProgress
-	(*PromoteNodeRequest)(nil),      // 39: entente.v1.PromoteNodeRequest
-	(*PromoteNodeResponse)(nil),     // 40: entente.v1.PromoteNodeResponse
-	(*VouchRequest)(nil),            // 41: entente.v1.VouchRequest
-	(*VouchResponse)(nil),           // 42: entente.v1.VouchResponse
-	(*ChecksumRequest)(nil),         // 43: entente.v1.ChecksumRequest
-	(*ChecksumResponse)(nil),        // 44: entente.v1.ChecksumResponse
-	(*ShowEpochRequest)(nil),        // 45: entente.v1.ShowEpochRequest
-	(*ShowEpochResponse)(nil),       // 46: entente.v1.ShowEpochResponse
-	(*ForeignBundleStatus)(nil),     // 47: entente.v1.ForeignBundleStatus
-	(*CreateTokenRequest)(nil),      // 48: entente.v1.CreateTokenRequest
-	(*CreateTokenResponse)(nil),     // 49: entente.v1.CreateTokenResponse
-	(*ApplyRequest)(nil),            // 50: entente.v1.ApplyRequest
-	(*ApplyResponse)(nil),           // 51: entente.v1.ApplyResponse
-	(*ObjectChange)(nil),            // 52: entente.v1.ObjectChange
-	(*WhoAmIRequest)(nil),           // 53: entente.v1.WhoAmIRequest
-	(*WhoAmIResponse)(nil),          // 54: entente.v1.WhoAmIResponse
-	(*GetBundleRequest)(nil),        // 55: entente.v1.GetBundleRequest
-	(*GetBundleResponse)(nil),       // 56: entente.v1.GetBundleResponse
-	(*ProposeRequest)(nil),          // 57: entente.v1.ProposeRequest
-	(*ProposeResponse)(nil),         // 58: entente.v1.ProposeResponse
-	(*ReportRequest)(nil),           // 59: entente.v1.ReportRequest
-	(*HeldAuthority)(nil),           // 60: entente.v1.HeldAuthority
-	(*ReportResponse)(nil),          // 61: entente.v1.ReportResponse
-	(*GateRequest)(nil),             // 62: entente.v1.GateRequest
-	(*GateResponse)(nil),            // 63: entente.v1.GateResponse
-	(*AuthorityGate)(nil),           // 64: entente.v1.AuthorityGate
-	(*MarkReadyRequest)(nil),        // 65: entente.v1.MarkReadyRequest
-	(*MarkReadyResponse)(nil),       // 66: entente.v1.MarkReadyResponse
-	(*Picture)(nil),                 // 67: entente.v1.Picture
-	(*PresenceRequest)(nil),         // 68: entente.v1.PresenceRequest
-	(*PresenceResponse)(nil),        // 69: entente.v1.PresenceResponse
-	(*ListAuthoritiesRequest)(nil),  // 70: entente.v1.ListAuthoritiesRequest
-	(*ListAuthoritiesResponse)(nil), // 71: entente.v1.ListAuthoritiesResponse
-	(*AuthorityStatus)(nil),         // 72: entente.v1.AuthorityStatus
-	(*PrepareAuthorityRequest)(nil), // 73: entente.v1.PrepareAuthorityRequest
-	(*ChangeAuthorityRequest)(nil),  // 74: entente.v1.ChangeAuthorityRequest
-	(*ChangeAuthorityResponse)(nil), // 75: entente.v1.ChangeAuthorityResponse
-	(*RemoveNodeRequest)(nil),       // 76: entente.v1.RemoveNodeRequest
-	(*RemoveNodeResponse)(nil),      // 77: entente.v1.RemoveNodeResponse
-	(*ListAgentsRequest)(nil),       // 78: entente.v1.ListAgentsRequest
-	(*ListAgentsResponse)(nil),      // 79: entente.v1.ListAgentsResponse
-	(*AgentStatus)(nil),             // 80: entente.v1.AgentStatus
-	(*GetAgentRequest)(nil),         // 81: entente.v1.GetAgentRequest
-	(*GetAgentResponse)(nil),        // 82: entente.v1.GetAgentResponse
-	(*ChangeAgentRequest)(nil),      // 83: entente.v1.ChangeAgentRequest
-	(*ChangeAgentResponse)(nil),     // 84: entente.v1.ChangeAgentResponse
-	(*IsolateAgentRequest)(nil),     // 85: entente.v1.IsolateAgentRequest
-	(*IsolateAgentResponse)(nil),    // 86: entente.v1.IsolateAgentResponse
-	(*Isolation)(nil),               // 87: entente.v1.Isolation
-	(*ListTokensRequest)(nil),       // 88: entente.v1.ListTokensRequest
-	(*ListTokensResponse)(nil),      // 89: entente.v1.ListTokensResponse
-	(*RevokeTokenRequest)(nil),      // 90: entente.v1.RevokeTokenRequest
-	(*RevokeTokenResponse)(nil),     // 91: entente.v1.RevokeTokenResponse
-	(*ChangeEntriesRequest)(nil),    // 92: entente.v1.ChangeEntriesRequest
-	(*ChangeEntriesResponse)(nil),   // 93: entente.v1.ChangeEntriesResponse
-	(*EntryResult)(nil),             // 94: entente.v1.EntryResult
-	(*ListEntriesRequest)(nil),      // 95: entente.v1.ListEntriesRequest
-	(*ListEntriesResponse)(nil),     // 96: entente.v1.ListEntriesResponse
-	(*GetEntryRequest)(nil),         // 97: entente.v1.GetEntryRequest
-	(*GetEntryResponse)(nil),        // 98: entente.v1.GetEntryResponse
-	(*CountEntriesResponse)(nil),    // 99: entente.v1.CountEntriesResponse
-	(*v1.Member)(nil),               // 100: entente.state.v1.Member
-	(*v1.Cluster)(nil),              // 101: entente.state.v1.Cluster
-	(*v1.Agent)(nil),                // 102: entente.state.v1.Agent
-	(*v1.Distrust)(nil),             // 103: entente.state.v1.Distrust
-	(*v1.Entry)(nil),                // 104: entente.state.v1.Entry
-	(*v1.Object)(nil),               // 105: entente.state.v1.Object
-	(*v1.ObjectKey)(nil),            // 106: entente.state.v1.ObjectKey
-	(*v1.Authority)(nil),            // 107: entente.state.v1.Authority
-	(v1.KeyUse)(0),                  // 108: entente.state.v1.KeyUse
-	(*v1.NodeGrant)(nil),            // 109: entente.state.v1.NodeGrant
-	(*v1.AgentGrant)(nil),           // 110: entente.state.v1.AgentGrant
-	(*v1.RoleBinding)(nil),          // 111: entente.state.v1.RoleBinding
-	(*v1.Token)(nil),                // 112: entente.state.v1.Token
-	(*v1.EntryChange)(nil),          // 113: entente.state.v1.EntryChange
+	(*AuditLog)(nil),                // 30: entente.v1.AuditLog
+	(*Upstream)(nil),                // 31: entente.v1.Upstream
+	(*Autonomy)(nil),                // 32: entente.v1.Autonomy
+	(*UseAutonomy)(nil),             // 33: entente.v1.UseAutonomy
+	(*MemberStatus)(nil),            // 34: entente.v1.MemberStatus
+	(*SaveSnapshotRequest)(nil),     // 35: entente.v1.SaveSnapshotRequest
+	(*SaveSnapshotResponse)(nil),    // 36: entente.v1.SaveSnapshotResponse
+	(*ListNodesRequest)(nil),        // 37: entente.v1.ListNodesRequest
+	(*ListNodesResponse)(nil),       // 38: entente.v1.ListNodesResponse
+	(*NodeProgress)(nil),            // 39: entente.v1.NodeProgress
+	(*PromoteNodeRequest)(nil),      // 40: entente.v1.PromoteNodeRequest
+	(*PromoteNodeResponse)(nil),     // 41: entente.v1.PromoteNodeResponse
+	(*VouchRequest)(nil),            // 42: entente.v1.VouchRequest
+	(*VouchResponse)(nil),           // 43: entente.v1.VouchResponse
+	(*ChecksumRequest)(nil),         // 44: entente.v1.ChecksumRequest
+	(*ChecksumResponse)(nil),        // 45: entente.v1.ChecksumResponse
+	(*ShowEpochRequest)(nil),        // 46: entente.v1.ShowEpochRequest
+	(*ShowEpochResponse)(nil),       // 47: entente.v1.ShowEpochResponse
+	(*ForeignBundleStatus)(nil),     // 48: entente.v1.ForeignBundleStatus
+	(*CreateTokenRequest)(nil),      // 49: entente.v1.CreateTokenRequest
+	(*CreateTokenResponse)(nil),     // 50: entente.v1.CreateTokenResponse
+	(*ApplyRequest)(nil),            // 51: entente.v1.ApplyRequest
+	(*ApplyResponse)(nil),           // 52: entente.v1.ApplyResponse
+	(*ObjectChange)(nil),            // 53: entente.v1.ObjectChange
+	(*WhoAmIRequest)(nil),           // 54: entente.v1.WhoAmIRequest
+	(*WhoAmIResponse)(nil),          // 55: entente.v1.WhoAmIResponse
+	(*GetBundleRequest)(nil),        // 56: entente.v1.GetBundleRequest
+	(*GetBundleResponse)(nil),       // 57: entente.v1.GetBundleResponse
+	(*ProposeRequest)(nil),          // 58: entente.v1.ProposeRequest
+	(*ProposeResponse)(nil),         // 59: entente.v1.ProposeResponse
+	(*ReportRequest)(nil),           // 60: entente.v1.ReportRequest
+	(*HeldAuthority)(nil),           // 61: entente.v1.HeldAuthority
+	(*ReportResponse)(nil),          // 62: entente.v1.ReportResponse
+	(*GateRequest)(nil),             // 63: entente.v1.GateRequest
+	(*GateResponse)(nil),            // 64: entente.v1.GateResponse
+	(*AuthorityGate)(nil),           // 65: entente.v1.AuthorityGate
+	(*MarkReadyRequest)(nil),        // 66: entente.v1.MarkReadyRequest
+	(*MarkReadyResponse)(nil),       // 67: entente.v1.MarkReadyResponse
+	(*Picture)(nil),                 // 68: entente.v1.Picture
+	(*PresenceRequest)(nil),         // 69: entente.v1.PresenceRequest
+	(*PresenceResponse)(nil),        // 70: entente.v1.PresenceResponse
+	(*ListAuthoritiesRequest)(nil),  // 71: entente.v1.ListAuthoritiesRequest
+	(*ListAuthoritiesResponse)(nil), // 72: entente.v1.ListAuthoritiesResponse
+	(*AuthorityStatus)(nil),         // 73: entente.v1.AuthorityStatus
+	(*PrepareAuthorityRequest)(nil), // 74: entente.v1.PrepareAuthorityRequest
+	(*ChangeAuthorityRequest)(nil),  // 75: entente.v1.ChangeAuthorityRequest
+	(*ChangeAuthorityResponse)(nil), // 76: entente.v1.ChangeAuthorityResponse
+	(*RemoveNodeRequest)(nil),       // 77: entente.v1.RemoveNodeRequest
+	(*RemoveNodeResponse)(nil),      // 78: entente.v1.RemoveNodeResponse
+	(*ListAgentsRequest)(nil),       // 79: entente.v1.ListAgentsRequest
+	(*ListAgentsResponse)(nil),      // 80: entente.v1.ListAgentsResponse
+	(*AgentStatus)(nil),             // 81: entente.v1.AgentStatus
+	(*GetAgentRequest)(nil),         // 82: entente.v1.GetAgentRequest
+	(*GetAgentResponse)(nil),        // 83: entente.v1.GetAgentResponse
+	(*ChangeAgentRequest)(nil),      // 84: entente.v1.ChangeAgentRequest
+	(*ChangeAgentResponse)(nil),     // 85: entente.v1.ChangeAgentResponse
+	(*IsolateAgentRequest)(nil),     // 86: entente.v1.IsolateAgentRequest
+	(*IsolateAgentResponse)(nil),    // 87: entente.v1.IsolateAgentResponse
+	(*Isolation)(nil),               // 88: entente.v1.Isolation
+	(*ListTokensRequest)(nil),       // 89: entente.v1.ListTokensRequest
+	(*ListTokensResponse)(nil),      // 90: entente.v1.ListTokensResponse
+	(*RevokeTokenRequest)(nil),      // 91: entente.v1.RevokeTokenRequest
+	(*RevokeTokenResponse)(nil),     // 92: entente.v1.RevokeTokenResponse
+	(*ChangeEntriesRequest)(nil),    // 93: entente.v1.ChangeEntriesRequest
+	(*ChangeEntriesResponse)(nil),   // 94: entente.v1.ChangeEntriesResponse
+	(*EntryResult)(nil),             // 95: entente.v1.EntryResult
+	(*ListEntriesRequest)(nil),      // 96: entente.v1.ListEntriesRequest
+	(*ListEntriesResponse)(nil),     // 97: entente.v1.ListEntriesResponse
+	(*GetEntryRequest)(nil),         // 98: entente.v1.GetEntryRequest
+	(*GetEntryResponse)(nil),        // 99: entente.v1.GetEntryResponse
+	(*CountEntriesResponse)(nil),    // 100: entente.v1.CountEntriesResponse
+	(*v1.Member)(nil),               // 101: entente.state.v1.Member
+	(*v1.Cluster)(nil),              // 102: entente.state.v1.Cluster
+	(*v1.Agent)(nil),                // 103: entente.state.v1.Agent
+	(*v1.Distrust)(nil),             // 104: entente.state.v1.Distrust
+	(*v1.Entry)(nil),                // 105: entente.state.v1.Entry
+	(*v1.Object)(nil),               // 106: entente.state.v1.Object
+	(*v1.ObjectKey)(nil),            // 107: entente.state.v1.ObjectKey
+	(*v1.Authority)(nil),            // 108: entente.state.v1.Authority
+	(v1.KeyUse)(0),                  // 109: entente.state.v1.KeyUse
+	(*v1.NodeGrant)(nil),            // 110: entente.state.v1.NodeGrant
+	(*v1.AgentGrant)(nil),           // 111: entente.state.v1.AgentGrant
+	(*v1.RoleBinding)(nil),          // 112: entente.state.v1.RoleBinding
+	(*v1.Token)(nil),                // 113: entente.state.v1.Token
+	(*v1.EntryChange)(nil),          // 114: entente.state.v1.EntryChange
 }
 var file_entente_v1_entente_proto_depIdxs = []int32{
-	100, // 0: entente.v1.JoinResponse.member:type_name -> entente.state.v1.Member
-	100, // 1: entente.v1.JoinResponse.members:type_name -> entente.state.v1.Member
-	101, // 2: entente.v1.JoinResponse.cluster:type_name -> entente.state.v1.Cluster
-	100, // 3: entente.v1.AttestResponse.members:type_name -> entente.state.v1.Member
-	101, // 4: entente.v1.AttestResponse.cluster:type_name -> entente.state.v1.Cluster
-	102, // 5: entente.v1.AttestResponse.agent:type_name -> entente.state.v1.Agent
+	101, // 0: entente.v1.JoinResponse.member:type_name -> entente.state.v1.Member
+	101, // 1: entente.v1.JoinResponse.members:type_name -> entente.state.v1.Member
+	102, // 2: entente.v1.JoinResponse.cluster:type_name -> entente.state.v1.Cluster
+	101, // 3: entente.v1.AttestResponse.members:type_name -> entente.state.v1.Member
+	102, // 4: entente.v1.AttestResponse.cluster:type_name -> entente.state.v1.Cluster
+	103, // 5: entente.v1.AttestResponse.agent:type_name -> entente.state.v1.Agent
 	6,   // 6: entente.v1.SyncRequest.hello:type_name -> entente.v1.Hello
 	7,   // 7: entente.v1.SyncRequest.ack:type_name -> entente.v1.Ack
 	8,   // 8: entente.v1.SyncRequest.report:type_name -> entente.v1.InstanceReport
@@ -6721,15 +6824,15 @@ var file_entente_v1_entente_proto_depIdxs = []int32{
 	14,  // 12: entente.v1.SyncResponse.presence:type_name -> entente.v1.Presence
 	15,  // 13: entente.v1.SyncResponse.heartbeat:type_name -> entente.v1.Heartbeat
 	11,  // 14: entente.v1.SyncResponse.urgent:type_name -> entente.v1.Urgent
-	103, // 15: entente.v1.Urgent.distrust:type_name -> entente.state.v1.Distrust
+	104, // 15: entente.v1.Urgent.distrust:type_name -> entente.state.v1.Distrust
 	13,  // 16: entente.v1.Urgent.bundles:type_name -> entente.v1.Bundle
-	101, // 17: entente.v1.Policy.cluster:type_name -> entente.state.v1.Cluster
-	104, // 18: entente.v1.Policy.entries:type_name -> entente.state.v1.Entry
+	102, // 17: entente.v1.Policy.cluster:type_name -> entente.state.v1.Cluster
+	105, // 18: entente.v1.Policy.entries:type_name -> entente.state.v1.Entry
 	13,  // 19: entente.v1.Policy.bundles:type_name -> entente.v1.Bundle
-	105, // 20: entente.v1.Policy.objects:type_name -> entente.state.v1.Object
-	106, // 21: entente.v1.Policy.deleted_objects:type_name -> entente.state.v1.ObjectKey
-	100, // 22: entente.v1.Policy.members:type_name -> entente.state.v1.Member
-	103, // 23: entente.v1.Policy.distrust:type_name -> entente.state.v1.Distrust
+	106, // 20: entente.v1.Policy.objects:type_name -> entente.state.v1.Object
+	107, // 21: entente.v1.Policy.deleted_objects:type_name -> entente.state.v1.ObjectKey
+	101, // 22: entente.v1.Policy.members:type_name -> entente.state.v1.Member
+	104, // 23: entente.v1.Policy.distrust:type_name -> entente.state.v1.Distrust
 	9,   // 24: entente.v1.Presence.instances:type_name -> entente.v1.Instance
 	9,   // 25: entente.v1.Presence.withdrawn:type_name -> entente.v1.Instance
 	17,  // 26: entente.v1.SignX509Request.requests:type_name -> entente.v1.X509Request
@@ -6738,139 +6841,140 @@ var file_entente_v1_entente_proto_depIdxs = []int32{
 	26,  // 29: entente.v1.SignJWTResponse.results:type_name -> entente.v1.TokenResult
 	24,  // 30: entente.v1.SignWITRequest.requests:type_name -> entente.v1.WITRequest
 	26,  // 31: entente.v1.SignWITResponse.results:type_name -> entente.v1.TokenResult
-	101, // 32: entente.v1.StatusResponse.cluster:type_name -> entente.state.v1.Cluster
-	33,  // 33: entente.v1.StatusResponse.members:type_name -> entente.v1.MemberStatus
-	107, // 34: entente.v1.StatusResponse.authorities:type_name -> entente.state.v1.Authority
-	47,  // 35: entente.v1.StatusResponse.foreign:type_name -> entente.v1.ForeignBundleStatus
+	102, // 32: entente.v1.StatusResponse.cluster:type_name -> entente.state.v1.Cluster
+	34,  // 33: entente.v1.StatusResponse.members:type_name -> entente.v1.MemberStatus
+	108, // 34: entente.v1.StatusResponse.authorities:type_name -> entente.state.v1.Authority
+	48,  // 35: entente.v1.StatusResponse.foreign:type_name -> entente.v1.ForeignBundleStatus
 	9,   // 36: entente.v1.StatusResponse.instances:type_name -> entente.v1.Instance
-	31,  // 37: entente.v1.StatusResponse.autonomy:type_name -> entente.v1.Autonomy
-	30,  // 38: entente.v1.StatusResponse.upstream:type_name -> entente.v1.Upstream
-	87,  // 39: entente.v1.StatusResponse.isolated:type_name -> entente.v1.Isolation
-	29,  // 40: entente.v1.StatusResponse.older:type_name -> entente.v1.SubscriberLevel
-	32,  // 41: entente.v1.Autonomy.uses:type_name -> entente.v1.UseAutonomy
-	108, // 42: entente.v1.UseAutonomy.use:type_name -> entente.state.v1.KeyUse
-	100, // 43: entente.v1.MemberStatus.member:type_name -> entente.state.v1.Member
-	38,  // 44: entente.v1.ListNodesResponse.nodes:type_name -> entente.v1.NodeProgress
-	100, // 45: entente.v1.NodeProgress.member:type_name -> entente.state.v1.Member
-	100, // 46: entente.v1.VouchResponse.member:type_name -> entente.state.v1.Member
-	109, // 47: entente.v1.CreateTokenRequest.node:type_name -> entente.state.v1.NodeGrant
-	110, // 48: entente.v1.CreateTokenRequest.agent:type_name -> entente.state.v1.AgentGrant
-	105, // 49: entente.v1.ApplyRequest.objects:type_name -> entente.state.v1.Object
-	106, // 50: entente.v1.ApplyRequest.deletes:type_name -> entente.state.v1.ObjectKey
-	52,  // 51: entente.v1.ApplyResponse.changes:type_name -> entente.v1.ObjectChange
-	106, // 52: entente.v1.ObjectChange.key:type_name -> entente.state.v1.ObjectKey
-	105, // 53: entente.v1.ObjectChange.before:type_name -> entente.state.v1.Object
-	111, // 54: entente.v1.WhoAmIResponse.bindings:type_name -> entente.state.v1.RoleBinding
-	60,  // 55: entente.v1.ReportRequest.held:type_name -> entente.v1.HeldAuthority
-	64,  // 56: entente.v1.GateResponse.authorities:type_name -> entente.v1.AuthorityGate
-	12,  // 57: entente.v1.Picture.policy:type_name -> entente.v1.Policy
-	14,  // 58: entente.v1.Picture.presence:type_name -> entente.v1.Presence
-	9,   // 59: entente.v1.PresenceResponse.instances:type_name -> entente.v1.Instance
-	9,   // 60: entente.v1.PresenceResponse.withdrawn:type_name -> entente.v1.Instance
-	72,  // 61: entente.v1.ListAuthoritiesResponse.authorities:type_name -> entente.v1.AuthorityStatus
-	107, // 62: entente.v1.AuthorityStatus.authority:type_name -> entente.state.v1.Authority
-	108, // 63: entente.v1.PrepareAuthorityRequest.use:type_name -> entente.state.v1.KeyUse
-	107, // 64: entente.v1.ChangeAuthorityResponse.authority:type_name -> entente.state.v1.Authority
-	107, // 65: entente.v1.ChangeAuthorityResponse.signing:type_name -> entente.state.v1.Authority
-	100, // 66: entente.v1.RemoveNodeResponse.member:type_name -> entente.state.v1.Member
-	107, // 67: entente.v1.RemoveNodeResponse.authorities:type_name -> entente.state.v1.Authority
-	80,  // 68: entente.v1.ListAgentsResponse.agents:type_name -> entente.v1.AgentStatus
-	102, // 69: entente.v1.AgentStatus.agent:type_name -> entente.state.v1.Agent
-	80,  // 70: entente.v1.GetAgentResponse.status:type_name -> entente.v1.AgentStatus
-	104, // 71: entente.v1.GetAgentResponse.entries:type_name -> entente.state.v1.Entry
-	9,   // 72: entente.v1.GetAgentResponse.instances:type_name -> entente.v1.Instance
-	87,  // 73: entente.v1.IsolateAgentResponse.isolation:type_name -> entente.v1.Isolation
-	102, // 74: entente.v1.Isolation.agent:type_name -> entente.state.v1.Agent
-	112, // 75: entente.v1.ListTokensResponse.tokens:type_name -> entente.state.v1.Token
-	113, // 76: entente.v1.ChangeEntriesRequest.changes:type_name -> entente.state.v1.EntryChange
-	94,  // 77: entente.v1.ChangeEntriesResponse.results:type_name -> entente.v1.EntryResult
-	104, // 78: entente.v1.ListEntriesResponse.entries:type_name -> entente.state.v1.Entry
-	104, // 79: entente.v1.GetEntryResponse.entry:type_name -> entente.state.v1.Entry
-	1,   // 80: entente.v1.Join.Join:input_type -> entente.v1.JoinRequest
-	3,   // 81: entente.v1.Attest.Attest:input_type -> entente.v1.AttestRequest
-	5,   // 82: entente.v1.Sync.Sync:input_type -> entente.v1.SyncRequest
-	16,  // 83: entente.v1.Sign.SignX509:input_type -> entente.v1.SignX509Request
-	20,  // 84: entente.v1.Sign.SignJWT:input_type -> entente.v1.SignJWTRequest
-	23,  // 85: entente.v1.Sign.SignWIT:input_type -> entente.v1.SignWITRequest
-	27,  // 86: entente.v1.Admin.Status:input_type -> entente.v1.StatusRequest
-	48,  // 87: entente.v1.Admin.CreateToken:input_type -> entente.v1.CreateTokenRequest
-	50,  // 88: entente.v1.Admin.Apply:input_type -> entente.v1.ApplyRequest
-	55,  // 89: entente.v1.Admin.GetBundle:input_type -> entente.v1.GetBundleRequest
-	70,  // 90: entente.v1.Admin.ListAuthorities:input_type -> entente.v1.ListAuthoritiesRequest
-	73,  // 91: entente.v1.Admin.PrepareAuthority:input_type -> entente.v1.PrepareAuthorityRequest
-	74,  // 92: entente.v1.Admin.ActivateAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	74,  // 93: entente.v1.Admin.TaintAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	74,  // 94: entente.v1.Admin.RevokeAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	76,  // 95: entente.v1.Admin.RemoveNode:input_type -> entente.v1.RemoveNodeRequest
-	78,  // 96: entente.v1.Admin.ListAgents:input_type -> entente.v1.ListAgentsRequest
-	81,  // 97: entente.v1.Admin.GetAgent:input_type -> entente.v1.GetAgentRequest
-	83,  // 98: entente.v1.Admin.BanAgent:input_type -> entente.v1.ChangeAgentRequest
-	83,  // 99: entente.v1.Admin.EvictAgent:input_type -> entente.v1.ChangeAgentRequest
-	85,  // 100: entente.v1.Admin.IsolateAgent:input_type -> entente.v1.IsolateAgentRequest
-	88,  // 101: entente.v1.Admin.ListTokens:input_type -> entente.v1.ListTokensRequest
-	90,  // 102: entente.v1.Admin.RevokeToken:input_type -> entente.v1.RevokeTokenRequest
-	92,  // 103: entente.v1.Admin.ChangeEntries:input_type -> entente.v1.ChangeEntriesRequest
-	95,  // 104: entente.v1.Admin.ListEntries:input_type -> entente.v1.ListEntriesRequest
-	97,  // 105: entente.v1.Admin.GetEntry:input_type -> entente.v1.GetEntryRequest
-	95,  // 106: entente.v1.Admin.CountEntries:input_type -> entente.v1.ListEntriesRequest
-	34,  // 107: entente.v1.Admin.SaveSnapshot:input_type -> entente.v1.SaveSnapshotRequest
-	36,  // 108: entente.v1.Admin.ListNodes:input_type -> entente.v1.ListNodesRequest
-	39,  // 109: entente.v1.Admin.PromoteNode:input_type -> entente.v1.PromoteNodeRequest
-	53,  // 110: entente.v1.Admin.WhoAmI:input_type -> entente.v1.WhoAmIRequest
-	57,  // 111: entente.v1.Peer.Propose:input_type -> entente.v1.ProposeRequest
-	59,  // 112: entente.v1.Peer.Report:input_type -> entente.v1.ReportRequest
-	68,  // 113: entente.v1.Peer.Presence:input_type -> entente.v1.PresenceRequest
-	62,  // 114: entente.v1.Peer.Gate:input_type -> entente.v1.GateRequest
-	41,  // 115: entente.v1.Peer.Vouch:input_type -> entente.v1.VouchRequest
-	43,  // 116: entente.v1.Peer.Checksum:input_type -> entente.v1.ChecksumRequest
-	36,  // 117: entente.v1.Peer.Nodes:input_type -> entente.v1.ListNodesRequest
-	65,  // 118: entente.v1.Peer.MarkReady:input_type -> entente.v1.MarkReadyRequest
-	45,  // 119: entente.v1.Peer.ShowEpoch:input_type -> entente.v1.ShowEpochRequest
-	2,   // 120: entente.v1.Join.Join:output_type -> entente.v1.JoinResponse
-	4,   // 121: entente.v1.Attest.Attest:output_type -> entente.v1.AttestResponse
-	10,  // 122: entente.v1.Sync.Sync:output_type -> entente.v1.SyncResponse
-	18,  // 123: entente.v1.Sign.SignX509:output_type -> entente.v1.SignX509Response
-	22,  // 124: entente.v1.Sign.SignJWT:output_type -> entente.v1.SignJWTResponse
-	25,  // 125: entente.v1.Sign.SignWIT:output_type -> entente.v1.SignWITResponse
-	28,  // 126: entente.v1.Admin.Status:output_type -> entente.v1.StatusResponse
-	49,  // 127: entente.v1.Admin.CreateToken:output_type -> entente.v1.CreateTokenResponse
-	51,  // 128: entente.v1.Admin.Apply:output_type -> entente.v1.ApplyResponse
-	56,  // 129: entente.v1.Admin.GetBundle:output_type -> entente.v1.GetBundleResponse
-	71,  // 130: entente.v1.Admin.ListAuthorities:output_type -> entente.v1.ListAuthoritiesResponse
-	75,  // 131: entente.v1.Admin.PrepareAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	75,  // 132: entente.v1.Admin.ActivateAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	75,  // 133: entente.v1.Admin.TaintAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	75,  // 134: entente.v1.Admin.RevokeAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	77,  // 135: entente.v1.Admin.RemoveNode:output_type -> entente.v1.RemoveNodeResponse
-	79,  // 136: entente.v1.Admin.ListAgents:output_type -> entente.v1.ListAgentsResponse
-	82,  // 137: entente.v1.Admin.GetAgent:output_type -> entente.v1.GetAgentResponse
-	84,  // 138: entente.v1.Admin.BanAgent:output_type -> entente.v1.ChangeAgentResponse
-	84,  // 139: entente.v1.Admin.EvictAgent:output_type -> entente.v1.ChangeAgentResponse
-	86,  // 140: entente.v1.Admin.IsolateAgent:output_type -> entente.v1.IsolateAgentResponse
-	89,  // 141: entente.v1.Admin.ListTokens:output_type -> entente.v1.ListTokensResponse
-	91,  // 142: entente.v1.Admin.RevokeToken:output_type -> entente.v1.RevokeTokenResponse
-	93,  // 143: entente.v1.Admin.ChangeEntries:output_type -> entente.v1.ChangeEntriesResponse
-	96,  // 144: entente.v1.Admin.ListEntries:output_type -> entente.v1.ListEntriesResponse
-	98,  // 145: entente.v1.Admin.GetEntry:output_type -> entente.v1.GetEntryResponse
-	99,  // 146: entente.v1.Admin.CountEntries:output_type -> entente.v1.CountEntriesResponse
-	35,  // 147: entente.v1.Admin.SaveSnapshot:output_type -> entente.v1.SaveSnapshotResponse
-	37,  // 148: entente.v1.Admin.ListNodes:output_type -> entente.v1.ListNodesResponse
-	40,  // 149: entente.v1.Admin.PromoteNode:output_type -> entente.v1.PromoteNodeResponse
-	54,  // 150: entente.v1.Admin.WhoAmI:output_type -> entente.v1.WhoAmIResponse
-	58,  // 151: entente.v1.Peer.Propose:output_type -> entente.v1.ProposeResponse
-	61,  // 152: entente.v1.Peer.Report:output_type -> entente.v1.ReportResponse
-	69,  // 153: entente.v1.Peer.Presence:output_type -> entente.v1.PresenceResponse
-	63,  // 154: entente.v1.Peer.Gate:output_type -> entente.v1.GateResponse
-	42,  // 155: entente.v1.Peer.Vouch:output_type -> entente.v1.VouchResponse
-	44,  // 156: entente.v1.Peer.Checksum:output_type -> entente.v1.ChecksumResponse
-	37,  // 157: entente.v1.Peer.Nodes:output_type -> entente.v1.ListNodesResponse
-	66,  // 158: entente.v1.Peer.MarkReady:output_type -> entente.v1.MarkReadyResponse
-	46,  // 159: entente.v1.Peer.ShowEpoch:output_type -> entente.v1.ShowEpochResponse
-	120, // [120:160] is the sub-list for method output_type
-	80,  // [80:120] is the sub-list for method input_type
-	80,  // [80:80] is the sub-list for extension type_name
-	80,  // [80:80] is the sub-list for extension extendee
-	0,   // [0:80] is the sub-list for field type_name
+	32,  // 37: entente.v1.StatusResponse.autonomy:type_name -> entente.v1.Autonomy
+	31,  // 38: entente.v1.StatusResponse.upstream:type_name -> entente.v1.Upstream
+	88,  // 39: entente.v1.StatusResponse.isolated:type_name -> entente.v1.Isolation
+	30,  // 40: entente.v1.StatusResponse.audit:type_name -> entente.v1.AuditLog
+	29,  // 41: entente.v1.StatusResponse.older:type_name -> entente.v1.SubscriberLevel
+	33,  // 42: entente.v1.Autonomy.uses:type_name -> entente.v1.UseAutonomy
+	109, // 43: entente.v1.UseAutonomy.use:type_name -> entente.state.v1.KeyUse
+	101, // 44: entente.v1.MemberStatus.member:type_name -> entente.state.v1.Member
+	39,  // 45: entente.v1.ListNodesResponse.nodes:type_name -> entente.v1.NodeProgress
+	101, // 46: entente.v1.NodeProgress.member:type_name -> entente.state.v1.Member
+	101, // 47: entente.v1.VouchResponse.member:type_name -> entente.state.v1.Member
+	110, // 48: entente.v1.CreateTokenRequest.node:type_name -> entente.state.v1.NodeGrant
+	111, // 49: entente.v1.CreateTokenRequest.agent:type_name -> entente.state.v1.AgentGrant
+	106, // 50: entente.v1.ApplyRequest.objects:type_name -> entente.state.v1.Object
+	107, // 51: entente.v1.ApplyRequest.deletes:type_name -> entente.state.v1.ObjectKey
+	53,  // 52: entente.v1.ApplyResponse.changes:type_name -> entente.v1.ObjectChange
+	107, // 53: entente.v1.ObjectChange.key:type_name -> entente.state.v1.ObjectKey
+	106, // 54: entente.v1.ObjectChange.before:type_name -> entente.state.v1.Object
+	112, // 55: entente.v1.WhoAmIResponse.bindings:type_name -> entente.state.v1.RoleBinding
+	61,  // 56: entente.v1.ReportRequest.held:type_name -> entente.v1.HeldAuthority
+	65,  // 57: entente.v1.GateResponse.authorities:type_name -> entente.v1.AuthorityGate
+	12,  // 58: entente.v1.Picture.policy:type_name -> entente.v1.Policy
+	14,  // 59: entente.v1.Picture.presence:type_name -> entente.v1.Presence
+	9,   // 60: entente.v1.PresenceResponse.instances:type_name -> entente.v1.Instance
+	9,   // 61: entente.v1.PresenceResponse.withdrawn:type_name -> entente.v1.Instance
+	73,  // 62: entente.v1.ListAuthoritiesResponse.authorities:type_name -> entente.v1.AuthorityStatus
+	108, // 63: entente.v1.AuthorityStatus.authority:type_name -> entente.state.v1.Authority
+	109, // 64: entente.v1.PrepareAuthorityRequest.use:type_name -> entente.state.v1.KeyUse
+	108, // 65: entente.v1.ChangeAuthorityResponse.authority:type_name -> entente.state.v1.Authority
+	108, // 66: entente.v1.ChangeAuthorityResponse.signing:type_name -> entente.state.v1.Authority
+	101, // 67: entente.v1.RemoveNodeResponse.member:type_name -> entente.state.v1.Member
+	108, // 68: entente.v1.RemoveNodeResponse.authorities:type_name -> entente.state.v1.Authority
+	81,  // 69: entente.v1.ListAgentsResponse.agents:type_name -> entente.v1.AgentStatus
+	103, // 70: entente.v1.AgentStatus.agent:type_name -> entente.state.v1.Agent
+	81,  // 71: entente.v1.GetAgentResponse.status:type_name -> entente.v1.AgentStatus
+	105, // 72: entente.v1.GetAgentResponse.entries:type_name -> entente.state.v1.Entry
+	9,   // 73: entente.v1.GetAgentResponse.instances:type_name -> entente.v1.Instance
+	88,  // 74: entente.v1.IsolateAgentResponse.isolation:type_name -> entente.v1.Isolation
+	103, // 75: entente.v1.Isolation.agent:type_name -> entente.state.v1.Agent
+	113, // 76: entente.v1.ListTokensResponse.tokens:type_name -> entente.state.v1.Token
+	114, // 77: entente.v1.ChangeEntriesRequest.changes:type_name -> entente.state.v1.EntryChange
+	95,  // 78: entente.v1.ChangeEntriesResponse.results:type_name -> entente.v1.EntryResult
+	105, // 79: entente.v1.ListEntriesResponse.entries:type_name -> entente.state.v1.Entry
+	105, // 80: entente.v1.GetEntryResponse.entry:type_name -> entente.state.v1.Entry
+	1,   // 81: entente.v1.Join.Join:input_type -> entente.v1.JoinRequest
+	3,   // 82: entente.v1.Attest.Attest:input_type -> entente.v1.AttestRequest
+	5,   // 83: entente.v1.Sync.Sync:input_type -> entente.v1.SyncRequest
+	16,  // 84: entente.v1.Sign.SignX509:input_type -> entente.v1.SignX509Request
+	20,  // 85: entente.v1.Sign.SignJWT:input_type -> entente.v1.SignJWTRequest
+	23,  // 86: entente.v1.Sign.SignWIT:input_type -> entente.v1.SignWITRequest
+	27,  // 87: entente.v1.Admin.Status:input_type -> entente.v1.StatusRequest
+	49,  // 88: entente.v1.Admin.CreateToken:input_type -> entente.v1.CreateTokenRequest
+	51,  // 89: entente.v1.Admin.Apply:input_type -> entente.v1.ApplyRequest
+	56,  // 90: entente.v1.Admin.GetBundle:input_type -> entente.v1.GetBundleRequest
+	71,  // 91: entente.v1.Admin.ListAuthorities:input_type -> entente.v1.ListAuthoritiesRequest
+	74,  // 92: entente.v1.Admin.PrepareAuthority:input_type -> entente.v1.PrepareAuthorityRequest
+	75,  // 93: entente.v1.Admin.ActivateAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	75,  // 94: entente.v1.Admin.TaintAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	75,  // 95: entente.v1.Admin.RevokeAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	77,  // 96: entente.v1.Admin.RemoveNode:input_type -> entente.v1.RemoveNodeRequest
+	79,  // 97: entente.v1.Admin.ListAgents:input_type -> entente.v1.ListAgentsRequest
+	82,  // 98: entente.v1.Admin.GetAgent:input_type -> entente.v1.GetAgentRequest
+	84,  // 99: entente.v1.Admin.BanAgent:input_type -> entente.v1.ChangeAgentRequest
+	84,  // 100: entente.v1.Admin.EvictAgent:input_type -> entente.v1.ChangeAgentRequest
+	86,  // 101: entente.v1.Admin.IsolateAgent:input_type -> entente.v1.IsolateAgentRequest
+	89,  // 102: entente.v1.Admin.ListTokens:input_type -> entente.v1.ListTokensRequest
+	91,  // 103: entente.v1.Admin.RevokeToken:input_type -> entente.v1.RevokeTokenRequest
+	93,  // 104: entente.v1.Admin.ChangeEntries:input_type -> entente.v1.ChangeEntriesRequest
+	96,  // 105: entente.v1.Admin.ListEntries:input_type -> entente.v1.ListEntriesRequest
+	98,  // 106: entente.v1.Admin.GetEntry:input_type -> entente.v1.GetEntryRequest
+	96,  // 107: entente.v1.Admin.CountEntries:input_type -> entente.v1.ListEntriesRequest
+	35,  // 108: entente.v1.Admin.SaveSnapshot:input_type -> entente.v1.SaveSnapshotRequest
+	37,  // 109: entente.v1.Admin.ListNodes:input_type -> entente.v1.ListNodesRequest
+	40,  // 110: entente.v1.Admin.PromoteNode:input_type -> entente.v1.PromoteNodeRequest
+	54,  // 111: entente.v1.Admin.WhoAmI:input_type -> entente.v1.WhoAmIRequest
+	58,  // 112: entente.v1.Peer.Propose:input_type -> entente.v1.ProposeRequest
+	60,  // 113: entente.v1.Peer.Report:input_type -> entente.v1.ReportRequest
+	69,  // 114: entente.v1.Peer.Presence:input_type -> entente.v1.PresenceRequest
+	63,  // 115: entente.v1.Peer.Gate:input_type -> entente.v1.GateRequest
+	42,  // 116: entente.v1.Peer.Vouch:input_type -> entente.v1.VouchRequest
+	44,  // 117: entente.v1.Peer.Checksum:input_type -> entente.v1.ChecksumRequest
+	37,  // 118: entente.v1.Peer.Nodes:input_type -> entente.v1.ListNodesRequest
+	66,  // 119: entente.v1.Peer.MarkReady:input_type -> entente.v1.MarkReadyRequest
+	46,  // 120: entente.v1.Peer.ShowEpoch:input_type -> entente.v1.ShowEpochRequest
+	2,   // 121: entente.v1.Join.Join:output_type -> entente.v1.JoinResponse
+	4,   // 122: entente.v1.Attest.Attest:output_type -> entente.v1.AttestResponse
+	10,  // 123: entente.v1.Sync.Sync:output_type -> entente.v1.SyncResponse
+	18,  // 124: entente.v1.Sign.SignX509:output_type -> entente.v1.SignX509Response
+	22,  // 125: entente.v1.Sign.SignJWT:output_type -> entente.v1.SignJWTResponse
+	25,  // 126: entente.v1.Sign.SignWIT:output_type -> entente.v1.SignWITResponse
+	28,  // 127: entente.v1.Admin.Status:output_type -> entente.v1.StatusResponse
+	50,  // 128: entente.v1.Admin.CreateToken:output_type -> entente.v1.CreateTokenResponse
+	52,  // 129: entente.v1.Admin.Apply:output_type -> entente.v1.ApplyResponse
+	57,  // 130: entente.v1.Admin.GetBundle:output_type -> entente.v1.GetBundleResponse
+	72,  // 131: entente.v1.Admin.ListAuthorities:output_type -> entente.v1.ListAuthoritiesResponse
+	76,  // 132: entente.v1.Admin.PrepareAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	76,  // 133: entente.v1.Admin.ActivateAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	76,  // 134: entente.v1.Admin.TaintAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	76,  // 135: entente.v1.Admin.RevokeAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	78,  // 136: entente.v1.Admin.RemoveNode:output_type -> entente.v1.RemoveNodeResponse
+	80,  // 137: entente.v1.Admin.ListAgents:output_type -> entente.v1.ListAgentsResponse
+	83,  // 138: entente.v1.Admin.GetAgent:output_type -> entente.v1.GetAgentResponse
+	85,  // 139: entente.v1.Admin.BanAgent:output_type -> entente.v1.ChangeAgentResponse
+	85,  // 140: entente.v1.Admin.EvictAgent:output_type -> entente.v1.ChangeAgentResponse
+	87,  // 141: entente.v1.Admin.IsolateAgent:output_type -> entente.v1.IsolateAgentResponse
+	90,  // 142: entente.v1.Admin.ListTokens:output_type -> entente.v1.ListTokensResponse
+	92,  // 143: entente.v1.Admin.RevokeToken:output_type -> entente.v1.RevokeTokenResponse
+	94,  // 144: entente.v1.Admin.ChangeEntries:output_type -> entente.v1.ChangeEntriesResponse
+	97,  // 145: entente.v1.Admin.ListEntries:output_type -> entente.v1.ListEntriesResponse
+	99,  // 146: entente.v1.Admin.GetEntry:output_type -> entente.v1.GetEntryResponse
+	100, // 147: entente.v1.Admin.CountEntries:output_type -> entente.v1.CountEntriesResponse
+	36,  // 148: entente.v1.Admin.SaveSnapshot:output_type -> entente.v1.SaveSnapshotResponse
+	38,  // 149: entente.v1.Admin.ListNodes:output_type -> entente.v1.ListNodesResponse
+	41,  // 150: entente.v1.Admin.PromoteNode:output_type -> entente.v1.PromoteNodeResponse
+	55,  // 151: entente.v1.Admin.WhoAmI:output_type -> entente.v1.WhoAmIResponse
+	59,  // 152: entente.v1.Peer.Propose:output_type -> entente.v1.ProposeResponse
+	62,  // 153: entente.v1.Peer.Report:output_type -> entente.v1.ReportResponse
+	70,  // 154: entente.v1.Peer.Presence:output_type -> entente.v1.PresenceResponse
+	64,  // 155: entente.v1.Peer.Gate:output_type -> entente.v1.GateResponse
+	43,  // 156: entente.v1.Peer.Vouch:output_type -> entente.v1.VouchResponse
+	45,  // 157: entente.v1.Peer.Checksum:output_type -> entente.v1.ChecksumResponse
+	38,  // 158: entente.v1.Peer.Nodes:output_type -> entente.v1.ListNodesResponse
+	67,  // 159: entente.v1.Peer.MarkReady:output_type -> entente.v1.MarkReadyResponse
+	47,  // 160: entente.v1.Peer.ShowEpoch:output_type -> entente.v1.ShowEpochResponse
+	121, // [121:161] is the sub-list for method output_type
+	81,  // [81:121] is the sub-list for method input_type
+	81,  // [81:81] is the sub-list for extension type_name
+	81,  // [81:81] is the sub-list for extension extendee
+	0,   // [0:81] is the sub-list for field type_name
 }
 
 func init() { file_entente_v1_entente_proto_init() }
@@ -6895,7 +6999,7 @@ func file_entente_v1_entente_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_entente_v1_entente_proto_rawDesc), len(file_entente_v1_entente_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   99,
+			NumMessages:   100,
 			NumExtensions: 0,
 			NumServices:   6,
 		},
