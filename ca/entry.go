@@ -44,7 +44,7 @@ func CheckDeclared(td spiffeid.TrustDomain, e *statev1.Entry, longest time.Durat
 		return fmt.Errorf("SPIFFE path %q is reserved: nothing declared may stand at or below %s", e.GetPath(), ReservedPath)
 	}
 	if e.GetRole() != statev1.Role_ROLE_UNSPECIFIED {
-		return errors.New("a role follows from a Gateway only: declare one")
+		return errors.New("a role follows from a Gateway, or from a Service with edge: true: declare one")
 	}
 	if len(e.GetHint()) > maxHint {
 		return fmt.Errorf("hint has %d bytes, over %d", len(e.GetHint()), maxHint)
@@ -129,6 +129,9 @@ func EntriesFor(td spiffeid.TrustDomain, obj *statev1.Object, peers []string, lo
 			JwtSvidSeconds:  s.GetJwtSvidSeconds(),
 			WitSvidSeconds:  s.GetWitSvidSeconds(),
 			Hint:            s.GetHint(),
+		}
+		if s.GetEdge() {
+			e.Role = statev1.Role_ROLE_EDGE
 		}
 		if err := CheckLabel(s.GetName()); err != nil {
 			return nil, err

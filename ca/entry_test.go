@@ -37,6 +37,9 @@ func TestEntriesFor(t *testing.T) {
 			Selectors: []string{"unix:path:/opt/accounts", "unix:uid:1000"}, X509SvidSeconds: 16,
 			DnsNames: []string{"accounts.banking.example"}, // and no federation (I6)
 		}}},
+		"edge": {service(&statev1.Service{Name: "edge", Path: "/edge", Hosts: []string{"h1"}, Selectors: []string{"unix:uid:7"}, Edge: true}), []*statev1.Entry{{
+			Id: "service/edge", Path: "/edge", Hosts: []string{"h1"}, Selectors: []string{"unix:uid:7"}, Role: statev1.Role_ROLE_EDGE,
+		}}},
 		"only calls": {service(caller), []*statev1.Entry{{
 			Id: "service/accounts", Path: "/accounts", Hosts: []string{"h1", "h2"},
 			Selectors: []string{"unix:path:/opt/accounts", "unix:uid:1000"}, X509SvidSeconds: 16,

@@ -533,7 +533,7 @@ func (p *plan) objects(td *TrustDomain, now time.Time, bundles map[string][]byte
 		objects = append(objects, &statev1.Object{Kind: &statev1.Object_Service{Service: service}, Owner: "team-" + s.Name})
 	}
 	if e := td.Edge; e != nil {
-		service := &statev1.Service{Name: e.Identity, Path: "/" + e.Identity, Hosts: hosts, Selectors: run(short(td.Name) + "-edge")}
+		service := &statev1.Service{Name: e.Identity, Path: "/" + e.Identity, Hosts: hosts, Selectors: run(short(td.Name) + "-edge"), Edge: true}
 		for _, r := range e.Routes {
 			if target := r.Service + "." + td.Name; !slices.Contains(service.Calls, target) {
 				service.Calls = append(service.Calls, target)

@@ -2,6 +2,7 @@ package domain
 
 import (
 	"slices"
+	"strings"
 
 	"google.golang.org/protobuf/proto"
 
@@ -149,4 +150,28 @@ func set(list []string) []string {
 		return nil
 	}
 	return slices.Compact(sorted(list))
+}
+
+// MaySync tells whether workloads of an entry follow Sync by themselves: gateways and
+// edges. The others are told what they need by the agent of their host.
+//
+// A Service that listens nowhere, neither for callers nor for its own workload, may be the
+// edge of a domain that was declared before there was edge: true; it goes on.
+func (s *State) MaySync(e *statev1.Entry) bool {
+	switch e.GetRole() {
+	case statev1.Role_ROLE_GATEWAY, statev1.Role_ROLE_EDGE:
+		return true
+	}
+	return s.UndeclaredEdge(e)
+}
+
+// UndeclaredEdge tells whether an entry follows from a Service that may be an edge's and
+// does not say so.
+func (s *State) UndeclaredEdge(e *statev1.Entry) bool {
+	name, ok := strings.CutPrefix(e.GetId(), ca.ServiceEntry(""))
+	if !ok || e.GetRole() != statev1.Role_ROLE_UNSPECIFIED {
+		return false
+	}
+	o, ok := s.Object("Service/" + name)
+	return ok && o.GetService().GetPort() == 0 && o.GetService().GetOutboundPort() == 0
 }

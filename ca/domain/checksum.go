@@ -249,6 +249,9 @@ func (e *encoder) record(record any) {
 		e.number(r.GetRevision())
 		e.text(r.GetSource())
 		e.level(uint32(r.GetService().GetProtocol()))
+		if r.GetService().GetEdge() {
+			e.kind('E')
+		}
 		if i := r.GetImport(); i.GetPort() != 0 || i.GetProtocol() != 0 {
 			e.number(uint64(i.GetPort()))
 			e.number(uint64(i.GetProtocol()))

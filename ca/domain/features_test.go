@@ -122,6 +122,8 @@ func TestStagedChange(t *testing.T) {
 func TestProtocolNeedsItsLevel(t *testing.T) {
 	tcp := service("store", "h1")
 	tcp.GetService().Protocol = statev1.Protocol_PROTOCOL_TCP
+	edge := service("edge", "h1")
+	edge.GetService().Port, edge.GetService().Edge = 0, true
 	imported := func(port uint32) *statev1.Object {
 		return &statev1.Object{Kind: &statev1.Object_Import{Import: &statev1.Import{Service: "store.trading.example", Port: port}}}
 	}
@@ -133,6 +135,8 @@ func TestProtocolNeedsItsLevel(t *testing.T) {
 		{objects(service("store", "h1"), tcp), 4},
 		{objects(imported(5432)), 4},
 		{stage(1, 0, tcp), 4},
+		{objects(edge), 5},
+		{objects(tcp, edge, binding("b1", viewer, "/x")), 5},
 	} {
 		if got := levelOf(test.cmd); got != test.want {
 			t.Errorf("level %d, not %d: %v", got, test.want, test.cmd)

@@ -333,7 +333,7 @@ func (s *Session) entitled(st *domain.State) error {
 	case s.who.EntryID == "":
 		return nil
 	}
-	if e, ok := st.Entry(s.who.EntryID); !ok || e.GetPath() != s.who.Path || !ca.Entitled(agent, e) {
+	if e, ok := st.Entry(s.who.EntryID); !ok || e.GetPath() != s.who.Path || !ca.Entitled(agent, e) || !st.MaySync(e) {
 		return fmt.Errorf("entry %s: %w", s.who.EntryID, ErrUnknown)
 	}
 	return nil

@@ -36,17 +36,18 @@ const (
 	workload                       // shows the SVID of an entry: a gateway, or another that listens
 	local                          // came over the unix socket
 	administrator                  // a workload whose roles let it make this call
+	subscriber                     // a workload that follows Sync by itself: a gateway, an edge
 )
 
 func (c class) String() string {
-	return [...]string{"nobody", "a client without certificate", "a holder of an unknown key", "a CA node", "an agent", "a workload", "the operator of this host", "an administrator"}[c]
+	return [...]string{"nobody", "a client without certificate", "a holder of an unknown key", "a CA node", "an agent", "a workload", "the operator of this host", "an administrator", "a gateway or edge"}[c]
 }
 
 // allowed is who may call what. A method that does not stand here is refused to all.
 var allowed = map[string][]class{
 	ententev1.Join_Join_FullMethodName:               {stranger, member},
 	ententev1.Attest_Attest_FullMethodName:           {anonymous, agent},
-	ententev1.Sync_Sync_FullMethodName:               {agent, workload},
+	ententev1.Sync_Sync_FullMethodName:               {agent, subscriber},
 	ententev1.Sign_SignX509_FullMethodName:           {agent},
 	ententev1.Sign_SignJWT_FullMethodName:            {agent},
 	ententev1.Sign_SignWIT_FullMethodName:            {agent},
@@ -65,6 +66,7 @@ var allowed = map[string][]class{
 	ententev1.Peer_Vouch_FullMethodName:              {member},
 	ententev1.Peer_ShowEpoch_FullMethodName:          {anonymous, stranger, member},
 	ententev1.Peer_Gate_FullMethodName:               {member},
+	ententev1.Peer_MarkReady_FullMethodName:          {member},
 	ententev1.Admin_ListAuthorities_FullMethodName:   {local, administrator},
 	ententev1.Admin_PrepareAuthority_FullMethodName:  {local, administrator},
 	ententev1.Admin_ActivateAuthority_FullMethodName: {local, administrator},
@@ -114,7 +116,7 @@ func (c caller) String() string {
 	switch c.class {
 	case member:
 		return "CA node " + c.member.GetName()
-	case agent, workload, administrator:
+	case agent, workload, administrator, subscriber:
 		return c.id.String()
 	}
 	return c.class.String()

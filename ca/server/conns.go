@@ -34,7 +34,7 @@ const (
 
 	maxHandshakes = 1024 // under way at once
 	maxStrangers  = 256  // connections without an identity: of hosts and nodes that are about to get one
-	maxPeerConns  = 16   // of one agent, of all workloads of one host, of one CA node
+	maxPeerConns  = 16   // of one agent, of one identity of a host's workloads, of one CA node
 
 	// undisturbed is how long a connection is left in peace by others of its source that
 	// want its place.
@@ -141,7 +141,7 @@ func guestName(c caller) string {
 	case agent:
 		return "agent " + c.agent.GetName()
 	case workload:
-		return "workloads of " + c.agent.GetName()
+		return "workload " + c.id.Path() + " on " + c.agent.GetName()
 	}
 	return ""
 }

@@ -2,6 +2,7 @@ package server_test
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -10,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/net/http2"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -278,6 +280,86 @@ func TestGatewaySubscribes(t *testing.T) {
 	if took := time.Since(begin); took > time.Second {
 		t.Errorf("a deleted gateway's stream lasted %v", took)
 	}
+}
+
+// Gateways and edges follow Sync by themselves. Any other workload does not learn the
+// catalogue so, whatever it is declared as, and an edge that ends to be one neither.
+func TestOnlyGatewaysAndEdgesSync(t *testing.T) {
+	t.Parallel()
+	c := catest.Start(t, catest.Options{})
+	c.Apply(twoHosts + edges + `
+---
+apiVersion: entente/v1
+kind: Service
+metadata: {name: caller}
+spec: {run: {uid: 1005, hosts: [h2]}, outbound: {port: 19001}}
+`)
+	if err := changeOne(t, c.Admin(), change("job", "/job", "h2", 1006)); err != nil {
+		t.Fatal(err)
+	}
+	host := attest(t, c, "h2")
+	conn := dial(t, c, &host)
+	open := func(entry string) *syncStream {
+		t.Helper()
+		cert, err := sign(t, conn, entry, newKey(t))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return openSync(t, dial(t, c, &cert), entry, 1, 0)
+	}
+	for _, entry := range []string{"service/ledger", "service/caller", "entry/job"} {
+		s := open(entry)
+		wantCode(t, entry, s.untilEnd(t), codes.PermissionDenied)
+		if s.revision != 0 || len(s.objects) != 0 {
+			t.Errorf("%s was told of %v", entry, s.objects)
+		}
+	}
+	edge := open("service/edge")
+	for entry, s := range map[string]*syncStream{"gateway/gw-1": open("gateway/gw-1"), "service/edge": edge, "service/old-edge": open("service/old-edge")} {
+		s.until(t, "the full state of "+entry, func() bool { return s.revision > 0 && s.complete && s.objects["Service/ledger"] != nil })
+	}
+	c.Apply(`
+apiVersion: entente/v1
+kind: Service
+metadata: {name: edge}
+spec: {run: {uid: 1003, hosts: [h2]}, port: 8090}
+`)
+	wantCode(t, "an edge that is a service now", edge.untilEnd(t), codes.PermissionDenied)
+}
+
+// A workload has a seat of its own: whatever it opens, its host's agent and the gateway
+// beside it keep their streams.
+func TestWorkloadTakesNobodysSeat(t *testing.T) {
+	t.Parallel()
+	v := newVictim(t)
+	host := attest(t, v.CA, "h2")
+	conn := dial(t, v.CA, &host)
+	holds := func(entry string) tls.Certificate {
+		cert, err := sign(t, conn, entry, newKey(t))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return cert
+	}
+	gateway, greedy := holds("gateway/gw-1"), holds("service/ledger")
+	streams := map[string]*syncStream{"the agent": openSync(t, conn, "agent", 1, 0), "the gateway": openSync(t, dial(t, v.CA, &gateway), "gw", 1, 0)}
+	for name, s := range streams {
+		s.until(t, name, func() bool { return s.complete })
+	}
+	for range 60 {
+		raw := v.raw(&greedy)
+		io.WriteString(raw, http2.ClientPreface)
+		http2.NewFramer(raw, raw).WriteSettings()
+	}
+	if n := v.metric(`entente_ca_connections_cut_total{kind="peer"}`); n < 20 {
+		t.Errorf("%v connections of the workload were cut: it has more than its seat", n)
+	}
+	for name, s := range streams {
+		beats := s.beats
+		s.until(t, name+" hears on", func() bool { return s.beats > beats })
+	}
+	more := openSync(t, dial(t, v.CA, &gateway), "gw", 2, 0)
+	more.until(t, "the gateway comes again", func() bool { return more.complete })
 }
 
 // I6, over the wire and between two real domains.

@@ -211,6 +211,9 @@ func (c *compiler) service(s *statev1.Service) {
 		}
 	}
 	c.protocol(s.GetProtocol(), s.GetPort())
+	if s.GetEdge() && (s.GetPort() != 0 || s.GetOutboundPort() != 0) {
+		c.fail("leave edge out, or port and outbound", "it is an edge, which no sidecar serves, and has a port")
+	}
 	const shortest, longest = 2, 7 * 24 * 3600
 	if ttl := s.GetX509SvidSeconds(); ttl != 0 && (ttl < shortest || ttl > longest) {
 		c.fail("", "ttl.x509 of %d s is outside %d s to %d s", ttl, shortest, longest)

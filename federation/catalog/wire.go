@@ -67,6 +67,7 @@ type serviceSpec struct {
 	Calls    []string      `yaml:"calls"`
 	TTL      *ttlSpec      `yaml:"ttl"`
 	Hint     string        `yaml:"hint"` // told to the workload with its SVIDs
+	Edge     bool          `yaml:"edge"` // the identity of an edge
 }
 
 type healthSpec struct {
@@ -387,6 +388,7 @@ func (p *parser) service(d *document[serviceSpec], object *statev1.Object) error
 		Port:      uint32(s.Port),
 		Protocol:  statev1.Protocol(s.Protocol),
 		Calls:     s.Calls,
+		Edge:      s.Edge,
 	}
 	if s.Path != "" {
 		service.Path = s.Path
@@ -676,7 +678,7 @@ func formatService(s *statev1.Service) (serviceSpec, error) {
 	if s.GetPort() > math.MaxUint16 || s.GetOutboundPort() > math.MaxUint16 {
 		return serviceSpec{}, errors.New("a port is over 65535")
 	}
-	spec := serviceSpec{Run: run, Port: uint16(s.GetPort()), Protocol: protocol(s.GetProtocol()), Calls: s.GetCalls()}
+	spec := serviceSpec{Run: run, Port: uint16(s.GetPort()), Protocol: protocol(s.GetProtocol()), Calls: s.GetCalls(), Edge: s.GetEdge()}
 	if s.GetPath() != "/"+s.GetName() {
 		spec.Path = s.GetPath()
 	}

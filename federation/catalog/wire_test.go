@@ -134,6 +134,7 @@ func genObject() *rapid.Generator[*statev1.Object] {
 				HealthPath: rapid.OneOf(rapid.Just(""), odd).Draw(t, "health"), ExportTo: list(t, maybe, "export"), Calls: list(t, maybe, "calls"),
 				X509SvidSeconds: rapid.Uint32Range(0, 1<<20).Draw(t, "ttl"),
 				Protocol:        statev1.Protocol(rapid.IntRange(0, 1).Draw(t, "protocol")),
+				Edge:            rapid.Bool().Draw(t, "edge"),
 				JwtSvidSeconds:  rapid.Uint32Range(0, 3600).Draw(t, "jwt"),
 				WitSvidSeconds:  rapid.Uint32Range(0, 1<<16).Draw(t, "wit"),
 				Hint:            rapid.SampledFrom([]string{"", "internal", "for: people"}).Draw(t, "hint"),

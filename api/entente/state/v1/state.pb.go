@@ -143,17 +143,20 @@ type Role int32
 const (
 	Role_ROLE_UNSPECIFIED Role = 0 // a workload
 	Role_ROLE_GATEWAY     Role = 1
+	Role_ROLE_EDGE        Role = 200 // an edge: follows Sync as gateways do
 )
 
 // Enum value maps for Role.
 var (
 	Role_name = map[int32]string{
-		0: "ROLE_UNSPECIFIED",
-		1: "ROLE_GATEWAY",
+		0:   "ROLE_UNSPECIFIED",
+		1:   "ROLE_GATEWAY",
+		200: "ROLE_EDGE",
 	}
 	Role_value = map[string]int32{
 		"ROLE_UNSPECIFIED": 0,
 		"ROLE_GATEWAY":     1,
+		"ROLE_EDGE":        200,
 	}
 )
 
@@ -1924,6 +1927,7 @@ type Service struct {
 	JwtSvidSeconds  uint32                 `protobuf:"varint,13,opt,name=jwt_svid_seconds,json=jwtSvidSeconds,proto3" json:"jwt_svid_seconds,omitempty"`
 	WitSvidSeconds  uint32                 `protobuf:"varint,14,opt,name=wit_svid_seconds,json=witSvidSeconds,proto3" json:"wit_svid_seconds,omitempty"`
 	Protocol        Protocol               `protobuf:"varint,155,opt,name=protocol,proto3,enum=entente.state.v1.Protocol" json:"protocol,omitempty"`
+	Edge            bool                   `protobuf:"varint,200,opt,name=edge,proto3" json:"edge,omitempty"` // the identity of an edge, which follows Sync by itself: no port, no outbound_port
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -2061,6 +2065,13 @@ func (x *Service) GetProtocol() Protocol {
 		return x.Protocol
 	}
 	return Protocol_PROTOCOL_UNSPECIFIED
+}
+
+func (x *Service) GetEdge() bool {
+	if x != nil {
+		return x.Edge
+	}
+	return false
 }
 
 // Failover says where a service's requests may go, and in which order.
@@ -5199,7 +5210,7 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\x04kind\"3\n" +
 	"\tObjectKey\x12\x12\n" +
 	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x12\n" +
-	"\x04name\x18\x02 \x01(\tR\x04name\"\xf7\x03\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\"\x8c\x04\n" +
 	"\aService\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04path\x18\x02 \x01(\tR\x04path\x12\x14\n" +
@@ -5217,7 +5228,8 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\x04hint\x18\f \x01(\tR\x04hint\x12(\n" +
 	"\x10jwt_svid_seconds\x18\r \x01(\rR\x0ejwtSvidSeconds\x12(\n" +
 	"\x10wit_svid_seconds\x18\x0e \x01(\rR\x0ewitSvidSeconds\x127\n" +
-	"\bprotocol\x18\x9b\x01 \x01(\x0e2\x1a.entente.state.v1.ProtocolR\bprotocol\"\xa3\x01\n" +
+	"\bprotocol\x18\x9b\x01 \x01(\x0e2\x1a.entente.state.v1.ProtocolR\bprotocol\x12\x13\n" +
+	"\x04edge\x18\xc8\x01 \x01(\bR\x04edge\"\xa3\x01\n" +
 	"\bFailover\x12*\n" +
 	"\x04mode\x18\x01 \x01(\x0e2\x16.entente.state.v1.ModeR\x04mode\x12\x14\n" +
 	"\x05order\x18\x02 \x03(\tR\x05order\x122\n" +
@@ -5436,10 +5448,11 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\x13KEY_USE_UNSPECIFIED\x10\x00\x12\x10\n" +
 	"\fKEY_USE_X509\x10\x01\x12\x0f\n" +
 	"\vKEY_USE_JWT\x10\x02\x12\x0f\n" +
-	"\vKEY_USE_WIT\x10\x03*.\n" +
+	"\vKEY_USE_WIT\x10\x03*>\n" +
 	"\x04Role\x12\x14\n" +
 	"\x10ROLE_UNSPECIFIED\x10\x00\x12\x10\n" +
-	"\fROLE_GATEWAY\x10\x01*6\n" +
+	"\fROLE_GATEWAY\x10\x01\x12\x0e\n" +
+	"\tROLE_EDGE\x10\xc8\x01*6\n" +
 	"\bProtocol\x12\x18\n" +
 	"\x14PROTOCOL_UNSPECIFIED\x10\x00\x12\x10\n" +
 	"\fPROTOCOL_TCP\x10\x01*<\n" +
