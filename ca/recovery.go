@@ -15,6 +15,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	"github.com/entente-mesh/entente/internal/secret"
 )
 
 const (
@@ -37,8 +38,8 @@ var ErrRecoveryKey = errors.New("not the recovery key of this cluster")
 // disk; the log holds its public half. Only Text shows the secret.
 type RecoveryKey struct {
 	TrustDomain spiffeid.TrustDomain
-	ClusterID   []byte // ClusterIDSize bytes
-	Seed        []byte // ed25519.SeedSize bytes
+	ClusterID   []byte       // ClusterIDSize bytes
+	Seed        secret.Bytes // ed25519.SeedSize bytes
 }
 
 // Check says what is wrong with a recovery key.

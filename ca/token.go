@@ -20,6 +20,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	"github.com/entente-mesh/entente/internal/secret"
 )
 
 // What a join token can admit, as JoinStatement.role says it.
@@ -58,10 +59,10 @@ type Token struct {
 	TrustDomain spiffeid.TrustDomain
 	ClusterID   []byte // ClusterIDSize bytes
 	Epoch       uint32
-	ID          string   // of the record in the log
-	Seed        []byte   // ed25519.SeedSize bytes
-	Addresses   []string // API addresses of CA nodes, HOST:PORT
-	Pins        []string // key ids of the CA nodes that may answer there
+	ID          string       // of the record in the log
+	Seed        secret.Bytes // ed25519.SeedSize bytes
+	Addresses   []string     // API addresses of CA nodes, HOST:PORT
+	Pins        []string     // key ids of the CA nodes that may answer there
 }
 
 // Check says what is wrong with a token.

@@ -107,7 +107,7 @@ func New(cfg *Config, opts Options) (*Agent, error) {
 	if a.key, err = nodeattest.LoadKey(keyPath(cfg.DataDir)); err != nil {
 		return nil, err
 	}
-	if a.token, err = nodeattest.ReadToken(cfg.CA.Token, cfg.CA.TokenFile); err != nil {
+	if a.token, err = nodeattest.ReadToken(cfg.CA.Token.Reveal(), cfg.CA.TokenFile); err != nil {
 		if a.known.cluster == nil { // an agent that was admitted needs none
 			return nil, err
 		}

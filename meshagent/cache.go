@@ -220,7 +220,7 @@ func (a *Agent) writeCache(state *State) error {
 				return err
 			}
 			held := h(key)
-			held.Token = wit.Token
+			held.Token = wit.Token.Reveal()
 			kept.Wit = append(kept.Wit, held)
 		}
 	}

@@ -18,6 +18,7 @@ import (
 
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/internal/jwtsvid"
+	"github.com/entente-mesh/entente/internal/secret"
 	"github.com/entente-mesh/entente/internal/yamlfile"
 	"github.com/entente-mesh/entente/meshagent/services"
 )
@@ -73,8 +74,8 @@ type CAConfig struct {
 	Addresses []string `yaml:"addresses"`
 	// Token is the one-time join token, TokenFile a file that holds it. Needed for
 	// the first attestation only.
-	Token     string `yaml:"token"`
-	TokenFile string `yaml:"tokenFile"`
+	Token     secret.Text `yaml:"token"`
+	TokenFile string      `yaml:"tokenFile"`
 	// BundleFile is the domain's SPIFFE bundle (JSON), by which the CA is known before
 	// the first attestation. A join token says that by itself.
 	BundleFile string `yaml:"bundleFile"`
@@ -382,14 +383,14 @@ func (c *Config) check() (errs yamlfile.Errors) {
 			refuse(c.CA.At("addresses"), "%v", err)
 		}
 	}
-	if c.CA.Token != "" && c.CA.TokenFile != "" {
+	if !c.CA.Token.IsZero() && c.CA.TokenFile != "" {
 		refuse(c.CA.At("tokenFile"), "token and tokenFile are both given: give one of them")
 	}
 	switch pop := c.Attest.X509PoP; {
 	case (pop.Certificate == "") != (pop.Key == ""):
 		refuse(pop.At("certificate"), "certificate and key belong together")
 	case pop.Certificate == "":
-	case c.CA.Token != "" || c.CA.TokenFile != "":
+	case !c.CA.Token.IsZero() || c.CA.TokenFile != "":
 		refuse(pop.At("certificate"), "the host is admitted by a certificate or by a join token, not by both: leave one out")
 	case c.CA.BundleFile == "" || len(c.CA.Addresses) == 0:
 		refuse(pop.At("certificate"), "ca.addresses and ca.bundleFile are needed: without a join token nothing else says which CA to believe")

@@ -14,6 +14,7 @@ import (
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/client"
 	"github.com/entente-mesh/entente/internal/jwtsvid"
+	"github.com/entente-mesh/entente/internal/secret"
 )
 
 // Bounds of the JWT-SVIDs that are held or asked for, so that one workload cannot
@@ -73,7 +74,7 @@ type heldJWT struct {
 	audience []string
 	key      string // audience as one text
 
-	token   string
+	token   secret.Text
 	signer  string // key id of the authority
 	expires time.Time
 	half    time.Time // when it is to be renewed
@@ -146,12 +147,12 @@ func (j *jwts) get(identity *Identity, audience []string, key string, state *Sta
 		}
 	}
 	h.used = now
-	if h.token != "" && !state.vouches(h.signer) {
-		h.token, h.half = "", time.Time{}
+	if !h.token.IsZero() && !state.vouches(h.signer) {
+		h.token, h.half = secret.Text{}, time.Time{}
 	}
-	good := h.token != "" && now.Add(jwtMargin).Before(h.expires)
+	good := !h.token.IsZero() && now.Add(jwtMargin).Before(h.expires)
 	if good {
-		token, renew = h.token, h.half
+		token, renew = h.token.Reveal(), h.half
 		if renew.Before(h.retry) {
 			renew = h.retry
 		}
@@ -261,7 +262,7 @@ func (j *jwts) sweep(now time.Time, state *State) {
 			gone := h.pending == nil && !now.Before(h.expires) && !now.Before(h.retry)
 			if state != nil && h.pending == nil {
 				identity, there := state.Identity(h.entryID)
-				gone = gone || !there || h.token != "" && !state.vouches(h.signer) || identity.Entry.GetRevision() != h.revision
+				gone = gone || !there || !h.token.IsZero() && !state.vouches(h.signer) || identity.Entry.GetRevision() != h.revision
 			}
 			if gone {
 				j.drop(h)
@@ -326,7 +327,7 @@ func (a *Agent) signJWTs(ctx context.Context, batch []*heldJWT) {
 	for i, h := range batch {
 		svid, err := (*jwtsvid.SVID)(nil), results[i].Err
 		if err == nil {
-			svid, err = verifyJWT(h, results[i].Token, state.JWT, now)
+			svid, err = verifyJWT(h, results[i].Token.Reveal(), state.JWT, now)
 		}
 		if err == nil && state.taintedKey(svid.KeyID) {
 			err = errTainted

@@ -23,6 +23,7 @@ import (
 	"github.com/entente-mesh/entente/federation/bundle"
 	"github.com/entente-mesh/entente/internal/jwtsvid"
 	"github.com/entente-mesh/entente/internal/peer/peertest"
+	"github.com/entente-mesh/entente/internal/secret"
 )
 
 // fakeTokens is the token half of fakeCA: a real signer with keys of its own.
@@ -99,7 +100,9 @@ func (f *fakeCA) SignJWT(ctx context.Context, requests []client.JWTRequest) []cl
 	for i, r := range requests {
 		id, err := f.path(r.EntryID)
 		if err == nil {
-			results[i].Token, err = f.tokenSigner().SignJWT(ctx, casigner.JWTRequest{ID: id, Audience: r.Audience, Life: f.tokens.life})
+			var token string
+			token, err = f.tokenSigner().SignJWT(ctx, casigner.JWTRequest{ID: id, Audience: r.Audience, Life: f.tokens.life})
+			results[i].Token = secret.Of(token)
 		}
 		results[i].Err = err
 	}
@@ -113,7 +116,9 @@ func (f *fakeCA) SignWIT(ctx context.Context, requests []client.WITRequest) []cl
 		if err == nil {
 			var public crypto.PublicKey
 			if public, err = ca.KeyOf(r.CSR); err == nil {
-				results[i].Token, err = f.tokenSigner().SignWIT(ctx, casigner.WITRequest{ID: id, PublicKey: public, Life: f.tokens.life})
+				var token string
+				token, err = f.tokenSigner().SignWIT(ctx, casigner.WITRequest{ID: id, PublicKey: public, Life: f.tokens.life})
+				results[i].Token = secret.Of(token)
 			}
 		}
 		results[i].Err = err

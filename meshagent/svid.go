@@ -16,6 +16,7 @@ import (
 
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/internal/peer"
+	"github.com/entente-mesh/entente/internal/secret"
 )
 
 // X509SVID is an entry's X.509-SVID in the encoding in which workloads get it. Parsed it
@@ -23,8 +24,8 @@ import (
 // verified when it was made. Its bytes are not to be changed.
 type X509SVID struct {
 	ID           spiffeid.ID
-	Certificates [][]byte // DER, leaf first
-	Key          []byte   // PKCS #8, DER
+	Certificates [][]byte     // DER, leaf first
+	Key          secret.Bytes // PKCS #8, DER
 	NotAfter     time.Time
 
 	under  string            // key id of its authority

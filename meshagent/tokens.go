@@ -10,6 +10,7 @@ import (
 	"github.com/entente-mesh/entente/ca/client"
 	"github.com/entente-mesh/entente/federation/bundle"
 	"github.com/entente-mesh/entente/internal/jwtsvid"
+	"github.com/entente-mesh/entente/internal/secret"
 )
 
 // TokenBundle is what one kind of one trust domain's tokens is verified with.
@@ -72,7 +73,7 @@ func witPeers(view *client.View) map[string]bool {
 // WITSVID is a WIT-SVID with the key that its holder proves possession of. Immutable.
 type WITSVID struct {
 	ID      spiffeid.ID
-	Token   string
+	Token   secret.Text
 	Key     crypto.Signer
 	Expires time.Time
 	keyID   string // of the authority

@@ -12,6 +12,7 @@ import (
 
 	"github.com/entente-mesh/entente/ca/client"
 	"github.com/entente-mesh/entente/internal/jwtsvid"
+	"github.com/entente-mesh/entente/internal/secret"
 )
 
 // keepWITs keeps a WIT-SVID for every entry of the host, each time with a new key.
@@ -63,7 +64,7 @@ func (a *Agent) renewWITs(ctx context.Context, slots []*slot) {
 	for i, s := range slots {
 		wit, err := (*WITSVID)(nil), results[i].Err
 		if err == nil {
-			wit, err = verifyWIT(s.id, results[i].Token, keys[i], state.WIT, now)
+			wit, err = verifyWIT(s.id, results[i].Token.Reveal(), keys[i], state.WIT, now)
 		}
 		if err == nil && state.taintedKey(wit.keyID) {
 			err = errTainted
@@ -103,7 +104,7 @@ func verifyWIT(want spiffeid.ID, token string, key crypto.Signer, own *TokenBund
 	if public, ok := key.Public().(interface{ Equal(crypto.PublicKey) bool }); !ok || !public.Equal(svid.Key) {
 		return nil, errors.New("the CA's WIT-SVID is for another key")
 	}
-	return &WITSVID{ID: want, Token: token, Key: key, Expires: svid.Expires, keyID: svid.KeyID}, nil
+	return &WITSVID{ID: want, Token: secret.Of(token), Key: key, Expires: svid.Expires, keyID: svid.KeyID}, nil
 }
 
 // withWITs makes the state that follows when WIT-SVIDs were signed.

@@ -28,7 +28,7 @@ const rooms = `
 api/entente/state/v1:
 api/entente/v1:
 
-ca:
+ca:                      internal/secret
 ca/domain:               ca federation federation/catalog
 ca/domain/domaintest:    ca
 ca/presence:
@@ -36,13 +36,13 @@ ca/feed:                 ca ca/domain ca/presence
 ca/signer:               ca
 ca/rotation:             ca ca/domain
 ca/replica:              ca ca/domain
-ca/keystore:
+ca/keystore:             internal/secret
 ca/nodeattest:           ca
 ca/server:               api/entente/v1
                          ca ca/domain ca/feed ca/presence ca/signer ca/nodeattest
                          federation federation/bundle federation/catalog
                          internal/peer internal/admission
-ca/client:               api/entente/v1 ca internal/peer
+ca/client:               api/entente/v1 ca internal/peer internal/secret
 ca/node:                 ca ca/domain ca/rotation ca/replica ca/feed ca/presence ca/signer ca/keystore ca/nodeattest ca/server
                          federation federation/exchange
                          internal/peer internal/gossip internal/daemon internal/yamlfile
@@ -61,7 +61,7 @@ eastwest-gateway/edge:   internal/yamlfile internal/refusal
 
 meshagent:               ca ca/client ca/keystore federation/bundle
                          meshagent/nodeattest meshagent/services meshagent/workloadattest
-                         internal/peer internal/jwtsvid internal/daemon internal/yamlfile
+                         internal/peer internal/jwtsvid internal/daemon internal/secret internal/yamlfile
 meshagent/nodeattest:    ca ca/client internal/daemon
 meshagent/workloadattest: ca
 meshagent/services:      ca internal/daemon internal/safepath internal/yamlfile
@@ -82,6 +82,7 @@ internal/admission:
 internal/daemon:
 internal/daemon/daemontest:
 internal/safepath:
+internal/secret:
 internal/simnet:
 internal/yamlfile:
 internal/refusal:

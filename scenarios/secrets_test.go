@@ -14,6 +14,10 @@ import (
 	"encoding/json"
 	"encoding/pem"
 	"fmt"
+	"go/ast"
+	"go/parser"
+	"go/printer"
+	gotoken "go/token"
 	"io"
 	"io/fs"
 	"math/big"
@@ -22,6 +26,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -62,8 +67,8 @@ func secretOf(t *testing.T, name string, key any) secret {
 }
 
 // forms of each part: as it is (so also in DER), in either byte order, in hex, in either
-// base64 at any place of a longer text (so also in PEM), as a number, and as Go prints
-// bytes.
+// base64 at any place of a longer text (so also in PEM), as a number, as Go prints bytes,
+// and as a list of numbers.
 func forms(parts ...[]byte) map[string][]byte {
 	forms := map[string][]byte{}
 	for i, part := range parts {
@@ -76,6 +81,11 @@ func forms(parts ...[]byte) map[string][]byte {
 		forms[name("HEX")] = []byte(strings.ToUpper(hex.EncodeToString(part)))
 		forms[name("decimal")] = []byte(new(big.Int).SetBytes(part).String())
 		forms[name("Go's %v")] = []byte(strings.Trim(strings.ReplaceAll(fmt.Sprint(part), " ", ""), "[]"))
+		syntax := ""
+		for _, b := range part {
+			syntax += strconv.FormatUint(uint64(b), 16)
+		}
+		forms[name("Go's %#v")] = []byte(syntax)
 		for shift := range 3 {
 			for alphabet, encoding := range map[string]*base64.Encoding{"base64": base64.RawStdEncoding, "base64url": base64.RawURLEncoding} {
 				// The characters at both ends depend on what stands beside it.
@@ -87,23 +97,81 @@ func forms(parts ...[]byte) map[string][]byte {
 	return forms
 }
 
-// leaks are the forms of secrets that data holds. Blanks, line ends and their escapes are
-// looked past: PEM, JSON and hex dumps have them.
-func leaks(data []byte, secrets []secret) (found []string) {
-	solid := bytes.Map(func(r rune) rune {
-		if unicode.IsSpace(r) || r == ':' {
+// leak is a secret in a file.
+type leak struct{ file, secret, form string }
+
+func (l leak) String() string { return l.secret + ", " + l.form }
+
+// solid leaves out what may stand between the characters of a secret: blanks, line ends
+// and their escapes in PEM and JSON, colons, and the commas of lists.
+func solid(data []byte) []byte {
+	data = bytes.ReplaceAll(data, []byte(`\n`), nil)
+	return bytes.Map(func(r rune) rune {
+		if unicode.IsSpace(r) || r == ':' || r == ',' {
 			return -1
 		}
 		return r
-	}, bytes.ReplaceAll(data, []byte(`\n`), nil))
+	}, data)
+}
+
+// leaks are the forms of secrets that data holds.
+func leaks(data []byte, secrets []secret) (found []leak) {
+	plain := solid(data)
+	noPrefix := bytes.ReplaceAll(plain, []byte("0x"), nil) // of each byte in Go's %#v
 	for _, s := range secrets {
 		for name, form := range s.forms {
-			if bytes.Contains(data, form) || bytes.Contains(solid, form) {
-				found = append(found, s.name+", "+name)
+			if bytes.Contains(data, form) || bytes.Contains(plain, form) || bytes.Contains(noPrefix, form) {
+				found = append(found, leak{secret: s.name, form: name})
 			}
 		}
 	}
 	return found
+}
+
+// search looks for secrets in each file at or below dir. A core dump is an error by itself.
+func search(t *testing.T, dir string, secrets []secret) (found []leak, files, size int) {
+	t.Helper()
+	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || !d.Type().IsRegular() {
+			return err
+		}
+		data, err := os.ReadFile(path)
+		if err != nil {
+			return err
+		}
+		files, size = files+1, size+len(data)
+		if strings.HasPrefix(d.Name(), "core") {
+			t.Errorf("there is a core dump: %s", path)
+		}
+		for _, l := range leaks(data, secrets) {
+			l.file = path
+			found = append(found, l)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return found, files, size
+}
+
+// encodings are the usual ways in which bytes are written.
+func encodings(t *testing.T, b []byte) map[string][]byte {
+	list, err := json.Marshal(slices.Collect(func(yield func(int) bool) {
+		for _, c := range b {
+			if !yield(int(c)) {
+				return
+			}
+		}
+	}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return map[string][]byte{
+		"raw": b, "base64": []byte(base64.StdEncoding.EncodeToString(b)), "base64url": []byte(base64.URLEncoding.EncodeToString(b)),
+		"hex": []byte(hex.EncodeToString(b)), "%v": fmt.Appendf(nil, "%v", b), "% x": fmt.Appendf(nil, "% x", b),
+		"%X": fmt.Appendf(nil, "%X", b), "%#v": fmt.Appendf(nil, "%#v", b), "JSON list": list,
+	}
 }
 
 // TestKeysNowhere is I1: nothing that a CA node, or a verb of it, ever wrote holds a
@@ -121,7 +189,8 @@ func TestKeysNowhere(t *testing.T) {
 	if err := os.Mkdir(at("out"), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	write(at("passphrase"), []byte("a passphrase that is long enough\n"))
+	const phrase = "a passphrase that is long enough"
+	write(at("passphrase"), []byte(phrase+"\n"))
 
 	address := func() string {
 		listener, err := net.Listen("tcp", "127.0.0.1:0")
@@ -303,11 +372,17 @@ log: {level: debug, format: json}
 
 	// X.509-, JWT- and WIT-SVIDs, through an agent.
 	tokenText := do(0, "token", "create", "--agent", "h1", "--datacenter", "dc1", "--address", "127.0.0.1", "--socket", at("one.sock"))
+	printed := at("out", fmt.Sprintf("%03d-token", outputs))
 	write(at("agent-token"), tokenText)
 	do(0, "entry", "create", "entry/self", "--path", "/self", "--host", "h1", "--selector", "unix:uid:"+strconv.Itoa(os.Getuid()), "--socket", at("one.sock"))
 	api := fieldOf(t, one, "api: ")
 	write(at("agent.yaml"), []byte(fmt.Sprintf("trustDomain: banking.example\nname: h1\ndatacenter: dc1\ndataDir: %s\nca: {addresses: [%q], tokenFile: %s}\nworkloadAPI: {socket: %s, wit: true}\nlog: {level: debug}\n",
 		at("agent"), api, at("agent-token"), at("api.sock"))))
+	// An inline token is not printed by --check.
+	write(at("inline.yaml"), []byte(fmt.Sprintf("trustDomain: banking.example\nname: h1\ndatacenter: dc1\ndataDir: %s\nca: {token: %s}\n", at("agent"), bytes.TrimSpace(tokenText))))
+	if out := do(0, "agent", "run", "--config", at("inline.yaml"), "--check"); !bytes.Contains(out, []byte("token: '[redacted]'")) {
+		t.Errorf("--check prints %s", out)
+	}
 	agent := start("agent")
 	for _, verb := range [][]string{{"x509"}, {"jwt", "--audience", "ledger"}, {"wit"}, {"bundle"}} {
 		eventually("fetch "+verb[0], func() error {
@@ -378,7 +453,7 @@ log: {level: debug, format: json}
 	// Errors about keys: a wrong passphrase, a damaged file, a file in another's place.
 	write(at("passphrase"), []byte("another passphrase altogether\n"))
 	do(1, "ca", "run", "--config", one)
-	write(at("passphrase"), []byte("a passphrase that is long enough\n"))
+	write(at("passphrase"), []byte(phrase+"\n"))
 	sealed, err := os.ReadFile(at("three", "keys", "node.key"))
 	if err != nil {
 		t.Fatal(err)
@@ -401,53 +476,46 @@ log: {level: debug, format: json}
 	if err != nil {
 		t.Fatal(err)
 	}
-	secrets = append(secrets, secretOf(t, "recovery key", recoveryKey.Seed), secretOf(t, "passphrase", []byte("a passphrase that is long enough")))
+	secrets = append(secrets, secretOf(t, "recovery key", []byte(recoveryKey.Seed)), secretOf(t, "passphrase", []byte(phrase)))
 	joinToken, err := ca.ParseToken(strings.TrimSpace(string(tokenText)))
 	if err != nil {
 		t.Fatal(err)
 	}
-	secrets = append(secrets, secretOf(t, "join token", joinToken.Seed))
+	secrets = append(secrets, secretOf(t, "join token", []byte(joinToken.Seed)))
 	if len(keys) < 14 { // two nodes' own, three uses each, two of most, and those that came later
 		t.Errorf("only %d keys are looked for", len(keys))
 	}
 
-	searched, size := 0, 0
-	err = filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
-		if err != nil || !d.Type().IsRegular() {
-			return err
+	found, searched, size := search(t, dir, secrets)
+	for _, leak := range found {
+		switch {
+		case leak.file == at("passphrase") && leak.secret == "passphrase", leak.file == at("recovery") && leak.secret == "recovery key",
+			(leak.file == at("agent-token") || leak.file == at("inline.yaml")) && leak.secret == "join token": // where they belong
+		case leak.file == printed && leak.secret == "join token": // by the verb that made it
+		default:
+			t.Errorf("%s holds %s", leak.file, leak)
 		}
-		data, err := os.ReadFile(path)
-		if err != nil {
-			return err
-		}
-		searched, size = searched+1, size+len(data)
-		if strings.HasPrefix(d.Name(), "core") {
-			t.Errorf("there is a core dump: %s", path)
-		}
-		switch path {
-		case at("passphrase"), at("recovery"), at("agent-token"): // where they belong
-			return nil
-		}
-		for _, leak := range leaks(data, secrets) {
-			if strings.HasPrefix(leak, "join token") && strings.HasSuffix(path, "-token") {
-				continue // printed when it was made
-			}
-			t.Errorf("%s holds %s", path, leak)
-		}
-		return nil
-	})
-	if err != nil {
-		t.Fatal(err)
 	}
-	t.Logf("%d keys in %d files, %d KiB: nowhere", len(secrets), searched, size>>10)
+	t.Logf("%d secrets in %d files, %d KiB: nowhere", len(secrets), searched, size>>10)
 
-	// Controls: the same search finds each key in each form, and the key of a node for
-	// development in its own file.
+	// Controls. What is written where it belongs is found there, so that the search reads
+	// these files and knows these secrets.
+	for file, secret := range map[string]string{at("passphrase"): "passphrase", at("recovery"): "recovery key", at("agent-token"): "join token", printed: "join token"} {
+		if !slices.ContainsFunc(found, func(l leak) bool { return l.file == file && l.secret == secret }) {
+			t.Errorf("control: %s is not found in %s", secret, file)
+		}
+	}
+	// Each secret is planted in each form, among what the nodes wrote: the same search must
+	// find it in that file, in that form.
+	planted := map[string]leak{}
+	plant := func(secret, form string, text []byte) {
+		file := at("out", fmt.Sprintf("planted-%04d.log", len(planted)))
+		write(file, slices.Concat([]byte("time=2026-01-01T00:00:00Z level=INFO msg=\"before\" value="), text, []byte("\nafter=1\n")))
+		planted[file] = leak{file, secret, form}
+	}
 	for _, s := range secrets {
 		for form, text := range s.forms {
-			if len(leaks(slices.Concat([]byte("before\n"), text, []byte("\nafter")), []secret{s})) == 0 {
-				t.Errorf("control: %s is not found as %s", s.name, form)
-			}
+			plant(s.name, form, text)
 		}
 	}
 	for name, key := range keys {
@@ -455,18 +523,36 @@ log: {level: debug, format: json}
 		if err != nil {
 			t.Fatal(err)
 		}
-		escaped, _ := json.Marshal(string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der})))
-		for form, text := range map[string][]byte{
-			"DER": der, "PEM": pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}), "PEM in JSON": escaped,
-			"base64 of DER": []byte(base64.StdEncoding.EncodeToString(der)), "base64url of DER": []byte(base64.URLEncoding.EncodeToString(der)),
-			"hex of DER": []byte(hex.EncodeToString(der)),
-			"%v":         fmt.Appendf(nil, "%v", der), "%x with blanks": fmt.Appendf(nil, "% x", der),
-		} {
-			if len(leaks(text, []secret{secretOf(t, name, key)})) == 0 {
-				t.Errorf("control: %s is not found in its %s", name, form)
-			}
+		text := pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der})
+		for _, written := range encodings(t, der) {
+			plant(name, "", written)
+		}
+		plant(name, "", text)
+		escaped, _ := json.Marshal(string(text))
+		plant(name, "", escaped)
+		// As a structure that is printed with all its fields.
+		plant(name, "", fmt.Appendf(nil, "%+v", key))
+		plant(name, "", fmt.Appendf(nil, "%#v", key))
+	}
+	for name, seed := range map[string][]byte{"recovery key": recoveryKey.Seed, "join token": joinToken.Seed, "passphrase": []byte(phrase)} {
+		for _, written := range encodings(t, seed) {
+			plant(name, "", written)
 		}
 	}
+	plant("join token", "", bytes.TrimSpace(tokenText))
+	plant("recovery key", "", bytes.TrimSpace(recovery))
+	plant("passphrase", "", fmt.Appendf(nil, "%q", phrase))
+	found, _, _ = search(t, at("out"), secrets)
+	for file, want := range planted {
+		if !slices.ContainsFunc(found, func(l leak) bool {
+			return l.file == file && l.secret == want.secret && (want.form == "" || l.form == want.form)
+		}) {
+			text, _ := os.ReadFile(file)
+			t.Errorf("control: %s was planted and is not found: %.200q", want, text)
+		}
+		os.Remove(file)
+	}
+	t.Logf("%d planted forms are found", len(planted))
 	plain, err := keystore.Open(at("dev"), keystore.Plain())
 	if err != nil {
 		t.Fatal(err)
@@ -499,4 +585,83 @@ func fieldOf(t *testing.T, file, key string) string {
 		t.Fatalf("%s has no %q", file, key)
 	}
 	return value
+}
+
+// plainSecrets are the fields that are named as a secret and have a type that prints.
+var plainSecrets = map[string]string{
+	"ca/keystore TokenConfig.Token":      "the label of a PKCS#11 token",
+	"ca/node PKCS11.Token":               "the label of a PKCS#11 token",
+	"cmd/entente tokenRow.Token":         "an SVID that the verb prints to whom it belongs",
+	"meshagent/workloadapi answer.token": "an SVID on its way to the workload",
+	"scenarios Request.Token":            "a word for what kind of token it is",
+	"scenarios/load Phone.token":         "a token that the scenario made up",
+}
+
+// secretFields are the fields of structs of a Go file that hold a secret, by their name, in a type that prints it.
+func secretFields(t *testing.T, name string, src []byte) (fields []string) {
+	t.Helper()
+	file, err := parser.ParseFile(gotoken.NewFileSet(), name, src, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ast.Inspect(file, func(n ast.Node) bool {
+		spec, ok := n.(*ast.TypeSpec)
+		if !ok {
+			return true
+		}
+		is, ok := spec.Type.(*ast.StructType)
+		if !ok {
+			return true
+		}
+		for _, f := range is.Fields.List {
+			var kind bytes.Buffer
+			printer.Fprint(&kind, gotoken.NewFileSet(), f.Type)
+			if k := kind.String(); k != "string" && k != "[]byte" && k != "*string" && k != "[]string" && k != "[][]byte" {
+				continue
+			}
+			for _, named := range f.Names {
+				if secretName.MatchString(named.Name) {
+					fields = append(fields, spec.Name.Name+"."+named.Name)
+				}
+			}
+		}
+		return true
+	})
+	return fields
+}
+
+var secretName = regexp.MustCompile(`(?i)^(.*(token|passphrase|password|secret|seed)|pin|phrase|privateKey)$`)
+
+// TestSecretsHaveRedactingTypes: what a struct holds of secrets has a type of internal/secret, so that no log line, error or
+// --check shows it.
+func TestSecretsHaveRedactingTypes(t *testing.T) {
+	used := map[string]bool{}
+	err := filepath.WalkDir("..", func(path string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() || !strings.HasSuffix(path, ".go") || strings.HasSuffix(path, "_test.go") || strings.HasSuffix(path, ".pb.go") {
+			return err
+		}
+		src, err := os.ReadFile(path)
+		if err != nil {
+			return err
+		}
+		for _, field := range secretFields(t, path, src) {
+			name := strings.TrimPrefix(filepath.ToSlash(filepath.Dir(path)), "../") + " " + field
+			if used[name] = true; plainSecrets[name] == "" {
+				t.Errorf("%s: give it a type of internal/secret, or a row with the reason", name)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name := range plainSecrets {
+		if !used[name] {
+			t.Errorf("%s is not there any more", name)
+		}
+	}
+	got := secretFields(t, "x.go", []byte("package x; type C struct { Token string; TokenFile, TokenID string; pin []byte; Safe, Seed secret.Text; joinToken, name string }"))
+	if want := []string{"C.Token", "C.pin", "C.joinToken"}; !slices.Equal(got, want) {
+		t.Errorf("control: %q, want %q", got, want)
+	}
 }

@@ -436,7 +436,7 @@ func rested(t *testing.T, use statev1.KeyUse, of, at *agent, d *door, authority 
 		under = svid.KeyID
 	default:
 		keys := func(spiffeid.TrustDomain) (jwtsvid.Keys, bool) { return at.State().WIT.Keys, true }
-		svid, err := jwtsvid.VerifyWIT(identity.WIT.Token, keys, time.Now(), time.Second)
+		svid, err := jwtsvid.VerifyWIT(identity.WIT.Token.Reveal(), keys, time.Now(), time.Second)
 		if err != nil {
 			return err
 		}

@@ -12,6 +12,7 @@ import (
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
+	"github.com/entente-mesh/entente/internal/secret"
 )
 
 const (
@@ -148,8 +149,8 @@ type WITRequest struct {
 
 // TokenResult is the answer to one JWTRequest or WITRequest.
 type TokenResult struct {
-	Token string // JWS, compact; not verified
-	Err   error  // ErrDenied when the CA has no such entry for this host; see RetryAfter
+	Token secret.Text // JWS, compact; not verified
+	Err   error       // ErrDenied when the CA has no such entry for this host; see RetryAfter
 }
 
 // SignJWT has JWT-SVIDs signed, in batches of at most 100, as SignX509 does.
@@ -193,7 +194,7 @@ func signTokens[R any](ctx context.Context, c *Client, requests []R, sign func(c
 			if err != nil {
 				results = append(results, TokenResult{Err: err})
 			} else {
-				results = append(results, TokenResult{Token: answer[i].GetToken(), Err: tokenError(answer[i])})
+				results = append(results, TokenResult{Token: secret.Of(answer[i].GetToken()), Err: tokenError(answer[i])})
 			}
 		}
 	}

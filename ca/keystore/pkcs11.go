@@ -21,6 +21,8 @@ import (
 	"time"
 
 	"github.com/miekg/pkcs11"
+
+	"github.com/entente-mesh/entente/internal/secret"
 )
 
 // PKCS11 tells whether this binary was built with PKCS#11.
@@ -39,7 +41,7 @@ const (
 // processes may use the same token under other labels.
 type Token struct {
 	config TokenConfig
-	pin    string
+	pin    secret.Text
 	module *pkcs11.Ctx
 
 	mu      sync.Mutex
@@ -69,7 +71,7 @@ func OpenToken(config TokenConfig) (*Token, error) {
 	if module == nil {
 		return nil, fmt.Errorf("open PKCS#11 token %q: %s is no PKCS#11 module that can be loaded here: install the vendor's library, for this architecture", config.Token, config.Module)
 	}
-	t := &Token{config: config, pin: pin, module: module}
+	t := &Token{config: config, pin: secret.Of(pin), module: module}
 	if err := t.initialize(); err != nil {
 		return nil, t.failed(err)
 	}
@@ -161,7 +163,7 @@ func (t *Token) login() (_ *sessions, err error) {
 			return nil, fmt.Errorf("no session can be opened: %w", err)
 		}
 		if i == 0 { // one login is for all sessions
-			err := t.module.Login(session, pkcs11.CKU_USER, t.pin)
+			err := t.module.Login(session, pkcs11.CKU_USER, t.pin.Reveal())
 			if is(err, pkcs11.CKR_PIN_INCORRECT, pkcs11.CKR_PIN_LOCKED, pkcs11.CKR_PIN_EXPIRED, pkcs11.CKR_PIN_LEN_RANGE) {
 				// A second attempt may be the one that locks the token.
 				t.stopped = fmt.Errorf("it refuses the PIN: %w; it is not tried again: set the right one and restart", err)

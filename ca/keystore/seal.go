@@ -11,7 +11,10 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"sync"
+
+	"github.com/entente-mesh/entente/internal/secret"
 )
 
 // A sealed file is
@@ -53,7 +56,7 @@ var (
 )
 
 type passphraseSealer struct {
-	passphrase string
+	passphrase secret.Text
 	iterations uint32
 
 	mu      sync.Mutex
@@ -93,7 +96,12 @@ func sealWith(data []byte, from string) (Sealer, error) {
 	if n := len(phrase); n < minPassphrase || n > maxPassphrase {
 		return nil, fmt.Errorf("passphrase: %s holds %d characters, not %d to %d; for example: openssl rand -base64 32", from, n, minPassphrase, maxPassphrase)
 	}
-	return &passphraseSealer{passphrase: phrase, iterations: iterationsNow, derived: make(map[derivation][]byte)}, nil
+	return &passphraseSealer{passphrase: secret.Of(phrase), iterations: iterationsNow, derived: make(map[derivation][]byte)}, nil
+}
+
+// Format shows neither the passphrase nor what was derived from it.
+func (p *passphraseSealer) Format(f fmt.State, _ rune) {
+	io.WriteString(f, "passphrase "+secret.Redacted)
 }
 
 func (p *passphraseSealer) Seal(name string, plain []byte) ([]byte, error) {
@@ -175,7 +183,7 @@ func (p *passphraseSealer) derive(d derivation) ([]byte, error) {
 	if root, ok := p.derived[d]; ok {
 		return root, nil
 	}
-	root, err := pbkdf2.Key(sha256.New, p.passphrase, d.salt[:], int(d.iterations), 32)
+	root, err := pbkdf2.Key(sha256.New, p.passphrase.Reveal(), d.salt[:], int(d.iterations), 32)
 	if err != nil {
 		return nil, fmt.Errorf("derive from passphrase: %w", err)
 	}

@@ -49,7 +49,7 @@ func witResponse(entitled []*meshagent.Identity) (*workload.WITSVIDResponse, err
 			return nil, fmt.Errorf("the WIT-SVID of %s: its key cannot be written", identity.ID)
 		}
 		response.Svids = append(response.Svids, &workload.WITSVID{
-			SpiffeId: identity.ID.String(), WitSvid: wit.Token, WitSvidKey: string(key), Hint: hints.of(identity),
+			SpiffeId: identity.ID.String(), WitSvid: wit.Token.Reveal(), WitSvidKey: string(key), Hint: hints.of(identity),
 		})
 	}
 	if len(response.Svids) == 0 {
