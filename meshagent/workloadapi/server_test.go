@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -251,6 +252,35 @@ func TestX509Source(t *testing.T) {
 	}
 	if info, err := os.Stat(filepath.Dir(h.socket)); err != nil || info.Mode().Perm() != 0o755 {
 		t.Errorf("directory: %v %v", info.Mode(), err)
+	}
+}
+
+// Everybody reaches the socket in directories that were missing, whatever the umask; a
+// directory that was there keeps its mode.
+func TestSocketIsReachable(t *testing.T) {
+	closed := t.TempDir()
+	if err := os.Chmod(closed, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	before := syscall.Umask(0o077)
+	listener, err := Listen(filepath.Join(closed, "a", "b", "api.sock"))
+	syscall.Umask(before)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	for path, want := range map[string]os.FileMode{"": 0o700, "a": 0o755, "a/b": 0o755, "a/b/api.sock": 0o777} {
+		if info, err := os.Stat(filepath.Join(closed, path)); err != nil || info.Mode().Perm() != want {
+			t.Errorf("%s: %v, %v", path, info.Mode(), err)
+		}
+	}
+	file := filepath.Join(closed, "file")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if l, err := Listen(filepath.Join(file, "api.sock")); err == nil {
+		l.Close()
+		t.Error("a socket in a file")
 	}
 }
 
