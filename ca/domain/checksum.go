@@ -252,6 +252,11 @@ func (e *encoder) record(record any) {
 		if r.GetService().GetEdge() {
 			e.kind('E')
 		}
+		if h := r.GetService().GetHttp(); h != nil {
+			e.kind('H')
+			e.yes(h.GetAnyContent())
+			e.yes(h.GetReadsBodies())
+		}
 		if i := r.GetImport(); i.GetPort() != 0 || i.GetProtocol() != 0 {
 			e.number(uint64(i.GetPort()))
 			e.number(uint64(i.GetProtocol()))

@@ -18,7 +18,7 @@ import (
 //	2  StageObjects, ApplyStaged
 //	3  MergeBans; administrators: Command.principal, RoleBinding; hosts: AdmitAgent, selectors, scope
 //	4  Service.protocol, Import.port, Import.protocol
-//	5  Service.edge; stricter rules of Apply: each asks hardened()
+//	5  Service.edge, Service.http; stricter rules of Apply: each asks hardened()
 const FeatureLevel = 5
 
 // levelHardened is the first level at which the stricter rules of Apply hold. Below it
@@ -59,7 +59,7 @@ func levelOf(cmd *statev1.Command) uint32 {
 func levelOfObjects(c *statev1.ApplyObjects, least uint32) uint32 {
 	for _, o := range c.GetUpserts() {
 		switch {
-		case o.GetService().GetEdge():
+		case o.GetService().GetEdge() || o.GetService().GetHttp() != nil:
 			return levelHardened
 		case o.GetService().GetProtocol() != 0 || o.GetImport().GetPort() != 0 || o.GetImport().GetProtocol() != 0:
 			least = max(least, 4)

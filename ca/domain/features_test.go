@@ -124,6 +124,8 @@ func TestProtocolNeedsItsLevel(t *testing.T) {
 	tcp.GetService().Protocol = statev1.Protocol_PROTOCOL_TCP
 	edge := service("edge", "h1")
 	edge.GetService().Port, edge.GetService().Edge = 0, true
+	content := service("ledger", "h1")
+	content.GetService().Http = &statev1.ServiceHTTP{AnyContent: true}
 	imported := func(port uint32) *statev1.Object {
 		return &statev1.Object{Kind: &statev1.Object_Import{Import: &statev1.Import{Service: "store.trading.example", Port: port}}}
 	}
@@ -137,6 +139,9 @@ func TestProtocolNeedsItsLevel(t *testing.T) {
 		{stage(1, 0, tcp), 4},
 		{objects(edge), 5},
 		{objects(tcp, edge, binding("b1", viewer, "/x")), 5},
+		{objects(tcp, content), 5},
+		{objects(content, tcp), 5},
+		{stage(1, 0, content), 5},
 	} {
 		if got := levelOf(test.cmd); got != test.want {
 			t.Errorf("level %d, not %d: %v", got, test.want, test.cmd)

@@ -214,6 +214,9 @@ func (c *compiler) service(s *statev1.Service) {
 	if s.GetEdge() && (s.GetPort() != 0 || s.GetOutboundPort() != 0) {
 		c.fail("leave edge out, or port and outbound", "it is an edge, which no sidecar serves, and has a port")
 	}
+	if s.GetHttp() != nil && (s.GetProtocol() == statev1.Protocol_PROTOCOL_TCP || s.GetPort() == 0) {
+		c.fail("leave http out", "its http section is for a service that serves HTTP: it speaks TCP, or has no port")
+	}
 	const shortest, longest = 2, 7 * 24 * 3600
 	if ttl := s.GetX509SvidSeconds(); ttl != 0 && (ttl < shortest || ttl > longest) {
 		c.fail("", "ttl.x509 of %d s is outside %d s to %d s", ttl, shortest, longest)
@@ -239,6 +242,8 @@ func (c *compiler) service(s *statev1.Service) {
 		Hosts:        slices.Clone(s.GetHosts()),
 		Port:         uint16(s.GetPort()),
 		TCP:          s.GetProtocol() == statev1.Protocol_PROTOCOL_TCP,
+		AnyContent:   s.GetHttp().GetAnyContent(),
+		ReadsBodies:  s.GetHttp().GetReadsBodies(),
 		HealthPath:   s.GetHealthPath(),
 		OutboundPort: uint16(s.GetOutboundPort()),
 		Failover:     failover,

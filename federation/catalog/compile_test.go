@@ -37,6 +37,8 @@ func TestCompileRefuses(t *testing.T) {
 		{"bad health", "", service("x", run+", port: 1, health: {http: /../x}"), `health.http "/../x"`},
 		{"TCP without a port", "", service("x", run+", protocol: tcp"), "it speaks TCP and has no port"},
 		{"TCP with a health check of HTTP", "", service("x", run+", port: 1, protocol: tcp, health: {http: /healthz}"), "it speaks TCP, and its health check does not"},
+		{"TCP with http", "", service("x", run+", port: 1, protocol: tcp, http: {content: any}"), "its http section is for a service that serves HTTP"},
+		{"no port with http", "", service("x", run+", http: {readsBodies: true}"), "its http section is for a service that serves HTTP"},
 		{"TCP with methods", "port: 8080\n  health: {http: /healthz}", "port: 8080\n  protocol: tcp", "accounts.banking.example speaks TCP, which has no methods and paths"},
 		{"imported TCP without a port", "prices.trading.example}\n---", "prices.trading.example, protocol: tcp}\n---", "it speaks TCP and has no port"},
 		{"outbound port is taken", "", service("x", run+", outbound: {port: 19001}"), "outbound.port 19001 is taken on host h1 by Service/notices"},

@@ -1,6 +1,7 @@
 package catalog
 
 import (
+	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -22,6 +23,8 @@ type Query struct {
 	Now  time.Time
 
 	TCP bool // a connection whose content nobody looks at; it has neither method nor path
+
+	Content bool // the request has content, or may have
 }
 
 // Decision is the answer to a Query. Reason may be told to the caller; Rule,
@@ -61,6 +64,8 @@ type Explanation struct {
 //   - The TLS peer speaks for itself, or is an own gateway; or it is a gateway of the
 //     caller's domain that the allowing agreement names. Gateways, agents and CA
 //     nodes are never callers.
+//   - Content on GET, HEAD, OPTIONS, DELETE and TRACE reaches only an own service that
+//     says that it takes it.
 //
 // Decide does not allocate when it allows a path without escapes. It is safe for
 // concurrent use and depends on nothing but its arguments.
@@ -106,10 +111,32 @@ func (t *Tables) decide(q *Query, tr *trace) Decision {
 		return tr.refuse("peer", reason, detail)
 	}
 	target, known := t.Resolve(q.Target)
+	var d Decision
 	if q.Caller.MemberOf(t.td) {
-		return t.decideOwn(q, target, known, path, tr)
+		d = t.decideOwn(q, target, known, path, tr)
+	} else {
+		d = t.decideForeign(q, target, known, path, tr)
 	}
-	return t.decideForeign(q, target, known, path, tr)
+	if d.Allowed && q.Content && !target.takesContent(q.Method) {
+		return tr.refuse("content", refusal.Content, "content on "+q.Method+", which the service does not say that it takes")
+	}
+	return d
+}
+
+// takesContent tells whether a request by this method may have content. An application
+// that does not expect any leaves it unread on the connection, where it is taken for the
+// next request. What another domain serves, that domain decides.
+func (t Target) takesContent(method string) bool {
+	if t.Import() || t.Service.AnyContent {
+		return true
+	}
+	// Methods are case-sensitive; some frameworks do not know that.
+	for _, without := range [...]string{"GET", "HEAD", "OPTIONS", "DELETE", "TRACE"} {
+		if strings.EqualFold(method, without) {
+			return false
+		}
+	}
+	return true
 }
 
 // mayHandOver says whether the TLS peer may speak for the caller at all. Whether a

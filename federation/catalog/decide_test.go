@@ -169,12 +169,47 @@ func TestDecideTCP(t *testing.T) {
 	}
 }
 
+// Content on a method that usually has none reaches only an own service that takes it.
+func TestDecideContent(t *testing.T) {
+	takes := strings.Replace(bankingYAML, "port: 8080\n  health: {http: /healthz}", "port: 8080\n  http: {content: any}\n  health: {http: /healthz}", 1)
+	gateway := other("/entente/gateway/gw-dc1")
+	for _, test := range []struct {
+		name          string
+		q             Query
+		closed, taken refusal.Reason
+	}{
+		{"control: another domain's GET", Query{Caller: other("/portfolio"), Peer: gateway, Method: "GET", Path: "/v1/balance/1"}, "", ""},
+		{"another domain's GET", Query{Caller: other("/portfolio"), Peer: gateway, Method: "GET", Path: "/v1/balance/1", Content: true}, refusal.Content, ""},
+		{"another domain's, not agreed", Query{Caller: other("/market-data"), Peer: gateway, Method: "GET", Path: "/v1/balance/1", Content: true}, refusal.AgreementCaller, refusal.AgreementCaller},
+		{"own GET", Query{Caller: own("/notices"), Method: "GET", Path: "/", Content: true}, refusal.Content, ""},
+		{"own HEAD", Query{Caller: own("/notices"), Method: "HEAD", Path: "/", Content: true}, refusal.Content, ""},
+		{"own OPTIONS", Query{Caller: own("/notices"), Method: "OPTIONS", Path: "/", Content: true}, refusal.Content, ""},
+		{"own DELETE", Query{Caller: own("/notices"), Method: "DELETE", Path: "/", Content: true}, refusal.Content, ""},
+		{"own TRACE", Query{Caller: own("/notices"), Method: "TRACE", Path: "/", Content: true}, refusal.Content, ""},
+		{"own get", Query{Caller: own("/notices"), Method: "get", Path: "/", Content: true}, refusal.Content, ""},
+		{"control: own DELETE", Query{Caller: own("/notices"), Method: "DELETE", Path: "/"}, "", ""},
+		{"own POST", Query{Caller: own("/notices"), Method: "POST", Path: "/", Content: true}, "", ""},
+		{"own QUERY", Query{Caller: own("/notices"), Method: "QUERY", Path: "/", Content: true}, "", ""},
+		{"an import: its own domain decides", Query{Caller: own("/notices"), Target: "prices.trading.example", Method: "GET", Path: "/", Content: true}, "", ""},
+	} {
+		test.q.Now = now
+		if test.q.Target == "" {
+			test.q.Target = "accounts.banking.example"
+		}
+		for text, reason := range map[string]refusal.Reason{bankingYAML: test.closed, takes: test.taken} {
+			if d := compileYAML(t, text).Explain(test.q); d.Reason != reason || d.Allowed != (reason == "") {
+				t.Errorf("%s, taken %v: %+v", test.name, text == takes, d)
+			}
+		}
+	}
+}
+
 // What could be read in two ways is refused before any rule is looked at, at the
 // same place where the plain form passes.
 func TestDecideRefusesAmbiguousPaths(t *testing.T) {
 	tables := compileYAML(t, bankingYAML)
 	ask := func(path string) Decision {
-		return tables.Decide(Query{other("/portfolio"), "accounts.banking.example", "GET", path, own("/entente/gateway/gw-dc1"), now, false})
+		return tables.Decide(Query{other("/portfolio"), "accounts.banking.example", "GET", path, own("/entente/gateway/gw-dc1"), now, false, false})
 	}
 	for _, path := range []string{"/v1/balance", "/v1/balance/", "/v1/balance/42", "/v1/balance/a..b", "/v1/balance/..a", "/v1/balance/...", "/v1/balance/a%20b", "/v1/balance/%C3%A9", "/v1/balance/100%25", "/v1/balance/a;v=1"} {
 		if d := ask(path); !d.Allowed {
@@ -207,7 +242,7 @@ spec:
   allow: [{callers: [desk], service: accounts}]
 `)
 	ask := func(caller, gateway string) Decision {
-		return tables.Decide(Query{other(caller), "accounts.banking.example", "GET", "/v1/balance", other("/entente/gateway/" + gateway), now, false})
+		return tables.Decide(Query{other(caller), "accounts.banking.example", "GET", "/v1/balance", other("/entente/gateway/" + gateway), now, false, false})
 	}
 	for _, good := range [][2]string{{"/desk", "gw-3"}, {"/portfolio", "gw-dc1"}} {
 		if d := ask(good[0], good[1]); !d.Allowed {
@@ -223,7 +258,7 @@ spec:
 
 func TestTakingAwayBitesAtOnce(t *testing.T) {
 	ask := func(tables *Tables) Decision {
-		return tables.Decide(Query{other("/portfolio"), "accounts.banking.example", "GET", "/v1/balance", other("/entente/gateway/gw-dc1"), now, false})
+		return tables.Decide(Query{other("/portfolio"), "accounts.banking.example", "GET", "/v1/balance", other("/entente/gateway/gw-dc1"), now, false, false})
 	}
 	if d := ask(compileYAML(t, bankingYAML)); !d.Allowed {
 		t.Fatalf("%+v", d)
@@ -242,7 +277,7 @@ func TestTakingAwayBitesAtOnce(t *testing.T) {
 	if noRelation.IsPeerGateway(other("/entente/gateway/gw-dc1")) {
 		t.Error("without the relationship its gateways still complete connections")
 	}
-	d := noRelation.Decide(Query{other("/portfolio"), "accounts.banking.example", "GET", "/v1/balance", own("/entente/gateway/gw-dc1"), now, false})
+	d := noRelation.Decide(Query{other("/portfolio"), "accounts.banking.example", "GET", "/v1/balance", own("/entente/gateway/gw-dc1"), now, false, false})
 	if d.Reason != refusal.AgreementMissing {
 		t.Errorf("without the relationship, at the callee: %+v", d)
 	}
@@ -250,7 +285,7 @@ func TestTakingAwayBitesAtOnce(t *testing.T) {
 	if d := ask(noAgreement); d.Reason != refusal.GatewayNotAgreed {
 		t.Errorf("without the agreement: %+v", d)
 	}
-	d = noAgreement.Decide(Query{own("/notices"), "prices.trading.example", "GET", "/", spiffeid.ID{}, now, false})
+	d = noAgreement.Decide(Query{own("/notices"), "prices.trading.example", "GET", "/", spiffeid.ID{}, now, false, false})
 	if d.Reason != refusal.AgreementMissing {
 		t.Errorf("without the agreement, outbound: %+v", d)
 	}
@@ -404,7 +439,7 @@ spec:
   expires: 2026-01-01
   allow: [{callers: [market-data], service: accounts}]
 `)
-	e := tables.Explain(Query{other("/market-data"), "accounts.banking.example", "GET", "/v1/balance", own("/entente/gateway/gw-dc1"), now, false})
+	e := tables.Explain(Query{other("/market-data"), "accounts.banking.example", "GET", "/v1/balance", own("/entente/gateway/gw-dc1"), now, false, false})
 	if e.Reason != refusal.AgreementExpired || e.Rule != "Agreement/second" || len(e.Steps) != 2 {
 		t.Errorf("the rule that came nearest is not the one reported: %+v", e)
 	}
@@ -419,7 +454,7 @@ func FuzzDecidePath(f *testing.F) {
 		f.Add("GET", seed)
 	}
 	f.Fuzz(func(t *testing.T, method, path string) {
-		q := Query{other("/portfolio"), "accounts.banking.example", method, path, own("/entente/gateway/gw-dc1"), now, false}
+		q := Query{other("/portfolio"), "accounts.banking.example", method, path, own("/entente/gateway/gw-dc1"), now, false, false}
 		d := tables.Decide(q)
 		if !d.Allowed {
 			return
@@ -484,9 +519,9 @@ func TestDecideDoesNotAllocate(t *testing.T) {
 
 func benchQueries() map[string]Query {
 	return map[string]Query{
-		"in-domain": {own("/notices"), "accounts.banking.example", "GET", "/v1/balance/42", spiffeid.ID{}, now, false},
-		"import":    {own("/notices"), "prices.trading.example", "GET", "/v1/quotes/ACME", own("/notices"), now, false},
-		"export":    {other("/portfolio"), "accounts.banking.example", "GET", "/v1/balance/42", other("/entente/gateway/gw-dc1"), now, false},
+		"in-domain": {own("/notices"), "accounts.banking.example", "GET", "/v1/balance/42", spiffeid.ID{}, now, false, false},
+		"import":    {own("/notices"), "prices.trading.example", "GET", "/v1/quotes/ACME", own("/notices"), now, false, false},
+		"export":    {other("/portfolio"), "accounts.banking.example", "GET", "/v1/balance/42", other("/entente/gateway/gw-dc1"), now, false, false},
 	}
 }
 

@@ -71,6 +71,8 @@ type Service struct {
 	Hosts        []string // agents that may run it
 	Port         uint16   // where the application listens; 0: it only calls
 	TCP          bool     // what it speaks there is carried, not looked at; else it is HTTP
+	AnyContent   bool     // it takes content on methods that usually have none
+	ReadsBodies  bool     // it reads all content of a request before the connection's next one
 	HealthPath   string   // empty: a TCP connect is the check
 	OutboundPort uint16   // loopback port on which its workload calls others; 0: none
 	Failover     Failover

@@ -43,8 +43,11 @@ func TestUpdateIsCompile(t *testing.T) {
 				if rapid.IntRange(0, 5).Draw(t, "fails over") == 0 {
 					s.Failover = &statev1.Failover{Order: []string{pick("order", "dc1", "dc9")}}
 				}
-				if rapid.IntRange(0, 3).Draw(t, "speaks TCP") == 0 {
+				switch rapid.IntRange(0, 3).Draw(t, "speaks") {
+				case 0:
 					s.Protocol = statev1.Protocol_PROTOCOL_TCP
+				case 1:
+					s.Http = &statev1.ServiceHTTP{AnyContent: rapid.Bool().Draw(t, "any content"), ReadsBodies: rapid.Bool().Draw(t, "reads bodies")}
 				}
 				o.Kind = &statev1.Object_Service{Service: s}
 			case 0:

@@ -59,6 +59,7 @@ type serviceSpec struct {
 	Path     string        `yaml:"path"` // SPIFFE path; default: "/" and the name
 	Port     uint16        `yaml:"port,min=1"`
 	Protocol protocol      `yaml:"protocol"`
+	HTTP     *contentSpec  `yaml:"http"`
 	Health   *healthSpec   `yaml:"health"`
 	Inbound  string        `yaml:"inbound,oneof=strict"` // the only way there is so far
 	Outbound *outboundSpec `yaml:"outbound"`
@@ -70,6 +71,12 @@ type serviceSpec struct {
 	Edge     bool          `yaml:"edge"` // the identity of an edge
 }
 
+// contentSpec says what the application does with the content of requests.
+type contentSpec struct {
+	Content     string `yaml:"content,oneof=any"` // absent: none on GET, HEAD, OPTIONS, DELETE and TRACE
+	ReadsBodies bool   `yaml:"readsBodies"`
+}
+
 type healthSpec struct {
 	yamlfile.Pos
 	HTTP string    `yaml:"http"`
@@ -79,6 +86,8 @@ type healthSpec struct {
 type grpcSpec struct {
 	Service string `yaml:"service"` // empty: the server as a whole
 }
+
+const anyContent = "any"
 
 // grpcHealth marks a health check by gRPC's health protocol in a Service's record,
 // with the name of the gRPC service behind it.
@@ -393,6 +402,9 @@ func (p *parser) service(d *document[serviceSpec], object *statev1.Object) error
 	if s.Path != "" {
 		service.Path = s.Path
 	}
+	if h := s.HTTP; h != nil && (h.Content != "" || h.ReadsBodies) {
+		service.Http = &statev1.ServiceHTTP{AnyContent: h.Content == anyContent, ReadsBodies: h.ReadsBodies}
+	}
 	if s.Health != nil {
 		if s.Health.HTTP != "" && s.Health.GRPC != nil || s.Health.HTTP == "" && s.Health.GRPC == nil {
 			return s.Health.Errorf("health is either http: /path or grpc: {service: NAME}; leave it out for a TCP connection")
@@ -681,6 +693,12 @@ func formatService(s *statev1.Service) (serviceSpec, error) {
 	spec := serviceSpec{Run: run, Port: uint16(s.GetPort()), Protocol: protocol(s.GetProtocol()), Calls: s.GetCalls(), Edge: s.GetEdge()}
 	if s.GetPath() != "/"+s.GetName() {
 		spec.Path = s.GetPath()
+	}
+	if h := s.GetHttp(); h.GetAnyContent() || h.GetReadsBodies() {
+		spec.HTTP = &contentSpec{ReadsBodies: h.GetReadsBodies()}
+		if h.GetAnyContent() {
+			spec.HTTP.Content = anyContent
+		}
 	}
 	if s.GetHealthPath() != "" {
 		spec.Health = &healthSpec{HTTP: s.GetHealthPath()}

@@ -53,6 +53,7 @@ func TestParseObjectsRefuses(t *testing.T) {
 		{"port 0", head("Service") + "  run: {uid: 1, hosts: [h]}\n  port: 0\n", "0 is too small; the least is 1"},
 		{"no name", "apiVersion: entente/v1\nkind: Service\nspec: {run: {uid: 1, hosts: [h]}}\n", "Service has no metadata.name"},
 		{"no run", head("Service") + "  port: 1\n", `key "run" is missing in Service spec`},
+		{"content", head("Service") + "  run: {uid: 1, hosts: [h]}\n  http: {content: none}\n", `"none" is not one of any`},
 		{"protocol", head("Service") + "  run: {uid: 1, hosts: [h]}\n  protocol: udp\n", `"udp" is not one of http, tcp`},
 		{"port of an import", "apiVersion: entente/v1\nkind: Import\nspec: {service: a.b, port: 65536}\n", "from 0 to 65535"},
 		{"mode", head("Service") + "  run: {uid: 1, hosts: [h]}\n  failover: {mode: atuo}\n", `"atuo" is not one of auto, manual; did you mean "auto"?`},
@@ -141,6 +142,9 @@ func genObject() *rapid.Generator[*statev1.Object] {
 			}
 			if rapid.Bool().Draw(t, "other path") {
 				s.Path = odd.Draw(t, "path")
+			}
+			if content := rapid.IntRange(0, 3).Draw(t, "content"); content > 0 {
+				s.Http = &statev1.ServiceHTTP{AnyContent: content&1 != 0, ReadsBodies: content&2 != 0}
 			}
 			if rapid.Bool().Draw(t, "failover") {
 				s.Failover = &statev1.Failover{

@@ -247,10 +247,32 @@ func (e *Engine) dial(ctx context.Context, address string, foreign bool) (net.Co
 }
 
 // applications is the way to the host's own services: plain HTTP or TCP on loopback.
+// Callers of different trust domains share no connection, so that whatever an
+// application confuses on one stays within a domain.
 type applications struct {
-	dial  func(ctx context.Context, network, address string) (net.Conn, error) // asks Backend.Attest first
-	http1 *http.Transport
-	h2c   *http.Transport
+	dial func(ctx context.Context, network, address string) (net.Conn, error) // asks Backend.Attest first
+
+	mu      sync.RWMutex
+	domains map[spiffeid.TrustDomain]appTransports // those that were allowed a request since the start
+}
+
+type appTransports struct{ http1, h2c *http.Transport }
+
+// of returns the connections for callers of a domain.
+func (a *applications) of(td spiffeid.TrustDomain) appTransports {
+	a.mu.RLock()
+	t, ok := a.domains[td]
+	a.mu.RUnlock()
+	if ok {
+		return t
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if t, ok = a.domains[td]; !ok {
+		t = a.transports()
+		a.domains[td] = t
+	}
+	return t
 }
 
 // attestKey carries Backend.Attest to the dial of a connection.
@@ -265,10 +287,14 @@ func (a *applications) init(connect func(ctx context.Context, address string, fo
 		}
 		return connect(ctx, address, false)
 	}
+	a.domains = map[spiffeid.TrustDomain]appTransports{}
+}
+
+func (a *applications) transports() (t appTransports) {
 	one, two := new(http.Protocols), new(http.Protocols)
 	one.SetHTTP1(true)
 	two.SetUnencryptedHTTP2(true)
-	a.http1 = &http.Transport{
+	t.http1 = &http.Transport{
 		DialContext:            a.dial,
 		Protocols:              one,
 		DisableCompression:     true,
@@ -276,16 +302,21 @@ func (a *applications) init(connect func(ctx context.Context, address string, fo
 		IdleConnTimeout:        30 * time.Second,
 		MaxResponseHeaderBytes: maxHeaderBytes,
 	}
-	a.h2c = &http.Transport{
+	t.h2c = &http.Transport{
 		DialContext:            a.dial,
 		Protocols:              two,
 		DisableCompression:     true,
 		IdleConnTimeout:        30 * time.Second,
 		MaxResponseHeaderBytes: maxHeaderBytes,
 	}
+	return t
 }
 
 func (a *applications) close() {
-	a.http1.CloseIdleConnections()
-	a.h2c.CloseIdleConnections()
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, t := range a.domains {
+		t.http1.CloseIdleConnections()
+		t.h2c.CloseIdleConnections()
+	}
 }

@@ -36,6 +36,7 @@ type exchange struct {
 	again   bool          // the hop before is trying for the second time or more
 	upgrade string        // protocol of an Upgrade
 	tcp     bool          // which is TCP of a service that speaks no HTTP
+	content bool          // the request has content, or may have
 	begun   bool          // the answer has begun
 	broken  bool          // and could not be finished: the connection must not look clean
 }
@@ -55,6 +56,7 @@ func (e *Engine) begin(hop string, w http.ResponseWriter, r *http.Request, servi
 		start:   now,
 		timeout: e.cfg.Timing.Deadline,
 		upgrade: header.Upgrade(r.Header),
+		content: r.ContentLength != 0, // unknown is -1: chunked, or HTTP/2 without END_STREAM
 		record: record{
 			hop:       hop,
 			requestID: id,
@@ -64,8 +66,8 @@ func (e *Engine) begin(hop string, w http.ResponseWriter, r *http.Request, servi
 			outcome:   outcomeRefused,
 		},
 	}
-	if x.upgrade == "h2c" {
-		x.upgrade = "" // an offer that may be ignored (RFC 9110 section 7.8)
+	if x.content || x.upgrade == "h2c" {
+		x.upgrade = "" // an offer that may be ignored (RFC 9110 section 7.8), and content may not be lost to it
 	}
 	if x.tcp = x.upgrade == header.TCP; x.tcp {
 		x.record.method, x.record.path = "TCP", ""
@@ -143,6 +145,8 @@ func (x *exchange) decide() bool {
 		Path:   x.record.path,
 		Now:    time.Now(),
 		TCP:    x.tcp,
+
+		Content: x.content,
 	}
 	if d, _ := x.r.Context().Value(downstreamKey{}).(*downstream); d != nil {
 		x.query.Peer = d.id

@@ -101,7 +101,7 @@ func newSender(x *exchange) *sender {
 	}
 	delete(s.head, "Expect") // the 100 (Continue) is ours to give: our server sends it when the body is first read
 	s.head[header.RequestID] = []string{x.record.requestID}
-	if x.r.Body != nil && x.r.Body != http.NoBody && x.upgrade == "" {
+	if x.content {
 		s.body = newSource(x.r.Body, func() http.Header { return trailers(x.r.Trailer) })
 	}
 	s.ctx, s.cancel = context.WithCancelCause(x.r.Context())
@@ -450,15 +450,22 @@ func (x *exchange) toApplication(b Backend, d *downstream) {
 	var status int
 	var failure error
 	defer s.give(b, &status, &failure)()
-	transport := e.apps.http1
+	apps := e.apps.of(x.who.TrustDomain())
+	transport := apps.http1
 	if header.IsGRPC(s.head) {
-		transport = e.apps.h2c
+		transport = apps.h2c
 	}
 	var sent atomic.Bool
 	ctx := context.WithValue(s.ctx, attestKey{}, b.Attest)
-	res, err := transport.RoundTrip(s.request(httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+	request := s.request(httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
 		GotConn: func(httptrace.GotConnInfo) { sent.Store(true) }, // WroteHeaders may come too late
-	}), "http", b.Address))
+	}), "http", b.Address)
+	// An application that leaves content unread takes it for the connection's next
+	// request, so after content there is none, unless its Service says that it reads it.
+	// A 100 (Continue) would prove nothing: Python's http.server sends one to whoever
+	// expects it, before its handler decides whether to read.
+	request.Close = x.content && transport == apps.http1 && !x.target.Service.ReadsBodies
+	res, err := transport.RoundTrip(request)
 	if err != nil {
 		s.err, s.mayHaveRun = err, sent.Load()
 		if s.body.failed() != nil {

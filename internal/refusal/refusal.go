@@ -41,6 +41,7 @@ const (
 	CallerCalls    Reason = "caller-calls"
 	PeerNotAllowed Reason = "peer-not-allowed"
 	Protocol       Reason = "protocol"
+	Content        Reason = "content"
 
 	GatewayNotAgreed Reason = "gateway-not-agreed"
 	AgreementMissing Reason = "agreement-missing"
@@ -93,6 +94,7 @@ var table = []Row{
 	{CallerCalls, http.StatusForbidden, grpcPermissionDenied, "The caller's entry does not list this service.", "Add the service to \"calls\" of the calling Service."},
 	{PeerNotAllowed, http.StatusForbidden, grpcPermissionDenied, "The connection's peer may not speak for this caller.", "Only a gateway speaks for others; connect with the caller's own SVID."},
 	{Protocol, http.StatusMisdirectedRequest, grpcFailedPrecondition, "The service does not speak this protocol.", "Call a TCP service at its own port and the address that its name resolves to, an HTTP service by HTTP."},
+	{Content, http.StatusBadRequest, grpcInternal, "This method takes no content here.", "Send no body with GET, HEAD, OPTIONS, DELETE or TRACE; if the application reads such bodies, its Service says \"http: {content: any}\"."},
 
 	{GatewayNotAgreed, http.StatusForbidden, grpcPermissionDenied, "The peer gateway is not listed by the agreement.", "List the gateway's exact SPIFFE ID in the agreement."},
 	{AgreementMissing, http.StatusForbidden, grpcPermissionDenied, "No agreement is about this service.", "Both domains apply an agreement that lists the service."},

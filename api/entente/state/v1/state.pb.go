@@ -1928,6 +1928,7 @@ type Service struct {
 	WitSvidSeconds  uint32                 `protobuf:"varint,14,opt,name=wit_svid_seconds,json=witSvidSeconds,proto3" json:"wit_svid_seconds,omitempty"`
 	Protocol        Protocol               `protobuf:"varint,155,opt,name=protocol,proto3,enum=entente.state.v1.Protocol" json:"protocol,omitempty"`
 	Edge            bool                   `protobuf:"varint,200,opt,name=edge,proto3" json:"edge,omitempty"` // the identity of an edge, which follows Sync by itself: no port, no outbound_port
+	Http            *ServiceHTTP           `protobuf:"bytes,230,opt,name=http,proto3" json:"http,omitempty"`  // absent: the zero value
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -2074,6 +2075,66 @@ func (x *Service) GetEdge() bool {
 	return false
 }
 
+func (x *Service) GetHttp() *ServiceHTTP {
+	if x != nil {
+		return x.Http
+	}
+	return nil
+}
+
+// ServiceHTTP is what an HTTP application does with the content of requests.
+type ServiceHTTP struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	AnyContent    bool                   `protobuf:"varint,1,opt,name=any_content,json=anyContent,proto3" json:"any_content,omitempty"`    // it takes content on GET, HEAD, OPTIONS, DELETE and TRACE
+	ReadsBodies   bool                   `protobuf:"varint,2,opt,name=reads_bodies,json=readsBodies,proto3" json:"reads_bodies,omitempty"` // it reads every request's content to its end before the next request of the connection
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ServiceHTTP) Reset() {
+	*x = ServiceHTTP{}
+	mi := &file_entente_state_v1_state_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ServiceHTTP) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ServiceHTTP) ProtoMessage() {}
+
+func (x *ServiceHTTP) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_state_v1_state_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ServiceHTTP.ProtoReflect.Descriptor instead.
+func (*ServiceHTTP) Descriptor() ([]byte, []int) {
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *ServiceHTTP) GetAnyContent() bool {
+	if x != nil {
+		return x.AnyContent
+	}
+	return false
+}
+
+func (x *ServiceHTTP) GetReadsBodies() bool {
+	if x != nil {
+		return x.ReadsBodies
+	}
+	return false
+}
+
 // Failover says where a service's requests may go, and in which order.
 type Failover struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -2087,7 +2148,7 @@ type Failover struct {
 
 func (x *Failover) Reset() {
 	*x = Failover{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[16]
+	mi := &file_entente_state_v1_state_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2099,7 +2160,7 @@ func (x *Failover) String() string {
 func (*Failover) ProtoMessage() {}
 
 func (x *Failover) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[16]
+	mi := &file_entente_state_v1_state_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2112,7 +2173,7 @@ func (x *Failover) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Failover.ProtoReflect.Descriptor instead.
 func (*Failover) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{16}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Failover) GetMode() Mode {
@@ -2157,7 +2218,7 @@ type Gateway struct {
 
 func (x *Gateway) Reset() {
 	*x = Gateway{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[17]
+	mi := &file_entente_state_v1_state_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2169,7 +2230,7 @@ func (x *Gateway) String() string {
 func (*Gateway) ProtoMessage() {}
 
 func (x *Gateway) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[17]
+	mi := &file_entente_state_v1_state_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2182,7 +2243,7 @@ func (x *Gateway) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Gateway.ProtoReflect.Descriptor instead.
 func (*Gateway) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{17}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Gateway) GetName() string {
@@ -2232,7 +2293,7 @@ type Import struct {
 
 func (x *Import) Reset() {
 	*x = Import{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[18]
+	mi := &file_entente_state_v1_state_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2244,7 +2305,7 @@ func (x *Import) String() string {
 func (*Import) ProtoMessage() {}
 
 func (x *Import) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[18]
+	mi := &file_entente_state_v1_state_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2257,7 +2318,7 @@ func (x *Import) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Import.ProtoReflect.Descriptor instead.
 func (*Import) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{18}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Import) GetService() string {
@@ -2297,7 +2358,7 @@ type Agreement struct {
 
 func (x *Agreement) Reset() {
 	*x = Agreement{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[19]
+	mi := &file_entente_state_v1_state_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2309,7 +2370,7 @@ func (x *Agreement) String() string {
 func (*Agreement) ProtoMessage() {}
 
 func (x *Agreement) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[19]
+	mi := &file_entente_state_v1_state_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2322,7 +2383,7 @@ func (x *Agreement) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Agreement.ProtoReflect.Descriptor instead.
 func (*Agreement) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{19}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Agreement) GetName() string {
@@ -2371,7 +2432,7 @@ type PeerGateway struct {
 
 func (x *PeerGateway) Reset() {
 	*x = PeerGateway{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[20]
+	mi := &file_entente_state_v1_state_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2383,7 +2444,7 @@ func (x *PeerGateway) String() string {
 func (*PeerGateway) ProtoMessage() {}
 
 func (x *PeerGateway) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[20]
+	mi := &file_entente_state_v1_state_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2396,7 +2457,7 @@ func (x *PeerGateway) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PeerGateway.ProtoReflect.Descriptor instead.
 func (*PeerGateway) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{20}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *PeerGateway) GetPath() string {
@@ -2431,7 +2492,7 @@ type Allow struct {
 
 func (x *Allow) Reset() {
 	*x = Allow{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[21]
+	mi := &file_entente_state_v1_state_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2443,7 +2504,7 @@ func (x *Allow) String() string {
 func (*Allow) ProtoMessage() {}
 
 func (x *Allow) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[21]
+	mi := &file_entente_state_v1_state_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2456,7 +2517,7 @@ func (x *Allow) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Allow.ProtoReflect.Descriptor instead.
 func (*Allow) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{21}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Allow) GetCallers() []string {
@@ -2491,7 +2552,7 @@ type HTTPMatch struct {
 
 func (x *HTTPMatch) Reset() {
 	*x = HTTPMatch{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[22]
+	mi := &file_entente_state_v1_state_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2503,7 +2564,7 @@ func (x *HTTPMatch) String() string {
 func (*HTTPMatch) ProtoMessage() {}
 
 func (x *HTTPMatch) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[22]
+	mi := &file_entente_state_v1_state_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2516,7 +2577,7 @@ func (x *HTTPMatch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HTTPMatch.ProtoReflect.Descriptor instead.
 func (*HTTPMatch) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{22}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *HTTPMatch) GetMethods() []string {
@@ -2554,7 +2615,7 @@ type Relationship struct {
 
 func (x *Relationship) Reset() {
 	*x = Relationship{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[23]
+	mi := &file_entente_state_v1_state_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2566,7 +2627,7 @@ func (x *Relationship) String() string {
 func (*Relationship) ProtoMessage() {}
 
 func (x *Relationship) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[23]
+	mi := &file_entente_state_v1_state_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2579,7 +2640,7 @@ func (x *Relationship) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Relationship.ProtoReflect.Descriptor instead.
 func (*Relationship) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{23}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Relationship) GetTrustDomain() string {
@@ -2630,7 +2691,7 @@ type RoleBinding struct {
 
 func (x *RoleBinding) Reset() {
 	*x = RoleBinding{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[24]
+	mi := &file_entente_state_v1_state_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2642,7 +2703,7 @@ func (x *RoleBinding) String() string {
 func (*RoleBinding) ProtoMessage() {}
 
 func (x *RoleBinding) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[24]
+	mi := &file_entente_state_v1_state_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2655,7 +2716,7 @@ func (x *RoleBinding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RoleBinding.ProtoReflect.Descriptor instead.
 func (*RoleBinding) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{24}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *RoleBinding) GetName() string {
@@ -2699,7 +2760,7 @@ type ForeignBundle struct {
 
 func (x *ForeignBundle) Reset() {
 	*x = ForeignBundle{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[25]
+	mi := &file_entente_state_v1_state_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2711,7 +2772,7 @@ func (x *ForeignBundle) String() string {
 func (*ForeignBundle) ProtoMessage() {}
 
 func (x *ForeignBundle) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[25]
+	mi := &file_entente_state_v1_state_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2724,7 +2785,7 @@ func (x *ForeignBundle) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForeignBundle.ProtoReflect.Descriptor instead.
 func (*ForeignBundle) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{25}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ForeignBundle) GetTrustDomain() string {
@@ -2797,7 +2858,7 @@ type Command struct {
 
 func (x *Command) Reset() {
 	*x = Command{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[26]
+	mi := &file_entente_state_v1_state_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2809,7 +2870,7 @@ func (x *Command) String() string {
 func (*Command) ProtoMessage() {}
 
 func (x *Command) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[26]
+	mi := &file_entente_state_v1_state_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2822,7 +2883,7 @@ func (x *Command) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Command.ProtoReflect.Descriptor instead.
 func (*Command) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{26}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Command) GetIfRevision() uint64 {
@@ -3249,7 +3310,7 @@ type Batch struct {
 
 func (x *Batch) Reset() {
 	*x = Batch{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[27]
+	mi := &file_entente_state_v1_state_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3261,7 +3322,7 @@ func (x *Batch) String() string {
 func (*Batch) ProtoMessage() {}
 
 func (x *Batch) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[27]
+	mi := &file_entente_state_v1_state_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3274,7 +3335,7 @@ func (x *Batch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Batch.ProtoReflect.Descriptor instead.
 func (*Batch) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{27}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Batch) GetCommands() [][]byte {
@@ -3294,7 +3355,7 @@ type Init struct {
 
 func (x *Init) Reset() {
 	*x = Init{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[28]
+	mi := &file_entente_state_v1_state_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3306,7 +3367,7 @@ func (x *Init) String() string {
 func (*Init) ProtoMessage() {}
 
 func (x *Init) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[28]
+	mi := &file_entente_state_v1_state_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3319,7 +3380,7 @@ func (x *Init) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Init.ProtoReflect.Descriptor instead.
 func (*Init) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{28}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *Init) GetCluster() *Cluster {
@@ -3345,7 +3406,7 @@ type CreateToken struct {
 
 func (x *CreateToken) Reset() {
 	*x = CreateToken{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[29]
+	mi := &file_entente_state_v1_state_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3357,7 +3418,7 @@ func (x *CreateToken) String() string {
 func (*CreateToken) ProtoMessage() {}
 
 func (x *CreateToken) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[29]
+	mi := &file_entente_state_v1_state_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3370,7 +3431,7 @@ func (x *CreateToken) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateToken.ProtoReflect.Descriptor instead.
 func (*CreateToken) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{29}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *CreateToken) GetToken() *Token {
@@ -3394,7 +3455,7 @@ type JoinMember struct {
 
 func (x *JoinMember) Reset() {
 	*x = JoinMember{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[30]
+	mi := &file_entente_state_v1_state_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3406,7 +3467,7 @@ func (x *JoinMember) String() string {
 func (*JoinMember) ProtoMessage() {}
 
 func (x *JoinMember) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[30]
+	mi := &file_entente_state_v1_state_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3419,7 +3480,7 @@ func (x *JoinMember) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinMember.ProtoReflect.Descriptor instead.
 func (*JoinMember) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{30}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *JoinMember) GetTokenId() string {
@@ -3465,7 +3526,7 @@ type JoinStatement struct {
 
 func (x *JoinStatement) Reset() {
 	*x = JoinStatement{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[31]
+	mi := &file_entente_state_v1_state_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3477,7 +3538,7 @@ func (x *JoinStatement) String() string {
 func (*JoinStatement) ProtoMessage() {}
 
 func (x *JoinStatement) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[31]
+	mi := &file_entente_state_v1_state_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3490,7 +3551,7 @@ func (x *JoinStatement) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinStatement.ProtoReflect.Descriptor instead.
 func (*JoinStatement) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{31}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *JoinStatement) GetClusterId() []byte {
@@ -3548,7 +3609,7 @@ type UpdateMember struct {
 
 func (x *UpdateMember) Reset() {
 	*x = UpdateMember{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[32]
+	mi := &file_entente_state_v1_state_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3560,7 +3621,7 @@ func (x *UpdateMember) String() string {
 func (*UpdateMember) ProtoMessage() {}
 
 func (x *UpdateMember) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[32]
+	mi := &file_entente_state_v1_state_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3573,7 +3634,7 @@ func (x *UpdateMember) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateMember.ProtoReflect.Descriptor instead.
 func (*UpdateMember) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{32}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *UpdateMember) GetId() string {
@@ -3614,7 +3675,7 @@ type RemoveMember struct {
 
 func (x *RemoveMember) Reset() {
 	*x = RemoveMember{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[33]
+	mi := &file_entente_state_v1_state_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3626,7 +3687,7 @@ func (x *RemoveMember) String() string {
 func (*RemoveMember) ProtoMessage() {}
 
 func (x *RemoveMember) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[33]
+	mi := &file_entente_state_v1_state_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3639,7 +3700,7 @@ func (x *RemoveMember) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveMember.ProtoReflect.Descriptor instead.
 func (*RemoveMember) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{33}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *RemoveMember) GetId() string {
@@ -3667,7 +3728,7 @@ type PromoteMember struct {
 
 func (x *PromoteMember) Reset() {
 	*x = PromoteMember{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[34]
+	mi := &file_entente_state_v1_state_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3679,7 +3740,7 @@ func (x *PromoteMember) String() string {
 func (*PromoteMember) ProtoMessage() {}
 
 func (x *PromoteMember) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[34]
+	mi := &file_entente_state_v1_state_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3692,7 +3753,7 @@ func (x *PromoteMember) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PromoteMember.ProtoReflect.Descriptor instead.
 func (*PromoteMember) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{34}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *PromoteMember) GetId() string {
@@ -3714,7 +3775,7 @@ type AttestAgent struct {
 
 func (x *AttestAgent) Reset() {
 	*x = AttestAgent{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[35]
+	mi := &file_entente_state_v1_state_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3726,7 +3787,7 @@ func (x *AttestAgent) String() string {
 func (*AttestAgent) ProtoMessage() {}
 
 func (x *AttestAgent) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[35]
+	mi := &file_entente_state_v1_state_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3739,7 +3800,7 @@ func (x *AttestAgent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttestAgent.ProtoReflect.Descriptor instead.
 func (*AttestAgent) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{35}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *AttestAgent) GetTokenId() string {
@@ -3781,7 +3842,7 @@ type AdmitAgent struct {
 
 func (x *AdmitAgent) Reset() {
 	*x = AdmitAgent{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[36]
+	mi := &file_entente_state_v1_state_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3793,7 +3854,7 @@ func (x *AdmitAgent) String() string {
 func (*AdmitAgent) ProtoMessage() {}
 
 func (x *AdmitAgent) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[36]
+	mi := &file_entente_state_v1_state_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3806,7 +3867,7 @@ func (x *AdmitAgent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AdmitAgent.ProtoReflect.Descriptor instead.
 func (*AdmitAgent) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{36}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *AdmitAgent) GetAgent() *Agent {
@@ -3830,7 +3891,7 @@ type PossessionStatement struct {
 
 func (x *PossessionStatement) Reset() {
 	*x = PossessionStatement{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[37]
+	mi := &file_entente_state_v1_state_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3842,7 +3903,7 @@ func (x *PossessionStatement) String() string {
 func (*PossessionStatement) ProtoMessage() {}
 
 func (x *PossessionStatement) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[37]
+	mi := &file_entente_state_v1_state_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3855,7 +3916,7 @@ func (x *PossessionStatement) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PossessionStatement.ProtoReflect.Descriptor instead.
 func (*PossessionStatement) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{37}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *PossessionStatement) GetTrustDomain() string {
@@ -3899,7 +3960,7 @@ type PrepareAuthority struct {
 
 func (x *PrepareAuthority) Reset() {
 	*x = PrepareAuthority{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[38]
+	mi := &file_entente_state_v1_state_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3911,7 +3972,7 @@ func (x *PrepareAuthority) String() string {
 func (*PrepareAuthority) ProtoMessage() {}
 
 func (x *PrepareAuthority) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[38]
+	mi := &file_entente_state_v1_state_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3924,7 +3985,7 @@ func (x *PrepareAuthority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareAuthority.ProtoReflect.Descriptor instead.
 func (*PrepareAuthority) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{38}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *PrepareAuthority) GetAuthority() *Authority {
@@ -3958,7 +4019,7 @@ type AuthorityReady struct {
 
 func (x *AuthorityReady) Reset() {
 	*x = AuthorityReady{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[39]
+	mi := &file_entente_state_v1_state_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3970,7 +4031,7 @@ func (x *AuthorityReady) String() string {
 func (*AuthorityReady) ProtoMessage() {}
 
 func (x *AuthorityReady) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[39]
+	mi := &file_entente_state_v1_state_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3983,7 +4044,7 @@ func (x *AuthorityReady) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityReady.ProtoReflect.Descriptor instead.
 func (*AuthorityReady) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{39}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *AuthorityReady) GetId() string {
@@ -4009,7 +4070,7 @@ type ActivateAuthority struct {
 
 func (x *ActivateAuthority) Reset() {
 	*x = ActivateAuthority{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[40]
+	mi := &file_entente_state_v1_state_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4021,7 +4082,7 @@ func (x *ActivateAuthority) String() string {
 func (*ActivateAuthority) ProtoMessage() {}
 
 func (x *ActivateAuthority) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[40]
+	mi := &file_entente_state_v1_state_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4034,7 +4095,7 @@ func (x *ActivateAuthority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ActivateAuthority.ProtoReflect.Descriptor instead.
 func (*ActivateAuthority) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{40}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *ActivateAuthority) GetId() string {
@@ -4054,7 +4115,7 @@ type ApplyObjects struct {
 
 func (x *ApplyObjects) Reset() {
 	*x = ApplyObjects{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[41]
+	mi := &file_entente_state_v1_state_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4066,7 +4127,7 @@ func (x *ApplyObjects) String() string {
 func (*ApplyObjects) ProtoMessage() {}
 
 func (x *ApplyObjects) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[41]
+	mi := &file_entente_state_v1_state_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4079,7 +4140,7 @@ func (x *ApplyObjects) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyObjects.ProtoReflect.Descriptor instead.
 func (*ApplyObjects) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{41}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *ApplyObjects) GetUpserts() []*Object {
@@ -4109,7 +4170,7 @@ type StageObjects struct {
 
 func (x *StageObjects) Reset() {
 	*x = StageObjects{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[42]
+	mi := &file_entente_state_v1_state_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4121,7 +4182,7 @@ func (x *StageObjects) String() string {
 func (*StageObjects) ProtoMessage() {}
 
 func (x *StageObjects) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[42]
+	mi := &file_entente_state_v1_state_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4134,7 +4195,7 @@ func (x *StageObjects) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StageObjects.ProtoReflect.Descriptor instead.
 func (*StageObjects) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{42}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *StageObjects) GetId() []byte {
@@ -4170,7 +4231,7 @@ type ApplyStaged struct {
 
 func (x *ApplyStaged) Reset() {
 	*x = ApplyStaged{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[43]
+	mi := &file_entente_state_v1_state_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4182,7 +4243,7 @@ func (x *ApplyStaged) String() string {
 func (*ApplyStaged) ProtoMessage() {}
 
 func (x *ApplyStaged) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[43]
+	mi := &file_entente_state_v1_state_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4195,7 +4256,7 @@ func (x *ApplyStaged) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyStaged.ProtoReflect.Descriptor instead.
 func (*ApplyStaged) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{43}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *ApplyStaged) GetId() []byte {
@@ -4222,7 +4283,7 @@ type TaintAuthority struct {
 
 func (x *TaintAuthority) Reset() {
 	*x = TaintAuthority{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[44]
+	mi := &file_entente_state_v1_state_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4234,7 +4295,7 @@ func (x *TaintAuthority) String() string {
 func (*TaintAuthority) ProtoMessage() {}
 
 func (x *TaintAuthority) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[44]
+	mi := &file_entente_state_v1_state_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4247,7 +4308,7 @@ func (x *TaintAuthority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaintAuthority.ProtoReflect.Descriptor instead.
 func (*TaintAuthority) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{44}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *TaintAuthority) GetId() string {
@@ -4268,7 +4329,7 @@ type AuthorityDrained struct {
 
 func (x *AuthorityDrained) Reset() {
 	*x = AuthorityDrained{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[45]
+	mi := &file_entente_state_v1_state_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4280,7 +4341,7 @@ func (x *AuthorityDrained) String() string {
 func (*AuthorityDrained) ProtoMessage() {}
 
 func (x *AuthorityDrained) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[45]
+	mi := &file_entente_state_v1_state_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4293,7 +4354,7 @@ func (x *AuthorityDrained) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityDrained.ProtoReflect.Descriptor instead.
 func (*AuthorityDrained) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{45}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *AuthorityDrained) GetId() string {
@@ -4321,7 +4382,7 @@ type RevokeAuthority struct {
 
 func (x *RevokeAuthority) Reset() {
 	*x = RevokeAuthority{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[46]
+	mi := &file_entente_state_v1_state_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4333,7 +4394,7 @@ func (x *RevokeAuthority) String() string {
 func (*RevokeAuthority) ProtoMessage() {}
 
 func (x *RevokeAuthority) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[46]
+	mi := &file_entente_state_v1_state_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4346,7 +4407,7 @@ func (x *RevokeAuthority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeAuthority.ProtoReflect.Descriptor instead.
 func (*RevokeAuthority) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{46}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *RevokeAuthority) GetId() string {
@@ -4373,7 +4434,7 @@ type BanAgent struct {
 
 func (x *BanAgent) Reset() {
 	*x = BanAgent{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[47]
+	mi := &file_entente_state_v1_state_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4385,7 +4446,7 @@ func (x *BanAgent) String() string {
 func (*BanAgent) ProtoMessage() {}
 
 func (x *BanAgent) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[47]
+	mi := &file_entente_state_v1_state_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4398,7 +4459,7 @@ func (x *BanAgent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BanAgent.ProtoReflect.Descriptor instead.
 func (*BanAgent) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{47}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *BanAgent) GetName() string {
@@ -4418,7 +4479,7 @@ type EvictAgent struct {
 
 func (x *EvictAgent) Reset() {
 	*x = EvictAgent{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[48]
+	mi := &file_entente_state_v1_state_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4430,7 +4491,7 @@ func (x *EvictAgent) String() string {
 func (*EvictAgent) ProtoMessage() {}
 
 func (x *EvictAgent) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[48]
+	mi := &file_entente_state_v1_state_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4443,7 +4504,7 @@ func (x *EvictAgent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EvictAgent.ProtoReflect.Descriptor instead.
 func (*EvictAgent) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{48}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *EvictAgent) GetName() string {
@@ -4464,7 +4525,7 @@ type MergeBans struct {
 
 func (x *MergeBans) Reset() {
 	*x = MergeBans{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[49]
+	mi := &file_entente_state_v1_state_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4476,7 +4537,7 @@ func (x *MergeBans) String() string {
 func (*MergeBans) ProtoMessage() {}
 
 func (x *MergeBans) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[49]
+	mi := &file_entente_state_v1_state_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4489,7 +4550,7 @@ func (x *MergeBans) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MergeBans.ProtoReflect.Descriptor instead.
 func (*MergeBans) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{49}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *MergeBans) GetBans() []*RememberedBan {
@@ -4509,7 +4570,7 @@ type RememberedBan struct {
 
 func (x *RememberedBan) Reset() {
 	*x = RememberedBan{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[50]
+	mi := &file_entente_state_v1_state_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4521,7 +4582,7 @@ func (x *RememberedBan) String() string {
 func (*RememberedBan) ProtoMessage() {}
 
 func (x *RememberedBan) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[50]
+	mi := &file_entente_state_v1_state_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4534,7 +4595,7 @@ func (x *RememberedBan) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RememberedBan.ProtoReflect.Descriptor instead.
 func (*RememberedBan) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{50}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *RememberedBan) GetAgent() *Agent {
@@ -4561,7 +4622,7 @@ type RevokeToken struct {
 
 func (x *RevokeToken) Reset() {
 	*x = RevokeToken{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[51]
+	mi := &file_entente_state_v1_state_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4573,7 +4634,7 @@ func (x *RevokeToken) String() string {
 func (*RevokeToken) ProtoMessage() {}
 
 func (x *RevokeToken) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[51]
+	mi := &file_entente_state_v1_state_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4586,7 +4647,7 @@ func (x *RevokeToken) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeToken.ProtoReflect.Descriptor instead.
 func (*RevokeToken) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{51}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *RevokeToken) GetId() string {
@@ -4606,7 +4667,7 @@ type ChangeEntries struct {
 
 func (x *ChangeEntries) Reset() {
 	*x = ChangeEntries{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[52]
+	mi := &file_entente_state_v1_state_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4618,7 +4679,7 @@ func (x *ChangeEntries) String() string {
 func (*ChangeEntries) ProtoMessage() {}
 
 func (x *ChangeEntries) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[52]
+	mi := &file_entente_state_v1_state_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4631,7 +4692,7 @@ func (x *ChangeEntries) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeEntries.ProtoReflect.Descriptor instead.
 func (*ChangeEntries) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{52}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *ChangeEntries) GetChanges() []*EntryChange {
@@ -4656,7 +4717,7 @@ type EntryChange struct {
 
 func (x *EntryChange) Reset() {
 	*x = EntryChange{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[53]
+	mi := &file_entente_state_v1_state_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4668,7 +4729,7 @@ func (x *EntryChange) String() string {
 func (*EntryChange) ProtoMessage() {}
 
 func (x *EntryChange) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[53]
+	mi := &file_entente_state_v1_state_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4681,7 +4742,7 @@ func (x *EntryChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EntryChange.ProtoReflect.Descriptor instead.
 func (*EntryChange) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{53}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *EntryChange) GetAction() isEntryChange_Action {
@@ -4758,7 +4819,7 @@ type StoreForeignBundle struct {
 
 func (x *StoreForeignBundle) Reset() {
 	*x = StoreForeignBundle{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[54]
+	mi := &file_entente_state_v1_state_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4770,7 +4831,7 @@ func (x *StoreForeignBundle) String() string {
 func (*StoreForeignBundle) ProtoMessage() {}
 
 func (x *StoreForeignBundle) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[54]
+	mi := &file_entente_state_v1_state_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4783,7 +4844,7 @@ func (x *StoreForeignBundle) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StoreForeignBundle.ProtoReflect.Descriptor instead.
 func (*StoreForeignBundle) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{54}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *StoreForeignBundle) GetTrustDomain() string {
@@ -4817,7 +4878,7 @@ type Tick struct {
 
 func (x *Tick) Reset() {
 	*x = Tick{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[55]
+	mi := &file_entente_state_v1_state_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4829,7 +4890,7 @@ func (x *Tick) String() string {
 func (*Tick) ProtoMessage() {}
 
 func (x *Tick) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[55]
+	mi := &file_entente_state_v1_state_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4842,7 +4903,7 @@ func (x *Tick) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Tick.ProtoReflect.Descriptor instead.
 func (*Tick) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{55}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *Tick) GetUnixNanos() []int64 {
@@ -4864,7 +4925,7 @@ type Checksum struct {
 
 func (x *Checksum) Reset() {
 	*x = Checksum{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[56]
+	mi := &file_entente_state_v1_state_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4876,7 +4937,7 @@ func (x *Checksum) String() string {
 func (*Checksum) ProtoMessage() {}
 
 func (x *Checksum) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[56]
+	mi := &file_entente_state_v1_state_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4889,7 +4950,7 @@ func (x *Checksum) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Checksum.ProtoReflect.Descriptor instead.
 func (*Checksum) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{56}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *Checksum) GetAtIndex() uint64 {
@@ -4926,7 +4987,7 @@ type AgentCache struct {
 
 func (x *AgentCache) Reset() {
 	*x = AgentCache{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[57]
+	mi := &file_entente_state_v1_state_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4938,7 +4999,7 @@ func (x *AgentCache) String() string {
 func (*AgentCache) ProtoMessage() {}
 
 func (x *AgentCache) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[57]
+	mi := &file_entente_state_v1_state_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4951,7 +5012,7 @@ func (x *AgentCache) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentCache.ProtoReflect.Descriptor instead.
 func (*AgentCache) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{57}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *AgentCache) GetPicture() []byte {
@@ -4989,7 +5050,7 @@ type HeldSVID struct {
 
 func (x *HeldSVID) Reset() {
 	*x = HeldSVID{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[58]
+	mi := &file_entente_state_v1_state_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5001,7 +5062,7 @@ func (x *HeldSVID) String() string {
 func (*HeldSVID) ProtoMessage() {}
 
 func (x *HeldSVID) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[58]
+	mi := &file_entente_state_v1_state_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5014,7 +5075,7 @@ func (x *HeldSVID) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HeldSVID.ProtoReflect.Descriptor instead.
 func (*HeldSVID) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{58}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *HeldSVID) GetEntryId() string {
@@ -5210,7 +5271,7 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\x04kind\"3\n" +
 	"\tObjectKey\x12\x12\n" +
 	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x12\n" +
-	"\x04name\x18\x02 \x01(\tR\x04name\"\x8c\x04\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\"\xc0\x04\n" +
 	"\aService\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04path\x18\x02 \x01(\tR\x04path\x12\x14\n" +
@@ -5229,7 +5290,12 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\x10jwt_svid_seconds\x18\r \x01(\rR\x0ejwtSvidSeconds\x12(\n" +
 	"\x10wit_svid_seconds\x18\x0e \x01(\rR\x0ewitSvidSeconds\x127\n" +
 	"\bprotocol\x18\x9b\x01 \x01(\x0e2\x1a.entente.state.v1.ProtocolR\bprotocol\x12\x13\n" +
-	"\x04edge\x18\xc8\x01 \x01(\bR\x04edge\"\xa3\x01\n" +
+	"\x04edge\x18\xc8\x01 \x01(\bR\x04edge\x122\n" +
+	"\x04http\x18\xe6\x01 \x01(\v2\x1d.entente.state.v1.ServiceHTTPR\x04http\"Q\n" +
+	"\vServiceHTTP\x12\x1f\n" +
+	"\vany_content\x18\x01 \x01(\bR\n" +
+	"anyContent\x12!\n" +
+	"\freads_bodies\x18\x02 \x01(\bR\vreadsBodies\"\xa3\x01\n" +
 	"\bFailover\x12*\n" +
 	"\x04mode\x18\x01 \x01(\x0e2\x16.entente.state.v1.ModeR\x04mode\x12\x14\n" +
 	"\x05order\x18\x02 \x03(\tR\x05order\x122\n" +
@@ -5484,7 +5550,7 @@ func file_entente_state_v1_state_proto_rawDescGZIP() []byte {
 }
 
 var file_entente_state_v1_state_proto_enumTypes = make([]protoimpl.EnumInfo, 7)
-var file_entente_state_v1_state_proto_msgTypes = make([]protoimpl.MessageInfo, 59)
+var file_entente_state_v1_state_proto_msgTypes = make([]protoimpl.MessageInfo, 60)
 var file_entente_state_v1_state_proto_goTypes = []any{
 	(AuthorityPhase)(0),         // 0: entente.state.v1.AuthorityPhase
 	(KeyUse)(0),                 // 1: entente.state.v1.KeyUse
@@ -5509,49 +5575,50 @@ var file_entente_state_v1_state_proto_goTypes = []any{
 	(*Object)(nil),              // 20: entente.state.v1.Object
 	(*ObjectKey)(nil),           // 21: entente.state.v1.ObjectKey
 	(*Service)(nil),             // 22: entente.state.v1.Service
-	(*Failover)(nil),            // 23: entente.state.v1.Failover
-	(*Gateway)(nil),             // 24: entente.state.v1.Gateway
-	(*Import)(nil),              // 25: entente.state.v1.Import
-	(*Agreement)(nil),           // 26: entente.state.v1.Agreement
-	(*PeerGateway)(nil),         // 27: entente.state.v1.PeerGateway
-	(*Allow)(nil),               // 28: entente.state.v1.Allow
-	(*HTTPMatch)(nil),           // 29: entente.state.v1.HTTPMatch
-	(*Relationship)(nil),        // 30: entente.state.v1.Relationship
-	(*RoleBinding)(nil),         // 31: entente.state.v1.RoleBinding
-	(*ForeignBundle)(nil),       // 32: entente.state.v1.ForeignBundle
-	(*Command)(nil),             // 33: entente.state.v1.Command
-	(*Batch)(nil),               // 34: entente.state.v1.Batch
-	(*Init)(nil),                // 35: entente.state.v1.Init
-	(*CreateToken)(nil),         // 36: entente.state.v1.CreateToken
-	(*JoinMember)(nil),          // 37: entente.state.v1.JoinMember
-	(*JoinStatement)(nil),       // 38: entente.state.v1.JoinStatement
-	(*UpdateMember)(nil),        // 39: entente.state.v1.UpdateMember
-	(*RemoveMember)(nil),        // 40: entente.state.v1.RemoveMember
-	(*PromoteMember)(nil),       // 41: entente.state.v1.PromoteMember
-	(*AttestAgent)(nil),         // 42: entente.state.v1.AttestAgent
-	(*AdmitAgent)(nil),          // 43: entente.state.v1.AdmitAgent
-	(*PossessionStatement)(nil), // 44: entente.state.v1.PossessionStatement
-	(*PrepareAuthority)(nil),    // 45: entente.state.v1.PrepareAuthority
-	(*AuthorityReady)(nil),      // 46: entente.state.v1.AuthorityReady
-	(*ActivateAuthority)(nil),   // 47: entente.state.v1.ActivateAuthority
-	(*ApplyObjects)(nil),        // 48: entente.state.v1.ApplyObjects
-	(*StageObjects)(nil),        // 49: entente.state.v1.StageObjects
-	(*ApplyStaged)(nil),         // 50: entente.state.v1.ApplyStaged
-	(*TaintAuthority)(nil),      // 51: entente.state.v1.TaintAuthority
-	(*AuthorityDrained)(nil),    // 52: entente.state.v1.AuthorityDrained
-	(*RevokeAuthority)(nil),     // 53: entente.state.v1.RevokeAuthority
-	(*BanAgent)(nil),            // 54: entente.state.v1.BanAgent
-	(*EvictAgent)(nil),          // 55: entente.state.v1.EvictAgent
-	(*MergeBans)(nil),           // 56: entente.state.v1.MergeBans
-	(*RememberedBan)(nil),       // 57: entente.state.v1.RememberedBan
-	(*RevokeToken)(nil),         // 58: entente.state.v1.RevokeToken
-	(*ChangeEntries)(nil),       // 59: entente.state.v1.ChangeEntries
-	(*EntryChange)(nil),         // 60: entente.state.v1.EntryChange
-	(*StoreForeignBundle)(nil),  // 61: entente.state.v1.StoreForeignBundle
-	(*Tick)(nil),                // 62: entente.state.v1.Tick
-	(*Checksum)(nil),            // 63: entente.state.v1.Checksum
-	(*AgentCache)(nil),          // 64: entente.state.v1.AgentCache
-	(*HeldSVID)(nil),            // 65: entente.state.v1.HeldSVID
+	(*ServiceHTTP)(nil),         // 23: entente.state.v1.ServiceHTTP
+	(*Failover)(nil),            // 24: entente.state.v1.Failover
+	(*Gateway)(nil),             // 25: entente.state.v1.Gateway
+	(*Import)(nil),              // 26: entente.state.v1.Import
+	(*Agreement)(nil),           // 27: entente.state.v1.Agreement
+	(*PeerGateway)(nil),         // 28: entente.state.v1.PeerGateway
+	(*Allow)(nil),               // 29: entente.state.v1.Allow
+	(*HTTPMatch)(nil),           // 30: entente.state.v1.HTTPMatch
+	(*Relationship)(nil),        // 31: entente.state.v1.Relationship
+	(*RoleBinding)(nil),         // 32: entente.state.v1.RoleBinding
+	(*ForeignBundle)(nil),       // 33: entente.state.v1.ForeignBundle
+	(*Command)(nil),             // 34: entente.state.v1.Command
+	(*Batch)(nil),               // 35: entente.state.v1.Batch
+	(*Init)(nil),                // 36: entente.state.v1.Init
+	(*CreateToken)(nil),         // 37: entente.state.v1.CreateToken
+	(*JoinMember)(nil),          // 38: entente.state.v1.JoinMember
+	(*JoinStatement)(nil),       // 39: entente.state.v1.JoinStatement
+	(*UpdateMember)(nil),        // 40: entente.state.v1.UpdateMember
+	(*RemoveMember)(nil),        // 41: entente.state.v1.RemoveMember
+	(*PromoteMember)(nil),       // 42: entente.state.v1.PromoteMember
+	(*AttestAgent)(nil),         // 43: entente.state.v1.AttestAgent
+	(*AdmitAgent)(nil),          // 44: entente.state.v1.AdmitAgent
+	(*PossessionStatement)(nil), // 45: entente.state.v1.PossessionStatement
+	(*PrepareAuthority)(nil),    // 46: entente.state.v1.PrepareAuthority
+	(*AuthorityReady)(nil),      // 47: entente.state.v1.AuthorityReady
+	(*ActivateAuthority)(nil),   // 48: entente.state.v1.ActivateAuthority
+	(*ApplyObjects)(nil),        // 49: entente.state.v1.ApplyObjects
+	(*StageObjects)(nil),        // 50: entente.state.v1.StageObjects
+	(*ApplyStaged)(nil),         // 51: entente.state.v1.ApplyStaged
+	(*TaintAuthority)(nil),      // 52: entente.state.v1.TaintAuthority
+	(*AuthorityDrained)(nil),    // 53: entente.state.v1.AuthorityDrained
+	(*RevokeAuthority)(nil),     // 54: entente.state.v1.RevokeAuthority
+	(*BanAgent)(nil),            // 55: entente.state.v1.BanAgent
+	(*EvictAgent)(nil),          // 56: entente.state.v1.EvictAgent
+	(*MergeBans)(nil),           // 57: entente.state.v1.MergeBans
+	(*RememberedBan)(nil),       // 58: entente.state.v1.RememberedBan
+	(*RevokeToken)(nil),         // 59: entente.state.v1.RevokeToken
+	(*ChangeEntries)(nil),       // 60: entente.state.v1.ChangeEntries
+	(*EntryChange)(nil),         // 61: entente.state.v1.EntryChange
+	(*StoreForeignBundle)(nil),  // 62: entente.state.v1.StoreForeignBundle
+	(*Tick)(nil),                // 63: entente.state.v1.Tick
+	(*Checksum)(nil),            // 64: entente.state.v1.Checksum
+	(*AgentCache)(nil),          // 65: entente.state.v1.AgentCache
+	(*HeldSVID)(nil),            // 66: entente.state.v1.HeldSVID
 }
 var file_entente_state_v1_state_proto_depIdxs = []int32{
 	10, // 0: entente.state.v1.Cluster.lifetimes:type_name -> entente.state.v1.Lifetimes
@@ -5562,69 +5629,70 @@ var file_entente_state_v1_state_proto_depIdxs = []int32{
 	14, // 5: entente.state.v1.Token.node:type_name -> entente.state.v1.NodeGrant
 	15, // 6: entente.state.v1.Token.agent:type_name -> entente.state.v1.AgentGrant
 	2,  // 7: entente.state.v1.Entry.role:type_name -> entente.state.v1.Role
-	48, // 8: entente.state.v1.Staged.objects:type_name -> entente.state.v1.ApplyObjects
+	49, // 8: entente.state.v1.Staged.objects:type_name -> entente.state.v1.ApplyObjects
 	22, // 9: entente.state.v1.Object.service:type_name -> entente.state.v1.Service
-	24, // 10: entente.state.v1.Object.gateway:type_name -> entente.state.v1.Gateway
-	25, // 11: entente.state.v1.Object.import:type_name -> entente.state.v1.Import
-	26, // 12: entente.state.v1.Object.agreement:type_name -> entente.state.v1.Agreement
-	30, // 13: entente.state.v1.Object.relationship:type_name -> entente.state.v1.Relationship
-	31, // 14: entente.state.v1.Object.role_binding:type_name -> entente.state.v1.RoleBinding
-	23, // 15: entente.state.v1.Service.failover:type_name -> entente.state.v1.Failover
+	25, // 10: entente.state.v1.Object.gateway:type_name -> entente.state.v1.Gateway
+	26, // 11: entente.state.v1.Object.import:type_name -> entente.state.v1.Import
+	27, // 12: entente.state.v1.Object.agreement:type_name -> entente.state.v1.Agreement
+	31, // 13: entente.state.v1.Object.relationship:type_name -> entente.state.v1.Relationship
+	32, // 14: entente.state.v1.Object.role_binding:type_name -> entente.state.v1.RoleBinding
+	24, // 15: entente.state.v1.Service.failover:type_name -> entente.state.v1.Failover
 	3,  // 16: entente.state.v1.Service.protocol:type_name -> entente.state.v1.Protocol
-	4,  // 17: entente.state.v1.Failover.mode:type_name -> entente.state.v1.Mode
-	4,  // 18: entente.state.v1.Failover.failback:type_name -> entente.state.v1.Mode
-	3,  // 19: entente.state.v1.Import.protocol:type_name -> entente.state.v1.Protocol
-	27, // 20: entente.state.v1.Agreement.gateways:type_name -> entente.state.v1.PeerGateway
-	28, // 21: entente.state.v1.Agreement.allow:type_name -> entente.state.v1.Allow
-	29, // 22: entente.state.v1.Allow.http:type_name -> entente.state.v1.HTTPMatch
-	5,  // 23: entente.state.v1.HTTPMatch.path_type:type_name -> entente.state.v1.PathType
-	6,  // 24: entente.state.v1.RoleBinding.role:type_name -> entente.state.v1.AdminRole
-	35, // 25: entente.state.v1.Command.init:type_name -> entente.state.v1.Init
-	36, // 26: entente.state.v1.Command.create_token:type_name -> entente.state.v1.CreateToken
-	37, // 27: entente.state.v1.Command.join_member:type_name -> entente.state.v1.JoinMember
-	39, // 28: entente.state.v1.Command.update_member:type_name -> entente.state.v1.UpdateMember
-	40, // 29: entente.state.v1.Command.remove_member:type_name -> entente.state.v1.RemoveMember
-	42, // 30: entente.state.v1.Command.attest_agent:type_name -> entente.state.v1.AttestAgent
-	45, // 31: entente.state.v1.Command.prepare_authority:type_name -> entente.state.v1.PrepareAuthority
-	46, // 32: entente.state.v1.Command.authority_ready:type_name -> entente.state.v1.AuthorityReady
-	47, // 33: entente.state.v1.Command.activate_authority:type_name -> entente.state.v1.ActivateAuthority
-	48, // 34: entente.state.v1.Command.apply_objects:type_name -> entente.state.v1.ApplyObjects
-	61, // 35: entente.state.v1.Command.store_foreign_bundle:type_name -> entente.state.v1.StoreForeignBundle
-	62, // 36: entente.state.v1.Command.tick:type_name -> entente.state.v1.Tick
-	63, // 37: entente.state.v1.Command.checksum:type_name -> entente.state.v1.Checksum
-	51, // 38: entente.state.v1.Command.taint_authority:type_name -> entente.state.v1.TaintAuthority
-	52, // 39: entente.state.v1.Command.authority_drained:type_name -> entente.state.v1.AuthorityDrained
-	53, // 40: entente.state.v1.Command.revoke_authority:type_name -> entente.state.v1.RevokeAuthority
-	54, // 41: entente.state.v1.Command.ban_agent:type_name -> entente.state.v1.BanAgent
-	55, // 42: entente.state.v1.Command.evict_agent:type_name -> entente.state.v1.EvictAgent
-	58, // 43: entente.state.v1.Command.revoke_token:type_name -> entente.state.v1.RevokeToken
-	59, // 44: entente.state.v1.Command.change_entries:type_name -> entente.state.v1.ChangeEntries
-	41, // 45: entente.state.v1.Command.promote_member:type_name -> entente.state.v1.PromoteMember
-	49, // 46: entente.state.v1.Command.stage_objects:type_name -> entente.state.v1.StageObjects
-	50, // 47: entente.state.v1.Command.apply_staged:type_name -> entente.state.v1.ApplyStaged
-	43, // 48: entente.state.v1.Command.admit_agent:type_name -> entente.state.v1.AdmitAgent
-	56, // 49: entente.state.v1.Command.merge_bans:type_name -> entente.state.v1.MergeBans
-	7,  // 50: entente.state.v1.Init.cluster:type_name -> entente.state.v1.Cluster
-	11, // 51: entente.state.v1.Init.member:type_name -> entente.state.v1.Member
-	13, // 52: entente.state.v1.CreateToken.token:type_name -> entente.state.v1.Token
-	11, // 53: entente.state.v1.JoinMember.member:type_name -> entente.state.v1.Member
-	16, // 54: entente.state.v1.AdmitAgent.agent:type_name -> entente.state.v1.Agent
-	12, // 55: entente.state.v1.PrepareAuthority.authority:type_name -> entente.state.v1.Authority
-	20, // 56: entente.state.v1.ApplyObjects.upserts:type_name -> entente.state.v1.Object
-	21, // 57: entente.state.v1.ApplyObjects.deletes:type_name -> entente.state.v1.ObjectKey
-	48, // 58: entente.state.v1.StageObjects.objects:type_name -> entente.state.v1.ApplyObjects
-	57, // 59: entente.state.v1.MergeBans.bans:type_name -> entente.state.v1.RememberedBan
-	16, // 60: entente.state.v1.RememberedBan.agent:type_name -> entente.state.v1.Agent
-	60, // 61: entente.state.v1.ChangeEntries.changes:type_name -> entente.state.v1.EntryChange
-	17, // 62: entente.state.v1.EntryChange.create:type_name -> entente.state.v1.Entry
-	17, // 63: entente.state.v1.EntryChange.update:type_name -> entente.state.v1.Entry
-	65, // 64: entente.state.v1.AgentCache.x509:type_name -> entente.state.v1.HeldSVID
-	65, // 65: entente.state.v1.AgentCache.wit:type_name -> entente.state.v1.HeldSVID
-	66, // [66:66] is the sub-list for method output_type
-	66, // [66:66] is the sub-list for method input_type
-	66, // [66:66] is the sub-list for extension type_name
-	66, // [66:66] is the sub-list for extension extendee
-	0,  // [0:66] is the sub-list for field type_name
+	23, // 17: entente.state.v1.Service.http:type_name -> entente.state.v1.ServiceHTTP
+	4,  // 18: entente.state.v1.Failover.mode:type_name -> entente.state.v1.Mode
+	4,  // 19: entente.state.v1.Failover.failback:type_name -> entente.state.v1.Mode
+	3,  // 20: entente.state.v1.Import.protocol:type_name -> entente.state.v1.Protocol
+	28, // 21: entente.state.v1.Agreement.gateways:type_name -> entente.state.v1.PeerGateway
+	29, // 22: entente.state.v1.Agreement.allow:type_name -> entente.state.v1.Allow
+	30, // 23: entente.state.v1.Allow.http:type_name -> entente.state.v1.HTTPMatch
+	5,  // 24: entente.state.v1.HTTPMatch.path_type:type_name -> entente.state.v1.PathType
+	6,  // 25: entente.state.v1.RoleBinding.role:type_name -> entente.state.v1.AdminRole
+	36, // 26: entente.state.v1.Command.init:type_name -> entente.state.v1.Init
+	37, // 27: entente.state.v1.Command.create_token:type_name -> entente.state.v1.CreateToken
+	38, // 28: entente.state.v1.Command.join_member:type_name -> entente.state.v1.JoinMember
+	40, // 29: entente.state.v1.Command.update_member:type_name -> entente.state.v1.UpdateMember
+	41, // 30: entente.state.v1.Command.remove_member:type_name -> entente.state.v1.RemoveMember
+	43, // 31: entente.state.v1.Command.attest_agent:type_name -> entente.state.v1.AttestAgent
+	46, // 32: entente.state.v1.Command.prepare_authority:type_name -> entente.state.v1.PrepareAuthority
+	47, // 33: entente.state.v1.Command.authority_ready:type_name -> entente.state.v1.AuthorityReady
+	48, // 34: entente.state.v1.Command.activate_authority:type_name -> entente.state.v1.ActivateAuthority
+	49, // 35: entente.state.v1.Command.apply_objects:type_name -> entente.state.v1.ApplyObjects
+	62, // 36: entente.state.v1.Command.store_foreign_bundle:type_name -> entente.state.v1.StoreForeignBundle
+	63, // 37: entente.state.v1.Command.tick:type_name -> entente.state.v1.Tick
+	64, // 38: entente.state.v1.Command.checksum:type_name -> entente.state.v1.Checksum
+	52, // 39: entente.state.v1.Command.taint_authority:type_name -> entente.state.v1.TaintAuthority
+	53, // 40: entente.state.v1.Command.authority_drained:type_name -> entente.state.v1.AuthorityDrained
+	54, // 41: entente.state.v1.Command.revoke_authority:type_name -> entente.state.v1.RevokeAuthority
+	55, // 42: entente.state.v1.Command.ban_agent:type_name -> entente.state.v1.BanAgent
+	56, // 43: entente.state.v1.Command.evict_agent:type_name -> entente.state.v1.EvictAgent
+	59, // 44: entente.state.v1.Command.revoke_token:type_name -> entente.state.v1.RevokeToken
+	60, // 45: entente.state.v1.Command.change_entries:type_name -> entente.state.v1.ChangeEntries
+	42, // 46: entente.state.v1.Command.promote_member:type_name -> entente.state.v1.PromoteMember
+	50, // 47: entente.state.v1.Command.stage_objects:type_name -> entente.state.v1.StageObjects
+	51, // 48: entente.state.v1.Command.apply_staged:type_name -> entente.state.v1.ApplyStaged
+	44, // 49: entente.state.v1.Command.admit_agent:type_name -> entente.state.v1.AdmitAgent
+	57, // 50: entente.state.v1.Command.merge_bans:type_name -> entente.state.v1.MergeBans
+	7,  // 51: entente.state.v1.Init.cluster:type_name -> entente.state.v1.Cluster
+	11, // 52: entente.state.v1.Init.member:type_name -> entente.state.v1.Member
+	13, // 53: entente.state.v1.CreateToken.token:type_name -> entente.state.v1.Token
+	11, // 54: entente.state.v1.JoinMember.member:type_name -> entente.state.v1.Member
+	16, // 55: entente.state.v1.AdmitAgent.agent:type_name -> entente.state.v1.Agent
+	12, // 56: entente.state.v1.PrepareAuthority.authority:type_name -> entente.state.v1.Authority
+	20, // 57: entente.state.v1.ApplyObjects.upserts:type_name -> entente.state.v1.Object
+	21, // 58: entente.state.v1.ApplyObjects.deletes:type_name -> entente.state.v1.ObjectKey
+	49, // 59: entente.state.v1.StageObjects.objects:type_name -> entente.state.v1.ApplyObjects
+	58, // 60: entente.state.v1.MergeBans.bans:type_name -> entente.state.v1.RememberedBan
+	16, // 61: entente.state.v1.RememberedBan.agent:type_name -> entente.state.v1.Agent
+	61, // 62: entente.state.v1.ChangeEntries.changes:type_name -> entente.state.v1.EntryChange
+	17, // 63: entente.state.v1.EntryChange.create:type_name -> entente.state.v1.Entry
+	17, // 64: entente.state.v1.EntryChange.update:type_name -> entente.state.v1.Entry
+	66, // 65: entente.state.v1.AgentCache.x509:type_name -> entente.state.v1.HeldSVID
+	66, // 66: entente.state.v1.AgentCache.wit:type_name -> entente.state.v1.HeldSVID
+	67, // [67:67] is the sub-list for method output_type
+	67, // [67:67] is the sub-list for method input_type
+	67, // [67:67] is the sub-list for extension type_name
+	67, // [67:67] is the sub-list for extension extendee
+	0,  // [0:67] is the sub-list for field type_name
 }
 
 func init() { file_entente_state_v1_state_proto_init() }
@@ -5644,7 +5712,7 @@ func file_entente_state_v1_state_proto_init() {
 		(*Object_Relationship)(nil),
 		(*Object_RoleBinding)(nil),
 	}
-	file_entente_state_v1_state_proto_msgTypes[26].OneofWrappers = []any{
+	file_entente_state_v1_state_proto_msgTypes[27].OneofWrappers = []any{
 		(*Command_Init)(nil),
 		(*Command_CreateToken)(nil),
 		(*Command_JoinMember)(nil),
@@ -5671,7 +5739,7 @@ func file_entente_state_v1_state_proto_init() {
 		(*Command_AdmitAgent)(nil),
 		(*Command_MergeBans)(nil),
 	}
-	file_entente_state_v1_state_proto_msgTypes[53].OneofWrappers = []any{
+	file_entente_state_v1_state_proto_msgTypes[54].OneofWrappers = []any{
 		(*EntryChange_Create)(nil),
 		(*EntryChange_Update)(nil),
 		(*EntryChange_Delete)(nil),
@@ -5682,7 +5750,7 @@ func file_entente_state_v1_state_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_entente_state_v1_state_proto_rawDesc), len(file_entente_state_v1_state_proto_rawDesc)),
 			NumEnums:      7,
-			NumMessages:   59,
+			NumMessages:   60,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
