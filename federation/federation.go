@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"time"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
@@ -136,7 +137,8 @@ func Expired(expires int64, now time.Time) bool {
 // CheckAddr returns nil if a peer domain may name addr as its own. Loopback,
 // link-local, unspecified and multicast addresses would lead back into the host,
 // its metadata services or to nobody in particular. It is asked when an agreement
-// is compiled, and again with every DNS answer before a connection is made.
+// is compiled, also by Apply: it must not change within a feature level. CheckDial,
+// which is asked at each dial, may become stricter at any time.
 func CheckAddr(addr netip.Addr) error {
 	ip := addr.Unmap()
 	kind := ""
@@ -160,6 +162,60 @@ func CheckAddr(addr netip.Addr) error {
 		return nil
 	}
 	return fmt.Errorf("%s is %s, which a peer domain may not name", addr, kind)
+}
+
+// CheckDial returns nil if a connection to address (an IP address and port, after any
+// look-up of a name) may be opened because another domain named it: the one rule for
+// bundle endpoints and gateways. It asks CheckAddr for the address and for each IPv4
+// address that the notations of IPv6 transition techniques hide in it. loopback is the
+// exception of development clusters, whose nodes listen on loopback only.
+func CheckDial(address string, loopback bool) error {
+	at, err := netip.ParseAddrPort(address)
+	if err != nil {
+		return fmt.Errorf("%q is not an IP address and port", address)
+	}
+	ip := at.Addr().Unmap()
+	if loopback && ip.IsLoopback() {
+		return nil
+	}
+	if err := CheckAddr(ip); err != nil {
+		return err
+	}
+	if slices.Contains(metadataAddrs, ip.WithZone("")) {
+		return fmt.Errorf("%s is a cloud's metadata service, which a peer domain may not name", ip)
+	}
+	if v4, hidden := transitionIPv4(ip); hidden {
+		if err := CheckAddr(v4); err != nil {
+			return fmt.Errorf("%s stands for an IPv4 address: %w", ip, err)
+		}
+	}
+	return nil
+}
+
+// metadataAddrs are metadata services of clouds that are not at a link-local address.
+var metadataAddrs = []netip.Addr{netip.MustParseAddr("fd00:ec2::254"), netip.MustParseAddr("fd20:ce::254")}
+
+// transitionIPv4 unwraps the notations beyond those of embeddedIPv4: 6to4 (2002::/16, RFC
+// 3056), NAT64 with the prefix for local use (64:ff9b:1::/48, RFC 8215, with 32 bits at
+// the end), Teredo (2001::/32, RFC 4380), IPv4-translated (::ffff:0:0:0/96, RFC 2765) and
+// ISATAP (RFC 5214). A NAT64 prefix of a site's own cannot be known here.
+func transitionIPv4(ip netip.Addr) (netip.Addr, bool) {
+	if !ip.Is6() {
+		return netip.Addr{}, false
+	}
+	b := ip.As16()
+	last := [4]byte(b[12:])
+	begins := func(prefix ...byte) bool { return bytes.HasPrefix(b[:], prefix) }
+	switch isatap := [4]byte(b[8:12]); {
+	case begins(0x20, 0x02):
+		return netip.AddrFrom4([4]byte(b[2:6])), true
+	case begins(0x20, 0x01, 0, 0):
+		return netip.AddrFrom4([4]byte{^last[0], ^last[1], ^last[2], ^last[3]}), true
+	case begins(0, 0x64, 0xff, 0x9b, 0, 1), begins(0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 0, 0),
+		isatap == [4]byte{0, 0, 0x5e, 0xfe}, isatap == [4]byte{2, 0, 0x5e, 0xfe}:
+		return netip.AddrFrom4(last), true
+	}
+	return netip.Addr{}, false
 }
 
 // embeddedIPv4 unwraps the notations in which an IPv6 address stands for an IPv4

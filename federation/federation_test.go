@@ -90,6 +90,25 @@ func TestCheckAddr(t *testing.T) {
 			t.Errorf("%s passes", bad)
 		}
 	}
+	for _, good := range []string{"10.1.0.1:443", "[2001:db8::1]:443", "[fd00::1]:443", "[64:ff9b::10.1.0.1]:443", "[64:ff9b:1::10.1.0.1]:443", "[2002:0a01:1::]:443", "[::ffff:10.1.0.1]:443", "[2001:0:a01:1:0:0:f5fe:fffe]:443"} {
+		if err := CheckDial(good, false); err != nil {
+			t.Error(err)
+		}
+	}
+	for _, bad := range []string{
+		"127.0.0.1:443", "[::1]:443", "[::ffff:127.0.0.1]:443", "[::127.0.0.1]:443", "[64:ff9b::7f00:1]:443", "169.254.169.254:80", "[::ffff:169.254.169.254]:80", "[fe80::1%eth0]:443", "0.0.0.0:443", "[::]:443", "224.0.0.1:443", "[ff02::1]:443",
+		"[2002:7f00:1::]:443", "[2002:a9fe:a9fe::1]:80", "[64:ff9b:1::7f00:1]:443", "[64:ff9b:1::a9fe:a9fe]:80", "[::ffff:0:127.0.0.1]:443", "[2001:0:a01:1:0:0:80ff:fffe]:443", "[2001:db8::5efe:7f00:1]:443", "[2001:db8::200:5efe:a9fe:a9fe]:443",
+		"[fd00:ec2::254]:80", "localhost:443", "127.0.0.1", "",
+	} {
+		if CheckDial(bad, false) == nil {
+			t.Errorf("%s is dialled", bad)
+		}
+	}
+	for address, want := range map[string]bool{"127.0.0.1:443": true, "[::1]:443": true, "[::ffff:127.0.0.1]:443": true, "10.1.0.1:443": true, "169.254.169.254:80": false, "[64:ff9b::a9fe:a9fe]:80": false, "0.0.0.0:443": false} {
+		if err := CheckDial(address, true); (err == nil) != want {
+			t.Errorf("in a development cluster, %s: %v", address, err)
+		}
+	}
 	if CheckAddr(netip.Addr{}) == nil {
 		t.Error("the zero address passes")
 	}

@@ -3,7 +3,6 @@ package catalog
 import (
 	"errors"
 	"fmt"
-	"net/netip"
 	"strings"
 	"testing"
 
@@ -185,13 +184,13 @@ func TestWarnings(t *testing.T) {
 func TestLoopbackIsForDevelopment(t *testing.T) {
 	text := with(t, bankingYAML, "10.1.0.2:7443", "127.1.0.2:7443")
 	tables := compileYAML(t, text, AllowLoopback(true))
-	if err := tables.CheckForeignAddr(netip.MustParseAddr("127.9.9.9")); err != nil {
+	if err := tables.CheckForeignDial("127.9.9.9:443"); err != nil {
 		t.Error(err)
 	}
-	if err := tables.CheckForeignAddr(netip.MustParseAddr("169.254.169.254")); err == nil {
+	if err := tables.CheckForeignDial("169.254.169.254:443"); err == nil {
 		t.Error("link-local passes as well")
 	}
-	if err := compileYAML(t, bankingYAML).CheckForeignAddr(netip.MustParseAddr("127.9.9.9")); err == nil {
+	if err := compileYAML(t, bankingYAML).CheckForeignDial("127.9.9.9:443"); err == nil {
 		t.Error("loopback passes without dev")
 	}
 	for _, bad := range []string{"169.254.169.254:80", "0.0.0.0:80", "[fe80::1]:80"} {

@@ -247,12 +247,13 @@ func (t *Tables) IsPeerGateway(id spiffeid.ID) bool {
 	return ok
 }
 
-// CheckForeignAddr is federation.CheckAddr with the exception that a development
-// cluster makes for loopback. Ask it with every address a peer's name resolves to.
-func (t *Tables) CheckForeignAddr(addr netip.Addr) error {
-	return checkForeignAddr(addr, t.allowLoopback)
+// CheckForeignDial is federation.CheckDial with the exception that a development cluster
+// makes for loopback.
+func (t *Tables) CheckForeignDial(address string) error {
+	return federation.CheckDial(address, t.allowLoopback)
 }
 
+// checkForeignAddr is CheckAddr with the same exception, for what an agreement names.
 func checkForeignAddr(addr netip.Addr, allowLoopback bool) error {
 	if allowLoopback && addr.Unmap().IsLoopback() {
 		return nil

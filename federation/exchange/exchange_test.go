@@ -12,9 +12,11 @@ import (
 	"net/http"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
+	"github.com/miekg/dns"
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	goFederation "github.com/spiffe/go-spiffe/v2/federation"
@@ -254,13 +256,16 @@ func TestFetchAttacks(t *testing.T) {
 		{"redirect to http", with(endpoint, redirect(plainURL, http.StatusFound)), false, "does not begin with https"},
 		{"redirect to a URL with a user", with(endpoint, redirect(userinfo, http.StatusFound)), false, "must not carry a user"},
 		{"redirect to a server of a rogue", with(endpoint, redirect(evil, http.StatusFound)), false, "not signed by its trust domain"},
+		{"redirect to another host", with(endpoint, redirect("https://trading.example/bundle.json", http.StatusFound)), false, "only another URL of the same host"},
+		{"redirect to a literal of this host", with(endpoint, redirect(strings.Replace(good, "127.0.0.1", "127.0.0.2", 1), http.StatusFound)), false, "only another URL of the same host"},
+		{"redirect to a metadata service", with(endpoint, redirect("https://169.254.169.254/latest", http.StatusPermanentRedirect)), false, "only another URL of the same host"},
 		{"redirect for ever", with(endpoint, loop), false, "more than 3 redirects"},
 		{"redirect where none is allowed", with(endpoint, redirect(good, http.StatusFound)), true, "does not allow"},
-		{"500 with a bundle", with(endpoint, status(500)), false, "500"},
-		{"404 with a bundle", with(endpoint, status(404)), false, "404"},
-		{"203 with a bundle", with(endpoint, status(203)), false, "203"},
-		{"204", with(endpoint, status(204)), false, "204"},
-		{"304 that was not asked for", with(endpoint, status(304)), false, "304"},
+		{"500 with a bundle", with(endpoint, status(500)), false, "the answer is 500 "},
+		{"404 with a bundle", with(endpoint, status(404)), false, "the answer is 404 "},
+		{"203 with a bundle", with(endpoint, status(203)), false, "the answer is 203 "},
+		{"204", with(endpoint, status(204)), false, "the answer is 204 "},
+		{"304 that was not asked for", with(endpoint, status(304)), false, "the answer is 304 "},
 		{"endless body", with(endpoint, endless), false, "larger than"},
 		{"compressed", with(endpoint, gzipped), false, "UTF-8"},
 		{"no bundle", with(endpoint, static([]byte("<html>"))), false, "JSON"},
@@ -277,7 +282,17 @@ func TestFetchAttacks(t *testing.T) {
 	for _, name := range []string{"HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY"} {
 		t.Setenv(name, "http://proxy.example:3128")
 	}
+	for _, name := range []string{"NO_PROXY", "no_proxy", "REQUEST_METHOD"} {
+		t.Setenv(name, "")
+	}
 	t.Run("a proxy in the environment does not count", func(t *testing.T) {
+		request, err := http.NewRequest(http.MethodGet, "https://trading.example/bundle.json", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if proxy, err := http.ProxyFromEnvironment(request); err != nil || proxy.String() != "http://proxy.example:3128" {
+			t.Fatalf("control: net/http takes proxy %v, %v from the environment: it has looked at it before this test", proxy, err)
+		}
 		address := strings.TrimSuffix(strings.TrimPrefix(good, "https://"), "/bundle.json")
 		var dialled []string
 		dial := func(ctx context.Context, network, to string) (net.Conn, error) {
@@ -291,7 +306,7 @@ func TestFetchAttacks(t *testing.T) {
 	})
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
-			got, err := exchange.Fetch(t.Context(), exchange.Endpoint{TrustDomain: trading, URLs: []string{test.url}, ID: endpointID, Bundles: both, NoRedirects: test.noRedirects})
+			got, err := exchange.Fetch(t.Context(), exchange.Endpoint{TrustDomain: trading, URLs: []string{test.url}, ID: endpointID, Bundles: both, NoRedirects: test.noRedirects, AllowLoopback: true})
 			expect(t, got, err, test.want)
 			if err != nil && strings.Contains(err.Error(), "secret") {
 				t.Errorf("the error tells the password: %v", err)
@@ -299,7 +314,7 @@ func TestFetchAttacks(t *testing.T) {
 		})
 	}
 	t.Run("next URL", func(t *testing.T) {
-		got, err := exchange.Fetch(t.Context(), exchange.Endpoint{TrustDomain: trading, URLs: []string{evil, good}, ID: endpointID, Bundles: both})
+		got, err := exchange.Fetch(t.Context(), exchange.Endpoint{TrustDomain: trading, URLs: []string{evil, good}, ID: endpointID, Bundles: both, AllowLoopback: true})
 		expect(t, got, err, "")
 	})
 	t.Run("nothing to verify with", func(t *testing.T) {
@@ -316,9 +331,92 @@ func TestFetchAttacks(t *testing.T) {
 		release := make(chan struct{})
 		defer close(release)
 		slow := with(endpoint, http.HandlerFunc(func(http.ResponseWriter, *http.Request) { <-release }))
-		if _, err := exchange.Fetch(ctx, exchange.Endpoint{TrustDomain: trading, URLs: []string{slow}, ID: endpointID, Bundles: both}); !errors.Is(err, context.DeadlineExceeded) {
+		if _, err := exchange.Fetch(ctx, exchange.Endpoint{TrustDomain: trading, URLs: []string{slow}, ID: endpointID, Bundles: both, AllowLoopback: true}); !errors.Is(err, context.DeadlineExceeded) {
 			t.Error(err)
 		}
+	})
+}
+
+// Whatever a name resolves to, and however an address is written, the fetcher connects to no address that another domain may
+// not name: a server that would be believed stands at loopback, and sees nobody. The control is the same server and name where
+// loopback is allowed.
+func TestFetchConnectsToNoAddressThatAPeerMayNotName(t *testing.T) {
+	ca := peertest.NewAuthority(trading)
+	var connections atomic.Int64
+	config := tlsconfig.TLSServerConfig(ca.Issue(endpointID.Path()))
+	config.GetConfigForClient = func(*tls.ClientHelloInfo) (*tls.Config, error) { connections.Add(1); return nil, nil }
+	good := serveTLS(t, config, static(jwks(7, ca)))
+	_, port, err := net.SplitHostPort(strings.TrimSuffix(strings.TrimPrefix(good, "https://"), "/bundle.json"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	resolveHere(t, map[string]string{
+		"loop.example.": "127.0.0.1", "mapped.example.": "::ffff:127.0.0.1", "six.example.": "::1", "metadata.example.": "169.254.169.254",
+		"nat64.example.": "64:ff9b::7f00:1", "sixtofour.example.": "2002:7f00:1::1", "any.example.": "0.0.0.0", "multicast.example.": "224.0.0.1",
+	})
+	fetch := func(host string, loopback bool) error {
+		ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
+		defer cancel()
+		got, err := exchange.Fetch(ctx, exchange.Endpoint{
+			TrustDomain: trading, URLs: []string{"https://" + net.JoinHostPort(host, port) + "/bundle.json"}, ID: endpointID, Bundles: ca.Bundle(), AllowLoopback: loopback,
+		})
+		if err == nil {
+			expect(t, got, err, "")
+		}
+		return err
+	}
+	for host, want := range map[string]string{
+		"loop.example": "a loopback address", "mapped.example": "a loopback address", "six.example": "a loopback address", "metadata.example": "a link-local address",
+		"nat64.example": "a loopback address", "sixtofour.example": "stands for an IPv4 address", "any.example": "an unspecified address", "multicast.example": "a multicast address",
+		"127.0.0.1": "a loopback address", "localhost": "a loopback address", "::ffff:169.254.169.254": "a link-local address",
+	} {
+		if err := fetch(host, false); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v, want %q", host, err, want)
+		}
+	}
+	if n := connections.Load(); n > 0 {
+		t.Errorf("%d connections were made", n)
+	}
+	if err := fetch("metadata.example", true); err == nil || !strings.Contains(err.Error(), "a link-local address") {
+		t.Errorf("where loopback is allowed, a metadata service is: %v", err)
+	}
+	for _, host := range []string{"loop.example", "127.0.0.1"} {
+		if err := fetch(host, true); err != nil {
+			t.Errorf("control: %s where loopback is allowed: %v", host, err)
+		}
+	}
+	if n := connections.Load(); n != 2 {
+		t.Errorf("control: %d connections", n)
+	}
+}
+
+// resolveHere makes names resolve to these addresses, by a DNS server of this test.
+func resolveHere(t *testing.T, addresses map[string]string) {
+	t.Helper()
+	packets, err := net.ListenPacket("udp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := &dns.Server{PacketConn: packets, Handler: dns.HandlerFunc(func(w dns.ResponseWriter, question *dns.Msg) {
+		answer := new(dns.Msg).SetReply(question)
+		q := question.Question[0]
+		header := dns.RR_Header{Name: q.Name, Rrtype: q.Qtype, Class: dns.ClassINET, Ttl: 1}
+		switch address := net.ParseIP(addresses[q.Name]); {
+		case q.Qtype == dns.TypeA && !strings.Contains(addresses[q.Name], ":") && address != nil:
+			answer.Answer = append(answer.Answer, &dns.A{Hdr: header, A: address})
+		case q.Qtype == dns.TypeAAAA && strings.Contains(addresses[q.Name], ":"):
+			answer.Answer = append(answer.Answer, &dns.AAAA{Hdr: header, AAAA: address})
+		}
+		w.WriteMsg(answer)
+	})}
+	go server.ActivateAndServe()
+	before := net.DefaultResolver
+	net.DefaultResolver = &net.Resolver{PreferGo: true, Dial: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "udp", packets.LocalAddr().String())
+	}}
+	t.Cleanup(func() {
+		net.DefaultResolver = before
+		server.Shutdown()
 	})
 }
 
@@ -358,7 +456,7 @@ func TestFetchWeb(t *testing.T) {
 		{"system's roots", loopback, nil, "unknown authority"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			got, err := exchange.Fetch(t.Context(), exchange.Endpoint{TrustDomain: trading, URLs: []string{test.url}, Roots: test.roots})
+			got, err := exchange.Fetch(t.Context(), exchange.Endpoint{TrustDomain: trading, URLs: []string{test.url}, Roots: test.roots, AllowLoopback: true})
 			expect(t, got, err, test.want)
 		})
 	}
@@ -388,7 +486,7 @@ func TestGoSPIFFE(t *testing.T) {
 			t.Fatal(err)
 		}
 		url := serveTLS(t, tlsconfig.TLSServerConfig(endpoint), handler)
-		got, err := exchange.Fetch(t.Context(), exchange.Endpoint{TrustDomain: trading, URLs: []string{url}, ID: endpointID, Bundles: ca.Bundle()})
+		got, err := exchange.Fetch(t.Context(), exchange.Endpoint{TrustDomain: trading, URLs: []string{url}, ID: endpointID, Bundles: ca.Bundle(), AllowLoopback: true})
 		expect(t, got, err, "")
 		if err == nil && got.Bundle.RefreshHint != time.Minute {
 			t.Errorf("hint %s", got.Bundle.RefreshHint)

@@ -12,12 +12,14 @@ import (
 	"net/url"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	"github.com/entente-mesh/entente/federation"
 	"github.com/entente-mesh/entente/federation/bundle"
 	"github.com/entente-mesh/entente/internal/peer"
 )
@@ -42,10 +44,13 @@ type Endpoint struct {
 	Bundles x509bundle.Source
 	// Roots verifies the server of an https_web endpoint; nil: the system's.
 	Roots *x509.CertPool
-	// NoRedirects refuses redirects, which otherwise may lead to any endpoint that passes the same checks.
+	// NoRedirects refuses redirects, which otherwise may lead to another URL of the same host that passes the same checks.
 	NoRedirects bool
+	// AllowLoopback lets the host be at a loopback address: for development clusters, whose nodes listen on loopback only.
+	// No other address that federation.CheckDial refuses is ever connected to, whatever a name resolves to.
+	AllowLoopback bool
 
-	// Dial makes the connections; nil: TCP.
+	// Dial makes the connections, for networks in memory; nil: TCP.
 	Dial func(ctx context.Context, network, address string) (net.Conn, error)
 }
 
@@ -129,7 +134,10 @@ func (e Endpoint) client() *client {
 	}
 	dial := e.Dial
 	if dial == nil {
-		dial = (&net.Dialer{Timeout: dialTimeout}).DialContext
+		dialer := &net.Dialer{Timeout: dialTimeout, ControlContext: func(_ context.Context, _, address string, _ syscall.RawConn) error {
+			return federation.CheckDial(address, e.AllowLoopback)
+		}}
+		dial = dialer.DialContext
 	}
 	c.http.Transport = &http.Transport{
 		Proxy:                  nil, // not even from the environment
@@ -146,6 +154,9 @@ func (e Endpoint) client() *client {
 		}
 		if len(via) > maxRedirects {
 			return fmt.Errorf("more than %d redirects", maxRedirects)
+		}
+		if asked := via[0].URL; !strings.EqualFold(r.URL.Hostname(), asked.Hostname()) {
+			return fmt.Errorf("a redirect from host %s to host %s: only another URL of the same host is followed", asked.Hostname(), r.URL.Hostname())
 		}
 		return checkURL(r.URL)
 	}

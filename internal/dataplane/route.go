@@ -4,8 +4,6 @@ import (
 	"context"
 	"fmt"
 	"math/rand/v2"
-	"net"
-	"net/netip"
 	"slices"
 	"sync"
 	"syscall"
@@ -179,15 +177,7 @@ func (e *Engine) checkForeign(_ context.Context, _, address string, _ syscall.Ra
 	if v == nil {
 		return errNoView
 	}
-	host, _, err := net.SplitHostPort(address)
-	if err != nil {
-		return err
-	}
-	addr, err := netip.ParseAddr(host)
-	if err != nil {
-		return err
-	}
-	if err := v.Tables.CheckForeignAddr(addr); err != nil {
+	if err := v.Tables.CheckForeignDial(address); err != nil {
 		return fmt.Errorf("a gateway of another domain cannot be at %s: %w", address, err)
 	}
 	return nil
