@@ -526,7 +526,7 @@ func (a *Agent) entitled(process *workloadattest.Process, entryID string) error 
 	if !ok {
 		return fmt.Errorf("this host has no entry %q", entryID)
 	}
-	if err := process.Satisfies(identity.Entry.GetSelectors()); err != nil {
+	if err := process.Satisfies(identity.Demands); err != nil {
 		return fmt.Errorf("the process (pid %d, uid %d) is not %s: %w", process.PID(), process.UID, identity.ID, err)
 	}
 	return nil

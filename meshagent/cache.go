@@ -1,6 +1,7 @@
 package meshagent
 
 import (
+	"bytes"
 	"context"
 	"crypto"
 	"crypto/x509"
@@ -116,7 +117,7 @@ func (a *Agent) recallCache() error {
 	held := func(list []*statev1.HeldSVID, take func(*Identity, *statev1.HeldSVID, crypto.Signer) error) {
 		for _, h := range list {
 			identity, ok := state.Identity(h.GetEntryId())
-			if !ok || identity.Entry.GetRevision() != h.GetEntryRevision() {
+			if !ok || !keptFor(identity, h) {
 				continue
 			}
 			key, err := parseKey(h.GetKey())
@@ -129,14 +130,14 @@ func (a *Agent) recallCache() error {
 		}
 	}
 	held(kept.GetX509(), func(identity *Identity, h *statev1.HeldSVID, key crypto.Signer) error {
-		svid, err := keptSVID(identity.ID, h.GetCertificates(), key, state.Bundle, now)
+		svid, err := keptSVID(identity.ID, identity.record, h.GetCertificates(), key, state.Bundle, now)
 		if err == nil {
 			svids[h.GetEntryId()] = svid
 		}
 		return err
 	})
 	held(kept.GetWit(), func(identity *Identity, h *statev1.HeldSVID, key crypto.Signer) error {
-		wit, err := verifyWIT(identity.ID, h.GetToken(), key, state.WIT, now)
+		wit, err := verifyWIT(identity.ID, identity.record, h.GetToken(), key, state.WIT, now)
 		if err == nil {
 			wits[h.GetEntryId()] = wit
 		}
@@ -145,6 +146,15 @@ func (a *Agent) recallCache() error {
 	a.change(func(s *State) *State { return s.withSVIDs(svids).withWITs(wits) })
 	a.log.Info("took up what the agent held before", "entries", len(state.Identities), "svids", len(svids))
 	return nil
+}
+
+// keptFor reports whether an SVID was signed for the entry as it is now. The release before
+// kept no hash.
+func keptFor(identity *Identity, h *statev1.HeldSVID) bool {
+	if len(h.GetRecord()) == 0 {
+		return h.GetEntryRevision() == identity.record.Revision
+	}
+	return bytes.Equal(h.GetRecord(), identity.record.Hash[:])
 }
 
 func parseKey(der []byte) (crypto.Signer, error) {
@@ -206,11 +216,11 @@ func (a *Agent) writeCache(state *State) error {
 		return err
 	}
 	for _, identity := range state.Identities {
-		h := func(key []byte) *statev1.HeldSVID {
-			return &statev1.HeldSVID{EntryId: identity.Entry.GetId(), EntryRevision: identity.Entry.GetRevision(), Key: key}
+		h := func(signedFor *record, key []byte) *statev1.HeldSVID {
+			return &statev1.HeldSVID{EntryId: identity.Entry.GetId(), EntryRevision: signedFor.Revision, Record: signedFor.Hash[:], Key: key}
 		}
 		if svid := identity.SVID; svid != nil {
-			held := h(svid.Key)
+			held := h(svid.signedFor, svid.Key)
 			held.Certificates = svid.Certificates
 			kept.X509 = append(kept.X509, held)
 		}
@@ -219,7 +229,7 @@ func (a *Agent) writeCache(state *State) error {
 			if err != nil {
 				return err
 			}
-			held := h(key)
+			held := h(wit.signedFor, key)
 			held.Token = wit.Token.Reveal()
 			kept.Wit = append(kept.Wit, held)
 		}

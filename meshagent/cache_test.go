@@ -182,7 +182,7 @@ func TestCachedSVIDsAreRenewedInTime(t *testing.T) {
 		a := newAgent(t, f)
 		hold(a, f, entry("accounts", "/accounts", 1), entry("web", "/web", 1))
 		accounts, _ := a.State().Identity("accounts")
-		a.renew(t.Context(), []*slot{{entryID: "accounts", id: accounts.ID, revision: 1}})
+		a.renew(t.Context(), []*slot{{entryID: "accounts", id: accounts.ID, record: accounts.record}})
 		first := serial(a, "accounts")
 		stop := background(t, a.keepEntries)
 		synctest.Wait()
@@ -214,7 +214,7 @@ func TestCacheIsWritten(t *testing.T) {
 	go func() { ended <- a.keepCache(ctx) }()
 	eventually(t, "written", func() error { _, err := os.Stat(a.cache.path); return err })
 	accounts, _ := a.State().Identity("accounts")
-	a.renew(t.Context(), []*slot{{entryID: "accounts", id: accounts.ID, revision: 7}})
+	a.renew(t.Context(), []*slot{{entryID: "accounts", id: accounts.ID, record: accounts.record}})
 	cancel()
 	if err := <-ended; !errors.Is(err, context.Canceled) {
 		t.Fatal(err)

@@ -79,6 +79,7 @@ func (s *State) withoutEnded(now time.Time) (_ *State, ended int) {
 			ended++
 		}
 		if without.SVID != identity.SVID || without.WIT != identity.WIT {
+			without.demand()
 			next.Identities[i] = &without
 		}
 	}

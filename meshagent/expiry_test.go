@@ -94,7 +94,7 @@ func TestFirstEnd(t *testing.T) {
 	first, _ := a.State().Identity("service/a")
 	svid := first.SVID
 	a.change(func(s *State) *State {
-		return s.withWITs(map[string]*WITSVID{"service/a": {ID: svid.ID, Key: peertest.NewKey(), Expires: svid.NotAfter.Add(-time.Minute)}})
+		return s.withWITs(map[string]*WITSVID{"service/a": {ID: svid.ID, Key: peertest.NewKey(), Expires: svid.NotAfter.Add(-time.Minute), signedFor: first.record}})
 	})
 	s := a.State()
 	if want := svid.NotAfter.Add(-time.Minute); !s.firstEnd().Equal(want) {

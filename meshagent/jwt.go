@@ -70,7 +70,7 @@ func newJWTs() *jwts {
 type heldJWT struct {
 	entryID  string
 	id       spiffeid.ID
-	revision uint64 // of the entry
+	record   *record // of the entry
 	audience []string
 	key      string // audience as one text
 
@@ -101,8 +101,13 @@ func (a *Agent) FetchJWT(ctx context.Context, identity *Identity, audience []str
 		return "", time.Time{}, err
 	}
 	set, key := audienceKey(audience)
-	for range 3 { // a token that has ended when it arrives is asked for no more often
+	for range 4 { // a token that has ended when it arrives is asked for no more often
 		token, renew, pending, err := a.jwts.get(identity, set, key, a.State(), time.Now())
+		if errors.Is(err, client.ErrChanged) {
+			if identity, err = a.changed(ctx, identity, err); err == nil {
+				continue
+			}
+		}
 		switch {
 		case err != nil:
 			return "", time.Time{}, fmt.Errorf("JWT-SVID of %s: %w", identity.ID, err)
@@ -130,6 +135,31 @@ func (a *Agent) FetchJWT(ctx context.Context, identity *Identity, audience []str
 	return "", time.Time{}, fmt.Errorf("JWT-SVID of %s: what the CA signs has ended when it arrives: compare the clocks of this host and the CA nodes", identity.ID)
 }
 
+// changed waits a moment for the record of an identity that a CA node has and this agent
+// has not yet, and returns the identity with it. The caller was let in for the selectors of
+// the one it had: with others the error stands.
+func (a *Agent) changed(ctx context.Context, identity *Identity, err error) (*Identity, error) {
+	patience := time.NewTimer(jwtPatience)
+	defer patience.Stop()
+	for {
+		state := a.State()
+		now, ok := state.Identity(identity.Entry.GetId())
+		switch {
+		case !ok || now.ID != identity.ID || !slices.Equal(now.Demands, identity.Demands):
+			return identity, err
+		case !now.record.is(identity.record):
+			return now, nil
+		}
+		select {
+		case <-state.Changed():
+		case <-patience.C:
+			return identity, err
+		case <-ctx.Done():
+			return identity, err
+		}
+	}
+}
+
 // get returns a token that is good and when it is to be renewed, or a channel to wait
 // on, or both when the token is being renewed.
 func (j *jwts) get(identity *Identity, audience []string, key string, state *State, now time.Time) (token string, renew time.Time, pending chan struct{}, err error) {
@@ -137,7 +167,7 @@ func (j *jwts) get(identity *Identity, audience []string, key string, state *Sta
 	defer j.mu.Unlock()
 	entry := identity.Entry
 	h := j.held[entry.GetId()][key]
-	if h != nil && (h.revision != entry.GetRevision() || h.id != identity.ID) {
+	if h != nil && (!h.record.is(identity.record) || h.id != identity.ID) {
 		j.drop(h) // signed for what the entry was
 		h = nil
 	}
@@ -219,7 +249,7 @@ func (j *jwts) add(identity *Identity, audience []string, key string, now time.T
 	if len(j.held[id]) >= maxJWTsPerEntry || j.count >= maxJWTs {
 		return nil, ErrBusy // all of them are being asked for
 	}
-	h := &heldJWT{entryID: id, id: identity.ID, revision: identity.Entry.GetRevision(), audience: audience, key: key}
+	h := &heldJWT{entryID: id, id: identity.ID, record: identity.record, audience: audience, key: key}
 	if j.held[id] == nil {
 		j.held[id] = map[string]*heldJWT{}
 	}
@@ -262,7 +292,7 @@ func (j *jwts) sweep(now time.Time, state *State) {
 			gone := h.pending == nil && !now.Before(h.expires) && !now.Before(h.retry)
 			if state != nil && h.pending == nil {
 				identity, there := state.Identity(h.entryID)
-				gone = gone || !there || !h.token.IsZero() && !state.vouches(h.signer) || identity.Entry.GetRevision() != h.revision
+				gone = gone || !there || !h.token.IsZero() && !state.vouches(h.signer) || !identity.record.is(h.record)
 			}
 			if gone {
 				j.drop(h)
@@ -315,7 +345,7 @@ func (a *Agent) keepJWTs(ctx context.Context) error {
 func (a *Agent) signJWTs(ctx context.Context, batch []*heldJWT) {
 	requests := make([]client.JWTRequest, len(batch))
 	for i, h := range batch {
-		requests[i] = client.JWTRequest{EntryID: h.entryID, Audience: h.audience}
+		requests[i] = client.JWTRequest{EntryID: h.entryID, Record: h.record.Record, Audience: h.audience}
 	}
 	results := a.signer.SignJWT(ctx, requests)
 	now := time.Now()

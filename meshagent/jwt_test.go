@@ -455,7 +455,7 @@ func TestKeysAreKeptApart(t *testing.T) {
 	gateway.Role, gateway.FederatesWith = statev1.Role_ROLE_GATEWAY, []string{"trading.example"}
 	for _, wit := range []bool{false, true} {
 		s.witPeers = map[string]bool{"trading.example": wit, "banking.example": true}
-		identity, err := s.identify(gateway, bank, "h1")
+		identity, err := s.identify(gateway, nil, bank, "h1")
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -35,6 +35,8 @@ const (
 	retryFirst = 100 * time.Millisecond
 	retryMost  = 30 * time.Second
 	retryEnded = time.Second // when there is nothing left to serve
+
+	retryChanged = 5 * time.Second // the most, while a CA node holds another record of the entry
 )
 
 // halfLife is when a certificate received now is renewed: half of what is left of
@@ -65,6 +67,9 @@ func retryAfter(n int, left time.Duration) time.Duration {
 // was busy.
 func pauseAfter(err error, n int, left time.Duration) time.Duration {
 	pause := retryAfter(n, left)
+	if errors.Is(err, client.ErrChanged) {
+		pause = min(pause, retryChanged)
+	}
 	if asked, busy := client.RetryAfter(err); busy {
 		pause = max(pause, asked+rand.N(asked/4+1))
 	}
@@ -346,7 +351,8 @@ func (a *Agent) install(certificates [][]byte, answer *client.Attestation) (*x50
 type slot struct {
 	entryID  string
 	id       spiffeid.ID
-	revision uint64 // of the entry
+	record   *record // of the entry
+	heldFor  *record // that of the SVID that is held; nil: none is
 	due      time.Time
 	failures int
 	ends     time.Time // of the SVID that is held; zero: none, or none that anybody accepts
@@ -375,6 +381,12 @@ func (a *Agent) keepEntries(ctx context.Context) error {
 			}
 			return end
 		},
+		signedFor: func(identity *Identity) (signedFor *record) {
+			if identity.SVID != nil {
+				signedFor = identity.SVID.signedFor
+			}
+			return signedFor
+		},
 		renew: a.renew,
 	})
 }
@@ -385,6 +397,8 @@ type renewal struct {
 	void   func(s *State, identity *Identity, now time.Time) bool // the one that is held does not verify any more
 	ends   func(*Identity) time.Time                              // zero: none is held
 	renew  func(context.Context, []*slot)
+
+	signedFor func(*Identity) *record // which record of the entry the one that is held is for; nil: none is held
 
 	// tainted is the SVID that is held if it was issued under a TAINTED authority, else nil.
 	tainted func(s *State, identity *Identity) any
@@ -416,11 +430,11 @@ func (a *Agent) keepSVIDs(ctx context.Context, kind renewal) error {
 			entry := identity.Entry
 			s := slots[entry.GetId()]
 			if ends := kind.ends(identity); s == nil && !ends.IsZero() { // of the cache
-				s = &slot{entryID: entry.GetId(), id: identity.ID, revision: entry.GetRevision(), due: halfTime(ends, now), ends: ends}
+				s = &slot{entryID: entry.GetId(), id: identity.ID, record: kind.signedFor(identity), heldFor: kind.signedFor(identity), due: halfTime(ends, now), ends: ends}
 				slots[entry.GetId()] = s
 			}
-			if s == nil || s.id != identity.ID || s.revision != entry.GetRevision() {
-				s = &slot{entryID: entry.GetId(), id: identity.ID, revision: entry.GetRevision(), due: now}
+			if s == nil || s.id != identity.ID || !s.record.is(identity.record) {
+				s = &slot{entryID: entry.GetId(), id: identity.ID, record: identity.record, heldFor: kind.signedFor(identity), due: now, ends: kind.ends(identity)}
 				slots[entry.GetId()] = s
 			}
 			if held := kind.tainted(state, identity); held != nil && s.tainted != held {
@@ -444,7 +458,7 @@ func (a *Agent) keepSVIDs(ctx context.Context, kind renewal) error {
 				next = s.due
 			}
 		}
-		none := func(s *slot) bool { return s.ends.IsZero() }
+		none := func(s *slot) bool { return s.ends.IsZero() || s.failures == 0 && !s.record.is(s.heldFor) }
 		if pause := time.Until(together); len(due) > 0 && pause > 0 && !slices.ContainsFunc(due, none) {
 			next, due = now.Add(pause), nil
 		}
@@ -510,7 +524,7 @@ func (a *Agent) renew(ctx context.Context, slots []*slot) {
 	}
 	requests := make([]client.SignRequest, len(slots))
 	for i, s := range slots {
-		requests[i].EntryID, requests[i].CSR = s.entryID, csrs[i]
+		requests[i] = client.SignRequest{EntryID: s.entryID, Record: s.record.Record, CSR: csrs[i]}
 	}
 	results := a.signer.SignX509(ctx, requests)
 	if ctx.Err() != nil {
@@ -526,7 +540,7 @@ func (a *Agent) renew(ctx context.Context, slots []*slot) {
 	for i, s := range slots {
 		svid, err := (*X509SVID)(nil), results[i].Err
 		if err == nil {
-			svid, err = keptSVID(s.id, results[i].Certificates, keys[i], bundle, now)
+			svid, err = keptSVID(s.id, s.record, results[i].Certificates, keys[i], bundle, now)
 		}
 		if err == nil && state.taintedKey(svid.under) {
 			err = errTainted
@@ -539,7 +553,7 @@ func (a *Agent) renew(ctx context.Context, slots []*slot) {
 			continue
 		}
 		signed[s.entryID] = svid
-		s.due, s.failures, s.ends = halfTime(svid.NotAfter, now), 0, svid.NotAfter
+		s.due, s.failures, s.ends, s.heldFor = halfTime(svid.NotAfter, now), 0, svid.NotAfter, s.record
 	}
 	if len(signed) > 0 {
 		a.change(func(state *State) *State { return state.withSVIDs(signed) })

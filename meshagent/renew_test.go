@@ -36,6 +36,7 @@ type fakeCA struct {
 	mu     sync.Mutex
 	paths  map[string]string // of entries
 	fails  error
+	holds  map[string]client.Record                            // of entries: requests for another record are refused; none: whatever is asked for
 	lie    func(entryID string, key crypto.PublicKey) [][]byte // nil: the truth
 	calls  []time.Time
 	signed map[string]int
@@ -63,6 +64,8 @@ func (f *fakeCA) SignX509(_ context.Context, requests []client.SignRequest) []cl
 			results[i].Err = f.fails
 		case !known:
 			results[i].Err = fmt.Errorf("%w: no such entry", client.ErrDenied)
+		case f.holds[r.EntryID] != (client.Record{}) && f.holds[r.EntryID] != r.Record:
+			results[i].Err = client.ErrChanged
 		case f.lie != nil:
 			results[i].Certificates = f.lie(r.EntryID, csr.PublicKey)
 		default:
@@ -131,12 +134,10 @@ func hold(a *Agent, ca *fakeCA, entries ...*statev1.Entry) {
 		next.Ready, next.Bundle, next.reissued = true, ca.authority.Bundle(), nil
 		next.Identities = nil
 		for _, e := range entries {
-			identity, err := next.identify(e, bank, "h1")
+			before, _ := s.Identity(e.GetId())
+			identity, err := next.identify(e, before, bank, "h1")
 			if err != nil {
 				panic(err)
-			}
-			if before, ok := s.Identity(e.GetId()); ok && before.ID == identity.ID {
-				identity.SVID = before.SVID
 			}
 			next.Identities = append(next.Identities, identity)
 		}

@@ -63,7 +63,12 @@ type Identity struct {
 	// WIT is nil until the CA has signed one, and while WIT-SVIDs are switched off.
 	WIT *WITSVID
 
-	selectors []ca.Selector // the entry's; none, or one of a later release: no process satisfies it
+	// Demands are the selectors that a process must satisfy: the entry's, and while what is
+	// held was signed for another record of it, that record's too. None: no process does.
+	Demands []string
+
+	record    *record
+	selectors []ca.Selector // Demands; none, or one of a later release: no process satisfies it
 }
 
 // Changed is closed when there is a newer state.
@@ -155,23 +160,20 @@ func (s *State) withView(view *client.View, domain spiffeid.TrustDomain, agent s
 	next.Identities = make([]*Identity, 0, len(view.Entries))
 	next.witPeers = witPeers(view)
 	for _, entry := range view.Entries {
-		identity, err := next.identify(entry, domain, agent)
+		before, _ := s.Identity(entry.GetId())
+		identity, err := next.identify(entry, before, domain, agent)
 		if err != nil {
 			complaints = append(complaints, err)
 			continue
-		}
-		// An SVID of a former path of the entry is not one of this identity.
-		if before, ok := s.Identity(entry.GetId()); ok && before.ID == identity.ID {
-			identity.SVID, identity.WIT = before.SVID, before.WIT
 		}
 		next.Identities = append(next.Identities, identity)
 	}
 	return &next, complaints, nil
 }
 
-// identify makes an identity of an entry, and refuses one outside of what this
-// agent is for.
-func (s *State) identify(entry *statev1.Entry, domain spiffeid.TrustDomain, agent string) (*Identity, error) {
+// identify makes an identity of an entry, with what is held for the one before (nil: there
+// is none), and refuses one outside of what this agent is for.
+func (s *State) identify(entry *statev1.Entry, before *Identity, domain spiffeid.TrustDomain, agent string) (*Identity, error) {
 	if !slices.Contains(entry.GetHosts(), agent) {
 		return nil, fmt.Errorf("the CA sent entry %q, which is for other hosts (%s): left out", entry.GetId(), strings.Join(entry.GetHosts(), ", "))
 	}
@@ -183,9 +185,15 @@ func (s *State) identify(entry *statev1.Entry, domain spiffeid.TrustDomain, agen
 		return nil, fmt.Errorf("the CA sent entry %q with the reserved path %s: left out", entry.GetId(), entry.GetPath())
 	}
 	identity := &Identity{Entry: entry, ID: id}
-	if selectors, err := workloadattest.Parse(entry.GetSelectors()); err == nil {
-		identity.selectors = selectors
+	if before != nil && before.Entry == entry {
+		identity.record = before.record // hashing all with each picture would take a while
+	} else {
+		identity.record = recordOf(entry)
 	}
+	if before == nil {
+		before = identity
+	}
+	identity.inherit(before)
 	for _, name := range slices.Sorted(slices.Values(entry.GetFederatesWith())) {
 		if td, err := spiffeid.TrustDomainFromString(name); err == nil && s.Foreign[td] != nil {
 			identity.Federated = append(identity.Federated, s.Foreign[td])
@@ -199,18 +207,19 @@ func (s *State) identify(entry *statev1.Entry, domain spiffeid.TrustDomain, agen
 }
 
 // withSVIDs makes the state that follows when SVIDs were signed. One of an entry
-// that is gone meanwhile is dropped.
+// that is gone or another one meanwhile is dropped.
 func (s *State) withSVIDs(signed map[string]*X509SVID) *State {
 	next := *s
 	next.reissued = nil
 	next.Identities = slices.Clone(s.Identities)
 	for i, identity := range s.Identities {
 		svid := signed[identity.Entry.GetId()]
-		if svid == nil || svid.ID != identity.ID {
+		if svid == nil || svid.ID != identity.ID || !svid.signedFor.is(identity.record) {
 			continue
 		}
 		renewed := *identity
 		renewed.SVID = svid
+		renewed.demand()
 		next.Identities[i] = &renewed
 	}
 	return &next

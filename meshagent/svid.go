@@ -28,9 +28,10 @@ type X509SVID struct {
 	Key          secret.Bytes // PKCS #8, DER
 	NotAfter     time.Time
 
-	under  string            // key id of its authority
-	anchor *x509.Certificate // of the bundle, that it verified with
-	parsed atomic.Pointer[x509svid.SVID]
+	signedFor *record           // of the entry: the request named it
+	under     string            // key id of its authority
+	anchor    *x509.Certificate // of the bundle, that it verified with
+	parsed    atomic.Pointer[x509svid.SVID]
 }
 
 // Parsed is the SVID as TLS needs it. It is held from the first use on.
@@ -80,7 +81,7 @@ func parseChain(id spiffeid.ID, certificates [][]byte) ([]*x509.Certificate, err
 }
 
 // keptSVID is verifySVID for an entry.
-func keptSVID(want spiffeid.ID, certificates [][]byte, key crypto.Signer, own x509bundle.Source, now time.Time) (*X509SVID, error) {
+func keptSVID(want spiffeid.ID, signedFor *record, certificates [][]byte, key crypto.Signer, own x509bundle.Source, now time.Time) (*X509SVID, error) {
 	svid, anchor, err := proveSVID(want, certificates, key, own, now)
 	if err != nil {
 		return nil, err
@@ -90,7 +91,7 @@ func keptSVID(want spiffeid.ID, certificates [][]byte, key crypto.Signer, own x5
 		return nil, fmt.Errorf("the SVID of %s cannot be kept: %w", want, err)
 	}
 	leaf := svid.Certificates[0]
-	return &X509SVID{ID: want, Certificates: certificates, Key: pkcs8, NotAfter: leaf.NotAfter, under: unique.Make(ca.SignedUnder(leaf)).Value(), anchor: anchor}, nil
+	return &X509SVID{ID: want, Certificates: certificates, Key: pkcs8, NotAfter: leaf.NotAfter, signedFor: signedFor, under: unique.Make(ca.SignedUnder(leaf)).Value(), anchor: anchor}, nil
 }
 
 // verifySVID makes an SVID of what a CA signed, and refuses it when it is not what

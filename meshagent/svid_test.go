@@ -22,7 +22,7 @@ func TestKeptSVIDIsTheSame(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	kept, err := keptSVID(spiffeid.RequireFromPath(bank, "/accounts"), certificates, key, ca.authority.Bundle(), time.Now())
+	kept, err := keptSVID(spiffeid.RequireFromPath(bank, "/accounts"), recordOf(entry("accounts", "/accounts", 1)), certificates, key, ca.authority.Bundle(), time.Now())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -61,7 +61,7 @@ func BenchmarkIdentitiesOf(b *testing.B) {
 	for i := range 6000 {
 		e := entry(fmt.Sprintf("service/s%04d", i), fmt.Sprintf("/s%d", i), 1)
 		e.Selectors = []string{fmt.Sprintf("unix:uid:%d", os.Getuid()), fmt.Sprintf("unix:path:/opt/s%d/server", i)}
-		identity, err := s.identify(e, bank, "h1")
+		identity, err := s.identify(e, nil, bank, "h1")
 		if err != nil {
 			b.Fatal(err)
 		}

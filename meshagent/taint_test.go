@@ -47,7 +47,7 @@ func TestTaintedIsReissued(t *testing.T) {
 			state := *s
 			state.Ready, state.Bundle, state.reissued = true, both, nil
 			for _, id := range ids {
-				identity, err := state.identify(entry(id, "/"+id, 1), bank, "h1")
+				identity, err := state.identify(entry(id, "/"+id, 1), nil, bank, "h1")
 				if err != nil {
 					panic(err)
 				}

@@ -77,6 +77,8 @@ type WITSVID struct {
 	Key     crypto.Signer
 	Expires time.Time
 	keyID   string // of the authority
+
+	signedFor *record // of the entry: the request named it
 }
 
 // JWTKeys are the keys that a workload with these identities may verify JWT-SVIDs

@@ -31,6 +31,12 @@ func (a *Agent) keepWITs(ctx context.Context) error {
 			}
 			return end
 		},
+		signedFor: func(identity *Identity) (signedFor *record) {
+			if identity.WIT != nil {
+				signedFor = identity.WIT.signedFor
+			}
+			return signedFor
+		},
 		renew: a.renewWITs,
 		tainted: func(s *State, identity *Identity) any {
 			if identity.WIT == nil || !s.taintedKey(identity.WIT.keyID) {
@@ -50,7 +56,7 @@ func (a *Agent) renewWITs(ctx context.Context, slots []*slot) {
 	}
 	requests := make([]client.WITRequest, len(slots))
 	for i, s := range slots {
-		requests[i].EntryID, requests[i].CSR = s.entryID, csrs[i]
+		requests[i] = client.WITRequest{EntryID: s.entryID, Record: s.record.Record, CSR: csrs[i]}
 	}
 	results := a.signer.SignWIT(ctx, requests)
 	if ctx.Err() != nil {
@@ -64,20 +70,20 @@ func (a *Agent) renewWITs(ctx context.Context, slots []*slot) {
 	for i, s := range slots {
 		wit, err := (*WITSVID)(nil), results[i].Err
 		if err == nil {
-			wit, err = verifyWIT(s.id, results[i].Token.Reveal(), keys[i], state.WIT, now)
+			wit, err = verifyWIT(s.id, s.record, results[i].Token.Reveal(), keys[i], state.WIT, now)
 		}
 		if err == nil && state.taintedKey(wit.keyID) {
 			err = errTainted
 		}
 		if err != nil {
 			s.failures++
-			s.due = now.Add(retryAfter(s.failures, s.ends.Sub(now)))
+			s.due = now.Add(pauseAfter(err, s.failures, s.ends.Sub(now)))
 			failed = append(failed, fmt.Errorf("%s: %w", s.id, err))
 			news = news || s.failures == 1
 			continue
 		}
 		signed[s.entryID] = wit
-		s.due, s.failures, s.ends = halfTime(wit.Expires, now), 0, wit.Expires
+		s.due, s.failures, s.ends, s.heldFor = halfTime(wit.Expires, now), 0, wit.Expires, s.record
 	}
 	if len(signed) > 0 {
 		a.change(func(state *State) *State { return state.withWITs(signed) })
@@ -93,7 +99,7 @@ func (a *Agent) renewWITs(ctx context.Context, slots []*slot) {
 }
 
 // verifyWIT refuses what the CA signed when it is not for this identity and key.
-func verifyWIT(want spiffeid.ID, token string, key crypto.Signer, own *TokenBundle, now time.Time) (*WITSVID, error) {
+func verifyWIT(want spiffeid.ID, signedFor *record, token string, key crypto.Signer, own *TokenBundle, now time.Time) (*WITSVID, error) {
 	svid, err := jwtsvid.VerifyWIT(token, only(own), now, 0)
 	if err != nil {
 		return nil, fmt.Errorf("what the CA signed does not verify: %w", err)
@@ -104,7 +110,7 @@ func verifyWIT(want spiffeid.ID, token string, key crypto.Signer, own *TokenBund
 	if public, ok := key.Public().(interface{ Equal(crypto.PublicKey) bool }); !ok || !public.Equal(svid.Key) {
 		return nil, errors.New("the CA's WIT-SVID is for another key")
 	}
-	return &WITSVID{ID: want, Token: secret.Of(token), Key: key, Expires: svid.Expires, keyID: svid.KeyID}, nil
+	return &WITSVID{ID: want, Token: secret.Of(token), Key: key, Expires: svid.Expires, keyID: svid.KeyID, signedFor: signedFor}, nil
 }
 
 // withWITs makes the state that follows when WIT-SVIDs were signed.
@@ -114,11 +120,12 @@ func (s *State) withWITs(signed map[string]*WITSVID) *State {
 	next.Identities = slices.Clone(s.Identities)
 	for i, identity := range s.Identities {
 		wit := signed[identity.Entry.GetId()]
-		if wit == nil || wit.ID != identity.ID {
+		if wit == nil || wit.ID != identity.ID || !wit.signedFor.is(identity.record) {
 			continue
 		}
 		renewed := *identity
 		renewed.WIT = wit
+		renewed.demand()
 		next.Identities[i] = &renewed
 	}
 	return &next

@@ -12,6 +12,7 @@ import (
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
+	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/internal/secret"
 )
 
@@ -85,16 +86,35 @@ func Attest(ctx context.Context, cfg Config, prove func(exporter []byte) (Proof,
 	}, nil
 }
 
+// Record names an entry as the asker holds it: a CA node that holds another one refuses
+// with ErrChanged.
+type Record struct {
+	Hash     [32]byte // ca.RecordHash
+	Revision uint64
+}
+
+// RecordOf is the record of an entry.
+func RecordOf(e *statev1.Entry) Record { return Record{ca.RecordHash(e), e.GetRevision()} }
+
+// bytes is the hash as it is sent; the zero value names nothing.
+func (r Record) bytes() []byte {
+	if r == (Record{}) {
+		return nil
+	}
+	return r.Hash[:]
+}
+
 // SignRequest asks for one X.509-SVID.
 type SignRequest struct {
 	EntryID string // empty: the agent's own SVID
+	Record  Record
 	CSR     []byte // PKCS#10, DER; only its key is used
 }
 
 // SignResult is the answer to one SignRequest.
 type SignResult struct {
 	Certificates [][]byte // DER, leaf first
-	Err          error    // ErrDenied when the CA has no such entry for this host
+	Err          error    // ErrDenied when the CA has no such entry for this host; ErrChanged
 }
 
 // SignX509 has SVIDs signed, in batches of at most 100. The results stand in the
@@ -111,7 +131,7 @@ func (c *Client) SignX509(ctx context.Context, requests []SignRequest) []SignRes
 func (c *Client) signBatch(ctx context.Context, batch []SignRequest) []SignResult {
 	request := &ententev1.SignX509Request{}
 	for _, r := range batch {
-		request.Requests = append(request.Requests, &ententev1.X509Request{EntryId: r.EntryID, Csr: r.CSR})
+		request.Requests = append(request.Requests, &ententev1.X509Request{EntryId: r.EntryID, Csr: r.CSR, Record: r.Record.bytes(), EntryRevision: r.Record.Revision})
 	}
 	results := make([]SignResult, len(batch))
 	err := c.anyNode(ctx, func(ctx context.Context, conn *conn) error {
@@ -138,19 +158,21 @@ func (c *Client) signBatch(ctx context.Context, batch []SignRequest) []SignResul
 // JWTRequest asks for one JWT-SVID.
 type JWTRequest struct {
 	EntryID  string
+	Record   Record
 	Audience []string // at least one
 }
 
 // WITRequest asks for one WIT-SVID.
 type WITRequest struct {
 	EntryID string
+	Record  Record
 	CSR     []byte // PKCS#10, DER; its key becomes the token's
 }
 
 // TokenResult is the answer to one JWTRequest or WITRequest.
 type TokenResult struct {
 	Token secret.Text // JWS, compact; not verified
-	Err   error       // ErrDenied when the CA has no such entry for this host; see RetryAfter
+	Err   error       // ErrDenied when the CA has no such entry for this host; ErrChanged; see RetryAfter
 }
 
 // SignJWT has JWT-SVIDs signed, in batches of at most 100, as SignX509 does.
@@ -158,7 +180,7 @@ func (c *Client) SignJWT(ctx context.Context, requests []JWTRequest) []TokenResu
 	return signTokens(ctx, c, requests, func(ctx context.Context, sign ententev1.SignClient, batch []JWTRequest) ([]*ententev1.TokenResult, error) {
 		request := &ententev1.SignJWTRequest{}
 		for _, r := range batch {
-			request.Requests = append(request.Requests, &ententev1.JWTRequest{EntryId: r.EntryID, Audience: r.Audience})
+			request.Requests = append(request.Requests, &ententev1.JWTRequest{EntryId: r.EntryID, Audience: r.Audience, Record: r.Record.bytes(), EntryRevision: r.Record.Revision})
 		}
 		answer, err := sign.SignJWT(ctx, request)
 		return answer.GetResults(), err
@@ -170,7 +192,7 @@ func (c *Client) SignWIT(ctx context.Context, requests []WITRequest) []TokenResu
 	return signTokens(ctx, c, requests, func(ctx context.Context, sign ententev1.SignClient, batch []WITRequest) ([]*ententev1.TokenResult, error) {
 		request := &ententev1.SignWITRequest{}
 		for _, r := range batch {
-			request.Requests = append(request.Requests, &ententev1.WITRequest{EntryId: r.EntryID, Csr: r.CSR})
+			request.Requests = append(request.Requests, &ententev1.WITRequest{EntryId: r.EntryID, Csr: r.CSR, Record: r.Record.bytes(), EntryRevision: r.Record.Revision})
 		}
 		answer, err := sign.SignWIT(ctx, request)
 		return answer.GetResults(), err
@@ -257,6 +279,8 @@ func itemError(r result) error {
 		return nil
 	case codes.PermissionDenied, codes.NotFound, codes.InvalidArgument:
 		return fmt.Errorf("%w: %s", ErrDenied, r.GetError())
+	case codes.FailedPrecondition:
+		return fmt.Errorf("%w: %s", ErrChanged, r.GetError())
 	default:
 		return fmt.Errorf("%w: %s: %s", ErrUnreachable, code, r.GetError())
 	}

@@ -36,6 +36,9 @@ var (
 	ErrUnreachable = errors.New("no CA node could answer")
 	// ErrDenied: a CA node answered that this client may not have it.
 	ErrDenied = errors.New("the CA refused")
+	// ErrChanged: a CA node holds another record of the entry than the asker. One of the two
+	// has not heard of a change yet, or a CA node lies: ask again, soon and then less often.
+	ErrChanged = errors.New("the CA node holds another record of the entry")
 )
 
 // Config says which CA to speak to, and as whom.

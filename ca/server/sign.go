@@ -1,6 +1,7 @@
 package server
 
 import (
+	"bytes"
 	"context"
 	"crypto"
 	"errors"
@@ -39,6 +40,7 @@ func (d signDoor) SignX509(ctx context.Context, req *ententev1.SignX509Request) 
 	if err := s.limit(s.x509Rates, c.agent.GetName(), len(req.GetRequests())); err != nil {
 		return nil, err
 	}
+	catchUp(ctx, s, req.GetRequests())
 	resp := &ententev1.SignX509Response{}
 	for _, one := range req.GetRequests() {
 		chain, err := s.signOne(ctx, c, one)
@@ -73,7 +75,7 @@ func (s *Server) signOne(ctx context.Context, c caller, one *ententev1.X509Reque
 		chain, err := s.signAgent(ctx, c.agent, public)
 		return chain, s.signError(err)
 	}
-	g, err := s.grant(c, one.GetEntryId())
+	g, err := s.grant(c, one)
 	if err != nil {
 		return nil, err
 	}
@@ -91,9 +93,63 @@ type granted struct {
 	origin    ca.Origin
 }
 
+// forEntry is a request for an SVID of an entry as the requester holds it.
+type forEntry interface {
+	GetEntryId() string
+	GetRecord() []byte
+	GetEntryRevision() uint64
+}
+
+// catchUp waits, for a bounded time, until this replica has applied what the requester of
+// a batch has seen of its entries.
+func catchUp[R forEntry](ctx context.Context, s *Server, batch []R) {
+	var seen, applied uint64
+	for _, one := range batch {
+		seen = max(seen, one.GetEntryRevision())
+	}
+	for deadline := time.Now().Add(catchUpTimeout); ; {
+		s.State.Read(func(st *domain.State) { applied = st.Revision() })
+		if applied >= seen || time.Now().After(deadline) {
+			return
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
+}
+
+// sameRecord refuses a request for another record of an entry than this node has: an agent
+// shows an SVID to whom the record that it holds names, and the CA node that told it of
+// that may be behind, or lie.
+func (s *Server) sameRecord(c caller, e *statev1.Entry, one forEntry) error {
+	record := one.GetRecord()
+	if len(record) == 0 {
+		if level, live := s.Feed.LevelOf(c.agent.GetName()); live && level >= levelRecord {
+			return status.Errorf(codes.FailedPrecondition, "the request for entry %q names no record of it, and this agent's software does: ask again with its hash", e.GetId())
+		}
+		return nil
+	}
+	hash := ca.RecordHash(e)
+	if bytes.Equal(record, hash[:]) {
+		return nil
+	}
+	if one.GetEntryRevision() == e.GetRevision() {
+		s.Log.Warn("an SVID was refused: the agent was told another record of the entry at the same revision; a CA node is damaged or lies",
+			"agent", c.agent.GetName(), "entry", e.GetId(), "revision", ca.Revision(e.GetRevision()).String())
+	}
+	return status.Errorf(codes.FailedPrecondition, "this CA node holds another record of entry %q, of revision %s, than the agent, of revision %s: ask again when Sync has brought the newer one",
+		e.GetId(), ca.Revision(e.GetRevision()), ca.Revision(one.GetEntryRevision()))
+}
+
+// levelRecord is the first level of Sync whose agents name records.
+const levelRecord = 1
+
 // grant looks up, in the agreed state as it is now, whether the calling agent may hold
 // an entry's SVIDs.
-func (s *Server) grant(c caller, entryID string) (g granted, err error) {
+func (s *Server) grant(c caller, one forEntry) (g granted, err error) {
+	entryID := one.GetEntryId()
 	s.State.Read(func(st *domain.State) {
 		g.entry, _ = st.Entry(entryID)
 		g.lifetimes = st.Lifetimes()
@@ -102,6 +158,9 @@ func (s *Server) grant(c caller, entryID string) (g granted, err error) {
 	if g.entry == nil || !ca.Entitled(c.agent, g.entry) {
 		s.Log.Warn("an SVID was refused", "agent", c.agent.GetName(), "entry", entryID, "exists", g.entry != nil)
 		return g, status.Errorf(codes.PermissionDenied, "no entry %.100q is for host %s", entryID, c.agent.GetName())
+	}
+	if err := s.sameRecord(c, g.entry, one); err != nil {
+		return g, err
 	}
 	if g.id, err = ca.ID(s.TrustDomain, g.entry.GetPath()); err != nil {
 		return g, status.Error(codes.Internal, err.Error())
@@ -117,8 +176,9 @@ func (s *Server) grant(c caller, entryID string) (g granted, err error) {
 // ask for tokens as they like, and each costs a signature and a line of the audit log. An
 // entry has this rate on each of its hosts, so that a workload takes nothing from the
 // instances elsewhere.
-func (s *Server) grantToken(c caller, entryID string) (granted, error) {
-	g, err := s.grant(c, entryID)
+func (s *Server) grantToken(c caller, one forEntry) (granted, error) {
+	g, err := s.grant(c, one)
+	entryID := one.GetEntryId()
 	if err != nil {
 		return g, err
 	}
@@ -135,7 +195,7 @@ func (d signDoor) SignJWT(ctx context.Context, req *ententev1.SignJWTRequest) (*
 		if err := ca.CheckAudience(one.GetAudience()); err != nil {
 			return "", status.Error(codes.InvalidArgument, err.Error())
 		}
-		g, err := s.grantToken(c, one.GetEntryId())
+		g, err := s.grantToken(c, one)
 		if err != nil {
 			return "", err
 		}
@@ -153,7 +213,7 @@ func (d signDoor) SignWIT(ctx context.Context, req *ententev1.SignWITRequest) (*
 		if err != nil {
 			return "", status.Error(codes.InvalidArgument, err.Error())
 		}
-		g, err := s.grantToken(c, one.GetEntryId())
+		g, err := s.grantToken(c, one)
 		if err != nil {
 			return "", err
 		}
@@ -166,7 +226,7 @@ func (d signDoor) SignWIT(ctx context.Context, req *ententev1.SignWITRequest) (*
 
 // signTokens answers a batch. What is refused stands in the results; an error speaks of
 // the whole batch, of which then nothing was signed.
-func signTokens[R any](ctx context.Context, s *Server, c caller, use statev1.KeyUse, requests []R, sign func(R) (string, error)) ([]*ententev1.TokenResult, error) {
+func signTokens[R forEntry](ctx context.Context, s *Server, c caller, use statev1.KeyUse, requests []R, sign func(R) (string, error)) ([]*ententev1.TokenResult, error) {
 	if n := len(requests); n == 0 || n > maxBatch {
 		return nil, status.Errorf(codes.InvalidArgument, "%d requests in a batch, not 1 to %d", n, maxBatch)
 	}
@@ -176,6 +236,7 @@ func signTokens[R any](ctx context.Context, s *Server, c caller, use statev1.Key
 	if err := s.limit(s.tokenRates, c.agent.GetName(), len(requests)); err != nil {
 		return nil, err
 	}
+	catchUp(ctx, s, requests)
 	kind := map[statev1.KeyUse]string{statev1.KeyUse_KEY_USE_JWT: "jwt", statev1.KeyUse_KEY_USE_WIT: "wit"}[use]
 	results := make([]*ententev1.TokenResult, 0, len(requests))
 	signed, exhaustedResults, limited := false, 0, error(nil)

@@ -198,7 +198,7 @@ func (s *Server) explanation(pid int, process *workloadattest.Process) *Explanat
 	}
 	for _, identity := range s.agent.State().Identities {
 		is := Entitlement{Entry: identity.Entry.GetId(), SPIFFEID: identity.ID.String(), Entitled: true}
-		if err := process.Satisfies(identity.Entry.GetSelectors()); err != nil {
+		if err := process.Satisfies(identity.Demands); err != nil {
 			is.Entitled, is.Why = false, err.Error()
 		}
 		e.Identities = append(e.Identities, is)

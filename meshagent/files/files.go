@@ -256,7 +256,7 @@ func (t *target) owner(identity *meshagent.Identity) (ids, error) {
 	if t.config.Key == "" && t.config.Combined == "" && len(t.config.JWTs) == 0 || reader == 0 {
 		return o, nil
 	}
-	for _, selector := range identity.Entry.GetSelectors() {
+	for _, selector := range identity.Demands {
 		if uid, ok := strings.CutPrefix(selector, "unix:uid:"); ok && uid != strconv.Itoa(reader) {
 			return o, fmt.Errorf("the secret of %s would belong to uid %d, and its entry names uid %s: set files.owner", identity.ID, reader, uid)
 		}
@@ -275,7 +275,7 @@ func users(identity *meshagent.Identity, owner ids) (list []int) {
 	if owner.uid >= 0 {
 		list = append(list, owner.uid)
 	}
-	for _, selector := range identity.Entry.GetSelectors() {
+	for _, selector := range identity.Common() {
 		text, ok := strings.CutPrefix(selector, "unix:uid:")
 		if name, named := strings.CutPrefix(selector, "unix:user:"); named {
 			if u, err := user.Lookup(name); err == nil {

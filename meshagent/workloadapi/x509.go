@@ -101,7 +101,7 @@ func reason(state *meshagent.State, process *workloadattest.Process) error {
 	}
 	var why []error
 	for _, identity := range state.Identities[:min(most, len(state.Identities))] {
-		if err := process.Satisfies(identity.Entry.GetSelectors()); err != nil {
+		if err := process.Satisfies(identity.Demands); err != nil {
 			why = append(why, fmt.Errorf("%s: %w", identity.Entry.GetId(), err))
 		}
 	}
