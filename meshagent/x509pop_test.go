@@ -61,7 +61,7 @@ func TestAttestationByCertificate(t *testing.T) {
 	write("host.key", "PRIVATE KEY", der)
 
 	c := catest.Prepare(t, catest.Options{})
-	c.Config().X509PoP = node.X509PoP{CABundle: file("root.pem"), Datacenter: "dc1"}
+	c.Config().X509PoP = node.X509PoP{CABundle: file("root.pem"), Zone: "example", Datacenter: "dc1"}
 	if err := node.Init(c.Config(), c.KeepRecoveryKey); err != nil {
 		t.Fatal(err)
 	}

@@ -212,8 +212,11 @@ type X509PoP struct {
 	// CABundle is a PEM file with the authorities of the hosts' certificates. It is read
 	// again when it changes. Empty: no host is admitted by a certificate.
 	CABundle string `yaml:"caBundle"`
+	// Zone is the DNS zone of the hosts' names, as in dc1.example: the first DNS name of a
+	// certificate, else its common name, must be in it.
+	Zone string `yaml:"zone"`
 	// Name of the agent, one DNS label: a template over the certificate. Default
-	// {{label .Host}}: the first label of its first DNS name, else of its common name.
+	// {{label .Host}}: that name without the zone, with -- for each dot.
 	Name string `yaml:"name"`
 	// Datacenter of the agent: a name, or a template as in {{label .Locality}}.
 	Datacenter string `yaml:"datacenter"`
@@ -227,7 +230,7 @@ func (x *X509PoP) open() (*nodeattest.X509PoP, error) {
 	if x.CABundle == "" {
 		return nil, nil
 	}
-	return nodeattest.NewX509PoP(nodeattest.X509PoPConfig{CABundle: x.CABundle, Name: x.Name, Datacenter: x.Datacenter, PathPrefixes: x.PathPrefixes})
+	return nodeattest.NewX509PoP(nodeattest.X509PoPConfig{CABundle: x.CABundle, Zone: x.Zone, Name: x.Name, Datacenter: x.Datacenter, PathPrefixes: x.PathPrefixes})
 }
 
 // Audit is where each administrative act and each SVID is recorded, a line of JSON each.
@@ -337,7 +340,7 @@ func (c *Config) Complete() error {
 	if c.X509PoP.CABundle != "" {
 		_, err := c.X509PoP.open()
 		check(c.At("x509pop"), "x509pop", err)
-	} else if c.X509PoP.Name != "" || c.X509PoP.Datacenter != "" || len(c.X509PoP.PathPrefixes) > 0 {
+	} else if c.X509PoP.Zone != "" || c.X509PoP.Name != "" || c.X509PoP.Datacenter != "" || len(c.X509PoP.PathPrefixes) > 0 {
 		check(c.At("x509pop"), "x509pop", errors.New("caBundle is missing: without it no certificate admits a host"))
 	}
 	if c.Audit.MaxSize.Bytes < 1<<20 {

@@ -39,10 +39,14 @@ type X509PoPConfig struct {
 	// CABundle is a file with the certificates (PEM) of the authorities that sign the
 	// hosts' certificates. It is read again when it changes.
 	CABundle string
+	// Zone is the DNS zone that the hosts' names are in, as in dc1.example. No other host
+	// is admitted, and label is what stands before it.
+	Zone string
 	// Name is the agent's name, one DNS label: a text/template over Certificate. Empty:
-	// {{label .Host}}.
+	// {{label .Host}}. There label is a name of the zone without the zone, with -- for
+	// each dot: different names give different labels, and names outside the zone none.
 	Name string
-	// Datacenter is a name or a template as well.
+	// Datacenter is a name or a template as well. There label is the first DNS label.
 	Datacenter string
 	// PathPrefixes are the scope of the agents; none: everything.
 	PathPrefixes []string
@@ -75,15 +79,21 @@ type X509PoP struct {
 
 // NewX509PoP checks the configuration and reads the bundle.
 func NewX509PoP(config X509PoPConfig) (*X509PoP, error) {
+	if config.Zone = strings.ToLower(strings.Trim(config.Zone, ".")); config.Zone == "" {
+		return nil, errors.New("zone is missing: the DNS zone of the hosts' names, as in dc1.example, without which hosts of two zones would be one agent")
+	}
+	if err := ca.CheckHost(config.Zone); err != nil {
+		return nil, fmt.Errorf("zone: %w", err)
+	}
 	x := &X509PoP{config: config}
 	if config.Name == "" {
 		config.Name = defaultName
 	}
 	var err error
-	if x.name, err = parseTemplate("name", config.Name); err != nil {
+	if x.name, err = parseTemplate("name", config.Name, config.Zone, x.label); err != nil {
 		return nil, err
 	}
-	if x.datacenter, err = parseTemplate("datacenter", config.Datacenter); err != nil {
+	if x.datacenter, err = parseTemplate("datacenter", config.Datacenter, config.Zone, firstLabel); err != nil {
 		return nil, err
 	}
 	if config.Datacenter == "" {
@@ -99,21 +109,42 @@ func NewX509PoP(config X509PoPConfig) (*X509PoP, error) {
 }
 
 // parseTemplate also tries it: a field that does not exist is noticed now.
-func parseTemplate(what, text string) (*template.Template, error) {
+func parseTemplate(what, text, zone string, label any) (*template.Template, error) {
 	t, err := template.New(what).Option("missingkey=error").Funcs(template.FuncMap{"label": label, "lower": strings.ToLower}).Parse(text)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", what, err)
 	}
-	if _, err := render(t, Certificate{DNSNames: []string{"h1.example"}}); err != nil {
+	host := "h1." + zone
+	if _, err := render(t, Certificate{Host: host, CommonName: host, DNSNames: []string{host}}); err != nil {
 		return nil, fmt.Errorf("%s: %w", what, err)
 	}
 	return t, nil
 }
 
-// label is the first label of a name, in lower case: h1 of H1.dc1.example.
-func label(name string) string {
+// firstLabel is the first label of a name, in lower case: dc1 of DC1.example.
+func firstLabel(name string) string {
 	first, _, _ := strings.Cut(name, ".")
 	return strings.ToLower(first)
+}
+
+// label is a name without the zone as one label, in lower case: h1 of H1.dc1.example in
+// zone dc1.example, h1--dc1 of the same in zone example. A name that has -- itself, or is
+// not in the zone, has none: no two names have the same.
+func (x *X509PoP) label(name string) (string, error) {
+	within, in := strings.CutSuffix(strings.ToLower(name), "."+x.config.Zone)
+	switch {
+	case !in || within == "":
+		return "", fmt.Errorf("%.100q is not a name in zone %s", name, x.config.Zone)
+	case strings.Contains(within, "--"):
+		return "", fmt.Errorf("%.100q has -- in it, which stands for a dot in an agent's name", name)
+	}
+	labels := strings.Split(within, ".")
+	for _, one := range labels {
+		if err := ca.CheckLabel(one); err != nil {
+			return "", fmt.Errorf("%.100q: %w", name, err)
+		}
+	}
+	return strings.Join(labels, "--"), nil
 }
 
 func render(t *template.Template, c Certificate) (string, error) {
@@ -265,6 +296,9 @@ func (x *X509PoP) describe(leaf *x509.Certificate, paths [][]*x509.Certificate) 
 	}
 	if len(leaf.DNSNames) > 0 {
 		c.Host = leaf.DNSNames[0]
+	}
+	if name := strings.ToLower(c.Host); !strings.HasSuffix(name, "."+x.config.Zone) {
+		return nil, fmt.Errorf("the host's certificate gives no name of an agent: it is for %.100q, which is not in zone %s (x509pop.zone)", c.Host, x.config.Zone)
 	}
 	host := &statev1.Agent{Certificate: c.Fingerprint, PathPrefixes: x.config.PathPrefixes}
 	for _, part := range []struct {

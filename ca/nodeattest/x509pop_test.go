@@ -95,6 +95,9 @@ func (p *pki) write(file string) {
 
 func open(t testing.TB, config X509PoPConfig) *X509PoP {
 	t.Helper()
+	if config.Zone == "" {
+		config.Zone = "dc1.example"
+	}
 	if config.Datacenter == "" {
 		config.Datacenter = "{{label .Locality}}"
 	}
@@ -215,14 +218,17 @@ func TestConfig(t *testing.T) {
 		t.Fatal(err)
 	}
 	for what, c := range map[string]X509PoPConfig{
-		"no file":      {CABundle: file + "x", Datacenter: "dc1"},
-		"a leaf":       {CABundle: leafFile, Datacenter: "dc1"},
-		"no datacentr": {CABundle: file},
-		"no field":     {CABundle: file, Datacenter: "{{.Nothing}}"},
-		"no template":  {CABundle: file, Datacenter: "dc1", Name: "{{"},
-		"no function":  {CABundle: file, Datacenter: "dc1", Name: `{{exec "x"}}`},
-		"endless":      {CABundle: file, Datacenter: "dc1", Name: `{{printf "%1000d" 1}}`},
-		"scope":        {CABundle: file, Datacenter: "dc1", PathPrefixes: []string{"team"}},
+		"no file":              {Zone: "dc1.example", CABundle: file + "x", Datacenter: "dc1"},
+		"a leaf":               {Zone: "dc1.example", CABundle: leafFile, Datacenter: "dc1"},
+		"no datacentr":         {Zone: "dc1.example", CABundle: file},
+		"no field":             {Zone: "dc1.example", CABundle: file, Datacenter: "{{.Nothing}}"},
+		"no template":          {Zone: "dc1.example", CABundle: file, Datacenter: "dc1", Name: "{{"},
+		"no function":          {Zone: "dc1.example", CABundle: file, Datacenter: "dc1", Name: `{{exec "x"}}`},
+		"endless":              {Zone: "dc1.example", CABundle: file, Datacenter: "dc1", Name: `{{printf "%1000d" 1}}`},
+		"no zone":              {CABundle: file, Datacenter: "dc1"},
+		"no zone, with a name": {CABundle: file, Datacenter: "dc1", Name: "{{label .CommonName}}"},
+		"odd zone":             {Zone: "dc1 example", CABundle: file, Datacenter: "dc1"},
+		"scope":                {Zone: "dc1.example", CABundle: file, Datacenter: "dc1", PathPrefixes: []string{"team"}},
 	} {
 		if _, err := NewX509PoP(c); err == nil {
 			t.Error(what)
@@ -248,4 +254,48 @@ func FuzzVerify(f *testing.F) {
 			t.Fatalf("%v from %x", host, first)
 		}
 	})
+}
+
+// Hosts of two names are never one agent, and a host of another zone is none.
+func TestNamesOfHostsStayUniqueAndInTheirZone(t *testing.T) {
+	p := newPKI(t, "hosts")
+	named := func(common string, names ...string) *x509.Certificate {
+		return p.host(func(c *x509.Certificate) { c.Subject.CommonName, c.DNSNames = common, names })
+	}
+	for _, test := range []struct {
+		zone, name string
+		host       *x509.Certificate
+		agent      string
+		refused    string
+	}{
+		{"prod.example", "", named("", "pay-1.prod.example"), "pay-1", ""},
+		{"prod.example", "", named("", "PAY-1.Prod.Example"), "pay-1", ""}, // the same host
+		{".Prod.example.", "", named("", "pay-1.prod.example"), "pay-1", ""},
+		{"prod.example", "", named("pay-1.prod.example"), "pay-1", ""},
+		{"prod.example", "", named("", "pay-1.guests.example"), "", "not in zone prod.example"},
+		{"prod.example", "", named("", "PAY-1.printers.example"), "", "not in zone"},
+		{"prod.example", "", named("", "pay-1.notprod.example"), "", "not in zone"},
+		{"prod.example", "", named("", "pay-1.prod.example.guests.example"), "", "not in zone"},
+		{"prod.example", "", named("", "pay-1.guests.example", "pay-1.prod.example"), "", "not in zone"},
+		{"prod.example", "", named("pay-1.prod.example", "pay-1.guests.example"), "", "not in zone"},
+		{"prod.example", "", named("", "prod.example"), "", "not in zone"},
+		{"prod.example", "", named("pay-1"), "", "not in zone"},
+		{"prod.example", "", named("", "*.prod.example"), "", "not one DNS label"},
+		{"prod.example", "{{label .CommonName}}", named("pay-2.guests.example", "pay-1.prod.example"), "", "is not a name in zone"},
+		{"prod.example", "{{label .CommonName}}", named("pay-2", "pay-1.prod.example"), "", "is not a name in zone"},
+		{"prod.example", "h-{{.SerialNumber}}", named("", "pay-1.guests.example"), "", "not in zone"},
+		{"example", "", named("", "pay-1.prod.example"), "pay-1--prod", ""},
+		{"example", "", named("", "pay-1.guests.example"), "pay-1--guests", ""},
+		{"example", "", named("", "pay-1--guests.example"), "", "has -- in it"},
+	} {
+		x := open(t, X509PoPConfig{CABundle: p.file(), Datacenter: "dc1", Zone: test.zone, Name: test.name})
+		_, host, err := x.Verify([][]byte{test.host.Raw}, now)
+		what := test.host.Subject.CommonName + " " + strings.Join(test.host.DNSNames, " ")
+		switch {
+		case test.refused != "" && (err == nil || !strings.Contains(err.Error(), test.refused)):
+			t.Errorf("%s in zone %s: agent %q, %v; want %q", what, test.zone, host.GetName(), err, test.refused)
+		case test.refused == "" && (err != nil || host.GetName() != test.agent):
+			t.Errorf("%s in zone %s: agent %q, %v; want %q", what, test.zone, host.GetName(), err, test.agent)
+		}
+	}
 }

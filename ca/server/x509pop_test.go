@@ -56,7 +56,7 @@ func (p *hostPKI) issue(template *x509.Certificate, key crypto.Signer) *x509.Cer
 func (p *hostPKI) host(name string) (*x509.Certificate, crypto.Signer) {
 	key := newKey(p.t)
 	return p.issue(&x509.Certificate{
-		Subject: pkix.Name{CommonName: name}, KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
+		Subject: pkix.Name{CommonName: name + ".hosts.example"}, KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
 	}, key), key
 }
 
@@ -72,7 +72,7 @@ func (p *hostPKI) file() string {
 func startWithX509PoP(t *testing.T, p *hostPKI) *catest.CA {
 	t.Helper()
 	c := catest.Prepare(t, catest.Options{})
-	c.Config().X509PoP = node.X509PoP{CABundle: p.file(), Datacenter: "dc1", PathPrefixes: []string{"/team/pay", "/accounts"}}
+	c.Config().X509PoP = node.X509PoP{CABundle: p.file(), Zone: "hosts.example", Datacenter: "dc1", PathPrefixes: []string{"/team/pay", "/accounts"}}
 	if err := node.Init(c.Config(), c.KeepRecoveryKey); err != nil {
 		t.Fatal(err)
 	}
@@ -149,7 +149,7 @@ func TestAttestByCertificate(t *testing.T) {
 	// Its scope and its selectors decide what it holds.
 	c.Apply(twoHosts)
 	demanding := change("pay", "/team/pay/job", "h1", 1)
-	demanding.GetCreate().NodeSelectors = []string{"x509pop:subject:cn:h1"}
+	demanding.GetCreate().NodeSelectors = []string{"x509pop:subject:cn:h1.hosts.example"}
 	lacking := change("pci", "/team/pay/pci", "h1", 2)
 	lacking.GetCreate().NodeSelectors = []string{"token:pci"}
 	for _, one := range []*statev1.EntryChange{demanding, lacking, change("out", "/team/payments/job", "h1", 3)} {
