@@ -94,6 +94,9 @@ func TestSealMemoryFromDebuggers(t *testing.T) {
 	if err := os.WriteFile(binary, image, 0o755); err != nil {
 		t.Fatal(err)
 	}
+	if err := os.Chmod(binary, 0o755); err != nil { // whatever the umask
+		t.Fatal(err)
+	}
 	for _, mode := range []string{"sealed", "open"} {
 		child := exec.Command(binary)
 		child.Env, child.Dir, child.SysProcAttr = append(os.Environ(), "DAEMON_TEST_MEMORY="+mode), dir, attributes
