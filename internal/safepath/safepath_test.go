@@ -32,9 +32,18 @@ func newTree(t *testing.T) *tree {
 
 func (r *tree) at(path string) string { return filepath.Join(r.base, path) }
 
+// give makes uid the owner. Who runs the test keeps his group, whose number may be another.
+func (r *tree) give(path string, uid int) error {
+	gid := uid
+	if uid == os.Geteuid() {
+		gid = -1
+	}
+	return os.Lchown(r.at(path), uid, gid)
+}
+
 func (r *tree) dir(path string, uid int, mode uint32) *tree {
 	r.t.Helper()
-	if err := errors.Join(os.Mkdir(r.at(path), 0o700), syscall.Chmod(r.at(path), mode), os.Lchown(r.at(path), uid, uid)); err != nil {
+	if err := errors.Join(os.Mkdir(r.at(path), 0o700), syscall.Chmod(r.at(path), mode), r.give(path, uid)); err != nil {
 		r.t.Fatal(err)
 	}
 	return r
@@ -42,7 +51,7 @@ func (r *tree) dir(path string, uid int, mode uint32) *tree {
 
 func (r *tree) link(path, to string, uid int) *tree {
 	r.t.Helper()
-	if err := errors.Join(os.Symlink(to, r.at(path)), os.Lchown(r.at(path), uid, uid)); err != nil {
+	if err := errors.Join(os.Symlink(to, r.at(path)), r.give(path, uid)); err != nil {
 		r.t.Fatal(err)
 	}
 	return r
@@ -50,7 +59,7 @@ func (r *tree) link(path, to string, uid int) *tree {
 
 func (r *tree) file(path string, uid int, mode os.FileMode) *tree {
 	r.t.Helper()
-	if err := errors.Join(os.WriteFile(r.at(path), []byte(path), 0o600), os.Chmod(r.at(path), mode), os.Lchown(r.at(path), uid, uid)); err != nil {
+	if err := errors.Join(os.WriteFile(r.at(path), []byte(path), 0o600), os.Chmod(r.at(path), mode), r.give(path, uid)); err != nil {
 		r.t.Fatal(err)
 	}
 	return r
