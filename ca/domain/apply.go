@@ -8,6 +8,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"math"
 	"slices"
 	"time"
 
@@ -641,12 +642,30 @@ func (a *application) activateAuthority(c *statev1.ActivateAuthority) *Refusal {
 
 // ---------------------------------------------------------------- time, checks
 
+// MaxTickStep is the most that one Tick moves the agreed time. After a longer pause the
+// leader sends several at once. A leader that lies about the time does not get far with
+// the one Tick that it may slip in before its followers reject it (package replica).
+const MaxTickStep = time.Hour
+
+// TickTime is the time that a Tick names, Unix nanoseconds: the median of its samples;
+// math.MinInt64 without any.
+func TickTime(c *statev1.Tick) int64 {
+	if len(c.GetUnixNanos()) == 0 {
+		return math.MinInt64
+	}
+	return median(c.GetUnixNanos())
+}
+
 func (a *application) tick(c *statev1.Tick) *Refusal {
 	samples := c.GetUnixNanos()
 	if len(samples) == 0 || len(samples) > maxSamples {
 		return refuse(CodeInvalid, "%d clock samples, not 1 to %d", len(samples), maxSamples)
 	}
-	a.now = max(a.now, median(samples))
+	next := median(samples)
+	if a.hardened() && a.now != 0 {
+		next = min(next, a.now+int64(MaxTickStep))
+	}
+	a.now = max(a.now, next)
 	// Nothing verifies under an authority that ended; it leaves the bundle and the state.
 	gone := false
 	for _, authority := range a.Authorities() {

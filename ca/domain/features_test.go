@@ -171,3 +171,28 @@ func TestStagingIsBounded(t *testing.T) {
 		}
 	}
 }
+
+// One Tick moves the agreed time by a bounded step; a leader that has to make up for a long
+// pause sends several. A cluster with a member of the release before decides as that did.
+func TestTickMovesTimeByABoundedStep(t *testing.T) {
+	w := newWorld(t)
+	far := epochTime.Add(48 * time.Hour)
+	w.must(level("n1", 4))
+	w.must(tick(far))
+	if !w.s.Now().Equal(far) {
+		t.Errorf("control: at level 4 the time is %v", w.s.Now())
+	}
+	w.must(level("n1", 5))
+	w.must(tick(far.Add(24 * time.Hour)))
+	if got := w.s.Now().Sub(far); got != MaxTickStep {
+		t.Errorf("one Tick moved the time by %v", got)
+	}
+	w.must(tick(far.Add(24 * time.Hour)))
+	if got := w.s.Now().Sub(far); got != 2*MaxTickStep {
+		t.Errorf("two Ticks moved the time by %v", got)
+	}
+	w.must(tick(far.Add(2*MaxTickStep + time.Second)))
+	if got := w.s.Now().Sub(far); got != 2*MaxTickStep+time.Second {
+		t.Errorf("a small step moved the time to %v", got)
+	}
+}

@@ -3,6 +3,7 @@ package domain
 import (
 	"fmt"
 	"slices"
+	"time"
 
 	"google.golang.org/protobuf/proto"
 
@@ -13,7 +14,8 @@ import (
 // Recover makes this state the first of a new epoch, at a log index after its last:
 // survivor is its only member and votes; everybody else's authorities are TAINTED, and
 // REVOKED when the longest leaf has ended; every join token is void. Agents, and their
-// bans, entries, objects and foreign bundles stay. recovery is a statement that the
+// bans, entries, objects and foreign bundles stay. The agreed time stays too, unless the
+// statement sets it: that is the one way back from a time that ran ahead. recovery is a statement that the
 // cluster's recovery key signed for that node and epoch.
 //
 // It is no command: whoever applied it from a log would go on with the members of the
@@ -47,6 +49,9 @@ func (s *State) Recover(index uint64, survivor *statev1.Member, recovery *statev
 	}
 	a := &application{State: s, rev: uint64(rev)}
 	s.applied = index
+	if st.GetSetTime() {
+		s.now = time.Unix(st.GetUnixSeconds(), 0).UnixNano()
+	}
 
 	cluster := proto.CloneOf(before)
 	cluster.Epoch = st.GetEpoch()

@@ -177,3 +177,36 @@ func TestMinVoters(t *testing.T) {
 		}
 	}
 }
+
+// A time that ran ahead never goes back, except by a recovery that says so.
+func TestRecoverySetsTheTime(t *testing.T) {
+	for _, set := range []bool{false, true} {
+		w := recoverable(t)
+		ahead, now := epochTime.Add(1000*time.Hour), epochTime.Add(time.Hour)
+		w.must(tick(ahead))
+		w.must(tick(now))
+		if !w.s.Now().Equal(ahead) {
+			t.Fatalf("control: the time went back to %v", w.s.Now())
+		}
+		r := statement(t, recoveryKey, 1, "n1")
+		st := &statev1.RecoveryStatement{}
+		if err := proto.Unmarshal(r.GetStatement(), st); err != nil {
+			t.Fatal(err)
+		}
+		st.UnixSeconds, st.SetTime = now.Unix(), set
+		r, err := recoveryKey.Sign(st)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := w.s.Recover(w.index+1, member("n1"), r); err != nil {
+			t.Fatal(err)
+		}
+		want := ahead
+		if set {
+			want = now
+		}
+		if !w.s.Now().Equal(want) {
+			t.Errorf("set: %v, the time is %v, not %v", set, w.s.Now(), want)
+		}
+	}
+}

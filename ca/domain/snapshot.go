@@ -10,6 +10,7 @@ import (
 	"hash/crc32"
 	"io"
 	"slices"
+	"time"
 
 	"google.golang.org/protobuf/proto"
 
@@ -116,6 +117,25 @@ func (n *Snapshot) WriteTo(w io.Writer) (int64, error) {
 		return sw.written, fmt.Errorf("write snapshot of index %d: %w", n.applied, sw.err)
 	}
 	return sw.written, nil
+}
+
+// SnapshotHead is how many bytes of a snapshot SnapshotTime needs at most.
+const SnapshotHead = 128
+
+// SnapshotTime reads the agreed time from the beginning of a snapshot, before the rest
+// is read and verified; false if it does not begin like one, or has no time yet.
+func SnapshotTime(head []byte) (time.Time, bool) {
+	rest, ok := bytes.CutPrefix(head, append([]byte(snapshotMagic), snapshotVersion))
+	if !ok || len(rest) < chunkHeader+2 || rest[chunkHeader] != recordScalars {
+		return time.Time{}, false
+	}
+	rest = rest[chunkHeader+1:]
+	length, n := binary.Uvarint(rest)
+	var numbers scalars
+	if n <= 0 || length > uint64(len(rest)-n) || numbers.decode(rest[n:n+int(length)]) != nil || numbers.now == 0 {
+		return time.Time{}, false
+	}
+	return time.Unix(0, numbers.now), true
 }
 
 func (n scalars) encode() []byte {

@@ -4,6 +4,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/entente-mesh/entente/ca/domain"
 	"github.com/entente-mesh/entente/ca/signer"
 )
 
@@ -15,12 +16,16 @@ type clock struct {
 	heard  time.Time // when anything was last agreed, as far as this node heard; zero: not since the start
 }
 
-// applied takes the agreed time after a log entry.
+// applied takes the agreed time after a log entry. A step of domain.MaxTickStep was cut
+// short: the time is not the present one yet.
 func (c *clock) applied(agreed time.Time) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.heard = time.Now()
-	if agreed.After(c.agreed) {
+	switch step := agreed.Sub(c.agreed); {
+	case !c.agreed.IsZero() && step >= domain.MaxTickStep:
+		c.agreed = agreed
+	case step > 0:
 		c.agreed, c.at = agreed, c.heard
 	}
 }
@@ -74,4 +79,19 @@ func (n *Node) signerClock() signer.Clock {
 		clock.Agreed = clock.Agreed.Add(-n.clockError())
 	}
 	return clock
+}
+
+// clockProblem says why this node rejects a leader's time; empty if it does not.
+func (n *Node) clockProblem() string {
+	leader, reason := n.replica.Load().Rejected()
+	if leader == "" {
+		return ""
+	}
+	name := leader
+	n.Read(func(st *domain.State) {
+		if m, ok := st.Member(leader); ok {
+			name = m.GetName()
+		}
+	})
+	return "leader " + name + " " + reason
 }

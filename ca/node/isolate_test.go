@@ -362,10 +362,10 @@ func TestBansSurviveRestore(t *testing.T) {
 		t.Fatal(err)
 	}
 	os.WriteFile(damaged, []byte(strings.Replace(string(text), "h1", "h7", 1)), 0o600)
-	if _, err := node.Restore(c.Config(), strings.NewReader(string(backup)), old.RecoveryKey(), 0, damaged); err == nil || !strings.Contains(err.Error(), "line 1") {
+	if _, err := node.Restore(c.Config(), strings.NewReader(string(backup)), old.RecoveryKey(), 0, false, damaged); err == nil || !strings.Contains(err.Error(), "line 1") {
 		t.Fatalf("with a damaged memory: %v", err)
 	}
-	if _, err := node.Restore(c.Config(), strings.NewReader(string(backup)), old.RecoveryKey(), 0, journal); err != nil {
+	if _, err := node.Restore(c.Config(), strings.NewReader(string(backup)), old.RecoveryKey(), 0, false, journal); err != nil {
 		t.Fatal(err)
 	}
 	c.Restart()

@@ -98,18 +98,21 @@ func sleep(ctx context.Context, d time.Duration) error {
 // keepTicking moves the agreed time on, with the clocks of a majority of voters.
 func (n *Node) keepTicking(ctx context.Context) {
 	for {
-		n.tick(ctx)
+		for n.tick(ctx) {
+		}
 		if sleep(ctx, tickEvery) != nil {
 			return
 		}
 	}
 }
 
-func (n *Node) tick(ctx context.Context) {
+// tick sends one Tick. It reports whether the agreed time lacks more than one step, after
+// a long time without quorum: then the next one is due at once.
+func (n *Node) tick(ctx context.Context) (again bool) {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
 	now := time.Now()
-	voters := 0
+	voters, rejecting := 0, 0
 	var samples []int64
 	for _, s := range n.replica.Load().Servers() {
 		if !s.Voter {
@@ -120,10 +123,13 @@ func (n *Node) tick(ctx context.Context) {
 			samples = append(samples, n.wall().UnixNano())
 		} else if r, ok := n.gate.last(s.ID, now); ok {
 			samples = append(samples, r.Clock.Add(now.Sub(r.at)).UnixNano())
+			if r.Rejects == n.own.id {
+				rejecting++
+			}
 		}
 	}
 	if len(samples) < voters/2+1 {
-		return // one clock alone, or half of them, sets nobody's time
+		return false // one clock alone, or half of them, sets nobody's time
 	}
 	// A majority of all voters must say that this clock is wrong: of two samples, nobody
 	// knows which is.
@@ -134,19 +140,32 @@ func (n *Node) tick(ctx context.Context) {
 			against++
 		}
 	}
+	if rejecting > (voters-1)/2 {
+		n.log.Error("the other CA nodes reject this leader's time: handing leadership over; check this node's clock", "rejecting", rejecting, "voters", voters)
+		n.replica.Load().TransferLeadership(ctx)
+		return false
+	}
 	if against >= voters/2+1 {
 		median := time.Unix(0, samples[(len(samples)-1)/2])
 		n.log.Error("this node's clock is off the other CA nodes': another one leads; set the clock", "offset", wall.Sub(median).String())
 		n.replica.Load().TransferLeadership(ctx)
-		return
+		return false
 	}
+	command := &statev1.Tick{UnixNanos: samples}
 	outcome, err := n.replica.Load().Propose(ctx, &statev1.Command{
 		Actor: n.cfg.Name,
-		Body:  &statev1.Command_Tick{Tick: &statev1.Tick{UnixNanos: samples}},
+		Body:  &statev1.Command_Tick{Tick: command},
 	})
 	if err == nil && outcome.Refused != nil {
 		n.log.Error("a tick was refused", "error", outcome.Refused)
 	}
+	if err != nil || outcome.Refused != nil {
+		return false
+	}
+	n.Read(func(st *domain.State) {
+		again = time.Unix(0, domain.TickTime(command)).Sub(st.Now()) > domain.MaxTickStep/2
+	})
+	return again
 }
 
 // keepMembers makes Raft's membership what was agreed: a newcomer replicates first and

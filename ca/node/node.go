@@ -496,6 +496,7 @@ func (n *Node) info() server.Info {
 		NoQuorumSince: n.noQuorumSince(now),
 		NotAgreeing:   n.notAgreeing(now),
 		Disk:          n.disk(),
+		ClockProblem:  n.clockProblem(),
 		Applied:       stats.Applied,
 		Last:          stats.LastIndex,
 		LogBytes:      stats.LogBytes,

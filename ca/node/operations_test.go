@@ -171,10 +171,10 @@ func TestRunbookLostQuorum(t *testing.T) {
 		t.Fatalf("%+v, %v", survey, err)
 	}
 	other := catest.Start(t, catest.Options{})
-	if _, err := node.Recover(survivor.Config(), other.RecoveryKey()); err == nil {
+	if _, err := node.Recover(survivor.Config(), other.RecoveryKey(), false); err == nil {
 		t.Fatal("another cluster's recovery key recovered this one")
 	}
-	if _, err := node.Recover(survivor.Config(), nodes[0].RecoveryKey()); err != nil {
+	if _, err := node.Recover(survivor.Config(), nodes[0].RecoveryKey(), false); err != nil {
 		t.Fatal(err)
 	}
 	survivor.Restart()
@@ -355,22 +355,22 @@ func TestRunbookRestoreFromBackup(t *testing.T) {
 		}
 		// Attacks first: another key, an altered file; neither leaves anything behind.
 		foreign := catest.Start(t, catest.Options{})
-		if _, err := node.Restore(c.Config(), bytes.NewReader(backup), foreign.RecoveryKey(), 0); err == nil {
+		if _, err := node.Restore(c.Config(), bytes.NewReader(backup), foreign.RecoveryKey(), 0, false); err == nil {
 			t.Fatal("restored with another cluster's recovery key")
 		}
 		altered := bytes.Clone(backup)
 		altered[len(altered)/2] ^= 1
-		if _, err := node.Restore(c.Config(), bytes.NewReader(altered), old.RecoveryKey(), 0); err == nil {
+		if _, err := node.Restore(c.Config(), bytes.NewReader(altered), old.RecoveryKey(), 0, false); err == nil {
 			t.Fatal("restored an altered backup")
 		}
 		if replica.Exists(c.Config().DataDir) {
 			t.Fatal("a refused restore left a state")
 		}
-		contents, err := node.Restore(c.Config(), bytes.NewReader(backup), old.RecoveryKey(), 0)
+		contents, err := node.Restore(c.Config(), bytes.NewReader(backup), old.RecoveryKey(), 0, false)
 		if err != nil || contents.Epoch != 1 {
 			t.Fatalf("%+v, %v", contents, err)
 		}
-		if _, err := node.Restore(c.Config(), bytes.NewReader(backup), old.RecoveryKey(), 0); !errors.Is(err, replica.ErrStateExists) {
+		if _, err := node.Restore(c.Config(), bytes.NewReader(backup), old.RecoveryKey(), 0, false); !errors.Is(err, replica.ErrStateExists) {
 			t.Errorf("restored over a state: %v", err)
 		}
 		c.Restart()

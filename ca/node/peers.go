@@ -63,6 +63,7 @@ func (n *Node) runReports(ctx context.Context) error {
 
 func (n *Node) report() server.Report {
 	status := n.status()
+	rejects, _ := n.replica.Load().Rejected()
 	return server.Report{
 		BootID:       n.bootID,
 		Applied:      status.Revision,
@@ -71,6 +72,7 @@ func (n *Node) report() server.Report {
 		Clock:        n.wall(),
 		Settled:      n.settled(),
 		Held:         n.held(),
+		Rejects:      rejects,
 	}
 }
 
@@ -90,7 +92,7 @@ func (n *Node) held() map[string][]string {
 }
 
 func same(a, b server.Report) bool {
-	return a.BootID == b.BootID && a.Acknowledged == b.Acknowledged && a.Settled == b.Settled && slices.Equal(a.WaitingFor, b.WaitingFor) &&
+	return a.BootID == b.BootID && a.Rejects == b.Rejects && a.Acknowledged == b.Acknowledged && a.Settled == b.Settled && slices.Equal(a.WaitingFor, b.WaitingFor) &&
 		maps.EqualFunc(a.Held, b.Held, slices.Equal) && (a.Held == nil && b.Held == nil || a.Applied == b.Applied) // the leader waits for who has heard of a taint
 }
 

@@ -153,8 +153,9 @@ func stopped(cfg *Config) (*identity, error) {
 
 // Recover makes this stopped node the only member of its cluster, in a new epoch. All
 // others are left behind for good: their authorities are tainted, and they have to be
-// wiped and to join anew. What they agreed to without this node is lost.
-func Recover(cfg *Config, recoveryKey string) (Survey, error) {
+// wiped and to join anew. What they agreed to without this node is lost. With setTime the
+// agreed time becomes this host's, also if it was later.
+func Recover(cfg *Config, recoveryKey string, setTime bool) (Survey, error) {
 	own, err := stopped(cfg)
 	if err != nil {
 		return Survey{}, err
@@ -167,7 +168,10 @@ func Recover(cfg *Config, recoveryKey string) (Survey, error) {
 		if s.Cluster.GetTrustDomain() != cfg.trustDomain().Name() {
 			return nil, nil, fmt.Errorf("%s holds a CA node of %s, the configuration says %s", cfg.DataDir, s.Cluster.GetTrustDomain(), cfg.TrustDomain)
 		}
-		recovery, err := begin(key, s.Cluster, s.Cluster.GetEpoch()+1, own.id)
+		if err := checkTime(s.Time, setTime); err != nil {
+			return nil, nil, err
+		}
+		recovery, err := begin(key, s.Cluster, s.Cluster.GetEpoch()+1, own.id, setTime)
 		return recovery, cfg.firstMember(own), err
 	})
 	if err != nil {
@@ -176,15 +180,24 @@ func Recover(cfg *Config, recoveryKey string) (Survey, error) {
 	return survey(cfg, own, s), nil
 }
 
+// checkTime rejects an agreed time that is far ahead of this host's clock: it never goes
+// back otherwise, so nodes whose clock is right could not follow this one.
+func checkTime(agreed time.Time, setTime bool) error {
+	if ahead := time.Until(agreed); ahead > replica.MaxTimeAhead && !setTime {
+		return fmt.Errorf("the agreed time is %s, %v ahead of this host's clock: if the clock is right, set the agreed time to it with --set-time", agreed.UTC().Format(time.RFC3339), ahead.Round(time.Second))
+	}
+	return nil
+}
+
 // begin has the recovery key say that node goes on in a new epoch.
-func begin(key *ca.RecoveryKey, cluster *statev1.Cluster, epoch uint32, node string) (*statev1.Recovery, error) {
+func begin(key *ca.RecoveryKey, cluster *statev1.Cluster, epoch uint32, node string, setTime bool) (*statev1.Recovery, error) {
 	if err := key.Fits(cluster); err != nil {
 		return nil, err
 	}
 	id := make([]byte, ca.RecoveryIDSize)
 	rand.Read(id)
 	return key.Sign(&statev1.RecoveryStatement{
-		ClusterId: cluster.GetId(), Epoch: epoch, RecoveryId: id, MemberId: node, UnixSeconds: time.Now().Unix(),
+		ClusterId: cluster.GetId(), Epoch: epoch, RecoveryId: id, MemberId: node, UnixSeconds: time.Now().Unix(), SetTime: setTime,
 	})
 }
 
@@ -193,7 +206,7 @@ func begin(key *ca.RecoveryKey, cluster *statev1.Cluster, epoch uint32, node str
 // if that is later. Keys that lie in DataDir are used: if they are those of a member
 // in the snapshot, agents go on trusting it. bans are files in which nodes remember whom
 // they shut out, also after the backup: beside that of DataDir.
-func Restore(cfg *Config, snapshot io.Reader, recoveryKey string, epoch uint32, bans ...string) (Contents, error) {
+func Restore(cfg *Config, snapshot io.Reader, recoveryKey string, epoch uint32, setTime bool, bans ...string) (Contents, error) {
 	fail := func(err error) (Contents, error) {
 		return Contents{}, fmt.Errorf("restore the CA of %s: %w", cfg.TrustDomain, err)
 	}
@@ -221,11 +234,14 @@ func Restore(cfg *Config, snapshot io.Reader, recoveryKey string, epoch uint32, 
 	if err := key.Fits(cluster); err != nil {
 		return fail(err)
 	}
+	if err := checkTime(state.Now(), setTime); err != nil {
+		return fail(err)
+	}
 	own, err := openIdentity(cfg, true)
 	if err != nil {
 		return fail(err)
 	}
-	recovery, err := begin(key, cluster, max(epoch, cluster.GetEpoch()+1), own.id)
+	recovery, err := begin(key, cluster, max(epoch, cluster.GetEpoch()+1), own.id, setTime)
 	if err != nil {
 		return fail(err)
 	}

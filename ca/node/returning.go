@@ -165,6 +165,7 @@ func (n *Node) replicaConfig() replica.Config {
 	cfg.OnApply = n.onApply
 	cfg.OnRestore = n.onRestore
 	cfg.Vouch = n.vouch
+	cfg.Wall = n.wall
 	cfg.BeforeWrite = n.cfg.beforeWrite
 	cfg.HoldBack = n.cfg.holdBack
 	return cfg

@@ -35,6 +35,9 @@ type disk struct {
 	durable atomic.Uint64
 	before  func() error // of each write; nil: nothing
 
+	// mayCut says why the log must not be cut from an index on; nil: it may.
+	mayCut func(minIndex uint64) error
+
 	// newestConfig is the index of the newest membership entry in the log.
 	newestConfig atomic.Uint64
 }
@@ -46,7 +49,7 @@ var (
 )
 
 func newDisk(s store, stall time.Duration, fail func(error)) *disk {
-	return &disk{store: s, cache: logCache{limit: cacheBytes}, stall: stall, fail: fail}
+	return &disk{mayCut: func(uint64) error { return nil }, store: s, cache: logCache{limit: cacheBytes}, stall: stall, fail: fail}
 }
 
 // IsMonotonic makes Raft drop the whole log when it installs a snapshot. Otherwise
@@ -124,11 +127,16 @@ func (d *disk) StoreLogs(logs []*raft.Log) error {
 }
 
 func (d *disk) DeleteRange(minIndex, maxIndex uint64) error {
-	d.cache.remove(minIndex, maxIndex)
 	if last, err := d.store.LastIndex(); err == nil && maxIndex >= last {
+		if err := d.mayCut(minIndex); err != nil {
+			d.broke(err)
+			return err
+		}
+		d.cache.remove(minIndex, maxIndex)
 		d.durable.Store(min(d.durable.Load(), max(minIndex, 1)-1)) // no longer counted on
 		return d.write("cutting the log", func() error { return d.store.DeleteRange(minIndex, maxIndex) })
 	}
+	d.cache.remove(minIndex, maxIndex)
 	// A compaction is many transactions, and nobody waits for it but an append, which
 	// has its own watchdog.
 	if d.broken.Load() {

@@ -28,6 +28,11 @@ var (
 	// Open and Run return it.
 	ErrSuperseded = errors.New("this node's epoch is over, its cluster was recovered without it: wipe its data directory and join it anew")
 
+	// ErrRewrites: the leader would have this node replace entries that it has applied.
+	// Run returns it: what this node has said since may differ from what the leader now
+	// has others agree to.
+	ErrRewrites = errors.New("the leader replaces log entries that this node has applied: look for who controls the leader, remove it as compromised, then start this node again")
+
 	// ErrDisk: the log or a snapshot could not be written in time. Err returns it.
 	ErrDisk = errors.New("the disk under the log failed or stalled")
 

@@ -33,6 +33,9 @@ type fsm struct {
 	// own, since not every entry is a command.
 	applied atomic.Uint64
 
+	// adopted is the index of the last snapshot that the leader sent and this node took.
+	adopted atomic.Uint64
+
 	// live is the log's last index when the node started: what was agreed later proves
 	// that the node is connected.
 	live uint64
@@ -181,6 +184,7 @@ func (f *fsm) Restore(r io.ReadCloser) error {
 	if !f.adopt(state, state.Applied()) {
 		return nil
 	}
+	f.adopted.Store(state.Applied())
 	if f.onMembers != nil {
 		f.onMembers()
 	}

@@ -79,6 +79,9 @@ type Config struct {
 	// For tests that fail or stall the disk of a whole node.
 	BeforeWrite func() error
 
+	// Wall is this node's clock, against which the leader's is held; nil: time.Now.
+	Wall func() time.Time
+
 	// HoldBack, if set, says that entries do not reach a member now although heartbeats do.
 	// For tests of what a whole node does about that.
 	HoldBack func(member string) bool
@@ -396,6 +399,9 @@ func (c *Config) complete() error {
 	}
 	if c.farewell == 0 {
 		c.farewell = farewell
+	}
+	if c.Wall == nil {
+		c.Wall = time.Now
 	}
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)

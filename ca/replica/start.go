@@ -241,7 +241,8 @@ func open(cfg Config) (*Replica, error) {
 	if cfg.wrapStore != nil {
 		st = cfg.wrapStore(st)
 	}
-	r.disk = newDisk(st, cfg.Timing.diskStall(), func(err error) { r.leave(err, false) })
+	r.disk = newDisk(st, cfg.Timing.diskStall(), func(err error) { r.leave(err, errors.Is(err, ErrRewrites)) })
+	r.disk.mayCut = r.mayCut
 
 	r.disk.before = cfg.BeforeWrite
 	if last, _ := st.LastIndex(); last > 0 || cfg.Durable == 0 {
@@ -491,7 +492,7 @@ func (r *Replica) start(files *raft.FileSnapshotStore, list joinList) error {
 		members.vouched = r.vouched
 	}
 	r.net = newStreams(&r.cfg, members, protocol(list.ClusterID, list.Epoch, list.RecoveryID))
-	r.trans = newTransport(r.net, &r.cfg)
+	r.trans = newTransport(r.net, &r.cfg, &leaderCheck{wall: r.cfg.Wall, applied: r.fsm.applied.Load, log: r.log})
 
 	full := make(chan struct{}, 1)
 	r.fsm.onApply = r.cfg.OnApply

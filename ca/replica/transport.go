@@ -23,6 +23,7 @@ type transport struct {
 	roster                 *roster
 	log                    *slog.Logger
 	holdBack               func(member string) bool
+	leaders                *leaderCheck
 
 	heard     chan raft.RPC
 	heartbeat atomic.Pointer[func(raft.RPC)]
@@ -43,12 +44,13 @@ type peerProgress struct {
 	contact time.Time
 }
 
-func newTransport(s *streams, cfg *Config) *transport {
+func newTransport(s *streams, cfg *Config, leaders *leaderCheck) *transport {
 	t := &transport{
 		NetworkTransport: newNetwork(dialling{s}, cfg.Log),
 		streams:          s,
 		roster:           s.roster,
 		holdBack:         cfg.HoldBack,
+		leaders:          leaders,
 		log:              cfg.Log,
 		heard:            make(chan raft.RPC),
 		callers:          map[string]*caller{},
@@ -137,7 +139,7 @@ func (t *transport) caller(peer string) *caller {
 		c.network = newNetwork(c, t.log)
 		c.network.SetHeartbeatHandler(func(rpc raft.RPC) {
 			switch handle := t.heartbeat.Load(); {
-			case !t.genuine(peer, rpc):
+			case !t.genuine(peer, rpc), !t.allowed(peer, &rpc):
 			case handle == nil:
 				rpc.Respond(nil, errors.New("this node is just starting"))
 			default:
@@ -155,7 +157,7 @@ func (t *transport) hear(c *caller) {
 	for {
 		select {
 		case rpc := <-c.network.Consumer():
-			if !t.genuine(c.peer, rpc) {
+			if !t.genuine(c.peer, rpc) || !t.allowed(c.peer, &rpc) {
 				continue
 			}
 			select {
@@ -190,6 +192,19 @@ func (t *transport) genuine(peer string, rpc raft.RPC) bool {
 			st.Close()
 		}
 	}
+	return false
+}
+
+// allowed answers a message that must not reach Raft.
+func (t *transport) allowed(peer string, rpc *raft.RPC) bool {
+	err := t.leaders.allows(peer, rpc)
+	if err == nil {
+		return true
+	}
+	if rpc.Reader != nil {
+		io.Copy(io.Discard, rpc.Reader) // what follows on the connection is the next message
+	}
+	rpc.Respond(nil, err)
 	return false
 }
 

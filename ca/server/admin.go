@@ -55,6 +55,7 @@ func (d adminDoor) Status(ctx context.Context, _ *ententev1.StatusRequest) (*ent
 		Disk:               info.Disk,
 		ClockOffsetSeconds: info.ClockOffset.Seconds(),
 		ClockKnown:         info.ClockKnown,
+		ClockProblem:       info.ClockProblem,
 		AppliedIndex:       info.Applied,
 		LastIndex:          info.Last,
 		LogBytes:           info.LogBytes,

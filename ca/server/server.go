@@ -61,6 +61,8 @@ type Report struct {
 	// Held is who of its subscribers, and whether it itself, has SVIDs under TAINTED
 	// authorities: names by authority id.
 	Held map[string][]string
+	// Rejects is the id of the leader whose time the member rejects; empty: none.
+	Rejects string
 }
 
 // Gate is who stands between an authority and its next phase, as the leader knows it.
@@ -83,6 +85,7 @@ type Info struct {
 	Disk          string    // what is wrong with the log's disk; empty: nothing
 	ClockOffset   time.Duration
 	ClockKnown    bool
+	ClockProblem  string    // why this node rejects the leader's time; empty: it does not
 	Applied       uint64    // log index
 	Last          uint64    // of the log
 	LogBytes      uint64    // since the last snapshot

@@ -192,6 +192,7 @@ func reportFromWire(r *ententev1.ReportRequest) Report {
 		Clock:        time.Unix(0, r.GetUnixNanos()),
 		Settled:      r.GetCaughtUp(),
 		Held:         heldFromWire(r.GetHeld()),
+		Rejects:      r.GetRejects(),
 	}
 }
 
@@ -233,6 +234,7 @@ func reportToWire(r Report) *ententev1.ReportRequest {
 		WaitingAt:            at,
 		UnixNanos:            r.Clock.UnixNano(),
 		CaughtUp:             r.Settled,
+		Rejects:              r.Rejects,
 	}
 }
 

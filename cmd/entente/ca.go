@@ -288,6 +288,9 @@ func printStatus(w io.Writer, s *ententev1.StatusResponse) error {
 	if s.GetClockKnown() {
 		offset = fmt.Sprintf("%+.3f s from the agreed time", s.GetClockOffsetSeconds())
 	}
+	if p := s.GetClockProblem(); p != "" {
+		offset += "; PROBLEM: " + p
+	}
 	fmt.Fprintf(table, "CLOCK\t%s\n", offset)
 	acks := "all have acknowledged this revision"
 	if len(s.GetWaitingFor()) > 0 {

@@ -16,6 +16,7 @@ func caRecoverCommand() *cobra.Command {
 	var (
 		flags   configFlags
 		keyFile string
+		setTime bool
 		asJSON  bool
 	)
 	c := &cobra.Command{
@@ -44,7 +45,7 @@ can never come back as they are: wipe them and join them anew.`,
 			if err != nil {
 				return usageError{c, fmt.Errorf("--recovery-key-file: %w", err)}
 			}
-			survey, err := node.Recover(config, key)
+			survey, err := node.Recover(config, key, setTime)
 			if err != nil {
 				return err
 			}
@@ -53,6 +54,7 @@ can never come back as they are: wipe them and join them anew.`,
 	}
 	flags.register(c, defaultCAConfig)
 	c.Flags().StringVar(&keyFile, "recovery-key-file", "", "file with the recovery key that `entente ca init` printed; - reads standard input")
+	c.Flags().BoolVar(&setTime, "set-time", false, "set the agreed time to this host's clock, also backwards")
 	c.Flags().BoolVar(&asJSON, "json", false, "print JSON")
 	return c
 }

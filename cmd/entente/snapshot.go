@@ -151,6 +151,7 @@ func snapshotRestoreCommand() *cobra.Command {
 		flags   configFlags
 		keyFile string
 		epoch   uint32
+		setTime bool
 		bans    []string
 		asJSON  bool
 	)
@@ -178,7 +179,7 @@ key need a new join token.`,
 				return usageError{c, err}
 			}
 			defer f.Close()
-			contents, err := node.Restore(config, f, key, epoch, bans...)
+			contents, err := node.Restore(config, f, key, epoch, setTime, bans...)
 			if err != nil {
 				return err
 			}
@@ -192,6 +193,7 @@ key need a new join token.`,
 	flags.register(c, defaultCAConfig)
 	c.Flags().StringVar(&keyFile, "recovery-key-file", "", "file with the recovery key that `entente ca init` printed; - reads standard input")
 	c.Flags().StringArrayVar(&bans, "bans", nil, "bans.journal from the data directory of any CA node of this cluster: whom it shut out stays out (repeat for several)")
+	c.Flags().BoolVar(&setTime, "set-time", false, "set the agreed time to this host's clock, also backwards")
 	c.Flags().Uint32Var(&epoch, "epoch", 0, "begin at least with this epoch: higher than any that agents and peers have seen (default: the snapshot's + 1)")
 	c.Flags().BoolVar(&asJSON, "json", false, "print JSON")
 	return c

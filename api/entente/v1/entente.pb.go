@@ -1969,6 +1969,7 @@ type StatusResponse struct {
 	Quorum               bool                   `protobuf:"varint,30,opt,name=quorum,proto3" json:"quorum,omitempty"`                                                      // agreement goes on, as far as this node knows
 	NoQuorumSince        int64                  `protobuf:"varint,31,opt,name=no_quorum_since,json=noQuorumSince,proto3" json:"no_quorum_since,omitempty"`                 // Unix seconds; 0: there is quorum, as far as this node knows
 	NotAgreeing          string                 `protobuf:"bytes,32,opt,name=not_agreeing,json=notAgreeing,proto3" json:"not_agreeing,omitempty"`                          // without quorum: since when, what still works, what to do
+	ClockProblem         string                 `protobuf:"bytes,271,opt,name=clock_problem,json=clockProblem,proto3" json:"clock_problem,omitempty"`                      // why this node follows no leader although there is one: it moves the agreed time past this node's clock
 	Disk                 string                 `protobuf:"bytes,33,opt,name=disk,proto3" json:"disk,omitempty"`                                                           // empty: the log's disk works; else what is wrong with it
 	ClockOffsetSeconds   float64                `protobuf:"fixed64,34,opt,name=clock_offset_seconds,json=clockOffsetSeconds,proto3" json:"clock_offset_seconds,omitempty"` // own clock minus the agreed time, as of the last Tick
 	ClockKnown           bool                   `protobuf:"varint,35,opt,name=clock_known,json=clockKnown,proto3" json:"clock_known,omitempty"`
@@ -2124,6 +2125,13 @@ func (x *StatusResponse) GetNoQuorumSince() int64 {
 func (x *StatusResponse) GetNotAgreeing() string {
 	if x != nil {
 		return x.NotAgreeing
+	}
+	return ""
+}
+
+func (x *StatusResponse) GetClockProblem() string {
+	if x != nil {
+		return x.ClockProblem
 	}
 	return ""
 }
@@ -3951,6 +3959,7 @@ type ReportRequest struct {
 	UnixNanos            int64                  `protobuf:"varint,5,opt,name=unix_nanos,json=unixNanos,proto3" json:"unix_nanos,omitempty"`                                  // its clock
 	CaughtUp             bool                   `protobuf:"varint,6,opt,name=caught_up,json=caughtUp,proto3" json:"caught_up,omitempty"`
 	WaitingAt            []uint64               `protobuf:"varint,90,rep,packed,name=waiting_at,json=waitingAt,proto3" json:"waiting_at,omitempty"` // what each of waiting_for holds, a revision
+	Rejects              string                 `protobuf:"bytes,270,opt,name=rejects,proto3" json:"rejects,omitempty"`                             // id of the leader whose time it rejects
 	Held                 []*HeldAuthority       `protobuf:"bytes,20,rep,name=held,proto3" json:"held,omitempty"`                                    // TAINTED ones of which SVIDs live among its subscribers
 	unknownFields        protoimpl.UnknownFields
 	sizeCache            protoimpl.SizeCache
@@ -4033,6 +4042,13 @@ func (x *ReportRequest) GetWaitingAt() []uint64 {
 		return x.WaitingAt
 	}
 	return nil
+}
+
+func (x *ReportRequest) GetRejects() string {
+	if x != nil {
+		return x.Rejects
+	}
+	return ""
 }
 
 func (x *ReportRequest) GetHeld() []*HeldAuthority {
@@ -6328,7 +6344,7 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x04code\x18\x02 \x01(\rR\x04code\x12\x14\n" +
 	"\x05error\x18\x03 \x01(\tR\x05error\x12/\n" +
 	"\x13retry_after_seconds\x18\xdc\x01 \x01(\x01R\x11retryAfterSeconds\"\x0f\n" +
-	"\rStatusRequest\"\x86\t\n" +
+	"\rStatusRequest\"\xac\t\n" +
 	"\x0eStatusResponse\x123\n" +
 	"\acluster\x18\x01 \x01(\v2\x19.entente.state.v1.ClusterR\acluster\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\x04R\brevision\x12\x17\n" +
@@ -6348,7 +6364,8 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\vsubscribers\x18\r \x01(\rR\vsubscribers\x12\x16\n" +
 	"\x06quorum\x18\x1e \x01(\bR\x06quorum\x12&\n" +
 	"\x0fno_quorum_since\x18\x1f \x01(\x03R\rnoQuorumSince\x12!\n" +
-	"\fnot_agreeing\x18  \x01(\tR\vnotAgreeing\x12\x12\n" +
+	"\fnot_agreeing\x18  \x01(\tR\vnotAgreeing\x12$\n" +
+	"\rclock_problem\x18\x8f\x02 \x01(\tR\fclockProblem\x12\x12\n" +
 	"\x04disk\x18! \x01(\tR\x04disk\x120\n" +
 	"\x14clock_offset_seconds\x18\" \x01(\x01R\x12clockOffsetSeconds\x12\x1f\n" +
 	"\vclock_known\x18# \x01(\bR\n" +
@@ -6477,7 +6494,7 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x0fProposeResponse\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x12\x18\n" +
 	"\arefusal\x18\x02 \x01(\tR\arefusal\x12\x16\n" +
-	"\x06detail\x18\x03 \x01(\tR\x06detail\"\xb3\x02\n" +
+	"\x06detail\x18\x03 \x01(\tR\x06detail\"\xce\x02\n" +
 	"\rReportRequest\x12\x17\n" +
 	"\aboot_id\x18\x01 \x01(\tR\x06bootId\x12)\n" +
 	"\x10applied_revision\x18\x02 \x01(\x04R\x0fappliedRevision\x123\n" +
@@ -6488,7 +6505,8 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"unix_nanos\x18\x05 \x01(\x03R\tunixNanos\x12\x1b\n" +
 	"\tcaught_up\x18\x06 \x01(\bR\bcaughtUp\x12\x1d\n" +
 	"\n" +
-	"waiting_at\x18Z \x03(\x04R\twaitingAt\x12-\n" +
+	"waiting_at\x18Z \x03(\x04R\twaitingAt\x12\x19\n" +
+	"\arejects\x18\x8e\x02 \x01(\tR\arejects\x12-\n" +
 	"\x04held\x18\x14 \x03(\v2\x19.entente.v1.HeldAuthorityR\x04held\"/\n" +
 	"\rHeldAuthority\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x0e\n" +

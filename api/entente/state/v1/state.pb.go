@@ -575,6 +575,7 @@ type RecoveryStatement struct {
 	RecoveryId    []byte                 `protobuf:"bytes,3,opt,name=recovery_id,json=recoveryId,proto3" json:"recovery_id,omitempty"`     // 16 random bytes
 	MemberId      string                 `protobuf:"bytes,4,opt,name=member_id,json=memberId,proto3" json:"member_id,omitempty"`           // who goes on
 	UnixSeconds   int64                  `protobuf:"varint,5,opt,name=unix_seconds,json=unixSeconds,proto3" json:"unix_seconds,omitempty"` // by that node's clock
+	SetTime       bool                   `protobuf:"varint,270,opt,name=set_time,json=setTime,proto3" json:"set_time,omitempty"`           // the agreed time becomes unix_seconds, also if it was later
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -642,6 +643,13 @@ func (x *RecoveryStatement) GetUnixSeconds() int64 {
 		return x.UnixSeconds
 	}
 	return 0
+}
+
+func (x *RecoveryStatement) GetSetTime() bool {
+	if x != nil {
+		return x.SetTime
+	}
+	return false
 }
 
 // Lifetimes are the domain's own; zero means the default of docs/reference.
@@ -5140,7 +5148,7 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\tstatement\x18\x01 \x01(\fR\tstatement\x12\x1c\n" +
 	"\tsignature\x18\x02 \x01(\fR\tsignature\x120\n" +
 	"\x06absent\x18\x03 \x03(\v2\x18.entente.state.v1.MemberR\x06absent\x12\x1b\n" +
-	"\trevoke_at\x18\x04 \x01(\x03R\brevokeAt\"\xa9\x01\n" +
+	"\trevoke_at\x18\x04 \x01(\x03R\brevokeAt\"\xc5\x01\n" +
 	"\x11RecoveryStatement\x12\x1d\n" +
 	"\n" +
 	"cluster_id\x18\x01 \x01(\fR\tclusterId\x12\x14\n" +
@@ -5148,7 +5156,8 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\vrecovery_id\x18\x03 \x01(\fR\n" +
 	"recoveryId\x12\x1b\n" +
 	"\tmember_id\x18\x04 \x01(\tR\bmemberId\x12!\n" +
-	"\funix_seconds\x18\x05 \x01(\x03R\vunixSeconds\"\x9d\x02\n" +
+	"\funix_seconds\x18\x05 \x01(\x03R\vunixSeconds\x12\x1a\n" +
+	"\bset_time\x18\x8e\x02 \x01(\bR\asetTime\"\x9d\x02\n" +
 	"\tLifetimes\x12*\n" +
 	"\x11x509_svid_seconds\x18\x01 \x01(\rR\x0fx509SvidSeconds\x12#\n" +
 	"\rphase_seconds\x18\x02 \x01(\rR\fphaseSeconds\x12,\n" +
