@@ -45,19 +45,19 @@ ca/server:               api/entente/v1
 ca/client:               api/entente/v1 ca internal/peer internal/secret
 ca/node:                 ca ca/domain ca/rotation ca/replica ca/feed ca/presence ca/signer ca/keystore ca/nodeattest ca/server
                          federation federation/exchange
-                         internal/peer internal/gossip internal/daemon internal/yamlfile
+                         internal/peer internal/gossip internal/daemon internal/yamlfile internal/admission
 ca/catest:               ...
 
 federation:
 federation/bundle:
-federation/exchange:     api/entente/v1 federation federation/bundle internal/peer
+federation/exchange:     api/entente/v1 federation federation/bundle internal/peer internal/admission
 federation/catalog:      federation internal/refusal internal/yamlfile
 federation/origin:       federation
 
 eastwest-gateway:        ca/client
                          internal/dataplane internal/peer internal/gossip internal/daemon internal/yamlfile internal/refusal
                          federation/catalog federation/origin
-eastwest-gateway/edge:   internal/yamlfile internal/refusal
+eastwest-gateway/edge:   internal/yamlfile internal/refusal internal/admission
 
 meshagent:               ca ca/client ca/keystore federation/bundle
                          meshagent/nodeattest meshagent/services meshagent/workloadattest
@@ -72,14 +72,14 @@ meshagent/names:         internal/daemon
 meshagent/files:         meshagent federation/bundle internal/daemon internal/safepath
 meshagent/sidecar:       internal/dataplane internal/daemon federation/catalog federation/origin internal/peer internal/refusal
 
-internal/dataplane:      internal/dataplane/* federation/catalog federation/origin internal/peer internal/refusal
+internal/dataplane:      internal/dataplane/* federation/catalog federation/origin internal/peer internal/refusal internal/admission
 internal/dataplane/*:    internal/refusal
 internal/peer:
 internal/peer/peertest:
 internal/jwtsvid:
 internal/gossip:
 internal/admission:
-internal/daemon:
+internal/daemon:         internal/admission
 internal/daemon/daemontest:
 internal/safepath:
 internal/secret:

@@ -12,11 +12,10 @@ import (
 	"sync"
 	"time"
 
-	"golang.org/x/net/netutil"
-
 	"github.com/entente-mesh/entente/ca/domain"
 	"github.com/entente-mesh/entente/ca/server"
 	"github.com/entente-mesh/entente/federation/exchange"
+	"github.com/entente-mesh/entente/internal/admission"
 )
 
 // witPath is the bundle endpoint's variant with WIT keys. It has a URL of its own since
@@ -49,6 +48,9 @@ func (n *Node) bundleHandler() http.Handler {
 const (
 	maxWebConnections = 1024
 	webDrainTime      = 3 * time.Second
+	// webUndisturbed is how long a connection is left in peace by others of its address,
+	// which together have a quarter of all.
+	webUndisturbed = 5 * time.Second
 )
 
 // serveOIDC serves the discovery document and the keys to the public, with a
@@ -79,7 +81,9 @@ func (n *Node) serveOIDC(ctx context.Context) error {
 		},
 	}
 	served := make(chan error, 1)
-	go func() { served <- web.ServeTLS(netutil.LimitListener(n.listeners.OIDC, maxWebConnections), "", "") }()
+	go func() {
+		served <- web.ServeTLS(admission.Listen(n.listeners.OIDC, admission.Share(maxWebConnections, webUndisturbed), nil), "", "")
+	}()
 	select {
 	case err := <-served:
 		return fmt.Errorf("the OIDC listener has ended: %w", err)

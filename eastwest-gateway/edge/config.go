@@ -6,23 +6,40 @@
 package edge
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"slices"
 	"strings"
 
+	"github.com/entente-mesh/entente/internal/admission"
 	"github.com/entente-mesh/entente/internal/yamlfile"
 )
 
 // Config is the edge section of gateway.yaml.
 type Config struct {
-	Listen    string          `yaml:"listen,required"` // host:port
-	TLS       TLS             `yaml:"tls,required"`
-	Identity  string          `yaml:"identity,required"` // SPIFFE path it calls the mesh with, "/edge"
-	JWT       JWT             `yaml:"jwt,required"`
-	TierClaim string          `yaml:"tierClaim"` // claim that names the tier; default "tier"
-	Tiers     map[string]Tier `yaml:"tiers,required"`
-	Routes    []Route         `yaml:"routes,required"`
+	Listen      string          `yaml:"listen,required"` // host:port
+	Connections Connections     `yaml:"connections"`
+	TLS         TLS             `yaml:"tls,required"`
+	Identity    string          `yaml:"identity,required"` // SPIFFE path it calls the mesh with, "/edge"
+	JWT         JWT             `yaml:"jwt,required"`
+	TierClaim   string          `yaml:"tierClaim"` // claim that names the tier; default "tier"
+	Tiers       map[string]Tier `yaml:"tiers,required"`
+	Routes      []Route         `yaml:"routes,required"`
+}
+
+// Connections bounds what clients may have open at a time. Those that have shown a good
+// token keep their place; the others lose it to whoever comes later from the same address.
+type Connections struct {
+	Most       int `yaml:"most,min=0,max=1048576"`       // default 16384; without a token a quarter of them
+	PerAddress int `yaml:"perAddress,min=0,max=1048576"` // IPv6: of one /64; default a quarter of most
+}
+
+func (c Connections) limits() (strangers, known admission.Limits) {
+	most := cmp.Or(c.Most, 16384)
+	each := min(cmp.Or(c.PerAddress, most/4), most)
+	known = admission.Limits{Most: most, PerSource: max(each, 1), Patience: admission.Never}
+	return admission.Limits{Most: max(most/4, 1), PerSource: max(each/4, 1), Patience: undisturbed}, known
 }
 
 // TLS is the server certificate that clients see, from files; read again when they change.

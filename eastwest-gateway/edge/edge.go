@@ -14,6 +14,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/entente-mesh/entente/internal/admission"
 	"github.com/entente-mesh/entente/internal/refusal"
 )
 
@@ -31,6 +32,10 @@ const (
 	idleTimeout   = 2 * time.Minute
 	drainTimeout  = 10 * time.Second
 	maxHeaders    = 64 << 10
+	maxStreams    = 250 // of one HTTP/2 connection
+	// undisturbed is how long a connection without a good token is left in peace by others
+	// of its address.
+	undisturbed = 5 * time.Second
 )
 
 // Edge is one listener for clients without SVIDs.
@@ -62,7 +67,8 @@ func New(config Config, listener net.Listener, mesh Mesh, log *slog.Logger) (*Ed
 		return nil, fmt.Errorf("edge.tls: %w", err)
 	}
 	e := &Edge{config: config, tokens: tokens, tiers: newTiers(config.Tiers), routes: newRoutes(config.Routes), mesh: mesh, log: log}
-	e.listener = tls.NewListener(listener, &tls.Config{
+	strangers, known := config.Connections.limits()
+	e.listener = tls.NewListener(admission.ListenTwice(listener, strangers, known, nil), &tls.Config{
 		MinVersion:     tls.VersionTLS12, // clients are not ours: phones and partners
 		NextProtos:     []string{"h2", "http/1.1"},
 		GetCertificate: certificate.get,
@@ -77,7 +83,14 @@ func (e *Edge) Run(ctx context.Context) error {
 		ReadHeaderTimeout: headerTimeout,
 		IdleTimeout:       idleTimeout,
 		MaxHeaderBytes:    maxHeaders,
-		ErrorLog:          slog.NewLogLogger(e.log.Handler(), slog.LevelDebug),
+		HTTP2:             &http.HTTP2Config{MaxConcurrentStreams: maxStreams},
+		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
+			if secure, ok := c.(*tls.Conn); ok {
+				ctx = context.WithValue(ctx, connKey{}, secure.NetConn())
+			}
+			return ctx
+		},
+		ErrorLog: slog.NewLogLogger(e.log.Handler(), slog.LevelDebug),
 	}
 	drained := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
@@ -96,11 +109,23 @@ func (e *Edge) Run(ctx context.Context) error {
 	return fmt.Errorf("edge: %w", err)
 }
 
+type connKey struct{}
+
+// seat gives the connection of a user who has shown a good token a place of its own.
+func seat(r *http.Request) bool {
+	conn, ok := r.Context().Value(connKey{}).(*admission.Conn)
+	return !ok || conn.Seat()
+}
+
 // ServeHTTP takes one request of a client through token, tier and route to its service.
 func (e *Edge) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	now := time.Now()
 	// Our own word for who asks; a client's is worth nothing.
 	user, problem := e.tokens.verify(r, now)
+	if problem == nil && !seat(r) {
+		w.Header().Set("Connection", "close")
+		problem = &refusal.Problem{Reason: refusal.NotReady, Detail: "too many connections are open, or come from this address"}
+	}
 	if problem == nil {
 		problem = e.tiers.take(user, now)
 	}

@@ -1,6 +1,7 @@
 package edge
 
 import (
+	"bufio"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -12,6 +13,7 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"encoding/pem"
+	"errors"
 	"io"
 	"log/slog"
 	"math/big"
@@ -321,6 +323,83 @@ func TestServesTLSAndDrains(t *testing.T) {
 	cancel()
 	if err := <-done; err != nil {
 		t.Errorf("Run: %v", err)
+	}
+}
+
+// An address that holds connections open without a good token has its share, and loses it to
+// whoever comes later; users with a token keep their connections and are served.
+func TestStrangersKeepNoUserOut(t *testing.T) {
+	w := newWorld(t, func(c *Config) { c.Connections = Connections{Most: 64, PerAddress: 32} }) // 16 and 8 without a token
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- w.edge.Run(ctx) }()
+	defer func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Errorf("Run: %v", err)
+		}
+	}()
+	at := w.edge.listener.Addr().String()
+	dial := func(address string) *tls.Conn {
+		raw, err := (&net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(address)}}).Dial("tcp", at)
+		check(t, err)
+		conn := tls.Client(raw, &tls.Config{RootCAs: w.roots, ServerName: "edge.test", NextProtos: []string{"http/1.1"}})
+		t.Cleanup(func() { raw.Close() })
+		conn.SetDeadline(time.Now().Add(10 * time.Second))
+		return conn
+	}
+	ask := func(conn *tls.Conn, token string) int {
+		r, err := http.NewRequest("GET", "https://edge.test/portfolio/x", nil)
+		check(t, err)
+		r.Header.Set("Authorization", "Bearer "+token)
+		if r.Write(conn) != nil {
+			return 0
+		}
+		answer, err := http.ReadResponse(bufio.NewReader(conn), r)
+		if err != nil {
+			return 0
+		}
+		io.Copy(io.Discard, answer.Body)
+		answer.Body.Close()
+		return answer.StatusCode
+	}
+	good, bad := token(t, w.key, nil), token(t, w.stranger, nil)
+	early := dial("127.0.0.2") // of the strangers' own address
+	if ask(early, good) != http.StatusOK {
+		t.Fatal("control: a user is not served")
+	}
+	var open []net.Conn
+	for i := range 60 { // silent ones, and ones with a token that nobody signed
+		conn := dial("127.0.0.2")
+		if i%2 == 1 {
+			ask(conn, bad)
+		}
+		open = append(open, conn.NetConn())
+	}
+	kept := 0
+	for _, conn := range open {
+		conn.SetReadDeadline(time.Now().Add(10 * time.Millisecond))
+		if _, err := io.Copy(io.Discard, conn); errors.Is(err, os.ErrDeadlineExceeded) {
+			kept++
+		}
+	}
+	if kept > 8 || kept == 0 {
+		t.Errorf("%d connections without a good token are open, the share is 8", kept)
+	}
+	if code := ask(dial("127.0.0.3"), good); code != http.StatusOK {
+		t.Errorf("a user at another address gets %d", code)
+	}
+	if code := ask(early, good); code != http.StatusOK {
+		t.Errorf("the user who was there gets %d", code)
+	}
+	served := 0
+	for range 40 {
+		if ask(dial("127.0.0.4"), good) == http.StatusOK {
+			served++
+		}
+	}
+	if served != 32 {
+		t.Errorf("%d connections of users at one address are served, the share is 32", served)
 	}
 }
 

@@ -638,7 +638,8 @@ func TestFollowConfig(t *testing.T) {
 	}
 }
 
-// At most so many requests are held back; the others are answered at once, and not said to have waited.
+// At most so many requests are held back, of one address a quarter of them; the others are
+// answered at once, and not said to have waited. An address that comes later finds a place.
 func TestHandlerBoundsWaiting(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ca := peertest.NewAuthority(trading)
@@ -652,24 +653,44 @@ func TestHandlerBoundsWaiting(t *testing.T) {
 		handler.ServeHTTP(first, request)
 		request.Header.Set("If-None-Match", first.header.Get("ETag"))
 		request.Header.Set("Prefer", "wait=3600, respond-async")
-		var held, refused atomic.Int64
 		began := time.Now()
 		var all sync.WaitGroup
-		for range 300 {
-			all.Go(func() {
-				w := &response{header: http.Header{}, status: 200}
-				handler.ServeHTTP(w, request)
-				switch {
-				case w.header.Get("Preference-Applied") == "":
-					refused.Add(1)
-				case w.status == 304 && time.Since(began) == exchange.MaxWait:
-					held.Add(1)
-				}
-			})
+		type answers struct{ held, early, refused atomic.Int64 }
+		ask := func(address string, times int) *answers {
+			got, request := &answers{}, request.Clone(t.Context())
+			request.RemoteAddr = address
+			for range times {
+				all.Go(func() {
+					w := &response{header: http.Header{}, status: 200}
+					handler.ServeHTTP(w, request)
+					switch {
+					case w.header.Get("Preference-Applied") == "":
+						got.refused.Add(1)
+					case w.status == 304 && time.Since(began) == exchange.MaxWait:
+						got.held.Add(1)
+					case w.status == 304:
+						got.early.Add(1)
+					}
+				})
+			}
+			synctest.Wait()
+			return got
 		}
+		var greedy []*answers
+		for _, address := range []string{"192.0.2.1:1", "192.0.2.2:1", "192.0.2.3:1", "192.0.2.4:1"} {
+			greedy = append(greedy, ask(address, 100))
+		}
+		follower := ask("192.0.2.9:1", 2)
 		all.Wait()
-		if held.Load() != 256 || refused.Load() != 44 {
-			t.Errorf("%d held back for a minute, %d not", held.Load(), refused.Load())
+		var held, early, refused int64
+		for _, g := range greedy {
+			if g.held.Load() > 64 {
+				t.Errorf("%d requests of one address are held back", g.held.Load())
+			}
+			held, early, refused = held+g.held.Load(), early+g.early.Load(), refused+g.refused.Load()
+		}
+		if held != 254 || early != 2 || refused != 144 || follower.held.Load() != 2 {
+			t.Errorf("of the greedy %d were held back for a minute, %d answered early, %d at once; of the follower's 2 were held back %d", held, early, refused, follower.held.Load())
 		}
 	})
 }

@@ -23,10 +23,9 @@ import (
 	"strings"
 	"time"
 
-	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
-	"golang.org/x/net/netutil"
-
+	"github.com/entente-mesh/entente/internal/admission"
 	"github.com/entente-mesh/entente/internal/peer"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 )
 
 // Limits of the endpoint, which anybody may call.
@@ -34,9 +33,13 @@ const (
 	// MaxWait is the longest that a request is held back.
 	MaxWait = time.Minute
 
+	// One address has a quarter of each.
 	maxWaiting     = 256 // requests held back at a time; others are answered at once
 	maxConnections = 1024
-	drainTime      = 3 * time.Second
+	maxStreams     = 16 // of one HTTP/2 connection
+	// undisturbed is how long a connection is left in peace by others of its address.
+	undisturbed = 5 * time.Second
+	drainTime   = 3 * time.Second
 )
 
 // Source gives the bundle to serve, as written by bundle.Marshal, its sequence, and a channel that is closed when this is no
@@ -45,7 +48,7 @@ type Source func() (jwks []byte, sequence uint64, changed <-chan struct{})
 
 // Handler serves a bundle at exactly one path, by GET and HEAD.
 func Handler(path string, source Source) http.Handler {
-	waiting := make(chan struct{}, maxWaiting)
+	waiting := admission.NewPlaces(admission.Share(maxWaiting, admission.Never))
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("X-Content-Type-Options", "nosniff")
 		switch {
@@ -70,13 +73,14 @@ func Handler(path string, source Source) http.Handler {
 			// holds nothing back, and come again only at its next refresh.
 			w.Header().Set("Preference-Applied", "wait")
 		} else if wait > 0 && len(jwks) > 0 {
-			select {
-			case waiting <- struct{}{}:
+			// Without a place it is answered at once; when its place is taken, a little later.
+			held, answer := context.WithCancel(r.Context())
+			if place := waiting.Take(admission.SourceOf(r.RemoteAddr), time.Now(), answer); place != nil {
 				w.Header().Set("Preference-Applied", "wait")
-				jwks, tag = hold(r.Context(), source, tag, changed, wait)
-				<-waiting
-			default: // too many already
+				jwks, tag = hold(held, source, tag, changed, wait)
+				place.Leave()
 			}
+			answer()
 		}
 		if len(jwks) == 0 {
 			w.Header().Set("Retry-After", "1")
@@ -169,6 +173,7 @@ func Serve(ctx context.Context, listener net.Listener, svid x509svid.Source, han
 		WriteTimeout:      MaxWait + 30*time.Second,
 		IdleTimeout:       2 * time.Minute,
 		MaxHeaderBytes:    16 << 10,
+		HTTP2:             &http.HTTP2Config{MaxConcurrentStreams: maxStreams},
 		ErrorLog:          log.New(io.Discard, "", 0), // strangers' failed handshakes
 	}
 	config := peer.NoClient(peer.FromSVID(svid), "h2", "http/1.1")
@@ -181,7 +186,7 @@ func Serve(ctx context.Context, listener net.Listener, svid x509svid.Source, han
 			server.Close()
 		}
 	})
-	err := server.Serve(tls.NewListener(netutil.LimitListener(listener, maxConnections), config))
+	err := server.Serve(tls.NewListener(admission.Listen(listener, admission.Share(maxConnections, undisturbed), nil), config))
 	if stop() {
 		return fmt.Errorf("bundle endpoint %s: %w", listener.Addr(), err)
 	}

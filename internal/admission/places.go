@@ -126,9 +126,14 @@ func (p *Places) Len() int {
 // Source is where a connection comes from: an IPv4 address, or the /64 network of an
 // IPv6 one, of which a host has as many as it likes.
 func Source(address net.Addr) string {
-	port, err := netip.ParseAddrPort(address.String())
+	return SourceOf(address.String())
+}
+
+// SourceOf is Source of an address that is written down, as http.Request.RemoteAddr is.
+func SourceOf(address string) string {
+	port, err := netip.ParseAddrPort(address)
 	if err != nil {
-		return address.String()
+		return address
 	}
 	host := port.Addr().Unmap().WithZone("")
 	if host.Is6() {

@@ -12,7 +12,13 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"github.com/entente-mesh/entente/internal/admission"
 )
+
+// maxAdminConnections is how many connections there may be at a time; from one address a
+// quarter of them.
+const maxAdminConnections = 256
 
 // Admin is the TCP admin listener: /healthz, /readyz and /metrics, to be read by anybody, and nothing else.
 type Admin struct {
@@ -67,7 +73,7 @@ func (a *Admin) Run(ctx context.Context) error {
 	}
 	stop := context.AfterFunc(ctx, func() { server.Close() })
 	defer stop()
-	err := server.Serve(a.listener)
+	err := server.Serve(admission.Listen(a.listener, admission.Share(maxAdminConnections, time.Second), nil))
 	if ctx.Err() != nil && errors.Is(err, http.ErrServerClosed) {
 		return nil
 	}

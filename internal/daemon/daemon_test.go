@@ -263,6 +263,47 @@ func TestAdmin(t *testing.T) {
 }
 
 // Without readiness and metrics of its own a process is ready and has no metrics.
+// Whoever opens connections and says nothing has his share of the listener; it answers
+// others.
+func TestAdminAnswersBesideSilentConnections(t *testing.T) {
+	admin, err := NewAdmin("127.0.0.1:0", nil, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- admin.Run(ctx) }()
+	defer func() { cancel(); <-done }()
+	var silent []net.Conn
+	for range 300 {
+		conn, err := (&net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP("127.0.0.2")}}).Dial("tcp", admin.Addr())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		silent = append(silent, conn)
+	}
+	client := &http.Client{Timeout: 5 * time.Second}
+	answer, err := client.Get("http://" + admin.Addr() + "/healthz")
+	if err != nil {
+		t.Fatal(err)
+	}
+	answer.Body.Close()
+	if answer.StatusCode != http.StatusOK {
+		t.Error(answer.Status)
+	}
+	open := 0
+	for _, conn := range silent {
+		conn.SetReadDeadline(time.Now().Add(5 * time.Millisecond))
+		if _, err := conn.Read(make([]byte, 1)); errors.Is(err, os.ErrDeadlineExceeded) {
+			open++
+		}
+	}
+	if open > 64 || open == 0 {
+		t.Errorf("%d silent connections of one address are open, its share is 64", open)
+	}
+}
+
 func TestAdminBare(t *testing.T) {
 	admin, err := NewAdmin("127.0.0.1:0", nil, nil)
 	if err != nil {

@@ -22,6 +22,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 
 	"github.com/entente-mesh/entente/federation/catalog"
+	"github.com/entente-mesh/entente/internal/admission"
 	"github.com/entente-mesh/entente/internal/dataplane/resilience"
 	"github.com/entente-mesh/entente/internal/peer"
 )
@@ -37,6 +38,9 @@ type Config struct {
 	AccessLog *slog.Logger          // one record per request, message "request"; nil: none
 	Metrics   prometheus.Registerer // nil: none
 	Timing    Timing
+	// Strangers bounds the connections at each mTLS door that have not shaken hands yet,
+	// Peers those that have; zero: 4096 and 16384, of which one address has a quarter.
+	Strangers, Peers admission.Limits
 
 	// Dial opens connections, within Timing.Connect; nil: a net.Dialer. For networks in memory.
 	Dial func(ctx context.Context, network, address string) (net.Conn, error)
@@ -131,6 +135,12 @@ func New(cfg Config) (*Engine, error) {
 		return nil, errors.New("data plane: datacenter and process name must be given")
 	}
 	cfg.Timing = cfg.Timing.withDefaults()
+	if cfg.Strangers == (admission.Limits{}) {
+		cfg.Strangers = admission.Share(4096, time.Second)
+	}
+	if cfg.Peers == (admission.Limits{}) {
+		cfg.Peers = admission.Share(16384, admission.Never) // requests are under way on it
+	}
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}

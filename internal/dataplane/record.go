@@ -76,6 +76,7 @@ type metrics struct {
 	ejections  *prometheus.CounterVec
 	handshakes *prometheus.HistogramVec
 	cuts       prometheus.Counter
+	noPlaces   prometheus.Counter
 }
 
 func newMetrics(reg prometheus.Registerer, open func() int) (*metrics, error) {
@@ -110,11 +111,15 @@ func newMetrics(reg prometheus.Registerer, open func() int) (*metrics, error) {
 			Help: "Open connections closed because their peer is no longer admitted.",
 		}),
 	}
+	m.noPlaces = prometheus.NewCounter(prometheus.CounterOpts{
+		Name: "entente_connections_without_place_total",
+		Help: "Connections to an mTLS listener that were closed because too many are open, or come from one address.",
+	})
 	connections := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "entente_open_connections",
 		Help: "Open verified connections, both sides.",
 	}, func() float64 { return float64(open()) })
-	for _, c := range []prometheus.Collector{m.requests, m.duration, m.attempts, m.ejections, m.handshakes, m.cuts, connections} {
+	for _, c := range []prometheus.Collector{m.requests, m.duration, m.attempts, m.ejections, m.handshakes, m.cuts, m.noPlaces, connections} {
 		if err := reg.Register(c); err != nil {
 			return nil, err
 		}
@@ -144,6 +149,12 @@ func (m *metrics) ejection(cause string) {
 func (m *metrics) handshake(side, result string, started time.Time) {
 	if m != nil {
 		m.handshakes.WithLabelValues(side, result).Observe(time.Since(started).Seconds())
+	}
+}
+
+func (m *metrics) noPlace() {
+	if m != nil {
+		m.noPlaces.Inc()
 	}
 }
 

@@ -14,6 +14,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"github.com/entente-mesh/entente/internal/admission"
 	"github.com/entente-mesh/entente/internal/peer"
 )
 
@@ -29,10 +30,13 @@ type downstream struct {
 
 type downstreamKey struct{}
 
+var errNoPlace = errors.New("too many connections are open, or come from this address")
+
 // serveTLS serves a TLS door until ctx is done, then drains it. It owns ln.
 func (e *Engine) serveTLS(ctx context.Context, ln net.Listener, config *tls.Config, authz peer.Authorize, handler http.HandlerFunc) error {
 	var open sync.Map // *tls.Conn -> *downstream
-	g := newGate(ln, func(raw net.Conn) (net.Conn, error) {
+	admitted := admission.ListenTwice(ln, e.cfg.Strangers, e.cfg.Peers, e.metrics.noPlace)
+	g := newGate(admitted, func(raw net.Conn) (net.Conn, error) {
 		started := time.Now()
 		conn := tls.Server(raw, config)
 		limit, cancel := context.WithTimeout(e.ctx, 5*e.cfg.Timing.Handshake)
@@ -48,6 +52,11 @@ func (e *Engine) serveTLS(ctx context.Context, ln net.Listener, config *tls.Conf
 		if err != nil {
 			_ = raw.Close()
 			return nil, err
+		}
+		if !raw.(*admission.Conn).Seat() {
+			_ = raw.Close()
+			e.log.Debug("connection refused: too many are open", "address", raw.RemoteAddr().String(), "peer", id.String())
+			return nil, errNoPlace
 		}
 		e.metrics.handshake("door", "ok", started)
 		d := &downstream{id: id, cert: state.PeerCertificates[0], serverName: state.ServerName}

@@ -26,6 +26,7 @@ import (
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	"github.com/entente-mesh/entente/federation/catalog"
+	"github.com/entente-mesh/entente/internal/admission"
 	"github.com/entente-mesh/entente/internal/peer/peertest"
 )
 
@@ -332,6 +333,8 @@ type world struct {
 	svids   map[string]*rotating // by ID
 	ttl     time.Duration
 	memory  *memory // nil: the loopback network
+
+	strangers, peers admission.Limits // zero: the defaults
 }
 
 func (w *world) svid(d *domain, path string) *rotating {
@@ -388,7 +391,7 @@ func (w *world) process(d *domain, name, dc string, bundles x509bundle.Source, s
 	ln := w.listen()
 	p := &process{t: w.t, name: name, addr: ln.Addr().String(), access: &accessLog{}, serve: serve}
 	p.config = Config{
-		TrustDomain: d.td, Datacenter: dc, Process: name, Bundles: bundles, Timing: w.timing,
+		TrustDomain: d.td, Datacenter: dc, Process: name, Bundles: bundles, Timing: w.timing, Strangers: w.strangers, Peers: w.peers,
 		AccessLog: slog.New(slog.NewJSONHandler(p.access, nil)),
 	}
 	if w.memory != nil {
