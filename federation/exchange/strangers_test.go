@@ -38,7 +38,7 @@ func TestStrangersKeepNoFollowerOut(t *testing.T) {
 		t.Helper()
 		transport := &http.Transport{TLSClientConfig: config("http/1.1"), DialContext: from("127.0.0.9").DialContext}
 		defer transport.CloseIdleConnections()
-		client := &http.Client{Transport: transport, Timeout: 5 * time.Second}
+		client := &http.Client{Transport: transport, Timeout: 3 * time.Second}
 		got, err := client.Get(at)
 		if err != nil {
 			t.Fatalf("the follower: %v", err)

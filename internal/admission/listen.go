@@ -87,6 +87,14 @@ func (c *Conn) Seat() bool {
 	return c.seated
 }
 
+// SetLinger is that of a TCP connection; of others it does nothing.
+func (c *Conn) SetLinger(seconds int) error {
+	if tcp, ok := c.Conn.(interface{ SetLinger(int) error }); ok {
+		return tcp.SetLinger(seconds)
+	}
+	return nil
+}
+
 // Close closes the connection and leaves its place.
 func (c *Conn) Close() error {
 	c.closing.Do(func() { c.place.Load().Leave() })

@@ -104,7 +104,7 @@ func reset(conn net.Conn) {
 	if t, ok := conn.(*tls.Conn); ok {
 		conn = t.NetConn()
 	}
-	if t, ok := conn.(*net.TCPConn); ok {
+	if t, ok := conn.(interface{ SetLinger(int) error }); ok { // TCP, or what counts it
 		_ = t.SetLinger(0)
 	}
 	_ = conn.Close()
