@@ -174,6 +174,9 @@ func (a *Administrator) MayChangeEntry(change *statev1.EntryChange) *Refusal {
 	if !a.owns.all && !slices.Equal(sorted(have.GetDnsNames()), sorted(next.GetDnsNames())) {
 		return a.refuse("the DNS names of %s are the whole domain's: that takes a service-owner without prefixes", what)
 	}
+	if refusal := a.mayNameEntry(id, have); refusal != nil {
+		return refusal
+	}
 	if !slices.Equal(sorted(have.GetFederatesWith()), sorted(next.GetFederatesWith())) && !a.exports.cover(next.GetPath()) {
 		return a.refuse("whom %s federates with takes the role api-owner for %s", what, next.GetPath())
 	}
@@ -279,7 +282,7 @@ func (a *Administrator) mayApply(c *statev1.ApplyObjects) *Refusal {
 			return refusal
 		}
 	}
-	return nil
+	return a.mayName(c.GetUpserts())
 }
 
 // mayChangeObject: have is nil for a new one, next for one that goes.

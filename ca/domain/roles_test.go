@@ -392,3 +392,57 @@ func TestPathsTellNoOwnersProcessesApart(t *testing.T) {
 		})
 	}
 }
+
+// The DNS name that an entry of one owner goes by is no service's of another, and the
+// other way round. The controls are the owner's own names, and owners of everything.
+func TestDNSNamesAreTheirOwners(t *testing.T) {
+	named := func(name, path string) *statev1.Command { return objects(at(service(name, "h9"), path, "77")) }
+	callsOnly := func(name string) *statev1.Command {
+		s := at(service(name, "h9"), "/team/pay/caller", "77")
+		s.GetService().Port, s.GetService().OutboundPort = 0, 9000
+		return objects(s)
+	}
+	withPort := func(name string) *statev1.Command { return named(name, "/team/pay/caller") }
+	for _, test := range []struct {
+		name   string
+		before *statev1.Command
+		cmd    *statev1.Command
+		pia    bool // may, at the level
+	}{
+		{"a service called as another owner's entry", nil, named("other", "/team/pay/x"), false},
+		{"a service called as another owner's SPIFFE path", entries(create(uid(entry("x", "/cards", "h1"), "40"))), named("cards", "/team/pay/x"), false},
+		{"a service called as nobody's entry", nil, named("cards", "/team/pay/x"), true},
+		{"a service called as an own entry", nil, named("job", "/team/pay/x"), true},
+		{"a service called as the last part of another owner's path", entries(create(uid(entry("x", "/team/payments/cards", "h1"), "40"))), named("cards", "/team/pay/x"), true},
+		{"a service that has its name already", as("/people/tom", named("other", "/team/pay/x")), objects(at(service("other", "h9"), "/team/pay/y", "78")), true},
+		{"a service that only calls", nil, callsOnly("other"), true},
+		{"such a service that others are to call from now on", callsOnly("other"), withPort("other"), false},
+		{"the same with a name of its own", callsOnly("cards"), withPort("cards"), true},
+		{"an entry called as another owner's service", nil, entries(create(uid(entry("ledger", "/team/pay/x", "h9"), "77"))), false},
+		{"an entry called as an own service", nil, entries(create(uid(entry("accounts", "/team/pay/x", "h9"), "77"))), true},
+		{"two services, one called as another owner's entry", nil, objects(at(service("cards", "h9"), "/team/pay/c", "77"), at(service("other", "h9"), "/team/pay/x", "78")), false},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			for _, who := range []string{"pia", "olaf", "tom"} {
+				for _, hardened := range []bool{true, false} {
+					w := administered(t)
+					if test.before != nil {
+						w.must(test.before)
+					}
+					if hardened {
+						w.must(level("n1", levelHardened))
+					}
+					cmd := as("/people/"+who, test.cmd)
+					if who != "pia" || test.pia || !hardened {
+						w.must(cmd)
+						continue
+					}
+					w.refused(cmd, CodeForbidden)
+					if refusal := w.s.Administrator("/people/pia").MayCarryOut(cmd); refusal == nil || !strings.Contains(refusal.Error(), "of another owner: choose another") {
+						t.Errorf("at the door: %v", refusal)
+					}
+				}
+			}
+		})
+	}
+}
