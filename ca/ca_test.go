@@ -1,6 +1,8 @@
 package ca
 
 import (
+	"errors"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -250,6 +252,31 @@ func TestPhases(t *testing.T) {
 	} {
 		if MayActivate(a, now) == nil {
 			t.Errorf("%s: may activate", name)
+		}
+	}
+}
+
+// Of every kind of selector only those that say whose process it is may stand without another: which program it is,
+// anybody can arrange.
+func TestAnchors(t *testing.T) {
+	digest := strings.Repeat("0a", 32)
+	program := []string{SelectorPath + ":/opt/app", SelectorSHA256 + ":" + digest, SelectorCmdline + ":" + digest, SelectorGID + ":5", SelectorGroup + ":6", SelectorRun + ":abcdefghijklmnop"}
+	for i := range program {
+		if err := CheckAnchored(program[i : i+1]); err == nil {
+			t.Errorf("%s stands alone", program[i])
+		}
+	}
+	if err := CheckAnchored(program); err == nil || !strings.Contains(err.Error(), "add unix:uid") {
+		t.Errorf("all of them: %v", err)
+	}
+	if err := CheckAnchored(nil); err == nil {
+		t.Error("none")
+	}
+	for _, anchor := range []string{SelectorUID + ":1", SelectorUser + ":web", SelectorUnit + ":web.service", SelectorContainer + ":" + digest} {
+		for _, set := range [][]string{{anchor}, append(slices.Clone(program), anchor)} {
+			if err := errors.Join(CheckSelectors(set), CheckAnchored(set)); err != nil {
+				t.Errorf("%v: %v", set, err)
+			}
 		}
 	}
 }

@@ -24,9 +24,14 @@ const (
 	SelectorRun       = "run:id"       // a process that `entente run` registered with its agent, and what it started
 )
 
-// identifying selectors may stand alone: nobody but root or the user in question can
-// make another process that has them.
-var identifying = []string{SelectorUID, SelectorUser, SelectorSHA256, SelectorUnit, SelectorContainer}
+// Anchors say whose process it is: one of them stands in every set of selectors. Nobody but
+// root, or the user in question, can make another process that has them. Paths and digests
+// say which program runs, and any user can start a program, with LD_PRELOAD and under
+// ptrace; a command line is what a process says of itself.
+var Anchors = []string{SelectorUID, SelectorUser, SelectorUnit, SelectorContainer}
+
+// identifying selectors were accepted alone before feature level 5.
+var identifying = append([]string{SelectorSHA256}, Anchors...)
 
 const (
 	maxSelectors     = 16
@@ -105,8 +110,8 @@ func unitName(s string) bool {
 // CheckSelectors refuses a set that no process or the wrong process could match: an
 // empty one, two of one kind, and one in which nothing identifies a process: whoever
 // may create files or mount namespaces could make one with that path, and a command
-// line is what a process says of itself. Such a selector needs a user, the digest, a
-// unit or a container beside it, a group a user.
+// line is what a process says of itself. It accepts a digest alone, as entries have it that
+// were stored before feature level 5; new ones are asked about by CheckAnchored as well.
 func CheckSelectors(selectors []string) error {
 	if len(selectors) == 0 {
 		return errors.New("no selector: nothing says which process this is")
@@ -126,7 +131,19 @@ func CheckSelectors(selectors []string) error {
 		kinds[s.Kind] = true
 	}
 	if !slices.ContainsFunc(identifying, func(kind string) bool { return kinds[kind] }) {
-		return errors.New("nothing here identifies a process: add unix:uid, unix:user, unix:sha256, systemd:unit or container:id")
+		return errors.New("nothing here identifies a process: add unix:uid, unix:user, systemd:unit or container:id")
 	}
 	return nil
+}
+
+// CheckAnchored refuses a set of selectors that any user of the host can satisfy with a
+// process of his own: one without an anchor.
+func CheckAnchored(selectors []string) error {
+	for _, text := range selectors {
+		if s, err := ParseSelector(text); err == nil && slices.Contains(Anchors, s.Kind) {
+			return nil
+		}
+	}
+	return fmt.Errorf("selectors %s say which program it is, not whose process: any user can start that program and load code into it (LD_PRELOAD); add unix:uid, unix:user, systemd:unit or container:id",
+		strings.Join(selectors, " "))
 }

@@ -2,6 +2,7 @@ package domain
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 
 	"google.golang.org/protobuf/proto"
@@ -37,6 +38,11 @@ func (a *application) changeEntries(c *statev1.ChangeEntries) *Refusal {
 			return refuse(CodeInvalid, "entry %s stands there twice", id)
 		}
 		seen[id] = true
+		if next != nil && a.hardened() {
+			if err := a.CheckAnchored(next); err != nil {
+				return refuse(CodeInvalid, "entry %s: %v", id, err)
+			}
+		}
 		if have != nil && next != nil {
 			if next.Revision = have.GetRevision(); proto.Equal(next, have) {
 				continue
@@ -62,7 +68,32 @@ func (a *application) changeEntries(c *statev1.ChangeEntries) *Refusal {
 // propose.
 func (s *State) PlanEntry(change *statev1.EntryChange) (id string, next *statev1.Entry, refusal *Refusal) {
 	id, _, next, refusal = s.planEntry(change)
+	if next != nil && refusal == nil {
+		if err := s.CheckAnchored(next); err != nil {
+			return id, nil, refuse(CodeInvalid, "entry %s: %v", id, err)
+		}
+	}
 	return id, next, refusal
+}
+
+// CheckAnchored refuses an entry whose selectors any user of its hosts could satisfy. One
+// that was stored before that was a rule may change, as long as it gives no more: the same
+// identity, by the same selectors, on no other host. Doors ask it at any feature level,
+// Apply from hardened() on.
+func (s *State) CheckAnchored(next *statev1.Entry) error {
+	err := ca.CheckAnchored(next.GetSelectors())
+	if err == nil {
+		return nil
+	}
+	have, ok := s.entries.get(next.GetId())
+	if ok && have.GetPath() == next.GetPath() && slices.Equal(have.GetSelectors(), next.GetSelectors()) && subset(next.GetHosts(), have.GetHosts()) {
+		return nil
+	}
+	return err
+}
+
+func subset(of, all []string) bool {
+	return !slices.ContainsFunc(of, func(s string) bool { return !slices.Contains(all, s) })
 }
 
 // planEntry gives the entry as it is as well, nil if there is none.

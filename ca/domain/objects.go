@@ -199,6 +199,11 @@ func (a *application) derive(change *catalogueChange) *Refusal {
 			return blame(o, err)
 		}
 		for _, e := range entries {
+			if a.hardened() {
+				if err := a.CheckAnchored(e); err != nil {
+					return blame(o, err)
+				}
+			}
 			if have, ok := a.entries.get(e.GetId()); ok {
 				if e.Revision = have.GetRevision(); proto.Equal(e, have) {
 					continue

@@ -236,7 +236,7 @@ func (a *Administrator) mayTake(what, id string, hosts, selectors []string) *Ref
 // root can give to another one. Paths do not: two paths may name one file (a symbolic
 // link, a bind mount), a process can execute another file, and of one user's processes
 // each can become the other. Nor do digests, command lines and groups.
-var separating = []string{ca.SelectorUID, ca.SelectorUser, ca.SelectorUnit, ca.SelectorContainer}
+var separating = ca.Anchors
 
 // exclusive tells whether no process can match both sets of selectors: they want two
 // values of one separating kind.

@@ -370,6 +370,14 @@ func planApply(st *domain.State, upserts []*statev1.Object, deletes []*statev1.O
 			plan.peers = append(plan.peers, r.GetTrustDomain())
 		}
 	}
+	for _, o := range plan.command.GetUpserts() {
+		entries, _ := ca.EntriesFor(st.TrustDomain(), o, plan.peers, plan.longest) // check says what is wrong
+		for _, e := range entries {
+			if err := st.CheckAnchored(e); err != nil && plan.problem == nil {
+				plan.problem = fmt.Errorf("%s: %s: %w", o.GetSource(), domain.ObjectKey(o), err)
+			}
+		}
+	}
 	return plan
 }
 

@@ -121,6 +121,34 @@ func TestAudit(t *testing.T) {
 	}
 }
 
+// The doors refuse selectors that say which program it is and not whose process, with where they stand.
+func TestDoorsRefuseUnanchoredSelectors(t *testing.T) {
+	t.Parallel()
+	c := catest.Start(t, catest.Options{})
+	c.Apply(twoHosts)
+	weak := []string{"unix:sha256:" + strings.Repeat("a", 64)}
+	anchored := append([]string{"unix:uid:1000"}, weak...)
+	for _, selectors := range [][]string{anchored, weak} {
+		good := len(selectors) == 2
+		for _, dry := range []bool{true, false} {
+			e := &statev1.Entry{Id: "entry/x", Path: "/x", Hosts: []string{"h1"}, Selectors: selectors}
+			change := &statev1.EntryChange{Action: &statev1.EntryChange_Create{Create: e}}
+			if !good {
+				change = &statev1.EntryChange{Action: &statev1.EntryChange_Update{Update: e}}
+			}
+			r, err := c.Admin().ChangeEntries(t.Context(), &ententev1.ChangeEntriesRequest{Changes: []*statev1.EntryChange{change}, DryRun: dry})
+			if err != nil || (r.GetResults()[0].GetCode() == 0) != good {
+				t.Errorf("entry with %q: %v %v", selectors, r, err)
+			}
+			o := &statev1.Object{Source: "x.yaml:3", Owner: "team", Kind: &statev1.Object_Service{Service: &statev1.Service{Name: "y", Path: "/y", Hosts: []string{"h1"}, Selectors: selectors}}}
+			_, err = c.Admin().Apply(t.Context(), &ententev1.ApplyRequest{Objects: []*statev1.Object{o}, DryRun: dry})
+			if good != (err == nil) || !good && (!strings.Contains(err.Error(), "x.yaml:3: Service/y") || !strings.Contains(err.Error(), "add unix:uid")) {
+				t.Errorf("Service with %q: %v", selectors, err)
+			}
+		}
+	}
+}
+
 // Many entries: groups, pages, filters.
 func TestEntriesInBulk(t *testing.T) {
 	t.Parallel()

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -394,6 +395,7 @@ func (f *listFlags) registerList(c *cobra.Command) {
 
 func entryListCommand() *cobra.Command {
 	var flags listFlags
+	var weak bool
 	c := &cobra.Command{
 		Use:     "list",
 		Short:   "Show entries, by id",
@@ -401,9 +403,13 @@ func entryListCommand() *cobra.Command {
 		Args:    noArguments,
 		RunE: func(c *cobra.Command, _ []string) error {
 			return flags.call(c.Context(), func(client ententev1.AdminClient) error {
-				all, err := listEntries(c.Context(), client, &flags.request, flags.limit)
+				all, err := listEntries(c.Context(), client, &flags.request, flags.limit, weak)
 				if err != nil {
 					return err
+				}
+				unanchored := slices.DeleteFunc(slices.Clone(all.GetEntries()), anchored)
+				if n := len(unanchored); n > 0 && !weak {
+					fmt.Fprintf(c.ErrOrStderr(), "warning: %d of these entries name no user, unit or container, so that any user of their hosts could get their SVIDs: entente entry list --weak shows them\n", n)
 				}
 				if flags.json {
 					return printJSON(c.OutOrStdout(), all)
@@ -425,20 +431,32 @@ func entryListCommand() *cobra.Command {
 		},
 	}
 	flags.registerList(c)
+	c.Flags().BoolVar(&weak, "weak", false, "only those that name no user, unit or container")
 	c.Flags().IntVar(&flags.limit, "page-size", 10_000, "show at most so many")
 	c.Flags().StringVar(&flags.request.After, "page-token", "", "begin after this entry: the last one of the page before")
 	return c
 }
 
-func listEntries(ctx context.Context, client ententev1.AdminClient, request *ententev1.ListEntriesRequest, limit int) (*ententev1.ListEntriesResponse, error) {
+// anchored tells whether an entry's selectors say whose process it is for.
+func anchored(e *statev1.Entry) bool { return ca.CheckAnchored(e.GetSelectors()) == nil }
+
+// listEntries asks for pages until there are so many entries, with weak only those that are not anchored.
+func listEntries(ctx context.Context, client ententev1.AdminClient, request *ententev1.ListEntriesRequest, limit int, weak bool) (*ententev1.ListEntriesResponse, error) {
 	all := &ententev1.ListEntriesResponse{More: true}
 	for all.More && len(all.GetEntries()) < limit {
-		request.PageSize = uint32(min(1000, limit-len(all.GetEntries())))
+		request.PageSize = 1000
+		if !weak {
+			request.PageSize = uint32(min(1000, limit-len(all.GetEntries())))
+		}
 		page, err := client.ListEntries(ctx, request, largeAnswer)
 		if err != nil {
 			return nil, err
 		}
-		all.Entries = append(all.Entries, page.GetEntries()...)
+		entries := page.GetEntries()
+		if weak {
+			entries = slices.DeleteFunc(slices.Clone(entries), anchored)
+		}
+		all.Entries = append(all.Entries, entries...)
 		if all.More = page.GetMore() && len(page.GetEntries()) > 0; all.More {
 			request.After = page.GetEntries()[len(page.GetEntries())-1].GetId()
 		}

@@ -867,7 +867,7 @@ func (c *compiler) run(hosts, selectors []string) {
 		}
 	}
 	if weak != "" && !strong {
-		c.fail("add systemd, user, uid or sha256 beside it", "%s stands alone: any user may place a program at a path he sees, and say any command line", weak)
+		c.fail("add systemd, container, user or uid", "%s stands alone: any user may place a program at a path he sees, and say any command line", weak)
 	}
 }
 

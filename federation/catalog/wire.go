@@ -483,9 +483,9 @@ func (r *runSpec) selectors() ([]string, error) {
 	case len(list) == 0:
 		return nil, r.Errorf("run says nothing by which the process is recognised; add systemd, user or uid")
 	case !identified && r.Path != "":
-		return nil, r.At("path").Errorf("run.path stands alone: any user may start a program from a path; add user, uid or sha256 beside it")
+		return nil, r.At("path").Errorf("run.path stands alone: any user may start a program from a path; add systemd, container, user or uid")
 	case !identified && r.Cmdline != "":
-		return nil, r.At("cmdline").Errorf("run.cmdline stands alone: a command line is what a process says of itself; add user, uid or sha256 beside it")
+		return nil, r.At("cmdline").Errorf("run.cmdline stands alone: a command line is what a process says of itself; add systemd, container, user or uid")
 	case !identified && r.GID != nil:
 		return nil, r.At("gid").Errorf("run.gid stands alone; add user or uid beside it")
 	case !identified:
