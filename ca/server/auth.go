@@ -380,12 +380,20 @@ func (s *Server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo,
 
 // record writes into the audit log what belongs there.
 func (s *Server) record(ctx context.Context, req, resp any, err error) {
-	if c := callerFrom(ctx); err != nil && !c.known() {
+	c, method := callerFrom(ctx), methodFrom(ctx)
+	// Who asks to be admitted is a stranger in that, whatever else he is.
+	admits := method == ententev1.Attest_Attest_FullMethodName || method == ententev1.Join_Join_FullMethodName
+	switch {
+	case err == nil && admits:
+		if _, say := s.repeats.say(admittedIn(resp), time.Now()); !say {
+			return // the same answer as before, as often as it is asked for
+		}
+	case err != nil && (admits || !c.known()):
 		where := "unknown"
 		if remote, ok := grpcpeer.FromContext(ctx); ok {
 			where = remote.Addr.String()
 		}
-		if !s.refused(c, methodFrom(ctx), where, err) {
+		if !s.refused(method, where, err) {
 			return
 		}
 	}

@@ -2,10 +2,13 @@ package server
 
 import (
 	"errors"
+	"fmt"
 	"sync"
 	"time"
 
 	"google.golang.org/grpc/status"
+
+	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
 )
 
 const (
@@ -18,6 +21,8 @@ const (
 
 // refusals folds what callers can have said as often as they like.
 type refusals struct {
+	overflow bool // what is answered when there are too many kinds: said or not
+
 	mu    sync.Mutex
 	folds map[string]*fold
 }
@@ -42,7 +47,7 @@ func (r *refusals) say(kind string, now time.Time) (unsaid int, say bool) {
 				}
 			}
 			if len(r.folds) >= maxFolded {
-				return 0, false
+				return 0, r.overflow
 			}
 		}
 		if r.folds == nil {
@@ -58,6 +63,17 @@ func (r *refusals) say(kind string, now time.Time) (unsaid int, say bool) {
 	return unsaid, true
 }
 
+// admittedIn names an admission: of whom, and which one of his.
+func admittedIn(resp any) string {
+	switch r := resp.(type) {
+	case *ententev1.AttestResponse:
+		return fmt.Sprintf("agent %s of %d", r.GetAgent().GetName(), r.GetAgent().GetGeneration())
+	case *ententev1.JoinResponse:
+		return "CA node " + r.GetMember().GetId()
+	}
+	return ""
+}
+
 // known tells a caller with an identity, or a key that means something here, from one
 // that anybody can be.
 func (c caller) known() bool { return c.class != 0 && c.class != anonymous && c.class != stranger }
@@ -65,7 +81,7 @@ func (c caller) known() bool { return c.class != 0 && c.class != anonymous && c.
 // refused counts what a stranger was refused, and says it once a minute. It tells whether
 // the refusal belongs into the audit log: only if the stranger has proved that he holds a
 // token or a certificate that is known here, and then once a minute for each.
-func (s *Server) refused(c caller, method, remote string, err error) (record bool) {
+func (s *Server) refused(method, remote string, err error) (record bool) {
 	s.metrics.strangers.WithLabelValues(method).Inc()
 	if unsaid, say := s.refusals.say(method, time.Now()); say {
 		s.Log.Warn("strangers were refused", "method", method, "remote", remote, "reason", status.Convert(err).Message(), "more_since_last_line", unsaid)

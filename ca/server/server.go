@@ -175,6 +175,7 @@ type Server struct {
 	attests  chan struct{} // slots
 	knocks   *admission.Rate
 	refusals refusals
+	repeats  refusals // of admissions: one that is new is always recorded
 
 	handshakes, strangers *admission.Places
 	guests                guests
@@ -203,6 +204,7 @@ func New(config Config) *Server {
 		Config:     config,
 		registry:   peer.Registry{Log: config.Log},
 		attests:    make(chan struct{}, cmp.Or(limits.Attests, defaultAttests)),
+		repeats:    refusals{overflow: true},
 		knocks:     newKnocks(cmp.Or(limits.AttestsPerSource, defaultKnocks)),
 		x509Rates:  newRates(cmp.Or(limits.X509PerAgent, defaultX509Rate), x509BurstSeconds, "X.509-SVIDs"),
 		tokenRates: newRates(cmp.Or(limits.TokensPerAgent, defaultTokenRate), 1, "tokens"),

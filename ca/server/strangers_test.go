@@ -126,9 +126,40 @@ func TestStrangersWriteNothing(t *testing.T) {
 		t.Errorf("%v refusals are counted, not %d", n, 3*attempts)
 	}
 
+	// Nor does who was admitted once, however often he asks for the same answer, or for
+	// another with a token that he does not have.
+	admittedKey := newKey(t)
+	again := attestRequest(t, parseToken(t, v.AgentToken("h9", "dc1")), admittedKey, bound)
+	if _, err := ententev1.NewAttestClient(anyone).Attest(t.Context(), again); err != nil {
+		t.Fatal(err)
+	}
+	asAgent := dial(t, v.CA, &v.good)
+	agentKey := newKey(t)
+	statement, signature := forgeries(t, v.CA, ca.RoleAgent, "nosuch", keyIDOf(t, agentKey), exporter(t, asAgent))
+	entries, audit := logged(t, v.CA, func() {
+		for range attempts {
+			if resp, err := ententev1.NewAttestClient(anyone).Attest(t.Context(), again); err != nil || resp.GetAgent().GetName() != "h9" {
+				t.Fatalf("a repeat: %v, %v", resp.GetAgent(), err)
+			}
+			_, err := ententev1.NewAttestClient(asAgent).Attest(t.Context(), &ententev1.AttestRequest{TokenId: "nosuch", Statement: statement, Signature: signature, Csr: csrOf(t, agentKey)})
+			wantCode(t, "an agent with a token that does not exist", err, codes.PermissionDenied)
+		}
+	})
+	// Beside a line for each SVID of an agent, which the audit log bounds by itself.
+	acts := 0
+	lines, _ := auditLines(t, v.CA)
+	for _, line := range lines {
+		if line["kind"] == "act" && line["what"] == "Attest" {
+			acts++
+		}
+	}
+	if entries > 0 || acts > 10 {
+		t.Errorf("repeats: %d log entries, %d bytes and %d acts in the audit log", entries, audit, acts)
+	}
+
 	// Control: the same connections, with tokens.
 	revision := v.Status().GetRevision()
-	_, audit := logged(t, v.CA, func() {
+	_, audit = logged(t, v.CA, func() {
 		if _, err := ententev1.NewAttestClient(anyone).Attest(t.Context(), attestRequest(t, known, newKey(t), bound)); err != nil {
 			t.Errorf("control: %v", err)
 		}
