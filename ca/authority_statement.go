@@ -79,80 +79,26 @@ func VerifyAuthority(cluster *statev1.Cluster, a *statev1.Authority, nodeKey, si
 // record: in its key, its life, or the one trust domain that it may name. A door has
 // looked at all of it (LintAuthority); this is what every replica still sees for itself.
 func CheckAuthorityCertificate(trustDomain string, a *statev1.Authority) error {
-	tbs, err := unwrap(a.GetCertificate())
+	c, err := walk(a.GetCertificate())
 	if err != nil {
-		return err
-	}
-	// [0] version, serial, algorithm, issuer, validity, subject, key, ..., [3] extensions.
-	var fields [7][]byte
-	for i := range fields {
-		_, _, fields[i], tbs = element(tbs)
-	}
-	life := sequence(validity(a.GetNotBefore(), a.GetNotAfter()))
-	switch {
-	case fields[6] == nil || fields[0][0] != 0xa0:
-		return errors.New("the authority's certificate has not the form of one")
-	case !bytes.Equal(fields[6], a.GetPublicKey()):
-		return errors.New("the authority's certificate is for another key")
-	case !bytes.Equal(fields[4], life):
-		return errors.New("the authority's certificate lives at other times than its record says")
+		return fmt.Errorf("the authority's certificate: %w", err)
 	}
 	uri := "spiffe://" + trustDomain
 	want := sequence(append([]byte{0x86}, prefixed([]byte(uri))...))
-	names := 0
-	for len(tbs) > 0 {
-		var tag byte
-		var value, whole []byte
-		tag, value, whole, tbs = element(tbs)
-		switch {
-		case whole == nil:
-			return errors.New("the authority's certificate does not end where it says")
-		case tag != 0xa3:
-			continue // unique identifiers, which nobody uses
-		}
-		_, list, _, rest := element(value)
-		if len(rest) != 0 {
-			return errors.New("the authority's certificate has something behind its extensions")
-		}
-		for len(list) > 0 {
-			var extension []byte
-			_, extension, whole, list = element(list)
-			_, _, oid, rest := element(extension)
-			if whole == nil || oid == nil {
-				return errors.New("an extension of the authority's certificate does not end where it says")
-			}
-			if !bytes.Equal(oid, subjectAltName) {
-				continue
-			}
-			tag, value, _, after := element(rest)
-			if tag == 0x01 { // critical
-				tag, value, _, after = element(after)
-			}
-			if names++; tag != 0x04 || len(after) != 0 || !bytes.Equal(value, want) {
-				return fmt.Errorf("the authority's certificate does not name %s alone", uri)
-			}
-		}
-	}
-	if names != 1 {
+	switch {
+	case !bytes.Equal(c.spki, a.GetPublicKey()):
+		return errors.New("the authority's certificate is for another key")
+	case !bytes.Equal(c.validity, sequence(validity(a.GetNotBefore(), a.GetNotAfter()))):
+		return errors.New("the authority's certificate lives at other times than its record says")
+	case len(c.names) != 1:
 		return fmt.Errorf("the authority's certificate does not name %s once", uri)
+	case !bytes.Equal(c.names[0], want):
+		return fmt.Errorf("the authority's certificate does not name %s alone", uri)
 	}
 	return nil
 }
 
 var subjectAltName = []byte{0x06, 0x03, 0x55, 0x1d, 0x11} // 2.5.29.17
-
-// unwrap gives what the signature of a certificate is made over.
-func unwrap(der []byte) ([]byte, error) {
-	tag, certificate, whole, rest := element(der)
-	if whole == nil || tag != 0x30 || len(rest) != 0 {
-		return nil, errors.New("the authority's certificate is none")
-	}
-	tag, tbs, whole, _ := element(certificate)
-	if whole == nil || tag != 0x30 {
-		return nil, errors.New("the authority's certificate has no content")
-	}
-	return tbs, nil
-}
 
 // element cuts the first DER element off; whole is nil when there is none.
 func element(der []byte) (tag byte, value, whole, rest []byte) {

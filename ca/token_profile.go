@@ -75,7 +75,7 @@ func NewTokenAuthority(memberID string, use statev1.KeyUse, spki []byte, begin t
 
 // SameTokenAuthority tells whether a proposed record is the one that NewTokenAuthority
 // makes of its key and begin.
-func SameTokenAuthority(memberID string, proposed *statev1.Authority, phase time.Duration, now time.Time) error {
+func SameTokenAuthority(trustDomain, memberID string, proposed *statev1.Authority, phase time.Duration, now time.Time) error {
 	begin := time.Unix(proposed.GetNotBefore(), 0).Add(authorityBackdate)
 	made, err := NewTokenAuthority(memberID, proposed.GetUse(), proposed.GetPublicKey(), begin, phase, now)
 	if err != nil {
@@ -85,6 +85,9 @@ func SameTokenAuthority(memberID string, proposed *statev1.Authority, phase time
 		proposed.GetPhase() != made.GetPhase() || proposed.GetReady() || len(proposed.GetCertificate()) != 0 ||
 		proposed.GetRevision() != 0 || proposed.GetPreparedRevision() != 0 {
 		return errors.New("the authority's record does not say what its key and begin say")
+	}
+	if len(proposed.GetProof()) > 0 { // Apply says whether it must
+		return CheckAuthorityHeld(trustDomain, proposed)
 	}
 	return nil
 }

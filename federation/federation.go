@@ -92,6 +92,9 @@ const (
 // SPIFFE Trust Domain and Bundle specification, 4.1.2). Between two bundles without
 // one, the later fetched replaces the earlier; once a domain has shown a sequence,
 // a bundle without one is Older.
+//
+// What was kept below feature level 5 is a part of what was fetched; the whole of the same
+// sequence replaces it.
 func AcceptBundle(old, next *statev1.ForeignBundle) Verdict {
 	switch {
 	case old == nil:
@@ -101,6 +104,8 @@ func AcceptBundle(old, next *statev1.ForeignBundle) Verdict {
 	case next.GetSequence() < old.GetSequence():
 		return Older
 	case next.GetSequence() > old.GetSequence():
+		return Accepted
+	case next.GetAsFetched() && !old.GetAsFetched():
 		return Accepted
 	case bytes.Equal(old.GetJwks(), next.GetJwks()):
 		return Unchanged

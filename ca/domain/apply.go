@@ -41,6 +41,7 @@ func (s *State) Apply(index uint64, cmd *statev1.Command) Outcome {
 		return Outcome{Revision: s.revision, Fatal: err}
 	}
 	refusal := a.run(cmd)
+	a.settleForeign()
 	return Outcome{Revision: s.revision, Refused: refusal, Changes: a.changes, Diverged: a.diverged, Checked: cmd.GetChecksum().GetAtIndex()}
 }
 
@@ -555,11 +556,19 @@ func (a *application) prepareAuthority(c *statev1.PrepareAuthority) *Refusal {
 	if err := ca.VerifyAuthority(a.Cluster(), p, c.GetNodeKey(), c.GetSignature()); err != nil {
 		return invalid(err)
 	}
+	if a.hardened() {
+		if err := ca.CheckAuthorityHeld(a.td.Name(), p); err != nil {
+			return invalid(err)
+		}
+		if td, proven := a.ForeignOwner(ca.CertificateKeyID(p.GetUpstream())); proven {
+			return refuse(CodeInvalid, "the upstream's key has signed that it belongs to %s", td)
+		}
+	}
 	authority := &statev1.Authority{
 		Id: p.GetId(), MemberId: p.GetMemberId(), Use: p.GetUse(),
 		PublicKey: bytes.Clone(p.GetPublicKey()), Certificate: bytes.Clone(p.GetCertificate()),
 		NotBefore: p.GetNotBefore(), NotAfter: p.GetNotAfter(),
-		Upstream: bytes.Clone(p.GetUpstream()), UpstreamNotAfter: p.GetUpstreamNotAfter(),
+		Upstream: bytes.Clone(p.GetUpstream()), UpstreamNotAfter: p.GetUpstreamNotAfter(), Proof: bytes.Clone(p.GetProof()),
 		Phase:    statev1.AuthorityPhase_AUTHORITY_PHASE_PREPARED,
 		Revision: a.rev, PreparedRevision: a.rev, Since: a.seconds(),
 	}

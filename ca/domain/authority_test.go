@@ -29,7 +29,7 @@ func TestMaliciousAuthority(t *testing.T) {
 		return as(func(a *statev1.Authority) {
 			said := proto.CloneOf(a)
 			change(said)
-			a.Certificate = domaintest.Certificate(said, trustDomain)
+			a.Certificate = domaintest.Certificate(said, trustDomain, domaintest.Key("authority fresh"))
 		})
 	}
 	same := func(*statev1.Authority) {}
@@ -41,7 +41,7 @@ func TestMaliciousAuthority(t *testing.T) {
 		"for a longer name":            domaintest.PrepareBy(own, recertified(same, "banking.example.trading.example"), n2),
 		"too long a life": domaintest.PrepareBy(own, as(func(a *statev1.Authority) {
 			a.NotAfter += 3600
-			a.Certificate = domaintest.Certificate(a, "banking.example")
+			a.Certificate = domaintest.Certificate(a, "banking.example", domaintest.Key("authority fresh"))
 		}), n2),
 		"too long a life of certificate": domaintest.PrepareBy(own, recertified(func(a *statev1.Authority) { a.NotAfter += 1 << 27 }, "banking.example"), n2),
 		"a certificate of another key":   domaintest.PrepareBy(own, recertified(func(a *statev1.Authority) { a.PublicKey = domaintest.DER(0x30, []byte("other")) }, "banking.example"), n2),
@@ -75,7 +75,7 @@ func TestAuthoritySince(t *testing.T) {
 	w.must(w.initCommand())
 	a := w.authority("n1", "k1")
 	a.NotBefore, a.NotAfter = epochTime.Unix(), epochTime.Add(48*time.Hour).Unix()
-	a.Certificate = domaintest.Certificate(a, "banking.example")
+	a.Certificate = domaintest.Certificate(a, "banking.example", domaintest.Key("authority fresh"))
 	since := func() int64 { have, _ := w.s.Authority(a.GetId()); return have.GetSince() }
 	w.must(prepare(a))
 	if since() != 0 {

@@ -175,6 +175,10 @@ func (e *encoder) record(record any) {
 			e.bytes(r.GetUpstream())
 			e.time(r.GetUpstreamNotAfter())
 		}
+		if len(r.GetProof()) > 0 {
+			e.kind('p')
+			e.bytes(r.GetProof())
+		}
 	case *statev1.Token:
 		e.kind('T')
 		e.text(r.GetId())
@@ -274,6 +278,9 @@ func (e *encoder) record(record any) {
 		e.bytes(r.GetJwks())
 		e.number(r.GetSequence())
 		e.number(r.GetRevision())
+		if r.GetAsFetched() {
+			e.kind('f')
+		}
 	default:
 		panic(fmt.Sprintf("domain: no encoding for %T", record)) // no table holds it
 	}

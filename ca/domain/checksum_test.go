@@ -3,11 +3,14 @@ package domain
 import (
 	"encoding/hex"
 	"testing"
+	"time"
 
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protoreflect"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	"github.com/entente-mesh/entente/ca"
+	"github.com/entente-mesh/entente/ca/domain/domaintest"
 )
 
 func TestSetHash(t *testing.T) {
@@ -122,7 +125,18 @@ func TestChecksumIsFrozen(t *testing.T) {
 	w := newWorld(t)
 	w.must(objects(service("accounts", "h1"), gateway("gw-1", 1, "h1"), relationship("trading.example")))
 	w.must(foreign("trading.example", "{}", 7))
-	w.must(prepare(w.authority("n1", "k1")))
+	// As a record of the first release: Apply asked for no signature of the key then.
+	a := w.authority("n1", "k1")
+	a.PublicKey = domaintest.DER(0x30, []byte("public key k1"))
+	a.Id = ca.KeyID(a.GetPublicKey())
+	moment := func(unix int64) []byte {
+		return domaintest.DER(0x17, []byte(time.Unix(unix, 0).UTC().Format("060102150405Z")))
+	}
+	der := domaintest.DER
+	name := der(0x30, []byte{0x06, 0x03, 0x55, 0x1d, 0x11}, der(0x04, der(0x30, der(0x86, []byte("spiffe://banking.example")))))
+	a.Certificate = der(0x30, der(0x30, der(0xa0, der(0x02, []byte{2})), der(0x02, []byte{1}), der(0x30), der(0x30),
+		der(0x30, moment(a.GetNotBefore()), moment(a.GetNotAfter())), der(0x30), a.GetPublicKey(), der(0xa3, der(0x30, name))))
+	w.must(prepare(a))
 	const want = "0d4de5ef607d81ecd28bb9d4d3ecd586cab392bf0179766c3558067c29f0503b"
 	if got := hex.EncodeToString(w.s.Checksum()); got != want {
 		t.Errorf("checksum %s, was %s", got, want)

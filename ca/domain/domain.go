@@ -48,6 +48,8 @@ type State struct {
 
 	stagedBytes int // of staged
 
+	use foreignUse // of foreign
+
 	history history
 }
 
@@ -162,15 +164,15 @@ func (s *State) DistrustItem(id string) (*statev1.Distrust, bool) { return s.dis
 // Tokens are the join tokens that are remembered, by id.
 func (s *State) Tokens() []*statev1.Token { return s.tokens.sorted() }
 
-// OwnKeys are the keys of one use (JWT or WIT) that stand in the domain's bundle, by
-// authority id, each as SubjectPublicKeyInfo.
-func (s *State) OwnKeys(use statev1.KeyUse) (spki [][]byte) {
+// OwnKeys are the authorities of one use (JWT or WIT) whose keys stand in the domain's
+// bundle, by id.
+func (s *State) OwnKeys(use statev1.KeyUse) (keys []*statev1.Authority) {
 	for _, a := range s.authorities.sorted() {
 		if a.GetUse() == use && ca.InBundle(a.GetPhase()) {
-			spki = append(spki, a.GetPublicKey())
+			keys = append(keys, a)
 		}
 	}
-	return spki
+	return keys
 }
 
 // Token is the record of the join token with that id.
@@ -226,12 +228,16 @@ func (s *State) Object(key string) (*statev1.Object, bool) { return s.objects.ge
 // Init. They are immutable and may be kept.
 func (s *State) Tables() *catalog.Tables { return s.tables }
 
-// ForeignBundles are the bundles of peers, by trust domain.
+// ForeignBundles are the bundles of peers as fetched, by trust domain.
 func (s *State) ForeignBundles() []*statev1.ForeignBundle { return s.foreign.sorted() }
 
-// ForeignBundle is the last accepted bundle of a peer.
+// ForeignBundle is what is used of the last accepted bundle of a peer.
 func (s *State) ForeignBundle(trustDomain string) (*statev1.ForeignBundle, bool) {
-	return s.foreign.get(trustDomain)
+	if s.use.usable == nil {
+		return s.foreign.get(trustDomain)
+	}
+	b, ok := s.use.usable[trustDomain]
+	return b, ok
 }
 
 // Peers are the trust domains that this domain has a relationship with, sorted.

@@ -18,7 +18,7 @@ import (
 //	2  StageObjects, ApplyStaged
 //	3  MergeBans; administrators: Command.principal, RoleBinding; hosts: AdmitAgent, selectors, scope
 //	4  Service.protocol, Import.port, Import.protocol
-//	5  Service.edge, Service.http; stricter rules of Apply: each asks hardened()
+//	5  Service.edge, Service.http; Authority.proof, ForeignBundle.as_fetched; stricter rules of Apply: each asks hardened()
 const FeatureLevel = 5
 
 // levelHardened is the first level at which the stricter rules of Apply hold. Below it
@@ -45,6 +45,10 @@ func levelOf(cmd *statev1.Command) uint32 {
 			return len(c.GetCreate().GetNodeSelectors())+len(c.GetUpdate().GetNodeSelectors()) > 0
 		}) {
 			return 3
+		}
+	case *statev1.Command_PrepareAuthority:
+		if len(body.PrepareAuthority.GetAuthority().GetProof()) > 0 {
+			return levelHardened
 		}
 	case *statev1.Command_ApplyObjects:
 		return levelOfObjects(body.ApplyObjects, 1)

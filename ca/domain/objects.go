@@ -47,8 +47,7 @@ func (a *application) applyObjects(c *statev1.ApplyObjects) *Refusal {
 	}
 	for _, td := range a.foreign.sorted() {
 		if _, ok := a.objects.get(relationshipKey + td.GetTrustDomain()); !ok {
-			drop(a, &a.foreign, td.GetTrustDomain()) // trust ended; so does what it rested on
-			a.changed(ChangeForeignBundle, td.GetTrustDomain())
+			a.setForeign(td.GetTrustDomain(), nil) // trust ended; so does what it rested on
 		}
 	}
 	return nil
@@ -259,8 +258,8 @@ func (a *application) replaceEntry(id string, have, e *statev1.Entry) {
 	}
 }
 
-// storeForeignBundle keeps what the door parsed, wrote anew and compared with the keys
-// of other domains; here only the sequence is judged, which never goes back (I8).
+// storeForeignBundle keeps what was fetched, as the fetcher wrote it again. The sequence is
+// judged, which never goes back (I8); what of the keys is used is found when it is read.
 func (a *application) storeForeignBundle(c *statev1.StoreForeignBundle) *Refusal {
 	td := c.GetTrustDomain()
 	if _, ok := a.objects.get(relationshipKey + td); !ok {
@@ -270,6 +269,13 @@ func (a *application) storeForeignBundle(c *statev1.StoreForeignBundle) *Refusal
 		return refuse(CodeInvalid, "bundle of %s has %d bytes, not 1 to %d", td, n, maxBundle)
 	}
 	next := &statev1.ForeignBundle{TrustDomain: td, Jwks: bytes.Clone(c.GetJwks()), Sequence: c.GetSequence(), Revision: a.rev}
+	next.AsFetched = a.hardened()
+	read := ReadForeign(next)
+	if next.AsFetched {
+		if read.err != nil || read.sequence != next.GetSequence() {
+			return refuse(CodeInvalid, "bundle of %s is not written as this release writes bundles, or has another sequence than %d", td, next.GetSequence())
+		}
+	}
 	have, _ := a.foreign.get(td)
 	switch verdict := federation.AcceptBundle(have, next); verdict {
 	case federation.Accepted:
@@ -280,8 +286,7 @@ func (a *application) storeForeignBundle(c *statev1.StoreForeignBundle) *Refusal
 	default:
 		return refuse(CodeConflict, "bundle of %s with sequence %d: %v", td, c.GetSequence(), verdict.Err())
 	}
-	put(a, &a.foreign, td, next)
-	a.changed(ChangeForeignBundle, td)
+	a.setForeign(td, read)
 	return nil
 }
 

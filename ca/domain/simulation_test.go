@@ -146,7 +146,23 @@ func (w *world) random(choose choose, mix []int, few int) *statev1.Command {
 	case 21:
 		td := peer()
 		have, _ := s.ForeignBundle(td)
-		return foreign(td, fmt.Sprint(choose(3)), max(have.GetSequence(), 2)+2-uint64(choose(5)))
+		sequence := max(have.GetSequence(), 2) + 2 - uint64(choose(5))
+		if choose(8) == 0 {
+			return foreign(td, fmt.Sprint(choose(3)), sequence)
+		}
+		// Keys of few names, of this domain too, with and without proof: domains claim the same.
+		var keys []domaintest.BundleKey
+		for range choose(4) {
+			k := domaintest.BundleKey{Name: name("k", 5), Use: statev1.KeyUse(1 + choose(3))}
+			switch choose(4) {
+			case 0, 1:
+				k.Names = td
+			case 2:
+				k.Names, k.By = peer(), name("k", 5)
+			}
+			keys = append(keys, k)
+		}
+		return foreign(td, string(domaintest.Bundle(sequence, keys...)), sequence)
 	case 22:
 		return ban(name("h", 4))
 	case 23:
@@ -195,6 +211,8 @@ func (w *world) randomAuthority(choose choose, memberName, key string) *statev1.
 	a := domaintest.Authority(memberName, key, "banking.example", use, w.s.Now(), 48*time.Hour)
 	if use == statev1.KeyUse_KEY_USE_X509 && choose(4) == 0 {
 		a.Upstream, a.UpstreamNotAfter = []byte("root"), a.GetNotAfter()+int64(choose(4)-1)
+	} else if use != statev1.KeyUse_KEY_USE_X509 && w.s.hardened() && choose(8) > 0 {
+		domaintest.Prove(a, key, "banking.example")
 	}
 	return a
 }

@@ -425,6 +425,11 @@ func (w *world) look() look {
 	}
 	for _, r := range s.foreign.rows {
 		add(ChangeForeignBundle, r.GetTrustDomain(), r)
+		if used, ok := s.ForeignBundle(r.GetTrustDomain()); !ok {
+			w.t.Fatalf("nothing is used of the bundle of %s", r.GetTrustDomain())
+		} else {
+			l.records[named{ChangeForeignBundle, r.GetTrustDomain()}] += string(used.GetJwks())
+		}
 		l.foreign[r.GetTrustDomain()] = r.GetSequence()
 	}
 	for _, r := range s.tokens.rows {

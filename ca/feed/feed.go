@@ -371,7 +371,7 @@ type Update struct {
 // OwnBundle is what the domain's own bundle holds.
 type OwnBundle struct {
 	X509     [][]byte // certificates, DER
-	JWT, WIT [][]byte // SubjectPublicKeyInfos, DER
+	JWT, WIT []*statev1.Authority
 	Sequence uint64
 }
 

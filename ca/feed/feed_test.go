@@ -94,7 +94,7 @@ func (w *world) remove(kind, name string) {
 func (w *world) bundleOf(td string, sequence uint64) {
 	w.t.Helper()
 	w.must(&statev1.Command{Body: &statev1.Command_StoreForeignBundle{StoreForeignBundle: &statev1.StoreForeignBundle{
-		TrustDomain: td, Jwks: fmt.Appendf(nil, `{"keys":[],"n":%d}`, sequence), Sequence: sequence,
+		TrustDomain: td, Jwks: fmt.Appendf(nil, `{"keys":[],"spiffe_sequence":%d}`, sequence), Sequence: sequence,
 	}}})
 }
 

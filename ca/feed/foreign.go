@@ -1,20 +1,22 @@
 package feed
 
 import (
+	"bytes"
+
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	"github.com/entente-mesh/entente/ca/domain"
 )
 
-// HoldForeign says which bundles of other domains, by trust domain, this replica has
-// accepted beyond those that are agreed: all of them, in place of those of before. Its
-// subscribers are told, now and with each full state.
+// HoldForeign says what this replica uses of the bundles of other domains, by trust domain,
+// that it has accepted beyond those that are agreed: of all of them, in place of those of
+// before. Its subscribers are told, now and with each full state.
 func (f *Feed) HoldForeign(bundles map[string]*statev1.ForeignBundle) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	before := *f.unagreed.Load()
 	f.unagreed.Store(&bundles)
 	for td, b := range bundles {
-		if before[td].GetSequence() >= b.GetSequence() && before[td] != nil {
+		if before[td] != nil && before[td].GetSequence() >= b.GetSequence() && bytes.Equal(before[td].GetJwks(), b.GetJwks()) {
 			continue
 		}
 		f.unagreedNews++
@@ -25,8 +27,9 @@ func (f *Feed) HoldForeign(bundles map[string]*statev1.ForeignBundle) {
 	}
 }
 
-// ForeignBundle is the newest bundle of another domain that this replica has accepted: the
-// agreed one, or its own while that is newer and the relationship still stands.
+// ForeignBundle is what is used of the newest bundle of another domain that this replica has
+// accepted: of the agreed one, or of its own while that is newer and the relationship still
+// stands.
 func (f *Feed) ForeignBundle(st *domain.State, td string) (*statev1.ForeignBundle, bool) {
 	agreed, ok := st.ForeignBundle(td)
 	own := (*f.unagreed.Load())[td]

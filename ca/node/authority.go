@@ -273,7 +273,11 @@ func (n *Node) makeAuthority(ctx context.Context, key crypto.Signer, u use, own 
 			return nil, err
 		}
 		now := time.Now()
-		return ca.NewTokenAuthority(n.own.id, u.of, spki, now, phase, now)
+		a, err := ca.NewTokenAuthority(n.own.id, u.of, spki, now, phase, now)
+		if err != nil {
+			return nil, err
+		}
+		return a, n.proveKey(key, a)
 	}
 	var serial [16]byte
 	rand.Read(serial[:])
@@ -291,6 +295,30 @@ func (n *Node) makeAuthority(ctx context.Context, key crypto.Signer, u use, own 
 		return nil, fmt.Errorf("sign the authority certificate: %w", err)
 	}
 	return ca.NewAuthority(n.td, n.own.id, der, nil, phase, now)
+}
+
+// proveKey has a token key sign that it belongs to this domain, so that no other domain's
+// bundle takes it away (see package domain, ownership.go).
+func (n *Node) proveKey(key crypto.Signer, a *statev1.Authority) error {
+	var proves bool
+	n.Read(func(st *domain.State) { proves = st.ProvesKeys() })
+	if !proves {
+		return nil
+	}
+	alg, err := ca.TokenAlgorithm(key.Public())
+	if err != nil {
+		return err
+	}
+	sum := sha256.Sum256(ca.KeyProof(n.td.Name(), alg, a.GetUse(), a.GetId()))
+	proof, err := key.Sign(rand.Reader, sum[:], crypto.SHA256)
+	if err == nil && alg == ca.ES256 {
+		proof, err = ca.FixedSignature(proof)
+	}
+	if err != nil {
+		return fmt.Errorf("sign the proof of a token key: %w", err)
+	}
+	a.Proof = proof
+	return nil
 }
 
 // signAuthority makes the authority this node's own word.

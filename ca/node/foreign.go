@@ -4,10 +4,12 @@ import (
 	"context"
 	"fmt"
 	"maps"
+	"strings"
 	"sync"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/protobuf/proto"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	"github.com/entente-mesh/entente/ca"
@@ -20,7 +22,7 @@ import (
 type foreignStatus struct {
 	mu  sync.Mutex
 	of  map[string]server.Fetched
-	own map[string]*statev1.ForeignBundle // accepted while nothing could be agreed
+	own map[string]*statev1.ForeignBundle // accepted while nothing could be agreed, as fetched
 }
 
 func (f *foreignStatus) set(td string, fetched server.Fetched) {
@@ -45,6 +47,7 @@ type accept func(context.Context, *statev1.ForeignBundle) error
 func (n *Node) keepFollowing(ctx context.Context, take accept) {
 	type follower struct {
 		revision uint64
+		whole    bool // bundles are kept as fetched
 		cancel   context.CancelFunc
 	}
 	running := make(map[string]follower)
@@ -58,13 +61,15 @@ func (n *Node) keepFollowing(ctx context.Context, take accept) {
 	for {
 		changed := n.applied.wait()
 		wanted := make(map[string]*statev1.Object)
+		var whole bool
 		n.Read(func(st *domain.State) {
+			whole = st.KeepsForeignWhole()
 			for _, td := range st.Peers() {
 				wanted[td], _ = st.Object("Relationship/" + td)
 			}
 		})
 		for td, f := range running {
-			if o := wanted[td]; o == nil || o.GetRevision() != f.revision {
+			if o := wanted[td]; o == nil || o.GetRevision() != f.revision || f.whole != whole {
 				f.cancel()
 				delete(running, td)
 			}
@@ -74,7 +79,7 @@ func (n *Node) keepFollowing(ctx context.Context, take accept) {
 				continue
 			}
 			ctx, cancel := context.WithCancel(ctx)
-			running[td] = follower{o.GetRevision(), cancel}
+			running[td] = follower{o.GetRevision(), whole, cancel}
 			fetchers.Go(func() { n.follow(ctx, o.GetRelationship(), take) })
 		}
 		select {
@@ -127,8 +132,7 @@ func (f *foreignStatus) hold(n *Node, record *statev1.ForeignBundle) {
 		own = make(map[string]*statev1.ForeignBundle)
 	}
 	own[record.GetTrustDomain()] = record
-	f.own = own
-	n.feed.HoldForeign(own)
+	f.use(n, own)
 }
 
 // settle gives up what is agreed by now, or concerns nobody any more.
@@ -141,12 +145,38 @@ func (f *foreignStatus) settle(n *Node) {
 	own := maps.Clone(f.own)
 	n.Read(func(st *domain.State) {
 		maps.DeleteFunc(own, func(td string, b *statev1.ForeignBundle) bool {
-			newest, _ := n.feed.ForeignBundle(st, td)
-			return newest != b
+			agreed, ok := st.FetchedBundle(td)
+			_, related := st.Object("Relationship/" + td)
+			return !related || ok && b.GetSequence() <= agreed.GetSequence()
 		})
 	})
+	f.use(n, own)
+}
+
+// use takes these in place of those of before. Which of their keys are used follows from them
+// and the agreed ones together. Called with mu.
+func (f *foreignStatus) use(n *Node, own map[string]*statev1.ForeignBundle) {
 	f.own = own
-	n.feed.HoldForeign(own)
+	var usable map[string]*statev1.ForeignBundle
+	if len(own) > 0 {
+		read := make(map[string]*domain.Foreign, len(own))
+		for td, b := range own {
+			read[td] = domain.ReadForeign(b)
+		}
+		n.Read(func(st *domain.State) { usable = st.UsableWith(read) })
+	}
+	n.feed.HoldForeign(usable)
+}
+
+// newest is the last bundle of that domain that this node has accepted, as fetched.
+func (f *foreignStatus) newest(st *domain.State, td string) *statev1.ForeignBundle {
+	agreed, _ := st.FetchedBundle(td)
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if own := f.own[td]; own != nil && own.GetSequence() > agreed.GetSequence() {
+		return own
+	}
+	return agreed
 }
 
 // follow keeps the accepted bundle of one domain the newest.
@@ -174,11 +204,10 @@ func (n *Node) followOnce(ctx context.Context, r *statev1.Relationship, take acc
 	if err != nil {
 		return err
 	}
-	hold := n.holdForeign()
 	var last, agreed *statev1.ForeignBundle
 	n.Read(func(st *domain.State) {
-		agreed, _ = st.ForeignBundle(td.Name())
-		last, _ = n.feed.ForeignBundle(st, td.Name())
+		agreed, _ = st.FetchedBundle(td.Name())
+		last = n.foreign.newest(st, td.Name())
 	})
 	if last != agreed { // this node's own, from before there was quorum
 		if err := take(ctx, last); err != nil {
@@ -190,7 +219,7 @@ func (n *Node) followOnce(ctx context.Context, r *statev1.Relationship, take acc
 		if last, err = server.ForeignRecord(td, r.GetBootstrapBundle()); err != nil {
 			return err
 		}
-		if last, err = hold(last); err != nil {
+		if last, err = n.holdForeign(last); err != nil {
 			return err
 		}
 		if err := take(ctx, last); err != nil {
@@ -212,7 +241,7 @@ func (n *Node) followOnce(ctx context.Context, r *statev1.Relationship, take acc
 	return exchange.Follow(ctx, exchange.FollowConfig{
 		Endpoint: endpoint,
 		Last:     last,
-		Hold:     hold,
+		Hold:     n.holdForeign,
 		Accept: func(ctx context.Context, f *exchange.Fetched) error {
 			return take(ctx, f.Record)
 		},
@@ -227,21 +256,48 @@ func (n *Node) followOnce(ctx context.Context, r *statev1.Relationship, take acc
 	})
 }
 
-// holdForeign leaves out of a bundle the keys that belong to another domain, and says so
-// once for each sequence.
-func (n *Node) holdForeign() func(*statev1.ForeignBundle) (*statev1.ForeignBundle, error) {
-	told := false
-	var of uint64
-	return func(record *statev1.ForeignBundle) (*statev1.ForeignBundle, error) {
-		var dropped []string
-		var err error
-		n.Read(func(st *domain.State) { record, dropped, err = server.WithoutSharedKeys(st, record) })
-		if err == nil && len(dropped) > 0 && (!told || of != record.GetSequence()) {
-			told, of = true, record.GetSequence()
-			n.log.Error("another domain's bundle claims keys that belong to a different domain; they were dropped from it: ask its administrators",
-				"peer_domain", record.GetTrustDomain(), "keys", dropped)
+// holdForeign is what of a fetched bundle is kept: all of it, for which keys are used is
+// found when it is read. Below feature level 5 an older CA node would use all that is kept,
+// so only what is used is.
+func (n *Node) holdForeign(record *statev1.ForeignBundle) (*statev1.ForeignBundle, error) {
+	if size := len(record.GetJwks()); size > domain.MaxForeignBundle {
+		return nil, fmt.Errorf("bundle of %s has %d bytes, and more than %d are not kept: its administrators must take keys out", record.GetTrustDomain(), size, domain.MaxForeignBundle)
+	}
+	record = proto.CloneOf(record)
+	td := record.GetTrustDomain()
+	read := map[string]*domain.Foreign{td: domain.ReadForeign(record)}
+	n.Read(func(st *domain.State) {
+		if record.AsFetched = st.KeepsForeignWhole(); !record.AsFetched {
+			record = st.UsableWith(read)[td]
 		}
-		return record, err
+	})
+	return record, nil
+}
+
+// watchDropped says in the log what the status shows: which keys of other domains' bundles
+// are not used.
+func (n *Node) watchDropped(ctx context.Context) error {
+	said := map[string]string{}
+	for {
+		changed := n.applied.wait()
+		n.Read(func(st *domain.State) {
+			for _, td := range st.Peers() {
+				var keys []string
+				for _, d := range st.DroppedKeys(td) {
+					keys = append(keys, d.String())
+				}
+				if text := strings.Join(keys, "; "); text != said[td] {
+					if said[td] = text; text != "" {
+						n.log.Error("keys of another domain's bundle are not used: ask its administrators", "peer_domain", td, "keys", keys)
+					}
+				}
+			}
+		})
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
 	}
 }
 

@@ -289,6 +289,7 @@ func (n *Node) Run(ctx context.Context) error {
 	group.Go("rechecks", n.runRechecks)
 	group.Go("bans", n.runBans)
 	group.Go("other domains' bundles", n.runForeign)
+	group.Go("other domains' dropped keys", n.watchDropped)
 	if n.upstream != nil {
 		group.Go("upstream", n.watchUpstream)
 	}
@@ -441,13 +442,16 @@ func (n *Node) onRestore() {
 }
 
 func (n *Node) updateBundle(r *replica.Replica) {
-	var err error
+	var own *server.OwnKeys
 	r.Read(func(st *domain.State) {
 		if st.Cluster() != nil {
-			err = n.bundles.Update(st)
+			own = server.ReadOwnKeys(st)
 		}
 	})
-	if err != nil {
+	if own == nil {
+		return
+	}
+	if err := n.bundles.Update(own); err != nil {
 		n.log.Error("the own bundle cannot be written: other processes keep the one before", "error", err)
 	}
 }

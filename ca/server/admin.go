@@ -82,6 +82,7 @@ func (d adminDoor) Status(ctx context.Context, _ *ententev1.StatusRequest) (*ent
 	if !resp.Quorum {
 		resp.NoQuorumSince = info.NoQuorumSince.Unix()
 	}
+	held := map[string]*statev1.ForeignBundle{}
 	s.State.Read(func(st *domain.State) {
 		resp.Cluster, resp.Revision = st.Cluster(), st.Revision()
 		resp.Authorities = st.Authorities()
@@ -97,8 +98,17 @@ func (d adminDoor) Status(ctx context.Context, _ *ententev1.StatusRequest) (*ent
 		}
 		for _, peer := range st.Peers() {
 			resp.Foreign = append(resp.Foreign, s.foreignStatus(st, peer, info.Foreign[peer]))
+			held[peer], _ = s.Feed.ForeignBundle(st, peer)
 		}
 	})
+	// Parsed without the state's lock: what a stranger wrote decides what that costs.
+	for _, f := range resp.GetForeign() {
+		if td, err := spiffeid.TrustDomainFromString(f.GetTrustDomain()); err == nil && held[td.Name()] != nil {
+			if b, _, err := bundle.Parse(td, held[td.Name()].GetJwks()); err == nil {
+				f.X509Authorities = uint32(len(b.X509))
+			}
+		}
+	}
 	return resp, nil
 }
 
@@ -107,16 +117,11 @@ func (s *Server) foreignStatus(st *domain.State, peer string, fetched Fetched) *
 	if !fetched.At.IsZero() {
 		f.AgeSeconds = time.Since(fetched.At).Seconds()
 	}
-	held, ok := s.Feed.ForeignBundle(st, peer)
-	if !ok {
-		return f
+	for _, d := range st.DroppedKeys(peer) {
+		f.Dropped = append(f.Dropped, &ententev1.DroppedKey{Id: d.ID, Use: ca.UseName(d.Use), BecauseOf: d.Other, Reason: d.Reason})
 	}
+	held, _ := s.Feed.ForeignBundle(st, peer)
 	f.Sequence = held.GetSequence()
-	if td, err := spiffeid.TrustDomainFromString(peer); err == nil {
-		if b, _, err := bundle.Parse(td, held.GetJwks()); err == nil {
-			f.X509Authorities = uint32(len(b.X509))
-		}
-	}
 	return f
 }
 

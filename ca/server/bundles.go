@@ -45,20 +45,30 @@ func NewBundles(td spiffeid.TrustDomain) *Bundles {
 	return &Bundles{trustDomain: td, x509: x509bundle.New(td), changed: make(chan struct{})}
 }
 
-// Update takes the own bundle from the state. To be called whenever it changed, in
-// order.
-func (b *Bundles) Update(st *domain.State) error {
+// OwnKeys is what the own bundle is made of, as one state has it.
+type OwnKeys struct {
+	bundle  feed.OwnBundle
+	hint    time.Duration
+	revoked map[string]bool
+}
+
+// ReadOwnKeys reads it, under the lock of the state's owner: nothing is parsed.
+func ReadOwnKeys(st *domain.State) *OwnKeys {
 	revoked := make(map[string]bool)
 	for _, a := range st.Authorities() {
 		if a.GetPhase() == statev1.AuthorityPhase_AUTHORITY_PHASE_REVOKED {
 			revoked[a.GetId()] = true
 		}
 	}
+	return &OwnKeys{feed.OwnBundleOf(st), st.Lifetimes().RefreshHint, revoked}
+}
+
+// Update takes the own bundle of a state. To be called whenever it changed, in order.
+func (b *Bundles) Update(own *OwnKeys) error {
 	b.mu.Lock()
-	b.revoked = revoked
+	b.revoked = own.revoked
 	b.mu.Unlock()
-	own := feed.OwnBundleOf(st)
-	_, err := b.render(&own, st.Lifetimes().RefreshHint)
+	_, err := b.render(&own.bundle, own.hint)
 	return err
 }
 
@@ -143,10 +153,10 @@ func (b *Bundles) render(own *feed.OwnBundle, hint time.Duration) ([]byte, error
 		doc.X509 = append(doc.X509, cert)
 	}
 	var err error
-	if doc.JWT, err = tokenKeys(own.JWT); err != nil {
+	if doc.JWT, err = b.tokenKeys(own.JWT); err != nil {
 		return nil, err
 	}
-	if doc.WIT, err = tokenKeys(own.WIT); err != nil {
+	if doc.WIT, err = b.tokenKeys(own.WIT); err != nil {
 		return nil, err
 	}
 	forms, err := renderForms(doc)
@@ -161,13 +171,14 @@ func (b *Bundles) render(own *feed.OwnBundle, hint time.Duration) ([]byte, error
 	return forms.members, nil
 }
 
-func tokenKeys(spkis [][]byte) ([]bundle.Key, error) {
+func (b *Bundles) tokenKeys(authorities []*statev1.Authority) ([]bundle.Key, error) {
 	var keys []bundle.Key
-	for _, spki := range spkis {
-		key, err := bundle.NewKey(ca.KeyID(spki), spki)
+	for _, a := range authorities {
+		key, err := bundle.NewKey(a.GetId(), a.GetPublicKey())
 		if err != nil {
 			return nil, fmt.Errorf("own bundle: %w", err)
 		}
+		key.Proof = ca.KeyProofOf(b.trustDomain.Name(), a)
 		keys = append(keys, key)
 	}
 	return keys, nil

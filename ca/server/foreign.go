@@ -1,10 +1,7 @@
 package server
 
 import (
-	"bytes"
-	"crypto/x509"
 	"fmt"
-	"slices"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -35,123 +32,20 @@ func foreignRecord(b *bundle.Bundle) (*statev1.ForeignBundle, error) {
 	return &statev1.ForeignBundle{TrustDomain: b.TrustDomain.Name(), Jwks: jwks, Sequence: b.Sequence}, nil
 }
 
-// WithoutSharedKeys takes out of a foreign bundle every authority whose key stands in
-// the own domain's bundle or in another peer's already: a key speaks for one domain
-// only, and the newcomer loses it (I2). It returns the ids of the keys that were
-// dropped; without any, the record itself.
-func WithoutSharedKeys(st *domain.State, record *statev1.ForeignBundle) (*statev1.ForeignBundle, []string, error) {
-	td, err := ca.ParseTrustDomain(record.GetTrustDomain())
-	if err != nil {
-		return nil, nil, err
-	}
-	b, _, err := bundle.Parse(td, record.GetJwks())
-	if err != nil {
-		return nil, nil, fmt.Errorf("bundle of %s: %w", td.Name(), err)
-	}
-	if o, ok := st.Object("Relationship/" + td.Name()); !ok || !o.GetRelationship().GetWit() {
-		if len(b.WIT) > 0 { // not asked for
-			b.WIT = nil
-			if record, err = foreignRecord(b); err != nil {
-				return nil, nil, err
-			}
-		}
-	}
-	taken := make(map[string]bool)
-	for _, authority := range st.Authorities() {
-		taken[authority.GetId()] = true
-		if len(authority.GetUpstream()) == 0 {
-			continue
-		}
-		root, err := x509.ParseCertificate(authority.GetUpstream())
-		if err != nil {
-			return nil, nil, fmt.Errorf("upstream of authority %.12s: %w", authority.GetId(), err)
-		}
-		taken[ca.KeyID(root.RawSubjectPublicKeyInfo)] = true
-	}
-	for _, other := range st.ForeignBundles() {
-		otherTD, err := ca.ParseTrustDomain(other.GetTrustDomain())
-		if err != nil || otherTD == td {
-			continue
-		}
-		o, _, err := bundle.Parse(otherTD, other.GetJwks())
-		if err != nil {
-			return nil, nil, fmt.Errorf("bundle of %s: %w", otherTD.Name(), err)
-		}
-		for _, cert := range o.X509 {
-			taken[ca.KeyID(cert.RawSubjectPublicKeyInfo)] = true
-		}
-		for _, key := range slices.Concat(o.JWT, o.WIT) {
-			if id, err := tokenKeyID(key); err == nil {
-				taken[id] = true
-			}
-		}
-	}
-	var dropped []string
-	withoutTaken := func(keys []bundle.Key) []bundle.Key {
-		return slices.DeleteFunc(keys, func(key bundle.Key) bool {
-			id, err := tokenKeyID(key)
-			if err == nil && !taken[id] {
-				return false
-			}
-			dropped = append(dropped, id)
-			return true
-		})
-	}
-	b.JWT, b.WIT = withoutTaken(b.JWT), withoutTaken(b.WIT)
-	var kept []*x509.Certificate
-	for _, cert := range b.X509 {
-		if id := ca.KeyID(cert.RawSubjectPublicKeyInfo); taken[id] {
-			dropped = append(dropped, id)
-		} else {
-			kept = append(kept, cert)
-		}
-	}
-	if len(dropped) == 0 {
-		return record, nil, nil
-	}
-	b.X509 = kept
-	clean, err := foreignRecord(b)
-	return clean, dropped, err
-}
-
-// CheckUpstream refuses a root, DER, whose key stands in another domain's bundle: it would
-// let each domain sign names of the other (I2). No root: nothing to refuse.
+// CheckUpstream refuses a root, DER, that another domain has: it would let each domain sign
+// names of the other (I2). No root: nothing to refuse. Another domain that only lists the
+// root cannot stop one that this domain uses already, or that names this domain: it loses
+// the key instead (domain.State.DroppedKeys).
 func CheckUpstream(st *domain.State, upstream []byte) error {
-	if len(upstream) == 0 {
+	id := ca.CertificateKeyID(upstream)
+	other, proven := st.ForeignOwner(id)
+	if other == "" {
 		return nil
 	}
-	root, err := x509.ParseCertificate(upstream)
-	if err != nil {
-		return fmt.Errorf("upstream certificate: %w", err)
+	if !proven && (st.OwnKey(id) || ca.CertificateOwner(upstream) == st.TrustDomain().Name()) {
+		return nil
 	}
-	for _, held := range st.ForeignBundles() {
-		td, err := ca.ParseTrustDomain(held.GetTrustDomain())
-		if err != nil {
-			continue
-		}
-		b, _, err := bundle.Parse(td, held.GetJwks())
-		if err != nil {
-			return fmt.Errorf("bundle of %s: %w", td.Name(), err)
-		}
-		for _, cert := range b.X509 {
-			if bytes.Equal(cert.RawSubjectPublicKeyInfo, root.RawSubjectPublicKeyInfo) {
-				return fmt.Errorf("the upstream's key stands in the bundle of %s: a root belongs to one trust domain alone; make one for this domain", td.Name())
-			}
-		}
-	}
-	return nil
-}
-
-func tokenKeyID(key bundle.Key) (string, error) {
-	public, err := key.Public()
-	if err != nil {
-		return "", err
-	}
-	spki, err := x509.MarshalPKIXPublicKey(public)
-	if err != nil {
-		return "", err
-	}
-	return ca.KeyID(spki), nil
+	return fmt.Errorf("the upstream's key stands in the bundle of %s: a root belongs to one trust domain alone; make one for this domain", other)
 }
 
 // ForeignBundles is the source of the accepted bundles of other domains, for verifying

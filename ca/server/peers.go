@@ -104,7 +104,7 @@ func (s *Server) mayPropose(c caller, command *statev1.Command) error {
 		var phase time.Duration
 		s.State.Read(func(st *domain.State) { phase = st.Lifetimes().Phase })
 		if authority.GetUse() != statev1.KeyUse_KEY_USE_X509 {
-			return ca.SameTokenAuthority(c.keyID, authority, phase, time.Now())
+			return ca.SameTokenAuthority(s.TrustDomain.Name(), c.keyID, authority, phase, time.Now())
 		}
 		parsed, err := ca.NewAuthority(s.TrustDomain, c.keyID, authority.GetCertificate(), authority.GetUpstream(), phase, time.Now())
 		if err != nil {

@@ -210,7 +210,7 @@ func TestTokenAuthorityOfMember(t *testing.T) {
 		}
 		return a
 	}
-	if err := ca.SameTokenAuthority(self, made(), phase, now); err != nil {
+	if err := ca.SameTokenAuthority("banking.example", self, made(), phase, now); err != nil {
 		t.Errorf("control: %v", err)
 	}
 	for name, change := range map[string]func(*statev1.Authority){
@@ -226,7 +226,7 @@ func TestTokenAuthorityOfMember(t *testing.T) {
 	} {
 		a := made()
 		change(a)
-		if err := ca.SameTokenAuthority(self, a, phase, now); err == nil {
+		if err := ca.SameTokenAuthority("banking.example", self, a, phase, now); err == nil {
 			t.Errorf("%s: accepted", name)
 		}
 	}

@@ -356,6 +356,13 @@ func printStatus(w io.Writer, s *ententev1.StatusResponse) error {
 		}
 		fmt.Fprintf(table, "%s\t%d\t%d\t%s\t%s\n", f.GetTrustDomain(), f.GetSequence(), f.GetX509Authorities(), fetched, f.GetError())
 	}
+	heading := "\nFEDERATED\tREJECTED KEY\tUSE\tBECAUSE OF\tREASON\n"
+	for _, f := range s.GetForeign() {
+		for _, d := range f.GetDropped() {
+			fmt.Fprintf(table, "%s%s\t%s\t%s\t%s\t%s\n", heading, f.GetTrustDomain(), cmp.Or(d.GetId()[:min(len(d.GetId()), 12)], "-"), cmp.Or(d.GetUse(), "-"), cmp.Or(d.GetBecauseOf(), "-"), d.GetReason())
+			heading = ""
+		}
+	}
 	return table.Flush()
 }
 

@@ -142,7 +142,9 @@ func TestStatusOfTrouble(t *testing.T) {
 			{Use: statev1.KeyUse_KEY_USE_JWT, Active: id, ActiveSeconds: 60, Next: id, NextSeconds: 90, Overdue: true, WaitingFor: []string{"agent h7"}},
 			{Use: statev1.KeyUse_KEY_USE_WIT, Next: id, WaitingUnknown: true},
 		}}},
-		Foreign: []*ententev1.ForeignBundleStatus{{TrustDomain: "trading.example", AgeSeconds: -1, Error: "refused"}},
+		Foreign: []*ententev1.ForeignBundleStatus{{TrustDomain: "trading.example", AgeSeconds: -1, Error: "refused", Dropped: []*ententev1.DroppedKey{
+			{Id: id, Use: "jwt-svid", BecauseOf: "insurance.example", Reason: "the key has signed that it belongs to insurance.example"}, {Reason: "unreadable"},
+		}}},
 	}); err != nil {
 		t.Fatal(err)
 	}
@@ -150,6 +152,7 @@ func TestStatusOfTrouble(t *testing.T) {
 		`STATE +NO QUORUM since .*of unknown age`, `DISK +FAILED: no space left on device`, `CLOCK +not known`,
 		`ca-1 .*for 30\.0 h, full life for 20\.0 h`, `witness .*no: a witness`, `ca-1 +JWT +abababab +1m0s +abababab +1m30s +OVERDUE: not yet by agent h7`,
 		`ca-1 +WIT +none .*\?`, `trading\.example .*not by this node +refused`,
+		`FEDERATED +REJECTED KEY +USE +BECAUSE OF +REASON`, `trading\.example +abababababab +jwt-svid +insurance\.example +the key has signed`, `trading\.example +- +- +- +unreadable`,
 	} {
 		if !regexp.MustCompile(`(?m)^` + line).MatchString(out.String()) {
 			t.Errorf("no line %q in\n%s", line, out.String())

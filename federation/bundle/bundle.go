@@ -42,6 +42,9 @@ type Bundle struct {
 type Key struct {
 	ID  string          // "kid"; unique among a bundle's JWT and WIT keys
 	JWK json.RawMessage // the public members of RFC 7517: kty and those of the key itself
+	// Proof is the key's own word on the trust domain that it belongs to (ca.KeyProof), which readers that do not know it
+	// pass over; empty: none. It is carried here and verified where keys of several domains are compared.
+	Proof string
 }
 
 // NewKey makes a key of a SubjectPublicKeyInfo in DER.
@@ -54,7 +57,7 @@ func NewKey(id string, spki []byte) (Key, error) {
 	if err != nil {
 		return Key{}, fmt.Errorf("key %q: %w", shorten(id), err)
 	}
-	return Key{id, text}, nil
+	return Key{ID: id, JWK: text}, nil
 }
 
 // Public is the key itself: *ecdsa.PublicKey, *rsa.PublicKey or ed25519.PublicKey.
@@ -92,6 +95,7 @@ type entry struct {
 	N       string   `json:"n,omitempty"`
 	E       string   `json:"e,omitempty"`
 	X5C     [][]byte `json:"x5c,omitempty"` // []byte is standard base64, as x5c is
+	Proof   string   `json:"entente_proof,omitempty"`
 }
 
 // Marshal writes the bundle: the same bytes for the same content, in whatever order it is given. It refuses what no
@@ -183,7 +187,7 @@ func tokenEntry(use string, key Key) (entry, error) {
 	if err != nil {
 		return entry{}, err
 	}
-	e.Use, e.KeyID = use, key.ID
+	e.Use, e.KeyID, e.Proof = use, key.ID, key.Proof
 	return e, nil
 }
 

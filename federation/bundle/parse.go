@@ -25,6 +25,7 @@ const MaxSize = 4 << 20
 const (
 	maxKeys  = 4096
 	maxKeyID = 1024
+	maxProof = 2048
 )
 
 var errNoKeyID = errors.New("it has no kid")
@@ -158,10 +159,14 @@ func (b *Bundle) add(raw json.RawMessage, seen map[string]bool) (keyID string, e
 	if err != nil {
 		return keyID, err
 	}
+	key := Key{ID: keyID, JWK: jwk}
+	if proof, err := text(members, "entente_proof"); err == nil && len(proof) <= maxProof {
+		key.Proof = proof
+	}
 	if use == useJWT {
-		b.JWT = append(b.JWT, Key{keyID, jwk})
+		b.JWT = append(b.JWT, key)
 	} else {
-		b.WIT = append(b.WIT, Key{keyID, jwk})
+		b.WIT = append(b.WIT, key)
 	}
 	return keyID, nil
 }

@@ -38,8 +38,8 @@ type FollowConfig struct {
 	// server of a self-serving endpoint, and nothing older is accepted.
 	Bootstrap []byte
 
-	// Hold says what of a bundle its follower holds, if not all of it; nil: all. Last is such a part, so what is fetched is
-	// compared with it as a part too.
+	// Hold says what of a bundle its follower holds, or why it holds none; nil: all. Last is such a part, so what is fetched
+	// is compared with it as a part too.
 	Hold func(*statev1.ForeignBundle) (*statev1.ForeignBundle, error)
 	// Accept is given each new bundle that passed, one at a time. If it fails, the bundle is not accepted and is tried again.
 	Accept func(context.Context, *Fetched) error
@@ -143,6 +143,7 @@ func newFollower(config FollowConfig) (*follower, error) {
 		if f.last, err = recordOf(known); err != nil {
 			return nil, fmt.Errorf("following a bundle: %w", err)
 		}
+		f.last.AsFetched = f.Last.GetAsFetched()
 		f.own.Store(known.X509Bundle())
 		f.status.Sequence = known.Sequence
 	}

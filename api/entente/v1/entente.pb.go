@@ -3293,6 +3293,7 @@ type ForeignBundleStatus struct {
 	X509Authorities uint32                 `protobuf:"varint,3,opt,name=x509_authorities,json=x509Authorities,proto3" json:"x509_authorities,omitempty"`
 	AgeSeconds      float64                `protobuf:"fixed64,4,opt,name=age_seconds,json=ageSeconds,proto3" json:"age_seconds,omitempty"` // since it was last fetched by this node; -1 never
 	Error           string                 `protobuf:"bytes,5,opt,name=error,proto3" json:"error,omitempty"`                               // of the last fetch
+	Dropped         []*DroppedKey          `protobuf:"bytes,210,rep,name=dropped,proto3" json:"dropped,omitempty"`                         // what of the bundle is not used
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -3362,6 +3363,82 @@ func (x *ForeignBundleStatus) GetError() string {
 	return ""
 }
 
+func (x *ForeignBundleStatus) GetDropped() []*DroppedKey {
+	if x != nil {
+		return x.Dropped
+	}
+	return nil
+}
+
+// DroppedKey is a key of another domain's bundle that is not accepted as that domain's.
+type DroppedKey struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`                                // hex SHA-256 of its SubjectPublicKeyInfo
+	Use           string                 `protobuf:"bytes,2,opt,name=use,proto3" json:"use,omitempty"`                              // "x509-svid", "jwt-svid", "wit-svid"
+	BecauseOf     string                 `protobuf:"bytes,3,opt,name=because_of,json=becauseOf,proto3" json:"because_of,omitempty"` // the trust domain that the key belongs to, or that lists it too
+	Reason        string                 `protobuf:"bytes,4,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DroppedKey) Reset() {
+	*x = DroppedKey{}
+	mi := &file_entente_v1_entente_proto_msgTypes[48]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DroppedKey) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DroppedKey) ProtoMessage() {}
+
+func (x *DroppedKey) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[48]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DroppedKey.ProtoReflect.Descriptor instead.
+func (*DroppedKey) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{48}
+}
+
+func (x *DroppedKey) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *DroppedKey) GetUse() string {
+	if x != nil {
+		return x.Use
+	}
+	return ""
+}
+
+func (x *DroppedKey) GetBecauseOf() string {
+	if x != nil {
+		return x.BecauseOf
+	}
+	return ""
+}
+
+func (x *DroppedKey) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
 type CreateTokenRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Node          *v1.NodeGrant          `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
@@ -3373,7 +3450,7 @@ type CreateTokenRequest struct {
 
 func (x *CreateTokenRequest) Reset() {
 	*x = CreateTokenRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[48]
+	mi := &file_entente_v1_entente_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3385,7 +3462,7 @@ func (x *CreateTokenRequest) String() string {
 func (*CreateTokenRequest) ProtoMessage() {}
 
 func (x *CreateTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[48]
+	mi := &file_entente_v1_entente_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3398,7 +3475,7 @@ func (x *CreateTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTokenRequest.ProtoReflect.Descriptor instead.
 func (*CreateTokenRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{48}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *CreateTokenRequest) GetNode() *v1.NodeGrant {
@@ -3433,7 +3510,7 @@ type CreateTokenResponse struct {
 
 func (x *CreateTokenResponse) Reset() {
 	*x = CreateTokenResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[49]
+	mi := &file_entente_v1_entente_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3445,7 +3522,7 @@ func (x *CreateTokenResponse) String() string {
 func (*CreateTokenResponse) ProtoMessage() {}
 
 func (x *CreateTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[49]
+	mi := &file_entente_v1_entente_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3458,7 +3535,7 @@ func (x *CreateTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTokenResponse.ProtoReflect.Descriptor instead.
 func (*CreateTokenResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{49}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *CreateTokenResponse) GetToken() string {
@@ -3493,7 +3570,7 @@ type ApplyRequest struct {
 
 func (x *ApplyRequest) Reset() {
 	*x = ApplyRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[50]
+	mi := &file_entente_v1_entente_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3505,7 +3582,7 @@ func (x *ApplyRequest) String() string {
 func (*ApplyRequest) ProtoMessage() {}
 
 func (x *ApplyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[50]
+	mi := &file_entente_v1_entente_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3518,7 +3595,7 @@ func (x *ApplyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyRequest.ProtoReflect.Descriptor instead.
 func (*ApplyRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{50}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *ApplyRequest) GetObjects() []*v1.Object {
@@ -3552,7 +3629,7 @@ type ApplyResponse struct {
 
 func (x *ApplyResponse) Reset() {
 	*x = ApplyResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[51]
+	mi := &file_entente_v1_entente_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3564,7 +3641,7 @@ func (x *ApplyResponse) String() string {
 func (*ApplyResponse) ProtoMessage() {}
 
 func (x *ApplyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[51]
+	mi := &file_entente_v1_entente_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3577,7 +3654,7 @@ func (x *ApplyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyResponse.ProtoReflect.Descriptor instead.
 func (*ApplyResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{51}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *ApplyResponse) GetRevision() uint64 {
@@ -3605,7 +3682,7 @@ type ObjectChange struct {
 
 func (x *ObjectChange) Reset() {
 	*x = ObjectChange{}
-	mi := &file_entente_v1_entente_proto_msgTypes[52]
+	mi := &file_entente_v1_entente_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3617,7 +3694,7 @@ func (x *ObjectChange) String() string {
 func (*ObjectChange) ProtoMessage() {}
 
 func (x *ObjectChange) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[52]
+	mi := &file_entente_v1_entente_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3630,7 +3707,7 @@ func (x *ObjectChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ObjectChange.ProtoReflect.Descriptor instead.
 func (*ObjectChange) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{52}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *ObjectChange) GetKey() *v1.ObjectKey {
@@ -3662,7 +3739,7 @@ type WhoAmIRequest struct {
 
 func (x *WhoAmIRequest) Reset() {
 	*x = WhoAmIRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[53]
+	mi := &file_entente_v1_entente_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3674,7 +3751,7 @@ func (x *WhoAmIRequest) String() string {
 func (*WhoAmIRequest) ProtoMessage() {}
 
 func (x *WhoAmIRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[53]
+	mi := &file_entente_v1_entente_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3687,7 +3764,7 @@ func (x *WhoAmIRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhoAmIRequest.ProtoReflect.Descriptor instead.
 func (*WhoAmIRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{53}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{54}
 }
 
 type WhoAmIResponse struct {
@@ -3701,7 +3778,7 @@ type WhoAmIResponse struct {
 
 func (x *WhoAmIResponse) Reset() {
 	*x = WhoAmIResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[54]
+	mi := &file_entente_v1_entente_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3713,7 +3790,7 @@ func (x *WhoAmIResponse) String() string {
 func (*WhoAmIResponse) ProtoMessage() {}
 
 func (x *WhoAmIResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[54]
+	mi := &file_entente_v1_entente_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3726,7 +3803,7 @@ func (x *WhoAmIResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhoAmIResponse.ProtoReflect.Descriptor instead.
 func (*WhoAmIResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{54}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *WhoAmIResponse) GetWho() string {
@@ -3760,7 +3837,7 @@ type GetBundleRequest struct {
 
 func (x *GetBundleRequest) Reset() {
 	*x = GetBundleRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[55]
+	mi := &file_entente_v1_entente_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3772,7 +3849,7 @@ func (x *GetBundleRequest) String() string {
 func (*GetBundleRequest) ProtoMessage() {}
 
 func (x *GetBundleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[55]
+	mi := &file_entente_v1_entente_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3785,7 +3862,7 @@ func (x *GetBundleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBundleRequest.ProtoReflect.Descriptor instead.
 func (*GetBundleRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{55}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *GetBundleRequest) GetTrustDomain() string {
@@ -3811,7 +3888,7 @@ type GetBundleResponse struct {
 
 func (x *GetBundleResponse) Reset() {
 	*x = GetBundleResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[56]
+	mi := &file_entente_v1_entente_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3823,7 +3900,7 @@ func (x *GetBundleResponse) String() string {
 func (*GetBundleResponse) ProtoMessage() {}
 
 func (x *GetBundleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[56]
+	mi := &file_entente_v1_entente_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3836,7 +3913,7 @@ func (x *GetBundleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBundleResponse.ProtoReflect.Descriptor instead.
 func (*GetBundleResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{56}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *GetBundleResponse) GetJwks() []byte {
@@ -3855,7 +3932,7 @@ type ProposeRequest struct {
 
 func (x *ProposeRequest) Reset() {
 	*x = ProposeRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[57]
+	mi := &file_entente_v1_entente_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3867,7 +3944,7 @@ func (x *ProposeRequest) String() string {
 func (*ProposeRequest) ProtoMessage() {}
 
 func (x *ProposeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[57]
+	mi := &file_entente_v1_entente_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3880,7 +3957,7 @@ func (x *ProposeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProposeRequest.ProtoReflect.Descriptor instead.
 func (*ProposeRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{57}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *ProposeRequest) GetCommand() []byte {
@@ -3901,7 +3978,7 @@ type ProposeResponse struct {
 
 func (x *ProposeResponse) Reset() {
 	*x = ProposeResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[58]
+	mi := &file_entente_v1_entente_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3913,7 +3990,7 @@ func (x *ProposeResponse) String() string {
 func (*ProposeResponse) ProtoMessage() {}
 
 func (x *ProposeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[58]
+	mi := &file_entente_v1_entente_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3926,7 +4003,7 @@ func (x *ProposeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProposeResponse.ProtoReflect.Descriptor instead.
 func (*ProposeResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{58}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *ProposeResponse) GetRevision() uint64 {
@@ -3967,7 +4044,7 @@ type ReportRequest struct {
 
 func (x *ReportRequest) Reset() {
 	*x = ReportRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[59]
+	mi := &file_entente_v1_entente_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3979,7 +4056,7 @@ func (x *ReportRequest) String() string {
 func (*ReportRequest) ProtoMessage() {}
 
 func (x *ReportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[59]
+	mi := &file_entente_v1_entente_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3992,7 +4069,7 @@ func (x *ReportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRequest.ProtoReflect.Descriptor instead.
 func (*ReportRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{59}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *ReportRequest) GetBootId() string {
@@ -4069,7 +4146,7 @@ type HeldAuthority struct {
 
 func (x *HeldAuthority) Reset() {
 	*x = HeldAuthority{}
-	mi := &file_entente_v1_entente_proto_msgTypes[60]
+	mi := &file_entente_v1_entente_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4081,7 +4158,7 @@ func (x *HeldAuthority) String() string {
 func (*HeldAuthority) ProtoMessage() {}
 
 func (x *HeldAuthority) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[60]
+	mi := &file_entente_v1_entente_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4094,7 +4171,7 @@ func (x *HeldAuthority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HeldAuthority.ProtoReflect.Descriptor instead.
 func (*HeldAuthority) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{60}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *HeldAuthority) GetId() string {
@@ -4119,7 +4196,7 @@ type ReportResponse struct {
 
 func (x *ReportResponse) Reset() {
 	*x = ReportResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[61]
+	mi := &file_entente_v1_entente_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4131,7 +4208,7 @@ func (x *ReportResponse) String() string {
 func (*ReportResponse) ProtoMessage() {}
 
 func (x *ReportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[61]
+	mi := &file_entente_v1_entente_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4144,7 +4221,7 @@ func (x *ReportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportResponse.ProtoReflect.Descriptor instead.
 func (*ReportResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{61}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{62}
 }
 
 type GateRequest struct {
@@ -4155,7 +4232,7 @@ type GateRequest struct {
 
 func (x *GateRequest) Reset() {
 	*x = GateRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[62]
+	mi := &file_entente_v1_entente_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4167,7 +4244,7 @@ func (x *GateRequest) String() string {
 func (*GateRequest) ProtoMessage() {}
 
 func (x *GateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[62]
+	mi := &file_entente_v1_entente_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4180,7 +4257,7 @@ func (x *GateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GateRequest.ProtoReflect.Descriptor instead.
 func (*GateRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{62}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{63}
 }
 
 type GateResponse struct {
@@ -4192,7 +4269,7 @@ type GateResponse struct {
 
 func (x *GateResponse) Reset() {
 	*x = GateResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[63]
+	mi := &file_entente_v1_entente_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4204,7 +4281,7 @@ func (x *GateResponse) String() string {
 func (*GateResponse) ProtoMessage() {}
 
 func (x *GateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[63]
+	mi := &file_entente_v1_entente_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4217,7 +4294,7 @@ func (x *GateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GateResponse.ProtoReflect.Descriptor instead.
 func (*GateResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{63}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *GateResponse) GetAuthorities() []*AuthorityGate {
@@ -4240,7 +4317,7 @@ type AuthorityGate struct {
 
 func (x *AuthorityGate) Reset() {
 	*x = AuthorityGate{}
-	mi := &file_entente_v1_entente_proto_msgTypes[64]
+	mi := &file_entente_v1_entente_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4252,7 +4329,7 @@ func (x *AuthorityGate) String() string {
 func (*AuthorityGate) ProtoMessage() {}
 
 func (x *AuthorityGate) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[64]
+	mi := &file_entente_v1_entente_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4265,7 +4342,7 @@ func (x *AuthorityGate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityGate.ProtoReflect.Descriptor instead.
 func (*AuthorityGate) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{64}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *AuthorityGate) GetId() string {
@@ -4307,7 +4384,7 @@ type MarkReadyRequest struct {
 
 func (x *MarkReadyRequest) Reset() {
 	*x = MarkReadyRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[65]
+	mi := &file_entente_v1_entente_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4319,7 +4396,7 @@ func (x *MarkReadyRequest) String() string {
 func (*MarkReadyRequest) ProtoMessage() {}
 
 func (x *MarkReadyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[65]
+	mi := &file_entente_v1_entente_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4332,7 +4409,7 @@ func (x *MarkReadyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MarkReadyRequest.ProtoReflect.Descriptor instead.
 func (*MarkReadyRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{65}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *MarkReadyRequest) GetId() string {
@@ -4365,7 +4442,7 @@ type MarkReadyResponse struct {
 
 func (x *MarkReadyResponse) Reset() {
 	*x = MarkReadyResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[66]
+	mi := &file_entente_v1_entente_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4377,7 +4454,7 @@ func (x *MarkReadyResponse) String() string {
 func (*MarkReadyResponse) ProtoMessage() {}
 
 func (x *MarkReadyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[66]
+	mi := &file_entente_v1_entente_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4390,7 +4467,7 @@ func (x *MarkReadyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MarkReadyResponse.ProtoReflect.Descriptor instead.
 func (*MarkReadyResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{66}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *MarkReadyResponse) GetRevision() uint64 {
@@ -4412,7 +4489,7 @@ type Picture struct {
 
 func (x *Picture) Reset() {
 	*x = Picture{}
-	mi := &file_entente_v1_entente_proto_msgTypes[67]
+	mi := &file_entente_v1_entente_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4424,7 +4501,7 @@ func (x *Picture) String() string {
 func (*Picture) ProtoMessage() {}
 
 func (x *Picture) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[67]
+	mi := &file_entente_v1_entente_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4437,7 +4514,7 @@ func (x *Picture) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Picture.ProtoReflect.Descriptor instead.
 func (*Picture) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{67}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *Picture) GetPolicy() *Policy {
@@ -4469,7 +4546,7 @@ type PresenceRequest struct {
 
 func (x *PresenceRequest) Reset() {
 	*x = PresenceRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[68]
+	mi := &file_entente_v1_entente_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4481,7 +4558,7 @@ func (x *PresenceRequest) String() string {
 func (*PresenceRequest) ProtoMessage() {}
 
 func (x *PresenceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[68]
+	mi := &file_entente_v1_entente_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4494,7 +4571,7 @@ func (x *PresenceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PresenceRequest.ProtoReflect.Descriptor instead.
 func (*PresenceRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{68}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{69}
 }
 
 type PresenceResponse struct {
@@ -4508,7 +4585,7 @@ type PresenceResponse struct {
 
 func (x *PresenceResponse) Reset() {
 	*x = PresenceResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[69]
+	mi := &file_entente_v1_entente_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4520,7 +4597,7 @@ func (x *PresenceResponse) String() string {
 func (*PresenceResponse) ProtoMessage() {}
 
 func (x *PresenceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[69]
+	mi := &file_entente_v1_entente_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4533,7 +4610,7 @@ func (x *PresenceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PresenceResponse.ProtoReflect.Descriptor instead.
 func (*PresenceResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{69}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *PresenceResponse) GetInstances() []*Instance {
@@ -4565,7 +4642,7 @@ type ListAuthoritiesRequest struct {
 
 func (x *ListAuthoritiesRequest) Reset() {
 	*x = ListAuthoritiesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[70]
+	mi := &file_entente_v1_entente_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4577,7 +4654,7 @@ func (x *ListAuthoritiesRequest) String() string {
 func (*ListAuthoritiesRequest) ProtoMessage() {}
 
 func (x *ListAuthoritiesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[70]
+	mi := &file_entente_v1_entente_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4590,7 +4667,7 @@ func (x *ListAuthoritiesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuthoritiesRequest.ProtoReflect.Descriptor instead.
 func (*ListAuthoritiesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{70}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{71}
 }
 
 type ListAuthoritiesResponse struct {
@@ -4604,7 +4681,7 @@ type ListAuthoritiesResponse struct {
 
 func (x *ListAuthoritiesResponse) Reset() {
 	*x = ListAuthoritiesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[71]
+	mi := &file_entente_v1_entente_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4616,7 +4693,7 @@ func (x *ListAuthoritiesResponse) String() string {
 func (*ListAuthoritiesResponse) ProtoMessage() {}
 
 func (x *ListAuthoritiesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[71]
+	mi := &file_entente_v1_entente_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4629,7 +4706,7 @@ func (x *ListAuthoritiesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuthoritiesResponse.ProtoReflect.Descriptor instead.
 func (*ListAuthoritiesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{71}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *ListAuthoritiesResponse) GetAuthorities() []*AuthorityStatus {
@@ -4667,7 +4744,7 @@ type AuthorityStatus struct {
 
 func (x *AuthorityStatus) Reset() {
 	*x = AuthorityStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[72]
+	mi := &file_entente_v1_entente_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4679,7 +4756,7 @@ func (x *AuthorityStatus) String() string {
 func (*AuthorityStatus) ProtoMessage() {}
 
 func (x *AuthorityStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[72]
+	mi := &file_entente_v1_entente_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4692,7 +4769,7 @@ func (x *AuthorityStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityStatus.ProtoReflect.Descriptor instead.
 func (*AuthorityStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{72}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *AuthorityStatus) GetAuthority() *v1.Authority {
@@ -4746,7 +4823,7 @@ type PrepareAuthorityRequest struct {
 
 func (x *PrepareAuthorityRequest) Reset() {
 	*x = PrepareAuthorityRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[73]
+	mi := &file_entente_v1_entente_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4758,7 +4835,7 @@ func (x *PrepareAuthorityRequest) String() string {
 func (*PrepareAuthorityRequest) ProtoMessage() {}
 
 func (x *PrepareAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[73]
+	mi := &file_entente_v1_entente_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4771,7 +4848,7 @@ func (x *PrepareAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*PrepareAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{73}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *PrepareAuthorityRequest) GetUse() v1.KeyUse {
@@ -4792,7 +4869,7 @@ type ChangeAuthorityRequest struct {
 
 func (x *ChangeAuthorityRequest) Reset() {
 	*x = ChangeAuthorityRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[74]
+	mi := &file_entente_v1_entente_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4804,7 +4881,7 @@ func (x *ChangeAuthorityRequest) String() string {
 func (*ChangeAuthorityRequest) ProtoMessage() {}
 
 func (x *ChangeAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[74]
+	mi := &file_entente_v1_entente_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4817,7 +4894,7 @@ func (x *ChangeAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*ChangeAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{74}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *ChangeAuthorityRequest) GetId() string {
@@ -4858,7 +4935,7 @@ type ChangeAuthorityResponse struct {
 
 func (x *ChangeAuthorityResponse) Reset() {
 	*x = ChangeAuthorityResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[75]
+	mi := &file_entente_v1_entente_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4870,7 +4947,7 @@ func (x *ChangeAuthorityResponse) String() string {
 func (*ChangeAuthorityResponse) ProtoMessage() {}
 
 func (x *ChangeAuthorityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[75]
+	mi := &file_entente_v1_entente_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4883,7 +4960,7 @@ func (x *ChangeAuthorityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAuthorityResponse.ProtoReflect.Descriptor instead.
 func (*ChangeAuthorityResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{75}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{76}
 }
 
 func (x *ChangeAuthorityResponse) GetAuthority() *v1.Authority {
@@ -4938,7 +5015,7 @@ type RemoveNodeRequest struct {
 
 func (x *RemoveNodeRequest) Reset() {
 	*x = RemoveNodeRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[76]
+	mi := &file_entente_v1_entente_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4950,7 +5027,7 @@ func (x *RemoveNodeRequest) String() string {
 func (*RemoveNodeRequest) ProtoMessage() {}
 
 func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[76]
+	mi := &file_entente_v1_entente_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4963,7 +5040,7 @@ func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodeRequest.ProtoReflect.Descriptor instead.
 func (*RemoveNodeRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{76}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *RemoveNodeRequest) GetName() string {
@@ -4993,7 +5070,7 @@ type RemoveNodeResponse struct {
 
 func (x *RemoveNodeResponse) Reset() {
 	*x = RemoveNodeResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[77]
+	mi := &file_entente_v1_entente_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5005,7 +5082,7 @@ func (x *RemoveNodeResponse) String() string {
 func (*RemoveNodeResponse) ProtoMessage() {}
 
 func (x *RemoveNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[77]
+	mi := &file_entente_v1_entente_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5018,7 +5095,7 @@ func (x *RemoveNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodeResponse.ProtoReflect.Descriptor instead.
 func (*RemoveNodeResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{77}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{78}
 }
 
 func (x *RemoveNodeResponse) GetRevision() uint64 {
@@ -5066,7 +5143,7 @@ type ListAgentsRequest struct {
 
 func (x *ListAgentsRequest) Reset() {
 	*x = ListAgentsRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[78]
+	mi := &file_entente_v1_entente_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5078,7 +5155,7 @@ func (x *ListAgentsRequest) String() string {
 func (*ListAgentsRequest) ProtoMessage() {}
 
 func (x *ListAgentsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[78]
+	mi := &file_entente_v1_entente_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5091,7 +5168,7 @@ func (x *ListAgentsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAgentsRequest.ProtoReflect.Descriptor instead.
 func (*ListAgentsRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{78}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *ListAgentsRequest) GetPageSize() uint32 {
@@ -5118,7 +5195,7 @@ type ListAgentsResponse struct {
 
 func (x *ListAgentsResponse) Reset() {
 	*x = ListAgentsResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[79]
+	mi := &file_entente_v1_entente_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5130,7 +5207,7 @@ func (x *ListAgentsResponse) String() string {
 func (*ListAgentsResponse) ProtoMessage() {}
 
 func (x *ListAgentsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[79]
+	mi := &file_entente_v1_entente_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5143,7 +5220,7 @@ func (x *ListAgentsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAgentsResponse.ProtoReflect.Descriptor instead.
 func (*ListAgentsResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{79}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{80}
 }
 
 func (x *ListAgentsResponse) GetAgents() []*AgentStatus {
@@ -5172,7 +5249,7 @@ type AgentStatus struct {
 
 func (x *AgentStatus) Reset() {
 	*x = AgentStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[80]
+	mi := &file_entente_v1_entente_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5184,7 +5261,7 @@ func (x *AgentStatus) String() string {
 func (*AgentStatus) ProtoMessage() {}
 
 func (x *AgentStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[80]
+	mi := &file_entente_v1_entente_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5197,7 +5274,7 @@ func (x *AgentStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentStatus.ProtoReflect.Descriptor instead.
 func (*AgentStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{80}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{81}
 }
 
 func (x *AgentStatus) GetAgent() *v1.Agent {
@@ -5237,7 +5314,7 @@ type GetAgentRequest struct {
 
 func (x *GetAgentRequest) Reset() {
 	*x = GetAgentRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[81]
+	mi := &file_entente_v1_entente_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5249,7 +5326,7 @@ func (x *GetAgentRequest) String() string {
 func (*GetAgentRequest) ProtoMessage() {}
 
 func (x *GetAgentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[81]
+	mi := &file_entente_v1_entente_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5262,7 +5339,7 @@ func (x *GetAgentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetAgentRequest.ProtoReflect.Descriptor instead.
 func (*GetAgentRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{81}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *GetAgentRequest) GetName() string {
@@ -5283,7 +5360,7 @@ type GetAgentResponse struct {
 
 func (x *GetAgentResponse) Reset() {
 	*x = GetAgentResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[82]
+	mi := &file_entente_v1_entente_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5295,7 +5372,7 @@ func (x *GetAgentResponse) String() string {
 func (*GetAgentResponse) ProtoMessage() {}
 
 func (x *GetAgentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[82]
+	mi := &file_entente_v1_entente_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5308,7 +5385,7 @@ func (x *GetAgentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetAgentResponse.ProtoReflect.Descriptor instead.
 func (*GetAgentResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{82}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *GetAgentResponse) GetStatus() *AgentStatus {
@@ -5341,7 +5418,7 @@ type ChangeAgentRequest struct {
 
 func (x *ChangeAgentRequest) Reset() {
 	*x = ChangeAgentRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[83]
+	mi := &file_entente_v1_entente_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5353,7 +5430,7 @@ func (x *ChangeAgentRequest) String() string {
 func (*ChangeAgentRequest) ProtoMessage() {}
 
 func (x *ChangeAgentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[83]
+	mi := &file_entente_v1_entente_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5366,7 +5443,7 @@ func (x *ChangeAgentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAgentRequest.ProtoReflect.Descriptor instead.
 func (*ChangeAgentRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{83}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *ChangeAgentRequest) GetName() string {
@@ -5385,7 +5462,7 @@ type ChangeAgentResponse struct {
 
 func (x *ChangeAgentResponse) Reset() {
 	*x = ChangeAgentResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[84]
+	mi := &file_entente_v1_entente_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5397,7 +5474,7 @@ func (x *ChangeAgentResponse) String() string {
 func (*ChangeAgentResponse) ProtoMessage() {}
 
 func (x *ChangeAgentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[84]
+	mi := &file_entente_v1_entente_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5410,7 +5487,7 @@ func (x *ChangeAgentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAgentResponse.ProtoReflect.Descriptor instead.
 func (*ChangeAgentResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{84}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *ChangeAgentResponse) GetRevision() uint64 {
@@ -5430,7 +5507,7 @@ type IsolateAgentRequest struct {
 
 func (x *IsolateAgentRequest) Reset() {
 	*x = IsolateAgentRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[85]
+	mi := &file_entente_v1_entente_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5442,7 +5519,7 @@ func (x *IsolateAgentRequest) String() string {
 func (*IsolateAgentRequest) ProtoMessage() {}
 
 func (x *IsolateAgentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[85]
+	mi := &file_entente_v1_entente_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5455,7 +5532,7 @@ func (x *IsolateAgentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IsolateAgentRequest.ProtoReflect.Descriptor instead.
 func (*IsolateAgentRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{85}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{86}
 }
 
 func (x *IsolateAgentRequest) GetName() string {
@@ -5481,7 +5558,7 @@ type IsolateAgentResponse struct {
 
 func (x *IsolateAgentResponse) Reset() {
 	*x = IsolateAgentResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[86]
+	mi := &file_entente_v1_entente_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5493,7 +5570,7 @@ func (x *IsolateAgentResponse) String() string {
 func (*IsolateAgentResponse) ProtoMessage() {}
 
 func (x *IsolateAgentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[86]
+	mi := &file_entente_v1_entente_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5506,7 +5583,7 @@ func (x *IsolateAgentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IsolateAgentResponse.ProtoReflect.Descriptor instead.
 func (*IsolateAgentResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{86}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *IsolateAgentResponse) GetIsolation() *Isolation {
@@ -5530,7 +5607,7 @@ type Isolation struct {
 
 func (x *Isolation) Reset() {
 	*x = Isolation{}
-	mi := &file_entente_v1_entente_proto_msgTypes[87]
+	mi := &file_entente_v1_entente_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5542,7 +5619,7 @@ func (x *Isolation) String() string {
 func (*Isolation) ProtoMessage() {}
 
 func (x *Isolation) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[87]
+	mi := &file_entente_v1_entente_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5555,7 +5632,7 @@ func (x *Isolation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Isolation.ProtoReflect.Descriptor instead.
 func (*Isolation) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{87}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{88}
 }
 
 func (x *Isolation) GetAgent() *v1.Agent {
@@ -5601,7 +5678,7 @@ type ListTokensRequest struct {
 
 func (x *ListTokensRequest) Reset() {
 	*x = ListTokensRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[88]
+	mi := &file_entente_v1_entente_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5613,7 +5690,7 @@ func (x *ListTokensRequest) String() string {
 func (*ListTokensRequest) ProtoMessage() {}
 
 func (x *ListTokensRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[88]
+	mi := &file_entente_v1_entente_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5626,7 +5703,7 @@ func (x *ListTokensRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTokensRequest.ProtoReflect.Descriptor instead.
 func (*ListTokensRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{88}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{89}
 }
 
 type ListTokensResponse struct {
@@ -5639,7 +5716,7 @@ type ListTokensResponse struct {
 
 func (x *ListTokensResponse) Reset() {
 	*x = ListTokensResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[89]
+	mi := &file_entente_v1_entente_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5651,7 +5728,7 @@ func (x *ListTokensResponse) String() string {
 func (*ListTokensResponse) ProtoMessage() {}
 
 func (x *ListTokensResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[89]
+	mi := &file_entente_v1_entente_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5664,7 +5741,7 @@ func (x *ListTokensResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTokensResponse.ProtoReflect.Descriptor instead.
 func (*ListTokensResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{89}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{90}
 }
 
 func (x *ListTokensResponse) GetTokens() []*v1.Token {
@@ -5690,7 +5767,7 @@ type RevokeTokenRequest struct {
 
 func (x *RevokeTokenRequest) Reset() {
 	*x = RevokeTokenRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[90]
+	mi := &file_entente_v1_entente_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5702,7 +5779,7 @@ func (x *RevokeTokenRequest) String() string {
 func (*RevokeTokenRequest) ProtoMessage() {}
 
 func (x *RevokeTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[90]
+	mi := &file_entente_v1_entente_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5715,7 +5792,7 @@ func (x *RevokeTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeTokenRequest.ProtoReflect.Descriptor instead.
 func (*RevokeTokenRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{90}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{91}
 }
 
 func (x *RevokeTokenRequest) GetId() string {
@@ -5734,7 +5811,7 @@ type RevokeTokenResponse struct {
 
 func (x *RevokeTokenResponse) Reset() {
 	*x = RevokeTokenResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[91]
+	mi := &file_entente_v1_entente_proto_msgTypes[92]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5746,7 +5823,7 @@ func (x *RevokeTokenResponse) String() string {
 func (*RevokeTokenResponse) ProtoMessage() {}
 
 func (x *RevokeTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[91]
+	mi := &file_entente_v1_entente_proto_msgTypes[92]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5759,7 +5836,7 @@ func (x *RevokeTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeTokenResponse.ProtoReflect.Descriptor instead.
 func (*RevokeTokenResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{91}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{92}
 }
 
 func (x *RevokeTokenResponse) GetRevision() uint64 {
@@ -5779,7 +5856,7 @@ type ChangeEntriesRequest struct {
 
 func (x *ChangeEntriesRequest) Reset() {
 	*x = ChangeEntriesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[92]
+	mi := &file_entente_v1_entente_proto_msgTypes[93]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5791,7 +5868,7 @@ func (x *ChangeEntriesRequest) String() string {
 func (*ChangeEntriesRequest) ProtoMessage() {}
 
 func (x *ChangeEntriesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[92]
+	mi := &file_entente_v1_entente_proto_msgTypes[93]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5804,7 +5881,7 @@ func (x *ChangeEntriesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeEntriesRequest.ProtoReflect.Descriptor instead.
 func (*ChangeEntriesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{92}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{93}
 }
 
 func (x *ChangeEntriesRequest) GetChanges() []*v1.EntryChange {
@@ -5830,7 +5907,7 @@ type ChangeEntriesResponse struct {
 
 func (x *ChangeEntriesResponse) Reset() {
 	*x = ChangeEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[93]
+	mi := &file_entente_v1_entente_proto_msgTypes[94]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5842,7 +5919,7 @@ func (x *ChangeEntriesResponse) String() string {
 func (*ChangeEntriesResponse) ProtoMessage() {}
 
 func (x *ChangeEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[93]
+	mi := &file_entente_v1_entente_proto_msgTypes[94]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5855,7 +5932,7 @@ func (x *ChangeEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeEntriesResponse.ProtoReflect.Descriptor instead.
 func (*ChangeEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{93}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{94}
 }
 
 func (x *ChangeEntriesResponse) GetResults() []*EntryResult {
@@ -5878,7 +5955,7 @@ type EntryResult struct {
 
 func (x *EntryResult) Reset() {
 	*x = EntryResult{}
-	mi := &file_entente_v1_entente_proto_msgTypes[94]
+	mi := &file_entente_v1_entente_proto_msgTypes[95]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5890,7 +5967,7 @@ func (x *EntryResult) String() string {
 func (*EntryResult) ProtoMessage() {}
 
 func (x *EntryResult) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[94]
+	mi := &file_entente_v1_entente_proto_msgTypes[95]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5903,7 +5980,7 @@ func (x *EntryResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EntryResult.ProtoReflect.Descriptor instead.
 func (*EntryResult) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{94}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{95}
 }
 
 func (x *EntryResult) GetId() string {
@@ -5954,7 +6031,7 @@ type ListEntriesRequest struct {
 
 func (x *ListEntriesRequest) Reset() {
 	*x = ListEntriesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[95]
+	mi := &file_entente_v1_entente_proto_msgTypes[96]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5966,7 +6043,7 @@ func (x *ListEntriesRequest) String() string {
 func (*ListEntriesRequest) ProtoMessage() {}
 
 func (x *ListEntriesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[95]
+	mi := &file_entente_v1_entente_proto_msgTypes[96]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5979,7 +6056,7 @@ func (x *ListEntriesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntriesRequest.ProtoReflect.Descriptor instead.
 func (*ListEntriesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{95}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{96}
 }
 
 func (x *ListEntriesRequest) GetPageSize() uint32 {
@@ -6027,7 +6104,7 @@ type ListEntriesResponse struct {
 
 func (x *ListEntriesResponse) Reset() {
 	*x = ListEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[96]
+	mi := &file_entente_v1_entente_proto_msgTypes[97]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6039,7 +6116,7 @@ func (x *ListEntriesResponse) String() string {
 func (*ListEntriesResponse) ProtoMessage() {}
 
 func (x *ListEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[96]
+	mi := &file_entente_v1_entente_proto_msgTypes[97]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6052,7 +6129,7 @@ func (x *ListEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntriesResponse.ProtoReflect.Descriptor instead.
 func (*ListEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{96}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{97}
 }
 
 func (x *ListEntriesResponse) GetEntries() []*v1.Entry {
@@ -6078,7 +6155,7 @@ type GetEntryRequest struct {
 
 func (x *GetEntryRequest) Reset() {
 	*x = GetEntryRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[97]
+	mi := &file_entente_v1_entente_proto_msgTypes[98]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6090,7 +6167,7 @@ func (x *GetEntryRequest) String() string {
 func (*GetEntryRequest) ProtoMessage() {}
 
 func (x *GetEntryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[97]
+	mi := &file_entente_v1_entente_proto_msgTypes[98]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6103,7 +6180,7 @@ func (x *GetEntryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetEntryRequest.ProtoReflect.Descriptor instead.
 func (*GetEntryRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{97}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{98}
 }
 
 func (x *GetEntryRequest) GetId() string {
@@ -6122,7 +6199,7 @@ type GetEntryResponse struct {
 
 func (x *GetEntryResponse) Reset() {
 	*x = GetEntryResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[98]
+	mi := &file_entente_v1_entente_proto_msgTypes[99]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6134,7 +6211,7 @@ func (x *GetEntryResponse) String() string {
 func (*GetEntryResponse) ProtoMessage() {}
 
 func (x *GetEntryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[98]
+	mi := &file_entente_v1_entente_proto_msgTypes[99]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6147,7 +6224,7 @@ func (x *GetEntryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetEntryResponse.ProtoReflect.Descriptor instead.
 func (*GetEntryResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{98}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{99}
 }
 
 func (x *GetEntryResponse) GetEntry() *v1.Entry {
@@ -6166,7 +6243,7 @@ type CountEntriesResponse struct {
 
 func (x *CountEntriesResponse) Reset() {
 	*x = CountEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[99]
+	mi := &file_entente_v1_entente_proto_msgTypes[100]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6178,7 +6255,7 @@ func (x *CountEntriesResponse) String() string {
 func (*CountEntriesResponse) ProtoMessage() {}
 
 func (x *CountEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[99]
+	mi := &file_entente_v1_entente_proto_msgTypes[100]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6191,7 +6268,7 @@ func (x *CountEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CountEntriesResponse.ProtoReflect.Descriptor instead.
 func (*CountEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{99}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{100}
 }
 
 func (x *CountEntriesResponse) GetEntries() uint64 {
@@ -6451,14 +6528,22 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x10ShowEpochRequest\x12\x1c\n" +
 	"\tstatement\x18\x01 \x01(\fR\tstatement\x12\x1c\n" +
 	"\tsignature\x18\x02 \x01(\fR\tsignature\"\x13\n" +
-	"\x11ShowEpochResponse\"\xb6\x01\n" +
+	"\x11ShowEpochResponse\"\xe9\x01\n" +
 	"\x13ForeignBundleStatus\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x1a\n" +
 	"\bsequence\x18\x02 \x01(\x04R\bsequence\x12)\n" +
 	"\x10x509_authorities\x18\x03 \x01(\rR\x0fx509Authorities\x12\x1f\n" +
 	"\vage_seconds\x18\x04 \x01(\x01R\n" +
 	"ageSeconds\x12\x14\n" +
-	"\x05error\x18\x05 \x01(\tR\x05error\"\x9a\x01\n" +
+	"\x05error\x18\x05 \x01(\tR\x05error\x121\n" +
+	"\adropped\x18\xd2\x01 \x03(\v2\x16.entente.v1.DroppedKeyR\adropped\"e\n" +
+	"\n" +
+	"DroppedKey\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x10\n" +
+	"\x03use\x18\x02 \x01(\tR\x03use\x12\x1d\n" +
+	"\n" +
+	"because_of\x18\x03 \x01(\tR\tbecauseOf\x12\x16\n" +
+	"\x06reason\x18\x04 \x01(\tR\x06reason\"\x9a\x01\n" +
 	"\x12CreateTokenRequest\x12/\n" +
 	"\x04node\x18\x01 \x01(\v2\x1b.entente.state.v1.NodeGrantR\x04node\x122\n" +
 	"\x05agent\x18\x02 \x01(\v2\x1c.entente.state.v1.AgentGrantR\x05agent\x12\x1f\n" +
@@ -6708,7 +6793,7 @@ func file_entente_v1_entente_proto_rawDescGZIP() []byte {
 }
 
 var file_entente_v1_entente_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_entente_v1_entente_proto_msgTypes = make([]protoimpl.MessageInfo, 100)
+var file_entente_v1_entente_proto_msgTypes = make([]protoimpl.MessageInfo, 101)
 var file_entente_v1_entente_proto_goTypes = []any{
 	(Health)(0),                     // 0: entente.v1.Health
 	(*JoinRequest)(nil),             // 1: entente.v1.JoinRequest
@@ -6759,80 +6844,81 @@ var file_entente_v1_entente_proto_goTypes = []any{
 	(*ShowEpochRequest)(nil),        // 46: entente.v1.ShowEpochRequest
 	(*ShowEpochResponse)(nil),       // 47: entente.v1.ShowEpochResponse
 	(*ForeignBundleStatus)(nil),     // 48: entente.v1.ForeignBundleStatus
-	(*CreateTokenRequest)(nil),      // 49: entente.v1.CreateTokenRequest
-	(*CreateTokenResponse)(nil),     // 50: entente.v1.CreateTokenResponse
-	(*ApplyRequest)(nil),            // 51: entente.v1.ApplyRequest
-	(*ApplyResponse)(nil),           // 52: entente.v1.ApplyResponse
-	(*ObjectChange)(nil),            // 53: entente.v1.ObjectChange
-	(*WhoAmIRequest)(nil),           // 54: entente.v1.WhoAmIRequest
-	(*WhoAmIResponse)(nil),          // 55: entente.v1.WhoAmIResponse
-	(*GetBundleRequest)(nil),        // 56: entente.v1.GetBundleRequest
-	(*GetBundleResponse)(nil),       // 57: entente.v1.GetBundleResponse
-	(*ProposeRequest)(nil),          // 58: entente.v1.ProposeRequest
-	(*ProposeResponse)(nil),         // 59: entente.v1.ProposeResponse
-	(*ReportRequest)(nil),           // 60: entente.v1.ReportRequest
-	(*HeldAuthority)(nil),           // 61: entente.v1.HeldAuthority
-	(*ReportResponse)(nil),          // 62: entente.v1.ReportResponse
-	(*GateRequest)(nil),             // 63: entente.v1.GateRequest
-	(*GateResponse)(nil),            // 64: entente.v1.GateResponse
-	(*AuthorityGate)(nil),           // 65: entente.v1.AuthorityGate
-	(*MarkReadyRequest)(nil),        // 66: entente.v1.MarkReadyRequest
-	(*MarkReadyResponse)(nil),       // 67: entente.v1.MarkReadyResponse
-	(*Picture)(nil),                 // 68: entente.v1.Picture
-	(*PresenceRequest)(nil),         // 69: entente.v1.PresenceRequest
-	(*PresenceResponse)(nil),        // 70: entente.v1.PresenceResponse
-	(*ListAuthoritiesRequest)(nil),  // 71: entente.v1.ListAuthoritiesRequest
-	(*ListAuthoritiesResponse)(nil), // 72: entente.v1.ListAuthoritiesResponse
-	(*AuthorityStatus)(nil),         // 73: entente.v1.AuthorityStatus
-	(*PrepareAuthorityRequest)(nil), // 74: entente.v1.PrepareAuthorityRequest
-	(*ChangeAuthorityRequest)(nil),  // 75: entente.v1.ChangeAuthorityRequest
-	(*ChangeAuthorityResponse)(nil), // 76: entente.v1.ChangeAuthorityResponse
-	(*RemoveNodeRequest)(nil),       // 77: entente.v1.RemoveNodeRequest
-	(*RemoveNodeResponse)(nil),      // 78: entente.v1.RemoveNodeResponse
-	(*ListAgentsRequest)(nil),       // 79: entente.v1.ListAgentsRequest
-	(*ListAgentsResponse)(nil),      // 80: entente.v1.ListAgentsResponse
-	(*AgentStatus)(nil),             // 81: entente.v1.AgentStatus
-	(*GetAgentRequest)(nil),         // 82: entente.v1.GetAgentRequest
-	(*GetAgentResponse)(nil),        // 83: entente.v1.GetAgentResponse
-	(*ChangeAgentRequest)(nil),      // 84: entente.v1.ChangeAgentRequest
-	(*ChangeAgentResponse)(nil),     // 85: entente.v1.ChangeAgentResponse
-	(*IsolateAgentRequest)(nil),     // 86: entente.v1.IsolateAgentRequest
-	(*IsolateAgentResponse)(nil),    // 87: entente.v1.IsolateAgentResponse
-	(*Isolation)(nil),               // 88: entente.v1.Isolation
-	(*ListTokensRequest)(nil),       // 89: entente.v1.ListTokensRequest
-	(*ListTokensResponse)(nil),      // 90: entente.v1.ListTokensResponse
-	(*RevokeTokenRequest)(nil),      // 91: entente.v1.RevokeTokenRequest
-	(*RevokeTokenResponse)(nil),     // 92: entente.v1.RevokeTokenResponse
-	(*ChangeEntriesRequest)(nil),    // 93: entente.v1.ChangeEntriesRequest
-	(*ChangeEntriesResponse)(nil),   // 94: entente.v1.ChangeEntriesResponse
-	(*EntryResult)(nil),             // 95: entente.v1.EntryResult
-	(*ListEntriesRequest)(nil),      // 96: entente.v1.ListEntriesRequest
-	(*ListEntriesResponse)(nil),     // 97: entente.v1.ListEntriesResponse
-	(*GetEntryRequest)(nil),         // 98: entente.v1.GetEntryRequest
-	(*GetEntryResponse)(nil),        // 99: entente.v1.GetEntryResponse
-	(*CountEntriesResponse)(nil),    // 100: entente.v1.CountEntriesResponse
-	(*v1.Member)(nil),               // 101: entente.state.v1.Member
-	(*v1.Cluster)(nil),              // 102: entente.state.v1.Cluster
-	(*v1.Agent)(nil),                // 103: entente.state.v1.Agent
-	(*v1.Distrust)(nil),             // 104: entente.state.v1.Distrust
-	(*v1.Entry)(nil),                // 105: entente.state.v1.Entry
-	(*v1.Object)(nil),               // 106: entente.state.v1.Object
-	(*v1.ObjectKey)(nil),            // 107: entente.state.v1.ObjectKey
-	(*v1.Authority)(nil),            // 108: entente.state.v1.Authority
-	(v1.KeyUse)(0),                  // 109: entente.state.v1.KeyUse
-	(*v1.NodeGrant)(nil),            // 110: entente.state.v1.NodeGrant
-	(*v1.AgentGrant)(nil),           // 111: entente.state.v1.AgentGrant
-	(*v1.RoleBinding)(nil),          // 112: entente.state.v1.RoleBinding
-	(*v1.Token)(nil),                // 113: entente.state.v1.Token
-	(*v1.EntryChange)(nil),          // 114: entente.state.v1.EntryChange
+	(*DroppedKey)(nil),              // 49: entente.v1.DroppedKey
+	(*CreateTokenRequest)(nil),      // 50: entente.v1.CreateTokenRequest
+	(*CreateTokenResponse)(nil),     // 51: entente.v1.CreateTokenResponse
+	(*ApplyRequest)(nil),            // 52: entente.v1.ApplyRequest
+	(*ApplyResponse)(nil),           // 53: entente.v1.ApplyResponse
+	(*ObjectChange)(nil),            // 54: entente.v1.ObjectChange
+	(*WhoAmIRequest)(nil),           // 55: entente.v1.WhoAmIRequest
+	(*WhoAmIResponse)(nil),          // 56: entente.v1.WhoAmIResponse
+	(*GetBundleRequest)(nil),        // 57: entente.v1.GetBundleRequest
+	(*GetBundleResponse)(nil),       // 58: entente.v1.GetBundleResponse
+	(*ProposeRequest)(nil),          // 59: entente.v1.ProposeRequest
+	(*ProposeResponse)(nil),         // 60: entente.v1.ProposeResponse
+	(*ReportRequest)(nil),           // 61: entente.v1.ReportRequest
+	(*HeldAuthority)(nil),           // 62: entente.v1.HeldAuthority
+	(*ReportResponse)(nil),          // 63: entente.v1.ReportResponse
+	(*GateRequest)(nil),             // 64: entente.v1.GateRequest
+	(*GateResponse)(nil),            // 65: entente.v1.GateResponse
+	(*AuthorityGate)(nil),           // 66: entente.v1.AuthorityGate
+	(*MarkReadyRequest)(nil),        // 67: entente.v1.MarkReadyRequest
+	(*MarkReadyResponse)(nil),       // 68: entente.v1.MarkReadyResponse
+	(*Picture)(nil),                 // 69: entente.v1.Picture
+	(*PresenceRequest)(nil),         // 70: entente.v1.PresenceRequest
+	(*PresenceResponse)(nil),        // 71: entente.v1.PresenceResponse
+	(*ListAuthoritiesRequest)(nil),  // 72: entente.v1.ListAuthoritiesRequest
+	(*ListAuthoritiesResponse)(nil), // 73: entente.v1.ListAuthoritiesResponse
+	(*AuthorityStatus)(nil),         // 74: entente.v1.AuthorityStatus
+	(*PrepareAuthorityRequest)(nil), // 75: entente.v1.PrepareAuthorityRequest
+	(*ChangeAuthorityRequest)(nil),  // 76: entente.v1.ChangeAuthorityRequest
+	(*ChangeAuthorityResponse)(nil), // 77: entente.v1.ChangeAuthorityResponse
+	(*RemoveNodeRequest)(nil),       // 78: entente.v1.RemoveNodeRequest
+	(*RemoveNodeResponse)(nil),      // 79: entente.v1.RemoveNodeResponse
+	(*ListAgentsRequest)(nil),       // 80: entente.v1.ListAgentsRequest
+	(*ListAgentsResponse)(nil),      // 81: entente.v1.ListAgentsResponse
+	(*AgentStatus)(nil),             // 82: entente.v1.AgentStatus
+	(*GetAgentRequest)(nil),         // 83: entente.v1.GetAgentRequest
+	(*GetAgentResponse)(nil),        // 84: entente.v1.GetAgentResponse
+	(*ChangeAgentRequest)(nil),      // 85: entente.v1.ChangeAgentRequest
+	(*ChangeAgentResponse)(nil),     // 86: entente.v1.ChangeAgentResponse
+	(*IsolateAgentRequest)(nil),     // 87: entente.v1.IsolateAgentRequest
+	(*IsolateAgentResponse)(nil),    // 88: entente.v1.IsolateAgentResponse
+	(*Isolation)(nil),               // 89: entente.v1.Isolation
+	(*ListTokensRequest)(nil),       // 90: entente.v1.ListTokensRequest
+	(*ListTokensResponse)(nil),      // 91: entente.v1.ListTokensResponse
+	(*RevokeTokenRequest)(nil),      // 92: entente.v1.RevokeTokenRequest
+	(*RevokeTokenResponse)(nil),     // 93: entente.v1.RevokeTokenResponse
+	(*ChangeEntriesRequest)(nil),    // 94: entente.v1.ChangeEntriesRequest
+	(*ChangeEntriesResponse)(nil),   // 95: entente.v1.ChangeEntriesResponse
+	(*EntryResult)(nil),             // 96: entente.v1.EntryResult
+	(*ListEntriesRequest)(nil),      // 97: entente.v1.ListEntriesRequest
+	(*ListEntriesResponse)(nil),     // 98: entente.v1.ListEntriesResponse
+	(*GetEntryRequest)(nil),         // 99: entente.v1.GetEntryRequest
+	(*GetEntryResponse)(nil),        // 100: entente.v1.GetEntryResponse
+	(*CountEntriesResponse)(nil),    // 101: entente.v1.CountEntriesResponse
+	(*v1.Member)(nil),               // 102: entente.state.v1.Member
+	(*v1.Cluster)(nil),              // 103: entente.state.v1.Cluster
+	(*v1.Agent)(nil),                // 104: entente.state.v1.Agent
+	(*v1.Distrust)(nil),             // 105: entente.state.v1.Distrust
+	(*v1.Entry)(nil),                // 106: entente.state.v1.Entry
+	(*v1.Object)(nil),               // 107: entente.state.v1.Object
+	(*v1.ObjectKey)(nil),            // 108: entente.state.v1.ObjectKey
+	(*v1.Authority)(nil),            // 109: entente.state.v1.Authority
+	(v1.KeyUse)(0),                  // 110: entente.state.v1.KeyUse
+	(*v1.NodeGrant)(nil),            // 111: entente.state.v1.NodeGrant
+	(*v1.AgentGrant)(nil),           // 112: entente.state.v1.AgentGrant
+	(*v1.RoleBinding)(nil),          // 113: entente.state.v1.RoleBinding
+	(*v1.Token)(nil),                // 114: entente.state.v1.Token
+	(*v1.EntryChange)(nil),          // 115: entente.state.v1.EntryChange
 }
 var file_entente_v1_entente_proto_depIdxs = []int32{
-	101, // 0: entente.v1.JoinResponse.member:type_name -> entente.state.v1.Member
-	101, // 1: entente.v1.JoinResponse.members:type_name -> entente.state.v1.Member
-	102, // 2: entente.v1.JoinResponse.cluster:type_name -> entente.state.v1.Cluster
-	101, // 3: entente.v1.AttestResponse.members:type_name -> entente.state.v1.Member
-	102, // 4: entente.v1.AttestResponse.cluster:type_name -> entente.state.v1.Cluster
-	103, // 5: entente.v1.AttestResponse.agent:type_name -> entente.state.v1.Agent
+	102, // 0: entente.v1.JoinResponse.member:type_name -> entente.state.v1.Member
+	102, // 1: entente.v1.JoinResponse.members:type_name -> entente.state.v1.Member
+	103, // 2: entente.v1.JoinResponse.cluster:type_name -> entente.state.v1.Cluster
+	102, // 3: entente.v1.AttestResponse.members:type_name -> entente.state.v1.Member
+	103, // 4: entente.v1.AttestResponse.cluster:type_name -> entente.state.v1.Cluster
+	104, // 5: entente.v1.AttestResponse.agent:type_name -> entente.state.v1.Agent
 	6,   // 6: entente.v1.SyncRequest.hello:type_name -> entente.v1.Hello
 	7,   // 7: entente.v1.SyncRequest.ack:type_name -> entente.v1.Ack
 	8,   // 8: entente.v1.SyncRequest.report:type_name -> entente.v1.InstanceReport
@@ -6842,15 +6928,15 @@ var file_entente_v1_entente_proto_depIdxs = []int32{
 	14,  // 12: entente.v1.SyncResponse.presence:type_name -> entente.v1.Presence
 	15,  // 13: entente.v1.SyncResponse.heartbeat:type_name -> entente.v1.Heartbeat
 	11,  // 14: entente.v1.SyncResponse.urgent:type_name -> entente.v1.Urgent
-	104, // 15: entente.v1.Urgent.distrust:type_name -> entente.state.v1.Distrust
+	105, // 15: entente.v1.Urgent.distrust:type_name -> entente.state.v1.Distrust
 	13,  // 16: entente.v1.Urgent.bundles:type_name -> entente.v1.Bundle
-	102, // 17: entente.v1.Policy.cluster:type_name -> entente.state.v1.Cluster
-	105, // 18: entente.v1.Policy.entries:type_name -> entente.state.v1.Entry
+	103, // 17: entente.v1.Policy.cluster:type_name -> entente.state.v1.Cluster
+	106, // 18: entente.v1.Policy.entries:type_name -> entente.state.v1.Entry
 	13,  // 19: entente.v1.Policy.bundles:type_name -> entente.v1.Bundle
-	106, // 20: entente.v1.Policy.objects:type_name -> entente.state.v1.Object
-	107, // 21: entente.v1.Policy.deleted_objects:type_name -> entente.state.v1.ObjectKey
-	101, // 22: entente.v1.Policy.members:type_name -> entente.state.v1.Member
-	104, // 23: entente.v1.Policy.distrust:type_name -> entente.state.v1.Distrust
+	107, // 20: entente.v1.Policy.objects:type_name -> entente.state.v1.Object
+	108, // 21: entente.v1.Policy.deleted_objects:type_name -> entente.state.v1.ObjectKey
+	102, // 22: entente.v1.Policy.members:type_name -> entente.state.v1.Member
+	105, // 23: entente.v1.Policy.distrust:type_name -> entente.state.v1.Distrust
 	9,   // 24: entente.v1.Presence.instances:type_name -> entente.v1.Instance
 	9,   // 25: entente.v1.Presence.withdrawn:type_name -> entente.v1.Instance
 	17,  // 26: entente.v1.SignX509Request.requests:type_name -> entente.v1.X509Request
@@ -6859,140 +6945,141 @@ var file_entente_v1_entente_proto_depIdxs = []int32{
 	26,  // 29: entente.v1.SignJWTResponse.results:type_name -> entente.v1.TokenResult
 	24,  // 30: entente.v1.SignWITRequest.requests:type_name -> entente.v1.WITRequest
 	26,  // 31: entente.v1.SignWITResponse.results:type_name -> entente.v1.TokenResult
-	102, // 32: entente.v1.StatusResponse.cluster:type_name -> entente.state.v1.Cluster
+	103, // 32: entente.v1.StatusResponse.cluster:type_name -> entente.state.v1.Cluster
 	34,  // 33: entente.v1.StatusResponse.members:type_name -> entente.v1.MemberStatus
-	108, // 34: entente.v1.StatusResponse.authorities:type_name -> entente.state.v1.Authority
+	109, // 34: entente.v1.StatusResponse.authorities:type_name -> entente.state.v1.Authority
 	48,  // 35: entente.v1.StatusResponse.foreign:type_name -> entente.v1.ForeignBundleStatus
 	9,   // 36: entente.v1.StatusResponse.instances:type_name -> entente.v1.Instance
 	32,  // 37: entente.v1.StatusResponse.autonomy:type_name -> entente.v1.Autonomy
 	31,  // 38: entente.v1.StatusResponse.upstream:type_name -> entente.v1.Upstream
-	88,  // 39: entente.v1.StatusResponse.isolated:type_name -> entente.v1.Isolation
+	89,  // 39: entente.v1.StatusResponse.isolated:type_name -> entente.v1.Isolation
 	30,  // 40: entente.v1.StatusResponse.audit:type_name -> entente.v1.AuditLog
 	29,  // 41: entente.v1.StatusResponse.older:type_name -> entente.v1.SubscriberLevel
 	33,  // 42: entente.v1.Autonomy.uses:type_name -> entente.v1.UseAutonomy
-	109, // 43: entente.v1.UseAutonomy.use:type_name -> entente.state.v1.KeyUse
-	101, // 44: entente.v1.MemberStatus.member:type_name -> entente.state.v1.Member
+	110, // 43: entente.v1.UseAutonomy.use:type_name -> entente.state.v1.KeyUse
+	102, // 44: entente.v1.MemberStatus.member:type_name -> entente.state.v1.Member
 	39,  // 45: entente.v1.ListNodesResponse.nodes:type_name -> entente.v1.NodeProgress
-	101, // 46: entente.v1.NodeProgress.member:type_name -> entente.state.v1.Member
-	101, // 47: entente.v1.VouchResponse.member:type_name -> entente.state.v1.Member
-	110, // 48: entente.v1.CreateTokenRequest.node:type_name -> entente.state.v1.NodeGrant
-	111, // 49: entente.v1.CreateTokenRequest.agent:type_name -> entente.state.v1.AgentGrant
-	106, // 50: entente.v1.ApplyRequest.objects:type_name -> entente.state.v1.Object
-	107, // 51: entente.v1.ApplyRequest.deletes:type_name -> entente.state.v1.ObjectKey
-	53,  // 52: entente.v1.ApplyResponse.changes:type_name -> entente.v1.ObjectChange
-	107, // 53: entente.v1.ObjectChange.key:type_name -> entente.state.v1.ObjectKey
-	106, // 54: entente.v1.ObjectChange.before:type_name -> entente.state.v1.Object
-	112, // 55: entente.v1.WhoAmIResponse.bindings:type_name -> entente.state.v1.RoleBinding
-	61,  // 56: entente.v1.ReportRequest.held:type_name -> entente.v1.HeldAuthority
-	65,  // 57: entente.v1.GateResponse.authorities:type_name -> entente.v1.AuthorityGate
-	12,  // 58: entente.v1.Picture.policy:type_name -> entente.v1.Policy
-	14,  // 59: entente.v1.Picture.presence:type_name -> entente.v1.Presence
-	9,   // 60: entente.v1.PresenceResponse.instances:type_name -> entente.v1.Instance
-	9,   // 61: entente.v1.PresenceResponse.withdrawn:type_name -> entente.v1.Instance
-	73,  // 62: entente.v1.ListAuthoritiesResponse.authorities:type_name -> entente.v1.AuthorityStatus
-	108, // 63: entente.v1.AuthorityStatus.authority:type_name -> entente.state.v1.Authority
-	109, // 64: entente.v1.PrepareAuthorityRequest.use:type_name -> entente.state.v1.KeyUse
-	108, // 65: entente.v1.ChangeAuthorityResponse.authority:type_name -> entente.state.v1.Authority
-	108, // 66: entente.v1.ChangeAuthorityResponse.signing:type_name -> entente.state.v1.Authority
-	101, // 67: entente.v1.RemoveNodeResponse.member:type_name -> entente.state.v1.Member
-	108, // 68: entente.v1.RemoveNodeResponse.authorities:type_name -> entente.state.v1.Authority
-	81,  // 69: entente.v1.ListAgentsResponse.agents:type_name -> entente.v1.AgentStatus
-	103, // 70: entente.v1.AgentStatus.agent:type_name -> entente.state.v1.Agent
-	81,  // 71: entente.v1.GetAgentResponse.status:type_name -> entente.v1.AgentStatus
-	105, // 72: entente.v1.GetAgentResponse.entries:type_name -> entente.state.v1.Entry
-	9,   // 73: entente.v1.GetAgentResponse.instances:type_name -> entente.v1.Instance
-	88,  // 74: entente.v1.IsolateAgentResponse.isolation:type_name -> entente.v1.Isolation
-	103, // 75: entente.v1.Isolation.agent:type_name -> entente.state.v1.Agent
-	113, // 76: entente.v1.ListTokensResponse.tokens:type_name -> entente.state.v1.Token
-	114, // 77: entente.v1.ChangeEntriesRequest.changes:type_name -> entente.state.v1.EntryChange
-	95,  // 78: entente.v1.ChangeEntriesResponse.results:type_name -> entente.v1.EntryResult
-	105, // 79: entente.v1.ListEntriesResponse.entries:type_name -> entente.state.v1.Entry
-	105, // 80: entente.v1.GetEntryResponse.entry:type_name -> entente.state.v1.Entry
-	1,   // 81: entente.v1.Join.Join:input_type -> entente.v1.JoinRequest
-	3,   // 82: entente.v1.Attest.Attest:input_type -> entente.v1.AttestRequest
-	5,   // 83: entente.v1.Sync.Sync:input_type -> entente.v1.SyncRequest
-	16,  // 84: entente.v1.Sign.SignX509:input_type -> entente.v1.SignX509Request
-	20,  // 85: entente.v1.Sign.SignJWT:input_type -> entente.v1.SignJWTRequest
-	23,  // 86: entente.v1.Sign.SignWIT:input_type -> entente.v1.SignWITRequest
-	27,  // 87: entente.v1.Admin.Status:input_type -> entente.v1.StatusRequest
-	49,  // 88: entente.v1.Admin.CreateToken:input_type -> entente.v1.CreateTokenRequest
-	51,  // 89: entente.v1.Admin.Apply:input_type -> entente.v1.ApplyRequest
-	56,  // 90: entente.v1.Admin.GetBundle:input_type -> entente.v1.GetBundleRequest
-	71,  // 91: entente.v1.Admin.ListAuthorities:input_type -> entente.v1.ListAuthoritiesRequest
-	74,  // 92: entente.v1.Admin.PrepareAuthority:input_type -> entente.v1.PrepareAuthorityRequest
-	75,  // 93: entente.v1.Admin.ActivateAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	75,  // 94: entente.v1.Admin.TaintAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	75,  // 95: entente.v1.Admin.RevokeAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	77,  // 96: entente.v1.Admin.RemoveNode:input_type -> entente.v1.RemoveNodeRequest
-	79,  // 97: entente.v1.Admin.ListAgents:input_type -> entente.v1.ListAgentsRequest
-	82,  // 98: entente.v1.Admin.GetAgent:input_type -> entente.v1.GetAgentRequest
-	84,  // 99: entente.v1.Admin.BanAgent:input_type -> entente.v1.ChangeAgentRequest
-	84,  // 100: entente.v1.Admin.EvictAgent:input_type -> entente.v1.ChangeAgentRequest
-	86,  // 101: entente.v1.Admin.IsolateAgent:input_type -> entente.v1.IsolateAgentRequest
-	89,  // 102: entente.v1.Admin.ListTokens:input_type -> entente.v1.ListTokensRequest
-	91,  // 103: entente.v1.Admin.RevokeToken:input_type -> entente.v1.RevokeTokenRequest
-	93,  // 104: entente.v1.Admin.ChangeEntries:input_type -> entente.v1.ChangeEntriesRequest
-	96,  // 105: entente.v1.Admin.ListEntries:input_type -> entente.v1.ListEntriesRequest
-	98,  // 106: entente.v1.Admin.GetEntry:input_type -> entente.v1.GetEntryRequest
-	96,  // 107: entente.v1.Admin.CountEntries:input_type -> entente.v1.ListEntriesRequest
-	35,  // 108: entente.v1.Admin.SaveSnapshot:input_type -> entente.v1.SaveSnapshotRequest
-	37,  // 109: entente.v1.Admin.ListNodes:input_type -> entente.v1.ListNodesRequest
-	40,  // 110: entente.v1.Admin.PromoteNode:input_type -> entente.v1.PromoteNodeRequest
-	54,  // 111: entente.v1.Admin.WhoAmI:input_type -> entente.v1.WhoAmIRequest
-	58,  // 112: entente.v1.Peer.Propose:input_type -> entente.v1.ProposeRequest
-	60,  // 113: entente.v1.Peer.Report:input_type -> entente.v1.ReportRequest
-	69,  // 114: entente.v1.Peer.Presence:input_type -> entente.v1.PresenceRequest
-	63,  // 115: entente.v1.Peer.Gate:input_type -> entente.v1.GateRequest
-	42,  // 116: entente.v1.Peer.Vouch:input_type -> entente.v1.VouchRequest
-	44,  // 117: entente.v1.Peer.Checksum:input_type -> entente.v1.ChecksumRequest
-	37,  // 118: entente.v1.Peer.Nodes:input_type -> entente.v1.ListNodesRequest
-	66,  // 119: entente.v1.Peer.MarkReady:input_type -> entente.v1.MarkReadyRequest
-	46,  // 120: entente.v1.Peer.ShowEpoch:input_type -> entente.v1.ShowEpochRequest
-	2,   // 121: entente.v1.Join.Join:output_type -> entente.v1.JoinResponse
-	4,   // 122: entente.v1.Attest.Attest:output_type -> entente.v1.AttestResponse
-	10,  // 123: entente.v1.Sync.Sync:output_type -> entente.v1.SyncResponse
-	18,  // 124: entente.v1.Sign.SignX509:output_type -> entente.v1.SignX509Response
-	22,  // 125: entente.v1.Sign.SignJWT:output_type -> entente.v1.SignJWTResponse
-	25,  // 126: entente.v1.Sign.SignWIT:output_type -> entente.v1.SignWITResponse
-	28,  // 127: entente.v1.Admin.Status:output_type -> entente.v1.StatusResponse
-	50,  // 128: entente.v1.Admin.CreateToken:output_type -> entente.v1.CreateTokenResponse
-	52,  // 129: entente.v1.Admin.Apply:output_type -> entente.v1.ApplyResponse
-	57,  // 130: entente.v1.Admin.GetBundle:output_type -> entente.v1.GetBundleResponse
-	72,  // 131: entente.v1.Admin.ListAuthorities:output_type -> entente.v1.ListAuthoritiesResponse
-	76,  // 132: entente.v1.Admin.PrepareAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	76,  // 133: entente.v1.Admin.ActivateAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	76,  // 134: entente.v1.Admin.TaintAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	76,  // 135: entente.v1.Admin.RevokeAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	78,  // 136: entente.v1.Admin.RemoveNode:output_type -> entente.v1.RemoveNodeResponse
-	80,  // 137: entente.v1.Admin.ListAgents:output_type -> entente.v1.ListAgentsResponse
-	83,  // 138: entente.v1.Admin.GetAgent:output_type -> entente.v1.GetAgentResponse
-	85,  // 139: entente.v1.Admin.BanAgent:output_type -> entente.v1.ChangeAgentResponse
-	85,  // 140: entente.v1.Admin.EvictAgent:output_type -> entente.v1.ChangeAgentResponse
-	87,  // 141: entente.v1.Admin.IsolateAgent:output_type -> entente.v1.IsolateAgentResponse
-	90,  // 142: entente.v1.Admin.ListTokens:output_type -> entente.v1.ListTokensResponse
-	92,  // 143: entente.v1.Admin.RevokeToken:output_type -> entente.v1.RevokeTokenResponse
-	94,  // 144: entente.v1.Admin.ChangeEntries:output_type -> entente.v1.ChangeEntriesResponse
-	97,  // 145: entente.v1.Admin.ListEntries:output_type -> entente.v1.ListEntriesResponse
-	99,  // 146: entente.v1.Admin.GetEntry:output_type -> entente.v1.GetEntryResponse
-	100, // 147: entente.v1.Admin.CountEntries:output_type -> entente.v1.CountEntriesResponse
-	36,  // 148: entente.v1.Admin.SaveSnapshot:output_type -> entente.v1.SaveSnapshotResponse
-	38,  // 149: entente.v1.Admin.ListNodes:output_type -> entente.v1.ListNodesResponse
-	41,  // 150: entente.v1.Admin.PromoteNode:output_type -> entente.v1.PromoteNodeResponse
-	55,  // 151: entente.v1.Admin.WhoAmI:output_type -> entente.v1.WhoAmIResponse
-	59,  // 152: entente.v1.Peer.Propose:output_type -> entente.v1.ProposeResponse
-	62,  // 153: entente.v1.Peer.Report:output_type -> entente.v1.ReportResponse
-	70,  // 154: entente.v1.Peer.Presence:output_type -> entente.v1.PresenceResponse
-	64,  // 155: entente.v1.Peer.Gate:output_type -> entente.v1.GateResponse
-	43,  // 156: entente.v1.Peer.Vouch:output_type -> entente.v1.VouchResponse
-	45,  // 157: entente.v1.Peer.Checksum:output_type -> entente.v1.ChecksumResponse
-	38,  // 158: entente.v1.Peer.Nodes:output_type -> entente.v1.ListNodesResponse
-	67,  // 159: entente.v1.Peer.MarkReady:output_type -> entente.v1.MarkReadyResponse
-	47,  // 160: entente.v1.Peer.ShowEpoch:output_type -> entente.v1.ShowEpochResponse
-	121, // [121:161] is the sub-list for method output_type
-	81,  // [81:121] is the sub-list for method input_type
-	81,  // [81:81] is the sub-list for extension type_name
-	81,  // [81:81] is the sub-list for extension extendee
-	0,   // [0:81] is the sub-list for field type_name
+	102, // 46: entente.v1.NodeProgress.member:type_name -> entente.state.v1.Member
+	102, // 47: entente.v1.VouchResponse.member:type_name -> entente.state.v1.Member
+	49,  // 48: entente.v1.ForeignBundleStatus.dropped:type_name -> entente.v1.DroppedKey
+	111, // 49: entente.v1.CreateTokenRequest.node:type_name -> entente.state.v1.NodeGrant
+	112, // 50: entente.v1.CreateTokenRequest.agent:type_name -> entente.state.v1.AgentGrant
+	107, // 51: entente.v1.ApplyRequest.objects:type_name -> entente.state.v1.Object
+	108, // 52: entente.v1.ApplyRequest.deletes:type_name -> entente.state.v1.ObjectKey
+	54,  // 53: entente.v1.ApplyResponse.changes:type_name -> entente.v1.ObjectChange
+	108, // 54: entente.v1.ObjectChange.key:type_name -> entente.state.v1.ObjectKey
+	107, // 55: entente.v1.ObjectChange.before:type_name -> entente.state.v1.Object
+	113, // 56: entente.v1.WhoAmIResponse.bindings:type_name -> entente.state.v1.RoleBinding
+	62,  // 57: entente.v1.ReportRequest.held:type_name -> entente.v1.HeldAuthority
+	66,  // 58: entente.v1.GateResponse.authorities:type_name -> entente.v1.AuthorityGate
+	12,  // 59: entente.v1.Picture.policy:type_name -> entente.v1.Policy
+	14,  // 60: entente.v1.Picture.presence:type_name -> entente.v1.Presence
+	9,   // 61: entente.v1.PresenceResponse.instances:type_name -> entente.v1.Instance
+	9,   // 62: entente.v1.PresenceResponse.withdrawn:type_name -> entente.v1.Instance
+	74,  // 63: entente.v1.ListAuthoritiesResponse.authorities:type_name -> entente.v1.AuthorityStatus
+	109, // 64: entente.v1.AuthorityStatus.authority:type_name -> entente.state.v1.Authority
+	110, // 65: entente.v1.PrepareAuthorityRequest.use:type_name -> entente.state.v1.KeyUse
+	109, // 66: entente.v1.ChangeAuthorityResponse.authority:type_name -> entente.state.v1.Authority
+	109, // 67: entente.v1.ChangeAuthorityResponse.signing:type_name -> entente.state.v1.Authority
+	102, // 68: entente.v1.RemoveNodeResponse.member:type_name -> entente.state.v1.Member
+	109, // 69: entente.v1.RemoveNodeResponse.authorities:type_name -> entente.state.v1.Authority
+	82,  // 70: entente.v1.ListAgentsResponse.agents:type_name -> entente.v1.AgentStatus
+	104, // 71: entente.v1.AgentStatus.agent:type_name -> entente.state.v1.Agent
+	82,  // 72: entente.v1.GetAgentResponse.status:type_name -> entente.v1.AgentStatus
+	106, // 73: entente.v1.GetAgentResponse.entries:type_name -> entente.state.v1.Entry
+	9,   // 74: entente.v1.GetAgentResponse.instances:type_name -> entente.v1.Instance
+	89,  // 75: entente.v1.IsolateAgentResponse.isolation:type_name -> entente.v1.Isolation
+	104, // 76: entente.v1.Isolation.agent:type_name -> entente.state.v1.Agent
+	114, // 77: entente.v1.ListTokensResponse.tokens:type_name -> entente.state.v1.Token
+	115, // 78: entente.v1.ChangeEntriesRequest.changes:type_name -> entente.state.v1.EntryChange
+	96,  // 79: entente.v1.ChangeEntriesResponse.results:type_name -> entente.v1.EntryResult
+	106, // 80: entente.v1.ListEntriesResponse.entries:type_name -> entente.state.v1.Entry
+	106, // 81: entente.v1.GetEntryResponse.entry:type_name -> entente.state.v1.Entry
+	1,   // 82: entente.v1.Join.Join:input_type -> entente.v1.JoinRequest
+	3,   // 83: entente.v1.Attest.Attest:input_type -> entente.v1.AttestRequest
+	5,   // 84: entente.v1.Sync.Sync:input_type -> entente.v1.SyncRequest
+	16,  // 85: entente.v1.Sign.SignX509:input_type -> entente.v1.SignX509Request
+	20,  // 86: entente.v1.Sign.SignJWT:input_type -> entente.v1.SignJWTRequest
+	23,  // 87: entente.v1.Sign.SignWIT:input_type -> entente.v1.SignWITRequest
+	27,  // 88: entente.v1.Admin.Status:input_type -> entente.v1.StatusRequest
+	50,  // 89: entente.v1.Admin.CreateToken:input_type -> entente.v1.CreateTokenRequest
+	52,  // 90: entente.v1.Admin.Apply:input_type -> entente.v1.ApplyRequest
+	57,  // 91: entente.v1.Admin.GetBundle:input_type -> entente.v1.GetBundleRequest
+	72,  // 92: entente.v1.Admin.ListAuthorities:input_type -> entente.v1.ListAuthoritiesRequest
+	75,  // 93: entente.v1.Admin.PrepareAuthority:input_type -> entente.v1.PrepareAuthorityRequest
+	76,  // 94: entente.v1.Admin.ActivateAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	76,  // 95: entente.v1.Admin.TaintAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	76,  // 96: entente.v1.Admin.RevokeAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	78,  // 97: entente.v1.Admin.RemoveNode:input_type -> entente.v1.RemoveNodeRequest
+	80,  // 98: entente.v1.Admin.ListAgents:input_type -> entente.v1.ListAgentsRequest
+	83,  // 99: entente.v1.Admin.GetAgent:input_type -> entente.v1.GetAgentRequest
+	85,  // 100: entente.v1.Admin.BanAgent:input_type -> entente.v1.ChangeAgentRequest
+	85,  // 101: entente.v1.Admin.EvictAgent:input_type -> entente.v1.ChangeAgentRequest
+	87,  // 102: entente.v1.Admin.IsolateAgent:input_type -> entente.v1.IsolateAgentRequest
+	90,  // 103: entente.v1.Admin.ListTokens:input_type -> entente.v1.ListTokensRequest
+	92,  // 104: entente.v1.Admin.RevokeToken:input_type -> entente.v1.RevokeTokenRequest
+	94,  // 105: entente.v1.Admin.ChangeEntries:input_type -> entente.v1.ChangeEntriesRequest
+	97,  // 106: entente.v1.Admin.ListEntries:input_type -> entente.v1.ListEntriesRequest
+	99,  // 107: entente.v1.Admin.GetEntry:input_type -> entente.v1.GetEntryRequest
+	97,  // 108: entente.v1.Admin.CountEntries:input_type -> entente.v1.ListEntriesRequest
+	35,  // 109: entente.v1.Admin.SaveSnapshot:input_type -> entente.v1.SaveSnapshotRequest
+	37,  // 110: entente.v1.Admin.ListNodes:input_type -> entente.v1.ListNodesRequest
+	40,  // 111: entente.v1.Admin.PromoteNode:input_type -> entente.v1.PromoteNodeRequest
+	55,  // 112: entente.v1.Admin.WhoAmI:input_type -> entente.v1.WhoAmIRequest
+	59,  // 113: entente.v1.Peer.Propose:input_type -> entente.v1.ProposeRequest
+	61,  // 114: entente.v1.Peer.Report:input_type -> entente.v1.ReportRequest
+	70,  // 115: entente.v1.Peer.Presence:input_type -> entente.v1.PresenceRequest
+	64,  // 116: entente.v1.Peer.Gate:input_type -> entente.v1.GateRequest
+	42,  // 117: entente.v1.Peer.Vouch:input_type -> entente.v1.VouchRequest
+	44,  // 118: entente.v1.Peer.Checksum:input_type -> entente.v1.ChecksumRequest
+	37,  // 119: entente.v1.Peer.Nodes:input_type -> entente.v1.ListNodesRequest
+	67,  // 120: entente.v1.Peer.MarkReady:input_type -> entente.v1.MarkReadyRequest
+	46,  // 121: entente.v1.Peer.ShowEpoch:input_type -> entente.v1.ShowEpochRequest
+	2,   // 122: entente.v1.Join.Join:output_type -> entente.v1.JoinResponse
+	4,   // 123: entente.v1.Attest.Attest:output_type -> entente.v1.AttestResponse
+	10,  // 124: entente.v1.Sync.Sync:output_type -> entente.v1.SyncResponse
+	18,  // 125: entente.v1.Sign.SignX509:output_type -> entente.v1.SignX509Response
+	22,  // 126: entente.v1.Sign.SignJWT:output_type -> entente.v1.SignJWTResponse
+	25,  // 127: entente.v1.Sign.SignWIT:output_type -> entente.v1.SignWITResponse
+	28,  // 128: entente.v1.Admin.Status:output_type -> entente.v1.StatusResponse
+	51,  // 129: entente.v1.Admin.CreateToken:output_type -> entente.v1.CreateTokenResponse
+	53,  // 130: entente.v1.Admin.Apply:output_type -> entente.v1.ApplyResponse
+	58,  // 131: entente.v1.Admin.GetBundle:output_type -> entente.v1.GetBundleResponse
+	73,  // 132: entente.v1.Admin.ListAuthorities:output_type -> entente.v1.ListAuthoritiesResponse
+	77,  // 133: entente.v1.Admin.PrepareAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	77,  // 134: entente.v1.Admin.ActivateAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	77,  // 135: entente.v1.Admin.TaintAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	77,  // 136: entente.v1.Admin.RevokeAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	79,  // 137: entente.v1.Admin.RemoveNode:output_type -> entente.v1.RemoveNodeResponse
+	81,  // 138: entente.v1.Admin.ListAgents:output_type -> entente.v1.ListAgentsResponse
+	84,  // 139: entente.v1.Admin.GetAgent:output_type -> entente.v1.GetAgentResponse
+	86,  // 140: entente.v1.Admin.BanAgent:output_type -> entente.v1.ChangeAgentResponse
+	86,  // 141: entente.v1.Admin.EvictAgent:output_type -> entente.v1.ChangeAgentResponse
+	88,  // 142: entente.v1.Admin.IsolateAgent:output_type -> entente.v1.IsolateAgentResponse
+	91,  // 143: entente.v1.Admin.ListTokens:output_type -> entente.v1.ListTokensResponse
+	93,  // 144: entente.v1.Admin.RevokeToken:output_type -> entente.v1.RevokeTokenResponse
+	95,  // 145: entente.v1.Admin.ChangeEntries:output_type -> entente.v1.ChangeEntriesResponse
+	98,  // 146: entente.v1.Admin.ListEntries:output_type -> entente.v1.ListEntriesResponse
+	100, // 147: entente.v1.Admin.GetEntry:output_type -> entente.v1.GetEntryResponse
+	101, // 148: entente.v1.Admin.CountEntries:output_type -> entente.v1.CountEntriesResponse
+	36,  // 149: entente.v1.Admin.SaveSnapshot:output_type -> entente.v1.SaveSnapshotResponse
+	38,  // 150: entente.v1.Admin.ListNodes:output_type -> entente.v1.ListNodesResponse
+	41,  // 151: entente.v1.Admin.PromoteNode:output_type -> entente.v1.PromoteNodeResponse
+	56,  // 152: entente.v1.Admin.WhoAmI:output_type -> entente.v1.WhoAmIResponse
+	60,  // 153: entente.v1.Peer.Propose:output_type -> entente.v1.ProposeResponse
+	63,  // 154: entente.v1.Peer.Report:output_type -> entente.v1.ReportResponse
+	71,  // 155: entente.v1.Peer.Presence:output_type -> entente.v1.PresenceResponse
+	65,  // 156: entente.v1.Peer.Gate:output_type -> entente.v1.GateResponse
+	43,  // 157: entente.v1.Peer.Vouch:output_type -> entente.v1.VouchResponse
+	45,  // 158: entente.v1.Peer.Checksum:output_type -> entente.v1.ChecksumResponse
+	38,  // 159: entente.v1.Peer.Nodes:output_type -> entente.v1.ListNodesResponse
+	68,  // 160: entente.v1.Peer.MarkReady:output_type -> entente.v1.MarkReadyResponse
+	47,  // 161: entente.v1.Peer.ShowEpoch:output_type -> entente.v1.ShowEpochResponse
+	122, // [122:162] is the sub-list for method output_type
+	82,  // [82:122] is the sub-list for method input_type
+	82,  // [82:82] is the sub-list for extension type_name
+	82,  // [82:82] is the sub-list for extension extendee
+	0,   // [0:82] is the sub-list for field type_name
 }
 
 func init() { file_entente_v1_entente_proto_init() }
@@ -7017,7 +7104,7 @@ func file_entente_v1_entente_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_entente_v1_entente_proto_rawDesc), len(file_entente_v1_entente_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   100,
+			NumMessages:   101,
 			NumExtensions: 0,
 			NumServices:   6,
 		},

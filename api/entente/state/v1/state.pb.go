@@ -859,6 +859,7 @@ type Authority struct {
 	Since            int64                  `protobuf:"varint,90,opt,name=since,proto3" json:"since,omitempty"`                                                 // Unix seconds of state time at which it entered its phase; 0: counted from the next Tick
 	Upstream         []byte                 `protobuf:"bytes,85,opt,name=upstream,proto3" json:"upstream,omitempty"`                                            // X509 only: the root that signed certificate, DER; in the bundle in its place
 	UpstreamNotAfter int64                  `protobuf:"varint,86,opt,name=upstream_not_after,json=upstreamNotAfter,proto3" json:"upstream_not_after,omitempty"` // Unix seconds: its end
+	Proof            []byte                 `protobuf:"bytes,210,opt,name=proof,proto3" json:"proof,omitempty"`                                                 // JWT and WIT only: the key's own signature over KeyProof of package ca; r and s, or RSASSA-PKCS1-v1_5. Feature level 5
 	unknownFields    protoimpl.UnknownFields
 	sizeCache        protoimpl.SizeCache
 }
@@ -1010,6 +1011,13 @@ func (x *Authority) GetUpstreamNotAfter() int64 {
 		return x.UpstreamNotAfter
 	}
 	return 0
+}
+
+func (x *Authority) GetProof() []byte {
+	if x != nil {
+		return x.Proof
+	}
+	return nil
 }
 
 // Token admits one key, once, as what it grants (I9).
@@ -2762,6 +2770,7 @@ type ForeignBundle struct {
 	Jwks          []byte                 `protobuf:"bytes,2,opt,name=jwks,proto3" json:"jwks,omitempty"` // as fetched, re-written by our strict writer
 	Sequence      uint64                 `protobuf:"varint,3,opt,name=sequence,proto3" json:"sequence,omitempty"`
 	Revision      uint64                 `protobuf:"varint,4,opt,name=revision,proto3" json:"revision,omitempty"`
+	AsFetched     bool                   `protobuf:"varint,210,opt,name=as_fetched,json=asFetched,proto3" json:"as_fetched,omitempty"` // jwks has all keys that were fetched; false: stored below feature level 5, without those that were another domain's
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2822,6 +2831,13 @@ func (x *ForeignBundle) GetRevision() uint64 {
 		return x.Revision
 	}
 	return 0
+}
+
+func (x *ForeignBundle) GetAsFetched() bool {
+	if x != nil {
+		return x.AsFetched
+	}
+	return false
 }
 
 // Command is one proposal. Apply is one switch over body; an unknown body stops
@@ -5176,7 +5192,7 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"apiAddress\x12\x14\n" +
 	"\x05voter\x18\x06 \x01(\bR\x05voter\x12\x18\n" +
 	"\asigning\x18\a \x01(\bR\asigning\x12#\n" +
-	"\rfeature_level\x18F \x01(\rR\ffeatureLevel\"\xb5\x04\n" +
+	"\rfeature_level\x18F \x01(\rR\ffeatureLevel\"\xcc\x04\n" +
 	"\tAuthority\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1b\n" +
 	"\tmember_id\x18\x02 \x01(\tR\bmemberId\x12*\n" +
@@ -5197,7 +5213,8 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\x0fassumed_drained\x18\x16 \x03(\tR\x0eassumedDrained\x12\x14\n" +
 	"\x05since\x18Z \x01(\x03R\x05since\x12\x1a\n" +
 	"\bupstream\x18U \x01(\fR\bupstream\x12,\n" +
-	"\x12upstream_not_after\x18V \x01(\x03R\x10upstreamNotAfter\"\xde\x01\n" +
+	"\x12upstream_not_after\x18V \x01(\x03R\x10upstreamNotAfter\x12\x15\n" +
+	"\x05proof\x18\xd2\x01 \x01(\fR\x05proof\"\xde\x01\n" +
 	"\x05Token\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1d\n" +
 	"\n" +
@@ -5353,12 +5370,14 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12/\n" +
 	"\x04role\x18\x02 \x01(\x0e2\x1b.entente.state.v1.AdminRoleR\x04role\x12\x1a\n" +
 	"\bsubjects\x18\x03 \x03(\tR\bsubjects\x12\x1a\n" +
-	"\bprefixes\x18\x04 \x03(\tR\bprefixes\"~\n" +
+	"\bprefixes\x18\x04 \x03(\tR\bprefixes\"\x9e\x01\n" +
 	"\rForeignBundle\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x12\n" +
 	"\x04jwks\x18\x02 \x01(\fR\x04jwks\x12\x1a\n" +
 	"\bsequence\x18\x03 \x01(\x04R\bsequence\x12\x1a\n" +
-	"\brevision\x18\x04 \x01(\x04R\brevision\"\xd6\x0e\n" +
+	"\brevision\x18\x04 \x01(\x04R\brevision\x12\x1e\n" +
+	"\n" +
+	"as_fetched\x18\xd2\x01 \x01(\bR\tasFetched\"\xd6\x0e\n" +
 	"\aCommand\x12\x1f\n" +
 	"\vif_revision\x18\x01 \x01(\x04R\n" +
 	"ifRevision\x12\x1c\n" +
