@@ -97,9 +97,12 @@ func New(cfg *Config, opts Options) (*Agent, error) {
 	if err := os.MkdirAll(cfg.DataDir, 0o700); err != nil {
 		return nil, fmt.Errorf("cannot make the data directory: %w", err)
 	}
-	a := &Agent{cfg: cfg, log: opts.Log, gatherer: opts.Gatherer, now: time.Now, id: id, attestor: workloadattest.New(), jwts: newJWTs(), instances: map[string]*services.Instance{}, prober: services.NewProber()}
+	a := &Agent{cfg: cfg, log: opts.Log, gatherer: opts.Gatherer, now: time.Now, id: id, attestor: workloadattest.New(cfg.WorkloadAttestation.options()...), jwts: newJWTs(), instances: map[string]*services.Instance{}, prober: services.NewProber()}
 	if a.log == nil {
 		a.log = slog.New(slog.DiscardHandler)
+	}
+	if gap := a.attestor.Gap(); gap != "" {
+		a.log.Warn("workload attestation is limited by the kernel", "what", gap)
 	}
 	if a.known, err = load(cfg.DataDir); err != nil {
 		return nil, err
@@ -531,6 +534,9 @@ func (a *Agent) entitled(process *workloadattest.Process, entryID string) error 
 	}
 	return nil
 }
+
+// AttestationGap says what the host's kernel leaves uncertain about workloads; empty: nothing.
+func (a *Agent) AttestationGap() string { return a.attestor.Gap() }
 
 // AttestUnix attests the process that connected a unix socket. The caller closes
 // what it returns.

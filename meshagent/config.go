@@ -21,6 +21,7 @@ import (
 	"github.com/entente-mesh/entente/internal/secret"
 	"github.com/entente-mesh/entente/internal/yamlfile"
 	"github.com/entente-mesh/entente/meshagent/services"
+	"github.com/entente-mesh/entente/meshagent/workloadattest"
 )
 
 // Config is the agent's file.
@@ -46,9 +47,11 @@ type Config struct {
 	CA          CAConfig          `yaml:"ca"`
 	Attest      AttestConfig      `yaml:"attest"`
 	WorkloadAPI WorkloadAPIConfig `yaml:"workloadAPI"`
-	SDS         SDSConfig         `yaml:"sds"`
-	Sidecar     SidecarConfig     `yaml:"sidecar"`
-	Health      HealthConfig      `yaml:"health"`
+	// WorkloadAttestation says what counts of a process that asks for an identity.
+	WorkloadAttestation WorkloadAttestationConfig `yaml:"workloadAttestation"`
+	SDS                 SDSConfig                 `yaml:"sds"`
+	Sidecar             SidecarConfig             `yaml:"sidecar"`
+	Health              HealthConfig              `yaml:"health"`
 	// Services say where services of this host listen and how they are checked, where
 	// that differs from the catalogue.
 	Services []services.Registration `yaml:"services"`
@@ -107,6 +110,21 @@ type WorkloadAPIConfig struct {
 	// Leeway is how much later than its exp, or earlier than its nbf, a JWT-SVID is
 	// still found valid, at most 2m. Default 10s.
 	Leeway time.Duration `yaml:"leeway,min=0s,max=2m"`
+}
+
+// WorkloadAttestationConfig says what counts of a process that asks for an identity.
+type WorkloadAttestationConfig struct {
+	// Strict lets only unix:uid and unix:user count at unix sockets on Linux before 6.5, whose
+	// kernel does not say which process connected. Default false: a process that connects and
+	// ends can be taken for another one of its user. From Linux 6.5 on it changes nothing.
+	Strict bool `yaml:"strict"`
+}
+
+func (c WorkloadAttestationConfig) options() []workloadattest.Option {
+	if c.Strict {
+		return []workloadattest.Option{workloadattest.Strict}
+	}
+	return nil
 }
 
 // SDSConfig is about Envoy's secret discovery on the Workload API's socket. The settings

@@ -28,9 +28,9 @@ func agentCommand() *cobra.Command {
 	return group(&cobra.Command{
 		Use:     "agent",
 		Short:   "The mesh agent of a host: identities and sidecars for its workloads",
-		Long:    "run, explain-pid and healthcheck are for the host itself; list, show, ban, isolate and evict ask a CA node for the agents of its domain.",
+		Long:    "run, status, explain-pid and healthcheck are for the host itself; list, show, ban, isolate and evict ask a CA node for the agents of its domain.",
 		Example: "  entente agent run --config agent.yaml\n  entente agent list",
-	}, holdsKeys(agentRunCommand()), agentExplainPIDCommand(), agentHealthcheckCommand(),
+	}, holdsKeys(agentRunCommand()), agentStatusCommand(), agentExplainPIDCommand(), agentHealthcheckCommand(),
 		agentListCommand(), agentShowCommand(), agentBanCommand(), agentIsolateCommand(), agentEvictCommand())
 }
 

@@ -14,6 +14,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/meshagent/admin"
 )
 
@@ -80,6 +81,63 @@ gives it, and why it does not get the others.`,
 	}
 	flags.register(c)
 	return c
+}
+
+func agentStatusCommand() *cobra.Command {
+	var flags agentFlags
+	c := &cobra.Command{
+		Use:     "status",
+		Short:   "Show the state of this host's agent",
+		Example: "  entente agent status\n  entente agent status --json",
+		Args:    noArguments,
+		RunE: func(c *cobra.Command, _ []string) error {
+			ctx, cancel := context.WithTimeout(c.Context(), time.Minute)
+			defer cancel()
+			is, err := admin.NewClient(flags.socket).Status(ctx)
+			if err != nil {
+				return agentError(err)
+			}
+			if flags.json {
+				return printValue(c.OutOrStdout(), is)
+			}
+			return printAgentStatus(c.OutOrStdout(), is)
+		},
+	}
+	flags.register(c)
+	return c
+}
+
+func printAgentStatus(w io.Writer, is *admin.Status) error {
+	table := tabwriter.NewWriter(w, 0, 4, 2, ' ', 0)
+	ready := "yes"
+	if !is.Ready {
+		ready = "no: " + is.Why
+	}
+	fmt.Fprintf(table, "AGENT\t%s of %s in %s\nREADY\t%s\nREVISION\t%s\nWORKLOAD API\t%s\n", is.Agent, is.TrustDomain, is.Datacenter, ready, ca.Revision(is.Revision), is.WorkloadAPI)
+	if is.Inbound != "" {
+		fmt.Fprintf(table, "INBOUND\t%s\n", is.Inbound)
+	}
+	fmt.Fprintln(table, "\nENTRY\tSPIFFE ID\tEXPIRES IN\tHEALTHY")
+	for _, identity := range is.Identities {
+		expires, healthy := "-", "-"
+		if identity.ValidUntil != nil {
+			expires = time.Until(*identity.ValidUntil).Round(time.Second).String()
+		}
+		if identity.Healthy != nil {
+			healthy = map[bool]string{true: "yes", false: "no"}[*identity.Healthy]
+		}
+		fmt.Fprintf(table, "%s\t%s\t%s\t%s\n", identity.Entry, identity.SPIFFEID, expires, healthy)
+	}
+	if err := table.Flush(); err != nil {
+		return err
+	}
+	if is.AttestationGap != "" {
+		fmt.Fprintf(w, "warning: %s\n", is.AttestationGap)
+	}
+	for _, b := range is.Broken {
+		fmt.Fprintf(w, "warning: %s: %s\n", b.File, b.Why)
+	}
+	return nil
 }
 
 func printExplanation(w io.Writer, e *admin.Explanation) error {

@@ -294,6 +294,10 @@ func TestServiceVerbs(t *testing.T) {
 	with := func(args ...string) []string { return append(append([]string{"service"}, args...), "--socket", socket) }
 	expectEntente(t, exitOK, []string{"web", "healthy", "tcp", "catalogue", fmt.Sprint(at.port)}, list...)
 
+	expectEntente(t, exitOK, []string{"h1 of banking.example", "READY", "yes", "service/web", "spiffe://banking.example/web"}, "agent", "status", "--socket", socket)
+	expectEntente(t, exitOK, []string{`"agent": "h1"`}, "agent", "status", "--socket", socket, "--json")
+	expectEntente(t, exitUnreachable, []string{"no agent answers"}, "agent", "status", "--socket", socket+".not")
+
 	register := with("register", "web", "--port", fmt.Sprint(elsewhere.port), "--http", "/healthz", "--interval", "200ms")
 	expectEntente(t, exitOK, []string{"command", "http /healthz", fmt.Sprint(elsewhere.port)}, register...)
 	expectEntente(t, exitOK, []string{"healthy", fmt.Sprint(elsewhere.port)}, list...)

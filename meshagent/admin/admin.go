@@ -39,6 +39,8 @@ type Status struct {
 	PortOffset  int        `json:"port_offset,omitempty"` // added to the ports that the catalogue says
 	Inbound     string     `json:"inbound,omitempty"`
 	Identities  []Identity `json:"identities"`
+	// AttestationGap is what the kernel leaves uncertain about workloads.
+	AttestationGap string `json:"attestation_gap,omitempty"`
 	// Broken are files of registrations whose newest content is not used.
 	Broken []services.Broken `json:"broken,omitempty"`
 }
@@ -147,7 +149,7 @@ func (s *Server) status() *Status {
 	cfg, state := s.agent.Config(), s.agent.State()
 	st := &Status{
 		TrustDomain: cfg.TrustDomain, Agent: cfg.Name, Datacenter: cfg.Datacenter, Ready: true, Revision: state.View.Revision,
-		WorkloadAPI: cfg.WorkloadAPI.Socket, AppAddress: cfg.Sidecar.AppAddress, PortOffset: cfg.Sidecar.PortOffset, Inbound: cfg.Sidecar.Inbound, Identities: []Identity{}, Broken: s.agent.Broken(),
+		WorkloadAPI: cfg.WorkloadAPI.Socket, AppAddress: cfg.Sidecar.AppAddress, PortOffset: cfg.Sidecar.PortOffset, Inbound: cfg.Sidecar.Inbound, Identities: []Identity{}, AttestationGap: s.agent.AttestationGap(), Broken: s.agent.Broken(),
 	}
 	if err := s.agent.Ready(); err != nil {
 		st.Ready, st.Why = false, err.Error()

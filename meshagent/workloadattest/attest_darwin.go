@@ -13,10 +13,19 @@ var errDarwin = errors.New("on darwin only the user of a unix socket's peer can 
 
 // Attestor attests the users of unix sockets' peers. Its methods may be called
 // concurrently.
-type Attestor struct{}
+type Attestor struct{ strict bool }
 
 // New returns an attestor.
-func New() *Attestor { return &Attestor{} }
+func New(options ...Option) *Attestor {
+	a := &Attestor{}
+	for _, option := range options {
+		option(a)
+	}
+	return a
+}
+
+// Gap is empty: nothing but the user counts.
+func (a *Attestor) Gap() string { return "" }
 
 // Unix attests the user of the process that connected conn.
 func (a *Attestor) Unix(conn *net.UnixConn) (*Process, error) {

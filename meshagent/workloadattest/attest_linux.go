@@ -27,6 +27,10 @@ const (
 // Attestor attests processes of the network and pid namespace it runs in. Its
 // methods may be called concurrently.
 type Attestor struct {
+	strict bool
+	// peerPidfd asks a unix socket for the process that connected, ENOPROTOOPT before Linux 6.5.
+	peerPidfd func(fd int) (int, error)
+
 	hashing   sync.Mutex // one executable at a time is read: no workload can keep every core busy
 	searching sync.Mutex // so with the search of all processes' open files
 
@@ -45,8 +49,37 @@ type fileVersion struct {
 }
 
 // New returns an attestor.
-func New() *Attestor {
-	return &Attestor{digests: map[fileVersion]string{}, owners: map[netip.AddrPort]int{}, runs: map[string]*handle{}}
+func New(options ...Option) *Attestor {
+	a := &Attestor{peerPidfd: peerPidfd, digests: map[fileVersion]string{}, owners: map[netip.AddrPort]int{}, runs: map[string]*handle{}}
+	for _, option := range options {
+		option(a)
+	}
+	return a
+}
+
+func peerPidfd(fd int) (int, error) {
+	return unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_PEERPIDFD)
+}
+
+// Gap says what this kernel leaves uncertain about the peers of unix sockets; empty: nothing.
+func (a *Attestor) Gap() string {
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return ""
+	}
+	defer unix.Close(pair[0])
+	defer unix.Close(pair[1])
+	pidfd, err := a.peerPidfd(pair[0])
+	closeFD(max(pidfd, -1))
+	switch {
+	case !errors.Is(err, unix.ENOPROTOOPT):
+		return ""
+	case a.strict:
+		return "this kernel does not say which process connected to a unix socket (Linux 6.5 does): strict, so that only unix:uid and unix:user count there"
+	default:
+		return "this kernel does not say which process connected to a unix socket (Linux 6.5 does): a process that connects and ends can be taken for another one of the same user that is given its number; " +
+			"workloadAttestation: {strict: true} lets only unix:uid and unix:user count there"
+	}
 }
 
 // Unix attests the process that connected conn, which the kernel remembers.
@@ -63,7 +96,7 @@ func (a *Attestor) Unix(conn *net.UnixConn) (*Process, error) {
 			return
 		}
 		// Since Linux 6.5 the kernel hands out the very process that connected.
-		pidfd, credErr = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_PEERPIDFD)
+		pidfd, credErr = a.peerPidfd(int(fd))
 		if errors.Is(credErr, unix.ENOPROTOOPT) {
 			pidfd, credErr = -1, nil
 		}
@@ -75,12 +108,24 @@ func (a *Attestor) Unix(conn *net.UnixConn) (*Process, error) {
 		closeFD(pidfd)
 		return nil, errors.New("the socket's peer is in another pid namespace, which this agent cannot see into")
 	}
+	certain := pidfd >= 0
 	h, err := hold(int(cred.Pid), pidfd)
 	if err != nil {
 		return nil, err
 	}
 	h.gid = cred.Gid
-	return &Process{UID: cred.Uid, attestor: a, handle: h}, nil
+	p := &Process{UID: cred.Uid, attestor: a, handle: h}
+	if certain {
+		return p, nil
+	}
+	if err := h.runsAs(cred.Uid); err != nil {
+		h.close()
+		return nil, err
+	}
+	if a.strict {
+		p.unsure = errStrict
+	}
+	return p, nil
 }
 
 // TCP attests the owner of the far end of a loopback connection that was
@@ -348,6 +393,22 @@ func (h *handle) started() (uint64, error) {
 	return parseStartTime(data)
 }
 
+// runsAs returns nil if the process is of that user.
+func (h *handle) runsAs(uid uint32) error {
+	text, err := h.read("status")
+	if err != nil {
+		return err
+	}
+	is, err := parseStatus(text)
+	if err != nil {
+		return err
+	}
+	if is.uid != uid {
+		return fmt.Errorf("uid %d connected, and process %d runs as uid %d: the one that connected has ended, or has changed its user", uid, h.pid, is.uid)
+	}
+	return h.alive()
+}
+
 // owns returns nil if the process is of the socket's user and has it open.
 func (h *handle) owns(s socket) error {
 	text, err := h.read("status")
@@ -562,6 +623,9 @@ func (h *handle) place() (place, error) {
 // Register makes an attested process and all that it starts satisfy run:id:ID, until
 // release is called. The process must not be closed before.
 func (a *Attestor) Register(id string, p *Process) (release func(), err error) {
+	if p.unsure != nil {
+		return nil, p.unsure
+	}
 	h, err := p.held()
 	if err != nil {
 		return nil, err

@@ -8,6 +8,11 @@
 // /proc/*/fd the process). On darwin only the user of a unix socket's peer is
 // known, and TCP is refused.
 //
+// Before Linux 6.5 there is no SO_PEERPIDFD: the kernel names the user who connected to a
+// unix socket, and the number that his process had. If that process has ended, and the
+// number was given to another one of the same user before it was looked at, the other one
+// is attested. A strict Attestor lets only the user count there.
+//
 // Processes of one user are one security domain: they can trace each other and
 // hand each other their sockets. A path or digest tells services of one user
 // apart; it does not protect them from one another.
@@ -33,6 +38,7 @@ type Process struct {
 
 	attestor *Attestor
 	find     func() (*handle, error) // of a TCP socket's owner; nil: held from the begin
+	unsure   error                   // why nothing but the user counts; nil: everything does
 
 	mu     sync.Mutex
 	using  sync.RWMutex // held by whoever looks, and for writing by Close
@@ -128,6 +134,16 @@ type executable struct {
 	dev, ino uint64
 }
 
+// errStrict is why only the user of a unix socket's peer counts.
+var errStrict = errors.New("before Linux 6.5 it is not certain which process connected, and workloadAttestation.strict lets only unix:uid and unix:user count there")
+
+// Option says how an Attestor attests.
+type Option func(*Attestor)
+
+// Strict lets nothing but the user of a unix socket's peer count where the kernel does not
+// name the very process that connected (Linux before 6.5).
+func Strict(a *Attestor) { a.strict = true }
+
 // Glance begins one.
 func (p *Process) Glance() *Glance { return &Glance{process: p} }
 
@@ -188,6 +204,9 @@ func (g *Glance) satisfies(s ca.Selector) error {
 		return same(strconv.FormatUint(uint64(p.UID), 10), wanted.Uid)
 	}
 
+	if p.unsure != nil {
+		return p.unsure
+	}
 	h, err := p.held()
 	if err != nil {
 		return fmt.Errorf("the process cannot be looked at: %w", err)

@@ -1,0 +1,23 @@
+package main
+
+import (
+	"strings"
+	"testing"
+
+	"github.com/entente-mesh/entente/meshagent/admin"
+	"github.com/entente-mesh/entente/meshagent/services"
+)
+
+// What the kernel leaves uncertain, and broken registrations, are shown; without them there is no warning.
+func TestAgentStatusWarns(t *testing.T) {
+	is := &admin.Status{Agent: "h1", TrustDomain: "banking.example", Datacenter: "dc1", Ready: true}
+	var out strings.Builder
+	if err := printAgentStatus(&out, is); err != nil || strings.Contains(out.String(), "warning") || !strings.Contains(out.String(), "h1 of banking.example in dc1") {
+		t.Errorf("%v\n%s", err, out.String())
+	}
+	is.AttestationGap, is.Broken = "this kernel is old", []services.Broken{{File: "x.yaml", Why: "no such key"}}
+	out.Reset()
+	if err := printAgentStatus(&out, is); err != nil || !strings.Contains(out.String(), "warning: this kernel is old\n") || !strings.Contains(out.String(), "warning: x.yaml: no such key\n") {
+		t.Errorf("%v\n%s", err, out.String())
+	}
+}
