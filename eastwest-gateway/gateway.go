@@ -214,20 +214,31 @@ func (g *Gateway) sync(ctx context.Context, as spiffeid.ID) error {
 	if err != nil {
 		return err
 	}
+	return ca.Sync(ctx, g.follow())
+}
+
+// follow makes the engine's view of what the CA says. Distrust is in force before anything
+// is compiled, and an object that cannot be used costs only itself.
+func (g *Gateway) follow() func(*client.View) error {
 	var (
 		tables  *catalog.Tables
 		changed uint64 // when what they were compiled of last changed
+		said    string // of what is left out
 	)
-	return ca.Sync(ctx, func(v *client.View) error {
-		if tables == nil || v.Changed != changed {
-			compiled, err := catalog.Compile(g.td, v.Objects, catalog.AllowLoopback(v.Cluster.GetDev()))
-			if err != nil {
-				return fmt.Errorf("compiling the catalogue of revision %d: %w", v.Revision, err)
-			}
-			tables, changed = compiled, v.Changed
-		}
+	return func(v *client.View) error {
 		distrusted := v.Distrust.Check
 		g.identities.distrust.Store(&distrusted) // SetView looks at every connection again
+		if tables == nil || v.Changed != changed {
+			var err error
+			tables, err = catalog.Usable(g.td, v.Objects, catalog.AllowLoopback(v.Cluster.GetDev()))
+			changed = v.Changed
+			if err == nil {
+				said = ""
+			} else if text := err.Error(); text != said {
+				said = text
+				g.log.Error("objects of the catalogue cannot be used and are left out; upgrade this gateway if it is older than the CA", "revision", v.Revision, "error", text)
+			}
+		}
 		endpoints := make([]catalog.Endpoint, len(v.Instances))
 		for i, instance := range v.Instances {
 			endpoints[i] = catalog.Endpoint(instance)
@@ -239,5 +250,5 @@ func (g *Gateway) sync(ctx context.Context, as spiffeid.ID) error {
 			close(g.known)
 		}
 		return nil
-	})
+	}
 }

@@ -350,24 +350,25 @@ func (a *Agent) apply(view *client.View) error {
 		next, complaints, refused = s.withView(view, a.cfg.Domain(), a.cfg.Name)
 		return next
 	})
-	if refused != nil {
-		return refused
-	}
 	if all := errors.Join(complaints...); all == nil {
 		a.complaint = ""
 	} else if text := all.Error(); text != a.complaint {
 		a.complaint = text
 		a.log.Error("the CA sent what this agent does not take", "revision", view.Revision, "error", all)
 	}
-	a.deliveries.applied(a.State(), view.Revision)
+	if refused == nil {
+		a.deliveries.applied(a.State(), view.Revision)
+	}
 	a.keep(func(k *known) {
-		k.Bundle = view.Bundles[a.cfg.Domain().Name()]
+		if refused == nil {
+			k.Bundle = view.Bundles[a.cfg.Domain().Name()]
+		}
 		if view.Cluster != nil {
 			k.cluster = view.Cluster
 		}
 		k.members = view.Members
 	})
-	return nil
+	return refused
 }
 
 // keep changes what stands on the disk, when it changes. A full disk stops

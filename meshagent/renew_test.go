@@ -18,6 +18,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/client"
 	"github.com/entente-mesh/entente/internal/peer/peertest"
 	"github.com/entente-mesh/entente/meshagent/services"
@@ -521,8 +522,24 @@ func TestView(t *testing.T) {
 		t.Errorf("an unreadable foreign bundle: %v %v %v", got, complaints, err)
 	}
 	bad.Bundles["banking.example"] = []byte("{")
-	if got, _, err := s.withView(bad, bank, "h1"); err == nil {
-		t.Errorf("an unreadable own bundle: %v", got)
+	// An unreadable own bundle keeps nothing else out, least of all what restricts; and it is
+	// not forgotten while other things change.
+	bad.Distrust = ca.NewDistrusted(bank, []*statev1.Distrust{{Id: "agent/h9", Agent: "h9", AgentGeneration: 1}})
+	bad.Entries = nil
+	got, _, err = s.withView(bad, bank, "h1")
+	if err == nil || got == nil || got.Bundle != s.Bundle || got.View.Distrust == nil || len(got.Identities) != 0 {
+		t.Fatalf("an unreadable own bundle: %v %v", got, err)
+	}
+	later := *bad
+	later.Instances = []client.Instance{{Service: "a"}}
+	if again, _, err := got.withView(&later, bank, "h1"); err == nil || again == nil {
+		t.Error("an unreadable own bundle is forgotten")
+	}
+	if mended, _, err := got.withView(view(4, entry("service/a", "/a", 1)), bank, "h1"); err != nil || mended.unread != nil || len(mended.Identities) != 1 {
+		t.Errorf("control: a readable one: %v", err)
+	}
+	if got, _, err := start.withView(bad, bank, "h1"); err == nil || got != nil {
+		t.Errorf("ready without a bundle: %v", got)
 	}
 
 	// Other instances are not another identity.

@@ -42,6 +42,8 @@ type State struct {
 
 	registered *services.Snapshot // what Services were made with
 
+	unread error // why the own bundle of View is not Bundle; nil: it is
+
 	own      *x509svid.SVID // the agent's; nil before attestation
 	underIDs []string       // of all SVIDs here: key ids of their authorities, sorted
 	content  uint64         // counts the states that differ in identities, SVIDs or bundles
@@ -115,14 +117,15 @@ func (s *State) Entries() []*statev1.Entry {
 	return entries
 }
 
-// withView makes the state that follows from a newer picture of the CA. A picture
-// whose bundle of the own domain cannot be read is refused as a whole; an entry
+// withView makes the state that follows from a newer picture of the CA. Where the bundle of
+// the own domain cannot be read, the one before stays, everything else is taken, above all
+// what restricts, and the error says so: the picture is not to be acknowledged. An entry
 // that is not for this host, or a foreign bundle that cannot be read, is left out
 // (of a bundle the one before stays), and a complaint says so. Nil: the picture is
 // the same but for its revision.
 func (s *State) withView(view *client.View, domain spiffeid.TrustDomain, agent string) (_ *State, complaints []error, _ error) {
-	known := s.Ready && view.Changed == s.View.Changed && view.Urgent == s.View.Urgent
-	if known && slices.Equal(view.Instances, s.View.Instances) {
+	known := s.Ready && s.unread == nil && view.Changed == s.View.Changed && view.Urgent == s.View.Urgent
+	if known && slices.Equal(view.Instances, s.View.Instances) && slices.Equal(view.Skipped, s.View.Skipped) {
 		return nil, nil, nil
 	}
 	next := *s
@@ -131,14 +134,10 @@ func (s *State) withView(view *client.View, domain spiffeid.TrustDomain, agent s
 		return &next, nil, nil
 	}
 	next.reissued = nil
-	if bundlesDiffer(s.View.Bundles, view.Bundles) || s.Bundle == nil {
-		own, err := parseBundle(domain, view.Bundles[domain.Name()])
-		if err != nil {
-			return nil, nil, err
-		}
-		next.Bundle = own.X509Bundle()
-		if next.JWT, next.WIT, err = tokenBundles(own); err != nil {
-			return nil, nil, err
+	next.unread = nil
+	if bundlesDiffer(s.View.Bundles, view.Bundles) || s.Bundle == nil || s.unread != nil {
+		if next.unread = next.takeOwn(domain, view.Bundles[domain.Name()]); next.unread != nil && !s.Ready {
+			return nil, nil, next.unread
 		}
 		next.Foreign = map[spiffeid.TrustDomain]*x509bundle.Bundle{}
 		next.foreignJWT = map[spiffeid.TrustDomain]*TokenBundle{}
@@ -168,7 +167,20 @@ func (s *State) withView(view *client.View, domain spiffeid.TrustDomain, agent s
 		}
 		next.Identities = append(next.Identities, identity)
 	}
-	return &next, complaints, nil
+	return &next, complaints, next.unread
+}
+
+// takeOwn takes in the own domain's bundle, as a whole or not at all.
+func (s *State) takeOwn(domain spiffeid.TrustDomain, jwks []byte) error {
+	own, err := parseBundle(domain, jwks)
+	if err != nil {
+		return err
+	}
+	jwt, wit, err := tokenBundles(own)
+	if err == nil {
+		s.Bundle, s.JWT, s.WIT = own.X509Bundle(), jwt, wit
+	}
+	return err
 }
 
 // identify makes an identity of an entry, with what is held for the one before (nil: there

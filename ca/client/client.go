@@ -75,6 +75,7 @@ type Client struct {
 	log   *slog.Logger
 	store *Store
 
+	whole    bool          // the first session asks for the full state, whatever Recall took up
 	acked    atomic.Uint64 // newest revision that is acknowledged
 	newAck   chan struct{} // holds one token when acked has grown
 	newSVID  chan struct{} // holds one token when the client's own SVID may be a newer one

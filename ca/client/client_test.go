@@ -55,6 +55,7 @@ type node struct {
 	hellos   []*ententev1.Hello
 	reports  []*ententev1.InstanceReport
 	acks     []uint64
+	skipped  []string // as the last Ack said
 	batches  []int
 	shown    []string    // client certificates' serials
 	ended    []time.Time // of Sync streams
@@ -156,6 +157,7 @@ func (n *node) Sync(stream grpc.BidiStreamingServer[ententev1.SyncRequest, enten
 				n.reports = append(n.reports, m.Report)
 			case *ententev1.SyncRequest_Ack:
 				n.acks = append(n.acks, m.Ack.GetRevision())
+				n.skipped = m.Ack.GetSkipped()
 			}
 			begin := n.begin
 			n.mu.Unlock()
@@ -251,6 +253,11 @@ func run(t *testing.T, cfg Config) *running {
 	if err != nil {
 		t.Fatal(err)
 	}
+	return runClient(t, c)
+}
+
+func runClient(t *testing.T, c *Client) *running {
+	t.Helper()
 	r := &running{Client: c}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error)

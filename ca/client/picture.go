@@ -9,6 +9,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
+	"github.com/entente-mesh/entente/ca"
 )
 
 // Picture is what View shows, in a form to be kept and given to Recall by a later
@@ -32,6 +33,9 @@ func (c *Client) Recall(data []byte) error {
 	if p := picture.GetPolicy(); !p.GetFull() || !p.GetLast() {
 		return errors.New("the picture of the CA that was kept is not whole")
 	}
+	// What another release kept lacks what it did not know: it serves until the first session
+	// has sent the full state.
+	c.whole = picture.GetLevel() != ca.SyncLevel
 	c.store.attach()
 	if err := c.store.policy(picture.GetPolicy()); err != nil {
 		return fmt.Errorf("the picture of the CA that was kept: %w", err)
@@ -65,5 +69,5 @@ func (s *Store) picture() *ententev1.Picture {
 	for _, i := range view.Instances {
 		presence.Instances = append(presence.Instances, i.toWire())
 	}
-	return &ententev1.Picture{Policy: policy, Presence: presence}
+	return &ententev1.Picture{Policy: policy, Presence: presence, Level: ca.SyncLevel}
 }

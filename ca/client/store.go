@@ -45,6 +45,8 @@ type Store struct {
 	update    *update // chunks since the last applied one; nil: none
 	distrust  map[string]*statev1.Distrust
 	sequences map[string]uint64  // of view.Bundles, where known: they do not go back
+	unusable  map[string]string  // distrust items that this release does not understand, by id
+	told      []string           // what restricts and this process cannot enforce, as the CA says
 	places    map[place]Instance // what view.Instances is made of
 	arriving  map[place]Instance // presence of this session until it is complete; nil: it is
 }
@@ -66,6 +68,9 @@ type update struct {
 	tainted    []string
 	newTainted bool
 	within     time.Duration
+	unusable   map[string]string // empty: not any more
+	told       []string
+	newTold    bool
 }
 
 func newStore(td spiffeid.TrustDomain, cluster *statev1.Cluster, members []*statev1.Member) *Store {
@@ -77,6 +82,7 @@ func newStore(td spiffeid.TrustDomain, cluster *statev1.Cluster, members []*stat
 		places:  map[place]Instance{},
 
 		distrust:  map[string]*statev1.Distrust{},
+		unusable:  map[string]string{},
 		sequences: map[string]uint64{},
 	}
 }
@@ -116,6 +122,7 @@ func (s *Store) policy(chunk *ententev1.Policy) error {
 			bundles: map[string]*ententev1.Bundle{},
 
 			distrust: map[string]*statev1.Distrust{},
+			unusable: map[string]string{},
 		}
 	}
 	if err := s.update.add(chunk); err != nil {
@@ -141,6 +148,9 @@ func (u *update) add(chunk *ententev1.Policy) error {
 		u.entries[id] = nil
 	}
 	for _, o := range chunk.GetObjects() {
+		if o.GetKind() == nil { // of a later release
+			continue
+		}
 		u.objects[objectKey(o)] = o
 	}
 	for _, k := range chunk.GetDeletedObjects() {
@@ -156,10 +166,17 @@ func (u *update) add(chunk *ententev1.Policy) error {
 		u.bundles[td] = nil
 	}
 	for _, d := range chunk.GetDistrust() {
-		u.distrust[d.GetId()] = d
+		if why := cannotUse(d); why != "" {
+			u.unusable[d.GetId()] = why
+			continue
+		}
+		u.distrust[d.GetId()], u.unusable[d.GetId()] = d, ""
 	}
 	for _, id := range chunk.GetDeletedDistrust() {
-		u.distrust[id] = nil
+		u.distrust[id], u.unusable[id] = nil, ""
+	}
+	if chunk.GetTooOldChanged() {
+		u.told, u.newTold = chunk.GetTooOld(), true
 	}
 	if chunk.GetTaintedChanged() {
 		u.tainted, u.newTainted = chunk.GetTainted(), true
@@ -179,7 +196,7 @@ func (u *update) add(chunk *ententev1.Policy) error {
 
 // empty: it only moves the revision.
 func (u *update) empty() bool {
-	return !u.full && !u.newMembers && !u.newTainted && u.cluster == nil &&
+	return !u.full && !u.newMembers && !u.newTainted && !u.newTold && len(u.unusable) == 0 && u.cluster == nil &&
 		len(u.entries) == 0 && len(u.objects) == 0 && len(u.bundles) == 0 && len(u.distrust) == 0
 }
 
@@ -223,10 +240,19 @@ func (s *Store) apply(u *update, revision uint64) error {
 		Tainted:       old.Tainted,
 		ReissueWithin: old.ReissueWithin,
 		Urgent:        old.Urgent,
+
+		Skipped: old.Skipped,
 	}
 	if u.full {
 		clear(s.distrust)
+		clear(s.unusable)
 	}
+	maps.Copy(s.unusable, u.unusable)
+	maps.DeleteFunc(s.unusable, func(_, why string) bool { return why == "" })
+	if u.full || u.newTold {
+		s.told = u.told
+	}
+	view.TooOld = s.tooOld()
 	if u.full || len(u.distrust) > 0 {
 		s.distrustAlso(u.distrust)
 		view.Distrust = s.distrusted()
@@ -291,9 +317,14 @@ func (s *Store) urgent(message *ententev1.Urgent) {
 		return
 	}
 	for _, d := range message.GetDistrust() {
+		if why := cannotUse(d); why != "" {
+			s.unusable[d.GetId()] = why
+			continue
+		}
 		s.distrust[d.GetId()] = d
 	}
 	view := *s.view
+	view.TooOld = s.tooOld()
 	view.Urgent++
 	for _, b := range message.GetBundles() {
 		// Whom it concerns has one already: nothing is granted ahead of an agreement.
@@ -417,7 +448,7 @@ func objectKey(o *statev1.Object) string {
 		return "Agreement/" + kind.Agreement.GetName()
 	case *statev1.Object_Relationship:
 		return "Relationship/" + kind.Relationship.GetTrustDomain()
-	default: // of a later release: kept apart by what it is not
+	default:
 		return "/"
 	}
 }

@@ -101,7 +101,7 @@ func (c *Client) Sync(ctx context.Context, handle func(*View) error) error {
 	defer owned.Wait()
 	defer cancel()
 	owned.Go(func() { c.deliver(ctx, handle) })
-	return (&syncer{Client: c, owned: &owned, opened: make(chan opened)}).run(ctx)
+	return (&syncer{Client: c, owned: &owned, opened: make(chan opened), full: c.whole}).run(ctx)
 }
 
 // deliver hands pictures to the handler until ctx ends.
@@ -120,7 +120,7 @@ func (c *Client) deliver(ctx context.Context, handle func(*View) error) {
 		if err := handle(view); err != nil {
 			if text := err.Error(); text != failed { // once, not with every picture
 				failed = text
-				c.log.Error("cannot apply what the CA sent; the state before stays in use", "revision", view.Revision, "error", err)
+				c.log.Error("cannot apply all of what the CA sent; it is not acknowledged", "revision", view.Revision, "error", err)
 			}
 			continue
 		}
@@ -145,6 +145,8 @@ type syncer struct {
 	attempts int  // fruitless ones since the last useful session
 	full     bool // ask for the full state
 	said     bool // the log says that there is no session
+
+	tooOld []string // as the log said last
 }
 
 type opened struct {
@@ -374,22 +376,29 @@ func (s *syncer) sendAck(session *session) error {
 	s.mu.Lock()
 	waiting := s.waiting
 	s.mu.Unlock()
-	ack := &ententev1.Ack{Revision: s.acked.Load(), Authorities: under, AuthoritiesKnown: known, WaitingFor: waiting}
+	view := s.store.Snapshot()
+	ack := &ententev1.Ack{Skipped: view.Skipped, Revision: s.acked.Load(), Authorities: under, AuthoritiesKnown: known, WaitingFor: waiting}
 	session.said = under
 	return session.stream.Send(&ententev1.SyncRequest{Message: &ententev1.SyncRequest_Ack{Ack: ack}})
 }
 
 // take applies one message.
 func (s *syncer) take(message *ententev1.SyncResponse) (heartbeat bool, err error) {
+	if news := s.store.note(message); len(news) > 0 {
+		s.log.Info("the CA sent what this release does not know; it is skipped", "skipped", news)
+		signal(s.newAck)
+	}
 	switch m := message.GetMessage().(type) {
 	case *ententev1.SyncResponse_Policy:
 		err = s.store.policy(m.Policy)
+		s.warnTooOld()
 		if err == nil && m.Policy.GetLast() {
 			s.full = false
 			err = s.stillNode(s.now)
 		}
 	case *ententev1.SyncResponse_Urgent:
 		s.store.urgent(m.Urgent)
+		s.warnTooOld()
 	case *ententev1.SyncResponse_Presence:
 		s.store.presence(m.Presence)
 	case *ententev1.SyncResponse_Heartbeat:
@@ -399,6 +408,16 @@ func (s *syncer) take(message *ententev1.SyncResponse) (heartbeat bool, err erro
 		}
 	}
 	return heartbeat, err
+}
+
+// warnTooOld says, when it is news, what this process cannot enforce.
+func (s *syncer) warnTooOld() {
+	if list := s.store.Snapshot().TooOld; !slices.Equal(list, s.tooOld) {
+		s.tooOld = list
+		if len(list) > 0 {
+			s.log.Error("this process is too old to enforce what the CA demands: upgrade it", "not_enforced", list)
+		}
+	}
 }
 
 // settled is called with the first message of a session.

@@ -33,6 +33,9 @@ type View struct {
 	// Urgent counts what has come ahead of its revision: with another number Distrust,
 	// Tainted or Bundles may differ although Changed is the same.
 	Urgent uint64
+	// Skipped names what the CA sent and this release does not know, TooOld what of it
+	// restricts and so is not enforced here; at most 32 each.
+	Skipped, TooOld []string
 	// Instances are all known places that serve, by service and agent.
 	Instances []Instance
 }

@@ -112,7 +112,7 @@ func (s *Session) forLevel(st *domain.State, u *Update) {
 }
 
 // look notes what of a record restricts and the subscriber does not know.
-func (s *Session) look(key string, record proto.Message) (known proto.Message, less bool) {
+func (s *Session) look(key string, record proto.Message) (known proto.Message) {
 	known, left := s.feed.levels.without(s.who.Level, record)
 	delete(s.tooOld, key)
 	for _, name := range left {
@@ -120,14 +120,13 @@ func (s *Session) look(key string, record proto.Message) (known proto.Message, l
 			s.tooOld[key] = fmt.Sprintf("%s: %s (level %d)", key, name.Name(), row.level)
 		}
 	}
-	return known, len(left) > 0
+	return known
 }
 
 func (s *Session) objectsForLevel(u *Update) []*statev1.Object {
 	objects := make([]*statev1.Object, 0, len(u.Objects))
 	for _, o := range u.Objects {
-		known, _ := s.look("object "+domain.ObjectKey(o), o)
-		if known := known.(*statev1.Object); known.GetKind() != nil {
+		if known := s.look("object "+domain.ObjectKey(o), o).(*statev1.Object); known.GetKind() != nil {
 			objects = append(objects, known)
 			continue
 		}
@@ -145,10 +144,15 @@ func (s *Session) distrustForLevel(items []*statev1.Distrust) []*statev1.Distrus
 	if !s.older {
 		return items
 	}
-	return slices.DeleteFunc(slices.Clone(items), func(d *statev1.Distrust) bool {
-		_, less := s.look("distrust "+d.GetId(), d)
-		return less
-	})
+	told := make([]*statev1.Distrust, 0, len(items))
+	for _, d := range items {
+		key := "distrust " + d.GetId()
+		known := s.look(key, d)
+		if _, restricts := s.tooOld[key]; !restricts {
+			told = append(told, known.(*statev1.Distrust))
+		}
+	}
+	return told
 }
 
 // restrictions are what the subscriber cannot enforce, some of them if there are many.

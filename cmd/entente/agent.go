@@ -172,7 +172,7 @@ func follow(ctx context.Context, agent *meshagent.Agent, car *sidecar.Sidecar, l
 				world.Endpoints = append(world.Endpoints, catalog.Endpoint(instance))
 			}
 			if err := car.Update(world); err != nil {
-				log.Error("the CA's catalogue cannot be used; going on with the last good one", "error", err.Error())
+				log.Error("objects of the catalogue cannot be used and are left out; upgrade this agent if it is older than the CA", "error", err.Error())
 			}
 		}
 		select {

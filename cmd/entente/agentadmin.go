@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"strconv"
+	"strings"
 	"text/tabwriter"
 	"time"
 
@@ -133,6 +134,12 @@ func printAgentStatus(w io.Writer, is *admin.Status) error {
 	}
 	if is.AttestationGap != "" {
 		fmt.Fprintf(w, "warning: %s\n", is.AttestationGap)
+	}
+	if len(is.TooOld) > 0 {
+		fmt.Fprintf(w, "warning: this agent is too old to enforce %s: upgrade it\n", strings.Join(is.TooOld, ", "))
+	}
+	if len(is.Skipped) > 0 {
+		fmt.Fprintf(w, "skipped, being of a later release: %s\n", strings.Join(is.Skipped, ", "))
 	}
 	for _, b := range is.Broken {
 		fmt.Fprintf(w, "warning: %s: %s\n", b.File, b.Why)

@@ -15,6 +15,11 @@ func TestAgentStatusWarns(t *testing.T) {
 	if err := printAgentStatus(&out, is); err != nil || strings.Contains(out.String(), "warning") || !strings.Contains(out.String(), "h1 of banking.example in dc1") {
 		t.Errorf("%v\n%s", err, out.String())
 	}
+	is.Skipped, is.TooOld = []string{"Object: field 300"}, []string{"object Service/accounts: methods (level 9)"}
+	out.Reset()
+	if err := printAgentStatus(&out, is); err != nil || !strings.Contains(out.String(), "skipped, being of a later release: Object: field 300\n") || !strings.Contains(out.String(), "too old to enforce object Service/accounts: methods (level 9): upgrade it\n") {
+		t.Errorf("%v\n%s", err, out.String())
+	}
 	is.AttestationGap, is.Broken = "this kernel is old", []services.Broken{{File: "x.yaml", Why: "no such key"}}
 	out.Reset()
 	if err := printAgentStatus(&out, is); err != nil || !strings.Contains(out.String(), "warning: this kernel is old\n") || !strings.Contains(out.String(), "warning: x.yaml: no such key\n") {

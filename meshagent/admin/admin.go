@@ -41,6 +41,10 @@ type Status struct {
 	Identities  []Identity `json:"identities"`
 	// AttestationGap is what the kernel leaves uncertain about workloads.
 	AttestationGap string `json:"attestation_gap,omitempty"`
+	// Skipped is what the CA sent and this release does not know, TooOld what of it restricts
+	// and is not enforced on this host.
+	Skipped []string `json:"skipped,omitempty"`
+	TooOld  []string `json:"too_old,omitempty"`
 	// Broken are files of registrations whose newest content is not used.
 	Broken []services.Broken `json:"broken,omitempty"`
 }
@@ -149,6 +153,7 @@ func (s *Server) status() *Status {
 	cfg, state := s.agent.Config(), s.agent.State()
 	st := &Status{
 		TrustDomain: cfg.TrustDomain, Agent: cfg.Name, Datacenter: cfg.Datacenter, Ready: true, Revision: state.View.Revision,
+		Skipped: state.View.Skipped, TooOld: state.View.TooOld,
 		WorkloadAPI: cfg.WorkloadAPI.Socket, AppAddress: cfg.Sidecar.AppAddress, PortOffset: cfg.Sidecar.PortOffset, Inbound: cfg.Sidecar.Inbound, Identities: []Identity{}, AttestationGap: s.agent.AttestationGap(), Broken: s.agent.Broken(),
 	}
 	if err := s.agent.Ready(); err != nil {

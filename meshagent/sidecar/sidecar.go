@@ -130,16 +130,15 @@ func (s *Sidecar) Ready() error { return s.engine.Ready() }
 
 // Update makes w the world. It returns when connections that w no longer admits are
 // closed and new requests are decided by it; doors follow at once. It is also to be called
-// when only bundles have changed. On an error the former world stays.
+// when only bundles have changed. The error says which objects cannot be used and are left
+// out; the rest of w is in force.
 func (s *Sidecar) Update(w World) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	var left error
 	if s.tables == nil || w.Revision != s.revision {
-		tables, err := catalog.Compile(s.cfg.TrustDomain, w.Objects, catalog.AllowLoopback(w.Dev))
-		if err != nil {
-			return fmt.Errorf("sidecar: compiling the catalogue of revision %d: %w", w.Revision, err)
-		}
-		s.tables, s.revision = tables, w.Revision
+		s.tables, left = catalog.Usable(s.cfg.TrustDomain, w.Objects, catalog.AllowLoopback(w.Dev))
+		s.revision = w.Revision
 	}
 	backends := map[string]dataplane.Backend{}
 	wanted := map[string]outbound{}
@@ -178,6 +177,9 @@ func (s *Sidecar) Update(w World) error {
 	select {
 	case s.changed <- struct{}{}:
 	default:
+	}
+	if left != nil {
+		return fmt.Errorf("sidecar: the catalogue of revision %d: %w", w.Revision, left)
 	}
 	return nil
 }

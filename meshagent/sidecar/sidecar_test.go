@@ -256,6 +256,30 @@ func TestAttestation(t *testing.T) {
 }
 
 // A port that is taken costs its workload only, and heals.
+// An object that this release cannot use costs nobody but itself: what goes is gone, and
+// connections are looked at again.
+func TestObjectThatCannotBeUsedFreezesNothing(t *testing.T) {
+	h := newHost(t)
+	market, news, cart := h.application("market"), h.application("news"), freePort(t)
+	h.service("market", market, 0)
+	h.service("news", news, 0)
+	h.service("cart", 0, cart)
+	h.apply()
+	eventually(t, cart, "market.trading.example", "200 market")
+	eventually(t, cart, "news.trading.example", "200 news")
+
+	h.world.Revision++
+	h.world.Objects = slices.DeleteFunc(slices.Clone(h.world.Objects), func(o *statev1.Object) bool { return o.GetService().GetName() == "news" })
+	h.world.Objects = append(h.world.Objects, &statev1.Object{})
+	if err := h.Update(h.world); err == nil || !strings.Contains(err.Error(), "no known kind") {
+		t.Errorf("nothing is said of it: %v", err)
+	}
+	if got, err := ask(cart, "news.trading.example"); err == nil && strings.HasPrefix(got, "200") {
+		t.Errorf("what was taken away is still there: %q", got)
+	}
+	eventually(t, cart, "market.trading.example", "200 market") // control
+}
+
 func TestPortTaken(t *testing.T) {
 	h := newHost(t)
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
