@@ -12,8 +12,9 @@ import (
 )
 
 // SyncLevel is what this release understands of Sync, as its Hello says. A release that
-// adds a field, a kind of object or a value of an enum to what subscribers are told raises
-// it by one, once, and adds a row for each to ca/feed/level.go.
+// adds a kind of object, or a field that restricts, to what subscribers are told raises it
+// by one, once, and adds a row for each to ca/feed/level.go. Other fields need no row: who
+// does not know them passes them over.
 //
 //	0  releases before levels
 //	1  levels; requests to sign name the entry's record

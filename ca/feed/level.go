@@ -14,10 +14,11 @@ import (
 	"github.com/entente-mesh/entente/ca/domain"
 )
 
-// sinceLevel lists what subscribers below a level do not know (ca.SyncLevel): fields, by
-// full name; a kind of object is the field of Object's oneof. What is not listed, every
-// release in use knows. A subscriber of a lower level is told without it, as if it had
-// not been set.
+// sinceLevel lists what subscribers below a level do not know (ca.SyncLevel) and must not
+// be sent: kinds of objects, as the fields of Object's oneof, and fields that restrict. A
+// subscriber of a lower level is told without it, as if it had not been set. Fields that
+// permit or inform are not listed: who does not know them passes them over, and while there
+// is a row above its level each subscriber costs a look at every object.
 //
 // A row that restricts says so: a deny rule, a field that narrows what its object permits.
 // Who cannot enforce it is told that it is too old, and so are operators.
