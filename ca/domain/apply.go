@@ -40,8 +40,11 @@ func (s *State) Apply(index uint64, cmd *statev1.Command) Outcome {
 	if err != nil {
 		return Outcome{Revision: s.revision, Fatal: err}
 	}
+	items := len(s.distrust.rows)
 	refusal := a.run(cmd)
 	a.settleForeign()
+	a.settleShares()
+	a.coalesceDistrust(items)
 	return Outcome{Revision: s.revision, Refused: refusal, Changes: a.changes, Diverged: a.diverged, Checked: cmd.GetChecksum().GetAtIndex()}
 }
 
@@ -52,6 +55,8 @@ type application struct {
 	rev      uint64 // what the changes are marked with
 	changes  []Change
 	diverged bool
+
+	principal string // of the command
 }
 
 func (s *State) begin(index uint64, cmd *statev1.Command) (*application, error) {
@@ -72,7 +77,7 @@ func (s *State) begin(index uint64, cmd *statev1.Command) (*application, error) 
 		s.history.add(s.applied, s.checksum())
 		s.applied = index
 	}
-	return &application{State: s, rev: uint64(rev)}, nil
+	return &application{State: s, rev: uint64(rev), principal: cmd.GetPrincipal()}, nil
 }
 
 func (a *application) run(cmd *statev1.Command) *Refusal {

@@ -19,8 +19,8 @@ func (a *application) mergeBans(c *statev1.MergeBans) *Refusal {
 	if n := len(c.GetBans()); n == 0 || n > maxMerged {
 		return refuse(CodeInvalid, "%d bans to merge, not 1 to %d", n, maxMerged)
 	}
-	if len(a.distrust.rows)+len(c.GetBans()) > maxDistrust {
-		return refuse(CodeLimit, "over %d items would name SVIDs that are not to be accepted any more: wait until SVIDs have ended", maxDistrust)
+	if refusal := a.roomForDistrust(len(c.GetBans())); refusal != nil {
+		return refusal
 	}
 	for _, b := range c.GetBans() {
 		who := b.GetAgent()

@@ -246,6 +246,10 @@ func (e *encoder) record(record any) {
 		e.number(r.GetEntryGeneration())
 		e.time(r.GetNotAfter())
 		e.number(r.GetRevision())
+		if r.GetPath() != "" {
+			e.kind('p')
+			e.text(r.GetPath())
+		}
 	case *statev1.Object:
 		e.kind('O')
 		e.object(r)
@@ -272,6 +276,10 @@ func (e *encoder) record(record any) {
 		encodeList(e, r.GetObjects().GetUpserts(), func(e *encoder, o *statev1.Object) { e.record(o) })
 		encodeList(e, r.GetObjects().GetDeletes(), func(e *encoder, k *statev1.ObjectKey) { e.text(k.GetKind()); e.text(k.GetName()) })
 		e.time(r.GetNotAfter())
+		if r.GetOwner() != "" {
+			e.kind('o')
+			e.text(r.GetOwner())
+		}
 	case *statev1.ForeignBundle:
 		e.kind('F')
 		e.text(r.GetTrustDomain())

@@ -1,6 +1,7 @@
 package domain
 
 import (
+	"maps"
 	"slices"
 	"time"
 
@@ -11,9 +12,13 @@ import (
 )
 
 const (
-	// maxDistrust bounds what every subscriber holds. Items live as long as an SVID may.
+	// maxDistrust is how many items every subscriber is to hold. Items live as long as an
+	// SVID may. Above it items are coalesced, and never is a removal refused: what fills the
+	// table is bounded where it begins, by the share of each owner (shares.go).
 	maxDistrust = 50_000
-	maxAssumed  = 64
+	// Above it the items are looked at again each time that so many have come.
+	coalesceEach = 256
+	maxAssumed   = 64
 )
 
 // Ending trust (I4): each of these leaves an item behind that names what was issued
@@ -30,8 +35,55 @@ func (a *application) distrusted(item *statev1.Distrust, until time.Time) {
 	}
 	item.Id, item.Revision = ca.DistrustID(item), a.rev
 	item.NotAfter = until.Add(ca.DistrustGrace).Unix()
-	put(a, &a.distrust, item.GetId(), item)
-	a.changed(ChangeDistrust, item.GetId())
+	a.setDistrust(item.GetId(), item)
+}
+
+// setDistrust stores an item, nil to remove it.
+func (a *application) setDistrust(id string, item *statev1.Distrust) {
+	if have, ok := a.distrust.get(id); ok {
+		a.share(have.GetPath(), -1)
+	}
+	if item != nil {
+		put(a, &a.distrust, id, item)
+		a.share(item.GetPath(), 1)
+	} else {
+		drop(a, &a.distrust, id)
+	}
+	if !slices.ContainsFunc(a.changes, func(c Change) bool { return c.Kind == ChangeDistrust && c.Key == id }) {
+		a.changed(ChangeDistrust, id)
+	}
+}
+
+// coalesceDistrust puts, in place of the items that name one entry at several agents, one
+// that names it at all of them. That denies more, for a moment: the entry's generation is
+// a later one since, for which the other agents have new SVIDs signed.
+func (a *application) coalesceDistrust(before int) {
+	if n := len(a.distrust.rows); !a.hardened() || n <= maxDistrust || n <= before || n/coalesceEach == before/coalesceEach {
+		return
+	}
+	pairs := map[string][]*statev1.Distrust{}
+	for _, item := range a.distrust.rows {
+		if item.GetAgent() != "" && item.GetEntry() != "" {
+			pairs[item.GetEntry()] = append(pairs[item.GetEntry()], item)
+		}
+	}
+	for _, entry := range slices.Sorted(maps.Keys(pairs)) {
+		if len(pairs[entry]) < 2 {
+			continue
+		}
+		whole := &statev1.Distrust{Entry: entry, Revision: a.rev}
+		whole.Id = ca.DistrustID(whole)
+		if have, ok := a.distrust.get(whole.GetId()); ok {
+			whole.EntryGeneration, whole.NotAfter = have.GetEntryGeneration(), have.GetNotAfter()
+		}
+		for _, item := range pairs[entry] {
+			whole.EntryGeneration = max(whole.GetEntryGeneration(), item.GetEntryGeneration())
+			whole.NotAfter = max(whole.GetNotAfter(), item.GetNotAfter())
+			whole.Path = item.GetPath()
+			a.setDistrust(item.GetId(), nil)
+		}
+		a.setDistrust(whole.GetId(), whole)
+	}
 }
 
 // longestLife is when the last SVID that was signed until now has ended. Before the
@@ -48,8 +100,7 @@ func (a *application) forgetDistrust() {
 	now := a.Now().Unix()
 	for _, item := range slices.Clone(a.distrust.rows) {
 		if item.GetNotAfter() < now {
-			drop(a, &a.distrust, item.GetId())
-			a.changed(ChangeDistrust, item.GetId())
+			a.setDistrust(item.GetId(), nil)
 		}
 	}
 }
@@ -76,9 +127,12 @@ func (a *application) voided(have, next *statev1.Entry) []*statev1.Distrust {
 	return items
 }
 
-// roomForDistrust refuses changes of entries that would leave more items behind than
-// every subscriber can be asked to hold.
+// roomForDistrust is how it was below the hardened level: changes of entries were refused
+// that would leave more items behind than every subscriber can be asked to hold.
 func (a *application) roomForDistrust(items int) *Refusal {
+	if a.hardened() {
+		return nil
+	}
 	if n := len(a.distrust.rows) + items; n > maxDistrust {
 		return refuse(CodeLimit, "%d items would name SVIDs that are not to be accepted any more, over %d: wait until SVIDs have ended, or ban the agents instead", n, maxDistrust)
 	}

@@ -48,7 +48,8 @@ type State struct {
 
 	stagedBytes int // of staged
 
-	use foreignUse // of foreign
+	use    foreignUse     // of foreign
+	shares map[string]int // of entries, distrust and objects: see shares.go
 
 	history history
 }

@@ -253,7 +253,12 @@ func (a *application) replaceEntry(id string, have, e *statev1.Entry) {
 	hosts := slices.Concat(have.GetHosts(), e.GetHosts())
 	slices.Sort(hosts)
 	a.changes = append(a.changes, Change{Kind: ChangeEntry, Key: id, Hosts: slices.Compact(hosts)})
+	a.share(have.GetPath(), -1)
+	a.share(e.GetPath(), 1)
 	for _, item := range a.voided(have, e) {
+		if a.hardened() {
+			item.Path = have.GetPath()
+		}
 		a.distrusted(item, a.longestLife())
 	}
 }

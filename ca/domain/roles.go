@@ -38,6 +38,9 @@ type Administrator struct {
 	sees     prefixes // any role
 	bindings []*statev1.RoleBinding
 
+	added  int // entries by this command, so far
+	agreed int // agreements of its own, with those of this command so far; 0: not counted yet
+
 	protected map[string]struct{}         // SPIFFE paths that roles are bound to
 	others    map[string][]*statev1.Entry // by host: entries that are not this owner's; found when needed
 }
@@ -139,9 +142,13 @@ func (a *Administrator) MayCarryOut(cmd *statev1.Command) *Refusal {
 	case *statev1.Command_ApplyObjects:
 		return a.mayApply(body.ApplyObjects)
 	case *statev1.Command_StageObjects:
-		return nil // it means nothing until all of it is applied, and asked about
+		// It means nothing until all of it is applied, and asked about; but it takes room.
+		if a.state.hardened() && !a.governs && !a.owns.some() && !a.exports.some() {
+			return a.refuse("its roles change nothing")
+		}
+		return nil
 	case *statev1.Command_ApplyStaged:
-		whole, _ := a.state.staging(body.ApplyStaged)
+		whole, _ := a.state.staging(body.ApplyStaged, a.path)
 		return a.mayApply(whole)
 	}
 	return a.May(Govern)
@@ -175,6 +182,9 @@ func (a *Administrator) MayChangeEntry(change *statev1.EntryChange) *Refusal {
 		return a.refuse("the DNS names of %s are the whole domain's: that takes a service-owner without prefixes", what)
 	}
 	if refusal := a.mayNameEntry(id, have); refusal != nil {
+		return refusal
+	}
+	if refusal := a.mayAddTo(what, have.GetPath(), next.GetPath(), have.GetHosts(), next.GetHosts()); refusal != nil {
 		return refusal
 	}
 	if !slices.Equal(sorted(have.GetFederatesWith()), sorted(next.GetFederatesWith())) && !a.exports.cover(next.GetPath()) {
@@ -325,6 +335,9 @@ func (a *Administrator) mayChangeService(key string, have, next *statev1.Object)
 	if refusal := a.mayOwn(key, before.GetPath(), after.GetPath()); refusal != nil || after == nil {
 		return refusal
 	}
+	if refusal := a.mayAddTo(key, before.GetPath(), after.GetPath(), before.GetHosts(), after.GetHosts()); refusal != nil {
+		return refusal
+	}
 	if slices.Equal(sorted(before.GetHosts()), sorted(after.GetHosts())) && slices.Equal(sorted(before.GetSelectors()), sorted(after.GetSelectors())) {
 		return nil
 	}
@@ -343,6 +356,11 @@ func unexported(o *statev1.Object) *statev1.Object {
 func (a *Administrator) mayChangeAgreement(key string, have, next *statev1.Agreement, services map[string]string) *Refusal {
 	if a.exports.all {
 		return nil
+	}
+	if have == nil {
+		if refusal := a.mayAgree(key); refusal != nil {
+			return refusal
+		}
 	}
 	for _, agreement := range []*statev1.Agreement{have, next} {
 		if agreement != nil && len(agreement.GetAllow()) == 0 {

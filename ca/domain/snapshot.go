@@ -532,6 +532,7 @@ func (l *loader) finish(trailer []byte) error {
 	if s.tables, err = compile(td, cluster.GetDev(), s.objects.sorted()); err != nil {
 		return fmt.Errorf("its catalogue does not hold together: %w", err)
 	}
+	s.countShares()
 	s.use.keys = map[string]*Foreign{}
 	for _, b := range s.foreign.rows {
 		s.use.keys[b.GetTrustDomain()] = ReadForeign(b)

@@ -46,7 +46,13 @@ func (a *application) stageObjects(c *statev1.StageObjects) *Refusal {
 	if a.stagedBytes+size > maxStaged {
 		return refuse(CodeLimit, "changes of the catalogue that are put aside have over %d bytes: repeat when others have ended, or change less at once", maxStaged)
 	}
+	if refusal := a.roomForStaged(size); refusal != nil {
+		return refusal
+	}
 	part := &statev1.Staged{Id: c.GetId(), Part: c.GetPart(), Objects: c.GetObjects()}
+	if a.hardened() {
+		part.Owner = a.principal
+	}
 	if a.now != 0 {
 		part.NotAfter = a.Now().Add(stagedLife).Unix()
 	}
@@ -57,13 +63,15 @@ func (a *application) stageObjects(c *statev1.StageObjects) *Refusal {
 
 func (a *application) applyStaged(c *statev1.ApplyStaged) *Refusal {
 	if c.GetParts() == 0 {
-		a.unstage(func(s *statev1.Staged) bool { return string(s.GetId()) == string(c.GetId()) })
+		a.unstage(func(s *statev1.Staged) bool {
+			return string(s.GetId()) == string(c.GetId()) && a.stagedBy(s, a.principal)
+		})
 		return nil
 	}
 	if c.GetParts() > maxParts {
 		return refuse(CodeInvalid, "a staged change has at most %d parts", maxParts)
 	}
-	whole, refusal := a.staging(c)
+	whole, refusal := a.staging(c, a.principal)
 	if refusal != nil {
 		return refusal
 	}
@@ -75,17 +83,23 @@ func (a *application) applyStaged(c *statev1.ApplyStaged) *Refusal {
 }
 
 // staging is a staged change as a whole, or as far as it is there.
-func (s *State) staging(c *statev1.ApplyStaged) (whole *statev1.ApplyObjects, refusal *Refusal) {
+func (s *State) staging(c *statev1.ApplyStaged, principal string) (whole *statev1.ApplyObjects, refusal *Refusal) {
 	whole = &statev1.ApplyObjects{}
 	for part := range min(c.GetParts(), maxParts) {
 		staged, ok := s.staged.get(stageKey(c.GetId(), part))
-		if !ok {
+		if !ok || !s.stagedBy(staged, principal) {
 			return whole, refuse(CodeNotFound, "part %d of %d of the staged change is not there any more: repeat all of it", part+1, c.GetParts())
 		}
 		whole.Upserts = append(whole.Upserts, staged.GetObjects().GetUpserts()...)
 		whole.Deletes = append(whole.Deletes, staged.GetObjects().GetDeletes()...)
 	}
 	return whole, nil
+}
+
+// stagedBy tells whether a part is that administrator's. Below the hardened level parts had
+// no owner.
+func (s *State) stagedBy(part *statev1.Staged, principal string) bool {
+	return !s.hardened() || part.GetOwner() == principal
 }
 
 func (a *application) unstage(which func(*statev1.Staged) bool) {

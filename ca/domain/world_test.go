@@ -514,6 +514,13 @@ func (w *world) check(before, after look, cmd *statev1.Command, out Outcome) {
 		fail("changes made %v, named %v", made, said)
 	}
 
+	// The shares of owners are what they are counted to be.
+	shares := s.shares
+	s.countShares()
+	if !maps.Equal(shares, s.shares) {
+		fail("shares %v, counted %v", shares, s.shares)
+	}
+
 	// The incremental hash is the hash.
 	if after.computed != s.sum {
 		fail("the incremental checksum is off")

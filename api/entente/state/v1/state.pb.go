@@ -1543,6 +1543,7 @@ type Distrust struct {
 	EntryGeneration uint64                 `protobuf:"varint,6,opt,name=entry_generation,json=entryGeneration,proto3" json:"entry_generation,omitempty"`
 	NotAfter        int64                  `protobuf:"varint,7,opt,name=not_after,json=notAfter,proto3" json:"not_after,omitempty"` // Unix seconds of state time: nothing that it names is valid then
 	Revision        uint64                 `protobuf:"varint,8,opt,name=revision,proto3" json:"revision,omitempty"`
+	Path            string                 `protobuf:"bytes,210,opt,name=path,proto3" json:"path,omitempty"` // SPIFFE path of the entry that it names: whose share of the table it counts in. Feature level 5
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -1633,6 +1634,13 @@ func (x *Distrust) GetRevision() uint64 {
 	return 0
 }
 
+func (x *Distrust) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
 // Staged is a part of a change of the catalogue that is not complete yet.
 type Staged struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -1640,6 +1648,7 @@ type Staged struct {
 	Part          uint32                 `protobuf:"varint,2,opt,name=part,proto3" json:"part,omitempty"`
 	Objects       *ApplyObjects          `protobuf:"bytes,3,opt,name=objects,proto3" json:"objects,omitempty"`
 	NotAfter      int64                  `protobuf:"varint,4,opt,name=not_after,json=notAfter,proto3" json:"not_after,omitempty"` // Unix seconds of state time: it is forgotten then
+	Owner         string                 `protobuf:"bytes,210,opt,name=owner,proto3" json:"owner,omitempty"`                      // SPIFFE path of the administrator who put it aside; empty: an operator. Feature level 5
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1700,6 +1709,13 @@ func (x *Staged) GetNotAfter() int64 {
 		return x.NotAfter
 	}
 	return 0
+}
+
+func (x *Staged) GetOwner() string {
+	if x != nil {
+		return x.Owner
+	}
+	return ""
 }
 
 // Object is one declared thing of the catalogue. Its key is kind/name.
@@ -5268,7 +5284,7 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	" \x01(\tR\x04hint\x12(\n" +
 	"\x10jwt_svid_seconds\x18\v \x01(\rR\x0ejwtSvidSeconds\x12(\n" +
 	"\x10wit_svid_seconds\x18\f \x01(\rR\x0ewitSvidSeconds\x12%\n" +
-	"\x0enode_selectors\x18d \x03(\tR\rnodeSelectors\"\xf3\x01\n" +
+	"\x0enode_selectors\x18d \x03(\tR\rnodeSelectors\"\x88\x02\n" +
 	"\bDistrust\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1c\n" +
 	"\tauthority\x18\x02 \x01(\tR\tauthority\x12\x14\n" +
@@ -5277,12 +5293,14 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\x05entry\x18\x05 \x01(\tR\x05entry\x12)\n" +
 	"\x10entry_generation\x18\x06 \x01(\x04R\x0fentryGeneration\x12\x1b\n" +
 	"\tnot_after\x18\a \x01(\x03R\bnotAfter\x12\x1a\n" +
-	"\brevision\x18\b \x01(\x04R\brevision\"\x83\x01\n" +
+	"\brevision\x18\b \x01(\x04R\brevision\x12\x13\n" +
+	"\x04path\x18\xd2\x01 \x01(\tR\x04path\"\x9a\x01\n" +
 	"\x06Staged\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\fR\x02id\x12\x12\n" +
 	"\x04part\x18\x02 \x01(\rR\x04part\x128\n" +
 	"\aobjects\x18\x03 \x01(\v2\x1e.entente.state.v1.ApplyObjectsR\aobjects\x12\x1b\n" +
-	"\tnot_after\x18\x04 \x01(\x03R\bnotAfter\"\xc3\x03\n" +
+	"\tnot_after\x18\x04 \x01(\x03R\bnotAfter\x12\x15\n" +
+	"\x05owner\x18\xd2\x01 \x01(\tR\x05owner\"\xc3\x03\n" +
 	"\x06Object\x125\n" +
 	"\aservice\x18\x01 \x01(\v2\x19.entente.state.v1.ServiceH\x00R\aservice\x125\n" +
 	"\agateway\x18\x02 \x01(\v2\x19.entente.state.v1.GatewayH\x00R\agateway\x122\n" +
