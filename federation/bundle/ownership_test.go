@@ -13,6 +13,7 @@ import (
 	"crypto/x509/pkix"
 	"encoding/base64"
 	"encoding/json"
+	"fmt"
 	"math/big"
 	"net/url"
 	"testing"
@@ -182,6 +183,23 @@ func TestOwnerOfKeys(t *testing.T) {
 	}
 	if header["alg"] != "ES256" || header["typ"] == "JWT" || payload["trust_domain"] != td || payload["use"] != "jwt-svid" || payload["sub"] != "" {
 		t.Errorf("header %v, payload %v", header, payload)
+	}
+}
+
+// A domain cannot make every handshake of a stranger dear by authorities with huge keys. The JOSE library refuses them; this is where it shows if it no longer does.
+func TestHugeRSAKeysAreSkipped(t *testing.T) {
+	signer := signers(t)["P-256"]
+	for bits, kept := range map[int]int{2048: 1, 4096: 1, 4097: 0, 16384: 0} {
+		n := new(big.Int).Lsh(big.NewInt(1), uint(bits-1))
+		n.SetBit(n, 0, 1)
+		cert := authority(t, "spiffe://trading.example", &rsa.PublicKey{N: n, E: 65537}, signer)
+		x := base64.RawURLEncoding.EncodeToString(n.Bytes())
+		document := fmt.Sprintf(`{"keys":[{"kty":"RSA","use":"x509-svid","n":"%s","e":"AQAB","x5c":["%s"]},{"kty":"RSA","use":"jwt-svid","kid":"k","n":"%s","e":"AQAB"}]}`,
+			x, base64.StdEncoding.EncodeToString(cert.Raw), x)
+		b, skipped, err := bundle.Parse(trading, []byte(document))
+		if err != nil || len(b.X509) != kept || len(b.JWT) != kept || len(skipped) != 2-2*kept {
+			t.Errorf("%d bits: %d X.509 and %d JWT keys kept, %v skipped, %v", bits, len(b.X509), len(b.JWT), skipped, err)
+		}
 	}
 }
 
