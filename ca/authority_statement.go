@@ -57,22 +57,37 @@ func FixedSignature(der []byte) ([]byte, error) {
 
 // VerifyAuthority says why an authority is not the word of the member that it names.
 func VerifyAuthority(cluster *statev1.Cluster, a *statev1.Authority, nodeKey, signature []byte) error {
-	point, ok := bytes.CutPrefix(nodeKey, pointPrefix)
+	key, err := nodePublicKey(nodeKey)
 	switch {
-	case !ok || len(point) != 64 || len(signature) != signatureSize:
+	case err != nil:
+		return err
+	case len(signature) != signatureSize:
 		return errors.New("the authority does not come with a signature of a node key")
 	case KeyID(nodeKey) != a.GetMemberId():
 		return errors.New("the authority is signed by another node than the member that it names")
 	}
-	key, err := ecdsa.ParseUncompressedPublicKey(elliptic.P256(), append([]byte{4}, point...))
-	if err != nil {
-		return errors.New("the node key is no point of P-256")
-	}
-	sum := AuthorityStatement(cluster, a)
-	if !ecdsa.Verify(key, sum[:], new(big.Int).SetBytes(signature[:32]), new(big.Int).SetBytes(signature[32:])) {
+	if !verifyFixed(key, AuthorityStatement(cluster, a), signature) {
 		return fmt.Errorf("member %.12s has not signed this authority for this cluster", a.GetMemberId())
 	}
 	return nil
+}
+
+// nodePublicKey reads the SubjectPublicKeyInfo of a node key.
+func nodePublicKey(spki []byte) (*ecdsa.PublicKey, error) {
+	point, ok := bytes.CutPrefix(spki, pointPrefix)
+	if !ok || len(point) != 64 {
+		return nil, errors.New("it does not come with a node key")
+	}
+	key, err := ecdsa.ParseUncompressedPublicKey(elliptic.P256(), append([]byte{4}, point...))
+	if err != nil {
+		return nil, errors.New("the node key is no point of P-256")
+	}
+	return key, nil
+}
+
+// verifyFixed verifies a signature of signatureSize bytes, as FixedSignature gives it.
+func verifyFixed(key *ecdsa.PublicKey, sum [sha256.Size]byte, signature []byte) bool {
+	return ecdsa.Verify(key, sum[:], new(big.Int).SetBytes(signature[:32]), new(big.Int).SetBytes(signature[32:]))
 }
 
 // CheckAuthorityCertificate says where an X.509 authority's certificate differs from its

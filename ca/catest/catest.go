@@ -13,6 +13,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -23,7 +24,9 @@ import (
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
@@ -50,6 +53,7 @@ type CA struct {
 	verbose bool
 
 	recoveryKey string
+	group       *[]*CA // of its cluster, itself included, as far as Join and Befriend told
 
 	node   *node.Node
 	admin  ententev1.AdminClient
@@ -112,6 +116,7 @@ func Prepare(t testing.TB, o Options) *CA {
 		Upstream:    o.Upstream,
 		Timing:      node.Timing{Heartbeat: 250 * time.Millisecond},
 	}}
+	c.group = &[]*CA{c}
 	t.Cleanup(c.Stop)
 	return c
 }
@@ -158,6 +163,7 @@ func (c *CA) Join(name, datacenter string) *CA {
 	if err := node.Join(c.t.Context(), other.config, token); err != nil {
 		c.t.Fatal(err)
 	}
+	c.Befriend(other)
 	other.Restart()
 	other.WaitReady()
 	c.waitFor("node "+name+" votes", func() error {
@@ -169,6 +175,57 @@ func (c *CA) Join(name, datacenter string) *CA {
 		return errors.New("not yet")
 	})
 	return other
+}
+
+// Befriend makes other's operator approve what c's proposes, and the other way round: for
+// tests that join a node themselves.
+func (c *CA) Befriend(other *CA) {
+	*c.group = append(*c.group, other)
+	other.group = c.group
+}
+
+// RemoveNode removes a CA node as its operators do: c's proposes it, and those of as many
+// others as are needed approve it.
+func (c *CA) RemoveNode(ctx context.Context, name string, compromised bool) (*ententev1.RemoveNodeResponse, error) {
+	req := &ententev1.RemoveNodeRequest{Name: name, Compromised: compromised}
+	resp, err := c.admin.RemoveNode(ctx, req)
+	if err != nil || resp.GetApproval() == nil {
+		return resp, err
+	}
+	if resp.Revision, err = c.approve(ctx, resp.GetApproval(), name); err != nil {
+		return nil, err
+	}
+	resp.Approval = nil
+	now, err := c.admin.Status(ctx, &ententev1.StatusRequest{})
+	resp.Authorities = nil
+	for _, a := range now.GetAuthorities() {
+		if a.GetMemberId() == resp.GetMember().GetId() {
+			resp.Authorities = append(resp.Authorities, a)
+		}
+	}
+	return resp, err
+}
+
+// approve has the operators of other nodes approve a change until it is carried out.
+func (c *CA) approve(ctx context.Context, change *ententev1.Approval, except ...string) (revision uint64, err error) {
+	err = fmt.Errorf("nobody is left to approve %s: approved at %v, %d needed", change.GetWhat(), change.GetApprovedBy(), change.GetNeeded())
+	for _, other := range *c.group {
+		if other.cancel == nil || slices.Contains(except, other.config.Name) || !slices.Contains(change.GetMissing(), other.config.Name) {
+			continue
+		}
+		for range 50 { // it may not have applied the proposal yet
+			resp, failed := other.admin.ApproveChange(ctx, &ententev1.ApproveChangeRequest{Id: change.GetId()})
+			if failed == nil && resp.GetCarriedOut() {
+				return resp.GetRevision(), nil
+			}
+			err = failed
+			if status.Code(failed) != codes.NotFound {
+				break
+			}
+			time.Sleep(20 * time.Millisecond)
+		}
+	}
+	return 0, err
 }
 
 // Restart starts the node, after Stop with the state and at the addresses it had. It
@@ -357,7 +414,11 @@ func (c *CA) GrantToken(grant *statev1.NodeGrant) string {
 // Promote has a non-voter vote as soon as it has caught up.
 func (c *CA) Promote(name string) {
 	c.t.Helper()
-	if _, err := c.admin.PromoteNode(c.t.Context(), &ententev1.PromoteNodeRequest{Name: name}); err != nil {
+	resp, err := c.admin.PromoteNode(c.t.Context(), &ententev1.PromoteNodeRequest{Name: name})
+	if err == nil && resp.GetApproval() != nil {
+		_, err = c.approve(c.t.Context(), resp.GetApproval())
+	}
+	if err != nil {
 		c.t.Fatal(err)
 	}
 }
@@ -365,6 +426,9 @@ func (c *CA) Promote(name string) {
 func (c *CA) token(req *ententev1.CreateTokenRequest) string {
 	c.t.Helper()
 	resp, err := c.admin.CreateToken(c.t.Context(), req)
+	if err == nil && resp.GetApproval() != nil {
+		_, err = c.approve(c.t.Context(), resp.GetApproval())
+	}
 	if err != nil {
 		c.t.Fatal(err)
 	}

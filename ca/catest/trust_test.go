@@ -528,7 +528,7 @@ func TestRunbookCompromisedNode(t *testing.T) {
 
 	// 1. Its host is cut off (here: the process stops for good); 2. node remove --compromised.
 	began := time.Now()
-	r, err := operator.Admin().RemoveNode(t.Context(), &ententev1.RemoveNodeRequest{Name: victim, Compromised: true})
+	r, err := operator.RemoveNode(t.Context(), victim, true)
 	if err != nil {
 		t.Fatal(err)
 	}

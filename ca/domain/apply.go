@@ -101,7 +101,12 @@ func (a *application) run(cmd *statev1.Command) *Refusal {
 			return refusal
 		}
 	}
+	if refusal := a.needsApproval(cmd); refusal != nil {
+		return refusal
+	}
 	switch body := cmd.GetBody().(type) {
+	case *statev1.Command_ApproveChange:
+		return a.approveChange(body.ApproveChange, cmd.GetActor())
 	case *statev1.Command_CreateToken:
 		return a.createToken(body.CreateToken)
 	case *statev1.Command_JoinMember:
@@ -357,6 +362,7 @@ func (a *application) joinMember(c *statev1.JoinMember) *Refusal {
 	put(a, &a.members, m.GetId(), m)
 	a.spend(t, m.GetId())
 	a.changed(ChangeMembers, m.GetId())
+	a.forgetPending(everyChange)
 	return nil
 }
 
@@ -467,6 +473,7 @@ func (a *application) removeMember(c *statev1.RemoveMember) *Refusal {
 	}
 	drop(a, &a.members, m.GetId())
 	a.changed(ChangeMembers, m.GetId())
+	a.forgetPending(everyChange)
 	a.raiseLevel()
 	// Nothing that a stolen key signed is accepted for a moment longer.
 	to := statev1.AuthorityPhase_AUTHORITY_PHASE_RETIRED
@@ -702,6 +709,7 @@ func (a *application) tick(c *statev1.Tick) *Refusal {
 	}
 	a.forgetDistrust()
 	a.forgetStaged()
+	a.forgetPending(func(p *statev1.PendingChange) bool { return p.GetNotAfter() < a.seconds() })
 	a.revokeAbsent()
 	return nil
 }

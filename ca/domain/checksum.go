@@ -280,6 +280,13 @@ func (e *encoder) record(record any) {
 			e.kind('o')
 			e.text(r.GetOwner())
 		}
+	case *statev1.PendingChange:
+		e.kind('W')
+		e.text(r.GetId())
+		e.bytes(r.GetChange())
+		e.texts(r.GetApprovedBy())
+		e.time(r.GetNotAfter())
+		e.text(r.GetActor())
 	case *statev1.ForeignBundle:
 		e.kind('F')
 		e.text(r.GetTrustDomain())

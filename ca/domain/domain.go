@@ -42,6 +42,7 @@ type State struct {
 	foreign     table[*statev1.ForeignBundle]
 	distrust    table[*statev1.Distrust]
 	staged      table[*statev1.Staged] // by stageKey
+	pending     table[*statev1.PendingChange]
 
 	agentByKey map[string]string // key id -> agent name
 	tables     *catalog.Tables   // of objects

@@ -56,6 +56,8 @@ func levelOf(cmd *statev1.Command) uint32 {
 		return levelOfObjects(body.StageObjects.GetObjects(), 2)
 	case *statev1.Command_ApplyStaged:
 		return 2
+	case *statev1.Command_ApproveChange:
+		return levelHardened
 	}
 	return 1
 }

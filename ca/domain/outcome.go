@@ -54,6 +54,7 @@ const (
 	CodeLimit         = "limit"             // there are too many
 	CodeForbidden     = "forbidden"         // the administrator's roles do not allow it
 	CodeFeature       = "feature-level"     // a member's software does not know it
+	CodeApproval      = "approval"          // it needs the operators of a majority of the voters
 )
 
 func refuse(code, format string, args ...any) *Refusal {

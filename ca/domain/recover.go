@@ -75,6 +75,7 @@ func (s *State) Recover(index uint64, survivor *statev1.Member, recovery *statev
 	for _, t := range slices.Clone(s.tokens.rows) {
 		drop(a, &a.tokens, t.GetId())
 	}
+	a.forgetPending(everyChange)
 	// Consumers compare sequences: the bundle of this epoch is later than any before,
 	// also than those that this state never saw.
 	s.bundle = a.rev
@@ -128,5 +129,6 @@ func (a *application) promoteMember(c *statev1.PromoteMember) *Refusal {
 	m.Voter = true
 	put(a, &a.members, m.GetId(), m)
 	a.changed(ChangeMembers, m.GetId())
+	a.forgetPending(everyChange)
 	return nil
 }

@@ -49,6 +49,7 @@ const (
 	recordTrailer
 	recordDistrust
 	recordStaged
+	recordPending
 	recordEnd // no kind: one above the last
 
 	recordIgnorable byte = 0x80
@@ -72,6 +73,7 @@ type Snapshot struct {
 	foreign     []*statev1.ForeignBundle
 	distrust    []*statev1.Distrust
 	staged      []*statev1.Staged
+	pending     []*statev1.PendingChange
 }
 
 // Snapshot captures the state. It copies one number for each entry, one pointer for each
@@ -90,6 +92,7 @@ func (s *State) Snapshot() *Snapshot {
 		foreign:     slices.Clone(s.foreign.rows),
 		distrust:    slices.Clone(s.distrust.rows),
 		staged:      slices.Clone(s.staged.rows),
+		pending:     slices.Clone(s.pending.rows),
 	}
 }
 
@@ -112,6 +115,7 @@ func (n *Snapshot) WriteTo(w io.Writer) (int64, error) {
 	writeAll(sw, recordForeign, n.foreign)
 	writeAll(sw, recordDistrust, n.distrust)
 	writeAll(sw, recordStaged, n.staged)
+	writeAll(sw, recordPending, n.pending)
 	sw.close(n.checksum)
 	if sw.err != nil {
 		return sw.written, fmt.Errorf("write snapshot of index %d: %w", n.applied, sw.err)
@@ -455,6 +459,8 @@ func (l *loader) load(kind byte, body []byte) error {
 		return load(l, &s.foreign, body, &statev1.ForeignBundle{}, (*statev1.ForeignBundle).GetTrustDomain, notEmpty)
 	case recordStaged:
 		return load(l, &s.staged, body, &statev1.Staged{}, stagedKey, nil)
+	case recordPending:
+		return load(l, &s.pending, body, &statev1.PendingChange{}, (*statev1.PendingChange).GetId, nil)
 	default: // recordDistrust
 		return load(l, &s.distrust, body, &statev1.Distrust{}, (*statev1.Distrust).GetId, notEmpty)
 	}

@@ -439,6 +439,9 @@ func (w *world) look() look {
 	for _, r := range s.staged.rows {
 		hash(r)
 	}
+	for _, r := range s.pending.rows {
+		hash(r)
+	}
 	return l
 }
 

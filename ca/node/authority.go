@@ -323,20 +323,25 @@ func (n *Node) proveKey(key crypto.Signer, a *statev1.Authority) error {
 
 // signAuthority makes the authority this node's own word.
 func (n *Node) signAuthority(authority *statev1.Authority) (*statev1.PrepareAuthority, error) {
-	spki, err := x509.MarshalPKIXPublicKey(n.own.key.Public())
-	if err != nil {
-		return nil, err
-	}
 	var sum [sha256.Size]byte
 	n.Read(func(st *domain.State) { sum = ca.AuthorityStatement(st.Cluster(), authority) })
-	signature, err := n.own.key.Sign(rand.Reader, sum[:], crypto.SHA256)
-	if err == nil {
-		signature, err = ca.FixedSignature(signature)
-	}
+	spki, signature, err := n.signStatement(sum)
 	if err != nil {
 		return nil, fmt.Errorf("sign the authority with the node key: %w", err)
 	}
 	return &statev1.PrepareAuthority{Authority: authority, NodeKey: spki, Signature: signature}, nil
+}
+
+// signStatement signs with the node key, in the form that Apply verifies.
+func (n *Node) signStatement(sum [sha256.Size]byte) (spki, signature []byte, err error) {
+	if spki, err = x509.MarshalPKIXPublicKey(n.own.key.Public()); err != nil {
+		return nil, nil, err
+	}
+	if signature, err = n.own.key.Sign(rand.Reader, sum[:], crypto.SHA256); err != nil {
+		return nil, nil, err
+	}
+	signature, err = ca.FixedSignature(signature)
+	return spki, signature, err
 }
 
 // dropKeys deletes the keys of authorities that will never sign again.

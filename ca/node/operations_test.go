@@ -53,12 +53,7 @@ func proposeRemoval(t *testing.T, by *catest.CA, id string) error {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 	defer cancel()
-	outcome, err := by.Node().Propose(ctx, &statev1.Command{
-		Actor: "operator", Body: &statev1.Command_RemoveMember{RemoveMember: &statev1.RemoveMember{Id: id}},
-	})
-	if err == nil && outcome.Refused != nil {
-		err = outcome.Refused
-	}
+	_, err := by.RemoveNode(ctx, id, false)
 	return err
 }
 

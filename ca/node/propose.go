@@ -16,7 +16,11 @@ import (
 type leaderProposer struct{ n *Node }
 
 func (l leaderProposer) Propose(ctx context.Context, command *statev1.Command) (domain.Outcome, error) {
-	if remove := command.GetRemoveMember(); remove != nil && l.n.IsLeader() {
+	remove := command.GetRemoveMember()
+	if approved := command.GetApproveChange(); approved != nil {
+		remove = domain.MembershipChange(approved.GetChange()).GetRemoveMember()
+	}
+	if remove != nil && l.n.IsLeader() {
 		refusal, err := l.n.mayRemove(ctx, remove.GetId())
 		if refusal != nil || err != nil {
 			return domain.Outcome{Refused: refusal}, err

@@ -25,7 +25,7 @@ import (
 )
 
 func removeNode(ctx context.Context, c *catest.CA, name string, compromised bool) error {
-	_, err := c.Admin().RemoveNode(ctx, &ententev1.RemoveNodeRequest{Name: name, Compromised: compromised})
+	_, err := c.RemoveNode(ctx, name, compromised)
 	return err
 }
 

@@ -113,12 +113,15 @@ func (f *fsm) apply(index uint64, data []byte, notify func(domain.Outcome)) ([]d
 		if outcome.Refused != nil {
 			continue
 		}
-		switch body := command.GetBody().(type) {
-		case *statev1.Command_Tick:
-			ticked = true
-		case *statev1.Command_RemoveMember:
-			removed = true
-			left = left || body.RemoveMember.GetId() == f.self
+		ticked = ticked || command.GetTick() != nil
+		for _, c := range outcome.Changes {
+			if c.Kind != domain.ChangeMembers {
+				continue
+			}
+			if _, ok := f.state.Member(c.Key); !ok {
+				removed = true
+				left = left || c.Key == f.self
+			}
 		}
 	}
 	if ticked && index > f.live {

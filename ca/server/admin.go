@@ -85,6 +85,7 @@ func (d adminDoor) Status(ctx context.Context, _ *ententev1.StatusRequest) (*ent
 	held := map[string]*statev1.ForeignBundle{}
 	s.State.Read(func(st *domain.State) {
 		resp.Cluster, resp.Revision = st.Cluster(), st.Revision()
+		resp.Changes = approvals(st)
 		resp.Authorities = st.Authorities()
 		resp.Autonomy = autonomies(st, time.Now(), gates)
 		roles := rolesOf(ctx, st)
@@ -160,11 +161,17 @@ func (d adminDoor) CreateToken(ctx context.Context, req *ententev1.CreateTokenRe
 	if err != nil {
 		return nil, status.Error(codes.Internal, err.Error())
 	}
-	_, err = s.propose(ctx, &statev1.Command{Body: &statev1.Command_CreateToken{CreateToken: &statev1.CreateToken{Token: record}}})
+	resp := &ententev1.CreateTokenResponse{Token: text, Id: record.GetId(), NotAfter: record.GetNotAfter()}
+	command := &statev1.Command{Body: &statev1.Command_CreateToken{CreateToken: &statev1.CreateToken{Token: record}}}
+	if domain.ChangesMembers(command) {
+		_, resp.Approval, err = s.changeMembers(ctx, command)
+	} else {
+		_, err = s.propose(ctx, command)
+	}
 	if err != nil {
 		return nil, err
 	}
-	return &ententev1.CreateTokenResponse{Token: text, Id: record.GetId(), NotAfter: record.GetNotAfter()}, nil
+	return resp, nil
 }
 
 func (d adminDoor) GetBundle(_ context.Context, req *ententev1.GetBundleRequest) (*ententev1.GetBundleResponse, error) {

@@ -77,6 +77,7 @@ var refusalCodes = map[string]codes.Code{
 	domain.CodeLimit:         codes.ResourceExhausted,
 	domain.CodeForbidden:     codes.PermissionDenied,
 	domain.CodeFeature:       codes.FailedPrecondition,
+	domain.CodeApproval:      codes.FailedPrecondition,
 }
 
 func refusalError(r *domain.Refusal) error {

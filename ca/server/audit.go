@@ -464,6 +464,9 @@ func commandName(command *statev1.Command) (what string, on []string) {
 		on = []string{"node/" + body.RemoveMember.GetId()}
 	case *statev1.Command_PromoteMember:
 		on = []string{"node/" + body.PromoteMember.GetId()}
+	case *statev1.Command_ApproveChange:
+		what, on = commandName(domain.MembershipChange(body.ApproveChange.GetChange()))
+		what = "Approve" + what
 	case *statev1.Command_ApplyObjects:
 		for _, o := range body.ApplyObjects.GetUpserts() {
 			on = append(on, domain.ObjectKey(o))
@@ -613,6 +616,11 @@ func named(req, resp any, most int) (on []string) {
 		}
 	case *ententev1.PromoteNodeRequest:
 		name("node/", r.GetName())
+	case *ententev1.ApproveChangeRequest:
+		name("change/", r.GetId())
+		if done, ok := resp.(*ententev1.ApproveChangeResponse); ok && done != nil {
+			name("", done.GetApproval().GetWhat())
+		}
 	case *ententev1.ChangeAgentRequest:
 		name("agent/", r.GetName())
 	case *ententev1.IsolateAgentRequest:

@@ -61,6 +61,8 @@ var allowed = map[string][]class{
 	ententev1.Admin_SaveSnapshot_FullMethodName:      {local, administrator},
 	ententev1.Admin_ListNodes_FullMethodName:         {local, administrator},
 	ententev1.Admin_PromoteNode_FullMethodName:       {local, administrator},
+	ententev1.Admin_ListChanges_FullMethodName:       {local, administrator},
+	ententev1.Admin_ApproveChange_FullMethodName:     {local},
 	ententev1.Peer_Checksum_FullMethodName:           {member},
 	ententev1.Peer_Nodes_FullMethodName:              {member},
 	ententev1.Peer_Vouch_FullMethodName:              {member},

@@ -123,12 +123,14 @@ func (d adminDoor) PromoteNode(ctx context.Context, req *ententev1.PromoteNodeRe
 	if id == "" {
 		return nil, status.Errorf(codes.NotFound, "no CA node is named %.64q; entente node list shows them", req.GetName())
 	}
-	outcome, err := s.propose(ctx, &statev1.Command{Body: &statev1.Command_PromoteMember{PromoteMember: &statev1.PromoteMember{Id: id}}})
+	revision, approval, err := s.changeMembers(ctx, &statev1.Command{Body: &statev1.Command_PromoteMember{PromoteMember: &statev1.PromoteMember{Id: id}}})
 	if err != nil {
 		return nil, err
 	}
-	s.Log.Info("a CA node may vote when it has caught up", "member", req.GetName())
-	return &ententev1.PromoteNodeResponse{Revision: outcome.Revision}, nil
+	if approval == nil {
+		s.Log.Info("a CA node may vote when it has caught up", "member", req.GetName())
+	}
+	return &ententev1.PromoteNodeResponse{Revision: revision, Approval: approval}, nil
 }
 
 func (d peerDoor) Nodes(ctx context.Context, _ *ententev1.ListNodesRequest) (*ententev1.ListNodesResponse, error) {

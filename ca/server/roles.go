@@ -25,6 +25,7 @@ var rights = map[string]domain.Right{
 	ententev1.Admin_CountEntries_FullMethodName:      domain.See,
 	ententev1.Admin_GetEntry_FullMethodName:          domain.See,
 	ententev1.Admin_ListNodes_FullMethodName:         domain.SeeAll,
+	ententev1.Admin_ListChanges_FullMethodName:       domain.SeeAll,
 	ententev1.Admin_ListAuthorities_FullMethodName:   domain.SeeAll,
 	ententev1.Admin_ListAgents_FullMethodName:        domain.SeeAll,
 	ententev1.Admin_GetAgent_FullMethodName:          domain.SeeAll,

@@ -11,6 +11,7 @@ package server
 import (
 	"cmp"
 	"context"
+	"crypto/sha256"
 	"crypto/tls"
 	"errors"
 	"log/slog"
@@ -139,7 +140,9 @@ type Config struct {
 	// if they do not report and nobody else is waited for; ErrNotLeader if this node does
 	// not lead. Exclude has the leader do that, wherever it is.
 	MarkReady func(ctx context.Context, id string, exclude []string, who string) (revision uint64, err error)
-	Exclude   func(ctx context.Context, id string, exclude []string, who string) error
+	// SignStatement signs with the node key, in the form that Apply verifies.
+	SignStatement func(sum [sha256.Size]byte) (nodeKey, signature []byte, err error)
+	Exclude       func(ctx context.Context, id string, exclude []string, who string) error
 	// Prepare makes a new authority of this node and has it agreed. It returns the id.
 	Prepare func(context.Context, statev1.KeyUse) (string, error)
 	// Offline takes an authority of this node into use without quorum; IsOffline tells

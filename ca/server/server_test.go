@@ -533,6 +533,8 @@ var mayCall = map[string]string{
 	"Admin/SaveSnapshot":      "operator trust-admin",
 	"Admin/ListNodes":         "operator trust-admin",
 	"Admin/PromoteNode":       "operator trust-admin",
+	"Admin/ListChanges":       "operator trust-admin",
+	"Admin/ApproveChange":     "operator",
 	"Admin/RemoveNode":        "operator trust-admin",
 	"Admin/ListAuthorities":   "operator trust-admin",
 	"Admin/PrepareAuthority":  "operator trust-admin",

@@ -226,13 +226,13 @@ func (d adminDoor) RemoveNode(ctx context.Context, req *ententev1.RemoveNodeRequ
 	if req.GetCompromised() {
 		held = s.heldBy(ctx, authorities...)
 	}
-	outcome, err := s.propose(ctx, &statev1.Command{Body: &statev1.Command_RemoveMember{RemoveMember: &statev1.RemoveMember{
+	revision, approval, err := s.changeMembers(ctx, &statev1.Command{Body: &statev1.Command_RemoveMember{RemoveMember: &statev1.RemoveMember{
 		Id: member.GetId(), Compromised: req.GetCompromised(),
 	}}})
 	if err != nil {
 		return nil, err
 	}
-	resp := &ententev1.RemoveNodeResponse{Revision: outcome.Revision, Member: member, HeldBy: held}
+	resp := &ententev1.RemoveNodeResponse{Revision: revision, Member: member, HeldBy: held, Approval: approval}
 	s.State.Read(func(st *domain.State) {
 		resp.Authorities = authoritiesOf(st, member)
 		for _, a := range resp.Authorities {

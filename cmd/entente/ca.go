@@ -292,6 +292,9 @@ func printStatus(w io.Writer, s *ententev1.StatusResponse) error {
 		offset += "; PROBLEM: " + p
 	}
 	fmt.Fprintf(table, "CLOCK\t%s\n", offset)
+	for _, a := range s.GetChanges() {
+		fmt.Fprintf(table, "PENDING\t%s: approved by %s, %d needed; entente node approve %.12s\n", a.GetWhat(), strings.Join(a.GetApprovedBy(), ", "), a.GetNeeded(), a.GetId())
+	}
 	acks := "all have acknowledged this revision"
 	if len(s.GetWaitingFor()) > 0 {
 		acks = fmt.Sprintf("up to %s: waiting for %s", ca.Revision(s.GetAcknowledgedRevision()), strings.Join(s.GetWaitingFor(), ", "))

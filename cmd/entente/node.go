@@ -15,7 +15,7 @@ func nodeCommand() *cobra.Command {
 		Use:     "node",
 		Short:   "The nodes of a trust domain's CA",
 		Example: "  entente node list",
-	}, nodeListCommand(), nodePromoteCommand(), nodeRemoveCommand())
+	}, nodeListCommand(), nodePromoteCommand(), nodeRemoveCommand(), nodeApproveCommand())
 }
 
 func nodeListCommand() *cobra.Command {
@@ -93,6 +93,9 @@ func nodePromoteCommand() *cobra.Command {
 				}
 				if admin.json {
 					return printJSON(c.OutOrStdout(), response)
+				}
+				if response.GetApproval() != nil {
+					return printApproval(c.OutOrStdout(), response.GetApproval())
 				}
 				_, err = fmt.Fprintf(c.OutOrStdout(), "%s votes as soon as it has caught up; watch it: entente node list\n", args[0])
 				return err

@@ -20,7 +20,8 @@ func nodeRemoveCommand() *cobra.Command {
 		Short: "Take a CA node out of its cluster",
 		Long: `Its vote and its connections end. What it signed is accepted until it ends by itself; with --compromised its authorities
 are revoked at once, every connection that rests on them is cut, and workloads with SVIDs of it get new ones from other
-nodes. Refused when the voters that would be left could not agree on anything. The node's key cannot return: a node that
+nodes. Where three or more CA nodes vote, the operators of a majority of them must approve it: entente node approve.
+Refused when the voters that would be left could not agree on anything. The node's key cannot return: a node that
 is to come back joins anew, with an empty data directory and a new token.`,
 		Example: `  entente node remove ca-3
   entente node remove ca-3 --compromised     # its host is in somebody else's hands`,
@@ -35,6 +36,9 @@ is to come back joins anew, with an empty data directory and a new token.`,
 					return printJSON(c.OutOrStdout(), response)
 				}
 				out := c.OutOrStdout()
+				if response.GetApproval() != nil {
+					return printApproval(out, response.GetApproval())
+				}
 				fmt.Fprintf(out, "CA node %s is removed at revision %s\n", response.GetMember().GetName(), ca.Revision(response.GetRevision()))
 				for _, a := range response.GetAuthorities() {
 					fmt.Fprintf(out, "authority %s is %s\n", a.GetId()[:12], ca.PhaseName(a.GetPhase()))

@@ -100,7 +100,9 @@ func tokenCreateCommand() *cobra.Command {
 		Use:   "create",
 		Short: "Make a token that admits one key, once",
 		Long: `Make a join token. It is shown once: the log holds only its public key. It admits
-the first key that shows it; the same key may show it again and gets the same answer.`,
+the first key that shows it; the same key may show it again and gets the same answer.
+Where three or more CA nodes vote, a token for a CA node admits nobody until the
+operators of a majority of them have approved it: entente node approve.`,
 		Example: `  entente token create --agent host-7 --datacenter dc1 --address 10.0.0.7
   entente token create --agent pay-7 --datacenter dc1 --address 10.0.1.7 --selector token:pci --path-prefix /team/pay
   entente token create --node ca-dc2 --datacenter dc2`,
@@ -132,6 +134,9 @@ the first key that shows it; the same key may show it again and gets the same an
 					return printJSON(c.OutOrStdout(), response)
 				}
 				fmt.Fprintln(c.OutOrStdout(), response.GetToken())
+				if response.GetApproval() != nil {
+					return printApproval(c.ErrOrStderr(), response.GetApproval())
+				}
 				fmt.Fprintf(c.ErrOrStderr(), "admits one key until %s\n", time.Unix(response.GetNotAfter(), 0).UTC().Format(time.RFC3339))
 				return nil
 			})

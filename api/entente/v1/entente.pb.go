@@ -1953,6 +1953,7 @@ func (*StatusRequest) Descriptor() ([]byte, []int) {
 
 type StatusResponse struct {
 	state                protoimpl.MessageState `protogen:"open.v1"`
+	Changes              []*Approval            `protobuf:"bytes,300,rep,name=changes,proto3" json:"changes,omitempty"` // of the CA nodes, that lack approvals
 	Cluster              *v1.Cluster            `protobuf:"bytes,1,opt,name=cluster,proto3" json:"cluster,omitempty"`
 	Revision             uint64                 `protobuf:"varint,2,opt,name=revision,proto3" json:"revision,omitempty"`
 	NodeId               string                 `protobuf:"bytes,3,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`
@@ -2015,6 +2016,13 @@ func (x *StatusResponse) ProtoReflect() protoreflect.Message {
 // Deprecated: Use StatusResponse.ProtoReflect.Descriptor instead.
 func (*StatusResponse) Descriptor() ([]byte, []int) {
 	return file_entente_v1_entente_proto_rawDescGZIP(), []int{27}
+}
+
+func (x *StatusResponse) GetChanges() []*Approval {
+	if x != nil {
+		return x.Changes
+	}
+	return nil
 }
 
 func (x *StatusResponse) GetCluster() *v1.Cluster {
@@ -2926,6 +2934,283 @@ func (x *NodeProgress) GetContactSeconds() float64 {
 	return 0
 }
 
+// Approval is how far a change of the CA nodes is.
+type Approval struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	What          string                 `protobuf:"bytes,2,opt,name=what,proto3" json:"what,omitempty"`                               // "remove CA node ca-2"
+	ApprovedBy    []string               `protobuf:"bytes,3,rep,name=approved_by,json=approvedBy,proto3" json:"approved_by,omitempty"` // names of CA nodes
+	Missing       []string               `protobuf:"bytes,4,rep,name=missing,proto3" json:"missing,omitempty"`                         // names of the voters that have not approved it
+	Needed        uint32                 `protobuf:"varint,5,opt,name=needed,proto3" json:"needed,omitempty"`                          // voters
+	NotAfter      int64                  `protobuf:"varint,6,opt,name=not_after,json=notAfter,proto3" json:"not_after,omitempty"`      // Unix seconds
+	ProposedBy    string                 `protobuf:"bytes,7,opt,name=proposed_by,json=proposedBy,proto3" json:"proposed_by,omitempty"` // who, for people
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Approval) Reset() {
+	*x = Approval{}
+	mi := &file_entente_v1_entente_proto_msgTypes[39]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Approval) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Approval) ProtoMessage() {}
+
+func (x *Approval) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[39]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Approval.ProtoReflect.Descriptor instead.
+func (*Approval) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{39}
+}
+
+func (x *Approval) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *Approval) GetWhat() string {
+	if x != nil {
+		return x.What
+	}
+	return ""
+}
+
+func (x *Approval) GetApprovedBy() []string {
+	if x != nil {
+		return x.ApprovedBy
+	}
+	return nil
+}
+
+func (x *Approval) GetMissing() []string {
+	if x != nil {
+		return x.Missing
+	}
+	return nil
+}
+
+func (x *Approval) GetNeeded() uint32 {
+	if x != nil {
+		return x.Needed
+	}
+	return 0
+}
+
+func (x *Approval) GetNotAfter() int64 {
+	if x != nil {
+		return x.NotAfter
+	}
+	return 0
+}
+
+func (x *Approval) GetProposedBy() string {
+	if x != nil {
+		return x.ProposedBy
+	}
+	return ""
+}
+
+type ListChangesRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListChangesRequest) Reset() {
+	*x = ListChangesRequest{}
+	mi := &file_entente_v1_entente_proto_msgTypes[40]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListChangesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListChangesRequest) ProtoMessage() {}
+
+func (x *ListChangesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[40]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListChangesRequest.ProtoReflect.Descriptor instead.
+func (*ListChangesRequest) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{40}
+}
+
+type ListChangesResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Changes       []*Approval            `protobuf:"bytes,1,rep,name=changes,proto3" json:"changes,omitempty"` // by end
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListChangesResponse) Reset() {
+	*x = ListChangesResponse{}
+	mi := &file_entente_v1_entente_proto_msgTypes[41]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListChangesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListChangesResponse) ProtoMessage() {}
+
+func (x *ListChangesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[41]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListChangesResponse.ProtoReflect.Descriptor instead.
+func (*ListChangesResponse) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{41}
+}
+
+func (x *ListChangesResponse) GetChanges() []*Approval {
+	if x != nil {
+		return x.Changes
+	}
+	return nil
+}
+
+type ApproveChangeRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"` // whole, or enough of its beginning to be the only one
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ApproveChangeRequest) Reset() {
+	*x = ApproveChangeRequest{}
+	mi := &file_entente_v1_entente_proto_msgTypes[42]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ApproveChangeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ApproveChangeRequest) ProtoMessage() {}
+
+func (x *ApproveChangeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[42]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ApproveChangeRequest.ProtoReflect.Descriptor instead.
+func (*ApproveChangeRequest) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{42}
+}
+
+func (x *ApproveChangeRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+type ApproveChangeResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Revision      uint64                 `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"`
+	Approval      *Approval              `protobuf:"bytes,2,opt,name=approval,proto3" json:"approval,omitempty"`
+	CarriedOut    bool                   `protobuf:"varint,3,opt,name=carried_out,json=carriedOut,proto3" json:"carried_out,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ApproveChangeResponse) Reset() {
+	*x = ApproveChangeResponse{}
+	mi := &file_entente_v1_entente_proto_msgTypes[43]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ApproveChangeResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ApproveChangeResponse) ProtoMessage() {}
+
+func (x *ApproveChangeResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[43]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ApproveChangeResponse.ProtoReflect.Descriptor instead.
+func (*ApproveChangeResponse) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{43}
+}
+
+func (x *ApproveChangeResponse) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+func (x *ApproveChangeResponse) GetApproval() *Approval {
+	if x != nil {
+		return x.Approval
+	}
+	return nil
+}
+
+func (x *ApproveChangeResponse) GetCarriedOut() bool {
+	if x != nil {
+		return x.CarriedOut
+	}
+	return false
+}
+
 type PromoteNodeRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -2935,7 +3220,7 @@ type PromoteNodeRequest struct {
 
 func (x *PromoteNodeRequest) Reset() {
 	*x = PromoteNodeRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[39]
+	mi := &file_entente_v1_entente_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2947,7 +3232,7 @@ func (x *PromoteNodeRequest) String() string {
 func (*PromoteNodeRequest) ProtoMessage() {}
 
 func (x *PromoteNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[39]
+	mi := &file_entente_v1_entente_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2960,7 +3245,7 @@ func (x *PromoteNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PromoteNodeRequest.ProtoReflect.Descriptor instead.
 func (*PromoteNodeRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{39}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *PromoteNodeRequest) GetName() string {
@@ -2973,13 +3258,14 @@ func (x *PromoteNodeRequest) GetName() string {
 type PromoteNodeResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Revision      uint64                 `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"`
+	Approval      *Approval              `protobuf:"bytes,300,opt,name=approval,proto3" json:"approval,omitempty"` // it is not carried out yet
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *PromoteNodeResponse) Reset() {
 	*x = PromoteNodeResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[40]
+	mi := &file_entente_v1_entente_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2991,7 +3277,7 @@ func (x *PromoteNodeResponse) String() string {
 func (*PromoteNodeResponse) ProtoMessage() {}
 
 func (x *PromoteNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[40]
+	mi := &file_entente_v1_entente_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3004,7 +3290,7 @@ func (x *PromoteNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PromoteNodeResponse.ProtoReflect.Descriptor instead.
 func (*PromoteNodeResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{40}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *PromoteNodeResponse) GetRevision() uint64 {
@@ -3012,6 +3298,13 @@ func (x *PromoteNodeResponse) GetRevision() uint64 {
 		return x.Revision
 	}
 	return 0
+}
+
+func (x *PromoteNodeResponse) GetApproval() *Approval {
+	if x != nil {
+		return x.Approval
+	}
+	return nil
 }
 
 type VouchRequest struct {
@@ -3023,7 +3316,7 @@ type VouchRequest struct {
 
 func (x *VouchRequest) Reset() {
 	*x = VouchRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[41]
+	mi := &file_entente_v1_entente_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3035,7 +3328,7 @@ func (x *VouchRequest) String() string {
 func (*VouchRequest) ProtoMessage() {}
 
 func (x *VouchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[41]
+	mi := &file_entente_v1_entente_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3048,7 +3341,7 @@ func (x *VouchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VouchRequest.ProtoReflect.Descriptor instead.
 func (*VouchRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{41}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *VouchRequest) GetMemberId() string {
@@ -3067,7 +3360,7 @@ type VouchResponse struct {
 
 func (x *VouchResponse) Reset() {
 	*x = VouchResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[42]
+	mi := &file_entente_v1_entente_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3079,7 +3372,7 @@ func (x *VouchResponse) String() string {
 func (*VouchResponse) ProtoMessage() {}
 
 func (x *VouchResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[42]
+	mi := &file_entente_v1_entente_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3092,7 +3385,7 @@ func (x *VouchResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VouchResponse.ProtoReflect.Descriptor instead.
 func (*VouchResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{42}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *VouchResponse) GetMember() *v1.Member {
@@ -3112,7 +3405,7 @@ type ChecksumRequest struct {
 
 func (x *ChecksumRequest) Reset() {
 	*x = ChecksumRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[43]
+	mi := &file_entente_v1_entente_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3124,7 +3417,7 @@ func (x *ChecksumRequest) String() string {
 func (*ChecksumRequest) ProtoMessage() {}
 
 func (x *ChecksumRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[43]
+	mi := &file_entente_v1_entente_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3137,7 +3430,7 @@ func (x *ChecksumRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChecksumRequest.ProtoReflect.Descriptor instead.
 func (*ChecksumRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{43}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *ChecksumRequest) GetAtIndex() uint64 {
@@ -3163,7 +3456,7 @@ type ChecksumResponse struct {
 
 func (x *ChecksumResponse) Reset() {
 	*x = ChecksumResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[44]
+	mi := &file_entente_v1_entente_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3175,7 +3468,7 @@ func (x *ChecksumResponse) String() string {
 func (*ChecksumResponse) ProtoMessage() {}
 
 func (x *ChecksumResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[44]
+	mi := &file_entente_v1_entente_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3188,7 +3481,7 @@ func (x *ChecksumResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChecksumResponse.ProtoReflect.Descriptor instead.
 func (*ChecksumResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{44}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *ChecksumResponse) GetSum() []byte {
@@ -3208,7 +3501,7 @@ type ShowEpochRequest struct {
 
 func (x *ShowEpochRequest) Reset() {
 	*x = ShowEpochRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[45]
+	mi := &file_entente_v1_entente_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3220,7 +3513,7 @@ func (x *ShowEpochRequest) String() string {
 func (*ShowEpochRequest) ProtoMessage() {}
 
 func (x *ShowEpochRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[45]
+	mi := &file_entente_v1_entente_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3233,7 +3526,7 @@ func (x *ShowEpochRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowEpochRequest.ProtoReflect.Descriptor instead.
 func (*ShowEpochRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{45}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *ShowEpochRequest) GetStatement() []byte {
@@ -3258,7 +3551,7 @@ type ShowEpochResponse struct {
 
 func (x *ShowEpochResponse) Reset() {
 	*x = ShowEpochResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[46]
+	mi := &file_entente_v1_entente_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3270,7 +3563,7 @@ func (x *ShowEpochResponse) String() string {
 func (*ShowEpochResponse) ProtoMessage() {}
 
 func (x *ShowEpochResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[46]
+	mi := &file_entente_v1_entente_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3283,7 +3576,7 @@ func (x *ShowEpochResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowEpochResponse.ProtoReflect.Descriptor instead.
 func (*ShowEpochResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{46}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{51}
 }
 
 type ForeignBundleStatus struct {
@@ -3300,7 +3593,7 @@ type ForeignBundleStatus struct {
 
 func (x *ForeignBundleStatus) Reset() {
 	*x = ForeignBundleStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[47]
+	mi := &file_entente_v1_entente_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3312,7 +3605,7 @@ func (x *ForeignBundleStatus) String() string {
 func (*ForeignBundleStatus) ProtoMessage() {}
 
 func (x *ForeignBundleStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[47]
+	mi := &file_entente_v1_entente_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3325,7 +3618,7 @@ func (x *ForeignBundleStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForeignBundleStatus.ProtoReflect.Descriptor instead.
 func (*ForeignBundleStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{47}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *ForeignBundleStatus) GetTrustDomain() string {
@@ -3383,7 +3676,7 @@ type DroppedKey struct {
 
 func (x *DroppedKey) Reset() {
 	*x = DroppedKey{}
-	mi := &file_entente_v1_entente_proto_msgTypes[48]
+	mi := &file_entente_v1_entente_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3395,7 +3688,7 @@ func (x *DroppedKey) String() string {
 func (*DroppedKey) ProtoMessage() {}
 
 func (x *DroppedKey) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[48]
+	mi := &file_entente_v1_entente_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3408,7 +3701,7 @@ func (x *DroppedKey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DroppedKey.ProtoReflect.Descriptor instead.
 func (*DroppedKey) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{48}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *DroppedKey) GetId() string {
@@ -3450,7 +3743,7 @@ type CreateTokenRequest struct {
 
 func (x *CreateTokenRequest) Reset() {
 	*x = CreateTokenRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[49]
+	mi := &file_entente_v1_entente_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3462,7 +3755,7 @@ func (x *CreateTokenRequest) String() string {
 func (*CreateTokenRequest) ProtoMessage() {}
 
 func (x *CreateTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[49]
+	mi := &file_entente_v1_entente_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3475,7 +3768,7 @@ func (x *CreateTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTokenRequest.ProtoReflect.Descriptor instead.
 func (*CreateTokenRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{49}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *CreateTokenRequest) GetNode() *v1.NodeGrant {
@@ -3501,7 +3794,8 @@ func (x *CreateTokenRequest) GetTtlSeconds() uint32 {
 
 type CreateTokenResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Token         string                 `protobuf:"bytes,1,opt,name=token,proto3" json:"token,omitempty"` // shown once; the log holds only its public key
+	Approval      *Approval              `protobuf:"bytes,300,opt,name=approval,proto3" json:"approval,omitempty"` // the token admits nobody until it is approved
+	Token         string                 `protobuf:"bytes,1,opt,name=token,proto3" json:"token,omitempty"`         // shown once; the log holds only its public key
 	Id            string                 `protobuf:"bytes,2,opt,name=id,proto3" json:"id,omitempty"`
 	NotAfter      int64                  `protobuf:"varint,3,opt,name=not_after,json=notAfter,proto3" json:"not_after,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -3510,7 +3804,7 @@ type CreateTokenResponse struct {
 
 func (x *CreateTokenResponse) Reset() {
 	*x = CreateTokenResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[50]
+	mi := &file_entente_v1_entente_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3522,7 +3816,7 @@ func (x *CreateTokenResponse) String() string {
 func (*CreateTokenResponse) ProtoMessage() {}
 
 func (x *CreateTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[50]
+	mi := &file_entente_v1_entente_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3535,7 +3829,14 @@ func (x *CreateTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTokenResponse.ProtoReflect.Descriptor instead.
 func (*CreateTokenResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{50}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{55}
+}
+
+func (x *CreateTokenResponse) GetApproval() *Approval {
+	if x != nil {
+		return x.Approval
+	}
+	return nil
 }
 
 func (x *CreateTokenResponse) GetToken() string {
@@ -3570,7 +3871,7 @@ type ApplyRequest struct {
 
 func (x *ApplyRequest) Reset() {
 	*x = ApplyRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[51]
+	mi := &file_entente_v1_entente_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3582,7 +3883,7 @@ func (x *ApplyRequest) String() string {
 func (*ApplyRequest) ProtoMessage() {}
 
 func (x *ApplyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[51]
+	mi := &file_entente_v1_entente_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3595,7 +3896,7 @@ func (x *ApplyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyRequest.ProtoReflect.Descriptor instead.
 func (*ApplyRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{51}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *ApplyRequest) GetObjects() []*v1.Object {
@@ -3629,7 +3930,7 @@ type ApplyResponse struct {
 
 func (x *ApplyResponse) Reset() {
 	*x = ApplyResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[52]
+	mi := &file_entente_v1_entente_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3641,7 +3942,7 @@ func (x *ApplyResponse) String() string {
 func (*ApplyResponse) ProtoMessage() {}
 
 func (x *ApplyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[52]
+	mi := &file_entente_v1_entente_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3654,7 +3955,7 @@ func (x *ApplyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyResponse.ProtoReflect.Descriptor instead.
 func (*ApplyResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{52}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *ApplyResponse) GetRevision() uint64 {
@@ -3682,7 +3983,7 @@ type ObjectChange struct {
 
 func (x *ObjectChange) Reset() {
 	*x = ObjectChange{}
-	mi := &file_entente_v1_entente_proto_msgTypes[53]
+	mi := &file_entente_v1_entente_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3694,7 +3995,7 @@ func (x *ObjectChange) String() string {
 func (*ObjectChange) ProtoMessage() {}
 
 func (x *ObjectChange) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[53]
+	mi := &file_entente_v1_entente_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3707,7 +4008,7 @@ func (x *ObjectChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ObjectChange.ProtoReflect.Descriptor instead.
 func (*ObjectChange) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{53}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *ObjectChange) GetKey() *v1.ObjectKey {
@@ -3739,7 +4040,7 @@ type WhoAmIRequest struct {
 
 func (x *WhoAmIRequest) Reset() {
 	*x = WhoAmIRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[54]
+	mi := &file_entente_v1_entente_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3751,7 +4052,7 @@ func (x *WhoAmIRequest) String() string {
 func (*WhoAmIRequest) ProtoMessage() {}
 
 func (x *WhoAmIRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[54]
+	mi := &file_entente_v1_entente_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3764,7 +4065,7 @@ func (x *WhoAmIRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhoAmIRequest.ProtoReflect.Descriptor instead.
 func (*WhoAmIRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{54}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{59}
 }
 
 type WhoAmIResponse struct {
@@ -3778,7 +4079,7 @@ type WhoAmIResponse struct {
 
 func (x *WhoAmIResponse) Reset() {
 	*x = WhoAmIResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[55]
+	mi := &file_entente_v1_entente_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3790,7 +4091,7 @@ func (x *WhoAmIResponse) String() string {
 func (*WhoAmIResponse) ProtoMessage() {}
 
 func (x *WhoAmIResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[55]
+	mi := &file_entente_v1_entente_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3803,7 +4104,7 @@ func (x *WhoAmIResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhoAmIResponse.ProtoReflect.Descriptor instead.
 func (*WhoAmIResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{55}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *WhoAmIResponse) GetWho() string {
@@ -3837,7 +4138,7 @@ type GetBundleRequest struct {
 
 func (x *GetBundleRequest) Reset() {
 	*x = GetBundleRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[56]
+	mi := &file_entente_v1_entente_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3849,7 +4150,7 @@ func (x *GetBundleRequest) String() string {
 func (*GetBundleRequest) ProtoMessage() {}
 
 func (x *GetBundleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[56]
+	mi := &file_entente_v1_entente_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3862,7 +4163,7 @@ func (x *GetBundleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBundleRequest.ProtoReflect.Descriptor instead.
 func (*GetBundleRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{56}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *GetBundleRequest) GetTrustDomain() string {
@@ -3888,7 +4189,7 @@ type GetBundleResponse struct {
 
 func (x *GetBundleResponse) Reset() {
 	*x = GetBundleResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[57]
+	mi := &file_entente_v1_entente_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3900,7 +4201,7 @@ func (x *GetBundleResponse) String() string {
 func (*GetBundleResponse) ProtoMessage() {}
 
 func (x *GetBundleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[57]
+	mi := &file_entente_v1_entente_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3913,7 +4214,7 @@ func (x *GetBundleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBundleResponse.ProtoReflect.Descriptor instead.
 func (*GetBundleResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{57}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *GetBundleResponse) GetJwks() []byte {
@@ -3932,7 +4233,7 @@ type ProposeRequest struct {
 
 func (x *ProposeRequest) Reset() {
 	*x = ProposeRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[58]
+	mi := &file_entente_v1_entente_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3944,7 +4245,7 @@ func (x *ProposeRequest) String() string {
 func (*ProposeRequest) ProtoMessage() {}
 
 func (x *ProposeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[58]
+	mi := &file_entente_v1_entente_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3957,7 +4258,7 @@ func (x *ProposeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProposeRequest.ProtoReflect.Descriptor instead.
 func (*ProposeRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{58}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *ProposeRequest) GetCommand() []byte {
@@ -3978,7 +4279,7 @@ type ProposeResponse struct {
 
 func (x *ProposeResponse) Reset() {
 	*x = ProposeResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[59]
+	mi := &file_entente_v1_entente_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3990,7 +4291,7 @@ func (x *ProposeResponse) String() string {
 func (*ProposeResponse) ProtoMessage() {}
 
 func (x *ProposeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[59]
+	mi := &file_entente_v1_entente_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4003,7 +4304,7 @@ func (x *ProposeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProposeResponse.ProtoReflect.Descriptor instead.
 func (*ProposeResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{59}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *ProposeResponse) GetRevision() uint64 {
@@ -4044,7 +4345,7 @@ type ReportRequest struct {
 
 func (x *ReportRequest) Reset() {
 	*x = ReportRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[60]
+	mi := &file_entente_v1_entente_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4056,7 +4357,7 @@ func (x *ReportRequest) String() string {
 func (*ReportRequest) ProtoMessage() {}
 
 func (x *ReportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[60]
+	mi := &file_entente_v1_entente_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4069,7 +4370,7 @@ func (x *ReportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRequest.ProtoReflect.Descriptor instead.
 func (*ReportRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{60}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *ReportRequest) GetBootId() string {
@@ -4146,7 +4447,7 @@ type HeldAuthority struct {
 
 func (x *HeldAuthority) Reset() {
 	*x = HeldAuthority{}
-	mi := &file_entente_v1_entente_proto_msgTypes[61]
+	mi := &file_entente_v1_entente_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4158,7 +4459,7 @@ func (x *HeldAuthority) String() string {
 func (*HeldAuthority) ProtoMessage() {}
 
 func (x *HeldAuthority) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[61]
+	mi := &file_entente_v1_entente_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4171,7 +4472,7 @@ func (x *HeldAuthority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HeldAuthority.ProtoReflect.Descriptor instead.
 func (*HeldAuthority) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{61}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *HeldAuthority) GetId() string {
@@ -4196,7 +4497,7 @@ type ReportResponse struct {
 
 func (x *ReportResponse) Reset() {
 	*x = ReportResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[62]
+	mi := &file_entente_v1_entente_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4208,7 +4509,7 @@ func (x *ReportResponse) String() string {
 func (*ReportResponse) ProtoMessage() {}
 
 func (x *ReportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[62]
+	mi := &file_entente_v1_entente_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4221,7 +4522,7 @@ func (x *ReportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportResponse.ProtoReflect.Descriptor instead.
 func (*ReportResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{62}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{67}
 }
 
 type GateRequest struct {
@@ -4232,7 +4533,7 @@ type GateRequest struct {
 
 func (x *GateRequest) Reset() {
 	*x = GateRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[63]
+	mi := &file_entente_v1_entente_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4244,7 +4545,7 @@ func (x *GateRequest) String() string {
 func (*GateRequest) ProtoMessage() {}
 
 func (x *GateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[63]
+	mi := &file_entente_v1_entente_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4257,7 +4558,7 @@ func (x *GateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GateRequest.ProtoReflect.Descriptor instead.
 func (*GateRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{63}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{68}
 }
 
 type GateResponse struct {
@@ -4269,7 +4570,7 @@ type GateResponse struct {
 
 func (x *GateResponse) Reset() {
 	*x = GateResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[64]
+	mi := &file_entente_v1_entente_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4281,7 +4582,7 @@ func (x *GateResponse) String() string {
 func (*GateResponse) ProtoMessage() {}
 
 func (x *GateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[64]
+	mi := &file_entente_v1_entente_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4294,7 +4595,7 @@ func (x *GateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GateResponse.ProtoReflect.Descriptor instead.
 func (*GateResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{64}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *GateResponse) GetAuthorities() []*AuthorityGate {
@@ -4317,7 +4618,7 @@ type AuthorityGate struct {
 
 func (x *AuthorityGate) Reset() {
 	*x = AuthorityGate{}
-	mi := &file_entente_v1_entente_proto_msgTypes[65]
+	mi := &file_entente_v1_entente_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4329,7 +4630,7 @@ func (x *AuthorityGate) String() string {
 func (*AuthorityGate) ProtoMessage() {}
 
 func (x *AuthorityGate) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[65]
+	mi := &file_entente_v1_entente_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4342,7 +4643,7 @@ func (x *AuthorityGate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityGate.ProtoReflect.Descriptor instead.
 func (*AuthorityGate) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{65}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *AuthorityGate) GetId() string {
@@ -4384,7 +4685,7 @@ type MarkReadyRequest struct {
 
 func (x *MarkReadyRequest) Reset() {
 	*x = MarkReadyRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[66]
+	mi := &file_entente_v1_entente_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4396,7 +4697,7 @@ func (x *MarkReadyRequest) String() string {
 func (*MarkReadyRequest) ProtoMessage() {}
 
 func (x *MarkReadyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[66]
+	mi := &file_entente_v1_entente_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4409,7 +4710,7 @@ func (x *MarkReadyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MarkReadyRequest.ProtoReflect.Descriptor instead.
 func (*MarkReadyRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{66}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *MarkReadyRequest) GetId() string {
@@ -4442,7 +4743,7 @@ type MarkReadyResponse struct {
 
 func (x *MarkReadyResponse) Reset() {
 	*x = MarkReadyResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[67]
+	mi := &file_entente_v1_entente_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4454,7 +4755,7 @@ func (x *MarkReadyResponse) String() string {
 func (*MarkReadyResponse) ProtoMessage() {}
 
 func (x *MarkReadyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[67]
+	mi := &file_entente_v1_entente_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4467,7 +4768,7 @@ func (x *MarkReadyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MarkReadyResponse.ProtoReflect.Descriptor instead.
 func (*MarkReadyResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{67}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *MarkReadyResponse) GetRevision() uint64 {
@@ -4489,7 +4790,7 @@ type Picture struct {
 
 func (x *Picture) Reset() {
 	*x = Picture{}
-	mi := &file_entente_v1_entente_proto_msgTypes[68]
+	mi := &file_entente_v1_entente_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4501,7 +4802,7 @@ func (x *Picture) String() string {
 func (*Picture) ProtoMessage() {}
 
 func (x *Picture) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[68]
+	mi := &file_entente_v1_entente_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4514,7 +4815,7 @@ func (x *Picture) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Picture.ProtoReflect.Descriptor instead.
 func (*Picture) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{68}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *Picture) GetPolicy() *Policy {
@@ -4546,7 +4847,7 @@ type PresenceRequest struct {
 
 func (x *PresenceRequest) Reset() {
 	*x = PresenceRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[69]
+	mi := &file_entente_v1_entente_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4558,7 +4859,7 @@ func (x *PresenceRequest) String() string {
 func (*PresenceRequest) ProtoMessage() {}
 
 func (x *PresenceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[69]
+	mi := &file_entente_v1_entente_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4571,7 +4872,7 @@ func (x *PresenceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PresenceRequest.ProtoReflect.Descriptor instead.
 func (*PresenceRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{69}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{74}
 }
 
 type PresenceResponse struct {
@@ -4585,7 +4886,7 @@ type PresenceResponse struct {
 
 func (x *PresenceResponse) Reset() {
 	*x = PresenceResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[70]
+	mi := &file_entente_v1_entente_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4597,7 +4898,7 @@ func (x *PresenceResponse) String() string {
 func (*PresenceResponse) ProtoMessage() {}
 
 func (x *PresenceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[70]
+	mi := &file_entente_v1_entente_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4610,7 +4911,7 @@ func (x *PresenceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PresenceResponse.ProtoReflect.Descriptor instead.
 func (*PresenceResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{70}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *PresenceResponse) GetInstances() []*Instance {
@@ -4642,7 +4943,7 @@ type ListAuthoritiesRequest struct {
 
 func (x *ListAuthoritiesRequest) Reset() {
 	*x = ListAuthoritiesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[71]
+	mi := &file_entente_v1_entente_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4654,7 +4955,7 @@ func (x *ListAuthoritiesRequest) String() string {
 func (*ListAuthoritiesRequest) ProtoMessage() {}
 
 func (x *ListAuthoritiesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[71]
+	mi := &file_entente_v1_entente_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4667,7 +4968,7 @@ func (x *ListAuthoritiesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuthoritiesRequest.ProtoReflect.Descriptor instead.
 func (*ListAuthoritiesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{71}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{76}
 }
 
 type ListAuthoritiesResponse struct {
@@ -4681,7 +4982,7 @@ type ListAuthoritiesResponse struct {
 
 func (x *ListAuthoritiesResponse) Reset() {
 	*x = ListAuthoritiesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[72]
+	mi := &file_entente_v1_entente_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4693,7 +4994,7 @@ func (x *ListAuthoritiesResponse) String() string {
 func (*ListAuthoritiesResponse) ProtoMessage() {}
 
 func (x *ListAuthoritiesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[72]
+	mi := &file_entente_v1_entente_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4706,7 +5007,7 @@ func (x *ListAuthoritiesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuthoritiesResponse.ProtoReflect.Descriptor instead.
 func (*ListAuthoritiesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{72}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *ListAuthoritiesResponse) GetAuthorities() []*AuthorityStatus {
@@ -4744,7 +5045,7 @@ type AuthorityStatus struct {
 
 func (x *AuthorityStatus) Reset() {
 	*x = AuthorityStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[73]
+	mi := &file_entente_v1_entente_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4756,7 +5057,7 @@ func (x *AuthorityStatus) String() string {
 func (*AuthorityStatus) ProtoMessage() {}
 
 func (x *AuthorityStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[73]
+	mi := &file_entente_v1_entente_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4769,7 +5070,7 @@ func (x *AuthorityStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityStatus.ProtoReflect.Descriptor instead.
 func (*AuthorityStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{73}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{78}
 }
 
 func (x *AuthorityStatus) GetAuthority() *v1.Authority {
@@ -4823,7 +5124,7 @@ type PrepareAuthorityRequest struct {
 
 func (x *PrepareAuthorityRequest) Reset() {
 	*x = PrepareAuthorityRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[74]
+	mi := &file_entente_v1_entente_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4835,7 +5136,7 @@ func (x *PrepareAuthorityRequest) String() string {
 func (*PrepareAuthorityRequest) ProtoMessage() {}
 
 func (x *PrepareAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[74]
+	mi := &file_entente_v1_entente_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4848,7 +5149,7 @@ func (x *PrepareAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*PrepareAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{74}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *PrepareAuthorityRequest) GetUse() v1.KeyUse {
@@ -4869,7 +5170,7 @@ type ChangeAuthorityRequest struct {
 
 func (x *ChangeAuthorityRequest) Reset() {
 	*x = ChangeAuthorityRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[75]
+	mi := &file_entente_v1_entente_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4881,7 +5182,7 @@ func (x *ChangeAuthorityRequest) String() string {
 func (*ChangeAuthorityRequest) ProtoMessage() {}
 
 func (x *ChangeAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[75]
+	mi := &file_entente_v1_entente_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4894,7 +5195,7 @@ func (x *ChangeAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*ChangeAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{75}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{80}
 }
 
 func (x *ChangeAuthorityRequest) GetId() string {
@@ -4935,7 +5236,7 @@ type ChangeAuthorityResponse struct {
 
 func (x *ChangeAuthorityResponse) Reset() {
 	*x = ChangeAuthorityResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[76]
+	mi := &file_entente_v1_entente_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4947,7 +5248,7 @@ func (x *ChangeAuthorityResponse) String() string {
 func (*ChangeAuthorityResponse) ProtoMessage() {}
 
 func (x *ChangeAuthorityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[76]
+	mi := &file_entente_v1_entente_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4960,7 +5261,7 @@ func (x *ChangeAuthorityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAuthorityResponse.ProtoReflect.Descriptor instead.
 func (*ChangeAuthorityResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{76}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{81}
 }
 
 func (x *ChangeAuthorityResponse) GetAuthority() *v1.Authority {
@@ -5015,7 +5316,7 @@ type RemoveNodeRequest struct {
 
 func (x *RemoveNodeRequest) Reset() {
 	*x = RemoveNodeRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[77]
+	mi := &file_entente_v1_entente_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5027,7 +5328,7 @@ func (x *RemoveNodeRequest) String() string {
 func (*RemoveNodeRequest) ProtoMessage() {}
 
 func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[77]
+	mi := &file_entente_v1_entente_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5040,7 +5341,7 @@ func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodeRequest.ProtoReflect.Descriptor instead.
 func (*RemoveNodeRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{77}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *RemoveNodeRequest) GetName() string {
@@ -5060,6 +5361,7 @@ func (x *RemoveNodeRequest) GetCompromised() bool {
 type RemoveNodeResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Revision      uint64                 `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"`
+	Approval      *Approval              `protobuf:"bytes,300,opt,name=approval,proto3" json:"approval,omitempty"` // it is not carried out yet
 	Member        *v1.Member             `protobuf:"bytes,2,opt,name=member,proto3" json:"member,omitempty"`
 	Authorities   []*v1.Authority        `protobuf:"bytes,3,rep,name=authorities,proto3" json:"authorities,omitempty"` // its own, as they are now
 	HeldBy        []string               `protobuf:"bytes,4,rep,name=held_by,json=heldBy,proto3" json:"held_by,omitempty"`
@@ -5070,7 +5372,7 @@ type RemoveNodeResponse struct {
 
 func (x *RemoveNodeResponse) Reset() {
 	*x = RemoveNodeResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[78]
+	mi := &file_entente_v1_entente_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5082,7 +5384,7 @@ func (x *RemoveNodeResponse) String() string {
 func (*RemoveNodeResponse) ProtoMessage() {}
 
 func (x *RemoveNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[78]
+	mi := &file_entente_v1_entente_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5095,7 +5397,7 @@ func (x *RemoveNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodeResponse.ProtoReflect.Descriptor instead.
 func (*RemoveNodeResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{78}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *RemoveNodeResponse) GetRevision() uint64 {
@@ -5103,6 +5405,13 @@ func (x *RemoveNodeResponse) GetRevision() uint64 {
 		return x.Revision
 	}
 	return 0
+}
+
+func (x *RemoveNodeResponse) GetApproval() *Approval {
+	if x != nil {
+		return x.Approval
+	}
+	return nil
 }
 
 func (x *RemoveNodeResponse) GetMember() *v1.Member {
@@ -5143,7 +5452,7 @@ type ListAgentsRequest struct {
 
 func (x *ListAgentsRequest) Reset() {
 	*x = ListAgentsRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[79]
+	mi := &file_entente_v1_entente_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5155,7 +5464,7 @@ func (x *ListAgentsRequest) String() string {
 func (*ListAgentsRequest) ProtoMessage() {}
 
 func (x *ListAgentsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[79]
+	mi := &file_entente_v1_entente_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5168,7 +5477,7 @@ func (x *ListAgentsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAgentsRequest.ProtoReflect.Descriptor instead.
 func (*ListAgentsRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{79}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *ListAgentsRequest) GetPageSize() uint32 {
@@ -5195,7 +5504,7 @@ type ListAgentsResponse struct {
 
 func (x *ListAgentsResponse) Reset() {
 	*x = ListAgentsResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[80]
+	mi := &file_entente_v1_entente_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5207,7 +5516,7 @@ func (x *ListAgentsResponse) String() string {
 func (*ListAgentsResponse) ProtoMessage() {}
 
 func (x *ListAgentsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[80]
+	mi := &file_entente_v1_entente_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5220,7 +5529,7 @@ func (x *ListAgentsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAgentsResponse.ProtoReflect.Descriptor instead.
 func (*ListAgentsResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{80}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *ListAgentsResponse) GetAgents() []*AgentStatus {
@@ -5249,7 +5558,7 @@ type AgentStatus struct {
 
 func (x *AgentStatus) Reset() {
 	*x = AgentStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[81]
+	mi := &file_entente_v1_entente_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5261,7 +5570,7 @@ func (x *AgentStatus) String() string {
 func (*AgentStatus) ProtoMessage() {}
 
 func (x *AgentStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[81]
+	mi := &file_entente_v1_entente_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5274,7 +5583,7 @@ func (x *AgentStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentStatus.ProtoReflect.Descriptor instead.
 func (*AgentStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{81}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{86}
 }
 
 func (x *AgentStatus) GetAgent() *v1.Agent {
@@ -5314,7 +5623,7 @@ type GetAgentRequest struct {
 
 func (x *GetAgentRequest) Reset() {
 	*x = GetAgentRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[82]
+	mi := &file_entente_v1_entente_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5326,7 +5635,7 @@ func (x *GetAgentRequest) String() string {
 func (*GetAgentRequest) ProtoMessage() {}
 
 func (x *GetAgentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[82]
+	mi := &file_entente_v1_entente_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5339,7 +5648,7 @@ func (x *GetAgentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetAgentRequest.ProtoReflect.Descriptor instead.
 func (*GetAgentRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{82}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *GetAgentRequest) GetName() string {
@@ -5360,7 +5669,7 @@ type GetAgentResponse struct {
 
 func (x *GetAgentResponse) Reset() {
 	*x = GetAgentResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[83]
+	mi := &file_entente_v1_entente_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5372,7 +5681,7 @@ func (x *GetAgentResponse) String() string {
 func (*GetAgentResponse) ProtoMessage() {}
 
 func (x *GetAgentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[83]
+	mi := &file_entente_v1_entente_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5385,7 +5694,7 @@ func (x *GetAgentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetAgentResponse.ProtoReflect.Descriptor instead.
 func (*GetAgentResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{83}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{88}
 }
 
 func (x *GetAgentResponse) GetStatus() *AgentStatus {
@@ -5418,7 +5727,7 @@ type ChangeAgentRequest struct {
 
 func (x *ChangeAgentRequest) Reset() {
 	*x = ChangeAgentRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[84]
+	mi := &file_entente_v1_entente_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5430,7 +5739,7 @@ func (x *ChangeAgentRequest) String() string {
 func (*ChangeAgentRequest) ProtoMessage() {}
 
 func (x *ChangeAgentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[84]
+	mi := &file_entente_v1_entente_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5443,7 +5752,7 @@ func (x *ChangeAgentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAgentRequest.ProtoReflect.Descriptor instead.
 func (*ChangeAgentRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{84}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{89}
 }
 
 func (x *ChangeAgentRequest) GetName() string {
@@ -5462,7 +5771,7 @@ type ChangeAgentResponse struct {
 
 func (x *ChangeAgentResponse) Reset() {
 	*x = ChangeAgentResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[85]
+	mi := &file_entente_v1_entente_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5474,7 +5783,7 @@ func (x *ChangeAgentResponse) String() string {
 func (*ChangeAgentResponse) ProtoMessage() {}
 
 func (x *ChangeAgentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[85]
+	mi := &file_entente_v1_entente_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5487,7 +5796,7 @@ func (x *ChangeAgentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAgentResponse.ProtoReflect.Descriptor instead.
 func (*ChangeAgentResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{85}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{90}
 }
 
 func (x *ChangeAgentResponse) GetRevision() uint64 {
@@ -5507,7 +5816,7 @@ type IsolateAgentRequest struct {
 
 func (x *IsolateAgentRequest) Reset() {
 	*x = IsolateAgentRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[86]
+	mi := &file_entente_v1_entente_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5519,7 +5828,7 @@ func (x *IsolateAgentRequest) String() string {
 func (*IsolateAgentRequest) ProtoMessage() {}
 
 func (x *IsolateAgentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[86]
+	mi := &file_entente_v1_entente_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5532,7 +5841,7 @@ func (x *IsolateAgentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IsolateAgentRequest.ProtoReflect.Descriptor instead.
 func (*IsolateAgentRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{86}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{91}
 }
 
 func (x *IsolateAgentRequest) GetName() string {
@@ -5558,7 +5867,7 @@ type IsolateAgentResponse struct {
 
 func (x *IsolateAgentResponse) Reset() {
 	*x = IsolateAgentResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[87]
+	mi := &file_entente_v1_entente_proto_msgTypes[92]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5570,7 +5879,7 @@ func (x *IsolateAgentResponse) String() string {
 func (*IsolateAgentResponse) ProtoMessage() {}
 
 func (x *IsolateAgentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[87]
+	mi := &file_entente_v1_entente_proto_msgTypes[92]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5583,7 +5892,7 @@ func (x *IsolateAgentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IsolateAgentResponse.ProtoReflect.Descriptor instead.
 func (*IsolateAgentResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{87}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{92}
 }
 
 func (x *IsolateAgentResponse) GetIsolation() *Isolation {
@@ -5607,7 +5916,7 @@ type Isolation struct {
 
 func (x *Isolation) Reset() {
 	*x = Isolation{}
-	mi := &file_entente_v1_entente_proto_msgTypes[88]
+	mi := &file_entente_v1_entente_proto_msgTypes[93]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5619,7 +5928,7 @@ func (x *Isolation) String() string {
 func (*Isolation) ProtoMessage() {}
 
 func (x *Isolation) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[88]
+	mi := &file_entente_v1_entente_proto_msgTypes[93]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5632,7 +5941,7 @@ func (x *Isolation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Isolation.ProtoReflect.Descriptor instead.
 func (*Isolation) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{88}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{93}
 }
 
 func (x *Isolation) GetAgent() *v1.Agent {
@@ -5678,7 +5987,7 @@ type ListTokensRequest struct {
 
 func (x *ListTokensRequest) Reset() {
 	*x = ListTokensRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[89]
+	mi := &file_entente_v1_entente_proto_msgTypes[94]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5690,7 +5999,7 @@ func (x *ListTokensRequest) String() string {
 func (*ListTokensRequest) ProtoMessage() {}
 
 func (x *ListTokensRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[89]
+	mi := &file_entente_v1_entente_proto_msgTypes[94]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5703,7 +6012,7 @@ func (x *ListTokensRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTokensRequest.ProtoReflect.Descriptor instead.
 func (*ListTokensRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{89}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{94}
 }
 
 type ListTokensResponse struct {
@@ -5716,7 +6025,7 @@ type ListTokensResponse struct {
 
 func (x *ListTokensResponse) Reset() {
 	*x = ListTokensResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[90]
+	mi := &file_entente_v1_entente_proto_msgTypes[95]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5728,7 +6037,7 @@ func (x *ListTokensResponse) String() string {
 func (*ListTokensResponse) ProtoMessage() {}
 
 func (x *ListTokensResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[90]
+	mi := &file_entente_v1_entente_proto_msgTypes[95]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5741,7 +6050,7 @@ func (x *ListTokensResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTokensResponse.ProtoReflect.Descriptor instead.
 func (*ListTokensResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{90}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{95}
 }
 
 func (x *ListTokensResponse) GetTokens() []*v1.Token {
@@ -5767,7 +6076,7 @@ type RevokeTokenRequest struct {
 
 func (x *RevokeTokenRequest) Reset() {
 	*x = RevokeTokenRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[91]
+	mi := &file_entente_v1_entente_proto_msgTypes[96]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5779,7 +6088,7 @@ func (x *RevokeTokenRequest) String() string {
 func (*RevokeTokenRequest) ProtoMessage() {}
 
 func (x *RevokeTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[91]
+	mi := &file_entente_v1_entente_proto_msgTypes[96]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5792,7 +6101,7 @@ func (x *RevokeTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeTokenRequest.ProtoReflect.Descriptor instead.
 func (*RevokeTokenRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{91}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{96}
 }
 
 func (x *RevokeTokenRequest) GetId() string {
@@ -5811,7 +6120,7 @@ type RevokeTokenResponse struct {
 
 func (x *RevokeTokenResponse) Reset() {
 	*x = RevokeTokenResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[92]
+	mi := &file_entente_v1_entente_proto_msgTypes[97]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5823,7 +6132,7 @@ func (x *RevokeTokenResponse) String() string {
 func (*RevokeTokenResponse) ProtoMessage() {}
 
 func (x *RevokeTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[92]
+	mi := &file_entente_v1_entente_proto_msgTypes[97]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5836,7 +6145,7 @@ func (x *RevokeTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeTokenResponse.ProtoReflect.Descriptor instead.
 func (*RevokeTokenResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{92}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{97}
 }
 
 func (x *RevokeTokenResponse) GetRevision() uint64 {
@@ -5856,7 +6165,7 @@ type ChangeEntriesRequest struct {
 
 func (x *ChangeEntriesRequest) Reset() {
 	*x = ChangeEntriesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[93]
+	mi := &file_entente_v1_entente_proto_msgTypes[98]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5868,7 +6177,7 @@ func (x *ChangeEntriesRequest) String() string {
 func (*ChangeEntriesRequest) ProtoMessage() {}
 
 func (x *ChangeEntriesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[93]
+	mi := &file_entente_v1_entente_proto_msgTypes[98]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5881,7 +6190,7 @@ func (x *ChangeEntriesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeEntriesRequest.ProtoReflect.Descriptor instead.
 func (*ChangeEntriesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{93}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{98}
 }
 
 func (x *ChangeEntriesRequest) GetChanges() []*v1.EntryChange {
@@ -5907,7 +6216,7 @@ type ChangeEntriesResponse struct {
 
 func (x *ChangeEntriesResponse) Reset() {
 	*x = ChangeEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[94]
+	mi := &file_entente_v1_entente_proto_msgTypes[99]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5919,7 +6228,7 @@ func (x *ChangeEntriesResponse) String() string {
 func (*ChangeEntriesResponse) ProtoMessage() {}
 
 func (x *ChangeEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[94]
+	mi := &file_entente_v1_entente_proto_msgTypes[99]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5932,7 +6241,7 @@ func (x *ChangeEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeEntriesResponse.ProtoReflect.Descriptor instead.
 func (*ChangeEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{94}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{99}
 }
 
 func (x *ChangeEntriesResponse) GetResults() []*EntryResult {
@@ -5955,7 +6264,7 @@ type EntryResult struct {
 
 func (x *EntryResult) Reset() {
 	*x = EntryResult{}
-	mi := &file_entente_v1_entente_proto_msgTypes[95]
+	mi := &file_entente_v1_entente_proto_msgTypes[100]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5967,7 +6276,7 @@ func (x *EntryResult) String() string {
 func (*EntryResult) ProtoMessage() {}
 
 func (x *EntryResult) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[95]
+	mi := &file_entente_v1_entente_proto_msgTypes[100]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5980,7 +6289,7 @@ func (x *EntryResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EntryResult.ProtoReflect.Descriptor instead.
 func (*EntryResult) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{95}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{100}
 }
 
 func (x *EntryResult) GetId() string {
@@ -6031,7 +6340,7 @@ type ListEntriesRequest struct {
 
 func (x *ListEntriesRequest) Reset() {
 	*x = ListEntriesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[96]
+	mi := &file_entente_v1_entente_proto_msgTypes[101]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6043,7 +6352,7 @@ func (x *ListEntriesRequest) String() string {
 func (*ListEntriesRequest) ProtoMessage() {}
 
 func (x *ListEntriesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[96]
+	mi := &file_entente_v1_entente_proto_msgTypes[101]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6056,7 +6365,7 @@ func (x *ListEntriesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntriesRequest.ProtoReflect.Descriptor instead.
 func (*ListEntriesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{96}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{101}
 }
 
 func (x *ListEntriesRequest) GetPageSize() uint32 {
@@ -6104,7 +6413,7 @@ type ListEntriesResponse struct {
 
 func (x *ListEntriesResponse) Reset() {
 	*x = ListEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[97]
+	mi := &file_entente_v1_entente_proto_msgTypes[102]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6116,7 +6425,7 @@ func (x *ListEntriesResponse) String() string {
 func (*ListEntriesResponse) ProtoMessage() {}
 
 func (x *ListEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[97]
+	mi := &file_entente_v1_entente_proto_msgTypes[102]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6129,7 +6438,7 @@ func (x *ListEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntriesResponse.ProtoReflect.Descriptor instead.
 func (*ListEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{97}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{102}
 }
 
 func (x *ListEntriesResponse) GetEntries() []*v1.Entry {
@@ -6155,7 +6464,7 @@ type GetEntryRequest struct {
 
 func (x *GetEntryRequest) Reset() {
 	*x = GetEntryRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[98]
+	mi := &file_entente_v1_entente_proto_msgTypes[103]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6167,7 +6476,7 @@ func (x *GetEntryRequest) String() string {
 func (*GetEntryRequest) ProtoMessage() {}
 
 func (x *GetEntryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[98]
+	mi := &file_entente_v1_entente_proto_msgTypes[103]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6180,7 +6489,7 @@ func (x *GetEntryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetEntryRequest.ProtoReflect.Descriptor instead.
 func (*GetEntryRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{98}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{103}
 }
 
 func (x *GetEntryRequest) GetId() string {
@@ -6199,7 +6508,7 @@ type GetEntryResponse struct {
 
 func (x *GetEntryResponse) Reset() {
 	*x = GetEntryResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[99]
+	mi := &file_entente_v1_entente_proto_msgTypes[104]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6211,7 +6520,7 @@ func (x *GetEntryResponse) String() string {
 func (*GetEntryResponse) ProtoMessage() {}
 
 func (x *GetEntryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[99]
+	mi := &file_entente_v1_entente_proto_msgTypes[104]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6224,7 +6533,7 @@ func (x *GetEntryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetEntryResponse.ProtoReflect.Descriptor instead.
 func (*GetEntryResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{99}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{104}
 }
 
 func (x *GetEntryResponse) GetEntry() *v1.Entry {
@@ -6243,7 +6552,7 @@ type CountEntriesResponse struct {
 
 func (x *CountEntriesResponse) Reset() {
 	*x = CountEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[100]
+	mi := &file_entente_v1_entente_proto_msgTypes[105]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6255,7 +6564,7 @@ func (x *CountEntriesResponse) String() string {
 func (*CountEntriesResponse) ProtoMessage() {}
 
 func (x *CountEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[100]
+	mi := &file_entente_v1_entente_proto_msgTypes[105]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6268,7 +6577,7 @@ func (x *CountEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CountEntriesResponse.ProtoReflect.Descriptor instead.
 func (*CountEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{100}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{105}
 }
 
 func (x *CountEntriesResponse) GetEntries() uint64 {
@@ -6421,8 +6730,9 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x04code\x18\x02 \x01(\rR\x04code\x12\x14\n" +
 	"\x05error\x18\x03 \x01(\tR\x05error\x12/\n" +
 	"\x13retry_after_seconds\x18\xdc\x01 \x01(\x01R\x11retryAfterSeconds\"\x0f\n" +
-	"\rStatusRequest\"\xac\t\n" +
-	"\x0eStatusResponse\x123\n" +
+	"\rStatusRequest\"\xdd\t\n" +
+	"\x0eStatusResponse\x12/\n" +
+	"\achanges\x18\xac\x02 \x03(\v2\x14.entente.v1.ApprovalR\achanges\x123\n" +
 	"\acluster\x18\x01 \x01(\v2\x19.entente.state.v1.ClusterR\acluster\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\x04R\brevision\x12\x17\n" +
 	"\anode_id\x18\x03 \x01(\tR\x06nodeId\x12\x1b\n" +
@@ -6511,11 +6821,32 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\tvoter_now\x18\x02 \x01(\bR\bvoterNow\x12\x14\n" +
 	"\x05match\x18\x03 \x01(\x04R\x05match\x12\x10\n" +
 	"\x03lag\x18\x04 \x01(\x04R\x03lag\x12'\n" +
-	"\x0fcontact_seconds\x18\x05 \x01(\x01R\x0econtactSeconds\"(\n" +
+	"\x0fcontact_seconds\x18\x05 \x01(\x01R\x0econtactSeconds\"\xbf\x01\n" +
+	"\bApproval\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
+	"\x04what\x18\x02 \x01(\tR\x04what\x12\x1f\n" +
+	"\vapproved_by\x18\x03 \x03(\tR\n" +
+	"approvedBy\x12\x18\n" +
+	"\amissing\x18\x04 \x03(\tR\amissing\x12\x16\n" +
+	"\x06needed\x18\x05 \x01(\rR\x06needed\x12\x1b\n" +
+	"\tnot_after\x18\x06 \x01(\x03R\bnotAfter\x12\x1f\n" +
+	"\vproposed_by\x18\a \x01(\tR\n" +
+	"proposedBy\"\x14\n" +
+	"\x12ListChangesRequest\"E\n" +
+	"\x13ListChangesResponse\x12.\n" +
+	"\achanges\x18\x01 \x03(\v2\x14.entente.v1.ApprovalR\achanges\"&\n" +
+	"\x14ApproveChangeRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"\x86\x01\n" +
+	"\x15ApproveChangeResponse\x12\x1a\n" +
+	"\brevision\x18\x01 \x01(\x04R\brevision\x120\n" +
+	"\bapproval\x18\x02 \x01(\v2\x14.entente.v1.ApprovalR\bapproval\x12\x1f\n" +
+	"\vcarried_out\x18\x03 \x01(\bR\n" +
+	"carriedOut\"(\n" +
 	"\x12PromoteNodeRequest\x12\x12\n" +
-	"\x04name\x18\x01 \x01(\tR\x04name\"1\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"d\n" +
 	"\x13PromoteNodeResponse\x12\x1a\n" +
-	"\brevision\x18\x01 \x01(\x04R\brevision\"+\n" +
+	"\brevision\x18\x01 \x01(\x04R\brevision\x121\n" +
+	"\bapproval\x18\xac\x02 \x01(\v2\x14.entente.v1.ApprovalR\bapproval\"+\n" +
 	"\fVouchRequest\x12\x1b\n" +
 	"\tmember_id\x18\x01 \x01(\tR\bmemberId\"A\n" +
 	"\rVouchResponse\x120\n" +
@@ -6548,8 +6879,9 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x04node\x18\x01 \x01(\v2\x1b.entente.state.v1.NodeGrantR\x04node\x122\n" +
 	"\x05agent\x18\x02 \x01(\v2\x1c.entente.state.v1.AgentGrantR\x05agent\x12\x1f\n" +
 	"\vttl_seconds\x18\x03 \x01(\rR\n" +
-	"ttlSeconds\"X\n" +
-	"\x13CreateTokenResponse\x12\x14\n" +
+	"ttlSeconds\"\x8b\x01\n" +
+	"\x13CreateTokenResponse\x121\n" +
+	"\bapproval\x18\xac\x02 \x01(\v2\x14.entente.v1.ApprovalR\bapproval\x12\x14\n" +
 	"\x05token\x18\x01 \x01(\tR\x05token\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\tR\x02id\x12\x1b\n" +
 	"\tnot_after\x18\x03 \x01(\x03R\bnotAfter\"\x92\x01\n" +
@@ -6650,9 +6982,10 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x04note\x18U \x01(\tR\x04note\"I\n" +
 	"\x11RemoveNodeRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12 \n" +
-	"\vcompromised\x18\x02 \x01(\bR\vcompromised\"\xce\x01\n" +
+	"\vcompromised\x18\x02 \x01(\bR\vcompromised\"\x81\x02\n" +
 	"\x12RemoveNodeResponse\x12\x1a\n" +
-	"\brevision\x18\x01 \x01(\x04R\brevision\x120\n" +
+	"\brevision\x18\x01 \x01(\x04R\brevision\x121\n" +
+	"\bapproval\x18\xac\x02 \x01(\v2\x14.entente.v1.ApprovalR\bapproval\x120\n" +
 	"\x06member\x18\x02 \x01(\v2\x18.entente.state.v1.MemberR\x06member\x12=\n" +
 	"\vauthorities\x18\x03 \x03(\v2\x1b.entente.state.v1.AuthorityR\vauthorities\x12\x17\n" +
 	"\aheld_by\x18\x04 \x03(\tR\x06heldBy\x12\x12\n" +
@@ -6738,7 +7071,7 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x04Sign\x12E\n" +
 	"\bSignX509\x12\x1b.entente.v1.SignX509Request\x1a\x1c.entente.v1.SignX509Response\x12B\n" +
 	"\aSignJWT\x12\x1a.entente.v1.SignJWTRequest\x1a\x1b.entente.v1.SignJWTResponse\x12B\n" +
-	"\aSignWIT\x12\x1a.entente.v1.SignWITRequest\x1a\x1b.entente.v1.SignWITResponse2\xcb\x0f\n" +
+	"\aSignWIT\x12\x1a.entente.v1.SignWITRequest\x1a\x1b.entente.v1.SignWITResponse2\xf1\x10\n" +
 	"\x05Admin\x12?\n" +
 	"\x06Status\x12\x19.entente.v1.StatusRequest\x1a\x1a.entente.v1.StatusResponse\x12N\n" +
 	"\vCreateToken\x12\x1e.entente.v1.CreateTokenRequest\x1a\x1f.entente.v1.CreateTokenResponse\x12<\n" +
@@ -6767,7 +7100,9 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\fCountEntries\x12\x1e.entente.v1.ListEntriesRequest\x1a .entente.v1.CountEntriesResponse\x12S\n" +
 	"\fSaveSnapshot\x12\x1f.entente.v1.SaveSnapshotRequest\x1a .entente.v1.SaveSnapshotResponse0\x01\x12H\n" +
 	"\tListNodes\x12\x1c.entente.v1.ListNodesRequest\x1a\x1d.entente.v1.ListNodesResponse\x12N\n" +
-	"\vPromoteNode\x12\x1e.entente.v1.PromoteNodeRequest\x1a\x1f.entente.v1.PromoteNodeResponse\x12?\n" +
+	"\vPromoteNode\x12\x1e.entente.v1.PromoteNodeRequest\x1a\x1f.entente.v1.PromoteNodeResponse\x12N\n" +
+	"\vListChanges\x12\x1e.entente.v1.ListChangesRequest\x1a\x1f.entente.v1.ListChangesResponse\x12T\n" +
+	"\rApproveChange\x12 .entente.v1.ApproveChangeRequest\x1a!.entente.v1.ApproveChangeResponse\x12?\n" +
 	"\x06WhoAmI\x12\x19.entente.v1.WhoAmIRequest\x1a\x1a.entente.v1.WhoAmIResponse2\xee\x04\n" +
 	"\x04Peer\x12B\n" +
 	"\aPropose\x12\x1a.entente.v1.ProposeRequest\x1a\x1b.entente.v1.ProposeResponse\x12?\n" +
@@ -6793,7 +7128,7 @@ func file_entente_v1_entente_proto_rawDescGZIP() []byte {
 }
 
 var file_entente_v1_entente_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_entente_v1_entente_proto_msgTypes = make([]protoimpl.MessageInfo, 101)
+var file_entente_v1_entente_proto_msgTypes = make([]protoimpl.MessageInfo, 106)
 var file_entente_v1_entente_proto_goTypes = []any{
 	(Health)(0),                     // 0: entente.v1.Health
 	(*JoinRequest)(nil),             // 1: entente.v1.JoinRequest
@@ -6835,90 +7170,95 @@ var file_entente_v1_entente_proto_goTypes = []any{
 	(*ListNodesRequest)(nil),        // 37: entente.v1.ListNodesRequest
 	(*ListNodesResponse)(nil),       // 38: entente.v1.ListNodesResponse
 	(*NodeProgress)(nil),            // 39: entente.v1.NodeProgress
-	(*PromoteNodeRequest)(nil),      // 40: entente.v1.PromoteNodeRequest
-	(*PromoteNodeResponse)(nil),     // 41: entente.v1.PromoteNodeResponse
-	(*VouchRequest)(nil),            // 42: entente.v1.VouchRequest
-	(*VouchResponse)(nil),           // 43: entente.v1.VouchResponse
-	(*ChecksumRequest)(nil),         // 44: entente.v1.ChecksumRequest
-	(*ChecksumResponse)(nil),        // 45: entente.v1.ChecksumResponse
-	(*ShowEpochRequest)(nil),        // 46: entente.v1.ShowEpochRequest
-	(*ShowEpochResponse)(nil),       // 47: entente.v1.ShowEpochResponse
-	(*ForeignBundleStatus)(nil),     // 48: entente.v1.ForeignBundleStatus
-	(*DroppedKey)(nil),              // 49: entente.v1.DroppedKey
-	(*CreateTokenRequest)(nil),      // 50: entente.v1.CreateTokenRequest
-	(*CreateTokenResponse)(nil),     // 51: entente.v1.CreateTokenResponse
-	(*ApplyRequest)(nil),            // 52: entente.v1.ApplyRequest
-	(*ApplyResponse)(nil),           // 53: entente.v1.ApplyResponse
-	(*ObjectChange)(nil),            // 54: entente.v1.ObjectChange
-	(*WhoAmIRequest)(nil),           // 55: entente.v1.WhoAmIRequest
-	(*WhoAmIResponse)(nil),          // 56: entente.v1.WhoAmIResponse
-	(*GetBundleRequest)(nil),        // 57: entente.v1.GetBundleRequest
-	(*GetBundleResponse)(nil),       // 58: entente.v1.GetBundleResponse
-	(*ProposeRequest)(nil),          // 59: entente.v1.ProposeRequest
-	(*ProposeResponse)(nil),         // 60: entente.v1.ProposeResponse
-	(*ReportRequest)(nil),           // 61: entente.v1.ReportRequest
-	(*HeldAuthority)(nil),           // 62: entente.v1.HeldAuthority
-	(*ReportResponse)(nil),          // 63: entente.v1.ReportResponse
-	(*GateRequest)(nil),             // 64: entente.v1.GateRequest
-	(*GateResponse)(nil),            // 65: entente.v1.GateResponse
-	(*AuthorityGate)(nil),           // 66: entente.v1.AuthorityGate
-	(*MarkReadyRequest)(nil),        // 67: entente.v1.MarkReadyRequest
-	(*MarkReadyResponse)(nil),       // 68: entente.v1.MarkReadyResponse
-	(*Picture)(nil),                 // 69: entente.v1.Picture
-	(*PresenceRequest)(nil),         // 70: entente.v1.PresenceRequest
-	(*PresenceResponse)(nil),        // 71: entente.v1.PresenceResponse
-	(*ListAuthoritiesRequest)(nil),  // 72: entente.v1.ListAuthoritiesRequest
-	(*ListAuthoritiesResponse)(nil), // 73: entente.v1.ListAuthoritiesResponse
-	(*AuthorityStatus)(nil),         // 74: entente.v1.AuthorityStatus
-	(*PrepareAuthorityRequest)(nil), // 75: entente.v1.PrepareAuthorityRequest
-	(*ChangeAuthorityRequest)(nil),  // 76: entente.v1.ChangeAuthorityRequest
-	(*ChangeAuthorityResponse)(nil), // 77: entente.v1.ChangeAuthorityResponse
-	(*RemoveNodeRequest)(nil),       // 78: entente.v1.RemoveNodeRequest
-	(*RemoveNodeResponse)(nil),      // 79: entente.v1.RemoveNodeResponse
-	(*ListAgentsRequest)(nil),       // 80: entente.v1.ListAgentsRequest
-	(*ListAgentsResponse)(nil),      // 81: entente.v1.ListAgentsResponse
-	(*AgentStatus)(nil),             // 82: entente.v1.AgentStatus
-	(*GetAgentRequest)(nil),         // 83: entente.v1.GetAgentRequest
-	(*GetAgentResponse)(nil),        // 84: entente.v1.GetAgentResponse
-	(*ChangeAgentRequest)(nil),      // 85: entente.v1.ChangeAgentRequest
-	(*ChangeAgentResponse)(nil),     // 86: entente.v1.ChangeAgentResponse
-	(*IsolateAgentRequest)(nil),     // 87: entente.v1.IsolateAgentRequest
-	(*IsolateAgentResponse)(nil),    // 88: entente.v1.IsolateAgentResponse
-	(*Isolation)(nil),               // 89: entente.v1.Isolation
-	(*ListTokensRequest)(nil),       // 90: entente.v1.ListTokensRequest
-	(*ListTokensResponse)(nil),      // 91: entente.v1.ListTokensResponse
-	(*RevokeTokenRequest)(nil),      // 92: entente.v1.RevokeTokenRequest
-	(*RevokeTokenResponse)(nil),     // 93: entente.v1.RevokeTokenResponse
-	(*ChangeEntriesRequest)(nil),    // 94: entente.v1.ChangeEntriesRequest
-	(*ChangeEntriesResponse)(nil),   // 95: entente.v1.ChangeEntriesResponse
-	(*EntryResult)(nil),             // 96: entente.v1.EntryResult
-	(*ListEntriesRequest)(nil),      // 97: entente.v1.ListEntriesRequest
-	(*ListEntriesResponse)(nil),     // 98: entente.v1.ListEntriesResponse
-	(*GetEntryRequest)(nil),         // 99: entente.v1.GetEntryRequest
-	(*GetEntryResponse)(nil),        // 100: entente.v1.GetEntryResponse
-	(*CountEntriesResponse)(nil),    // 101: entente.v1.CountEntriesResponse
-	(*v1.Member)(nil),               // 102: entente.state.v1.Member
-	(*v1.Cluster)(nil),              // 103: entente.state.v1.Cluster
-	(*v1.Agent)(nil),                // 104: entente.state.v1.Agent
-	(*v1.Distrust)(nil),             // 105: entente.state.v1.Distrust
-	(*v1.Entry)(nil),                // 106: entente.state.v1.Entry
-	(*v1.Object)(nil),               // 107: entente.state.v1.Object
-	(*v1.ObjectKey)(nil),            // 108: entente.state.v1.ObjectKey
-	(*v1.Authority)(nil),            // 109: entente.state.v1.Authority
-	(v1.KeyUse)(0),                  // 110: entente.state.v1.KeyUse
-	(*v1.NodeGrant)(nil),            // 111: entente.state.v1.NodeGrant
-	(*v1.AgentGrant)(nil),           // 112: entente.state.v1.AgentGrant
-	(*v1.RoleBinding)(nil),          // 113: entente.state.v1.RoleBinding
-	(*v1.Token)(nil),                // 114: entente.state.v1.Token
-	(*v1.EntryChange)(nil),          // 115: entente.state.v1.EntryChange
+	(*Approval)(nil),                // 40: entente.v1.Approval
+	(*ListChangesRequest)(nil),      // 41: entente.v1.ListChangesRequest
+	(*ListChangesResponse)(nil),     // 42: entente.v1.ListChangesResponse
+	(*ApproveChangeRequest)(nil),    // 43: entente.v1.ApproveChangeRequest
+	(*ApproveChangeResponse)(nil),   // 44: entente.v1.ApproveChangeResponse
+	(*PromoteNodeRequest)(nil),      // 45: entente.v1.PromoteNodeRequest
+	(*PromoteNodeResponse)(nil),     // 46: entente.v1.PromoteNodeResponse
+	(*VouchRequest)(nil),            // 47: entente.v1.VouchRequest
+	(*VouchResponse)(nil),           // 48: entente.v1.VouchResponse
+	(*ChecksumRequest)(nil),         // 49: entente.v1.ChecksumRequest
+	(*ChecksumResponse)(nil),        // 50: entente.v1.ChecksumResponse
+	(*ShowEpochRequest)(nil),        // 51: entente.v1.ShowEpochRequest
+	(*ShowEpochResponse)(nil),       // 52: entente.v1.ShowEpochResponse
+	(*ForeignBundleStatus)(nil),     // 53: entente.v1.ForeignBundleStatus
+	(*DroppedKey)(nil),              // 54: entente.v1.DroppedKey
+	(*CreateTokenRequest)(nil),      // 55: entente.v1.CreateTokenRequest
+	(*CreateTokenResponse)(nil),     // 56: entente.v1.CreateTokenResponse
+	(*ApplyRequest)(nil),            // 57: entente.v1.ApplyRequest
+	(*ApplyResponse)(nil),           // 58: entente.v1.ApplyResponse
+	(*ObjectChange)(nil),            // 59: entente.v1.ObjectChange
+	(*WhoAmIRequest)(nil),           // 60: entente.v1.WhoAmIRequest
+	(*WhoAmIResponse)(nil),          // 61: entente.v1.WhoAmIResponse
+	(*GetBundleRequest)(nil),        // 62: entente.v1.GetBundleRequest
+	(*GetBundleResponse)(nil),       // 63: entente.v1.GetBundleResponse
+	(*ProposeRequest)(nil),          // 64: entente.v1.ProposeRequest
+	(*ProposeResponse)(nil),         // 65: entente.v1.ProposeResponse
+	(*ReportRequest)(nil),           // 66: entente.v1.ReportRequest
+	(*HeldAuthority)(nil),           // 67: entente.v1.HeldAuthority
+	(*ReportResponse)(nil),          // 68: entente.v1.ReportResponse
+	(*GateRequest)(nil),             // 69: entente.v1.GateRequest
+	(*GateResponse)(nil),            // 70: entente.v1.GateResponse
+	(*AuthorityGate)(nil),           // 71: entente.v1.AuthorityGate
+	(*MarkReadyRequest)(nil),        // 72: entente.v1.MarkReadyRequest
+	(*MarkReadyResponse)(nil),       // 73: entente.v1.MarkReadyResponse
+	(*Picture)(nil),                 // 74: entente.v1.Picture
+	(*PresenceRequest)(nil),         // 75: entente.v1.PresenceRequest
+	(*PresenceResponse)(nil),        // 76: entente.v1.PresenceResponse
+	(*ListAuthoritiesRequest)(nil),  // 77: entente.v1.ListAuthoritiesRequest
+	(*ListAuthoritiesResponse)(nil), // 78: entente.v1.ListAuthoritiesResponse
+	(*AuthorityStatus)(nil),         // 79: entente.v1.AuthorityStatus
+	(*PrepareAuthorityRequest)(nil), // 80: entente.v1.PrepareAuthorityRequest
+	(*ChangeAuthorityRequest)(nil),  // 81: entente.v1.ChangeAuthorityRequest
+	(*ChangeAuthorityResponse)(nil), // 82: entente.v1.ChangeAuthorityResponse
+	(*RemoveNodeRequest)(nil),       // 83: entente.v1.RemoveNodeRequest
+	(*RemoveNodeResponse)(nil),      // 84: entente.v1.RemoveNodeResponse
+	(*ListAgentsRequest)(nil),       // 85: entente.v1.ListAgentsRequest
+	(*ListAgentsResponse)(nil),      // 86: entente.v1.ListAgentsResponse
+	(*AgentStatus)(nil),             // 87: entente.v1.AgentStatus
+	(*GetAgentRequest)(nil),         // 88: entente.v1.GetAgentRequest
+	(*GetAgentResponse)(nil),        // 89: entente.v1.GetAgentResponse
+	(*ChangeAgentRequest)(nil),      // 90: entente.v1.ChangeAgentRequest
+	(*ChangeAgentResponse)(nil),     // 91: entente.v1.ChangeAgentResponse
+	(*IsolateAgentRequest)(nil),     // 92: entente.v1.IsolateAgentRequest
+	(*IsolateAgentResponse)(nil),    // 93: entente.v1.IsolateAgentResponse
+	(*Isolation)(nil),               // 94: entente.v1.Isolation
+	(*ListTokensRequest)(nil),       // 95: entente.v1.ListTokensRequest
+	(*ListTokensResponse)(nil),      // 96: entente.v1.ListTokensResponse
+	(*RevokeTokenRequest)(nil),      // 97: entente.v1.RevokeTokenRequest
+	(*RevokeTokenResponse)(nil),     // 98: entente.v1.RevokeTokenResponse
+	(*ChangeEntriesRequest)(nil),    // 99: entente.v1.ChangeEntriesRequest
+	(*ChangeEntriesResponse)(nil),   // 100: entente.v1.ChangeEntriesResponse
+	(*EntryResult)(nil),             // 101: entente.v1.EntryResult
+	(*ListEntriesRequest)(nil),      // 102: entente.v1.ListEntriesRequest
+	(*ListEntriesResponse)(nil),     // 103: entente.v1.ListEntriesResponse
+	(*GetEntryRequest)(nil),         // 104: entente.v1.GetEntryRequest
+	(*GetEntryResponse)(nil),        // 105: entente.v1.GetEntryResponse
+	(*CountEntriesResponse)(nil),    // 106: entente.v1.CountEntriesResponse
+	(*v1.Member)(nil),               // 107: entente.state.v1.Member
+	(*v1.Cluster)(nil),              // 108: entente.state.v1.Cluster
+	(*v1.Agent)(nil),                // 109: entente.state.v1.Agent
+	(*v1.Distrust)(nil),             // 110: entente.state.v1.Distrust
+	(*v1.Entry)(nil),                // 111: entente.state.v1.Entry
+	(*v1.Object)(nil),               // 112: entente.state.v1.Object
+	(*v1.ObjectKey)(nil),            // 113: entente.state.v1.ObjectKey
+	(*v1.Authority)(nil),            // 114: entente.state.v1.Authority
+	(v1.KeyUse)(0),                  // 115: entente.state.v1.KeyUse
+	(*v1.NodeGrant)(nil),            // 116: entente.state.v1.NodeGrant
+	(*v1.AgentGrant)(nil),           // 117: entente.state.v1.AgentGrant
+	(*v1.RoleBinding)(nil),          // 118: entente.state.v1.RoleBinding
+	(*v1.Token)(nil),                // 119: entente.state.v1.Token
+	(*v1.EntryChange)(nil),          // 120: entente.state.v1.EntryChange
 }
 var file_entente_v1_entente_proto_depIdxs = []int32{
-	102, // 0: entente.v1.JoinResponse.member:type_name -> entente.state.v1.Member
-	102, // 1: entente.v1.JoinResponse.members:type_name -> entente.state.v1.Member
-	103, // 2: entente.v1.JoinResponse.cluster:type_name -> entente.state.v1.Cluster
-	102, // 3: entente.v1.AttestResponse.members:type_name -> entente.state.v1.Member
-	103, // 4: entente.v1.AttestResponse.cluster:type_name -> entente.state.v1.Cluster
-	104, // 5: entente.v1.AttestResponse.agent:type_name -> entente.state.v1.Agent
+	107, // 0: entente.v1.JoinResponse.member:type_name -> entente.state.v1.Member
+	107, // 1: entente.v1.JoinResponse.members:type_name -> entente.state.v1.Member
+	108, // 2: entente.v1.JoinResponse.cluster:type_name -> entente.state.v1.Cluster
+	107, // 3: entente.v1.AttestResponse.members:type_name -> entente.state.v1.Member
+	108, // 4: entente.v1.AttestResponse.cluster:type_name -> entente.state.v1.Cluster
+	109, // 5: entente.v1.AttestResponse.agent:type_name -> entente.state.v1.Agent
 	6,   // 6: entente.v1.SyncRequest.hello:type_name -> entente.v1.Hello
 	7,   // 7: entente.v1.SyncRequest.ack:type_name -> entente.v1.Ack
 	8,   // 8: entente.v1.SyncRequest.report:type_name -> entente.v1.InstanceReport
@@ -6928,15 +7268,15 @@ var file_entente_v1_entente_proto_depIdxs = []int32{
 	14,  // 12: entente.v1.SyncResponse.presence:type_name -> entente.v1.Presence
 	15,  // 13: entente.v1.SyncResponse.heartbeat:type_name -> entente.v1.Heartbeat
 	11,  // 14: entente.v1.SyncResponse.urgent:type_name -> entente.v1.Urgent
-	105, // 15: entente.v1.Urgent.distrust:type_name -> entente.state.v1.Distrust
+	110, // 15: entente.v1.Urgent.distrust:type_name -> entente.state.v1.Distrust
 	13,  // 16: entente.v1.Urgent.bundles:type_name -> entente.v1.Bundle
-	103, // 17: entente.v1.Policy.cluster:type_name -> entente.state.v1.Cluster
-	106, // 18: entente.v1.Policy.entries:type_name -> entente.state.v1.Entry
+	108, // 17: entente.v1.Policy.cluster:type_name -> entente.state.v1.Cluster
+	111, // 18: entente.v1.Policy.entries:type_name -> entente.state.v1.Entry
 	13,  // 19: entente.v1.Policy.bundles:type_name -> entente.v1.Bundle
-	107, // 20: entente.v1.Policy.objects:type_name -> entente.state.v1.Object
-	108, // 21: entente.v1.Policy.deleted_objects:type_name -> entente.state.v1.ObjectKey
-	102, // 22: entente.v1.Policy.members:type_name -> entente.state.v1.Member
-	105, // 23: entente.v1.Policy.distrust:type_name -> entente.state.v1.Distrust
+	112, // 20: entente.v1.Policy.objects:type_name -> entente.state.v1.Object
+	113, // 21: entente.v1.Policy.deleted_objects:type_name -> entente.state.v1.ObjectKey
+	107, // 22: entente.v1.Policy.members:type_name -> entente.state.v1.Member
+	110, // 23: entente.v1.Policy.distrust:type_name -> entente.state.v1.Distrust
 	9,   // 24: entente.v1.Presence.instances:type_name -> entente.v1.Instance
 	9,   // 25: entente.v1.Presence.withdrawn:type_name -> entente.v1.Instance
 	17,  // 26: entente.v1.SignX509Request.requests:type_name -> entente.v1.X509Request
@@ -6945,141 +7285,151 @@ var file_entente_v1_entente_proto_depIdxs = []int32{
 	26,  // 29: entente.v1.SignJWTResponse.results:type_name -> entente.v1.TokenResult
 	24,  // 30: entente.v1.SignWITRequest.requests:type_name -> entente.v1.WITRequest
 	26,  // 31: entente.v1.SignWITResponse.results:type_name -> entente.v1.TokenResult
-	103, // 32: entente.v1.StatusResponse.cluster:type_name -> entente.state.v1.Cluster
-	34,  // 33: entente.v1.StatusResponse.members:type_name -> entente.v1.MemberStatus
-	109, // 34: entente.v1.StatusResponse.authorities:type_name -> entente.state.v1.Authority
-	48,  // 35: entente.v1.StatusResponse.foreign:type_name -> entente.v1.ForeignBundleStatus
-	9,   // 36: entente.v1.StatusResponse.instances:type_name -> entente.v1.Instance
-	32,  // 37: entente.v1.StatusResponse.autonomy:type_name -> entente.v1.Autonomy
-	31,  // 38: entente.v1.StatusResponse.upstream:type_name -> entente.v1.Upstream
-	89,  // 39: entente.v1.StatusResponse.isolated:type_name -> entente.v1.Isolation
-	30,  // 40: entente.v1.StatusResponse.audit:type_name -> entente.v1.AuditLog
-	29,  // 41: entente.v1.StatusResponse.older:type_name -> entente.v1.SubscriberLevel
-	33,  // 42: entente.v1.Autonomy.uses:type_name -> entente.v1.UseAutonomy
-	110, // 43: entente.v1.UseAutonomy.use:type_name -> entente.state.v1.KeyUse
-	102, // 44: entente.v1.MemberStatus.member:type_name -> entente.state.v1.Member
-	39,  // 45: entente.v1.ListNodesResponse.nodes:type_name -> entente.v1.NodeProgress
-	102, // 46: entente.v1.NodeProgress.member:type_name -> entente.state.v1.Member
-	102, // 47: entente.v1.VouchResponse.member:type_name -> entente.state.v1.Member
-	49,  // 48: entente.v1.ForeignBundleStatus.dropped:type_name -> entente.v1.DroppedKey
-	111, // 49: entente.v1.CreateTokenRequest.node:type_name -> entente.state.v1.NodeGrant
-	112, // 50: entente.v1.CreateTokenRequest.agent:type_name -> entente.state.v1.AgentGrant
-	107, // 51: entente.v1.ApplyRequest.objects:type_name -> entente.state.v1.Object
-	108, // 52: entente.v1.ApplyRequest.deletes:type_name -> entente.state.v1.ObjectKey
-	54,  // 53: entente.v1.ApplyResponse.changes:type_name -> entente.v1.ObjectChange
-	108, // 54: entente.v1.ObjectChange.key:type_name -> entente.state.v1.ObjectKey
-	107, // 55: entente.v1.ObjectChange.before:type_name -> entente.state.v1.Object
-	113, // 56: entente.v1.WhoAmIResponse.bindings:type_name -> entente.state.v1.RoleBinding
-	62,  // 57: entente.v1.ReportRequest.held:type_name -> entente.v1.HeldAuthority
-	66,  // 58: entente.v1.GateResponse.authorities:type_name -> entente.v1.AuthorityGate
-	12,  // 59: entente.v1.Picture.policy:type_name -> entente.v1.Policy
-	14,  // 60: entente.v1.Picture.presence:type_name -> entente.v1.Presence
-	9,   // 61: entente.v1.PresenceResponse.instances:type_name -> entente.v1.Instance
-	9,   // 62: entente.v1.PresenceResponse.withdrawn:type_name -> entente.v1.Instance
-	74,  // 63: entente.v1.ListAuthoritiesResponse.authorities:type_name -> entente.v1.AuthorityStatus
-	109, // 64: entente.v1.AuthorityStatus.authority:type_name -> entente.state.v1.Authority
-	110, // 65: entente.v1.PrepareAuthorityRequest.use:type_name -> entente.state.v1.KeyUse
-	109, // 66: entente.v1.ChangeAuthorityResponse.authority:type_name -> entente.state.v1.Authority
-	109, // 67: entente.v1.ChangeAuthorityResponse.signing:type_name -> entente.state.v1.Authority
-	102, // 68: entente.v1.RemoveNodeResponse.member:type_name -> entente.state.v1.Member
-	109, // 69: entente.v1.RemoveNodeResponse.authorities:type_name -> entente.state.v1.Authority
-	82,  // 70: entente.v1.ListAgentsResponse.agents:type_name -> entente.v1.AgentStatus
-	104, // 71: entente.v1.AgentStatus.agent:type_name -> entente.state.v1.Agent
-	82,  // 72: entente.v1.GetAgentResponse.status:type_name -> entente.v1.AgentStatus
-	106, // 73: entente.v1.GetAgentResponse.entries:type_name -> entente.state.v1.Entry
-	9,   // 74: entente.v1.GetAgentResponse.instances:type_name -> entente.v1.Instance
-	89,  // 75: entente.v1.IsolateAgentResponse.isolation:type_name -> entente.v1.Isolation
-	104, // 76: entente.v1.Isolation.agent:type_name -> entente.state.v1.Agent
-	114, // 77: entente.v1.ListTokensResponse.tokens:type_name -> entente.state.v1.Token
-	115, // 78: entente.v1.ChangeEntriesRequest.changes:type_name -> entente.state.v1.EntryChange
-	96,  // 79: entente.v1.ChangeEntriesResponse.results:type_name -> entente.v1.EntryResult
-	106, // 80: entente.v1.ListEntriesResponse.entries:type_name -> entente.state.v1.Entry
-	106, // 81: entente.v1.GetEntryResponse.entry:type_name -> entente.state.v1.Entry
-	1,   // 82: entente.v1.Join.Join:input_type -> entente.v1.JoinRequest
-	3,   // 83: entente.v1.Attest.Attest:input_type -> entente.v1.AttestRequest
-	5,   // 84: entente.v1.Sync.Sync:input_type -> entente.v1.SyncRequest
-	16,  // 85: entente.v1.Sign.SignX509:input_type -> entente.v1.SignX509Request
-	20,  // 86: entente.v1.Sign.SignJWT:input_type -> entente.v1.SignJWTRequest
-	23,  // 87: entente.v1.Sign.SignWIT:input_type -> entente.v1.SignWITRequest
-	27,  // 88: entente.v1.Admin.Status:input_type -> entente.v1.StatusRequest
-	50,  // 89: entente.v1.Admin.CreateToken:input_type -> entente.v1.CreateTokenRequest
-	52,  // 90: entente.v1.Admin.Apply:input_type -> entente.v1.ApplyRequest
-	57,  // 91: entente.v1.Admin.GetBundle:input_type -> entente.v1.GetBundleRequest
-	72,  // 92: entente.v1.Admin.ListAuthorities:input_type -> entente.v1.ListAuthoritiesRequest
-	75,  // 93: entente.v1.Admin.PrepareAuthority:input_type -> entente.v1.PrepareAuthorityRequest
-	76,  // 94: entente.v1.Admin.ActivateAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	76,  // 95: entente.v1.Admin.TaintAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	76,  // 96: entente.v1.Admin.RevokeAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	78,  // 97: entente.v1.Admin.RemoveNode:input_type -> entente.v1.RemoveNodeRequest
-	80,  // 98: entente.v1.Admin.ListAgents:input_type -> entente.v1.ListAgentsRequest
-	83,  // 99: entente.v1.Admin.GetAgent:input_type -> entente.v1.GetAgentRequest
-	85,  // 100: entente.v1.Admin.BanAgent:input_type -> entente.v1.ChangeAgentRequest
-	85,  // 101: entente.v1.Admin.EvictAgent:input_type -> entente.v1.ChangeAgentRequest
-	87,  // 102: entente.v1.Admin.IsolateAgent:input_type -> entente.v1.IsolateAgentRequest
-	90,  // 103: entente.v1.Admin.ListTokens:input_type -> entente.v1.ListTokensRequest
-	92,  // 104: entente.v1.Admin.RevokeToken:input_type -> entente.v1.RevokeTokenRequest
-	94,  // 105: entente.v1.Admin.ChangeEntries:input_type -> entente.v1.ChangeEntriesRequest
-	97,  // 106: entente.v1.Admin.ListEntries:input_type -> entente.v1.ListEntriesRequest
-	99,  // 107: entente.v1.Admin.GetEntry:input_type -> entente.v1.GetEntryRequest
-	97,  // 108: entente.v1.Admin.CountEntries:input_type -> entente.v1.ListEntriesRequest
-	35,  // 109: entente.v1.Admin.SaveSnapshot:input_type -> entente.v1.SaveSnapshotRequest
-	37,  // 110: entente.v1.Admin.ListNodes:input_type -> entente.v1.ListNodesRequest
-	40,  // 111: entente.v1.Admin.PromoteNode:input_type -> entente.v1.PromoteNodeRequest
-	55,  // 112: entente.v1.Admin.WhoAmI:input_type -> entente.v1.WhoAmIRequest
-	59,  // 113: entente.v1.Peer.Propose:input_type -> entente.v1.ProposeRequest
-	61,  // 114: entente.v1.Peer.Report:input_type -> entente.v1.ReportRequest
-	70,  // 115: entente.v1.Peer.Presence:input_type -> entente.v1.PresenceRequest
-	64,  // 116: entente.v1.Peer.Gate:input_type -> entente.v1.GateRequest
-	42,  // 117: entente.v1.Peer.Vouch:input_type -> entente.v1.VouchRequest
-	44,  // 118: entente.v1.Peer.Checksum:input_type -> entente.v1.ChecksumRequest
-	37,  // 119: entente.v1.Peer.Nodes:input_type -> entente.v1.ListNodesRequest
-	67,  // 120: entente.v1.Peer.MarkReady:input_type -> entente.v1.MarkReadyRequest
-	46,  // 121: entente.v1.Peer.ShowEpoch:input_type -> entente.v1.ShowEpochRequest
-	2,   // 122: entente.v1.Join.Join:output_type -> entente.v1.JoinResponse
-	4,   // 123: entente.v1.Attest.Attest:output_type -> entente.v1.AttestResponse
-	10,  // 124: entente.v1.Sync.Sync:output_type -> entente.v1.SyncResponse
-	18,  // 125: entente.v1.Sign.SignX509:output_type -> entente.v1.SignX509Response
-	22,  // 126: entente.v1.Sign.SignJWT:output_type -> entente.v1.SignJWTResponse
-	25,  // 127: entente.v1.Sign.SignWIT:output_type -> entente.v1.SignWITResponse
-	28,  // 128: entente.v1.Admin.Status:output_type -> entente.v1.StatusResponse
-	51,  // 129: entente.v1.Admin.CreateToken:output_type -> entente.v1.CreateTokenResponse
-	53,  // 130: entente.v1.Admin.Apply:output_type -> entente.v1.ApplyResponse
-	58,  // 131: entente.v1.Admin.GetBundle:output_type -> entente.v1.GetBundleResponse
-	73,  // 132: entente.v1.Admin.ListAuthorities:output_type -> entente.v1.ListAuthoritiesResponse
-	77,  // 133: entente.v1.Admin.PrepareAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	77,  // 134: entente.v1.Admin.ActivateAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	77,  // 135: entente.v1.Admin.TaintAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	77,  // 136: entente.v1.Admin.RevokeAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	79,  // 137: entente.v1.Admin.RemoveNode:output_type -> entente.v1.RemoveNodeResponse
-	81,  // 138: entente.v1.Admin.ListAgents:output_type -> entente.v1.ListAgentsResponse
-	84,  // 139: entente.v1.Admin.GetAgent:output_type -> entente.v1.GetAgentResponse
-	86,  // 140: entente.v1.Admin.BanAgent:output_type -> entente.v1.ChangeAgentResponse
-	86,  // 141: entente.v1.Admin.EvictAgent:output_type -> entente.v1.ChangeAgentResponse
-	88,  // 142: entente.v1.Admin.IsolateAgent:output_type -> entente.v1.IsolateAgentResponse
-	91,  // 143: entente.v1.Admin.ListTokens:output_type -> entente.v1.ListTokensResponse
-	93,  // 144: entente.v1.Admin.RevokeToken:output_type -> entente.v1.RevokeTokenResponse
-	95,  // 145: entente.v1.Admin.ChangeEntries:output_type -> entente.v1.ChangeEntriesResponse
-	98,  // 146: entente.v1.Admin.ListEntries:output_type -> entente.v1.ListEntriesResponse
-	100, // 147: entente.v1.Admin.GetEntry:output_type -> entente.v1.GetEntryResponse
-	101, // 148: entente.v1.Admin.CountEntries:output_type -> entente.v1.CountEntriesResponse
-	36,  // 149: entente.v1.Admin.SaveSnapshot:output_type -> entente.v1.SaveSnapshotResponse
-	38,  // 150: entente.v1.Admin.ListNodes:output_type -> entente.v1.ListNodesResponse
-	41,  // 151: entente.v1.Admin.PromoteNode:output_type -> entente.v1.PromoteNodeResponse
-	56,  // 152: entente.v1.Admin.WhoAmI:output_type -> entente.v1.WhoAmIResponse
-	60,  // 153: entente.v1.Peer.Propose:output_type -> entente.v1.ProposeResponse
-	63,  // 154: entente.v1.Peer.Report:output_type -> entente.v1.ReportResponse
-	71,  // 155: entente.v1.Peer.Presence:output_type -> entente.v1.PresenceResponse
-	65,  // 156: entente.v1.Peer.Gate:output_type -> entente.v1.GateResponse
-	43,  // 157: entente.v1.Peer.Vouch:output_type -> entente.v1.VouchResponse
-	45,  // 158: entente.v1.Peer.Checksum:output_type -> entente.v1.ChecksumResponse
-	38,  // 159: entente.v1.Peer.Nodes:output_type -> entente.v1.ListNodesResponse
-	68,  // 160: entente.v1.Peer.MarkReady:output_type -> entente.v1.MarkReadyResponse
-	47,  // 161: entente.v1.Peer.ShowEpoch:output_type -> entente.v1.ShowEpochResponse
-	122, // [122:162] is the sub-list for method output_type
-	82,  // [82:122] is the sub-list for method input_type
-	82,  // [82:82] is the sub-list for extension type_name
-	82,  // [82:82] is the sub-list for extension extendee
-	0,   // [0:82] is the sub-list for field type_name
+	40,  // 32: entente.v1.StatusResponse.changes:type_name -> entente.v1.Approval
+	108, // 33: entente.v1.StatusResponse.cluster:type_name -> entente.state.v1.Cluster
+	34,  // 34: entente.v1.StatusResponse.members:type_name -> entente.v1.MemberStatus
+	114, // 35: entente.v1.StatusResponse.authorities:type_name -> entente.state.v1.Authority
+	53,  // 36: entente.v1.StatusResponse.foreign:type_name -> entente.v1.ForeignBundleStatus
+	9,   // 37: entente.v1.StatusResponse.instances:type_name -> entente.v1.Instance
+	32,  // 38: entente.v1.StatusResponse.autonomy:type_name -> entente.v1.Autonomy
+	31,  // 39: entente.v1.StatusResponse.upstream:type_name -> entente.v1.Upstream
+	94,  // 40: entente.v1.StatusResponse.isolated:type_name -> entente.v1.Isolation
+	30,  // 41: entente.v1.StatusResponse.audit:type_name -> entente.v1.AuditLog
+	29,  // 42: entente.v1.StatusResponse.older:type_name -> entente.v1.SubscriberLevel
+	33,  // 43: entente.v1.Autonomy.uses:type_name -> entente.v1.UseAutonomy
+	115, // 44: entente.v1.UseAutonomy.use:type_name -> entente.state.v1.KeyUse
+	107, // 45: entente.v1.MemberStatus.member:type_name -> entente.state.v1.Member
+	39,  // 46: entente.v1.ListNodesResponse.nodes:type_name -> entente.v1.NodeProgress
+	107, // 47: entente.v1.NodeProgress.member:type_name -> entente.state.v1.Member
+	40,  // 48: entente.v1.ListChangesResponse.changes:type_name -> entente.v1.Approval
+	40,  // 49: entente.v1.ApproveChangeResponse.approval:type_name -> entente.v1.Approval
+	40,  // 50: entente.v1.PromoteNodeResponse.approval:type_name -> entente.v1.Approval
+	107, // 51: entente.v1.VouchResponse.member:type_name -> entente.state.v1.Member
+	54,  // 52: entente.v1.ForeignBundleStatus.dropped:type_name -> entente.v1.DroppedKey
+	116, // 53: entente.v1.CreateTokenRequest.node:type_name -> entente.state.v1.NodeGrant
+	117, // 54: entente.v1.CreateTokenRequest.agent:type_name -> entente.state.v1.AgentGrant
+	40,  // 55: entente.v1.CreateTokenResponse.approval:type_name -> entente.v1.Approval
+	112, // 56: entente.v1.ApplyRequest.objects:type_name -> entente.state.v1.Object
+	113, // 57: entente.v1.ApplyRequest.deletes:type_name -> entente.state.v1.ObjectKey
+	59,  // 58: entente.v1.ApplyResponse.changes:type_name -> entente.v1.ObjectChange
+	113, // 59: entente.v1.ObjectChange.key:type_name -> entente.state.v1.ObjectKey
+	112, // 60: entente.v1.ObjectChange.before:type_name -> entente.state.v1.Object
+	118, // 61: entente.v1.WhoAmIResponse.bindings:type_name -> entente.state.v1.RoleBinding
+	67,  // 62: entente.v1.ReportRequest.held:type_name -> entente.v1.HeldAuthority
+	71,  // 63: entente.v1.GateResponse.authorities:type_name -> entente.v1.AuthorityGate
+	12,  // 64: entente.v1.Picture.policy:type_name -> entente.v1.Policy
+	14,  // 65: entente.v1.Picture.presence:type_name -> entente.v1.Presence
+	9,   // 66: entente.v1.PresenceResponse.instances:type_name -> entente.v1.Instance
+	9,   // 67: entente.v1.PresenceResponse.withdrawn:type_name -> entente.v1.Instance
+	79,  // 68: entente.v1.ListAuthoritiesResponse.authorities:type_name -> entente.v1.AuthorityStatus
+	114, // 69: entente.v1.AuthorityStatus.authority:type_name -> entente.state.v1.Authority
+	115, // 70: entente.v1.PrepareAuthorityRequest.use:type_name -> entente.state.v1.KeyUse
+	114, // 71: entente.v1.ChangeAuthorityResponse.authority:type_name -> entente.state.v1.Authority
+	114, // 72: entente.v1.ChangeAuthorityResponse.signing:type_name -> entente.state.v1.Authority
+	40,  // 73: entente.v1.RemoveNodeResponse.approval:type_name -> entente.v1.Approval
+	107, // 74: entente.v1.RemoveNodeResponse.member:type_name -> entente.state.v1.Member
+	114, // 75: entente.v1.RemoveNodeResponse.authorities:type_name -> entente.state.v1.Authority
+	87,  // 76: entente.v1.ListAgentsResponse.agents:type_name -> entente.v1.AgentStatus
+	109, // 77: entente.v1.AgentStatus.agent:type_name -> entente.state.v1.Agent
+	87,  // 78: entente.v1.GetAgentResponse.status:type_name -> entente.v1.AgentStatus
+	111, // 79: entente.v1.GetAgentResponse.entries:type_name -> entente.state.v1.Entry
+	9,   // 80: entente.v1.GetAgentResponse.instances:type_name -> entente.v1.Instance
+	94,  // 81: entente.v1.IsolateAgentResponse.isolation:type_name -> entente.v1.Isolation
+	109, // 82: entente.v1.Isolation.agent:type_name -> entente.state.v1.Agent
+	119, // 83: entente.v1.ListTokensResponse.tokens:type_name -> entente.state.v1.Token
+	120, // 84: entente.v1.ChangeEntriesRequest.changes:type_name -> entente.state.v1.EntryChange
+	101, // 85: entente.v1.ChangeEntriesResponse.results:type_name -> entente.v1.EntryResult
+	111, // 86: entente.v1.ListEntriesResponse.entries:type_name -> entente.state.v1.Entry
+	111, // 87: entente.v1.GetEntryResponse.entry:type_name -> entente.state.v1.Entry
+	1,   // 88: entente.v1.Join.Join:input_type -> entente.v1.JoinRequest
+	3,   // 89: entente.v1.Attest.Attest:input_type -> entente.v1.AttestRequest
+	5,   // 90: entente.v1.Sync.Sync:input_type -> entente.v1.SyncRequest
+	16,  // 91: entente.v1.Sign.SignX509:input_type -> entente.v1.SignX509Request
+	20,  // 92: entente.v1.Sign.SignJWT:input_type -> entente.v1.SignJWTRequest
+	23,  // 93: entente.v1.Sign.SignWIT:input_type -> entente.v1.SignWITRequest
+	27,  // 94: entente.v1.Admin.Status:input_type -> entente.v1.StatusRequest
+	55,  // 95: entente.v1.Admin.CreateToken:input_type -> entente.v1.CreateTokenRequest
+	57,  // 96: entente.v1.Admin.Apply:input_type -> entente.v1.ApplyRequest
+	62,  // 97: entente.v1.Admin.GetBundle:input_type -> entente.v1.GetBundleRequest
+	77,  // 98: entente.v1.Admin.ListAuthorities:input_type -> entente.v1.ListAuthoritiesRequest
+	80,  // 99: entente.v1.Admin.PrepareAuthority:input_type -> entente.v1.PrepareAuthorityRequest
+	81,  // 100: entente.v1.Admin.ActivateAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	81,  // 101: entente.v1.Admin.TaintAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	81,  // 102: entente.v1.Admin.RevokeAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	83,  // 103: entente.v1.Admin.RemoveNode:input_type -> entente.v1.RemoveNodeRequest
+	85,  // 104: entente.v1.Admin.ListAgents:input_type -> entente.v1.ListAgentsRequest
+	88,  // 105: entente.v1.Admin.GetAgent:input_type -> entente.v1.GetAgentRequest
+	90,  // 106: entente.v1.Admin.BanAgent:input_type -> entente.v1.ChangeAgentRequest
+	90,  // 107: entente.v1.Admin.EvictAgent:input_type -> entente.v1.ChangeAgentRequest
+	92,  // 108: entente.v1.Admin.IsolateAgent:input_type -> entente.v1.IsolateAgentRequest
+	95,  // 109: entente.v1.Admin.ListTokens:input_type -> entente.v1.ListTokensRequest
+	97,  // 110: entente.v1.Admin.RevokeToken:input_type -> entente.v1.RevokeTokenRequest
+	99,  // 111: entente.v1.Admin.ChangeEntries:input_type -> entente.v1.ChangeEntriesRequest
+	102, // 112: entente.v1.Admin.ListEntries:input_type -> entente.v1.ListEntriesRequest
+	104, // 113: entente.v1.Admin.GetEntry:input_type -> entente.v1.GetEntryRequest
+	102, // 114: entente.v1.Admin.CountEntries:input_type -> entente.v1.ListEntriesRequest
+	35,  // 115: entente.v1.Admin.SaveSnapshot:input_type -> entente.v1.SaveSnapshotRequest
+	37,  // 116: entente.v1.Admin.ListNodes:input_type -> entente.v1.ListNodesRequest
+	45,  // 117: entente.v1.Admin.PromoteNode:input_type -> entente.v1.PromoteNodeRequest
+	41,  // 118: entente.v1.Admin.ListChanges:input_type -> entente.v1.ListChangesRequest
+	43,  // 119: entente.v1.Admin.ApproveChange:input_type -> entente.v1.ApproveChangeRequest
+	60,  // 120: entente.v1.Admin.WhoAmI:input_type -> entente.v1.WhoAmIRequest
+	64,  // 121: entente.v1.Peer.Propose:input_type -> entente.v1.ProposeRequest
+	66,  // 122: entente.v1.Peer.Report:input_type -> entente.v1.ReportRequest
+	75,  // 123: entente.v1.Peer.Presence:input_type -> entente.v1.PresenceRequest
+	69,  // 124: entente.v1.Peer.Gate:input_type -> entente.v1.GateRequest
+	47,  // 125: entente.v1.Peer.Vouch:input_type -> entente.v1.VouchRequest
+	49,  // 126: entente.v1.Peer.Checksum:input_type -> entente.v1.ChecksumRequest
+	37,  // 127: entente.v1.Peer.Nodes:input_type -> entente.v1.ListNodesRequest
+	72,  // 128: entente.v1.Peer.MarkReady:input_type -> entente.v1.MarkReadyRequest
+	51,  // 129: entente.v1.Peer.ShowEpoch:input_type -> entente.v1.ShowEpochRequest
+	2,   // 130: entente.v1.Join.Join:output_type -> entente.v1.JoinResponse
+	4,   // 131: entente.v1.Attest.Attest:output_type -> entente.v1.AttestResponse
+	10,  // 132: entente.v1.Sync.Sync:output_type -> entente.v1.SyncResponse
+	18,  // 133: entente.v1.Sign.SignX509:output_type -> entente.v1.SignX509Response
+	22,  // 134: entente.v1.Sign.SignJWT:output_type -> entente.v1.SignJWTResponse
+	25,  // 135: entente.v1.Sign.SignWIT:output_type -> entente.v1.SignWITResponse
+	28,  // 136: entente.v1.Admin.Status:output_type -> entente.v1.StatusResponse
+	56,  // 137: entente.v1.Admin.CreateToken:output_type -> entente.v1.CreateTokenResponse
+	58,  // 138: entente.v1.Admin.Apply:output_type -> entente.v1.ApplyResponse
+	63,  // 139: entente.v1.Admin.GetBundle:output_type -> entente.v1.GetBundleResponse
+	78,  // 140: entente.v1.Admin.ListAuthorities:output_type -> entente.v1.ListAuthoritiesResponse
+	82,  // 141: entente.v1.Admin.PrepareAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	82,  // 142: entente.v1.Admin.ActivateAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	82,  // 143: entente.v1.Admin.TaintAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	82,  // 144: entente.v1.Admin.RevokeAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	84,  // 145: entente.v1.Admin.RemoveNode:output_type -> entente.v1.RemoveNodeResponse
+	86,  // 146: entente.v1.Admin.ListAgents:output_type -> entente.v1.ListAgentsResponse
+	89,  // 147: entente.v1.Admin.GetAgent:output_type -> entente.v1.GetAgentResponse
+	91,  // 148: entente.v1.Admin.BanAgent:output_type -> entente.v1.ChangeAgentResponse
+	91,  // 149: entente.v1.Admin.EvictAgent:output_type -> entente.v1.ChangeAgentResponse
+	93,  // 150: entente.v1.Admin.IsolateAgent:output_type -> entente.v1.IsolateAgentResponse
+	96,  // 151: entente.v1.Admin.ListTokens:output_type -> entente.v1.ListTokensResponse
+	98,  // 152: entente.v1.Admin.RevokeToken:output_type -> entente.v1.RevokeTokenResponse
+	100, // 153: entente.v1.Admin.ChangeEntries:output_type -> entente.v1.ChangeEntriesResponse
+	103, // 154: entente.v1.Admin.ListEntries:output_type -> entente.v1.ListEntriesResponse
+	105, // 155: entente.v1.Admin.GetEntry:output_type -> entente.v1.GetEntryResponse
+	106, // 156: entente.v1.Admin.CountEntries:output_type -> entente.v1.CountEntriesResponse
+	36,  // 157: entente.v1.Admin.SaveSnapshot:output_type -> entente.v1.SaveSnapshotResponse
+	38,  // 158: entente.v1.Admin.ListNodes:output_type -> entente.v1.ListNodesResponse
+	46,  // 159: entente.v1.Admin.PromoteNode:output_type -> entente.v1.PromoteNodeResponse
+	42,  // 160: entente.v1.Admin.ListChanges:output_type -> entente.v1.ListChangesResponse
+	44,  // 161: entente.v1.Admin.ApproveChange:output_type -> entente.v1.ApproveChangeResponse
+	61,  // 162: entente.v1.Admin.WhoAmI:output_type -> entente.v1.WhoAmIResponse
+	65,  // 163: entente.v1.Peer.Propose:output_type -> entente.v1.ProposeResponse
+	68,  // 164: entente.v1.Peer.Report:output_type -> entente.v1.ReportResponse
+	76,  // 165: entente.v1.Peer.Presence:output_type -> entente.v1.PresenceResponse
+	70,  // 166: entente.v1.Peer.Gate:output_type -> entente.v1.GateResponse
+	48,  // 167: entente.v1.Peer.Vouch:output_type -> entente.v1.VouchResponse
+	50,  // 168: entente.v1.Peer.Checksum:output_type -> entente.v1.ChecksumResponse
+	38,  // 169: entente.v1.Peer.Nodes:output_type -> entente.v1.ListNodesResponse
+	73,  // 170: entente.v1.Peer.MarkReady:output_type -> entente.v1.MarkReadyResponse
+	52,  // 171: entente.v1.Peer.ShowEpoch:output_type -> entente.v1.ShowEpochResponse
+	130, // [130:172] is the sub-list for method output_type
+	88,  // [88:130] is the sub-list for method input_type
+	88,  // [88:88] is the sub-list for extension type_name
+	88,  // [88:88] is the sub-list for extension extendee
+	0,   // [0:88] is the sub-list for field type_name
 }
 
 func init() { file_entente_v1_entente_proto_init() }
@@ -7104,7 +7454,7 @@ func file_entente_v1_entente_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_entente_v1_entente_proto_rawDesc), len(file_entente_v1_entente_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   101,
+			NumMessages:   106,
 			NumExtensions: 0,
 			NumServices:   6,
 		},

@@ -551,6 +551,8 @@ const (
 	Admin_SaveSnapshot_FullMethodName      = "/entente.v1.Admin/SaveSnapshot"
 	Admin_ListNodes_FullMethodName         = "/entente.v1.Admin/ListNodes"
 	Admin_PromoteNode_FullMethodName       = "/entente.v1.Admin/PromoteNode"
+	Admin_ListChanges_FullMethodName       = "/entente.v1.Admin/ListChanges"
+	Admin_ApproveChange_FullMethodName     = "/entente.v1.Admin/ApproveChange"
 	Admin_WhoAmI_FullMethodName            = "/entente.v1.Admin/WhoAmI"
 )
 
@@ -595,6 +597,11 @@ type AdminClient interface {
 	ListNodes(ctx context.Context, in *ListNodesRequest, opts ...grpc.CallOption) (*ListNodesResponse, error)
 	// PromoteNode makes a non-voter vote when it has caught up.
 	PromoteNode(ctx context.Context, in *PromoteNodeRequest, opts ...grpc.CallOption) (*PromoteNodeResponse, error)
+	// ListChanges shows the changes of the CA nodes that lack approvals.
+	ListChanges(ctx context.Context, in *ListChangesRequest, opts ...grpc.CallOption) (*ListChangesResponse, error)
+	// ApproveChange is the approval of the operator of this node's host. It is served on
+	// the unix socket only. FAILED_PRECONDITION: this node does not vote.
+	ApproveChange(ctx context.Context, in *ApproveChangeRequest, opts ...grpc.CallOption) (*ApproveChangeResponse, error)
 	// WhoAmI says as whom the caller is known, and with which roles.
 	WhoAmI(ctx context.Context, in *WhoAmIRequest, opts ...grpc.CallOption) (*WhoAmIResponse, error)
 }
@@ -856,6 +863,26 @@ func (c *adminClient) PromoteNode(ctx context.Context, in *PromoteNodeRequest, o
 	return out, nil
 }
 
+func (c *adminClient) ListChanges(ctx context.Context, in *ListChangesRequest, opts ...grpc.CallOption) (*ListChangesResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListChangesResponse)
+	err := c.cc.Invoke(ctx, Admin_ListChanges_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) ApproveChange(ctx context.Context, in *ApproveChangeRequest, opts ...grpc.CallOption) (*ApproveChangeResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ApproveChangeResponse)
+	err := c.cc.Invoke(ctx, Admin_ApproveChange_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *adminClient) WhoAmI(ctx context.Context, in *WhoAmIRequest, opts ...grpc.CallOption) (*WhoAmIResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(WhoAmIResponse)
@@ -907,6 +934,11 @@ type AdminServer interface {
 	ListNodes(context.Context, *ListNodesRequest) (*ListNodesResponse, error)
 	// PromoteNode makes a non-voter vote when it has caught up.
 	PromoteNode(context.Context, *PromoteNodeRequest) (*PromoteNodeResponse, error)
+	// ListChanges shows the changes of the CA nodes that lack approvals.
+	ListChanges(context.Context, *ListChangesRequest) (*ListChangesResponse, error)
+	// ApproveChange is the approval of the operator of this node's host. It is served on
+	// the unix socket only. FAILED_PRECONDITION: this node does not vote.
+	ApproveChange(context.Context, *ApproveChangeRequest) (*ApproveChangeResponse, error)
 	// WhoAmI says as whom the caller is known, and with which roles.
 	WhoAmI(context.Context, *WhoAmIRequest) (*WhoAmIResponse, error)
 	mustEmbedUnimplementedAdminServer()
@@ -990,6 +1022,12 @@ func (UnimplementedAdminServer) ListNodes(context.Context, *ListNodesRequest) (*
 }
 func (UnimplementedAdminServer) PromoteNode(context.Context, *PromoteNodeRequest) (*PromoteNodeResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method PromoteNode not implemented")
+}
+func (UnimplementedAdminServer) ListChanges(context.Context, *ListChangesRequest) (*ListChangesResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListChanges not implemented")
+}
+func (UnimplementedAdminServer) ApproveChange(context.Context, *ApproveChangeRequest) (*ApproveChangeResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ApproveChange not implemented")
 }
 func (UnimplementedAdminServer) WhoAmI(context.Context, *WhoAmIRequest) (*WhoAmIResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method WhoAmI not implemented")
@@ -1440,6 +1478,42 @@ func _Admin_PromoteNode_Handler(srv interface{}, ctx context.Context, dec func(i
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Admin_ListChanges_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListChangesRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).ListChanges(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_ListChanges_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).ListChanges(ctx, req.(*ListChangesRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_ApproveChange_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ApproveChangeRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).ApproveChange(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_ApproveChange_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).ApproveChange(ctx, req.(*ApproveChangeRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Admin_WhoAmI_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(WhoAmIRequest)
 	if err := dec(in); err != nil {
@@ -1556,6 +1630,14 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "PromoteNode",
 			Handler:    _Admin_PromoteNode_Handler,
+		},
+		{
+			MethodName: "ListChanges",
+			Handler:    _Admin_ListChanges_Handler,
+		},
+		{
+			MethodName: "ApproveChange",
+			Handler:    _Admin_ApproveChange_Handler,
 		},
 		{
 			MethodName: "WhoAmI",

@@ -156,7 +156,22 @@ func Prepare(cluster *statev1.Cluster, a *statev1.Authority) *statev1.Command {
 
 // PrepareBy is the command, signed by that key.
 func PrepareBy(cluster *statev1.Cluster, a *statev1.Authority, key *ecdsa.PrivateKey) *statev1.Command {
-	sum := ca.AuthorityStatement(cluster, a)
+	return &statev1.Command{Body: &statev1.Command_PrepareAuthority{PrepareAuthority: &statev1.PrepareAuthority{
+		Authority: a, NodeKey: SPKI(key), Signature: signNote(key, ca.AuthorityStatement(cluster, a)),
+	}}}
+}
+
+// Approve is the approval of a change by the operator of a CA node: signed with the key of
+// the node with that name.
+func Approve(statement [sha256.Size]byte, change []byte, node string) *statev1.Command {
+	key := Key(node)
+	return &statev1.Command{Actor: "operator of " + node, Body: &statev1.Command_ApproveChange{ApproveChange: &statev1.ApproveChange{
+		Change: change, NodeKey: SPKI(key), Signature: signNote(key, statement),
+	}}}
+}
+
+// signNote signs in the form that Apply verifies.
+func signNote(key *ecdsa.PrivateKey, sum [sha256.Size]byte) []byte {
 	signature, err := key.Sign(nil, sum[:], crypto.SHA256)
 	if err == nil {
 		signature, err = ca.FixedSignature(signature)
@@ -164,7 +179,5 @@ func PrepareBy(cluster *statev1.Cluster, a *statev1.Authority, key *ecdsa.Privat
 	if err != nil {
 		panic(err)
 	}
-	return &statev1.Command{Body: &statev1.Command_PrepareAuthority{PrepareAuthority: &statev1.PrepareAuthority{
-		Authority: a, NodeKey: SPKI(key), Signature: signature,
-	}}}
+	return signature
 }

@@ -2891,6 +2891,7 @@ type Command struct {
 	//	*Command_ApplyStaged
 	//	*Command_AdmitAgent
 	//	*Command_MergeBans
+	//	*Command_ApproveChange
 	Body          isCommand_Body `protobuf_oneof:"body"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -3186,6 +3187,15 @@ func (x *Command) GetMergeBans() *MergeBans {
 	return nil
 }
 
+func (x *Command) GetApproveChange() *ApproveChange {
+	if x != nil {
+		if x, ok := x.Body.(*Command_ApproveChange); ok {
+			return x.ApproveChange
+		}
+	}
+	return nil
+}
+
 type isCommand_Body interface {
 	isCommand_Body()
 }
@@ -3290,6 +3300,10 @@ type Command_MergeBans struct {
 	MergeBans *MergeBans `protobuf:"bytes,120,opt,name=merge_bans,json=mergeBans,proto3,oneof"`
 }
 
+type Command_ApproveChange struct {
+	ApproveChange *ApproveChange `protobuf:"bytes,300,opt,name=approve_change,json=approveChange,proto3,oneof"`
+}
+
 func (*Command_Init) isCommand_Body() {}
 
 func (*Command_CreateToken) isCommand_Body() {}
@@ -3340,6 +3354,148 @@ func (*Command_AdmitAgent) isCommand_Body() {}
 
 func (*Command_MergeBans) isCommand_Body() {}
 
+func (*Command_ApproveChange) isCommand_Body() {}
+
+// ApproveChange is the approval of one CA node's operator for a change of the CA nodes. The
+// first one proposes it; with those of a majority of the voters it is carried out. Feature
+// level 5.
+type ApproveChange struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Change        []byte                 `protobuf:"bytes,1,opt,name=change,proto3" json:"change,omitempty"`                  // encoded Command: CreateToken of a CA node, PromoteMember or RemoveMember
+	NodeKey       []byte                 `protobuf:"bytes,2,opt,name=node_key,json=nodeKey,proto3" json:"node_key,omitempty"` // SubjectPublicKeyInfo of the approving member's node key: P-256
+	Signature     []byte                 `protobuf:"bytes,3,opt,name=signature,proto3" json:"signature,omitempty"`            // r and s, 32 bytes each, over ApprovalStatement of package ca
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ApproveChange) Reset() {
+	*x = ApproveChange{}
+	mi := &file_entente_state_v1_state_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ApproveChange) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ApproveChange) ProtoMessage() {}
+
+func (x *ApproveChange) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_state_v1_state_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ApproveChange.ProtoReflect.Descriptor instead.
+func (*ApproveChange) Descriptor() ([]byte, []int) {
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *ApproveChange) GetChange() []byte {
+	if x != nil {
+		return x.Change
+	}
+	return nil
+}
+
+func (x *ApproveChange) GetNodeKey() []byte {
+	if x != nil {
+		return x.NodeKey
+	}
+	return nil
+}
+
+func (x *ApproveChange) GetSignature() []byte {
+	if x != nil {
+		return x.Signature
+	}
+	return nil
+}
+
+// PendingChange is a change of the CA nodes that lacks approvals.
+type PendingChange struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`                                   // hex SHA-256 that its approvals sign
+	Change        []byte                 `protobuf:"bytes,2,opt,name=change,proto3" json:"change,omitempty"`                           // as of ApproveChange
+	ApprovedBy    []string               `protobuf:"bytes,3,rep,name=approved_by,json=approvedBy,proto3" json:"approved_by,omitempty"` // member ids; the first proposed it
+	NotAfter      int64                  `protobuf:"varint,4,opt,name=not_after,json=notAfter,proto3" json:"not_after,omitempty"`      // Unix seconds of state time: it is forgotten then
+	Actor         string                 `protobuf:"bytes,5,opt,name=actor,proto3" json:"actor,omitempty"`                             // who proposed it, for people
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PendingChange) Reset() {
+	*x = PendingChange{}
+	mi := &file_entente_state_v1_state_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PendingChange) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PendingChange) ProtoMessage() {}
+
+func (x *PendingChange) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_state_v1_state_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PendingChange.ProtoReflect.Descriptor instead.
+func (*PendingChange) Descriptor() ([]byte, []int) {
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *PendingChange) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *PendingChange) GetChange() []byte {
+	if x != nil {
+		return x.Change
+	}
+	return nil
+}
+
+func (x *PendingChange) GetApprovedBy() []string {
+	if x != nil {
+		return x.ApprovedBy
+	}
+	return nil
+}
+
+func (x *PendingChange) GetNotAfter() int64 {
+	if x != nil {
+		return x.NotAfter
+	}
+	return 0
+}
+
+func (x *PendingChange) GetActor() string {
+	if x != nil {
+		return x.Actor
+	}
+	return ""
+}
+
 // Batch is what one Raft log entry holds: the group commit of a proposer.
 type Batch struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -3350,7 +3506,7 @@ type Batch struct {
 
 func (x *Batch) Reset() {
 	*x = Batch{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[28]
+	mi := &file_entente_state_v1_state_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3362,7 +3518,7 @@ func (x *Batch) String() string {
 func (*Batch) ProtoMessage() {}
 
 func (x *Batch) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[28]
+	mi := &file_entente_state_v1_state_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3375,7 +3531,7 @@ func (x *Batch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Batch.ProtoReflect.Descriptor instead.
 func (*Batch) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{28}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *Batch) GetCommands() [][]byte {
@@ -3395,7 +3551,7 @@ type Init struct {
 
 func (x *Init) Reset() {
 	*x = Init{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[29]
+	mi := &file_entente_state_v1_state_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3407,7 +3563,7 @@ func (x *Init) String() string {
 func (*Init) ProtoMessage() {}
 
 func (x *Init) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[29]
+	mi := &file_entente_state_v1_state_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3420,7 +3576,7 @@ func (x *Init) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Init.ProtoReflect.Descriptor instead.
 func (*Init) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{29}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Init) GetCluster() *Cluster {
@@ -3446,7 +3602,7 @@ type CreateToken struct {
 
 func (x *CreateToken) Reset() {
 	*x = CreateToken{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[30]
+	mi := &file_entente_state_v1_state_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3458,7 +3614,7 @@ func (x *CreateToken) String() string {
 func (*CreateToken) ProtoMessage() {}
 
 func (x *CreateToken) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[30]
+	mi := &file_entente_state_v1_state_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3471,7 +3627,7 @@ func (x *CreateToken) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateToken.ProtoReflect.Descriptor instead.
 func (*CreateToken) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{30}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *CreateToken) GetToken() *Token {
@@ -3495,7 +3651,7 @@ type JoinMember struct {
 
 func (x *JoinMember) Reset() {
 	*x = JoinMember{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[31]
+	mi := &file_entente_state_v1_state_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3507,7 +3663,7 @@ func (x *JoinMember) String() string {
 func (*JoinMember) ProtoMessage() {}
 
 func (x *JoinMember) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[31]
+	mi := &file_entente_state_v1_state_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3520,7 +3676,7 @@ func (x *JoinMember) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinMember.ProtoReflect.Descriptor instead.
 func (*JoinMember) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{31}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *JoinMember) GetTokenId() string {
@@ -3566,7 +3722,7 @@ type JoinStatement struct {
 
 func (x *JoinStatement) Reset() {
 	*x = JoinStatement{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[32]
+	mi := &file_entente_state_v1_state_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3578,7 +3734,7 @@ func (x *JoinStatement) String() string {
 func (*JoinStatement) ProtoMessage() {}
 
 func (x *JoinStatement) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[32]
+	mi := &file_entente_state_v1_state_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3591,7 +3747,7 @@ func (x *JoinStatement) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinStatement.ProtoReflect.Descriptor instead.
 func (*JoinStatement) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{32}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *JoinStatement) GetClusterId() []byte {
@@ -3649,7 +3805,7 @@ type UpdateMember struct {
 
 func (x *UpdateMember) Reset() {
 	*x = UpdateMember{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[33]
+	mi := &file_entente_state_v1_state_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3661,7 +3817,7 @@ func (x *UpdateMember) String() string {
 func (*UpdateMember) ProtoMessage() {}
 
 func (x *UpdateMember) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[33]
+	mi := &file_entente_state_v1_state_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3674,7 +3830,7 @@ func (x *UpdateMember) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateMember.ProtoReflect.Descriptor instead.
 func (*UpdateMember) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{33}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *UpdateMember) GetId() string {
@@ -3715,7 +3871,7 @@ type RemoveMember struct {
 
 func (x *RemoveMember) Reset() {
 	*x = RemoveMember{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[34]
+	mi := &file_entente_state_v1_state_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3727,7 +3883,7 @@ func (x *RemoveMember) String() string {
 func (*RemoveMember) ProtoMessage() {}
 
 func (x *RemoveMember) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[34]
+	mi := &file_entente_state_v1_state_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3740,7 +3896,7 @@ func (x *RemoveMember) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveMember.ProtoReflect.Descriptor instead.
 func (*RemoveMember) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{34}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *RemoveMember) GetId() string {
@@ -3768,7 +3924,7 @@ type PromoteMember struct {
 
 func (x *PromoteMember) Reset() {
 	*x = PromoteMember{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[35]
+	mi := &file_entente_state_v1_state_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3780,7 +3936,7 @@ func (x *PromoteMember) String() string {
 func (*PromoteMember) ProtoMessage() {}
 
 func (x *PromoteMember) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[35]
+	mi := &file_entente_state_v1_state_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3793,7 +3949,7 @@ func (x *PromoteMember) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PromoteMember.ProtoReflect.Descriptor instead.
 func (*PromoteMember) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{35}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *PromoteMember) GetId() string {
@@ -3815,7 +3971,7 @@ type AttestAgent struct {
 
 func (x *AttestAgent) Reset() {
 	*x = AttestAgent{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[36]
+	mi := &file_entente_state_v1_state_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3827,7 +3983,7 @@ func (x *AttestAgent) String() string {
 func (*AttestAgent) ProtoMessage() {}
 
 func (x *AttestAgent) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[36]
+	mi := &file_entente_state_v1_state_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3840,7 +3996,7 @@ func (x *AttestAgent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttestAgent.ProtoReflect.Descriptor instead.
 func (*AttestAgent) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{36}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *AttestAgent) GetTokenId() string {
@@ -3882,7 +4038,7 @@ type AdmitAgent struct {
 
 func (x *AdmitAgent) Reset() {
 	*x = AdmitAgent{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[37]
+	mi := &file_entente_state_v1_state_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3894,7 +4050,7 @@ func (x *AdmitAgent) String() string {
 func (*AdmitAgent) ProtoMessage() {}
 
 func (x *AdmitAgent) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[37]
+	mi := &file_entente_state_v1_state_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3907,7 +4063,7 @@ func (x *AdmitAgent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AdmitAgent.ProtoReflect.Descriptor instead.
 func (*AdmitAgent) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{37}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *AdmitAgent) GetAgent() *Agent {
@@ -3931,7 +4087,7 @@ type PossessionStatement struct {
 
 func (x *PossessionStatement) Reset() {
 	*x = PossessionStatement{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[38]
+	mi := &file_entente_state_v1_state_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3943,7 +4099,7 @@ func (x *PossessionStatement) String() string {
 func (*PossessionStatement) ProtoMessage() {}
 
 func (x *PossessionStatement) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[38]
+	mi := &file_entente_state_v1_state_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3956,7 +4112,7 @@ func (x *PossessionStatement) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PossessionStatement.ProtoReflect.Descriptor instead.
 func (*PossessionStatement) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{38}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *PossessionStatement) GetTrustDomain() string {
@@ -4000,7 +4156,7 @@ type PrepareAuthority struct {
 
 func (x *PrepareAuthority) Reset() {
 	*x = PrepareAuthority{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[39]
+	mi := &file_entente_state_v1_state_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4012,7 +4168,7 @@ func (x *PrepareAuthority) String() string {
 func (*PrepareAuthority) ProtoMessage() {}
 
 func (x *PrepareAuthority) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[39]
+	mi := &file_entente_state_v1_state_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4025,7 +4181,7 @@ func (x *PrepareAuthority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareAuthority.ProtoReflect.Descriptor instead.
 func (*PrepareAuthority) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{39}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *PrepareAuthority) GetAuthority() *Authority {
@@ -4059,7 +4215,7 @@ type AuthorityReady struct {
 
 func (x *AuthorityReady) Reset() {
 	*x = AuthorityReady{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[40]
+	mi := &file_entente_state_v1_state_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4071,7 +4227,7 @@ func (x *AuthorityReady) String() string {
 func (*AuthorityReady) ProtoMessage() {}
 
 func (x *AuthorityReady) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[40]
+	mi := &file_entente_state_v1_state_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4084,7 +4240,7 @@ func (x *AuthorityReady) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityReady.ProtoReflect.Descriptor instead.
 func (*AuthorityReady) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{40}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *AuthorityReady) GetId() string {
@@ -4110,7 +4266,7 @@ type ActivateAuthority struct {
 
 func (x *ActivateAuthority) Reset() {
 	*x = ActivateAuthority{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[41]
+	mi := &file_entente_state_v1_state_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4122,7 +4278,7 @@ func (x *ActivateAuthority) String() string {
 func (*ActivateAuthority) ProtoMessage() {}
 
 func (x *ActivateAuthority) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[41]
+	mi := &file_entente_state_v1_state_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4135,7 +4291,7 @@ func (x *ActivateAuthority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ActivateAuthority.ProtoReflect.Descriptor instead.
 func (*ActivateAuthority) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{41}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *ActivateAuthority) GetId() string {
@@ -4155,7 +4311,7 @@ type ApplyObjects struct {
 
 func (x *ApplyObjects) Reset() {
 	*x = ApplyObjects{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[42]
+	mi := &file_entente_state_v1_state_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4167,7 +4323,7 @@ func (x *ApplyObjects) String() string {
 func (*ApplyObjects) ProtoMessage() {}
 
 func (x *ApplyObjects) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[42]
+	mi := &file_entente_state_v1_state_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4180,7 +4336,7 @@ func (x *ApplyObjects) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyObjects.ProtoReflect.Descriptor instead.
 func (*ApplyObjects) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{42}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *ApplyObjects) GetUpserts() []*Object {
@@ -4210,7 +4366,7 @@ type StageObjects struct {
 
 func (x *StageObjects) Reset() {
 	*x = StageObjects{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[43]
+	mi := &file_entente_state_v1_state_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4222,7 +4378,7 @@ func (x *StageObjects) String() string {
 func (*StageObjects) ProtoMessage() {}
 
 func (x *StageObjects) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[43]
+	mi := &file_entente_state_v1_state_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4235,7 +4391,7 @@ func (x *StageObjects) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StageObjects.ProtoReflect.Descriptor instead.
 func (*StageObjects) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{43}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *StageObjects) GetId() []byte {
@@ -4271,7 +4427,7 @@ type ApplyStaged struct {
 
 func (x *ApplyStaged) Reset() {
 	*x = ApplyStaged{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[44]
+	mi := &file_entente_state_v1_state_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4283,7 +4439,7 @@ func (x *ApplyStaged) String() string {
 func (*ApplyStaged) ProtoMessage() {}
 
 func (x *ApplyStaged) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[44]
+	mi := &file_entente_state_v1_state_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4296,7 +4452,7 @@ func (x *ApplyStaged) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyStaged.ProtoReflect.Descriptor instead.
 func (*ApplyStaged) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{44}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *ApplyStaged) GetId() []byte {
@@ -4323,7 +4479,7 @@ type TaintAuthority struct {
 
 func (x *TaintAuthority) Reset() {
 	*x = TaintAuthority{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[45]
+	mi := &file_entente_state_v1_state_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4335,7 +4491,7 @@ func (x *TaintAuthority) String() string {
 func (*TaintAuthority) ProtoMessage() {}
 
 func (x *TaintAuthority) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[45]
+	mi := &file_entente_state_v1_state_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4348,7 +4504,7 @@ func (x *TaintAuthority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaintAuthority.ProtoReflect.Descriptor instead.
 func (*TaintAuthority) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{45}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *TaintAuthority) GetId() string {
@@ -4369,7 +4525,7 @@ type AuthorityDrained struct {
 
 func (x *AuthorityDrained) Reset() {
 	*x = AuthorityDrained{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[46]
+	mi := &file_entente_state_v1_state_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4381,7 +4537,7 @@ func (x *AuthorityDrained) String() string {
 func (*AuthorityDrained) ProtoMessage() {}
 
 func (x *AuthorityDrained) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[46]
+	mi := &file_entente_state_v1_state_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4394,7 +4550,7 @@ func (x *AuthorityDrained) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityDrained.ProtoReflect.Descriptor instead.
 func (*AuthorityDrained) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{46}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *AuthorityDrained) GetId() string {
@@ -4422,7 +4578,7 @@ type RevokeAuthority struct {
 
 func (x *RevokeAuthority) Reset() {
 	*x = RevokeAuthority{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[47]
+	mi := &file_entente_state_v1_state_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4434,7 +4590,7 @@ func (x *RevokeAuthority) String() string {
 func (*RevokeAuthority) ProtoMessage() {}
 
 func (x *RevokeAuthority) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[47]
+	mi := &file_entente_state_v1_state_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4447,7 +4603,7 @@ func (x *RevokeAuthority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeAuthority.ProtoReflect.Descriptor instead.
 func (*RevokeAuthority) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{47}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *RevokeAuthority) GetId() string {
@@ -4474,7 +4630,7 @@ type BanAgent struct {
 
 func (x *BanAgent) Reset() {
 	*x = BanAgent{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[48]
+	mi := &file_entente_state_v1_state_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4486,7 +4642,7 @@ func (x *BanAgent) String() string {
 func (*BanAgent) ProtoMessage() {}
 
 func (x *BanAgent) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[48]
+	mi := &file_entente_state_v1_state_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4499,7 +4655,7 @@ func (x *BanAgent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BanAgent.ProtoReflect.Descriptor instead.
 func (*BanAgent) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{48}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *BanAgent) GetName() string {
@@ -4519,7 +4675,7 @@ type EvictAgent struct {
 
 func (x *EvictAgent) Reset() {
 	*x = EvictAgent{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[49]
+	mi := &file_entente_state_v1_state_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4531,7 +4687,7 @@ func (x *EvictAgent) String() string {
 func (*EvictAgent) ProtoMessage() {}
 
 func (x *EvictAgent) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[49]
+	mi := &file_entente_state_v1_state_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4544,7 +4700,7 @@ func (x *EvictAgent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EvictAgent.ProtoReflect.Descriptor instead.
 func (*EvictAgent) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{49}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *EvictAgent) GetName() string {
@@ -4565,7 +4721,7 @@ type MergeBans struct {
 
 func (x *MergeBans) Reset() {
 	*x = MergeBans{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[50]
+	mi := &file_entente_state_v1_state_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4577,7 +4733,7 @@ func (x *MergeBans) String() string {
 func (*MergeBans) ProtoMessage() {}
 
 func (x *MergeBans) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[50]
+	mi := &file_entente_state_v1_state_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4590,7 +4746,7 @@ func (x *MergeBans) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MergeBans.ProtoReflect.Descriptor instead.
 func (*MergeBans) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{50}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *MergeBans) GetBans() []*RememberedBan {
@@ -4610,7 +4766,7 @@ type RememberedBan struct {
 
 func (x *RememberedBan) Reset() {
 	*x = RememberedBan{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[51]
+	mi := &file_entente_state_v1_state_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4622,7 +4778,7 @@ func (x *RememberedBan) String() string {
 func (*RememberedBan) ProtoMessage() {}
 
 func (x *RememberedBan) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[51]
+	mi := &file_entente_state_v1_state_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4635,7 +4791,7 @@ func (x *RememberedBan) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RememberedBan.ProtoReflect.Descriptor instead.
 func (*RememberedBan) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{51}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *RememberedBan) GetAgent() *Agent {
@@ -4662,7 +4818,7 @@ type RevokeToken struct {
 
 func (x *RevokeToken) Reset() {
 	*x = RevokeToken{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[52]
+	mi := &file_entente_state_v1_state_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4674,7 +4830,7 @@ func (x *RevokeToken) String() string {
 func (*RevokeToken) ProtoMessage() {}
 
 func (x *RevokeToken) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[52]
+	mi := &file_entente_state_v1_state_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4687,7 +4843,7 @@ func (x *RevokeToken) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeToken.ProtoReflect.Descriptor instead.
 func (*RevokeToken) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{52}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *RevokeToken) GetId() string {
@@ -4707,7 +4863,7 @@ type ChangeEntries struct {
 
 func (x *ChangeEntries) Reset() {
 	*x = ChangeEntries{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[53]
+	mi := &file_entente_state_v1_state_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4719,7 +4875,7 @@ func (x *ChangeEntries) String() string {
 func (*ChangeEntries) ProtoMessage() {}
 
 func (x *ChangeEntries) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[53]
+	mi := &file_entente_state_v1_state_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4732,7 +4888,7 @@ func (x *ChangeEntries) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeEntries.ProtoReflect.Descriptor instead.
 func (*ChangeEntries) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{53}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *ChangeEntries) GetChanges() []*EntryChange {
@@ -4757,7 +4913,7 @@ type EntryChange struct {
 
 func (x *EntryChange) Reset() {
 	*x = EntryChange{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[54]
+	mi := &file_entente_state_v1_state_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4769,7 +4925,7 @@ func (x *EntryChange) String() string {
 func (*EntryChange) ProtoMessage() {}
 
 func (x *EntryChange) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[54]
+	mi := &file_entente_state_v1_state_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4782,7 +4938,7 @@ func (x *EntryChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EntryChange.ProtoReflect.Descriptor instead.
 func (*EntryChange) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{54}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *EntryChange) GetAction() isEntryChange_Action {
@@ -4859,7 +5015,7 @@ type StoreForeignBundle struct {
 
 func (x *StoreForeignBundle) Reset() {
 	*x = StoreForeignBundle{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[55]
+	mi := &file_entente_state_v1_state_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4871,7 +5027,7 @@ func (x *StoreForeignBundle) String() string {
 func (*StoreForeignBundle) ProtoMessage() {}
 
 func (x *StoreForeignBundle) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[55]
+	mi := &file_entente_state_v1_state_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4884,7 +5040,7 @@ func (x *StoreForeignBundle) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StoreForeignBundle.ProtoReflect.Descriptor instead.
 func (*StoreForeignBundle) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{55}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *StoreForeignBundle) GetTrustDomain() string {
@@ -4918,7 +5074,7 @@ type Tick struct {
 
 func (x *Tick) Reset() {
 	*x = Tick{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[56]
+	mi := &file_entente_state_v1_state_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4930,7 +5086,7 @@ func (x *Tick) String() string {
 func (*Tick) ProtoMessage() {}
 
 func (x *Tick) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[56]
+	mi := &file_entente_state_v1_state_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4943,7 +5099,7 @@ func (x *Tick) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Tick.ProtoReflect.Descriptor instead.
 func (*Tick) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{56}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *Tick) GetUnixNanos() []int64 {
@@ -4965,7 +5121,7 @@ type Checksum struct {
 
 func (x *Checksum) Reset() {
 	*x = Checksum{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[57]
+	mi := &file_entente_state_v1_state_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4977,7 +5133,7 @@ func (x *Checksum) String() string {
 func (*Checksum) ProtoMessage() {}
 
 func (x *Checksum) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[57]
+	mi := &file_entente_state_v1_state_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4990,7 +5146,7 @@ func (x *Checksum) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Checksum.ProtoReflect.Descriptor instead.
 func (*Checksum) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{57}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *Checksum) GetAtIndex() uint64 {
@@ -5027,7 +5183,7 @@ type AgentCache struct {
 
 func (x *AgentCache) Reset() {
 	*x = AgentCache{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[58]
+	mi := &file_entente_state_v1_state_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5039,7 +5195,7 @@ func (x *AgentCache) String() string {
 func (*AgentCache) ProtoMessage() {}
 
 func (x *AgentCache) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[58]
+	mi := &file_entente_state_v1_state_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5052,7 +5208,7 @@ func (x *AgentCache) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentCache.ProtoReflect.Descriptor instead.
 func (*AgentCache) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{58}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *AgentCache) GetPicture() []byte {
@@ -5090,7 +5246,7 @@ type HeldSVID struct {
 
 func (x *HeldSVID) Reset() {
 	*x = HeldSVID{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[59]
+	mi := &file_entente_state_v1_state_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5102,7 +5258,7 @@ func (x *HeldSVID) String() string {
 func (*HeldSVID) ProtoMessage() {}
 
 func (x *HeldSVID) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[59]
+	mi := &file_entente_state_v1_state_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5115,7 +5271,7 @@ func (x *HeldSVID) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HeldSVID.ProtoReflect.Descriptor instead.
 func (*HeldSVID) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{59}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *HeldSVID) GetEntryId() string {
@@ -5395,7 +5551,7 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\bsequence\x18\x03 \x01(\x04R\bsequence\x12\x1a\n" +
 	"\brevision\x18\x04 \x01(\x04R\brevision\x12\x1e\n" +
 	"\n" +
-	"as_fetched\x18\xd2\x01 \x01(\bR\tasFetched\"\xd6\x0e\n" +
+	"as_fetched\x18\xd2\x01 \x01(\bR\tasFetched\"\xa1\x0f\n" +
 	"\aCommand\x12\x1f\n" +
 	"\vif_revision\x18\x01 \x01(\x04R\n" +
 	"ifRevision\x12\x1c\n" +
@@ -5431,8 +5587,20 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\vadmit_agent\x18e \x01(\v2\x1c.entente.state.v1.AdmitAgentH\x00R\n" +
 	"admitAgent\x12<\n" +
 	"\n" +
-	"merge_bans\x18x \x01(\v2\x1b.entente.state.v1.MergeBansH\x00R\tmergeBansB\x06\n" +
-	"\x04body\"#\n" +
+	"merge_bans\x18x \x01(\v2\x1b.entente.state.v1.MergeBansH\x00R\tmergeBans\x12I\n" +
+	"\x0eapprove_change\x18\xac\x02 \x01(\v2\x1f.entente.state.v1.ApproveChangeH\x00R\rapproveChangeB\x06\n" +
+	"\x04body\"`\n" +
+	"\rApproveChange\x12\x16\n" +
+	"\x06change\x18\x01 \x01(\fR\x06change\x12\x19\n" +
+	"\bnode_key\x18\x02 \x01(\fR\anodeKey\x12\x1c\n" +
+	"\tsignature\x18\x03 \x01(\fR\tsignature\"\x8b\x01\n" +
+	"\rPendingChange\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
+	"\x06change\x18\x02 \x01(\fR\x06change\x12\x1f\n" +
+	"\vapproved_by\x18\x03 \x03(\tR\n" +
+	"approvedBy\x12\x1b\n" +
+	"\tnot_after\x18\x04 \x01(\x03R\bnotAfter\x12\x14\n" +
+	"\x05actor\x18\x05 \x01(\tR\x05actor\"#\n" +
 	"\x05Batch\x12\x1a\n" +
 	"\bcommands\x18\x01 \x03(\fR\bcommands\"m\n" +
 	"\x04Init\x123\n" +
@@ -5596,7 +5764,7 @@ func file_entente_state_v1_state_proto_rawDescGZIP() []byte {
 }
 
 var file_entente_state_v1_state_proto_enumTypes = make([]protoimpl.EnumInfo, 7)
-var file_entente_state_v1_state_proto_msgTypes = make([]protoimpl.MessageInfo, 60)
+var file_entente_state_v1_state_proto_msgTypes = make([]protoimpl.MessageInfo, 62)
 var file_entente_state_v1_state_proto_goTypes = []any{
 	(AuthorityPhase)(0),         // 0: entente.state.v1.AuthorityPhase
 	(KeyUse)(0),                 // 1: entente.state.v1.KeyUse
@@ -5633,38 +5801,40 @@ var file_entente_state_v1_state_proto_goTypes = []any{
 	(*RoleBinding)(nil),         // 32: entente.state.v1.RoleBinding
 	(*ForeignBundle)(nil),       // 33: entente.state.v1.ForeignBundle
 	(*Command)(nil),             // 34: entente.state.v1.Command
-	(*Batch)(nil),               // 35: entente.state.v1.Batch
-	(*Init)(nil),                // 36: entente.state.v1.Init
-	(*CreateToken)(nil),         // 37: entente.state.v1.CreateToken
-	(*JoinMember)(nil),          // 38: entente.state.v1.JoinMember
-	(*JoinStatement)(nil),       // 39: entente.state.v1.JoinStatement
-	(*UpdateMember)(nil),        // 40: entente.state.v1.UpdateMember
-	(*RemoveMember)(nil),        // 41: entente.state.v1.RemoveMember
-	(*PromoteMember)(nil),       // 42: entente.state.v1.PromoteMember
-	(*AttestAgent)(nil),         // 43: entente.state.v1.AttestAgent
-	(*AdmitAgent)(nil),          // 44: entente.state.v1.AdmitAgent
-	(*PossessionStatement)(nil), // 45: entente.state.v1.PossessionStatement
-	(*PrepareAuthority)(nil),    // 46: entente.state.v1.PrepareAuthority
-	(*AuthorityReady)(nil),      // 47: entente.state.v1.AuthorityReady
-	(*ActivateAuthority)(nil),   // 48: entente.state.v1.ActivateAuthority
-	(*ApplyObjects)(nil),        // 49: entente.state.v1.ApplyObjects
-	(*StageObjects)(nil),        // 50: entente.state.v1.StageObjects
-	(*ApplyStaged)(nil),         // 51: entente.state.v1.ApplyStaged
-	(*TaintAuthority)(nil),      // 52: entente.state.v1.TaintAuthority
-	(*AuthorityDrained)(nil),    // 53: entente.state.v1.AuthorityDrained
-	(*RevokeAuthority)(nil),     // 54: entente.state.v1.RevokeAuthority
-	(*BanAgent)(nil),            // 55: entente.state.v1.BanAgent
-	(*EvictAgent)(nil),          // 56: entente.state.v1.EvictAgent
-	(*MergeBans)(nil),           // 57: entente.state.v1.MergeBans
-	(*RememberedBan)(nil),       // 58: entente.state.v1.RememberedBan
-	(*RevokeToken)(nil),         // 59: entente.state.v1.RevokeToken
-	(*ChangeEntries)(nil),       // 60: entente.state.v1.ChangeEntries
-	(*EntryChange)(nil),         // 61: entente.state.v1.EntryChange
-	(*StoreForeignBundle)(nil),  // 62: entente.state.v1.StoreForeignBundle
-	(*Tick)(nil),                // 63: entente.state.v1.Tick
-	(*Checksum)(nil),            // 64: entente.state.v1.Checksum
-	(*AgentCache)(nil),          // 65: entente.state.v1.AgentCache
-	(*HeldSVID)(nil),            // 66: entente.state.v1.HeldSVID
+	(*ApproveChange)(nil),       // 35: entente.state.v1.ApproveChange
+	(*PendingChange)(nil),       // 36: entente.state.v1.PendingChange
+	(*Batch)(nil),               // 37: entente.state.v1.Batch
+	(*Init)(nil),                // 38: entente.state.v1.Init
+	(*CreateToken)(nil),         // 39: entente.state.v1.CreateToken
+	(*JoinMember)(nil),          // 40: entente.state.v1.JoinMember
+	(*JoinStatement)(nil),       // 41: entente.state.v1.JoinStatement
+	(*UpdateMember)(nil),        // 42: entente.state.v1.UpdateMember
+	(*RemoveMember)(nil),        // 43: entente.state.v1.RemoveMember
+	(*PromoteMember)(nil),       // 44: entente.state.v1.PromoteMember
+	(*AttestAgent)(nil),         // 45: entente.state.v1.AttestAgent
+	(*AdmitAgent)(nil),          // 46: entente.state.v1.AdmitAgent
+	(*PossessionStatement)(nil), // 47: entente.state.v1.PossessionStatement
+	(*PrepareAuthority)(nil),    // 48: entente.state.v1.PrepareAuthority
+	(*AuthorityReady)(nil),      // 49: entente.state.v1.AuthorityReady
+	(*ActivateAuthority)(nil),   // 50: entente.state.v1.ActivateAuthority
+	(*ApplyObjects)(nil),        // 51: entente.state.v1.ApplyObjects
+	(*StageObjects)(nil),        // 52: entente.state.v1.StageObjects
+	(*ApplyStaged)(nil),         // 53: entente.state.v1.ApplyStaged
+	(*TaintAuthority)(nil),      // 54: entente.state.v1.TaintAuthority
+	(*AuthorityDrained)(nil),    // 55: entente.state.v1.AuthorityDrained
+	(*RevokeAuthority)(nil),     // 56: entente.state.v1.RevokeAuthority
+	(*BanAgent)(nil),            // 57: entente.state.v1.BanAgent
+	(*EvictAgent)(nil),          // 58: entente.state.v1.EvictAgent
+	(*MergeBans)(nil),           // 59: entente.state.v1.MergeBans
+	(*RememberedBan)(nil),       // 60: entente.state.v1.RememberedBan
+	(*RevokeToken)(nil),         // 61: entente.state.v1.RevokeToken
+	(*ChangeEntries)(nil),       // 62: entente.state.v1.ChangeEntries
+	(*EntryChange)(nil),         // 63: entente.state.v1.EntryChange
+	(*StoreForeignBundle)(nil),  // 64: entente.state.v1.StoreForeignBundle
+	(*Tick)(nil),                // 65: entente.state.v1.Tick
+	(*Checksum)(nil),            // 66: entente.state.v1.Checksum
+	(*AgentCache)(nil),          // 67: entente.state.v1.AgentCache
+	(*HeldSVID)(nil),            // 68: entente.state.v1.HeldSVID
 }
 var file_entente_state_v1_state_proto_depIdxs = []int32{
 	10, // 0: entente.state.v1.Cluster.lifetimes:type_name -> entente.state.v1.Lifetimes
@@ -5675,7 +5845,7 @@ var file_entente_state_v1_state_proto_depIdxs = []int32{
 	14, // 5: entente.state.v1.Token.node:type_name -> entente.state.v1.NodeGrant
 	15, // 6: entente.state.v1.Token.agent:type_name -> entente.state.v1.AgentGrant
 	2,  // 7: entente.state.v1.Entry.role:type_name -> entente.state.v1.Role
-	49, // 8: entente.state.v1.Staged.objects:type_name -> entente.state.v1.ApplyObjects
+	51, // 8: entente.state.v1.Staged.objects:type_name -> entente.state.v1.ApplyObjects
 	22, // 9: entente.state.v1.Object.service:type_name -> entente.state.v1.Service
 	25, // 10: entente.state.v1.Object.gateway:type_name -> entente.state.v1.Gateway
 	26, // 11: entente.state.v1.Object.import:type_name -> entente.state.v1.Import
@@ -5693,52 +5863,53 @@ var file_entente_state_v1_state_proto_depIdxs = []int32{
 	30, // 23: entente.state.v1.Allow.http:type_name -> entente.state.v1.HTTPMatch
 	5,  // 24: entente.state.v1.HTTPMatch.path_type:type_name -> entente.state.v1.PathType
 	6,  // 25: entente.state.v1.RoleBinding.role:type_name -> entente.state.v1.AdminRole
-	36, // 26: entente.state.v1.Command.init:type_name -> entente.state.v1.Init
-	37, // 27: entente.state.v1.Command.create_token:type_name -> entente.state.v1.CreateToken
-	38, // 28: entente.state.v1.Command.join_member:type_name -> entente.state.v1.JoinMember
-	40, // 29: entente.state.v1.Command.update_member:type_name -> entente.state.v1.UpdateMember
-	41, // 30: entente.state.v1.Command.remove_member:type_name -> entente.state.v1.RemoveMember
-	43, // 31: entente.state.v1.Command.attest_agent:type_name -> entente.state.v1.AttestAgent
-	46, // 32: entente.state.v1.Command.prepare_authority:type_name -> entente.state.v1.PrepareAuthority
-	47, // 33: entente.state.v1.Command.authority_ready:type_name -> entente.state.v1.AuthorityReady
-	48, // 34: entente.state.v1.Command.activate_authority:type_name -> entente.state.v1.ActivateAuthority
-	49, // 35: entente.state.v1.Command.apply_objects:type_name -> entente.state.v1.ApplyObjects
-	62, // 36: entente.state.v1.Command.store_foreign_bundle:type_name -> entente.state.v1.StoreForeignBundle
-	63, // 37: entente.state.v1.Command.tick:type_name -> entente.state.v1.Tick
-	64, // 38: entente.state.v1.Command.checksum:type_name -> entente.state.v1.Checksum
-	52, // 39: entente.state.v1.Command.taint_authority:type_name -> entente.state.v1.TaintAuthority
-	53, // 40: entente.state.v1.Command.authority_drained:type_name -> entente.state.v1.AuthorityDrained
-	54, // 41: entente.state.v1.Command.revoke_authority:type_name -> entente.state.v1.RevokeAuthority
-	55, // 42: entente.state.v1.Command.ban_agent:type_name -> entente.state.v1.BanAgent
-	56, // 43: entente.state.v1.Command.evict_agent:type_name -> entente.state.v1.EvictAgent
-	59, // 44: entente.state.v1.Command.revoke_token:type_name -> entente.state.v1.RevokeToken
-	60, // 45: entente.state.v1.Command.change_entries:type_name -> entente.state.v1.ChangeEntries
-	42, // 46: entente.state.v1.Command.promote_member:type_name -> entente.state.v1.PromoteMember
-	50, // 47: entente.state.v1.Command.stage_objects:type_name -> entente.state.v1.StageObjects
-	51, // 48: entente.state.v1.Command.apply_staged:type_name -> entente.state.v1.ApplyStaged
-	44, // 49: entente.state.v1.Command.admit_agent:type_name -> entente.state.v1.AdmitAgent
-	57, // 50: entente.state.v1.Command.merge_bans:type_name -> entente.state.v1.MergeBans
-	7,  // 51: entente.state.v1.Init.cluster:type_name -> entente.state.v1.Cluster
-	11, // 52: entente.state.v1.Init.member:type_name -> entente.state.v1.Member
-	13, // 53: entente.state.v1.CreateToken.token:type_name -> entente.state.v1.Token
-	11, // 54: entente.state.v1.JoinMember.member:type_name -> entente.state.v1.Member
-	16, // 55: entente.state.v1.AdmitAgent.agent:type_name -> entente.state.v1.Agent
-	12, // 56: entente.state.v1.PrepareAuthority.authority:type_name -> entente.state.v1.Authority
-	20, // 57: entente.state.v1.ApplyObjects.upserts:type_name -> entente.state.v1.Object
-	21, // 58: entente.state.v1.ApplyObjects.deletes:type_name -> entente.state.v1.ObjectKey
-	49, // 59: entente.state.v1.StageObjects.objects:type_name -> entente.state.v1.ApplyObjects
-	58, // 60: entente.state.v1.MergeBans.bans:type_name -> entente.state.v1.RememberedBan
-	16, // 61: entente.state.v1.RememberedBan.agent:type_name -> entente.state.v1.Agent
-	61, // 62: entente.state.v1.ChangeEntries.changes:type_name -> entente.state.v1.EntryChange
-	17, // 63: entente.state.v1.EntryChange.create:type_name -> entente.state.v1.Entry
-	17, // 64: entente.state.v1.EntryChange.update:type_name -> entente.state.v1.Entry
-	66, // 65: entente.state.v1.AgentCache.x509:type_name -> entente.state.v1.HeldSVID
-	66, // 66: entente.state.v1.AgentCache.wit:type_name -> entente.state.v1.HeldSVID
-	67, // [67:67] is the sub-list for method output_type
-	67, // [67:67] is the sub-list for method input_type
-	67, // [67:67] is the sub-list for extension type_name
-	67, // [67:67] is the sub-list for extension extendee
-	0,  // [0:67] is the sub-list for field type_name
+	38, // 26: entente.state.v1.Command.init:type_name -> entente.state.v1.Init
+	39, // 27: entente.state.v1.Command.create_token:type_name -> entente.state.v1.CreateToken
+	40, // 28: entente.state.v1.Command.join_member:type_name -> entente.state.v1.JoinMember
+	42, // 29: entente.state.v1.Command.update_member:type_name -> entente.state.v1.UpdateMember
+	43, // 30: entente.state.v1.Command.remove_member:type_name -> entente.state.v1.RemoveMember
+	45, // 31: entente.state.v1.Command.attest_agent:type_name -> entente.state.v1.AttestAgent
+	48, // 32: entente.state.v1.Command.prepare_authority:type_name -> entente.state.v1.PrepareAuthority
+	49, // 33: entente.state.v1.Command.authority_ready:type_name -> entente.state.v1.AuthorityReady
+	50, // 34: entente.state.v1.Command.activate_authority:type_name -> entente.state.v1.ActivateAuthority
+	51, // 35: entente.state.v1.Command.apply_objects:type_name -> entente.state.v1.ApplyObjects
+	64, // 36: entente.state.v1.Command.store_foreign_bundle:type_name -> entente.state.v1.StoreForeignBundle
+	65, // 37: entente.state.v1.Command.tick:type_name -> entente.state.v1.Tick
+	66, // 38: entente.state.v1.Command.checksum:type_name -> entente.state.v1.Checksum
+	54, // 39: entente.state.v1.Command.taint_authority:type_name -> entente.state.v1.TaintAuthority
+	55, // 40: entente.state.v1.Command.authority_drained:type_name -> entente.state.v1.AuthorityDrained
+	56, // 41: entente.state.v1.Command.revoke_authority:type_name -> entente.state.v1.RevokeAuthority
+	57, // 42: entente.state.v1.Command.ban_agent:type_name -> entente.state.v1.BanAgent
+	58, // 43: entente.state.v1.Command.evict_agent:type_name -> entente.state.v1.EvictAgent
+	61, // 44: entente.state.v1.Command.revoke_token:type_name -> entente.state.v1.RevokeToken
+	62, // 45: entente.state.v1.Command.change_entries:type_name -> entente.state.v1.ChangeEntries
+	44, // 46: entente.state.v1.Command.promote_member:type_name -> entente.state.v1.PromoteMember
+	52, // 47: entente.state.v1.Command.stage_objects:type_name -> entente.state.v1.StageObjects
+	53, // 48: entente.state.v1.Command.apply_staged:type_name -> entente.state.v1.ApplyStaged
+	46, // 49: entente.state.v1.Command.admit_agent:type_name -> entente.state.v1.AdmitAgent
+	59, // 50: entente.state.v1.Command.merge_bans:type_name -> entente.state.v1.MergeBans
+	35, // 51: entente.state.v1.Command.approve_change:type_name -> entente.state.v1.ApproveChange
+	7,  // 52: entente.state.v1.Init.cluster:type_name -> entente.state.v1.Cluster
+	11, // 53: entente.state.v1.Init.member:type_name -> entente.state.v1.Member
+	13, // 54: entente.state.v1.CreateToken.token:type_name -> entente.state.v1.Token
+	11, // 55: entente.state.v1.JoinMember.member:type_name -> entente.state.v1.Member
+	16, // 56: entente.state.v1.AdmitAgent.agent:type_name -> entente.state.v1.Agent
+	12, // 57: entente.state.v1.PrepareAuthority.authority:type_name -> entente.state.v1.Authority
+	20, // 58: entente.state.v1.ApplyObjects.upserts:type_name -> entente.state.v1.Object
+	21, // 59: entente.state.v1.ApplyObjects.deletes:type_name -> entente.state.v1.ObjectKey
+	51, // 60: entente.state.v1.StageObjects.objects:type_name -> entente.state.v1.ApplyObjects
+	60, // 61: entente.state.v1.MergeBans.bans:type_name -> entente.state.v1.RememberedBan
+	16, // 62: entente.state.v1.RememberedBan.agent:type_name -> entente.state.v1.Agent
+	63, // 63: entente.state.v1.ChangeEntries.changes:type_name -> entente.state.v1.EntryChange
+	17, // 64: entente.state.v1.EntryChange.create:type_name -> entente.state.v1.Entry
+	17, // 65: entente.state.v1.EntryChange.update:type_name -> entente.state.v1.Entry
+	68, // 66: entente.state.v1.AgentCache.x509:type_name -> entente.state.v1.HeldSVID
+	68, // 67: entente.state.v1.AgentCache.wit:type_name -> entente.state.v1.HeldSVID
+	68, // [68:68] is the sub-list for method output_type
+	68, // [68:68] is the sub-list for method input_type
+	68, // [68:68] is the sub-list for extension type_name
+	68, // [68:68] is the sub-list for extension extendee
+	0,  // [0:68] is the sub-list for field type_name
 }
 
 func init() { file_entente_state_v1_state_proto_init() }
@@ -5784,8 +5955,9 @@ func file_entente_state_v1_state_proto_init() {
 		(*Command_ApplyStaged)(nil),
 		(*Command_AdmitAgent)(nil),
 		(*Command_MergeBans)(nil),
+		(*Command_ApproveChange)(nil),
 	}
-	file_entente_state_v1_state_proto_msgTypes[54].OneofWrappers = []any{
+	file_entente_state_v1_state_proto_msgTypes[56].OneofWrappers = []any{
 		(*EntryChange_Create)(nil),
 		(*EntryChange_Update)(nil),
 		(*EntryChange_Delete)(nil),
@@ -5796,7 +5968,7 @@ func file_entente_state_v1_state_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_entente_state_v1_state_proto_rawDesc), len(file_entente_state_v1_state_proto_rawDesc)),
 			NumEnums:      7,
-			NumMessages:   60,
+			NumMessages:   62,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
