@@ -99,7 +99,7 @@ func (d *Distrusted) Check(path []*x509.Certificate) error {
 		return nil
 	}
 	if g, ok := d.issued[issued{entry: o.Entry}]; ok && o.EntryGeneration <= g.entry {
-		return fmt.Errorf("entry %s, for which it was issued, was deleted or is for another identity now", o.Entry)
+		return fmt.Errorf("entry %s, for which it was issued, was deleted, or changed so that its holder may no longer match", o.Entry)
 	}
 	if d.pairs {
 		if g, ok := d.issued[issued{o.Agent, o.Entry}]; ok && o.EntryGeneration <= g.entry {

@@ -224,10 +224,23 @@ func (g *Gateway) follow() func(*client.View) error {
 		tables  *catalog.Tables
 		changed uint64 // when what they were compiled of last changed
 		said    string // of what is left out
+		urgent  uint64 // as of the last view
 	)
 	return func(v *client.View) error {
-		distrusted := v.Distrust.Check
+		endpoints := make([]catalog.Endpoint, len(v.Instances))
+		for i, instance := range v.Instances {
+			endpoints[i] = catalog.Endpoint(instance)
+		}
+		if tables != nil && v.Changed == changed && v.Urgent == urgent {
+			g.engine.SetEndpoints(endpoints)
+			return nil
+		}
+		urgent = v.Urgent
+		distrusted, announced := v.Distrust.Check, v.Announced.Check
 		g.identities.distrust.Store(&distrusted) // SetView looks at every connection again
+		if g.identities.announced.Store(&announced); v.Announced == v.Distrust {
+			g.identities.announced.Store(nil)
+		}
 		if tables == nil || v.Changed != changed {
 			var err error
 			tables, err = catalog.Usable(g.td, v.Objects, catalog.AllowLoopback(v.Cluster.GetDev()))
@@ -238,10 +251,6 @@ func (g *Gateway) follow() func(*client.View) error {
 				said = text
 				g.log.Error("objects of the catalogue cannot be used and are left out; upgrade this gateway if it is older than the CA", "revision", v.Revision, "error", text)
 			}
-		}
-		endpoints := make([]catalog.Endpoint, len(v.Instances))
-		for i, instance := range v.Instances {
-			endpoints[i] = catalog.Endpoint(instance)
 		}
 		g.engine.SetView(dataplane.View{Tables: tables, Endpoints: endpoints})
 		select {

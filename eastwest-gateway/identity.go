@@ -25,7 +25,8 @@ type identities struct {
 	log     *slog.Logger
 	changed func() // called after each update
 
-	distrust atomic.Pointer[func([]*x509.Certificate) error] // nil: nothing
+	distrust  atomic.Pointer[func([]*x509.Certificate) error] // nil: nothing
+	announced atomic.Pointer[func([]*x509.Certificate) error] // nil: nothing
 
 	mu      sync.RWMutex
 	svids   map[spiffeid.ID]*x509svid.SVID
@@ -130,6 +131,14 @@ func (i *identities) GetX509BundleForTrustDomain(td spiffeid.TrustDomain) (*x509
 func (i *identities) Distrusted(path []*x509.Certificate) error {
 	if d := i.distrust.Load(); d != nil {
 		return (*d)(path)
+	}
+	return nil
+}
+
+// Announced makes identities a peer.Announcer.
+func (i *identities) Announced() func([]*x509.Certificate) error {
+	if a := i.announced.Load(); a != nil {
+		return *a
 	}
 	return nil
 }

@@ -54,6 +54,7 @@ type Agent struct {
 	jwts     *jwts
 
 	deliveries deliveries
+	doors      atomic.Pointer[[]Door] // set by Run
 
 	mu        sync.Mutex // orders changes of state; readers need none
 	state     atomic.Pointer[State]
@@ -239,8 +240,9 @@ func (a *Agent) change(f func(*State) *State) {
 
 // Door is something that serves from the agent's state until its ctx ends.
 type Door struct {
-	Name string
-	Run  func(ctx context.Context) error
+	Name  string
+	Run   func(ctx context.Context) error
+	Ready func() error // says why it does not serve, nil if it does; nil: it always does
 }
 
 // Run serves until ctx ends, which is no failure, or until something fails. The
@@ -253,6 +255,7 @@ type Door struct {
 func (a *Agent) Run(ctx context.Context, doors ...Door) error {
 	ctx, fail := context.WithCancel(ctx)
 	defer fail()
+	a.doors.Store(&doors)
 
 	var running []*task
 	start := func(name string, run func(context.Context) error) {
@@ -425,6 +428,16 @@ func (a *Agent) Ready() error {
 			return fmt.Errorf("there is no SVID yet for %s", identity.ID)
 		}
 	}
+	if doors := a.doors.Load(); doors != nil {
+		for _, door := range *doors {
+			if door.Ready == nil {
+				continue
+			}
+			if err := door.Ready(); err != nil {
+				return fmt.Errorf("%s: %w", door.Name, err)
+			}
+		}
+	}
 	return nil
 }
 
@@ -487,20 +500,62 @@ func (o ownBundle) Distrusted(path []*x509.Certificate) error {
 	return o.agent.State().View.Distrust.Check(path)
 }
 
-// AttestTCP attests the process that owns the far end of a loopback connection
-// accepted on this host: nil when it satisfies the selectors of the entry. On an
-// error the connection must be closed unread.
-func (a *Agent) AttestTCP(conn net.Conn, entryID string) error {
-	process, err := a.attestor.TCP(conn)
+// Announced makes it a peer.Announcer.
+func (o ownBundle) Announced() func([]*x509.Certificate) error {
+	view := o.agent.State().View
+	if view.Announced == view.Distrust {
+		return nil
+	}
+	return view.Announced.Check
+}
+
+// AttestCaller attests the process that opened a local connection which was accepted on
+// this host: nil when it satisfies the selectors of the entry. On an error the connection
+// must be closed unread.
+func (a *Agent) AttestCaller(conn net.Conn, entryID string) error {
+	process, err := a.caller(conn)
 	if err != nil {
-		return fmt.Errorf("cannot attest the caller: %w", err)
+		return err
 	}
 	return a.entitled(process, entryID)
 }
 
-// AttestListener does the same for the process that listens on a loopback
-// address: an impostor on an application's port must get no traffic.
-func (a *Agent) AttestListener(addr netip.AddrPort, entryID string) error {
+func (a *Agent) caller(conn net.Conn) (process *workloadattest.Process, err error) {
+	if unixConn, ok := conn.(*net.UnixConn); ok {
+		process, err = a.attestor.Unix(unixConn)
+	} else {
+		process, err = a.attestor.TCP(conn)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("cannot attest the caller: %w", err)
+	}
+	return process, nil
+}
+
+// acceptTime is how long an application whose listener is another process's may take to
+// accept a connection: a service manager that listens for it is not the application.
+const acceptTime = 200 * time.Millisecond
+
+// AttestApplication does the same for the process at the far end of a local connection that
+// the agent opened: it has to be asked before anything is sent.
+func (a *Agent) AttestApplication(conn net.Conn, entryID string) error {
+	until := time.Now().Add(acceptTime)
+	for pause := time.Millisecond; ; pause *= 2 {
+		process, accepted, err := a.attestor.Acceptor(conn)
+		if err != nil {
+			return fmt.Errorf("cannot attest the application: %w", err)
+		}
+		err = a.entitled(process, entryID)
+		if err == nil || accepted || time.Now().Add(pause).After(until) {
+			return err
+		}
+		time.Sleep(pause)
+	}
+}
+
+// attestListener attests the process that listens on a loopback address, to which no
+// connection is made.
+func (a *Agent) attestListener(addr netip.AddrPort, entryID string) error {
 	process, err := a.attestor.Listener(addr)
 	if err != nil {
 		return fmt.Errorf("cannot attest the application: %w", err)
@@ -511,9 +566,9 @@ func (a *Agent) AttestListener(addr netip.AddrPort, entryID string) error {
 // IdentifyTCP attests the process at the far end of an accepted loopback connection
 // and returns the ids of the entries it satisfies, in order.
 func (a *Agent) IdentifyTCP(conn net.Conn) ([]string, error) {
-	process, err := a.attestor.TCP(conn)
+	process, err := a.caller(conn)
 	if err != nil {
-		return nil, fmt.Errorf("cannot attest the caller: %w", err)
+		return nil, err
 	}
 	defer process.Close()
 	var entries []string

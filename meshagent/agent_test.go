@@ -8,7 +8,6 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
-	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -319,23 +318,22 @@ func TestAttestConnections(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer conn.Close()
-	here := netip.MustParseAddrPort(l.Addr().String())
-	if err := errors.Join(agent.AttestTCP(conn, "service/mine"), agent.AttestListener(here, "service/mine")); err != nil {
+	if err := errors.Join(agent.AttestCaller(conn, "service/mine"), agent.AttestApplication(dialled, "service/mine")); err != nil {
 		t.Errorf("control: %v", err)
 	}
 	for _, id := range []string{"service/other", "service/none", ""} {
-		if agent.AttestTCP(conn, id) == nil {
+		if agent.AttestCaller(conn, id) == nil {
 			t.Errorf("the connection passed for %q", id)
 		}
-		if agent.AttestListener(here, id) == nil {
-			t.Errorf("the listener passed for %q", id)
+		if agent.AttestApplication(dialled, id) == nil {
+			t.Errorf("the application passed for %q", id)
 		}
 	}
 
 	// The selectors change: so does the answer, on the next connection.
 	c.Apply(serviceYAML("mine", fmt.Sprintf("run: {uid: %d, path: /bin/true, hosts: [h1]}", os.Getuid())))
 	eventually(t, "refused by the new selectors", func() error {
-		if agent.AttestTCP(conn, "service/mine") == nil {
+		if agent.AttestCaller(conn, "service/mine") == nil {
 			return errors.New("still accepted")
 		}
 		return nil
@@ -356,7 +354,7 @@ func TestDoors(t *testing.T) {
 		story = append(story, what)
 	}
 	door := func(name string, begun chan<- struct{}) Door {
-		return Door{name, func(ctx context.Context) error {
+		return Door{Name: name, Run: func(ctx context.Context) error {
 			close(begun)
 			<-ctx.Done()
 			tell(name + " asked")
@@ -383,7 +381,7 @@ func TestDoors(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	err = again.Run(t.Context(), door("three", three), Door{"four", func(context.Context) error { <-three; return broken }})
+	err = again.Run(t.Context(), door("three", three), Door{Name: "four", Run: func(context.Context) error { <-three; return broken }})
 	if !errors.Is(err, broken) || !strings.Contains(err.Error(), "four") {
 		t.Errorf("a door fails: %v", err)
 	}

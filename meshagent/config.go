@@ -170,6 +170,11 @@ type SidecarConfig struct {
 	// AppAddress is the loopback address the host's applications listen on.
 	// Default 127.0.0.1.
 	AppAddress string `yaml:"appAddress"`
+	// Sockets is a directory with an outbound unix socket for each service of this host,
+	// NAME.sock, by which it calls others: nobody else can take it while the agent is down,
+	// as they can an outbound port. Default: workloadAPI.socket with -outbound in the place
+	// of .sock, if that leaves room for names; "-": none.
+	Sockets string `yaml:"sockets"`
 	// PortOffset is added to the ports of this host's services and outbound
 	// listeners, so that several agents can share one address in a rehearsal:
 	// a service has one port in the catalogue. 0 to 40000, default 0. What it
@@ -434,6 +439,17 @@ func (c *Config) check() (errs yamlfile.Errors) {
 	// sun_path has 108 bytes on Linux and 104 on darwin, the final zero included.
 	if len(c.WorkloadAPI.Socket) > 103 || strings.ContainsRune(c.WorkloadAPI.Socket, 0) {
 		refuse(c.Pos, "the Workload API's socket %s: the path of a unix socket has at most 103 bytes; set workloadAPI.socket", c.WorkloadAPI.Socket)
+	}
+	const room = len("/.sock") + 63 // a service's name is one DNS label
+	switch dir := &c.Sidecar.Sockets; {
+	case *dir == "-":
+		*dir = ""
+	case *dir == "":
+		if *dir = strings.TrimSuffix(c.WorkloadAPI.Socket, ".sock") + "-outbound"; len(*dir)+room > 103 || !filepath.IsAbs(*dir) {
+			*dir = ""
+		}
+	case !filepath.IsAbs(*dir) || len(*dir)+room > 103 || strings.ContainsRune(*dir, 0):
+		refuse(c.Sidecar.At("sockets"), "%q is not an absolute path of at most %d bytes: the path of a unix socket has at most 103", *dir, 103-room)
 	}
 	for name, command := range c.Health.Commands {
 		if err := services.CheckCommand(command); err != nil {

@@ -21,7 +21,7 @@ import (
 // with what the host says of it.
 type Service struct {
 	Name     string
-	Address  string // loopback host:port where the application listens
+	Address  string // loopback host:port where the application listens, or services.UnixPrefix and a path
 	Source   string // of what the host says: FILE:LINE, services.FromCommand, or FromCatalogue
 	Check    services.Check
 	Drain    time.Duration // how long requests under way may take when it is drained
@@ -75,7 +75,9 @@ func (a *Agent) placeOne(service *statev1.Service, registered *services.Snapshot
 	if says.Port != 0 {
 		port = strconv.Itoa(int(says.Port))
 	}
-	p.Address = net.JoinHostPort(cmp.Or(says.Address, host), port)
+	if p.Address = net.JoinHostPort(cmp.Or(says.Address, host), port); says.Socket != "" {
+		p.Address = services.UnixPrefix + says.Socket
+	}
 	p.Check = services.FromCatalogue(ca.ServiceName(name, a.cfg.Domain()), p.Address, service.GetHealthPath(), a.cfg.Health.Thresholds)
 	if command := a.cfg.Health.Commands[name]; len(command) > 0 {
 		p.Check = p.Check.WithCommand(command)
@@ -325,17 +327,22 @@ func follow[K comparable, V any](ctx context.Context, tasks *sync.WaitGroup, run
 }
 
 // probe makes the checks of a service. Who listens must be the service: an impostor gets
-// no traffic, so he is not healthy either.
+// no traffic, so he is not healthy either. A check of another port, or by a command, asks
+// somebody else, so the service's listener is looked at before.
 func (a *Agent) probe(s Service) func(context.Context, services.Check) error {
+	attest := func(conn net.Conn) error { return a.AttestApplication(conn, ca.ServiceEntry(s.Name)) }
 	return func(ctx context.Context, c services.Check) error {
-		at, err := netip.ParseAddrPort(s.Address)
-		if err != nil {
+		if c.Kind != services.ByCommand && c.Address == s.Address {
+			return a.prober.Probe(ctx, c, attest)
+		}
+		if at, err := netip.ParseAddrPort(s.Address); err == nil {
+			if err := a.attestListener(at, ca.ServiceEntry(s.Name)); err != nil {
+				return err
+			}
+		} else if err := a.prober.Probe(ctx, services.Check{Kind: services.ByTCP, Address: s.Address}, attest); err != nil {
 			return err
 		}
-		if err := a.AttestListener(at, ca.ServiceEntry(s.Name)); err != nil {
-			return err
-		}
-		return a.prober.Probe(ctx, c)
+		return a.prober.Probe(ctx, c, nil)
 	}
 }
 

@@ -70,7 +70,7 @@ meshagent/sds:           meshagent meshagent/workloadattest
 meshagent/admin:         meshagent meshagent/services meshagent/workloadattest internal/daemon
 meshagent/names:         internal/daemon
 meshagent/files:         meshagent federation/bundle internal/daemon internal/safepath
-meshagent/sidecar:       internal/dataplane internal/daemon federation/catalog federation/origin internal/peer internal/refusal
+meshagent/sidecar:       internal/dataplane internal/daemon internal/safepath federation/catalog federation/origin internal/peer internal/refusal
 
 internal/dataplane:      internal/dataplane/* federation/catalog federation/origin internal/peer internal/refusal internal/admission
 internal/dataplane/*:    internal/refusal

@@ -42,13 +42,15 @@ type Store struct {
 
 	mu        sync.Mutex
 	view      *View
-	update    *update // chunks since the last applied one; nil: none
-	distrust  map[string]*statev1.Distrust
-	sequences map[string]uint64  // of view.Bundles, where known: they do not go back
-	unusable  map[string]string  // distrust items that this release does not understand, by id
-	told      []string           // what restricts and this process cannot enforce, as the CA says
-	places    map[place]Instance // what view.Instances is made of
-	arriving  map[place]Instance // presence of this session until it is complete; nil: it is
+	update    *update                      // chunks since the last applied one; nil: none
+	distrust  map[string]*statev1.Distrust // all that was heard of
+	graces    map[string]grace             // of those that are not in force yet
+	ending    *time.Timer                  // calls graceEnded; nil: graces is empty
+	sequences map[string]uint64            // of view.Bundles, where known: they do not go back
+	unusable  map[string]string            // distrust items that this release does not understand, by id
+	told      []string                     // what restricts and this process cannot enforce, as the CA says
+	places    map[place]Instance           // what view.Instances is made of
+	arriving  map[place]Instance           // presence of this session until it is complete; nil: it is
 }
 
 // place identifies an instance: an agent serves a service at one place.
@@ -83,6 +85,7 @@ func newStore(td spiffeid.TrustDomain, cluster *statev1.Cluster, members []*stat
 
 		distrust:  map[string]*statev1.Distrust{},
 		unusable:  map[string]string{},
+		graces:    map[string]grace{},
 		sequences: map[string]uint64{},
 	}
 }
@@ -237,6 +240,7 @@ func (s *Store) apply(u *update, revision uint64) error {
 		Instances: old.Instances,
 
 		Distrust:      old.Distrust,
+		Announced:     old.Announced,
 		Tainted:       old.Tainted,
 		ReissueWithin: old.ReissueWithin,
 		Urgent:        old.Urgent,
@@ -244,7 +248,6 @@ func (s *Store) apply(u *update, revision uint64) error {
 		Skipped: old.Skipped,
 	}
 	if u.full {
-		clear(s.distrust)
 		clear(s.unusable)
 	}
 	maps.Copy(s.unusable, u.unusable)
@@ -254,8 +257,8 @@ func (s *Store) apply(u *update, revision uint64) error {
 	}
 	view.TooOld = s.tooOld()
 	if u.full || len(u.distrust) > 0 {
-		s.distrustAlso(u.distrust)
-		view.Distrust = s.distrusted()
+		s.distrustAlso(u.distrust, u.full)
+		view.Distrust, view.Announced = s.distrusted()
 	}
 	if u.full || u.newTainted {
 		view.Tainted, view.ReissueWithin = u.tainted, u.within
@@ -298,14 +301,88 @@ func related(v *View, td string) uint64 {
 	return v.Objects[i].GetRevision()
 }
 
-// distrustAlso takes items over; nil takes one away.
-func (s *Store) distrustAlso(items map[string]*statev1.Distrust) {
-	maps.Copy(s.distrust, items)
-	maps.DeleteFunc(s.distrust, func(_ string, d *statev1.Distrust) bool { return d == nil })
+// grace is the time that holders of an announced distrust item have to renew.
+type grace struct {
+	until  time.Time
+	before *statev1.Distrust // of the same id, in force meanwhile; nil: none
 }
 
-func (s *Store) distrusted() *ca.Distrusted {
-	return ca.NewDistrusted(s.td, slices.Collect(maps.Values(s.distrust)))
+// maxGrace bounds what a CA node may ask: restrictions hold within a second (I4).
+const maxGrace = time.Second
+
+// distrustAlso takes items over; nil takes one away. An item with a grace is in force when
+// that has passed. Of a full state it is in force at once, unless its grace is running:
+// when it was made is not known. A grace is never extended.
+func (s *Store) distrustAlso(items map[string]*statev1.Distrust, full bool) {
+	known := s.distrust
+	if full {
+		s.distrust = make(map[string]*statev1.Distrust, len(items))
+		maps.DeleteFunc(s.graces, func(id string, _ grace) bool { return items[id] == nil })
+	}
+	for id, item := range items {
+		have, running := known[id], s.graces[id]
+		again := have != nil && item != nil && have.GetAgentGeneration() == item.GetAgentGeneration() && have.GetEntryGeneration() == item.GetEntryGeneration()
+		switch {
+		case item.GetGraceMs() == 0, full && !again:
+			delete(s.graces, id)
+		case again || !running.until.IsZero():
+		default:
+			s.graces[id] = grace{until: time.Now().Add(min(time.Duration(item.GetGraceMs())*time.Millisecond, maxGrace)), before: have}
+		}
+		if item == nil {
+			delete(s.distrust, id)
+		} else {
+			s.distrust[id] = item
+		}
+	}
+	s.awaitGrace()
+}
+
+// awaitGrace has graceEnded called when the first grace has passed.
+func (s *Store) awaitGrace() {
+	if s.ending != nil {
+		s.ending.Stop()
+		s.ending = nil
+	}
+	var first time.Time
+	for _, g := range s.graces {
+		if first.IsZero() || g.until.Before(first) {
+			first = g.until
+		}
+	}
+	if !first.IsZero() {
+		s.ending = time.AfterFunc(time.Until(first), s.graceEnded)
+	}
+}
+
+func (s *Store) graceEnded() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	now := time.Now()
+	maps.DeleteFunc(s.graces, func(_ string, g grace) bool { return !g.until.After(now) })
+	s.awaitGrace()
+	view := *s.view
+	view.Urgent++
+	view.Distrust, view.Announced = s.distrusted()
+	s.publish(&view)
+}
+
+// distrusted is what is in force, and what is announced.
+func (s *Store) distrusted() (inForce, announced *ca.Distrusted) {
+	announced = ca.NewDistrusted(s.td, slices.Collect(maps.Values(s.distrust)))
+	if len(s.graces) == 0 {
+		return announced, announced
+	}
+	items := make([]*statev1.Distrust, 0, len(s.distrust))
+	for id, item := range s.distrust {
+		if g, running := s.graces[id]; running {
+			item = g.before
+		}
+		if item != nil {
+			items = append(items, item)
+		}
+	}
+	return ca.NewDistrusted(s.td, items), announced
 }
 
 // urgent takes what is sent ahead of the policy lane, which will repeat it. Before the
@@ -316,13 +393,15 @@ func (s *Store) urgent(message *ententev1.Urgent) {
 	if s.view.Revision == 0 {
 		return
 	}
+	items := map[string]*statev1.Distrust{}
 	for _, d := range message.GetDistrust() {
 		if why := cannotUse(d); why != "" {
 			s.unusable[d.GetId()] = why
 			continue
 		}
-		s.distrust[d.GetId()] = d
+		items[d.GetId()] = d
 	}
+	s.distrustAlso(items, false)
 	view := *s.view
 	view.TooOld = s.tooOld()
 	view.Urgent++
@@ -333,7 +412,7 @@ func (s *Store) urgent(message *ententev1.Urgent) {
 			view.Bundles[td], s.sequences[td] = b.GetJwks(), b.GetSequence()
 		}
 	}
-	view.Distrust = s.distrusted()
+	view.Distrust, view.Announced = s.distrusted()
 	view.Tainted = message.GetTainted()
 	view.ReissueWithin = time.Duration(message.GetReissueWithinMs()) * time.Millisecond
 	s.publish(&view)

@@ -26,6 +26,9 @@ type View struct {
 	// Distrust knows SVIDs of the own domain that are not to be accepted although they
 	// are valid.
 	Distrust *ca.Distrusted
+	// Announced knows those of Distrust and those that it will know in less than a second:
+	// who holds or shows one of them renews it now. The same as Distrust if there are none.
+	Announced *ca.Distrusted
 	// Tainted are ids of authorities: SVIDs under them are to be issued anew, spread over
 	// ReissueWithin.
 	Tainted       []string

@@ -250,6 +250,7 @@ func (e *encoder) record(record any) {
 			e.kind('p')
 			e.text(r.GetPath())
 		}
+		e.level(r.GetGraceMs())
 	case *statev1.Object:
 		e.kind('O')
 		e.object(r)

@@ -19,6 +19,10 @@ const (
 	// Above it the items are looked at again each time that so many have come.
 	coalesceEach = 256
 	maxAssumed   = 64
+
+	// renewGrace is how long the workload that remains entitled to a narrowed entry has to
+	// change to a new SVID. What was issued before is rejected within a second (I4).
+	renewGrace = 500 * time.Millisecond
 )
 
 // Ending trust (I4): each of these leaves an item behind that names what was issued
@@ -105,8 +109,8 @@ func (a *application) forgetDistrust() {
 	}
 }
 
-// voided names the SVIDs that lose their meaning when an entry becomes another one, or
-// nil. Agents that were never attested hold none.
+// voided names the SVIDs that are no longer to be accepted when an entry becomes another
+// one, or nil. Agents that were never attested hold none.
 func (a *application) voided(have, next *statev1.Entry) []*statev1.Distrust {
 	held := slices.DeleteFunc(slices.Clone(have.GetHosts()), func(host string) bool {
 		_, attested := a.agents.get(host)
@@ -120,11 +124,26 @@ func (a *application) voided(have, next *statev1.Entry) []*statev1.Distrust {
 	}
 	var items []*statev1.Distrust
 	for _, host := range held {
-		if !slices.Contains(next.GetHosts(), host) {
+		if !slices.Contains(next.GetHosts(), host) || a.hardened() && a.loses(host, have, next) {
 			items = append(items, &statev1.Distrust{Agent: host, Entry: have.GetId(), EntryGeneration: have.GetRevision()})
 		}
 	}
+	if a.hardened() && narrowed(have.GetSelectors(), next.GetSelectors()) {
+		items = append(items, &statev1.Distrust{Entry: have.GetId(), EntryGeneration: have.GetRevision(), GraceMs: uint32(renewGrace.Milliseconds())})
+	}
 	return items
+}
+
+// loses tells whether a host may hold an entry, and not what becomes of it.
+func (a *application) loses(host string, have, next *statev1.Entry) bool {
+	agent, _ := a.agents.get(host)
+	return ca.Entitled(agent, have) && !ca.Entitled(agent, next)
+}
+
+// narrowed tells whether a process that matches the first set of selectors may not match
+// the second: that demands something which the first does not.
+func narrowed(have, next []string) bool {
+	return slices.ContainsFunc(next, func(selector string) bool { return !slices.Contains(have, selector) })
 }
 
 // roomForDistrust is how it was below the hardened level: changes of entries were refused

@@ -276,3 +276,99 @@ func TestMadeAndEndedInOneEntry(t *testing.T) {
 		t.Error("control: the entry of before is not distrusted")
 	}
 }
+
+// I4: SVIDs of an entry that somebody who matched it no longer matches are distrusted; a
+// wider entry voids nothing. Below the feature level Apply decides as before.
+func TestNarrowedEntriesAreDistrusted(t *testing.T) {
+	const byEntry, byHost = "entry/entry/a", "agent/h1 entry/entry/a"
+	with := func(change func(*statev1.Entry)) *statev1.Entry {
+		e := entry("a", "/a", "h1", "h2")
+		e.Selectors, e.NodeSelectors = []string{"unix:uid:1000", "unix:gid:5"}, []string{"token:rack:r1"}
+		change(e)
+		return e
+	}
+	for name, test := range map[string]struct {
+		change func(*statev1.Entry)
+		item   string // empty: none
+		grace  bool
+	}{
+		"a selector more":                    {func(e *statev1.Entry) { e.Selectors = append(e.Selectors, "unix:path:/bin/a") }, byEntry, true},
+		"another value":                      {func(e *statev1.Entry) { e.Selectors[0] = "unix:uid:2000" }, byEntry, true},
+		"another value and a selector fewer": {func(e *statev1.Entry) { e.Selectors = []string{"unix:uid:2000"} }, byEntry, true},
+		"another kind":                       {func(e *statev1.Entry) { e.Selectors = []string{"systemd:unit:a.service"} }, byEntry, true},
+		"a host fewer":                       {func(e *statev1.Entry) { e.Hosts = []string{"h2"} }, byHost, false},
+		"a node selector that the host lacks": {func(e *statev1.Entry) {
+			e.NodeSelectors = append(e.NodeSelectors, "token:hsm")
+		}, byHost, false},
+		"a node selector that the host has": {func(e *statev1.Entry) { e.NodeSelectors = append(e.NodeSelectors, "token:pci") }, "", false},
+		"a node selector fewer":             {func(e *statev1.Entry) { e.NodeSelectors = nil }, "", false},
+		"a selector fewer":                  {func(e *statev1.Entry) { e.Selectors = e.Selectors[:1] }, "", false},
+		"a host more":                       {func(e *statev1.Entry) { e.Hosts = append(e.Hosts, "h3") }, "", false},
+		"the same in another order":         {func(e *statev1.Entry) { slices.Reverse(e.Selectors); e.Hint = "x" }, "", false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			for _, n := range []uint32{levelHardened - 1, levelHardened} {
+				w := newWorld(t)
+				w.must(level("n1", n))
+				w.must(w.token("t1", &statev1.Token{Grant: &statev1.Token_Agent{Agent: &statev1.AgentGrant{
+					Name: "h1", Datacenter: "dc1", Addresses: []string{"127.1.0.9"}, Selectors: []string{"token:rack:r1", "token:pci"}}}}, time.Hour))
+				w.must(w.attest("t1", keyID("a1")))
+				w.must(entries(create(with(func(*statev1.Entry) {}))))
+				host, _ := w.s.Agent("h1")
+				before, _ := w.s.Entry("entry/a")
+				w.must(entries(update(with(test.change), 0)))
+				after, _ := w.s.Entry("entry/a")
+
+				wanted := test.item
+				if n < levelHardened && name != "a host fewer" {
+					wanted = ""
+				}
+				all := w.s.Distrust()
+				if wanted == "" {
+					if len(all) > 0 {
+						t.Errorf("level %d: %v", n, all)
+					}
+					continue
+				}
+				if len(all) != 1 || all[0].GetId() != wanted || (all[0].GetGraceMs() > 0) != test.grace {
+					t.Fatalf("level %d: %v", n, all)
+				}
+				of := func(e *statev1.Entry) ca.Origin {
+					return ca.Origin{Agent: "h1", AgentGeneration: host.GetGeneration(), Entry: e.GetId(), EntryGeneration: e.GetRevision()}
+				}
+				if !w.s.Distrusts(of(before)) {
+					t.Error("an SVID of before is accepted")
+				}
+				if test.item == byEntry && w.s.Distrusts(of(after)) { // control
+					t.Error("an SVID of the narrowed entry is distrusted")
+				}
+			}
+		})
+	}
+}
+
+// The same of entries that follow from services and gateways.
+func TestNarrowedServicesAreDistrusted(t *testing.T) {
+	w := newWorld(t)
+	w.must(level("n1", levelHardened))
+	w.must(w.agentToken("t1", "h1", time.Hour))
+	w.must(w.attest("t1", keyID("a1")))
+	w.must(objects(service("accounts", "h1"), gateway("gw-1", 1, "h1")))
+	wider, narrower := service("accounts", "h1"), service("accounts", "h1")
+	wider.GetService().Selectors = []string{"unix:uid:1000"}
+	narrower.GetService().Selectors = []string{"unix:uid:1000", "unix:path:/opt/other"}
+	w.must(objects(wider))
+	if all := w.s.Distrust(); len(all) > 0 {
+		t.Fatalf("control: %v", all)
+	}
+	w.must(objects(narrower))
+	if _, ok := w.s.DistrustItem("entry/service/accounts"); !ok {
+		t.Errorf("%v", w.s.Distrust())
+	}
+	other := gateway("gw-1", 1, "h1")
+	other.GetGateway().Selectors = []string{"unix:uid:2000"}
+	w.must(objects(other))
+	if _, ok := w.s.DistrustItem("entry/gateway/gw-1"); !ok {
+		t.Errorf("%v", w.s.Distrust())
+	}
+}

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"strings"
 	"syscall"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -20,6 +21,7 @@ import (
 	"github.com/entente-mesh/entente/meshagent/files"
 	"github.com/entente-mesh/entente/meshagent/names"
 	"github.com/entente-mesh/entente/meshagent/sds"
+	"github.com/entente-mesh/entente/meshagent/services"
 	"github.com/entente-mesh/entente/meshagent/sidecar"
 	"github.com/entente-mesh/entente/meshagent/workloadapi"
 )
@@ -108,6 +110,7 @@ func runAgent(config *meshagent.Config, log *slog.Logger) error {
 			Inbound:     config.Sidecar.Inbound,
 			AppAddress:  config.Sidecar.AppAddress,
 			PortOffset:  config.Sidecar.PortOffset,
+			Sockets:     config.Sidecar.Sockets,
 			Log:         log,
 			AccessLog:   access,
 			Metrics:     registry,
@@ -116,7 +119,7 @@ func runAgent(config *meshagent.Config, log *slog.Logger) error {
 			return err
 		}
 		doors = append(doors,
-			meshagent.Door{Name: "sidecar", Run: car.Run},
+			meshagent.Door{Name: "sidecar", Run: car.Run, Ready: car.Ready},
 			meshagent.Door{Name: "sidecar's view", Run: func(ctx context.Context) error { return follow(ctx, agent, car, log) }})
 	}
 	hangups := make(chan os.Signal, 1)
@@ -160,12 +163,13 @@ func follow(ctx context.Context, agent *meshagent.Agent, car *sidecar.Sidecar, l
 	for {
 		state := agent.State()
 		if state.Ready {
-			world := sidecar.World{Revision: state.View.Changed, Dev: state.View.Cluster.GetDev(),
+			world := sidecar.World{Revision: state.View.Changed, Urgent: state.View.Urgent, Dev: state.View.Cluster.GetDev(),
 				Objects: state.View.Objects, Entries: state.Entries(), Local: map[string]sidecar.Local{}}
 			for _, s := range state.Services {
 				// Above the last port there is nobody: the agent reports such a service as unhealthy.
-				if at, err := netip.ParseAddrPort(s.Address); err == nil {
-					world.Local[s.Name] = sidecar.Local{Address: at, Monitor: s.Instance, Open: s.Instance.Open()}
+				_, err := netip.ParseAddrPort(s.Address)
+				if err == nil || strings.HasPrefix(s.Address, services.UnixPrefix) {
+					world.Local[s.Name] = sidecar.Local{Address: s.Address, Monitor: s.Instance, Open: s.Instance.Open()}
 				}
 			}
 			for _, instance := range state.View.Instances {

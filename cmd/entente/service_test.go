@@ -381,7 +381,7 @@ func TestOutlier(t *testing.T) {
 			t.Fatal("control: the application still answers")
 		}
 	}
-	expectEntente(t, exitOK, []string{"unhealthy", "in a row went wrong", "no such socket"}, "service", "list", "--socket", socket)
+	expectEntente(t, exitOK, []string{"unhealthy", "in a row went wrong", "connection refused"}, "service", "list", "--socket", socket)
 	serve()
 	expectEntente(t, exitOK, nil, "service", "register", "web", "--interval", "100ms", "--socket", socket)
 	expectEntente(t, exitOK, []string{" healthy"}, "service", "list", "--socket", socket)

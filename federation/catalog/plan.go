@@ -251,6 +251,23 @@ func (t *Tables) NewPlanner(endpoints []Endpoint) *Planner {
 	return p
 }
 
+// With is a planner for the same tables and other endpoints. It keeps the answers that do
+// not change; stays says of which targets they are.
+func (p *Planner) With(endpoints []Endpoint) (next *Planner, stays func(Target) bool) {
+	next = p.tables.NewPlanner(endpoints)
+	stays = func(target Target) bool {
+		return target.Service == nil || slices.Equal(p.endpoints[target.Service.Label], next.endpoints[target.Service.Label])
+	}
+	p.mu.RLock()
+	defer p.mu.RUnlock()
+	for key, plan := range p.plans {
+		if target, ok := p.tables.Resolve(key.name); ok && stays(target) {
+			next.plans[key] = plan
+		}
+	}
+	return next, stays
+}
+
 // Tables are those it was made of.
 func (p *Planner) Tables() *Tables { return p.tables }
 

@@ -231,6 +231,31 @@ func checkStale(path string) error {
 	}
 }
 
+// MakeOpenDir makes a directory that is missing, and those above it, so that everybody may
+// enter. It leaves alone what is there.
+func MakeOpenDir(dir string) error {
+	err := os.Mkdir(dir, 0o755)
+	if errors.Is(err, fs.ErrNotExist) {
+		if err := MakeOpenDir(filepath.Dir(dir)); err != nil {
+			return err
+		}
+		err = os.Mkdir(dir, 0o755)
+	}
+	if errors.Is(err, fs.ErrExist) {
+		return nil // what is wrong with it, the socket will say
+	}
+	if err != nil {
+		return err
+	}
+	// The umask took bits away. A link in its place is not followed.
+	made, err := os.OpenFile(dir, os.O_RDONLY|syscall.O_DIRECTORY|syscall.O_NOFOLLOW, 0)
+	if err != nil {
+		return err
+	}
+	defer made.Close()
+	return made.Chmod(0o755)
+}
+
 func unixKey(path string) string { return socketKey(&net.UnixAddr{Name: path, Net: "unix"}) }
 
 type unixListener struct {

@@ -457,12 +457,12 @@ func TestLoopbackDoorAttests(t *testing.T) {
 	asked := make(chan struct{}, 10)
 	identity := w.identity(w.trading, "/portfolio")
 	p := w.process(w.trading, "attesting", "dc1", w.trading.own, func(ctx context.Context, e *Engine, ln net.Listener) error {
-		return e.Outbound(identity).Serve(ctx, ln, func(net.Conn) error {
+		return e.Outbound(identity).Serve(ctx, ln, func(net.Conn) (func() error, error) {
 			asked <- struct{}{}
 			if accept.Load() {
-				return nil
+				return nil, nil
 			}
-			return io.ErrUnexpectedEOF
+			return nil, io.ErrUnexpectedEOF
 		})
 	})
 	p.SetView(w.trading.view(t))

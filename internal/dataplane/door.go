@@ -37,10 +37,10 @@ func (e *Engine) Edge(identity Identity) *Outbound {
 	return &Outbound{e, identity, "edge", catalog.Place{Datacenter: e.cfg.Datacenter, Role: catalog.Edge}}
 }
 
-// Serve serves plain HTTP on a loopback listener until ctx is done, then drains. attest is
+// Serve serves plain HTTP on a local listener until ctx is done, then drains. attest is
 // called before the first byte of a connection is read; on its error the
 // connection is closed. Serve owns ln.
-func (o *Outbound) Serve(ctx context.Context, ln net.Listener, attest func(net.Conn) error) error {
+func (o *Outbound) Serve(ctx context.Context, ln net.Listener, attest Attest) error {
 	return o.engine.servePlain(ctx, ln, attest, func(w http.ResponseWriter, r *http.Request) {
 		if header.IsBrowser(r.Header) {
 			o.Refuse(w, r, r.Host, refusal.Problem{
@@ -52,6 +52,11 @@ func (o *Outbound) Serve(ctx context.Context, ln net.Listener, attest func(net.C
 		o.Forward(w, r, r.Host)
 	})
 }
+
+// Attest says why the process at the other end of a local connection may not stand there;
+// nil if it may. again says it for the time when entries have changed (Engine.Reattest); it
+// is not called concurrently. nil: nobody asks.
+type Attest func(conn net.Conn) (again func() error, err error)
 
 // Forward sends r to a service in the name of the door's identity and copies the
 // answer to w. service is the service name, a port behind it is ignored; r.Host is not
@@ -77,8 +82,8 @@ func (o *Outbound) Refuse(w http.ResponseWriter, r *http.Request, service string
 // Backend is an own service on this host, for which a sidecar answers.
 type Backend struct {
 	Identity
-	Address string       // host:port where the application listens
-	Attest  func() error // says who listens there, asked before each connect; nil: not asked
+	Address string // host:port where the application listens, or unix: and the path of its socket
+	Attest  Attest // asked of each connection before anything is sent; nil: not asked
 
 	Monitor Monitor         // nil: nobody wants to know
 	Open    context.Context // done: it takes no more requests, and those under way are cut; nil: it always does

@@ -12,6 +12,8 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -99,7 +101,8 @@ type Engine struct {
 
 	current atomic.Pointer[view] // nil until the first SetView
 
-	registry  *peer.Registry
+	registry  *peer.Registry // of connections with verified peers
+	local     *peer.Registry // of loopback connections with attested processes
 	budget    *resilience.Budget
 	failbacks failbacks
 	inflight  inflight
@@ -148,11 +151,12 @@ func New(cfg Config) (*Engine, error) {
 		cfg:      cfg,
 		log:      cfg.Log,
 		registry: &peer.Registry{Log: cfg.Log},
+		local:    &peer.Registry{Log: cfg.Log},
 		budget:   resilience.NewBudget(0.2, 10, time.Now()),
 	}
 	e.ctx, e.cancel = context.WithCancel(context.Background())
 	e.upstream.init(e)
-	e.apps.init(e.dial)
+	e.apps.init(e)
 	var err error
 	if e.metrics, err = newMetrics(cfg.Metrics, e.registry.Len); err != nil {
 		e.cancel()
@@ -168,6 +172,37 @@ func (e *Engine) SetView(v View) {
 	e.current.Store(&view{View: v, planner: v.Tables.NewPlanner(v.Endpoints)})
 	e.Recheck()
 	e.reconsider(time.Now())
+}
+
+// SetEndpoints makes other endpoints current under the same tables. Who may call whom does
+// not depend on them: no connection is looked at again, and only routes to services whose
+// endpoints differ are made again.
+func (e *Engine) SetEndpoints(endpoints []catalog.Endpoint) {
+	old := e.current.Load()
+	if old == nil || slices.Equal(old.Endpoints, endpoints) {
+		return
+	}
+	planner, stays := old.planner.With(endpoints)
+	next := &view{View: View{Tables: old.Tables, Endpoints: endpoints}, planner: planner}
+	old.routes.Range(func(key, value any) bool {
+		r := value.(*route)
+		if target, ok := old.Tables.Resolve(r.service); ok && stays(target) {
+			r.want(next)
+			next.routes.Store(key, r)
+		}
+		return true
+	})
+	e.current.Store(next)
+}
+
+// Reattest asks about the process at the other end of every loopback connection again, and
+// closes the connections of those that no longer pass. To be called when entries have
+// changed. It returns when that is done.
+func (e *Engine) Reattest() {
+	if n := e.local.Recheck(); n > 0 {
+		e.metrics.cut(n)
+		e.log.Info("loopback connections closed: their processes no longer match their entries", "connections", n)
+	}
 }
 
 // Recheck looks at every open connection again. To be called when bundles have changed.
@@ -214,6 +249,7 @@ func (e *Engine) Run(ctx context.Context) error {
 			return ctx.Err()
 		case now := <-tick.C:
 			e.upstream.probeDue(now)
+			e.upstream.replace(now)
 			if i%10 == 0 {
 				e.upstream.sweep(now)
 				e.reconsider(now) // agreements expire by themselves
@@ -256,11 +292,22 @@ func (e *Engine) dial(ctx context.Context, address string, foreign bool) (net.Co
 	return dialer.DialContext(ctx, "tcp", address)
 }
 
+// unixPrefix begins the address of an application that listens on a unix socket.
+const unixPrefix = "unix:"
+
+func (e *Engine) dialApplication(ctx context.Context, address string) (net.Conn, error) {
+	if path, ok := strings.CutPrefix(address, unixPrefix); ok {
+		dialer := net.Dialer{Timeout: e.cfg.Timing.Connect}
+		return dialer.DialContext(ctx, "unix", path)
+	}
+	return e.dial(ctx, address, false)
+}
+
 // applications is the way to the host's own services: plain HTTP or TCP on loopback.
 // Callers of different trust domains share no connection, so that whatever an
 // application confuses on one stays within a domain.
 type applications struct {
-	dial func(ctx context.Context, network, address string) (net.Conn, error) // asks Backend.Attest first
+	dial func(ctx context.Context, network, address string) (net.Conn, error) // asks Backend.Attest
 
 	mu      sync.RWMutex
 	domains map[spiffeid.TrustDomain]appTransports // those that were allowed a request since the start
@@ -285,17 +332,18 @@ func (a *applications) of(td spiffeid.TrustDomain) appTransports {
 	return t
 }
 
-// attestKey carries Backend.Attest to the dial of a connection.
-type attestKey struct{}
+// backendKey carries the Backend to the dial of a connection.
+type backendKey struct{}
 
-func (a *applications) init(connect func(ctx context.Context, address string, foreign bool) (net.Conn, error)) {
-	a.dial = func(ctx context.Context, _, address string) (net.Conn, error) {
-		if attest, _ := ctx.Value(attestKey{}).(func() error); attest != nil {
-			if err := attest(); err != nil {
-				return nil, err
-			}
+func (a *applications) init(e *Engine) {
+	a.dial = func(ctx context.Context, _, _ string) (net.Conn, error) {
+		b := ctx.Value(backendKey{}).(*Backend)
+		conn, err := e.dialApplication(ctx, b.Address)
+		if err != nil {
+			return nil, err
 		}
-		return connect(ctx, address, false)
+		// Before the first byte: whoever listened a moment ago need not be who accepts now.
+		return e.attested(conn, b.Attest)
 	}
 	a.domains = map[spiffeid.TrustDomain]appTransports{}
 }

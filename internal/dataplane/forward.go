@@ -3,6 +3,7 @@ package dataplane
 import (
 	"bytes"
 	"context"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -456,10 +457,10 @@ func (x *exchange) toApplication(b Backend, d *downstream) {
 		transport = apps.h2c
 	}
 	var sent atomic.Bool
-	ctx := context.WithValue(s.ctx, attestKey{}, b.Attest)
+	ctx := context.WithValue(s.ctx, backendKey{}, &b)
 	request := s.request(httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
 		GotConn: func(httptrace.GotConnInfo) { sent.Store(true) }, // WroteHeaders may come too late
-	}), "http", b.Address)
+	}), "http", x.target.Name+"."+hex.EncodeToString([]byte(b.Address))) // one pool for each service and address
 	// An application that leaves content unread takes it for the connection's next
 	// request, so after content there is none, unless its Service says that it reads it.
 	// A 100 (Continue) would prove nothing: Python's http.server sends one to whoever

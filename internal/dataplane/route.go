@@ -88,13 +88,22 @@ func (e *Engine) route(v *view, identity Identity, from catalog.Place, target ca
 		for i, hop := range g.Hops {
 			group.key = groupKey{g.Datacenter, hop.Kind}
 			p := e.upstream.at(hop.Address)
-			p.wanted.Store(v)
 			group.hops[i] = routeHop{hop, p, &dialSpec{identity, hop.ServerName, hop.Kind, hop.IDs}}
 		}
 		r.groups = append(r.groups, group)
 	}
+	r.want(v)
 	v.routes.Store(key, r)
 	return r
+}
+
+// want has the places of the route kept while v is current.
+func (r *route) want(v *view) {
+	for _, group := range r.groups {
+		for _, hop := range group.hops {
+			hop.place.wanted.Store(v)
+		}
+	}
 }
 
 // choose picks the hop for the next attempt: of the group that serves now, else of the next

@@ -84,11 +84,47 @@ func (e *Engine) serveTLS(ctx context.Context, ln net.Listener, config *tls.Conf
 	})
 }
 
+// localConn is a local connection whose process is attested, and is again on Reattest.
+type localConn struct {
+	net.Conn
+	untrack func()
+}
+
+// attested attests the process at the other end of conn, which it closes on an error.
+func (e *Engine) attested(conn net.Conn, attest Attest) (net.Conn, error) {
+	if attest == nil {
+		return conn, nil
+	}
+	again, err := attest(conn)
+	if err != nil {
+		_ = conn.Close()
+		return nil, err
+	}
+	return &localConn{conn, e.local.Track(conn, tls.ConnectionState{}, again)}, nil
+}
+
+func (c *localConn) Close() error {
+	c.untrack()
+	return c.Conn.Close()
+}
+
+// NetConn is what lies below.
+func (c *localConn) NetConn() net.Conn { return c.Conn }
+
+func (c *localConn) CloseWrite() error { return closeWrite(c.Conn) }
+
+func (c *localConn) SetLinger(seconds int) error {
+	if t, ok := c.Conn.(interface{ SetLinger(int) error }); ok {
+		return t.SetLinger(seconds)
+	}
+	return errors.ErrUnsupported
+}
+
 // servePlain serves a loopback door. Each connection is attested before its first byte is read.
-func (e *Engine) servePlain(ctx context.Context, ln net.Listener, attest func(net.Conn) error, handler http.HandlerFunc) error {
-	g := newGate(ln, func(conn net.Conn) (net.Conn, error) {
-		if err := attest(conn); err != nil {
-			_ = conn.Close()
+func (e *Engine) servePlain(ctx context.Context, ln net.Listener, attest Attest, handler http.HandlerFunc) error {
+	g := newGate(ln, func(raw net.Conn) (net.Conn, error) {
+		conn, err := e.attested(raw, attest)
+		if err != nil {
 			e.log.Info("connection closed unread: the process that opened it is not this listener's workload",
 				"listener", ln.Addr().String(), "error", err)
 			return nil, err

@@ -21,8 +21,13 @@ const halfClosed = time.Hour
 // Carry connects conn with a TCP service in the name of the door's identity, and returns
 // when that connection has ended or could not be made. It goes the way of a request
 // that asks for an Upgrade, so all that holds for these holds for it. When ctx is done it may go
-// on for as long as a request in flight. Carry owns conn.
-func (o *Outbound) Carry(ctx context.Context, conn net.Conn, service string) {
+// on for as long as a request in flight. attest is that of Serve. Carry owns conn.
+func (o *Outbound) Carry(ctx context.Context, raw net.Conn, service string, attest Attest) error {
+	conn, err := o.engine.attested(raw, attest)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
 	own, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	defer cancel()
 	defer context.AfterFunc(ctx, func() {
@@ -53,6 +58,7 @@ func (o *Outbound) Carry(ctx context.Context, conn net.Conn, service string) {
 			slog.String("request_id", x.record.requestID), slog.String("caller", x.record.caller), slog.String("service", x.record.service),
 			slog.String("reason", string(x.record.reason)), slog.String("detail", x.record.reason.Title()))
 	}
+	return nil
 }
 
 // plainConn takes the answer to a request that nobody sent: of it only the connection
@@ -81,7 +87,7 @@ func (x *exchange) toStream(b Backend) {
 	var status int
 	var failure error
 	defer s.give(b, &status, &failure)()
-	conn, err := x.engine.apps.dial(context.WithValue(s.ctx, attestKey{}, b.Attest), "tcp", b.Address)
+	conn, err := x.engine.apps.dial(context.WithValue(s.ctx, backendKey{}, &b), "tcp", b.Address)
 	if err != nil {
 		if s.err = err; s.ctx.Err() == nil {
 			failure = err

@@ -105,7 +105,7 @@ func (w *world) carry(caller, service string) *net.TCPConn {
 	door, done := w.trading.out[0].Outbound(w.identity(w.trading, caller)), make(chan struct{})
 	go func() {
 		defer close(done)
-		door.Carry(w.t.Context(), far, service)
+		door.Carry(w.t.Context(), far, service, nil)
 	}()
 	w.t.Cleanup(func() {
 		near.Close()

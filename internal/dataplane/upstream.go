@@ -3,6 +3,7 @@ package dataplane
 import (
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -15,6 +16,7 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 
 	"github.com/entente-mesh/entente/federation/catalog"
 	"github.com/entente-mesh/entente/internal/dataplane/resilience"
@@ -82,7 +84,9 @@ type dial struct {
 type upstreamConn struct {
 	http     *http.ClientConn
 	peer     spiffeid.ID
-	retireAt time.Time // no new request from then on: an SVID of either end is about to end
+	born     time.Time
+	chains   [2][]*x509.Certificate // ours and the peer's, leaf first
+	retireAt time.Time              // no new request from then on: an SVID of either end is about to end
 	untrack  func()
 	reset    func() // closes it without a word
 	pool     *pool
@@ -277,7 +281,11 @@ func (u *upstreams) fill(pl *pool, d *dial, spec *dialSpec) {
 
 // dial opens and verifies one connection, and keeps book on the health of the place.
 func (u *upstreams) dial(ctx context.Context, p *place, spec *dialSpec, alpn string) (*upstreamConn, error) {
-	conn, err := u.handshake(ctx, p.address, spec, alpn)
+	own, err := spec.identity.SVID.GetX509SVID()
+	if err != nil {
+		return nil, err
+	}
+	conn, err := u.handshake(ctx, p.address, spec, own, alpn)
 	if err != nil {
 		if ctx.Err() == nil {
 			u.failed(p, err)
@@ -292,7 +300,8 @@ func (u *upstreams) dial(ctx context.Context, p *place, spec *dialSpec, alpn str
 		_ = conn.Close()
 		return nil, err
 	}
-	c := &upstreamConn{peer: id, retireAt: retireAt(time.Now(), state, spec.identity), reset: func() { reset(conn) }}
+	c := &upstreamConn{peer: id, born: time.Now(), chains: [2][]*x509.Certificate{own.Certificates, state.PeerCertificates},
+		retireAt: retireAt(time.Now(), state, own), reset: func() { reset(conn) }}
 	recheck := peer.Recheck(state, u.engine.cfg.Bundles, func(id spiffeid.ID) error { return u.engine.admits(spec.kind, id) })
 	c.untrack = u.engine.registry.Track(conn, state, recheck)
 	c.http, err = u.transport.NewClientConn(context.WithValue(ctx, dialedConn{}, conn), "https", p.address)
@@ -304,7 +313,7 @@ func (u *upstreams) dial(ctx context.Context, p *place, spec *dialSpec, alpn str
 	return c, nil
 }
 
-func (u *upstreams) handshake(ctx context.Context, address string, spec *dialSpec, alpn string) (*tls.Conn, error) {
+func (u *upstreams) handshake(ctx context.Context, address string, spec *dialSpec, own *x509svid.SVID, alpn string) (*tls.Conn, error) {
 	timing := u.engine.cfg.Timing
 	started := time.Now()
 	raw, err := u.engine.dial(ctx, address, spec.kind == catalog.ToPeerGateway)
@@ -312,7 +321,7 @@ func (u *upstreams) handshake(ctx context.Context, address string, spec *dialSpe
 		u.engine.metrics.handshake("upstream", "unreachable", started)
 		return nil, err
 	}
-	config := peer.ClientTLS(spec.identity.SVID, u.engine.cfg.Bundles, peer.AnyOf(spec.ids...), alpn)
+	config := peer.ClientTLS(own, u.engine.cfg.Bundles, peer.AnyOf(spec.ids...), alpn)
 	config.ServerName = spec.serverName
 	conn := tls.Client(raw, config)
 	ctx, cancel := context.WithTimeout(ctx, timing.Handshake)
@@ -333,10 +342,10 @@ func (u *upstreams) handshake(ctx context.Context, address string, spec *dialSpe
 
 // retireAt leaves the last part of the shorter SVID's life to the requests that are
 // still under way: the other end cuts the connection when our SVID ends, we when its does.
-func retireAt(now time.Time, state tls.ConnectionState, own Identity) time.Time {
+func retireAt(now time.Time, state tls.ConnectionState, own *x509svid.SVID) time.Time {
 	end := state.PeerCertificates[0].NotAfter
-	if svid, err := own.SVID.GetX509SVID(); err == nil && svid.Certificates[0].NotAfter.Before(end) {
-		end = svid.Certificates[0].NotAfter
+	if ours := own.Certificates[0].NotAfter; ours.Before(end) {
+		end = ours
 	}
 	left := end.Sub(now)
 	margin := min(left*2/5, 2*time.Minute)
@@ -413,7 +422,11 @@ func (u *upstreams) probe(p *place) (alive bool) {
 	if spec == nil {
 		return true
 	}
-	conn, err := u.handshake(u.engine.ctx, p.address, spec, "h2")
+	own, err := spec.identity.SVID.GetX509SVID()
+	if err != nil {
+		return true // nothing is known of the place
+	}
+	conn, err := u.handshake(u.engine.ctx, p.address, spec, own, "h2")
 	switch {
 	case err == nil:
 		_ = conn.Close()
@@ -462,6 +475,36 @@ func (u *upstreams) sweep(now time.Time) {
 			delete(u.places, p.address)
 			u.mu.Unlock()
 		}
+	}
+}
+
+// replaceAfter is how old a connection is before it is replaced, so that a renewal that
+// is late does not make each request dial.
+const replaceAfter = 150 * time.Millisecond
+
+// replace takes connections out of use that rest on an SVID which is about to be
+// distrusted: the next request dials a new one, and requests under way end on the old one.
+func (u *upstreams) replace(now time.Time) {
+	announced := peer.Announced(u.engine.cfg.Bundles)
+	if announced == nil {
+		return
+	}
+	for _, p := range u.all() {
+		p.mu.Lock()
+		for _, pl := range p.pools {
+			pl.mu.Lock()
+			pl.conns = slices.DeleteFunc(pl.conns, func(c *upstreamConn) bool {
+				if now.Sub(c.born) < replaceAfter || announced(c.chains[0]) == nil && announced(c.chains[1]) == nil {
+					return false
+				}
+				if c.retired = true; c.inflight == 0 {
+					c.close()
+				}
+				return true
+			})
+			pl.mu.Unlock()
+		}
+		p.mu.Unlock()
 	}
 }
 

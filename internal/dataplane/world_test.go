@@ -332,7 +332,8 @@ type world struct {
 	timing  Timing
 	svids   map[string]*rotating // by ID
 	ttl     time.Duration
-	memory  *memory // nil: the loopback network
+	memory  *memory                                   // nil: the loopback network
+	trust   func(x509bundle.Source) x509bundle.Source // what processes verify with; nil: the bundles alone
 
 	strangers, peers admission.Limits // zero: the defaults
 }
@@ -388,6 +389,9 @@ func newWorld(t testing.TB, options ...option) *world {
 }
 
 func (w *world) process(d *domain, name, dc string, bundles x509bundle.Source, serve func(context.Context, *Engine, net.Listener) error) *process {
+	if w.trust != nil {
+		bundles = w.trust(bundles)
+	}
 	ln := w.listen()
 	p := &process{t: w.t, name: name, addr: ln.Addr().String(), access: &accessLog{}, serve: serve}
 	p.config = Config{
@@ -426,7 +430,7 @@ func (w *world) build(d *domain) {
 		})
 		caller := w.identity(d, d.caller)
 		d.out[i] = w.process(d, "caller-"+dc, dc, d.own, func(ctx context.Context, e *Engine, ln net.Listener) error {
-			return e.Outbound(caller).Serve(ctx, ln, func(net.Conn) error { return nil })
+			return e.Outbound(caller).Serve(ctx, ln, nil)
 		})
 		d.outURL[i] = "http://" + d.out[i].addr
 		d.endpoints = append(d.endpoints, catalog.Endpoint{Service: service, Agent: "agent-" + dc, Datacenter: dc, Address: d.sidecars[i].addr, Healthy: true})

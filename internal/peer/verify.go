@@ -118,6 +118,21 @@ func distrusted(bundles x509bundle.Source, path []*x509.Certificate) error {
 	return nil
 }
 
+// Announcer is what a Distruster may be as well: it knows of SVIDs that it will distrust within a second. Announced returns
+// nil when there are none, else what says of a certificate chain, leaf first, that it is one of them. Connections that rest
+// on such an SVID are to be replaced before they are cut.
+type Announcer interface {
+	Announced() (check func(chain []*x509.Certificate) error)
+}
+
+// Announced is that of bundles; nil if they announce nothing.
+func Announced(bundles x509bundle.Source) (check func(chain []*x509.Certificate) error) {
+	if a, ok := bundles.(Announcer); ok {
+		return a.Announced()
+	}
+	return nil
+}
+
 // KeyID names a public key: the lower-case hexadecimal SHA-256 of its DER SubjectPublicKeyInfo.
 func KeyID(cert *x509.Certificate) string {
 	sum := sha256.Sum256(cert.RawSubjectPublicKeyInfo)

@@ -20,6 +20,12 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 )
 
+// UnixPrefix begins the address of a service that listens on a unix socket; its path follows.
+const UnixPrefix = "unix:"
+
+// applicationHost stands in URLs for what dial connects with.
+const applicationHost = "application"
+
 // Kind is how a service is asked for its health.
 type Kind string
 
@@ -34,7 +40,7 @@ const (
 type Check struct {
 	Kind    Kind
 	Target  string // path; name of a gRPC service; program and arguments, each with a zero behind it
-	Address string // host:port that is asked
+	Address string // host:port that is asked, or UnixPrefix and a path
 	Name    string // service name: the Host of HTTP and gRPC
 
 	Interval, Timeout                    time.Duration
@@ -180,13 +186,43 @@ func NewProber() *Prober {
 	protocols := new(http.Protocols)
 	protocols.SetUnencryptedHTTP2(true)
 	return &Prober{
-		&http.Transport{DisableKeepAlives: true, MaxResponseHeaderBytes: 64 << 10},
-		&http.Transport{DisableKeepAlives: true, MaxResponseHeaderBytes: 64 << 10, Protocols: protocols},
+		&http.Transport{DialContext: dial, DisableKeepAlives: true, MaxResponseHeaderBytes: 64 << 10},
+		&http.Transport{DialContext: dial, DisableKeepAlives: true, MaxResponseHeaderBytes: 64 << 10, Protocols: protocols},
 	}
 }
 
-// Probe makes one check: nil is good.
-func (p *Prober) Probe(ctx context.Context, c Check) error {
+// target is what a probe dials, and who is to be there.
+type target struct {
+	address string
+	attest  func(net.Conn) error
+}
+
+type targetKey struct{}
+
+// dial connects with the target of a probe.
+func dial(ctx context.Context, _, _ string) (net.Conn, error) {
+	to := ctx.Value(targetKey{}).(target)
+	network, address := "tcp", to.address
+	if path, ok := strings.CutPrefix(address, UnixPrefix); ok {
+		network, address = "unix", path
+	}
+	conn, err := new(net.Dialer).DialContext(ctx, network, address)
+	if err != nil {
+		return nil, err
+	}
+	if to.attest != nil {
+		if err := to.attest(conn); err != nil {
+			conn.Close()
+			return nil, err
+		}
+	}
+	return conn, nil
+}
+
+// Probe makes one check: nil is good. attest is asked of each connection before anything is
+// sent; nil: nobody is.
+func (p *Prober) Probe(ctx context.Context, c Check, attest func(net.Conn) error) error {
+	ctx = context.WithValue(ctx, targetKey{}, target{c.Address, attest})
 	switch c.Kind {
 	case ByCommand:
 		return c.run(ctx)
@@ -195,7 +231,7 @@ func (p *Prober) Probe(ctx context.Context, c Check) error {
 	case ByHTTP:
 		return p.get(ctx, c)
 	}
-	conn, err := new(net.Dialer).DialContext(ctx, "tcp", c.Address)
+	conn, err := dial(ctx, "", "")
 	if err != nil {
 		return err
 	}
@@ -203,7 +239,7 @@ func (p *Prober) Probe(ctx context.Context, c Check) error {
 }
 
 func (p *Prober) get(ctx context.Context, c Check) error {
-	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+c.Address+c.Target, nil)
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+applicationHost+c.Target, nil)
 	if err != nil {
 		return err
 	}
@@ -262,7 +298,7 @@ func (p *Prober) askGRPC(ctx context.Context, c Check) error {
 		message = protowire.AppendString(protowire.AppendTag(message, 1, protowire.BytesType), c.Target)
 	}
 	frame := binary.BigEndian.AppendUint32([]byte{0}, uint32(len(message)))
-	request, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://"+c.Address+"/grpc.health.v1.Health/Check", bytes.NewReader(append(frame, message...)))
+	request, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://"+applicationHost+"/grpc.health.v1.Health/Check", bytes.NewReader(append(frame, message...)))
 	if err != nil {
 		return err
 	}

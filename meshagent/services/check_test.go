@@ -103,7 +103,7 @@ func TestProbe(t *testing.T) {
 			c = c.WithCommand(words)
 		}
 		ctx, cancel := context.WithTimeout(t.Context(), c.Timeout)
-		err := NewProber().Probe(ctx, c)
+		err := NewProber().Probe(ctx, c, nil)
 		cancel()
 		if (err == nil) != (test.want == "") || err != nil && !strings.Contains(err.Error(), test.want) {
 			t.Errorf("%s %q: %v, want %q", test.kind, test.target, err, test.want)
@@ -117,7 +117,7 @@ func TestCommandEnds(t *testing.T) {
 	c := Check{Name: "x", Timeout: 300 * time.Millisecond}.WithCommand([]string{"/bin/sh", "-c", "sleep 300 & echo $! > " + pids + "; while :; do echo 0123456789; done"})
 	ctx, cancel := context.WithTimeout(t.Context(), c.Timeout)
 	defer cancel()
-	err := NewProber().Probe(ctx, c)
+	err := NewProber().Probe(ctx, c, nil)
 	if err == nil || len(err.Error()) > 1000 || !strings.Contains(err.Error(), "0123456789") {
 		t.Fatalf("%v", err)
 	}

@@ -31,6 +31,10 @@ type Registration struct {
 	Port uint16 `yaml:"port,min=1"`
 	// Address is the loopback address at which it listens. Default sidecar.appAddress.
 	Address string `yaml:"address"`
+	// Socket is the absolute path of the unix socket at which it listens, in the place of
+	// address and port: no other program can take it while the service is down, if it
+	// lies in a directory that only the service's user and root can change.
+	Socket string `yaml:"socket"`
 	// Health says how it is checked.
 	Health *Health `yaml:"health"`
 	// Drain is how long requests under way may take when it is drained, at most 1h.
@@ -120,6 +124,9 @@ func (t Thresholds) or(defaults Thresholds) Thresholds {
 	}
 }
 
+// maxSocketPath is what Linux and Darwin can connect to.
+const maxSocketPath = 103
+
 // MaxServices is how many services one host may register.
 const MaxServices = 1000
 
@@ -163,6 +170,13 @@ func Inspect(registrations []Registration) (errs yamlfile.Errors) {
 		first[r.Service] = r.Pos
 		if ip, err := netip.ParseAddr(r.Address); r.Address != "" && (err != nil || !ip.IsLoopback() || ip.Zone() != "") {
 			errs = append(errs, r.At("address").Errorf("%q is not a loopback address: traffic to the application may not leave the host unprotected", r.Address))
+		}
+		switch {
+		case r.Socket == "":
+		case !filepath.IsAbs(r.Socket) || filepath.Clean(r.Socket) != r.Socket || strings.ContainsRune(r.Socket, 0) || len(r.Socket) > maxSocketPath:
+			errs = append(errs, r.At("socket").Errorf("%.200q is not an absolute path in its shortest form of at most %d bytes", r.Socket, maxSocketPath))
+		case r.Port != 0 || r.Address != "":
+			errs = append(errs, r.At("socket").Errorf("socket is given, and so is port or address: give one of them"))
 		}
 		if r.Health != nil {
 			errs = append(errs, r.Health.check()...)

@@ -88,11 +88,12 @@ type openName struct {
 
 // inbox is a listener that is handed its connections.
 type inbox struct {
-	id    spiffeid.ID
-	door  *dataplane.Outbound
-	ctx   context.Context
-	conns chan net.Conn
-	stop  context.CancelFunc
+	id     spiffeid.ID
+	door   *dataplane.Outbound
+	attest dataplane.Attest
+	ctx    context.Context
+	conns  chan net.Conn
+	stop   context.CancelFunc
 }
 
 func (i *inbox) Accept() (net.Conn, error) {
@@ -122,10 +123,12 @@ func (c *crowd) follow(ctx context.Context, doors map[netip.AddrPort]nameDoor, c
 		}
 		own, stop := context.WithCancel(ctx)
 		door := c.sidecar.engine.Outbound(dataplane.Identity{ID: id, SVID: c.sidecar.agent.SVIDs(entry)})
-		box := &inbox{id: id, door: door, ctx: own, conns: make(chan net.Conn), stop: stop}
+		// Which entry it is was found out at accept; what is attested holds from here on.
+		attest := c.sidecar.attest(entry, id, c.sidecar.agent.AttestCaller)
+		box := &inbox{id: id, door: door, attest: attest, ctx: own, conns: make(chan net.Conn), stop: stop}
 		c.callers[entry] = box
 		c.tasks.Go(func() {
-			door.Serve(own, box, func(net.Conn) error { return nil }) // attested at accept
+			door.Serve(own, box, box.attest)
 		})
 	}
 	c.mu.Unlock()
@@ -149,12 +152,14 @@ func (c *crowd) follow(ctx context.Context, doors map[netip.AddrPort]nameDoor, c
 // listen keeps one listener open. An address that cannot be had costs the callers of
 // that service the name, and nobody else; it is tried again.
 func (c *crowd) listen(ctx context.Context, at netip.AddrPort, door nameDoor) {
+	defer c.sidecar.shut(at.String(), nil)
 	said := false
 	for ctx.Err() == nil {
 		if !door.taken || c.listens(ctx, at.Port()) {
 			ln, err := daemon.Listen(at.String())
 			if err == nil {
 				said = false
+				c.sidecar.shut(at.String(), nil)
 				closing := context.AfterFunc(ctx, func() { ln.Close() })
 				err = c.accept(ctx, ln, door)
 				closing()
@@ -162,6 +167,9 @@ func (c *crowd) listen(ctx context.Context, at netip.AddrPort, door nameDoor) {
 			}
 			if ctx.Err() != nil {
 				return
+			}
+			if errors.Is(err, syscall.EADDRINUSE) { // somebody else is there
+				c.sidecar.shut(at.String(), err)
 			}
 			if !said {
 				c.sidecar.log.Error("a service cannot be called by its name here; trying again",
@@ -244,8 +252,7 @@ func (c *crowd) pass(conn net.Conn, to nameDoor) error {
 		return fmt.Errorf("it satisfies several entries (%s), and the name does not say which one calls: tell them apart by path or unit, or use their outbound ports", strings.Join(entries, ", "))
 	}
 	if to.tcp {
-		box.door.Carry(box.ctx, conn, to.service)
-		return nil
+		return box.door.Carry(box.ctx, conn, to.service, box.attest)
 	}
 	select {
 	case box.conns <- conn:

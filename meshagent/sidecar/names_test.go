@@ -254,7 +254,7 @@ func TestTCPByName(t *testing.T) {
 		}
 	}
 	who.Store("service/cart")
-	h.agent.stranger.Store("listener of service/ledger")
+	h.agent.stranger.Store("application of service/ledger")
 	if got, err := ask(); err == nil {
 		t.Errorf("somebody else listens at its port, and gets what is sent: %q", got)
 	}

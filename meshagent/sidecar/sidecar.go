@@ -10,8 +10,11 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
 	"net/netip"
+	"path/filepath"
+	"slices"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -26,6 +29,7 @@ import (
 	"github.com/entente-mesh/entente/federation/catalog"
 	"github.com/entente-mesh/entente/internal/daemon"
 	"github.com/entente-mesh/entente/internal/dataplane"
+	"github.com/entente-mesh/entente/internal/safepath"
 )
 
 // Config says where the sidecar stands.
@@ -36,6 +40,7 @@ type Config struct {
 	Inbound     string // host:port of the mTLS door; empty: nothing is served here
 	AppAddress  string // loopback IP of the outbound doors; empty: 127.0.0.1
 	PortOffset  int    // added to the catalogue's ports of outbound doors, 0 to 40000
+	Sockets     string // directory of the outbound sockets, one for each service of this host: NAME.sock; empty: none
 
 	Names *Names // nil: services are called through outbound ports only
 
@@ -47,15 +52,16 @@ type Config struct {
 
 // Agent is what the sidecar needs of its agent. Its methods are called concurrently.
 type Agent interface {
-	SVIDs(entryID string) x509svid.Source                     // always the newest
-	Bundles() x509bundle.Source                               // the own domain's only (I6)
-	AttestTCP(conn net.Conn, entryID string) error            // the owner of a loopback connection satisfies the entry
-	AttestListener(addr netip.AddrPort, entryID string) error // so does who listens there
+	SVIDs(entryID string) x509svid.Source                  // always the newest
+	Bundles() x509bundle.Source                            // the own domain's only (I6)
+	AttestCaller(conn net.Conn, entryID string) error      // who opened a local connection satisfies the entry
+	AttestApplication(conn net.Conn, entryID string) error // so does who is at the end of one that the sidecar opened
 }
 
 // World is what the agent has been told by the CA. The sidecar does not change it.
 type World struct {
-	Revision  uint64            // of Objects and Entries
+	Revision  uint64            // of Objects, Entries and bundles
+	Urgent    uint64            // another one: bundles or distrust differ under the same Revision
 	Dev       bool              // the cluster's dev flag
 	Objects   []*statev1.Object // the domain's catalogue
 	Entries   []*statev1.Entry  // of this host
@@ -63,9 +69,9 @@ type World struct {
 	Local     map[string]Local // services of this host that listen, by label
 }
 
-// Local is a service as it runs on this host.
+// Local is a service as it runs on this host. Locals can be compared.
 type Local struct {
-	Address netip.AddrPort    // loopback, where the application listens
+	Address string            // where the application listens: loopback host:port, or unix: and a path
 	Monitor dataplane.Monitor // of its requests; nil: none
 	Open    context.Context   // done: it takes no more requests; nil: it always does
 }
@@ -80,19 +86,33 @@ type Sidecar struct {
 
 	backends atomic.Pointer[map[string]dataplane.Backend] // by service name
 
+	entries atomic.Pointer[map[string]entry] // callers and services, by entry id
+
 	mu       sync.Mutex
 	revision uint64
+	urgent   uint64
+	local    map[string]Local
 	tables   *catalog.Tables
-	wanted   map[string]outbound // by entry id
+	wanted   map[outbound]struct{}
 	callers  map[string]spiffeid.ID
 	doors    map[netip.AddrPort]nameDoor
 	changed  chan struct{} // capacity 1: wanted has changed
+
+	closedMu sync.Mutex
+	closed   map[string]error // listeners that cannot be opened, by address
 }
 
-// outbound is one loopback door as it should be.
+// entry is what tells whether a connection must be attested again.
+type entry struct {
+	id       spiffeid.ID
+	revision uint64
+}
+
+// outbound is one local door as it should be.
 type outbound struct {
-	id   spiffeid.ID
-	port int
+	entry   string
+	id      spiffeid.ID
+	address string // host:port, or the absolute path of a socket
 }
 
 // New makes a sidecar; nothing is opened before Run.
@@ -120,60 +140,118 @@ func New(cfg Config, agent Agent) (*Sidecar, error) {
 	if err != nil {
 		return nil, fmt.Errorf("sidecar: %w", err)
 	}
-	s := &Sidecar{cfg: cfg, agent: agent, log: cfg.Log, app: app, engine: engine, changed: make(chan struct{}, 1)}
+	s := &Sidecar{cfg: cfg, agent: agent, log: cfg.Log, app: app, engine: engine, changed: make(chan struct{}, 1), closed: map[string]error{}}
 	s.backends.Store(&map[string]dataplane.Backend{})
+	s.entries.Store(&map[string]entry{})
 	return s, nil
 }
 
-// Ready says why the sidecar cannot serve yet; nil if it can.
-func (s *Sidecar) Ready() error { return s.engine.Ready() }
+// Ready says why the sidecar does not serve: it does not know its domain yet, or another
+// process holds the address of one of its listeners. Nil if it serves.
+func (s *Sidecar) Ready() error {
+	if err := s.engine.Ready(); err != nil {
+		return err
+	}
+	s.closedMu.Lock()
+	defer s.closedMu.Unlock()
+	for _, address := range slices.Sorted(maps.Keys(s.closed)) {
+		return fmt.Errorf("the listener at %s is closed (%d are): whoever holds the address gets what workloads send there: %w", address, len(s.closed), s.closed[address])
+	}
+	return nil
+}
+
+// shut notes why a listener is closed; nil: it is open, or nobody wants it any more.
+func (s *Sidecar) shut(address string, why error) {
+	s.closedMu.Lock()
+	defer s.closedMu.Unlock()
+	if why == nil {
+		delete(s.closed, address)
+	} else {
+		s.closed[address] = why
+	}
+}
+
+// attest attests local connections of an entry: by look when they are made, and again
+// when the entry is another one. One whose entry is gone, or has another identity, ends.
+func (s *Sidecar) attest(entryID string, id spiffeid.ID, look func(net.Conn, string) error) dataplane.Attest {
+	return func(conn net.Conn) (func() error, error) {
+		seen := (*s.entries.Load())[entryID] // before the look
+		if err := look(conn, entryID); err != nil {
+			return nil, err
+		}
+		return func() error {
+			switch now, there := (*s.entries.Load())[entryID]; {
+			case !there || now.id != id:
+				return fmt.Errorf("this host no longer has %s under entry %s", id, entryID)
+			case now != seen:
+				if err := look(conn, entryID); err != nil {
+					return err
+				}
+				seen = now
+			}
+			return nil
+		}, nil
+	}
+}
 
 // Update makes w the world. It returns when connections that w no longer admits are
 // closed and new requests are decided by it; doors follow at once. It is also to be called
-// when only bundles have changed. The error says which objects cannot be used and are left
-// out; the rest of w is in force.
+// when only bundles have changed. If only endpoints are others, nothing else is looked at.
+// The error says which objects cannot be used and are left out; the rest of w is in force.
 func (s *Sidecar) Update(w World) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.tables != nil && w.Revision == s.revision && w.Urgent == s.urgent && maps.Equal(w.Local, s.local) {
+		s.engine.SetEndpoints(w.Endpoints)
+		return nil
+	}
 	var left error
 	if s.tables == nil || w.Revision != s.revision {
 		s.tables, left = catalog.Usable(s.cfg.TrustDomain, w.Objects, catalog.AllowLoopback(w.Dev))
 		s.revision = w.Revision
 	}
 	backends := map[string]dataplane.Backend{}
-	wanted := map[string]outbound{}
+	wanted := map[outbound]struct{}{}
+	entries := map[string]entry{}
 	callers := map[string]spiffeid.ID{}
 	local := map[uint16]bool{}
-	for _, entry := range w.Entries {
-		id, err := spiffeid.FromPath(s.cfg.TrustDomain, entry.GetPath())
+	for _, e := range w.Entries {
+		id, err := spiffeid.FromPath(s.cfg.TrustDomain, e.GetPath())
 		if err != nil {
 			continue // a CA derives no such entry
 		}
 		service, ok := s.tables.ServiceByID(id)
-		if !ok || entry.GetRole() != statev1.Role_ROLE_UNSPECIFIED {
+		if !ok || e.GetRole() != statev1.Role_ROLE_UNSPECIFIED {
 			continue // a gateway's
 		}
-		callers[entry.GetId()] = id
+		callers[e.GetId()], entries[e.GetId()] = id, entry{id, e.GetRevision()}
 		if l, ok := w.Local[service.Label]; ok {
-			local[l.Address.Port()] = true
+			if at, err := netip.ParseAddrPort(l.Address); err == nil {
+				local[at.Port()] = true
+			}
 			backends[service.Name] = dataplane.Backend{
-				Identity: dataplane.Identity{ID: id, SVID: s.agent.SVIDs(entry.GetId())},
-				Address:  l.Address.String(),
-				Attest:   func() error { return s.agent.AttestListener(l.Address, entry.GetId()) },
+				Identity: dataplane.Identity{ID: id, SVID: s.agent.SVIDs(e.GetId())},
+				Address:  l.Address,
+				Attest:   s.attest(e.GetId(), id, s.agent.AttestApplication),
 				Monitor:  l.Monitor,
 				Open:     l.Open,
 			}
 		}
 		if service.OutboundPort != 0 {
-			wanted[entry.GetId()] = outbound{id, int(service.OutboundPort) + s.cfg.PortOffset}
+			wanted[outbound{e.GetId(), id, net.JoinHostPort(s.app.String(), strconv.Itoa(int(service.OutboundPort)+s.cfg.PortOffset))}] = struct{}{}
+		}
+		if s.cfg.Sockets != "" {
+			wanted[outbound{e.GetId(), id, filepath.Join(s.cfg.Sockets, service.Label+".sock")}] = struct{}{}
 		}
 	}
 	s.backends.Store(&backends)
-	s.wanted, s.callers = wanted, callers
+	s.entries.Store(&entries)
+	s.wanted, s.callers, s.urgent, s.local = wanted, callers, w.Urgent, w.Local
 	if s.cfg.Names != nil {
 		s.doors = nameDoors(s.cfg.Names, s.tables, local)
 	}
 	s.engine.SetView(dataplane.View{Tables: s.tables, Endpoints: w.Endpoints})
+	s.engine.Reattest()
 	select {
 	case s.changed <- struct{}{}:
 	default:
@@ -217,17 +295,13 @@ func (s *Sidecar) Run(ctx context.Context) error {
 		})
 	}
 
-	type door struct {
-		outbound
-		stop context.CancelFunc
-	}
-	open := map[string]door{}
+	open := map[outbound]context.CancelFunc{}
 	named := &crowd{sidecar: s, tasks: &doors, open: map[netip.AddrPort]openName{}, callers: map[string]*inbox{}}
 	for {
 		select {
 		case <-ctx.Done():
-			for _, d := range open {
-				d.stop()
+			for _, stop := range open {
+				stop()
 			}
 			if err := context.Cause(ctx); !errors.Is(err, context.Canceled) {
 				return err
@@ -241,41 +315,46 @@ func (s *Sidecar) Run(ctx context.Context) error {
 		if s.cfg.Names != nil {
 			named.follow(ctx, names, callers)
 		}
-		for entry, d := range open {
-			if w, ok := wanted[entry]; !ok || w != d.outbound {
-				d.stop() // drains by itself; others are not touched
-				delete(open, entry)
+		for door, stop := range open {
+			if _, ok := wanted[door]; !ok {
+				stop() // drains by itself; others are not touched
+				delete(open, door)
 			}
 		}
-		for entry, w := range wanted {
-			if _, ok := open[entry]; ok {
+		for door := range wanted {
+			if _, ok := open[door]; ok {
 				continue
 			}
 			own, stop := context.WithCancel(ctx)
-			open[entry] = door{w, stop}
-			doors.Go(func() { s.serveOutbound(own, entry, w) })
+			open[door] = stop
+			doors.Go(func() { s.serveOutbound(own, door) })
 		}
 	}
 }
 
-// serveOutbound keeps one loopback door open. A port that is taken costs this workload
-// its way out and nobody else's; it is tried again.
-func (s *Sidecar) serveOutbound(ctx context.Context, entry string, w outbound) {
-	address := net.JoinHostPort(s.app.String(), strconv.Itoa(w.port))
-	door := s.engine.Outbound(dataplane.Identity{ID: w.id, SVID: s.agent.SVIDs(entry)})
+// serveOutbound keeps one local door open. An address that is taken costs this workload
+// its way out, and the agent is not ready; it is tried again.
+func (s *Sidecar) serveOutbound(ctx context.Context, w outbound) {
+	door := s.engine.Outbound(dataplane.Identity{ID: w.id, SVID: s.agent.SVIDs(w.entry)})
+	attest := s.attest(w.entry, w.id, s.agent.AttestCaller)
+	defer s.shut(w.address, nil)
 	said := false
 	for {
-		ln, err := daemon.Listen(address)
+		ln, err := s.listenOutbound(w.address)
 		if err == nil {
-			s.log.Info("outbound door open", "address", address, "caller", w.id.String())
-			err = door.Serve(ctx, ln, func(c net.Conn) error { return s.agent.AttestTCP(c, entry) })
+			s.shut(w.address, nil)
+			s.log.Info("outbound listener open", "address", w.address, "caller", w.id.String())
+			err = door.Serve(ctx, ln, attest)
 			said = false
 		}
 		if ctx.Err() != nil {
 			return
 		}
+		if !errors.Is(err, safepath.ErrUnsafe) { // then there is no such listener
+			s.shut(w.address, err)
+		}
 		if !said {
-			s.log.Error("outbound door closed: this workload cannot call others; trying again", "address", address, "caller", w.id.String(), "error", err)
+			s.log.Error("outbound listener closed: this workload cannot call others; retrying", "address", w.address, "caller", w.id.String(), "error", err)
 			said = true
 		}
 		select {
@@ -284,4 +363,22 @@ func (s *Sidecar) serveOutbound(ctx context.Context, entry string, w outbound) {
 		case <-time.After(200 * time.Millisecond):
 		}
 	}
+}
+
+// listenOutbound listens on a loopback port or a socket. Everybody may connect to a socket:
+// the process that does is attested. Nobody but root and the agent's user can put another
+// one in its place.
+func (s *Sidecar) listenOutbound(address string) (net.Listener, error) {
+	if !filepath.IsAbs(address) {
+		return daemon.Listen(address)
+	}
+	if err := daemon.MakeOpenDir(filepath.Dir(address)); err != nil {
+		return nil, err
+	}
+	dir, err := safepath.OpenDir(filepath.Dir(address))
+	if err != nil {
+		return nil, err
+	}
+	defer dir.Close()
+	return daemon.ListenUnix(address, 0o777)
 }

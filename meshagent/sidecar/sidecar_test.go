@@ -9,7 +9,6 @@ import (
 	"math"
 	"net"
 	"net/http"
-	"net/netip"
 	"slices"
 	"strings"
 	"sync"
@@ -47,15 +46,15 @@ func (a *agent) SVIDs(entryID string) x509svid.Source {
 	return a.svids[entryID]
 }
 
-func (a *agent) AttestTCP(_ net.Conn, entryID string) error {
+func (a *agent) AttestCaller(_ net.Conn, entryID string) error {
 	if a.stranger.Load() == entryID {
 		return errors.New("not the workload")
 	}
 	return nil
 }
 
-func (a *agent) AttestListener(_ netip.AddrPort, entryID string) error {
-	if a.stranger.Load() == "listener of "+entryID {
+func (a *agent) AttestApplication(_ net.Conn, entryID string) error {
+	if a.stranger.Load() == "application of "+entryID {
 		return errors.New("somebody else listens there")
 	}
 	return nil
@@ -116,7 +115,7 @@ func (h *host) service(name string, port, outbound uint32) {
 	h.world.Entries = append(h.world.Entries, &statev1.Entry{Id: "service/" + name, Path: "/" + name})
 	if port += uint32(h.offset); port > uint32(h.offset) && port <= math.MaxUint16 {
 		h.world.Local = maps.Clone(h.world.Local)
-		h.world.Local[name] = Local{Address: netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), uint16(port))}
+		h.world.Local[name] = Local{Address: fmt.Sprintf("127.0.0.1:%d", port)}
 	}
 	if port > uint32(h.offset) {
 		h.world.Endpoints = append(h.world.Endpoints, catalog.Endpoint{Service: name, Agent: "a1", Datacenter: "dc1", Address: h.inbound, Healthy: true})
@@ -245,7 +244,7 @@ func TestAttestation(t *testing.T) {
 	h.service("market", h.application("market"), 0)
 	h.service("cart", 0, cart)
 	h.apply()
-	h.agent.stranger.Store("listener of service/market")
+	h.agent.stranger.Store("application of service/market")
 	eventually(t, cart, "market.trading.example", "502") // nothing is sent to whoever listens there
 	h.agent.stranger.Store("")
 	eventually(t, cart, "market.trading.example", "200") // control

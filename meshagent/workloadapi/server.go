@@ -12,14 +12,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"log/slog"
 	"net"
-	"os"
 	"path/filepath"
 	"strings"
 	"sync"
-	"syscall"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
@@ -49,7 +46,7 @@ const (
 // process that does is attested. The directory is made with mode 0755, whatever the
 // umask, when it is missing.
 func Listen(path string) (net.Listener, error) {
-	if err := makeOpen(filepath.Dir(path)); err != nil {
+	if err := daemon.MakeOpenDir(filepath.Dir(path)); err != nil {
 		return nil, fmt.Errorf("cannot make the directory of the Workload API's socket: %w", err)
 	}
 	listener, err := daemon.ListenUnix(path, 0o777)
@@ -57,31 +54,6 @@ func Listen(path string) (net.Listener, error) {
 		return nil, fmt.Errorf("cannot open the Workload API: %w", err)
 	}
 	return listener, nil
-}
-
-// makeOpen makes a directory that is missing, and those above it, so that everybody may
-// enter. It leaves alone what is there.
-func makeOpen(dir string) error {
-	err := os.Mkdir(dir, 0o755)
-	if errors.Is(err, fs.ErrNotExist) {
-		if err := makeOpen(filepath.Dir(dir)); err != nil {
-			return err
-		}
-		err = os.Mkdir(dir, 0o755)
-	}
-	if errors.Is(err, fs.ErrExist) {
-		return nil // what is wrong with it, the socket will say
-	}
-	if err != nil {
-		return err
-	}
-	// The umask took bits away. A link in its place is not followed.
-	made, err := os.OpenFile(dir, os.O_RDONLY|syscall.O_DIRECTORY|syscall.O_NOFOLLOW, 0)
-	if err != nil {
-		return err
-	}
-	defer made.Close()
-	return made.Chmod(0o755)
 }
 
 // Server is one Workload API endpoint.

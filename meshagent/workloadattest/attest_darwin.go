@@ -50,6 +50,15 @@ func (a *Attestor) TCP(net.Conn) (*Process, error) { return nil, errDarwin }
 // Listener is refused: see the package comment.
 func (a *Attestor) Listener(netip.AddrPort) (*Process, error) { return nil, errDarwin }
 
+// Acceptor attests the user who listens on a unix socket; TCP is refused.
+func (a *Attestor) Acceptor(conn net.Conn) (*Process, bool, error) {
+	if unixConn, ok := conn.(*net.UnixConn); ok {
+		p, err := a.Unix(unixConn)
+		return p, true, err
+	}
+	return nil, false, errDarwin
+}
+
 // handle would hold a process.
 type handle struct {
 	pid int

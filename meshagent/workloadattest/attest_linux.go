@@ -167,6 +167,54 @@ func (a *Attestor) Listener(addr netip.AddrPort) (*Process, error) {
 	return a.owner(s, addr, look)
 }
 
+// Acceptor attests the process at the far end of a local connection that this process
+// opened. Of a unix socket that is who listened when the connection was made. A TCP
+// connection that nobody has accepted yet belongs to who listens (accepted is false): it
+// would have ended with the listener.
+func (a *Attestor) Acceptor(conn net.Conn) (p *Process, accepted bool, err error) {
+	if unixConn, ok := conn.(*net.UnixConn); ok {
+		p, err = a.Unix(unixConn)
+		return p, true, err
+	}
+	near, err := loopback(conn.LocalAddr())
+	if err != nil {
+		return nil, false, err
+	}
+	far, err := loopback(conn.RemoteAddr())
+	if err != nil {
+		return nil, false, err
+	}
+	look := func() (socket, error) {
+		s, err := diagnose(far, near)
+		switch {
+		case err != nil:
+			return s, fmt.Errorf("cannot find the socket that accepted the connection to %s: %w", far, err)
+		case s.state == tcpListen:
+			return s, fmt.Errorf("the connection to %s is gone", far)
+		}
+		return s, nil
+	}
+	s, err := look()
+	if err != nil {
+		return nil, false, err
+	}
+	if s.inode == 0 && (s.state == tcpEstablished || s.state == tcpSynReceived || s.state == tcpNewSynReceived) {
+		if p, err = a.Listener(far); err != nil {
+			return nil, false, err
+		}
+		// Had it been accepted before that look, by who listened before, it would show now.
+		if s, err = look(); err == nil && s.inode == 0 {
+			return p, false, nil
+		}
+		p.Close()
+		if err != nil {
+			return nil, false, err
+		}
+	}
+	p, err = a.owner(s, far, look)
+	return p, true, err
+}
+
 // owner makes a process of a socket. A socket that its process has closed has no
 // inode, and its user is then not to be believed (the kernel says 0).
 func (a *Attestor) owner(s socket, address netip.AddrPort, look func() (socket, error)) (*Process, error) {

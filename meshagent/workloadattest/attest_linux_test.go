@@ -732,3 +732,93 @@ func BenchmarkTCP(b *testing.B) {
 		p.Close()
 	}
 }
+
+// The far end of a connection is who has it, not who listens at the address by now.
+func TestAcceptor(t *testing.T) {
+	a := New()
+	uid := "unix:uid:" + strconv.Itoa(os.Getuid())
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	impostor := tcpListener(t)
+	address := impostor.Addr().String()
+	conn, err := net.Dial("tcp", address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	taken, err := impostor.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer taken.Close()
+	impostor.Close()
+	application := start(t, "listen", address)
+	if line := application.line(t); line != address {
+		t.Fatal(line)
+	}
+	expect := func(conn net.Conn, accepted bool, path string, satisfied bool) {
+		t.Helper()
+		p, got, err := a.Acceptor(conn)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer p.Close()
+		if got != accepted {
+			t.Errorf("accepted: %v", got)
+		}
+		if err := p.Satisfies([]string{uid, "unix:path:" + path}); (err == nil) != satisfied {
+			t.Errorf("%s: %v", path, err)
+		}
+	}
+	listener, err := a.Listener(netip.MustParseAddrPort(address))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	if err := listener.Satisfies([]string{uid, "unix:path:" + application.path}); err != nil {
+		t.Fatalf("the application listens there now: %v", err)
+	}
+	expect(conn, true, application.path, false)
+	expect(conn, true, self, true)
+
+	// Controls: what the application has not accepted yet is its own, and so is what it has.
+	waiting, err := net.Dial("tcp", address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer waiting.Close()
+	expect(waiting, false, application.path, true)
+
+	mine := tcpListener(t)
+	dialled, err := net.Dial("tcp", mine.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dialled.Close()
+	accepted, err := mine.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	expect(dialled, true, self, true)
+	accepted.Close()
+	if p, _, err := a.Acceptor(dialled); err == nil {
+		p.Close()
+		t.Error("a connection that its acceptor has closed was attested")
+	}
+
+	path := filepath.Join(t.TempDir(), "a.sock")
+	socket, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer socket.Close()
+	unixConn, err := net.Dial("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unixConn.Close()
+	expect(unixConn, true, self, true)
+	expect(unixConn, true, application.path, false)
+}

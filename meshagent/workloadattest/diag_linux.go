@@ -24,7 +24,11 @@ const (
 	requestSize      = headerSize + 8 + sockIDSize
 	answerSize       = 4 + sockIDSize + 20
 
-	tcpListen = 10 // TCP_LISTEN
+	// States of <net/tcp_states.h>.
+	tcpEstablished    = 1
+	tcpSynReceived    = 3
+	tcpListen         = 10
+	tcpNewSynReceived = 12
 )
 
 // socket is what the kernel says of one TCP socket.

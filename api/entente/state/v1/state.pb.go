@@ -1544,8 +1544,11 @@ type Distrust struct {
 	NotAfter        int64                  `protobuf:"varint,7,opt,name=not_after,json=notAfter,proto3" json:"not_after,omitempty"` // Unix seconds of state time: nothing that it names is valid then
 	Revision        uint64                 `protobuf:"varint,8,opt,name=revision,proto3" json:"revision,omitempty"`
 	Path            string                 `protobuf:"bytes,210,opt,name=path,proto3" json:"path,omitempty"` // SPIFFE path of the entry that it names: whose share of the table it counts in. Feature level 5
-	unknownFields   protoimpl.UnknownFields
-	sizeCache       protoimpl.SizeCache
+	// A subscriber rejects what it names only this long after it hears of it, because a
+	// workload remains entitled and gets new SVIDs meanwhile. 0: at once.
+	GraceMs       uint32 `protobuf:"varint,250,opt,name=grace_ms,json=graceMs,proto3" json:"grace_ms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Distrust) Reset() {
@@ -1639,6 +1642,13 @@ func (x *Distrust) GetPath() string {
 		return x.Path
 	}
 	return ""
+}
+
+func (x *Distrust) GetGraceMs() uint32 {
+	if x != nil {
+		return x.GraceMs
+	}
+	return 0
 }
 
 // Staged is a part of a change of the catalogue that is not complete yet.
@@ -5440,7 +5450,7 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	" \x01(\tR\x04hint\x12(\n" +
 	"\x10jwt_svid_seconds\x18\v \x01(\rR\x0ejwtSvidSeconds\x12(\n" +
 	"\x10wit_svid_seconds\x18\f \x01(\rR\x0ewitSvidSeconds\x12%\n" +
-	"\x0enode_selectors\x18d \x03(\tR\rnodeSelectors\"\x88\x02\n" +
+	"\x0enode_selectors\x18d \x03(\tR\rnodeSelectors\"\xa4\x02\n" +
 	"\bDistrust\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1c\n" +
 	"\tauthority\x18\x02 \x01(\tR\tauthority\x12\x14\n" +
@@ -5450,7 +5460,8 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\x10entry_generation\x18\x06 \x01(\x04R\x0fentryGeneration\x12\x1b\n" +
 	"\tnot_after\x18\a \x01(\x03R\bnotAfter\x12\x1a\n" +
 	"\brevision\x18\b \x01(\x04R\brevision\x12\x13\n" +
-	"\x04path\x18\xd2\x01 \x01(\tR\x04path\"\x9a\x01\n" +
+	"\x04path\x18\xd2\x01 \x01(\tR\x04path\x12\x1a\n" +
+	"\bgrace_ms\x18\xfa\x01 \x01(\rR\agraceMs\"\x9a\x01\n" +
 	"\x06Staged\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\fR\x02id\x12\x12\n" +
 	"\x04part\x18\x02 \x01(\rR\x04part\x128\n" +
