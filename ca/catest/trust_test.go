@@ -34,6 +34,7 @@ import (
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/catest"
 	"github.com/entente-mesh/entente/ca/client"
+	"github.com/entente-mesh/entente/ca/domain"
 	"github.com/entente-mesh/entente/ca/node"
 	"github.com/entente-mesh/entente/internal/jwtsvid"
 	"github.com/entente-mesh/entente/internal/peer"
@@ -595,7 +596,7 @@ func TestBanAndEvict(t *testing.T) {
 		t.Fatalf("control: %v", err)
 	}
 	signs := newSubscriber(t, c, "h3")
-	if _, err := signAt(t, signs); err != nil {
+	if _, err := signAt(t, c, signs); err != nil {
 		t.Fatalf("control: %v", err)
 	}
 
@@ -622,7 +623,7 @@ func TestBanAndEvict(t *testing.T) {
 	if _, err := c.Admin().BanAgent(t.Context(), &ententev1.ChangeAgentRequest{Name: "h3"}); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := signAt(t, signs); err == nil {
+	if _, err := signAt(t, c, signs); err == nil {
 		t.Error("a banned agent gets SVIDs signed")
 	}
 	h2.stop()
@@ -794,13 +795,20 @@ func csrOf(t *testing.T, key crypto.Signer) []byte {
 }
 
 // signAt asks for an SVID of the service on host h3.
-func signAt(t *testing.T, c *client.Client) ([]byte, error) {
+func signAt(t *testing.T, at *catest.CA, c *client.Client) ([]byte, error) {
 	t.Helper()
+	request := client.SignRequest{EntryID: "service/reports"}
+	at.Node().Read(func(st *domain.State) {
+		if e, ok := st.Entry(request.EntryID); ok {
+			request.Record = client.RecordOf(e)
+		}
+	})
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		t.Fatal(err)
 	}
-	result := c.SignX509(t.Context(), []client.SignRequest{{EntryID: "service/reports", CSR: csrOf(t, key)}})[0]
+	request.CSR = csrOf(t, key)
+	result := c.SignX509(t.Context(), []client.SignRequest{request})[0]
 	if result.Err != nil {
 		return nil, result.Err
 	}

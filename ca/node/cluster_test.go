@@ -21,6 +21,7 @@ import (
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/catest"
 	"github.com/entente-mesh/entente/ca/client"
+	"github.com/entente-mesh/entente/ca/domain"
 	"github.com/entente-mesh/entente/ca/node"
 	"github.com/entente-mesh/entente/internal/peer"
 )
@@ -97,7 +98,7 @@ func attestWith(t *testing.T, c *catest.CA, token *ca.Token) (*host, error) {
 }
 
 // at is a client of one node alone.
-func (h *host) at(t *testing.T, c *catest.CA) *client.Client {
+func (h *host) at(t *testing.T, c *catest.CA) atNode {
 	t.Helper()
 	cfg := h.cfg
 	cfg.Addresses = []string{c.Config().Advertise.API}
@@ -106,11 +107,26 @@ func (h *host) at(t *testing.T, c *catest.CA) *client.Client {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return one
+	return atNode{one, c}
 }
 
-func sign(ctx context.Context, at *client.Client, csr []byte) ([]byte, error) {
-	result := at.SignX509(ctx, []client.SignRequest{{EntryID: "service/accounts", CSR: csr}})[0]
+// atNode is a host's client of one node, which knows the entries that the node has.
+type atNode struct {
+	*client.Client
+	ca *catest.CA
+}
+
+func (n atNode) record(entry string) (r client.Record) {
+	n.ca.Node().Read(func(st *domain.State) {
+		if e, ok := st.Entry(entry); ok {
+			r = client.RecordOf(e)
+		}
+	})
+	return r
+}
+
+func sign(ctx context.Context, at atNode, csr []byte) ([]byte, error) {
+	result := at.SignX509(ctx, []client.SignRequest{{EntryID: "service/accounts", Record: at.record("service/accounts"), CSR: csr}})[0]
 	if result.Err != nil {
 		return nil, result.Err
 	}

@@ -121,7 +121,8 @@ func TestTableWithoutQuorum(t *testing.T) {
 			return accepted(leaf)
 		}},
 		{"JWT-SVIDs", func(t *testing.T, ctx context.Context) error {
-			return h1.at(t, last).SignJWT(ctx, []client.JWTRequest{{EntryID: "service/accounts", Audience: []string{"x"}}})[0].Err
+			at := h1.at(t, last)
+			return at.SignJWT(ctx, []client.JWTRequest{{EntryID: "service/accounts", Record: at.record("service/accounts"), Audience: []string{"x"}}})[0].Err
 		}},
 		{"renewal of an agent's SVID", func(t *testing.T, ctx context.Context) error {
 			return h1.at(t, last).SignX509(ctx, []client.SignRequest{{CSR: h1.csr}})[0].Err

@@ -27,9 +27,9 @@ const (
 )
 
 // leaderCheck rejects a leader that would move the agreed time far past this node's
-// clock. It sees messages before Raft does: nothing of a rejected one is stored, and its
-// heartbeats do not count either, so the others elect another leader. When the time fits
-// again, because somebody set a clock, entries are accepted again.
+// clock, or have others count as members than the agreed ones. It sees messages before Raft does: nothing of a rejected one is stored, and its
+// heartbeats do not count either, so the others elect another leader. When what it sends
+// fits again, because somebody set a clock, entries are accepted again.
 //
 // Its methods may be called concurrently.
 type leaderCheck struct {
@@ -37,49 +37,64 @@ type leaderCheck struct {
 	applied func() uint64 // entries up to this index were accepted already
 	log     *slog.Logger
 
+	read          func(func(*domain.State))
+	configuration func() []raft.Server // of Raft, the latest
+
 	mu       sync.Mutex
 	rejected map[string]rejection // by node id; as many as there are voters
+	misfits  map[string]misfit    // likewise
 }
 
 type rejection struct {
-	term  uint64
-	ahead time.Duration
-	at    time.Time // monotonic
+	term uint64
+	why  error
+	at   time.Time // monotonic
 }
 
-func (r rejection) err() error {
-	return fmt.Errorf("rejected: it moves the agreed time %v past this node's clock, over %v; check both clocks", r.ahead.Round(time.Second), MaxTimeAhead)
+func (r rejection) err() error { return fmt.Errorf("rejected: %w", r.why) }
+
+// checkTime says why a leader's time is not taken.
+func checkTime(ahead time.Duration) error {
+	if ahead <= MaxTimeAhead {
+		return nil
+	}
+	return fmt.Errorf("it moves the agreed time %v past this node's clock, over %v; check both clocks", ahead.Round(time.Second), MaxTimeAhead)
 }
 
-// allows says why a message of a member must not reach Raft; nil if it may.
-func (l *leaderCheck) allows(peer string, rpc *raft.RPC) error {
+// allows says why a message of a member must not reach Raft; nil if it may. Of entries
+// that it returns, only so many may.
+func (l *leaderCheck) allows(peer string, rpc *raft.RPC) (entries int, err error) {
 	switch c := rpc.Command.(type) {
 	case *raft.AppendEntriesRequest:
 		if len(c.Entries) == 0 {
-			return l.standing(peer, c.Term)
+			return 0, l.standing(peer, c.Term)
 		}
-		return l.judge(peer, c.Term, l.ahead(c.Entries))
+		n, err := l.fits(peer, c.Entries)
+		if err == nil {
+			err = checkTime(l.ahead(c.Entries))
+		}
+		return n, l.judge(peer, c.Term, err)
 	case *raft.InstallSnapshotRequest:
 		// Raft reads the snapshot behind what is peeked at here.
 		r := bufio.NewReader(rpc.Reader)
 		rpc.Reader = r
 		head, err := r.Peek(int(min(c.Size, domain.SnapshotHead)))
 		if err != nil {
-			return fmt.Errorf("cannot read the snapshot: %w", err)
+			return 0, fmt.Errorf("cannot read the snapshot: %w", err)
 		}
 		ahead := time.Duration(0)
 		if agreed, ok := domain.SnapshotTime(head); ok {
 			ahead = agreed.Sub(l.wall())
 		}
-		return l.judge(peer, c.Term, ahead)
+		return 0, l.judge(peer, c.Term, checkTime(ahead))
 	case *raft.RequestVoteRequest, *raft.RequestPreVoteRequest:
 		l.mu.Lock()
 		defer l.mu.Unlock()
 		if r, ok := l.rejected[peer]; ok && time.Since(r.at) < noVoteFor {
-			return r.err()
+			return 0, r.err()
 		}
 	}
-	return nil
+	return 0, nil
 }
 
 // standing answers for a message without content.
@@ -92,22 +107,21 @@ func (l *leaderCheck) standing(peer string, term uint64) error {
 	return nil
 }
 
-func (l *leaderCheck) judge(peer string, term uint64, ahead time.Duration) error {
+func (l *leaderCheck) judge(peer string, term uint64, why error) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	before, was := l.rejected[peer]
-	if ahead <= MaxTimeAhead {
+	if why == nil {
 		delete(l.rejected, peer)
 		if was {
-			l.log.Info("leader accepted again: the agreed time fits this node's clock", "leader", peer)
+			l.log.Info("leader accepted again: what it sends fits this node's clock and members", "leader", peer)
 		}
 		return nil
 	}
 	if !was || before.term < term {
-		l.log.Error("leader rejected: it moves the agreed time past this node's clock; check both clocks, and if this node's is right remove the leader as compromised",
-			"leader", peer, "ahead", ahead.Round(time.Second).String(), "limit", MaxTimeAhead.String())
+		l.log.Error("leader rejected: another one is elected; if this node's clock is right, remove the rejected one as compromised", "leader", peer, "error", why)
 	}
-	r := rejection{term, ahead, time.Now()}
+	r := rejection{term, why, time.Now()}
 	if l.rejected == nil {
 		l.rejected = map[string]rejection{}
 	}
@@ -212,4 +226,13 @@ func (r *Replica) mayCut(minIndex uint64) error {
 		return nil
 	}
 	return fmt.Errorf("%w: from log entry %d on, and entries up to %d were agreed", ErrRewrites, minIndex, agreed)
+}
+
+// configuration is Raft's latest membership; nil before Raft runs.
+func (r *Replica) configuration() []raft.Server {
+	started := r.running.Load()
+	if started == nil {
+		return nil
+	}
+	return started.GetConfiguration().Configuration().Servers
 }

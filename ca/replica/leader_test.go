@@ -53,7 +53,8 @@ func TestLeaderCannotMoveTimeFarAhead(t *testing.T) {
 	alike(t, nodes...)
 	// Nor is it elected again, although its log is as good as theirs.
 	vote := func(from string) error {
-		return next.trans.leaders.allows(from, &raft.RPC{Command: &raft.RequestVoteRequest{Term: 1 << 40}})
+		_, err := next.trans.leaders.allows(from, &raft.RPC{Command: &raft.RequestVoteRequest{Term: 1 << 40}})
+		return err
 	}
 	if vote(liar.id) == nil {
 		t.Error("the rejected leader would get a vote")
@@ -124,19 +125,10 @@ func TestLeaderCannotRewriteWhatWasApplied(t *testing.T) {
 	victim, liar := others[0], others[1]
 	await(t, "the victim holds it", func() bool { return victim.has("c") })
 	leader.kill()
-	liar.kill() // its key is used below
-
+	send := liarsVoice(t, victim, liar, leader)
 	last, term := victim.raft.LastIndex(), victim.raft.CurrentTerm()
-	thief := newDoor(t, &node{t: t, name: "thief", id: liar.id, cert: liar.cert, dir: tempDir(t), address: liar.address},
-		membersState(t, leader, victim.member()))
 	append := func(index, prevTerm, term uint64) error {
-		return speak(t, thief, victim, func(n raft.Transport, to raft.ServerID, at raft.ServerAddress) error {
-			return n.AppendEntries(to, at, &raft.AppendEntriesRequest{
-				RPCHeader: raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax, ID: []byte(liar.id), Addr: []byte(liar.address)},
-				Term:      term, PrevLogEntry: index - 1, PrevLogTerm: prevTerm,
-				Entries: []*raft.Log{{Index: index, Term: term, Type: raft.LogNoop}},
-			}, &raft.AppendEntriesResponse{})
-		})
+		return send(term, index-1, prevTerm, &raft.Log{Index: index, Term: term, Type: raft.LogNoop}).err
 	}
 	lastTerm := entryTerm(t, victim, last)
 	if err := errors.Join(append(last+1, lastTerm, term+10), append(last+1, lastTerm, term+20)); err != nil {
@@ -157,6 +149,96 @@ func TestLeaderCannotRewriteWhatWasApplied(t *testing.T) {
 	}
 	if victim.Applied() != before || !victim.has("c") {
 		t.Error("the state changed")
+	}
+}
+
+type answered struct {
+	success bool
+	err     error
+}
+
+// liarsVoice ends the liar's replica and speaks to the victim with its key, as a leader.
+func liarsVoice(t *testing.T, victim, liar *node, others ...*node) func(term, prev, prevTerm uint64, entries ...*raft.Log) answered {
+	t.Helper()
+	liar.kill()
+	var members []*statev1.Member
+	for _, n := range append(others, victim) {
+		members = append(members, n.member())
+	}
+	thief := newDoor(t, &node{t: t, name: "thief", id: liar.id, cert: liar.cert, dir: tempDir(t), address: liar.address},
+		membersState(t, others[0], members[1:]...))
+	return func(term, prev, prevTerm uint64, entries ...*raft.Log) (a answered) {
+		a.err = speak(t, thief, victim, func(n raft.Transport, to raft.ServerID, at raft.ServerAddress) error {
+			resp := &raft.AppendEntriesResponse{}
+			defer func() { a.success = resp.Success }()
+			return n.AppendEntries(to, at, &raft.AppendEntriesRequest{
+				RPCHeader: raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax, ID: []byte(liar.id), Addr: []byte(liar.address)},
+				Term:      term, PrevLogEntry: prev, PrevLogTerm: prevTerm, Entries: entries,
+			}, resp)
+		})
+		return a
+	}
+}
+
+// A leader adds no voters of its own, takes none away, and does not end a follower by
+// members that cannot be read. The control is the membership that was agreed.
+func TestLeaderCannotChangeTheVoters(t *testing.T) {
+	t.Parallel()
+	nodes := cluster(t, "ca1", "ca2", "ca3")
+	leader := awaitLeader(t, nodes...)
+	others := slices.DeleteFunc(slices.Clone(nodes), func(n *node) bool { return n == leader })
+	victim, liar := others[0], others[1]
+	carryOut(t, leader, token("a"))
+	await(t, "the victim holds it", func() bool { return victim.has("a") })
+	agreed := victim.configuration()
+	leader.kill()
+	send := liarsVoice(t, victim, liar, leader)
+
+	last := victim.raft.LastIndex()
+	prevTerm, term := entryTerm(t, victim, last), victim.raft.CurrentTerm()+10
+	entry := func(index uint64, data []byte) *raft.Log {
+		return &raft.Log{Index: index, Term: term, Type: raft.LogConfiguration, Data: data}
+	}
+	with := func(change func([]raft.Server) []raft.Server) []byte {
+		return raft.EncodeConfiguration(raft.Configuration{Servers: change(slices.Clone(agreed))})
+	}
+	noop := &raft.Log{Index: last + 1, Term: term, Type: raft.LogNoop}
+	// The entries before it are taken, it is not.
+	if a := send(term, last, prevTerm, noop, entry(last+2, with(func(s []raft.Server) []raft.Server {
+		return append(s, raft.Server{ID: "0000", Address: "127.0.0.1:1", Suffrage: raft.Voter})
+	}))); a.success || victim.raft.LastIndex() != last+1 {
+		t.Fatalf("%+v, the log ends at %d", a, victim.raft.LastIndex())
+	}
+	for name, data := range map[string][]byte{
+		"a voter that nobody agreed to": with(func(s []raft.Server) []raft.Server {
+			return append(s, raft.Server{ID: "0000", Address: "127.0.0.1:1", Suffrage: raft.Nonvoter})
+		}),
+		"a voter less":        with(func(s []raft.Server) []raft.Server { return s[:2] }),
+		"a vote less":         with(func(s []raft.Server) []raft.Server { s[0].Suffrage = raft.Nonvoter; return s }),
+		"nobody":              with(func(s []raft.Server) []raft.Server { return nil }),
+		"what cannot be read": []byte("\xc1 none"),
+	} {
+		if a := send(term, last+1, term, entry(last+2, data)); a.success || victim.raft.LastIndex() != last+1 {
+			t.Errorf("%s: %+v, the log ends at %d", name, a, victim.raft.LastIndex())
+		}
+	}
+	if a := send(term, last+1, term, &raft.Log{Index: last + 2, Term: term, Type: raft.LogRemovePeerDeprecated, Data: []byte("x")}); a.success {
+		t.Error("an entry of a kind of former times was taken")
+	}
+	if got := victim.configuration(); !slices.Equal(got, agreed) || victim.Err() != nil {
+		t.Fatalf("the voters are %v, were %v; %v", got, agreed, victim.Err())
+	}
+	if a := send(term, last+1, term, entry(last+2, with(func(s []raft.Server) []raft.Server { return s }))); a.err != nil || !a.success {
+		t.Fatalf("control: the agreed members: %+v", a)
+	}
+	// Who goes on with it is rejected as a leader.
+	await(t, "the leader is rejected", func() bool {
+		send(term, last+2, term, entry(last+3, with(func(s []raft.Server) []raft.Server { return s[:1] })))
+		id, _ := victim.Rejected()
+		return id == liar.id
+	})
+	if a := send(term, last+2, term); a.err == nil {
+		t.Error("its heartbeat is heard")
 	}
 }
 

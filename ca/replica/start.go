@@ -492,7 +492,7 @@ func (r *Replica) start(files *raft.FileSnapshotStore, list joinList) error {
 		members.vouched = r.vouched
 	}
 	r.net = newStreams(&r.cfg, members, protocol(list.ClusterID, list.Epoch, list.RecoveryID))
-	r.trans = newTransport(r.net, &r.cfg, &leaderCheck{wall: r.cfg.Wall, applied: r.fsm.applied.Load, log: r.log})
+	r.trans = newTransport(r.net, &r.cfg, &leaderCheck{wall: r.cfg.Wall, applied: r.fsm.applied.Load, log: r.log, read: r.fsm.read, configuration: r.configuration})
 
 	full := make(chan struct{}, 1)
 	r.fsm.onApply = r.cfg.OnApply

@@ -139,7 +139,7 @@ func (t *transport) caller(peer string) *caller {
 		c.network = newNetwork(c, t.log)
 		c.network.SetHeartbeatHandler(func(rpc raft.RPC) {
 			switch handle := t.heartbeat.Load(); {
-			case !t.genuine(peer, rpc), !t.allowed(peer, &rpc):
+			case !t.genuine(peer, rpc), !t.pass(peer, &rpc):
 			case handle == nil:
 				rpc.Respond(nil, errors.New("this node is just starting"))
 			default:
@@ -157,7 +157,7 @@ func (t *transport) hear(c *caller) {
 	for {
 		select {
 		case rpc := <-c.network.Consumer():
-			if !t.genuine(c.peer, rpc) || !t.allowed(c.peer, &rpc) {
+			if !t.genuine(c.peer, rpc) || !t.pass(c.peer, &rpc) {
 				continue
 			}
 			select {
@@ -195,10 +195,15 @@ func (t *transport) genuine(peer string, rpc raft.RPC) bool {
 	return false
 }
 
-// allowed answers a message that must not reach Raft.
-func (t *transport) allowed(peer string, rpc *raft.RPC) bool {
-	err := t.leaders.allows(peer, rpc)
+// pass tells whether a message may reach Raft. It has answered one that may not, and one
+// whose entries Raft had to take in parts.
+func (t *transport) pass(peer string, rpc *raft.RPC) bool {
+	n, err := t.leaders.allows(peer, rpc)
 	if err == nil {
+		if request, ok := rpc.Command.(*raft.AppendEntriesRequest); ok && n < len(request.Entries) {
+			t.passInParts(peer, rpc, request, n)
+			return false
+		}
 		return true
 	}
 	if rpc.Reader != nil {
@@ -206,6 +211,52 @@ func (t *transport) allowed(peer string, rpc *raft.RPC) bool {
 	}
 	rpc.Respond(nil, err)
 	return false
+}
+
+// passInParts has Raft take the first n entries of a request, waits until its state bears
+// out the next ones, and so on, and answers for all of them. Were it to answer for the
+// first part, a leader that has compacted its log before it would send a snapshot.
+func (t *transport) passInParts(peer string, rpc *raft.RPC, request *raft.AppendEntriesRequest, n int) {
+	deadline := time.Now().Add(configurationPatience)
+	part := *request
+	for {
+		rest := part.Entries[n:]
+		part.Entries = part.Entries[:n]
+		inner := make(chan raft.RPCResponse, 1)
+		answer := raft.RPCResponse{Error: errKilled}
+		select {
+		case t.heard <- raft.RPC{Command: &part, RespChan: inner}:
+			select {
+			case answer = <-inner:
+			case <-t.streams.closed:
+			}
+		case <-t.streams.closed:
+		}
+		resp, ok := answer.Response.(*raft.AppendEntriesResponse)
+		if !ok || !resp.Success || len(rest) == 0 {
+			rpc.RespChan <- answer
+			return
+		}
+		next := part
+		if n > 0 {
+			next.PrevLogEntry, next.PrevLogTerm = part.Entries[n-1].Index, part.Entries[n-1].Term
+		}
+		next.Entries = rest
+		for {
+			var err error
+			if n, err = t.leaders.fits(peer, rest); err != nil || n == 0 && time.Now().After(deadline) {
+				failed := *resp
+				failed.Success = false
+				rpc.Respond(&failed, err)
+				return
+			}
+			if n > 0 {
+				break
+			}
+			time.Sleep(5 * time.Millisecond)
+		}
+		part = next
+	}
 }
 
 func rpcHeader(command any) *raft.RPCHeader {
