@@ -186,3 +186,55 @@ func parseRecoveryKey(text string) (*RecoveryKey, error) {
 	}
 	return k, k.Check()
 }
+
+// recoveryPublicPrefix begins the public half of a recovery key, as configurations name it.
+const recoveryPublicPrefix = "entente-recovery-public-"
+
+// RecoveryKeyText is the public half of a recovery key as people carry it into
+// configurations (`ca.recoveryKey`). It is no secret.
+func RecoveryKeyText(public []byte) string {
+	return recoveryPublicPrefix + base64.RawURLEncoding.EncodeToString(public)
+}
+
+// ParseRecoveryPublic reads what RecoveryKeyText wrote.
+func ParseRecoveryPublic(text string) (ed25519.PublicKey, error) {
+	encoded, ok := strings.CutPrefix(text, recoveryPublicPrefix)
+	if !ok {
+		return nil, fmt.Errorf("it does not begin with %q: `entente ca recovery-key` prints it", recoveryPublicPrefix)
+	}
+	key, err := base64.RawURLEncoding.Strict().DecodeString(encoded)
+	if err != nil || len(key) != ed25519.PublicKeySize {
+		return nil, errors.New("it is malformed or truncated: `entente ca recovery-key` prints it")
+	}
+	return key, nil
+}
+
+// ErrEpoch: a later epoch of a cluster is not proved.
+var ErrEpoch = errors.New("the epoch is not proved")
+
+// FollowCluster says why a subscriber that holds the record known of its cluster, and has
+// pinned its recovery key, must not take next in its place; nil if it may. A later epoch
+// begins with a statement that the pinned key signed: no CA node's word makes one. known
+// may be nil, on first trust; pinned empty: no key was ever seen.
+func FollowCluster(known, next *statev1.Cluster, pinned []byte) error {
+	switch {
+	case known == nil:
+		return nil
+	case known.GetTrustDomain() != next.GetTrustDomain() || !bytes.Equal(known.GetId(), next.GetId()):
+		return fmt.Errorf("it is of cluster %x of %q, not of %x of %q", next.GetId(), next.GetTrustDomain(), known.GetId(), known.GetTrustDomain())
+	case next.GetEpoch() < known.GetEpoch():
+		return fmt.Errorf("it is of epoch %d, which a recovery has ended (now %d)", next.GetEpoch(), known.GetEpoch())
+	case next.GetEpoch() == known.GetEpoch():
+		return nil
+	case len(pinned) == 0:
+		return fmt.Errorf("%w: epoch %d follows epoch %d, and no recovery key is pinned to verify that: set ca.recoveryKey, or attest again with a new join token", ErrEpoch, next.GetEpoch(), known.GetEpoch())
+	}
+	st, err := VerifyRecovery(&statev1.Cluster{Id: known.GetId(), RecoveryKey: pinned}, next.GetRecovery().GetStatement(), next.GetRecovery().GetSignature())
+	switch {
+	case err != nil:
+		return fmt.Errorf("%w: epoch %d follows epoch %d: %w", ErrEpoch, next.GetEpoch(), known.GetEpoch(), err)
+	case st.GetEpoch() != next.GetEpoch():
+		return fmt.Errorf("%w: the recovery statement is for epoch %d, not %d", ErrEpoch, st.GetEpoch(), next.GetEpoch())
+	}
+	return nil
+}

@@ -47,7 +47,7 @@ const (
 
 const (
 	tokenPrefix   = "entente-join-"
-	tokenVersion  = 1
+	tokenVersion  = 2 // 1: without the recovery key
 	tokenChecksum = 4
 )
 
@@ -63,6 +63,9 @@ type Token struct {
 	Seed        secret.Bytes // ed25519.SeedSize bytes
 	Addresses   []string     // API addresses of CA nodes, HOST:PORT
 	Pins        []string     // key ids of the CA nodes that may answer there
+	// RecoveryKey is the public half of the cluster's, which the bearer pins: Ed25519.
+	// Empty: the text has format 1, which releases before read as well.
+	RecoveryKey []byte
 }
 
 // Check says what is wrong with a token.
@@ -78,6 +81,8 @@ func (t *Token) Check() error {
 		return fmt.Errorf("epoch %d is over %d", t.Epoch, MaxEpoch)
 	case len(t.Seed) != ed25519.SeedSize:
 		return fmt.Errorf("seed has %d bytes, not %d", len(t.Seed), ed25519.SeedSize)
+	case len(t.RecoveryKey) != 0 && len(t.RecoveryKey) != ed25519.PublicKeySize:
+		return fmt.Errorf("recovery key has %d bytes, not %d", len(t.RecoveryKey), ed25519.PublicKeySize)
 	case len(t.Addresses) == 0 || len(t.Addresses) > maxTokenEntries:
 		return fmt.Errorf("%d addresses of CA nodes, not 1 to %d", len(t.Addresses), maxTokenEntries)
 	case len(t.Pins) == 0 || len(t.Pins) > maxTokenEntries:
@@ -149,7 +154,11 @@ func (t *Token) Text() (string, error) {
 	if err := t.Check(); err != nil {
 		return "", fmt.Errorf("write join token: %w", err)
 	}
-	b := []byte{tokenVersion, roleByte(t.Role)}
+	version := byte(tokenVersion)
+	if len(t.RecoveryKey) == 0 {
+		version = 1
+	}
+	b := []byte{version, roleByte(t.Role)}
 	b = append(b, t.ClusterID...)
 	b = binary.AppendUvarint(b, uint64(t.Epoch))
 	b = append(b, t.Seed...)
@@ -163,6 +172,7 @@ func (t *Token) Text() (string, error) {
 	for _, pin := range t.Pins {
 		b, _ = hex.AppendDecode(b, []byte(pin)) // Check saw that it is hex
 	}
+	b = append(b, t.RecoveryKey...)
 	sum := sha256.Sum256(b)
 	return tokenPrefix + base64.RawURLEncoding.EncodeToString(append(b, sum[:tokenChecksum]...)), nil
 }
@@ -200,8 +210,8 @@ func parseToken(text string) (*Token, error) {
 	if sum := sha256.Sum256(body); !bytes.Equal(sum[:tokenChecksum], checksum) {
 		return nil, errors.New("its checksum does not match: a part is missing or changed; copy the whole line that the CA printed")
 	}
-	if body[0] != tokenVersion {
-		return nil, fmt.Errorf("its format %d is not known to this release, which reads format %d", body[0], tokenVersion)
+	if body[0] == 0 || body[0] > tokenVersion {
+		return nil, fmt.Errorf("its format %d is not known to this release, which reads formats 1 to %d", body[0], tokenVersion)
 	}
 	r := tokenReader{rest: body[1:]}
 	t := &Token{}
@@ -221,6 +231,9 @@ func parseToken(text string) (*Token, error) {
 	}
 	for range r.number(maxTokenEntries) {
 		t.Pins = append(t.Pins, hex.EncodeToString(r.take(sha256.Size)))
+	}
+	if body[0] > 1 {
+		t.RecoveryKey = bytes.Clone(r.take(ed25519.PublicKeySize))
 	}
 	if r.bad || len(r.rest) != 0 {
 		return nil, errors.New("it is malformed")

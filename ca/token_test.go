@@ -2,6 +2,7 @@ package ca
 
 import (
 	"bytes"
+	"encoding/base64"
 	"encoding/json"
 	"fmt"
 	"log/slog"
@@ -141,6 +142,30 @@ func TestTokenHidesSeed(t *testing.T) {
 	}
 }
 
+// Format 1, of releases before the recovery key was pinned, is read and written as well.
+func TestTokenFormats(t *testing.T) {
+	token := sampleToken()
+	for version, key := range map[byte][]byte{1: nil, 2: bytes.Repeat([]byte{9}, 32)} {
+		token.RecoveryKey = key
+		text, err := token.Text()
+		if err != nil {
+			t.Fatal(err)
+		}
+		body, err := base64.RawURLEncoding.DecodeString(strings.TrimPrefix(text, tokenPrefix))
+		if err != nil || body[0] != version {
+			t.Errorf("format %d, %v", body[0], err)
+		}
+		again, err := ParseToken(text)
+		if err != nil || !bytes.Equal(again.RecoveryKey, key) || again.ID != token.ID {
+			t.Errorf("format %d: %v, %v", version, again, err)
+		}
+	}
+	token.RecoveryKey = []byte("short")
+	if _, err := token.Text(); err == nil {
+		t.Error("a recovery key of 5 bytes was written")
+	}
+}
+
 func FuzzParseToken(f *testing.F) {
 	text, err := sampleToken().Text()
 	if err != nil {
@@ -148,6 +173,11 @@ func FuzzParseToken(f *testing.F) {
 	}
 	f.Add(text)
 	f.Add(tokenPrefix)
+	withKey := sampleToken()
+	withKey.RecoveryKey = make([]byte, 32)
+	if text, err := withKey.Text(); err == nil {
+		f.Add(text)
+	}
 	f.Add(text[:len(text)/2])
 	f.Fuzz(func(t *testing.T, text string) {
 		token, err := ParseToken(text)

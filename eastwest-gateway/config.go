@@ -7,6 +7,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"github.com/entente-mesh/entente/ca/client"
 	"github.com/entente-mesh/entente/internal/yamlfile"
 )
 
@@ -20,6 +21,7 @@ type Config struct {
 	EastWest    *EastWest     `yaml:"eastWest"` // absent: no east-west door
 	Edge        yamlfile.Node `yaml:"edge"`     // of eastwest-gateway/edge; absent: no edge
 	Admin       *Admin        `yaml:"admin"`    // absent: no admin listener
+	DataDir     string        `yaml:"dataDir"`  // where it keeps whom it believes as a CA node; empty: nowhere
 	AccessLog   AccessLog     `yaml:"accessLog"`
 	Log         Log           `yaml:"log"`
 }
@@ -32,6 +34,9 @@ type WorkloadAPI struct {
 // CA is where it is told the catalogue and the endpoints.
 type CA struct {
 	Addresses []string `yaml:"addresses,required"` // host:port of CA nodes' API; more are learned
+	// RecoveryKey is the public half of the cluster's recovery key; empty: that of the
+	// first cluster record is kept in dataDir.
+	RecoveryKey string `yaml:"recoveryKey"`
 }
 
 // EastWest is the mTLS door.
@@ -77,6 +82,11 @@ func (c *Config) check() error {
 	}
 	if c.EastWest == nil && c.Edge.IsZero() {
 		return fmt.Errorf("neither eastWest nor edge is given: the gateway would have nothing to do")
+	}
+	if c.CA.RecoveryKey != "" {
+		if _, err := client.ParseRecoveryKey(c.CA.RecoveryKey); err != nil {
+			return fmt.Errorf("ca.recoveryKey: %w", err)
+		}
 	}
 	if len(c.CA.Addresses) == 0 {
 		return fmt.Errorf("ca.addresses is empty: give the API address of at least one CA node")

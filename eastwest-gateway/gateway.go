@@ -203,8 +203,23 @@ func (g *Gateway) sync(ctx context.Context, as spiffeid.ID) error {
 	if err := g.identities.wait(ctx, as); err != nil {
 		return err
 	}
+	kept, known, err := openAnchor(g.cfg.DataDir)
+	if err != nil {
+		return fmt.Errorf("gateway: %w", err)
+	}
+	recoveryKey := known.RecoveryKey
+	if text := g.cfg.CA.RecoveryKey; text != "" {
+		if recoveryKey, err = client.ParseRecoveryKey(text); err != nil {
+			return fmt.Errorf("gateway: ca.recoveryKey: %w", err)
+		}
+	} else if g.cfg.DataDir == "" {
+		g.log.Warn("neither ca.recoveryKey nor dataDir is set: after each restart this gateway believes the recovery key of the first CA node that answers")
+	}
 	ca, err := client.New(client.Config{
 		TrustDomain: g.td,
+		Cluster:     known.Cluster,
+		Members:     known.Members,
+		RecoveryKey: recoveryKey,
 		Addresses:   g.cfg.CA.Addresses,
 		SVID:        g.identities.of(as),
 		Bundles:     g.identities,
@@ -214,7 +229,13 @@ func (g *Gateway) sync(ctx context.Context, as spiffeid.ID) error {
 	if err != nil {
 		return err
 	}
-	return ca.Sync(ctx, g.follow())
+	follow := g.follow()
+	return ca.Sync(ctx, func(v *client.View) error {
+		if err := kept.keep(ca.Anchor()); err != nil {
+			g.log.Warn("cannot keep whom this gateway believes as its CA", "error", err)
+		}
+		return follow(v)
+	})
 }
 
 // follow makes the engine's view of what the CA says. Distrust is in force before anything

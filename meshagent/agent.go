@@ -28,6 +28,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/client"
 	"github.com/entente-mesh/entente/internal/daemon"
@@ -137,7 +138,8 @@ func New(cfg *Config, opts Options) (*Agent, error) {
 		TrustDomain: cfg.Domain(),
 		Addresses:   cfg.CA.Addresses,
 		Members:     a.known.members,
-		Cluster:     a.known.cluster,
+		Cluster:     a.cluster(),
+		RecoveryKey: a.recoveryKey(),
 		Bundles:     a.Bundles(),
 		Datacenter:  cfg.Datacenter,
 		Log:         a.log,
@@ -164,6 +166,30 @@ func New(cfg *Config, opts Options) (*Agent, error) {
 		}
 	}
 	return a, nil
+}
+
+// cluster is the one that this host belongs to: as it is known, else as the join token
+// says, else nil.
+func (a *Agent) cluster() *statev1.Cluster {
+	if a.known.cluster == nil && a.token != nil {
+		return &statev1.Cluster{TrustDomain: a.token.TrustDomain.Name(), Id: a.token.ClusterID, Epoch: a.token.Epoch, RecoveryKey: a.token.RecoveryKey}
+	}
+	return a.known.cluster
+}
+
+// recoveryKey is the cluster's, as far as it is known before the CA is asked: what was
+// pinned before, else the configuration's, else the join token's.
+func (a *Agent) recoveryKey() []byte {
+	switch {
+	case len(a.known.RecoveryKey) > 0 && a.cfg.CA.RecoveryKey == "":
+		return a.known.RecoveryKey
+	case a.cfg.CA.RecoveryKey != "": // the operator's word
+		key, _ := ca.ParseRecoveryPublic(a.cfg.CA.RecoveryKey) // ReadConfig has read it
+		return key
+	case a.known.cluster == nil && a.token != nil:
+		return a.token.RecoveryKey
+	}
+	return nil
 }
 
 // trust reads the bundle by which the CA is known before the first attestation.
@@ -369,6 +395,7 @@ func (a *Agent) apply(view *client.View) error {
 		if view.Cluster != nil {
 			k.cluster = view.Cluster
 		}
+		k.RecoveryKey = a.client.RecoveryKey()
 		k.members = view.Members
 	})
 	return refused

@@ -82,6 +82,9 @@ type CAConfig struct {
 	// BundleFile is the domain's SPIFFE bundle (JSON), by which the CA is known before
 	// the first attestation. A join token says that by itself.
 	BundleFile string `yaml:"bundleFile"`
+	// RecoveryKey is the public half of the cluster's recovery key. A join token says it as
+	// well; without either, that of the first cluster record is kept.
+	RecoveryKey string `yaml:"recoveryKey"`
 }
 
 // AttestConfig says how the host is admitted, if not by a join token.
@@ -404,6 +407,11 @@ func (c *Config) check() (errs yamlfile.Errors) {
 	for _, address := range c.CA.Addresses {
 		if err := ca.CheckAddress(address); err != nil {
 			refuse(c.CA.At("addresses"), "%v", err)
+		}
+	}
+	if c.CA.RecoveryKey != "" {
+		if _, err := ca.ParseRecoveryPublic(c.CA.RecoveryKey); err != nil {
+			refuse(c.CA.At("recoveryKey"), "%v", err)
 		}
 	}
 	if !c.CA.Token.IsZero() && c.CA.TokenFile != "" {

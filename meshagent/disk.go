@@ -25,10 +25,11 @@ const (
 // known is what an agent needs to find and believe its CA again after a restart:
 // one file, so that its parts always belong together. It holds no secret.
 type known struct {
-	Certificates [][]byte `json:"certificates"` // the agent's own SVID, DER, leaf first
-	Bundle       []byte   `json:"bundle"`       // of the own domain, SPIFFE JSON
-	Cluster      []byte   `json:"cluster"`      // statev1.Cluster
-	Members      [][]byte `json:"members"`      // statev1.Member each
+	Certificates [][]byte `json:"certificates"`          // the agent's own SVID, DER, leaf first
+	Bundle       []byte   `json:"bundle"`                // of the own domain, SPIFFE JSON
+	Cluster      []byte   `json:"cluster"`               // statev1.Cluster
+	Members      [][]byte `json:"members"`               // statev1.Member each
+	RecoveryKey  []byte   `json:"recoveryKey,omitempty"` // of the cluster, pinned
 
 	cluster *statev1.Cluster
 	members []*statev1.Member
@@ -92,7 +93,7 @@ func (k *known) save(dir string) error {
 // equal compares what was set, not what save derives from it.
 func (k *known) equal(o *known) bool {
 	return slices.EqualFunc(k.Certificates, o.Certificates, bytes.Equal) &&
-		bytes.Equal(k.Bundle, o.Bundle) &&
+		bytes.Equal(k.Bundle, o.Bundle) && bytes.Equal(k.RecoveryKey, o.RecoveryKey) &&
 		proto.Equal(k.cluster, o.cluster) &&
 		slices.EqualFunc(k.members, o.members, func(a, b *statev1.Member) bool { return proto.Equal(a, b) })
 }

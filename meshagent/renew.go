@@ -15,6 +15,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 
+	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/client"
 	"github.com/entente-mesh/entente/internal/peer"
 	"github.com/entente-mesh/entente/meshagent/nodeattest"
@@ -313,11 +314,14 @@ func (a *Agent) install(certificates [][]byte, answer *client.Attestation) (*x50
 			return nil, fmt.Errorf("%w: %q, and this one is %q: change its name, or make a token for it or another template (x509pop.name of the CA nodes)", errOtherAgent, name, a.cfg.Name)
 		}
 		a.diskMu.Lock()
-		cluster := a.known.cluster
+		cluster := a.cluster()
 		a.diskMu.Unlock()
 		if cluster != nil && !bytes.Equal(cluster.GetId(), answer.Cluster.GetId()) {
 			return nil, fmt.Errorf("the CA answers as cluster %x, this host belongs to %x: to join it, delete %s and attest with a new token",
 				answer.Cluster.GetId(), cluster.GetId(), a.cfg.DataDir)
+		}
+		if err := ca.FollowCluster(cluster, answer.Cluster, a.client.RecoveryKey()); err != nil {
+			return nil, fmt.Errorf("the CA node that answers is not believed: %w", err)
 		}
 	}
 	svid, err := verifySVID(a.id, certificates, a.key, bundle, a.now())

@@ -53,6 +53,10 @@ type Config struct {
 	Members []*statev1.Member
 	// Cluster is the last known cluster, if any: another one is refused.
 	Cluster *statev1.Cluster
+	// RecoveryKey is the public half of the cluster's recovery key, pinned: without its
+	// statement no later epoch is believed. Empty: that of Cluster, else of the first
+	// cluster heard of.
+	RecoveryKey []byte
 
 	SVID    x509svid.Source   // this client's own; nil: no client certificate
 	Bundles x509bundle.Source // holds the own trust domain's; nil: CA nodes are accepted by key only
@@ -115,12 +119,19 @@ func New(cfg Config) (*Client, error) {
 	return &Client{
 		cfg:      cfg,
 		log:      cfg.Log,
-		store:    newStore(cfg.TrustDomain, cfg.Cluster, cfg.Members),
+		store:    newStore(cfg.TrustDomain, cfg.Cluster, cfg.Members, cfg.RecoveryKey...),
 		newAck:   make(chan struct{}, 1),
 		newHosts: make(chan struct{}, 1),
 		newSVID:  make(chan struct{}, 1),
 		failures: map[string]int{},
 	}, nil
+}
+
+// RecoveryKey is the pinned recovery key of the cluster; nil: none was seen yet.
+func (c *Client) RecoveryKey() []byte {
+	c.store.mu.Lock()
+	defer c.store.mu.Unlock()
+	return c.store.recovery
 }
 
 // View returns the newest picture. It is never nil; before the first Sync its

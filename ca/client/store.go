@@ -41,6 +41,7 @@ type Store struct {
 	changed chan struct{} // holds one token when view is newer than the last Snapshot taken for it
 
 	mu        sync.Mutex
+	recovery  []byte // the cluster's recovery key, pinned; nil: none was seen yet
 	view      *View
 	update    *update                      // chunks since the last applied one; nil: none
 	distrust  map[string]*statev1.Distrust // all that was heard of
@@ -75,13 +76,19 @@ type update struct {
 	newTold    bool
 }
 
-func newStore(td spiffeid.TrustDomain, cluster *statev1.Cluster, members []*statev1.Member) *Store {
+// newStore begins with what was known before. The recovery key is pinned: the one that is
+// given, else that of the cluster known, else that of the first cluster heard of.
+func newStore(td spiffeid.TrustDomain, cluster *statev1.Cluster, members []*statev1.Member, recoveryKey ...byte) *Store {
+	if len(recoveryKey) == 0 {
+		recoveryKey = cluster.GetRecoveryKey()
+	}
 	return &Store{
-		td:      td,
-		domain:  td.Name(),
-		changed: make(chan struct{}, 1),
-		view:    &View{Cluster: cluster, Members: sorted(members, (*statev1.Member).GetId), Bundles: map[string][]byte{}},
-		places:  map[place]Instance{},
+		recovery: recoveryKey,
+		td:       td,
+		domain:   td.Name(),
+		changed:  make(chan struct{}, 1),
+		view:     &View{Cluster: cluster, Members: sorted(members, (*statev1.Member).GetId), Bundles: map[string][]byte{}},
+		places:   map[place]Instance{},
 
 		distrust:  map[string]*statev1.Distrust{},
 		unusable:  map[string]string{},
@@ -219,7 +226,7 @@ func (s *Store) apply(u *update, revision uint64) error {
 	case revision < old.Revision:
 		return nil
 	}
-	if err := s.check(u); err != nil {
+	if err := s.check(u, revision); err != nil {
 		return err
 	}
 	if u.empty() {
@@ -265,6 +272,9 @@ func (s *Store) apply(u *update, revision uint64) error {
 	}
 	if u.cluster != nil {
 		view.Cluster = u.cluster
+		if s.recovery == nil {
+			s.recovery = u.cluster.GetRecoveryKey()
+		}
 	}
 	if u.newMembers {
 		view.Members = sorted(u.members, (*statev1.Member).GetId)
@@ -419,14 +429,17 @@ func (s *Store) urgent(message *ententev1.Urgent) {
 }
 
 // check refuses an update that a CA of this domain cannot send.
-func (s *Store) check(u *update) error {
+func (s *Store) check(u *update, revision uint64) error {
 	if c := u.cluster; c != nil {
 		if c.GetTrustDomain() != s.domain {
 			return fmt.Errorf("%w: it is of trust domain %q, not of %q", errRefused, c.GetTrustDomain(), s.domain)
 		}
-		if known := s.view.Cluster; known != nil && string(known.GetId()) != string(c.GetId()) {
-			return fmt.Errorf("%w: it is of cluster %x, not of %x", errRefused, c.GetId(), known.GetId())
+		if err := ca.FollowCluster(s.view.Cluster, c, s.recovery); err != nil {
+			return fmt.Errorf("%w: %w", errRefused, err)
 		}
+	}
+	if c := cmp.Or(u.cluster, s.view.Cluster); c != nil && uint64(c.GetEpoch()) != revision>>epochShift {
+		return fmt.Errorf("%w: its revision is of epoch %d, and the cluster is in epoch %d", errRefused, revision>>epochShift, c.GetEpoch())
 	}
 	if own, told := u.bundles[s.domain]; (u.full || told) && own == nil {
 		return fmt.Errorf("%w: it lacks the own domain's bundle", errRefused)

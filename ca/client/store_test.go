@@ -1,6 +1,7 @@
 package client
 
 import (
+	"bytes"
 	"errors"
 	"strings"
 	"testing"
@@ -9,12 +10,13 @@ import (
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
+	"github.com/entente-mesh/entente/ca"
 )
 
 var bank = spiffeid.RequireTrustDomainFromString("banking.example")
 
 func cluster(td string, id byte) *statev1.Cluster {
-	return &statev1.Cluster{TrustDomain: td, Id: []byte{id}}
+	return &statev1.Cluster{TrustDomain: td, Id: bytes.Repeat([]byte{id}, ca.ClusterIDSize)}
 }
 
 func entries(ids ...string) (list []*statev1.Entry) {
@@ -28,8 +30,30 @@ func ownBundle() []*ententev1.Bundle {
 	return []*ententev1.Bundle{{TrustDomain: "banking.example", Jwks: []byte(`{"keys":[]}`)}}
 }
 
+// recoveryKey is that of the cluster, stranger one that is not.
+func recoveryKey() *ca.RecoveryKey { return keyOf(7) }
+func stranger() *ca.RecoveryKey    { return keyOf(8) }
+
+func keyOf(fill byte) *ca.RecoveryKey {
+	return &ca.RecoveryKey{TrustDomain: bank, ClusterID: cluster("banking.example", 1).GetId(), Seed: bytes.Repeat([]byte{fill}, 32)}
+}
+
+// inEpoch is the cluster after a recovery that key signed; in epoch 0 as it was made.
+func inEpoch(epoch uint32, key *ca.RecoveryKey) *statev1.Cluster {
+	c := cluster("banking.example", 1)
+	c.RecoveryKey = recoveryKey().PublicKey()
+	if c.Epoch = epoch; epoch > 0 {
+		recovery, err := key.Sign(&statev1.RecoveryStatement{ClusterId: c.GetId(), Epoch: epoch, RecoveryId: make([]byte, ca.RecoveryIDSize), MemberId: strings.Repeat("a", 64)})
+		if err != nil {
+			panic(err)
+		}
+		c.Recovery = recovery
+	}
+	return c
+}
+
 func full(revision uint64, ids ...string) *ententev1.Policy {
-	return &ententev1.Policy{Full: true, Last: true, Revision: revision, Cluster: cluster("banking.example", 1),
+	return &ententev1.Policy{Full: true, Last: true, Revision: revision, Cluster: inEpoch(uint32(revision>>epochShift), recoveryKey()),
 		Bundles: ownBundle(), Entries: entries(ids...), Members: []*statev1.Member{{Id: "m"}}, MembersChanged: true}
 }
 
@@ -128,6 +152,86 @@ func TestStoreRefusesLies(t *testing.T) {
 				t.Errorf("control: %q %v", held(s), err)
 			}
 		})
+	}
+}
+
+// No CA node's word begins an epoch: only a statement that the pinned recovery key signed.
+func TestEpochNeedsItsStatement(t *testing.T) {
+	in := func(c *statev1.Cluster) *ententev1.Policy {
+		p := full(epoch1+1, "captured")
+		p.Cluster = c
+		return p
+	}
+	without := inEpoch(1, recoveryKey())
+	without.Recovery = nil
+	ownKey := inEpoch(1, stranger()) // its own recovery key, and a statement by it
+	ownKey.RecoveryKey = stranger().PublicKey()
+	ofAnother := inEpoch(2, recoveryKey())
+	ofAnother.Epoch = 1
+	far := full(511<<epochShift|1, "captured")
+	far.Cluster = inEpoch(0, recoveryKey())
+	for name, lie := range map[string]*ententev1.Policy{
+		"no statement": in(without), "another key's": in(inEpoch(1, stranger())), "its own key": in(ownKey), "a statement of another epoch": in(ofAnother),
+		"a revision without an epoch": far, "the same cluster record": in(inEpoch(0, recoveryKey())),
+	} {
+		// Pinned by the first trust, or given, by a token or the configuration.
+		for how, s := range map[string]*Store{"first trust": newStore(bank, nil, nil), "given": newStore(bank, nil, nil, recoveryKey().PublicKey()...)} {
+			if err := s.policy(full(5, "true")); err != nil {
+				t.Fatal(err)
+			}
+			// Naming another recovery key in the same epoch does not unpin the first one.
+			other := full(6, "true")
+			other.Cluster.RecoveryKey = stranger().PublicKey()
+			if err := s.policy(other); err != nil {
+				t.Fatal(err)
+			}
+			if err := s.policy(lie); !errors.Is(err, errRefused) || held(s) != "true" || s.Snapshot().Revision != 6 {
+				t.Errorf("%s, pinned by %s: %v, holds %q at %d", name, how, err, held(s), s.Snapshot().Revision)
+			}
+			if err := s.policy(full(epoch1+1, "recovered")); err != nil || held(s) != "recovered" {
+				t.Errorf("control: a recovery by the pinned key: %v, holds %q", err, held(s))
+			}
+		}
+	}
+	// Where no key was ever pinned, no epoch is believed.
+	s := newStore(bank, nil, nil)
+	first := full(5, "true")
+	first.Cluster.RecoveryKey = nil
+	if err := s.policy(first); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.policy(full(epoch1+1, "captured")); !errors.Is(err, ca.ErrEpoch) || held(s) != "true" {
+		t.Errorf("without a pinned key: %v, holds %q", err, held(s))
+	}
+}
+
+// What was believed is kept over a restart.
+func TestAnchorKeepsTheRecoveryKey(t *testing.T) {
+	s := newStore(bank, nil, nil)
+	if err := s.policy(full(5, "a")); err != nil {
+		t.Fatal(err)
+	}
+	data, err := (&Client{store: s}).Anchor().Marshal()
+	if err != nil {
+		t.Fatal(err)
+	}
+	known, err := ParseAnchor(data)
+	if err != nil || !bytes.Equal(known.RecoveryKey, recoveryKey().PublicKey()) || len(known.Members) != 1 {
+		t.Fatalf("%v, %v", known, err)
+	}
+	again := newStore(bank, known.Cluster, known.Members, known.RecoveryKey...)
+	lie := full(epoch1+1, "captured")
+	lie.Cluster = inEpoch(1, stranger())
+	if err := again.policy(lie); !errors.Is(err, errRefused) {
+		t.Errorf("after a restart: %v", err)
+	}
+	if err := again.policy(full(epoch1+1, "recovered")); err != nil {
+		t.Errorf("control: %v", err)
+	}
+	for _, damaged := range [][]byte{nil, data[:len(data)/2], []byte("x")} {
+		if _, err := ParseAnchor(damaged); err == nil {
+			t.Errorf("a damaged anchor of %d bytes was read", len(damaged))
+		}
 	}
 }
 

@@ -1,6 +1,7 @@
 package client
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -145,6 +146,7 @@ type syncer struct {
 	attempts int  // fruitless ones since the last useful session
 	full     bool // ask for the full state
 	said     bool // the log says that there is no session
+	otherKey bool // the log says that the CA names another recovery key
 
 	tooOld []string // as the log said last
 }
@@ -357,6 +359,18 @@ func (s *syncer) greet(session *session) error {
 	return nil
 }
 
+// checkRecoveryKey says once that the cluster names another recovery key than the pinned
+// one. The pinned one stays: a CA node that lies could otherwise begin a new epoch later.
+func (s *syncer) checkRecoveryKey() {
+	named, pinned := s.View().Cluster.GetRecoveryKey(), s.RecoveryKey()
+	differs := len(named) > 0 && !bytes.Equal(named, pinned)
+	if differs && !s.otherKey {
+		s.log.Error("the CA names another recovery key than the pinned one; the pinned one stays: if operators replaced it, set ca.recoveryKey to the new one",
+			"node", s.now.conn.address, "named", ca.RecoveryKeyText(named), "pinned", ca.RecoveryKeyText(pinned))
+	}
+	s.otherKey = differs
+}
+
 // stillNode says why the other end of a session is no CA node of this domain any more:
 // what a node that was removed says must not be heard.
 func (s *syncer) stillNode(session *session) error {
@@ -394,6 +408,7 @@ func (s *syncer) take(message *ententev1.SyncResponse) (heartbeat bool, err erro
 		s.warnTooOld()
 		if err == nil && m.Policy.GetLast() {
 			s.full = false
+			s.checkRecoveryKey()
 			err = s.stillNode(s.now)
 		}
 	case *ententev1.SyncResponse_Urgent:

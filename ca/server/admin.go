@@ -152,6 +152,9 @@ func (d adminDoor) CreateToken(ctx context.Context, req *ententev1.CreateTokenRe
 			record.NotAfter = now.Add(life).Unix() // Apply judges by the agreed time
 		}
 		token.ClusterID, token.Epoch = st.Cluster().GetId(), st.Cluster().GetEpoch()
+		if req.GetFormat() != 1 {
+			token.RecoveryKey = st.Cluster().GetRecoveryKey()
+		}
 		for _, m := range st.Members() {
 			token.Addresses = append(token.Addresses, m.GetApiAddress())
 			token.Pins = append(token.Pins, m.GetId())

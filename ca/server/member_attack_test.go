@@ -147,7 +147,7 @@ func TestRemovedMemberIsNotHeard(t *testing.T) {
 	if _, err := presence.Recv(); err != nil {
 		t.Fatalf("control: %v", err)
 	}
-	if _, err := v.Admin().RemoveNode(t.Context(), &ententev1.RemoveNodeRequest{Name: "ca-3"}); err != nil {
+	if _, err := v.RemoveNode(t.Context(), "ca-3", false); err != nil {
 		t.Fatal(err)
 	}
 	member := true

@@ -95,6 +95,7 @@ func tokenCreateCommand() *cobra.Command {
 		prefixes      []string
 		voter, signer bool
 		ttl           time.Duration
+		format        uint32
 	)
 	c := &cobra.Command{
 		Use:   "create",
@@ -108,8 +109,10 @@ operators of a majority of them have approved it: entente node approve.`,
   entente token create --node ca-dc2 --datacenter dc2`,
 		Args: noArguments,
 		RunE: func(c *cobra.Command, _ []string) error {
-			request := &ententev1.CreateTokenRequest{TtlSeconds: uint32(ttl / time.Second)}
+			request := &ententev1.CreateTokenRequest{TtlSeconds: uint32(ttl / time.Second), Format: format}
 			switch {
+			case format > 2:
+				return usageError{c, fmt.Errorf("--format %d: this release writes formats 1 and 2", format)}
 			case (node == "") == (agent == ""):
 				return usageError{c, errors.New("name what the token admits: --node NAME or --agent NAME")}
 			case datacenter == "":
@@ -152,6 +155,7 @@ operators of a majority of them have approved it: entente node approve.`,
 	f.StringSliceVar(&prefixes, "path-prefix", nil, "SPIFFE path at or below which the agent may hold entries; repeatable; default: all")
 	f.BoolVar(&voter, "voter", true, "the CA node becomes a voter when it has caught up")
 	f.BoolVar(&signer, "signing", true, "the CA node signs; false makes it a witness")
+	f.Uint32Var(&format, "format", 2, "format of the token; 1 for hosts with the release before")
 	f.DurationVar(&ttl, "ttl", 15*time.Minute, "how long the token may be used")
 	return c
 }

@@ -3737,6 +3737,7 @@ type CreateTokenRequest struct {
 	Node          *v1.NodeGrant          `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
 	Agent         *v1.AgentGrant         `protobuf:"bytes,2,opt,name=agent,proto3" json:"agent,omitempty"`
 	TtlSeconds    uint32                 `protobuf:"varint,3,opt,name=ttl_seconds,json=ttlSeconds,proto3" json:"ttl_seconds,omitempty"` // default 900
+	Format        uint32                 `protobuf:"varint,280,opt,name=format,proto3" json:"format,omitempty"`                         // of the token's text; 1: for a release before recovery keys were pinned
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3788,6 +3789,13 @@ func (x *CreateTokenRequest) GetAgent() *v1.AgentGrant {
 func (x *CreateTokenRequest) GetTtlSeconds() uint32 {
 	if x != nil {
 		return x.TtlSeconds
+	}
+	return 0
+}
+
+func (x *CreateTokenRequest) GetFormat() uint32 {
+	if x != nil {
+		return x.Format
 	}
 	return 0
 }
@@ -4781,9 +4789,10 @@ func (x *MarkReadyResponse) GetRevision() uint64 {
 // Picture is what a subscriber holds of both lanes, as it keeps it over a restart.
 type Picture struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Policy        *Policy                `protobuf:"bytes,1,opt,name=policy,proto3" json:"policy,omitempty"`     // one full state in one chunk
-	Presence      *Presence              `protobuf:"bytes,2,opt,name=presence,proto3" json:"presence,omitempty"` // complete
-	Level         uint32                 `protobuf:"varint,260,opt,name=level,proto3" json:"level,omitempty"`    // ca.SyncLevel of who kept it: what it did not know is not in it
+	Policy        *Policy                `protobuf:"bytes,1,opt,name=policy,proto3" json:"policy,omitempty"`                                // one full state in one chunk
+	Presence      *Presence              `protobuf:"bytes,2,opt,name=presence,proto3" json:"presence,omitempty"`                            // complete
+	RecoveryKey   []byte                 `protobuf:"bytes,281,opt,name=recovery_key,json=recoveryKey,proto3" json:"recovery_key,omitempty"` // of the cluster, pinned
+	Level         uint32                 `protobuf:"varint,260,opt,name=level,proto3" json:"level,omitempty"`                               // ca.SyncLevel of who kept it: what it did not know is not in it
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -4828,6 +4837,13 @@ func (x *Picture) GetPolicy() *Policy {
 func (x *Picture) GetPresence() *Presence {
 	if x != nil {
 		return x.Presence
+	}
+	return nil
+}
+
+func (x *Picture) GetRecoveryKey() []byte {
+	if x != nil {
+		return x.RecoveryKey
 	}
 	return nil
 }
@@ -6874,12 +6890,13 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x03use\x18\x02 \x01(\tR\x03use\x12\x1d\n" +
 	"\n" +
 	"because_of\x18\x03 \x01(\tR\tbecauseOf\x12\x16\n" +
-	"\x06reason\x18\x04 \x01(\tR\x06reason\"\x9a\x01\n" +
+	"\x06reason\x18\x04 \x01(\tR\x06reason\"\xb3\x01\n" +
 	"\x12CreateTokenRequest\x12/\n" +
 	"\x04node\x18\x01 \x01(\v2\x1b.entente.state.v1.NodeGrantR\x04node\x122\n" +
 	"\x05agent\x18\x02 \x01(\v2\x1c.entente.state.v1.AgentGrantR\x05agent\x12\x1f\n" +
 	"\vttl_seconds\x18\x03 \x01(\rR\n" +
-	"ttlSeconds\"\x8b\x01\n" +
+	"ttlSeconds\x12\x17\n" +
+	"\x06format\x18\x98\x02 \x01(\rR\x06format\"\x8b\x01\n" +
 	"\x13CreateTokenResponse\x121\n" +
 	"\bapproval\x18\xac\x02 \x01(\v2\x14.entente.v1.ApprovalR\bapproval\x12\x14\n" +
 	"\x05token\x18\x01 \x01(\tR\x05token\x12\x0e\n" +
@@ -6943,10 +6960,11 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\aexclude\x18\x02 \x03(\tR\aexclude\x12\x10\n" +
 	"\x03who\x18\x03 \x01(\tR\x03who\"/\n" +
 	"\x11MarkReadyResponse\x12\x1a\n" +
-	"\brevision\x18\x01 \x01(\x04R\brevision\"~\n" +
+	"\brevision\x18\x01 \x01(\x04R\brevision\"\xa2\x01\n" +
 	"\aPicture\x12*\n" +
 	"\x06policy\x18\x01 \x01(\v2\x12.entente.v1.PolicyR\x06policy\x120\n" +
-	"\bpresence\x18\x02 \x01(\v2\x14.entente.v1.PresenceR\bpresence\x12\x15\n" +
+	"\bpresence\x18\x02 \x01(\v2\x14.entente.v1.PresenceR\bpresence\x12\"\n" +
+	"\frecovery_key\x18\x99\x02 \x01(\fR\vrecoveryKey\x12\x15\n" +
 	"\x05level\x18\x84\x02 \x01(\rR\x05level\"\x11\n" +
 	"\x0fPresenceRequest\"\x96\x01\n" +
 	"\x10PresenceResponse\x122\n" +
