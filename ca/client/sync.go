@@ -30,6 +30,10 @@ const (
 	// for so long: its host is gone, or the network between.
 	silenceLimit = 10 * time.Second
 
+	// reportPause is between two reports of instances: what changes meanwhile is told
+	// together.
+	reportPause = 100 * time.Millisecond
+
 	// disownAfter is how long instances count as fresh without a session: longer
 	// than it takes to reach another node.
 	disownAfter = 5 * time.Second
@@ -161,8 +165,10 @@ func (s *syncer) run(ctx context.Context) error {
 	renew := time.NewTimer(0)   // look whether there is a newer SVID to show
 	drop := time.NewTimer(0)    // close the session before
 	silence := time.NewTimer(0) // end a session that has gone quiet
+	spaced := time.NewTimer(0)  // tell of instances again
 	disown := time.NewTimer(disownAfter)
-	for _, t := range []*time.Timer{renew, drop, silence} {
+	reports := s.newHosts // nil: it was told of them just now
+	for _, t := range []*time.Timer{renew, drop, silence, spaced} {
 		t.Stop()
 	}
 	defer func() {
@@ -245,7 +251,12 @@ func (s *syncer) run(ctx context.Context) error {
 		case <-silence.C:
 			lose(fmt.Errorf("nothing heard for %v", silenceLimit))
 
-		case <-s.newHosts:
+		case <-spaced.C:
+			reports = s.newHosts
+
+		case <-reports:
+			reports = nil
+			spaced.Reset(reportPause)
 			s.mu.Lock()
 			report := s.report
 			s.mu.Unlock()

@@ -294,7 +294,7 @@ func (f *Feed) Subscribe(now time.Time, st *domain.State, who Subscriber, resume
 	if err := s.entitled(st); err != nil {
 		return nil, err
 	}
-	changes, ok := f.table.Attach(who.key(), who.Version)
+	changes, ok := f.table.Attach(now, who.key(), who.Version)
 	if !ok {
 		return nil, ErrSuperseded
 	}

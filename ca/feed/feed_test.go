@@ -660,8 +660,8 @@ func TestPresenceLane(t *testing.T) {
 	if !has || !first.Complete || len(first.Upserts) != 0 {
 		t.Fatalf("the set at attach: %+v", first)
 	}
-	s1.Report([]presence.Instance{{Service: "accounts", Address: ":1", Health: presence.Healthy}})
-	s1.Report([]presence.Instance{{Service: "accounts", Address: ":2", Health: presence.Healthy}})
+	s1.Report(start, []presence.Instance{{Service: "accounts", Address: ":1", Health: presence.Healthy}})
+	s1.Report(start, []presence.Instance{{Service: "accounts", Address: ":2", Health: presence.Healthy}})
 	news, has := s2.Presence()
 	if !has || news.Complete || len(news.Upserts) != 1 || news.Upserts[0].Address != ":2" {
 		t.Errorf("coalesced: %+v", news)
@@ -682,7 +682,7 @@ func TestPresenceLane(t *testing.T) {
 		for i := range 900 {
 			many = append(many, presence.Instance{Service: fmt.Sprint("s", batch, "-", i)})
 		}
-		s1.Report(many)
+		s1.Report(start, many)
 	}
 	news, _ = s2.Presence()
 	if !news.Complete || len(news.Upserts) != 900 {
@@ -699,7 +699,7 @@ func TestWatcher(t *testing.T) {
 		t.Fatalf("the set at attach: %+v", first)
 	}
 	s := w.subscribe(agentSub("h1", 1), 0)
-	s.Report([]presence.Instance{{Service: "accounts", Address: ":1"}})
+	s.Report(start, []presence.Instance{{Service: "accounts", Address: ":1"}})
 	other := presence.New(keyID("ca-2"))
 	news, _ := watch.Next()
 	other.Remote(start, keyID("ca-1"), news.Upserts, news.Withdrawn, false)

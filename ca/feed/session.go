@@ -56,11 +56,11 @@ func (s *Session) held() uint64 {
 }
 
 // Report takes the full list of instances that the subscriber serves.
-func (s *Session) Report(instances []presence.Instance) {
+func (s *Session) Report(now time.Time, instances []presence.Instance) {
 	f := s.feed
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.tell(s.who.key(), f.table.Report(s.who.key(), s.who.Version, instances))
+	f.tell(s.who.key(), f.table.Report(now, s.who.key(), s.who.Version, instances))
 }
 
 // Close ends the session. After a goodbye the subscriber and its instances are
@@ -258,6 +258,20 @@ func (f *Feed) Expire(now time.Time, st *domain.State) {
 		f.roster()
 		f.tell(key, f.table.Forget(key))
 	}
+}
+
+// Due is when Release has something to do; false: never, unless an agent reports.
+func (f *Feed) Due() (time.Time, bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.table.Due()
+}
+
+// Release tells of what agents reported that was damped until now.
+func (f *Feed) Release(now time.Time) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.tellSubscribers(f.table.Release(now))
 }
 
 // Status is how far this replica's subscribers are.

@@ -464,6 +464,8 @@ const beforeCut = 100 * time.Millisecond
 func (n *Node) runRechecks(ctx context.Context) error {
 	expire := time.NewTicker(5 * time.Second)
 	defer expire.Stop()
+	damped := time.NewTicker(250 * time.Millisecond)
+	defer damped.Stop()
 	for {
 		select {
 		case <-n.recheck:
@@ -479,6 +481,10 @@ func (n *Node) runRechecks(ctx context.Context) error {
 			}
 		case <-expire.C:
 			n.Read(func(st *domain.State) { n.feed.Expire(time.Now(), st) })
+		case now := <-damped.C:
+			if due, waits := n.feed.Due(); waits && !now.Before(due) {
+				n.feed.Release(now)
+			}
 		case <-ctx.Done():
 			return ctx.Err()
 		}

@@ -82,6 +82,8 @@ const (
 type Table struct {
 	self   string
 	agents map[string]*agent
+	// waiting are agents with something to show that is damped.
+	waiting map[string]*agent
 	// Boots are numbered in the order they were heard of: news upwards, old news
 	// downwards.
 	latest, earliest int64
@@ -91,6 +93,8 @@ type agent struct {
 	sources map[string]*holding
 	boots   map[string]int64 // boot id -> when heard of
 	shown   map[string]Instance
+	dampers map[string]*damper // by service
+	until   time.Time          // what waits to be shown is due; zero: nothing waits
 }
 
 // holding is what one source says of one agent.
@@ -103,14 +107,14 @@ type holding struct {
 
 // New returns an empty table of the replica with the id self.
 func New(self string) *Table {
-	return &Table{self: self, agents: make(map[string]*agent)}
+	return &Table{self: self, agents: make(map[string]*agent), waiting: make(map[string]*agent)}
 }
 
 // Attach says that this replica now holds a stream of the agent. It reports
 // false when the agent has a later session at this replica already: the stream
 // that asks is the older one and should end. What the agent served before stays
 // visible until it reports.
-func (t *Table) Attach(name string, v Version) (changes []Change, ok bool) {
+func (t *Table) Attach(now time.Time, name string, v Version) (changes []Change, ok bool) {
 	a := t.agent(name)
 	t.hear(a, v.BootID, true)
 	held := a.sources[t.self]
@@ -125,12 +129,12 @@ func (t *Table) Attach(name string, v Version) (changes []Change, ok bool) {
 		fresh.instances[service] = instance
 	}
 	a.sources[t.self] = fresh
-	return t.show(a), true
+	return t.show(now, name, a), true
 }
 
 // Report takes the full list of what the agent serves, from the stream with that
 // version at this replica. A report of a stream that was replaced changes nothing.
-func (t *Table) Report(name string, v Version, instances []Instance) []Change {
+func (t *Table) Report(now time.Time, name string, v Version, instances []Instance) []Change {
 	a := t.agents[name]
 	if a == nil {
 		return nil
@@ -147,7 +151,7 @@ func (t *Table) Report(name string, v Version, instances []Instance) []Change {
 		instance.Agent, instance.Version, instance.Stale = name, v, false
 		held.instances[instance.Service] = instance
 	}
-	return t.show(a)
+	return t.show(now, name, a)
 }
 
 // Detach says that this replica's stream of the agent with that version ended.
@@ -165,7 +169,7 @@ func (t *Table) Detach(now time.Time, name string, v Version, goodbye bool) []Ch
 		clear(held.instances)
 	}
 	held.live, held.staleAt = false, now
-	return t.show(a)
+	return t.show(now, name, a)
 }
 
 // Recall takes up that this replica had a session of the agent before it restarted, and
@@ -228,8 +232,8 @@ func (t *Table) Remote(now time.Time, source string, instances, withdrawn []Inst
 		}
 	}
 	var changes []Change
-	for _, a := range touched {
-		changes = append(changes, t.show(a)...)
+	for name, a := range touched {
+		changes = append(changes, t.show(now, name, a)...)
 	}
 	t.sweep()
 	return sorted(changes)
@@ -238,10 +242,10 @@ func (t *Table) Remote(now time.Time, source string, instances, withdrawn []Inst
 // Lost says that the source is not heard any more: what it vouched for is stale.
 func (t *Table) Lost(now time.Time, source string) []Change {
 	var changes []Change
-	for _, a := range t.agents {
+	for name, a := range t.agents {
 		if held := a.sources[source]; held != nil && held.live {
 			held.live, held.staleAt = false, now
-			changes = append(changes, t.show(a)...)
+			changes = append(changes, t.show(now, name, a)...)
 		}
 	}
 	return sorted(changes)
@@ -254,7 +258,7 @@ func (t *Table) Forget(name string) []Change {
 		return nil
 	}
 	clear(a.sources)
-	changes := t.show(a)
+	changes := t.show(time.Time{}, name, a) // nothing is left to show
 	delete(t.agents, name)
 	return changes
 }
@@ -262,13 +266,14 @@ func (t *Table) Forget(name string) []Change {
 // Expire forgets what nobody vouched for during ForgetAfter.
 func (t *Table) Expire(now time.Time) []Change {
 	var changes []Change
-	for _, a := range t.agents {
+	for name, a := range t.agents {
+		a.forgive(now)
 		for source, held := range a.sources {
 			if !held.live && now.Sub(held.staleAt) >= ForgetAfter {
 				delete(a.sources, source)
 			}
 		}
-		changes = append(changes, t.show(a)...)
+		changes = append(changes, t.show(now, name, a)...)
 	}
 	t.sweep()
 	return sorted(changes)
@@ -343,6 +348,7 @@ func (t *Table) agent(name string) *agent {
 			sources: make(map[string]*holding),
 			boots:   make(map[string]int64),
 			shown:   make(map[string]Instance),
+			dampers: make(map[string]*damper),
 		}
 		t.agents[name] = a
 	}
@@ -421,9 +427,11 @@ func (t *Table) winner(a *agent) *holding {
 	return best
 }
 
-// show makes what is shown of the agent agree with its winner.
-func (t *Table) show(a *agent) []Change {
+// show makes what is shown of the agent agree with its winner, as far as that is not damped.
+func (t *Table) show(now time.Time, name string, a *agent) []Change {
 	var changes []Change
+	a.until = time.Time{}
+	delete(t.waiting, name)
 	won := t.winner(a)
 	if own := a.sources[t.self]; own != nil && own != won && !own.live {
 		delete(a.sources, t.self) // not the last word any more
@@ -431,7 +439,14 @@ func (t *Table) show(a *agent) []Change {
 	if won != nil {
 		for service, instance := range won.instances {
 			instance.Version, instance.Stale = won.version, !won.live
-			if before, ok := a.shown[service]; ok && before == instance {
+			var shown *Instance
+			if before, ok := a.shown[service]; ok {
+				if before == instance {
+					continue
+				}
+				shown = &before
+			}
+			if !t.admits(now, name, a, shown, instance) {
 				continue
 			}
 			a.shown[service] = instance

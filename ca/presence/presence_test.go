@@ -47,24 +47,24 @@ func tell(now time.Time, from, to *Table) {
 
 func TestReportReplaces(t *testing.T) {
 	table, v := New("ca-1"), Version{"boot-1", 1}
-	table.Attach("h1", v)
-	table.Report("h1", v, []Instance{instance("accounts", ":1"), instance("ledger", ":2")})
+	table.Attach(start, "h1", v)
+	table.Report(start, "h1", v, []Instance{instance("accounts", ":1"), instance("ledger", ":2")})
 	want(t, table, "accounts@h1 :1", "ledger@h1 :2")
 
-	changes := table.Report("h1", v, []Instance{instance("accounts", ":3")})
+	changes := table.Report(start, "h1", v, []Instance{instance("accounts", ":3")})
 	want(t, table, "accounts@h1 :3")
 	if len(changes) != 2 || changes[0].Withdrawn || !changes[1].Withdrawn {
 		t.Errorf("changes: %+v", changes)
 	}
-	if again := table.Report("h1", v, []Instance{instance("accounts", ":3")}); len(again) != 0 {
+	if again := table.Report(start, "h1", v, []Instance{instance("accounts", ":3")}); len(again) != 0 {
 		t.Errorf("the same report changed something: %+v", again)
 	}
 }
 
 func TestLostStreamLeavesStaleInstances(t *testing.T) {
 	table, v := New("ca-1"), Version{"boot-1", 1}
-	table.Attach("h1", v)
-	table.Report("h1", v, []Instance{instance("accounts", ":1")})
+	table.Attach(start, "h1", v)
+	table.Report(start, "h1", v, []Instance{instance("accounts", ":1")})
 
 	table.Detach(start, "h1", v, false)
 	want(t, table, "accounts@h1 :1 stale")
@@ -80,8 +80,8 @@ func TestLostStreamLeavesStaleInstances(t *testing.T) {
 
 func TestGoodbyeWithdraws(t *testing.T) {
 	table, v := New("ca-1"), Version{"boot-1", 1}
-	table.Attach("h1", v)
-	table.Report("h1", v, []Instance{instance("accounts", ":1")})
+	table.Attach(start, "h1", v)
+	table.Report(start, "h1", v, []Instance{instance("accounts", ":1")})
 	table.Detach(start, "h1", v, true)
 	want(t, table)
 }
@@ -89,18 +89,18 @@ func TestGoodbyeWithdraws(t *testing.T) {
 // A reconnect takes nobody's endpoints away, also before the first report.
 func TestReconnectKeepsInstances(t *testing.T) {
 	table := New("ca-1")
-	table.Attach("h1", Version{"boot-1", 1})
-	table.Report("h1", Version{"boot-1", 1}, []Instance{instance("accounts", ":1")})
+	table.Attach(start, "h1", Version{"boot-1", 1})
+	table.Report(start, "h1", Version{"boot-1", 1}, []Instance{instance("accounts", ":1")})
 	table.Detach(start, "h1", Version{"boot-1", 1}, false)
 	want(t, table, "accounts@h1 :1 stale")
-	table.Attach("h1", Version{"boot-1", 2})
+	table.Attach(start, "h1", Version{"boot-1", 2})
 	want(t, table, "accounts@h1 :1")
 
 	// The end of the stream before, noticed late, changes nothing.
 	if changes := table.Detach(start, "h1", Version{"boot-1", 1}, true); len(changes) != 0 {
 		t.Errorf("a replaced stream changed something: %+v", changes)
 	}
-	if changes := table.Report("h1", Version{"boot-1", 1}, nil); len(changes) != 0 {
+	if changes := table.Report(start, "h1", Version{"boot-1", 1}, nil); len(changes) != 0 {
 		t.Errorf("a replaced stream reported: %+v", changes)
 	}
 	want(t, table, "accounts@h1 :1")
@@ -108,11 +108,11 @@ func TestReconnectKeepsInstances(t *testing.T) {
 
 func TestOlderStreamIsRefused(t *testing.T) {
 	table := New("ca-1")
-	table.Attach("h1", Version{"boot-1", 2})
-	if _, ok := table.Attach("h1", Version{"boot-1", 1}); ok {
+	table.Attach(start, "h1", Version{"boot-1", 2})
+	if _, ok := table.Attach(start, "h1", Version{"boot-1", 1}); ok {
 		t.Error("connect 1 took the place of connect 2")
 	}
-	if _, ok := table.Attach("h1", Version{"boot-0", 1}); !ok {
+	if _, ok := table.Attach(start, "h1", Version{"boot-0", 1}); !ok {
 		t.Error("a restarted agent could not attach")
 	}
 }
@@ -121,14 +121,14 @@ func TestOlderStreamIsRefused(t *testing.T) {
 // that never had it, cannot.
 func TestOnlyTheHolderWithdraws(t *testing.T) {
 	a, b, c := New("ca-1"), New("ca-2"), New("ca-3")
-	a.Attach("h1", Version{"boot-1", 1})
-	a.Report("h1", Version{"boot-1", 1}, []Instance{instance("accounts", ":1")})
+	a.Attach(start, "h1", Version{"boot-1", 1})
+	a.Report(start, "h1", Version{"boot-1", 1}, []Instance{instance("accounts", ":1")})
 	tell(start, a, c)
 	want(t, c, "accounts@h1 :1")
 
 	// The agent moves to ca-2; ca-1 only notices that its stream is gone.
-	b.Attach("h1", Version{"boot-1", 2})
-	b.Report("h1", Version{"boot-1", 2}, []Instance{instance("accounts", ":1")})
+	b.Attach(start, "h1", Version{"boot-1", 2})
+	b.Report(start, "h1", Version{"boot-1", 2}, []Instance{instance("accounts", ":1")})
 	tell(start, b, c)
 	a.Detach(start, "h1", Version{"boot-1", 1}, false)
 	tell(start, a, c)
@@ -139,15 +139,15 @@ func TestOnlyTheHolderWithdraws(t *testing.T) {
 	want(t, c, "accounts@h1 :1")
 
 	// ca-2 holds the stream and does.
-	b.Report("h1", Version{"boot-1", 2}, nil)
+	b.Report(start, "h1", Version{"boot-1", 2}, nil)
 	tell(start, b, c)
 	want(t, c)
 }
 
 func TestLostReplicaMakesStale(t *testing.T) {
 	a, c := New("ca-1"), New("ca-3")
-	a.Attach("h1", Version{"boot-1", 1})
-	a.Report("h1", Version{"boot-1", 1}, []Instance{instance("accounts", ":1")})
+	a.Attach(start, "h1", Version{"boot-1", 1})
+	a.Report(start, "h1", Version{"boot-1", 1}, []Instance{instance("accounts", ":1")})
 	tell(start, a, c)
 	c.Lost(start, "ca-1")
 	want(t, c, "accounts@h1 :1 stale")
@@ -159,13 +159,13 @@ func TestLostReplicaMakesStale(t *testing.T) {
 // not kept beside it.
 func TestSeenElsewhere(t *testing.T) {
 	a, b, c := New("ca-1"), New("ca-2"), New("ca-3")
-	a.Attach("h1", Version{"boot-1", 1})
-	a.Report("h1", Version{"boot-1", 1}, []Instance{instance("accounts", ":1"), instance("ledger", ":2")})
+	a.Attach(start, "h1", Version{"boot-1", 1})
+	a.Report(start, "h1", Version{"boot-1", 1}, []Instance{instance("accounts", ":1"), instance("ledger", ":2")})
 	tell(start, a, c)
 	c.Lost(start, "ca-1")
 
-	b.Attach("h1", Version{"boot-2", 1})
-	b.Report("h1", Version{"boot-2", 1}, []Instance{instance("accounts", ":1")})
+	b.Attach(start, "h1", Version{"boot-2", 1})
+	b.Report(start, "h1", Version{"boot-2", 1}, []Instance{instance("accounts", ":1")})
 	tell(start, b, c)
 	want(t, c, "accounts@h1 :1")
 
@@ -183,11 +183,11 @@ func TestSeenElsewhere(t *testing.T) {
 // session of the same boot.
 func TestGoodbyeBeatsAnEarlierSession(t *testing.T) {
 	a, b, c := New("ca-1"), New("ca-2"), New("ca-3")
-	a.Attach("h1", Version{"boot-1", 1})
-	a.Report("h1", Version{"boot-1", 1}, []Instance{instance("accounts", ":1")})
+	a.Attach(start, "h1", Version{"boot-1", 1})
+	a.Report(start, "h1", Version{"boot-1", 1}, []Instance{instance("accounts", ":1")})
 	tell(start, a, b)
 	tell(start, a, c)
-	b.Attach("h1", Version{"boot-1", 2})
+	b.Attach(start, "h1", Version{"boot-1", 2})
 	want(t, b, "accounts@h1 :1")
 	if !a.Superseded("h1", Version{"boot-1", 0}) {
 		t.Error("an earlier session of the same boot is not superseded")
@@ -203,8 +203,8 @@ func TestGoodbyeBeatsAnEarlierSession(t *testing.T) {
 // A replica can speak only for itself, and only of sessions it announced.
 func TestRemoteIsBounded(t *testing.T) {
 	table, v := New("ca-1"), Version{"boot-1", 1}
-	table.Attach("h1", v)
-	table.Report("h1", v, []Instance{instance("accounts", ":1")})
+	table.Attach(start, "h1", v)
+	table.Report(start, "h1", v, []Instance{instance("accounts", ":1")})
 	table.Remote(start, "ca-1", nil, nil, true)
 	want(t, table, "accounts@h1 :1")
 
@@ -221,7 +221,7 @@ func TestRemoteIsBounded(t *testing.T) {
 	}
 
 	for i := range 10 * maxBootsPerAgent {
-		table.Attach("h1", Version{fmt.Sprint("boot-", i), 1})
+		table.Attach(start, "h1", Version{fmt.Sprint("boot-", i), 1})
 	}
 	if got := len(table.agents["h1"].boots); got > maxBootsPerAgent+1 {
 		t.Errorf("%d boots are remembered", got)
@@ -278,12 +278,12 @@ func TestReplicasAgree(t *testing.T) {
 					boot = fmt.Sprint("boot-", connects)
 				}
 				*s = session{at: rapid.IntRange(0, replicas-1).Draw(t, "at"), version: Version{boot, connects}}
-				changes, ok := tables[s.at].Attach(name, s.version)
+				changes, ok := tables[s.at].Attach(now, name, s.version)
 				if !ok {
 					t.Fatalf("%s could not attach to %d with %v", name, s.at, s.version)
 				}
 				note(s.at, changes)
-				note(s.at, tables[s.at].Report(name, s.version, nil))
+				note(s.at, tables[s.at].Report(now, name, s.version, nil))
 				if was.at >= 0 {
 					note(was.at, tables[was.at].Detach(now, name, was.version, false))
 				}
@@ -293,7 +293,7 @@ func TestReplicasAgree(t *testing.T) {
 					for i := range rapid.IntRange(0, 3).Draw(t, "instances") {
 						s.reports = append(s.reports, instance(fmt.Sprint("s", i), fmt.Sprint(":", rapid.IntRange(1, 3).Draw(t, "port"))))
 					}
-					note(s.at, tables[s.at].Report(name, s.version, s.reports))
+					note(s.at, tables[s.at].Report(now, name, s.version, s.reports))
 				}
 			case 2: // ends
 				if s.at >= 0 {
@@ -312,6 +312,13 @@ func TestReplicasAgree(t *testing.T) {
 		for from := range tables {
 			for to := range tables {
 				exchange(from, to)
+			}
+		}
+		now = now.Add(longestWait)
+		for i, table := range tables { // what was damped is shown in the end
+			note(i, table.Release(now))
+			if at, waits := table.Due(); waits {
+				t.Fatalf("ca-%d has something to show at %v", i, at)
 			}
 		}
 		for i, table := range tables {

@@ -35,6 +35,9 @@ const (
 	entryBurstSeconds = 5
 	// attestRetry is when a host comes back that found all slots taken.
 	attestRetry = 500 * time.Millisecond
+	// One agent's reports of its instances that are looked at a second, and at once.
+	reportRate  = 5
+	reportBurst = 20
 	// quietRates is how many hosts' buckets are kept before full ones are dropped.
 	quietRates = 1024
 )

@@ -118,11 +118,11 @@ func parseToken(t testing.TB, text string) *ca.Token {
 }
 
 // attest makes a host an agent and returns what it shows from then on.
-func attest(t testing.TB, c *catest.CA, name string) tls.Certificate {
+func attest(t testing.TB, c *catest.CA, name string, addresses ...string) tls.Certificate {
 	t.Helper()
 	key := newKey(t)
 	conn := dial(t, c, nil)
-	resp, err := ententev1.NewAttestClient(conn).Attest(t.Context(), attestRequest(t, parseToken(t, c.AgentToken(name, "dc1")), key, exporter(t, conn)))
+	resp, err := ententev1.NewAttestClient(conn).Attest(t.Context(), attestRequest(t, parseToken(t, c.AgentToken(name, "dc1", addresses...)), key, exporter(t, conn)))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -82,12 +82,30 @@ func (d syncDoor) Sync(stream ententev1.Sync_SyncServer) error {
 	ticker := time.NewTicker(heartbeat - time.Duration(rand.Int64N(int64(heartbeat/4))))
 	defer ticker.Stop()
 	warned := false
+	// An agent's reports are full lists: of those that come too fast the last one counts.
+	var report *ententev1.InstanceReport // that waits; nil: none
+	var again <-chan time.Time
+	take := func() {
+		if wait := s.reports.take(c.agent.GetName(), 1, time.Now()); wait > 0 {
+			again = time.After(wait)
+			return
+		}
+		instances, refused := s.checkReport(c, report.GetInstances())
+		if refused != nil && !warned {
+			warned = true // once per stream
+			s.Log.Warn("an agent reported an instance that it may not serve; it is left out", "agent", name, "reason", refused)
+		}
+		session.Report(time.Now(), instances)
+		report, again = nil, nil
+	}
 	for {
 		select {
 		case <-session.Wake:
 			err = out.news()
 		case <-ticker.C:
 			err = out.beat()
+		case <-again:
+			take()
 		case message := <-received:
 			switch m := message.GetMessage().(type) {
 			case *ententev1.SyncRequest_Ack:
@@ -102,12 +120,12 @@ func (d syncDoor) Sync(stream ententev1.Sync_SyncServer) error {
 				session.Waits(checkNames(m.Ack.GetWaitingFor(), 10))
 				session.Skipped(checkNames(m.Ack.GetSkipped(), feed.MostTooOld))
 			case *ententev1.SyncRequest_Report:
-				instances, refused := s.checkReport(c, m.Report.GetInstances())
-				if refused != nil && !warned {
-					warned = true // once per stream
-					s.Log.Warn("an agent reported an instance that it may not serve; it is left out", "agent", name, "reason", refused)
+				waits := report != nil
+				if report = m.Report; waits {
+					s.metrics.limited.WithLabelValues("report").Inc()
+				} else {
+					take()
 				}
-				session.Report(instances)
 			case *ententev1.SyncRequest_Hello:
 				err = status.Error(codes.InvalidArgument, "a stream has one Hello")
 			default:

@@ -450,3 +450,70 @@ func TestShutdownEndsStreams(t *testing.T) {
 		t.Errorf("the stream ended with %s", code)
 	}
 }
+
+// I14: an agent that reports without end is told of a few times to the others, and they
+// hear at once of what keeps requests away, of its instances as of another agent's.
+func TestHealthFlipsReachNobody(t *testing.T) {
+	c := catest.Start(t, catest.Options{})
+	c.Apply(twoHosts)
+	h1, h2 := attest(t, c, "h1", "127.0.0.1"), attest(t, c, "h2")
+	gateway, err := sign(t, dial(t, c, &h2), "gateway/gw-1", newKey(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	agent, victim := openSync(t, dial(t, c, &h1), "a", 1, 0), openSync(t, dial(t, c, &gateway), "g", 1, 0)
+	agent.until(t, "picture", func() bool { return agent.complete })
+	victim.until(t, "picture", func() bool { return victim.complete })
+	drain := make(chan struct{})
+	go func() {
+		defer close(drain)
+		for {
+			if _, err := agent.Recv(); err != nil {
+				return
+			}
+		}
+	}()
+	told := make(chan ententev1.Health, 100_000)
+	go func() {
+		for {
+			m, err := victim.Recv()
+			if err != nil {
+				return
+			}
+			for _, i := range m.GetPresence().GetInstances() {
+				told <- i.GetHealth()
+			}
+		}
+	}()
+	say := func(health ententev1.Health) {
+		agent.report(t, &ententev1.Instance{Service: "accounts", Address: "127.0.0.1:8080", Health: health})
+	}
+	hear := func(health ententev1.Health) {
+		t.Helper()
+		timeout := time.After(5 * time.Second)
+		for {
+			select {
+			case got := <-told:
+				if got == health {
+					return
+				}
+			case <-timeout:
+				t.Fatalf("%v was not told", health)
+			}
+		}
+	}
+	say(ententev1.Health_HEALTH_HEALTHY) // control
+	hear(ententev1.Health_HEALTH_HEALTHY)
+	say(ententev1.Health_HEALTH_UNHEALTHY)
+	hear(ententev1.Health_HEALTH_UNHEALTHY)
+
+	sent := 0
+	for until := time.Now().Add(2 * time.Second); time.Now().Before(until); sent += 2 {
+		say(ententev1.Health_HEALTH_HEALTHY)
+		say(ententev1.Health_HEALTH_UNHEALTHY)
+	}
+	time.Sleep(500 * time.Millisecond)
+	if n := len(told); sent < 1000 || n > 30 {
+		t.Errorf("of %d reports %d were told", sent, n)
+	}
+}
