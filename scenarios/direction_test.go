@@ -57,7 +57,7 @@ federation/origin:       federation
 eastwest-gateway:        ca/client
                          internal/dataplane internal/peer internal/gossip internal/daemon internal/yamlfile internal/refusal
                          federation/catalog federation/origin
-eastwest-gateway/edge:   internal/yamlfile internal/refusal internal/admission
+eastwest-gateway/edge:   internal/yamlfile internal/refusal internal/admission internal/dataplane/header
 
 meshagent:               ca ca/client ca/keystore federation/bundle
                          meshagent/nodeattest meshagent/services meshagent/workloadattest
@@ -74,6 +74,7 @@ meshagent/sidecar:       internal/dataplane internal/daemon internal/safepath fe
 
 internal/dataplane:      internal/dataplane/* federation/catalog federation/origin internal/peer internal/refusal internal/admission
 internal/dataplane/*:    internal/refusal
+internal/dataplane/header:
 internal/peer:
 internal/peer/peertest:
 internal/jwtsvid:

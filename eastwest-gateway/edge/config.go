@@ -13,6 +13,7 @@ import (
 	"strings"
 
 	"github.com/entente-mesh/entente/internal/admission"
+	"github.com/entente-mesh/entente/internal/dataplane/header"
 	"github.com/entente-mesh/entente/internal/yamlfile"
 )
 
@@ -54,7 +55,7 @@ type JWT struct {
 	Issuer     string   `yaml:"issuer,required"`
 	Audience   string   `yaml:"audience,required"`
 	Algorithms []string `yaml:"algorithms,required"` // pinned, asymmetric ones only
-	Strip      bool     `yaml:"strip"`               // do not pass the token on to services
+	Strip      *bool    `yaml:"strip"`               // of earlier releases: true is what is done anyway
 }
 
 // Tier is a plan: how fast each of its consumers may ask.
@@ -68,6 +69,9 @@ type Route struct {
 	PathPrefix  string `yaml:"pathPrefix,required"`
 	Service     string `yaml:"service,required"` // portfolio.trading.example
 	StripPrefix bool   `yaml:"stripPrefix"`
+	// Pass names the credentials of users that the service is to see: Authorization, Cookie,
+	// X-Api-Key and the like, "?access_token" in the query. Another domain's sees none.
+	Pass []string `yaml:"pass"`
 }
 
 // check refuses what strict decoding cannot see.
@@ -75,6 +79,9 @@ func (c *Config) check() error {
 	var errs []error
 	if !strings.HasPrefix(c.Identity, "/") {
 		errs = append(errs, fmt.Errorf("edge.identity: %q is not a SPIFFE path; it begins with a slash", c.Identity))
+	}
+	if c.JWT.Strip != nil && !*c.JWT.Strip {
+		errs = append(errs, errors.New("edge.jwt.strip: users' tokens are no longer passed on by default; leave strip out, and write pass: [Authorization] at each route whose service is to see them"))
 	}
 	seen := map[string]bool{}
 	for i, r := range c.Routes {
@@ -85,6 +92,12 @@ func (c *Config) check() error {
 			errs = append(errs, fmt.Errorf("edge.routes[%d].pathPrefix: %q stands twice", i, r.PathPrefix))
 		}
 		seen[r.PathPrefix] = true
+		for _, name := range r.Pass {
+			parameter, query := strings.CutPrefix(name, "?")
+			if query && !header.QueryCredential(parameter) || !query && (!header.Credential(name) || strings.EqualFold(name, "Proxy-Authorization")) {
+				errs = append(errs, fmt.Errorf("edge.routes[%d].pass: %q is not a credential that is held back; name a header such as Authorization or Cookie, or \"?access_token\"", i, name))
+			}
+		}
 	}
 	for name, tier := range c.Tiers {
 		if tier.Rate.PerSecond <= 0 || tier.Burst < 0 {

@@ -21,8 +21,9 @@ import (
 // Mesh is what the edge calls services through: an ordinary caller's way into the mesh.
 // Both methods answer the request and write its access record. Safe for concurrent use.
 type Mesh interface {
-	// Forward sends r to a service by name, with the path that stands in r.URL.
-	Forward(w http.ResponseWriter, r *http.Request, service string)
+	// ForwardUser sends r to a service by name, with the path that stands in r.URL, without
+	// the user's credentials but those that pass names, and cuts its streams at a time.
+	ForwardUser(w http.ResponseWriter, r *http.Request, service string, pass []string, until time.Time)
 	// Refuse answers with a problem; detail is for our own log only.
 	Refuse(w http.ResponseWriter, r *http.Request, service string, p refusal.Problem, detail string)
 }
@@ -144,10 +145,7 @@ func (e *Edge) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			return
 		}
 	}
-	if e.config.JWT.Strip {
-		r.Header.Del("Authorization")
-	}
-	e.mesh.Forward(w, r, route.Service)
+	e.mesh.ForwardUser(w, r, route.Service, route.Pass, user.Expires)
 }
 
 func setPath(u *url.URL, escaped string) error {

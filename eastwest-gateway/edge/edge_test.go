@@ -41,11 +41,13 @@ const (
 
 // mesh records what the edge hands on; it stands at the network's edge.
 type mesh struct {
-	service, path, authorization string
+	service, path string
+	pass          []string
+	until         time.Time
 }
 
-func (m *mesh) Forward(w http.ResponseWriter, r *http.Request, service string) {
-	m.service, m.path, m.authorization = service, r.URL.EscapedPath(), r.Header.Get("Authorization")
+func (m *mesh) ForwardUser(w http.ResponseWriter, r *http.Request, service string, pass []string, until time.Time) {
+	m.service, m.path, m.pass, m.until = service, r.URL.EscapedPath(), pass, until
 	w.WriteHeader(http.StatusOK)
 }
 
@@ -88,7 +90,7 @@ func newWorld(t *testing.T, change func(*Config)) *world {
 		JWT:   JWT{JWKSFile: w.jwks, Issuer: issuer, Audience: audience, Algorithms: []string{"ES256"}},
 		Tiers: map[string]Tier{"gold": {Rate: rateOf(t, "1000/s")}, "basic": {Rate: rateOf(t, "2/s"), Burst: 2}},
 		Routes: []Route{
-			{PathPrefix: "/portfolio", Service: "portfolio.trading.example", StripPrefix: true},
+			{PathPrefix: "/portfolio", Service: "portfolio.trading.example", StripPrefix: true, Pass: []string{"Authorization"}},
 			{PathPrefix: "/portfolio/research", Service: "research.trading.example"},
 		},
 	}
@@ -213,7 +215,7 @@ func TestTokens(t *testing.T) {
 func TestTiers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		limits := newTiers(map[string]Tier{"basic": {Rate: rateOf(t, "2/s"), Burst: 2}})
-		anna, ben := User{"anna", "basic"}, User{"ben", "basic"}
+		anna, ben := User{Subject: "anna", Tier: "basic"}, User{Subject: "ben", Tier: "basic"}
 		for i := range 2 {
 			if p := limits.take(anna, time.Now()); p != nil {
 				t.Fatalf("request %d within the burst was refused: %v", i, p)
@@ -284,14 +286,18 @@ func TestKeysRotateWithoutRestart(t *testing.T) {
 
 func TestBadConfigurationIsRefused(t *testing.T) {
 	for name, change := range map[string]func(*Config){
-		"symmetric algorithm": func(c *Config) { c.JWT.Algorithms = []string{"HS256"} },
-		"no algorithm":        func(c *Config) { c.JWT.Algorithms = nil },
-		"identity":            func(c *Config) { c.Identity = "edge" },
-		"prefix":              func(c *Config) { c.Routes[0].PathPrefix = "portfolio" },
-		"prefix twice":        func(c *Config) { c.Routes[1].PathPrefix = c.Routes[0].PathPrefix },
-		"missing JWKS":        func(c *Config) { c.JWT.JWKSFile += ".gone" },
-		"missing certificate": func(c *Config) { c.TLS.CertFile += ".gone" },
-		"burst":               func(c *Config) { c.Tiers["gold"] = Tier{Rate: c.Tiers["gold"].Rate, Burst: -1} },
+		"symmetric algorithm":    func(c *Config) { c.JWT.Algorithms = []string{"HS256"} },
+		"no algorithm":           func(c *Config) { c.JWT.Algorithms = nil },
+		"identity":               func(c *Config) { c.Identity = "edge" },
+		"prefix":                 func(c *Config) { c.Routes[0].PathPrefix = "portfolio" },
+		"prefix twice":           func(c *Config) { c.Routes[1].PathPrefix = c.Routes[0].PathPrefix },
+		"missing JWKS":           func(c *Config) { c.JWT.JWKSFile += ".gone" },
+		"missing certificate":    func(c *Config) { c.TLS.CertFile += ".gone" },
+		"strip of before":        func(c *Config) { c.JWT.Strip = new(bool) },
+		"pass of another header": func(c *Config) { c.Routes[0].Pass = []string{"X-Forwarded-For"} },
+		"pass of a hop's header": func(c *Config) { c.Routes[0].Pass = []string{"Proxy-Authorization"} },
+		"pass of a parameter":    func(c *Config) { c.Routes[0].Pass = []string{"?q"} },
+		"burst":                  func(c *Config) { c.Tiers["gold"] = Tier{Rate: c.Tiers["gold"].Rate, Burst: -1} },
 	} {
 		w := newWorld(t, nil)
 		config := w.edge.config
@@ -316,7 +322,7 @@ func TestServesTLSAndDrains(t *testing.T) {
 	check(t, err)
 	io.Copy(io.Discard, answer.Body)
 	answer.Body.Close()
-	if answer.StatusCode != http.StatusOK || w.mesh.service != "portfolio.trading.example" || w.mesh.authorization == "" {
+	if answer.StatusCode != http.StatusOK || w.mesh.service != "portfolio.trading.example" || len(w.mesh.pass) != 1 || time.Until(w.mesh.until) > time.Minute || time.Until(w.mesh.until) < time.Second {
 		t.Errorf("status %d, service %q", answer.StatusCode, w.mesh.service)
 	}
 	client.CloseIdleConnections()

@@ -35,6 +35,7 @@ var signatureAlgorithms = []jose.SignatureAlgorithm{
 type User struct {
 	Subject string
 	Tier    string // value of the tier claim; empty if the token has none
+	Expires time.Time
 }
 
 // tokens verifies bearer tokens against a JWKS file. Safe for concurrent use.
@@ -204,5 +205,5 @@ func (t *tokens) verify(r *http.Request, now time.Time) (User, *refusal.Problem)
 		return invalid("the token was issued in the future")
 	}
 	tier, _ := all[t.tierClaim].(string)
-	return User{Subject: claims.Subject, Tier: tier}, nil
+	return User{Subject: claims.Subject, Tier: tier, Expires: claims.Expiry.Time()}, nil
 }

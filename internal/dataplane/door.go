@@ -4,9 +4,12 @@ import (
 	"context"
 	"crypto/tls"
 	"fmt"
+	"maps"
 	"net"
 	"net/http"
+	"slices"
 	"strings"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
@@ -19,7 +22,7 @@ import (
 var alpn = []string{"h2", "http/1.1"}
 
 // Outbound is the door of one calling identity: an application behind a loopback
-// listener, or an edge that calls Forward.
+// listener, or an edge that calls ForwardUser.
 type Outbound struct {
 	engine   *Engine
 	identity Identity
@@ -69,6 +72,66 @@ func (o *Outbound) Forward(w http.ResponseWriter, r *http.Request, service strin
 	if x.resolve() && x.decide() {
 		x.forward(o.identity, o.place, nil)
 	}
+}
+
+// user is a client without an SVID that an edge has let in.
+type user struct {
+	pass  []string  // credentials that the service is to see, "?name" in the query; none of an import
+	until time.Time // when what let it in ends
+}
+
+// passes are the names of pass that stand in the query, or those that do not.
+func (u *user) passes(inQuery bool) (names []string) {
+	for _, name := range u.pass {
+		if parameter, ok := strings.CutPrefix(name, "?"); ok == inQuery {
+			names = append(names, parameter)
+		}
+	}
+	return names
+}
+
+// ForwardUser is Forward for a client without an SVID, whom an edge has let in until a
+// point in time: then its streams are cut. Its credentials go no further, but those that
+// pass names (a field, or "?" and a parameter of the query), and none goes to another
+// domain. What it says of how it came here is replaced by what is so.
+func (o *Outbound) ForwardUser(w http.ResponseWriter, r *http.Request, service string, pass []string, until time.Time) {
+	u := &user{pass, until}
+	kept := header.Keep(r.Header, u.passes(false))
+	x := o.engine.begin(o.hop, w, r, service)
+	defer x.end()
+	x.caller(o.identity.ID)
+	header.RemoveProtected(r.Header)
+	maps.Copy(r.Header, kept)
+	x.user = u
+	if !x.resolve() || !x.decide() {
+		return
+	}
+	if x.target.Import() {
+		u.pass = nil
+	}
+	header.RemoveForwarding(r.Header)
+	header.RemoveCredentials(r.Header, u.passes(false)...)
+	r.URL.RawQuery = header.RemoveQueryCredentials(r.URL.RawQuery, u.passes(true)...)
+	if !x.target.Import() { // who our users are is no other domain's business
+		if host, _, err := net.SplitHostPort(r.RemoteAddr); err == nil {
+			r.Header["X-Forwarded-For"] = []string{host}
+		}
+		r.Header["X-Forwarded-Proto"] = []string{"http"}
+		if r.TLS != nil {
+			r.Header["X-Forwarded-Proto"] = []string{"https"}
+		}
+	}
+	x.forward(o.identity, o.place, nil)
+}
+
+// toUser takes out of an answer what its user may not be told: cookies are exchanged only
+// with services that see the user's.
+func (x *exchange) toUser(h http.Header) {
+	if x.user == nil || slices.ContainsFunc(x.user.pass, func(name string) bool { return strings.EqualFold(name, "Cookie") }) {
+		return
+	}
+	delete(h, "Set-Cookie")
+	delete(h, "Set-Cookie2")
 }
 
 // Refuse answers r with a problem, and records it. detail goes to our own log only.

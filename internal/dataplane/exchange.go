@@ -37,6 +37,7 @@ type exchange struct {
 	upgrade string        // protocol of an Upgrade
 	tcp     bool          // which is TCP of a service that speaks no HTTP
 	content bool          // the request has content, or may have
+	user    *user         // whom the edge forwards for; nil: the caller is a workload
 	begun   bool          // the answer has begun
 	broken  bool          // and could not be finished: the connection must not look clean
 }

@@ -77,6 +77,8 @@ type sender struct {
 	ctx    context.Context
 	cancel context.CancelCauseFunc
 	limit  *time.Timer // the request's deadline; nil: none
+	expiry *time.Timer // when what let the user in ends; nil: the caller is a workload
+	begun  atomic.Bool // the answer has begun
 
 	idempotent bool
 	attempts   int
@@ -103,20 +105,40 @@ func newSender(x *exchange) *sender {
 	delete(s.head, "Expect") // the 100 (Continue) is ours to give: our server sends it when the body is first read
 	s.head[header.RequestID] = []string{x.record.requestID}
 	if x.content {
-		s.body = newSource(x.r.Body, func() http.Header { return trailers(x.r.Trailer) })
+		s.body = newSource(x.r.Body, func() http.Header { return x.trailers() })
 	}
 	s.ctx, s.cancel = context.WithCancelCause(x.r.Context())
 	if x.timeout > 0 {
 		s.limit = time.AfterFunc(x.timeout-time.Since(x.start), func() { s.cancel(errDeadline) })
 	}
+	if x.user != nil {
+		s.expiry = time.AfterFunc(time.Hour, s.expire)
+		s.expiry.Reset(time.Until(x.user.until))
+	}
 	x.engine.inflight.add(s)
 	return s
+}
+
+// expire cuts what a user was let in for until now. A request that waits for its answer
+// has its deadline, and is left to it: that it was sent cannot be taken back.
+func (s *sender) expire() {
+	x := s.x
+	if x.timeout > 0 && x.upgrade == "" && !s.begun.Load() {
+		if left := x.timeout - time.Since(x.start); left > 0 {
+			s.expiry.Reset(left + time.Second)
+			return
+		}
+	}
+	s.cancel(&revoked{catalog.Decision{Reason: refusal.TokenExpired, Detail: "the user's token has expired"}})
 }
 
 func (s *sender) close() {
 	s.x.engine.inflight.remove(s)
 	if s.limit != nil {
 		s.limit.Stop()
+	}
+	if s.expiry != nil {
+		s.expiry.Stop()
 	}
 	s.cancel(nil)
 }
@@ -135,6 +157,23 @@ func trailers(all http.Header) http.Header {
 	header.RemoveProtected(kept)
 	header.RemoveHop(kept)
 	return kept
+}
+
+// trailers are the request's, as far as its sender may say them.
+func (x *exchange) trailers() http.Header {
+	kept := trailers(x.r.Trailer)
+	if x.strange() {
+		header.RemoveForwarding(kept)
+	}
+	if x.user != nil {
+		header.RemoveCredentials(kept)
+	}
+	return kept
+}
+
+// strange tells whether the request's sender is no workload of this domain.
+func (x *exchange) strange() bool {
+	return x.user != nil || !x.who.MemberOf(x.engine.cfg.TrustDomain)
 }
 
 // request makes the request of one attempt.
@@ -157,7 +196,7 @@ func (s *sender) request(ctx context.Context, scheme, address string) *http.Requ
 	}
 	if s.body != nil {
 		out.ContentLength = x.r.ContentLength
-		out.Trailer = trailers(x.r.Trailer)
+		out.Trailer = x.trailers()
 		out.Body = s.body.next(out.Trailer)
 	}
 	return out.WithContext(ctx)
@@ -442,6 +481,9 @@ func (x *exchange) toApplication(b Backend, d *downstream) {
 	e := x.engine
 	s := newSender(x)
 	defer s.close()
+	if x.strange() { // as a user of ours: proxies of another domain are not ours
+		header.RemoveForwarding(s.head)
+	}
 	s.head[header.ClientCert] = []string{header.ClientCertElement{By: b.ID, Hash: header.Hash(d.cert), URI: x.who}.String()}
 	if x.upgrade != "" {
 		s.head["Connection"], s.head["Upgrade"] = []string{"Upgrade"}, []string{x.upgrade}
@@ -498,6 +540,7 @@ func (s *sender) copy(res *http.Response, reason refusal.Reason) {
 		s.giveUp()
 		return
 	}
+	s.begun.Store(true)
 	x.record.status, x.record.reason = res.StatusCode, reason
 	if res.StatusCode == http.StatusSwitchingProtocols {
 		s.tunnel(res)
@@ -508,6 +551,7 @@ func (s *sender) copy(res *http.Response, reason refusal.Reason) {
 	}
 	header.RemoveHop(res.Header)
 	header.RemoveProtected(res.Header, header.Refused, header.Outcome)
+	x.toUser(res.Header)
 	h := x.w.Header()
 	maps.Copy(h, res.Header)
 	h[header.RequestID] = []string{x.record.requestID}

@@ -24,6 +24,7 @@ func (s *sender) tunnel(res *http.Response) {
 	}
 	header.RemoveHop(res.Header)
 	header.RemoveProtected(res.Header)
+	x.toUser(res.Header)
 	answer := http.Response{StatusCode: http.StatusSwitchingProtocols, ProtoMajor: 1, ProtoMinor: 1, Header: x.w.Header()}
 	for name, values := range res.Header {
 		answer.Header[name] = values

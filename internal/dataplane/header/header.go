@@ -41,12 +41,14 @@ const TCP = "entente-tcp"
 const (
 	prefix     = "entente-"
 	clientCert = "x-forwarded-client-cert"
+	rfc9440    = "client-cert" // and Client-Cert-Chain: the standard's form of the same
 )
 
 // Protected reports whether a field name belongs to the mesh. Case does not
 // count and "_" is "-": many a server behind CGI conventions sees no difference.
 func Protected(name string) bool {
-	return hasFold(name, prefix) || len(name) == len(clientCert) && hasFold(name, clientCert)
+	return hasFold(name, prefix) || len(name) == len(clientCert) && hasFold(name, clientCert) ||
+		hasFold(name, rfc9440) && (len(name) == len(rfc9440) || len(name) == len(rfc9440)+len("-chain") && hasFold(name[len(rfc9440):], "-chain"))
 }
 
 // hasFold reports whether s begins with the lower-case want, with "_" taken as "-".
