@@ -31,6 +31,7 @@ import (
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
 	"github.com/entente-mesh/entente/ca/node"
+	"github.com/entente-mesh/entente/ca/server"
 	"github.com/entente-mesh/entente/federation/bundle"
 	"github.com/entente-mesh/entente/federation/catalog"
 )
@@ -53,6 +54,7 @@ type CA struct {
 	verbose bool
 
 	recoveryKey string
+	between     server.Between
 	group       *[]*CA // of its cluster, itself included, as far as Join and Befriend told
 
 	node   *node.Node
@@ -80,6 +82,10 @@ func (c *CA) KeepRecoveryKey(key string) error {
 	c.recoveryKey = key
 	return nil
 }
+
+// Between has tests stand between the node's doors and their callers, from the next
+// Restart on.
+func (c *CA) Between(b server.Between) { c.between = b }
 
 // RecoveryKey is what Init handed out, in its text form.
 func (c *CA) RecoveryKey() string { return c.recoveryKey }
@@ -237,7 +243,7 @@ func (c *CA) Restart() {
 	if c.verbose {
 		log = slog.New(slog.NewTextHandler(testWriter{c.t}, &slog.HandlerOptions{Level: slog.LevelDebug}))
 	}
-	n, err := node.New(c.config, log, node.Listeners{})
+	n, err := node.New(c.config, log, node.Listeners{Between: c.between})
 	if err != nil {
 		c.t.Fatal(err)
 	}

@@ -35,6 +35,9 @@ import (
 // Listeners are opened by the caller, or by New where they are nil.
 type Listeners struct {
 	Raft, API, Bundle, Admin, OIDC net.Listener
+
+	// Between is for tests that have a node lie at its API address.
+	Between server.Between
 }
 
 // Node is one CA node. Run may be called once.
@@ -173,6 +176,7 @@ func New(cfg *Config, log *slog.Logger, listeners Listeners) (_ *Node, err error
 		Isolate:       n.isolate,
 		Isolated:      n.isolations,
 		Subscribers:   n.status,
+		Between:       listeners.Between,
 		X509PoP:       x509pop,
 		Limits: server.Limits{
 			X509PerAgent: cfg.Limits.X509PerAgent.PerSecond, TokensPerAgent: cfg.Limits.TokensPerAgent.PerSecond, TokensPerEntry: cfg.Limits.TokensPerEntry.PerSecond,

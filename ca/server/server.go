@@ -164,11 +164,21 @@ type Config struct {
 	// Subscribers is how far this node's are.
 	Subscribers func() feed.Status
 
+	// Between, where set, stands between the doors of the API address and those who may
+	// call them: tests have a node say there what a compromised one might. See scenarios/evil.
+	Between Between
+
 	Limits Limits
 	// Audit gets a line for each administrative act and each SVID; nil: none.
 	Audit      *Audit
 	Log        *slog.Logger
 	Registerer prometheus.Registerer
+}
+
+// Between is two interceptors; nil: none.
+type Between struct {
+	Unary  grpc.UnaryServerInterceptor
+	Stream grpc.StreamServerInterceptor
 }
 
 // Server is the doors of one node. Methods may be called concurrently.
@@ -229,7 +239,7 @@ func New(config Config) *Server {
 // ServeAPI serves Join, Attest, Sync, Sign, Peer and Admin on the listener, which it closes,
 // until ctx ends and calls under way had three seconds to finish.
 func (s *Server) ServeAPI(ctx context.Context, listener net.Listener) error {
-	server := grpc.NewServer(
+	options := []grpc.ServerOption{
 		grpc.Creds(&tracking{TransportCredentials: credentials.NewTLS(s.tlsConfig()), server: s}),
 		grpc.UnaryInterceptor(s.unary),
 		grpc.StreamInterceptor(s.stream),
@@ -248,7 +258,14 @@ func (s *Server) ServeAPI(ctx context.Context, listener net.Listener) error {
 			Time:              10 * time.Second,
 			Timeout:           5 * time.Second,
 		}),
-	)
+	}
+	if between := s.Between.Unary; between != nil {
+		options = append(options, grpc.ChainUnaryInterceptor(between))
+	}
+	if between := s.Between.Stream; between != nil {
+		options = append(options, grpc.ChainStreamInterceptor(between))
+	}
+	server := grpc.NewServer(options...)
 	ententev1.RegisterJoinServer(server, joinDoor{server: s})
 	ententev1.RegisterAttestServer(server, attestDoor{server: s})
 	ententev1.RegisterSyncServer(server, syncDoor{server: s})
