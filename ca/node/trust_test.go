@@ -232,7 +232,14 @@ func TestExclude(t *testing.T) {
 	for where, at := range map[string]*catest.CA{"at the leader": leader, "through a follower": follower} {
 		next := pending(at)
 		activate := func(exclude ...string) error {
-			_, err := at.Admin().ActivateAuthority(t.Context(), &ententev1.ChangeAuthorityRequest{Id: next, Exclude: exclude})
+			var err error
+			eventually(t, "an answer of the leader", 10*time.Second, func() error { // an election may pass by
+				_, err = at.Admin().ActivateAuthority(t.Context(), &ententev1.ChangeAuthorityRequest{Id: next, Exclude: exclude})
+				if err != nil && (strings.Contains(err.Error(), "no CA node leads") || strings.Contains(err.Error(), "the leader cannot be asked")) {
+					return err
+				}
+				return nil
+			})
 			return err
 		}
 		for name, refused := range map[string]struct {

@@ -62,7 +62,9 @@ func TestListener(t *testing.T) {
 		t.Fatalf("%d strangers, %d known", ln.places.Len(), ln.seats.Len())
 	}
 	dialFrom(t, raw, "127.0.0.1")
-	if four := <-accepted; four.Seat() || four.Seat() || cut.Load() != 2 {
+	four := <-accepted
+	seated, after := four.Seat(), four.Seat()
+	if seated || after || cut.Load() != 2 {
 		t.Errorf("a third known connection of one address has a seat; %d are counted", cut.Load())
 	} else {
 		four.Close()
