@@ -92,6 +92,33 @@ func (d *Distrusted) Check(path []*x509.Certificate) error {
 	if err != nil || !ok {
 		return nil
 	}
+	return d.origin(o)
+}
+
+// CheckToken is Check for a JWT-SVID or WIT-SVID that verified under the authority with
+// that key id, with its claims as encoding/json reads them.
+func (d *Distrusted) CheckToken(id spiffeid.ID, keyID string, claims map[string]any) error {
+	if d == nil || id.TrustDomain().Name() != d.domain {
+		return nil
+	}
+	if _, revoked := d.authorities[keyID]; revoked {
+		return fmt.Errorf("authority %.12s was revoked", keyID)
+	}
+	if len(d.issued) == 0 {
+		return nil
+	}
+	o, ok, err := OriginOfClaims(claims)
+	if err != nil {
+		return err // signed by an authority of ours, and yet nothing that we write
+	}
+	if !ok {
+		return nil
+	}
+	return d.origin(o)
+}
+
+// origin says why what has that origin is distrusted.
+func (d *Distrusted) origin(o Origin) error {
 	if g, ok := d.issued[issued{agent: o.Agent}]; ok && o.Agent != "" && o.AgentGeneration <= g.agent {
 		return fmt.Errorf("agent %s, through which it was issued, was banned or evicted", o.Agent)
 	}

@@ -1,9 +1,14 @@
 package ca_test
 
 import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/json"
 	"net/url"
+	"strings"
 	"testing"
 	"time"
 
@@ -24,6 +29,88 @@ func svid(t *testing.T, td string, origin ca.Origin) *x509.Certificate {
 		cert.Extensions = []pkix.Extension{ext}
 	}
 	return cert
+}
+
+// tokens are the claims of a JWT-SVID and a WIT-SVID, as their readers have them.
+func tokens(t *testing.T, td, authority string, origin ca.Origin) map[string]map[string]any {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	id, now := spiffeid.RequireFromString("spiffe://"+td+"/x"), time.Now()
+	under := func(use statev1.KeyUse) *statev1.Authority {
+		return &statev1.Authority{Id: authority, Use: use, NotBefore: now.Add(-time.Hour).Unix(), NotAfter: now.Add(time.Hour).Unix()}
+	}
+	jwt, _, err := ca.JWTClaims(ca.JWTRequest{ID: id, Audience: []string{"a"}, Now: now, Life: time.Minute, Authority: under(statev1.KeyUse_KEY_USE_JWT), Origin: origin})
+	if err != nil {
+		t.Fatal(err)
+	}
+	wit, _, err := ca.WITClaims(ca.WITRequest{ID: id, PublicKey: key.Public(), Now: now, Life: time.Minute, Authority: under(statev1.KeyUse_KEY_USE_WIT), Origin: origin})
+	if err != nil {
+		t.Fatal(err)
+	}
+	read := map[string]map[string]any{}
+	for kind, payload := range map[string][]byte{"JWT-SVID": jwt, "WIT-SVID": wit} {
+		var claims map[string]any
+		if err := json.Unmarshal(payload, &claims); err != nil {
+			t.Fatal(err)
+		}
+		read[kind] = claims
+	}
+	return read
+}
+
+// An origin that no CA node of ours writes is not taken for the absence of one.
+func TestOriginOfClaims(t *testing.T) {
+	banking := spiffeid.RequireTrustDomainFromString("banking.example")
+	id := spiffeid.RequireFromString("spiffe://banking.example/x")
+	d := ca.NewDistrusted(banking, []*statev1.Distrust{{Agent: "h2", AgentGeneration: 10}})
+	for text, ok := range map[string]bool{
+		`{}`: true,
+		`{"entente_origin":{"agent":"h1","agent_generation":5}}`:                        true,
+		`{"entente_origin":{"agent":"h1","agent_generation":5,"of_later":{"x":1}}}`:     true,
+		`{"entente_origin":{"agent":"h2","agent_generation":11}}`:                       true,
+		`{"entente_origin":{"agent":"h2","agent_generation":10}}`:                       false,
+		`{"entente_origin":{"agent":"h2"}}`:                                             false,
+		`{"entente_origin":null}`:                                                       false,
+		`{"entente_origin":"h1"}`:                                                       false,
+		`{"entente_origin":[]}`:                                                         false,
+		`{"entente_origin":{"agent":7}}`:                                                false,
+		`{"entente_origin":{"agent":"h1","agent_generation":-1}}`:                       false,
+		`{"entente_origin":{"agent":"h1","agent_generation":1.5}}`:                      false,
+		`{"entente_origin":{"agent":"h1","agent_generation":1e300}}`:                    false,
+		`{"entente_origin":{"agent":"` + strings.Repeat("h", 300) + `"}}`:               false,
+		`{"entente_origin":{"agent":"h1","agent_generation":18446744073709551615}}`:     false,
+		`{"entente_origin":{"Agent":"h2","Agent_Generation":10,"entry":"x"},"sub":"x"}`: false,
+	} {
+		var claims map[string]any
+		if err := json.Unmarshal([]byte(text), &claims); err != nil {
+			t.Fatal(err)
+		}
+		if err := d.CheckToken(id, "k", claims); (err == nil) != ok {
+			t.Errorf("%s: %v", text, err)
+		}
+	}
+}
+
+func FuzzOriginOfClaims(f *testing.F) {
+	f.Add([]byte(`{"entente_origin":{"agent":"h1","agent_generation":5,"entry":"service/a","entry_generation":6}}`))
+	f.Fuzz(func(t *testing.T, text []byte) {
+		var claims map[string]any
+		if json.Unmarshal(text, &claims) != nil {
+			return
+		}
+		o, ok, err := ca.OriginOfClaims(claims)
+		if _, there := claims[ca.OriginClaim]; there != (ok || err != nil) {
+			t.Errorf("%s: %v, %v", text, ok, err)
+		}
+		if ok && err == nil {
+			if _, err := o.Extension(); err != nil {
+				t.Errorf("%s: %+v is none that a certificate could have: %v", text, o, err)
+			}
+		}
+	})
 }
 
 // I4: an item names what it says, each generation up to its own, and nothing else.
@@ -64,6 +151,12 @@ func TestDistrusted(t *testing.T) {
 		err := ca.NewDistrusted(banking, test.items).Check([]*x509.Certificate{svid(t, test.domain, test.origin), signer})
 		if (err != nil) != test.want {
 			t.Errorf("%s: %v", name, err)
+		}
+		for kind, claims := range tokens(t, test.domain, authority, test.origin) {
+			err := ca.NewDistrusted(banking, test.items).CheckToken(spiffeid.RequireFromString("spiffe://"+test.domain+"/x"), authority, claims)
+			if (err != nil) != test.want {
+				t.Errorf("%s, as a %s: %v", name, kind, err)
+			}
 		}
 	}
 	if err := ca.NewDistrusted(banking, nil).Check(nil); err != nil {

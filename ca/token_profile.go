@@ -154,6 +154,25 @@ type originClaim struct {
 	AgentGeneration uint64 `json:"agent_generation,omitempty"`
 }
 
+// OriginOfClaims reads the origin of a token's claims; ok is false if it has none.
+// Members that this release does not know are passed over.
+func OriginOfClaims(claims map[string]any) (o Origin, ok bool, err error) {
+	claim, ok := claims[OriginClaim]
+	if !ok {
+		return Origin{}, false, nil
+	}
+	text, err := json.Marshal(claim)
+	var c *originClaim
+	if err == nil {
+		err = json.Unmarshal(text, &c)
+	}
+	if err != nil || c == nil {
+		return Origin{}, false, errors.New("the token's origin does not decode")
+	}
+	o = Origin{c.Entry, c.EntryGeneration, c.Agent, c.AgentGeneration}
+	return o, true, o.check()
+}
+
 type confirmation struct {
 	JWK jwk `json:"jwk"`
 }

@@ -36,10 +36,17 @@ func TestObjectThatCannotBeUsedFreezesNothing(t *testing.T) {
 	if err := g.identities.Distrusted(path); err != nil {
 		t.Fatalf("control: nothing is distrusted, and %v", err)
 	}
+	mesh := &Mesh{identities: g.identities}
+	claims := func(agent string) map[string]any {
+		return map[string]any{entca.OriginClaim: map[string]any{"agent": agent, "agent_generation": 5.0}}
+	}
+	if err := mesh.Revoked("spiffe://trading.example/ledger", "k", claims("h2")); err != nil {
+		t.Fatalf("control: %v", err)
+	}
 	bad := *view
 	bad.Revision, bad.Changed = 2, 2
 	bad.Objects = append(bad.Objects, &statev1.Object{})
-	bad.Distrust = entca.NewDistrusted(td, []*statev1.Distrust{{Id: "authority/x", Authority: entca.KeyID(authority.Cert.RawSubjectPublicKeyInfo)}})
+	bad.Distrust = entca.NewDistrusted(td, []*statev1.Distrust{{Id: "authority/x", Authority: entca.KeyID(authority.Cert.RawSubjectPublicKeyInfo)}, {Id: "agent/h2", Agent: "h2", AgentGeneration: 5}})
 	for range 3 {
 		bad.Changed++
 		if err := follow(&bad); err != nil {
@@ -48,6 +55,19 @@ func TestObjectThatCannotBeUsedFreezesNothing(t *testing.T) {
 	}
 	if err := g.identities.Distrusted(path); err == nil {
 		t.Error("what is distrusted is accepted")
+	}
+	for _, test := range []struct {
+		subject, agent string
+		revoked        bool
+	}{
+		{"spiffe://trading.example/ledger", "h2", true},
+		{"spiffe://trading.example/ledger", "h1", false},
+		{"spiffe://banking.example/ledger", "h2", false},
+		{"user-42", "h2", false},
+	} {
+		if err := mesh.Revoked(test.subject, "k", claims(test.agent)); (err != nil) != test.revoked {
+			t.Errorf("a token of %s through %s: %v", test.subject, test.agent, err)
+		}
 	}
 	if n := strings.Count(log.String(), "no known kind"); n != 1 {
 		t.Errorf("said %d times:\n%s", n, log.String())

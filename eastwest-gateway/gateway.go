@@ -29,7 +29,25 @@ type Role struct {
 	Identity string // SPIFFE path it calls the mesh with
 	// Run serves until its ctx ends, then drains. It is called when there is an SVID for
 	// Identity and the domain is known. mesh is an ordinary caller's way into the mesh.
-	Run func(ctx context.Context, mesh *dataplane.Outbound) error
+	Run func(ctx context.Context, mesh *Mesh) error
+}
+
+// Mesh is a role's way into the mesh.
+type Mesh struct {
+	*dataplane.Outbound
+	identities *identities
+}
+
+// Revoked says why a token whose signature was verified is not to be accepted although it
+// is valid: a JWT-SVID of this domain whose agent was banned or evicted, whose entry is
+// gone, or whose authority was revoked. Of other tokens the domain knows nothing.
+func (m *Mesh) Revoked(subject, keyID string, claims map[string]any) error {
+	check := m.identities.tokens.Load()
+	id, err := spiffeid.FromString(subject)
+	if err != nil || check == nil {
+		return nil
+	}
+	return (*check)(id, keyID, claims)
 }
 
 // Gateway is one gateway process.
@@ -176,7 +194,7 @@ func (g *Gateway) Run(ctx context.Context) error {
 			if g.await(ctx, id) != nil {
 				return ctx.Err()
 			}
-			return r.Run(ctx, g.engine.Edge(dataplane.Identity{ID: id, SVID: g.identities.of(id)}))
+			return r.Run(ctx, &Mesh{g.engine.Edge(dataplane.Identity{ID: id, SVID: g.identities.of(id)}), g.identities})
 		})
 	}
 	defer context.AfterFunc(ctx, func() { g.draining.Store(true) })()
@@ -257,7 +275,8 @@ func (g *Gateway) follow() func(*client.View) error {
 			return nil
 		}
 		urgent = v.Urgent
-		distrusted, announced := v.Distrust.Check, v.Announced.Check
+		distrusted, announced, tokens := v.Distrust.Check, v.Announced.Check, v.Distrust.CheckToken
+		g.identities.tokens.Store(&tokens)
 		g.identities.distrust.Store(&distrusted) // SetView looks at every connection again
 		if g.identities.announced.Store(&announced); v.Announced == v.Distrust {
 			g.identities.announced.Store(nil)

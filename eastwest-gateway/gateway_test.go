@@ -163,8 +163,8 @@ func TestGateway(t *testing.T) {
 		t.Fatal(err)
 	}
 	mesh := make(chan *dataplane.Outbound, 1)
-	g, err := New(cfg, slog.New(slog.DiscardHandler), Role{Name: "edge", Identity: "/edge", Run: func(ctx context.Context, m *dataplane.Outbound) error {
-		mesh <- m
+	g, err := New(cfg, slog.New(slog.DiscardHandler), Role{Name: "edge", Identity: "/edge", Run: func(ctx context.Context, m *Mesh) error {
+		mesh <- m.Outbound
 		<-ctx.Done()
 		return ctx.Err()
 	}})

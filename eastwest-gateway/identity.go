@@ -26,6 +26,7 @@ type identities struct {
 	changed func() // called after each update
 
 	distrust  atomic.Pointer[func([]*x509.Certificate) error] // nil: nothing
+	tokens    atomic.Pointer[func(id spiffeid.ID, keyID string, claims map[string]any) error]
 	announced atomic.Pointer[func([]*x509.Certificate) error] // nil: nothing
 
 	mu      sync.RWMutex

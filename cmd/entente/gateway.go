@@ -10,7 +10,6 @@ import (
 	gateway "github.com/entente-mesh/entente/eastwest-gateway"
 	"github.com/entente-mesh/entente/eastwest-gateway/edge"
 	"github.com/entente-mesh/entente/internal/daemon"
-	"github.com/entente-mesh/entente/internal/dataplane"
 )
 
 func gatewayCommand() *cobra.Command {
@@ -65,7 +64,7 @@ func edgeRole(config edge.Config, log *slog.Logger) gateway.Role {
 	return gateway.Role{
 		Name:     "edge",
 		Identity: config.Identity,
-		Run: func(ctx context.Context, mesh *dataplane.Outbound) error {
+		Run: func(ctx context.Context, mesh *gateway.Mesh) error {
 			listener, err := daemon.Listen(config.Listen)
 			if err != nil {
 				return fmt.Errorf("edge.listen: %w", err)

@@ -19,11 +19,15 @@ import (
 )
 
 // Mesh is what the edge calls services through: an ordinary caller's way into the mesh.
-// Both methods answer the request and write its access record. Safe for concurrent use.
+// ForwardUser and Refuse answer the request and write its access record. Safe for concurrent use.
 type Mesh interface {
 	// ForwardUser sends r to a service by name, with the path that stands in r.URL, without
-	// the user's credentials but those that pass names, and cuts its streams at a time.
-	ForwardUser(w http.ResponseWriter, r *http.Request, service string, pass []string, until time.Time)
+	// the user's credentials but those that pass names, and cuts its streams at a time, or
+	// earlier when still gives an error.
+	ForwardUser(w http.ResponseWriter, r *http.Request, service string, pass []string, until time.Time, still func() error)
+	// Revoked says why a token whose signature was verified is not to be accepted although
+	// it is valid; nil if it is.
+	Revoked(subject, keyID string, claims map[string]any) error
 	// Refuse answers with a problem; detail is for our own log only.
 	Refuse(w http.ResponseWriter, r *http.Request, service string, p refusal.Problem, detail string)
 }
@@ -59,7 +63,7 @@ func New(config Config, listener net.Listener, mesh Mesh, log *slog.Logger) (*Ed
 	if claim == "" {
 		claim = "tier"
 	}
-	tokens, err := newTokens(config.JWT, claim)
+	tokens, err := newTokens(config.JWT, claim, mesh.Revoked)
 	if err != nil {
 		return nil, err
 	}
@@ -145,7 +149,7 @@ func (e *Edge) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			return
 		}
 	}
-	e.mesh.ForwardUser(w, r, route.Service, route.Pass, user.Expires)
+	e.mesh.ForwardUser(w, r, route.Service, route.Pass, user.Expires, user.still)
 }
 
 func setPath(u *url.URL, escaped string) error {

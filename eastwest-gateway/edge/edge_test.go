@@ -44,10 +44,19 @@ type mesh struct {
 	service, path string
 	pass          []string
 	until         time.Time
+	still         func() error
+	revoked       func(subject, keyID string, claims map[string]any) error // nil: nothing is
 }
 
-func (m *mesh) ForwardUser(w http.ResponseWriter, r *http.Request, service string, pass []string, until time.Time) {
-	m.service, m.path, m.pass, m.until = service, r.URL.EscapedPath(), pass, until
+func (m *mesh) Revoked(subject, keyID string, claims map[string]any) error {
+	if m.revoked == nil {
+		return nil
+	}
+	return m.revoked(subject, keyID, claims)
+}
+
+func (m *mesh) ForwardUser(w http.ResponseWriter, r *http.Request, service string, pass []string, until time.Time, still func() error) {
+	m.service, m.path, m.pass, m.until, m.still = service, r.URL.EscapedPath(), pass, until, still
 	w.WriteHeader(http.StatusOK)
 }
 
@@ -144,6 +153,47 @@ func hmacToken(t *testing.T, key *ecdsa.PrivateKey) string {
 	mac := hmac.New(sha256.New, spki)
 	mac.Write([]byte(signed))
 	return signed + "." + encode(mac.Sum(nil))
+}
+
+// A token that the mesh revoked is refused, and who came in by it before is let go; the
+// others stay.
+func TestRevokedTokens(t *testing.T) {
+	w := newWorld(t, nil)
+	banned := map[string]bool{}
+	w.mesh.revoked = func(subject, keyID string, claims map[string]any) error {
+		if keyID != "k1" || claims["iss"] != issuer {
+			t.Errorf("asked for key %q and %v", keyID, claims)
+		}
+		if banned[subject] {
+			return errors.New("agent h2, through which it was issued, was banned")
+		}
+		return nil
+	}
+	ask := func(subject string) *httptest.ResponseRecorder {
+		r := httptest.NewRequest("GET", "/portfolio/x", nil)
+		r.Header.Set("Authorization", "Bearer "+token(t, w.key, func(c map[string]any, _ map[jose.HeaderKey]any) { c["sub"] = subject }))
+		answer := httptest.NewRecorder()
+		w.edge.ServeHTTP(answer, r)
+		return answer
+	}
+	const h2, h1 = "spiffe://trading.example/ledger", "spiffe://trading.example/accounts"
+	if got := ask(h2); got.Code != http.StatusOK {
+		t.Fatalf("control: %d", got.Code)
+	}
+	still := w.mesh.still
+	if err := still(); err != nil {
+		t.Fatalf("control: %v", err)
+	}
+	banned[h2] = true
+	if still() == nil {
+		t.Error("who was let in before stays")
+	}
+	if got := ask(h2); got.Code != http.StatusUnauthorized || strings.Contains(got.Body.String(), "banned") {
+		t.Errorf("%d %s", got.Code, got.Body)
+	}
+	if got := ask(h1); got.Code != http.StatusOK || w.mesh.still() != nil {
+		t.Errorf("control: %d", got.Code)
+	}
 }
 
 // Requirements: 89.
@@ -417,7 +467,7 @@ func FuzzBearer(f *testing.F) {
 	file := filepath.Join(f.TempDir(), "jwks.json")
 	raw, _ := json.Marshal(jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: key.Public(), KeyID: "k1"}}})
 	os.WriteFile(file, raw, 0o600)
-	tokens, err := newTokens(JWT{JWKSFile: file, Issuer: issuer, Audience: audience, Algorithms: []string{"ES256"}}, "tier")
+	tokens, err := newTokens(JWT{JWKSFile: file, Issuer: issuer, Audience: audience, Algorithms: []string{"ES256"}}, "tier", (&mesh{}).Revoked)
 	if err != nil {
 		f.Fatal(err)
 	}

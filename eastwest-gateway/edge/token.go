@@ -36,6 +36,8 @@ type User struct {
 	Subject string
 	Tier    string // value of the tier claim; empty if the token has none
 	Expires time.Time
+
+	still func() error // says why the token is no longer good
 }
 
 // tokens verifies bearer tokens against a JWKS file. Safe for concurrent use.
@@ -45,6 +47,7 @@ type tokens struct {
 	issuer     string
 	audience   string
 	tierClaim  string
+	revoked    func(subject, keyID string, claims map[string]any) error
 
 	mu      sync.Mutex // guards what follows
 	keys    *jose.JSONWebKeySet
@@ -52,8 +55,8 @@ type tokens struct {
 	looked  time.Time
 }
 
-func newTokens(c JWT, tierClaim string) (*tokens, error) {
-	t := &tokens{file: c.JWKSFile, issuer: c.Issuer, audience: c.Audience, tierClaim: tierClaim}
+func newTokens(c JWT, tierClaim string, revoked func(subject, keyID string, claims map[string]any) error) (*tokens, error) {
+	t := &tokens{file: c.JWKSFile, issuer: c.Issuer, audience: c.Audience, tierClaim: tierClaim, revoked: revoked}
 	for _, name := range c.Algorithms {
 		algorithm := jose.SignatureAlgorithm(name)
 		if !slices.Contains(signatureAlgorithms, algorithm) {
@@ -204,6 +207,10 @@ func (t *tokens) verify(r *http.Request, now time.Time) (User, *refusal.Problem)
 	case claims.IssuedAt != nil && now.Add(leeway).Before(claims.IssuedAt.Time()):
 		return invalid("the token was issued in the future")
 	}
+	still := func() error { return t.revoked(claims.Subject, header.KeyID, all) }
+	if still() != nil {
+		return invalid("the token was revoked")
+	}
 	tier, _ := all[t.tierClaim].(string)
-	return User{Subject: claims.Subject, Tier: tier, Expires: claims.Expiry.Time()}, nil
+	return User{Subject: claims.Subject, Tier: tier, Expires: claims.Expiry.Time(), still: still}, nil
 }

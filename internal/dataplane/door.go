@@ -78,6 +78,7 @@ func (o *Outbound) Forward(w http.ResponseWriter, r *http.Request, service strin
 type user struct {
 	pass  []string  // credentials that the service is to see, "?name" in the query; none of an import
 	until time.Time // when what let it in ends
+	still func() error
 }
 
 // passes are the names of pass that stand in the query, or those that do not.
@@ -91,11 +92,12 @@ func (u *user) passes(inQuery bool) (names []string) {
 }
 
 // ForwardUser is Forward for a client without an SVID, whom an edge has let in until a
-// point in time: then its streams are cut. Its credentials go no further, but those that
+// point in time: then its streams are cut, or when still gives an error, which is asked
+// when the view changes and each second. Its credentials go no further, but those that
 // pass names (a field, or "?" and a parameter of the query), and none goes to another
 // domain. What it says of how it came here is replaced by what is so.
-func (o *Outbound) ForwardUser(w http.ResponseWriter, r *http.Request, service string, pass []string, until time.Time) {
-	u := &user{pass, until}
+func (o *Outbound) ForwardUser(w http.ResponseWriter, r *http.Request, service string, pass []string, until time.Time, still func() error) {
+	u := &user{pass, until, still}
 	kept := header.Keep(r.Header, u.passes(false))
 	x := o.engine.begin(o.hop, w, r, service)
 	defer x.end()

@@ -207,7 +207,13 @@ func (e *Engine) reconsider(now time.Time) {
 	for _, s := range senders {
 		q := s.x.query
 		q.Now = now
-		if d := v.Tables.Decide(q); !d.Allowed {
+		d := v.Tables.Decide(q)
+		if u := s.x.user; d.Allowed && u != nil {
+			if err := u.still(); err != nil {
+				d = catalog.Decision{Reason: refusal.TokenInvalid, Detail: "the user's token was revoked: " + err.Error()}
+			}
+		}
+		if !d.Allowed {
 			s.cancel(&revoked{d})
 		}
 	}

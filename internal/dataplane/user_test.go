@@ -23,7 +23,12 @@ func edgeDoor(w *world, pass []string, until time.Time) *process {
 	id := w.identity(w.trading, "/portfolio")
 	p := w.process(w.trading, "edge", "dc1", w.trading.own, func(ctx context.Context, e *Engine, ln net.Listener) error {
 		server := &http.Server{Handler: http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
-			e.Edge(id).ForwardUser(rw, r, r.Host, pass, until)
+			e.Edge(id).ForwardUser(rw, r, r.Host, pass, until, func() error {
+				if why := w.revoked.Load(); why != nil {
+					return *why
+				}
+				return nil
+			})
 		})}
 		defer context.AfterFunc(ctx, func() { _ = server.Close() })()
 		return server.Serve(ln)
@@ -213,6 +218,14 @@ func TestTokenEndsStreams(t *testing.T) {
 						t.Errorf("control: %s: %q, lived for %v, %v", test.path, first, lived, err)
 					}
 				}
+				time.AfterFunc(7*time.Second, func() {
+					why := errors.New("its agent was banned")
+					w.revoked.Store(&why)
+				})
+				if first, lived, _ := ask(edgeDoor(w, nil, time.Now().Add(time.Hour)), "/v1/ws", websocket); first != "hello" || lived < 7*time.Second || lived > 9*time.Second {
+					t.Errorf("a token that was revoked after 7 s: %q, lived for %v", first, lived)
+				}
+				w.revoked.Store(nil)
 				if body, lived, err := ask(edgeDoor(w, nil, time.Now().Add(life)), "/v1/slow", "Connection: close\r\n"); body != "late" || err != nil {
 					t.Errorf("a request under way at the token's end: %q after %v, %v", body, lived, err)
 				}

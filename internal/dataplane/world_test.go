@@ -333,6 +333,7 @@ type world struct {
 	svids   map[string]*rotating // by ID
 	ttl     time.Duration
 	memory  *memory                                   // nil: the loopback network
+	revoked atomic.Pointer[error]                     // why the token of an edge's user is no longer good
 	trust   func(x509bundle.Source) x509bundle.Source // what processes verify with; nil: the bundles alone
 
 	strangers, peers admission.Limits // zero: the defaults

@@ -162,6 +162,10 @@ func (s *Server) ValidateJWTSVID(ctx context.Context, request *workload.Validate
 	if err != nil {
 		return nil, status.Error(codes.InvalidArgument, err.Error())
 	}
+	if err := state.View.Distrust.CheckToken(svid.ID, svid.KeyID, svid.Claims); err != nil {
+		s.log.Info("a JWT-SVID is rejected", "spiffe_id", svid.ID.String(), "reason", err)
+		return nil, status.Error(codes.InvalidArgument, "the token is no valid JWT-SVID: it was revoked")
+	}
 	claims, err := structpb.NewStruct(svid.Claims)
 	if err != nil {
 		return nil, status.Error(codes.InvalidArgument, "the token's claims cannot be handed on")

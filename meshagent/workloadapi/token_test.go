@@ -5,10 +5,12 @@ import (
 	"crypto"
 	"encoding/base64"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -214,6 +216,167 @@ func TestTokensEndWithTheEntry(t *testing.T) {
 	if _, err := api.ValidateJWTSVID(ctx, &workload.ValidateJWTSVIDRequest{Audience: "a", Svid: "x"}); status.Code(err) != codes.PermissionDenied {
 		t.Errorf("validate: %v", err)
 	}
+}
+
+// A JWT-SVID is refused within seconds when what it was issued through is no longer trusted,
+// and no other one is. "control" stays valid all the time.
+func TestDistrustedTokensAreRefused(t *testing.T) {
+	c := catest.Start(t, catest.Options{})
+	others := map[string]string{"banned": "h2", "evicted": "h3", "deleted": "h4", "isolated": "h5", "control": "h6"}
+	yaml := serviceYAML("accounts", run(myself(t)))
+	for name, host := range others {
+		yaml += serviceYAML(name, "run: {uid: 4711, hosts: ["+host+"]}")
+	}
+	c.Apply(yaml)
+	h1 := newHost(t, c.AgentToken("h1", "dc1"), true)
+	api, _ := raw(t, h1.socket)
+	ctx := withHeader(t.Context(), "true")
+
+	attest := func(host string) (*meshagent.Agent, func()) {
+		t.Helper()
+		cfg, err := meshagent.ReadConfig("agent.yaml", strings.NewReader(fmt.Sprintf(
+			"trustDomain: banking.example\nname: %s\ndatacenter: dc1\ndataDir: %s\nca: {token: %s}\n", host, t.TempDir(), c.AgentToken(host, "dc1"))))
+		if err != nil {
+			t.Fatal(err)
+		}
+		agent, err := meshagent.New(cfg, meshagent.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithCancel(context.Background())
+		ended := make(chan error, 1)
+		go func() { ended <- agent.Run(ctx) }()
+		stop := sync.OnceFunc(func() { cancel(); <-ended })
+		t.Cleanup(stop)
+		eventually(t, host+" ready", agent.Ready)
+		return agent, stop
+	}
+	token := func(agent *meshagent.Agent, name string) string {
+		t.Helper()
+		var token string
+		eventually(t, "a token of "+name, func() error {
+			identity, ok := agent.State().Service(name)
+			if !ok {
+				return errors.New("no such entry")
+			}
+			var err error
+			token, _, err = agent.FetchJWT(t.Context(), identity, []string{"accounts"})
+			return err
+		})
+		return token
+	}
+	agents, stops, tokens := map[string]*meshagent.Agent{}, map[string]func(){}, map[string]string{}
+	for name, host := range others {
+		agents[name], stops[name] = attest(host)
+		tokens[name] = token(agents[name], name)
+	}
+	validate := func(token string) error {
+		_, err := api.ValidateJWTSVID(ctx, &workload.ValidateJWTSVIDRequest{Audience: "accounts", Svid: token})
+		return err
+	}
+	gone := map[string]bool{}
+	check := func(name string) {
+		t.Helper()
+		if name != "" {
+			gone[name] = true
+			eventually(t, name+" is refused", func() error {
+				if validate(tokens[name]) == nil {
+					return errors.New("still valid")
+				}
+				return nil
+			})
+		}
+		for other, token := range tokens {
+			switch err := validate(token); {
+			case gone[other] && status.Code(err) != codes.InvalidArgument:
+				t.Errorf("after %q: the token of %s: %v", name, other, err)
+			case !gone[other] && err != nil:
+				t.Errorf("control, after %q: the token of %s: %v", name, other, err)
+			}
+		}
+	}
+	check("")
+
+	if _, err := c.Admin().BanAgent(t.Context(), &ententev1.ChangeAgentRequest{Name: "h2"}); err != nil {
+		t.Fatal(err)
+	}
+	check("banned")
+
+	stops["evicted"]()
+	if _, err := c.Admin().EvictAgent(t.Context(), &ententev1.ChangeAgentRequest{Name: "h3"}); err != nil {
+		t.Fatal(err)
+	}
+	check("evicted")
+	again, _ := attest("h3")
+	tokens["evicted and admitted again"] = token(again, "evicted")
+	check("")
+
+	if _, err := c.Admin().Apply(t.Context(), &ententev1.ApplyRequest{Deletes: []*statev1.ObjectKey{{Kind: "Service", Name: "deleted"}}}); err != nil {
+		t.Fatal(err)
+	}
+	check("deleted")
+
+	// Without quorum.
+	other := c.Join("ca-2", "dc1")
+	other.Kill()
+	eventually(t, "the loss of quorum", func() error {
+		if c.Status().GetQuorum() {
+			return errors.New("not noticed")
+		}
+		return nil
+	})
+	if _, err := c.Admin().IsolateAgent(t.Context(), &ententev1.IsolateAgentRequest{Name: "h5", Reason: "INC-881"}); err != nil {
+		t.Fatal(err)
+	}
+	check("isolated")
+	if len(gone) != 4 {
+		t.Errorf("%v", gone)
+	}
+}
+
+// A JWT-SVID ends with the authority that signed it, and what the next one signs is good.
+func TestRevokedAuthoritysTokensAreRefused(t *testing.T) {
+	c := catest.Start(t, catest.Options{})
+	c.Apply(serviceYAML("accounts", run(myself(t))))
+	h := newHost(t, c.AgentToken("h1", "dc1"), true)
+	api, _ := raw(t, h.socket)
+	ctx := withHeader(t.Context(), "true")
+	fetch := func() (token, keyID string) {
+		t.Helper()
+		eventually(t, "a token", func() error {
+			response, err := api.FetchJWTSVID(ctx, &workload.JWTSVIDRequest{Audience: []string{"accounts"}})
+			if err == nil {
+				token = response.GetSvids()[0].GetSvid()
+			}
+			return err
+		})
+		header, _ := claimsOf(t, token)
+		return token, header["kid"].(string)
+	}
+	validate := func(token string) error {
+		_, err := api.ValidateJWTSVID(ctx, &workload.ValidateJWTSVIDRequest{Audience: "accounts", Svid: token})
+		return err
+	}
+	old, keyID := fetch()
+	if err := validate(old); err != nil {
+		t.Fatalf("control: %v", err)
+	}
+	if _, err := c.Admin().RevokeAuthority(t.Context(), &ententev1.ChangeAuthorityRequest{Id: keyID, Now: true}); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the token of a revoked authority is refused", func() error {
+		if validate(old) == nil {
+			return errors.New("still valid")
+		}
+		return nil
+	})
+	eventually(t, "the next authority's is good", func() error {
+		token, by := fetch()
+		if by == keyID {
+			return errors.New("still the old one")
+		}
+		return validate(token)
+	})
 }
 
 func second[R any](_ R, err error) error { return err }
