@@ -23,10 +23,12 @@ import (
 	"testing"
 	"time"
 
+	"github.com/entente-mesh/entente/scenarios/evil"
 	"github.com/entente-mesh/entente/scenarios/load"
 )
 
 func TestMain(m *testing.M) {
+	evil.Main()
 	code := m.Run()
 	if built.dir != "" {
 		os.RemoveAll(built.dir)
@@ -167,20 +169,8 @@ func TestKillAnyProcess(t *testing.T) {
 	}
 	defer g.stop()
 
-	// served waits until dc1 alone has answered a few requests since a moment.
-	served := func(since time.Time) {
-		t.Helper()
-		ok, got, err := await(ctx, time.Minute, lookEvery, func(context.Context) (bool, string, error) {
-			samples, err := g.recorded()
-			n := len(load.Share(samples, since, "dc1"))
-			return n >= 8, fmt.Sprint(n), err
-		})
-		if err != nil || !ok {
-			t.Fatalf("dc1 does not answer: %s good answers, %v", got, err)
-		}
-	}
 	began := time.Now()
-	served(began)
+	served(ctx, t, g, began)
 	leader := func(domain string) *unit {
 		t.Helper()
 		var u *unit
@@ -225,7 +215,7 @@ func TestKillAnyProcess(t *testing.T) {
 		if err := w.up(ctx, u); err != nil {
 			t.Fatalf("%s does not come back: %v", victim.name, err)
 		}
-		served(time.Now())
+		served(ctx, t, g, time.Now())
 		if err := pause(ctx, settle); err != nil {
 			t.Fatal(err)
 		}

@@ -189,6 +189,9 @@ func OldPicture() Lie {
 				whole := len(first) > 0 && first[len(first)-1].GetPolicy().GetLast()
 				switch of := r.GetMessage().(type) {
 				case *ententev1.SyncResponse_Policy:
+					if !whole && len(first) == 0 && !of.Policy.GetFull() {
+						return nil // a stream of before: it stays where it is
+					}
 					if !whole {
 						m.pictures[subscriber] = append(first, proto.CloneOf(r))
 						return one(r)

@@ -112,8 +112,9 @@ func Take(t testing.TB, c *catest.CA) *Member {
 	return m
 }
 
-// Tell has the node lie from now on; without lies it tells the truth again. Streams that
-// are open end within a heartbeat, so that subscribers and members come back and hear it.
+// Tell has the node lie from now on; without lies it tells the truth again. Who has a
+// stream open hears it with the next message, within a heartbeat: the own bundle and the
+// members are said once more.
 func (m *Member) Tell(lies ...Lie) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -230,20 +231,9 @@ func (m *Member) Propose(ctx context.Context, addresses []string, actor string, 
 // between is where the node's words are exchanged.
 func (m *Member) between() server.Between {
 	return server.Between{Stream: func(srv any, inner grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
-		said := m.saying()
-		s := &stream{ServerStream: inner, member: m, said: said}
-		for _, lie := range said.lies {
-			switch {
-			case info.FullMethod == ententev1.Sync_Sync_FullMethodName && lie.Sync != nil:
-				s.lies = append(s.lies, lie.Sync(m, subscriber(inner.Context())))
-			case info.FullMethod == ententev1.Peer_Presence_FullMethodName && lie.Presence != nil:
-				s.claims = append(s.claims, lie.Presence)
-			}
-			if lie.Heard != nil {
-				s.heard = append(s.heard, lie.Heard)
-			}
-		}
-		if len(s.claims) == 0 {
+		s := &stream{ServerStream: inner, member: m, subscriber: subscriber(inner.Context()), said: m.saying()}
+		s.begin()
+		if info.FullMethod != ententev1.Peer_Presence_FullMethodName {
 			return handler(srv, s)
 		}
 		ctx, cancel := context.WithCancel(inner.Context())
@@ -260,26 +250,71 @@ func (m *Member) between() server.Between {
 // stream is what one subscriber or member hears.
 type stream struct {
 	grpc.ServerStream
-	member *Member
-	said   saying
-	lies   []func(*ententev1.SyncResponse) []*ententev1.SyncResponse
-	claims []func(*Member) *ententev1.PresenceResponse
-	heard  []func(*ententev1.SyncRequest)
+	member     *Member
+	subscriber string
 
-	sending sync.Mutex
+	mu       sync.Mutex
+	said     saying
+	lies     []func(*ententev1.SyncResponse) []*ententev1.SyncResponse
+	bundle   *ententev1.Bundle // the own one, as it is
+	members  []*statev1.Member
+	revision uint64
+}
+
+// begin makes what this stream hears of the lies of now.
+func (s *stream) begin() {
+	s.lies = nil
+	for _, lie := range s.said.lies {
+		if lie.Sync != nil {
+			s.lies = append(s.lies, lie.Sync(s.member, s.subscriber))
+		}
+	}
 }
 
 // SendMsg sends lies for truths.
 func (s *stream) SendMsg(message any) error {
-	if s.said.count != s.member.saying().count {
-		return status.Error(codes.Unavailable, "this CA node says something else now")
-	}
-	s.sending.Lock()
-	defer s.sending.Unlock()
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	truth, ok := message.(*ententev1.SyncResponse)
-	if !ok || len(s.lies) == 0 {
+	if !ok {
 		return s.ServerStream.SendMsg(message)
 	}
+	if now := s.member.saying(); now.count != s.said.count {
+		s.said = now
+		s.begin()
+		if s.revision != 0 {
+			if err := s.say(s.again()); err != nil {
+				return err
+			}
+		}
+	}
+	s.note(truth.GetPolicy())
+	return s.say(truth)
+}
+
+// note keeps what again says.
+func (s *stream) note(p *ententev1.Policy) {
+	for _, b := range p.GetBundles() {
+		if b.GetTrustDomain() == s.member.Root.TrustDomain().Name() {
+			s.bundle = b
+		}
+	}
+	if p.GetMembersChanged() {
+		s.members = p.GetMembers()
+	}
+	s.revision = max(s.revision, p.GetRevision())
+}
+
+// again is a change that changes nothing.
+func (s *stream) again() *ententev1.SyncResponse {
+	p := &ententev1.Policy{Last: true, Revision: s.revision, Members: s.members, MembersChanged: s.members != nil}
+	if s.bundle != nil {
+		p.Bundles = []*ententev1.Bundle{s.bundle}
+	}
+	return &ententev1.SyncResponse{Message: &ententev1.SyncResponse_Policy{Policy: p}}
+}
+
+func (s *stream) say(truth *ententev1.SyncResponse) error {
 	said := []*ententev1.SyncResponse{proto.CloneOf(truth)} // others get the same records
 	for _, lie := range s.lies {
 		var next []*ententev1.SyncResponse
@@ -300,8 +335,10 @@ func (s *stream) SendMsg(message any) error {
 func (s *stream) RecvMsg(message any) error {
 	err := s.ServerStream.RecvMsg(message)
 	if request, ok := message.(*ententev1.SyncRequest); ok && err == nil {
-		for _, heard := range s.heard {
-			heard(request)
+		for _, lie := range s.member.saying().lies {
+			if lie.Heard != nil {
+				lie.Heard(request)
+			}
 		}
 	}
 	return err
@@ -310,14 +347,14 @@ func (s *stream) RecvMsg(message any) error {
 // claim sends false presence beside the true one.
 func (s *stream) claim(ctx context.Context) {
 	for wait(ctx, claimEvery); ctx.Err() == nil; wait(ctx, claimEvery) {
-		for _, claim := range s.claims {
-			said := claim(s.member)
-			if said == nil {
+		for _, lie := range s.member.saying().lies {
+			if lie.Presence == nil {
 				continue
 			}
-			s.sending.Lock()
+			said := lie.Presence(s.member)
+			s.mu.Lock()
 			s.ServerStream.SendMsg(said) // a stream that has ended is the handler's to notice
-			s.sending.Unlock()
+			s.mu.Unlock()
 		}
 	}
 }

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/signal"
 	"strings"
+	"sync"
 	"syscall"
 
 	"github.com/entente-mesh/entente/ca/node"
@@ -26,7 +27,7 @@ const (
 // Orders are what a process shall do.
 type Orders struct {
 	Config string   // file of the node that was taken over; it is not running
-	Lies   []string // names of Known
+	Lies   []string // names of Known; the process tells the truth until it gets SIGUSR1
 	// Forged is where the process leaves an SVID of Path under the attacker's root, and its
 	// key, as PEM. It is there when the node listens.
 	Forged, Path string
@@ -86,7 +87,6 @@ func (o Orders) run(ctx context.Context) error {
 		}
 		lies = append(lies, lie)
 	}
-	m.Tell(lies...)
 	n, err := node.New(cfg, slog.New(slog.NewTextHandler(os.Stderr, nil)), node.Listeners{Between: m.between()})
 	if err != nil {
 		return err
@@ -97,12 +97,19 @@ func (o Orders) run(ctx context.Context) error {
 		}
 	}
 	ctx, cancel := context.WithCancel(ctx)
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		m.attend(ctx, n)
-	}()
-	defer func() { cancel(); <-done }()
+	begin := make(chan os.Signal, 1)
+	signal.Notify(begin, syscall.SIGUSR1)
+	defer signal.Stop(begin)
+	var tasks sync.WaitGroup
+	tasks.Go(func() { m.attend(ctx, n) })
+	tasks.Go(func() {
+		select {
+		case <-begin:
+			m.Tell(lies...)
+		case <-ctx.Done():
+		}
+	})
+	defer func() { cancel(); tasks.Wait() }()
 	return n.Run(ctx)
 }
 
