@@ -238,3 +238,52 @@ func FollowCluster(known, next *statev1.Cluster, pinned []byte) error {
 	}
 	return nil
 }
+
+// MaxReplacements is how many replacements of a recovery key a cluster's record keeps: so
+// many may pass by a subscriber that is away.
+const MaxReplacements = 16
+
+// replacementContext keeps a signature over a replacement from meaning anything elsewhere.
+const replacementContext = "entente recovery key replacement v1\x00"
+
+func replacementMessage(clusterID []byte, r *statev1.RecoveryKeyReplacement) []byte {
+	b := append([]byte(replacementContext), clusterID...)
+	return append(append(b, r.GetFormer()...), r.GetNext()...)
+}
+
+// Replace has the key of next take the place of this one.
+func (k *RecoveryKey) Replace(next *RecoveryKey) (*statev1.RecoveryKeyReplacement, error) {
+	if err := errors.Join(k.Check(), next.Check()); err != nil {
+		return nil, fmt.Errorf("replace recovery key: %w", err)
+	}
+	r := &statev1.RecoveryKeyReplacement{Former: k.PublicKey(), Next: next.PublicKey()}
+	r.Signature = ed25519.Sign(ed25519.NewKeyFromSeed(k.Seed), replacementMessage(k.ClusterID, r))
+	return r, nil
+}
+
+// CheckReplacement says what is wrong with a replacement's form.
+func CheckReplacement(r *statev1.RecoveryKeyReplacement) error {
+	switch {
+	case len(r.GetFormer()) != ed25519.PublicKeySize || len(r.GetNext()) != ed25519.PublicKeySize:
+		return fmt.Errorf("a recovery key has %d bytes: the replacement names keys of %d and %d", ed25519.PublicKeySize, len(r.GetFormer()), len(r.GetNext()))
+	case bytes.Equal(r.GetFormer(), r.GetNext()):
+		return errors.New("the new recovery key is the present one")
+	}
+	return nil
+}
+
+// SignedReplacement tells whether the former key of a cluster signed its replacement.
+func SignedReplacement(clusterID []byte, r *statev1.RecoveryKeyReplacement) bool {
+	return CheckReplacement(r) == nil && ed25519.Verify(r.GetFormer(), replacementMessage(clusterID, r), r.GetSignature())
+}
+
+// FollowRecoveryKey is the key to pin, for who has pinned one: the last one to which
+// replacements lead that each former key signed.
+func FollowRecoveryKey(c *statev1.Cluster, pinned []byte) []byte {
+	for _, r := range c.GetReplaced()[:min(len(c.GetReplaced()), MaxReplacements)] {
+		if bytes.Equal(r.GetFormer(), pinned) && SignedReplacement(c.GetId(), r) {
+			pinned = r.GetNext()
+		}
+	}
+	return pinned
+}

@@ -275,6 +275,7 @@ func (s *Store) apply(u *update, revision uint64) error {
 		if s.recovery == nil {
 			s.recovery = u.cluster.GetRecoveryKey()
 		}
+		s.recovery = ca.FollowRecoveryKey(u.cluster, s.recovery)
 	}
 	if u.newMembers {
 		view.Members = sorted(u.members, (*statev1.Member).GetId)
@@ -434,7 +435,7 @@ func (s *Store) check(u *update, revision uint64) error {
 		if c.GetTrustDomain() != s.domain {
 			return fmt.Errorf("%w: it is of trust domain %q, not of %q", errRefused, c.GetTrustDomain(), s.domain)
 		}
-		if err := ca.FollowCluster(s.view.Cluster, c, s.recovery); err != nil {
+		if err := ca.FollowCluster(s.view.Cluster, c, ca.FollowRecoveryKey(c, s.recovery)); err != nil {
 			return fmt.Errorf("%w: %w", errRefused, err)
 		}
 	}

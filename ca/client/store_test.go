@@ -193,6 +193,25 @@ func TestEpochNeedsItsStatement(t *testing.T) {
 			}
 		}
 	}
+	// A replacement that the pinned key signed is followed, also together with the epoch.
+	r, err := recoveryKey().Replace(stranger())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, signed := range []bool{true, false} {
+		replaced := newStore(bank, nil, nil)
+		if err := replaced.policy(full(5, "true")); err != nil {
+			t.Fatal(err)
+		}
+		next := in(inEpoch(1, stranger()))
+		next.Cluster.RecoveryKey, next.Cluster.Replaced = stranger().PublicKey(), []*statev1.RecoveryKeyReplacement{r}
+		if !signed {
+			r.Signature = nil
+		}
+		if err := replaced.policy(next); (err == nil) != signed {
+			t.Errorf("a replacement, signed %v: %v", signed, err)
+		}
+	}
 	// Where no key was ever pinned, no epoch is believed.
 	s := newStore(bank, nil, nil)
 	first := full(5, "true")

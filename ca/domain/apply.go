@@ -105,6 +105,8 @@ func (a *application) run(cmd *statev1.Command) *Refusal {
 		return refusal
 	}
 	switch body := cmd.GetBody().(type) {
+	case *statev1.Command_ReplaceRecoveryKey:
+		return a.replaceRecoveryKey(body.ReplaceRecoveryKey)
 	case *statev1.Command_ApproveChange:
 		return a.approveChange(body.ApproveChange, cmd.GetActor())
 	case *statev1.Command_CreateToken:

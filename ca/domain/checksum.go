@@ -130,6 +130,12 @@ func (e *encoder) record(record any) {
 		e.number(uint64(l.GetBundleRefreshHintSeconds()))
 		e.number(uint64(l.GetJwtSvidSeconds()))
 		e.number(uint64(l.GetWitSvidSeconds()))
+		for _, replaced := range r.GetReplaced() {
+			e.kind('R')
+			e.bytes(replaced.GetFormer())
+			e.bytes(replaced.GetNext())
+			e.bytes(replaced.GetSignature())
+		}
 		// A record that does not use these is encoded as it was before they existed.
 		if len(r.GetRecoveryKey()) == 0 && r.GetMinVoters() == 0 && r.GetRecovery() == nil && r.GetFeatureLevel() == 0 {
 			return

@@ -56,7 +56,7 @@ func levelOf(cmd *statev1.Command) uint32 {
 		return levelOfObjects(body.StageObjects.GetObjects(), 2)
 	case *statev1.Command_ApplyStaged:
 		return 2
-	case *statev1.Command_ApproveChange:
+	case *statev1.Command_ApproveChange, *statev1.Command_ReplaceRecoveryKey:
 		return levelHardened
 	}
 	return 1

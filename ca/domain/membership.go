@@ -45,6 +45,8 @@ func ChangesMembers(cmd *statev1.Command) bool {
 		return body.CreateToken.GetToken().GetNode() != nil
 	case *statev1.Command_PromoteMember, *statev1.Command_RemoveMember:
 		return true
+	case *statev1.Command_ReplaceRecoveryKey: // the former key speaks for itself
+		return len(body.ReplaceRecoveryKey.GetReplacement().GetSignature()) == 0
 	}
 	return false
 }
@@ -118,6 +120,8 @@ func (a *application) changeMembers(cmd *statev1.Command) *Refusal {
 		return a.promoteMember(body.PromoteMember)
 	case *statev1.Command_RemoveMember:
 		return a.removeMember(body.RemoveMember)
+	case *statev1.Command_ReplaceRecoveryKey:
+		return a.replaceRecoveryKey(body.ReplaceRecoveryKey)
 	}
 	return refuse(CodeInvalid, "command %T does not change the CA nodes", cmd.GetBody())
 }

@@ -1,6 +1,7 @@
 package domain
 
 import (
+	"bytes"
 	"fmt"
 	"slices"
 	"time"
@@ -130,5 +131,30 @@ func (a *application) promoteMember(c *statev1.PromoteMember) *Refusal {
 	put(a, &a.members, m.GetId(), m)
 	a.changed(ChangeMembers, m.GetId())
 	a.forgetPending(everyChange)
+	return nil
+}
+
+// replaceRecoveryKey has another recovery key count from now on: signed by the present
+// one, or approved by operators.
+func (a *application) replaceRecoveryKey(c *statev1.ReplaceRecoveryKey) *Refusal {
+	r, have := c.GetReplacement(), a.Cluster().GetRecoveryKey()
+	if last := a.Cluster().GetReplaced(); len(last) > 0 && proto.Equal(last[len(last)-1], r) {
+		return nil // the proposer did not hear the first answer
+	}
+	if err := ca.CheckReplacement(r); err != nil {
+		return invalid(err)
+	}
+	if !bytes.Equal(r.GetFormer(), have) {
+		return refuse(CodeConflict, "the recovery key that is to be replaced is not the present one")
+	}
+	if len(r.GetSignature()) > 0 && !ca.SignedReplacement(a.Cluster().GetId(), r) {
+		return refuse(CodeInvalid, "the replacement is not signed with the present recovery key")
+	}
+	cluster := proto.CloneOf(a.Cluster())
+	cluster.RecoveryKey = r.GetNext()
+	cluster.Replaced = append(cluster.Replaced, proto.CloneOf(r))
+	cluster.Replaced = cluster.Replaced[max(0, len(cluster.Replaced)-ca.MaxReplacements):]
+	put(a, &a.cluster, "", cluster)
+	a.changed(ChangeCluster, "")
 	return nil
 }

@@ -210,3 +210,52 @@ func TestRecoverySetsTheTime(t *testing.T) {
 		}
 	}
 }
+
+// A recovery key is replaced by who holds it, or by operators; nobody else's word does.
+func TestRecoveryKeyIsReplaced(t *testing.T) {
+	key := func(fill byte) *ca.RecoveryKey {
+		return &ca.RecoveryKey{TrustDomain: banking, ClusterID: clusterID, Seed: bytes.Repeat([]byte{fill}, 32)}
+	}
+	replace := func(former, next *ca.RecoveryKey, edit ...func(*statev1.RecoveryKeyReplacement)) *statev1.Command {
+		r, err := former.Replace(next)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, f := range edit {
+			f(r)
+		}
+		return &statev1.Command{Body: &statev1.Command_ReplaceRecoveryKey{ReplaceRecoveryKey: &statev1.ReplaceRecoveryKey{Replacement: r}}}
+	}
+	unsigned := func(r *statev1.RecoveryKeyReplacement) { r.Signature = nil }
+	w := voters(t, 3)
+	cluster := proto.CloneOf(w.s.Cluster())
+	cluster.RecoveryKey = recoveryKey.PublicKey()
+	put(&application{State: w.s, rev: w.s.revision}, &w.s.cluster, "", cluster)
+
+	w.refused(replace(key(8), key(9)), CodeConflict)
+	w.refused(replace(recoveryKey, recoveryKey), CodeInvalid)
+	w.refused(replace(recoveryKey, key(9), func(r *statev1.RecoveryKeyReplacement) { r.Signature[5] ^= 1 }), CodeInvalid)
+	w.refused(replace(recoveryKey, key(9), func(r *statev1.RecoveryKeyReplacement) { r.Next = key(8).PublicKey() }), CodeInvalid)
+	w.refused(replace(recoveryKey, key(9), unsigned), CodeApproval)
+	w.must(replace(recoveryKey, key(6)))
+	w.unchanged(replace(recoveryKey, key(6))) // the answer was not heard
+	approved := replace(key(6), key(7), unsigned)
+	w.must(w.approve(approved, "n1"))
+	if !bytes.Equal(w.s.Cluster().GetRecoveryKey(), key(6).PublicKey()) {
+		t.Fatal("one operator replaced the recovery key")
+	}
+	w.must(w.approve(approved, "n2"))
+	if !bytes.Equal(w.s.Cluster().GetRecoveryKey(), key(7).PublicKey()) {
+		t.Error("control: two operators did not")
+	}
+	// Who pinned a key follows signatures only.
+	for pinned, follows := range map[byte]byte{5: 6, 6: 6, 7: 7, 9: 9} {
+		if got := ca.FollowRecoveryKey(w.s.Cluster(), key(pinned).PublicKey()); !bytes.Equal(got, key(follows).PublicKey()) {
+			t.Errorf("who pinned key %d does not follow to %d", pinned, follows)
+		}
+	}
+	w.must(replace(key(7), key(8)))
+	if got := ca.FollowRecoveryKey(w.s.Cluster(), key(7).PublicKey()); !bytes.Equal(got, key(8).PublicKey()) {
+		t.Error("control: a signed replacement is not followed")
+	}
+}

@@ -464,6 +464,8 @@ func commandName(command *statev1.Command) (what string, on []string) {
 		on = []string{"node/" + body.RemoveMember.GetId()}
 	case *statev1.Command_PromoteMember:
 		on = []string{"node/" + body.PromoteMember.GetId()}
+	case *statev1.Command_ReplaceRecoveryKey:
+		on = []string{"recovery key " + ca.RecoveryKeyText(body.ReplaceRecoveryKey.GetReplacement().GetNext())}
 	case *statev1.Command_ApproveChange:
 		what, on = commandName(domain.MembershipChange(body.ApproveChange.GetChange()))
 		what = "Approve" + what

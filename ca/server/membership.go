@@ -12,6 +12,7 @@ import (
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
+	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/domain"
 )
 
@@ -69,6 +70,17 @@ func (s *Server) approve(ctx context.Context, change []byte) (revision uint64, a
 		}
 	})
 	return outcome.Revision, approval, nil
+}
+
+func (d adminDoor) ReplaceRecoveryKey(ctx context.Context, req *ententev1.ReplaceRecoveryKeyRequest) (*ententev1.ReplaceRecoveryKeyResponse, error) {
+	s := d.server
+	command := &statev1.Command{Body: &statev1.Command_ReplaceRecoveryKey{ReplaceRecoveryKey: &statev1.ReplaceRecoveryKey{Replacement: req.GetReplacement()}}}
+	if !domain.ChangesMembers(command) {
+		outcome, err := s.propose(ctx, command)
+		return &ententev1.ReplaceRecoveryKeyResponse{Revision: outcome.Revision}, err
+	}
+	revision, approval, err := s.changeMembers(ctx, command)
+	return &ententev1.ReplaceRecoveryKeyResponse{Revision: revision, Approval: approval}, err
 }
 
 func (d adminDoor) ListChanges(context.Context, *ententev1.ListChangesRequest) (*ententev1.ListChangesResponse, error) {
@@ -157,6 +169,9 @@ func whatChanges(st *domain.State, change *statev1.Command) string {
 			kind += ", not signing"
 		}
 		return fmt.Sprintf("admit CA node %s in %s by token %s (%s)", grant.GetName(), grant.GetDatacenter(), body.CreateToken.GetToken().GetId(), kind)
+	}
+	if r := change.GetReplaceRecoveryKey().GetReplacement(); r != nil {
+		return "replace the recovery key by " + ca.RecoveryKeyText(r.GetNext())
 	}
 	return "unknown"
 }

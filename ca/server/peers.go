@@ -82,7 +82,7 @@ func (s *Server) mayPropose(c caller, command *statev1.Command) error {
 		return fmt.Errorf("CA node %s does not say who asks, or at length", c.member.GetName())
 	}
 	switch body := command.GetBody().(type) {
-	case *statev1.Command_JoinMember, *statev1.Command_AttestAgent, *statev1.Command_AdmitAgent, *statev1.Command_MergeBans, *statev1.Command_ApproveChange: // they prove themselves, were verified at the door, or only take away
+	case *statev1.Command_JoinMember, *statev1.Command_AttestAgent, *statev1.Command_AdmitAgent, *statev1.Command_MergeBans, *statev1.Command_ApproveChange, *statev1.Command_ReplaceRecoveryKey: // they prove themselves, were verified at the door, or only take away
 		return nil
 	case *statev1.Command_CreateToken, *statev1.Command_ApplyObjects, *statev1.Command_StageObjects, *statev1.Command_ApplyStaged,
 		// An operator may be at any node; that one asked, its admin socket knows alone. What

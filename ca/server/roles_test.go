@@ -102,7 +102,7 @@ func TestAdministratorsByTheirRoles(t *testing.T) {
 		"Apply": "pia vic tom", "ChangeEntries": "pia vic tom", // and looked at there
 		"ListNodes": "vic tom", "ListAuthorities": "vic tom", "ListAgents": "vic tom", "GetAgent": "vic tom", "ListTokens": "vic tom",
 		"CreateToken": "tom", "RevokeToken": "tom", "BanAgent": "tom", "EvictAgent": "tom", "IsolateAgent": "tom", "PrepareAuthority": "tom", "ActivateAuthority": "tom",
-		"TaintAuthority": "tom", "RevokeAuthority": "tom", "RemoveNode": "tom", "PromoteNode": "tom", "SaveSnapshot": "tom", "ListChanges": "vic tom", "ApproveChange": "",
+		"TaintAuthority": "tom", "RevokeAuthority": "tom", "RemoveNode": "tom", "PromoteNode": "tom", "SaveSnapshot": "tom", "ListChanges": "vic tom", "ApproveChange": "", "ReplaceRecoveryKey": "",
 		"WhoAmI": "pia vic tom nobody",
 	}
 	people := map[string]*grpc.ClientConn{}

@@ -1,11 +1,13 @@
 package main
 
 import (
+	"crypto/rand"
 	"errors"
 	"fmt"
 
 	"github.com/spf13/cobra"
 
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
 	"github.com/entente-mesh/entente/ca"
 )
@@ -39,5 +41,85 @@ there is no token: gateways, and hosts that attest by certificate.`,
 		},
 	}
 	admin.register(c)
+	c.AddCommand(holdsKeys(replaceRecoveryKeyCommand()))
 	return c
+}
+
+func replaceRecoveryKeyCommand() *cobra.Command {
+	var (
+		admin            adminFlags
+		formerFile, file string
+	)
+	c := &cobra.Command{
+		Use:   "replace --recovery-key-file NEW [--former-key-file OLD]",
+		Short: "Replace the recovery key",
+		Long: `Make a new recovery key, write it to the new file NEW, and have it count instead of the
+present one. With the present key in OLD the new one is signed with it, and agents and
+gateways follow. Without it, operators of a majority of the voters approve the change
+(entente node approve), and agents and gateways keep the former key until their
+ca.recoveryKey names the new one.`,
+		Example: "  entente ca recovery-key replace --recovery-key-file new.key --former-key-file old.key",
+		Args:    noArguments,
+		RunE: func(c *cobra.Command, _ []string) error {
+			if file == "" {
+				return usageError{c, errors.New("--recovery-key-file is missing: the new file for the new recovery key")}
+			}
+			return admin.call(c.Context(), func(client ententev1.AdminClient) error {
+				return replaceRecoveryKey(c, client, admin.json, file, formerFile)
+			})
+		},
+	}
+	admin.register(c)
+	c.Flags().StringVar(&file, "recovery-key-file", "", "write the new recovery key to this new file, 0600")
+	c.Flags().StringVar(&formerFile, "former-key-file", "", "file with the present recovery key; - reads standard input")
+	return c
+}
+
+func replaceRecoveryKey(c *cobra.Command, client ententev1.AdminClient, asJSON bool, file, formerFile string) error {
+	status, err := client.Status(c.Context(), &ententev1.StatusRequest{})
+	if err != nil {
+		return err
+	}
+	cluster := status.GetCluster()
+	td, err := ca.ParseTrustDomain(cluster.GetTrustDomain())
+	if err != nil {
+		return err
+	}
+	next := &ca.RecoveryKey{TrustDomain: td, ClusterID: cluster.GetId(), Seed: make([]byte, 32)}
+	rand.Read(next.Seed)
+	replacement := &statev1.RecoveryKeyReplacement{Former: cluster.GetRecoveryKey(), Next: next.PublicKey()}
+	if formerFile != "" {
+		text, err := readSecret(formerFile)
+		if err != nil {
+			return usageError{c, fmt.Errorf("--former-key-file: %w", err)}
+		}
+		former, err := ca.ParseRecoveryKey(text)
+		if err == nil {
+			err = former.Fits(cluster)
+		}
+		if err == nil {
+			replacement, err = former.Replace(next)
+		}
+		if err != nil {
+			return usageError{c, fmt.Errorf("--former-key-file: %w", err)}
+		}
+	}
+	text, err := next.Text()
+	if err != nil {
+		return err
+	}
+	if err := writeSecret(file, text); err != nil { // before it counts: nobody could recover otherwise
+		return err
+	}
+	response, err := client.ReplaceRecoveryKey(c.Context(), &ententev1.ReplaceRecoveryKeyRequest{Replacement: replacement})
+	switch {
+	case err != nil:
+		return fmt.Errorf("%w; the key in %s does not count", err, file)
+	case asJSON:
+		return printJSON(c.OutOrStdout(), response)
+	case response.GetApproval() != nil:
+		return printApproval(c.OutOrStdout(), response.GetApproval())
+	}
+	_, err = fmt.Fprintf(c.OutOrStdout(), "the recovery key in %s counts since revision %s; destroy the former one\n", file, ca.Revision(response.GetRevision()))
+	return err
 }

@@ -3027,6 +3027,102 @@ func (x *Approval) GetProposedBy() string {
 	return ""
 }
 
+type ReplaceRecoveryKeyRequest struct {
+	state         protoimpl.MessageState     `protogen:"open.v1"`
+	Replacement   *v1.RecoveryKeyReplacement `protobuf:"bytes,1,opt,name=replacement,proto3" json:"replacement,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReplaceRecoveryKeyRequest) Reset() {
+	*x = ReplaceRecoveryKeyRequest{}
+	mi := &file_entente_v1_entente_proto_msgTypes[40]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReplaceRecoveryKeyRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReplaceRecoveryKeyRequest) ProtoMessage() {}
+
+func (x *ReplaceRecoveryKeyRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[40]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReplaceRecoveryKeyRequest.ProtoReflect.Descriptor instead.
+func (*ReplaceRecoveryKeyRequest) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{40}
+}
+
+func (x *ReplaceRecoveryKeyRequest) GetReplacement() *v1.RecoveryKeyReplacement {
+	if x != nil {
+		return x.Replacement
+	}
+	return nil
+}
+
+type ReplaceRecoveryKeyResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Revision      uint64                 `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"`
+	Approval      *Approval              `protobuf:"bytes,2,opt,name=approval,proto3" json:"approval,omitempty"` // it is not carried out yet
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReplaceRecoveryKeyResponse) Reset() {
+	*x = ReplaceRecoveryKeyResponse{}
+	mi := &file_entente_v1_entente_proto_msgTypes[41]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReplaceRecoveryKeyResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReplaceRecoveryKeyResponse) ProtoMessage() {}
+
+func (x *ReplaceRecoveryKeyResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[41]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReplaceRecoveryKeyResponse.ProtoReflect.Descriptor instead.
+func (*ReplaceRecoveryKeyResponse) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{41}
+}
+
+func (x *ReplaceRecoveryKeyResponse) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+func (x *ReplaceRecoveryKeyResponse) GetApproval() *Approval {
+	if x != nil {
+		return x.Approval
+	}
+	return nil
+}
+
 type ListChangesRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -3035,7 +3131,7 @@ type ListChangesRequest struct {
 
 func (x *ListChangesRequest) Reset() {
 	*x = ListChangesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[40]
+	mi := &file_entente_v1_entente_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3047,7 +3143,7 @@ func (x *ListChangesRequest) String() string {
 func (*ListChangesRequest) ProtoMessage() {}
 
 func (x *ListChangesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[40]
+	mi := &file_entente_v1_entente_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3060,7 +3156,7 @@ func (x *ListChangesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListChangesRequest.ProtoReflect.Descriptor instead.
 func (*ListChangesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{40}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{42}
 }
 
 type ListChangesResponse struct {
@@ -3072,7 +3168,7 @@ type ListChangesResponse struct {
 
 func (x *ListChangesResponse) Reset() {
 	*x = ListChangesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[41]
+	mi := &file_entente_v1_entente_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3084,7 +3180,7 @@ func (x *ListChangesResponse) String() string {
 func (*ListChangesResponse) ProtoMessage() {}
 
 func (x *ListChangesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[41]
+	mi := &file_entente_v1_entente_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3097,7 +3193,7 @@ func (x *ListChangesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListChangesResponse.ProtoReflect.Descriptor instead.
 func (*ListChangesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{41}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *ListChangesResponse) GetChanges() []*Approval {
@@ -3116,7 +3212,7 @@ type ApproveChangeRequest struct {
 
 func (x *ApproveChangeRequest) Reset() {
 	*x = ApproveChangeRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[42]
+	mi := &file_entente_v1_entente_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3128,7 +3224,7 @@ func (x *ApproveChangeRequest) String() string {
 func (*ApproveChangeRequest) ProtoMessage() {}
 
 func (x *ApproveChangeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[42]
+	mi := &file_entente_v1_entente_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3141,7 +3237,7 @@ func (x *ApproveChangeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApproveChangeRequest.ProtoReflect.Descriptor instead.
 func (*ApproveChangeRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{42}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *ApproveChangeRequest) GetId() string {
@@ -3162,7 +3258,7 @@ type ApproveChangeResponse struct {
 
 func (x *ApproveChangeResponse) Reset() {
 	*x = ApproveChangeResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[43]
+	mi := &file_entente_v1_entente_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3174,7 +3270,7 @@ func (x *ApproveChangeResponse) String() string {
 func (*ApproveChangeResponse) ProtoMessage() {}
 
 func (x *ApproveChangeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[43]
+	mi := &file_entente_v1_entente_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3187,7 +3283,7 @@ func (x *ApproveChangeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApproveChangeResponse.ProtoReflect.Descriptor instead.
 func (*ApproveChangeResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{43}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *ApproveChangeResponse) GetRevision() uint64 {
@@ -3220,7 +3316,7 @@ type PromoteNodeRequest struct {
 
 func (x *PromoteNodeRequest) Reset() {
 	*x = PromoteNodeRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[44]
+	mi := &file_entente_v1_entente_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3232,7 +3328,7 @@ func (x *PromoteNodeRequest) String() string {
 func (*PromoteNodeRequest) ProtoMessage() {}
 
 func (x *PromoteNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[44]
+	mi := &file_entente_v1_entente_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3245,7 +3341,7 @@ func (x *PromoteNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PromoteNodeRequest.ProtoReflect.Descriptor instead.
 func (*PromoteNodeRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{44}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *PromoteNodeRequest) GetName() string {
@@ -3265,7 +3361,7 @@ type PromoteNodeResponse struct {
 
 func (x *PromoteNodeResponse) Reset() {
 	*x = PromoteNodeResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[45]
+	mi := &file_entente_v1_entente_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3277,7 +3373,7 @@ func (x *PromoteNodeResponse) String() string {
 func (*PromoteNodeResponse) ProtoMessage() {}
 
 func (x *PromoteNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[45]
+	mi := &file_entente_v1_entente_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3290,7 +3386,7 @@ func (x *PromoteNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PromoteNodeResponse.ProtoReflect.Descriptor instead.
 func (*PromoteNodeResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{45}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *PromoteNodeResponse) GetRevision() uint64 {
@@ -3316,7 +3412,7 @@ type VouchRequest struct {
 
 func (x *VouchRequest) Reset() {
 	*x = VouchRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[46]
+	mi := &file_entente_v1_entente_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3328,7 +3424,7 @@ func (x *VouchRequest) String() string {
 func (*VouchRequest) ProtoMessage() {}
 
 func (x *VouchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[46]
+	mi := &file_entente_v1_entente_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3341,7 +3437,7 @@ func (x *VouchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VouchRequest.ProtoReflect.Descriptor instead.
 func (*VouchRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{46}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *VouchRequest) GetMemberId() string {
@@ -3360,7 +3456,7 @@ type VouchResponse struct {
 
 func (x *VouchResponse) Reset() {
 	*x = VouchResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[47]
+	mi := &file_entente_v1_entente_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3372,7 +3468,7 @@ func (x *VouchResponse) String() string {
 func (*VouchResponse) ProtoMessage() {}
 
 func (x *VouchResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[47]
+	mi := &file_entente_v1_entente_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3385,7 +3481,7 @@ func (x *VouchResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VouchResponse.ProtoReflect.Descriptor instead.
 func (*VouchResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{47}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *VouchResponse) GetMember() *v1.Member {
@@ -3405,7 +3501,7 @@ type ChecksumRequest struct {
 
 func (x *ChecksumRequest) Reset() {
 	*x = ChecksumRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[48]
+	mi := &file_entente_v1_entente_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3417,7 +3513,7 @@ func (x *ChecksumRequest) String() string {
 func (*ChecksumRequest) ProtoMessage() {}
 
 func (x *ChecksumRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[48]
+	mi := &file_entente_v1_entente_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3430,7 +3526,7 @@ func (x *ChecksumRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChecksumRequest.ProtoReflect.Descriptor instead.
 func (*ChecksumRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{48}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *ChecksumRequest) GetAtIndex() uint64 {
@@ -3456,7 +3552,7 @@ type ChecksumResponse struct {
 
 func (x *ChecksumResponse) Reset() {
 	*x = ChecksumResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[49]
+	mi := &file_entente_v1_entente_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3468,7 +3564,7 @@ func (x *ChecksumResponse) String() string {
 func (*ChecksumResponse) ProtoMessage() {}
 
 func (x *ChecksumResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[49]
+	mi := &file_entente_v1_entente_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3481,7 +3577,7 @@ func (x *ChecksumResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChecksumResponse.ProtoReflect.Descriptor instead.
 func (*ChecksumResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{49}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *ChecksumResponse) GetSum() []byte {
@@ -3501,7 +3597,7 @@ type ShowEpochRequest struct {
 
 func (x *ShowEpochRequest) Reset() {
 	*x = ShowEpochRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[50]
+	mi := &file_entente_v1_entente_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3513,7 +3609,7 @@ func (x *ShowEpochRequest) String() string {
 func (*ShowEpochRequest) ProtoMessage() {}
 
 func (x *ShowEpochRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[50]
+	mi := &file_entente_v1_entente_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3526,7 +3622,7 @@ func (x *ShowEpochRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowEpochRequest.ProtoReflect.Descriptor instead.
 func (*ShowEpochRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{50}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *ShowEpochRequest) GetStatement() []byte {
@@ -3551,7 +3647,7 @@ type ShowEpochResponse struct {
 
 func (x *ShowEpochResponse) Reset() {
 	*x = ShowEpochResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[51]
+	mi := &file_entente_v1_entente_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3563,7 +3659,7 @@ func (x *ShowEpochResponse) String() string {
 func (*ShowEpochResponse) ProtoMessage() {}
 
 func (x *ShowEpochResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[51]
+	mi := &file_entente_v1_entente_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3576,7 +3672,7 @@ func (x *ShowEpochResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowEpochResponse.ProtoReflect.Descriptor instead.
 func (*ShowEpochResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{51}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{53}
 }
 
 type ForeignBundleStatus struct {
@@ -3593,7 +3689,7 @@ type ForeignBundleStatus struct {
 
 func (x *ForeignBundleStatus) Reset() {
 	*x = ForeignBundleStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[52]
+	mi := &file_entente_v1_entente_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3605,7 +3701,7 @@ func (x *ForeignBundleStatus) String() string {
 func (*ForeignBundleStatus) ProtoMessage() {}
 
 func (x *ForeignBundleStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[52]
+	mi := &file_entente_v1_entente_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3618,7 +3714,7 @@ func (x *ForeignBundleStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForeignBundleStatus.ProtoReflect.Descriptor instead.
 func (*ForeignBundleStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{52}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *ForeignBundleStatus) GetTrustDomain() string {
@@ -3676,7 +3772,7 @@ type DroppedKey struct {
 
 func (x *DroppedKey) Reset() {
 	*x = DroppedKey{}
-	mi := &file_entente_v1_entente_proto_msgTypes[53]
+	mi := &file_entente_v1_entente_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3688,7 +3784,7 @@ func (x *DroppedKey) String() string {
 func (*DroppedKey) ProtoMessage() {}
 
 func (x *DroppedKey) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[53]
+	mi := &file_entente_v1_entente_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3701,7 +3797,7 @@ func (x *DroppedKey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DroppedKey.ProtoReflect.Descriptor instead.
 func (*DroppedKey) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{53}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *DroppedKey) GetId() string {
@@ -3744,7 +3840,7 @@ type CreateTokenRequest struct {
 
 func (x *CreateTokenRequest) Reset() {
 	*x = CreateTokenRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[54]
+	mi := &file_entente_v1_entente_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3756,7 +3852,7 @@ func (x *CreateTokenRequest) String() string {
 func (*CreateTokenRequest) ProtoMessage() {}
 
 func (x *CreateTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[54]
+	mi := &file_entente_v1_entente_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3769,7 +3865,7 @@ func (x *CreateTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTokenRequest.ProtoReflect.Descriptor instead.
 func (*CreateTokenRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{54}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *CreateTokenRequest) GetNode() *v1.NodeGrant {
@@ -3812,7 +3908,7 @@ type CreateTokenResponse struct {
 
 func (x *CreateTokenResponse) Reset() {
 	*x = CreateTokenResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[55]
+	mi := &file_entente_v1_entente_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3824,7 +3920,7 @@ func (x *CreateTokenResponse) String() string {
 func (*CreateTokenResponse) ProtoMessage() {}
 
 func (x *CreateTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[55]
+	mi := &file_entente_v1_entente_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3837,7 +3933,7 @@ func (x *CreateTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTokenResponse.ProtoReflect.Descriptor instead.
 func (*CreateTokenResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{55}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *CreateTokenResponse) GetApproval() *Approval {
@@ -3879,7 +3975,7 @@ type ApplyRequest struct {
 
 func (x *ApplyRequest) Reset() {
 	*x = ApplyRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[56]
+	mi := &file_entente_v1_entente_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3891,7 +3987,7 @@ func (x *ApplyRequest) String() string {
 func (*ApplyRequest) ProtoMessage() {}
 
 func (x *ApplyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[56]
+	mi := &file_entente_v1_entente_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3904,7 +4000,7 @@ func (x *ApplyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyRequest.ProtoReflect.Descriptor instead.
 func (*ApplyRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{56}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *ApplyRequest) GetObjects() []*v1.Object {
@@ -3938,7 +4034,7 @@ type ApplyResponse struct {
 
 func (x *ApplyResponse) Reset() {
 	*x = ApplyResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[57]
+	mi := &file_entente_v1_entente_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3950,7 +4046,7 @@ func (x *ApplyResponse) String() string {
 func (*ApplyResponse) ProtoMessage() {}
 
 func (x *ApplyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[57]
+	mi := &file_entente_v1_entente_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3963,7 +4059,7 @@ func (x *ApplyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyResponse.ProtoReflect.Descriptor instead.
 func (*ApplyResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{57}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *ApplyResponse) GetRevision() uint64 {
@@ -3991,7 +4087,7 @@ type ObjectChange struct {
 
 func (x *ObjectChange) Reset() {
 	*x = ObjectChange{}
-	mi := &file_entente_v1_entente_proto_msgTypes[58]
+	mi := &file_entente_v1_entente_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4003,7 +4099,7 @@ func (x *ObjectChange) String() string {
 func (*ObjectChange) ProtoMessage() {}
 
 func (x *ObjectChange) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[58]
+	mi := &file_entente_v1_entente_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4016,7 +4112,7 @@ func (x *ObjectChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ObjectChange.ProtoReflect.Descriptor instead.
 func (*ObjectChange) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{58}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *ObjectChange) GetKey() *v1.ObjectKey {
@@ -4048,7 +4144,7 @@ type WhoAmIRequest struct {
 
 func (x *WhoAmIRequest) Reset() {
 	*x = WhoAmIRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[59]
+	mi := &file_entente_v1_entente_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4060,7 +4156,7 @@ func (x *WhoAmIRequest) String() string {
 func (*WhoAmIRequest) ProtoMessage() {}
 
 func (x *WhoAmIRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[59]
+	mi := &file_entente_v1_entente_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4073,7 +4169,7 @@ func (x *WhoAmIRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhoAmIRequest.ProtoReflect.Descriptor instead.
 func (*WhoAmIRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{59}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{61}
 }
 
 type WhoAmIResponse struct {
@@ -4087,7 +4183,7 @@ type WhoAmIResponse struct {
 
 func (x *WhoAmIResponse) Reset() {
 	*x = WhoAmIResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[60]
+	mi := &file_entente_v1_entente_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4099,7 +4195,7 @@ func (x *WhoAmIResponse) String() string {
 func (*WhoAmIResponse) ProtoMessage() {}
 
 func (x *WhoAmIResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[60]
+	mi := &file_entente_v1_entente_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4112,7 +4208,7 @@ func (x *WhoAmIResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhoAmIResponse.ProtoReflect.Descriptor instead.
 func (*WhoAmIResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{60}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *WhoAmIResponse) GetWho() string {
@@ -4146,7 +4242,7 @@ type GetBundleRequest struct {
 
 func (x *GetBundleRequest) Reset() {
 	*x = GetBundleRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[61]
+	mi := &file_entente_v1_entente_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4158,7 +4254,7 @@ func (x *GetBundleRequest) String() string {
 func (*GetBundleRequest) ProtoMessage() {}
 
 func (x *GetBundleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[61]
+	mi := &file_entente_v1_entente_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4171,7 +4267,7 @@ func (x *GetBundleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBundleRequest.ProtoReflect.Descriptor instead.
 func (*GetBundleRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{61}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *GetBundleRequest) GetTrustDomain() string {
@@ -4197,7 +4293,7 @@ type GetBundleResponse struct {
 
 func (x *GetBundleResponse) Reset() {
 	*x = GetBundleResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[62]
+	mi := &file_entente_v1_entente_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4209,7 +4305,7 @@ func (x *GetBundleResponse) String() string {
 func (*GetBundleResponse) ProtoMessage() {}
 
 func (x *GetBundleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[62]
+	mi := &file_entente_v1_entente_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4222,7 +4318,7 @@ func (x *GetBundleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBundleResponse.ProtoReflect.Descriptor instead.
 func (*GetBundleResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{62}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *GetBundleResponse) GetJwks() []byte {
@@ -4241,7 +4337,7 @@ type ProposeRequest struct {
 
 func (x *ProposeRequest) Reset() {
 	*x = ProposeRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[63]
+	mi := &file_entente_v1_entente_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4253,7 +4349,7 @@ func (x *ProposeRequest) String() string {
 func (*ProposeRequest) ProtoMessage() {}
 
 func (x *ProposeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[63]
+	mi := &file_entente_v1_entente_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4266,7 +4362,7 @@ func (x *ProposeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProposeRequest.ProtoReflect.Descriptor instead.
 func (*ProposeRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{63}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *ProposeRequest) GetCommand() []byte {
@@ -4287,7 +4383,7 @@ type ProposeResponse struct {
 
 func (x *ProposeResponse) Reset() {
 	*x = ProposeResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[64]
+	mi := &file_entente_v1_entente_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4299,7 +4395,7 @@ func (x *ProposeResponse) String() string {
 func (*ProposeResponse) ProtoMessage() {}
 
 func (x *ProposeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[64]
+	mi := &file_entente_v1_entente_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4312,7 +4408,7 @@ func (x *ProposeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProposeResponse.ProtoReflect.Descriptor instead.
 func (*ProposeResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{64}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *ProposeResponse) GetRevision() uint64 {
@@ -4353,7 +4449,7 @@ type ReportRequest struct {
 
 func (x *ReportRequest) Reset() {
 	*x = ReportRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[65]
+	mi := &file_entente_v1_entente_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4365,7 +4461,7 @@ func (x *ReportRequest) String() string {
 func (*ReportRequest) ProtoMessage() {}
 
 func (x *ReportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[65]
+	mi := &file_entente_v1_entente_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4378,7 +4474,7 @@ func (x *ReportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRequest.ProtoReflect.Descriptor instead.
 func (*ReportRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{65}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *ReportRequest) GetBootId() string {
@@ -4455,7 +4551,7 @@ type HeldAuthority struct {
 
 func (x *HeldAuthority) Reset() {
 	*x = HeldAuthority{}
-	mi := &file_entente_v1_entente_proto_msgTypes[66]
+	mi := &file_entente_v1_entente_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4467,7 +4563,7 @@ func (x *HeldAuthority) String() string {
 func (*HeldAuthority) ProtoMessage() {}
 
 func (x *HeldAuthority) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[66]
+	mi := &file_entente_v1_entente_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4480,7 +4576,7 @@ func (x *HeldAuthority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HeldAuthority.ProtoReflect.Descriptor instead.
 func (*HeldAuthority) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{66}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *HeldAuthority) GetId() string {
@@ -4505,7 +4601,7 @@ type ReportResponse struct {
 
 func (x *ReportResponse) Reset() {
 	*x = ReportResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[67]
+	mi := &file_entente_v1_entente_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4517,7 +4613,7 @@ func (x *ReportResponse) String() string {
 func (*ReportResponse) ProtoMessage() {}
 
 func (x *ReportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[67]
+	mi := &file_entente_v1_entente_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4530,7 +4626,7 @@ func (x *ReportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportResponse.ProtoReflect.Descriptor instead.
 func (*ReportResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{67}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{69}
 }
 
 type GateRequest struct {
@@ -4541,7 +4637,7 @@ type GateRequest struct {
 
 func (x *GateRequest) Reset() {
 	*x = GateRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[68]
+	mi := &file_entente_v1_entente_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4553,7 +4649,7 @@ func (x *GateRequest) String() string {
 func (*GateRequest) ProtoMessage() {}
 
 func (x *GateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[68]
+	mi := &file_entente_v1_entente_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4566,7 +4662,7 @@ func (x *GateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GateRequest.ProtoReflect.Descriptor instead.
 func (*GateRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{68}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{70}
 }
 
 type GateResponse struct {
@@ -4578,7 +4674,7 @@ type GateResponse struct {
 
 func (x *GateResponse) Reset() {
 	*x = GateResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[69]
+	mi := &file_entente_v1_entente_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4590,7 +4686,7 @@ func (x *GateResponse) String() string {
 func (*GateResponse) ProtoMessage() {}
 
 func (x *GateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[69]
+	mi := &file_entente_v1_entente_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4603,7 +4699,7 @@ func (x *GateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GateResponse.ProtoReflect.Descriptor instead.
 func (*GateResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{69}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *GateResponse) GetAuthorities() []*AuthorityGate {
@@ -4626,7 +4722,7 @@ type AuthorityGate struct {
 
 func (x *AuthorityGate) Reset() {
 	*x = AuthorityGate{}
-	mi := &file_entente_v1_entente_proto_msgTypes[70]
+	mi := &file_entente_v1_entente_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4638,7 +4734,7 @@ func (x *AuthorityGate) String() string {
 func (*AuthorityGate) ProtoMessage() {}
 
 func (x *AuthorityGate) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[70]
+	mi := &file_entente_v1_entente_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4651,7 +4747,7 @@ func (x *AuthorityGate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityGate.ProtoReflect.Descriptor instead.
 func (*AuthorityGate) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{70}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *AuthorityGate) GetId() string {
@@ -4693,7 +4789,7 @@ type MarkReadyRequest struct {
 
 func (x *MarkReadyRequest) Reset() {
 	*x = MarkReadyRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[71]
+	mi := &file_entente_v1_entente_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4705,7 +4801,7 @@ func (x *MarkReadyRequest) String() string {
 func (*MarkReadyRequest) ProtoMessage() {}
 
 func (x *MarkReadyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[71]
+	mi := &file_entente_v1_entente_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4718,7 +4814,7 @@ func (x *MarkReadyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MarkReadyRequest.ProtoReflect.Descriptor instead.
 func (*MarkReadyRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{71}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *MarkReadyRequest) GetId() string {
@@ -4751,7 +4847,7 @@ type MarkReadyResponse struct {
 
 func (x *MarkReadyResponse) Reset() {
 	*x = MarkReadyResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[72]
+	mi := &file_entente_v1_entente_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4763,7 +4859,7 @@ func (x *MarkReadyResponse) String() string {
 func (*MarkReadyResponse) ProtoMessage() {}
 
 func (x *MarkReadyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[72]
+	mi := &file_entente_v1_entente_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4776,7 +4872,7 @@ func (x *MarkReadyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MarkReadyResponse.ProtoReflect.Descriptor instead.
 func (*MarkReadyResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{72}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *MarkReadyResponse) GetRevision() uint64 {
@@ -4799,7 +4895,7 @@ type Picture struct {
 
 func (x *Picture) Reset() {
 	*x = Picture{}
-	mi := &file_entente_v1_entente_proto_msgTypes[73]
+	mi := &file_entente_v1_entente_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4811,7 +4907,7 @@ func (x *Picture) String() string {
 func (*Picture) ProtoMessage() {}
 
 func (x *Picture) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[73]
+	mi := &file_entente_v1_entente_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4824,7 +4920,7 @@ func (x *Picture) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Picture.ProtoReflect.Descriptor instead.
 func (*Picture) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{73}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *Picture) GetPolicy() *Policy {
@@ -4863,7 +4959,7 @@ type PresenceRequest struct {
 
 func (x *PresenceRequest) Reset() {
 	*x = PresenceRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[74]
+	mi := &file_entente_v1_entente_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4875,7 +4971,7 @@ func (x *PresenceRequest) String() string {
 func (*PresenceRequest) ProtoMessage() {}
 
 func (x *PresenceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[74]
+	mi := &file_entente_v1_entente_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4888,7 +4984,7 @@ func (x *PresenceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PresenceRequest.ProtoReflect.Descriptor instead.
 func (*PresenceRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{74}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{76}
 }
 
 type PresenceResponse struct {
@@ -4902,7 +4998,7 @@ type PresenceResponse struct {
 
 func (x *PresenceResponse) Reset() {
 	*x = PresenceResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[75]
+	mi := &file_entente_v1_entente_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4914,7 +5010,7 @@ func (x *PresenceResponse) String() string {
 func (*PresenceResponse) ProtoMessage() {}
 
 func (x *PresenceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[75]
+	mi := &file_entente_v1_entente_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4927,7 +5023,7 @@ func (x *PresenceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PresenceResponse.ProtoReflect.Descriptor instead.
 func (*PresenceResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{75}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *PresenceResponse) GetInstances() []*Instance {
@@ -4959,7 +5055,7 @@ type ListAuthoritiesRequest struct {
 
 func (x *ListAuthoritiesRequest) Reset() {
 	*x = ListAuthoritiesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[76]
+	mi := &file_entente_v1_entente_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4971,7 +5067,7 @@ func (x *ListAuthoritiesRequest) String() string {
 func (*ListAuthoritiesRequest) ProtoMessage() {}
 
 func (x *ListAuthoritiesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[76]
+	mi := &file_entente_v1_entente_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4984,7 +5080,7 @@ func (x *ListAuthoritiesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuthoritiesRequest.ProtoReflect.Descriptor instead.
 func (*ListAuthoritiesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{76}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{78}
 }
 
 type ListAuthoritiesResponse struct {
@@ -4998,7 +5094,7 @@ type ListAuthoritiesResponse struct {
 
 func (x *ListAuthoritiesResponse) Reset() {
 	*x = ListAuthoritiesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[77]
+	mi := &file_entente_v1_entente_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5010,7 +5106,7 @@ func (x *ListAuthoritiesResponse) String() string {
 func (*ListAuthoritiesResponse) ProtoMessage() {}
 
 func (x *ListAuthoritiesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[77]
+	mi := &file_entente_v1_entente_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5023,7 +5119,7 @@ func (x *ListAuthoritiesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuthoritiesResponse.ProtoReflect.Descriptor instead.
 func (*ListAuthoritiesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{77}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *ListAuthoritiesResponse) GetAuthorities() []*AuthorityStatus {
@@ -5061,7 +5157,7 @@ type AuthorityStatus struct {
 
 func (x *AuthorityStatus) Reset() {
 	*x = AuthorityStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[78]
+	mi := &file_entente_v1_entente_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5073,7 +5169,7 @@ func (x *AuthorityStatus) String() string {
 func (*AuthorityStatus) ProtoMessage() {}
 
 func (x *AuthorityStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[78]
+	mi := &file_entente_v1_entente_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5086,7 +5182,7 @@ func (x *AuthorityStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityStatus.ProtoReflect.Descriptor instead.
 func (*AuthorityStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{78}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{80}
 }
 
 func (x *AuthorityStatus) GetAuthority() *v1.Authority {
@@ -5140,7 +5236,7 @@ type PrepareAuthorityRequest struct {
 
 func (x *PrepareAuthorityRequest) Reset() {
 	*x = PrepareAuthorityRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[79]
+	mi := &file_entente_v1_entente_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5152,7 +5248,7 @@ func (x *PrepareAuthorityRequest) String() string {
 func (*PrepareAuthorityRequest) ProtoMessage() {}
 
 func (x *PrepareAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[79]
+	mi := &file_entente_v1_entente_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5165,7 +5261,7 @@ func (x *PrepareAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*PrepareAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{79}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{81}
 }
 
 func (x *PrepareAuthorityRequest) GetUse() v1.KeyUse {
@@ -5186,7 +5282,7 @@ type ChangeAuthorityRequest struct {
 
 func (x *ChangeAuthorityRequest) Reset() {
 	*x = ChangeAuthorityRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[80]
+	mi := &file_entente_v1_entente_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5198,7 +5294,7 @@ func (x *ChangeAuthorityRequest) String() string {
 func (*ChangeAuthorityRequest) ProtoMessage() {}
 
 func (x *ChangeAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[80]
+	mi := &file_entente_v1_entente_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5211,7 +5307,7 @@ func (x *ChangeAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*ChangeAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{80}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *ChangeAuthorityRequest) GetId() string {
@@ -5252,7 +5348,7 @@ type ChangeAuthorityResponse struct {
 
 func (x *ChangeAuthorityResponse) Reset() {
 	*x = ChangeAuthorityResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[81]
+	mi := &file_entente_v1_entente_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5264,7 +5360,7 @@ func (x *ChangeAuthorityResponse) String() string {
 func (*ChangeAuthorityResponse) ProtoMessage() {}
 
 func (x *ChangeAuthorityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[81]
+	mi := &file_entente_v1_entente_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5277,7 +5373,7 @@ func (x *ChangeAuthorityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAuthorityResponse.ProtoReflect.Descriptor instead.
 func (*ChangeAuthorityResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{81}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *ChangeAuthorityResponse) GetAuthority() *v1.Authority {
@@ -5332,7 +5428,7 @@ type RemoveNodeRequest struct {
 
 func (x *RemoveNodeRequest) Reset() {
 	*x = RemoveNodeRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[82]
+	mi := &file_entente_v1_entente_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5344,7 +5440,7 @@ func (x *RemoveNodeRequest) String() string {
 func (*RemoveNodeRequest) ProtoMessage() {}
 
 func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[82]
+	mi := &file_entente_v1_entente_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5357,7 +5453,7 @@ func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodeRequest.ProtoReflect.Descriptor instead.
 func (*RemoveNodeRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{82}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *RemoveNodeRequest) GetName() string {
@@ -5388,7 +5484,7 @@ type RemoveNodeResponse struct {
 
 func (x *RemoveNodeResponse) Reset() {
 	*x = RemoveNodeResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[83]
+	mi := &file_entente_v1_entente_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5400,7 +5496,7 @@ func (x *RemoveNodeResponse) String() string {
 func (*RemoveNodeResponse) ProtoMessage() {}
 
 func (x *RemoveNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[83]
+	mi := &file_entente_v1_entente_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5413,7 +5509,7 @@ func (x *RemoveNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodeResponse.ProtoReflect.Descriptor instead.
 func (*RemoveNodeResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{83}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *RemoveNodeResponse) GetRevision() uint64 {
@@ -5468,7 +5564,7 @@ type ListAgentsRequest struct {
 
 func (x *ListAgentsRequest) Reset() {
 	*x = ListAgentsRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[84]
+	mi := &file_entente_v1_entente_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5480,7 +5576,7 @@ func (x *ListAgentsRequest) String() string {
 func (*ListAgentsRequest) ProtoMessage() {}
 
 func (x *ListAgentsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[84]
+	mi := &file_entente_v1_entente_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5493,7 +5589,7 @@ func (x *ListAgentsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAgentsRequest.ProtoReflect.Descriptor instead.
 func (*ListAgentsRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{84}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{86}
 }
 
 func (x *ListAgentsRequest) GetPageSize() uint32 {
@@ -5520,7 +5616,7 @@ type ListAgentsResponse struct {
 
 func (x *ListAgentsResponse) Reset() {
 	*x = ListAgentsResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[85]
+	mi := &file_entente_v1_entente_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5532,7 +5628,7 @@ func (x *ListAgentsResponse) String() string {
 func (*ListAgentsResponse) ProtoMessage() {}
 
 func (x *ListAgentsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[85]
+	mi := &file_entente_v1_entente_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5545,7 +5641,7 @@ func (x *ListAgentsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAgentsResponse.ProtoReflect.Descriptor instead.
 func (*ListAgentsResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{85}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *ListAgentsResponse) GetAgents() []*AgentStatus {
@@ -5574,7 +5670,7 @@ type AgentStatus struct {
 
 func (x *AgentStatus) Reset() {
 	*x = AgentStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[86]
+	mi := &file_entente_v1_entente_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5586,7 +5682,7 @@ func (x *AgentStatus) String() string {
 func (*AgentStatus) ProtoMessage() {}
 
 func (x *AgentStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[86]
+	mi := &file_entente_v1_entente_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5599,7 +5695,7 @@ func (x *AgentStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentStatus.ProtoReflect.Descriptor instead.
 func (*AgentStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{86}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{88}
 }
 
 func (x *AgentStatus) GetAgent() *v1.Agent {
@@ -5639,7 +5735,7 @@ type GetAgentRequest struct {
 
 func (x *GetAgentRequest) Reset() {
 	*x = GetAgentRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[87]
+	mi := &file_entente_v1_entente_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5651,7 +5747,7 @@ func (x *GetAgentRequest) String() string {
 func (*GetAgentRequest) ProtoMessage() {}
 
 func (x *GetAgentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[87]
+	mi := &file_entente_v1_entente_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5664,7 +5760,7 @@ func (x *GetAgentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetAgentRequest.ProtoReflect.Descriptor instead.
 func (*GetAgentRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{87}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{89}
 }
 
 func (x *GetAgentRequest) GetName() string {
@@ -5685,7 +5781,7 @@ type GetAgentResponse struct {
 
 func (x *GetAgentResponse) Reset() {
 	*x = GetAgentResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[88]
+	mi := &file_entente_v1_entente_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5697,7 +5793,7 @@ func (x *GetAgentResponse) String() string {
 func (*GetAgentResponse) ProtoMessage() {}
 
 func (x *GetAgentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[88]
+	mi := &file_entente_v1_entente_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5710,7 +5806,7 @@ func (x *GetAgentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetAgentResponse.ProtoReflect.Descriptor instead.
 func (*GetAgentResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{88}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{90}
 }
 
 func (x *GetAgentResponse) GetStatus() *AgentStatus {
@@ -5743,7 +5839,7 @@ type ChangeAgentRequest struct {
 
 func (x *ChangeAgentRequest) Reset() {
 	*x = ChangeAgentRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[89]
+	mi := &file_entente_v1_entente_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5755,7 +5851,7 @@ func (x *ChangeAgentRequest) String() string {
 func (*ChangeAgentRequest) ProtoMessage() {}
 
 func (x *ChangeAgentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[89]
+	mi := &file_entente_v1_entente_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5768,7 +5864,7 @@ func (x *ChangeAgentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAgentRequest.ProtoReflect.Descriptor instead.
 func (*ChangeAgentRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{89}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{91}
 }
 
 func (x *ChangeAgentRequest) GetName() string {
@@ -5787,7 +5883,7 @@ type ChangeAgentResponse struct {
 
 func (x *ChangeAgentResponse) Reset() {
 	*x = ChangeAgentResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[90]
+	mi := &file_entente_v1_entente_proto_msgTypes[92]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5799,7 +5895,7 @@ func (x *ChangeAgentResponse) String() string {
 func (*ChangeAgentResponse) ProtoMessage() {}
 
 func (x *ChangeAgentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[90]
+	mi := &file_entente_v1_entente_proto_msgTypes[92]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5812,7 +5908,7 @@ func (x *ChangeAgentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAgentResponse.ProtoReflect.Descriptor instead.
 func (*ChangeAgentResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{90}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{92}
 }
 
 func (x *ChangeAgentResponse) GetRevision() uint64 {
@@ -5832,7 +5928,7 @@ type IsolateAgentRequest struct {
 
 func (x *IsolateAgentRequest) Reset() {
 	*x = IsolateAgentRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[91]
+	mi := &file_entente_v1_entente_proto_msgTypes[93]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5844,7 +5940,7 @@ func (x *IsolateAgentRequest) String() string {
 func (*IsolateAgentRequest) ProtoMessage() {}
 
 func (x *IsolateAgentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[91]
+	mi := &file_entente_v1_entente_proto_msgTypes[93]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5857,7 +5953,7 @@ func (x *IsolateAgentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IsolateAgentRequest.ProtoReflect.Descriptor instead.
 func (*IsolateAgentRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{91}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{93}
 }
 
 func (x *IsolateAgentRequest) GetName() string {
@@ -5883,7 +5979,7 @@ type IsolateAgentResponse struct {
 
 func (x *IsolateAgentResponse) Reset() {
 	*x = IsolateAgentResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[92]
+	mi := &file_entente_v1_entente_proto_msgTypes[94]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5895,7 +5991,7 @@ func (x *IsolateAgentResponse) String() string {
 func (*IsolateAgentResponse) ProtoMessage() {}
 
 func (x *IsolateAgentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[92]
+	mi := &file_entente_v1_entente_proto_msgTypes[94]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5908,7 +6004,7 @@ func (x *IsolateAgentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IsolateAgentResponse.ProtoReflect.Descriptor instead.
 func (*IsolateAgentResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{92}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{94}
 }
 
 func (x *IsolateAgentResponse) GetIsolation() *Isolation {
@@ -5932,7 +6028,7 @@ type Isolation struct {
 
 func (x *Isolation) Reset() {
 	*x = Isolation{}
-	mi := &file_entente_v1_entente_proto_msgTypes[93]
+	mi := &file_entente_v1_entente_proto_msgTypes[95]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5944,7 +6040,7 @@ func (x *Isolation) String() string {
 func (*Isolation) ProtoMessage() {}
 
 func (x *Isolation) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[93]
+	mi := &file_entente_v1_entente_proto_msgTypes[95]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5957,7 +6053,7 @@ func (x *Isolation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Isolation.ProtoReflect.Descriptor instead.
 func (*Isolation) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{93}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{95}
 }
 
 func (x *Isolation) GetAgent() *v1.Agent {
@@ -6003,7 +6099,7 @@ type ListTokensRequest struct {
 
 func (x *ListTokensRequest) Reset() {
 	*x = ListTokensRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[94]
+	mi := &file_entente_v1_entente_proto_msgTypes[96]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6015,7 +6111,7 @@ func (x *ListTokensRequest) String() string {
 func (*ListTokensRequest) ProtoMessage() {}
 
 func (x *ListTokensRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[94]
+	mi := &file_entente_v1_entente_proto_msgTypes[96]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6028,7 +6124,7 @@ func (x *ListTokensRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTokensRequest.ProtoReflect.Descriptor instead.
 func (*ListTokensRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{94}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{96}
 }
 
 type ListTokensResponse struct {
@@ -6041,7 +6137,7 @@ type ListTokensResponse struct {
 
 func (x *ListTokensResponse) Reset() {
 	*x = ListTokensResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[95]
+	mi := &file_entente_v1_entente_proto_msgTypes[97]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6053,7 +6149,7 @@ func (x *ListTokensResponse) String() string {
 func (*ListTokensResponse) ProtoMessage() {}
 
 func (x *ListTokensResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[95]
+	mi := &file_entente_v1_entente_proto_msgTypes[97]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6066,7 +6162,7 @@ func (x *ListTokensResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTokensResponse.ProtoReflect.Descriptor instead.
 func (*ListTokensResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{95}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{97}
 }
 
 func (x *ListTokensResponse) GetTokens() []*v1.Token {
@@ -6092,7 +6188,7 @@ type RevokeTokenRequest struct {
 
 func (x *RevokeTokenRequest) Reset() {
 	*x = RevokeTokenRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[96]
+	mi := &file_entente_v1_entente_proto_msgTypes[98]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6104,7 +6200,7 @@ func (x *RevokeTokenRequest) String() string {
 func (*RevokeTokenRequest) ProtoMessage() {}
 
 func (x *RevokeTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[96]
+	mi := &file_entente_v1_entente_proto_msgTypes[98]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6117,7 +6213,7 @@ func (x *RevokeTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeTokenRequest.ProtoReflect.Descriptor instead.
 func (*RevokeTokenRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{96}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{98}
 }
 
 func (x *RevokeTokenRequest) GetId() string {
@@ -6136,7 +6232,7 @@ type RevokeTokenResponse struct {
 
 func (x *RevokeTokenResponse) Reset() {
 	*x = RevokeTokenResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[97]
+	mi := &file_entente_v1_entente_proto_msgTypes[99]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6148,7 +6244,7 @@ func (x *RevokeTokenResponse) String() string {
 func (*RevokeTokenResponse) ProtoMessage() {}
 
 func (x *RevokeTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[97]
+	mi := &file_entente_v1_entente_proto_msgTypes[99]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6161,7 +6257,7 @@ func (x *RevokeTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeTokenResponse.ProtoReflect.Descriptor instead.
 func (*RevokeTokenResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{97}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{99}
 }
 
 func (x *RevokeTokenResponse) GetRevision() uint64 {
@@ -6181,7 +6277,7 @@ type ChangeEntriesRequest struct {
 
 func (x *ChangeEntriesRequest) Reset() {
 	*x = ChangeEntriesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[98]
+	mi := &file_entente_v1_entente_proto_msgTypes[100]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6193,7 +6289,7 @@ func (x *ChangeEntriesRequest) String() string {
 func (*ChangeEntriesRequest) ProtoMessage() {}
 
 func (x *ChangeEntriesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[98]
+	mi := &file_entente_v1_entente_proto_msgTypes[100]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6206,7 +6302,7 @@ func (x *ChangeEntriesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeEntriesRequest.ProtoReflect.Descriptor instead.
 func (*ChangeEntriesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{98}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{100}
 }
 
 func (x *ChangeEntriesRequest) GetChanges() []*v1.EntryChange {
@@ -6232,7 +6328,7 @@ type ChangeEntriesResponse struct {
 
 func (x *ChangeEntriesResponse) Reset() {
 	*x = ChangeEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[99]
+	mi := &file_entente_v1_entente_proto_msgTypes[101]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6244,7 +6340,7 @@ func (x *ChangeEntriesResponse) String() string {
 func (*ChangeEntriesResponse) ProtoMessage() {}
 
 func (x *ChangeEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[99]
+	mi := &file_entente_v1_entente_proto_msgTypes[101]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6257,7 +6353,7 @@ func (x *ChangeEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeEntriesResponse.ProtoReflect.Descriptor instead.
 func (*ChangeEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{99}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{101}
 }
 
 func (x *ChangeEntriesResponse) GetResults() []*EntryResult {
@@ -6280,7 +6376,7 @@ type EntryResult struct {
 
 func (x *EntryResult) Reset() {
 	*x = EntryResult{}
-	mi := &file_entente_v1_entente_proto_msgTypes[100]
+	mi := &file_entente_v1_entente_proto_msgTypes[102]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6292,7 +6388,7 @@ func (x *EntryResult) String() string {
 func (*EntryResult) ProtoMessage() {}
 
 func (x *EntryResult) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[100]
+	mi := &file_entente_v1_entente_proto_msgTypes[102]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6305,7 +6401,7 @@ func (x *EntryResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EntryResult.ProtoReflect.Descriptor instead.
 func (*EntryResult) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{100}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{102}
 }
 
 func (x *EntryResult) GetId() string {
@@ -6356,7 +6452,7 @@ type ListEntriesRequest struct {
 
 func (x *ListEntriesRequest) Reset() {
 	*x = ListEntriesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[101]
+	mi := &file_entente_v1_entente_proto_msgTypes[103]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6368,7 +6464,7 @@ func (x *ListEntriesRequest) String() string {
 func (*ListEntriesRequest) ProtoMessage() {}
 
 func (x *ListEntriesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[101]
+	mi := &file_entente_v1_entente_proto_msgTypes[103]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6381,7 +6477,7 @@ func (x *ListEntriesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntriesRequest.ProtoReflect.Descriptor instead.
 func (*ListEntriesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{101}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{103}
 }
 
 func (x *ListEntriesRequest) GetPageSize() uint32 {
@@ -6429,7 +6525,7 @@ type ListEntriesResponse struct {
 
 func (x *ListEntriesResponse) Reset() {
 	*x = ListEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[102]
+	mi := &file_entente_v1_entente_proto_msgTypes[104]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6441,7 +6537,7 @@ func (x *ListEntriesResponse) String() string {
 func (*ListEntriesResponse) ProtoMessage() {}
 
 func (x *ListEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[102]
+	mi := &file_entente_v1_entente_proto_msgTypes[104]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6454,7 +6550,7 @@ func (x *ListEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntriesResponse.ProtoReflect.Descriptor instead.
 func (*ListEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{102}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{104}
 }
 
 func (x *ListEntriesResponse) GetEntries() []*v1.Entry {
@@ -6480,7 +6576,7 @@ type GetEntryRequest struct {
 
 func (x *GetEntryRequest) Reset() {
 	*x = GetEntryRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[103]
+	mi := &file_entente_v1_entente_proto_msgTypes[105]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6492,7 +6588,7 @@ func (x *GetEntryRequest) String() string {
 func (*GetEntryRequest) ProtoMessage() {}
 
 func (x *GetEntryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[103]
+	mi := &file_entente_v1_entente_proto_msgTypes[105]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6505,7 +6601,7 @@ func (x *GetEntryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetEntryRequest.ProtoReflect.Descriptor instead.
 func (*GetEntryRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{103}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{105}
 }
 
 func (x *GetEntryRequest) GetId() string {
@@ -6524,7 +6620,7 @@ type GetEntryResponse struct {
 
 func (x *GetEntryResponse) Reset() {
 	*x = GetEntryResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[104]
+	mi := &file_entente_v1_entente_proto_msgTypes[106]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6536,7 +6632,7 @@ func (x *GetEntryResponse) String() string {
 func (*GetEntryResponse) ProtoMessage() {}
 
 func (x *GetEntryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[104]
+	mi := &file_entente_v1_entente_proto_msgTypes[106]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6549,7 +6645,7 @@ func (x *GetEntryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetEntryResponse.ProtoReflect.Descriptor instead.
 func (*GetEntryResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{104}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{106}
 }
 
 func (x *GetEntryResponse) GetEntry() *v1.Entry {
@@ -6568,7 +6664,7 @@ type CountEntriesResponse struct {
 
 func (x *CountEntriesResponse) Reset() {
 	*x = CountEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[105]
+	mi := &file_entente_v1_entente_proto_msgTypes[107]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6580,7 +6676,7 @@ func (x *CountEntriesResponse) String() string {
 func (*CountEntriesResponse) ProtoMessage() {}
 
 func (x *CountEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[105]
+	mi := &file_entente_v1_entente_proto_msgTypes[107]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6593,7 +6689,7 @@ func (x *CountEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CountEntriesResponse.ProtoReflect.Descriptor instead.
 func (*CountEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{105}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{107}
 }
 
 func (x *CountEntriesResponse) GetEntries() uint64 {
@@ -6847,7 +6943,12 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x06needed\x18\x05 \x01(\rR\x06needed\x12\x1b\n" +
 	"\tnot_after\x18\x06 \x01(\x03R\bnotAfter\x12\x1f\n" +
 	"\vproposed_by\x18\a \x01(\tR\n" +
-	"proposedBy\"\x14\n" +
+	"proposedBy\"g\n" +
+	"\x19ReplaceRecoveryKeyRequest\x12J\n" +
+	"\vreplacement\x18\x01 \x01(\v2(.entente.state.v1.RecoveryKeyReplacementR\vreplacement\"j\n" +
+	"\x1aReplaceRecoveryKeyResponse\x12\x1a\n" +
+	"\brevision\x18\x01 \x01(\x04R\brevision\x120\n" +
+	"\bapproval\x18\x02 \x01(\v2\x14.entente.v1.ApprovalR\bapproval\"\x14\n" +
 	"\x12ListChangesRequest\"E\n" +
 	"\x13ListChangesResponse\x12.\n" +
 	"\achanges\x18\x01 \x03(\v2\x14.entente.v1.ApprovalR\achanges\"&\n" +
@@ -7089,7 +7190,7 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x04Sign\x12E\n" +
 	"\bSignX509\x12\x1b.entente.v1.SignX509Request\x1a\x1c.entente.v1.SignX509Response\x12B\n" +
 	"\aSignJWT\x12\x1a.entente.v1.SignJWTRequest\x1a\x1b.entente.v1.SignJWTResponse\x12B\n" +
-	"\aSignWIT\x12\x1a.entente.v1.SignWITRequest\x1a\x1b.entente.v1.SignWITResponse2\xf1\x10\n" +
+	"\aSignWIT\x12\x1a.entente.v1.SignWITRequest\x1a\x1b.entente.v1.SignWITResponse2\xd6\x11\n" +
 	"\x05Admin\x12?\n" +
 	"\x06Status\x12\x19.entente.v1.StatusRequest\x1a\x1a.entente.v1.StatusResponse\x12N\n" +
 	"\vCreateToken\x12\x1e.entente.v1.CreateTokenRequest\x1a\x1f.entente.v1.CreateTokenResponse\x12<\n" +
@@ -7118,7 +7219,8 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\fCountEntries\x12\x1e.entente.v1.ListEntriesRequest\x1a .entente.v1.CountEntriesResponse\x12S\n" +
 	"\fSaveSnapshot\x12\x1f.entente.v1.SaveSnapshotRequest\x1a .entente.v1.SaveSnapshotResponse0\x01\x12H\n" +
 	"\tListNodes\x12\x1c.entente.v1.ListNodesRequest\x1a\x1d.entente.v1.ListNodesResponse\x12N\n" +
-	"\vPromoteNode\x12\x1e.entente.v1.PromoteNodeRequest\x1a\x1f.entente.v1.PromoteNodeResponse\x12N\n" +
+	"\vPromoteNode\x12\x1e.entente.v1.PromoteNodeRequest\x1a\x1f.entente.v1.PromoteNodeResponse\x12c\n" +
+	"\x12ReplaceRecoveryKey\x12%.entente.v1.ReplaceRecoveryKeyRequest\x1a&.entente.v1.ReplaceRecoveryKeyResponse\x12N\n" +
 	"\vListChanges\x12\x1e.entente.v1.ListChangesRequest\x1a\x1f.entente.v1.ListChangesResponse\x12T\n" +
 	"\rApproveChange\x12 .entente.v1.ApproveChangeRequest\x1a!.entente.v1.ApproveChangeResponse\x12?\n" +
 	"\x06WhoAmI\x12\x19.entente.v1.WhoAmIRequest\x1a\x1a.entente.v1.WhoAmIResponse2\xee\x04\n" +
@@ -7146,137 +7248,140 @@ func file_entente_v1_entente_proto_rawDescGZIP() []byte {
 }
 
 var file_entente_v1_entente_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_entente_v1_entente_proto_msgTypes = make([]protoimpl.MessageInfo, 106)
+var file_entente_v1_entente_proto_msgTypes = make([]protoimpl.MessageInfo, 108)
 var file_entente_v1_entente_proto_goTypes = []any{
-	(Health)(0),                     // 0: entente.v1.Health
-	(*JoinRequest)(nil),             // 1: entente.v1.JoinRequest
-	(*JoinResponse)(nil),            // 2: entente.v1.JoinResponse
-	(*AttestRequest)(nil),           // 3: entente.v1.AttestRequest
-	(*AttestResponse)(nil),          // 4: entente.v1.AttestResponse
-	(*SyncRequest)(nil),             // 5: entente.v1.SyncRequest
-	(*Hello)(nil),                   // 6: entente.v1.Hello
-	(*Ack)(nil),                     // 7: entente.v1.Ack
-	(*InstanceReport)(nil),          // 8: entente.v1.InstanceReport
-	(*Instance)(nil),                // 9: entente.v1.Instance
-	(*SyncResponse)(nil),            // 10: entente.v1.SyncResponse
-	(*Urgent)(nil),                  // 11: entente.v1.Urgent
-	(*Policy)(nil),                  // 12: entente.v1.Policy
-	(*Bundle)(nil),                  // 13: entente.v1.Bundle
-	(*Presence)(nil),                // 14: entente.v1.Presence
-	(*Heartbeat)(nil),               // 15: entente.v1.Heartbeat
-	(*SignX509Request)(nil),         // 16: entente.v1.SignX509Request
-	(*X509Request)(nil),             // 17: entente.v1.X509Request
-	(*SignX509Response)(nil),        // 18: entente.v1.SignX509Response
-	(*X509Result)(nil),              // 19: entente.v1.X509Result
-	(*SignJWTRequest)(nil),          // 20: entente.v1.SignJWTRequest
-	(*JWTRequest)(nil),              // 21: entente.v1.JWTRequest
-	(*SignJWTResponse)(nil),         // 22: entente.v1.SignJWTResponse
-	(*SignWITRequest)(nil),          // 23: entente.v1.SignWITRequest
-	(*WITRequest)(nil),              // 24: entente.v1.WITRequest
-	(*SignWITResponse)(nil),         // 25: entente.v1.SignWITResponse
-	(*TokenResult)(nil),             // 26: entente.v1.TokenResult
-	(*StatusRequest)(nil),           // 27: entente.v1.StatusRequest
-	(*StatusResponse)(nil),          // 28: entente.v1.StatusResponse
-	(*SubscriberLevel)(nil),         // 29: entente.v1.SubscriberLevel
-	(*AuditLog)(nil),                // 30: entente.v1.AuditLog
-	(*Upstream)(nil),                // 31: entente.v1.Upstream
-	(*Autonomy)(nil),                // 32: entente.v1.Autonomy
-	(*UseAutonomy)(nil),             // 33: entente.v1.UseAutonomy
-	(*MemberStatus)(nil),            // 34: entente.v1.MemberStatus
-	(*SaveSnapshotRequest)(nil),     // 35: entente.v1.SaveSnapshotRequest
-	(*SaveSnapshotResponse)(nil),    // 36: entente.v1.SaveSnapshotResponse
-	(*ListNodesRequest)(nil),        // 37: entente.v1.ListNodesRequest
-	(*ListNodesResponse)(nil),       // 38: entente.v1.ListNodesResponse
-	(*NodeProgress)(nil),            // 39: entente.v1.NodeProgress
-	(*Approval)(nil),                // 40: entente.v1.Approval
-	(*ListChangesRequest)(nil),      // 41: entente.v1.ListChangesRequest
-	(*ListChangesResponse)(nil),     // 42: entente.v1.ListChangesResponse
-	(*ApproveChangeRequest)(nil),    // 43: entente.v1.ApproveChangeRequest
-	(*ApproveChangeResponse)(nil),   // 44: entente.v1.ApproveChangeResponse
-	(*PromoteNodeRequest)(nil),      // 45: entente.v1.PromoteNodeRequest
-	(*PromoteNodeResponse)(nil),     // 46: entente.v1.PromoteNodeResponse
-	(*VouchRequest)(nil),            // 47: entente.v1.VouchRequest
-	(*VouchResponse)(nil),           // 48: entente.v1.VouchResponse
-	(*ChecksumRequest)(nil),         // 49: entente.v1.ChecksumRequest
-	(*ChecksumResponse)(nil),        // 50: entente.v1.ChecksumResponse
-	(*ShowEpochRequest)(nil),        // 51: entente.v1.ShowEpochRequest
-	(*ShowEpochResponse)(nil),       // 52: entente.v1.ShowEpochResponse
-	(*ForeignBundleStatus)(nil),     // 53: entente.v1.ForeignBundleStatus
-	(*DroppedKey)(nil),              // 54: entente.v1.DroppedKey
-	(*CreateTokenRequest)(nil),      // 55: entente.v1.CreateTokenRequest
-	(*CreateTokenResponse)(nil),     // 56: entente.v1.CreateTokenResponse
-	(*ApplyRequest)(nil),            // 57: entente.v1.ApplyRequest
-	(*ApplyResponse)(nil),           // 58: entente.v1.ApplyResponse
-	(*ObjectChange)(nil),            // 59: entente.v1.ObjectChange
-	(*WhoAmIRequest)(nil),           // 60: entente.v1.WhoAmIRequest
-	(*WhoAmIResponse)(nil),          // 61: entente.v1.WhoAmIResponse
-	(*GetBundleRequest)(nil),        // 62: entente.v1.GetBundleRequest
-	(*GetBundleResponse)(nil),       // 63: entente.v1.GetBundleResponse
-	(*ProposeRequest)(nil),          // 64: entente.v1.ProposeRequest
-	(*ProposeResponse)(nil),         // 65: entente.v1.ProposeResponse
-	(*ReportRequest)(nil),           // 66: entente.v1.ReportRequest
-	(*HeldAuthority)(nil),           // 67: entente.v1.HeldAuthority
-	(*ReportResponse)(nil),          // 68: entente.v1.ReportResponse
-	(*GateRequest)(nil),             // 69: entente.v1.GateRequest
-	(*GateResponse)(nil),            // 70: entente.v1.GateResponse
-	(*AuthorityGate)(nil),           // 71: entente.v1.AuthorityGate
-	(*MarkReadyRequest)(nil),        // 72: entente.v1.MarkReadyRequest
-	(*MarkReadyResponse)(nil),       // 73: entente.v1.MarkReadyResponse
-	(*Picture)(nil),                 // 74: entente.v1.Picture
-	(*PresenceRequest)(nil),         // 75: entente.v1.PresenceRequest
-	(*PresenceResponse)(nil),        // 76: entente.v1.PresenceResponse
-	(*ListAuthoritiesRequest)(nil),  // 77: entente.v1.ListAuthoritiesRequest
-	(*ListAuthoritiesResponse)(nil), // 78: entente.v1.ListAuthoritiesResponse
-	(*AuthorityStatus)(nil),         // 79: entente.v1.AuthorityStatus
-	(*PrepareAuthorityRequest)(nil), // 80: entente.v1.PrepareAuthorityRequest
-	(*ChangeAuthorityRequest)(nil),  // 81: entente.v1.ChangeAuthorityRequest
-	(*ChangeAuthorityResponse)(nil), // 82: entente.v1.ChangeAuthorityResponse
-	(*RemoveNodeRequest)(nil),       // 83: entente.v1.RemoveNodeRequest
-	(*RemoveNodeResponse)(nil),      // 84: entente.v1.RemoveNodeResponse
-	(*ListAgentsRequest)(nil),       // 85: entente.v1.ListAgentsRequest
-	(*ListAgentsResponse)(nil),      // 86: entente.v1.ListAgentsResponse
-	(*AgentStatus)(nil),             // 87: entente.v1.AgentStatus
-	(*GetAgentRequest)(nil),         // 88: entente.v1.GetAgentRequest
-	(*GetAgentResponse)(nil),        // 89: entente.v1.GetAgentResponse
-	(*ChangeAgentRequest)(nil),      // 90: entente.v1.ChangeAgentRequest
-	(*ChangeAgentResponse)(nil),     // 91: entente.v1.ChangeAgentResponse
-	(*IsolateAgentRequest)(nil),     // 92: entente.v1.IsolateAgentRequest
-	(*IsolateAgentResponse)(nil),    // 93: entente.v1.IsolateAgentResponse
-	(*Isolation)(nil),               // 94: entente.v1.Isolation
-	(*ListTokensRequest)(nil),       // 95: entente.v1.ListTokensRequest
-	(*ListTokensResponse)(nil),      // 96: entente.v1.ListTokensResponse
-	(*RevokeTokenRequest)(nil),      // 97: entente.v1.RevokeTokenRequest
-	(*RevokeTokenResponse)(nil),     // 98: entente.v1.RevokeTokenResponse
-	(*ChangeEntriesRequest)(nil),    // 99: entente.v1.ChangeEntriesRequest
-	(*ChangeEntriesResponse)(nil),   // 100: entente.v1.ChangeEntriesResponse
-	(*EntryResult)(nil),             // 101: entente.v1.EntryResult
-	(*ListEntriesRequest)(nil),      // 102: entente.v1.ListEntriesRequest
-	(*ListEntriesResponse)(nil),     // 103: entente.v1.ListEntriesResponse
-	(*GetEntryRequest)(nil),         // 104: entente.v1.GetEntryRequest
-	(*GetEntryResponse)(nil),        // 105: entente.v1.GetEntryResponse
-	(*CountEntriesResponse)(nil),    // 106: entente.v1.CountEntriesResponse
-	(*v1.Member)(nil),               // 107: entente.state.v1.Member
-	(*v1.Cluster)(nil),              // 108: entente.state.v1.Cluster
-	(*v1.Agent)(nil),                // 109: entente.state.v1.Agent
-	(*v1.Distrust)(nil),             // 110: entente.state.v1.Distrust
-	(*v1.Entry)(nil),                // 111: entente.state.v1.Entry
-	(*v1.Object)(nil),               // 112: entente.state.v1.Object
-	(*v1.ObjectKey)(nil),            // 113: entente.state.v1.ObjectKey
-	(*v1.Authority)(nil),            // 114: entente.state.v1.Authority
-	(v1.KeyUse)(0),                  // 115: entente.state.v1.KeyUse
-	(*v1.NodeGrant)(nil),            // 116: entente.state.v1.NodeGrant
-	(*v1.AgentGrant)(nil),           // 117: entente.state.v1.AgentGrant
-	(*v1.RoleBinding)(nil),          // 118: entente.state.v1.RoleBinding
-	(*v1.Token)(nil),                // 119: entente.state.v1.Token
-	(*v1.EntryChange)(nil),          // 120: entente.state.v1.EntryChange
+	(Health)(0),                        // 0: entente.v1.Health
+	(*JoinRequest)(nil),                // 1: entente.v1.JoinRequest
+	(*JoinResponse)(nil),               // 2: entente.v1.JoinResponse
+	(*AttestRequest)(nil),              // 3: entente.v1.AttestRequest
+	(*AttestResponse)(nil),             // 4: entente.v1.AttestResponse
+	(*SyncRequest)(nil),                // 5: entente.v1.SyncRequest
+	(*Hello)(nil),                      // 6: entente.v1.Hello
+	(*Ack)(nil),                        // 7: entente.v1.Ack
+	(*InstanceReport)(nil),             // 8: entente.v1.InstanceReport
+	(*Instance)(nil),                   // 9: entente.v1.Instance
+	(*SyncResponse)(nil),               // 10: entente.v1.SyncResponse
+	(*Urgent)(nil),                     // 11: entente.v1.Urgent
+	(*Policy)(nil),                     // 12: entente.v1.Policy
+	(*Bundle)(nil),                     // 13: entente.v1.Bundle
+	(*Presence)(nil),                   // 14: entente.v1.Presence
+	(*Heartbeat)(nil),                  // 15: entente.v1.Heartbeat
+	(*SignX509Request)(nil),            // 16: entente.v1.SignX509Request
+	(*X509Request)(nil),                // 17: entente.v1.X509Request
+	(*SignX509Response)(nil),           // 18: entente.v1.SignX509Response
+	(*X509Result)(nil),                 // 19: entente.v1.X509Result
+	(*SignJWTRequest)(nil),             // 20: entente.v1.SignJWTRequest
+	(*JWTRequest)(nil),                 // 21: entente.v1.JWTRequest
+	(*SignJWTResponse)(nil),            // 22: entente.v1.SignJWTResponse
+	(*SignWITRequest)(nil),             // 23: entente.v1.SignWITRequest
+	(*WITRequest)(nil),                 // 24: entente.v1.WITRequest
+	(*SignWITResponse)(nil),            // 25: entente.v1.SignWITResponse
+	(*TokenResult)(nil),                // 26: entente.v1.TokenResult
+	(*StatusRequest)(nil),              // 27: entente.v1.StatusRequest
+	(*StatusResponse)(nil),             // 28: entente.v1.StatusResponse
+	(*SubscriberLevel)(nil),            // 29: entente.v1.SubscriberLevel
+	(*AuditLog)(nil),                   // 30: entente.v1.AuditLog
+	(*Upstream)(nil),                   // 31: entente.v1.Upstream
+	(*Autonomy)(nil),                   // 32: entente.v1.Autonomy
+	(*UseAutonomy)(nil),                // 33: entente.v1.UseAutonomy
+	(*MemberStatus)(nil),               // 34: entente.v1.MemberStatus
+	(*SaveSnapshotRequest)(nil),        // 35: entente.v1.SaveSnapshotRequest
+	(*SaveSnapshotResponse)(nil),       // 36: entente.v1.SaveSnapshotResponse
+	(*ListNodesRequest)(nil),           // 37: entente.v1.ListNodesRequest
+	(*ListNodesResponse)(nil),          // 38: entente.v1.ListNodesResponse
+	(*NodeProgress)(nil),               // 39: entente.v1.NodeProgress
+	(*Approval)(nil),                   // 40: entente.v1.Approval
+	(*ReplaceRecoveryKeyRequest)(nil),  // 41: entente.v1.ReplaceRecoveryKeyRequest
+	(*ReplaceRecoveryKeyResponse)(nil), // 42: entente.v1.ReplaceRecoveryKeyResponse
+	(*ListChangesRequest)(nil),         // 43: entente.v1.ListChangesRequest
+	(*ListChangesResponse)(nil),        // 44: entente.v1.ListChangesResponse
+	(*ApproveChangeRequest)(nil),       // 45: entente.v1.ApproveChangeRequest
+	(*ApproveChangeResponse)(nil),      // 46: entente.v1.ApproveChangeResponse
+	(*PromoteNodeRequest)(nil),         // 47: entente.v1.PromoteNodeRequest
+	(*PromoteNodeResponse)(nil),        // 48: entente.v1.PromoteNodeResponse
+	(*VouchRequest)(nil),               // 49: entente.v1.VouchRequest
+	(*VouchResponse)(nil),              // 50: entente.v1.VouchResponse
+	(*ChecksumRequest)(nil),            // 51: entente.v1.ChecksumRequest
+	(*ChecksumResponse)(nil),           // 52: entente.v1.ChecksumResponse
+	(*ShowEpochRequest)(nil),           // 53: entente.v1.ShowEpochRequest
+	(*ShowEpochResponse)(nil),          // 54: entente.v1.ShowEpochResponse
+	(*ForeignBundleStatus)(nil),        // 55: entente.v1.ForeignBundleStatus
+	(*DroppedKey)(nil),                 // 56: entente.v1.DroppedKey
+	(*CreateTokenRequest)(nil),         // 57: entente.v1.CreateTokenRequest
+	(*CreateTokenResponse)(nil),        // 58: entente.v1.CreateTokenResponse
+	(*ApplyRequest)(nil),               // 59: entente.v1.ApplyRequest
+	(*ApplyResponse)(nil),              // 60: entente.v1.ApplyResponse
+	(*ObjectChange)(nil),               // 61: entente.v1.ObjectChange
+	(*WhoAmIRequest)(nil),              // 62: entente.v1.WhoAmIRequest
+	(*WhoAmIResponse)(nil),             // 63: entente.v1.WhoAmIResponse
+	(*GetBundleRequest)(nil),           // 64: entente.v1.GetBundleRequest
+	(*GetBundleResponse)(nil),          // 65: entente.v1.GetBundleResponse
+	(*ProposeRequest)(nil),             // 66: entente.v1.ProposeRequest
+	(*ProposeResponse)(nil),            // 67: entente.v1.ProposeResponse
+	(*ReportRequest)(nil),              // 68: entente.v1.ReportRequest
+	(*HeldAuthority)(nil),              // 69: entente.v1.HeldAuthority
+	(*ReportResponse)(nil),             // 70: entente.v1.ReportResponse
+	(*GateRequest)(nil),                // 71: entente.v1.GateRequest
+	(*GateResponse)(nil),               // 72: entente.v1.GateResponse
+	(*AuthorityGate)(nil),              // 73: entente.v1.AuthorityGate
+	(*MarkReadyRequest)(nil),           // 74: entente.v1.MarkReadyRequest
+	(*MarkReadyResponse)(nil),          // 75: entente.v1.MarkReadyResponse
+	(*Picture)(nil),                    // 76: entente.v1.Picture
+	(*PresenceRequest)(nil),            // 77: entente.v1.PresenceRequest
+	(*PresenceResponse)(nil),           // 78: entente.v1.PresenceResponse
+	(*ListAuthoritiesRequest)(nil),     // 79: entente.v1.ListAuthoritiesRequest
+	(*ListAuthoritiesResponse)(nil),    // 80: entente.v1.ListAuthoritiesResponse
+	(*AuthorityStatus)(nil),            // 81: entente.v1.AuthorityStatus
+	(*PrepareAuthorityRequest)(nil),    // 82: entente.v1.PrepareAuthorityRequest
+	(*ChangeAuthorityRequest)(nil),     // 83: entente.v1.ChangeAuthorityRequest
+	(*ChangeAuthorityResponse)(nil),    // 84: entente.v1.ChangeAuthorityResponse
+	(*RemoveNodeRequest)(nil),          // 85: entente.v1.RemoveNodeRequest
+	(*RemoveNodeResponse)(nil),         // 86: entente.v1.RemoveNodeResponse
+	(*ListAgentsRequest)(nil),          // 87: entente.v1.ListAgentsRequest
+	(*ListAgentsResponse)(nil),         // 88: entente.v1.ListAgentsResponse
+	(*AgentStatus)(nil),                // 89: entente.v1.AgentStatus
+	(*GetAgentRequest)(nil),            // 90: entente.v1.GetAgentRequest
+	(*GetAgentResponse)(nil),           // 91: entente.v1.GetAgentResponse
+	(*ChangeAgentRequest)(nil),         // 92: entente.v1.ChangeAgentRequest
+	(*ChangeAgentResponse)(nil),        // 93: entente.v1.ChangeAgentResponse
+	(*IsolateAgentRequest)(nil),        // 94: entente.v1.IsolateAgentRequest
+	(*IsolateAgentResponse)(nil),       // 95: entente.v1.IsolateAgentResponse
+	(*Isolation)(nil),                  // 96: entente.v1.Isolation
+	(*ListTokensRequest)(nil),          // 97: entente.v1.ListTokensRequest
+	(*ListTokensResponse)(nil),         // 98: entente.v1.ListTokensResponse
+	(*RevokeTokenRequest)(nil),         // 99: entente.v1.RevokeTokenRequest
+	(*RevokeTokenResponse)(nil),        // 100: entente.v1.RevokeTokenResponse
+	(*ChangeEntriesRequest)(nil),       // 101: entente.v1.ChangeEntriesRequest
+	(*ChangeEntriesResponse)(nil),      // 102: entente.v1.ChangeEntriesResponse
+	(*EntryResult)(nil),                // 103: entente.v1.EntryResult
+	(*ListEntriesRequest)(nil),         // 104: entente.v1.ListEntriesRequest
+	(*ListEntriesResponse)(nil),        // 105: entente.v1.ListEntriesResponse
+	(*GetEntryRequest)(nil),            // 106: entente.v1.GetEntryRequest
+	(*GetEntryResponse)(nil),           // 107: entente.v1.GetEntryResponse
+	(*CountEntriesResponse)(nil),       // 108: entente.v1.CountEntriesResponse
+	(*v1.Member)(nil),                  // 109: entente.state.v1.Member
+	(*v1.Cluster)(nil),                 // 110: entente.state.v1.Cluster
+	(*v1.Agent)(nil),                   // 111: entente.state.v1.Agent
+	(*v1.Distrust)(nil),                // 112: entente.state.v1.Distrust
+	(*v1.Entry)(nil),                   // 113: entente.state.v1.Entry
+	(*v1.Object)(nil),                  // 114: entente.state.v1.Object
+	(*v1.ObjectKey)(nil),               // 115: entente.state.v1.ObjectKey
+	(*v1.Authority)(nil),               // 116: entente.state.v1.Authority
+	(v1.KeyUse)(0),                     // 117: entente.state.v1.KeyUse
+	(*v1.RecoveryKeyReplacement)(nil),  // 118: entente.state.v1.RecoveryKeyReplacement
+	(*v1.NodeGrant)(nil),               // 119: entente.state.v1.NodeGrant
+	(*v1.AgentGrant)(nil),              // 120: entente.state.v1.AgentGrant
+	(*v1.RoleBinding)(nil),             // 121: entente.state.v1.RoleBinding
+	(*v1.Token)(nil),                   // 122: entente.state.v1.Token
+	(*v1.EntryChange)(nil),             // 123: entente.state.v1.EntryChange
 }
 var file_entente_v1_entente_proto_depIdxs = []int32{
-	107, // 0: entente.v1.JoinResponse.member:type_name -> entente.state.v1.Member
-	107, // 1: entente.v1.JoinResponse.members:type_name -> entente.state.v1.Member
-	108, // 2: entente.v1.JoinResponse.cluster:type_name -> entente.state.v1.Cluster
-	107, // 3: entente.v1.AttestResponse.members:type_name -> entente.state.v1.Member
-	108, // 4: entente.v1.AttestResponse.cluster:type_name -> entente.state.v1.Cluster
-	109, // 5: entente.v1.AttestResponse.agent:type_name -> entente.state.v1.Agent
+	109, // 0: entente.v1.JoinResponse.member:type_name -> entente.state.v1.Member
+	109, // 1: entente.v1.JoinResponse.members:type_name -> entente.state.v1.Member
+	110, // 2: entente.v1.JoinResponse.cluster:type_name -> entente.state.v1.Cluster
+	109, // 3: entente.v1.AttestResponse.members:type_name -> entente.state.v1.Member
+	110, // 4: entente.v1.AttestResponse.cluster:type_name -> entente.state.v1.Cluster
+	111, // 5: entente.v1.AttestResponse.agent:type_name -> entente.state.v1.Agent
 	6,   // 6: entente.v1.SyncRequest.hello:type_name -> entente.v1.Hello
 	7,   // 7: entente.v1.SyncRequest.ack:type_name -> entente.v1.Ack
 	8,   // 8: entente.v1.SyncRequest.report:type_name -> entente.v1.InstanceReport
@@ -7286,15 +7391,15 @@ var file_entente_v1_entente_proto_depIdxs = []int32{
 	14,  // 12: entente.v1.SyncResponse.presence:type_name -> entente.v1.Presence
 	15,  // 13: entente.v1.SyncResponse.heartbeat:type_name -> entente.v1.Heartbeat
 	11,  // 14: entente.v1.SyncResponse.urgent:type_name -> entente.v1.Urgent
-	110, // 15: entente.v1.Urgent.distrust:type_name -> entente.state.v1.Distrust
+	112, // 15: entente.v1.Urgent.distrust:type_name -> entente.state.v1.Distrust
 	13,  // 16: entente.v1.Urgent.bundles:type_name -> entente.v1.Bundle
-	108, // 17: entente.v1.Policy.cluster:type_name -> entente.state.v1.Cluster
-	111, // 18: entente.v1.Policy.entries:type_name -> entente.state.v1.Entry
+	110, // 17: entente.v1.Policy.cluster:type_name -> entente.state.v1.Cluster
+	113, // 18: entente.v1.Policy.entries:type_name -> entente.state.v1.Entry
 	13,  // 19: entente.v1.Policy.bundles:type_name -> entente.v1.Bundle
-	112, // 20: entente.v1.Policy.objects:type_name -> entente.state.v1.Object
-	113, // 21: entente.v1.Policy.deleted_objects:type_name -> entente.state.v1.ObjectKey
-	107, // 22: entente.v1.Policy.members:type_name -> entente.state.v1.Member
-	110, // 23: entente.v1.Policy.distrust:type_name -> entente.state.v1.Distrust
+	114, // 20: entente.v1.Policy.objects:type_name -> entente.state.v1.Object
+	115, // 21: entente.v1.Policy.deleted_objects:type_name -> entente.state.v1.ObjectKey
+	109, // 22: entente.v1.Policy.members:type_name -> entente.state.v1.Member
+	112, // 23: entente.v1.Policy.distrust:type_name -> entente.state.v1.Distrust
 	9,   // 24: entente.v1.Presence.instances:type_name -> entente.v1.Instance
 	9,   // 25: entente.v1.Presence.withdrawn:type_name -> entente.v1.Instance
 	17,  // 26: entente.v1.SignX509Request.requests:type_name -> entente.v1.X509Request
@@ -7304,150 +7409,154 @@ var file_entente_v1_entente_proto_depIdxs = []int32{
 	24,  // 30: entente.v1.SignWITRequest.requests:type_name -> entente.v1.WITRequest
 	26,  // 31: entente.v1.SignWITResponse.results:type_name -> entente.v1.TokenResult
 	40,  // 32: entente.v1.StatusResponse.changes:type_name -> entente.v1.Approval
-	108, // 33: entente.v1.StatusResponse.cluster:type_name -> entente.state.v1.Cluster
+	110, // 33: entente.v1.StatusResponse.cluster:type_name -> entente.state.v1.Cluster
 	34,  // 34: entente.v1.StatusResponse.members:type_name -> entente.v1.MemberStatus
-	114, // 35: entente.v1.StatusResponse.authorities:type_name -> entente.state.v1.Authority
-	53,  // 36: entente.v1.StatusResponse.foreign:type_name -> entente.v1.ForeignBundleStatus
+	116, // 35: entente.v1.StatusResponse.authorities:type_name -> entente.state.v1.Authority
+	55,  // 36: entente.v1.StatusResponse.foreign:type_name -> entente.v1.ForeignBundleStatus
 	9,   // 37: entente.v1.StatusResponse.instances:type_name -> entente.v1.Instance
 	32,  // 38: entente.v1.StatusResponse.autonomy:type_name -> entente.v1.Autonomy
 	31,  // 39: entente.v1.StatusResponse.upstream:type_name -> entente.v1.Upstream
-	94,  // 40: entente.v1.StatusResponse.isolated:type_name -> entente.v1.Isolation
+	96,  // 40: entente.v1.StatusResponse.isolated:type_name -> entente.v1.Isolation
 	30,  // 41: entente.v1.StatusResponse.audit:type_name -> entente.v1.AuditLog
 	29,  // 42: entente.v1.StatusResponse.older:type_name -> entente.v1.SubscriberLevel
 	33,  // 43: entente.v1.Autonomy.uses:type_name -> entente.v1.UseAutonomy
-	115, // 44: entente.v1.UseAutonomy.use:type_name -> entente.state.v1.KeyUse
-	107, // 45: entente.v1.MemberStatus.member:type_name -> entente.state.v1.Member
+	117, // 44: entente.v1.UseAutonomy.use:type_name -> entente.state.v1.KeyUse
+	109, // 45: entente.v1.MemberStatus.member:type_name -> entente.state.v1.Member
 	39,  // 46: entente.v1.ListNodesResponse.nodes:type_name -> entente.v1.NodeProgress
-	107, // 47: entente.v1.NodeProgress.member:type_name -> entente.state.v1.Member
-	40,  // 48: entente.v1.ListChangesResponse.changes:type_name -> entente.v1.Approval
-	40,  // 49: entente.v1.ApproveChangeResponse.approval:type_name -> entente.v1.Approval
-	40,  // 50: entente.v1.PromoteNodeResponse.approval:type_name -> entente.v1.Approval
-	107, // 51: entente.v1.VouchResponse.member:type_name -> entente.state.v1.Member
-	54,  // 52: entente.v1.ForeignBundleStatus.dropped:type_name -> entente.v1.DroppedKey
-	116, // 53: entente.v1.CreateTokenRequest.node:type_name -> entente.state.v1.NodeGrant
-	117, // 54: entente.v1.CreateTokenRequest.agent:type_name -> entente.state.v1.AgentGrant
-	40,  // 55: entente.v1.CreateTokenResponse.approval:type_name -> entente.v1.Approval
-	112, // 56: entente.v1.ApplyRequest.objects:type_name -> entente.state.v1.Object
-	113, // 57: entente.v1.ApplyRequest.deletes:type_name -> entente.state.v1.ObjectKey
-	59,  // 58: entente.v1.ApplyResponse.changes:type_name -> entente.v1.ObjectChange
-	113, // 59: entente.v1.ObjectChange.key:type_name -> entente.state.v1.ObjectKey
-	112, // 60: entente.v1.ObjectChange.before:type_name -> entente.state.v1.Object
-	118, // 61: entente.v1.WhoAmIResponse.bindings:type_name -> entente.state.v1.RoleBinding
-	67,  // 62: entente.v1.ReportRequest.held:type_name -> entente.v1.HeldAuthority
-	71,  // 63: entente.v1.GateResponse.authorities:type_name -> entente.v1.AuthorityGate
-	12,  // 64: entente.v1.Picture.policy:type_name -> entente.v1.Policy
-	14,  // 65: entente.v1.Picture.presence:type_name -> entente.v1.Presence
-	9,   // 66: entente.v1.PresenceResponse.instances:type_name -> entente.v1.Instance
-	9,   // 67: entente.v1.PresenceResponse.withdrawn:type_name -> entente.v1.Instance
-	79,  // 68: entente.v1.ListAuthoritiesResponse.authorities:type_name -> entente.v1.AuthorityStatus
-	114, // 69: entente.v1.AuthorityStatus.authority:type_name -> entente.state.v1.Authority
-	115, // 70: entente.v1.PrepareAuthorityRequest.use:type_name -> entente.state.v1.KeyUse
-	114, // 71: entente.v1.ChangeAuthorityResponse.authority:type_name -> entente.state.v1.Authority
-	114, // 72: entente.v1.ChangeAuthorityResponse.signing:type_name -> entente.state.v1.Authority
-	40,  // 73: entente.v1.RemoveNodeResponse.approval:type_name -> entente.v1.Approval
-	107, // 74: entente.v1.RemoveNodeResponse.member:type_name -> entente.state.v1.Member
-	114, // 75: entente.v1.RemoveNodeResponse.authorities:type_name -> entente.state.v1.Authority
-	87,  // 76: entente.v1.ListAgentsResponse.agents:type_name -> entente.v1.AgentStatus
-	109, // 77: entente.v1.AgentStatus.agent:type_name -> entente.state.v1.Agent
-	87,  // 78: entente.v1.GetAgentResponse.status:type_name -> entente.v1.AgentStatus
-	111, // 79: entente.v1.GetAgentResponse.entries:type_name -> entente.state.v1.Entry
-	9,   // 80: entente.v1.GetAgentResponse.instances:type_name -> entente.v1.Instance
-	94,  // 81: entente.v1.IsolateAgentResponse.isolation:type_name -> entente.v1.Isolation
-	109, // 82: entente.v1.Isolation.agent:type_name -> entente.state.v1.Agent
-	119, // 83: entente.v1.ListTokensResponse.tokens:type_name -> entente.state.v1.Token
-	120, // 84: entente.v1.ChangeEntriesRequest.changes:type_name -> entente.state.v1.EntryChange
-	101, // 85: entente.v1.ChangeEntriesResponse.results:type_name -> entente.v1.EntryResult
-	111, // 86: entente.v1.ListEntriesResponse.entries:type_name -> entente.state.v1.Entry
-	111, // 87: entente.v1.GetEntryResponse.entry:type_name -> entente.state.v1.Entry
-	1,   // 88: entente.v1.Join.Join:input_type -> entente.v1.JoinRequest
-	3,   // 89: entente.v1.Attest.Attest:input_type -> entente.v1.AttestRequest
-	5,   // 90: entente.v1.Sync.Sync:input_type -> entente.v1.SyncRequest
-	16,  // 91: entente.v1.Sign.SignX509:input_type -> entente.v1.SignX509Request
-	20,  // 92: entente.v1.Sign.SignJWT:input_type -> entente.v1.SignJWTRequest
-	23,  // 93: entente.v1.Sign.SignWIT:input_type -> entente.v1.SignWITRequest
-	27,  // 94: entente.v1.Admin.Status:input_type -> entente.v1.StatusRequest
-	55,  // 95: entente.v1.Admin.CreateToken:input_type -> entente.v1.CreateTokenRequest
-	57,  // 96: entente.v1.Admin.Apply:input_type -> entente.v1.ApplyRequest
-	62,  // 97: entente.v1.Admin.GetBundle:input_type -> entente.v1.GetBundleRequest
-	77,  // 98: entente.v1.Admin.ListAuthorities:input_type -> entente.v1.ListAuthoritiesRequest
-	80,  // 99: entente.v1.Admin.PrepareAuthority:input_type -> entente.v1.PrepareAuthorityRequest
-	81,  // 100: entente.v1.Admin.ActivateAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	81,  // 101: entente.v1.Admin.TaintAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	81,  // 102: entente.v1.Admin.RevokeAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	83,  // 103: entente.v1.Admin.RemoveNode:input_type -> entente.v1.RemoveNodeRequest
-	85,  // 104: entente.v1.Admin.ListAgents:input_type -> entente.v1.ListAgentsRequest
-	88,  // 105: entente.v1.Admin.GetAgent:input_type -> entente.v1.GetAgentRequest
-	90,  // 106: entente.v1.Admin.BanAgent:input_type -> entente.v1.ChangeAgentRequest
-	90,  // 107: entente.v1.Admin.EvictAgent:input_type -> entente.v1.ChangeAgentRequest
-	92,  // 108: entente.v1.Admin.IsolateAgent:input_type -> entente.v1.IsolateAgentRequest
-	95,  // 109: entente.v1.Admin.ListTokens:input_type -> entente.v1.ListTokensRequest
-	97,  // 110: entente.v1.Admin.RevokeToken:input_type -> entente.v1.RevokeTokenRequest
-	99,  // 111: entente.v1.Admin.ChangeEntries:input_type -> entente.v1.ChangeEntriesRequest
-	102, // 112: entente.v1.Admin.ListEntries:input_type -> entente.v1.ListEntriesRequest
-	104, // 113: entente.v1.Admin.GetEntry:input_type -> entente.v1.GetEntryRequest
-	102, // 114: entente.v1.Admin.CountEntries:input_type -> entente.v1.ListEntriesRequest
-	35,  // 115: entente.v1.Admin.SaveSnapshot:input_type -> entente.v1.SaveSnapshotRequest
-	37,  // 116: entente.v1.Admin.ListNodes:input_type -> entente.v1.ListNodesRequest
-	45,  // 117: entente.v1.Admin.PromoteNode:input_type -> entente.v1.PromoteNodeRequest
-	41,  // 118: entente.v1.Admin.ListChanges:input_type -> entente.v1.ListChangesRequest
-	43,  // 119: entente.v1.Admin.ApproveChange:input_type -> entente.v1.ApproveChangeRequest
-	60,  // 120: entente.v1.Admin.WhoAmI:input_type -> entente.v1.WhoAmIRequest
-	64,  // 121: entente.v1.Peer.Propose:input_type -> entente.v1.ProposeRequest
-	66,  // 122: entente.v1.Peer.Report:input_type -> entente.v1.ReportRequest
-	75,  // 123: entente.v1.Peer.Presence:input_type -> entente.v1.PresenceRequest
-	69,  // 124: entente.v1.Peer.Gate:input_type -> entente.v1.GateRequest
-	47,  // 125: entente.v1.Peer.Vouch:input_type -> entente.v1.VouchRequest
-	49,  // 126: entente.v1.Peer.Checksum:input_type -> entente.v1.ChecksumRequest
-	37,  // 127: entente.v1.Peer.Nodes:input_type -> entente.v1.ListNodesRequest
-	72,  // 128: entente.v1.Peer.MarkReady:input_type -> entente.v1.MarkReadyRequest
-	51,  // 129: entente.v1.Peer.ShowEpoch:input_type -> entente.v1.ShowEpochRequest
-	2,   // 130: entente.v1.Join.Join:output_type -> entente.v1.JoinResponse
-	4,   // 131: entente.v1.Attest.Attest:output_type -> entente.v1.AttestResponse
-	10,  // 132: entente.v1.Sync.Sync:output_type -> entente.v1.SyncResponse
-	18,  // 133: entente.v1.Sign.SignX509:output_type -> entente.v1.SignX509Response
-	22,  // 134: entente.v1.Sign.SignJWT:output_type -> entente.v1.SignJWTResponse
-	25,  // 135: entente.v1.Sign.SignWIT:output_type -> entente.v1.SignWITResponse
-	28,  // 136: entente.v1.Admin.Status:output_type -> entente.v1.StatusResponse
-	56,  // 137: entente.v1.Admin.CreateToken:output_type -> entente.v1.CreateTokenResponse
-	58,  // 138: entente.v1.Admin.Apply:output_type -> entente.v1.ApplyResponse
-	63,  // 139: entente.v1.Admin.GetBundle:output_type -> entente.v1.GetBundleResponse
-	78,  // 140: entente.v1.Admin.ListAuthorities:output_type -> entente.v1.ListAuthoritiesResponse
-	82,  // 141: entente.v1.Admin.PrepareAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	82,  // 142: entente.v1.Admin.ActivateAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	82,  // 143: entente.v1.Admin.TaintAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	82,  // 144: entente.v1.Admin.RevokeAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	84,  // 145: entente.v1.Admin.RemoveNode:output_type -> entente.v1.RemoveNodeResponse
-	86,  // 146: entente.v1.Admin.ListAgents:output_type -> entente.v1.ListAgentsResponse
-	89,  // 147: entente.v1.Admin.GetAgent:output_type -> entente.v1.GetAgentResponse
-	91,  // 148: entente.v1.Admin.BanAgent:output_type -> entente.v1.ChangeAgentResponse
-	91,  // 149: entente.v1.Admin.EvictAgent:output_type -> entente.v1.ChangeAgentResponse
-	93,  // 150: entente.v1.Admin.IsolateAgent:output_type -> entente.v1.IsolateAgentResponse
-	96,  // 151: entente.v1.Admin.ListTokens:output_type -> entente.v1.ListTokensResponse
-	98,  // 152: entente.v1.Admin.RevokeToken:output_type -> entente.v1.RevokeTokenResponse
-	100, // 153: entente.v1.Admin.ChangeEntries:output_type -> entente.v1.ChangeEntriesResponse
-	103, // 154: entente.v1.Admin.ListEntries:output_type -> entente.v1.ListEntriesResponse
-	105, // 155: entente.v1.Admin.GetEntry:output_type -> entente.v1.GetEntryResponse
-	106, // 156: entente.v1.Admin.CountEntries:output_type -> entente.v1.CountEntriesResponse
-	36,  // 157: entente.v1.Admin.SaveSnapshot:output_type -> entente.v1.SaveSnapshotResponse
-	38,  // 158: entente.v1.Admin.ListNodes:output_type -> entente.v1.ListNodesResponse
-	46,  // 159: entente.v1.Admin.PromoteNode:output_type -> entente.v1.PromoteNodeResponse
-	42,  // 160: entente.v1.Admin.ListChanges:output_type -> entente.v1.ListChangesResponse
-	44,  // 161: entente.v1.Admin.ApproveChange:output_type -> entente.v1.ApproveChangeResponse
-	61,  // 162: entente.v1.Admin.WhoAmI:output_type -> entente.v1.WhoAmIResponse
-	65,  // 163: entente.v1.Peer.Propose:output_type -> entente.v1.ProposeResponse
-	68,  // 164: entente.v1.Peer.Report:output_type -> entente.v1.ReportResponse
-	76,  // 165: entente.v1.Peer.Presence:output_type -> entente.v1.PresenceResponse
-	70,  // 166: entente.v1.Peer.Gate:output_type -> entente.v1.GateResponse
-	48,  // 167: entente.v1.Peer.Vouch:output_type -> entente.v1.VouchResponse
-	50,  // 168: entente.v1.Peer.Checksum:output_type -> entente.v1.ChecksumResponse
-	38,  // 169: entente.v1.Peer.Nodes:output_type -> entente.v1.ListNodesResponse
-	73,  // 170: entente.v1.Peer.MarkReady:output_type -> entente.v1.MarkReadyResponse
-	52,  // 171: entente.v1.Peer.ShowEpoch:output_type -> entente.v1.ShowEpochResponse
-	130, // [130:172] is the sub-list for method output_type
-	88,  // [88:130] is the sub-list for method input_type
-	88,  // [88:88] is the sub-list for extension type_name
-	88,  // [88:88] is the sub-list for extension extendee
-	0,   // [0:88] is the sub-list for field type_name
+	109, // 47: entente.v1.NodeProgress.member:type_name -> entente.state.v1.Member
+	118, // 48: entente.v1.ReplaceRecoveryKeyRequest.replacement:type_name -> entente.state.v1.RecoveryKeyReplacement
+	40,  // 49: entente.v1.ReplaceRecoveryKeyResponse.approval:type_name -> entente.v1.Approval
+	40,  // 50: entente.v1.ListChangesResponse.changes:type_name -> entente.v1.Approval
+	40,  // 51: entente.v1.ApproveChangeResponse.approval:type_name -> entente.v1.Approval
+	40,  // 52: entente.v1.PromoteNodeResponse.approval:type_name -> entente.v1.Approval
+	109, // 53: entente.v1.VouchResponse.member:type_name -> entente.state.v1.Member
+	56,  // 54: entente.v1.ForeignBundleStatus.dropped:type_name -> entente.v1.DroppedKey
+	119, // 55: entente.v1.CreateTokenRequest.node:type_name -> entente.state.v1.NodeGrant
+	120, // 56: entente.v1.CreateTokenRequest.agent:type_name -> entente.state.v1.AgentGrant
+	40,  // 57: entente.v1.CreateTokenResponse.approval:type_name -> entente.v1.Approval
+	114, // 58: entente.v1.ApplyRequest.objects:type_name -> entente.state.v1.Object
+	115, // 59: entente.v1.ApplyRequest.deletes:type_name -> entente.state.v1.ObjectKey
+	61,  // 60: entente.v1.ApplyResponse.changes:type_name -> entente.v1.ObjectChange
+	115, // 61: entente.v1.ObjectChange.key:type_name -> entente.state.v1.ObjectKey
+	114, // 62: entente.v1.ObjectChange.before:type_name -> entente.state.v1.Object
+	121, // 63: entente.v1.WhoAmIResponse.bindings:type_name -> entente.state.v1.RoleBinding
+	69,  // 64: entente.v1.ReportRequest.held:type_name -> entente.v1.HeldAuthority
+	73,  // 65: entente.v1.GateResponse.authorities:type_name -> entente.v1.AuthorityGate
+	12,  // 66: entente.v1.Picture.policy:type_name -> entente.v1.Policy
+	14,  // 67: entente.v1.Picture.presence:type_name -> entente.v1.Presence
+	9,   // 68: entente.v1.PresenceResponse.instances:type_name -> entente.v1.Instance
+	9,   // 69: entente.v1.PresenceResponse.withdrawn:type_name -> entente.v1.Instance
+	81,  // 70: entente.v1.ListAuthoritiesResponse.authorities:type_name -> entente.v1.AuthorityStatus
+	116, // 71: entente.v1.AuthorityStatus.authority:type_name -> entente.state.v1.Authority
+	117, // 72: entente.v1.PrepareAuthorityRequest.use:type_name -> entente.state.v1.KeyUse
+	116, // 73: entente.v1.ChangeAuthorityResponse.authority:type_name -> entente.state.v1.Authority
+	116, // 74: entente.v1.ChangeAuthorityResponse.signing:type_name -> entente.state.v1.Authority
+	40,  // 75: entente.v1.RemoveNodeResponse.approval:type_name -> entente.v1.Approval
+	109, // 76: entente.v1.RemoveNodeResponse.member:type_name -> entente.state.v1.Member
+	116, // 77: entente.v1.RemoveNodeResponse.authorities:type_name -> entente.state.v1.Authority
+	89,  // 78: entente.v1.ListAgentsResponse.agents:type_name -> entente.v1.AgentStatus
+	111, // 79: entente.v1.AgentStatus.agent:type_name -> entente.state.v1.Agent
+	89,  // 80: entente.v1.GetAgentResponse.status:type_name -> entente.v1.AgentStatus
+	113, // 81: entente.v1.GetAgentResponse.entries:type_name -> entente.state.v1.Entry
+	9,   // 82: entente.v1.GetAgentResponse.instances:type_name -> entente.v1.Instance
+	96,  // 83: entente.v1.IsolateAgentResponse.isolation:type_name -> entente.v1.Isolation
+	111, // 84: entente.v1.Isolation.agent:type_name -> entente.state.v1.Agent
+	122, // 85: entente.v1.ListTokensResponse.tokens:type_name -> entente.state.v1.Token
+	123, // 86: entente.v1.ChangeEntriesRequest.changes:type_name -> entente.state.v1.EntryChange
+	103, // 87: entente.v1.ChangeEntriesResponse.results:type_name -> entente.v1.EntryResult
+	113, // 88: entente.v1.ListEntriesResponse.entries:type_name -> entente.state.v1.Entry
+	113, // 89: entente.v1.GetEntryResponse.entry:type_name -> entente.state.v1.Entry
+	1,   // 90: entente.v1.Join.Join:input_type -> entente.v1.JoinRequest
+	3,   // 91: entente.v1.Attest.Attest:input_type -> entente.v1.AttestRequest
+	5,   // 92: entente.v1.Sync.Sync:input_type -> entente.v1.SyncRequest
+	16,  // 93: entente.v1.Sign.SignX509:input_type -> entente.v1.SignX509Request
+	20,  // 94: entente.v1.Sign.SignJWT:input_type -> entente.v1.SignJWTRequest
+	23,  // 95: entente.v1.Sign.SignWIT:input_type -> entente.v1.SignWITRequest
+	27,  // 96: entente.v1.Admin.Status:input_type -> entente.v1.StatusRequest
+	57,  // 97: entente.v1.Admin.CreateToken:input_type -> entente.v1.CreateTokenRequest
+	59,  // 98: entente.v1.Admin.Apply:input_type -> entente.v1.ApplyRequest
+	64,  // 99: entente.v1.Admin.GetBundle:input_type -> entente.v1.GetBundleRequest
+	79,  // 100: entente.v1.Admin.ListAuthorities:input_type -> entente.v1.ListAuthoritiesRequest
+	82,  // 101: entente.v1.Admin.PrepareAuthority:input_type -> entente.v1.PrepareAuthorityRequest
+	83,  // 102: entente.v1.Admin.ActivateAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	83,  // 103: entente.v1.Admin.TaintAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	83,  // 104: entente.v1.Admin.RevokeAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	85,  // 105: entente.v1.Admin.RemoveNode:input_type -> entente.v1.RemoveNodeRequest
+	87,  // 106: entente.v1.Admin.ListAgents:input_type -> entente.v1.ListAgentsRequest
+	90,  // 107: entente.v1.Admin.GetAgent:input_type -> entente.v1.GetAgentRequest
+	92,  // 108: entente.v1.Admin.BanAgent:input_type -> entente.v1.ChangeAgentRequest
+	92,  // 109: entente.v1.Admin.EvictAgent:input_type -> entente.v1.ChangeAgentRequest
+	94,  // 110: entente.v1.Admin.IsolateAgent:input_type -> entente.v1.IsolateAgentRequest
+	97,  // 111: entente.v1.Admin.ListTokens:input_type -> entente.v1.ListTokensRequest
+	99,  // 112: entente.v1.Admin.RevokeToken:input_type -> entente.v1.RevokeTokenRequest
+	101, // 113: entente.v1.Admin.ChangeEntries:input_type -> entente.v1.ChangeEntriesRequest
+	104, // 114: entente.v1.Admin.ListEntries:input_type -> entente.v1.ListEntriesRequest
+	106, // 115: entente.v1.Admin.GetEntry:input_type -> entente.v1.GetEntryRequest
+	104, // 116: entente.v1.Admin.CountEntries:input_type -> entente.v1.ListEntriesRequest
+	35,  // 117: entente.v1.Admin.SaveSnapshot:input_type -> entente.v1.SaveSnapshotRequest
+	37,  // 118: entente.v1.Admin.ListNodes:input_type -> entente.v1.ListNodesRequest
+	47,  // 119: entente.v1.Admin.PromoteNode:input_type -> entente.v1.PromoteNodeRequest
+	41,  // 120: entente.v1.Admin.ReplaceRecoveryKey:input_type -> entente.v1.ReplaceRecoveryKeyRequest
+	43,  // 121: entente.v1.Admin.ListChanges:input_type -> entente.v1.ListChangesRequest
+	45,  // 122: entente.v1.Admin.ApproveChange:input_type -> entente.v1.ApproveChangeRequest
+	62,  // 123: entente.v1.Admin.WhoAmI:input_type -> entente.v1.WhoAmIRequest
+	66,  // 124: entente.v1.Peer.Propose:input_type -> entente.v1.ProposeRequest
+	68,  // 125: entente.v1.Peer.Report:input_type -> entente.v1.ReportRequest
+	77,  // 126: entente.v1.Peer.Presence:input_type -> entente.v1.PresenceRequest
+	71,  // 127: entente.v1.Peer.Gate:input_type -> entente.v1.GateRequest
+	49,  // 128: entente.v1.Peer.Vouch:input_type -> entente.v1.VouchRequest
+	51,  // 129: entente.v1.Peer.Checksum:input_type -> entente.v1.ChecksumRequest
+	37,  // 130: entente.v1.Peer.Nodes:input_type -> entente.v1.ListNodesRequest
+	74,  // 131: entente.v1.Peer.MarkReady:input_type -> entente.v1.MarkReadyRequest
+	53,  // 132: entente.v1.Peer.ShowEpoch:input_type -> entente.v1.ShowEpochRequest
+	2,   // 133: entente.v1.Join.Join:output_type -> entente.v1.JoinResponse
+	4,   // 134: entente.v1.Attest.Attest:output_type -> entente.v1.AttestResponse
+	10,  // 135: entente.v1.Sync.Sync:output_type -> entente.v1.SyncResponse
+	18,  // 136: entente.v1.Sign.SignX509:output_type -> entente.v1.SignX509Response
+	22,  // 137: entente.v1.Sign.SignJWT:output_type -> entente.v1.SignJWTResponse
+	25,  // 138: entente.v1.Sign.SignWIT:output_type -> entente.v1.SignWITResponse
+	28,  // 139: entente.v1.Admin.Status:output_type -> entente.v1.StatusResponse
+	58,  // 140: entente.v1.Admin.CreateToken:output_type -> entente.v1.CreateTokenResponse
+	60,  // 141: entente.v1.Admin.Apply:output_type -> entente.v1.ApplyResponse
+	65,  // 142: entente.v1.Admin.GetBundle:output_type -> entente.v1.GetBundleResponse
+	80,  // 143: entente.v1.Admin.ListAuthorities:output_type -> entente.v1.ListAuthoritiesResponse
+	84,  // 144: entente.v1.Admin.PrepareAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	84,  // 145: entente.v1.Admin.ActivateAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	84,  // 146: entente.v1.Admin.TaintAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	84,  // 147: entente.v1.Admin.RevokeAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	86,  // 148: entente.v1.Admin.RemoveNode:output_type -> entente.v1.RemoveNodeResponse
+	88,  // 149: entente.v1.Admin.ListAgents:output_type -> entente.v1.ListAgentsResponse
+	91,  // 150: entente.v1.Admin.GetAgent:output_type -> entente.v1.GetAgentResponse
+	93,  // 151: entente.v1.Admin.BanAgent:output_type -> entente.v1.ChangeAgentResponse
+	93,  // 152: entente.v1.Admin.EvictAgent:output_type -> entente.v1.ChangeAgentResponse
+	95,  // 153: entente.v1.Admin.IsolateAgent:output_type -> entente.v1.IsolateAgentResponse
+	98,  // 154: entente.v1.Admin.ListTokens:output_type -> entente.v1.ListTokensResponse
+	100, // 155: entente.v1.Admin.RevokeToken:output_type -> entente.v1.RevokeTokenResponse
+	102, // 156: entente.v1.Admin.ChangeEntries:output_type -> entente.v1.ChangeEntriesResponse
+	105, // 157: entente.v1.Admin.ListEntries:output_type -> entente.v1.ListEntriesResponse
+	107, // 158: entente.v1.Admin.GetEntry:output_type -> entente.v1.GetEntryResponse
+	108, // 159: entente.v1.Admin.CountEntries:output_type -> entente.v1.CountEntriesResponse
+	36,  // 160: entente.v1.Admin.SaveSnapshot:output_type -> entente.v1.SaveSnapshotResponse
+	38,  // 161: entente.v1.Admin.ListNodes:output_type -> entente.v1.ListNodesResponse
+	48,  // 162: entente.v1.Admin.PromoteNode:output_type -> entente.v1.PromoteNodeResponse
+	42,  // 163: entente.v1.Admin.ReplaceRecoveryKey:output_type -> entente.v1.ReplaceRecoveryKeyResponse
+	44,  // 164: entente.v1.Admin.ListChanges:output_type -> entente.v1.ListChangesResponse
+	46,  // 165: entente.v1.Admin.ApproveChange:output_type -> entente.v1.ApproveChangeResponse
+	63,  // 166: entente.v1.Admin.WhoAmI:output_type -> entente.v1.WhoAmIResponse
+	67,  // 167: entente.v1.Peer.Propose:output_type -> entente.v1.ProposeResponse
+	70,  // 168: entente.v1.Peer.Report:output_type -> entente.v1.ReportResponse
+	78,  // 169: entente.v1.Peer.Presence:output_type -> entente.v1.PresenceResponse
+	72,  // 170: entente.v1.Peer.Gate:output_type -> entente.v1.GateResponse
+	50,  // 171: entente.v1.Peer.Vouch:output_type -> entente.v1.VouchResponse
+	52,  // 172: entente.v1.Peer.Checksum:output_type -> entente.v1.ChecksumResponse
+	38,  // 173: entente.v1.Peer.Nodes:output_type -> entente.v1.ListNodesResponse
+	75,  // 174: entente.v1.Peer.MarkReady:output_type -> entente.v1.MarkReadyResponse
+	54,  // 175: entente.v1.Peer.ShowEpoch:output_type -> entente.v1.ShowEpochResponse
+	133, // [133:176] is the sub-list for method output_type
+	90,  // [90:133] is the sub-list for method input_type
+	90,  // [90:90] is the sub-list for extension type_name
+	90,  // [90:90] is the sub-list for extension extendee
+	0,   // [0:90] is the sub-list for field type_name
 }
 
 func init() { file_entente_v1_entente_proto_init() }
@@ -7472,7 +7581,7 @@ func file_entente_v1_entente_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_entente_v1_entente_proto_rawDesc), len(file_entente_v1_entente_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   106,
+			NumMessages:   108,
 			NumExtensions: 0,
 			NumServices:   6,
 		},

@@ -527,33 +527,34 @@ var Sign_ServiceDesc = grpc.ServiceDesc{
 }
 
 const (
-	Admin_Status_FullMethodName            = "/entente.v1.Admin/Status"
-	Admin_CreateToken_FullMethodName       = "/entente.v1.Admin/CreateToken"
-	Admin_Apply_FullMethodName             = "/entente.v1.Admin/Apply"
-	Admin_GetBundle_FullMethodName         = "/entente.v1.Admin/GetBundle"
-	Admin_ListAuthorities_FullMethodName   = "/entente.v1.Admin/ListAuthorities"
-	Admin_PrepareAuthority_FullMethodName  = "/entente.v1.Admin/PrepareAuthority"
-	Admin_ActivateAuthority_FullMethodName = "/entente.v1.Admin/ActivateAuthority"
-	Admin_TaintAuthority_FullMethodName    = "/entente.v1.Admin/TaintAuthority"
-	Admin_RevokeAuthority_FullMethodName   = "/entente.v1.Admin/RevokeAuthority"
-	Admin_RemoveNode_FullMethodName        = "/entente.v1.Admin/RemoveNode"
-	Admin_ListAgents_FullMethodName        = "/entente.v1.Admin/ListAgents"
-	Admin_GetAgent_FullMethodName          = "/entente.v1.Admin/GetAgent"
-	Admin_BanAgent_FullMethodName          = "/entente.v1.Admin/BanAgent"
-	Admin_EvictAgent_FullMethodName        = "/entente.v1.Admin/EvictAgent"
-	Admin_IsolateAgent_FullMethodName      = "/entente.v1.Admin/IsolateAgent"
-	Admin_ListTokens_FullMethodName        = "/entente.v1.Admin/ListTokens"
-	Admin_RevokeToken_FullMethodName       = "/entente.v1.Admin/RevokeToken"
-	Admin_ChangeEntries_FullMethodName     = "/entente.v1.Admin/ChangeEntries"
-	Admin_ListEntries_FullMethodName       = "/entente.v1.Admin/ListEntries"
-	Admin_GetEntry_FullMethodName          = "/entente.v1.Admin/GetEntry"
-	Admin_CountEntries_FullMethodName      = "/entente.v1.Admin/CountEntries"
-	Admin_SaveSnapshot_FullMethodName      = "/entente.v1.Admin/SaveSnapshot"
-	Admin_ListNodes_FullMethodName         = "/entente.v1.Admin/ListNodes"
-	Admin_PromoteNode_FullMethodName       = "/entente.v1.Admin/PromoteNode"
-	Admin_ListChanges_FullMethodName       = "/entente.v1.Admin/ListChanges"
-	Admin_ApproveChange_FullMethodName     = "/entente.v1.Admin/ApproveChange"
-	Admin_WhoAmI_FullMethodName            = "/entente.v1.Admin/WhoAmI"
+	Admin_Status_FullMethodName             = "/entente.v1.Admin/Status"
+	Admin_CreateToken_FullMethodName        = "/entente.v1.Admin/CreateToken"
+	Admin_Apply_FullMethodName              = "/entente.v1.Admin/Apply"
+	Admin_GetBundle_FullMethodName          = "/entente.v1.Admin/GetBundle"
+	Admin_ListAuthorities_FullMethodName    = "/entente.v1.Admin/ListAuthorities"
+	Admin_PrepareAuthority_FullMethodName   = "/entente.v1.Admin/PrepareAuthority"
+	Admin_ActivateAuthority_FullMethodName  = "/entente.v1.Admin/ActivateAuthority"
+	Admin_TaintAuthority_FullMethodName     = "/entente.v1.Admin/TaintAuthority"
+	Admin_RevokeAuthority_FullMethodName    = "/entente.v1.Admin/RevokeAuthority"
+	Admin_RemoveNode_FullMethodName         = "/entente.v1.Admin/RemoveNode"
+	Admin_ListAgents_FullMethodName         = "/entente.v1.Admin/ListAgents"
+	Admin_GetAgent_FullMethodName           = "/entente.v1.Admin/GetAgent"
+	Admin_BanAgent_FullMethodName           = "/entente.v1.Admin/BanAgent"
+	Admin_EvictAgent_FullMethodName         = "/entente.v1.Admin/EvictAgent"
+	Admin_IsolateAgent_FullMethodName       = "/entente.v1.Admin/IsolateAgent"
+	Admin_ListTokens_FullMethodName         = "/entente.v1.Admin/ListTokens"
+	Admin_RevokeToken_FullMethodName        = "/entente.v1.Admin/RevokeToken"
+	Admin_ChangeEntries_FullMethodName      = "/entente.v1.Admin/ChangeEntries"
+	Admin_ListEntries_FullMethodName        = "/entente.v1.Admin/ListEntries"
+	Admin_GetEntry_FullMethodName           = "/entente.v1.Admin/GetEntry"
+	Admin_CountEntries_FullMethodName       = "/entente.v1.Admin/CountEntries"
+	Admin_SaveSnapshot_FullMethodName       = "/entente.v1.Admin/SaveSnapshot"
+	Admin_ListNodes_FullMethodName          = "/entente.v1.Admin/ListNodes"
+	Admin_PromoteNode_FullMethodName        = "/entente.v1.Admin/PromoteNode"
+	Admin_ReplaceRecoveryKey_FullMethodName = "/entente.v1.Admin/ReplaceRecoveryKey"
+	Admin_ListChanges_FullMethodName        = "/entente.v1.Admin/ListChanges"
+	Admin_ApproveChange_FullMethodName      = "/entente.v1.Admin/ApproveChange"
+	Admin_WhoAmI_FullMethodName             = "/entente.v1.Admin/WhoAmI"
 )
 
 // AdminClient is the client API for Admin service.
@@ -597,6 +598,8 @@ type AdminClient interface {
 	ListNodes(ctx context.Context, in *ListNodesRequest, opts ...grpc.CallOption) (*ListNodesResponse, error)
 	// PromoteNode makes a non-voter vote when it has caught up.
 	PromoteNode(ctx context.Context, in *PromoteNodeRequest, opts ...grpc.CallOption) (*PromoteNodeResponse, error)
+	// ReplaceRecoveryKey has a new recovery key count.
+	ReplaceRecoveryKey(ctx context.Context, in *ReplaceRecoveryKeyRequest, opts ...grpc.CallOption) (*ReplaceRecoveryKeyResponse, error)
 	// ListChanges shows the changes of the CA nodes that lack approvals.
 	ListChanges(ctx context.Context, in *ListChangesRequest, opts ...grpc.CallOption) (*ListChangesResponse, error)
 	// ApproveChange is the approval of the operator of this node's host. It is served on
@@ -863,6 +866,16 @@ func (c *adminClient) PromoteNode(ctx context.Context, in *PromoteNodeRequest, o
 	return out, nil
 }
 
+func (c *adminClient) ReplaceRecoveryKey(ctx context.Context, in *ReplaceRecoveryKeyRequest, opts ...grpc.CallOption) (*ReplaceRecoveryKeyResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ReplaceRecoveryKeyResponse)
+	err := c.cc.Invoke(ctx, Admin_ReplaceRecoveryKey_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *adminClient) ListChanges(ctx context.Context, in *ListChangesRequest, opts ...grpc.CallOption) (*ListChangesResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(ListChangesResponse)
@@ -934,6 +947,8 @@ type AdminServer interface {
 	ListNodes(context.Context, *ListNodesRequest) (*ListNodesResponse, error)
 	// PromoteNode makes a non-voter vote when it has caught up.
 	PromoteNode(context.Context, *PromoteNodeRequest) (*PromoteNodeResponse, error)
+	// ReplaceRecoveryKey has a new recovery key count.
+	ReplaceRecoveryKey(context.Context, *ReplaceRecoveryKeyRequest) (*ReplaceRecoveryKeyResponse, error)
 	// ListChanges shows the changes of the CA nodes that lack approvals.
 	ListChanges(context.Context, *ListChangesRequest) (*ListChangesResponse, error)
 	// ApproveChange is the approval of the operator of this node's host. It is served on
@@ -1022,6 +1037,9 @@ func (UnimplementedAdminServer) ListNodes(context.Context, *ListNodesRequest) (*
 }
 func (UnimplementedAdminServer) PromoteNode(context.Context, *PromoteNodeRequest) (*PromoteNodeResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method PromoteNode not implemented")
+}
+func (UnimplementedAdminServer) ReplaceRecoveryKey(context.Context, *ReplaceRecoveryKeyRequest) (*ReplaceRecoveryKeyResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ReplaceRecoveryKey not implemented")
 }
 func (UnimplementedAdminServer) ListChanges(context.Context, *ListChangesRequest) (*ListChangesResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ListChanges not implemented")
@@ -1478,6 +1496,24 @@ func _Admin_PromoteNode_Handler(srv interface{}, ctx context.Context, dec func(i
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Admin_ReplaceRecoveryKey_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ReplaceRecoveryKeyRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).ReplaceRecoveryKey(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_ReplaceRecoveryKey_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).ReplaceRecoveryKey(ctx, req.(*ReplaceRecoveryKeyRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Admin_ListChanges_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(ListChangesRequest)
 	if err := dec(in); err != nil {
@@ -1630,6 +1666,10 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "PromoteNode",
 			Handler:    _Admin_PromoteNode_Handler,
+		},
+		{
+			MethodName: "ReplaceRecoveryKey",
+			Handler:    _Admin_ReplaceRecoveryKey_Handler,
 		},
 		{
 			MethodName: "ListChanges",

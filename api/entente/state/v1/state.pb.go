@@ -389,16 +389,17 @@ func (AdminRole) EnumDescriptor() ([]byte, []int) {
 
 // Cluster says which CA cluster this is. Written once by Init.
 type Cluster struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	TrustDomain   string                 `protobuf:"bytes,1,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"`
-	Id            []byte                 `protobuf:"bytes,2,opt,name=id,proto3" json:"id,omitempty"`        // 16 random bytes
-	Epoch         uint32                 `protobuf:"varint,3,opt,name=epoch,proto3" json:"epoch,omitempty"` // below 512; raised by recover
-	Dev           bool                   `protobuf:"varint,4,opt,name=dev,proto3" json:"dev,omitempty"`     // loopback only, unsealed keys; never federates with a non-dev domain
-	Lifetimes     *Lifetimes             `protobuf:"bytes,5,opt,name=lifetimes,proto3" json:"lifetimes,omitempty"`
-	RecoveryKey   []byte                 `protobuf:"bytes,40,opt,name=recovery_key,json=recoveryKey,proto3" json:"recovery_key,omitempty"`     // Ed25519; its private half is with the operator, offline
-	Recovery      *Recovery              `protobuf:"bytes,41,opt,name=recovery,proto3" json:"recovery,omitempty"`                              // how this epoch began; absent in the first
-	MinVoters     uint32                 `protobuf:"varint,42,opt,name=min_voters,json=minVoters,proto3" json:"min_voters,omitempty"`          // a removal never leaves fewer; 0: none but the last is kept
-	FeatureLevel  uint32                 `protobuf:"varint,70,opt,name=feature_level,json=featureLevel,proto3" json:"feature_level,omitempty"` // the lowest that all members have had together; never falls; 0: 1
+	state         protoimpl.MessageState    `protogen:"open.v1"`
+	TrustDomain   string                    `protobuf:"bytes,1,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"`
+	Id            []byte                    `protobuf:"bytes,2,opt,name=id,proto3" json:"id,omitempty"`        // 16 random bytes
+	Epoch         uint32                    `protobuf:"varint,3,opt,name=epoch,proto3" json:"epoch,omitempty"` // below 512; raised by recover
+	Dev           bool                      `protobuf:"varint,4,opt,name=dev,proto3" json:"dev,omitempty"`     // loopback only, unsealed keys; never federates with a non-dev domain
+	Lifetimes     *Lifetimes                `protobuf:"bytes,5,opt,name=lifetimes,proto3" json:"lifetimes,omitempty"`
+	RecoveryKey   []byte                    `protobuf:"bytes,40,opt,name=recovery_key,json=recoveryKey,proto3" json:"recovery_key,omitempty"`     // Ed25519; its private half is with the operator, offline
+	Recovery      *Recovery                 `protobuf:"bytes,41,opt,name=recovery,proto3" json:"recovery,omitempty"`                              // how this epoch began; absent in the first
+	Replaced      []*RecoveryKeyReplacement `protobuf:"bytes,283,rep,name=replaced,proto3" json:"replaced,omitempty"`                             // of the recovery key, the newest last; at most 16
+	MinVoters     uint32                    `protobuf:"varint,42,opt,name=min_voters,json=minVoters,proto3" json:"min_voters,omitempty"`          // a removal never leaves fewer; 0: none but the last is kept
+	FeatureLevel  uint32                    `protobuf:"varint,70,opt,name=feature_level,json=featureLevel,proto3" json:"feature_level,omitempty"` // the lowest that all members have had together; never falls; 0: 1
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -482,6 +483,13 @@ func (x *Cluster) GetRecovery() *Recovery {
 	return nil
 }
 
+func (x *Cluster) GetReplaced() []*RecoveryKeyReplacement {
+	if x != nil {
+		return x.Replaced
+	}
+	return nil
+}
+
 func (x *Cluster) GetMinVoters() uint32 {
 	if x != nil {
 		return x.MinVoters
@@ -494,6 +502,67 @@ func (x *Cluster) GetFeatureLevel() uint32 {
 		return x.FeatureLevel
 	}
 	return 0
+}
+
+// RecoveryKeyReplacement is one recovery key taking the place of another.
+type RecoveryKeyReplacement struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Former        []byte                 `protobuf:"bytes,1,opt,name=former,proto3" json:"former,omitempty"` // Ed25519 public keys
+	Next          []byte                 `protobuf:"bytes,2,opt,name=next,proto3" json:"next,omitempty"`
+	Signature     []byte                 `protobuf:"bytes,3,opt,name=signature,proto3" json:"signature,omitempty"` // by the former key; empty: operators of a majority of the voters approved it
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RecoveryKeyReplacement) Reset() {
+	*x = RecoveryKeyReplacement{}
+	mi := &file_entente_state_v1_state_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RecoveryKeyReplacement) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RecoveryKeyReplacement) ProtoMessage() {}
+
+func (x *RecoveryKeyReplacement) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_state_v1_state_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RecoveryKeyReplacement.ProtoReflect.Descriptor instead.
+func (*RecoveryKeyReplacement) Descriptor() ([]byte, []int) {
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *RecoveryKeyReplacement) GetFormer() []byte {
+	if x != nil {
+		return x.Former
+	}
+	return nil
+}
+
+func (x *RecoveryKeyReplacement) GetNext() []byte {
+	if x != nil {
+		return x.Next
+	}
+	return nil
+}
+
+func (x *RecoveryKeyReplacement) GetSignature() []byte {
+	if x != nil {
+		return x.Signature
+	}
+	return nil
 }
 
 // Recovery is how an epoch began: one node went on alone, by the word of whoever
@@ -510,7 +579,7 @@ type Recovery struct {
 
 func (x *Recovery) Reset() {
 	*x = Recovery{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[1]
+	mi := &file_entente_state_v1_state_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -522,7 +591,7 @@ func (x *Recovery) String() string {
 func (*Recovery) ProtoMessage() {}
 
 func (x *Recovery) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[1]
+	mi := &file_entente_state_v1_state_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -535,7 +604,7 @@ func (x *Recovery) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Recovery.ProtoReflect.Descriptor instead.
 func (*Recovery) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{1}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *Recovery) GetStatement() []byte {
@@ -582,7 +651,7 @@ type RecoveryStatement struct {
 
 func (x *RecoveryStatement) Reset() {
 	*x = RecoveryStatement{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[2]
+	mi := &file_entente_state_v1_state_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -594,7 +663,7 @@ func (x *RecoveryStatement) String() string {
 func (*RecoveryStatement) ProtoMessage() {}
 
 func (x *RecoveryStatement) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[2]
+	mi := &file_entente_state_v1_state_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -607,7 +676,7 @@ func (x *RecoveryStatement) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RecoveryStatement.ProtoReflect.Descriptor instead.
 func (*RecoveryStatement) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{2}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *RecoveryStatement) GetClusterId() []byte {
@@ -667,7 +736,7 @@ type Lifetimes struct {
 
 func (x *Lifetimes) Reset() {
 	*x = Lifetimes{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[3]
+	mi := &file_entente_state_v1_state_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -679,7 +748,7 @@ func (x *Lifetimes) String() string {
 func (*Lifetimes) ProtoMessage() {}
 
 func (x *Lifetimes) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[3]
+	mi := &file_entente_state_v1_state_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -692,7 +761,7 @@ func (x *Lifetimes) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Lifetimes.ProtoReflect.Descriptor instead.
 func (*Lifetimes) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{3}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Lifetimes) GetX509SvidSeconds() uint32 {
@@ -755,7 +824,7 @@ type Member struct {
 
 func (x *Member) Reset() {
 	*x = Member{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[4]
+	mi := &file_entente_state_v1_state_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -767,7 +836,7 @@ func (x *Member) String() string {
 func (*Member) ProtoMessage() {}
 
 func (x *Member) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[4]
+	mi := &file_entente_state_v1_state_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -780,7 +849,7 @@ func (x *Member) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Member.ProtoReflect.Descriptor instead.
 func (*Member) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{4}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Member) GetId() string {
@@ -866,7 +935,7 @@ type Authority struct {
 
 func (x *Authority) Reset() {
 	*x = Authority{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[5]
+	mi := &file_entente_state_v1_state_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -878,7 +947,7 @@ func (x *Authority) String() string {
 func (*Authority) ProtoMessage() {}
 
 func (x *Authority) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[5]
+	mi := &file_entente_state_v1_state_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -891,7 +960,7 @@ func (x *Authority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Authority.ProtoReflect.Descriptor instead.
 func (*Authority) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{5}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Authority) GetId() string {
@@ -1038,7 +1107,7 @@ type Token struct {
 
 func (x *Token) Reset() {
 	*x = Token{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[6]
+	mi := &file_entente_state_v1_state_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1050,7 +1119,7 @@ func (x *Token) String() string {
 func (*Token) ProtoMessage() {}
 
 func (x *Token) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[6]
+	mi := &file_entente_state_v1_state_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1063,7 +1132,7 @@ func (x *Token) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Token.ProtoReflect.Descriptor instead.
 func (*Token) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{6}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Token) GetId() string {
@@ -1147,7 +1216,7 @@ type NodeGrant struct {
 
 func (x *NodeGrant) Reset() {
 	*x = NodeGrant{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[7]
+	mi := &file_entente_state_v1_state_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1159,7 +1228,7 @@ func (x *NodeGrant) String() string {
 func (*NodeGrant) ProtoMessage() {}
 
 func (x *NodeGrant) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[7]
+	mi := &file_entente_state_v1_state_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1172,7 +1241,7 @@ func (x *NodeGrant) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeGrant.ProtoReflect.Descriptor instead.
 func (*NodeGrant) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{7}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *NodeGrant) GetName() string {
@@ -1216,7 +1285,7 @@ type AgentGrant struct {
 
 func (x *AgentGrant) Reset() {
 	*x = AgentGrant{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[8]
+	mi := &file_entente_state_v1_state_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1228,7 +1297,7 @@ func (x *AgentGrant) String() string {
 func (*AgentGrant) ProtoMessage() {}
 
 func (x *AgentGrant) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[8]
+	mi := &file_entente_state_v1_state_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1241,7 +1310,7 @@ func (x *AgentGrant) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentGrant.ProtoReflect.Descriptor instead.
 func (*AgentGrant) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{8}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *AgentGrant) GetName() string {
@@ -1297,7 +1366,7 @@ type Agent struct {
 
 func (x *Agent) Reset() {
 	*x = Agent{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[9]
+	mi := &file_entente_state_v1_state_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1309,7 +1378,7 @@ func (x *Agent) String() string {
 func (*Agent) ProtoMessage() {}
 
 func (x *Agent) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[9]
+	mi := &file_entente_state_v1_state_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1322,7 +1391,7 @@ func (x *Agent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Agent.ProtoReflect.Descriptor instead.
 func (*Agent) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{9}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Agent) GetName() string {
@@ -1411,7 +1480,7 @@ type Entry struct {
 
 func (x *Entry) Reset() {
 	*x = Entry{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[10]
+	mi := &file_entente_state_v1_state_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1423,7 +1492,7 @@ func (x *Entry) String() string {
 func (*Entry) ProtoMessage() {}
 
 func (x *Entry) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[10]
+	mi := &file_entente_state_v1_state_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1436,7 +1505,7 @@ func (x *Entry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Entry.ProtoReflect.Descriptor instead.
 func (*Entry) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{10}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Entry) GetId() string {
@@ -1553,7 +1622,7 @@ type Distrust struct {
 
 func (x *Distrust) Reset() {
 	*x = Distrust{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[11]
+	mi := &file_entente_state_v1_state_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1565,7 +1634,7 @@ func (x *Distrust) String() string {
 func (*Distrust) ProtoMessage() {}
 
 func (x *Distrust) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[11]
+	mi := &file_entente_state_v1_state_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1578,7 +1647,7 @@ func (x *Distrust) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Distrust.ProtoReflect.Descriptor instead.
 func (*Distrust) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{11}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Distrust) GetId() string {
@@ -1665,7 +1734,7 @@ type Staged struct {
 
 func (x *Staged) Reset() {
 	*x = Staged{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[12]
+	mi := &file_entente_state_v1_state_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1677,7 +1746,7 @@ func (x *Staged) String() string {
 func (*Staged) ProtoMessage() {}
 
 func (x *Staged) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[12]
+	mi := &file_entente_state_v1_state_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1690,7 +1759,7 @@ func (x *Staged) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Staged.ProtoReflect.Descriptor instead.
 func (*Staged) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{12}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Staged) GetId() []byte {
@@ -1749,7 +1818,7 @@ type Object struct {
 
 func (x *Object) Reset() {
 	*x = Object{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[13]
+	mi := &file_entente_state_v1_state_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1761,7 +1830,7 @@ func (x *Object) String() string {
 func (*Object) ProtoMessage() {}
 
 func (x *Object) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[13]
+	mi := &file_entente_state_v1_state_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1774,7 +1843,7 @@ func (x *Object) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Object.ProtoReflect.Descriptor instead.
 func (*Object) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{13}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Object) GetKind() isObject_Kind {
@@ -1909,7 +1978,7 @@ type ObjectKey struct {
 
 func (x *ObjectKey) Reset() {
 	*x = ObjectKey{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[14]
+	mi := &file_entente_state_v1_state_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1921,7 +1990,7 @@ func (x *ObjectKey) String() string {
 func (*ObjectKey) ProtoMessage() {}
 
 func (x *ObjectKey) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[14]
+	mi := &file_entente_state_v1_state_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1934,7 +2003,7 @@ func (x *ObjectKey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ObjectKey.ProtoReflect.Descriptor instead.
 func (*ObjectKey) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{14}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *ObjectKey) GetKind() string {
@@ -1977,7 +2046,7 @@ type Service struct {
 
 func (x *Service) Reset() {
 	*x = Service{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[15]
+	mi := &file_entente_state_v1_state_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1989,7 +2058,7 @@ func (x *Service) String() string {
 func (*Service) ProtoMessage() {}
 
 func (x *Service) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[15]
+	mi := &file_entente_state_v1_state_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2002,7 +2071,7 @@ func (x *Service) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Service.ProtoReflect.Descriptor instead.
 func (*Service) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{15}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Service) GetName() string {
@@ -2135,7 +2204,7 @@ type ServiceHTTP struct {
 
 func (x *ServiceHTTP) Reset() {
 	*x = ServiceHTTP{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[16]
+	mi := &file_entente_state_v1_state_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2147,7 +2216,7 @@ func (x *ServiceHTTP) String() string {
 func (*ServiceHTTP) ProtoMessage() {}
 
 func (x *ServiceHTTP) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[16]
+	mi := &file_entente_state_v1_state_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2160,7 +2229,7 @@ func (x *ServiceHTTP) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ServiceHTTP.ProtoReflect.Descriptor instead.
 func (*ServiceHTTP) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{16}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ServiceHTTP) GetAnyContent() bool {
@@ -2190,7 +2259,7 @@ type Failover struct {
 
 func (x *Failover) Reset() {
 	*x = Failover{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[17]
+	mi := &file_entente_state_v1_state_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2202,7 +2271,7 @@ func (x *Failover) String() string {
 func (*Failover) ProtoMessage() {}
 
 func (x *Failover) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[17]
+	mi := &file_entente_state_v1_state_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2215,7 +2284,7 @@ func (x *Failover) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Failover.ProtoReflect.Descriptor instead.
 func (*Failover) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{17}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Failover) GetMode() Mode {
@@ -2260,7 +2329,7 @@ type Gateway struct {
 
 func (x *Gateway) Reset() {
 	*x = Gateway{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[18]
+	mi := &file_entente_state_v1_state_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2272,7 +2341,7 @@ func (x *Gateway) String() string {
 func (*Gateway) ProtoMessage() {}
 
 func (x *Gateway) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[18]
+	mi := &file_entente_state_v1_state_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2285,7 +2354,7 @@ func (x *Gateway) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Gateway.ProtoReflect.Descriptor instead.
 func (*Gateway) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{18}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Gateway) GetName() string {
@@ -2335,7 +2404,7 @@ type Import struct {
 
 func (x *Import) Reset() {
 	*x = Import{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[19]
+	mi := &file_entente_state_v1_state_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2347,7 +2416,7 @@ func (x *Import) String() string {
 func (*Import) ProtoMessage() {}
 
 func (x *Import) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[19]
+	mi := &file_entente_state_v1_state_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2360,7 +2429,7 @@ func (x *Import) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Import.ProtoReflect.Descriptor instead.
 func (*Import) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{19}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Import) GetService() string {
@@ -2400,7 +2469,7 @@ type Agreement struct {
 
 func (x *Agreement) Reset() {
 	*x = Agreement{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[20]
+	mi := &file_entente_state_v1_state_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2412,7 +2481,7 @@ func (x *Agreement) String() string {
 func (*Agreement) ProtoMessage() {}
 
 func (x *Agreement) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[20]
+	mi := &file_entente_state_v1_state_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2425,7 +2494,7 @@ func (x *Agreement) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Agreement.ProtoReflect.Descriptor instead.
 func (*Agreement) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{20}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Agreement) GetName() string {
@@ -2474,7 +2543,7 @@ type PeerGateway struct {
 
 func (x *PeerGateway) Reset() {
 	*x = PeerGateway{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[21]
+	mi := &file_entente_state_v1_state_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2486,7 +2555,7 @@ func (x *PeerGateway) String() string {
 func (*PeerGateway) ProtoMessage() {}
 
 func (x *PeerGateway) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[21]
+	mi := &file_entente_state_v1_state_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2499,7 +2568,7 @@ func (x *PeerGateway) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PeerGateway.ProtoReflect.Descriptor instead.
 func (*PeerGateway) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{21}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *PeerGateway) GetPath() string {
@@ -2534,7 +2603,7 @@ type Allow struct {
 
 func (x *Allow) Reset() {
 	*x = Allow{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[22]
+	mi := &file_entente_state_v1_state_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2546,7 +2615,7 @@ func (x *Allow) String() string {
 func (*Allow) ProtoMessage() {}
 
 func (x *Allow) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[22]
+	mi := &file_entente_state_v1_state_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2559,7 +2628,7 @@ func (x *Allow) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Allow.ProtoReflect.Descriptor instead.
 func (*Allow) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{22}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Allow) GetCallers() []string {
@@ -2594,7 +2663,7 @@ type HTTPMatch struct {
 
 func (x *HTTPMatch) Reset() {
 	*x = HTTPMatch{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[23]
+	mi := &file_entente_state_v1_state_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2606,7 +2675,7 @@ func (x *HTTPMatch) String() string {
 func (*HTTPMatch) ProtoMessage() {}
 
 func (x *HTTPMatch) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[23]
+	mi := &file_entente_state_v1_state_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2619,7 +2688,7 @@ func (x *HTTPMatch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HTTPMatch.ProtoReflect.Descriptor instead.
 func (*HTTPMatch) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{23}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *HTTPMatch) GetMethods() []string {
@@ -2657,7 +2726,7 @@ type Relationship struct {
 
 func (x *Relationship) Reset() {
 	*x = Relationship{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[24]
+	mi := &file_entente_state_v1_state_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2669,7 +2738,7 @@ func (x *Relationship) String() string {
 func (*Relationship) ProtoMessage() {}
 
 func (x *Relationship) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[24]
+	mi := &file_entente_state_v1_state_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2682,7 +2751,7 @@ func (x *Relationship) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Relationship.ProtoReflect.Descriptor instead.
 func (*Relationship) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{24}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Relationship) GetTrustDomain() string {
@@ -2733,7 +2802,7 @@ type RoleBinding struct {
 
 func (x *RoleBinding) Reset() {
 	*x = RoleBinding{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[25]
+	mi := &file_entente_state_v1_state_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2745,7 +2814,7 @@ func (x *RoleBinding) String() string {
 func (*RoleBinding) ProtoMessage() {}
 
 func (x *RoleBinding) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[25]
+	mi := &file_entente_state_v1_state_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2758,7 +2827,7 @@ func (x *RoleBinding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RoleBinding.ProtoReflect.Descriptor instead.
 func (*RoleBinding) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{25}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *RoleBinding) GetName() string {
@@ -2803,7 +2872,7 @@ type ForeignBundle struct {
 
 func (x *ForeignBundle) Reset() {
 	*x = ForeignBundle{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[26]
+	mi := &file_entente_state_v1_state_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2815,7 +2884,7 @@ func (x *ForeignBundle) String() string {
 func (*ForeignBundle) ProtoMessage() {}
 
 func (x *ForeignBundle) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[26]
+	mi := &file_entente_state_v1_state_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2828,7 +2897,7 @@ func (x *ForeignBundle) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForeignBundle.ProtoReflect.Descriptor instead.
 func (*ForeignBundle) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{26}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *ForeignBundle) GetTrustDomain() string {
@@ -2902,6 +2971,7 @@ type Command struct {
 	//	*Command_AdmitAgent
 	//	*Command_MergeBans
 	//	*Command_ApproveChange
+	//	*Command_ReplaceRecoveryKey
 	Body          isCommand_Body `protobuf_oneof:"body"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2909,7 +2979,7 @@ type Command struct {
 
 func (x *Command) Reset() {
 	*x = Command{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[27]
+	mi := &file_entente_state_v1_state_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2921,7 +2991,7 @@ func (x *Command) String() string {
 func (*Command) ProtoMessage() {}
 
 func (x *Command) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[27]
+	mi := &file_entente_state_v1_state_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2934,7 +3004,7 @@ func (x *Command) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Command.ProtoReflect.Descriptor instead.
 func (*Command) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{27}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Command) GetIfRevision() uint64 {
@@ -3206,6 +3276,15 @@ func (x *Command) GetApproveChange() *ApproveChange {
 	return nil
 }
 
+func (x *Command) GetReplaceRecoveryKey() *ReplaceRecoveryKey {
+	if x != nil {
+		if x, ok := x.Body.(*Command_ReplaceRecoveryKey); ok {
+			return x.ReplaceRecoveryKey
+		}
+	}
+	return nil
+}
+
 type isCommand_Body interface {
 	isCommand_Body()
 }
@@ -3314,6 +3393,10 @@ type Command_ApproveChange struct {
 	ApproveChange *ApproveChange `protobuf:"bytes,300,opt,name=approve_change,json=approveChange,proto3,oneof"`
 }
 
+type Command_ReplaceRecoveryKey struct {
+	ReplaceRecoveryKey *ReplaceRecoveryKey `protobuf:"bytes,284,opt,name=replace_recovery_key,json=replaceRecoveryKey,proto3,oneof"`
+}
+
 func (*Command_Init) isCommand_Body() {}
 
 func (*Command_CreateToken) isCommand_Body() {}
@@ -3366,6 +3449,53 @@ func (*Command_MergeBans) isCommand_Body() {}
 
 func (*Command_ApproveChange) isCommand_Body() {}
 
+func (*Command_ReplaceRecoveryKey) isCommand_Body() {}
+
+// ReplaceRecoveryKey has a new recovery key count. Feature level 5.
+type ReplaceRecoveryKey struct {
+	state         protoimpl.MessageState  `protogen:"open.v1"`
+	Replacement   *RecoveryKeyReplacement `protobuf:"bytes,1,opt,name=replacement,proto3" json:"replacement,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReplaceRecoveryKey) Reset() {
+	*x = ReplaceRecoveryKey{}
+	mi := &file_entente_state_v1_state_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReplaceRecoveryKey) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReplaceRecoveryKey) ProtoMessage() {}
+
+func (x *ReplaceRecoveryKey) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_state_v1_state_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReplaceRecoveryKey.ProtoReflect.Descriptor instead.
+func (*ReplaceRecoveryKey) Descriptor() ([]byte, []int) {
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *ReplaceRecoveryKey) GetReplacement() *RecoveryKeyReplacement {
+	if x != nil {
+		return x.Replacement
+	}
+	return nil
+}
+
 // ApproveChange is the approval of one CA node's operator for a change of the CA nodes. The
 // first one proposes it; with those of a majority of the voters it is carried out. Feature
 // level 5.
@@ -3380,7 +3510,7 @@ type ApproveChange struct {
 
 func (x *ApproveChange) Reset() {
 	*x = ApproveChange{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[28]
+	mi := &file_entente_state_v1_state_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3392,7 +3522,7 @@ func (x *ApproveChange) String() string {
 func (*ApproveChange) ProtoMessage() {}
 
 func (x *ApproveChange) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[28]
+	mi := &file_entente_state_v1_state_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3405,7 +3535,7 @@ func (x *ApproveChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApproveChange.ProtoReflect.Descriptor instead.
 func (*ApproveChange) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{28}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *ApproveChange) GetChange() []byte {
@@ -3443,7 +3573,7 @@ type PendingChange struct {
 
 func (x *PendingChange) Reset() {
 	*x = PendingChange{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[29]
+	mi := &file_entente_state_v1_state_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3455,7 +3585,7 @@ func (x *PendingChange) String() string {
 func (*PendingChange) ProtoMessage() {}
 
 func (x *PendingChange) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[29]
+	mi := &file_entente_state_v1_state_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3468,7 +3598,7 @@ func (x *PendingChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PendingChange.ProtoReflect.Descriptor instead.
 func (*PendingChange) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{29}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *PendingChange) GetId() string {
@@ -3516,7 +3646,7 @@ type Batch struct {
 
 func (x *Batch) Reset() {
 	*x = Batch{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[30]
+	mi := &file_entente_state_v1_state_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3528,7 +3658,7 @@ func (x *Batch) String() string {
 func (*Batch) ProtoMessage() {}
 
 func (x *Batch) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[30]
+	mi := &file_entente_state_v1_state_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3541,7 +3671,7 @@ func (x *Batch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Batch.ProtoReflect.Descriptor instead.
 func (*Batch) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{30}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *Batch) GetCommands() [][]byte {
@@ -3561,7 +3691,7 @@ type Init struct {
 
 func (x *Init) Reset() {
 	*x = Init{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[31]
+	mi := &file_entente_state_v1_state_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3573,7 +3703,7 @@ func (x *Init) String() string {
 func (*Init) ProtoMessage() {}
 
 func (x *Init) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[31]
+	mi := &file_entente_state_v1_state_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3586,7 +3716,7 @@ func (x *Init) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Init.ProtoReflect.Descriptor instead.
 func (*Init) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{31}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *Init) GetCluster() *Cluster {
@@ -3612,7 +3742,7 @@ type CreateToken struct {
 
 func (x *CreateToken) Reset() {
 	*x = CreateToken{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[32]
+	mi := &file_entente_state_v1_state_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3624,7 +3754,7 @@ func (x *CreateToken) String() string {
 func (*CreateToken) ProtoMessage() {}
 
 func (x *CreateToken) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[32]
+	mi := &file_entente_state_v1_state_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3637,7 +3767,7 @@ func (x *CreateToken) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateToken.ProtoReflect.Descriptor instead.
 func (*CreateToken) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{32}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *CreateToken) GetToken() *Token {
@@ -3661,7 +3791,7 @@ type JoinMember struct {
 
 func (x *JoinMember) Reset() {
 	*x = JoinMember{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[33]
+	mi := &file_entente_state_v1_state_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3673,7 +3803,7 @@ func (x *JoinMember) String() string {
 func (*JoinMember) ProtoMessage() {}
 
 func (x *JoinMember) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[33]
+	mi := &file_entente_state_v1_state_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3686,7 +3816,7 @@ func (x *JoinMember) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinMember.ProtoReflect.Descriptor instead.
 func (*JoinMember) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{33}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *JoinMember) GetTokenId() string {
@@ -3732,7 +3862,7 @@ type JoinStatement struct {
 
 func (x *JoinStatement) Reset() {
 	*x = JoinStatement{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[34]
+	mi := &file_entente_state_v1_state_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3744,7 +3874,7 @@ func (x *JoinStatement) String() string {
 func (*JoinStatement) ProtoMessage() {}
 
 func (x *JoinStatement) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[34]
+	mi := &file_entente_state_v1_state_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3757,7 +3887,7 @@ func (x *JoinStatement) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinStatement.ProtoReflect.Descriptor instead.
 func (*JoinStatement) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{34}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *JoinStatement) GetClusterId() []byte {
@@ -3815,7 +3945,7 @@ type UpdateMember struct {
 
 func (x *UpdateMember) Reset() {
 	*x = UpdateMember{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[35]
+	mi := &file_entente_state_v1_state_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3827,7 +3957,7 @@ func (x *UpdateMember) String() string {
 func (*UpdateMember) ProtoMessage() {}
 
 func (x *UpdateMember) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[35]
+	mi := &file_entente_state_v1_state_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3840,7 +3970,7 @@ func (x *UpdateMember) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateMember.ProtoReflect.Descriptor instead.
 func (*UpdateMember) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{35}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *UpdateMember) GetId() string {
@@ -3881,7 +4011,7 @@ type RemoveMember struct {
 
 func (x *RemoveMember) Reset() {
 	*x = RemoveMember{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[36]
+	mi := &file_entente_state_v1_state_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3893,7 +4023,7 @@ func (x *RemoveMember) String() string {
 func (*RemoveMember) ProtoMessage() {}
 
 func (x *RemoveMember) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[36]
+	mi := &file_entente_state_v1_state_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3906,7 +4036,7 @@ func (x *RemoveMember) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveMember.ProtoReflect.Descriptor instead.
 func (*RemoveMember) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{36}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *RemoveMember) GetId() string {
@@ -3934,7 +4064,7 @@ type PromoteMember struct {
 
 func (x *PromoteMember) Reset() {
 	*x = PromoteMember{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[37]
+	mi := &file_entente_state_v1_state_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3946,7 +4076,7 @@ func (x *PromoteMember) String() string {
 func (*PromoteMember) ProtoMessage() {}
 
 func (x *PromoteMember) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[37]
+	mi := &file_entente_state_v1_state_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3959,7 +4089,7 @@ func (x *PromoteMember) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PromoteMember.ProtoReflect.Descriptor instead.
 func (*PromoteMember) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{37}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *PromoteMember) GetId() string {
@@ -3981,7 +4111,7 @@ type AttestAgent struct {
 
 func (x *AttestAgent) Reset() {
 	*x = AttestAgent{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[38]
+	mi := &file_entente_state_v1_state_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3993,7 +4123,7 @@ func (x *AttestAgent) String() string {
 func (*AttestAgent) ProtoMessage() {}
 
 func (x *AttestAgent) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[38]
+	mi := &file_entente_state_v1_state_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4006,7 +4136,7 @@ func (x *AttestAgent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttestAgent.ProtoReflect.Descriptor instead.
 func (*AttestAgent) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{38}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *AttestAgent) GetTokenId() string {
@@ -4048,7 +4178,7 @@ type AdmitAgent struct {
 
 func (x *AdmitAgent) Reset() {
 	*x = AdmitAgent{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[39]
+	mi := &file_entente_state_v1_state_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4060,7 +4190,7 @@ func (x *AdmitAgent) String() string {
 func (*AdmitAgent) ProtoMessage() {}
 
 func (x *AdmitAgent) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[39]
+	mi := &file_entente_state_v1_state_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4073,7 +4203,7 @@ func (x *AdmitAgent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AdmitAgent.ProtoReflect.Descriptor instead.
 func (*AdmitAgent) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{39}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *AdmitAgent) GetAgent() *Agent {
@@ -4097,7 +4227,7 @@ type PossessionStatement struct {
 
 func (x *PossessionStatement) Reset() {
 	*x = PossessionStatement{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[40]
+	mi := &file_entente_state_v1_state_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4109,7 +4239,7 @@ func (x *PossessionStatement) String() string {
 func (*PossessionStatement) ProtoMessage() {}
 
 func (x *PossessionStatement) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[40]
+	mi := &file_entente_state_v1_state_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4122,7 +4252,7 @@ func (x *PossessionStatement) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PossessionStatement.ProtoReflect.Descriptor instead.
 func (*PossessionStatement) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{40}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *PossessionStatement) GetTrustDomain() string {
@@ -4166,7 +4296,7 @@ type PrepareAuthority struct {
 
 func (x *PrepareAuthority) Reset() {
 	*x = PrepareAuthority{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[41]
+	mi := &file_entente_state_v1_state_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4178,7 +4308,7 @@ func (x *PrepareAuthority) String() string {
 func (*PrepareAuthority) ProtoMessage() {}
 
 func (x *PrepareAuthority) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[41]
+	mi := &file_entente_state_v1_state_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4191,7 +4321,7 @@ func (x *PrepareAuthority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareAuthority.ProtoReflect.Descriptor instead.
 func (*PrepareAuthority) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{41}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *PrepareAuthority) GetAuthority() *Authority {
@@ -4225,7 +4355,7 @@ type AuthorityReady struct {
 
 func (x *AuthorityReady) Reset() {
 	*x = AuthorityReady{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[42]
+	mi := &file_entente_state_v1_state_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4237,7 +4367,7 @@ func (x *AuthorityReady) String() string {
 func (*AuthorityReady) ProtoMessage() {}
 
 func (x *AuthorityReady) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[42]
+	mi := &file_entente_state_v1_state_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4250,7 +4380,7 @@ func (x *AuthorityReady) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityReady.ProtoReflect.Descriptor instead.
 func (*AuthorityReady) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{42}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *AuthorityReady) GetId() string {
@@ -4276,7 +4406,7 @@ type ActivateAuthority struct {
 
 func (x *ActivateAuthority) Reset() {
 	*x = ActivateAuthority{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[43]
+	mi := &file_entente_state_v1_state_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4288,7 +4418,7 @@ func (x *ActivateAuthority) String() string {
 func (*ActivateAuthority) ProtoMessage() {}
 
 func (x *ActivateAuthority) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[43]
+	mi := &file_entente_state_v1_state_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4301,7 +4431,7 @@ func (x *ActivateAuthority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ActivateAuthority.ProtoReflect.Descriptor instead.
 func (*ActivateAuthority) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{43}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *ActivateAuthority) GetId() string {
@@ -4321,7 +4451,7 @@ type ApplyObjects struct {
 
 func (x *ApplyObjects) Reset() {
 	*x = ApplyObjects{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[44]
+	mi := &file_entente_state_v1_state_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4333,7 +4463,7 @@ func (x *ApplyObjects) String() string {
 func (*ApplyObjects) ProtoMessage() {}
 
 func (x *ApplyObjects) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[44]
+	mi := &file_entente_state_v1_state_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4346,7 +4476,7 @@ func (x *ApplyObjects) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyObjects.ProtoReflect.Descriptor instead.
 func (*ApplyObjects) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{44}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *ApplyObjects) GetUpserts() []*Object {
@@ -4376,7 +4506,7 @@ type StageObjects struct {
 
 func (x *StageObjects) Reset() {
 	*x = StageObjects{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[45]
+	mi := &file_entente_state_v1_state_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4388,7 +4518,7 @@ func (x *StageObjects) String() string {
 func (*StageObjects) ProtoMessage() {}
 
 func (x *StageObjects) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[45]
+	mi := &file_entente_state_v1_state_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4401,7 +4531,7 @@ func (x *StageObjects) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StageObjects.ProtoReflect.Descriptor instead.
 func (*StageObjects) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{45}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *StageObjects) GetId() []byte {
@@ -4437,7 +4567,7 @@ type ApplyStaged struct {
 
 func (x *ApplyStaged) Reset() {
 	*x = ApplyStaged{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[46]
+	mi := &file_entente_state_v1_state_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4449,7 +4579,7 @@ func (x *ApplyStaged) String() string {
 func (*ApplyStaged) ProtoMessage() {}
 
 func (x *ApplyStaged) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[46]
+	mi := &file_entente_state_v1_state_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4462,7 +4592,7 @@ func (x *ApplyStaged) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyStaged.ProtoReflect.Descriptor instead.
 func (*ApplyStaged) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{46}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *ApplyStaged) GetId() []byte {
@@ -4489,7 +4619,7 @@ type TaintAuthority struct {
 
 func (x *TaintAuthority) Reset() {
 	*x = TaintAuthority{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[47]
+	mi := &file_entente_state_v1_state_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4501,7 +4631,7 @@ func (x *TaintAuthority) String() string {
 func (*TaintAuthority) ProtoMessage() {}
 
 func (x *TaintAuthority) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[47]
+	mi := &file_entente_state_v1_state_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4514,7 +4644,7 @@ func (x *TaintAuthority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaintAuthority.ProtoReflect.Descriptor instead.
 func (*TaintAuthority) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{47}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *TaintAuthority) GetId() string {
@@ -4535,7 +4665,7 @@ type AuthorityDrained struct {
 
 func (x *AuthorityDrained) Reset() {
 	*x = AuthorityDrained{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[48]
+	mi := &file_entente_state_v1_state_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4547,7 +4677,7 @@ func (x *AuthorityDrained) String() string {
 func (*AuthorityDrained) ProtoMessage() {}
 
 func (x *AuthorityDrained) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[48]
+	mi := &file_entente_state_v1_state_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4560,7 +4690,7 @@ func (x *AuthorityDrained) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityDrained.ProtoReflect.Descriptor instead.
 func (*AuthorityDrained) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{48}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *AuthorityDrained) GetId() string {
@@ -4588,7 +4718,7 @@ type RevokeAuthority struct {
 
 func (x *RevokeAuthority) Reset() {
 	*x = RevokeAuthority{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[49]
+	mi := &file_entente_state_v1_state_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4600,7 +4730,7 @@ func (x *RevokeAuthority) String() string {
 func (*RevokeAuthority) ProtoMessage() {}
 
 func (x *RevokeAuthority) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[49]
+	mi := &file_entente_state_v1_state_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4613,7 +4743,7 @@ func (x *RevokeAuthority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeAuthority.ProtoReflect.Descriptor instead.
 func (*RevokeAuthority) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{49}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *RevokeAuthority) GetId() string {
@@ -4640,7 +4770,7 @@ type BanAgent struct {
 
 func (x *BanAgent) Reset() {
 	*x = BanAgent{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[50]
+	mi := &file_entente_state_v1_state_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4652,7 +4782,7 @@ func (x *BanAgent) String() string {
 func (*BanAgent) ProtoMessage() {}
 
 func (x *BanAgent) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[50]
+	mi := &file_entente_state_v1_state_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4665,7 +4795,7 @@ func (x *BanAgent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BanAgent.ProtoReflect.Descriptor instead.
 func (*BanAgent) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{50}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *BanAgent) GetName() string {
@@ -4685,7 +4815,7 @@ type EvictAgent struct {
 
 func (x *EvictAgent) Reset() {
 	*x = EvictAgent{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[51]
+	mi := &file_entente_state_v1_state_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4697,7 +4827,7 @@ func (x *EvictAgent) String() string {
 func (*EvictAgent) ProtoMessage() {}
 
 func (x *EvictAgent) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[51]
+	mi := &file_entente_state_v1_state_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4710,7 +4840,7 @@ func (x *EvictAgent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EvictAgent.ProtoReflect.Descriptor instead.
 func (*EvictAgent) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{51}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *EvictAgent) GetName() string {
@@ -4731,7 +4861,7 @@ type MergeBans struct {
 
 func (x *MergeBans) Reset() {
 	*x = MergeBans{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[52]
+	mi := &file_entente_state_v1_state_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4743,7 +4873,7 @@ func (x *MergeBans) String() string {
 func (*MergeBans) ProtoMessage() {}
 
 func (x *MergeBans) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[52]
+	mi := &file_entente_state_v1_state_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4756,7 +4886,7 @@ func (x *MergeBans) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MergeBans.ProtoReflect.Descriptor instead.
 func (*MergeBans) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{52}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *MergeBans) GetBans() []*RememberedBan {
@@ -4776,7 +4906,7 @@ type RememberedBan struct {
 
 func (x *RememberedBan) Reset() {
 	*x = RememberedBan{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[53]
+	mi := &file_entente_state_v1_state_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4788,7 +4918,7 @@ func (x *RememberedBan) String() string {
 func (*RememberedBan) ProtoMessage() {}
 
 func (x *RememberedBan) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[53]
+	mi := &file_entente_state_v1_state_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4801,7 +4931,7 @@ func (x *RememberedBan) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RememberedBan.ProtoReflect.Descriptor instead.
 func (*RememberedBan) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{53}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *RememberedBan) GetAgent() *Agent {
@@ -4828,7 +4958,7 @@ type RevokeToken struct {
 
 func (x *RevokeToken) Reset() {
 	*x = RevokeToken{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[54]
+	mi := &file_entente_state_v1_state_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4840,7 +4970,7 @@ func (x *RevokeToken) String() string {
 func (*RevokeToken) ProtoMessage() {}
 
 func (x *RevokeToken) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[54]
+	mi := &file_entente_state_v1_state_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4853,7 +4983,7 @@ func (x *RevokeToken) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeToken.ProtoReflect.Descriptor instead.
 func (*RevokeToken) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{54}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *RevokeToken) GetId() string {
@@ -4873,7 +5003,7 @@ type ChangeEntries struct {
 
 func (x *ChangeEntries) Reset() {
 	*x = ChangeEntries{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[55]
+	mi := &file_entente_state_v1_state_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4885,7 +5015,7 @@ func (x *ChangeEntries) String() string {
 func (*ChangeEntries) ProtoMessage() {}
 
 func (x *ChangeEntries) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[55]
+	mi := &file_entente_state_v1_state_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4898,7 +5028,7 @@ func (x *ChangeEntries) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeEntries.ProtoReflect.Descriptor instead.
 func (*ChangeEntries) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{55}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *ChangeEntries) GetChanges() []*EntryChange {
@@ -4923,7 +5053,7 @@ type EntryChange struct {
 
 func (x *EntryChange) Reset() {
 	*x = EntryChange{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[56]
+	mi := &file_entente_state_v1_state_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4935,7 +5065,7 @@ func (x *EntryChange) String() string {
 func (*EntryChange) ProtoMessage() {}
 
 func (x *EntryChange) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[56]
+	mi := &file_entente_state_v1_state_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4948,7 +5078,7 @@ func (x *EntryChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EntryChange.ProtoReflect.Descriptor instead.
 func (*EntryChange) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{56}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *EntryChange) GetAction() isEntryChange_Action {
@@ -5025,7 +5155,7 @@ type StoreForeignBundle struct {
 
 func (x *StoreForeignBundle) Reset() {
 	*x = StoreForeignBundle{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[57]
+	mi := &file_entente_state_v1_state_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5037,7 +5167,7 @@ func (x *StoreForeignBundle) String() string {
 func (*StoreForeignBundle) ProtoMessage() {}
 
 func (x *StoreForeignBundle) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[57]
+	mi := &file_entente_state_v1_state_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5050,7 +5180,7 @@ func (x *StoreForeignBundle) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StoreForeignBundle.ProtoReflect.Descriptor instead.
 func (*StoreForeignBundle) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{57}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *StoreForeignBundle) GetTrustDomain() string {
@@ -5084,7 +5214,7 @@ type Tick struct {
 
 func (x *Tick) Reset() {
 	*x = Tick{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[58]
+	mi := &file_entente_state_v1_state_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5096,7 +5226,7 @@ func (x *Tick) String() string {
 func (*Tick) ProtoMessage() {}
 
 func (x *Tick) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[58]
+	mi := &file_entente_state_v1_state_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5109,7 +5239,7 @@ func (x *Tick) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Tick.ProtoReflect.Descriptor instead.
 func (*Tick) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{58}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *Tick) GetUnixNanos() []int64 {
@@ -5131,7 +5261,7 @@ type Checksum struct {
 
 func (x *Checksum) Reset() {
 	*x = Checksum{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[59]
+	mi := &file_entente_state_v1_state_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5143,7 +5273,7 @@ func (x *Checksum) String() string {
 func (*Checksum) ProtoMessage() {}
 
 func (x *Checksum) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[59]
+	mi := &file_entente_state_v1_state_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5156,7 +5286,7 @@ func (x *Checksum) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Checksum.ProtoReflect.Descriptor instead.
 func (*Checksum) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{59}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *Checksum) GetAtIndex() uint64 {
@@ -5193,7 +5323,7 @@ type AgentCache struct {
 
 func (x *AgentCache) Reset() {
 	*x = AgentCache{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[60]
+	mi := &file_entente_state_v1_state_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5205,7 +5335,7 @@ func (x *AgentCache) String() string {
 func (*AgentCache) ProtoMessage() {}
 
 func (x *AgentCache) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[60]
+	mi := &file_entente_state_v1_state_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5218,7 +5348,7 @@ func (x *AgentCache) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentCache.ProtoReflect.Descriptor instead.
 func (*AgentCache) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{60}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *AgentCache) GetPicture() []byte {
@@ -5256,7 +5386,7 @@ type HeldSVID struct {
 
 func (x *HeldSVID) Reset() {
 	*x = HeldSVID{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[61]
+	mi := &file_entente_state_v1_state_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5268,7 +5398,7 @@ func (x *HeldSVID) String() string {
 func (*HeldSVID) ProtoMessage() {}
 
 func (x *HeldSVID) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[61]
+	mi := &file_entente_state_v1_state_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5281,7 +5411,7 @@ func (x *HeldSVID) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HeldSVID.ProtoReflect.Descriptor instead.
 func (*HeldSVID) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{61}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *HeldSVID) GetEntryId() string {
@@ -5330,7 +5460,7 @@ var File_entente_state_v1_state_proto protoreflect.FileDescriptor
 
 const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\n" +
-	"\x1centente/state/v1/state.proto\x12\x10entente.state.v1\"\xbe\x02\n" +
+	"\x1centente/state/v1/state.proto\x12\x10entente.state.v1\"\x85\x03\n" +
 	"\aCluster\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\fR\x02id\x12\x14\n" +
@@ -5338,10 +5468,15 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\x03dev\x18\x04 \x01(\bR\x03dev\x129\n" +
 	"\tlifetimes\x18\x05 \x01(\v2\x1b.entente.state.v1.LifetimesR\tlifetimes\x12!\n" +
 	"\frecovery_key\x18( \x01(\fR\vrecoveryKey\x126\n" +
-	"\brecovery\x18) \x01(\v2\x1a.entente.state.v1.RecoveryR\brecovery\x12\x1d\n" +
+	"\brecovery\x18) \x01(\v2\x1a.entente.state.v1.RecoveryR\brecovery\x12E\n" +
+	"\breplaced\x18\x9b\x02 \x03(\v2(.entente.state.v1.RecoveryKeyReplacementR\breplaced\x12\x1d\n" +
 	"\n" +
 	"min_voters\x18* \x01(\rR\tminVoters\x12#\n" +
-	"\rfeature_level\x18F \x01(\rR\ffeatureLevel\"\x95\x01\n" +
+	"\rfeature_level\x18F \x01(\rR\ffeatureLevel\"b\n" +
+	"\x16RecoveryKeyReplacement\x12\x16\n" +
+	"\x06former\x18\x01 \x01(\fR\x06former\x12\x12\n" +
+	"\x04next\x18\x02 \x01(\fR\x04next\x12\x1c\n" +
+	"\tsignature\x18\x03 \x01(\fR\tsignature\"\x95\x01\n" +
 	"\bRecovery\x12\x1c\n" +
 	"\tstatement\x18\x01 \x01(\fR\tstatement\x12\x1c\n" +
 	"\tsignature\x18\x02 \x01(\fR\tsignature\x120\n" +
@@ -5562,7 +5697,7 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\bsequence\x18\x03 \x01(\x04R\bsequence\x12\x1a\n" +
 	"\brevision\x18\x04 \x01(\x04R\brevision\x12\x1e\n" +
 	"\n" +
-	"as_fetched\x18\xd2\x01 \x01(\bR\tasFetched\"\xa1\x0f\n" +
+	"as_fetched\x18\xd2\x01 \x01(\bR\tasFetched\"\xfc\x0f\n" +
 	"\aCommand\x12\x1f\n" +
 	"\vif_revision\x18\x01 \x01(\x04R\n" +
 	"ifRevision\x12\x1c\n" +
@@ -5599,8 +5734,11 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"admitAgent\x12<\n" +
 	"\n" +
 	"merge_bans\x18x \x01(\v2\x1b.entente.state.v1.MergeBansH\x00R\tmergeBans\x12I\n" +
-	"\x0eapprove_change\x18\xac\x02 \x01(\v2\x1f.entente.state.v1.ApproveChangeH\x00R\rapproveChangeB\x06\n" +
+	"\x0eapprove_change\x18\xac\x02 \x01(\v2\x1f.entente.state.v1.ApproveChangeH\x00R\rapproveChange\x12Y\n" +
+	"\x14replace_recovery_key\x18\x9c\x02 \x01(\v2$.entente.state.v1.ReplaceRecoveryKeyH\x00R\x12replaceRecoveryKeyB\x06\n" +
 	"\x04body\"`\n" +
+	"\x12ReplaceRecoveryKey\x12J\n" +
+	"\vreplacement\x18\x01 \x01(\v2(.entente.state.v1.RecoveryKeyReplacementR\vreplacement\"`\n" +
 	"\rApproveChange\x12\x16\n" +
 	"\x06change\x18\x01 \x01(\fR\x06change\x12\x19\n" +
 	"\bnode_key\x18\x02 \x01(\fR\anodeKey\x12\x1c\n" +
@@ -5775,152 +5913,157 @@ func file_entente_state_v1_state_proto_rawDescGZIP() []byte {
 }
 
 var file_entente_state_v1_state_proto_enumTypes = make([]protoimpl.EnumInfo, 7)
-var file_entente_state_v1_state_proto_msgTypes = make([]protoimpl.MessageInfo, 62)
+var file_entente_state_v1_state_proto_msgTypes = make([]protoimpl.MessageInfo, 64)
 var file_entente_state_v1_state_proto_goTypes = []any{
-	(AuthorityPhase)(0),         // 0: entente.state.v1.AuthorityPhase
-	(KeyUse)(0),                 // 1: entente.state.v1.KeyUse
-	(Role)(0),                   // 2: entente.state.v1.Role
-	(Protocol)(0),               // 3: entente.state.v1.Protocol
-	(Mode)(0),                   // 4: entente.state.v1.Mode
-	(PathType)(0),               // 5: entente.state.v1.PathType
-	(AdminRole)(0),              // 6: entente.state.v1.AdminRole
-	(*Cluster)(nil),             // 7: entente.state.v1.Cluster
-	(*Recovery)(nil),            // 8: entente.state.v1.Recovery
-	(*RecoveryStatement)(nil),   // 9: entente.state.v1.RecoveryStatement
-	(*Lifetimes)(nil),           // 10: entente.state.v1.Lifetimes
-	(*Member)(nil),              // 11: entente.state.v1.Member
-	(*Authority)(nil),           // 12: entente.state.v1.Authority
-	(*Token)(nil),               // 13: entente.state.v1.Token
-	(*NodeGrant)(nil),           // 14: entente.state.v1.NodeGrant
-	(*AgentGrant)(nil),          // 15: entente.state.v1.AgentGrant
-	(*Agent)(nil),               // 16: entente.state.v1.Agent
-	(*Entry)(nil),               // 17: entente.state.v1.Entry
-	(*Distrust)(nil),            // 18: entente.state.v1.Distrust
-	(*Staged)(nil),              // 19: entente.state.v1.Staged
-	(*Object)(nil),              // 20: entente.state.v1.Object
-	(*ObjectKey)(nil),           // 21: entente.state.v1.ObjectKey
-	(*Service)(nil),             // 22: entente.state.v1.Service
-	(*ServiceHTTP)(nil),         // 23: entente.state.v1.ServiceHTTP
-	(*Failover)(nil),            // 24: entente.state.v1.Failover
-	(*Gateway)(nil),             // 25: entente.state.v1.Gateway
-	(*Import)(nil),              // 26: entente.state.v1.Import
-	(*Agreement)(nil),           // 27: entente.state.v1.Agreement
-	(*PeerGateway)(nil),         // 28: entente.state.v1.PeerGateway
-	(*Allow)(nil),               // 29: entente.state.v1.Allow
-	(*HTTPMatch)(nil),           // 30: entente.state.v1.HTTPMatch
-	(*Relationship)(nil),        // 31: entente.state.v1.Relationship
-	(*RoleBinding)(nil),         // 32: entente.state.v1.RoleBinding
-	(*ForeignBundle)(nil),       // 33: entente.state.v1.ForeignBundle
-	(*Command)(nil),             // 34: entente.state.v1.Command
-	(*ApproveChange)(nil),       // 35: entente.state.v1.ApproveChange
-	(*PendingChange)(nil),       // 36: entente.state.v1.PendingChange
-	(*Batch)(nil),               // 37: entente.state.v1.Batch
-	(*Init)(nil),                // 38: entente.state.v1.Init
-	(*CreateToken)(nil),         // 39: entente.state.v1.CreateToken
-	(*JoinMember)(nil),          // 40: entente.state.v1.JoinMember
-	(*JoinStatement)(nil),       // 41: entente.state.v1.JoinStatement
-	(*UpdateMember)(nil),        // 42: entente.state.v1.UpdateMember
-	(*RemoveMember)(nil),        // 43: entente.state.v1.RemoveMember
-	(*PromoteMember)(nil),       // 44: entente.state.v1.PromoteMember
-	(*AttestAgent)(nil),         // 45: entente.state.v1.AttestAgent
-	(*AdmitAgent)(nil),          // 46: entente.state.v1.AdmitAgent
-	(*PossessionStatement)(nil), // 47: entente.state.v1.PossessionStatement
-	(*PrepareAuthority)(nil),    // 48: entente.state.v1.PrepareAuthority
-	(*AuthorityReady)(nil),      // 49: entente.state.v1.AuthorityReady
-	(*ActivateAuthority)(nil),   // 50: entente.state.v1.ActivateAuthority
-	(*ApplyObjects)(nil),        // 51: entente.state.v1.ApplyObjects
-	(*StageObjects)(nil),        // 52: entente.state.v1.StageObjects
-	(*ApplyStaged)(nil),         // 53: entente.state.v1.ApplyStaged
-	(*TaintAuthority)(nil),      // 54: entente.state.v1.TaintAuthority
-	(*AuthorityDrained)(nil),    // 55: entente.state.v1.AuthorityDrained
-	(*RevokeAuthority)(nil),     // 56: entente.state.v1.RevokeAuthority
-	(*BanAgent)(nil),            // 57: entente.state.v1.BanAgent
-	(*EvictAgent)(nil),          // 58: entente.state.v1.EvictAgent
-	(*MergeBans)(nil),           // 59: entente.state.v1.MergeBans
-	(*RememberedBan)(nil),       // 60: entente.state.v1.RememberedBan
-	(*RevokeToken)(nil),         // 61: entente.state.v1.RevokeToken
-	(*ChangeEntries)(nil),       // 62: entente.state.v1.ChangeEntries
-	(*EntryChange)(nil),         // 63: entente.state.v1.EntryChange
-	(*StoreForeignBundle)(nil),  // 64: entente.state.v1.StoreForeignBundle
-	(*Tick)(nil),                // 65: entente.state.v1.Tick
-	(*Checksum)(nil),            // 66: entente.state.v1.Checksum
-	(*AgentCache)(nil),          // 67: entente.state.v1.AgentCache
-	(*HeldSVID)(nil),            // 68: entente.state.v1.HeldSVID
+	(AuthorityPhase)(0),            // 0: entente.state.v1.AuthorityPhase
+	(KeyUse)(0),                    // 1: entente.state.v1.KeyUse
+	(Role)(0),                      // 2: entente.state.v1.Role
+	(Protocol)(0),                  // 3: entente.state.v1.Protocol
+	(Mode)(0),                      // 4: entente.state.v1.Mode
+	(PathType)(0),                  // 5: entente.state.v1.PathType
+	(AdminRole)(0),                 // 6: entente.state.v1.AdminRole
+	(*Cluster)(nil),                // 7: entente.state.v1.Cluster
+	(*RecoveryKeyReplacement)(nil), // 8: entente.state.v1.RecoveryKeyReplacement
+	(*Recovery)(nil),               // 9: entente.state.v1.Recovery
+	(*RecoveryStatement)(nil),      // 10: entente.state.v1.RecoveryStatement
+	(*Lifetimes)(nil),              // 11: entente.state.v1.Lifetimes
+	(*Member)(nil),                 // 12: entente.state.v1.Member
+	(*Authority)(nil),              // 13: entente.state.v1.Authority
+	(*Token)(nil),                  // 14: entente.state.v1.Token
+	(*NodeGrant)(nil),              // 15: entente.state.v1.NodeGrant
+	(*AgentGrant)(nil),             // 16: entente.state.v1.AgentGrant
+	(*Agent)(nil),                  // 17: entente.state.v1.Agent
+	(*Entry)(nil),                  // 18: entente.state.v1.Entry
+	(*Distrust)(nil),               // 19: entente.state.v1.Distrust
+	(*Staged)(nil),                 // 20: entente.state.v1.Staged
+	(*Object)(nil),                 // 21: entente.state.v1.Object
+	(*ObjectKey)(nil),              // 22: entente.state.v1.ObjectKey
+	(*Service)(nil),                // 23: entente.state.v1.Service
+	(*ServiceHTTP)(nil),            // 24: entente.state.v1.ServiceHTTP
+	(*Failover)(nil),               // 25: entente.state.v1.Failover
+	(*Gateway)(nil),                // 26: entente.state.v1.Gateway
+	(*Import)(nil),                 // 27: entente.state.v1.Import
+	(*Agreement)(nil),              // 28: entente.state.v1.Agreement
+	(*PeerGateway)(nil),            // 29: entente.state.v1.PeerGateway
+	(*Allow)(nil),                  // 30: entente.state.v1.Allow
+	(*HTTPMatch)(nil),              // 31: entente.state.v1.HTTPMatch
+	(*Relationship)(nil),           // 32: entente.state.v1.Relationship
+	(*RoleBinding)(nil),            // 33: entente.state.v1.RoleBinding
+	(*ForeignBundle)(nil),          // 34: entente.state.v1.ForeignBundle
+	(*Command)(nil),                // 35: entente.state.v1.Command
+	(*ReplaceRecoveryKey)(nil),     // 36: entente.state.v1.ReplaceRecoveryKey
+	(*ApproveChange)(nil),          // 37: entente.state.v1.ApproveChange
+	(*PendingChange)(nil),          // 38: entente.state.v1.PendingChange
+	(*Batch)(nil),                  // 39: entente.state.v1.Batch
+	(*Init)(nil),                   // 40: entente.state.v1.Init
+	(*CreateToken)(nil),            // 41: entente.state.v1.CreateToken
+	(*JoinMember)(nil),             // 42: entente.state.v1.JoinMember
+	(*JoinStatement)(nil),          // 43: entente.state.v1.JoinStatement
+	(*UpdateMember)(nil),           // 44: entente.state.v1.UpdateMember
+	(*RemoveMember)(nil),           // 45: entente.state.v1.RemoveMember
+	(*PromoteMember)(nil),          // 46: entente.state.v1.PromoteMember
+	(*AttestAgent)(nil),            // 47: entente.state.v1.AttestAgent
+	(*AdmitAgent)(nil),             // 48: entente.state.v1.AdmitAgent
+	(*PossessionStatement)(nil),    // 49: entente.state.v1.PossessionStatement
+	(*PrepareAuthority)(nil),       // 50: entente.state.v1.PrepareAuthority
+	(*AuthorityReady)(nil),         // 51: entente.state.v1.AuthorityReady
+	(*ActivateAuthority)(nil),      // 52: entente.state.v1.ActivateAuthority
+	(*ApplyObjects)(nil),           // 53: entente.state.v1.ApplyObjects
+	(*StageObjects)(nil),           // 54: entente.state.v1.StageObjects
+	(*ApplyStaged)(nil),            // 55: entente.state.v1.ApplyStaged
+	(*TaintAuthority)(nil),         // 56: entente.state.v1.TaintAuthority
+	(*AuthorityDrained)(nil),       // 57: entente.state.v1.AuthorityDrained
+	(*RevokeAuthority)(nil),        // 58: entente.state.v1.RevokeAuthority
+	(*BanAgent)(nil),               // 59: entente.state.v1.BanAgent
+	(*EvictAgent)(nil),             // 60: entente.state.v1.EvictAgent
+	(*MergeBans)(nil),              // 61: entente.state.v1.MergeBans
+	(*RememberedBan)(nil),          // 62: entente.state.v1.RememberedBan
+	(*RevokeToken)(nil),            // 63: entente.state.v1.RevokeToken
+	(*ChangeEntries)(nil),          // 64: entente.state.v1.ChangeEntries
+	(*EntryChange)(nil),            // 65: entente.state.v1.EntryChange
+	(*StoreForeignBundle)(nil),     // 66: entente.state.v1.StoreForeignBundle
+	(*Tick)(nil),                   // 67: entente.state.v1.Tick
+	(*Checksum)(nil),               // 68: entente.state.v1.Checksum
+	(*AgentCache)(nil),             // 69: entente.state.v1.AgentCache
+	(*HeldSVID)(nil),               // 70: entente.state.v1.HeldSVID
 }
 var file_entente_state_v1_state_proto_depIdxs = []int32{
-	10, // 0: entente.state.v1.Cluster.lifetimes:type_name -> entente.state.v1.Lifetimes
-	8,  // 1: entente.state.v1.Cluster.recovery:type_name -> entente.state.v1.Recovery
-	11, // 2: entente.state.v1.Recovery.absent:type_name -> entente.state.v1.Member
-	1,  // 3: entente.state.v1.Authority.use:type_name -> entente.state.v1.KeyUse
-	0,  // 4: entente.state.v1.Authority.phase:type_name -> entente.state.v1.AuthorityPhase
-	14, // 5: entente.state.v1.Token.node:type_name -> entente.state.v1.NodeGrant
-	15, // 6: entente.state.v1.Token.agent:type_name -> entente.state.v1.AgentGrant
-	2,  // 7: entente.state.v1.Entry.role:type_name -> entente.state.v1.Role
-	51, // 8: entente.state.v1.Staged.objects:type_name -> entente.state.v1.ApplyObjects
-	22, // 9: entente.state.v1.Object.service:type_name -> entente.state.v1.Service
-	25, // 10: entente.state.v1.Object.gateway:type_name -> entente.state.v1.Gateway
-	26, // 11: entente.state.v1.Object.import:type_name -> entente.state.v1.Import
-	27, // 12: entente.state.v1.Object.agreement:type_name -> entente.state.v1.Agreement
-	31, // 13: entente.state.v1.Object.relationship:type_name -> entente.state.v1.Relationship
-	32, // 14: entente.state.v1.Object.role_binding:type_name -> entente.state.v1.RoleBinding
-	24, // 15: entente.state.v1.Service.failover:type_name -> entente.state.v1.Failover
-	3,  // 16: entente.state.v1.Service.protocol:type_name -> entente.state.v1.Protocol
-	23, // 17: entente.state.v1.Service.http:type_name -> entente.state.v1.ServiceHTTP
-	4,  // 18: entente.state.v1.Failover.mode:type_name -> entente.state.v1.Mode
-	4,  // 19: entente.state.v1.Failover.failback:type_name -> entente.state.v1.Mode
-	3,  // 20: entente.state.v1.Import.protocol:type_name -> entente.state.v1.Protocol
-	28, // 21: entente.state.v1.Agreement.gateways:type_name -> entente.state.v1.PeerGateway
-	29, // 22: entente.state.v1.Agreement.allow:type_name -> entente.state.v1.Allow
-	30, // 23: entente.state.v1.Allow.http:type_name -> entente.state.v1.HTTPMatch
-	5,  // 24: entente.state.v1.HTTPMatch.path_type:type_name -> entente.state.v1.PathType
-	6,  // 25: entente.state.v1.RoleBinding.role:type_name -> entente.state.v1.AdminRole
-	38, // 26: entente.state.v1.Command.init:type_name -> entente.state.v1.Init
-	39, // 27: entente.state.v1.Command.create_token:type_name -> entente.state.v1.CreateToken
-	40, // 28: entente.state.v1.Command.join_member:type_name -> entente.state.v1.JoinMember
-	42, // 29: entente.state.v1.Command.update_member:type_name -> entente.state.v1.UpdateMember
-	43, // 30: entente.state.v1.Command.remove_member:type_name -> entente.state.v1.RemoveMember
-	45, // 31: entente.state.v1.Command.attest_agent:type_name -> entente.state.v1.AttestAgent
-	48, // 32: entente.state.v1.Command.prepare_authority:type_name -> entente.state.v1.PrepareAuthority
-	49, // 33: entente.state.v1.Command.authority_ready:type_name -> entente.state.v1.AuthorityReady
-	50, // 34: entente.state.v1.Command.activate_authority:type_name -> entente.state.v1.ActivateAuthority
-	51, // 35: entente.state.v1.Command.apply_objects:type_name -> entente.state.v1.ApplyObjects
-	64, // 36: entente.state.v1.Command.store_foreign_bundle:type_name -> entente.state.v1.StoreForeignBundle
-	65, // 37: entente.state.v1.Command.tick:type_name -> entente.state.v1.Tick
-	66, // 38: entente.state.v1.Command.checksum:type_name -> entente.state.v1.Checksum
-	54, // 39: entente.state.v1.Command.taint_authority:type_name -> entente.state.v1.TaintAuthority
-	55, // 40: entente.state.v1.Command.authority_drained:type_name -> entente.state.v1.AuthorityDrained
-	56, // 41: entente.state.v1.Command.revoke_authority:type_name -> entente.state.v1.RevokeAuthority
-	57, // 42: entente.state.v1.Command.ban_agent:type_name -> entente.state.v1.BanAgent
-	58, // 43: entente.state.v1.Command.evict_agent:type_name -> entente.state.v1.EvictAgent
-	61, // 44: entente.state.v1.Command.revoke_token:type_name -> entente.state.v1.RevokeToken
-	62, // 45: entente.state.v1.Command.change_entries:type_name -> entente.state.v1.ChangeEntries
-	44, // 46: entente.state.v1.Command.promote_member:type_name -> entente.state.v1.PromoteMember
-	52, // 47: entente.state.v1.Command.stage_objects:type_name -> entente.state.v1.StageObjects
-	53, // 48: entente.state.v1.Command.apply_staged:type_name -> entente.state.v1.ApplyStaged
-	46, // 49: entente.state.v1.Command.admit_agent:type_name -> entente.state.v1.AdmitAgent
-	59, // 50: entente.state.v1.Command.merge_bans:type_name -> entente.state.v1.MergeBans
-	35, // 51: entente.state.v1.Command.approve_change:type_name -> entente.state.v1.ApproveChange
-	7,  // 52: entente.state.v1.Init.cluster:type_name -> entente.state.v1.Cluster
-	11, // 53: entente.state.v1.Init.member:type_name -> entente.state.v1.Member
-	13, // 54: entente.state.v1.CreateToken.token:type_name -> entente.state.v1.Token
-	11, // 55: entente.state.v1.JoinMember.member:type_name -> entente.state.v1.Member
-	16, // 56: entente.state.v1.AdmitAgent.agent:type_name -> entente.state.v1.Agent
-	12, // 57: entente.state.v1.PrepareAuthority.authority:type_name -> entente.state.v1.Authority
-	20, // 58: entente.state.v1.ApplyObjects.upserts:type_name -> entente.state.v1.Object
-	21, // 59: entente.state.v1.ApplyObjects.deletes:type_name -> entente.state.v1.ObjectKey
-	51, // 60: entente.state.v1.StageObjects.objects:type_name -> entente.state.v1.ApplyObjects
-	60, // 61: entente.state.v1.MergeBans.bans:type_name -> entente.state.v1.RememberedBan
-	16, // 62: entente.state.v1.RememberedBan.agent:type_name -> entente.state.v1.Agent
-	63, // 63: entente.state.v1.ChangeEntries.changes:type_name -> entente.state.v1.EntryChange
-	17, // 64: entente.state.v1.EntryChange.create:type_name -> entente.state.v1.Entry
-	17, // 65: entente.state.v1.EntryChange.update:type_name -> entente.state.v1.Entry
-	68, // 66: entente.state.v1.AgentCache.x509:type_name -> entente.state.v1.HeldSVID
-	68, // 67: entente.state.v1.AgentCache.wit:type_name -> entente.state.v1.HeldSVID
-	68, // [68:68] is the sub-list for method output_type
-	68, // [68:68] is the sub-list for method input_type
-	68, // [68:68] is the sub-list for extension type_name
-	68, // [68:68] is the sub-list for extension extendee
-	0,  // [0:68] is the sub-list for field type_name
+	11, // 0: entente.state.v1.Cluster.lifetimes:type_name -> entente.state.v1.Lifetimes
+	9,  // 1: entente.state.v1.Cluster.recovery:type_name -> entente.state.v1.Recovery
+	8,  // 2: entente.state.v1.Cluster.replaced:type_name -> entente.state.v1.RecoveryKeyReplacement
+	12, // 3: entente.state.v1.Recovery.absent:type_name -> entente.state.v1.Member
+	1,  // 4: entente.state.v1.Authority.use:type_name -> entente.state.v1.KeyUse
+	0,  // 5: entente.state.v1.Authority.phase:type_name -> entente.state.v1.AuthorityPhase
+	15, // 6: entente.state.v1.Token.node:type_name -> entente.state.v1.NodeGrant
+	16, // 7: entente.state.v1.Token.agent:type_name -> entente.state.v1.AgentGrant
+	2,  // 8: entente.state.v1.Entry.role:type_name -> entente.state.v1.Role
+	53, // 9: entente.state.v1.Staged.objects:type_name -> entente.state.v1.ApplyObjects
+	23, // 10: entente.state.v1.Object.service:type_name -> entente.state.v1.Service
+	26, // 11: entente.state.v1.Object.gateway:type_name -> entente.state.v1.Gateway
+	27, // 12: entente.state.v1.Object.import:type_name -> entente.state.v1.Import
+	28, // 13: entente.state.v1.Object.agreement:type_name -> entente.state.v1.Agreement
+	32, // 14: entente.state.v1.Object.relationship:type_name -> entente.state.v1.Relationship
+	33, // 15: entente.state.v1.Object.role_binding:type_name -> entente.state.v1.RoleBinding
+	25, // 16: entente.state.v1.Service.failover:type_name -> entente.state.v1.Failover
+	3,  // 17: entente.state.v1.Service.protocol:type_name -> entente.state.v1.Protocol
+	24, // 18: entente.state.v1.Service.http:type_name -> entente.state.v1.ServiceHTTP
+	4,  // 19: entente.state.v1.Failover.mode:type_name -> entente.state.v1.Mode
+	4,  // 20: entente.state.v1.Failover.failback:type_name -> entente.state.v1.Mode
+	3,  // 21: entente.state.v1.Import.protocol:type_name -> entente.state.v1.Protocol
+	29, // 22: entente.state.v1.Agreement.gateways:type_name -> entente.state.v1.PeerGateway
+	30, // 23: entente.state.v1.Agreement.allow:type_name -> entente.state.v1.Allow
+	31, // 24: entente.state.v1.Allow.http:type_name -> entente.state.v1.HTTPMatch
+	5,  // 25: entente.state.v1.HTTPMatch.path_type:type_name -> entente.state.v1.PathType
+	6,  // 26: entente.state.v1.RoleBinding.role:type_name -> entente.state.v1.AdminRole
+	40, // 27: entente.state.v1.Command.init:type_name -> entente.state.v1.Init
+	41, // 28: entente.state.v1.Command.create_token:type_name -> entente.state.v1.CreateToken
+	42, // 29: entente.state.v1.Command.join_member:type_name -> entente.state.v1.JoinMember
+	44, // 30: entente.state.v1.Command.update_member:type_name -> entente.state.v1.UpdateMember
+	45, // 31: entente.state.v1.Command.remove_member:type_name -> entente.state.v1.RemoveMember
+	47, // 32: entente.state.v1.Command.attest_agent:type_name -> entente.state.v1.AttestAgent
+	50, // 33: entente.state.v1.Command.prepare_authority:type_name -> entente.state.v1.PrepareAuthority
+	51, // 34: entente.state.v1.Command.authority_ready:type_name -> entente.state.v1.AuthorityReady
+	52, // 35: entente.state.v1.Command.activate_authority:type_name -> entente.state.v1.ActivateAuthority
+	53, // 36: entente.state.v1.Command.apply_objects:type_name -> entente.state.v1.ApplyObjects
+	66, // 37: entente.state.v1.Command.store_foreign_bundle:type_name -> entente.state.v1.StoreForeignBundle
+	67, // 38: entente.state.v1.Command.tick:type_name -> entente.state.v1.Tick
+	68, // 39: entente.state.v1.Command.checksum:type_name -> entente.state.v1.Checksum
+	56, // 40: entente.state.v1.Command.taint_authority:type_name -> entente.state.v1.TaintAuthority
+	57, // 41: entente.state.v1.Command.authority_drained:type_name -> entente.state.v1.AuthorityDrained
+	58, // 42: entente.state.v1.Command.revoke_authority:type_name -> entente.state.v1.RevokeAuthority
+	59, // 43: entente.state.v1.Command.ban_agent:type_name -> entente.state.v1.BanAgent
+	60, // 44: entente.state.v1.Command.evict_agent:type_name -> entente.state.v1.EvictAgent
+	63, // 45: entente.state.v1.Command.revoke_token:type_name -> entente.state.v1.RevokeToken
+	64, // 46: entente.state.v1.Command.change_entries:type_name -> entente.state.v1.ChangeEntries
+	46, // 47: entente.state.v1.Command.promote_member:type_name -> entente.state.v1.PromoteMember
+	54, // 48: entente.state.v1.Command.stage_objects:type_name -> entente.state.v1.StageObjects
+	55, // 49: entente.state.v1.Command.apply_staged:type_name -> entente.state.v1.ApplyStaged
+	48, // 50: entente.state.v1.Command.admit_agent:type_name -> entente.state.v1.AdmitAgent
+	61, // 51: entente.state.v1.Command.merge_bans:type_name -> entente.state.v1.MergeBans
+	37, // 52: entente.state.v1.Command.approve_change:type_name -> entente.state.v1.ApproveChange
+	36, // 53: entente.state.v1.Command.replace_recovery_key:type_name -> entente.state.v1.ReplaceRecoveryKey
+	8,  // 54: entente.state.v1.ReplaceRecoveryKey.replacement:type_name -> entente.state.v1.RecoveryKeyReplacement
+	7,  // 55: entente.state.v1.Init.cluster:type_name -> entente.state.v1.Cluster
+	12, // 56: entente.state.v1.Init.member:type_name -> entente.state.v1.Member
+	14, // 57: entente.state.v1.CreateToken.token:type_name -> entente.state.v1.Token
+	12, // 58: entente.state.v1.JoinMember.member:type_name -> entente.state.v1.Member
+	17, // 59: entente.state.v1.AdmitAgent.agent:type_name -> entente.state.v1.Agent
+	13, // 60: entente.state.v1.PrepareAuthority.authority:type_name -> entente.state.v1.Authority
+	21, // 61: entente.state.v1.ApplyObjects.upserts:type_name -> entente.state.v1.Object
+	22, // 62: entente.state.v1.ApplyObjects.deletes:type_name -> entente.state.v1.ObjectKey
+	53, // 63: entente.state.v1.StageObjects.objects:type_name -> entente.state.v1.ApplyObjects
+	62, // 64: entente.state.v1.MergeBans.bans:type_name -> entente.state.v1.RememberedBan
+	17, // 65: entente.state.v1.RememberedBan.agent:type_name -> entente.state.v1.Agent
+	65, // 66: entente.state.v1.ChangeEntries.changes:type_name -> entente.state.v1.EntryChange
+	18, // 67: entente.state.v1.EntryChange.create:type_name -> entente.state.v1.Entry
+	18, // 68: entente.state.v1.EntryChange.update:type_name -> entente.state.v1.Entry
+	70, // 69: entente.state.v1.AgentCache.x509:type_name -> entente.state.v1.HeldSVID
+	70, // 70: entente.state.v1.AgentCache.wit:type_name -> entente.state.v1.HeldSVID
+	71, // [71:71] is the sub-list for method output_type
+	71, // [71:71] is the sub-list for method input_type
+	71, // [71:71] is the sub-list for extension type_name
+	71, // [71:71] is the sub-list for extension extendee
+	0,  // [0:71] is the sub-list for field type_name
 }
 
 func init() { file_entente_state_v1_state_proto_init() }
@@ -5928,11 +6071,11 @@ func file_entente_state_v1_state_proto_init() {
 	if File_entente_state_v1_state_proto != nil {
 		return
 	}
-	file_entente_state_v1_state_proto_msgTypes[6].OneofWrappers = []any{
+	file_entente_state_v1_state_proto_msgTypes[7].OneofWrappers = []any{
 		(*Token_Node)(nil),
 		(*Token_Agent)(nil),
 	}
-	file_entente_state_v1_state_proto_msgTypes[13].OneofWrappers = []any{
+	file_entente_state_v1_state_proto_msgTypes[14].OneofWrappers = []any{
 		(*Object_Service)(nil),
 		(*Object_Gateway)(nil),
 		(*Object_Import)(nil),
@@ -5940,7 +6083,7 @@ func file_entente_state_v1_state_proto_init() {
 		(*Object_Relationship)(nil),
 		(*Object_RoleBinding)(nil),
 	}
-	file_entente_state_v1_state_proto_msgTypes[27].OneofWrappers = []any{
+	file_entente_state_v1_state_proto_msgTypes[28].OneofWrappers = []any{
 		(*Command_Init)(nil),
 		(*Command_CreateToken)(nil),
 		(*Command_JoinMember)(nil),
@@ -5967,8 +6110,9 @@ func file_entente_state_v1_state_proto_init() {
 		(*Command_AdmitAgent)(nil),
 		(*Command_MergeBans)(nil),
 		(*Command_ApproveChange)(nil),
+		(*Command_ReplaceRecoveryKey)(nil),
 	}
-	file_entente_state_v1_state_proto_msgTypes[56].OneofWrappers = []any{
+	file_entente_state_v1_state_proto_msgTypes[58].OneofWrappers = []any{
 		(*EntryChange_Create)(nil),
 		(*EntryChange_Update)(nil),
 		(*EntryChange_Delete)(nil),
@@ -5979,7 +6123,7 @@ func file_entente_state_v1_state_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_entente_state_v1_state_proto_rawDesc), len(file_entente_state_v1_state_proto_rawDesc)),
 			NumEnums:      7,
-			NumMessages:   62,
+			NumMessages:   64,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
