@@ -264,13 +264,12 @@ func TestRunbookLostDatacenter(t *testing.T) {
 	caughtUp(t, nodes[0], nodes[1], nodes[2])
 	var lost *catest.CA
 	var rest []*catest.CA
-	for _, c := range nodes {
-		if c.Node().IsLeader() {
-			lost = c
-		} else {
-			rest = append(rest, c)
+	eventually(t, "somebody leads", 20*time.Second, func() error { // an election may pass by
+		if lost, rest = leads(nodes); lost == nil || len(rest) != 2 {
+			return errors.New("nobody does")
 		}
-	}
+		return nil
+	})
 	lost.Kill()
 	for _, c := range rest {
 		if _, err := sign(t.Context(), h.at(t, c), h.csr); err != nil {
