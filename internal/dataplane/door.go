@@ -77,6 +77,7 @@ func (o *Outbound) Forward(w http.ResponseWriter, r *http.Request, service strin
 // user is a client without an SVID that an edge has let in.
 type user struct {
 	pass  []string  // credentials that the service is to see, "?name" in the query; none of an import
+	token string    // its bearer token, which goes nowhere else either
 	until time.Time // when what let it in ends
 	still func() error
 }
@@ -97,7 +98,8 @@ func (u *user) passes(inQuery bool) (names []string) {
 // pass names (a field, or "?" and a parameter of the query), and none goes to another
 // domain. What it says of how it came here is replaced by what is so.
 func (o *Outbound) ForwardUser(w http.ResponseWriter, r *http.Request, service string, pass []string, until time.Time, still func() error) {
-	u := &user{pass, until, still}
+	_, token, _ := strings.Cut(r.Header.Get("Authorization"), " ")
+	u := &user{pass, strings.TrimSpace(token), until, still}
 	kept := header.Keep(r.Header, u.passes(false))
 	x := o.engine.begin(o.hop, w, r, service)
 	defer x.end()
@@ -112,8 +114,8 @@ func (o *Outbound) ForwardUser(w http.ResponseWriter, r *http.Request, service s
 		u.pass = nil
 	}
 	header.RemoveForwarding(r.Header)
-	header.RemoveCredentials(r.Header, u.passes(false)...)
-	r.URL.RawQuery = header.RemoveQueryCredentials(r.URL.RawQuery, u.passes(true)...)
+	header.RemoveCredentials(r.Header, u.token, u.passes(false)...)
+	r.URL.RawQuery = header.RemoveQueryCredentials(r.URL.RawQuery, u.token, u.passes(true)...)
 	if !x.target.Import() { // who our users are is no other domain's business
 		if host, _, err := net.SplitHostPort(r.RemoteAddr); err == nil {
 			r.Header["X-Forwarded-For"] = []string{host}

@@ -211,6 +211,8 @@ func (e *Engine) reconsider(now time.Time) {
 		if u := s.x.user; d.Allowed && u != nil {
 			if err := u.still(); err != nil {
 				d = catalog.Decision{Reason: refusal.TokenInvalid, Detail: "the user's token was revoked: " + err.Error()}
+			} else if !now.Before(u.until) { // the clock was set, or the host slept: a timer does not see it
+				s.expire()
 			}
 		}
 		if !d.Allowed {

@@ -12,32 +12,34 @@ import (
 // Forwarding reports whether a field belongs to proxies that an application trusts: where
 // a request came from, with which certificate and as whom, or which method and URL count
 // in place of the request's own. Clients without an SVID and callers of other domains may
-// say nothing of the kind. Case does not count and "_" is "-", as of Protected.
+// say nothing of the kind. Case does not count, and every sign is "-" (see fold).
 func Forwarding(name string) bool {
+	name = fold(name)
 	for _, p := range forwardingPrefixes {
-		if hasFold(name, p) {
+		if strings.HasPrefix(name, p) {
 			return true
 		}
 	}
-	_, ok := forwarding[fold(name)]
+	_, ok := forwarding[name]
 	return ok
 }
 
 var forwardingPrefixes = []string{
-	"x-forwarded-", "x-original-", "x-rewrite-", "client-cert", "x-client-cert", "x-client-verify", "x-ssl-", "ssl-client-",
+	prefix, "x-forwarded", "forwarded", "x-original-", "x-rewrite-", "client-cert", "x-client-cert", "x-client-verify", "x-ssl-", "ssl-client-",
 	"x-arr-", "x-envoy-", "x-amzn-mtls-", "x-amzn-oidc-", "x-auth-request-", "x-goog-authenticated-user-",
+	"x-ms-client-principal", "tailscale-user-",
 	"x-accel-", "x-sendfile-", "x-http-method", "x-method-override", "x-override-",
 }
 
-var forwarding = set("forwarded", "forwarded-for", "x-forwarded", "x-forward", "via",
+var forwarding = set("x-forward", "via", "proxy", // Proxy is HTTP_PROXY to a CGI program
 	"x-real-ip", "x-client-ip", "client-ip", "true-client-ip", "x-true-client-ip", "x-cluster-client-ip", "x-remote-ip", "x-remote-addr", "x-originating-ip",
 	"cf-connecting-ip", "cf-connecting-ipv6", "fastly-client-ip", "x-azure-clientip", "x-proxyuser-ip", "x-appengine-user-ip",
 	"x-host", "x-http-host-override", "x-url-scheme", "x-scheme", "front-end-https",
 	"x-http-path-override", "x-http-destinationurl", "x-request-uri", "request-uri", "x-script-name", "script-name",
-	"remote-user", "x-remote-user", "x-remote-groups", "x-webauth-user", "x-authenticated-user", "x-authenticated-userid", "x-credential-username")
+	"remote-user", "x-remote-user", "x-remote-groups", "x-webauth-user", "x-authenticated-user", "x-authenticated-userid", "x-credential-username", "cf-access-authenticated-user-email")
 
 // Credential reports whether a field of a request shows who its sender is by a secret.
-// Case does not count and "_" is "-".
+// Case does not count, and every sign is "-" (see fold).
 func Credential(name string) bool {
 	_, ok := credentials[fold(name)]
 	return ok
@@ -56,7 +58,7 @@ const webSocketProtocol = "sec-websocket-protocol"
 
 // QueryCredential is Credential for a parameter of the query (RFC 6750 section 2.3).
 func QueryCredential(name string) bool {
-	_, ok := queryCredentials[fold(name)]
+	_, ok := queryCredentials[strings.Trim(fold(name), "-")]
 	return ok
 }
 
@@ -72,25 +74,40 @@ func RemoveForwarding(h http.Header) {
 	}
 }
 
-// RemoveCredentials deletes the fields of [Credential] but those in keep.
-func RemoveCredentials(h http.Header, keep ...string) {
+// RemoveCredentials deletes the fields of [Credential] but those in keep, and whatever else
+// has token, the sender's own, in it. In headers and trailers alike; no token: "".
+func RemoveCredentials(h http.Header, token string, keep ...string) {
 	for name, values := range h {
-		switch {
-		case !Credential(name) || slices.ContainsFunc(keep, func(k string) bool { return strings.EqualFold(k, name) }):
-		case fold(name) == webSocketProtocol:
-			if left := subprotocols(values); len(left) > 0 {
+		switch plain := fold(name); {
+		case slices.ContainsFunc(keep, func(k string) bool { return strings.EqualFold(k, name) }):
+		case plain == webSocketProtocol:
+			if left := subprotocols(values, token); len(left) > 0 {
 				h[name] = []string{strings.Join(left, ", ")}
-				continue
+			} else {
+				delete(h, name)
 			}
-			fallthrough
-		default:
+		case plain == "referer":
+			for i, value := range values {
+				page, query, _ := strings.Cut(value, "?")
+				if left := RemoveQueryCredentials(query, token); left != query {
+					values[i] = strings.TrimSuffix(page+"?"+left, "?")
+				}
+			}
+			if hasToken(values, token) {
+				delete(h, name)
+			}
+		case Credential(name), hasToken(values, token):
 			delete(h, name)
 		}
 	}
 }
 
+func hasToken(values []string, token string) bool {
+	return token != "" && slices.ContainsFunc(values, func(v string) bool { return strings.Contains(v, token) })
+}
+
 // subprotocols are those of the list that are no token, nor announce one.
-func subprotocols(values []string) (left []string) {
+func subprotocols(values []string, token string) (left []string) {
 	announced := false
 	for _, value := range values {
 		for part := range strings.SplitSeq(value, ",") {
@@ -98,7 +115,7 @@ func subprotocols(values []string) (left []string) {
 			lower := strings.ToLower(part)
 			switch {
 			case part == "":
-			case announced || isToken(part):
+			case announced || isToken(part) || hasToken([]string{part}, token):
 				announced = false
 			case slices.Contains([]string{"bearer", "token", "authorization", "access_token", "access-token", "jwt", "id_token"}, lower):
 				announced = true // the next one is the token
@@ -127,8 +144,8 @@ func isToken(s string) bool {
 }
 
 // RemoveQueryCredentials takes the parameters of [QueryCredential] but those in keep out
-// of a query and leaves every other byte as it is.
-func RemoveQueryCredentials(query string, keep ...string) string {
+// of a query, and whatever else has token in it, and leaves every other byte as it is.
+func RemoveQueryCredentials(query, token string, keep ...string) string {
 	if query == "" {
 		return ""
 	}
@@ -141,13 +158,11 @@ func RemoveQueryCredentials(query string, keep ...string) string {
 		if end >= 0 {
 			part = rest[:end]
 		}
-		name, _, _ := strings.Cut(part, "=")
-		if plain, err := url.QueryUnescape(name); err == nil {
-			name = plain
-		}
+		name, value, _ := strings.Cut(part, "=")
+		name, value = unescape(name), unescape(value)
 		// Some read name[] and blanks around a name as the name.
 		name, _, _ = strings.Cut(textproto.TrimString(name), "[")
-		if QueryCredential(name) && !slices.ContainsFunc(keep, func(k string) bool { return strings.EqualFold(k, name) }) {
+		if (QueryCredential(name) || hasToken([]string{name, value}, token)) && !slices.ContainsFunc(keep, func(k string) bool { return strings.EqualFold(k, name) }) {
 			changed = true
 		} else {
 			if separator != 0 && b.Len() > 0 {
@@ -164,6 +179,14 @@ func RemoveQueryCredentials(query string, keep ...string) string {
 		return query
 	}
 	return b.String()
+}
+
+// unescape decodes a part of a query, if it can be.
+func unescape(s string) string {
+	if plain, err := url.QueryUnescape(s); err == nil {
+		return plain
+	}
+	return s
 }
 
 // Keep returns the values of those fields, to be put back after [RemoveHop]: a client
@@ -190,7 +213,17 @@ func set(names ...string) map[string]struct{} {
 	return m
 }
 
-// fold is name in lower case with "-" for "_".
+// fold is name as the most careless of applications reads it: in lower case, with "-" for
+// every sign (CGI makes each of them "_"), without what gRPC's gateway takes off.
 func fold(name string) string {
-	return strings.ReplaceAll(strings.ToLower(name), "_", "-")
+	plain := strings.Map(func(c rune) rune {
+		switch {
+		case 'A' <= c && c <= 'Z':
+			return c + 'a' - 'A'
+		case 'a' <= c && c <= 'z', '0' <= c && c <= '9':
+			return c
+		}
+		return '-'
+	}, name)
+	return strings.TrimPrefix(plain, "grpc-metadata-")
 }
