@@ -92,7 +92,7 @@ func (d *Distrusted) Check(path []*x509.Certificate) error {
 	if err != nil || !ok {
 		return nil
 	}
-	return d.origin(o)
+	return d.CheckOrigin(o)
 }
 
 // CheckToken is Check for a JWT-SVID or WIT-SVID that verified under the authority with
@@ -114,11 +114,15 @@ func (d *Distrusted) CheckToken(id spiffeid.ID, keyID string, claims map[string]
 	if !ok {
 		return nil
 	}
-	return d.origin(o)
+	return d.CheckOrigin(o)
 }
 
-// origin says why what has that origin is distrusted.
-func (d *Distrusted) origin(o Origin) error {
+// CheckOrigin says why what the own domain issued with that origin is distrusted; nil if
+// it is not.
+func (d *Distrusted) CheckOrigin(o Origin) error {
+	if d == nil {
+		return nil
+	}
 	if g, ok := d.issued[issued{agent: o.Agent}]; ok && o.Agent != "" && o.AgentGeneration <= g.agent {
 		return fmt.Errorf("agent %s, through which it was issued, was banned or evicted", o.Agent)
 	}

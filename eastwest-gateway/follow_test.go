@@ -57,16 +57,18 @@ func TestObjectThatCannotBeUsedFreezesNothing(t *testing.T) {
 		t.Error("what is distrusted is accepted")
 	}
 	for _, test := range []struct {
-		subject, agent string
-		revoked        bool
+		subject, key, agent string
+		revoked             bool
 	}{
-		{"spiffe://trading.example/ledger", "h2", true},
-		{"spiffe://trading.example/ledger", "h1", false},
-		{"spiffe://banking.example/ledger", "h2", false},
-		{"user-42", "h2", false},
+		{"spiffe://trading.example/ledger", "k", "h2", true},
+		{"spiffe://trading.example/ledger", "k", "h1", false},
+		{"spiffe://banking.example/ledger", "k", "h2", false},
+		{"user-42", "k", "h2", false},
+		{"spiffe://trading.example/ledger", entca.KeyID(authority.Cert.RawSubjectPublicKeyInfo), "h1", true},
+		{"spiffe://banking.example/ledger", entca.KeyID(authority.Cert.RawSubjectPublicKeyInfo), "h1", false},
 	} {
-		if err := mesh.Revoked(test.subject, "k", claims(test.agent)); (err != nil) != test.revoked {
-			t.Errorf("a token of %s through %s: %v", test.subject, test.agent, err)
+		if err := mesh.Revoked(test.subject, test.key, claims(test.agent)); (err != nil) != test.revoked {
+			t.Errorf("a token of %s through %s under %s: %v", test.subject, test.agent, test.key, err)
 		}
 	}
 	if n := strings.Count(log.String(), "no known kind"); n != 1 {

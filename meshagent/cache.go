@@ -137,7 +137,7 @@ func (a *Agent) recallCache() error {
 		return err
 	})
 	held(kept.GetWit(), func(identity *Identity, h *statev1.HeldSVID, key crypto.Signer) error {
-		wit, err := verifyWIT(identity.ID, identity.record, h.GetToken(), key, state.WIT, now)
+		wit, err := verifyWIT(identity.ID, identity.record, h.GetToken(), key, state, now)
 		if err == nil {
 			wits[h.GetEntryId()] = wit
 		}

@@ -76,6 +76,7 @@ type heldJWT struct {
 
 	token   secret.Text
 	signer  string // key id of the authority
+	origin  ca.Origin
 	expires time.Time
 	half    time.Time // when it is to be renewed
 	used    time.Time
@@ -177,7 +178,7 @@ func (j *jwts) get(identity *Identity, audience []string, key string, state *Sta
 		}
 	}
 	h.used = now
-	if !h.token.IsZero() && !state.vouches(h.signer) {
+	if !h.token.IsZero() && !state.vouches(h.signer, h.origin) {
 		h.token, h.half = secret.Text{}, time.Time{}
 	}
 	good := !h.token.IsZero() && now.Add(jwtMargin).Before(h.expires)
@@ -207,10 +208,11 @@ func (j *jwts) get(identity *Identity, audience []string, key string, state *Sta
 	return token, renew, h.pending, nil
 }
 
-// vouches tells whether a JWT-SVID under that key is to be handed out: a revoked one no
-// verifier in sync accepts any more, and of a tainted one that is soon so.
-func (s *State) vouches(signer string) bool {
-	return s.JWT != nil && s.JWT.Keys[signer] != nil && !s.taintedKey(signer)
+// vouches tells whether a JWT-SVID under that key and with that origin is to be handed
+// out: one that is revoked or distrusted no verifier in sync accepts any more (an agent
+// that was evicted and admitted again may hold some), and of a tainted key that is soon so.
+func (s *State) vouches(signer string, origin ca.Origin) bool {
+	return s.JWT != nil && s.JWT.Keys[signer] != nil && !s.taintedKey(signer) && s.View.Distrust.CheckOrigin(origin) == nil
 }
 
 // ask puts a token into the queue of those to be signed.
@@ -292,7 +294,7 @@ func (j *jwts) sweep(now time.Time, state *State) {
 			gone := h.pending == nil && !now.Before(h.expires) && !now.Before(h.retry)
 			if state != nil && h.pending == nil {
 				identity, there := state.Identity(h.entryID)
-				gone = gone || !there || !h.token.IsZero() && !state.vouches(h.signer) || !identity.record.is(h.record)
+				gone = gone || !there || !h.token.IsZero() && !state.vouches(h.signer, h.origin) || !identity.record.is(h.record)
 			}
 			if gone {
 				j.drop(h)
@@ -356,8 +358,9 @@ func (a *Agent) signJWTs(ctx context.Context, batch []*heldJWT) {
 	a.jwts.mu.Lock()
 	for i, h := range batch {
 		svid, err := (*jwtsvid.SVID)(nil), results[i].Err
+		var origin ca.Origin
 		if err == nil {
-			svid, err = verifyJWT(h, results[i].Token.Reveal(), state.JWT, now)
+			svid, origin, err = verifyJWT(h, results[i].Token.Reveal(), state, now)
 		}
 		if err == nil && state.taintedKey(svid.KeyID) {
 			err = errTainted
@@ -375,6 +378,7 @@ func (a *Agent) signJWTs(ctx context.Context, batch []*heldJWT) {
 		} else {
 			signed++
 			h.token, h.signer, h.expires, h.half = results[i].Token, svid.KeyID, svid.Expires, halfTime(svid.Expires, now)
+			h.origin = origin
 			h.failures, h.err, h.retry = 0, nil, time.Time{}
 		}
 		close(h.pending)
@@ -389,17 +393,32 @@ func (a *Agent) signJWTs(ctx context.Context, batch []*heldJWT) {
 	}
 }
 
-// verifyJWT refuses what the CA signed when it is not what was asked for.
-func verifyJWT(h *heldJWT, token string, own *TokenBundle, now time.Time) (*jwtsvid.SVID, error) {
-	svid, err := jwtsvid.Verify(token, only(own), h.audience[0], now, 0)
+// verifyJWT refuses what the CA signed when it is not what was asked for, or when nobody
+// accepts it: a CA node that lags signs for what was revoked meanwhile.
+func verifyJWT(h *heldJWT, token string, state *State, now time.Time) (*jwtsvid.SVID, ca.Origin, error) {
+	fail := func(err error) (*jwtsvid.SVID, ca.Origin, error) { return nil, ca.Origin{}, err }
+	svid, err := jwtsvid.Verify(token, only(state.JWT), h.audience[0], now, 0)
 	if err != nil {
-		return nil, fmt.Errorf("what the CA signed for %s does not verify: %w", h.id, err)
+		return fail(fmt.Errorf("what the CA signed for %s does not verify: %w", h.id, err))
 	}
 	if svid.ID != h.id {
-		return nil, fmt.Errorf("the CA's JWT-SVID for %s is for %s", h.id, svid.ID)
+		return fail(fmt.Errorf("the CA's JWT-SVID for %s is for %s", h.id, svid.ID))
 	}
 	if set, _ := audienceKey(svid.Audience); !slices.Equal(set, h.audience) {
-		return nil, fmt.Errorf("the CA's JWT-SVID for %s has another audience", h.id)
+		return fail(fmt.Errorf("the CA's JWT-SVID for %s has another audience", h.id))
 	}
-	return svid, nil
+	origin, err := originOf(svid, state)
+	if err != nil {
+		return fail(fmt.Errorf("the CA's JWT-SVID for %s: %w", h.id, err))
+	}
+	return svid, origin, nil
+}
+
+// originOf refuses a token of the own domain that is distrusted.
+func originOf(svid *jwtsvid.SVID, state *State) (ca.Origin, error) {
+	origin, _, err := ca.OriginOfClaims(svid.Claims)
+	if err == nil {
+		err = state.View.Distrust.CheckToken(svid.ID, svid.KeyID, svid.Claims)
+	}
+	return origin, err
 }

@@ -34,6 +34,7 @@ type fakeTokens struct {
 	delay  time.Duration // before an answer
 	as     string        // sign for this path instead: the lie
 	life   time.Duration
+	origin ca.Origin
 }
 
 func tokenCA(life time.Duration) *fakeCA {
@@ -101,7 +102,7 @@ func (f *fakeCA) SignJWT(ctx context.Context, requests []client.JWTRequest) []cl
 		id, err := f.path(r.EntryID)
 		if err == nil {
 			var token string
-			token, err = f.tokenSigner().SignJWT(ctx, casigner.JWTRequest{ID: id, Audience: r.Audience, Life: f.tokens.life})
+			token, err = f.tokenSigner().SignJWT(ctx, casigner.JWTRequest{ID: id, Audience: r.Audience, Life: f.tokens.life, Origin: f.tokens.origin})
 			results[i].Token = secret.Of(token)
 		}
 		results[i].Err = err
@@ -117,7 +118,7 @@ func (f *fakeCA) SignWIT(ctx context.Context, requests []client.WITRequest) []cl
 			var public crypto.PublicKey
 			if public, err = ca.KeyOf(r.CSR); err == nil {
 				var token string
-				token, err = f.tokenSigner().SignWIT(ctx, casigner.WITRequest{ID: id, PublicKey: public, Life: f.tokens.life})
+				token, err = f.tokenSigner().SignWIT(ctx, casigner.WITRequest{ID: id, PublicKey: public, Life: f.tokens.life, Origin: f.tokens.origin})
 				results[i].Token = secret.Of(token)
 			}
 		}
@@ -262,6 +263,140 @@ func TestJWTEndsWithWhatItRestsOn(t *testing.T) {
 		holdKeys(a, f)
 		if fetch() == two {
 			t.Error("a token under a revoked key was handed out")
+		}
+	})
+}
+
+// distrust puts items in force at the agent.
+func distrust(a *Agent, items ...*statev1.Distrust) {
+	a.change(func(s *State) *State {
+		next, view := *s, *s.View
+		view.Distrust = ca.NewDistrusted(bank, items)
+		next.View = &view
+		return &next
+	})
+}
+
+// A JWT-SVID is accepted by its origin and its authority, also while the bundle has the
+// authority's key: that comes with the revision, a revocation ahead of it. One of the own
+// domain without an origin is not, nor is another domain's bound to our names.
+func TestJWTIsAcceptedByItsOrigin(t *testing.T) {
+	a, f, stop := jwtAgent(t, time.Hour)
+	defer stop()
+	foreign := tokenCA(time.Hour)
+	spki, err := x509.MarshalPKIXPublicKey(f.tokens.keys[statev1.KeyUse_KEY_USE_JWT].Public())
+	if err != nil {
+		t.Fatal(err)
+	}
+	sign := func(of *casigner.Signer, td spiffeid.TrustDomain, origin ca.Origin) string {
+		t.Helper()
+		token, err := of.SignJWT(t.Context(), casigner.JWTRequest{ID: spiffeid.RequireFromPath(td, "/ledger"), Audience: []string{"a"}, Life: time.Hour, Origin: origin})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return token
+	}
+	trade := spiffeid.RequireTrustDomainFromString("trading.example")
+	key := foreign.tokens.keys[statev1.KeyUse_KEY_USE_JWT]
+	authority, err := ca.NewTokenAuthority(strings.Repeat("1", 64), statev1.KeyUse_KEY_USE_JWT, mustSPKI(t, key), time.Now(), 48*time.Hour, time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	theirs := casigner.New(casigner.Config{
+		TrustDomain: trade, Active: func(statev1.KeyUse) *statev1.Authority { return authority }, Clock: func() casigner.Clock { return casigner.Clock{} },
+	})
+	authority.Phase = statev1.AuthorityPhase_AUTHORITY_PHASE_ACTIVE
+	theirs.Add(key)
+	federated := []*Identity{{FederatedJWT: []*TokenBundle{{TrustDomain: trade, Keys: jwtsvid.Keys{authority.GetId(): key.Public()}}}}}
+
+	ours := ca.Origin{Entry: "service/ledger", EntryGeneration: 7, Agent: "h2", AgentGeneration: 4}
+	good := sign(f.tokens.signer, bank, ours)
+	bare := sign(f.tokens.signer, bank, ca.Origin{})
+	other := sign(theirs, trade, ours)
+	otherBare := sign(theirs, trade, ca.Origin{})
+
+	for name, test := range map[string]struct {
+		token    string
+		distrust *statev1.Distrust
+		want     bool
+	}{
+		"nothing is distrusted, control":          {good, nil, true},
+		"its agent":                               {good, &statev1.Distrust{Agent: "h2", AgentGeneration: 4}, false},
+		"its agent before, control":               {good, &statev1.Distrust{Agent: "h2", AgentGeneration: 3}, true},
+		"another agent, control":                  {good, &statev1.Distrust{Agent: "h3", AgentGeneration: 9}, true},
+		"its entry":                               {good, &statev1.Distrust{Entry: "service/ledger", EntryGeneration: 7}, false},
+		"its entry's former generation, control":  {good, &statev1.Distrust{Entry: "service/ledger", EntryGeneration: 6}, true},
+		"its entry at its agent":                  {good, &statev1.Distrust{Agent: "h2", Entry: "service/ledger", EntryGeneration: 7}, false},
+		"its entry at another agent, control":     {good, &statev1.Distrust{Agent: "h3", Entry: "service/ledger", EntryGeneration: 7}, true},
+		"its authority":                           {good, &statev1.Distrust{Authority: ca.KeyID(spki)}, false},
+		"another authority, control":              {good, &statev1.Distrust{Authority: authority.GetId()}, true},
+		"ours without an origin":                  {bare, nil, false},
+		"another domain's, by our names, control": {other, &statev1.Distrust{Agent: "h2", AgentGeneration: 4}, true},
+		"another domain's, no origin, control":    {otherBare, &statev1.Distrust{Agent: "h2", AgentGeneration: 4}, true},
+	} {
+		var items []*statev1.Distrust
+		if test.distrust != nil {
+			items = append(items, test.distrust)
+		}
+		distrust(a, items...)
+		_, revoked, err := a.State().VerifyJWT(federated, test.token, "a", time.Now(), 0)
+		if (err == nil) != test.want || (revoked != nil) != (test.distrust != nil && !test.want) {
+			t.Errorf("%s: %v, %v", name, err, revoked)
+		}
+	}
+}
+
+func mustSPKI(t *testing.T, key crypto.Signer) []byte {
+	t.Helper()
+	spki, err := x509.MarshalPKIXPublicKey(key.Public())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return spki
+}
+
+// An agent that was evicted and admitted again hands out no token of its former
+// admission, and takes none from a CA node that has not heard of the eviction.
+func TestDistrustedTokensAreNotHandedOut(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, f, stop := jwtAgent(t, time.Hour)
+		defer stop()
+		f.tokens.origin = ca.Origin{Entry: "service/accounts", EntryGeneration: 7, Agent: "h1", AgentGeneration: 4}
+		stopWITs := background(t, a.keepWITs)
+		defer stopWITs()
+		synctest.Wait()
+		fetch := func() (string, error) {
+			token, _, err := a.FetchJWT(t.Context(), accounts(a), []string{"a"})
+			return token, err
+		}
+		jwt, err := fetch()
+		wit := accounts(a).WIT
+		if err != nil || wit == nil {
+			t.Fatalf("%v, %v", err, wit)
+		}
+		distrust(a, &statev1.Distrust{Agent: "h9", AgentGeneration: 4})
+		synctest.Wait()
+		if again, err := fetch(); again != jwt || err != nil || accounts(a).WIT != wit {
+			t.Errorf("control: not held while another agent is distrusted: %v", err)
+		}
+
+		distrust(a, &statev1.Distrust{Agent: "h1", AgentGeneration: 4})
+		synctest.Wait()
+		if _, err := fetch(); err == nil {
+			t.Error("a distrusted JWT-SVID is handed out")
+		}
+		if accounts(a).WIT != wit { // there is no better one
+			t.Error("a WIT-SVID that is distrusted already was taken into use")
+		}
+		f.mu.Lock()
+		f.tokens.origin.AgentGeneration = 5
+		f.mu.Unlock()
+		time.Sleep(10 * time.Second)
+		if again, err := fetch(); err != nil || again == jwt {
+			t.Errorf("no new JWT-SVID: %v", err)
+		}
+		if accounts(a).WIT == wit {
+			t.Error("no new WIT-SVID")
 		}
 	})
 }

@@ -397,7 +397,7 @@ func (a *Agent) keepEntries(ctx context.Context) error {
 
 // renewal is how one kind of SVID is kept.
 type renewal struct {
-	bundle func(*State) any                                       // what its SVIDs are verified with
+	bundle func(*State) any                                       // what its SVIDs are verified with; comparable
 	void   func(s *State, identity *Identity, now time.Time) bool // the one that is held does not verify any more
 	ends   func(*Identity) time.Time                              // zero: none is held
 	renew  func(context.Context, []*slot)

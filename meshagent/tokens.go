@@ -2,11 +2,13 @@ package meshagent
 
 import (
 	"crypto"
+	"errors"
 	"fmt"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/client"
 	"github.com/entente-mesh/entente/federation/bundle"
 	"github.com/entente-mesh/entente/internal/jwtsvid"
@@ -77,6 +79,7 @@ type WITSVID struct {
 	Key     crypto.Signer
 	Expires time.Time
 	keyID   string // of the authority
+	origin  ca.Origin
 
 	signedFor *record // of the entry: the request named it
 }
@@ -97,6 +100,28 @@ func (s *State) JWTKeys(entitled []*Identity) jwtsvid.Source {
 		}
 		return nil, false
 	}
+}
+
+// VerifyJWT tells whether a token is a JWT-SVID that a workload with these identities may
+// accept. revoked says why not, where it is valid but distrusted; for our log only.
+//
+// A token of the own domain names its origin: every CA node writes one, whatever its
+// release, and without one it could not be told from what was revoked. Another domain's
+// origin means nothing here.
+func (s *State) VerifyJWT(entitled []*Identity, token, audience string, now time.Time, leeway time.Duration) (svid *jwtsvid.SVID, revoked, _ error) {
+	svid, err := jwtsvid.Verify(token, s.JWTKeys(entitled), audience, now, leeway)
+	if err != nil {
+		return nil, nil, err
+	}
+	if s.JWT != nil && s.JWT.TrustDomain == svid.ID.TrustDomain() {
+		if _, ok, err := ca.OriginOfClaims(svid.Claims); err != nil || !ok {
+			return nil, nil, errors.New("the token is no valid JWT-SVID: it does not say for which entry and through which agent it was issued")
+		}
+	}
+	if err := s.View.Distrust.CheckToken(svid.ID, svid.KeyID, svid.Claims); err != nil {
+		return svid, err, errors.New("the token is no valid JWT-SVID: it was revoked")
+	}
+	return svid, nil, nil
 }
 
 // only gives the keys of one bundle only.

@@ -18,12 +18,12 @@ import (
 // keepWITs keeps a WIT-SVID for every entry of the host, each time with a new key.
 func (a *Agent) keepWITs(ctx context.Context) error {
 	return a.keepSVIDs(ctx, renewal{
-		bundle: func(s *State) any { return s.WIT },
+		bundle: func(s *State) any { return [2]any{s.WIT, s.View.Distrust} },
 		void: func(s *State, identity *Identity, now time.Time) bool {
 			if identity.WIT == nil {
 				return false
 			}
-			return s.WIT == nil || s.WIT.Keys[identity.WIT.keyID] == nil
+			return s.WIT == nil || s.WIT.Keys[identity.WIT.keyID] == nil || s.View.Distrust.CheckOrigin(identity.WIT.origin) != nil
 		},
 		ends: func(identity *Identity) (end time.Time) {
 			if identity.WIT != nil {
@@ -70,7 +70,7 @@ func (a *Agent) renewWITs(ctx context.Context, slots []*slot) {
 	for i, s := range slots {
 		wit, err := (*WITSVID)(nil), results[i].Err
 		if err == nil {
-			wit, err = verifyWIT(s.id, s.record, results[i].Token.Reveal(), keys[i], state.WIT, now)
+			wit, err = verifyWIT(s.id, s.record, results[i].Token.Reveal(), keys[i], state, now)
 		}
 		if err == nil && state.taintedKey(wit.keyID) {
 			err = errTainted
@@ -98,9 +98,10 @@ func (a *Agent) renewWITs(ctx context.Context, slots []*slot) {
 	}
 }
 
-// verifyWIT refuses what the CA signed when it is not for this identity and key.
-func verifyWIT(want spiffeid.ID, signedFor *record, token string, key crypto.Signer, own *TokenBundle, now time.Time) (*WITSVID, error) {
-	svid, err := jwtsvid.VerifyWIT(token, only(own), now, 0)
+// verifyWIT refuses what the CA signed when it is not for this identity and key, or is
+// distrusted.
+func verifyWIT(want spiffeid.ID, signedFor *record, token string, key crypto.Signer, state *State, now time.Time) (*WITSVID, error) {
+	svid, err := jwtsvid.VerifyWIT(token, only(state.WIT), now, 0)
 	if err != nil {
 		return nil, fmt.Errorf("what the CA signed does not verify: %w", err)
 	}
@@ -110,7 +111,11 @@ func verifyWIT(want spiffeid.ID, signedFor *record, token string, key crypto.Sig
 	if public, ok := key.Public().(interface{ Equal(crypto.PublicKey) bool }); !ok || !public.Equal(svid.Key) {
 		return nil, errors.New("the CA's WIT-SVID is for another key")
 	}
-	return &WITSVID{ID: want, Token: secret.Of(token), Key: key, Expires: svid.Expires, keyID: svid.KeyID, signedFor: signedFor}, nil
+	origin, err := originOf(svid, state)
+	if err != nil {
+		return nil, fmt.Errorf("the CA's WIT-SVID for %s: %w", want, err)
+	}
+	return &WITSVID{ID: want, Token: secret.Of(token), Key: key, Expires: svid.Expires, keyID: svid.KeyID, origin: origin, signedFor: signedFor}, nil
 }
 
 // withWITs makes the state that follows when WIT-SVIDs were signed.

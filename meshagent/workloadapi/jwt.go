@@ -12,7 +12,6 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/structpb"
 
-	"github.com/entente-mesh/entente/internal/jwtsvid"
 	"github.com/entente-mesh/entente/meshagent"
 )
 
@@ -158,13 +157,12 @@ func (s *Server) ValidateJWTSVID(ctx context.Context, request *workload.Validate
 	if err != nil {
 		return nil, err
 	}
-	svid, err := jwtsvid.Verify(request.GetSvid(), state.JWTKeys(entitled), request.GetAudience(), time.Now(), s.agent.Config().WorkloadAPI.Leeway)
+	svid, revoked, err := state.VerifyJWT(entitled, request.GetSvid(), request.GetAudience(), time.Now(), s.agent.Config().WorkloadAPI.Leeway)
+	if revoked != nil {
+		s.log.Info("a JWT-SVID is rejected", "spiffe_id", svid.ID.String(), "reason", revoked)
+	}
 	if err != nil {
 		return nil, status.Error(codes.InvalidArgument, err.Error())
-	}
-	if err := state.View.Distrust.CheckToken(svid.ID, svid.KeyID, svid.Claims); err != nil {
-		s.log.Info("a JWT-SVID is rejected", "spiffe_id", svid.ID.String(), "reason", err)
-		return nil, status.Error(codes.InvalidArgument, "the token is no valid JWT-SVID: it was revoked")
 	}
 	claims, err := structpb.NewStruct(svid.Claims)
 	if err != nil {

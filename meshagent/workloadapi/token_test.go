@@ -222,7 +222,7 @@ func TestTokensEndWithTheEntry(t *testing.T) {
 // and no other one is. "control" stays valid all the time.
 func TestDistrustedTokensAreRefused(t *testing.T) {
 	c := catest.Start(t, catest.Options{})
-	others := map[string]string{"banned": "h2", "evicted": "h3", "deleted": "h4", "isolated": "h5", "control": "h6"}
+	others := map[string]string{"banned": "h2", "evicted": "h3", "deleted": "h4", "isolated": "h5", "control": "h6", "narrowed": "h7", "moved": "h8"}
 	yaml := serviceYAML("accounts", run(myself(t)))
 	for name, host := range others {
 		yaml += serviceYAML(name, "run: {uid: 4711, hosts: ["+host+"]}")
@@ -316,6 +316,14 @@ func TestDistrustedTokensAreRefused(t *testing.T) {
 	}
 	check("deleted")
 
+	c.Apply(serviceYAML("narrowed", "run: {uid: 4712, hosts: [h7]}"))
+	check("narrowed")
+	eventually(t, "what is signed for the narrowed entry is good", func() error { return validate(token(agents["narrowed"], "narrowed")) })
+
+	c.Apply(serviceYAML("moved", "run: {uid: 4711, hosts: [h6]}"))
+	check("moved")
+	eventually(t, "what is signed where the entry went is good", func() error { return validate(token(agents["control"], "moved")) })
+
 	// Without quorum.
 	other := c.Join("ca-2", "dc1")
 	other.Kill()
@@ -329,7 +337,7 @@ func TestDistrustedTokensAreRefused(t *testing.T) {
 		t.Fatal(err)
 	}
 	check("isolated")
-	if len(gone) != 4 {
+	if len(gone) != 6 {
 		t.Errorf("%v", gone)
 	}
 }
@@ -361,6 +369,22 @@ func TestRevokedAuthoritysTokensAreRefused(t *testing.T) {
 	if err := validate(old); err != nil {
 		t.Fatalf("control: %v", err)
 	}
+	if _, err := c.Admin().TaintAuthority(t.Context(), &ententev1.ChangeAuthorityRequest{Id: keyID}); err != nil {
+		t.Fatal(err)
+	}
+	var fresh string
+	eventually(t, "nothing more is handed out under a tainted authority", func() error {
+		var by string
+		if fresh, by = fetch(); by == keyID {
+			return errors.New("still the old one")
+		}
+		return nil
+	})
+	for name, token := range map[string]string{"tainted": old, "next": fresh} {
+		if err := validate(token); err != nil {
+			t.Errorf("control: the %s authority's token, before the revocation: %v", name, err)
+		}
+	}
 	if _, err := c.Admin().RevokeAuthority(t.Context(), &ententev1.ChangeAuthorityRequest{Id: keyID, Now: true}); err != nil {
 		t.Fatal(err)
 	}
@@ -370,13 +394,9 @@ func TestRevokedAuthoritysTokensAreRefused(t *testing.T) {
 		}
 		return nil
 	})
-	eventually(t, "the next authority's is good", func() error {
-		token, by := fetch()
-		if by == keyID {
-			return errors.New("still the old one")
-		}
-		return validate(token)
-	})
+	if err := validate(fresh); err != nil {
+		t.Errorf("control: the next authority's token: %v", err)
+	}
 }
 
 func second[R any](_ R, err error) error { return err }
