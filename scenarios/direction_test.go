@@ -72,7 +72,7 @@ meshagent/names:         internal/daemon
 meshagent/files:         meshagent federation/bundle internal/daemon internal/safepath
 meshagent/sidecar:       internal/dataplane internal/daemon internal/safepath federation/catalog federation/origin internal/peer internal/refusal
 
-internal/dataplane:      internal/dataplane/* federation/catalog federation/origin internal/peer internal/refusal internal/admission
+internal/dataplane:      internal/dataplane/* federation/catalog federation/origin internal/peer internal/refusal internal/admission internal/secret
 internal/dataplane/*:    internal/refusal
 internal/dataplane/header:
 internal/peer:

@@ -17,6 +17,7 @@ import (
 	"github.com/entente-mesh/entente/internal/dataplane/header"
 	"github.com/entente-mesh/entente/internal/peer"
 	"github.com/entente-mesh/entente/internal/refusal"
+	"github.com/entente-mesh/entente/internal/secret"
 )
 
 var alpn = []string{"h2", "http/1.1"}
@@ -76,9 +77,9 @@ func (o *Outbound) Forward(w http.ResponseWriter, r *http.Request, service strin
 
 // user is a client without an SVID that an edge has let in.
 type user struct {
-	pass  []string  // credentials that the service is to see, "?name" in the query; none of an import
-	token string    // its bearer token, which goes nowhere else either
-	until time.Time // when what let it in ends
+	pass  []string    // credentials that the service is to see, "?name" in the query; none of an import
+	token secret.Text // its bearer token, which goes nowhere else either
+	until time.Time   // when what let it in ends
 	still func() error
 }
 
@@ -99,7 +100,7 @@ func (u *user) passes(inQuery bool) (names []string) {
 // domain. What it says of how it came here is replaced by what is so.
 func (o *Outbound) ForwardUser(w http.ResponseWriter, r *http.Request, service string, pass []string, until time.Time, still func() error) {
 	_, token, _ := strings.Cut(r.Header.Get("Authorization"), " ")
-	u := &user{pass, strings.TrimSpace(token), until, still}
+	u := &user{pass, secret.Of(strings.TrimSpace(token)), until, still}
 	kept := header.Keep(r.Header, u.passes(false))
 	x := o.engine.begin(o.hop, w, r, service)
 	defer x.end()
@@ -114,8 +115,8 @@ func (o *Outbound) ForwardUser(w http.ResponseWriter, r *http.Request, service s
 		u.pass = nil
 	}
 	header.RemoveForwarding(r.Header)
-	header.RemoveCredentials(r.Header, u.token, u.passes(false)...)
-	r.URL.RawQuery = header.RemoveQueryCredentials(r.URL.RawQuery, u.token, u.passes(true)...)
+	header.RemoveCredentials(r.Header, u.token.Reveal(), u.passes(false)...)
+	r.URL.RawQuery = header.RemoveQueryCredentials(r.URL.RawQuery, u.token.Reveal(), u.passes(true)...)
 	if !x.target.Import() { // who our users are is no other domain's business
 		if host, _, err := net.SplitHostPort(r.RemoteAddr); err == nil {
 			r.Header["X-Forwarded-For"] = []string{host}

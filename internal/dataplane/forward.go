@@ -166,7 +166,7 @@ func (x *exchange) trailers() http.Header {
 		header.RemoveForwarding(kept)
 	}
 	if x.user != nil {
-		header.RemoveCredentials(kept, x.user.token)
+		header.RemoveCredentials(kept, x.user.token.Reveal())
 	}
 	return kept
 }
