@@ -456,7 +456,7 @@ const (
 func TestSimulation(t *testing.T) {
 	short, long, first := 2000, 12, 1
 	if testing.Short() {
-		short, long = 200, 4
+		short, long = 400, 8
 	}
 	if n, err := strconv.Atoi(os.Getenv("ENTENTE_SEEDS")); err == nil {
 		short, long = n, n
@@ -496,7 +496,7 @@ func TestSimulation(t *testing.T) {
 		})
 	}
 	workers.Wait()
-	if short < 200 || t.Failed() {
+	if short < 400 || t.Failed() {
 		return
 	}
 	// The simulation must reach what it is there for: each command that there is, done and
