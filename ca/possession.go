@@ -56,21 +56,34 @@ func SignPossession(random io.Reader, key crypto.Signer, st *statev1.PossessionS
 	if statement, err = (proto.MarshalOptions{Deterministic: true}).Marshal(st); err != nil {
 		return fail(err)
 	}
-	message := append([]byte(possessionContext), statement...)
-	if _, ok := key.Public().(ed25519.PublicKey); ok {
-		signature, err = key.Sign(random, message, crypto.Hash(0))
-	} else {
-		var options crypto.SignerOpts = crypto.SHA256
-		if _, ok := key.Public().(*rsa.PublicKey); ok {
-			options = pssOptions
-		}
-		sum := sha256.Sum256(message)
-		signature, err = key.Sign(random, sum[:], options)
-	}
-	if err != nil {
+	if signature, err = signMessage(random, key, append([]byte(possessionContext), statement...)); err != nil {
 		return fail(err)
 	}
 	return statement, signature, nil
+}
+
+func signMessage(random io.Reader, key crypto.Signer, message []byte) ([]byte, error) {
+	sum := sha256.Sum256(message)
+	switch key.Public().(type) {
+	case ed25519.PublicKey:
+		return key.Sign(random, message, crypto.Hash(0))
+	case *rsa.PublicKey:
+		return key.Sign(random, sum[:], pssOptions)
+	}
+	return key.Sign(random, sum[:], crypto.SHA256)
+}
+
+func verifyMessage(public crypto.PublicKey, message, signature []byte) bool {
+	sum := sha256.Sum256(message)
+	switch key := public.(type) {
+	case ed25519.PublicKey:
+		return ed25519.Verify(key, message, signature)
+	case *ecdsa.PublicKey:
+		return ecdsa.VerifyASN1(key, sum[:], signature)
+	case *rsa.PublicKey:
+		return rsa.VerifyPSS(key, crypto.SHA256, sum[:], signature, pssOptions) == nil
+	}
+	return false
 }
 
 // VerifyPossession verifies the signature over the statement's bytes as they came and
@@ -82,18 +95,7 @@ func VerifyPossession(public crypto.PublicKey, statement, signature []byte) (*st
 	if len(statement) > maxStatement {
 		return nil, fmt.Errorf("possession statement has %d bytes, over %d", len(statement), maxStatement)
 	}
-	message := append([]byte(possessionContext), statement...)
-	sum := sha256.Sum256(message)
-	ok := false
-	switch key := public.(type) {
-	case ed25519.PublicKey:
-		ok = ed25519.Verify(key, message, signature)
-	case *ecdsa.PublicKey:
-		ok = ecdsa.VerifyASN1(key, sum[:], signature)
-	case *rsa.PublicKey:
-		ok = rsa.VerifyPSS(key, crypto.SHA256, sum[:], signature, pssOptions) == nil
-	}
-	if !ok {
+	if !verifyMessage(public, append([]byte(possessionContext), statement...), signature) {
 		return nil, errors.New("possession statement is not signed with the key of the certificate")
 	}
 	st := &statev1.PossessionStatement{}

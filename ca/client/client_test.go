@@ -76,13 +76,19 @@ func (d *domain) add(name string, svid ...*x509svid.SVID) *node {
 	if len(svid) > 0 {
 		n.svid = svid[0]
 	}
-	n.begin = []*ententev1.SyncResponse{policyMessage(full(5, "a")), presenceMessage(presence(true))}
+	n.begin = []*ententev1.SyncResponse{policyMessage(ofTwo(full(5, "a"))), presenceMessage(presence(true))}
 	d.mu.Lock()
 	d.nodes[name+":1"] = n
 	d.all = append(d.all, n)
 	d.mu.Unlock()
 	n.start()
 	return n
+}
+
+// ofTwo is what a node says that has another beside it.
+func ofTwo(p *ententev1.Policy) *ententev1.Policy {
+	p.Members = append(p.Members, &statev1.Member{Id: "m2", Name: "b"})
+	return p
 }
 
 func (n *node) start() {
@@ -391,6 +397,8 @@ func TestAcceptsOnlyCANodes(t *testing.T) {
 			{"a path below a node's", "deep:1", nil, false},
 			{"ended", "gone:1", nil, false},
 			{"another key than the pin", "good:1", func(c *Config) { c.Bundles, c.Pins = nil, pin(other.svid) }, false},
+			{"a name that the member table has", "good:1", func(c *Config) { c.Members = []*statev1.Member{{Id: "x", Name: "good"}} }, true},
+			{"a name that the member table has not, whoever signed it", "good:1", func(c *Config) { c.Members = []*statev1.Member{{Id: "x", Name: "other"}} }, false},
 			{"pins after the member table is known", "good:1", func(c *Config) { c.Bundles, c.Pins, c.Members = nil, pin(good.svid), member }, false},
 		}
 		for _, test := range tests {
@@ -569,7 +577,7 @@ func TestAsksForTheFullState(t *testing.T) {
 		defer r.stop()
 		waitFor(t, "first", time.Second, func() bool { return r.View().Revision == 5 })
 		a.mu.Lock()
-		a.begin = []*ententev1.SyncResponse{policyMessage(full(epoch1+3, "recovered"))}
+		a.begin = []*ententev1.SyncResponse{policyMessage(ofTwo(full(epoch1+3, "recovered")))}
 		a.mu.Unlock()
 		a.push <- policyMessage(&ententev1.Policy{Last: true, Revision: epoch1 + 2, Entries: entries("b")})
 		waitFor(t, "full state", time.Second, func() bool { return held(r.store) == "recovered" })

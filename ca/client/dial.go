@@ -2,6 +2,7 @@ package client
 
 import (
 	"context"
+	"crypto"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -32,6 +33,7 @@ type conn struct {
 	address string
 	state   tls.ConnectionState
 	own     *x509.Certificate // the leaf this side showed; nil: none
+	key     crypto.Signer     // of own
 	rpc     *grpc.ClientConn
 	tls     *tls.Conn
 }
@@ -169,7 +171,7 @@ func (c *Client) dial(ctx context.Context, address string) (*conn, error) {
 	if err != nil {
 		return failed(err)
 	}
-	var own *x509.Certificate
+	var own tls.Certificate
 	secure := tls.Client(raw, c.tlsConfig(&own))
 	if err := secure.HandshakeContext(ctx); err != nil {
 		raw.Close()
@@ -198,18 +200,19 @@ func (c *Client) dial(ctx context.Context, address string) (*conn, error) {
 		return failed(err)
 	}
 	rpc.Connect()
-	return &conn{address: address, state: secure.ConnectionState(), own: own, rpc: rpc, tls: secure}, nil
+	key, _ := own.PrivateKey.(crypto.Signer)
+	return &conn{address: address, state: secure.ConnectionState(), own: own.Leaf, key: key, rpc: rpc, tls: secure}, nil
 }
 
-// tlsConfig accepts CA nodes, and sets own to the client certificate's leaf when
-// the node asks for one.
-func (c *Client) tlsConfig(own **x509.Certificate) *tls.Config {
+// tlsConfig accepts CA nodes, and sets own to the client certificate when the node asks
+// for one.
+func (c *Client) tlsConfig(own *tls.Certificate) *tls.Config {
 	var show peer.Certificate
 	if c.cfg.SVID != nil {
 		show = func() (*tls.Certificate, error) {
 			cert, err := peer.FromSVID(c.cfg.SVID)()
 			if err == nil {
-				*own = cert.Leaf
+				*own = *cert
 			}
 			return cert, err
 		}
@@ -237,9 +240,13 @@ func (c *Client) pinned(keyID string) error {
 	return fmt.Errorf("it is no CA node of %s", c.cfg.TrustDomain.Name())
 }
 
+// isNode accepts a CA node by the name in its SVID, whoever signed that. Once the member
+// table is known the name must stand there: an authority signs more than CA nodes.
 func (c *Client) isNode(id spiffeid.ID) error {
 	name, isNode := strings.CutPrefix(id.Path(), "/entente/ca/")
-	if id.TrustDomain() != c.cfg.TrustDomain || !isNode || strings.Contains(name, "/") {
+	members := c.store.Snapshot().Members
+	known := len(members) == 0 || slices.ContainsFunc(members, func(m *statev1.Member) bool { return m.GetName() == name })
+	if id.TrustDomain() != c.cfg.TrustDomain || !isNode || strings.Contains(name, "/") || !known {
 		return fmt.Errorf("it is no CA node of %s", c.cfg.TrustDomain.Name())
 	}
 	return nil

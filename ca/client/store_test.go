@@ -54,7 +54,7 @@ func inEpoch(epoch uint32, key *ca.RecoveryKey) *statev1.Cluster {
 
 func full(revision uint64, ids ...string) *ententev1.Policy {
 	return &ententev1.Policy{Full: true, Last: true, Revision: revision, Cluster: inEpoch(uint32(revision>>epochShift), recoveryKey()),
-		Bundles: ownBundle(), Entries: entries(ids...), Members: []*statev1.Member{{Id: "m"}}, MembersChanged: true}
+		Bundles: ownBundle(), Entries: entries(ids...), Members: []*statev1.Member{{Id: "m", Name: "a"}}, MembersChanged: true}
 }
 
 func held(s *Store) string {

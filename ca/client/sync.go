@@ -3,10 +3,11 @@ package client
 import (
 	"bytes"
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"log/slog"
-	"math/rand/v2"
+	mathrand "math/rand/v2"
 	"slices"
 	"strings"
 	"sync"
@@ -18,6 +19,7 @@ import (
 
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
 	"github.com/entente-mesh/entente/ca"
+	"github.com/entente-mesh/entente/internal/peer"
 )
 
 const (
@@ -56,6 +58,8 @@ type session struct {
 	useful   bool     // something has arrived
 	beats    bool     // heartbeats have arrived: silence means something
 	said     []string // what the last Ack said of SVIDs
+	connect  uint64
+	proved   bool // or that cannot be
 }
 
 type received struct {
@@ -355,7 +359,8 @@ func (s *syncer) greet(session *session) error {
 	if s.full {
 		resume = 0
 	}
-	hello := &ententev1.Hello{ResumeRevision: resume, BootId: s.cfg.BootID, Connect: connect, Level: ca.SyncLevel}
+	session.connect = connect
+	hello := &ententev1.Hello{ResumeRevision: resume, BootId: s.cfg.BootID, Connect: connect, Level: ca.SyncLevel, Proof: s.prove(session)}
 	if err := session.stream.Send(&ententev1.SyncRequest{Message: &ententev1.SyncRequest_Hello{Hello: hello}}); err != nil {
 		return err
 	}
@@ -382,6 +387,29 @@ func (s *syncer) checkRecoveryKey() {
 	s.otherKey = differs
 }
 
+// prove signs the session with the key of the SVID that it shows, once; nil if it has been
+// done, and while the cluster is not known, as before a gateway's first picture.
+func (s *syncer) prove(session *session) *ententev1.SessionProof {
+	cluster := s.store.Snapshot().Cluster
+	if session.proved || cluster == nil || session.conn.key == nil {
+		return nil
+	}
+	origin, _, err := ca.OriginOf(session.conn.own)
+	if err != nil {
+		return nil
+	}
+	session.proved = true
+	publicKey, signature, err := ca.Session{
+		Cluster: cluster.GetId(), Subscriber: origin.Subscriber(), BootID: s.cfg.BootID, Connect: session.connect,
+		NodeID: peer.KeyID(session.conn.state.PeerCertificates[0]),
+	}.Sign(rand.Reader, session.conn.key)
+	if err != nil {
+		s.log.Warn("cannot prove this session to the CA: its other nodes will not know at once where this client is", "error", err)
+		return nil
+	}
+	return &ententev1.SessionProof{PublicKey: publicKey, Signature: signature}
+}
+
 // stillNode says why the other end of a session is no CA node of this domain any more:
 // what a node that was removed says must not be heard.
 func (s *syncer) stillNode(session *session) error {
@@ -402,7 +430,7 @@ func (s *syncer) sendAck(session *session) error {
 	waiting := s.waiting
 	s.mu.Unlock()
 	view := s.store.Snapshot()
-	ack := &ententev1.Ack{Skipped: view.Skipped, Revision: s.acked.Load(), Authorities: under, AuthoritiesKnown: known, WaitingFor: waiting}
+	ack := &ententev1.Ack{Proof: s.prove(session), Skipped: view.Skipped, Revision: s.acked.Load(), Authorities: under, AuthoritiesKnown: known, WaitingFor: waiting}
 	session.said = under
 	return session.stream.Send(&ententev1.SyncRequest{Message: &ententev1.SyncRequest_Ack{Ack: ack}})
 }
@@ -493,7 +521,7 @@ func (s *syncer) backoff() time.Duration {
 		return 0
 	}
 	wait := min(backoffFirst<<min(s.attempts-2, 10), backoffMost)
-	return wait/2 + rand.N(wait/2)
+	return wait/2 + mathrand.N(wait/2)
 }
 
 func (s *syncer) setCurrent(conn *conn) {

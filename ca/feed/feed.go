@@ -54,17 +54,12 @@ type Subscriber struct {
 	EntryID string // of a workload that listens, a gateway for example; empty for an agent
 	Path    string // SPIFFE path, for logs and the ready gate's report
 	Version presence.Version
-	Level   uint32 // of its Hello: what its software understands
+	Level   uint32         // of its Hello: what its software understands
+	Proof   presence.Proof `json:"-"` // of this session, for the other replicas; empty: none
 }
 
 // key names the subscriber among sessions: one identity may stand on several hosts.
-// Agents' names hold no slash.
-func (s Subscriber) key() string {
-	if s.EntryID == "" {
-		return s.Agent
-	}
-	return s.EntryID + "@" + s.Agent
-}
+func (s Subscriber) key() string { return ca.Origin{Agent: s.Agent, Entry: s.EntryID}.Subscriber() }
 
 // String names the subscriber and its kind for people: agent h1, gateway gw-1 on h1.
 func (s Subscriber) String() string {
@@ -298,6 +293,7 @@ func (f *Feed) Subscribe(now time.Time, st *domain.State, who Subscriber, resume
 	if !ok {
 		return nil, ErrSuperseded
 	}
+	f.table.Prove(who.key(), who.Version, who.Proof)
 	if before := f.sessions[who.key()]; before != nil {
 		before.live = false
 		before.wake()
@@ -382,7 +378,7 @@ func (s *Session) Policy(st *domain.State) (Update, bool, error) {
 	f := s.feed
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if !s.live || f.table.Superseded(s.who.key(), s.who.Version) {
+	if !s.live || f.table.Superseded(s.who.key(), s.who.Version, true) {
 		return Update{}, false, ErrSuperseded
 	}
 	if err := s.entitled(st); err != nil {

@@ -507,7 +507,7 @@ func TestAcknowledgementMinimum(t *testing.T) {
 	s2 = w.subscribe(agentSub("h2", 2), 0)
 	s2.Close(start, false)
 	elsewhere := presence.Version{BootID: "boot-h2", Connect: 3}
-	w.f.Remote(start, "ca-2", Instances{Upserts: []presence.Instance{{Agent: "h2", Version: elsewhere}}, Complete: true})
+	w.f.Remote(start, "ca-2", Instances{Upserts: []presence.Instance{{Agent: "h2", Version: elsewhere, Worth: presence.Proven}}, Complete: true})
 	if held() < a.GetPreparedRevision() {
 		t.Error("a subscriber that is at another replica counts here")
 	}

@@ -59,7 +59,13 @@ func TestRecall(t *testing.T) {
 		t.Errorf("%d are waited for, after one came back", waiting(start))
 	}
 	// One is seen at another replica, which told of it before this one heard anything else.
-	w.f.Remote(start, keyID("ca-2"), Instances{Upserts: []presence.Instance{{Agent: "h2", Version: presence.Version{BootID: "newer", Connect: 1}}}, Complete: true})
+	newer := presence.Instance{Agent: "h2", Version: presence.Version{BootID: "newer", Connect: 1}}
+	w.f.Remote(start, keyID("ca-2"), Instances{Upserts: []presence.Instance{newer}, Complete: true})
+	if waiting(start) != 2 {
+		t.Errorf("%d are waited for, after another replica said that it has one, and no more", waiting(start))
+	}
+	newer.Worth = presence.Proven
+	w.f.Remote(start, keyID("ca-2"), Instances{Upserts: []presence.Instance{newer}, Complete: true})
 	if waiting(start) != 1 {
 		t.Errorf("%d are waited for, after one was seen elsewhere", waiting(start))
 	}

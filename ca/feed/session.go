@@ -80,6 +80,20 @@ func (s *Session) Close(now time.Time, goodbye bool) {
 	}
 	f.roster()
 	f.tell(s.who.key(), f.table.Detach(now, s.who.key(), s.who.Version, goodbye))
+	if f.sessions[s.who.key()] == s {
+		f.supersedeOne(s.who.key(), s) // it may have moved while its stream here hung
+	}
+}
+
+// Prove takes the subscriber's signature over its session, if it came after the Hello.
+func (s *Session) Prove(proof presence.Proof) {
+	f := s.feed
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if s.live {
+		f.table.Prove(s.who.key(), s.who.Version, proof)
+		f.tell(s.who.key(), nil)
+	}
 }
 
 // Instances is what the presence lane says next.
@@ -219,23 +233,34 @@ func (f *Feed) Lost(now time.Time, replica string) {
 	f.tellSubscribers(f.table.Lost(now, replica))
 }
 
+// Dismiss forgets all that another replica said: it is none any more.
+func (f *Feed) Dismiss(now time.Time, replica string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.tellSubscribers(f.table.Dismiss(now, replica))
+}
+
 // supersede ends the sessions of subscribers that have moved to another replica.
 func (f *Feed) supersede() {
 	for key, s := range f.sessions {
-		if !f.table.Superseded(key, s.who.Version) {
-			continue
-		}
-		if s.live {
-			s.wake() // its stream learns it from Policy and closes the session
-			continue
-		}
-		delete(f.sessions, key)
-		f.progress()
-		f.roster()
-		for w := range f.watchers {
-			w.dirty[key] = struct{}{}
-			w.wake()
-		}
+		f.supersedeOne(key, s)
+	}
+}
+
+func (f *Feed) supersedeOne(key string, s *Session) {
+	if !f.table.Superseded(key, s.who.Version, s.live) {
+		return
+	}
+	if s.live {
+		s.wake() // its stream learns it from Policy and closes the session
+		return
+	}
+	delete(f.sessions, key)
+	f.progress()
+	f.roster()
+	for w := range f.watchers {
+		w.dirty[key] = struct{}{}
+		w.wake()
 	}
 }
 
@@ -257,6 +282,15 @@ func (f *Feed) Expire(now time.Time, st *domain.State) {
 		delete(f.sessions, key)
 		f.roster()
 		f.tell(key, f.table.Forget(key))
+	}
+	for _, key := range f.table.Agents() {
+		_, host, isWorkload := strings.Cut(key, "@")
+		if !isWorkload {
+			host = key
+		}
+		if _, ok := st.Agent(host); !ok && f.sessions[key] == nil {
+			f.tellSubscribers(f.table.Forget(key)) // another replica told of it while it was known
+		}
 	}
 }
 

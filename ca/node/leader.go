@@ -263,6 +263,14 @@ func (g *gate) last(member string, now time.Time) (reported, bool) {
 	return r, ok && now.Sub(r.at) < reportFresh
 }
 
+// forget drops the report of a member that is none any more.
+func (g *gate) forget(member string) {
+	g.mu.Lock()
+	delete(g.reports, member)
+	g.mu.Unlock()
+	g.changed.tell()
+}
+
 // reset begins a leadership: what members said to the leader before does not count.
 func (g *gate) reset() {
 	g.mu.Lock()

@@ -147,7 +147,7 @@ func New(cfg *Config, log *slog.Logger, listeners Listeners) (_ *Node, err error
 		return nil, err
 	}
 	n.svids = newSVIDs(n)
-	n.peers = server.NewPeers(n.certificate)
+	n.peers = server.NewPeers(n.certificate, n.isMember)
 	n.server = server.New(server.Config{
 		NodeID:      own.id,
 		TrustDomain: n.td,

@@ -10,7 +10,6 @@ import (
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	"github.com/entente-mesh/entente/ca/domain"
-	"github.com/entente-mesh/entente/ca/feed"
 	"github.com/entente-mesh/entente/ca/server"
 )
 
@@ -96,11 +95,28 @@ func same(a, b server.Report) bool {
 		maps.EqualFunc(a.Held, b.Held, slices.Equal) && (a.Held == nil && b.Held == nil || a.Applied == b.Applied) // the leader waits for who has heard of a taint
 }
 
-// runPresence hears every other member's word on its sessions.
+func (n *Node) isMember(id string) (is bool) {
+	if n.replica.Load() == nil {
+		return false
+	}
+	n.Read(func(st *domain.State) { _, is = st.Member(id) })
+	return is
+}
+
+// runPresence hears every other member's word on its sessions. All that a member said is
+// forgotten when it is none any more.
 func (n *Node) runPresence(ctx context.Context) error {
-	listening := make(map[string]context.CancelFunc)
-	var listeners sync.WaitGroup
-	defer listeners.Wait()
+	type listener struct {
+		cancel context.CancelFunc
+		ended  chan struct{}
+	}
+	listening := make(map[string]listener)
+	defer func() {
+		for _, l := range listening {
+			l.cancel()
+			<-l.ended
+		}
+	}()
 	for {
 		changed := n.applied.wait()
 		others := make(map[string]bool)
@@ -111,30 +127,40 @@ func (n *Node) runPresence(ctx context.Context) error {
 				}
 			}
 		})
-		for id, cancel := range listening {
-			if !others[id] {
-				cancel()
-				delete(listening, id)
+		for id, l := range listening {
+			if others[id] {
+				continue
 			}
+			l.cancel()
+			n.peers.Forget(id)
+			<-l.ended
+			delete(listening, id)
+			n.feed.Dismiss(time.Now(), id)
+			n.gate.forget(id)
 		}
 		for id := range others {
-			if listening[id] != nil {
+			if listening[id].ended != nil {
 				continue
 			}
 			ctx, cancel := context.WithCancel(ctx)
-			listening[id] = cancel
-			listeners.Go(func() { n.listenTo(ctx, id) })
+			l := listener{cancel, make(chan struct{})}
+			listening[id] = l
+			go func() {
+				defer close(l.ended)
+				n.listenTo(ctx, id)
+			}()
 		}
 		select {
 		case <-changed:
 		case <-ctx.Done():
-			for _, cancel := range listening {
-				cancel()
-			}
 			return ctx.Err()
 		}
 	}
 }
+
+// lookAgainEvery is how often what another member said and this node's state did not know
+// is looked at again.
+const lookAgainEvery = 500 * time.Millisecond
 
 // listenTo hears one member until ctx ends. When it is silent for longer than a
 // reconnect takes, what it vouched for is stale.
@@ -142,19 +168,35 @@ func (n *Node) listenTo(ctx context.Context, id string) {
 	lost := time.AfterFunc(lostGrace, func() { n.feed.Lost(time.Now(), id) })
 	defer lost.Stop()
 	wait := 50 * time.Millisecond
-	heard := false // since the timer was set; its handler runs in this goroutine
+	heard := false // since the timer was set
 	for ctx.Err() == nil {
 		var m *statev1.Member
 		n.Read(func(st *domain.State) { m, _ = st.Member(id) })
 		if m == nil {
 			break
 		}
-		err := n.peers.Presence(ctx, m, func(in feed.Instances) {
+		hearsay := n.server.Hear(id)
+		again := time.NewTicker(lookAgainEvery)
+		done := make(chan struct{})
+		var looking sync.WaitGroup
+		looking.Go(func() {
+			for {
+				select {
+				case <-again.C:
+					hearsay.Again(time.Now())
+				case <-done:
+					return
+				}
+			}
+		})
+		err := n.peers.Presence(ctx, m, hearsay, func() {
 			lost.Stop()
 			heard = true
 			wait = 50 * time.Millisecond
-			n.feed.Remote(time.Now(), id, in)
 		})
+		again.Stop()
+		close(done)
+		looking.Wait()
 		if ctx.Err() != nil {
 			break
 		}

@@ -7,15 +7,21 @@
 // another) says of each agent, and shows for each agent what the best of its
 // sources says:
 //
-//   - Within one boot of the agent the session with the higher connect counter wins.
-//   - Between boots a source that holds the agent's stream beats one that does not;
-//     then the boot that this table heard of later. (A boot that is first heard of in
-//     another's full set is old news: it counts as earlier.)
+//   - A live stream at this replica beats what other replicas say. Only a session that
+//     the agent signed, a later one of the same boot, ends it (Worth).
+//   - Within one boot of the agent the session with the higher connect counter wins; a
+//     replica's bare word on a session counts only among such words.
+//   - Then a source that holds the agent's stream beats one that does not, a session that
+//     the agent signed one that it did not, and the boot that this table heard of later
+//     the earlier. (A boot that is first heard of in another's full set is old news: it
+//     counts as earlier.)
 //   - The winner's report is the whole truth about its agent: what it does not
 //     list is gone. So only the holder of the stream withdraws.
 //   - Without a holder the last report stays, marked stale, until a later session
 //     appears anywhere or a day has passed (I12).
+//   - What a source said that is no replica any more is forgotten (Dismiss).
 //
+// A table verifies no signature: who calls Remote has, and says in Worth what came out.
 // The package is pure: time is an argument, and nothing is safe for concurrent use.
 package presence
 
@@ -44,6 +50,23 @@ type Version struct {
 	Connect uint64 // counts the connects of that process
 }
 
+// Proof is the agent's signature over a session (ca.Session).
+type Proof struct {
+	PublicKey, Signature string // bytes
+}
+
+// Worth is what a replica's word on a session is worth to another one.
+type Worth uint8
+
+const (
+	// Unproven: it is that replica's word and nobody else's.
+	Unproven Worth = iota
+	// Claimed: signed by a key that replicas have no record of, as a gateway's.
+	Claimed
+	// Proven: signed by the agent's own key.
+	Proven
+)
+
 // Instance is one place where a service is served.
 type Instance struct {
 	Service    string // label; empty only in Held: the session itself
@@ -53,6 +76,10 @@ type Instance struct {
 	Health     Health
 	Stale      bool // nobody vouches for it just now
 	Version    Version
+
+	// Of the session itself only, and not shown.
+	Proof Proof
+	Worth Worth
 }
 
 // Key names an instance.
@@ -100,7 +127,9 @@ type agent struct {
 // holding is what one source says of one agent.
 type holding struct {
 	version   Version
-	live      bool // the source holds the agent's stream, and we hear the source
+	proof     Proof // of this replica's own
+	worth     Worth // Proven: of this replica's own, or signed by the agent
+	live      bool  // the source holds the agent's stream, and we hear the source
 	instances map[string]Instance
 	staleAt   time.Time // since when it is not live
 }
@@ -116,6 +145,9 @@ func New(self string) *Table {
 // visible until it reports.
 func (t *Table) Attach(now time.Time, name string, v Version) (changes []Change, ok bool) {
 	a := t.agent(name)
+	if a.boots[v.BootID] <= 0 {
+		delete(a.boots, v.BootID) // it speaks here itself: that is news, whatever others said of it
+	}
 	t.hear(a, v.BootID, true)
 	held := a.sources[t.self]
 	if held != nil && held.live && t.compare(a, held.version, v) > 0 {
@@ -123,13 +155,20 @@ func (t *Table) Attach(now time.Time, name string, v Version) (changes []Change,
 	}
 	// The best picture there is goes over to the new session, so that a mere
 	// reconnect takes nobody's endpoints away.
-	fresh := &holding{version: v, live: true, instances: make(map[string]Instance)}
+	fresh := &holding{version: v, worth: Proven, live: true, instances: make(map[string]Instance)}
 	for service, instance := range a.shown {
 		instance.Version, instance.Stale = v, false
 		fresh.instances[service] = instance
 	}
 	a.sources[t.self] = fresh
 	return t.show(now, name, a), true
+}
+
+// Prove keeps the agent's signature over its session at this replica, for the others.
+func (t *Table) Prove(name string, v Version, proof Proof) {
+	if a := t.agents[name]; a != nil && a.sources[t.self] != nil && a.sources[t.self].version == v {
+		a.sources[t.self].proof = proof
+	}
 }
 
 // Report takes the full list of what the agent serves, from the stream with that
@@ -178,7 +217,7 @@ func (t *Table) Detach(now time.Time, name string, v Version, goodbye bool) []Ch
 func (t *Table) Recall(name string, v Version, lostAt time.Time) {
 	a := t.agent(name)
 	a.boots[v.BootID] = math.MinInt64
-	a.sources[t.self] = &holding{version: v, staleAt: lostAt, instances: make(map[string]Instance)}
+	a.sources[t.self] = &holding{version: v, worth: Proven, staleAt: lostAt, instances: make(map[string]Instance)}
 }
 
 // Remote takes what another replica says of its own sessions, as its HeldOf lists
@@ -201,7 +240,7 @@ func (t *Table) Remote(now time.Time, source string, instances, withdrawn []Inst
 		if instance.Service == "" {
 			a := t.agent(name)
 			t.hear(a, instance.Version.BootID, !complete)
-			held = &holding{version: instance.Version, live: !instance.Stale, instances: make(map[string]Instance)}
+			held = &holding{version: instance.Version, worth: instance.Worth, live: !instance.Stale, instances: make(map[string]Instance)}
 			if before := a.sources[source]; !held.live {
 				held.staleAt = now
 				if before != nil && !before.live {
@@ -250,6 +289,25 @@ func (t *Table) Lost(now time.Time, source string) []Change {
 	}
 	return sorted(changes)
 }
+
+// Dismiss forgets all that a source said: it is no replica any more.
+func (t *Table) Dismiss(now time.Time, source string) []Change {
+	if source == t.self {
+		return nil
+	}
+	var changes []Change
+	for name, a := range t.agents {
+		if a.sources[source] != nil {
+			delete(a.sources, source)
+			changes = append(changes, t.show(now, name, a)...)
+		}
+	}
+	t.sweep()
+	return sorted(changes)
+}
+
+// Agents are those of whom anything is known, in no order.
+func (t *Table) Agents() []string { return slices.Collect(maps.Keys(t.agents)) }
 
 // Forget drops an agent altogether: it was banned or removed.
 func (t *Table) Forget(name string) []Change {
@@ -317,7 +375,7 @@ func (t *Table) HeldOf(name string) []Instance {
 		return nil
 	}
 	own := a.sources[t.self]
-	held := []Instance{{Agent: name, Version: own.version, Stale: !own.live}}
+	held := []Instance{{Agent: name, Version: own.version, Stale: !own.live, Proof: own.proof}}
 	for _, instance := range own.instances {
 		instance.Version, instance.Stale = own.version, !own.live
 		held = append(held, instance)
@@ -326,15 +384,26 @@ func (t *Table) HeldOf(name string) []Instance {
 	return held
 }
 
-// Superseded reports whether the agent has a later session than v, at any replica:
-// of the same boot, or one that the replica vouches for.
-func (t *Table) Superseded(name string, v Version) bool {
+// Superseded reports whether the agent has a later session than v, at any replica. A live
+// stream ends by one of the same boot that the agent signed, and by nothing else that
+// another replica says. One that was lost gives way also to one of another boot that a
+// replica vouches for, and to what is Claimed.
+func (t *Table) Superseded(name string, v Version, live bool) bool {
 	a := t.agents[name]
 	if a == nil {
 		return false
 	}
-	for _, held := range a.sources {
-		if t.compare(a, held.version, v) > 0 && (held.live || held.version.BootID == v.BootID) {
+	for source, held := range a.sources {
+		if t.compare(a, held.version, v) <= 0 {
+			continue
+		}
+		sameBoot := held.version.BootID == v.BootID
+		switch {
+		case source == t.self, !live && held.worth >= Claimed:
+			if held.live || sameBoot {
+				return true
+			}
+		case held.worth == Proven && sameBoot:
 			return true
 		}
 	}
@@ -398,33 +467,46 @@ func (t *Table) compare(a *agent, x, y Version) int {
 }
 
 // winner is the source whose word on the agent counts; nil without any. Of one boot
-// only the last session can be alive, whatever the source of an earlier one believes;
-// between boots the one that somebody vouches for, then the later.
+// only the last session can be alive, whatever the source of an earlier one believes.
 func (t *Table) winner(a *agent) *holding {
-	last := make(map[string]uint64, 1) // boot id -> its highest connect
+	last, lastProven := make(map[string]uint64, 1), make(map[string]uint64, 1) // boot id -> its highest connect
 	for _, held := range a.sources {
 		v := held.version
 		last[v.BootID] = max(last[v.BootID], v.Connect)
+		if held.worth == Proven {
+			lastProven[v.BootID] = max(lastProven[v.BootID], v.Connect)
+		}
+	}
+	over := func(held *holding) bool {
+		v := held.version
+		return v.Connect < lastProven[v.BootID] || held.worth != Proven && v.Connect < last[v.BootID]
+	}
+	if own := a.sources[t.self]; own != nil && own.live && !over(own) {
+		return own
 	}
 	var best *holding
 	var from string
 	for source, held := range a.sources {
-		switch {
-		case held.version.Connect < last[held.version.BootID]:
+		if over(held) {
 			continue
-		case best != nil && held.live != best.live:
-			if !held.live {
-				continue
-			}
-		case best != nil:
-			order := t.compare(a, held.version, best.version)
-			if order < 0 || order == 0 && source < from {
-				continue
-			}
 		}
-		best, from = held, source
+		if best == nil || cmp.Or(first(held.live, best.live), first(held.worth == Proven, best.worth == Proven),
+			t.compare(a, held.version, best.version), cmp.Compare(source, from)) > 0 {
+			best, from = held, source
+		}
 	}
 	return best
+}
+
+// first compares by something that only one of the two may have.
+func first(x, y bool) int {
+	switch {
+	case x == y:
+		return 0
+	case x:
+		return 1
+	}
+	return -1
 }
 
 // show makes what is shown of the agent agree with its winner, as far as that is not damped.

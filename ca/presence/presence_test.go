@@ -3,6 +3,7 @@ package presence
 import (
 	"fmt"
 	"maps"
+	"math"
 	"slices"
 	"testing"
 	"time"
@@ -40,9 +41,20 @@ func want(t *testing.T, table *Table, lines ...string) {
 	}
 }
 
-// tell sends what one table has to say of its own sessions to another.
+// tell sends what one table has to say of its own sessions to another, as agents signed
+// them.
 func tell(now time.Time, from, to *Table) {
-	to.Remote(now, from.self, from.Held(), nil, true)
+	to.Remote(now, from.self, as(Proven, from.Held()), nil, true)
+}
+
+// as is what a replica says, of one worth.
+func as(worth Worth, said []Instance) []Instance {
+	for i := range said {
+		if said[i].Service == "" {
+			said[i].Worth = worth
+		}
+	}
+	return said
 }
 
 func TestReportReplaces(t *testing.T) {
@@ -169,12 +181,18 @@ func TestSeenElsewhere(t *testing.T) {
 	tell(start, b, c)
 	want(t, c, "accounts@h1 :1")
 
-	a.Remote(start, "ca-2", b.HeldOf("h1"), nil, false)
-	if !a.Superseded("h1", Version{"boot-1", 1}) {
-		t.Error("ca-1 does not know that its session was superseded")
+	a.Remote(start, "ca-2", as(Proven, b.HeldOf("h1")), nil, false)
+	if a.Superseded("h1", Version{"boot-1", 1}, true) {
+		t.Error("another boot at another replica ends a live stream")
+	}
+	want(t, a, "accounts@h1 :1", "ledger@h1 :2")
+	a.Detach(start, "h1", Version{"boot-1", 1}, false)
+	want(t, a, "accounts@h1 :1")
+	if !a.Superseded("h1", Version{"boot-1", 1}, false) {
+		t.Error("ca-1 does not know that its lost session was superseded")
 	}
 	tell(start, a, b)
-	if b.Superseded("h1", Version{"boot-2", 1}) {
+	if b.Superseded("h1", Version{"boot-2", 1}, true) || b.Superseded("h1", Version{"boot-2", 1}, false) {
 		t.Error("the newer session counts as superseded by the older one")
 	}
 }
@@ -189,7 +207,7 @@ func TestGoodbyeBeatsAnEarlierSession(t *testing.T) {
 	tell(start, a, c)
 	b.Attach(start, "h1", Version{"boot-1", 2})
 	want(t, b, "accounts@h1 :1")
-	if !a.Superseded("h1", Version{"boot-1", 0}) {
+	if !a.Superseded("h1", Version{"boot-1", 0}, true) {
 		t.Error("an earlier session of the same boot is not superseded")
 	}
 	b.Detach(start, "h1", Version{"boot-1", 2}, true)
@@ -235,6 +253,8 @@ func TestRemoteIsBounded(t *testing.T) {
 func TestReplicasAgree(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		const replicas, agents = 3, 2
+		// Agents that sign their sessions, and those of the release before.
+		worth := rapid.SampledFrom([]Worth{Proven, Unproven}).Draw(t, "worth")
 		tables := make([]*Table, replicas)
 		folded := make([]map[Key]Instance, replicas)
 		for i := range tables {
@@ -262,7 +282,7 @@ func TestReplicasAgree(t *testing.T) {
 		now := start
 		connects := uint64(0)
 		exchange := func(from, to int) {
-			note(to, tables[to].Remote(now, tables[from].self, tables[from].Held(), nil, true))
+			note(to, tables[to].Remote(now, tables[from].self, as(worth, tables[from].Held()), nil, true))
 		}
 		for range rapid.IntRange(1, 40).Draw(t, "steps") {
 			now = now.Add(time.Second)
@@ -358,4 +378,101 @@ func shown(t *Table) map[Key]Instance {
 		m[i.Key()] = i
 	}
 	return m
+}
+
+// What another replica says of a session that the agent did not sign takes nothing from a
+// live stream here, neither its end nor what it serves, and nothing from what a third one
+// says of a session that was signed.
+func TestBareWordTakesNothing(t *testing.T) {
+	v := Version{"boot-1", 1}
+	lie := func(worth Worth, v Version) []Instance {
+		return []Instance{{Agent: "h1", Version: v, Worth: worth}, {Agent: "h1", Service: "accounts", Address: ":666", Version: v}}
+	}
+	holder := func() *Table {
+		table := New("ca-1")
+		table.Attach(start, "h1", v)
+		table.Report(start, "h1", v, []Instance{instance("accounts", ":1")})
+		return table
+	}
+	later, another := Version{"boot-1", math.MaxUint64}, Version{"boot-9", math.MaxUint64}
+	for name, said := range map[string][]Instance{
+		"a later connect, unproven": lie(Unproven, later), "a later connect, claimed": lie(Claimed, later),
+		"another boot, unproven": lie(Unproven, another), "another boot, signed": lie(Proven, another),
+		"the same connect, signed": lie(Proven, v), "an earlier connect, signed": lie(Proven, Version{"boot-1", 0}),
+	} {
+		a := holder()
+		a.Remote(start, "ca-2", said, nil, false)
+		if a.Superseded("h1", v, true) {
+			t.Errorf("%s ends a live stream", name)
+		}
+		want(t, a, "accounts@h1 :1")
+	}
+	a := holder()
+	a.Remote(start, "ca-2", lie(Proven, Version{"boot-1", 2}), nil, false)
+	if !a.Superseded("h1", v, true) {
+		t.Error("control: a later connect that the agent signed ends nothing")
+	}
+	want(t, a, "accounts@h1 :666")
+
+	// At a third replica.
+	c := New("ca-3")
+	tell(start, holder(), c)
+	c.Remote(start, "ca-2", lie(Unproven, later), nil, false)
+	want(t, c, "accounts@h1 :1")
+	c.Remote(start, "ca-2", lie(Unproven, another), nil, false)
+	want(t, c, "accounts@h1 :1")
+	c.Remote(start, "ca-2", lie(Proven, Version{"boot-1", 2}), nil, false)
+	want(t, c, "accounts@h1 :666")
+
+	// A lost session gives way to what was signed only.
+	for worth, gives := range map[Worth]bool{Unproven: false, Claimed: true, Proven: true} {
+		for _, v2 := range []Version{{"boot-1", 2}, {"boot-2", 1}} {
+			a := holder()
+			a.Detach(start, "h1", v, false)
+			a.Remote(start, "ca-2", lie(worth, v2), nil, false)
+			if got := a.Superseded("h1", v, false); got != gives {
+				t.Errorf("a lost session, %v of worth %d: superseded %v", v2, worth, got)
+			}
+		}
+	}
+	// Nor do earlier ones, whoever repeats them.
+	a = holder()
+	a.Detach(start, "h1", v, false)
+	a.Remote(start, "ca-2", lie(Proven, Version{"boot-1", 0}), nil, false)
+	if a.Superseded("h1", v, false) {
+		t.Error("an earlier session, repeated, supersedes a later one")
+	}
+}
+
+// What another replica said of an agent's boot does not keep the agent itself out.
+func TestOthersWordDoesNotRefuseAnAgent(t *testing.T) {
+	a := New("ca-1")
+	a.Attach(start, "h1", Version{"boot-1", 1})
+	a.Remote(start, "ca-2", []Instance{{Agent: "h1", Version: Version{"boot-2", 1}}}, nil, true)
+	if _, ok := a.Attach(start, "h1", Version{"boot-2", 2}); !ok {
+		t.Error("a restarted agent that another replica told of cannot attach")
+	}
+	if _, ok := a.Attach(start, "h1", Version{"boot-1", 2}); ok {
+		t.Error("control: the boot before took its place")
+	}
+}
+
+// A replica that is none any more has said nothing.
+func TestDismissedSourceIsForgotten(t *testing.T) {
+	a, b := New("ca-1"), New("ca-2")
+	for i, name := range []string{"h1", "h2"} {
+		b.Attach(start, name, Version{"boot", 1})
+		b.Report(start, name, Version{"boot", 1}, []Instance{instance("accounts", fmt.Sprint(":", i+1))})
+	}
+	tell(start, b, a)
+	a.Attach(start, "h2", Version{"boot", 2})
+	want(t, a, "accounts@h1 :1", "accounts@h2 :2")
+	changes := a.Dismiss(start, "ca-2")
+	want(t, a, "accounts@h2 :2") // its own, taken over at the reconnect
+	if len(changes) != 1 || !changes[0].Withdrawn || len(a.Agents()) != 1 {
+		t.Errorf("changes %+v, agents %v", changes, a.Agents())
+	}
+	if a.Dismiss(start, "ca-1"); len(a.All()) != 1 {
+		t.Error("it dismissed itself")
+	}
 }

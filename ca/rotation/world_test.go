@@ -552,6 +552,14 @@ func (w *world) elect() {
 	}
 }
 
+// signed is what a replica says of sessions that their agents signed.
+func signed(in feed.Instances) feed.Instances {
+	for i := range in.Upserts {
+		in.Upserts[i].Worth = presence.Proven
+	}
+	return in
+}
+
 func (w *world) step(faults bool) {
 	w.now = w.now.Add(step)
 	if faults && w.rng.IntN(6) == 0 {
@@ -575,7 +583,7 @@ func (w *world) step(faults bool) {
 					n.watched[m] = m.feed.Watch()
 				}
 				if in, ok := n.watched[m].Next(); ok {
-					n.feed.Remote(w.now, m.id, in)
+					n.feed.Remote(w.now, m.id, signed(in))
 				}
 			}
 		}

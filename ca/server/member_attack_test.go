@@ -11,6 +11,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
@@ -122,51 +123,26 @@ func TestStolenNodeKey(t *testing.T) {
 	v.serves("afterwards")
 }
 
-// A member that was removed: nothing it says is heard any more, nothing it vouches for
-// counts, and its open connections end.
+// A member that was removed: nothing it says is heard any more, what it said is forgotten,
+// nothing it vouches for counts, and its open connections end.
 func TestRemovedMemberIsNotHeard(t *testing.T) {
 	t.Parallel()
 	v := newVictim(t)
-	two, three := v.Join("ca-2", "dc2"), v.Join("ca-3", "dc3")
-	_ = two
-	gone := three
+	v.Join("ca-2", "dc2")
+	gone := v.Join("ca-3", "dc3")
 	cert := memberCertificate(t, gone)
-	conn := dial(t, v.CA, &cert)
-	door := ententev1.NewPeerClient(conn)
-	vouch := func() error {
-		_, err := door.Vouch(t.Context(), &ententev1.VouchRequest{MemberId: v.Node().ID()})
-		return err
-	}
-	if err := vouch(); err != nil {
-		t.Fatalf("control: %v", err)
-	}
-	presence, err := door.Presence(t.Context(), &ententev1.PresenceRequest{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := presence.Recv(); err != nil {
-		t.Fatalf("control: %v", err)
-	}
-	if _, err := v.RemoveNode(t.Context(), "ca-3", false); err != nil {
-		t.Fatal(err)
-	}
-	member := true
-	for deadline := time.Now().Add(10 * time.Second); member && time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
-		v.Node().Read(func(st *domain.State) { _, member = st.Member(gone.Node().ID()) })
-	}
-	for err = nil; err == nil; {
-		_, err = presence.Recv() // its open connection ends
-	}
-	if err := vouch(); err == nil {
-		t.Error("it vouches")
-	}
-	for what, call := range map[string]func() error{
+	door := ententev1.NewPeerClient(dial(t, v.CA, &cert))
+	calls := map[string]func() error{
+		"vouch": func() error {
+			_, err := door.Vouch(t.Context(), &ententev1.VouchRequest{MemberId: v.Node().ID()})
+			return err
+		},
 		"report": func() error {
 			_, err := door.Report(t.Context(), &ententev1.ReportRequest{BootId: "x", AcknowledgedRevision: 1 << 40})
 			return err
 		},
 		"propose": func() error {
-			data, _ := proto.Marshal(&statev1.Command{Actor: "local user", Body: &statev1.Command_ApplyObjects{ApplyObjects: &statev1.ApplyObjects{}}})
+			data, _ := proto.Marshal(&statev1.Command{Actor: "local user", Body: &statev1.Command_BanAgent{BanAgent: &statev1.BanAgent{Name: "nobody"}}})
 			_, err := door.Propose(t.Context(), &ententev1.ProposeRequest{Command: data})
 			return err
 		},
@@ -174,11 +150,84 @@ func TestRemovedMemberIsNotHeard(t *testing.T) {
 			_, err := door.Checksum(t.Context(), &ententev1.ChecksumRequest{AtIndex: 1, Format: domain.ChecksumFormat})
 			return err
 		},
-	} {
-		if err := call(); err == nil {
-			t.Errorf("a removed member may %s", what)
+		"mark": func() error {
+			_, err := door.MarkReady(t.Context(), &ententev1.MarkReadyRequest{Id: "x"})
+			return err
+		},
+	}
+	shutOut := func(err error) bool {
+		return status.Code(err) == codes.PermissionDenied || status.Code(err) == codes.Unauthenticated
+	}
+	for what, call := range calls {
+		if err := call(); shutOut(err) {
+			t.Errorf("control: a member may not %s: %v", what, err)
+		}
+	}
+	stream, err := door.Presence(t.Context(), &ententev1.PresenceRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := stream.Recv(); err != nil {
+		t.Fatalf("control: %v", err)
+	}
+	// It holds an agent's stream, and its word on what that one serves is shown.
+	host := attest(t, v.CA, "h2")
+	within(t, "it knows the agent", func() (known bool) {
+		gone.Node().Read(func(st *domain.State) { _, known = st.Agent("h2") })
+		return known
+	})
+	agent := openSync(t, dial(t, gone, &host), "boot", 1, 0)
+	agent.report(t, &ententev1.Instance{Service: "ledger", Address: "127.0.0.1:7443", Health: ententev1.Health_HEALTH_HEALTHY})
+	of := func(name string) (shown []string) {
+		for _, i := range v.Status().GetInstances() {
+			if i.GetAgent() == name {
+				shown = append(shown, i.GetAddress())
+			}
+		}
+		return shown
+	}
+	within(t, "control: what it says is shown", func() bool { return len(of("h2")) == 1 })
+	other := openSync(t, dial(t, v.CA, &v.good), "boot", 1, 0)
+	other.report(t, &ententev1.Instance{Service: "accounts", Address: "127.0.0.1:7443", Health: ententev1.Health_HEALTH_HEALTHY})
+	within(t, "control: an instance of this node's", func() bool { return len(of("h1")) == 1 })
+
+	if _, err := v.RemoveNode(t.Context(), "ca-3", false); err != nil {
+		t.Fatal(err)
+	}
+	removed := time.Now()
+	within(t, "it is removed", func() bool {
+		_, member := memberOf(v, gone.Node().ID())
+		return !member
+	})
+	within(t, "what it said is forgotten", func() bool { return len(of("h2")) == 0 })
+	if took := time.Since(removed); took > 2*time.Second {
+		t.Errorf("forgotten after %v", took)
+	}
+	if len(of("h1")) != 1 {
+		t.Error("control: what this node's own agent serves is forgotten with it")
+	}
+	ended := make(chan struct{})
+	go func() { // until the test ends its context
+		defer close(ended)
+		for err := error(nil); err == nil; {
+			_, err = stream.Recv()
+		}
+	}()
+	select {
+	case <-ended:
+	case <-time.After(5 * time.Second):
+		t.Error("its open connection does not end")
+	}
+	for what, call := range calls {
+		if err := call(); !shutOut(err) {
+			t.Errorf("a removed member may %s: %v", what, err)
 		}
 	}
 	gone.Kill()
 	v.serves("afterwards")
+}
+
+func memberOf(v *victim, id string) (m *statev1.Member, ok bool) {
+	v.Node().Read(func(st *domain.State) { m, ok = st.Member(id) })
+	return m, ok
 }

@@ -28,7 +28,6 @@ import (
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/domain"
-	"github.com/entente-mesh/entente/ca/feed"
 	"github.com/entente-mesh/entente/internal/peer"
 )
 
@@ -187,6 +186,7 @@ func (d peerDoor) Presence(_ *ententev1.PresenceRequest, stream ententev1.Peer_P
 // node key alone. Methods may be called concurrently.
 type Peers struct {
 	certificate func() (*tls.Certificate, error)
+	isMember    func(id string) bool
 
 	mu     sync.Mutex
 	conns  map[string]*peerConn // by member id
@@ -204,9 +204,10 @@ var connectParams = grpc.ConnectParams{
 	MinConnectTimeout: 3 * time.Second,
 }
 
-// NewPeers returns no connections yet; certificate is what this node shows.
-func NewPeers(certificate func() (*tls.Certificate, error)) *Peers {
-	return &Peers{certificate: certificate, conns: make(map[string]*peerConn)}
+// NewPeers returns no connections yet; certificate is what this node shows. Who is no
+// member is not spoken to, whatever its address was.
+func NewPeers(certificate func() (*tls.Certificate, error), isMember func(id string) bool) *Peers {
+	return &Peers{certificate: certificate, isMember: isMember, conns: make(map[string]*peerConn)}
 }
 
 // Close closes all connections.
@@ -238,6 +239,9 @@ func (p *Peers) to(m *statev1.Member) (*grpc.ClientConn, error) {
 	if p.closed {
 		return nil, errors.New("this CA node shuts down")
 	}
+	if !p.isMember(m.GetId()) {
+		return nil, fmt.Errorf("CA node %s is no member any more", m.GetName())
+	}
 	if c := p.conns[m.GetId()]; c != nil {
 		if c.address == m.GetApiAddress() {
 			return c.conn, nil
@@ -247,6 +251,9 @@ func (p *Peers) to(m *statev1.Member) (*grpc.ClientConn, error) {
 	}
 	id := m.GetId()
 	config := peer.PinnedClientTLS(p.certificate, func(keyID string) error {
+		if !p.isMember(id) {
+			return fmt.Errorf("CA node %s is no member any more", m.GetName())
+		}
 		if keyID != id {
 			return fmt.Errorf("the node that answers has the key %.12s, CA node %s has %.12s", keyID, m.GetName(), id)
 		}
@@ -336,21 +343,22 @@ func (p *Peers) MarkReady(ctx context.Context, leader *statev1.Member, id string
 	return resp.GetRevision(), nil
 }
 
-// Presence hands on what another member says of its sessions, until the stream ends.
-// The first one handed on is its full set.
-func (p *Peers) Presence(ctx context.Context, m *statev1.Member, handle func(feed.Instances)) error {
+// Presence hears what another member says of its sessions, until the stream ends or it
+// says too much. Its full set has a limited time; heard is called when it is there, and
+// then for each change.
+func (p *Peers) Presence(ctx context.Context, m *statev1.Member, hearsay *Hearsay, heard func()) error {
 	conn, err := p.to(m)
 	if err != nil {
 		return err
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
+	late := time.AfterFunc(completeTimeout, cancel)
+	defer late.Stop()
 	stream, err := ententev1.NewPeerClient(conn).Presence(ctx, &ententev1.PresenceRequest{})
 	if err != nil {
 		return fmt.Errorf("presence of CA node %s: %w", m.GetName(), plain(err))
 	}
-	var set feed.Instances
-	complete := false
 	for {
 		chunk, err := stream.Recv()
 		if errors.Is(err, io.EOF) {
@@ -359,14 +367,14 @@ func (p *Peers) Presence(ctx context.Context, m *statev1.Member, handle func(fee
 		if err != nil {
 			return fmt.Errorf("presence of CA node %s: %w", m.GetName(), plain(err))
 		}
-		set.Upserts = append(set.Upserts, instancesFromWire(chunk.GetInstances())...)
-		set.Withdrawn = append(set.Withdrawn, instancesFromWire(chunk.GetWithdrawn())...)
-		set.Complete = chunk.GetComplete()
-		if complete = complete || set.Complete; !complete {
-			continue
+		complete, err := hearsay.take(time.Now(), chunk)
+		if err != nil {
+			return fmt.Errorf("presence of CA node %s: %w", m.GetName(), err)
 		}
-		handle(set)
-		set = feed.Instances{}
+		if complete {
+			late.Stop()
+			heard()
+		}
 	}
 }
 

@@ -15,6 +15,7 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/domain"
@@ -119,6 +120,9 @@ func (d syncDoor) Sync(stream ententev1.Sync_SyncServer) error {
 				session.Ack(m.Ack.GetRevision())
 				session.Waits(checkNames(m.Ack.GetWaitingFor(), 10))
 				session.Skipped(checkNames(m.Ack.GetSkipped(), feed.MostTooOld))
+				if m.Ack.GetProof() != nil {
+					session.Prove(s.checkProof(c, hello, m.Ack.GetProof()))
+				}
 			case *ententev1.SyncRequest_Report:
 				waits := report != nil
 				if report = m.Report; waits {
@@ -196,6 +200,26 @@ func (s *Server) hello(received <-chan *ententev1.SyncRequest, ended <-chan erro
 	}
 }
 
+// checkProof returns a proof of the session that other CA nodes will accept, signed with
+// the key that the subscriber shows; empty: none. Without it the subscriber is served as
+// well: it may be of the release before.
+func (s *Server) checkProof(c caller, hello *ententev1.Hello, proof *ententev1.SessionProof) presence.Proof {
+	if proof == nil {
+		return presence.Proof{}
+	}
+	session := ca.Session{Subscriber: ca.Origin{Agent: c.agent.GetName(), Entry: c.entry.GetId()}.Subscriber(), BootID: hello.GetBootId(), Connect: hello.GetConnect(), NodeID: s.NodeID}
+	s.State.Read(func(st *domain.State) { session.Cluster = st.Cluster().GetId() })
+	keyID, err := session.Verify(proof.GetPublicKey(), proof.GetSignature())
+	if err == nil && keyID != c.keyID {
+		err = errors.New("the proof of a session is by another key than the subscriber shows")
+	}
+	if err != nil {
+		s.Log.Warn("a subscriber's proof of its session is not valid: other CA nodes will not know at once where it is", "subscriber", c.String(), "error", err)
+		return presence.Proof{}
+	}
+	return presence.Proof{PublicKey: string(proof.GetPublicKey()), Signature: string(proof.GetSignature())}
+}
+
 // subscribe waits a little when the subscriber comes from a replica that is ahead.
 func (s *Server) subscribe(ctx context.Context, c caller, hello *ententev1.Hello) (*feed.Session, error) {
 	who := feed.Subscriber{
@@ -203,6 +227,7 @@ func (s *Server) subscribe(ctx context.Context, c caller, hello *ententev1.Hello
 		Version: presence.Version{BootID: hello.GetBootId(), Connect: hello.GetConnect()},
 	}
 	who.Level = hello.GetLevel()
+	who.Proof = s.checkProof(c, hello, hello.GetProof())
 	who.Agent, who.EntryID = c.agent.GetName(), c.entry.GetId()
 	deadline := time.Now().Add(catchUpTimeout)
 	for {
@@ -342,7 +367,7 @@ func (s *Server) checkReport(c caller, reported []*ententev1.Instance) (instance
 	}
 	s.State.Read(func(st *domain.State) {
 		for _, r := range reported {
-			if err := mayServe(st, c, r); err != nil {
+			if err := mayServe(st, c.agent, r); err != nil {
 				refused = err
 				continue
 			}
@@ -354,13 +379,13 @@ func (s *Server) checkReport(c caller, reported []*ententev1.Instance) (instance
 	return instances, refused
 }
 
-func mayServe(st *domain.State, c caller, r *ententev1.Instance) error {
+func mayServe(st *domain.State, agent *statev1.Agent, r *ententev1.Instance) error {
 	e, ok := st.Entry(ca.ServiceEntry(r.GetService()))
-	if !ok || !ca.Entitled(c.agent, e) {
+	if !ok || !ca.Entitled(agent, e) {
 		return errors.New("service " + r.GetService() + " does not run on this host")
 	}
 	host, _, err := net.SplitHostPort(r.GetAddress())
-	if err != nil || !slices.Contains(c.agent.GetAddresses(), host) {
+	if err != nil || !slices.Contains(agent.GetAddresses(), host) {
 		return errors.New("address " + r.GetAddress() + " was not registered for this host; its join token names the addresses")
 	}
 	return nil

@@ -20,7 +20,12 @@ import (
 const chunkSize = 256 << 10
 
 func instanceToWire(i presence.Instance) *ententev1.Instance {
+	var proof *ententev1.SessionProof
+	if i.Proof != (presence.Proof{}) {
+		proof = &ententev1.SessionProof{PublicKey: []byte(i.Proof.PublicKey), Signature: []byte(i.Proof.Signature)}
+	}
 	return &ententev1.Instance{
+		Proof:      proof,
 		Service:    i.Service,
 		Agent:      i.Agent,
 		Datacenter: i.Datacenter,

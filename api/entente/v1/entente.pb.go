@@ -477,7 +477,8 @@ type Hello struct {
 	BootId         string                 `protobuf:"bytes,2,opt,name=boot_id,json=bootId,proto3" json:"boot_id,omitempty"`                          // random per process start
 	Connect        uint64                 `protobuf:"varint,3,opt,name=connect,proto3" json:"connect,omitempty"`                                     // counts this process's connects
 	// What the subscriber's software understands; 0: the release before levels. ca.SyncLevel.
-	Level         uint32 `protobuf:"varint,260,opt,name=level,proto3" json:"level,omitempty"`
+	Level         uint32        `protobuf:"varint,260,opt,name=level,proto3" json:"level,omitempty"`
+	Proof         *SessionProof `protobuf:"bytes,320,opt,name=proof,proto3" json:"proof,omitempty"` // absent: of the release before, or the cluster is not known yet
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -540,6 +541,67 @@ func (x *Hello) GetLevel() uint32 {
 	return 0
 }
 
+func (x *Hello) GetProof() *SessionProof {
+	if x != nil {
+		return x.Proof
+	}
+	return nil
+}
+
+// SessionProof is a subscriber's signature over its session: cluster, subscriber, boot id, connect and the
+// CA node that it speaks to (ca.Session). CA nodes pass it on, so that each verifies it by itself.
+type SessionProof struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	PublicKey     []byte                 `protobuf:"bytes,1,opt,name=public_key,json=publicKey,proto3" json:"public_key,omitempty"` // SubjectPublicKeyInfo, DER: of the SVID that the subscriber shows
+	Signature     []byte                 `protobuf:"bytes,2,opt,name=signature,proto3" json:"signature,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SessionProof) Reset() {
+	*x = SessionProof{}
+	mi := &file_entente_v1_entente_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SessionProof) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SessionProof) ProtoMessage() {}
+
+func (x *SessionProof) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SessionProof.ProtoReflect.Descriptor instead.
+func (*SessionProof) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *SessionProof) GetPublicKey() []byte {
+	if x != nil {
+		return x.PublicKey
+	}
+	return nil
+}
+
+func (x *SessionProof) GetSignature() []byte {
+	if x != nil {
+		return x.Signature
+	}
+	return nil
+}
+
 // Ack: what the subscriber has applied and its workloads hold.
 type Ack struct {
 	state    protoimpl.MessageState `protogen:"open.v1"`
@@ -550,14 +612,15 @@ type Ack struct {
 	AuthoritiesKnown bool     `protobuf:"varint,11,opt,name=authorities_known,json=authoritiesKnown,proto3" json:"authorities_known,omitempty"` // false: it does not say
 	WaitingFor       []string `protobuf:"bytes,90,rep,name=waiting_for,json=waitingFor,proto3" json:"waiting_for,omitempty"`                    // who on its host does not hold what came since, at most 10
 	// What the CA sent and the subscriber does not know, at most 32: "Object: field 300".
-	Skipped       []string `protobuf:"bytes,260,rep,name=skipped,proto3" json:"skipped,omitempty"`
+	Skipped       []string      `protobuf:"bytes,260,rep,name=skipped,proto3" json:"skipped,omitempty"`
+	Proof         *SessionProof `protobuf:"bytes,320,opt,name=proof,proto3" json:"proof,omitempty"` // of who did not know the cluster at its Hello
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Ack) Reset() {
 	*x = Ack{}
-	mi := &file_entente_v1_entente_proto_msgTypes[6]
+	mi := &file_entente_v1_entente_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -569,7 +632,7 @@ func (x *Ack) String() string {
 func (*Ack) ProtoMessage() {}
 
 func (x *Ack) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[6]
+	mi := &file_entente_v1_entente_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -582,7 +645,7 @@ func (x *Ack) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Ack.ProtoReflect.Descriptor instead.
 func (*Ack) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{6}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Ack) GetRevision() uint64 {
@@ -620,6 +683,13 @@ func (x *Ack) GetSkipped() []string {
 	return nil
 }
 
+func (x *Ack) GetProof() *SessionProof {
+	if x != nil {
+		return x.Proof
+	}
+	return nil
+}
+
 // InstanceReport is the full list of what the agent's host serves now.
 type InstanceReport struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -630,7 +700,7 @@ type InstanceReport struct {
 
 func (x *InstanceReport) Reset() {
 	*x = InstanceReport{}
-	mi := &file_entente_v1_entente_proto_msgTypes[7]
+	mi := &file_entente_v1_entente_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -642,7 +712,7 @@ func (x *InstanceReport) String() string {
 func (*InstanceReport) ProtoMessage() {}
 
 func (x *InstanceReport) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[7]
+	mi := &file_entente_v1_entente_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -655,7 +725,7 @@ func (x *InstanceReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InstanceReport.ProtoReflect.Descriptor instead.
 func (*InstanceReport) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{7}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *InstanceReport) GetInstances() []*Instance {
@@ -677,13 +747,14 @@ type Instance struct {
 	Stale         bool                   `protobuf:"varint,6,opt,name=stale,proto3" json:"stale,omitempty"` // nobody vouches for it just now: use after fresh ones
 	BootId        string                 `protobuf:"bytes,7,opt,name=boot_id,json=bootId,proto3" json:"boot_id,omitempty"`
 	Connect       uint64                 `protobuf:"varint,8,opt,name=connect,proto3" json:"connect,omitempty"`
+	Proof         *SessionProof          `protobuf:"bytes,320,opt,name=proof,proto3" json:"proof,omitempty"` // between CA nodes, of the session itself
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Instance) Reset() {
 	*x = Instance{}
-	mi := &file_entente_v1_entente_proto_msgTypes[8]
+	mi := &file_entente_v1_entente_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -695,7 +766,7 @@ func (x *Instance) String() string {
 func (*Instance) ProtoMessage() {}
 
 func (x *Instance) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[8]
+	mi := &file_entente_v1_entente_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -708,7 +779,7 @@ func (x *Instance) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Instance.ProtoReflect.Descriptor instead.
 func (*Instance) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{8}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Instance) GetService() string {
@@ -767,6 +838,13 @@ func (x *Instance) GetConnect() uint64 {
 	return 0
 }
 
+func (x *Instance) GetProof() *SessionProof {
+	if x != nil {
+		return x.Proof
+	}
+	return nil
+}
+
 type SyncResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Message:
@@ -782,7 +860,7 @@ type SyncResponse struct {
 
 func (x *SyncResponse) Reset() {
 	*x = SyncResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[9]
+	mi := &file_entente_v1_entente_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -794,7 +872,7 @@ func (x *SyncResponse) String() string {
 func (*SyncResponse) ProtoMessage() {}
 
 func (x *SyncResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[9]
+	mi := &file_entente_v1_entente_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -807,7 +885,7 @@ func (x *SyncResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncResponse.ProtoReflect.Descriptor instead.
 func (*SyncResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{9}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *SyncResponse) GetMessage() isSyncResponse_Message {
@@ -896,7 +974,7 @@ type Urgent struct {
 
 func (x *Urgent) Reset() {
 	*x = Urgent{}
-	mi := &file_entente_v1_entente_proto_msgTypes[10]
+	mi := &file_entente_v1_entente_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -908,7 +986,7 @@ func (x *Urgent) String() string {
 func (*Urgent) ProtoMessage() {}
 
 func (x *Urgent) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[10]
+	mi := &file_entente_v1_entente_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -921,7 +999,7 @@ func (x *Urgent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Urgent.ProtoReflect.Descriptor instead.
 func (*Urgent) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{10}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Urgent) GetDistrust() []*v1.Distrust {
@@ -982,7 +1060,7 @@ type Policy struct {
 
 func (x *Policy) Reset() {
 	*x = Policy{}
-	mi := &file_entente_v1_entente_proto_msgTypes[11]
+	mi := &file_entente_v1_entente_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -994,7 +1072,7 @@ func (x *Policy) String() string {
 func (*Policy) ProtoMessage() {}
 
 func (x *Policy) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[11]
+	mi := &file_entente_v1_entente_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1007,7 +1085,7 @@ func (x *Policy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Policy.ProtoReflect.Descriptor instead.
 func (*Policy) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{11}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Policy) GetFull() bool {
@@ -1154,7 +1232,7 @@ type Bundle struct {
 
 func (x *Bundle) Reset() {
 	*x = Bundle{}
-	mi := &file_entente_v1_entente_proto_msgTypes[12]
+	mi := &file_entente_v1_entente_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1166,7 +1244,7 @@ func (x *Bundle) String() string {
 func (*Bundle) ProtoMessage() {}
 
 func (x *Bundle) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[12]
+	mi := &file_entente_v1_entente_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1179,7 +1257,7 @@ func (x *Bundle) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Bundle.ProtoReflect.Descriptor instead.
 func (*Bundle) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{12}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Bundle) GetTrustDomain() string {
@@ -1216,7 +1294,7 @@ type Presence struct {
 
 func (x *Presence) Reset() {
 	*x = Presence{}
-	mi := &file_entente_v1_entente_proto_msgTypes[13]
+	mi := &file_entente_v1_entente_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1228,7 +1306,7 @@ func (x *Presence) String() string {
 func (*Presence) ProtoMessage() {}
 
 func (x *Presence) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[13]
+	mi := &file_entente_v1_entente_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1241,7 +1319,7 @@ func (x *Presence) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Presence.ProtoReflect.Descriptor instead.
 func (*Presence) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{13}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Presence) GetInstances() []*Instance {
@@ -1275,7 +1353,7 @@ type Heartbeat struct {
 
 func (x *Heartbeat) Reset() {
 	*x = Heartbeat{}
-	mi := &file_entente_v1_entente_proto_msgTypes[14]
+	mi := &file_entente_v1_entente_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1287,7 +1365,7 @@ func (x *Heartbeat) String() string {
 func (*Heartbeat) ProtoMessage() {}
 
 func (x *Heartbeat) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[14]
+	mi := &file_entente_v1_entente_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1300,7 +1378,7 @@ func (x *Heartbeat) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Heartbeat.ProtoReflect.Descriptor instead.
 func (*Heartbeat) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{14}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Heartbeat) GetRevision() uint64 {
@@ -1326,7 +1404,7 @@ type SignX509Request struct {
 
 func (x *SignX509Request) Reset() {
 	*x = SignX509Request{}
-	mi := &file_entente_v1_entente_proto_msgTypes[15]
+	mi := &file_entente_v1_entente_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1338,7 +1416,7 @@ func (x *SignX509Request) String() string {
 func (*SignX509Request) ProtoMessage() {}
 
 func (x *SignX509Request) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[15]
+	mi := &file_entente_v1_entente_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1351,7 +1429,7 @@ func (x *SignX509Request) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignX509Request.ProtoReflect.Descriptor instead.
 func (*SignX509Request) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{15}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *SignX509Request) GetRequests() []*X509Request {
@@ -1375,7 +1453,7 @@ type X509Request struct {
 
 func (x *X509Request) Reset() {
 	*x = X509Request{}
-	mi := &file_entente_v1_entente_proto_msgTypes[16]
+	mi := &file_entente_v1_entente_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1387,7 +1465,7 @@ func (x *X509Request) String() string {
 func (*X509Request) ProtoMessage() {}
 
 func (x *X509Request) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[16]
+	mi := &file_entente_v1_entente_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1400,7 +1478,7 @@ func (x *X509Request) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use X509Request.ProtoReflect.Descriptor instead.
 func (*X509Request) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{16}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *X509Request) GetEntryId() string {
@@ -1440,7 +1518,7 @@ type SignX509Response struct {
 
 func (x *SignX509Response) Reset() {
 	*x = SignX509Response{}
-	mi := &file_entente_v1_entente_proto_msgTypes[17]
+	mi := &file_entente_v1_entente_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1452,7 +1530,7 @@ func (x *SignX509Response) String() string {
 func (*SignX509Response) ProtoMessage() {}
 
 func (x *SignX509Response) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[17]
+	mi := &file_entente_v1_entente_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1465,7 +1543,7 @@ func (x *SignX509Response) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignX509Response.ProtoReflect.Descriptor instead.
 func (*SignX509Response) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{17}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *SignX509Response) GetResults() []*X509Result {
@@ -1486,7 +1564,7 @@ type X509Result struct {
 
 func (x *X509Result) Reset() {
 	*x = X509Result{}
-	mi := &file_entente_v1_entente_proto_msgTypes[18]
+	mi := &file_entente_v1_entente_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1498,7 +1576,7 @@ func (x *X509Result) String() string {
 func (*X509Result) ProtoMessage() {}
 
 func (x *X509Result) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[18]
+	mi := &file_entente_v1_entente_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1511,7 +1589,7 @@ func (x *X509Result) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use X509Result.ProtoReflect.Descriptor instead.
 func (*X509Result) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{18}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *X509Result) GetCertificates() [][]byte {
@@ -1544,7 +1622,7 @@ type SignJWTRequest struct {
 
 func (x *SignJWTRequest) Reset() {
 	*x = SignJWTRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[19]
+	mi := &file_entente_v1_entente_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1556,7 +1634,7 @@ func (x *SignJWTRequest) String() string {
 func (*SignJWTRequest) ProtoMessage() {}
 
 func (x *SignJWTRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[19]
+	mi := &file_entente_v1_entente_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1569,7 +1647,7 @@ func (x *SignJWTRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignJWTRequest.ProtoReflect.Descriptor instead.
 func (*SignJWTRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{19}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *SignJWTRequest) GetRequests() []*JWTRequest {
@@ -1591,7 +1669,7 @@ type JWTRequest struct {
 
 func (x *JWTRequest) Reset() {
 	*x = JWTRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[20]
+	mi := &file_entente_v1_entente_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1603,7 +1681,7 @@ func (x *JWTRequest) String() string {
 func (*JWTRequest) ProtoMessage() {}
 
 func (x *JWTRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[20]
+	mi := &file_entente_v1_entente_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1616,7 +1694,7 @@ func (x *JWTRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JWTRequest.ProtoReflect.Descriptor instead.
 func (*JWTRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{20}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *JWTRequest) GetEntryId() string {
@@ -1656,7 +1734,7 @@ type SignJWTResponse struct {
 
 func (x *SignJWTResponse) Reset() {
 	*x = SignJWTResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[21]
+	mi := &file_entente_v1_entente_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1668,7 +1746,7 @@ func (x *SignJWTResponse) String() string {
 func (*SignJWTResponse) ProtoMessage() {}
 
 func (x *SignJWTResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[21]
+	mi := &file_entente_v1_entente_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1681,7 +1759,7 @@ func (x *SignJWTResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignJWTResponse.ProtoReflect.Descriptor instead.
 func (*SignJWTResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{21}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *SignJWTResponse) GetResults() []*TokenResult {
@@ -1700,7 +1778,7 @@ type SignWITRequest struct {
 
 func (x *SignWITRequest) Reset() {
 	*x = SignWITRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[22]
+	mi := &file_entente_v1_entente_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1712,7 +1790,7 @@ func (x *SignWITRequest) String() string {
 func (*SignWITRequest) ProtoMessage() {}
 
 func (x *SignWITRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[22]
+	mi := &file_entente_v1_entente_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1725,7 +1803,7 @@ func (x *SignWITRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignWITRequest.ProtoReflect.Descriptor instead.
 func (*SignWITRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{22}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *SignWITRequest) GetRequests() []*WITRequest {
@@ -1747,7 +1825,7 @@ type WITRequest struct {
 
 func (x *WITRequest) Reset() {
 	*x = WITRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[23]
+	mi := &file_entente_v1_entente_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1759,7 +1837,7 @@ func (x *WITRequest) String() string {
 func (*WITRequest) ProtoMessage() {}
 
 func (x *WITRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[23]
+	mi := &file_entente_v1_entente_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1772,7 +1850,7 @@ func (x *WITRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WITRequest.ProtoReflect.Descriptor instead.
 func (*WITRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{23}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *WITRequest) GetEntryId() string {
@@ -1812,7 +1890,7 @@ type SignWITResponse struct {
 
 func (x *SignWITResponse) Reset() {
 	*x = SignWITResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[24]
+	mi := &file_entente_v1_entente_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1824,7 +1902,7 @@ func (x *SignWITResponse) String() string {
 func (*SignWITResponse) ProtoMessage() {}
 
 func (x *SignWITResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[24]
+	mi := &file_entente_v1_entente_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1837,7 +1915,7 @@ func (x *SignWITResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignWITResponse.ProtoReflect.Descriptor instead.
 func (*SignWITResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{24}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *SignWITResponse) GetResults() []*TokenResult {
@@ -1859,7 +1937,7 @@ type TokenResult struct {
 
 func (x *TokenResult) Reset() {
 	*x = TokenResult{}
-	mi := &file_entente_v1_entente_proto_msgTypes[25]
+	mi := &file_entente_v1_entente_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1871,7 +1949,7 @@ func (x *TokenResult) String() string {
 func (*TokenResult) ProtoMessage() {}
 
 func (x *TokenResult) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[25]
+	mi := &file_entente_v1_entente_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1884,7 +1962,7 @@ func (x *TokenResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TokenResult.ProtoReflect.Descriptor instead.
 func (*TokenResult) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{25}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *TokenResult) GetToken() string {
@@ -1923,7 +2001,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[26]
+	mi := &file_entente_v1_entente_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1935,7 +2013,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[26]
+	mi := &file_entente_v1_entente_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1948,7 +2026,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{26}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{27}
 }
 
 type StatusResponse struct {
@@ -1990,7 +2068,7 @@ type StatusResponse struct {
 
 func (x *StatusResponse) Reset() {
 	*x = StatusResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[27]
+	mi := &file_entente_v1_entente_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2002,7 +2080,7 @@ func (x *StatusResponse) String() string {
 func (*StatusResponse) ProtoMessage() {}
 
 func (x *StatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[27]
+	mi := &file_entente_v1_entente_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2015,7 +2093,7 @@ func (x *StatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusResponse.ProtoReflect.Descriptor instead.
 func (*StatusResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{27}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *StatusResponse) GetChanges() []*Approval {
@@ -2249,7 +2327,7 @@ type SubscriberLevel struct {
 
 func (x *SubscriberLevel) Reset() {
 	*x = SubscriberLevel{}
-	mi := &file_entente_v1_entente_proto_msgTypes[28]
+	mi := &file_entente_v1_entente_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2261,7 +2339,7 @@ func (x *SubscriberLevel) String() string {
 func (*SubscriberLevel) ProtoMessage() {}
 
 func (x *SubscriberLevel) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[28]
+	mi := &file_entente_v1_entente_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2274,7 +2352,7 @@ func (x *SubscriberLevel) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SubscriberLevel.ProtoReflect.Descriptor instead.
 func (*SubscriberLevel) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{28}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *SubscriberLevel) GetName() string {
@@ -2319,7 +2397,7 @@ type AuditLog struct {
 
 func (x *AuditLog) Reset() {
 	*x = AuditLog{}
-	mi := &file_entente_v1_entente_proto_msgTypes[29]
+	mi := &file_entente_v1_entente_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2331,7 +2409,7 @@ func (x *AuditLog) String() string {
 func (*AuditLog) ProtoMessage() {}
 
 func (x *AuditLog) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[29]
+	mi := &file_entente_v1_entente_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2344,7 +2422,7 @@ func (x *AuditLog) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditLog.ProtoReflect.Descriptor instead.
 func (*AuditLog) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{29}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *AuditLog) GetFile() string {
@@ -2394,7 +2472,7 @@ type Upstream struct {
 
 func (x *Upstream) Reset() {
 	*x = Upstream{}
-	mi := &file_entente_v1_entente_proto_msgTypes[30]
+	mi := &file_entente_v1_entente_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2406,7 +2484,7 @@ func (x *Upstream) String() string {
 func (*Upstream) ProtoMessage() {}
 
 func (x *Upstream) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[30]
+	mi := &file_entente_v1_entente_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2419,7 +2497,7 @@ func (x *Upstream) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Upstream.ProtoReflect.Descriptor instead.
 func (*Upstream) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{30}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Upstream) GetKeyId() string {
@@ -2457,7 +2535,7 @@ type Autonomy struct {
 
 func (x *Autonomy) Reset() {
 	*x = Autonomy{}
-	mi := &file_entente_v1_entente_proto_msgTypes[31]
+	mi := &file_entente_v1_entente_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2469,7 +2547,7 @@ func (x *Autonomy) String() string {
 func (*Autonomy) ProtoMessage() {}
 
 func (x *Autonomy) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[31]
+	mi := &file_entente_v1_entente_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2482,7 +2560,7 @@ func (x *Autonomy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Autonomy.ProtoReflect.Descriptor instead.
 func (*Autonomy) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{31}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *Autonomy) GetMemberId() string {
@@ -2538,7 +2616,7 @@ type UseAutonomy struct {
 
 func (x *UseAutonomy) Reset() {
 	*x = UseAutonomy{}
-	mi := &file_entente_v1_entente_proto_msgTypes[32]
+	mi := &file_entente_v1_entente_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2550,7 +2628,7 @@ func (x *UseAutonomy) String() string {
 func (*UseAutonomy) ProtoMessage() {}
 
 func (x *UseAutonomy) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[32]
+	mi := &file_entente_v1_entente_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2563,7 +2641,7 @@ func (x *UseAutonomy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UseAutonomy.ProtoReflect.Descriptor instead.
 func (*UseAutonomy) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{32}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *UseAutonomy) GetUse() v1.KeyUse {
@@ -2639,7 +2717,7 @@ type MemberStatus struct {
 
 func (x *MemberStatus) Reset() {
 	*x = MemberStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[33]
+	mi := &file_entente_v1_entente_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2651,7 +2729,7 @@ func (x *MemberStatus) String() string {
 func (*MemberStatus) ProtoMessage() {}
 
 func (x *MemberStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[33]
+	mi := &file_entente_v1_entente_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2664,7 +2742,7 @@ func (x *MemberStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemberStatus.ProtoReflect.Descriptor instead.
 func (*MemberStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{33}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *MemberStatus) GetMember() *v1.Member {
@@ -2689,7 +2767,7 @@ type SaveSnapshotRequest struct {
 
 func (x *SaveSnapshotRequest) Reset() {
 	*x = SaveSnapshotRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[34]
+	mi := &file_entente_v1_entente_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2701,7 +2779,7 @@ func (x *SaveSnapshotRequest) String() string {
 func (*SaveSnapshotRequest) ProtoMessage() {}
 
 func (x *SaveSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[34]
+	mi := &file_entente_v1_entente_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2714,7 +2792,7 @@ func (x *SaveSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SaveSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*SaveSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{34}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{35}
 }
 
 // SaveSnapshotResponse is a part of the file. The file carries its own checksums.
@@ -2727,7 +2805,7 @@ type SaveSnapshotResponse struct {
 
 func (x *SaveSnapshotResponse) Reset() {
 	*x = SaveSnapshotResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[35]
+	mi := &file_entente_v1_entente_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2739,7 +2817,7 @@ func (x *SaveSnapshotResponse) String() string {
 func (*SaveSnapshotResponse) ProtoMessage() {}
 
 func (x *SaveSnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[35]
+	mi := &file_entente_v1_entente_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2752,7 +2830,7 @@ func (x *SaveSnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SaveSnapshotResponse.ProtoReflect.Descriptor instead.
 func (*SaveSnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{35}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *SaveSnapshotResponse) GetData() []byte {
@@ -2770,7 +2848,7 @@ type ListNodesRequest struct {
 
 func (x *ListNodesRequest) Reset() {
 	*x = ListNodesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[36]
+	mi := &file_entente_v1_entente_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2782,7 +2860,7 @@ func (x *ListNodesRequest) String() string {
 func (*ListNodesRequest) ProtoMessage() {}
 
 func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[36]
+	mi := &file_entente_v1_entente_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2795,7 +2873,7 @@ func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesRequest.ProtoReflect.Descriptor instead.
 func (*ListNodesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{36}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{37}
 }
 
 type ListNodesResponse struct {
@@ -2809,7 +2887,7 @@ type ListNodesResponse struct {
 
 func (x *ListNodesResponse) Reset() {
 	*x = ListNodesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[37]
+	mi := &file_entente_v1_entente_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2821,7 +2899,7 @@ func (x *ListNodesResponse) String() string {
 func (*ListNodesResponse) ProtoMessage() {}
 
 func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[37]
+	mi := &file_entente_v1_entente_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2834,7 +2912,7 @@ func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesResponse.ProtoReflect.Descriptor instead.
 func (*ListNodesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{37}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *ListNodesResponse) GetLeaderId() string {
@@ -2871,7 +2949,7 @@ type NodeProgress struct {
 
 func (x *NodeProgress) Reset() {
 	*x = NodeProgress{}
-	mi := &file_entente_v1_entente_proto_msgTypes[38]
+	mi := &file_entente_v1_entente_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2883,7 +2961,7 @@ func (x *NodeProgress) String() string {
 func (*NodeProgress) ProtoMessage() {}
 
 func (x *NodeProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[38]
+	mi := &file_entente_v1_entente_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2896,7 +2974,7 @@ func (x *NodeProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeProgress.ProtoReflect.Descriptor instead.
 func (*NodeProgress) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{38}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *NodeProgress) GetMember() *v1.Member {
@@ -2950,7 +3028,7 @@ type Approval struct {
 
 func (x *Approval) Reset() {
 	*x = Approval{}
-	mi := &file_entente_v1_entente_proto_msgTypes[39]
+	mi := &file_entente_v1_entente_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2962,7 +3040,7 @@ func (x *Approval) String() string {
 func (*Approval) ProtoMessage() {}
 
 func (x *Approval) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[39]
+	mi := &file_entente_v1_entente_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2975,7 +3053,7 @@ func (x *Approval) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Approval.ProtoReflect.Descriptor instead.
 func (*Approval) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{39}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *Approval) GetId() string {
@@ -3036,7 +3114,7 @@ type ReplaceRecoveryKeyRequest struct {
 
 func (x *ReplaceRecoveryKeyRequest) Reset() {
 	*x = ReplaceRecoveryKeyRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[40]
+	mi := &file_entente_v1_entente_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3048,7 +3126,7 @@ func (x *ReplaceRecoveryKeyRequest) String() string {
 func (*ReplaceRecoveryKeyRequest) ProtoMessage() {}
 
 func (x *ReplaceRecoveryKeyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[40]
+	mi := &file_entente_v1_entente_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3061,7 +3139,7 @@ func (x *ReplaceRecoveryKeyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReplaceRecoveryKeyRequest.ProtoReflect.Descriptor instead.
 func (*ReplaceRecoveryKeyRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{40}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *ReplaceRecoveryKeyRequest) GetReplacement() *v1.RecoveryKeyReplacement {
@@ -3081,7 +3159,7 @@ type ReplaceRecoveryKeyResponse struct {
 
 func (x *ReplaceRecoveryKeyResponse) Reset() {
 	*x = ReplaceRecoveryKeyResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[41]
+	mi := &file_entente_v1_entente_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3093,7 +3171,7 @@ func (x *ReplaceRecoveryKeyResponse) String() string {
 func (*ReplaceRecoveryKeyResponse) ProtoMessage() {}
 
 func (x *ReplaceRecoveryKeyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[41]
+	mi := &file_entente_v1_entente_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3106,7 +3184,7 @@ func (x *ReplaceRecoveryKeyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReplaceRecoveryKeyResponse.ProtoReflect.Descriptor instead.
 func (*ReplaceRecoveryKeyResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{41}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *ReplaceRecoveryKeyResponse) GetRevision() uint64 {
@@ -3131,7 +3209,7 @@ type ListChangesRequest struct {
 
 func (x *ListChangesRequest) Reset() {
 	*x = ListChangesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[42]
+	mi := &file_entente_v1_entente_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3143,7 +3221,7 @@ func (x *ListChangesRequest) String() string {
 func (*ListChangesRequest) ProtoMessage() {}
 
 func (x *ListChangesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[42]
+	mi := &file_entente_v1_entente_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3156,7 +3234,7 @@ func (x *ListChangesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListChangesRequest.ProtoReflect.Descriptor instead.
 func (*ListChangesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{42}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{43}
 }
 
 type ListChangesResponse struct {
@@ -3168,7 +3246,7 @@ type ListChangesResponse struct {
 
 func (x *ListChangesResponse) Reset() {
 	*x = ListChangesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[43]
+	mi := &file_entente_v1_entente_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3180,7 +3258,7 @@ func (x *ListChangesResponse) String() string {
 func (*ListChangesResponse) ProtoMessage() {}
 
 func (x *ListChangesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[43]
+	mi := &file_entente_v1_entente_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3193,7 +3271,7 @@ func (x *ListChangesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListChangesResponse.ProtoReflect.Descriptor instead.
 func (*ListChangesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{43}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *ListChangesResponse) GetChanges() []*Approval {
@@ -3212,7 +3290,7 @@ type ApproveChangeRequest struct {
 
 func (x *ApproveChangeRequest) Reset() {
 	*x = ApproveChangeRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[44]
+	mi := &file_entente_v1_entente_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3224,7 +3302,7 @@ func (x *ApproveChangeRequest) String() string {
 func (*ApproveChangeRequest) ProtoMessage() {}
 
 func (x *ApproveChangeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[44]
+	mi := &file_entente_v1_entente_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3237,7 +3315,7 @@ func (x *ApproveChangeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApproveChangeRequest.ProtoReflect.Descriptor instead.
 func (*ApproveChangeRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{44}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *ApproveChangeRequest) GetId() string {
@@ -3258,7 +3336,7 @@ type ApproveChangeResponse struct {
 
 func (x *ApproveChangeResponse) Reset() {
 	*x = ApproveChangeResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[45]
+	mi := &file_entente_v1_entente_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3270,7 +3348,7 @@ func (x *ApproveChangeResponse) String() string {
 func (*ApproveChangeResponse) ProtoMessage() {}
 
 func (x *ApproveChangeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[45]
+	mi := &file_entente_v1_entente_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3283,7 +3361,7 @@ func (x *ApproveChangeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApproveChangeResponse.ProtoReflect.Descriptor instead.
 func (*ApproveChangeResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{45}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *ApproveChangeResponse) GetRevision() uint64 {
@@ -3316,7 +3394,7 @@ type PromoteNodeRequest struct {
 
 func (x *PromoteNodeRequest) Reset() {
 	*x = PromoteNodeRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[46]
+	mi := &file_entente_v1_entente_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3328,7 +3406,7 @@ func (x *PromoteNodeRequest) String() string {
 func (*PromoteNodeRequest) ProtoMessage() {}
 
 func (x *PromoteNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[46]
+	mi := &file_entente_v1_entente_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3341,7 +3419,7 @@ func (x *PromoteNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PromoteNodeRequest.ProtoReflect.Descriptor instead.
 func (*PromoteNodeRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{46}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *PromoteNodeRequest) GetName() string {
@@ -3361,7 +3439,7 @@ type PromoteNodeResponse struct {
 
 func (x *PromoteNodeResponse) Reset() {
 	*x = PromoteNodeResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[47]
+	mi := &file_entente_v1_entente_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3373,7 +3451,7 @@ func (x *PromoteNodeResponse) String() string {
 func (*PromoteNodeResponse) ProtoMessage() {}
 
 func (x *PromoteNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[47]
+	mi := &file_entente_v1_entente_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3386,7 +3464,7 @@ func (x *PromoteNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PromoteNodeResponse.ProtoReflect.Descriptor instead.
 func (*PromoteNodeResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{47}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *PromoteNodeResponse) GetRevision() uint64 {
@@ -3412,7 +3490,7 @@ type VouchRequest struct {
 
 func (x *VouchRequest) Reset() {
 	*x = VouchRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[48]
+	mi := &file_entente_v1_entente_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3424,7 +3502,7 @@ func (x *VouchRequest) String() string {
 func (*VouchRequest) ProtoMessage() {}
 
 func (x *VouchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[48]
+	mi := &file_entente_v1_entente_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3437,7 +3515,7 @@ func (x *VouchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VouchRequest.ProtoReflect.Descriptor instead.
 func (*VouchRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{48}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *VouchRequest) GetMemberId() string {
@@ -3456,7 +3534,7 @@ type VouchResponse struct {
 
 func (x *VouchResponse) Reset() {
 	*x = VouchResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[49]
+	mi := &file_entente_v1_entente_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3468,7 +3546,7 @@ func (x *VouchResponse) String() string {
 func (*VouchResponse) ProtoMessage() {}
 
 func (x *VouchResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[49]
+	mi := &file_entente_v1_entente_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3481,7 +3559,7 @@ func (x *VouchResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VouchResponse.ProtoReflect.Descriptor instead.
 func (*VouchResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{49}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *VouchResponse) GetMember() *v1.Member {
@@ -3501,7 +3579,7 @@ type ChecksumRequest struct {
 
 func (x *ChecksumRequest) Reset() {
 	*x = ChecksumRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[50]
+	mi := &file_entente_v1_entente_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3513,7 +3591,7 @@ func (x *ChecksumRequest) String() string {
 func (*ChecksumRequest) ProtoMessage() {}
 
 func (x *ChecksumRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[50]
+	mi := &file_entente_v1_entente_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3526,7 +3604,7 @@ func (x *ChecksumRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChecksumRequest.ProtoReflect.Descriptor instead.
 func (*ChecksumRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{50}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *ChecksumRequest) GetAtIndex() uint64 {
@@ -3552,7 +3630,7 @@ type ChecksumResponse struct {
 
 func (x *ChecksumResponse) Reset() {
 	*x = ChecksumResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[51]
+	mi := &file_entente_v1_entente_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3564,7 +3642,7 @@ func (x *ChecksumResponse) String() string {
 func (*ChecksumResponse) ProtoMessage() {}
 
 func (x *ChecksumResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[51]
+	mi := &file_entente_v1_entente_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3577,7 +3655,7 @@ func (x *ChecksumResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChecksumResponse.ProtoReflect.Descriptor instead.
 func (*ChecksumResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{51}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *ChecksumResponse) GetSum() []byte {
@@ -3597,7 +3675,7 @@ type ShowEpochRequest struct {
 
 func (x *ShowEpochRequest) Reset() {
 	*x = ShowEpochRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[52]
+	mi := &file_entente_v1_entente_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3609,7 +3687,7 @@ func (x *ShowEpochRequest) String() string {
 func (*ShowEpochRequest) ProtoMessage() {}
 
 func (x *ShowEpochRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[52]
+	mi := &file_entente_v1_entente_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3622,7 +3700,7 @@ func (x *ShowEpochRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowEpochRequest.ProtoReflect.Descriptor instead.
 func (*ShowEpochRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{52}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *ShowEpochRequest) GetStatement() []byte {
@@ -3647,7 +3725,7 @@ type ShowEpochResponse struct {
 
 func (x *ShowEpochResponse) Reset() {
 	*x = ShowEpochResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[53]
+	mi := &file_entente_v1_entente_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3659,7 +3737,7 @@ func (x *ShowEpochResponse) String() string {
 func (*ShowEpochResponse) ProtoMessage() {}
 
 func (x *ShowEpochResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[53]
+	mi := &file_entente_v1_entente_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3672,7 +3750,7 @@ func (x *ShowEpochResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowEpochResponse.ProtoReflect.Descriptor instead.
 func (*ShowEpochResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{53}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{54}
 }
 
 type ForeignBundleStatus struct {
@@ -3689,7 +3767,7 @@ type ForeignBundleStatus struct {
 
 func (x *ForeignBundleStatus) Reset() {
 	*x = ForeignBundleStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[54]
+	mi := &file_entente_v1_entente_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3701,7 +3779,7 @@ func (x *ForeignBundleStatus) String() string {
 func (*ForeignBundleStatus) ProtoMessage() {}
 
 func (x *ForeignBundleStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[54]
+	mi := &file_entente_v1_entente_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3714,7 +3792,7 @@ func (x *ForeignBundleStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForeignBundleStatus.ProtoReflect.Descriptor instead.
 func (*ForeignBundleStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{54}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *ForeignBundleStatus) GetTrustDomain() string {
@@ -3772,7 +3850,7 @@ type DroppedKey struct {
 
 func (x *DroppedKey) Reset() {
 	*x = DroppedKey{}
-	mi := &file_entente_v1_entente_proto_msgTypes[55]
+	mi := &file_entente_v1_entente_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3784,7 +3862,7 @@ func (x *DroppedKey) String() string {
 func (*DroppedKey) ProtoMessage() {}
 
 func (x *DroppedKey) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[55]
+	mi := &file_entente_v1_entente_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3797,7 +3875,7 @@ func (x *DroppedKey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DroppedKey.ProtoReflect.Descriptor instead.
 func (*DroppedKey) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{55}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *DroppedKey) GetId() string {
@@ -3840,7 +3918,7 @@ type CreateTokenRequest struct {
 
 func (x *CreateTokenRequest) Reset() {
 	*x = CreateTokenRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[56]
+	mi := &file_entente_v1_entente_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3852,7 +3930,7 @@ func (x *CreateTokenRequest) String() string {
 func (*CreateTokenRequest) ProtoMessage() {}
 
 func (x *CreateTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[56]
+	mi := &file_entente_v1_entente_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3865,7 +3943,7 @@ func (x *CreateTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTokenRequest.ProtoReflect.Descriptor instead.
 func (*CreateTokenRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{56}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *CreateTokenRequest) GetNode() *v1.NodeGrant {
@@ -3908,7 +3986,7 @@ type CreateTokenResponse struct {
 
 func (x *CreateTokenResponse) Reset() {
 	*x = CreateTokenResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[57]
+	mi := &file_entente_v1_entente_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3920,7 +3998,7 @@ func (x *CreateTokenResponse) String() string {
 func (*CreateTokenResponse) ProtoMessage() {}
 
 func (x *CreateTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[57]
+	mi := &file_entente_v1_entente_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3933,7 +4011,7 @@ func (x *CreateTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTokenResponse.ProtoReflect.Descriptor instead.
 func (*CreateTokenResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{57}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *CreateTokenResponse) GetApproval() *Approval {
@@ -3975,7 +4053,7 @@ type ApplyRequest struct {
 
 func (x *ApplyRequest) Reset() {
 	*x = ApplyRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[58]
+	mi := &file_entente_v1_entente_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3987,7 +4065,7 @@ func (x *ApplyRequest) String() string {
 func (*ApplyRequest) ProtoMessage() {}
 
 func (x *ApplyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[58]
+	mi := &file_entente_v1_entente_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4000,7 +4078,7 @@ func (x *ApplyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyRequest.ProtoReflect.Descriptor instead.
 func (*ApplyRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{58}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *ApplyRequest) GetObjects() []*v1.Object {
@@ -4034,7 +4112,7 @@ type ApplyResponse struct {
 
 func (x *ApplyResponse) Reset() {
 	*x = ApplyResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[59]
+	mi := &file_entente_v1_entente_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4046,7 +4124,7 @@ func (x *ApplyResponse) String() string {
 func (*ApplyResponse) ProtoMessage() {}
 
 func (x *ApplyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[59]
+	mi := &file_entente_v1_entente_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4059,7 +4137,7 @@ func (x *ApplyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyResponse.ProtoReflect.Descriptor instead.
 func (*ApplyResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{59}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *ApplyResponse) GetRevision() uint64 {
@@ -4087,7 +4165,7 @@ type ObjectChange struct {
 
 func (x *ObjectChange) Reset() {
 	*x = ObjectChange{}
-	mi := &file_entente_v1_entente_proto_msgTypes[60]
+	mi := &file_entente_v1_entente_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4099,7 +4177,7 @@ func (x *ObjectChange) String() string {
 func (*ObjectChange) ProtoMessage() {}
 
 func (x *ObjectChange) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[60]
+	mi := &file_entente_v1_entente_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4112,7 +4190,7 @@ func (x *ObjectChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ObjectChange.ProtoReflect.Descriptor instead.
 func (*ObjectChange) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{60}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *ObjectChange) GetKey() *v1.ObjectKey {
@@ -4144,7 +4222,7 @@ type WhoAmIRequest struct {
 
 func (x *WhoAmIRequest) Reset() {
 	*x = WhoAmIRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[61]
+	mi := &file_entente_v1_entente_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4156,7 +4234,7 @@ func (x *WhoAmIRequest) String() string {
 func (*WhoAmIRequest) ProtoMessage() {}
 
 func (x *WhoAmIRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[61]
+	mi := &file_entente_v1_entente_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4169,7 +4247,7 @@ func (x *WhoAmIRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhoAmIRequest.ProtoReflect.Descriptor instead.
 func (*WhoAmIRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{61}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{62}
 }
 
 type WhoAmIResponse struct {
@@ -4183,7 +4261,7 @@ type WhoAmIResponse struct {
 
 func (x *WhoAmIResponse) Reset() {
 	*x = WhoAmIResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[62]
+	mi := &file_entente_v1_entente_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4195,7 +4273,7 @@ func (x *WhoAmIResponse) String() string {
 func (*WhoAmIResponse) ProtoMessage() {}
 
 func (x *WhoAmIResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[62]
+	mi := &file_entente_v1_entente_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4208,7 +4286,7 @@ func (x *WhoAmIResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhoAmIResponse.ProtoReflect.Descriptor instead.
 func (*WhoAmIResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{62}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *WhoAmIResponse) GetWho() string {
@@ -4242,7 +4320,7 @@ type GetBundleRequest struct {
 
 func (x *GetBundleRequest) Reset() {
 	*x = GetBundleRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[63]
+	mi := &file_entente_v1_entente_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4254,7 +4332,7 @@ func (x *GetBundleRequest) String() string {
 func (*GetBundleRequest) ProtoMessage() {}
 
 func (x *GetBundleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[63]
+	mi := &file_entente_v1_entente_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4267,7 +4345,7 @@ func (x *GetBundleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBundleRequest.ProtoReflect.Descriptor instead.
 func (*GetBundleRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{63}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *GetBundleRequest) GetTrustDomain() string {
@@ -4293,7 +4371,7 @@ type GetBundleResponse struct {
 
 func (x *GetBundleResponse) Reset() {
 	*x = GetBundleResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[64]
+	mi := &file_entente_v1_entente_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4305,7 +4383,7 @@ func (x *GetBundleResponse) String() string {
 func (*GetBundleResponse) ProtoMessage() {}
 
 func (x *GetBundleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[64]
+	mi := &file_entente_v1_entente_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4318,7 +4396,7 @@ func (x *GetBundleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBundleResponse.ProtoReflect.Descriptor instead.
 func (*GetBundleResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{64}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *GetBundleResponse) GetJwks() []byte {
@@ -4337,7 +4415,7 @@ type ProposeRequest struct {
 
 func (x *ProposeRequest) Reset() {
 	*x = ProposeRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[65]
+	mi := &file_entente_v1_entente_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4349,7 +4427,7 @@ func (x *ProposeRequest) String() string {
 func (*ProposeRequest) ProtoMessage() {}
 
 func (x *ProposeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[65]
+	mi := &file_entente_v1_entente_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4362,7 +4440,7 @@ func (x *ProposeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProposeRequest.ProtoReflect.Descriptor instead.
 func (*ProposeRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{65}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *ProposeRequest) GetCommand() []byte {
@@ -4383,7 +4461,7 @@ type ProposeResponse struct {
 
 func (x *ProposeResponse) Reset() {
 	*x = ProposeResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[66]
+	mi := &file_entente_v1_entente_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4395,7 +4473,7 @@ func (x *ProposeResponse) String() string {
 func (*ProposeResponse) ProtoMessage() {}
 
 func (x *ProposeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[66]
+	mi := &file_entente_v1_entente_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4408,7 +4486,7 @@ func (x *ProposeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProposeResponse.ProtoReflect.Descriptor instead.
 func (*ProposeResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{66}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *ProposeResponse) GetRevision() uint64 {
@@ -4449,7 +4527,7 @@ type ReportRequest struct {
 
 func (x *ReportRequest) Reset() {
 	*x = ReportRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[67]
+	mi := &file_entente_v1_entente_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4461,7 +4539,7 @@ func (x *ReportRequest) String() string {
 func (*ReportRequest) ProtoMessage() {}
 
 func (x *ReportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[67]
+	mi := &file_entente_v1_entente_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4474,7 +4552,7 @@ func (x *ReportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRequest.ProtoReflect.Descriptor instead.
 func (*ReportRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{67}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *ReportRequest) GetBootId() string {
@@ -4551,7 +4629,7 @@ type HeldAuthority struct {
 
 func (x *HeldAuthority) Reset() {
 	*x = HeldAuthority{}
-	mi := &file_entente_v1_entente_proto_msgTypes[68]
+	mi := &file_entente_v1_entente_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4563,7 +4641,7 @@ func (x *HeldAuthority) String() string {
 func (*HeldAuthority) ProtoMessage() {}
 
 func (x *HeldAuthority) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[68]
+	mi := &file_entente_v1_entente_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4576,7 +4654,7 @@ func (x *HeldAuthority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HeldAuthority.ProtoReflect.Descriptor instead.
 func (*HeldAuthority) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{68}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *HeldAuthority) GetId() string {
@@ -4601,7 +4679,7 @@ type ReportResponse struct {
 
 func (x *ReportResponse) Reset() {
 	*x = ReportResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[69]
+	mi := &file_entente_v1_entente_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4613,7 +4691,7 @@ func (x *ReportResponse) String() string {
 func (*ReportResponse) ProtoMessage() {}
 
 func (x *ReportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[69]
+	mi := &file_entente_v1_entente_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4626,7 +4704,7 @@ func (x *ReportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportResponse.ProtoReflect.Descriptor instead.
 func (*ReportResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{69}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{70}
 }
 
 type GateRequest struct {
@@ -4637,7 +4715,7 @@ type GateRequest struct {
 
 func (x *GateRequest) Reset() {
 	*x = GateRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[70]
+	mi := &file_entente_v1_entente_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4649,7 +4727,7 @@ func (x *GateRequest) String() string {
 func (*GateRequest) ProtoMessage() {}
 
 func (x *GateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[70]
+	mi := &file_entente_v1_entente_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4662,7 +4740,7 @@ func (x *GateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GateRequest.ProtoReflect.Descriptor instead.
 func (*GateRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{70}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{71}
 }
 
 type GateResponse struct {
@@ -4674,7 +4752,7 @@ type GateResponse struct {
 
 func (x *GateResponse) Reset() {
 	*x = GateResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[71]
+	mi := &file_entente_v1_entente_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4686,7 +4764,7 @@ func (x *GateResponse) String() string {
 func (*GateResponse) ProtoMessage() {}
 
 func (x *GateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[71]
+	mi := &file_entente_v1_entente_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4699,7 +4777,7 @@ func (x *GateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GateResponse.ProtoReflect.Descriptor instead.
 func (*GateResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{71}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *GateResponse) GetAuthorities() []*AuthorityGate {
@@ -4722,7 +4800,7 @@ type AuthorityGate struct {
 
 func (x *AuthorityGate) Reset() {
 	*x = AuthorityGate{}
-	mi := &file_entente_v1_entente_proto_msgTypes[72]
+	mi := &file_entente_v1_entente_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4734,7 +4812,7 @@ func (x *AuthorityGate) String() string {
 func (*AuthorityGate) ProtoMessage() {}
 
 func (x *AuthorityGate) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[72]
+	mi := &file_entente_v1_entente_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4747,7 +4825,7 @@ func (x *AuthorityGate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityGate.ProtoReflect.Descriptor instead.
 func (*AuthorityGate) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{72}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *AuthorityGate) GetId() string {
@@ -4789,7 +4867,7 @@ type MarkReadyRequest struct {
 
 func (x *MarkReadyRequest) Reset() {
 	*x = MarkReadyRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[73]
+	mi := &file_entente_v1_entente_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4801,7 +4879,7 @@ func (x *MarkReadyRequest) String() string {
 func (*MarkReadyRequest) ProtoMessage() {}
 
 func (x *MarkReadyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[73]
+	mi := &file_entente_v1_entente_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4814,7 +4892,7 @@ func (x *MarkReadyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MarkReadyRequest.ProtoReflect.Descriptor instead.
 func (*MarkReadyRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{73}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *MarkReadyRequest) GetId() string {
@@ -4847,7 +4925,7 @@ type MarkReadyResponse struct {
 
 func (x *MarkReadyResponse) Reset() {
 	*x = MarkReadyResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[74]
+	mi := &file_entente_v1_entente_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4859,7 +4937,7 @@ func (x *MarkReadyResponse) String() string {
 func (*MarkReadyResponse) ProtoMessage() {}
 
 func (x *MarkReadyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[74]
+	mi := &file_entente_v1_entente_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4872,7 +4950,7 @@ func (x *MarkReadyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MarkReadyResponse.ProtoReflect.Descriptor instead.
 func (*MarkReadyResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{74}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *MarkReadyResponse) GetRevision() uint64 {
@@ -4895,7 +4973,7 @@ type Picture struct {
 
 func (x *Picture) Reset() {
 	*x = Picture{}
-	mi := &file_entente_v1_entente_proto_msgTypes[75]
+	mi := &file_entente_v1_entente_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4907,7 +4985,7 @@ func (x *Picture) String() string {
 func (*Picture) ProtoMessage() {}
 
 func (x *Picture) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[75]
+	mi := &file_entente_v1_entente_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4920,7 +4998,7 @@ func (x *Picture) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Picture.ProtoReflect.Descriptor instead.
 func (*Picture) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{75}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{76}
 }
 
 func (x *Picture) GetPolicy() *Policy {
@@ -4959,7 +5037,7 @@ type PresenceRequest struct {
 
 func (x *PresenceRequest) Reset() {
 	*x = PresenceRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[76]
+	mi := &file_entente_v1_entente_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4971,7 +5049,7 @@ func (x *PresenceRequest) String() string {
 func (*PresenceRequest) ProtoMessage() {}
 
 func (x *PresenceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[76]
+	mi := &file_entente_v1_entente_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4984,7 +5062,7 @@ func (x *PresenceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PresenceRequest.ProtoReflect.Descriptor instead.
 func (*PresenceRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{76}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{77}
 }
 
 type PresenceResponse struct {
@@ -4998,7 +5076,7 @@ type PresenceResponse struct {
 
 func (x *PresenceResponse) Reset() {
 	*x = PresenceResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[77]
+	mi := &file_entente_v1_entente_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5010,7 +5088,7 @@ func (x *PresenceResponse) String() string {
 func (*PresenceResponse) ProtoMessage() {}
 
 func (x *PresenceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[77]
+	mi := &file_entente_v1_entente_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5023,7 +5101,7 @@ func (x *PresenceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PresenceResponse.ProtoReflect.Descriptor instead.
 func (*PresenceResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{77}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{78}
 }
 
 func (x *PresenceResponse) GetInstances() []*Instance {
@@ -5055,7 +5133,7 @@ type ListAuthoritiesRequest struct {
 
 func (x *ListAuthoritiesRequest) Reset() {
 	*x = ListAuthoritiesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[78]
+	mi := &file_entente_v1_entente_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5067,7 +5145,7 @@ func (x *ListAuthoritiesRequest) String() string {
 func (*ListAuthoritiesRequest) ProtoMessage() {}
 
 func (x *ListAuthoritiesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[78]
+	mi := &file_entente_v1_entente_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5080,7 +5158,7 @@ func (x *ListAuthoritiesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuthoritiesRequest.ProtoReflect.Descriptor instead.
 func (*ListAuthoritiesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{78}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{79}
 }
 
 type ListAuthoritiesResponse struct {
@@ -5094,7 +5172,7 @@ type ListAuthoritiesResponse struct {
 
 func (x *ListAuthoritiesResponse) Reset() {
 	*x = ListAuthoritiesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[79]
+	mi := &file_entente_v1_entente_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5106,7 +5184,7 @@ func (x *ListAuthoritiesResponse) String() string {
 func (*ListAuthoritiesResponse) ProtoMessage() {}
 
 func (x *ListAuthoritiesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[79]
+	mi := &file_entente_v1_entente_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5119,7 +5197,7 @@ func (x *ListAuthoritiesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuthoritiesResponse.ProtoReflect.Descriptor instead.
 func (*ListAuthoritiesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{79}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{80}
 }
 
 func (x *ListAuthoritiesResponse) GetAuthorities() []*AuthorityStatus {
@@ -5157,7 +5235,7 @@ type AuthorityStatus struct {
 
 func (x *AuthorityStatus) Reset() {
 	*x = AuthorityStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[80]
+	mi := &file_entente_v1_entente_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5169,7 +5247,7 @@ func (x *AuthorityStatus) String() string {
 func (*AuthorityStatus) ProtoMessage() {}
 
 func (x *AuthorityStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[80]
+	mi := &file_entente_v1_entente_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5182,7 +5260,7 @@ func (x *AuthorityStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityStatus.ProtoReflect.Descriptor instead.
 func (*AuthorityStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{80}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{81}
 }
 
 func (x *AuthorityStatus) GetAuthority() *v1.Authority {
@@ -5236,7 +5314,7 @@ type PrepareAuthorityRequest struct {
 
 func (x *PrepareAuthorityRequest) Reset() {
 	*x = PrepareAuthorityRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[81]
+	mi := &file_entente_v1_entente_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5248,7 +5326,7 @@ func (x *PrepareAuthorityRequest) String() string {
 func (*PrepareAuthorityRequest) ProtoMessage() {}
 
 func (x *PrepareAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[81]
+	mi := &file_entente_v1_entente_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5261,7 +5339,7 @@ func (x *PrepareAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*PrepareAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{81}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *PrepareAuthorityRequest) GetUse() v1.KeyUse {
@@ -5282,7 +5360,7 @@ type ChangeAuthorityRequest struct {
 
 func (x *ChangeAuthorityRequest) Reset() {
 	*x = ChangeAuthorityRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[82]
+	mi := &file_entente_v1_entente_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5294,7 +5372,7 @@ func (x *ChangeAuthorityRequest) String() string {
 func (*ChangeAuthorityRequest) ProtoMessage() {}
 
 func (x *ChangeAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[82]
+	mi := &file_entente_v1_entente_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5307,7 +5385,7 @@ func (x *ChangeAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*ChangeAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{82}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *ChangeAuthorityRequest) GetId() string {
@@ -5348,7 +5426,7 @@ type ChangeAuthorityResponse struct {
 
 func (x *ChangeAuthorityResponse) Reset() {
 	*x = ChangeAuthorityResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[83]
+	mi := &file_entente_v1_entente_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5360,7 +5438,7 @@ func (x *ChangeAuthorityResponse) String() string {
 func (*ChangeAuthorityResponse) ProtoMessage() {}
 
 func (x *ChangeAuthorityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[83]
+	mi := &file_entente_v1_entente_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5373,7 +5451,7 @@ func (x *ChangeAuthorityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAuthorityResponse.ProtoReflect.Descriptor instead.
 func (*ChangeAuthorityResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{83}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *ChangeAuthorityResponse) GetAuthority() *v1.Authority {
@@ -5428,7 +5506,7 @@ type RemoveNodeRequest struct {
 
 func (x *RemoveNodeRequest) Reset() {
 	*x = RemoveNodeRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[84]
+	mi := &file_entente_v1_entente_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5440,7 +5518,7 @@ func (x *RemoveNodeRequest) String() string {
 func (*RemoveNodeRequest) ProtoMessage() {}
 
 func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[84]
+	mi := &file_entente_v1_entente_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5453,7 +5531,7 @@ func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodeRequest.ProtoReflect.Descriptor instead.
 func (*RemoveNodeRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{84}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *RemoveNodeRequest) GetName() string {
@@ -5484,7 +5562,7 @@ type RemoveNodeResponse struct {
 
 func (x *RemoveNodeResponse) Reset() {
 	*x = RemoveNodeResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[85]
+	mi := &file_entente_v1_entente_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5496,7 +5574,7 @@ func (x *RemoveNodeResponse) String() string {
 func (*RemoveNodeResponse) ProtoMessage() {}
 
 func (x *RemoveNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[85]
+	mi := &file_entente_v1_entente_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5509,7 +5587,7 @@ func (x *RemoveNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodeResponse.ProtoReflect.Descriptor instead.
 func (*RemoveNodeResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{85}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{86}
 }
 
 func (x *RemoveNodeResponse) GetRevision() uint64 {
@@ -5564,7 +5642,7 @@ type ListAgentsRequest struct {
 
 func (x *ListAgentsRequest) Reset() {
 	*x = ListAgentsRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[86]
+	mi := &file_entente_v1_entente_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5576,7 +5654,7 @@ func (x *ListAgentsRequest) String() string {
 func (*ListAgentsRequest) ProtoMessage() {}
 
 func (x *ListAgentsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[86]
+	mi := &file_entente_v1_entente_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5589,7 +5667,7 @@ func (x *ListAgentsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAgentsRequest.ProtoReflect.Descriptor instead.
 func (*ListAgentsRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{86}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *ListAgentsRequest) GetPageSize() uint32 {
@@ -5616,7 +5694,7 @@ type ListAgentsResponse struct {
 
 func (x *ListAgentsResponse) Reset() {
 	*x = ListAgentsResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[87]
+	mi := &file_entente_v1_entente_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5628,7 +5706,7 @@ func (x *ListAgentsResponse) String() string {
 func (*ListAgentsResponse) ProtoMessage() {}
 
 func (x *ListAgentsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[87]
+	mi := &file_entente_v1_entente_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5641,7 +5719,7 @@ func (x *ListAgentsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAgentsResponse.ProtoReflect.Descriptor instead.
 func (*ListAgentsResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{87}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{88}
 }
 
 func (x *ListAgentsResponse) GetAgents() []*AgentStatus {
@@ -5670,7 +5748,7 @@ type AgentStatus struct {
 
 func (x *AgentStatus) Reset() {
 	*x = AgentStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[88]
+	mi := &file_entente_v1_entente_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5682,7 +5760,7 @@ func (x *AgentStatus) String() string {
 func (*AgentStatus) ProtoMessage() {}
 
 func (x *AgentStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[88]
+	mi := &file_entente_v1_entente_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5695,7 +5773,7 @@ func (x *AgentStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentStatus.ProtoReflect.Descriptor instead.
 func (*AgentStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{88}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{89}
 }
 
 func (x *AgentStatus) GetAgent() *v1.Agent {
@@ -5735,7 +5813,7 @@ type GetAgentRequest struct {
 
 func (x *GetAgentRequest) Reset() {
 	*x = GetAgentRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[89]
+	mi := &file_entente_v1_entente_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5747,7 +5825,7 @@ func (x *GetAgentRequest) String() string {
 func (*GetAgentRequest) ProtoMessage() {}
 
 func (x *GetAgentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[89]
+	mi := &file_entente_v1_entente_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5760,7 +5838,7 @@ func (x *GetAgentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetAgentRequest.ProtoReflect.Descriptor instead.
 func (*GetAgentRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{89}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{90}
 }
 
 func (x *GetAgentRequest) GetName() string {
@@ -5781,7 +5859,7 @@ type GetAgentResponse struct {
 
 func (x *GetAgentResponse) Reset() {
 	*x = GetAgentResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[90]
+	mi := &file_entente_v1_entente_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5793,7 +5871,7 @@ func (x *GetAgentResponse) String() string {
 func (*GetAgentResponse) ProtoMessage() {}
 
 func (x *GetAgentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[90]
+	mi := &file_entente_v1_entente_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5806,7 +5884,7 @@ func (x *GetAgentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetAgentResponse.ProtoReflect.Descriptor instead.
 func (*GetAgentResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{90}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{91}
 }
 
 func (x *GetAgentResponse) GetStatus() *AgentStatus {
@@ -5839,7 +5917,7 @@ type ChangeAgentRequest struct {
 
 func (x *ChangeAgentRequest) Reset() {
 	*x = ChangeAgentRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[91]
+	mi := &file_entente_v1_entente_proto_msgTypes[92]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5851,7 +5929,7 @@ func (x *ChangeAgentRequest) String() string {
 func (*ChangeAgentRequest) ProtoMessage() {}
 
 func (x *ChangeAgentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[91]
+	mi := &file_entente_v1_entente_proto_msgTypes[92]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5864,7 +5942,7 @@ func (x *ChangeAgentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAgentRequest.ProtoReflect.Descriptor instead.
 func (*ChangeAgentRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{91}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{92}
 }
 
 func (x *ChangeAgentRequest) GetName() string {
@@ -5883,7 +5961,7 @@ type ChangeAgentResponse struct {
 
 func (x *ChangeAgentResponse) Reset() {
 	*x = ChangeAgentResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[92]
+	mi := &file_entente_v1_entente_proto_msgTypes[93]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5895,7 +5973,7 @@ func (x *ChangeAgentResponse) String() string {
 func (*ChangeAgentResponse) ProtoMessage() {}
 
 func (x *ChangeAgentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[92]
+	mi := &file_entente_v1_entente_proto_msgTypes[93]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5908,7 +5986,7 @@ func (x *ChangeAgentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAgentResponse.ProtoReflect.Descriptor instead.
 func (*ChangeAgentResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{92}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{93}
 }
 
 func (x *ChangeAgentResponse) GetRevision() uint64 {
@@ -5928,7 +6006,7 @@ type IsolateAgentRequest struct {
 
 func (x *IsolateAgentRequest) Reset() {
 	*x = IsolateAgentRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[93]
+	mi := &file_entente_v1_entente_proto_msgTypes[94]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5940,7 +6018,7 @@ func (x *IsolateAgentRequest) String() string {
 func (*IsolateAgentRequest) ProtoMessage() {}
 
 func (x *IsolateAgentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[93]
+	mi := &file_entente_v1_entente_proto_msgTypes[94]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5953,7 +6031,7 @@ func (x *IsolateAgentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IsolateAgentRequest.ProtoReflect.Descriptor instead.
 func (*IsolateAgentRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{93}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{94}
 }
 
 func (x *IsolateAgentRequest) GetName() string {
@@ -5979,7 +6057,7 @@ type IsolateAgentResponse struct {
 
 func (x *IsolateAgentResponse) Reset() {
 	*x = IsolateAgentResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[94]
+	mi := &file_entente_v1_entente_proto_msgTypes[95]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5991,7 +6069,7 @@ func (x *IsolateAgentResponse) String() string {
 func (*IsolateAgentResponse) ProtoMessage() {}
 
 func (x *IsolateAgentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[94]
+	mi := &file_entente_v1_entente_proto_msgTypes[95]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6004,7 +6082,7 @@ func (x *IsolateAgentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IsolateAgentResponse.ProtoReflect.Descriptor instead.
 func (*IsolateAgentResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{94}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{95}
 }
 
 func (x *IsolateAgentResponse) GetIsolation() *Isolation {
@@ -6028,7 +6106,7 @@ type Isolation struct {
 
 func (x *Isolation) Reset() {
 	*x = Isolation{}
-	mi := &file_entente_v1_entente_proto_msgTypes[95]
+	mi := &file_entente_v1_entente_proto_msgTypes[96]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6040,7 +6118,7 @@ func (x *Isolation) String() string {
 func (*Isolation) ProtoMessage() {}
 
 func (x *Isolation) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[95]
+	mi := &file_entente_v1_entente_proto_msgTypes[96]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6053,7 +6131,7 @@ func (x *Isolation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Isolation.ProtoReflect.Descriptor instead.
 func (*Isolation) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{95}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{96}
 }
 
 func (x *Isolation) GetAgent() *v1.Agent {
@@ -6099,7 +6177,7 @@ type ListTokensRequest struct {
 
 func (x *ListTokensRequest) Reset() {
 	*x = ListTokensRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[96]
+	mi := &file_entente_v1_entente_proto_msgTypes[97]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6111,7 +6189,7 @@ func (x *ListTokensRequest) String() string {
 func (*ListTokensRequest) ProtoMessage() {}
 
 func (x *ListTokensRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[96]
+	mi := &file_entente_v1_entente_proto_msgTypes[97]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6124,7 +6202,7 @@ func (x *ListTokensRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTokensRequest.ProtoReflect.Descriptor instead.
 func (*ListTokensRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{96}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{97}
 }
 
 type ListTokensResponse struct {
@@ -6137,7 +6215,7 @@ type ListTokensResponse struct {
 
 func (x *ListTokensResponse) Reset() {
 	*x = ListTokensResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[97]
+	mi := &file_entente_v1_entente_proto_msgTypes[98]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6149,7 +6227,7 @@ func (x *ListTokensResponse) String() string {
 func (*ListTokensResponse) ProtoMessage() {}
 
 func (x *ListTokensResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[97]
+	mi := &file_entente_v1_entente_proto_msgTypes[98]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6162,7 +6240,7 @@ func (x *ListTokensResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTokensResponse.ProtoReflect.Descriptor instead.
 func (*ListTokensResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{97}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{98}
 }
 
 func (x *ListTokensResponse) GetTokens() []*v1.Token {
@@ -6188,7 +6266,7 @@ type RevokeTokenRequest struct {
 
 func (x *RevokeTokenRequest) Reset() {
 	*x = RevokeTokenRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[98]
+	mi := &file_entente_v1_entente_proto_msgTypes[99]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6200,7 +6278,7 @@ func (x *RevokeTokenRequest) String() string {
 func (*RevokeTokenRequest) ProtoMessage() {}
 
 func (x *RevokeTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[98]
+	mi := &file_entente_v1_entente_proto_msgTypes[99]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6213,7 +6291,7 @@ func (x *RevokeTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeTokenRequest.ProtoReflect.Descriptor instead.
 func (*RevokeTokenRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{98}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{99}
 }
 
 func (x *RevokeTokenRequest) GetId() string {
@@ -6232,7 +6310,7 @@ type RevokeTokenResponse struct {
 
 func (x *RevokeTokenResponse) Reset() {
 	*x = RevokeTokenResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[99]
+	mi := &file_entente_v1_entente_proto_msgTypes[100]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6244,7 +6322,7 @@ func (x *RevokeTokenResponse) String() string {
 func (*RevokeTokenResponse) ProtoMessage() {}
 
 func (x *RevokeTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[99]
+	mi := &file_entente_v1_entente_proto_msgTypes[100]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6257,7 +6335,7 @@ func (x *RevokeTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeTokenResponse.ProtoReflect.Descriptor instead.
 func (*RevokeTokenResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{99}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{100}
 }
 
 func (x *RevokeTokenResponse) GetRevision() uint64 {
@@ -6277,7 +6355,7 @@ type ChangeEntriesRequest struct {
 
 func (x *ChangeEntriesRequest) Reset() {
 	*x = ChangeEntriesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[100]
+	mi := &file_entente_v1_entente_proto_msgTypes[101]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6289,7 +6367,7 @@ func (x *ChangeEntriesRequest) String() string {
 func (*ChangeEntriesRequest) ProtoMessage() {}
 
 func (x *ChangeEntriesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[100]
+	mi := &file_entente_v1_entente_proto_msgTypes[101]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6302,7 +6380,7 @@ func (x *ChangeEntriesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeEntriesRequest.ProtoReflect.Descriptor instead.
 func (*ChangeEntriesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{100}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{101}
 }
 
 func (x *ChangeEntriesRequest) GetChanges() []*v1.EntryChange {
@@ -6328,7 +6406,7 @@ type ChangeEntriesResponse struct {
 
 func (x *ChangeEntriesResponse) Reset() {
 	*x = ChangeEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[101]
+	mi := &file_entente_v1_entente_proto_msgTypes[102]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6340,7 +6418,7 @@ func (x *ChangeEntriesResponse) String() string {
 func (*ChangeEntriesResponse) ProtoMessage() {}
 
 func (x *ChangeEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[101]
+	mi := &file_entente_v1_entente_proto_msgTypes[102]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6353,7 +6431,7 @@ func (x *ChangeEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeEntriesResponse.ProtoReflect.Descriptor instead.
 func (*ChangeEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{101}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{102}
 }
 
 func (x *ChangeEntriesResponse) GetResults() []*EntryResult {
@@ -6376,7 +6454,7 @@ type EntryResult struct {
 
 func (x *EntryResult) Reset() {
 	*x = EntryResult{}
-	mi := &file_entente_v1_entente_proto_msgTypes[102]
+	mi := &file_entente_v1_entente_proto_msgTypes[103]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6388,7 +6466,7 @@ func (x *EntryResult) String() string {
 func (*EntryResult) ProtoMessage() {}
 
 func (x *EntryResult) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[102]
+	mi := &file_entente_v1_entente_proto_msgTypes[103]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6401,7 +6479,7 @@ func (x *EntryResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EntryResult.ProtoReflect.Descriptor instead.
 func (*EntryResult) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{102}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{103}
 }
 
 func (x *EntryResult) GetId() string {
@@ -6452,7 +6530,7 @@ type ListEntriesRequest struct {
 
 func (x *ListEntriesRequest) Reset() {
 	*x = ListEntriesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[103]
+	mi := &file_entente_v1_entente_proto_msgTypes[104]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6464,7 +6542,7 @@ func (x *ListEntriesRequest) String() string {
 func (*ListEntriesRequest) ProtoMessage() {}
 
 func (x *ListEntriesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[103]
+	mi := &file_entente_v1_entente_proto_msgTypes[104]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6477,7 +6555,7 @@ func (x *ListEntriesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntriesRequest.ProtoReflect.Descriptor instead.
 func (*ListEntriesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{103}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{104}
 }
 
 func (x *ListEntriesRequest) GetPageSize() uint32 {
@@ -6525,7 +6603,7 @@ type ListEntriesResponse struct {
 
 func (x *ListEntriesResponse) Reset() {
 	*x = ListEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[104]
+	mi := &file_entente_v1_entente_proto_msgTypes[105]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6537,7 +6615,7 @@ func (x *ListEntriesResponse) String() string {
 func (*ListEntriesResponse) ProtoMessage() {}
 
 func (x *ListEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[104]
+	mi := &file_entente_v1_entente_proto_msgTypes[105]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6550,7 +6628,7 @@ func (x *ListEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntriesResponse.ProtoReflect.Descriptor instead.
 func (*ListEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{104}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{105}
 }
 
 func (x *ListEntriesResponse) GetEntries() []*v1.Entry {
@@ -6576,7 +6654,7 @@ type GetEntryRequest struct {
 
 func (x *GetEntryRequest) Reset() {
 	*x = GetEntryRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[105]
+	mi := &file_entente_v1_entente_proto_msgTypes[106]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6588,7 +6666,7 @@ func (x *GetEntryRequest) String() string {
 func (*GetEntryRequest) ProtoMessage() {}
 
 func (x *GetEntryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[105]
+	mi := &file_entente_v1_entente_proto_msgTypes[106]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6601,7 +6679,7 @@ func (x *GetEntryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetEntryRequest.ProtoReflect.Descriptor instead.
 func (*GetEntryRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{105}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{106}
 }
 
 func (x *GetEntryRequest) GetId() string {
@@ -6620,7 +6698,7 @@ type GetEntryResponse struct {
 
 func (x *GetEntryResponse) Reset() {
 	*x = GetEntryResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[106]
+	mi := &file_entente_v1_entente_proto_msgTypes[107]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6632,7 +6710,7 @@ func (x *GetEntryResponse) String() string {
 func (*GetEntryResponse) ProtoMessage() {}
 
 func (x *GetEntryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[106]
+	mi := &file_entente_v1_entente_proto_msgTypes[107]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6645,7 +6723,7 @@ func (x *GetEntryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetEntryResponse.ProtoReflect.Descriptor instead.
 func (*GetEntryResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{106}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{107}
 }
 
 func (x *GetEntryResponse) GetEntry() *v1.Entry {
@@ -6664,7 +6742,7 @@ type CountEntriesResponse struct {
 
 func (x *CountEntriesResponse) Reset() {
 	*x = CountEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[107]
+	mi := &file_entente_v1_entente_proto_msgTypes[108]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6676,7 +6754,7 @@ func (x *CountEntriesResponse) String() string {
 func (*CountEntriesResponse) ProtoMessage() {}
 
 func (x *CountEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[107]
+	mi := &file_entente_v1_entente_proto_msgTypes[108]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6689,7 +6767,7 @@ func (x *CountEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CountEntriesResponse.ProtoReflect.Descriptor instead.
 func (*CountEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{107}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{108}
 }
 
 func (x *CountEntriesResponse) GetEntries() uint64 {
@@ -6733,12 +6811,17 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x05hello\x18\x01 \x01(\v2\x11.entente.v1.HelloH\x00R\x05hello\x12#\n" +
 	"\x03ack\x18\x02 \x01(\v2\x0f.entente.v1.AckH\x00R\x03ack\x124\n" +
 	"\x06report\x18\x03 \x01(\v2\x1a.entente.v1.InstanceReportH\x00R\x06reportB\t\n" +
-	"\amessage\"z\n" +
+	"\amessage\"\xab\x01\n" +
 	"\x05Hello\x12'\n" +
 	"\x0fresume_revision\x18\x01 \x01(\x04R\x0eresumeRevision\x12\x17\n" +
 	"\aboot_id\x18\x02 \x01(\tR\x06bootId\x12\x18\n" +
 	"\aconnect\x18\x03 \x01(\x04R\aconnect\x12\x15\n" +
-	"\x05level\x18\x84\x02 \x01(\rR\x05level\"\xac\x01\n" +
+	"\x05level\x18\x84\x02 \x01(\rR\x05level\x12/\n" +
+	"\x05proof\x18\xc0\x02 \x01(\v2\x18.entente.v1.SessionProofR\x05proof\"K\n" +
+	"\fSessionProof\x12\x1d\n" +
+	"\n" +
+	"public_key\x18\x01 \x01(\fR\tpublicKey\x12\x1c\n" +
+	"\tsignature\x18\x02 \x01(\fR\tsignature\"\xdd\x01\n" +
 	"\x03Ack\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x12 \n" +
 	"\vauthorities\x18\n" +
@@ -6746,9 +6829,10 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x11authorities_known\x18\v \x01(\bR\x10authoritiesKnown\x12\x1f\n" +
 	"\vwaiting_for\x18Z \x03(\tR\n" +
 	"waitingFor\x12\x19\n" +
-	"\askipped\x18\x84\x02 \x03(\tR\askipped\"D\n" +
+	"\askipped\x18\x84\x02 \x03(\tR\askipped\x12/\n" +
+	"\x05proof\x18\xc0\x02 \x01(\v2\x18.entente.v1.SessionProofR\x05proof\"D\n" +
 	"\x0eInstanceReport\x122\n" +
-	"\tinstances\x18\x01 \x03(\v2\x14.entente.v1.InstanceR\tinstances\"\xe9\x01\n" +
+	"\tinstances\x18\x01 \x03(\v2\x14.entente.v1.InstanceR\tinstances\"\x9a\x02\n" +
 	"\bInstance\x12\x18\n" +
 	"\aservice\x18\x01 \x01(\tR\aservice\x12\x14\n" +
 	"\x05agent\x18\x02 \x01(\tR\x05agent\x12\x1e\n" +
@@ -6759,7 +6843,8 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x06health\x18\x05 \x01(\x0e2\x12.entente.v1.HealthR\x06health\x12\x14\n" +
 	"\x05stale\x18\x06 \x01(\bR\x05stale\x12\x17\n" +
 	"\aboot_id\x18\a \x01(\tR\x06bootId\x12\x18\n" +
-	"\aconnect\x18\b \x01(\x04R\aconnect\"\xe0\x01\n" +
+	"\aconnect\x18\b \x01(\x04R\aconnect\x12/\n" +
+	"\x05proof\x18\xc0\x02 \x01(\v2\x18.entente.v1.SessionProofR\x05proof\"\xe0\x01\n" +
 	"\fSyncResponse\x12,\n" +
 	"\x06policy\x18\x01 \x01(\v2\x12.entente.v1.PolicyH\x00R\x06policy\x122\n" +
 	"\bpresence\x18\x02 \x01(\v2\x14.entente.v1.PresenceH\x00R\bpresence\x125\n" +
@@ -7248,7 +7333,7 @@ func file_entente_v1_entente_proto_rawDescGZIP() []byte {
 }
 
 var file_entente_v1_entente_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_entente_v1_entente_proto_msgTypes = make([]protoimpl.MessageInfo, 108)
+var file_entente_v1_entente_proto_msgTypes = make([]protoimpl.MessageInfo, 109)
 var file_entente_v1_entente_proto_goTypes = []any{
 	(Health)(0),                        // 0: entente.v1.Health
 	(*JoinRequest)(nil),                // 1: entente.v1.JoinRequest
@@ -7257,306 +7342,310 @@ var file_entente_v1_entente_proto_goTypes = []any{
 	(*AttestResponse)(nil),             // 4: entente.v1.AttestResponse
 	(*SyncRequest)(nil),                // 5: entente.v1.SyncRequest
 	(*Hello)(nil),                      // 6: entente.v1.Hello
-	(*Ack)(nil),                        // 7: entente.v1.Ack
-	(*InstanceReport)(nil),             // 8: entente.v1.InstanceReport
-	(*Instance)(nil),                   // 9: entente.v1.Instance
-	(*SyncResponse)(nil),               // 10: entente.v1.SyncResponse
-	(*Urgent)(nil),                     // 11: entente.v1.Urgent
-	(*Policy)(nil),                     // 12: entente.v1.Policy
-	(*Bundle)(nil),                     // 13: entente.v1.Bundle
-	(*Presence)(nil),                   // 14: entente.v1.Presence
-	(*Heartbeat)(nil),                  // 15: entente.v1.Heartbeat
-	(*SignX509Request)(nil),            // 16: entente.v1.SignX509Request
-	(*X509Request)(nil),                // 17: entente.v1.X509Request
-	(*SignX509Response)(nil),           // 18: entente.v1.SignX509Response
-	(*X509Result)(nil),                 // 19: entente.v1.X509Result
-	(*SignJWTRequest)(nil),             // 20: entente.v1.SignJWTRequest
-	(*JWTRequest)(nil),                 // 21: entente.v1.JWTRequest
-	(*SignJWTResponse)(nil),            // 22: entente.v1.SignJWTResponse
-	(*SignWITRequest)(nil),             // 23: entente.v1.SignWITRequest
-	(*WITRequest)(nil),                 // 24: entente.v1.WITRequest
-	(*SignWITResponse)(nil),            // 25: entente.v1.SignWITResponse
-	(*TokenResult)(nil),                // 26: entente.v1.TokenResult
-	(*StatusRequest)(nil),              // 27: entente.v1.StatusRequest
-	(*StatusResponse)(nil),             // 28: entente.v1.StatusResponse
-	(*SubscriberLevel)(nil),            // 29: entente.v1.SubscriberLevel
-	(*AuditLog)(nil),                   // 30: entente.v1.AuditLog
-	(*Upstream)(nil),                   // 31: entente.v1.Upstream
-	(*Autonomy)(nil),                   // 32: entente.v1.Autonomy
-	(*UseAutonomy)(nil),                // 33: entente.v1.UseAutonomy
-	(*MemberStatus)(nil),               // 34: entente.v1.MemberStatus
-	(*SaveSnapshotRequest)(nil),        // 35: entente.v1.SaveSnapshotRequest
-	(*SaveSnapshotResponse)(nil),       // 36: entente.v1.SaveSnapshotResponse
-	(*ListNodesRequest)(nil),           // 37: entente.v1.ListNodesRequest
-	(*ListNodesResponse)(nil),          // 38: entente.v1.ListNodesResponse
-	(*NodeProgress)(nil),               // 39: entente.v1.NodeProgress
-	(*Approval)(nil),                   // 40: entente.v1.Approval
-	(*ReplaceRecoveryKeyRequest)(nil),  // 41: entente.v1.ReplaceRecoveryKeyRequest
-	(*ReplaceRecoveryKeyResponse)(nil), // 42: entente.v1.ReplaceRecoveryKeyResponse
-	(*ListChangesRequest)(nil),         // 43: entente.v1.ListChangesRequest
-	(*ListChangesResponse)(nil),        // 44: entente.v1.ListChangesResponse
-	(*ApproveChangeRequest)(nil),       // 45: entente.v1.ApproveChangeRequest
-	(*ApproveChangeResponse)(nil),      // 46: entente.v1.ApproveChangeResponse
-	(*PromoteNodeRequest)(nil),         // 47: entente.v1.PromoteNodeRequest
-	(*PromoteNodeResponse)(nil),        // 48: entente.v1.PromoteNodeResponse
-	(*VouchRequest)(nil),               // 49: entente.v1.VouchRequest
-	(*VouchResponse)(nil),              // 50: entente.v1.VouchResponse
-	(*ChecksumRequest)(nil),            // 51: entente.v1.ChecksumRequest
-	(*ChecksumResponse)(nil),           // 52: entente.v1.ChecksumResponse
-	(*ShowEpochRequest)(nil),           // 53: entente.v1.ShowEpochRequest
-	(*ShowEpochResponse)(nil),          // 54: entente.v1.ShowEpochResponse
-	(*ForeignBundleStatus)(nil),        // 55: entente.v1.ForeignBundleStatus
-	(*DroppedKey)(nil),                 // 56: entente.v1.DroppedKey
-	(*CreateTokenRequest)(nil),         // 57: entente.v1.CreateTokenRequest
-	(*CreateTokenResponse)(nil),        // 58: entente.v1.CreateTokenResponse
-	(*ApplyRequest)(nil),               // 59: entente.v1.ApplyRequest
-	(*ApplyResponse)(nil),              // 60: entente.v1.ApplyResponse
-	(*ObjectChange)(nil),               // 61: entente.v1.ObjectChange
-	(*WhoAmIRequest)(nil),              // 62: entente.v1.WhoAmIRequest
-	(*WhoAmIResponse)(nil),             // 63: entente.v1.WhoAmIResponse
-	(*GetBundleRequest)(nil),           // 64: entente.v1.GetBundleRequest
-	(*GetBundleResponse)(nil),          // 65: entente.v1.GetBundleResponse
-	(*ProposeRequest)(nil),             // 66: entente.v1.ProposeRequest
-	(*ProposeResponse)(nil),            // 67: entente.v1.ProposeResponse
-	(*ReportRequest)(nil),              // 68: entente.v1.ReportRequest
-	(*HeldAuthority)(nil),              // 69: entente.v1.HeldAuthority
-	(*ReportResponse)(nil),             // 70: entente.v1.ReportResponse
-	(*GateRequest)(nil),                // 71: entente.v1.GateRequest
-	(*GateResponse)(nil),               // 72: entente.v1.GateResponse
-	(*AuthorityGate)(nil),              // 73: entente.v1.AuthorityGate
-	(*MarkReadyRequest)(nil),           // 74: entente.v1.MarkReadyRequest
-	(*MarkReadyResponse)(nil),          // 75: entente.v1.MarkReadyResponse
-	(*Picture)(nil),                    // 76: entente.v1.Picture
-	(*PresenceRequest)(nil),            // 77: entente.v1.PresenceRequest
-	(*PresenceResponse)(nil),           // 78: entente.v1.PresenceResponse
-	(*ListAuthoritiesRequest)(nil),     // 79: entente.v1.ListAuthoritiesRequest
-	(*ListAuthoritiesResponse)(nil),    // 80: entente.v1.ListAuthoritiesResponse
-	(*AuthorityStatus)(nil),            // 81: entente.v1.AuthorityStatus
-	(*PrepareAuthorityRequest)(nil),    // 82: entente.v1.PrepareAuthorityRequest
-	(*ChangeAuthorityRequest)(nil),     // 83: entente.v1.ChangeAuthorityRequest
-	(*ChangeAuthorityResponse)(nil),    // 84: entente.v1.ChangeAuthorityResponse
-	(*RemoveNodeRequest)(nil),          // 85: entente.v1.RemoveNodeRequest
-	(*RemoveNodeResponse)(nil),         // 86: entente.v1.RemoveNodeResponse
-	(*ListAgentsRequest)(nil),          // 87: entente.v1.ListAgentsRequest
-	(*ListAgentsResponse)(nil),         // 88: entente.v1.ListAgentsResponse
-	(*AgentStatus)(nil),                // 89: entente.v1.AgentStatus
-	(*GetAgentRequest)(nil),            // 90: entente.v1.GetAgentRequest
-	(*GetAgentResponse)(nil),           // 91: entente.v1.GetAgentResponse
-	(*ChangeAgentRequest)(nil),         // 92: entente.v1.ChangeAgentRequest
-	(*ChangeAgentResponse)(nil),        // 93: entente.v1.ChangeAgentResponse
-	(*IsolateAgentRequest)(nil),        // 94: entente.v1.IsolateAgentRequest
-	(*IsolateAgentResponse)(nil),       // 95: entente.v1.IsolateAgentResponse
-	(*Isolation)(nil),                  // 96: entente.v1.Isolation
-	(*ListTokensRequest)(nil),          // 97: entente.v1.ListTokensRequest
-	(*ListTokensResponse)(nil),         // 98: entente.v1.ListTokensResponse
-	(*RevokeTokenRequest)(nil),         // 99: entente.v1.RevokeTokenRequest
-	(*RevokeTokenResponse)(nil),        // 100: entente.v1.RevokeTokenResponse
-	(*ChangeEntriesRequest)(nil),       // 101: entente.v1.ChangeEntriesRequest
-	(*ChangeEntriesResponse)(nil),      // 102: entente.v1.ChangeEntriesResponse
-	(*EntryResult)(nil),                // 103: entente.v1.EntryResult
-	(*ListEntriesRequest)(nil),         // 104: entente.v1.ListEntriesRequest
-	(*ListEntriesResponse)(nil),        // 105: entente.v1.ListEntriesResponse
-	(*GetEntryRequest)(nil),            // 106: entente.v1.GetEntryRequest
-	(*GetEntryResponse)(nil),           // 107: entente.v1.GetEntryResponse
-	(*CountEntriesResponse)(nil),       // 108: entente.v1.CountEntriesResponse
-	(*v1.Member)(nil),                  // 109: entente.state.v1.Member
-	(*v1.Cluster)(nil),                 // 110: entente.state.v1.Cluster
-	(*v1.Agent)(nil),                   // 111: entente.state.v1.Agent
-	(*v1.Distrust)(nil),                // 112: entente.state.v1.Distrust
-	(*v1.Entry)(nil),                   // 113: entente.state.v1.Entry
-	(*v1.Object)(nil),                  // 114: entente.state.v1.Object
-	(*v1.ObjectKey)(nil),               // 115: entente.state.v1.ObjectKey
-	(*v1.Authority)(nil),               // 116: entente.state.v1.Authority
-	(v1.KeyUse)(0),                     // 117: entente.state.v1.KeyUse
-	(*v1.RecoveryKeyReplacement)(nil),  // 118: entente.state.v1.RecoveryKeyReplacement
-	(*v1.NodeGrant)(nil),               // 119: entente.state.v1.NodeGrant
-	(*v1.AgentGrant)(nil),              // 120: entente.state.v1.AgentGrant
-	(*v1.RoleBinding)(nil),             // 121: entente.state.v1.RoleBinding
-	(*v1.Token)(nil),                   // 122: entente.state.v1.Token
-	(*v1.EntryChange)(nil),             // 123: entente.state.v1.EntryChange
+	(*SessionProof)(nil),               // 7: entente.v1.SessionProof
+	(*Ack)(nil),                        // 8: entente.v1.Ack
+	(*InstanceReport)(nil),             // 9: entente.v1.InstanceReport
+	(*Instance)(nil),                   // 10: entente.v1.Instance
+	(*SyncResponse)(nil),               // 11: entente.v1.SyncResponse
+	(*Urgent)(nil),                     // 12: entente.v1.Urgent
+	(*Policy)(nil),                     // 13: entente.v1.Policy
+	(*Bundle)(nil),                     // 14: entente.v1.Bundle
+	(*Presence)(nil),                   // 15: entente.v1.Presence
+	(*Heartbeat)(nil),                  // 16: entente.v1.Heartbeat
+	(*SignX509Request)(nil),            // 17: entente.v1.SignX509Request
+	(*X509Request)(nil),                // 18: entente.v1.X509Request
+	(*SignX509Response)(nil),           // 19: entente.v1.SignX509Response
+	(*X509Result)(nil),                 // 20: entente.v1.X509Result
+	(*SignJWTRequest)(nil),             // 21: entente.v1.SignJWTRequest
+	(*JWTRequest)(nil),                 // 22: entente.v1.JWTRequest
+	(*SignJWTResponse)(nil),            // 23: entente.v1.SignJWTResponse
+	(*SignWITRequest)(nil),             // 24: entente.v1.SignWITRequest
+	(*WITRequest)(nil),                 // 25: entente.v1.WITRequest
+	(*SignWITResponse)(nil),            // 26: entente.v1.SignWITResponse
+	(*TokenResult)(nil),                // 27: entente.v1.TokenResult
+	(*StatusRequest)(nil),              // 28: entente.v1.StatusRequest
+	(*StatusResponse)(nil),             // 29: entente.v1.StatusResponse
+	(*SubscriberLevel)(nil),            // 30: entente.v1.SubscriberLevel
+	(*AuditLog)(nil),                   // 31: entente.v1.AuditLog
+	(*Upstream)(nil),                   // 32: entente.v1.Upstream
+	(*Autonomy)(nil),                   // 33: entente.v1.Autonomy
+	(*UseAutonomy)(nil),                // 34: entente.v1.UseAutonomy
+	(*MemberStatus)(nil),               // 35: entente.v1.MemberStatus
+	(*SaveSnapshotRequest)(nil),        // 36: entente.v1.SaveSnapshotRequest
+	(*SaveSnapshotResponse)(nil),       // 37: entente.v1.SaveSnapshotResponse
+	(*ListNodesRequest)(nil),           // 38: entente.v1.ListNodesRequest
+	(*ListNodesResponse)(nil),          // 39: entente.v1.ListNodesResponse
+	(*NodeProgress)(nil),               // 40: entente.v1.NodeProgress
+	(*Approval)(nil),                   // 41: entente.v1.Approval
+	(*ReplaceRecoveryKeyRequest)(nil),  // 42: entente.v1.ReplaceRecoveryKeyRequest
+	(*ReplaceRecoveryKeyResponse)(nil), // 43: entente.v1.ReplaceRecoveryKeyResponse
+	(*ListChangesRequest)(nil),         // 44: entente.v1.ListChangesRequest
+	(*ListChangesResponse)(nil),        // 45: entente.v1.ListChangesResponse
+	(*ApproveChangeRequest)(nil),       // 46: entente.v1.ApproveChangeRequest
+	(*ApproveChangeResponse)(nil),      // 47: entente.v1.ApproveChangeResponse
+	(*PromoteNodeRequest)(nil),         // 48: entente.v1.PromoteNodeRequest
+	(*PromoteNodeResponse)(nil),        // 49: entente.v1.PromoteNodeResponse
+	(*VouchRequest)(nil),               // 50: entente.v1.VouchRequest
+	(*VouchResponse)(nil),              // 51: entente.v1.VouchResponse
+	(*ChecksumRequest)(nil),            // 52: entente.v1.ChecksumRequest
+	(*ChecksumResponse)(nil),           // 53: entente.v1.ChecksumResponse
+	(*ShowEpochRequest)(nil),           // 54: entente.v1.ShowEpochRequest
+	(*ShowEpochResponse)(nil),          // 55: entente.v1.ShowEpochResponse
+	(*ForeignBundleStatus)(nil),        // 56: entente.v1.ForeignBundleStatus
+	(*DroppedKey)(nil),                 // 57: entente.v1.DroppedKey
+	(*CreateTokenRequest)(nil),         // 58: entente.v1.CreateTokenRequest
+	(*CreateTokenResponse)(nil),        // 59: entente.v1.CreateTokenResponse
+	(*ApplyRequest)(nil),               // 60: entente.v1.ApplyRequest
+	(*ApplyResponse)(nil),              // 61: entente.v1.ApplyResponse
+	(*ObjectChange)(nil),               // 62: entente.v1.ObjectChange
+	(*WhoAmIRequest)(nil),              // 63: entente.v1.WhoAmIRequest
+	(*WhoAmIResponse)(nil),             // 64: entente.v1.WhoAmIResponse
+	(*GetBundleRequest)(nil),           // 65: entente.v1.GetBundleRequest
+	(*GetBundleResponse)(nil),          // 66: entente.v1.GetBundleResponse
+	(*ProposeRequest)(nil),             // 67: entente.v1.ProposeRequest
+	(*ProposeResponse)(nil),            // 68: entente.v1.ProposeResponse
+	(*ReportRequest)(nil),              // 69: entente.v1.ReportRequest
+	(*HeldAuthority)(nil),              // 70: entente.v1.HeldAuthority
+	(*ReportResponse)(nil),             // 71: entente.v1.ReportResponse
+	(*GateRequest)(nil),                // 72: entente.v1.GateRequest
+	(*GateResponse)(nil),               // 73: entente.v1.GateResponse
+	(*AuthorityGate)(nil),              // 74: entente.v1.AuthorityGate
+	(*MarkReadyRequest)(nil),           // 75: entente.v1.MarkReadyRequest
+	(*MarkReadyResponse)(nil),          // 76: entente.v1.MarkReadyResponse
+	(*Picture)(nil),                    // 77: entente.v1.Picture
+	(*PresenceRequest)(nil),            // 78: entente.v1.PresenceRequest
+	(*PresenceResponse)(nil),           // 79: entente.v1.PresenceResponse
+	(*ListAuthoritiesRequest)(nil),     // 80: entente.v1.ListAuthoritiesRequest
+	(*ListAuthoritiesResponse)(nil),    // 81: entente.v1.ListAuthoritiesResponse
+	(*AuthorityStatus)(nil),            // 82: entente.v1.AuthorityStatus
+	(*PrepareAuthorityRequest)(nil),    // 83: entente.v1.PrepareAuthorityRequest
+	(*ChangeAuthorityRequest)(nil),     // 84: entente.v1.ChangeAuthorityRequest
+	(*ChangeAuthorityResponse)(nil),    // 85: entente.v1.ChangeAuthorityResponse
+	(*RemoveNodeRequest)(nil),          // 86: entente.v1.RemoveNodeRequest
+	(*RemoveNodeResponse)(nil),         // 87: entente.v1.RemoveNodeResponse
+	(*ListAgentsRequest)(nil),          // 88: entente.v1.ListAgentsRequest
+	(*ListAgentsResponse)(nil),         // 89: entente.v1.ListAgentsResponse
+	(*AgentStatus)(nil),                // 90: entente.v1.AgentStatus
+	(*GetAgentRequest)(nil),            // 91: entente.v1.GetAgentRequest
+	(*GetAgentResponse)(nil),           // 92: entente.v1.GetAgentResponse
+	(*ChangeAgentRequest)(nil),         // 93: entente.v1.ChangeAgentRequest
+	(*ChangeAgentResponse)(nil),        // 94: entente.v1.ChangeAgentResponse
+	(*IsolateAgentRequest)(nil),        // 95: entente.v1.IsolateAgentRequest
+	(*IsolateAgentResponse)(nil),       // 96: entente.v1.IsolateAgentResponse
+	(*Isolation)(nil),                  // 97: entente.v1.Isolation
+	(*ListTokensRequest)(nil),          // 98: entente.v1.ListTokensRequest
+	(*ListTokensResponse)(nil),         // 99: entente.v1.ListTokensResponse
+	(*RevokeTokenRequest)(nil),         // 100: entente.v1.RevokeTokenRequest
+	(*RevokeTokenResponse)(nil),        // 101: entente.v1.RevokeTokenResponse
+	(*ChangeEntriesRequest)(nil),       // 102: entente.v1.ChangeEntriesRequest
+	(*ChangeEntriesResponse)(nil),      // 103: entente.v1.ChangeEntriesResponse
+	(*EntryResult)(nil),                // 104: entente.v1.EntryResult
+	(*ListEntriesRequest)(nil),         // 105: entente.v1.ListEntriesRequest
+	(*ListEntriesResponse)(nil),        // 106: entente.v1.ListEntriesResponse
+	(*GetEntryRequest)(nil),            // 107: entente.v1.GetEntryRequest
+	(*GetEntryResponse)(nil),           // 108: entente.v1.GetEntryResponse
+	(*CountEntriesResponse)(nil),       // 109: entente.v1.CountEntriesResponse
+	(*v1.Member)(nil),                  // 110: entente.state.v1.Member
+	(*v1.Cluster)(nil),                 // 111: entente.state.v1.Cluster
+	(*v1.Agent)(nil),                   // 112: entente.state.v1.Agent
+	(*v1.Distrust)(nil),                // 113: entente.state.v1.Distrust
+	(*v1.Entry)(nil),                   // 114: entente.state.v1.Entry
+	(*v1.Object)(nil),                  // 115: entente.state.v1.Object
+	(*v1.ObjectKey)(nil),               // 116: entente.state.v1.ObjectKey
+	(*v1.Authority)(nil),               // 117: entente.state.v1.Authority
+	(v1.KeyUse)(0),                     // 118: entente.state.v1.KeyUse
+	(*v1.RecoveryKeyReplacement)(nil),  // 119: entente.state.v1.RecoveryKeyReplacement
+	(*v1.NodeGrant)(nil),               // 120: entente.state.v1.NodeGrant
+	(*v1.AgentGrant)(nil),              // 121: entente.state.v1.AgentGrant
+	(*v1.RoleBinding)(nil),             // 122: entente.state.v1.RoleBinding
+	(*v1.Token)(nil),                   // 123: entente.state.v1.Token
+	(*v1.EntryChange)(nil),             // 124: entente.state.v1.EntryChange
 }
 var file_entente_v1_entente_proto_depIdxs = []int32{
-	109, // 0: entente.v1.JoinResponse.member:type_name -> entente.state.v1.Member
-	109, // 1: entente.v1.JoinResponse.members:type_name -> entente.state.v1.Member
-	110, // 2: entente.v1.JoinResponse.cluster:type_name -> entente.state.v1.Cluster
-	109, // 3: entente.v1.AttestResponse.members:type_name -> entente.state.v1.Member
-	110, // 4: entente.v1.AttestResponse.cluster:type_name -> entente.state.v1.Cluster
-	111, // 5: entente.v1.AttestResponse.agent:type_name -> entente.state.v1.Agent
+	110, // 0: entente.v1.JoinResponse.member:type_name -> entente.state.v1.Member
+	110, // 1: entente.v1.JoinResponse.members:type_name -> entente.state.v1.Member
+	111, // 2: entente.v1.JoinResponse.cluster:type_name -> entente.state.v1.Cluster
+	110, // 3: entente.v1.AttestResponse.members:type_name -> entente.state.v1.Member
+	111, // 4: entente.v1.AttestResponse.cluster:type_name -> entente.state.v1.Cluster
+	112, // 5: entente.v1.AttestResponse.agent:type_name -> entente.state.v1.Agent
 	6,   // 6: entente.v1.SyncRequest.hello:type_name -> entente.v1.Hello
-	7,   // 7: entente.v1.SyncRequest.ack:type_name -> entente.v1.Ack
-	8,   // 8: entente.v1.SyncRequest.report:type_name -> entente.v1.InstanceReport
-	9,   // 9: entente.v1.InstanceReport.instances:type_name -> entente.v1.Instance
-	0,   // 10: entente.v1.Instance.health:type_name -> entente.v1.Health
-	12,  // 11: entente.v1.SyncResponse.policy:type_name -> entente.v1.Policy
-	14,  // 12: entente.v1.SyncResponse.presence:type_name -> entente.v1.Presence
-	15,  // 13: entente.v1.SyncResponse.heartbeat:type_name -> entente.v1.Heartbeat
-	11,  // 14: entente.v1.SyncResponse.urgent:type_name -> entente.v1.Urgent
-	112, // 15: entente.v1.Urgent.distrust:type_name -> entente.state.v1.Distrust
-	13,  // 16: entente.v1.Urgent.bundles:type_name -> entente.v1.Bundle
-	110, // 17: entente.v1.Policy.cluster:type_name -> entente.state.v1.Cluster
-	113, // 18: entente.v1.Policy.entries:type_name -> entente.state.v1.Entry
-	13,  // 19: entente.v1.Policy.bundles:type_name -> entente.v1.Bundle
-	114, // 20: entente.v1.Policy.objects:type_name -> entente.state.v1.Object
-	115, // 21: entente.v1.Policy.deleted_objects:type_name -> entente.state.v1.ObjectKey
-	109, // 22: entente.v1.Policy.members:type_name -> entente.state.v1.Member
-	112, // 23: entente.v1.Policy.distrust:type_name -> entente.state.v1.Distrust
-	9,   // 24: entente.v1.Presence.instances:type_name -> entente.v1.Instance
-	9,   // 25: entente.v1.Presence.withdrawn:type_name -> entente.v1.Instance
-	17,  // 26: entente.v1.SignX509Request.requests:type_name -> entente.v1.X509Request
-	19,  // 27: entente.v1.SignX509Response.results:type_name -> entente.v1.X509Result
-	21,  // 28: entente.v1.SignJWTRequest.requests:type_name -> entente.v1.JWTRequest
-	26,  // 29: entente.v1.SignJWTResponse.results:type_name -> entente.v1.TokenResult
-	24,  // 30: entente.v1.SignWITRequest.requests:type_name -> entente.v1.WITRequest
-	26,  // 31: entente.v1.SignWITResponse.results:type_name -> entente.v1.TokenResult
-	40,  // 32: entente.v1.StatusResponse.changes:type_name -> entente.v1.Approval
-	110, // 33: entente.v1.StatusResponse.cluster:type_name -> entente.state.v1.Cluster
-	34,  // 34: entente.v1.StatusResponse.members:type_name -> entente.v1.MemberStatus
-	116, // 35: entente.v1.StatusResponse.authorities:type_name -> entente.state.v1.Authority
-	55,  // 36: entente.v1.StatusResponse.foreign:type_name -> entente.v1.ForeignBundleStatus
-	9,   // 37: entente.v1.StatusResponse.instances:type_name -> entente.v1.Instance
-	32,  // 38: entente.v1.StatusResponse.autonomy:type_name -> entente.v1.Autonomy
-	31,  // 39: entente.v1.StatusResponse.upstream:type_name -> entente.v1.Upstream
-	96,  // 40: entente.v1.StatusResponse.isolated:type_name -> entente.v1.Isolation
-	30,  // 41: entente.v1.StatusResponse.audit:type_name -> entente.v1.AuditLog
-	29,  // 42: entente.v1.StatusResponse.older:type_name -> entente.v1.SubscriberLevel
-	33,  // 43: entente.v1.Autonomy.uses:type_name -> entente.v1.UseAutonomy
-	117, // 44: entente.v1.UseAutonomy.use:type_name -> entente.state.v1.KeyUse
-	109, // 45: entente.v1.MemberStatus.member:type_name -> entente.state.v1.Member
-	39,  // 46: entente.v1.ListNodesResponse.nodes:type_name -> entente.v1.NodeProgress
-	109, // 47: entente.v1.NodeProgress.member:type_name -> entente.state.v1.Member
-	118, // 48: entente.v1.ReplaceRecoveryKeyRequest.replacement:type_name -> entente.state.v1.RecoveryKeyReplacement
-	40,  // 49: entente.v1.ReplaceRecoveryKeyResponse.approval:type_name -> entente.v1.Approval
-	40,  // 50: entente.v1.ListChangesResponse.changes:type_name -> entente.v1.Approval
-	40,  // 51: entente.v1.ApproveChangeResponse.approval:type_name -> entente.v1.Approval
-	40,  // 52: entente.v1.PromoteNodeResponse.approval:type_name -> entente.v1.Approval
-	109, // 53: entente.v1.VouchResponse.member:type_name -> entente.state.v1.Member
-	56,  // 54: entente.v1.ForeignBundleStatus.dropped:type_name -> entente.v1.DroppedKey
-	119, // 55: entente.v1.CreateTokenRequest.node:type_name -> entente.state.v1.NodeGrant
-	120, // 56: entente.v1.CreateTokenRequest.agent:type_name -> entente.state.v1.AgentGrant
-	40,  // 57: entente.v1.CreateTokenResponse.approval:type_name -> entente.v1.Approval
-	114, // 58: entente.v1.ApplyRequest.objects:type_name -> entente.state.v1.Object
-	115, // 59: entente.v1.ApplyRequest.deletes:type_name -> entente.state.v1.ObjectKey
-	61,  // 60: entente.v1.ApplyResponse.changes:type_name -> entente.v1.ObjectChange
-	115, // 61: entente.v1.ObjectChange.key:type_name -> entente.state.v1.ObjectKey
-	114, // 62: entente.v1.ObjectChange.before:type_name -> entente.state.v1.Object
-	121, // 63: entente.v1.WhoAmIResponse.bindings:type_name -> entente.state.v1.RoleBinding
-	69,  // 64: entente.v1.ReportRequest.held:type_name -> entente.v1.HeldAuthority
-	73,  // 65: entente.v1.GateResponse.authorities:type_name -> entente.v1.AuthorityGate
-	12,  // 66: entente.v1.Picture.policy:type_name -> entente.v1.Policy
-	14,  // 67: entente.v1.Picture.presence:type_name -> entente.v1.Presence
-	9,   // 68: entente.v1.PresenceResponse.instances:type_name -> entente.v1.Instance
-	9,   // 69: entente.v1.PresenceResponse.withdrawn:type_name -> entente.v1.Instance
-	81,  // 70: entente.v1.ListAuthoritiesResponse.authorities:type_name -> entente.v1.AuthorityStatus
-	116, // 71: entente.v1.AuthorityStatus.authority:type_name -> entente.state.v1.Authority
-	117, // 72: entente.v1.PrepareAuthorityRequest.use:type_name -> entente.state.v1.KeyUse
-	116, // 73: entente.v1.ChangeAuthorityResponse.authority:type_name -> entente.state.v1.Authority
-	116, // 74: entente.v1.ChangeAuthorityResponse.signing:type_name -> entente.state.v1.Authority
-	40,  // 75: entente.v1.RemoveNodeResponse.approval:type_name -> entente.v1.Approval
-	109, // 76: entente.v1.RemoveNodeResponse.member:type_name -> entente.state.v1.Member
-	116, // 77: entente.v1.RemoveNodeResponse.authorities:type_name -> entente.state.v1.Authority
-	89,  // 78: entente.v1.ListAgentsResponse.agents:type_name -> entente.v1.AgentStatus
-	111, // 79: entente.v1.AgentStatus.agent:type_name -> entente.state.v1.Agent
-	89,  // 80: entente.v1.GetAgentResponse.status:type_name -> entente.v1.AgentStatus
-	113, // 81: entente.v1.GetAgentResponse.entries:type_name -> entente.state.v1.Entry
-	9,   // 82: entente.v1.GetAgentResponse.instances:type_name -> entente.v1.Instance
-	96,  // 83: entente.v1.IsolateAgentResponse.isolation:type_name -> entente.v1.Isolation
-	111, // 84: entente.v1.Isolation.agent:type_name -> entente.state.v1.Agent
-	122, // 85: entente.v1.ListTokensResponse.tokens:type_name -> entente.state.v1.Token
-	123, // 86: entente.v1.ChangeEntriesRequest.changes:type_name -> entente.state.v1.EntryChange
-	103, // 87: entente.v1.ChangeEntriesResponse.results:type_name -> entente.v1.EntryResult
-	113, // 88: entente.v1.ListEntriesResponse.entries:type_name -> entente.state.v1.Entry
-	113, // 89: entente.v1.GetEntryResponse.entry:type_name -> entente.state.v1.Entry
-	1,   // 90: entente.v1.Join.Join:input_type -> entente.v1.JoinRequest
-	3,   // 91: entente.v1.Attest.Attest:input_type -> entente.v1.AttestRequest
-	5,   // 92: entente.v1.Sync.Sync:input_type -> entente.v1.SyncRequest
-	16,  // 93: entente.v1.Sign.SignX509:input_type -> entente.v1.SignX509Request
-	20,  // 94: entente.v1.Sign.SignJWT:input_type -> entente.v1.SignJWTRequest
-	23,  // 95: entente.v1.Sign.SignWIT:input_type -> entente.v1.SignWITRequest
-	27,  // 96: entente.v1.Admin.Status:input_type -> entente.v1.StatusRequest
-	57,  // 97: entente.v1.Admin.CreateToken:input_type -> entente.v1.CreateTokenRequest
-	59,  // 98: entente.v1.Admin.Apply:input_type -> entente.v1.ApplyRequest
-	64,  // 99: entente.v1.Admin.GetBundle:input_type -> entente.v1.GetBundleRequest
-	79,  // 100: entente.v1.Admin.ListAuthorities:input_type -> entente.v1.ListAuthoritiesRequest
-	82,  // 101: entente.v1.Admin.PrepareAuthority:input_type -> entente.v1.PrepareAuthorityRequest
-	83,  // 102: entente.v1.Admin.ActivateAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	83,  // 103: entente.v1.Admin.TaintAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	83,  // 104: entente.v1.Admin.RevokeAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	85,  // 105: entente.v1.Admin.RemoveNode:input_type -> entente.v1.RemoveNodeRequest
-	87,  // 106: entente.v1.Admin.ListAgents:input_type -> entente.v1.ListAgentsRequest
-	90,  // 107: entente.v1.Admin.GetAgent:input_type -> entente.v1.GetAgentRequest
-	92,  // 108: entente.v1.Admin.BanAgent:input_type -> entente.v1.ChangeAgentRequest
-	92,  // 109: entente.v1.Admin.EvictAgent:input_type -> entente.v1.ChangeAgentRequest
-	94,  // 110: entente.v1.Admin.IsolateAgent:input_type -> entente.v1.IsolateAgentRequest
-	97,  // 111: entente.v1.Admin.ListTokens:input_type -> entente.v1.ListTokensRequest
-	99,  // 112: entente.v1.Admin.RevokeToken:input_type -> entente.v1.RevokeTokenRequest
-	101, // 113: entente.v1.Admin.ChangeEntries:input_type -> entente.v1.ChangeEntriesRequest
-	104, // 114: entente.v1.Admin.ListEntries:input_type -> entente.v1.ListEntriesRequest
-	106, // 115: entente.v1.Admin.GetEntry:input_type -> entente.v1.GetEntryRequest
-	104, // 116: entente.v1.Admin.CountEntries:input_type -> entente.v1.ListEntriesRequest
-	35,  // 117: entente.v1.Admin.SaveSnapshot:input_type -> entente.v1.SaveSnapshotRequest
-	37,  // 118: entente.v1.Admin.ListNodes:input_type -> entente.v1.ListNodesRequest
-	47,  // 119: entente.v1.Admin.PromoteNode:input_type -> entente.v1.PromoteNodeRequest
-	41,  // 120: entente.v1.Admin.ReplaceRecoveryKey:input_type -> entente.v1.ReplaceRecoveryKeyRequest
-	43,  // 121: entente.v1.Admin.ListChanges:input_type -> entente.v1.ListChangesRequest
-	45,  // 122: entente.v1.Admin.ApproveChange:input_type -> entente.v1.ApproveChangeRequest
-	62,  // 123: entente.v1.Admin.WhoAmI:input_type -> entente.v1.WhoAmIRequest
-	66,  // 124: entente.v1.Peer.Propose:input_type -> entente.v1.ProposeRequest
-	68,  // 125: entente.v1.Peer.Report:input_type -> entente.v1.ReportRequest
-	77,  // 126: entente.v1.Peer.Presence:input_type -> entente.v1.PresenceRequest
-	71,  // 127: entente.v1.Peer.Gate:input_type -> entente.v1.GateRequest
-	49,  // 128: entente.v1.Peer.Vouch:input_type -> entente.v1.VouchRequest
-	51,  // 129: entente.v1.Peer.Checksum:input_type -> entente.v1.ChecksumRequest
-	37,  // 130: entente.v1.Peer.Nodes:input_type -> entente.v1.ListNodesRequest
-	74,  // 131: entente.v1.Peer.MarkReady:input_type -> entente.v1.MarkReadyRequest
-	53,  // 132: entente.v1.Peer.ShowEpoch:input_type -> entente.v1.ShowEpochRequest
-	2,   // 133: entente.v1.Join.Join:output_type -> entente.v1.JoinResponse
-	4,   // 134: entente.v1.Attest.Attest:output_type -> entente.v1.AttestResponse
-	10,  // 135: entente.v1.Sync.Sync:output_type -> entente.v1.SyncResponse
-	18,  // 136: entente.v1.Sign.SignX509:output_type -> entente.v1.SignX509Response
-	22,  // 137: entente.v1.Sign.SignJWT:output_type -> entente.v1.SignJWTResponse
-	25,  // 138: entente.v1.Sign.SignWIT:output_type -> entente.v1.SignWITResponse
-	28,  // 139: entente.v1.Admin.Status:output_type -> entente.v1.StatusResponse
-	58,  // 140: entente.v1.Admin.CreateToken:output_type -> entente.v1.CreateTokenResponse
-	60,  // 141: entente.v1.Admin.Apply:output_type -> entente.v1.ApplyResponse
-	65,  // 142: entente.v1.Admin.GetBundle:output_type -> entente.v1.GetBundleResponse
-	80,  // 143: entente.v1.Admin.ListAuthorities:output_type -> entente.v1.ListAuthoritiesResponse
-	84,  // 144: entente.v1.Admin.PrepareAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	84,  // 145: entente.v1.Admin.ActivateAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	84,  // 146: entente.v1.Admin.TaintAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	84,  // 147: entente.v1.Admin.RevokeAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	86,  // 148: entente.v1.Admin.RemoveNode:output_type -> entente.v1.RemoveNodeResponse
-	88,  // 149: entente.v1.Admin.ListAgents:output_type -> entente.v1.ListAgentsResponse
-	91,  // 150: entente.v1.Admin.GetAgent:output_type -> entente.v1.GetAgentResponse
-	93,  // 151: entente.v1.Admin.BanAgent:output_type -> entente.v1.ChangeAgentResponse
-	93,  // 152: entente.v1.Admin.EvictAgent:output_type -> entente.v1.ChangeAgentResponse
-	95,  // 153: entente.v1.Admin.IsolateAgent:output_type -> entente.v1.IsolateAgentResponse
-	98,  // 154: entente.v1.Admin.ListTokens:output_type -> entente.v1.ListTokensResponse
-	100, // 155: entente.v1.Admin.RevokeToken:output_type -> entente.v1.RevokeTokenResponse
-	102, // 156: entente.v1.Admin.ChangeEntries:output_type -> entente.v1.ChangeEntriesResponse
-	105, // 157: entente.v1.Admin.ListEntries:output_type -> entente.v1.ListEntriesResponse
-	107, // 158: entente.v1.Admin.GetEntry:output_type -> entente.v1.GetEntryResponse
-	108, // 159: entente.v1.Admin.CountEntries:output_type -> entente.v1.CountEntriesResponse
-	36,  // 160: entente.v1.Admin.SaveSnapshot:output_type -> entente.v1.SaveSnapshotResponse
-	38,  // 161: entente.v1.Admin.ListNodes:output_type -> entente.v1.ListNodesResponse
-	48,  // 162: entente.v1.Admin.PromoteNode:output_type -> entente.v1.PromoteNodeResponse
-	42,  // 163: entente.v1.Admin.ReplaceRecoveryKey:output_type -> entente.v1.ReplaceRecoveryKeyResponse
-	44,  // 164: entente.v1.Admin.ListChanges:output_type -> entente.v1.ListChangesResponse
-	46,  // 165: entente.v1.Admin.ApproveChange:output_type -> entente.v1.ApproveChangeResponse
-	63,  // 166: entente.v1.Admin.WhoAmI:output_type -> entente.v1.WhoAmIResponse
-	67,  // 167: entente.v1.Peer.Propose:output_type -> entente.v1.ProposeResponse
-	70,  // 168: entente.v1.Peer.Report:output_type -> entente.v1.ReportResponse
-	78,  // 169: entente.v1.Peer.Presence:output_type -> entente.v1.PresenceResponse
-	72,  // 170: entente.v1.Peer.Gate:output_type -> entente.v1.GateResponse
-	50,  // 171: entente.v1.Peer.Vouch:output_type -> entente.v1.VouchResponse
-	52,  // 172: entente.v1.Peer.Checksum:output_type -> entente.v1.ChecksumResponse
-	38,  // 173: entente.v1.Peer.Nodes:output_type -> entente.v1.ListNodesResponse
-	75,  // 174: entente.v1.Peer.MarkReady:output_type -> entente.v1.MarkReadyResponse
-	54,  // 175: entente.v1.Peer.ShowEpoch:output_type -> entente.v1.ShowEpochResponse
-	133, // [133:176] is the sub-list for method output_type
-	90,  // [90:133] is the sub-list for method input_type
-	90,  // [90:90] is the sub-list for extension type_name
-	90,  // [90:90] is the sub-list for extension extendee
-	0,   // [0:90] is the sub-list for field type_name
+	8,   // 7: entente.v1.SyncRequest.ack:type_name -> entente.v1.Ack
+	9,   // 8: entente.v1.SyncRequest.report:type_name -> entente.v1.InstanceReport
+	7,   // 9: entente.v1.Hello.proof:type_name -> entente.v1.SessionProof
+	7,   // 10: entente.v1.Ack.proof:type_name -> entente.v1.SessionProof
+	10,  // 11: entente.v1.InstanceReport.instances:type_name -> entente.v1.Instance
+	0,   // 12: entente.v1.Instance.health:type_name -> entente.v1.Health
+	7,   // 13: entente.v1.Instance.proof:type_name -> entente.v1.SessionProof
+	13,  // 14: entente.v1.SyncResponse.policy:type_name -> entente.v1.Policy
+	15,  // 15: entente.v1.SyncResponse.presence:type_name -> entente.v1.Presence
+	16,  // 16: entente.v1.SyncResponse.heartbeat:type_name -> entente.v1.Heartbeat
+	12,  // 17: entente.v1.SyncResponse.urgent:type_name -> entente.v1.Urgent
+	113, // 18: entente.v1.Urgent.distrust:type_name -> entente.state.v1.Distrust
+	14,  // 19: entente.v1.Urgent.bundles:type_name -> entente.v1.Bundle
+	111, // 20: entente.v1.Policy.cluster:type_name -> entente.state.v1.Cluster
+	114, // 21: entente.v1.Policy.entries:type_name -> entente.state.v1.Entry
+	14,  // 22: entente.v1.Policy.bundles:type_name -> entente.v1.Bundle
+	115, // 23: entente.v1.Policy.objects:type_name -> entente.state.v1.Object
+	116, // 24: entente.v1.Policy.deleted_objects:type_name -> entente.state.v1.ObjectKey
+	110, // 25: entente.v1.Policy.members:type_name -> entente.state.v1.Member
+	113, // 26: entente.v1.Policy.distrust:type_name -> entente.state.v1.Distrust
+	10,  // 27: entente.v1.Presence.instances:type_name -> entente.v1.Instance
+	10,  // 28: entente.v1.Presence.withdrawn:type_name -> entente.v1.Instance
+	18,  // 29: entente.v1.SignX509Request.requests:type_name -> entente.v1.X509Request
+	20,  // 30: entente.v1.SignX509Response.results:type_name -> entente.v1.X509Result
+	22,  // 31: entente.v1.SignJWTRequest.requests:type_name -> entente.v1.JWTRequest
+	27,  // 32: entente.v1.SignJWTResponse.results:type_name -> entente.v1.TokenResult
+	25,  // 33: entente.v1.SignWITRequest.requests:type_name -> entente.v1.WITRequest
+	27,  // 34: entente.v1.SignWITResponse.results:type_name -> entente.v1.TokenResult
+	41,  // 35: entente.v1.StatusResponse.changes:type_name -> entente.v1.Approval
+	111, // 36: entente.v1.StatusResponse.cluster:type_name -> entente.state.v1.Cluster
+	35,  // 37: entente.v1.StatusResponse.members:type_name -> entente.v1.MemberStatus
+	117, // 38: entente.v1.StatusResponse.authorities:type_name -> entente.state.v1.Authority
+	56,  // 39: entente.v1.StatusResponse.foreign:type_name -> entente.v1.ForeignBundleStatus
+	10,  // 40: entente.v1.StatusResponse.instances:type_name -> entente.v1.Instance
+	33,  // 41: entente.v1.StatusResponse.autonomy:type_name -> entente.v1.Autonomy
+	32,  // 42: entente.v1.StatusResponse.upstream:type_name -> entente.v1.Upstream
+	97,  // 43: entente.v1.StatusResponse.isolated:type_name -> entente.v1.Isolation
+	31,  // 44: entente.v1.StatusResponse.audit:type_name -> entente.v1.AuditLog
+	30,  // 45: entente.v1.StatusResponse.older:type_name -> entente.v1.SubscriberLevel
+	34,  // 46: entente.v1.Autonomy.uses:type_name -> entente.v1.UseAutonomy
+	118, // 47: entente.v1.UseAutonomy.use:type_name -> entente.state.v1.KeyUse
+	110, // 48: entente.v1.MemberStatus.member:type_name -> entente.state.v1.Member
+	40,  // 49: entente.v1.ListNodesResponse.nodes:type_name -> entente.v1.NodeProgress
+	110, // 50: entente.v1.NodeProgress.member:type_name -> entente.state.v1.Member
+	119, // 51: entente.v1.ReplaceRecoveryKeyRequest.replacement:type_name -> entente.state.v1.RecoveryKeyReplacement
+	41,  // 52: entente.v1.ReplaceRecoveryKeyResponse.approval:type_name -> entente.v1.Approval
+	41,  // 53: entente.v1.ListChangesResponse.changes:type_name -> entente.v1.Approval
+	41,  // 54: entente.v1.ApproveChangeResponse.approval:type_name -> entente.v1.Approval
+	41,  // 55: entente.v1.PromoteNodeResponse.approval:type_name -> entente.v1.Approval
+	110, // 56: entente.v1.VouchResponse.member:type_name -> entente.state.v1.Member
+	57,  // 57: entente.v1.ForeignBundleStatus.dropped:type_name -> entente.v1.DroppedKey
+	120, // 58: entente.v1.CreateTokenRequest.node:type_name -> entente.state.v1.NodeGrant
+	121, // 59: entente.v1.CreateTokenRequest.agent:type_name -> entente.state.v1.AgentGrant
+	41,  // 60: entente.v1.CreateTokenResponse.approval:type_name -> entente.v1.Approval
+	115, // 61: entente.v1.ApplyRequest.objects:type_name -> entente.state.v1.Object
+	116, // 62: entente.v1.ApplyRequest.deletes:type_name -> entente.state.v1.ObjectKey
+	62,  // 63: entente.v1.ApplyResponse.changes:type_name -> entente.v1.ObjectChange
+	116, // 64: entente.v1.ObjectChange.key:type_name -> entente.state.v1.ObjectKey
+	115, // 65: entente.v1.ObjectChange.before:type_name -> entente.state.v1.Object
+	122, // 66: entente.v1.WhoAmIResponse.bindings:type_name -> entente.state.v1.RoleBinding
+	70,  // 67: entente.v1.ReportRequest.held:type_name -> entente.v1.HeldAuthority
+	74,  // 68: entente.v1.GateResponse.authorities:type_name -> entente.v1.AuthorityGate
+	13,  // 69: entente.v1.Picture.policy:type_name -> entente.v1.Policy
+	15,  // 70: entente.v1.Picture.presence:type_name -> entente.v1.Presence
+	10,  // 71: entente.v1.PresenceResponse.instances:type_name -> entente.v1.Instance
+	10,  // 72: entente.v1.PresenceResponse.withdrawn:type_name -> entente.v1.Instance
+	82,  // 73: entente.v1.ListAuthoritiesResponse.authorities:type_name -> entente.v1.AuthorityStatus
+	117, // 74: entente.v1.AuthorityStatus.authority:type_name -> entente.state.v1.Authority
+	118, // 75: entente.v1.PrepareAuthorityRequest.use:type_name -> entente.state.v1.KeyUse
+	117, // 76: entente.v1.ChangeAuthorityResponse.authority:type_name -> entente.state.v1.Authority
+	117, // 77: entente.v1.ChangeAuthorityResponse.signing:type_name -> entente.state.v1.Authority
+	41,  // 78: entente.v1.RemoveNodeResponse.approval:type_name -> entente.v1.Approval
+	110, // 79: entente.v1.RemoveNodeResponse.member:type_name -> entente.state.v1.Member
+	117, // 80: entente.v1.RemoveNodeResponse.authorities:type_name -> entente.state.v1.Authority
+	90,  // 81: entente.v1.ListAgentsResponse.agents:type_name -> entente.v1.AgentStatus
+	112, // 82: entente.v1.AgentStatus.agent:type_name -> entente.state.v1.Agent
+	90,  // 83: entente.v1.GetAgentResponse.status:type_name -> entente.v1.AgentStatus
+	114, // 84: entente.v1.GetAgentResponse.entries:type_name -> entente.state.v1.Entry
+	10,  // 85: entente.v1.GetAgentResponse.instances:type_name -> entente.v1.Instance
+	97,  // 86: entente.v1.IsolateAgentResponse.isolation:type_name -> entente.v1.Isolation
+	112, // 87: entente.v1.Isolation.agent:type_name -> entente.state.v1.Agent
+	123, // 88: entente.v1.ListTokensResponse.tokens:type_name -> entente.state.v1.Token
+	124, // 89: entente.v1.ChangeEntriesRequest.changes:type_name -> entente.state.v1.EntryChange
+	104, // 90: entente.v1.ChangeEntriesResponse.results:type_name -> entente.v1.EntryResult
+	114, // 91: entente.v1.ListEntriesResponse.entries:type_name -> entente.state.v1.Entry
+	114, // 92: entente.v1.GetEntryResponse.entry:type_name -> entente.state.v1.Entry
+	1,   // 93: entente.v1.Join.Join:input_type -> entente.v1.JoinRequest
+	3,   // 94: entente.v1.Attest.Attest:input_type -> entente.v1.AttestRequest
+	5,   // 95: entente.v1.Sync.Sync:input_type -> entente.v1.SyncRequest
+	17,  // 96: entente.v1.Sign.SignX509:input_type -> entente.v1.SignX509Request
+	21,  // 97: entente.v1.Sign.SignJWT:input_type -> entente.v1.SignJWTRequest
+	24,  // 98: entente.v1.Sign.SignWIT:input_type -> entente.v1.SignWITRequest
+	28,  // 99: entente.v1.Admin.Status:input_type -> entente.v1.StatusRequest
+	58,  // 100: entente.v1.Admin.CreateToken:input_type -> entente.v1.CreateTokenRequest
+	60,  // 101: entente.v1.Admin.Apply:input_type -> entente.v1.ApplyRequest
+	65,  // 102: entente.v1.Admin.GetBundle:input_type -> entente.v1.GetBundleRequest
+	80,  // 103: entente.v1.Admin.ListAuthorities:input_type -> entente.v1.ListAuthoritiesRequest
+	83,  // 104: entente.v1.Admin.PrepareAuthority:input_type -> entente.v1.PrepareAuthorityRequest
+	84,  // 105: entente.v1.Admin.ActivateAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	84,  // 106: entente.v1.Admin.TaintAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	84,  // 107: entente.v1.Admin.RevokeAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	86,  // 108: entente.v1.Admin.RemoveNode:input_type -> entente.v1.RemoveNodeRequest
+	88,  // 109: entente.v1.Admin.ListAgents:input_type -> entente.v1.ListAgentsRequest
+	91,  // 110: entente.v1.Admin.GetAgent:input_type -> entente.v1.GetAgentRequest
+	93,  // 111: entente.v1.Admin.BanAgent:input_type -> entente.v1.ChangeAgentRequest
+	93,  // 112: entente.v1.Admin.EvictAgent:input_type -> entente.v1.ChangeAgentRequest
+	95,  // 113: entente.v1.Admin.IsolateAgent:input_type -> entente.v1.IsolateAgentRequest
+	98,  // 114: entente.v1.Admin.ListTokens:input_type -> entente.v1.ListTokensRequest
+	100, // 115: entente.v1.Admin.RevokeToken:input_type -> entente.v1.RevokeTokenRequest
+	102, // 116: entente.v1.Admin.ChangeEntries:input_type -> entente.v1.ChangeEntriesRequest
+	105, // 117: entente.v1.Admin.ListEntries:input_type -> entente.v1.ListEntriesRequest
+	107, // 118: entente.v1.Admin.GetEntry:input_type -> entente.v1.GetEntryRequest
+	105, // 119: entente.v1.Admin.CountEntries:input_type -> entente.v1.ListEntriesRequest
+	36,  // 120: entente.v1.Admin.SaveSnapshot:input_type -> entente.v1.SaveSnapshotRequest
+	38,  // 121: entente.v1.Admin.ListNodes:input_type -> entente.v1.ListNodesRequest
+	48,  // 122: entente.v1.Admin.PromoteNode:input_type -> entente.v1.PromoteNodeRequest
+	42,  // 123: entente.v1.Admin.ReplaceRecoveryKey:input_type -> entente.v1.ReplaceRecoveryKeyRequest
+	44,  // 124: entente.v1.Admin.ListChanges:input_type -> entente.v1.ListChangesRequest
+	46,  // 125: entente.v1.Admin.ApproveChange:input_type -> entente.v1.ApproveChangeRequest
+	63,  // 126: entente.v1.Admin.WhoAmI:input_type -> entente.v1.WhoAmIRequest
+	67,  // 127: entente.v1.Peer.Propose:input_type -> entente.v1.ProposeRequest
+	69,  // 128: entente.v1.Peer.Report:input_type -> entente.v1.ReportRequest
+	78,  // 129: entente.v1.Peer.Presence:input_type -> entente.v1.PresenceRequest
+	72,  // 130: entente.v1.Peer.Gate:input_type -> entente.v1.GateRequest
+	50,  // 131: entente.v1.Peer.Vouch:input_type -> entente.v1.VouchRequest
+	52,  // 132: entente.v1.Peer.Checksum:input_type -> entente.v1.ChecksumRequest
+	38,  // 133: entente.v1.Peer.Nodes:input_type -> entente.v1.ListNodesRequest
+	75,  // 134: entente.v1.Peer.MarkReady:input_type -> entente.v1.MarkReadyRequest
+	54,  // 135: entente.v1.Peer.ShowEpoch:input_type -> entente.v1.ShowEpochRequest
+	2,   // 136: entente.v1.Join.Join:output_type -> entente.v1.JoinResponse
+	4,   // 137: entente.v1.Attest.Attest:output_type -> entente.v1.AttestResponse
+	11,  // 138: entente.v1.Sync.Sync:output_type -> entente.v1.SyncResponse
+	19,  // 139: entente.v1.Sign.SignX509:output_type -> entente.v1.SignX509Response
+	23,  // 140: entente.v1.Sign.SignJWT:output_type -> entente.v1.SignJWTResponse
+	26,  // 141: entente.v1.Sign.SignWIT:output_type -> entente.v1.SignWITResponse
+	29,  // 142: entente.v1.Admin.Status:output_type -> entente.v1.StatusResponse
+	59,  // 143: entente.v1.Admin.CreateToken:output_type -> entente.v1.CreateTokenResponse
+	61,  // 144: entente.v1.Admin.Apply:output_type -> entente.v1.ApplyResponse
+	66,  // 145: entente.v1.Admin.GetBundle:output_type -> entente.v1.GetBundleResponse
+	81,  // 146: entente.v1.Admin.ListAuthorities:output_type -> entente.v1.ListAuthoritiesResponse
+	85,  // 147: entente.v1.Admin.PrepareAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	85,  // 148: entente.v1.Admin.ActivateAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	85,  // 149: entente.v1.Admin.TaintAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	85,  // 150: entente.v1.Admin.RevokeAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	87,  // 151: entente.v1.Admin.RemoveNode:output_type -> entente.v1.RemoveNodeResponse
+	89,  // 152: entente.v1.Admin.ListAgents:output_type -> entente.v1.ListAgentsResponse
+	92,  // 153: entente.v1.Admin.GetAgent:output_type -> entente.v1.GetAgentResponse
+	94,  // 154: entente.v1.Admin.BanAgent:output_type -> entente.v1.ChangeAgentResponse
+	94,  // 155: entente.v1.Admin.EvictAgent:output_type -> entente.v1.ChangeAgentResponse
+	96,  // 156: entente.v1.Admin.IsolateAgent:output_type -> entente.v1.IsolateAgentResponse
+	99,  // 157: entente.v1.Admin.ListTokens:output_type -> entente.v1.ListTokensResponse
+	101, // 158: entente.v1.Admin.RevokeToken:output_type -> entente.v1.RevokeTokenResponse
+	103, // 159: entente.v1.Admin.ChangeEntries:output_type -> entente.v1.ChangeEntriesResponse
+	106, // 160: entente.v1.Admin.ListEntries:output_type -> entente.v1.ListEntriesResponse
+	108, // 161: entente.v1.Admin.GetEntry:output_type -> entente.v1.GetEntryResponse
+	109, // 162: entente.v1.Admin.CountEntries:output_type -> entente.v1.CountEntriesResponse
+	37,  // 163: entente.v1.Admin.SaveSnapshot:output_type -> entente.v1.SaveSnapshotResponse
+	39,  // 164: entente.v1.Admin.ListNodes:output_type -> entente.v1.ListNodesResponse
+	49,  // 165: entente.v1.Admin.PromoteNode:output_type -> entente.v1.PromoteNodeResponse
+	43,  // 166: entente.v1.Admin.ReplaceRecoveryKey:output_type -> entente.v1.ReplaceRecoveryKeyResponse
+	45,  // 167: entente.v1.Admin.ListChanges:output_type -> entente.v1.ListChangesResponse
+	47,  // 168: entente.v1.Admin.ApproveChange:output_type -> entente.v1.ApproveChangeResponse
+	64,  // 169: entente.v1.Admin.WhoAmI:output_type -> entente.v1.WhoAmIResponse
+	68,  // 170: entente.v1.Peer.Propose:output_type -> entente.v1.ProposeResponse
+	71,  // 171: entente.v1.Peer.Report:output_type -> entente.v1.ReportResponse
+	79,  // 172: entente.v1.Peer.Presence:output_type -> entente.v1.PresenceResponse
+	73,  // 173: entente.v1.Peer.Gate:output_type -> entente.v1.GateResponse
+	51,  // 174: entente.v1.Peer.Vouch:output_type -> entente.v1.VouchResponse
+	53,  // 175: entente.v1.Peer.Checksum:output_type -> entente.v1.ChecksumResponse
+	39,  // 176: entente.v1.Peer.Nodes:output_type -> entente.v1.ListNodesResponse
+	76,  // 177: entente.v1.Peer.MarkReady:output_type -> entente.v1.MarkReadyResponse
+	55,  // 178: entente.v1.Peer.ShowEpoch:output_type -> entente.v1.ShowEpochResponse
+	136, // [136:179] is the sub-list for method output_type
+	93,  // [93:136] is the sub-list for method input_type
+	93,  // [93:93] is the sub-list for extension type_name
+	93,  // [93:93] is the sub-list for extension extendee
+	0,   // [0:93] is the sub-list for field type_name
 }
 
 func init() { file_entente_v1_entente_proto_init() }
@@ -7569,7 +7658,7 @@ func file_entente_v1_entente_proto_init() {
 		(*SyncRequest_Ack)(nil),
 		(*SyncRequest_Report)(nil),
 	}
-	file_entente_v1_entente_proto_msgTypes[9].OneofWrappers = []any{
+	file_entente_v1_entente_proto_msgTypes[10].OneofWrappers = []any{
 		(*SyncResponse_Policy)(nil),
 		(*SyncResponse_Presence)(nil),
 		(*SyncResponse_Heartbeat)(nil),
@@ -7581,7 +7670,7 @@ func file_entente_v1_entente_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_entente_v1_entente_proto_rawDesc), len(file_entente_v1_entente_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   108,
+			NumMessages:   109,
 			NumExtensions: 0,
 			NumServices:   6,
 		},

@@ -1,0 +1,238 @@
+package server
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+	"time"
+
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
+	"github.com/entente-mesh/entente/ca"
+	"github.com/entente-mesh/entente/ca/domain"
+	"github.com/entente-mesh/entente/ca/feed"
+	"github.com/entente-mesh/entente/ca/presence"
+)
+
+// Bounds on what one member may say.
+const (
+	// completeTimeout is how long its full set may take.
+	completeTimeout = 30 * time.Second
+	// maxRows bounds the rows of its full set, those that are left out included.
+	maxRows = 4 << 20
+	// maxAside bounds the rows that are kept to be looked at again.
+	maxAside = 20_000
+	// maxField bounds a name or an address in a row.
+	maxField = 256
+)
+
+// Hearsay takes what one other member says of its sessions: what may be true by the agreed
+// state, as it is checked when an agent reports here, and each session for as much as its
+// subscriber's signature makes it worth. The two nodes' states are not equally far: what
+// is not known here is kept aside, and looked at again (Again).
+type Hearsay struct {
+	server *Server
+	member string
+
+	mu       sync.Mutex
+	complete bool
+	rows     int // of the full set until it is complete
+	said     map[string]*statement
+	order    []string // of said
+	unknown  int      // rows in said that the state does not know
+	aside    map[string]*statement
+	asideSum int // rows in aside
+	verified map[string]verifiedSession
+}
+
+// statement is what the member says of one subscriber.
+type statement struct {
+	session *ententev1.Instance
+	rows    []*ententev1.Instance
+}
+
+// verifiedSession spares verifying the same signature with each change of a health.
+type verifiedSession struct {
+	version presence.Version
+	proof   presence.Proof
+	keyID   string
+	err     error
+}
+
+// Hear begins to hear a member; one for each stream.
+func (s *Server) Hear(member string) *Hearsay {
+	return &Hearsay{server: s, member: member, said: map[string]*statement{}, aside: map[string]*statement{}, verified: map[string]verifiedSession{}}
+}
+
+// take takes one chunk, and hands on what it says once the full set is complete.
+func (h *Hearsay) take(now time.Time, chunk *ententev1.PresenceResponse) (complete bool, err error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if !h.complete {
+		if h.rows += len(chunk.GetInstances()) + len(chunk.GetWithdrawn()); h.rows > maxRows {
+			return false, fmt.Errorf("its sessions have over %d rows", maxRows)
+		}
+	}
+	h.server.State.Read(func(st *domain.State) { h.read(st, chunk) })
+	full := chunk.GetComplete()
+	if h.complete = h.complete || full; !h.complete {
+		return false, nil
+	}
+	in := feed.Instances{Complete: full}
+	for _, gone := range chunk.GetWithdrawn() {
+		in.Withdrawn = append(in.Withdrawn, presence.Instance{Agent: gone.GetAgent()})
+		h.forget(gone.GetAgent())
+		delete(h.verified, gone.GetAgent())
+	}
+	h.hand(now, in)
+	return true, nil
+}
+
+// read gathers a chunk by subscriber. A statement begins with the session itself, its
+// instances follow by service. Of what the agreed state does not know here, a bounded
+// number of rows is kept.
+func (h *Hearsay) read(st *domain.State, chunk *ententev1.PresenceResponse) {
+	for _, row := range chunk.GetInstances() {
+		name := row.GetAgent()
+		agent, known := host(st, name)
+		said := h.said[name]
+		switch {
+		case len(row.GetService()) > maxField || len(name) > 2*maxField || len(row.GetAddress()) > maxField:
+			continue
+		case row.GetService() == "":
+			if row.GetBootId() == "" || len(row.GetBootId()) > maxBootID {
+				continue
+			}
+		case said == nil || len(said.rows) >= presence.MaxInstancesPerAgent:
+			continue
+		default:
+			if n := len(said.rows); n > 0 && row.GetService() <= said.rows[n-1].GetService() {
+				continue
+			}
+			known = known && mayServe(st, agent, row) == nil
+		}
+		if !known {
+			if h.unknown++; h.unknown > maxAside {
+				continue
+			}
+		}
+		if row.GetService() != "" {
+			said.rows = append(said.rows, row)
+			continue
+		}
+		if said == nil {
+			h.order = append(h.order, name)
+		}
+		h.said[name] = &statement{session: row}
+	}
+}
+
+// hand hands on what was gathered.
+func (h *Hearsay) hand(now time.Time, in feed.Instances) {
+	h.server.State.Read(func(st *domain.State) {
+		for _, name := range h.order {
+			said := h.said[name]
+			if said == nil {
+				continue
+			}
+			h.forget(name)
+			upserts, whole := h.check(st, name, said)
+			in.Upserts = append(in.Upserts, upserts...)
+			if rows := 1 + len(said.rows); !whole && h.asideSum+rows <= maxAside {
+				h.aside[name], h.asideSum = said, h.asideSum+rows
+			}
+		}
+	})
+	h.said, h.order, h.unknown = map[string]*statement{}, nil, 0
+	if len(in.Upserts)+len(in.Withdrawn) > 0 || in.Complete {
+		h.server.Feed.Remote(now, h.member, in)
+	}
+}
+
+// Again looks at what was kept aside, for this node's state may know it now.
+func (h *Hearsay) Again(now time.Time) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if !h.complete || len(h.aside) == 0 {
+		return
+	}
+	for name, said := range h.aside {
+		h.said[name] = said
+		h.order = append(h.order, name)
+	}
+	h.hand(now, feed.Instances{})
+}
+
+func (h *Hearsay) forget(name string) {
+	if said := h.aside[name]; said != nil {
+		h.asideSum -= 1 + len(said.rows)
+		delete(h.aside, name)
+	}
+}
+
+// check returns what of a statement may be true by the agreed state here; whole: all of it.
+func (h *Hearsay) check(st *domain.State, name string, said *statement) (rows []presence.Instance, whole bool) {
+	agent, ok := host(st, name)
+	if !ok {
+		return nil, false
+	}
+	session := instanceFromWire(said.session)
+	session.Proof, session.Worth = presence.Proof{}, presence.Unproven
+	whole = true
+	if proof := said.session.GetProof(); proof != nil {
+		var err error
+		session.Worth, err = h.worth(st, name, agent, session.Version, proof)
+		whole = !errors.Is(err, errOtherKey) // it may be a key that is agreed and not known here yet
+	}
+	rows = append(rows, session)
+	for _, r := range said.rows {
+		if strings.Contains(name, "@") || r.GetBootId() != session.Version.BootID || r.GetConnect() != session.Version.Connect {
+			continue
+		}
+		if mayServe(st, agent, r) != nil {
+			whole = false
+			continue
+		}
+		instance := instanceFromWire(r)
+		instance.Datacenter, instance.Stale = agent.GetDatacenter(), session.Stale
+		rows = append(rows, instance)
+	}
+	return rows, whole
+}
+
+// host is the agent of a subscriber that may be one by the agreed state.
+func host(st *domain.State, subscriber string) (*statev1.Agent, bool) {
+	entry, name, workload := strings.Cut(subscriber, "@")
+	if !workload {
+		return st.Agent(subscriber)
+	}
+	agent, ok := st.Agent(name)
+	e, found := st.Entry(entry)
+	return agent, ok && found && ca.Entitled(agent, e)
+}
+
+var errOtherKey = errors.New("the session is signed by another key than the agent's")
+
+// worth verifies a session's proof as this node's door would, but for the node that is
+// named: the one that says it.
+func (h *Hearsay) worth(st *domain.State, name string, agent *statev1.Agent, v presence.Version, proof *ententev1.SessionProof) (presence.Worth, error) {
+	was := h.verified[name]
+	given := presence.Proof{PublicKey: string(proof.GetPublicKey()), Signature: string(proof.GetSignature())}
+	if was.version != v || was.proof != given {
+		session := ca.Session{Cluster: st.Cluster().GetId(), Subscriber: name, BootID: v.BootID, Connect: v.Connect, NodeID: h.member}
+		was = verifiedSession{version: v, proof: given}
+		was.keyID, was.err = session.Verify(proof.GetPublicKey(), proof.GetSignature())
+		h.verified[name] = was
+	}
+	if was.err != nil {
+		return presence.Unproven, was.err
+	}
+	switch {
+	case strings.Contains(name, "@"):
+		return presence.Claimed, nil
+	case was.keyID != agent.GetKeyId():
+		return presence.Unproven, errOtherKey
+	}
+	return presence.Proven, nil
+}
