@@ -22,6 +22,7 @@ import (
 	grpcpeer "google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 	"google.golang.org/grpc/test/bufconn"
+	"google.golang.org/protobuf/proto"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
@@ -76,7 +77,7 @@ func (d *domain) add(name string, svid ...*x509svid.SVID) *node {
 	if len(svid) > 0 {
 		n.svid = svid[0]
 	}
-	n.begin = []*ententev1.SyncResponse{policyMessage(ofTwo(full(5, "a"))), presenceMessage(presence(true))}
+	n.begin = []*ententev1.SyncResponse{policyMessage(full(5, "a")), presenceMessage(presence(true))}
 	d.mu.Lock()
 	d.nodes[name+":1"] = n
 	d.all = append(d.all, n)
@@ -85,10 +86,24 @@ func (d *domain) add(name string, svid ...*x509svid.SVID) *node {
 	return n
 }
 
-// ofTwo is what a node says that has another beside it.
-func ofTwo(p *ententev1.Policy) *ententev1.Policy {
-	p.Members = append(p.Members, &statev1.Member{Id: "m2", Name: "b"})
-	return p
+// members is the member table of the domain: all nodes.
+func (d *domain) members() (table []*statev1.Member) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, n := range d.all {
+		id := n.svid.ID.Path()
+		table = append(table, &statev1.Member{Id: peer.KeyID(n.svid.Certificates[0]), Name: id[strings.LastIndex(id, "/")+1:]})
+	}
+	return table
+}
+
+// of is what a node says, with the domain's member table.
+func (d *domain) of(m *ententev1.SyncResponse) *ententev1.SyncResponse {
+	if m.GetPolicy().GetMembersChanged() {
+		m = proto.CloneOf(m)
+		m.GetPolicy().Members = d.members()
+	}
+	return m
 }
 
 func (n *node) start() {
@@ -169,7 +184,7 @@ func (n *node) Sync(stream grpc.BidiStreamingServer[ententev1.SyncRequest, enten
 			n.mu.Unlock()
 			if first {
 				for _, b := range begin {
-					stream.Send(b)
+					stream.Send(n.domain.of(b))
 				}
 			}
 		}
@@ -180,7 +195,7 @@ func (n *node) Sync(stream grpc.BidiStreamingServer[ententev1.SyncRequest, enten
 			if m == nil {
 				return status.Error(codes.Unavailable, "the node goes")
 			}
-			if err := stream.Send(m); err != nil {
+			if err := stream.Send(n.domain.of(m)); err != nil {
 				return err
 			}
 		case <-received:
@@ -379,7 +394,10 @@ func TestAcceptsOnlyCANodes(t *testing.T) {
 				return false
 			}
 		}
-		member := []*statev1.Member{{Id: peer.KeyID(other.svid.Certificates[0]), ApiAddress: "other:1"}}
+		keyOf := func(svid *x509svid.SVID, name string) []*statev1.Member {
+			return []*statev1.Member{{Id: peer.KeyID(svid.Certificates[0]), Name: name, ApiAddress: "other:1"}}
+		}
+		member := keyOf(other.svid, "other")
 		tests := []struct {
 			name    string
 			address string
@@ -397,8 +415,9 @@ func TestAcceptsOnlyCANodes(t *testing.T) {
 			{"a path below a node's", "deep:1", nil, false},
 			{"ended", "gone:1", nil, false},
 			{"another key than the pin", "good:1", func(c *Config) { c.Bundles, c.Pins = nil, pin(other.svid) }, false},
-			{"a name that the member table has", "good:1", func(c *Config) { c.Members = []*statev1.Member{{Id: "x", Name: "good"}} }, true},
-			{"a name that the member table has not, whoever signed it", "good:1", func(c *Config) { c.Members = []*statev1.Member{{Id: "x", Name: "other"}} }, false},
+			{"a member's key, by SVID", "good:1", func(c *Config) { c.Members = keyOf(good.svid, "good") }, true},
+			{"no member's key, whoever signed its SVID", "good:1", func(c *Config) { c.Members = keyOf(other.svid, "other") }, false},
+			{"a member's name, with another key", "good:1", func(c *Config) { c.Members = keyOf(other.svid, "good") }, false},
 			{"pins after the member table is known", "good:1", func(c *Config) { c.Bundles, c.Pins, c.Members = nil, pin(good.svid), member }, false},
 		}
 		for _, test := range tests {
@@ -421,6 +440,54 @@ func TestAcceptsOnlyCANodes(t *testing.T) {
 	})
 }
 
+// A node that was removed is left as soon as that is known, and not believed again, although
+// its authority still stands in the bundle: it signs what name it likes, also another
+// node's. The other node, whose key is a member's, is believed.
+func TestRemovedNodeIsLeft(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := newDomain(t)
+		defer d.stop()
+		removed, stays := d.add("a"), d.add("b")
+		defer func() { removed.stop() }()
+		stays.begin = []*ententev1.SyncResponse{presenceMessage(presence(true))}
+		at := func(address string, n *node) {
+			d.mu.Lock()
+			defer d.mu.Unlock()
+			d.nodes[address] = n
+		}
+		at("b:1", nil)
+		r := run(t, d.config("a:1", "b:1"))
+		defer r.stop()
+		waitFor(t, "first picture", 5*time.Second, func() bool { return r.View().Revision == 5 && removed.sessions() == 1 })
+		at("b:1", stays)
+
+		removed.push <- policyMessage(&ententev1.Policy{Last: true, Revision: 6, MembersChanged: true})
+		synctest.Wait()
+		if removed.sessions() != 1 || stays.sessions() != 0 {
+			t.Fatal("control: it is left although it is a member")
+		}
+		d.mu.Lock()
+		d.all = d.all[1:]
+		d.mu.Unlock()
+		removed.push <- policyMessage(&ententev1.Policy{Last: true, Revision: 7, MembersChanged: true})
+		waitFor(t, "with the node that stays", 5*time.Second, func() bool { return stays.sessions() == 1 })
+
+		// Under the other node's name and address, with its own key.
+		at("b:1", removed)
+		removed.stop()
+		removed.svid = d.authority.Issue("/entente/ca/b")
+		removed.start()
+		stays.stop()
+		time.Sleep(time.Minute)
+		if removed.sessions() != 1 {
+			t.Error("a removed node is believed under a member's name")
+		}
+		stays.start()
+		at("b:1", stays)
+		waitFor(t, "control: the member is believed again", 5*time.Second, func() bool { return stays.sessions() == 2 })
+	})
+}
+
 // A node is killed: the client is with another one within a second, resumes
 // there, and says again what its host serves and what it has applied.
 func TestSyncResumesElsewhere(t *testing.T) {
@@ -433,7 +500,9 @@ func TestSyncResumesElsewhere(t *testing.T) {
 		mine := []Instance{{Service: "accounts", Datacenter: "dc1", Address: "h1:1", Healthy: true}}
 		waitFor(t, "first picture", time.Second, func() bool { return r.View().Revision == 5 })
 		r.Report(mine)
-		a.push <- policyMessage(&ententev1.Policy{Last: true, Revision: 6, Entries: entries("b")})
+		b := d.add("b")
+		b.begin = []*ententev1.SyncResponse{presenceMessage(presence(true))} // nothing new
+		a.push <- policyMessage(&ententev1.Policy{Last: true, Revision: 6, Entries: entries("b"), MembersChanged: true})
 		waitFor(t, "report and acknowledgement", 0, func() bool {
 			a.mu.Lock()
 			defer a.mu.Unlock()
@@ -443,8 +512,6 @@ func TestSyncResumesElsewhere(t *testing.T) {
 			t.Errorf("first hello: %v", a.hellos[0])
 		}
 
-		b := d.add("b")
-		b.begin = []*ententev1.SyncResponse{presenceMessage(presence(true))} // nothing new
 		a.stop()
 		took := waitFor(t, "reconnect", time.Second, func() bool {
 			b.mu.Lock()
@@ -577,7 +644,7 @@ func TestAsksForTheFullState(t *testing.T) {
 		defer r.stop()
 		waitFor(t, "first", time.Second, func() bool { return r.View().Revision == 5 })
 		a.mu.Lock()
-		a.begin = []*ententev1.SyncResponse{policyMessage(ofTwo(full(epoch1+3, "recovered")))}
+		a.begin = []*ententev1.SyncResponse{policyMessage(full(epoch1+3, "recovered"))}
 		a.mu.Unlock()
 		a.push <- policyMessage(&ententev1.Policy{Last: true, Revision: epoch1 + 2, Entries: entries("b")})
 		waitFor(t, "full state", time.Second, func() bool { return held(r.store) == "recovered" })

@@ -220,10 +220,12 @@ func (c *Client) tlsConfig(own *tls.Certificate) *tls.Config {
 	return peer.Client(show, c.acceptsNode, "h2")
 }
 
-// acceptsNode says why the other end of a connection is no CA node of this domain.
+// acceptsNode says why the other end of a connection is no CA node of this domain. Once
+// the member table is known, a node is who holds the key of a member: an authority signs
+// any name, also that of a node that was removed, or of another node for its own key.
 func (c *Client) acceptsNode(state tls.ConnectionState) error {
 	accept := peer.Pin(c.pinned)
-	if c.cfg.Bundles != nil {
+	if c.cfg.Bundles != nil && len(c.store.Snapshot().Members) == 0 {
 		accept = peer.Either(accept, peer.SVID(c.cfg.Bundles, c.isNode))
 	}
 	return accept(state)
@@ -240,13 +242,10 @@ func (c *Client) pinned(keyID string) error {
 	return fmt.Errorf("it is no CA node of %s", c.cfg.TrustDomain.Name())
 }
 
-// isNode accepts a CA node by the name in its SVID, whoever signed that. Once the member
-// table is known the name must stand there: an authority signs more than CA nodes.
+// isNode accepts a CA node by the name in its SVID.
 func (c *Client) isNode(id spiffeid.ID) error {
 	name, isNode := strings.CutPrefix(id.Path(), "/entente/ca/")
-	members := c.store.Snapshot().Members
-	known := len(members) == 0 || slices.ContainsFunc(members, func(m *statev1.Member) bool { return m.GetName() == name })
-	if id.TrustDomain() != c.cfg.TrustDomain || !isNode || strings.Contains(name, "/") || !known {
+	if id.TrustDomain() != c.cfg.TrustDomain || !isNode || strings.Contains(name, "/") {
 		return fmt.Errorf("it is no CA node of %s", c.cfg.TrustDomain.Name())
 	}
 	return nil

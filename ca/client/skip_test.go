@@ -117,7 +117,7 @@ func TestPictureOfAnotherLevel(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			kept, err := proto.Marshal(&ententev1.Picture{Policy: full(5, "a"), Presence: &ententev1.Presence{Complete: true}, Level: level})
+			kept, err := proto.Marshal(&ententev1.Picture{Policy: d.of(policyMessage(full(5, "a"))).GetPolicy(), Presence: &ententev1.Presence{Complete: true}, Level: level})
 			if err != nil {
 				t.Fatal(err)
 			}
