@@ -16,6 +16,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -27,6 +28,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/status"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
@@ -35,9 +37,11 @@ import (
 	"github.com/entente-mesh/entente/ca/catest"
 	"github.com/entente-mesh/entente/ca/client"
 	"github.com/entente-mesh/entente/ca/domain"
+	"github.com/entente-mesh/entente/ca/keystore"
 	"github.com/entente-mesh/entente/ca/node"
 	"github.com/entente-mesh/entente/internal/jwtsvid"
 	"github.com/entente-mesh/entente/internal/peer"
+	"github.com/entente-mesh/entente/internal/peer/peertest"
 	"github.com/entente-mesh/entente/meshagent"
 	"github.com/entente-mesh/entente/meshagent/nodeattest"
 )
@@ -526,6 +530,31 @@ func TestRunbookCompromisedNode(t *testing.T) {
 		t.Fatalf("control: %v", err)
 	}
 	own := one.Bundle()
+	// What the node says before: of a session that it holds, and of what is served there. It
+	// hears the others, as any member may.
+	speaker := nodes[victim]
+	at := subscribeAt(t, speaker, "h3")
+	at.Report([]client.Instance{{Service: "reports", Address: "127.0.0.1:7443", Healthy: true}})
+	for name, c := range nodes {
+		eventually(t, "node "+name+" has heard of the instance", 5*time.Second, func() error {
+			if s := c.Status().GetInstances(); !slices.ContainsFunc(s, func(i *ententev1.Instance) bool { return i.GetAgent() == "h3" }) {
+				return fmt.Errorf("%v", s)
+			}
+			return nil
+		})
+	}
+	thief, staying := nodeKey(t, speaker), nodeKey(t, operator)
+	stream, vouch := hears(t, operator, thief)
+	if err := vouch(); err != nil {
+		t.Fatalf("control: %v", err)
+	}
+	var before []*statev1.Member
+	operator.Node().Read(func(st *domain.State) { before = st.Members() })
+	forger := activeAuthority(t, operator)
+	forged := forger.IssueFor(thief, one.TrustDomain(), ca.NodePath(victim))
+	if err := takenForANode(t, operator, before, forged); err != nil {
+		t.Fatalf("control: a member's SVID under another member's authority: %v", err)
+	}
 
 	// 1. Its host is cut off (here: the process stops for good); 2. node remove --compromised.
 	began := time.Now()
@@ -571,8 +600,162 @@ func TestRunbookCompromisedNode(t *testing.T) {
 	if err := nodes[victim].WaitEnd(5 * time.Second); err == nil {
 		t.Error("the removed node ended without a reason")
 	}
+	// Its words are forgotten, its connections have ended, and no SVID makes its key a CA
+	// node's again, whoever signed it and under what name.
+	for name, c := range nodes {
+		if name == victim {
+			continue
+		}
+		eventually(t, "node "+name+" has forgotten what the removed one said", 3*time.Second, func() error {
+			if s := c.Status().GetInstances(); slices.ContainsFunc(s, func(i *ententev1.Instance) bool { return i.GetAgent() == "h3" }) {
+				return fmt.Errorf("%v", s)
+			}
+			return nil
+		})
+	}
+	select {
+	case <-stream:
+	case <-time.After(3 * time.Second):
+		t.Error("the removed node still hears another one")
+	}
+	if err := vouch(); err == nil {
+		t.Error("a removed node is answered")
+	}
+	var after []*statev1.Member
+	operator.Node().Read(func(st *domain.State) { after = st.Members() })
+	for _, name := range []string{victim, operator.Config().Name} {
+		if takenForANode(t, operator, after, forger.IssueFor(thief, one.TrustDomain(), ca.NodePath(name))) == nil {
+			t.Errorf("the removed node's key is a CA node's by an SVID under the name %s", name)
+		}
+	}
+	if err := takenForANode(t, operator, after, forger.IssueFor(staying, one.TrustDomain(), ca.NodePath(operator.Config().Name))); err != nil {
+		t.Errorf("control: a member's SVID: %v", err)
+	}
 	// 5. Quorum is kept: something can be agreed.
 	operator.Apply("apiVersion: entente/v1\nkind: Service\nmetadata: {name: later}\nspec: {run: {uid: 1002, hosts: [h1]}, port: 8082}\n")
+}
+
+// subscribeAt is an agent that reaches one CA node only.
+func subscribeAt(t *testing.T, c *catest.CA, name string) *client.Client {
+	t.Helper()
+	only := c.Config().Listen.API
+	return subscribeWith(t, c, name, func(cfg *client.Config) {
+		cfg.Addresses = []string{only}
+		cfg.Dial = func(ctx context.Context, network, address string) (net.Conn, error) {
+			if address != only {
+				return nil, errors.New("not reached in this test")
+			}
+			return (&net.Dialer{}).DialContext(ctx, network, address)
+		}
+	}, func(*client.View) error { return nil })
+}
+
+// keysOf are all keys of a CA node, by their names.
+func keysOf(t *testing.T, c *catest.CA) map[string]crypto.Signer {
+	t.Helper()
+	store, err := keystore.Open(filepath.Join(c.Config().DataDir, "keys"), keystore.Plain())
+	if err != nil {
+		t.Fatal(err)
+	}
+	names, err := store.Names()
+	if err != nil {
+		t.Fatal(err)
+	}
+	keys := make(map[string]crypto.Signer)
+	for _, name := range names {
+		if keys[name], err = store.Load(name); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return keys
+}
+
+func nodeKey(t *testing.T, c *catest.CA) crypto.Signer { return keysOf(t, c)["node"] }
+
+// activeAuthority is the authority that a node signs with, as a thief of its host has it.
+func activeAuthority(t *testing.T, c *catest.CA) *peertest.Authority {
+	t.Helper()
+	id := inPhase(t, c, c.Config().Name, x509Use, active).GetAuthority().GetId()
+	for name, key := range keysOf(t, c) {
+		if !strings.HasPrefix(name, "x509-") {
+			continue
+		}
+		for _, cert := range c.Bundle().X509Authorities() {
+			if public, ok := key.Public().(interface{ Equal(crypto.PublicKey) bool }); ok && public.Equal(cert.PublicKey) && peer.KeyID(cert) == id {
+				return &peertest.Authority{Cert: cert, Key: key}
+			}
+		}
+	}
+	t.Fatalf("the key of authority %.12s is not there", id)
+	return nil
+}
+
+// hears opens a stream of a member's at another CA node, with its node key; ended is closed
+// when it has ended. vouch is a call on the same connection.
+func hears(t *testing.T, c *catest.CA, key crypto.Signer) (ended chan struct{}, vouch func() error) {
+	t.Helper()
+	cert, err := peer.SelfSigned(key, "thief")
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn, err := grpc.NewClient("passthrough:///"+c.Config().Listen.API, grpc.WithTransportCredentials(credentials.NewTLS(&tls.Config{
+		MinVersion: tls.VersionTLS13, InsecureSkipVerify: true, Certificates: []tls.Certificate{cert}, NextProtos: []string{"h2"},
+	})))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	door := ententev1.NewPeerClient(conn)
+	stream, err := door.Presence(t.Context(), &ententev1.PresenceRequest{})
+	if err == nil {
+		_, err = stream.Recv()
+	}
+	if err != nil {
+		t.Fatalf("control: a member hears another one: %v", err)
+	}
+	ended = make(chan struct{})
+	go func() {
+		defer close(ended)
+		for err == nil {
+			_, err = stream.Recv()
+		}
+	}()
+	return ended, func() error {
+		_, err := door.Vouch(t.Context(), &ententev1.VouchRequest{MemberId: c.Node().ID()})
+		return err
+	}
+}
+
+// takenForANode says why a client that has a member table does not take the holder of an
+// SVID for a CA node.
+func takenForANode(t *testing.T, c *catest.CA, members []*statev1.Member, svid *x509svid.SVID) error {
+	t.Helper()
+	if _, err := peer.Verify(svid.Certificates, c.Bundle(), time.Now()); err != nil {
+		t.Fatalf("control: the SVID verifies: %v", err)
+	}
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := grpc.NewServer(grpc.Creds(credentials.NewTLS(peer.NoClient(peer.FromSVID(svid), "h2"))))
+	go server.Serve(listener)
+	defer server.Stop()
+	one, err := client.New(client.Config{
+		TrustDomain: c.TrustDomain(), Addresses: []string{listener.Addr().String()}, Bundles: c.Bundle(), Members: members, Datacenter: "dc1",
+		Dial: func(ctx context.Context, network, _ string) (net.Conn, error) {
+			return (&net.Dialer{}).DialContext(ctx, network, listener.Addr().String())
+		},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+	defer cancel()
+	err = one.SignX509(ctx, []client.SignRequest{{EntryID: "service/accounts"}})[0].Err
+	if err != nil && !strings.Contains(err.Error(), "it is no CA node of") {
+		return nil // it was asked, and knows no such call
+	}
+	return err
 }
 
 // I4, I9: a ban takes effect at once on what the host can do and on what it has; an
@@ -750,6 +933,11 @@ func newSubscriber(t *testing.T, c *catest.CA, name string) *client.Client {
 // subscribe is an agent that takes pictures as handle does.
 func subscribe(t *testing.T, c *catest.CA, name string, handle func(*client.View) error) *client.Client {
 	t.Helper()
+	return subscribeWith(t, c, name, func(*client.Config) {}, handle)
+}
+
+func subscribeWith(t *testing.T, c *catest.CA, name string, change func(*client.Config), handle func(*client.View) error) *client.Client {
+	t.Helper()
 	token, err := ca.ParseToken(c.AgentToken(name, "dc1"))
 	if err != nil {
 		t.Fatal(err)
@@ -759,6 +947,7 @@ func subscribe(t *testing.T, c *catest.CA, name string, handle func(*client.View
 		t.Fatal(err)
 	}
 	cfg := client.Config{TrustDomain: c.TrustDomain(), Addresses: c.Addresses(), Pins: token.Pinned, Datacenter: "dc1", BootID: token.ID}
+	change(&cfg)
 	answer, err := client.Attest(t.Context(), cfg, nodeattest.ByToken(token, key), csrOf(t, key))
 	if err != nil {
 		t.Fatal(err)
