@@ -2,9 +2,9 @@
 // CA: it finds a CA node, attests, keeps one Sync stream open, and asks for
 // signatures.
 //
-// A CA node is accepted when its key is one of the members' (the pins of a join
-// token until the member table is known, the member table from then on), or
-// when it shows spiffe://TRUSTDOMAIN/entente/ca/NAME under the own bundle.
+// A CA node is accepted when its key is one of the members'. Until the member table is
+// known, the pins of a join token stand for it, or an SVID
+// spiffe://TRUSTDOMAIN/entente/ca/NAME that verifies under the own bundle.
 //
 // Nodes of the own datacenter are tried first; each next one starts 200 ms after
 // the one before it, or at once when that has failed. When no node can be reached
@@ -49,7 +49,7 @@ type Config struct {
 	// Pins accepts CA nodes by key id (lower-case hex SHA-256 of the DER
 	// SubjectPublicKeyInfo) until the member table is known. May be nil.
 	Pins func(keyID string) bool
-	// Members is the last known member table, if any: it takes the place of Pins.
+	// Members is the last known member table, if any: it takes the place of Pins and Bundles.
 	Members []*statev1.Member
 	// Cluster is the last known cluster, if any: another one is refused.
 	Cluster *statev1.Cluster
@@ -59,7 +59,7 @@ type Config struct {
 	RecoveryKey []byte
 
 	SVID    x509svid.Source   // this client's own; nil: no client certificate
-	Bundles x509bundle.Source // holds the own trust domain's; nil: CA nodes are accepted by key only
+	Bundles x509bundle.Source // holds the own trust domain's, for CA nodes until the member table is known; nil: by key only
 
 	Datacenter string // of this client: nodes in it are tried first
 	BootID     string // random per process start; empty: New makes one
