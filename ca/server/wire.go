@@ -64,14 +64,6 @@ func instanceFromWire(i *ententev1.Instance) presence.Instance {
 	}
 }
 
-func instancesFromWire(list []*ententev1.Instance) []presence.Instance {
-	out := make([]presence.Instance, len(list))
-	for i, instance := range list {
-		out[i] = instanceFromWire(instance)
-	}
-	return out
-}
-
 // keyToWire splits Kind/name.
 func keyToWire(key string) *statev1.ObjectKey {
 	kind, name, _ := strings.Cut(key, "/")
