@@ -27,13 +27,18 @@ import (
 func AuthorityStatement(cluster *statev1.Cluster, a *statev1.Authority) [sha256.Size]byte {
 	b := []byte("entente authority 1\x00")
 	for _, field := range [][]byte{cluster.GetId(), []byte(cluster.GetTrustDomain()), []byte(a.GetMemberId()), a.GetPublicKey(), a.GetCertificate(), a.GetUpstream()} {
-		b = binary.BigEndian.AppendUint32(b, uint32(len(field)))
-		b = append(b, field...)
+		b = appendField(b, field)
 	}
 	for _, n := range []int64{int64(a.GetUse()), a.GetNotBefore(), a.GetNotAfter(), a.GetUpstreamNotAfter()} {
 		b = binary.BigEndian.AppendUint64(b, uint64(n))
 	}
 	return sha256.Sum256(b)
+}
+
+// appendField writes a field of what is signed, with its length before it: no two lists of
+// fields have the same bytes.
+func appendField(b, field []byte) []byte {
+	return append(binary.BigEndian.AppendUint32(b, uint32(len(field))), field...)
 }
 
 // pointPrefix begins the SubjectPublicKeyInfo of every P-256 key (RFC 5480); the 64

@@ -32,10 +32,6 @@ func boolByte(yes bool) byte {
 	return 0
 }
 
-func appendField(b, field []byte) []byte {
-	return append(binary.BigEndian.AppendUint32(b, uint32(len(field))), field...)
-}
-
 // ApprovalStatement is what a CA node's key signs when its operator approves a change of
 // the CA nodes: bound to the cluster, its epoch, and the members that it changes, so that
 // an approval means nothing elsewhere or later.

@@ -214,9 +214,11 @@ var ErrEpoch = errors.New("the epoch is not proved")
 
 // FollowCluster says why a subscriber that holds the record known of its cluster, and has
 // pinned its recovery key, must not take next in its place; nil if it may. A later epoch
-// begins with a statement that the pinned key signed: no CA node's word makes one. known
+// begins with a statement that the pinned key signed, or the one that it was replaced by: no
+// CA node's word makes one. known
 // may be nil, on first trust; pinned empty: no key was ever seen.
 func FollowCluster(known, next *statev1.Cluster, pinned []byte) error {
+	pinned = FollowRecoveryKey(next, pinned)
 	switch {
 	case known == nil:
 		return nil

@@ -35,8 +35,7 @@ func (o Origin) Subscriber() string {
 func (s Session) message() []byte {
 	message := []byte(sessionContext)
 	for _, field := range []string{string(s.Cluster), s.Subscriber, s.BootID, s.NodeID} {
-		message = binary.BigEndian.AppendUint32(message, uint32(len(field)))
-		message = append(message, field...)
+		message = appendField(message, []byte(field))
 	}
 	return binary.BigEndian.AppendUint64(message, s.Connect)
 }

@@ -320,7 +320,7 @@ func (a *Agent) install(certificates [][]byte, answer *client.Attestation) (*x50
 			return nil, fmt.Errorf("the CA answers as cluster %x, this host belongs to %x: to join it, delete %s and attest with a new token",
 				answer.Cluster.GetId(), cluster.GetId(), a.cfg.DataDir)
 		}
-		if err := ca.FollowCluster(cluster, answer.Cluster, ca.FollowRecoveryKey(answer.Cluster, a.client.RecoveryKey())); err != nil {
+		if err := ca.FollowCluster(cluster, answer.Cluster, a.client.RecoveryKey()); err != nil {
 			return nil, fmt.Errorf("the CA node that answers is not believed: %w", err)
 		}
 	}

@@ -119,7 +119,7 @@ func New(cfg Config) (*Client, error) {
 	return &Client{
 		cfg:      cfg,
 		log:      cfg.Log,
-		store:    newStore(cfg.TrustDomain, cfg.Cluster, cfg.Members, cfg.RecoveryKey...),
+		store:    newStore(cfg.TrustDomain, cfg.Cluster, cfg.Members, cfg.RecoveryKey),
 		newAck:   make(chan struct{}, 1),
 		newHosts: make(chan struct{}, 1),
 		newSVID:  make(chan struct{}, 1),

@@ -39,7 +39,7 @@ func TestGraceOfDistrustEndsWithinASecond(t *testing.T) {
 		return &ententev1.Policy{Last: true, Revision: revision, Distrust: distrust}
 	}
 	start := func(t *testing.T) (*Store, func(*ententev1.Policy)) {
-		s := newStore(td, nil, nil)
+		s := newStore(td, nil, nil, nil)
 		return s, func(p *ententev1.Policy) {
 			t.Helper()
 			if err := s.policy(p); err != nil {

@@ -93,7 +93,7 @@ func TestSkippedIsBounded(t *testing.T) {
 	}
 	m := policyMessage(full(5, "a"))
 	m.GetPolicy().ProtoReflect().SetUnknown(raw)
-	s := newStore(bank, nil, nil)
+	s := newStore(bank, nil, nil, nil)
 	if news := s.note(m); len(news) != maxSkipped || len(s.Snapshot().Skipped) != maxSkipped {
 		t.Errorf("%d, %d", len(news), len(s.Snapshot().Skipped))
 	}
@@ -150,7 +150,7 @@ func FuzzUnknown(f *testing.F) {
 		if names := unknownOf(m); len(names) > maxSkipped {
 			t.Errorf("%d names", len(names))
 		}
-		s := newStore(bank, nil, nil)
+		s := newStore(bank, nil, nil, nil)
 		s.note(m)
 		if p := m.GetPolicy(); p != nil {
 			s.policy(p)

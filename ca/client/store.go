@@ -76,9 +76,9 @@ type update struct {
 	newTold    bool
 }
 
-// newStore begins with what was known before. The recovery key is pinned: the one that is
-// given, else that of the cluster known, else that of the first cluster heard of.
-func newStore(td spiffeid.TrustDomain, cluster *statev1.Cluster, members []*statev1.Member, recoveryKey ...byte) *Store {
+// newStore begins with what was known before. The recovery key is pinned: recoveryKey, else
+// that of the cluster known, else that of the first cluster heard of.
+func newStore(td spiffeid.TrustDomain, cluster *statev1.Cluster, members []*statev1.Member, recoveryKey []byte) *Store {
 	if len(recoveryKey) == 0 {
 		recoveryKey = cluster.GetRecoveryKey()
 	}
@@ -435,7 +435,7 @@ func (s *Store) check(u *update, revision uint64) error {
 		if c.GetTrustDomain() != s.domain {
 			return fmt.Errorf("%w: it is of trust domain %q, not of %q", errRefused, c.GetTrustDomain(), s.domain)
 		}
-		if err := ca.FollowCluster(s.view.Cluster, c, ca.FollowRecoveryKey(c, s.recovery)); err != nil {
+		if err := ca.FollowCluster(s.view.Cluster, c, s.recovery); err != nil {
 			return fmt.Errorf("%w: %w", errRefused, err)
 		}
 	}

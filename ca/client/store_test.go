@@ -100,7 +100,7 @@ func TestStorePolicy(t *testing.T) {
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
-			s := newStore(bank, nil, nil)
+			s := newStore(bank, nil, nil, nil)
 			var err error
 			for _, chunk := range test.chunks {
 				if err != nil {
@@ -138,7 +138,7 @@ func TestStoreRefusesLies(t *testing.T) {
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
-			s := newStore(bank, nil, nil)
+			s := newStore(bank, nil, nil, nil)
 			if err := s.policy(full(5, "true")); err != nil {
 				t.Fatal(err)
 			}
@@ -175,7 +175,7 @@ func TestEpochNeedsItsStatement(t *testing.T) {
 		"a revision without an epoch": far, "the same cluster record": in(inEpoch(0, recoveryKey())),
 	} {
 		// Pinned by the first trust, or given, by a token or the configuration.
-		for how, s := range map[string]*Store{"first trust": newStore(bank, nil, nil), "given": newStore(bank, nil, nil, recoveryKey().PublicKey()...)} {
+		for how, s := range map[string]*Store{"first trust": newStore(bank, nil, nil, nil), "given": newStore(bank, nil, nil, recoveryKey().PublicKey())} {
 			if err := s.policy(full(5, "true")); err != nil {
 				t.Fatal(err)
 			}
@@ -199,7 +199,7 @@ func TestEpochNeedsItsStatement(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, signed := range []bool{true, false} {
-		replaced := newStore(bank, nil, nil)
+		replaced := newStore(bank, nil, nil, nil)
 		if err := replaced.policy(full(5, "true")); err != nil {
 			t.Fatal(err)
 		}
@@ -213,7 +213,7 @@ func TestEpochNeedsItsStatement(t *testing.T) {
 		}
 	}
 	// Where no key was ever pinned, no epoch is believed.
-	s := newStore(bank, nil, nil)
+	s := newStore(bank, nil, nil, nil)
 	first := full(5, "true")
 	first.Cluster.RecoveryKey = nil
 	if err := s.policy(first); err != nil {
@@ -226,7 +226,7 @@ func TestEpochNeedsItsStatement(t *testing.T) {
 
 // What was believed is kept over a restart.
 func TestAnchorKeepsTheRecoveryKey(t *testing.T) {
-	s := newStore(bank, nil, nil)
+	s := newStore(bank, nil, nil, nil)
 	if err := s.policy(full(5, "a")); err != nil {
 		t.Fatal(err)
 	}
@@ -238,7 +238,7 @@ func TestAnchorKeepsTheRecoveryKey(t *testing.T) {
 	if err != nil || !bytes.Equal(known.RecoveryKey, recoveryKey().PublicKey()) || len(known.Members) != 1 {
 		t.Fatalf("%v, %v", known, err)
 	}
-	again := newStore(bank, known.Cluster, known.Members, known.RecoveryKey...)
+	again := newStore(bank, known.Cluster, known.Members, known.RecoveryKey)
 	lie := full(epoch1+1, "captured")
 	lie.Cluster = inEpoch(1, stranger())
 	if err := again.policy(lie); !errors.Is(err, errRefused) {
@@ -263,7 +263,7 @@ func TestStoreBoundsAnUpdate(t *testing.T) {
 
 // Views are immutable, and share what has not changed.
 func TestStoreViews(t *testing.T) {
-	s := newStore(bank, nil, nil)
+	s := newStore(bank, nil, nil, nil)
 	if err := s.policy(full(5, "a")); err != nil {
 		t.Fatal(err)
 	}
@@ -320,7 +320,7 @@ func served(s *Store) string {
 
 // A session's presence replaces the former one when it is complete, and not before.
 func TestStorePresence(t *testing.T) {
-	s := newStore(bank, nil, nil)
+	s := newStore(bank, nil, nil, nil)
 	step := func(what, want string) {
 		t.Helper()
 		if got := served(s); got != want {

@@ -18,7 +18,7 @@ import (
 // ends them.
 func TestUrgentItems(t *testing.T) {
 	td := spiffeid.RequireTrustDomainFromString("banking.example")
-	s := newStore(td, nil, nil)
+	s := newStore(td, nil, nil, nil)
 	item := &statev1.Distrust{Id: "agent/h1", Agent: "h1", AgentGeneration: 3}
 	urgent := &ententev1.Urgent{Distrust: []*statev1.Distrust{item}, Tainted: []string{"a"}, ReissueWithinMs: 1500}
 	s.urgent(urgent)
@@ -65,7 +65,7 @@ func TestUrgentItems(t *testing.T) {
 // relationship it rests on.
 func TestForeignBundleNeverGoesBack(t *testing.T) {
 	td := spiffeid.RequireTrustDomainFromString("banking.example")
-	s := newStore(td, nil, nil)
+	s := newStore(td, nil, nil, nil)
 	of := func(name string, sequence uint64) *ententev1.Bundle {
 		return &ententev1.Bundle{TrustDomain: name, Jwks: fmt.Appendf(nil, "%d", sequence), Sequence: sequence}
 	}
@@ -104,7 +104,7 @@ func TestForeignBundleNeverGoesBack(t *testing.T) {
 	full(7, 5, 2)
 	holds("the full state of a node that has seen less", "7")
 
-	kept := newStore(td, nil, nil)
+	kept := newStore(td, nil, nil, nil)
 	if err := kept.policy(s.picture().GetPolicy()); err != nil {
 		t.Fatal(err)
 	}

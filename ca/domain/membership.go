@@ -66,6 +66,11 @@ func (s *State) ApprovalStatement(change []byte) [32]byte {
 // PendingChanges are the changes of the CA nodes that lack approvals, by id.
 func (s *State) PendingChanges() []*statev1.PendingChange { return s.pending.sorted() }
 
+// PendingChange is the one whose approvals sign that statement.
+func (s *State) PendingChange(statement [32]byte) (*statev1.PendingChange, bool) {
+	return s.pending.get(hex.EncodeToString(statement[:]))
+}
+
 // MembershipChange decodes what is to be changed; nil if it is nothing that needs approvals.
 func MembershipChange(encoded []byte) *statev1.Command {
 	cmd := &statev1.Command{}
@@ -88,10 +93,9 @@ func (a *application) approveChange(c *statev1.ApproveChange, actor string) *Ref
 	if m, ok := a.members.get(member); !ok || !m.GetVoter() {
 		return refuse(CodeApproval, "%.12s is not a voter: its operator's approval does not count", member)
 	}
-	id := hex.EncodeToString(statement[:])
-	pending, known := a.pending.get(id)
+	pending, known := a.PendingChange(statement)
 	if !known {
-		pending = &statev1.PendingChange{Id: id, Change: c.GetChange(), NotAfter: a.seconds() + int64(pendingLife/time.Second), Actor: actor}
+		pending = &statev1.PendingChange{Id: hex.EncodeToString(statement[:]), Change: c.GetChange(), NotAfter: a.seconds() + int64(pendingLife/time.Second), Actor: actor}
 	} else if slices.Contains(pending.GetApprovedBy(), member) {
 		return nil // the proposer did not hear the first answer
 	}
@@ -101,13 +105,13 @@ func (a *application) approveChange(c *statev1.ApproveChange, actor string) *Ref
 		if !known {
 			a.makeRoomForPending(member)
 		}
-		put(a, &a.pending, id, pending)
+		put(a, &a.pending, pending.GetId(), pending)
 		return nil
 	}
 	if refusal := a.changeMembers(change); refusal != nil {
 		return refusal // it stays pending: another approval tries again
 	}
-	drop(a, &a.pending, id)
+	drop(a, &a.pending, pending.GetId())
 	return nil
 }
 

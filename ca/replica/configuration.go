@@ -8,7 +8,6 @@ import (
 
 	"github.com/hashicorp/raft"
 
-	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	"github.com/entente-mesh/entente/ca/domain"
 )
 
@@ -76,30 +75,31 @@ func (l *leaderCheck) checkMembership(e *raft.Log) (err error) {
 	}()
 	next := raft.DecodeConfiguration(e.Data).Servers
 	before := l.configuration()
-	var members []*statev1.Member
 	l.read(func(st *domain.State) {
 		if st.Cluster() != nil {
-			members = st.Members()
+			err = membershipFits(st, before, next)
 		}
 	})
-	if members == nil {
-		return nil
-	}
+	return err
+}
+
+// membershipFits says where Raft's next membership is not what the state's members allow.
+func membershipFits(st *domain.State, before, next []raft.Server) error {
 	var errs []error
 	for _, s := range next {
-		m := memberByID(members, s.ID)
+		m, ok := st.Member(string(s.ID))
 		switch {
-		case m == nil:
+		case !ok:
 			errs = append(errs, fmt.Errorf("it adds %.12s, which is not an agreed CA node", s.ID))
 		case s.Suffrage == raft.Voter && !m.GetVoter():
 			errs = append(errs, fmt.Errorf("it lets CA node %s vote, which is not agreed", m.GetName()))
 		}
 	}
 	for _, s := range before {
-		m := memberByID(members, s.ID)
+		m, ok := st.Member(string(s.ID))
 		i := slices.IndexFunc(next, func(n raft.Server) bool { return n.ID == s.ID })
 		switch {
-		case m == nil:
+		case !ok:
 		case i < 0:
 			errs = append(errs, fmt.Errorf("it removes CA node %s, which is not agreed", m.GetName()))
 		case s.Suffrage == raft.Voter && next[i].Suffrage != raft.Voter:
@@ -107,13 +107,4 @@ func (l *leaderCheck) checkMembership(e *raft.Log) (err error) {
 		}
 	}
 	return errors.Join(errs...)
-}
-
-func memberByID(members []*statev1.Member, id raft.ServerID) *statev1.Member {
-	for _, m := range members {
-		if m.GetId() == string(id) {
-			return m
-		}
-	}
-	return nil
 }

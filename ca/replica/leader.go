@@ -27,9 +27,10 @@ const (
 )
 
 // leaderCheck rejects a leader that would move the agreed time far past this node's
-// clock, or have others count as members than the agreed ones. It sees messages before Raft does: nothing of a rejected one is stored, and its
-// heartbeats do not count either, so the others elect another leader. When what it sends
-// fits again, because somebody set a clock, entries are accepted again.
+// clock, or have others count as members than the agreed ones. It sees messages before
+// Raft does: nothing of a rejected one is stored, and its heartbeats do not count either,
+// so the others elect another leader. When what it sends fits again, because somebody set
+// a clock, entries are accepted again.
 //
 // Its methods may be called concurrently.
 type leaderCheck struct {
@@ -61,8 +62,8 @@ func checkTime(ahead time.Duration) error {
 	return fmt.Errorf("it moves the agreed time %v past this node's clock, over %v; check both clocks", ahead.Round(time.Second), MaxTimeAhead)
 }
 
-// allows says why a message of a member must not reach Raft; nil if it may. Of entries
-// that it returns, only so many may.
+// allows says why a message of a member must not reach Raft; nil if it may. Of a request's
+// entries only the first so many may yet.
 func (l *leaderCheck) allows(peer string, rpc *raft.RPC) (entries int, err error) {
 	switch c := rpc.Command.(type) {
 	case *raft.AppendEntriesRequest:

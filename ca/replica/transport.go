@@ -253,7 +253,12 @@ func (t *transport) passInParts(peer string, rpc *raft.RPC, request *raft.Append
 			if n > 0 {
 				break
 			}
-			time.Sleep(5 * time.Millisecond)
+			select {
+			case <-time.After(5 * time.Millisecond):
+			case <-t.streams.closed:
+				rpc.Respond(nil, errKilled)
+				return
+			}
 		}
 		part = next
 	}

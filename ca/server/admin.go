@@ -166,12 +166,7 @@ func (d adminDoor) CreateToken(ctx context.Context, req *ententev1.CreateTokenRe
 	}
 	resp := &ententev1.CreateTokenResponse{Token: text, Id: record.GetId(), NotAfter: record.GetNotAfter()}
 	command := &statev1.Command{Body: &statev1.Command_CreateToken{CreateToken: &statev1.CreateToken{Token: record}}}
-	if domain.ChangesMembers(command) {
-		_, resp.Approval, err = s.changeMembers(ctx, command)
-	} else {
-		_, err = s.propose(ctx, command)
-	}
-	if err != nil {
+	if _, resp.Approval, err = s.changeMembers(ctx, command); err != nil {
 		return nil, err
 	}
 	return resp, nil

@@ -24,7 +24,7 @@ import (
 func (s *Server) changeMembers(ctx context.Context, command *statev1.Command) (revision uint64, approval *ententev1.Approval, err error) {
 	needed := 0
 	s.State.Read(func(st *domain.State) { needed = st.ApprovalsNeeded() })
-	if needed == 0 {
+	if needed == 0 || !domain.ChangesMembers(command) {
 		outcome, err := s.propose(ctx, command)
 		return outcome.Revision, nil, err
 	}
@@ -63,10 +63,8 @@ func (s *Server) approve(ctx context.Context, change []byte) (revision uint64, a
 		return 0, nil, err
 	}
 	s.State.Read(func(st *domain.State) {
-		for _, p := range st.PendingChanges() {
-			if p.GetId() == fmt.Sprintf("%x", statement) {
-				approval = approvalOf(st, p)
-			}
+		if p, ok := st.PendingChange(statement); ok {
+			approval = approvalOf(st, p)
 		}
 	})
 	return outcome.Revision, approval, nil
@@ -75,10 +73,6 @@ func (s *Server) approve(ctx context.Context, change []byte) (revision uint64, a
 func (d adminDoor) ReplaceRecoveryKey(ctx context.Context, req *ententev1.ReplaceRecoveryKeyRequest) (*ententev1.ReplaceRecoveryKeyResponse, error) {
 	s := d.server
 	command := &statev1.Command{Body: &statev1.Command_ReplaceRecoveryKey{ReplaceRecoveryKey: &statev1.ReplaceRecoveryKey{Replacement: req.GetReplacement()}}}
-	if !domain.ChangesMembers(command) {
-		outcome, err := s.propose(ctx, command)
-		return &ententev1.ReplaceRecoveryKeyResponse{Revision: outcome.Revision}, err
-	}
 	revision, approval, err := s.changeMembers(ctx, command)
 	return &ententev1.ReplaceRecoveryKeyResponse{Revision: revision, Approval: approval}, err
 }
