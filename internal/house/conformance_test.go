@@ -1,4 +1,4 @@
-package scenarios
+package house
 
 import (
 	"fmt"
@@ -18,8 +18,8 @@ import (
 
 // The page of conformance is the table of requirements with the tests that say in their comments what they hold.
 func TestConformancePage(t *testing.T) {
-	const page = "../docs/conformance.md"
-	held, complaints := citations(os.DirFS(".."))
+	const page = "../../docs/conformance.md"
+	held, complaints := citations(os.DirFS("../.."))
 	text, more := conformance(specifications, held)
 	for _, complaint := range append(complaints, more...) {
 		t.Error(complaint)
@@ -176,8 +176,8 @@ What the SPIFFE specifications ask of us, in our words, and the tests that fail 
 WIT-SVID, the Workload API's WIT calls, the Broker Endpoint and the Broker API are incubating there. *hard* marks what no clause asks and we do nevertheless.
 A remark stands where no test holds a requirement, or where we do something else than its words say.
 
-A test says what it holds in its comment: ` + "`// Requirements: 39, 41-43, T9.`" + ` This page is made from these lines and the table in scenarios/requirements_test.go:
-` + "`go test ./scenarios -run TestConformancePage -update`" + `.
+A test says what it holds in its comment: ` + "`// Requirements: 39, 41-43, T9.`" + ` This page is made from these lines and the table in internal/house/requirements_test.go:
+` + "`go test ./internal/house -run TestConformancePage -update`" + `.
 `)
 	known := map[string]bool{}
 	for _, spec := range specs {

@@ -1,4 +1,4 @@
-package scenarios
+package house
 
 import (
 	"fmt"
@@ -127,7 +127,7 @@ var (
 
 func TestDirection(t *testing.T) {
 	house := readHouse(t)
-	for _, complaint := range house.inspect(os.DirFS("..")) {
+	for _, complaint := range house.inspect(os.DirFS("../..")) {
 		t.Error(complaint)
 	}
 }
@@ -269,7 +269,7 @@ func (h house) inspect(tree fs.FS) []string {
 		if !ok {
 			if !unknown[room] {
 				unknown[room] = true
-				complaints = append(complaints, fmt.Sprintf("%s: room %s is not on the map: give it a line in scenarios/direction_test.go", file, room))
+				complaints = append(complaints, fmt.Sprintf("%s: room %s is not on the map: give it a line in internal/house/direction_test.go", file, room))
 			}
 			continue
 		}

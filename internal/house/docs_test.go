@@ -1,4 +1,4 @@
-package scenarios
+package house
 
 import (
 	"flag"
@@ -20,7 +20,7 @@ var update = flag.Bool("update", false, "rewrite generated pages of the document
 
 // The page of refusals is the table in the code, and nothing else.
 func TestRefusalsPage(t *testing.T) {
-	const page = "../docs/reference/refusals.md"
+	const page = "../../docs/reference/refusals.md"
 	var b strings.Builder
 	b.WriteString(`# Refusals
 
@@ -28,7 +28,7 @@ What the mesh answers when it refuses a request or cannot serve it: an RFC 9457 
 or for gRPC a trailers-only answer with the code below. The header ` + "`Entente-Refused`" + ` names the reason, so that an answer of the mesh is never taken for one of the application.
 The rule and revision behind a refusal stand in the log of the process that refused, under the request id; callers do not learn them.
 
-This page is made from the table in internal/refusal: ` + "`go test ./scenarios -run TestRefusalsPage -update`" + `.
+This page is made from the table in internal/refusal: ` + "`go test ./internal/house -run TestRefusalsPage -update`" + `.
 
 | reason | HTTP | gRPC | meaning | what to do |
 |---|---|---|---|---|
@@ -53,7 +53,7 @@ This page is made from the table in internal/refusal: ` + "`go test ./scenarios 
 // What the pages say that a test shows, a test shows: each test that a page names is
 // there, in the room that the page names beside it, and each runbook has its own.
 func TestDocumentsNameTests(t *testing.T) {
-	for _, complaint := range namedTests(os.DirFS("..")) {
+	for _, complaint := range namedTests(os.DirFS("../..")) {
 		t.Error(complaint)
 	}
 }

@@ -1,4 +1,4 @@
-package scenarios
+package house
 
 import (
 	"fmt"
@@ -26,7 +26,7 @@ var (
 )
 
 func TestHygiene(t *testing.T) {
-	for _, complaint := range untidy(os.DirFS("..")) {
+	for _, complaint := range untidy(os.DirFS("../..")) {
 		t.Error(complaint)
 	}
 }

@@ -1,4 +1,4 @@
-package scenarios
+package house
 
 // requirement is one thing that a SPIFFE specification asks of an implementation. Numbers are never given anew.
 type requirement struct {
