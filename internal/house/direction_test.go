@@ -132,6 +132,47 @@ func TestDirection(t *testing.T) {
 	}
 }
 
+// The page of the architecture shows the tables above, as they are.
+func TestDirectionPage(t *testing.T) {
+	const page = "../../docs/architecture.md"
+	have, err := os.ReadFile(page)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want, err := withTables(string(have))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if *update {
+		if err := os.WriteFile(page, []byte(want), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	} else if string(have) != want {
+		t.Errorf("%s does not show the tables of this file: run this test with -update", page)
+	}
+
+	if changed, err := withTables(strings.Replace(want, "internal/yamlfile", "internal/elsewhere", 1)); err != nil || changed != want {
+		t.Errorf("a row that was changed on the page was not noticed: %v", err)
+	}
+	if _, err := withTables("# Architecture\n"); err == nil {
+		t.Error("a page without the tables was not noticed")
+	}
+}
+
+// withTables returns the page with the tables of this file between its two marks.
+func withTables(page string) (string, error) {
+	const begin, end = "<!-- tables of internal/house: begin -->\n", "<!-- tables of internal/house: end -->\n"
+	before, rest, found := strings.Cut(page, begin)
+	_, after, ended := strings.Cut(rest, end)
+	if !found || !ended {
+		return "", fmt.Errorf("the page lacks %q or %q", begin, end)
+	}
+	text := "\nWho may import whom inside this module:\n\n```" + rooms + "```\n" +
+		"\nLibraries that stay in the packages named here:\n\n```" + outside + "```\n" +
+		"\nPure packages:\n\n```" + pure + "```\n\n"
+	return before + begin + text + end + after, nil
+}
+
 // The map itself must not go round in circles; then no import can.
 func TestDirectionIsAcyclic(t *testing.T) {
 	house := readHouse(t)
