@@ -1,0 +1,219 @@
+package house
+
+import (
+	"fmt"
+	"go/ast"
+	"go/parser"
+	"io/fs"
+	"maps"
+	"os"
+	"path"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"testing/fstest"
+)
+
+const (
+	mostLines  = 80 // of a function
+	mostFields = 20 // of a struct
+)
+
+// longFunctions are the functions over mostLines, each with the length that it may not
+// exceed and the reason. The table only shrinks: a new function is split instead, and a
+// function that became short loses its row.
+const longFunctions = `
+ca/client syncer.run             136  one select over everything that happens to a session; each case is short
+ca/client Store.apply             87  one update becomes one view, member by member
+ca/domain encoder.record         192  one case for each record: the bytes of the checksum, in one place
+ca/domain application.prepareAuthority 97  every rule for an authority, in the order in which they refuse
+ca/domain application.run         81  the Apply switch: one case for each command
+ca/feed Session.delta             87  one case for each kind of change
+ca/node New                      125  wiring: the parts of a node, in the order in which they need each other
+ca/node Config.Complete           85  one check for each key of the file
+ca/replica load                   81  the order of recovery is the promise: snapshots, then the log, then what was agreed
+ca/server syncDoor.Sync          110  one select over everything that happens to a stream
+ca/server named                  101  one case for each administrative request
+ca/server planApply               82  one plan from one state: objects, deletes, what they leave
+cmd/entente printStatus          112  one section after the other, as they are printed
+cmd/entente runFlags.run          81  the life of one program: registered, declared, started, drained
+federation/catalog compiler.service 86  one check for each field of a service
+internal/dataplane sender.try     95  one attempt: what may be repeated depends on how far it came
+meshagent Agent.keepSVIDs         90  one round: look at all SVIDs, renew those that are due, wait
+meshagent Config.check            98  one check for each key of the file
+scenarios/bench measureEntries    87  a script: prepare, measure, report
+scenarios/bench measureIssuing    86  a script: prepare, measure, report
+scenarios/bench measureStreams   112  a script: prepare, measure, report
+scenarios/bench measureWorkloadAPI 92  a script: prepare, measure, report
+`
+
+// wideStructs are the structs over mostFields, each with the number of fields that it may
+// not exceed and the reason. The table only shrinks.
+const wideStructs = `
+ca/domain State      21  the replicated state: one field for each table
+ca/feed Session      27  to be split: what a subscriber was told, and what it reports
+ca/node Config       25  a configuration file: one field for each section
+ca/node Node         38  to be split by owner: leadership, authorities, following, watchdogs
+ca/replica Replica   22  to be split: the log, and those who wait for it
+ca/server Config     31  to be split: closures become interfaces
+meshagent Agent      26  to be split by owner: identity, delivery, services
+meshagent Config     22  a configuration file: one field for each section
+`
+
+func TestHygieneOfFunctions(t *testing.T) {
+	for _, complaint := range oversized(os.DirFS("../.."), functionLines, "lines", mostLines, longFunctions) {
+		t.Error(complaint)
+	}
+}
+
+func TestHygieneOfStructs(t *testing.T) {
+	for _, complaint := range oversized(os.DirFS("../.."), structFields, "fields", mostFields, wideStructs) {
+		t.Error(complaint)
+	}
+}
+
+func TestHygieneOfSizesNotices(t *testing.T) {
+	function := func(lines int) string {
+		return "package x\n\nfunc (*T[K]) long() {\n" + strings.Repeat("\tf()\n", lines-2) + "}\n"
+	}
+	structure := func(fields int) string {
+		return "package x\n\ntype T struct {\n\tio.Writer\n\ta, b int\n" + strings.Repeat("\t_ int\n", fields-3) + "}\n"
+	}
+	tests := []struct {
+		name, file, src, table string
+		want                   string // part of the only complaint; "" if there is none
+	}{
+		{"short function", "ca/x.go", function(80), "", ""},
+		{"long function", "ca/x.go", function(81), "", "ca/x.go: ca T.long has 81 lines, over 80"},
+		{"with a reason", "ca/x.go", function(90), "ca T.long 90 why", ""},
+		{"shorter than its row", "ca/x.go", function(85), "ca T.long 90 why", ""},
+		{"longer than its row", "ca/x.go", function(91), "ca T.long 90 why", "has 91 lines, over 90"},
+		{"row of a short function", "ca/x.go", function(80), "ca T.long 90 why", "ca T.long no longer needs its row"},
+		{"row of nothing", "ca/x.go", function(80), "ca T.gone 90 why", "ca T.gone no longer needs its row"},
+		{"row without a reason", "ca/x.go", function(90), "ca T.long 90", "says no number and reason"},
+		{"row that allows what needs none", "ca/x.go", function(80), "ca T.long 80 why", "ca T.long no longer needs its row"},
+		{"a test", "ca/x_test.go", function(90), "", ""},
+		{"generated", "ca/x.go", "// Code generated by x. DO NOT EDIT.\n\n" + function(90), "", ""},
+		{"another room's row", "federation/x.go", function(90), "federation T.long 90 why", ""},
+		{"narrow struct", "ca/x.go", structure(20), "", ""},
+		{"wide struct", "ca/x.go", structure(21), "", "ca/x.go: ca T has 21 fields, over 20"},
+		{"wide with a reason", "ca/x.go", structure(21), "ca T 21 why", ""},
+		{"wider than its row", "ca/x.go", structure(22), "ca T 21 why", "has 22 fields, over 21"},
+		{"row of a narrow struct", "ca/x.go", structure(20), "ca T 21 why", "ca T no longer needs its row"},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			tree := fstest.MapFS{test.file: {Data: []byte(test.src)}}
+			var got []string
+			if strings.Contains(test.src, "struct") {
+				got = oversized(tree, structFields, "fields", 20, test.table)
+			} else {
+				got = oversized(tree, functionLines, "lines", 80, test.table)
+			}
+			switch {
+			case test.want == "" && len(got) > 0:
+				t.Errorf("unexpected: %q", got)
+			case test.want != "" && (len(got) != 1 || !strings.Contains(got[0], test.want)):
+				t.Errorf("complaints: %q\nwant one with: %s", got, test.want)
+			}
+		})
+	}
+}
+
+// sizes measures what a file declares, by name.
+type sizes func(tree fs.FS, file string) (map[string]int, error)
+
+// oversized measures every file of the tree that people wrote, tests apart, and returns a
+// complaint for what is over the limit without a row, over its row, or has a row for nothing.
+func oversized(tree fs.FS, measure sizes, unit string, limit int, table string) (complaints []string) {
+	allowed, used := map[string]int{}, map[string]bool{}
+	for line := range strings.Lines(strings.TrimSpace(table)) {
+		words := strings.Fields(line)
+		if len(words) < 4 {
+			return []string{fmt.Sprintf("%q says no number and reason", line)}
+		}
+		most, err := strconv.Atoi(words[2])
+		if err != nil {
+			return []string{fmt.Sprintf("%q says no number and reason", line)}
+		}
+		allowed[words[0]+" "+words[1]] = most
+	}
+	for file := range goFiles(tree, &complaints) {
+		if strings.HasSuffix(file, "_test.go") {
+			continue
+		}
+		have, err := measure(tree, file)
+		if err != nil {
+			complaints = append(complaints, err.Error())
+		}
+		for _, name := range slices.Sorted(maps.Keys(have)) {
+			full, size := path.Dir(file)+" "+name, have[name]
+			if size <= limit {
+				continue
+			}
+			most := max(limit, allowed[full])
+			used[full] = true
+			if size > most {
+				complaints = append(complaints, fmt.Sprintf("%s: %s has %d %s, over %d: split it (internal/house/size_test.go)", file, full, size, unit, most))
+			}
+		}
+	}
+	for _, name := range slices.Sorted(maps.Keys(allowed)) {
+		if used[name] {
+			continue
+		}
+		complaints = append(complaints, fmt.Sprintf("%s no longer needs its row in internal/house/size_test.go: delete it", name))
+	}
+	return complaints
+}
+
+// functionLines counts from the line of func to that of the closing brace.
+func functionLines(tree fs.FS, file string) (map[string]int, error) {
+	f, positions, err := parse(tree, file, parser.ParseComments|parser.SkipObjectResolution)
+	if err != nil || ast.IsGenerated(f) {
+		return nil, err
+	}
+	lines := map[string]int{}
+	for _, decl := range f.Decls {
+		function, ok := decl.(*ast.FuncDecl)
+		if !ok {
+			continue
+		}
+		name := function.Name.Name
+		if function.Recv != nil {
+			name = receiver(function.Recv.List[0].Type) + "." + name
+		}
+		lines[name] = positions.Position(function.End()).Line - positions.Position(function.Pos()).Line + 1
+	}
+	return lines, nil
+}
+
+// receiver is the type's name of T, *T and *T[K].
+func receiver(expr ast.Expr) string {
+	for node := range ast.Preorder(expr) {
+		if ident, ok := node.(*ast.Ident); ok {
+			return ident.Name
+		}
+	}
+	return ""
+}
+
+// structFields counts the fields of each declared struct; an embedded one counts once.
+func structFields(tree fs.FS, file string) (map[string]int, error) {
+	f, _, err := parse(tree, file, parser.ParseComments|parser.SkipObjectResolution)
+	if err != nil || ast.IsGenerated(f) {
+		return nil, err
+	}
+	fields := map[string]int{}
+	for node := range ast.Preorder(f) {
+		spec, ok := node.(*ast.TypeSpec)
+		if !ok {
+			continue
+		}
+		if structure, ok := spec.Type.(*ast.StructType); ok {
+			fields[spec.Name.Name] = structure.Fields.NumFields()
+		}
+	}
+	return fields, nil
+}
