@@ -12,6 +12,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"github.com/entente-mesh/entente/internal/nearest"
 	"github.com/entente-mesh/entente/internal/refusal"
 	"github.com/entente-mesh/entente/internal/yamlfile"
 )
@@ -59,7 +60,7 @@ func (c *checker) known(at yamlfile.Pos, what, word string, words []string) bool
 		return true
 	}
 	hint := ""
-	if near := yamlfile.Nearest(word, words); near != "" {
+	if near := nearest.Word(word, words); near != "" {
 		hint = fmt.Sprintf("; did you mean %q?", near)
 	} else if len(words) <= 12 {
 		hint = "; there are: " + strings.Join(words, ", ")

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/entente-mesh/entente/internal/admission"
+	"github.com/entente-mesh/entente/internal/problem"
 	"github.com/entente-mesh/entente/internal/refusal"
 )
 
@@ -29,7 +30,7 @@ type Mesh interface {
 	// it is valid; nil if it is.
 	Revoked(subject, keyID string, claims map[string]any) error
 	// Refuse answers with a problem; detail is for our own log only.
-	Refuse(w http.ResponseWriter, r *http.Request, service string, p refusal.Problem, detail string)
+	Refuse(w http.ResponseWriter, r *http.Request, service string, p problem.Problem, detail string)
 }
 
 const (
@@ -126,26 +127,26 @@ func seat(r *http.Request) bool {
 func (e *Edge) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	now := time.Now()
 	// Our own word for who asks; a client's is worth nothing.
-	user, problem := e.tokens.verify(r, now)
-	if problem == nil && !seat(r) {
+	user, refused := e.tokens.verify(r, now)
+	if refused == nil && !seat(r) {
 		w.Header().Set("Connection", "close")
-		problem = &refusal.Problem{Reason: refusal.NotReady, Detail: "too many connections are open, or come from this address"}
+		refused = &problem.Problem{Reason: refusal.NotReady, Detail: "too many connections are open, or come from this address"}
 	}
-	if problem == nil {
-		problem = e.tiers.take(user, now)
+	if refused == nil {
+		refused = e.tiers.take(user, now)
 	}
-	if problem != nil {
-		e.mesh.Refuse(w, r, "", *problem, "user "+user.Subject)
+	if refused != nil {
+		e.mesh.Refuse(w, r, "", *refused, "user "+user.Subject)
 		return
 	}
 	route, path, ok := e.routes.match(r.URL.EscapedPath())
 	if !ok {
-		e.mesh.Refuse(w, r, "", refusal.Problem{Reason: refusal.NoRoute, Detail: "no route for this path"}, "user "+user.Subject)
+		e.mesh.Refuse(w, r, "", problem.Problem{Reason: refusal.NoRoute, Detail: "no route for this path"}, "user "+user.Subject)
 		return
 	}
 	if route.StripPrefix {
 		if err := setPath(r.URL, path); err != nil {
-			e.mesh.Refuse(w, r, route.Service, refusal.Problem{Reason: refusal.BadRequest, Detail: "the path does not parse"}, err.Error())
+			e.mesh.Refuse(w, r, route.Service, problem.Problem{Reason: refusal.BadRequest, Detail: "the path does not parse"}, err.Error())
 			return
 		}
 	}

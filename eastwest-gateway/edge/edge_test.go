@@ -30,6 +30,7 @@ import (
 	"github.com/go-jose/go-jose/v4"
 	"github.com/go-jose/go-jose/v4/jwt"
 
+	"github.com/entente-mesh/entente/internal/problem"
 	"github.com/entente-mesh/entente/internal/refusal"
 	"github.com/entente-mesh/entente/internal/yamlfile"
 )
@@ -60,7 +61,7 @@ func (m *mesh) ForwardUser(w http.ResponseWriter, r *http.Request, service strin
 	w.WriteHeader(http.StatusOK)
 }
 
-func (m *mesh) Refuse(w http.ResponseWriter, r *http.Request, _ string, p refusal.Problem, _ string) {
+func (m *mesh) Refuse(w http.ResponseWriter, r *http.Request, _ string, p problem.Problem, _ string) {
 	p.RequestID = "01JC0000000000000000000000"
 	p.Write(w, r)
 }
@@ -251,7 +252,7 @@ func TestTokens(t *testing.T) {
 			}
 			answer := httptest.NewRecorder()
 			w.edge.ServeHTTP(answer, r)
-			got, _ := refusal.FromHeader(answer.Header())
+			got, _ := problem.FromHeader(answer.Header())
 			if got != c.want {
 				t.Fatalf("refused for %q, want %q: %s", got, c.want, answer.Body)
 			}
@@ -310,7 +311,7 @@ func TestRoutes(t *testing.T) {
 
 func TestKeysRotateWithoutRestart(t *testing.T) {
 	w := newWorld(t, nil)
-	verify := func(raw string) *refusal.Problem {
+	verify := func(raw string) *problem.Problem {
 		r := httptest.NewRequest("GET", "/", nil)
 		r.Header.Set("Authorization", "Bearer "+raw)
 		_, problem := w.edge.tokens.verify(r, time.Now())

@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/time/rate"
 
+	"github.com/entente-mesh/entente/internal/problem"
 	"github.com/entente-mesh/entente/internal/refusal"
 )
 
@@ -36,15 +37,15 @@ func newTiers(limits map[string]Tier) *tiers {
 }
 
 // take counts one request of the user at now, or says why not.
-func (t *tiers) take(user User, now time.Time) *refusal.Problem {
+func (t *tiers) take(user User, now time.Time) *problem.Problem {
 	limit, ok := t.limits[user.Tier]
 	if !ok {
-		return &refusal.Problem{Reason: refusal.TierUnknown, Detail: fmt.Sprintf("tier %q has no plan here", user.Tier)}
+		return &problem.Problem{Reason: refusal.TierUnknown, Detail: fmt.Sprintf("tier %q has no plan here", user.Tier)}
 	}
 	reservation := t.bucket(user, limit).ReserveN(now, 1)
 	if wait := reservation.DelayFrom(now); wait > 0 {
 		reservation.CancelAt(now)
-		return &refusal.Problem{Reason: refusal.Rate,
+		return &problem.Problem{Reason: refusal.Rate,
 			Detail:     fmt.Sprintf("tier %s allows %g requests per second", user.Tier, limit.Rate.PerSecond),
 			RetryAfter: time.Duration(math.Ceil(wait.Seconds())) * time.Second}
 	}

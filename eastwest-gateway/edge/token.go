@@ -14,6 +14,7 @@ import (
 	"github.com/go-jose/go-jose/v4"
 	"github.com/go-jose/go-jose/v4/jwt"
 
+	"github.com/entente-mesh/entente/internal/problem"
 	"github.com/entente-mesh/entente/internal/refusal"
 )
 
@@ -147,20 +148,20 @@ func parseJWKS(raw []byte) (*jose.JSONWebKeySet, error) {
 
 // verify returns the user that the request's bearer token speaks for (RFC 6750
 // section 2.1, RFC 8725). The problem says which of missing, invalid and expired it is.
-func (t *tokens) verify(r *http.Request, now time.Time) (User, *refusal.Problem) {
-	invalid := func(format string, args ...any) (User, *refusal.Problem) {
-		return User{}, &refusal.Problem{Reason: refusal.TokenInvalid, Detail: fmt.Sprintf(format, args...)}
+func (t *tokens) verify(r *http.Request, now time.Time) (User, *problem.Problem) {
+	invalid := func(format string, args ...any) (User, *problem.Problem) {
+		return User{}, &problem.Problem{Reason: refusal.TokenInvalid, Detail: fmt.Sprintf(format, args...)}
 	}
 	values := r.Header.Values("Authorization")
 	if len(values) == 0 {
-		return User{}, &refusal.Problem{Reason: refusal.TokenMissing, Detail: "send Authorization: Bearer TOKEN"}
+		return User{}, &problem.Problem{Reason: refusal.TokenMissing, Detail: "send Authorization: Bearer TOKEN"}
 	}
 	if len(values) > 1 {
 		return invalid("more than one Authorization header")
 	}
 	scheme, raw, _ := strings.Cut(values[0], " ")
 	if !strings.EqualFold(scheme, "Bearer") {
-		return User{}, &refusal.Problem{Reason: refusal.TokenMissing, Detail: "the Authorization header is not a Bearer token"}
+		return User{}, &problem.Problem{Reason: refusal.TokenMissing, Detail: "the Authorization header is not a Bearer token"}
 	}
 	if len(raw) > maxTokenBytes {
 		return invalid("the token has %d bytes, more than %d", len(raw), maxTokenBytes)
@@ -200,7 +201,7 @@ func (t *tokens) verify(r *http.Request, now time.Time) (User, *refusal.Problem)
 	case claims.Expiry == nil:
 		return invalid("the token has no expiry")
 	case !now.Before(claims.Expiry.Time()):
-		return User{}, &refusal.Problem{Reason: refusal.TokenExpired,
+		return User{}, &problem.Problem{Reason: refusal.TokenExpired,
 			Detail: "the token ended at " + claims.Expiry.Time().UTC().Format(time.RFC3339)}
 	case claims.NotBefore != nil && now.Add(leeway).Before(claims.NotBefore.Time()):
 		return invalid("the token is not valid yet")

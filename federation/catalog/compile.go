@@ -17,7 +17,7 @@ import (
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	"github.com/entente-mesh/entente/federation"
-	"github.com/entente-mesh/entente/internal/yamlfile"
+	"github.com/entente-mesh/entente/internal/nearest"
 )
 
 const (
@@ -757,8 +757,8 @@ func (c *compiler) datacenter(what, name string) bool {
 	}
 	if c.datacenters != nil && !slices.Contains(c.datacenters, name) {
 		fix := "known: " + strings.Join(c.datacenters, ", ")
-		if nearest := yamlfile.Nearest(name, c.datacenters); nearest != "" {
-			fix = fmt.Sprintf("did you mean %q?", nearest)
+		if near := didYouMean(name, c.datacenters); near != "" {
+			fix = near
 		}
 		c.fail(fix, "%s: there is no datacenter %q", what, name)
 		return false
@@ -975,7 +975,7 @@ func (c *compiler) suggestTarget(name string) string {
 	}
 	domain := "." + c.tables.td.Name()
 	names := sortedKeys(c.tables.targets)
-	nearest := yamlfile.Nearest(name, names)
+	near := nearest.Word(name, names)
 	if label, own := strings.CutSuffix(name, domain); own {
 		// Compare labels alone: a long domain would make any two names look near.
 		var labels []string
@@ -984,7 +984,7 @@ func (c *compiler) suggestTarget(name string) string {
 				labels = append(labels, l)
 			}
 		}
-		nearest = yamlfile.Nearest(label, labels)
+		near = nearest.Word(label, labels)
 	} else if label, domain, ok := splitServiceName(name); ok {
 		var labels []string
 		for _, each := range names {
@@ -992,16 +992,16 @@ func (c *compiler) suggestTarget(name string) string {
 				labels = append(labels, l)
 			}
 		}
-		if l := yamlfile.Nearest(label, labels); l != "" {
-			nearest = l + "." + domain
+		if l := nearest.Word(label, labels); l != "" {
+			near = l + "." + domain
 		} else {
-			nearest = ""
+			near = ""
 		}
 	}
-	if nearest == "" {
+	if near == "" {
 		return ""
 	}
-	return fmt.Sprintf("did you mean %q?", nearest)
+	return fmt.Sprintf("did you mean %q?", near)
 }
 
 func (c *compiler) suggestPeer(domain string) string {
@@ -1018,8 +1018,8 @@ func (c *compiler) suggestPeer(domain string) string {
 }
 
 func didYouMean(word string, words []string) string {
-	if nearest := yamlfile.Nearest(word, words); nearest != "" {
-		return fmt.Sprintf("did you mean %q?", nearest)
+	if near := nearest.Word(word, words); near != "" {
+		return fmt.Sprintf("did you mean %q?", near)
 	}
 	return ""
 }

@@ -16,6 +16,7 @@ import (
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	"github.com/entente-mesh/entente/federation"
+	"github.com/entente-mesh/entente/internal/nearest"
 	"github.com/entente-mesh/entente/internal/yamlfile"
 )
 
@@ -268,8 +269,8 @@ func (p pathType) MarshalText() ([]byte, error) { return nameOf(pathTypes, state
 
 func notOneOf(text string, names []string) error {
 	err := fmt.Sprintf("%q is not one of %s", text, strings.Join(names, ", "))
-	if nearest := yamlfile.Nearest(text, names); nearest != "" {
-		err += fmt.Sprintf("; did you mean %q?", nearest)
+	if near := nearest.Word(text, names); near != "" {
+		err += fmt.Sprintf("; did you mean %q?", near)
 	}
 	return errors.New(err)
 }

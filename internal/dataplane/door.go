@@ -16,6 +16,7 @@ import (
 	"github.com/entente-mesh/entente/federation/catalog"
 	"github.com/entente-mesh/entente/internal/dataplane/header"
 	"github.com/entente-mesh/entente/internal/peer"
+	"github.com/entente-mesh/entente/internal/problem"
 	"github.com/entente-mesh/entente/internal/refusal"
 	"github.com/entente-mesh/entente/internal/secret"
 )
@@ -47,7 +48,7 @@ func (e *Engine) Edge(identity Identity) *Outbound {
 func (o *Outbound) Serve(ctx context.Context, ln net.Listener, attest Attest) error {
 	return o.engine.servePlain(ctx, ln, attest, func(w http.ResponseWriter, r *http.Request) {
 		if header.IsBrowser(r.Header) {
-			o.Refuse(w, r, r.Host, refusal.Problem{
+			o.Refuse(w, r, r.Host, problem.Problem{
 				Reason: refusal.Browser,
 				Detail: "This listener is for the workload's own calls, not for pages in a browser.",
 			}, "")
@@ -140,7 +141,7 @@ func (x *exchange) toUser(h http.Header) {
 }
 
 // Refuse answers r with a problem, and records it. detail goes to our own log only.
-func (o *Outbound) Refuse(w http.ResponseWriter, r *http.Request, service string, p refusal.Problem, detail string) {
+func (o *Outbound) Refuse(w http.ResponseWriter, r *http.Request, service string, p problem.Problem, detail string) {
 	x := o.engine.begin(o.hop, w, r, service)
 	defer x.end()
 	x.caller(o.identity.ID)

@@ -15,6 +15,7 @@ import (
 
 	"github.com/entente-mesh/entente/federation/catalog"
 	"github.com/entente-mesh/entente/internal/dataplane/header"
+	"github.com/entente-mesh/entente/internal/problem"
 	"github.com/entente-mesh/entente/internal/refusal"
 )
 
@@ -223,7 +224,7 @@ func (e *Engine) reconsider(now time.Time) {
 
 // refuse answers with a problem. detail is for the caller, own for our log only (I11).
 func (x *exchange) refuse(reason refusal.Reason, detail, own string) {
-	x.refuseWith(refusal.Problem{Reason: reason, Detail: detail}, own)
+	x.refuseWith(problem.Problem{Reason: reason, Detail: detail}, own)
 }
 
 // outcomeOf says what a failure of the mesh means for trying again; "" for a
@@ -238,7 +239,7 @@ func outcomeOf(reason refusal.Reason) string {
 	return ""
 }
 
-func (x *exchange) refuseWith(p refusal.Problem, own string) {
+func (x *exchange) refuseWith(p problem.Problem, own string) {
 	x.begun = true
 	if p.RequestID == "" {
 		p.RequestID = x.record.requestID

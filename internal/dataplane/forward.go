@@ -23,6 +23,7 @@ import (
 	"github.com/entente-mesh/entente/federation/catalog"
 	"github.com/entente-mesh/entente/internal/dataplane/header"
 	"github.com/entente-mesh/entente/internal/dataplane/resilience"
+	"github.com/entente-mesh/entente/internal/problem"
 	"github.com/entente-mesh/entente/internal/refusal"
 )
 
@@ -271,7 +272,7 @@ func (s *sender) try(service string, hop *routeHop, more bool) (done bool) {
 		return s.failed(p, &state, err, !neverProcessed(err))
 	}
 	p.answered.Store(time.Now().UnixNano())
-	reason, ours := refusal.FromHeader(res.Header)
+	reason, ours := problem.FromHeader(res.Header)
 	outcome := res.Header.Get(header.Outcome)
 	if !ours || outcome == "" {
 		if err := s.prefetch(res); err != nil {

@@ -51,13 +51,13 @@ ca/catest:               ...
 federation:
 federation/bundle:
 federation/exchange:     api/entente/v1 federation federation/bundle internal/peer internal/admission
-federation/catalog:      federation internal/refusal internal/yamlfile
+federation/catalog:      federation internal/nearest internal/refusal internal/yamlfile
 federation/origin:       federation
 
 eastwest-gateway:        ca/client
                          internal/dataplane internal/peer internal/gossip internal/daemon internal/yamlfile internal/refusal
                          federation/catalog federation/origin
-eastwest-gateway/edge:   internal/yamlfile internal/refusal internal/admission internal/dataplane/header
+eastwest-gateway/edge:   internal/yamlfile internal/problem internal/refusal internal/admission internal/dataplane/header
 
 meshagent:               ca ca/client ca/keystore federation/bundle
                          meshagent/nodeattest meshagent/services meshagent/workloadattest
@@ -72,7 +72,7 @@ meshagent/names:         internal/daemon
 meshagent/files:         meshagent federation/bundle internal/daemon internal/safepath
 meshagent/sidecar:       internal/dataplane internal/daemon internal/safepath federation/catalog federation/origin internal/peer internal/refusal
 
-internal/dataplane:      internal/dataplane/* federation/catalog federation/origin internal/peer internal/refusal internal/admission internal/secret
+internal/dataplane:      internal/dataplane/* federation/catalog federation/origin internal/peer internal/problem internal/refusal internal/admission internal/secret
 internal/dataplane/*:    internal/refusal
 internal/dataplane/header:
 internal/peer:
@@ -85,8 +85,10 @@ internal/daemon/daemontest:
 internal/safepath:
 internal/secret:
 internal/simnet:
-internal/yamlfile:
+internal/nearest:
+internal/yamlfile:       internal/nearest
 internal/refusal:
+internal/problem:        internal/refusal
 
 cmd/*:                   ...
 scenarios:               ...

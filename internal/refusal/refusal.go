@@ -1,24 +1,8 @@
 // Package refusal holds the one table of reasons for which Entente refuses or
-// fails a request, and writes them: as an RFC 9457 problem for HTTP, as a
-// trailers-only response for gRPC.
-//
-// A caller learns the reason, a request id and what to do next.
-// It never learns the rule, the bundle or the revision behind the answer: those
-// go to the refuser's own log (invariant I11).
+// fails a request. Package internal/problem writes them as responses.
 package refusal
 
-import (
-	"fmt"
-	"net/http"
-	"slices"
-)
-
-// Header names the reason on every response that Entente made itself, so that
-// the hop before can tell a refusal of the mesh from an answer of the application.
-const Header = "Entente-Refused"
-
-// TypePrefix stands before the reason in a problem's "type".
-const TypePrefix = "urn:entente:refused:"
+import "slices"
 
 // Reason is one row of the table. Reasons are a stable, documented interface:
 // one is never renamed and its codes never change.
@@ -79,35 +63,35 @@ const (
 )
 
 var table = []Row{
-	{BadRequest, http.StatusBadRequest, grpcInternal, "The request is malformed or ambiguous.", "Send a well-formed request: a method token, and a path without \"..\", \"//\", encoded slashes or control characters."},
-	{Browser, http.StatusForbidden, grpcPermissionDenied, "Requests made by a browser are not forwarded.", "Call from the application itself; the mesh never acts for a web page."},
-	{NoRoute, http.StatusNotFound, grpcUnimplemented, "No route leads there.", "Compare the path with the routes of this entrance."},
-	{TokenMissing, http.StatusUnauthorized, grpcUnauthenticated, "A bearer token is required.", "Send \"Authorization: Bearer TOKEN\"."},
-	{TokenInvalid, http.StatusUnauthorized, grpcUnauthenticated, "The bearer token is not valid here.", "Obtain a token from the issuer and for the audience of this entrance."},
-	{TokenExpired, http.StatusUnauthorized, grpcUnauthenticated, "The bearer token has expired.", "Obtain a new token; compare the clocks if it was new."},
-	{TierUnknown, http.StatusForbidden, grpcPermissionDenied, "The token's tier has no plan here.", "Ask for a tier that this entrance serves."},
-	{Rate, http.StatusTooManyRequests, grpcResourceExhausted, "The rate of requests is over its limit.", "Wait as long as Retry-After says."},
+	{BadRequest, 400, grpcInternal, "The request is malformed or ambiguous.", "Send a well-formed request: a method token, and a path without \"..\", \"//\", encoded slashes or control characters."},
+	{Browser, 403, grpcPermissionDenied, "Requests made by a browser are not forwarded.", "Call from the application itself; the mesh never acts for a web page."},
+	{NoRoute, 404, grpcUnimplemented, "No route leads there.", "Compare the path with the routes of this entrance."},
+	{TokenMissing, 401, grpcUnauthenticated, "A bearer token is required.", "Send \"Authorization: Bearer TOKEN\"."},
+	{TokenInvalid, 401, grpcUnauthenticated, "The bearer token is not valid here.", "Obtain a token from the issuer and for the audience of this entrance."},
+	{TokenExpired, 401, grpcUnauthenticated, "The bearer token has expired.", "Obtain a new token; compare the clocks if it was new."},
+	{TierUnknown, 403, grpcPermissionDenied, "The token's tier has no plan here.", "Ask for a tier that this entrance serves."},
+	{Rate, 429, grpcResourceExhausted, "The rate of requests is over its limit.", "Wait as long as Retry-After says."},
 
-	{UnknownService, http.StatusMisdirectedRequest, grpcUnimplemented, "No such service is known here.", "Call a service by LABEL.TRUSTDOMAIN, as its domain declares it."},
-	{NotImported, http.StatusForbidden, grpcPermissionDenied, "The service is not imported into this domain.", "Apply an Import of the service, then an agreement that lists the caller."},
-	{CallerUnknown, http.StatusForbidden, grpcPermissionDenied, "The caller is not a service of this domain.", "Declare a Service with the caller's identity; gateways and agents are never callers."},
-	{CallerCalls, http.StatusForbidden, grpcPermissionDenied, "The caller's entry does not list this service.", "Add the service to \"calls\" of the calling Service."},
-	{PeerNotAllowed, http.StatusForbidden, grpcPermissionDenied, "The connection's peer may not speak for this caller.", "Only a gateway speaks for others; connect with the caller's own SVID."},
-	{Protocol, http.StatusMisdirectedRequest, grpcFailedPrecondition, "The service does not speak this protocol.", "Call a TCP service at its own port and the address that its name resolves to, an HTTP service by HTTP."},
-	{Content, http.StatusBadRequest, grpcInternal, "This method takes no content here.", "Send no body with GET, HEAD, OPTIONS, DELETE or TRACE; if the application reads such bodies, its Service says \"http: {content: any}\"."},
+	{UnknownService, 421, grpcUnimplemented, "No such service is known here.", "Call a service by LABEL.TRUSTDOMAIN, as its domain declares it."},
+	{NotImported, 403, grpcPermissionDenied, "The service is not imported into this domain.", "Apply an Import of the service, then an agreement that lists the caller."},
+	{CallerUnknown, 403, grpcPermissionDenied, "The caller is not a service of this domain.", "Declare a Service with the caller's identity; gateways and agents are never callers."},
+	{CallerCalls, 403, grpcPermissionDenied, "The caller's entry does not list this service.", "Add the service to \"calls\" of the calling Service."},
+	{PeerNotAllowed, 403, grpcPermissionDenied, "The connection's peer may not speak for this caller.", "Only a gateway speaks for others; connect with the caller's own SVID."},
+	{Protocol, 421, grpcFailedPrecondition, "The service does not speak this protocol.", "Call a TCP service at its own port and the address that its name resolves to, an HTTP service by HTTP."},
+	{Content, 400, grpcInternal, "This method takes no content here.", "Send no body with GET, HEAD, OPTIONS, DELETE or TRACE; if the application reads such bodies, its Service says \"http: {content: any}\"."},
 
-	{GatewayNotAgreed, http.StatusForbidden, grpcPermissionDenied, "The peer gateway is not listed by the agreement.", "List the gateway's exact SPIFFE ID in the agreement."},
-	{AgreementMissing, http.StatusForbidden, grpcPermissionDenied, "No agreement is about this service.", "Both domains apply an agreement that lists the service."},
-	{AgreementCaller, http.StatusForbidden, grpcPermissionDenied, "No agreement lists this caller.", "Both domains add the caller to the agreement."},
-	{AgreementMethod, http.StatusForbidden, grpcPermissionDenied, "The agreement does not list this method and path.", "Both domains add the method and path to the agreement."},
-	{AgreementExpired, http.StatusForbidden, grpcPermissionDenied, "The agreement has expired.", "Both domains renew the agreement."},
+	{GatewayNotAgreed, 403, grpcPermissionDenied, "The peer gateway is not listed by the agreement.", "List the gateway's exact SPIFFE ID in the agreement."},
+	{AgreementMissing, 403, grpcPermissionDenied, "No agreement is about this service.", "Both domains apply an agreement that lists the service."},
+	{AgreementCaller, 403, grpcPermissionDenied, "No agreement lists this caller.", "Both domains add the caller to the agreement."},
+	{AgreementMethod, 403, grpcPermissionDenied, "The agreement does not list this method and path.", "Both domains add the method and path to the agreement."},
+	{AgreementExpired, 403, grpcPermissionDenied, "The agreement has expired.", "Both domains renew the agreement."},
 
-	{NotReady, http.StatusServiceUnavailable, grpcUnavailable, "This process is not ready yet.", "Try again in a moment; /readyz of its admin listener says what it waits for."},
-	{NoEndpoint, http.StatusServiceUnavailable, grpcUnavailable, "No instance of the service can be reached now.", "See which instances are known and healthy: entente ca status --json."},
-	{UpstreamUnreachable, http.StatusBadGateway, grpcUnavailable, "No connection could be made; nothing was sent.", "Trying again is safe."},
-	{UpstreamOutcomeUnknown, http.StatusBadGateway, grpcUnavailable, "The connection broke after the request was sent; its outcome is unknown.", "Find out whether it took effect before trying again; an Idempotency-Key lets the mesh try for you."},
-	{Timeout, http.StatusGatewayTimeout, grpcDeadlineExceeded, "The deadline passed before an answer came.", "Find out whether it took effect before trying again."},
-	{Loop, http.StatusLoopDetected, grpcFailedPrecondition, "The request came by here before.", "See the path it took in the access records, by its request id."},
+	{NotReady, 503, grpcUnavailable, "This process is not ready yet.", "Try again in a moment; /readyz of its admin listener says what it waits for."},
+	{NoEndpoint, 503, grpcUnavailable, "No instance of the service can be reached now.", "See which instances are known and healthy: entente ca status --json."},
+	{UpstreamUnreachable, 502, grpcUnavailable, "No connection could be made; nothing was sent.", "Trying again is safe."},
+	{UpstreamOutcomeUnknown, 502, grpcUnavailable, "The connection broke after the request was sent; its outcome is unknown.", "Find out whether it took effect before trying again; an Idempotency-Key lets the mesh try for you."},
+	{Timeout, 504, grpcDeadlineExceeded, "The deadline passed before an answer came.", "Find out whether it took effect before trying again."},
+	{Loop, 508, grpcFailedPrecondition, "The request came by here before.", "See the path it took in the access records, by its request id."},
 }
 
 var rows = func() map[Reason]Row {
@@ -129,7 +113,7 @@ func (r Reason) Status() int {
 	if row, ok := rows[r]; ok {
 		return row.Status
 	}
-	return http.StatusInternalServerError
+	return 500
 }
 
 // GRPC is the gRPC status code of r; INTERNAL if r is not in the table.
@@ -148,23 +132,5 @@ func (r Reason) Title() string {
 	return "The request failed."
 }
 
-// FromHeader returns the reason that a response's header carries. False: the
-// header is absent, stands there more than once or names no reason of the table,
-// so the response is not one of the mesh.
-func FromHeader(h http.Header) (Reason, bool) {
-	values := h[Header]
-	if len(values) != 1 {
-		return "", false
-	}
-	r := Reason(values[0])
-	return r, r.Known()
-}
-
-// Error lets a refusal travel as an error through code that has no response at
-// hand.
-func (p Problem) Error() string {
-	if p.Detail == "" {
-		return fmt.Sprintf("refused: %s: %s", p.Reason, p.Reason.Title())
-	}
-	return fmt.Sprintf("refused: %s: %s", p.Reason, p.Detail)
-}
+// Next is the advice that every refusal for r has in common; empty if r is not in the table.
+func (r Reason) Next() string { return rows[r].Next }

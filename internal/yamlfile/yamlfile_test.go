@@ -267,21 +267,6 @@ func TestDecodeAll(t *testing.T) {
 	}
 }
 
-func TestNearest(t *testing.T) {
-	words := []string{"export", "expires", "port", "failover", "a"}
-	for word, want := range map[string]string{
-		"expot": "export", "exprot": "export", "EXPORT": "export", "prot": "port", "faillover": "failover", "exprires": "expires", "xyz": "", "": "", "b": "a",
-		strings.Repeat("x", 1000): "",
-	} {
-		if got := Nearest(word, words); got != want {
-			t.Errorf("Nearest(%q) = %q, want %q", word, got, want)
-		}
-	}
-	if got := Nearest("abd", []string{"abz", "abc"}); got != "abc" {
-		t.Errorf("a tie goes to %q", got)
-	}
-}
-
 func TestFormatDuration(t *testing.T) {
 	for d, want := range map[time.Duration]string{
 		12 * time.Hour: "12h", 90 * time.Minute: "1h30m", 16 * time.Second: "16s", 61 * time.Second: "1m1s", 0: "0s", 100 * time.Millisecond: "100ms", time.Hour + time.Second: "1h0m1s",

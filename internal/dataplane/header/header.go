@@ -22,7 +22,7 @@ const (
 	Attempt   = "Entente-Attempt"    // 1 for a first attempt of the hop before
 	Tried     = "Entente-Tried"      // datacenter whose instances the hop before, an own sidecar, would rather not ask again
 
-	Refused = "Entente-Refused" // response: typed reason; set by internal/refusal
+	Refused = "Entente-Refused" // response: typed reason; set by internal/problem
 	Outcome = "Entente-Outcome" // response: NotSent or Unknown
 
 	RequestID  = "X-Request-Id"

@@ -1,24 +1,40 @@
-package refusal
+// Package problem writes refusals as responses: as an RFC 9457 problem for HTTP, as a
+// trailers-only response for gRPC.
+//
+// A caller learns the reason, a request id and what to do next.
+// It never learns the rule, the bundle or the revision behind the answer: those
+// go to the refuser's own log (invariant I11).
+package problem
 
 import (
 	"encoding/json"
+	"fmt"
 	"math"
 	"net/http"
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/entente-mesh/entente/internal/refusal"
 )
+
+// Header names the reason on every response that Entente made itself, so that
+// the hop before can tell a refusal of the mesh from an answer of the application.
+const Header = "Entente-Refused"
+
+// TypePrefix stands before the reason in a problem's "type".
+const TypePrefix = "urn:entente:refused:"
 
 // Problem is one refusal, as its receiver sees it. All its texts may be read by
 // a foreign caller: put no rule, revision or address into them.
 type Problem struct {
-	Reason    Reason
+	Reason    refusal.Reason
 	Detail    string // about this occurrence; may be empty
 	RequestID string
 	Next      string // empty: the table's advice
 
 	// RetryAfter is written as Retry-After, rounded up to whole seconds; for
-	// [Rate] at least 1 s is always written.
+	// [refusal.Rate] at least 1 s is always written.
 	RetryAfter time.Duration
 	// Challenge holds parameters for WWW-Authenticate of a 401 after the scheme:
 	// `realm="trading"`. Empty: `realm="entente"`.
@@ -37,6 +53,15 @@ type body struct {
 // maxDetail bounds what is echoed to a caller.
 const maxDetail = 512
 
+// Error lets a refusal travel as an error through code that has no response at
+// hand.
+func (p Problem) Error() string {
+	if p.Detail == "" {
+		return fmt.Sprintf("refused: %s: %s", p.Reason, p.Reason.Title())
+	}
+	return fmt.Sprintf("refused: %s: %s", p.Reason, p.Detail)
+}
+
 // MarshalJSON writes the problem in the form of RFC 9457.
 func (p Problem) MarshalJSON() ([]byte, error) {
 	return json.Marshal(body{
@@ -53,7 +78,7 @@ func (p Problem) next() string {
 	if p.Next != "" {
 		return bounded(p.Next)
 	}
-	return rows[p.Reason].Next
+	return p.Reason.Next()
 }
 
 func bounded(s string) string {
@@ -120,6 +145,18 @@ func IsGRPC(r *http.Request) bool {
 	return rest == "" || rest[0] == '+' || rest[0] == ';' || rest[0] == ' '
 }
 
+// FromHeader returns the reason that a response's header carries. False: the
+// header is absent, stands there more than once or names no reason of the table,
+// so the response is not one of the mesh.
+func FromHeader(h http.Header) (refusal.Reason, bool) {
+	values := h[Header]
+	if len(values) != 1 {
+		return "", false
+	}
+	r := refusal.Reason(values[0])
+	return r, r.Known()
+}
+
 func (p Problem) message() string {
 	s := string(p.Reason) + ": " + p.Reason.Title()
 	if p.Detail != "" {
@@ -133,7 +170,7 @@ func (p Problem) message() string {
 
 func (p Problem) retryAfter() int64 {
 	if p.RetryAfter <= 0 {
-		if p.Reason == Rate {
+		if p.Reason == refusal.Rate {
 			return 1
 		}
 		return 0
@@ -149,9 +186,9 @@ func (p Problem) challenge() string {
 		params = `realm="entente"`
 	}
 	switch p.Reason {
-	case TokenInvalid:
+	case refusal.TokenInvalid:
 		params += `, error="invalid_token"`
-	case TokenExpired:
+	case refusal.TokenExpired:
 		params += `, error="invalid_token", error_description="the token has expired"`
 	}
 	return "Bearer " + params
