@@ -15,6 +15,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/entente-mesh/entente/federation/catalog"
+	"github.com/entente-mesh/entente/federation/manifest"
 	"github.com/entente-mesh/entente/scenarios/platform"
 )
 
@@ -139,7 +140,7 @@ func TestCatalogueCompiles(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		objects, err := catalog.ParseObjects(td.Name+".yaml", bytes.NewReader(text), nil)
+		objects, err := manifest.Parse(td.Name+".yaml", bytes.NewReader(text), nil)
 		if err != nil {
 			t.Fatal(err)
 		}

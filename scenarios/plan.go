@@ -14,7 +14,7 @@ import (
 	"time"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
-	"github.com/entente-mesh/entente/federation/catalog"
+	"github.com/entente-mesh/entente/federation/manifest"
 	"github.com/entente-mesh/entente/internal/daemon"
 	"github.com/entente-mesh/entente/internal/yamlfile"
 	"github.com/entente-mesh/entente/scenarios/platform"
@@ -618,7 +618,7 @@ func mode(text string) statev1.Mode {
 
 // catalogue writes a domain's objects as the file for `entente apply -f`.
 func (p *plan) catalogue(td *TrustDomain, now time.Time, bundles map[string][]byte) ([]byte, error) {
-	text, err := catalog.Format(p.objects(td, now, bundles)...)
+	text, err := manifest.Format(p.objects(td, now, bundles)...)
 	if err != nil {
 		return nil, fmt.Errorf("write the catalogue of %s: %w", td.Name, err)
 	}

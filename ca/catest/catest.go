@@ -33,7 +33,7 @@ import (
 	"github.com/entente-mesh/entente/ca/node"
 	"github.com/entente-mesh/entente/ca/server"
 	"github.com/entente-mesh/entente/federation/bundle"
-	"github.com/entente-mesh/entente/federation/catalog"
+	"github.com/entente-mesh/entente/federation/manifest"
 )
 
 // Options of a CA. The zero value is fine.
@@ -453,7 +453,7 @@ func (c *CA) Apply(yaml string) uint64 {
 
 // TryApply is Apply for what may be refused.
 func (c *CA) TryApply(yaml string) (revision uint64, err error) {
-	objects, err := catalog.ParseObjects("test.yaml", strings.NewReader(yaml), os.ReadFile)
+	objects, err := manifest.Parse("test.yaml", strings.NewReader(yaml), os.ReadFile)
 	if err != nil {
 		return 0, err
 	}

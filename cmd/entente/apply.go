@@ -10,7 +10,7 @@ import (
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
-	"github.com/entente-mesh/entente/federation/catalog"
+	"github.com/entente-mesh/entente/federation/manifest"
 )
 
 func applyCommand() *cobra.Command {
@@ -83,5 +83,5 @@ func parseObjects(file string) ([]*statev1.Object, error) {
 		return nil, err
 	}
 	defer f.Close()
-	return catalog.ParseObjects(file, f, os.ReadFile)
+	return manifest.Parse(file, f, os.ReadFile)
 }

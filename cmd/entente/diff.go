@@ -16,6 +16,7 @@ import (
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/federation/catalog"
+	"github.com/entente-mesh/entente/federation/manifest"
 )
 
 // objectDiff is what would become of one object, in the words of its file.
@@ -125,7 +126,7 @@ func fieldsOf(o *statev1.Object) (map[string]string, error) {
 	if o == nil {
 		return fields, nil
 	}
-	text, err := catalog.Format(o)
+	text, err := manifest.Format(o)
 	if err != nil {
 		return nil, err
 	}

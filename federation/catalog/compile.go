@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"net/netip"
 	"net/url"
 	"slices"
@@ -98,6 +99,37 @@ func Compile(td spiffeid.TrustDomain, objects []*statev1.Object, options ...Opti
 		return nil, &Error{c.failed}
 	}
 	return c.tables, nil
+}
+
+// GRPCHealth marks a health check by gRPC's health protocol in a Service's record: the
+// name of the gRPC service follows it.
+const GRPCHealth = "grpc:"
+
+// CutSelector takes a selector apart: unix:uid:1000 is of kind unix:uid.
+func CutSelector(selector string) (kind, value string) {
+	family, rest, _ := strings.Cut(selector, ":")
+	kind, value, _ = strings.Cut(rest, ":")
+	return family + ":" + kind, value
+}
+
+var roles = map[string]statev1.AdminRole{
+	"viewer":        statev1.AdminRole_ADMIN_ROLE_VIEWER,
+	"service-owner": statev1.AdminRole_ADMIN_ROLE_SERVICE_OWNER,
+	"api-owner":     statev1.AdminRole_ADMIN_ROLE_API_OWNER,
+	"trust-admin":   statev1.AdminRole_ADMIN_ROLE_TRUST_ADMIN,
+}
+
+// Roles are the roles that a RoleBinding may give, by the names that files have for them.
+func Roles() map[string]statev1.AdminRole { return maps.Clone(roles) }
+
+// RoleName is a role as it stands in a file.
+func RoleName(r statev1.AdminRole) string {
+	for name, role := range roles {
+		if role == r {
+			return name
+		}
+	}
+	return "unknown"
 }
 
 type compiler struct {
@@ -196,7 +228,7 @@ func (c *compiler) service(s *statev1.Service) {
 	c.port("port", s.GetPort())
 	c.port("outbound.port", s.GetOutboundPort())
 	if health := s.GetHealthPath(); health != "" {
-		if name, ok := strings.CutPrefix(health, grpcHealth); ok {
+		if name, ok := strings.CutPrefix(health, GRPCHealth); ok {
 			if len(name) > 256 || strings.Trim(name, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._") != "" {
 				c.fail("write it as the .proto does: bank.accounts.v1.Accounts", "health.grpc.service %q is not the name of a gRPC service", name)
 			}
@@ -386,7 +418,7 @@ const (
 func (c *compiler) roleBinding(b *statev1.RoleBinding) {
 	c.label("metadata.name", b.GetName())
 	if _, known := statev1.AdminRole_name[int32(b.GetRole())]; !known || b.GetRole() == statev1.AdminRole_ADMIN_ROLE_UNSPECIFIED {
-		c.fail("give one of "+strings.Join(sortedKeys(adminRoles), ", "), "the role is none that this release knows")
+		c.fail("give one of "+strings.Join(sortedKeys(roles), ", "), "the role is none that this release knows")
 	}
 	if n := len(b.GetSubjects()); n == 0 || n > maxSubjects {
 		c.fail("", "%d subjects, not 1 to %d", n, maxSubjects)
@@ -822,7 +854,7 @@ func (c *compiler) run(hosts, selectors []string) {
 		}
 	}
 	for _, selector := range selectors {
-		kind, value := cutSelector(selector)
+		kind, value := CutSelector(selector)
 		if value == "" {
 			c.fail(form, "selector %q is not understood", selector)
 			continue

@@ -1,4 +1,4 @@
-package catalog
+package catalog_test
 
 import (
 	"errors"
@@ -9,6 +9,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	. "github.com/entente-mesh/entente/federation/catalog"
 )
 
 func TestCompileRefuses(t *testing.T) {

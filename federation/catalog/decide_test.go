@@ -1,4 +1,4 @@
-package catalog
+package catalog_test
 
 import (
 	"fmt"
@@ -14,6 +14,8 @@ import (
 	"pgregory.net/rapid"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	. "github.com/entente-mesh/entente/federation/catalog"
+	"github.com/entente-mesh/entente/federation/manifest"
 	"github.com/entente-mesh/entente/internal/refusal"
 )
 
@@ -221,7 +223,7 @@ func TestDecideRefusesAmbiguousPaths(t *testing.T) {
 		"//v1/balance", "/v1//balance", "/v1/balance//", "/v1/balance/%2e%2e/admin", "/v1/balance/.%2E/admin", "/v1/balance/%2e", "/v1/balance%2fx", "/v1%2Fbalance",
 		"/v1/balance/%00", "/v1/balance/%0d%0aX: y", "/v1/balance/%7f", "/v1/balance\\..\\admin", "/v1/balance/%5c..", "/v1/balance/..;/admin", "/v1/balance/..;x=1/admin", "/v1/balance/.;/x",
 		"/v1/balance/%252e%252e/admin", "/v1/balance/%252Fx", "/v1/balance/%2525252e", "/v1/balance/%", "/v1/balance/%2", "/v1/balance/%zz", "/v1/balance/%c0%af", "/v1/balance/%ff",
-		"/v1/balance?x=1", "/v1/balance#x", "/v1/balance/a b", "/v1/balance/\x00", "/v1/balance/\xc3\xa9", "/v1/balance/" + strings.Repeat("a", maxPath),
+		"/v1/balance?x=1", "/v1/balance#x", "/v1/balance/a b", "/v1/balance/\x00", "/v1/balance/\xc3\xa9", "/v1/balance/" + strings.Repeat("a", MaxPath),
 	} {
 		if d := ask(path); d.Allowed || d.Reason != refusal.BadRequest {
 			t.Errorf("%q: %+v, want bad-request", path, d)
@@ -491,8 +493,8 @@ func lenientUnescape(s string) (string, bool) {
 	var b strings.Builder
 	for i := 0; i < len(s); i++ {
 		if s[i] == '%' && i+2 < len(s) {
-			high, ok1 := unhex(s[i+1])
-			low, ok2 := unhex(s[i+2])
+			high, ok1 := Unhex(s[i+1])
+			low, ok2 := Unhex(s[i+2])
 			if ok1 && ok2 {
 				b.WriteByte(high<<4 | low)
 				i += 2
@@ -540,7 +542,7 @@ func BenchmarkDecide(b *testing.B) {
 }
 
 func ExampleTables_Explain() {
-	objects, _ := ParseObjects("banking.yaml", strings.NewReader(bankingYAML), nil)
+	objects, _ := manifest.Parse("banking.yaml", strings.NewReader(bankingYAML), nil)
 	tables, _ := Compile(banking, objects)
 	e := tables.Explain(Query{
 		Caller: other("/cart"),

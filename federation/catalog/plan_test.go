@@ -1,4 +1,4 @@
-package catalog
+package catalog_test
 
 import (
 	"fmt"
@@ -9,6 +9,8 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"pgregory.net/rapid"
+
+	. "github.com/entente-mesh/entente/federation/catalog"
 )
 
 // endpoints reads "accounts@h1/dc1", with "!" for unhealthy and "?" for stale.

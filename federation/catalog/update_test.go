@@ -1,4 +1,4 @@
-package catalog
+package catalog_test
 
 import (
 	"fmt"
@@ -11,6 +11,7 @@ import (
 	"pgregory.net/rapid"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	. "github.com/entente-mesh/entente/federation/catalog"
 )
 
 // Whatever changes, Update gives what Compile gives of everything, tables and errors
@@ -91,7 +92,7 @@ func TestUpdateIsCompile(t *testing.T) {
 				whole = true
 				return slices.Collect(maps.Values(after))
 			}
-			before := fmt.Sprintf("%+v", tables.services)
+			before := fmt.Sprintf("%+v", tables.Services())
 			got, gotErr := tables.Update(changed, all)
 			if !whole {
 				short++
@@ -100,7 +101,7 @@ func TestUpdateIsCompile(t *testing.T) {
 			if fmt.Sprint(gotErr) != fmt.Sprint(wantErr) {
 				t.Fatalf("%v, compiled as a whole: %v", gotErr, wantErr)
 			}
-			if fmt.Sprintf("%+v", tables.services) != before {
+			if fmt.Sprintf("%+v", tables.Services()) != before {
 				t.Fatal("the tables before changed")
 			}
 			if wantErr != nil {

@@ -1,4 +1,4 @@
-package catalog
+package catalog_test
 
 import (
 	"errors"
@@ -8,6 +8,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	. "github.com/entente-mesh/entente/federation/catalog"
 )
 
 // One object that this release cannot use, of an unknown kind or with an unknown value,

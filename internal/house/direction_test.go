@@ -51,7 +51,8 @@ ca/catest:               ...
 federation:
 federation/bundle:
 federation/exchange:     api/entente/v1 federation federation/bundle internal/peer internal/admission
-federation/catalog:      federation internal/nearest internal/refusal internal/yamlfile
+federation/catalog:      federation internal/nearest internal/refusal
+federation/manifest:     federation federation/catalog internal/nearest internal/yamlfile
 federation/origin:       federation
 
 eastwest-gateway:        ca/client

@@ -1,8 +1,9 @@
-package catalog
+package manifest
 
 import (
 	"errors"
 	"io/fs"
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -12,11 +13,34 @@ import (
 	"pgregory.net/rapid"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	"github.com/entente-mesh/entente/federation/catalog"
 	"github.com/entente-mesh/entente/internal/yamlfile"
 )
 
-func TestParseObjects(t *testing.T) {
-	objects := parseYAML(t, bankingYAML)
+// banking is the text of a domain with every kind of object that services need.
+func banking(t testing.TB) string {
+	t.Helper()
+	text, err := os.ReadFile("testdata/banking.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(text)
+}
+
+func parseYAML(t testing.TB, text string) []*statev1.Object {
+	t.Helper()
+	objects, err := Parse("banking.yaml", strings.NewReader(text), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, object := range objects {
+		object.Revision = uint64(i + 1)
+	}
+	return objects
+}
+
+func TestParse(t *testing.T) {
+	objects := parseYAML(t, banking(t))
 	want := &statev1.Object{
 		Owner:    "team-accounts",
 		Source:   "banking.yaml:17",
@@ -35,7 +59,7 @@ func TestParseObjects(t *testing.T) {
 	}
 }
 
-func TestParseObjectsRefuses(t *testing.T) {
+func TestParseRefuses(t *testing.T) {
 	head := func(kind string) string {
 		return "apiVersion: entente/v1\nkind: " + kind + "\nmetadata: {name: x}\nspec:\n"
 	}
@@ -83,7 +107,7 @@ func TestParseObjectsRefuses(t *testing.T) {
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
-			objects, err := ParseObjects("b.yaml", strings.NewReader(test.text), func(string) ([]byte, error) { return nil, fs.ErrNotExist })
+			objects, err := Parse("b.yaml", strings.NewReader(test.text), func(string) ([]byte, error) { return nil, fs.ErrNotExist })
 			if err == nil || !strings.Contains(err.Error(), test.want) {
 				t.Fatalf("got:  %v %v\nwant: %s", objects, err, test.want)
 			}
@@ -98,14 +122,14 @@ func TestParseObjectsRefuses(t *testing.T) {
 func TestBundleFileStandsBesideTheFile(t *testing.T) {
 	const text = "apiVersion: entente/v1\nkind: Relationship\nmetadata: {name: trading.example}\nspec:\n  endpoint: {urls: [\"https://a/\"], id: \"spiffe://trading.example/entente/bundle-endpoint\"}\n  bundleFile: trading.bundle.json\n"
 	asked := ""
-	objects, err := ParseObjects("/etc/entente/banking.yaml", strings.NewReader(text), func(path string) ([]byte, error) {
+	objects, err := Parse("/etc/entente/banking.yaml", strings.NewReader(text), func(path string) ([]byte, error) {
 		asked = path
 		return []byte(`{"keys":[]}`), nil
 	})
 	if err != nil || asked != "/etc/entente/trading.bundle.json" || string(objects[0].GetRelationship().GetBootstrapBundle()) != `{"keys":[]}` {
 		t.Errorf("asked for %q: %v %v", asked, objects, err)
 	}
-	if _, err := ParseObjects("x.yaml", strings.NewReader(text), nil); err == nil || !strings.Contains(err.Error(), "write the bundle itself") {
+	if _, err := Parse("x.yaml", strings.NewReader(text), nil); err == nil || !strings.Contains(err.Error(), "write the bundle itself") {
 		t.Errorf("without a reader: %v", err)
 	}
 }
@@ -198,7 +222,7 @@ func TestFormatRoundTrip(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		again, err := ParseObjects("again.yaml", strings.NewReader(string(text)), nil)
+		again, err := Parse("again.yaml", strings.NewReader(string(text)), nil)
 		if err != nil {
 			t.Fatalf("%v\n%s", err, text)
 		}
@@ -215,7 +239,7 @@ func TestFormatRoundTrip(t *testing.T) {
 }
 
 func TestFormatIsForPeople(t *testing.T) {
-	objects := parseYAML(t, bankingYAML)
+	objects := parseYAML(t, banking(t))
 	text, err := Format(objects[3], objects[len(objects)-1])
 	if err != nil {
 		t.Fatal(err)
@@ -271,22 +295,22 @@ spec:
 	}
 }
 
-func FuzzParseObjects(f *testing.F) {
-	f.Add(bankingYAML)
+func FuzzParse(f *testing.F) {
+	f.Add(banking(f))
 	f.Add("apiVersion: entente/v1\nkind: Import\nspec: {service: a.b}\n")
 	f.Add("kind: Service\nspec: {run: {uid: 1}}\n")
 	f.Fuzz(func(t *testing.T, text string) {
-		objects, err := ParseObjects("f.yaml", strings.NewReader(text), nil)
+		objects, err := Parse("f.yaml", strings.NewReader(text), nil)
 		if err != nil {
 			return
 		}
 		// Whatever was read can be compiled or refused, and written and read again.
-		_, _ = Compile(banking, objects)
+		_, _ = catalog.Compile(spiffeid.RequireTrustDomainFromString("banking.example"), objects)
 		out, err := Format(objects...)
 		if err != nil {
 			t.Fatalf("read but not written: %v\n%q", err, text)
 		}
-		again, err := ParseObjects("again.yaml", strings.NewReader(string(out)), nil)
+		again, err := Parse("again.yaml", strings.NewReader(string(out)), nil)
 		if err != nil || len(again) != len(objects) {
 			t.Fatalf("written but not read: %v\n%s", err, out)
 		}
@@ -321,7 +345,7 @@ spec:
     run: abcdefghijklmnopqrst
     hosts: [h1]
 `
-	objects, err := ParseObjects("web.yaml", strings.NewReader(text), nil)
+	objects, err := Parse("web.yaml", strings.NewReader(text), nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -330,7 +354,7 @@ spec:
 	if got := objects[0].GetService().GetSelectors(); !slices.Equal(got, want) {
 		t.Errorf("got %q", got)
 	}
-	if _, err := Compile(spiffeid.RequireTrustDomainFromString("banking.example"), objects); err != nil {
+	if _, err := catalog.Compile(spiffeid.RequireTrustDomainFromString("banking.example"), objects); err != nil {
 		t.Error(err)
 	}
 	objects[0].Source = ""
@@ -344,9 +368,9 @@ spec:
 		"{uid: 1, cmdline: abc, hosts: [h]}":           "not 64 lower-case",
 		"{uid: 1, run: ABCDEFGHIJKLMNOPQ, hosts: [h]}": "entente run",
 	} {
-		objects, err := ParseObjects("b.yaml", strings.NewReader("apiVersion: entente/v1\nkind: Service\nmetadata: {name: x, owner: t}\nspec: {run: "+bad+"}\n"), nil)
+		objects, err := Parse("b.yaml", strings.NewReader("apiVersion: entente/v1\nkind: Service\nmetadata: {name: x, owner: t}\nspec: {run: "+bad+"}\n"), nil)
 		if err == nil {
-			_, err = Compile(spiffeid.RequireTrustDomainFromString("banking.example"), objects)
+			_, err = catalog.Compile(spiffeid.RequireTrustDomainFromString("banking.example"), objects)
 		}
 		if err == nil || !strings.Contains(err.Error(), why) {
 			t.Errorf("%s: %v", bad, err)
@@ -356,9 +380,9 @@ spec:
 
 func TestHealthInFiles(t *testing.T) {
 	read := func(health string) (*statev1.Object, error) {
-		objects, err := ParseObjects("b.yaml", strings.NewReader("apiVersion: entente/v1\nkind: Service\nmetadata: {name: x, owner: t}\nspec: {run: {uid: 1, hosts: [h]}, port: 80, health: "+health+"}\n"), nil)
+		objects, err := Parse("b.yaml", strings.NewReader("apiVersion: entente/v1\nkind: Service\nmetadata: {name: x, owner: t}\nspec: {run: {uid: 1, hosts: [h]}, port: 80, health: "+health+"}\n"), nil)
 		if err == nil {
-			_, err = Compile(spiffeid.RequireTrustDomainFromString("banking.example"), objects)
+			_, err = catalog.Compile(spiffeid.RequireTrustDomainFromString("banking.example"), objects)
 		}
 		if err != nil {
 			return nil, err
@@ -376,7 +400,7 @@ func TestHealthInFiles(t *testing.T) {
 			t.Error(err)
 			continue
 		}
-		again, err := ParseObjects("again.yaml", strings.NewReader(string(text)), nil)
+		again, err := Parse("again.yaml", strings.NewReader(string(text)), nil)
 		if err != nil || again[0].GetService().GetHealthPath() != want {
 			t.Errorf("%s: %v\n%s", health, err, text)
 		}

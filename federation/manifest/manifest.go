@@ -1,10 +1,14 @@
-package catalog
+// Package manifest reads and writes the YAML files in which people declare the objects of
+// the catalogue. What can be seen in one object is checked here; whether the objects fit
+// together is for [catalog.Compile].
+package manifest
 
 import (
 	"bytes"
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"math"
 	"path"
 	"slices"
@@ -16,6 +20,7 @@ import (
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	"github.com/entente-mesh/entente/federation"
+	"github.com/entente-mesh/entente/federation/catalog"
 	"github.com/entente-mesh/entente/internal/nearest"
 	"github.com/entente-mesh/entente/internal/yamlfile"
 )
@@ -89,10 +94,6 @@ type grpcSpec struct {
 }
 
 const anyContent = "any"
-
-// grpcHealth marks a health check by gRPC's health protocol in a Service's record,
-// with the name of the gRPC service behind it.
-const grpcHealth = "grpc:"
 
 type outboundSpec struct {
 	Port uint16 `yaml:"port,required,min=1"`
@@ -187,32 +188,18 @@ type roleBindingSpec struct {
 // adminRole is statev1.AdminRole as people write it.
 type adminRole statev1.AdminRole
 
-var adminRoles = map[string]statev1.AdminRole{
-	"viewer":        statev1.AdminRole_ADMIN_ROLE_VIEWER,
-	"service-owner": statev1.AdminRole_ADMIN_ROLE_SERVICE_OWNER,
-	"api-owner":     statev1.AdminRole_ADMIN_ROLE_API_OWNER,
-	"trust-admin":   statev1.AdminRole_ADMIN_ROLE_TRUST_ADMIN,
-}
+var adminRoles = catalog.Roles()
 
 func (r *adminRole) UnmarshalText(text []byte) error {
 	value, ok := adminRoles[string(text)]
 	if !ok {
-		return notOneOf(string(text), sortedKeys(adminRoles))
+		return notOneOf(string(text), slices.Sorted(maps.Keys(adminRoles)))
 	}
 	*r = adminRole(value)
 	return nil
 }
 
 func (r adminRole) MarshalText() ([]byte, error) { return nameOf(adminRoles, statev1.AdminRole(r)) }
-
-// RoleName is a role as it stands in a file.
-func RoleName(r statev1.AdminRole) string {
-	name, err := nameOf(adminRoles, r)
-	if err != nil {
-		return "unknown"
-	}
-	return string(name)
-}
 
 type endpointSpec struct {
 	URLs []string `yaml:"urls,required"`
@@ -227,7 +214,7 @@ var modes = map[string]statev1.Mode{"auto": statev1.Mode_MODE_AUTO, "manual": st
 func (m *mode) UnmarshalText(text []byte) error {
 	value, ok := modes[string(text)]
 	if !ok {
-		return notOneOf(string(text), sortedKeys(modes))
+		return notOneOf(string(text), slices.Sorted(maps.Keys(modes)))
 	}
 	*m = mode(value)
 	return nil
@@ -243,7 +230,7 @@ var protocols = map[string]statev1.Protocol{"http": statev1.Protocol_PROTOCOL_UN
 func (p *protocol) UnmarshalText(text []byte) error {
 	value, ok := protocols[string(text)]
 	if !ok {
-		return notOneOf(string(text), sortedKeys(protocols))
+		return notOneOf(string(text), slices.Sorted(maps.Keys(protocols)))
 	}
 	*p = protocol(value)
 	return nil
@@ -259,7 +246,7 @@ var pathTypes = map[string]statev1.PathType{"PathPrefix": statev1.PathType_PATH_
 func (p *pathType) UnmarshalText(text []byte) error {
 	value, ok := pathTypes[string(text)]
 	if !ok {
-		return notOneOf(string(text), sortedKeys(pathTypes))
+		return notOneOf(string(text), slices.Sorted(maps.Keys(pathTypes)))
 	}
 	*p = pathType(value)
 	return nil
@@ -310,14 +297,14 @@ func (e expiry) MarshalText() ([]byte, error) {
 	return []byte(at.Format(time.RFC3339)), nil
 }
 
-// ParseObjects reads the documents of a file of any of [Kinds], in their order, with
+// Parse reads the documents of a file of any of [catalog.Kinds], in their order, with
 // Source set to FILE:LINE. readFile reads the files that they refer to, whose names
 // are taken relative to the file's own folder; nil: such a reference is an error.
 //
 // Only what can be seen in one object is checked here; the error is a
 // yamlfile.Errors with the exact places. Whether the objects fit together is for
-// [Compile], over those of all files.
-func ParseObjects(file string, r io.Reader, readFile func(path string) ([]byte, error)) ([]*statev1.Object, error) {
+// [catalog.Compile], over those of all files.
+func Parse(file string, r io.Reader, readFile func(path string) ([]byte, error)) ([]*statev1.Object, error) {
 	p := parser{file, readFile}
 	var objects []*statev1.Object
 	err := yamlfile.DecodeAll(file, r, func(doc yamlfile.Node) error {
@@ -346,7 +333,7 @@ func (p *parser) object(doc yamlfile.Node) (*statev1.Object, error) {
 	}
 	kind, pos, ok := doc.Scalar("kind")
 	if !ok {
-		return nil, doc.Pos().Errorf("the document has no kind; it is one of %s", strings.Join(Kinds(), ", "))
+		return nil, doc.Pos().Errorf("the document has no kind; it is one of %s", strings.Join(catalog.Kinds(), ", "))
 	}
 	doc = doc.Named(kind)
 	switch kind {
@@ -363,7 +350,7 @@ func (p *parser) object(doc yamlfile.Node) (*statev1.Object, error) {
 	case "RoleBinding":
 		return parse(doc, p.roleBinding)
 	default:
-		return nil, pos.Errorf("kind: %v", notOneOf(kind, Kinds()))
+		return nil, pos.Errorf("kind: %v", notOneOf(kind, catalog.Kinds()))
 	}
 }
 
@@ -410,11 +397,11 @@ func (p *parser) service(d *document[serviceSpec], object *statev1.Object) error
 		if s.Health.HTTP != "" && s.Health.GRPC != nil || s.Health.HTTP == "" && s.Health.GRPC == nil {
 			return s.Health.Errorf("health is either http: /path or grpc: {service: NAME}; leave it out for a TCP connection")
 		}
-		if strings.HasPrefix(s.Health.HTTP, grpcHealth) {
+		if strings.HasPrefix(s.Health.HTTP, catalog.GRPCHealth) {
 			return s.Health.At("http").Errorf("health.http %q is not a path: it begins with /", s.Health.HTTP)
 		}
 		if service.HealthPath = s.Health.HTTP; s.Health.GRPC != nil {
-			service.HealthPath = grpcHealth + s.Health.GRPC.Service
+			service.HealthPath = catalog.GRPCHealth + s.Health.GRPC.Service
 		}
 	}
 	if s.Outbound != nil {
@@ -618,7 +605,7 @@ func (p *parser) read(name string) ([]byte, error) {
 	return data, nil
 }
 
-// Format writes objects as the documents that ParseObjects reads back: the same
+// Format writes objects as the documents that Parse reads back: the same
 // objects, save for Source and Revision. It fails for an object that no file can
 // say, such as one of a kind this release does not know.
 func Format(objects ...*statev1.Object) ([]byte, error) {
@@ -626,7 +613,7 @@ func Format(objects ...*statev1.Object) ([]byte, error) {
 	for i, object := range objects {
 		doc, err := format(object)
 		if err != nil {
-			return nil, fmt.Errorf("write %s as YAML: %w", Key(object), err)
+			return nil, fmt.Errorf("write %s as YAML: %w", catalog.Key(object), err)
 		}
 		if i > 0 {
 			b.WriteString("---\n")
@@ -637,7 +624,7 @@ func Format(objects ...*statev1.Object) ([]byte, error) {
 }
 
 func format(object *statev1.Object) ([]byte, error) {
-	kind, name := KindName(object)
+	kind, name := catalog.KindName(object)
 	switch {
 	case object.GetService() != nil:
 		spec, err := formatService(object.GetService())
@@ -703,7 +690,7 @@ func formatService(s *statev1.Service) (serviceSpec, error) {
 	}
 	if s.GetHealthPath() != "" {
 		spec.Health = &healthSpec{HTTP: s.GetHealthPath()}
-		if name, ok := strings.CutPrefix(s.GetHealthPath(), grpcHealth); ok {
+		if name, ok := strings.CutPrefix(s.GetHealthPath(), catalog.GRPCHealth); ok {
 			spec.Health = &healthSpec{GRPC: &grpcSpec{name}}
 		}
 	}
@@ -740,7 +727,7 @@ func formatGateway(g *statev1.Gateway) (gatewaySpec, error) {
 func formatRun(hosts, selectors []string) (runSpec, error) {
 	run := runSpec{Hosts: hosts}
 	for _, selector := range selectors {
-		kind, value := cutSelector(selector)
+		kind, value := catalog.CutSelector(selector)
 		switch kind {
 		case "systemd:unit":
 			run.Systemd = value
@@ -776,13 +763,6 @@ func formatRun(hosts, selectors []string) (runSpec, error) {
 		return run, fmt.Errorf("selectors %q cannot be said in a file", selectors)
 	}
 	return run, nil
-}
-
-// cutSelector takes a selector apart: unix:uid:1000 is of kind unix:uid.
-func cutSelector(selector string) (kind, value string) {
-	family, rest, _ := strings.Cut(selector, ":")
-	kind, value, _ = strings.Cut(rest, ":")
-	return family + ":" + kind, value
 }
 
 func formatAgreement(a *statev1.Agreement) (agreementSpec, error) {

@@ -1,0 +1,5 @@
+package catalog
+
+const MaxPath = maxPath
+
+var Unhex = unhex
