@@ -72,7 +72,7 @@ func NewDistrusted(td spiffeid.TrustDomain, items []*statev1.Distrust) *Distrust
 
 // Check says why the SVID with that verified path, leaf first and authority last, is
 // distrusted; nil if it is not. An SVID without an origin can only be named by its
-// authority.
+// authority. An origin that cannot be read could be any.
 func (d *Distrusted) Check(path []*x509.Certificate) error {
 	if d == nil || len(path) == 0 || len(path[0].URIs) != 1 || path[0].URIs[0].Host != d.domain {
 		return nil
@@ -89,7 +89,10 @@ func (d *Distrusted) Check(path []*x509.Certificate) error {
 		return nil
 	}
 	o, ok, err := OriginOf(path[0])
-	if err != nil || !ok {
+	if err != nil {
+		return err
+	}
+	if !ok {
 		return nil
 	}
 	return d.CheckOrigin(o)
@@ -113,6 +116,20 @@ func (d *Distrusted) CheckToken(id spiffeid.ID, keyID string, claims map[string]
 	}
 	if !ok {
 		return nil
+	}
+	return d.CheckOrigin(o)
+}
+
+// CheckHeld is Check for an SVID of the own domain of which its holder remembers the
+// authority's key id (SignedUnder) and the origin.
+func (d *Distrusted) CheckHeld(under string, o Origin) error {
+	if d == nil {
+		return nil
+	}
+	for id := range d.authorities {
+		if AuthorityKeyID(id) == under {
+			return fmt.Errorf("authority %.12s was revoked", id)
+		}
 	}
 	return d.CheckOrigin(o)
 }

@@ -1,11 +1,13 @@
 package ca_test
 
 import (
+	"bytes"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/asn1"
 	"encoding/json"
 	"net/url"
 	"strings"
@@ -92,6 +94,59 @@ func TestOriginOfClaims(t *testing.T) {
 			t.Errorf("%s: %v", text, err)
 		}
 	}
+}
+
+// An origin extension that cannot be read is not taken for the absence of one.
+func TestOriginThatCannotBeRead(t *testing.T) {
+	banking := spiffeid.RequireTrustDomainFromString("banking.example")
+	good, err := ca.Origin{Agent: "h1", AgentGeneration: 5}.Extension()
+	if err != nil {
+		t.Fatal(err)
+	}
+	ofLater := bytes.Replace(good.Value, []byte{2, 1, 1}, []byte{2, 1, 9}, 1) // the version
+	if bytes.Equal(ofLater, good.Value) {
+		t.Fatal("the version is elsewhere")
+	}
+	for name, test := range map[string]struct {
+		domain string
+		origin []byte // nil: none
+		want   bool   // accepted
+	}{
+		"control":               {"banking.example", good.Value, true},
+		"none":                  {"banking.example", nil, true},
+		"empty":                 {"banking.example", []byte{}, false},
+		"not DER":               {"banking.example", []byte("h1"), false},
+		"cut":                   {"banking.example", good.Value[:len(good.Value)-1], false},
+		"trailing bytes":        {"banking.example", append(bytes.Clone(good.Value), 0), false},
+		"a later version":       {"banking.example", ofLater, false},
+		"another domain's":      {"trading.example", []byte("h1"), true},
+		"one of 2,000 bytes":    {"banking.example", make([]byte, 2000), false},
+		"an agent of 300 bytes": {"banking.example", longOrigin(t), false},
+	} {
+		cert := svid(t, test.domain, ca.Origin{})
+		if test.origin != nil {
+			cert.Extensions = []pkix.Extension{{Id: ca.OriginOID, Value: test.origin}}
+		}
+		d := ca.NewDistrusted(banking, []*statev1.Distrust{{Agent: "h2", AgentGeneration: 10}})
+		if err := d.Check([]*x509.Certificate{cert}); (err == nil) != test.want {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+func longOrigin(t *testing.T) []byte {
+	t.Helper()
+	der, err := asn1.Marshal(struct {
+		Version         int
+		Entry           string `asn1:"utf8"`
+		EntryGeneration int64
+		Agent           string `asn1:"utf8"`
+		AgentGeneration int64
+	}{1, "", 0, strings.Repeat("h", 300), 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return der
 }
 
 func FuzzOriginOfClaims(f *testing.F) {
