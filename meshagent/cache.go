@@ -130,7 +130,7 @@ func (a *Agent) recallCache() error {
 		}
 	}
 	held(kept.GetX509(), func(identity *Identity, h *statev1.HeldSVID, key crypto.Signer) error {
-		svid, err := keptSVID(identity.ID, identity.record, h.GetCertificates(), key, state.Bundle, now)
+		svid, err := keptSVID(identity.ID, identity.record, h.GetCertificates(), key, state, now)
 		if err == nil {
 			svids[h.GetEntryId()] = svid
 		}

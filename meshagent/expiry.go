@@ -10,17 +10,22 @@ import (
 // slept.
 const lookEnded = 5 * time.Second
 
-// dropEnded takes what has ended out of the state, so that no door hands it out: its
-// workload is as one whose SVID is not signed yet, and has to wait for the next one.
+// dropEnded takes what has ended or was revoked out of the state, so that no door hands it
+// out: its workload is as one whose SVID is not signed yet, and has to wait for the next
+// one. What was revoked is renewed before that, where the CA announced it.
 func (a *Agent) dropEnded(ctx context.Context) error {
 	said := false
 	for {
-		state, now := a.State(), a.now()
-		pause := lookEnded
-		if first := state.firstEnd(); !first.IsZero() {
-			pause = min(pause, first.Sub(now))
-		}
-		if pause > 0 {
+		var ended, revoked int
+		a.change(func(s *State) (next *State) {
+			next, ended, revoked = s.withoutEnded(a.now())
+			return next
+		})
+		if ended+revoked == 0 {
+			state, pause := a.State(), lookEnded
+			if first := state.firstEnd(); !first.IsZero() {
+				pause = min(pause, first.Sub(a.now()))
+			}
 			timer := time.NewTimer(pause)
 			select {
 			case <-timer.C:
@@ -32,11 +37,9 @@ func (a *Agent) dropEnded(ctx context.Context) error {
 			}
 			continue
 		}
-		ended := 0
-		a.change(func(s *State) (next *State) {
-			next, ended = s.withoutEnded(now)
-			return next
-		})
+		if revoked > 0 {
+			a.log.Warn("SVIDs of this host were revoked: their workloads get none until the CA has signed new ones", "svids", revoked)
+		}
 		a.metrics.ended.Add(float64(ended))
 		if ended > 0 && !said {
 			a.log.Error("SVIDs have ended before the CA signed new ones: their workloads get none until it does, and files keep what stands in them", "svids", ended)
@@ -63,28 +66,41 @@ func (s *State) firstEnd() (first time.Time) {
 	return first
 }
 
-// withoutEnded makes the state that follows when time has passed; nil: the same.
-func (s *State) withoutEnded(now time.Time) (_ *State, ended int) {
-	next := *s
+// withoutEnded makes the state that follows when time has passed, or SVIDs were revoked;
+// nil: the same.
+func (s *State) withoutEnded(now time.Time) (_ *State, ended, revoked int) {
+	drop := func(end time.Time, distrusted error) bool {
+		switch {
+		case !now.Before(end):
+			ended++
+		case distrusted != nil:
+			revoked++
+		default:
+			return false
+		}
+		return true
+	}
+	next, cloned := *s, false
 	next.reissued = nil
-	next.Identities = slices.Clone(s.Identities)
 	for i, identity := range s.Identities {
 		without := *identity
-		if svid := identity.SVID; svid != nil && !now.Before(svid.NotAfter) {
+		if svid := identity.SVID; svid != nil && drop(svid.NotAfter, svid.revoked(s.View.Distrust)) {
 			without.SVID = nil
-			ended++
 		}
-		if wit := identity.WIT; wit != nil && !now.Before(wit.Expires) {
+		if wit := identity.WIT; wit != nil && drop(wit.Expires, wit.revoked(s.View.Distrust)) {
 			without.WIT = nil
-			ended++
 		}
-		if without.SVID != identity.SVID || without.WIT != identity.WIT {
-			without.demand()
-			next.Identities[i] = &without
+		if without.SVID == identity.SVID && without.WIT == identity.WIT {
+			continue
 		}
+		if !cloned {
+			next.Identities, cloned = slices.Clone(s.Identities), true
+		}
+		without.demand()
+		next.Identities[i] = &without
 	}
-	if ended == 0 {
-		return nil, 0
+	if ended+revoked == 0 {
+		return nil, 0, 0
 	}
-	return &next, ended
+	return &next, ended, revoked
 }

@@ -272,7 +272,9 @@ func distrust(a *Agent, items ...*statev1.Distrust) {
 	a.change(func(s *State) *State {
 		next, view := *s, *s.View
 		view.Distrust = ca.NewDistrusted(bank, items)
+		view.Announced = view.Distrust
 		next.View = &view
+		next.reissued = nil
 		return &next
 	})
 }

@@ -366,12 +366,12 @@ type slot struct {
 // keepEntries keeps an X.509-SVID for every entry of the host, each time with a new key.
 func (a *Agent) keepEntries(ctx context.Context) error {
 	return a.keepSVIDs(ctx, renewal{
-		bundle: func(s *State) any { return s.Bundle },
+		bundle: func(s *State) any { return [2]any{s.Bundle, s.View.Announced} },
 		void: func(s *State, identity *Identity, now time.Time) bool {
 			if identity.SVID == nil {
 				return false
 			}
-			return identity.SVID.verify(s.Bundle, now) != nil
+			return identity.SVID.verify(s.Bundle, now) != nil || identity.SVID.revoked(s.View.Announced) != nil
 		},
 		tainted: func(s *State, identity *Identity) any {
 			if identity.SVID == nil || !s.taintedKey(identity.SVID.under) {
@@ -397,8 +397,8 @@ func (a *Agent) keepEntries(ctx context.Context) error {
 
 // renewal is how one kind of SVID is kept.
 type renewal struct {
-	bundle func(*State) any                                       // what its SVIDs are verified with; comparable
-	void   func(s *State, identity *Identity, now time.Time) bool // the one that is held does not verify any more
+	bundle func(*State) any                                       // what its SVIDs are verified with, and what distrusts them; comparable
+	void   func(s *State, identity *Identity, now time.Time) bool // the one that is held does not verify any more, or is distrusted
 	ends   func(*Identity) time.Time                              // zero: none is held
 	renew  func(context.Context, []*slot)
 
@@ -447,7 +447,7 @@ func (a *Agent) keepSVIDs(ctx context.Context, kind renewal) error {
 					s.due = due
 				}
 			}
-			if bundle != kind.bundle(state) && kind.void(state, identity, now) {
+			if !s.ends.IsZero() && kind.ends(identity).IsZero() || bundle != kind.bundle(state) && kind.void(state, identity, now) {
 				s.due, s.ends = now, time.Time{}
 			}
 		}
@@ -537,14 +537,13 @@ func (a *Agent) renew(ctx context.Context, slots []*slot) {
 
 	now := a.now()
 	state := a.State()
-	bundle := state.Bundle
 	signed := map[string]*X509SVID{}
 	var failed []error
 	news := false
 	for i, s := range slots {
 		svid, err := (*X509SVID)(nil), results[i].Err
 		if err == nil {
-			svid, err = keptSVID(s.id, s.record, results[i].Certificates, keys[i], bundle, now)
+			svid, err = keptSVID(s.id, s.record, results[i].Certificates, keys[i], state, now)
 		}
 		if err == nil && state.taintedKey(svid.under) {
 			err = errTainted

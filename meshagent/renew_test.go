@@ -72,7 +72,7 @@ func (f *fakeCA) SignX509(_ context.Context, requests []client.SignRequest) []cl
 		default:
 			f.signed[r.EntryID]++
 			f.keys[string(csr.RawSubjectPublicKeyInfo)] = true
-			results[i].Certificates = issue(f.authority, csr.PublicKey, bank, path, f.life)
+			results[i].Certificates = issue(f.authority, csr.PublicKey, bank, path, f.life, from(f.tokens.origin))
 		}
 	}
 	return results
@@ -98,12 +98,26 @@ type publicOnly struct {
 
 func (p publicOnly) Public() crypto.PublicKey { return p.public }
 
-func issue(a *peertest.Authority, public crypto.PublicKey, td spiffeid.TrustDomain, path string, life time.Duration) (chain [][]byte) {
-	svid := a.IssueFor(publicOnly{public: public}, td, path, peertest.TTL(life))
+func issue(a *peertest.Authority, public crypto.PublicKey, td spiffeid.TrustDomain, path string, life time.Duration, opts ...peertest.Option) (chain [][]byte) {
+	svid := a.IssueFor(publicOnly{public: public}, td, path, append(opts, peertest.TTL(life))...)
 	for _, c := range svid.Certificates {
 		chain = append(chain, c.Raw)
 	}
 	return chain
+}
+
+// from writes an origin into a certificate, if there is one.
+func from(origin ca.Origin) peertest.Option {
+	return func(template *x509.Certificate) {
+		if origin == (ca.Origin{}) {
+			return
+		}
+		extension, err := origin.Extension()
+		if err != nil {
+			panic(err)
+		}
+		template.ExtraExtensions = append(template.ExtraExtensions, extension)
+	}
 }
 
 func entry(id, path string, revision uint64) *statev1.Entry {

@@ -28,8 +28,9 @@ type X509SVID struct {
 	Key          secret.Bytes // PKCS #8, DER
 	NotAfter     time.Time
 
-	signedFor *record           // of the entry: the request named it
-	under     string            // key id of its authority
+	signedFor *record // of the entry: the request named it
+	under     string  // key id of its authority
+	origin    ca.Origin
 	anchor    *x509.Certificate // of the bundle, that it verified with
 	parsed    atomic.Pointer[x509svid.SVID]
 }
@@ -68,6 +69,9 @@ func (s *X509SVID) verify(bundle *x509bundle.Bundle, now time.Time) error {
 	return err
 }
 
+// revoked says why nobody in sync accepts the SVID any more, although it is valid.
+func (s *X509SVID) revoked(d *ca.Distrusted) error { return d.CheckHeld(s.under, s.origin) }
+
 func parseChain(id spiffeid.ID, certificates [][]byte) ([]*x509.Certificate, error) {
 	chain := make([]*x509.Certificate, len(certificates))
 	for i, der := range certificates {
@@ -80,18 +84,27 @@ func parseChain(id spiffeid.ID, certificates [][]byte) ([]*x509.Certificate, err
 	return chain, nil
 }
 
-// keptSVID is verifySVID for an entry.
-func keptSVID(want spiffeid.ID, signedFor *record, certificates [][]byte, key crypto.Signer, own x509bundle.Source, now time.Time) (*X509SVID, error) {
-	svid, anchor, err := proveSVID(want, certificates, key, own, now)
+// keptSVID is verifySVID for an entry. It refuses an SVID that is distrusted: of a CA node
+// that lags, or of a former admission of this host.
+func keptSVID(want spiffeid.ID, signedFor *record, certificates [][]byte, key crypto.Signer, state *State, now time.Time) (*X509SVID, error) {
+	svid, anchor, err := proveSVID(want, certificates, key, state.Bundle, now)
 	if err != nil {
 		return nil, err
+	}
+	origin, _, err := ca.OriginOf(svid.Certificates[0])
+	if err != nil {
+		return nil, fmt.Errorf("the CA's certificate for %s: %w", want, err)
 	}
 	pkcs8, err := x509.MarshalPKCS8PrivateKey(key)
 	if err != nil {
 		return nil, fmt.Errorf("the SVID of %s cannot be kept: %w", want, err)
 	}
 	leaf := svid.Certificates[0]
-	return &X509SVID{ID: want, Certificates: certificates, Key: pkcs8, NotAfter: leaf.NotAfter, signedFor: signedFor, under: unique.Make(ca.SignedUnder(leaf)).Value(), anchor: anchor}, nil
+	kept := &X509SVID{ID: want, Certificates: certificates, Key: pkcs8, NotAfter: leaf.NotAfter, signedFor: signedFor, under: unique.Make(ca.SignedUnder(leaf)).Value(), origin: origin, anchor: anchor}
+	if err := kept.revoked(state.View.Announced); err != nil {
+		return nil, fmt.Errorf("the CA's certificate for %s: %w", want, err)
+	}
+	return kept, nil
 }
 
 // verifySVID makes an SVID of what a CA signed, and refuses it when it is not what

@@ -10,6 +10,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"github.com/entente-mesh/entente/ca/client"
 	"github.com/entente-mesh/entente/meshagent/workloadattest"
 )
 
@@ -22,7 +23,7 @@ func TestKeptSVIDIsTheSame(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	kept, err := keptSVID(spiffeid.RequireFromPath(bank, "/accounts"), recordOf(entry("accounts", "/accounts", 1)), certificates, key, ca.authority.Bundle(), time.Now())
+	kept, err := keptSVID(spiffeid.RequireFromPath(bank, "/accounts"), recordOf(entry("accounts", "/accounts", 1)), certificates, key, &State{Bundle: ca.authority.Bundle(), View: &client.View{}}, time.Now())
 	if err != nil {
 		t.Fatal(err)
 	}

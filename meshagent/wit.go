@@ -10,6 +10,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/client"
 	"github.com/entente-mesh/entente/internal/jwtsvid"
 	"github.com/entente-mesh/entente/internal/secret"
@@ -18,12 +19,12 @@ import (
 // keepWITs keeps a WIT-SVID for every entry of the host, each time with a new key.
 func (a *Agent) keepWITs(ctx context.Context) error {
 	return a.keepSVIDs(ctx, renewal{
-		bundle: func(s *State) any { return [2]any{s.WIT, s.View.Distrust} },
+		bundle: func(s *State) any { return [2]any{s.WIT, s.View.Announced} },
 		void: func(s *State, identity *Identity, now time.Time) bool {
 			if identity.WIT == nil {
 				return false
 			}
-			return s.WIT == nil || s.WIT.Keys[identity.WIT.keyID] == nil || s.View.Distrust.CheckOrigin(identity.WIT.origin) != nil
+			return s.WIT == nil || s.WIT.Keys[identity.WIT.keyID] == nil || identity.WIT.revoked(s.View.Announced) != nil
 		},
 		ends: func(identity *Identity) (end time.Time) {
 			if identity.WIT != nil {
@@ -116,6 +117,11 @@ func verifyWIT(want spiffeid.ID, signedFor *record, token string, key crypto.Sig
 		return nil, fmt.Errorf("the CA's WIT-SVID for %s: %w", want, err)
 	}
 	return &WITSVID{ID: want, Token: secret.Of(token), Key: key, Expires: svid.Expires, keyID: svid.KeyID, origin: origin, signedFor: signedFor}, nil
+}
+
+// revoked says why nobody in sync accepts the SVID any more, although it is valid.
+func (w *WITSVID) revoked(d *ca.Distrusted) error {
+	return d.CheckHeld(ca.AuthorityKeyID(w.keyID), w.origin)
 }
 
 // withWITs makes the state that follows when WIT-SVIDs were signed.
