@@ -8,22 +8,23 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/entente-mesh/entente/ca/client"
+	"github.com/entente-mesh/entente/internal/daemon"
 	"github.com/entente-mesh/entente/internal/yamlfile"
 )
 
 // Config is gateway.yaml.
 type Config struct {
-	TrustDomain string        `yaml:"trustDomain,required"`
-	Name        string        `yaml:"name,required"`       // of the Gateway object: its SPIFFE path is /entente/gateway/NAME
-	Datacenter  string        `yaml:"datacenter,required"` // where it stands
-	WorkloadAPI WorkloadAPI   `yaml:"workloadAPI,required"`
-	CA          CA            `yaml:"ca,required"`
-	EastWest    *EastWest     `yaml:"eastWest"` // absent: no east-west door
-	Edge        yamlfile.Node `yaml:"edge"`     // of eastwest-gateway/edge; absent: no edge
-	Admin       *Admin        `yaml:"admin"`    // absent: no admin listener
-	DataDir     string        `yaml:"dataDir"`  // where it keeps whom it believes as a CA node; empty: nowhere
-	AccessLog   AccessLog     `yaml:"accessLog"`
-	Log         Log           `yaml:"log"`
+	TrustDomain string           `yaml:"trustDomain,required"`
+	Name        string           `yaml:"name,required"`       // of the Gateway object: its SPIFFE path is /entente/gateway/NAME
+	Datacenter  string           `yaml:"datacenter,required"` // where it stands
+	WorkloadAPI WorkloadAPI      `yaml:"workloadAPI,required"`
+	CA          CA               `yaml:"ca,required"`
+	EastWest    *EastWest        `yaml:"eastWest"` // absent: no east-west door
+	Edge        yamlfile.Node    `yaml:"edge"`     // of eastwest-gateway/edge; absent: no edge
+	Admin       *Admin           `yaml:"admin"`    // absent: no admin listener
+	DataDir     string           `yaml:"dataDir"`  // where it keeps whom it believes as a CA node; empty: nowhere
+	AccessLog   daemon.AccessLog `yaml:"accessLog"`
+	Log         Log              `yaml:"log"`
 }
 
 // WorkloadAPI is where the gateway gets its SVIDs and bundles.
@@ -47,11 +48,6 @@ type EastWest struct {
 // Admin is the TCP listener of /healthz, /readyz and /metrics.
 type Admin struct {
 	Listen string `yaml:"listen,required"` // host:port
-}
-
-// AccessLog is where access records go, one JSON object per line.
-type AccessLog struct {
-	File string `yaml:"file"` // empty: none
 }
 
 // Log is the process log.
@@ -106,5 +102,5 @@ func (c *Config) check() error {
 			return fmt.Errorf("%s: %w: write host:port", key, err)
 		}
 	}
-	return nil
+	return c.AccessLog.Complete()
 }

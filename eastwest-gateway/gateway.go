@@ -11,10 +11,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"os"
 	"sync/atomic"
 
-	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/entente-mesh/entente/ca/client"
@@ -58,9 +56,9 @@ type Gateway struct {
 	roles      []Role
 	identities *identities
 	engine     *dataplane.Engine
-	registry   *prometheus.Registry
+	metrics    *daemon.Metrics
 	admin      *daemon.Admin
-	accessLog  *os.File
+	records    *daemon.Records // nil: none
 
 	known    chan struct{} // closed with the first view
 	draining atomic.Bool
@@ -76,21 +74,20 @@ func New(cfg Config, log *slog.Logger, roles ...Role) (*Gateway, error) {
 		return nil, fmt.Errorf("gateway: %w", err)
 	}
 	g := &Gateway{
-		cfg:      cfg,
-		td:       td,
-		log:      log,
-		roles:    roles,
-		registry: prometheus.NewRegistry(),
-		known:    make(chan struct{}),
+		cfg:     cfg,
+		td:      td,
+		log:     log,
+		roles:   roles,
+		metrics: daemon.NewMetrics("gateway"),
+		known:   make(chan struct{}),
 	}
 	g.identities = newIdentities(log, func() { g.engine.Recheck() })
 	var access *slog.Logger
 	if cfg.AccessLog.File != "" {
-		g.accessLog, err = os.OpenFile(cfg.AccessLog.File, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o640)
-		if err != nil {
-			return nil, fmt.Errorf("gateway: opening accessLog.file: %w", err)
+		if g.records, err = cfg.AccessLog.Open(g.metrics); err != nil {
+			return nil, fmt.Errorf("gateway: %w", err)
 		}
-		access = slog.New(slog.NewJSONHandler(g.accessLog, nil))
+		access = g.records.Logger
 	}
 	g.engine, err = dataplane.New(dataplane.Config{
 		TrustDomain: td,
@@ -99,18 +96,22 @@ func New(cfg Config, log *slog.Logger, roles ...Role) (*Gateway, error) {
 		Bundles:     g.identities,
 		Log:         log,
 		AccessLog:   access,
-		Metrics:     g.registry,
+		Kind:        "gateway",
+		Metrics:     g.metrics,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("gateway: %w", err)
 	}
 	if cfg.Admin != nil {
-		if g.admin, err = daemon.NewAdmin(cfg.Admin.Listen, g.Ready, g.registry); err != nil {
+		if g.admin, err = daemon.NewAdmin(cfg.Admin.Listen, g.Ready, g.metrics); err != nil {
 			return nil, fmt.Errorf("gateway: opening admin.listen: %w", err)
 		}
 	}
 	return g, nil
 }
+
+// Metrics is the registry of this process.
+func (g *Gateway) Metrics() *daemon.Metrics { return g.metrics }
 
 // Ready says why the gateway cannot serve; nil if it can.
 func (g *Gateway) Ready() error {
@@ -145,8 +146,8 @@ func (g *Gateway) needed() []spiffeid.ID {
 
 // Run serves until ctx is done, then drains: doors close first, then what they need.
 func (g *Gateway) Run(ctx context.Context) error {
-	if g.accessLog != nil {
-		defer g.accessLog.Close()
+	if g.records != nil {
+		defer g.records.Close()
 	}
 	ids := g.needed()
 	if len(ids) == 0 {
@@ -167,6 +168,9 @@ func (g *Gateway) Run(ctx context.Context) error {
 	foundation("data plane", g.engine.Run)
 	foundation("workload API", func(ctx context.Context) error { return g.identities.run(ctx, g.cfg.WorkloadAPI.Socket) })
 	foundation("sync", func(ctx context.Context) error { return g.sync(ctx, ids[0]) })
+	if g.records != nil {
+		foundation("access log", func(ctx context.Context) error { return g.records.Run(ctx, g.log) })
+	}
 	if g.admin != nil {
 		foundation("admin", g.admin.Run)
 	}

@@ -231,7 +231,7 @@ func TestGateway(t *testing.T) {
 	}
 	text, _ := io.ReadAll(metrics.Body)
 	_ = metrics.Body.Close()
-	if !strings.Contains(string(text), `entente_requests_total{hop="gateway",outcome="answered",reason=""} 2`) {
+	if !strings.Contains(string(text), `entente_gateway_requests_total{hop="gateway",outcome="answered",reason=""} 2`) {
 		t.Errorf("metrics:\n%s", text)
 	}
 

@@ -17,6 +17,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/entente-mesh/entente/ca"
+	"github.com/entente-mesh/entente/internal/daemon"
 	"github.com/entente-mesh/entente/internal/jwtsvid"
 	"github.com/entente-mesh/entente/internal/secret"
 	"github.com/entente-mesh/entente/internal/yamlfile"
@@ -59,12 +60,12 @@ type Config struct {
 	// /etc/entente/services.d.
 	ServicesDir string `yaml:"servicesDir"`
 
-	Files     []FilesConfig   `yaml:"files"`
-	DNS       DNSConfig       `yaml:"dns"`
-	Cache     CacheConfig     `yaml:"cache"`
-	Admin     AdminConfig     `yaml:"admin"`
-	AccessLog AccessLogConfig `yaml:"accessLog"`
-	Log       LogConfig       `yaml:"log"`
+	Files     []FilesConfig    `yaml:"files"`
+	DNS       DNSConfig        `yaml:"dns"`
+	Cache     CacheConfig      `yaml:"cache"`
+	Admin     AdminConfig      `yaml:"admin"`
+	AccessLog daemon.AccessLog `yaml:"accessLog"` // of the sidecar
+	Log       LogConfig        `yaml:"log"`
 
 	domain spiffeid.TrustDomain
 }
@@ -355,12 +356,6 @@ type AdminConfig struct {
 	Socket string `yaml:"socket"`
 }
 
-// AccessLogConfig is about the sidecar's access records.
-type AccessLogConfig struct {
-	// File they are appended to, one JSON object per line. Empty: none.
-	File string `yaml:"file"`
-}
-
 // LogConfig is about the process's log.
 type LogConfig struct {
 	Format string `yaml:"format,oneof=text|json"`            // default text
@@ -383,7 +378,11 @@ func ReadConfig(file string, r io.Reader) (*Config, error) {
 	if err := yamlfile.Decode(file, r, c); err != nil {
 		return nil, err
 	}
-	if errs := c.check(); len(errs) > 0 {
+	errs := c.check()
+	if err := c.AccessLog.Complete(); err != nil {
+		errs = append(errs, c.At("accessLog").Errorf("%v", err))
+	}
+	if len(errs) > 0 {
 		return nil, errs
 	}
 	return c, nil

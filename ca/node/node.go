@@ -67,7 +67,7 @@ type Node struct {
 	overdue  atomic.Int64 // authorities that the leader waits for longer than a phase
 	foreign  foreignStatus
 	wit      atomic.Bool // a relationship asks for WIT keys
-	registry *prometheus.Registry
+	registry *daemon.Metrics
 	bans     *bans
 	audit    *server.Audit
 	auditLog *daemon.LogFile // nil: not to a file
@@ -119,7 +119,7 @@ func New(cfg *Config, log *slog.Logger, listeners Listeners) (_ *Node, err error
 		upstream:  cfg.openUpstream(),
 		listeners: listeners,
 		feed:      feed.New(own.id, 0, 0),
-		registry:  prometheus.NewRegistry(),
+		registry:  daemon.NewMetrics("ca"),
 		started:   time.Now(),
 		recheck:   make(chan struct{}, 1),
 
@@ -339,6 +339,9 @@ func (n *Node) Run(ctx context.Context) error {
 	n.log.Info("CA node stopped")
 	return err
 }
+
+// Metrics is the registry of this process.
+func (n *Node) Metrics() *daemon.Metrics { return n.registry }
 
 // Ready is nil when agents can be served: this node signs.
 func (n *Node) Ready() error {

@@ -2,20 +2,15 @@ package main
 
 import (
 	"context"
-	"fmt"
 	"log/slog"
 	"net/netip"
-	"os"
-	"os/signal"
 	"path/filepath"
 	"strings"
-	"syscall"
 
-	"github.com/prometheus/client_golang/prometheus"
-	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/spf13/cobra"
 
 	"github.com/entente-mesh/entente/federation/catalog"
+	"github.com/entente-mesh/entente/internal/daemon"
 	"github.com/entente-mesh/entente/meshagent"
 	"github.com/entente-mesh/entente/meshagent/admin"
 	"github.com/entente-mesh/entente/meshagent/files"
@@ -32,7 +27,7 @@ func agentCommand() *cobra.Command {
 		Short:   "The mesh agent of a host: identities and sidecars for its workloads",
 		Long:    "run, status, explain-pid and healthcheck are for the host itself; list, show, ban, isolate and evict ask a CA node for the agents of its domain.",
 		Example: "  entente agent run --config agent.yaml\n  entente agent list",
-	}, holdsKeys(agentRunCommand()), agentStatusCommand(), agentExplainPIDCommand(), agentHealthcheckCommand(),
+	}, longRunning(agentRunCommand()), agentStatusCommand(), agentExplainPIDCommand(), agentHealthcheckCommand(),
 		agentListCommand(), agentShowCommand(), agentBanCommand(), agentIsolateCommand(), agentEvictCommand())
 }
 
@@ -41,7 +36,7 @@ func agentRunCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:     "run",
 		Short:   "Run the agent of this host",
-		Long:    "SIGHUP has the drop-in directory of services read at once; everything else of the file needs a restart.",
+		Long:    "SIGHUP has the drop-in directory of services read at once and the access log opened again; everything else of the file needs a restart.",
 		Example: "  entente agent run --config agent.yaml",
 		Args:    noArguments,
 		RunE: func(c *cobra.Command, _ []string) error {
@@ -67,8 +62,8 @@ func agentRunCommand() *cobra.Command {
 // runAgent wires the agent to its doors: the Workload API always, the sidecar where
 // this host serves.
 func runAgent(config *meshagent.Config, log *slog.Logger) error {
-	registry := newRegistry()
-	agent, err := meshagent.New(config, meshagent.Options{Log: log, Registerer: registry, Gatherer: registry})
+	metrics := daemon.NewMetrics("agent")
+	agent, err := meshagent.New(config, meshagent.Options{Log: log, Registerer: metrics, Gatherer: metrics})
 	if err != nil {
 		return err
 	}
@@ -90,11 +85,16 @@ func runAgent(config *meshagent.Config, log *slog.Logger) error {
 		doors = append(doors, meshagent.Door{Name: "files", Run: files.New(agent, log).Run})
 	}
 	if config.Sidecar.Inbound != "" {
-		access, closeLog, err := accessLog(config.AccessLog.File)
+		var access *slog.Logger
+		records, err := config.AccessLog.Open(metrics)
 		if err != nil {
 			return err
 		}
-		defer closeLog()
+		if records != nil {
+			defer records.Close()
+			access = records.Logger
+			doors = append(doors, meshagent.Door{Name: "access log", Run: func(ctx context.Context) error { return records.Run(ctx, log) }})
+		}
 		called, resolver, err := openNames(config, agent, log)
 		if err != nil {
 			return err
@@ -113,7 +113,7 @@ func runAgent(config *meshagent.Config, log *slog.Logger) error {
 			Sockets:     config.Sidecar.Sockets,
 			Log:         log,
 			AccessLog:   access,
-			Metrics:     registry,
+			Metrics:     metrics,
 		}, agent)
 		if err != nil {
 			return err
@@ -122,19 +122,8 @@ func runAgent(config *meshagent.Config, log *slog.Logger) error {
 			meshagent.Door{Name: "sidecar", Run: car.Run, Ready: car.Ready},
 			meshagent.Door{Name: "sidecar's view", Run: func(ctx context.Context) error { return follow(ctx, agent, car, log) }})
 	}
-	hangups := make(chan os.Signal, 1)
-	signal.Notify(hangups, syscall.SIGHUP)
-	doors = append(doors, meshagent.Door{Name: "hangups", Run: func(ctx context.Context) error {
-		for {
-			select {
-			case <-hangups:
-				log.Info("reading again", "directory", config.ServicesDir)
-				agent.Reread()
-			case <-ctx.Done():
-				return ctx.Err()
-			}
-		}
-	}})
+	reread := daemon.OnHangup("services of "+config.ServicesDir, func() error { agent.Reread(); return nil })
+	doors = append(doors, meshagent.Door{Name: "services directory", Run: func(ctx context.Context) error { return reread.Run(ctx, log) }})
 	return runUntilSignal(log, func(ctx context.Context) error { return agent.Run(ctx, doors...) })
 }
 
@@ -185,23 +174,4 @@ func follow(ctx context.Context, agent *meshagent.Agent, car *sidecar.Sidecar, l
 			return nil
 		}
 	}
-}
-
-// newRegistry is a process's metrics, with those of the runtime.
-func newRegistry() *prometheus.Registry {
-	registry := prometheus.NewRegistry()
-	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
-	return registry
-}
-
-// accessLog opens the file of access records; no name, no records.
-func accessLog(file string) (*slog.Logger, func() error, error) {
-	if file == "" {
-		return nil, func() error { return nil }, nil
-	}
-	f, err := os.OpenFile(file, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o640)
-	if err != nil {
-		return nil, nil, fmt.Errorf("open accessLog.file: %w", err)
-	}
-	return slog.New(slog.NewJSONHandler(f, nil)), f.Close, nil
 }

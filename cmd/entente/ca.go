@@ -30,7 +30,7 @@ func caCommand() *cobra.Command {
 		Example: `  entente ca init --config ca.yaml     # the first node, once
   entente ca run --config ca.yaml
   entente ca join --config ca.yaml --token-file token     # every further node, once`,
-	}, holdsKeys(caInitCommand()), holdsKeys(caJoinCommand()), holdsKeys(caRunCommand()), holdsKeys(caRecoverCommand()), holdsKeys(caSealCommand()), caStatusCommand(), caBundleCommand(), caRecoveryKeyCommand())
+	}, holdsKeys(caInitCommand()), holdsKeys(caJoinCommand()), longRunning(caRunCommand()), holdsKeys(caRecoverCommand()), holdsKeys(caSealCommand()), caStatusCommand(), caBundleCommand(), caRecoveryKeyCommand())
 }
 
 func caInitCommand() *cobra.Command {

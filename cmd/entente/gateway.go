@@ -17,7 +17,7 @@ func gatewayCommand() *cobra.Command {
 		Use:     "gateway",
 		Short:   "An east-west gateway, an entrance for users, or both",
 		Example: "  entente gateway run --config gateway.yaml",
-	}, holdsKeys(gatewayRunCommand()))
+	}, longRunning(gatewayRunCommand()))
 }
 
 func gatewayRunCommand() *cobra.Command {

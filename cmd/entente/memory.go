@@ -8,6 +8,16 @@ import (
 	"github.com/entente-mesh/entente/internal/daemon"
 )
 
+// longRunning is a daemon's verb: it holds keys, and SIGHUP never ends it, not even before it runs.
+func longRunning(c *cobra.Command) *cobra.Command {
+	run := c.RunE
+	c.RunE = func(c *cobra.Command, args []string) error {
+		daemon.KeepHangups()
+		return run(c, args)
+	}
+	return holdsKeys(c)
+}
+
 // holdsKeys seals the memory of a verb that reads private keys, before it reads any (I1).
 func holdsKeys(c *cobra.Command) *cobra.Command {
 	var debuggable bool

@@ -423,7 +423,7 @@ func TestHangup(t *testing.T) {
 	agent.Process.Signal(syscall.SIGHUP)
 	expectEntente(t, exitOK, []string{"web", "refused", "web.yaml:1"}, "service", "list", "--socket", socket)
 	agent.Process.Signal(syscall.SIGTERM)
-	if err := agent.Wait(); err != nil || !strings.Contains(log.String(), "reading again") {
+	if err := agent.Wait(); err != nil || !strings.Contains(log.String(), "opened or read again") {
 		t.Errorf("%v\n%s", err, log)
 	}
 }

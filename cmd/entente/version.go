@@ -2,11 +2,11 @@ package main
 
 import (
 	"fmt"
-	"runtime/debug"
 
 	"github.com/spf13/cobra"
 
 	"github.com/entente-mesh/entente/ca/keystore"
+	"github.com/entente-mesh/entente/internal/daemon"
 )
 
 func versionCommand() *cobra.Command {
@@ -16,16 +16,9 @@ func versionCommand() *cobra.Command {
 		Example: "  entente version",
 		Args:    noArguments,
 		RunE: func(c *cobra.Command, _ []string) error {
-			version, commit := "(development)", ""
-			if info, ok := debug.ReadBuildInfo(); ok {
-				if v := info.Main.Version; v != "" && v != "(devel)" {
-					version = v
-				}
-				for _, s := range info.Settings {
-					if s.Key == "vcs.revision" {
-						commit = " " + s.Value
-					}
-				}
+			version, commit := daemon.Build()
+			if commit != "" {
+				commit = " " + commit
 			}
 			pkcs11 := "without"
 			if keystore.PKCS11 {

@@ -38,6 +38,7 @@ type Config struct {
 
 	Log       *slog.Logger          // refusals and changes of upstream health; nil: silent
 	AccessLog *slog.Logger          // one record per request, message "request"; nil: none
+	Kind      string                // of the process: its metrics begin with entente_KIND_
 	Metrics   prometheus.Registerer // nil: none
 	Timing    Timing
 	// Strangers bounds the connections at each mTLS door that have not shaken hands yet,
@@ -158,7 +159,7 @@ func New(cfg Config) (*Engine, error) {
 	e.upstream.init(e)
 	e.apps.init(e)
 	var err error
-	if e.metrics, err = newMetrics(cfg.Metrics, e.registry.Len); err != nil {
+	if e.metrics, err = newMetrics(cfg.Kind, cfg.Metrics, e.registry.Len); err != nil {
 		e.cancel()
 		return nil, err
 	}

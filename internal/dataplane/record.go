@@ -79,44 +79,45 @@ type metrics struct {
 	noPlaces   prometheus.Counter
 }
 
-func newMetrics(reg prometheus.Registerer, open func() int) (*metrics, error) {
+func newMetrics(kind string, reg prometheus.Registerer, open func() int) (*metrics, error) {
 	if reg == nil {
 		return nil, nil
 	}
+	name := func(s string) string { return "entente_" + kind + "_" + s }
 	m := &metrics{
 		requests: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "entente_requests_total",
+			Name: name("requests_total"),
 			Help: "Requests by hop, reason of refusal (empty: none) and outcome.",
 		}, []string{"hop", "reason", "outcome"}),
 		duration: prometheus.NewHistogramVec(prometheus.HistogramOpts{
-			Name:    "entente_request_duration_seconds",
+			Name:    name("request_duration_seconds"),
 			Help:    "Time from a request's arrival to the end of its answer.",
 			Buckets: []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 15},
 		}, []string{"hop"}),
 		attempts: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "entente_upstream_attempts_total",
+			Name: name("upstream_attempts_total"),
 			Help: "Attempts to send a request on, by result: answered, not-sent, unknown, given-up.",
 		}, []string{"result"}),
 		ejections: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "entente_upstream_ejections_total",
+			Name: name("upstream_ejections_total"),
 			Help: "Times an upstream address was left out, by cause.",
 		}, []string{"cause"}),
 		handshakes: prometheus.NewHistogramVec(prometheus.HistogramOpts{
-			Name:    "entente_tls_handshake_duration_seconds",
+			Name:    name("tls_handshake_duration_seconds"),
 			Help:    "TLS handshakes (upstream: with the TCP connect) by side and result.",
 			Buckets: []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 5},
 		}, []string{"side", "result"}),
 		cuts: prometheus.NewCounter(prometheus.CounterOpts{
-			Name: "entente_connections_cut_total",
+			Name: name("connections_cut_total"),
 			Help: "Open connections closed because their peer is no longer admitted.",
 		}),
 	}
 	m.noPlaces = prometheus.NewCounter(prometheus.CounterOpts{
-		Name: "entente_connections_without_place_total",
+		Name: name("connections_without_place_total"),
 		Help: "Connections to an mTLS listener that were closed because too many are open, or come from one address.",
 	})
 	connections := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
-		Name: "entente_open_connections",
+		Name: name("open_connections"),
 		Help: "Open verified connections, both sides.",
 	}, func() float64 { return float64(open()) })
 	for _, c := range []prometheus.Collector{m.requests, m.duration, m.attempts, m.ejections, m.handshakes, m.cuts, m.noPlaces, connections} {

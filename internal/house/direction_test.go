@@ -81,7 +81,7 @@ internal/peer/peertest:
 internal/jwtsvid:
 internal/gossip:
 internal/admission:
-internal/daemon:         internal/admission
+internal/daemon:         internal/admission internal/yamlfile
 internal/daemon/daemontest:
 internal/safepath:
 internal/secret:

@@ -134,6 +134,7 @@ func New(cfg Config, agent Agent) (*Sidecar, error) {
 		Bundles:     agent.Bundles(),
 		Log:         cfg.Log,
 		AccessLog:   cfg.AccessLog,
+		Kind:        "agent",
 		Metrics:     cfg.Metrics,
 		Timing:      cfg.Timing,
 	})
