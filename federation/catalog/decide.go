@@ -314,17 +314,3 @@ func (r *rule) listsRequest(method, path string) bool {
 	}
 	return len(r.http) == 0
 }
-
-func (s *Service) exported(domain string) bool {
-	for _, each := range s.ExportTo {
-		if each == domain {
-			return true
-		}
-	}
-	return false
-}
-
-func (t *Tables) related(domain string) bool {
-	p := t.peers[domain]
-	return p != nil && p.related
-}

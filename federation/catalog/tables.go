@@ -9,21 +9,13 @@
 package catalog
 
 import (
-	"fmt"
-	"net/netip"
 	"slices"
 	"strings"
-	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
-	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	"github.com/entente-mesh/entente/federation"
 )
-
-// DefaultHold is how long a datacenter must be healthy again before requests go
-// back to it, where a service does not say.
-const DefaultHold = 30 * time.Second
 
 // Tables are the compiled catalogue of one trust domain. They are immutable and
 // may be used by any number of goroutines. Everything that a method returns is
@@ -62,58 +54,6 @@ type site struct {
 	hops       []Hop
 }
 
-// Service is one service of this domain.
-type Service struct {
-	Label string
-	Name  string      // LABEL.TRUSTDOMAIN: what callers write into Host
-	ID    spiffeid.ID // who serves it, and who its workload is when it calls
-
-	Hosts        []string // agents that may run it
-	Port         uint16   // where the application listens; 0: it only calls
-	TCP          bool     // what it speaks there is carried, not looked at; else it is HTTP
-	AnyContent   bool     // it takes content on methods that usually have none
-	ReadsBodies  bool     // it reads all content of a request before the connection's next one
-	HealthPath   string   // empty: a TCP connect is the check
-	OutboundPort uint16   // loopback port on which its workload calls others; 0: none
-	Failover     Failover
-	ExportTo     []string // trust domains that may see it
-	Calls        []string // service names it may call; nil: its own domain's and every import
-
-	Owner    string
-	Source   string // FILE:LINE, for people
-	Revision uint64
-
-	objectKey string              // "Service/LABEL"
-	calls     map[string]struct{} // nil: everything visible
-}
-
-// Failover says which datacenters may answer for a service. Moving back is left to
-// the balancer, which is told here how.
-type Failover struct {
-	Manual         bool          // it does not leave the first datacenter of Order by itself
-	Order          []string      // most preferred first, others are never used; empty: the caller's own, then every other
-	ManualFailback bool          // requests stay where they are until an operator sends them back
-	Hold           time.Duration // how long a datacenter must be healthy again before failback
-}
-
-// OwnGateway is one east-west gateway.
-type OwnGateway struct {
-	Name       string
-	ID         spiffeid.ID
-	Datacenter string
-	Address    string // host:port
-	Hosts      []string
-	Source     string
-	Revision   uint64
-}
-
-// PeerGateway is a gateway of another domain, as an agreement names it.
-type PeerGateway struct {
-	ID         spiffeid.ID
-	Datacenter string
-	Address    string // host:port
-}
-
 // Target is where a service name leads: to an own service or to an import.
 type Target struct {
 	Name        string // canonical service name
@@ -125,27 +65,6 @@ type Target struct {
 
 // Import reports whether another domain serves the target.
 func (t Target) Import() bool { return t.Service == nil }
-
-// rule is one entry of an agreement's allow list.
-type rule struct {
-	agreement *agreement
-	callers   []federation.Pattern
-	http      []httpMatch // empty: everything
-}
-
-type agreement struct {
-	key      string // "Agreement/NAME"
-	source   string
-	revision uint64
-	expires  int64
-	gateways map[spiffeid.ID]struct{}
-}
-
-type httpMatch struct {
-	methods []string // empty: every one
-	path    string   // empty: every one; a prefix has no "/" at its end, save for "/" itself
-	exact   bool
-}
 
 // TrustDomain is the domain whose catalogue this is.
 func (t *Tables) TrustDomain() spiffeid.TrustDomain { return t.td }
@@ -253,14 +172,6 @@ func (t *Tables) CheckForeignDial(address string) error {
 	return federation.CheckDial(address, t.allowLoopback)
 }
 
-// checkForeignAddr is CheckAddr with the same exception, for what an agreement names.
-func checkForeignAddr(addr netip.Addr, allowLoopback bool) error {
-	if allowLoopback && addr.Unmap().IsLoopback() {
-		return nil
-	}
-	return federation.CheckAddr(addr)
-}
-
 // Resolve finds the target of a Host or :authority: a service name in any case,
 // with or without a port and a final dot. It does not allocate for a name in its
 // canonical form.
@@ -298,82 +209,4 @@ func canonicalHost(host string) (string, bool) {
 		}
 	}
 	return strings.ToLower(host), host != ""
-}
-
-// Severity says how much a finding matters.
-type Severity string
-
-// A catalogue with a Fail is not compiled.
-const (
-	Warn Severity = "warn"
-	Fail Severity = "fail"
-)
-
-// Finding is one thing that is wrong with an object, or that deserves attention.
-type Finding struct {
-	Severity Severity
-	Object   string // "Agreement/trading-reads-balances"
-	Source   string // FILE:LINE it was declared at; may be empty
-	Detail   string // what is wrong
-	Fix      string // what to do about it; may be empty
-}
-
-func (f Finding) String() string {
-	var b strings.Builder
-	if f.Source != "" {
-		b.WriteString(f.Source + ": ")
-	}
-	fmt.Fprintf(&b, "%s: %s", f.Object, f.Detail)
-	if f.Fix != "" {
-		b.WriteString("; " + f.Fix)
-	}
-	return b.String()
-}
-
-// Error is what makes a catalogue wrong: every finding of severity Fail.
-type Error struct {
-	Findings []Finding
-}
-
-func (e *Error) Error() string {
-	lines := make([]string, len(e.Findings))
-	for i, f := range e.Findings {
-		lines[i] = f.String()
-	}
-	return strings.Join(lines, "\n")
-}
-
-// Key is the key of an object, "Service/accounts". An Import's name is its service
-// name, a Relationship's its trust domain. Empty for an object without a kind.
-func Key(object *statev1.Object) string {
-	kind, name := KindName(object)
-	if kind == "" {
-		return ""
-	}
-	return kind + "/" + name
-}
-
-// KindName is the kind and the name of an object; both empty if it has no kind.
-func KindName(object *statev1.Object) (kind, name string) {
-	switch {
-	case object.GetService() != nil:
-		return "Service", object.GetService().GetName()
-	case object.GetGateway() != nil:
-		return "Gateway", object.GetGateway().GetName()
-	case object.GetImport() != nil:
-		return "Import", object.GetImport().GetService()
-	case object.GetAgreement() != nil:
-		return "Agreement", object.GetAgreement().GetName()
-	case object.GetRelationship() != nil:
-		return "Relationship", object.GetRelationship().GetTrustDomain()
-	case object.GetRoleBinding() != nil:
-		return "RoleBinding", object.GetRoleBinding().GetName()
-	default:
-		return "", ""
-	}
-}
-
-// Kinds are the kinds of objects, in the order in which they are best read.
-func Kinds() []string {
-	return []string{"Relationship", "Gateway", "Service", "Import", "Agreement", "RoleBinding"}
 }

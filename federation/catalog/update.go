@@ -50,7 +50,7 @@ func (t *Tables) updateServices(changed map[string]*statev1.Object) *Tables {
 		before := t.services[label]
 		switch {
 		case object != nil:
-			c.sorted = append(c.sorted, object)
+			c.sorted = append(c.sorted, declare(object))
 			if before != nil && (before.ID.Path() != object.GetService().GetPath() || before.TCP != (object.GetService().GetProtocol() == statev1.Protocol_PROTOCOL_TCP) || narrows(before.ExportTo, object.GetService().GetExportTo())) {
 				return nil
 			}
@@ -63,12 +63,12 @@ func (t *Tables) updateServices(changed map[string]*statev1.Object) *Tables {
 			delete(next.targets, before.Name)
 		}
 	}
-	slices.SortFunc(c.sorted, func(a, b *statev1.Object) int { return strings.Compare(Key(a), Key(b)) })
+	slices.SortFunc(c.sorted, byKey)
 	for _, c.object = range c.sorted {
-		c.service(c.object.GetService())
+		c.service()
 	}
 	for _, c.object = range c.sorted {
-		c.serviceReferences(c.object.GetService())
+		c.serviceReferences()
 	}
 	if len(c.failed) > 0 || c.takesListener(changed) {
 		return nil

@@ -134,6 +134,22 @@ func TestBundleFileStandsBesideTheFile(t *testing.T) {
 	}
 }
 
+// Every kind that the API has can be written and read: one that is forgotten fails here.
+func TestEveryKindStandsInAFile(t *testing.T) {
+	oneof := (*statev1.Object)(nil).ProtoReflect().Descriptor().Oneofs().ByName("kind").Fields()
+	for i := range oneof.Len() {
+		if name := string(oneof.Get(i).Message().Name()); find(name) == nil {
+			t.Errorf("%s has no row in kinds", name)
+		}
+	}
+	if len(kinds) != oneof.Len() {
+		t.Errorf("%d rows for %d kinds", len(kinds), oneof.Len())
+	}
+	if find("Thing") != nil {
+		t.Error("control: a kind that does not exist has a row")
+	}
+}
+
 // genObject draws objects that a file can say; Compile need not like them.
 func genObject() *rapid.Generator[*statev1.Object] {
 	word := rapid.StringMatching(`[a-z][a-z0-9-]{0,8}`)
@@ -150,8 +166,8 @@ func genObject() *rapid.Generator[*statev1.Object] {
 	}
 	return rapid.Custom(func(t *rapid.T) *statev1.Object {
 		object := &statev1.Object{Owner: rapid.OneOf(rapid.Just(""), odd).Draw(t, "owner")}
-		switch rapid.IntRange(0, 5).Draw(t, "kind") {
-		case 0:
+		switch kind := rapid.SampledFrom(catalog.Kinds()).Draw(t, "kind"); kind {
+		case "Service":
 			name := odd.Draw(t, "name")
 			s := &statev1.Service{
 				Name: name, Path: "/" + name, Hosts: words.Draw(t, "hosts"), Selectors: selectors.Draw(t, "selectors"),
@@ -177,13 +193,13 @@ func genObject() *rapid.Generator[*statev1.Object] {
 				}
 			}
 			object.Kind = &statev1.Object_Service{Service: s}
-		case 1:
+		case "Gateway":
 			object.Kind = &statev1.Object_Gateway{Gateway: &statev1.Gateway{
 				Name: odd.Draw(t, "name"), Datacenter: odd.Draw(t, "dc"), Address: odd.Draw(t, "address"), Hosts: words.Draw(t, "hosts"), Selectors: selectors.Draw(t, "selectors"),
 			}}
-		case 2:
+		case "Import":
 			object.Kind = &statev1.Object_Import{Import: &statev1.Import{Service: odd.Draw(t, "service"), Port: rapid.Uint32Range(0, 65535).Draw(t, "port"), Protocol: statev1.Protocol(rapid.IntRange(0, 1).Draw(t, "protocol"))}}
-		case 3:
+		case "Agreement":
 			a := &statev1.Agreement{Name: odd.Draw(t, "name"), Peer: "trading.example", Expires: rapid.OneOf(rapid.Just[int64](1826668800), rapid.Int64Range(1, 1<<33)).Draw(t, "expires")}
 			for range rapid.IntRange(0, 2).Draw(t, "gateways") {
 				a.Gateways = append(a.Gateways, &statev1.PeerGateway{Path: "/" + word.Draw(t, "path"), Datacenter: odd.Draw(t, "dc"), Address: odd.Draw(t, "address")})
@@ -200,16 +216,18 @@ func genObject() *rapid.Generator[*statev1.Object] {
 				a.Allow = append(a.Allow, allow)
 			}
 			object.Kind = &statev1.Object_Agreement{Agreement: a}
-		case 4:
+		case "RoleBinding":
 			object.Kind = &statev1.Object_RoleBinding{RoleBinding: &statev1.RoleBinding{
 				Name: odd.Draw(t, "name"), Role: statev1.AdminRole(rapid.IntRange(1, 4).Draw(t, "role")), Subjects: words.Draw(t, "subjects"), Prefixes: list(t, maybe, "prefixes"),
 			}}
-		default:
+		case "Relationship":
 			r := &statev1.Relationship{TrustDomain: odd.Draw(t, "name"), EndpointUrls: words.Draw(t, "urls")}
 			if rapid.Bool().Draw(t, "bundle") {
 				r.EndpointId, r.BootstrapBundle = odd.Draw(t, "id"), []byte(rapid.SampledFrom([]string{`{"keys":[]}`, "{\n  \"keys\": []\n}\n", "{\"a\":\t1}"}).Draw(t, "json"))
 			}
 			object.Kind = &statev1.Object_Relationship{Relationship: r}
+		default:
+			t.Fatalf("no %s is drawn here", kind)
 		}
 		return object
 	})

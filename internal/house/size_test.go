@@ -38,7 +38,6 @@ ca/server named                  101  one case for each administrative request
 ca/server planApply               82  one plan from one state: objects, deletes, what they leave
 cmd/entente printStatus          112  one section after the other, as they are printed
 cmd/entente runFlags.run          81  the life of one program: registered, declared, started, drained
-federation/catalog compiler.service 86  one check for each field of a service
 internal/dataplane sender.try     95  one attempt: what may be repeated depends on how far it came
 meshagent Agent.keepSVIDs         90  one round: look at all SVIDs, renew those that are due, wait
 meshagent Config.check            98  one check for each key of the file

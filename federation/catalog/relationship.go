@@ -1,0 +1,82 @@
+package catalog
+
+import (
+	"encoding/json"
+	"net/url"
+	"strconv"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+)
+
+var relationshipKind = kind{
+	name: "Relationship",
+	id: func(o *statev1.Object) (string, bool) {
+		r := o.GetRelationship()
+		return r.GetTrustDomain(), r != nil
+	},
+	compile: (*compiler).relationship,
+}
+
+func (c *compiler) relationship() {
+	r := c.object.GetRelationship()
+	td, ok := c.domain("metadata.name", r.GetTrustDomain())
+	for _, raw := range r.GetEndpointUrls() {
+		u, err := url.Parse(raw)
+		switch {
+		case err != nil || u.Scheme != "https" || u.Hostname() == "":
+			c.fail("write it as https://host:port/path", "endpoint URL %q is not an https URL", raw)
+			continue
+		case u.User != nil || u.Fragment != "" || u.RawQuery != "":
+			c.fail("", "endpoint URL %q has user information, a query or a fragment", raw)
+			continue
+		}
+		if port := u.Port(); port != "" {
+			if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
+				c.fail("", "endpoint URL %q: the port is outside 1 to 65535", raw)
+			}
+		}
+		c.foreignHost("endpoint URL", u.Hostname())
+	}
+	if endpoint := r.GetEndpointId(); endpoint != "" {
+		id, err := spiffeid.FromString(endpoint)
+		switch {
+		case err != nil:
+			c.fail("", "endpoint.id %q is not a SPIFFE ID: %v", endpoint, err)
+		case ok && !id.MemberOf(td):
+			c.fail("", "endpoint.id %q is not in trust domain %s", endpoint, td)
+		case id.Path() == "":
+			c.fail("", "endpoint.id %q has no path", endpoint)
+		case len(r.GetBootstrapBundle()) == 0:
+			c.fail("give bundleFile the peer's bundle, obtained over a channel that you trust", "endpoint.id is set and there is no bundle to verify it with")
+		}
+	}
+	if bundle := r.GetBootstrapBundle(); len(bundle) > 0 && !json.Valid(bundle) {
+		c.fail("", "the bundle is not JSON")
+	}
+	if len(r.GetEndpointUrls()) == 0 {
+		c.warn("add endpoint.urls", "no endpoint URL is given: the peer's key rotations will not be noticed")
+	}
+	if ok {
+		c.peer(td.Name()).related = true
+	}
+}
+
+func (t *Tables) related(domain string) bool {
+	p := t.peers[domain]
+	return p != nil && p.related
+}
+
+func (c *compiler) suggestPeer(domain string) string {
+	var related []string
+	for name, p := range c.tables.peers {
+		if p.related {
+			related = append(related, name)
+		}
+	}
+	if s := didYouMean(domain, related); s != "" {
+		return s
+	}
+	return "declare kind: Relationship for " + domain
+}
