@@ -8,14 +8,13 @@ import (
 	"io"
 	"log"
 	"net/http"
-	"os"
-	"sync"
 	"time"
 
 	"github.com/entente-mesh/entente/ca/domain"
 	"github.com/entente-mesh/entente/ca/server"
 	"github.com/entente-mesh/entente/federation/exchange"
 	"github.com/entente-mesh/entente/internal/admission"
+	"github.com/entente-mesh/entente/internal/daemon"
 )
 
 // witPath is the bundle endpoint's variant with WIT keys. It has a URL of its own since
@@ -61,10 +60,10 @@ func (n *Node) serveOIDC(ctx context.Context) error {
 		n.listeners.OIDC.Close()
 		return err
 	}
-	pair := &certificateFiles{cert: n.cfg.OIDC.CertFile, key: n.cfg.OIDC.KeyFile}
-	if _, err := pair.get(nil); err != nil {
+	pair := daemon.FollowKeyPair(n.cfg.OIDC.CertFile, n.cfg.OIDC.KeyFile)
+	if _, err := pair.Get(); err != nil {
 		n.listeners.OIDC.Close()
-		return err
+		return fmt.Errorf("oidc.certFile and oidc.keyFile cannot be used: %w", err)
 	}
 	web := &http.Server{
 		Handler:           handler,
@@ -76,7 +75,7 @@ func (n *Node) serveOIDC(ctx context.Context) error {
 		ErrorLog:          log.New(io.Discard, "", 0), // strangers' handshakes
 		TLSConfig: &tls.Config{
 			MinVersion:             tls.VersionTLS13,
-			GetCertificate:         pair.get,
+			GetCertificate:         func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return pair.Get() },
 			SessionTicketsDisabled: true,
 		},
 	}
@@ -98,43 +97,4 @@ func (n *Node) serveOIDC(ctx context.Context) error {
 		return err
 	}
 	return nil
-}
-
-// certificateFiles is a certificate that lies in two files, which others renew.
-type certificateFiles struct {
-	cert, key string
-
-	mu     sync.Mutex
-	loaded *tls.Certificate
-	times  [2]time.Time // of the files as loaded
-	looked time.Time
-}
-
-// get returns the newest pair that fits together: while files are being replaced, the
-// one before.
-func (f *certificateFiles) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	now := time.Now()
-	if f.loaded != nil && now.Sub(f.looked) < time.Second {
-		return f.loaded, nil
-	}
-	f.looked = now
-	var times [2]time.Time
-	for i, name := range []string{f.cert, f.key} {
-		if info, err := os.Stat(name); err == nil {
-			times[i] = info.ModTime()
-		}
-	}
-	if f.loaded != nil && times == f.times {
-		return f.loaded, nil
-	}
-	pair, err := tls.LoadX509KeyPair(f.cert, f.key)
-	switch {
-	case err == nil:
-		f.loaded, f.times = &pair, times
-	case f.loaded == nil:
-		return nil, fmt.Errorf("oidc.certFile and oidc.keyFile cannot be used: %w", err)
-	}
-	return f.loaded, nil
 }

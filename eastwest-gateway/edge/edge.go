@@ -9,12 +9,11 @@ import (
 	"net"
 	"net/http"
 	"net/url"
-	"os"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/entente-mesh/entente/internal/admission"
+	"github.com/entente-mesh/entente/internal/daemon"
 	"github.com/entente-mesh/entente/internal/problem"
 	"github.com/entente-mesh/entente/internal/refusal"
 )
@@ -68,8 +67,8 @@ func New(config Config, listener net.Listener, mesh Mesh, log *slog.Logger) (*Ed
 	if err != nil {
 		return nil, err
 	}
-	certificate := &certificateFile{certFile: config.TLS.CertFile, keyFile: config.TLS.KeyFile}
-	if _, err := certificate.get(nil); err != nil {
+	certificate := daemon.FollowKeyPair(config.TLS.CertFile, config.TLS.KeyFile)
+	if _, err := certificate.Get(); err != nil {
 		return nil, fmt.Errorf("edge.tls: %w", err)
 	}
 	e := &Edge{config: config, tokens: tokens, tiers: newTiers(config.Tiers), routes: newRoutes(config.Routes), mesh: mesh, log: log}
@@ -77,7 +76,7 @@ func New(config Config, listener net.Listener, mesh Mesh, log *slog.Logger) (*Ed
 	e.listener = tls.NewListener(admission.ListenTwice(listener, strangers, known, nil), &tls.Config{
 		MinVersion:     tls.VersionTLS12, // clients are not ours: phones and partners
 		NextProtos:     []string{"h2", "http/1.1"},
-		GetCertificate: certificate.get,
+		GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return certificate.Get() },
 	})
 	return e, nil
 }
@@ -163,40 +162,4 @@ func setPath(u *url.URL, escaped string) error {
 	}
 	u.Path, u.RawPath = path, escaped
 	return nil
-}
-
-// certificateFile serves a key pair from files and takes a new one when the
-// certificate file changes. A pair that went bad keeps the last good one.
-type certificateFile struct {
-	certFile, keyFile string
-
-	mu      sync.Mutex // guards what follows
-	pair    *tls.Certificate
-	modTime time.Time
-	looked  time.Time
-}
-
-func (c *certificateFile) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	now := time.Now()
-	if c.pair != nil && now.Sub(c.looked) < rereadEvery {
-		return c.pair, nil
-	}
-	c.looked = now
-	info, err := os.Stat(c.certFile)
-	if err == nil && c.pair != nil && info.ModTime().Equal(c.modTime) {
-		return c.pair, nil
-	}
-	if err == nil {
-		var pair tls.Certificate
-		if pair, err = tls.LoadX509KeyPair(c.certFile, c.keyFile); err == nil {
-			c.pair, c.modTime = &pair, info.ModTime()
-			return c.pair, nil
-		}
-	}
-	if c.pair != nil {
-		return c.pair, nil
-	}
-	return nil, err
 }

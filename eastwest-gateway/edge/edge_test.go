@@ -310,29 +310,34 @@ func TestRoutes(t *testing.T) {
 }
 
 func TestKeysRotateWithoutRestart(t *testing.T) {
-	w := newWorld(t, nil)
-	verify := func(raw string) *problem.Problem {
-		r := httptest.NewRequest("GET", "/", nil)
-		r.Header.Set("Authorization", "Bearer "+raw)
-		_, problem := w.edge.tokens.verify(r, time.Now())
-		return problem
-	}
-	fresh := token(t, w.stranger, func(_ map[string]any, h map[jose.HeaderKey]any) { h["kid"] = "k2" })
-	if p := verify(fresh); p == nil {
-		t.Fatal("a key that stands in no JWKS was accepted")
-	}
-	w.writeJWKS(t, map[string]*ecdsa.PrivateKey{"k1": w.key, "k2": w.stranger})
-	check(t, os.Chtimes(w.jwks, time.Time{}, time.Now().Add(time.Second)))
-	w.edge.tokens.looked = time.Time{} // as if rereadEvery had passed
-	if p := verify(fresh); p != nil {
-		t.Errorf("the new key is not taken: %v", p)
-	}
-	check(t, os.WriteFile(w.jwks, []byte("{"), 0o600))
-	check(t, os.Chtimes(w.jwks, time.Time{}, time.Now().Add(2*time.Second)))
-	w.edge.tokens.looked = time.Time{} // as if rereadEvery had passed
-	if p := verify(fresh); p != nil {
-		t.Errorf("a broken file took the good keys away: %v", p)
-	}
+	synctest.Test(t, func(t *testing.T) {
+		w := &world{key: newKey(t), stranger: newKey(t), jwks: filepath.Join(t.TempDir(), "jwks.json")}
+		w.writeJWKS(t, map[string]*ecdsa.PrivateKey{"k1": w.key})
+		tokens, err := newTokens(JWT{JWKSFile: w.jwks, Issuer: issuer, Audience: audience, Algorithms: []string{"ES256"}}, "tier", (&mesh{}).Revoked)
+		check(t, err)
+		verify := func(raw string) *problem.Problem {
+			r := httptest.NewRequest("GET", "/", nil)
+			r.Header.Set("Authorization", "Bearer "+raw)
+			_, problem := tokens.verify(r, time.Now())
+			return problem
+		}
+		fresh := token(t, w.stranger, func(_ map[string]any, h map[jose.HeaderKey]any) { h["kid"] = "k2" })
+		if p := verify(fresh); p == nil {
+			t.Fatal("a key that stands in no JWKS was accepted")
+		}
+		w.writeJWKS(t, map[string]*ecdsa.PrivateKey{"k1": w.key, "k2": w.stranger})
+		check(t, os.Chtimes(w.jwks, time.Time{}, time.Now().Add(time.Second)))
+		time.Sleep(2 * time.Second)
+		if p := verify(fresh); p != nil {
+			t.Errorf("the new key is not taken: %v", p)
+		}
+		check(t, os.WriteFile(w.jwks, []byte("{"), 0o600))
+		check(t, os.Chtimes(w.jwks, time.Time{}, time.Now().Add(2*time.Second)))
+		time.Sleep(2 * time.Second)
+		if p := verify(fresh); p != nil {
+			t.Errorf("a broken file took the good keys away: %v", p)
+		}
+	})
 }
 
 func TestBadConfigurationIsRefused(t *testing.T) {

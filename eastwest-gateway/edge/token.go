@@ -8,12 +8,12 @@ import (
 	"os"
 	"slices"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/go-jose/go-jose/v4"
 	"github.com/go-jose/go-jose/v4/jwt"
 
+	"github.com/entente-mesh/entente/internal/daemon"
 	"github.com/entente-mesh/entente/internal/problem"
 	"github.com/entente-mesh/entente/internal/refusal"
 )
@@ -23,7 +23,6 @@ const (
 	maxJWKSBytes  = 1 << 20
 	maxJWKSKeys   = 256
 	leeway        = 30 * time.Second // for nbf and iat only; exp has none
-	rereadEvery   = 2 * time.Second  // how often the JWKS file is looked at, at most
 )
 
 // signatureAlgorithms are those a configuration may pin (RFC 8725: asymmetric ones only).
@@ -43,21 +42,17 @@ type User struct {
 
 // tokens verifies bearer tokens against a JWKS file. Safe for concurrent use.
 type tokens struct {
-	file       string
+	keys       *daemon.Followed[*jose.JSONWebKeySet]
 	algorithms []jose.SignatureAlgorithm
 	issuer     string
 	audience   string
 	tierClaim  string
 	revoked    func(subject, keyID string, claims map[string]any) error
-
-	mu      sync.Mutex // guards what follows
-	keys    *jose.JSONWebKeySet
-	modTime time.Time
-	looked  time.Time
 }
 
 func newTokens(c JWT, tierClaim string, revoked func(subject, keyID string, claims map[string]any) error) (*tokens, error) {
-	t := &tokens{file: c.JWKSFile, issuer: c.Issuer, audience: c.Audience, tierClaim: tierClaim, revoked: revoked}
+	keys := daemon.Follow(func() (*jose.JSONWebKeySet, error) { return readJWKS(c.JWKSFile) }, c.JWKSFile)
+	t := &tokens{keys: keys, issuer: c.Issuer, audience: c.Audience, tierClaim: tierClaim, revoked: revoked}
 	for _, name := range c.Algorithms {
 		algorithm := jose.SignatureAlgorithm(name)
 		if !slices.Contains(signatureAlgorithms, algorithm) {
@@ -68,41 +63,17 @@ func newTokens(c JWT, tierClaim string, revoked func(subject, keyID string, clai
 	if len(t.algorithms) == 0 {
 		return nil, errors.New("edge.jwt.algorithms: name at least one, for example ES256")
 	}
-	if _, err := t.read(time.Now()); err != nil {
-		return nil, err
+	if _, err := keys.Get(); err != nil {
+		return nil, fmt.Errorf("edge.jwt.jwksFile: %w", err)
 	}
 	return t, nil
 }
 
-// read returns the keys, from the file if it changed. A file that went bad keeps the last good keys.
-func (t *tokens) read(now time.Time) (*jose.JSONWebKeySet, error) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if t.keys != nil && now.Sub(t.looked) < rereadEvery {
-		return t.keys, nil
-	}
-	t.looked = now
-	info, err := os.Stat(t.file)
-	if err == nil && t.keys != nil && info.ModTime().Equal(t.modTime) {
-		return t.keys, nil
-	}
-	var keys *jose.JSONWebKeySet
-	if err == nil {
-		keys, err = readJWKS(t.file, info.Size())
-	}
-	if err != nil {
-		if t.keys != nil {
-			return t.keys, nil
-		}
-		return nil, fmt.Errorf("edge.jwt.jwksFile: %w", err)
-	}
-	t.keys, t.modTime = keys, info.ModTime()
-	return t.keys, nil
-}
-
-func readJWKS(file string, size int64) (*jose.JSONWebKeySet, error) {
-	if size > maxJWKSBytes {
-		return nil, fmt.Errorf("%s has %d bytes, more than %d", file, size, maxJWKSBytes)
+func readJWKS(file string) (*jose.JSONWebKeySet, error) {
+	if info, err := os.Stat(file); err != nil {
+		return nil, err
+	} else if info.Size() > maxJWKSBytes {
+		return nil, fmt.Errorf("%s has %d bytes, more than %d", file, info.Size(), maxJWKSBytes)
 	}
 	raw, err := os.ReadFile(file)
 	if err != nil {
@@ -175,7 +146,7 @@ func (t *tokens) verify(r *http.Request, now time.Time) (User, *problem.Problem)
 		// A WIT-SVID must never stand in Authorization (WIT-SVID section 5).
 		return invalid("a token of type %q is no bearer token", typ)
 	}
-	keys, err := t.read(now)
+	keys, err := t.keys.Get()
 	if err != nil {
 		return invalid("no key to verify with")
 	}

@@ -58,7 +58,7 @@ federation/origin:       federation
 eastwest-gateway:        ca/client
                          internal/dataplane internal/peer internal/gossip internal/daemon internal/yamlfile internal/refusal
                          federation/catalog federation/origin
-eastwest-gateway/edge:   internal/yamlfile internal/problem internal/refusal internal/admission internal/dataplane/header
+eastwest-gateway/edge:   internal/yamlfile internal/problem internal/refusal internal/admission internal/daemon internal/dataplane/header
 
 meshagent:               ca ca/client ca/keystore federation/bundle
                          meshagent/nodeattest meshagent/services meshagent/workloadattest
