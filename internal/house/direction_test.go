@@ -115,11 +115,12 @@ google.golang.org/grpc:           api/entente/v1
 `
 
 // pure lists the rooms without sockets, disk, goroutines, clock and randomness:
-// time and ids arrive as arguments.
+// time and ids arrive as arguments. They import pure rooms only ([TestPure]).
 const pure = `
+api/entente/state/v1
 ca ca/domain ca/domain/domaintest ca/presence ca/rotation
 federation federation/catalog federation/origin
-internal/jwtsvid
+internal/jwtsvid internal/nearest internal/refusal internal/secret
 `
 
 // What a pure room may not import, and not call of package time.
