@@ -29,6 +29,7 @@ import (
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
+	"github.com/entente-mesh/entente/internal/daemon/daemontest"
 	"github.com/entente-mesh/entente/internal/dataplane"
 	"github.com/entente-mesh/entente/internal/peer"
 	"github.com/entente-mesh/entente/internal/peer/peertest"
@@ -135,10 +136,7 @@ func TestGateway(t *testing.T) {
 	go func() { _ = market.ServeTLS(marketLn, "", "") }()
 	t.Cleanup(func() { _ = market.Close() })
 
-	door, admin := listen(t), listen(t)
-	doorAddr, adminAddr := door.Addr().String(), admin.Addr().String()
-	_ = door.Close()
-	_ = admin.Close()
+	doorAddr, adminAddr := daemontest.FreeAddress(t), daemontest.FreeAddress(t)
 	service := func(name string, port uint32) *statev1.Object {
 		return &statev1.Object{Revision: 1, Kind: &statev1.Object_Service{Service: &statev1.Service{
 			Name: name, Path: "/" + name, Hosts: []string{"a1"}, Selectors: []string{"unix:uid:1000"}, Port: port}}}
@@ -225,13 +223,22 @@ func TestGateway(t *testing.T) {
 	if got := ask(); got != "market for spiffe://trading.example/portfolio" || ready() != 200 {
 		t.Errorf("without API and CA: %q", got)
 	}
-	metrics, err := http.Get("http://" + adminAddr + "/metrics")
-	if err != nil {
-		t.Fatal(err)
+	// A request is counted when all of it is over, which may be after its caller has the answer.
+	const counted = `entente_gateway_requests_total{hop="gateway",outcome="answered",reason=""} 2`
+	var text []byte
+	for range 500 {
+		metrics, err := http.Get("http://" + adminAddr + "/metrics")
+		if err != nil {
+			t.Fatal(err)
+		}
+		text, _ = io.ReadAll(metrics.Body)
+		_ = metrics.Body.Close()
+		if strings.Contains(string(text), counted) {
+			break
+		}
+		time.Sleep(10 * time.Millisecond)
 	}
-	text, _ := io.ReadAll(metrics.Body)
-	_ = metrics.Body.Close()
-	if !strings.Contains(string(text), `entente_gateway_requests_total{hop="gateway",outcome="answered",reason=""} 2`) {
+	if !strings.Contains(string(text), counted) {
 		t.Errorf("metrics:\n%s", text)
 	}
 

@@ -29,12 +29,7 @@ import (
 // freePort is one that is free with offset as well.
 func freePort(t *testing.T, offset int) int {
 	for range 100 {
-		one, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		number := one.Addr().(*net.TCPAddr).Port
-		one.Close()
+		number := daemontest.FreePort(t)
 		two, err := net.Listen("tcp", fmt.Sprint("127.0.0.1:", number+offset))
 		if err == nil {
 			two.Close()

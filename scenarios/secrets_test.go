@@ -17,7 +17,6 @@ import (
 	"io"
 	"io/fs"
 	"math/big"
-	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -34,6 +33,7 @@ import (
 
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/keystore"
+	"github.com/entente-mesh/entente/internal/daemon/daemontest"
 	"github.com/entente-mesh/entente/internal/peer/peertest"
 )
 
@@ -187,14 +187,7 @@ func TestKeysNowhere(t *testing.T) {
 	const phrase = "a passphrase that is long enough"
 	write(at("passphrase"), []byte(phrase+"\n"))
 
-	address := func() string {
-		listener, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer listener.Close()
-		return listener.Addr().String()
-	}
+	address := func() string { return daemontest.FreeAddress(t) }
 	admin, bundleAt := map[string]string{}, map[string]string{}
 	configure := func(name, as, upstream string) string {
 		admin[name], bundleAt[name] = address(), address()

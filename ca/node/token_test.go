@@ -29,6 +29,7 @@ import (
 	"github.com/entente-mesh/entente/ca/client"
 	"github.com/entente-mesh/entente/ca/node"
 	"github.com/entente-mesh/entente/federation/bundle"
+	"github.com/entente-mesh/entente/internal/daemon/daemontest"
 )
 
 const accountsOnH1 = "apiVersion: entente/v1\nkind: Service\nmetadata: {name: accounts, owner: team}\nspec: {run: {uid: 1000, hosts: [h1]}}\n"
@@ -100,15 +101,11 @@ func TestOIDC(t *testing.T) {
 			c := catest.Prepare(t, catest.Options{})
 			dir := t.TempDir()
 			cert := webCertificate(t, dir)
-			listener, err := net.Listen("tcp", "127.0.0.1:0")
-			if err != nil {
-				t.Fatal(err)
-			}
-			listener.Close()
-			issuer := "https://" + listener.Addr().String() + "/banking"
+			address := daemontest.FreeAddress(t)
+			issuer := "https://" + address + "/banking"
 			cfg := c.Config()
 			cfg.Keys.JWT = alg
-			cfg.OIDC = node.OIDC{Issuer: issuer, Listen: listener.Addr().String(), CertFile: filepath.Join(dir, "web.pem"), KeyFile: filepath.Join(dir, "web.key")}
+			cfg.OIDC = node.OIDC{Issuer: issuer, Listen: address, CertFile: filepath.Join(dir, "web.pem"), KeyFile: filepath.Join(dir, "web.key")}
 			if err := node.Init(cfg, func(string) error { return nil }); err != nil {
 				t.Fatal(err)
 			}

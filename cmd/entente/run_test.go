@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"github.com/entente-mesh/entente/ca/catest"
+	"github.com/entente-mesh/entente/internal/daemon/daemontest"
 	"github.com/entente-mesh/entente/meshagent"
 	"github.com/entente-mesh/entente/meshagent/admin"
 	"github.com/entente-mesh/entente/meshagent/sidecar"
@@ -137,14 +138,9 @@ func hostNamed(t *testing.T, c *catest.CA, name string, more ...string) (socket,
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	inbound, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	inbound.Close()
 	cfg, err := meshagent.ReadConfig("agent.yaml", strings.NewReader(fmt.Sprintf(
 		"trustDomain: banking.example\nname: %s\ndatacenter: dc1\ndataDir: %s\nca: {token: %s}\nsidecar: {inbound: \"%s\"}\nhealth: {interval: 100ms}\n"+strings.Join(more, "\n"),
-		name, filepath.Join(dir, "data"), c.AgentToken(name, "dc1", "127.0.0.1"), inbound.Addr())))
+		name, filepath.Join(dir, "data"), c.AgentToken(name, "dc1", "127.0.0.1"), daemontest.FreeAddress(t))))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -195,12 +191,7 @@ func TestRun(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	free, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	port := free.Addr().(*net.TCPAddr).Port
-	free.Close()
+	port := daemontest.FreePort(t)
 	start := func(program, service string, more ...string) int {
 		args := append([]string{"entente", "run", "--domain", "banking.example", "--service", service, "--agent-socket", socket, "--ca-socket", c.Socket()}, more...)
 		return run(append(args, "--", "env", "ENTENTE_TEST_PROGRAM="+program, self))
@@ -244,12 +235,7 @@ func TestNamesThatResolve(t *testing.T) {
 	})}
 	go server.Serve(application)
 	defer server.Close()
-	free, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	port := free.Addr().(*net.TCPAddr).Port
-	free.Close()
+	port := daemontest.FreePort(t)
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)

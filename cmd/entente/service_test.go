@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"github.com/entente-mesh/entente/ca/catest"
+	"github.com/entente-mesh/entente/internal/daemon/daemontest"
 )
 
 // application is a program that serves at a host.
@@ -49,15 +50,6 @@ func newApplication(t *testing.T) *application {
 	return r
 }
 
-func freeTCPPort(t *testing.T) int {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	return l.Addr().(*net.TCPAddr).Port
-}
-
 // expectEntente runs a command line until it prints what is wanted, with the wanted exit code.
 func expectEntente(t *testing.T, code int, want []string, args ...string) string {
 	t.Helper()
@@ -86,7 +78,7 @@ func TestDrain(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	out := freeTCPPort(t)
+	out := daemontest.FreePort(t)
 	one, two := newApplication(t), newApplication(t)
 	c.Apply(fmt.Sprintf(`apiVersion: entente/v1
 kind: Service
@@ -213,9 +205,9 @@ func TestRunDrains(t *testing.T) {
 	}
 	socket, _ := host(t, c)
 	start := func(service string, more ...string) (cmd *exec.Cmd, log *strings.Builder, answered chan error) {
-		out := freeTCPPort(t)
+		out := daemontest.FreePort(t)
 		c.Apply(fmt.Sprintf("apiVersion: entente/v1\nkind: Service\nmetadata: {name: calls-%[4]s, owner: t}\nspec: {run: {uid: %[1]d, path: %[2]s, hosts: [h1]}, outbound: {port: %[3]d}}\n", os.Getuid(), exe, out, service))
-		args := append([]string{"run", "--domain", "banking.example", "--service", service, "--port", fmt.Sprint(freeTCPPort(t)), "--agent-socket", socket, "--ca-socket", c.Socket()}, more...)
+		args := append([]string{"run", "--domain", "banking.example", "--service", service, "--port", fmt.Sprint(daemontest.FreePort(t)), "--agent-socket", socket, "--ca-socket", c.Socket()}, more...)
 		cmd = exec.Command(exe, append(args, "--", "env", "ENTENTE_TEST_PROGRAM=slow", exe)...)
 		cmd.Env = append(os.Environ(), "ENTENTE_TEST_PROGRAM=entente")
 		log = &strings.Builder{}
@@ -342,7 +334,7 @@ func TestOutlier(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	out, port := freeTCPPort(t), freeTCPPort(t)
+	out, port := daemontest.FreePort(t), daemontest.FreePort(t)
 	serve := func() *http.Server {
 		l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))
 		if err != nil {
@@ -401,7 +393,7 @@ func TestHangup(t *testing.T) {
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	file, drops, socket := filepath.Join(dir, "agent.yaml"), filepath.Join(dir, "services.d"), filepath.Join(dir, "data", "admin.sock")
 	text := fmt.Sprintf("trustDomain: banking.example\nname: h1\ndatacenter: dc1\ndataDir: %s\nca: {token: %s}\nworkloadAPI: {socket: %s}\nsidecar: {inbound: \"127.0.0.1:%d\"}\nservicesDir: %s\n",
-		filepath.Join(dir, "data"), c.AgentToken("h1", "dc1", "127.0.0.1"), filepath.Join(dir, "api.sock"), freeTCPPort(t), drops)
+		filepath.Join(dir, "data"), c.AgentToken("h1", "dc1", "127.0.0.1"), filepath.Join(dir, "api.sock"), daemontest.FreePort(t), drops)
 	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}

@@ -103,19 +103,10 @@ func start(t *testing.T, m *daemontest.Manager, rename func(string) string, env 
 	}
 }
 
-func freePort(t *testing.T) string {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	return l.Addr().String()
-}
-
 // A connection that arrives while a process is replaced waits for the next one; a door
 // that was closed for good is not handed on.
 func TestHandover(t *testing.T) {
-	tcp, udp, gone := freePort(t), freePort(t), freePort(t)
+	tcp, udp, gone := daemontest.FreeAddress(t), daemontest.FreeAddress(t), daemontest.FreeAddress(t)
 	path := filepath.Join(t.TempDir(), "socket")
 	m := daemontest.NewManager(t, filepath.Join(t.TempDir(), "notify"))
 	ask := func(network, address string) net.Conn {

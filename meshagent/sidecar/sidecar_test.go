@@ -22,6 +22,7 @@ import (
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	"github.com/entente-mesh/entente/federation/catalog"
+	"github.com/entente-mesh/entente/internal/daemon/daemontest"
 	"github.com/entente-mesh/entente/internal/peer/peertest"
 )
 
@@ -60,14 +61,7 @@ func (a *agent) AttestApplication(_ net.Conn, entryID string) error {
 	return nil
 }
 
-func freePort(t *testing.T) uint32 {
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer ln.Close()
-	return uint32(ln.Addr().(*net.TCPAddr).Port)
-}
+func freePort(t *testing.T) uint32 { return uint32(daemontest.FreePort(t)) }
 
 type host struct {
 	*Sidecar

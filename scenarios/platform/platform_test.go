@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/entente-mesh/entente/internal/daemon/daemontest"
 	"github.com/entente-mesh/entente/scenarios/load"
 )
 
@@ -179,12 +180,7 @@ func TestJudge(t *testing.T) {
 func TestRun(t *testing.T) {
 	m := newFakeMesh(t)
 	dir := t.TempDir()
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	address := listener.Addr().String()
-	listener.Close()
+	address := daemontest.FreeAddress(t)
 	config := Config{
 		Datacenter: "dc1", Control: filepath.Join(dir, "c.sock"), WorkloadAPI: filepath.Join(dir, "none.sock"),
 		Services: []Service{

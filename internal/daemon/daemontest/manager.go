@@ -1,5 +1,5 @@
 // Package daemontest holds the sockets of real processes over their restarts, as
-// systemd does, for the tests of other rooms.
+// systemd does, and finds free ports, for the tests of other packages.
 package daemontest
 
 import (
