@@ -32,6 +32,9 @@ func (c *Config) HoldBack(f func(member string) bool) { c.holdBack = f }
 // met a checksum which is not its own.
 func (n *Node) CompareAt(ctx context.Context, index uint64) { n.compare(ctx, index) }
 
+// Term is that of the latest election that this node knows of.
+func (n *Node) Term() uint64 { return n.replica.Load().Term() }
+
 // Damage calls f with the agreed state while nobody reads it. The replica has no door for
 // that, and must not have one.
 func (n *Node) Damage(f func(*domain.State)) {
