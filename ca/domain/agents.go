@@ -155,8 +155,9 @@ func set(list []string) []string {
 // MaySync tells whether workloads of an entry follow Sync by themselves: gateways and
 // edges. The others are told what they need by the agent of their host.
 //
-// A Service that listens nowhere, neither for callers nor for its own workload, may be the
-// edge of a domain that was declared before there was edge: true; it goes on.
+// Below feature level 5 a Service could not say edge: true. One that listens nowhere,
+// neither for callers nor for its own workload, and has not changed since may be an edge,
+// and goes on.
 func (s *State) MaySync(e *statev1.Entry) bool {
 	switch e.GetRole() {
 	case statev1.Role_ROLE_GATEWAY, statev1.Role_ROLE_EDGE:
@@ -173,5 +174,6 @@ func (s *State) UndeclaredEdge(e *statev1.Entry) bool {
 		return false
 	}
 	o, ok := s.Object("Service/" + name)
-	return ok && o.GetService().GetPort() == 0 && o.GetService().GetOutboundPort() == 0
+	return ok && o.GetService().GetPort() == 0 && o.GetService().GetOutboundPort() == 0 &&
+		(!s.hardened() || o.GetRevision() < s.Cluster().GetHardenedAt())
 }

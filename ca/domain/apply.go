@@ -223,7 +223,7 @@ func (a *application) init(c *statev1.Init) *Refusal {
 		return refuse(CodeInvalid, "a new cluster was not recovered, and keeps at most %d voters", maxMinVoters)
 	}
 	cluster = proto.CloneOf(cluster)
-	cluster.FeatureLevel = m.GetFeatureLevel()
+	cluster.FeatureLevel, cluster.HardenedAt = m.GetFeatureLevel(), 0
 	cluster.TrustDomain = td.Name()
 	tables, err := compile(td, cluster.GetDev(), nil)
 	if err != nil {

@@ -115,41 +115,48 @@ func encodeList[T any](e *encoder, list []T, one func(*encoder, T)) {
 	}
 }
 
+func (e *encoder) cluster(r *statev1.Cluster) {
+	e.kind('C')
+	e.text(r.GetTrustDomain())
+	e.bytes(r.GetId())
+	e.number(uint64(r.GetEpoch()))
+	e.yes(r.GetDev())
+	l := r.GetLifetimes()
+	e.number(uint64(l.GetX509SvidSeconds()))
+	e.number(uint64(l.GetPhaseSeconds()))
+	e.number(uint64(l.GetAgentSvidSeconds()))
+	e.number(uint64(l.GetBundleRefreshHintSeconds()))
+	e.number(uint64(l.GetJwtSvidSeconds()))
+	e.number(uint64(l.GetWitSvidSeconds()))
+	for _, replaced := range r.GetReplaced() {
+		e.kind('R')
+		e.bytes(replaced.GetFormer())
+		e.bytes(replaced.GetNext())
+		e.bytes(replaced.GetSignature())
+	}
+	// A record that does not use these is encoded as it was before they existed.
+	if len(r.GetRecoveryKey()) == 0 && r.GetMinVoters() == 0 && r.GetRecovery() == nil && r.GetFeatureLevel() == 0 && r.GetHardenedAt() == 0 {
+		return
+	}
+	e.bytes(r.GetRecoveryKey())
+	e.number(uint64(r.GetMinVoters()))
+	e.yes(r.GetRecovery() != nil)
+	if recovery := r.GetRecovery(); recovery != nil {
+		e.bytes(recovery.GetStatement())
+		e.bytes(recovery.GetSignature())
+		encodeList(e, recovery.GetAbsent(), func(e *encoder, m *statev1.Member) { e.record(m) })
+		e.time(recovery.GetRevokeAt())
+	}
+	e.level(r.GetFeatureLevel())
+	if r.GetHardenedAt() != 0 {
+		e.number(r.GetHardenedAt())
+	}
+}
+
 func (e *encoder) record(record any) {
 	switch r := record.(type) {
 	case *statev1.Cluster:
-		e.kind('C')
-		e.text(r.GetTrustDomain())
-		e.bytes(r.GetId())
-		e.number(uint64(r.GetEpoch()))
-		e.yes(r.GetDev())
-		l := r.GetLifetimes()
-		e.number(uint64(l.GetX509SvidSeconds()))
-		e.number(uint64(l.GetPhaseSeconds()))
-		e.number(uint64(l.GetAgentSvidSeconds()))
-		e.number(uint64(l.GetBundleRefreshHintSeconds()))
-		e.number(uint64(l.GetJwtSvidSeconds()))
-		e.number(uint64(l.GetWitSvidSeconds()))
-		for _, replaced := range r.GetReplaced() {
-			e.kind('R')
-			e.bytes(replaced.GetFormer())
-			e.bytes(replaced.GetNext())
-			e.bytes(replaced.GetSignature())
-		}
-		// A record that does not use these is encoded as it was before they existed.
-		if len(r.GetRecoveryKey()) == 0 && r.GetMinVoters() == 0 && r.GetRecovery() == nil && r.GetFeatureLevel() == 0 {
-			return
-		}
-		e.bytes(r.GetRecoveryKey())
-		e.number(uint64(r.GetMinVoters()))
-		e.yes(r.GetRecovery() != nil)
-		if recovery := r.GetRecovery(); recovery != nil {
-			e.bytes(recovery.GetStatement())
-			e.bytes(recovery.GetSignature())
-			encodeList(e, recovery.GetAbsent(), func(e *encoder, m *statev1.Member) { e.record(m) })
-			e.time(recovery.GetRevokeAt())
-		}
-		e.level(r.GetFeatureLevel())
+		e.cluster(r)
 	case *statev1.Member:
 		e.kind('M')
 		e.text(r.GetId())

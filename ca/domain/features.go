@@ -18,7 +18,7 @@ import (
 //	2  StageObjects, ApplyStaged
 //	3  MergeBans; administrators: Command.principal, RoleBinding; hosts: AdmitAgent, selectors, scope
 //	4  Service.protocol, Import.port, Import.protocol
-//	5  Service.edge, Service.http; Authority.proof, ForeignBundle.as_fetched; stricter rules of Apply: each asks hardened()
+//	5  Service.edge, Service.http; Cluster.hardened_at; Authority.proof, ForeignBundle.as_fetched; stricter rules of Apply: each asks hardened()
 const FeatureLevel = 5
 
 // levelHardened is the first level at which the stricter rules of Apply hold. Below it
@@ -129,7 +129,9 @@ func (a *application) raiseLevel() {
 		return
 	}
 	cluster := proto.CloneOf(a.Cluster())
-	cluster.FeatureLevel = lowest
+	if cluster.FeatureLevel = lowest; !a.hardened() && lowest >= levelHardened {
+		cluster.HardenedAt = a.rev
+	}
 	put(a, &a.cluster, "", cluster)
 	a.changed(ChangeCluster, "")
 }

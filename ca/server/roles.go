@@ -50,9 +50,10 @@ func (s *Server) promote(c *caller, method string) error {
 	if method == ententev1.Sync_Sync_FullMethodName && c.class == workload {
 		may, undeclared := false, false
 		s.State.Read(func(st *domain.State) { may, undeclared = st.MaySync(c.entry), st.UndeclaredEdge(c.entry) })
-		if may {
-			c.class = subscriber
+		if !may {
+			return status.Errorf(codes.PermissionDenied, "%s may not call %s: gateways and edges follow it; if %s is an edge, its Service needs edge: true", c.class, method, c.entry.GetId())
 		}
+		c.class = subscriber
 		if undeclared {
 			if _, say := s.refusals.say("undeclared edge "+c.entry.GetId(), time.Now()); say {
 				s.Log.Warn("a Service follows Sync as an edge does and is not declared as one: add edge: true, a later release refuses it", "entry", c.entry.GetId(), "agent", c.agent.GetName())

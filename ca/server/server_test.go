@@ -512,7 +512,7 @@ func memberCertificate(t testing.TB, c *catest.CA) tls.Certificate {
 var mayCall = map[string]string{
 	"Join/Join":                "stranger member",
 	"Attest/Attest":            "anonymous agent",
-	"Sync/Sync":                "agent gateway edge undeclared-edge",
+	"Sync/Sync":                "agent gateway edge",
 	"Sign/SignX509":            "agent",
 	"Sign/SignJWT":             "agent",
 	"Sign/SignWIT":             "agent",

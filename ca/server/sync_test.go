@@ -307,7 +307,7 @@ spec: {run: {uid: 1005, hosts: [h2]}, outbound: {port: 19001}}
 		}
 		return openSync(t, dial(t, c, &cert), entry, 1, 0)
 	}
-	for _, entry := range []string{"service/ledger", "service/caller", "entry/job"} {
+	for _, entry := range []string{"service/ledger", "service/caller", "service/old-edge", "entry/job"} {
 		s := open(entry)
 		wantCode(t, entry, s.untilEnd(t), codes.PermissionDenied)
 		if s.revision != 0 || len(s.objects) != 0 {
@@ -315,7 +315,7 @@ spec: {run: {uid: 1005, hosts: [h2]}, outbound: {port: 19001}}
 		}
 	}
 	edge := open("service/edge")
-	for entry, s := range map[string]*syncStream{"gateway/gw-1": open("gateway/gw-1"), "service/edge": edge, "service/old-edge": open("service/old-edge")} {
+	for entry, s := range map[string]*syncStream{"gateway/gw-1": open("gateway/gw-1"), "service/edge": edge} {
 		s.until(t, "the full state of "+entry, func() bool { return s.revision > 0 && s.complete && s.objects["Service/ledger"] != nil })
 	}
 	c.Apply(`

@@ -26,7 +26,7 @@ const (
 const longFunctions = `
 ca/client syncer.run             136  one select over everything that happens to a session; each case is short
 ca/client Store.apply             87  one update becomes one view, member by member
-ca/domain encoder.record         192  one case for each record: the bytes of the checksum, in one place
+ca/domain encoder.record         161  one case for each record: the bytes of the checksum, in one place
 ca/domain application.prepareAuthority 97  every rule for an authority, in the order in which they refuse
 ca/domain application.run         81  the Apply switch: one case for each command
 ca/feed Session.delta             87  one case for each kind of change

@@ -400,6 +400,7 @@ type Cluster struct {
 	Replaced      []*RecoveryKeyReplacement `protobuf:"bytes,283,rep,name=replaced,proto3" json:"replaced,omitempty"`                             // of the recovery key, the newest last; at most 16
 	MinVoters     uint32                    `protobuf:"varint,42,opt,name=min_voters,json=minVoters,proto3" json:"min_voters,omitempty"`          // a removal never leaves fewer; 0: none but the last is kept
 	FeatureLevel  uint32                    `protobuf:"varint,70,opt,name=feature_level,json=featureLevel,proto3" json:"feature_level,omitempty"` // the lowest that all members have had together; never falls; 0: 1
+	HardenedAt    uint64                    `protobuf:"varint,310,opt,name=hardened_at,json=hardenedAt,proto3" json:"hardened_at,omitempty"`      // revision at which feature_level became 5; 0: it is lower, or the cluster began with it
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -500,6 +501,13 @@ func (x *Cluster) GetMinVoters() uint32 {
 func (x *Cluster) GetFeatureLevel() uint32 {
 	if x != nil {
 		return x.FeatureLevel
+	}
+	return 0
+}
+
+func (x *Cluster) GetHardenedAt() uint64 {
+	if x != nil {
+		return x.HardenedAt
 	}
 	return 0
 }
@@ -5460,7 +5468,7 @@ var File_entente_state_v1_state_proto protoreflect.FileDescriptor
 
 const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\n" +
-	"\x1centente/state/v1/state.proto\x12\x10entente.state.v1\"\x85\x03\n" +
+	"\x1centente/state/v1/state.proto\x12\x10entente.state.v1\"\xa7\x03\n" +
 	"\aCluster\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\fR\x02id\x12\x14\n" +
@@ -5472,7 +5480,9 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\breplaced\x18\x9b\x02 \x03(\v2(.entente.state.v1.RecoveryKeyReplacementR\breplaced\x12\x1d\n" +
 	"\n" +
 	"min_voters\x18* \x01(\rR\tminVoters\x12#\n" +
-	"\rfeature_level\x18F \x01(\rR\ffeatureLevel\"b\n" +
+	"\rfeature_level\x18F \x01(\rR\ffeatureLevel\x12 \n" +
+	"\vhardened_at\x18\xb6\x02 \x01(\x04R\n" +
+	"hardenedAt\"b\n" +
 	"\x16RecoveryKeyReplacement\x12\x16\n" +
 	"\x06former\x18\x01 \x01(\fR\x06former\x12\x12\n" +
 	"\x04next\x18\x02 \x01(\fR\x04next\x12\x1c\n" +
