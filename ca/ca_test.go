@@ -1,8 +1,6 @@
 package ca
 
 import (
-	"errors"
-	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -147,67 +145,6 @@ func TestLifetimes(t *testing.T) {
 	}
 }
 
-func TestSelectors(t *testing.T) {
-	digest := strings.Repeat("9f", 32)
-	for _, good := range []string{"unix:uid:0", "unix:uid:1000", "unix:gid:4294967294", "unix:user:svc-accounts", "unix:path:/opt/a b/bin", "unix:path:/x:y", "unix:sha256:" + digest,
-		"unix:group:0", "unix:cmdline:" + digest, "systemd:unit:web@1.service", "systemd:unit:docker-" + digest + ".scope", `systemd:unit:a\x2db.service`, "container:id:" + digest, "run:id:abcdefghijklmnop2345"} {
-		s, err := ParseSelector(good)
-		if err != nil {
-			t.Error(err)
-		} else if s.String() != good {
-			t.Errorf("%q became %q", good, s)
-		}
-	}
-	for _, bad := range []string{
-		"", "uid:1", "unix:", "unix:uid", "unix:uid:", "unix:uid:01", "unix:uid:+1", "unix:uid:-1", "unix:uid:4294967295", "unix:uid:x",
-		"unix:user:", "unix:user:a/b", "unix:user:a:b", "unix:path:a", "unix:path:/", "unix:path:/a/../b", "unix:path:/a/", "unix:path:/a\nb",
-		"unix:path:/a\x00", "unix:sha256:9F" + digest[2:], "unix:sha256:" + digest[1:], "unix:pid:1", "k8s:ns:x", "unix:group:-1", "unix:cmdline:x",
-		"systemd:unit:web", "systemd:unit:.service", "systemd:unit:a/b.service", "systemd:unit:a b.service", "systemd:unit:web.slice", "systemd:web.service", "container:id:" + digest[1:], "run:id:short", "run:id:ABCDEFGHIJKLMNOPQ", "unix:path:/" + strings.Repeat("a", maxSelectorValue),
-	} {
-		if s, err := ParseSelector(bad); err == nil {
-			t.Errorf("%q parsed as %v", bad, s)
-		}
-	}
-	for name, test := range map[string]struct {
-		list []string
-		ok   bool
-	}{
-		"nothing":          {nil, false},
-		"user":             {[]string{"unix:uid:1"}, true},
-		"path alone":       {[]string{"unix:path:/a"}, false},
-		"path and group":   {[]string{"unix:path:/a", "unix:gid:1"}, false},
-		"path and user":    {[]string{"unix:path:/a", "unix:uid:1"}, true},
-		"path and name":    {[]string{"unix:path:/a", "unix:user:x"}, true},
-		"path and digest":  {[]string{"unix:path:/a", "unix:sha256:" + digest}, true},
-		"digest":           {[]string{"unix:sha256:" + digest}, true},
-		"two of one kind":  {[]string{"unix:uid:1", "unix:uid:2"}, false},
-		"group alone":      {[]string{"unix:gid:1"}, false},
-		"several groups":   {[]string{"unix:uid:1", "unix:group:1", "unix:group:2"}, true},
-		"groups alone":     {[]string{"unix:group:1", "unix:group:2"}, false},
-		"command line":     {[]string{"unix:cmdline:" + digest, "unix:path:/a"}, false},
-		"unit":             {[]string{"systemd:unit:a.service"}, true},
-		"container":        {[]string{"container:id:" + digest}, true},
-		"run alone":        {[]string{"run:id:abcdefghijklmnop"}, false},
-		"run and user":     {[]string{"run:id:abcdefghijklmnop", "unix:uid:1"}, true},
-		"one is malformed": {[]string{"unix:uid:1", "unix:x"}, false},
-	} {
-		if err := CheckSelectors(test.list); (err == nil) != test.ok {
-			t.Errorf("%s: %v", name, err)
-		}
-	}
-}
-
-func FuzzParseSelector(f *testing.F) {
-	for _, seed := range []string{"unix:uid:1000", "unix:path:/a", "unix:sha256:", "unix:user:x", "x"} {
-		f.Add(seed)
-	}
-	f.Fuzz(func(t *testing.T, text string) {
-		if s, err := ParseSelector(text); err == nil && s.String() != text {
-			t.Errorf("%q has a second form %q", text, s)
-		}
-	})
-}
-
 func TestPhases(t *testing.T) {
 	type phase = statev1.AuthorityPhase
 	const (
@@ -252,31 +189,6 @@ func TestPhases(t *testing.T) {
 	} {
 		if MayActivate(a, now) == nil {
 			t.Errorf("%s: may activate", name)
-		}
-	}
-}
-
-// Of every kind of selector only those that say whose process it is may stand without another: which program it is,
-// anybody can arrange.
-func TestAnchors(t *testing.T) {
-	digest := strings.Repeat("0a", 32)
-	program := []string{SelectorPath + ":/opt/app", SelectorSHA256 + ":" + digest, SelectorCmdline + ":" + digest, SelectorGID + ":5", SelectorGroup + ":6", SelectorRun + ":abcdefghijklmnop"}
-	for i := range program {
-		if err := CheckAnchored(program[i : i+1]); err == nil {
-			t.Errorf("%s stands alone", program[i])
-		}
-	}
-	if err := CheckAnchored(program); err == nil || !strings.Contains(err.Error(), "add unix:uid") {
-		t.Errorf("all of them: %v", err)
-	}
-	if err := CheckAnchored(nil); err == nil {
-		t.Error("none")
-	}
-	for _, anchor := range []string{SelectorUID + ":1", SelectorUser + ":web", SelectorUnit + ":web.service", SelectorContainer + ":" + digest} {
-		for _, set := range [][]string{{anchor}, append(slices.Clone(program), anchor)} {
-			if err := errors.Join(CheckSelectors(set), CheckAnchored(set)); err != nil {
-				t.Errorf("%v: %v", set, err)
-			}
 		}
 	}
 }

@@ -13,6 +13,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	"github.com/entente-mesh/entente/ca/selector"
 )
 
 const maxHosts = 4096
@@ -182,7 +183,7 @@ func CheckEntry(td spiffeid.TrustDomain, e *statev1.Entry, longest time.Duration
 			return fmt.Errorf("host: %w", err)
 		}
 	}
-	if err := CheckSelectors(e.GetSelectors()); err != nil {
+	if err := selector.Check(e.GetSelectors()); err != nil {
 		return err
 	}
 	if err := CheckNodeSelectors(e.GetNodeSelectors()); err != nil {

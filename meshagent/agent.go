@@ -31,6 +31,7 @@ import (
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/client"
+	"github.com/entente-mesh/entente/ca/selector"
 	"github.com/entente-mesh/entente/internal/daemon"
 	"github.com/entente-mesh/entente/meshagent/nodeattest"
 	"github.com/entente-mesh/entente/meshagent/services"
@@ -634,7 +635,7 @@ func (a *Agent) AttestPID(pid int) (*workloadattest.Process, error) { return a.a
 // RegisterRun makes a process and all that it starts satisfy the selector
 // run:id:ID until release is called, which must be before the process is closed.
 func (a *Agent) RegisterRun(id string, process *workloadattest.Process) (release func(), err error) {
-	if _, err := ca.ParseSelector(ca.SelectorRun + ":" + id); err != nil {
+	if _, err := selector.Parse(selector.Run + ":" + id); err != nil {
 		return nil, err
 	}
 	return a.attestor.Register(id, process)

@@ -13,6 +13,7 @@ import (
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/client"
+	"github.com/entente-mesh/entente/ca/selector"
 	"github.com/entente-mesh/entente/federation/bundle"
 	"github.com/entente-mesh/entente/meshagent/services"
 	"github.com/entente-mesh/entente/meshagent/workloadattest"
@@ -70,7 +71,7 @@ type Identity struct {
 	Demands []string
 
 	record    *record
-	selectors []ca.Selector // Demands; none, or one of a later release: no process satisfies it
+	selectors []selector.Selector // Demands; none, or one of a later release: no process satisfies it
 }
 
 // Changed is closed when there is a newer state.

@@ -9,6 +9,7 @@ import (
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	"github.com/entente-mesh/entente/ca"
+	"github.com/entente-mesh/entente/ca/selector"
 )
 
 const maxEntryChanges = 1000
@@ -81,7 +82,7 @@ func (s *State) PlanEntry(change *statev1.EntryChange) (id string, next *statev1
 // identity, by the same selectors, on no other host. Doors ask it at any feature level,
 // Apply from hardened() on.
 func (s *State) CheckAnchored(next *statev1.Entry) error {
-	err := ca.CheckAnchored(next.GetSelectors())
+	err := selector.CheckAnchored(next.GetSelectors())
 	if err == nil {
 		return nil
 	}

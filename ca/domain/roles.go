@@ -9,6 +9,7 @@ import (
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	"github.com/entente-mesh/entente/ca"
+	"github.com/entente-mesh/entente/ca/selector"
 	"github.com/entente-mesh/entente/federation"
 )
 
@@ -246,22 +247,22 @@ func (a *Administrator) mayTake(what, id string, hosts, selectors []string) *Ref
 // root can give to another one. Paths do not: two paths may name one file (a symbolic
 // link, a bind mount), a process can execute another file, and of one user's processes
 // each can become the other. Nor do digests, command lines and groups.
-var separating = ca.Anchors
+var separating = selector.Anchors
 
 // exclusive tells whether no process can match both sets of selectors: they want two
 // values of one separating kind.
 func (a *Administrator) exclusive(one, other []string) bool {
 	separates := func(kind string) bool { return slices.Contains(separating, kind) }
 	if !a.state.hardened() {
-		separates = func(kind string) bool { return kind != ca.SelectorGroup && kind != ca.SelectorRun }
+		separates = func(kind string) bool { return kind != selector.Group && kind != selector.Run }
 	}
 	for _, x := range one {
-		s, err := ca.ParseSelector(x)
+		s, err := selector.Parse(x)
 		if err != nil || !separates(s.Kind) {
 			continue
 		}
 		for _, y := range other {
-			if t, err := ca.ParseSelector(y); err == nil && s.Kind == t.Kind && s.Value != t.Value {
+			if t, err := selector.Parse(y); err == nil && s.Kind == t.Kind && s.Value != t.Value {
 				return true
 			}
 		}

@@ -19,6 +19,7 @@ import (
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
 	"github.com/entente-mesh/entente/ca"
+	"github.com/entente-mesh/entente/ca/selector"
 	"github.com/entente-mesh/entente/internal/yamlfile"
 )
 
@@ -438,7 +439,7 @@ func entryListCommand() *cobra.Command {
 }
 
 // anchored tells whether an entry's selectors say whose process it is for.
-func anchored(e *statev1.Entry) bool { return ca.CheckAnchored(e.GetSelectors()) == nil }
+func anchored(e *statev1.Entry) bool { return selector.CheckAnchored(e.GetSelectors()) == nil }
 
 // listEntries asks for pages until there are so many entries, with weak only those that are not anchored.
 func listEntries(ctx context.Context, client ententev1.AdminClient, request *ententev1.ListEntriesRequest, limit int, weak bool) (*ententev1.ListEntriesResponse, error) {

@@ -27,6 +27,7 @@ import (
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
 	"github.com/entente-mesh/entente/ca"
+	"github.com/entente-mesh/entente/ca/selector"
 	"github.com/entente-mesh/entente/meshagent/admin"
 	"github.com/entente-mesh/entente/scenarios"
 )
@@ -304,7 +305,7 @@ func (f *runFlags) declare(ctx context.Context, id string, is *admin.Status, nod
 	}
 	service := &statev1.Service{
 		Name: f.service, Path: "/" + f.service, Hosts: []string{is.Agent},
-		Selectors: []string{ca.SelectorUID + ":" + strconv.Itoa(os.Getuid()), ca.SelectorRun + ":" + id},
+		Selectors: []string{selector.UID + ":" + strconv.Itoa(os.Getuid()), selector.Run + ":" + id},
 		Port:      uint32(f.port), HealthPath: f.health, OutboundPort: uint32(outbound - is.PortOffset), Calls: f.calls,
 	}
 	if f.tcp {

@@ -28,8 +28,9 @@ const rooms = `
 api/entente/state/v1:
 api/entente/v1:
 
-ca:                      internal/secret
-ca/domain:               ca federation federation/catalog
+ca/selector:
+ca:                      ca/selector internal/secret
+ca/domain:               ca ca/selector federation federation/catalog
 ca/domain/domaintest:    ca
 ca/presence:
 ca/feed:                 ca ca/domain ca/presence
@@ -60,11 +61,11 @@ eastwest-gateway:        ca/client
                          federation/catalog federation/origin
 eastwest-gateway/edge:   internal/yamlfile internal/problem internal/refusal internal/admission internal/daemon internal/dataplane/header
 
-meshagent:               ca ca/client ca/keystore federation/bundle
+meshagent:               ca ca/selector ca/client ca/keystore federation/bundle
                          meshagent/nodeattest meshagent/services meshagent/workloadattest
                          internal/peer internal/jwtsvid internal/daemon internal/secret internal/yamlfile
 meshagent/nodeattest:    ca ca/client internal/daemon
-meshagent/workloadattest: ca
+meshagent/workloadattest: ca/selector
 meshagent/services:      ca internal/daemon internal/safepath internal/yamlfile
 meshagent/workloadapi:   meshagent meshagent/workloadattest federation/bundle internal/daemon internal/jwtsvid
 meshagent/sds:           meshagent meshagent/workloadattest
@@ -118,7 +119,7 @@ google.golang.org/grpc:           api/entente/v1
 // time and ids arrive as arguments. They import pure rooms only ([TestPure]).
 const pure = `
 api/entente/state/v1
-ca ca/domain ca/domain/domaintest ca/presence ca/rotation
+ca ca/selector ca/domain ca/domain/domaintest ca/presence ca/rotation
 federation federation/catalog federation/origin
 internal/jwtsvid internal/nearest internal/refusal internal/secret
 `

@@ -27,7 +27,7 @@ import (
 	"strconv"
 	"sync"
 
-	"github.com/entente-mesh/entente/ca"
+	"github.com/entente-mesh/entente/ca/selector"
 )
 
 // Process is an attested process. Once it has ended, every question about it is
@@ -108,15 +108,15 @@ func (p *Process) Satisfies(selectors []string) error {
 // Parse reads the selectors of an entry and puts them into the order in which they are
 // looked at. The user is first: it is known already, and for another user's process
 // nothing dear (a search, a digest) is done.
-func Parse(selectors []string) ([]ca.Selector, error) {
-	parsed := make([]ca.Selector, len(selectors))
+func Parse(selectors []string) ([]selector.Selector, error) {
+	parsed := make([]selector.Selector, len(selectors))
 	for i, text := range selectors {
 		var err error
-		if parsed[i], err = ca.ParseSelector(text); err != nil {
+		if parsed[i], err = selector.Parse(text); err != nil {
 			return nil, err
 		}
 	}
-	slices.SortStableFunc(parsed, func(x, y ca.Selector) int { return cmp.Compare(price(x), price(y)) })
+	slices.SortStableFunc(parsed, func(x, y selector.Selector) int { return cmp.Compare(price(x), price(y)) })
 	return parsed, nil
 }
 
@@ -148,7 +148,7 @@ func Strict(a *Attestor) { a.strict = true }
 func (p *Process) Glance() *Glance { return &Glance{process: p} }
 
 // Satisfies is that of Process, for selectors that were parsed.
-func (g *Glance) Satisfies(selectors []ca.Selector) error {
+func (g *Glance) Satisfies(selectors []selector.Selector) error {
 	if len(selectors) == 0 {
 		return errors.New("no selectors: no process satisfies them")
 	}
@@ -166,7 +166,7 @@ func (g *Glance) Satisfies(selectors []ca.Selector) error {
 // unsatisfied is put into words only when somebody asks: on a host of thousands of
 // entries nearly every look ends with one.
 type unsatisfied struct {
-	selector ca.Selector
+	selector selector.Selector
 	why      error
 }
 
@@ -178,25 +178,25 @@ type mismatch string
 
 func (m mismatch) Error() string { return "it is " + string(m) }
 
-func price(s ca.Selector) int {
+func price(s selector.Selector) int {
 	switch s.Kind {
-	case ca.SelectorUID:
+	case selector.UID:
 		return 0
-	case ca.SelectorUser:
+	case selector.User:
 		return 1
-	case ca.SelectorSHA256, ca.SelectorCmdline:
+	case selector.SHA256, selector.Cmdline:
 		return 3
 	default:
 		return 2
 	}
 }
 
-func (g *Glance) satisfies(s ca.Selector) error {
+func (g *Glance) satisfies(s selector.Selector) error {
 	p := g.process
 	switch s.Kind {
-	case ca.SelectorUID:
+	case selector.UID:
 		return same(strconv.FormatUint(uint64(p.UID), 10), s.Value)
-	case ca.SelectorUser:
+	case selector.User:
 		wanted, err := user.Lookup(s.Value)
 		if err != nil {
 			return err
@@ -212,9 +212,9 @@ func (g *Glance) satisfies(s ca.Selector) error {
 		return fmt.Errorf("the process cannot be looked at: %w", err)
 	}
 	switch s.Kind {
-	case ca.SelectorGID:
+	case selector.GID:
 		return same(strconv.FormatUint(uint64(h.gid), 10), s.Value)
-	case ca.SelectorGroup:
+	case selector.Group:
 		groups, err := h.groups()
 		if err != nil {
 			return err
@@ -223,7 +223,7 @@ func (g *Glance) satisfies(s ca.Selector) error {
 			return fmt.Errorf("its supplementary groups are %d", groups)
 		}
 		return nil
-	case ca.SelectorPath:
+	case selector.Path:
 		if g.exe == nil {
 			var exe executable
 			exe, g.err = h.executable()
@@ -233,13 +233,13 @@ func (g *Glance) satisfies(s ca.Selector) error {
 			return g.err
 		}
 		return g.exe.runs(s.Value)
-	case ca.SelectorCmdline:
+	case selector.Cmdline:
 		digest, err := h.cmdline()
 		if err != nil {
 			return err
 		}
 		return same(digest, s.Value)
-	case ca.SelectorUnit:
+	case selector.Unit:
 		at, err := h.place()
 		if err != nil {
 			return err
@@ -248,7 +248,7 @@ func (g *Glance) satisfies(s ca.Selector) error {
 			return errors.New("it runs in no unit")
 		}
 		return same(at.unit, s.Value)
-	case ca.SelectorContainer:
+	case selector.Container:
 		at, err := h.place()
 		switch {
 		case err != nil:
@@ -259,9 +259,9 @@ func (g *Glance) satisfies(s ca.Selector) error {
 			return delegated(at)
 		}
 		return same(at.container, s.Value)
-	case ca.SelectorRun:
+	case selector.Run:
 		return p.attestor.belongs(h, s.Value)
-	case ca.SelectorSHA256:
+	case selector.SHA256:
 		digest, err := p.attestor.digest(h)
 		if err != nil {
 			return err
@@ -278,7 +278,7 @@ func delegated(at place) error {
 
 // Seen is one selector of a process, or why it cannot be seen.
 type Seen struct {
-	Kind  string // ca.SelectorUID and so on
+	Kind  string // selector.UID and so on
 	Value string // empty with an Err
 	Err   error
 }
@@ -296,48 +296,48 @@ func (p *Process) Selectors() []Seen {
 		list = append(list, Seen{kind, value, err})
 	}
 	uid := strconv.FormatUint(uint64(p.UID), 10)
-	add(ca.SelectorUID, uid, nil)
+	add(selector.UID, uid, nil)
 	if u, err := user.LookupId(uid); err == nil {
-		add(ca.SelectorUser, u.Username, nil)
+		add(selector.User, u.Username, nil)
 	} else {
-		add(ca.SelectorUser, "", err)
+		add(selector.User, "", err)
 	}
 	h, err := p.held()
 	if err != nil {
-		add(ca.SelectorPath, "", fmt.Errorf("the process cannot be looked at: %w", err))
+		add(selector.Path, "", fmt.Errorf("the process cannot be looked at: %w", err))
 		return list
 	}
-	add(ca.SelectorGID, strconv.FormatUint(uint64(h.gid), 10), nil)
+	add(selector.GID, strconv.FormatUint(uint64(h.gid), 10), nil)
 	groups, err := h.groups()
 	if err != nil {
-		add(ca.SelectorGroup, "", err)
+		add(selector.Group, "", err)
 	}
 	for _, g := range groups {
-		add(ca.SelectorGroup, strconv.FormatUint(uint64(g), 10), nil)
+		add(selector.Group, strconv.FormatUint(uint64(g), 10), nil)
 	}
 	exe, err := h.executable()
 	if err == nil {
 		err = exe.runs(exe.name)
 	}
-	add(ca.SelectorPath, exe.name, err)
+	add(selector.Path, exe.name, err)
 	digest, err := p.attestor.digest(h)
-	add(ca.SelectorSHA256, digest, err)
+	add(selector.SHA256, digest, err)
 	cmdline, err := h.cmdline()
-	add(ca.SelectorCmdline, cmdline, err)
+	add(selector.Cmdline, cmdline, err)
 	at, err := h.place()
 	if err != nil || at.unit != "" {
-		add(ca.SelectorUnit, at.unit, err)
+		add(selector.Unit, at.unit, err)
 	}
 	switch {
 	case err != nil:
-		add(ca.SelectorContainer, "", err)
+		add(selector.Container, "", err)
 	case at.delegate != "":
-		add(ca.SelectorContainer, "", delegated(at))
+		add(selector.Container, "", delegated(at))
 	case at.container != "":
-		add(ca.SelectorContainer, at.container, nil)
+		add(selector.Container, at.container, nil)
 	}
 	if err := p.Alive(); err != nil {
-		return []Seen{{ca.SelectorPath, "", err}} // what was read may be of nobody
+		return []Seen{{selector.Path, "", err}} // what was read may be of nobody
 	}
 	return list
 }

@@ -1,4 +1,7 @@
-package ca
+// Package selector is the grammar of selectors: how one is written, of which kinds it can be,
+// and which sets of them say whose process is meant. The catalogue, the CA and the agent all
+// ask it. It is pure.
+package selector
 
 import (
 	"errors"
@@ -12,30 +15,30 @@ import (
 // Kinds of selectors: what a mesh agent's workload attestation can see of a
 // process.
 const (
-	SelectorUID       = "unix:uid"     // decimal effective user id
-	SelectorUser      = "unix:user"    // user name, as the host resolves it
-	SelectorGID       = "unix:gid"     // decimal effective group id
-	SelectorGroup     = "unix:group"   // decimal id of a supplementary group; may stand several times
-	SelectorPath      = "unix:path"    // absolute path of the executable
-	SelectorSHA256    = "unix:sha256"  // lower-case hex digest of the executable
-	SelectorCmdline   = "unix:cmdline" // lower-case hex digest of /proc/PID/cmdline: the arguments, each with a zero behind it
-	SelectorUnit      = "systemd:unit" // unit of the system's service manager: accounts.service
-	SelectorContainer = "container:id" // 64 hex digits that docker, containerd, CRI-O or podman gave it
-	SelectorRun       = "run:id"       // a process that `entente run` registered with its agent, and what it started
+	UID       = "unix:uid"     // decimal effective user id
+	User      = "unix:user"    // user name, as the host resolves it
+	GID       = "unix:gid"     // decimal effective group id
+	Group     = "unix:group"   // decimal id of a supplementary group; may stand several times
+	Path      = "unix:path"    // absolute path of the executable
+	SHA256    = "unix:sha256"  // lower-case hex digest of the executable
+	Cmdline   = "unix:cmdline" // lower-case hex digest of /proc/PID/cmdline: the arguments, each with a zero behind it
+	Unit      = "systemd:unit" // unit of the system's service manager: accounts.service
+	Container = "container:id" // 64 hex digits that docker, containerd, CRI-O or podman gave it
+	Run       = "run:id"       // a process that `entente run` registered with its agent, and what it started
 )
 
 // Anchors say whose process it is: one of them stands in every set of selectors. Nobody but
 // root, or the user in question, can make another process that has them. Paths and digests
 // say which program runs, and any user can start a program, with LD_PRELOAD and under
 // ptrace; a command line is what a process says of itself.
-var Anchors = []string{SelectorUID, SelectorUser, SelectorUnit, SelectorContainer}
+var Anchors = []string{UID, User, Unit, Container}
 
 // identifying selectors were accepted alone before feature level 5.
-var identifying = append([]string{SelectorSHA256}, Anchors...)
+var identifying = append([]string{SHA256}, Anchors...)
 
 const (
-	maxSelectors     = 16
-	maxSelectorValue = 1024
+	maxCount = 16
+	maxValue = 1024
 )
 
 // Selector is one statement about a process, written KIND:VALUE.
@@ -44,20 +47,20 @@ type Selector struct {
 	Value string
 }
 
-// String writes the form that ParseSelector reads. There is one form only, so
+// String writes the form that Parse reads. There is one form only, so
 // that selectors can be compared as text.
 func (s Selector) String() string { return s.Kind + ":" + s.Value }
 
-// ParseSelector reads one selector, as in unix:uid:1000 or systemd:unit:web.service.
-func ParseSelector(text string) (Selector, error) {
+// Parse reads one selector, as in unix:uid:1000 or systemd:unit:web.service.
+func Parse(text string) (Selector, error) {
 	family, rest, ok := strings.Cut(text, ":")
 	kind, value, found := strings.Cut(rest, ":")
 	if !ok || !found {
 		return Selector{}, fmt.Errorf("selector %.80q is not of the form KIND:VALUE, as in unix:uid:1000", text)
 	}
 	kind = family + ":" + kind
-	if value == "" || len(value) > maxSelectorValue {
-		return Selector{}, fmt.Errorf("selector %.80q: value has %d bytes, not 1 to %d", text, len(value), maxSelectorValue)
+	if value == "" || len(value) > maxValue {
+		return Selector{}, fmt.Errorf("selector %.80q: value has %d bytes, not 1 to %d", text, len(value), maxValue)
 	}
 	for i := range len(value) {
 		if value[i] < ' ' || value[i] == 0x7f {
@@ -65,29 +68,29 @@ func ParseSelector(text string) (Selector, error) {
 		}
 	}
 	switch kind {
-	case SelectorUID, SelectorGID, SelectorGroup:
+	case UID, GID, Group:
 		// 2^32-1 means "none" to the kernel.
 		n, err := strconv.ParseUint(value, 10, 32)
 		if err != nil || n == 1<<32-1 || strconv.FormatUint(n, 10) != value {
 			return Selector{}, fmt.Errorf("selector %.80q: not a decimal number below 4294967295 without leading zeros", text)
 		}
-	case SelectorUser:
+	case User:
 		if len(value) > 256 || strings.ContainsAny(value, ":/ ") {
 			return Selector{}, fmt.Errorf("selector %.80q: not a user name", text)
 		}
-	case SelectorPath:
+	case Path:
 		if value[0] != '/' || value == "/" || path.Clean(value) != value {
 			return Selector{}, fmt.Errorf("selector %.80q: not an absolute path in its shortest form", text)
 		}
-	case SelectorSHA256, SelectorCmdline, SelectorContainer:
-		if CheckKeyID(value) != nil {
+	case SHA256, Cmdline, Container:
+		if !digest(value) {
 			return Selector{}, fmt.Errorf("selector %.80q: not 64 lower-case hex digits", text)
 		}
-	case SelectorUnit:
+	case Unit:
 		if !unitName(value) {
 			return Selector{}, fmt.Errorf("selector %.80q: not the name of a unit, as in web.service", text)
 		}
-	case SelectorRun:
+	case Run:
 		if len(value) < 16 || len(value) > 64 || strings.Trim(value, "abcdefghijklmnopqrstuvwxyz234567") != "" {
 			return Selector{}, fmt.Errorf("selector %.80q: not an id of a registered run", text)
 		}
@@ -95,6 +98,11 @@ func ParseSelector(text string) (Selector, error) {
 		return Selector{}, fmt.Errorf("selector %.80q: kind %.20q is not one of unix:uid, unix:user, unix:gid, unix:group, unix:path, unix:sha256, unix:cmdline, systemd:unit, container:id", text, kind)
 	}
 	return Selector{Kind: kind, Value: value}, nil
+}
+
+// digest tells whether s is a SHA-256, or an id of that form, as a selector has it.
+func digest(s string) bool {
+	return len(s) == 64 && strings.Trim(s, "0123456789abcdef") == ""
 }
 
 // unitName tells whether s can be a unit that processes run in (systemd.unit(5)).
@@ -107,25 +115,25 @@ func unitName(s string) bool {
 		strings.Trim(name, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789:-_.@\\") == ""
 }
 
-// CheckSelectors refuses a set that no process or the wrong process could match: an
+// Check refuses a set that no process or the wrong process could match: an
 // empty one, two of one kind, and one in which nothing identifies a process: whoever
 // may create files or mount namespaces could make one with that path, and a command
 // line is what a process says of itself. It accepts a digest alone, as entries have it that
 // were stored before feature level 5; new ones are asked about by CheckAnchored as well.
-func CheckSelectors(selectors []string) error {
+func Check(selectors []string) error {
 	if len(selectors) == 0 {
 		return errors.New("no selector: nothing says which process this is")
 	}
-	if len(selectors) > maxSelectors {
-		return fmt.Errorf("%d selectors, over %d", len(selectors), maxSelectors)
+	if len(selectors) > maxCount {
+		return fmt.Errorf("%d selectors, over %d", len(selectors), maxCount)
 	}
 	kinds := map[string]bool{}
 	for _, text := range selectors {
-		s, err := ParseSelector(text)
+		s, err := Parse(text)
 		if err != nil {
 			return err
 		}
-		if kinds[s.Kind] && s.Kind != SelectorGroup {
+		if kinds[s.Kind] && s.Kind != Group {
 			return fmt.Errorf("two selectors of kind %s: all must match, so nothing would", s.Kind)
 		}
 		kinds[s.Kind] = true
@@ -140,7 +148,7 @@ func CheckSelectors(selectors []string) error {
 // process of his own: one without an anchor.
 func CheckAnchored(selectors []string) error {
 	for _, text := range selectors {
-		if s, err := ParseSelector(text); err == nil && slices.Contains(Anchors, s.Kind) {
+		if s, err := Parse(text); err == nil && slices.Contains(Anchors, s.Kind) {
 			return nil
 		}
 	}
