@@ -75,3 +75,32 @@ func TestSelectorsSayWhoseProcessItIs(t *testing.T) {
 	anchored.Selectors = append([]string{"systemd:unit:app.service"}, weak...)
 	w.must(entries(update(anchored, 0)))
 }
+
+// User names of over 32 bytes stand in Services and Gateways once all CA nodes take them;
+// the release before refuses them there, and takes them in entries.
+func TestLongUserNamesInTheCatalogueNeedTheLevel(t *testing.T) {
+	user := func(n int) []string { return []string{"unix:user:" + strings.Repeat("u", n)} }
+	named := func(n int) *statev1.Object {
+		o := service("svc", "h1")
+		o.GetService().Selectors = user(n)
+		return o
+	}
+	door := gateway("g", 1, "h3")
+	door.GetGateway().Selectors = user(33)
+	e := entry("job", "/job", "h1")
+	e.Selectors = user(256)
+
+	w := newWorld(t)
+	w.must(entries(create(e)))
+	w.must(objects(named(32))) // control
+	w.refused(objects(named(33)), CodeFeature)
+	w.refused(objects(door), CodeFeature)
+
+	w.must(level("n1", levelHardened))
+	w.must(objects(named(256)))
+	w.must(objects(door))
+	w.refused(objects(named(257)), CodeInvalid)
+	if e, ok := w.s.Entry(ca.ServiceEntry("svc")); !ok || e.GetSelectors()[0] != user(256)[0] {
+		t.Errorf("%v", e)
+	}
+}

@@ -7,6 +7,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	"github.com/entente-mesh/entente/ca/selector"
 )
 
 // FeatureLevel is which commands this release carries out: all of this level and below.
@@ -41,11 +42,15 @@ func levelOf(cmd *statev1.Command) uint32 {
 			return 3
 		}
 	case *statev1.Command_ChangeEntries:
-		if slices.ContainsFunc(body.ChangeEntries.GetChanges(), func(c *statev1.EntryChange) bool {
-			return len(c.GetCreate().GetNodeSelectors())+len(c.GetUpdate().GetNodeSelectors()) > 0
-		}) {
-			return 3
+		level := uint32(1)
+		for _, c := range body.ChangeEntries.GetChanges() {
+			for _, e := range []*statev1.Entry{c.GetCreate(), c.GetUpdate()} {
+				if level = max(level, selector.Level(e.GetSelectors())); len(e.GetNodeSelectors()) > 0 {
+					level = max(level, 3)
+				}
+			}
 		}
+		return level
 	case *statev1.Command_PrepareAuthority:
 		if len(body.PrepareAuthority.GetAuthority().GetProof()) > 0 {
 			return levelHardened
@@ -64,7 +69,14 @@ func levelOf(cmd *statev1.Command) uint32 {
 
 func levelOfObjects(c *statev1.ApplyObjects, least uint32) uint32 {
 	for _, o := range c.GetUpserts() {
+		selectors := o.GetService().GetSelectors()
+		if g := o.GetGateway(); g != nil {
+			selectors = g.GetSelectors()
+		}
+		least = max(least, selector.Level(selectors))
 		switch {
+		case slices.ContainsFunc(selectors, longUser):
+			return levelHardened
 		case o.GetService().GetEdge() || o.GetService().GetHttp() != nil:
 			return levelHardened
 		case o.GetService().GetProtocol() != 0 || o.GetImport().GetPort() != 0 || o.GetImport().GetProtocol() != 0:
@@ -74,6 +86,13 @@ func levelOfObjects(c *statev1.ApplyObjects, least uint32) uint32 {
 		}
 	}
 	return least
+}
+
+// longUser tells whether the release before refuses a selector in an object of the catalogue,
+// though not in an entry: its catalogue took user names of at most 32 bytes.
+func longUser(text string) bool {
+	name, ok := strings.CutPrefix(text, selector.User+":")
+	return ok && len(name) > 32
 }
 
 // FeatureLevel is the cluster's. It never falls: what was agreed at a level is in the

@@ -236,23 +236,20 @@ func (a *Administrator) mayTake(what, id string, hosts, selectors []string) *Ref
 		}
 		for _, other := range others {
 			if other.GetId() != id && !a.exclusive(selectors, other.GetSelectors()) {
-				return a.refuse("%s could be held on host %s by a process that entry %s of another owner is for: give it a unix:uid, unix:user, systemd:unit or container:id whose value differs from that entry's, or another host", what, host, other.GetId())
+				return a.refuse("%s could be held on host %s by a process that entry %s of another owner is for: give it a %s whose value differs from that entry's, or another host", what, host, other.GetId(), selector.Anchors())
 			}
 		}
 	}
 	return nil
 }
 
-// separating kinds tell processes apart. A process has one value of each, which nobody but
-// root can give to another one. Paths do not: two paths may name one file (a symbolic
-// link, a bind mount), a process can execute another file, and of one user's processes
-// each can become the other. Nor do digests, command lines and groups.
-var separating = selector.Anchors
-
 // exclusive tells whether no process can match both sets of selectors: they want two
-// values of one separating kind.
+// values of one anchor. A process has one value of each, which nobody but root can give
+// to another one. Paths do not tell processes apart: two paths may name one file (a
+// symbolic link, a bind mount), a process can execute another file, and of one user's
+// processes each can become the other. Nor do digests, command lines and groups.
 func (a *Administrator) exclusive(one, other []string) bool {
-	separates := func(kind string) bool { return slices.Contains(separating, kind) }
+	separates := selector.IsAnchor
 	if !a.state.hardened() {
 		separates = func(kind string) bool { return kind != selector.Group && kind != selector.Run }
 	}

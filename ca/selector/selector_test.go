@@ -22,7 +22,7 @@ func TestSelectors(t *testing.T) {
 		"", "uid:1", "unix:", "unix:uid", "unix:uid:", "unix:uid:01", "unix:uid:+1", "unix:uid:-1", "unix:uid:4294967295", "unix:uid:x",
 		"unix:user:", "unix:user:a/b", "unix:user:a:b", "unix:path:a", "unix:path:/", "unix:path:/a/../b", "unix:path:/a/", "unix:path:/a\nb",
 		"unix:path:/a\x00", "unix:sha256:9F" + digest[2:], "unix:sha256:" + digest[1:], "unix:pid:1", "k8s:ns:x", "unix:group:-1", "unix:cmdline:x",
-		"systemd:unit:web", "systemd:unit:.service", "systemd:unit:a/b.service", "systemd:unit:a b.service", "systemd:unit:web.slice", "systemd:web.service", "container:id:" + digest[1:], "run:id:short", "run:id:ABCDEFGHIJKLMNOPQ", "unix:path:/" + strings.Repeat("a", maxValue),
+		"systemd:unit:web", "systemd:unit:.service", "systemd:unit:a/b.service", "systemd:unit:a b.service", "systemd:unit:web.slice", "systemd:web.service", "container:id:" + digest[1:], "run:id:short", "run:id:ABCDEFGHIJKLMNOPQ", "unix:path:/" + strings.Repeat("a", MaxValue),
 	} {
 		if s, err := Parse(bad); err == nil {
 			t.Errorf("%q parsed as %v", bad, s)
@@ -61,11 +61,67 @@ func FuzzParse(f *testing.F) {
 	for _, seed := range []string{"unix:uid:1000", "unix:path:/a", "unix:sha256:", "unix:user:x", "x"} {
 		f.Add(seed)
 	}
+	for _, kind := range Kinds() {
+		f.Add(kind.Name + ":" + kind.Example)
+	}
 	f.Fuzz(func(t *testing.T, text string) {
-		if s, err := Parse(text); err == nil && s.String() != text {
+		s, err := Parse(text)
+		_ = CheckAnchored([]string{text})
+		if err != nil {
+			if Check([]string{text, "unix:uid:1"}) == nil {
+				t.Errorf("%q cannot be read, and stands in a set", text)
+			}
+			return
+		}
+		if s.String() != text {
 			t.Errorf("%q has a second form %q", text, s)
 		}
+		if len(s.Value) == 0 || len(s.Value) > MaxValue {
+			t.Errorf("a value of %d bytes", len(s.Value))
+		}
+		if (CheckAnchored([]string{text}) == nil) != IsAnchor(s.Kind) {
+			t.Errorf("%q alone: %v", text, CheckAnchored([]string{text}))
+		}
+		if err := Check([]string{text, "systemd:unit:web.service"}); err != nil && s.Kind != Unit {
+			t.Errorf("%q beside a unit: %v", text, err)
+		}
 	})
+}
+
+// Each row says all that its users ask for, and its example is what it says.
+func TestKinds(t *testing.T) {
+	names, keys := map[string]bool{}, map[string]bool{}
+	for _, kind := range Kinds() {
+		if kind.Key == "" || kind.Value == "" || kind.Match == "" || names[kind.Name] || keys[kind.Key] {
+			t.Errorf("%s: the row is not whole, or there twice: %+v", kind.Name, kind)
+		}
+		names[kind.Name], keys[kind.Key] = true, true
+		if kind.Anchor == (kind.Weak != "") || kind.Anchor && (kind.Stored || kind.Many) {
+			t.Errorf("%s: is it an anchor?", kind.Name)
+		}
+		text := kind.Name + ":" + kind.Example
+		if s, err := Parse(text); err != nil || s != (Selector{kind.Name, kind.Example}) {
+			t.Errorf("%s: its example: %v, %v", kind.Name, s, err)
+		}
+		if _, err := Parse(kind.Name + ":\x7f"); err == nil {
+			t.Errorf("%s: no bounds", kind.Name)
+		}
+		if err := Check([]string{text}); (err == nil) != (kind.Anchor || kind.Stored) {
+			t.Errorf("%s alone: %v", kind.Name, err)
+		}
+	}
+}
+
+// A kind of a later level is told from those that every release knows.
+func TestLevel(t *testing.T) {
+	before := kinds
+	defer func() { kinds = before }()
+	kinds = append(Kinds(), Kind{Name: "tpm:quote", Level: 7})
+	for want, list := range map[uint32][]string{0: {"unix:uid:1", "unix:user:web"}, 7: {"unix:uid:1", "tpm:quote:x"}} {
+		if level := Level(list); level != want {
+			t.Errorf("%v need level %d", list, level)
+		}
+	}
 }
 
 // Of every kind of selector only those that say whose process it is may stand without another: which program it is,

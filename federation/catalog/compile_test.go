@@ -9,6 +9,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	"github.com/entente-mesh/entente/ca/selector"
 	. "github.com/entente-mesh/entente/federation/catalog"
 )
 
@@ -273,6 +274,41 @@ func BenchmarkCompile(b *testing.B) {
 	for b.Loop() {
 		if _, err := Compile(banking, objects); err != nil {
 			b.Fatal(err)
+		}
+	}
+}
+
+// The catalogue takes the selectors that entries take, and no others.
+func TestSelectorsAreThoseOfEntries(t *testing.T) {
+	long := func(n int) string { return "unix:user:" + strings.Repeat("u", n) }
+	many := []string{"unix:uid:1"}
+	for i := range selector.MaxCount {
+		many = append(many, fmt.Sprintf("unix:group:%d", i))
+	}
+	for name, test := range map[string]struct {
+		selectors []string
+		ok        bool
+	}{
+		"user":                    {[]string{"unix:user:web"}, true},
+		"user of 33 bytes":        {[]string{long(33)}, true},
+		"user of 256 bytes":       {[]string{long(256)}, true},
+		"user of 257 bytes":       {[]string{long(257)}, false},
+		"group and user":          {[]string{"unix:gid:1", "unix:user:web"}, true},
+		"group alone":             {[]string{"unix:gid:1"}, false},
+		"groups alone":            {[]string{"unix:group:1", "unix:group:2"}, false},
+		"digest alone, as stored": {[]string{"unix:sha256:" + strings.Repeat("a", 64)}, true},
+		"the root as a program":   {[]string{"unix:uid:1", "unix:path:/"}, false},
+		"control character":       {[]string{"unix:uid:1", "unix:path:/a\x01"}, false},
+		"unit without a name":     {[]string{"systemd:unit:.service"}, false},
+		"unit with odd letters":   {[]string{"systemd:unit:a$b.service"}, false},
+		"two of one kind":         {[]string{"unix:uid:1", "unix:uid:2"}, false},
+		"as many as there may be": {many[:selector.MaxCount], true},
+		"too many":                {many, false},
+	} {
+		service := &statev1.Service{Name: "x", Path: "/x", Hosts: []string{"h1"}, Selectors: test.selectors}
+		_, err := Compile(banking, []*statev1.Object{{Owner: "team", Kind: &statev1.Object_Service{Service: service}}})
+		if (err == nil) != test.ok || (selector.Check(test.selectors) == nil) != test.ok {
+			t.Errorf("%s: %v; entries: %v", name, err, selector.Check(test.selectors))
 		}
 	}
 }

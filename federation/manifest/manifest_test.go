@@ -13,6 +13,7 @@ import (
 	"pgregory.net/rapid"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	"github.com/entente-mesh/entente/ca/selector"
 	"github.com/entente-mesh/entente/federation/catalog"
 	"github.com/entente-mesh/entente/internal/yamlfile"
 )
@@ -392,6 +393,36 @@ spec:
 		}
 		if err == nil || !strings.Contains(err.Error(), why) {
 			t.Errorf("%s: %v", bad, err)
+		}
+	}
+}
+
+// Each kind of selectors has a key of run, and the value stands there as in a record.
+func TestEveryKindOfSelectorIsSaidInFiles(t *testing.T) {
+	for _, kind := range selector.Kinds() {
+		beside, said := "systemd: web.service", kind.Key+": "+kind.Example
+		if kind.Name == selector.Unit {
+			beside = "uid: 1"
+		}
+		if kind.Many {
+			said = kind.Key + ": [" + kind.Example + "]"
+		}
+		objects, err := Parse("k.yaml", strings.NewReader("apiVersion: entente/v1\nkind: Service\nmetadata: {name: x, owner: t}\nspec: {run: {"+said+", "+beside+", hosts: [h]}}\n"), nil)
+		if err != nil {
+			t.Errorf("%s: %v", kind.Name, err)
+			continue
+		}
+		if got := objects[0].GetService().GetSelectors(); !slices.Contains(got, kind.Name+":"+kind.Example) {
+			t.Errorf("%s: %q", kind.Name, got)
+		}
+		text, err := Format(objects...)
+		if err != nil {
+			t.Errorf("%s: %v", kind.Name, err)
+			continue
+		}
+		again, err := Parse("again.yaml", strings.NewReader(string(text)), nil)
+		if err != nil || !slices.Equal(again[0].GetService().GetSelectors(), objects[0].GetService().GetSelectors()) {
+			t.Errorf("%s: %v\n%s", kind.Name, err, text)
 		}
 	}
 }

@@ -4,8 +4,9 @@ import (
 	"fmt"
 	"slices"
 	"strconv"
+	"strings"
 
-	"github.com/entente-mesh/entente/federation/catalog"
+	"github.com/entente-mesh/entente/ca/selector"
 	"github.com/entente-mesh/entente/internal/yamlfile"
 )
 
@@ -25,81 +26,85 @@ type runSpec struct {
 	Hosts     []string `yaml:"hosts,required"`
 }
 
+// keys are the keys of run with the kinds of selectors that they say, in the order in
+// which a record has them.
+func (r *runSpec) keys() []runKey {
+	return []runKey{
+		{selector.Unit, &r.Systemd}, {selector.Container, &r.Container}, {selector.User, &r.User},
+		{selector.UID, &r.UID}, {selector.GID, &r.GID}, {selector.Group, &r.Groups},
+		{selector.Path, &r.Path}, {selector.SHA256, &r.SHA256}, {selector.Cmdline, &r.Cmdline}, {selector.Run, &r.Run},
+	}
+}
+
+type runKey struct {
+	kind string
+	said any // *string, **uint32 or *[]uint32
+}
+
 // selectors in a fixed order, so that the same file gives the same record.
-func (r *runSpec) selectors() ([]string, error) {
-	var list []string
-	add := func(kind, value string) {
-		if value != "" {
-			list = append(list, kind+":"+value)
+func (r *runSpec) selectors() (list []string, err error) {
+	for _, key := range r.keys() {
+		add := func(value string) { list = append(list, key.kind+":"+value) }
+		number := func(n uint32) { add(strconv.FormatUint(uint64(n), 10)) }
+		switch said := key.said.(type) {
+		case *string:
+			if *said != "" {
+				add(*said)
+			}
+		case **uint32:
+			if *said != nil {
+				number(**said)
+			}
+		case *[]uint32:
+			for _, n := range *said {
+				number(n)
+			}
 		}
 	}
-	number := func(n *uint32) string {
-		if n == nil {
-			return ""
-		}
-		return strconv.FormatUint(uint64(*n), 10)
+	if len(list) == 0 {
+		return nil, r.Errorf("run says nothing by which the process is recognised; add one of %s", anchors())
 	}
-	add("systemd:unit", r.Systemd)
-	add("container:id", r.Container)
-	add("unix:user", r.User)
-	add("unix:uid", number(r.UID))
-	add("unix:gid", number(r.GID))
-	for _, group := range r.Groups {
-		add("unix:group", number(&group))
-	}
-	add("unix:path", r.Path)
-	add("unix:sha256", r.SHA256)
-	add("unix:cmdline", r.Cmdline)
-	add("run:id", r.Run)
-	identified := r.User != "" || r.UID != nil || r.SHA256 != "" || r.Systemd != "" || r.Container != ""
-	switch {
-	case len(list) == 0:
-		return nil, r.Errorf("run says nothing by which the process is recognised; add systemd, user or uid")
-	case !identified && r.Path != "":
-		return nil, r.At("path").Errorf("run.path stands alone: any user may start a program from a path; add systemd, container, user or uid")
-	case !identified && r.Cmdline != "":
-		return nil, r.At("cmdline").Errorf("run.cmdline stands alone: a command line is what a process says of itself; add systemd, container, user or uid")
-	case !identified && r.GID != nil:
-		return nil, r.At("gid").Errorf("run.gid stands alone; add user or uid beside it")
-	case !identified:
-		return nil, r.Errorf("run says nothing that identifies a process; add systemd, user or uid")
+	if weak := selector.Identify(list); weak != nil {
+		key := weak.Kind.Key
+		return nil, r.At(key).Errorf("run.%s stands alone, with nothing that identifies a process: %s; add one of %s", key, weak.Kind.Weak, anchors())
 	}
 	return list, nil
 }
 
+// anchors are the keys of run that may stand alone.
+func anchors() string {
+	var keys []string
+	for _, kind := range selector.Kinds() {
+		if kind.Anchor {
+			keys = append(keys, kind.Key)
+		}
+	}
+	return strings.Join(keys, ", ")
+}
+
 func formatRun(hosts, selectors []string) (runSpec, error) {
 	run := runSpec{Hosts: hosts}
-	for _, selector := range selectors {
-		kind, value := catalog.CutSelector(selector)
-		switch kind {
-		case "systemd:unit":
-			run.Systemd = value
-		case "container:id":
-			run.Container = value
-		case "unix:user":
-			run.User = value
-		case "unix:uid", "unix:gid", "unix:group":
+	for _, text := range selectors {
+		for _, key := range run.keys() {
+			value, ok := strings.CutPrefix(text, key.kind+":")
+			if !ok {
+				continue
+			}
+			if said, isText := key.said.(*string); isText {
+				*said = value
+				continue
+			}
 			n, err := strconv.ParseUint(value, 10, 32)
 			if err != nil {
-				return run, fmt.Errorf("selector %q: %w", selector, err)
+				return run, fmt.Errorf("selector %q: %w", text, err)
 			}
 			id := uint32(n)
-			switch kind {
-			case "unix:uid":
-				run.UID = &id
-			case "unix:gid":
-				run.GID = &id
-			default:
-				run.Groups = append(run.Groups, id)
+			switch said := key.said.(type) {
+			case **uint32:
+				*said = &id
+			case *[]uint32:
+				*said = append(*said, id)
 			}
-		case "unix:path":
-			run.Path = value
-		case "unix:sha256":
-			run.SHA256 = value
-		case "unix:cmdline":
-			run.Cmdline = value
-		case "run:id":
-			run.Run = value
 		}
 	}
 	if again, err := run.selectors(); err != nil || !slices.Equal(again, selectors) {

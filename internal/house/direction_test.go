@@ -52,8 +52,8 @@ ca/catest:               ...
 federation:
 federation/bundle:
 federation/exchange:     api/entente/v1 federation federation/bundle internal/peer internal/admission
-federation/catalog:      federation internal/nearest internal/refusal
-federation/manifest:     federation federation/catalog internal/nearest internal/yamlfile
+federation/catalog:      ca/selector federation internal/nearest internal/refusal
+federation/manifest:     ca/selector federation federation/catalog internal/nearest internal/yamlfile
 federation/origin:       federation
 
 eastwest-gateway:        ca/client
@@ -71,7 +71,7 @@ meshagent/workloadapi:   meshagent meshagent/workloadattest federation/bundle in
 meshagent/sds:           meshagent meshagent/workloadattest
 meshagent/admin:         meshagent meshagent/services meshagent/workloadattest internal/daemon
 meshagent/names:         internal/daemon
-meshagent/files:         meshagent federation/bundle internal/daemon internal/safepath
+meshagent/files:         ca/selector meshagent federation/bundle internal/daemon internal/safepath
 meshagent/sidecar:       internal/dataplane internal/daemon internal/safepath federation/catalog federation/origin internal/peer internal/refusal
 
 internal/dataplane:      internal/dataplane/* federation/catalog federation/origin internal/peer internal/problem internal/refusal internal/admission internal/secret

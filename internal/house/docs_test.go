@@ -13,6 +13,7 @@ import (
 	"testing"
 	"testing/fstest"
 
+	"github.com/entente-mesh/entente/ca/selector"
 	"github.com/entente-mesh/entente/internal/refusal"
 )
 
@@ -36,8 +37,14 @@ This page is made from the table in internal/refusal: ` + "`go test ./internal/h
 	for _, row := range refusal.All() {
 		fmt.Fprintf(&b, "| `%s` | %d | %d | %s | %s |\n", row.Reason, row.Status, row.GRPC, row.Title, row.Next)
 	}
+	checkPage(t, page, b.String())
+}
+
+// checkPage compares a page with what its table says, and writes it with -update.
+func checkPage(t *testing.T, page, want string) {
+	t.Helper()
 	if *update {
-		if err := os.WriteFile(page, []byte(b.String()), 0o644); err != nil {
+		if err := os.WriteFile(page, []byte(want), 0o644); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -45,9 +52,50 @@ This page is made from the table in internal/refusal: ` + "`go test ./internal/h
 	if err != nil {
 		t.Fatal(err)
 	}
-	if string(have) != b.String() {
+	if string(have) != want {
 		t.Errorf("%s is not what the table says: run this test with -update", page)
 	}
+}
+
+// The page of selectors is the table in the code, and nothing else.
+func TestSelectorsPage(t *testing.T) {
+	const page = "../../docs/reference/selectors.md"
+	var b strings.Builder
+	fmt.Fprintf(&b, `# Selectors
+
+A selector is one statement about a process, written `+"`KIND:VALUE`"+`. The selectors of an entry say which processes hold its identity: all of them must hold. A Service or a Gateway says them under `+"`run`"+`.
+`+"`entente agent explain-pid`"+` shows those of a process. [Attest a systemd service](../how-to/attest-a-systemd-service.md) is the way there.
+
+This page is made from the table in ca/selector: `+"`go test ./internal/house -run TestSelectorsPage -update`"+`.
+
+| selector | in `+"`run`"+` | the value is | the agent compares it with | stands alone |
+|---|---|---|---|---|
+`)
+	for _, kind := range selector.Kinds() {
+		example, alone := kind.Example, "yes"
+		if kind.Many {
+			example = "[" + example + "]"
+		}
+		if !kind.Anchor {
+			alone = "no: " + kind.Weak
+		}
+		fmt.Fprintf(&b, "| `%s:VALUE` | `%s: %s` | %s | %s | %s |\n", kind.Name, kind.Key, example, kind.Value, kind.Match, alone)
+	}
+	fmt.Fprintf(&b, `
+The rules are the same for the catalogue, for entries and at the agent:
+
+* A set has 1 to %d selectors. A value has 1 to %d bytes and no control characters. Each kind stands once; `+"`unix:group`"+` may stand several times.
+* One of a set must be able to stand alone: %s. Nobody but root, or the user in question, can make another process that has it.
+  Entries that were stored with `+"`unix:sha256`"+` alone, before that was a rule (feature level 5), keep working.
+* There is one way to write a selector: no leading zeros, no upper-case digits, no path that is not clean. So selectors are compared as text.
+* Two entries exclude each other if they have two values of one kind that stands alone.
+
+**User names have up to 256 bytes**, as on Linux (LOGIN_NAME_MAX): names of a directory, as `+"`web@corp.example`"+`, are longer than 32 bytes at times. In a Service or a Gateway a name of over 32 bytes needs feature level 5 of every CA node.
+Agents and gateways of the release before do without an object that has one: upgrade them first.
+
+A selector of a kind that an agent does not know is one of a later release: no process satisfies it.
+`, selector.MaxCount, selector.MaxValue, selector.Anchors())
+	checkPage(t, page, b.String())
 }
 
 // What the pages say that a test shows, a test shows: each test that a page names is

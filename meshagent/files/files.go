@@ -33,6 +33,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 
+	"github.com/entente-mesh/entente/ca/selector"
 	"github.com/entente-mesh/entente/federation/bundle"
 	"github.com/entente-mesh/entente/internal/safepath"
 	"github.com/entente-mesh/entente/meshagent"
@@ -256,13 +257,14 @@ func (t *target) owner(identity *meshagent.Identity) (ids, error) {
 	if t.config.Key == "" && t.config.Combined == "" && len(t.config.JWTs) == 0 || reader == 0 {
 		return o, nil
 	}
-	for _, selector := range identity.Demands {
-		if uid, ok := strings.CutPrefix(selector, "unix:uid:"); ok && uid != strconv.Itoa(reader) {
-			return o, fmt.Errorf("the secret of %s would belong to uid %d, and its entry names uid %s: set files.owner", identity.ID, reader, uid)
-		}
-		if name, ok := strings.CutPrefix(selector, "unix:user:"); ok {
-			if u, err := user.Lookup(name); err != nil || u.Uid != strconv.Itoa(reader) {
-				return o, fmt.Errorf("the secret of %s would belong to uid %d, and its entry names user %s: set files.owner", identity.ID, reader, name)
+	for _, text := range identity.Demands {
+		switch s, err := selector.Parse(text); {
+		case err != nil: // of a later release: no process satisfies it
+		case s.Kind == selector.UID && s.Value != strconv.Itoa(reader):
+			return o, fmt.Errorf("the secret of %s would belong to uid %d, and its entry names uid %s: set files.owner", identity.ID, reader, s.Value)
+		case s.Kind == selector.User:
+			if u, err := user.Lookup(s.Value); err != nil || u.Uid != strconv.Itoa(reader) {
+				return o, fmt.Errorf("the secret of %s would belong to uid %d, and its entry names user %s: set files.owner", identity.ID, reader, s.Value)
 			}
 		}
 	}
@@ -275,14 +277,19 @@ func users(identity *meshagent.Identity, owner ids) (list []int) {
 	if owner.uid >= 0 {
 		list = append(list, owner.uid)
 	}
-	for _, selector := range identity.Common() {
-		text, ok := strings.CutPrefix(selector, "unix:uid:")
-		if name, named := strings.CutPrefix(selector, "unix:user:"); named {
-			if u, err := user.Lookup(name); err == nil {
-				text, ok = u.Uid, true
+	for _, text := range identity.Common() {
+		s, err := selector.Parse(text)
+		id := ""
+		switch {
+		case err != nil:
+		case s.Kind == selector.UID:
+			id = s.Value
+		case s.Kind == selector.User:
+			if u, err := user.Lookup(s.Value); err == nil {
+				id = u.Uid
 			}
 		}
-		if uid, err := strconv.Atoi(text); ok && err == nil && !slices.Contains(list, uid) {
+		if uid, err := strconv.Atoi(id); err == nil && !slices.Contains(list, uid) {
 			list = append(list, uid)
 		}
 	}

@@ -17,6 +17,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/entente-mesh/entente/ca/selector"
 )
 
 // The test binary is also the other process: ENTENTE_TEST_CHILD says what it does.
@@ -821,4 +823,27 @@ func TestAcceptor(t *testing.T) {
 	defer unixConn.Close()
 	expect(unixConn, true, self, true)
 	expect(unixConn, true, application.path, false)
+}
+
+// Each kind of selectors is looked at, and shown to people, but for runs: an id is nobody's
+// to read.
+func TestEveryKindOfSelectorIsLookedAt(t *testing.T) {
+	process, err := New().PID(os.Getpid())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer process.Close()
+	for _, kind := range selector.Kinds() {
+		if err := process.Satisfies([]string{kind.Name + ":" + kind.Example}); errors.Is(err, errLater) {
+			t.Errorf("%s: %v", kind.Name, err)
+		}
+	}
+	if err := process.Glance().Satisfies([]selector.Selector{{Kind: "tpm:quote", Value: "x"}}); !errors.Is(err, errLater) {
+		t.Errorf("of a later release: %v", err)
+	}
+	for _, seen := range process.Selectors() {
+		if s, err := selector.Parse(seen.Kind + ":" + seen.Value); seen.Err == nil && (err != nil || process.Satisfies([]string{s.String()}) != nil) {
+			t.Errorf("what is shown, %s:%s, is not what entries would name: %v", seen.Kind, seen.Value, err)
+		}
+	}
 }

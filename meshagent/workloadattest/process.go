@@ -137,6 +137,9 @@ type executable struct {
 // errStrict is why only the user of a unix socket's peer counts.
 var errStrict = errors.New("before Linux 6.5 it is not certain which process connected, and workloadAttestation.strict lets only unix:uid and unix:user count there")
 
+// errLater is what an agent says of a kind that a later release has.
+var errLater = errors.New("this agent cannot attest it")
+
 // Option says how an Attestor attests.
 type Option func(*Attestor)
 
@@ -268,7 +271,7 @@ func (g *Glance) satisfies(s selector.Selector) error {
 		}
 		return same(digest, s.Value)
 	default: // of a later release: not satisfied
-		return errors.New("this agent cannot attest it")
+		return errLater
 	}
 }
 
