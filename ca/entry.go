@@ -186,7 +186,7 @@ func CheckEntry(td spiffeid.TrustDomain, e *statev1.Entry, longest time.Duration
 	if err := selector.Check(e.GetSelectors()); err != nil {
 		return err
 	}
-	if err := CheckNodeSelectors(e.GetNodeSelectors()); err != nil {
+	if err := selector.CheckNode(e.GetNodeSelectors()); err != nil {
 		return err
 	}
 	if n := e.GetX509SvidSeconds(); n != 0 {

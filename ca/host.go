@@ -4,48 +4,12 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"strings"
-	"unicode"
-	"unicode/utf8"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	"github.com/entente-mesh/entente/ca/selector"
 )
 
-// Kinds of node selectors: by whose word a host has them. What follows is free:
-// token:rack:r1, x509pop:subject:cn:h1.dc1.example.
-const (
-	NodeByToken   = "token"   // the operator's, who made the join token
-	NodeByX509PoP = "x509pop" // of who signed the host's own certificate
-)
-
-const (
-	maxNodeSelectors = 64
-	maxNodeSelector  = 512
-	maxScope         = 32
-)
-
-// CheckNodeSelectors refuses what no host can have by the word of one of the kinds; none
-// given: of any.
-func CheckNodeSelectors(list []string, kinds ...string) error {
-	if len(kinds) == 0 {
-		kinds = []string{NodeByToken, NodeByX509PoP}
-	}
-	if n := len(list); n > maxNodeSelectors {
-		return fmt.Errorf("%d node selectors, over %d", n, maxNodeSelectors)
-	}
-	for _, text := range list {
-		kind, value, _ := strings.Cut(text, ":")
-		switch {
-		case !slices.Contains(kinds, kind) || value == "":
-			return fmt.Errorf("node selector %.80q does not begin with %s: and a value behind it", text, strings.Join(kinds, ": or "))
-		case len(text) > maxNodeSelector:
-			return fmt.Errorf("node selector %.80q... has over %d bytes", text, maxNodeSelector)
-		case !utf8.ValidString(text) || strings.ContainsFunc(text, unicode.IsControl):
-			return fmt.Errorf("node selector %.80q is not text on one line", text)
-		}
-	}
-	return nil
-}
+const maxScope = 32
 
 // CheckScope refuses prefixes that are no SPIFFE paths, and reserved ones.
 func CheckScope(prefixes []string) error {
@@ -106,7 +70,7 @@ func CheckAgent(a *statev1.Agent) error {
 	if err := CheckHostAddresses(a.GetAddresses()); err != nil {
 		return err
 	}
-	if err := CheckNodeSelectors(a.GetSelectors(), NodeByX509PoP); err != nil {
+	if err := selector.CheckNode(a.GetSelectors(), selector.X509PoP); err != nil {
 		return err
 	}
 	if a.GetGeneration() != 0 || a.GetBanned() {

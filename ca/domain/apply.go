@@ -16,6 +16,7 @@ import (
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	"github.com/entente-mesh/entente/ca"
+	"github.com/entente-mesh/entente/ca/selector"
 )
 
 // Bounds of the state.
@@ -276,7 +277,7 @@ func (a *application) createToken(c *statev1.CreateToken) *Refusal {
 		name, datacenter = grant.Node.GetName(), grant.Node.GetDatacenter()
 	case *statev1.Token_Agent:
 		name, datacenter = grant.Agent.GetName(), grant.Agent.GetDatacenter()
-		if err := cmp.Or(ca.CheckHostAddresses(grant.Agent.GetAddresses()), ca.CheckNodeSelectors(grant.Agent.GetSelectors(), ca.NodeByToken),
+		if err := cmp.Or(ca.CheckHostAddresses(grant.Agent.GetAddresses()), selector.CheckNode(grant.Agent.GetSelectors(), selector.Token),
 			ca.CheckScope(grant.Agent.GetPathPrefixes())); err != nil {
 			return invalid(err)
 		}

@@ -22,6 +22,7 @@ import (
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	"github.com/entente-mesh/entente/ca"
+	"github.com/entente-mesh/entente/ca/selector"
 )
 
 // Bounds of what a host sends and of what the operator gives.
@@ -337,7 +338,7 @@ func unreachable(ip net.IP) bool { return ip.IsUnspecified() || ip.IsMulticast()
 func selectorsOf(leaf *x509.Certificate, c Certificate, paths [][]*x509.Certificate) []string {
 	var all []string
 	add := func(kind, value string) {
-		if s := ca.NodeByX509PoP + ":" + kind + ":" + value; value != "" && ca.CheckNodeSelectors([]string{s}) == nil {
+		if s := selector.X509PoP + ":" + kind + ":" + value; value != "" && selector.CheckNode([]string{s}) == nil {
 			all = append(all, s)
 		}
 	}
@@ -359,10 +360,8 @@ func selectorsOf(leaf *x509.Certificate, c Certificate, paths [][]*x509.Certific
 	}
 	slices.Sort(all)
 	all = slices.Compact(all)
-	return all[:min(len(all), maxSelectors)]
+	return all[:min(len(all), selector.MaxNodeCount)]
 }
-
-const maxSelectors = 64
 
 func first(list []string) string {
 	if len(list) == 0 {

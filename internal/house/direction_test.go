@@ -38,7 +38,7 @@ ca/signer:               ca
 ca/rotation:             ca ca/domain
 ca/replica:              ca ca/domain
 ca/keystore:             internal/secret
-ca/nodeattest:           ca
+ca/nodeattest:           ca ca/selector
 ca/server:               api/entente/v1
                          ca ca/domain ca/feed ca/presence ca/signer ca/nodeattest
                          federation federation/bundle federation/catalog

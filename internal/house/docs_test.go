@@ -94,7 +94,20 @@ The rules are the same for the catalogue, for entries and at the agent:
 Agents and gateways of the release before do without an object that has one: upgrade them first.
 
 A selector of a kind that an agent does not know is one of a later release: no process satisfies it.
+
+## Node selectors
+
+An entry can demand something of the hosts that it names, with `+"`nodeSelectors`"+`. A host has node selectors by the word of somebody else, never by its own. What follows the kind is free text on one line.
+
+| selector | a host has it by the word of |
+|---|---|
 `, selector.MaxCount, selector.MaxValue, selector.Anchors())
+	for _, kind := range selector.NodeKinds() {
+		fmt.Fprintf(&b, "| `%s:…` | %s |\n", kind.Name, kind.Word)
+	}
+	fmt.Fprintf(&b, `
+A host has, and an entry demands, up to %d; one has up to %d bytes. [Attest hosts by certificate](../how-to/attest-hosts-by-certificate.md) lists those of a certificate.
+`, selector.MaxNodeCount, selector.MaxNodeLength)
 	checkPage(t, page, b.String())
 }
 
