@@ -16,6 +16,7 @@ import (
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
 	"github.com/entente-mesh/entente/ca"
+	"github.com/entente-mesh/entente/federation/catalog"
 )
 
 // epochShift: a revision is epoch<<44 | log index.
@@ -161,7 +162,7 @@ func (u *update) add(chunk *ententev1.Policy) error {
 		if o.GetKind() == nil { // of a later release
 			continue
 		}
-		u.objects[objectKey(o)] = o
+		u.objects[catalog.Key(o)] = o
 	}
 	for _, k := range chunk.GetDeletedObjects() {
 		u.objects[k.GetKind()+"/"+k.GetName()] = nil
@@ -241,7 +242,7 @@ func (s *Store) apply(u *update, revision uint64) error {
 		Changed:   revision,
 		Cluster:   old.Cluster,
 		Entries:   merge(old.Entries, u.entries, u.full, (*statev1.Entry).GetId),
-		Objects:   merge(old.Objects, u.objects, u.full, objectKey),
+		Objects:   merge(old.Objects, u.objects, u.full, catalog.Key),
 		Members:   old.Members,
 		Bundles:   old.Bundles,
 		Instances: old.Instances,
@@ -305,7 +306,7 @@ func (s *Store) apply(u *update, revision uint64) error {
 // related is the revision of the relationship with another domain; 0: there is none.
 func related(v *View, td string) uint64 {
 	key := "Relationship/" + td
-	i, found := slices.BinarySearchFunc(v.Objects, key, func(o *statev1.Object, key string) int { return strings.Compare(objectKey(o), key) })
+	i, found := slices.BinarySearchFunc(v.Objects, key, func(o *statev1.Object, key string) int { return strings.Compare(catalog.Key(o), key) })
 	if !found {
 		return 0
 	}
@@ -526,22 +527,4 @@ func merge[T any](list []*T, changes map[string]*T, full bool, key func(*T) stri
 
 func sorted[T any](list []*T, key func(*T) string) []*T {
 	return slices.SortedFunc(slices.Values(list), func(a, b *T) int { return cmp.Compare(key(a), key(b)) })
-}
-
-// objectKey is kind/name, as in statev1.ObjectKey.
-func objectKey(o *statev1.Object) string {
-	switch kind := o.GetKind().(type) {
-	case *statev1.Object_Service:
-		return "Service/" + kind.Service.GetName()
-	case *statev1.Object_Gateway:
-		return "Gateway/" + kind.Gateway.GetName()
-	case *statev1.Object_Import:
-		return "Import/" + kind.Import.GetService()
-	case *statev1.Object_Agreement:
-		return "Agreement/" + kind.Agreement.GetName()
-	case *statev1.Object_Relationship:
-		return "Relationship/" + kind.Relationship.GetTrustDomain()
-	default:
-		return "/"
-	}
 }

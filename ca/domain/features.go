@@ -8,6 +8,7 @@ import (
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	"github.com/entente-mesh/entente/ca/selector"
+	"github.com/entente-mesh/entente/federation/catalog"
 )
 
 // FeatureLevel is which commands this release carries out: all of this level and below.
@@ -69,30 +70,9 @@ func levelOf(cmd *statev1.Command) uint32 {
 
 func levelOfObjects(c *statev1.ApplyObjects, least uint32) uint32 {
 	for _, o := range c.GetUpserts() {
-		selectors := o.GetService().GetSelectors()
-		if g := o.GetGateway(); g != nil {
-			selectors = g.GetSelectors()
-		}
-		least = max(least, selector.Level(selectors))
-		switch {
-		case slices.ContainsFunc(selectors, longUser):
-			return levelHardened
-		case o.GetService().GetEdge() || o.GetService().GetHttp() != nil:
-			return levelHardened
-		case o.GetService().GetProtocol() != 0 || o.GetImport().GetPort() != 0 || o.GetImport().GetProtocol() != 0:
-			least = max(least, 4)
-		case o.GetRoleBinding() != nil:
-			least = max(least, 3)
-		}
+		least = max(least, catalog.Level(o))
 	}
 	return least
-}
-
-// longUser tells whether the release before refuses a selector in an object of the catalogue,
-// though not in an entry: its catalogue took user names of at most 32 bytes.
-func longUser(text string) bool {
-	name, ok := strings.CutPrefix(text, selector.User+":")
-	return ok && len(name) > 32
 }
 
 // FeatureLevel is the cluster's. It never falls: what was agreed at a level is in the

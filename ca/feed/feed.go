@@ -29,6 +29,7 @@ import (
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/domain"
 	"github.com/entente-mesh/entente/ca/presence"
+	"github.com/entente-mesh/entente/federation/catalog"
 )
 
 const (
@@ -504,11 +505,11 @@ func (s *Session) delta(st *domain.State) (u Update, relevant bool) {
 		case domain.ChangeOwnBundle:
 			u.OwnBundle = ownBundle(st)
 		case domain.ChangeObject:
-			if strings.HasPrefix(change.key, "RoleBinding/") {
+			if !catalog.HostsSee(change.key) {
 				continue
 			}
 			if o, ok := st.Object(change.key); ok {
-				u.Objects = append(u.Objects, forSubscriber(o))
+				u.Objects = append(u.Objects, catalog.ForHosts(o))
 			} else {
 				u.DeletedObjects = append(u.DeletedObjects, change.key)
 			}
@@ -631,28 +632,11 @@ func OwnBundleOf(st *domain.State) OwnBundle {
 	}
 }
 
-// forSubscriber keeps of a relationship only that it exists and whether WIT keys are
-// exchanged in it. Where the peer's bundle
-// comes from is the CA's business, and its bootstrap bundle would hand foreign X.509
-// roots to everybody (I6).
-func forSubscriber(o *statev1.Object) *statev1.Object {
-	r := o.GetRelationship()
-	if r == nil {
-		return o
-	}
-	return &statev1.Object{
-		Kind:     &statev1.Object_Relationship{Relationship: &statev1.Relationship{TrustDomain: r.GetTrustDomain(), Wit: r.GetWit()}},
-		Owner:    o.GetOwner(),
-		Revision: o.GetRevision(),
-		Source:   o.GetSource(),
-	}
-}
-
 func forSubscribers(objects []*statev1.Object) []*statev1.Object {
 	out := make([]*statev1.Object, 0, len(objects))
 	for _, o := range objects {
-		if o.GetRoleBinding() == nil { // who administers the domain is no host's business
-			out = append(out, forSubscriber(o))
+		if told := catalog.ForHosts(o); told != nil {
+			out = append(out, told)
 		}
 	}
 	return out

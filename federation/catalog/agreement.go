@@ -47,6 +47,7 @@ var agreementKind = kind{
 		return a.GetName(), a != nil
 	},
 	references: (*compiler).agreement,
+	forHosts:   whole,
 }
 
 func (c *compiler) agreement() {

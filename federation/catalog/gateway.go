@@ -26,7 +26,9 @@ var gatewayKind = kind{
 		g := o.GetGateway()
 		return g.GetName(), g != nil
 	},
-	compile: (*compiler).gateway,
+	compile:  (*compiler).gateway,
+	level:    func(o *statev1.Object) uint32 { return runLevel(o.GetGateway().GetSelectors()) },
+	forHosts: whole,
 }
 
 func (c *compiler) gateway() {

@@ -12,6 +12,13 @@ var importKind = kind{
 	},
 	compile:    (*compiler).imported,
 	references: (*compiler).importReferences,
+	level: func(o *statev1.Object) uint32 {
+		if i := o.GetImport(); i.GetPort() != 0 || i.GetProtocol() != 0 {
+			return 4
+		}
+		return 1
+	},
+	forHosts: whole,
 }
 
 func (c *compiler) imported() {

@@ -1,6 +1,7 @@
 package catalog
 
 import (
+	"slices"
 	"strings"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
@@ -17,6 +18,14 @@ type kind struct {
 	// references does all of it. references checks it against the other objects, which
 	// were all compiled before; nil: it refers to none.
 	compile, references func(*compiler)
+
+	// level returns the feature level (ca/domain) that every CA node must have before an
+	// object can be agreed; nil: 1. A kind that is added needs at least that of its release.
+	level func(*statev1.Object) uint32
+
+	// forHosts returns what agents and gateways are told of an object; nil: they are not
+	// told that it exists.
+	forHosts func(*statev1.Object) *statev1.Object
 }
 
 // kinds has a row for each kind of objects, in the order in which they are best read.
@@ -30,12 +39,21 @@ type declared struct {
 }
 
 func declare(object *statev1.Object) declared {
+	k, name := kindOf(object)
+	if k == nil {
+		return declared{Object: object}
+	}
+	return declared{object, k, k.name + "/" + name}
+}
+
+// kindOf returns the row of an object's kind, nil if there is none, and the object's name.
+func kindOf(object *statev1.Object) (k *kind, name string) {
 	for i := range kinds {
 		if name, is := kinds[i].id(object); is {
-			return declared{object, &kinds[i], kinds[i].name + "/" + name}
+			return &kinds[i], name
 		}
 	}
-	return declared{Object: object}
+	return nil, ""
 }
 
 // Key is the key of an object, "Service/accounts". An Import's name is its service
@@ -44,8 +62,11 @@ func Key(object *statev1.Object) string { return declare(object).key }
 
 // KindName is the kind and the name of an object; both empty if it has no kind.
 func KindName(object *statev1.Object) (kind, name string) {
-	kind, name, _ = strings.Cut(Key(object), "/")
-	return kind, name
+	k, name := kindOf(object)
+	if k == nil {
+		return "", ""
+	}
+	return k.name, name
 }
 
 // Kinds are the kinds of objects, in the order in which they are best read.
@@ -56,3 +77,29 @@ func Kinds() []string {
 	}
 	return names
 }
+
+// Level is the feature level that every CA node must have before the object can be agreed.
+func Level(object *statev1.Object) uint32 {
+	if k, _ := kindOf(object); k != nil && k.level != nil {
+		return k.level(object)
+	}
+	return 1
+}
+
+// ForHosts is what agents and gateways are told of an object; nil: nothing. It may be the
+// object itself.
+func ForHosts(object *statev1.Object) *statev1.Object {
+	if k, _ := kindOf(object); k != nil && k.forHosts != nil {
+		return k.forHosts(object)
+	}
+	return nil
+}
+
+// HostsSee reports whether agents and gateways are told of objects with such a key.
+func HostsSee(key string) bool {
+	name, _, _ := strings.Cut(key, "/")
+	return slices.ContainsFunc(kinds, func(k kind) bool { return k.name == name && k.forHosts != nil })
+}
+
+// whole is forHosts of a kind that has nothing to hide.
+func whole(object *statev1.Object) *statev1.Object { return object }

@@ -5,6 +5,8 @@ import (
 	"strings"
 	"testing"
 
+	"google.golang.org/protobuf/proto"
+
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	. "github.com/entente-mesh/entente/federation/catalog"
 )
@@ -33,6 +35,49 @@ func TestEveryKindHasARow(t *testing.T) {
 	}
 	if kind, _ := KindName(&statev1.Object{}); kind != "" {
 		t.Errorf("control: an object without a kind is a %s", kind)
+	}
+}
+
+// A CA node of a release before a kind would not know what to do with it.
+func TestLaterKindsNeedALevel(t *testing.T) {
+	oneof := (*statev1.Object)(nil).ProtoReflect().Descriptor().Oneofs().ByName("kind").Fields()
+	for i := range oneof.Len() {
+		field := oneof.Get(i)
+		o := &statev1.Object{}
+		o.ProtoReflect().Mutable(field)
+		first := field.Number() <= 5 // the five kinds of the first release
+		if level := Level(o); first != (level == 1) {
+			t.Errorf("%s needs level %d", field.Name(), level)
+		}
+	}
+}
+
+// What is told to agents and gateways is decided kind by kind; what is not decided is not told.
+func TestHostsAreToldWhatTheyNeed(t *testing.T) {
+	objects := parseYAML(t, bankingYAML)
+	told := map[string]bool{}
+	for _, o := range objects {
+		kind, _ := KindName(o)
+		if kind != "Relationship" && ForHosts(o) != o || !HostsSee(Key(o)) {
+			t.Errorf("%s is not told as it is", Key(o))
+		}
+		told[kind] = true
+	}
+	if len(told) != 5 {
+		t.Errorf("control: %v", told)
+	}
+	secret := &statev1.Object{Owner: "security", Revision: 7, Kind: &statev1.Object_Relationship{Relationship: &statev1.Relationship{
+		TrustDomain: "trading.example", EndpointUrls: []string{"https://10.1.0.9/"}, EndpointId: "spiffe://trading.example/x", BootstrapBundle: []byte("{}"), Wit: true,
+	}}}
+	want := &statev1.Object{Owner: "security", Revision: 7, Kind: &statev1.Object_Relationship{Relationship: &statev1.Relationship{TrustDomain: "trading.example", Wit: true}}}
+	if got := ForHosts(secret); !proto.Equal(got, want) {
+		t.Errorf("of a relationship: %v", got)
+	}
+	binding := &statev1.Object{Kind: &statev1.Object_RoleBinding{RoleBinding: &statev1.RoleBinding{Name: "trust"}}}
+	for _, o := range []*statev1.Object{binding, {}} {
+		if got := ForHosts(o); got != nil || HostsSee(Key(o)) {
+			t.Errorf("%q is told: %v", Key(o), got)
+		}
 	}
 }
 

@@ -17,6 +17,18 @@ var relationshipKind = kind{
 		return r.GetTrustDomain(), r != nil
 	},
 	compile: (*compiler).relationship,
+	// Hosts learn that a relationship exists and whether WIT keys are exchanged in it. Where
+	// the peer's bundle comes from is for the CA, and its bootstrap bundle would hand foreign
+	// X.509 roots to everybody (I6).
+	forHosts: func(o *statev1.Object) *statev1.Object {
+		r := o.GetRelationship()
+		return &statev1.Object{
+			Kind:     &statev1.Object_Relationship{Relationship: &statev1.Relationship{TrustDomain: r.GetTrustDomain(), Wit: r.GetWit()}},
+			Owner:    o.GetOwner(),
+			Revision: o.GetRevision(),
+			Source:   o.GetSource(),
+		}
+	},
 }
 
 func (c *compiler) relationship() {

@@ -43,6 +43,9 @@ var roleBindingKind = kind{
 		return b.GetName(), b != nil
 	},
 	compile: (*compiler).roleBinding,
+	level:   func(*statev1.Object) uint32 { return 3 },
+	// Who administers the domain is no business of hosts.
+	forHosts: nil,
 }
 
 func (c *compiler) roleBinding() {

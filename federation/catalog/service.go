@@ -62,6 +62,19 @@ var serviceKind = kind{
 	},
 	compile:    (*compiler).service,
 	references: (*compiler).serviceReferences,
+	level: func(o *statev1.Object) uint32 {
+		s := o.GetService()
+		level := runLevel(s.GetSelectors())
+		switch {
+		case s.GetEdge() || s.GetHttp() != nil:
+			return max(level, 5)
+		case s.GetProtocol() != 0:
+			return max(level, 4)
+		default:
+			return level
+		}
+	},
+	forHosts: whole,
 }
 
 func (c *compiler) service() {

@@ -33,7 +33,7 @@ ca:                      ca/selector internal/secret
 ca/domain:               ca ca/selector federation federation/catalog
 ca/domain/domaintest:    ca
 ca/presence:
-ca/feed:                 ca ca/domain ca/presence
+ca/feed:                 ca ca/domain ca/presence federation/catalog
 ca/signer:               ca
 ca/rotation:             ca ca/domain
 ca/replica:              ca ca/domain
@@ -43,7 +43,7 @@ ca/server:               api/entente/v1
                          ca ca/domain ca/feed ca/presence ca/signer ca/nodeattest
                          federation federation/bundle federation/catalog
                          internal/peer internal/admission
-ca/client:               api/entente/v1 ca internal/peer internal/secret
+ca/client:               api/entente/v1 ca federation/catalog internal/peer internal/secret
 ca/node:                 ca ca/domain ca/rotation ca/replica ca/feed ca/presence ca/signer ca/keystore ca/nodeattest ca/server
                          federation federation/exchange
                          internal/peer internal/gossip internal/daemon internal/yamlfile internal/admission
