@@ -185,7 +185,7 @@ func (g *Gateway) Run(ctx context.Context) error {
 			if err != nil {
 				return fmt.Errorf("opening eastWest.listen: %w", err)
 			}
-			g.log.Info("east-west door open", "address", ln.Addr().String(), "id", id.String())
+			g.log.Info("east-west door open", "address", ln.Addr().String(), "spiffe_id", id.String())
 			return g.engine.ServeGateway(ctx, ln, dataplane.Identity{ID: id, SVID: g.identities.of(id)})
 		})
 	}

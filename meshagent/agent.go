@@ -105,7 +105,7 @@ func New(cfg *Config, opts Options) (*Agent, error) {
 		a.log = slog.New(slog.DiscardHandler)
 	}
 	if gap := a.attestor.Gap(); gap != "" {
-		a.log.Warn("workload attestation is limited by the kernel", "what", gap)
+		a.log.Warn("workload attestation is limited by the kernel", "reason", gap)
 	}
 	if a.known, err = load(cfg.DataDir); err != nil {
 		return nil, err

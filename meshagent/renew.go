@@ -420,7 +420,7 @@ func (a *Agent) keepSVIDs(ctx context.Context, kind renewal) error {
 		state := a.State()
 		now := a.now()
 		if by := clock.set(); by != 0 {
-			a.log.Warn("the host's clock was set; all SVIDs are looked at again", "by", by)
+			a.log.Warn("the host's clock was set; all SVIDs are looked at again", "offset", by)
 			for _, s := range slots {
 				s.due = halfTime(s.ends, now) // at once if it has ended, or there is none
 			}

@@ -246,7 +246,7 @@ func (l *liars) take(ctx context.Context, td *TrustDomain) error {
 // attach has an agent ask the CA node of its own datacenter, which it prefers once it
 // knows the members: at its first start it knows addresses only.
 func (l *liars) attach(ctx context.Context, agent *unit) error {
-	near := "node=" + l.find(kindCA, agent.domain, agent.datacenter).door
+	near := "address=" + l.find(kindCA, agent.domain, agent.datacenter).door
 	asks := func() bool {
 		text, err := os.ReadFile(filepath.Join(agent.dir, "log"))
 		if err != nil {

@@ -382,7 +382,7 @@ func (s *syncer) checkRecoveryKey() {
 	differs := len(named) > 0 && !bytes.Equal(named, pinned)
 	if differs && !s.otherKey {
 		s.log.Error("the CA names another recovery key than the pinned one; the pinned one stays: if operators replaced it, set ca.recoveryKey to the new one",
-			"node", s.now.conn.address, "named", ca.RecoveryKeyText(named), "pinned", ca.RecoveryKeyText(pinned))
+			"address", s.now.conn.address, "named", ca.RecoveryKeyText(named), "pinned", ca.RecoveryKeyText(pinned))
 	}
 	s.otherKey = differs
 }
@@ -480,7 +480,7 @@ func (s *syncer) settled() {
 	s.refused.Store(false)
 	s.outcome(s.now.conn.address, true)
 	if s.said || s.connects == 1 {
-		s.log.Info("connected to the CA", "node", s.now.conn.address)
+		s.log.Info("connected to the CA", "address", s.now.conn.address)
 	}
 	s.said = false
 }

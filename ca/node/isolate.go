@@ -43,7 +43,7 @@ func (n *Node) isolate(name, reason, who string) (server.Isolation, error) {
 	}
 	n.enforceIsolations()
 	n.cfg.reach("applied")
-	n.log.Warn("an agent is isolated by this node alone", "agent", name, "who", who, "reason", reason)
+	n.log.Warn("an agent is isolated by this node alone", "agent", name, "administrator", who, "reason", reason)
 	return isolationOf(line, err), nil
 }
 

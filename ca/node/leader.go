@@ -407,7 +407,7 @@ func (n *Node) markExcluding(ctx context.Context, id string, exclude []string, w
 	if len(waiting) > 0 {
 		return 0, fmt.Errorf("authority %.12s is not held by everybody yet, who lacks it would refuse what it signs: it waits for %s", id, strings.Join(waiting, "; "))
 	}
-	n.log.Warn("an authority is marked ready without the word of CA nodes that an operator excluded", "authority", id, "excluded", exclude, "who", who)
+	n.log.Warn("an authority is marked ready without the word of CA nodes that an operator excluded", "authority", id, "excluded", exclude, "administrator", who)
 	return n.markReady(ctx, v.Pending[i], assumed, who)
 }
 

@@ -318,7 +318,7 @@ func (n *Node) Run(ctx context.Context) error {
 			return nil
 		}
 	})
-	n.log.Info("CA node runs", "trust_domain", n.td.Name(), "node_id", n.own.id, "api", n.listeners.API.Addr().String(), "dev", n.cfg.Keys.InsecureDev)
+	n.log.Info("CA node runs", "trust_domain", n.td.Name(), "node_id", n.own.id, "address", n.listeners.API.Addr().String(), "dev", n.cfg.Keys.InsecureDev)
 	if n.cfg.Keys.InsecureDev {
 		n.log.Warn("this CA is for development only: its keys lie unsealed in the data directory (keys.insecureDev)")
 	}

@@ -139,6 +139,6 @@ func (n *Node) stepWitness(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
 	if err := r.TransferLeadershipTo(ctx, best.ID, best.Address); err != nil {
-		n.log.Info("this witness leads and could not hand over yet", "to", best.ID, "error", err)
+		n.log.Info("this witness leads and could not hand over yet", "member_id", best.ID, "error", err)
 	}
 }

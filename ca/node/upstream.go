@@ -197,7 +197,7 @@ func (n *Node) watchUpstream(ctx context.Context) error {
 	for {
 		if s := n.upstreamStatus(time.Now()); s.Problem != "" && (s.Problem != said || time.Since(at) > 24*time.Hour) {
 			said, at = s.Problem, time.Now()
-			n.log.Error("the upstream needs attention", "problem", s.Problem)
+			n.log.Error("the upstream needs attention", "error", s.Problem)
 		}
 		if err := sleep(ctx, time.Minute); err != nil {
 			return err

@@ -300,7 +300,7 @@ func (r *Replica) Supersede(statement, signature []byte) error {
 		return nil
 	case st.GetEpoch() == cluster.GetEpoch():
 		r.log.Error("the cluster was recovered twice, from different nodes, to the same epoch: stop one of the two clusters, wipe its nodes and join them to the other",
-			"epoch", st.GetEpoch(), "other", st.GetMemberId())
+			"epoch", st.GetEpoch(), "member_id", st.GetMemberId())
 		return fmt.Errorf("the cluster was recovered twice to epoch %d", st.GetEpoch())
 	}
 	data, err := json.Marshal(supersession{Epoch: st.GetEpoch(), MemberID: st.GetMemberId(), RecoveryID: st.GetRecoveryId()})

@@ -486,7 +486,7 @@ func (r *Replica) start(files *raft.FileSnapshotStore, list joinList) error {
 		r.vouched = &vouched{
 			self: r.cfg.NodeID, ask: r.cfg.Vouch, voters: r.knownVoters, ctx: ctx, nodes: map[string]*vouching{},
 			log: func(m *statev1.Member, by int) {
-				r.log.Info("a member that is not known here yet is vouched for", "member", m.GetName(), "by", by)
+				r.log.Info("a member that is not known here yet is vouched for", "member", m.GetName(), "vouchers", by)
 			},
 		}
 		members.vouched = r.vouched

@@ -174,7 +174,7 @@ func (s *streams) admit(conn net.Conn) {
 	if err := secure.HandshakeContext(ctx); err != nil {
 		conn.Close()
 		if s.ctx.Err() == nil {
-			s.log.Warn("refused a raft connection", "remote", conn.RemoteAddr().String(), "reason", err)
+			s.log.Warn("refused a raft connection", "peer_address", conn.RemoteAddr().String(), "reason", err)
 		}
 		return
 	}

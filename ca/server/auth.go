@@ -364,7 +364,7 @@ func (s *Server) authorise(ctx context.Context, method string) (context.Context,
 	}
 	if err != nil && c.known() {
 		if unsaid, say := s.refusals.say(method+" by "+c.String(), time.Now()); say {
-			s.Log.Warn("a call was refused: its caller may not make it", "method", method, "caller", c.String(), "remote", remote.Addr.String(), "reason", status.Convert(err).Message(), "more_since_last_line", unsaid)
+			s.Log.Warn("a call was refused: its caller may not make it", "method", method, "caller", c.String(), "peer_address", remote.Addr.String(), "reason", status.Convert(err).Message(), "more_since_last_line", unsaid)
 		}
 	}
 	ctx = context.WithValue(ctx, callerKey{}, c)

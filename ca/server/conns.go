@@ -163,7 +163,7 @@ func (s *Server) seat(c caller, raw net.Conn) (*calls, func(), error) {
 	}
 	calls, leave := s.guests.take(name, func() {
 		s.metrics.cut.WithLabelValues("peer").Inc()
-		s.Log.Warn("a peer has too many connections; its oldest is cut", "peer", name, "most", maxPeerConns)
+		s.Log.Warn("a peer has too many connections; its oldest is cut", "peer", name, "limit", maxPeerConns)
 		raw.Close()
 	})
 	return calls, leave, nil

@@ -84,7 +84,7 @@ func (c caller) known() bool { return c.class != 0 && c.class != anonymous && c.
 func (s *Server) refused(method, remote string, err error) (record bool) {
 	s.metrics.strangers.WithLabelValues(method).Inc()
 	if unsaid, say := s.refusals.say(method, time.Now()); say {
-		s.Log.Warn("strangers were refused", "method", method, "remote", remote, "reason", status.Convert(err).Message(), "more_since_last_line", unsaid)
+		s.Log.Warn("strangers were refused", "method", method, "peer_address", remote, "reason", status.Convert(err).Message(), "more_since_last_line", unsaid)
 	}
 	var proved *provedError
 	if !errors.As(err, &proved) {

@@ -254,7 +254,7 @@ func (f *follower) judge(ctx context.Context, got *Fetched) (otherURL bool, err 
 	f.status.Sequence, f.status.Refused, f.status.RefusedAt = got.Record.GetSequence(), "", time.Time{}
 	log.Info("bundle accepted", "x509_authorities", len(got.Bundle.X509), "skipped", len(got.Skipped))
 	for _, skipped := range got.Skipped {
-		log.Warn("part of a bundle does not count", "what", skipped.String())
+		log.Warn("part of a bundle does not count", "reason", skipped.String())
 	}
 	return false, nil
 }

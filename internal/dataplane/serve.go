@@ -44,7 +44,7 @@ func (e *Engine) serveTLS(ctx context.Context, ln net.Listener, config *tls.Conf
 		if err := conn.HandshakeContext(limit); err != nil {
 			_ = raw.Close()
 			e.metrics.handshake("door", "refused", started)
-			e.log.Debug("connection refused", "address", raw.RemoteAddr().String(), "error", err)
+			e.log.Debug("connection refused", "peer_address", raw.RemoteAddr().String(), "error", err)
 			return nil, err
 		}
 		state := conn.ConnectionState()
@@ -55,7 +55,7 @@ func (e *Engine) serveTLS(ctx context.Context, ln net.Listener, config *tls.Conf
 		}
 		if !raw.(*admission.Conn).Seat() {
 			_ = raw.Close()
-			e.log.Debug("connection refused: too many are open", "address", raw.RemoteAddr().String(), "peer", id.String())
+			e.log.Debug("connection refused: too many are open", "peer_address", raw.RemoteAddr().String(), "peer", id.String())
 			return nil, errNoPlace
 		}
 		e.metrics.handshake("door", "ok", started)
@@ -126,7 +126,7 @@ func (e *Engine) servePlain(ctx context.Context, ln net.Listener, attest Attest,
 		conn, err := e.attested(raw, attest)
 		if err != nil {
 			e.log.Info("connection closed unread: the process that opened it is not this listener's workload",
-				"listener", ln.Addr().String(), "error", err)
+				"address", ln.Addr().String(), "error", err)
 			return nil, err
 		}
 		return conn, nil

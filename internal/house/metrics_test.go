@@ -35,14 +35,14 @@ const metricsPage = "../../docs/reference/metrics.md"
 
 // The page of metrics is what the processes register, with everything that a configuration
 // can add.
-func TestMetricsPage(t *testing.T) {
+func TestDocumentedMetrics(t *testing.T) {
 	var b strings.Builder
 	b.WriteString(`# Metrics
 
 What ` + "`/metrics`" + ` of ` + "`admin.listen`" + ` has, by process. Beside these every process has ` + "`go_…` and `process_…`" + ` of the [Prometheus client](https://github.com/prometheus/client_golang), with the memory, goroutines, files and processor time that it uses.
 A metric's name begins with its process: ` + "`entente_ca_`, `entente_agent_`, `entente_gateway_`" + `. Sidecars belong to the agent's process. What to alert on stands in [operations.md](../operations.md#what-to-alert-on).
 
-This page is made from what the processes register: ` + "`go test ./internal/house -run TestMetricsPage -update`" + `.
+This page is made from what the processes register: ` + "`go test ./internal/house -run TestDocumentedMetrics -update`" + `.
 `)
 	for _, process := range []struct {
 		name    string
@@ -71,8 +71,8 @@ This page is made from what the processes register: ` + "`go test ./internal/hou
 	}
 }
 
-// Every metric that the code or another page names is on the page of metrics.
-func TestMetricsAreOnThePage(t *testing.T) {
+// Every metric that the code or another page names is on the page.
+func TestDocumentedMetricsAreAll(t *testing.T) {
 	page, err := os.ReadFile(metricsPage)
 	if err != nil {
 		t.Fatal(err)
@@ -82,7 +82,7 @@ func TestMetricsAreOnThePage(t *testing.T) {
 	}
 }
 
-func TestMetricsAreOnThePageNotices(t *testing.T) {
+func TestDocumentedMetricsAreAllNotices(t *testing.T) {
 	const page = "| `entente_ca_leader` | gauge | | 1 while it leads. |\n"
 	for _, test := range []struct{ name, text, want string }{
 		{"ca/a.go", "package ca\n\nvar a = `entente_ca_leader`\n", ""}, // control
@@ -132,7 +132,7 @@ func unlisted(tree fs.FS, page string) (complaints []string) {
 			case *ast.BasicLit:
 				text, err := strconv.Unquote(n.Value)
 				if err == nil && n.Kind == token.STRING && metricName.FindString(text) == text && text != "" && !listed(text) {
-					complaints = append(complaints, fmt.Sprintf("%s:%d: %s is not on the page of metrics: have TestMetricsPage register it", file, at().Line, text))
+					complaints = append(complaints, fmt.Sprintf("%s:%d: %s is not on the page of metrics: have TestDocumentedMetrics register it", file, at().Line, text))
 				}
 			}
 			return true

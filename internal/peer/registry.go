@@ -176,7 +176,7 @@ func (r *Registry) remove(t *tracked) (was bool) {
 
 func (r *Registry) cut(t *tracked, why error) {
 	if r.Log != nil {
-		r.Log.Info("connection cut: its peer is not accepted any more", "peer_address", t.conn.RemoteAddr().String(), "why", why.Error())
+		r.Log.Info("connection cut: its peer is not accepted any more", "peer_address", t.conn.RemoteAddr().String(), "reason", why.Error())
 	}
 	transport(t.conn).Close()
 }

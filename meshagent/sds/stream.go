@@ -148,7 +148,7 @@ func (w *world) take(q *discovery.DiscoveryRequest) error {
 func (s *Server) refused(process *workloadattest.Process, names []string, why string) {
 	const most = 500
 	s.log.Warn("an SDS client refuses a secret and goes on with the one before", "pid", process.PID(), "uid", process.UID,
-		"names", names[:min(len(names), 8)], "why", why[:min(len(why), most)])
+		"names", names[:min(len(names), 8)], "reason", why[:min(len(why), most)])
 }
 
 // maxUnanswered responses of a delta stream are remembered for the log of refusals.

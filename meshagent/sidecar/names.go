@@ -226,7 +226,7 @@ func (c *crowd) accept(ctx context.Context, ln net.Listener, door nameDoor) erro
 		c.tasks.Go(func() {
 			if err := c.pass(conn, door); err != nil {
 				conn.Close()
-				c.sidecar.log.Info("connection closed unread: the process that opened it has no identity to call with", "listener", ln.Addr().String(), "error", err)
+				c.sidecar.log.Info("connection closed unread: the process that opened it has no identity to call with", "address", ln.Addr().String(), "error", err)
 			}
 		})
 	}

@@ -73,7 +73,7 @@ func (s *Server) entitled(ctx context.Context) (*meshagent.State, []*meshagent.I
 		if state.Ready {
 			entitled := state.IdentitiesOf(process)
 			if len(entitled) == 0 {
-				s.log.Info("a Workload API client has no identity", "pid", process.PID(), "uid", process.UID, "why", reason(state, process))
+				s.log.Info("a Workload API client has no identity", "pid", process.PID(), "uid", process.UID, "reason", reason(state, process))
 				return nil, nil, errDenied
 			}
 			return state, entitled, nil

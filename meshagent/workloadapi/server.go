@@ -192,7 +192,7 @@ func (t transport) refuse(conn net.Conn, why error) (net.Conn, credentials.AuthI
 func (s *Server) take(p *workloadattest.Process, more usage, cost float64) (release func(), err error) {
 	release, loud, err := s.limits.take(process{p.PID(), p.UID}, more, cost)
 	if loud {
-		s.log.Warn("a Workload API client is held back", "pid", p.PID(), "uid", p.UID, "why", status.Convert(err).Message())
+		s.log.Warn("a Workload API client is held back", "pid", p.PID(), "uid", p.UID, "reason", status.Convert(err).Message())
 	}
 	return release, err
 }

@@ -55,7 +55,7 @@ func follow[R any, P interface {
 		if state.Ready {
 			entitled := state.IdentitiesOf(process)
 			if len(entitled) == 0 {
-				s.log.Info("a Workload API client has no identity", "pid", process.PID(), "uid", process.UID, "why", reason(state, process))
+				s.log.Info("a Workload API client has no identity", "pid", process.PID(), "uid", process.UID, "reason", reason(state, process))
 				return errDenied
 			}
 			if next, err = answer(state, entitled); errors.Is(err, errDenied) {
