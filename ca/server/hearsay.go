@@ -7,6 +7,8 @@ import (
 	"sync"
 	"time"
 
+	"google.golang.org/protobuf/proto"
+
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
 	"github.com/entente-mesh/entente/ca"
@@ -19,12 +21,14 @@ import (
 const (
 	// completeTimeout is how long its full set may take.
 	completeTimeout = 30 * time.Second
-	// maxRows bounds the rows of its full set, those that are left out included.
-	maxRows = 4 << 20
-	// maxAside bounds the rows that are kept to be looked at again.
-	maxAside = 20_000
-	// maxField bounds a name or an address in a row.
-	maxField = 256
+	// maxRow bounds the bytes of an instance, maxSession those of a session with its proof.
+	maxRow     = 1 << 10
+	maxSession = 4 << 10
+	// maxUnknown is how many rows its full set may have beyond those that the agreed state
+	// here allows: this node may lag.
+	maxUnknown = 20_000
+	// maxAside bounds the bytes of rows that are kept to be looked at again.
+	maxAside = 8 << 20
 )
 
 // Hearsay takes what one other member says of its sessions: what may be true by the agreed
@@ -37,12 +41,13 @@ type Hearsay struct {
 
 	mu       sync.Mutex
 	complete bool
-	rows     int // of the full set until it is complete
+	rows     int // of the full set until it is complete, those that are left out included
+	mostRows int // that it may have, as far as was looked
 	said     map[string]*statement
 	order    []string // of said
-	unknown  int      // rows in said that the state does not know
+	unknown  int      // bytes of rows in said that the state does not know
 	aside    map[string]*statement
-	asideSum int // rows in aside
+	asideSum int // bytes in aside
 	verified map[string]verifiedSession
 }
 
@@ -50,6 +55,7 @@ type Hearsay struct {
 type statement struct {
 	session *ententev1.Instance
 	rows    []*ententev1.Instance
+	size    int // bytes of both
 }
 
 // verifiedSession spares verifying the same signature with each change of a health.
@@ -69,12 +75,17 @@ func (s *Server) Hear(member string) *Hearsay {
 func (h *Hearsay) take(now time.Time, chunk *ententev1.PresenceResponse) (complete bool, err error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if !h.complete {
-		if h.rows += len(chunk.GetInstances()) + len(chunk.GetWithdrawn()); h.rows > maxRows {
-			return false, fmt.Errorf("its sessions have over %d rows", maxRows)
+	h.server.State.Read(func(st *domain.State) {
+		if !h.complete {
+			err = h.bound(st, len(chunk.GetInstances())+len(chunk.GetWithdrawn()))
 		}
+		if err == nil {
+			h.read(st, chunk)
+		}
+	})
+	if err != nil {
+		return false, err
 	}
-	h.server.State.Read(func(st *domain.State) { h.read(st, chunk) })
 	full := chunk.GetComplete()
 	if h.complete = h.complete || full; !h.complete {
 		return false, nil
@@ -89,21 +100,37 @@ func (h *Hearsay) take(now time.Time, chunk *ententev1.PresenceResponse) (comple
 	return true, nil
 }
 
+// bound refuses a full set with more rows than agreed agents can have: each has a session,
+// and each entry of its host an instance or, of a gateway or edge, a session.
+func (h *Hearsay) bound(st *domain.State, more int) error {
+	if h.rows += more; h.rows <= h.mostRows {
+		return nil
+	}
+	h.mostRows = maxUnknown
+	for agent := range st.Agents() {
+		h.mostRows += 1 + st.EntryCountOnHost(agent.GetName())
+	}
+	if h.rows > h.mostRows {
+		return fmt.Errorf("its sessions have over %d rows, more than the agents of this domain can have", h.mostRows)
+	}
+	return nil
+}
+
 // read gathers a chunk by subscriber. A statement begins with the session itself, its
 // instances follow by service. Of what the agreed state does not know here, a bounded
-// number of rows is kept.
+// number of bytes is kept.
 func (h *Hearsay) read(st *domain.State, chunk *ententev1.PresenceResponse) {
 	for _, row := range chunk.GetInstances() {
 		name := row.GetAgent()
 		agent, known := host(st, name)
-		said := h.said[name]
+		said, size := h.said[name], proto.Size(row)
 		switch {
-		case len(row.GetService()) > maxField || len(name) > 2*maxField || len(row.GetAddress()) > maxField:
-			continue
 		case row.GetService() == "":
-			if row.GetBootId() == "" || len(row.GetBootId()) > maxBootID {
+			if row.GetBootId() == "" || len(row.GetBootId()) > maxBootID || size > maxSession {
 				continue
 			}
+		case size > maxRow:
+			continue
 		case said == nil || len(said.rows) >= presence.MaxInstancesPerAgent:
 			continue
 		default:
@@ -113,18 +140,19 @@ func (h *Hearsay) read(st *domain.State, chunk *ententev1.PresenceResponse) {
 			known = known && mayServe(st, agent, row) == nil
 		}
 		if !known {
-			if h.unknown++; h.unknown > maxAside {
+			if h.unknown+size > maxAside {
 				continue
 			}
+			h.unknown += size
 		}
 		if row.GetService() != "" {
-			said.rows = append(said.rows, row)
+			said.rows, said.size = append(said.rows, row), said.size+size
 			continue
 		}
 		if said == nil {
 			h.order = append(h.order, name)
 		}
-		h.said[name] = &statement{session: row}
+		h.said[name] = &statement{session: row, size: size}
 	}
 }
 
@@ -139,8 +167,8 @@ func (h *Hearsay) hand(now time.Time, in feed.Instances) {
 			h.forget(name)
 			upserts, whole := h.check(st, name, said)
 			in.Upserts = append(in.Upserts, upserts...)
-			if rows := 1 + len(said.rows); !whole && h.asideSum+rows <= maxAside {
-				h.aside[name], h.asideSum = said, h.asideSum+rows
+			if !whole && h.asideSum+said.size <= maxAside {
+				h.aside[name], h.asideSum = said, h.asideSum+said.size
 			}
 		}
 	})
@@ -166,7 +194,7 @@ func (h *Hearsay) Again(now time.Time) {
 
 func (h *Hearsay) forget(name string) {
 	if said := h.aside[name]; said != nil {
-		h.asideSum -= 1 + len(said.rows)
+		h.asideSum -= said.size
 		delete(h.aside, name)
 	}
 }
@@ -201,7 +229,8 @@ func (h *Hearsay) check(st *domain.State, name string, said *statement) (rows []
 	return rows, whole
 }
 
-// host is the agent of a subscriber that may be one by the agreed state.
+// host is the agent of a subscriber that may be one by the agreed state: an agent, a
+// gateway or an edge.
 func host(st *domain.State, subscriber string) (*statev1.Agent, bool) {
 	entry, name, workload := strings.Cut(subscriber, "@")
 	if !workload {
@@ -209,7 +238,7 @@ func host(st *domain.State, subscriber string) (*statev1.Agent, bool) {
 	}
 	agent, ok := st.Agent(name)
 	e, found := st.Entry(entry)
-	return agent, ok && found && ca.Entitled(agent, e)
+	return agent, ok && found && ca.Entitled(agent, e) && st.MaySync(e)
 }
 
 var errOtherKey = errors.New("the session is signed by another key than the agent's")
