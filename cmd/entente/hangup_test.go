@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/entente-mesh/entente/ca/catest"
+	"github.com/entente-mesh/entente/internal/daemon/daemontest"
 )
 
 // lockedBuffer takes what a process says while the test reads it.
@@ -57,12 +58,16 @@ func TestHangupEndsNoDaemon(t *testing.T) {
 	gateway := write("gateway.yaml", fmt.Sprintf("trustDomain: banking.example\nname: gw-1\ndatacenter: dc1\nworkloadAPI: {socket: %s}\nca: {addresses: [\"127.0.0.1:1\"]}\neastWest: {listen: \"127.0.0.1:0\"}\naccessLog: {file: %s}\n",
 		filepath.Join(dir, "nobody.sock"), access))
 	audit := write("ca.yaml", strings.Replace(read(t, caFile), "keys:", "audit: {file: stderr}\nkeys:", 1))
+	agentAccess := filepath.Join(dir, "agent-access.jsonl")
+	agent := write("agent.yaml", fmt.Sprintf("trustDomain: banking.example\nname: h1\ndatacenter: dc1\ndataDir: %s\nca: {token: %s}\nworkloadAPI: {socket: %s}\nsidecar: {inbound: \"127.0.0.1:%d\"}\nservicesDir: %s\naccessLog: {file: %s}\n",
+		filepath.Join(dir, "data"), catest.Start(t, catest.Options{}).AgentToken("h1", "dc1", "127.0.0.1"), filepath.Join(dir, "api.sock"), daemontest.FreePort(t), filepath.Join(dir, "services.d"), agentAccess))
 	for _, daemon := range []struct {
 		name string
 		args []string
 		log  string // the file that is moved away; empty: it has none
 	}{
 		{"gateway", []string{"gateway", "run", "--config", gateway}, access},
+		{"agent", []string{"agent", "run", "--config", agent}, agentAccess},
 		{"CA node", []string{"ca", "run", "--config", caFile}, filepath.Join(c.Config().DataDir, "audit.log")},
 		{"CA node without an audit file", []string{"ca", "run", "--config", audit}, ""},
 	} {
