@@ -39,7 +39,9 @@ import (
 // that can be written again says how many are missing. An SVID whose line cannot be
 // written is counted as above. Nothing of that stops an SVID: hosts must not lose their
 // identities because a disk is full. Acts of administrators go on as well, since one of
-// them may be what frees the disk, unless the log is required.
+// them may be what frees the disk, unless the log is required. A disk that hangs is waited
+// for once, for writePatience; until it answers, lines count as not written. The one that
+// it took late then stands there and is counted.
 // Methods may be called concurrently.
 type Audit struct {
 	node     string
@@ -53,6 +55,7 @@ type Audit struct {
 	w         io.Writer
 	lost      uint64             // acts, since the last line that was written
 	torn      bool               // the last line was written in part
+	hangs     <-chan written     // a line that is not waited for any longer; nil: none
 	counts    map[countKey]int64 // what was counted and is not written yet
 	since     time.Time          // when the first of counts was counted
 	counting  error              // why SVIDs are counted; nil: they have lines
@@ -77,11 +80,22 @@ const (
 const (
 	maxCounts     = 10_000 // entries and callers that are counted apart
 	countInterval = time.Minute
+	writePatience = 2 * time.Second
 	refusalRate   = 1 // refusals of one caller a second that have a line each; maxBatch at once
 )
 
 // errAuditFull: the bound leaves no room for a line of this kind.
 var errAuditFull = errors.New("the audit log is at its bound (audit.maxSize), or its file system has only the room left that the replicated log needs; move the closed files (NAME.TIME) elsewhere")
+
+// errAuditHangs: a line was handed to the disk and did not come back.
+var errAuditHangs = fmt.Errorf("the disk of the audit log does not answer: a line was not written within %v", writePatience)
+
+// written is how handing one line to the log ended.
+type written struct {
+	full bool // there was no room: nothing was written
+	n    int
+	err  error
+}
 
 // NewAudit writes to w, one Write for each line; w may be Bounded. With required, acts of
 // administrators are refused while lines cannot be written. registerer may be nil.
@@ -203,19 +217,50 @@ func (a *Audit) append(line any, part float64) error {
 	if err != nil {
 		return err
 	}
+	if a.hangs != nil {
+		select {
+		case late := <-a.hangs:
+			a.hangs = nil
+			a.settle(late) // only whether it is whole: that it is late has been dealt with
+		default:
+			return errAuditHangs
+		}
+	}
 	if a.torn {
 		data = append([]byte{'\n'}, data...)
 	}
 	data = append(data, '\n')
-	if b, ok := a.w.(Bounded); ok {
-		if left, bound := b.Room(); bound > 0 && left-int64(len(data)) < int64(part*float64(bound)) {
-			return errAuditFull
+	done := make(chan written, 1)
+	go func() { done <- put(a.w, data, part) }() // ends when the disk answers
+	patience := time.NewTimer(writePatience)
+	defer patience.Stop()
+	select {
+	case w := <-done:
+		return a.settle(w)
+	case <-patience.C:
+		a.hangs = done
+		return errAuditHangs
+	}
+}
+
+// put is the part of append that may hang.
+func put(w io.Writer, line []byte, part float64) written {
+	if b, ok := w.(Bounded); ok {
+		if left, bound := b.Room(); bound > 0 && left-int64(len(line)) < int64(part*float64(bound)) {
+			return written{full: true}
 		}
 	}
-	n, err := a.w.Write(data)
-	if err != nil {
-		a.torn = a.torn || n > 0
-		return err
+	n, err := w.Write(line)
+	return written{n: n, err: err}
+}
+
+func (a *Audit) settle(w written) error {
+	switch {
+	case w.full:
+		return errAuditFull
+	case w.err != nil:
+		a.torn = a.torn || w.n > 0
+		return w.err
 	}
 	a.torn = false
 	return nil

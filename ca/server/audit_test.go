@@ -12,14 +12,19 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc/codes"
 
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
+	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/catest"
 	"github.com/entente-mesh/entente/ca/node"
 	"github.com/entente-mesh/entente/ca/server"
+	"github.com/entente-mesh/entente/ca/signer"
 )
 
 // disk is a log file on a disk that has so many bytes left; -1: enough.
@@ -80,6 +85,80 @@ func TestAuditOnAFullDisk(t *testing.T) {
 	}
 	if said := strings.Count(log.String(), "cannot be written"); said != 1 || !strings.Contains(log.String(), "can be written again") {
 		t.Errorf("the process's log says it %d times:\n%s", said, log.String())
+	}
+}
+
+// stuck is a disk that does not answer while it is held.
+type stuck struct {
+	disk
+	held chan struct{} // closed when it answers again; nil: it answers
+}
+
+func (s *stuck) Room() (left, bound int64) {
+	if s.held != nil {
+		<-s.held
+	}
+	return 1 << 30, 1 << 30
+}
+
+// A disk that hangs is waited for once. Then SVIDs are counted without waiting, acts go to
+// the process's log or, where the log is required, are refused; and all goes on, with what
+// is missing said, when the disk answers.
+func TestAuditOnADiskThatHangs(t *testing.T) {
+	for _, required := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			var log strings.Builder
+			w := &stuck{disk: disk{left: -1}}
+			audit := server.NewAudit(w, "ca-1", required, slog.New(slog.NewTextHandler(&log, nil)), nil)
+			svid := signer.Issued{Kind: "x509-svid", ID: spiffeid.RequireFromString("spiffe://banking.example/a"), Origin: ca.Origin{Entry: "service/a", Agent: "h1"}}
+			took := func(f func()) time.Duration {
+				begin := time.Now()
+				f()
+				return time.Since(begin)
+			}
+			if d := took(func() { audit.Issued(svid, 1); audit.Act("somebody", "a", nil, 0, audit.Asked("somebody", "a")) }); d != 0 || audit.Problem() != nil {
+				t.Fatalf("control: %v, %v", d, audit.Problem())
+			}
+			control := len(w.lines(t))
+
+			w.held = make(chan struct{})
+			if d := took(func() { audit.Issued(svid, 1) }); d > 2*time.Second {
+				t.Errorf("the first SVID waited %v", d)
+			}
+			if d := took(func() {
+				for range 100 {
+					audit.Issued(svid, 1)
+				}
+			}); d != 0 {
+				t.Errorf("further SVIDs waited %v", d)
+			}
+			if err := audit.Problem(); err == nil || !strings.Contains(err.Error(), "does not answer") {
+				t.Errorf("the problem is %v", err)
+			}
+			err := error(nil)
+			if d := took(func() { err = audit.Asked("somebody", "b") }); d > 2*time.Second || (err != nil) != required {
+				t.Errorf("an act is answered %v after %v", err, d)
+			}
+			if d := took(func() { audit.Act("somebody", "b", nil, 0, err); audit.Flush() }); d > 2*time.Second || !strings.Contains(log.String(), "act that is missing") {
+				t.Errorf("the act is not in the process's log after %v:\n%s", d, log.String())
+			}
+
+			close(w.held)
+			synctest.Wait()
+			w.held = nil
+			audit.Act("somebody", "c", nil, 0, nil)
+			audit.Issued(svid, 1)
+			audit.Flush()
+			if audit.Problem() != nil {
+				t.Errorf("it goes on to have a problem: %v", audit.Problem())
+			}
+			if got := strings.Join(w.lines(t)[control:], ", "); got != "x509-svid, gap, act c done, x509-svid, count" {
+				t.Errorf("lines: %s", got)
+			}
+			if text := w.text.String(); !strings.Contains(text, `"lost":1`) || !strings.Contains(text, `"number":101`) {
+				t.Errorf("what is missing is not said:\n%s", text)
+			}
+		})
 	}
 }
 

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -20,6 +21,8 @@ const (
 	segments = 8
 	// recount is how often files that somebody else made, moved or deleted are noticed.
 	recount = 5 * time.Second
+	// closePatience is how long Close waits for a write.
+	closePatience = 2 * time.Second
 	// rotatedAt is what is put behind the name of a file that was rotated.
 	rotatedAt = "20060102T150405.000000000Z"
 )
@@ -42,11 +45,12 @@ type LogFile struct {
 	free   func() (uint64, uint64) // nil: the file system's other users do not matter
 	reload *Reload
 
+	set atomic.Int64 // bytes in the file set; changed under mu
+
 	mu      sync.Mutex
 	f       *os.File  // nil: closed, or could not be opened again
 	size    int64     // of f
 	full    int64     // size at which f is rotated
-	set     int64     // bytes in the file set
 	left    int64     // bytes that the file system has to give
 	counted time.Time // when size, set and left were looked up
 }
@@ -101,12 +105,14 @@ func (l *LogFile) segment() int64 {
 
 // count looks up the sizes.
 func (l *LogFile) count(now time.Time) {
-	l.counted, l.size, l.set = now, 0, 0
+	set := int64(0)
+	defer func() { l.set.Store(set) }()
+	l.counted, l.size = now, 0
 	if l.bound == 0 {
 		return
 	}
 	if info, err := l.f.Stat(); err == nil && info.Mode().IsRegular() {
-		l.size, l.set = info.Size(), info.Size()
+		l.size, set = info.Size(), info.Size()
 	}
 	if l.keep > 0 {
 		return
@@ -116,7 +122,7 @@ func (l *LogFile) count(now time.Time) {
 	for _, e := range entries {
 		if rest, ours := strings.CutPrefix(e.Name(), base); ours && rest != "" && strings.ContainsRune(".-", rune(rest[0])) {
 			if info, err := e.Info(); err == nil && info.Mode().IsRegular() {
-				l.set += info.Size()
+				set += info.Size()
 			}
 		}
 	}
@@ -136,19 +142,15 @@ func (l *LogFile) Room() (left, bound int64) {
 	if now := time.Now(); now.Sub(l.counted) >= recount {
 		l.count(now)
 	}
-	left = l.bound - l.set
+	left = l.bound - l.set.Load()
 	if l.free != nil {
 		left = min(left, l.left)
 	}
 	return left, l.bound
 }
 
-// Size is the size of the file set in bytes; it is known of a file with a bound.
-func (l *LogFile) Size() int64 {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.set
-}
+// Size is the size of the file set in bytes; it is known of a file with a bound. It waits for no disk.
+func (l *LogFile) Size() int64 { return l.set.Load() }
 
 // Write appends b in one write.
 func (l *LogFile) Write(b []byte) (int, error) {
@@ -165,7 +167,8 @@ func (l *LogFile) Write(b []byte) (int, error) {
 		}
 	}
 	n, err := l.f.Write(b)
-	l.size, l.set, l.left = l.size+int64(n), l.set+int64(n), l.left-int64(n)
+	l.set.Add(int64(n))
+	l.size, l.left = l.size+int64(n), l.left-int64(n)
 	if err != nil {
 		return n, explain(l.path, err)
 	}
@@ -216,10 +219,14 @@ func (l *LogFile) prune() {
 // globQuote quotes what filepath.Glob would not take as it stands.
 var globQuote = strings.NewReplacer(`\`, `\\`, "*", `\*`, "?", `\?`, "[", `\[`)
 
-// Close closes the file.
+// Close closes the file. One of which a write hangs is left open, so that the process can end.
 func (l *LogFile) Close() error {
 	l.reload.Close()
-	l.mu.Lock()
+	for until := time.Now().Add(closePatience); !l.mu.TryLock(); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(until) {
+			return fmt.Errorf("%s is not closed: its disk does not answer", l.path)
+		}
+	}
 	defer l.mu.Unlock()
 	if l.f == nil {
 		return nil

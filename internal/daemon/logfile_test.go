@@ -35,6 +35,43 @@ func TestLogFileThatIsTruncated(t *testing.T) {
 	}
 }
 
+// Neither the size of a file that cannot be written nor its end waits for the write.
+func TestLogFileThatHangs(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "audit.log")
+	if err := syscall.Mkfifo(path, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	reader, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := OpenLogFile(path, 0o600, LogBound{Bytes: 1 << 30})
+	if err != nil {
+		t.Fatal(err)
+	}
+	written := make(chan error, 1)
+	go func() {
+		_, err := l.Write(make([]byte, 4<<20)) // more than a pipe holds
+		written <- err
+	}()
+	time.Sleep(100 * time.Millisecond)
+	begin := time.Now()
+	l.Size()
+	if took := time.Since(begin); took > time.Second {
+		t.Errorf("its size is told after %v", took)
+	}
+	if err := l.Close(); err == nil || time.Since(begin) > 2*closePatience {
+		t.Errorf("closed after %v: %v", time.Since(begin), err)
+	}
+	reader.Close()
+	if err := <-written; err == nil {
+		t.Error("control: the write did not hang")
+	}
+	if err := l.Close(); err != nil {
+		t.Errorf("control: it is not closed when nothing hangs: %v", err)
+	}
+}
+
 // A file that was moved away is written until SIGHUP; then a new one of the old name.
 func TestLogFile(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "audit.log")
