@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/entente-mesh/entente/internal/yamlfile"
@@ -127,8 +128,17 @@ func TestAccessLogThatCannotRotate(t *testing.T) {
 	}
 	lost(1)
 
-	// A device has no size.
-	device, err := AccessLog{File: os.DevNull, MaxSize: yamlfile.Size{Bytes: 4000}, MaxFiles: 2}.Open(NewMetrics("agent"))
+	// A device has no size, and stays where it is. A named pipe is one that this test may lose.
+	pipe := filepath.Join(t.TempDir(), "pipe")
+	if err := syscall.Mkfifo(pipe, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	reader, err := os.OpenFile(pipe, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer reader.Close()
+	device, err := AccessLog{File: pipe, MaxSize: yamlfile.Size{Bytes: 4000}, MaxFiles: 2}.Open(NewMetrics("agent"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -137,6 +147,9 @@ func TestAccessLogThatCannotRotate(t *testing.T) {
 		if _, err := device.Write(record); err != nil {
 			t.Fatal(err)
 		}
+	}
+	if is, err := os.Lstat(pipe); err != nil || is.Mode().Type() != os.ModeNamedPipe {
+		t.Errorf("the device was renamed: %v, %v", is, err)
 	}
 }
 

@@ -180,7 +180,7 @@ func (l *LogFile) Write(b []byte) (int, error) {
 func (l *LogFile) rotate(now time.Time) {
 	l.full = l.size + l.segment()
 	open, err := l.f.Stat()
-	if err != nil {
+	if err != nil || !open.Mode().IsRegular() { // nobody renames /dev/null
 		return
 	}
 	switch there, err := os.Lstat(l.path); {
