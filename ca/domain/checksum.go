@@ -1,16 +1,13 @@
 package domain
 
 import (
-	"cmp"
 	"crypto/sha256"
 	"encoding/binary"
 	"fmt"
 	"math/bits"
-	"slices"
-
-	"google.golang.org/protobuf/reflect/protoreflect"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	"github.com/entente-mesh/entente/ca"
 )
 
 // ChecksumFormat names the encodings below. It changes with any of them; replicas
@@ -376,65 +373,18 @@ func (e *encoder) object(o *statev1.Object) {
 		e.number(uint64(b.GetRole()))
 		e.texts(b.GetSubjects())
 		e.texts(b.GetPrefixes())
-	default: // kinds that came later have no case here
-		m := o.ProtoReflect()
-		field := m.WhichOneof(objectKinds)
-		if field == nil {
-			e.kind('-')
-			return
-		}
-		e.kind('k')
-		e.number(uint64(field.Number()))
-		e.message(m.Get(field).Message())
-	}
-}
-
-var objectKinds = (*statev1.Object)(nil).ProtoReflect().Descriptor().Oneofs().ByName("kind")
-
-// message writes any record without code of its own: how many fields are set, and each of
-// them, in the order of their numbers, after its number.
-func (e *encoder) message(m protoreflect.Message) {
-	var set []protoreflect.FieldDescriptor
-	for f := range m.Range {
-		set = append(set, f)
-	}
-	slices.SortFunc(set, func(a, b protoreflect.FieldDescriptor) int { return cmp.Compare(a.Number(), b.Number()) })
-	e.number(uint64(len(set)))
-	for _, f := range set {
-		e.number(uint64(f.Number()))
-		switch v := m.Get(f); {
-		case f.IsMap():
-			panic(fmt.Sprintf("domain: no encoding for the map %s", f.FullName()))
-		case f.IsList():
-			e.number(uint64(v.List().Len()))
-			for i := range v.List().Len() {
-				e.value(f, v.List().Get(i))
-			}
-		default:
-			e.value(f, v)
-		}
-	}
-}
-
-func (e *encoder) value(f protoreflect.FieldDescriptor, v protoreflect.Value) {
-	switch f.Kind() {
-	case protoreflect.MessageKind:
-		e.message(v.Message())
-	case protoreflect.StringKind:
-		e.text(v.String())
-	case protoreflect.BytesKind:
-		e.bytes(v.Bytes())
-	case protoreflect.BoolKind:
-		e.yes(v.Bool())
-	case protoreflect.EnumKind:
-		e.time(int64(v.Enum()))
-	case protoreflect.Int32Kind, protoreflect.Int64Kind:
-		e.time(v.Int())
-	case protoreflect.Uint32Kind, protoreflect.Uint64Kind:
-		e.number(v.Uint())
+	case nil:
+		e.kind('-')
 	default:
-		panic(fmt.Sprintf("domain: no encoding for %s, of kind %v", f.FullName(), f.Kind()))
+		e.laterKind(o)
 	}
+}
+
+// laterKind writes an object of a kind that has no encoding of its own above. Kinds that are
+// added need none.
+func (e *encoder) laterKind(o *statev1.Object) {
+	e.kind('k')
+	e.bytes(ca.AppendRecord(nil, o))
 }
 
 func (e *encoder) peerGateway(g *statev1.PeerGateway) {

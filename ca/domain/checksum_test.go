@@ -63,16 +63,16 @@ func TestEveryFieldIsHashed(t *testing.T) {
 	}
 }
 
-// A kind of objects without code of its own in the encoder is hashed whole as well: what
-// encodes it tells every field of the kinds that there are.
+// An object of a kind without an encoding of its own is hashed whole as well: what writes it
+// tells every field of the kinds that there are.
 func TestLaterKindsAreHashedWhole(t *testing.T) {
-	kinds := objectKinds.Fields()
+	kinds := (&statev1.Object{}).ProtoReflect().Descriptor().Oneofs().ByName("kind").Fields()
 	for i := range kinds.Len() {
-		record := (&statev1.Object{}).ProtoReflect().Mutable(kinds.Get(i)).Message()
+		o := &statev1.Object{}
 		seen := map[string]string{}
-		eachField(record, "", func(path string) {
+		eachField(o.ProtoReflect().Mutable(kinds.Get(i)).Message(), "", func(path string) {
 			var e encoder
-			e.message(record)
+			e.laterKind(o)
 			if other, ok := seen[string(e.b)]; ok {
 				t.Errorf("%s: the encoding does not tell %q from %q", kinds.Get(i).Name(), path, other)
 			}
@@ -81,16 +81,6 @@ func TestLaterKindsAreHashedWhole(t *testing.T) {
 		if len(seen) < 3 {
 			t.Errorf("%s: only %d fields", kinds.Get(i).Name(), len(seen))
 		}
-	}
-	// The order in which fields were set, and how the library keeps them, say nothing.
-	a := &statev1.Import{Service: "a.b", Port: 1}
-	b := &statev1.Import{Port: 1}
-	b.Service = "a.b"
-	var x, y encoder
-	x.message(a.ProtoReflect())
-	y.message(b.ProtoReflect())
-	if string(x.b) != string(y.b) {
-		t.Errorf("%x and %x", x.b, y.b)
 	}
 }
 
