@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strconv"
+	"time"
 )
 
 // sessionContext keeps a signature over a session from meaning anything elsewhere: no
@@ -30,6 +32,31 @@ func (o Origin) Subscriber() string {
 		return o.Agent
 	}
 	return o.Entry + "@" + o.Agent
+}
+
+// bootTime is how many characters of a boot id tell when the process started, after a "t".
+const bootTime = 16
+
+// NewBootID names the start of a subscriber's process. The subscriber signs it, so that who
+// holds an earlier start's Hello back cannot pass it off as a later one (EarlierBoot).
+func NewBootID(started time.Time, random [8]byte) string {
+	return fmt.Sprintf("t%0*x%x", bootTime, max(started.UnixNano(), 0), random)
+}
+
+// EarlierBoot reports whether a boot is known to be earlier than another one of the same
+// host, by that host's clock. Ids of the release before are random and tell nothing.
+func EarlierBoot(x, y string) bool {
+	at, before := startOf(x)
+	than, after := startOf(y)
+	return before && after && at < than
+}
+
+func startOf(boot string) (at uint64, ok bool) {
+	if len(boot) != 1+bootTime+16 || boot[0] != 't' {
+		return 0, false
+	}
+	at, err := strconv.ParseUint(boot[1:1+bootTime], 16, 64)
+	return at, err == nil
 }
 
 func (s Session) message() []byte {

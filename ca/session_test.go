@@ -8,6 +8,7 @@ import (
 	"crypto/rand"
 	"crypto/rsa"
 	"testing"
+	"time"
 )
 
 func aSession() Session {
@@ -66,4 +67,25 @@ func FuzzVerifySession(f *testing.F) {
 			t.Errorf("signed by %s", id)
 		}
 	})
+}
+
+// Boots are in the order of their starts, and only those that say when that was.
+func TestEarlierBoot(t *testing.T) {
+	now := time.Unix(1_790_000_000, 0)
+	first, second := NewBootID(now, [8]byte{255}), NewBootID(now.Add(time.Nanosecond), [8]byte{})
+	for _, test := range []struct {
+		x, y string
+		want bool
+	}{
+		{first, second, true}, {second, first, false}, {first, first, false},
+		{first, "0123456789abcdef0123456789abcdef", false}, {"0123456789abcdef0123456789abcdef", first, false},
+		{"t", first, false}, {first[:32], second, false}, {first + "0", second, false}, {"t+00000000000000" + first[16:], second, false}, {"", second, false},
+	} {
+		if got := EarlierBoot(test.x, test.y); got != test.want {
+			t.Errorf("%q is earlier than %q: %v", test.x, test.y, got)
+		}
+	}
+	if len(first) != len(second) || len(first) > 64 {
+		t.Errorf("%q, %q", first, second)
+	}
 }

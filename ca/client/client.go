@@ -14,13 +14,13 @@ package client
 import (
 	"context"
 	"crypto/rand"
-	"encoding/hex"
 	"errors"
 	"log/slog"
 	"net"
 	"slices"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -62,7 +62,7 @@ type Config struct {
 	Bundles x509bundle.Source // holds the own trust domain's, for CA nodes until the member table is known; nil: by key only
 
 	Datacenter string // of this client: nodes in it are tried first
-	BootID     string // random per process start; empty: New makes one
+	BootID     string // of this process's start (ca.NewBootID); empty: New makes one
 	Log        *slog.Logger
 
 	// AcknowledgeLater: what the handler of Sync has applied is not acknowledged before
@@ -104,9 +104,9 @@ func New(cfg Config) (*Client, error) {
 		return nil, errors.New("a CA client needs the address of at least one CA node")
 	}
 	if cfg.BootID == "" {
-		var id [16]byte
-		rand.Read(id[:])
-		cfg.BootID = hex.EncodeToString(id[:])
+		var random [8]byte
+		rand.Read(random[:])
+		cfg.BootID = ca.NewBootID(time.Now(), random)
 	}
 	if cfg.Dial == nil {
 		// A node whose host is gone is noticed after 11 s without traffic.

@@ -32,6 +32,8 @@ import (
 	"math"
 	"slices"
 	"time"
+
+	"github.com/entente-mesh/entente/ca"
 )
 
 // Health is what an agent's own check says of an instance.
@@ -46,7 +48,7 @@ const (
 
 // Version tells the sessions of one agent apart.
 type Version struct {
-	BootID  string // random per start of the agent's process
+	BootID  string // names a start of the agent's process (ca.NewBootID)
 	Connect uint64 // counts the connects of that process
 }
 
@@ -387,7 +389,8 @@ func (t *Table) HeldOf(name string) []Instance {
 // Superseded reports whether the agent has a later session than v, at any replica. A live
 // stream ends by one of the same boot that the agent signed, and by nothing else that
 // another replica says. One that was lost gives way also to one of another boot that a
-// replica vouches for, and to what is Claimed.
+// replica vouches for, and to what is Claimed; not to an earlier boot, which a replica may
+// have held back.
 func (t *Table) Superseded(name string, v Version, live bool) bool {
 	a := t.agents[name]
 	if a == nil {
@@ -400,7 +403,7 @@ func (t *Table) Superseded(name string, v Version, live bool) bool {
 		sameBoot := held.version.BootID == v.BootID
 		switch {
 		case source == t.self, !live && held.worth >= Claimed:
-			if held.live || sameBoot {
+			if sameBoot || held.live && !ca.EarlierBoot(held.version.BootID, v.BootID) {
 				return true
 			}
 		case held.worth == Proven && sameBoot:

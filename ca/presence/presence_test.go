@@ -10,6 +10,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"pgregory.net/rapid"
+
+	"github.com/entente-mesh/entente/ca"
 )
 
 var start = time.Date(2027, 1, 1, 0, 0, 0, 0, time.UTC)
@@ -433,6 +435,20 @@ func TestBareWordTakesNothing(t *testing.T) {
 			if got := a.Superseded("h1", v, false); got != gives {
 				t.Errorf("a lost session, %v of worth %d: superseded %v", v2, worth, got)
 			}
+		}
+	}
+	// Nor to an earlier boot, whose Hello a replica has held back; where it is known to be.
+	early, late := ca.NewBootID(start, [8]byte{9}), ca.NewBootID(start.Add(time.Second), [8]byte{1})
+	for _, test := range []struct {
+		held, said string
+		gives      bool
+	}{{late, early, false}, {early, late, true}, {"boot-1", early, true}, {late, "boot-1", true}} {
+		a, v := New("ca-1"), Version{test.held, 7}
+		a.Attach(start, "h1", v)
+		a.Detach(start, "h1", v, false)
+		a.Remote(start, "ca-2", lie(Proven, Version{test.said, math.MaxUint64}), nil, false)
+		if got := a.Superseded("h1", v, false); got != test.gives {
+			t.Errorf("a lost session of boot %s, one of %s: superseded %v", test.held, test.said, got)
 		}
 	}
 	// Nor do earlier ones, whoever repeats them.

@@ -32,7 +32,7 @@ ca/selector:
 ca:                      ca/selector internal/secret
 ca/domain:               ca ca/selector federation federation/catalog
 ca/domain/domaintest:    ca
-ca/presence:
+ca/presence:             ca
 ca/feed:                 ca ca/domain ca/presence federation/catalog
 ca/signer:               ca
 ca/rotation:             ca ca/domain
