@@ -241,6 +241,7 @@ func (g *Gateway) sync(ctx context.Context, as spiffeid.ID) error {
 		TrustDomain: g.td,
 		Cluster:     known.Cluster,
 		Members:     known.Members,
+		Confirmed:   known.Confirmed,
 		RecoveryKey: recoveryKey,
 		Addresses:   g.cfg.CA.Addresses,
 		SVID:        g.identities.of(as),

@@ -139,6 +139,7 @@ func New(cfg *Config, opts Options) (*Agent, error) {
 		TrustDomain: cfg.Domain(),
 		Addresses:   cfg.CA.Addresses,
 		Members:     a.known.members,
+		Confirmed:   a.confirmed(),
 		Cluster:     a.cluster(),
 		RecoveryKey: a.recoveryKey(),
 		Bundles:     a.Bundles(),
@@ -176,6 +177,18 @@ func (a *Agent) cluster() *statev1.Cluster {
 		return &statev1.Cluster{TrustDomain: a.token.TrustDomain.Name(), Id: a.token.ClusterID, Epoch: a.token.Epoch, RecoveryKey: a.token.RecoveryKey}
 	}
 	return a.known.cluster
+}
+
+// confirmed is the last member table that two CA nodes agreed on. The first one is the join
+// token's: with each address stands the key of the node there.
+func (a *Agent) confirmed() (members []*statev1.Member) {
+	if len(a.known.confirmed) > 0 || a.known.cluster != nil || a.token == nil || len(a.token.Addresses) != len(a.token.Pins) {
+		return a.known.confirmed
+	}
+	for i, address := range a.token.Addresses {
+		members = append(members, &statev1.Member{Id: a.token.Pins[i], ApiAddress: address})
+	}
+	return members
 }
 
 // recoveryKey is the cluster's, as far as it is known before the CA is asked: what was
@@ -397,7 +410,7 @@ func (a *Agent) apply(view *client.View) error {
 			k.cluster = view.Cluster
 		}
 		k.RecoveryKey = a.client.RecoveryKey()
-		k.members = view.Members
+		k.members, k.confirmed = view.Members, a.client.Confirmed()
 	})
 	return refused
 }

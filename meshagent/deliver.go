@@ -88,6 +88,9 @@ func (d *deliveries) applied(state *State, revision uint64) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.state = state
+	if last := len(d.pending) - 1; revision != 0 && (revision < d.acked || last >= 0 && revision < d.pending[last].revision) {
+		d.acked, d.pending = 0, nil // the CA node that told of those was left: they were never agreed
+	}
 	if revision != 0 {
 		if last := len(d.pending) - 1; last >= 0 && (d.pending[last].content == state.content || last+1 == maxPendingAcks) {
 			if d.pending[last].content != state.content {

@@ -30,9 +30,10 @@ type known struct {
 	Cluster      []byte   `json:"cluster"`               // statev1.Cluster
 	Members      [][]byte `json:"members"`               // statev1.Member each
 	RecoveryKey  []byte   `json:"recoveryKey,omitempty"` // of the cluster, pinned
+	Confirmed    [][]byte `json:"confirmed,omitempty"`   // statev1.Member each, of the last table that two CA nodes agreed on
 
 	cluster *statev1.Cluster
-	members []*statev1.Member
+	members, confirmed []*statev1.Member
 }
 
 // load reads what was known. Nothing at all is known on a new host. A damaged file
@@ -57,12 +58,17 @@ func load(dir string) (*known, error) {
 	if err := proto.Unmarshal(k.Cluster, k.cluster); err != nil {
 		return damaged(err)
 	}
-	for _, record := range k.Members {
-		m := &statev1.Member{}
-		if err := proto.Unmarshal(record, m); err != nil {
-			return damaged(err)
+	for _, table := range []struct {
+		records [][]byte
+		into    *[]*statev1.Member
+	}{{k.Members, &k.members}, {k.Confirmed, &k.confirmed}} {
+		for _, record := range table.records {
+			m := &statev1.Member{}
+			if err := proto.Unmarshal(record, m); err != nil {
+				return damaged(err)
+			}
+			*table.into = append(*table.into, m)
 		}
-		k.members = append(k.members, m)
 	}
 	return k, nil
 }
@@ -72,13 +78,18 @@ func (k *known) save(dir string) error {
 	if k.Cluster, err = proto.Marshal(k.cluster); err != nil {
 		return fmt.Errorf("cannot keep what the agent knows of its CA: %w", err)
 	}
-	k.Members = nil
-	for _, m := range k.members {
-		record, err := proto.Marshal(m)
-		if err != nil {
-			return fmt.Errorf("cannot keep what the agent knows of its CA: %w", err)
+	k.Members, k.Confirmed = nil, nil
+	for _, table := range []struct {
+		members []*statev1.Member
+		into    *[][]byte
+	}{{k.members, &k.Members}, {k.confirmed, &k.Confirmed}} {
+		for _, m := range table.members {
+			record, err := proto.Marshal(m)
+			if err != nil {
+				return fmt.Errorf("cannot keep what the agent knows of its CA: %w", err)
+			}
+			*table.into = append(*table.into, record)
 		}
-		k.Members = append(k.Members, record)
 	}
 	data, err := json.Marshal(k)
 	if err != nil {
@@ -95,7 +106,11 @@ func (k *known) equal(o *known) bool {
 	return slices.EqualFunc(k.Certificates, o.Certificates, bytes.Equal) &&
 		bytes.Equal(k.Bundle, o.Bundle) && bytes.Equal(k.RecoveryKey, o.RecoveryKey) &&
 		proto.Equal(k.cluster, o.cluster) &&
-		slices.EqualFunc(k.members, o.members, func(a, b *statev1.Member) bool { return proto.Equal(a, b) })
+		sameMembers(k.members, o.members) && sameMembers(k.confirmed, o.confirmed)
+}
+
+func sameMembers(a, b []*statev1.Member) bool {
+	return slices.EqualFunc(a, b, func(a, b *statev1.Member) bool { return proto.Equal(a, b) })
 }
 
 func keyPath(dir string) string { return filepath.Join(dir, keyFile) }

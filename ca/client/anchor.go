@@ -16,19 +16,20 @@ import (
 type Anchor struct {
 	Cluster     *statev1.Cluster
 	Members     []*statev1.Member
-	RecoveryKey []byte // pinned
+	RecoveryKey []byte            // pinned
+	Confirmed   []*statev1.Member // the last table that two CA nodes agreed on
 }
 
 // Anchor is what the client believes now; its Cluster is nil before the first picture.
 func (c *Client) Anchor() Anchor {
 	view := c.View()
-	return Anchor{view.Cluster, view.Members, c.RecoveryKey()}
+	return Anchor{view.Cluster, view.Members, c.RecoveryKey(), c.Confirmed()}
 }
 
 // Marshal encodes an anchor.
 func (a Anchor) Marshal() ([]byte, error) {
 	return proto.MarshalOptions{Deterministic: true}.Marshal(&ententev1.Picture{
-		Policy: &ententev1.Policy{Cluster: a.Cluster, Members: a.Members}, RecoveryKey: a.RecoveryKey,
+		Policy: &ententev1.Policy{Cluster: a.Cluster, Members: a.Members}, RecoveryKey: a.RecoveryKey, Confirmed: a.Confirmed,
 	})
 }
 
@@ -38,7 +39,7 @@ func ParseAnchor(data []byte) (Anchor, error) {
 	if err := proto.Unmarshal(data, picture); err != nil {
 		return Anchor{}, fmt.Errorf("what was kept of the CA cannot be read: %w", err)
 	}
-	a := Anchor{picture.GetPolicy().GetCluster(), picture.GetPolicy().GetMembers(), picture.GetRecoveryKey()}
+	a := Anchor{picture.GetPolicy().GetCluster(), picture.GetPolicy().GetMembers(), picture.GetRecoveryKey(), picture.GetConfirmed()}
 	if a.Cluster == nil || len(a.Members) == 0 {
 		return Anchor{}, errors.New("what was kept of the CA names no CA node")
 	}

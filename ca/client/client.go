@@ -51,6 +51,9 @@ type Config struct {
 	Pins func(keyID string) bool
 	// Members is the last known member table, if any: it takes the place of Pins and Bundles.
 	Members []*statev1.Member
+	// Confirmed is the last member table that two CA nodes agreed on, if any: what a node
+	// says is compared with what these hold. Empty: Members.
+	Confirmed []*statev1.Member
 	// Cluster is the last known cluster, if any: another one is refused.
 	Cluster *statev1.Cluster
 	// RecoveryKey is the public half of the cluster's recovery key, pinned: without its
@@ -79,6 +82,7 @@ type Client struct {
 	log   *slog.Logger
 	store *Store
 
+	compare  *comparer
 	whole    bool          // the first session asks for the full state, whatever Recall took up
 	acked    atomic.Uint64 // newest revision that is acknowledged
 	newAck   chan struct{} // holds one token when acked has grown
@@ -116,7 +120,7 @@ func New(cfg Config) (*Client, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	return &Client{
+	c := &Client{
 		cfg:      cfg,
 		log:      cfg.Log,
 		store:    newStore(cfg.TrustDomain, cfg.Cluster, cfg.Members, cfg.RecoveryKey),
@@ -124,7 +128,9 @@ func New(cfg Config) (*Client, error) {
 		newHosts: make(chan struct{}, 1),
 		newSVID:  make(chan struct{}, 1),
 		failures: map[string]int{},
-	}, nil
+	}
+	c.compare = newComparer(c)
+	return c, nil
 }
 
 // RecoveryKey is the pinned recovery key of the cluster; nil: none was seen yet.

@@ -55,13 +55,15 @@ func (c *Client) candidates(except []string) []string {
 			addresses = append(addresses, address)
 		}
 	}
-	for _, m := range c.store.Snapshot().Members {
+	more, not := c.compare.addresses()
+	for _, m := range append(slices.Clone(c.store.Snapshot().Members), more...) {
 		near[m.GetApiAddress()] = m.GetDatacenter() == c.cfg.Datacenter
 		add(m.GetApiAddress())
 	}
 	for _, address := range c.cfg.Addresses {
 		add(address)
 	}
+	addresses = slices.DeleteFunc(addresses, func(address string) bool { return not[address] })
 	rand.Shuffle(len(addresses), func(i, j int) { addresses[i], addresses[j] = addresses[j], addresses[i] })
 
 	c.mu.Lock()
@@ -158,6 +160,11 @@ func (c *Client) connect(ctx context.Context, except ...string) (*conn, error) {
 // finished connection, so that a request can speak of it (its exporter), and so
 // that there is never a second connection that was not asked for.
 func (c *Client) dial(ctx context.Context, address string) (*conn, error) {
+	return c.dialAs(ctx, address, true, c.acceptsNode)
+}
+
+// dialAs shows this client's SVID or nothing, and accepts whom accept does.
+func (c *Client) dialAs(ctx context.Context, address string, showSVID bool, accept func(tls.ConnectionState) error) (*conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
 	defer cancel()
 
@@ -172,7 +179,7 @@ func (c *Client) dial(ctx context.Context, address string) (*conn, error) {
 		return failed(err)
 	}
 	var own tls.Certificate
-	secure := tls.Client(raw, c.tlsConfig(&own))
+	secure := tls.Client(raw, c.tlsConfig(&own, showSVID, accept))
 	if err := secure.HandshakeContext(ctx); err != nil {
 		raw.Close()
 		return failed(err)
@@ -204,11 +211,10 @@ func (c *Client) dial(ctx context.Context, address string) (*conn, error) {
 	return &conn{address: address, state: secure.ConnectionState(), own: own.Leaf, key: key, rpc: rpc, tls: secure}, nil
 }
 
-// tlsConfig accepts CA nodes, and sets own to the client certificate when the node asks
-// for one.
-func (c *Client) tlsConfig(own *tls.Certificate) *tls.Config {
+// tlsConfig sets own to the client certificate when the node asks for one.
+func (c *Client) tlsConfig(own *tls.Certificate, showSVID bool, accept func(tls.ConnectionState) error) *tls.Config {
 	var show peer.Certificate
-	if c.cfg.SVID != nil {
+	if showSVID && c.cfg.SVID != nil {
 		show = func() (*tls.Certificate, error) {
 			cert, err := peer.FromSVID(c.cfg.SVID)()
 			if err == nil {
@@ -217,7 +223,7 @@ func (c *Client) tlsConfig(own *tls.Certificate) *tls.Config {
 			return cert, err
 		}
 	}
-	return peer.Client(show, c.acceptsNode, "h2")
+	return peer.Client(show, accept, "h2")
 }
 
 // acceptsNode says why the other end of a connection is no CA node of this domain. Once
@@ -225,6 +231,9 @@ func (c *Client) tlsConfig(own *tls.Certificate) *tls.Config {
 // any name, also that of a node that was removed, or of another node for its own key.
 func (c *Client) acceptsNode(state tls.ConnectionState) error {
 	accept := peer.Pin(c.pinned)
+	if known, err := c.compare.refuses(nodeID(state)); err != nil || known {
+		return err
+	}
 	if c.cfg.Bundles != nil && len(c.store.Snapshot().Members) == 0 {
 		accept = peer.Either(accept, peer.SVID(c.cfg.Bundles, c.isNode))
 	}

@@ -52,6 +52,12 @@ type Store struct {
 	unusable  map[string]string            // distrust items that this release does not understand, by id
 	told      []string                     // what restricts and this process cannot enforce, as the CA says
 	places    map[place]Instance           // what view.Instances is made of
+	yields    bool                         // the next full state replaces this one, whatever its revision
+	yielded   bool                         // it has, and nobody has asked
+	counted   uint64                       // counts the changes of distrust, from 1
+	salt      uint64                       // counts that in the highest bits of View.Changed
+	over      map[string]*statev1.Distrust // items of before that: in force until the new state was compared
+	also      map[string]*statev1.Distrust // items that the only other CA node in reach holds
 	arriving  map[place]Instance           // presence of this session until it is complete; nil: it is
 }
 
@@ -95,6 +101,7 @@ func newStore(td spiffeid.TrustDomain, cluster *statev1.Cluster, members []*stat
 		unusable:  map[string]string{},
 		graces:    map[string]grace{},
 		sequences: map[string]uint64{},
+		counted:   1,
 	}
 }
 
@@ -217,6 +224,7 @@ func (u *update) empty() bool {
 // with a full state; an old one is refused.
 func (s *Store) apply(u *update, revision uint64) error {
 	old := s.view
+	yields := s.yields && u.full
 	switch {
 	case revision == 0:
 		return fmt.Errorf("%w: it has no revision", errRefused)
@@ -224,11 +232,16 @@ func (s *Store) apply(u *update, revision uint64) error {
 		return fmt.Errorf("%w: it is of epoch %d, which a recovery has ended (now %d)", errRefused, revision>>epochShift, old.Revision>>epochShift)
 	case !u.full && revision>>epochShift > old.Revision>>epochShift, !u.full && old.Revision == 0:
 		return errResync
-	case revision < old.Revision:
+	case s.yields && !u.full:
+		return errResync
+	case revision < old.Revision && !yields:
 		return nil
 	}
 	if err := s.check(u, revision); err != nil {
 		return err
+	}
+	if yields {
+		s.replaced()
 	}
 	if u.empty() {
 		view := *old
@@ -239,7 +252,7 @@ func (s *Store) apply(u *update, revision uint64) error {
 
 	view := &View{
 		Revision:  revision,
-		Changed:   revision,
+		Changed:   revision ^ s.salt,
 		Cluster:   old.Cluster,
 		Entries:   merge(old.Entries, u.entries, u.full, (*statev1.Entry).GetId),
 		Objects:   merge(old.Objects, u.objects, u.full, catalog.Key),
@@ -326,6 +339,7 @@ const maxGrace = time.Second
 // that has passed. Of a full state it is in force at once, unless its grace is running:
 // when it was made is not known. A grace is never extended.
 func (s *Store) distrustAlso(items map[string]*statev1.Distrust, full bool) {
+	s.counted++
 	known := s.distrust
 	if full {
 		s.distrust = make(map[string]*statev1.Distrust, len(items))
@@ -381,6 +395,9 @@ func (s *Store) graceEnded() {
 
 // distrusted is what is in force, and what is announced.
 func (s *Store) distrusted() (inForce, announced *ca.Distrusted) {
+	if len(s.over)+len(s.also) > 0 {
+		return s.distrustedByAll()
+	}
 	announced = ca.NewDistrusted(s.td, slices.Collect(maps.Values(s.distrust)))
 	if len(s.graces) == 0 {
 		return announced, announced

@@ -110,6 +110,7 @@ func (c *Client) Sync(ctx context.Context, handle func(*View) error) error {
 	defer owned.Wait()
 	defer cancel()
 	owned.Go(func() { c.deliver(ctx, handle) })
+	owned.Go(func() { c.compare.run(ctx) })
 	return (&syncer{Client: c, owned: &owned, opened: make(chan opened), full: c.whole}).run(ctx)
 }
 
@@ -185,6 +186,7 @@ func (s *syncer) run(ctx context.Context) error {
 	lose := func(err error) {
 		s.note(s.now, err)
 		s.setCurrent(nil)
+		s.compare.at(nil)
 		s.now.close()
 		s.now = nil
 		silence.Stop()
@@ -226,6 +228,7 @@ func (s *syncer) run(ctx context.Context) error {
 			s.before.close()
 			s.before, s.now = s.now, o.session
 			s.setCurrent(o.session.conn)
+			s.compare.at(o.session)
 			silence.Reset(silenceLimit) // the first message is due without delay
 			drop.Reset(overlap)
 			s.scheduleRenewal(renew)
@@ -250,6 +253,12 @@ func (s *syncer) run(ctx context.Context) error {
 			silence.Stop()
 			if s.now.beats {
 				silence.Reset(silenceLimit)
+			}
+
+		case <-s.compare.move:
+			s.full = true
+			if s.now != nil {
+				lose(errContradicted)
 			}
 
 		case <-silence.C:
@@ -430,7 +439,7 @@ func (s *syncer) sendAck(session *session) error {
 	waiting := s.waiting
 	s.mu.Unlock()
 	view := s.store.Snapshot()
-	ack := &ententev1.Ack{Proof: s.prove(session), Skipped: view.Skipped, Revision: s.acked.Load(), Authorities: under, AuthoritiesKnown: known, WaitingFor: waiting}
+	ack := &ententev1.Ack{Proof: s.prove(session), Skipped: view.Skipped, Contradicted: s.compare.contradicted(), Revision: s.acked.Load(), Authorities: under, AuthoritiesKnown: known, WaitingFor: waiting}
 	session.said = under
 	return session.stream.Send(&ententev1.SyncRequest{Message: &ententev1.SyncRequest_Ack{Ack: ack}})
 }
@@ -441,12 +450,19 @@ func (s *syncer) take(message *ententev1.SyncResponse) (heartbeat bool, err erro
 		s.log.Info("the CA sent what this release does not know; it is skipped", "skipped", news)
 		signal(s.newAck)
 	}
+	if _, err := s.compare.refuses(nodeID(s.now.conn.state)); err != nil {
+		return false, err // its words must not be the ones that replace what it said
+	}
 	switch m := message.GetMessage().(type) {
 	case *ententev1.SyncResponse_Policy:
 		err = s.store.policy(m.Policy)
 		s.warnTooOld()
 		if err == nil && m.Policy.GetLast() {
 			s.full = false
+			if s.store.hasYielded() {
+				s.acked.Store(0) // what was acknowledged is not held any more
+				s.compare.arrived()
+			}
 			s.checkRecoveryKey()
 			err = s.stillNode(s.now)
 		}
@@ -457,6 +473,7 @@ func (s *syncer) take(message *ententev1.SyncResponse) (heartbeat bool, err erro
 		s.store.presence(m.Presence)
 	case *ententev1.SyncResponse_Heartbeat:
 		heartbeat = true
+		s.compare.relay(m.Heartbeat.GetStatements())
 		if under, _ := s.held(); s.acked.Load() > 0 && !slices.Equal(under, s.now.said) {
 			err = s.sendAck(s.now)
 		}

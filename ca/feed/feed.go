@@ -218,9 +218,10 @@ type Session struct {
 	acked   uint64   // revision of the last acknowledgement
 	tainted []string // as it was told last
 
-	older   bool              // there is something that its software does not know
-	tooOld  map[string]string // what restricts and it cannot enforce, by record
-	skipped []string          // what it does not know, as it says
+	older        bool              // there is something that its software does not know
+	tooOld       map[string]string // what restricts and it cannot enforce, by record
+	contradicted []string          // CA nodes that it avoids, as it says
+	skipped      []string          // what it does not know, as it says
 
 	toldTooOld []string // as it was told last
 

@@ -59,18 +59,20 @@ type Node struct {
 	bundles  *server.Bundles
 	server   *server.Server
 	peers    *server.Peers
-	clock    clock
-	svids    *svids
-	gate     gate
-	ledTerm  atomic.Uint64 // term of which this node, as its leader, has applied all before
-	offline  offline
-	overdue  atomic.Int64 // authorities that the leader waits for longer than a phase
-	foreign  foreignStatus
-	wit      atomic.Bool // a relationship asks for WIT keys
-	registry *daemon.Metrics
-	bans     *bans
-	audit    *server.Audit
-	auditLog *daemon.LogFile // nil: not to a file
+
+	statements *statements
+	clock      clock
+	svids      *svids
+	gate       gate
+	ledTerm    atomic.Uint64 // term of which this node, as its leader, has applied all before
+	offline    offline
+	overdue    atomic.Int64 // authorities that the leader waits for longer than a phase
+	foreign    foreignStatus
+	wit        atomic.Bool // a relationship asks for WIT keys
+	registry   *daemon.Metrics
+	bans       *bans
+	audit      *server.Audit
+	auditLog   *daemon.LogFile // nil: not to a file
 	// auditShares: it is on the file system of the replicated log.
 	auditShares bool
 
@@ -148,6 +150,7 @@ func New(cfg *Config, log *slog.Logger, listeners Listeners) (_ *Node, err error
 	}
 	n.svids = newSVIDs(n)
 	n.peers = server.NewPeers(n.certificate, n.isMember)
+	n.statements = &statements{node: n}
 	n.server = server.New(server.Config{
 		NodeID:      own.id,
 		TrustDomain: n.td,
@@ -176,6 +179,7 @@ func New(cfg *Config, log *slog.Logger, listeners Listeners) (_ *Node, err error
 		Isolate:       n.isolate,
 		Isolated:      n.isolations,
 		Subscribers:   n.status,
+		Statements:    n.statements,
 		Between:       listeners.Between,
 		X509PoP:       x509pop,
 		Limits: server.Limits{
@@ -306,6 +310,7 @@ func (n *Node) Run(ctx context.Context) error {
 		group.Go("audit counts", n.audit.Run)
 	}
 	group.Go("comparisons", n.runComparisons)
+	group.Go("statements", n.statements.run)
 	group.Go("progress", n.runProgress)
 	group.Go("replica", func(ctx context.Context) error {
 		select {

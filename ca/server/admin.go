@@ -67,6 +67,7 @@ func (d adminDoor) Status(ctx context.Context, _ *ententev1.StatusRequest) (*ent
 	for _, behind := range subscribers.Behind[:min(len(subscribers.Behind), 10)] {
 		resp.WaitingFor = append(resp.WaitingFor, behind.Name)
 	}
+	resp.Contradicted = contradictions(s.Feed)
 	for _, o := range s.Feed.Older() {
 		resp.Older = append(resp.Older, &ententev1.SubscriberLevel{Name: o.Name, Level: o.Level, TooOld: o.TooOld, Skipped: o.Skipped})
 	}

@@ -48,6 +48,8 @@ var allowed = map[string][]class{
 	ententev1.Join_Join_FullMethodName:                {stranger, member},
 	ententev1.Attest_Attest_FullMethodName:            {anonymous, agent},
 	ententev1.Sync_Sync_FullMethodName:                {agent, subscriber},
+	ententev1.Compare_Statement_FullMethodName:        {anonymous, stranger, member, agent, workload},
+	ententev1.Compare_Denials_FullMethodName:          {agent, subscriber},
 	ententev1.Sign_SignX509_FullMethodName:            {agent},
 	ententev1.Sign_SignJWT_FullMethodName:             {agent},
 	ententev1.Sign_SignWIT_FullMethodName:             {agent},

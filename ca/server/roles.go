@@ -47,7 +47,7 @@ var rights = map[string]domain.Right{
 // promote makes a workload what this call needs: an administrator if its roles let it
 // make it, a subscriber if its entry does.
 func (s *Server) promote(c *caller, method string) error {
-	if method == ententev1.Sync_Sync_FullMethodName && c.class == workload {
+	if (method == ententev1.Sync_Sync_FullMethodName || method == ententev1.Compare_Denials_FullMethodName) && c.class == workload {
 		may, undeclared := false, false
 		s.State.Read(func(st *domain.State) { may, undeclared = st.MaySync(c.entry), st.UndeclaredEdge(c.entry) })
 		if !may {

@@ -161,6 +161,8 @@ type Config struct {
 	// ErrQuorum.
 	Isolate  func(name, reason, who string) (Isolation, error)
 	Isolated func() []Isolation // not agreed yet
+	// Statements are what subscribers compare.
+	Statements Statements
 	// Subscribers is how far this node's are.
 	Subscribers func() feed.Status
 
@@ -271,6 +273,7 @@ func (s *Server) ServeAPI(ctx context.Context, listener net.Listener) error {
 	ententev1.RegisterSyncServer(server, syncDoor{server: s})
 	ententev1.RegisterSignServer(server, signDoor{server: s})
 	ententev1.RegisterPeerServer(server, peerDoor{server: s})
+	ententev1.RegisterCompareServer(server, compareDoor{server: s})
 	ententev1.RegisterAdminServer(server, adminDoor{server: s})
 	return s.serve(ctx, server, entrance{listener, s})
 }

@@ -513,6 +513,8 @@ var mayCall = map[string]string{
 	"Join/Join":                "stranger member",
 	"Attest/Attest":            "anonymous agent",
 	"Sync/Sync":                "agent gateway edge",
+	"Compare/Statement":        "anonymous stranger member agent workload gateway edge undeclared-edge trust-admin",
+	"Compare/Denials":          "agent gateway edge",
 	"Sign/SignX509":            "agent",
 	"Sign/SignJWT":             "agent",
 	"Sign/SignWIT":             "agent",

@@ -79,7 +79,7 @@ func (d syncDoor) Sync(stream ententev1.Sync_SyncServer) error {
 
 	name := c.id.String()
 	s.Log.Debug("a subscriber attached", "subscriber", name, "resume", hello.GetResumeRevision())
-	out := &sender{server: s, stream: stream, session: session}
+	out := &sender{server: s, stream: stream, session: session, level: hello.GetLevel()}
 	ticker := time.NewTicker(heartbeat - time.Duration(rand.Int64N(int64(heartbeat/4))))
 	defer ticker.Stop()
 	warned := false
@@ -122,6 +122,10 @@ func (d syncDoor) Sync(stream ententev1.Sync_SyncServer) error {
 				session.Skipped(checkNames(m.Ack.GetSkipped(), feed.MostTooOld))
 				if m.Ack.GetProof() != nil {
 					session.Prove(s.checkProof(c, hello, m.Ack.GetProof()))
+				}
+				const most = 8
+				if nodes := checkNames(m.Ack.GetContradicted(), most); session.Contradicts(nodes) {
+					s.Log.Error("a subscriber avoids CA nodes that two others contradict", "subscriber", name, "nodes", nodes)
 				}
 			case *ententev1.SyncRequest_Report:
 				waits := report != nil
@@ -267,6 +271,8 @@ type sender struct {
 	server  *Server
 	stream  ententev1.Sync_SyncServer
 	session *feed.Session
+	level   uint32 // of the subscriber
+	beats   int
 }
 
 // news sends what both lanes have. A subscriber that reads slowly holds up nobody but
@@ -324,6 +330,10 @@ func (o *sender) beat() error {
 		}
 	}
 	beat := &ententev1.Heartbeat{}
+	// Those who follow releases before levels compare nothing.
+	if o.beats++; o.level > 0 && o.beats%2 == 1 {
+		beat.Statements = o.server.Statements.Others()
+	}
 	o.server.State.Read(func(st *domain.State) {
 		beat.Revision = st.Revision()
 		if now := st.Now(); !now.IsZero() {

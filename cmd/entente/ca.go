@@ -300,6 +300,9 @@ func printStatus(w io.Writer, s *ententev1.StatusResponse) error {
 		acks = fmt.Sprintf("up to %s: waiting for %s", ca.Revision(s.GetAcknowledgedRevision()), strings.Join(s.GetWaitingFor(), ", "))
 	}
 	fmt.Fprintf(table, "SUBSCRIBERS\t%d here; %s\n", s.GetSubscribers(), acks)
+	for _, c := range s.GetContradicted() {
+		fmt.Fprintf(table, "CONTRADICTED\tCA node %s, by two others, as %d subscribers say: %s; look at that node, and if it lies: entente node remove %s --compromised\n", c.GetNode(), c.GetCount(), strings.Join(c.GetSubscribers(), ", "), c.GetNode())
+	}
 	for _, o := range s.GetOlder() {
 		fmt.Fprintf(table, "%s\n", olderText(o))
 	}

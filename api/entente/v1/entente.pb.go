@@ -75,6 +75,423 @@ func (Health) EnumDescriptor() ([]byte, []int) {
 	return file_entente_v1_entente_proto_rawDescGZIP(), []int{0}
 }
 
+type StatementRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StatementRequest) Reset() {
+	*x = StatementRequest{}
+	mi := &file_entente_v1_entente_proto_msgTypes[0]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StatementRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StatementRequest) ProtoMessage() {}
+
+func (x *StatementRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[0]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StatementRequest.ProtoReflect.Descriptor instead.
+func (*StatementRequest) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{0}
+}
+
+type StatementResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Statement     *SignedStatement       `protobuf:"bytes,1,opt,name=statement,proto3" json:"statement,omitempty"`
+	Cluster       *v1.Cluster            `protobuf:"bytes,2,opt,name=cluster,proto3" json:"cluster,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StatementResponse) Reset() {
+	*x = StatementResponse{}
+	mi := &file_entente_v1_entente_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StatementResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StatementResponse) ProtoMessage() {}
+
+func (x *StatementResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StatementResponse.ProtoReflect.Descriptor instead.
+func (*StatementResponse) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *StatementResponse) GetStatement() *SignedStatement {
+	if x != nil {
+		return x.Statement
+	}
+	return nil
+}
+
+func (x *StatementResponse) GetCluster() *v1.Cluster {
+	if x != nil {
+		return x.Cluster
+	}
+	return nil
+}
+
+type DenialsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DenialsRequest) Reset() {
+	*x = DenialsRequest{}
+	mi := &file_entente_v1_entente_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DenialsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DenialsRequest) ProtoMessage() {}
+
+func (x *DenialsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DenialsRequest.ProtoReflect.Descriptor instead.
+func (*DenialsRequest) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{2}
+}
+
+type DenialsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Revision      uint64                 `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"`
+	Members       []*v1.Member           `protobuf:"bytes,2,rep,name=members,proto3" json:"members,omitempty"`   // all
+	Jwks          []byte                 `protobuf:"bytes,3,opt,name=jwks,proto3" json:"jwks,omitempty"`         // of the own domain
+	Distrust      []*v1.Distrust         `protobuf:"bytes,4,rep,name=distrust,proto3" json:"distrust,omitempty"` // all
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DenialsResponse) Reset() {
+	*x = DenialsResponse{}
+	mi := &file_entente_v1_entente_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DenialsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DenialsResponse) ProtoMessage() {}
+
+func (x *DenialsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DenialsResponse.ProtoReflect.Descriptor instead.
+func (*DenialsResponse) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *DenialsResponse) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+func (x *DenialsResponse) GetMembers() []*v1.Member {
+	if x != nil {
+		return x.Members
+	}
+	return nil
+}
+
+func (x *DenialsResponse) GetJwks() []byte {
+	if x != nil {
+		return x.Jwks
+	}
+	return nil
+}
+
+func (x *DenialsResponse) GetDistrust() []*v1.Distrust {
+	if x != nil {
+		return x.Distrust
+	}
+	return nil
+}
+
+// SignedStatement is a NodeStatement with the signature of the node's key, 64 bytes, over
+// SHA-256 of "entente node statement v1", a zero byte and the statement.
+type SignedStatement struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Statement     []byte                 `protobuf:"bytes,1,opt,name=statement,proto3" json:"statement,omitempty"`            // encoded NodeStatement
+	NodeKey       []byte                 `protobuf:"bytes,2,opt,name=node_key,json=nodeKey,proto3" json:"node_key,omitempty"` // SubjectPublicKeyInfo, DER; its SHA-256 is the member's id
+	Signature     []byte                 `protobuf:"bytes,3,opt,name=signature,proto3" json:"signature,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SignedStatement) Reset() {
+	*x = SignedStatement{}
+	mi := &file_entente_v1_entente_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SignedStatement) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SignedStatement) ProtoMessage() {}
+
+func (x *SignedStatement) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SignedStatement.ProtoReflect.Descriptor instead.
+func (*SignedStatement) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *SignedStatement) GetStatement() []byte {
+	if x != nil {
+		return x.Statement
+	}
+	return nil
+}
+
+func (x *SignedStatement) GetNodeKey() []byte {
+	if x != nil {
+		return x.NodeKey
+	}
+	return nil
+}
+
+func (x *SignedStatement) GetSignature() []byte {
+	if x != nil {
+		return x.Signature
+	}
+	return nil
+}
+
+// NodeStatement is what a CA node says of its state.
+type NodeStatement struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	ClusterId []byte                 `protobuf:"bytes,1,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
+	Epoch     uint32                 `protobuf:"varint,2,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	MemberId  string                 `protobuf:"bytes,3,opt,name=member_id,json=memberId,proto3" json:"member_id,omitempty"`
+	UnixNanos int64                  `protobuf:"varint,4,opt,name=unix_nanos,json=unixNanos,proto3" json:"unix_nanos,omitempty"` // by its clock
+	Behind    bool                   `protobuf:"varint,5,opt,name=behind,proto3" json:"behind,omitempty"`                        // it may lack what was agreed meanwhile
+	// What the state held when, ascending, the last one until now; at most 8 of each.
+	Members       []*StateSpan `protobuf:"bytes,6,rep,name=members,proto3" json:"members,omitempty"`
+	Bundle        []*StateSpan `protobuf:"bytes,7,rep,name=bundle,proto3" json:"bundle,omitempty"` // of the own domain
+	Distrust      []*StateSpan `protobuf:"bytes,8,rep,name=distrust,proto3" json:"distrust,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NodeStatement) Reset() {
+	*x = NodeStatement{}
+	mi := &file_entente_v1_entente_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NodeStatement) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NodeStatement) ProtoMessage() {}
+
+func (x *NodeStatement) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NodeStatement.ProtoReflect.Descriptor instead.
+func (*NodeStatement) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *NodeStatement) GetClusterId() []byte {
+	if x != nil {
+		return x.ClusterId
+	}
+	return nil
+}
+
+func (x *NodeStatement) GetEpoch() uint32 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+func (x *NodeStatement) GetMemberId() string {
+	if x != nil {
+		return x.MemberId
+	}
+	return ""
+}
+
+func (x *NodeStatement) GetUnixNanos() int64 {
+	if x != nil {
+		return x.UnixNanos
+	}
+	return 0
+}
+
+func (x *NodeStatement) GetBehind() bool {
+	if x != nil {
+		return x.Behind
+	}
+	return false
+}
+
+func (x *NodeStatement) GetMembers() []*StateSpan {
+	if x != nil {
+		return x.Members
+	}
+	return nil
+}
+
+func (x *NodeStatement) GetBundle() []*StateSpan {
+	if x != nil {
+		return x.Bundle
+	}
+	return nil
+}
+
+func (x *NodeStatement) GetDistrust() []*StateSpan {
+	if x != nil {
+		return x.Distrust
+	}
+	return nil
+}
+
+// StateSpan says that a part of the state had one content at two revisions and between.
+type StateSpan struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	From          uint64                 `protobuf:"varint,1,opt,name=from,proto3" json:"from,omitempty"`
+	To            uint64                 `protobuf:"varint,2,opt,name=to,proto3" json:"to,omitempty"`
+	Hash          []byte                 `protobuf:"bytes,3,opt,name=hash,proto3" json:"hash,omitempty"` // 16 bytes
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StateSpan) Reset() {
+	*x = StateSpan{}
+	mi := &file_entente_v1_entente_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StateSpan) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StateSpan) ProtoMessage() {}
+
+func (x *StateSpan) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StateSpan.ProtoReflect.Descriptor instead.
+func (*StateSpan) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *StateSpan) GetFrom() uint64 {
+	if x != nil {
+		return x.From
+	}
+	return 0
+}
+
+func (x *StateSpan) GetTo() uint64 {
+	if x != nil {
+		return x.To
+	}
+	return 0
+}
+
+func (x *StateSpan) GetHash() []byte {
+	if x != nil {
+		return x.Hash
+	}
+	return nil
+}
+
 type JoinRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	TokenId       string                 `protobuf:"bytes,1,opt,name=token_id,json=tokenId,proto3" json:"token_id,omitempty"`
@@ -89,7 +506,7 @@ type JoinRequest struct {
 
 func (x *JoinRequest) Reset() {
 	*x = JoinRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[0]
+	mi := &file_entente_v1_entente_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -101,7 +518,7 @@ func (x *JoinRequest) String() string {
 func (*JoinRequest) ProtoMessage() {}
 
 func (x *JoinRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[0]
+	mi := &file_entente_v1_entente_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -114,7 +531,7 @@ func (x *JoinRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinRequest.ProtoReflect.Descriptor instead.
 func (*JoinRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{0}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *JoinRequest) GetTokenId() string {
@@ -170,7 +587,7 @@ type JoinResponse struct {
 
 func (x *JoinResponse) Reset() {
 	*x = JoinResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[1]
+	mi := &file_entente_v1_entente_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -182,7 +599,7 @@ func (x *JoinResponse) String() string {
 func (*JoinResponse) ProtoMessage() {}
 
 func (x *JoinResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[1]
+	mi := &file_entente_v1_entente_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -195,7 +612,7 @@ func (x *JoinResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinResponse.ProtoReflect.Descriptor instead.
 func (*JoinResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{1}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *JoinResponse) GetMember() *v1.Member {
@@ -234,7 +651,7 @@ type AttestRequest struct {
 
 func (x *AttestRequest) Reset() {
 	*x = AttestRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[2]
+	mi := &file_entente_v1_entente_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -246,7 +663,7 @@ func (x *AttestRequest) String() string {
 func (*AttestRequest) ProtoMessage() {}
 
 func (x *AttestRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[2]
+	mi := &file_entente_v1_entente_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -259,7 +676,7 @@ func (x *AttestRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttestRequest.ProtoReflect.Descriptor instead.
 func (*AttestRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{2}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *AttestRequest) GetTokenId() string {
@@ -310,7 +727,7 @@ type AttestResponse struct {
 
 func (x *AttestResponse) Reset() {
 	*x = AttestResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[3]
+	mi := &file_entente_v1_entente_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -322,7 +739,7 @@ func (x *AttestResponse) String() string {
 func (*AttestResponse) ProtoMessage() {}
 
 func (x *AttestResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[3]
+	mi := &file_entente_v1_entente_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -335,7 +752,7 @@ func (x *AttestResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttestResponse.ProtoReflect.Descriptor instead.
 func (*AttestResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{3}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *AttestResponse) GetCertificates() [][]byte {
@@ -387,7 +804,7 @@ type SyncRequest struct {
 
 func (x *SyncRequest) Reset() {
 	*x = SyncRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[4]
+	mi := &file_entente_v1_entente_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -399,7 +816,7 @@ func (x *SyncRequest) String() string {
 func (*SyncRequest) ProtoMessage() {}
 
 func (x *SyncRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[4]
+	mi := &file_entente_v1_entente_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -412,7 +829,7 @@ func (x *SyncRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncRequest.ProtoReflect.Descriptor instead.
 func (*SyncRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{4}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *SyncRequest) GetMessage() isSyncRequest_Message {
@@ -485,7 +902,7 @@ type Hello struct {
 
 func (x *Hello) Reset() {
 	*x = Hello{}
-	mi := &file_entente_v1_entente_proto_msgTypes[5]
+	mi := &file_entente_v1_entente_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -497,7 +914,7 @@ func (x *Hello) String() string {
 func (*Hello) ProtoMessage() {}
 
 func (x *Hello) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[5]
+	mi := &file_entente_v1_entente_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -510,7 +927,7 @@ func (x *Hello) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Hello.ProtoReflect.Descriptor instead.
 func (*Hello) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{5}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Hello) GetResumeRevision() uint64 {
@@ -560,7 +977,7 @@ type SessionProof struct {
 
 func (x *SessionProof) Reset() {
 	*x = SessionProof{}
-	mi := &file_entente_v1_entente_proto_msgTypes[6]
+	mi := &file_entente_v1_entente_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -572,7 +989,7 @@ func (x *SessionProof) String() string {
 func (*SessionProof) ProtoMessage() {}
 
 func (x *SessionProof) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[6]
+	mi := &file_entente_v1_entente_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -585,7 +1002,7 @@ func (x *SessionProof) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SessionProof.ProtoReflect.Descriptor instead.
 func (*SessionProof) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{6}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *SessionProof) GetPublicKey() []byte {
@@ -612,15 +1029,18 @@ type Ack struct {
 	AuthoritiesKnown bool     `protobuf:"varint,11,opt,name=authorities_known,json=authoritiesKnown,proto3" json:"authorities_known,omitempty"` // false: it does not say
 	WaitingFor       []string `protobuf:"bytes,90,rep,name=waiting_for,json=waitingFor,proto3" json:"waiting_for,omitempty"`                    // who on its host does not hold what came since, at most 10
 	// What the CA sent and the subscriber does not know, at most 32: "Object: field 300".
-	Skipped       []string      `protobuf:"bytes,260,rep,name=skipped,proto3" json:"skipped,omitempty"`
-	Proof         *SessionProof `protobuf:"bytes,320,opt,name=proof,proto3" json:"proof,omitempty"` // of who did not know the cluster at its Hello
+	Skipped []string      `protobuf:"bytes,260,rep,name=skipped,proto3" json:"skipped,omitempty"`
+	Proof   *SessionProof `protobuf:"bytes,320,opt,name=proof,proto3" json:"proof,omitempty"` // of who did not know the cluster at its Hello
+	// CA nodes, by name, that two others contradicted, so that the subscriber avoids them;
+	// at most 8.
+	Contradicted  []string `protobuf:"bytes,285,rep,name=contradicted,proto3" json:"contradicted,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Ack) Reset() {
 	*x = Ack{}
-	mi := &file_entente_v1_entente_proto_msgTypes[7]
+	mi := &file_entente_v1_entente_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -632,7 +1052,7 @@ func (x *Ack) String() string {
 func (*Ack) ProtoMessage() {}
 
 func (x *Ack) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[7]
+	mi := &file_entente_v1_entente_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -645,7 +1065,7 @@ func (x *Ack) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Ack.ProtoReflect.Descriptor instead.
 func (*Ack) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{7}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Ack) GetRevision() uint64 {
@@ -690,6 +1110,13 @@ func (x *Ack) GetProof() *SessionProof {
 	return nil
 }
 
+func (x *Ack) GetContradicted() []string {
+	if x != nil {
+		return x.Contradicted
+	}
+	return nil
+}
+
 // InstanceReport is the full list of what the agent's host serves now.
 type InstanceReport struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -700,7 +1127,7 @@ type InstanceReport struct {
 
 func (x *InstanceReport) Reset() {
 	*x = InstanceReport{}
-	mi := &file_entente_v1_entente_proto_msgTypes[8]
+	mi := &file_entente_v1_entente_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -712,7 +1139,7 @@ func (x *InstanceReport) String() string {
 func (*InstanceReport) ProtoMessage() {}
 
 func (x *InstanceReport) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[8]
+	mi := &file_entente_v1_entente_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -725,7 +1152,7 @@ func (x *InstanceReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InstanceReport.ProtoReflect.Descriptor instead.
 func (*InstanceReport) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{8}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *InstanceReport) GetInstances() []*Instance {
@@ -754,7 +1181,7 @@ type Instance struct {
 
 func (x *Instance) Reset() {
 	*x = Instance{}
-	mi := &file_entente_v1_entente_proto_msgTypes[9]
+	mi := &file_entente_v1_entente_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -766,7 +1193,7 @@ func (x *Instance) String() string {
 func (*Instance) ProtoMessage() {}
 
 func (x *Instance) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[9]
+	mi := &file_entente_v1_entente_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -779,7 +1206,7 @@ func (x *Instance) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Instance.ProtoReflect.Descriptor instead.
 func (*Instance) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{9}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Instance) GetService() string {
@@ -860,7 +1287,7 @@ type SyncResponse struct {
 
 func (x *SyncResponse) Reset() {
 	*x = SyncResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[10]
+	mi := &file_entente_v1_entente_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -872,7 +1299,7 @@ func (x *SyncResponse) String() string {
 func (*SyncResponse) ProtoMessage() {}
 
 func (x *SyncResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[10]
+	mi := &file_entente_v1_entente_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -885,7 +1312,7 @@ func (x *SyncResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncResponse.ProtoReflect.Descriptor instead.
 func (*SyncResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{10}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *SyncResponse) GetMessage() isSyncResponse_Message {
@@ -974,7 +1401,7 @@ type Urgent struct {
 
 func (x *Urgent) Reset() {
 	*x = Urgent{}
-	mi := &file_entente_v1_entente_proto_msgTypes[11]
+	mi := &file_entente_v1_entente_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -986,7 +1413,7 @@ func (x *Urgent) String() string {
 func (*Urgent) ProtoMessage() {}
 
 func (x *Urgent) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[11]
+	mi := &file_entente_v1_entente_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -999,7 +1426,7 @@ func (x *Urgent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Urgent.ProtoReflect.Descriptor instead.
 func (*Urgent) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{11}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Urgent) GetDistrust() []*v1.Distrust {
@@ -1060,7 +1487,7 @@ type Policy struct {
 
 func (x *Policy) Reset() {
 	*x = Policy{}
-	mi := &file_entente_v1_entente_proto_msgTypes[12]
+	mi := &file_entente_v1_entente_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1072,7 +1499,7 @@ func (x *Policy) String() string {
 func (*Policy) ProtoMessage() {}
 
 func (x *Policy) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[12]
+	mi := &file_entente_v1_entente_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1085,7 +1512,7 @@ func (x *Policy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Policy.ProtoReflect.Descriptor instead.
 func (*Policy) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{12}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Policy) GetFull() bool {
@@ -1232,7 +1659,7 @@ type Bundle struct {
 
 func (x *Bundle) Reset() {
 	*x = Bundle{}
-	mi := &file_entente_v1_entente_proto_msgTypes[13]
+	mi := &file_entente_v1_entente_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1244,7 +1671,7 @@ func (x *Bundle) String() string {
 func (*Bundle) ProtoMessage() {}
 
 func (x *Bundle) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[13]
+	mi := &file_entente_v1_entente_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1257,7 +1684,7 @@ func (x *Bundle) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Bundle.ProtoReflect.Descriptor instead.
 func (*Bundle) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{13}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Bundle) GetTrustDomain() string {
@@ -1294,7 +1721,7 @@ type Presence struct {
 
 func (x *Presence) Reset() {
 	*x = Presence{}
-	mi := &file_entente_v1_entente_proto_msgTypes[14]
+	mi := &file_entente_v1_entente_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1306,7 +1733,7 @@ func (x *Presence) String() string {
 func (*Presence) ProtoMessage() {}
 
 func (x *Presence) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[14]
+	mi := &file_entente_v1_entente_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1319,7 +1746,7 @@ func (x *Presence) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Presence.ProtoReflect.Descriptor instead.
 func (*Presence) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{14}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Presence) GetInstances() []*Instance {
@@ -1347,13 +1774,14 @@ type Heartbeat struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Revision      uint64                 `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"`
 	AsOfUnixNanos int64                  `protobuf:"varint,2,opt,name=as_of_unix_nanos,json=asOfUnixNanos,proto3" json:"as_of_unix_nanos,omitempty"` // state time
+	Statements    []*SignedStatement     `protobuf:"bytes,285,rep,name=statements,proto3" json:"statements,omitempty"`                               // the newest of other CA nodes, with every second heartbeat
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Heartbeat) Reset() {
 	*x = Heartbeat{}
-	mi := &file_entente_v1_entente_proto_msgTypes[15]
+	mi := &file_entente_v1_entente_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1365,7 +1793,7 @@ func (x *Heartbeat) String() string {
 func (*Heartbeat) ProtoMessage() {}
 
 func (x *Heartbeat) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[15]
+	mi := &file_entente_v1_entente_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1378,7 +1806,7 @@ func (x *Heartbeat) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Heartbeat.ProtoReflect.Descriptor instead.
 func (*Heartbeat) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{15}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Heartbeat) GetRevision() uint64 {
@@ -1395,6 +1823,13 @@ func (x *Heartbeat) GetAsOfUnixNanos() int64 {
 	return 0
 }
 
+func (x *Heartbeat) GetStatements() []*SignedStatement {
+	if x != nil {
+		return x.Statements
+	}
+	return nil
+}
+
 type SignX509Request struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Requests      []*X509Request         `protobuf:"bytes,1,rep,name=requests,proto3" json:"requests,omitempty"` // at most 100
@@ -1404,7 +1839,7 @@ type SignX509Request struct {
 
 func (x *SignX509Request) Reset() {
 	*x = SignX509Request{}
-	mi := &file_entente_v1_entente_proto_msgTypes[16]
+	mi := &file_entente_v1_entente_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1416,7 +1851,7 @@ func (x *SignX509Request) String() string {
 func (*SignX509Request) ProtoMessage() {}
 
 func (x *SignX509Request) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[16]
+	mi := &file_entente_v1_entente_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1429,7 +1864,7 @@ func (x *SignX509Request) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignX509Request.ProtoReflect.Descriptor instead.
 func (*SignX509Request) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{16}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *SignX509Request) GetRequests() []*X509Request {
@@ -1453,7 +1888,7 @@ type X509Request struct {
 
 func (x *X509Request) Reset() {
 	*x = X509Request{}
-	mi := &file_entente_v1_entente_proto_msgTypes[17]
+	mi := &file_entente_v1_entente_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1465,7 +1900,7 @@ func (x *X509Request) String() string {
 func (*X509Request) ProtoMessage() {}
 
 func (x *X509Request) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[17]
+	mi := &file_entente_v1_entente_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1478,7 +1913,7 @@ func (x *X509Request) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use X509Request.ProtoReflect.Descriptor instead.
 func (*X509Request) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{17}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *X509Request) GetEntryId() string {
@@ -1518,7 +1953,7 @@ type SignX509Response struct {
 
 func (x *SignX509Response) Reset() {
 	*x = SignX509Response{}
-	mi := &file_entente_v1_entente_proto_msgTypes[18]
+	mi := &file_entente_v1_entente_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1530,7 +1965,7 @@ func (x *SignX509Response) String() string {
 func (*SignX509Response) ProtoMessage() {}
 
 func (x *SignX509Response) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[18]
+	mi := &file_entente_v1_entente_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1543,7 +1978,7 @@ func (x *SignX509Response) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignX509Response.ProtoReflect.Descriptor instead.
 func (*SignX509Response) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{18}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *SignX509Response) GetResults() []*X509Result {
@@ -1564,7 +1999,7 @@ type X509Result struct {
 
 func (x *X509Result) Reset() {
 	*x = X509Result{}
-	mi := &file_entente_v1_entente_proto_msgTypes[19]
+	mi := &file_entente_v1_entente_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1576,7 +2011,7 @@ func (x *X509Result) String() string {
 func (*X509Result) ProtoMessage() {}
 
 func (x *X509Result) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[19]
+	mi := &file_entente_v1_entente_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1589,7 +2024,7 @@ func (x *X509Result) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use X509Result.ProtoReflect.Descriptor instead.
 func (*X509Result) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{19}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *X509Result) GetCertificates() [][]byte {
@@ -1622,7 +2057,7 @@ type SignJWTRequest struct {
 
 func (x *SignJWTRequest) Reset() {
 	*x = SignJWTRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[20]
+	mi := &file_entente_v1_entente_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1634,7 +2069,7 @@ func (x *SignJWTRequest) String() string {
 func (*SignJWTRequest) ProtoMessage() {}
 
 func (x *SignJWTRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[20]
+	mi := &file_entente_v1_entente_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1647,7 +2082,7 @@ func (x *SignJWTRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignJWTRequest.ProtoReflect.Descriptor instead.
 func (*SignJWTRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{20}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *SignJWTRequest) GetRequests() []*JWTRequest {
@@ -1669,7 +2104,7 @@ type JWTRequest struct {
 
 func (x *JWTRequest) Reset() {
 	*x = JWTRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[21]
+	mi := &file_entente_v1_entente_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1681,7 +2116,7 @@ func (x *JWTRequest) String() string {
 func (*JWTRequest) ProtoMessage() {}
 
 func (x *JWTRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[21]
+	mi := &file_entente_v1_entente_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1694,7 +2129,7 @@ func (x *JWTRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JWTRequest.ProtoReflect.Descriptor instead.
 func (*JWTRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{21}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *JWTRequest) GetEntryId() string {
@@ -1734,7 +2169,7 @@ type SignJWTResponse struct {
 
 func (x *SignJWTResponse) Reset() {
 	*x = SignJWTResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[22]
+	mi := &file_entente_v1_entente_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1746,7 +2181,7 @@ func (x *SignJWTResponse) String() string {
 func (*SignJWTResponse) ProtoMessage() {}
 
 func (x *SignJWTResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[22]
+	mi := &file_entente_v1_entente_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1759,7 +2194,7 @@ func (x *SignJWTResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignJWTResponse.ProtoReflect.Descriptor instead.
 func (*SignJWTResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{22}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *SignJWTResponse) GetResults() []*TokenResult {
@@ -1778,7 +2213,7 @@ type SignWITRequest struct {
 
 func (x *SignWITRequest) Reset() {
 	*x = SignWITRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[23]
+	mi := &file_entente_v1_entente_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1790,7 +2225,7 @@ func (x *SignWITRequest) String() string {
 func (*SignWITRequest) ProtoMessage() {}
 
 func (x *SignWITRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[23]
+	mi := &file_entente_v1_entente_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1803,7 +2238,7 @@ func (x *SignWITRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignWITRequest.ProtoReflect.Descriptor instead.
 func (*SignWITRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{23}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *SignWITRequest) GetRequests() []*WITRequest {
@@ -1825,7 +2260,7 @@ type WITRequest struct {
 
 func (x *WITRequest) Reset() {
 	*x = WITRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[24]
+	mi := &file_entente_v1_entente_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1837,7 +2272,7 @@ func (x *WITRequest) String() string {
 func (*WITRequest) ProtoMessage() {}
 
 func (x *WITRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[24]
+	mi := &file_entente_v1_entente_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1850,7 +2285,7 @@ func (x *WITRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WITRequest.ProtoReflect.Descriptor instead.
 func (*WITRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{24}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *WITRequest) GetEntryId() string {
@@ -1890,7 +2325,7 @@ type SignWITResponse struct {
 
 func (x *SignWITResponse) Reset() {
 	*x = SignWITResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[25]
+	mi := &file_entente_v1_entente_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1902,7 +2337,7 @@ func (x *SignWITResponse) String() string {
 func (*SignWITResponse) ProtoMessage() {}
 
 func (x *SignWITResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[25]
+	mi := &file_entente_v1_entente_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1915,7 +2350,7 @@ func (x *SignWITResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignWITResponse.ProtoReflect.Descriptor instead.
 func (*SignWITResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{25}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *SignWITResponse) GetResults() []*TokenResult {
@@ -1937,7 +2372,7 @@ type TokenResult struct {
 
 func (x *TokenResult) Reset() {
 	*x = TokenResult{}
-	mi := &file_entente_v1_entente_proto_msgTypes[26]
+	mi := &file_entente_v1_entente_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1949,7 +2384,7 @@ func (x *TokenResult) String() string {
 func (*TokenResult) ProtoMessage() {}
 
 func (x *TokenResult) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[26]
+	mi := &file_entente_v1_entente_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1962,7 +2397,7 @@ func (x *TokenResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TokenResult.ProtoReflect.Descriptor instead.
 func (*TokenResult) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{26}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *TokenResult) GetToken() string {
@@ -2001,7 +2436,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[27]
+	mi := &file_entente_v1_entente_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2013,7 +2448,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[27]
+	mi := &file_entente_v1_entente_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2026,7 +2461,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{27}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{34}
 }
 
 type StatusResponse struct {
@@ -2062,13 +2497,14 @@ type StatusResponse struct {
 	WaitingFor           []string               `protobuf:"bytes,122,rep,name=waiting_for,json=waitingFor,proto3" json:"waiting_for,omitempty"`                                // of these who does not hold this revision, the furthest behind first, at most 10
 	Audit                *AuditLog              `protobuf:"bytes,220,opt,name=audit,proto3" json:"audit,omitempty"`                                                            // of this node
 	Older                []*SubscriberLevel     `protobuf:"bytes,260,rep,name=older,proto3" json:"older,omitempty"`                                                            // subscribers of this node that do not understand everything, at most 64
+	Contradicted         []*Contradiction       `protobuf:"bytes,285,rep,name=contradicted,proto3" json:"contradicted,omitempty"`                                              // as this node's subscribers say
 	unknownFields        protoimpl.UnknownFields
 	sizeCache            protoimpl.SizeCache
 }
 
 func (x *StatusResponse) Reset() {
 	*x = StatusResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[28]
+	mi := &file_entente_v1_entente_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2080,7 +2516,7 @@ func (x *StatusResponse) String() string {
 func (*StatusResponse) ProtoMessage() {}
 
 func (x *StatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[28]
+	mi := &file_entente_v1_entente_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2093,7 +2529,7 @@ func (x *StatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusResponse.ProtoReflect.Descriptor instead.
 func (*StatusResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{28}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *StatusResponse) GetChanges() []*Approval {
@@ -2313,6 +2749,74 @@ func (x *StatusResponse) GetOlder() []*SubscriberLevel {
 	return nil
 }
 
+func (x *StatusResponse) GetContradicted() []*Contradiction {
+	if x != nil {
+		return x.Contradicted
+	}
+	return nil
+}
+
+// Contradiction is a CA node that subscribers avoid, since two others contradicted it.
+type Contradiction struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`               // name
+	Subscribers   []string               `protobuf:"bytes,2,rep,name=subscribers,proto3" json:"subscribers,omitempty"` // at most 10
+	Count         uint32                 `protobuf:"varint,3,opt,name=count,proto3" json:"count,omitempty"`            // of subscribers
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Contradiction) Reset() {
+	*x = Contradiction{}
+	mi := &file_entente_v1_entente_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Contradiction) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Contradiction) ProtoMessage() {}
+
+func (x *Contradiction) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Contradiction.ProtoReflect.Descriptor instead.
+func (*Contradiction) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *Contradiction) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *Contradiction) GetSubscribers() []string {
+	if x != nil {
+		return x.Subscribers
+	}
+	return nil
+}
+
+func (x *Contradiction) GetCount() uint32 {
+	if x != nil {
+		return x.Count
+	}
+	return 0
+}
+
 // SubscriberLevel is a subscriber whose software is older than this node's, or that was
 // sent something it does not know.
 type SubscriberLevel struct {
@@ -2327,7 +2831,7 @@ type SubscriberLevel struct {
 
 func (x *SubscriberLevel) Reset() {
 	*x = SubscriberLevel{}
-	mi := &file_entente_v1_entente_proto_msgTypes[29]
+	mi := &file_entente_v1_entente_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2339,7 +2843,7 @@ func (x *SubscriberLevel) String() string {
 func (*SubscriberLevel) ProtoMessage() {}
 
 func (x *SubscriberLevel) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[29]
+	mi := &file_entente_v1_entente_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2352,7 +2856,7 @@ func (x *SubscriberLevel) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SubscriberLevel.ProtoReflect.Descriptor instead.
 func (*SubscriberLevel) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{29}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *SubscriberLevel) GetName() string {
@@ -2397,7 +2901,7 @@ type AuditLog struct {
 
 func (x *AuditLog) Reset() {
 	*x = AuditLog{}
-	mi := &file_entente_v1_entente_proto_msgTypes[30]
+	mi := &file_entente_v1_entente_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2409,7 +2913,7 @@ func (x *AuditLog) String() string {
 func (*AuditLog) ProtoMessage() {}
 
 func (x *AuditLog) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[30]
+	mi := &file_entente_v1_entente_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2422,7 +2926,7 @@ func (x *AuditLog) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditLog.ProtoReflect.Descriptor instead.
 func (*AuditLog) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{30}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *AuditLog) GetFile() string {
@@ -2472,7 +2976,7 @@ type Upstream struct {
 
 func (x *Upstream) Reset() {
 	*x = Upstream{}
-	mi := &file_entente_v1_entente_proto_msgTypes[31]
+	mi := &file_entente_v1_entente_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2484,7 +2988,7 @@ func (x *Upstream) String() string {
 func (*Upstream) ProtoMessage() {}
 
 func (x *Upstream) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[31]
+	mi := &file_entente_v1_entente_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2497,7 +3001,7 @@ func (x *Upstream) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Upstream.ProtoReflect.Descriptor instead.
 func (*Upstream) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{31}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *Upstream) GetKeyId() string {
@@ -2535,7 +3039,7 @@ type Autonomy struct {
 
 func (x *Autonomy) Reset() {
 	*x = Autonomy{}
-	mi := &file_entente_v1_entente_proto_msgTypes[32]
+	mi := &file_entente_v1_entente_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2547,7 +3051,7 @@ func (x *Autonomy) String() string {
 func (*Autonomy) ProtoMessage() {}
 
 func (x *Autonomy) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[32]
+	mi := &file_entente_v1_entente_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2560,7 +3064,7 @@ func (x *Autonomy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Autonomy.ProtoReflect.Descriptor instead.
 func (*Autonomy) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{32}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *Autonomy) GetMemberId() string {
@@ -2616,7 +3120,7 @@ type UseAutonomy struct {
 
 func (x *UseAutonomy) Reset() {
 	*x = UseAutonomy{}
-	mi := &file_entente_v1_entente_proto_msgTypes[33]
+	mi := &file_entente_v1_entente_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2628,7 +3132,7 @@ func (x *UseAutonomy) String() string {
 func (*UseAutonomy) ProtoMessage() {}
 
 func (x *UseAutonomy) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[33]
+	mi := &file_entente_v1_entente_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2641,7 +3145,7 @@ func (x *UseAutonomy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UseAutonomy.ProtoReflect.Descriptor instead.
 func (*UseAutonomy) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{33}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *UseAutonomy) GetUse() v1.KeyUse {
@@ -2717,7 +3221,7 @@ type MemberStatus struct {
 
 func (x *MemberStatus) Reset() {
 	*x = MemberStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[34]
+	mi := &file_entente_v1_entente_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2729,7 +3233,7 @@ func (x *MemberStatus) String() string {
 func (*MemberStatus) ProtoMessage() {}
 
 func (x *MemberStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[34]
+	mi := &file_entente_v1_entente_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2742,7 +3246,7 @@ func (x *MemberStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemberStatus.ProtoReflect.Descriptor instead.
 func (*MemberStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{34}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *MemberStatus) GetMember() *v1.Member {
@@ -2767,7 +3271,7 @@ type SaveSnapshotRequest struct {
 
 func (x *SaveSnapshotRequest) Reset() {
 	*x = SaveSnapshotRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[35]
+	mi := &file_entente_v1_entente_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2779,7 +3283,7 @@ func (x *SaveSnapshotRequest) String() string {
 func (*SaveSnapshotRequest) ProtoMessage() {}
 
 func (x *SaveSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[35]
+	mi := &file_entente_v1_entente_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2792,7 +3296,7 @@ func (x *SaveSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SaveSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*SaveSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{35}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{43}
 }
 
 // SaveSnapshotResponse is a part of the file. The file carries its own checksums.
@@ -2805,7 +3309,7 @@ type SaveSnapshotResponse struct {
 
 func (x *SaveSnapshotResponse) Reset() {
 	*x = SaveSnapshotResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[36]
+	mi := &file_entente_v1_entente_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2817,7 +3321,7 @@ func (x *SaveSnapshotResponse) String() string {
 func (*SaveSnapshotResponse) ProtoMessage() {}
 
 func (x *SaveSnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[36]
+	mi := &file_entente_v1_entente_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2830,7 +3334,7 @@ func (x *SaveSnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SaveSnapshotResponse.ProtoReflect.Descriptor instead.
 func (*SaveSnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{36}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *SaveSnapshotResponse) GetData() []byte {
@@ -2848,7 +3352,7 @@ type ListNodesRequest struct {
 
 func (x *ListNodesRequest) Reset() {
 	*x = ListNodesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[37]
+	mi := &file_entente_v1_entente_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2860,7 +3364,7 @@ func (x *ListNodesRequest) String() string {
 func (*ListNodesRequest) ProtoMessage() {}
 
 func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[37]
+	mi := &file_entente_v1_entente_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2873,7 +3377,7 @@ func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesRequest.ProtoReflect.Descriptor instead.
 func (*ListNodesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{37}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{45}
 }
 
 type ListNodesResponse struct {
@@ -2887,7 +3391,7 @@ type ListNodesResponse struct {
 
 func (x *ListNodesResponse) Reset() {
 	*x = ListNodesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[38]
+	mi := &file_entente_v1_entente_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2899,7 +3403,7 @@ func (x *ListNodesResponse) String() string {
 func (*ListNodesResponse) ProtoMessage() {}
 
 func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[38]
+	mi := &file_entente_v1_entente_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2912,7 +3416,7 @@ func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesResponse.ProtoReflect.Descriptor instead.
 func (*ListNodesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{38}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *ListNodesResponse) GetLeaderId() string {
@@ -2949,7 +3453,7 @@ type NodeProgress struct {
 
 func (x *NodeProgress) Reset() {
 	*x = NodeProgress{}
-	mi := &file_entente_v1_entente_proto_msgTypes[39]
+	mi := &file_entente_v1_entente_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2961,7 +3465,7 @@ func (x *NodeProgress) String() string {
 func (*NodeProgress) ProtoMessage() {}
 
 func (x *NodeProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[39]
+	mi := &file_entente_v1_entente_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2974,7 +3478,7 @@ func (x *NodeProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeProgress.ProtoReflect.Descriptor instead.
 func (*NodeProgress) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{39}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *NodeProgress) GetMember() *v1.Member {
@@ -3028,7 +3532,7 @@ type Approval struct {
 
 func (x *Approval) Reset() {
 	*x = Approval{}
-	mi := &file_entente_v1_entente_proto_msgTypes[40]
+	mi := &file_entente_v1_entente_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3040,7 +3544,7 @@ func (x *Approval) String() string {
 func (*Approval) ProtoMessage() {}
 
 func (x *Approval) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[40]
+	mi := &file_entente_v1_entente_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3053,7 +3557,7 @@ func (x *Approval) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Approval.ProtoReflect.Descriptor instead.
 func (*Approval) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{40}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *Approval) GetId() string {
@@ -3114,7 +3618,7 @@ type ReplaceRecoveryKeyRequest struct {
 
 func (x *ReplaceRecoveryKeyRequest) Reset() {
 	*x = ReplaceRecoveryKeyRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[41]
+	mi := &file_entente_v1_entente_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3126,7 +3630,7 @@ func (x *ReplaceRecoveryKeyRequest) String() string {
 func (*ReplaceRecoveryKeyRequest) ProtoMessage() {}
 
 func (x *ReplaceRecoveryKeyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[41]
+	mi := &file_entente_v1_entente_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3139,7 +3643,7 @@ func (x *ReplaceRecoveryKeyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReplaceRecoveryKeyRequest.ProtoReflect.Descriptor instead.
 func (*ReplaceRecoveryKeyRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{41}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *ReplaceRecoveryKeyRequest) GetReplacement() *v1.RecoveryKeyReplacement {
@@ -3159,7 +3663,7 @@ type ReplaceRecoveryKeyResponse struct {
 
 func (x *ReplaceRecoveryKeyResponse) Reset() {
 	*x = ReplaceRecoveryKeyResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[42]
+	mi := &file_entente_v1_entente_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3171,7 +3675,7 @@ func (x *ReplaceRecoveryKeyResponse) String() string {
 func (*ReplaceRecoveryKeyResponse) ProtoMessage() {}
 
 func (x *ReplaceRecoveryKeyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[42]
+	mi := &file_entente_v1_entente_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3184,7 +3688,7 @@ func (x *ReplaceRecoveryKeyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReplaceRecoveryKeyResponse.ProtoReflect.Descriptor instead.
 func (*ReplaceRecoveryKeyResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{42}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *ReplaceRecoveryKeyResponse) GetRevision() uint64 {
@@ -3209,7 +3713,7 @@ type ListChangesRequest struct {
 
 func (x *ListChangesRequest) Reset() {
 	*x = ListChangesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[43]
+	mi := &file_entente_v1_entente_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3221,7 +3725,7 @@ func (x *ListChangesRequest) String() string {
 func (*ListChangesRequest) ProtoMessage() {}
 
 func (x *ListChangesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[43]
+	mi := &file_entente_v1_entente_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3234,7 +3738,7 @@ func (x *ListChangesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListChangesRequest.ProtoReflect.Descriptor instead.
 func (*ListChangesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{43}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{51}
 }
 
 type ListChangesResponse struct {
@@ -3246,7 +3750,7 @@ type ListChangesResponse struct {
 
 func (x *ListChangesResponse) Reset() {
 	*x = ListChangesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[44]
+	mi := &file_entente_v1_entente_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3258,7 +3762,7 @@ func (x *ListChangesResponse) String() string {
 func (*ListChangesResponse) ProtoMessage() {}
 
 func (x *ListChangesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[44]
+	mi := &file_entente_v1_entente_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3271,7 +3775,7 @@ func (x *ListChangesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListChangesResponse.ProtoReflect.Descriptor instead.
 func (*ListChangesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{44}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *ListChangesResponse) GetChanges() []*Approval {
@@ -3290,7 +3794,7 @@ type ApproveChangeRequest struct {
 
 func (x *ApproveChangeRequest) Reset() {
 	*x = ApproveChangeRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[45]
+	mi := &file_entente_v1_entente_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3302,7 +3806,7 @@ func (x *ApproveChangeRequest) String() string {
 func (*ApproveChangeRequest) ProtoMessage() {}
 
 func (x *ApproveChangeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[45]
+	mi := &file_entente_v1_entente_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3315,7 +3819,7 @@ func (x *ApproveChangeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApproveChangeRequest.ProtoReflect.Descriptor instead.
 func (*ApproveChangeRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{45}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *ApproveChangeRequest) GetId() string {
@@ -3336,7 +3840,7 @@ type ApproveChangeResponse struct {
 
 func (x *ApproveChangeResponse) Reset() {
 	*x = ApproveChangeResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[46]
+	mi := &file_entente_v1_entente_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3348,7 +3852,7 @@ func (x *ApproveChangeResponse) String() string {
 func (*ApproveChangeResponse) ProtoMessage() {}
 
 func (x *ApproveChangeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[46]
+	mi := &file_entente_v1_entente_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3361,7 +3865,7 @@ func (x *ApproveChangeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApproveChangeResponse.ProtoReflect.Descriptor instead.
 func (*ApproveChangeResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{46}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *ApproveChangeResponse) GetRevision() uint64 {
@@ -3394,7 +3898,7 @@ type PromoteNodeRequest struct {
 
 func (x *PromoteNodeRequest) Reset() {
 	*x = PromoteNodeRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[47]
+	mi := &file_entente_v1_entente_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3406,7 +3910,7 @@ func (x *PromoteNodeRequest) String() string {
 func (*PromoteNodeRequest) ProtoMessage() {}
 
 func (x *PromoteNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[47]
+	mi := &file_entente_v1_entente_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3419,7 +3923,7 @@ func (x *PromoteNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PromoteNodeRequest.ProtoReflect.Descriptor instead.
 func (*PromoteNodeRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{47}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *PromoteNodeRequest) GetName() string {
@@ -3439,7 +3943,7 @@ type PromoteNodeResponse struct {
 
 func (x *PromoteNodeResponse) Reset() {
 	*x = PromoteNodeResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[48]
+	mi := &file_entente_v1_entente_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3451,7 +3955,7 @@ func (x *PromoteNodeResponse) String() string {
 func (*PromoteNodeResponse) ProtoMessage() {}
 
 func (x *PromoteNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[48]
+	mi := &file_entente_v1_entente_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3464,7 +3968,7 @@ func (x *PromoteNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PromoteNodeResponse.ProtoReflect.Descriptor instead.
 func (*PromoteNodeResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{48}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *PromoteNodeResponse) GetRevision() uint64 {
@@ -3490,7 +3994,7 @@ type VouchRequest struct {
 
 func (x *VouchRequest) Reset() {
 	*x = VouchRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[49]
+	mi := &file_entente_v1_entente_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3502,7 +4006,7 @@ func (x *VouchRequest) String() string {
 func (*VouchRequest) ProtoMessage() {}
 
 func (x *VouchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[49]
+	mi := &file_entente_v1_entente_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3515,7 +4019,7 @@ func (x *VouchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VouchRequest.ProtoReflect.Descriptor instead.
 func (*VouchRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{49}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *VouchRequest) GetMemberId() string {
@@ -3534,7 +4038,7 @@ type VouchResponse struct {
 
 func (x *VouchResponse) Reset() {
 	*x = VouchResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[50]
+	mi := &file_entente_v1_entente_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3546,7 +4050,7 @@ func (x *VouchResponse) String() string {
 func (*VouchResponse) ProtoMessage() {}
 
 func (x *VouchResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[50]
+	mi := &file_entente_v1_entente_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3559,7 +4063,7 @@ func (x *VouchResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VouchResponse.ProtoReflect.Descriptor instead.
 func (*VouchResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{50}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *VouchResponse) GetMember() *v1.Member {
@@ -3579,7 +4083,7 @@ type ChecksumRequest struct {
 
 func (x *ChecksumRequest) Reset() {
 	*x = ChecksumRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[51]
+	mi := &file_entente_v1_entente_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3591,7 +4095,7 @@ func (x *ChecksumRequest) String() string {
 func (*ChecksumRequest) ProtoMessage() {}
 
 func (x *ChecksumRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[51]
+	mi := &file_entente_v1_entente_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3604,7 +4108,7 @@ func (x *ChecksumRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChecksumRequest.ProtoReflect.Descriptor instead.
 func (*ChecksumRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{51}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *ChecksumRequest) GetAtIndex() uint64 {
@@ -3630,7 +4134,7 @@ type ChecksumResponse struct {
 
 func (x *ChecksumResponse) Reset() {
 	*x = ChecksumResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[52]
+	mi := &file_entente_v1_entente_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3642,7 +4146,7 @@ func (x *ChecksumResponse) String() string {
 func (*ChecksumResponse) ProtoMessage() {}
 
 func (x *ChecksumResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[52]
+	mi := &file_entente_v1_entente_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3655,7 +4159,7 @@ func (x *ChecksumResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChecksumResponse.ProtoReflect.Descriptor instead.
 func (*ChecksumResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{52}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *ChecksumResponse) GetSum() []byte {
@@ -3675,7 +4179,7 @@ type ShowEpochRequest struct {
 
 func (x *ShowEpochRequest) Reset() {
 	*x = ShowEpochRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[53]
+	mi := &file_entente_v1_entente_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3687,7 +4191,7 @@ func (x *ShowEpochRequest) String() string {
 func (*ShowEpochRequest) ProtoMessage() {}
 
 func (x *ShowEpochRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[53]
+	mi := &file_entente_v1_entente_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3700,7 +4204,7 @@ func (x *ShowEpochRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowEpochRequest.ProtoReflect.Descriptor instead.
 func (*ShowEpochRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{53}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *ShowEpochRequest) GetStatement() []byte {
@@ -3725,7 +4229,7 @@ type ShowEpochResponse struct {
 
 func (x *ShowEpochResponse) Reset() {
 	*x = ShowEpochResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[54]
+	mi := &file_entente_v1_entente_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3737,7 +4241,7 @@ func (x *ShowEpochResponse) String() string {
 func (*ShowEpochResponse) ProtoMessage() {}
 
 func (x *ShowEpochResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[54]
+	mi := &file_entente_v1_entente_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3750,7 +4254,7 @@ func (x *ShowEpochResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowEpochResponse.ProtoReflect.Descriptor instead.
 func (*ShowEpochResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{54}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{62}
 }
 
 type ForeignBundleStatus struct {
@@ -3767,7 +4271,7 @@ type ForeignBundleStatus struct {
 
 func (x *ForeignBundleStatus) Reset() {
 	*x = ForeignBundleStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[55]
+	mi := &file_entente_v1_entente_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3779,7 +4283,7 @@ func (x *ForeignBundleStatus) String() string {
 func (*ForeignBundleStatus) ProtoMessage() {}
 
 func (x *ForeignBundleStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[55]
+	mi := &file_entente_v1_entente_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3792,7 +4296,7 @@ func (x *ForeignBundleStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForeignBundleStatus.ProtoReflect.Descriptor instead.
 func (*ForeignBundleStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{55}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *ForeignBundleStatus) GetTrustDomain() string {
@@ -3850,7 +4354,7 @@ type DroppedKey struct {
 
 func (x *DroppedKey) Reset() {
 	*x = DroppedKey{}
-	mi := &file_entente_v1_entente_proto_msgTypes[56]
+	mi := &file_entente_v1_entente_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3862,7 +4366,7 @@ func (x *DroppedKey) String() string {
 func (*DroppedKey) ProtoMessage() {}
 
 func (x *DroppedKey) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[56]
+	mi := &file_entente_v1_entente_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3875,7 +4379,7 @@ func (x *DroppedKey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DroppedKey.ProtoReflect.Descriptor instead.
 func (*DroppedKey) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{56}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *DroppedKey) GetId() string {
@@ -3918,7 +4422,7 @@ type CreateTokenRequest struct {
 
 func (x *CreateTokenRequest) Reset() {
 	*x = CreateTokenRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[57]
+	mi := &file_entente_v1_entente_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3930,7 +4434,7 @@ func (x *CreateTokenRequest) String() string {
 func (*CreateTokenRequest) ProtoMessage() {}
 
 func (x *CreateTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[57]
+	mi := &file_entente_v1_entente_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3943,7 +4447,7 @@ func (x *CreateTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTokenRequest.ProtoReflect.Descriptor instead.
 func (*CreateTokenRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{57}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *CreateTokenRequest) GetNode() *v1.NodeGrant {
@@ -3986,7 +4490,7 @@ type CreateTokenResponse struct {
 
 func (x *CreateTokenResponse) Reset() {
 	*x = CreateTokenResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[58]
+	mi := &file_entente_v1_entente_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3998,7 +4502,7 @@ func (x *CreateTokenResponse) String() string {
 func (*CreateTokenResponse) ProtoMessage() {}
 
 func (x *CreateTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[58]
+	mi := &file_entente_v1_entente_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4011,7 +4515,7 @@ func (x *CreateTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTokenResponse.ProtoReflect.Descriptor instead.
 func (*CreateTokenResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{58}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *CreateTokenResponse) GetApproval() *Approval {
@@ -4053,7 +4557,7 @@ type ApplyRequest struct {
 
 func (x *ApplyRequest) Reset() {
 	*x = ApplyRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[59]
+	mi := &file_entente_v1_entente_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4065,7 +4569,7 @@ func (x *ApplyRequest) String() string {
 func (*ApplyRequest) ProtoMessage() {}
 
 func (x *ApplyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[59]
+	mi := &file_entente_v1_entente_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4078,7 +4582,7 @@ func (x *ApplyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyRequest.ProtoReflect.Descriptor instead.
 func (*ApplyRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{59}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *ApplyRequest) GetObjects() []*v1.Object {
@@ -4112,7 +4616,7 @@ type ApplyResponse struct {
 
 func (x *ApplyResponse) Reset() {
 	*x = ApplyResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[60]
+	mi := &file_entente_v1_entente_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4124,7 +4628,7 @@ func (x *ApplyResponse) String() string {
 func (*ApplyResponse) ProtoMessage() {}
 
 func (x *ApplyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[60]
+	mi := &file_entente_v1_entente_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4137,7 +4641,7 @@ func (x *ApplyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyResponse.ProtoReflect.Descriptor instead.
 func (*ApplyResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{60}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *ApplyResponse) GetRevision() uint64 {
@@ -4165,7 +4669,7 @@ type ObjectChange struct {
 
 func (x *ObjectChange) Reset() {
 	*x = ObjectChange{}
-	mi := &file_entente_v1_entente_proto_msgTypes[61]
+	mi := &file_entente_v1_entente_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4177,7 +4681,7 @@ func (x *ObjectChange) String() string {
 func (*ObjectChange) ProtoMessage() {}
 
 func (x *ObjectChange) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[61]
+	mi := &file_entente_v1_entente_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4190,7 +4694,7 @@ func (x *ObjectChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ObjectChange.ProtoReflect.Descriptor instead.
 func (*ObjectChange) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{61}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *ObjectChange) GetKey() *v1.ObjectKey {
@@ -4222,7 +4726,7 @@ type WhoAmIRequest struct {
 
 func (x *WhoAmIRequest) Reset() {
 	*x = WhoAmIRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[62]
+	mi := &file_entente_v1_entente_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4234,7 +4738,7 @@ func (x *WhoAmIRequest) String() string {
 func (*WhoAmIRequest) ProtoMessage() {}
 
 func (x *WhoAmIRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[62]
+	mi := &file_entente_v1_entente_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4247,7 +4751,7 @@ func (x *WhoAmIRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhoAmIRequest.ProtoReflect.Descriptor instead.
 func (*WhoAmIRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{62}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{70}
 }
 
 type WhoAmIResponse struct {
@@ -4261,7 +4765,7 @@ type WhoAmIResponse struct {
 
 func (x *WhoAmIResponse) Reset() {
 	*x = WhoAmIResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[63]
+	mi := &file_entente_v1_entente_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4273,7 +4777,7 @@ func (x *WhoAmIResponse) String() string {
 func (*WhoAmIResponse) ProtoMessage() {}
 
 func (x *WhoAmIResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[63]
+	mi := &file_entente_v1_entente_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4286,7 +4790,7 @@ func (x *WhoAmIResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhoAmIResponse.ProtoReflect.Descriptor instead.
 func (*WhoAmIResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{63}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *WhoAmIResponse) GetWho() string {
@@ -4320,7 +4824,7 @@ type GetBundleRequest struct {
 
 func (x *GetBundleRequest) Reset() {
 	*x = GetBundleRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[64]
+	mi := &file_entente_v1_entente_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4332,7 +4836,7 @@ func (x *GetBundleRequest) String() string {
 func (*GetBundleRequest) ProtoMessage() {}
 
 func (x *GetBundleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[64]
+	mi := &file_entente_v1_entente_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4345,7 +4849,7 @@ func (x *GetBundleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBundleRequest.ProtoReflect.Descriptor instead.
 func (*GetBundleRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{64}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *GetBundleRequest) GetTrustDomain() string {
@@ -4371,7 +4875,7 @@ type GetBundleResponse struct {
 
 func (x *GetBundleResponse) Reset() {
 	*x = GetBundleResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[65]
+	mi := &file_entente_v1_entente_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4383,7 +4887,7 @@ func (x *GetBundleResponse) String() string {
 func (*GetBundleResponse) ProtoMessage() {}
 
 func (x *GetBundleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[65]
+	mi := &file_entente_v1_entente_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4396,7 +4900,7 @@ func (x *GetBundleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBundleResponse.ProtoReflect.Descriptor instead.
 func (*GetBundleResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{65}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *GetBundleResponse) GetJwks() []byte {
@@ -4415,7 +4919,7 @@ type ProposeRequest struct {
 
 func (x *ProposeRequest) Reset() {
 	*x = ProposeRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[66]
+	mi := &file_entente_v1_entente_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4427,7 +4931,7 @@ func (x *ProposeRequest) String() string {
 func (*ProposeRequest) ProtoMessage() {}
 
 func (x *ProposeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[66]
+	mi := &file_entente_v1_entente_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4440,7 +4944,7 @@ func (x *ProposeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProposeRequest.ProtoReflect.Descriptor instead.
 func (*ProposeRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{66}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *ProposeRequest) GetCommand() []byte {
@@ -4461,7 +4965,7 @@ type ProposeResponse struct {
 
 func (x *ProposeResponse) Reset() {
 	*x = ProposeResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[67]
+	mi := &file_entente_v1_entente_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4473,7 +4977,7 @@ func (x *ProposeResponse) String() string {
 func (*ProposeResponse) ProtoMessage() {}
 
 func (x *ProposeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[67]
+	mi := &file_entente_v1_entente_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4486,7 +4990,7 @@ func (x *ProposeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProposeResponse.ProtoReflect.Descriptor instead.
 func (*ProposeResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{67}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *ProposeResponse) GetRevision() uint64 {
@@ -4527,7 +5031,7 @@ type ReportRequest struct {
 
 func (x *ReportRequest) Reset() {
 	*x = ReportRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[68]
+	mi := &file_entente_v1_entente_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4539,7 +5043,7 @@ func (x *ReportRequest) String() string {
 func (*ReportRequest) ProtoMessage() {}
 
 func (x *ReportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[68]
+	mi := &file_entente_v1_entente_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4552,7 +5056,7 @@ func (x *ReportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRequest.ProtoReflect.Descriptor instead.
 func (*ReportRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{68}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{76}
 }
 
 func (x *ReportRequest) GetBootId() string {
@@ -4629,7 +5133,7 @@ type HeldAuthority struct {
 
 func (x *HeldAuthority) Reset() {
 	*x = HeldAuthority{}
-	mi := &file_entente_v1_entente_proto_msgTypes[69]
+	mi := &file_entente_v1_entente_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4641,7 +5145,7 @@ func (x *HeldAuthority) String() string {
 func (*HeldAuthority) ProtoMessage() {}
 
 func (x *HeldAuthority) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[69]
+	mi := &file_entente_v1_entente_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4654,7 +5158,7 @@ func (x *HeldAuthority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HeldAuthority.ProtoReflect.Descriptor instead.
 func (*HeldAuthority) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{69}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *HeldAuthority) GetId() string {
@@ -4679,7 +5183,7 @@ type ReportResponse struct {
 
 func (x *ReportResponse) Reset() {
 	*x = ReportResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[70]
+	mi := &file_entente_v1_entente_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4691,7 +5195,7 @@ func (x *ReportResponse) String() string {
 func (*ReportResponse) ProtoMessage() {}
 
 func (x *ReportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[70]
+	mi := &file_entente_v1_entente_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4704,7 +5208,7 @@ func (x *ReportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportResponse.ProtoReflect.Descriptor instead.
 func (*ReportResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{70}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{78}
 }
 
 type GateRequest struct {
@@ -4715,7 +5219,7 @@ type GateRequest struct {
 
 func (x *GateRequest) Reset() {
 	*x = GateRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[71]
+	mi := &file_entente_v1_entente_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4727,7 +5231,7 @@ func (x *GateRequest) String() string {
 func (*GateRequest) ProtoMessage() {}
 
 func (x *GateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[71]
+	mi := &file_entente_v1_entente_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4740,7 +5244,7 @@ func (x *GateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GateRequest.ProtoReflect.Descriptor instead.
 func (*GateRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{71}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{79}
 }
 
 type GateResponse struct {
@@ -4752,7 +5256,7 @@ type GateResponse struct {
 
 func (x *GateResponse) Reset() {
 	*x = GateResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[72]
+	mi := &file_entente_v1_entente_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4764,7 +5268,7 @@ func (x *GateResponse) String() string {
 func (*GateResponse) ProtoMessage() {}
 
 func (x *GateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[72]
+	mi := &file_entente_v1_entente_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4777,7 +5281,7 @@ func (x *GateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GateResponse.ProtoReflect.Descriptor instead.
 func (*GateResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{72}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{80}
 }
 
 func (x *GateResponse) GetAuthorities() []*AuthorityGate {
@@ -4800,7 +5304,7 @@ type AuthorityGate struct {
 
 func (x *AuthorityGate) Reset() {
 	*x = AuthorityGate{}
-	mi := &file_entente_v1_entente_proto_msgTypes[73]
+	mi := &file_entente_v1_entente_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4812,7 +5316,7 @@ func (x *AuthorityGate) String() string {
 func (*AuthorityGate) ProtoMessage() {}
 
 func (x *AuthorityGate) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[73]
+	mi := &file_entente_v1_entente_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4825,7 +5329,7 @@ func (x *AuthorityGate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityGate.ProtoReflect.Descriptor instead.
 func (*AuthorityGate) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{73}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{81}
 }
 
 func (x *AuthorityGate) GetId() string {
@@ -4867,7 +5371,7 @@ type MarkReadyRequest struct {
 
 func (x *MarkReadyRequest) Reset() {
 	*x = MarkReadyRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[74]
+	mi := &file_entente_v1_entente_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4879,7 +5383,7 @@ func (x *MarkReadyRequest) String() string {
 func (*MarkReadyRequest) ProtoMessage() {}
 
 func (x *MarkReadyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[74]
+	mi := &file_entente_v1_entente_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4892,7 +5396,7 @@ func (x *MarkReadyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MarkReadyRequest.ProtoReflect.Descriptor instead.
 func (*MarkReadyRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{74}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *MarkReadyRequest) GetId() string {
@@ -4925,7 +5429,7 @@ type MarkReadyResponse struct {
 
 func (x *MarkReadyResponse) Reset() {
 	*x = MarkReadyResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[75]
+	mi := &file_entente_v1_entente_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4937,7 +5441,7 @@ func (x *MarkReadyResponse) String() string {
 func (*MarkReadyResponse) ProtoMessage() {}
 
 func (x *MarkReadyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[75]
+	mi := &file_entente_v1_entente_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4950,7 +5454,7 @@ func (x *MarkReadyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MarkReadyResponse.ProtoReflect.Descriptor instead.
 func (*MarkReadyResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{75}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *MarkReadyResponse) GetRevision() uint64 {
@@ -4967,13 +5471,14 @@ type Picture struct {
 	Presence      *Presence              `protobuf:"bytes,2,opt,name=presence,proto3" json:"presence,omitempty"`                            // complete
 	RecoveryKey   []byte                 `protobuf:"bytes,281,opt,name=recovery_key,json=recoveryKey,proto3" json:"recovery_key,omitempty"` // of the cluster, pinned
 	Level         uint32                 `protobuf:"varint,260,opt,name=level,proto3" json:"level,omitempty"`                               // ca.SyncLevel of who kept it: what it did not know is not in it
+	Confirmed     []*v1.Member           `protobuf:"bytes,286,rep,name=confirmed,proto3" json:"confirmed,omitempty"`                        // the last table that two CA nodes agreed on
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Picture) Reset() {
 	*x = Picture{}
-	mi := &file_entente_v1_entente_proto_msgTypes[76]
+	mi := &file_entente_v1_entente_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4985,7 +5490,7 @@ func (x *Picture) String() string {
 func (*Picture) ProtoMessage() {}
 
 func (x *Picture) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[76]
+	mi := &file_entente_v1_entente_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4998,7 +5503,7 @@ func (x *Picture) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Picture.ProtoReflect.Descriptor instead.
 func (*Picture) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{76}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *Picture) GetPolicy() *Policy {
@@ -5029,6 +5534,13 @@ func (x *Picture) GetLevel() uint32 {
 	return 0
 }
 
+func (x *Picture) GetConfirmed() []*v1.Member {
+	if x != nil {
+		return x.Confirmed
+	}
+	return nil
+}
+
 type PresenceRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -5037,7 +5549,7 @@ type PresenceRequest struct {
 
 func (x *PresenceRequest) Reset() {
 	*x = PresenceRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[77]
+	mi := &file_entente_v1_entente_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5049,7 +5561,7 @@ func (x *PresenceRequest) String() string {
 func (*PresenceRequest) ProtoMessage() {}
 
 func (x *PresenceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[77]
+	mi := &file_entente_v1_entente_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5062,7 +5574,7 @@ func (x *PresenceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PresenceRequest.ProtoReflect.Descriptor instead.
 func (*PresenceRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{77}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{85}
 }
 
 type PresenceResponse struct {
@@ -5076,7 +5588,7 @@ type PresenceResponse struct {
 
 func (x *PresenceResponse) Reset() {
 	*x = PresenceResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[78]
+	mi := &file_entente_v1_entente_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5088,7 +5600,7 @@ func (x *PresenceResponse) String() string {
 func (*PresenceResponse) ProtoMessage() {}
 
 func (x *PresenceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[78]
+	mi := &file_entente_v1_entente_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5101,7 +5613,7 @@ func (x *PresenceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PresenceResponse.ProtoReflect.Descriptor instead.
 func (*PresenceResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{78}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{86}
 }
 
 func (x *PresenceResponse) GetInstances() []*Instance {
@@ -5133,7 +5645,7 @@ type ListAuthoritiesRequest struct {
 
 func (x *ListAuthoritiesRequest) Reset() {
 	*x = ListAuthoritiesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[79]
+	mi := &file_entente_v1_entente_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5145,7 +5657,7 @@ func (x *ListAuthoritiesRequest) String() string {
 func (*ListAuthoritiesRequest) ProtoMessage() {}
 
 func (x *ListAuthoritiesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[79]
+	mi := &file_entente_v1_entente_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5158,7 +5670,7 @@ func (x *ListAuthoritiesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuthoritiesRequest.ProtoReflect.Descriptor instead.
 func (*ListAuthoritiesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{79}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{87}
 }
 
 type ListAuthoritiesResponse struct {
@@ -5172,7 +5684,7 @@ type ListAuthoritiesResponse struct {
 
 func (x *ListAuthoritiesResponse) Reset() {
 	*x = ListAuthoritiesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[80]
+	mi := &file_entente_v1_entente_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5184,7 +5696,7 @@ func (x *ListAuthoritiesResponse) String() string {
 func (*ListAuthoritiesResponse) ProtoMessage() {}
 
 func (x *ListAuthoritiesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[80]
+	mi := &file_entente_v1_entente_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5197,7 +5709,7 @@ func (x *ListAuthoritiesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuthoritiesResponse.ProtoReflect.Descriptor instead.
 func (*ListAuthoritiesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{80}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{88}
 }
 
 func (x *ListAuthoritiesResponse) GetAuthorities() []*AuthorityStatus {
@@ -5235,7 +5747,7 @@ type AuthorityStatus struct {
 
 func (x *AuthorityStatus) Reset() {
 	*x = AuthorityStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[81]
+	mi := &file_entente_v1_entente_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5247,7 +5759,7 @@ func (x *AuthorityStatus) String() string {
 func (*AuthorityStatus) ProtoMessage() {}
 
 func (x *AuthorityStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[81]
+	mi := &file_entente_v1_entente_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5260,7 +5772,7 @@ func (x *AuthorityStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityStatus.ProtoReflect.Descriptor instead.
 func (*AuthorityStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{81}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{89}
 }
 
 func (x *AuthorityStatus) GetAuthority() *v1.Authority {
@@ -5314,7 +5826,7 @@ type PrepareAuthorityRequest struct {
 
 func (x *PrepareAuthorityRequest) Reset() {
 	*x = PrepareAuthorityRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[82]
+	mi := &file_entente_v1_entente_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5326,7 +5838,7 @@ func (x *PrepareAuthorityRequest) String() string {
 func (*PrepareAuthorityRequest) ProtoMessage() {}
 
 func (x *PrepareAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[82]
+	mi := &file_entente_v1_entente_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5339,7 +5851,7 @@ func (x *PrepareAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*PrepareAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{82}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{90}
 }
 
 func (x *PrepareAuthorityRequest) GetUse() v1.KeyUse {
@@ -5360,7 +5872,7 @@ type ChangeAuthorityRequest struct {
 
 func (x *ChangeAuthorityRequest) Reset() {
 	*x = ChangeAuthorityRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[83]
+	mi := &file_entente_v1_entente_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5372,7 +5884,7 @@ func (x *ChangeAuthorityRequest) String() string {
 func (*ChangeAuthorityRequest) ProtoMessage() {}
 
 func (x *ChangeAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[83]
+	mi := &file_entente_v1_entente_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5385,7 +5897,7 @@ func (x *ChangeAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*ChangeAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{83}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{91}
 }
 
 func (x *ChangeAuthorityRequest) GetId() string {
@@ -5426,7 +5938,7 @@ type ChangeAuthorityResponse struct {
 
 func (x *ChangeAuthorityResponse) Reset() {
 	*x = ChangeAuthorityResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[84]
+	mi := &file_entente_v1_entente_proto_msgTypes[92]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5438,7 +5950,7 @@ func (x *ChangeAuthorityResponse) String() string {
 func (*ChangeAuthorityResponse) ProtoMessage() {}
 
 func (x *ChangeAuthorityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[84]
+	mi := &file_entente_v1_entente_proto_msgTypes[92]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5451,7 +5963,7 @@ func (x *ChangeAuthorityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAuthorityResponse.ProtoReflect.Descriptor instead.
 func (*ChangeAuthorityResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{84}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{92}
 }
 
 func (x *ChangeAuthorityResponse) GetAuthority() *v1.Authority {
@@ -5506,7 +6018,7 @@ type RemoveNodeRequest struct {
 
 func (x *RemoveNodeRequest) Reset() {
 	*x = RemoveNodeRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[85]
+	mi := &file_entente_v1_entente_proto_msgTypes[93]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5518,7 +6030,7 @@ func (x *RemoveNodeRequest) String() string {
 func (*RemoveNodeRequest) ProtoMessage() {}
 
 func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[85]
+	mi := &file_entente_v1_entente_proto_msgTypes[93]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5531,7 +6043,7 @@ func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodeRequest.ProtoReflect.Descriptor instead.
 func (*RemoveNodeRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{85}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{93}
 }
 
 func (x *RemoveNodeRequest) GetName() string {
@@ -5562,7 +6074,7 @@ type RemoveNodeResponse struct {
 
 func (x *RemoveNodeResponse) Reset() {
 	*x = RemoveNodeResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[86]
+	mi := &file_entente_v1_entente_proto_msgTypes[94]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5574,7 +6086,7 @@ func (x *RemoveNodeResponse) String() string {
 func (*RemoveNodeResponse) ProtoMessage() {}
 
 func (x *RemoveNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[86]
+	mi := &file_entente_v1_entente_proto_msgTypes[94]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5587,7 +6099,7 @@ func (x *RemoveNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodeResponse.ProtoReflect.Descriptor instead.
 func (*RemoveNodeResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{86}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{94}
 }
 
 func (x *RemoveNodeResponse) GetRevision() uint64 {
@@ -5642,7 +6154,7 @@ type ListAgentsRequest struct {
 
 func (x *ListAgentsRequest) Reset() {
 	*x = ListAgentsRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[87]
+	mi := &file_entente_v1_entente_proto_msgTypes[95]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5654,7 +6166,7 @@ func (x *ListAgentsRequest) String() string {
 func (*ListAgentsRequest) ProtoMessage() {}
 
 func (x *ListAgentsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[87]
+	mi := &file_entente_v1_entente_proto_msgTypes[95]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5667,7 +6179,7 @@ func (x *ListAgentsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAgentsRequest.ProtoReflect.Descriptor instead.
 func (*ListAgentsRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{87}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{95}
 }
 
 func (x *ListAgentsRequest) GetPageSize() uint32 {
@@ -5694,7 +6206,7 @@ type ListAgentsResponse struct {
 
 func (x *ListAgentsResponse) Reset() {
 	*x = ListAgentsResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[88]
+	mi := &file_entente_v1_entente_proto_msgTypes[96]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5706,7 +6218,7 @@ func (x *ListAgentsResponse) String() string {
 func (*ListAgentsResponse) ProtoMessage() {}
 
 func (x *ListAgentsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[88]
+	mi := &file_entente_v1_entente_proto_msgTypes[96]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5719,7 +6231,7 @@ func (x *ListAgentsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAgentsResponse.ProtoReflect.Descriptor instead.
 func (*ListAgentsResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{88}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{96}
 }
 
 func (x *ListAgentsResponse) GetAgents() []*AgentStatus {
@@ -5748,7 +6260,7 @@ type AgentStatus struct {
 
 func (x *AgentStatus) Reset() {
 	*x = AgentStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[89]
+	mi := &file_entente_v1_entente_proto_msgTypes[97]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5760,7 +6272,7 @@ func (x *AgentStatus) String() string {
 func (*AgentStatus) ProtoMessage() {}
 
 func (x *AgentStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[89]
+	mi := &file_entente_v1_entente_proto_msgTypes[97]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5773,7 +6285,7 @@ func (x *AgentStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentStatus.ProtoReflect.Descriptor instead.
 func (*AgentStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{89}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{97}
 }
 
 func (x *AgentStatus) GetAgent() *v1.Agent {
@@ -5813,7 +6325,7 @@ type GetAgentRequest struct {
 
 func (x *GetAgentRequest) Reset() {
 	*x = GetAgentRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[90]
+	mi := &file_entente_v1_entente_proto_msgTypes[98]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5825,7 +6337,7 @@ func (x *GetAgentRequest) String() string {
 func (*GetAgentRequest) ProtoMessage() {}
 
 func (x *GetAgentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[90]
+	mi := &file_entente_v1_entente_proto_msgTypes[98]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5838,7 +6350,7 @@ func (x *GetAgentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetAgentRequest.ProtoReflect.Descriptor instead.
 func (*GetAgentRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{90}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{98}
 }
 
 func (x *GetAgentRequest) GetName() string {
@@ -5859,7 +6371,7 @@ type GetAgentResponse struct {
 
 func (x *GetAgentResponse) Reset() {
 	*x = GetAgentResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[91]
+	mi := &file_entente_v1_entente_proto_msgTypes[99]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5871,7 +6383,7 @@ func (x *GetAgentResponse) String() string {
 func (*GetAgentResponse) ProtoMessage() {}
 
 func (x *GetAgentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[91]
+	mi := &file_entente_v1_entente_proto_msgTypes[99]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5884,7 +6396,7 @@ func (x *GetAgentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetAgentResponse.ProtoReflect.Descriptor instead.
 func (*GetAgentResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{91}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{99}
 }
 
 func (x *GetAgentResponse) GetStatus() *AgentStatus {
@@ -5917,7 +6429,7 @@ type ChangeAgentRequest struct {
 
 func (x *ChangeAgentRequest) Reset() {
 	*x = ChangeAgentRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[92]
+	mi := &file_entente_v1_entente_proto_msgTypes[100]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5929,7 +6441,7 @@ func (x *ChangeAgentRequest) String() string {
 func (*ChangeAgentRequest) ProtoMessage() {}
 
 func (x *ChangeAgentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[92]
+	mi := &file_entente_v1_entente_proto_msgTypes[100]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5942,7 +6454,7 @@ func (x *ChangeAgentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAgentRequest.ProtoReflect.Descriptor instead.
 func (*ChangeAgentRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{92}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{100}
 }
 
 func (x *ChangeAgentRequest) GetName() string {
@@ -5961,7 +6473,7 @@ type ChangeAgentResponse struct {
 
 func (x *ChangeAgentResponse) Reset() {
 	*x = ChangeAgentResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[93]
+	mi := &file_entente_v1_entente_proto_msgTypes[101]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5973,7 +6485,7 @@ func (x *ChangeAgentResponse) String() string {
 func (*ChangeAgentResponse) ProtoMessage() {}
 
 func (x *ChangeAgentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[93]
+	mi := &file_entente_v1_entente_proto_msgTypes[101]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5986,7 +6498,7 @@ func (x *ChangeAgentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAgentResponse.ProtoReflect.Descriptor instead.
 func (*ChangeAgentResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{93}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{101}
 }
 
 func (x *ChangeAgentResponse) GetRevision() uint64 {
@@ -6006,7 +6518,7 @@ type IsolateAgentRequest struct {
 
 func (x *IsolateAgentRequest) Reset() {
 	*x = IsolateAgentRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[94]
+	mi := &file_entente_v1_entente_proto_msgTypes[102]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6018,7 +6530,7 @@ func (x *IsolateAgentRequest) String() string {
 func (*IsolateAgentRequest) ProtoMessage() {}
 
 func (x *IsolateAgentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[94]
+	mi := &file_entente_v1_entente_proto_msgTypes[102]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6031,7 +6543,7 @@ func (x *IsolateAgentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IsolateAgentRequest.ProtoReflect.Descriptor instead.
 func (*IsolateAgentRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{94}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{102}
 }
 
 func (x *IsolateAgentRequest) GetName() string {
@@ -6057,7 +6569,7 @@ type IsolateAgentResponse struct {
 
 func (x *IsolateAgentResponse) Reset() {
 	*x = IsolateAgentResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[95]
+	mi := &file_entente_v1_entente_proto_msgTypes[103]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6069,7 +6581,7 @@ func (x *IsolateAgentResponse) String() string {
 func (*IsolateAgentResponse) ProtoMessage() {}
 
 func (x *IsolateAgentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[95]
+	mi := &file_entente_v1_entente_proto_msgTypes[103]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6082,7 +6594,7 @@ func (x *IsolateAgentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IsolateAgentResponse.ProtoReflect.Descriptor instead.
 func (*IsolateAgentResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{95}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{103}
 }
 
 func (x *IsolateAgentResponse) GetIsolation() *Isolation {
@@ -6106,7 +6618,7 @@ type Isolation struct {
 
 func (x *Isolation) Reset() {
 	*x = Isolation{}
-	mi := &file_entente_v1_entente_proto_msgTypes[96]
+	mi := &file_entente_v1_entente_proto_msgTypes[104]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6118,7 +6630,7 @@ func (x *Isolation) String() string {
 func (*Isolation) ProtoMessage() {}
 
 func (x *Isolation) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[96]
+	mi := &file_entente_v1_entente_proto_msgTypes[104]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6131,7 +6643,7 @@ func (x *Isolation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Isolation.ProtoReflect.Descriptor instead.
 func (*Isolation) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{96}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{104}
 }
 
 func (x *Isolation) GetAgent() *v1.Agent {
@@ -6177,7 +6689,7 @@ type ListTokensRequest struct {
 
 func (x *ListTokensRequest) Reset() {
 	*x = ListTokensRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[97]
+	mi := &file_entente_v1_entente_proto_msgTypes[105]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6189,7 +6701,7 @@ func (x *ListTokensRequest) String() string {
 func (*ListTokensRequest) ProtoMessage() {}
 
 func (x *ListTokensRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[97]
+	mi := &file_entente_v1_entente_proto_msgTypes[105]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6202,7 +6714,7 @@ func (x *ListTokensRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTokensRequest.ProtoReflect.Descriptor instead.
 func (*ListTokensRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{97}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{105}
 }
 
 type ListTokensResponse struct {
@@ -6215,7 +6727,7 @@ type ListTokensResponse struct {
 
 func (x *ListTokensResponse) Reset() {
 	*x = ListTokensResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[98]
+	mi := &file_entente_v1_entente_proto_msgTypes[106]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6227,7 +6739,7 @@ func (x *ListTokensResponse) String() string {
 func (*ListTokensResponse) ProtoMessage() {}
 
 func (x *ListTokensResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[98]
+	mi := &file_entente_v1_entente_proto_msgTypes[106]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6240,7 +6752,7 @@ func (x *ListTokensResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTokensResponse.ProtoReflect.Descriptor instead.
 func (*ListTokensResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{98}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{106}
 }
 
 func (x *ListTokensResponse) GetTokens() []*v1.Token {
@@ -6266,7 +6778,7 @@ type RevokeTokenRequest struct {
 
 func (x *RevokeTokenRequest) Reset() {
 	*x = RevokeTokenRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[99]
+	mi := &file_entente_v1_entente_proto_msgTypes[107]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6278,7 +6790,7 @@ func (x *RevokeTokenRequest) String() string {
 func (*RevokeTokenRequest) ProtoMessage() {}
 
 func (x *RevokeTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[99]
+	mi := &file_entente_v1_entente_proto_msgTypes[107]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6291,7 +6803,7 @@ func (x *RevokeTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeTokenRequest.ProtoReflect.Descriptor instead.
 func (*RevokeTokenRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{99}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{107}
 }
 
 func (x *RevokeTokenRequest) GetId() string {
@@ -6310,7 +6822,7 @@ type RevokeTokenResponse struct {
 
 func (x *RevokeTokenResponse) Reset() {
 	*x = RevokeTokenResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[100]
+	mi := &file_entente_v1_entente_proto_msgTypes[108]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6322,7 +6834,7 @@ func (x *RevokeTokenResponse) String() string {
 func (*RevokeTokenResponse) ProtoMessage() {}
 
 func (x *RevokeTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[100]
+	mi := &file_entente_v1_entente_proto_msgTypes[108]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6335,7 +6847,7 @@ func (x *RevokeTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeTokenResponse.ProtoReflect.Descriptor instead.
 func (*RevokeTokenResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{100}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{108}
 }
 
 func (x *RevokeTokenResponse) GetRevision() uint64 {
@@ -6355,7 +6867,7 @@ type ChangeEntriesRequest struct {
 
 func (x *ChangeEntriesRequest) Reset() {
 	*x = ChangeEntriesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[101]
+	mi := &file_entente_v1_entente_proto_msgTypes[109]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6367,7 +6879,7 @@ func (x *ChangeEntriesRequest) String() string {
 func (*ChangeEntriesRequest) ProtoMessage() {}
 
 func (x *ChangeEntriesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[101]
+	mi := &file_entente_v1_entente_proto_msgTypes[109]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6380,7 +6892,7 @@ func (x *ChangeEntriesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeEntriesRequest.ProtoReflect.Descriptor instead.
 func (*ChangeEntriesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{101}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{109}
 }
 
 func (x *ChangeEntriesRequest) GetChanges() []*v1.EntryChange {
@@ -6406,7 +6918,7 @@ type ChangeEntriesResponse struct {
 
 func (x *ChangeEntriesResponse) Reset() {
 	*x = ChangeEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[102]
+	mi := &file_entente_v1_entente_proto_msgTypes[110]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6418,7 +6930,7 @@ func (x *ChangeEntriesResponse) String() string {
 func (*ChangeEntriesResponse) ProtoMessage() {}
 
 func (x *ChangeEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[102]
+	mi := &file_entente_v1_entente_proto_msgTypes[110]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6431,7 +6943,7 @@ func (x *ChangeEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeEntriesResponse.ProtoReflect.Descriptor instead.
 func (*ChangeEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{102}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{110}
 }
 
 func (x *ChangeEntriesResponse) GetResults() []*EntryResult {
@@ -6454,7 +6966,7 @@ type EntryResult struct {
 
 func (x *EntryResult) Reset() {
 	*x = EntryResult{}
-	mi := &file_entente_v1_entente_proto_msgTypes[103]
+	mi := &file_entente_v1_entente_proto_msgTypes[111]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6466,7 +6978,7 @@ func (x *EntryResult) String() string {
 func (*EntryResult) ProtoMessage() {}
 
 func (x *EntryResult) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[103]
+	mi := &file_entente_v1_entente_proto_msgTypes[111]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6479,7 +6991,7 @@ func (x *EntryResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EntryResult.ProtoReflect.Descriptor instead.
 func (*EntryResult) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{103}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{111}
 }
 
 func (x *EntryResult) GetId() string {
@@ -6530,7 +7042,7 @@ type ListEntriesRequest struct {
 
 func (x *ListEntriesRequest) Reset() {
 	*x = ListEntriesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[104]
+	mi := &file_entente_v1_entente_proto_msgTypes[112]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6542,7 +7054,7 @@ func (x *ListEntriesRequest) String() string {
 func (*ListEntriesRequest) ProtoMessage() {}
 
 func (x *ListEntriesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[104]
+	mi := &file_entente_v1_entente_proto_msgTypes[112]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6555,7 +7067,7 @@ func (x *ListEntriesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntriesRequest.ProtoReflect.Descriptor instead.
 func (*ListEntriesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{104}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{112}
 }
 
 func (x *ListEntriesRequest) GetPageSize() uint32 {
@@ -6603,7 +7115,7 @@ type ListEntriesResponse struct {
 
 func (x *ListEntriesResponse) Reset() {
 	*x = ListEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[105]
+	mi := &file_entente_v1_entente_proto_msgTypes[113]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6615,7 +7127,7 @@ func (x *ListEntriesResponse) String() string {
 func (*ListEntriesResponse) ProtoMessage() {}
 
 func (x *ListEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[105]
+	mi := &file_entente_v1_entente_proto_msgTypes[113]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6628,7 +7140,7 @@ func (x *ListEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntriesResponse.ProtoReflect.Descriptor instead.
 func (*ListEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{105}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{113}
 }
 
 func (x *ListEntriesResponse) GetEntries() []*v1.Entry {
@@ -6654,7 +7166,7 @@ type GetEntryRequest struct {
 
 func (x *GetEntryRequest) Reset() {
 	*x = GetEntryRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[106]
+	mi := &file_entente_v1_entente_proto_msgTypes[114]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6666,7 +7178,7 @@ func (x *GetEntryRequest) String() string {
 func (*GetEntryRequest) ProtoMessage() {}
 
 func (x *GetEntryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[106]
+	mi := &file_entente_v1_entente_proto_msgTypes[114]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6679,7 +7191,7 @@ func (x *GetEntryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetEntryRequest.ProtoReflect.Descriptor instead.
 func (*GetEntryRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{106}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{114}
 }
 
 func (x *GetEntryRequest) GetId() string {
@@ -6698,7 +7210,7 @@ type GetEntryResponse struct {
 
 func (x *GetEntryResponse) Reset() {
 	*x = GetEntryResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[107]
+	mi := &file_entente_v1_entente_proto_msgTypes[115]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6710,7 +7222,7 @@ func (x *GetEntryResponse) String() string {
 func (*GetEntryResponse) ProtoMessage() {}
 
 func (x *GetEntryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[107]
+	mi := &file_entente_v1_entente_proto_msgTypes[115]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6723,7 +7235,7 @@ func (x *GetEntryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetEntryResponse.ProtoReflect.Descriptor instead.
 func (*GetEntryResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{107}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{115}
 }
 
 func (x *GetEntryResponse) GetEntry() *v1.Entry {
@@ -6742,7 +7254,7 @@ type CountEntriesResponse struct {
 
 func (x *CountEntriesResponse) Reset() {
 	*x = CountEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[108]
+	mi := &file_entente_v1_entente_proto_msgTypes[116]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6754,7 +7266,7 @@ func (x *CountEntriesResponse) String() string {
 func (*CountEntriesResponse) ProtoMessage() {}
 
 func (x *CountEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[108]
+	mi := &file_entente_v1_entente_proto_msgTypes[116]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6767,7 +7279,7 @@ func (x *CountEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CountEntriesResponse.ProtoReflect.Descriptor instead.
 func (*CountEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{108}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{116}
 }
 
 func (x *CountEntriesResponse) GetEntries() uint64 {
@@ -6782,7 +7294,36 @@ var File_entente_v1_entente_proto protoreflect.FileDescriptor
 const file_entente_v1_entente_proto_rawDesc = "" +
 	"\n" +
 	"\x18entente/v1/entente.proto\x12\n" +
-	"entente.v1\x1a\x1centente/state/v1/state.proto\"\xcd\x01\n" +
+	"entente.v1\x1a\x1centente/state/v1/state.proto\"\x12\n" +
+	"\x10StatementRequest\"\x83\x01\n" +
+	"\x11StatementResponse\x129\n" +
+	"\tstatement\x18\x01 \x01(\v2\x1b.entente.v1.SignedStatementR\tstatement\x123\n" +
+	"\acluster\x18\x02 \x01(\v2\x19.entente.state.v1.ClusterR\acluster\"\x10\n" +
+	"\x0eDenialsRequest\"\xad\x01\n" +
+	"\x0fDenialsResponse\x12\x1a\n" +
+	"\brevision\x18\x01 \x01(\x04R\brevision\x122\n" +
+	"\amembers\x18\x02 \x03(\v2\x18.entente.state.v1.MemberR\amembers\x12\x12\n" +
+	"\x04jwks\x18\x03 \x01(\fR\x04jwks\x126\n" +
+	"\bdistrust\x18\x04 \x03(\v2\x1a.entente.state.v1.DistrustR\bdistrust\"h\n" +
+	"\x0fSignedStatement\x12\x1c\n" +
+	"\tstatement\x18\x01 \x01(\fR\tstatement\x12\x19\n" +
+	"\bnode_key\x18\x02 \x01(\fR\anodeKey\x12\x1c\n" +
+	"\tsignature\x18\x03 \x01(\fR\tsignature\"\xab\x02\n" +
+	"\rNodeStatement\x12\x1d\n" +
+	"\n" +
+	"cluster_id\x18\x01 \x01(\fR\tclusterId\x12\x14\n" +
+	"\x05epoch\x18\x02 \x01(\rR\x05epoch\x12\x1b\n" +
+	"\tmember_id\x18\x03 \x01(\tR\bmemberId\x12\x1d\n" +
+	"\n" +
+	"unix_nanos\x18\x04 \x01(\x03R\tunixNanos\x12\x16\n" +
+	"\x06behind\x18\x05 \x01(\bR\x06behind\x12/\n" +
+	"\amembers\x18\x06 \x03(\v2\x15.entente.v1.StateSpanR\amembers\x12-\n" +
+	"\x06bundle\x18\a \x03(\v2\x15.entente.v1.StateSpanR\x06bundle\x121\n" +
+	"\bdistrust\x18\b \x03(\v2\x15.entente.v1.StateSpanR\bdistrust\"C\n" +
+	"\tStateSpan\x12\x12\n" +
+	"\x04from\x18\x01 \x01(\x04R\x04from\x12\x0e\n" +
+	"\x02to\x18\x02 \x01(\x04R\x02to\x12\x12\n" +
+	"\x04hash\x18\x03 \x01(\fR\x04hash\"\xcd\x01\n" +
 	"\vJoinRequest\x12\x19\n" +
 	"\btoken_id\x18\x01 \x01(\tR\atokenId\x12\x1c\n" +
 	"\tstatement\x18\x02 \x01(\fR\tstatement\x12\x1c\n" +
@@ -6821,7 +7362,7 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\fSessionProof\x12\x1d\n" +
 	"\n" +
 	"public_key\x18\x01 \x01(\fR\tpublicKey\x12\x1c\n" +
-	"\tsignature\x18\x02 \x01(\fR\tsignature\"\xdd\x01\n" +
+	"\tsignature\x18\x02 \x01(\fR\tsignature\"\x82\x02\n" +
 	"\x03Ack\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x12 \n" +
 	"\vauthorities\x18\n" +
@@ -6830,7 +7371,8 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\vwaiting_for\x18Z \x03(\tR\n" +
 	"waitingFor\x12\x19\n" +
 	"\askipped\x18\x84\x02 \x03(\tR\askipped\x12/\n" +
-	"\x05proof\x18\xc0\x02 \x01(\v2\x18.entente.v1.SessionProofR\x05proof\"D\n" +
+	"\x05proof\x18\xc0\x02 \x01(\v2\x18.entente.v1.SessionProofR\x05proof\x12#\n" +
+	"\fcontradicted\x18\x9d\x02 \x03(\tR\fcontradicted\"D\n" +
 	"\x0eInstanceReport\x122\n" +
 	"\tinstances\x18\x01 \x03(\v2\x14.entente.v1.InstanceR\tinstances\"\x9a\x02\n" +
 	"\bInstance\x12\x18\n" +
@@ -6884,10 +7426,13 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\bPresence\x122\n" +
 	"\tinstances\x18\x01 \x03(\v2\x14.entente.v1.InstanceR\tinstances\x122\n" +
 	"\twithdrawn\x18\x02 \x03(\v2\x14.entente.v1.InstanceR\twithdrawn\x12\x1a\n" +
-	"\bcomplete\x18\x03 \x01(\bR\bcomplete\"P\n" +
+	"\bcomplete\x18\x03 \x01(\bR\bcomplete\"\x8e\x01\n" +
 	"\tHeartbeat\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x12'\n" +
-	"\x10as_of_unix_nanos\x18\x02 \x01(\x03R\rasOfUnixNanos\"F\n" +
+	"\x10as_of_unix_nanos\x18\x02 \x01(\x03R\rasOfUnixNanos\x12<\n" +
+	"\n" +
+	"statements\x18\x9d\x02 \x03(\v2\x1b.entente.v1.SignedStatementR\n" +
+	"statements\"F\n" +
 	"\x0fSignX509Request\x123\n" +
 	"\brequests\x18\x01 \x03(\v2\x17.entente.v1.X509RequestR\brequests\"{\n" +
 	"\vX509Request\x12\x19\n" +
@@ -6927,7 +7472,8 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x04code\x18\x02 \x01(\rR\x04code\x12\x14\n" +
 	"\x05error\x18\x03 \x01(\tR\x05error\x12/\n" +
 	"\x13retry_after_seconds\x18\xdc\x01 \x01(\x01R\x11retryAfterSeconds\"\x0f\n" +
-	"\rStatusRequest\"\xdd\t\n" +
+	"\rStatusRequest\"\x9d\n" +
+	"\n" +
 	"\x0eStatusResponse\x12/\n" +
 	"\achanges\x18\xac\x02 \x03(\v2\x14.entente.v1.ApprovalR\achanges\x123\n" +
 	"\acluster\x18\x01 \x01(\v2\x19.entente.state.v1.ClusterR\acluster\x12\x1a\n" +
@@ -6965,7 +7511,12 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\vwaiting_for\x18z \x03(\tR\n" +
 	"waitingFor\x12+\n" +
 	"\x05audit\x18\xdc\x01 \x01(\v2\x14.entente.v1.AuditLogR\x05audit\x122\n" +
-	"\x05older\x18\x84\x02 \x03(\v2\x1b.entente.v1.SubscriberLevelR\x05older\"n\n" +
+	"\x05older\x18\x84\x02 \x03(\v2\x1b.entente.v1.SubscriberLevelR\x05older\x12>\n" +
+	"\fcontradicted\x18\x9d\x02 \x03(\v2\x19.entente.v1.ContradictionR\fcontradicted\"[\n" +
+	"\rContradiction\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\x12 \n" +
+	"\vsubscribers\x18\x02 \x03(\tR\vsubscribers\x12\x14\n" +
+	"\x05count\x18\x03 \x01(\rR\x05count\"n\n" +
 	"\x0fSubscriberLevel\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05level\x18\x02 \x01(\rR\x05level\x12\x17\n" +
@@ -7146,12 +7697,13 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\aexclude\x18\x02 \x03(\tR\aexclude\x12\x10\n" +
 	"\x03who\x18\x03 \x01(\tR\x03who\"/\n" +
 	"\x11MarkReadyResponse\x12\x1a\n" +
-	"\brevision\x18\x01 \x01(\x04R\brevision\"\xa2\x01\n" +
+	"\brevision\x18\x01 \x01(\x04R\brevision\"\xdb\x01\n" +
 	"\aPicture\x12*\n" +
 	"\x06policy\x18\x01 \x01(\v2\x12.entente.v1.PolicyR\x06policy\x120\n" +
 	"\bpresence\x18\x02 \x01(\v2\x14.entente.v1.PresenceR\bpresence\x12\"\n" +
 	"\frecovery_key\x18\x99\x02 \x01(\fR\vrecoveryKey\x12\x15\n" +
-	"\x05level\x18\x84\x02 \x01(\rR\x05level\"\x11\n" +
+	"\x05level\x18\x84\x02 \x01(\rR\x05level\x127\n" +
+	"\tconfirmed\x18\x9e\x02 \x03(\v2\x18.entente.state.v1.MemberR\tconfirmed\"\x11\n" +
 	"\x0fPresenceRequest\"\x96\x01\n" +
 	"\x10PresenceResponse\x122\n" +
 	"\tinstances\x18\x01 \x03(\v2\x14.entente.v1.InstanceR\tinstances\x122\n" +
@@ -7271,7 +7823,10 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x06Attest\x12?\n" +
 	"\x06Attest\x12\x19.entente.v1.AttestRequest\x1a\x1a.entente.v1.AttestResponse2E\n" +
 	"\x04Sync\x12=\n" +
-	"\x04Sync\x12\x17.entente.v1.SyncRequest\x1a\x18.entente.v1.SyncResponse(\x010\x012\xd5\x01\n" +
+	"\x04Sync\x12\x17.entente.v1.SyncRequest\x1a\x18.entente.v1.SyncResponse(\x010\x012\x97\x01\n" +
+	"\aCompare\x12H\n" +
+	"\tStatement\x12\x1c.entente.v1.StatementRequest\x1a\x1d.entente.v1.StatementResponse\x12B\n" +
+	"\aDenials\x12\x1a.entente.v1.DenialsRequest\x1a\x1b.entente.v1.DenialsResponse2\xd5\x01\n" +
 	"\x04Sign\x12E\n" +
 	"\bSignX509\x12\x1b.entente.v1.SignX509Request\x1a\x1c.entente.v1.SignX509Response\x12B\n" +
 	"\aSignJWT\x12\x1a.entente.v1.SignJWTRequest\x1a\x1b.entente.v1.SignJWTResponse\x12B\n" +
@@ -7333,319 +7888,341 @@ func file_entente_v1_entente_proto_rawDescGZIP() []byte {
 }
 
 var file_entente_v1_entente_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_entente_v1_entente_proto_msgTypes = make([]protoimpl.MessageInfo, 109)
+var file_entente_v1_entente_proto_msgTypes = make([]protoimpl.MessageInfo, 117)
 var file_entente_v1_entente_proto_goTypes = []any{
 	(Health)(0),                        // 0: entente.v1.Health
-	(*JoinRequest)(nil),                // 1: entente.v1.JoinRequest
-	(*JoinResponse)(nil),               // 2: entente.v1.JoinResponse
-	(*AttestRequest)(nil),              // 3: entente.v1.AttestRequest
-	(*AttestResponse)(nil),             // 4: entente.v1.AttestResponse
-	(*SyncRequest)(nil),                // 5: entente.v1.SyncRequest
-	(*Hello)(nil),                      // 6: entente.v1.Hello
-	(*SessionProof)(nil),               // 7: entente.v1.SessionProof
-	(*Ack)(nil),                        // 8: entente.v1.Ack
-	(*InstanceReport)(nil),             // 9: entente.v1.InstanceReport
-	(*Instance)(nil),                   // 10: entente.v1.Instance
-	(*SyncResponse)(nil),               // 11: entente.v1.SyncResponse
-	(*Urgent)(nil),                     // 12: entente.v1.Urgent
-	(*Policy)(nil),                     // 13: entente.v1.Policy
-	(*Bundle)(nil),                     // 14: entente.v1.Bundle
-	(*Presence)(nil),                   // 15: entente.v1.Presence
-	(*Heartbeat)(nil),                  // 16: entente.v1.Heartbeat
-	(*SignX509Request)(nil),            // 17: entente.v1.SignX509Request
-	(*X509Request)(nil),                // 18: entente.v1.X509Request
-	(*SignX509Response)(nil),           // 19: entente.v1.SignX509Response
-	(*X509Result)(nil),                 // 20: entente.v1.X509Result
-	(*SignJWTRequest)(nil),             // 21: entente.v1.SignJWTRequest
-	(*JWTRequest)(nil),                 // 22: entente.v1.JWTRequest
-	(*SignJWTResponse)(nil),            // 23: entente.v1.SignJWTResponse
-	(*SignWITRequest)(nil),             // 24: entente.v1.SignWITRequest
-	(*WITRequest)(nil),                 // 25: entente.v1.WITRequest
-	(*SignWITResponse)(nil),            // 26: entente.v1.SignWITResponse
-	(*TokenResult)(nil),                // 27: entente.v1.TokenResult
-	(*StatusRequest)(nil),              // 28: entente.v1.StatusRequest
-	(*StatusResponse)(nil),             // 29: entente.v1.StatusResponse
-	(*SubscriberLevel)(nil),            // 30: entente.v1.SubscriberLevel
-	(*AuditLog)(nil),                   // 31: entente.v1.AuditLog
-	(*Upstream)(nil),                   // 32: entente.v1.Upstream
-	(*Autonomy)(nil),                   // 33: entente.v1.Autonomy
-	(*UseAutonomy)(nil),                // 34: entente.v1.UseAutonomy
-	(*MemberStatus)(nil),               // 35: entente.v1.MemberStatus
-	(*SaveSnapshotRequest)(nil),        // 36: entente.v1.SaveSnapshotRequest
-	(*SaveSnapshotResponse)(nil),       // 37: entente.v1.SaveSnapshotResponse
-	(*ListNodesRequest)(nil),           // 38: entente.v1.ListNodesRequest
-	(*ListNodesResponse)(nil),          // 39: entente.v1.ListNodesResponse
-	(*NodeProgress)(nil),               // 40: entente.v1.NodeProgress
-	(*Approval)(nil),                   // 41: entente.v1.Approval
-	(*ReplaceRecoveryKeyRequest)(nil),  // 42: entente.v1.ReplaceRecoveryKeyRequest
-	(*ReplaceRecoveryKeyResponse)(nil), // 43: entente.v1.ReplaceRecoveryKeyResponse
-	(*ListChangesRequest)(nil),         // 44: entente.v1.ListChangesRequest
-	(*ListChangesResponse)(nil),        // 45: entente.v1.ListChangesResponse
-	(*ApproveChangeRequest)(nil),       // 46: entente.v1.ApproveChangeRequest
-	(*ApproveChangeResponse)(nil),      // 47: entente.v1.ApproveChangeResponse
-	(*PromoteNodeRequest)(nil),         // 48: entente.v1.PromoteNodeRequest
-	(*PromoteNodeResponse)(nil),        // 49: entente.v1.PromoteNodeResponse
-	(*VouchRequest)(nil),               // 50: entente.v1.VouchRequest
-	(*VouchResponse)(nil),              // 51: entente.v1.VouchResponse
-	(*ChecksumRequest)(nil),            // 52: entente.v1.ChecksumRequest
-	(*ChecksumResponse)(nil),           // 53: entente.v1.ChecksumResponse
-	(*ShowEpochRequest)(nil),           // 54: entente.v1.ShowEpochRequest
-	(*ShowEpochResponse)(nil),          // 55: entente.v1.ShowEpochResponse
-	(*ForeignBundleStatus)(nil),        // 56: entente.v1.ForeignBundleStatus
-	(*DroppedKey)(nil),                 // 57: entente.v1.DroppedKey
-	(*CreateTokenRequest)(nil),         // 58: entente.v1.CreateTokenRequest
-	(*CreateTokenResponse)(nil),        // 59: entente.v1.CreateTokenResponse
-	(*ApplyRequest)(nil),               // 60: entente.v1.ApplyRequest
-	(*ApplyResponse)(nil),              // 61: entente.v1.ApplyResponse
-	(*ObjectChange)(nil),               // 62: entente.v1.ObjectChange
-	(*WhoAmIRequest)(nil),              // 63: entente.v1.WhoAmIRequest
-	(*WhoAmIResponse)(nil),             // 64: entente.v1.WhoAmIResponse
-	(*GetBundleRequest)(nil),           // 65: entente.v1.GetBundleRequest
-	(*GetBundleResponse)(nil),          // 66: entente.v1.GetBundleResponse
-	(*ProposeRequest)(nil),             // 67: entente.v1.ProposeRequest
-	(*ProposeResponse)(nil),            // 68: entente.v1.ProposeResponse
-	(*ReportRequest)(nil),              // 69: entente.v1.ReportRequest
-	(*HeldAuthority)(nil),              // 70: entente.v1.HeldAuthority
-	(*ReportResponse)(nil),             // 71: entente.v1.ReportResponse
-	(*GateRequest)(nil),                // 72: entente.v1.GateRequest
-	(*GateResponse)(nil),               // 73: entente.v1.GateResponse
-	(*AuthorityGate)(nil),              // 74: entente.v1.AuthorityGate
-	(*MarkReadyRequest)(nil),           // 75: entente.v1.MarkReadyRequest
-	(*MarkReadyResponse)(nil),          // 76: entente.v1.MarkReadyResponse
-	(*Picture)(nil),                    // 77: entente.v1.Picture
-	(*PresenceRequest)(nil),            // 78: entente.v1.PresenceRequest
-	(*PresenceResponse)(nil),           // 79: entente.v1.PresenceResponse
-	(*ListAuthoritiesRequest)(nil),     // 80: entente.v1.ListAuthoritiesRequest
-	(*ListAuthoritiesResponse)(nil),    // 81: entente.v1.ListAuthoritiesResponse
-	(*AuthorityStatus)(nil),            // 82: entente.v1.AuthorityStatus
-	(*PrepareAuthorityRequest)(nil),    // 83: entente.v1.PrepareAuthorityRequest
-	(*ChangeAuthorityRequest)(nil),     // 84: entente.v1.ChangeAuthorityRequest
-	(*ChangeAuthorityResponse)(nil),    // 85: entente.v1.ChangeAuthorityResponse
-	(*RemoveNodeRequest)(nil),          // 86: entente.v1.RemoveNodeRequest
-	(*RemoveNodeResponse)(nil),         // 87: entente.v1.RemoveNodeResponse
-	(*ListAgentsRequest)(nil),          // 88: entente.v1.ListAgentsRequest
-	(*ListAgentsResponse)(nil),         // 89: entente.v1.ListAgentsResponse
-	(*AgentStatus)(nil),                // 90: entente.v1.AgentStatus
-	(*GetAgentRequest)(nil),            // 91: entente.v1.GetAgentRequest
-	(*GetAgentResponse)(nil),           // 92: entente.v1.GetAgentResponse
-	(*ChangeAgentRequest)(nil),         // 93: entente.v1.ChangeAgentRequest
-	(*ChangeAgentResponse)(nil),        // 94: entente.v1.ChangeAgentResponse
-	(*IsolateAgentRequest)(nil),        // 95: entente.v1.IsolateAgentRequest
-	(*IsolateAgentResponse)(nil),       // 96: entente.v1.IsolateAgentResponse
-	(*Isolation)(nil),                  // 97: entente.v1.Isolation
-	(*ListTokensRequest)(nil),          // 98: entente.v1.ListTokensRequest
-	(*ListTokensResponse)(nil),         // 99: entente.v1.ListTokensResponse
-	(*RevokeTokenRequest)(nil),         // 100: entente.v1.RevokeTokenRequest
-	(*RevokeTokenResponse)(nil),        // 101: entente.v1.RevokeTokenResponse
-	(*ChangeEntriesRequest)(nil),       // 102: entente.v1.ChangeEntriesRequest
-	(*ChangeEntriesResponse)(nil),      // 103: entente.v1.ChangeEntriesResponse
-	(*EntryResult)(nil),                // 104: entente.v1.EntryResult
-	(*ListEntriesRequest)(nil),         // 105: entente.v1.ListEntriesRequest
-	(*ListEntriesResponse)(nil),        // 106: entente.v1.ListEntriesResponse
-	(*GetEntryRequest)(nil),            // 107: entente.v1.GetEntryRequest
-	(*GetEntryResponse)(nil),           // 108: entente.v1.GetEntryResponse
-	(*CountEntriesResponse)(nil),       // 109: entente.v1.CountEntriesResponse
-	(*v1.Member)(nil),                  // 110: entente.state.v1.Member
-	(*v1.Cluster)(nil),                 // 111: entente.state.v1.Cluster
-	(*v1.Agent)(nil),                   // 112: entente.state.v1.Agent
-	(*v1.Distrust)(nil),                // 113: entente.state.v1.Distrust
-	(*v1.Entry)(nil),                   // 114: entente.state.v1.Entry
-	(*v1.Object)(nil),                  // 115: entente.state.v1.Object
-	(*v1.ObjectKey)(nil),               // 116: entente.state.v1.ObjectKey
-	(*v1.Authority)(nil),               // 117: entente.state.v1.Authority
-	(v1.KeyUse)(0),                     // 118: entente.state.v1.KeyUse
-	(*v1.RecoveryKeyReplacement)(nil),  // 119: entente.state.v1.RecoveryKeyReplacement
-	(*v1.NodeGrant)(nil),               // 120: entente.state.v1.NodeGrant
-	(*v1.AgentGrant)(nil),              // 121: entente.state.v1.AgentGrant
-	(*v1.RoleBinding)(nil),             // 122: entente.state.v1.RoleBinding
-	(*v1.Token)(nil),                   // 123: entente.state.v1.Token
-	(*v1.EntryChange)(nil),             // 124: entente.state.v1.EntryChange
+	(*StatementRequest)(nil),           // 1: entente.v1.StatementRequest
+	(*StatementResponse)(nil),          // 2: entente.v1.StatementResponse
+	(*DenialsRequest)(nil),             // 3: entente.v1.DenialsRequest
+	(*DenialsResponse)(nil),            // 4: entente.v1.DenialsResponse
+	(*SignedStatement)(nil),            // 5: entente.v1.SignedStatement
+	(*NodeStatement)(nil),              // 6: entente.v1.NodeStatement
+	(*StateSpan)(nil),                  // 7: entente.v1.StateSpan
+	(*JoinRequest)(nil),                // 8: entente.v1.JoinRequest
+	(*JoinResponse)(nil),               // 9: entente.v1.JoinResponse
+	(*AttestRequest)(nil),              // 10: entente.v1.AttestRequest
+	(*AttestResponse)(nil),             // 11: entente.v1.AttestResponse
+	(*SyncRequest)(nil),                // 12: entente.v1.SyncRequest
+	(*Hello)(nil),                      // 13: entente.v1.Hello
+	(*SessionProof)(nil),               // 14: entente.v1.SessionProof
+	(*Ack)(nil),                        // 15: entente.v1.Ack
+	(*InstanceReport)(nil),             // 16: entente.v1.InstanceReport
+	(*Instance)(nil),                   // 17: entente.v1.Instance
+	(*SyncResponse)(nil),               // 18: entente.v1.SyncResponse
+	(*Urgent)(nil),                     // 19: entente.v1.Urgent
+	(*Policy)(nil),                     // 20: entente.v1.Policy
+	(*Bundle)(nil),                     // 21: entente.v1.Bundle
+	(*Presence)(nil),                   // 22: entente.v1.Presence
+	(*Heartbeat)(nil),                  // 23: entente.v1.Heartbeat
+	(*SignX509Request)(nil),            // 24: entente.v1.SignX509Request
+	(*X509Request)(nil),                // 25: entente.v1.X509Request
+	(*SignX509Response)(nil),           // 26: entente.v1.SignX509Response
+	(*X509Result)(nil),                 // 27: entente.v1.X509Result
+	(*SignJWTRequest)(nil),             // 28: entente.v1.SignJWTRequest
+	(*JWTRequest)(nil),                 // 29: entente.v1.JWTRequest
+	(*SignJWTResponse)(nil),            // 30: entente.v1.SignJWTResponse
+	(*SignWITRequest)(nil),             // 31: entente.v1.SignWITRequest
+	(*WITRequest)(nil),                 // 32: entente.v1.WITRequest
+	(*SignWITResponse)(nil),            // 33: entente.v1.SignWITResponse
+	(*TokenResult)(nil),                // 34: entente.v1.TokenResult
+	(*StatusRequest)(nil),              // 35: entente.v1.StatusRequest
+	(*StatusResponse)(nil),             // 36: entente.v1.StatusResponse
+	(*Contradiction)(nil),              // 37: entente.v1.Contradiction
+	(*SubscriberLevel)(nil),            // 38: entente.v1.SubscriberLevel
+	(*AuditLog)(nil),                   // 39: entente.v1.AuditLog
+	(*Upstream)(nil),                   // 40: entente.v1.Upstream
+	(*Autonomy)(nil),                   // 41: entente.v1.Autonomy
+	(*UseAutonomy)(nil),                // 42: entente.v1.UseAutonomy
+	(*MemberStatus)(nil),               // 43: entente.v1.MemberStatus
+	(*SaveSnapshotRequest)(nil),        // 44: entente.v1.SaveSnapshotRequest
+	(*SaveSnapshotResponse)(nil),       // 45: entente.v1.SaveSnapshotResponse
+	(*ListNodesRequest)(nil),           // 46: entente.v1.ListNodesRequest
+	(*ListNodesResponse)(nil),          // 47: entente.v1.ListNodesResponse
+	(*NodeProgress)(nil),               // 48: entente.v1.NodeProgress
+	(*Approval)(nil),                   // 49: entente.v1.Approval
+	(*ReplaceRecoveryKeyRequest)(nil),  // 50: entente.v1.ReplaceRecoveryKeyRequest
+	(*ReplaceRecoveryKeyResponse)(nil), // 51: entente.v1.ReplaceRecoveryKeyResponse
+	(*ListChangesRequest)(nil),         // 52: entente.v1.ListChangesRequest
+	(*ListChangesResponse)(nil),        // 53: entente.v1.ListChangesResponse
+	(*ApproveChangeRequest)(nil),       // 54: entente.v1.ApproveChangeRequest
+	(*ApproveChangeResponse)(nil),      // 55: entente.v1.ApproveChangeResponse
+	(*PromoteNodeRequest)(nil),         // 56: entente.v1.PromoteNodeRequest
+	(*PromoteNodeResponse)(nil),        // 57: entente.v1.PromoteNodeResponse
+	(*VouchRequest)(nil),               // 58: entente.v1.VouchRequest
+	(*VouchResponse)(nil),              // 59: entente.v1.VouchResponse
+	(*ChecksumRequest)(nil),            // 60: entente.v1.ChecksumRequest
+	(*ChecksumResponse)(nil),           // 61: entente.v1.ChecksumResponse
+	(*ShowEpochRequest)(nil),           // 62: entente.v1.ShowEpochRequest
+	(*ShowEpochResponse)(nil),          // 63: entente.v1.ShowEpochResponse
+	(*ForeignBundleStatus)(nil),        // 64: entente.v1.ForeignBundleStatus
+	(*DroppedKey)(nil),                 // 65: entente.v1.DroppedKey
+	(*CreateTokenRequest)(nil),         // 66: entente.v1.CreateTokenRequest
+	(*CreateTokenResponse)(nil),        // 67: entente.v1.CreateTokenResponse
+	(*ApplyRequest)(nil),               // 68: entente.v1.ApplyRequest
+	(*ApplyResponse)(nil),              // 69: entente.v1.ApplyResponse
+	(*ObjectChange)(nil),               // 70: entente.v1.ObjectChange
+	(*WhoAmIRequest)(nil),              // 71: entente.v1.WhoAmIRequest
+	(*WhoAmIResponse)(nil),             // 72: entente.v1.WhoAmIResponse
+	(*GetBundleRequest)(nil),           // 73: entente.v1.GetBundleRequest
+	(*GetBundleResponse)(nil),          // 74: entente.v1.GetBundleResponse
+	(*ProposeRequest)(nil),             // 75: entente.v1.ProposeRequest
+	(*ProposeResponse)(nil),            // 76: entente.v1.ProposeResponse
+	(*ReportRequest)(nil),              // 77: entente.v1.ReportRequest
+	(*HeldAuthority)(nil),              // 78: entente.v1.HeldAuthority
+	(*ReportResponse)(nil),             // 79: entente.v1.ReportResponse
+	(*GateRequest)(nil),                // 80: entente.v1.GateRequest
+	(*GateResponse)(nil),               // 81: entente.v1.GateResponse
+	(*AuthorityGate)(nil),              // 82: entente.v1.AuthorityGate
+	(*MarkReadyRequest)(nil),           // 83: entente.v1.MarkReadyRequest
+	(*MarkReadyResponse)(nil),          // 84: entente.v1.MarkReadyResponse
+	(*Picture)(nil),                    // 85: entente.v1.Picture
+	(*PresenceRequest)(nil),            // 86: entente.v1.PresenceRequest
+	(*PresenceResponse)(nil),           // 87: entente.v1.PresenceResponse
+	(*ListAuthoritiesRequest)(nil),     // 88: entente.v1.ListAuthoritiesRequest
+	(*ListAuthoritiesResponse)(nil),    // 89: entente.v1.ListAuthoritiesResponse
+	(*AuthorityStatus)(nil),            // 90: entente.v1.AuthorityStatus
+	(*PrepareAuthorityRequest)(nil),    // 91: entente.v1.PrepareAuthorityRequest
+	(*ChangeAuthorityRequest)(nil),     // 92: entente.v1.ChangeAuthorityRequest
+	(*ChangeAuthorityResponse)(nil),    // 93: entente.v1.ChangeAuthorityResponse
+	(*RemoveNodeRequest)(nil),          // 94: entente.v1.RemoveNodeRequest
+	(*RemoveNodeResponse)(nil),         // 95: entente.v1.RemoveNodeResponse
+	(*ListAgentsRequest)(nil),          // 96: entente.v1.ListAgentsRequest
+	(*ListAgentsResponse)(nil),         // 97: entente.v1.ListAgentsResponse
+	(*AgentStatus)(nil),                // 98: entente.v1.AgentStatus
+	(*GetAgentRequest)(nil),            // 99: entente.v1.GetAgentRequest
+	(*GetAgentResponse)(nil),           // 100: entente.v1.GetAgentResponse
+	(*ChangeAgentRequest)(nil),         // 101: entente.v1.ChangeAgentRequest
+	(*ChangeAgentResponse)(nil),        // 102: entente.v1.ChangeAgentResponse
+	(*IsolateAgentRequest)(nil),        // 103: entente.v1.IsolateAgentRequest
+	(*IsolateAgentResponse)(nil),       // 104: entente.v1.IsolateAgentResponse
+	(*Isolation)(nil),                  // 105: entente.v1.Isolation
+	(*ListTokensRequest)(nil),          // 106: entente.v1.ListTokensRequest
+	(*ListTokensResponse)(nil),         // 107: entente.v1.ListTokensResponse
+	(*RevokeTokenRequest)(nil),         // 108: entente.v1.RevokeTokenRequest
+	(*RevokeTokenResponse)(nil),        // 109: entente.v1.RevokeTokenResponse
+	(*ChangeEntriesRequest)(nil),       // 110: entente.v1.ChangeEntriesRequest
+	(*ChangeEntriesResponse)(nil),      // 111: entente.v1.ChangeEntriesResponse
+	(*EntryResult)(nil),                // 112: entente.v1.EntryResult
+	(*ListEntriesRequest)(nil),         // 113: entente.v1.ListEntriesRequest
+	(*ListEntriesResponse)(nil),        // 114: entente.v1.ListEntriesResponse
+	(*GetEntryRequest)(nil),            // 115: entente.v1.GetEntryRequest
+	(*GetEntryResponse)(nil),           // 116: entente.v1.GetEntryResponse
+	(*CountEntriesResponse)(nil),       // 117: entente.v1.CountEntriesResponse
+	(*v1.Cluster)(nil),                 // 118: entente.state.v1.Cluster
+	(*v1.Member)(nil),                  // 119: entente.state.v1.Member
+	(*v1.Distrust)(nil),                // 120: entente.state.v1.Distrust
+	(*v1.Agent)(nil),                   // 121: entente.state.v1.Agent
+	(*v1.Entry)(nil),                   // 122: entente.state.v1.Entry
+	(*v1.Object)(nil),                  // 123: entente.state.v1.Object
+	(*v1.ObjectKey)(nil),               // 124: entente.state.v1.ObjectKey
+	(*v1.Authority)(nil),               // 125: entente.state.v1.Authority
+	(v1.KeyUse)(0),                     // 126: entente.state.v1.KeyUse
+	(*v1.RecoveryKeyReplacement)(nil),  // 127: entente.state.v1.RecoveryKeyReplacement
+	(*v1.NodeGrant)(nil),               // 128: entente.state.v1.NodeGrant
+	(*v1.AgentGrant)(nil),              // 129: entente.state.v1.AgentGrant
+	(*v1.RoleBinding)(nil),             // 130: entente.state.v1.RoleBinding
+	(*v1.Token)(nil),                   // 131: entente.state.v1.Token
+	(*v1.EntryChange)(nil),             // 132: entente.state.v1.EntryChange
 }
 var file_entente_v1_entente_proto_depIdxs = []int32{
-	110, // 0: entente.v1.JoinResponse.member:type_name -> entente.state.v1.Member
-	110, // 1: entente.v1.JoinResponse.members:type_name -> entente.state.v1.Member
-	111, // 2: entente.v1.JoinResponse.cluster:type_name -> entente.state.v1.Cluster
-	110, // 3: entente.v1.AttestResponse.members:type_name -> entente.state.v1.Member
-	111, // 4: entente.v1.AttestResponse.cluster:type_name -> entente.state.v1.Cluster
-	112, // 5: entente.v1.AttestResponse.agent:type_name -> entente.state.v1.Agent
-	6,   // 6: entente.v1.SyncRequest.hello:type_name -> entente.v1.Hello
-	8,   // 7: entente.v1.SyncRequest.ack:type_name -> entente.v1.Ack
-	9,   // 8: entente.v1.SyncRequest.report:type_name -> entente.v1.InstanceReport
-	7,   // 9: entente.v1.Hello.proof:type_name -> entente.v1.SessionProof
-	7,   // 10: entente.v1.Ack.proof:type_name -> entente.v1.SessionProof
-	10,  // 11: entente.v1.InstanceReport.instances:type_name -> entente.v1.Instance
-	0,   // 12: entente.v1.Instance.health:type_name -> entente.v1.Health
-	7,   // 13: entente.v1.Instance.proof:type_name -> entente.v1.SessionProof
-	13,  // 14: entente.v1.SyncResponse.policy:type_name -> entente.v1.Policy
-	15,  // 15: entente.v1.SyncResponse.presence:type_name -> entente.v1.Presence
-	16,  // 16: entente.v1.SyncResponse.heartbeat:type_name -> entente.v1.Heartbeat
-	12,  // 17: entente.v1.SyncResponse.urgent:type_name -> entente.v1.Urgent
-	113, // 18: entente.v1.Urgent.distrust:type_name -> entente.state.v1.Distrust
-	14,  // 19: entente.v1.Urgent.bundles:type_name -> entente.v1.Bundle
-	111, // 20: entente.v1.Policy.cluster:type_name -> entente.state.v1.Cluster
-	114, // 21: entente.v1.Policy.entries:type_name -> entente.state.v1.Entry
-	14,  // 22: entente.v1.Policy.bundles:type_name -> entente.v1.Bundle
-	115, // 23: entente.v1.Policy.objects:type_name -> entente.state.v1.Object
-	116, // 24: entente.v1.Policy.deleted_objects:type_name -> entente.state.v1.ObjectKey
-	110, // 25: entente.v1.Policy.members:type_name -> entente.state.v1.Member
-	113, // 26: entente.v1.Policy.distrust:type_name -> entente.state.v1.Distrust
-	10,  // 27: entente.v1.Presence.instances:type_name -> entente.v1.Instance
-	10,  // 28: entente.v1.Presence.withdrawn:type_name -> entente.v1.Instance
-	18,  // 29: entente.v1.SignX509Request.requests:type_name -> entente.v1.X509Request
-	20,  // 30: entente.v1.SignX509Response.results:type_name -> entente.v1.X509Result
-	22,  // 31: entente.v1.SignJWTRequest.requests:type_name -> entente.v1.JWTRequest
-	27,  // 32: entente.v1.SignJWTResponse.results:type_name -> entente.v1.TokenResult
-	25,  // 33: entente.v1.SignWITRequest.requests:type_name -> entente.v1.WITRequest
-	27,  // 34: entente.v1.SignWITResponse.results:type_name -> entente.v1.TokenResult
-	41,  // 35: entente.v1.StatusResponse.changes:type_name -> entente.v1.Approval
-	111, // 36: entente.v1.StatusResponse.cluster:type_name -> entente.state.v1.Cluster
-	35,  // 37: entente.v1.StatusResponse.members:type_name -> entente.v1.MemberStatus
-	117, // 38: entente.v1.StatusResponse.authorities:type_name -> entente.state.v1.Authority
-	56,  // 39: entente.v1.StatusResponse.foreign:type_name -> entente.v1.ForeignBundleStatus
-	10,  // 40: entente.v1.StatusResponse.instances:type_name -> entente.v1.Instance
-	33,  // 41: entente.v1.StatusResponse.autonomy:type_name -> entente.v1.Autonomy
-	32,  // 42: entente.v1.StatusResponse.upstream:type_name -> entente.v1.Upstream
-	97,  // 43: entente.v1.StatusResponse.isolated:type_name -> entente.v1.Isolation
-	31,  // 44: entente.v1.StatusResponse.audit:type_name -> entente.v1.AuditLog
-	30,  // 45: entente.v1.StatusResponse.older:type_name -> entente.v1.SubscriberLevel
-	34,  // 46: entente.v1.Autonomy.uses:type_name -> entente.v1.UseAutonomy
-	118, // 47: entente.v1.UseAutonomy.use:type_name -> entente.state.v1.KeyUse
-	110, // 48: entente.v1.MemberStatus.member:type_name -> entente.state.v1.Member
-	40,  // 49: entente.v1.ListNodesResponse.nodes:type_name -> entente.v1.NodeProgress
-	110, // 50: entente.v1.NodeProgress.member:type_name -> entente.state.v1.Member
-	119, // 51: entente.v1.ReplaceRecoveryKeyRequest.replacement:type_name -> entente.state.v1.RecoveryKeyReplacement
-	41,  // 52: entente.v1.ReplaceRecoveryKeyResponse.approval:type_name -> entente.v1.Approval
-	41,  // 53: entente.v1.ListChangesResponse.changes:type_name -> entente.v1.Approval
-	41,  // 54: entente.v1.ApproveChangeResponse.approval:type_name -> entente.v1.Approval
-	41,  // 55: entente.v1.PromoteNodeResponse.approval:type_name -> entente.v1.Approval
-	110, // 56: entente.v1.VouchResponse.member:type_name -> entente.state.v1.Member
-	57,  // 57: entente.v1.ForeignBundleStatus.dropped:type_name -> entente.v1.DroppedKey
-	120, // 58: entente.v1.CreateTokenRequest.node:type_name -> entente.state.v1.NodeGrant
-	121, // 59: entente.v1.CreateTokenRequest.agent:type_name -> entente.state.v1.AgentGrant
-	41,  // 60: entente.v1.CreateTokenResponse.approval:type_name -> entente.v1.Approval
-	115, // 61: entente.v1.ApplyRequest.objects:type_name -> entente.state.v1.Object
-	116, // 62: entente.v1.ApplyRequest.deletes:type_name -> entente.state.v1.ObjectKey
-	62,  // 63: entente.v1.ApplyResponse.changes:type_name -> entente.v1.ObjectChange
-	116, // 64: entente.v1.ObjectChange.key:type_name -> entente.state.v1.ObjectKey
-	115, // 65: entente.v1.ObjectChange.before:type_name -> entente.state.v1.Object
-	122, // 66: entente.v1.WhoAmIResponse.bindings:type_name -> entente.state.v1.RoleBinding
-	70,  // 67: entente.v1.ReportRequest.held:type_name -> entente.v1.HeldAuthority
-	74,  // 68: entente.v1.GateResponse.authorities:type_name -> entente.v1.AuthorityGate
-	13,  // 69: entente.v1.Picture.policy:type_name -> entente.v1.Policy
-	15,  // 70: entente.v1.Picture.presence:type_name -> entente.v1.Presence
-	10,  // 71: entente.v1.PresenceResponse.instances:type_name -> entente.v1.Instance
-	10,  // 72: entente.v1.PresenceResponse.withdrawn:type_name -> entente.v1.Instance
-	82,  // 73: entente.v1.ListAuthoritiesResponse.authorities:type_name -> entente.v1.AuthorityStatus
-	117, // 74: entente.v1.AuthorityStatus.authority:type_name -> entente.state.v1.Authority
-	118, // 75: entente.v1.PrepareAuthorityRequest.use:type_name -> entente.state.v1.KeyUse
-	117, // 76: entente.v1.ChangeAuthorityResponse.authority:type_name -> entente.state.v1.Authority
-	117, // 77: entente.v1.ChangeAuthorityResponse.signing:type_name -> entente.state.v1.Authority
-	41,  // 78: entente.v1.RemoveNodeResponse.approval:type_name -> entente.v1.Approval
-	110, // 79: entente.v1.RemoveNodeResponse.member:type_name -> entente.state.v1.Member
-	117, // 80: entente.v1.RemoveNodeResponse.authorities:type_name -> entente.state.v1.Authority
-	90,  // 81: entente.v1.ListAgentsResponse.agents:type_name -> entente.v1.AgentStatus
-	112, // 82: entente.v1.AgentStatus.agent:type_name -> entente.state.v1.Agent
-	90,  // 83: entente.v1.GetAgentResponse.status:type_name -> entente.v1.AgentStatus
-	114, // 84: entente.v1.GetAgentResponse.entries:type_name -> entente.state.v1.Entry
-	10,  // 85: entente.v1.GetAgentResponse.instances:type_name -> entente.v1.Instance
-	97,  // 86: entente.v1.IsolateAgentResponse.isolation:type_name -> entente.v1.Isolation
-	112, // 87: entente.v1.Isolation.agent:type_name -> entente.state.v1.Agent
-	123, // 88: entente.v1.ListTokensResponse.tokens:type_name -> entente.state.v1.Token
-	124, // 89: entente.v1.ChangeEntriesRequest.changes:type_name -> entente.state.v1.EntryChange
-	104, // 90: entente.v1.ChangeEntriesResponse.results:type_name -> entente.v1.EntryResult
-	114, // 91: entente.v1.ListEntriesResponse.entries:type_name -> entente.state.v1.Entry
-	114, // 92: entente.v1.GetEntryResponse.entry:type_name -> entente.state.v1.Entry
-	1,   // 93: entente.v1.Join.Join:input_type -> entente.v1.JoinRequest
-	3,   // 94: entente.v1.Attest.Attest:input_type -> entente.v1.AttestRequest
-	5,   // 95: entente.v1.Sync.Sync:input_type -> entente.v1.SyncRequest
-	17,  // 96: entente.v1.Sign.SignX509:input_type -> entente.v1.SignX509Request
-	21,  // 97: entente.v1.Sign.SignJWT:input_type -> entente.v1.SignJWTRequest
-	24,  // 98: entente.v1.Sign.SignWIT:input_type -> entente.v1.SignWITRequest
-	28,  // 99: entente.v1.Admin.Status:input_type -> entente.v1.StatusRequest
-	58,  // 100: entente.v1.Admin.CreateToken:input_type -> entente.v1.CreateTokenRequest
-	60,  // 101: entente.v1.Admin.Apply:input_type -> entente.v1.ApplyRequest
-	65,  // 102: entente.v1.Admin.GetBundle:input_type -> entente.v1.GetBundleRequest
-	80,  // 103: entente.v1.Admin.ListAuthorities:input_type -> entente.v1.ListAuthoritiesRequest
-	83,  // 104: entente.v1.Admin.PrepareAuthority:input_type -> entente.v1.PrepareAuthorityRequest
-	84,  // 105: entente.v1.Admin.ActivateAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	84,  // 106: entente.v1.Admin.TaintAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	84,  // 107: entente.v1.Admin.RevokeAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	86,  // 108: entente.v1.Admin.RemoveNode:input_type -> entente.v1.RemoveNodeRequest
-	88,  // 109: entente.v1.Admin.ListAgents:input_type -> entente.v1.ListAgentsRequest
-	91,  // 110: entente.v1.Admin.GetAgent:input_type -> entente.v1.GetAgentRequest
-	93,  // 111: entente.v1.Admin.BanAgent:input_type -> entente.v1.ChangeAgentRequest
-	93,  // 112: entente.v1.Admin.EvictAgent:input_type -> entente.v1.ChangeAgentRequest
-	95,  // 113: entente.v1.Admin.IsolateAgent:input_type -> entente.v1.IsolateAgentRequest
-	98,  // 114: entente.v1.Admin.ListTokens:input_type -> entente.v1.ListTokensRequest
-	100, // 115: entente.v1.Admin.RevokeToken:input_type -> entente.v1.RevokeTokenRequest
-	102, // 116: entente.v1.Admin.ChangeEntries:input_type -> entente.v1.ChangeEntriesRequest
-	105, // 117: entente.v1.Admin.ListEntries:input_type -> entente.v1.ListEntriesRequest
-	107, // 118: entente.v1.Admin.GetEntry:input_type -> entente.v1.GetEntryRequest
-	105, // 119: entente.v1.Admin.CountEntries:input_type -> entente.v1.ListEntriesRequest
-	36,  // 120: entente.v1.Admin.SaveSnapshot:input_type -> entente.v1.SaveSnapshotRequest
-	38,  // 121: entente.v1.Admin.ListNodes:input_type -> entente.v1.ListNodesRequest
-	48,  // 122: entente.v1.Admin.PromoteNode:input_type -> entente.v1.PromoteNodeRequest
-	42,  // 123: entente.v1.Admin.ReplaceRecoveryKey:input_type -> entente.v1.ReplaceRecoveryKeyRequest
-	44,  // 124: entente.v1.Admin.ListChanges:input_type -> entente.v1.ListChangesRequest
-	46,  // 125: entente.v1.Admin.ApproveChange:input_type -> entente.v1.ApproveChangeRequest
-	63,  // 126: entente.v1.Admin.WhoAmI:input_type -> entente.v1.WhoAmIRequest
-	67,  // 127: entente.v1.Peer.Propose:input_type -> entente.v1.ProposeRequest
-	69,  // 128: entente.v1.Peer.Report:input_type -> entente.v1.ReportRequest
-	78,  // 129: entente.v1.Peer.Presence:input_type -> entente.v1.PresenceRequest
-	72,  // 130: entente.v1.Peer.Gate:input_type -> entente.v1.GateRequest
-	50,  // 131: entente.v1.Peer.Vouch:input_type -> entente.v1.VouchRequest
-	52,  // 132: entente.v1.Peer.Checksum:input_type -> entente.v1.ChecksumRequest
-	38,  // 133: entente.v1.Peer.Nodes:input_type -> entente.v1.ListNodesRequest
-	75,  // 134: entente.v1.Peer.MarkReady:input_type -> entente.v1.MarkReadyRequest
-	54,  // 135: entente.v1.Peer.ShowEpoch:input_type -> entente.v1.ShowEpochRequest
-	2,   // 136: entente.v1.Join.Join:output_type -> entente.v1.JoinResponse
-	4,   // 137: entente.v1.Attest.Attest:output_type -> entente.v1.AttestResponse
-	11,  // 138: entente.v1.Sync.Sync:output_type -> entente.v1.SyncResponse
-	19,  // 139: entente.v1.Sign.SignX509:output_type -> entente.v1.SignX509Response
-	23,  // 140: entente.v1.Sign.SignJWT:output_type -> entente.v1.SignJWTResponse
-	26,  // 141: entente.v1.Sign.SignWIT:output_type -> entente.v1.SignWITResponse
-	29,  // 142: entente.v1.Admin.Status:output_type -> entente.v1.StatusResponse
-	59,  // 143: entente.v1.Admin.CreateToken:output_type -> entente.v1.CreateTokenResponse
-	61,  // 144: entente.v1.Admin.Apply:output_type -> entente.v1.ApplyResponse
-	66,  // 145: entente.v1.Admin.GetBundle:output_type -> entente.v1.GetBundleResponse
-	81,  // 146: entente.v1.Admin.ListAuthorities:output_type -> entente.v1.ListAuthoritiesResponse
-	85,  // 147: entente.v1.Admin.PrepareAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	85,  // 148: entente.v1.Admin.ActivateAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	85,  // 149: entente.v1.Admin.TaintAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	85,  // 150: entente.v1.Admin.RevokeAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	87,  // 151: entente.v1.Admin.RemoveNode:output_type -> entente.v1.RemoveNodeResponse
-	89,  // 152: entente.v1.Admin.ListAgents:output_type -> entente.v1.ListAgentsResponse
-	92,  // 153: entente.v1.Admin.GetAgent:output_type -> entente.v1.GetAgentResponse
-	94,  // 154: entente.v1.Admin.BanAgent:output_type -> entente.v1.ChangeAgentResponse
-	94,  // 155: entente.v1.Admin.EvictAgent:output_type -> entente.v1.ChangeAgentResponse
-	96,  // 156: entente.v1.Admin.IsolateAgent:output_type -> entente.v1.IsolateAgentResponse
-	99,  // 157: entente.v1.Admin.ListTokens:output_type -> entente.v1.ListTokensResponse
-	101, // 158: entente.v1.Admin.RevokeToken:output_type -> entente.v1.RevokeTokenResponse
-	103, // 159: entente.v1.Admin.ChangeEntries:output_type -> entente.v1.ChangeEntriesResponse
-	106, // 160: entente.v1.Admin.ListEntries:output_type -> entente.v1.ListEntriesResponse
-	108, // 161: entente.v1.Admin.GetEntry:output_type -> entente.v1.GetEntryResponse
-	109, // 162: entente.v1.Admin.CountEntries:output_type -> entente.v1.CountEntriesResponse
-	37,  // 163: entente.v1.Admin.SaveSnapshot:output_type -> entente.v1.SaveSnapshotResponse
-	39,  // 164: entente.v1.Admin.ListNodes:output_type -> entente.v1.ListNodesResponse
-	49,  // 165: entente.v1.Admin.PromoteNode:output_type -> entente.v1.PromoteNodeResponse
-	43,  // 166: entente.v1.Admin.ReplaceRecoveryKey:output_type -> entente.v1.ReplaceRecoveryKeyResponse
-	45,  // 167: entente.v1.Admin.ListChanges:output_type -> entente.v1.ListChangesResponse
-	47,  // 168: entente.v1.Admin.ApproveChange:output_type -> entente.v1.ApproveChangeResponse
-	64,  // 169: entente.v1.Admin.WhoAmI:output_type -> entente.v1.WhoAmIResponse
-	68,  // 170: entente.v1.Peer.Propose:output_type -> entente.v1.ProposeResponse
-	71,  // 171: entente.v1.Peer.Report:output_type -> entente.v1.ReportResponse
-	79,  // 172: entente.v1.Peer.Presence:output_type -> entente.v1.PresenceResponse
-	73,  // 173: entente.v1.Peer.Gate:output_type -> entente.v1.GateResponse
-	51,  // 174: entente.v1.Peer.Vouch:output_type -> entente.v1.VouchResponse
-	53,  // 175: entente.v1.Peer.Checksum:output_type -> entente.v1.ChecksumResponse
-	39,  // 176: entente.v1.Peer.Nodes:output_type -> entente.v1.ListNodesResponse
-	76,  // 177: entente.v1.Peer.MarkReady:output_type -> entente.v1.MarkReadyResponse
-	55,  // 178: entente.v1.Peer.ShowEpoch:output_type -> entente.v1.ShowEpochResponse
-	136, // [136:179] is the sub-list for method output_type
-	93,  // [93:136] is the sub-list for method input_type
-	93,  // [93:93] is the sub-list for extension type_name
-	93,  // [93:93] is the sub-list for extension extendee
-	0,   // [0:93] is the sub-list for field type_name
+	5,   // 0: entente.v1.StatementResponse.statement:type_name -> entente.v1.SignedStatement
+	118, // 1: entente.v1.StatementResponse.cluster:type_name -> entente.state.v1.Cluster
+	119, // 2: entente.v1.DenialsResponse.members:type_name -> entente.state.v1.Member
+	120, // 3: entente.v1.DenialsResponse.distrust:type_name -> entente.state.v1.Distrust
+	7,   // 4: entente.v1.NodeStatement.members:type_name -> entente.v1.StateSpan
+	7,   // 5: entente.v1.NodeStatement.bundle:type_name -> entente.v1.StateSpan
+	7,   // 6: entente.v1.NodeStatement.distrust:type_name -> entente.v1.StateSpan
+	119, // 7: entente.v1.JoinResponse.member:type_name -> entente.state.v1.Member
+	119, // 8: entente.v1.JoinResponse.members:type_name -> entente.state.v1.Member
+	118, // 9: entente.v1.JoinResponse.cluster:type_name -> entente.state.v1.Cluster
+	119, // 10: entente.v1.AttestResponse.members:type_name -> entente.state.v1.Member
+	118, // 11: entente.v1.AttestResponse.cluster:type_name -> entente.state.v1.Cluster
+	121, // 12: entente.v1.AttestResponse.agent:type_name -> entente.state.v1.Agent
+	13,  // 13: entente.v1.SyncRequest.hello:type_name -> entente.v1.Hello
+	15,  // 14: entente.v1.SyncRequest.ack:type_name -> entente.v1.Ack
+	16,  // 15: entente.v1.SyncRequest.report:type_name -> entente.v1.InstanceReport
+	14,  // 16: entente.v1.Hello.proof:type_name -> entente.v1.SessionProof
+	14,  // 17: entente.v1.Ack.proof:type_name -> entente.v1.SessionProof
+	17,  // 18: entente.v1.InstanceReport.instances:type_name -> entente.v1.Instance
+	0,   // 19: entente.v1.Instance.health:type_name -> entente.v1.Health
+	14,  // 20: entente.v1.Instance.proof:type_name -> entente.v1.SessionProof
+	20,  // 21: entente.v1.SyncResponse.policy:type_name -> entente.v1.Policy
+	22,  // 22: entente.v1.SyncResponse.presence:type_name -> entente.v1.Presence
+	23,  // 23: entente.v1.SyncResponse.heartbeat:type_name -> entente.v1.Heartbeat
+	19,  // 24: entente.v1.SyncResponse.urgent:type_name -> entente.v1.Urgent
+	120, // 25: entente.v1.Urgent.distrust:type_name -> entente.state.v1.Distrust
+	21,  // 26: entente.v1.Urgent.bundles:type_name -> entente.v1.Bundle
+	118, // 27: entente.v1.Policy.cluster:type_name -> entente.state.v1.Cluster
+	122, // 28: entente.v1.Policy.entries:type_name -> entente.state.v1.Entry
+	21,  // 29: entente.v1.Policy.bundles:type_name -> entente.v1.Bundle
+	123, // 30: entente.v1.Policy.objects:type_name -> entente.state.v1.Object
+	124, // 31: entente.v1.Policy.deleted_objects:type_name -> entente.state.v1.ObjectKey
+	119, // 32: entente.v1.Policy.members:type_name -> entente.state.v1.Member
+	120, // 33: entente.v1.Policy.distrust:type_name -> entente.state.v1.Distrust
+	17,  // 34: entente.v1.Presence.instances:type_name -> entente.v1.Instance
+	17,  // 35: entente.v1.Presence.withdrawn:type_name -> entente.v1.Instance
+	5,   // 36: entente.v1.Heartbeat.statements:type_name -> entente.v1.SignedStatement
+	25,  // 37: entente.v1.SignX509Request.requests:type_name -> entente.v1.X509Request
+	27,  // 38: entente.v1.SignX509Response.results:type_name -> entente.v1.X509Result
+	29,  // 39: entente.v1.SignJWTRequest.requests:type_name -> entente.v1.JWTRequest
+	34,  // 40: entente.v1.SignJWTResponse.results:type_name -> entente.v1.TokenResult
+	32,  // 41: entente.v1.SignWITRequest.requests:type_name -> entente.v1.WITRequest
+	34,  // 42: entente.v1.SignWITResponse.results:type_name -> entente.v1.TokenResult
+	49,  // 43: entente.v1.StatusResponse.changes:type_name -> entente.v1.Approval
+	118, // 44: entente.v1.StatusResponse.cluster:type_name -> entente.state.v1.Cluster
+	43,  // 45: entente.v1.StatusResponse.members:type_name -> entente.v1.MemberStatus
+	125, // 46: entente.v1.StatusResponse.authorities:type_name -> entente.state.v1.Authority
+	64,  // 47: entente.v1.StatusResponse.foreign:type_name -> entente.v1.ForeignBundleStatus
+	17,  // 48: entente.v1.StatusResponse.instances:type_name -> entente.v1.Instance
+	41,  // 49: entente.v1.StatusResponse.autonomy:type_name -> entente.v1.Autonomy
+	40,  // 50: entente.v1.StatusResponse.upstream:type_name -> entente.v1.Upstream
+	105, // 51: entente.v1.StatusResponse.isolated:type_name -> entente.v1.Isolation
+	39,  // 52: entente.v1.StatusResponse.audit:type_name -> entente.v1.AuditLog
+	38,  // 53: entente.v1.StatusResponse.older:type_name -> entente.v1.SubscriberLevel
+	37,  // 54: entente.v1.StatusResponse.contradicted:type_name -> entente.v1.Contradiction
+	42,  // 55: entente.v1.Autonomy.uses:type_name -> entente.v1.UseAutonomy
+	126, // 56: entente.v1.UseAutonomy.use:type_name -> entente.state.v1.KeyUse
+	119, // 57: entente.v1.MemberStatus.member:type_name -> entente.state.v1.Member
+	48,  // 58: entente.v1.ListNodesResponse.nodes:type_name -> entente.v1.NodeProgress
+	119, // 59: entente.v1.NodeProgress.member:type_name -> entente.state.v1.Member
+	127, // 60: entente.v1.ReplaceRecoveryKeyRequest.replacement:type_name -> entente.state.v1.RecoveryKeyReplacement
+	49,  // 61: entente.v1.ReplaceRecoveryKeyResponse.approval:type_name -> entente.v1.Approval
+	49,  // 62: entente.v1.ListChangesResponse.changes:type_name -> entente.v1.Approval
+	49,  // 63: entente.v1.ApproveChangeResponse.approval:type_name -> entente.v1.Approval
+	49,  // 64: entente.v1.PromoteNodeResponse.approval:type_name -> entente.v1.Approval
+	119, // 65: entente.v1.VouchResponse.member:type_name -> entente.state.v1.Member
+	65,  // 66: entente.v1.ForeignBundleStatus.dropped:type_name -> entente.v1.DroppedKey
+	128, // 67: entente.v1.CreateTokenRequest.node:type_name -> entente.state.v1.NodeGrant
+	129, // 68: entente.v1.CreateTokenRequest.agent:type_name -> entente.state.v1.AgentGrant
+	49,  // 69: entente.v1.CreateTokenResponse.approval:type_name -> entente.v1.Approval
+	123, // 70: entente.v1.ApplyRequest.objects:type_name -> entente.state.v1.Object
+	124, // 71: entente.v1.ApplyRequest.deletes:type_name -> entente.state.v1.ObjectKey
+	70,  // 72: entente.v1.ApplyResponse.changes:type_name -> entente.v1.ObjectChange
+	124, // 73: entente.v1.ObjectChange.key:type_name -> entente.state.v1.ObjectKey
+	123, // 74: entente.v1.ObjectChange.before:type_name -> entente.state.v1.Object
+	130, // 75: entente.v1.WhoAmIResponse.bindings:type_name -> entente.state.v1.RoleBinding
+	78,  // 76: entente.v1.ReportRequest.held:type_name -> entente.v1.HeldAuthority
+	82,  // 77: entente.v1.GateResponse.authorities:type_name -> entente.v1.AuthorityGate
+	20,  // 78: entente.v1.Picture.policy:type_name -> entente.v1.Policy
+	22,  // 79: entente.v1.Picture.presence:type_name -> entente.v1.Presence
+	119, // 80: entente.v1.Picture.confirmed:type_name -> entente.state.v1.Member
+	17,  // 81: entente.v1.PresenceResponse.instances:type_name -> entente.v1.Instance
+	17,  // 82: entente.v1.PresenceResponse.withdrawn:type_name -> entente.v1.Instance
+	90,  // 83: entente.v1.ListAuthoritiesResponse.authorities:type_name -> entente.v1.AuthorityStatus
+	125, // 84: entente.v1.AuthorityStatus.authority:type_name -> entente.state.v1.Authority
+	126, // 85: entente.v1.PrepareAuthorityRequest.use:type_name -> entente.state.v1.KeyUse
+	125, // 86: entente.v1.ChangeAuthorityResponse.authority:type_name -> entente.state.v1.Authority
+	125, // 87: entente.v1.ChangeAuthorityResponse.signing:type_name -> entente.state.v1.Authority
+	49,  // 88: entente.v1.RemoveNodeResponse.approval:type_name -> entente.v1.Approval
+	119, // 89: entente.v1.RemoveNodeResponse.member:type_name -> entente.state.v1.Member
+	125, // 90: entente.v1.RemoveNodeResponse.authorities:type_name -> entente.state.v1.Authority
+	98,  // 91: entente.v1.ListAgentsResponse.agents:type_name -> entente.v1.AgentStatus
+	121, // 92: entente.v1.AgentStatus.agent:type_name -> entente.state.v1.Agent
+	98,  // 93: entente.v1.GetAgentResponse.status:type_name -> entente.v1.AgentStatus
+	122, // 94: entente.v1.GetAgentResponse.entries:type_name -> entente.state.v1.Entry
+	17,  // 95: entente.v1.GetAgentResponse.instances:type_name -> entente.v1.Instance
+	105, // 96: entente.v1.IsolateAgentResponse.isolation:type_name -> entente.v1.Isolation
+	121, // 97: entente.v1.Isolation.agent:type_name -> entente.state.v1.Agent
+	131, // 98: entente.v1.ListTokensResponse.tokens:type_name -> entente.state.v1.Token
+	132, // 99: entente.v1.ChangeEntriesRequest.changes:type_name -> entente.state.v1.EntryChange
+	112, // 100: entente.v1.ChangeEntriesResponse.results:type_name -> entente.v1.EntryResult
+	122, // 101: entente.v1.ListEntriesResponse.entries:type_name -> entente.state.v1.Entry
+	122, // 102: entente.v1.GetEntryResponse.entry:type_name -> entente.state.v1.Entry
+	8,   // 103: entente.v1.Join.Join:input_type -> entente.v1.JoinRequest
+	10,  // 104: entente.v1.Attest.Attest:input_type -> entente.v1.AttestRequest
+	12,  // 105: entente.v1.Sync.Sync:input_type -> entente.v1.SyncRequest
+	1,   // 106: entente.v1.Compare.Statement:input_type -> entente.v1.StatementRequest
+	3,   // 107: entente.v1.Compare.Denials:input_type -> entente.v1.DenialsRequest
+	24,  // 108: entente.v1.Sign.SignX509:input_type -> entente.v1.SignX509Request
+	28,  // 109: entente.v1.Sign.SignJWT:input_type -> entente.v1.SignJWTRequest
+	31,  // 110: entente.v1.Sign.SignWIT:input_type -> entente.v1.SignWITRequest
+	35,  // 111: entente.v1.Admin.Status:input_type -> entente.v1.StatusRequest
+	66,  // 112: entente.v1.Admin.CreateToken:input_type -> entente.v1.CreateTokenRequest
+	68,  // 113: entente.v1.Admin.Apply:input_type -> entente.v1.ApplyRequest
+	73,  // 114: entente.v1.Admin.GetBundle:input_type -> entente.v1.GetBundleRequest
+	88,  // 115: entente.v1.Admin.ListAuthorities:input_type -> entente.v1.ListAuthoritiesRequest
+	91,  // 116: entente.v1.Admin.PrepareAuthority:input_type -> entente.v1.PrepareAuthorityRequest
+	92,  // 117: entente.v1.Admin.ActivateAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	92,  // 118: entente.v1.Admin.TaintAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	92,  // 119: entente.v1.Admin.RevokeAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	94,  // 120: entente.v1.Admin.RemoveNode:input_type -> entente.v1.RemoveNodeRequest
+	96,  // 121: entente.v1.Admin.ListAgents:input_type -> entente.v1.ListAgentsRequest
+	99,  // 122: entente.v1.Admin.GetAgent:input_type -> entente.v1.GetAgentRequest
+	101, // 123: entente.v1.Admin.BanAgent:input_type -> entente.v1.ChangeAgentRequest
+	101, // 124: entente.v1.Admin.EvictAgent:input_type -> entente.v1.ChangeAgentRequest
+	103, // 125: entente.v1.Admin.IsolateAgent:input_type -> entente.v1.IsolateAgentRequest
+	106, // 126: entente.v1.Admin.ListTokens:input_type -> entente.v1.ListTokensRequest
+	108, // 127: entente.v1.Admin.RevokeToken:input_type -> entente.v1.RevokeTokenRequest
+	110, // 128: entente.v1.Admin.ChangeEntries:input_type -> entente.v1.ChangeEntriesRequest
+	113, // 129: entente.v1.Admin.ListEntries:input_type -> entente.v1.ListEntriesRequest
+	115, // 130: entente.v1.Admin.GetEntry:input_type -> entente.v1.GetEntryRequest
+	113, // 131: entente.v1.Admin.CountEntries:input_type -> entente.v1.ListEntriesRequest
+	44,  // 132: entente.v1.Admin.SaveSnapshot:input_type -> entente.v1.SaveSnapshotRequest
+	46,  // 133: entente.v1.Admin.ListNodes:input_type -> entente.v1.ListNodesRequest
+	56,  // 134: entente.v1.Admin.PromoteNode:input_type -> entente.v1.PromoteNodeRequest
+	50,  // 135: entente.v1.Admin.ReplaceRecoveryKey:input_type -> entente.v1.ReplaceRecoveryKeyRequest
+	52,  // 136: entente.v1.Admin.ListChanges:input_type -> entente.v1.ListChangesRequest
+	54,  // 137: entente.v1.Admin.ApproveChange:input_type -> entente.v1.ApproveChangeRequest
+	71,  // 138: entente.v1.Admin.WhoAmI:input_type -> entente.v1.WhoAmIRequest
+	75,  // 139: entente.v1.Peer.Propose:input_type -> entente.v1.ProposeRequest
+	77,  // 140: entente.v1.Peer.Report:input_type -> entente.v1.ReportRequest
+	86,  // 141: entente.v1.Peer.Presence:input_type -> entente.v1.PresenceRequest
+	80,  // 142: entente.v1.Peer.Gate:input_type -> entente.v1.GateRequest
+	58,  // 143: entente.v1.Peer.Vouch:input_type -> entente.v1.VouchRequest
+	60,  // 144: entente.v1.Peer.Checksum:input_type -> entente.v1.ChecksumRequest
+	46,  // 145: entente.v1.Peer.Nodes:input_type -> entente.v1.ListNodesRequest
+	83,  // 146: entente.v1.Peer.MarkReady:input_type -> entente.v1.MarkReadyRequest
+	62,  // 147: entente.v1.Peer.ShowEpoch:input_type -> entente.v1.ShowEpochRequest
+	9,   // 148: entente.v1.Join.Join:output_type -> entente.v1.JoinResponse
+	11,  // 149: entente.v1.Attest.Attest:output_type -> entente.v1.AttestResponse
+	18,  // 150: entente.v1.Sync.Sync:output_type -> entente.v1.SyncResponse
+	2,   // 151: entente.v1.Compare.Statement:output_type -> entente.v1.StatementResponse
+	4,   // 152: entente.v1.Compare.Denials:output_type -> entente.v1.DenialsResponse
+	26,  // 153: entente.v1.Sign.SignX509:output_type -> entente.v1.SignX509Response
+	30,  // 154: entente.v1.Sign.SignJWT:output_type -> entente.v1.SignJWTResponse
+	33,  // 155: entente.v1.Sign.SignWIT:output_type -> entente.v1.SignWITResponse
+	36,  // 156: entente.v1.Admin.Status:output_type -> entente.v1.StatusResponse
+	67,  // 157: entente.v1.Admin.CreateToken:output_type -> entente.v1.CreateTokenResponse
+	69,  // 158: entente.v1.Admin.Apply:output_type -> entente.v1.ApplyResponse
+	74,  // 159: entente.v1.Admin.GetBundle:output_type -> entente.v1.GetBundleResponse
+	89,  // 160: entente.v1.Admin.ListAuthorities:output_type -> entente.v1.ListAuthoritiesResponse
+	93,  // 161: entente.v1.Admin.PrepareAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	93,  // 162: entente.v1.Admin.ActivateAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	93,  // 163: entente.v1.Admin.TaintAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	93,  // 164: entente.v1.Admin.RevokeAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	95,  // 165: entente.v1.Admin.RemoveNode:output_type -> entente.v1.RemoveNodeResponse
+	97,  // 166: entente.v1.Admin.ListAgents:output_type -> entente.v1.ListAgentsResponse
+	100, // 167: entente.v1.Admin.GetAgent:output_type -> entente.v1.GetAgentResponse
+	102, // 168: entente.v1.Admin.BanAgent:output_type -> entente.v1.ChangeAgentResponse
+	102, // 169: entente.v1.Admin.EvictAgent:output_type -> entente.v1.ChangeAgentResponse
+	104, // 170: entente.v1.Admin.IsolateAgent:output_type -> entente.v1.IsolateAgentResponse
+	107, // 171: entente.v1.Admin.ListTokens:output_type -> entente.v1.ListTokensResponse
+	109, // 172: entente.v1.Admin.RevokeToken:output_type -> entente.v1.RevokeTokenResponse
+	111, // 173: entente.v1.Admin.ChangeEntries:output_type -> entente.v1.ChangeEntriesResponse
+	114, // 174: entente.v1.Admin.ListEntries:output_type -> entente.v1.ListEntriesResponse
+	116, // 175: entente.v1.Admin.GetEntry:output_type -> entente.v1.GetEntryResponse
+	117, // 176: entente.v1.Admin.CountEntries:output_type -> entente.v1.CountEntriesResponse
+	45,  // 177: entente.v1.Admin.SaveSnapshot:output_type -> entente.v1.SaveSnapshotResponse
+	47,  // 178: entente.v1.Admin.ListNodes:output_type -> entente.v1.ListNodesResponse
+	57,  // 179: entente.v1.Admin.PromoteNode:output_type -> entente.v1.PromoteNodeResponse
+	51,  // 180: entente.v1.Admin.ReplaceRecoveryKey:output_type -> entente.v1.ReplaceRecoveryKeyResponse
+	53,  // 181: entente.v1.Admin.ListChanges:output_type -> entente.v1.ListChangesResponse
+	55,  // 182: entente.v1.Admin.ApproveChange:output_type -> entente.v1.ApproveChangeResponse
+	72,  // 183: entente.v1.Admin.WhoAmI:output_type -> entente.v1.WhoAmIResponse
+	76,  // 184: entente.v1.Peer.Propose:output_type -> entente.v1.ProposeResponse
+	79,  // 185: entente.v1.Peer.Report:output_type -> entente.v1.ReportResponse
+	87,  // 186: entente.v1.Peer.Presence:output_type -> entente.v1.PresenceResponse
+	81,  // 187: entente.v1.Peer.Gate:output_type -> entente.v1.GateResponse
+	59,  // 188: entente.v1.Peer.Vouch:output_type -> entente.v1.VouchResponse
+	61,  // 189: entente.v1.Peer.Checksum:output_type -> entente.v1.ChecksumResponse
+	47,  // 190: entente.v1.Peer.Nodes:output_type -> entente.v1.ListNodesResponse
+	84,  // 191: entente.v1.Peer.MarkReady:output_type -> entente.v1.MarkReadyResponse
+	63,  // 192: entente.v1.Peer.ShowEpoch:output_type -> entente.v1.ShowEpochResponse
+	148, // [148:193] is the sub-list for method output_type
+	103, // [103:148] is the sub-list for method input_type
+	103, // [103:103] is the sub-list for extension type_name
+	103, // [103:103] is the sub-list for extension extendee
+	0,   // [0:103] is the sub-list for field type_name
 }
 
 func init() { file_entente_v1_entente_proto_init() }
@@ -7653,12 +8230,12 @@ func file_entente_v1_entente_proto_init() {
 	if File_entente_v1_entente_proto != nil {
 		return
 	}
-	file_entente_v1_entente_proto_msgTypes[4].OneofWrappers = []any{
+	file_entente_v1_entente_proto_msgTypes[11].OneofWrappers = []any{
 		(*SyncRequest_Hello)(nil),
 		(*SyncRequest_Ack)(nil),
 		(*SyncRequest_Report)(nil),
 	}
-	file_entente_v1_entente_proto_msgTypes[10].OneofWrappers = []any{
+	file_entente_v1_entente_proto_msgTypes[17].OneofWrappers = []any{
 		(*SyncResponse_Policy)(nil),
 		(*SyncResponse_Presence)(nil),
 		(*SyncResponse_Heartbeat)(nil),
@@ -7670,9 +8247,9 @@ func file_entente_v1_entente_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_entente_v1_entente_proto_rawDesc), len(file_entente_v1_entente_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   109,
+			NumMessages:   117,
 			NumExtensions: 0,
-			NumServices:   6,
+			NumServices:   7,
 		},
 		GoTypes:           file_entente_v1_entente_proto_goTypes,
 		DependencyIndexes: file_entente_v1_entente_proto_depIdxs,

@@ -343,6 +343,160 @@ var Sync_ServiceDesc = grpc.ServiceDesc{
 }
 
 const (
+	Compare_Statement_FullMethodName = "/entente.v1.Compare/Statement"
+	Compare_Denials_FullMethodName   = "/entente.v1.Compare/Denials"
+)
+
+// CompareClient is the client API for Compare service.
+//
+// For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
+//
+// Compare lets subscribers of one CA node hear what the others hold, so that no node alone
+// decides what they believe.
+type CompareClient interface {
+	// Statement is what the server says of its own state, and what it knows of the cluster's
+	// epoch. Whoever dials a CA node by its key may ask; it is no secret.
+	Statement(ctx context.Context, in *StatementRequest, opts ...grpc.CallOption) (*StatementResponse, error)
+	// Denials is what the server's state takes away: who is no member, which authorities are
+	// not in the bundle, whom it distrusts.
+	Denials(ctx context.Context, in *DenialsRequest, opts ...grpc.CallOption) (*DenialsResponse, error)
+}
+
+type compareClient struct {
+	cc grpc.ClientConnInterface
+}
+
+func NewCompareClient(cc grpc.ClientConnInterface) CompareClient {
+	return &compareClient{cc}
+}
+
+func (c *compareClient) Statement(ctx context.Context, in *StatementRequest, opts ...grpc.CallOption) (*StatementResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(StatementResponse)
+	err := c.cc.Invoke(ctx, Compare_Statement_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *compareClient) Denials(ctx context.Context, in *DenialsRequest, opts ...grpc.CallOption) (*DenialsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(DenialsResponse)
+	err := c.cc.Invoke(ctx, Compare_Denials_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+// CompareServer is the server API for Compare service.
+// All implementations must embed UnimplementedCompareServer
+// for forward compatibility.
+//
+// Compare lets subscribers of one CA node hear what the others hold, so that no node alone
+// decides what they believe.
+type CompareServer interface {
+	// Statement is what the server says of its own state, and what it knows of the cluster's
+	// epoch. Whoever dials a CA node by its key may ask; it is no secret.
+	Statement(context.Context, *StatementRequest) (*StatementResponse, error)
+	// Denials is what the server's state takes away: who is no member, which authorities are
+	// not in the bundle, whom it distrusts.
+	Denials(context.Context, *DenialsRequest) (*DenialsResponse, error)
+	mustEmbedUnimplementedCompareServer()
+}
+
+// UnimplementedCompareServer must be embedded to have
+// forward compatible implementations.
+//
+// NOTE: this should be embedded by value instead of pointer to avoid a nil
+// pointer dereference when methods are called.
+type UnimplementedCompareServer struct{}
+
+func (UnimplementedCompareServer) Statement(context.Context, *StatementRequest) (*StatementResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Statement not implemented")
+}
+func (UnimplementedCompareServer) Denials(context.Context, *DenialsRequest) (*DenialsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Denials not implemented")
+}
+func (UnimplementedCompareServer) mustEmbedUnimplementedCompareServer() {}
+func (UnimplementedCompareServer) testEmbeddedByValue()                 {}
+
+// UnsafeCompareServer may be embedded to opt out of forward compatibility for this service.
+// Use of this interface is not recommended, as added methods to CompareServer will
+// result in compilation errors.
+type UnsafeCompareServer interface {
+	mustEmbedUnimplementedCompareServer()
+}
+
+func RegisterCompareServer(s grpc.ServiceRegistrar, srv CompareServer) {
+	// If the following call panics, it indicates UnimplementedCompareServer was
+	// embedded by pointer and is nil.  This will cause panics if an
+	// unimplemented method is ever invoked, so we test this at initialization
+	// time to prevent it from happening at runtime later due to I/O.
+	if t, ok := srv.(interface{ testEmbeddedByValue() }); ok {
+		t.testEmbeddedByValue()
+	}
+	s.RegisterService(&Compare_ServiceDesc, srv)
+}
+
+func _Compare_Statement_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(StatementRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(CompareServer).Statement(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Compare_Statement_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(CompareServer).Statement(ctx, req.(*StatementRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Compare_Denials_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(DenialsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(CompareServer).Denials(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Compare_Denials_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(CompareServer).Denials(ctx, req.(*DenialsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+// Compare_ServiceDesc is the grpc.ServiceDesc for Compare service.
+// It's only intended for direct use with grpc.RegisterService,
+// and not to be introspected or modified (even as a copy)
+var Compare_ServiceDesc = grpc.ServiceDesc{
+	ServiceName: "entente.v1.Compare",
+	HandlerType: (*CompareServer)(nil),
+	Methods: []grpc.MethodDesc{
+		{
+			MethodName: "Statement",
+			Handler:    _Compare_Statement_Handler,
+		},
+		{
+			MethodName: "Denials",
+			Handler:    _Compare_Denials_Handler,
+		},
+	},
+	Streams:  []grpc.StreamDesc{},
+	Metadata: "entente/v1/entente.proto",
+}
+
+const (
 	Sign_SignX509_FullMethodName = "/entente.v1.Sign/SignX509"
 	Sign_SignJWT_FullMethodName  = "/entente.v1.Sign/SignJWT"
 	Sign_SignWIT_FullMethodName  = "/entente.v1.Sign/SignWIT"

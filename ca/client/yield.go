@@ -1,0 +1,151 @@
+package client
+
+import (
+	"encoding/hex"
+	"maps"
+	"slices"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/protobuf/proto"
+
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	"github.com/entente-mesh/entente/ca"
+	"github.com/entente-mesh/entente/federation/bundle"
+)
+
+// yield has the next full state replace the picture, whatever its revision: two CA nodes
+// contradict what it is made of. It is the one way back.
+func (s *Store) yield() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.yields, s.update = true, nil
+}
+
+// replaced forgets what the node before said, but for what it denied: that is in force
+// until the new state was compared. Bundles of other domains may go back here (I8), since
+// what it said of them may have been made up, sequence included. Called with mu held.
+func (s *Store) replaced() {
+	s.yields, s.yielded = false, true
+	s.salt += 1 << 57
+	s.over, s.also = s.distrust, nil
+	s.distrust = map[string]*statev1.Distrust{}
+	clear(s.graces)
+	clear(s.sequences)
+}
+
+// hasYielded tells, once, that the picture was replaced.
+func (s *Store) hasYielded() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	was := s.yielded
+	s.yielded = false
+	return was
+}
+
+// compared says that others hold what this picture is made of: what a node before, or one
+// that contradicted, denied beyond it is denied no more.
+func (s *Store) compared() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.yields || len(s.over)+len(s.also) == 0 {
+		return
+	}
+	s.over, s.also = nil, nil
+	s.publishDistrust()
+}
+
+func (s *Store) publishDistrust() {
+	view := *s.view
+	view.Urgent++
+	view.Distrust, view.Announced = s.distrusted()
+	s.publish(&view)
+}
+
+// distrustedByAll is distrusted with what others than the present node deny, in force at
+// once.
+func (s *Store) distrustedByAll() (inForce, announced *ca.Distrusted) {
+	all := map[string]*statev1.Distrust{}
+	for _, items := range []map[string]*statev1.Distrust{s.over, s.also, s.distrust} {
+		for id, d := range items {
+			if have := all[id]; have == nil || !covers(have, d) {
+				all[id] = d
+			}
+		}
+	}
+	announced = ca.NewDistrusted(s.td, slices.Collect(maps.Values(all)))
+	return announced, announced
+}
+
+// covers tells whether one item names at least what another of the same id does.
+func covers(a, b *statev1.Distrust) bool {
+	return a.GetAgentGeneration() >= b.GetAgentGeneration() && a.GetEntryGeneration() >= b.GetEntryGeneration()
+}
+
+// items are all that the present node told, unless they are still those of known; told
+// counts their changes.
+func (s *Store) items(known uint64) (items []*statev1.Distrust, told uint64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if known == s.counted {
+		return nil, known
+	}
+	return slices.Collect(maps.Values(s.distrust)), s.counted
+}
+
+// holds tells whether all that another CA node distrusts was told here, too.
+func (s *Store) holds(items []*statev1.Distrust) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return !slices.ContainsFunc(items, func(d *statev1.Distrust) bool {
+		have := s.distrust[d.GetId()]
+		return (have == nil || !covers(have, d)) && s.unusable[d.GetId()] == ""
+	})
+}
+
+// deny adds what the only other CA node in reach denies, at most 10,000 items.
+func (s *Store) deny(items []*statev1.Distrust) {
+	const most = 10_000
+	also := map[string]*statev1.Distrust{}
+	for _, d := range items[:min(len(items), most)] {
+		if cannotUse(d) == "" {
+			also[d.GetId()] = d
+		}
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.view.Revision == 0 || maps.EqualFunc(also, s.also, func(a, b *statev1.Distrust) bool { return proto.Equal(a, b) }) {
+		return
+	}
+	s.also = also
+	s.publishDistrust()
+}
+
+// follows tells whether a cluster record begins an epoch after the one that is known.
+func (s *Store) follows(c *statev1.Cluster) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return c.GetTrustDomain() == s.domain && ca.FollowCluster(s.view.Cluster, c, ca.FollowRecoveryKey(c, s.recovery)) == nil
+}
+
+// bundleKeys are the authority key ids in a bundle, and the ids of its token keys.
+func bundleKeys(td spiffeid.TrustDomain, jwks []byte) (map[string]bool, error) {
+	b, _, err := bundle.Parse(td, jwks)
+	if err != nil {
+		return nil, err
+	}
+	keys := map[string]bool{}
+	for _, cert := range b.X509 {
+		keys[hex.EncodeToString(cert.SubjectKeyId)] = true
+	}
+	for _, key := range append(slices.Clone(b.JWT), b.WIT...) {
+		keys[key.ID] = true
+	}
+	return keys, nil
+}
+
+// authorityItem distrusts what an authority signed.
+func authorityItem(id string) *statev1.Distrust {
+	d := &statev1.Distrust{Authority: id, NotAfter: 1 << 36}
+	d.Id = ca.DistrustID(d)
+	return d
+}

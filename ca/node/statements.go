@@ -1,0 +1,168 @@
+package node
+
+import (
+	"context"
+	"crypto/x509"
+	"maps"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"time"
+
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
+	"github.com/entente-mesh/entente/ca/compare"
+	"github.com/entente-mesh/entente/ca/domain"
+)
+
+const (
+	stateEvery  = 2 * time.Second // a statement, and the others'
+	stateReuse  = time.Second     // a younger one is not made again
+	stateBehind = 5 * time.Second // age of the state from which on this node says that it may lack something
+	stateWait   = 2 * time.Second // for another node's answer
+)
+
+// statements are what this node states of its own state, and the newest that it heard of
+// the others: subscribers of this node hear them with its heartbeats.
+type statements struct {
+	node *Node
+
+	mu      sync.Mutex
+	history compare.History
+	items   map[*statev1.Distrust]struct{} // of the last hash; nil: none was made
+	sum     compare.Hash
+	own     *ententev1.SignedStatement
+	made    time.Time
+	others  map[string]*ententev1.SignedStatement
+}
+
+// Own is this node's statement, not older than a second.
+func (s *statements) Own() (*ententev1.SignedStatement, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	now := time.Now()
+	if s.own != nil && now.Sub(s.made) < stateReuse {
+		return s.own, nil
+	}
+	n := s.node
+	st := &compare.Statement{Member: n.own.id, Time: n.wall(), Behind: n.replica.Load().Age() > stateBehind}
+	var (
+		content  compare.Content
+		cluster  *statev1.Cluster
+		revision uint64
+		items    []*statev1.Distrust
+	)
+	n.Read(func(state *domain.State) {
+		cluster, revision, items = state.Cluster(), state.Revision(), state.Distrust()
+		content[compare.Members] = compare.MembersHash(state.Members())
+		content[compare.Bundle] = bundleHash(state)
+	})
+	content[compare.Distrust] = s.distrust(items)
+	st.Epoch = cluster.GetEpoch()
+	s.history.Add(revision, content)
+	st.History = s.history
+	signed, err := st.Sign(cluster.GetId(), n.signStatement)
+	if err != nil {
+		return nil, err
+	}
+	s.own, s.made = signed, now
+	return signed, nil
+}
+
+// distrust hashes the items, unless they are the same records as before.
+func (s *statements) distrust(items []*statev1.Distrust) compare.Hash {
+	same := s.items != nil && len(items) == len(s.items)
+	for _, d := range items {
+		if !same {
+			break
+		}
+		_, same = s.items[d]
+	}
+	if !same {
+		s.items = make(map[*statev1.Distrust]struct{}, len(items))
+		for _, d := range items {
+			s.items[d] = struct{}{}
+		}
+		s.sum = compare.DistrustHash(items)
+	}
+	return s.sum
+}
+
+func bundleHash(st *domain.State) compare.Hash {
+	roots, _ := st.OwnBundle()
+	return compare.BundleHash(roots, publicKeys(st, statev1.KeyUse_KEY_USE_JWT), publicKeys(st, statev1.KeyUse_KEY_USE_WIT))
+}
+
+// publicKeys are in PKIX form, as subscribers write them that read them from the bundle.
+func publicKeys(st *domain.State, use statev1.KeyUse) (keys [][]byte) {
+	for _, a := range st.OwnKeys(use) {
+		der := a.GetPublicKey()
+		if key, err := x509.ParsePKIXPublicKey(der); err == nil {
+			if again, err := x509.MarshalPKIXPublicKey(key); err == nil {
+				der = again
+			}
+		}
+		keys = append(keys, der)
+	}
+	return keys
+}
+
+// Others are the newest statements of other members.
+func (s *statements) Others() []*ententev1.SignedStatement {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	list := make([]*ententev1.SignedStatement, 0, len(s.others))
+	for _, id := range slices.Sorted(maps.Keys(s.others)) {
+		list = append(list, s.others[id])
+	}
+	return list
+}
+
+// run asks each other member every two seconds. What they say is passed on as it is:
+// subscribers verify it.
+func (s *statements) run(ctx context.Context) error {
+	n := s.node
+	for {
+		var others []*statev1.Member
+		n.Read(func(st *domain.State) {
+			for _, m := range st.Members() {
+				if m.GetId() != n.own.id {
+					others = append(others, m)
+				}
+			}
+		})
+		if len(others) > 0 {
+			if _, err := s.Own(); err != nil { // so that its history has no long gaps
+				n.log.Warn("cannot sign a statement of this node's state", "error", err)
+			}
+		}
+		heard := make(map[string]*ententev1.SignedStatement, len(others))
+		var mu sync.Mutex
+		var asked sync.WaitGroup
+		for _, m := range others {
+			asked.Go(func() {
+				callCtx, cancel := context.WithTimeout(ctx, stateWait)
+				defer cancel()
+				signed, err := n.peers.Statement(callCtx, m)
+				if err != nil {
+					n.log.Debug("another CA node states nothing", "member", m.GetName(), "error", err)
+					return
+				}
+				if st, err := compare.Read(signed); err != nil || st.Member != m.GetId() {
+					n.log.Debug("another CA node's statement is malformed", "member", m.GetName(), "error", err)
+					return
+				}
+				mu.Lock()
+				heard[m.GetId()] = signed
+				mu.Unlock()
+			})
+		}
+		asked.Wait()
+		s.mu.Lock()
+		s.others = heard
+		s.mu.Unlock()
+		if err := sleep(ctx, stateEvery-rand.N(stateEvery/8)); err != nil {
+			return err
+		}
+	}
+}
