@@ -28,7 +28,7 @@ const (
 	// until the node was asked itself; one from the future by more than this does not count.
 	clockSlack = 2 * time.Second
 	// youngEnough: a node with a statement younger than this is not asked.
-	youngEnough = askEvery - time.Second
+	youngEnough = askEvery * 3 / 4
 	// verifyEvery: while a node's last statement is younger, newer ones are not verified.
 	verifyEvery = 4 * time.Second
 
@@ -71,9 +71,10 @@ type comparer struct {
 	began   time.Time
 	asking  bool
 	nextAsk time.Time
-	last    string // asked last
-	only    string // Decision.Differing of which the own node's items are more than the others'
-	hashed  hashed // of the view
+	second  time.Time // until then no second node is asked at once again
+	last    string    // asked last
+	only    string    // Decision.Differing of which the own node's items are more than the others'
+	hashed  hashed    // of the view
 
 	mu        sync.Mutex
 	confirmed []*statev1.Member // the last table that two nodes agreed on
@@ -248,7 +249,8 @@ func (c *comparer) run(ctx context.Context) error {
 	}
 }
 
-func pause() time.Duration { return askEvery - time.Second + rand.N(2*time.Second) }
+// pause is askEvery with jitter, never longer.
+func pause() time.Duration { return askEvery - rand.N(askEvery/4) }
 
 // hear takes a statement that the own node passed on.
 func (c *comparer) hear(signed *ententev1.SignedStatement, partners map[string]*statev1.Member) {
@@ -485,11 +487,8 @@ func (c *comparer) ask(ctx context.Context, asks *sync.WaitGroup, now time.Time,
 			whom = silent[i]
 		}
 		c.last = whom
-		if young == 0 && len(silent) > 1 {
-			c.nextAsk = now.Add(lookEvery) // two are needed
-			if whom == silent[len(silent)-1] {
-				c.nextAsk = now.Add(pause())
-			}
+		if young+1 < min(2, len(partners)) && c.second.Before(now) {
+			c.nextAsk, c.second = now, now.Add(askEvery/2) // two are needed: the other at once
 		}
 	}
 	m := partners[whom]

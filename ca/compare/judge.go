@@ -142,7 +142,10 @@ type Decision struct {
 
 // Decide compares. counts says whose statements count.
 func (j *Judge) Decide(now time.Time, counts func(id string) bool) Decision {
-	pause := min(max(now.Sub(j.looked), 0), mostPause)
+	var pause time.Duration
+	if !j.looked.IsZero() {
+		pause = min(max(now.Sub(j.looked), 0), mostPause)
+	}
 	j.looked = now
 	revision := j.view.Revision()
 	if revision == 0 {
