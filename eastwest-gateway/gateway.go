@@ -252,6 +252,16 @@ func (g *Gateway) sync(ctx context.Context, as spiffeid.ID) error {
 	if err != nil {
 		return err
 	}
+	g.registry.MustRegister(
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "entente_gateway_ca_nodes_avoided", Help: "CA nodes that two others contradicted, and that this gateway avoids."}, func() float64 { return float64(len(ca.Comparison().Avoided)) }),
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "entente_gateway_ca_nodes_compared", Help: "CA nodes other than the connected one whose statements are fresh."}, func() float64 { return float64(len(ca.Comparison().Heard)) }),
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "entente_gateway_ca_nodes_in_doubt", Help: "1 while the connected CA node and the only other one in reach contradict each other."}, func() float64 {
+			if ca.Comparison().Doubt != "" {
+				return 1
+			}
+			return 0
+		}),
+	)
 	follow := g.follow()
 	return ca.Sync(ctx, func(v *client.View) error {
 		if err := kept.keep(ca.Anchor()); err != nil {

@@ -485,6 +485,9 @@ func (a *Agent) Ready() error {
 // State is the newest state. It is never nil.
 func (a *Agent) State() *State { return a.state.Load() }
 
+// Comparison is what comparing the CA nodes came to.
+func (a *Agent) Comparison() client.Comparison { return a.client.Comparison() }
+
 // Config is what the agent was made with. Do not change it.
 func (a *Agent) Config() *Config { return a.cfg }
 

@@ -32,6 +32,14 @@ func newMetrics(r prometheus.Registerer, a *Agent) *metrics {
 			return float64(len(slices.DeleteFunc(slices.Clone(s.Identities), func(i *Identity) bool { return i.SVID != nil })))
 		}),
 		gauge("entente_agent_revision", "Revision of the CA's state that is in use.", func(*State) float64 { return float64(a.client.View().Revision) }),
+		gauge("entente_agent_ca_nodes_avoided", "CA nodes that two others contradicted, and that this agent avoids.", func(*State) float64 { return float64(len(a.client.Comparison().Avoided)) }),
+		gauge("entente_agent_ca_nodes_compared", "CA nodes other than the connected one whose statements are fresh.", func(*State) float64 { return float64(len(a.client.Comparison().Heard)) }),
+		gauge("entente_agent_ca_nodes_in_doubt", "1 while the connected CA node and the only other one in reach contradict each other.", func(*State) float64 {
+			if a.client.Comparison().Doubt != "" {
+				return 1
+			}
+			return 0
+		}),
 		gauge("entente_agent_services_unhealthy", "Services of this host that listen, are not drained, and are not healthy.", func(s *State) float64 {
 			return float64(len(slices.DeleteFunc(slices.Clone(s.Services), func(s Service) bool { return s.Draining || s.Instance.Healthy() })))
 		}),

@@ -140,6 +140,9 @@ func hashSet(items [][]byte) Hash {
 	return Hash(h.Sum(nil)[:HashSize])
 }
 
+// Signed is a statement as it is sent.
+type Signed = ententev1.SignedStatement
+
 // Statement is what a CA node says of its own state.
 type Statement struct {
 	Member  string // its id

@@ -10,7 +10,6 @@ import (
 	"time"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
-	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
 	"github.com/entente-mesh/entente/ca/compare"
 	"github.com/entente-mesh/entente/ca/domain"
 )
@@ -31,13 +30,13 @@ type statements struct {
 	history compare.History
 	items   map[*statev1.Distrust]struct{} // of the last hash; nil: none was made
 	sum     compare.Hash
-	own     *ententev1.SignedStatement
+	own     *compare.Signed
 	made    time.Time
-	others  map[string]*ententev1.SignedStatement
+	others  map[string]*compare.Signed
 }
 
 // Own is this node's statement, not older than a second.
-func (s *statements) Own() (*ententev1.SignedStatement, error) {
+func (s *statements) Own() (*compare.Signed, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	now := time.Now()
@@ -108,10 +107,10 @@ func publicKeys(st *domain.State, use statev1.KeyUse) (keys [][]byte) {
 }
 
 // Others are the newest statements of other members.
-func (s *statements) Others() []*ententev1.SignedStatement {
+func (s *statements) Others() []*compare.Signed {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	list := make([]*ententev1.SignedStatement, 0, len(s.others))
+	list := make([]*compare.Signed, 0, len(s.others))
 	for _, id := range slices.Sorted(maps.Keys(s.others)) {
 		list = append(list, s.others[id])
 	}
@@ -136,7 +135,7 @@ func (s *statements) run(ctx context.Context) error {
 				n.log.Warn("cannot sign a statement of this node's state", "error", err)
 			}
 		}
-		heard := make(map[string]*ententev1.SignedStatement, len(others))
+		heard := make(map[string]*compare.Signed, len(others))
 		var mu sync.Mutex
 		var asked sync.WaitGroup
 		for _, m := range others {

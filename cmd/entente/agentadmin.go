@@ -135,6 +135,12 @@ func printAgentStatus(w io.Writer, is *admin.Status) error {
 	if is.AttestationGap != "" {
 		fmt.Fprintf(w, "warning: %s\n", is.AttestationGap)
 	}
+	for _, a := range is.CA.Avoided {
+		fmt.Fprintf(w, "warning: CA node %s is avoided until %s: %s contradict it: %s\n", a.Node, a.Until.UTC().Format(time.RFC3339), strings.Join(a.By, " and "), a.Why)
+	}
+	if is.CA.Doubt != "" {
+		fmt.Fprintf(w, "warning: CA node %s contradicts %s, and no third one is heard: %s; what either denies is denied\n", is.CA.DoubtBy, is.CA.Node, is.CA.Doubt)
+	}
 	if len(is.TooOld) > 0 {
 		fmt.Fprintf(w, "warning: this agent is too old to enforce %s: upgrade it\n", strings.Join(is.TooOld, ", "))
 	}

@@ -39,12 +39,13 @@ ca/rotation:             ca ca/domain
 ca/replica:              ca ca/domain
 ca/keystore:             internal/secret
 ca/nodeattest:           ca ca/selector
+ca/compare:              api/entente/v1 ca
 ca/server:               api/entente/v1
                          ca ca/domain ca/feed ca/presence ca/signer ca/nodeattest
                          federation federation/bundle federation/catalog
                          internal/peer internal/admission
-ca/client:               api/entente/v1 ca federation/catalog internal/peer internal/secret
-ca/node:                 ca ca/domain ca/rotation ca/replica ca/feed ca/presence ca/signer ca/keystore ca/nodeattest ca/server
+ca/client:               api/entente/v1 ca ca/compare federation/bundle federation/catalog internal/peer internal/secret
+ca/node:                 ca ca/domain ca/rotation ca/replica ca/feed ca/presence ca/signer ca/keystore ca/nodeattest ca/compare ca/server
                          federation federation/exchange
                          internal/peer internal/gossip internal/daemon internal/yamlfile internal/admission
 ca/catest:               ...
@@ -69,7 +70,7 @@ meshagent/workloadattest: ca/selector
 meshagent/services:      ca internal/daemon internal/safepath internal/yamlfile
 meshagent/workloadapi:   meshagent meshagent/workloadattest federation/bundle internal/daemon internal/jwtsvid
 meshagent/sds:           meshagent meshagent/workloadattest
-meshagent/admin:         meshagent meshagent/services meshagent/workloadattest internal/daemon
+meshagent/admin:         ca/client meshagent meshagent/services meshagent/workloadattest internal/daemon
 meshagent/names:         internal/daemon
 meshagent/files:         ca/selector meshagent federation/bundle internal/daemon internal/safepath
 meshagent/sidecar:       internal/dataplane internal/daemon internal/safepath federation/catalog federation/origin internal/peer internal/refusal

@@ -18,6 +18,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/entente-mesh/entente/ca/client"
 	"github.com/entente-mesh/entente/internal/daemon"
 	"github.com/entente-mesh/entente/meshagent"
 	"github.com/entente-mesh/entente/meshagent/services"
@@ -45,8 +46,35 @@ type Status struct {
 	// and is not enforced on this host.
 	Skipped []string `json:"skipped,omitempty"`
 	TooOld  []string `json:"too_old,omitempty"`
+	// CA is what comparing the CA nodes came to.
+	CA CAStatus `json:"ca"`
 	// Broken are files of registrations whose newest content is not used.
 	Broken []services.Broken `json:"broken,omitempty"`
+}
+
+// CAStatus is which CA node the agent follows, and which it avoids.
+type CAStatus struct {
+	Node     string    `json:"node,omitempty"`
+	Compared []string  `json:"compared,omitempty"` // others whose statements are fresh
+	Doubt    string    `json:"doubt,omitempty"`    // what the only other node in reach holds against it
+	DoubtBy  string    `json:"doubt_by,omitempty"`
+	Avoided  []Avoided `json:"avoided,omitempty"`
+}
+
+// Avoided is a CA node that two others contradicted.
+type Avoided struct {
+	Node  string    `json:"node"`
+	Why   string    `json:"why"`
+	By    []string  `json:"by"`
+	Until time.Time `json:"until"`
+}
+
+func caStatus(is client.Comparison) CAStatus {
+	s := CAStatus{Node: is.Node, Compared: is.Heard, Doubt: is.Doubt, DoubtBy: is.DoubtBy}
+	for _, a := range is.Avoided {
+		s.Avoided = append(s.Avoided, Avoided{a.Name, a.Why, a.By, a.Until})
+	}
+	return s
 }
 
 // Services are those that run on the host or are registered there.
@@ -153,6 +181,7 @@ func (s *Server) status() *Status {
 	cfg, state := s.agent.Config(), s.agent.State()
 	st := &Status{
 		TrustDomain: cfg.TrustDomain, Agent: cfg.Name, Datacenter: cfg.Datacenter, Ready: true, Revision: state.View.Revision,
+		CA:      caStatus(s.agent.Comparison()),
 		Skipped: state.View.Skipped, TooOld: state.View.TooOld,
 		WorkloadAPI: cfg.WorkloadAPI.Socket, AppAddress: cfg.Sidecar.AppAddress, PortOffset: cfg.Sidecar.PortOffset, Inbound: cfg.Sidecar.Inbound, Identities: []Identity{}, AttestationGap: s.agent.AttestationGap(), Broken: s.agent.Broken(),
 	}
