@@ -21,15 +21,16 @@ import (
 	"github.com/entente-mesh/entente/scenarios/process"
 )
 
-// healed is how long a revocation may take, also where a CA node lies.
+// healed is how long a subscriber that reaches two honest CA nodes may believe a third.
 const healed = 25 * time.Second
 
 // One of three CA nodes of each domain is in an attacker's hands: it adds a root of its
-// own, says that it alone is the CA, at a revision that nothing honest will reach, and
-// keeps revocations to itself. Agents that ask honest nodes believe none of it, learn of a
-// revocation in time, and no request is lost, neither then nor when the operators of the
-// honest nodes remove it. The controls are that an agent that asks the liar believes it,
-// and that the revoked SVID was accepted before.
+// own, says that it alone is the CA, at a revision that nothing honest will reach, keeps
+// revocations to itself. It is then removed. No agent believes
+// it for longer than healed, none learns of a revocation later than that, and no request
+// is lost, neither then nor when the operators of the honest nodes remove it. The controls
+// are that an agent that asks the liar believes it at first, and that the revoked SVID was
+// accepted before.
 func TestLyingNodes(t *testing.T) {
 	path := binary(t)
 	// SVIDs that live longer than the test: what is refused was revoked, and did not end.
@@ -118,7 +119,7 @@ func TestLyingNodes(t *testing.T) {
 		if _, err := w.run(ctx, "entry", "delete", visitor, "--socket", honest.socket); err != nil {
 			return err
 		}
-		for _, dc := range honestly {
+		for _, dc := range td.Mesh {
 			if err := l.refused(ctx, td, dc, "the revoked SVID", l.visitors[td.Name], revoked); err != nil {
 				t.Error(err)
 			}
@@ -126,7 +127,7 @@ func TestLyingNodes(t *testing.T) {
 		return nil
 	})
 	l.each(func(td *TrustDomain) error {
-		for _, dc := range honestly {
+		for _, dc := range td.Mesh {
 			if err := l.refused(ctx, td, dc, "an SVID under the liar's root", l.forged[td.Name], lied); err != nil {
 				t.Error(err)
 			}
@@ -136,7 +137,7 @@ func TestLyingNodes(t *testing.T) {
 	removed := time.Now()
 	l.each(func(td *TrustDomain) error { return l.remove(ctx, td) })
 	l.each(func(td *TrustDomain) error {
-		for _, dc := range honestly {
+		for _, dc := range td.Mesh {
 			for what, cert := range map[string]tls.Certificate{"an SVID under the liar's root": l.forged[td.Name], "the revoked SVID": l.visitors[td.Name]} {
 				if err := l.refused(ctx, td, dc, what+", after the removal", cert, removed); err != nil {
 					t.Error(err)
@@ -165,9 +166,6 @@ func TestLyingNodes(t *testing.T) {
 
 // visitor is the entry of the test's own process.
 const visitor = "entry/visitor"
-
-// honestly is where agents ask honest nodes.
-var honestly = []string{"dc1"}
 
 // taken is where the node stands that is taken over: agents there prefer it.
 const taken = "dc2"
