@@ -26,7 +26,7 @@ const healed = 25 * time.Second
 
 // One of three CA nodes of each domain is in an attacker's hands: it adds a root of its
 // own, says that it alone is the CA, at a revision that nothing honest will reach, keeps
-// revocations to itself. It is then removed. No agent believes
+// revocations to itself, and claims every session. It is then removed. No agent believes
 // it for longer than healed, none learns of a revocation later than that, and no request
 // is lost, neither then nor when the operators of the honest nodes remove it. The controls
 // are that an agent that asks the liar believes it at first, and that the revoked SVID was
@@ -221,7 +221,7 @@ func (l *liars) take(ctx context.Context, td *TrustDomain) error {
 	}
 	orders := evil.Orders{
 		Config: filepath.Join(u.dir, "config.yaml"),
-		Lies:   []string{"own-root", fmt.Sprintf("ahead-%x", evil.FarAhead), "alone", "hidden-revocations"},
+		Lies:   []string{"own-root", fmt.Sprintf("ahead-%x", evil.FarAhead), "alone", "hidden-revocations", "later-connects"},
 		Forged: filepath.Join(u.dir, "forged.pem"), Path: "/anybody",
 	}
 	p, err := l.supervisor.Start(process.Spec{Name: "evil " + u.name, Binary: exe, Env: append(orders.Env(), frugal...), Log: filepath.Join(u.dir, "evil.log")})

@@ -1,7 +1,6 @@
 package client
 
 import (
-	"encoding/hex"
 	"maps"
 	"slices"
 
@@ -127,7 +126,7 @@ func (s *Store) follows(c *statev1.Cluster) bool {
 	return c.GetTrustDomain() == s.domain && ca.FollowCluster(s.view.Cluster, c, ca.FollowRecoveryKey(c, s.recovery)) == nil
 }
 
-// bundleKeys are the authority key ids in a bundle, and the ids of its token keys.
+// bundleKeys are the ids of the authorities in a bundle, those of token keys too.
 func bundleKeys(td spiffeid.TrustDomain, jwks []byte) (map[string]bool, error) {
 	b, _, err := bundle.Parse(td, jwks)
 	if err != nil {
@@ -135,7 +134,7 @@ func bundleKeys(td spiffeid.TrustDomain, jwks []byte) (map[string]bool, error) {
 	}
 	keys := map[string]bool{}
 	for _, cert := range b.X509 {
-		keys[hex.EncodeToString(cert.SubjectKeyId)] = true
+		keys[ca.KeyID(cert.RawSubjectPublicKeyInfo)] = true
 	}
 	for _, key := range append(slices.Clone(b.JWT), b.WIT...) {
 		keys[key.ID] = true

@@ -18,6 +18,7 @@ import (
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/catest"
 	"github.com/entente-mesh/entente/ca/client"
+	"github.com/entente-mesh/entente/ca/compare"
 	"github.com/entente-mesh/entente/ca/domain"
 	"github.com/entente-mesh/entente/federation/bundle"
 	"github.com/entente-mesh/entente/scenarios/evil"
@@ -207,4 +208,97 @@ func TestHiddenRevocationIsFound(t *testing.T) {
 	f.await("the revocation is known", time.Until(agreed.Add(withinPromise)), known)
 	took := time.Since(agreed)
 	t.Logf("known %v after it was agreed", took.Round(time.Millisecond))
+}
+
+// Nobody leaves an honest node: not when the cluster grows from one to three and five,
+// changes fast, loses a node for a while, or removes one.
+func TestHonestNodesAreNotLeft(t *testing.T) {
+	t.Parallel()
+	one := catest.Start(t, catest.Options{})
+	f := follow(t, one, one, "h1", "dc1")
+	f.await("it follows", 20*time.Second, func() error {
+		if f.View().Revision == 0 {
+			return errors.New("nothing yet")
+		}
+		return nil
+	})
+	stop := make(chan struct{})
+	changes := make(chan int)
+	go func() { // objects, and entries that come and go, which makes distrust items
+		n := 0
+		for i := 0; ; i++ {
+			select {
+			case <-stop:
+				changes <- n
+				return
+			default:
+			}
+			if _, err := one.TryApply(service("accounts", 1000+i%50)); err == nil {
+				n++
+			}
+		}
+	}()
+	two, three := one.Join("ca-2", "dc1"), one.Join("ca-3", "dc1")
+	hears := func(n int) func() error {
+		return func() error {
+			if is := f.Comparison(); len(is.Heard) < n {
+				return fmt.Errorf("%+v", is)
+			}
+			return nil
+		}
+	}
+	f.await("it hears two others", 30*time.Second, hears(2))
+	two.Kill()
+	time.Sleep(4 * time.Second)
+	two.Restart()
+	one.Join("ca-4", "dc1")
+	five := one.Join("ca-5", "dc1")
+	f.await("it hears four others", 30*time.Second, hears(4))
+	if got := len(f.Confirmed()); got != 5 {
+		t.Errorf("%d CA nodes are confirmed, not 5", got)
+	}
+	time.Sleep(compare.Patience + 3*time.Second)
+	close(stop)
+	t.Logf("%d changes", <-changes)
+	for _, c := range []*catest.CA{one, three, five} {
+		if said := c.Status().GetContradicted(); len(said) > 0 {
+			t.Errorf("contradicted: %v", said)
+		}
+	}
+	if is := f.Comparison(); is.Moves != 0 || len(is.Avoided) != 0 || is.Doubt != "" {
+		t.Errorf("comparing came to %+v", is)
+	}
+}
+
+// Of two CA nodes that contradict each other neither can be believed more: the subscriber
+// stays, denies what either denies, and says so.
+func TestTwoNodesThatContradict(t *testing.T) {
+	t.Parallel()
+	one := catest.Start(t, catest.Options{})
+	liar := one.Join("ca-2", "dc2")
+	m := evil.Take(t, liar)
+	f := follow(t, one, liar, "h1", "dc2")
+	f.await("control: the truth is known, and the other node heard", 30*time.Second, func() error {
+		if is := f.Comparison(); is.Node != "ca-2" || len(is.Heard) != 1 || is.Doubt != "" {
+			return fmt.Errorf("%+v", is)
+		}
+		return f.knows(one, m, 2)
+	})
+	forged := append(m.Root.Issue("/anybody").Certificates, m.Root.Cert)
+	m.Tell(evil.OwnRoot())
+	f.await("control: the lie is believed", 10*time.Second, func() error {
+		if f.knows(one, m, 2) == nil || f.View().Distrust.Check(forged) != nil {
+			return errors.New("not yet")
+		}
+		return nil
+	})
+	f.await("what the other does not hold is denied", withinPromise+8*time.Second, func() error {
+		if f.View().Distrust.Check(forged) == nil {
+			return fmt.Errorf("the forged SVID is accepted: %+v", f.Comparison())
+		}
+		return nil
+	})
+	if is := f.Comparison(); is.Node != "ca-2" || is.Moves != 0 || is.DoubtBy != "ca-1" {
+		t.Errorf("comparing came to %+v", is)
+	}
 }
