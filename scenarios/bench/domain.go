@@ -155,6 +155,11 @@ func (n *caNode) start(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
+	return n.attach(ctx)
+}
+
+// attach waits until the process serves, and opens the admin client.
+func (n *caNode) attach(ctx context.Context) (err error) {
 	if err := ready(ctx, n.process, n.config.Listen.Admin); err != nil {
 		return err
 	}

@@ -24,6 +24,8 @@ var caSuite = suite{
 		{"broadcast_10k_p99_ms", "ms", "change that concerns all until 10,000 streams have it, 99th percentile", 0, 0},
 		{"change_one_p99_ms", "ms", "entry created until the one stream of 10,000 that it concerns has it, 99th percentile", 0, 0},
 		{"leader_kill_write_p99_ms", "ms", "leader of three voters killed to next write, 99th percentile", 1500, 0},
+		{"capture_healed_s", "s", "agent captured by one of three CA nodes until it holds the honest nodes' state", 25, 0},
+		{"compare_10k_pct", "%", "CPU of a CA node with 10,000 streams for what subscribers compare, of one core", 3, 0},
 		{"taint_reissue_10k_s", "s", "authority tainted until 10,000 SVIDs are of another", 5, 0},
 	},
 	groups: []group{
@@ -32,6 +34,8 @@ var caSuite = suite{
 		{[]string{"entries_single_per_s", "entries_batched_per_s", "restart_100k_s", "rss_100k_mib", "idle_cpu_100k_pct", "restart_1m_s", "rss_1m_mib"}, measureEntries},
 		{[]string{"sync_stream_kib", "broadcast_10k_p99_ms", "change_one_p99_ms"}, measureStreams},
 		{[]string{"leader_kill_write_p99_ms"}, measureFailover},
+		{[]string{"capture_healed_s"}, measureHealing},
+		{[]string{"compare_10k_pct"}, measureComparing},
 		{[]string{"taint_reissue_10k_s"}, measureReissue},
 	},
 }

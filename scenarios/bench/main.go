@@ -18,9 +18,12 @@ import (
 	"syscall"
 
 	"github.com/spf13/cobra"
+
+	"github.com/entente-mesh/entente/scenarios/evil"
 )
 
 func main() {
+	evil.Main() // this program is also the CA node that lies
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	err := command().ExecuteContext(ctx)

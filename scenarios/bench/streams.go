@@ -23,10 +23,12 @@ const enrolling = 24
 // and TLS connection.
 type audience struct {
 	*bench
-	size  int
-	waits atomic.Pointer[round]
-	held  sync.WaitGroup
-	lost  atomic.Int64 // streams that ended and were opened again
+	size       int
+	waits      atomic.Pointer[round]
+	held       sync.WaitGroup
+	level      uint32       // of their Hello
+	statements atomic.Int64 // that came with heartbeats
+	lost       atomic.Int64 // streams that ended and were opened again
 }
 
 // round is one change that streams wait for.
@@ -203,12 +205,13 @@ func (a *audience) follow(ctx context.Context, i int, s *subscriber, connect uin
 	if err != nil {
 		return err
 	}
-	err = stream.Send(&ententev1.SyncRequest{Message: &ententev1.SyncRequest_Hello{Hello: &ententev1.Hello{BootId: s.name, Connect: connect}}})
+	err = stream.Send(&ententev1.SyncRequest{Message: &ententev1.SyncRequest_Hello{Hello: &ententev1.Hello{BootId: s.name, Connect: connect, Level: a.level}}})
 	for err == nil {
 		var message *ententev1.SyncResponse
 		if message, err = stream.Recv(); err != nil {
 			break
 		}
+		a.statements.Add(int64(len(message.GetHeartbeat().GetStatements())))
 		policy := message.GetPolicy()
 		if policy == nil {
 			continue
