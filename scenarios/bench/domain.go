@@ -332,14 +332,20 @@ func (d *domain) agent(ctx context.Context, name string) (*agent, error) {
 	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
 		return nil, err
 	}
-	a.process, err = d.processes.Start(process.Spec{
-		Name: "agent " + name, Binary: d.binary, Args: []string{"agent", "run", debuggable, "--config", config}, Log: filepath.Join(dir, "log"),
+	d.agents = append(d.agents, a)
+	return a, a.start(ctx)
+}
+
+// start starts the agent's process, also again after kill.
+func (a *agent) start(ctx context.Context) (err error) {
+	dir := filepath.Join(a.domain.dir, a.name)
+	a.process, err = a.domain.processes.Start(process.Spec{
+		Name: "agent " + a.name, Binary: a.domain.binary, Args: []string{"agent", "run", debuggable, "--config", filepath.Join(dir, "agent.yaml")}, Log: filepath.Join(dir, "log"),
 	})
 	if err != nil {
-		return nil, err
+		return err
 	}
-	d.agents = append(d.agents, a)
-	return a, ready(ctx, a.process, a.listen)
+	return ready(ctx, a.process, a.listen)
 }
 
 func (a *agent) kill() { end(a.process) }
