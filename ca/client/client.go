@@ -9,6 +9,9 @@
 // Nodes of the own datacenter are tried first; each next one starts 200 ms after
 // the one before it, or at once when that has failed. When no node can be reached
 // everything keeps its last state, which the log says once.
+//
+// What the connected node says is compared with what the others state (ca/compare). When
+// two of them agree with each other against it, the client leaves it.
 package client
 
 import (
