@@ -7,6 +7,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 )
 
 // acks is what the agent tells the CA.
@@ -224,4 +226,56 @@ func TestThousandsLackSomething(t *testing.T) {
 			t.Errorf("acknowledged %d, waits for %v", said().revision, said().waiting)
 		}
 	})
+}
+
+// When the CA node that was followed is left, because two others contradict it, its
+// revisions are not acknowledged any more, and those of the next node are, though lower.
+func TestRevisionsOfALeftNodeAreNotAcknowledged(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const settle = 10 * time.Second
+		a, said := watched(settle)
+		defer a.deliveries.stop()
+		workload := a.Deliver("workload")
+		a.deliveries.applied(picture(1), 1<<43)
+		workload.Got(picture(1))
+		time.Sleep(settle)
+		synctest.Wait()
+		if said().revision != 1<<43 {
+			t.Fatalf("control: %d is acknowledged", said().revision)
+		}
+		a.deliveries.applied(picture(2), 1<<43+1) // it settles, and the node is left
+		workload.Got(picture(2))
+		time.Sleep(time.Second)
+		a.deliveries.applied(picture(3), 50)
+		workload.Got(picture(3))
+		time.Sleep(settle - time.Second/2)
+		synctest.Wait()
+		if said().revision > 1<<43 {
+			t.Errorf("%d is acknowledged, after its node was left", said().revision)
+		}
+		time.Sleep(settle)
+		synctest.Wait()
+		if said().revision != 50 {
+			t.Errorf("%d is acknowledged, not 50", said().revision)
+		}
+	})
+}
+
+// What an agent keeps of the CA survives a restart, with whom it compares.
+func TestKnownKeepsWhomToCompareWith(t *testing.T) {
+	dir := t.TempDir()
+	k := &known{cluster: &statev1.Cluster{Id: []byte("id")}, members: []*statev1.Member{{Id: "liar"}},
+		confirmed: []*statev1.Member{{Id: "a", ApiAddress: "a:1"}, {Id: "b", ApiAddress: "b:1"}}}
+	if err := k.save(dir); err != nil {
+		t.Fatal(err)
+	}
+	back, err := load(dir)
+	if err != nil || !back.equal(k) || len(back.confirmed) != 2 || len(back.members) != 1 {
+		t.Fatalf("%+v, %v", back, err)
+	}
+	changed := *back
+	changed.confirmed = changed.confirmed[:1]
+	if changed.equal(back) {
+		t.Error("a change of whom to compare with is not written")
+	}
 }

@@ -32,7 +32,7 @@ type known struct {
 	RecoveryKey  []byte   `json:"recoveryKey,omitempty"` // of the cluster, pinned
 	Confirmed    [][]byte `json:"confirmed,omitempty"`   // statev1.Member each, of the last table that two CA nodes agreed on
 
-	cluster *statev1.Cluster
+	cluster            *statev1.Cluster
 	members, confirmed []*statev1.Member
 }
 

@@ -168,9 +168,20 @@ func (c *Client) Acknowledge(revision uint64, waiting []string) {
 	same := slices.Equal(c.waiting, waiting)
 	c.waiting = slices.Clone(waiting)
 	c.mu.Unlock()
+	if !c.holds(revision) {
+		return
+	}
 	if c.acked.Swap(revision) != revision || !same {
 		signal(c.newAck)
 	}
+}
+
+// holds tells whether a revision can be acknowledged: not one of a node that is being left.
+func (c *Client) holds(revision uint64) bool {
+	c.compare.mu.Lock()
+	moving := c.compare.moving
+	c.compare.mu.Unlock()
+	return !moving && revision <= c.View().Revision
 }
 
 // Hold says under which authorities the SVIDs are that this client and its workloads

@@ -135,7 +135,7 @@ func (c *Client) deliver(ctx context.Context, handle func(*View) error) {
 			continue
 		}
 		failed = ""
-		if !c.cfg.AcknowledgeLater && c.acked.Swap(view.Revision) != view.Revision {
+		if !c.cfg.AcknowledgeLater && c.holds(view.Revision) && c.acked.Swap(view.Revision) != view.Revision {
 			signal(c.newAck)
 		}
 	}
@@ -257,6 +257,7 @@ func (s *syncer) run(ctx context.Context) error {
 
 		case <-s.compare.move:
 			s.full = true
+			s.acked.Store(0) // it is not what any other node means by that revision
 			if s.now != nil {
 				lose(errContradicted)
 			}
@@ -460,7 +461,6 @@ func (s *syncer) take(message *ententev1.SyncResponse) (heartbeat bool, err erro
 		if err == nil && m.Policy.GetLast() {
 			s.full = false
 			if s.store.hasYielded() {
-				s.acked.Store(0) // what was acknowledged is not held any more
 				s.compare.arrived()
 			}
 			s.checkRecoveryKey()

@@ -118,3 +118,35 @@ func TestBothNodesDenials(t *testing.T) {
 		t.Error("denied for good")
 	}
 }
+
+// What was held of a node that is being left is not acknowledged to another one: no node
+// may count a subscriber that does not hold what that node means (I3).
+func TestLeftRevisionsAreNotAcknowledged(t *testing.T) {
+	c, err := New(Config{TrustDomain: bank, Addresses: []string{"a:1"}, AcknowledgeLater: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := c.store.policy(full(1<<43, "forged")); err != nil {
+		t.Fatal(err)
+	}
+	c.Acknowledge(1<<43, nil)
+	if c.acked.Load() != 1<<43 {
+		t.Fatal("control: not acknowledged")
+	}
+	c.acked.Store(0)
+	c.compare.moving = true
+	c.store.yield()
+	if c.Acknowledge(1<<43, nil); c.acked.Load() != 0 {
+		t.Error("acknowledged while the node is left")
+	}
+	if err := c.store.policy(full(50, "true")); err != nil {
+		t.Fatal(err)
+	}
+	c.compare.arrived()
+	if c.Acknowledge(1<<43, nil); c.acked.Load() != 0 {
+		t.Error("a revision of the node that was left is acknowledged")
+	}
+	if c.Acknowledge(50, nil); c.acked.Load() != 50 {
+		t.Error("control: the new node's revision is not acknowledged")
+	}
+}
