@@ -33,7 +33,9 @@ const (
 	verifyEvery = 4 * time.Second
 
 	avoidFor     = 24 * time.Hour
-	unheardAfter = time.Hour // then nodes that nobody confirmed are compared with as well
+	avoidLate    = 10 * time.Minute // who was late only: honest disks and links stall, too; doubled each time
+	unheardAfter = time.Hour        // then nodes that nobody confirmed are compared with as well
+	lastResort   = 30 * time.Second // without a session: then who was late only is used again
 )
 
 // errContradicted ends a session with a node that two others contradict.
@@ -45,6 +47,7 @@ type Avoided struct {
 	Why      string
 	By       []string // names of the two
 	Until    time.Time
+	Late     bool // it lacked what the others had, and contradicted nothing that it did have
 }
 
 // Comparison is what comparing the CA nodes came to.
@@ -81,6 +84,8 @@ type comparer struct {
 	to        []*statev1.Member // while moving: the two that contradict
 	moving    bool              // until another node's full state is in use
 	avoided   map[string]Avoided
+	late      map[string]int  // how often a node was left for being late, by id
+	alone     time.Time       // since when there is no session; zero: there is one
 	gone      map[string]bool // ids of CA nodes that the only other one in reach does not know
 	node      string          // id; empty: no session
 	is        Comparison
@@ -110,7 +115,7 @@ func newComparer(c *Client) *comparer {
 	return &comparer{
 		Client: c, relayed: make(chan []*ententev1.SignedStatement, 1), move: make(chan struct{}, 1), answers: make(chan answer, 1),
 		offsets: map[string]time.Duration{}, heardAt: map[string]time.Time{},
-		confirmed: sorted(confirmed, (*statev1.Member).GetId), avoided: map[string]Avoided{},
+		confirmed: sorted(confirmed, (*statev1.Member).GetId), avoided: map[string]Avoided{}, late: map[string]int{}, alone: time.Now(),
 	}
 }
 
@@ -157,6 +162,24 @@ func (c *comparer) at(s *session) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.node = id
+	if id == "" {
+		c.alone = time.Now()
+		return
+	}
+	if _, avoided := c.avoids(id); !avoided {
+		delete(c.avoided, id) // it is the last resort
+	}
+	c.alone = time.Time{}
+}
+
+// avoids tells whether a node is not to be used. Called with mu held.
+func (c *comparer) avoids(id string) (Avoided, bool) {
+	a, avoided := c.avoided[id]
+	now := time.Now()
+	if !avoided || !now.Before(a.Until) {
+		return a, false
+	}
+	return a, !a.Late || c.alone.IsZero() || now.Sub(c.alone) < lastResort
 }
 
 // nodeID is the id of the CA node at the other end: its key's.
@@ -183,7 +206,7 @@ func (c *comparer) contradicted() (names []string) {
 func (c *comparer) refuses(keyID string) (known bool, err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if a, avoided := c.avoided[keyID]; avoided && time.Now().Before(a.Until) {
+	if a, avoided := c.avoids(keyID); avoided {
 		return false, fmt.Errorf("CA nodes %v contradict it, and it is avoided until %s", a.By, a.Until.UTC().Format(time.RFC3339))
 	}
 	if c.gone[keyID] {
@@ -204,9 +227,8 @@ func (c *comparer) addresses() (more []*statev1.Member, not map[string]bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	not = map[string]bool{}
-	now := time.Now()
 	for _, m := range c.confirmed {
-		if a, avoided := c.avoided[m.GetId()]; avoided && now.Before(a.Until) {
+		if _, avoided := c.avoids(m.GetId()); avoided {
 			not[m.GetApiAddress()] = true
 		}
 	}
@@ -236,7 +258,7 @@ func (c *comparer) run(ctx context.Context) error {
 		case <-ctx.Done():
 			return ctx.Err()
 		case list := <-c.relayed:
-			partners := c.partners()
+			partners, _ := c.partners()
 			for _, signed := range list {
 				c.hear(signed, partners)
 			}
@@ -255,8 +277,8 @@ func pause() time.Duration { return askEvery - rand.N(askEvery/4) }
 // hear takes a statement that the own node passed on.
 func (c *comparer) hear(signed *ententev1.SignedStatement, partners map[string]*statev1.Member) {
 	s, err := compare.Read(signed)
-	if err != nil || partners[s.Member] == nil {
-		return
+	if err != nil || partners[s.Member] == nil || s.Epoch != c.View().Cluster.GetEpoch() {
+		return // one of another epoch proves nothing by itself: the node is asked for the proof
 	}
 	now := time.Now()
 	age := now.Add(c.offsets[s.Member]).Sub(s.Time)
@@ -276,12 +298,12 @@ func (c *comparer) hear(signed *ententev1.SignedStatement, partners map[string]*
 
 // partners are the nodes to compare with, by id: those of the last table that two agreed
 // on. When none of them was heard for long, those that the own node names count as well,
-// until one is heard again.
-func (c *comparer) partners() map[string]*statev1.Member {
+// until one is heard again: known is false, for these may be made up.
+func (c *comparer) partners() (list map[string]*statev1.Member, known bool) {
 	c.mu.Lock()
 	confirmed, node := c.confirmed, c.node
 	c.mu.Unlock()
-	list := map[string]*statev1.Member{}
+	list = map[string]*statev1.Member{}
 	heard := c.began
 	for _, m := range confirmed {
 		if m.GetId() != node {
@@ -291,14 +313,15 @@ func (c *comparer) partners() map[string]*statev1.Member {
 			}
 		}
 	}
-	if len(list) == 0 || time.Since(heard) > unheardAfter {
+	known = len(list) == 0 || time.Since(heard) <= unheardAfter
+	if len(list) == 0 || !known {
 		for _, m := range c.View().Members {
 			if m.GetId() != node && list[m.GetId()] == nil {
 				list[m.GetId()] = m
 			}
 		}
 	}
-	return list
+	return list, known
 }
 
 // content hashes the view. What has not changed is not hashed again.
@@ -374,10 +397,11 @@ func (c *comparer) look(ctx context.Context, asks *sync.WaitGroup) {
 	}
 	c.judge.Node(node)
 	c.judge.View(view.Cluster.GetEpoch(), view.Revision, content)
-	partners := c.partners()
+	partners, known := c.partners()
 	counts := func(id string) bool { return partners[id] != nil }
 	c.judge.Forget(counts)
 	d := c.judge.Decide(now, counts)
+	d.Confirmed = known && (d.Confirmed || len(partners) == 0)
 	c.conclude(now, view, node, partners, d)
 	if d.OnlyDistrust && d.Differing != c.only && d.Verdict == compare.Contradicted {
 		c.nextAsk = now
@@ -422,7 +446,7 @@ func (c *comparer) conclude(now time.Time, view *View, node string, partners map
 	slices.Sort(heard)
 	name, by := c.name(node), c.names(d.By)
 	c.mu.Lock()
-	if d.Confirmed || len(partners) == 0 {
+	if d.Confirmed {
 		c.confirmed = view.Members
 	}
 	before := c.is.Doubt
@@ -431,9 +455,6 @@ func (c *comparer) conclude(now time.Time, view *View, node string, partners map
 		c.is.Doubt, c.is.DoubtBy = d.Why, by[0]
 	} else if d.Verdict == compare.Agrees {
 		c.gone = nil
-	}
-	if d.AllAgree { // the node agrees with two again
-		delete(c.avoided, node)
 	}
 	c.mu.Unlock()
 	if d.Verdict == compare.Agrees && before != "" {
@@ -446,7 +467,13 @@ func (c *comparer) conclude(now time.Time, view *View, node string, partners map
 
 // leave ends the session with a node that two others contradict, and avoids it.
 func (c *comparer) leave(now time.Time, node string, partners map[string]*statev1.Member, d compare.Decision) {
-	a := Avoided{ID: node, Name: c.name(node), Why: d.Why, By: c.names(d.By), Until: now.Add(avoidFor)}
+	a := Avoided{ID: node, Name: c.name(node), Why: d.Why, By: c.names(d.By), Until: now.Add(avoidFor), Late: d.Late}
+	if a.Late {
+		c.mu.Lock()
+		a.Until = now.Add(min(avoidLate<<min(c.late[node], 10), avoidFor))
+		c.late[node]++
+		c.mu.Unlock()
+	}
 	c.log.Error("two CA nodes agree with each other against this one: it is left and avoided; remove it if it lies", "node", a.Name, "id", node, "by", a.By, "why", a.Why, "avoided_until", a.Until.UTC().Format(time.RFC3339))
 	c.mu.Lock()
 	c.avoided[node] = a
@@ -555,10 +582,10 @@ func (c *comparer) answered(a answer) {
 	if node == "" || moving {
 		return
 	}
-	partners := c.partners()
+	partners, _ := c.partners()
 	if view := c.View(); a.cluster.GetEpoch() > view.Cluster.GetEpoch() && c.store.follows(a.cluster) {
 		// The recovery key has ended the epoch of the own node: its word is enough.
-		c.leave(now, node, partners, compare.Decision{By: []string{a.id}, Why: fmt.Sprintf("a recovery ended its epoch %d", view.Cluster.GetEpoch())})
+		c.leave(now, node, partners, compare.Decision{By: []string{a.id}, Late: true, Why: fmt.Sprintf("a recovery ended its epoch %d", view.Cluster.GetEpoch())})
 		return
 	}
 	d := c.judge.Decide(now, func(id string) bool { return partners[id] != nil })

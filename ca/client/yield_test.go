@@ -3,10 +3,13 @@ package client
 import (
 	"errors"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
 	"github.com/entente-mesh/entente/ca"
+	"github.com/entente-mesh/entente/ca/compare"
 )
 
 func distrusting(s *Store, agent string) bool {
@@ -37,7 +40,7 @@ func TestStoreYieldsOnce(t *testing.T) {
 		p.Distrust = distrustOf("h2", "h3")
 		return p
 	}
-	s := newStore(bank, nil, nil)
+	s := newStore(bank, nil, nil, nil)
 	apply := func(p *ententev1.Policy) {
 		t.Helper()
 		if err := s.policy(p); err != nil {
@@ -92,7 +95,7 @@ func TestStoreYieldsOnce(t *testing.T) {
 
 // What the only other CA node in reach denies is denied, and nothing more is believed.
 func TestBothNodesDenials(t *testing.T) {
-	s := newStore(bank, nil, nil)
+	s := newStore(bank, nil, nil, nil)
 	p := full(5, "a")
 	p.Distrust = distrustOf("h1")
 	if err := s.policy(p); err != nil {
@@ -149,4 +152,87 @@ func TestLeftRevisionsAreNotAcknowledged(t *testing.T) {
 	if c.Acknowledge(50, nil); c.acked.Load() != 50 {
 		t.Error("control: the new node's revision is not acknowledged")
 	}
+}
+
+// Who was left for being late only may be honest: it is avoided for longer each time, and
+// used again when nobody else is in reach. Who contradicted is not.
+func TestWhoWasLateIsTheLastResort(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c, err := New(Config{TrustDomain: bank, Addresses: []string{"a:1"}, Members: []*statev1.Member{{Id: "late", ApiAddress: "late:1"}, {Id: "liar", ApiAddress: "liar:1"}}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		avoids := func(id string) bool {
+			_, err := c.compare.refuses(id)
+			_, not := c.compare.addresses()
+			if not[id+":1"] != (err != nil) {
+				t.Errorf("%s: its address is dialled, and it is refused", id)
+			}
+			return err != nil
+		}
+		leave := func(id string, late bool) {
+			c.compare.leave(time.Now(), id, nil, compare.Decision{Late: late})
+			c.compare.moving = false
+		}
+		session := func() {
+			c.compare.mu.Lock()
+			defer c.compare.mu.Unlock()
+			c.compare.node, c.compare.alone = "other", time.Time{}
+		}
+		session()
+		leave("late", true)
+		leave("liar", false)
+		time.Sleep(avoidLate - time.Second)
+		if !avoids("late") || !avoids("liar") {
+			t.Error("not avoided")
+		}
+		time.Sleep(2 * time.Second)
+		if avoids("late") || !avoids("liar") {
+			t.Error("late for good, or the liar not")
+		}
+		leave("late", true)
+		time.Sleep(2*avoidLate - time.Second)
+		if !avoids("late") {
+			t.Error("not for longer the second time")
+		}
+		leave("late", true)
+		c.compare.at(nil)
+		time.Sleep(lastResort - time.Second)
+		if !avoids("late") {
+			t.Error("used again at once")
+		}
+		time.Sleep(2 * time.Second)
+		if avoids("late") || !avoids("liar") {
+			t.Error("not the last resort")
+		}
+	})
+}
+
+// While no CA node that was confirmed is heard, those that the own node names are compared
+// with, and confirm nothing: it may have made them up.
+func TestUnknownNodesConfirmNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		honest := []*statev1.Member{{Id: "a"}, {Id: "b"}, {Id: "liar"}}
+		c, err := New(Config{TrustDomain: bank, Addresses: []string{"a:1"}, Members: honest})
+		if err != nil {
+			t.Fatal(err)
+		}
+		p := full(5, "a")
+		p.Members = []*statev1.Member{{Id: "liar"}, {Id: "made up"}, {Id: "made up, too"}}
+		if err := c.store.policy(p); err != nil {
+			t.Fatal(err)
+		}
+		c.compare.node, c.compare.began = "liar", time.Now()
+		if list, known := c.compare.partners(); len(list) != 2 || list["made up"] != nil || !known {
+			t.Errorf("control: %v", list)
+		}
+		time.Sleep(unheardAfter + time.Second)
+		if list, known := c.compare.partners(); len(list) != 4 || known {
+			t.Errorf("%v, known: %v", list, known)
+		}
+		c.compare.heardAt["b"] = time.Now()
+		if list, known := c.compare.partners(); len(list) != 2 || !known {
+			t.Errorf("one is heard again: %v", list)
+		}
+	})
 }

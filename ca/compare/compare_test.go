@@ -113,6 +113,9 @@ func TestTwoNodesContradict(t *testing.T) {
 				t.Errorf("%s: decided after %d s: %+v", name, i, d)
 			}
 		}
+		if d := w.decided; d.Late != (name == "stands still") {
+			t.Errorf("%s: late %v", name, d.Late)
+		}
 		if d := w.decided; d.Verdict != c.verdict || d.OnlyDistrust != c.distrust || (d.Verdict == Contradicted) != (len(d.By) == 2 && d.Why != "") {
 			t.Errorf("%s: %+v", name, d)
 		}

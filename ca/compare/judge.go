@@ -136,6 +136,7 @@ type Decision struct {
 	// others lack are no reason to leave: one node may deny. Differing identifies both sides.
 	OnlyDistrust bool
 	Differing    string
+	Late         bool // the view lacks what the others have, and contradicts nothing else
 	Confirmed    bool // one other has the same member table
 	AllAgree     bool // two others hold all the same
 }
@@ -196,6 +197,7 @@ func (j *Judge) Decide(now time.Time, counts func(id string) bool) Decision {
 			if alike(&one.statement.History, &two.statement.History) {
 				d.Verdict, d.By, d.Why = Contradicted, []string{b, a}, cmp.Or(one.reason(now), two.reason(now))
 				d.OnlyDistrust = one.onlyDistrust(now) && two.onlyDistrust(now)
+				d.Late = one.onlyLate(now) && two.onlyLate(now)
 				d.Differing = j.differing(one)
 				return d
 			}
@@ -253,4 +255,8 @@ func (o *other) reason(now time.Time) string {
 
 func (o *other) onlyDistrust(now time.Time) bool {
 	return !o.ahead.lasts(now) && !o.behind.lasts(now) && o.differs[Members] < Patience && o.differs[Bundle] < Patience
+}
+
+func (o *other) onlyLate(now time.Time) bool {
+	return !o.ahead.lasts(now) && o.behind.lasts(now) && o.differs == [parts]time.Duration{}
 }

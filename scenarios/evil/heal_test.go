@@ -20,6 +20,7 @@ import (
 	"github.com/entente-mesh/entente/ca/client"
 	"github.com/entente-mesh/entente/ca/compare"
 	"github.com/entente-mesh/entente/ca/domain"
+	"github.com/entente-mesh/entente/ca/node"
 	"github.com/entente-mesh/entente/federation/bundle"
 	"github.com/entente-mesh/entente/scenarios/evil"
 )
@@ -208,6 +209,40 @@ func TestHiddenRevocationIsFound(t *testing.T) {
 	f.await("the revocation is known", time.Until(agreed.Add(withinPromise)), known)
 	took := time.Since(agreed)
 	t.Logf("known %v after it was agreed", took.Round(time.Millisecond))
+}
+
+// A CA node that goes on in an epoch that a recovery has ended is left, though it passes on
+// what the others state: the proof of the new epoch is asked for.
+func TestHiddenRecoveryIsFound(t *testing.T) {
+	t.Parallel()
+	one := catest.Start(t, catest.Options{})
+	late := one.Join("ca-2", "dc2")
+	three := one.Join("ca-3", "dc1")
+	f := follow(t, one, late, "h1", "dc2")
+	f.await("control: it follows the node that will be late", 20*time.Second, func() error {
+		if is := f.Comparison(); is.Node != "ca-2" || len(is.Heard) != 2 {
+			return fmt.Errorf("%+v", is)
+		}
+		return nil
+	})
+	three.Stop()
+	one.Stop()
+	if _, err := node.Recover(one.Config(), one.RecoveryKey(), false); err != nil {
+		t.Fatal(err)
+	}
+	one.Restart()
+	one.WaitReady()
+	ended := time.Now()
+	f.await("the new epoch is known", withinPromise, func() error {
+		if epoch := f.View().Cluster.GetEpoch(); epoch != 1 || len(f.View().Members) != 1 {
+			return fmt.Errorf("epoch %d: %+v", epoch, f.Comparison())
+		}
+		return nil
+	})
+	t.Logf("known %v after the recovered node was ready", time.Since(ended).Round(time.Millisecond))
+	if is := f.Comparison(); len(is.Avoided) != 1 || is.Avoided[0].Name != "ca-2" || !is.Avoided[0].Late {
+		t.Errorf("comparing came to %+v", is)
+	}
 }
 
 // Nobody leaves an honest node: not when the cluster grows from one to three and five,
