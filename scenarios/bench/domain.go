@@ -30,7 +30,7 @@ const debuggable = "--debuggable"
 
 // domain is a trust domain of real processes, with the defaults of an installation but
 // for the keys, which are not sealed (a passphrase costs a start what it was chosen to), and
-// the rate of one entry's tokens, since a few entries are asked for all of them here.
+// the rates of one entry's tokens and of one source's attestations, since few ask for all here.
 type domain struct {
 	*bench
 	dir    string
@@ -112,7 +112,7 @@ func (d *domain) newNode() (*caNode, error) {
 		DataDir: filepath.Join(n.dir, "data"), Socket: filepath.Join(n.dir, "admin.sock"),
 		Listen: node.Listen{Raft: at(0), API: at(1), Bundle: at(2), Admin: at(3)},
 		Keys:   node.Keys{InsecureDev: true},
-		Limits: node.Limits{TokensPerEntry: yamlfile.Rate{PerSecond: 100_000}},
+		Limits: node.Limits{TokensPerEntry: yamlfile.Rate{PerSecond: 100_000}, AttestsPerSource: yamlfile.Rate{PerSecond: 100_000}},
 	}
 	if err := os.MkdirAll(n.dir, 0o700); err != nil {
 		return nil, err

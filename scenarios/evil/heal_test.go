@@ -218,6 +218,7 @@ func TestHiddenRecoveryIsFound(t *testing.T) {
 	one := catest.Start(t, catest.Options{})
 	late := one.Join("ca-2", "dc2")
 	three := one.Join("ca-3", "dc1")
+	evil.Take(t, late).Tell(evil.OldEpoch())
 	f := follow(t, one, late, "h1", "dc2")
 	f.await("control: it follows the node that will be late", 20*time.Second, func() error {
 		if is := f.Comparison(); is.Node != "ca-2" || len(is.Heard) != 2 {

@@ -30,6 +30,8 @@ type Lie struct {
 	Heard func(*ententev1.SyncRequest)
 	// Presence is what each other member hears ten times a second beside the truth.
 	Presence func(m *Member) *ententev1.PresenceResponse
+	// Deaf is a method of the API that the node does not carry out.
+	Deaf string
 }
 
 // Revisions that a subscriber goes to and does not come back from by itself, since its
@@ -99,6 +101,12 @@ func Ahead(by uint64) Lie {
 			}
 		},
 	}
+}
+
+// OldEpoch: the node goes on after a recovery has ended its epoch. It attacks "one epoch
+// at a time": who is not asked elsewhere never hears of the recovery.
+func OldEpoch() Lie {
+	return Lie{Name: "old-epoch", Attacks: "a recovery reaches every subscriber", Deaf: ententev1.Peer_ShowEpoch_FullMethodName}
 }
 
 func less(revision, by uint64) uint64 {

@@ -15,6 +15,7 @@ import (
 	"fmt"
 	"maps"
 	"path/filepath"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -230,7 +231,13 @@ func (m *Member) Propose(ctx context.Context, addresses []string, actor string, 
 
 // between is where the node's words are exchanged.
 func (m *Member) between() server.Between {
-	return server.Between{Stream: func(srv any, inner grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
+	unary := func(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+		if slices.ContainsFunc(m.saying().lies, func(l Lie) bool { return l.Deaf == info.FullMethod }) {
+			return nil, status.Error(codes.Unavailable, "this CA node does not hear that")
+		}
+		return handler(ctx, req)
+	}
+	return server.Between{Unary: unary, Stream: func(srv any, inner grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
 		s := &stream{ServerStream: inner, member: m, subscriber: subscriber(inner.Context()), said: m.saying()}
 		s.begin()
 		if info.FullMethod != ententev1.Peer_Presence_FullMethodName {

@@ -36,7 +36,7 @@ type Orders struct {
 // Known are the lies that a process can be told by name.
 func Known() map[string]Lie {
 	known := make(map[string]Lie)
-	for _, l := range []Lie{OwnRoot(), Ahead(FarAhead), Ahead(NextEpoch), Ahead(LastEpoch), Alone(), HiddenRevocations(), OldPicture(), Replayed(), LaterConnects(), Flood(1000)} {
+	for _, l := range []Lie{OwnRoot(), Ahead(FarAhead), Ahead(NextEpoch), Ahead(LastEpoch), Alone(), HiddenRevocations(), OldPicture(), Replayed(), LaterConnects(), OldEpoch(), Flood(1000)} {
 		known[l.Name] = l
 	}
 	return known
