@@ -61,23 +61,13 @@ type Comparison struct {
 }
 
 // comparer hears what other CA nodes hold, and has Sync leave a node that two others
-// contradict. What its run alone uses comes first; mu guards the rest.
+// contradict.
 type comparer struct {
 	*Client
 	relayed chan []*ententev1.SignedStatement
 	move    chan struct{} // holds one token when the session is to end
 	answers chan answer
-
-	judge   compare.Judge
-	offsets map[string]time.Duration // a node's clock minus this host's, as of when it was asked
-	heardAt map[string]time.Time     // when a node was heard last
-	began   time.Time
-	asking  bool
-	nextAsk time.Time
-	second  time.Time // until then no second node is asked at once again
-	last    string    // asked last
-	only    string    // Decision.Differing of which the own node's items are more than the others'
-	hashed  hashed    // of the view
+	comparing
 
 	mu        sync.Mutex
 	confirmed []*statev1.Member // the last table that two nodes agreed on
@@ -89,6 +79,20 @@ type comparer struct {
 	gone      map[string]bool // ids of CA nodes that the only other one in reach does not know
 	node      string          // id; empty: no session
 	is        Comparison
+}
+
+// comparing is what comparer.run alone uses.
+type comparing struct {
+	judge   compare.Judge
+	offsets map[string]time.Duration // a node's clock minus this host's, as of when it was asked
+	heardAt map[string]time.Time     // when a node was heard last
+	began   time.Time
+	asking  bool
+	nextAsk time.Time
+	second  time.Time // until then no second node is asked at once again
+	last    string    // asked last
+	only    string    // Decision.Differing of which the own node's items are more than the others'
+	hashed  hashed    // of the view
 }
 
 // hashed are the parts of a view that were hashed last.
@@ -114,7 +118,7 @@ func newComparer(c *Client) *comparer {
 	}
 	return &comparer{
 		Client: c, relayed: make(chan []*ententev1.SignedStatement, 1), move: make(chan struct{}, 1), answers: make(chan answer, 1),
-		offsets: map[string]time.Duration{}, heardAt: map[string]time.Time{},
+		comparing: comparing{offsets: map[string]time.Duration{}, heardAt: map[string]time.Time{}},
 		confirmed: sorted(confirmed, (*statev1.Member).GetId), avoided: map[string]Avoided{}, late: map[string]int{}, alone: time.Now(),
 	}
 }
@@ -154,10 +158,10 @@ func (c *comparer) relay(list []*ententev1.SignedStatement) {
 }
 
 // at says to which node the session is; nil: there is none.
-func (c *comparer) at(s *session) {
+func (c *comparer) at(conn *conn) {
 	id := ""
-	if s != nil {
-		id = nodeID(s.conn.state)
+	if conn != nil {
+		id = nodeID(conn.state)
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()

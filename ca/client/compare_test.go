@@ -52,6 +52,27 @@ func (n stating) state(t testing.TB, cluster []byte, epoch uint32, revision uint
 	return signed
 }
 
+// A statement of another epoch that the own node passes on does not count as heard: the
+// node that made it is asked itself, since it alone shows what began that epoch.
+func TestAnotherEpochIsAskedFor(t *testing.T) {
+	n := newStating(t)
+	c, err := New(Config{TrustDomain: bank, Addresses: []string{"a:1"}, Members: []*statev1.Member{n.Member}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := c.store.policy(full(5, "a")); err != nil {
+		t.Fatal(err)
+	}
+	cluster := c.View().Cluster
+	for _, later := range []uint32{1, 0} { // 0 is the control
+		partners, _ := c.compare.partners()
+		c.compare.hear(n.state(t, cluster.GetId(), cluster.GetEpoch()+later, 5, compare.Content{}), partners)
+		if _, heard := c.compare.judge.Age(n.GetId(), time.Now()); heard != (later == 0) {
+			t.Errorf("%d epochs later: heard %v", later, heard)
+		}
+	}
+}
+
 // What a subscriber's comparing costs for a minute: a look each second, and what two other
 // nodes state with every second heartbeat, every 4 s at the most often; while nothing
 // changes, and while one of 1,000 distrust items changes every second.

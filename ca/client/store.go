@@ -52,13 +52,9 @@ type Store struct {
 	unusable  map[string]string            // distrust items that this release does not understand, by id
 	told      []string                     // what restricts and this process cannot enforce, as the CA says
 	places    map[place]Instance           // what view.Instances is made of
-	yields    bool                         // the next full state replaces this one, whatever its revision
-	yielded   bool                         // it has, and nobody has asked
 	counted   uint64                       // counts the changes of distrust, from 1
-	salt      uint64                       // counts that in the highest bits of View.Changed
-	over      map[string]*statev1.Distrust // items of before that: in force until the new state was compared
-	also      map[string]*statev1.Distrust // items that the only other CA node in reach holds
-	arriving  map[place]Instance           // presence of this session until it is complete; nil: it is
+	yielding
+	arriving map[place]Instance // presence of this session until it is complete; nil: it is
 }
 
 // place identifies an instance: an agent serves a service at one place.
@@ -218,29 +214,33 @@ func (u *update) empty() bool {
 		len(u.entries) == 0 && len(u.objects) == 0 && len(u.bundles) == 0 && len(u.distrust) == 0
 }
 
-// apply replaces the picture. A revision never goes back: what a lagging replica
+// due tells whether an update continues the picture; false without an error: it is old.
+func (s *Store) due(u *update, revision uint64) (bool, error) {
+	have := s.view.Revision
+	switch {
+	case revision == 0:
+		return false, fmt.Errorf("%w: it has no revision", errRefused)
+	case revision>>epochShift < have>>epochShift:
+		return false, fmt.Errorf("%w: it is of epoch %d, which a recovery has ended (now %d)", errRefused, revision>>epochShift, have>>epochShift)
+	case !u.full && (s.yields || have == 0 || revision>>epochShift > have>>epochShift):
+		return false, errResync
+	}
+	return s.yields || revision >= have, nil
+}
+
+// apply replaces the picture. A revision never goes back, unless the picture yields: what a lagging replica
 // sends is passed over until it has caught up. Its later updates fit all the
 // same, since a record always travels whole. A new epoch (after a recovery) begins
 // with a full state; an old one is refused.
 func (s *Store) apply(u *update, revision uint64) error {
 	old := s.view
-	yields := s.yields && u.full
-	switch {
-	case revision == 0:
-		return fmt.Errorf("%w: it has no revision", errRefused)
-	case revision>>epochShift < old.Revision>>epochShift:
-		return fmt.Errorf("%w: it is of epoch %d, which a recovery has ended (now %d)", errRefused, revision>>epochShift, old.Revision>>epochShift)
-	case !u.full && revision>>epochShift > old.Revision>>epochShift, !u.full && old.Revision == 0:
-		return errResync
-	case s.yields && !u.full:
-		return errResync
-	case revision < old.Revision && !yields:
-		return nil
+	if due, err := s.due(u, revision); !due {
+		return err
 	}
 	if err := s.check(u, revision); err != nil {
 		return err
 	}
-	if yields {
+	if s.yields {
 		s.replaced()
 	}
 	if u.empty() {

@@ -186,7 +186,6 @@ func (s *syncer) run(ctx context.Context) error {
 	lose := func(err error) {
 		s.note(s.now, err)
 		s.setCurrent(nil)
-		s.compare.at(nil)
 		s.now.close()
 		s.now = nil
 		silence.Stop()
@@ -210,25 +209,15 @@ func (s *syncer) run(ctx context.Context) error {
 
 		case o := <-s.opened:
 			s.opening = false
-			if o.err != nil {
+			if !s.begun(o) {
 				if s.now == nil {
-					s.say(o.err)
 					retry.Reset(s.backoff())
 				} // else: the running session stays; renew comes round again
-				continue
-			}
-			if err := s.greet(o.session); err != nil {
-				s.note(o.session, err)
-				o.session.close()
-				if s.now == nil {
-					retry.Reset(s.backoff())
-				}
 				continue
 			}
 			s.before.close()
 			s.before, s.now = s.now, o.session
 			s.setCurrent(o.session.conn)
-			s.compare.at(o.session)
 			silence.Reset(silenceLimit) // the first message is due without delay
 			drop.Reset(overlap)
 			s.scheduleRenewal(renew)
@@ -356,6 +345,22 @@ func (s *syncer) dialSession(ctx context.Context) (*session, error) {
 		}
 	})
 	return session, nil
+}
+
+// begun tells whether a session that was opened may be used, and says why not.
+func (s *syncer) begun(o opened) bool {
+	if o.err != nil {
+		if s.now == nil {
+			s.say(o.err)
+		}
+		return false
+	}
+	if err := s.greet(o.session); err != nil {
+		s.note(o.session, err)
+		o.session.close()
+		return false
+	}
+	return true
 }
 
 // greet sends what a session begins with.
@@ -542,6 +547,7 @@ func (s *syncer) backoff() time.Duration {
 }
 
 func (s *syncer) setCurrent(conn *conn) {
+	s.compare.at(conn)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.current = conn

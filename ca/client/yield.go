@@ -12,6 +12,15 @@ import (
 	"github.com/entente-mesh/entente/federation/bundle"
 )
 
+// yielding is how a picture goes whose node two others contradict. Store.mu guards it.
+type yielding struct {
+	yields  bool                         // the next full state replaces this one, whatever its revision
+	yielded bool                         // it has, and nobody has asked
+	salt    uint64                       // counts that in the highest bits of View.Changed
+	over    map[string]*statev1.Distrust // items of before that: in force until the new state was compared
+	also    map[string]*statev1.Distrust // items that the only other CA node in reach holds
+}
+
 // yield has the next full state replace the picture, whatever its revision: two CA nodes
 // contradict what it is made of. It is the one way back.
 func (s *Store) yield() {

@@ -148,9 +148,8 @@ func New(cfg *Config, log *slog.Logger, listeners Listeners) (_ *Node, err error
 	if err != nil {
 		return nil, err
 	}
-	n.svids = newSVIDs(n)
+	n.svids, n.statements = newSVIDs(n), &statements{node: n}
 	n.peers = server.NewPeers(n.certificate, n.isMember)
-	n.statements = &statements{node: n}
 	n.server = server.New(server.Config{
 		NodeID:      own.id,
 		TrustDomain: n.td,

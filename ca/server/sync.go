@@ -110,22 +110,8 @@ func (d syncDoor) Sync(stream ententev1.Sync_SyncServer) error {
 		case message := <-received:
 			switch m := message.GetMessage().(type) {
 			case *ententev1.SyncRequest_Ack:
-				if m.Ack.GetAuthoritiesKnown() {
-					if err = checkHeld(m.Ack.GetAuthorities()); err != nil {
-						s.metrics.limited.WithLabelValues("report").Inc()
-						break
-					}
-					session.Holds(m.Ack.GetAuthorities())
-				}
-				session.Ack(m.Ack.GetRevision())
-				session.Waits(checkNames(m.Ack.GetWaitingFor(), 10))
-				session.Skipped(checkNames(m.Ack.GetSkipped(), feed.MostTooOld))
-				if m.Ack.GetProof() != nil {
+				if err = s.acknowledged(session, name, m.Ack); err == nil && m.Ack.GetProof() != nil {
 					session.Prove(s.checkProof(c, hello, m.Ack.GetProof()))
-				}
-				const most = 8
-				if nodes := checkNames(m.Ack.GetContradicted(), most); session.Contradicts(nodes) {
-					s.Log.Error("a subscriber avoids CA nodes that two others contradict", "subscriber", name, "nodes", nodes)
 				}
 			case *ententev1.SyncRequest_Report:
 				waits := report != nil
@@ -264,6 +250,25 @@ func syncError(err error) error {
 		return status.Error(codes.PermissionDenied, err.Error())
 	}
 	return err
+}
+
+// acknowledged takes what a subscriber says with an acknowledgement, but for its proof.
+func (s *Server) acknowledged(session *feed.Session, name string, ack *ententev1.Ack) error {
+	if ack.GetAuthoritiesKnown() {
+		if err := checkHeld(ack.GetAuthorities()); err != nil {
+			s.metrics.limited.WithLabelValues("report").Inc()
+			return err
+		}
+		session.Holds(ack.GetAuthorities())
+	}
+	session.Ack(ack.GetRevision())
+	session.Waits(checkNames(ack.GetWaitingFor(), 10))
+	session.Skipped(checkNames(ack.GetSkipped(), feed.MostTooOld))
+	const most = 8
+	if nodes := checkNames(ack.GetContradicted(), most); session.Contradicts(nodes) {
+		s.Log.Error("a subscriber avoids CA nodes that two others contradict", "subscriber", name, "nodes", nodes)
+	}
+	return nil
 }
 
 // sender writes one stream; one goroutine uses it.

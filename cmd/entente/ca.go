@@ -300,12 +300,7 @@ func printStatus(w io.Writer, s *ententev1.StatusResponse) error {
 		acks = fmt.Sprintf("up to %s: waiting for %s", ca.Revision(s.GetAcknowledgedRevision()), strings.Join(s.GetWaitingFor(), ", "))
 	}
 	fmt.Fprintf(table, "SUBSCRIBERS\t%d here; %s\n", s.GetSubscribers(), acks)
-	for _, c := range s.GetContradicted() {
-		fmt.Fprintf(table, "CONTRADICTED\tCA node %s, by two others, as %d subscribers say: %s; look at that node, and if it lies: entente node remove %s --compromised\n", c.GetNode(), c.GetCount(), strings.Join(c.GetSubscribers(), ", "), c.GetNode())
-	}
-	for _, o := range s.GetOlder() {
-		fmt.Fprintf(table, "%s\n", olderText(o))
-	}
+	printSubscribersSay(table, s)
 	for _, i := range s.GetIsolated() {
 		line := fmt.Sprintf("agent %s by %s since %s", i.GetAgent().GetName(), i.GetWho(), clockTime(time.Unix(i.GetUnixSeconds(), 0)))
 		if i.GetReason() != "" {
@@ -403,6 +398,16 @@ func printRotation(w io.Writer, s *ententev1.StatusResponse) {
 			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\n", names[a.GetMemberId()], useName(u.GetUse()),
 				short(u.GetActive(), u.GetActiveSeconds()), short(u.GetNext(), u.GetNextSeconds()), acknowledged)
 		}
+	}
+}
+
+// printSubscribersSay prints what subscribers say that an operator should look at.
+func printSubscribersSay(w io.Writer, s *ententev1.StatusResponse) {
+	for _, c := range s.GetContradicted() {
+		fmt.Fprintf(w, "CONTRADICTED\tCA node %s, by two others, as %d subscribers say: %s; look at that node, and if it lies: entente node remove %s --compromised\n", c.GetNode(), c.GetCount(), strings.Join(c.GetSubscribers(), ", "), c.GetNode())
+	}
+	for _, o := range s.GetOlder() {
+		fmt.Fprintf(w, "%s\n", olderText(o))
 	}
 }
 
