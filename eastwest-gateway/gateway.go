@@ -13,6 +13,7 @@ import (
 	"log/slog"
 	"sync/atomic"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/entente-mesh/entente/ca/client"
@@ -252,7 +253,7 @@ func (g *Gateway) sync(ctx context.Context, as spiffeid.ID) error {
 	if err != nil {
 		return err
 	}
-	g.registry.MustRegister(
+	g.metrics.MustRegister(
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "entente_gateway_ca_nodes_avoided", Help: "CA nodes that two others contradicted, and that this gateway avoids."}, func() float64 { return float64(len(ca.Comparison().Avoided)) }),
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "entente_gateway_ca_nodes_compared", Help: "CA nodes other than the connected one whose statements are fresh."}, func() float64 { return float64(len(ca.Comparison().Heard)) }),
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "entente_gateway_ca_nodes_in_doubt", Help: "1 while the connected CA node and the only other one in reach contradict each other."}, func() float64 {
