@@ -13,7 +13,6 @@ import (
 	"log/slog"
 	"sync/atomic"
 
-	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/entente-mesh/entente/ca/client"
@@ -61,7 +60,8 @@ type Gateway struct {
 	admin      *daemon.Admin
 	records    *daemon.Records // nil: none
 
-	known    chan struct{} // closed with the first view
+	ca       atomic.Pointer[client.Client] // nil until Run
+	known    chan struct{}                 // closed with the first view
 	draining atomic.Bool
 }
 
@@ -103,6 +103,7 @@ func New(cfg Config, log *slog.Logger, roles ...Role) (*Gateway, error) {
 	if err != nil {
 		return nil, fmt.Errorf("gateway: %w", err)
 	}
+	g.register()
 	if cfg.Admin != nil {
 		if g.admin, err = daemon.NewAdmin(cfg.Admin.Listen, g.Ready, g.metrics); err != nil {
 			return nil, fmt.Errorf("gateway: opening admin.listen: %w", err)
@@ -253,16 +254,7 @@ func (g *Gateway) sync(ctx context.Context, as spiffeid.ID) error {
 	if err != nil {
 		return err
 	}
-	g.metrics.MustRegister(
-		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "entente_gateway_ca_nodes_avoided", Help: "CA nodes that two others contradicted, and that this gateway avoids."}, func() float64 { return float64(len(ca.Comparison().Avoided)) }),
-		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "entente_gateway_ca_nodes_compared", Help: "CA nodes other than the connected one whose statements are fresh."}, func() float64 { return float64(len(ca.Comparison().Heard)) }),
-		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "entente_gateway_ca_nodes_in_doubt", Help: "1 while the connected CA node and the only other one in reach contradict each other."}, func() float64 {
-			if ca.Comparison().Doubt != "" {
-				return 1
-			}
-			return 0
-		}),
-	)
+	g.ca.Store(ca)
 	follow := g.follow()
 	return ca.Sync(ctx, func(v *client.View) error {
 		if err := kept.keep(ca.Anchor()); err != nil {

@@ -465,7 +465,7 @@ func (c *comparer) conclude(now time.Time, view *View, node string, partners map
 		c.store.compared()
 	}
 	if d.Verdict == compare.Doubted && before == "" {
-		c.log.Error("CA nodes contradict each other, and no third one is heard: what either denies is denied", "node", name, "by", by, "why", d.Why)
+		c.log.Error("CA nodes contradict each other, and no third one is heard: what either denies is denied", "member", name, "contradicted_by", by, "reason", d.Why)
 	}
 }
 
@@ -478,7 +478,7 @@ func (c *comparer) leave(now time.Time, node string, partners map[string]*statev
 		c.late[node]++
 		c.mu.Unlock()
 	}
-	c.log.Error("two CA nodes agree with each other against this one: it is left and avoided; remove it if it lies", "node", a.Name, "id", node, "by", a.By, "why", a.Why, "avoided_until", a.Until.UTC().Format(time.RFC3339))
+	c.log.Error("two CA nodes agree with each other against this one: it is left and avoided; remove it if it lies", "member", a.Name, "member_id", node, "contradicted_by", a.By, "reason", a.Why, "avoided_until", a.Until.UTC().Format(time.RFC3339))
 	c.mu.Lock()
 	c.avoided[node] = a
 	c.moving, c.to = true, nil

@@ -266,7 +266,7 @@ func (s *Server) acknowledged(session *feed.Session, name string, ack *ententev1
 	session.Skipped(checkNames(ack.GetSkipped(), feed.MostTooOld))
 	const most = 8
 	if nodes := checkNames(ack.GetContradicted(), most); session.Contradicts(nodes) {
-		s.Log.Error("a subscriber avoids CA nodes that two others contradict", "subscriber", name, "nodes", nodes)
+		s.Log.Error("a subscriber avoids CA nodes that two others contradict", "subscriber", name, "avoided", nodes)
 	}
 	return nil
 }
