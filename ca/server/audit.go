@@ -360,7 +360,7 @@ func (a *Audit) Refused(source, who, what string, on []string, err error) {
 	if a == nil {
 		return
 	}
-	if a.refusals.take(source, 1, time.Now()) > 0 {
+	if a.refusals.Take(source, 1, time.Now()) > 0 {
 		who = source
 		a.counted.Inc()
 		a.mu.Lock()

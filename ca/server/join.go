@@ -27,7 +27,7 @@ func (s *Server) knock(ctx context.Context) error {
 		return status.Error(codes.Unauthenticated, "no connection to authenticate")
 	}
 	source := admission.Source(remote.Addr)
-	if wait := s.knocks.Take(source, time.Now()); wait > 0 {
+	if wait := s.knocks.Take(source, 1, time.Now()); wait > 0 {
 		s.metrics.limited.WithLabelValues("source").Inc()
 		return exhausted("too many requests to be admitted come from "+source, wait)
 	}

@@ -2,10 +2,7 @@ package server
 
 import (
 	"fmt"
-	"sync"
 	"time"
-
-	"golang.org/x/time/rate"
 
 	"github.com/entente-mesh/entente/internal/admission"
 )
@@ -38,68 +35,42 @@ const (
 	// One agent's reports of its instances that are looked at a second, and at once.
 	reportRate  = 5
 	reportBurst = 20
-	// quietRates is how many hosts' buckets are kept before full ones are dropped.
-	quietRates = 1024
 )
 
 // newKnocks bounds how often each source asks to be admitted. Behind one address there
 // may be a datacenter that starts at once.
 func newKnocks(each float64) *admission.Rate {
-	return admission.NewRate(each, max(int(10*each), 1))
+	return admission.NewRate(each, max(int(10*each), 1), admission.MaxSources)
 }
 
-// rates limits each host, so that none takes the whole node.
+// rates limits each host, so that none takes the whole node. Of hosts, entries and callers
+// with an identity there are no more than the agreed state has.
 type rates struct {
-	each    rate.Limit // events a second
-	burst   int
-	what    string
-	mu      sync.Mutex
-	buckets map[string]*rate.Limiter
+	*admission.Rate
+	each float64 // events a second
+	what string
 }
 
 // newRates allows each host (or entry of a host, or caller) so many of what a second, and
 // the events of some seconds at once; a batch always fits.
 func newRates(each float64, seconds int, what string) *rates {
-	return &rates{each: rate.Limit(each), burst: max(int(each)*seconds, maxBatch), what: what, buckets: make(map[string]*rate.Limiter)}
-}
-
-// take lets n pass, or says how long to wait for them.
-func (r *rates) take(host string, n int, now time.Time) (wait time.Duration) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	bucket := r.buckets[host]
-	if bucket == nil {
-		if len(r.buckets) >= quietRates {
-			for name, other := range r.buckets {
-				if other.TokensAt(now) >= float64(r.burst) {
-					delete(r.buckets, name)
-				}
-			}
-		}
-		bucket = rate.NewLimiter(r.each, r.burst)
-		r.buckets[host] = bucket
-	}
-	reservation := bucket.ReserveN(now, n)
-	if wait = reservation.DelayFrom(now); wait > 0 {
-		reservation.CancelAt(now)
-	}
-	return wait
+	return &rates{admission.NewRate(each, max(int(each)*seconds, maxBatch), 0), each, what}
 }
 
 // limit lets a host have n SVIDs signed, or says when to come back: first as the host's
 // own limit is, then as the node's.
 func (s *Server) limit(perAgent *rates, host string, n int) error {
 	now := time.Now()
-	if wait := perAgent.take(host, n, now); wait > 0 {
+	if wait := perAgent.Take(host, n, now); wait > 0 {
 		s.metrics.limited.WithLabelValues("agent").Inc()
-		return exhausted(fmt.Sprintf("host %s asks for more than %g %s a second", host, float64(perAgent.each), perAgent.what), wait)
+		return exhausted(fmt.Sprintf("host %s asks for more than %g %s a second", host, perAgent.each, perAgent.what), wait)
 	}
 	if s.perNode == nil {
 		return nil
 	}
-	if wait := s.perNode.take("", n, now); wait > 0 {
+	if wait := s.perNode.Take("", n, now); wait > 0 {
 		s.metrics.limited.WithLabelValues("node").Inc()
-		return exhausted(fmt.Sprintf("this CA node signs at most %g SVIDs a second", float64(s.perNode.each)), wait)
+		return exhausted(fmt.Sprintf("this CA node signs at most %g SVIDs a second", s.perNode.each), wait)
 	}
 	return nil
 }

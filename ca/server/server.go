@@ -21,7 +21,6 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
-	"golang.org/x/time/rate"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/keepalive"
@@ -197,7 +196,7 @@ type Server struct {
 	guests                guests
 	syncs                 syncs
 
-	reports    *rates // of instances
+	reports    *admission.Rate // of instances
 	x509Rates  *rates
 	tokenRates *rates
 	entryRates *rates // of tokens, by host and entry
@@ -223,7 +222,7 @@ func New(config Config) *Server {
 		attests:    make(chan struct{}, cmp.Or(limits.Attests, defaultAttests)),
 		repeats:    refusals{overflow: true},
 		knocks:     newKnocks(cmp.Or(limits.AttestsPerSource, defaultKnocks)),
-		reports:    &rates{each: reportRate, burst: reportBurst, buckets: make(map[string]*rate.Limiter)},
+		reports:    admission.NewRate(reportRate, reportBurst, 0),
 		x509Rates:  newRates(cmp.Or(limits.X509PerAgent, defaultX509Rate), x509BurstSeconds, "X.509-SVIDs"),
 		tokenRates: newRates(cmp.Or(limits.TokensPerAgent, defaultTokenRate), 1, "tokens"),
 		entryRates: newRates(cmp.Or(limits.TokensPerEntry, defaultEntryRate), entryBurstSeconds, "tokens"),

@@ -182,9 +182,9 @@ func (s *Server) grantToken(c caller, one forEntry) (granted, error) {
 	if err != nil {
 		return g, err
 	}
-	if wait := s.entryRates.take(c.agent.GetName()+"/"+entryID, 1, time.Now()); wait > 0 {
+	if wait := s.entryRates.Take(c.agent.GetName()+"/"+entryID, 1, time.Now()); wait > 0 {
 		s.metrics.limited.WithLabelValues("entry").Inc()
-		return g, exhausted(fmt.Sprintf("entry %s asks on host %s for more than %g tokens a second", entryID, c.agent.GetName(), float64(s.entryRates.each)), wait)
+		return g, exhausted(fmt.Sprintf("entry %s asks on host %s for more than %g tokens a second", entryID, c.agent.GetName(), s.entryRates.each), wait)
 	}
 	return g, nil
 }

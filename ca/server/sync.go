@@ -87,7 +87,7 @@ func (d syncDoor) Sync(stream ententev1.Sync_SyncServer) error {
 	var report *ententev1.InstanceReport // that waits; nil: none
 	var again <-chan time.Time
 	take := func() {
-		if wait := s.reports.take(c.agent.GetName(), 1, time.Now()); wait > 0 {
+		if wait := s.reports.Take(c.agent.GetName(), 1, time.Now()); wait > 0 {
 			again = time.After(wait)
 			return
 		}

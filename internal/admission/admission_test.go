@@ -97,10 +97,10 @@ func TestSource(t *testing.T) {
 func TestRate(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		r := NewRate(10, 5)
+		r := NewRate(10, 5, MaxSources)
 		take := func(source string, n int) (passed int) {
 			for range n {
-				if r.Take(source, time.Now()) == 0 {
+				if r.Take(source, 1, time.Now()) == 0 {
 					passed++
 				}
 			}
@@ -112,7 +112,7 @@ func TestRate(t *testing.T) {
 		if n := take("b", 5); n != 5 {
 			t.Errorf("control: %d of another source passed", n)
 		}
-		if wait := r.Take("a", time.Now()); wait <= 0 || wait > 100*time.Millisecond {
+		if wait := r.Take("a", 1, time.Now()); wait <= 0 || wait > 100*time.Millisecond {
 			t.Errorf("told to wait %v", wait)
 		}
 		time.Sleep(time.Second)
@@ -121,11 +121,17 @@ func TestRate(t *testing.T) {
 		}
 		// However many sources come, no more are remembered than there is room for, and
 		// those that are quiet make room.
-		for i := range 2 * maxSources {
-			r.Take(fmt.Sprint(i), time.Now())
+		for i := range 2 * MaxSources {
+			r.Take(fmt.Sprint(i), 1, time.Now())
 		}
-		if len(r.sources) > maxSources {
+		if len(r.sources) > MaxSources {
 			t.Errorf("%d sources are remembered", len(r.sources))
+		}
+		known := NewRate(10, 5, 0)
+		for i := range 2 * MaxSources {
+			if known.Take(fmt.Sprint(i), 5, time.Now()) != 0 {
+				t.Fatal("without a bound a source shares another's rate")
+			}
 		}
 		time.Sleep(2 * time.Second)
 		if take("late", 1) != 1 || len(r.sources) > 10 {

@@ -8,9 +8,8 @@ import (
 )
 
 const (
-	// maxSources is how many sources a Rate tells apart; those that come while so many are
-	// remembered share one rate.
-	maxSources = 1 << 14
+	// MaxSources is how many sources of strangers are told apart.
+	MaxSources = 1 << 14
 	// sweepEvery is how often sources that have their whole burst back are forgotten.
 	sweepEvery = time.Second
 	// quietSources is how many are remembered without looking.
@@ -21,22 +20,24 @@ const (
 type Rate struct {
 	each  rate.Limit
 	burst int
+	most  int
 
 	mu      sync.Mutex
 	sources map[string]*rate.Limiter
-	others  *rate.Limiter // of those beyond maxSources, together
+	others  *rate.Limiter // of those beyond most, together
 	swept   time.Time
 }
 
-// NewRate lets each source try so often a second, and burst times at once.
-func NewRate(each float64, burst int) *Rate {
+// NewRate lets each source try so often a second, and burst times at once. Sources that come
+// while most are remembered share one rate; 0: none do, for their number is bounded elsewhere.
+func NewRate(each float64, burst, most int) *Rate {
 	return &Rate{
-		each: rate.Limit(each), burst: burst, sources: make(map[string]*rate.Limiter), others: rate.NewLimiter(rate.Limit(each), burst),
+		each: rate.Limit(each), burst: burst, most: most, sources: make(map[string]*rate.Limiter), others: rate.NewLimiter(rate.Limit(each), burst),
 	}
 }
 
-// Take lets one attempt pass, or says how long to wait for it.
-func (r *Rate) Take(source string, now time.Time) (wait time.Duration) {
+// Take lets n attempts pass, or says how long to wait for them.
+func (r *Rate) Take(source string, n int, now time.Time) (wait time.Duration) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	bucket := r.sources[source]
@@ -49,14 +50,14 @@ func (r *Rate) Take(source string, now time.Time) (wait time.Duration) {
 				}
 			}
 		}
-		if len(r.sources) >= maxSources {
+		if r.most > 0 && len(r.sources) >= r.most {
 			bucket = r.others
 		} else {
 			bucket = rate.NewLimiter(r.each, r.burst)
 			r.sources[source] = bucket
 		}
 	}
-	reservation := bucket.ReserveN(now, 1)
+	reservation := bucket.ReserveN(now, n)
 	if wait = reservation.DelayFrom(now); wait > 0 {
 		reservation.CancelAt(now)
 	}
