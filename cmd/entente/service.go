@@ -132,6 +132,7 @@ says of it, until "service deregister": also after the agent was restarted.
 With -f everything that a file for the drop-in directory may hold.`,
 		Example: `  entente service register web --port 8081 --http /healthz --interval 2s
   entente service register ledger --grpc bank.v1.Ledger
+  entente service register web --listen-socket /run/web/http.sock
   entente service register queue --command -- /usr/lib/queue/check --depth 100
   entente service register -f web.yaml`,
 		RunE: func(c *cobra.Command, args []string) error {
@@ -149,6 +150,7 @@ With -f everything that a file for the drop-in directory may hold.`,
 	f.StringVarP(&r.file, "file", "f", "", "file with services:, as in the drop-in directory")
 	f.Uint16Var(&r.Port, "port", 0, "port it listens on here; default: the catalogue's")
 	f.StringVar(&r.Address, "address", "", "loopback address it listens on; default: the agent's sidecar.appAddress")
+	f.StringVar(&r.Socket, "listen-socket", "", "unix socket it listens on, instead of --port and --address")
 	f.StringVar(&r.health.HTTP, "http", "", "check by GET of this path; 2xx is good")
 	f.BoolVar(&r.health.TCP, "tcp", false, "check by a TCP connection")
 	f.StringVar(&r.grpc, "grpc", "", "check by gRPC's health protocol, for this gRPC service; \"\": the whole server")

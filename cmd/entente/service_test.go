@@ -295,6 +295,10 @@ func TestServiceVerbs(t *testing.T) {
 	expectEntente(t, exitOK, []string{"healthy", fmt.Sprint(elsewhere.port)}, list...)
 	expectEntente(t, exitOK, []string{"command /bin/test -n x"}, "service", "register", "web", "--socket", socket, "--command", "--", "/bin/test", "-n", "x")
 
+	expectEntente(t, exitOK, []string{"/run/web/http.sock", "command"}, with("register", "web", "--listen-socket", "/run/web/http.sock")...)
+	expectEntente(t, exitUsage, []string{"give one of them"}, with("register", "web", "--listen-socket", "/run/web/http.sock", "--port", "1")...)
+	expectEntente(t, exitUsage, []string{"absolute path"}, with("register", "web", "--listen-socket", "http.sock")...)
+
 	expectEntente(t, exitRefused, []string{"no entry places service ledger on host h1", "entente apply"}, with("register", "ledger")...)
 	expectEntente(t, exitRefused, []string{"no entry places", "entente apply"}, with("drain", "ledger")...)
 	expectEntente(t, exitUsage, []string{"label"}, with("register", "WEB")...)
