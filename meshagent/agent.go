@@ -23,7 +23,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
@@ -42,8 +41,8 @@ import (
 type Agent struct {
 	cfg      *Config
 	log      *slog.Logger
+	registry *daemon.Metrics
 	metrics  *metrics
-	gatherer prometheus.Gatherer
 
 	now      func() time.Time // time.Now, but in tests
 	id       spiffeid.ID
@@ -69,9 +68,9 @@ type Agent struct {
 	reportMu sync.Mutex
 	leaving  bool // the instances are withdrawn for good
 
-	registry  *services.Registry
-	instances map[string]*services.Instance // by service name; mu
-	prober    *services.Prober
+	registered *services.Registry
+	instances  map[string]*services.Instance // by service name; mu
+	prober     *services.Prober
 }
 
 // signer has SVIDs signed: one result for each request, in their order.
@@ -81,18 +80,9 @@ type signer interface {
 	SignWIT(ctx context.Context, requests []client.WITRequest) []client.TokenResult
 }
 
-// Options are what a Config cannot say.
-type Options struct {
-	Log *slog.Logger // nil: no log
-	// Registerer takes the agent's metrics, Gatherer shows them on the admin
-	// listener; nil: none.
-	Registerer prometheus.Registerer
-	Gatherer   prometheus.Gatherer
-}
-
 // New opens the data directory, makes the agent's key when there is none, and
-// takes up what the agent knew when it last ran. Nothing is dialled yet.
-func New(cfg *Config, opts Options) (*Agent, error) {
+// takes up what the agent knew when it last ran. Nothing is dialled yet. log may be nil.
+func New(cfg *Config, log *slog.Logger) (*Agent, error) {
 	id, err := ca.ID(cfg.Domain(), ca.AgentPath(cfg.Name))
 	if err != nil {
 		return nil, err
@@ -100,7 +90,7 @@ func New(cfg *Config, opts Options) (*Agent, error) {
 	if err := os.MkdirAll(cfg.DataDir, 0o700); err != nil {
 		return nil, fmt.Errorf("cannot make the data directory: %w", err)
 	}
-	a := &Agent{cfg: cfg, log: opts.Log, gatherer: opts.Gatherer, now: time.Now, id: id, attestor: workloadattest.New(cfg.WorkloadAttestation.options()...), jwts: newJWTs(), instances: map[string]*services.Instance{}, prober: services.NewProber()}
+	a := &Agent{cfg: cfg, log: log, registry: daemon.NewMetrics("agent"), now: time.Now, id: id, attestor: workloadattest.New(cfg.WorkloadAttestation.options()...), jwts: newJWTs(), instances: map[string]*services.Instance{}, prober: services.NewProber()}
 	if a.log == nil {
 		a.log = slog.New(slog.DiscardHandler)
 	}
@@ -126,7 +116,7 @@ func New(cfg *Config, opts Options) (*Agent, error) {
 		return nil, fmt.Errorf("the join token is for trust domain %s, the agent's is %s", a.token.TrustDomain.Name(), td.Name())
 	}
 
-	a.registry = services.Open(cfg.Services, cfg.ServicesDir, cfg.DataDir, a.log, func() {
+	a.registered = services.Open(cfg.Services, cfg.ServicesDir, cfg.DataDir, a.log, func() {
 		a.change(func(s *State) *State { next := *s; return &next })
 	})
 	state := &State{View: &client.View{}, changed: make(chan struct{}), reissued: make(chan struct{})}
@@ -158,7 +148,7 @@ func New(cfg *Config, opts Options) (*Agent, error) {
 	}
 	a.deliveries.settle, a.deliveries.acknowledge, a.deliveries.hold = cfg.Settle, a.client.Acknowledge, a.client.Hold
 	a.signer = a.client
-	a.metrics = newMetrics(opts.Registerer, a)
+	a.metrics = newMetrics(a)
 	if a.cache, err = openCache(cfg); err != nil {
 		return nil, err
 	}
@@ -266,7 +256,7 @@ func (a *Agent) change(f func(*State) *State) {
 	if again {
 		next.content = old.content + 1
 	}
-	if registered := a.registry.Snapshot(); next.registered != registered || next.Ready != old.Ready || next.View.Changed != old.View.Changed {
+	if registered := a.registered.Snapshot(); next.registered != registered || next.Ready != old.Ready || next.View.Changed != old.View.Changed {
 		next.registered, next.Services = registered, a.place(next, registered)
 	}
 	next.underIDs = next.under()
@@ -302,7 +292,7 @@ func (a *Agent) Run(ctx context.Context, doors ...Door) error {
 		running = append(running, startTask(context.WithoutCancel(ctx), name, run, fail))
 	}
 	if a.cfg.Admin.Listen != "" {
-		admin, err := daemon.NewAdmin(a.cfg.Admin.Listen, a.Ready, a.gatherer)
+		admin, err := daemon.NewAdmin(a.cfg.Admin.Listen, a.Ready, a.registry)
 		if err != nil {
 			return err
 		}
@@ -379,7 +369,7 @@ func (a *Agent) work(ctx context.Context) error {
 	}
 	if a.cfg.Sidecar.Inbound != "" {
 		group.Go("health", a.watchHealth)
-		group.Go("registrations", a.registry.Run)
+		group.Go("registrations", a.registered.Run)
 	}
 	return group.Wait()
 }
@@ -487,6 +477,9 @@ func (a *Agent) State() *State { return a.state.Load() }
 
 // Comparison is what comparing the CA nodes came to.
 func (a *Agent) Comparison() client.Comparison { return a.client.Comparison() }
+
+// Metrics is the registry of this process.
+func (a *Agent) Metrics() *daemon.Metrics { return a.registry }
 
 // Config is what the agent was made with. Do not change it.
 func (a *Agent) Config() *Config { return a.cfg }

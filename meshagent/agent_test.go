@@ -16,8 +16,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/prometheus/client_golang/prometheus"
-
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
 	"github.com/entente-mesh/entente/ca/catest"
 	"github.com/entente-mesh/entente/ca/client"
@@ -63,11 +61,11 @@ type started struct {
 
 func startAgent(t *testing.T, cfg *Config, doors ...Door) *started {
 	t.Helper()
-	opts := Options{}
+	var log *slog.Logger
 	if testing.Verbose() {
-		opts.Log = slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelDebug}))
+		log = slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelDebug}))
 	}
-	a, err := New(cfg, opts)
+	a, err := New(cfg, log)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -146,7 +144,7 @@ func TestAttestation(t *testing.T) {
 		agent.stop()
 	})
 	t.Run("another key with the token", func(t *testing.T) {
-		thief, err := New(configure(t, "dataDir: "+t.TempDir(), "ca: {token: "+token+"}"), Options{})
+		thief, err := New(configure(t, "dataDir: "+t.TempDir(), "ca: {token: "+token+"}"), nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -155,7 +153,7 @@ func TestAttestation(t *testing.T) {
 		}
 	})
 	t.Run("a token for another host", func(t *testing.T) {
-		other, err := New(configure(t, "dataDir: "+t.TempDir(), "ca: {token: "+c.AgentToken("h2", "dc1")+"}"), Options{})
+		other, err := New(configure(t, "dataDir: "+t.TempDir(), "ca: {token: "+c.AgentToken("h2", "dc1")+"}"), nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -171,7 +169,7 @@ func TestImpostorCA(t *testing.T) {
 	other := catest.Start(t, catest.Options{}) // the same name, other keys
 	token := c.AgentToken("h1", "dc1")
 	cfg := configure(t, "dataDir: "+t.TempDir(), "ca: {token: "+token+"}")
-	a, err := New(cfg, Options{})
+	a, err := New(cfg, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -377,7 +375,7 @@ func TestDoors(t *testing.T) {
 
 	broken := errors.New("broken")
 	three := make(chan struct{})
-	again, err := New(cfg, Options{Registerer: prometheus.NewRegistry()})
+	again, err := New(cfg, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -392,25 +390,25 @@ func TestDoors(t *testing.T) {
 
 func TestNewRefuses(t *testing.T) {
 	dir := t.TempDir()
-	if _, err := New(configure(t, "dataDir: "+dir), Options{}); err == nil || !strings.Contains(err.Error(), "entente token create") {
+	if _, err := New(configure(t, "dataDir: "+dir), nil); err == nil || !strings.Contains(err.Error(), "entente token create") {
 		t.Errorf("without a token: %v", err)
 	}
 	if err := os.Chmod(filepath.Join(dir, keyFile), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := New(configure(t, "dataDir: "+dir), Options{}); err == nil || !strings.Contains(err.Error(), "mode 0644") {
+	if _, err := New(configure(t, "dataDir: "+dir), nil); err == nil || !strings.Contains(err.Error(), "mode 0644") {
 		t.Errorf("a key that others may read: %v", err)
 	}
 	os.Chmod(filepath.Join(dir, keyFile), 0o600)
 	os.WriteFile(filepath.Join(dir, keyFile), []byte("nonsense"), 0o600)
-	if _, err := New(configure(t, "dataDir: "+dir), Options{}); err == nil || !strings.Contains(err.Error(), "PRIVATE KEY") {
+	if _, err := New(configure(t, "dataDir: "+dir), nil); err == nil || !strings.Contains(err.Error(), "PRIVATE KEY") {
 		t.Errorf("a damaged key: %v", err)
 	}
 	os.WriteFile(filepath.Join(dir, knownFile), []byte("{"), 0o600)
-	if _, err := New(configure(t, "dataDir: "+dir), Options{}); err == nil || !strings.Contains(err.Error(), "damaged") {
+	if _, err := New(configure(t, "dataDir: "+dir), nil); err == nil || !strings.Contains(err.Error(), "damaged") {
 		t.Errorf("damaged knowledge: %v", err)
 	}
-	if _, err := New(configure(t, "dataDir: "+t.TempDir(), "ca: {token: entente-join-nonsense}"), Options{}); err == nil {
+	if _, err := New(configure(t, "dataDir: "+t.TempDir(), "ca: {token: entente-join-nonsense}"), nil); err == nil {
 		t.Error("a token that is none was taken")
 	}
 }

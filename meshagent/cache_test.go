@@ -101,7 +101,7 @@ func TestCache(t *testing.T) {
 		}
 	})
 	t.Run("without a CA", func(t *testing.T) {
-		agent, err := New(configure(t, lines...), Options{})
+		agent, err := New(configure(t, lines...), nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -131,7 +131,7 @@ func TestCache(t *testing.T) {
 			if err := os.WriteFile(path, test.file, 0o600); err != nil {
 				t.Fatal(err)
 			}
-			agent, err := New(configure(t, test.lines...), Options{})
+			agent, err := New(configure(t, test.lines...), nil)
 			if err != nil {
 				t.Fatal(err)
 			}

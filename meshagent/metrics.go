@@ -11,8 +11,8 @@ type metrics struct {
 	signed, jwts, wits, failures, ended prometheus.Counter
 }
 
-// newMetrics registers the agent's metrics; r may be nil.
-func newMetrics(r prometheus.Registerer, a *Agent) *metrics {
+// newMetrics registers the agent's metrics.
+func newMetrics(a *Agent) *metrics {
 	m := &metrics{
 		signed:   prometheus.NewCounter(prometheus.CounterOpts{Name: "entente_agent_svids_signed_total", Help: "X.509-SVIDs that were signed for entries of this host."}),
 		jwts:     prometheus.NewCounter(prometheus.CounterOpts{Name: "entente_agent_jwt_svids_signed_total", Help: "JWT-SVIDs that were signed for workloads of this host; what was answered from memory does not count."}),
@@ -20,13 +20,10 @@ func newMetrics(r prometheus.Registerer, a *Agent) *metrics {
 		failures: prometheus.NewCounter(prometheus.CounterOpts{Name: "entente_agent_sign_failures_total", Help: "Attempts to get an SVID of any kind signed that failed."}),
 		ended:    prometheus.NewCounter(prometheus.CounterOpts{Name: "entente_agent_svids_ended_total", Help: "X.509- and WIT-SVIDs that ended before new ones were signed, and are handed out no more."}),
 	}
-	if r == nil {
-		return m
-	}
 	gauge := func(name, help string, value func(*State) float64) prometheus.Collector {
 		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, func() float64 { return value(a.State()) })
 	}
-	r.MustRegister(m.signed, m.jwts, m.wits, m.failures, m.ended,
+	a.registry.MustRegister(m.signed, m.jwts, m.wits, m.failures, m.ended,
 		gauge("entente_agent_entries", "Entries of this host.", func(s *State) float64 { return float64(len(s.Identities)) }),
 		gauge("entente_agent_entries_without_svid", "Entries of this host that have no valid X.509-SVID.", func(s *State) float64 {
 			return float64(len(slices.DeleteFunc(slices.Clone(s.Identities), func(i *Identity) bool { return i.SVID != nil })))

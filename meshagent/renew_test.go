@@ -20,6 +20,7 @@ import (
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/client"
+	"github.com/entente-mesh/entente/internal/daemon"
 	"github.com/entente-mesh/entente/internal/peer/peertest"
 	"github.com/entente-mesh/entente/meshagent/services"
 )
@@ -130,10 +131,10 @@ func newAgent(t *testing.T, ca *fakeCA) *Agent {
 	a := &Agent{
 		cfg: &Config{Name: "h1", domain: bank, DataDir: t.TempDir()}, log: slog.New(slog.DiscardHandler), now: time.Now,
 		id: spiffeid.RequireFromPath(bank, "/entente/agent/h1"), key: peertest.NewKey(), signer: ca, known: &known{cluster: &statev1.Cluster{}}, jwts: newJWTs(),
-		instances: map[string]*services.Instance{},
+		instances: map[string]*services.Instance{}, registry: daemon.NewMetrics("agent"),
 	}
-	a.registry = services.Open(nil, "", a.cfg.DataDir, a.log, func() {})
-	a.metrics = newMetrics(nil, a)
+	a.registered = services.Open(nil, "", a.cfg.DataDir, a.log, func() {})
+	a.metrics = newMetrics(a)
 	a.state.Store(&State{View: &client.View{}, changed: make(chan struct{}), reissued: make(chan struct{})})
 	return a
 }

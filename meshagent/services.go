@@ -119,7 +119,7 @@ func (a *Agent) mayRegister(s *State, name string) error {
 
 // Services shows every service that runs on this host or is registered here, by name.
 func (a *Agent) Services() []ServiceStatus {
-	s, registered := a.State(), a.registry.Snapshot()
+	s, registered := a.State(), a.registered.Snapshot()
 	list := []ServiceStatus{}
 	for i := range s.Services {
 		status := statusOf(&s.Services[i], registered)
@@ -177,10 +177,10 @@ func statusOf(s *Service, registered *services.Snapshot) ServiceStatus {
 }
 
 // Broken are the files of registrations whose newest content is not used.
-func (a *Agent) Broken() []services.Broken { return a.registry.Snapshot().Broken() }
+func (a *Agent) Broken() []services.Broken { return a.registered.Snapshot().Broken() }
 
 // Reread has the drop-in directory read now.
-func (a *Agent) Reread() { a.registry.Reread() }
+func (a *Agent) Reread() { a.registered.Reread() }
 
 // Register takes registrations by command. It takes none or all.
 func (a *Agent) Register(registrations []services.Registration) error {
@@ -189,11 +189,11 @@ func (a *Agent) Register(registrations []services.Registration) error {
 			return err
 		}
 	}
-	return a.registry.Register(registrations)
+	return a.registered.Register(registrations)
 }
 
 // Deregister takes back what was registered by command.
-func (a *Agent) Deregister(service string) error { return a.registry.Deregister(service) }
+func (a *Agent) Deregister(service string) error { return a.registered.Deregister(service) }
 
 // Drain takes a service of this host out: it is reported no more, requests under way may
 // end within the given time (0: as it is registered), then the others are cut. It returns
@@ -202,7 +202,7 @@ func (a *Agent) Drain(ctx context.Context, service string, within time.Duration)
 	if err := a.mayDrain(service); err != nil {
 		return err
 	}
-	if err := a.registry.Drain(service, within); err != nil {
+	if err := a.registered.Drain(service, within); err != nil {
 		return err
 	}
 	return a.drained(ctx, service)
@@ -213,7 +213,7 @@ func (a *Agent) HoldDrained(ctx context.Context, service string, within time.Dur
 	if err := a.mayDrain(service); err != nil {
 		return nil, err
 	}
-	release = a.registry.Hold(service, within)
+	release = a.registered.Hold(service, within)
 	if err := a.drained(ctx, service); err != nil {
 		release()
 		return nil, err
@@ -223,10 +223,10 @@ func (a *Agent) HoldDrained(ctx context.Context, service string, within time.Dur
 
 // Restore ends every drain of a service.
 func (a *Agent) Restore(service string) error {
-	if _, drained := a.registry.Snapshot().Drained(service); !drained {
+	if _, drained := a.registered.Snapshot().Drained(service); !drained {
 		return fmt.Errorf("service %s is not drained on this host", service)
 	}
-	return a.registry.Restore(service)
+	return a.registered.Restore(service)
 }
 
 func (a *Agent) mayDrain(service string) error {

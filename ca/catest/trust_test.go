@@ -94,11 +94,11 @@ func startAgent(t *testing.T, c *catest.CA, name, entry, token, dir string) *age
 	if err != nil {
 		t.Fatal(err)
 	}
-	opts := meshagent.Options{}
+	var log *slog.Logger
 	if testing.Verbose() {
-		opts.Log = slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelDebug})).With("agent", name)
+		log = slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelDebug})).With("agent", name)
 	}
-	a, err := meshagent.New(cfg, opts)
+	a, err := meshagent.New(cfg, log)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -1014,7 +1014,7 @@ func refusedToStart(t *testing.T, c *catest.CA, name, token, dir, reason string)
 		t.Fatal(err)
 	}
 	var log lockedBuffer
-	a, err := meshagent.New(cfg, meshagent.Options{Log: slog.New(slog.NewTextHandler(&log, nil))})
+	a, err := meshagent.New(cfg, slog.New(slog.NewTextHandler(&log, nil)))
 	if err != nil {
 		t.Fatal(err)
 	}

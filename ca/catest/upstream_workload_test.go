@@ -100,7 +100,7 @@ func TestUpstreamAtWorkloads(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	a, err := meshagent.New(cfg, meshagent.Options{})
+	a, err := meshagent.New(cfg, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

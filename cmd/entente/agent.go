@@ -62,11 +62,11 @@ func agentRunCommand() *cobra.Command {
 // runAgent wires the agent to its doors: the Workload API always, the sidecar where
 // this host serves.
 func runAgent(config *meshagent.Config, log *slog.Logger) error {
-	metrics := daemon.NewMetrics("agent")
-	agent, err := meshagent.New(config, meshagent.Options{Log: log, Registerer: metrics, Gatherer: metrics})
+	agent, err := meshagent.New(config, log)
 	if err != nil {
 		return err
 	}
+	metrics := agent.Metrics()
 	socket, err := workloadapi.Listen(config.WorkloadAPI.Socket)
 	if err != nil {
 		return err

@@ -44,7 +44,7 @@ func workloadHost(t *testing.T) (c *catest.CA, socket string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	agent, err := meshagent.New(cfg, meshagent.Options{})
+	agent, err := meshagent.New(cfg, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

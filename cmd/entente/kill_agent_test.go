@@ -107,7 +107,7 @@ func TestKillAgent(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			agent, err := meshagent.New(read, meshagent.Options{})
+			agent, err := meshagent.New(read, nil)
 			if err != nil {
 				t.Fatalf("%s: %v", at, err)
 			}

@@ -145,7 +145,7 @@ func hostNamed(t *testing.T, c *catest.CA, name string, more ...string) (socket,
 		t.Fatal(err)
 	}
 	log := slog.New(slog.DiscardHandler)
-	agent, err := meshagent.New(cfg, meshagent.Options{})
+	agent, err := meshagent.New(cfg, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

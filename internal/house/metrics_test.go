@@ -243,11 +243,11 @@ func agentMetrics(t *testing.T) *daemon.Metrics {
 	if err != nil {
 		t.Fatal(err)
 	}
-	metrics := daemon.NewMetrics("agent")
-	agent, err := meshagent.New(config, meshagent.Options{Registerer: metrics})
+	agent, err := meshagent.New(config, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
+	metrics := agent.Metrics()
 	records, err := config.AccessLog.Open(metrics)
 	if err != nil {
 		t.Fatal(err)

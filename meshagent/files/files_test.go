@@ -41,7 +41,7 @@ func start(t *testing.T, c *catest.CA, files string) *meshagent.Agent {
 	if err != nil {
 		t.Fatal(err)
 	}
-	agent, err := meshagent.New(cfg, meshagent.Options{})
+	agent, err := meshagent.New(cfg, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

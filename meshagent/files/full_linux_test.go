@@ -65,7 +65,7 @@ func TestDiskFull(t *testing.T) {
 	}
 	log := &lines{}
 	logger := slog.New(slog.NewTextHandler(log, nil))
-	agent, err := meshagent.New(configure("data"), meshagent.Options{Log: logger})
+	agent, err := meshagent.New(configure("data"), logger)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -93,7 +93,7 @@ func TestDiskFull(t *testing.T) {
 	if !errors.Is(err, syscall.ENOSPC) {
 		t.Fatal(err)
 	}
-	if _, err := meshagent.New(configure("other"), meshagent.Options{}); !errors.Is(err, syscall.ENOSPC) {
+	if _, err := meshagent.New(configure("other"), nil); !errors.Is(err, syscall.ENOSPC) {
 		t.Errorf("a new host: %v", err)
 	}
 
@@ -133,7 +133,7 @@ func TestDiskFull(t *testing.T) {
 		return nil
 	})
 	stop()
-	next, err := meshagent.New(configure("data"), meshagent.Options{})
+	next, err := meshagent.New(configure("data"), nil)
 	if err != nil {
 		t.Fatal(err)
 	}

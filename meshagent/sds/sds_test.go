@@ -72,7 +72,7 @@ func start(t *testing.T, c *catest.CA, lines ...string) *client {
 	if err != nil {
 		t.Fatal(err)
 	}
-	agent, err := meshagent.New(cfg, meshagent.Options{})
+	agent, err := meshagent.New(cfg, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

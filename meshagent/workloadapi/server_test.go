@@ -122,7 +122,7 @@ func newHostOf(t testing.TB, domain, token, settings string, ready bool, change 
 	if err != nil {
 		t.Fatal(err)
 	}
-	if h.agent, err = meshagent.New(cfg, meshagent.Options{}); err != nil {
+	if h.agent, err = meshagent.New(cfg, nil); err != nil {
 		t.Fatal(err)
 	}
 	listener, err := Listen(h.socket)
@@ -642,7 +642,7 @@ func BenchmarkFetchX509SVID(b *testing.B) {
 	if err != nil {
 		b.Fatal(err)
 	}
-	agent, err := meshagent.New(cfg, meshagent.Options{})
+	agent, err := meshagent.New(cfg, nil)
 	if err != nil {
 		b.Fatal(err)
 	}

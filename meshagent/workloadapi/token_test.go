@@ -239,7 +239,7 @@ func TestDistrustedTokensAreRefused(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		agent, err := meshagent.New(cfg, meshagent.Options{})
+		agent, err := meshagent.New(cfg, nil)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -136,7 +136,7 @@ func attestAnother(t *testing.T, c *catest.CA, name string) (*meshagent.Agent, e
 	if err != nil {
 		return nil, err
 	}
-	agent, err := meshagent.New(cfg, meshagent.Options{})
+	agent, err := meshagent.New(cfg, nil)
 	if err != nil {
 		return nil, err
 	}

@@ -46,7 +46,7 @@ func start(t *testing.T, c *catest.CA, dataDir string) *meshagent.Agent {
 	if err != nil {
 		t.Fatal(err)
 	}
-	agent, err := meshagent.New(cfg, meshagent.Options{})
+	agent, err := meshagent.New(cfg, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
