@@ -173,9 +173,9 @@ func TestImpostorCA(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	a.clientAs.Addresses = other.Addresses()
+	a.own.attestAs.Addresses = other.Addresses()
 	csr := []byte("never sent")
-	if _, err := client.Attest(t.Context(), a.clientAs, func([]byte) (client.Proof, error) {
+	if _, err := client.Attest(t.Context(), a.own.attestAs, func([]byte) (client.Proof, error) {
 		t.Error("a proof was made for an impostor")
 		return client.Proof{}, nil
 	}, csr); !errors.Is(err, client.ErrUnreachable) {

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"time"
@@ -15,6 +16,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	"github.com/entente-mesh/entente/ca/client"
 	"github.com/entente-mesh/entente/ca/keystore"
 	"github.com/entente-mesh/entente/internal/daemon"
 )
@@ -30,16 +32,19 @@ const (
 	maxCache = 1 << 30 // bytes
 )
 
-// cache is the sealed copy of the agent's state on the disk. It belongs to keepCache
-// once New has read it.
+// cache is the sealed copy of the agent's state on the disk. It belongs to run once New has
+// read it.
 type cache struct {
+	log    *slog.Logger
+	store  *store
+	client *client.Client
 	path   string
 	sealer keystore.Sealer
 	stands *State // the state on the disk; nil: unknown
 }
 
 // openCache returns nil when the configuration asks for none.
-func openCache(cfg *Config) (*cache, error) {
+func openCache(cfg *Config, log *slog.Logger, store *store, client *client.Client) (*cache, error) {
 	var sealer keystore.Sealer
 	var err error
 	switch {
@@ -53,7 +58,7 @@ func openCache(cfg *Config) (*cache, error) {
 	if err != nil {
 		return nil, fmt.Errorf("the cache: %w", err)
 	}
-	return &cache{path: filepath.Join(cfg.DataDir, cacheFile), sealer: sealer}, nil
+	return &cache{log: log, store: store, client: client, path: filepath.Join(cfg.DataDir, cacheFile), sealer: sealer}, nil
 }
 
 // read returns nil when nothing was kept yet.
@@ -97,22 +102,22 @@ func (c *cache) write(kept *statev1.AgentCache) error {
 	return daemon.WriteFileAtomic(c.path, sealed, 0o600)
 }
 
-// recallCache takes up what a former process of this agent held, so that workloads are
+// recall takes up what a former process of this agent held, so that workloads are
 // served before any CA node answers. What does not verify any more, or was signed for
 // what its entry is no longer, is left out.
-func (a *Agent) recallCache() error {
-	kept, err := a.cache.read()
+func (c *cache) recall(apply func(*client.View) error) error {
+	kept, err := c.read()
 	if err != nil || kept == nil || len(kept.GetPicture()) == 0 {
 		return err
 	}
-	if err := a.client.Recall(kept.GetPicture()); err != nil {
+	if err := c.client.Recall(kept.GetPicture()); err != nil {
 		return err
 	}
-	if err := a.apply(a.client.View()); err != nil {
+	if err := apply(c.client.View()); err != nil {
 		return err
 	}
 	now := time.Now()
-	state := a.State()
+	state := c.store.State()
 	svids, wits := map[string]*X509SVID{}, map[string]*WITSVID{}
 	held := func(list []*statev1.HeldSVID, take func(*Identity, *statev1.HeldSVID, crypto.Signer) error) {
 		for _, h := range list {
@@ -125,7 +130,7 @@ func (a *Agent) recallCache() error {
 				err = take(identity, h, key)
 			}
 			if err != nil {
-				a.log.Info("an SVID that was kept is of no more use", "error", err)
+				c.log.Info("an SVID that was kept is of no more use", "error", err)
 			}
 		}
 	}
@@ -143,8 +148,8 @@ func (a *Agent) recallCache() error {
 		}
 		return err
 	})
-	a.change(func(s *State) *State { return s.withSVIDs(svids).withWITs(wits) })
-	a.log.Info("took up what the agent held before", "entries", len(state.Identities), "svids", len(svids))
+	c.store.change(func(s *State) *State { return s.withSVIDs(svids).withWITs(wits) })
+	c.log.Info("took up what the agent held before", "entries", len(state.Identities), "svids", len(svids))
 	return nil
 }
 
@@ -169,15 +174,15 @@ func parseKey(der []byte) (crypto.Signer, error) {
 	return signer, nil
 }
 
-// keepCache writes the cache after changes, and a last time when ctx ends.
-func (a *Agent) keepCache(ctx context.Context) error {
+// run writes the cache after changes, and a last time when ctx ends.
+func (c *cache) run(ctx context.Context) error {
 	failed := false
 	for {
-		state := a.State()
+		state := c.store.State()
 		began := time.Now()
-		if err := a.writeCache(state); err != nil {
+		if err := c.update(state); err != nil {
 			if !failed {
-				a.log.Error("the cache is not up to date: after a restart without a CA the agent would serve what it held before; trying again", "error", err)
+				c.log.Error("the cache is not up to date: after a restart without a CA the agent would serve what it held before; trying again", "error", err)
 			}
 			failed = true
 			state = nil
@@ -197,22 +202,22 @@ func (a *Agent) keepCache(ctx context.Context) error {
 			}
 		}
 		if ctx.Err() != nil {
-			if err := a.writeCache(a.State()); err != nil {
-				a.log.Error("the cache lacks what the agent held last", "error", err)
+			if err := c.update(c.store.State()); err != nil {
+				c.log.Error("the cache lacks what the agent held last", "error", err)
 			}
 			return ctx.Err()
 		}
 	}
 }
 
-// writeCache does nothing while the disk has it all.
-func (a *Agent) writeCache(state *State) error {
-	if !state.Ready || a.cache.stands != nil && a.cache.stands.reissued == state.reissued {
+// update does nothing while the disk has it all.
+func (c *cache) update(state *State) error {
+	if !state.Ready || c.stands != nil && c.stands.reissued == state.reissued {
 		return nil
 	}
 	kept := &statev1.AgentCache{}
 	var err error
-	if kept.Picture, err = a.client.Picture(); err != nil {
+	if kept.Picture, err = c.client.Picture(); err != nil {
 		return err
 	}
 	for _, identity := range state.Identities {
@@ -234,9 +239,9 @@ func (a *Agent) writeCache(state *State) error {
 			kept.Wit = append(kept.Wit, held)
 		}
 	}
-	if err := a.cache.write(kept); err != nil {
+	if err := c.write(kept); err != nil {
 		return err
 	}
-	a.cache.stands = state
+	c.stands = state
 	return nil
 }

@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/x509"
 	"errors"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
@@ -72,7 +73,7 @@ func TestCache(t *testing.T) {
 			t.Errorf("%v", err)
 		}
 		cfg.Cache.SystemdCredential = "other"
-		if _, err := openCache(cfg); err == nil || !strings.Contains(err.Error(), "LoadCredentialEncrypted=other:FILE") {
+		if _, err := openCache(cfg, slog.New(slog.DiscardHandler), nil, nil); err == nil || !strings.Contains(err.Error(), "LoadCredentialEncrypted=other:FILE") {
 			t.Errorf("not loaded: %v", err)
 		}
 		if err := os.WriteFile(filepath.Join(credentials, "other"), []byte("not the same passphrase"), 0o600); err != nil {
@@ -160,7 +161,7 @@ func TestCache(t *testing.T) {
 
 func mustOpen(t *testing.T, cfg *Config) *cache {
 	t.Helper()
-	c, err := openCache(cfg)
+	c, err := openCache(cfg, slog.New(slog.DiscardHandler), nil, nil)
 	if err != nil || c == nil {
 		t.Fatal(c, err)
 	}
@@ -182,9 +183,9 @@ func TestCachedSVIDsAreRenewedInTime(t *testing.T) {
 		a := newAgent(t, f)
 		hold(a, f, entry("accounts", "/accounts", 1), entry("web", "/web", 1))
 		accounts, _ := a.State().Identity("accounts")
-		a.renew(t.Context(), []*slot{{entryID: "accounts", id: accounts.ID, record: accounts.record}})
+		a.entries.renewX509(t.Context(), []*slot{{entryID: "accounts", id: accounts.ID, record: accounts.record}})
 		first := serial(a, "accounts")
-		stop := background(t, a.keepEntries)
+		stop := background(t, a.entries.keepX509)
 		synctest.Wait()
 		if f.count("accounts") != 1 || f.count("web") != 1 {
 			t.Errorf("signed %d and %d times, want the one that was missing", f.count("accounts"), f.count("web"))
@@ -205,16 +206,17 @@ func TestCacheIsWritten(t *testing.T) {
 	a := newAgent(t, f)
 	a.cache = mustOpen(t, &Config{DataDir: t.TempDir(), Cache: CacheConfig{PassphraseFile: passphrase(t, "a passphrase for the cache")}})
 	var err error
-	if a.client, err = client.New(client.Config{TrustDomain: bank, Addresses: []string{"127.0.0.1:1"}}); err != nil {
+	if a.cache.client, err = client.New(client.Config{TrustDomain: bank, Addresses: []string{"127.0.0.1:1"}}); err != nil {
 		t.Fatal(err)
 	}
+	a.cache.store = a.store
 	hold(a, f, entry("accounts", "/accounts", 7))
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
-	go func() { ended <- a.keepCache(ctx) }()
+	go func() { ended <- a.cache.run(ctx) }()
 	eventually(t, "written", func() error { _, err := os.Stat(a.cache.path); return err })
 	accounts, _ := a.State().Identity("accounts")
-	a.renew(t.Context(), []*slot{{entryID: "accounts", id: accounts.ID, record: accounts.record}})
+	a.entries.renewX509(t.Context(), []*slot{{entryID: "accounts", id: accounts.ID, record: accounts.record}})
 	cancel()
 	if err := <-ended; !errors.Is(err, context.Canceled) {
 		t.Fatal(err)
@@ -224,7 +226,7 @@ func TestCacheIsWritten(t *testing.T) {
 		t.Fatalf("%v %v", kept, err)
 	}
 	info, _ := os.Stat(a.cache.path)
-	if err := a.writeCache(a.State()); err != nil {
+	if err := a.cache.update(a.State()); err != nil {
 		t.Fatal(err)
 	}
 	if again, _ := os.Stat(a.cache.path); !os.SameFile(info, again) {

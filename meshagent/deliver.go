@@ -17,14 +17,11 @@ type Delivery struct {
 	got  *State // guarded by all.mu; nil: nothing yet
 }
 
-// Deliver begins the delivery to one consumer; name is for people. Close ends it: who is
-// gone holds nothing up.
-func (a *Agent) Deliver(name string) *Delivery {
-	d := &Delivery{all: &a.deliveries, name: name}
-	d.all.mu.Lock()
-	defer d.all.mu.Unlock()
-	d.all.open++
-	return d
+func (d *deliveries) begin(name string) *Delivery {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.open++
+	return &Delivery{all: d, name: name}
 }
 
 // Got says that the consumer has taken everything in the state that is for it.

@@ -20,7 +20,7 @@ type acks struct {
 
 // watched is an agent without anything else; said is what it told last.
 func watched(settle time.Duration) (a *Agent, said func() acks) {
-	a = &Agent{}
+	a = &Agent{store: &store{}}
 	var mu sync.Mutex
 	var last acks
 	a.deliveries.settle = settle

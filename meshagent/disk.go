@@ -6,9 +6,11 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
+	"sync"
 
 	"google.golang.org/protobuf/proto"
 
@@ -34,6 +36,47 @@ type known struct {
 
 	cluster            *statev1.Cluster
 	members, confirmed []*statev1.Member
+}
+
+// memory is what an agent knows of its CA, in the process and on the disk.
+type memory struct {
+	dir string
+	log *slog.Logger
+
+	mu    sync.Mutex
+	known *known // immutable
+}
+
+// openMemory reads what was known when the agent last ran.
+func openMemory(dir string, log *slog.Logger) (*memory, error) {
+	k, err := load(dir)
+	if err != nil {
+		return nil, err
+	}
+	return &memory{dir: dir, log: log, known: k}, nil
+}
+
+// now is what is known at this moment.
+func (m *memory) now() *known {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.known
+}
+
+// keep changes what is known, and what stands on the disk when that differs. A full disk
+// stops nothing: what is in the process is what counts.
+func (m *memory) keep(change func(*known)) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	next := *m.known
+	change(&next)
+	if next.equal(m.known) {
+		return
+	}
+	m.known = &next
+	if err := next.save(m.dir); err != nil {
+		m.log.Error("a restart would not know what the agent knows now", "error", err)
+	}
 }
 
 // load reads what was known. Nothing at all is known on a new host. A damaged file

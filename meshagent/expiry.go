@@ -13,18 +13,18 @@ const lookEnded = 5 * time.Second
 // dropEnded takes what has ended or was revoked out of the state, so that no door hands it
 // out: its workload is as one whose SVID is not signed yet, and has to wait for the next
 // one. What was revoked is renewed before that, where the CA announced it.
-func (a *Agent) dropEnded(ctx context.Context) error {
+func (r *renewer) dropEnded(ctx context.Context) error {
 	said := false
 	for {
 		var ended, revoked int
-		a.change(func(s *State) (next *State) {
-			next, ended, revoked = s.withoutEnded(a.now())
+		r.store.change(func(s *State) (next *State) {
+			next, ended, revoked = s.withoutEnded(r.now())
 			return next
 		})
 		if ended+revoked == 0 {
-			state, pause := a.State(), lookEnded
+			state, pause := r.store.State(), lookEnded
 			if first := state.firstEnd(); !first.IsZero() {
-				pause = min(pause, first.Sub(a.now()))
+				pause = min(pause, first.Sub(r.now()))
 			}
 			timer := time.NewTimer(pause)
 			select {
@@ -38,13 +38,13 @@ func (a *Agent) dropEnded(ctx context.Context) error {
 			continue
 		}
 		if revoked > 0 {
-			a.log.Warn("SVIDs of this host were revoked: their workloads get none until the CA has signed new ones", "svids", revoked)
+			r.log.Warn("SVIDs of this host were revoked: their workloads get none until the CA has signed new ones", "svids", revoked)
 		}
-		a.metrics.ended.Add(float64(ended))
+		r.metrics.ended.Add(float64(ended))
 		if ended > 0 && !said {
-			a.log.Error("SVIDs have ended before the CA signed new ones: their workloads get none until it does, and files keep what stands in them", "svids", ended)
+			r.log.Error("SVIDs have ended before the CA signed new ones: their workloads get none until it does, and files keep what stands in them", "svids", ended)
 		}
-		said = a.Ready() != nil
+		said = r.store.State().lacking() != nil
 	}
 }
 

@@ -26,9 +26,9 @@ func TestEndedSVIDsAreDropped(t *testing.T) {
 		ca.paths["service/a"], ca.paths["service/b"] = "/a", "/b"
 		a := newAgent(t, ca)
 		var log bytes.Buffer
-		a.log = slog.New(slog.NewTextHandler(&log, nil))
+		a.entries.log = slog.New(slog.NewTextHandler(&log, nil))
 		counted := prometheus.NewRegistry()
-		counted.MustRegister(a.metrics.ended)
+		counted.MustRegister(a.entries.metrics.ended)
 		ended := func() float64 {
 			families, err := counted.Gather()
 			if err != nil {
@@ -37,8 +37,8 @@ func TestEndedSVIDsAreDropped(t *testing.T) {
 			return families[0].GetMetric()[0].GetCounter().GetValue()
 		}
 		hold(a, ca, entry("service/a", "/a", 1), entry("service/b", "/b", 1))
-		defer background(t, a.keepEntries)()
-		defer background(t, a.dropEnded)()
+		defer background(t, a.entries.keepX509)()
+		defer background(t, a.entries.dropEnded)()
 		synctest.Wait()
 		identity, _ := a.State().Identity("service/a")
 		end := identity.SVID.NotAfter
@@ -88,7 +88,7 @@ func TestRevokedSVIDsAreDroppedAndRenewedAtOnce(t *testing.T) {
 		a := newAgent(t, server)
 		hold(a, server, entry("service/accounts", "/accounts", 7))
 		holdKeys(a, server)
-		for _, run := range []func(context.Context) error{a.keepEntries, a.keepWITs, a.dropEnded} {
+		for _, run := range []func(context.Context) error{a.entries.keepX509, a.entries.keepWITs, a.entries.dropEnded} {
 			t.Cleanup(background(t, run))
 		}
 		synctest.Wait()
@@ -189,7 +189,7 @@ func TestFirstEnd(t *testing.T) {
 		t.Error("nothing is held, and something ends")
 	}
 	hold(a, ca, entry("service/a", "/a", 1))
-	stop := background(t, a.keepEntries)
+	stop := background(t, a.entries.keepX509)
 	eventually(t, "an SVID", func() error {
 		if serial(a, "service/a") == "" {
 			return errors.New("none")

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"slices"
 	"strings"
 	"sync"
@@ -54,7 +55,11 @@ func RetryAfter(err error) (wait time.Duration, busy bool) {
 // jwts are the JWT-SVIDs that workloads of this host asked for, by entry and audience
 // set. A token is renewed when it is asked for after half of its life.
 type jwts struct {
-	queue chan *heldJWT
+	log     *slog.Logger
+	store   *store
+	signer  signer
+	metrics *metrics
+	queue   chan *heldJWT
 
 	mu      sync.Mutex
 	held    map[string]map[string]*heldJWT // by entry id, then audiences
@@ -62,8 +67,8 @@ type jwts struct {
 	pending int
 }
 
-func newJWTs() *jwts {
-	return &jwts{queue: make(chan *heldJWT, maxPending), held: map[string]map[string]*heldJWT{}}
+func newJWTs(log *slog.Logger, store *store, signer signer, metrics *metrics) *jwts {
+	return &jwts{log: log, store: store, signer: signer, metrics: metrics, queue: make(chan *heldJWT, maxPending), held: map[string]map[string]*heldJWT{}}
 }
 
 // heldJWT is one of them. Guarded by jwts.mu but for what never changes.
@@ -97,15 +102,15 @@ func audienceKey(audience []string) (set []string, key string) {
 // which may be asked for), from memory or newly signed, and when to ask for a fresher
 // one. A held one stays in use until its end while the CA cannot be reached. It waits
 // for the CA until ctx ends.
-func (a *Agent) FetchJWT(ctx context.Context, identity *Identity, audience []string) (token string, renew time.Time, _ error) {
+func (j *jwts) FetchJWT(ctx context.Context, identity *Identity, audience []string) (token string, renew time.Time, _ error) {
 	if err := CheckAudience(audience); err != nil {
 		return "", time.Time{}, err
 	}
 	set, key := audienceKey(audience)
 	for range 4 { // a token that has ended when it arrives is asked for no more often
-		token, renew, pending, err := a.jwts.get(identity, set, key, a.State(), time.Now())
+		token, renew, pending, err := j.get(identity, set, key, j.store.State(), time.Now())
 		if errors.Is(err, client.ErrChanged) {
-			if identity, err = a.changed(ctx, identity, err); err == nil {
+			if identity, err = j.changed(ctx, identity, err); err == nil {
 				continue
 			}
 		}
@@ -139,11 +144,11 @@ func (a *Agent) FetchJWT(ctx context.Context, identity *Identity, audience []str
 // changed waits a moment for the record of an identity that a CA node has and this agent
 // has not yet, and returns the identity with it. The caller was let in for the selectors of
 // the one it had: with others the error stands.
-func (a *Agent) changed(ctx context.Context, identity *Identity, err error) (*Identity, error) {
+func (j *jwts) changed(ctx context.Context, identity *Identity, err error) (*Identity, error) {
 	patience := time.NewTimer(jwtPatience)
 	defer patience.Stop()
 	for {
-		state := a.State()
+		state := j.store.State()
 		now, ok := state.Identity(identity.Entry.GetId())
 		switch {
 		case !ok || now.ID != identity.ID || !slices.Equal(now.Demands, identity.Demands):
@@ -303,8 +308,8 @@ func (j *jwts) sweep(now time.Time, state *State) {
 	}
 }
 
-// keepJWTs has the tokens that are asked for signed, until ctx ends.
-func (a *Agent) keepJWTs(ctx context.Context) error {
+// run has the tokens that are asked for signed, until ctx ends.
+func (j *jwts) run(ctx context.Context) error {
 	slots := make(chan struct{}, jwtCallers)
 	var calls sync.WaitGroup
 	defer calls.Wait()
@@ -315,11 +320,11 @@ func (a *Agent) keepJWTs(ctx context.Context) error {
 		case <-ctx.Done():
 			return ctx.Err()
 		case <-sweep.C:
-			state := a.State()
-			a.jwts.mu.Lock()
-			a.jwts.sweep(time.Now(), state)
-			a.jwts.mu.Unlock()
-		case first := <-a.jwts.queue:
+			state := j.store.State()
+			j.mu.Lock()
+			j.sweep(time.Now(), state)
+			j.mu.Unlock()
+		case first := <-j.queue:
 			select {
 			case slots <- struct{}{}:
 			case <-ctx.Done():
@@ -329,33 +334,33 @@ func (a *Agent) keepJWTs(ctx context.Context) error {
 		more:
 			for len(batch) < jwtBatch {
 				select {
-				case h := <-a.jwts.queue:
+				case h := <-j.queue:
 					batch = append(batch, h)
 				default:
 					break more
 				}
 			}
 			calls.Go(func() {
-				a.signJWTs(ctx, batch)
+				j.sign(ctx, batch)
 				<-slots
 			})
 		}
 	}
 }
 
-// signJWTs asks the CA for a batch, and takes what verifies into use.
-func (a *Agent) signJWTs(ctx context.Context, batch []*heldJWT) {
+// sign asks the CA for a batch, and takes what verifies into use.
+func (j *jwts) sign(ctx context.Context, batch []*heldJWT) {
 	requests := make([]client.JWTRequest, len(batch))
 	for i, h := range batch {
 		requests[i] = client.JWTRequest{EntryID: h.entryID, Record: h.record.Record, Audience: h.audience}
 	}
-	results := a.signer.SignJWT(ctx, requests)
+	results := j.signer.SignJWT(ctx, requests)
 	now := time.Now()
-	state := a.State()
+	state := j.store.State()
 
 	var news error
 	failed, signed := 0, 0
-	a.jwts.mu.Lock()
+	j.mu.Lock()
 	for i, h := range batch {
 		svid, err := (*jwtsvid.SVID)(nil), results[i].Err
 		var origin ca.Origin
@@ -383,13 +388,13 @@ func (a *Agent) signJWTs(ctx context.Context, batch []*heldJWT) {
 		}
 		close(h.pending)
 		h.pending = nil
-		a.jwts.pending--
+		j.pending--
 	}
-	a.jwts.mu.Unlock()
-	a.metrics.jwts.Add(float64(signed))
-	a.metrics.failures.Add(float64(failed))
+	j.mu.Unlock()
+	j.metrics.jwts.Add(float64(signed))
+	j.metrics.failures.Add(float64(failed))
 	if news != nil && ctx.Err() == nil {
-		a.log.Warn("JWT-SVIDs are not signed; what is held stays in use until it ends", "tokens", failed, "error", news)
+		j.log.Warn("JWT-SVIDs are not signed; what is held stays in use until it ends", "tokens", failed, "error", news)
 	}
 }
 

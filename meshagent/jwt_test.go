@@ -160,7 +160,7 @@ func jwtAgent(t *testing.T, life time.Duration) (*Agent, *fakeCA, func()) {
 	a := newAgent(t, f)
 	hold(a, f, entry("service/accounts", "/accounts", 7))
 	holdKeys(a, f)
-	return a, f, background(t, a.keepJWTs)
+	return a, f, background(t, a.jwts.run)
 }
 
 // A token is signed once for a set of audiences, whatever their order, and again when
@@ -364,7 +364,7 @@ func TestDistrustedTokensAreNotHandedOut(t *testing.T) {
 		a, f, stop := jwtAgent(t, time.Hour)
 		defer stop()
 		f.tokens.origin = ca.Origin{Entry: "service/accounts", EntryGeneration: 7, Agent: "h1", AgentGeneration: 4}
-		stopWITs := background(t, a.keepWITs)
+		stopWITs := background(t, a.entries.keepWITs)
 		defer stopWITs()
 		synctest.Wait()
 		fetch := func() (string, error) {
@@ -499,7 +499,7 @@ func TestWITIsRenewed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, f, stopJWTs := jwtAgent(t, time.Hour)
 		defer stopJWTs()
-		stop := background(t, a.keepWITs)
+		stop := background(t, a.entries.keepWITs)
 		defer stop()
 		held := func() *WITSVID { return accounts(a).WIT }
 		synctest.Wait()
@@ -533,7 +533,7 @@ func BenchmarkFetchJWTHeld(b *testing.B) {
 	holdKeys(a, f)
 	ctx, cancel := context.WithCancel(b.Context())
 	done := make(chan error)
-	go func() { done <- a.keepJWTs(ctx) }()
+	go func() { done <- a.jwts.run(ctx) }()
 	identity := accounts(a)
 	for b.Loop() {
 		if _, _, err := a.FetchJWT(ctx, identity, []string{"a"}); err != nil {

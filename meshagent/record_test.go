@@ -33,7 +33,7 @@ func TestSVIDIsShownUnderItsRecordOnly(t *testing.T) {
 		told := entry("accounts", "/accounts", 1)
 		honest.holds = map[string]client.Record{"accounts": client.RecordOf(told)}
 		hold(a, honest, told)
-		defer background(t, a.keepEntries)()
+		defer background(t, a.entries.keepX509)()
 		synctest.Wait()
 		demands := func() []string {
 			identity, _ := a.State().Identity("accounts")
@@ -91,12 +91,12 @@ func TestSVIDOfAFormerRecordIsDropped(t *testing.T) {
 	asked, _ := a.State().Identity("accounts")
 	one := &slot{entryID: "accounts", id: asked.ID, record: asked.record}
 	hold(a, honest, forUser(told, "unix:uid:2000"))
-	a.renew(t.Context(), []*slot{one})
+	a.entries.renewX509(t.Context(), []*slot{one})
 	if _, err := a.SVIDs("accounts").GetX509SVID(); err == nil {
 		t.Error("it is in use")
 	}
 	hold(a, honest, told)
-	a.renew(t.Context(), []*slot{one})
+	a.entries.renewX509(t.Context(), []*slot{one})
 	if _, err := a.SVIDs("accounts").GetX509SVID(); err != nil {
 		t.Errorf("control: %v", err)
 	}
@@ -111,7 +111,7 @@ func TestDemandsRestrictAtOnce(t *testing.T) {
 	told := entry("accounts", "/accounts", 1)
 	hold(a, honest, told)
 	asked, _ := a.State().Identity("accounts")
-	a.renew(t.Context(), []*slot{{entryID: "accounts", id: asked.ID, record: asked.record}})
+	a.entries.renewX509(t.Context(), []*slot{{entryID: "accounts", id: asked.ID, record: asked.record}})
 	for _, c := range []struct{ told, demands, common []string }{
 		{[]string{"unix:uid:1000"}, []string{"unix:uid:1000"}, []string{"unix:uid:1000"}},
 		{[]string{"unix:uid:1000", "unix:gid:7"}, []string{"unix:uid:1000", "unix:gid:7"}, []string{"unix:uid:1000"}},
@@ -143,7 +143,7 @@ func TestJWTIsHandedOutUnderItsRecordOnly(t *testing.T) {
 		}
 		return identity
 	}
-	j, now := newJWTs(), time.Now()
+	j, now := newJWTs(nil, nil, nil, nil), time.Now()
 	s.JWT = &TokenBundle{TrustDomain: bank, Keys: jwtsvid.Keys{"k": struct{}{}}}
 	get := func(e *statev1.Entry) string {
 		token, _, _, err := j.get(identify(e), []string{"vault"}, "vault", s, now)

@@ -128,14 +128,16 @@ func entry(id, path string, revision uint64) *statev1.Entry {
 // newAgent is an agent without a CA, a disk and a network.
 func newAgent(t *testing.T, ca *fakeCA) *Agent {
 	t.Helper()
-	a := &Agent{
-		cfg: &Config{Name: "h1", domain: bank, DataDir: t.TempDir()}, log: slog.New(slog.DiscardHandler), now: time.Now,
-		id: spiffeid.RequireFromPath(bank, "/entente/agent/h1"), key: peertest.NewKey(), signer: ca, known: &known{cluster: &statev1.Cluster{}}, jwts: newJWTs(),
-		instances: map[string]*services.Instance{}, registry: daemon.NewMetrics("agent"),
-	}
-	a.registered = services.Open(nil, "", a.cfg.DataDir, a.log, func() {})
-	a.metrics = newMetrics(a)
-	a.state.Store(&State{View: &client.View{}, changed: make(chan struct{}), reissued: make(chan struct{})})
+	cfg := &Config{Name: "h1", domain: bank, DataDir: t.TempDir()}
+	log := slog.New(slog.DiscardHandler)
+	registry := services.Open(nil, "", cfg.DataDir, log, func() {})
+	store := newStore(&State{View: &client.View{}}, newPlaces(cfg, registry), 0)
+	counters := newMetrics(daemon.NewMetrics("agent"), store, nil, registry)
+	known := &memory{dir: cfg.DataDir, log: log, known: &known{cluster: &statev1.Cluster{}}}
+	self := &credentials{cfg: cfg, id: spiffeid.RequireFromPath(bank, "/entente/agent/h1"), key: peertest.NewKey(), memory: known}
+	a := &Agent{store: store, cfg: cfg, jwts: newJWTs(log, store, ca, counters)}
+	a.own = &ownIdentity{credentials: self, log: log, now: time.Now, store: store, signer: ca, failures: counters.failures}
+	a.entries = &renewer{log: log, now: time.Now, store: store, signer: ca, metrics: counters}
 	return a
 }
 
@@ -194,7 +196,7 @@ func TestEntriesAreRenewed(t *testing.T) {
 		ca.paths["service/a"], ca.paths["service/b"] = "/a", "/b"
 		a := newAgent(t, ca)
 		hold(a, ca, entry("service/a", "/a", 1))
-		defer background(t, a.keepEntries)()
+		defer background(t, a.entries.keepX509)()
 		synctest.Wait()
 		if serial(a, "service/a") == "" {
 			t.Fatal("a new entry has no SVID at once")
@@ -257,9 +259,9 @@ func TestRenewalWithoutCA(t *testing.T) {
 		ca.paths["service/a"] = "/a"
 		a := newAgent(t, ca)
 		var log bytes.Buffer
-		a.log = slog.New(slog.NewTextHandler(&log, nil))
+		a.entries.log = slog.New(slog.NewTextHandler(&log, nil))
 		hold(a, ca, entry("service/a", "/a", 1))
-		stop := background(t, a.keepEntries)
+		stop := background(t, a.entries.keepX509)
 		synctest.Wait()
 		first := serial(a, "service/a")
 		ca.set(func() { ca.fails, ca.calls = client.ErrUnreachable, nil })
@@ -318,7 +320,7 @@ func TestLiesAreRefused(t *testing.T) {
 				ca.paths["service/a"] = "/a"
 				a := newAgent(t, ca)
 				hold(a, ca, entry("service/a", "/a", 1))
-				defer background(t, a.keepEntries)()
+				defer background(t, a.entries.keepX509)()
 				synctest.Wait()
 				good := serial(a, "service/a")
 				if good == "" {
@@ -350,7 +352,7 @@ func TestVoidSVIDIsReplaced(t *testing.T) {
 		a := newAgent(t, ca)
 		e := entry("service/a", "/a", 1)
 		hold(a, ca, e)
-		defer background(t, a.keepEntries)()
+		defer background(t, a.entries.keepX509)()
 		synctest.Wait()
 		former := serial(a, "service/a")
 		ca.set(func() { ca.authority = peertest.NewAuthority(bank) })
@@ -371,12 +373,12 @@ func TestOwnSVIDIsRenewed(t *testing.T) {
 		a.change(func(s *State) *State {
 			next := *s
 			next.Bundle = ca.authority.Bundle()
-			next.own = ca.authority.IssueFor(a.key, bank, "/entente/agent/h1", peertest.TTL(time.Hour))
+			next.own = ca.authority.IssueFor(a.own.key, bank, "/entente/agent/h1", peertest.TTL(time.Hour))
 			return &next
 		})
 		first := a.State().own
 		identified := make(chan struct{})
-		defer background(t, func(ctx context.Context) error { return a.keepOwn(ctx, identified) })()
+		defer background(t, func(ctx context.Context) error { return a.own.run(ctx, identified) })()
 		<-identified
 		time.Sleep(26 * time.Minute)
 		if a.State().own != first {
@@ -385,7 +387,7 @@ func TestOwnSVIDIsRenewed(t *testing.T) {
 		time.Sleep(9 * time.Minute)
 		synctest.Wait()
 		own := a.State().own
-		if own == first || own.PrivateKey != a.key {
+		if own == first || own.PrivateKey != a.own.key {
 			t.Error("not renewed for the same key")
 		}
 
@@ -419,17 +421,18 @@ func TestClockIsSet(t *testing.T) {
 				ca.paths["service/a"] = "/a"
 				a := newAgent(t, ca)
 				var offset atomic.Int64
-				a.now = func() time.Time { return time.Now().Round(0).Add(time.Duration(offset.Load())) }
+				a.own.now = func() time.Time { return time.Now().Round(0).Add(time.Duration(offset.Load())) }
+				a.entries.now = a.own.now
 				hold(a, ca, entry("service/a", "/a", 1))
-				own := issue(ca.authority, a.key.Public(), bank, "/entente/agent/h1", time.Hour)
-				svid, err := verifySVID(a.id, own, a.key, a.State().Bundle, time.Now())
+				own := issue(ca.authority, a.own.key.Public(), bank, "/entente/agent/h1", time.Hour)
+				svid, err := verifySVID(a.own.id, own, a.own.key, a.State().Bundle, time.Now())
 				if err != nil {
 					t.Fatal(err)
 				}
 				a.change(func(s *State) *State { next := *s; next.own = svid; return &next })
 				ca.paths[""] = "/entente/agent/h1"
-				defer background(t, a.keepEntries)()
-				defer background(t, func(ctx context.Context) error { return a.keepOwn(ctx, make(chan struct{})) })()
+				defer background(t, a.entries.keepX509)()
+				defer background(t, func(ctx context.Context) error { return a.own.run(ctx, make(chan struct{})) })()
 				time.Sleep(time.Minute)
 				synctest.Wait()
 				if ca.count("service/a") != 1 || ca.count("") != 0 {

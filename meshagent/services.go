@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/netip"
 	"slices"
@@ -14,6 +15,7 @@ import (
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/client"
+	"github.com/entente-mesh/entente/internal/daemon"
 	"github.com/entente-mesh/entente/meshagent/services"
 )
 
@@ -34,80 +36,144 @@ const FromCatalogue = "catalogue"
 
 const defaultDrain = 10 * time.Second
 
-// place finds the services of a state, by name. a.mu is held.
-func (a *Agent) place(s *State, registered *services.Snapshot) []Service {
+// places puts the services of the catalogue and what the host says of them together. It
+// belongs to the store, which calls it one change after the other.
+type places struct {
+	cfg       *Config
+	registry  *services.Registry
+	instances map[string]*services.Instance // by service name
+}
+
+func newPlaces(cfg *Config, registry *services.Registry) *places {
+	return &places{cfg: cfg, registry: registry, instances: map[string]*services.Instance{}}
+}
+
+// place sets the services of the next state, where they may be others than those of the old
+// one.
+func (p *places) place(next, old *State) {
+	registered := p.registry.Snapshot()
+	if next.registered != registered || next.Ready != old.Ready || next.View.Changed != old.View.Changed {
+		next.registered, next.Services = registered, p.all(next, registered)
+	}
+}
+
+// all finds the services of a state, by name.
+func (p *places) all(s *State, registered *services.Snapshot) []Service {
 	var list []Service
 	for _, object := range s.View.Objects {
 		service := object.GetService()
 		if _, here := s.Service(service.GetName()); service == nil || !here || !s.Ready {
 			continue
 		}
-		if placed, err := a.placeOne(service, registered); err == nil {
+		if placed, err := p.one(service, registered); err == nil {
 			list = append(list, placed)
 		}
 	}
 	slices.SortFunc(list, func(x, y Service) int { return cmp.Compare(x.Name, y.Name) })
-	for name, instance := range a.instances {
+	for name, instance := range p.instances {
 		if !slices.ContainsFunc(list, func(s Service) bool { return s.Name == name }) {
 			instance.Close()
-			delete(a.instances, name)
+			delete(p.instances, name)
 		}
 	}
 	return list
 }
 
-// placeOne makes a service of what the catalogue and the host say of it.
-func (a *Agent) placeOne(service *statev1.Service, registered *services.Snapshot) (Service, error) {
+// one makes a service of what the catalogue and the host say of it.
+func (p *places) one(service *statev1.Service, registered *services.Snapshot) (Service, error) {
 	name := service.GetName()
-	p := Service{Name: name, Source: FromCatalogue}
-	catalogued, err := a.cfg.App(service.GetPort())
+	placed := Service{Name: name, Source: FromCatalogue}
+	catalogued, err := p.cfg.App(service.GetPort())
 	if err != nil {
-		return p, err // it only calls
+		return placed, err // it only calls
 	}
 	var says services.Registration
 	if all := registered.Of(name); len(all) > 0 {
-		says, p.Source = *all[0].Registration, all[0].Source
+		says, placed.Source = *all[0].Registration, all[0].Source
 	}
 	host, port, err := net.SplitHostPort(catalogued)
 	if err != nil {
-		return p, err
+		return placed, err
 	}
 	if says.Port != 0 {
 		port = strconv.Itoa(int(says.Port))
 	}
-	if p.Address = net.JoinHostPort(cmp.Or(says.Address, host), port); says.Socket != "" {
-		p.Address = services.UnixPrefix + says.Socket
+	if placed.Address = net.JoinHostPort(cmp.Or(says.Address, host), port); says.Socket != "" {
+		placed.Address = services.UnixPrefix + says.Socket
 	}
-	p.Check = services.FromCatalogue(ca.ServiceName(name, a.cfg.Domain()), p.Address, service.GetHealthPath(), a.cfg.Health.Thresholds)
-	if command := a.cfg.Health.Commands[name]; len(command) > 0 {
-		p.Check = p.Check.WithCommand(command)
+	placed.Check = services.FromCatalogue(ca.ServiceName(name, p.cfg.Domain()), placed.Address, service.GetHealthPath(), p.cfg.Health.Thresholds)
+	if command := p.cfg.Health.Commands[name]; len(command) > 0 {
+		placed.Check = placed.Check.WithCommand(command)
 	}
-	p.Check = p.Check.With(says.Health, a.cfg.Health.Thresholds)
+	placed.Check = placed.Check.With(says.Health, p.cfg.Health.Thresholds)
 
 	within, draining := registered.Drained(name)
-	p.Draining, p.Drain = draining, cmp.Or(within, says.Drain, defaultDrain)
-	p.Instance = a.instances[name]
+	placed.Draining, placed.Drain = draining, cmp.Or(within, says.Drain, defaultDrain)
+	placed.Instance = p.instances[name]
 	switch {
-	case p.Instance == nil:
-		p.Instance = services.NewInstance()
+	case placed.Instance == nil:
+		placed.Instance = services.NewInstance()
 		if draining { // since before the agent was started
-			p.Instance.Close()
+			placed.Instance.Close()
 		}
-	case !draining && p.Instance.Open().Err() != nil:
-		p.Instance = services.NewInstance()
+	case !draining && placed.Instance.Open().Err() != nil:
+		placed.Instance = services.NewInstance()
 	}
-	a.instances[name] = p.Instance
-	return p, nil
+	p.instances[name] = placed.Instance
+	return placed, nil
+}
+
+// hostServices checks, reports and drains the services of this host, and takes what the host
+// says of them.
+type hostServices struct {
+	cfg       *Config
+	log       *slog.Logger
+	store     *store
+	registry  *services.Registry
+	workloads *workloads
+	prober    *services.Prober
+
+	mu      sync.Mutex
+	report  func([]client.Instance) // to the CA
+	leaving bool                    // the instances are withdrawn for good
+}
+
+func newHostServices(cfg *Config, log *slog.Logger, store *store, registry *services.Registry, workloads *workloads, report func([]client.Instance)) *hostServices {
+	return &hostServices{cfg: cfg, log: log, store: store, registry: registry, workloads: workloads, prober: services.NewProber(), report: report}
+}
+
+// withdrawTime is how long the doors stay open after the host's instances were
+// withdrawn: longer than a push takes to reach the callers.
+const withdrawTime = 200 * time.Millisecond
+
+// withdraw takes this host's instances back for good and leaves the CA the time to tell.
+func (h *hostServices) withdraw() {
+	h.mu.Lock()
+	h.leaving = true
+	h.report([]client.Instance{})
+	h.mu.Unlock()
+	if h.store.State().Ready && h.cfg.Sidecar.Inbound != "" {
+		time.Sleep(withdrawTime)
+	}
+}
+
+// tell reports what this host serves to the CA, until it is leaving.
+func (h *hostServices) tell(instances []client.Instance) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if !h.leaving {
+		h.report(instances)
+	}
 }
 
 // mayRegister says why this host may say nothing of a service: it speaks only of those that
 // the catalogue and an entry place here.
-func (a *Agent) mayRegister(s *State, name string) error {
+func (h *hostServices) mayRegister(s *State, name string) error {
 	if !s.Ready {
 		return fmt.Errorf("the CA has not told yet which services run on this host: is a CA node reachable? entente agent healthcheck says more")
 	}
 	if _, here := s.Service(name); !here {
-		return fmt.Errorf("no entry places service %s on host %s: somebody whose role allows it must declare a Service %s with %s in run.hosts: entente apply -f FILE", name, a.cfg.Name, name, a.cfg.Name)
+		return fmt.Errorf("no entry places service %s on host %s: somebody whose role allows it must declare a Service %s with %s in run.hosts: entente apply -f FILE", name, h.cfg.Name, name, h.cfg.Name)
 	}
 	for _, object := range s.View.Objects {
 		if service := object.GetService(); service.GetName() == name && service.GetPort() != 0 {
@@ -118,18 +184,18 @@ func (a *Agent) mayRegister(s *State, name string) error {
 }
 
 // Services shows every service that runs on this host or is registered here, by name.
-func (a *Agent) Services() []ServiceStatus {
-	s, registered := a.State(), a.registered.Snapshot()
+func (h *hostServices) Services() []ServiceStatus {
+	s, registered := h.store.State(), h.registry.Snapshot()
 	list := []ServiceStatus{}
 	for i := range s.Services {
 		status := statusOf(&s.Services[i], registered)
-		if a.cfg.Sidecar.Inbound == "" {
+		if h.cfg.Sidecar.Inbound == "" {
 			status.Why = "nobody is sent here: this host has no sidecar; set sidecar.inbound"
 		}
 		list = append(list, status)
 	}
 	for _, name := range registered.Services() {
-		err := a.mayRegister(s, name)
+		err := h.mayRegister(s, name)
 		if err == nil || slices.ContainsFunc(s.Services, func(s Service) bool { return s.Name == name }) {
 			continue
 		}
@@ -177,44 +243,44 @@ func statusOf(s *Service, registered *services.Snapshot) ServiceStatus {
 }
 
 // Broken are the files of registrations whose newest content is not used.
-func (a *Agent) Broken() []services.Broken { return a.registered.Snapshot().Broken() }
+func (h *hostServices) Broken() []services.Broken { return h.registry.Snapshot().Broken() }
 
 // Reread has the drop-in directory read now.
-func (a *Agent) Reread() { a.registered.Reread() }
+func (h *hostServices) Reread() { h.registry.Reread() }
 
 // Register takes registrations by command. It takes none or all.
-func (a *Agent) Register(registrations []services.Registration) error {
+func (h *hostServices) Register(registrations []services.Registration) error {
 	for i := range registrations {
-		if err := a.mayRegister(a.State(), registrations[i].Service); err != nil {
+		if err := h.mayRegister(h.store.State(), registrations[i].Service); err != nil {
 			return err
 		}
 	}
-	return a.registered.Register(registrations)
+	return h.registry.Register(registrations)
 }
 
 // Deregister takes back what was registered by command.
-func (a *Agent) Deregister(service string) error { return a.registered.Deregister(service) }
+func (h *hostServices) Deregister(service string) error { return h.registry.Deregister(service) }
 
 // Drain takes a service of this host out: it is reported no more, requests under way may
 // end within the given time (0: as it is registered), then the others are cut. It returns
 // when that is done, or when ctx ends, which ends the waiting only. It lasts until Restore.
-func (a *Agent) Drain(ctx context.Context, service string, within time.Duration) error {
-	if err := a.mayDrain(service); err != nil {
+func (h *hostServices) Drain(ctx context.Context, service string, within time.Duration) error {
+	if err := h.mayDrain(service); err != nil {
 		return err
 	}
-	if err := a.registered.Drain(service, within); err != nil {
+	if err := h.registry.Drain(service, within); err != nil {
 		return err
 	}
-	return a.drained(ctx, service)
+	return h.drained(ctx, service)
 }
 
 // HoldDrained is Drain that lasts until release is called.
-func (a *Agent) HoldDrained(ctx context.Context, service string, within time.Duration) (release func(), err error) {
-	if err := a.mayDrain(service); err != nil {
+func (h *hostServices) HoldDrained(ctx context.Context, service string, within time.Duration) (release func(), err error) {
+	if err := h.mayDrain(service); err != nil {
 		return nil, err
 	}
-	release = a.registered.Hold(service, within)
-	if err := a.drained(ctx, service); err != nil {
+	release = h.registry.Hold(service, within)
+	if err := h.drained(ctx, service); err != nil {
 		release()
 		return nil, err
 	}
@@ -222,24 +288,24 @@ func (a *Agent) HoldDrained(ctx context.Context, service string, within time.Dur
 }
 
 // Restore ends every drain of a service.
-func (a *Agent) Restore(service string) error {
-	if _, drained := a.registered.Snapshot().Drained(service); !drained {
+func (h *hostServices) Restore(service string) error {
+	if _, drained := h.registry.Snapshot().Drained(service); !drained {
 		return fmt.Errorf("service %s is not drained on this host", service)
 	}
-	return a.registered.Restore(service)
+	return h.registry.Restore(service)
 }
 
-func (a *Agent) mayDrain(service string) error {
-	if a.cfg.Sidecar.Inbound == "" {
+func (h *hostServices) mayDrain(service string) error {
+	if h.cfg.Sidecar.Inbound == "" {
 		return fmt.Errorf("this host has no sidecar, so nobody is sent to its services: there is nothing to drain")
 	}
-	return a.mayRegister(a.State(), service)
+	return h.mayRegister(h.store.State(), service)
 }
 
 // drained waits until a service takes no more requests.
-func (a *Agent) drained(ctx context.Context, service string) error {
+func (h *hostServices) drained(ctx context.Context, service string) error {
 	for {
-		s := a.State()
+		s := h.store.State()
 		i := slices.IndexFunc(s.Services, func(s Service) bool { return s.Name == service })
 		if i < 0 {
 			return fmt.Errorf("service %s is no longer on this host", service)
@@ -257,9 +323,17 @@ func (a *Agent) drained(ctx context.Context, service string) error {
 	}
 }
 
+// run follows the registrations, and checks, reports and drains the services.
+func (h *hostServices) run(ctx context.Context) error {
+	group := daemon.NewGroup(ctx)
+	group.Go("health", h.watchHealth)
+	group.Go("registrations", h.registry.Run)
+	return group.Wait()
+}
+
 // watchHealth checks every service of this host that listens, reports them as instances,
 // and drains those that are to be drained. All it has started has ended when it returns.
-func (a *Agent) watchHealth(ctx context.Context) error {
+func (h *hostServices) watchHealth(ctx context.Context) error {
 	type watched struct {
 		services.Check
 		*services.Instance
@@ -273,7 +347,7 @@ func (a *Agent) watchHealth(ctx context.Context) error {
 	defer cancel()
 
 	for {
-		state := a.State()
+		state := h.store.State()
 		check, drain := map[watched]Service{}, map[*services.Instance]Service{}
 		instances := []client.Instance{}
 		for _, s := range state.Services {
@@ -283,23 +357,23 @@ func (a *Agent) watchHealth(ctx context.Context) error {
 				continue
 			}
 			instances = append(instances, client.Instance{
-				Service: s.Name, Agent: a.cfg.Name, Datacenter: a.cfg.Datacenter,
-				Address: a.cfg.Sidecar.Advertise, Healthy: s.Instance.Healthy(),
+				Service: s.Name, Agent: h.cfg.Name, Datacenter: h.cfg.Datacenter,
+				Address: h.cfg.Sidecar.Advertise, Healthy: s.Instance.Healthy(),
 			})
 		}
 		if state.Ready {
-			a.report(instances)
+			h.tell(instances)
 		}
 		follow(ctx, &tasks, checks, check, func(ctx context.Context, s Service) {
-			s.Check.Watch(ctx, s.Instance, a.probe(s), func(err error) {
-				a.log.Info("health", "service", s.Name, "address", s.Address, "healthy", s.Instance.Healthy(), "error", err)
+			s.Check.Watch(ctx, s.Instance, h.probe(s), func(err error) {
+				h.log.Info("health", "service", s.Name, "address", s.Address, "healthy", s.Instance.Healthy(), "error", err)
 				select {
 				case changed <- struct{}{}:
 				default:
 				}
 			})
 		})
-		follow(ctx, &tasks, drains, drain, a.drain)
+		follow(ctx, &tasks, drains, drain, h.drain)
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
@@ -329,26 +403,26 @@ func follow[K comparable, V any](ctx context.Context, tasks *sync.WaitGroup, run
 // probe makes the checks of a service. Who listens must be the service: an impostor gets
 // no traffic, so he is not healthy either. A check of another port, or by a command, asks
 // somebody else, so the service's listener is looked at before.
-func (a *Agent) probe(s Service) func(context.Context, services.Check) error {
-	attest := func(conn net.Conn) error { return a.AttestApplication(conn, ca.ServiceEntry(s.Name)) }
+func (h *hostServices) probe(s Service) func(context.Context, services.Check) error {
+	attest := func(conn net.Conn) error { return h.workloads.AttestApplication(conn, ca.ServiceEntry(s.Name)) }
 	return func(ctx context.Context, c services.Check) error {
 		if c.Kind != services.ByCommand && c.Address == s.Address {
-			return a.prober.Probe(ctx, c, attest)
+			return h.prober.Probe(ctx, c, attest)
 		}
 		if at, err := netip.ParseAddrPort(s.Address); err == nil {
-			if err := a.attestListener(at, ca.ServiceEntry(s.Name)); err != nil {
+			if err := h.workloads.attestListener(at, ca.ServiceEntry(s.Name)); err != nil {
 				return err
 			}
-		} else if err := a.prober.Probe(ctx, services.Check{Kind: services.ByTCP, Address: s.Address}, attest); err != nil {
+		} else if err := h.prober.Probe(ctx, services.Check{Kind: services.ByTCP, Address: s.Address}, attest); err != nil {
 			return err
 		}
-		return a.prober.Probe(ctx, c, nil)
+		return h.prober.Probe(ctx, c, nil)
 	}
 }
 
 // drain lets the requests of a service end that is reported no more, and closes it.
-func (a *Agent) drain(ctx context.Context, s Service) {
-	a.log.Info("service is drained", "service", s.Name, "requests", s.Instance.Requests(), "within", s.Drain)
+func (h *hostServices) drain(ctx context.Context, s Service) {
+	h.log.Info("service is drained", "service", s.Name, "requests", s.Instance.Requests(), "within", s.Drain)
 	limit, cancel := context.WithTimeout(ctx, withdrawTime+s.Drain)
 	defer cancel()
 	select {
@@ -359,10 +433,10 @@ func (a *Agent) drain(ctx context.Context, s Service) {
 	s.Instance.Idle(limit)
 	left := s.Instance.Requests()
 	// It may have been restored in this moment.
-	a.change(func(state *State) *State {
+	h.store.change(func(state *State) *State {
 		if i := slices.IndexFunc(state.Services, func(o Service) bool { return o.Instance == s.Instance }); i >= 0 && state.Services[i].Draining && ctx.Err() == nil {
 			s.Instance.Close()
-			a.log.Info("service has been drained", "service", s.Name, "cut", left)
+			h.log.Info("service has been drained", "service", s.Name, "cut", left)
 		}
 		return nil
 	})

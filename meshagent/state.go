@@ -1,6 +1,7 @@
 package meshagent
 
 import (
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -72,6 +73,22 @@ type Identity struct {
 
 	record    *record
 	selectors []selector.Selector // Demands; none, or one of a later release: no process satisfies it
+}
+
+// lacking says what the agent still lacks to serve, nil if nothing.
+func (s *State) lacking() error {
+	if s.own == nil {
+		return errors.New("the agent has no SVID yet: it has not attested to a CA node")
+	}
+	if !s.Ready {
+		return errors.New("the CA has not told yet which entries this host has")
+	}
+	for _, identity := range s.Identities {
+		if identity.SVID == nil {
+			return fmt.Errorf("there is no SVID yet for %s", identity.ID)
+		}
+	}
+	return nil
 }
 
 // Changed is closed when there is a newer state.

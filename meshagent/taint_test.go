@@ -55,7 +55,7 @@ func TestTaintedIsReissued(t *testing.T) {
 			}
 			return &state
 		})
-		defer background(t, a.keepEntries)()
+		defer background(t, a.entries.keepX509)()
 		synctest.Wait()
 		if n := server.count(ids[0]); n != 1 {
 			t.Fatalf("control: signed %d times", n)
@@ -177,7 +177,7 @@ func TestTaintedWITIsReissued(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, f, stopJWT := jwtAgent(t, time.Hour)
 		defer stopJWT()
-		defer background(t, a.keepWITs)()
+		defer background(t, a.entries.keepWITs)()
 		synctest.Wait()
 		first := accounts(a).WIT
 		if first == nil || !slices.Contains(a.State().under(), ca.AuthorityKeyID(first.keyID)) {

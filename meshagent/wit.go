@@ -17,8 +17,8 @@ import (
 )
 
 // keepWITs keeps a WIT-SVID for every entry of the host, each time with a new key.
-func (a *Agent) keepWITs(ctx context.Context) error {
-	return a.keepSVIDs(ctx, renewal{
+func (r *renewer) keepWITs(ctx context.Context) error {
+	return r.keep(ctx, renewal{
 		bundle: func(s *State) any { return [2]any{s.WIT, s.View.Announced} },
 		void: func(s *State, identity *Identity, now time.Time) bool {
 			if identity.WIT == nil {
@@ -38,7 +38,7 @@ func (a *Agent) keepWITs(ctx context.Context) error {
 			}
 			return signedFor
 		},
-		renew: a.renewWITs,
+		renew: r.renewWITs,
 		tainted: func(s *State, identity *Identity) any {
 			if identity.WIT == nil || !s.taintedKey(identity.WIT.keyID) {
 				return nil
@@ -50,8 +50,8 @@ func (a *Agent) keepWITs(ctx context.Context) error {
 
 // renewWITs has one WIT-SVID signed for each slot and takes those that are good into
 // use.
-func (a *Agent) renewWITs(ctx context.Context, slots []*slot) {
-	keys, csrs, ok := a.newKeys(ctx, len(slots))
+func (r *renewer) renewWITs(ctx context.Context, slots []*slot) {
+	keys, csrs, ok := r.newKeys(ctx, len(slots))
 	if !ok {
 		return
 	}
@@ -59,12 +59,12 @@ func (a *Agent) renewWITs(ctx context.Context, slots []*slot) {
 	for i, s := range slots {
 		requests[i] = client.WITRequest{EntryID: s.entryID, Record: s.record.Record, CSR: csrs[i]}
 	}
-	results := a.signer.SignWIT(ctx, requests)
+	results := r.signer.SignWIT(ctx, requests)
 	if ctx.Err() != nil {
 		return
 	}
-	now := a.now()
-	state := a.State()
+	now := r.now()
+	state := r.store.State()
 	signed := map[string]*WITSVID{}
 	var failed []error
 	news := false
@@ -87,13 +87,13 @@ func (a *Agent) renewWITs(ctx context.Context, slots []*slot) {
 		s.due, s.failures, s.ends, s.heldFor = halfTime(wit.Expires, now), 0, wit.Expires, s.record
 	}
 	if len(signed) > 0 {
-		a.change(func(state *State) *State { return state.withWITs(signed) })
-		a.metrics.wits.Add(float64(len(signed)))
+		r.store.change(func(state *State) *State { return state.withWITs(signed) })
+		r.metrics.wits.Add(float64(len(signed)))
 	}
 	if len(failed) > 0 {
-		a.metrics.failures.Add(float64(len(failed)))
+		r.metrics.failures.Add(float64(len(failed)))
 		if news {
-			a.log.Warn("WIT-SVIDs are not renewed; trying again, and what is held stays in use until it ends",
+			r.log.Warn("WIT-SVIDs are not renewed; trying again, and what is held stays in use until it ends",
 				"entries", len(failed), "error", failed[0])
 		}
 	}

@@ -39,7 +39,6 @@ ca/server planApply               82  one plan from one state: objects, deletes,
 cmd/entente printStatus          112  one section after the other, as they are printed
 cmd/entente runFlags.run          81  the life of one program: registered, declared, started, drained
 internal/dataplane sender.try     95  one attempt: what may be repeated depends on how far it came
-meshagent Agent.keepSVIDs         90  one round: look at all SVIDs, renew those that are due, wait
 meshagent Config.check            98  one check for each key of the file
 scenarios/bench measureEntries    87  a script: prepare, measure, report
 scenarios/bench measureIssuing    86  a script: prepare, measure, report
@@ -56,7 +55,6 @@ ca/node Config       25  a configuration file: one field for each section
 ca/node Node         39  to be split by owner: leadership, authorities, following, watchdogs
 ca/replica Replica   22  to be split: the log, and those who wait for it
 ca/server Config     32  to be split: closures become interfaces
-meshagent Agent      26  to be split by owner: identity, delivery, services
 meshagent Config     22  a configuration file: one field for each section
 `
 
