@@ -42,7 +42,6 @@ internal/dataplane sender.try     95  one attempt: what may be repeated depends 
 meshagent Config.check            98  one check for each key of the file
 scenarios/bench measureEntries    87  a script: prepare, measure, report
 scenarios/bench measureIssuing    86  a script: prepare, measure, report
-scenarios/bench measureStreams   112  a script: prepare, measure, report
 scenarios/bench measureWorkloadAPI 92  a script: prepare, measure, report
 `
 

@@ -8,6 +8,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -20,7 +21,7 @@ import (
 type suite struct {
 	name, short string
 	lines       []line
-	groups      []group
+	groups      []group // of all lines but those of the run
 }
 
 var suites = []*suite{&caSuite, &agentSuite}
@@ -30,19 +31,30 @@ type line struct {
 	name   string
 	unit   string
 	what   string
-	target float64 // 0: none was set
-	peer   float64 // SPIRE's on a machine of this kind; 0: not known
+	target float64 // in microseconds: where a verification takes referenceVerifyUS
+	peer   float64 // SPIRE's on a machine of this kind
 }
+
+// none is a target that was not set, a value of SPIRE's that is not known.
+const none = -1
 
 // up tells whether more is better.
 func (l line) up() bool { return strings.HasSuffix(l.name, "_per_s") }
 
-// met tells whether a value reaches the target.
-func (l line) met(value float64) bool {
-	if l.up() {
-		return value >= l.target
+// limit is the target where one verification takes so many microseconds; 0: not known.
+func (l line) limit(verifyUS float64) float64 {
+	if l.unit != "us" || l.target == none {
+		return l.target
 	}
-	return value <= l.target
+	return rounded(l.target * max(1, verifyUS/referenceVerifyUS))
+}
+
+// met tells whether a value reaches a limit.
+func (l line) met(value, limit float64) bool {
+	if l.up() {
+		return value >= limit
+	}
+	return value <= limit
 }
 
 func (s *suite) line(name string) (line, bool) {
@@ -66,6 +78,11 @@ type result struct {
 	Unit  string   `json:"unit"`
 	N     int      `json:"n"` // items that were measured
 	Note  string   `json:"note"`
+	// VerifyUS is what one verification took just then, of lines in microseconds.
+	VerifyUS float64 `json:"verify_us,omitempty"`
+
+	// Turns compare with the other build of --binary.
+	Turns *turns `json:"turns,omitempty"`
 }
 
 type options struct {
@@ -75,7 +92,9 @@ type options struct {
 	from     string
 	only     []string
 	quick    bool
-	binary   string
+	binary   string // another build, measured in turn with the source's
+	rounds   int    // how often then
+	built    string // the source's build if it is there already: in tests
 
 	out, progress io.Writer
 }
@@ -83,11 +102,13 @@ type options struct {
 // bench is one run.
 type bench struct {
 	*options
+	exe       string // the entente that is measured
 	dir       string // its own, removed at the end
 	host      string // loopback address that no other program uses
 	processes *process.Supervisor
 	domains   int
 	results   []result
+	verifyUS  []float64 // what one verification took, each time that it was measured
 }
 
 func run(ctx context.Context, o *options) (err error) {
@@ -95,6 +116,12 @@ func run(ctx context.Context, o *options) (err error) {
 		if _, ok := o.suite.line(name); !ok {
 			return fmt.Errorf("%s measures no %q; see --list", o.suite.name, name)
 		}
+	}
+	if o.binary != "" && (o.markdown != "" || o.from != "") {
+		return errors.New("--binary compares two builds: the page has no place for that, and --from measures nothing")
+	}
+	if o.binary != "" && o.rounds < 1 {
+		return fmt.Errorf("--rounds %d: each build is measured at least once", o.rounds)
 	}
 	b := &bench{options: o}
 	if o.from != "" {
@@ -133,23 +160,32 @@ func (b *bench) measure(ctx context.Context) (err error) {
 	}
 
 	b.tableHead()
+	began := time.Now()
 	var failures []error
 	for _, g := range b.suite.groups {
 		if !slices.ContainsFunc(g.lines, b.wants) {
 			continue
 		}
-		failures = append(failures, b.measureGroup(ctx, g))
+		begun, measure := time.Now(), b.measureGroup
+		if b.binary != "" {
+			measure = b.inTurn
+		}
+		failures = append(failures, measure(ctx, g))
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
+		b.say("%.0f s for %s", time.Since(begun).Seconds(), strings.Join(g.lines, ", "))
 	}
-	return errors.Join(failures...)
+	return errors.Join(append(failures, b.reportRun(began))...)
 }
 
 // measureGroup measures the lines of a group together, and if that fails, each of those
 // that it leaves by itself. One that fails again stands in the results with the reason.
 func (b *bench) measureGroup(ctx context.Context, g group) error {
-	err := g.measure(ctx, b)
+	err := b.verify()
+	if err == nil {
+		err = g.measure(ctx, b)
+	}
 	var left []string
 	for _, name := range g.lines {
 		if b.wants(name) && !slices.ContainsFunc(b.results, func(r result) bool { return r.Name == name }) {
@@ -179,33 +215,42 @@ func (b *bench) fail(name string, err error) error {
 		err = errors.New("nothing was reported")
 	}
 	l, _ := b.suite.line(name)
-	r := result{Name: name, Unit: l.unit, Note: "FAILED: " + strings.ReplaceAll(err.Error(), "\n", "; ")}
-	b.results = append(b.results, r)
-	b.tableLine(l, r)
+	b.take(l, result{Name: name, Unit: l.unit, Note: "FAILED: " + strings.ReplaceAll(err.Error(), "\n", "; ")})
 	return fmt.Errorf("%s: %w", name, err)
 }
 
+// take adds a finished line to the results and to the table.
+func (b *bench) take(l line, r result) {
+	b.results = append(b.results, r)
+	b.tableLine(l, r)
+}
+
 // build makes the binary as a release has it.
-func (b *bench) build(ctx context.Context) error {
+func (b *bench) build(ctx context.Context) (err error) {
 	if b.binary != "" {
-		path, err := filepath.Abs(b.binary)
-		if err != nil {
-			return err
+		if b.binary, err = exec.LookPath(b.binary); err == nil {
+			b.binary, err = filepath.Abs(b.binary)
 		}
-		b.binary = path
+		if err != nil {
+			return fmt.Errorf("--binary: %w", err)
+		}
+	}
+	if b.exe = b.built; b.exe != "" {
 		return nil
 	}
 	b.say("building entente")
-	b.binary = filepath.Join(b.dir, "entente")
-	_, err := b.processes.Run(ctx, process.Spec{
+	b.exe = filepath.Join(b.dir, "entente")
+	_, err = b.processes.Run(ctx, process.Spec{
 		Name: "go build", Binary: "go", Env: []string{"CGO_ENABLED=0"},
-		Args: []string{"build", "-trimpath", "-ldflags", "-s -w", "-o", b.binary, "github.com/entente-mesh/entente/cmd/entente"},
+		Args: []string{"build", "-trimpath", "-ldflags", "-s -w", "-o", b.exe, "github.com/entente-mesh/entente/cmd/entente"},
 	})
 	return err
 }
 
 // wants tells whether a line is to be measured.
-func (b *bench) wants(name string) bool { return len(b.only) == 0 || slices.Contains(b.only, name) }
+func (b *bench) wants(name string) bool {
+	return len(b.only) == 0 || slices.Contains(b.only, name) || name == verifyLine
+}
 
 // count is how many items are measured.
 func (b *bench) count(full, quick int) int {
@@ -242,8 +287,10 @@ func (b *bench) report(name string, value float64, n int, format string, args ..
 	if b.quick {
 		r.Note = "--quick, not to be quoted; " + r.Note
 	}
-	b.results = append(b.results, r)
-	b.tableLine(l, r)
+	if l.unit == "us" {
+		r.VerifyUS = b.verifyUS[len(b.verifyUS)-1]
+	}
+	b.take(l, r)
 }
 
 // rounded keeps three digits: more would be noise.

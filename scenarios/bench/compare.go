@@ -9,8 +9,6 @@ import (
 	"syscall"
 	"time"
 
-	"golang.org/x/sync/errgroup"
-
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/meshagent/admin"
 	"github.com/entente-mesh/entente/scenarios/evil"
@@ -20,7 +18,7 @@ import (
 // measureHealing has one of three CA nodes lie to an agent, again and again.
 func measureHealing(ctx context.Context, b *bench) error {
 	var longest time.Duration
-	rounds := b.count(5, 1)
+	rounds := b.count(3, 1)
 	for range rounds {
 		took, err := b.heal(ctx)
 		if err != nil {
@@ -114,17 +112,8 @@ func measureComparing(ctx context.Context, b *bench) error {
 		return err
 	}
 	defer d.close()
-	b.say("%d hosts attest", count)
-	subscribers := make([]*subscriber, count)
-	group, groupCtx := errgroup.WithContext(ctx)
-	group.SetLimit(enrolling)
-	for i := range subscribers {
-		group.Go(func() (err error) {
-			subscribers[i], err = d.admit(groupCtx, hostName(i))
-			return err
-		})
-	}
-	if err := group.Wait(); err != nil {
+	subscribers, err := d.admitAll(ctx, count)
+	if err != nil {
 		return err
 	}
 	asked := d.nodes[0] // all dial the first of the members, who stand in another order
@@ -139,14 +128,10 @@ func measureComparing(ctx context.Context, b *bench) error {
 		all := &audience{bench: b, size: count, level: level}
 		defer all.held.Wait()
 		defer cancel()
-		group, groupCtx := errgroup.WithContext(ctx)
-		group.SetLimit(enrolling)
-		for i, s := range subscribers {
-			group.Go(func() error { return all.open(groupCtx, ctx, i, s) })
-		}
-		if err := group.Wait(); err != nil {
+		if err := all.openAll(ctx, subscribers); err != nil {
 			return 0, 0, err
 		}
+		b.say("%d streams open at level %d", count, level)
 		if err := sleep(ctx, 2*b.while()); err != nil {
 			return 0, 0, err
 		}
@@ -156,7 +141,7 @@ func measureComparing(ctx context.Context, b *bench) error {
 	}
 	var without, with []float64
 	var heard int64
-	for range b.count(3, 1) {
+	for range b.count(2, 1) {
 		percent, none, err := used(0)
 		if err != nil {
 			return err

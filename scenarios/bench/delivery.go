@@ -44,10 +44,14 @@ func measureDelivery(ctx context.Context, b *bench) error {
 		return err
 	}
 
-	if b.wants("entry_to_svid_p50_ms") || b.wants("entry_to_svid_p99_ms") {
+	if b.wants("entry_to_svid_p50_ms") || b.wants("entry_to_svid_p99_ms") || b.wants("entry_to_svid_cpu_us") {
 		count := b.count(1000, 10)
 		b.say("entry to SVID, %d times", count)
 		var times []time.Duration
+		before, err := d.cpu()
+		if err != nil {
+			return err
+		}
 		for i := range count {
 			e := entry(fmt.Sprintf("new-%d", i), "h1")
 			if err := sleep(ctx, rand.N(40*time.Millisecond)); err != nil {
@@ -68,9 +72,14 @@ func measureDelivery(ctx context.Context, b *bench) error {
 				return err
 			}
 		}
+		after, err := d.cpu()
+		if err != nil {
+			return err
+		}
 		const note = "from the operator's call to the SVID on the workload's stream; one CA node, agent and workload on one machine"
 		b.report("entry_to_svid_p50_ms", milliseconds(percentile(times, 50)), count, note)
 		b.report("entry_to_svid_p99_ms", milliseconds(percentile(times, 99)), count, "longest %.1f ms", milliseconds(percentile(times, 100)))
+		b.report("entry_to_svid_cpu_us", perItem(after-before, count), count, "all that both use meanwhile")
 	}
 
 	if !b.wants("taint_reissue_1_ms") {

@@ -60,7 +60,7 @@ func (b *bench) domain(ctx context.Context, voters int) (d *domain, err error) {
 		}
 	}()
 	for range voters {
-		n, err := d.newNode()
+		n, err := d.newNode(ctx)
 		if err != nil {
 			return d, err
 		}
@@ -101,7 +101,7 @@ func (d *domain) close() {
 	os.RemoveAll(d.dir)
 }
 
-func (d *domain) newNode() (*caNode, error) {
+func (d *domain) newNode(ctx context.Context) (*caNode, error) {
 	n := &caNode{domain: d, name: fmt.Sprintf("ca-%d", len(d.nodes)+1)}
 	n.dir = filepath.Join(d.dir, n.name)
 	at := func(port int) string {
@@ -117,25 +117,44 @@ func (d *domain) newNode() (*caNode, error) {
 	if err := os.MkdirAll(n.dir, 0o700); err != nil {
 		return nil, err
 	}
-	text, err := yamlfile.Marshal(n.config)
-	if err != nil {
-		return nil, err
-	}
 	d.nodes = append(d.nodes, n)
-	return n, os.WriteFile(n.file(), text, 0o600)
+	return n, n.configure(ctx)
+}
+
+// configure writes the node's file, with what its binary knows.
+func (n *caNode) configure(ctx context.Context) error {
+	text, err := yamlfile.Marshal(n.config)
+	if err == nil {
+		err = os.WriteFile(n.file(), text, 0o600)
+	}
+	if err != nil {
+		return err
+	}
+	_, err = n.domain.entente(ctx, "ca", "run", "--check", "--config", n.file())
+	if err == nil {
+		return nil
+	}
+	unknown := false // an older release has no such bound
+	for key, rate := range map[string]*yamlfile.Rate{"tokensPerEntry": &n.config.Limits.TokensPerEntry, "attestsPerSource": &n.config.Limits.AttestsPerSource} {
+		if strings.Contains(err.Error(), fmt.Sprintf("unknown key %q in limits", key)) {
+			*rate, unknown = yamlfile.Rate{}, true
+		}
+	}
+	if !unknown {
+		return err
+	}
+	return n.configure(ctx)
 }
 
 func (n *caNode) file() string { return filepath.Join(n.dir, "ca.yaml") }
 
 func (d *domain) join(ctx context.Context, n *caNode) error {
-	made, err := d.nodes[0].admin.CreateToken(ctx, &ententev1.CreateTokenRequest{
-		Node: &statev1.NodeGrant{Name: n.name, Datacenter: "dc1", Voter: true, Signing: true},
-	})
+	text, err := d.nodeToken(ctx, n.name)
 	if err != nil {
 		return err
 	}
 	token := filepath.Join(n.dir, "token")
-	if err := os.WriteFile(token, []byte(made.GetToken()), 0o600); err != nil {
+	if err := os.WriteFile(token, []byte(text), 0o600); err != nil {
 		return err
 	}
 	_, err = d.entente(ctx, "ca", "join", "--config", n.file(), "--token-file", token)
@@ -144,13 +163,13 @@ func (d *domain) join(ctx context.Context, n *caNode) error {
 
 // entente runs one verb to its end.
 func (b *bench) entente(ctx context.Context, args ...string) ([]byte, error) {
-	return b.processes.Run(ctx, process.Spec{Name: "entente " + strings.Join(args, " "), Binary: b.binary, Args: args})
+	return b.processes.Run(ctx, process.Spec{Name: "entente " + strings.Join(args, " "), Binary: b.exe, Args: args})
 }
 
 // start starts the node and waits until it is ready.
 func (n *caNode) start(ctx context.Context) (err error) {
 	n.process, err = n.domain.processes.Start(process.Spec{
-		Name: n.name, Binary: n.domain.binary, Args: []string{"ca", "run", debuggable, "--config", n.file()}, Log: filepath.Join(n.dir, "log"),
+		Name: n.name, Binary: n.domain.exe, Args: []string{"ca", "run", debuggable, "--config", n.file()}, Log: filepath.Join(n.dir, "log"),
 	})
 	if err != nil {
 		return err
@@ -251,6 +270,25 @@ func (d *domain) until(ctx context.Context, what string, is func(context.Context
 // cpu is the processor time of the node's process.
 func (n *caNode) cpu() (time.Duration, error) { return process.CPUOf(n.process.PID()) }
 
+// cpu is the processor time of all processes of the domain.
+func (d *domain) cpu() (all time.Duration, err error) {
+	var processes []*process.Process
+	for _, n := range d.nodes {
+		processes = append(processes, n.process)
+	}
+	for _, a := range d.agents {
+		processes = append(processes, a.process)
+	}
+	for _, p := range processes {
+		used, err := process.CPUOf(p.PID())
+		if err != nil {
+			return 0, err
+		}
+		all += used
+	}
+	return all, nil
+}
+
 // rss is the resident memory of a process, in bytes.
 func rss(p *process.Process) (float64, error) {
 	m, err := process.MemoryOf(p.PID())
@@ -340,7 +378,7 @@ func (d *domain) agent(ctx context.Context, name string) (*agent, error) {
 func (a *agent) start(ctx context.Context) (err error) {
 	dir := filepath.Join(a.domain.dir, a.name)
 	a.process, err = a.domain.processes.Start(process.Spec{
-		Name: "agent " + a.name, Binary: a.domain.binary, Args: []string{"agent", "run", debuggable, "--config", filepath.Join(dir, "agent.yaml")}, Log: filepath.Join(dir, "log"),
+		Name: "agent " + a.name, Binary: a.domain.exe, Args: []string{"agent", "run", debuggable, "--config", filepath.Join(dir, "agent.yaml")}, Log: filepath.Join(dir, "log"),
 	})
 	if err != nil {
 		return err
@@ -355,6 +393,14 @@ func (d *domain) token(ctx context.Context, host string) (string, error) {
 	made, err := d.nodes[0].admin.CreateToken(ctx, &ententev1.CreateTokenRequest{
 		Agent:      &statev1.AgentGrant{Name: host, Datacenter: "dc1", Addresses: []string{d.host}},
 		TtlSeconds: 3600,
+	})
+	return made.GetToken(), err
+}
+
+// nodeToken makes a join token for a CA node.
+func (d *domain) nodeToken(ctx context.Context, name string) (string, error) {
+	made, err := d.nodes[0].admin.CreateToken(ctx, &ententev1.CreateTokenRequest{
+		Node: &statev1.NodeGrant{Name: name, Datacenter: "dc1", Voter: true, Signing: true},
 	})
 	return made.GetToken(), err
 }

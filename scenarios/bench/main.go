@@ -4,6 +4,7 @@
 //
 //	go run ./scenarios/bench ca --json ca.json
 //	go run ./scenarios/bench agent --json agent.json
+//	go run ./scenarios/bench ca --only jwt_cpu_us --binary /usr/local/bin/entente
 //
 // Clients and the processes under test share one machine. So what counts is processor
 // time per item; rates and latencies hold for this machine and this load only.
@@ -60,10 +61,16 @@ func suiteCommand(s *suite) *cobra.Command {
 		Long: s.short + `.
 
 A table goes to standard output, line by line as it is measured; progress to standard error.
-Nothing else should run on the machine meanwhile.`,
+Nothing else should run on the machine meanwhile. verify_us says how fast the machine is:
+limits in microseconds hold where it is 44.5, and grow with it on a slower one.
+
+With --binary, each line is measured of both builds in turn, and the table has the median of
+each, the median of the ratios of this build to the other, and the lowest and highest ratio
+of a round.`,
 		Example: fmt.Sprintf(`  go run ./scenarios/bench %[1]s --json %[1]s.json
   go run ./scenarios/bench %[1]s --json %[1]s.json --markdown docs/benchmarks.md
   go run ./scenarios/bench %[1]s --only %[2]s
+  go run ./scenarios/bench %[1]s --only %[2]s --binary /usr/local/bin/entente --rounds 9
   go run ./scenarios/bench %[1]s --quick`, s.name, s.lines[0].name),
 		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
@@ -82,8 +89,9 @@ Nothing else should run on the machine meanwhile.`,
 	f.StringVar(&o.markdown, "markdown", "", "put the results in the place of this suite's table in this page")
 	f.StringVar(&o.from, "from", "", "take the results from this file of an earlier --json and measure nothing")
 	f.StringSliceVar(&o.only, "only", nil, "measure these lines only")
-	f.BoolVar(&o.quick, "quick", false, "few items of each kind: shows that everything can be measured, in some 20 s; the numbers mean little")
-	f.StringVar(&o.binary, "binary", "", "measure this entente binary in the place of one built from the source here")
+	f.BoolVar(&o.quick, "quick", false, "few items of each kind: shows that everything can be measured, within two minutes; the numbers mean little")
+	f.StringVar(&o.binary, "binary", "", "measure this entente binary, of an older release for example, in turn with the source's, and print both values and their ratio")
+	f.IntVar(&o.rounds, "rounds", 5, "with --binary: how often each of them is measured")
 	f.BoolVar(&list, "list", false, "say what is measured and end")
 	return c
 }

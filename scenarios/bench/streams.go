@@ -14,6 +14,7 @@ import (
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
+	"github.com/entente-mesh/entente/ca"
 )
 
 // enrolling is how many hosts attest at once; a CA node turns away more than 32.
@@ -40,6 +41,9 @@ type round struct {
 	done  chan struct{}
 }
 
+// shared stands in the note of what is measured with many streams.
+const shared = "each stream an attested host of its own with a TLS connection of its own, all held by one other process on this machine"
+
 // measureStreams opens one Sync stream for each of 10,000 hosts.
 func measureStreams(ctx context.Context, b *bench) error {
 	count := b.count(10_000, 50)
@@ -50,21 +54,9 @@ func measureStreams(ctx context.Context, b *bench) error {
 	defer d.close()
 	n := d.nodes[0]
 
-	b.say("%d hosts attest", count)
 	began := time.Now()
-	subscribers := make([]*subscriber, count)
-	group, groupCtx := errgroup.WithContext(ctx)
-	group.SetLimit(enrolling)
-	for i := range subscribers {
-		group.Go(func() (err error) {
-			if groupCtx.Err() != nil {
-				return groupCtx.Err()
-			}
-			subscribers[i], err = d.admit(groupCtx, hostName(i))
-			return err
-		})
-	}
-	if err := group.Wait(); err != nil {
+	subscribers, err := d.admitAll(ctx, count)
+	if err != nil {
 		return err
 	}
 	enrolled := time.Since(began)
@@ -90,15 +82,10 @@ func measureStreams(ctx context.Context, b *bench) error {
 	}
 	b.say("%d streams open; %d hosts were admitted in %.0f s", count, count, enrolled.Seconds())
 	ctx, cancel := context.WithCancel(ctx)
-	all := &audience{bench: b, size: count}
+	all := &audience{bench: b, size: count, level: ca.SyncLevel}
 	defer all.held.Wait()
 	defer cancel()
-	group, groupCtx = errgroup.WithContext(ctx)
-	group.SetLimit(enrolling)
-	for i, s := range subscribers {
-		group.Go(func() error { return all.open(groupCtx, ctx, i, s) })
-	}
-	if err := group.Wait(); err != nil {
+	if err := all.openAll(ctx, subscribers); err != nil {
 		return err
 	}
 	settle := 5 * b.while() // two collections of the process's garbage, some rounds of heartbeats
@@ -109,49 +96,95 @@ func measureStreams(ctx context.Context, b *bench) error {
 	if err != nil {
 		return err
 	}
-	cpu, err := n.idle(ctx, b.while())
+	quiet := 5 * b.while() // some heartbeats of each stream
+	percent, err := n.idle(ctx, quiet)
 	if err != nil {
 		return err
 	}
-	const shared = "each stream an attested host of its own with a TLS connection of its own, all held by one other process on this machine"
-	b.report("sync_stream_kib", (after-before)/1024/float64(count), count, "%s; %.0f MiB before, %.0f MiB with them after %.0f s; heartbeats take %.1f %% of a core; %d were lost and opened again meanwhile",
-		shared, before/mib, after/mib, settle.Seconds(), cpu, all.lost.Load())
+	b.report("sync_stream_kib", (after-before)/1024/float64(count), count, "%s; %.0f MiB before, %.0f MiB with them after %.0f s; %d were lost and opened again meanwhile",
+		shared, before/mib, after/mib, settle.Seconds(), all.lost.Load())
+	b.report("quiet_10k_cpu_pct", percent, count, "all that the node uses, over %.0f s; %s", quiet.Seconds(), shared)
 
-	if b.wants("broadcast_10k_p99_ms") {
-		rounds := b.count(20, 2)
-		b.say("broadcast, %d times", rounds)
-		var times []time.Duration
-		for i := range rounds {
-			name := fmt.Sprintf("broadcast-%d", i)
-			took, err := all.time(ctx, name, count, func() error { return n.applyService(ctx, name) })
-			if err != nil {
-				return err
-			}
-			times = append(times, took...)
-			if err := sleep(ctx, b.while()/4); err != nil {
-				return err
-			}
+	if b.wants("broadcast_10k_p99_ms") || b.wants("broadcast_10k_cpu_us") {
+		if err := all.measureBroadcast(ctx, n, percent); err != nil {
+			return err
 		}
-		b.report("broadcast_10k_p99_ms", milliseconds(percentile(times, 99)), len(times), "a Service applied until each of %d streams has it, %d times; median %.0f ms; %s", count, rounds, milliseconds(percentile(times, 50)), shared)
 	}
 	if b.wants("change_one_p99_ms") {
-		changes := b.count(500, 10)
-		b.say("change for one, %d times", changes)
-		var times []time.Duration
-		for i := range changes {
-			e := entry(fmt.Sprintf("one-%d", i), hostName(rand.IntN(count)))
-			took, err := all.time(ctx, e.GetId(), 1, func() error { return n.change(ctx, create(e)) })
-			if err != nil {
-				return err
-			}
-			times = append(times, took...)
-			if err := sleep(ctx, rand.N(40*time.Millisecond)); err != nil {
-				return err
-			}
-		}
-		b.report("change_one_p99_ms", milliseconds(percentile(times, 99)), len(times), "median %.1f ms; %s", milliseconds(percentile(times, 50)), shared)
+		return all.measureChangeOne(ctx, n)
 	}
 	return nil
+}
+
+// measureBroadcast has all streams told of a change, again and again. quiet is how many
+// percent of a core they cost without one.
+func (a *audience) measureBroadcast(ctx context.Context, n *caNode, quiet float64) error {
+	rounds := a.count(20, 2)
+	a.say("broadcast, %d times", rounds)
+	var times []time.Duration
+	var used time.Duration
+	for i := range rounds {
+		name := fmt.Sprintf("broadcast-%d", i)
+		before, err := n.cpu()
+		if err != nil {
+			return err
+		}
+		began := time.Now()
+		took, err := a.time(ctx, name, a.size, func() error { return n.applyService(ctx, name) })
+		if err != nil {
+			return err
+		}
+		after, err := n.cpu()
+		if err != nil {
+			return err
+		}
+		used += after - before - time.Duration(quiet/100*float64(time.Since(began)))
+		times = append(times, took...)
+		if err := sleep(ctx, a.while()/4); err != nil {
+			return err
+		}
+	}
+	a.report("broadcast_10k_p99_ms", milliseconds(percentile(times, 99)), len(times), "a Service applied until each of %d streams has it, %d times; median %.0f ms; %s", a.size, rounds, milliseconds(percentile(times, 50)), shared)
+	a.report("broadcast_10k_cpu_us", perItem(max(used, 0), rounds*a.size), rounds*a.size, "without the %.1f %% of a core that the streams cost when nothing changes", quiet)
+	return nil
+}
+
+// measureChangeOne has one stream after the other told of a change that is for it alone.
+func (a *audience) measureChangeOne(ctx context.Context, n *caNode) error {
+	changes := a.count(500, 10)
+	a.say("change for one, %d times", changes)
+	var times []time.Duration
+	for i := range changes {
+		e := entry(fmt.Sprintf("one-%d", i), hostName(rand.IntN(a.size)))
+		took, err := a.time(ctx, e.GetId(), 1, func() error { return n.change(ctx, create(e)) })
+		if err != nil {
+			return err
+		}
+		times = append(times, took...)
+		if err := sleep(ctx, rand.N(40*time.Millisecond)); err != nil {
+			return err
+		}
+	}
+	a.report("change_one_p99_ms", milliseconds(percentile(times, 99)), len(times), "median %.1f ms; %s", milliseconds(percentile(times, 50)), shared)
+	return nil
+}
+
+// admitAll has so many hosts attest.
+func (d *domain) admitAll(ctx context.Context, count int) ([]*subscriber, error) {
+	d.say("%d hosts attest", count)
+	subscribers := make([]*subscriber, count)
+	group, groupCtx := errgroup.WithContext(ctx)
+	group.SetLimit(enrolling)
+	for i := range subscribers {
+		group.Go(func() (err error) {
+			if groupCtx.Err() != nil {
+				return groupCtx.Err()
+			}
+			subscribers[i], err = d.admit(groupCtx, hostName(i))
+			return err
+		})
+	}
+	return subscribers, group.Wait()
 }
 
 func hostName(i int) string { return fmt.Sprintf("host-%d", i) }
@@ -168,6 +201,16 @@ func (n *caNode) idle(ctx context.Context, window time.Duration) (percent float6
 	}
 	after, err := n.cpu()
 	return 100 * (after - before).Seconds() / time.Since(began).Seconds(), err
+}
+
+// openAll opens a stream for each subscriber, which lasts until ctx ends.
+func (a *audience) openAll(ctx context.Context, subscribers []*subscriber) error {
+	group, groupCtx := errgroup.WithContext(ctx)
+	group.SetLimit(enrolling)
+	for i, s := range subscribers {
+		group.Go(func() error { return a.open(groupCtx, ctx, i, s) })
+	}
+	return group.Wait()
 }
 
 // open keeps a stream of one subscriber open until ctx ends: one that is lost is opened

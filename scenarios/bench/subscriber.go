@@ -28,12 +28,17 @@ type subscriber struct {
 	members []*statev1.Member
 }
 
-// admit has a host attest.
+// admit has a host attest by a new token.
 func (d *domain) admit(ctx context.Context, name string) (*subscriber, error) {
 	text, err := d.token(ctx, name)
 	if err != nil {
 		return nil, err
 	}
+	return d.attest(ctx, name, text)
+}
+
+// attest has a host attest by a token.
+func (d *domain) attest(ctx context.Context, name, text string) (*subscriber, error) {
 	token, err := ca.ParseToken(text)
 	if err != nil {
 		return nil, err

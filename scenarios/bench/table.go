@@ -6,52 +6,84 @@ import (
 	"os"
 	"regexp"
 	"runtime"
+	"slices"
+	"strconv"
 	"strings"
 	"time"
 )
 
 func (b *bench) tableHead() {
+	if b.binary != "" {
+		fmt.Fprintf(b.out, "%-26s %10s %10s %-4s %7s %15s  %s\n", "LINE", "THIS", "OTHER", "UNIT", "RATIO", "IN ROUNDS", "NOTE")
+		return
+	}
 	fmt.Fprintf(b.out, "%-26s %10s %-4s %9s %9s %7s  %s\n", "LINE", "VALUE", "UNIT", "TARGET", "SPIRE", "RATIO", "NOTE")
 }
 
 func (b *bench) tableLine(l line, r result) {
+	if b.binary != "" {
+		b.turnsLine(r)
+		return
+	}
 	value, unit, bound, ratio := r.columns(l)
 	fmt.Fprintf(b.out, "%-26s %10s %-4s %9s %9s %7s  %s\n", r.Name, value, unit, bound, number(l.peer), ratio, r.Note)
 }
 
 func (r result) columns(l line) (value, unit, bound, ratio string) {
+	limit := l.limit(r.VerifyUS)
 	if r.Value == nil {
-		return "FAILED", "", l.bound(nil), "-"
+		return "FAILED", "", l.bound(nil, limit), "-"
 	}
-	return number(*r.Value), r.Unit, l.bound(r.Value), l.ratio(*r.Value)
+	return figure(*r.Value), r.Unit, l.bound(r.Value, limit), l.ratio(*r.Value)
 }
 
-// number is a value for people; 0 is none.
+// turnsLine is a line of two builds.
+func (b *bench) turnsLine(r result) {
+	value := func(v *float64) string {
+		if v == nil {
+			return "-"
+		}
+		return figure(*v)
+	}
+	t, rounds := r.Turns, "-"
+	if t == nil { // of the machine
+		t = &turns{}
+	}
+	if len(t.Ratios) > 0 {
+		rounds = fmt.Sprintf("%.3f to %.3f", slices.Min(t.Ratios), slices.Max(t.Ratios))
+	}
+	fmt.Fprintf(b.out, "%-26s %10s %10s %-4s %7s %15s  %s\n", r.Name, value(r.Value), value(t.Other), r.Unit, value(t.Ratio), rounds, r.Note)
+}
+
+// number is a target or SPIRE's value for people.
 func number(v float64) string {
-	if v == 0 {
+	if v == none {
 		return "-"
 	}
-	return fmt.Sprint(v)
+	return figure(v)
 }
 
-// bound is the target, marked when the value misses it or there is none.
-func (l line) bound(value *float64) string {
-	if l.target == 0 {
+// figure writes a value without an exponent.
+func figure(v float64) string { return strconv.FormatFloat(v, 'f', -1, 64) }
+
+// bound is the limit, marked when the value misses it or there is none.
+func (l line) bound(value *float64, limit float64) string {
+	if l.target == none {
 		return "-"
 	}
 	sign, mark := "<= ", ""
 	if l.up() {
 		sign = ">= "
 	}
-	if value == nil || !l.met(*value) {
+	if value == nil || !l.met(*value, limit) {
 		mark = " !"
 	}
-	return sign + number(l.target) + mark
+	return sign + figure(limit) + mark
 }
 
 // ratio is how many times better than the peer the value is.
 func (l line) ratio(value float64) string {
-	if l.peer == 0 || value == 0 {
+	if l.peer == none || value == 0 {
 		return "-"
 	}
 	ratio := l.peer / value

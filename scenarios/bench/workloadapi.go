@@ -186,7 +186,7 @@ func measureAttestation(ctx context.Context, b *bench, a *agent) error {
 	var times []time.Duration
 	for i := range count + 1 {
 		// A large executable that only waits for what comes on its standard input.
-		command := exec.CommandContext(ctx, b.binary, "entry", "create", "-f", "-")
+		command := exec.CommandContext(ctx, b.exe, "entry", "create", "-f", "-")
 		stdin, err := command.StdinPipe()
 		if err != nil {
 			return err
