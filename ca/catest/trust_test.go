@@ -117,12 +117,14 @@ func newAgent(t *testing.T, c *catest.CA, name, entry string) *agent {
 	return startAgent(t, c, name, entry, c.AgentToken(name, "dc1"), t.TempDir())
 }
 
-func (a *agent) svid(t *testing.T) *x509svid.SVID {
+// svid is the workload's SVID. One that was revoked is dropped at once, so that there may be
+// none until the next is signed.
+func (a *agent) svid(t *testing.T) (svid *x509svid.SVID) {
 	t.Helper()
-	svid, err := a.SVIDs(a.entry).GetX509SVID()
-	if err != nil {
-		t.Fatal(err)
-	}
+	eventually(t, a.entry+" has an SVID", 10*time.Second, func() (err error) {
+		svid, err = a.SVIDs(a.entry).GetX509SVID()
+		return err
+	})
 	return svid
 }
 
