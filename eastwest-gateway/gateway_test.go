@@ -14,6 +14,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
@@ -349,4 +350,22 @@ func TestIdentities(t *testing.T) {
 
 func contextOf(bundles *x509bundle.Set, svids ...*x509svid.SVID) *workloadapi.X509Context {
 	return &workloadapi.X509Context{SVIDs: svids, Bundles: bundles}
+}
+
+// A gateway that gets no SVID says so, once, and not while the SVID is merely slow.
+func TestWaitIsSaid(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var log strings.Builder
+		i := newIdentities(slog.New(slog.NewTextHandler(&log, nil)), func() {})
+		ctx, cancel := context.WithTimeout(t.Context(), waitSilently/2)
+		defer cancel()
+		if err := i.wait(ctx, spiffeid.RequireFromString("spiffe://banking.example/gw")); err == nil || log.Len() > 0 {
+			t.Errorf("%v\n%s", err, log.String())
+		}
+		ctx, cancel = context.WithTimeout(t.Context(), 10*waitSilently)
+		defer cancel()
+		if err := i.wait(ctx, spiffeid.RequireFromString("spiffe://banking.example/gw")); err == nil || strings.Count(log.String(), "spiffe_id=spiffe://banking.example/gw") != 1 {
+			t.Errorf("%v\n%s", err, log.String())
+		}
+	})
 }

@@ -5,10 +5,12 @@ import (
 	"crypto/x509"
 	"fmt"
 	"log/slog"
+	"os"
 	"path/filepath"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -161,6 +163,9 @@ func (s source) GetX509SVID() (*x509svid.SVID, error) {
 	return nil, fmt.Errorf("the Workload API gave no SVID for %s", s.id)
 }
 
+// waitSilently is how long an SVID may take before the log says that it is missing.
+const waitSilently = 3 * time.Second
+
 // wait returns when an SVID for id is there.
 func (i *identities) wait(ctx context.Context, id spiffeid.ID) error {
 	i.mu.Lock()
@@ -174,10 +179,16 @@ func (i *identities) wait(ctx context.Context, id spiffeid.ID) error {
 		i.waiting[id] = ready
 	}
 	i.mu.Unlock()
-	select {
-	case <-ready:
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
+	late := time.NewTimer(waitSilently)
+	defer late.Stop()
+	for {
+		select {
+		case <-ready:
+			return nil
+		case <-late.C:
+			i.log.Warn("waiting for an SVID from the Workload API: entente agent explain-pid shows why this process has none", "spiffe_id", id, "pid", os.Getpid())
+		case <-ctx.Done():
+			return ctx.Err()
+		}
 	}
 }

@@ -211,7 +211,7 @@ func (c *credentials) believe(answer *client.Attestation, recoveryKey []byte) (*
 		return nil, err
 	}
 	if name := answer.Agent.GetName(); name != c.cfg.Name {
-		return nil, fmt.Errorf("%w: %q, and this one is %q: change its name, or make a token for it or another template (x509pop.name of the CA nodes)", errOtherAgent, name, c.cfg.Name)
+		return nil, fmt.Errorf("%[1]w: %[2]q, and this one is %[3]q: change its name, or evict %[2]q and make a token for this one, or another template (x509pop.name of the CA nodes)", errOtherAgent, name, c.cfg.Name)
 	}
 	cluster := c.cluster()
 	if cluster != nil && !bytes.Equal(cluster.GetId(), answer.Cluster.GetId()) {

@@ -85,7 +85,7 @@ func (s *State) attesting(c *statev1.AttestAgent) (next *statev1.Agent, t *state
 		return nil, nil, refuse(CodeTokenSpent, "the host was attested with another key since: ask for a new token")
 	}
 	if other, ok := s.AgentByKey(keyID); ok && other.GetName() != grant.GetName() {
-		return nil, nil, refuse(CodeExists, "the key belongs to agent %s already", other.GetName())
+		return nil, nil, refuse(CodeExists, "the key belongs to agent %[1]s already: keep that name, or evict it first (entente agent evict %[1]s)", other.GetName())
 	}
 	return &statev1.Agent{
 		Name: grant.GetName(), KeyId: keyID, Datacenter: grant.GetDatacenter(), Addresses: slices.Clone(grant.GetAddresses()),
@@ -118,7 +118,7 @@ func (s *State) admitting(c *statev1.AdmitAgent) (*statev1.Agent, *Refusal) {
 		}
 	}
 	if other, ok := s.AgentByKey(next.GetKeyId()); ok && other.GetName() != next.GetName() {
-		return nil, refuse(CodeExists, "the key belongs to agent %s already", other.GetName())
+		return nil, refuse(CodeExists, "the key belongs to agent %[1]s already: keep that name, or evict it first (entente agent evict %[1]s)", other.GetName())
 	}
 	if have, known := s.agents.get(next.GetName()); known {
 		switch {

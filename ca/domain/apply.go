@@ -387,7 +387,7 @@ func (s *State) joining(c *statev1.JoinMember) (m *statev1.Member, t *statev1.To
 	case repeat:
 		return nil, nil, refuse(CodeMemberRemoved, "the member that the token admitted was removed: wipe its data and join with a new key and token")
 	case known:
-		return nil, nil, refuse(CodeMemberExists, "the key belongs to member %s already", have.GetName())
+		return nil, nil, refuse(CodeMemberExists, "the key belongs to member %s already: join with an empty data directory", have.GetName())
 	}
 	// Name, place and rights are the operator's; only the addresses and what its software
 	// knows are its own word.

@@ -162,8 +162,8 @@ func Join(ctx context.Context, cfg *Config, tokenText string) error {
 	}
 	switch {
 	case result.Member.GetName() != cfg.Name || result.Member.GetDatacenter() != cfg.Datacenter:
-		return fail(fmt.Errorf("the token admits %s in datacenter %s, the configuration says %s in %s: correct it and repeat with the same token",
-			result.Member.GetName(), result.Member.GetDatacenter(), cfg.Name, cfg.Datacenter))
+		return fail(fmt.Errorf("the token admitted this node as %[1]s in datacenter %[2]s, the configuration says %[3]s in %[4]s: correct it and repeat with the same token; if this is the wrong host: entente node remove %[1]s, delete %[5]s here, and make another token",
+			result.Member.GetName(), result.Member.GetDatacenter(), cfg.Name, cfg.Datacenter, cfg.DataDir))
 	case result.Cluster.GetDev() != cfg.Keys.InsecureDev:
 		return fail(fmt.Errorf("the cluster is for development: %v, this node's keys.insecureDev: %v; they must agree", result.Cluster.GetDev(), cfg.Keys.InsecureDev))
 	}

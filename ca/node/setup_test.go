@@ -98,11 +98,15 @@ func TestSetupRefuses(t *testing.T) {
 		"agent's token":        join(named, one.AgentToken("h1", "dc1")),
 		"no token":             join(named, "entente-join-nonsense"),
 		"another trust domain": join(catest.Options{Name: "ca-2", Datacenter: "dc2", TrustDomain: "trading.example"}, one.NodeToken("ca-2", "dc2")),
-		"another name":         join(catest.Options{Name: "ca-9", Datacenter: "dc2"}, one.NodeToken("ca-3", "dc2")),
 	} {
 		if err == nil {
 			t.Errorf("%s: accepted", name)
 		}
+	}
+	// The token is spent by then: what to do is said for either mistake.
+	mistaken := join(catest.Options{Name: "ca-9", Datacenter: "dc2"}, one.NodeToken("ca-3", "dc2"))
+	if mistaken == nil || !strings.Contains(mistaken.Error(), "repeat with the same token") || !strings.Contains(mistaken.Error(), "entente node remove ca-3") || strings.Count(mistaken.Error(), "join the CA") != 1 {
+		t.Errorf("another name: %v", mistaken)
 	}
 
 	// One token, one node; the same node may repeat (I9).

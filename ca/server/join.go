@@ -44,7 +44,7 @@ func (s *Server) proved(c caller, tokenID, role, keyID string, statement, signat
 	s.State.Read(func(st *domain.State) { token, _ = st.Token(tokenID) })
 	switch {
 	case token == nil && s.Knows():
-		return nil, status.Error(codes.PermissionDenied, "no such token: ask for a new one")
+		return nil, status.Error(codes.PermissionDenied, "no such token: ask for a new one, or, for a CA node, for its approval (entente node approve)")
 	case token == nil:
 		// It may be behind, and the token a minute old: no final answer.
 		return nil, status.Error(codes.Unavailable, "this CA node does not know the token, and may lag behind: ask the one that leads")

@@ -113,15 +113,19 @@ func nodesFromWire(resp *ententev1.ListNodesResponse, now time.Time) Nodes {
 func (d adminDoor) PromoteNode(ctx context.Context, req *ententev1.PromoteNodeRequest) (*ententev1.PromoteNodeResponse, error) {
 	s := d.server
 	var id string
+	voter := false
 	s.State.Read(func(st *domain.State) {
 		for _, m := range st.Members() {
 			if m.GetName() == req.GetName() {
-				id = m.GetId()
+				id, voter = m.GetId(), m.GetVoter()
 			}
 		}
 	})
-	if id == "" {
+	switch {
+	case id == "":
 		return nil, status.Errorf(codes.NotFound, "no CA node is named %.64q; entente node list shows them", req.GetName())
+	case voter: // others would be asked to approve a change that changes nothing
+		return nil, status.Errorf(codes.FailedPrecondition, "CA node %s is a voter already, or will be when it has caught up: see entente node list", req.GetName())
 	}
 	revision, approval, err := s.changeMembers(ctx, &statev1.Command{Body: &statev1.Command_PromoteMember{PromoteMember: &statev1.PromoteMember{Id: id}}})
 	if err != nil {

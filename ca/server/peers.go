@@ -408,7 +408,7 @@ func Join(ctx context.Context, req JoinRequest) (*JoinResult, error) {
 			break
 		}
 	}
-	return nil, fmt.Errorf("join the CA of %s: %w", req.Token.TrustDomain.Name(), errors.Join(failures...))
+	return nil, errors.Join(failures...)
 }
 
 func joinAt(ctx context.Context, address string, req JoinRequest) (*JoinResult, error) {

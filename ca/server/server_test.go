@@ -263,7 +263,7 @@ func TestAttest(t *testing.T) {
 			unknown := *token
 			unknown.ID = "nosuchtoken"
 			return attestRequest(t, &unknown, other, bound)
-		}, codes.PermissionDenied, "no such token"},
+		}, codes.PermissionDenied, "for its approval (entente node approve)"},
 		{"one token's id on another's statement", func(token *ca.Token) *ententev1.AttestRequest {
 			req := attestRequest(t, token, other, bound)
 			req.TokenId = parseToken(t, c.AgentToken("h-beside", "dc1")).ID

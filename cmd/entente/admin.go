@@ -4,8 +4,10 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -63,9 +65,16 @@ func (f *adminFlags) call(ctx context.Context, do func(ententev1.AdminClient) er
 	if len(f.remote.servers) > 0 {
 		return f.remote.call(ctx, do)
 	}
-	if _, err := os.Stat(f.socket); err != nil {
-		return status.Errorf(codes.Unavailable, "no CA node answers at %s: %v; is it running here, and is --socket right? from elsewhere: --server", f.socket, err)
+	// Dialled once to say what is wrong: gRPC would name its transport and no remedy.
+	tried, err := net.DialTimeout("unix", f.socket, fetchTimeout)
+	if err != nil {
+		var call *os.SyscallError
+		if errors.As(err, &call) {
+			err = call.Err
+		}
+		return status.Errorf(codes.Unavailable, "no CA node answers at %s: %v; is it running on this host, is --socket right, and are you its user or root? from elsewhere: --server", f.socket, err)
 	}
+	tried.Close()
 	conn, err := grpc.NewClient("unix:"+f.socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
 		return fmt.Errorf("dial %s: %w", f.socket, err)

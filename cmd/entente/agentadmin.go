@@ -118,6 +118,7 @@ func printAgentStatus(w io.Writer, is *admin.Status) error {
 	if is.Inbound != "" {
 		fmt.Fprintf(table, "INBOUND\t%s\n", is.Inbound)
 	}
+	fmt.Fprintf(table, "CA NODE\t%s\n", comparedText(is.CA))
 	fmt.Fprintln(table, "\nENTRY\tSPIFFE ID\tEXPIRES IN\tHEALTHY")
 	for _, identity := range is.Identities {
 		expires, healthy := "-", "-"
@@ -151,6 +152,17 @@ func printAgentStatus(w io.Writer, is *admin.Status) error {
 		fmt.Fprintf(w, "warning: %s: %s\n", b.File, b.Why)
 	}
 	return nil
+}
+
+// comparedText names the CA node that the agent follows and those that it is compared with.
+func comparedText(is admin.CAStatus) string {
+	switch {
+	case is.Node == "":
+		return "-"
+	case len(is.Compared) == 0:
+		return is.Node + ", compared with no other: this host has heard one CA node only"
+	}
+	return is.Node + ", compared with " + strings.Join(is.Compared, ", ")
 }
 
 func printExplanation(w io.Writer, e *admin.Explanation) error {

@@ -26,3 +26,17 @@ func TestAgentStatusWarns(t *testing.T) {
 		t.Errorf("%v\n%s", err, out.String())
 	}
 }
+
+// The CA node that the agent follows is shown with those it is compared with, and that there is none.
+func TestAgentStatusComparison(t *testing.T) {
+	for want, is := range map[string]admin.CAStatus{
+		"-":                              {},
+		"ca-1, compared with ca-2, ca-3": {Node: "ca-1", Compared: []string{"ca-2", "ca-3"}},
+		"ca-1, compared with no other: this host has heard one CA node only": {Node: "ca-1"},
+	} {
+		var out strings.Builder
+		if err := printAgentStatus(&out, &admin.Status{CA: is}); err != nil || !strings.Contains(out.String(), "CA NODE       "+want+"\n") {
+			t.Errorf("%v: %v\n%s", is, err, out.String())
+		}
+	}
+}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"runtime"
 	"runtime/debug"
@@ -74,7 +75,10 @@ not on a CA node. Without it, a lost quorum and a lost cluster cannot be recover
 // writeSecret makes a new file for one line.
 func writeSecret(path, line string) error {
 	f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
-	if err != nil {
+	switch {
+	case errors.Is(err, fs.ErrExist):
+		return fmt.Errorf("%s exists already, and is not written over: name a new file", path)
+	case err != nil:
 		return err
 	}
 	_, err = fmt.Fprintln(f, line)

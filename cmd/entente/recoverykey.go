@@ -6,6 +6,8 @@ import (
 	"fmt"
 
 	"github.com/spf13/cobra"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
@@ -24,11 +26,11 @@ there is no token: gateways, and hosts that attest by certificate.`,
 		Args:    noArguments,
 		RunE: func(c *cobra.Command, _ []string) error {
 			return admin.call(c.Context(), func(client ententev1.AdminClient) error {
-				status, err := client.Status(c.Context(), &ententev1.StatusRequest{})
+				is, err := client.Status(c.Context(), &ententev1.StatusRequest{})
 				if err != nil {
 					return err
 				}
-				key := status.GetCluster().GetRecoveryKey()
+				key := is.GetCluster().GetRecoveryKey()
 				if len(key) == 0 {
 					return errors.New("this cluster was made without a recovery key")
 				}
@@ -76,11 +78,11 @@ ca.recoveryKey names the new one.`,
 }
 
 func replaceRecoveryKey(c *cobra.Command, client ententev1.AdminClient, asJSON bool, file, formerFile string) error {
-	status, err := client.Status(c.Context(), &ententev1.StatusRequest{})
+	is, err := client.Status(c.Context(), &ententev1.StatusRequest{})
 	if err != nil {
 		return err
 	}
-	cluster := status.GetCluster()
+	cluster := is.GetCluster()
 	td, err := ca.ParseTrustDomain(cluster.GetTrustDomain())
 	if err != nil {
 		return err
@@ -109,17 +111,32 @@ func replaceRecoveryKey(c *cobra.Command, client ententev1.AdminClient, asJSON b
 		return err
 	}
 	if err := writeSecret(file, text); err != nil { // before it counts: nobody could recover otherwise
-		return err
+		return usageError{c, fmt.Errorf("--recovery-key-file: %w", err)}
 	}
 	response, err := client.ReplaceRecoveryKey(c.Context(), &ententev1.ReplaceRecoveryKeyRequest{Replacement: replacement})
 	switch {
 	case err != nil:
-		return fmt.Errorf("%w; the key in %s does not count", err, file)
+		return notReplaced(err, file, ca.RecoveryKeyText(next.PublicKey()))
 	case asJSON:
 		return printJSON(c.OutOrStdout(), response)
 	case response.GetApproval() != nil:
-		return printApproval(c.OutOrStdout(), response.GetApproval())
+		if err := printApproval(c.OutOrStdout(), response.GetApproval()); err != nil {
+			return err
+		}
+		_, err = fmt.Fprintf(c.OutOrStdout(), "the key in %s does not count before that: keep the former one; then set ca.recoveryKey of agents and gateways to %s\n",
+			file, ca.RecoveryKeyText(next.PublicKey()))
+		return err
 	}
 	_, err = fmt.Fprintf(c.OutOrStdout(), "the recovery key in %s counts since revision %s; destroy the former one\n", file, ca.Revision(response.GetRevision()))
 	return err
+}
+
+// notReplaced says what became of the new key. Only a refusal is certain: where the answer
+// was lost the new key may count, and whoever deletes it cannot recover the cluster.
+func notReplaced(err error, file, public string) error {
+	switch status.Code(err) {
+	case codes.Unavailable, codes.DeadlineExceeded, codes.Canceled, codes.Internal, codes.Unknown:
+		return fmt.Errorf("%[1]w; keep the key in %[2]s and the former one until you know which counts: the one in %[2]s does if entente ca recovery-key prints %[3]s", err, file, public)
+	}
+	return fmt.Errorf("%w; the key in %s does not count: delete it", err, file)
 }
