@@ -134,9 +134,10 @@ func replaceRecoveryKey(c *cobra.Command, client ententev1.AdminClient, asJSON b
 // notReplaced says what became of the new key. Only a refusal is certain: where the answer
 // was lost the new key may count, and whoever deletes it cannot recover the cluster.
 func notReplaced(err error, file, public string) error {
+	remedy := fmt.Sprintf("the key in %s does not count: delete it", file)
 	switch status.Code(err) {
 	case codes.Unavailable, codes.DeadlineExceeded, codes.Canceled, codes.Internal, codes.Unknown:
-		return fmt.Errorf("%[1]w; keep the key in %[2]s and the former one until you know which counts: the one in %[2]s does if entente ca recovery-key prints %[3]s", err, file, public)
+		remedy = fmt.Sprintf("keep the key in %[1]s and the former one until you know which counts: the one in %[1]s does if entente ca recovery-key prints %[2]s", file, public)
 	}
-	return fmt.Errorf("%w; the key in %s does not count: delete it", err, file)
+	return status.Errorf(status.Code(err), "%s; %s", message(err), remedy)
 }

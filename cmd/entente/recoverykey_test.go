@@ -53,12 +53,12 @@ func TestReplaceRecoveryKey(t *testing.T) {
 // when the answer was lost.
 func TestReplacementInDoubt(t *testing.T) {
 	refused := notReplaced(status.Error(codes.FailedPrecondition, "no"), "new.key", "public")
-	if text := refused.Error(); !strings.Contains(text, "the key in new.key does not count: delete it") || exitCode(refused) != exitRefused {
+	if text := message(refused); !strings.HasPrefix(text, "no; the key in new.key does not count: delete it") || exitCode(refused) != exitRefused {
 		t.Error(refused)
 	}
-	for _, code := range []codes.Code{codes.Unavailable, codes.DeadlineExceeded, codes.Unknown} {
+	for _, code := range []codes.Code{codes.Unavailable, codes.DeadlineExceeded, codes.Internal} {
 		lost := notReplaced(status.Error(code, "lost"), "new.key", "public")
-		if text := lost.Error(); strings.Contains(text, "does not count") || !strings.Contains(text, "keep the key in new.key") || !strings.Contains(text, "prints public") {
+		if text := message(lost); !strings.HasPrefix(text, "lost; keep") || exitCode(lost) != exitCode(status.Error(code, "lost")) || strings.Contains(text, "does not count") || !strings.Contains(text, "keep the key in new.key") || !strings.Contains(text, "prints public") {
 			t.Error(lost)
 		}
 	}
