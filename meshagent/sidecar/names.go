@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/netip"
 	"slices"
@@ -73,12 +74,20 @@ func nameDoors(n *Names, tables *catalog.Tables, taken map[uint16]bool) map[neti
 // crowd keeps the listeners of names, and one door for each entry behind them. Its
 // methods belong to Run's goroutine, but for pass.
 type crowd struct {
-	sidecar *Sidecar
-	tasks   *sync.WaitGroup
-	open    map[netip.AddrPort]openName
+	identify func(net.Conn) ([]string, error)                                             // the entries that who connected satisfies
+	outbound func(entryID string, id spiffeid.ID) (*dataplane.Outbound, dataplane.Attest) // an entry's way into the mesh
+	closed   *closedListeners
+	app      netip.Addr // where applications listen
+	log      *slog.Logger
+	tasks    *sync.WaitGroup
+	open     map[netip.AddrPort]openName
 
 	mu      sync.Mutex
 	callers map[string]*inbox // by entry id
+}
+
+func newCrowd(identify func(net.Conn) ([]string, error), outbound func(string, spiffeid.ID) (*dataplane.Outbound, dataplane.Attest), closed *closedListeners, app netip.Addr, log *slog.Logger, tasks *sync.WaitGroup) *crowd {
+	return &crowd{identify: identify, outbound: outbound, closed: closed, app: app, log: log, tasks: tasks, open: map[netip.AddrPort]openName{}, callers: map[string]*inbox{}}
 }
 
 type openName struct {
@@ -122,9 +131,8 @@ func (c *crowd) follow(ctx context.Context, doors map[netip.AddrPort]nameDoor, c
 			continue
 		}
 		own, stop := context.WithCancel(ctx)
-		door := c.sidecar.engine.Outbound(dataplane.Identity{ID: id, SVID: c.sidecar.agent.SVIDs(entry)})
 		// Which entry it is was found out at accept; what is attested holds from here on.
-		attest := c.sidecar.attest(entry, id, c.sidecar.agent.AttestCaller)
+		door, attest := c.outbound(entry, id)
 		box := &inbox{id: id, door: door, attest: attest, ctx: own, conns: make(chan net.Conn), stop: stop}
 		c.callers[entry] = box
 		c.tasks.Go(func() {
@@ -152,14 +160,14 @@ func (c *crowd) follow(ctx context.Context, doors map[netip.AddrPort]nameDoor, c
 // listen keeps one listener open. An address that cannot be had costs the callers of
 // that service the name, and nobody else; it is tried again.
 func (c *crowd) listen(ctx context.Context, at netip.AddrPort, door nameDoor) {
-	defer c.sidecar.shut(at.String(), nil)
+	defer c.closed.set(at.String(), nil)
 	said := false
 	for ctx.Err() == nil {
 		if !door.taken || c.listens(ctx, at.Port()) {
 			ln, err := daemon.Listen(at.String())
 			if err == nil {
 				said = false
-				c.sidecar.shut(at.String(), nil)
+				c.closed.set(at.String(), nil)
 				closing := context.AfterFunc(ctx, func() { ln.Close() })
 				err = c.accept(ctx, ln, door)
 				closing()
@@ -169,10 +177,10 @@ func (c *crowd) listen(ctx context.Context, at netip.AddrPort, door nameDoor) {
 				return
 			}
 			if errors.Is(err, syscall.EADDRINUSE) { // somebody else is there
-				c.sidecar.shut(at.String(), err)
+				c.closed.set(at.String(), err)
 			}
 			if !said {
-				c.sidecar.log.Error("a service cannot be called by its name here; trying again",
+				c.log.Error("a service cannot be called by its name here; trying again",
 					"service", door.service, "address", at.String(), "error", err, "fix", whyNot(err, at.Port()))
 				said = true
 			}
@@ -189,7 +197,7 @@ func (c *crowd) listen(ctx context.Context, at netip.AddrPort, door nameDoor) {
 // comes first; if it is content with its own address, the others are free.
 func (c *crowd) listens(ctx context.Context, port uint16) bool {
 	dialer := net.Dialer{Timeout: time.Second}
-	conn, err := dialer.DialContext(ctx, "tcp", netip.AddrPortFrom(c.sidecar.app, port).String())
+	conn, err := dialer.DialContext(ctx, "tcp", netip.AddrPortFrom(c.app, port).String())
 	if err != nil {
 		return false
 	}
@@ -226,7 +234,7 @@ func (c *crowd) accept(ctx context.Context, ln net.Listener, door nameDoor) erro
 		c.tasks.Go(func() {
 			if err := c.pass(conn, door); err != nil {
 				conn.Close()
-				c.sidecar.log.Info("connection closed unread: the process that opened it has no identity to call with", "address", ln.Addr().String(), "error", err)
+				c.log.Info("connection closed unread: the process that opened it has no identity to call with", "address", ln.Addr().String(), "error", err)
 			}
 		})
 	}
@@ -234,7 +242,7 @@ func (c *crowd) accept(ctx context.Context, ln net.Listener, door nameDoor) erro
 
 // pass hands a connection to the door of the one entry that its process satisfies.
 func (c *crowd) pass(conn net.Conn, to nameDoor) error {
-	entries, err := c.sidecar.cfg.Names.Identify(conn)
+	entries, err := c.identify(conn)
 	if err != nil {
 		return err
 	}

@@ -98,8 +98,34 @@ type Sidecar struct {
 	doors    map[netip.AddrPort]nameDoor
 	changed  chan struct{} // capacity 1: wanted has changed
 
-	closedMu sync.Mutex
-	closed   map[string]error // listeners that cannot be opened, by address
+	closed *closedListeners
+}
+
+// closedListeners are the listeners that cannot be opened.
+type closedListeners struct {
+	mu  sync.Mutex
+	why map[string]error // by address
+}
+
+// set notes why a listener is closed; nil: it is open, or nobody wants it any more.
+func (c *closedListeners) set(address string, why error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if why == nil {
+		delete(c.why, address)
+	} else {
+		c.why[address] = why
+	}
+}
+
+// first is an error about the first of them, nil if there is none.
+func (c *closedListeners) first() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, address := range slices.Sorted(maps.Keys(c.why)) {
+		return fmt.Errorf("the listener at %s is closed (%d are): whoever holds the address gets what workloads send there: %w", address, len(c.why), c.why[address])
+	}
+	return nil
 }
 
 // entry is what tells whether a connection must be attested again.
@@ -141,7 +167,7 @@ func New(cfg Config, agent Agent) (*Sidecar, error) {
 	if err != nil {
 		return nil, fmt.Errorf("sidecar: %w", err)
 	}
-	s := &Sidecar{cfg: cfg, agent: agent, log: cfg.Log, app: app, engine: engine, changed: make(chan struct{}, 1), closed: map[string]error{}}
+	s := &Sidecar{cfg: cfg, agent: agent, log: cfg.Log, app: app, engine: engine, changed: make(chan struct{}, 1), closed: &closedListeners{why: map[string]error{}}}
 	s.backends.Store(&map[string]dataplane.Backend{})
 	s.entries.Store(&map[string]entry{})
 	return s, nil
@@ -153,23 +179,7 @@ func (s *Sidecar) Ready() error {
 	if err := s.engine.Ready(); err != nil {
 		return err
 	}
-	s.closedMu.Lock()
-	defer s.closedMu.Unlock()
-	for _, address := range slices.Sorted(maps.Keys(s.closed)) {
-		return fmt.Errorf("the listener at %s is closed (%d are): whoever holds the address gets what workloads send there: %w", address, len(s.closed), s.closed[address])
-	}
-	return nil
-}
-
-// shut notes why a listener is closed; nil: it is open, or nobody wants it any more.
-func (s *Sidecar) shut(address string, why error) {
-	s.closedMu.Lock()
-	defer s.closedMu.Unlock()
-	if why == nil {
-		delete(s.closed, address)
-	} else {
-		s.closed[address] = why
-	}
+	return s.closed.first()
 }
 
 // attest attests local connections of an entry: by look when they are made, and again
@@ -297,7 +307,10 @@ func (s *Sidecar) Run(ctx context.Context) error {
 	}
 
 	open := map[outbound]context.CancelFunc{}
-	named := &crowd{sidecar: s, tasks: &doors, open: map[netip.AddrPort]openName{}, callers: map[string]*inbox{}}
+	var named *crowd // nil: no names
+	if s.cfg.Names != nil {
+		named = newCrowd(s.cfg.Names.Identify, s.outbound, s.closed, s.app, s.log, &doors)
+	}
 	for {
 		select {
 		case <-ctx.Done():
@@ -313,7 +326,7 @@ func (s *Sidecar) Run(ctx context.Context) error {
 		s.mu.Lock()
 		wanted, callers, names := s.wanted, s.callers, s.doors
 		s.mu.Unlock()
-		if s.cfg.Names != nil {
+		if named != nil {
 			named.follow(ctx, names, callers)
 		}
 		for door, stop := range open {
@@ -333,17 +346,22 @@ func (s *Sidecar) Run(ctx context.Context) error {
 	}
 }
 
+// outbound is an entry's way into the mesh, and how its callers are attested.
+func (s *Sidecar) outbound(entryID string, id spiffeid.ID) (*dataplane.Outbound, dataplane.Attest) {
+	door := s.engine.Outbound(dataplane.Identity{ID: id, SVID: s.agent.SVIDs(entryID)})
+	return door, s.attest(entryID, id, s.agent.AttestCaller)
+}
+
 // serveOutbound keeps one local door open. An address that is taken costs this workload
 // its way out, and the agent is not ready; it is tried again.
 func (s *Sidecar) serveOutbound(ctx context.Context, w outbound) {
-	door := s.engine.Outbound(dataplane.Identity{ID: w.id, SVID: s.agent.SVIDs(w.entry)})
-	attest := s.attest(w.entry, w.id, s.agent.AttestCaller)
-	defer s.shut(w.address, nil)
+	door, attest := s.outbound(w.entry, w.id)
+	defer s.closed.set(w.address, nil)
 	said := false
 	for {
 		ln, err := s.listenOutbound(w.address)
 		if err == nil {
-			s.shut(w.address, nil)
+			s.closed.set(w.address, nil)
 			s.log.Info("outbound listener open", "address", w.address, "caller", w.id.String())
 			err = door.Serve(ctx, ln, attest)
 			said = false
@@ -352,7 +370,7 @@ func (s *Sidecar) serveOutbound(ctx context.Context, w outbound) {
 			return
 		}
 		if !errors.Is(err, safepath.ErrUnsafe) { // then there is no such listener
-			s.shut(w.address, err)
+			s.closed.set(w.address, err)
 		}
 		if !said {
 			s.log.Error("outbound listener closed: this workload cannot call others; retrying", "address", w.address, "caller", w.id.String(), "error", err)
