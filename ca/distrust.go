@@ -61,7 +61,9 @@ func NewDistrusted(td spiffeid.TrustDomain, items []*statev1.Distrust) *Distrust
 		switch {
 		case item.GetAgent() != "" || item.GetEntry() != "":
 			key := issued{item.GetAgent(), item.GetEntry()}
-			d.issued[key] = generations{item.GetAgentGeneration(), item.GetEntryGeneration()}
+			// Of two items that name the same, one cannot take back what the other denies.
+			before := d.issued[key]
+			d.issued[key] = generations{max(before.agent, item.GetAgentGeneration()), max(before.entry, item.GetEntryGeneration())}
 			d.pairs = d.pairs || key.agent != "" && key.entry != ""
 		case item.GetAuthority() != "":
 			d.authorities[item.GetAuthority()] = struct{}{}

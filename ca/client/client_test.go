@@ -488,8 +488,8 @@ func TestRemovedNodeIsLeft(t *testing.T) {
 	})
 }
 
-// A node is killed: the client is with another one within a second, resumes
-// there, and says again what its host serves and what it has applied.
+// A node is killed: the client is with another one within a second, asks for all that it
+// holds, and says again what its host serves and, with that state, what it has applied.
 func TestSyncResumesElsewhere(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		d := newDomain(t)
@@ -501,7 +501,7 @@ func TestSyncResumesElsewhere(t *testing.T) {
 		waitFor(t, "first picture", time.Second, func() bool { return r.View().Revision == 5 })
 		r.Report(mine)
 		b := d.add("b")
-		b.begin = []*ententev1.SyncResponse{presenceMessage(presence(true))} // nothing new
+		b.begin = []*ententev1.SyncResponse{presenceMessage(presence(true)), policyMessage(full(6, "a", "b"))}
 		a.push <- policyMessage(&ententev1.Policy{Last: true, Revision: 6, Entries: entries("b"), MembersChanged: true})
 		waitFor(t, "report and acknowledgement", 0, func() bool {
 			a.mu.Lock()
@@ -516,17 +516,17 @@ func TestSyncResumesElsewhere(t *testing.T) {
 		took := waitFor(t, "reconnect", time.Second, func() bool {
 			b.mu.Lock()
 			defer b.mu.Unlock()
-			return len(b.hellos) == 1 && len(b.reports) == 1 && len(b.acks) == 1
+			return len(b.hellos) == 1 && len(b.reports) == 1 && len(b.acks) == 2
 		})
 		t.Logf("with another node after %v", took)
 		hello := b.hellos[0]
-		if hello.GetResumeRevision() != 6 || hello.GetConnect() != 2 || hello.GetBootId() != a.hellos[0].GetBootId() {
+		if hello.GetResumeRevision() != 0 || hello.GetConnect() != 2 || hello.GetBootId() != a.hellos[0].GetBootId() {
 			t.Errorf("hello: %v", hello)
 		}
 		if got := b.reports[0].GetInstances(); len(got) != 1 || got[0].GetService() != "accounts" || got[0].GetHealth() != ententev1.Health_HEALTH_HEALTHY {
 			t.Errorf("report: %v", got)
 		}
-		if b.acks[0] != 6 || held(r.store) != "a b" {
+		if b.acks[0] != 0 || b.acks[1] != 6 || held(r.store) != "a b" {
 			t.Errorf("acknowledged %v, holds %q", b.acks, held(r.store))
 		}
 	})

@@ -27,8 +27,9 @@ const (
 	// A statement that was passed on counts as young as its time says, by this host's clock
 	// until the node was asked itself; one from the future by more than this does not count.
 	clockSlack = 2 * time.Second
-	// youngEnough: a node with a statement younger than this is not asked.
-	youngEnough = askEvery * 3 / 4
+	// youngEnough: a node with a statement younger than this is not asked; one that is passed
+	// on is seldom older. It is asked long before that is too old to count.
+	youngEnough = askEvery * 7 / 8
 	// verifyEvery: while a node's last statement is younger, newer ones are not verified.
 	verifyEvery = 4 * time.Second
 
@@ -52,7 +53,7 @@ type Avoided struct {
 
 // Comparison is what comparing the CA nodes came to.
 type Comparison struct {
-	Node    string   // name of the one that Sync is connected to; empty: nothing was compared yet
+	Node    string   // name of the one whose words are compared; empty: nothing was compared yet
 	Heard   []string // names of the others whose statements are fresh
 	Doubt   string   // what the only other node in reach holds against it; empty: nothing
 	DoubtBy string
@@ -90,6 +91,7 @@ type comparing struct {
 	asking  bool
 	nextAsk time.Time
 	second  time.Time // until then no second node is asked at once again
+	details time.Time // until then nobody is asked out of turn for what it denies
 	last    string    // asked last
 	only    string    // Decision.Differing of which the own node's items are more than the others'
 	hashed  hashed    // of the view
@@ -304,13 +306,11 @@ func (c *comparer) hear(signed *ententev1.SignedStatement, partners map[string]*
 // on. When none of them was heard for long, those that the own node names count as well,
 // until one is heard again: known is false, for these may be made up.
 func (c *comparer) partners() (list map[string]*statev1.Member, known bool) {
-	c.mu.Lock()
-	confirmed, node := c.confirmed, c.node
-	c.mu.Unlock()
+	confirmed, source := c.Confirmed(), c.store.origin()
 	list = map[string]*statev1.Member{}
 	heard := c.began
 	for _, m := range confirmed {
-		if m.GetId() != node {
+		if m.GetId() != source {
 			list[m.GetId()] = m
 			if at := c.heardAt[m.GetId()]; at.After(heard) {
 				heard = at
@@ -320,7 +320,7 @@ func (c *comparer) partners() (list map[string]*statev1.Member, known bool) {
 	known = len(list) == 0 || time.Since(heard) <= unheardAfter
 	if len(list) == 0 || !known {
 		for _, m := range c.View().Members {
-			if m.GetId() != node && list[m.GetId()] == nil {
+			if m.GetId() != source && list[m.GetId()] == nil {
 				list[m.GetId()] = m
 			}
 		}
@@ -329,22 +329,23 @@ func (c *comparer) partners() (list map[string]*statev1.Member, known bool) {
 }
 
 // content hashes the view. What has not changed is not hashed again.
-func (c *comparer) content(v *View) (compare.Content, error) {
+func (c *comparer) content(v *View) compare.Content {
 	h := &c.hashed
 	if !sameSlice(h.members, v.Members) {
 		h.members, h.content[compare.Members] = v.Members, compare.MembersHash(v.Members)
 	}
 	if jwks := v.Bundles[c.cfg.TrustDomain.Name()]; !sameSlice(h.jwks, jwks) {
 		hash, err := c.bundleHash(jwks)
-		if err != nil {
-			return compare.Content{}, err
+		if err != nil { // what cannot be read is not what the others hold
+			c.log.Debug("this domain's bundle cannot be compared", "error", err)
+			hash = compare.BundleHash([][]byte{jwks}, nil, nil)
 		}
 		h.jwks, h.content[compare.Bundle] = jwks, hash
 	}
 	if items, told := c.store.items(h.distrust); told != h.distrust {
 		h.distrust, h.content[compare.Distrust] = told, compare.DistrustHash(items)
 	}
-	return h.content, nil
+	return h.content
 }
 
 func sameSlice[T any](a, b []T) bool {
@@ -387,27 +388,23 @@ func publicKeys(keys []bundle.Key) (list [][]byte, err error) {
 func (c *comparer) look(ctx context.Context, asks *sync.WaitGroup) {
 	now := time.Now()
 	view := c.View()
+	source := c.store.origin()
 	c.mu.Lock()
-	node, moving := c.node, c.moving
+	follows, moving := c.node == source, c.moving
 	maps.DeleteFunc(c.avoided, func(_ string, a Avoided) bool { return !now.Before(a.Until) })
 	c.mu.Unlock()
-	if view.Revision == 0 || node == "" || moving {
+	if view.Revision == 0 || moving {
 		return
 	}
-	content, err := c.content(view)
-	if err != nil {
-		c.log.Debug("this domain's bundle cannot be compared", "error", err)
-		return
-	}
-	c.judge.Node(node)
-	c.judge.View(view.Cluster.GetEpoch(), view.Revision, content)
+	c.judge.Node(source)
+	c.judge.View(view.Cluster.GetEpoch(), view.Revision, c.content(view))
 	partners, known := c.partners()
 	counts := func(id string) bool { return partners[id] != nil }
 	c.judge.Forget(counts)
-	d := c.judge.Decide(now, counts)
+	d := c.judge.Decide(now, follows, counts)
 	d.Confirmed = known && (d.Confirmed || len(partners) == 0)
-	c.conclude(now, view, node, partners, d)
-	if d.OnlyDistrust && d.Differing != c.only && d.Verdict == compare.Contradicted {
+	c.conclude(now, view, source, partners, d)
+	if d.OnlyDistrust && d.Differing != c.only && d.Verdict == compare.Contradicted && c.details.Before(now) {
 		c.nextAsk = now
 	}
 	if !c.asking && !now.Before(c.nextAsk) {
@@ -433,13 +430,10 @@ func (c *comparer) names(ids []string) (names []string) {
 }
 
 // conclude acts on what comparing came to.
-func (c *comparer) conclude(now time.Time, view *View, node string, partners map[string]*statev1.Member, d compare.Decision) {
+func (c *comparer) conclude(now time.Time, view *View, source string, partners map[string]*statev1.Member, d compare.Decision) {
 	if d.Verdict == compare.Contradicted && !d.OnlyDistrust {
-		c.leave(now, node, partners, d)
+		c.leave(now, source, partners, d)
 		return
-	}
-	if d.AllAgree {
-		c.store.compared()
 	}
 	var heard []string
 	for id := range partners {
@@ -448,8 +442,9 @@ func (c *comparer) conclude(now time.Time, view *View, node string, partners map
 		}
 	}
 	slices.Sort(heard)
-	name, by := c.name(node), c.names(d.By)
+	name, by := c.name(source), c.names(d.By)
 	c.mu.Lock()
+	agrees := d.Verdict == compare.Agrees && slices.ContainsFunc(d.By, func(id string) bool { return c.avoided[id].ID == "" })
 	if d.Confirmed {
 		c.confirmed = view.Members
 	}
@@ -461,7 +456,7 @@ func (c *comparer) conclude(now time.Time, view *View, node string, partners map
 		c.gone = nil
 	}
 	c.mu.Unlock()
-	if d.Verdict == compare.Agrees && before != "" {
+	if agrees {
 		c.store.compared()
 	}
 	if d.Verdict == compare.Doubted && before == "" {
@@ -469,7 +464,8 @@ func (c *comparer) conclude(now time.Time, view *View, node string, partners map
 	}
 }
 
-// leave ends the session with a node that two others contradict, and avoids it.
+// leave drops what a node said that two others contradict, and avoids it. It is unknown
+// after a restart of a release that did not keep it.
 func (c *comparer) leave(now time.Time, node string, partners map[string]*statev1.Member, d compare.Decision) {
 	a := Avoided{ID: node, Name: c.name(node), Why: d.Why, By: c.names(d.By), Until: now.Add(avoidFor), Late: d.Late}
 	if a.Late {
@@ -480,7 +476,9 @@ func (c *comparer) leave(now time.Time, node string, partners map[string]*statev
 	}
 	c.log.Error("two CA nodes agree with each other against this one: it is left and avoided; remove it if it lies", "member", a.Name, "member_id", node, "contradicted_by", a.By, "reason", a.Why, "avoided_until", a.Until.UTC().Format(time.RFC3339))
 	c.mu.Lock()
-	c.avoided[node] = a
+	if node != "" {
+		c.avoided[node] = a
+	}
 	c.moving, c.to = true, nil
 	for _, id := range d.By {
 		c.to = append(c.to, partners[id])
@@ -497,10 +495,12 @@ func (c *comparer) leave(now time.Time, node string, partners map[string]*statev
 func (c *comparer) ask(ctx context.Context, asks *sync.WaitGroup, now time.Time, partners map[string]*statev1.Member, d compare.Decision) {
 	c.nextAsk = now.Add(pause())
 	var silent []string
-	young := 0
+	var young int
+	var oldest time.Duration // of the young
 	for _, id := range slices.Sorted(maps.Keys(partners)) {
 		if age, known := c.judge.Age(id, now); known && age < youngEnough {
 			young++
+			oldest = max(oldest, age)
 		} else {
 			silent = append(silent, id)
 		}
@@ -511,6 +511,7 @@ func (c *comparer) ask(ctx context.Context, asks *sync.WaitGroup, now time.Time,
 	case detail:
 		whom = d.By[0]
 	case young >= min(2, len(partners)):
+		c.nextAsk = now.Add(youngEnough - oldest + rand.N(lookEvery/2))
 		return
 	default: // in turn
 		whom = silent[0]
@@ -524,6 +525,9 @@ func (c *comparer) ask(ctx context.Context, asks *sync.WaitGroup, now time.Time,
 	}
 	m := partners[whom]
 	c.asking = true
+	if detail {
+		c.details = now.Add(askEvery / 2)
+	}
 	asks.Go(func() {
 		ctx, cancel := context.WithTimeout(ctx, askWait)
 		defer cancel()
@@ -573,8 +577,9 @@ func (c *comparer) answered(a answer) {
 	if a.err != nil {
 		c.log.Debug("CA node does not say what it holds", "node", c.name(a.id), "error", a.err)
 	}
+	source := c.store.origin()
 	c.mu.Lock()
-	node, moving := c.node, c.moving
+	follows, moving := c.node == source, c.moving
 	c.mu.Unlock()
 	if a.statement == nil {
 		return
@@ -583,23 +588,23 @@ func (c *comparer) answered(a answer) {
 	c.offsets[a.id] = a.statement.Time.Sub(now)
 	c.heardAt[a.id] = now
 	c.judge.Heard(a.statement, now)
-	if node == "" || moving {
+	if moving {
 		return
 	}
 	partners, _ := c.partners()
 	if view := c.View(); a.cluster.GetEpoch() > view.Cluster.GetEpoch() && c.store.follows(a.cluster) {
 		// The recovery key has ended the epoch of the own node: its word is enough.
-		c.leave(now, node, partners, compare.Decision{By: []string{a.id}, Late: true, Why: fmt.Sprintf("a recovery ended its epoch %d", view.Cluster.GetEpoch())})
+		c.leave(now, source, partners, compare.Decision{By: []string{a.id}, Late: true, Why: fmt.Sprintf("a recovery ended its epoch %d", view.Cluster.GetEpoch())})
 		return
 	}
-	d := c.judge.Decide(now, func(id string) bool { return partners[id] != nil })
+	d := c.judge.Decide(now, follows, func(id string) bool { return partners[id] != nil })
 	switch {
 	case d.Verdict == compare.Contradicted && d.OnlyDistrust && slices.Contains(d.By, a.id):
 		// Items that the own node alone has are its denials, which count: it may stay.
 		if a.denials != nil && c.store.holds(a.denials.GetDistrust()) {
 			c.only = d.Differing
 		} else if a.denials != nil || a.err != nil {
-			c.leave(now, node, partners, d)
+			c.leave(now, source, partners, d)
 		}
 	case d.Verdict == compare.Doubted && a.denials != nil && d.By[0] == a.id:
 		c.deny(a.denials)

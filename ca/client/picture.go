@@ -22,8 +22,8 @@ func (c *Client) Picture() ([]byte, error) {
 	return proto.MarshalOptions{Deterministic: true}.Marshal(picture)
 }
 
-// Recall takes up a picture of a former process, before Sync runs: a session then
-// resumes where that one had been, and until there is one its instances count as stale
+// Recall takes up a picture of a former process, before Sync runs: a session with the same
+// CA node then resumes where that one had been, and until there is one its instances count as stale
 // (I12). What another cluster or trust domain has sent is refused, as in a session.
 func (c *Client) Recall(data []byte) error {
 	picture := &ententev1.Picture{}
@@ -36,7 +36,7 @@ func (c *Client) Recall(data []byte) error {
 	// What another release kept lacks what it did not know: it serves until the first session
 	// has sent the full state.
 	c.whole = picture.GetLevel() != ca.SyncLevel
-	c.store.attach()
+	c.store.attach(picture.GetSource())
 	if err := c.store.policy(picture.GetPolicy()); err != nil {
 		return fmt.Errorf("the picture of the CA that was kept: %w", err)
 	}
@@ -69,5 +69,5 @@ func (s *Store) picture() *ententev1.Picture {
 	for _, i := range view.Instances {
 		presence.Instances = append(presence.Instances, i.toWire())
 	}
-	return &ententev1.Picture{Policy: policy, Presence: presence, Level: ca.SyncLevel}
+	return &ententev1.Picture{Policy: policy, Presence: presence, Level: ca.SyncLevel, Source: s.source}
 }

@@ -34,7 +34,7 @@ func TestPicture(t *testing.T) {
 	p.Distrust = []*statev1.Distrust{{Id: "authority/x", Authority: "x"}}
 	p.Tainted, p.TaintedChanged, p.ReissueWithinMs = []string{"y"}, true, 1500
 	p.Objects = []*statev1.Object{{Kind: &statev1.Object_Service{Service: &statev1.Service{Name: "a"}}}}
-	before.store.attach()
+	before.store.attach("m")
 	if err := before.store.policy(p); err != nil {
 		t.Fatal(err)
 	}
@@ -49,7 +49,7 @@ func TestPicture(t *testing.T) {
 		t.Fatal(err)
 	}
 	view := after.View()
-	if held(after.store) != "a b" || view.Revision != 5 || after.store.attach() != 5 || len(view.Objects) != 1 || len(view.Members) != 1 || len(view.Bundles) != 1 || view.Cluster == nil {
+	if held(after.store) != "a b" || view.Revision != 5 || after.store.attach("m") != 5 || len(view.Objects) != 1 || len(view.Members) != 1 || len(view.Bundles) != 1 || view.Cluster == nil {
 		t.Errorf("%+v", view)
 	}
 	if len(view.Tainted) != 1 || view.ReissueWithin != 1500*time.Millisecond || !reflect.DeepEqual(view.Distrust, ca.NewDistrusted(bank, p.Distrust)) {

@@ -13,6 +13,7 @@ import (
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
 	"github.com/entente-mesh/entente/ca"
+	"github.com/entente-mesh/entente/internal/peer"
 )
 
 // later puts a field of a later release into a message.
@@ -117,7 +118,7 @@ func TestPictureOfAnotherLevel(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			kept, err := proto.Marshal(&ententev1.Picture{Policy: d.of(policyMessage(full(5, "a"))).GetPolicy(), Presence: &ententev1.Presence{Complete: true}, Level: level})
+			kept, err := proto.Marshal(&ententev1.Picture{Policy: d.of(policyMessage(full(5, "a"))).GetPolicy(), Presence: &ententev1.Presence{Complete: true}, Level: level, Source: peer.KeyID(n.svid.Certificates[0])})
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -43,6 +43,8 @@ type Store struct {
 
 	mu        sync.Mutex
 	recovery  []byte // the cluster's recovery key, pinned; nil: none was seen yet
+	source    string // id of the CA node whose full state the picture is made of; empty: unknown
+	from      string // id of the CA node of the present session
 	view      *View
 	update    *update                      // chunks since the last applied one; nil: none
 	distrust  map[string]*statev1.Distrust // all that was heard of
@@ -108,15 +110,27 @@ func (s *Store) Snapshot() *View {
 	return s.view
 }
 
-// attach begins a session: half an update of the former one is forgotten, and
-// the presence to come replaces the former one once it is complete. It returns
-// the revision to resume at.
-func (s *Store) attach() uint64 {
+// attach begins a session with a node: half an update of the former one is forgotten, and
+// the presence to come replaces the former one once it is complete. It returns the revision
+// to resume at: 0 at another node than the one whose words the picture is made of. Its
+// changes would leave in the picture what that one made up, also after it was removed.
+func (s *Store) attach(node string) uint64 {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.update = nil
 	s.arriving = map[place]Instance{}
+	s.from = node
+	if node != s.source {
+		return 0
+	}
 	return s.view.Revision
+}
+
+// origin is the id of the node whose words the picture is made of; empty: unknown.
+func (s *Store) origin() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.source
 }
 
 // policy takes one chunk. After an error the session is of no more use; what is
@@ -147,7 +161,11 @@ func (s *Store) policy(chunk *ententev1.Policy) error {
 	}
 	done := s.update
 	s.update = nil
-	return s.apply(done, chunk.GetRevision())
+	applied, err := s.apply(done, chunk.GetRevision())
+	if !applied && err == nil && done.full && s.from != s.source {
+		s.update = done // of a node that has seen less: in use when it has caught up
+	}
+	return err
 }
 
 func (u *update) add(chunk *ententev1.Policy) error {
@@ -222,7 +240,7 @@ func (s *Store) due(u *update, revision uint64) (bool, error) {
 		return false, fmt.Errorf("%w: it has no revision", errRefused)
 	case revision>>epochShift < have>>epochShift:
 		return false, fmt.Errorf("%w: it is of epoch %d, which a recovery has ended (now %d)", errRefused, revision>>epochShift, have>>epochShift)
-	case !u.full && (s.yields || have == 0 || revision>>epochShift > have>>epochShift):
+	case !u.full && (s.yields || have == 0 || s.from != s.source || revision>>epochShift > have>>epochShift):
 		return false, errResync
 	}
 	return s.yields || revision >= have, nil
@@ -232,22 +250,25 @@ func (s *Store) due(u *update, revision uint64) (bool, error) {
 // sends is passed over until it has caught up. Its later updates fit all the
 // same, since a record always travels whole. A new epoch (after a recovery) begins
 // with a full state; an old one is refused.
-func (s *Store) apply(u *update, revision uint64) error {
+func (s *Store) apply(u *update, revision uint64) (applied bool, err error) {
 	old := s.view
 	if due, err := s.due(u, revision); !due {
-		return err
+		return false, err
 	}
 	if err := s.check(u, revision); err != nil {
-		return err
+		return false, err
 	}
 	if s.yields {
 		s.replaced()
+	}
+	if u.full {
+		s.begins(u)
 	}
 	if u.empty() {
 		view := *old
 		view.Revision = revision
 		s.publish(&view)
-		return nil
+		return true, nil
 	}
 
 	view := &View{
@@ -313,7 +334,17 @@ func (s *Store) apply(u *update, revision uint64) error {
 		maps.DeleteFunc(s.sequences, func(td string, _ uint64) bool { return view.Bundles[td] == nil })
 	}
 	s.publish(view)
-	return nil
+	return true, nil
+}
+
+// begins makes the picture one of the present session's node. Sequences that a node named
+// which is none any more may have been made up: they hold nothing back. Called with mu held.
+func (s *Store) begins(u *update) {
+	isSource := func(m *statev1.Member) bool { return m.GetId() == s.source }
+	if s.source != "" && u.newMembers && !slices.ContainsFunc(u.members, isSource) {
+		clear(s.sequences)
+	}
+	s.source = s.from
 }
 
 // related is the revision of the relationship with another domain; 0: there is none.

@@ -327,7 +327,7 @@ func TestStorePresence(t *testing.T) {
 			t.Errorf("%s: %q, want %q", what, got, want)
 		}
 	}
-	s.attach()
+	s.attach("m")
 	s.presence(presence(false, "b"))
 	step("half of the first set", "")
 	s.presence(presence(true, "a"))
@@ -339,11 +339,11 @@ func TestStorePresence(t *testing.T) {
 	s.disown()
 	step("nobody vouches", "b? c?")
 
-	s.attach()
+	s.attach("m")
 	step("a new session", "b? c?")
 	s.presence(presence(false, "d"))
 	step("half of its set", "b? c?")
-	s.attach() // it was lost
+	s.attach("m") // it was lost
 	s.presence(presence(true, "e"))
 	step("complete: what is not in it is gone", "e")
 

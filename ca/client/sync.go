@@ -28,6 +28,13 @@ const (
 	backoffFirst = 50 * time.Millisecond
 	backoffMost  = time.Second
 
+	// stateLimit ends a session whose node has not sent a state that can be used: what the
+	// picture is made of came from another node, or there is none. Doubled each time, for a
+	// state can be large and a link slow.
+	stateLimit = 20 * time.Second
+	// catchUp is for a node that has sent a state, of a revision before the picture's.
+	catchUp = 2 * time.Second
+
 	// silenceLimit ends a session whose node has sent heartbeats and then nothing
 	// for so long: its host is gone, or the network between.
 	silenceLimit = 10 * time.Second
@@ -60,6 +67,7 @@ type session struct {
 	said     []string // what the last Ack said of SVIDs
 	connect  uint64
 	proved   bool // or that cannot be
+	older    bool // its state is of a revision before the picture's
 }
 
 type received struct {
@@ -152,10 +160,12 @@ type syncer struct {
 	opening bool
 	opened  chan opened
 
-	attempts int  // fruitless ones since the last useful session
-	full     bool // ask for the full state
-	said     bool // the log says that there is no session
-	otherKey bool // the log says that the CA names another recovery key
+	attempts int         // fruitless ones since the last useful session
+	slow     int         // sessions in a row that brought no state in time
+	begin    *time.Timer // ends a session that brings no state
+	full     bool        // ask for the full state
+	said     bool        // the log says that there is no session
+	otherKey bool        // the log says that the CA names another recovery key
 
 	tooOld []string // as the log said last
 }
@@ -172,8 +182,9 @@ func (s *syncer) run(ctx context.Context) error {
 	silence := time.NewTimer(0) // end a session that has gone quiet
 	spaced := time.NewTimer(0)  // tell of instances again
 	disown := time.NewTimer(disownAfter)
+	s.begin = time.NewTimer(0)
 	reports := s.newHosts // nil: it was told of them just now
-	for _, t := range []*time.Timer{renew, drop, silence, spaced} {
+	for _, t := range []*time.Timer{renew, drop, silence, s.begin, spaced} {
 		t.Stop()
 	}
 	defer func() {
@@ -219,6 +230,7 @@ func (s *syncer) run(ctx context.Context) error {
 			s.before, s.now = s.now, o.session
 			s.setCurrent(o.session.conn)
 			silence.Reset(silenceLimit) // the first message is due without delay
+			s.begin.Reset(stateLimit << min(s.slow, 4))
 			drop.Reset(overlap)
 			s.scheduleRenewal(renew)
 
@@ -253,6 +265,13 @@ func (s *syncer) run(ctx context.Context) error {
 
 		case <-silence.C:
 			lose(fmt.Errorf("nothing heard for %v", silenceLimit))
+
+		case <-s.begin.C:
+			if s.now != nil && !s.isSource(s.now) {
+				s.slow++
+				s.outcome(s.now.conn.address, false)
+				lose(errors.New("it sends no state that can be used"))
+			}
 
 		case <-spaced.C:
 			reports = s.newHosts
@@ -370,7 +389,7 @@ func (s *syncer) greet(session *session) error {
 	connect, report := s.connects, s.report
 	s.mu.Unlock()
 
-	resume := s.store.attach()
+	resume := s.store.attach(nodeID(session.conn.state))
 	if s.full {
 		resume = 0
 	}
@@ -431,6 +450,11 @@ func (s *syncer) stillNode(session *session) error {
 	return s.acceptsNode(session.conn.state)
 }
 
+// isSource tells whether the picture is made of what the session's node said.
+func (s *syncer) isSource(session *session) bool {
+	return s.store.origin() == nodeID(session.conn.state)
+}
+
 func (s *syncer) sendReport(session *session, instances []Instance) error {
 	report := &ententev1.InstanceReport{}
 	for _, i := range instances {
@@ -445,7 +469,11 @@ func (s *syncer) sendAck(session *session) error {
 	waiting := s.waiting
 	s.mu.Unlock()
 	view := s.store.Snapshot()
-	ack := &ententev1.Ack{Proof: s.prove(session), Skipped: view.Skipped, Contradicted: s.compare.contradicted(), Revision: s.acked.Load(), Authorities: under, AuthoritiesKnown: known, WaitingFor: waiting}
+	acked := s.acked.Load()
+	if !s.isSource(session) {
+		acked = 0 // what another node meant by it may not be what this one does
+	}
+	ack := &ententev1.Ack{Proof: s.prove(session), Skipped: view.Skipped, Contradicted: s.compare.contradicted(), Revision: acked, Authorities: under, AuthoritiesKnown: known, WaitingFor: waiting}
 	session.said = under
 	return session.stream.Send(&ententev1.SyncRequest{Message: &ententev1.SyncRequest_Ack{Ack: ack}})
 }
@@ -461,10 +489,24 @@ func (s *syncer) take(message *ententev1.SyncResponse) (heartbeat bool, err erro
 	}
 	switch m := message.GetMessage().(type) {
 	case *ententev1.SyncResponse_Policy:
+		was := s.isSource(s.now)
 		err = s.store.policy(m.Policy)
 		s.warnTooOld()
 		if err == nil && m.Policy.GetLast() {
-			s.full = false
+			switch {
+			case !s.isSource(s.now):
+				if !s.now.older {
+					s.now.older = true
+					s.begin.Reset(catchUp << min(s.slow, 4))
+				}
+			case !was:
+				s.full, s.slow = false, 0
+				if s.acked.Load() > 0 {
+					signal(s.newAck)
+				}
+			default:
+				s.full = false
+			}
 			if s.store.hasYielded() {
 				s.compare.arrived()
 			}

@@ -26,7 +26,7 @@ type yielding struct {
 func (s *Store) yield() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.yields, s.update = true, nil
+	s.yields, s.update, s.source = true, nil, ""
 }
 
 // replaced forgets what the node before said, but for what it denied: that is in force
@@ -72,21 +72,19 @@ func (s *Store) publishDistrust() {
 // distrustedByAll is distrusted with what others than the present node deny, in force at
 // once.
 func (s *Store) distrustedByAll() (inForce, announced *ca.Distrusted) {
-	all := map[string]*statev1.Distrust{}
+	var all []*statev1.Distrust
 	for _, items := range []map[string]*statev1.Distrust{s.over, s.also, s.distrust} {
-		for id, d := range items {
-			if have := all[id]; have == nil || !covers(have, d) {
-				all[id] = d
-			}
-		}
+		all = slices.AppendSeq(all, maps.Values(items))
 	}
-	announced = ca.NewDistrusted(s.td, slices.Collect(maps.Values(all)))
+	announced = ca.NewDistrusted(s.td, all)
 	return announced, announced
 }
 
-// covers tells whether one item names at least what another of the same id does.
+// covers tells whether one item names at least what another does. An item's id proves
+// nothing: a node may give one item the id of another.
 func covers(a, b *statev1.Distrust) bool {
-	return a.GetAgentGeneration() >= b.GetAgentGeneration() && a.GetEntryGeneration() >= b.GetEntryGeneration()
+	return a.GetAuthority() == b.GetAuthority() && a.GetAgent() == b.GetAgent() && a.GetEntry() == b.GetEntry() &&
+		a.GetAgentGeneration() >= b.GetAgentGeneration() && a.GetEntryGeneration() >= b.GetEntryGeneration()
 }
 
 // items are all that the present node told, unless they are still those of known; told
@@ -100,13 +98,14 @@ func (s *Store) items(known uint64) (items []*statev1.Distrust, told uint64) {
 	return slices.Collect(maps.Values(s.distrust)), s.counted
 }
 
-// holds tells whether all that another CA node distrusts was told here, too.
+// holds tells whether all that another CA node distrusts was told here, too, as far as this
+// release can use it.
 func (s *Store) holds(items []*statev1.Distrust) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return !slices.ContainsFunc(items, func(d *statev1.Distrust) bool {
 		have := s.distrust[d.GetId()]
-		return (have == nil || !covers(have, d)) && s.unusable[d.GetId()] == ""
+		return (have == nil || !covers(have, d)) && cannotUse(d) == ""
 	})
 }
 

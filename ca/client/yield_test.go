@@ -219,6 +219,7 @@ func TestUnknownNodesConfirmNothing(t *testing.T) {
 		}
 		p := full(5, "a")
 		p.Members = []*statev1.Member{{Id: "liar"}, {Id: "made up"}, {Id: "made up, too"}}
+		c.store.attach("liar")
 		if err := c.store.policy(p); err != nil {
 			t.Fatal(err)
 		}

@@ -62,7 +62,7 @@ func (w *world) second(view uint64, c Content, others map[string]struct {
 		}
 	}
 	w.judge.View(0, view, c)
-	w.decided = w.judge.Decide(w.now, func(id string) bool { return w.nodes[id] != nil })
+	w.decided = w.judge.Decide(w.now, true, func(id string) bool { return w.nodes[id] != nil })
 	return w.decided
 }
 
@@ -155,7 +155,7 @@ func TestOnlyCurrentStatementsCount(t *testing.T) {
 	if age, known := w.judge.Age("b", w.now); !known || age != 0 {
 		t.Errorf("age %v", age)
 	}
-	if d := w.second(100, good, held{}); d.Verdict != Agrees || !d.AllAgree {
+	if d := w.second(100, good, held{}); d.Verdict != Agrees || len(d.By) != 2 {
 		t.Errorf("a replayed statement counts: %+v", d)
 	}
 }
@@ -242,7 +242,7 @@ func TestNextNodeBeginsAnew(t *testing.T) {
 		t.Fatalf("control: %+v", w.decided)
 	}
 	w.judge.Node("b")
-	if d := w.second(100, good, others); d.Verdict != Agrees || !d.AllAgree || !d.Confirmed {
+	if d := w.second(100, good, others); d.Verdict != Agrees || len(d.By) != 2 || !d.Confirmed {
 		t.Errorf("at the next node: %+v", d)
 	}
 }
@@ -343,12 +343,25 @@ func TestStatementIsSigned(t *testing.T) {
 		"altered signature":        func(m *ententev1.SignedStatement) { m.Signature[5] ^= 1 },
 		"no signature":             func(m *ententev1.SignedStatement) { m.Signature = nil },
 		"nothing":                  func(m *ententev1.SignedStatement) { m.Statement = nil },
-		"too long":                 func(m *ententev1.SignedStatement) { m.Statement = make([]byte, maxStatement+1) },
+		"a long key":               func(m *ententev1.SignedStatement) { m.NodeKey = make([]byte, maxSigned) },
+		"a long signature":         func(m *ententev1.SignedStatement) { m.Signature = make([]byte, maxSigned) },
+		"more than is known": func(m *ententev1.SignedStatement) {
+			m.ProtoReflect().SetUnknown(append([]byte{0xfa, 0x7f, 0x80, 0x40}, make([]byte, 1<<13)...))
+		},
+		"too long": func(m *ententev1.SignedStatement) { m.Statement = make([]byte, maxStatement+1) },
 	} {
 		m := proto.CloneOf(good)
 		bad(m)
 		if _, err := Verify(cluster, m); err == nil {
 			t.Errorf("%s is accepted", name)
+		}
+	}
+	// What is passed on before anybody has verified it is small.
+	for _, n := range []int{0, maxSigned} { // 0 is the control
+		m := proto.CloneOf(good)
+		m.Signature = append(m.Signature, make([]byte, n)...)
+		if _, err := Read(m); (err != nil) != (n > 0) {
+			t.Errorf("%d bytes too many: %v", n, err)
 		}
 	}
 }
@@ -375,6 +388,6 @@ func FuzzReadStatement(f *testing.F) {
 		j.Node("a")
 		j.View(s.Epoch, 5, content(1, 1, 1))
 		j.Heard(s, start)
-		j.Decide(start, func(string) bool { return true })
+		j.Decide(start, true, func(string) bool { return true })
 	})
 }

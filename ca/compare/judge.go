@@ -130,7 +130,7 @@ const (
 // Decision is a verdict, with who says so and why.
 type Decision struct {
 	Verdict Verdict
-	By      []string // ids
+	By      []string // ids of who says so
 	Why     string
 	// OnlyDistrust: nothing but the distrust items differ. Items that the view has and the
 	// others lack are no reason to leave: one node may deny. Differing identifies both sides.
@@ -138,11 +138,12 @@ type Decision struct {
 	Differing    string
 	Late         bool // the view lacks what the others have, and contradicts nothing else
 	Confirmed    bool // one other has the same member table
-	AllAgree     bool // two others hold all the same
 }
 
-// Decide compares. counts says whose statements count.
-func (j *Judge) Decide(now time.Time, counts func(id string) bool) Decision {
+// Decide compares. counts says whose statements count; follows, whether the node that the
+// view comes from still sends: else it is no fault of that node that the view lacks what the
+// others have.
+func (j *Judge) Decide(now time.Time, follows bool, counts func(id string) bool) Decision {
 	var pause time.Duration
 	if !j.looked.IsZero() {
 		pause = min(max(now.Sub(j.looked), 0), mostPause)
@@ -163,7 +164,9 @@ func (j *Judge) Decide(now time.Time, counts func(id string) bool) Decision {
 		}
 		heard = append(heard, id)
 		theirs := o.statement.History.Revision()
-		o.behind.watch(now, theirs, revision)
+		if o.behind.watch(now, theirs, revision); !follows {
+			o.behind = mark{}
+		}
 		if o.statement.Behind { // it says itself that it may lack something
 			o.ahead = mark{}
 		} else {
@@ -190,7 +193,6 @@ func (j *Judge) Decide(now time.Time, counts func(id string) bool) Decision {
 			agree = append(agree, id)
 		}
 	}
-	d.AllAgree = len(agree) >= 2
 	for i, a := range against {
 		for _, b := range against[:i] {
 			one, two := j.others[b], j.others[a]
@@ -205,7 +207,7 @@ func (j *Judge) Decide(now time.Time, counts func(id string) bool) Decision {
 	}
 	switch {
 	case len(agree) > 0:
-		d.Verdict = Agrees
+		d.Verdict, d.By = Agrees, agree
 	case len(heard) == 1 && len(against) == 1:
 		o := j.others[against[0]]
 		d.Verdict, d.By, d.Why = Doubted, against, o.reason(now)

@@ -155,6 +155,7 @@ type Statement struct {
 const (
 	statementContext = "entente node statement v1\x00"
 	maxStatement     = 4 << 10
+	maxSigned        = maxStatement + 512 // with key and signature, as it is passed on
 )
 
 func statementSum(encoded []byte) [sha256.Size]byte {
@@ -191,6 +192,9 @@ func Read(signed *ententev1.SignedStatement) (*Statement, error) {
 func read(signed *ententev1.SignedStatement) (*Statement, *ententev1.NodeStatement, error) {
 	if n := len(signed.GetStatement()); n == 0 || n > maxStatement {
 		return nil, nil, fmt.Errorf("a statement has %d bytes, not 1 to %d", n, maxStatement)
+	}
+	if n := proto.Size(signed); n > maxSigned {
+		return nil, nil, fmt.Errorf("a signed statement has %d bytes, over %d", n, maxSigned)
 	}
 	m := &ententev1.NodeStatement{}
 	if err := proto.Unmarshal(signed.GetStatement(), m); err != nil {

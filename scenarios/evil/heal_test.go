@@ -165,10 +165,82 @@ func TestCapturedSubscriberHeals(t *testing.T) {
 	}
 }
 
+// Whom a node told a revision and a member table of its own, and which then is silent, is
+// free all the same: the others are asked without a session, and accepted.
+func TestAbandonedSubscriberHeals(t *testing.T) {
+	t.Parallel()
+	one := catest.Start(t, catest.Options{})
+	liar := one.Join("ca-2", "dc2")
+	one.Join("ca-3", "dc1")
+	m := evil.Take(t, liar)
+	f := follow(t, one, liar, "h1", "dc2")
+	f.await("control: the truth is known, and compared", 20*time.Second, func() error {
+		if is := f.Comparison(); is.Node != "ca-2" || len(is.Heard) != 2 {
+			return fmt.Errorf("%+v", is)
+		}
+		return f.knows(one, m, 3)
+	})
+	m.Tell(evil.OwnRoot(), evil.Ahead(evil.FarAhead), evil.Alone())
+	f.await("control: the lie is believed", 10*time.Second, func() error {
+		if len(f.View().Members) != 1 {
+			return errors.New("not yet")
+		}
+		return nil
+	})
+	liar.Kill()
+	took := f.await("the lie is left", withinPromise, func() error { return f.knows(one, m, 3) })
+	t.Logf("healed %v after the node was killed", took.Round(time.Millisecond))
+	if is := f.Comparison(); is.Moves != 1 || len(is.Avoided) != 1 || is.Avoided[0].Name != "ca-2" {
+		t.Errorf("comparing came to %+v", is)
+	}
+}
+
+// What a node made up, of what is not compared either, goes when its subscribers go to
+// another one.
+func TestMadeUpEntryGoesWithItsNode(t *testing.T) {
+	t.Parallel()
+	one := catest.Start(t, catest.Options{})
+	liar := one.Join("ca-2", "dc2")
+	one.Join("ca-3", "dc1")
+	m := evil.Take(t, liar)
+	f := follow(t, one, liar, "h1", "dc2")
+	made := &statev1.Entry{Id: "made-up"}
+	believes := func() bool {
+		return slices.ContainsFunc(f.View().Entries, func(e *statev1.Entry) bool { return e.GetId() == made.GetId() })
+	}
+	f.await("control: the truth is known", 20*time.Second, func() error { return f.knows(one, m, 3) })
+	m.Tell(evil.MadeUpEntry(made))
+	f.await("control: the lie is believed", 10*time.Second, func() error {
+		if !believes() {
+			return errors.New("not yet")
+		}
+		return nil
+	})
+	liar.Kill()
+	f.await("the lie is gone", 5*time.Second, func() error {
+		if believes() {
+			return fmt.Errorf("it is believed at revision %s", ca.Revision(f.View().Revision))
+		}
+		return nil
+	})
+	if is := f.Comparison(); is.Moves != 0 {
+		t.Errorf("comparing came to %+v", is)
+	}
+}
+
 // A node that hides revocations, and what the others state, is left just the same; it is
 // asked past it.
 func TestHiddenRevocationIsFound(t *testing.T) {
 	t.Parallel()
+	for _, hide := range []evil.Lie{evil.HiddenRevocations(), evil.OtherItems()} {
+		t.Run(hide.Name, func(t *testing.T) {
+			t.Parallel()
+			findsHidden(t, hide)
+		})
+	}
+}
+
+func findsHidden(t *testing.T, hide evil.Lie) {
 	one := catest.Start(t, catest.Options{})
 	one.Apply(service("accounts", 1000))
 	liar := one.Join("ca-2", "dc2")
@@ -190,7 +262,7 @@ func TestHiddenRevocationIsFound(t *testing.T) {
 				return []*ententev1.SyncResponse{r}
 			}
 		}}
-	m.Tell(evil.HiddenRevocations(), silent)
+	m.Tell(hide, silent)
 	believe(t, one, "h9")
 	known := func() error {
 		if f.View().Distrust.CheckOrigin(ca.Origin{Agent: "h9", AgentGeneration: 1}) == nil {

@@ -133,6 +133,45 @@ func Alone() Lie {
 	}
 }
 
+// MadeUpEntry: an entry that nobody made is among a subscriber's, at the revision that was
+// agreed. It attacks "a removed node is forgotten": entries are not compared, and what the
+// next node tells of changes does not take it away.
+func MadeUpEntry(e *statev1.Entry) Lie {
+	return Lie{
+		Name: "made-up-entry", Attacks: "what a node made up goes with it",
+		Sync: func(*Member, string) func(*ententev1.SyncResponse) []*ententev1.SyncResponse {
+			return func(r *ententev1.SyncResponse) []*ententev1.SyncResponse {
+				if p := r.GetPolicy(); p.GetLast() {
+					p.Entries = append(p.Entries, e)
+				}
+				return one(r)
+			}
+		},
+	}
+}
+
+// OtherItems: each distrust item has the id of a real one, and names nobody. It attacks "what
+// is revoked is known everywhere in time" where items are told apart by their ids.
+func OtherItems() Lie {
+	rename := func(items []*statev1.Distrust) {
+		for _, d := range items {
+			if d.GetAgent() != "" {
+				d.Agent = "nobody"
+			}
+		}
+	}
+	return Lie{
+		Name: "other-items", Attacks: "what is revoked is known everywhere in time",
+		Sync: func(*Member, string) func(*ententev1.SyncResponse) []*ententev1.SyncResponse {
+			return func(r *ententev1.SyncResponse) []*ententev1.SyncResponse {
+				rename(r.GetPolicy().GetDistrust())
+				rename(r.GetUrgent().GetDistrust())
+				return one(r)
+			}
+		},
+	}
+}
+
 // wholeState has a subscriber hear everything anew from a node that has just begun to lie.
 func wholeState(r *ententev1.SyncRequest) {
 	if hello := r.GetHello(); hello != nil {

@@ -5472,6 +5472,7 @@ type Picture struct {
 	RecoveryKey   []byte                 `protobuf:"bytes,281,opt,name=recovery_key,json=recoveryKey,proto3" json:"recovery_key,omitempty"` // of the cluster, pinned
 	Level         uint32                 `protobuf:"varint,260,opt,name=level,proto3" json:"level,omitempty"`                               // ca.SyncLevel of who kept it: what it did not know is not in it
 	Confirmed     []*v1.Member           `protobuf:"bytes,286,rep,name=confirmed,proto3" json:"confirmed,omitempty"`                        // the last table that two CA nodes agreed on
+	Source        string                 `protobuf:"bytes,309,opt,name=source,proto3" json:"source,omitempty"`                              // id of the CA node whose words the picture is made of; empty: unknown
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -5539,6 +5540,13 @@ func (x *Picture) GetConfirmed() []*v1.Member {
 		return x.Confirmed
 	}
 	return nil
+}
+
+func (x *Picture) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
 }
 
 type PresenceRequest struct {
@@ -7697,13 +7705,14 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\aexclude\x18\x02 \x03(\tR\aexclude\x12\x10\n" +
 	"\x03who\x18\x03 \x01(\tR\x03who\"/\n" +
 	"\x11MarkReadyResponse\x12\x1a\n" +
-	"\brevision\x18\x01 \x01(\x04R\brevision\"\xdb\x01\n" +
+	"\brevision\x18\x01 \x01(\x04R\brevision\"\xf4\x01\n" +
 	"\aPicture\x12*\n" +
 	"\x06policy\x18\x01 \x01(\v2\x12.entente.v1.PolicyR\x06policy\x120\n" +
 	"\bpresence\x18\x02 \x01(\v2\x14.entente.v1.PresenceR\bpresence\x12\"\n" +
 	"\frecovery_key\x18\x99\x02 \x01(\fR\vrecoveryKey\x12\x15\n" +
 	"\x05level\x18\x84\x02 \x01(\rR\x05level\x127\n" +
-	"\tconfirmed\x18\x9e\x02 \x03(\v2\x18.entente.state.v1.MemberR\tconfirmed\"\x11\n" +
+	"\tconfirmed\x18\x9e\x02 \x03(\v2\x18.entente.state.v1.MemberR\tconfirmed\x12\x17\n" +
+	"\x06source\x18\xb5\x02 \x01(\tR\x06source\"\x11\n" +
 	"\x0fPresenceRequest\"\x96\x01\n" +
 	"\x10PresenceResponse\x122\n" +
 	"\tinstances\x18\x01 \x03(\v2\x14.entente.v1.InstanceR\tinstances\x122\n" +
