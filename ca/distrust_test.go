@@ -63,6 +63,19 @@ func tokens(t *testing.T, td, authority string, origin ca.Origin) map[string]map
 	return read
 }
 
+// Of two items that name the same, none takes back what the other denies.
+func TestDistrustIsNotTakenBack(t *testing.T) {
+	banking := spiffeid.RequireTrustDomainFromString("banking.example")
+	high := &statev1.Distrust{Id: "agent/h2", Agent: "h2", AgentGeneration: 10}
+	low := &statev1.Distrust{Id: "authority/x agent/h2", Authority: "x", Agent: "h2"}
+	for name, items := range map[string][]*statev1.Distrust{"control": {high}, "after": {high, low}, "before": {low, high}} {
+		d := ca.NewDistrusted(banking, items)
+		if d.CheckOrigin(ca.Origin{Agent: "h2", AgentGeneration: 10}) == nil || d.CheckOrigin(ca.Origin{Agent: "h2", AgentGeneration: 11}) != nil {
+			t.Errorf("%s: not generations up to 10", name)
+		}
+	}
+}
+
 // An origin that no CA node of ours writes is not taken for the absence of one.
 func TestOriginOfClaims(t *testing.T) {
 	banking := spiffeid.RequireTrustDomainFromString("banking.example")
