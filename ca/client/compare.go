@@ -521,6 +521,8 @@ func (c *comparer) ask(ctx context.Context, asks *sync.WaitGroup, now time.Time,
 		c.last = whom
 		if young+1 < min(2, len(partners)) && c.second.Before(now) {
 			c.nextAsk, c.second = now, now.Add(askEvery/2) // two are needed: the other at once
+		} else if young > 0 {
+			c.nextAsk = now.Add(min(c.nextAsk.Sub(now), max(youngEnough-oldest, askEvery/2)))
 		}
 	}
 	m := partners[whom]

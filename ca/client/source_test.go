@@ -1,7 +1,11 @@
 package client
 
 import (
+	"context"
 	"errors"
+	"math/rand/v2"
+	"net"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -291,6 +295,55 @@ func TestMadeUpDenialsEnd(t *testing.T) {
 			t.Error("denied for as long as the node that was left goes on")
 		}
 	})
+}
+
+// Statements that are not passed on are asked for so often that two never become too old to
+// count: what is held against a node would begin anew.
+func TestAsksBeforeStatementsAreOld(t *testing.T) {
+	for range 50 { // the pauses have jitter
+		synctest.Test(t, func(t *testing.T) {
+			c, err := New(Config{TrustDomain: bank, Addresses: []string{"a:1"}, Members: abc(), Dial: func(context.Context, string, string) (net.Conn, error) {
+				return nil, errors.New("connection refused")
+			}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			p := full(50)
+			p.Members = abc()
+			c.store.attach("a")
+			if err := c.store.policy(p); err != nil {
+				t.Fatal(err)
+			}
+			truth := compare.Content{compare.MembersHash(abc()), compare.BundleHash(nil, nil, nil), compare.DistrustHash(nil)}
+			c.compare.node, c.compare.began = "a", time.Now()
+			c.compare.hearOthers(t, 0, 50, truth, "b")
+			time.Sleep(time.Duration(rand.N(4000)) * time.Millisecond)
+			c.compare.hearOthers(t, 0, 50, truth, "c")
+			c.compare.nextAsk = time.Now().Add(time.Duration(rand.N(int64(askEvery)))) // it asked, or had no need to, some time ago
+			var asks sync.WaitGroup
+			n := 0
+			for range 60 {
+				time.Sleep(lookEvery)
+				c.compare.look(t.Context(), &asks)
+				asks.Wait()
+				select {
+				case <-c.compare.answers:
+					n++
+					c.compare.asking = false
+					c.compare.hearOthers(t, 0, 50, truth, c.compare.last)
+				default:
+				}
+				for _, id := range []string{"b", "c"} {
+					if age, _ := c.compare.judge.Age(id, time.Now()); age >= compare.Fresh-lookEvery {
+						t.Errorf("%s's statement is %v old", id, age)
+					}
+				}
+			}
+			if most := 2 * 60 / 6; n > most {
+				t.Errorf("asked %d times in a minute, over %d", n, most)
+			}
+		})
+	}
 }
 
 // A node that never sends a whole state keeps nobody: not who has none, and not who comes

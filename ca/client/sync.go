@@ -160,12 +160,13 @@ type syncer struct {
 	opening bool
 	opened  chan opened
 
-	attempts int         // fruitless ones since the last useful session
-	slow     int         // sessions in a row that brought no state in time
-	begin    *time.Timer // ends a session that brings no state
-	full     bool        // ask for the full state
-	said     bool        // the log says that there is no session
-	otherKey bool        // the log says that the CA names another recovery key
+	attempts  int         // fruitless ones since the last useful session
+	slow      int         // sessions in a row that brought no state in time
+	elsewhere []string    // addresses where the next session is not tried
+	begin     *time.Timer // ends a session that brings no state
+	full      bool        // ask for the full state
+	said      bool        // the log says that there is no session
+	otherKey  bool        // the log says that the CA names another recovery key
 
 	tooOld []string // as the log said last
 }
@@ -269,7 +270,7 @@ func (s *syncer) run(ctx context.Context) error {
 		case <-s.begin.C:
 			if s.now != nil && !s.isSource(s.now) {
 				s.slow++
-				s.outcome(s.now.conn.address, false)
+				s.elsewhere = []string{s.now.conn.address}
 				lose(errors.New("it sends no state that can be used"))
 			}
 
@@ -325,8 +326,10 @@ func (s *syncer) open(ctx context.Context) {
 		return
 	}
 	s.opening = true
+	except := s.elsewhere
+	s.elsewhere = nil
 	s.owned.Go(func() {
-		session, err := s.dialSession(ctx)
+		session, err := s.dialSession(ctx, except)
 		select {
 		case s.opened <- opened{session, err}:
 		case <-ctx.Done():
@@ -335,8 +338,8 @@ func (s *syncer) open(ctx context.Context) {
 	})
 }
 
-func (s *syncer) dialSession(ctx context.Context) (*session, error) {
-	conn, err := s.connect(ctx)
+func (s *syncer) dialSession(ctx context.Context, except []string) (*session, error) {
+	conn, err := s.connect(ctx, except...)
 	if err != nil {
 		return nil, err
 	}
