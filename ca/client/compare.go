@@ -487,6 +487,7 @@ func (c *comparer) leave(now time.Time, node string, partners map[string]*statev
 	c.is.Doubt, c.is.DoubtBy = "", ""
 	c.mu.Unlock()
 	c.store.yield()
+	c.acked.Store(0) // it is not what any other node means by that revision
 	signal(c.move)
 }
 

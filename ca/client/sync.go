@@ -119,7 +119,7 @@ func (c *Client) Sync(ctx context.Context, handle func(*View) error) error {
 	defer cancel()
 	owned.Go(func() { c.deliver(ctx, handle) })
 	owned.Go(func() { c.compare.run(ctx) })
-	return (&syncer{Client: c, owned: &owned, opened: make(chan opened), full: c.whole}).run(ctx)
+	return (&syncer{Client: c, owned: &owned, opened: make(chan opened), full: c.whole, begin: time.NewTimer(0)}).run(ctx)
 }
 
 // deliver hands pictures to the handler until ctx ends.
@@ -183,7 +183,6 @@ func (s *syncer) run(ctx context.Context) error {
 	silence := time.NewTimer(0) // end a session that has gone quiet
 	spaced := time.NewTimer(0)  // tell of instances again
 	disown := time.NewTimer(disownAfter)
-	s.begin = time.NewTimer(0)
 	reports := s.newHosts // nil: it was told of them just now
 	for _, t := range []*time.Timer{renew, drop, silence, s.begin, spaced} {
 		t.Stop()
@@ -227,11 +226,8 @@ func (s *syncer) run(ctx context.Context) error {
 				} // else: the running session stays; renew comes round again
 				continue
 			}
-			s.before.close()
-			s.before, s.now = s.now, o.session
-			s.setCurrent(o.session.conn)
+			s.use(o.session)
 			silence.Reset(silenceLimit) // the first message is due without delay
-			s.begin.Reset(stateLimit << min(s.slow, 4))
 			drop.Reset(overlap)
 			s.scheduleRenewal(renew)
 
@@ -259,7 +255,6 @@ func (s *syncer) run(ctx context.Context) error {
 
 		case <-s.compare.move:
 			s.full = true
-			s.acked.Store(0) // it is not what any other node means by that revision
 			if s.now != nil {
 				lose(errContradicted)
 			}
@@ -268,10 +263,8 @@ func (s *syncer) run(ctx context.Context) error {
 			lose(fmt.Errorf("nothing heard for %v", silenceLimit))
 
 		case <-s.begin.C:
-			if s.now != nil && !s.isSource(s.now) {
-				s.slow++
-				s.elsewhere = []string{s.now.conn.address}
-				lose(errors.New("it sends no state that can be used"))
+			if err := s.lacksState(); err != nil {
+				lose(err)
 			}
 
 		case <-spaced.C:
@@ -451,6 +444,24 @@ func (s *syncer) prove(session *session) *ententev1.SessionProof {
 // what a node that was removed says must not be heard.
 func (s *syncer) stillNode(session *session) error {
 	return s.acceptsNode(session.conn.state)
+}
+
+// use makes a session the present one.
+func (s *syncer) use(session *session) {
+	s.before.close()
+	s.before, s.now = s.now, session
+	s.setCurrent(session.conn)
+	s.begin.Reset(stateLimit << min(s.slow, 4))
+}
+
+// lacksState says why a session is to end that has brought no state in time.
+func (s *syncer) lacksState() error {
+	if s.now == nil || s.isSource(s.now) {
+		return nil
+	}
+	s.slow++
+	s.elsewhere = []string{s.now.conn.address}
+	return errors.New("it sends no state that can be used")
 }
 
 // isSource tells whether the picture is made of what the session's node said.
