@@ -44,7 +44,7 @@ func TestOperatorsVerbs(t *testing.T) {
 	expect(exitOK, "ca", "status", socket)
 	expect(exitOK, "node", "list", socket)
 	expect(exitOK, "node", "list", socket, "--json")
-	expect(exitOK, "node", "promote", socket, "ca-1") // it votes already
+	expect(exitRefused, "node", "promote", socket, "ca-1") // it votes already
 	expect(exitRefused, "node", "promote", socket, "nobody")
 	expect(exitUsage, "node", "promote", socket)
 	expect(exitUnreachable, "snapshot", "save", "--socket="+file("none.sock"), file("none"))
