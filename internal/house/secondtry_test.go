@@ -1,9 +1,11 @@
 package house
 
 import (
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 )
@@ -58,7 +60,7 @@ func TestSecondTry(t *testing.T) {
 				t.Errorf("named: %q, want %q", named, test.named)
 			}
 			args, err := os.ReadFile(filepath.Join(dir, "args"))
-			want := "test -flag ./...\n"
+			want := fmt.Sprintf("test -p %d -parallel %d -flag ./...\n", runtime.NumCPU()+1, 2*runtime.NumCPU())
 			if test.again != "" {
 				want += "test -count=1 -p 1 -flag " + test.again + "\n"
 			}

@@ -189,6 +189,7 @@ func complete(p *picture) bool { return p.revision != 0 && p.bundle != nil && le
 // Each lie reaches a subscriber that believes it, and is gone when the node tells the
 // truth again; an honest node beside it says what is so all the while.
 func TestLiesReachASubscriber(t *testing.T) {
+	t.Parallel()
 	honest := catest.Start(t, catest.Options{})
 	honest.Apply(service("accounts", 1000))
 	other := honest.Join("ca-2", "dc1")
@@ -234,6 +235,7 @@ func TestLiesReachASubscriber(t *testing.T) {
 
 // What takes rights away is kept from a subscriber; an honest node tells it.
 func TestHiddenRevocationsAreHidden(t *testing.T) {
+	t.Parallel()
 	honest := catest.Start(t, catest.Options{})
 	honest.Apply(service("accounts", 1000) + service("ledger", 1001))
 	other := honest.Join("ca-2", "dc1")
@@ -288,6 +290,7 @@ func TestHiddenRevocationsAreHidden(t *testing.T) {
 
 // False presence is heard by another member that asks, beside the true one.
 func TestFalsePresenceIsHeard(t *testing.T) {
+	t.Parallel()
 	honest := catest.Start(t, catest.Options{})
 	honest.Apply(service("accounts", 1000))
 	other := honest.Join("ca-2", "dc1")
@@ -347,6 +350,7 @@ func TestFalsePresenceIsHeard(t *testing.T) {
 // What is proposed in an operator's name reaches the agreement under the member's own id.
 // What stands in the way of each command is its own test's.
 func TestProposedInAnOperatorsName(t *testing.T) {
+	t.Parallel()
 	honest := catest.Start(t, catest.Options{})
 	other := honest.Join("ca-2", "dc1")
 	liar, err := evil.Open(other.Config())
@@ -377,6 +381,7 @@ func TestProposedInAnOperatorsName(t *testing.T) {
 // Raft, spoken with a member's key: an entry that fits is accepted, one that moves the
 // agreed time far ahead is not, and one that replaces what was applied stops the node.
 func TestRaftIsSpoken(t *testing.T) {
+	t.Parallel()
 	one := catest.Start(t, catest.Options{})
 	two := one.Join("ca-2", "dc1")
 	victim := one.Join("ca-3", "dc1")
@@ -436,6 +441,7 @@ func TestRaftIsSpoken(t *testing.T) {
 
 // A process of the test's own binary runs the node that was taken over, and lies.
 func TestLyingProcess(t *testing.T) {
+	t.Parallel()
 	honest := catest.Start(t, catest.Options{})
 	honest.Apply(service("accounts", 1000))
 	other := honest.Join("ca-2", "dc1")

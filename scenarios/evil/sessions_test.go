@@ -61,6 +61,7 @@ func shown(c *catest.CA) (list []string) {
 // on, what the agent serves is shown, and it is waited for. A session that the agent has
 // signed ends the stream before within a second.
 func TestMembersClaimsOfSessionsChangeNothing(t *testing.T) {
+	t.Parallel()
 	honest := catest.Start(t, catest.Options{})
 	honest.Apply(strings.ReplaceAll(service("accounts", 1000), "[h1]", "[h1, h3]"))
 	other := honest.Join("ca-2", "dc1")
