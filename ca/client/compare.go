@@ -28,8 +28,9 @@ const (
 	// until the node was asked itself; one from the future by more than this does not count.
 	clockSlack = 2 * time.Second
 	// youngEnough: a node with a statement younger than this is not asked; one that is passed
-	// on is seldom older. It is asked long before that is too old to count.
-	youngEnough = askEvery * 7 / 8
+	// on with each beat, every 5 s, is seldom older. It is asked long before that is too old
+	// to count.
+	youngEnough = 7500 * time.Millisecond
 	// verifyEvery: while a node's last statement is younger, newer ones are not verified.
 	verifyEvery = 4 * time.Second
 

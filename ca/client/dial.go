@@ -26,6 +26,10 @@ const (
 	hedgeAfter     = 200 * time.Millisecond // then the next node is dialled as well
 	connectTimeout = 5 * time.Second        // for one node, TLS included
 	maxMessage     = 16 << 20               // bytes of one gRPC message
+
+	// window is what a node may send unread, of a stream and of a connection. That it is
+	// fixed spares both ends a ping with each message, by which gRPC would find it.
+	window = 1 << 20
 )
 
 // conn is one authenticated connection to a CA node.
@@ -201,6 +205,8 @@ func (c *Client) dialAs(ctx context.Context, address string, showSVID bool, acce
 		grpc.WithDisableServiceConfig(),
 		grpc.WithDisableRetry(),
 		grpc.WithIdleTimeout(0),
+		grpc.WithInitialWindowSize(window),
+		grpc.WithInitialConnWindowSize(window),
 	)
 	if err != nil {
 		secure.Close()

@@ -15,8 +15,8 @@ import (
 )
 
 const (
-	stateEvery  = 2 * time.Second // a statement, and the others'
-	stateReuse  = time.Second     // a younger one is not made again
+	stateEvery  = time.Second     // a statement, and the others'
+	stateReuse  = time.Second / 2 // a younger one is not made again
 	stateBehind = 5 * time.Second // age of the state from which on this node says that it may lack something
 	stateWait   = 2 * time.Second // for another node's answer
 )
@@ -35,7 +35,7 @@ type statements struct {
 	others  map[string]*compare.Signed
 }
 
-// Own is this node's statement, not older than a second.
+// Own is this node's statement, not older than half a second.
 func (s *statements) Own() (*compare.Signed, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -117,7 +117,7 @@ func (s *statements) Others() []*compare.Signed {
 	return list
 }
 
-// run asks each other member every two seconds. What they say is passed on as it is:
+// run asks each other member every second. What they say is passed on as it is:
 // subscribers verify it.
 func (s *statements) run(ctx context.Context) error {
 	n := s.node

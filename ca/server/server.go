@@ -195,6 +195,7 @@ type Server struct {
 	handshakes, strangers *admission.Places
 	guests                guests
 	syncs                 syncs
+	pulse                 *pulse
 
 	reports    *admission.Rate // of instances
 	x509Rates  *rates
@@ -230,6 +231,7 @@ func New(config Config) *Server {
 		strangers:  admission.NewPlaces(admission.Limits{Most: maxStrangers, Patience: handshakeLimit}),
 		stopping:   make(chan struct{}),
 	}
+	s.pulse = &pulse{server: s}
 	s.metrics = newMetrics(config.Registerer, s)
 	if limits.PerNode > 0 {
 		s.perNode = newRates(limits.PerNode, 1, "SVIDs")
@@ -248,6 +250,7 @@ func (s *Server) ServeAPI(ctx context.Context, listener net.Listener) error {
 		grpc.MaxConcurrentStreams(maxStreams),
 		grpc.MaxHeaderListSize(maxHeaders),
 		grpc.ReadBufferSize(0), // TLS has a buffer of its own, and 10,000 hosts hold a stream open
+		grpc.SharedWriteBuffer(true),
 		grpc.ConnectionTimeout(handshakeLimit),
 		grpc.InitialWindowSize(streamWindow),
 		grpc.InitialConnWindowSize(connWindow),
@@ -310,8 +313,14 @@ func (s *Server) serve(ctx context.Context, server *grpc.Server, listener net.Li
 	return nil
 }
 
-// Run ends connections when the certificate they rest on ends, until ctx does.
-func (s *Server) Run(ctx context.Context) error { return s.registry.Run(ctx) }
+// Run ends connections when the certificate they rest on ends, and has streams beat, until
+// ctx ends.
+func (s *Server) Run(ctx context.Context) error {
+	var pulse sync.WaitGroup
+	defer pulse.Wait()
+	pulse.Go(func() { s.pulse.run(ctx) })
+	return s.registry.Run(ctx)
+}
 
 // Recheck looks at all open connections again: after a member was removed, an agent
 // banned, an entry deleted or an authority revoked.

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"io"
-	"math/rand/v2"
 	"net"
 	"slices"
 	"strings"
@@ -26,10 +25,7 @@ import (
 const (
 	helloTimeout   = 10 * time.Second
 	catchUpTimeout = time.Second
-	// heartbeat is how often a quiet stream says that it lives. Clients give a node
-	// up after 10 s without.
-	heartbeat = 2 * time.Second
-	maxBootID = 64
+	maxBootID      = 64
 )
 
 // syncDoor pushes to agents and gateways.
@@ -79,9 +75,9 @@ func (d syncDoor) Sync(stream ententev1.Sync_SyncServer) error {
 
 	name := c.id.String()
 	s.Log.Debug("a subscriber attached", "subscriber", name, "resume", hello.GetResumeRevision())
-	out := &sender{server: s, stream: stream, session: session, level: hello.GetLevel()}
-	ticker := time.NewTicker(heartbeat - time.Duration(rand.Int64N(int64(heartbeat/4))))
-	defer ticker.Stop()
+	out := &sender{server: s, stream: stream, session: session}
+	beating := s.pulse.join(hello.GetLevel() > 0)
+	defer s.pulse.leave(beating)
 	warned := false
 	// An agent's reports are full lists: of those that come too fast the last one counts.
 	var report *ententev1.InstanceReport // that waits; nil: none
@@ -103,8 +99,8 @@ func (d syncDoor) Sync(stream ententev1.Sync_SyncServer) error {
 		select {
 		case <-session.Wake:
 			err = out.news()
-		case <-ticker.C:
-			err = out.beat()
+		case beat := <-beating.due:
+			err = out.beat(beat)
 		case <-again:
 			take()
 		case message := <-received:
@@ -276,8 +272,6 @@ type sender struct {
 	server  *Server
 	stream  ententev1.Sync_SyncServer
 	session *feed.Session
-	level   uint32 // of the subscriber
-	beats   int
 }
 
 // news sends what both lanes have. A subscriber that reads slowly holds up nobody but
@@ -327,25 +321,15 @@ func (o *sender) news() error {
 	return nil
 }
 
-func (o *sender) beat() error {
+// beat sends a heartbeat, which other streams send as well: it is not to be changed.
+func (o *sender) beat(beat *ententev1.SyncResponse) error {
 	if revision, ok := o.session.Catch(); ok {
 		last := &ententev1.Policy{Last: true, Revision: revision}
 		if err := o.send(&ententev1.SyncResponse{Message: &ententev1.SyncResponse_Policy{Policy: last}}); err != nil {
 			return err
 		}
 	}
-	beat := &ententev1.Heartbeat{}
-	// Those who follow releases before levels compare nothing.
-	if o.beats++; o.level > 0 && o.beats%2 == 1 {
-		beat.Statements = o.server.Statements.Others()
-	}
-	o.server.State.Read(func(st *domain.State) {
-		beat.Revision = st.Revision()
-		if now := st.Now(); !now.IsZero() {
-			beat.AsOfUnixNanos = now.UnixNano()
-		}
-	})
-	return o.send(&ententev1.SyncResponse{Message: &ententev1.SyncResponse_Heartbeat{Heartbeat: beat}})
+	return o.send(beat)
 }
 
 func (o *sender) send(message *ententev1.SyncResponse) error { return o.stream.Send(message) }

@@ -78,5 +78,6 @@ func (s *subscriber) dial() (*grpc.ClientConn, error) {
 		}), "h2")
 	return grpc.NewClient("passthrough:///"+s.members[0].GetApiAddress(), grpc.WithTransportCredentials(credentials.NewTLS(config)),
 		grpc.WithReadBufferSize(0), grpc.WithDisableServiceConfig(), grpc.WithDisableRetry(), grpc.WithIdleTimeout(0),
+		grpc.WithInitialWindowSize(1<<20), grpc.WithInitialConnWindowSize(1<<20), // as ca/client
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(16*mib)))
 }

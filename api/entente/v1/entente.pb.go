@@ -1774,7 +1774,7 @@ type Heartbeat struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Revision      uint64                 `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"`
 	AsOfUnixNanos int64                  `protobuf:"varint,2,opt,name=as_of_unix_nanos,json=asOfUnixNanos,proto3" json:"as_of_unix_nanos,omitempty"` // state time
-	Statements    []*SignedStatement     `protobuf:"bytes,285,rep,name=statements,proto3" json:"statements,omitempty"`                               // the newest of other CA nodes, with every second heartbeat
+	Statements    []*SignedStatement     `protobuf:"bytes,285,rep,name=statements,proto3" json:"statements,omitempty"`                               // the newest of other CA nodes; of a stream's heartbeats, one in 5 s has them
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
