@@ -128,6 +128,15 @@ func TestTaintedIsReissued(t *testing.T) {
 			t.Errorf("%d calls for %d SVIDs, spread over a second: %v apart makes 6", n, services, gather)
 		}
 
+		// Where there is nothing to spread, all of them at once, not with the next look.
+		time.Sleep(gather)
+		server.set(func() { server.authority = old })
+		taint(a, 0, other+strings.Repeat("0", 64-len(other)))
+		synctest.Wait()
+		if n := holding(under); n != services {
+			t.Errorf("%d of %d are issued anew in the moment of the taint", n, services)
+		}
+
 		// Who has none does not wait for others.
 		hold(a, server, entry(ids[0], "/"+ids[0], 2))
 		synctest.Wait()

@@ -139,6 +139,21 @@ func (n *Node) due(u use, own rotation.Own) bool {
 	return own.Due(now, longest)
 }
 
+// coming is closed with the next change of the state if runAuthorities is about to activate
+// the PREPARED authority, there being no other; nil: it is not.
+func (n *Node) coming(of statev1.KeyUse) <-chan struct{} {
+	i := slices.IndexFunc(uses, func(u use) bool { return u.of == of })
+	if i < 0 || n.replica.Load() == nil {
+		return nil
+	}
+	changed := n.applied.wait()
+	own := n.ownAuthorities(uses[i])
+	if own.Active != nil || !own.Prepared.GetReady() || !n.signer.Has(own.Prepared.GetId()) || !n.due(uses[i], own) {
+		return nil
+	}
+	return changed
+}
+
 func (n *Node) activate(ctx context.Context, u use, a *statev1.Authority) error {
 	err := n.agreeSelf(ctx, &statev1.Command{
 		Body: &statev1.Command_ActivateAuthority{ActivateAuthority: &statev1.ActivateAuthority{Id: a.GetId()}},

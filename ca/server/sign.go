@@ -34,7 +34,7 @@ func (d signDoor) SignX509(ctx context.Context, req *ententev1.SignX509Request) 
 	if n := len(req.GetRequests()); n == 0 || n > maxBatch {
 		return nil, status.Errorf(codes.InvalidArgument, "%d requests in a batch, not 1 to %d", n, maxBatch)
 	}
-	if err := s.Signer.Ready(statev1.KeyUse_KEY_USE_X509); err != nil {
+	if err := s.Signer.Await(ctx, statev1.KeyUse_KEY_USE_X509); err != nil {
 		return nil, s.signError(err)
 	}
 	if err := s.limit(s.x509Rates, c.agent.GetName(), len(req.GetRequests())); err != nil {
@@ -230,7 +230,7 @@ func signTokens[R forEntry](ctx context.Context, s *Server, c caller, use statev
 	if n := len(requests); n == 0 || n > maxBatch {
 		return nil, status.Errorf(codes.InvalidArgument, "%d requests in a batch, not 1 to %d", n, maxBatch)
 	}
-	if err := s.Signer.Ready(use); err != nil {
+	if err := s.Signer.Await(ctx, use); err != nil {
 		return nil, s.signError(err)
 	}
 	if err := s.limit(s.tokenRates, c.agent.GetName(), len(requests)); err != nil {

@@ -308,3 +308,90 @@ func BenchmarkSignJWTDoor(b *testing.B) {
 		})
 	}
 }
+
+// A taint pauses nothing: who asks before the node's next authority is agreed on waits for
+// that moment, and is not refused, to come back a tenth of a second later.
+func TestTaintPausesNoIssuance(t *testing.T) {
+	t.Parallel()
+	c := catest.Start(t, catest.Options{})
+	c.Apply(twoHosts)
+	agent := attest(t, c, "h1")
+	conn := dial(t, c, &agent)
+	door := ententev1.NewSignClient(conn)
+	csr := csrOf(t, newKey(t))
+	authority := func(use statev1.KeyUse, phase statev1.AuthorityPhase) *statev1.Authority {
+		list, err := c.Admin().ListAuthorities(t.Context(), &ententev1.ListAuthoritiesRequest{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, a := range list.GetAuthorities() {
+			if a.GetAuthority().GetUse() == use && a.GetAuthority().GetPhase() == phase {
+				return a.GetAuthority()
+			}
+		}
+		return nil
+	}
+	tokenResult := func(results []*ententev1.TokenResult, err error) error {
+		if err == nil && results[0].GetCode() != 0 {
+			err = status.Error(codes.Code(results[0].GetCode()), results[0].GetError())
+		}
+		return err
+	}
+	for use, ask := range map[statev1.KeyUse]func() error{
+		statev1.KeyUse_KEY_USE_X509: func() error {
+			resp, err := door.SignX509(t.Context(), &ententev1.SignX509Request{Requests: []*ententev1.X509Request{{EntryId: "service/accounts", Csr: csr}}})
+			if err == nil && resp.GetResults()[0].GetCode() != 0 {
+				err = status.Error(codes.Code(resp.GetResults()[0].GetCode()), resp.GetResults()[0].GetError())
+			}
+			return err
+		},
+		statev1.KeyUse_KEY_USE_JWT: func() error {
+			resp, err := door.SignJWT(t.Context(), &ententev1.SignJWTRequest{Requests: []*ententev1.JWTRequest{{EntryId: "service/accounts", Audience: []string{"a"}}}})
+			return tokenResult(resp.GetResults(), err)
+		},
+		statev1.KeyUse_KEY_USE_WIT: func() error {
+			resp, err := door.SignWIT(t.Context(), &ententev1.SignWITRequest{Requests: []*ententev1.WITRequest{{EntryId: "service/accounts", Csr: csr}}})
+			return tokenResult(resp.GetResults(), err)
+		},
+	} {
+		for !authority(use, statev1.AuthorityPhase_AUTHORITY_PHASE_PREPARED).GetReady() {
+			time.Sleep(5 * time.Millisecond)
+		}
+		old := authority(use, statev1.AuthorityPhase_AUTHORITY_PHASE_ACTIVE).GetId()
+		asked, refused := make(chan int), make(chan error, 1)
+		done := make(chan struct{})
+		go func() {
+			n := 0
+			for ; ; n++ {
+				select {
+				case <-done:
+					asked <- n
+					return
+				default:
+				}
+				if err := ask(); err != nil {
+					select {
+					case refused <- err:
+					default:
+					}
+				}
+			}
+		}()
+		if _, err := c.Admin().TaintAuthority(t.Context(), &ententev1.ChangeAuthorityRequest{Id: old}); err != nil {
+			t.Fatal(err)
+		}
+		for authority(use, statev1.AuthorityPhase_AUTHORITY_PHASE_ACTIVE) == nil {
+			time.Sleep(time.Millisecond)
+		}
+		close(done)
+		n := <-asked
+		select {
+		case err := <-refused:
+			t.Errorf("%v: refused after a taint: %v", use, err)
+		default:
+		}
+		if now := authority(use, statev1.AuthorityPhase_AUTHORITY_PHASE_ACTIVE).GetId(); now == old || n == 0 {
+			t.Errorf("control: %v: %d requests, under the same authority: %v", use, n, now == old)
+		}
+	}
+}

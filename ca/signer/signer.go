@@ -36,7 +36,8 @@ var (
 const RetryAfter = 250 * time.Millisecond
 
 const (
-	// maxWait is how long a request waits for its turn.
+	// maxWait is how long a request waits for its turn, and before that for an authority
+	// that comes.
 	maxWait = 250 * time.Millisecond
 	// defaultWaiting is how many wait at once; at 4,000 signatures a second and CPU those
 	// behind it would not be served within maxWait.
@@ -52,6 +53,10 @@ type Config struct {
 	// Active returns this node's ACTIVE authority for one use as the replicated state
 	// has it, nil if there is none.
 	Active func(statev1.KeyUse) *statev1.Authority
+	// Coming tells, while there is no ACTIVE authority for a use, whether one is agreed on
+	// just now, as after a taint: the channel is closed when to look again. Nil: none is. It is
+	// not called while there is one.
+	Coming func(statev1.KeyUse) <-chan struct{}
 	// Clock says what is known of the agreed time.
 	Clock func() Clock
 	// Signed is called with each SVID that was signed; nil: with none.
@@ -120,6 +125,39 @@ func (s *Signer) Has(id string) bool {
 	return s.keys[id] != nil
 }
 
+// Await waits for the authority of a use if one comes, as Sign does, and says why nothing
+// could be signed then; nil if it could.
+func (s *Signer) Await(ctx context.Context, use statev1.KeyUse) error {
+	if err := s.await(ctx, use); err != nil {
+		return err
+	}
+	return s.Ready(use)
+}
+
+// await lets a taint or a revocation pause nothing: callers would otherwise be refused, and
+// come back later, for the moment that it takes to agree on the next authority.
+func (s *Signer) await(ctx context.Context, use statev1.KeyUse) error {
+	if s.config.Coming == nil || s.config.Active(use) != nil {
+		return nil
+	}
+	limit := time.NewTimer(maxWait)
+	defer limit.Stop()
+	for s.config.Active(use) == nil {
+		coming := s.config.Coming(use)
+		if coming == nil {
+			return nil
+		}
+		select {
+		case <-coming:
+		case <-limit.C:
+			return nil
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	return nil
+}
+
 // Ready says why nothing could be signed now for that use; nil if it could.
 func (s *Signer) Ready(use statev1.KeyUse) error {
 	if err := s.config.Clock().Check(time.Now()); err != nil {
@@ -166,6 +204,9 @@ func (s *Signer) Sign(ctx context.Context, req Request) ([][]byte, error) {
 }
 
 func (s *Signer) sign(ctx context.Context, req Request) ([][]byte, error) {
+	if err := s.await(ctx, statev1.KeyUse_KEY_USE_X509); err != nil {
+		return nil, err
+	}
 	if err := s.acquire(ctx); err != nil {
 		return nil, err
 	}

@@ -10,6 +10,7 @@ import (
 	"errors"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -162,6 +163,68 @@ func TestOnlyTheActiveAuthoritySigns(t *testing.T) {
 	w.authority = nil
 	if err := w.Ready(statev1.KeyUse_KEY_USE_X509); !errors.Is(err, ErrNoAuthority) {
 		t.Errorf("ready without an authority: %v", err)
+	}
+}
+
+// While the next authority is being agreed on, as after a taint, requests wait for it, for a
+// bounded time. Without one that comes they are refused at once, for another CA node to
+// be asked.
+func TestSignWaitsForTheNextAuthority(t *testing.T) {
+	const use = statev1.KeyUse_KEY_USE_X509
+	ways := map[string]func(*testing.T, *Signer) error{
+		"Sign": func(t *testing.T, s *Signer) error {
+			_, err := s.Sign(t.Context(), request(t))
+			return err
+		},
+		"Await": func(t *testing.T, s *Signer) error { return s.Await(t.Context(), use) },
+	}
+	for name, ask := range ways {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var active atomic.Pointer[statev1.Authority]
+				var coming atomic.Pointer[chan struct{}]
+				key := newKey(t)
+				s := New(Config{
+					Active: func(statev1.KeyUse) *statev1.Authority { return active.Load() },
+					Coming: func(statev1.KeyUse) <-chan struct{} {
+						if c := coming.Load(); c != nil {
+							return *c
+						}
+						return nil
+					},
+					Clock: func() Clock { return Clock{} },
+				})
+				if _, err := s.Add(key); err != nil {
+					t.Fatal(err)
+				}
+				begin := time.Now()
+				if err := ask(t, s); !errors.Is(err, ErrNoAuthority) || time.Since(begin) != 0 {
+					t.Errorf("none comes: %v after %v", err, time.Since(begin))
+				}
+
+				other, agreed := make(chan struct{}), make(chan struct{})
+				coming.Store(&other)
+				time.AfterFunc(maxWait/4, func() { // another change of the state
+					coming.Store(&agreed)
+					close(other)
+				})
+				time.AfterFunc(maxWait/2, func() {
+					active.Store(newAuthority(t, key, time.Hour))
+					close(agreed)
+				})
+				if err := ask(t, s); err != nil || time.Since(begin) != maxWait/2 {
+					t.Errorf("one that comes: %v after %v", err, time.Since(begin))
+				}
+
+				never := make(chan struct{})
+				coming.Store(&never)
+				active.Store(nil)
+				begin = time.Now()
+				if err := ask(t, s); !errors.Is(err, ErrNoAuthority) || time.Since(begin) != maxWait {
+					t.Errorf("one that does not come after all: %v after %v", err, time.Since(begin))
+				}
+			})
+		})
 	}
 }
 

@@ -62,6 +62,9 @@ func (s *Signer) signToken(ctx context.Context, use statev1.KeyUse, typ string, 
 	if !issued.ID.MemberOf(s.config.TrustDomain) {
 		return "", fmt.Errorf("sign token for %s: this CA signs for %s only", issued.ID, s.config.TrustDomain.Name())
 	}
+	if err := s.await(ctx, use); err != nil {
+		return "", err
+	}
 	if err := s.acquire(ctx); err != nil {
 		return "", err
 	}
