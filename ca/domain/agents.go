@@ -34,24 +34,18 @@ func (s *State) Distrusts(o ca.Origin) bool {
 // RefusesAdmission says why Apply would refuse a command that admits a host or a CA node,
 // in this state; nil if it would not. It changes nothing: who proposes such a command for
 // a stranger asks first, so that strangers do not write to the log.
-func (s *State) RefusesAdmission(cmd *statev1.Command) (refusal *Refusal) {
+func (s *State) RefusesAdmission(cmd *statev1.Command) *Refusal {
 	if s.Cluster() == nil {
 		return refuse(CodeNotInit, "no cluster was initialised yet")
 	}
 	if refusal := s.Admits(cmd); refusal != nil {
 		return refusal
 	}
-	switch body := cmd.GetBody().(type) {
-	case *statev1.Command_JoinMember:
-		_, _, refusal = s.joining(body.JoinMember)
-	case *statev1.Command_AttestAgent:
-		_, _, refusal = s.attesting(body.AttestAgent)
-	case *statev1.Command_AdmitAgent:
-		_, refusal = s.admitting(body.AdmitAgent)
-	default:
-		refusal = refuse(CodeInvalid, "command %T admits nobody", cmd.GetBody())
+	d, _ := describe(cmd)
+	if d.admits == nil {
+		return refuse(CodeInvalid, "command %T admits nobody", cmd.GetBody())
 	}
-	return refusal
+	return d.admits(s, cmd)
 }
 
 func (a *application) attestAgent(c *statev1.AttestAgent) *Refusal {

@@ -105,62 +105,11 @@ func (a *application) run(cmd *statev1.Command) *Refusal {
 	if refusal := a.needsApproval(cmd); refusal != nil {
 		return refusal
 	}
-	switch body := cmd.GetBody().(type) {
-	case *statev1.Command_ReplaceRecoveryKey:
-		return a.replaceRecoveryKey(body.ReplaceRecoveryKey)
-	case *statev1.Command_ApproveChange:
-		return a.approveChange(body.ApproveChange, cmd.GetActor())
-	case *statev1.Command_CreateToken:
-		return a.createToken(body.CreateToken)
-	case *statev1.Command_JoinMember:
-		return a.joinMember(body.JoinMember)
-	case *statev1.Command_UpdateMember:
-		return a.updateMember(body.UpdateMember)
-	case *statev1.Command_RemoveMember:
-		return a.removeMember(body.RemoveMember)
-	case *statev1.Command_PromoteMember:
-		return a.promoteMember(body.PromoteMember)
-	case *statev1.Command_AttestAgent:
-		return a.attestAgent(body.AttestAgent)
-	case *statev1.Command_AdmitAgent:
-		return a.admitAgent(body.AdmitAgent)
-	case *statev1.Command_PrepareAuthority:
-		return a.prepareAuthority(body.PrepareAuthority)
-	case *statev1.Command_AuthorityReady:
-		return a.authorityReady(body.AuthorityReady)
-	case *statev1.Command_ActivateAuthority:
-		return a.activateAuthority(body.ActivateAuthority)
-	case *statev1.Command_ApplyObjects:
-		return a.applyObjects(body.ApplyObjects)
-	case *statev1.Command_StageObjects:
-		return a.stageObjects(body.StageObjects)
-	case *statev1.Command_ApplyStaged:
-		return a.applyStaged(body.ApplyStaged)
-	case *statev1.Command_StoreForeignBundle:
-		return a.storeForeignBundle(body.StoreForeignBundle)
-	case *statev1.Command_TaintAuthority:
-		return a.taintAuthority(body.TaintAuthority)
-	case *statev1.Command_AuthorityDrained:
-		return a.authorityDrained(body.AuthorityDrained)
-	case *statev1.Command_RevokeAuthority:
-		return a.revokeAuthority(body.RevokeAuthority)
-	case *statev1.Command_BanAgent:
-		return a.banAgent(body.BanAgent)
-	case *statev1.Command_EvictAgent:
-		return a.evictAgent(body.EvictAgent)
-	case *statev1.Command_MergeBans:
-		return a.mergeBans(body.MergeBans)
-	case *statev1.Command_RevokeToken:
-		return a.revokeToken(body.RevokeToken)
-	case *statev1.Command_ChangeEntries:
-		return a.changeEntries(body.ChangeEntries)
-	case *statev1.Command_Tick:
-		return a.tick(body.Tick)
-	case *statev1.Command_Checksum:
-		a.compare(body.Checksum)
-		return nil
+	d, known := describe(cmd)
+	if !known {
+		return refuse(CodeInvalid, "command %T has no meaning here", cmd.GetBody())
 	}
-	return refuse(CodeInvalid, "command %T has no meaning here", cmd.GetBody())
+	return d.apply(a, cmd)
 }
 
 // put stores a record and keeps hash and revision in step.

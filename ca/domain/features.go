@@ -7,7 +7,6 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
-	"github.com/entente-mesh/entente/ca/selector"
 	"github.com/entente-mesh/entente/federation/catalog"
 )
 
@@ -29,44 +28,6 @@ const levelHardened = 5
 
 // hardened reports whether the stricter rules of Apply hold.
 func (s *State) hardened() bool { return s.FeatureLevel() >= levelHardened }
-
-// levelOf is the first level that carries a command out.
-func levelOf(cmd *statev1.Command) uint32 {
-	if cmd.GetPrincipal() != "" {
-		return 3
-	}
-	switch body := cmd.GetBody().(type) {
-	case *statev1.Command_AdmitAgent, *statev1.Command_MergeBans:
-		return 3
-	case *statev1.Command_CreateToken:
-		if grant := body.CreateToken.GetToken().GetAgent(); len(grant.GetSelectors())+len(grant.GetPathPrefixes()) > 0 {
-			return 3
-		}
-	case *statev1.Command_ChangeEntries:
-		level := uint32(1)
-		for _, c := range body.ChangeEntries.GetChanges() {
-			for _, e := range []*statev1.Entry{c.GetCreate(), c.GetUpdate()} {
-				if level = max(level, selector.Level(e.GetSelectors())); len(e.GetNodeSelectors()) > 0 {
-					level = max(level, 3)
-				}
-			}
-		}
-		return level
-	case *statev1.Command_PrepareAuthority:
-		if len(body.PrepareAuthority.GetAuthority().GetProof()) > 0 {
-			return levelHardened
-		}
-	case *statev1.Command_ApplyObjects:
-		return levelOfObjects(body.ApplyObjects, 1)
-	case *statev1.Command_StageObjects:
-		return levelOfObjects(body.StageObjects.GetObjects(), 2)
-	case *statev1.Command_ApplyStaged:
-		return 2
-	case *statev1.Command_ApproveChange, *statev1.Command_ReplaceRecoveryKey:
-		return levelHardened
-	}
-	return 1
-}
 
 func levelOfObjects(c *statev1.ApplyObjects, least uint32) uint32 {
 	for _, o := range c.GetUpserts() {

@@ -38,19 +38,6 @@ func (s *State) ApprovalsNeeded() int {
 	return voters/2 + 1
 }
 
-// ChangesMembers tells whether a command is a change that may need approvals.
-func ChangesMembers(cmd *statev1.Command) bool {
-	switch body := cmd.GetBody().(type) {
-	case *statev1.Command_CreateToken:
-		return body.CreateToken.GetToken().GetNode() != nil
-	case *statev1.Command_PromoteMember, *statev1.Command_RemoveMember:
-		return true
-	case *statev1.Command_ReplaceRecoveryKey: // the former key speaks for itself
-		return len(body.ReplaceRecoveryKey.GetReplacement().GetSignature()) == 0
-	}
-	return false
-}
-
 func (a *application) needsApproval(cmd *statev1.Command) *Refusal {
 	if needed := a.ApprovalsNeeded(); needed > 0 && ChangesMembers(cmd) {
 		return refuse(CodeApproval, "a change of the CA nodes needs the operators of %d voters: each approves it at the socket of a CA node", needed)
@@ -108,26 +95,12 @@ func (a *application) approveChange(c *statev1.ApproveChange, actor string) *Ref
 		put(a, &a.pending, pending.GetId(), pending)
 		return nil
 	}
-	if refusal := a.changeMembers(change); refusal != nil {
+	d, _ := describe(change)
+	if refusal := d.apply(a, change); refusal != nil {
 		return refusal // it stays pending: another approval tries again
 	}
 	drop(a, &a.pending, pending.GetId())
 	return nil
-}
-
-// changeMembers carries an approved change out.
-func (a *application) changeMembers(cmd *statev1.Command) *Refusal {
-	switch body := cmd.GetBody().(type) {
-	case *statev1.Command_CreateToken:
-		return a.createToken(body.CreateToken)
-	case *statev1.Command_PromoteMember:
-		return a.promoteMember(body.PromoteMember)
-	case *statev1.Command_RemoveMember:
-		return a.removeMember(body.RemoveMember)
-	case *statev1.Command_ReplaceRecoveryKey:
-		return a.replaceRecoveryKey(body.ReplaceRecoveryKey)
-	}
-	return refuse(CodeInvalid, "command %T does not change the CA nodes", cmd.GetBody())
 }
 
 // makeRoomForPending drops the oldest change that was proposed at a member when that has

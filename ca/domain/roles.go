@@ -132,27 +132,33 @@ func (a *Administrator) MayCarryOut(cmd *statev1.Command) *Refusal {
 	if refusal := a.May(See); refusal != nil {
 		return refusal
 	}
-	switch body := cmd.GetBody().(type) {
-	case *statev1.Command_ChangeEntries:
-		for _, change := range body.ChangeEntries.GetChanges() {
-			if refusal := a.MayChangeEntry(change); refusal != nil {
-				return refusal
-			}
-		}
-		return nil
-	case *statev1.Command_ApplyObjects:
-		return a.mayApply(body.ApplyObjects)
-	case *statev1.Command_StageObjects:
-		// It means nothing until all of it is applied, and asked about; but it takes room.
-		if a.state.hardened() && !a.governs && !a.owns.some() && !a.exports.some() {
-			return a.refuse("its roles change nothing")
-		}
-		return nil
-	case *statev1.Command_ApplyStaged:
-		whole, _ := a.state.staging(body.ApplyStaged, a.path)
-		return a.mayApply(whole)
+	if d, _ := describe(cmd); d.may != nil {
+		return d.may(a, cmd)
 	}
 	return a.May(Govern)
+}
+
+func (a *Administrator) mayChangeEntries(cmd *statev1.Command) *Refusal {
+	for _, change := range cmd.GetChangeEntries().GetChanges() {
+		if refusal := a.MayChangeEntry(change); refusal != nil {
+			return refusal
+		}
+	}
+	return nil
+}
+
+// mayStage: what is staged means nothing until all of it is applied, and asked about; but
+// it takes room.
+func (a *Administrator) mayStage(*statev1.Command) *Refusal {
+	if a.state.hardened() && !a.governs && !a.owns.some() && !a.exports.some() {
+		return a.refuse("its roles change nothing")
+	}
+	return nil
+}
+
+func (a *Administrator) mayApplyStaged(cmd *statev1.Command) *Refusal {
+	whole, _ := a.state.staging(cmd.GetApplyStaged(), a.path)
+	return a.mayApply(whole)
 }
 
 // MayChangeEntry says why the administrator may not change an entry that is declared by

@@ -167,13 +167,10 @@ func (n *Node) activate(ctx context.Context, u use, a *statev1.Authority) error 
 
 // moveMember tells everybody where this node is reached now, and what it carries out.
 func (n *Node) moveMember(ctx context.Context) error {
-	outcome, err := n.Propose(ctx, &statev1.Command{
-		Actor: n.cfg.Name,
-		Body: &statev1.Command_UpdateMember{UpdateMember: &statev1.UpdateMember{
-			Id: n.own.id, RaftAddress: n.cfg.Advertise.Raft, ApiAddress: n.cfg.Advertise.API,
-			FeatureLevel: n.cfg.level(),
-		}},
-	})
+	outcome, err := n.Propose(ctx, n.byItself(&statev1.Command{Body: &statev1.Command_UpdateMember{UpdateMember: &statev1.UpdateMember{
+		Id: n.own.id, RaftAddress: n.cfg.Advertise.Raft, ApiAddress: n.cfg.Advertise.API,
+		FeatureLevel: n.cfg.level(),
+	}}}))
 	if err == nil && outcome.Refused != nil {
 		err = outcome.Refused
 	}
@@ -185,8 +182,7 @@ func (n *Node) moveMember(ctx context.Context) error {
 
 // agreeSelf has something agreed that this node decided by itself, and records it.
 func (n *Node) agreeSelf(ctx context.Context, command *statev1.Command) error {
-	command.Actor = "CA node " + n.cfg.Name
-	outcome, err := n.Propose(ctx, command)
+	outcome, err := n.Propose(ctx, n.byItself(command))
 	if err != nil {
 		return err // nothing is known to have happened; it will be tried again
 	}

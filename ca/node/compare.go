@@ -25,9 +25,7 @@ func (n *Node) keepComparing(ctx context.Context) {
 			checksum := &statev1.Checksum{Format: domain.ChecksumFormat}
 			n.Read(func(st *domain.State) { checksum.AtIndex, checksum.Sum = st.Applied(), st.Checksum() })
 			callCtx, cancel := context.WithTimeout(ctx, 5*time.Second)
-			_, err := n.replica.Load().Propose(callCtx, &statev1.Command{
-				Actor: n.cfg.Name, Body: &statev1.Command_Checksum{Checksum: checksum},
-			})
+			_, err := n.replica.Load().Propose(callCtx, n.byItself(&statev1.Command{Body: &statev1.Command_Checksum{Checksum: checksum}}))
 			cancel()
 			if err == nil {
 				last = applied

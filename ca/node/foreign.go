@@ -305,12 +305,9 @@ func (n *Node) watchDropped(ctx context.Context) error {
 func (n *Node) storeForeign(ctx context.Context, record *statev1.ForeignBundle) error {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-	command := &statev1.Command{
-		Actor: "CA node " + n.cfg.Name,
-		Body: &statev1.Command_StoreForeignBundle{StoreForeignBundle: &statev1.StoreForeignBundle{
-			TrustDomain: record.GetTrustDomain(), Jwks: record.GetJwks(), Sequence: record.GetSequence(),
-		}},
-	}
+	command := n.byItself(&statev1.Command{Body: &statev1.Command_StoreForeignBundle{StoreForeignBundle: &statev1.StoreForeignBundle{
+		TrustDomain: record.GetTrustDomain(), Jwks: record.GetJwks(), Sequence: record.GetSequence(),
+	}}})
 	outcome, err := n.replica.Load().Propose(ctx, command)
 	if err == nil {
 		n.audit.Command(command, outcome, nil)

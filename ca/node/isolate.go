@@ -130,7 +130,7 @@ func (n *Node) mergeBans(ctx context.Context) {
 		return
 	}
 	for chunk := range slices.Chunk(pending, mergeAtOnce) {
-		command := &statev1.Command{Actor: "CA node " + n.cfg.Name, Body: &statev1.Command_MergeBans{MergeBans: &statev1.MergeBans{Bans: chunk}}}
+		command := n.byItself(&statev1.Command{Body: &statev1.Command_MergeBans{MergeBans: &statev1.MergeBans{Bans: chunk}}})
 		callCtx, cancel := context.WithTimeout(ctx, mergeTimeout)
 		outcome, err := n.Propose(callCtx, command)
 		cancel()

@@ -152,10 +152,7 @@ func (n *Node) tick(ctx context.Context) (again bool) {
 		return false
 	}
 	command := &statev1.Tick{UnixNanos: samples}
-	outcome, err := n.replica.Load().Propose(ctx, &statev1.Command{
-		Actor: n.cfg.Name,
-		Body:  &statev1.Command_Tick{Tick: command},
-	})
+	outcome, err := n.replica.Load().Propose(ctx, n.byItself(&statev1.Command{Body: &statev1.Command_Tick{Tick: command}}))
 	if err == nil && outcome.Refused != nil {
 		n.log.Error("a tick was refused", "error", outcome.Refused)
 	}
@@ -364,7 +361,7 @@ func (n *Node) stepGate(ctx context.Context, said map[string]string) {
 }
 
 func (n *Node) markReady(ctx context.Context, a *statev1.Authority, assumed []string, who string) (revision uint64, err error) {
-	return n.mark(ctx, a, &statev1.Command{Actor: who, Body: &statev1.Command_AuthorityReady{AuthorityReady: &statev1.AuthorityReady{Id: a.GetId(), Assumed: assumed}}})
+	return n.mark(ctx, a, &statev1.Command{Actor: who, ActorKind: statev1.ActorKind_ACTOR_KIND_OPERATOR, Body: &statev1.Command_AuthorityReady{AuthorityReady: &statev1.AuthorityReady{Id: a.GetId(), Assumed: assumed}}})
 }
 
 // mark has the outcome of a gate agreed; an operator's, if the command says so.
@@ -372,7 +369,7 @@ func (n *Node) mark(ctx context.Context, a *statev1.Authority, command *statev1.
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
 	if command.Actor == "" {
-		command.Actor = "CA node " + n.cfg.Name
+		n.byItself(command)
 	}
 	outcome, err := n.replica.Load().Propose(ctx, command)
 	if err != nil {

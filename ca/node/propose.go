@@ -31,7 +31,7 @@ func (l leaderProposer) Propose(ctx context.Context, command *statev1.Command) (
 	var refusal *domain.Refusal
 	knows := l.n.knows()
 	l.n.Read(func(st *domain.State) {
-		if refusal = st.Admits(command); refusal == nil && knows && admits(command) {
+		if refusal = st.Admits(command); refusal == nil && knows && domain.AdmitsSomebody(command) {
 			refusal = st.RefusesAdmission(command)
 		}
 	})
@@ -45,13 +45,10 @@ func (l leaderProposer) Propose(ctx context.Context, command *statev1.Command) (
 	return outcome, err
 }
 
-// admits tells whether a command admits a host or a CA node.
-func admits(command *statev1.Command) bool {
-	switch command.GetBody().(type) {
-	case *statev1.Command_JoinMember, *statev1.Command_AttestAgent, *statev1.Command_AdmitAgent:
-		return true
-	}
-	return false
+// byItself makes a command this node's own.
+func (n *Node) byItself(command *statev1.Command) *statev1.Command {
+	command.Actor, command.ActorKind = "CA node "+n.cfg.Name, statev1.ActorKind_ACTOR_KIND_MEMBER
+	return command
 }
 
 // contactFresh is how long a voter's last answer counts as one.

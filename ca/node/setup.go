@@ -96,7 +96,7 @@ func Init(cfg *Config, keep func(recoveryKey string) error) error {
 		return fail(fmt.Errorf("keep the recovery key: %w", err))
 	}
 	err = replica.Bootstrap(cfg.replica(own), &statev1.Command{
-		Actor: "operator",
+		Actor: "operator", ActorKind: statev1.ActorKind_ACTOR_KIND_OPERATOR,
 		Body: &statev1.Command_Init{Init: &statev1.Init{
 			Cluster: &statev1.Cluster{
 				TrustDomain: cfg.trustDomain().Name(),

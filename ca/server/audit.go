@@ -19,10 +19,8 @@ import (
 	"google.golang.org/grpc/status"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
-	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/domain"
-	"github.com/entente-mesh/entente/ca/nodeattest"
 	"github.com/entente-mesh/entente/ca/signer"
 )
 
@@ -408,7 +406,7 @@ func (a *Audit) command(who, via string, command *statev1.Command, outcome domai
 	if err == nil && outcome.Refused != nil {
 		err = outcome.Refused
 	}
-	what, on := commandName(command)
+	what, on := domain.About(command)
 	a.act(who, via, what, on, outcome.Revision, err)
 }
 
@@ -470,103 +468,7 @@ func shortAudience(audience []string) []string {
 	return short
 }
 
-func commandName(command *statev1.Command) (what string, on []string) {
-	what = strings.TrimPrefix(fmt.Sprintf("%T", command.GetBody()), "*statev1.Command_")
-	switch body := command.GetBody().(type) {
-	case *statev1.Command_PrepareAuthority:
-		on = []string{"authority/" + body.PrepareAuthority.GetAuthority().GetId()}
-	case *statev1.Command_AuthorityReady:
-		on = append([]string{"authority/" + body.AuthorityReady.GetId()}, prefixed("assumed: ", body.AuthorityReady.GetAssumed())...)
-	case *statev1.Command_AuthorityDrained:
-		on = append([]string{"authority/" + body.AuthorityDrained.GetId()}, prefixed("assumed: ", body.AuthorityDrained.GetAssumed())...)
-	case *statev1.Command_ActivateAuthority:
-		on = []string{"authority/" + body.ActivateAuthority.GetId()}
-	case *statev1.Command_MergeBans:
-		for _, b := range body.MergeBans.GetBans() {
-			on = append(on, "agent/"+b.GetAgent().GetName())
-		}
-	case *statev1.Command_StoreForeignBundle:
-		on = []string{"bundle/" + body.StoreForeignBundle.GetTrustDomain()}
-	case *statev1.Command_CreateToken:
-		on = []string{"token/" + body.CreateToken.GetToken().GetId()}
-	case *statev1.Command_RevokeToken:
-		on = []string{"token/" + body.RevokeToken.GetId()}
-	case *statev1.Command_JoinMember:
-		on = []string{"token/" + body.JoinMember.GetTokenId(), "node/" + body.JoinMember.GetMember().GetId()}
-	case *statev1.Command_AttestAgent:
-		on = []string{"token/" + body.AttestAgent.GetTokenId(), "key/" + body.AttestAgent.GetKeyId()}
-	case *statev1.Command_AdmitAgent:
-		on = []string{"agent/" + body.AdmitAgent.GetAgent().GetName(), "certificate/" + body.AdmitAgent.GetAgent().GetCertificate()}
-	case *statev1.Command_BanAgent:
-		on = []string{"agent/" + body.BanAgent.GetName()}
-	case *statev1.Command_EvictAgent:
-		on = []string{"agent/" + body.EvictAgent.GetName()}
-	case *statev1.Command_TaintAuthority:
-		on = []string{"authority/" + body.TaintAuthority.GetId()}
-	case *statev1.Command_RevokeAuthority:
-		on = []string{"authority/" + body.RevokeAuthority.GetId()}
-	case *statev1.Command_RemoveMember:
-		on = []string{"node/" + body.RemoveMember.GetId()}
-	case *statev1.Command_PromoteMember:
-		on = []string{"node/" + body.PromoteMember.GetId()}
-	case *statev1.Command_ReplaceRecoveryKey:
-		on = []string{"recovery key " + ca.RecoveryKeyText(body.ReplaceRecoveryKey.GetReplacement().GetNext())}
-	case *statev1.Command_ApproveChange:
-		what, on = commandName(domain.MembershipChange(body.ApproveChange.GetChange()))
-		what = "Approve" + what
-	case *statev1.Command_ApplyObjects:
-		for _, o := range body.ApplyObjects.GetUpserts() {
-			on = append(on, domain.ObjectKey(o))
-		}
-		for _, key := range body.ApplyObjects.GetDeletes() {
-			on = append(on, "delete "+key.GetKind()+"/"+key.GetName())
-		}
-	case *statev1.Command_ChangeEntries:
-		for _, change := range body.ChangeEntries.GetChanges() {
-			on = append(on, change.GetCreate().GetId()+change.GetUpdate().GetId()+change.GetDelete())
-		}
-	}
-	return what, on
-}
-
-func prefixed(prefix string, list []string) []string {
-	out := make([]string, len(list))
-	for i, s := range list {
-		out[i] = prefix + s
-	}
-	return out
-}
-
-// Bounds of what one act's line names, which may be what its caller made up.
-const (
-	maxNamed   = 1000 // things
-	maxRefused = 20   // things of an act whose caller may not do it
-	maxName    = 512  // bytes of one
-)
-
-// shows are the methods of Admin that change nothing and give nothing away that a role
-// must be had for: only their refusal is recorded.
-var shows = map[string]bool{
-	ententev1.Admin_Status_FullMethodName:          true,
-	ententev1.Admin_GetBundle_FullMethodName:       true,
-	ententev1.Admin_ListNodes_FullMethodName:       true,
-	ententev1.Admin_ListAuthorities_FullMethodName: true,
-	ententev1.Admin_ListAgents_FullMethodName:      true,
-	ententev1.Admin_GetAgent_FullMethodName:        true,
-	ententev1.Admin_ListTokens_FullMethodName:      true,
-	ententev1.Admin_ListEntries_FullMethodName:     true,
-	ententev1.Admin_GetEntry_FullMethodName:        true,
-	ententev1.Admin_CountEntries_FullMethodName:    true,
-	ententev1.Admin_WhoAmI_FullMethodName:          true,
-}
-
 const adminMethods = "/entente.v1.Admin/"
-
-// acts tells whether a call of a method is one to be recorded if it succeeds.
-func acts(method string) bool {
-	return strings.HasPrefix(method, adminMethods) && !shows[method] ||
-		method == ententev1.Join_Join_FullMethodName || method == ententev1.Attest_Attest_FullMethodName
-}
 
 // dryRun is a request that may ask to change nothing.
 type dryRun interface{ GetDryRun() bool }
@@ -574,9 +476,10 @@ type dryRun interface{ GetDryRun() bool }
 // audit records a call if it is an act, or an administrative method that was refused to
 // its caller.
 func (s *Server) audit(ctx context.Context, req, resp any, err error) {
-	method := methodFrom(ctx)
-	forbidden := strings.HasPrefix(method, adminMethods) && (status.Code(err) == codes.PermissionDenied)
-	if s.Audit == nil || !forbidden && !acts(method) {
+	name := methodFrom(ctx)
+	m := methods[name]
+	forbidden := strings.HasPrefix(name, adminMethods) && status.Code(err) == codes.PermissionDenied
+	if s.Audit == nil || !forbidden && m.records != recordsAll {
 		return
 	}
 	if r, ok := req.(dryRun); ok && r.GetDryRun() && !forbidden {
@@ -588,10 +491,10 @@ func (s *Server) audit(ctx context.Context, req, resp any, err error) {
 	}
 	c := callerFrom(ctx)
 	if undone(status.Code(err)) && c.class != local {
-		s.Audit.Refused(c.String(), c.who(), path.Base(method), named(req, resp, maxRefused), err)
+		s.Audit.Refused(c.String(), c.who(), path.Base(name), m.named(req, resp, maxRefused), err)
 		return
 	}
-	s.Audit.Act(c.who(), path.Base(method), named(req, resp, maxNamed), revision, err)
+	s.Audit.Act(c.who(), path.Base(name), m.named(req, resp, maxNamed), revision, err)
 }
 
 // undone tells that a call was refused: that it changed nothing is certain. After any
@@ -602,107 +505,4 @@ func undone(code codes.Code) bool {
 		return true
 	}
 	return false
-}
-
-// named is what a call is about, most things at most.
-func named(req, resp any, most int) (on []string) {
-	name := func(kind, key string) {
-		switch {
-		case len(on) < most:
-			on = append(on, fmt.Sprintf("%.*s", maxName, kind+key))
-		case len(on) == most:
-			on = append(on, "and more")
-		}
-	}
-	switch r := req.(type) {
-	case *ententev1.CreateTokenRequest:
-		if r.GetNode() != nil {
-			name("node/", r.GetNode().GetName())
-		} else {
-			name("agent/", r.GetAgent().GetName())
-		}
-		if made, ok := resp.(*ententev1.CreateTokenResponse); ok && made != nil {
-			name("token/", made.GetId())
-		}
-	case *ententev1.ApplyRequest:
-		if done, ok := resp.(*ententev1.ApplyResponse); ok && done != nil {
-			for _, change := range done.GetChanges() {
-				if change.GetAction() != "unchanged" {
-					name(change.GetAction()+" ", change.GetKey().GetKind()+"/"+change.GetKey().GetName())
-				}
-			}
-		} else {
-			for _, o := range r.GetObjects() {
-				name("", domain.ObjectKey(o))
-			}
-			for _, key := range r.GetDeletes() {
-				name("delete ", key.GetKind()+"/"+key.GetName())
-			}
-		}
-	case *ententev1.PrepareAuthorityRequest:
-		if done, ok := resp.(*ententev1.ChangeAuthorityResponse); ok && done != nil {
-			name("authority/", done.GetAuthority().GetId())
-		}
-	case *ententev1.ChangeAuthorityRequest:
-		if r.GetNow() {
-			name("", "now")
-		}
-		for _, node := range r.GetExclude() {
-			name("without the word of node/", node)
-		}
-		name("authority/", r.GetId())
-		if done, ok := resp.(*ententev1.ChangeAuthorityResponse); ok && done != nil {
-			for _, who := range done.GetHeldBy() {
-				name("held by ", who)
-			}
-		}
-	case *ententev1.RemoveNodeRequest:
-		name("node/", r.GetName())
-		if r.GetCompromised() {
-			name("", "compromised")
-		}
-	case *ententev1.PromoteNodeRequest:
-		name("node/", r.GetName())
-	case *ententev1.ApproveChangeRequest:
-		name("change/", r.GetId())
-		if done, ok := resp.(*ententev1.ApproveChangeResponse); ok && done != nil {
-			name("", done.GetApproval().GetWhat())
-		}
-	case *ententev1.ChangeAgentRequest:
-		name("agent/", r.GetName())
-	case *ententev1.IsolateAgentRequest:
-		name("agent/", r.GetName())
-		name("reason: ", fmt.Sprintf("%.*s", maxReason, r.GetReason()))
-	case *ententev1.RevokeTokenRequest:
-		name("token/", r.GetId())
-	case *ententev1.ChangeEntriesRequest:
-		done, _ := resp.(*ententev1.ChangeEntriesResponse)
-		for _, result := range done.GetResults() {
-			if result.GetError() != "" {
-				name("refused ", result.GetId()+": "+result.GetError())
-			} else {
-				name(result.GetAction()+" ", result.GetId())
-			}
-		}
-	case *ententev1.JoinRequest:
-		name("token/", r.GetTokenId())
-		if done, ok := resp.(*ententev1.JoinResponse); ok && done != nil {
-			name("node/", done.GetMember().GetName())
-		}
-	case *ententev1.AttestRequest:
-		if r.GetTokenId() != "" {
-			name("token/", r.GetTokenId())
-		}
-		if len(r.GetCertificates()) > 0 {
-			name("certificate/", nodeattest.Fingerprint(r.GetCertificates()[0]))
-		}
-		if done, ok := resp.(*ententev1.AttestResponse); ok && done != nil {
-			name("agent/", done.GetAgent().GetName())
-		}
-	case interface{ GetName() string }:
-		name("", r.GetName())
-	case interface{ GetId() string }:
-		name("", r.GetId())
-	}
-	return on
 }

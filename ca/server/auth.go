@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"slices"
 	"sync"
 	"time"
 
@@ -41,55 +40,6 @@ const (
 
 func (c class) String() string {
 	return [...]string{"nobody", "a client without certificate", "a holder of an unknown key", "a CA node", "an agent", "a workload", "the operator of this host", "an administrator", "a gateway or edge"}[c]
-}
-
-// allowed is who may call what. A method that does not stand here is refused to all.
-var allowed = map[string][]class{
-	ententev1.Join_Join_FullMethodName:                {stranger, member},
-	ententev1.Attest_Attest_FullMethodName:            {anonymous, agent},
-	ententev1.Sync_Sync_FullMethodName:                {agent, subscriber},
-	ententev1.Compare_Statement_FullMethodName:        {anonymous, stranger, member, agent, workload},
-	ententev1.Compare_Denials_FullMethodName:          {agent, subscriber},
-	ententev1.Sign_SignX509_FullMethodName:            {agent},
-	ententev1.Sign_SignJWT_FullMethodName:             {agent},
-	ententev1.Sign_SignWIT_FullMethodName:             {agent},
-	ententev1.Peer_Propose_FullMethodName:             {member},
-	ententev1.Peer_Report_FullMethodName:              {member},
-	ententev1.Peer_Presence_FullMethodName:            {member},
-	ententev1.Admin_Status_FullMethodName:             {local, administrator},
-	ententev1.Admin_CreateToken_FullMethodName:        {local, administrator},
-	ententev1.Admin_Apply_FullMethodName:              {local, administrator},
-	ententev1.Admin_GetBundle_FullMethodName:          {local, administrator},
-	ententev1.Admin_SaveSnapshot_FullMethodName:       {local, administrator},
-	ententev1.Admin_ListNodes_FullMethodName:          {local, administrator},
-	ententev1.Admin_PromoteNode_FullMethodName:        {local, administrator},
-	ententev1.Admin_ListChanges_FullMethodName:        {local, administrator},
-	ententev1.Admin_ApproveChange_FullMethodName:      {local},
-	ententev1.Admin_ReplaceRecoveryKey_FullMethodName: {local},
-	ententev1.Peer_Checksum_FullMethodName:            {member},
-	ententev1.Peer_Nodes_FullMethodName:               {member},
-	ententev1.Peer_Vouch_FullMethodName:               {member},
-	ententev1.Peer_ShowEpoch_FullMethodName:           {anonymous, stranger, member},
-	ententev1.Peer_Gate_FullMethodName:                {member},
-	ententev1.Peer_MarkReady_FullMethodName:           {member},
-	ententev1.Admin_ListAuthorities_FullMethodName:    {local, administrator},
-	ententev1.Admin_PrepareAuthority_FullMethodName:   {local, administrator},
-	ententev1.Admin_ActivateAuthority_FullMethodName:  {local, administrator},
-	ententev1.Admin_TaintAuthority_FullMethodName:     {local, administrator},
-	ententev1.Admin_RevokeAuthority_FullMethodName:    {local, administrator},
-	ententev1.Admin_RemoveNode_FullMethodName:         {local, administrator},
-	ententev1.Admin_ListAgents_FullMethodName:         {local, administrator},
-	ententev1.Admin_GetAgent_FullMethodName:           {local, administrator},
-	ententev1.Admin_BanAgent_FullMethodName:           {local, administrator},
-	ententev1.Admin_EvictAgent_FullMethodName:         {local, administrator},
-	ententev1.Admin_IsolateAgent_FullMethodName:       {local, administrator},
-	ententev1.Admin_ListTokens_FullMethodName:         {local, administrator},
-	ententev1.Admin_RevokeToken_FullMethodName:        {local, administrator},
-	ententev1.Admin_ChangeEntries_FullMethodName:      {local, administrator},
-	ententev1.Admin_ListEntries_FullMethodName:        {local, administrator},
-	ententev1.Admin_GetEntry_FullMethodName:           {local, administrator},
-	ententev1.Admin_CountEntries_FullMethodName:       {local, administrator},
-	ententev1.Admin_WhoAmI_FullMethodName:             {local, workload},
 }
 
 // caller is who calls, as the connection proves it.
@@ -361,7 +311,7 @@ func (s *Server) authorise(ctx context.Context, method string) (context.Context,
 		return ctx, status.Error(codes.Unauthenticated, "unknown kind of connection")
 	}
 	err := s.promote(&c, method)
-	if err == nil && !slices.Contains(allowed[method], c.class) {
+	if err == nil && !methods[method].admits(c.class) {
 		err = status.Errorf(codes.PermissionDenied, "%s may not call %s", c.class, method)
 	}
 	if err != nil && c.known() {

@@ -126,7 +126,7 @@ func (d joinDoor) Join(ctx context.Context, req *ententev1.JoinRequest) (*entent
 		return nil, err
 	}
 	err := s.enter(ctx, "token/"+req.GetTokenId(), &statev1.Command{
-		Actor: "join " + c.keyID,
+		Actor: "join " + c.keyID, ActorKind: statev1.ActorKind_ACTOR_KIND_APPLICANT,
 		Body: &statev1.Command_JoinMember{JoinMember: &statev1.JoinMember{
 			TokenId:   req.GetTokenId(),
 			Member:    &statev1.Member{Id: c.keyID, RaftAddress: req.GetRaftAddress(), ApiAddress: req.GetApiAddress(), FeatureLevel: req.GetFeatureLevel()},
@@ -218,7 +218,7 @@ func (s *Server) admit(ctx context.Context, c caller, req *ententev1.AttestReque
 		return nil, &provedError{err, "token/" + token.GetId()}
 	}
 	err = s.enter(ctx, "token/"+token.GetId(), &statev1.Command{
-		Actor: "attest " + keyID,
+		Actor: "attest " + keyID, ActorKind: statev1.ActorKind_ACTOR_KIND_APPLICANT,
 		Body: &statev1.Command_AttestAgent{AttestAgent: &statev1.AttestAgent{
 			TokenId: req.GetTokenId(), KeyId: keyID, Statement: req.GetStatement(), Signature: req.GetSignature(),
 		}},
@@ -265,8 +265,8 @@ func (s *Server) admitByCertificate(ctx context.Context, c caller, req *ententev
 		return known, nil
 	}
 	err = s.enter(ctx, "certificate/"+host.GetCertificate(), &statev1.Command{
-		Actor: "certificate " + host.GetCertificate(),
-		Body:  &statev1.Command_AdmitAgent{AdmitAgent: &statev1.AdmitAgent{Agent: host}},
+		Actor: "certificate " + host.GetCertificate(), ActorKind: statev1.ActorKind_ACTOR_KIND_APPLICANT,
+		Body: &statev1.Command_AdmitAgent{AdmitAgent: &statev1.AdmitAgent{Agent: host}},
 	})
 	if err != nil {
 		return nil, err

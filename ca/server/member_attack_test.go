@@ -104,6 +104,13 @@ func TestStolenNodeKey(t *testing.T) {
 	for what, actor := range map[string]string{"nobody": "", "the node itself": "CA node " + stolen.Config().Name, "somebody with a long name": strings.Repeat("x", 300)} {
 		wantCode(t, "a ban asked for by "+what, propose(actor, ban()), codes.PermissionDenied)
 	}
+	for kind, code := range map[statev1.ActorKind]codes.Code{
+		statev1.ActorKind_ACTOR_KIND_MEMBER: codes.PermissionDenied, statev1.ActorKind_ACTOR_KIND_APPLICANT: codes.PermissionDenied, 99: codes.PermissionDenied,
+		statev1.ActorKind_ACTOR_KIND_OPERATOR: codes.OK, statev1.ActorKind_ACTOR_KIND_ADMINISTRATOR: codes.OK, // controls
+	} {
+		command := &statev1.Command{ActorKind: kind, Body: &statev1.Command_EvictAgent{EvictAgent: &statev1.EvictAgent{Name: "nobody"}}}
+		wantCode(t, "asked for by somebody of kind "+kind.String(), propose("somebody", command), code)
+	}
 	var theirs string
 	for _, a := range leader.Status().GetAuthorities() {
 		if a.GetMemberId() == leader.Node().ID() && a.GetUse() == statev1.KeyUse_KEY_USE_X509 && a.GetPhase() == statev1.AuthorityPhase_AUTHORITY_PHASE_ACTIVE {

@@ -34,9 +34,6 @@ import (
 const (
 	maxCommand = 64 << 10
 	maxActor   = 256
-
-	// nodeActor begins the name of a CA node that acts by itself.
-	nodeActor = "CA node "
 )
 
 // peerDoor is spoken between CA nodes.
@@ -80,45 +77,52 @@ func (s *Server) mayPropose(c caller, command *statev1.Command) error {
 	if n := len(command.GetActor()); n == 0 || n > maxActor {
 		return fmt.Errorf("CA node %s does not say who asks, or at length", c.member.GetName())
 	}
-	switch body := command.GetBody().(type) {
-	case *statev1.Command_JoinMember, *statev1.Command_AttestAgent, *statev1.Command_AdmitAgent, *statev1.Command_MergeBans, *statev1.Command_ApproveChange, *statev1.Command_ReplaceRecoveryKey: // they prove themselves, were verified at the door, or only take away
+	from, about := domain.ForwardingOf(command)
+	switch {
+	case from == domain.Proven:
 		return nil
-	case *statev1.Command_CreateToken, *statev1.Command_ApplyObjects, *statev1.Command_StageObjects, *statev1.Command_ApplyStaged,
-		// An operator may be at any node; that one asked, its admin socket knows alone. What
-		// a member gains by these if nobody did stands in the log under its own id.
-		*statev1.Command_RemoveMember, *statev1.Command_ActivateAuthority, *statev1.Command_TaintAuthority, *statev1.Command_RevokeAuthority,
-		*statev1.Command_BanAgent, *statev1.Command_EvictAgent, *statev1.Command_RevokeToken, *statev1.Command_ChangeEntries, *statev1.Command_PromoteMember:
-		if !strings.HasPrefix(command.GetActor(), nodeActor) || s.itsOwn(c, command) {
-			return nil
-		}
-	case *statev1.Command_UpdateMember:
-		if body.UpdateMember.GetId() == c.keyID {
-			return nil
-		}
-	case *statev1.Command_PrepareAuthority:
-		authority := body.PrepareAuthority.GetAuthority()
-		if authority.GetMemberId() != c.keyID {
-			break
-		}
-		var phase time.Duration
-		s.State.Read(func(st *domain.State) { phase = st.Lifetimes().Phase })
-		if authority.GetUse() != statev1.KeyUse_KEY_USE_X509 {
-			return ca.SameTokenAuthority(s.TrustDomain.Name(), c.keyID, authority, phase, time.Now())
-		}
-		parsed, err := ca.NewAuthority(s.TrustDomain, c.keyID, authority.GetCertificate(), authority.GetUpstream(), phase, time.Now())
-		if err != nil {
-			return err
-		}
-		s.State.Read(func(st *domain.State) { err = CheckUpstream(st, authority.GetUpstream()) })
-		if err != nil {
-			return err
-		}
-		if !proto.Equal(parsed, authority) {
-			return errors.New("the authority's record does not say what its certificate says")
+	case from == domain.Asked && (askedFor(command) || s.itsOwn(c, command)):
+		return nil
+	case from == domain.OfItself && about == c.keyID:
+		if p := command.GetPrepareAuthority(); p != nil {
+			return s.checkAuthority(c, p.GetAuthority())
 		}
 		return nil
 	}
 	return fmt.Errorf("CA node %s may not propose this %T", c.member.GetName(), command.GetBody())
+}
+
+// checkAuthority says why a member's new authority is none that it may have.
+func (s *Server) checkAuthority(c caller, authority *statev1.Authority) error {
+	var phase time.Duration
+	s.State.Read(func(st *domain.State) { phase = st.Lifetimes().Phase })
+	if authority.GetUse() != statev1.KeyUse_KEY_USE_X509 {
+		return ca.SameTokenAuthority(s.TrustDomain.Name(), c.keyID, authority, phase, time.Now())
+	}
+	parsed, err := ca.NewAuthority(s.TrustDomain, c.keyID, authority.GetCertificate(), authority.GetUpstream(), phase, time.Now())
+	if err != nil {
+		return err
+	}
+	s.State.Read(func(st *domain.State) { err = CheckUpstream(st, authority.GetUpstream()) })
+	if err != nil {
+		return err
+	}
+	if !proto.Equal(parsed, authority) {
+		return errors.New("the authority's record does not say what its certificate says")
+	}
+	return nil
+}
+
+// askedFor tells whether a CA node says that a person asked it. One of a release before
+// kinds says that it acts by itself in the name.
+func askedFor(command *statev1.Command) bool {
+	switch command.GetActorKind() {
+	case statev1.ActorKind_ACTOR_KIND_OPERATOR, statev1.ActorKind_ACTOR_KIND_ADMINISTRATOR:
+		return true
+	case statev1.ActorKind_ACTOR_KIND_UNSPECIFIED:
+		return !strings.HasPrefix(command.GetActor(), "CA node ")
+	}
+	return false
 }
 
 // itsOwn: a node uses its own authority when it is ready.

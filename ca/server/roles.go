@@ -13,37 +13,6 @@ import (
 	"github.com/entente-mesh/entente/ca/domain"
 )
 
-// rights are what an administrator needs to be let through to a method of Admin; what
-// does not stand here is for operators of the node's host alone. What See lets through
-// looks at its request itself.
-var rights = map[string]domain.Right{
-	ententev1.Admin_Status_FullMethodName:            domain.See,
-	ententev1.Admin_GetBundle_FullMethodName:         domain.See,
-	ententev1.Admin_Apply_FullMethodName:             domain.See,
-	ententev1.Admin_ChangeEntries_FullMethodName:     domain.See,
-	ententev1.Admin_ListEntries_FullMethodName:       domain.See,
-	ententev1.Admin_CountEntries_FullMethodName:      domain.See,
-	ententev1.Admin_GetEntry_FullMethodName:          domain.See,
-	ententev1.Admin_ListNodes_FullMethodName:         domain.SeeAll,
-	ententev1.Admin_ListChanges_FullMethodName:       domain.SeeAll,
-	ententev1.Admin_ListAuthorities_FullMethodName:   domain.SeeAll,
-	ententev1.Admin_ListAgents_FullMethodName:        domain.SeeAll,
-	ententev1.Admin_GetAgent_FullMethodName:          domain.SeeAll,
-	ententev1.Admin_ListTokens_FullMethodName:        domain.SeeAll,
-	ententev1.Admin_CreateToken_FullMethodName:       domain.Govern,
-	ententev1.Admin_RevokeToken_FullMethodName:       domain.Govern,
-	ententev1.Admin_BanAgent_FullMethodName:          domain.Govern,
-	ententev1.Admin_EvictAgent_FullMethodName:        domain.Govern,
-	ententev1.Admin_IsolateAgent_FullMethodName:      domain.Govern,
-	ententev1.Admin_PrepareAuthority_FullMethodName:  domain.Govern,
-	ententev1.Admin_ActivateAuthority_FullMethodName: domain.Govern,
-	ententev1.Admin_TaintAuthority_FullMethodName:    domain.Govern,
-	ententev1.Admin_RevokeAuthority_FullMethodName:   domain.Govern,
-	ententev1.Admin_RemoveNode_FullMethodName:        domain.Govern,
-	ententev1.Admin_PromoteNode_FullMethodName:       domain.Govern,
-	ententev1.Admin_SaveSnapshot_FullMethodName:      domain.Govern,
-}
-
 // promote makes a workload what this call needs: an administrator if its roles let it
 // make it, a subscriber if its entry does.
 func (s *Server) promote(c *caller, method string) error {
@@ -61,8 +30,8 @@ func (s *Server) promote(c *caller, method string) error {
 		}
 		return nil
 	}
-	right, ok := rights[method]
-	if !ok || c.class != workload {
+	right := methods[method].right
+	if right == 0 || c.class != workload {
 		return nil
 	}
 	var refusal *domain.Refusal
@@ -114,6 +83,9 @@ func (s *Server) propose(ctx context.Context, command *statev1.Command) (domain.
 	if err := s.Audit.Asked(c.who(), path.Base(methodFrom(ctx))); err != nil {
 		return domain.Outcome{}, err
 	}
-	command.Actor, command.Principal = c.who(), c.principal()
+	command.Actor, command.ActorKind, command.Principal = c.who(), statev1.ActorKind_ACTOR_KIND_OPERATOR, c.principal()
+	if c.class == administrator {
+		command.ActorKind = statev1.ActorKind_ACTOR_KIND_ADMINISTRATOR
+	}
 	return s.agree(ctx, command)
 }

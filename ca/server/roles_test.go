@@ -113,7 +113,7 @@ func TestAdministratorsByTheirRoles(t *testing.T) {
 	call := func(method string) {
 		allowed, known := need[method]
 		if !known {
-			t.Errorf("%s: which right does it need? Give it a line in rights (roles.go) and here", method)
+			t.Errorf("%s: which right does it need? Give it a row in methods (methods.go) and here", method)
 			return
 		}
 		for who, conn := range people {

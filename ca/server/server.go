@@ -2,7 +2,7 @@
 // administrators, Admin on its API address; Admin on a unix socket for operators.
 //
 // Each call is authenticated from the TLS connection it came over and authorised by
-// one table (auth.go), which denies what it does not list. Doors parse and check
+// one table (methods.go), which denies what it does not list. Doors parse and check
 // what comes from outside, then propose what was extracted, or read. They map
 // refusals to gRPC codes with a word on what to do next. The client half of what CA
 // nodes say to each other stands here too, beside its other half (peers.go).

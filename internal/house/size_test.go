@@ -28,13 +28,12 @@ ca/client syncer.run             136  one select over everything that happens to
 ca/client Store.apply             87  one update becomes one view, member by member
 ca/domain encoder.record         161  one case for each record: the bytes of the checksum, in one place
 ca/domain application.prepareAuthority 97  every rule for an authority, in the order in which they refuse
-ca/domain application.run         81  the Apply switch: one case for each command
+ca/domain describe               224  the table of commands, one row for each: a variable would need itself, since a row's code looks other commands up
 ca/feed Session.delta             87  one case for each kind of change
 ca/node New                      126  wiring: the parts of a node, in the order in which they need each other
 ca/node Config.Complete           85  one check for each key of the file
 ca/replica load                   81  the order of recovery is the promise: snapshots, then the log, then what was agreed
 ca/server syncDoor.Sync          110  one select over everything that happens to a stream
-ca/server named                  101  one case for each administrative request
 ca/server planApply               82  one plan from one state: objects, deletes, what they leave
 cmd/entente printStatus          112  one section after the other, as they are printed
 cmd/entente runFlags.run          81  the life of one program: registered, declared, started, drained

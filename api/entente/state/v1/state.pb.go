@@ -387,6 +387,64 @@ func (AdminRole) EnumDescriptor() ([]byte, []int) {
 	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{6}
 }
 
+// Command is one proposal. Apply is one switch over body; an unknown body stops
+// the node unless ignorable is set.
+// ActorKind is what somebody is who has a command agreed.
+type ActorKind int32
+
+const (
+	ActorKind_ACTOR_KIND_UNSPECIFIED   ActorKind = 0
+	ActorKind_ACTOR_KIND_OPERATOR      ActorKind = 1 // at the admin socket of a CA node
+	ActorKind_ACTOR_KIND_ADMINISTRATOR ActorKind = 2 // by its roles
+	ActorKind_ACTOR_KIND_MEMBER        ActorKind = 3 // a CA node, by itself
+	ActorKind_ACTOR_KIND_APPLICANT     ActorKind = 4 // who asks to be admitted
+)
+
+// Enum value maps for ActorKind.
+var (
+	ActorKind_name = map[int32]string{
+		0: "ACTOR_KIND_UNSPECIFIED",
+		1: "ACTOR_KIND_OPERATOR",
+		2: "ACTOR_KIND_ADMINISTRATOR",
+		3: "ACTOR_KIND_MEMBER",
+		4: "ACTOR_KIND_APPLICANT",
+	}
+	ActorKind_value = map[string]int32{
+		"ACTOR_KIND_UNSPECIFIED":   0,
+		"ACTOR_KIND_OPERATOR":      1,
+		"ACTOR_KIND_ADMINISTRATOR": 2,
+		"ACTOR_KIND_MEMBER":        3,
+		"ACTOR_KIND_APPLICANT":     4,
+	}
+)
+
+func (x ActorKind) Enum() *ActorKind {
+	p := new(ActorKind)
+	*p = x
+	return p
+}
+
+func (x ActorKind) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (ActorKind) Descriptor() protoreflect.EnumDescriptor {
+	return file_entente_state_v1_state_proto_enumTypes[7].Descriptor()
+}
+
+func (ActorKind) Type() protoreflect.EnumType {
+	return &file_entente_state_v1_state_proto_enumTypes[7]
+}
+
+func (x ActorKind) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use ActorKind.Descriptor instead.
+func (ActorKind) EnumDescriptor() ([]byte, []int) {
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{7}
+}
+
 // Cluster says which CA cluster this is. Written once by Init.
 type Cluster struct {
 	state         protoimpl.MessageState    `protogen:"open.v1"`
@@ -2943,14 +3001,13 @@ func (x *ForeignBundle) GetAsFetched() bool {
 	return false
 }
 
-// Command is one proposal. Apply is one switch over body; an unknown body stops
-// the node unless ignorable is set.
 type Command struct {
 	state      protoimpl.MessageState `protogen:"open.v1"`
 	IfRevision uint64                 `protobuf:"varint,1,opt,name=if_revision,json=ifRevision,proto3" json:"if_revision,omitempty"` // compare-and-swap on the state's catalogue revision; 0: none
 	Ignorable  bool                   `protobuf:"varint,2,opt,name=ignorable,proto3" json:"ignorable,omitempty"`
-	Actor      string                 `protobuf:"bytes,3,opt,name=actor,proto3" json:"actor,omitempty"`           // who asked, for the audit log
-	Principal  string                 `protobuf:"bytes,100,opt,name=principal,proto3" json:"principal,omitempty"` // SPIFFE path of the administrator whose roles must allow it; empty: an operator of a CA node's host, or the node itself
+	Actor      string                 `protobuf:"bytes,3,opt,name=actor,proto3" json:"actor,omitempty"`                                                             // who asked, for the audit log
+	ActorKind  ActorKind              `protobuf:"varint,312,opt,name=actor_kind,json=actorKind,proto3,enum=entente.state.v1.ActorKind" json:"actor_kind,omitempty"` // of actor; unspecified: of a release before, which begins the name of a CA node that acts by itself with "CA node "
+	Principal  string                 `protobuf:"bytes,100,opt,name=principal,proto3" json:"principal,omitempty"`                                                   // SPIFFE path of the administrator whose roles must allow it; empty: an operator of a CA node's host, or the node itself
 	// Types that are valid to be assigned to Body:
 	//
 	//	*Command_Init
@@ -3034,6 +3091,13 @@ func (x *Command) GetActor() string {
 		return x.Actor
 	}
 	return ""
+}
+
+func (x *Command) GetActorKind() ActorKind {
+	if x != nil {
+		return x.ActorKind
+	}
+	return ActorKind_ACTOR_KIND_UNSPECIFIED
 }
 
 func (x *Command) GetPrincipal() string {
@@ -5707,12 +5771,14 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\bsequence\x18\x03 \x01(\x04R\bsequence\x12\x1a\n" +
 	"\brevision\x18\x04 \x01(\x04R\brevision\x12\x1e\n" +
 	"\n" +
-	"as_fetched\x18\xd2\x01 \x01(\bR\tasFetched\"\xfc\x0f\n" +
+	"as_fetched\x18\xd2\x01 \x01(\bR\tasFetched\"\xb9\x10\n" +
 	"\aCommand\x12\x1f\n" +
 	"\vif_revision\x18\x01 \x01(\x04R\n" +
 	"ifRevision\x12\x1c\n" +
 	"\tignorable\x18\x02 \x01(\bR\tignorable\x12\x14\n" +
-	"\x05actor\x18\x03 \x01(\tR\x05actor\x12\x1c\n" +
+	"\x05actor\x18\x03 \x01(\tR\x05actor\x12;\n" +
+	"\n" +
+	"actor_kind\x18\xb8\x02 \x01(\x0e2\x1b.entente.state.v1.ActorKindR\tactorKind\x12\x1c\n" +
 	"\tprincipal\x18d \x01(\tR\tprincipal\x12,\n" +
 	"\x04init\x18\n" +
 	" \x01(\v2\x16.entente.state.v1.InitH\x00R\x04init\x12B\n" +
@@ -5908,7 +5974,13 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\x11ADMIN_ROLE_VIEWER\x10\x01\x12\x1c\n" +
 	"\x18ADMIN_ROLE_SERVICE_OWNER\x10\x02\x12\x18\n" +
 	"\x14ADMIN_ROLE_API_OWNER\x10\x03\x12\x1a\n" +
-	"\x16ADMIN_ROLE_TRUST_ADMIN\x10\x04B>Z<github.com/entente-mesh/entente/api/entente/state/v1;statev1b\x06proto3"
+	"\x16ADMIN_ROLE_TRUST_ADMIN\x10\x04*\x8f\x01\n" +
+	"\tActorKind\x12\x1a\n" +
+	"\x16ACTOR_KIND_UNSPECIFIED\x10\x00\x12\x17\n" +
+	"\x13ACTOR_KIND_OPERATOR\x10\x01\x12\x1c\n" +
+	"\x18ACTOR_KIND_ADMINISTRATOR\x10\x02\x12\x15\n" +
+	"\x11ACTOR_KIND_MEMBER\x10\x03\x12\x18\n" +
+	"\x14ACTOR_KIND_APPLICANT\x10\x04B>Z<github.com/entente-mesh/entente/api/entente/state/v1;statev1b\x06proto3"
 
 var (
 	file_entente_state_v1_state_proto_rawDescOnce sync.Once
@@ -5922,7 +5994,7 @@ func file_entente_state_v1_state_proto_rawDescGZIP() []byte {
 	return file_entente_state_v1_state_proto_rawDescData
 }
 
-var file_entente_state_v1_state_proto_enumTypes = make([]protoimpl.EnumInfo, 7)
+var file_entente_state_v1_state_proto_enumTypes = make([]protoimpl.EnumInfo, 8)
 var file_entente_state_v1_state_proto_msgTypes = make([]protoimpl.MessageInfo, 64)
 var file_entente_state_v1_state_proto_goTypes = []any{
 	(AuthorityPhase)(0),            // 0: entente.state.v1.AuthorityPhase
@@ -5932,148 +6004,150 @@ var file_entente_state_v1_state_proto_goTypes = []any{
 	(Mode)(0),                      // 4: entente.state.v1.Mode
 	(PathType)(0),                  // 5: entente.state.v1.PathType
 	(AdminRole)(0),                 // 6: entente.state.v1.AdminRole
-	(*Cluster)(nil),                // 7: entente.state.v1.Cluster
-	(*RecoveryKeyReplacement)(nil), // 8: entente.state.v1.RecoveryKeyReplacement
-	(*Recovery)(nil),               // 9: entente.state.v1.Recovery
-	(*RecoveryStatement)(nil),      // 10: entente.state.v1.RecoveryStatement
-	(*Lifetimes)(nil),              // 11: entente.state.v1.Lifetimes
-	(*Member)(nil),                 // 12: entente.state.v1.Member
-	(*Authority)(nil),              // 13: entente.state.v1.Authority
-	(*Token)(nil),                  // 14: entente.state.v1.Token
-	(*NodeGrant)(nil),              // 15: entente.state.v1.NodeGrant
-	(*AgentGrant)(nil),             // 16: entente.state.v1.AgentGrant
-	(*Agent)(nil),                  // 17: entente.state.v1.Agent
-	(*Entry)(nil),                  // 18: entente.state.v1.Entry
-	(*Distrust)(nil),               // 19: entente.state.v1.Distrust
-	(*Staged)(nil),                 // 20: entente.state.v1.Staged
-	(*Object)(nil),                 // 21: entente.state.v1.Object
-	(*ObjectKey)(nil),              // 22: entente.state.v1.ObjectKey
-	(*Service)(nil),                // 23: entente.state.v1.Service
-	(*ServiceHTTP)(nil),            // 24: entente.state.v1.ServiceHTTP
-	(*Failover)(nil),               // 25: entente.state.v1.Failover
-	(*Gateway)(nil),                // 26: entente.state.v1.Gateway
-	(*Import)(nil),                 // 27: entente.state.v1.Import
-	(*Agreement)(nil),              // 28: entente.state.v1.Agreement
-	(*PeerGateway)(nil),            // 29: entente.state.v1.PeerGateway
-	(*Allow)(nil),                  // 30: entente.state.v1.Allow
-	(*HTTPMatch)(nil),              // 31: entente.state.v1.HTTPMatch
-	(*Relationship)(nil),           // 32: entente.state.v1.Relationship
-	(*RoleBinding)(nil),            // 33: entente.state.v1.RoleBinding
-	(*ForeignBundle)(nil),          // 34: entente.state.v1.ForeignBundle
-	(*Command)(nil),                // 35: entente.state.v1.Command
-	(*ReplaceRecoveryKey)(nil),     // 36: entente.state.v1.ReplaceRecoveryKey
-	(*ApproveChange)(nil),          // 37: entente.state.v1.ApproveChange
-	(*PendingChange)(nil),          // 38: entente.state.v1.PendingChange
-	(*Batch)(nil),                  // 39: entente.state.v1.Batch
-	(*Init)(nil),                   // 40: entente.state.v1.Init
-	(*CreateToken)(nil),            // 41: entente.state.v1.CreateToken
-	(*JoinMember)(nil),             // 42: entente.state.v1.JoinMember
-	(*JoinStatement)(nil),          // 43: entente.state.v1.JoinStatement
-	(*UpdateMember)(nil),           // 44: entente.state.v1.UpdateMember
-	(*RemoveMember)(nil),           // 45: entente.state.v1.RemoveMember
-	(*PromoteMember)(nil),          // 46: entente.state.v1.PromoteMember
-	(*AttestAgent)(nil),            // 47: entente.state.v1.AttestAgent
-	(*AdmitAgent)(nil),             // 48: entente.state.v1.AdmitAgent
-	(*PossessionStatement)(nil),    // 49: entente.state.v1.PossessionStatement
-	(*PrepareAuthority)(nil),       // 50: entente.state.v1.PrepareAuthority
-	(*AuthorityReady)(nil),         // 51: entente.state.v1.AuthorityReady
-	(*ActivateAuthority)(nil),      // 52: entente.state.v1.ActivateAuthority
-	(*ApplyObjects)(nil),           // 53: entente.state.v1.ApplyObjects
-	(*StageObjects)(nil),           // 54: entente.state.v1.StageObjects
-	(*ApplyStaged)(nil),            // 55: entente.state.v1.ApplyStaged
-	(*TaintAuthority)(nil),         // 56: entente.state.v1.TaintAuthority
-	(*AuthorityDrained)(nil),       // 57: entente.state.v1.AuthorityDrained
-	(*RevokeAuthority)(nil),        // 58: entente.state.v1.RevokeAuthority
-	(*BanAgent)(nil),               // 59: entente.state.v1.BanAgent
-	(*EvictAgent)(nil),             // 60: entente.state.v1.EvictAgent
-	(*MergeBans)(nil),              // 61: entente.state.v1.MergeBans
-	(*RememberedBan)(nil),          // 62: entente.state.v1.RememberedBan
-	(*RevokeToken)(nil),            // 63: entente.state.v1.RevokeToken
-	(*ChangeEntries)(nil),          // 64: entente.state.v1.ChangeEntries
-	(*EntryChange)(nil),            // 65: entente.state.v1.EntryChange
-	(*StoreForeignBundle)(nil),     // 66: entente.state.v1.StoreForeignBundle
-	(*Tick)(nil),                   // 67: entente.state.v1.Tick
-	(*Checksum)(nil),               // 68: entente.state.v1.Checksum
-	(*AgentCache)(nil),             // 69: entente.state.v1.AgentCache
-	(*HeldSVID)(nil),               // 70: entente.state.v1.HeldSVID
+	(ActorKind)(0),                 // 7: entente.state.v1.ActorKind
+	(*Cluster)(nil),                // 8: entente.state.v1.Cluster
+	(*RecoveryKeyReplacement)(nil), // 9: entente.state.v1.RecoveryKeyReplacement
+	(*Recovery)(nil),               // 10: entente.state.v1.Recovery
+	(*RecoveryStatement)(nil),      // 11: entente.state.v1.RecoveryStatement
+	(*Lifetimes)(nil),              // 12: entente.state.v1.Lifetimes
+	(*Member)(nil),                 // 13: entente.state.v1.Member
+	(*Authority)(nil),              // 14: entente.state.v1.Authority
+	(*Token)(nil),                  // 15: entente.state.v1.Token
+	(*NodeGrant)(nil),              // 16: entente.state.v1.NodeGrant
+	(*AgentGrant)(nil),             // 17: entente.state.v1.AgentGrant
+	(*Agent)(nil),                  // 18: entente.state.v1.Agent
+	(*Entry)(nil),                  // 19: entente.state.v1.Entry
+	(*Distrust)(nil),               // 20: entente.state.v1.Distrust
+	(*Staged)(nil),                 // 21: entente.state.v1.Staged
+	(*Object)(nil),                 // 22: entente.state.v1.Object
+	(*ObjectKey)(nil),              // 23: entente.state.v1.ObjectKey
+	(*Service)(nil),                // 24: entente.state.v1.Service
+	(*ServiceHTTP)(nil),            // 25: entente.state.v1.ServiceHTTP
+	(*Failover)(nil),               // 26: entente.state.v1.Failover
+	(*Gateway)(nil),                // 27: entente.state.v1.Gateway
+	(*Import)(nil),                 // 28: entente.state.v1.Import
+	(*Agreement)(nil),              // 29: entente.state.v1.Agreement
+	(*PeerGateway)(nil),            // 30: entente.state.v1.PeerGateway
+	(*Allow)(nil),                  // 31: entente.state.v1.Allow
+	(*HTTPMatch)(nil),              // 32: entente.state.v1.HTTPMatch
+	(*Relationship)(nil),           // 33: entente.state.v1.Relationship
+	(*RoleBinding)(nil),            // 34: entente.state.v1.RoleBinding
+	(*ForeignBundle)(nil),          // 35: entente.state.v1.ForeignBundle
+	(*Command)(nil),                // 36: entente.state.v1.Command
+	(*ReplaceRecoveryKey)(nil),     // 37: entente.state.v1.ReplaceRecoveryKey
+	(*ApproveChange)(nil),          // 38: entente.state.v1.ApproveChange
+	(*PendingChange)(nil),          // 39: entente.state.v1.PendingChange
+	(*Batch)(nil),                  // 40: entente.state.v1.Batch
+	(*Init)(nil),                   // 41: entente.state.v1.Init
+	(*CreateToken)(nil),            // 42: entente.state.v1.CreateToken
+	(*JoinMember)(nil),             // 43: entente.state.v1.JoinMember
+	(*JoinStatement)(nil),          // 44: entente.state.v1.JoinStatement
+	(*UpdateMember)(nil),           // 45: entente.state.v1.UpdateMember
+	(*RemoveMember)(nil),           // 46: entente.state.v1.RemoveMember
+	(*PromoteMember)(nil),          // 47: entente.state.v1.PromoteMember
+	(*AttestAgent)(nil),            // 48: entente.state.v1.AttestAgent
+	(*AdmitAgent)(nil),             // 49: entente.state.v1.AdmitAgent
+	(*PossessionStatement)(nil),    // 50: entente.state.v1.PossessionStatement
+	(*PrepareAuthority)(nil),       // 51: entente.state.v1.PrepareAuthority
+	(*AuthorityReady)(nil),         // 52: entente.state.v1.AuthorityReady
+	(*ActivateAuthority)(nil),      // 53: entente.state.v1.ActivateAuthority
+	(*ApplyObjects)(nil),           // 54: entente.state.v1.ApplyObjects
+	(*StageObjects)(nil),           // 55: entente.state.v1.StageObjects
+	(*ApplyStaged)(nil),            // 56: entente.state.v1.ApplyStaged
+	(*TaintAuthority)(nil),         // 57: entente.state.v1.TaintAuthority
+	(*AuthorityDrained)(nil),       // 58: entente.state.v1.AuthorityDrained
+	(*RevokeAuthority)(nil),        // 59: entente.state.v1.RevokeAuthority
+	(*BanAgent)(nil),               // 60: entente.state.v1.BanAgent
+	(*EvictAgent)(nil),             // 61: entente.state.v1.EvictAgent
+	(*MergeBans)(nil),              // 62: entente.state.v1.MergeBans
+	(*RememberedBan)(nil),          // 63: entente.state.v1.RememberedBan
+	(*RevokeToken)(nil),            // 64: entente.state.v1.RevokeToken
+	(*ChangeEntries)(nil),          // 65: entente.state.v1.ChangeEntries
+	(*EntryChange)(nil),            // 66: entente.state.v1.EntryChange
+	(*StoreForeignBundle)(nil),     // 67: entente.state.v1.StoreForeignBundle
+	(*Tick)(nil),                   // 68: entente.state.v1.Tick
+	(*Checksum)(nil),               // 69: entente.state.v1.Checksum
+	(*AgentCache)(nil),             // 70: entente.state.v1.AgentCache
+	(*HeldSVID)(nil),               // 71: entente.state.v1.HeldSVID
 }
 var file_entente_state_v1_state_proto_depIdxs = []int32{
-	11, // 0: entente.state.v1.Cluster.lifetimes:type_name -> entente.state.v1.Lifetimes
-	9,  // 1: entente.state.v1.Cluster.recovery:type_name -> entente.state.v1.Recovery
-	8,  // 2: entente.state.v1.Cluster.replaced:type_name -> entente.state.v1.RecoveryKeyReplacement
-	12, // 3: entente.state.v1.Recovery.absent:type_name -> entente.state.v1.Member
+	12, // 0: entente.state.v1.Cluster.lifetimes:type_name -> entente.state.v1.Lifetimes
+	10, // 1: entente.state.v1.Cluster.recovery:type_name -> entente.state.v1.Recovery
+	9,  // 2: entente.state.v1.Cluster.replaced:type_name -> entente.state.v1.RecoveryKeyReplacement
+	13, // 3: entente.state.v1.Recovery.absent:type_name -> entente.state.v1.Member
 	1,  // 4: entente.state.v1.Authority.use:type_name -> entente.state.v1.KeyUse
 	0,  // 5: entente.state.v1.Authority.phase:type_name -> entente.state.v1.AuthorityPhase
-	15, // 6: entente.state.v1.Token.node:type_name -> entente.state.v1.NodeGrant
-	16, // 7: entente.state.v1.Token.agent:type_name -> entente.state.v1.AgentGrant
+	16, // 6: entente.state.v1.Token.node:type_name -> entente.state.v1.NodeGrant
+	17, // 7: entente.state.v1.Token.agent:type_name -> entente.state.v1.AgentGrant
 	2,  // 8: entente.state.v1.Entry.role:type_name -> entente.state.v1.Role
-	53, // 9: entente.state.v1.Staged.objects:type_name -> entente.state.v1.ApplyObjects
-	23, // 10: entente.state.v1.Object.service:type_name -> entente.state.v1.Service
-	26, // 11: entente.state.v1.Object.gateway:type_name -> entente.state.v1.Gateway
-	27, // 12: entente.state.v1.Object.import:type_name -> entente.state.v1.Import
-	28, // 13: entente.state.v1.Object.agreement:type_name -> entente.state.v1.Agreement
-	32, // 14: entente.state.v1.Object.relationship:type_name -> entente.state.v1.Relationship
-	33, // 15: entente.state.v1.Object.role_binding:type_name -> entente.state.v1.RoleBinding
-	25, // 16: entente.state.v1.Service.failover:type_name -> entente.state.v1.Failover
+	54, // 9: entente.state.v1.Staged.objects:type_name -> entente.state.v1.ApplyObjects
+	24, // 10: entente.state.v1.Object.service:type_name -> entente.state.v1.Service
+	27, // 11: entente.state.v1.Object.gateway:type_name -> entente.state.v1.Gateway
+	28, // 12: entente.state.v1.Object.import:type_name -> entente.state.v1.Import
+	29, // 13: entente.state.v1.Object.agreement:type_name -> entente.state.v1.Agreement
+	33, // 14: entente.state.v1.Object.relationship:type_name -> entente.state.v1.Relationship
+	34, // 15: entente.state.v1.Object.role_binding:type_name -> entente.state.v1.RoleBinding
+	26, // 16: entente.state.v1.Service.failover:type_name -> entente.state.v1.Failover
 	3,  // 17: entente.state.v1.Service.protocol:type_name -> entente.state.v1.Protocol
-	24, // 18: entente.state.v1.Service.http:type_name -> entente.state.v1.ServiceHTTP
+	25, // 18: entente.state.v1.Service.http:type_name -> entente.state.v1.ServiceHTTP
 	4,  // 19: entente.state.v1.Failover.mode:type_name -> entente.state.v1.Mode
 	4,  // 20: entente.state.v1.Failover.failback:type_name -> entente.state.v1.Mode
 	3,  // 21: entente.state.v1.Import.protocol:type_name -> entente.state.v1.Protocol
-	29, // 22: entente.state.v1.Agreement.gateways:type_name -> entente.state.v1.PeerGateway
-	30, // 23: entente.state.v1.Agreement.allow:type_name -> entente.state.v1.Allow
-	31, // 24: entente.state.v1.Allow.http:type_name -> entente.state.v1.HTTPMatch
+	30, // 22: entente.state.v1.Agreement.gateways:type_name -> entente.state.v1.PeerGateway
+	31, // 23: entente.state.v1.Agreement.allow:type_name -> entente.state.v1.Allow
+	32, // 24: entente.state.v1.Allow.http:type_name -> entente.state.v1.HTTPMatch
 	5,  // 25: entente.state.v1.HTTPMatch.path_type:type_name -> entente.state.v1.PathType
 	6,  // 26: entente.state.v1.RoleBinding.role:type_name -> entente.state.v1.AdminRole
-	40, // 27: entente.state.v1.Command.init:type_name -> entente.state.v1.Init
-	41, // 28: entente.state.v1.Command.create_token:type_name -> entente.state.v1.CreateToken
-	42, // 29: entente.state.v1.Command.join_member:type_name -> entente.state.v1.JoinMember
-	44, // 30: entente.state.v1.Command.update_member:type_name -> entente.state.v1.UpdateMember
-	45, // 31: entente.state.v1.Command.remove_member:type_name -> entente.state.v1.RemoveMember
-	47, // 32: entente.state.v1.Command.attest_agent:type_name -> entente.state.v1.AttestAgent
-	50, // 33: entente.state.v1.Command.prepare_authority:type_name -> entente.state.v1.PrepareAuthority
-	51, // 34: entente.state.v1.Command.authority_ready:type_name -> entente.state.v1.AuthorityReady
-	52, // 35: entente.state.v1.Command.activate_authority:type_name -> entente.state.v1.ActivateAuthority
-	53, // 36: entente.state.v1.Command.apply_objects:type_name -> entente.state.v1.ApplyObjects
-	66, // 37: entente.state.v1.Command.store_foreign_bundle:type_name -> entente.state.v1.StoreForeignBundle
-	67, // 38: entente.state.v1.Command.tick:type_name -> entente.state.v1.Tick
-	68, // 39: entente.state.v1.Command.checksum:type_name -> entente.state.v1.Checksum
-	56, // 40: entente.state.v1.Command.taint_authority:type_name -> entente.state.v1.TaintAuthority
-	57, // 41: entente.state.v1.Command.authority_drained:type_name -> entente.state.v1.AuthorityDrained
-	58, // 42: entente.state.v1.Command.revoke_authority:type_name -> entente.state.v1.RevokeAuthority
-	59, // 43: entente.state.v1.Command.ban_agent:type_name -> entente.state.v1.BanAgent
-	60, // 44: entente.state.v1.Command.evict_agent:type_name -> entente.state.v1.EvictAgent
-	63, // 45: entente.state.v1.Command.revoke_token:type_name -> entente.state.v1.RevokeToken
-	64, // 46: entente.state.v1.Command.change_entries:type_name -> entente.state.v1.ChangeEntries
-	46, // 47: entente.state.v1.Command.promote_member:type_name -> entente.state.v1.PromoteMember
-	54, // 48: entente.state.v1.Command.stage_objects:type_name -> entente.state.v1.StageObjects
-	55, // 49: entente.state.v1.Command.apply_staged:type_name -> entente.state.v1.ApplyStaged
-	48, // 50: entente.state.v1.Command.admit_agent:type_name -> entente.state.v1.AdmitAgent
-	61, // 51: entente.state.v1.Command.merge_bans:type_name -> entente.state.v1.MergeBans
-	37, // 52: entente.state.v1.Command.approve_change:type_name -> entente.state.v1.ApproveChange
-	36, // 53: entente.state.v1.Command.replace_recovery_key:type_name -> entente.state.v1.ReplaceRecoveryKey
-	8,  // 54: entente.state.v1.ReplaceRecoveryKey.replacement:type_name -> entente.state.v1.RecoveryKeyReplacement
-	7,  // 55: entente.state.v1.Init.cluster:type_name -> entente.state.v1.Cluster
-	12, // 56: entente.state.v1.Init.member:type_name -> entente.state.v1.Member
-	14, // 57: entente.state.v1.CreateToken.token:type_name -> entente.state.v1.Token
-	12, // 58: entente.state.v1.JoinMember.member:type_name -> entente.state.v1.Member
-	17, // 59: entente.state.v1.AdmitAgent.agent:type_name -> entente.state.v1.Agent
-	13, // 60: entente.state.v1.PrepareAuthority.authority:type_name -> entente.state.v1.Authority
-	21, // 61: entente.state.v1.ApplyObjects.upserts:type_name -> entente.state.v1.Object
-	22, // 62: entente.state.v1.ApplyObjects.deletes:type_name -> entente.state.v1.ObjectKey
-	53, // 63: entente.state.v1.StageObjects.objects:type_name -> entente.state.v1.ApplyObjects
-	62, // 64: entente.state.v1.MergeBans.bans:type_name -> entente.state.v1.RememberedBan
-	17, // 65: entente.state.v1.RememberedBan.agent:type_name -> entente.state.v1.Agent
-	65, // 66: entente.state.v1.ChangeEntries.changes:type_name -> entente.state.v1.EntryChange
-	18, // 67: entente.state.v1.EntryChange.create:type_name -> entente.state.v1.Entry
-	18, // 68: entente.state.v1.EntryChange.update:type_name -> entente.state.v1.Entry
-	70, // 69: entente.state.v1.AgentCache.x509:type_name -> entente.state.v1.HeldSVID
-	70, // 70: entente.state.v1.AgentCache.wit:type_name -> entente.state.v1.HeldSVID
-	71, // [71:71] is the sub-list for method output_type
-	71, // [71:71] is the sub-list for method input_type
-	71, // [71:71] is the sub-list for extension type_name
-	71, // [71:71] is the sub-list for extension extendee
-	0,  // [0:71] is the sub-list for field type_name
+	7,  // 27: entente.state.v1.Command.actor_kind:type_name -> entente.state.v1.ActorKind
+	41, // 28: entente.state.v1.Command.init:type_name -> entente.state.v1.Init
+	42, // 29: entente.state.v1.Command.create_token:type_name -> entente.state.v1.CreateToken
+	43, // 30: entente.state.v1.Command.join_member:type_name -> entente.state.v1.JoinMember
+	45, // 31: entente.state.v1.Command.update_member:type_name -> entente.state.v1.UpdateMember
+	46, // 32: entente.state.v1.Command.remove_member:type_name -> entente.state.v1.RemoveMember
+	48, // 33: entente.state.v1.Command.attest_agent:type_name -> entente.state.v1.AttestAgent
+	51, // 34: entente.state.v1.Command.prepare_authority:type_name -> entente.state.v1.PrepareAuthority
+	52, // 35: entente.state.v1.Command.authority_ready:type_name -> entente.state.v1.AuthorityReady
+	53, // 36: entente.state.v1.Command.activate_authority:type_name -> entente.state.v1.ActivateAuthority
+	54, // 37: entente.state.v1.Command.apply_objects:type_name -> entente.state.v1.ApplyObjects
+	67, // 38: entente.state.v1.Command.store_foreign_bundle:type_name -> entente.state.v1.StoreForeignBundle
+	68, // 39: entente.state.v1.Command.tick:type_name -> entente.state.v1.Tick
+	69, // 40: entente.state.v1.Command.checksum:type_name -> entente.state.v1.Checksum
+	57, // 41: entente.state.v1.Command.taint_authority:type_name -> entente.state.v1.TaintAuthority
+	58, // 42: entente.state.v1.Command.authority_drained:type_name -> entente.state.v1.AuthorityDrained
+	59, // 43: entente.state.v1.Command.revoke_authority:type_name -> entente.state.v1.RevokeAuthority
+	60, // 44: entente.state.v1.Command.ban_agent:type_name -> entente.state.v1.BanAgent
+	61, // 45: entente.state.v1.Command.evict_agent:type_name -> entente.state.v1.EvictAgent
+	64, // 46: entente.state.v1.Command.revoke_token:type_name -> entente.state.v1.RevokeToken
+	65, // 47: entente.state.v1.Command.change_entries:type_name -> entente.state.v1.ChangeEntries
+	47, // 48: entente.state.v1.Command.promote_member:type_name -> entente.state.v1.PromoteMember
+	55, // 49: entente.state.v1.Command.stage_objects:type_name -> entente.state.v1.StageObjects
+	56, // 50: entente.state.v1.Command.apply_staged:type_name -> entente.state.v1.ApplyStaged
+	49, // 51: entente.state.v1.Command.admit_agent:type_name -> entente.state.v1.AdmitAgent
+	62, // 52: entente.state.v1.Command.merge_bans:type_name -> entente.state.v1.MergeBans
+	38, // 53: entente.state.v1.Command.approve_change:type_name -> entente.state.v1.ApproveChange
+	37, // 54: entente.state.v1.Command.replace_recovery_key:type_name -> entente.state.v1.ReplaceRecoveryKey
+	9,  // 55: entente.state.v1.ReplaceRecoveryKey.replacement:type_name -> entente.state.v1.RecoveryKeyReplacement
+	8,  // 56: entente.state.v1.Init.cluster:type_name -> entente.state.v1.Cluster
+	13, // 57: entente.state.v1.Init.member:type_name -> entente.state.v1.Member
+	15, // 58: entente.state.v1.CreateToken.token:type_name -> entente.state.v1.Token
+	13, // 59: entente.state.v1.JoinMember.member:type_name -> entente.state.v1.Member
+	18, // 60: entente.state.v1.AdmitAgent.agent:type_name -> entente.state.v1.Agent
+	14, // 61: entente.state.v1.PrepareAuthority.authority:type_name -> entente.state.v1.Authority
+	22, // 62: entente.state.v1.ApplyObjects.upserts:type_name -> entente.state.v1.Object
+	23, // 63: entente.state.v1.ApplyObjects.deletes:type_name -> entente.state.v1.ObjectKey
+	54, // 64: entente.state.v1.StageObjects.objects:type_name -> entente.state.v1.ApplyObjects
+	63, // 65: entente.state.v1.MergeBans.bans:type_name -> entente.state.v1.RememberedBan
+	18, // 66: entente.state.v1.RememberedBan.agent:type_name -> entente.state.v1.Agent
+	66, // 67: entente.state.v1.ChangeEntries.changes:type_name -> entente.state.v1.EntryChange
+	19, // 68: entente.state.v1.EntryChange.create:type_name -> entente.state.v1.Entry
+	19, // 69: entente.state.v1.EntryChange.update:type_name -> entente.state.v1.Entry
+	71, // 70: entente.state.v1.AgentCache.x509:type_name -> entente.state.v1.HeldSVID
+	71, // 71: entente.state.v1.AgentCache.wit:type_name -> entente.state.v1.HeldSVID
+	72, // [72:72] is the sub-list for method output_type
+	72, // [72:72] is the sub-list for method input_type
+	72, // [72:72] is the sub-list for extension type_name
+	72, // [72:72] is the sub-list for extension extendee
+	0,  // [0:72] is the sub-list for field type_name
 }
 
 func init() { file_entente_state_v1_state_proto_init() }
@@ -6132,7 +6206,7 @@ func file_entente_state_v1_state_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_entente_state_v1_state_proto_rawDesc), len(file_entente_state_v1_state_proto_rawDesc)),
-			NumEnums:      7,
+			NumEnums:      8,
 			NumMessages:   64,
 			NumExtensions: 0,
 			NumServices:   0,
