@@ -35,6 +35,9 @@ func TestSelectorsSayWhoseProcessItIs(t *testing.T) {
 		t.Errorf("control: %v", refusal)
 	}
 	w.must(level("n1", levelHardened))
+	if n := w.s.WeakEntryCount(); n != 2 {
+		t.Errorf("%d entries count as weak, not 2 of %d", n, w.s.EntryCount())
+	}
 
 	w.refused(entries(create(weakEntry("new", "h1"))), CodeInvalid)
 	w.refused(objects(weakService("newsvc", "h1")), CodeInvalid)
@@ -74,6 +77,9 @@ func TestSelectorsSayWhoseProcessItIs(t *testing.T) {
 	anchored := weakEntry("old", "h1", "h9")
 	anchored.Selectors = append([]string{"systemd:unit:app.service"}, weak...)
 	w.must(entries(update(anchored, 0)))
+	if n := w.s.WeakEntryCount(); n != 1 {
+		t.Errorf("%d entries count as weak, not only the Service's", n)
+	}
 }
 
 // User names of over 32 bytes stand in Services and Gateways once all CA nodes take them;

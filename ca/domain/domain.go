@@ -205,6 +205,10 @@ func (s *State) EntriesAfter(id string) iter.Seq[*statev1.Entry] { return s.entr
 // EntryCount is the number of registration entries.
 func (s *State) EntryCount() int { return s.entries.len() }
 
+// WeakEntryCount is how many of them name no user, unit or container, so that any user of
+// their hosts could get their SVIDs: they were stored before CheckAnchored refused them.
+func (s *State) WeakEntryCount() int { return s.entries.weak }
+
 // Entry is the registration entry with that id.
 func (s *State) Entry(id string) (*statev1.Entry, bool) { return s.entries.get(id) }
 

@@ -13,6 +13,7 @@ import (
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	"github.com/entente-mesh/entente/ca"
+	"github.com/entente-mesh/entente/ca/selector"
 )
 
 // entryTable holds the registration entries, of which there may be a million, as bytes:
@@ -32,6 +33,7 @@ type entryTable struct {
 	byID   orderedRows
 	onHost map[string]*orderedRows // by agent name
 	lives  map[uint32]int          // entries by the life that they ask for, in seconds
+	weak   int                     // entries of which any user of their hosts could get SVIDs
 
 	scratch []byte
 }
@@ -199,6 +201,9 @@ func (t *entryTable) add(block, i int, replaces bool, raw []byte, v entryView, s
 		}
 	}
 	t.lives[v.life]++
+	if v.weak {
+		t.weak++
+	}
 }
 
 // remove drops an entry, if it is there.
@@ -230,6 +235,9 @@ func (t *entryTable) forget(row uint32, sum *setHash) {
 	}
 	if t.lives[v.life]--; t.lives[v.life] == 0 {
 		delete(t.lives, v.life)
+	}
+	if v.weak {
+		t.weak--
 	}
 	slab := int(t.rows[row] >> 32)
 	t.rows[row] = noPlace
@@ -322,6 +330,7 @@ type entryView struct {
 	id, path  []byte
 	hostBytes []byte // number, texts
 	life      uint32
+	weak      bool // no selector says whose process it is for
 }
 
 // viewEntry reads an encoding without copying, and refuses what decodeEntry could not
@@ -333,7 +342,11 @@ func viewEntry(raw []byte, strict bool) (v entryView, err error) {
 	before := r.b
 	r.skipTexts() // hosts
 	v.hostBytes = before[:len(before)-len(r.b)]
-	r.skipTexts() // selectors
+	v.weak = true
+	for range r.count() {
+		text := r.text()
+		v.weak = v.weak && !selector.Anchored(string(text))
+	}
 	v.life = r.uint32()
 	r.skipTexts() // DNS names
 	r.skipTexts() // federates with

@@ -14,6 +14,7 @@ import (
 	"pgregory.net/rapid"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	"github.com/entente-mesh/entente/ca/selector"
 )
 
 // Every field of an entry comes back: one that is added to the API and forgotten in
@@ -100,6 +101,7 @@ func TestEntryTableIsAMap(t *testing.T) {
 			e := &statev1.Entry{
 				Id: id, Path: "/p", Hosts: []string{fmt.Sprintf("h%d", random(3)), "h9"}[:1+random(2)],
 				X509SvidSeconds: uint32(random(3)), Revision: uint64(i), Hint: strings.Repeat("x", hint),
+				Selectors: [][]string{{"unix:uid:7"}, {"unix:sha256:7"}, {"unix:sha256:7", "systemd:unit:a.service"}}[random(3)],
 			}
 			table.put(e, &sum)
 			model[id] = e
@@ -112,6 +114,10 @@ func TestEntryTableIsAMap(t *testing.T) {
 		all := slices.SortedFunc(maps.Values(model), byID)
 		if !slices.EqualFunc(slices.Collect(table.from("")), all, equal) || table.len() != len(all) {
 			rt.Fatal("it holds something else")
+		}
+		weak := slices.DeleteFunc(slices.Clone(all), func(e *statev1.Entry) bool { return selector.CheckAnchored(e.GetSelectors()) == nil })
+		if table.weak != len(weak) {
+			rt.Fatalf("%d entries count as weak, %d are", table.weak, len(weak))
 		}
 		if len(all) > 0 {
 			n := random(len(all))

@@ -401,7 +401,7 @@ func (w *world) restored() *State {
 	if restored.TrustDomain() != w.s.TrustDomain() || restored.Lifetimes() != w.s.Lifetimes() || !maps.Equal(restored.agentByKey, w.s.agentByKey) || restored.stagedBytes != w.s.stagedBytes {
 		w.t.Fatal("what a restored state derives differs")
 	}
-	if len(restored.entries.onHost) != len(w.s.entries.onHost) || !maps.Equal(restored.entries.lives, w.s.entries.lives) {
+	if len(restored.entries.onHost) != len(w.s.entries.onHost) || !maps.Equal(restored.entries.lives, w.s.entries.lives) || restored.entries.weak != w.s.entries.weak {
 		w.t.Fatal("the indexes of the entries differ")
 	}
 	for host := range w.s.entries.onHost {

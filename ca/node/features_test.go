@@ -1,6 +1,7 @@
 package node_test
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"strings"
@@ -59,6 +60,19 @@ func TestMixedReleases(t *testing.T) {
 		t.Fatal(err)
 	}
 	ca2.Apply(accounts) // what the release before knows
+	// Its doors took entries by a digest alone.
+	weak := &statev1.Entry{Id: "entry/weak", Path: "/weak", Hosts: []string{"h1"}, Selectors: []string{"unix:sha256:" + strings.Repeat("a", 64)}}
+	change := func(c *statev1.EntryChange, weak uint32) {
+		t.Helper()
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+		defer cancel()
+		_, err := ca1.Node().Propose(ctx, &statev1.Command{Actor: "operator", Body: &statev1.Command_ChangeEntries{ChangeEntries: &statev1.ChangeEntries{Changes: []*statev1.EntryChange{c}}}})
+		if got := ca1.Status().GetWeakEntries(); err != nil || got != weak {
+			t.Errorf("%d weak entries, want %d: %v", got, weak, err)
+		}
+	}
+	change(&statev1.EntryChange{Action: &statev1.EntryChange_Create{Create: weak}}, 1)
+	change(&statev1.EntryChange{Action: &statev1.EntryChange_Delete{Delete: weak.GetId()}}, 0)
 
 	ca2.Stop()
 	ca2.Config().PretendLevel(0)

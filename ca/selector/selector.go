@@ -265,6 +265,13 @@ func CheckAnchored(selectors []string) error {
 		strings.Join(selectors, " "), Anchors())
 }
 
+// Anchored tells whether a selector that was checked says whose process it is, so that a
+// set with it passes CheckAnchored. It is quick.
+func Anchored(text string) bool {
+	kind := kindOf(text)
+	return kind != nil && kind.Anchor
+}
+
 // Level is the feature level that all CA nodes need before they accept these selectors.
 func Level(selectors []string) (level uint32) {
 	for _, text := range selectors {

@@ -94,7 +94,7 @@ func (d adminDoor) Status(ctx context.Context, _ *ententev1.StatusRequest) (*ent
 			service, _ := st.Object("Service/" + i.GetService())
 			return !roles.Sees(service.GetService().GetPath())
 		})
-		resp.Entries, resp.Agents = uint32(st.EntryCount()), uint32(st.AgentCount())
+		resp.Entries, resp.Agents, resp.WeakEntries = uint32(st.EntryCount()), uint32(st.AgentCount()), uint32(st.WeakEntryCount())
 		for _, m := range st.Members() {
 			resp.Members = append(resp.Members, &ententev1.MemberStatus{Member: m, VoterNow: info.Voters[m.GetId()]})
 		}

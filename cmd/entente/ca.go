@@ -19,6 +19,7 @@ import (
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/node"
+	"github.com/entente-mesh/entente/ca/selector"
 	"github.com/entente-mesh/entente/internal/daemon"
 )
 
@@ -279,7 +280,7 @@ func printStatus(w io.Writer, s *ententev1.StatusResponse) error {
 	table := tabwriter.NewWriter(w, 0, 4, 2, ' ', 0)
 	fmt.Fprintf(table, "DOMAIN\t%s\n", s.GetCluster().GetTrustDomain())
 	fmt.Fprintf(table, "STATE\t%s; epoch %d, revision %s, %s\n", quorum, s.GetCluster().GetEpoch(), ca.Revision(s.GetRevision()), age)
-	fmt.Fprintf(table, "HOLDS\t%d entries, %d agents\n", s.GetEntries(), s.GetAgents())
+	printHolds(table, s)
 	disk := "works"
 	if s.GetDisk() != "" {
 		disk = "FAILED: " + s.GetDisk()
@@ -369,6 +370,13 @@ func printStatus(w io.Writer, s *ententev1.StatusResponse) error {
 		}
 	}
 	return table.Flush()
+}
+
+func printHolds(w io.Writer, s *ententev1.StatusResponse) {
+	fmt.Fprintf(w, "HOLDS\t%d entries, %d agents\n", s.GetEntries(), s.GetAgents())
+	if n := s.GetWeakEntries(); n > 0 {
+		fmt.Fprintf(w, "WEAK\t%d of these entries name no user, unit or container, so that any user of their hosts could get their SVIDs: entente entry list --weak shows them; add %s to each\n", n, selector.Anchors())
+	}
 }
 
 // printRotation shows, for each kind of authority, how long it goes on and who has not

@@ -136,7 +136,7 @@ func TestStatusOfTrouble(t *testing.T) {
 	var out bytes.Buffer
 	id := strings.Repeat("ab", 32)
 	if err := printStatus(&out, &ententev1.StatusResponse{
-		AgeSeconds: -1, NoQuorumSince: 1, Disk: "no space left on device",
+		AgeSeconds: -1, NoQuorumSince: 1, Disk: "no space left on device", Entries: 5, WeakEntries: 2,
 		Members: []*ententev1.MemberStatus{{Member: &statev1.Member{Id: "n", Name: "ca-1"}}, {Member: &statev1.Member{Id: "w", Name: "witness"}}},
 		Autonomy: []*ententev1.Autonomy{{MemberId: "n", SignsSeconds: 3600 * 30, FullSeconds: 3600 * 20, Uses: []*ententev1.UseAutonomy{
 			{Use: statev1.KeyUse_KEY_USE_JWT, Active: id, ActiveSeconds: 60, Next: id, NextSeconds: 90, Overdue: true, WaitingFor: []string{"agent h7"}},
@@ -149,6 +149,7 @@ func TestStatusOfTrouble(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, line := range []string{
+		`WEAK +2 of these entries name no user, unit or container, .*: entente entry list --weak shows them; add unix:uid`,
 		`STATE +NO QUORUM since .*of unknown age`, `DISK +FAILED: no space left on device`, `CLOCK +not known`,
 		`ca-1 .*for 30\.0 h, full life for 20\.0 h`, `witness .*no: a witness`, `ca-1 +JWT +abababab +1m0s +abababab +1m30s +OVERDUE: not yet by agent h7`,
 		`ca-1 +WIT +none .*\?`, `trading\.example .*not by this node +refused`,

@@ -2476,6 +2476,7 @@ type StatusResponse struct {
 	Members              []*MemberStatus        `protobuf:"bytes,7,rep,name=members,proto3" json:"members,omitempty"`
 	Authorities          []*v1.Authority        `protobuf:"bytes,8,rep,name=authorities,proto3" json:"authorities,omitempty"`
 	Entries              uint32                 `protobuf:"varint,9,opt,name=entries,proto3" json:"entries,omitempty"`
+	WeakEntries          uint32                 `protobuf:"varint,340,opt,name=weak_entries,json=weakEntries,proto3" json:"weak_entries,omitempty"` // of entries: those whose selectors name no user, unit or container
 	Agents               uint32                 `protobuf:"varint,10,opt,name=agents,proto3" json:"agents,omitempty"`
 	Foreign              []*ForeignBundleStatus `protobuf:"bytes,11,rep,name=foreign,proto3" json:"foreign,omitempty"`
 	Instances            []*Instance            `protobuf:"bytes,12,rep,name=instances,proto3" json:"instances,omitempty"`
@@ -2598,6 +2599,13 @@ func (x *StatusResponse) GetAuthorities() []*v1.Authority {
 func (x *StatusResponse) GetEntries() uint32 {
 	if x != nil {
 		return x.Entries
+	}
+	return 0
+}
+
+func (x *StatusResponse) GetWeakEntries() uint32 {
+	if x != nil {
+		return x.WeakEntries
 	}
 	return 0
 }
@@ -7480,7 +7488,7 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x04code\x18\x02 \x01(\rR\x04code\x12\x14\n" +
 	"\x05error\x18\x03 \x01(\tR\x05error\x12/\n" +
 	"\x13retry_after_seconds\x18\xdc\x01 \x01(\x01R\x11retryAfterSeconds\"\x0f\n" +
-	"\rStatusRequest\"\x9d\n" +
+	"\rStatusRequest\"\xc1\n" +
 	"\n" +
 	"\x0eStatusResponse\x12/\n" +
 	"\achanges\x18\xac\x02 \x03(\v2\x14.entente.v1.ApprovalR\achanges\x123\n" +
@@ -7494,7 +7502,8 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"ageSeconds\x122\n" +
 	"\amembers\x18\a \x03(\v2\x18.entente.v1.MemberStatusR\amembers\x12=\n" +
 	"\vauthorities\x18\b \x03(\v2\x1b.entente.state.v1.AuthorityR\vauthorities\x12\x18\n" +
-	"\aentries\x18\t \x01(\rR\aentries\x12\x16\n" +
+	"\aentries\x18\t \x01(\rR\aentries\x12\"\n" +
+	"\fweak_entries\x18\xd4\x02 \x01(\rR\vweakEntries\x12\x16\n" +
 	"\x06agents\x18\n" +
 	" \x01(\rR\x06agents\x129\n" +
 	"\aforeign\x18\v \x03(\v2\x1f.entente.v1.ForeignBundleStatusR\aforeign\x122\n" +
