@@ -18,14 +18,21 @@ const (
 	raftRoomPart = 20
 )
 
-// openAudit opens the audit log.
-func (n *Node) openAudit() error {
-	cfg := n.cfg.Audit
+// auditing is where the audit log is.
+type auditing struct {
+	*core
+	file   *daemon.LogFile // nil: not to a file
+	shares bool            // it is on the file system of the replicated log
+}
+
+// open opens the audit log.
+func (a *auditing) open(registry *daemon.Metrics) error {
+	cfg := a.cfg.Audit
 	switch cfg.File {
 	case "off":
 		return nil
 	case "stderr":
-		n.audit = server.NewAudit(os.Stderr, n.cfg.Name, cfg.Required, n.log, n.registry)
+		a.audit = server.NewAudit(os.Stderr, a.cfg.Name, cfg.Required, a.log, registry)
 		return nil
 	}
 	bound := daemon.LogBound{Bytes: cfg.MaxSize.Bytes}
@@ -34,10 +41,10 @@ func (n *Node) openAudit() error {
 	if _, err := os.Stat(at); err != nil {
 		at = filepath.Dir(cfg.File)
 	}
-	n.auditShares = daemon.SameDisk(at, n.cfg.DataDir)
-	if n.auditShares {
+	a.shares = daemon.SameDisk(at, a.cfg.DataDir)
+	if a.shares {
 		bound.Free = func() (free, others uint64) {
-			free, size, err := daemon.DiskSpace(n.cfg.DataDir)
+			free, size, err := daemon.DiskSpace(a.cfg.DataDir)
 			if err != nil {
 				return 1 << 62, 0 // not known: the bound alone counts
 			}
@@ -48,24 +55,24 @@ func (n *Node) openAudit() error {
 	if err != nil {
 		return fmt.Errorf("audit log: %w", err)
 	}
-	if n.auditShares && !n.cfg.Keys.InsecureDev {
-		n.log.Warn("the audit log is on the file system of the replicated log: put it on another one (audit.file), so that neither takes the other's room", "file", cfg.File)
+	if a.shares && !a.cfg.Keys.InsecureDev {
+		a.log.Warn("the audit log is on the file system of the replicated log: put it on another one (audit.file), so that neither takes the other's room", "file", cfg.File)
 	}
-	n.auditLog = file
-	n.audit = server.NewAudit(file, n.cfg.Name, cfg.Required, n.log, n.registry)
+	a.file = file
+	a.audit = server.NewAudit(file, a.cfg.Name, cfg.Required, a.log, registry)
 	gauge := func(name, help string, value func() float64) {
-		n.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, value))
+		registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, value))
 	}
 	gauge("entente_ca_audit_file_bytes", "Size of the audit log with its rotated files.", func() float64 { return float64(file.Size()) })
 	gauge("entente_ca_audit_file_limit_bytes", "Bound of that size (audit.maxSize).", func() float64 { return float64(cfg.MaxSize.Bytes) })
 	gauge("entente_ca_audit_shares_raft_disk", "1 if the audit log is on the file system of the replicated log.", func() float64 {
-		if n.auditShares {
+		if a.shares {
 			return 1
 		}
 		return 0
 	})
 	gauge("entente_ca_audit_degraded", "1 if SVIDs are counted in the audit log instead of recorded one by one, or acts are missing.", func() float64 {
-		if n.audit.Problem() != nil {
+		if a.audit.Problem() != nil {
 			return 1
 		}
 		return 0
@@ -73,12 +80,12 @@ func (n *Node) openAudit() error {
 	return nil
 }
 
-func (n *Node) auditStatus() server.AuditLog {
-	status := server.AuditLog{File: n.cfg.Audit.File, SharesRaft: n.auditShares}
-	if n.auditLog != nil {
-		status.Bytes, status.Bound = n.auditLog.Size(), n.cfg.Audit.MaxSize.Bytes
+func (a *auditing) status() server.AuditLog {
+	status := server.AuditLog{File: a.cfg.Audit.File, SharesRaft: a.shares}
+	if a.file != nil {
+		status.Bytes, status.Bound = a.file.Size(), a.cfg.Audit.MaxSize.Bytes
 	}
-	if err := n.audit.Problem(); err != nil {
+	if err := a.audit.Problem(); err != nil {
 		status.Problem = err.Error()
 	}
 	return status

@@ -11,12 +11,14 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/domain"
 	"github.com/entente-mesh/entente/ca/rotation"
+	"github.com/entente-mesh/entente/ca/signer"
 )
 
 // use is one kind of authority: each has a key of its own, so that a signature made
@@ -33,9 +35,19 @@ var uses = []use{
 	{statev1.KeyUse_KEY_USE_WIT, "WIT", "wit-"},
 }
 
-// loadAuthorityKeys gives the signer every authority key in the store.
-func (n *Node) loadAuthorityKeys() error {
-	names, err := n.own.keys.Names()
+// authorities are this node's own, of each use: their keys, their phases, and the root that
+// certifies them.
+type authorities struct {
+	*proposals
+	signer    *signer.Signer
+	upstream  upstream // nil: they sign themselves
+	offline   offline
+	preparing sync.Mutex // one at a time
+}
+
+// load gives the signer every authority key in the store.
+func (as *authorities) load() error {
+	names, err := as.own.keys.Names()
 	if err != nil {
 		return err
 	}
@@ -43,28 +55,28 @@ func (n *Node) loadAuthorityKeys() error {
 		if !slices.ContainsFunc(uses, func(u use) bool { return strings.HasPrefix(name, u.prefix) }) {
 			continue
 		}
-		key, err := n.own.keys.Load(name)
+		key, err := as.own.keys.Load(name)
 		if err != nil {
 			return err
 		}
-		if _, err := n.signer.Add(key); err != nil {
+		if _, err := as.signer.Add(key); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// runAuthorities takes this node's authorities of each use through their phases: always
+// run takes this node's authorities of each use through their phases: always
 // one PREPARED and one ACTIVE. Each step is agreed before it is used; the key is on the disk
 // before it is proposed.
-func (n *Node) runAuthorities(ctx context.Context) error {
+func (as *authorities) run(ctx context.Context) error {
 	failed := ""
 	for {
-		changed := n.applied.wait()
-		if err := n.stepAuthorities(ctx); err != nil && ctx.Err() == nil {
+		changed := as.applied.wait()
+		if err := as.step(ctx); err != nil && ctx.Err() == nil {
 			if text := err.Error(); text != failed {
 				failed = text
-				n.log.Warn("this node's authorities cannot move on; trying again", "error", err)
+				as.log.Warn("this node's authorities cannot move on; trying again", "error", err)
 			}
 		} else {
 			failed = ""
@@ -78,20 +90,20 @@ func (n *Node) runAuthorities(ctx context.Context) error {
 	}
 }
 
-func (n *Node) ownAuthorities(u use) (own rotation.Own) {
-	n.Read(func(st *domain.State) { own = rotation.OwnOf(st, n.own.id, u.of) })
+func (as *authorities) ownAuthorities(u use) (own rotation.Own) {
+	as.Read(func(st *domain.State) { own = rotation.OwnOf(st, as.own.id, u.of) })
 	return own
 }
 
-func (n *Node) stepAuthorities(ctx context.Context) error {
-	member := n.ownAuthorities(uses[0]).Member
+func (as *authorities) step(ctx context.Context) error {
+	member := as.ownAuthorities(uses[0]).Member
 	if member == nil {
 		return nil // not admitted as far as this state knows
 	}
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-	if member.GetRaftAddress() != n.cfg.Advertise.Raft || member.GetApiAddress() != n.cfg.Advertise.API || member.GetFeatureLevel() != n.cfg.level() {
-		if err := n.moveMember(ctx); err != nil {
+	if member.GetRaftAddress() != as.cfg.Advertise.Raft || member.GetApiAddress() != as.cfg.Advertise.API || member.GetFeatureLevel() != as.cfg.level() {
+		if err := as.moveMember(ctx); err != nil {
 			return err
 		}
 	}
@@ -101,75 +113,75 @@ func (n *Node) stepAuthorities(ctx context.Context) error {
 	// All of them also when one fails: X.509 does not wait for tokens.
 	var errs []error
 	for _, u := range uses {
-		errs = append(errs, n.stepAuthority(ctx, u, n.ownAuthorities(u)))
+		errs = append(errs, as.stepAuthority(ctx, u, as.ownAuthorities(u)))
 	}
 	return errors.Join(errs...)
 }
 
-func (n *Node) stepAuthority(ctx context.Context, u use, own rotation.Own) error {
-	if err := n.reconcile(ctx, own, u); err != nil {
+func (as *authorities) stepAuthority(ctx context.Context, u use, own rotation.Own) error {
+	if err := as.reconcile(ctx, own, u); err != nil {
 		return err
 	}
 	switch {
 	case own.Prepared == nil:
-		_, err := n.prepareAuthority(ctx, u)
+		_, err := as.prepareAuthority(ctx, u)
 		return err
-	case !n.signer.Has(own.Prepared.GetId()):
+	case !as.signer.Has(own.Prepared.GetId()):
 		// A node that was restored without its keys: it can never use it.
-		n.log.Error("the key of this node's PREPARED authority is lost: giving it up for another one", "authority", own.Prepared.GetId(), "use", u.name)
-		return n.agreeSelf(ctx, &statev1.Command{Body: &statev1.Command_TaintAuthority{TaintAuthority: &statev1.TaintAuthority{Id: own.Prepared.GetId()}}})
-	case own.Prepared.GetReady() && !n.offline.has(own.Prepared.GetId()) && n.due(u, own):
-		if !n.noQuorumSince(time.Now()).IsZero() {
-			return n.activateOffline(own.Prepared.GetId(), "CA node "+n.cfg.Name)
+		as.log.Error("the key of this node's PREPARED authority is lost: giving it up for another one", "authority", own.Prepared.GetId(), "use", u.name)
+		return as.agreeSelf(ctx, &statev1.Command{Body: &statev1.Command_TaintAuthority{TaintAuthority: &statev1.TaintAuthority{Id: own.Prepared.GetId()}}})
+	case own.Prepared.GetReady() && !as.offline.has(own.Prepared.GetId()) && as.due(u, own):
+		if !as.noQuorumSince(time.Now()).IsZero() {
+			return as.ActivateOffline(own.Prepared.GetId(), "CA node "+as.cfg.Name)
 		}
-		return n.activate(ctx, u, own.Prepared)
+		return as.activate(ctx, u, own.Prepared)
 	}
-	return n.dropKeys(u, own)
+	return as.dropKeys(u, own)
 }
 
 // due: by schedule the PREPARED authority is to be used. With quorum the agreed time
 // counts, so that no clock alone moves anything; without, this node's own.
-func (n *Node) due(u use, own rotation.Own) bool {
+func (as *authorities) due(u use, own rotation.Own) bool {
 	now := own.Agreed
-	if !n.noQuorumSince(time.Now()).IsZero() {
-		now = n.wall()
+	if !as.noQuorumSince(time.Now()).IsZero() {
+		now = as.wall()
 	}
 	var longest time.Duration
-	n.Read(func(st *domain.State) { longest = rotation.LongestOf(st)[u.of] })
+	as.Read(func(st *domain.State) { longest = rotation.LongestOf(st)[u.of] })
 	return own.Due(now, longest)
 }
 
-// coming is closed with the next change of the state if runAuthorities is about to activate
+// coming is closed with the next change of the state if run is about to activate
 // the PREPARED authority, there being no other; nil: it is not.
-func (n *Node) coming(of statev1.KeyUse) <-chan struct{} {
+func (as *authorities) coming(of statev1.KeyUse) <-chan struct{} {
 	i := slices.IndexFunc(uses, func(u use) bool { return u.of == of })
-	if i < 0 || n.replica.Load() == nil {
+	if i < 0 || as.replica.Load() == nil {
 		return nil
 	}
-	changed := n.applied.wait()
-	own := n.ownAuthorities(uses[i])
-	if own.Active != nil || !own.Prepared.GetReady() || !n.signer.Has(own.Prepared.GetId()) || !n.due(uses[i], own) {
+	changed := as.applied.wait()
+	own := as.ownAuthorities(uses[i])
+	if own.Active != nil || !own.Prepared.GetReady() || !as.signer.Has(own.Prepared.GetId()) || !as.due(uses[i], own) {
 		return nil
 	}
 	return changed
 }
 
-func (n *Node) activate(ctx context.Context, u use, a *statev1.Authority) error {
-	err := n.agreeSelf(ctx, &statev1.Command{
+func (as *authorities) activate(ctx context.Context, u use, a *statev1.Authority) error {
+	err := as.agreeSelf(ctx, &statev1.Command{
 		Body: &statev1.Command_ActivateAuthority{ActivateAuthority: &statev1.ActivateAuthority{Id: a.GetId()}},
 	})
 	if err != nil {
 		return fmt.Errorf("activate %s authority %.12s: %w", u.name, a.GetId(), err)
 	}
-	n.log.Info("authority signs from now on", "authority", a.GetId(), "use", u.name)
+	as.log.Info("authority signs from now on", "authority", a.GetId(), "use", u.name)
 	return nil
 }
 
 // moveMember tells everybody where this node is reached now, and what it carries out.
-func (n *Node) moveMember(ctx context.Context) error {
-	outcome, err := n.Propose(ctx, n.byItself(&statev1.Command{Body: &statev1.Command_UpdateMember{UpdateMember: &statev1.UpdateMember{
-		Id: n.own.id, RaftAddress: n.cfg.Advertise.Raft, ApiAddress: n.cfg.Advertise.API,
-		FeatureLevel: n.cfg.level(),
+func (as *authorities) moveMember(ctx context.Context) error {
+	outcome, err := as.Propose(ctx, as.byItself(&statev1.Command{Body: &statev1.Command_UpdateMember{UpdateMember: &statev1.UpdateMember{
+		Id: as.own.id, RaftAddress: as.cfg.Advertise.Raft, ApiAddress: as.cfg.Advertise.API,
+		FeatureLevel: as.cfg.level(),
 	}}}))
 	if err == nil && outcome.Refused != nil {
 		err = outcome.Refused
@@ -180,62 +192,49 @@ func (n *Node) moveMember(ctx context.Context) error {
 	return nil
 }
 
-// agreeSelf has something agreed that this node decided by itself, and records it.
-func (n *Node) agreeSelf(ctx context.Context, command *statev1.Command) error {
-	outcome, err := n.Propose(ctx, n.byItself(command))
-	if err != nil {
-		return err // nothing is known to have happened; it will be tried again
-	}
-	n.audit.Command(command, outcome, nil)
-	if outcome.Refused != nil {
-		return outcome.Refused
-	}
-	return nil
-}
-
-// prepareNow prepares an authority of one use because an operator wants one.
-func (n *Node) prepareNow(ctx context.Context, of statev1.KeyUse) (id string, err error) {
+// Prepare prepares an authority of one use because an operator wants one.
+func (as *authorities) Prepare(ctx context.Context, of statev1.KeyUse) (id string, err error) {
 	i := slices.IndexFunc(uses, func(u use) bool { return u.of == of })
 	if i < 0 {
 		return "", fmt.Errorf("%s is no use of an authority", of)
 	}
-	if !n.ownAuthorities(uses[i]).Member.GetSigning() {
+	if !as.ownAuthorities(uses[i]).Member.GetSigning() {
 		return "", errors.New("this CA node does not sign")
 	}
-	return n.prepareAuthority(ctx, uses[i])
+	return as.prepareAuthority(ctx, uses[i])
 }
 
-func (n *Node) prepareAuthority(ctx context.Context, u use) (id string, err error) {
-	n.preparing.Lock() // the schedule and an operator want one at the same time
-	defer n.preparing.Unlock()
-	own := n.ownAuthorities(u)
+func (as *authorities) prepareAuthority(ctx context.Context, u use) (id string, err error) {
+	as.preparing.Lock() // the schedule and an operator want one at the same time
+	defer as.preparing.Unlock()
+	own := as.ownAuthorities(u)
 	if own.Prepared != nil {
 		return own.Prepared.GetId(), nil
 	}
-	key, err := n.freshKey(u, own)
+	key, err := as.freshKey(u, own)
 	if err != nil {
 		return "", err
 	}
-	authority, err := n.makeAuthority(ctx, key, u, own)
+	authority, err := as.makeAuthority(ctx, key, u, own)
 	if err != nil {
 		return "", err
 	}
-	proposal, err := n.signAuthority(authority)
+	proposal, err := as.signAuthority(authority)
 	if err != nil {
 		return "", err
 	}
-	err = n.agreeSelf(ctx, &statev1.Command{Body: &statev1.Command_PrepareAuthority{PrepareAuthority: proposal}})
+	err = as.agreeSelf(ctx, &statev1.Command{Body: &statev1.Command_PrepareAuthority{PrepareAuthority: proposal}})
 	if err != nil {
 		return "", fmt.Errorf("prepare %s authority %.12s: %w", u.name, authority.GetId(), err)
 	}
-	n.log.Info("authority is in the bundle", "authority", authority.GetId(), "use", u.name)
+	as.log.Info("authority is in the bundle", "authority", authority.GetId(), "use", u.name)
 	return authority.GetId(), nil
 }
 
 // freshKey returns a key that was made for an authority and never became one, or a new
 // one.
-func (n *Node) freshKey(u use, own rotation.Own) (crypto.Signer, error) {
-	names, err := n.own.keys.Names()
+func (as *authorities) freshKey(u use, own rotation.Own) (crypto.Signer, error) {
+	names, err := as.own.keys.Names()
 	if err != nil {
 		return nil, err
 	}
@@ -243,40 +242,40 @@ func (n *Node) freshKey(u use, own rotation.Own) (crypto.Signer, error) {
 		if !strings.HasPrefix(name, u.prefix) {
 			continue
 		}
-		key, err := n.own.keys.Load(name)
+		key, err := as.own.keys.Load(name)
 		if err != nil {
 			return nil, err
 		}
-		id, err := n.signer.Add(key)
+		id, err := as.signer.Add(key)
 		if err != nil {
 			return nil, err
 		}
-		if own.Known[id] == nil && n.suits(u, key) {
+		if own.Known[id] == nil && as.suits(u, key) {
 			return key, nil
 		}
 	}
-	create := n.own.keys.Create
-	if u.of == statev1.KeyUse_KEY_USE_JWT && n.cfg.Keys.JWT == ca.RS256 {
-		create = n.own.keys.CreateRSA
+	create := as.own.keys.Create
+	if u.of == statev1.KeyUse_KEY_USE_JWT && as.cfg.Keys.JWT == ca.RS256 {
+		create = as.own.keys.CreateRSA
 	}
 	key, err := create(u.prefix + newBootID())
 	if err != nil {
 		return nil, err
 	}
-	_, err = n.signer.Add(key)
+	_, err = as.signer.Add(key)
 	return key, err
 }
 
 // suits: the key was made for the algorithm that the configuration asks for now.
-func (n *Node) suits(u use, key crypto.Signer) bool {
+func (as *authorities) suits(u use, key crypto.Signer) bool {
 	if u.of != statev1.KeyUse_KEY_USE_JWT {
 		return true
 	}
 	alg, err := ca.TokenAlgorithm(key.Public())
-	return err == nil && alg == cmp.Or(n.cfg.Keys.JWT, ca.ES256)
+	return err == nil && alg == cmp.Or(as.cfg.Keys.JWT, ca.ES256)
 }
 
-func (n *Node) makeAuthority(ctx context.Context, key crypto.Signer, u use, own rotation.Own) (*statev1.Authority, error) {
+func (as *authorities) makeAuthority(ctx context.Context, key crypto.Signer, u use, own rotation.Own) (*statev1.Authority, error) {
 	phase := own.Phase
 	if u.of != statev1.KeyUse_KEY_USE_X509 {
 		spki, err := x509.MarshalPKIXPublicKey(key.Public())
@@ -284,18 +283,18 @@ func (n *Node) makeAuthority(ctx context.Context, key crypto.Signer, u use, own 
 			return nil, err
 		}
 		now := time.Now()
-		a, err := ca.NewTokenAuthority(n.own.id, u.of, spki, now, phase, now)
+		a, err := ca.NewTokenAuthority(as.own.id, u.of, spki, now, phase, now)
 		if err != nil {
 			return nil, err
 		}
-		return a, n.proveKey(key, a)
+		return a, as.proveKey(key, a)
 	}
 	var serial [16]byte
 	rand.Read(serial[:])
 	now := time.Now()
-	request := ca.AuthorityRequest{TrustDomain: n.td, PublicKey: key.Public(), Serial: serial, Now: now, Phase: phase}
-	if n.upstream != nil {
-		return n.certifiedAuthority(ctx, key, request)
+	request := ca.AuthorityRequest{TrustDomain: as.td, PublicKey: key.Public(), Serial: serial, Now: now, Phase: phase}
+	if as.upstream != nil {
+		return as.certifiedAuthority(ctx, key, request)
 	}
 	template, err := ca.AuthorityTemplate(request)
 	if err != nil {
@@ -305,14 +304,14 @@ func (n *Node) makeAuthority(ctx context.Context, key crypto.Signer, u use, own 
 	if err != nil {
 		return nil, fmt.Errorf("sign the authority certificate: %w", err)
 	}
-	return ca.NewAuthority(n.td, n.own.id, der, nil, phase, now)
+	return ca.NewAuthority(as.td, as.own.id, der, nil, phase, now)
 }
 
 // proveKey has a token key sign that it belongs to this domain, so that no other domain's
 // bundle takes it away (see package domain, ownership.go).
-func (n *Node) proveKey(key crypto.Signer, a *statev1.Authority) error {
+func (as *authorities) proveKey(key crypto.Signer, a *statev1.Authority) error {
 	var proves bool
-	n.Read(func(st *domain.State) { proves = st.ProvesKeys() })
+	as.Read(func(st *domain.State) { proves = st.ProvesKeys() })
 	if !proves {
 		return nil
 	}
@@ -320,7 +319,7 @@ func (n *Node) proveKey(key crypto.Signer, a *statev1.Authority) error {
 	if err != nil {
 		return err
 	}
-	sum := sha256.Sum256(ca.KeyProof(n.td.Name(), alg, a.GetUse(), a.GetId()))
+	sum := sha256.Sum256(ca.KeyProof(as.td.Name(), alg, a.GetUse(), a.GetId()))
 	proof, err := key.Sign(rand.Reader, sum[:], crypto.SHA256)
 	if err == nil && alg == ca.ES256 {
 		proof, err = ca.FixedSignature(proof)
@@ -333,40 +332,28 @@ func (n *Node) proveKey(key crypto.Signer, a *statev1.Authority) error {
 }
 
 // signAuthority makes the authority this node's own word.
-func (n *Node) signAuthority(authority *statev1.Authority) (*statev1.PrepareAuthority, error) {
+func (as *authorities) signAuthority(authority *statev1.Authority) (*statev1.PrepareAuthority, error) {
 	var sum [sha256.Size]byte
-	n.Read(func(st *domain.State) { sum = ca.AuthorityStatement(st.Cluster(), authority) })
-	spki, signature, err := n.signStatement(sum)
+	as.Read(func(st *domain.State) { sum = ca.AuthorityStatement(st.Cluster(), authority) })
+	spki, signature, err := as.SignStatement(sum)
 	if err != nil {
 		return nil, fmt.Errorf("sign the authority with the node key: %w", err)
 	}
 	return &statev1.PrepareAuthority{Authority: authority, NodeKey: spki, Signature: signature}, nil
 }
 
-// signStatement signs with the node key, in the form that Apply verifies.
-func (n *Node) signStatement(sum [sha256.Size]byte) (spki, signature []byte, err error) {
-	if spki, err = x509.MarshalPKIXPublicKey(n.own.key.Public()); err != nil {
-		return nil, nil, err
-	}
-	if signature, err = n.own.key.Sign(rand.Reader, sum[:], crypto.SHA256); err != nil {
-		return nil, nil, err
-	}
-	signature, err = ca.FixedSignature(signature)
-	return spki, signature, err
-}
-
 // dropKeys deletes the keys of authorities that will never sign again.
-func (n *Node) dropKeys(u use, own rotation.Own) error {
+func (as *authorities) dropKeys(u use, own rotation.Own) error {
 	var over bool
 	for id, a := range own.Known {
-		if a != own.Active && a != own.Prepared && n.signer.Has(id) {
+		if a != own.Active && a != own.Prepared && as.signer.Has(id) {
 			over = true
 		}
 	}
 	if !over {
 		return nil
 	}
-	names, err := n.own.keys.Names()
+	names, err := as.own.keys.Names()
 	if err != nil {
 		return err
 	}
@@ -374,21 +361,57 @@ func (n *Node) dropKeys(u use, own rotation.Own) error {
 		if !strings.HasPrefix(name, u.prefix) {
 			continue
 		}
-		key, err := n.own.keys.Load(name)
+		key, err := as.own.keys.Load(name)
 		if err != nil {
 			return err
 		}
-		id, err := n.signer.Add(key)
+		id, err := as.signer.Add(key)
 		if err != nil {
 			return err
 		}
 		if a := own.Known[id]; a != nil && a != own.Active && a != own.Prepared {
-			if err := n.own.keys.Delete(name); err != nil {
+			if err := as.own.keys.Delete(name); err != nil {
 				return err
 			}
-			n.signer.Remove(id)
-			n.log.Info("the key of an authority that signs no more was deleted", "authority", id, "phase", ca.PhaseName(a.GetPhase()))
+			as.signer.Remove(id)
+			as.log.Info("the key of an authority that signs no more was deleted", "authority", id, "phase", ca.PhaseName(a.GetPhase()))
 		}
 	}
 	return nil
+}
+
+// activeAuthority is this node's ACTIVE X.509 authority.
+func (as *authorities) activeAuthority() *statev1.Authority {
+	return as.activeFor(statev1.KeyUse_KEY_USE_X509)
+}
+
+// activeFor is the authority that this node signs with for one use: the ACTIVE one, or
+// the one that it took into use without quorum.
+func (as *authorities) activeFor(use statev1.KeyUse) (active *statev1.Authority) {
+	r := as.replica.Load()
+	if r == nil {
+		return nil
+	}
+	taken := as.offline.record(use)
+	r.Read(func(st *domain.State) {
+		var offline bool
+		if active, offline = rotation.Signing(st, as.own.id, use, taken.GetId()); offline {
+			active = taken
+		}
+	})
+	return active
+}
+
+// autonomy is how long this node signs with the authorities that it may use without
+// another agreement: the ACTIVE one, and the next if that is marked ready.
+func (as *authorities) autonomy(now time.Time) time.Duration {
+	own := as.ownAuthorities(uses[0]) // X.509: without it nothing else is reached
+	var end int64
+	if own.Active != nil {
+		end = own.Active.GetNotAfter()
+	}
+	if own.Prepared.GetReady() {
+		end = max(end, own.Prepared.GetNotAfter())
+	}
+	return max(time.Unix(end, 0).Sub(now), 0)
 }

@@ -60,38 +60,3 @@ func (c *clock) offset() (offset time.Duration, known bool) {
 	defer c.mu.Unlock()
 	return c.at.Round(0).Sub(c.agreed), !c.at.IsZero()
 }
-
-// wall is what this node's clock reads. Certificates and time-outs go by time.Now: only
-// what is agreed about time, and whether to sign, depend on it.
-func (n *Node) wall() time.Time { return time.Now().Add(n.clockError()) }
-
-func (n *Node) clockError() time.Duration {
-	if n.cfg.clockError == nil {
-		return 0
-	}
-	return n.cfg.clockError()
-}
-
-// signerClock is what the signer compares this node's clock with.
-func (n *Node) signerClock() signer.Clock {
-	clock := n.clock.read()
-	if !clock.Agreed.IsZero() {
-		clock.Agreed = clock.Agreed.Add(-n.clockError())
-	}
-	return clock
-}
-
-// clockProblem says why this node rejects a leader's time; empty if it does not.
-func (n *Node) clockProblem() string {
-	leader, reason := n.replica.Load().Rejected()
-	if leader == "" {
-		return ""
-	}
-	name := leader
-	n.Read(func(st *domain.State) {
-		if m, ok := st.Member(leader); ok {
-			name = m.GetName()
-		}
-	})
-	return "leader " + name + " " + reason
-}

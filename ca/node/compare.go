@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
@@ -14,37 +15,20 @@ import (
 // leader begins with a comparison.
 const checksumEvery = 4096
 
-// keepComparing proposes checksums of the leader's own state.
-func (n *Node) keepComparing(ctx context.Context) {
-	last, every := uint64(0), uint64(checksumEvery)
-	if n.cfg.compareEvery != 0 {
-		every = n.cfg.compareEvery
-	}
-	for {
-		if applied := n.replica.Load().Applied(); applied-last >= every || last == 0 {
-			checksum := &statev1.Checksum{Format: domain.ChecksumFormat}
-			n.Read(func(st *domain.State) { checksum.AtIndex, checksum.Sum = st.Applied(), st.Checksum() })
-			callCtx, cancel := context.WithTimeout(ctx, 5*time.Second)
-			_, err := n.replica.Load().Propose(callCtx, n.byItself(&statev1.Command{Body: &statev1.Command_Checksum{Checksum: checksum}}))
-			cancel()
-			if err == nil {
-				last = applied
-				n.compare(ctx, checksum.GetAtIndex()) // the leader may be the odd one
-			}
-		}
-		if sleep(ctx, time.Second) != nil {
-			return
-		}
-	}
+// comparisons find a state that is not what the others have.
+type comparisons struct {
+	*core
+	odd      chan uint64 // indexes at which this node's state was not the leader's
+	compared atomic.Uint64
 }
 
-// runComparisons looks into every checksum that this node's state does not match.
-func (n *Node) runComparisons(ctx context.Context) error {
+// run looks into every checksum that this node's state does not match.
+func (c *comparisons) run(ctx context.Context) error {
 	for {
 		select {
-		case index := <-n.odd:
-			n.log.Error("this node's state differs from the leader's: asking the others who is the odd one", "index", index)
-			n.compare(ctx, index)
+		case index := <-c.odd:
+			c.log.Error("this node's state differs from the leader's: asking the others who is the odd one", "index", index)
+			c.compare(ctx, index)
 		case <-ctx.Done():
 			return ctx.Err()
 		}
@@ -53,16 +37,16 @@ func (n *Node) runComparisons(ctx context.Context) error {
 
 // compare asks all other voters for their state's hash at an index, and stops this node
 // if a majority of all voters has another one than it.
-func (n *Node) compare(ctx context.Context, index uint64) {
+func (c *comparisons) compare(ctx context.Context, index uint64) {
 	var own []byte
 	known := false
 	voters := make(map[string]*statev1.Member)
-	for _, s := range n.replica.Load().Servers() {
+	for _, s := range c.replica.Load().Servers() {
 		if s.Voter {
 			voters[s.ID] = nil
 		}
 	}
-	n.Read(func(st *domain.State) {
+	c.Read(func(st *domain.State) {
 		own, known = st.ChecksumAt(index)
 		for id := range voters {
 			voters[id], _ = st.Member(id)
@@ -77,13 +61,13 @@ func (n *Node) compare(ctx context.Context, index uint64) {
 	var mu sync.Mutex
 	differ, alike := 0, 0
 	for id, m := range voters {
-		if id == n.own.id || m == nil {
+		if id == c.own.id || m == nil {
 			continue
 		}
 		asking.Go(func() {
 			// One that lags has not been there yet: give it a moment.
 			for {
-				sum, err := n.peers.Checksum(ctx, m, index)
+				sum, err := c.peers.Checksum(ctx, m, index)
 				if err == nil && len(sum) > 0 {
 					mu.Lock()
 					defer mu.Unlock()
@@ -103,8 +87,32 @@ func (n *Node) compare(ctx context.Context, index uint64) {
 	asking.Wait()
 	switch {
 	case differ >= len(voters)/2+1:
-		n.replica.Load().Diverge(index)
+		c.replica.Load().Diverge(index)
 	case differ > 0:
-		n.log.Error("the states of the CA nodes differ, and no majority says that this node is the odd one", "index", index, "differ", differ, "alike", alike, "voters", len(voters))
+		c.log.Error("the states of the CA nodes differ, and no majority says that this node is the odd one", "index", index, "differ", differ, "alike", alike, "voters", len(voters))
+	}
+}
+
+// keep proposes checksums of the leader's own state.
+func (c *comparisons) keep(ctx context.Context) {
+	last, every := uint64(0), uint64(checksumEvery)
+	if c.cfg.compareEvery != 0 {
+		every = c.cfg.compareEvery
+	}
+	for {
+		if applied := c.replica.Load().Applied(); applied-last >= every || last == 0 {
+			checksum := &statev1.Checksum{Format: domain.ChecksumFormat}
+			c.Read(func(st *domain.State) { checksum.AtIndex, checksum.Sum = st.Applied(), st.Checksum() })
+			callCtx, cancel := context.WithTimeout(ctx, 5*time.Second)
+			_, err := c.replica.Load().Propose(callCtx, c.byItself(&statev1.Command{Body: &statev1.Command_Checksum{Checksum: checksum}}))
+			cancel()
+			if err == nil {
+				last = applied
+				c.compare(ctx, checksum.GetAtIndex()) // the leader may be the odd one
+			}
+		}
+		if sleep(ctx, time.Second) != nil {
+			return
+		}
 	}
 }

@@ -30,7 +30,7 @@ func (c *Config) HoldBack(f func(member string) bool) { c.holdBack = f }
 
 // CompareAt asks the other voters for their state's hash at an index, as a node does that
 // met a checksum which is not its own.
-func (n *Node) CompareAt(ctx context.Context, index uint64) { n.compare(ctx, index) }
+func (n *Node) CompareAt(ctx context.Context, index uint64) { n.comparisons.compare(ctx, index) }
 
 // Term is that of the latest election that this node knows of.
 func (n *Node) Term() uint64 { return n.replica.Load().Term() }

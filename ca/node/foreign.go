@@ -14,6 +14,7 @@ import (
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/domain"
+	"github.com/entente-mesh/entente/ca/feed"
 	"github.com/entente-mesh/entente/ca/server"
 	"github.com/entente-mesh/entente/federation/exchange"
 )
@@ -25,26 +26,34 @@ type foreignStatus struct {
 	own map[string]*statev1.ForeignBundle // accepted while nothing could be agreed, as fetched
 }
 
-func (f *foreignStatus) set(td string, fetched server.Fetched) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if f.of == nil {
-		f.of = make(map[string]server.Fetched)
+func (s *foreignStatus) set(td string, fetched server.Fetched) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.of == nil {
+		s.of = make(map[string]server.Fetched)
 	}
-	f.of[td] = fetched
+	s.of[td] = fetched
 }
 
-func (f *foreignStatus) all() map[string]server.Fetched {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return maps.Clone(f.of)
+func (s *foreignStatus) all() map[string]server.Fetched {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return maps.Clone(s.of)
+}
+
+// following keeps the bundles of other domains the newest: the leader for all, and each node
+// for its own subscribers while nothing can be agreed.
+type following struct {
+	*core
+	feed   *feed.Feed
+	status foreignStatus
 }
 
 // accept is what becomes of a bundle that passed.
 type accept func(context.Context, *statev1.ForeignBundle) error
 
-// keepFollowing runs one fetcher for each relationship.
-func (n *Node) keepFollowing(ctx context.Context, take accept) {
+// keep runs one fetcher for each relationship.
+func (f *following) keep(ctx context.Context, take accept) {
 	type follower struct {
 		revision uint64
 		whole    bool // bundles are kept as fetched
@@ -54,23 +63,23 @@ func (n *Node) keepFollowing(ctx context.Context, take accept) {
 	var fetchers sync.WaitGroup
 	defer fetchers.Wait()
 	defer func() {
-		for _, f := range running {
-			f.cancel()
+		for _, r := range running {
+			r.cancel()
 		}
 	}()
 	for {
-		changed := n.applied.wait()
+		changed := f.applied.wait()
 		wanted := make(map[string]*statev1.Object)
 		var whole bool
-		n.Read(func(st *domain.State) {
+		f.Read(func(st *domain.State) {
 			whole = st.KeepsForeignWhole()
 			for _, td := range st.Peers() {
 				wanted[td], _ = st.Object("Relationship/" + td)
 			}
 		})
-		for td, f := range running {
-			if o := wanted[td]; o == nil || o.GetRevision() != f.revision || f.whole != whole {
-				f.cancel()
+		for td, r := range running {
+			if o := wanted[td]; o == nil || o.GetRevision() != r.revision || r.whole != whole {
+				r.cancel()
 				delete(running, td)
 			}
 		}
@@ -80,7 +89,7 @@ func (n *Node) keepFollowing(ctx context.Context, take accept) {
 			}
 			ctx, cancel := context.WithCancel(ctx)
 			running[td] = follower{o.GetRevision(), whole, cancel}
-			fetchers.Go(func() { n.follow(ctx, o.GetRelationship(), take) })
+			fetchers.Go(func() { f.follow(ctx, o.GetRelationship(), take) })
 		}
 		select {
 		case <-changed:
@@ -90,23 +99,23 @@ func (n *Node) keepFollowing(ctx context.Context, take accept) {
 	}
 }
 
-// runForeign follows the other domains' bundles at this node while nothing can be agreed,
+// run follows the other domains' bundles at this node while nothing can be agreed,
 // which else the leader does for all: what passes the same checks counts in this node's
 // memory and for its own subscribers (I5, I8). When there is quorum again, the leader
 // has what it holds agreed, and fetches; until that is as new, each node keeps its own.
-func (n *Node) runForeign(ctx context.Context) error {
+func (f *following) run(ctx context.Context) error {
 	for {
-		if !n.noQuorumSince(time.Now()).IsZero() {
+		if !f.noQuorumSince(time.Now()).IsZero() {
 			alone, stop := context.WithCancel(ctx)
 			var following sync.WaitGroup
-			following.Go(func() { n.keepFollowing(alone, n.holdForeignAlone) })
-			for ctx.Err() == nil && !n.noQuorumSince(time.Now()).IsZero() {
+			following.Go(func() { f.keep(alone, f.holdAlone) })
+			for ctx.Err() == nil && !f.noQuorumSince(time.Now()).IsZero() {
 				sleep(ctx, lookForQuorum)
 			}
 			stop()
 			following.Wait()
 		}
-		n.foreign.settle(n)
+		f.status.settle(f)
 		if err := sleep(ctx, lookForQuorum); err != nil {
 			return err
 		}
@@ -115,75 +124,75 @@ func (n *Node) runForeign(ctx context.Context) error {
 
 const lookForQuorum = 500 * time.Millisecond
 
-// holdForeignAlone takes a bundle into use here while nothing can be agreed.
-func (n *Node) holdForeignAlone(_ context.Context, record *statev1.ForeignBundle) error {
-	n.foreign.hold(n, record)
-	n.log.Warn("the bundle of another domain is in use at this node alone, until it can be agreed", "peer_domain", record.GetTrustDomain(), "sequence", record.GetSequence())
+// holdAlone takes a bundle into use here while nothing can be agreed.
+func (f *following) holdAlone(_ context.Context, record *statev1.ForeignBundle) error {
+	f.status.hold(f, record)
+	f.log.Warn("the bundle of another domain is in use at this node alone, until it can be agreed", "peer_domain", record.GetTrustDomain(), "sequence", record.GetSequence())
 	return nil
 }
 
 // hold takes a bundle for this node's own; it is newer than all before, its follower saw
 // to that.
-func (f *foreignStatus) hold(n *Node, record *statev1.ForeignBundle) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	own := maps.Clone(f.own)
+func (s *foreignStatus) hold(f *following, record *statev1.ForeignBundle) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	own := maps.Clone(s.own)
 	if own == nil {
 		own = make(map[string]*statev1.ForeignBundle)
 	}
 	own[record.GetTrustDomain()] = record
-	f.use(n, own)
+	s.use(f, own)
 }
 
 // settle gives up what is agreed by now, or concerns nobody any more.
-func (f *foreignStatus) settle(n *Node) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if len(f.own) == 0 {
+func (s *foreignStatus) settle(f *following) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.own) == 0 {
 		return
 	}
-	own := maps.Clone(f.own)
-	n.Read(func(st *domain.State) {
+	own := maps.Clone(s.own)
+	f.Read(func(st *domain.State) {
 		maps.DeleteFunc(own, func(td string, b *statev1.ForeignBundle) bool {
 			agreed, ok := st.FetchedBundle(td)
 			_, related := st.Object("Relationship/" + td)
 			return !related || ok && b.GetSequence() <= agreed.GetSequence()
 		})
 	})
-	f.use(n, own)
+	s.use(f, own)
 }
 
 // use takes these in place of those of before. Which of their keys are used follows from them
 // and the agreed ones together. Called with mu.
-func (f *foreignStatus) use(n *Node, own map[string]*statev1.ForeignBundle) {
-	f.own = own
+func (s *foreignStatus) use(f *following, own map[string]*statev1.ForeignBundle) {
+	s.own = own
 	var usable map[string]*statev1.ForeignBundle
 	if len(own) > 0 {
 		read := make(map[string]*domain.Foreign, len(own))
 		for td, b := range own {
 			read[td] = domain.ReadForeign(b)
 		}
-		n.Read(func(st *domain.State) { usable = st.UsableWith(read) })
+		f.Read(func(st *domain.State) { usable = st.UsableWith(read) })
 	}
-	n.feed.HoldForeign(usable)
+	f.feed.HoldForeign(usable)
 }
 
 // newest is the last bundle of that domain that this node has accepted, as fetched.
-func (f *foreignStatus) newest(st *domain.State, td string) *statev1.ForeignBundle {
+func (s *foreignStatus) newest(st *domain.State, td string) *statev1.ForeignBundle {
 	agreed, _ := st.FetchedBundle(td)
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if own := f.own[td]; own != nil && own.GetSequence() > agreed.GetSequence() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if own := s.own[td]; own != nil && own.GetSequence() > agreed.GetSequence() {
 		return own
 	}
 	return agreed
 }
 
 // follow keeps the accepted bundle of one domain the newest.
-func (n *Node) follow(ctx context.Context, r *statev1.Relationship, take accept) {
-	log := n.log.With("peer_domain", r.GetTrustDomain())
+func (f *following) follow(ctx context.Context, r *statev1.Relationship, take accept) {
+	log := f.log.With("peer_domain", r.GetTrustDomain())
 	for ctx.Err() == nil {
-		err := n.followOnce(ctx, r, take)
+		err := f.followOnce(ctx, r, take)
 		if ctx.Err() != nil {
 			return
 		}
@@ -192,22 +201,22 @@ func (n *Node) follow(ctx context.Context, r *statev1.Relationship, take accept)
 			return
 		}
 		log.Error("the bundle of another domain cannot be followed; trying again", "error", err)
-		n.foreign.set(r.GetTrustDomain(), server.Fetched{Err: err.Error()})
+		f.status.set(r.GetTrustDomain(), server.Fetched{Err: err.Error()})
 		if sleep(ctx, 2*time.Second) != nil {
 			return
 		}
 	}
 }
 
-func (n *Node) followOnce(ctx context.Context, r *statev1.Relationship, take accept) error {
+func (f *following) followOnce(ctx context.Context, r *statev1.Relationship, take accept) error {
 	td, err := ca.ParseTrustDomain(r.GetTrustDomain())
 	if err != nil {
 		return err
 	}
 	var last, agreed *statev1.ForeignBundle
-	n.Read(func(st *domain.State) {
+	f.Read(func(st *domain.State) {
 		agreed, _ = st.FetchedBundle(td.Name())
-		last = n.foreign.newest(st, td.Name())
+		last = f.status.newest(st, td.Name())
 	})
 	if last != agreed { // this node's own, from before there was quorum
 		if err := take(ctx, last); err != nil {
@@ -219,7 +228,7 @@ func (n *Node) followOnce(ctx context.Context, r *statev1.Relationship, take acc
 		if last, err = server.ForeignRecord(td, r.GetBootstrapBundle()); err != nil {
 			return err
 		}
-		if last, err = n.holdForeign(last); err != nil {
+		if last, err = f.hold(last); err != nil {
 			return err
 		}
 		if err := take(ctx, last); err != nil {
@@ -230,8 +239,8 @@ func (n *Node) followOnce(ctx context.Context, r *statev1.Relationship, take acc
 		return nil
 	}
 	endpoint := exchange.Endpoint{
-		TrustDomain: td, URLs: r.GetEndpointUrls(), Bundles: server.ForeignBundles{State: n, Feed: n.feed},
-		AllowLoopback: n.cfg.Keys.InsecureDev, // which the cluster is for as long as it lives
+		TrustDomain: td, URLs: r.GetEndpointUrls(), Bundles: server.ForeignBundles{State: f, Feed: f.feed},
+		AllowLoopback: f.cfg.Keys.InsecureDev, // which the cluster is for as long as it lives
 	}
 	if r.GetEndpointId() != "" {
 		if endpoint.ID, err = spiffeid.FromString(r.GetEndpointId()); err != nil {
@@ -241,32 +250,32 @@ func (n *Node) followOnce(ctx context.Context, r *statev1.Relationship, take acc
 	return exchange.Follow(ctx, exchange.FollowConfig{
 		Endpoint: endpoint,
 		Last:     last,
-		Hold:     n.holdForeign,
-		Accept: func(ctx context.Context, f *exchange.Fetched) error {
-			return take(ctx, f.Record)
+		Hold:     f.hold,
+		Accept: func(ctx context.Context, fetched *exchange.Fetched) error {
+			return take(ctx, fetched.Record)
 		},
 		OnStatus: func(s exchange.Status) {
 			fetched := server.Fetched{At: s.Succeeded, Err: s.Error}
 			if s.Refused != "" {
 				fetched.Err = s.Refused
 			}
-			n.foreign.set(td.Name(), fetched)
+			f.status.set(td.Name(), fetched)
 		},
-		Log: n.log,
+		Log: f.log,
 	})
 }
 
-// holdForeign is what of a fetched bundle is kept: all of it, for which keys are used is
+// hold is what of a fetched bundle is kept: all of it, for which keys are used is
 // found when it is read. Below feature level 5 an older CA node would use all that is kept,
 // so only what is used is.
-func (n *Node) holdForeign(record *statev1.ForeignBundle) (*statev1.ForeignBundle, error) {
+func (f *following) hold(record *statev1.ForeignBundle) (*statev1.ForeignBundle, error) {
 	if size := len(record.GetJwks()); size > domain.MaxForeignBundle {
 		return nil, fmt.Errorf("bundle of %s has %d bytes, and more than %d are not kept: its administrators must take keys out", record.GetTrustDomain(), size, domain.MaxForeignBundle)
 	}
 	record = proto.CloneOf(record)
 	td := record.GetTrustDomain()
 	read := map[string]*domain.Foreign{td: domain.ReadForeign(record)}
-	n.Read(func(st *domain.State) {
+	f.Read(func(st *domain.State) {
 		if record.AsFetched = st.KeepsForeignWhole(); !record.AsFetched {
 			record = st.UsableWith(read)[td]
 		}
@@ -276,11 +285,11 @@ func (n *Node) holdForeign(record *statev1.ForeignBundle) (*statev1.ForeignBundl
 
 // watchDropped says in the log what the status shows: which keys of other domains' bundles
 // are not used.
-func (n *Node) watchDropped(ctx context.Context) error {
+func (f *following) watchDropped(ctx context.Context) error {
 	said := map[string]string{}
 	for {
-		changed := n.applied.wait()
-		n.Read(func(st *domain.State) {
+		changed := f.applied.wait()
+		f.Read(func(st *domain.State) {
 			for _, td := range st.Peers() {
 				var keys []string
 				for _, d := range st.DroppedKeys(td) {
@@ -288,7 +297,7 @@ func (n *Node) watchDropped(ctx context.Context) error {
 				}
 				if text := strings.Join(keys, "; "); text != said[td] {
 					if said[td] = text; text != "" {
-						n.log.Error("keys of another domain's bundle are not used: ask its administrators", "peer_domain", td, "keys", keys)
+						f.log.Error("keys of another domain's bundle are not used: ask its administrators", "peer_domain", td, "keys", keys)
 					}
 				}
 			}
@@ -301,16 +310,16 @@ func (n *Node) watchDropped(ctx context.Context) error {
 	}
 }
 
-// storeForeign has a bundle agreed.
-func (n *Node) storeForeign(ctx context.Context, record *statev1.ForeignBundle) error {
+// store has a bundle agreed.
+func (f *following) store(ctx context.Context, record *statev1.ForeignBundle) error {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-	command := n.byItself(&statev1.Command{Body: &statev1.Command_StoreForeignBundle{StoreForeignBundle: &statev1.StoreForeignBundle{
+	command := f.byItself(&statev1.Command{Body: &statev1.Command_StoreForeignBundle{StoreForeignBundle: &statev1.StoreForeignBundle{
 		TrustDomain: record.GetTrustDomain(), Jwks: record.GetJwks(), Sequence: record.GetSequence(),
 	}}})
-	outcome, err := n.replica.Load().Propose(ctx, command)
+	outcome, err := f.replica.Load().Propose(ctx, command)
 	if err == nil {
-		n.audit.Command(command, outcome, nil)
+		f.audit.Command(command, outcome, nil)
 	}
 	if err == nil && outcome.Refused != nil {
 		err = outcome.Refused
@@ -318,6 +327,6 @@ func (n *Node) storeForeign(ctx context.Context, record *statev1.ForeignBundle) 
 	if err != nil {
 		return fmt.Errorf("store the bundle of %s: %w", record.GetTrustDomain(), err)
 	}
-	n.log.Info("the bundle of another domain is agreed", "peer_domain", record.GetTrustDomain(), "sequence", record.GetSequence())
+	f.log.Info("the bundle of another domain is agreed", "peer_domain", record.GetTrustDomain(), "sequence", record.GetSequence())
 	return nil
 }

@@ -12,13 +12,23 @@ import (
 	"github.com/entente-mesh/entente/ca/server"
 )
 
-// isolate shuts an agent out at this node while nothing can be agreed: on disk first,
+// isolation is what this node remembers of agents that were shut out, by itself or by
+// agreement, and keeps in step with the state.
+type isolation struct {
+	*proposals
+	bans    *bans
+	changed chan struct{} // an agent's record has
+	recheck func()        // has open connections looked at
+	refused string        // of run alone: what the log said last
+}
+
+// Isolate shuts an agent out at this node while nothing can be agreed: on disk first,
 // then at its own doors and streams, and for its own subscribers. Repeated, it gives the
 // same answer. It can only take away (I5): what lifts it is an agreement.
-func (n *Node) isolate(name, reason, who string) (server.Isolation, error) {
+func (i *isolation) Isolate(name, reason, who string) (server.Isolation, error) {
 	var agent *statev1.Agent
 	var line ban
-	n.Read(func(st *domain.State) {
+	i.Read(func(st *domain.State) {
 		if a, ok := st.Agent(name); ok {
 			agent, line = a, banOf(isolated, st, a)
 		}
@@ -28,37 +38,37 @@ func (n *Node) isolate(name, reason, who string) (server.Isolation, error) {
 		return server.Isolation{}, server.ErrNoAgent
 	case agent.GetBanned():
 		return server.Isolation{}, server.ErrBanned
-	case n.noQuorumSince(time.Now()).IsZero():
+	case i.noQuorumSince(time.Now()).IsZero():
 		return server.Isolation{}, server.ErrQuorum
 	}
-	own := n.isolations()
-	if i := slices.IndexFunc(own, func(i server.Isolation) bool { return i.Agent.GetName() == name }); i >= 0 {
-		return own[i], nil
+	own := i.Isolated()
+	if at := slices.IndexFunc(own, func(is server.Isolation) bool { return is.Agent.GetName() == name }); at >= 0 {
+		return own[at], nil
 	}
 	line.Who, line.Reason = who, reason
-	err := n.bans.add(line)
-	n.cfg.reach("journalled")
+	err := i.bans.add(line)
+	i.cfg.reach("journalled")
 	if err != nil {
-		n.log.Error("an isolation is in force and not on disk: a restart of this node would lose it", "agent", name, "error", err)
+		i.log.Error("an isolation is in force and not on disk: a restart of this node would lose it", "agent", name, "error", err)
 	}
-	n.enforceIsolations()
-	n.cfg.reach("applied")
-	n.log.Warn("an agent is isolated by this node alone", "agent", name, "administrator", who, "reason", reason)
+	i.enforce()
+	i.cfg.reach("applied")
+	i.log.Warn("an agent is isolated by this node alone", "agent", name, "administrator", who, "reason", reason)
 	return isolationOf(line, err), nil
 }
 
 func isolationOf(line ban, unwritten error) server.Isolation {
-	i := server.Isolation{Agent: line.agent(), Who: line.Who, Reason: line.Reason, At: line.Time}
+	is := server.Isolation{Agent: line.agent(), Who: line.Who, Reason: line.Reason, At: line.Time}
 	if unwritten != nil {
-		i.NotWritten = unwritten.Error()
+		is.NotWritten = unwritten.Error()
 	}
-	return i
+	return is
 }
 
-// isolations are those that are in force and not agreed yet.
-func (n *Node) isolations() (list []server.Isolation) {
-	lines, unwritten := n.bans.all()
-	n.Read(func(st *domain.State) {
+// Isolated are those that are in force and not agreed yet.
+func (i *isolation) Isolated() (list []server.Isolation) {
+	lines, unwritten := i.bans.all()
+	i.Read(func(st *domain.State) {
 		for _, line := range lines {
 			if line.Kind == isolated && line.Cluster == clusterOf(st) && !knows(st, line) {
 				list = append(list, isolationOf(line, unwritten[line.Agent]))
@@ -68,13 +78,13 @@ func (n *Node) isolations() (list []server.Isolation) {
 	return list
 }
 
-func (n *Node) enforceIsolations() {
+func (i *isolation) enforce() {
 	var agents []*statev1.Agent
-	for _, i := range n.isolations() {
-		agents = append(agents, i.Agent)
+	for _, is := range i.Isolated() {
+		agents = append(agents, is.Agent)
 	}
-	n.feed.Isolate(agents)
-	signal(n.recheck)
+	i.feed.Isolate(agents)
+	i.recheck()
 }
 
 // knows tells whether the state says of an agent what was remembered, or something
@@ -99,17 +109,17 @@ const (
 	mergeTimeout = 5 * time.Second
 )
 
-// runBans keeps the memory of bans and the state in step: what is agreed goes into the
+// run keeps the memory of bans and the state in step: what is agreed goes into the
 // memory; what is remembered and the state does not know is proposed, as soon as
 // something can be agreed. Each node does it for itself.
-func (n *Node) runBans(ctx context.Context) error {
+func (i *isolation) run(ctx context.Context) error {
 	retry := time.NewTicker(mergeEvery)
 	defer retry.Stop()
 	for {
-		n.bans.rewrite()
-		n.mergeBans(ctx)
+		i.bans.rewrite()
+		i.mergeBans(ctx)
 		select {
-		case <-n.agentsChanged:
+		case <-i.changed:
 		case <-retry.C:
 		case <-ctx.Done():
 			return ctx.Err()
@@ -117,46 +127,46 @@ func (n *Node) runBans(ctx context.Context) error {
 	}
 }
 
-func (n *Node) mergeBans(ctx context.Context) {
-	news, pending := n.compareBans()
+func (i *isolation) mergeBans(ctx context.Context) {
+	news, pending := i.compareBans()
 	for _, line := range news {
-		if err := n.bans.add(line); err != nil {
-			n.log.Warn("a ban is agreed and not in this node's own memory; trying on", "agent", line.Agent, "error", err)
+		if err := i.bans.add(line); err != nil {
+			i.log.Warn("a ban is agreed and not in this node's own memory; trying on", "agent", line.Agent, "error", err)
 			return
 		}
 	}
-	n.enforceIsolations()
-	if len(pending) == 0 || !n.noQuorumSince(time.Now()).IsZero() {
+	i.enforce()
+	if len(pending) == 0 || !i.noQuorumSince(time.Now()).IsZero() {
 		return
 	}
 	for chunk := range slices.Chunk(pending, mergeAtOnce) {
-		command := n.byItself(&statev1.Command{Body: &statev1.Command_MergeBans{MergeBans: &statev1.MergeBans{Bans: chunk}}})
+		command := i.byItself(&statev1.Command{Body: &statev1.Command_MergeBans{MergeBans: &statev1.MergeBans{Bans: chunk}}})
 		callCtx, cancel := context.WithTimeout(ctx, mergeTimeout)
-		outcome, err := n.Propose(callCtx, command)
+		outcome, err := i.Propose(callCtx, command)
 		cancel()
 		if err != nil {
-			n.log.Debug("remembered bans could not be agreed yet", "error", err)
+			i.log.Debug("remembered bans could not be agreed yet", "error", err)
 			return
 		}
 		if outcome.Refused != nil {
-			if text := outcome.Refused.Error(); text != n.bansRefused {
-				n.bansRefused = text // once, not every second
-				n.audit.Command(command, outcome, nil)
-				n.log.Error("bans that this node remembers were refused: ban these agents by hand", "agents", len(chunk), "reason", text)
+			if text := outcome.Refused.Error(); text != i.refused {
+				i.refused = text // once, not every second
+				i.audit.Command(command, outcome, nil)
+				i.log.Error("bans that this node remembers were refused: ban these agents by hand", "agents", len(chunk), "reason", text)
 			}
 			return
 		}
-		n.audit.Command(command, outcome, nil)
-		n.log.Info("bans that this node remembered are agreed", "agents", len(chunk), "revision", ca.Revision(outcome.Revision).String())
+		i.audit.Command(command, outcome, nil)
+		i.log.Info("bans that this node remembered are agreed", "agents", len(chunk), "revision", ca.Revision(outcome.Revision).String())
 	}
-	n.cfg.reach("merged")
-	signal(n.agentsChanged) // the memory takes down that they are
+	i.cfg.reach("merged")
+	signal(i.changed) // the memory takes down that they are
 }
 
 // compareBans says what the memory lacks, and what the state lacks.
-func (n *Node) compareBans() (news []ban, pending []*statev1.RememberedBan) {
-	lines, _ := n.bans.all()
-	n.Read(func(st *domain.State) {
+func (i *isolation) compareBans() (news []ban, pending []*statev1.RememberedBan) {
+	lines, _ := i.bans.all()
+	i.Read(func(st *domain.State) {
 		if st.Cluster() == nil {
 			return
 		}

@@ -15,17 +15,15 @@ import (
 	"runtime/debug"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
-	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	"github.com/entente-mesh/entente/ca/domain"
 	"github.com/entente-mesh/entente/ca/feed"
+	"github.com/entente-mesh/entente/ca/nodeattest"
 	"github.com/entente-mesh/entente/ca/replica"
-	"github.com/entente-mesh/entente/ca/rotation"
 	"github.com/entente-mesh/entente/ca/server"
 	"github.com/entente-mesh/entente/ca/signer"
 	"github.com/entente-mesh/entente/federation/exchange"
@@ -40,59 +38,32 @@ type Listeners struct {
 	Between server.Between
 }
 
-// Node is one CA node. Run may be called once.
+// Node is one CA node: its parts, each with what it owns (see DESIGN.md). Run may be called
+// once.
 type Node struct {
-	cfg    *Config
-	td     spiffeid.TrustDomain
-	log    *slog.Logger
-	own    *identity
-	bootID string
-
+	*proposals
+	registry  *daemon.Metrics
 	listeners Listeners
 	socket    net.Listener
 	admin     *daemon.Admin
 
-	upstream upstream // nil: authorities sign themselves
-	replica  atomic.Pointer[replica.Replica]
-	feed     *feed.Feed
-	signer   *signer.Signer
-	bundles  *server.Bundles
-	server   *server.Server
-	peers    *server.Peers
-
-	statements *statements
-	clock      clock
-	svids      *svids
-	gate       gate
-	ledTerm    atomic.Uint64 // term of which this node, as its leader, has applied all before
-	offline    offline
-	overdue    atomic.Int64 // authorities that the leader waits for longer than a phase
-	foreign    foreignStatus
-	wit        atomic.Bool // a relationship asks for WIT keys
-	registry   *daemon.Metrics
-	bans       *bans
-	audit      *server.Audit
-	auditLog   *daemon.LogFile // nil: not to a file
-	// auditShares: it is on the file system of the replicated log.
-	auditShares bool
-
-	started   time.Time
-	hadAgents bool // the state knew agents when this process started
-	applied   broadcast
-	recheck   chan struct{}
-
-	agentsChanged chan struct{}
-	bansRefused   string // of runBans alone
-
-	preparing sync.Mutex  // one authority at a time
-	swapped   broadcast   // another replica took the place of a failed one
-	odd       chan uint64 // indexes at which this node's state was not the leader's
-	compared  atomic.Uint64
+	auditing    auditing
+	authorities *authorities
+	svids       *svids
+	statements  *statements
+	gate        *gate
+	isolation   *isolation
+	following   *following
+	hearing     *hearing
+	leadership  *leadership
+	watchdog    *watchdog
+	comparisons *comparisons
+	returning   *returning
+	rechecks    *rechecks
+	roll        *roll
+	web         *web
+	server      *server.Server
 }
-
-// settleTime is how long the subscribers of a node that restarted are given to come
-// back before its word counts for the ready gate. They reconnect within a second.
-const settleTime = 5 * time.Second
 
 // New opens the node's keys, its replica and its listeners. The state that was agreed
 // before is there on return. Run must be called, or Close.
@@ -112,75 +83,97 @@ func New(cfg *Config, log *slog.Logger, listeners Listeners) (_ *Node, err error
 	if err != nil {
 		return nil, err
 	}
-	n := &Node{
-		cfg:       cfg,
-		td:        cfg.trustDomain(),
-		log:       log.With("node", cfg.Name),
-		own:       own,
-		bootID:    newBootID(),
-		upstream:  cfg.openUpstream(),
-		listeners: listeners,
-		feed:      feed.New(own.id, 0, 0),
-		registry:  daemon.NewMetrics("ca"),
-		started:   time.Now(),
-		recheck:   make(chan struct{}, 1),
-
-		agentsChanged: make(chan struct{}, 1),
-
-		odd: make(chan uint64, 1),
-	}
-	if n.bans, err = openBans(cfg.DataDir, cfg.beforeWrite); err != nil {
+	bans, err := openBans(cfg.DataDir, cfg.beforeWrite)
+	if err != nil {
 		return nil, err
 	}
-	n.feed.ReissueRate = cfg.ReissueRate.PerSecond
-	n.recallSubscribers()
-	n.bundles = server.NewBundles(n.td)
-	if err := n.openAudit(); err != nil {
+	n := newNode(cfg, log, listeners, own, bans)
+	defer func() {
+		if err != nil {
+			n.Close()
+		}
+	}()
+	if err := n.auditing.open(n.registry); err != nil {
 		return nil, err
 	}
-	n.signer = signer.New(signer.Config{TrustDomain: n.td, Active: n.activeFor, Coming: n.coming, Clock: n.signerClock, Issuer: cfg.OIDC.Issuer, Waiting: cfg.Limits.Waiting, Signed: func(i signer.Issued) {
-		n.audit.Issued(i, n.feed.Revision())
-	}})
-	if err := n.loadAuthorityKeys(); err != nil {
+	if err := n.authorities.load(); err != nil {
 		return nil, err
 	}
 	x509pop, err := cfg.X509PoP.open()
 	if err != nil {
 		return nil, err
 	}
-	n.svids, n.statements = newSVIDs(n), &statements{node: n}
-	n.peers = server.NewPeers(n.certificate, n.isMember)
+	n.openDoors(x509pop)
+	if err := n.listen(); err != nil {
+		return nil, err
+	}
+	if err := n.openReplica(); err != nil {
+		return nil, err
+	}
+	n.registerMetrics()
+	debug.FreeOSMemory() // of reading the state: it is not needed again soon
+	return n, nil
+}
+
+// newNode puts the parts of a node together, in the order in which they need each other.
+func newNode(cfg *Config, log *slog.Logger, listeners Listeners, own *identity, bans *bans) *Node {
+	c := &core{cfg: cfg, td: cfg.trustDomain(), log: log.With("node", cfg.Name), own: own, bootID: newBootID(), started: time.Now()}
+	news := feed.New(own.id, 0, 0)
+	news.ReissueRate = cfg.ReissueRate.PerSecond
+	n := &Node{proposals: &proposals{c, news}, registry: daemon.NewMetrics("ca"), listeners: listeners}
+	n.auditing = auditing{core: c}
+	n.authorities = &authorities{proposals: n.proposals, upstream: cfg.openUpstream()}
+	n.authorities.signer = signer.New(signer.Config{
+		TrustDomain: c.td, Active: n.authorities.activeFor, Coming: n.authorities.coming, Clock: c.signerClock, Issuer: cfg.OIDC.Issuer, Waiting: cfg.Limits.Waiting,
+		Signed: func(i signer.Issued) { c.audit.Issued(i, news.Revision()) },
+	})
+	n.svids = &svids{authorities: n.authorities}
+	c.peers = server.NewPeers(n.certificate, c.isMember)
+	n.statements = &statements{core: c}
+	n.gate = &gate{proposals: n.proposals, svids: n.svids}
+	n.following = &following{core: c, feed: news}
+	n.comparisons = &comparisons{core: c, odd: make(chan uint64, 1)}
+	n.returning = &returning{core: c, config: n.replicaConfig, restored: n.onRestore}
+	n.leadership = &leadership{core: c, gate: n.gate, following: n.following, comparisons: n.comparisons, swapped: &n.returning.swapped}
+	n.watchdog = &watchdog{c}
+	n.rechecks = &rechecks{core: c, feed: news, due: make(chan struct{}, 1)}
+	n.isolation = &isolation{proposals: n.proposals, bans: bans, changed: make(chan struct{}, 1), recheck: n.rechecks.ask}
+	n.roll = &roll{c, news}
+	n.roll.recall()
+	n.web = &web{core: c, bundles: server.NewBundles(c.td)}
+	return n
+}
+
+// ownActs is what the doors have this node do by itself.
+type ownActs struct {
+	*authorities
+	isolation   *isolation
+	certificate func() (*tls.Certificate, error)
+}
+
+func (o ownActs) Certificate() (*tls.Certificate, error) { return o.certificate() }
+func (o ownActs) Isolated() []server.Isolation           { return o.isolation.Isolated() }
+func (o ownActs) Isolate(name, reason, who string) (server.Isolation, error) {
+	return o.isolation.Isolate(name, reason, who)
+}
+
+// openDoors makes the doors, closed.
+func (n *Node) openDoors(x509pop *nodeattest.X509PoP) {
+	cfg := n.cfg
 	n.server = server.New(server.Config{
-		NodeID:      own.id,
+		NodeID:      n.own.id,
 		TrustDomain: n.td,
 		State:       n,
 		Cluster:     n,
-		Leader:      leaderProposer{n},
+		Gatekeeper:  n.gate,
+		Own:         ownActs{n.authorities, n.isolation, n.certificate},
 		Feed:        n.feed,
-		Signer:      n.signer,
-		Bundles:     n.bundles,
-		Certificate: n.certificate,
-		Info:        n.info,
-		Knows:       n.knows,
-		Reported:    n.gate.reported,
-		Gate:        n.askGate,
-		LocalGate:   n.localGate,
-		MarkReady:   n.markExcluding,
-		Exclude:     n.askMarkExcluding,
-
-		SignStatement: n.signStatement,
-		Offline:       n.activateOffline,
-		IsOffline:     n.offline.has,
-		Prepare:       n.prepareNow,
-		Audit:         n.audit,
-		Nodes:         n.nodes,
-		Supersede:     n.supersede,
-		Isolate:       n.isolate,
-		Isolated:      n.isolations,
-		Subscribers:   n.status,
-		Statements:    n.statements,
-		Between:       listeners.Between,
-		X509PoP:       x509pop,
+		Signer:      n.authorities.signer,
+		Bundles:     n.web.bundles,
+		Audit:       n.audit,
+		Statements:  n.statements,
+		Between:     n.listeners.Between,
+		X509PoP:     x509pop,
 		Limits: server.Limits{
 			X509PerAgent: cfg.Limits.X509PerAgent.PerSecond, TokensPerAgent: cfg.Limits.TokensPerAgent.PerSecond, TokensPerEntry: cfg.Limits.TokensPerEntry.PerSecond,
 			PerNode: cfg.Limits.PerNode.PerSecond, Attests: cfg.Limits.Attests, AttestsPerSource: cfg.Limits.AttestsPerSource.PerSecond,
@@ -188,39 +181,32 @@ func New(cfg *Config, log *slog.Logger, listeners Listeners) (_ *Node, err error
 		Log:        n.log,
 		Registerer: n.registry,
 	})
-	defer func() {
-		if err != nil {
-			n.Close()
-		}
-	}()
-	if err := n.listen(); err != nil {
-		return nil, err
-	}
+	n.rechecks.server = n.server
+	n.hearing = &hearing{core: n.core, feed: n.feed, gate: n.gate, server: n.server}
+}
+
+// openReplica opens the replica and derives everything from its state.
+func (n *Node) openReplica() error {
 	rcfg := n.replicaConfig()
 	rcfg.Listener = n.listeners.Raft
 	r, err := replica.Open(rcfg)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	n.listeners.Raft = nil // the replica's now
 	n.replica.Store(r)
 	n.onRestore()
-	n.enforceIsolations()
+	n.isolation.enforce()
 	r.Read(func(st *domain.State) {
 		if cluster := st.Cluster(); cluster != nil && cluster.GetTrustDomain() != n.td.Name() {
-			err = fmt.Errorf("%s holds a CA node of %s, the configuration says %s", cfg.DataDir, cluster.GetTrustDomain(), cfg.TrustDomain)
+			err = fmt.Errorf("%s holds a CA node of %s, the configuration says %s", n.cfg.DataDir, cluster.GetTrustDomain(), n.cfg.TrustDomain)
 		}
 		if level := st.FeatureLevel(); level > domain.FeatureLevel {
 			err = fmt.Errorf("the cluster is at feature level %d, this release knows %d: install the release of the other CA nodes", level, domain.FeatureLevel)
 		}
-		n.hadAgents = st.AgentCount() > 0
+		n.gate.hadAgents = st.AgentCount() > 0
 	})
-	if err != nil {
-		return nil, err
-	}
-	n.registerMetrics()
-	debug.FreeOSMemory() // of reading the state: it is not needed again soon
-	return n, nil
+	return err
 }
 
 // listen opens what the caller did not give.
@@ -254,10 +240,10 @@ func (n *Node) Close() error {
 			errs = append(errs, c.Close())
 		}
 	}
-	if n.auditLog != nil {
-		errs = append(errs, n.auditLog.Close())
+	if n.auditing.file != nil {
+		errs = append(errs, n.auditing.file.Close())
 	}
-	errs = append(errs, n.bans.Close())
+	errs = append(errs, n.isolation.bans.Close())
 	if r := n.replica.Load(); r != nil {
 		errs = append(errs, r.Close())
 	}
@@ -272,7 +258,7 @@ func (n *Node) Run(ctx context.Context) error {
 	core, stopCore := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopCore()
 	ended := make(chan error, 1)
-	go func() { ended <- n.runReplica(core) }()
+	go func() { ended <- n.returning.run(core) }()
 
 	group := daemon.NewGroup(ctx)
 	group.Go("api", func(ctx context.Context) error { return n.server.ServeAPI(ctx, n.listeners.API) })
@@ -283,34 +269,34 @@ func (n *Node) Run(ctx context.Context) error {
 	}
 	if n.listeners.Bundle != nil {
 		group.Go("bundle endpoint", func(ctx context.Context) error {
-			return exchange.Serve(ctx, n.listeners.Bundle, n.svids, n.bundleHandler())
+			return exchange.Serve(ctx, n.listeners.Bundle, n.svids, n.web.bundleHandler())
 		})
 	}
 	if n.listeners.OIDC != nil {
-		group.Go("OIDC", n.serveOIDC)
+		group.Go("OIDC", func(ctx context.Context) error { return n.web.serveOIDC(ctx, n.listeners.OIDC) })
 	}
 	group.Go("own SVIDs", n.svids.run)
-	group.Go("authorities", n.runAuthorities)
-	group.Go("leadership", n.runLeadership)
-	group.Go("presence", n.runPresence)
-	group.Go("reports", n.runReports)
-	group.Go("subscribers", n.runSubscribers)
-	group.Go("rechecks", n.runRechecks)
-	group.Go("bans", n.runBans)
-	group.Go("other domains' bundles", n.runForeign)
-	group.Go("other domains' dropped keys", n.watchDropped)
-	if n.upstream != nil {
-		group.Go("upstream", n.watchUpstream)
+	group.Go("authorities", n.authorities.run)
+	group.Go("leadership", n.leadership.run)
+	group.Go("presence", n.hearing.run)
+	group.Go("reports", n.gate.runReports)
+	group.Go("subscribers", n.roll.run)
+	group.Go("rechecks", n.rechecks.run)
+	group.Go("bans", n.isolation.run)
+	group.Go("other domains' bundles", n.following.run)
+	group.Go("other domains' dropped keys", n.following.watchDropped)
+	if n.authorities.upstream != nil {
+		group.Go("upstream", n.authorities.watchUpstream)
 	}
-	if n.auditLog != nil {
-		group.Go("audit log", func(ctx context.Context) error { return n.auditLog.Run(ctx, n.log) })
+	if n.auditing.file != nil {
+		group.Go("audit log", func(ctx context.Context) error { return n.auditing.file.Run(ctx, n.log) })
 	}
 	if n.audit != nil {
 		group.Go("audit counts", n.audit.Run)
 	}
-	group.Go("comparisons", n.runComparisons)
+	group.Go("comparisons", n.comparisons.run)
 	group.Go("statements", n.statements.run)
-	group.Go("progress", n.runProgress)
+	group.Go("progress", n.watchdog.run)
 	group.Go("replica", func(ctx context.Context) error {
 		select {
 		case err := <-ended:
@@ -336,10 +322,10 @@ func (n *Node) Run(ctx context.Context) error {
 		err = closeErr
 	}
 	n.audit.Flush()
-	if n.auditLog != nil {
-		n.auditLog.Close()
+	if n.auditing.file != nil {
+		n.auditing.file.Close()
 	}
-	n.bans.Close()
+	n.isolation.bans.Close()
 	n.log.Info("CA node stopped")
 	return err
 }
@@ -362,7 +348,7 @@ func (n *Node) Ready() error {
 		}
 		return nil
 	}
-	if err := n.signer.Ready(statev1.KeyUse_KEY_USE_X509); err != nil {
+	if err := n.authorities.signer.Ready(statev1.KeyUse_KEY_USE_X509); err != nil {
 		return err
 	}
 	if _, err := n.svids.GetX509SVID(); err != nil {
@@ -371,20 +357,8 @@ func (n *Node) Ready() error {
 	return nil
 }
 
-// witness: this member votes and does not sign.
-func (n *Node) witness() (is bool) {
-	n.Read(func(st *domain.State) {
-		m, ok := st.Member(n.own.id)
-		is = ok && !m.GetSigning()
-	})
-	return is
-}
-
 // ID is the node id: the hex SHA-256 of the node key's SPKI.
 func (n *Node) ID() string { return n.own.id }
-
-// IsLeader says whether this node leads as far as it knows.
-func (n *Node) IsLeader() bool { return n.replica.Load().IsLeader() }
 
 // AdminAddr is the address of /healthz, /readyz and /metrics; empty if not served.
 func (n *Node) AdminAddr() string {
@@ -393,9 +367,6 @@ func (n *Node) AdminAddr() string {
 	}
 	return n.admin.Addr()
 }
-
-// Read calls f with the agreed state, under its read lock.
-func (n *Node) Read(f func(*domain.State)) { n.replica.Load().Read(f) }
 
 // onApply is called by the replica for each log entry, in order.
 func (n *Node) onApply(outcome domain.Outcome) {
@@ -406,11 +377,11 @@ func (n *Node) onApply(outcome domain.Outcome) {
 	}
 	r.Read(func(st *domain.State) { n.clock.applied(st.Now()) })
 	if outcome.Checked != 0 {
-		n.compared.Store(outcome.Checked)
+		n.comparisons.compared.Store(outcome.Checked)
 	}
 	if outcome.Diverged {
 		select {
-		case n.odd <- outcome.Checked:
+		case n.comparisons.odd <- outcome.Checked:
 		default: // one is being looked into
 		}
 	}
@@ -421,18 +392,18 @@ func (n *Node) onApply(outcome domain.Outcome) {
 			n.updateBundle(r)
 			recheck = true
 		case domain.ChangeAgent:
-			signal(n.agentsChanged)
+			signal(n.isolation.changed)
 			recheck = true
 		case domain.ChangeMembers, domain.ChangeEntry:
 			recheck = true
 		case domain.ChangeObject:
 			if strings.HasPrefix(change.Key, "Relationship/") {
-				r.Read(n.readWIT)
+				r.Read(n.web.readWIT)
 			}
 		}
 	}
 	if recheck {
-		signal(n.recheck)
+		n.rechecks.ask()
 	}
 	n.applied.tell()
 }
@@ -446,11 +417,11 @@ func (n *Node) onRestore() {
 	r.Read(func(st *domain.State) {
 		n.feed.Reset(st.Revision())
 		n.clock.restored(st.Now())
-		n.readWIT(st)
+		n.web.readWIT(st)
 	})
 	n.updateBundle(r)
-	signal(n.recheck)
-	signal(n.agentsChanged)
+	n.rechecks.ask()
+	signal(n.isolation.changed)
 	n.applied.tell()
 }
 
@@ -464,41 +435,8 @@ func (n *Node) updateBundle(r *replica.Replica) {
 	if own == nil {
 		return
 	}
-	if err := n.bundles.Update(own); err != nil {
+	if err := n.web.bundles.Update(own); err != nil {
 		n.log.Error("the own bundle cannot be written: other processes keep the one before", "error", err)
-	}
-}
-
-// beforeCut is how long a change is given to reach those whose connections it ends.
-const beforeCut = 100 * time.Millisecond
-
-func (n *Node) runRechecks(ctx context.Context) error {
-	expire := time.NewTicker(5 * time.Second)
-	defer expire.Stop()
-	damped := time.NewTicker(250 * time.Millisecond)
-	defer damped.Stop()
-	for {
-		select {
-		case <-n.recheck:
-			// What is cut here learns first why, if it reads: it comes back with a new SVID,
-			// and need not find out that the old one is void.
-			if err := sleep(ctx, beforeCut); err != nil {
-				return err
-			}
-			n.server.Recheck()
-			// Changes in a row are looked at together; I4 allows a second.
-			if err := sleep(ctx, 50*time.Millisecond); err != nil {
-				return err
-			}
-		case <-expire.C:
-			n.Read(func(st *domain.State) { n.feed.Expire(time.Now(), st) })
-		case now := <-damped.C:
-			if due, waits := n.feed.Due(); waits && !now.Before(due) {
-				n.feed.Release(now)
-			}
-		case <-ctx.Done():
-			return ctx.Err()
-		}
 	}
 }
 
@@ -512,7 +450,8 @@ func (n *Node) certificate() (*tls.Certificate, error) {
 	return &n.own.cert, nil
 }
 
-func (n *Node) info() server.Info {
+// Info is what the status shows beside the agreed state.
+func (n *Node) Info() server.Info {
 	r := n.replica.Load()
 	now, stats := time.Now(), r.Stats()
 	info := server.Info{
@@ -528,9 +467,9 @@ func (n *Node) info() server.Info {
 		RaftState: r.State(),
 		Age:       r.Age(),
 		Voters:    make(map[string]bool),
-		Foreign:   n.foreign.all(),
-		Upstream:  n.upstreamStatus(now),
-		Audit:     n.auditStatus(),
+		Foreign:   n.following.status.all(),
+		Upstream:  n.authorities.upstreamStatus(now),
+		Audit:     n.auditing.status(),
 	}
 	for _, member := range r.Servers() {
 		info.Voters[member.ID] = member.Voter
@@ -538,38 +477,6 @@ func (n *Node) info() server.Info {
 	info.ClockOffset, info.ClockKnown = n.clock.offset()
 	info.ClockOffset += n.clockError()
 	return info
-}
-
-// activeAuthority is this node's ACTIVE X.509 authority.
-func (n *Node) activeAuthority() *statev1.Authority { return n.activeFor(statev1.KeyUse_KEY_USE_X509) }
-
-// activeFor is the authority that this node signs with for one use: the ACTIVE one, or
-// the one that it took into use without quorum.
-func (n *Node) activeFor(use statev1.KeyUse) (active *statev1.Authority) {
-	r := n.replica.Load()
-	if r == nil {
-		return nil
-	}
-	taken := n.offline.record(use)
-	r.Read(func(st *domain.State) {
-		var offline bool
-		if active, offline = rotation.Signing(st, n.own.id, use, taken.GetId()); offline {
-			active = taken
-		}
-	})
-	return active
-}
-
-// status is how far this replica's subscribers are.
-func (n *Node) status() feed.Status {
-	var longest time.Duration
-	n.Read(func(st *domain.State) { longest = st.LongestLeaf() })
-	return n.feed.Status(time.Now(), longest)
-}
-
-// settled: what this node says of its subscribers is the whole truth.
-func (n *Node) settled() bool {
-	return !n.hadAgents || time.Since(n.started) >= settleTime
 }
 
 func (n *Node) registerMetrics() {
@@ -583,10 +490,10 @@ func (n *Node) registerMetrics() {
 		return 0
 	})
 	gauge("entente_ca_compared_index", "Log entry at which this node's state was last compared with the leader's.", func() float64 {
-		return float64(n.compared.Load())
+		return float64(n.comparisons.compared.Load())
 	})
 	gauge("entente_ca_signing", "1 while this node can sign.", func() float64 {
-		if n.signer.Ready(statev1.KeyUse_KEY_USE_X509) == nil {
+		if n.authorities.signer.Ready(statev1.KeyUse_KEY_USE_X509) == nil {
 			return 1
 		}
 		return 0
@@ -615,7 +522,7 @@ func (n *Node) registerMetrics() {
 		return offset.Seconds()
 	})
 	gauge("entente_ca_signs_without_quorum_seconds", "How long this node goes on signing if nothing can be agreed any more.", func() float64 {
-		return n.autonomy(time.Now()).Seconds()
+		return n.authorities.autonomy(time.Now()).Seconds()
 	})
 	gauge("entente_ca_proposals_waiting", "Changes that wait at this node, the leader, to be agreed; 4096 at most.", func() float64 {
 		return float64(n.replica.Load().Stats().Waiting)
@@ -624,24 +531,24 @@ func (n *Node) registerMetrics() {
 		return float64(n.replica.Load().Stats().Connections)
 	})
 	gauge("entente_ca_isolated_agents", "Agents that this node alone shuts out, until that can be agreed.", func() float64 {
-		return float64(len(n.isolations()))
+		return float64(len(n.isolation.Isolated()))
 	})
 	gauge("entente_ca_rotations_overdue", "At the leader: authorities that should be in use by now and are not held by everybody.", func() float64 {
 		if !n.IsLeader() {
 			return 0
 		}
-		return float64(n.overdue.Load())
+		return float64(n.gate.overdue.Load())
 	})
 	gauge("entente_ca_authorities_offline", "Authorities that this node took into use without quorum.", func() float64 {
-		return float64(n.offline.count())
+		return float64(n.authorities.offline.count())
 	})
-	if n.upstream != nil {
+	if n.authorities.upstream != nil {
 		gauge("entente_ca_upstream_certifies_seconds", "How long the upstream goes on certifying authorities; 0: not any more, or it cannot be used.", func() float64 {
-			return n.upstreamCertifies(time.Now()).Seconds()
+			return n.authorities.upstreamCertifies(time.Now()).Seconds()
 		})
 	}
 	gauge("entente_ca_subscribers", "Sync streams at this node.", func() float64 {
-		return float64(n.status().Subscribers)
+		return float64(n.gate.Subscribers().Subscribers)
 	})
 	n.registry.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{
 		Name: "entente_ca_subscribers_overtaken_total", Help: "Subscribers that were so slow that they were sent everything anew in the place of what they missed.",
@@ -683,4 +590,17 @@ func signal(ch chan struct{}) {
 	case ch <- struct{}{}:
 	default:
 	}
+}
+
+// replicaConfig is all but the listener.
+func (n *Node) replicaConfig() replica.Config {
+	cfg := n.cfg.replica(n.own)
+	cfg.Log = n.log
+	cfg.OnApply = n.onApply
+	cfg.OnRestore = n.onRestore
+	cfg.Vouch = n.vouch
+	cfg.Wall = n.wall
+	cfg.BeforeWrite = n.cfg.beforeWrite
+	cfg.HoldBack = n.cfg.holdBack
+	return cfg
 }

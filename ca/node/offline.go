@@ -67,55 +67,58 @@ func (o *offline) forget(use statev1.KeyUse) {
 	delete(o.taken, use)
 }
 
-// activateOffline takes this node's own PREPARED authority into use without quorum.
-func (n *Node) activateOffline(id, who string) error {
+// ActivateOffline takes this node's own PREPARED authority into use without quorum.
+func (as *authorities) ActivateOffline(id, who string) error {
 	var a *statev1.Authority
-	n.Read(func(st *domain.State) { a, _ = st.Authority(id) })
+	as.Read(func(st *domain.State) { a, _ = st.Authority(id) })
 	switch {
-	case n.noQuorumSince(time.Now()).IsZero():
+	case as.noQuorumSince(time.Now()).IsZero():
 		return errors.New("there is quorum: have it agreed")
-	case a.GetMemberId() != n.own.id:
+	case a.GetMemberId() != as.own.id:
 		return errors.New("without quorum a CA node activates an authority of its own only: ask at the node that it belongs to")
-	case !rotation.MayTakeOffline(a, n.own.id):
+	case !rotation.MayTakeOffline(a, as.own.id):
 		return fmt.Errorf("authority %.12s is %s and was not marked ready before the quorum was lost: without quorum nobody can say that everybody holds it", id, ca.PhaseName(a.GetPhase()))
-	case !n.signer.Has(id):
+	case !as.signer.Has(id):
 		return fmt.Errorf("the key of authority %.12s is not in this node's key store", id)
 	}
-	if err := n.signerClock().Check(time.Now()); err != nil {
+	if err := as.signerClock().Check(time.Now()); err != nil {
 		return err
 	}
-	if n.offline.has(id) {
+	if as.offline.has(id) {
 		return nil
 	}
-	n.offline.take(a)
-	n.audit.Act(who, "ActivateAuthority", []string{"authority/" + id, "without quorum"}, 0, nil)
-	n.log.Warn("authority signs from now on, without quorum: the cluster learns of it when there is one", "authority", id, "use", a.GetUse().String())
-	n.applied.tell() // the node's own SVIDs follow
+	as.offline.take(a)
+	as.audit.Act(who, "ActivateAuthority", []string{"authority/" + id, "without quorum"}, 0, nil)
+	as.log.Warn("authority signs from now on, without quorum: the cluster learns of it when there is one", "authority", id, "use", a.GetUse().String())
+	as.applied.tell() // the node's own SVIDs follow
 	return nil
 }
 
+// IsOffline tells whether this node took an authority into use without quorum.
+func (as *authorities) IsOffline(id string) bool { return as.offline.has(id) }
+
 // reconcile tells the cluster what this node did without it, and gives up what the
 // cluster has decided otherwise meanwhile.
-func (n *Node) reconcile(ctx context.Context, own rotation.Own, u use) error {
-	id := n.offline.of(u.of)
+func (as *authorities) reconcile(ctx context.Context, own rotation.Own, u use) error {
+	id := as.offline.of(u.of)
 	if id == "" {
 		return nil
 	}
 	have := own.Known[id]
-	if rotation.MayTakeOffline(have, n.own.id) && n.noQuorumSince(time.Now()).IsZero() {
-		if err := n.activate(ctx, u, have); err != nil {
+	if rotation.MayTakeOffline(have, as.own.id) && as.noQuorumSince(time.Now()).IsZero() {
+		if err := as.activate(ctx, u, have); err != nil {
 			return err
 		}
-		n.Read(func(st *domain.State) { have, _ = st.Authority(id) })
+		as.Read(func(st *domain.State) { have, _ = st.Authority(id) })
 	}
-	if rotation.MayTakeOffline(have, n.own.id) {
+	if rotation.MayTakeOffline(have, as.own.id) {
 		return nil // still without quorum
 	}
-	n.offline.forget(u.of)
+	as.offline.forget(u.of)
 	if !ca.Signs(have.GetPhase()) {
-		n.log.Error("what this node took into use without quorum was given up by the cluster meanwhile: what it signed is void, or issued anew",
+		as.log.Error("what this node took into use without quorum was given up by the cluster meanwhile: what it signed is void, or issued anew",
 			"authority", id, "use", u.name, "phase", ca.PhaseName(have.GetPhase()))
 	}
-	n.applied.tell()
+	as.applied.tell()
 	return nil
 }

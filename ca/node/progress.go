@@ -35,11 +35,14 @@ func (s *standstill) stuck(id string, match, last uint64, contact, now time.Time
 	return now.Sub(s.since[id]) >= stuckAfter
 }
 
-// runProgress is the watchdog of agreement. A leader with a follower that stands still
+// watchdog looks whether agreements reach everybody.
+type watchdog struct{ *core }
+
+// run is the watchdog of agreement. A leader with a follower that stands still
 // hands leadership over: another leader's replication begins afresh. A follower that
 // hears its leader but got no Tick, and of which the leader says that it lags, leaves
 // the agreement and enters it again.
-func (n *Node) runProgress(ctx context.Context) error {
+func (w *watchdog) run(ctx context.Context) error {
 	var stands standstill
 	var acted time.Time
 	lagging := 0
@@ -48,39 +51,39 @@ func (n *Node) runProgress(ctx context.Context) error {
 			return err
 		}
 		now := time.Now()
-		r := n.replica.Load()
+		r := w.replica.Load()
 		if r.Err() != nil || now.Sub(acted) < stuckPause {
 			stands, lagging = standstill{}, 0
 			continue
 		}
 		if r.IsLeader() {
 			lagging = 0
-			if id := n.stuckFollower(&stands, now); id != "" {
+			if id := w.stuckFollower(&stands, now); id != "" {
 				acted = now
-				n.log.Error("a follower hears this leader and does not move: another one leads", "member_id", id)
+				w.log.Error("a follower hears this leader and does not move: another one leads", "member_id", id)
 				callCtx, cancel := context.WithTimeout(ctx, 5*time.Second)
 				if err := r.TransferLeadership(callCtx); err != nil {
-					n.log.Error("leadership could not be handed over", "error", err)
+					w.log.Error("leadership could not be handed over", "error", err)
 				}
 				cancel()
 			}
 			continue
 		}
 		stands = standstill{}
-		if !n.hearsOnly(ctx, now) {
+		if !w.hearsOnly(ctx, now) {
 			lagging = 0
 			continue
 		}
 		if lagging++; lagging >= int(stuckAfter/time.Second) {
 			acted, lagging = now, 0
-			n.log.Error("this node hears its leader and gets nothing from it: it enters the agreement anew")
+			w.log.Error("this node hears its leader and gets nothing from it: it enters the agreement anew")
 			r.Reenter()
 		}
 	}
 }
 
-func (n *Node) stuckFollower(stands *standstill, now time.Time) string {
-	r := n.replica.Load()
+func (w *watchdog) stuckFollower(stands *standstill, now time.Time) string {
+	r := w.replica.Load()
 	last := r.Stats().LastIndex
 	for _, s := range r.Servers() {
 		if s.Voter && !s.Self && !s.Installing && stands.stuck(s.ID, s.Match, last, s.Contact, now) {
@@ -92,19 +95,19 @@ func (n *Node) stuckFollower(stands *standstill, now time.Time) string {
 
 // hearsOnly: the leader's heartbeats come, no Tick does, and the leader says that this
 // node lacks entries.
-func (n *Node) hearsOnly(ctx context.Context, now time.Time) bool {
-	last := n.clock.last()
+func (w *watchdog) hearsOnly(ctx context.Context, now time.Time) bool {
+	last := w.clock.last()
 	if last.IsZero() {
-		last = n.started
+		last = w.started
 	}
-	r := n.replica.Load()
+	r := w.replica.Load()
 	if now.Sub(last) < stuckAfter || now.Sub(r.LastContact()) > time.Second || r.Installing() {
 		return false
 	}
-	nodes, err := n.nodes(ctx, true)
+	nodes, err := w.Nodes(ctx, true)
 	if err != nil {
 		return false
 	}
-	i := slices.IndexFunc(nodes.Progress, func(p server.Progress) bool { return p.ID == n.own.id })
+	i := slices.IndexFunc(nodes.Progress, func(p server.Progress) bool { return p.ID == w.own.id })
 	return i >= 0 && nodes.Progress[i].Match < nodes.Last && r.Applied() < nodes.Last
 }

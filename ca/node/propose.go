@@ -8,20 +8,30 @@ import (
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	"github.com/entente-mesh/entente/ca/domain"
+	"github.com/entente-mesh/entente/ca/feed"
 	"github.com/entente-mesh/entente/ca/replica"
 	"github.com/entente-mesh/entente/ca/server"
 )
 
+// proposals has commands agreed: at the leader, wherever it is.
+type proposals struct {
+	*core
+	feed *feed.Feed
+}
+
+// Here proposes at this node alone.
+func (p *proposals) Here() server.Proposer { return leaderProposer{p} }
+
 // leaderProposer has commands agreed at this node alone.
-type leaderProposer struct{ n *Node }
+type leaderProposer struct{ *proposals }
 
 func (l leaderProposer) Propose(ctx context.Context, command *statev1.Command) (domain.Outcome, error) {
 	remove := command.GetRemoveMember()
 	if approved := command.GetApproveChange(); approved != nil {
 		remove = domain.MembershipChange(approved.GetChange()).GetRemoveMember()
 	}
-	if remove != nil && l.n.IsLeader() {
-		refusal, err := l.n.mayRemove(ctx, remove.GetId())
+	if remove != nil && l.IsLeader() {
+		refusal, err := l.mayRemove(ctx, remove.GetId())
 		if refusal != nil || err != nil {
 			return domain.Outcome{Refused: refusal}, err
 		}
@@ -29,8 +39,8 @@ func (l leaderProposer) Propose(ctx context.Context, command *statev1.Command) (
 	// A member that does not know the command would stop at it. What admits a stranger is
 	// not written down to be refused, also if another node's door let it pass.
 	var refusal *domain.Refusal
-	knows := l.n.knows()
-	l.n.Read(func(st *domain.State) {
+	knows := l.Knows()
+	l.Read(func(st *domain.State) {
 		if refusal = st.Admits(command); refusal == nil && knows && domain.AdmitsSomebody(command) {
 			refusal = st.RefusesAdmission(command)
 		}
@@ -38,17 +48,11 @@ func (l leaderProposer) Propose(ctx context.Context, command *statev1.Command) (
 	if refusal != nil {
 		return domain.Outcome{Refused: refusal}, nil
 	}
-	outcome, err := l.n.replica.Load().Propose(ctx, command)
+	outcome, err := l.replica.Load().Propose(ctx, command)
 	if notProposed(err) {
 		return outcome, server.ErrNotLeader
 	}
 	return outcome, err
-}
-
-// byItself makes a command this node's own.
-func (n *Node) byItself(command *statev1.Command) *statev1.Command {
-	command.Actor, command.ActorKind = "CA node "+n.cfg.Name, statev1.ActorKind_ACTOR_KIND_MEMBER
-	return command
 }
 
 // contactFresh is how long a voter's last answer counts as one.
@@ -57,14 +61,14 @@ const contactFresh = 2 * time.Second
 // mayRemove keeps the cluster from losing its quorum by a removal: most of the voters
 // that are left must answer now. One that is slow is waited for a moment. A leader hands
 // over before it goes.
-func (n *Node) mayRemove(ctx context.Context, id string) (*domain.Refusal, error) {
+func (p *proposals) mayRemove(ctx context.Context, id string) (*domain.Refusal, error) {
 	deadline := time.Now().Add(contactFresh)
-	left, answering, votes := n.without(id)
+	left, answering, votes := p.without(id)
 	for votes && answering < left/2+1 && time.Now().Before(deadline) {
 		if err := sleep(ctx, 100*time.Millisecond); err != nil {
 			return nil, err
 		}
-		left, answering, votes = n.without(id)
+		left, answering, votes = p.without(id)
 	}
 	switch {
 	case !votes || left == 0: // the state refuses to lose its last voter
@@ -72,8 +76,8 @@ func (n *Node) mayRemove(ctx context.Context, id string) (*domain.Refusal, error
 	case answering < left/2+1:
 		return &domain.Refusal{Code: domain.CodeLastVoter, Detail: fmt.Sprintf(
 			"of the %d voters that would be left %d answer now: nothing could be agreed any more; bring one back first, or admit another", left, answering)}, nil
-	case id == n.own.id:
-		if err := n.replica.Load().TransferLeadership(ctx); err != nil {
+	case id == p.own.id:
+		if err := p.replica.Load().TransferLeadership(ctx); err != nil {
 			return nil, fmt.Errorf("this CA node leads and cannot hand over before it is removed: %w", err)
 		}
 		return nil, server.ErrNotLeader // the next one decides
@@ -82,8 +86,8 @@ func (n *Node) mayRemove(ctx context.Context, id string) (*domain.Refusal, error
 }
 
 // without counts the voters beside one, and those of them that answer the leader.
-func (n *Node) without(id string) (left, answering int, votes bool) {
-	for _, s := range n.replica.Load().Servers() {
+func (p *proposals) without(id string) (left, answering int, votes bool) {
+	for _, s := range p.replica.Load().Servers() {
 		switch {
 		case s.ID == id:
 			votes = s.Voter
@@ -103,13 +107,13 @@ func notProposed(err error) bool {
 
 // Propose has a command agreed, wherever the leader is, and waits for an election if
 // there is none, until ctx ends. When it returns an outcome, this node's state holds it.
-func (n *Node) Propose(ctx context.Context, command *statev1.Command) (domain.Outcome, error) {
+func (p *proposals) Propose(ctx context.Context, command *statev1.Command) (domain.Outcome, error) {
 	inDoubt := false // it was on its way at least once, and nobody answered
 	for {
-		outcome, err := n.proposeOnce(ctx, command)
+		outcome, err := p.proposeOnce(ctx, command)
 		switch {
 		case err == nil:
-			return outcome, n.reach(ctx, outcome.Revision)
+			return outcome, p.reach(ctx, outcome.Revision)
 		case errors.Is(err, replica.ErrTooLarge):
 			return outcome, err
 		case errors.Is(err, server.ErrNotLeader):
@@ -142,33 +146,23 @@ func repeatable(command *statev1.Command) bool {
 	return command.GetIfRevision() == 0
 }
 
-func (n *Node) proposeOnce(ctx context.Context, command *statev1.Command) (domain.Outcome, error) {
-	r := n.replica.Load()
+func (p *proposals) proposeOnce(ctx context.Context, command *statev1.Command) (domain.Outcome, error) {
+	r := p.replica.Load()
 	if r.IsLeader() {
-		return leaderProposer{n}.Propose(ctx, command)
+		return leaderProposer{p}.Propose(ctx, command)
 	}
-	leader := n.leader()
+	leader := p.leader()
 	if leader == nil {
 		return domain.Outcome{}, server.ErrNotLeader
 	}
-	return n.peers.Propose(ctx, leader, command)
-}
-
-// leader is the member that leads, nil if none is known or this node does.
-func (n *Node) leader() (leader *statev1.Member) {
-	id := n.replica.Load().Leader()
-	if id == "" || id == n.own.id {
-		return nil
-	}
-	n.Read(func(st *domain.State) { leader, _ = st.Member(id) })
-	return leader
+	return p.peers.Propose(ctx, leader, command)
 }
 
 // reach waits until this node's state is at revision.
-func (n *Node) reach(ctx context.Context, revision uint64) error {
+func (p *proposals) reach(ctx context.Context, revision uint64) error {
 	for {
-		changed := n.applied.wait()
-		if n.feed.Revision() >= revision {
+		changed := p.applied.wait()
+		if p.feed.Revision() >= revision {
 			return nil
 		}
 		select {
@@ -177,4 +171,17 @@ func (n *Node) reach(ctx context.Context, revision uint64) error {
 			return fmt.Errorf("it was agreed, but this CA node has not caught up: %w", ctx.Err())
 		}
 	}
+}
+
+// agreeSelf has something agreed that this node decided by itself, and records it.
+func (p *proposals) agreeSelf(ctx context.Context, command *statev1.Command) error {
+	outcome, err := p.Propose(ctx, p.byItself(command))
+	if err != nil {
+		return err // nothing is known to have happened; it will be tried again
+	}
+	p.audit.Command(command, outcome, nil)
+	if outcome.Refused != nil {
+		return outcome.Refused
+	}
+	return nil
 }

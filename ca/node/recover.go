@@ -1,7 +1,6 @@
 package node
 
 import (
-	"context"
 	"crypto/rand"
 	"errors"
 	"fmt"
@@ -12,7 +11,6 @@ import (
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/domain"
 	"github.com/entente-mesh/entente/ca/replica"
-	"github.com/entente-mesh/entente/ca/server"
 )
 
 // Contents says what a state holds: that of a snapshot, or of a stopped node.
@@ -252,37 +250,4 @@ func Restore(cfg *Config, snapshot io.Reader, recoveryKey string, epoch uint32, 
 		return fail(err)
 	}
 	return contents(state), nil
-}
-
-// supersede is called when somebody shows that this node's epoch is over.
-func (n *Node) supersede(statement, signature []byte) error {
-	return n.replica.Load().Supersede(statement, signature)
-}
-
-// showEvery is how often a leader looks for the nodes that a recovery left behind.
-const showEvery = 5 * time.Second
-
-// keepShowing shows everybody whom the recovery left behind how this epoch began, until
-// they have stopped or their authorities are revoked.
-func (n *Node) keepShowing(ctx context.Context) {
-	shown := make(map[string]bool)
-	for {
-		var recovery *statev1.Recovery
-		n.Read(func(st *domain.State) { recovery = st.Cluster().GetRecovery() })
-		for _, m := range recovery.GetAbsent() {
-			if shown[m.GetId()] {
-				continue
-			}
-			callCtx, cancel := context.WithTimeout(ctx, 2*time.Second)
-			err := server.ShowEpoch(callCtx, m, recovery)
-			cancel()
-			if err == nil {
-				shown[m.GetId()] = true
-				n.log.Info("a CA node of the epoch before has stopped: wipe it and join it anew", "member", m.GetName())
-			}
-		}
-		if sleep(ctx, showEvery) != nil {
-			return
-		}
-	}
 }

@@ -19,48 +19,56 @@ const (
 	probesNeeded = 2       // good ones in a row
 )
 
-// runReplica runs the node's part in the agreement. When its disk fails, the node goes on
+// returning runs the replica, and opens it again when its disk has come back.
+type returning struct {
+	*core
+	swapped  broadcast // another replica took the place of a failed one
+	config   func() replica.Config
+	restored func() // derives everything from the state anew
+}
+
+// run runs the node's part in the agreement. When its disk fails, the node goes on
 // signing from memory, and takes part again by itself once the disk works and holds
 // everything that this node confirmed to the others. It returns as Run of package replica.
-func (n *Node) runReplica(ctx context.Context) error {
+func (r *returning) run(ctx context.Context) error {
 	for {
-		r := n.replica.Load()
+		now := r.replica.Load()
 		running, stop := context.WithCancel(ctx)
 		ended := make(chan error, 1)
-		go func() { ended <- r.Run(running) }()
+		go func() { ended <- now.Run(running) }()
 		select {
 		case err := <-ended:
 			stop()
 			return err
-		case <-r.Down():
+		case <-now.Down():
 		}
-		if !errors.Is(r.Err(), replica.ErrDisk) && !errors.Is(r.Err(), replica.ErrStuck) {
+		if !errors.Is(now.Err(), replica.ErrDisk) && !errors.Is(now.Err(), replica.ErrStuck) {
 			err := <-ended // at once, or with ctx
 			stop()
 			return err
 		}
-		n.log.Error("this node is out of the agreement; it signs from memory and tries to return", "error", r.Err(), "data_dir", n.cfg.DataDir)
-		next := n.comeBack(ctx, r, stop, ended)
+		r.log.Error("this node is out of the agreement; it signs from memory and tries to return", "error", now.Err(), "data_dir", r.cfg.DataDir)
+		next := r.comeBack(ctx, now, stop, ended)
 		stop()
 		if next == nil {
 			return nil // ctx ended; what Close says of a failed disk is known already
 		}
-		n.replica.Store(next)
-		n.swapped.tell()
-		n.onRestore()
-		n.log.Info("this node takes part in the agreement again", "applied", next.Applied())
+		r.replica.Store(next)
+		r.swapped.tell()
+		r.restored()
+		r.log.Info("this node takes part in the agreement again", "applied", next.Applied())
 	}
 }
 
 // comeBack waits for the disk and opens the replica again; nil when ctx ended first.
-func (n *Node) comeBack(ctx context.Context, failed *replica.Replica, stop func(), ended <-chan error) *replica.Replica {
+func (r *returning) comeBack(ctx context.Context, failed *replica.Replica, stop func(), ended <-chan error) *replica.Replica {
 	good := 0
 	closed := false
 	said := ""
 	say := func(err error) {
 		if text := err.Error(); text != said {
 			said = text
-			n.log.Warn("this node cannot take part again yet; trying on. If the disk is lost: remove this node and join a new one (docs/operations.md, \"Lost node\")", "error", err)
+			r.log.Warn("this node cannot take part again yet; trying on. If the disk is lost: remove this node and join a new one (docs/operations.md, \"Lost node\")", "error", err)
 		}
 	}
 	end := func() {
@@ -75,7 +83,7 @@ func (n *Node) comeBack(ctx context.Context, failed *replica.Replica, stop func(
 		if sleep(ctx, probeEvery) != nil {
 			return nil
 		}
-		if err := probe(ctx, n.cfg.DataDir); err != nil {
+		if err := probe(ctx, r.cfg.DataDir); err != nil {
 			good = 0
 			say(err)
 			continue
@@ -93,12 +101,12 @@ func (n *Node) comeBack(ctx context.Context, failed *replica.Replica, stop func(
 		case <-ctx.Done():
 			return nil
 		}
-		next, err := n.openAgain(failed)
+		next, err := r.openAgain(failed)
 		switch {
 		case err == nil:
 			return next
 		case errors.Is(err, replica.ErrForgetful):
-			n.log.Error("this node stays out of the agreement; it signs until it is stopped", "error", err)
+			r.log.Error("this node stays out of the agreement; it signs until it is stopped", "error", err)
 			<-ctx.Done()
 			return nil
 		}
@@ -108,15 +116,15 @@ func (n *Node) comeBack(ctx context.Context, failed *replica.Replica, stop func(
 }
 
 // openAgain opens what the failed replica left, after everything in it was written anew.
-func (n *Node) openAgain(failed *replica.Replica) (*replica.Replica, error) {
-	if err := replica.Heal(n.cfg.DataDir); err != nil {
+func (r *returning) openAgain(failed *replica.Replica) (*replica.Replica, error) {
+	if err := replica.Heal(r.cfg.DataDir); err != nil {
 		return nil, err
 	}
-	listener, err := daemon.Listen(n.cfg.Listen.Raft)
+	listener, err := daemon.Listen(r.cfg.Listen.Raft)
 	if err != nil {
 		return nil, err
 	}
-	cfg := n.replicaConfig()
+	cfg := r.config()
 	cfg.Listener, cfg.Agreed, cfg.Durable = listener, failed.Applied(), failed.Durable()
 	next, err := replica.Open(cfg)
 	if err != nil {
@@ -156,17 +164,4 @@ func probeDisk(path string) error {
 		err = f.Sync()
 	}
 	return errors.Join(err, f.Close(), os.Remove(path))
-}
-
-// replicaConfig is all but the listener.
-func (n *Node) replicaConfig() replica.Config {
-	cfg := n.cfg.replica(n.own)
-	cfg.Log = n.log
-	cfg.OnApply = n.onApply
-	cfg.OnRestore = n.onRestore
-	cfg.Vouch = n.vouch
-	cfg.Wall = n.wall
-	cfg.BeforeWrite = n.cfg.beforeWrite
-	cfg.HoldBack = n.cfg.holdBack
-	return cfg
 }

@@ -24,7 +24,7 @@ const (
 // statements are what this node states of its own state, and the newest that it heard of
 // the others: subscribers of this node hear them with its heartbeats.
 type statements struct {
-	node *Node
+	*core
 
 	mu      sync.Mutex
 	history compare.History
@@ -43,15 +43,14 @@ func (s *statements) Own() (*compare.Signed, error) {
 	if s.own != nil && now.Sub(s.made) < stateReuse {
 		return s.own, nil
 	}
-	n := s.node
-	st := &compare.Statement{Member: n.own.id, Time: n.wall(), Behind: n.replica.Load().Age() > stateBehind}
+	st := &compare.Statement{Member: s.core.own.id, Time: s.wall(), Behind: s.replica.Load().Age() > stateBehind}
 	var (
 		content  compare.Content
 		cluster  *statev1.Cluster
 		revision uint64
 		items    []*statev1.Distrust
 	)
-	n.Read(func(state *domain.State) {
+	s.Read(func(state *domain.State) {
 		cluster, revision, items = state.Cluster(), state.Revision(), state.Distrust()
 		content[compare.Members] = compare.MembersHash(state.Members())
 		content[compare.Bundle] = bundleHash(state)
@@ -60,7 +59,7 @@ func (s *statements) Own() (*compare.Signed, error) {
 	st.Epoch = cluster.GetEpoch()
 	s.history.Add(revision, content)
 	st.History = s.history
-	signed, err := st.Sign(cluster.GetId(), n.signStatement)
+	signed, err := st.Sign(cluster.GetId(), s.SignStatement)
 	if err != nil {
 		return nil, err
 	}
@@ -120,19 +119,18 @@ func (s *statements) Others() []*compare.Signed {
 // run asks each other member every second. What they say is passed on as it is:
 // subscribers verify it.
 func (s *statements) run(ctx context.Context) error {
-	n := s.node
 	for {
 		var others []*statev1.Member
-		n.Read(func(st *domain.State) {
+		s.Read(func(st *domain.State) {
 			for _, m := range st.Members() {
-				if m.GetId() != n.own.id {
+				if m.GetId() != s.core.own.id {
 					others = append(others, m)
 				}
 			}
 		})
 		if len(others) > 0 {
 			if _, err := s.Own(); err != nil { // so that its history has no long gaps
-				n.log.Warn("cannot sign a statement of this node's state", "error", err)
+				s.log.Warn("cannot sign a statement of this node's state", "error", err)
 			}
 		}
 		heard := make(map[string]*compare.Signed, len(others))
@@ -142,13 +140,13 @@ func (s *statements) run(ctx context.Context) error {
 			asked.Go(func() {
 				callCtx, cancel := context.WithTimeout(ctx, stateWait)
 				defer cancel()
-				signed, err := n.peers.Statement(callCtx, m)
+				signed, err := s.peers.Statement(callCtx, m)
 				if err != nil {
-					n.log.Debug("another CA node states nothing", "member", m.GetName(), "error", err)
+					s.log.Debug("another CA node states nothing", "member", m.GetName(), "error", err)
 					return
 				}
 				if st, err := compare.Read(signed); err != nil || st.Member != m.GetId() {
-					n.log.Debug("another CA node's statement is malformed", "member", m.GetName(), "error", err)
+					s.log.Debug("another CA node's statement is malformed", "member", m.GetName(), "error", err)
 					return
 				}
 				mu.Lock()

@@ -23,11 +23,17 @@ const maxRoll = 64 << 20
 // rollEvery is how long changes are gathered before the file is written.
 const rollEvery = time.Second
 
-// recallSubscribers reads the roll of before. One that cannot be read stops nothing: it
+// roll is the list of this node's subscribers on its disk.
+type roll struct {
+	*core
+	feed *feed.Feed
+}
+
+// recall reads the roll of before. One that cannot be read stops nothing: it
 // is as if there had been no subscriber, and said.
-func (n *Node) recallSubscribers() {
-	path := filepath.Join(n.cfg.DataDir, rollFile)
-	var roll []feed.Known
+func (r *roll) recall() {
+	path := filepath.Join(r.cfg.DataDir, rollFile)
+	var known []feed.Known
 	info, err := os.Stat(path)
 	if errors.Is(err, os.ErrNotExist) {
 		return
@@ -40,30 +46,30 @@ func (n *Node) recallSubscribers() {
 		data, err = os.ReadFile(path)
 	}
 	if err == nil {
-		err = json.Unmarshal(data, &roll)
+		err = json.Unmarshal(data, &known)
 	}
 	if err != nil {
-		n.log.Error("the subscribers of before the restart cannot be read: those that do not come back are not waited for", "file", path, "error", err)
+		r.log.Error("the subscribers of before the restart cannot be read: those that do not come back are not waited for", "file", path, "error", err)
 		return
 	}
-	n.feed.Recall(time.Now(), roll)
+	r.feed.Recall(time.Now(), known)
 }
 
-// runSubscribers keeps the roll on the disk.
-func (n *Node) runSubscribers(ctx context.Context) error {
-	path, failed := filepath.Join(n.cfg.DataDir, rollFile), false
+// run keeps the roll on the disk.
+func (r *roll) run(ctx context.Context) error {
+	path, failed := filepath.Join(r.cfg.DataDir, rollFile), false
 	for {
 		select {
-		case <-n.feed.Roster:
+		case <-r.feed.Roster:
 		case <-ctx.Done():
 			return ctx.Err()
 		}
-		data, err := json.Marshal(n.feed.Roll())
+		data, err := json.Marshal(r.feed.Roll())
 		if err == nil {
 			err = daemon.WriteFileAtomic(path, data, 0o600)
 		}
 		if err != nil && !failed {
-			n.log.Error("this node's subscribers cannot be written down: after a restart those that do not come back are not waited for", "error", err)
+			r.log.Error("this node's subscribers cannot be written down: after a restart those that do not come back are not waited for", "error", err)
 		}
 		failed = err != nil
 		if err := sleep(ctx, rollEvery); err != nil {

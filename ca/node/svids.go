@@ -28,15 +28,13 @@ func newBootID() string { return strings.ToLower(rand.Text()) }
 // bundle endpoint, which has the same name at every node and a key of its own. Signed
 // by the node's own authority; renewed at half of their life.
 type svids struct {
-	n *Node
+	authorities *authorities
 
 	mu       sync.Mutex
 	own      *tls.Certificate
 	endpoint *x509svid.SVID
 	signedBy string // id of the authority
 }
-
-func newSVIDs(n *Node) *svids { return &svids{n: n} }
 
 // node is the certificate under the node's own name, nil while there is none that is
 // valid.
@@ -70,7 +68,7 @@ func (s *svids) authority() string {
 func (s *svids) run(ctx context.Context) error {
 	failed := ""
 	for {
-		changed := s.n.applied.wait()
+		changed := s.authorities.applied.wait()
 		wait := time.Second
 		if until := s.due(); until <= 0 {
 			if err := s.renew(ctx); err == nil {
@@ -78,7 +76,7 @@ func (s *svids) run(ctx context.Context) error {
 				continue
 			} else if text := err.Error(); text != failed && ctx.Err() == nil && !errors.Is(err, signer.ErrNoAuthority) {
 				failed = text
-				s.n.log.Error("the node's own SVIDs cannot be renewed", "error", err)
+				s.authorities.log.Error("the node's own SVIDs cannot be renewed", "error", err)
 			}
 		} else {
 			wait = until
@@ -97,7 +95,7 @@ func (s *svids) run(ctx context.Context) error {
 
 // due is the time until renewal.
 func (s *svids) due() time.Duration {
-	active := s.n.activeAuthority()
+	active := s.authorities.activeAuthority()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.own == nil || active != nil && active.GetId() != s.signedBy {
@@ -110,14 +108,14 @@ func (s *svids) due() time.Duration {
 }
 
 func (s *svids) renew(ctx context.Context) error {
-	n := s.n
-	active := n.activeAuthority()
+	as := s.authorities
+	active := as.activeAuthority()
 	if active == nil {
 		return signer.ErrNoAuthority
 	}
 	var life time.Duration
-	n.Read(func(st *domain.State) { life = st.Lifetimes().X509SVID })
-	own, err := s.sign(ctx, ca.NodePath(n.cfg.Name), n.own.key, life)
+	as.Read(func(st *domain.State) { life = st.Lifetimes().X509SVID })
+	own, err := s.sign(ctx, ca.NodePath(as.cfg.Name), as.own.key, life)
 	if err != nil {
 		return err
 	}
@@ -140,11 +138,11 @@ func (s *svids) renew(ctx context.Context) error {
 }
 
 func (s *svids) sign(ctx context.Context, path string, key crypto.Signer, life time.Duration) (*x509svid.SVID, error) {
-	id, err := spiffeid.FromPath(s.n.td, path)
+	id, err := spiffeid.FromPath(s.authorities.td, path)
 	if err != nil {
 		return nil, err
 	}
-	chain, err := s.n.signer.Sign(ctx, signer.Request{ID: id, PublicKey: key.Public(), Life: life})
+	chain, err := s.authorities.signer.Sign(ctx, signer.Request{ID: id, PublicKey: key.Public(), Life: life})
 	if err != nil {
 		return nil, err
 	}

@@ -131,8 +131,8 @@ func (c *Config) checkUpstream(phase time.Duration) error {
 }
 
 // certifiedAuthority is an authority that the upstream certified.
-func (n *Node) certifiedAuthority(ctx context.Context, key crypto.Signer, request ca.AuthorityRequest) (*statev1.Authority, error) {
-	root, _, err := n.usableUpstream(request.Now)
+func (as *authorities) certifiedAuthority(ctx context.Context, key crypto.Signer, request ca.AuthorityRequest) (*statev1.Authority, error) {
+	root, _, err := as.usableUpstream(request.Now)
 	if err != nil {
 		return nil, err
 	}
@@ -141,19 +141,19 @@ func (n *Node) certifiedAuthority(ctx context.Context, key crypto.Signer, reques
 	if err != nil {
 		return nil, err
 	}
-	der, err := n.upstream.Certify(ctx, template, key)
+	der, err := as.upstream.Certify(ctx, template, key)
 	if err != nil {
 		return nil, err
 	}
-	return ca.NewAuthority(n.td, n.own.id, der, root.Raw, request.Phase, request.Now)
+	return ca.NewAuthority(as.td, as.own.id, der, root.Raw, request.Phase, request.Now)
 }
 
 // upstreamStatus looks at the root as it is now; nil without one.
-func (n *Node) upstreamStatus(now time.Time) *server.Upstream {
-	if n.upstream == nil {
+func (as *authorities) upstreamStatus(now time.Time) *server.Upstream {
+	if as.upstream == nil {
 		return nil
 	}
-	root, phase, err := n.usableUpstream(now)
+	root, phase, err := as.usableUpstream(now)
 	s := &server.Upstream{}
 	if root != nil {
 		s.KeyID, s.NotAfter = ca.KeyID(root.RawSubjectPublicKeyInfo), root.NotAfter
@@ -166,8 +166,8 @@ func (n *Node) upstreamStatus(now time.Time) *server.Upstream {
 	return s
 }
 
-func (n *Node) upstreamCertifies(now time.Time) time.Duration {
-	root, phase, err := n.usableUpstream(now)
+func (as *authorities) upstreamCertifies(now time.Time) time.Duration {
+	root, phase, err := as.usableUpstream(now)
 	if err != nil {
 		return 0
 	}
@@ -176,11 +176,11 @@ func (n *Node) upstreamCertifies(now time.Time) time.Duration {
 
 // usableUpstream says why the root certifies nothing now. The root may be known all the
 // same.
-func (n *Node) usableUpstream(now time.Time) (root *x509.Certificate, phase time.Duration, err error) {
-	if root, err = n.upstream.Root(context.Background()); err != nil {
+func (as *authorities) usableUpstream(now time.Time) (root *x509.Certificate, phase time.Duration, err error) {
+	if root, err = as.upstream.Root(context.Background()); err != nil {
 		return nil, 0, err
 	}
-	n.Read(func(st *domain.State) {
+	as.Read(func(st *domain.State) {
 		phase = st.Lifetimes().Phase
 		err = server.CheckUpstream(st, root.Raw)
 	})
@@ -191,13 +191,13 @@ func (n *Node) usableUpstream(now time.Time) (root *x509.Certificate, phase time
 }
 
 // watchUpstream says in the log what the status shows, once a day and when it changes.
-func (n *Node) watchUpstream(ctx context.Context) error {
+func (as *authorities) watchUpstream(ctx context.Context) error {
 	var said string
 	var at time.Time
 	for {
-		if s := n.upstreamStatus(time.Now()); s.Problem != "" && (s.Problem != said || time.Since(at) > 24*time.Hour) {
+		if s := as.upstreamStatus(time.Now()); s.Problem != "" && (s.Problem != said || time.Since(at) > 24*time.Hour) {
 			said, at = s.Problem, time.Now()
-			n.log.Error("the upstream needs attention", "error", s.Problem)
+			as.log.Error("the upstream needs attention", "error", s.Problem)
 		}
 		if err := sleep(ctx, time.Minute); err != nil {
 			return err

@@ -7,7 +7,9 @@ import (
 	"fmt"
 	"io"
 	"log"
+	"net"
 	"net/http"
+	"sync/atomic"
 	"time"
 
 	"github.com/entente-mesh/entente/ca/domain"
@@ -22,26 +24,11 @@ import (
 // know; and it is there only while a relationship asks for it.
 const witPath = "/wit"
 
-func (n *Node) readWIT(st *domain.State) {
-	asked := false
-	for _, td := range st.Peers() {
-		if o, ok := st.Object("Relationship/" + td); ok && o.GetRelationship().GetWit() {
-			asked = true
-		}
-	}
-	n.wit.Store(asked)
-}
-
-func (n *Node) bundleHandler() http.Handler {
-	public := exchange.Handler("/", n.bundles.Source)
-	variant := exchange.Handler(witPath, n.bundles.SourceWIT)
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if r.URL.Path == witPath && n.wit.Load() {
-			variant.ServeHTTP(w, r)
-			return
-		}
-		public.ServeHTTP(w, r)
-	})
+// web is what the world is shown over HTTP: this domain's keys.
+type web struct {
+	*core
+	bundles *server.Bundles
+	wit     atomic.Bool // a relationship asks for WIT keys
 }
 
 const (
@@ -52,20 +39,42 @@ const (
 	webUndisturbed = 5 * time.Second
 )
 
+func (w *web) readWIT(st *domain.State) {
+	asked := false
+	for _, td := range st.Peers() {
+		if o, ok := st.Object("Relationship/" + td); ok && o.GetRelationship().GetWit() {
+			asked = true
+		}
+	}
+	w.wit.Store(asked)
+}
+
+func (w *web) bundleHandler() http.Handler {
+	public := exchange.Handler("/", w.bundles.Source)
+	variant := exchange.Handler(witPath, w.bundles.SourceWIT)
+	return http.HandlerFunc(func(out http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == witPath && w.wit.Load() {
+			variant.ServeHTTP(out, r)
+			return
+		}
+		public.ServeHTTP(out, r)
+	})
+}
+
 // serveOIDC serves the discovery document and the keys to the public, with a
 // certificate that the public knows, until ctx ends. TLS 1.3 only.
-func (n *Node) serveOIDC(ctx context.Context) error {
-	handler, err := server.OIDCHandler(n.cfg.OIDC.Issuer, n.bundles)
+func (w *web) serveOIDC(ctx context.Context, listener net.Listener) error {
+	handler, err := server.OIDCHandler(w.cfg.OIDC.Issuer, w.bundles)
 	if err != nil {
-		n.listeners.OIDC.Close()
+		listener.Close()
 		return err
 	}
-	pair := daemon.FollowKeyPair(n.cfg.OIDC.CertFile, n.cfg.OIDC.KeyFile)
+	pair := daemon.FollowKeyPair(w.cfg.OIDC.CertFile, w.cfg.OIDC.KeyFile)
 	if _, err := pair.Get(); err != nil {
-		n.listeners.OIDC.Close()
+		listener.Close()
 		return fmt.Errorf("oidc.certFile and oidc.keyFile cannot be used: %w", err)
 	}
-	web := &http.Server{
+	site := &http.Server{
 		Handler:           handler,
 		ReadTimeout:       5 * time.Second,
 		ReadHeaderTimeout: 5 * time.Second,
@@ -81,7 +90,7 @@ func (n *Node) serveOIDC(ctx context.Context) error {
 	}
 	served := make(chan error, 1)
 	go func() {
-		served <- web.ServeTLS(admission.Listen(n.listeners.OIDC, admission.Share(maxWebConnections, webUndisturbed), nil), "", "")
+		served <- site.ServeTLS(admission.Listen(listener, admission.Share(maxWebConnections, webUndisturbed), nil), "", "")
 	}()
 	select {
 	case err := <-served:
@@ -90,8 +99,8 @@ func (n *Node) serveOIDC(ctx context.Context) error {
 	}
 	drain, cancel := context.WithTimeout(context.WithoutCancel(ctx), webDrainTime)
 	defer cancel()
-	if err := web.Shutdown(drain); err != nil {
-		web.Close()
+	if err := site.Shutdown(drain); err != nil {
+		site.Close()
 	}
 	if err := <-served; !errors.Is(err, http.ErrServerClosed) {
 		return err

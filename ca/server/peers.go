@@ -56,7 +56,7 @@ func (d peerDoor) Propose(ctx context.Context, req *ententev1.ProposeRequest) (*
 	}
 	// Whoever asked that member is its word; that it was this member is ours.
 	command.Actor = who + ", by way of " + via
-	outcome, err := s.Leader.Propose(ctx, command)
+	outcome, err := s.Cluster.Here().Propose(ctx, command)
 	if errors.Is(err, ErrNotLeader) {
 		return nil, status.Error(codes.FailedPrecondition, err.Error())
 	}

@@ -116,54 +116,67 @@ type Fetched struct {
 	Err string
 }
 
-// Config is what the doors need. All but Log and Registerer are required.
+// Cluster is this node's part in the agreement. Its methods may be called concurrently.
+type Cluster interface {
+	Proposer        // forwards to the leader
+	Here() Proposer // this node alone; ErrNotLeader elsewhere
+	Info() Info
+	// Knows tells whether this node leads and its state holds everything that was agreed
+	// before: what it does not find there does not exist.
+	Knows() bool
+	// Nodes is the leader's view; with ask, the leader is asked if it is another node.
+	Nodes(ctx context.Context, ask bool) (Nodes, error)
+	// Supersede stops this node if the statement says that its epoch is over.
+	Supersede(statement, signature []byte) error
+}
+
+// Gatekeeper knows who has acknowledged what. Its methods may be called concurrently.
+type Gatekeeper interface {
+	Reported(memberID string, r Report)
+	Subscribers() feed.Status // how far this node's are
+	// Gate is by authority id, asked of the leader wherever it is; LocalGate is what
+	// this node knows, ErrNotLeader if it does not lead.
+	Gate(context.Context) (map[string]Gate, error)
+	LocalGate() (map[string]Gate, error)
+	// MarkReady marks a PREPARED authority as ready without the word of the CA nodes named,
+	// if they do not report and nobody else is waited for; ErrNotLeader if this node does
+	// not lead. Exclude has the leader do that, wherever it is.
+	MarkReady(ctx context.Context, id string, exclude []string, who string) (revision uint64, err error)
+	Exclude(ctx context.Context, id string, exclude []string, who string) error
+}
+
+// Own is what this node does with its own keys and by itself. Its methods may be called
+// concurrently.
+type Own interface {
+	Certificate() (*tls.Certificate, error) // shown on the API address
+	// SignStatement signs with the node key, in the form that Apply verifies.
+	SignStatement(sum [sha256.Size]byte) (nodeKey, signature []byte, err error)
+	// Prepare makes a new authority of this node and has it agreed. It returns the id.
+	Prepare(context.Context, statev1.KeyUse) (string, error)
+	// ActivateOffline takes an authority of this node into use without quorum; IsOffline
+	// tells whether that was done.
+	ActivateOffline(id, who string) error
+	IsOffline(id string) bool
+	// Isolate shuts an agent out at this node alone. Errors: ErrNoAgent, ErrBanned,
+	// ErrQuorum.
+	Isolate(name, reason, who string) (Isolation, error)
+	Isolated() []Isolation // not agreed yet
+}
+
+// Config is what the doors need. All but X509PoP, Between, Audit, Log and Registerer are
+// required.
 type Config struct {
 	NodeID      string
 	TrustDomain spiffeid.TrustDomain
 	State       State
-	Cluster     Proposer // forwards to the leader
-	Leader      Proposer // this node alone; ErrNotLeader elsewhere
-	Feed        *feed.Feed
-	Signer      *signer.Signer
-	Bundles     *Bundles
-	Certificate func() (*tls.Certificate, error) // shown on the API address
-	Info        func() Info
-	// Knows tells whether this node leads and its state holds everything that was agreed
-	// before: what it does not find there does not exist.
-	Knows    func() bool
-	Reported func(memberID string, r Report)
-	// Gate is by authority id, asked of the leader wherever it is; LocalGate is what
-	// this node knows, ErrNotLeader if it does not lead.
-	Gate      func(context.Context) (map[string]Gate, error)
-	LocalGate func() (map[string]Gate, error)
-	// MarkReady marks a PREPARED authority as ready without the word of the CA nodes named,
-	// if they do not report and nobody else is waited for; ErrNotLeader if this node does
-	// not lead. Exclude has the leader do that, wherever it is.
-	MarkReady func(ctx context.Context, id string, exclude []string, who string) (revision uint64, err error)
-	// SignStatement signs with the node key, in the form that Apply verifies.
-	SignStatement func(sum [sha256.Size]byte) (nodeKey, signature []byte, err error)
-	Exclude       func(ctx context.Context, id string, exclude []string, who string) error
-	// Prepare makes a new authority of this node and has it agreed. It returns the id.
-	Prepare func(context.Context, statev1.KeyUse) (string, error)
-	// Offline takes an authority of this node into use without quorum; IsOffline tells
-	// whether that was done.
-	Offline   func(id, who string) error
-	IsOffline func(id string) bool
-	// Nodes is the leader's view; with ask, the leader is asked if it is another node.
-	Nodes func(ctx context.Context, ask bool) (Nodes, error)
-	// X509PoP admits hosts by certificates of their own; nil: none.
-	X509PoP *nodeattest.X509PoP
-	// Supersede stops this node if the statement says that its epoch is over.
-	Supersede func(statement, signature []byte) error
-
-	// Isolate shuts an agent out at this node alone. Errors: ErrNoAgent, ErrBanned,
-	// ErrQuorum.
-	Isolate  func(name, reason, who string) (Isolation, error)
-	Isolated func() []Isolation // not agreed yet
-	// Statements are what subscribers compare.
-	Statements Statements
-	// Subscribers is how far this node's are.
-	Subscribers func() feed.Status
+	Cluster
+	Gatekeeper
+	Own
+	Feed       *feed.Feed
+	Signer     *signer.Signer
+	Bundles    *Bundles
+	Statements Statements          // what subscribers compare
+	X509PoP    *nodeattest.X509PoP // admits hosts by certificates of their own; nil: none
 
 	// Between, where set, stands between the doors of the API address and those who may
 	// call them: tests have a node say there what a compromised one might. See scenarios/evil.

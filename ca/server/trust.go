@@ -120,7 +120,7 @@ func (d adminDoor) ActivateAuthority(ctx context.Context, req *ententev1.ChangeA
 	}
 	who := callerFrom(ctx).who()
 	if s.Info().NotAgreeing != "" {
-		if err := s.Offline(a.GetId(), who); err != nil {
+		if err := s.ActivateOffline(a.GetId(), who); err != nil {
 			return nil, status.Errorf(codes.FailedPrecondition, "%s; of an authority: %v", s.Info().NotAgreeing, err)
 		}
 		resp := s.changedAuthority(a.GetId(), s.Feed.Revision(), nil)

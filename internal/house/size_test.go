@@ -52,7 +52,6 @@ ca/feed Session      28  to be split: what a subscriber was told, and what it re
 ca/node Config       25  a configuration file: one field for each section
 ca/node Node         39  to be split by owner: leadership, authorities, following, watchdogs
 ca/replica Replica   22  to be split: the log, and those who wait for it
-ca/server Config     32  to be split: closures become interfaces
 meshagent Config     22  a configuration file: one field for each section
 `
 
