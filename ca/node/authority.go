@@ -40,8 +40,7 @@ var uses = []use{
 type authorities struct {
 	*proposals
 	signer    *signer.Signer
-	upstream  upstream // nil: they sign themselves
-	offline   offline
+	upstream  upstream   // nil: they sign themselves
 	preparing sync.Mutex // one at a time
 }
 
@@ -130,7 +129,7 @@ func (as *authorities) stepAuthority(ctx context.Context, u use, own rotation.Ow
 		// A node that was restored without its keys: it can never use it.
 		as.log.Error("the key of this node's PREPARED authority is lost: giving it up for another one", "authority", own.Prepared.GetId(), "use", u.name)
 		return as.agreeSelf(ctx, &statev1.Command{Body: &statev1.Command_TaintAuthority{TaintAuthority: &statev1.TaintAuthority{Id: own.Prepared.GetId()}}})
-	case own.Prepared.GetReady() && !as.offline.has(own.Prepared.GetId()) && as.due(u, own):
+	case own.Prepared.GetReady() && !as.local.view().Took(own.Prepared.GetId()) && as.due(u, own):
 		if !as.noQuorumSince(time.Now()).IsZero() {
 			return as.ActivateOffline(own.Prepared.GetId(), "CA node "+as.cfg.Name)
 		}
@@ -392,13 +391,7 @@ func (as *authorities) activeFor(use statev1.KeyUse) (active *statev1.Authority)
 	if r == nil {
 		return nil
 	}
-	taken := as.offline.record(use)
-	r.Read(func(st *domain.State) {
-		var offline bool
-		if active, offline = rotation.Signing(st, as.own.id, use, taken.GetId()); offline {
-			active = taken
-		}
-	})
+	r.Read(func(st *domain.State) { active = as.local.view().Signing(st, as.own.id, use) })
 	return active
 }
 

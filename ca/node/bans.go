@@ -3,7 +3,6 @@ package node
 import (
 	"bufio"
 	"bytes"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -17,9 +16,7 @@ import (
 	"sync"
 	"time"
 
-	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
-	"github.com/entente-mesh/entente/ca"
-	"github.com/entente-mesh/entente/ca/domain"
+	"github.com/entente-mesh/entente/ca/local"
 	"github.com/entente-mesh/entente/internal/daemon"
 )
 
@@ -37,52 +34,10 @@ const (
 	bansStall = 2 * time.Second
 )
 
-// What a ban is. One that is isolated has to be agreed yet.
-const (
-	isolated = "isolated" // by this node alone
-	banned   = "banned"   // as of Revision
-	lifted   = "lifted"   // as of Revision: evicted, or attested anew
-)
-
-// ban is a line of the journal.
-type ban struct {
-	Kind       string    `json:"kind"`
-	Cluster    string    `json:"cluster"` // hex
-	Agent      string    `json:"agent"`
-	Datacenter string    `json:"datacenter"`
-	KeyID      string    `json:"keyId"`
-	Generation uint64    `json:"generation"`
-	Revision   uint64    `json:"revision"` // of the state that it was taken from
-	Time       time.Time `json:"time"`
-	Who        string    `json:"who,omitempty"`
-	Reason     string    `json:"reason,omitempty"`
-}
-
-func banOf(kind string, st *domain.State, a *statev1.Agent) ban {
-	return ban{
-		Kind: kind, Cluster: clusterOf(st), Revision: st.Revision(), Agent: a.GetName(), Datacenter: a.GetDatacenter(), KeyID: a.GetKeyId(), Generation: a.GetGeneration(),
-		Time: time.Now().UTC().Truncate(time.Second),
-	}
-}
-
-func clusterOf(st *domain.State) string { return hex.EncodeToString(st.Cluster().GetId()) }
-
-// agent is the record of before, as far as a ban needs it.
-func (b ban) agent() *statev1.Agent {
-	return &statev1.Agent{Name: b.Agent, Datacenter: b.Datacenter, KeyId: b.KeyID, Generation: b.Generation}
-}
-
-func (b ban) check() error {
-	switch b.Kind {
-	case isolated, banned, lifted:
-		return errors.Join(ca.CheckLabel(b.Agent), ca.CheckLabel(b.Datacenter), ca.CheckKeyID(b.KeyID))
-	}
-	return fmt.Errorf("%.20q is no kind of ban", b.Kind)
-}
-
 var crcTable = crc32.MakeTable(crc32.Castagnoli)
 
-func (b ban) line() ([]byte, error) {
+// journalLine is a ban as it stands in the journal.
+func journalLine(b local.Ban) ([]byte, error) {
 	text, err := json.Marshal(b)
 	if err != nil {
 		return nil, err
@@ -90,22 +45,22 @@ func (b ban) line() ([]byte, error) {
 	return fmt.Appendf(nil, "%08x %s\n", crc32.Checksum(text, crcTable), text), nil
 }
 
-func parseBan(line []byte) (b ban, err error) {
+func parseBan(line []byte) (b local.Ban, err error) {
 	sum, text, ok := bytes.Cut(line, []byte(" "))
 	want, err := strconv.ParseUint(string(sum), 16, 32)
 	if !ok || len(sum) != 8 || err != nil || uint32(want) != crc32.Checksum(text, crcTable) {
-		return ban{}, errors.New("its checksum is wrong")
+		return local.Ban{}, errors.New("its checksum is wrong")
 	}
 	if err := json.Unmarshal(text, &b); err != nil {
-		return ban{}, err
+		return local.Ban{}, err
 	}
-	return b, b.check()
+	return b, b.Check()
 }
 
 // readBans reads lines and calls each for them. It returns how many bytes are whole
 // lines: what follows was being written when the process or the machine ended, and
 // nobody was told that it counts.
-func readBans(r io.Reader, each func(ban)) (size int64, err error) {
+func readBans(r io.Reader, each func(local.Ban)) (size int64, err error) {
 	lines := bufio.NewReaderSize(io.LimitReader(r, maxBansFile+1), maxBanLine)
 	for n := 1; ; n++ {
 		line, err := lines.ReadSlice('\n')
@@ -115,7 +70,7 @@ func readBans(r io.Reader, each func(ban)) (size int64, err error) {
 		case err == nil && size+int64(len(line)) > maxBansFile:
 			err = fmt.Errorf("over %d bytes", maxBansFile)
 		}
-		var b ban
+		var b local.Ban
 		if err == nil {
 			b, err = parseBan(bytes.TrimSuffix(line, []byte("\n")))
 		}
@@ -137,7 +92,7 @@ type bans struct {
 	size int64
 
 	mu    sync.Mutex
-	known map[string]ban // by agent
+	known map[string]local.Ban // by agent
 	// unwritten are those of known that are not on disk, and why.
 	unwritten map[string]error
 }
@@ -145,7 +100,7 @@ type bans struct {
 func openBans(dir string, check func() error) (_ *bans, err error) {
 	b := &bans{
 		path: filepath.Join(dir, bansFile), check: check, slot: make(chan struct{}, 1),
-		known: make(map[string]ban), unwritten: make(map[string]error),
+		known: make(map[string]local.Ban), unwritten: make(map[string]error),
 	}
 	defer func() {
 		if err != nil {
@@ -157,7 +112,7 @@ func openBans(dir string, check func() error) (_ *bans, err error) {
 		return nil, err
 	}
 	lines := 0
-	b.size, err = readBans(b.file, func(line ban) {
+	b.size, err = readBans(b.file, func(line local.Ban) {
 		lines++
 		b.remember(line)
 	})
@@ -178,7 +133,7 @@ func openBans(dir string, check func() error) (_ *bans, err error) {
 func (b *bans) compact() error {
 	var text bytes.Buffer
 	for _, name := range slices.Sorted(maps.Keys(b.known)) {
-		line, err := b.known[name].line()
+		line, err := journalLine(b.known[name])
 		if err != nil {
 			return err
 		}
@@ -195,14 +150,14 @@ func (b *bans) compact() error {
 }
 
 // remember keeps the later word on an agent: that on the later attestation.
-func (b *bans) remember(line ban) {
+func (b *bans) remember(line local.Ban) {
 	if have, ok := b.known[line.Agent]; !ok || have.Cluster != line.Cluster || line.Generation >= have.Generation {
 		b.known[line.Agent] = line
 	}
 }
 
 // add takes a ban down. It counts in any case; an error says that it is not on disk yet.
-func (b *bans) add(line ban) error {
+func (b *bans) add(line local.Ban) error {
 	err := b.write(line)
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -214,8 +169,8 @@ func (b *bans) add(line ban) error {
 }
 
 // write returns when the line is on disk, or when it seems that this may take for ever.
-func (b *bans) write(line ban) error {
-	text, err := line.line()
+func (b *bans) write(line local.Ban) error {
+	text, err := journalLine(line)
 	if err != nil {
 		return err
 	}
@@ -263,7 +218,7 @@ func (b *bans) append(text []byte) error {
 // rewrite tries again to put on disk what is not.
 func (b *bans) rewrite() {
 	b.mu.Lock()
-	var lines []ban
+	var lines []local.Ban
 	for name := range b.unwritten {
 		lines = append(lines, b.known[name])
 	}
@@ -276,7 +231,7 @@ func (b *bans) rewrite() {
 }
 
 // all returns what holds, by agent, and why it is not on disk.
-func (b *bans) all() (list []ban, unwritten map[string]error) {
+func (b *bans) all() (list []local.Ban, unwritten map[string]error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	for _, name := range slices.Sorted(maps.Keys(b.known)) {
@@ -308,8 +263,8 @@ func importBans(dir string, files []string) error {
 		if err != nil {
 			return err
 		}
-		var others []ban
-		_, err = readBans(f, func(line ban) { others = append(others, line) })
+		var others []local.Ban
+		_, err = readBans(f, func(line local.Ban) { others = append(others, line) })
 		f.Close()
 		if err != nil {
 			return fmt.Errorf("%s: %w", path, err)

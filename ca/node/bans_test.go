@@ -5,26 +5,28 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/entente-mesh/entente/ca/local"
 )
 
-func exampleBan(name string) ban {
-	return ban{
-		Kind: isolated, Cluster: "00", Agent: name, Datacenter: "dc1", KeyID: strings.Repeat("a", 64), Generation: 7,
+func exampleBan(name string) local.Ban {
+	return local.Ban{
+		Kind: local.Isolated, Cluster: "00", Agent: name, Datacenter: "dc1", KeyID: strings.Repeat("a", 64), Generation: 7,
 		Revision: 9, Time: time.Unix(1, 0).UTC(), Who: "somebody", Reason: "INC-881",
 	}
 }
 
 // Only whole lines count; one that was altered is noticed.
 func TestReadBans(t *testing.T) {
-	first, err := exampleBan("h1").line()
+	first, err := journalLine(exampleBan("h1"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	second, _ := exampleBan("h2").line()
+	second, _ := journalLine(exampleBan("h2"))
 	both := append(bytes.Clone(first), second...)
 	for cut := range len(both) + 1 {
-		var got []ban
-		size, err := readBans(bytes.NewReader(both[:cut]), func(b ban) { got = append(got, b) })
+		var got []local.Ban
+		size, err := readBans(bytes.NewReader(both[:cut]), func(b local.Ban) { got = append(got, b) })
 		want := 0
 		switch {
 		case cut == len(both):
@@ -39,12 +41,12 @@ func TestReadBans(t *testing.T) {
 	for i := range first {
 		altered := bytes.Clone(both)
 		altered[i] ^= 4
-		if _, err := readBans(bytes.NewReader(altered), func(ban) {}); err == nil {
+		if _, err := readBans(bytes.NewReader(altered), func(local.Ban) {}); err == nil {
 			t.Fatalf("byte %d was altered, and nobody noticed", i)
 		}
 	}
 	long := append(bytes.Repeat([]byte("x"), maxBanLine+1), '\n')
-	if _, err := readBans(bytes.NewReader(long), func(ban) {}); err == nil {
+	if _, err := readBans(bytes.NewReader(long), func(local.Ban) {}); err == nil {
 		t.Error("a line without end was read")
 	}
 }
@@ -56,7 +58,7 @@ func TestBansAreCompacted(t *testing.T) {
 	for i := range 1100 {
 		b := exampleBan("h1")
 		b.Revision = uint64(i)
-		line, _ := b.line()
+		line, _ := journalLine(b)
 		text = append(text, line...)
 	}
 	b, err := openBans(dir, nil)
@@ -83,12 +85,12 @@ func TestBansAreCompacted(t *testing.T) {
 }
 
 func FuzzReadBans(f *testing.F) {
-	line, _ := exampleBan("h1").line()
+	line, _ := journalLine(exampleBan("h1"))
 	f.Add(line)
 	f.Add([]byte("00000000 {}\n"))
 	f.Fuzz(func(t *testing.T, data []byte) {
-		readBans(bytes.NewReader(data), func(b ban) {
-			again, err := b.line()
+		readBans(bytes.NewReader(data), func(b local.Ban) {
+			again, err := journalLine(b)
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -17,6 +18,7 @@ import (
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/domain"
+	"github.com/entente-mesh/entente/ca/local"
 	"github.com/entente-mesh/entente/ca/replica"
 	"github.com/entente-mesh/entente/ca/server"
 	"github.com/entente-mesh/entente/ca/signer"
@@ -36,8 +38,29 @@ type core struct {
 	peers   *server.Peers
 	audit   *server.Audit // nil: off
 	clock   clock
+	local   held
 	applied broadcast     // the state has changed
 	ledTerm atomic.Uint64 // term of which this node, as its leader, has applied all before
+}
+
+// held is what this node holds beyond the agreement. It is looked at under the state's lock;
+// so change must not read the state.
+type held struct {
+	mu   sync.Mutex
+	last local.View
+}
+
+func (h *held) view() local.View {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.last
+}
+
+func (h *held) change(next func(local.View) local.View) local.View {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.last = next(h.last)
+	return h.last
 }
 
 // Read calls f with the agreed state, under its read lock.

@@ -15,15 +15,15 @@ import (
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/domain"
 	"github.com/entente-mesh/entente/ca/feed"
+	"github.com/entente-mesh/entente/ca/local"
 	"github.com/entente-mesh/entente/ca/server"
 	"github.com/entente-mesh/entente/federation/exchange"
 )
 
 // foreignStatus is how following the other domains' bundles goes, at this node.
 type foreignStatus struct {
-	mu  sync.Mutex
-	of  map[string]server.Fetched
-	own map[string]*statev1.ForeignBundle // accepted while nothing could be agreed, as fetched
+	mu sync.Mutex
+	of map[string]server.Fetched
 }
 
 func (s *foreignStatus) set(td string, fetched server.Fetched) {
@@ -47,6 +47,8 @@ type following struct {
 	*core
 	feed   *feed.Feed
 	status foreignStatus
+
+	changing sync.Mutex // what is held, and what the feed shows of it
 }
 
 // accept is what becomes of a bundle that passed.
@@ -115,7 +117,7 @@ func (f *following) run(ctx context.Context) error {
 			stop()
 			following.Wait()
 		}
-		f.status.settle(f)
+		f.settle()
 		if err := sleep(ctx, lookForQuorum); err != nil {
 			return err
 		}
@@ -126,66 +128,37 @@ const lookForQuorum = 500 * time.Millisecond
 
 // holdAlone takes a bundle into use here while nothing can be agreed.
 func (f *following) holdAlone(_ context.Context, record *statev1.ForeignBundle) error {
-	f.status.hold(f, record)
+	f.change(func(v local.View) local.View { return v.WithForeign(record) })
 	f.log.Warn("the bundle of another domain is in use at this node alone, until it can be agreed", "peer_domain", record.GetTrustDomain(), "sequence", record.GetSequence())
 	return nil
 }
 
-// hold takes a bundle for this node's own; it is newer than all before, its follower saw
-// to that.
-func (s *foreignStatus) hold(f *following, record *statev1.ForeignBundle) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	own := maps.Clone(s.own)
-	if own == nil {
-		own = make(map[string]*statev1.ForeignBundle)
-	}
-	own[record.GetTrustDomain()] = record
-	s.use(f, own)
-}
-
 // settle gives up what is agreed by now, or concerns nobody any more.
-func (s *foreignStatus) settle(f *following) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if len(s.own) == 0 {
+func (f *following) settle() {
+	held := f.local.view()
+	if len(held.Foreign()) == 0 {
 		return
 	}
-	own := maps.Clone(s.own)
-	f.Read(func(st *domain.State) {
-		maps.DeleteFunc(own, func(td string, b *statev1.ForeignBundle) bool {
-			agreed, ok := st.FetchedBundle(td)
-			_, related := st.Object("Relationship/" + td)
-			return !related || ok && b.GetSequence() <= agreed.GetSequence()
-		})
-	})
-	s.use(f, own)
+	var settled []string
+	f.Read(func(st *domain.State) { settled = held.Settled(st) })
+	f.change(func(v local.View) local.View { return v.WithoutForeign(settled) })
 }
 
-// use takes these in place of those of before. Which of their keys are used follows from them
-// and the agreed ones together. Called with mu.
-func (s *foreignStatus) use(f *following, own map[string]*statev1.ForeignBundle) {
-	s.own = own
+// change has another view of what is held count. Which of their keys are used follows from
+// the bundles held and the agreed ones together.
+func (f *following) change(next func(local.View) local.View) {
+	f.changing.Lock()
+	defer f.changing.Unlock()
+	held := f.local.change(next).Foreign()
 	var usable map[string]*statev1.ForeignBundle
-	if len(own) > 0 {
-		read := make(map[string]*domain.Foreign, len(own))
-		for td, b := range own {
+	if len(held) > 0 {
+		read := make(map[string]*domain.Foreign, len(held))
+		for td, b := range held {
 			read[td] = domain.ReadForeign(b)
 		}
 		f.Read(func(st *domain.State) { usable = st.UsableWith(read) })
 	}
 	f.feed.HoldForeign(usable)
-}
-
-// newest is the last bundle of that domain that this node has accepted, as fetched.
-func (s *foreignStatus) newest(st *domain.State, td string) *statev1.ForeignBundle {
-	agreed, _ := st.FetchedBundle(td)
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if own := s.own[td]; own != nil && own.GetSequence() > agreed.GetSequence() {
-		return own
-	}
-	return agreed
 }
 
 // follow keeps the accepted bundle of one domain the newest.
@@ -216,7 +189,7 @@ func (f *following) followOnce(ctx context.Context, r *statev1.Relationship, tak
 	var last, agreed *statev1.ForeignBundle
 	f.Read(func(st *domain.State) {
 		agreed, _ = st.FetchedBundle(td.Name())
-		last = f.status.newest(st, td.Name())
+		last = f.local.view().Newest(st, td.Name())
 	})
 	if last != agreed { // this node's own, from before there was quorum
 		if err := take(ctx, last); err != nil {

@@ -110,6 +110,10 @@ func (g *gate) reports() rotation.Reports {
 
 func (g *gate) stepGate(ctx context.Context, said map[string]string) {
 	v := g.gateView()
+	if len(v.Pending)+len(v.Tainted) == 0 {
+		g.overdue.Store(0)
+		return
+	}
 	reports := g.reports()
 	overdue := 0
 	for _, a := range v.Pending {

@@ -1,7 +1,6 @@
 package node
 
 import (
-	"cmp"
 	"context"
 	"slices"
 	"time"
@@ -9,6 +8,7 @@ import (
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/domain"
+	"github.com/entente-mesh/entente/ca/local"
 	"github.com/entente-mesh/entente/ca/server"
 )
 
@@ -27,10 +27,10 @@ type isolation struct {
 // same answer. It can only take away (I5): what lifts it is an agreement.
 func (i *isolation) Isolate(name, reason, who string) (server.Isolation, error) {
 	var agent *statev1.Agent
-	var line ban
+	var line local.Ban
 	i.Read(func(st *domain.State) {
 		if a, ok := st.Agent(name); ok {
-			agent, line = a, banOf(isolated, st, a)
+			agent, line = a, local.NewBan(local.Isolated, st, a, time.Now())
 		}
 	})
 	switch {
@@ -57,8 +57,8 @@ func (i *isolation) Isolate(name, reason, who string) (server.Isolation, error) 
 	return isolationOf(line, err), nil
 }
 
-func isolationOf(line ban, unwritten error) server.Isolation {
-	is := server.Isolation{Agent: line.agent(), Who: line.Who, Reason: line.Reason, At: line.Time}
+func isolationOf(line local.Ban, unwritten error) server.Isolation {
+	is := server.Isolation{Agent: line.Record(), Who: line.Who, Reason: line.Reason, At: line.Time}
 	if unwritten != nil {
 		is.NotWritten = unwritten.Error()
 	}
@@ -67,12 +67,10 @@ func isolationOf(line ban, unwritten error) server.Isolation {
 
 // Isolated are those that are in force and not agreed yet.
 func (i *isolation) Isolated() (list []server.Isolation) {
-	lines, unwritten := i.bans.all()
+	bans, unwritten := i.bans.all()
 	i.Read(func(st *domain.State) {
-		for _, line := range lines {
-			if line.Kind == isolated && line.Cluster == clusterOf(st) && !knows(st, line) {
-				list = append(list, isolationOf(line, unwritten[line.Agent]))
-			}
+		for _, b := range (local.View{Bans: bans}).Isolated(st) {
+			list = append(list, isolationOf(b, unwritten[b.Agent]))
 		}
 	})
 	return list
@@ -85,22 +83,6 @@ func (i *isolation) enforce() {
 	}
 	i.feed.Isolate(agents)
 	i.recheck()
-}
-
-// knows tells whether the state says of an agent what was remembered, or something
-// later. (A state that was restored from a backup says something earlier.)
-func knows(st *domain.State, line ban) bool {
-	agent, ok := st.Agent(line.Agent)
-	item, named := st.DistrustItem(ca.DistrustID(&statev1.Distrust{Agent: line.Agent}))
-	switch {
-	case ok && agent.GetGeneration() > line.Generation:
-		return true // attested anew
-	case !ok:
-		return named && item.GetAgentGeneration() >= line.Generation // evicted
-	case line.Kind == lifted:
-		return false
-	}
-	return agent.GetBanned()
 }
 
 const (
@@ -128,7 +110,10 @@ func (i *isolation) run(ctx context.Context) error {
 }
 
 func (i *isolation) mergeBans(ctx context.Context) {
-	news, pending := i.compareBans()
+	var news []local.Ban
+	var pending []*statev1.RememberedBan
+	bans, _ := i.bans.all()
+	i.Read(func(st *domain.State) { news, pending = local.View{Bans: bans}.Compare(st, time.Now()) })
 	for _, line := range news {
 		if err := i.bans.add(line); err != nil {
 			i.log.Warn("a ban is agreed and not in this node's own memory; trying on", "agent", line.Agent, "error", err)
@@ -161,54 +146,6 @@ func (i *isolation) mergeBans(ctx context.Context) {
 	}
 	i.cfg.reach("merged")
 	signal(i.changed) // the memory takes down that they are
-}
-
-// compareBans says what the memory lacks, and what the state lacks.
-func (i *isolation) compareBans() (news []ban, pending []*statev1.RememberedBan) {
-	lines, _ := i.bans.all()
-	i.Read(func(st *domain.State) {
-		if st.Cluster() == nil {
-			return
-		}
-		known := make(map[string]ban, len(lines))
-		for _, line := range lines {
-			if line.Cluster == clusterOf(st) {
-				known[line.Agent] = line
-			}
-		}
-		for a := range st.Agents() {
-			if !a.GetBanned() {
-				continue
-			}
-			if have, ok := known[a.GetName()]; !ok || have.Kind != banned || have.Generation < a.GetGeneration() || older(st, have) {
-				line := banOf(banned, st, a)
-				line.Who, line.Reason = have.Who, have.Reason
-				news = append(news, line)
-			}
-			delete(known, a.GetName())
-		}
-		for _, line := range known { // not banned in this state
-			switch {
-			case line.Kind == isolated && !knows(st, line), older(st, line) && !knows(st, line):
-				pending = append(pending, &statev1.RememberedBan{Agent: line.agent(), Lifted: line.Kind == lifted})
-			case line.Kind == lifted && !older(st, line), st.Revision() < line.Revision:
-				// Known, or this replica has yet to catch up with what it knew.
-			default:
-				line.Kind, line.Revision = lifted, st.Revision()
-				news = append(news, line)
-			}
-		}
-	})
-	slices.SortFunc(pending, func(a, b *statev1.RememberedBan) int {
-		return cmp.Compare(a.GetAgent().GetName(), b.GetAgent().GetName())
-	})
-	return news, pending
-}
-
-// older tells whether a line is of an epoch before the state's: what was agreed to at
-// the end of that may be lost.
-func older(st *domain.State, line ban) bool {
-	return ca.Revision(line.Revision).Epoch() < ca.Revision(st.Revision()).Epoch()
 }
 
 // reach tells a test of this package where the procedure is.

@@ -60,7 +60,6 @@ type Node struct {
 	comparisons *comparisons
 	returning   *returning
 	rechecks    *rechecks
-	roll        *roll
 	web         *web
 	server      *server.Server
 }
@@ -131,6 +130,7 @@ func newNode(cfg *Config, log *slog.Logger, listeners Listeners, own *identity, 
 	c.peers = server.NewPeers(n.certificate, c.isMember)
 	n.statements = &statements{core: c}
 	n.gate = &gate{proposals: n.proposals, svids: n.svids}
+	n.gate.recall()
 	n.following = &following{core: c, feed: news}
 	n.comparisons = &comparisons{core: c, odd: make(chan uint64, 1)}
 	n.returning = &returning{core: c, config: n.replicaConfig, restored: n.onRestore}
@@ -138,8 +138,6 @@ func newNode(cfg *Config, log *slog.Logger, listeners Listeners, own *identity, 
 	n.watchdog = &watchdog{c}
 	n.rechecks = &rechecks{core: c, feed: news, due: make(chan struct{}, 1)}
 	n.isolation = &isolation{proposals: n.proposals, bans: bans, changed: make(chan struct{}, 1), recheck: n.rechecks.ask}
-	n.roll = &roll{c, news}
-	n.roll.recall()
 	n.web = &web{core: c, bundles: server.NewBundles(c.td)}
 	return n
 }
@@ -280,7 +278,7 @@ func (n *Node) Run(ctx context.Context) error {
 	group.Go("leadership", n.leadership.run)
 	group.Go("presence", n.hearing.run)
 	group.Go("reports", n.gate.runReports)
-	group.Go("subscribers", n.roll.run)
+	group.Go("subscribers", n.gate.runRoll)
 	group.Go("rechecks", n.rechecks.run)
 	group.Go("bans", n.isolation.run)
 	group.Go("other domains' bundles", n.following.run)
@@ -540,7 +538,7 @@ func (n *Node) registerMetrics() {
 		return float64(n.gate.overdue.Load())
 	})
 	gauge("entente_ca_authorities_offline", "Authorities that this node took into use without quorum.", func() float64 {
-		return float64(n.authorities.offline.count())
+		return float64(n.local.view().Offline())
 	})
 	if n.authorities.upstream != nil {
 		gauge("entente_ca_upstream_certifies_seconds", "How long the upstream goes on certifying authorities; 0: not any more, or it cannot be used.", func() float64 {

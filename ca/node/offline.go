@@ -4,68 +4,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"sync"
 	"time"
-
-	"google.golang.org/protobuf/proto"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/domain"
+	"github.com/entente-mesh/entente/ca/local"
 	"github.com/entente-mesh/entente/ca/rotation"
 )
-
-// offline knows which authorities this node took into use without quorum: of each use
-// the one that was marked ready before, and so is held by everybody. The state learns of
-// it when it can; what the state says wins. It is not on the disk: after a restart the
-// node comes to the same decision, for there is only the one.
-type offline struct {
-	mu    sync.Mutex
-	taken map[statev1.KeyUse]*statev1.Authority // as ACTIVE
-}
-
-// of is the id of the one taken for that use; empty: none.
-func (o *offline) of(use statev1.KeyUse) string { return o.record(use).GetId() }
-
-func (o *offline) record(use statev1.KeyUse) *statev1.Authority {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return o.taken[use]
-}
-
-func (o *offline) has(id string) bool {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	for _, a := range o.taken {
-		if a.GetId() == id {
-			return true
-		}
-	}
-	return false
-}
-
-func (o *offline) count() int {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return len(o.taken)
-}
-
-func (o *offline) take(a *statev1.Authority) {
-	active := proto.CloneOf(a)
-	active.Phase = statev1.AuthorityPhase_AUTHORITY_PHASE_ACTIVE
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	if o.taken == nil {
-		o.taken = make(map[statev1.KeyUse]*statev1.Authority)
-	}
-	o.taken[a.GetUse()] = active
-}
-
-func (o *offline) forget(use statev1.KeyUse) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	delete(o.taken, use)
-}
 
 // ActivateOffline takes this node's own PREPARED authority into use without quorum.
 func (as *authorities) ActivateOffline(id, who string) error {
@@ -84,10 +30,10 @@ func (as *authorities) ActivateOffline(id, who string) error {
 	if err := as.signerClock().Check(time.Now()); err != nil {
 		return err
 	}
-	if as.offline.has(id) {
+	if as.local.view().Took(id) {
 		return nil
 	}
-	as.offline.take(a)
+	as.local.change(func(v local.View) local.View { return v.WithAuthority(a) })
 	as.audit.Act(who, "ActivateAuthority", []string{"authority/" + id, "without quorum"}, 0, nil)
 	as.log.Warn("authority signs from now on, without quorum: the cluster learns of it when there is one", "authority", id, "use", a.GetUse().String())
 	as.applied.tell() // the node's own SVIDs follow
@@ -95,12 +41,12 @@ func (as *authorities) ActivateOffline(id, who string) error {
 }
 
 // IsOffline tells whether this node took an authority into use without quorum.
-func (as *authorities) IsOffline(id string) bool { return as.offline.has(id) }
+func (as *authorities) IsOffline(id string) bool { return as.local.view().Took(id) }
 
 // reconcile tells the cluster what this node did without it, and gives up what the
 // cluster has decided otherwise meanwhile.
 func (as *authorities) reconcile(ctx context.Context, own rotation.Own, u use) error {
-	id := as.offline.of(u.of)
+	id := as.local.view().Taken(u.of)
 	if id == "" {
 		return nil
 	}
@@ -114,7 +60,7 @@ func (as *authorities) reconcile(ctx context.Context, own rotation.Own, u use) e
 	if rotation.MayTakeOffline(have, as.own.id) {
 		return nil // still without quorum
 	}
-	as.offline.forget(u.of)
+	as.local.change(func(v local.View) local.View { return v.WithoutAuthority(u.of) })
 	if !ca.Signs(have.GetPhase()) {
 		as.log.Error("what this node took into use without quorum was given up by the cluster meanwhile: what it signed is void, or issued anew",
 			"authority", id, "use", u.name, "phase", ca.PhaseName(have.GetPhase()))

@@ -23,16 +23,10 @@ const maxRoll = 64 << 20
 // rollEvery is how long changes are gathered before the file is written.
 const rollEvery = time.Second
 
-// roll is the list of this node's subscribers on its disk.
-type roll struct {
-	*core
-	feed *feed.Feed
-}
-
 // recall reads the roll of before. One that cannot be read stops nothing: it
 // is as if there had been no subscriber, and said.
-func (r *roll) recall() {
-	path := filepath.Join(r.cfg.DataDir, rollFile)
+func (g *gate) recall() {
+	path := filepath.Join(g.cfg.DataDir, rollFile)
 	var known []feed.Known
 	info, err := os.Stat(path)
 	if errors.Is(err, os.ErrNotExist) {
@@ -49,27 +43,27 @@ func (r *roll) recall() {
 		err = json.Unmarshal(data, &known)
 	}
 	if err != nil {
-		r.log.Error("the subscribers of before the restart cannot be read: those that do not come back are not waited for", "file", path, "error", err)
+		g.log.Error("the subscribers of before the restart cannot be read: those that do not come back are not waited for", "file", path, "error", err)
 		return
 	}
-	r.feed.Recall(time.Now(), known)
+	g.feed.Recall(time.Now(), known)
 }
 
-// run keeps the roll on the disk.
-func (r *roll) run(ctx context.Context) error {
-	path, failed := filepath.Join(r.cfg.DataDir, rollFile), false
+// runRoll keeps the roll on the disk.
+func (g *gate) runRoll(ctx context.Context) error {
+	path, failed := filepath.Join(g.cfg.DataDir, rollFile), false
 	for {
 		select {
-		case <-r.feed.Roster:
+		case <-g.feed.Roster:
 		case <-ctx.Done():
 			return ctx.Err()
 		}
-		data, err := json.Marshal(r.feed.Roll())
+		data, err := json.Marshal(g.feed.Roll())
 		if err == nil {
 			err = daemon.WriteFileAtomic(path, data, 0o600)
 		}
 		if err != nil && !failed {
-			r.log.Error("this node's subscribers cannot be written down: after a restart those that do not come back are not waited for", "error", err)
+			g.log.Error("this node's subscribers cannot be written down: after a restart those that do not come back are not waited for", "error", err)
 		}
 		failed = err != nil
 		if err := sleep(ctx, rollEvery); err != nil {

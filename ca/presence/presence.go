@@ -111,6 +111,8 @@ const (
 type Table struct {
 	self   string
 	agents map[string]*agent
+	// serving are those of whom something is shown: most hosts may serve nothing.
+	serving map[string]*agent
 	// waiting are agents with something to show that is damped.
 	waiting map[string]*agent
 	// Boots are numbered in the order they were heard of: news upwards, old news
@@ -138,7 +140,7 @@ type holding struct {
 
 // New returns an empty table of the replica with the id self.
 func New(self string) *Table {
-	return &Table{self: self, agents: make(map[string]*agent), waiting: make(map[string]*agent)}
+	return &Table{self: self, agents: make(map[string]*agent), serving: make(map[string]*agent), waiting: make(map[string]*agent)}
 }
 
 // Attach says that this replica now holds a stream of the agent. It reports
@@ -342,7 +344,7 @@ func (t *Table) Expire(now time.Time) []Change {
 // All returns every instance that is known, by service and agent.
 func (t *Table) All() []Instance {
 	var all []Instance
-	for _, a := range t.agents {
+	for _, a := range t.serving {
 		all = slices.AppendSeq(all, maps.Values(a.shown))
 	}
 	slices.SortFunc(all, compareInstances)
@@ -547,6 +549,11 @@ func (t *Table) show(now time.Time, name string, a *agent) []Change {
 		delete(a.shown, service)
 		changes = append(changes, Change{Instance: instance, Withdrawn: true})
 	}
+	if len(a.shown) > 0 {
+		t.serving[name] = a
+	} else {
+		delete(t.serving, name)
+	}
 	return sorted(changes)
 }
 
@@ -560,7 +567,7 @@ func (t *Table) sweep() {
 // Instances walks over everything that is shown, in no order.
 func (t *Table) Instances() iter.Seq[Instance] {
 	return func(yield func(Instance) bool) {
-		for _, a := range t.agents {
+		for _, a := range t.serving {
 			for _, instance := range a.shown {
 				if !yield(instance) {
 					return

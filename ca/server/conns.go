@@ -32,6 +32,12 @@ const (
 	handshakeLimit = 5 * time.Second
 	callLimit      = 15 * time.Second // but for streams, which last
 
+	// A stream beats every 5 s: a peer that acknowledges none of it is gone. The ping is for
+	// one whose kernel lives on; more often, it would cost as much as the beats.
+	unacknowledged = 10 * time.Second
+	pingEvery      = 30 * time.Second
+	pingWait       = 5 * time.Second
+
 	maxHandshakes = 1024 // under way at once
 	maxStrangers  = 256  // connections without an identity: of hosts and nodes that are about to get one
 	maxPeerConns  = 16   // of one agent, of one identity of a host's workloads, of one CA node
@@ -64,6 +70,7 @@ func (e entrance) Accept() (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
+	loseAfter(conn, unacknowledged)
 	for {
 		taken := e.server.handshakes.Take(admission.Source(conn.RemoteAddr()), time.Now(), func() {
 			e.server.metrics.cut.WithLabelValues("handshake").Inc()

@@ -272,8 +272,8 @@ func (s *Server) ServeAPI(ctx context.Context, listener net.Listener) error {
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 2 * time.Second, PermitWithoutStream: true}),
 		grpc.KeepaliveParams(keepalive.ServerParameters{
 			MaxConnectionIdle: time.Minute, // strangers do not stay
-			Time:              10 * time.Second,
-			Timeout:           5 * time.Second,
+			Time:              pingEvery,
+			Timeout:           pingWait,
 		}),
 	}
 	if between := s.Between.Unary; between != nil {

@@ -45,7 +45,8 @@ ca/server:               api/entente/v1
                          federation federation/bundle federation/catalog
                          internal/peer internal/admission
 ca/client:               api/entente/v1 ca ca/compare federation/bundle federation/catalog internal/peer internal/secret
-ca/node:                 ca ca/domain ca/rotation ca/replica ca/feed ca/presence ca/signer ca/keystore ca/nodeattest ca/compare ca/server
+ca/local:                ca ca/domain ca/rotation
+ca/node:                 ca ca/domain ca/local ca/rotation ca/replica ca/feed ca/presence ca/signer ca/keystore ca/nodeattest ca/compare ca/server
                          federation federation/exchange
                          internal/peer internal/gossip internal/daemon internal/yamlfile internal/admission
 ca/catest:               ...
@@ -120,7 +121,7 @@ google.golang.org/grpc:           api/entente/v1
 // time and ids arrive as arguments. They import pure rooms only ([TestPure]).
 const pure = `
 api/entente/state/v1
-ca ca/selector ca/domain ca/domain/domaintest ca/presence ca/rotation
+ca ca/selector ca/domain ca/domain/domaintest ca/local ca/presence ca/rotation
 federation federation/catalog federation/origin
 internal/jwtsvid internal/nearest internal/refusal internal/secret
 `

@@ -30,7 +30,6 @@ ca/domain encoder.record         161  one case for each record: the bytes of the
 ca/domain application.prepareAuthority 97  every rule for an authority, in the order in which they refuse
 ca/domain describe               224  the table of commands, one row for each: a variable would need itself, since a row's code looks other commands up
 ca/feed Session.delta             87  one case for each kind of change
-ca/node New                      126  wiring: the parts of a node, in the order in which they need each other
 ca/node Config.Complete           85  one check for each key of the file
 ca/replica load                   81  the order of recovery is the promise: snapshots, then the log, then what was agreed
 ca/server syncDoor.Sync          110  one select over everything that happens to a stream
@@ -50,7 +49,6 @@ const wideStructs = `
 ca/domain State      21  the replicated state: one field for each table
 ca/feed Session      28  to be split: what a subscriber was told, and what it reports
 ca/node Config       25  a configuration file: one field for each section
-ca/node Node         39  to be split by owner: leadership, authorities, following, watchdogs
 ca/replica Replica   22  to be split: the log, and those who wait for it
 meshagent Config     22  a configuration file: one field for each section
 `
