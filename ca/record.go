@@ -17,8 +17,12 @@ import (
 // does not know them passes them over.
 //
 //	0  releases before levels
-//	1  levels; requests to sign name the entry's record
+//	1  levels; requests to sign name the entry's record; instances have ids
 const SyncLevel = 1
+
+// LevelInstanceIDs is the first level of Sync at which an agent's instances of one service
+// are told apart.
+const LevelInstanceIDs = 1
 
 // RecordHash identifies the content of a record: the SHA-256 of AppendRecord.
 func RecordHash(record proto.Message) [sha256.Size]byte {

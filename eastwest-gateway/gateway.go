@@ -276,7 +276,7 @@ func (g *Gateway) follow() func(*client.View) error {
 	return func(v *client.View) error {
 		endpoints := make([]catalog.Endpoint, len(v.Instances))
 		for i, instance := range v.Instances {
-			endpoints[i] = catalog.Endpoint(instance)
+			endpoints[i] = instance
 		}
 		if tables != nil && v.Changed == changed && v.Urgent == urgent {
 			g.engine.SetEndpoints(endpoints)

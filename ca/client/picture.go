@@ -67,7 +67,7 @@ func (s *Store) picture() *ententev1.Picture {
 	}
 	presence := &ententev1.Presence{Complete: true}
 	for _, i := range view.Instances {
-		presence.Instances = append(presence.Instances, i.toWire())
+		presence.Instances = append(presence.Instances, instanceToWire(i))
 	}
 	return &ententev1.Picture{Policy: policy, Presence: presence, Level: ca.SyncLevel, Source: s.source}
 }

@@ -59,8 +59,8 @@ type Store struct {
 	arriving map[place]Instance // presence of this session until it is complete; nil: it is
 }
 
-// place identifies an instance: an agent serves a service at one place.
-type place struct{ service, agent string }
+// place identifies an instance.
+type place struct{ service, agent, id string }
 
 // update collects chunks. A nil record means that it was deleted.
 type update struct {
@@ -510,10 +510,10 @@ func (s *Store) presence(message *ententev1.Presence) {
 		into = s.arriving
 	}
 	for _, i := range message.GetInstances() {
-		into[place{i.GetService(), i.GetAgent()}] = instanceFromWire(i)
+		into[place{i.GetService(), i.GetAgent(), i.GetId()}] = instanceFromWire(i)
 	}
 	for _, i := range message.GetWithdrawn() {
-		delete(into, place{i.GetService(), i.GetAgent()})
+		delete(into, place{i.GetService(), i.GetAgent(), i.GetId()})
 	}
 	if s.arriving != nil {
 		if !message.GetComplete() {
@@ -538,7 +538,7 @@ func (s *Store) disown() {
 
 func (s *Store) publishInstances(instances []Instance) {
 	slices.SortFunc(instances, func(a, b Instance) int {
-		return cmp.Or(cmp.Compare(a.Service, b.Service), cmp.Compare(a.Agent, b.Agent))
+		return cmp.Or(cmp.Compare(a.Service, b.Service), cmp.Compare(a.Agent, b.Agent), cmp.Compare(a.ID, b.ID))
 	})
 	if slices.Equal(instances, s.view.Instances) {
 		return

@@ -472,7 +472,7 @@ func (s *syncer) isSource(session *session) bool {
 func (s *syncer) sendReport(session *session, instances []Instance) error {
 	report := &ententev1.InstanceReport{}
 	for _, i := range instances {
-		report.Instances = append(report.Instances, i.toWire())
+		report.Instances = append(report.Instances, instanceToWire(i))
 	}
 	return session.stream.Send(&ententev1.SyncRequest{Message: &ententev1.SyncRequest_Report{Report: report}})
 }

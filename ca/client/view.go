@@ -6,6 +6,7 @@ import (
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
 	"github.com/entente-mesh/entente/ca"
+	"github.com/entente-mesh/entente/federation/catalog"
 )
 
 // View is the picture of the trust domain that the CA gives this subscriber. It
@@ -39,23 +40,17 @@ type View struct {
 	// Skipped names what the CA sent and this release does not know, TooOld what of it
 	// restricts and so is not enforced here; at most 32 each.
 	Skipped, TooOld []string
-	// Instances are all known places that serve, by service and agent.
+	// Instances are all known places that serve, by service, agent and id.
 	Instances []Instance
 }
 
 // Instance is one place where a service of the own domain is served.
-type Instance struct {
-	Service    string // label, without the trust domain
-	Agent      string // name of the host's agent
-	Datacenter string
-	Address    string // host:port of the sidecar's inbound mTLS listener
-	Healthy    bool
-	Stale      bool // nobody vouches for it just now: use after fresh ones
-}
+type Instance = catalog.Endpoint
 
 func instanceFromWire(i *ententev1.Instance) Instance {
 	return Instance{
 		Service:    i.GetService(),
+		ID:         i.GetId(),
 		Agent:      i.GetAgent(),
 		Datacenter: i.GetDatacenter(),
 		Address:    i.GetAddress(),
@@ -64,15 +59,16 @@ func instanceFromWire(i *ententev1.Instance) Instance {
 	}
 }
 
-// toWire leaves out what the CA knows better: the agent's name comes from the
+// instanceToWire leaves out what the CA knows better: the agent's name comes from the
 // SVID of the stream, the version from its Hello.
-func (i Instance) toWire() *ententev1.Instance {
+func instanceToWire(i Instance) *ententev1.Instance {
 	health := ententev1.Health_HEALTH_UNHEALTHY
 	if i.Healthy {
 		health = ententev1.Health_HEALTH_HEALTHY
 	}
 	return &ententev1.Instance{
 		Service:    i.Service,
+		Id:         i.ID,
 		Agent:      i.Agent,
 		Datacenter: i.Datacenter,
 		Address:    i.Address,

@@ -690,6 +690,56 @@ func TestPresenceLane(t *testing.T) {
 	}
 }
 
+// A subscriber of before ids takes instances of one service and agent for the same: it is told
+// of one, a healthy one if there is, and of its end when the last one ends.
+func TestInstanceIDsAreForWhoKnowsThem(t *testing.T) {
+	w := newWorld(t, 0)
+	for _, name := range []string{"h1", "h2", "h3"} {
+		w.attest(name)
+	}
+	reporter := w.subscribe(agentSub("h1", 1), 0)
+	older, newer := agentSub("h2", 1), agentSub("h3", 1)
+	newer.Level = ca.LevelInstanceIDs
+	was, is := w.subscribe(older, 0), w.subscribe(newer, 0)
+	was.Presence()
+	is.Presence()
+	of := func(id, address string, health presence.Health) presence.Instance {
+		return presence.Instance{Service: "accounts", ID: id, Address: address, Health: health}
+	}
+	say := func(s *Session) (text string) {
+		news, _ := s.Presence()
+		for _, i := range news.Upserts {
+			text += "+" + i.ID + i.Address + " "
+		}
+		for _, i := range news.Withdrawn {
+			text += "-" + i.ID + " "
+		}
+		return strings.TrimSpace(text)
+	}
+	for _, step := range []struct {
+		reports    []presence.Instance
+		older, new string
+	}{
+		{[]presence.Instance{of("a", ":1", presence.Healthy), of("b", ":2", presence.Healthy)}, "+:1", "+a:1 +b:2"},
+		{[]presence.Instance{of("a", ":1", presence.Unhealthy), of("b", ":2", presence.Healthy)}, "+:2", "+a:1"},
+		{[]presence.Instance{of("b", ":2", presence.Healthy)}, "+:2", "-a"},
+		{nil, "-", "-b"},
+	} {
+		reporter.Report(start, step.reports)
+		if got := say(was); got != step.older {
+			t.Errorf("%v: who knows no ids hears %q, not %q", step.reports, got, step.older)
+		}
+		if got := say(is); got != step.new {
+			t.Errorf("%v: who knows them hears %q, not %q", step.reports, got, step.new)
+		}
+	}
+	reporter.Report(start, []presence.Instance{of("a", ":1", presence.Unhealthy), of("b", ":2", presence.Healthy)})
+	older.Version.Connect++
+	if got := say(w.subscribe(older, 0)); got != "+:2" {
+		t.Errorf("at attach %q", got)
+	}
+}
+
 func TestWatcher(t *testing.T) {
 	w := newWorld(t, 0)
 	w.attest("h1")

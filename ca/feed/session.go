@@ -7,6 +7,7 @@ import (
 	"time"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/domain"
 	"github.com/entente-mesh/entente/ca/presence"
 )
@@ -111,23 +112,56 @@ func (s *Session) Presence() (Instances, bool) {
 	if s.all {
 		s.all = false
 		clear(s.dirty)
-		return Instances{Upserts: f.table.All(), Complete: true}, true
+		return Instances{Upserts: s.known(f.table.All()), Complete: true}, true
 	}
 	if len(s.dirty) == 0 {
 		return Instances{}, false
 	}
 	var out Instances
+	told := map[presence.Key]bool{}
 	for key := range s.dirty {
-		if instance, ok := f.table.Get(key); ok {
+		instance, ok := f.table.Get(key)
+		if s.who.Level < ca.LevelInstanceIDs {
+			key.ID = ""
+			if told[key] {
+				continue
+			}
+			told[key] = true
+			of := s.known(f.table.Of(key.Service, key.Agent))
+			if ok = len(of) > 0; ok {
+				instance = of[0]
+			}
+		}
+		if ok {
 			out.Upserts = append(out.Upserts, instance)
 		} else {
-			out.Withdrawn = append(out.Withdrawn, presence.Instance{Service: key.Service, Agent: key.Agent})
+			out.Withdrawn = append(out.Withdrawn, presence.Instance{Service: key.Service, Agent: key.Agent, ID: key.ID})
 		}
 	}
 	clear(s.dirty)
 	slices.SortFunc(out.Upserts, compareInstances)
 	slices.SortFunc(out.Withdrawn, compareInstances)
 	return out, true
+}
+
+// known are instances as the subscriber knows them. One of before ids takes two of one
+// service and agent for the same: it is told of the best. They are sorted.
+func (s *Session) known(list []presence.Instance) []presence.Instance {
+	if s.who.Level >= ca.LevelInstanceIDs {
+		return list
+	}
+	var one []presence.Instance
+	for _, i := range list {
+		i.ID = ""
+		last := len(one) - 1
+		switch {
+		case last < 0 || one[last].Service != i.Service || one[last].Agent != i.Agent:
+			one = append(one, i)
+		case i.Health == presence.Healthy && one[last].Health != presence.Healthy:
+			one[last] = i
+		}
+	}
+	return one
 }
 
 // tell marks changes for all subscribers, and the reporter's own word for the other
@@ -422,5 +456,5 @@ func compareBundles(a, b *statev1.ForeignBundle) int {
 }
 
 func compareInstances(a, b presence.Instance) int {
-	return cmp.Or(cmp.Compare(a.Service, b.Service), cmp.Compare(a.Agent, b.Agent))
+	return cmp.Or(cmp.Compare(a.Service, b.Service), cmp.Compare(a.Agent, b.Agent), cmp.Compare(a.ID, b.ID))
 }

@@ -60,16 +60,16 @@ func (t *Table) admits(now time.Time, name string, a *agent, shown *Instance, ne
 			return true // of another session: that is no news to anybody
 		}
 	}
-	d := a.dampers[next.Service]
+	d := a.dampers[next.place()]
 	if d == nil {
 		if len(a.dampers) >= 2*MaxInstancesPerAgent { // of names that it has left behind, for the most part
-			maps.DeleteFunc(a.dampers, func(service string, _ *damper) bool {
-				_, shown := a.shown[service]
+			maps.DeleteFunc(a.dampers, func(place Place, _ *damper) bool {
+				_, shown := a.shown[place]
 				return !shown
 			})
 		}
 		d = &damper{}
-		a.dampers[next.Service] = d
+		a.dampers[next.place()] = d
 	}
 	if due := d.due(); now.Before(due) {
 		a.waits(due)
@@ -109,9 +109,9 @@ func (t *Table) Release(now time.Time) []Change {
 
 // forgive forgets accounts that make nothing wait any more.
 func (a *agent) forgive(now time.Time) {
-	for service, d := range a.dampers {
+	for place, d := range a.dampers {
 		if d.left(now) < 0.5 {
-			delete(a.dampers, service)
+			delete(a.dampers, place)
 		}
 	}
 }

@@ -49,7 +49,7 @@ func TestFlapsAreDamped(t *testing.T) {
 					next = unhealthy(flaps)
 				}
 				count(tell(table, now, next, calm))
-				if shown, _ := table.Get(Key{"accounts", "h1"}); shown.Health == Healthy {
+				if shown, _ := table.Get(Key{"h1", Place{Service: "accounts"}}); shown.Health == Healthy {
 					good++
 				}
 			}
@@ -74,7 +74,7 @@ func TestFlapsAreDamped(t *testing.T) {
 				t.Errorf("too early: %+v", changes)
 			}
 			table.Release(at)
-			if shown, _ := table.Get(Key{"accounts", "h1"}); shown.Health != Healthy {
+			if shown, _ := table.Get(Key{"h1", Place{Service: "accounts"}}); shown.Health != Healthy {
 				t.Errorf("%+v", shown)
 			}
 			// Control: what happens once in a while is told at once.

@@ -72,6 +72,7 @@ const (
 // Instance is one place where a service is served.
 type Instance struct {
 	Service    string // label; empty only in Held: the session itself
+	ID         string // the agent's own name for it, among its others of the service; empty: the only one
 	Agent      string
 	Datacenter string
 	Address    string // host:port of the sidecar's inbound listener
@@ -86,11 +87,19 @@ type Instance struct {
 
 // Key names an instance.
 type Key struct {
-	Service, Agent string
+	Agent string
+	Place
+}
+
+// Place names an instance among those of its agent.
+type Place struct {
+	Service, ID string
 }
 
 // Key returns the instance's key.
-func (i Instance) Key() Key { return Key{i.Service, i.Agent} }
+func (i Instance) Key() Key { return Key{i.Agent, i.place()} }
+
+func (i Instance) place() Place { return Place{i.Service, i.ID} }
 
 // Change is one instance that is new or different, or (Withdrawn) gone.
 type Change struct {
@@ -104,7 +113,9 @@ const ForgetAfter = 24 * time.Hour
 // Bounds on what one agent may report and one table holds.
 const (
 	MaxInstancesPerAgent = 1000
-	maxBootsPerAgent     = 16
+	// MaxInstancesOfService is how many of one service an agent may have.
+	MaxInstancesOfService = 16
+	maxBootsPerAgent      = 16
 )
 
 // Table is one replica's picture.
@@ -123,9 +134,9 @@ type Table struct {
 type agent struct {
 	sources map[string]*holding
 	boots   map[string]int64 // boot id -> when heard of
-	shown   map[string]Instance
-	dampers map[string]*damper // by service
-	until   time.Time          // what waits to be shown is due; zero: nothing waits
+	shown   map[Place]Instance
+	dampers map[Place]*damper
+	until   time.Time // what waits to be shown is due; zero: nothing waits
 }
 
 // holding is what one source says of one agent.
@@ -134,7 +145,7 @@ type holding struct {
 	proof     Proof // of this replica's own
 	worth     Worth // Proven: of this replica's own, or signed by the agent
 	live      bool  // the source holds the agent's stream, and we hear the source
-	instances map[string]Instance
+	instances map[Place]Instance
 	staleAt   time.Time // since when it is not live
 }
 
@@ -159,10 +170,10 @@ func (t *Table) Attach(now time.Time, name string, v Version) (changes []Change,
 	}
 	// The best picture there is goes over to the new session, so that a mere
 	// reconnect takes nobody's endpoints away.
-	fresh := &holding{version: v, worth: Proven, live: true, instances: make(map[string]Instance)}
-	for service, instance := range a.shown {
+	fresh := &holding{version: v, worth: Proven, live: true, instances: make(map[Place]Instance)}
+	for place, instance := range a.shown {
 		instance.Version, instance.Stale = v, false
-		fresh.instances[service] = instance
+		fresh.instances[place] = instance
 	}
 	a.sources[t.self] = fresh
 	return t.show(now, name, a), true
@@ -192,7 +203,7 @@ func (t *Table) Report(now time.Time, name string, v Version, instances []Instan
 			continue
 		}
 		instance.Agent, instance.Version, instance.Stale = name, v, false
-		held.instances[instance.Service] = instance
+		held.instances[instance.place()] = instance
 	}
 	return t.show(now, name, a)
 }
@@ -221,7 +232,7 @@ func (t *Table) Detach(now time.Time, name string, v Version, goodbye bool) []Ch
 func (t *Table) Recall(name string, v Version, lostAt time.Time) {
 	a := t.agent(name)
 	a.boots[v.BootID] = math.MinInt64
-	a.sources[t.self] = &holding{version: v, worth: Proven, staleAt: lostAt, instances: make(map[string]Instance)}
+	a.sources[t.self] = &holding{version: v, worth: Proven, staleAt: lostAt, instances: make(map[Place]Instance)}
 }
 
 // Remote takes what another replica says of its own sessions, as its HeldOf lists
@@ -244,7 +255,7 @@ func (t *Table) Remote(now time.Time, source string, instances, withdrawn []Inst
 		if instance.Service == "" {
 			a := t.agent(name)
 			t.hear(a, instance.Version.BootID, !complete)
-			held = &holding{version: instance.Version, worth: instance.Worth, live: !instance.Stale, instances: make(map[string]Instance)}
+			held = &holding{version: instance.Version, worth: instance.Worth, live: !instance.Stale, instances: make(map[Place]Instance)}
 			if before := a.sources[source]; !held.live {
 				held.staleAt = now
 				if before != nil && !before.live {
@@ -257,7 +268,7 @@ func (t *Table) Remote(now time.Time, source string, instances, withdrawn []Inst
 		}
 		// An instance of a session that was not announced is nobody's.
 		if held != nil && held.version == instance.Version && len(held.instances) < MaxInstancesPerAgent {
-			held.instances[instance.Service] = instance
+			held.instances[instance.place()] = instance
 		}
 	}
 	drop := func(name string) {
@@ -341,7 +352,7 @@ func (t *Table) Expire(now time.Time) []Change {
 	return sorted(changes)
 }
 
-// All returns every instance that is known, by service and agent.
+// All returns every instance that is known, by service, agent and id.
 func (t *Table) All() []Instance {
 	var all []Instance
 	for _, a := range t.serving {
@@ -357,8 +368,21 @@ func (t *Table) Get(k Key) (Instance, bool) {
 	if a == nil {
 		return Instance{}, false
 	}
-	instance, ok := a.shown[k.Service]
+	instance, ok := a.shown[k.Place]
 	return instance, ok
+}
+
+// Of returns an agent's instances of one service, by id.
+func (t *Table) Of(service, name string) (list []Instance) {
+	if a := t.agents[name]; a != nil {
+		for place, instance := range a.shown {
+			if place.Service == service {
+				list = append(list, instance)
+			}
+		}
+	}
+	slices.SortFunc(list, compareInstances)
+	return list
 }
 
 // Held returns what this replica says of its own sessions, live and lost, for
@@ -421,8 +445,8 @@ func (t *Table) agent(name string) *agent {
 		a = &agent{
 			sources: make(map[string]*holding),
 			boots:   make(map[string]int64),
-			shown:   make(map[string]Instance),
-			dampers: make(map[string]*damper),
+			shown:   make(map[Place]Instance),
+			dampers: make(map[Place]*damper),
 		}
 		t.agents[name] = a
 	}
@@ -524,10 +548,10 @@ func (t *Table) show(now time.Time, name string, a *agent) []Change {
 		delete(a.sources, t.self) // not the last word any more
 	}
 	if won != nil {
-		for service, instance := range won.instances {
+		for place, instance := range won.instances {
 			instance.Version, instance.Stale = won.version, !won.live
 			var shown *Instance
-			if before, ok := a.shown[service]; ok {
+			if before, ok := a.shown[place]; ok {
 				if before == instance {
 					continue
 				}
@@ -536,17 +560,17 @@ func (t *Table) show(now time.Time, name string, a *agent) []Change {
 			if !t.admits(now, name, a, shown, instance) {
 				continue
 			}
-			a.shown[service] = instance
+			a.shown[place] = instance
 			changes = append(changes, Change{Instance: instance})
 		}
 	}
-	for service, instance := range a.shown {
+	for place, instance := range a.shown {
 		if won != nil {
-			if _, ok := won.instances[service]; ok {
+			if _, ok := won.instances[place]; ok {
 				continue
 			}
 		}
-		delete(a.shown, service)
+		delete(a.shown, place)
 		changes = append(changes, Change{Instance: instance, Withdrawn: true})
 	}
 	if len(a.shown) > 0 {
@@ -578,7 +602,7 @@ func (t *Table) Instances() iter.Seq[Instance] {
 }
 
 func compareInstances(a, b Instance) int {
-	return cmp.Or(cmp.Compare(a.Service, b.Service), cmp.Compare(a.Agent, b.Agent))
+	return cmp.Or(cmp.Compare(a.Service, b.Service), cmp.Compare(a.Agent, b.Agent), cmp.Compare(a.ID, b.ID))
 }
 
 func sorted(changes []Change) []Change {

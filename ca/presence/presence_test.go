@@ -492,3 +492,50 @@ func TestDismissedSourceIsForgotten(t *testing.T) {
 		t.Error("it dismissed itself")
 	}
 }
+
+// An agent's instances of one service have lives of their own.
+func TestInstancesOfOneService(t *testing.T) {
+	table := New("r1")
+	v := Version{BootID: "boot", Connect: 1}
+	table.Attach(start, "h1", v)
+	of := func(id, address string, health Health) Instance {
+		return Instance{Service: "accounts", ID: id, Datacenter: "dc1", Address: address, Health: health}
+	}
+	shown := func() (text string) {
+		for _, i := range table.Of("accounts", "h1") {
+			text += fmt.Sprintf("%s:%s:%d ", i.ID, i.Address, i.Health)
+		}
+		return text
+	}
+	changes := table.Report(start, "h1", v, []Instance{of("b", ":2", Healthy), of("a", ":1", Healthy), of("", ":0", Healthy)})
+	if len(changes) != 3 || shown() != "::0:1 a::1:1 b::2:1 " {
+		t.Errorf("%d changes, shown %q", len(changes), shown())
+	}
+	changes = table.Report(start, "h1", v, []Instance{of("b", ":2", Unhealthy), of("a", ":1", Healthy)})
+	if len(changes) != 2 || shown() != "a::1:1 b::2:2 " {
+		t.Errorf("one sick, one gone: %v, shown %q", changes, shown())
+	}
+	if i, ok := table.Get(Key{"h1", Place{"accounts", "b"}}); !ok || i.Health != Unhealthy {
+		t.Errorf("by key: %v", i)
+	}
+	// Another replica hears both.
+	other := New("r2")
+	other.Remote(start, "r1", table.Held(), nil, true)
+	if got := other.Of("accounts", "h1"); len(got) != 2 || got[0].ID != "a" || got[1].ID != "b" {
+		t.Errorf("elsewhere: %v", got)
+	}
+	// One that flaps is damped, and its neighbour is not.
+	at := start
+	for i := range 20 {
+		at = at.Add(time.Second)
+		health := Healthy
+		if i%2 == 0 {
+			health = Unhealthy
+		}
+		table.Report(at, "h1", v, []Instance{of("a", ":1", Healthy), of("b", ":2", health)})
+	}
+	table.Report(at, "h1", v, []Instance{of("a", ":3", Healthy), of("b", ":2", Healthy)})
+	if shown() != "a::3:1 b::2:2 " {
+		t.Errorf("after flaps of one: %q", shown())
+	}
+}

@@ -1,6 +1,7 @@
 package server
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"strings"
@@ -101,14 +102,14 @@ func (h *Hearsay) take(now time.Time, chunk *ententev1.PresenceResponse) (comple
 }
 
 // bound refuses a full set with more rows than agreed agents can have: each has a session,
-// and each entry of its host an instance or, of a gateway or edge, a session.
+// and each entry of its host some instances or, of a gateway or edge, a session.
 func (h *Hearsay) bound(st *domain.State, more int) error {
 	if h.rows += more; h.rows <= h.mostRows {
 		return nil
 	}
 	h.mostRows = maxUnknown
 	for agent := range st.Agents() {
-		h.mostRows += 1 + st.EntryCountOnHost(agent.GetName())
+		h.mostRows += 1 + presence.MaxInstancesOfService*st.EntryCountOnHost(agent.GetName())
 	}
 	if h.rows > h.mostRows {
 		return fmt.Errorf("its sessions have over %d rows, more than the agents of this domain can have", h.mostRows)
@@ -117,7 +118,7 @@ func (h *Hearsay) bound(st *domain.State, more int) error {
 }
 
 // read gathers a chunk by subscriber. A statement begins with the session itself, its
-// instances follow by service. Of what the agreed state does not know here, a bounded
+// instances follow by service and id. Of what the agreed state does not know here, a bounded
 // number of bytes is kept.
 func (h *Hearsay) read(st *domain.State, chunk *ententev1.PresenceResponse) {
 	for _, row := range chunk.GetInstances() {
@@ -134,7 +135,7 @@ func (h *Hearsay) read(st *domain.State, chunk *ententev1.PresenceResponse) {
 		case said == nil || len(said.rows) >= presence.MaxInstancesPerAgent:
 			continue
 		default:
-			if n := len(said.rows); n > 0 && row.GetService() <= said.rows[n-1].GetService() {
+			if n := len(said.rows); n > 0 && cmp.Or(cmp.Compare(row.GetService(), said.rows[n-1].GetService()), cmp.Compare(row.GetId(), said.rows[n-1].GetId())) <= 0 {
 				continue
 			}
 			known = known && mayServe(st, agent, row) == nil

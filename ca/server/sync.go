@@ -3,6 +3,7 @@ package server
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"slices"
@@ -364,10 +365,15 @@ func (s *Server) checkReport(c caller, reported []*ententev1.Instance) (instance
 	if len(reported) > presence.MaxInstancesPerAgent {
 		reported, refused = reported[:presence.MaxInstancesPerAgent], errors.New("too many instances")
 	}
+	of := map[string]int{}
 	s.State.Read(func(st *domain.State) {
 		for _, r := range reported {
 			if err := mayServe(st, c.agent, r); err != nil {
 				refused = err
+				continue
+			}
+			if of[r.GetService()]++; of[r.GetService()] > presence.MaxInstancesOfService {
+				refused = fmt.Errorf("service %s has over %d instances on this host", r.GetService(), presence.MaxInstancesOfService)
 				continue
 			}
 			instance := instanceFromWire(r)
@@ -379,6 +385,11 @@ func (s *Server) checkReport(c caller, reported []*ententev1.Instance) (instance
 }
 
 func mayServe(st *domain.State, agent *statev1.Agent, r *ententev1.Instance) error {
+	if r.GetId() != "" {
+		if err := ca.CheckLabel(r.GetId()); err != nil {
+			return fmt.Errorf("id of an instance of service %s: %w", r.GetService(), err)
+		}
+	}
 	e, ok := st.Entry(ca.ServiceEntry(r.GetService()))
 	if !ok || !ca.Entitled(agent, e) {
 		return errors.New("service " + r.GetService() + " does not run on this host")

@@ -18,7 +18,9 @@ import (
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
+	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/catest"
+	"github.com/entente-mesh/entente/ca/presence"
 )
 
 // syncStream is a raw subscriber and what it holds.
@@ -37,6 +39,12 @@ type syncStream struct {
 
 func openSync(t testing.TB, conn *grpc.ClientConn, boot string, connect, resume uint64) *syncStream {
 	t.Helper()
+	return openLevel(t, conn, boot, connect, resume, 0)
+}
+
+// openLevel is openSync of a subscriber of that level.
+func openLevel(t testing.TB, conn *grpc.ClientConn, boot string, connect, resume uint64, level uint32) *syncStream {
+	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
 	t.Cleanup(cancel)
 	stream, err := ententev1.NewSyncClient(conn).Sync(ctx)
@@ -46,7 +54,7 @@ func openSync(t testing.TB, conn *grpc.ClientConn, boot string, connect, resume 
 	s := &syncStream{Sync_SyncClient: stream, cancel: cancel,
 		entries: map[string]bool{}, objects: map[string]*statev1.Object{}, bundles: map[string]string{}, instances: map[string]*ententev1.Instance{}}
 	s.send(t, &ententev1.SyncRequest{Message: &ententev1.SyncRequest_Hello{Hello: &ententev1.Hello{
-		BootId: boot, Connect: connect, ResumeRevision: resume,
+		BootId: boot, Connect: connect, ResumeRevision: resume, Level: level,
 	}}})
 	return s
 }
@@ -61,6 +69,15 @@ func (s *syncStream) send(t testing.TB, message *ententev1.SyncRequest) {
 func (s *syncStream) report(t testing.TB, instances ...*ententev1.Instance) {
 	t.Helper()
 	s.send(t, &ententev1.SyncRequest{Message: &ententev1.SyncRequest_Report{Report: &ententev1.InstanceReport{Instances: instances}}})
+}
+
+// instanceKey is SERVICE@AGENT, with #ID where there is one.
+func instanceKey(i *ententev1.Instance) string {
+	key := i.GetService() + "@" + i.GetAgent()
+	if i.GetId() != "" {
+		key += "#" + i.GetId()
+	}
+	return key
 }
 
 func (s *syncStream) take(message *ententev1.SyncResponse) {
@@ -95,10 +112,10 @@ func (s *syncStream) take(message *ententev1.SyncResponse) {
 	}
 	if p := message.GetPresence(); p != nil {
 		for _, i := range p.GetInstances() {
-			s.instances[i.GetService()+"@"+i.GetAgent()] = i
+			s.instances[instanceKey(i)] = i
 		}
 		for _, i := range p.GetWithdrawn() {
-			delete(s.instances, i.GetService()+"@"+i.GetAgent())
+			delete(s.instances, instanceKey(i))
 		}
 		s.complete = s.complete || p.GetComplete()
 	}
@@ -248,6 +265,35 @@ func TestInstanceReports(t *testing.T) {
 	s.report(t, &ententev1.Instance{Service: "accounts", Address: "127.0.0.1:2", Health: healthy})
 	s.CloseSend()
 	watcher.until(t, "the goodbye", func() bool { return len(watcher.instances) == 0 })
+}
+
+// An agent names several instances of one service, within bounds; nobody else's.
+func TestInstancesHaveIDs(t *testing.T) {
+	t.Parallel()
+	c := catest.Start(t, catest.Options{})
+	c.Apply(twoHosts)
+	two := c.Join("ca-2", "dc2")
+	agent, other := attest(t, c, "h1"), attest(t, c, "h2")
+	s := openSync(t, dial(t, c, &agent), "boot", 1, 0)
+	watcher := openLevel(t, dial(t, two, &other), "boot", 1, 0, ca.SyncLevel) // at another CA node
+	of := func(service, id string) *ententev1.Instance {
+		return &ententev1.Instance{Service: service, Id: id, Address: "127.0.0.1:7443", Health: ententev1.Health_HEALTH_HEALTHY}
+	}
+	many := []*ententev1.Instance{of("ledger", "a"), of("accounts", "A/b"), of("accounts", strings.Repeat("x", 64))} // another's; no labels
+	for i := range presence.MaxInstancesOfService + 3 {
+		many = append(many, of("accounts", fmt.Sprint("i", i)))
+	}
+	s.report(t, many...)
+	watcher.until(t, "the instances", func() bool { return len(watcher.instances) == presence.MaxInstancesOfService })
+	for key := range watcher.instances {
+		if !strings.HasPrefix(key, "accounts@h1#i") {
+			t.Errorf("%s was heard of", key)
+		}
+	}
+	s.report(t, of("accounts", "i1"), of("accounts", "")) // control: one of them stays, and one without an id
+	watcher.until(t, "the two", func() bool {
+		return len(watcher.instances) == 2 && watcher.instances["accounts@h1#i1"] != nil && watcher.instances["accounts@h1"] != nil
+	})
 }
 
 // A gateway listens, and says nothing of instances.

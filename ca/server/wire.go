@@ -27,6 +27,7 @@ func instanceToWire(i presence.Instance) *ententev1.Instance {
 	return &ententev1.Instance{
 		Proof:      proof,
 		Service:    i.Service,
+		Id:         i.ID,
 		Agent:      i.Agent,
 		Datacenter: i.Datacenter,
 		Address:    i.Address,
@@ -55,6 +56,7 @@ func instanceFromWire(i *ententev1.Instance) presence.Instance {
 	}
 	return presence.Instance{
 		Service:    i.GetService(),
+		ID:         i.GetId(),
 		Agent:      i.GetAgent(),
 		Datacenter: i.GetDatacenter(),
 		Address:    i.GetAddress(),

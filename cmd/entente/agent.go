@@ -9,7 +9,6 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/entente-mesh/entente/federation/catalog"
 	"github.com/entente-mesh/entente/internal/daemon"
 	"github.com/entente-mesh/entente/meshagent"
 	"github.com/entente-mesh/entente/meshagent/admin"
@@ -162,7 +161,7 @@ func follow(ctx context.Context, agent *meshagent.Agent, car *sidecar.Sidecar, l
 				}
 			}
 			for _, instance := range state.View.Instances {
-				world.Endpoints = append(world.Endpoints, catalog.Endpoint(instance))
+				world.Endpoints = append(world.Endpoints, instance)
 			}
 			if err := car.Update(world); err != nil {
 				log.Error("objects of the catalogue cannot be used and are left out; upgrade this agent if it is older than the CA", "error", err.Error())

@@ -15,7 +15,8 @@ type Endpoint struct {
 	Datacenter string
 	Address    string // host:port of the sidecar's inbound listener
 	Healthy    bool
-	Stale      bool // nobody vouches for it just now
+	Stale      bool   // nobody vouches for it just now
+	ID         string // among the agent's others of the service; empty: it has one
 }
 
 // Role is what the planning process is.

@@ -21,7 +21,7 @@ func endpoints(texts ...string) []Endpoint {
 		rest, sick := strings.CutSuffix(rest, "!")
 		service, rest, _ := strings.Cut(rest, "@")
 		agent, datacenter, _ := strings.Cut(rest, "/")
-		list = append(list, Endpoint{service, agent, datacenter, fmt.Sprintf("10.9.0.%d:7000", i+1), !sick, stale})
+		list = append(list, Endpoint{Service: service, Agent: agent, Datacenter: datacenter, Address: fmt.Sprintf("10.9.0.%d:7000", i+1), Healthy: !sick, Stale: stale})
 	}
 	return list
 }

@@ -1165,16 +1165,19 @@ func (x *InstanceReport) GetInstances() []*Instance {
 // Instance is one place where a service is served. Its version is (connect)
 // within a boot id; a later session of the same agent replaces the earlier one's.
 type Instance struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Service       string                 `protobuf:"bytes,1,opt,name=service,proto3" json:"service,omitempty"` // label
-	Agent         string                 `protobuf:"bytes,2,opt,name=agent,proto3" json:"agent,omitempty"`
-	Datacenter    string                 `protobuf:"bytes,3,opt,name=datacenter,proto3" json:"datacenter,omitempty"`
-	Address       string                 `protobuf:"bytes,4,opt,name=address,proto3" json:"address,omitempty"` // host:port of the sidecar's inbound mTLS listener
-	Health        Health                 `protobuf:"varint,5,opt,name=health,proto3,enum=entente.v1.Health" json:"health,omitempty"`
-	Stale         bool                   `protobuf:"varint,6,opt,name=stale,proto3" json:"stale,omitempty"` // nobody vouches for it just now: use after fresh ones
-	BootId        string                 `protobuf:"bytes,7,opt,name=boot_id,json=bootId,proto3" json:"boot_id,omitempty"`
-	Connect       uint64                 `protobuf:"varint,8,opt,name=connect,proto3" json:"connect,omitempty"`
-	Proof         *SessionProof          `protobuf:"bytes,320,opt,name=proof,proto3" json:"proof,omitempty"` // between CA nodes, of the session itself
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	Service    string                 `protobuf:"bytes,1,opt,name=service,proto3" json:"service,omitempty"` // label
+	Agent      string                 `protobuf:"bytes,2,opt,name=agent,proto3" json:"agent,omitempty"`
+	Datacenter string                 `protobuf:"bytes,3,opt,name=datacenter,proto3" json:"datacenter,omitempty"`
+	Address    string                 `protobuf:"bytes,4,opt,name=address,proto3" json:"address,omitempty"` // host:port of the sidecar's inbound mTLS listener
+	Health     Health                 `protobuf:"varint,5,opt,name=health,proto3,enum=entente.v1.Health" json:"health,omitempty"`
+	Stale      bool                   `protobuf:"varint,6,opt,name=stale,proto3" json:"stale,omitempty"` // nobody vouches for it just now: use after fresh ones
+	BootId     string                 `protobuf:"bytes,7,opt,name=boot_id,json=bootId,proto3" json:"boot_id,omitempty"`
+	Connect    uint64                 `protobuf:"varint,8,opt,name=connect,proto3" json:"connect,omitempty"`
+	Proof      *SessionProof          `protobuf:"bytes,320,opt,name=proof,proto3" json:"proof,omitempty"` // between CA nodes, of the session itself
+	// The agent's own name for it, a label, where it has several of one service; empty: the
+	// only one. Subscribers of before levels are told of one of them.
+	Id            string `protobuf:"bytes,313,opt,name=id,proto3" json:"id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1270,6 +1273,13 @@ func (x *Instance) GetProof() *SessionProof {
 		return x.Proof
 	}
 	return nil
+}
+
+func (x *Instance) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
 }
 
 type SyncResponse struct {
@@ -1713,7 +1723,7 @@ func (x *Bundle) GetSequence() uint64 {
 type Presence struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Instances     []*Instance            `protobuf:"bytes,1,rep,name=instances,proto3" json:"instances,omitempty"`
-	Withdrawn     []*Instance            `protobuf:"bytes,2,rep,name=withdrawn,proto3" json:"withdrawn,omitempty"` // service and agent only
+	Withdrawn     []*Instance            `protobuf:"bytes,2,rep,name=withdrawn,proto3" json:"withdrawn,omitempty"` // service, agent and id only
 	Complete      bool                   `protobuf:"varint,3,opt,name=complete,proto3" json:"complete,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -7390,7 +7400,7 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x05proof\x18\xc0\x02 \x01(\v2\x18.entente.v1.SessionProofR\x05proof\x12#\n" +
 	"\fcontradicted\x18\x9d\x02 \x03(\tR\fcontradicted\"D\n" +
 	"\x0eInstanceReport\x122\n" +
-	"\tinstances\x18\x01 \x03(\v2\x14.entente.v1.InstanceR\tinstances\"\x9a\x02\n" +
+	"\tinstances\x18\x01 \x03(\v2\x14.entente.v1.InstanceR\tinstances\"\xab\x02\n" +
 	"\bInstance\x12\x18\n" +
 	"\aservice\x18\x01 \x01(\tR\aservice\x12\x14\n" +
 	"\x05agent\x18\x02 \x01(\tR\x05agent\x12\x1e\n" +
@@ -7402,7 +7412,8 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x05stale\x18\x06 \x01(\bR\x05stale\x12\x17\n" +
 	"\aboot_id\x18\a \x01(\tR\x06bootId\x12\x18\n" +
 	"\aconnect\x18\b \x01(\x04R\aconnect\x12/\n" +
-	"\x05proof\x18\xc0\x02 \x01(\v2\x18.entente.v1.SessionProofR\x05proof\"\xe0\x01\n" +
+	"\x05proof\x18\xc0\x02 \x01(\v2\x18.entente.v1.SessionProofR\x05proof\x12\x0f\n" +
+	"\x02id\x18\xb9\x02 \x01(\tR\x02id\"\xe0\x01\n" +
 	"\fSyncResponse\x12,\n" +
 	"\x06policy\x18\x01 \x01(\v2\x12.entente.v1.PolicyH\x00R\x06policy\x122\n" +
 	"\bpresence\x18\x02 \x01(\v2\x14.entente.v1.PresenceH\x00R\bpresence\x125\n" +
