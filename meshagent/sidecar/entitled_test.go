@@ -190,7 +190,13 @@ func TestNotReadyWhileAListenerIsClosed(t *testing.T) {
 	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return new(net.Dialer).DialContext(ctx, "unix", filepath.Join(sockets, "wallet.sock"))
 	}}}
-	res, err := client.Get("http://market.trading.example/")
+	var res *http.Response
+	for range 200 { // the sockets are opened after the ports
+		if res, err = client.Get("http://market.trading.example/"); err == nil {
+			break
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
 	if err != nil || res.StatusCode != 200 {
 		t.Fatalf("by socket: %v, %v", res, err)
 	}
