@@ -123,7 +123,7 @@ func churn(t *testing.T, seed uint64, rounds int) {
 	}
 	for round := range rounds {
 		gone, fresh := present[0], newNode(t, fmt.Sprintf("fresh%d", round))
-		for _, command := range admission(t, 0, fresh.member()) {
+		for _, command := range admitting(t, 0, fresh.member()) {
 			agree(command)
 		}
 		var cluster *statev1.Cluster

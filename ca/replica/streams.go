@@ -13,12 +13,19 @@ import (
 	"time"
 
 	"github.com/hashicorp/raft"
+
+	"github.com/entente-mesh/entente/internal/admission"
 )
 
-// handshakes is how many inbound handshakes run at once; more wait in the kernel. Each
-// ends after dialTimeout, so whoever would keep members out must open as many again
-// every few seconds; connections that stand are not touched by it.
+// handshakes is how many inbound handshakes run at once. The addresses that they come from
+// share them, so that whoever opens connections and says nothing keeps no member out;
+// connections that stand are not touched by it.
 const handshakes = 512
+
+// undisturbed is how long a handshake is left in peace by others of its address.
+const undisturbed = time.Second
+
+var errNoPlace = errors.New("too many connections of this address have not shown yet who they are")
 
 var errKilled = fmt.Errorf("%w: its connections are cut", ErrStopped)
 
@@ -38,6 +45,8 @@ type streams struct {
 	roster    *roster
 	server    *tls.Config
 	client    *tls.Config
+
+	handshakes *admission.Places
 
 	accepted chan net.Conn
 	ctx      context.Context // ends with kill
@@ -71,16 +80,17 @@ func protocol(cluster []byte, epoch uint32, recovery []byte) string {
 func newStreams(cfg *Config, roster *roster, alpn string) *streams {
 	ctx, cancel := context.WithCancel(context.Background())
 	s := &streams{
-		listener:  cfg.Listener,
-		advertise: cfg.Advertise,
-		dial:      cfg.Dial,
-		log:       cfg.Log,
-		roster:    roster,
-		accepted:  make(chan net.Conn),
-		closed:    make(chan struct{}),
-		ctx:       ctx,
-		cancel:    cancel,
-		conns:     map[*stream]struct{}{},
+		listener:   cfg.Listener,
+		advertise:  cfg.Advertise,
+		dial:       cfg.Dial,
+		log:        cfg.Log,
+		roster:     roster,
+		handshakes: admission.NewPlaces(admission.Share(handshakes, undisturbed)),
+		accepted:   make(chan net.Conn),
+		closed:     make(chan struct{}),
+		ctx:        ctx,
+		cancel:     cancel,
+		conns:      map[*stream]struct{}{},
 	}
 	if s.dial == nil {
 		s.dial = func(ctx context.Context, address string) (net.Conn, error) {
@@ -137,16 +147,9 @@ func (a address) String() string { return string(a) }
 // speak must not keep the others waiting.
 func (s *streams) acceptAll() {
 	defer s.tasks.Done()
-	slots := make(chan struct{}, handshakes)
 	for {
-		select {
-		case slots <- struct{}{}:
-		case <-s.ctx.Done():
-			return
-		}
 		conn, err := s.listener.Accept()
 		if err != nil {
-			<-slots
 			if s.ctx.Err() != nil {
 				return
 			}
@@ -158,24 +161,23 @@ func (s *streams) acceptAll() {
 			}
 			continue
 		}
-		s.tasks.Add(1)
-		go func() {
-			defer s.tasks.Done()
-			defer func() { <-slots }()
-			s.admit(conn)
-		}()
+		place := s.handshakes.Take(admission.Source(conn.RemoteAddr()), time.Now(), func() { conn.Close() })
+		if place == nil {
+			s.refused(conn, errNoPlace)
+			continue
+		}
+		s.tasks.Go(func() { s.admit(conn, place) })
 	}
 }
 
-func (s *streams) admit(conn net.Conn) {
+func (s *streams) admit(conn net.Conn, place *admission.Place) {
 	ctx, cancel := context.WithTimeout(s.ctx, dialTimeout)
 	defer cancel()
 	secure := tls.Server(conn, s.server)
-	if err := secure.HandshakeContext(ctx); err != nil {
-		conn.Close()
-		if s.ctx.Err() == nil {
-			s.log.Warn("refused a raft connection", "peer_address", conn.RemoteAddr().String(), "reason", err)
-		}
+	err := secure.HandshakeContext(ctx)
+	place.Leave()
+	if err != nil {
+		s.refused(conn, err)
 		return
 	}
 	st, err := s.track(secure, keyID(secure.ConnectionState().PeerCertificates[0]), true)
@@ -186,6 +188,13 @@ func (s *streams) admit(conn net.Conn) {
 	case s.accepted <- st:
 	case <-s.ctx.Done():
 		st.Close()
+	}
+}
+
+func (s *streams) refused(conn net.Conn, why error) {
+	conn.Close()
+	if s.ctx.Err() == nil {
+		s.log.Warn("refused a raft connection", "peer_address", conn.RemoteAddr().String(), "reason", why)
 	}
 }
 

@@ -8,6 +8,7 @@ import (
 	"net"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -76,7 +77,7 @@ func membersState(t *testing.T, first *node, others ...*statev1.Member) *domain.
 	}
 	apply(initCommand(first))
 	for _, m := range others {
-		for _, c := range admission(t, 0, m) {
+		for _, c := range admitting(t, 0, m) {
 			apply(c)
 		}
 	}
@@ -281,21 +282,47 @@ func TestKillCutsEverything(t *testing.T) {
 	}
 }
 
-// Those who connect and say nothing must not keep members out.
+// Who connects and says nothing keeps no member out, however many connections he opens:
+// handshakes are shared among the addresses that they come from.
 func TestSilentClientsDoNotBlock(t *testing.T) {
 	t.Parallel()
 	a, b := newNode(t, "ca1"), newNode(t, "ca2")
 	state := membersState(t, a, b.member())
 	doorA, doorB := newDoor(t, a, state), newDoor(t, b, state)
-	for range handshakes / 2 {
-		conn, err := net.Dial("tcp", doorA.at())
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer conn.Close()
+	elsewhere := &net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, 2)}}
+	doorB.dial = func(ctx context.Context, address string) (net.Conn, error) {
+		return elsewhere.DialContext(ctx, "tcp", address)
 	}
 	if err := greeted(t, doorB, a.id, doorA.at()); err != nil {
-		t.Errorf("a member waits behind silent clients: %v", err)
+		t.Fatal("control:", err)
+	}
+	// They come again as often as they are turned away.
+	ctx, cancel := context.WithCancel(t.Context())
+	var silent sync.WaitGroup
+	defer silent.Wait()
+	defer cancel()
+	var opened atomic.Int64
+	for range 2 * handshakes {
+		silent.Go(func() {
+			for ctx.Err() == nil {
+				conn, err := net.Dial("tcp", doorA.at())
+				if err != nil {
+					time.Sleep(10 * time.Millisecond)
+					continue
+				}
+				opened.Add(1)
+				stop := context.AfterFunc(ctx, func() { conn.Close() })
+				io.Copy(io.Discard, conn)
+				stop()
+				conn.Close()
+			}
+		})
+	}
+	await(t, "silent connections", func() bool { return opened.Load() >= 2*handshakes })
+	for range 3 {
+		if err := greeted(t, doorB, a.id, doorA.at()); err != nil {
+			t.Errorf("a member waits behind silent clients: %v", err)
+		}
 	}
 }
 

@@ -282,7 +282,7 @@ func admit(t testing.TB, member, n *node) {
 	t.Helper()
 	var current *statev1.Cluster
 	leaderOf(t, member).Read(func(s *domain.State) { current = s.Cluster() })
-	for _, command := range admission(t, current.GetEpoch(), n.member()) {
+	for _, command := range admitting(t, current.GetEpoch(), n.member()) {
 		carryOut(t, member, command)
 	}
 	var members []*statev1.Member
@@ -294,8 +294,8 @@ func admit(t testing.TB, member, n *node) {
 	n.group = member.group
 }
 
-// admission is a token for m and its use.
-func admission(t testing.TB, epoch uint32, m *statev1.Member) []*statev1.Command {
+// admitting is a token for m and its use.
+func admitting(t testing.TB, epoch uint32, m *statev1.Member) []*statev1.Command {
 	t.Helper()
 	seed := make([]byte, ed25519.SeedSize)
 	if _, err := io.ReadFull(rand.Reader, seed); err != nil {

@@ -270,6 +270,54 @@ func TestSlowHandshakes(t *testing.T) {
 	}
 }
 
+// An address that opens connections as fast as it can, and again as often as they are
+// closed, makes nobody else wait behind them.
+func TestFloodOfHandshakes(t *testing.T) {
+	t.Parallel()
+	v := newVictim(t)
+	from := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, 3)}}
+	ctx, cancel := context.WithCancel(t.Context())
+	var flood sync.WaitGroup
+	defer flood.Wait()
+	defer cancel()
+	const many = 5000
+	var opened atomic.Int64
+	for range many {
+		flood.Go(func() {
+			for ctx.Err() == nil {
+				conn, err := from.DialContext(ctx, "tcp", v.Config().Listen.API)
+				if err == nil {
+					opened.Add(1)
+					stop := context.AfterFunc(ctx, func() { conn.Close() })
+					io.Copy(io.Discard, conn)
+					stop()
+					conn.Close()
+				}
+				select {
+				case <-ctx.Done():
+				case <-time.After(500 * time.Millisecond):
+				}
+			}
+		})
+	}
+	for until := time.Now().Add(20 * time.Second); opened.Load() < many && time.Now().Before(until); {
+		time.Sleep(10 * time.Millisecond)
+	}
+	best := time.Hour
+	for range 5 {
+		begin := time.Now()
+		v.raw(&v.good)
+		best = min(best, time.Since(begin))
+	}
+	t.Logf("a handshake took %v", best)
+	if best > time.Second {
+		t.Errorf("the quickest of five handshakes took %v beside the flood", best)
+	}
+	if open := v.metric(`entente_ca_connections{kind="handshake"}`); open < 512 || open > 1024 {
+		t.Errorf("control: %v handshakes are under way", open)
+	}
+}
+
 // Clients that shake hands and then say little: no preface, half a header, half a
 // message. Each ends, and keeps nobody out.
 func TestSlowloris(t *testing.T) {

@@ -48,7 +48,8 @@ const (
 )
 
 // entrance is the listener of the API address. It takes no more connections than there
-// are places for handshakes; the others wait in the kernel.
+// are places for handshakes, and closes the others at once: nobody waits behind those of an
+// address that holds what there is.
 type entrance struct {
 	net.Listener
 	server *Server
@@ -66,24 +67,20 @@ func (a *arriving) Close() error {
 }
 
 func (e entrance) Accept() (net.Conn, error) {
-	conn, err := e.Listener.Accept()
-	if err != nil {
-		return nil, err
-	}
-	loseAfter(conn, unacknowledged)
 	for {
-		taken := e.server.handshakes.Take(admission.Source(conn.RemoteAddr()), time.Now(), func() {
+		conn, err := e.Listener.Accept()
+		if err != nil {
+			return nil, err
+		}
+		loseAfter(conn, unacknowledged)
+		cut := func() {
 			e.server.metrics.cut.WithLabelValues("handshake").Inc()
 			conn.Close()
-		})
-		if taken != nil {
+		}
+		if taken := e.server.handshakes.Take(admission.Source(conn.RemoteAddr()), time.Now(), cut); taken != nil {
 			return &arriving{conn, taken}, nil
 		}
-		select {
-		case <-time.After(undisturbed / 20):
-		case <-e.server.stopping:
-			return conn, nil
-		}
+		cut()
 	}
 }
 

@@ -36,7 +36,7 @@ ca/presence:             ca
 ca/feed:                 ca ca/domain ca/presence federation/catalog
 ca/signer:               ca
 ca/rotation:             ca ca/domain
-ca/replica:              ca ca/domain
+ca/replica:              ca ca/domain internal/admission
 ca/keystore:             internal/secret
 ca/nodeattest:           ca ca/selector
 ca/compare:              api/entente/v1 ca
