@@ -315,7 +315,7 @@ func (s *Server) authorise(ctx context.Context, method string) (context.Context,
 		err = status.Errorf(codes.PermissionDenied, "%s may not call %s", c.class, method)
 	}
 	if err != nil && c.known() {
-		if unsaid, say := s.refusals.say(method+" by "+c.String(), time.Now()); say {
+		if unsaid, say := s.refusals.Say(method+" by "+c.String(), time.Now()); say {
 			s.Log.Warn("a call was refused: its caller may not make it", "method", method, "caller", c.String(), "peer_address", remote.Addr.String(), "reason", status.Convert(err).Message(), "more_since_last_line", unsaid)
 		}
 	}
@@ -340,7 +340,7 @@ func (s *Server) record(ctx context.Context, req, resp any, err error) {
 	admits := method == ententev1.Attest_Attest_FullMethodName || method == ententev1.Join_Join_FullMethodName
 	switch {
 	case err == nil && admits:
-		if _, say := s.repeats.say(admittedIn(resp), time.Now()); !say {
+		if _, say := s.repeats.Say(admittedIn(resp), time.Now()); !say {
 			return // the same answer as before, as often as it is asked for
 		}
 	case err != nil && (admits || !c.known()):

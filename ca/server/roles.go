@@ -24,7 +24,7 @@ func (s *Server) promote(c *caller, method string) error {
 		}
 		c.class = subscriber
 		if undeclared {
-			if _, say := s.refusals.say("undeclared edge "+c.entry.GetId(), time.Now()); say {
+			if _, say := s.refusals.Say("undeclared edge "+c.entry.GetId(), time.Now()); say {
 				s.Log.Warn("a Service follows Sync as an edge does and is not declared as one: add edge: true, a later release refuses it", "entry", c.entry.GetId(), "agent", c.agent.GetName())
 			}
 		}

@@ -202,8 +202,8 @@ type Server struct {
 	metrics  *metrics
 	attests  chan struct{} // slots
 	knocks   *admission.Rate
-	refusals refusals
-	repeats  refusals // of admissions: one that is new is always recorded
+	refusals *admission.Fold
+	repeats  *admission.Fold // of admissions: one that is new is always recorded
 
 	handshakes, strangers *admission.Places
 	guests                guests
@@ -234,7 +234,8 @@ func New(config Config) *Server {
 		Config:     config,
 		registry:   peer.Registry{Log: config.Log},
 		attests:    make(chan struct{}, cmp.Or(limits.Attests, defaultAttests)),
-		repeats:    refusals{overflow: true},
+		refusals:   admission.NewFold(foldEvery, 1),
+		repeats:    admission.NewOpenFold(foldEvery, 1),
 		knocks:     newKnocks(cmp.Or(limits.AttestsPerSource, defaultKnocks)),
 		reports:    admission.NewRate(reportRate, reportBurst, 0),
 		x509Rates:  newRates(cmp.Or(limits.X509PerAgent, defaultX509Rate), x509BurstSeconds, "X.509-SVIDs"),

@@ -1,6 +1,6 @@
 // Package admission shares what a listener has among those who come to it, by where
-// they come from: connections (Places, Listen) and attempts (Rate). One source cannot
-// keep the others out, whatever it does with what it holds.
+// they come from: connections (Places, Listen), attempts (Rate) and what is logged about
+// them (Fold). One source cannot keep the others out, whatever it does with what it holds.
 package admission
 
 import (

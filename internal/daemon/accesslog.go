@@ -54,7 +54,7 @@ func (a AccessLog) Open(metrics *Metrics) (*Records, error) {
 		return nil, fmt.Errorf("accessLog.file: %w", err)
 	}
 	r := &Records{file: file}
-	r.Logger = slog.New(slog.NewJSONHandler(r, nil))
+	r.Logger = slog.New(slog.NewJSONHandler(r, &slog.HandlerOptions{ReplaceAttr: shortened}))
 	metrics.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{
 		Name: metrics.Name("access_records_lost_total"), Help: "Access records that could not be written: the disk is full, or the file has its whole bound and cannot be rotated.",
 	}, func() float64 { return float64(r.lost.Load()) }))

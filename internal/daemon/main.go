@@ -55,9 +55,9 @@ func supervise(ctx context.Context, log *slog.Logger, run func(context.Context) 
 }
 
 // NewLogger makes the log of a process: format is "text" or "json", level "debug", "info", "warn" or "error"; empty means
-// text and info.
+// text and info. Its messages have a rate and its values a length (loglines.go).
 func NewLogger(w io.Writer, format, level string) (*slog.Logger, error) {
-	options := &slog.HandlerOptions{}
+	options := &slog.HandlerOptions{ReplaceAttr: shortened}
 	switch strings.ToLower(level) {
 	case "debug":
 		options.Level = slog.LevelDebug
@@ -72,9 +72,9 @@ func NewLogger(w io.Writer, format, level string) (*slog.Logger, error) {
 	}
 	switch format {
 	case "text", "":
-		return slog.New(slog.NewTextHandler(w, options)), nil
+		return slog.New(boundLines(slog.NewTextHandler(w, options))), nil
 	case "json":
-		return slog.New(slog.NewJSONHandler(w, options)), nil
+		return slog.New(boundLines(slog.NewJSONHandler(w, options))), nil
 	default:
 		return nil, fmt.Errorf("unknown log format %q: it is text or json", format)
 	}
