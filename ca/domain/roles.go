@@ -242,7 +242,7 @@ func (a *Administrator) mayTake(what, id string, hosts, selectors []string) *Ref
 		}
 		for _, other := range others {
 			if other.GetId() != id && !a.exclusive(selectors, other.GetSelectors()) {
-				return a.refuse("%s could be held on host %s by a process that entry %s of another owner is for: give it a %s whose value differs from that entry's, or another host", what, host, other.GetId(), selector.Anchors())
+				return a.refuse("%s could be held on host %s by a process that entry %s of another owner is for: give it a %s whose value differs from that entry's, or another host", what, host, other.GetId(), selector.Separators())
 			}
 		}
 	}
@@ -250,12 +250,14 @@ func (a *Administrator) mayTake(what, id string, hosts, selectors []string) *Ref
 }
 
 // exclusive tells whether no process can match both sets of selectors: they want two
-// values of one anchor. A process has one value of each, which nobody but root can give
-// to another one. Paths do not tell processes apart: two paths may name one file (a
-// symbolic link, a bind mount), a process can execute another file, and of one user's
-// processes each can become the other. Nor do digests, command lines and groups.
+// values of something of which a process has one, which nobody but root can give to
+// another one. Names of users do not tell processes apart: one user may have several, as a
+// directory gives them (web, web@corp.example), and each host looks them up for itself. Nor
+// do paths: two may name one file (a symbolic link, a bind mount), a process can execute
+// another file, and of one user's processes each can become the other. Nor do digests,
+// command lines and groups.
 func (a *Administrator) exclusive(one, other []string) bool {
-	separates := selector.IsAnchor
+	separates := selector.TellsApart
 	if !a.state.hardened() {
 		separates = func(kind string) bool { return kind != selector.Group && kind != selector.Run }
 	}

@@ -346,9 +346,10 @@ func TestRolesWaitForTheFeatureLevel(t *testing.T) {
 	w.must(objects(binding("x", viewer, "/people/x"))) // control
 }
 
-// Two paths may name one file, and of one user's processes each can become the other: only
-// users, units and containers keep an entry of one owner from a process of another.
-func TestPathsTellNoOwnersProcessesApart(t *testing.T) {
+// Two paths may name one file, two names one user, and of one user's processes each can
+// become the other: only numbers of users, units and containers keep an entry of one owner
+// from a process of another.
+func TestOnlyWhatAProcessHasOnceTellsOwnersApart(t *testing.T) {
 	selected := func(name, path string, selectors ...string) *statev1.Entry {
 		e := entry(name, path, "h7")
 		e.Selectors = selectors
@@ -366,7 +367,8 @@ func TestPathsTellNoOwnersProcessesApart(t *testing.T) {
 		"another group":                    {[]string{"unix:uid:1000", "unix:gid:6"}, false},
 		"the same":                         {[]string{"unix:uid:1000"}, false},
 		"another user":                     {[]string{"unix:uid:1001"}, true},
-		"another user's name":              {[]string{"unix:user:web"}, true},
+		"another name, maybe of that user": {[]string{"unix:user:app@corp.example"}, false},
+		"another user by name and number":  {[]string{"unix:user:web", "unix:uid:1001"}, true},
 		"another unit":                     {[]string{"systemd:unit:web.service"}, true},
 		"another container":                {[]string{"container:id:" + digest("b")}, true},
 	} {

@@ -41,7 +41,10 @@ type Kind struct {
 	// Anchor: it says whose process it is. Nobody but root, or the user in question, can
 	// make another process that has it. One stands in every set of selectors.
 	Anchor bool
-	Weak   string // why it is no anchor
+	// Apart: no process has two values of it, so sets that want different ones are for
+	// different processes. Two names may be of one user (web and web@corp.example).
+	Apart bool
+	Weak  string // why it is no anchor
 	// Stored: it was accepted without an anchor before feature level 5. Entries that were
 	// stored then keep working.
 	Stored bool
@@ -56,7 +59,7 @@ type Kind struct {
 var kinds = []Kind{
 	{
 		Name: UID, Key: "uid", Value: number, Match: "effective user id", Example: "998",
-		Anchor: true, good: isNumber,
+		Anchor: true, Apart: true, good: isNumber,
 	},
 	{
 		Name: User, Key: "user", Value: "a user name of at most 256 bytes without space, colon and slash", Match: "effective user id, which the host looks up by that name", Example: "web",
@@ -84,11 +87,11 @@ var kinds = []Kind{
 	},
 	{
 		Name: Unit, Key: "systemd", Value: "the name of a service or scope unit", Match: "unit of the host's service manager, by cgroup", Example: "web.service", Hint: "write the unit as systemctl status shows it: web.service",
-		Anchor: true, good: isUnit,
+		Anchor: true, Apart: true, good: isUnit,
 	},
 	{
 		Name: Container, Key: "container", Value: digest, Match: "id that docker, containerd, CRI-O or root's podman gave the container, by cgroup; not what a user's own podman claims", Example: exampleDigest, Hint: "take it from: docker inspect --format {{.Id}} NAME",
-		Anchor: true, good: isDigest,
+		Anchor: true, Apart: true, good: isDigest,
 	},
 	{
 		Name: Run, Key: "run", Value: "an id that `entente run` makes", Match: "a process that `entente run` registered with its agent, and what it started", Example: "abcdefghijklmnop",
@@ -130,8 +133,16 @@ func IsAnchor(name string) bool {
 	return slices.ContainsFunc(kinds, func(k Kind) bool { return k.Anchor && k.Name == name })
 }
 
+// TellsApart tells whether two values of a kind are never one process's.
+func TellsApart(name string) bool {
+	return slices.ContainsFunc(kinds, func(k Kind) bool { return k.Apart && k.Name == name })
+}
+
 // Anchors are the names of the kinds that say whose process it is, for people to choose from.
 func Anchors() string { return list(func(k Kind) bool { return k.Anchor }) }
+
+// Separators are the names of the kinds that tell processes apart, for people to choose from.
+func Separators() string { return list(func(k Kind) bool { return k.Apart }) }
 
 func list(which func(Kind) bool) string {
 	var names []string

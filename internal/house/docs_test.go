@@ -88,7 +88,7 @@ The rules are the same for the catalogue, for entries and at the agent:
 * One of a set must be able to stand alone: %s. Nobody but root, or the user in question, can make another process that has it.
   Entries that were stored with `+"`unix:sha256`"+` alone, before that was a rule (feature level 5), keep working.
 * There is one way to write a selector: no leading zeros, no upper-case digits, no path that is not clean. So selectors are compared as text.
-* Two entries exclude each other if they have two values of one kind that stands alone.
+* Two entries exclude each other if they have two values of %s. Two names of `+"`unix:user`"+` do not: one user may have several, as a directory gives them (`+"`web`, `web@corp.example`"+`).
 
 **User names have up to 256 bytes**, as on Linux (LOGIN_NAME_MAX): names of a directory, as `+"`web@corp.example`"+`, are longer than 32 bytes at times. In a Service or a Gateway a name of over 32 bytes needs feature level 5 of every CA node.
 Agents and gateways of the release before do without an object that has one: upgrade them first.
@@ -101,7 +101,7 @@ An entry can demand something of the hosts that it names, with `+"`nodeSelectors
 
 | selector | a host has it by the word of |
 |---|---|
-`, selector.MaxCount, selector.MaxValue, selector.Anchors())
+`, selector.MaxCount, selector.MaxValue, selector.Anchors(), selector.Separators())
 	for _, kind := range selector.NodeKinds() {
 		fmt.Fprintf(&b, "| `%s:…` | %s |\n", kind.Name, kind.Word)
 	}
