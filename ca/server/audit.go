@@ -10,6 +10,7 @@ import (
 	"io"
 	"log/slog"
 	"path"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -19,6 +20,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/domain"
 	"github.com/entente-mesh/entente/ca/signer"
@@ -31,7 +33,9 @@ import (
 // Nobody who asks for SVIDs or is refused can fill the disk (I14): where the log is
 // Bounded, its last quarter takes no more SVIDs one by one, but how many were signed for
 // each entry and minute; its last eighth only how many of each kind; and the rest is for
-// acts. One caller's refusals have a rate, beyond which they are counted.
+// acts. The last part of that is not for administrators of a prefix: they add nothing to the
+// domain then, but take away what they like. One caller's refusals have a rate, beyond which
+// they are counted.
 //
 // An act that cannot be written goes to the process's log, is counted, and the first line
 // that can be written again says how many are missing. An SVID whose line cannot be
@@ -53,6 +57,8 @@ type Audit struct {
 	w         io.Writer
 	lost      uint64             // acts, since the last line that was written
 	torn      bool               // the last line was written in part
+	left      int64              // of the bound, when a line was last to be written
+	bound     int64              // 0: there is none, or nothing was to be written yet
 	hangs     <-chan written     // a line that is not waited for any longer; nil: none
 	counts    map[countKey]int64 // what was counted and is not written yet
 	since     time.Time          // when the first of counts was counted
@@ -72,6 +78,7 @@ const (
 	roomForSVIDs  = 1. / 4
 	roomForCounts = 1. / 8
 	roomForTotals = 1. / 16
+	roomForOwners = 1. / 32
 	roomForActs   = 0
 )
 
@@ -90,9 +97,10 @@ var errAuditHangs = fmt.Errorf("the disk of the audit log does not answer: a lin
 
 // written is how handing one line to the log ended.
 type written struct {
-	full bool // there was no room: nothing was written
-	n    int
-	err  error
+	full        bool // there was no room: nothing was written
+	n           int
+	err         error
+	left, bound int64 // before it
 }
 
 // NewAudit writes to w, one Write for each line; w may be Bounded. With required, acts of
@@ -243,16 +251,18 @@ func (a *Audit) append(line any, part float64) error {
 
 // put is the part of append that may hang.
 func put(w io.Writer, line []byte, part float64) written {
+	var left, bound int64
 	if b, ok := w.(Bounded); ok {
-		if left, bound := b.Room(); bound > 0 && left-int64(len(line)) < int64(part*float64(bound)) {
-			return written{full: true}
+		if left, bound = b.Room(); bound > 0 && left-int64(len(line)) < int64(part*float64(bound)) {
+			return written{full: true, left: left, bound: bound}
 		}
 	}
 	n, err := w.Write(line)
-	return written{n: n, err: err}
+	return written{n: n, err: err, left: left, bound: bound}
 }
 
 func (a *Audit) settle(w written) error {
+	a.left, a.bound = w.left-int64(w.n), w.bound
 	switch {
 	case w.full:
 		return errAuditFull
@@ -348,6 +358,20 @@ func (a *Audit) Asked(who, what string) error {
 		return status.Errorf(codes.FailedPrecondition, "the audit log of this CA node cannot be written and is required (audit.required): %v; make room for it, or ask another CA node", err)
 	}
 	return nil
+}
+
+// Crowded says why an administrator of a prefix may add nothing to the domain: the room that
+// is left in the log is for the others. It waits for no disk.
+func (a *Audit) Crowded() error {
+	if a == nil {
+		return nil
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.bound == 0 || a.left >= int64(roomForOwners*float64(a.bound)) {
+		return nil
+	}
+	return status.Errorf(codes.ResourceExhausted, "%v; what is left there is for operators and for administrators of the whole domain: until there is room, only take away, or ask another CA node", errAuditFull)
 }
 
 func stamp() string { return time.Now().UTC().Format(time.RFC3339Nano) }
@@ -490,7 +514,7 @@ func (s *Server) audit(ctx context.Context, req, resp any, err error) {
 		revision = r.GetRevision()
 	}
 	c := callerFrom(ctx)
-	if undone(status.Code(err)) && c.class != local {
+	if (undone(status.Code(err)) || err == nil && changedNothing(resp)) && c.class != local {
 		s.Audit.Refused(c.String(), c.who(), path.Base(name), m.named(req, resp, maxRefused), err)
 		return
 	}
@@ -503,6 +527,20 @@ func undone(code codes.Code) bool {
 	switch code {
 	case codes.PermissionDenied, codes.Unauthenticated, codes.InvalidArgument, codes.NotFound, codes.AlreadyExists, codes.FailedPrecondition, codes.ResourceExhausted:
 		return true
+	}
+	return false
+}
+
+// changedNothing tells that a call answered for each change that it was refused or was so
+// already.
+func changedNothing(resp any) bool {
+	switch r := resp.(type) {
+	case *ententev1.ChangeEntriesResponse:
+		return !slices.ContainsFunc(r.GetResults(), func(one *ententev1.EntryResult) bool {
+			return one.GetAction() != "unchanged" && !undone(codes.Code(one.GetCode()))
+		})
+	case *ententev1.ApplyResponse:
+		return !slices.ContainsFunc(r.GetChanges(), func(one *ententev1.ObjectChange) bool { return one.GetAction() != "unchanged" })
 	}
 	return false
 }

@@ -19,6 +19,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/catest"
@@ -237,6 +238,119 @@ func TestAuditOfOneCallersRefusalsHasARate(t *testing.T) {
 			t.Error("control: another caller's refusal has no line")
 		}
 	})
+}
+
+// Who changes nothing, however often and however much he asks for, has no line for it.
+func TestWhoChangesNothingFillsNothing(t *testing.T) {
+	t.Parallel()
+	f := newOffice(t, catest.Options{})
+	vic, pia := f.as("vic"), f.as("pia")
+	f.entry(pia, "mine", "/team/pay/job", "h1", 4000)
+	deletes := func(changes []*statev1.EntryChange) *ententev1.ChangeEntriesRequest {
+		for i := range 1000 {
+			changes = append(changes, &statev1.EntryChange{Action: &statev1.EntryChange_Delete{Delete: fmt.Sprintf("entry/%0150d", i)}})
+		}
+		return &ententev1.ChangeEntriesRequest{Changes: changes}
+	}
+	same := &ententev1.ChangeEntriesRequest{Changes: []*statev1.EntryChange{{Action: &statev1.EntryChange_Update{Update: &statev1.Entry{Id: "entry/mine", Path: "/team/pay/job", Hosts: []string{"h1"}, Selectors: []string{"unix:uid:4000"}}}}}}
+	const times = 200
+	for what, ask := range map[string]func() error{
+		"a viewer deletes what is not there": func() error {
+			_, err := vic.ChangeEntries(t.Context(), deletes(nil))
+			return err
+		},
+		"an owner asks for what is so": func() error {
+			_, err := pia.ChangeEntries(t.Context(), same)
+			return err
+		},
+	} {
+		_, audit := logged(t, f.ca, func() {
+			for range times {
+				if err := ask(); err != nil {
+					t.Fatalf("%s: %v", what, err)
+				}
+			}
+		})
+		if audit == 0 || audit > 1_000_000 {
+			t.Errorf("%d times %s: %d bytes of audit log", times, what, audit)
+		}
+	}
+	// Control: what was changed is named, and how much beside it was refused.
+	if _, err := pia.ChangeEntries(t.Context(), deletes([]*statev1.EntryChange{change("mine2", "/team/pay/job2", "h1", 4001)})); err != nil {
+		t.Fatal(err)
+	}
+	_, raw := auditLines(t, f.ca)
+	line := string(raw[strings.LastIndex(strings.TrimSpace(string(raw)), "\n")+1:])
+	if !strings.Contains(line, `"created entry/mine2"`) || !strings.Contains(line, `"refused 980 more"`) || len(line) > 12_000 {
+		t.Errorf("control: %d bytes: %.300s", len(line), line)
+	}
+}
+
+// An administrator of a prefix cannot use up the room for acts: others go on, also where
+// the log is required, and he takes away what he likes.
+func TestOwnerCannotFillTheAuditLog(t *testing.T) {
+	t.Parallel()
+	const bound = 1 << 20
+	c := catest.Prepare(t, catest.Options{})
+	c.Config().Audit = node.Audit{File: filepath.Join(t.TempDir(), "audit.log"), MaxSize: yamlfile.Size{Bytes: bound}, Required: true}
+	if err := node.Init(c.Config(), c.KeepRecoveryKey); err != nil {
+		t.Fatal(err)
+	}
+	c.Restart()
+	c.WaitReady()
+	f := openOffice(t, c)
+	attest(t, c, "h1")
+	pia, tom := f.as("pia"), f.as("tom")
+	const many = 400
+	changes := func(hint string, update bool) *ententev1.ChangeEntriesRequest {
+		req := &ententev1.ChangeEntriesRequest{}
+		for i := range many {
+			one := change(fmt.Sprintf("mine-%050d", i), fmt.Sprint("/team/pay/", i), "h1", 5000+i)
+			if e := one.GetCreate(); update {
+				e.Hint = hint
+				one.Action = &statev1.EntryChange_Update{Update: e}
+			}
+			req.Changes = append(req.Changes, one)
+		}
+		return req
+	}
+	code := codes.OK
+	ask := func(req *ententev1.ChangeEntriesRequest) {
+		t.Helper()
+		resp, err := pia.ChangeEntries(t.Context(), req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		code = codes.Code(resp.GetResults()[0].GetCode())
+		if code != codes.OK {
+			t.Log(resp.GetResults()[0].GetError())
+		}
+	}
+	ask(changes("", false))
+	if code != codes.OK {
+		t.Fatalf("control: an owner may not act: %v", code)
+	}
+	for i := 0; i < 100 && code == codes.OK; i++ {
+		ask(changes(fmt.Sprint(i), true))
+	}
+	if code != codes.ResourceExhausted {
+		t.Errorf("an owner who fills the audit log: %v", code)
+	}
+	for what, err := range map[string]error{
+		"an owner takes away": changeOne(t, pia, &statev1.EntryChange{Action: &statev1.EntryChange_Delete{Delete: fmt.Sprintf("entry/mine-%050d", 0)}}),
+		"a trust-admin adds":  changeOne(t, tom, change("x", "/team/payments/x", "h1", 9001)),
+		"an operator adds":    changeOne(t, c.Admin(), change("y", "/team/payments/y", "h1", 9002)),
+	} {
+		if err != nil {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	if _, err := tom.BanAgent(t.Context(), &ententev1.ChangeAgentRequest{Name: "h1"}); err != nil {
+		t.Errorf("a trust-admin bans: %v", err)
+	}
+	if problem := c.Status().GetAudit().GetProblem(); strings.Contains(problem, "missing") {
+		t.Error(problem)
+	}
 }
 
 // One entry's tokens have a rate on each host; the other entries of that host, also in the

@@ -201,13 +201,19 @@ func aboutApply(on *naming, r *ententev1.ApplyRequest, done *ententev1.ApplyResp
 	}
 }
 
+// aboutEntries names what became of entries, of refusals a few: whoever is refused could
+// make up as many as he likes.
 func aboutEntries(on *naming, _ *ententev1.ChangeEntriesRequest, done *ententev1.ChangeEntriesResponse) {
+	refused := 0
 	for _, result := range done.GetResults() {
-		if result.GetError() != "" {
-			on.add("refused ", result.GetId()+": "+result.GetError())
-		} else {
+		if result.GetError() == "" {
 			on.add(result.GetAction()+" ", result.GetId())
+		} else if refused++; refused <= maxRefused {
+			on.add("refused ", result.GetId()+": "+result.GetError())
 		}
+	}
+	if more := refused - maxRefused; more > 0 {
+		on.on = append(on.on, fmt.Sprintf("refused %d more", more))
 	}
 }
 

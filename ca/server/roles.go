@@ -3,6 +3,7 @@ package server
 import (
 	"context"
 	"path"
+	"slices"
 	"time"
 
 	"google.golang.org/grpc/codes"
@@ -80,6 +81,13 @@ func (s *Server) propose(ctx context.Context, command *statev1.Command) (domain.
 	if c.class != local && c.class != administrator {
 		return domain.Outcome{}, status.Errorf(codes.PermissionDenied, "%s may not change the domain", c.class)
 	}
+	if adds(command) {
+		governs := true
+		s.State.Read(func(st *domain.State) { governs = rolesOf(ctx, st).May(domain.Govern) == nil })
+		if err := s.Audit.Crowded(); err != nil && !governs {
+			return domain.Outcome{}, err
+		}
+	}
 	if err := s.Audit.Asked(c.who(), path.Base(methodFrom(ctx))); err != nil {
 		return domain.Outcome{}, err
 	}
@@ -88,4 +96,18 @@ func (s *Server) propose(ctx context.Context, command *statev1.Command) (domain.
 		command.ActorKind = statev1.ActorKind_ACTOR_KIND_ADMINISTRATOR
 	}
 	return s.agree(ctx, command)
+}
+
+// adds tells a command from one that only takes entries and objects away.
+func adds(command *statev1.Command) bool {
+	switch body := command.GetBody().(type) {
+	case *statev1.Command_ChangeEntries:
+		return slices.ContainsFunc(body.ChangeEntries.GetChanges(), func(change *statev1.EntryChange) bool {
+			_, deletes := change.GetAction().(*statev1.EntryChange_Delete)
+			return !deletes
+		})
+	case *statev1.Command_ApplyObjects:
+		return len(body.ApplyObjects.GetUpserts()) > 0
+	}
+	return true
 }

@@ -46,7 +46,11 @@ type office struct {
 }
 
 func newOffice(t *testing.T, o catest.Options) *office {
-	f := &office{t: t, ca: catest.Start(t, o)}
+	return openOffice(t, catest.Start(t, o))
+}
+
+func openOffice(t *testing.T, c *catest.CA) *office {
+	f := &office{t: t, ca: c}
 	f.ca.Apply(twoHosts + "---" + administrators)
 	for i, who := range []string{"pia", "vic", "tom", "nobody"} {
 		f.entry(f.ca.Admin(), "people-"+who, "/people/"+who, "desk", 2000+i)
