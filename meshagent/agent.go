@@ -72,8 +72,7 @@ func New(cfg *Config, log *slog.Logger) (*Agent, error) {
 	registry := services.Open(cfg.Services, cfg.ServicesDir, cfg.DataDir, log, func() { store.touch() })
 	store = newStore(initial, newPlaces(cfg, registry), cfg.Settle)
 
-	toAttest := credentials.clientConfig(store.Bundles(), log)
-	withSVID := toAttest
+	withSVID := credentials.clientConfig(store.Bundles(), log)
 	withSVID.SVID = ownSVID{store}
 	withSVID.AcknowledgeLater = true
 	ca, err := client.New(withSVID)
@@ -87,7 +86,7 @@ func New(cfg *Config, log *slog.Logger) (*Agent, error) {
 	a.workloads = &workloads{store: store, attestor: attestor}
 	a.hostServices = newHostServices(cfg, log, store, registry, a.workloads, ca.Report)
 	a.jwts = newJWTs(log, store, ca, counters)
-	a.own = &ownIdentity{credentials: credentials, log: log, now: time.Now, store: store, client: ca, attestAs: toAttest, signer: ca, failures: counters.failures}
+	a.own = &ownIdentity{credentials: credentials, log: log, now: time.Now, store: store, client: ca, signer: ca, failures: counters.failures}
 	a.entries = &renewer{log: log, now: time.Now, store: store, signer: ca, metrics: counters}
 	a.follower = &follower{domain: cfg.Domain(), name: cfg.Name, log: log, store: store, client: ca, memory: credentials.memory}
 	if a.cache, err = openCache(cfg, log, store, ca); err != nil {

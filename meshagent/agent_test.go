@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
 	"github.com/entente-mesh/entente/ca/catest"
 	"github.com/entente-mesh/entente/ca/client"
@@ -163,6 +164,19 @@ func TestAttestation(t *testing.T) {
 	})
 }
 
+// An agent that has run for long attests again at the CA nodes of now, and to none that was
+// removed since its start.
+func TestAttestsByTheNewestMemberTable(t *testing.T) {
+	a := newAgent(t, newFakeCA(time.Hour))
+	for _, id := range []string{"of its start", "of now"} {
+		table := []*statev1.Member{{Id: id, ApiAddress: "a:1"}}
+		a.own.memory.keep(func(k *known) { k.members, k.confirmed = table, table })
+		if as := a.own.attestAs(); !sameMembers(as.Members, table) || !sameMembers(as.Confirmed, table) {
+			t.Errorf("%v, confirmed %v, not %v", as.Members, as.Confirmed, table)
+		}
+	}
+}
+
 // Nobody who answers at the CA's address is believed without the pinned key.
 func TestImpostorCA(t *testing.T) {
 	c := catest.Start(t, catest.Options{})
@@ -173,9 +187,10 @@ func TestImpostorCA(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	a.own.attestAs.Addresses = other.Addresses()
+	as := a.own.attestAs()
+	as.Addresses = other.Addresses()
 	csr := []byte("never sent")
-	if _, err := client.Attest(t.Context(), a.own.attestAs, func([]byte) (client.Proof, error) {
+	if _, err := client.Attest(t.Context(), as, func([]byte) (client.Proof, error) {
 		t.Error("a proof was made for an impostor")
 		return client.Proof{}, nil
 	}, csr); !errors.Is(err, client.ErrUnreachable) {

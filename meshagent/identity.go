@@ -231,8 +231,7 @@ type ownIdentity struct {
 	now      func() time.Time // time.Now, but in tests
 	store    *store
 	client   *client.Client // nil in tests without a CA
-	attestAs client.Config
-	signer   signer // client, but in tests
+	signer   signer         // client, but in tests
 	failures prometheus.Counter
 }
 
@@ -358,12 +357,15 @@ func (i *ownIdentity) renew(ctx context.Context) (*x509svid.SVID, error) {
 		}
 		i.log.Warn("the CA does not renew the agent's SVID; attesting again", "error", result.Err)
 	}
-	answer, err := i.attest(ctx, i.attestAs, csr)
+	answer, err := i.attest(ctx, i.attestAs(), csr)
 	if err != nil {
 		return nil, err
 	}
 	return i.install(answer.Certificates, answer)
 }
+
+// attestAs is how the CA is reached now, by what the agent knows of it by now.
+func (i *ownIdentity) attestAs() client.Config { return i.clientConfig(i.store.Bundles(), i.log) }
 
 // install verifies a new SVID of the agent's own and takes it into use; answer is
 // nil when it was renewed and not attested.

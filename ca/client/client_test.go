@@ -371,6 +371,68 @@ func TestNearestFirst(t *testing.T) {
 	})
 }
 
+// What one node said of the member table ends with it for who begins again without a
+// picture: nodes of the last table that two agreed on are used then, and only then.
+func TestDroppedNodesAreUsedWhenNoOtherIsInReach(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := newDomain(t)
+		defer d.stop()
+		member := func(name string) *statev1.Member {
+			return &statev1.Member{Id: peer.KeyID(d.add(name).svid.Certificates[0]), ApiAddress: name + ":1"}
+		}
+		liar, honest, stranger := member("liar"), member("honest"), member("stranger")
+		cfg := d.config()
+		cfg.Addresses = []string{"stranger:1", "honest:1"}
+		cfg.Members, cfg.Confirmed = []*statev1.Member{liar}, []*statev1.Member{liar, honest}
+		connect := func(except ...string) (address string, err error) {
+			c, err := New(cfg)
+			if err != nil {
+				t.Fatal(err)
+			}
+			conn, err := c.connect(t.Context(), except...)
+			if err != nil {
+				return "", err
+			}
+			defer conn.close()
+			return conn.address, nil
+		}
+		for range 10 {
+			if address, err := connect(); address != "liar:1" {
+				t.Fatalf("a member is in reach: connected to %s: %v", address, err)
+			}
+		}
+		if address, err := connect("liar:1"); address != "honest:1" {
+			t.Errorf("the member answers nothing of use: connected to %q: %v", address, err)
+		}
+		d.mu.Lock()
+		delete(d.nodes, "liar:1")
+		d.mu.Unlock()
+		for range 10 {
+			if address, err := connect(); address != "honest:1" {
+				t.Fatalf("the member is gone: connected to %q: %v", address, err)
+			}
+		}
+		if _, err := connect("honest:1"); !errors.Is(err, ErrUnreachable) {
+			t.Errorf("control: %s is of no table: %v", stranger.GetApiAddress(), err)
+		}
+
+		// With a picture there is something to compare, and the nodes are asked first.
+		c, err := New(cfg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.store.attach(liar.GetId())
+		p := full(5, "a")
+		p.Members = []*statev1.Member{liar}
+		if err := c.store.policy(p); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := c.connect(t.Context()); !errors.Is(err, ErrUnreachable) {
+			t.Errorf("with a picture: %v", err)
+		}
+	})
+}
+
 // Only CA nodes of the own domain are accepted, each refusal beside its control.
 func TestAcceptsOnlyCANodes(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -429,7 +491,7 @@ func TestAcceptsOnlyCANodes(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			conn, err := c.dial(context.Background(), test.address)
+			conn, err := c.dialAs(context.Background(), test.address, true, c.acceptsNode)
 			if err == nil {
 				conn.close()
 			}

@@ -245,6 +245,22 @@ func (c *comparer) addresses() (more []*statev1.Member, not map[string]bool) {
 	return more, not
 }
 
+// dropped are nodes of the last table that two agreed on which the member table lacks, as
+// long as there is no picture to compare, as after a restart. If one CA node alone said that
+// they are none, its word must not last longer than it is in reach.
+func (c *comparer) dropped() (list []*statev1.Member) {
+	view := c.View()
+	if view.Revision != 0 || len(view.Members) == 0 {
+		return nil
+	}
+	for _, m := range c.Confirmed() {
+		if !slices.ContainsFunc(view.Members, func(o *statev1.Member) bool { return o.GetId() == m.GetId() }) {
+			list = append(list, m)
+		}
+	}
+	return list
+}
+
 // arrived says that the full state of another node is in use.
 func (c *comparer) arrived() {
 	c.mu.Lock()
@@ -259,7 +275,7 @@ func (c *comparer) run(ctx context.Context) error {
 	look := time.NewTicker(lookEvery)
 	defer look.Stop()
 	c.began = time.Now()
-	c.nextAsk = c.began.Add(pause())
+	c.nextAsk = c.began.Add(pause() / 2) // where the first heartbeat has brought statements, nobody
 	for {
 		select {
 		case <-ctx.Done():

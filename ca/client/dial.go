@@ -96,10 +96,35 @@ func (c *Client) outcome(address string, good bool) {
 	}
 }
 
-// connect returns the first connection that stands, dialling nearest first and
-// hedged. It leaves no other connection behind.
+// connect returns the first connection that stands to a CA node, dialling nearest first
+// and hedged. It leaves no other connection behind.
 func (c *Client) connect(ctx context.Context, except ...string) (*conn, error) {
-	addresses := c.candidates(except)
+	found, err := c.connectTo(ctx, c.candidates(except), c.acceptsNode)
+	dropped := c.compare.dropped()
+	if err == nil || len(dropped) == 0 || ctx.Err() != nil {
+		return found, err
+	}
+	var addresses []string
+	for _, m := range dropped {
+		if a := m.GetApiAddress(); a != "" && !slices.Contains(except, a) {
+			addresses = append(addresses, a)
+		}
+	}
+	found, again := c.connectTo(ctx, addresses, func(state tls.ConnectionState) error {
+		if !slices.ContainsFunc(dropped, func(m *statev1.Member) bool { return m.GetId() == nodeID(state) }) {
+			return fmt.Errorf("it is no CA node of %s", c.cfg.TrustDomain.Name())
+		}
+		return nil
+	})
+	if again != nil {
+		return nil, err
+	}
+	c.log.Warn("no CA node of the last member table is in reach; using one of the last table that two CA nodes agreed on", "address", found.address)
+	return found, nil
+}
+
+// connectTo is connect with these addresses, in this order, and whom accept accepts.
+func (c *Client) connectTo(ctx context.Context, addresses []string, accept func(tls.ConnectionState) error) (*conn, error) {
 	if len(addresses) == 0 {
 		return nil, fmt.Errorf("%w: no address is left to try", ErrUnreachable)
 	}
@@ -128,7 +153,7 @@ func (c *Client) connect(ctx context.Context, except ...string) (*conn, error) {
 		address := addresses[started]
 		started++
 		dials.Go(func() {
-			conn, err := c.dial(ctx, address)
+			conn, err := c.dialAs(ctx, address, true, accept)
 			results <- result{conn, err}
 		})
 	}
@@ -160,14 +185,10 @@ func (c *Client) connect(ctx context.Context, except ...string) (*conn, error) {
 	return nil, fmt.Errorf("%w: %w", ErrUnreachable, errors.Join(failures...))
 }
 
-// dial opens and authenticates one connection. TLS is ours and gRPC runs over the
-// finished connection, so that a request can speak of it (its exporter), and so
-// that there is never a second connection that was not asked for.
-func (c *Client) dial(ctx context.Context, address string) (*conn, error) {
-	return c.dialAs(ctx, address, true, c.acceptsNode)
-}
-
-// dialAs shows this client's SVID or nothing, and accepts whom accept does.
+// dialAs opens and authenticates one connection: it shows this client's SVID or nothing,
+// and accepts whom accept does. TLS is ours and gRPC runs over the finished connection, so
+// that a request can speak of it (its exporter), and so that there is never a second
+// connection that was not asked for.
 func (c *Client) dialAs(ctx context.Context, address string, showSVID bool, accept func(tls.ConnectionState) error) (*conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
 	defer cancel()
