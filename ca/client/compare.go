@@ -103,6 +103,7 @@ type hashed struct {
 	members  []*statev1.Member
 	jwks     []byte
 	distrust uint64 // Store.told
+	items    compare.DistrustSet
 	content  compare.Content
 }
 
@@ -360,7 +361,7 @@ func (c *comparer) content(v *View) compare.Content {
 		h.jwks, h.content[compare.Bundle] = jwks, hash
 	}
 	if items, told := c.store.items(h.distrust); told != h.distrust {
-		h.distrust, h.content[compare.Distrust] = told, compare.DistrustHash(items)
+		h.distrust, h.content[compare.Distrust] = told, h.items.Hash(items)
 	}
 	return h.content
 }

@@ -10,6 +10,8 @@ import (
 	"testing"
 	"time"
 
+	"google.golang.org/protobuf/proto"
+
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
 	"github.com/entente-mesh/entente/ca"
@@ -105,6 +107,13 @@ func BenchmarkComparingForAMinute(b *testing.B) {
 				for second := range 60 {
 					if items > 0 {
 						c.store.mu.Lock()
+						item := fmt.Sprintf("h%d", second)
+						for id, d := range c.store.distrust {
+							if d.GetAgent() == item {
+								c.store.distrust[id] = proto.CloneOf(d)
+								break
+							}
+						}
 						c.store.counted++
 						c.store.mu.Unlock()
 					}

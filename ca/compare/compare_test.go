@@ -391,3 +391,37 @@ func FuzzReadStatement(f *testing.F) {
 		j.Decide(start, true, func(string) bool { return true })
 	})
 }
+
+// A set that changes has the hash that it would have anew, which is the one that other
+// nodes of any release make of these items.
+func TestDistrustSetHashesAsAnew(t *testing.T) {
+	r := rand.New(rand.NewPCG(1, 2))
+	var set DistrustSet
+	var items []*statev1.Distrust
+	seen := map[Hash]bool{}
+	for step := range 500 {
+		switch i := r.IntN(len(items) + 1); {
+		case i == len(items):
+			items = append(items, &statev1.Distrust{Agent: fmt.Sprint("h", step)})
+		case step%3 == 0:
+			items = slices.Delete(slices.Clone(items), i, i+1)
+		default: // as many as before, in another order
+			items = slices.Clone(items)
+			items[i] = &statev1.Distrust{Agent: fmt.Sprint("h", step)}
+			r.Shuffle(len(items), func(i, j int) { items[i], items[j] = items[j], items[i] })
+		}
+		var records [][]byte
+		for _, i := range items {
+			sum := ca.RecordHash(i)
+			records = append(records, sum[:])
+		}
+		want := hashSet(records)
+		if set.Hash(items) != want || set.Hash(items) != want || DistrustHash(items) != want {
+			t.Fatalf("step %d: another hash of %d items", step, len(items))
+		}
+		seen[want] = true
+	}
+	if len(seen) < 100 {
+		t.Errorf("control: %d sets", len(seen))
+	}
+}

@@ -110,12 +110,56 @@ func MembersHash(members []*statev1.Member) Hash { return hashRecords(members) }
 func DistrustHash(items []*statev1.Distrust) Hash { return hashRecords(items) }
 
 func hashRecords[T proto.Message](records []T) Hash {
-	hashes := make([][]byte, len(records))
+	sums := make([]recordSum, len(records))
 	for i, r := range records {
-		sum := ca.RecordHash(r)
-		hashes[i] = sum[:]
+		sums[i] = sumOf(r)
 	}
-	return hashSet(hashes)
+	return hashSums(sums)
+}
+
+// recordSum is what a record puts into the hash of its set.
+type recordSum struct{ record, item [sha256.Size]byte }
+
+func sumOf(r proto.Message) (s recordSum) {
+	s.record = ca.RecordHash(r)
+	s.item = sha256.Sum256(s.record[:])
+	return s
+}
+
+// hashSums is hashSet of the records' hashes.
+func hashSums(sums []recordSum) Hash {
+	slices.SortFunc(sums, func(a, b recordSum) int { return bytes.Compare(a.record[:], b.record[:]) })
+	h := sha256.New()
+	for _, s := range slices.Compact(sums) {
+		h.Write(s.item[:])
+	}
+	return Hash(h.Sum(nil)[:HashSize])
+}
+
+// DistrustSet hashes the distrust items of one state again and again: an item is hashed
+// once. Items are immutable, and known by their address.
+type DistrustSet struct {
+	sums map[*statev1.Distrust]recordSum // of the last set; nil: there was none
+	hash Hash
+}
+
+// Hash is DistrustHash of items none of which stands there twice.
+func (d *DistrustSet) Hash(items []*statev1.Distrust) Hash {
+	news := func(i *statev1.Distrust) bool { _, known := d.sums[i]; return !known }
+	if d.sums != nil && len(items) == len(d.sums) && !slices.ContainsFunc(items, news) {
+		return d.hash
+	}
+	sums, list := make(map[*statev1.Distrust]recordSum, len(items)), make([]recordSum, 0, len(items))
+	for _, i := range items {
+		sum, known := d.sums[i]
+		if !known {
+			sum = sumOf(i)
+		}
+		sums[i] = sum
+		list = append(list, sum)
+	}
+	d.sums, d.hash = sums, hashSums(list)
+	return d.hash
 }
 
 // BundleHash hashes the own domain's authorities: certificates, and the

@@ -28,8 +28,7 @@ type statements struct {
 
 	mu      sync.Mutex
 	history compare.History
-	items   map[*statev1.Distrust]struct{} // of the last hash; nil: none was made
-	sum     compare.Hash
+	items   compare.DistrustSet
 	own     *compare.Signed
 	made    time.Time
 	others  map[string]*compare.Signed
@@ -55,7 +54,7 @@ func (s *statements) Own() (*compare.Signed, error) {
 		content[compare.Members] = compare.MembersHash(state.Members())
 		content[compare.Bundle] = bundleHash(state)
 	})
-	content[compare.Distrust] = s.distrust(items)
+	content[compare.Distrust] = s.items.Hash(items)
 	st.Epoch = cluster.GetEpoch()
 	s.history.Add(revision, content)
 	st.History = s.history
@@ -65,25 +64,6 @@ func (s *statements) Own() (*compare.Signed, error) {
 	}
 	s.own, s.made = signed, now
 	return signed, nil
-}
-
-// distrust hashes the items, unless they are the same records as before.
-func (s *statements) distrust(items []*statev1.Distrust) compare.Hash {
-	same := s.items != nil && len(items) == len(s.items)
-	for _, d := range items {
-		if !same {
-			break
-		}
-		_, same = s.items[d]
-	}
-	if !same {
-		s.items = make(map[*statev1.Distrust]struct{}, len(items))
-		for _, d := range items {
-			s.items[d] = struct{}{}
-		}
-		s.sum = compare.DistrustHash(items)
-	}
-	return s.sum
 }
 
 func bundleHash(st *domain.State) compare.Hash {
