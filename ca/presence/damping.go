@@ -12,6 +12,10 @@ import (
 // that flaps is told of rarely, and counts as worse meanwhile; one that stays good counts
 // as good after half a minute at most. Whose word it is does not matter, an agent's own or
 // another replica's.
+//
+// Ids are the agent's to choose. So an instance that was not there also costs a part of a
+// credit of its service at that agent, such that all the instances that a service may have
+// cost one: whoever names them anew each time is damped as one that flaps.
 const (
 	freeChanges = 5                // of one instance, before the first one waits
 	firstWait   = time.Second      // doubles with each further change
@@ -19,7 +23,7 @@ const (
 	forgetHalf  = 2 * time.Minute  // in which half of the changes is forgotten
 )
 
-// damper is the account of one instance.
+// damper is the account of one instance, or of the arrivals of one service.
 type damper struct {
 	changes float64 // that were not worse, less those that are forgotten
 	at      time.Time
@@ -40,8 +44,8 @@ func (d *damper) due() time.Time {
 	return d.at.Add(min(time.Duration(wait*float64(time.Second)), longestWait))
 }
 
-// count books one.
-func (d *damper) count(now time.Time) { d.changes, d.at = d.left(now)+1, now }
+// count books a change, or a part of one.
+func (d *damper) count(now time.Time, n float64) { d.changes, d.at = d.left(now)+n, now }
 
 // worse tells whether it can only keep requests away.
 func worse(before, next Instance) bool {
@@ -60,6 +64,18 @@ func (t *Table) admits(now time.Time, name string, a *agent, shown *Instance, ne
 			return true // of another session: that is no news to anybody
 		}
 	}
+	var arrivals *damper // nil: it was there, or is the only one
+	if shown == nil && next.ID != "" {
+		if arrivals = a.arrivals[next.Service]; arrivals == nil {
+			arrivals = &damper{}
+			a.arrivals[next.Service] = arrivals
+		}
+		if due := arrivals.due(); now.Before(due) {
+			a.waits(due)
+			t.waiting[name] = a
+			return false
+		}
+	}
 	d := a.dampers[next.place()]
 	if d == nil {
 		if len(a.dampers) >= 2*MaxInstancesPerAgent { // of names that it has left behind, for the most part
@@ -76,7 +92,10 @@ func (t *Table) admits(now time.Time, name string, a *agent, shown *Instance, ne
 		t.waiting[name] = a
 		return false
 	}
-	d.count(now)
+	d.count(now, 1)
+	if arrivals != nil {
+		arrivals.count(now, 1./MaxInstancesOfService)
+	}
 	return true
 }
 
@@ -112,6 +131,11 @@ func (a *agent) forgive(now time.Time) {
 	for place, d := range a.dampers {
 		if d.left(now) < 0.5 {
 			delete(a.dampers, place)
+		}
+	}
+	for service, d := range a.arrivals {
+		if d.left(now) < 0.5 {
+			delete(a.arrivals, service)
 		}
 	}
 }

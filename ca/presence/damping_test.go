@@ -89,6 +89,51 @@ func TestFlapsAreDamped(t *testing.T) {
 	}
 }
 
+// Of an agent that names its instances anew in each report two changes a second are told at
+// most, a hundredth of what it says. Control: the instances that a service may have are told of at once, also
+// when all are replaced now and then, and so is another service's.
+func TestInstancesOfEverNewNamesAreDamped(t *testing.T) {
+	v := Version{"boot-1", 1}
+	table := New("ca-1")
+	table.Attach(start, "h1", v)
+	report := func(now time.Time, round int, more ...Instance) (told int) {
+		if at, waits := table.Due(); waits && !now.Before(at) {
+			told += len(table.Release(now))
+		}
+		for i := range MaxInstancesOfService {
+			one := instance("accounts", ":1")
+			one.ID = fmt.Sprintf("r%d-%d", round, i)
+			more = append(more, one)
+		}
+		return told + len(table.Report(now, "h1", v, more))
+	}
+	if told := report(start, 0); told != MaxInstancesOfService {
+		t.Fatalf("control: of the first instances %d are told", told)
+	}
+	now := start
+	for round := 1; round <= 20; round++ { // a deployment every five minutes
+		now = now.Add(5 * time.Minute)
+		if told := report(now, round); told != 2*MaxInstancesOfService {
+			t.Errorf("control: of a deployment %d changes are told", told)
+		}
+	}
+	const rate, minutes = 5, 5 // reports a second
+	told := 0
+	for i := range rate * 60 * minutes {
+		now = now.Add(time.Second / rate)
+		told += report(now, 100+i)
+	}
+	if most := 2 * 60 * minutes; told > most {
+		t.Errorf("told of %d changes in %d min, at most %d", told, minutes, most)
+	}
+	other := instance("ledger", ":1")
+	other.ID = "a"
+	report(now, 9999, other)
+	if shown, ok := table.Get(Key{"h1", Place{Service: "ledger", ID: "a"}}); !ok || shown.Health != Healthy {
+		t.Error("control: another service's instance waits")
+	}
+}
+
 // Addresses, reconnects and withdrawals flap no better, and the accounts are bounded.
 func TestFlapsOfEveryKindAreDamped(t *testing.T) {
 	table, now := New("ca-1"), start

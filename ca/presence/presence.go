@@ -132,11 +132,12 @@ type Table struct {
 }
 
 type agent struct {
-	sources map[string]*holding
-	boots   map[string]int64 // boot id -> when heard of
-	shown   map[Place]Instance
-	dampers map[Place]*damper
-	until   time.Time // what waits to be shown is due; zero: nothing waits
+	sources  map[string]*holding
+	boots    map[string]int64 // boot id -> when heard of
+	shown    map[Place]Instance
+	dampers  map[Place]*damper
+	arrivals map[string]*damper // by service
+	until    time.Time          // what waits to be shown is due; zero: nothing waits
 }
 
 // holding is what one source says of one agent.
@@ -443,10 +444,11 @@ func (t *Table) agent(name string) *agent {
 	a := t.agents[name]
 	if a == nil {
 		a = &agent{
-			sources: make(map[string]*holding),
-			boots:   make(map[string]int64),
-			shown:   make(map[Place]Instance),
-			dampers: make(map[Place]*damper),
+			sources:  make(map[string]*holding),
+			boots:    make(map[string]int64),
+			shown:    make(map[Place]Instance),
+			dampers:  make(map[Place]*damper),
+			arrivals: make(map[string]*damper),
 		}
 		t.agents[name] = a
 	}

@@ -18,6 +18,7 @@ type Fold struct {
 
 	mu    sync.Mutex
 	kinds map[string]*folded
+	swept time.Time
 }
 
 // folded is one kind.
@@ -48,15 +49,16 @@ func (f *Fold) Say(kind string, now time.Time) (unsaid int, say bool) {
 	defer f.mu.Unlock()
 	k := f.kinds[kind]
 	if k == nil {
-		if len(f.kinds) >= maxFolded {
+		if len(f.kinds) >= maxFolded && now.Sub(f.swept) >= sweepEvery {
+			f.swept = now
 			for name, other := range f.kinds {
 				if other.settle(f.every, now); other.spent == 0 {
 					delete(f.kinds, name)
 				}
 			}
-			if len(f.kinds) >= maxFolded {
-				return 0, f.overflow
-			}
+		}
+		if len(f.kinds) >= maxFolded {
+			return 0, f.overflow
 		}
 		k = &folded{since: now}
 		f.kinds[kind] = k
