@@ -273,7 +273,7 @@ func TestInstancesHaveIDs(t *testing.T) {
 	c := catest.Start(t, catest.Options{})
 	c.Apply(twoHosts)
 	two := c.Join("ca-2", "dc2")
-	agent, other := attest(t, c, "h1"), attest(t, c, "h2")
+	agent, other := attest(t, c, "h1"), attest(t, two, "h2") // which each of them knows at once then
 	s := openSync(t, dial(t, c, &agent), "boot", 1, 0)
 	watcher := openLevel(t, dial(t, two, &other), "boot", 1, 0, ca.SyncLevel) // at another CA node
 	of := func(service, id string) *ententev1.Instance {
