@@ -60,7 +60,7 @@ func TestSecondTry(t *testing.T) {
 				t.Errorf("named: %q, want %q", named, test.named)
 			}
 			args, err := os.ReadFile(filepath.Join(dir, "args"))
-			want := fmt.Sprintf("test -p %d -parallel %d -flag ./...\n", runtime.NumCPU()+1, 2*runtime.NumCPU())
+			want := fmt.Sprintf("test -p %d -flag ./...\n", runtime.NumCPU()+1)
 			if test.again != "" {
 				want += "test -count=1 -p 1 -flag " + test.again + "\n"
 			}
