@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"sync/atomic"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -274,10 +275,7 @@ func (g *Gateway) follow() func(*client.View) error {
 		urgent  uint64 // as of the last view
 	)
 	return func(v *client.View) error {
-		endpoints := make([]catalog.Endpoint, len(v.Instances))
-		for i, instance := range v.Instances {
-			endpoints[i] = instance
-		}
+		endpoints := slices.Clone(v.Instances)
 		if tables != nil && v.Changed == changed && v.Urgent == urgent {
 			g.engine.SetEndpoints(endpoints)
 			return nil

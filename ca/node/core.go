@@ -38,6 +38,7 @@ type core struct {
 	peers   *server.Peers
 	audit   *server.Audit // nil: off
 	clock   clock
+	ahead   func() time.Duration // of a test: by how much this node's clock is wrong; nil: it is not
 	local   held
 	applied broadcast     // the state has changed
 	ledTerm atomic.Uint64 // term of which this node, as its leader, has applied all before
@@ -177,10 +178,10 @@ func (c *core) vouch(ctx context.Context, by, about string) (*statev1.Member, er
 func (c *core) wall() time.Time { return time.Now().Add(c.clockError()) }
 
 func (c *core) clockError() time.Duration {
-	if c.cfg.clockError == nil {
+	if c.ahead == nil {
 		return 0
 	}
-	return c.cfg.clockError()
+	return c.ahead()
 }
 
 // signerClock is what the signer compares this node's clock with.

@@ -116,7 +116,7 @@ func New(cfg *Config, log *slog.Logger, listeners Listeners) (_ *Node, err error
 
 // newNode puts the parts of a node together, in the order in which they need each other.
 func newNode(cfg *Config, log *slog.Logger, listeners Listeners, own *identity, bans *bans) *Node {
-	c := &core{cfg: cfg, td: cfg.trustDomain(), log: log.With("node", cfg.Name), own: own, bootID: newBootID(), started: time.Now()}
+	c := &core{cfg: cfg, td: cfg.trustDomain(), log: log.With("node", cfg.Name), own: own, bootID: newBootID(), started: time.Now(), ahead: cfg.clockError}
 	news := feed.New(own.id, 0, 0)
 	news.ReissueRate = cfg.ReissueRate.PerSecond
 	n := &Node{proposals: &proposals{c, news}, registry: daemon.NewMetrics("ca"), listeners: listeners}

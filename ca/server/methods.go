@@ -126,16 +126,15 @@ func (n *naming) add(kind, key string) {
 // named is what a call is about, most things at most. Without an answer resp is nil.
 func (m method) named(req, resp any, most int) []string {
 	on := &naming{most: most}
+	if m.about != nil {
+		m.about(on, req, resp)
+		return on.on
+	}
 	switch r := req.(type) {
-	case nil: // of a stream
-	default:
-		if m.about != nil {
-			m.about(on, req, resp)
-		} else if r, ok := r.(interface{ GetName() string }); ok {
-			on.add("", r.GetName())
-		} else if r, ok := r.(interface{ GetId() string }); ok {
-			on.add("", r.GetId())
-		}
+	case interface{ GetName() string }:
+		on.add("", r.GetName())
+	case interface{ GetId() string }:
+		on.add("", r.GetId())
 	}
 	return on.on
 }

@@ -7,6 +7,20 @@ import (
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
 )
 
+// What a method's row does not name is named by its request's name or id.
+func TestNamed(t *testing.T) {
+	for method, request := range map[string]any{
+		ententev1.Admin_GetAgent_FullMethodName: &ententev1.GetAgentRequest{Name: "x"}, ententev1.Admin_GetEntry_FullMethodName: &ententev1.GetEntryRequest{Id: "x"},
+	} {
+		if on := methods[method].named(request, nil, 5); !slices.Equal(on, []string{"x"}) {
+			t.Errorf("%s is about %q", method, on)
+		}
+	}
+	if on := methods[ententev1.Admin_SaveSnapshot_FullMethodName].named(nil, nil, 5); len(on) > 0 {
+		t.Errorf("a stream is about %q", on)
+	}
+}
+
 // Every method of every service has a row, and every row is a method's.
 func TestEveryMethodHasARow(t *testing.T) {
 	described := map[string]bool{}

@@ -264,7 +264,6 @@ func (s *Server) ServeAPI(ctx context.Context, listener net.Listener) error {
 		grpc.MaxConcurrentStreams(maxStreams),
 		grpc.MaxHeaderListSize(maxHeaders),
 		grpc.ReadBufferSize(0), // TLS has a buffer of its own, and 10,000 hosts hold a stream open
-		grpc.SharedWriteBuffer(true),
 		grpc.ConnectionTimeout(handshakeLimit),
 		grpc.InitialWindowSize(streamWindow),
 		grpc.InitialConnWindowSize(connWindow),

@@ -160,9 +160,7 @@ func follow(ctx context.Context, agent *meshagent.Agent, car *sidecar.Sidecar, l
 					world.Local[s.Name] = sidecar.Local{Address: s.Address, Monitor: s.Instance, Open: s.Instance.Open()}
 				}
 			}
-			for _, instance := range state.View.Instances {
-				world.Endpoints = append(world.Endpoints, instance)
-			}
+			world.Endpoints = append(world.Endpoints, state.View.Instances...)
 			if err := car.Update(world); err != nil {
 				log.Error("objects of the catalogue cannot be used and are left out; upgrade this agent if it is older than the CA", "error", err.Error())
 			}

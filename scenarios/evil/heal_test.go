@@ -119,11 +119,20 @@ func (f *follower) await(what string, within time.Duration, right func() error) 
 	}
 }
 
+// long skips a test that waits for the patience of subscribers where time is short: with the
+// race detector, after the whole run without it.
+func long(t *testing.T) {
+	if testing.Short() {
+		t.Skip("it takes half a minute")
+	}
+}
+
 // Whom one CA node captured, with a root, a revision and a member table of its own, is free
 // within 25 s without a restart, avoids that node and says so at an honest one. Who asks an
 // honest node stays there.
 func TestCapturedSubscriberHeals(t *testing.T) {
 	t.Parallel()
+	long(t)
 	one := catest.Start(t, catest.Options{})
 	liar := one.Join("ca-2", "dc2")
 	three := one.Join("ca-3", "dc1")
@@ -169,6 +178,7 @@ func TestCapturedSubscriberHeals(t *testing.T) {
 // free all the same: the others are asked without a session, and accepted.
 func TestAbandonedSubscriberHeals(t *testing.T) {
 	t.Parallel()
+	long(t)
 	one := catest.Start(t, catest.Options{})
 	liar := one.Join("ca-2", "dc2")
 	one.Join("ca-3", "dc1")
@@ -232,6 +242,7 @@ func TestMadeUpEntryGoesWithItsNode(t *testing.T) {
 // asked past it.
 func TestHiddenRevocationIsFound(t *testing.T) {
 	t.Parallel()
+	long(t)
 	for _, hide := range []evil.Lie{evil.HiddenRevocations(), evil.OtherItems()} {
 		t.Run(hide.Name, func(t *testing.T) {
 			t.Parallel()
@@ -322,6 +333,7 @@ func TestHiddenRecoveryIsFound(t *testing.T) {
 // changes fast, loses a node for a while, or removes one.
 func TestHonestNodesAreNotLeft(t *testing.T) {
 	t.Parallel()
+	long(t)
 	one := catest.Start(t, catest.Options{})
 	f := follow(t, one, one, "h1", "dc1")
 	f.await("it follows", 20*time.Second, func() error {
@@ -382,6 +394,7 @@ func TestHonestNodesAreNotLeft(t *testing.T) {
 // stays, denies what either denies, and says so.
 func TestTwoNodesThatContradict(t *testing.T) {
 	t.Parallel()
+	long(t)
 	one := catest.Start(t, catest.Options{})
 	liar := one.Join("ca-2", "dc2")
 	m := evil.Take(t, liar)
