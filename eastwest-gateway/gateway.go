@@ -11,7 +11,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"slices"
 	"sync/atomic"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -275,9 +274,8 @@ func (g *Gateway) follow() func(*client.View) error {
 		urgent  uint64 // as of the last view
 	)
 	return func(v *client.View) error {
-		endpoints := slices.Clone(v.Instances)
 		if tables != nil && v.Changed == changed && v.Urgent == urgent {
-			g.engine.SetEndpoints(endpoints)
+			g.engine.SetEndpoints(v.Instances)
 			return nil
 		}
 		urgent = v.Urgent
@@ -298,7 +296,7 @@ func (g *Gateway) follow() func(*client.View) error {
 				g.log.Error("objects of the catalogue cannot be used and are left out; upgrade this gateway if it is older than the CA", "revision", v.Revision, "error", text)
 			}
 		}
-		g.engine.SetView(dataplane.View{Tables: tables, Endpoints: endpoints})
+		g.engine.SetView(dataplane.View{Tables: tables, Endpoints: v.Instances})
 		select {
 		case <-g.known:
 		default:

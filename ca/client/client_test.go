@@ -77,7 +77,7 @@ func (d *domain) add(name string, svid ...*x509svid.SVID) *node {
 	if len(svid) > 0 {
 		n.svid = svid[0]
 	}
-	n.begin = []*ententev1.SyncResponse{policyMessage(full(5, "a")), presenceMessage(presence(true))}
+	n.begin = []*ententev1.SyncResponse{policyMessage(full(5, "a")), presenceMessage(serving(true))}
 	d.mu.Lock()
 	d.nodes[name+":1"] = n
 	d.all = append(d.all, n)
@@ -511,7 +511,7 @@ func TestRemovedNodeIsLeft(t *testing.T) {
 		defer d.stop()
 		removed, stays := d.add("a"), d.add("b")
 		defer func() { removed.stop() }()
-		stays.begin = []*ententev1.SyncResponse{presenceMessage(presence(true))}
+		stays.begin = []*ententev1.SyncResponse{presenceMessage(serving(true))}
 		at := func(address string, n *node) {
 			d.mu.Lock()
 			defer d.mu.Unlock()
@@ -563,7 +563,7 @@ func TestSyncResumesElsewhere(t *testing.T) {
 		waitFor(t, "first picture", time.Second, func() bool { return r.View().Revision == 5 })
 		r.Report(mine)
 		b := d.add("b")
-		b.begin = []*ententev1.SyncResponse{presenceMessage(presence(true)), policyMessage(full(6, "a", "b"))}
+		b.begin = []*ententev1.SyncResponse{presenceMessage(serving(true)), policyMessage(full(6, "a", "b"))}
 		a.push <- policyMessage(&ententev1.Policy{Last: true, Revision: 6, Entries: entries("b"), MembersChanged: true})
 		waitFor(t, "report and acknowledgement", 0, func() bool {
 			a.mu.Lock()
@@ -646,7 +646,7 @@ func TestNobodyReachable(t *testing.T) {
 		d := newDomain(t)
 		defer d.stop()
 		a := d.add("a")
-		a.begin[1] = presenceMessage(presence(true, "accounts"))
+		a.begin[1] = presenceMessage(serving(true, "accounts"))
 		var log bytes.Buffer
 		cfg := d.config("a:1")
 		cfg.Log = slog.New(slog.NewTextHandler(&log, nil))

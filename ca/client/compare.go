@@ -1,6 +1,7 @@
 package client
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -123,7 +124,7 @@ func newComparer(c *Client) *comparer {
 	return &comparer{
 		Client: c, relayed: make(chan []*ententev1.SignedStatement, 1), move: make(chan struct{}, 1), answers: make(chan answer, 1),
 		comparing: comparing{offsets: map[string]time.Duration{}, heardAt: map[string]time.Time{}},
-		confirmed: sorted(confirmed, (*statev1.Member).GetId), avoided: map[string]Avoided{}, late: map[string]int{}, alone: time.Now(),
+		confirmed: slices.SortedFunc(slices.Values(confirmed), func(a, b *statev1.Member) int { return cmp.Compare(a.GetId(), b.GetId()) }), avoided: map[string]Avoided{}, late: map[string]int{}, alone: time.Now(),
 	}
 }
 

@@ -108,9 +108,9 @@ func BenchmarkComparingForAMinute(b *testing.B) {
 					if items > 0 {
 						c.store.mu.Lock()
 						item := fmt.Sprintf("h%d", second)
-						for id, d := range c.store.distrust {
+						for id, d := range c.store.state.Distrust {
 							if d.GetAgent() == item {
-								c.store.distrust[id] = proto.CloneOf(d)
+								c.store.state.Distrust[id] = proto.CloneOf(d)
 								break
 							}
 						}

@@ -3,8 +3,7 @@ package client
 import (
 	"errors"
 	"fmt"
-	"maps"
-	"slices"
+	"math"
 
 	"google.golang.org/protobuf/proto"
 
@@ -53,21 +52,10 @@ func (s *Store) picture() *ententev1.Picture {
 	if view.Revision == 0 {
 		return nil
 	}
-	policy := &ententev1.Policy{
-		Full: true, Last: true, Revision: view.Revision,
-		Cluster: view.Cluster, Entries: view.Entries, Objects: view.Objects,
-		Members: view.Members, MembersChanged: len(view.Members) > 0,
-		Tainted: view.Tainted, TaintedChanged: true, ReissueWithinMs: uint32(view.ReissueWithin.Milliseconds()),
-	}
-	for _, td := range slices.Sorted(maps.Keys(view.Bundles)) {
-		policy.Bundles = append(policy.Bundles, &ententev1.Bundle{TrustDomain: td, Jwks: view.Bundles[td], Sequence: s.sequences[td]})
-	}
-	for _, id := range slices.Sorted(maps.Keys(s.distrust)) {
-		policy.Distrust = append(policy.Distrust, s.distrust[id])
-	}
 	presence := &ententev1.Presence{Complete: true}
 	for _, i := range view.Instances {
 		presence.Instances = append(presence.Instances, instanceToWire(i))
 	}
+	policy := s.state.Everything(view.Revision).Encode(math.MaxInt)[0]
 	return &ententev1.Picture{Policy: policy, Presence: presence, Level: ca.SyncLevel, Source: s.source}
 }

@@ -91,6 +91,6 @@ func (s *Store) note(message *ententev1.SyncResponse) (news []string) {
 // tooOld is what restricts and this process cannot enforce: as the CA says, and distrust
 // items. Called with mu held.
 func (s *Store) tooOld() []string {
-	list := append(slices.Sorted(maps.Values(s.unusable)), s.told...)
+	list := append(slices.Sorted(maps.Values(s.unusable)), s.state.TooOld...)
 	return list[:min(len(list), maxSkipped)]
 }

@@ -40,7 +40,7 @@ func TestWhatIsNotKnownIsSkipped(t *testing.T) {
 		later(withField.GetService(), 5001)
 		p.Objects = []*statev1.Object{serviceObject("ledger"), later(&statev1.Object{}, 5000), later(&statev1.Object{}, 5000), withField}
 		p.Distrust = []*statev1.Distrust{{Id: "agent/h9", Agent: "h9", AgentGeneration: 1}}
-		n.begin = []*ententev1.SyncResponse{later(&ententev1.SyncResponse{}, 5002), policyMessage(p), presenceMessage(presence(true)), heartbeat()}
+		n.begin = []*ententev1.SyncResponse{later(&ententev1.SyncResponse{}, 5002), policyMessage(p), presenceMessage(serving(true)), heartbeat()}
 		c := run(t, d.config("a:1"))
 		defer c.stop()
 		synctest.Wait()

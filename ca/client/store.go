@@ -11,19 +11,17 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
-	"google.golang.org/protobuf/proto"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
 	"github.com/entente-mesh/entente/ca"
+	"github.com/entente-mesh/entente/ca/presence"
+	"github.com/entente-mesh/entente/ca/wire"
 	"github.com/entente-mesh/entente/federation/catalog"
 )
 
 // epochShift: a revision is epoch<<44 | log index.
 const epochShift = 44
-
-// maxPendingBytes bounds what a CA node may send before the last chunk of an update.
-const maxPendingBytes = 1 << 30
 
 var (
 	// errResync: what arrived does not fit onto what is held. A session that asks
@@ -41,44 +39,20 @@ type Store struct {
 	domain  string        // its name
 	changed chan struct{} // holds one token when view is newer than the last Snapshot taken for it
 
-	mu        sync.Mutex
-	recovery  []byte // the cluster's recovery key, pinned; nil: none was seen yet
-	source    string // id of the CA node whose full state the picture is made of; empty: unknown
-	from      string // id of the CA node of the present session
-	view      *View
-	update    *update                      // chunks since the last applied one; nil: none
-	distrust  map[string]*statev1.Distrust // all that was heard of
-	graces    map[string]grace             // of those that are not in force yet
-	ending    *time.Timer                  // calls graceEnded; nil: graces is empty
-	sequences map[string]uint64            // of view.Bundles, where known: they do not go back
-	unusable  map[string]string            // distrust items that this release does not understand, by id
-	told      []string                     // what restricts and this process cannot enforce, as the CA says
-	places    map[place]Instance           // what view.Instances is made of
-	counted   uint64                       // counts the changes of distrust, from 1
+	mu       sync.Mutex
+	recovery []byte // the cluster's recovery key, pinned; nil: none was seen yet
+	source   string // id of the CA node whose full state the picture is made of; empty: unknown
+	from     string // id of the CA node of the present session
+	view     *View
+	state    wire.State                // what the policy lane and what came ahead of it come to
+	update   *wire.Pending             // chunks since the last applied one; nil: none
+	graces   map[string]grace          // of distrust items that are not in force yet
+	ending   *time.Timer               // calls graceEnded; nil: graces is empty
+	unusable map[string]string         // distrust items that this release does not understand, by id
+	places   map[presence.Key]Instance // what view.Instances is made of
+	counted  uint64                    // counts the changes of distrust, from 1
 	yielding
-	arriving map[place]Instance // presence of this session until it is complete; nil: it is
-}
-
-// place identifies an instance.
-type place struct{ service, agent, id string }
-
-// update collects chunks. A nil record means that it was deleted.
-type update struct {
-	full       bool
-	size       int
-	cluster    *statev1.Cluster
-	entries    map[string]*statev1.Entry
-	objects    map[string]*statev1.Object
-	bundles    map[string]*ententev1.Bundle
-	members    []*statev1.Member
-	newMembers bool
-	distrust   map[string]*statev1.Distrust
-	tainted    []string
-	newTainted bool
-	within     time.Duration
-	unusable   map[string]string // empty: not any more
-	told       []string
-	newTold    bool
+	arriving map[presence.Key]Instance // presence of this session until it is complete; nil: it is
 }
 
 // newStore begins with what was known before. The recovery key is pinned: recoveryKey, else
@@ -87,19 +61,18 @@ func newStore(td spiffeid.TrustDomain, cluster *statev1.Cluster, members []*stat
 	if len(recoveryKey) == 0 {
 		recoveryKey = cluster.GetRecoveryKey()
 	}
+	state := wire.State{}.With(&wire.Update{Cluster: cluster, Members: members, MembersChanged: true})
 	return &Store{
 		recovery: recoveryKey,
 		td:       td,
 		domain:   td.Name(),
 		changed:  make(chan struct{}, 1),
-		view:     &View{Cluster: cluster, Members: sorted(members, (*statev1.Member).GetId), Bundles: map[string][]byte{}},
-		places:   map[place]Instance{},
-
-		distrust:  map[string]*statev1.Distrust{},
-		unusable:  map[string]string{},
-		graces:    map[string]grace{},
-		sequences: map[string]uint64{},
-		counted:   1,
+		view:     &View{Cluster: state.Cluster, Members: state.Members, Bundles: map[string][]byte{}},
+		state:    state,
+		places:   map[presence.Key]Instance{},
+		unusable: map[string]string{},
+		graces:   map[string]grace{},
+		counted:  1,
 	}
 }
 
@@ -118,7 +91,7 @@ func (s *Store) attach(node string) uint64 {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.update = nil
-	s.arriving = map[place]Instance{}
+	s.arriving = map[presence.Key]Instance{}
 	s.from = node
 	if node != s.source {
 		return 0
@@ -143,104 +116,32 @@ func (s *Store) policy(chunk *ententev1.Policy) error {
 		s.update = nil
 	}
 	if s.update == nil {
-		s.update = &update{
-			full:    chunk.GetFull(),
-			entries: map[string]*statev1.Entry{},
-			objects: map[string]*statev1.Object{},
-			bundles: map[string]*ententev1.Bundle{},
-
-			distrust: map[string]*statev1.Distrust{},
-			unusable: map[string]string{},
-		}
+		s.update = &wire.Pending{}
 	}
-	if err := s.update.add(chunk); err != nil {
-		return err
+	if err := s.update.Add(chunk); err != nil {
+		return fmt.Errorf("%w: %w", errRefused, err)
 	}
 	if !chunk.GetLast() {
 		return nil
 	}
 	done := s.update
 	s.update = nil
-	applied, err := s.apply(done, chunk.GetRevision())
-	if !applied && err == nil && done.full && s.from != s.source {
+	applied, err := s.apply(&done.Update)
+	if !applied && err == nil && done.Full && s.from != s.source {
 		s.update = done // of a node that has seen less: in use when it has caught up
 	}
 	return err
 }
 
-func (u *update) add(chunk *ententev1.Policy) error {
-	u.size += proto.Size(chunk)
-	if u.size > maxPendingBytes {
-		return fmt.Errorf("%w: more than %d bytes without a last chunk", errRefused, maxPendingBytes)
-	}
-	for _, e := range chunk.GetEntries() {
-		u.entries[e.GetId()] = e
-	}
-	for _, id := range chunk.GetDeletedEntries() {
-		u.entries[id] = nil
-	}
-	for _, o := range chunk.GetObjects() {
-		if o.GetKind() == nil { // of a later release
-			continue
-		}
-		u.objects[catalog.Key(o)] = o
-	}
-	for _, k := range chunk.GetDeletedObjects() {
-		u.objects[k.GetKind()+"/"+k.GetName()] = nil
-	}
-	for _, b := range chunk.GetBundles() {
-		if _, err := spiffeid.TrustDomainFromString(b.GetTrustDomain()); err != nil || len(b.GetJwks()) == 0 {
-			return fmt.Errorf("%w: a bundle without a trust domain or without content (%q)", errRefused, b.GetTrustDomain())
-		}
-		u.bundles[b.GetTrustDomain()] = b
-	}
-	for _, td := range chunk.GetDeletedBundles() {
-		u.bundles[td] = nil
-	}
-	for _, d := range chunk.GetDistrust() {
-		if why := cannotUse(d); why != "" {
-			u.unusable[d.GetId()] = why
-			continue
-		}
-		u.distrust[d.GetId()], u.unusable[d.GetId()] = d, ""
-	}
-	for _, id := range chunk.GetDeletedDistrust() {
-		u.distrust[id], u.unusable[id] = nil, ""
-	}
-	if chunk.GetTooOldChanged() {
-		u.told, u.newTold = chunk.GetTooOld(), true
-	}
-	if chunk.GetTaintedChanged() {
-		u.tainted, u.newTainted = chunk.GetTainted(), true
-		u.within = time.Duration(chunk.GetReissueWithinMs()) * time.Millisecond
-	}
-	if chunk.GetMembersChanged() {
-		if !u.newMembers {
-			u.members = nil
-		}
-		u.members, u.newMembers = append(u.members, chunk.GetMembers()...), true
-	}
-	if chunk.GetCluster() != nil {
-		u.cluster = chunk.GetCluster()
-	}
-	return nil
-}
-
-// empty: it only moves the revision.
-func (u *update) empty() bool {
-	return !u.full && !u.newMembers && !u.newTainted && !u.newTold && len(u.unusable) == 0 && u.cluster == nil &&
-		len(u.entries) == 0 && len(u.objects) == 0 && len(u.bundles) == 0 && len(u.distrust) == 0
-}
-
 // due tells whether an update continues the picture; false without an error: it is old.
-func (s *Store) due(u *update, revision uint64) (bool, error) {
-	have := s.view.Revision
+func (s *Store) due(u *wire.Update) (bool, error) {
+	have, revision := s.view.Revision, u.Revision
 	switch {
 	case revision == 0:
 		return false, fmt.Errorf("%w: it has no revision", errRefused)
 	case revision>>epochShift < have>>epochShift:
 		return false, fmt.Errorf("%w: it is of epoch %d, which a recovery has ended (now %d)", errRefused, revision>>epochShift, have>>epochShift)
-	case !u.full && (s.yields || have == 0 || s.from != s.source || revision>>epochShift > have>>epochShift):
+	case !u.Full && (s.yields || have == 0 || s.from != s.source || revision>>epochShift > have>>epochShift):
 		return false, errResync
 	}
 	return s.yields || revision >= have, nil
@@ -250,111 +151,122 @@ func (s *Store) due(u *update, revision uint64) (bool, error) {
 // sends is passed over until it has caught up. Its later updates fit all the
 // same, since a record always travels whole. A new epoch (after a recovery) begins
 // with a full state; an old one is refused.
-func (s *Store) apply(u *update, revision uint64) (applied bool, err error) {
-	old := s.view
-	if due, err := s.due(u, revision); !due {
+func (s *Store) apply(u *wire.Update) (applied bool, err error) {
+	if due, err := s.due(u); !due {
 		return false, err
 	}
-	if err := s.check(u, revision); err != nil {
+	if err := s.check(u); err != nil {
 		return false, err
 	}
 	if s.yields {
 		s.replaced()
 	}
-	if u.full {
+	if u.Full {
 		s.begins(u)
 	}
-	if u.empty() {
-		view := *old
-		view.Revision = revision
+	if u.Empty() {
+		view := *s.view
+		view.Revision = u.Revision
 		s.publish(&view)
 		return true, nil
 	}
 
-	view := &View{
-		Revision:  revision,
-		Changed:   revision ^ s.salt,
-		Cluster:   old.Cluster,
-		Entries:   merge(old.Entries, u.entries, u.full, (*statev1.Entry).GetId),
-		Objects:   merge(old.Objects, u.objects, u.full, catalog.Key),
-		Members:   old.Members,
-		Bundles:   old.Bundles,
-		Instances: old.Instances,
+	distrust := len(u.Distrust)+len(u.DeletedDistrust) > 0
+	s.setAsideUnusable(u)
+	old := s.state
+	s.state = old.With(u)
+	s.keepNewerBundles(old, u)
+	if u.Full || distrust {
+		s.distrustAlso(old.Distrust, u)
+	}
+	if u.Cluster != nil {
+		if s.recovery == nil {
+			s.recovery = u.Cluster.GetRecoveryKey()
+		}
+		s.recovery = ca.FollowRecoveryKey(u.Cluster, s.recovery)
+	}
 
-		Distrust:      old.Distrust,
-		Announced:     old.Announced,
-		Tainted:       old.Tainted,
-		ReissueWithin: old.ReissueWithin,
-		Urgent:        old.Urgent,
-
-		Skipped: old.Skipped,
-	}
-	if u.full {
-		clear(s.unusable)
-	}
-	maps.Copy(s.unusable, u.unusable)
-	maps.DeleteFunc(s.unusable, func(_, why string) bool { return why == "" })
-	if u.full || u.newTold {
-		s.told = u.told
-	}
+	view := *s.view
+	view.Revision, view.Changed = u.Revision, u.Revision^s.salt
+	view.Cluster, view.Members = s.state.Cluster, s.state.Members
+	view.Entries, view.Objects = s.state.Entries, s.state.Objects
+	view.Tainted, view.ReissueWithin = s.state.Tainted, s.state.Reissue
 	view.TooOld = s.tooOld()
-	if u.full || len(u.distrust) > 0 {
-		s.distrustAlso(u.distrust, u.full)
+	if u.Full || distrust {
 		view.Distrust, view.Announced = s.distrusted()
 	}
-	if u.full || u.newTainted {
-		view.Tainted, view.ReissueWithin = u.tainted, u.within
+	if u.Full || len(u.Bundles)+len(u.DeletedBundles) > 0 {
+		view.Bundles = s.bundles()
 	}
-	if u.cluster != nil {
-		view.Cluster = u.cluster
-		if s.recovery == nil {
-			s.recovery = u.cluster.GetRecoveryKey()
-		}
-		s.recovery = ca.FollowRecoveryKey(u.cluster, s.recovery)
-	}
-	if u.newMembers {
-		view.Members = sorted(u.members, (*statev1.Member).GetId)
-	}
-	if u.full || len(u.bundles) > 0 {
-		view.Bundles = map[string][]byte{}
-		if !u.full {
-			maps.Copy(view.Bundles, old.Bundles)
-		}
-		for td, b := range u.bundles {
-			switch {
-			case b == nil:
-				delete(view.Bundles, td)
-				delete(s.sequences, td)
-			case b.GetSequence() != 0 && b.GetSequence() < s.sequences[td] && related(old, td) == related(view, td):
-				view.Bundles[td] = old.Bundles[td] // the node has seen less (I8)
-			default:
-				view.Bundles[td], s.sequences[td] = b.GetJwks(), b.GetSequence()
-			}
-		}
-		maps.DeleteFunc(s.sequences, func(td string, _ uint64) bool { return view.Bundles[td] == nil })
-	}
-	s.publish(view)
+	s.publish(&view)
 	return true, nil
+}
+
+// setAsideUnusable takes out of an update the distrust items that this release does not
+// understand. What it knew by the same id stays in force.
+func (s *Store) setAsideUnusable(u *wire.Update) {
+	if u.Full {
+		clear(s.unusable)
+	}
+	u.Distrust = slices.DeleteFunc(u.Distrust, func(d *statev1.Distrust) bool {
+		why := cannotUse(d)
+		if delete(s.unusable, d.GetId()); why != "" {
+			s.unusable[d.GetId()] = why
+		}
+		return why != ""
+	})
+	for _, id := range u.DeletedDistrust {
+		delete(s.unusable, id)
+	}
+}
+
+// keepNewerBundles undoes what would bring an older bundle of another domain: the node has
+// seen less (I8).
+func (s *Store) keepNewerBundles(old wire.State, u *wire.Update) {
+	for _, b := range u.Bundles {
+		td := b.GetTrustDomain()
+		if have := old.Bundles[td]; have != nil && s.state.Bundles[td] != nil && b.GetSequence() != 0 && b.GetSequence() < have.GetSequence() && related(old, td) == related(s.state, td) {
+			s.state.Bundles[td] = have // of a map that With has made
+		}
+	}
+}
+
+// bundles are those of the state as a view shows them.
+func (s *Store) bundles() map[string][]byte {
+	bundles := make(map[string][]byte, len(s.state.Bundles))
+	for td, b := range s.state.Bundles {
+		bundles[td] = b.GetJwks()
+	}
+	return bundles
 }
 
 // begins makes the picture one of the present session's node. Sequences that a node named
 // which is none any more may have been made up: they hold nothing back. Called with mu held.
-func (s *Store) begins(u *update) {
+func (s *Store) begins(u *wire.Update) {
 	isSource := func(m *statev1.Member) bool { return m.GetId() == s.source }
-	if s.source != "" && u.newMembers && !slices.ContainsFunc(u.members, isSource) {
-		clear(s.sequences)
+	if s.source != "" && u.MembersChanged && !slices.ContainsFunc(u.Members, isSource) {
+		s.forgetSequences()
 	}
 	s.source = s.from
 }
 
+// forgetSequences has any bundle replace the one of its domain that is held.
+func (s *Store) forgetSequences() {
+	bundles := make(map[string]*statev1.ForeignBundle, len(s.state.Bundles))
+	for td, b := range s.state.Bundles {
+		bundles[td] = &statev1.ForeignBundle{TrustDomain: td, Jwks: b.GetJwks()}
+	}
+	s.state.Bundles = bundles
+}
+
 // related is the revision of the relationship with another domain; 0: there is none.
-func related(v *View, td string) uint64 {
+func related(state wire.State, td string) uint64 {
 	key := "Relationship/" + td
-	i, found := slices.BinarySearchFunc(v.Objects, key, func(o *statev1.Object, key string) int { return strings.Compare(catalog.Key(o), key) })
+	i, found := slices.BinarySearchFunc(state.Objects, key, func(o *statev1.Object, key string) int { return strings.Compare(catalog.Key(o), key) })
 	if !found {
 		return 0
 	}
-	return v.Objects[i].GetRevision()
+	return state.Objects[i].GetRevision()
 }
 
 // grace is the time that holders of an announced distrust item have to renew.
@@ -366,31 +278,29 @@ type grace struct {
 // maxGrace bounds what a CA node may ask: restrictions hold within a second (I4).
 const maxGrace = time.Second
 
-// distrustAlso takes items over; nil takes one away. An item with a grace is in force when
-// that has passed. Of a full state it is in force at once, unless its grace is running:
-// when it was made is not known. A grace is never extended.
-func (s *Store) distrustAlso(items map[string]*statev1.Distrust, full bool) {
+// distrustAlso begins and ends graces for what an update has brought; known is what was
+// distrusted before. An item with a grace is in force when that has passed. Of a full state
+// it is in force at once, unless its grace is running: when it was made is not known. A
+// grace is never extended.
+func (s *Store) distrustAlso(known map[string]*statev1.Distrust, u *wire.Update) {
 	s.counted++
-	known := s.distrust
-	if full {
-		s.distrust = make(map[string]*statev1.Distrust, len(items))
-		maps.DeleteFunc(s.graces, func(id string, _ grace) bool { return items[id] == nil })
+	if u.Full {
+		maps.DeleteFunc(s.graces, func(id string, _ grace) bool { return s.state.Distrust[id] == nil })
 	}
-	for id, item := range items {
+	for _, item := range u.Distrust {
+		id := item.GetId()
 		have, running := known[id], s.graces[id]
-		again := have != nil && item != nil && have.GetAgentGeneration() == item.GetAgentGeneration() && have.GetEntryGeneration() == item.GetEntryGeneration()
+		again := have != nil && have.GetAgentGeneration() == item.GetAgentGeneration() && have.GetEntryGeneration() == item.GetEntryGeneration()
 		switch {
-		case item.GetGraceMs() == 0, full && !again:
+		case item.GetGraceMs() == 0, u.Full && !again:
 			delete(s.graces, id)
 		case again || !running.until.IsZero():
 		default:
 			s.graces[id] = grace{until: time.Now().Add(min(time.Duration(item.GetGraceMs())*time.Millisecond, maxGrace)), before: have}
 		}
-		if item == nil {
-			delete(s.distrust, id)
-		} else {
-			s.distrust[id] = item
-		}
+	}
+	for _, id := range u.DeletedDistrust {
+		delete(s.graces, id)
 	}
 	s.awaitGrace()
 }
@@ -429,12 +339,12 @@ func (s *Store) distrusted() (inForce, announced *ca.Distrusted) {
 	if len(s.over)+len(s.also) > 0 {
 		return s.distrustedByAll()
 	}
-	announced = ca.NewDistrusted(s.td, slices.Collect(maps.Values(s.distrust)))
+	announced = ca.NewDistrusted(s.td, slices.Collect(maps.Values(s.state.Distrust)))
 	if len(s.graces) == 0 {
 		return announced, announced
 	}
-	items := make([]*statev1.Distrust, 0, len(s.distrust))
-	for id, item := range s.distrust {
+	items := make([]*statev1.Distrust, 0, len(s.state.Distrust))
+	for id, item := range s.state.Distrust {
 		if g, running := s.graces[id]; running {
 			item = g.before
 		}
@@ -453,34 +363,34 @@ func (s *Store) urgent(message *ententev1.Urgent) {
 	if s.view.Revision == 0 {
 		return
 	}
-	items := map[string]*statev1.Distrust{}
-	for _, d := range message.GetDistrust() {
-		if why := cannotUse(d); why != "" {
-			s.unusable[d.GetId()] = why
-			continue
-		}
-		items[d.GetId()] = d
-	}
-	s.distrustAlso(items, false)
-	view := *s.view
-	view.TooOld = s.tooOld()
-	view.Urgent++
+	u := &wire.Update{Distrust: slices.Clone(message.GetDistrust())}
+	s.setAsideUnusable(u)
 	for _, b := range message.GetBundles() {
 		// Whom it concerns has one already: nothing is granted ahead of an agreement.
-		if td := b.GetTrustDomain(); td != s.domain && len(b.GetJwks()) > 0 && s.view.Bundles[td] != nil && b.GetSequence() > s.sequences[td] {
-			view.Bundles = maps.Clone(view.Bundles)
-			view.Bundles[td], s.sequences[td] = b.GetJwks(), b.GetSequence()
+		if have := s.state.Bundles[b.GetTrustDomain()]; have != nil && b.GetTrustDomain() != s.domain && len(b.GetJwks()) > 0 && b.GetSequence() > have.GetSequence() {
+			u.Bundles = append(u.Bundles, wire.ToBundle(b))
 		}
 	}
+	known := s.state.Distrust
+	s.state = s.state.With(u)
+	s.state.Tainted = message.GetTainted()
+	s.state.Reissue = time.Duration(message.GetReissueWithinMs()) * time.Millisecond
+	s.distrustAlso(known, u)
+
+	view := *s.view
+	view.Urgent++
+	view.TooOld = s.tooOld()
+	if len(u.Bundles) > 0 {
+		view.Bundles = s.bundles()
+	}
 	view.Distrust, view.Announced = s.distrusted()
-	view.Tainted = message.GetTainted()
-	view.ReissueWithin = time.Duration(message.GetReissueWithinMs()) * time.Millisecond
+	view.Tainted, view.ReissueWithin = s.state.Tainted, s.state.Reissue
 	s.publish(&view)
 }
 
 // check refuses an update that a CA of this domain cannot send.
-func (s *Store) check(u *update, revision uint64) error {
-	if c := u.cluster; c != nil {
+func (s *Store) check(u *wire.Update) error {
+	if c := u.Cluster; c != nil {
 		if c.GetTrustDomain() != s.domain {
 			return fmt.Errorf("%w: it is of trust domain %q, not of %q", errRefused, c.GetTrustDomain(), s.domain)
 		}
@@ -488,13 +398,14 @@ func (s *Store) check(u *update, revision uint64) error {
 			return fmt.Errorf("%w: %w", errRefused, err)
 		}
 	}
-	if c := cmp.Or(u.cluster, s.view.Cluster); c != nil && uint64(c.GetEpoch()) != revision>>epochShift {
-		return fmt.Errorf("%w: its revision is of epoch %d, and the cluster is in epoch %d", errRefused, revision>>epochShift, c.GetEpoch())
+	if c := cmp.Or(u.Cluster, s.view.Cluster); c != nil && uint64(c.GetEpoch()) != u.Revision>>epochShift {
+		return fmt.Errorf("%w: its revision is of epoch %d, and the cluster is in epoch %d", errRefused, u.Revision>>epochShift, c.GetEpoch())
 	}
-	if own, told := u.bundles[s.domain]; (u.full || told) && own == nil {
+	own := func(b *statev1.ForeignBundle) bool { return b.GetTrustDomain() == s.domain }
+	if u.Full && !slices.ContainsFunc(u.Bundles, own) || slices.Contains(u.DeletedBundles, s.domain) {
 		return fmt.Errorf("%w: it lacks the own domain's bundle", errRefused)
 	}
-	if u.newMembers && len(u.members) == 0 {
+	if u.MembersChanged && len(u.Members) == 0 {
 		return fmt.Errorf("%w: it lists no CA node", errRefused)
 	}
 	return nil
@@ -510,10 +421,11 @@ func (s *Store) presence(message *ententev1.Presence) {
 		into = s.arriving
 	}
 	for _, i := range message.GetInstances() {
-		into[place{i.GetService(), i.GetAgent(), i.GetId()}] = instanceFromWire(i)
+		instance := wire.ToInstance(i)
+		into[instance.Key()] = instance.Endpoint
 	}
 	for _, i := range message.GetWithdrawn() {
-		delete(into, place{i.GetService(), i.GetAgent(), i.GetId()})
+		delete(into, wire.ToInstance(i).Key())
 	}
 	if s.arriving != nil {
 		if !message.GetComplete() {
@@ -554,25 +466,4 @@ func (s *Store) publish(view *View) {
 	case s.changed <- struct{}{}:
 	default: // the reader has not yet come for the one before
 	}
-}
-
-// merge lays changes over a sorted list, or over nothing when they are the full
-// state. Without a change it returns the list itself.
-func merge[T any](list []*T, changes map[string]*T, full bool, key func(*T) string) []*T {
-	if !full && len(changes) == 0 {
-		return list
-	}
-	all := make(map[string]*T, len(list)+len(changes))
-	if !full {
-		for _, record := range list {
-			all[key(record)] = record
-		}
-	}
-	maps.Copy(all, changes)
-	maps.DeleteFunc(all, func(_ string, record *T) bool { return record == nil })
-	return sorted(slices.Collect(maps.Values(all)), key)
-}
-
-func sorted[T any](list []*T, key func(*T) string) []*T {
-	return slices.SortedFunc(slices.Values(list), func(a, b *T) int { return cmp.Compare(key(a), key(b)) })
 }

@@ -254,13 +254,6 @@ func TestAnchorKeepsTheRecoveryKey(t *testing.T) {
 	}
 }
 
-func TestStoreBoundsAnUpdate(t *testing.T) {
-	u := &update{size: maxPendingBytes}
-	if err := u.add(full(1)); !errors.Is(err, errRefused) {
-		t.Errorf("an update without an end: %v", err)
-	}
-}
-
 // Views are immutable, and share what has not changed.
 func TestStoreViews(t *testing.T) {
 	s := newStore(bank, nil, nil, nil)
@@ -298,7 +291,7 @@ func TestStoreViews(t *testing.T) {
 	}
 }
 
-func presence(complete bool, services ...string) *ententev1.Presence {
+func serving(complete bool, services ...string) *ententev1.Presence {
 	p := &ententev1.Presence{Complete: complete}
 	for _, name := range services {
 		p.Instances = append(p.Instances, &ententev1.Instance{Service: name, Agent: "h1", Health: ententev1.Health_HEALTH_HEALTHY})
@@ -328,11 +321,11 @@ func TestStorePresence(t *testing.T) {
 		}
 	}
 	s.attach("m")
-	s.presence(presence(false, "b"))
+	s.presence(serving(false, "b"))
 	step("half of the first set", "")
-	s.presence(presence(true, "a"))
+	s.presence(serving(true, "a"))
 	step("complete", "a b")
-	s.presence(presence(false, "c"))
+	s.presence(serving(false, "c"))
 	step("then each at once", "a b c")
 	s.presence(&ententev1.Presence{Withdrawn: []*ententev1.Instance{{Service: "a", Agent: "h1"}, {Service: "b", Agent: "h2"}}})
 	step("withdrawn, where it is the same agent", "b c")
@@ -341,15 +334,15 @@ func TestStorePresence(t *testing.T) {
 
 	s.attach("m")
 	step("a new session", "b? c?")
-	s.presence(presence(false, "d"))
+	s.presence(serving(false, "d"))
 	step("half of its set", "b? c?")
 	s.attach("m") // it was lost
-	s.presence(presence(true, "e"))
+	s.presence(serving(true, "e"))
 	step("complete: what is not in it is gone", "e")
 
 	changed := *s.Snapshot()
 	<-s.changed
-	s.presence(presence(false, "e"))
+	s.presence(serving(false, "e"))
 	select {
 	case <-s.changed:
 		t.Errorf("the same again counts as a change: %v to %v", changed, s.Snapshot())

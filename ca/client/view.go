@@ -6,6 +6,8 @@ import (
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
 	"github.com/entente-mesh/entente/ca"
+	"github.com/entente-mesh/entente/ca/presence"
+	"github.com/entente-mesh/entente/ca/wire"
 	"github.com/entente-mesh/entente/federation/catalog"
 )
 
@@ -47,31 +49,8 @@ type View struct {
 // Instance is one place where a service of the own domain is served.
 type Instance = catalog.Endpoint
 
-func instanceFromWire(i *ententev1.Instance) Instance {
-	return Instance{
-		Service:    i.GetService(),
-		ID:         i.GetId(),
-		Agent:      i.GetAgent(),
-		Datacenter: i.GetDatacenter(),
-		Address:    i.GetAddress(),
-		Healthy:    i.GetHealth() == ententev1.Health_HEALTH_HEALTHY,
-		Stale:      i.GetStale(),
-	}
-}
-
-// instanceToWire leaves out what the CA knows better: the agent's name comes from the
-// SVID of the stream, the version from its Hello.
+// instanceToWire is what this process says of an instance. The CA knows better who says so,
+// and in which session.
 func instanceToWire(i Instance) *ententev1.Instance {
-	health := ententev1.Health_HEALTH_UNHEALTHY
-	if i.Healthy {
-		health = ententev1.Health_HEALTH_HEALTHY
-	}
-	return &ententev1.Instance{
-		Service:    i.Service,
-		Id:         i.ID,
-		Agent:      i.Agent,
-		Datacenter: i.Datacenter,
-		Address:    i.Address,
-		Health:     health,
-	}
+	return wire.FromInstance(presence.Instance{Endpoint: i})
 }

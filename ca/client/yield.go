@@ -35,10 +35,10 @@ func (s *Store) yield() {
 func (s *Store) replaced() {
 	s.yields, s.yielded = false, true
 	s.salt += 1 << 57
-	s.over, s.also = s.distrust, nil
-	s.distrust = map[string]*statev1.Distrust{}
+	s.over, s.also = s.state.Distrust, nil
+	s.state.Distrust = nil
 	clear(s.graces)
-	clear(s.sequences)
+	s.forgetSequences()
 }
 
 // hasYielded tells, once, that the picture was replaced.
@@ -73,7 +73,7 @@ func (s *Store) publishDistrust() {
 // once.
 func (s *Store) distrustedByAll() (inForce, announced *ca.Distrusted) {
 	var all []*statev1.Distrust
-	for _, items := range []map[string]*statev1.Distrust{s.over, s.also, s.distrust} {
+	for _, items := range []map[string]*statev1.Distrust{s.over, s.also, s.state.Distrust} {
 		all = slices.AppendSeq(all, maps.Values(items))
 	}
 	announced = ca.NewDistrusted(s.td, all)
@@ -95,7 +95,7 @@ func (s *Store) items(known uint64) (items []*statev1.Distrust, told uint64) {
 	if known == s.counted {
 		return nil, known
 	}
-	return slices.Collect(maps.Values(s.distrust)), s.counted
+	return slices.Collect(maps.Values(s.state.Distrust)), s.counted
 }
 
 // holds tells whether all that another CA node distrusts was told here, too, as far as this
@@ -104,7 +104,7 @@ func (s *Store) holds(items []*statev1.Distrust) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return !slices.ContainsFunc(items, func(d *statev1.Distrust) bool {
-		have := s.distrust[d.GetId()]
+		have := s.state.Distrust[d.GetId()]
 		return (have == nil || !covers(have, d)) && cannotUse(d) == ""
 	})
 }

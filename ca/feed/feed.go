@@ -29,6 +29,7 @@ import (
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/domain"
 	"github.com/entente-mesh/entente/ca/presence"
+	"github.com/entente-mesh/entente/ca/wire"
 	"github.com/entente-mesh/entente/federation/catalog"
 )
 
@@ -337,31 +338,11 @@ func (s *Session) entitled(st *domain.State) error {
 	return nil
 }
 
-// Update is what the policy lane says next. Records are the state's own: not to be
-// changed.
+// Update is what the policy lane says next; of the own bundle what it is to hold, since how
+// it is handed out is another's business.
 type Update struct {
-	Full     bool   // forget what was there
-	Revision uint64 // the subscriber holds all up to here once it has applied this
-
-	Cluster        *statev1.Cluster // nil: as before
-	Entries        []*statev1.Entry
-	DeletedEntries []string
-	OwnBundle      *OwnBundle // nil: as before
-	ForeignBundles []*statev1.ForeignBundle
-	DeletedBundles []string // trust domains
-	Objects        []*statev1.Object
-	DeletedObjects []string // Kind/name
-	Members        []*statev1.Member
-	MembersChanged bool
-
-	Distrust        []*statev1.Distrust
-	DeletedDistrust []string // ids
-	Tainted         []string // authority ids: all, if TaintedChanged
-	TaintedChanged  bool
-	Reissue         time.Duration // over which renewals because of Tainted are to be spread
-
-	TooOld        []string // what restricts and the subscriber cannot enforce: all, if TooOldChanged
-	TooOldChanged bool
+	wire.Update
+	OwnBundle *OwnBundle // nil: as before
 
 	withheld map[string]bool // keys of objects of a kind that the subscriber does not know
 }
@@ -429,28 +410,30 @@ func (s *Session) Catch() (revision uint64, ok bool) {
 
 func (s *Session) everything(st *domain.State) Update {
 	u := Update{
-		Full:           true,
-		Revision:       s.feed.revision,
-		Cluster:        st.Cluster(),
-		Entries:        s.entries(st),
-		OwnBundle:      ownBundle(st),
-		Objects:        forSubscribers(st.Objects()),
-		Members:        st.Members(),
-		MembersChanged: true,
-		Distrust:       s.feed.distrust(st),
-		Tainted:        st.Tainted(),
-		TaintedChanged: true,
-		Reissue:        s.feed.reissue(st),
+		Update: wire.Update{
+			Full:           true,
+			Revision:       s.feed.revision,
+			Cluster:        st.Cluster(),
+			Entries:        s.entries(st),
+			Objects:        forSubscribers(st.Objects()),
+			Members:        st.Members(),
+			MembersChanged: true,
+			Distrust:       s.feed.distrust(st),
+			Tainted:        st.Tainted(),
+			TaintedChanged: true,
+			Reissue:        s.feed.reissue(st),
+		},
+		OwnBundle: ownBundle(st),
 	}
 	s.tainted, s.alone, s.early = u.Tainted, s.feed.isolation, s.feed.unagreedNews
 	clear(s.foreign)
 	for td := range federates(u.Entries) {
 		if b, ok := s.feed.ForeignBundle(st, td); ok {
-			u.ForeignBundles = append(u.ForeignBundles, b)
+			u.Bundles = append(u.Bundles, b)
 			s.foreign[td] = struct{}{}
 		}
 	}
-	slices.SortFunc(u.ForeignBundles, compareBundles)
+	slices.SortFunc(u.Bundles, compareBundles)
 	s.forLevel(st, &u)
 	return u
 }
@@ -557,7 +540,7 @@ func (s *Session) deltaForeign(st *domain.State, changed map[string]struct{}, u 
 		_, has := s.foreign[td]
 		_, isNew := changed[td]
 		if !has || isNew {
-			u.ForeignBundles = append(u.ForeignBundles, b)
+			u.Bundles = append(u.Bundles, b)
 			s.foreign[td] = struct{}{}
 		}
 	}
@@ -576,9 +559,9 @@ func (s *Session) deltaForeign(st *domain.State, changed map[string]struct{}, u 
 		delete(s.foreign, td)
 		u.DeletedBundles = append(u.DeletedBundles, td)
 	}
-	slices.SortFunc(u.ForeignBundles, compareBundles)
+	slices.SortFunc(u.Bundles, compareBundles)
 	slices.Sort(u.DeletedBundles)
-	return len(u.ForeignBundles)+len(u.DeletedBundles) > 0
+	return len(u.Bundles)+len(u.DeletedBundles) > 0
 }
 
 // entries are those the subscriber is told of: an agent those of its host, another

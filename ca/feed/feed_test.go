@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 	"google.golang.org/protobuf/testing/protocmp"
 	"pgregory.net/rapid"
 
@@ -20,6 +21,8 @@ import (
 	"github.com/entente-mesh/entente/ca/domain"
 	"github.com/entente-mesh/entente/ca/domain/domaintest"
 	"github.com/entente-mesh/entente/ca/presence"
+	"github.com/entente-mesh/entente/ca/wire"
+	"github.com/entente-mesh/entente/federation/catalog"
 )
 
 var start = time.Date(2027, 1, 1, 0, 0, 0, 0, time.UTC)
@@ -142,6 +145,10 @@ func (w *world) subscribe(who Subscriber, resume uint64) *Session {
 	return s
 }
 
+func serving(service, address string, healthy bool) presence.Instance {
+	return presence.Instance{Endpoint: catalog.Endpoint{Service: service, Address: address, Healthy: healthy}}
+}
+
 // mirror is what a subscriber holds after the updates it got.
 type mirror struct {
 	revision uint64
@@ -151,9 +158,17 @@ type mirror struct {
 	objects  map[string]*statev1.Object
 	own      *OwnBundle
 	members  int
+	state    wire.State // the same from chunks
 }
 
 func (m *mirror) take(u Update) {
+	var pending wire.Pending
+	for _, chunk := range u.Encode(256) {
+		if err := pending.Add(chunk); err != nil {
+			panic(err)
+		}
+	}
+	m.state = m.state.With(&pending.Update)
 	if u.Full {
 		m.full++
 		m.entries, m.bundles, m.objects = map[string]*statev1.Entry{}, map[string]uint64{}, map[string]*statev1.Object{}
@@ -164,7 +179,7 @@ func (m *mirror) take(u Update) {
 	for _, id := range u.DeletedEntries {
 		delete(m.entries, id)
 	}
-	for _, b := range u.ForeignBundles {
+	for _, b := range u.Bundles {
 		m.bundles[b.GetTrustDomain()] = b.GetSequence()
 	}
 	for _, td := range u.DeletedBundles {
@@ -507,7 +522,7 @@ func TestAcknowledgementMinimum(t *testing.T) {
 	s2 = w.subscribe(agentSub("h2", 2), 0)
 	s2.Close(start, false)
 	elsewhere := presence.Version{BootID: "boot-h2", Connect: 3}
-	w.f.Remote(start, "ca-2", Instances{Upserts: []presence.Instance{{Agent: "h2", Version: elsewhere, Worth: presence.Proven}}, Complete: true})
+	w.f.Remote(start, "ca-2", Instances{Upserts: []presence.Instance{{Endpoint: catalog.Endpoint{Agent: "h2"}, Version: elsewhere, Worth: presence.Proven}}, Complete: true})
 	if held() < a.GetPreparedRevision() {
 		t.Error("a subscriber that is at another replica counts here")
 	}
@@ -660,8 +675,8 @@ func TestPresenceLane(t *testing.T) {
 	if !has || !first.Complete || len(first.Upserts) != 0 {
 		t.Fatalf("the set at attach: %+v", first)
 	}
-	s1.Report(start, []presence.Instance{{Service: "accounts", Address: ":1", Health: presence.Healthy}})
-	s1.Report(start, []presence.Instance{{Service: "accounts", Address: ":2", Health: presence.Healthy}})
+	s1.Report(start, []presence.Instance{serving("accounts", ":1", true)})
+	s1.Report(start, []presence.Instance{serving("accounts", ":2", true)})
 	news, has := s2.Presence()
 	if !has || news.Complete || len(news.Upserts) != 1 || news.Upserts[0].Address != ":2" {
 		t.Errorf("coalesced: %+v", news)
@@ -680,7 +695,7 @@ func TestPresenceLane(t *testing.T) {
 	for batch := range 6 {
 		var many []presence.Instance
 		for i := range 900 {
-			many = append(many, presence.Instance{Service: fmt.Sprint("s", batch, "-", i)})
+			many = append(many, serving(fmt.Sprint("s", batch, "-", i), "", false))
 		}
 		s1.Report(start, many)
 	}
@@ -703,8 +718,10 @@ func TestInstanceIDsAreForWhoKnowsThem(t *testing.T) {
 	was, is := w.subscribe(older, 0), w.subscribe(newer, 0)
 	was.Presence()
 	is.Presence()
-	of := func(id, address string, health presence.Health) presence.Instance {
-		return presence.Instance{Service: "accounts", ID: id, Address: address, Health: health}
+	of := func(id, address string, healthy bool) presence.Instance {
+		i := serving("accounts", address, healthy)
+		i.ID = id
+		return i
 	}
 	say := func(s *Session) (text string) {
 		news, _ := s.Presence()
@@ -720,9 +737,9 @@ func TestInstanceIDsAreForWhoKnowsThem(t *testing.T) {
 		reports    []presence.Instance
 		older, new string
 	}{
-		{[]presence.Instance{of("a", ":1", presence.Healthy), of("b", ":2", presence.Healthy)}, "+:1", "+a:1 +b:2"},
-		{[]presence.Instance{of("a", ":1", presence.Unhealthy), of("b", ":2", presence.Healthy)}, "+:2", "+a:1"},
-		{[]presence.Instance{of("b", ":2", presence.Healthy)}, "+:2", "-a"},
+		{[]presence.Instance{of("a", ":1", true), of("b", ":2", true)}, "+:1", "+a:1 +b:2"},
+		{[]presence.Instance{of("a", ":1", false), of("b", ":2", true)}, "+:2", "+a:1"},
+		{[]presence.Instance{of("b", ":2", true)}, "+:2", "-a"},
 		{nil, "-", "-b"},
 	} {
 		reporter.Report(start, step.reports)
@@ -733,7 +750,7 @@ func TestInstanceIDsAreForWhoKnowsThem(t *testing.T) {
 			t.Errorf("%v: who knows them hears %q, not %q", step.reports, got, step.new)
 		}
 	}
-	reporter.Report(start, []presence.Instance{of("a", ":1", presence.Unhealthy), of("b", ":2", presence.Healthy)})
+	reporter.Report(start, []presence.Instance{of("a", ":1", false), of("b", ":2", true)})
 	older.Version.Connect++
 	if got := say(w.subscribe(older, 0)); got != "+:2" {
 		t.Errorf("at attach %q", got)
@@ -749,7 +766,7 @@ func TestWatcher(t *testing.T) {
 		t.Fatalf("the set at attach: %+v", first)
 	}
 	s := w.subscribe(agentSub("h1", 1), 0)
-	s.Report(start, []presence.Instance{{Service: "accounts", Address: ":1"}})
+	s.Report(start, []presence.Instance{serving("accounts", ":1", false)})
 	other := presence.New(keyID("ca-2"))
 	news, _ := watch.Next()
 	other.Remote(start, keyID("ca-1"), news.Upserts, news.Withdrawn, false)
@@ -758,8 +775,8 @@ func TestWatcher(t *testing.T) {
 	}
 	// What this replica hears from others it does not tell as its own.
 	w.f.Remote(start, keyID("ca-3"), Instances{Upserts: []presence.Instance{
-		{Agent: "h7", Version: presence.Version{BootID: "b", Connect: 1}},
-		{Agent: "h7", Service: "x", Version: presence.Version{BootID: "b", Connect: 1}},
+		{Endpoint: catalog.Endpoint{Agent: "h7"}, Version: presence.Version{BootID: "b", Connect: 1}},
+		{Endpoint: catalog.Endpoint{Agent: "h7", Service: "x"}, Version: presence.Version{BootID: "b", Connect: 1}},
 	}})
 	if len(w.f.Instances()) != 2 {
 		t.Errorf("control: %+v", w.f.Instances())
@@ -828,7 +845,8 @@ func TestSubscriberConverges(t *testing.T) {
 		if m.full == 0 {
 			rt.Fatalf("never got a full state")
 		}
-		diff := cmp.Diff(want.entries, m.entries, protocmp.Transform()) + cmp.Diff(want.objects, m.objects, protocmp.Transform()) + cmp.Diff(want.bundles, m.bundles)
+		diff := cmp.Diff(want.entries, m.entries, protocmp.Transform()) + cmp.Diff(want.objects, m.objects, protocmp.Transform()) + cmp.Diff(want.bundles, m.bundles) +
+			cmp.Diff(want.state, m.state, protocmp.Transform(), cmpopts.EquateEmpty())
 		if diff != "" {
 			rt.Fatalf("a subscriber that followed differs from a new one (-new +followed):\n%s", diff)
 		}

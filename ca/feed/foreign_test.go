@@ -46,13 +46,13 @@ func TestForeignBundleAhead(t *testing.T) {
 		t.Errorf("the policy lane moved: %v, %v", p, err)
 	}
 	fresh := w.subscribe(agentSub("h2", 2), 0)
-	if p, has, err := fresh.Policy(w.st); err != nil || !has || len(p.ForeignBundles) != 1 || p.ForeignBundles[0].GetSequence() != 7 {
-		t.Errorf("the full state: %v, %v", p.ForeignBundles, err)
+	if p, has, err := fresh.Policy(w.st); err != nil || !has || len(p.Bundles) != 1 || p.Bundles[0].GetSequence() != 7 {
+		t.Errorf("the full state: %v, %v", p.Bundles, err)
 	}
 
 	w.bundleOf("trading.example", 8)
-	if p, has, err := fresh.Policy(w.st); err != nil || !has || len(p.ForeignBundles) != 1 || p.ForeignBundles[0].GetSequence() != 8 {
-		t.Errorf("agreed meanwhile: %v, %v", p.ForeignBundles, err)
+	if p, has, err := fresh.Policy(w.st); err != nil || !has || len(p.Bundles) != 1 || p.Bundles[0].GetSequence() != 8 {
+		t.Errorf("agreed meanwhile: %v, %v", p.Bundles, err)
 	}
 	if b, ok := w.f.ForeignBundle(w.st, "trading.example"); !ok || b.GetSequence() != 8 {
 		t.Errorf("the newest is %v", b)

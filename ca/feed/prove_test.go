@@ -7,11 +7,12 @@ import (
 	"time"
 
 	"github.com/entente-mesh/entente/ca/presence"
+	"github.com/entente-mesh/entente/federation/catalog"
 )
 
 // said is one session as another replica tells of it.
 func said(worth presence.Worth, key, boot string, connect uint64) Instances {
-	return Instances{Upserts: []presence.Instance{{Agent: key, Version: presence.Version{BootID: boot, Connect: connect}, Worth: worth}}}
+	return Instances{Upserts: []presence.Instance{{Endpoint: catalog.Endpoint{Agent: key}, Version: presence.Version{BootID: boot, Connect: connect}, Worth: worth}}}
 }
 
 // A replica that says of all subscribers that they have later sessions with it changes
@@ -34,7 +35,7 @@ func TestBareWordChangesNothing(t *testing.T) {
 		w.drain(s, &m)
 		s.Ack(m.revision)
 	}
-	subscribers["h1"].Report(start, []presence.Instance{{Service: "accounts", Address: ":1"}})
+	subscribers["h1"].Report(start, []presence.Instance{serving("accounts", ":1", false)})
 	a := w.authority("a1") // nobody acknowledges it
 	reached := func(now time.Time) bool {
 		return w.f.Status(now, longest).Acknowledged >= a.GetPreparedRevision()
@@ -154,7 +155,7 @@ func TestHearsayGoesWithAgentAndReplica(t *testing.T) {
 	w.apply(service("accounts", "h1", "h2"))
 	for _, name := range []string{"h1", "h2", "h9"} {
 		in := said(presence.Proven, name, "b", 1)
-		in.Upserts = append(in.Upserts, presence.Instance{Agent: name, Service: "accounts", Version: in.Upserts[0].Version})
+		in.Upserts = append(in.Upserts, presence.Instance{Endpoint: catalog.Endpoint{Agent: name, Service: "accounts"}, Version: in.Upserts[0].Version})
 		w.f.Remote(start, keyID("ca-2"), in)
 	}
 	if n := len(w.f.Instances()); n != 3 {

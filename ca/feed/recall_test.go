@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/entente-mesh/entente/ca/presence"
+	"github.com/entente-mesh/entente/federation/catalog"
 )
 
 // I3: after a restart a replica waits for the subscribers of before until they are seen
@@ -59,7 +60,7 @@ func TestRecall(t *testing.T) {
 		t.Errorf("%d are waited for, after one came back", waiting(start))
 	}
 	// One is seen at another replica, which told of it before this one heard anything else.
-	newer := presence.Instance{Agent: "h2", Version: presence.Version{BootID: "newer", Connect: 1}}
+	newer := presence.Instance{Endpoint: catalog.Endpoint{Agent: "h2"}, Version: presence.Version{BootID: "newer", Connect: 1}}
 	w.f.Remote(start, keyID("ca-2"), Instances{Upserts: []presence.Instance{newer}, Complete: true})
 	if waiting(start) != 2 {
 		t.Errorf("%d are waited for, after another replica said that it has one, and no more", waiting(start))

@@ -10,6 +10,7 @@ import (
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/domain"
 	"github.com/entente-mesh/entente/ca/presence"
+	"github.com/entente-mesh/entente/federation/catalog"
 )
 
 // Ack takes the subscriber's word that it and its workloads hold everything up to
@@ -135,7 +136,7 @@ func (s *Session) Presence() (Instances, bool) {
 		if ok {
 			out.Upserts = append(out.Upserts, instance)
 		} else {
-			out.Withdrawn = append(out.Withdrawn, presence.Instance{Service: key.Service, Agent: key.Agent, ID: key.ID})
+			out.Withdrawn = append(out.Withdrawn, presence.Instance{Endpoint: catalog.Endpoint{Service: key.Service, Agent: key.Agent, ID: key.ID}})
 		}
 	}
 	clear(s.dirty)
@@ -157,7 +158,7 @@ func (s *Session) known(list []presence.Instance) []presence.Instance {
 		switch {
 		case last < 0 || one[last].Service != i.Service || one[last].Agent != i.Agent:
 			one = append(one, i)
-		case i.Health == presence.Healthy && one[last].Health != presence.Healthy:
+		case i.Healthy && !one[last].Healthy:
 			one[last] = i
 		}
 	}
@@ -246,7 +247,7 @@ func (w *Watcher) Next() (Instances, bool) {
 		if held := f.table.HeldOf(name); len(held) > 0 {
 			out.Upserts = append(out.Upserts, held...)
 		} else {
-			out.Withdrawn = append(out.Withdrawn, presence.Instance{Agent: name})
+			out.Withdrawn = append(out.Withdrawn, presence.Instance{Endpoint: catalog.Endpoint{Agent: name}})
 		}
 	}
 	return out, len(out.Upserts)+len(out.Withdrawn) > 0

@@ -49,7 +49,7 @@ func (d *damper) count(now time.Time, n float64) { d.changes, d.at = d.left(now)
 
 // worse tells whether it can only keep requests away.
 func worse(before, next Instance) bool {
-	return before.Health == Healthy && next.Health != Healthy || !before.Stale && next.Stale
+	return before.Healthy && !next.Healthy || !before.Stale && next.Stale
 }
 
 // admits tells whether a new state of an instance may be shown now, and books it. shown is

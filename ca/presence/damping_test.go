@@ -12,13 +12,13 @@ import (
 func TestFlapsAreDamped(t *testing.T) {
 	const rate, minutes = 100, 5 // reports a second
 	v := Version{"boot-1", 1}
-	unhealthy := func(i Instance) Instance { i.Health = Unhealthy; return i }
+	unhealthy := func(i Instance) Instance { i.Healthy = false; return i }
 	for name, tell := range map[string]func(table *Table, now time.Time, list ...Instance) []Change{
 		"its agent": func(table *Table, now time.Time, list ...Instance) []Change {
 			return table.Report(now, "h1", v, list)
 		},
 		"another replica": func(table *Table, now time.Time, list ...Instance) []Change {
-			all := []Instance{{Agent: "h1", Version: v}}
+			all := []Instance{said("", "h1", v)}
 			for _, i := range list {
 				i.Agent, i.Version = "h1", v
 				all = append(all, i)
@@ -49,7 +49,7 @@ func TestFlapsAreDamped(t *testing.T) {
 					next = unhealthy(flaps)
 				}
 				count(tell(table, now, next, calm))
-				if shown, _ := table.Get(Key{"h1", Place{Service: "accounts"}}); shown.Health == Healthy {
+				if shown, _ := table.Get(Key{"h1", Place{Service: "accounts"}}); shown.Healthy {
 					good++
 				}
 			}
@@ -74,7 +74,7 @@ func TestFlapsAreDamped(t *testing.T) {
 				t.Errorf("too early: %+v", changes)
 			}
 			table.Release(at)
-			if shown, _ := table.Get(Key{"h1", Place{Service: "accounts"}}); shown.Health != Healthy {
+			if shown, _ := table.Get(Key{"h1", Place{Service: "accounts"}}); !shown.Healthy {
 				t.Errorf("%+v", shown)
 			}
 			// Control: what happens once in a while is told at once.
@@ -129,7 +129,7 @@ func TestInstancesOfEverNewNamesAreDamped(t *testing.T) {
 	other := instance("ledger", ":1")
 	other.ID = "a"
 	report(now, 9999, other)
-	if shown, ok := table.Get(Key{"h1", Place{Service: "ledger", ID: "a"}}); !ok || shown.Health != Healthy {
+	if shown, ok := table.Get(Key{"h1", Place{Service: "ledger", ID: "a"}}); !ok || !shown.Healthy {
 		t.Error("control: another service's instance waits")
 	}
 }

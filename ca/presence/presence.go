@@ -34,16 +34,7 @@ import (
 	"time"
 
 	"github.com/entente-mesh/entente/ca"
-)
-
-// Health is what an agent's own check says of an instance.
-type Health uint8
-
-// The healths; the numbers are those of the wire.
-const (
-	Unknown   Health = 0
-	Healthy   Health = 1
-	Unhealthy Health = 2
+	"github.com/entente-mesh/entente/federation/catalog"
 )
 
 // Version tells the sessions of one agent apart.
@@ -69,16 +60,11 @@ const (
 	Proven
 )
 
-// Instance is one place where a service is served.
+// Instance is one place where a service is served, and the session that says so. An
+// instance without a service, only in Held, is the session itself.
 type Instance struct {
-	Service    string // label; empty only in Held: the session itself
-	ID         string // the agent's own name for it, among its others of the service; empty: the only one
-	Agent      string
-	Datacenter string
-	Address    string // host:port of the sidecar's inbound listener
-	Health     Health
-	Stale      bool // nobody vouches for it just now
-	Version    Version
+	catalog.Endpoint
+	Version Version
 
 	// Of the session itself only, and not shown.
 	Proof Proof
@@ -404,7 +390,7 @@ func (t *Table) HeldOf(name string) []Instance {
 		return nil
 	}
 	own := a.sources[t.self]
-	held := []Instance{{Agent: name, Version: own.version, Stale: !own.live, Proof: own.proof}}
+	held := []Instance{{Endpoint: catalog.Endpoint{Agent: name, Stale: !own.live}, Version: own.version, Proof: own.proof}}
 	for _, instance := range own.instances {
 		instance.Version, instance.Stale = own.version, !own.live
 		held = append(held, instance)

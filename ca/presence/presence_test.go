@@ -12,12 +12,18 @@ import (
 	"pgregory.net/rapid"
 
 	"github.com/entente-mesh/entente/ca"
+	"github.com/entente-mesh/entente/federation/catalog"
 )
 
 var start = time.Date(2027, 1, 1, 0, 0, 0, 0, time.UTC)
 
 func instance(service, address string) Instance {
-	return Instance{Service: service, Datacenter: "dc1", Address: address, Health: Healthy}
+	return Instance{Endpoint: catalog.Endpoint{Service: service, Datacenter: "dc1", Address: address, Healthy: true}}
+}
+
+// said is what a replica tells of a session, without a service, or of an instance in it.
+func said(service, agent string, v Version) Instance {
+	return Instance{Endpoint: catalog.Endpoint{Service: service, Agent: agent}, Version: v}
 }
 
 // picture prints what a table shows.
@@ -228,12 +234,12 @@ func TestRemoteIsBounded(t *testing.T) {
 	table.Remote(start, "ca-1", nil, nil, true)
 	want(t, table, "accounts@h1 :1")
 
-	table.Remote(start, "ca-2", []Instance{{Service: "x", Agent: "h9", Version: v}}, []Instance{{Agent: "h1"}, {Agent: "h7"}}, false)
+	table.Remote(start, "ca-2", []Instance{said("x", "h9", v)}, []Instance{said("", "h1", Version{}), said("", "h7", Version{})}, false)
 	want(t, table, "accounts@h1 :1")
 
-	many := []Instance{{Agent: "h2", Version: v}}
+	many := []Instance{said("", "h2", v)}
 	for i := range MaxInstancesPerAgent + 10 {
-		many = append(many, Instance{Service: fmt.Sprint("s", i), Agent: "h2", Version: v})
+		many = append(many, said(fmt.Sprint("s", i), "h2", v))
 	}
 	table.Remote(start, "ca-2", many, nil, true)
 	if got := len(table.All()); got != MaxInstancesPerAgent+1 {
@@ -388,7 +394,9 @@ func shown(t *Table) map[Key]Instance {
 func TestBareWordTakesNothing(t *testing.T) {
 	v := Version{"boot-1", 1}
 	lie := func(worth Worth, v Version) []Instance {
-		return []Instance{{Agent: "h1", Version: v, Worth: worth}, {Agent: "h1", Service: "accounts", Address: ":666", Version: v}}
+		session, place := said("", "h1", v), said("accounts", "h1", v)
+		session.Worth, place.Address = worth, ":666"
+		return []Instance{session, place}
 	}
 	holder := func() *Table {
 		table := New("ca-1")
@@ -464,7 +472,7 @@ func TestBareWordTakesNothing(t *testing.T) {
 func TestOthersWordDoesNotRefuseAnAgent(t *testing.T) {
 	a := New("ca-1")
 	a.Attach(start, "h1", Version{"boot-1", 1})
-	a.Remote(start, "ca-2", []Instance{{Agent: "h1", Version: Version{"boot-2", 1}}}, nil, true)
+	a.Remote(start, "ca-2", []Instance{said("", "h1", Version{"boot-2", 1})}, nil, true)
 	if _, ok := a.Attach(start, "h1", Version{"boot-2", 2}); !ok {
 		t.Error("a restarted agent that another replica told of cannot attach")
 	}
@@ -498,24 +506,24 @@ func TestInstancesOfOneService(t *testing.T) {
 	table := New("r1")
 	v := Version{BootID: "boot", Connect: 1}
 	table.Attach(start, "h1", v)
-	of := func(id, address string, health Health) Instance {
-		return Instance{Service: "accounts", ID: id, Datacenter: "dc1", Address: address, Health: health}
+	of := func(id, address string, healthy bool) Instance {
+		return Instance{Endpoint: catalog.Endpoint{Service: "accounts", ID: id, Datacenter: "dc1", Address: address, Healthy: healthy}}
 	}
 	shown := func() (text string) {
 		for _, i := range table.Of("accounts", "h1") {
-			text += fmt.Sprintf("%s:%s:%d ", i.ID, i.Address, i.Health)
+			text += fmt.Sprintf("%s:%s:%t ", i.ID, i.Address, i.Healthy)
 		}
 		return text
 	}
-	changes := table.Report(start, "h1", v, []Instance{of("b", ":2", Healthy), of("a", ":1", Healthy), of("", ":0", Healthy)})
-	if len(changes) != 3 || shown() != "::0:1 a::1:1 b::2:1 " {
+	changes := table.Report(start, "h1", v, []Instance{of("b", ":2", true), of("a", ":1", true), of("", ":0", true)})
+	if len(changes) != 3 || shown() != "::0:true a::1:true b::2:true " {
 		t.Errorf("%d changes, shown %q", len(changes), shown())
 	}
-	changes = table.Report(start, "h1", v, []Instance{of("b", ":2", Unhealthy), of("a", ":1", Healthy)})
-	if len(changes) != 2 || shown() != "a::1:1 b::2:2 " {
+	changes = table.Report(start, "h1", v, []Instance{of("b", ":2", false), of("a", ":1", true)})
+	if len(changes) != 2 || shown() != "a::1:true b::2:false " {
 		t.Errorf("one sick, one gone: %v, shown %q", changes, shown())
 	}
-	if i, ok := table.Get(Key{"h1", Place{"accounts", "b"}}); !ok || i.Health != Unhealthy {
+	if i, ok := table.Get(Key{"h1", Place{"accounts", "b"}}); !ok || i.Healthy {
 		t.Errorf("by key: %v", i)
 	}
 	// Another replica hears both.
@@ -528,14 +536,10 @@ func TestInstancesOfOneService(t *testing.T) {
 	at := start
 	for i := range 20 {
 		at = at.Add(time.Second)
-		health := Healthy
-		if i%2 == 0 {
-			health = Unhealthy
-		}
-		table.Report(at, "h1", v, []Instance{of("a", ":1", Healthy), of("b", ":2", health)})
+		table.Report(at, "h1", v, []Instance{of("a", ":1", true), of("b", ":2", i%2 != 0)})
 	}
-	table.Report(at, "h1", v, []Instance{of("a", ":3", Healthy), of("b", ":2", Healthy)})
-	if shown() != "a::3:1 b::2:2 " {
+	table.Report(at, "h1", v, []Instance{of("a", ":3", true), of("b", ":2", true)})
+	if shown() != "a::3:true b::2:false " {
 		t.Errorf("after flaps of one: %q", shown())
 	}
 }

@@ -17,6 +17,7 @@ import (
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/domain"
+	"github.com/entente-mesh/entente/ca/wire"
 	"github.com/entente-mesh/entente/federation/bundle"
 	"github.com/entente-mesh/entente/federation/catalog"
 )
@@ -45,7 +46,7 @@ func (d adminDoor) Status(ctx context.Context, _ *ententev1.StatusRequest) (*ent
 		LeaderId:    info.LeaderID,
 		RaftState:   info.RaftState,
 		AgeSeconds:  seconds(info.Age),
-		Instances:   instancesToWire(s.Feed.Instances()),
+		Instances:   wire.FromInstances(s.Feed.Instances()),
 		Subscribers: uint32(subscribers.Subscribers),
 
 		AcknowledgedRevision: subscribers.Acknowledged,
@@ -338,7 +339,7 @@ func planApply(st *domain.State, upserts []*statev1.Object, deletes []*statev1.O
 		if action != "unchanged" {
 			plan.command.Upserts = append(plan.command.Upserts, o)
 		}
-		change := &ententev1.ObjectChange{Key: keyToWire(key), Action: action}
+		change := &ententev1.ObjectChange{Key: wire.FromKey(key), Action: action}
 		if before {
 			change.Before = have
 		}

@@ -16,6 +16,8 @@ import (
 	"github.com/entente-mesh/entente/ca/domain"
 	"github.com/entente-mesh/entente/ca/feed"
 	"github.com/entente-mesh/entente/ca/presence"
+	"github.com/entente-mesh/entente/ca/wire"
+	"github.com/entente-mesh/entente/federation/catalog"
 )
 
 // Bounds on what one member may say.
@@ -93,7 +95,7 @@ func (h *Hearsay) take(now time.Time, chunk *ententev1.PresenceResponse) (comple
 	}
 	in := feed.Instances{Complete: full}
 	for _, gone := range chunk.GetWithdrawn() {
-		in.Withdrawn = append(in.Withdrawn, presence.Instance{Agent: gone.GetAgent()})
+		in.Withdrawn = append(in.Withdrawn, presence.Instance{Endpoint: catalog.Endpoint{Agent: gone.GetAgent()}})
 		h.forget(gone.GetAgent())
 		delete(h.verified, gone.GetAgent())
 	}
@@ -206,7 +208,7 @@ func (h *Hearsay) check(st *domain.State, name string, said *statement) (rows []
 	if !ok {
 		return nil, false
 	}
-	session := instanceFromWire(said.session)
+	session := wire.ToInstance(said.session)
 	session.Proof, session.Worth = presence.Proof{}, presence.Unproven
 	whole = true
 	if proof := said.session.GetProof(); proof != nil {
@@ -223,7 +225,7 @@ func (h *Hearsay) check(st *domain.State, name string, said *statement) (rows []
 			whole = false
 			continue
 		}
-		instance := instanceFromWire(r)
+		instance := wire.ToInstance(r)
 		instance.Datacenter, instance.Stale = agent.GetDatacenter(), session.Stale
 		rows = append(rows, instance)
 	}

@@ -21,6 +21,7 @@ import (
 	"github.com/entente-mesh/entente/ca/domain"
 	"github.com/entente-mesh/entente/ca/feed"
 	"github.com/entente-mesh/entente/ca/presence"
+	"github.com/entente-mesh/entente/ca/wire"
 )
 
 const (
@@ -336,16 +337,16 @@ func (o *sender) beat(beat *ententev1.SyncResponse) error {
 func (o *sender) send(message *ententev1.SyncResponse) error { return o.stream.Send(message) }
 
 func subscriberPresence(in feed.Instances) []*ententev1.Presence {
-	chunk := &ententev1.Presence{Withdrawn: instancesToWire(in.Withdrawn)}
+	chunk := &ententev1.Presence{Withdrawn: wire.FromInstances(in.Withdrawn)}
 	chunks := []*ententev1.Presence{chunk}
 	size := proto.Size(chunk)
 	for _, i := range in.Upserts {
-		wire := instanceToWire(i)
-		if size += proto.Size(wire) + 8; size > chunkSize {
-			chunk, size = &ententev1.Presence{}, proto.Size(wire)
+		row := wire.FromInstance(i)
+		if size += proto.Size(row) + 8; size > chunkSize {
+			chunk, size = &ententev1.Presence{}, proto.Size(row)
 			chunks = append(chunks, chunk)
 		}
-		chunk.Instances = append(chunk.Instances, wire)
+		chunk.Instances = append(chunk.Instances, row)
 	}
 	chunk.Complete = in.Complete
 	return chunks
@@ -376,7 +377,7 @@ func (s *Server) checkReport(c caller, reported []*ententev1.Instance) (instance
 				refused = fmt.Errorf("service %s has over %d instances on this host", r.GetService(), presence.MaxInstancesOfService)
 				continue
 			}
-			instance := instanceFromWire(r)
+			instance := wire.ToInstance(r)
 			instance.Datacenter = c.agent.GetDatacenter()
 			instances = append(instances, instance)
 		}

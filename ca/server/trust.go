@@ -15,6 +15,7 @@ import (
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/domain"
+	"github.com/entente-mesh/entente/ca/wire"
 )
 
 // This file holds what operators do to authorities, CA nodes, agents and tokens: the
@@ -321,7 +322,7 @@ func (d adminDoor) GetAgent(_ context.Context, req *ententev1.GetAgentRequest) (
 	resp.Status.Here, resp.Status.Isolated = s.Feed.Live(req.GetName()), s.isolated(resp.Status.Agent)
 	for _, i := range s.Feed.Instances() {
 		if i.Agent == req.GetName() {
-			resp.Instances = append(resp.Instances, instanceToWire(i))
+			resp.Instances = append(resp.Instances, wire.FromInstance(i))
 		}
 	}
 	return resp, nil

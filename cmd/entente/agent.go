@@ -152,7 +152,7 @@ func follow(ctx context.Context, agent *meshagent.Agent, car *sidecar.Sidecar, l
 		state := agent.State()
 		if state.Ready {
 			world := sidecar.World{Revision: state.View.Changed, Urgent: state.View.Urgent, Dev: state.View.Cluster.GetDev(),
-				Objects: state.View.Objects, Entries: state.Entries(), Local: map[string]sidecar.Local{}}
+				Objects: state.View.Objects, Entries: state.Entries(), Endpoints: state.View.Instances, Local: map[string]sidecar.Local{}}
 			for _, s := range state.Services {
 				// Above the last port there is nobody: the agent reports such a service as unhealthy.
 				_, err := netip.ParseAddrPort(s.Address)
@@ -160,7 +160,6 @@ func follow(ctx context.Context, agent *meshagent.Agent, car *sidecar.Sidecar, l
 					world.Local[s.Name] = sidecar.Local{Address: s.Address, Monitor: s.Instance, Open: s.Instance.Open()}
 				}
 			}
-			world.Endpoints = append(world.Endpoints, state.View.Instances...)
 			if err := car.Update(world); err != nil {
 				log.Error("objects of the catalogue cannot be used and are left out; upgrade this agent if it is older than the CA", "error", err.Error())
 			}

@@ -32,8 +32,9 @@ ca/selector:
 ca:                      ca/selector internal/secret
 ca/domain:               ca ca/selector federation federation/catalog
 ca/domain/domaintest:    ca
-ca/presence:             ca
-ca/feed:                 ca ca/domain ca/presence federation/catalog
+ca/presence:             ca federation/catalog
+ca/wire:                 api/entente/v1 ca/presence federation/catalog
+ca/feed:                 ca ca/domain ca/presence ca/wire federation/catalog
 ca/signer:               ca
 ca/rotation:             ca ca/domain
 ca/replica:              ca ca/domain internal/admission
@@ -41,10 +42,10 @@ ca/keystore:             internal/secret
 ca/nodeattest:           ca ca/selector
 ca/compare:              api/entente/v1 ca
 ca/server:               api/entente/v1
-                         ca ca/domain ca/feed ca/presence ca/signer ca/nodeattest
+                         ca ca/domain ca/feed ca/presence ca/wire ca/signer ca/nodeattest
                          federation federation/bundle federation/catalog
                          internal/peer internal/admission
-ca/client:               api/entente/v1 ca ca/compare federation/bundle federation/catalog internal/peer internal/secret
+ca/client:               api/entente/v1 ca ca/compare ca/presence ca/wire federation/bundle federation/catalog internal/peer internal/secret
 ca/local:                ca ca/domain ca/rotation
 ca/node:                 ca ca/domain ca/local ca/rotation ca/replica ca/feed ca/presence ca/signer ca/keystore ca/nodeattest ca/compare ca/server
                          federation federation/exchange

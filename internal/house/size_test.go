@@ -25,7 +25,6 @@ const (
 // function that became short loses its row.
 const longFunctions = `
 ca/client syncer.run             136  one select over everything that happens to a session; each case is short
-ca/client Store.apply             87  one update becomes one view, member by member
 ca/domain encoder.record         161  one case for each record: the bytes of the checksum, in one place
 ca/domain application.prepareAuthority 97  every rule for an authority, in the order in which they refuse
 ca/domain describe               224  the table of commands, one row for each: a variable would need itself, since a row's code looks other commands up
