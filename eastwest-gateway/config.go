@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"path/filepath"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
@@ -21,8 +22,8 @@ type Config struct {
 	CA          CA               `yaml:"ca,required"`
 	EastWest    *EastWest        `yaml:"eastWest"` // absent: no east-west door
 	Edge        yamlfile.Node    `yaml:"edge"`     // of eastwest-gateway/edge; absent: no edge
-	Admin       *Admin           `yaml:"admin"`    // absent: no admin listener
-	DataDir     string           `yaml:"dataDir"`  // where it keeps whom it believes as a CA node; empty: nowhere
+	Admin       Admin            `yaml:"admin"`
+	DataDir     string           `yaml:"dataDir"` // where it keeps whom it believes as a CA node; empty: nowhere
 	AccessLog   daemon.AccessLog `yaml:"accessLog"`
 	Log         Log              `yaml:"log"`
 }
@@ -45,9 +46,12 @@ type EastWest struct {
 	Listen string `yaml:"listen,required"` // host:port
 }
 
-// Admin is the TCP listener of /healthz, /readyz and /metrics.
+// Admin is where the gateway is looked after.
 type Admin struct {
-	Listen string `yaml:"listen,required"` // host:port
+	Listen string `yaml:"listen"` // host:port of /healthz, /readyz and /metrics; empty: none
+	// Socket is the path of the unix socket of DataPlane, mode 0600: the gateway's user and
+	// root may do everything there. Default: admin.sock in dataDir; without that, none.
+	Socket string `yaml:"socket"`
 }
 
 // Log is the process log.
@@ -68,7 +72,13 @@ func ReadConfig(file string, r io.Reader) (Config, error) {
 	return c, nil
 }
 
+// adminSocket is the file of the admin socket in dataDir.
+const adminSocket = "admin.sock"
+
 func (c *Config) check() error {
+	if c.Admin.Socket == "" && c.DataDir != "" {
+		c.Admin.Socket = filepath.Join(c.DataDir, adminSocket)
+	}
 	td, err := spiffeid.TrustDomainFromString(c.TrustDomain)
 	if err != nil {
 		return fmt.Errorf("trustDomain %q: %w", c.TrustDomain, err)
@@ -94,7 +104,7 @@ func (c *Config) check() error {
 	if c.EastWest != nil {
 		addresses["eastWest.listen"] = c.EastWest.Listen
 	}
-	if c.Admin != nil {
+	if c.Admin.Listen != "" {
 		addresses["admin.listen"] = c.Admin.Listen
 	}
 	for key, address := range addresses {

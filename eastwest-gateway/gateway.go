@@ -11,7 +11,9 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"sync/atomic"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
@@ -19,12 +21,14 @@ import (
 	"github.com/entente-mesh/entente/federation/catalog"
 	"github.com/entente-mesh/entente/internal/daemon"
 	"github.com/entente-mesh/entente/internal/dataplane"
+	"github.com/entente-mesh/entente/internal/dataplaneapi"
 )
 
 // Role is a listener that the gateway process carries besides its east-west door.
 type Role struct {
 	Name     string // "edge"
 	Identity string // SPIFFE path it calls the mesh with
+	Listen   string // where it listens, for people
 	// Run serves until its ctx ends, then drains. It is called when there is an SVID for
 	// Identity and the domain is known. mesh is an ordinary caller's way into the mesh.
 	Run func(ctx context.Context, mesh *Mesh) error
@@ -57,8 +61,10 @@ type Gateway struct {
 	identities *identities
 	engine     *dataplane.Engine
 	metrics    *daemon.Metrics
-	admin      *daemon.Admin
+	admin      *daemon.Admin   // nil: none
 	records    *daemon.Records // nil: none
+	socket     net.Listener    // of DataPlane; nil: none
+	started    time.Time
 
 	ca       atomic.Pointer[client.Client] // nil until Run
 	known    chan struct{}                 // closed with the first view
@@ -81,6 +87,7 @@ func New(cfg Config, log *slog.Logger, roles ...Role) (*Gateway, error) {
 		roles:   roles,
 		metrics: daemon.NewMetrics("gateway"),
 		known:   make(chan struct{}),
+		started: time.Now(),
 	}
 	g.identities = newIdentities(log, func() { g.engine.Recheck() })
 	var access *slog.Logger
@@ -104,12 +111,12 @@ func New(cfg Config, log *slog.Logger, roles ...Role) (*Gateway, error) {
 		return nil, fmt.Errorf("gateway: %w", err)
 	}
 	g.register()
-	if cfg.Admin != nil {
+	if cfg.Admin.Listen != "" {
 		if g.admin, err = daemon.NewAdmin(cfg.Admin.Listen, g.Ready, g.metrics); err != nil {
 			return nil, fmt.Errorf("gateway: opening admin.listen: %w", err)
 		}
 	}
-	return g, nil
+	return g, g.openSocket()
 }
 
 // Metrics is the registry of this process.
@@ -175,6 +182,10 @@ func (g *Gateway) Run(ctx context.Context) error {
 	}
 	if g.admin != nil {
 		foundation("admin", g.admin.Run)
+	}
+	if g.socket != nil {
+		api := dataplaneapi.New(g, g.log)
+		foundation("admin socket", func(ctx context.Context) error { return api.ServeLocal(ctx, g.socket) })
 	}
 
 	doors := daemon.NewGroup(ctx)

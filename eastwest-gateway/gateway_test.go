@@ -26,6 +26,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
@@ -155,8 +156,8 @@ func TestGateway(t *testing.T) {
 		})
 	}, grpc.Creds(credentials.NewTLS(peer.ServerTLS(caSVID, bundles, peer.MemberOf(td), "h2"))))
 
-	file := fmt.Sprintf("trustDomain: trading.example\nname: gw-1\ndatacenter: dc1\nworkloadAPI: {socket: %s}\nca: {addresses: [%q]}\neastWest: {listen: %q}\nadmin: {listen: %q}\naccessLog: {file: %s}\nedge: {listen: x}\n",
-		socket, caLn.Addr().String(), doorAddr, adminAddr, filepath.Join(dir, "access.log"))
+	file := fmt.Sprintf("trustDomain: trading.example\nname: gw-1\ndatacenter: dc1\nworkloadAPI: {socket: %s}\nca: {addresses: [%q]}\neastWest: {listen: %q}\nadmin: {listen: %q, socket: %s}\naccessLog: {file: %s}\nedge: {listen: x}\n",
+		socket, caLn.Addr().String(), doorAddr, adminAddr, filepath.Join(dir, "a.sock"), filepath.Join(dir, "access.log"))
 	cfg, err := ReadConfig("gateway.yaml", strings.NewReader(file))
 	if err != nil {
 		t.Fatal(err)
@@ -210,6 +211,7 @@ func TestGateway(t *testing.T) {
 	if got := ask(); got != "market for spiffe://trading.example/portfolio" {
 		t.Errorf("%q", got)
 	}
+	checkStatus(t, filepath.Join(dir, "a.sock"), doorAddr, marketLn.Addr().String())
 	// The edge is a caller like any other.
 	w := &recorder{header: http.Header{}}
 	r, _ := http.NewRequest("GET", "/", nil)
@@ -258,6 +260,40 @@ func TestGateway(t *testing.T) {
 	}
 }
 
+// checkStatus asks the gateway at its admin socket, which nobody else can open.
+func checkStatus(t *testing.T, socket, door, market string) {
+	t.Helper()
+	if info, err := os.Stat(socket); err != nil || info.Mode().Perm() != 0o600 {
+		t.Errorf("%v, %v", info, err)
+	}
+	conn, err := grpc.NewClient("unix:"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	s, err := ententev1.NewDataPlaneClient(conn).Status(t.Context(), &ententev1.DataPlaneStatusRequest{Service: "market.trading.example"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	const id = "spiffe://trading.example/entente/gateway/gw-1"
+	listeners := map[string]*ententev1.Listener{}
+	for _, l := range s.GetListeners() {
+		listeners[l.GetName()] = l
+	}
+	switch {
+	case !s.GetReady() || s.GetName() != "gw-1" || len(s.GetSvids()) != 2 || s.GetSvids()[0].GetSpiffeId() != id || s.GetSvids()[0].GetNotAfter() == nil,
+		s.GetCa().GetNode() == "" || s.GetCa().GetRevision() != 5,
+		len(s.GetBundles()) != 1 || s.GetBundles()[0].GetX509Authorities() != 1 || time.Since(s.GetBundles()[0].GetSince().AsTime()) > time.Minute,
+		listeners["eastWest"].GetAddress() != door || listeners["eastWest"].GetConnections() != 1 || listeners["eastWest"].GetSpiffeId() != id || listeners["edge"] == nil || len(listeners) != 4,
+		s.GetConnections() != 2, // portfolio's, and that to market
+		len(s.GetServices()) != 1 || len(s.GetServices()[0].GetEndpoints()) != 1:
+		t.Errorf("status: %v", s)
+	}
+	if e := s.GetServices()[0].GetEndpoints()[0]; e.GetAddress() != market || e.GetName() != "a1" || !e.GetHealthy() || e.GetEjected() {
+		t.Errorf("market: %v", e)
+	}
+}
+
 type recorder struct {
 	header http.Header
 	status int
@@ -273,6 +309,16 @@ func TestConfig(t *testing.T) {
 	const good = "trustDomain: trading.example\nname: gw-1\ndatacenter: dc1\nworkloadAPI: {socket: /run/x.sock}\nca: {addresses: ['127.0.0.1:1']}\neastWest: {listen: '127.0.0.1:2'}\n"
 	if _, err := ReadConfig("g.yaml", strings.NewReader(good)); err != nil {
 		t.Fatal(err)
+	}
+	for extra, socket := range map[string]string{
+		"":                                      "", // without dataDir there is no place for it
+		"dataDir: /d\n":                         "/d/admin.sock",
+		"dataDir: /d\nadmin: {socket: /r/gw}\n": "/r/gw",
+		"admin: {listen: '127.0.0.1:3'}\n":      "",
+	} {
+		if c, err := ReadConfig("g.yaml", strings.NewReader(good+extra)); err != nil || c.Admin.Socket != socket {
+			t.Errorf("%q: %v, the admin socket is %q", extra, err, c.Admin.Socket)
+		}
 	}
 	for name, test := range map[string]struct{ from, to, want string }{
 		"unknown key":     {"name: gw-1", "name: gw-1\ndatacentre: dc1", `g.yaml:3:1: unknown key "datacentre"`},

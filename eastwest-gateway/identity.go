@@ -1,12 +1,14 @@
 package gateway
 
 import (
+	"cmp"
 	"context"
 	"crypto/x509"
 	"fmt"
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -18,6 +20,9 @@ import (
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+
+	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
+	"github.com/entente-mesh/entente/internal/dataplaneapi"
 )
 
 // identities are the newest SVIDs and bundles of the Workload API. What was received
@@ -34,7 +39,8 @@ type identities struct {
 	mu      sync.RWMutex
 	svids   map[spiffeid.ID]*x509svid.SVID
 	bundles *x509bundle.Set
-	waiting map[spiffeid.ID]chan struct{} // closed when the first SVID of an ID is there
+	since   map[spiffeid.TrustDomain]time.Time // when the content of a bundle became what it is
+	waiting map[spiffeid.ID]chan struct{}      // closed when the first SVID of an ID is there
 	broken  bool
 }
 
@@ -78,6 +84,7 @@ func (i *identities) OnX509ContextUpdate(c *workloadapi.X509Context) {
 		}
 	}
 	i.mu.Lock()
+	i.since = i.date(c.Bundles)
 	i.svids, i.bundles = svids, c.Bundles
 	if i.broken {
 		i.log.Info("Workload API is back")
@@ -91,6 +98,19 @@ func (i *identities) OnX509ContextUpdate(c *workloadapi.X509Context) {
 	}
 	i.mu.Unlock()
 	i.changed()
+}
+
+// date is since when the bundles of the next set have their content. i.mu is held.
+func (i *identities) date(next *x509bundle.Set) map[spiffeid.TrustDomain]time.Time {
+	since, now := map[spiffeid.TrustDomain]time.Time{}, time.Now()
+	for _, bundle := range next.Bundles() {
+		td := bundle.TrustDomain()
+		since[td] = now
+		if before, ok := i.bundles.Get(td); ok && before.Equal(bundle) {
+			since[td] = i.since[td]
+		}
+	}
+	return since
 }
 
 // OnX509ContextWatchError is told of each failed try. Part of workloadapi.X509ContextWatcher.
@@ -191,4 +211,15 @@ func (i *identities) wait(ctx context.Context, id spiffeid.ID) error {
 			return ctx.Err()
 		}
 	}
+}
+
+// held are the bundles for people, by trust domain.
+func (i *identities) held() (list []*ententev1.HeldBundle) {
+	i.mu.RLock()
+	defer i.mu.RUnlock()
+	for _, bundle := range i.bundles.Bundles() {
+		list = append(list, dataplaneapi.HeldBundle(bundle, i.since[bundle.TrustDomain()]))
+	}
+	slices.SortFunc(list, func(a, b *ententev1.HeldBundle) int { return cmp.Compare(a.GetTrustDomain(), b.GetTrustDomain()) })
+	return list
 }

@@ -147,6 +147,18 @@ func (c *Client) RecoveryKey() []byte {
 // Revision is 0.
 func (c *Client) View() *View { return c.store.Snapshot() }
 
+// Follows is the CA node of the present session, by name and API address; both empty: there
+// is no session, and everything keeps its last state.
+func (c *Client) Follows() (node, address string) {
+	c.mu.Lock()
+	current := c.current
+	c.mu.Unlock()
+	if current == nil {
+		return "", ""
+	}
+	return c.compare.name(nodeID(current.state)), current.address
+}
+
 // Report says which instances this host serves now: the whole list, in place of
 // the former one. It is sent at once, and again at the begin of each session.
 // Agent names need not be filled in: the CA takes them from the SVID.

@@ -21,6 +21,7 @@ import (
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/domain"
+	"github.com/entente-mesh/entente/internal/localpeer"
 	"github.com/entente-mesh/entente/internal/peer"
 )
 
@@ -246,34 +247,6 @@ func (t *tracked) Close() error {
 	return t.Conn.Close()
 }
 
-// localCredentials marks connections over the unix socket.
-type localCredentials struct{}
-
-type localInfo struct {
-	credentials.CommonAuthInfo
-	user string
-}
-
-func (localInfo) AuthType() string { return "local" }
-
-func (localCredentials) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
-	socket, ok := conn.(*net.UnixConn)
-	if !ok {
-		return nil, nil, errors.New("the administrative door is a unix socket")
-	}
-	return conn, localInfo{credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity}, localUser(socket)}, nil
-}
-
-func (localCredentials) ClientHandshake(context.Context, string, net.Conn) (net.Conn, credentials.AuthInfo, error) {
-	return nil, nil, errors.New("not a client")
-}
-
-func (localCredentials) Info() credentials.ProtocolInfo {
-	return credentials.ProtocolInfo{SecurityProtocol: "local"}
-}
-func (l localCredentials) Clone() credentials.TransportCredentials { return l }
-func (localCredentials) OverrideServerName(string) error           { return nil }
-
 type (
 	callerKey struct{}
 	methodKey struct{}
@@ -300,8 +273,8 @@ func (s *Server) authorise(ctx context.Context, method string) (context.Context,
 	}
 	var c caller
 	switch info := remote.AuthInfo.(type) {
-	case localInfo:
-		c.class, c.user = local, info.user
+	case localpeer.Info:
+		c.class, c.user = local, info.User
 	case *remoteInfo:
 		var err error
 		if c, err = s.identify(info.State, &info.shown); err != nil {

@@ -32,6 +32,7 @@ import (
 	"github.com/entente-mesh/entente/ca/nodeattest"
 	"github.com/entente-mesh/entente/ca/signer"
 	"github.com/entente-mesh/entente/internal/admission"
+	"github.com/entente-mesh/entente/internal/localpeer"
 	"github.com/entente-mesh/entente/internal/peer"
 )
 
@@ -297,7 +298,7 @@ func (s *Server) ServeAPI(ctx context.Context, listener net.Listener) error {
 // business; only those who can open it are operators.
 func (s *Server) ServeAdmin(ctx context.Context, listener net.Listener) error {
 	server := grpc.NewServer(
-		grpc.Creds(localCredentials{}),
+		grpc.Creds(localpeer.Credentials{}),
 		grpc.UnaryInterceptor(s.unary),
 		grpc.StreamInterceptor(s.stream),
 		grpc.MaxRecvMsgSize(maxAdminMessage),

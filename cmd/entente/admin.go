@@ -65,22 +65,32 @@ func (f *adminFlags) call(ctx context.Context, do func(ententev1.AdminClient) er
 	if len(f.remote.servers) > 0 {
 		return f.remote.call(ctx, do)
 	}
+	conn, err := dialSocket(f.socket, "CA node", " from elsewhere: --server")
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	return do(ententev1.NewAdminClient(conn))
+}
+
+// dialSocket opens the admin socket of a process. what it is, and what else could be done, go
+// into the error.
+func dialSocket(socket, what, otherwise string, options ...grpc.DialOption) (*grpc.ClientConn, error) {
 	// Dialled once to say what is wrong: gRPC would name its transport and no remedy.
-	tried, err := net.DialTimeout("unix", f.socket, fetchTimeout)
+	tried, err := net.DialTimeout("unix", socket, fetchTimeout)
 	if err != nil {
 		var call *os.SyscallError
 		if errors.As(err, &call) {
 			err = call.Err
 		}
-		return status.Errorf(codes.Unavailable, "no CA node answers at %s: %v; is it running on this host, is --socket right, and are you its user or root? from elsewhere: --server", f.socket, err)
+		return nil, status.Errorf(codes.Unavailable, "no %s answers at %s: %v; is it running on this host, is --socket right, and are you its user or root?%s", what, socket, err, otherwise)
 	}
 	tried.Close()
-	conn, err := grpc.NewClient("unix:"+f.socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	conn, err := grpc.NewClient("unix:"+socket, append(options, grpc.WithTransportCredentials(insecure.NewCredentials()))...)
 	if err != nil {
-		return fmt.Errorf("dial %s: %w", f.socket, err)
+		return nil, fmt.Errorf("dial %s: %w", socket, err)
 	}
-	defer conn.Close()
-	return do(ententev1.NewAdminClient(conn))
+	return conn, nil
 }
 
 func (f *remoteFlags) call(ctx context.Context, do func(ententev1.AdminClient) error) error {

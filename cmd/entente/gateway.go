@@ -16,8 +16,8 @@ func gatewayCommand() *cobra.Command {
 	return group(&cobra.Command{
 		Use:     "gateway",
 		Short:   "An east-west gateway, an entrance for users, or both",
-		Example: "  entente gateway run --config gateway.yaml",
-	}, longRunning(gatewayRunCommand()))
+		Example: "  entente gateway run --config gateway.yaml\n  entente gateway status",
+	}, longRunning(gatewayRunCommand()), gatewayStatusCommand())
 }
 
 func gatewayRunCommand() *cobra.Command {
@@ -64,6 +64,7 @@ func edgeRole(config edge.Config, log *slog.Logger) gateway.Role {
 	return gateway.Role{
 		Name:     "edge",
 		Identity: config.Identity,
+		Listen:   config.Listen,
 		Run: func(ctx context.Context, mesh *gateway.Mesh) error {
 			listener, err := daemon.Listen(config.Listen)
 			if err != nil {

@@ -70,7 +70,7 @@ func BenchmarkOutboundHalf(b *testing.B) {
 	go func() { _ = bare.Run(ctx) }()
 	authz := peer.MemberOf(trading)
 	go func() {
-		_ = bare.serveTLS(ctx, ln, peer.ServerTLS(identity.SVID, w.trading.own, authz, alpn...), authz, quiet)
+		_ = bare.serveTLS(ctx, &listener{ln: ln}, peer.ServerTLS(identity.SVID, w.trading.own, authz, alpn...), authz, quiet)
 	}()
 
 	door := w.trading.out[0].Outbound(w.identity(w.trading, "/portfolio"))

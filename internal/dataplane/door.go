@@ -182,7 +182,7 @@ func (e *Engine) ServeInbound(ctx context.Context, ln net.Listener, backend func
 			return peer.ServerTLS(b.SVID, e.cfg.Bundles, authz, alpn...), nil
 		},
 	}
-	return e.serveTLS(ctx, ln, config, authz, func(w http.ResponseWriter, r *http.Request) {
+	return e.serveTLS(ctx, &listener{name: "sidecar.inbound", ln: ln}, config, authz, func(w http.ResponseWriter, r *http.Request) {
 		x := e.begin("inbound", w, r, r.Host)
 		defer x.end()
 		d, ok := x.downstream()
@@ -223,7 +223,7 @@ func (e *Engine) ServeGateway(ctx context.Context, ln net.Listener, identity Ide
 	}
 	self := header.Hop{TrustDomain: e.cfg.TrustDomain.Name(), Datacenter: e.cfg.Datacenter, Name: e.cfg.Process}
 	config := peer.ServerTLS(identity.SVID, e.cfg.Bundles, authz, alpn...)
-	return e.serveTLS(ctx, ln, config, authz, func(w http.ResponseWriter, r *http.Request) {
+	return e.serveTLS(ctx, &listener{name: "eastWest", id: identity.ID.String(), ln: ln}, config, authz, func(w http.ResponseWriter, r *http.Request) {
 		x := e.begin("gateway", w, r, r.Host)
 		defer x.end()
 		d, ok := x.downstream()

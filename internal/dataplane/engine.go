@@ -110,11 +110,12 @@ type Engine struct {
 	upstream  upstreams
 	apps      applications
 
-	ctx    context.Context // ends with Run: of dials, probes and tunnels
-	cancel context.CancelFunc
-	mu     sync.Mutex // guards ended, and orders tasks.Go before tasks.Wait
-	ended  bool
-	tasks  sync.WaitGroup
+	ctx       context.Context // ends with Run: of dials, probes and tunnels
+	cancel    context.CancelFunc
+	mu        sync.Mutex // guards ended and listeners, and orders tasks.Go before tasks.Wait
+	ended     bool
+	listeners []*listener
+	tasks     sync.WaitGroup
 }
 
 // spawn runs a task of the engine; false: the engine has ended.

@@ -32,10 +32,11 @@ type downstreamKey struct{}
 
 var errNoPlace = errors.New("too many connections are open, or come from this address")
 
-// serveTLS serves a TLS door until ctx is done, then drains it. It owns ln.
-func (e *Engine) serveTLS(ctx context.Context, ln net.Listener, config *tls.Config, authz peer.Authorize, handler http.HandlerFunc) error {
+// serveTLS serves a TLS door until ctx is done, then drains it. It owns the listener.
+func (e *Engine) serveTLS(ctx context.Context, l *listener, config *tls.Config, authz peer.Authorize, handler http.HandlerFunc) error {
 	var open sync.Map // *tls.Conn -> *downstream
-	admitted := admission.ListenTwice(ln, e.cfg.Strangers, e.cfg.Peers, e.metrics.noPlace)
+	defer e.opened(l)()
+	admitted := admission.ListenTwice(l.ln, e.cfg.Strangers, e.cfg.Peers, e.metrics.noPlace)
 	g := newGate(admitted, func(raw net.Conn) (net.Conn, error) {
 		started := time.Now()
 		conn := tls.Server(raw, config)
@@ -60,7 +61,12 @@ func (e *Engine) serveTLS(ctx context.Context, ln net.Listener, config *tls.Conf
 		}
 		e.metrics.handshake("door", "ok", started)
 		d := &downstream{id: id, cert: state.PeerCertificates[0], serverName: state.ServerName}
-		d.untrack = e.registry.Track(conn, state, peer.Recheck(state, e.cfg.Bundles, authz))
+		untrack := e.registry.Track(conn, state, peer.Recheck(state, e.cfg.Bundles, authz))
+		l.connections.Add(1)
+		d.untrack = sync.OnceFunc(func() {
+			untrack()
+			l.connections.Add(-1)
+		})
 		open.Store(conn, d)
 		return conn, nil
 	})

@@ -44,7 +44,7 @@ ca/compare:              api/entente/v1 ca
 ca/server:               api/entente/v1
                          ca ca/domain ca/feed ca/presence ca/wire ca/signer ca/nodeattest
                          federation federation/bundle federation/catalog
-                         internal/peer internal/admission
+                         internal/peer internal/localpeer internal/admission
 ca/client:               api/entente/v1 ca ca/compare ca/presence ca/wire federation/bundle federation/catalog internal/peer internal/secret
 ca/local:                ca ca/domain ca/rotation
 ca/node:                 ca ca/domain ca/local ca/rotation ca/replica ca/feed ca/presence ca/signer ca/keystore ca/nodeattest ca/compare ca/server
@@ -59,8 +59,8 @@ federation/catalog:      ca/selector federation internal/nearest internal/refusa
 federation/manifest:     ca/selector federation federation/catalog internal/nearest internal/yamlfile
 federation/origin:       federation
 
-eastwest-gateway:        ca/client
-                         internal/dataplane internal/peer internal/gossip internal/daemon internal/yamlfile internal/refusal
+eastwest-gateway:        api/entente/v1 ca/client
+                         internal/dataplane internal/dataplaneapi internal/peer internal/gossip internal/daemon internal/yamlfile internal/refusal
                          federation/catalog federation/origin
 eastwest-gateway/edge:   internal/yamlfile internal/problem internal/refusal internal/admission internal/daemon internal/dataplane/header
 
@@ -80,6 +80,8 @@ meshagent/sidecar:       internal/dataplane internal/daemon internal/safepath fe
 internal/dataplane:      internal/dataplane/* federation/catalog federation/origin internal/peer internal/problem internal/refusal internal/admission internal/secret
 internal/dataplane/*:    internal/refusal
 internal/dataplane/header:
+internal/dataplaneapi:   api/entente/v1 ca ca/client internal/dataplane internal/daemon internal/localpeer
+internal/localpeer:
 internal/peer:
 internal/peer/peertest:
 internal/jwtsvid:
@@ -114,6 +116,7 @@ github.com/miekg/pkcs11:          ca/keystore
 google.golang.org/grpc:           api/entente/v1
                                   ca/server ca/client ca/node federation/exchange
                                   meshagent/workloadapi meshagent/sds eastwest-gateway
+                                  internal/dataplaneapi internal/localpeer
                                   cmd/*
                                   ca/catest scenarios scenarios/*
 `

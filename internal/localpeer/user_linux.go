@@ -1,4 +1,4 @@
-package server
+package localpeer
 
 import (
 	"fmt"
@@ -9,9 +9,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// localUser says who opened a connection to the administrative socket, for the audit
-// log.
-func localUser(conn *net.UnixConn) string {
+// userOf says who opened a connection, for logs.
+func userOf(conn *net.UnixConn) string {
 	raw, err := conn.SyscallConn()
 	if err != nil {
 		return "local user"

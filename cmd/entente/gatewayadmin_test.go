@@ -1,0 +1,83 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
+	"github.com/entente-mesh/entente/internal/daemon"
+	"github.com/entente-mesh/entente/internal/dataplaneapi"
+)
+
+// seenGateway answers as a gateway does that sees one service.
+type seenGateway struct{ only string }
+
+func (g *seenGateway) Status(service string) *ententev1.DataPlaneStatusResponse {
+	g.only = service
+	in := func(d time.Duration) *timestamppb.Timestamp {
+		return timestamppb.New(time.Now().Add(d + time.Second/2))
+	}
+	return &ententev1.DataPlaneStatusResponse{
+		Kind: "gateway", Name: "gw-1", TrustDomain: "banking.example", Datacenter: "dc1",
+		Build: &ententev1.Build{Version: "v1.2.3", SyncLevel: 1}, Started: in(-26 * time.Hour), NotReady: "no SVID",
+		Svids:       []*ententev1.HeldSVID{{SpiffeId: "spiffe://banking.example/entente/gateway/gw-1", NotAfter: in(5 * time.Hour)}},
+		Ca:          &ententev1.FollowedCA{Node: "ca-1", Address: "127.1.0.1:7400", Revision: 7, FeatureLevel: 5, Compared: []string{"ca-2", "ca-3"}},
+		Bundles:     []*ententev1.HeldBundle{{TrustDomain: "banking.example", X509Authorities: 3, Since: in(-90 * time.Second), FirstExpiry: in(50 * time.Hour)}},
+		Listeners:   []*ententev1.Listener{{Name: "eastWest", Address: "127.1.0.2:7600", SpiffeId: "spiffe://banking.example/entente/gateway/gw-1", Connections: 4}},
+		Connections: 9, Requests: 2,
+		Services: []*ententev1.ServiceView{{Name: "accounts.banking.example", Endpoints: []*ententev1.EndpointView{
+			{Name: "h1", Datacenter: "dc1", Address: "127.1.0.3:15008", Healthy: true},
+			{Name: "h2", Datacenter: "dc2", Address: "127.1.0.4:15008", Stale: true, Ejected: true},
+		}}, {Name: "ledger.banking.example"}},
+	}
+}
+
+func TestGatewayStatus(t *testing.T) {
+	socket, seen := filepath.Join(t.TempDir(), "a.sock"), &seenGateway{}
+	if out, code := entente(t, "gateway", "status", "--socket", socket); code != exitUnreachable || !strings.Contains(out, "no gateway answers at "+socket) {
+		t.Errorf("no gateway: exit code %d: %s", code, out)
+	}
+	listener, err := daemon.ListenUnix(socket, 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	go func() { ended <- dataplaneapi.New(seen, nil).ServeLocal(ctx, listener) }()
+	defer func() { cancel(); <-ended }()
+
+	out, code := entente(t, "gateway", "status", "--socket", socket)
+	if code != exitOK {
+		t.Fatalf("exit code %d: %s", code, out)
+	}
+	for _, line := range []string{
+		`GATEWAY +gw-1 of banking.example, dc1`, `BUILD +v1.2.3`, `STATE +NOT READY: no SVID; up 1d[12]h`,
+		`IDENTITY +spiffe://banking.example/entente/gateway/gw-1, expires in 5h0m`,
+		`CA NODE +ca-1 at 127.1.0.1:7400; revision 0.7, feature level 5`, `COMPARED +with ca-2, ca-3`,
+		`TRAFFIC +9 connections, 2 requests under way`, `eastWest +127.1.0.2:7600 +4 +spiffe://`,
+		`banking.example +3 +1m\d+s +2d2h`, `accounts.banking.example +h1 +dc1 +127.1.0.3:15008 +healthy`,
+		` +h2 +dc2 +127.1.0.4:15008 +UNHEALTHY, stale, EJECTED: unreachable`, `ledger.banking.example +- +- +- +NONE`,
+	} {
+		if !regexp.MustCompile(`(?m)^` + line).MatchString(out) {
+			t.Errorf("no line %q in\n%s", line, out)
+		}
+	}
+	raw, code := entente(t, "gateway", "status", "ledger.banking.example", "--json", "--socket", socket)
+	var fields struct{ Name, Started string }
+	if err := json.Unmarshal([]byte(raw), &fields); code != exitOK || err != nil || fields.Name != "gw-1" || seen.only != "ledger.banking.example" {
+		t.Errorf("exit code %d, %v, asked for %q: %s", code, err, seen.only, raw)
+	}
+	if _, err := time.Parse(time.RFC3339, fields.Started); err != nil {
+		t.Error(err)
+	}
+	if _, code := entente(t, "gateway", "status", "one", "two"); code != exitUsage {
+		t.Errorf("two services: exit code %d", code)
+	}
+}
