@@ -2,7 +2,8 @@
 // gateways and the other replicas.
 //
 // There are two lanes. The policy lane is the agreed state as far as it concerns
-// the subscriber, ordered by revision and resumable at any replica: a ring holds
+// the subscriber, ordered by revision. A subscriber resumes it at the replica whose words
+// it holds; at another one it asks for the full state (ca/client, Store.attach). A ring holds
 // the names of the last changes, and an update reads what they name from the state
 // as it is now. So a slow subscriber costs nothing: it finds its changes coalesced,
 // and when the ring has moved past it, it gets the full state. The presence lane is

@@ -890,7 +890,7 @@ func (*SyncRequest_Report) isSyncRequest_Message() {}
 
 type Hello struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
-	ResumeRevision uint64                 `protobuf:"varint,1,opt,name=resume_revision,json=resumeRevision,proto3" json:"resume_revision,omitempty"` // 0: send the full state
+	ResumeRevision uint64                 `protobuf:"varint,1,opt,name=resume_revision,json=resumeRevision,proto3" json:"resume_revision,omitempty"` // up to which the subscriber holds what this CA node told it; 0: send the full state
 	BootId         string                 `protobuf:"bytes,2,opt,name=boot_id,json=bootId,proto3" json:"boot_id,omitempty"`                          // random per process start
 	Connect        uint64                 `protobuf:"varint,3,opt,name=connect,proto3" json:"connect,omitempty"`                                     // counts this process's connects
 	// What the subscriber's software understands; 0: the release before levels. ca.SyncLevel.
