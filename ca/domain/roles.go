@@ -126,6 +126,29 @@ func (a *Administrator) refuse(format string, args ...any) *Refusal {
 // Sees tells whether what belongs to a SPIFFE path may be shown.
 func (a *Administrator) Sees(path string) bool { return a.governs || a.sees.cover(path) }
 
+// SeesObject tells whether an object may be shown: a service by its path, an agreement where
+// all its own paths may be, a role to whom it names, the rest with a role for the whole domain.
+func (a *Administrator) SeesObject(o *statev1.Object) bool {
+	switch {
+	case a.governs || a.sees.all:
+		return true
+	case o.GetService() != nil:
+		return a.Sees(o.GetService().GetPath())
+	case o.GetAgreement() != nil:
+		for _, allow := range o.GetAgreement().GetAllow() {
+			for _, path := range a.pathsOf(allow, nil) {
+				if !a.Sees(path) {
+					return false
+				}
+			}
+		}
+		return len(o.GetAgreement().GetAllow()) > 0
+	case o.GetRoleBinding() != nil:
+		return a.path != "" && slices.Contains(o.GetRoleBinding().GetSubjects(), a.path)
+	}
+	return false
+}
+
 // MayCarryOut says why the administrator may not have a command carried out; nil if he
 // may.
 func (a *Administrator) MayCarryOut(cmd *statev1.Command) *Refusal {

@@ -219,6 +219,40 @@ func (d adminDoor) Apply(ctx context.Context, req *ententev1.ApplyRequest) (*ent
 	return resp, nil
 }
 
+// objectsAtOnce is how many objects one answer holds.
+const objectsAtOnce = 1000
+
+func (d adminDoor) ListObjects(ctx context.Context, req *ententev1.ListObjectsRequest) (*ententev1.ListObjectsResponse, error) {
+	if req.GetKind() != "" && !slices.Contains(catalog.Kinds(), req.GetKind()) {
+		return nil, status.Errorf(codes.InvalidArgument, "%.100q is no kind of objects; there are %s", req.GetKind(), strings.Join(catalog.Kinds(), ", "))
+	}
+	resp := &ententev1.ListObjectsResponse{}
+	d.server.State.Read(func(st *domain.State) {
+		resp.Revision = st.Revision()
+		roles := rolesOf(ctx, st)
+		after := ""
+		if req.GetAfter() != nil {
+			after = req.GetAfter().GetKind() + "/" + req.GetAfter().GetName()
+		}
+		for _, o := range st.Objects() {
+			kind, name := catalog.KindName(o)
+			switch {
+			case domain.ObjectKey(o) <= after,
+				req.GetKind() != "" && kind != req.GetKind(),
+				req.GetName() != "" && name != req.GetName(),
+				req.GetOwner() != "" && o.GetOwner() != req.GetOwner(),
+				!roles.SeesObject(o):
+			case len(resp.Objects) == objectsAtOnce:
+				resp.More = true
+				return
+			default:
+				resp.Objects = append(resp.Objects, o)
+			}
+		}
+	})
+	return resp, nil
+}
+
 // partBytes is how much of a change one log entry carries; it leaves room for the rest of
 // the command.
 const partBytes = 48 << 10
@@ -360,7 +394,7 @@ func planApply(st *domain.State, upserts []*statev1.Object, deletes []*statev1.O
 		plan.command.Deletes = append(plan.command.Deletes, key)
 		change := &ententev1.ObjectChange{Key: key, Action: "deleted"}
 		if before {
-			change.Before = have
+			change.Before, change.Ends = have, st.Tables().Ends(have)
 		}
 		plan.changes = append(plan.changes, change)
 	}

@@ -72,6 +72,7 @@ var methods = map[string]method{
 
 	ententev1.Admin_Status_FullMethodName:          shows(domain.See),
 	ententev1.Admin_GetBundle_FullMethodName:       shows(domain.See),
+	ententev1.Admin_ListObjects_FullMethodName:     shows(domain.See),
 	ententev1.Admin_ListEntries_FullMethodName:     shows(domain.See),
 	ententev1.Admin_GetEntry_FullMethodName:        shows(domain.See),
 	ententev1.Admin_CountEntries_FullMethodName:    shows(domain.See),

@@ -102,7 +102,7 @@ func TestAdministratorsByTheirRoles(t *testing.T) {
 	t.Parallel()
 	f := newOffice(t, catest.Options{})
 	need := map[string]string{ // who is let through
-		"Status": "pia vic tom", "GetBundle": "pia vic tom", "ListEntries": "pia vic tom", "CountEntries": "pia vic tom", "GetEntry": "pia vic tom",
+		"Status": "pia vic tom", "GetBundle": "pia vic tom", "ListObjects": "pia vic tom", "ListEntries": "pia vic tom", "CountEntries": "pia vic tom", "GetEntry": "pia vic tom",
 		"Apply": "pia vic tom", "ChangeEntries": "pia vic tom", // and looked at there
 		"ListNodes": "vic tom", "ListAuthorities": "vic tom", "ListAgents": "vic tom", "GetAgent": "vic tom", "ListTokens": "vic tom",
 		"CreateToken": "tom", "RevokeToken": "tom", "BanAgent": "tom", "EvictAgent": "tom", "IsolateAgent": "tom", "PrepareAuthority": "tom", "ActivateAuthority": "tom",

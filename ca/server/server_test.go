@@ -552,6 +552,7 @@ var mayCall = map[string]string{
 	"Admin/ListTokens":         "operator trust-admin",
 	"Admin/RevokeToken":        "operator trust-admin",
 	"Admin/ChangeEntries":      "operator trust-admin",
+	"Admin/ListObjects":        "operator trust-admin",
 	"Admin/ListEntries":        "operator trust-admin",
 	"Admin/GetEntry":           "operator trust-admin",
 	"Admin/CountEntries":       "operator trust-admin",

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -23,9 +24,10 @@ import (
 type objectDiff struct {
 	Kind   string      `json:"kind"`
 	Name   string      `json:"name"`
-	Action string      `json:"action"` // created, updated, unchanged
+	Action string      `json:"action"` // created, updated, deleted, unchanged
 	Source string      `json:"source"`
 	Fields []fieldDiff `json:"fields"`
+	Ends   []string    `json:"ends,omitempty"` // with an object that is deleted
 }
 
 // fieldDiff is one field: of a new object without before, of one that goes without after.
@@ -49,7 +51,7 @@ func showDiff(w io.Writer, objects []*statev1.Object, r *ententev1.ApplyResponse
 	for _, change := range r.GetChanges() {
 		key := change.GetKey()
 		after := proposed[key.GetKind()+"/"+key.GetName()]
-		d := objectDiff{Kind: key.GetKind(), Name: key.GetName(), Action: change.GetAction(), Source: after.GetSource(), Fields: []fieldDiff{}}
+		d := objectDiff{Kind: key.GetKind(), Name: key.GetName(), Action: change.GetAction(), Source: cmp.Or(after, change.GetBefore()).GetSource(), Fields: []fieldDiff{}, Ends: change.GetEnds()}
 		if d.Action != "unchanged" {
 			differs = true
 			var err error
@@ -82,10 +84,14 @@ func showDiff(w io.Writer, objects []*statev1.Object, r *ententev1.ApplyResponse
 func printDiff(w io.Writer, diffs []objectDiff) error {
 	table := tabwriter.NewWriter(w, 0, 4, 2, ' ', 0)
 	for _, d := range diffs {
-		mark := map[string]string{"created": "+", "updated": "~", "unchanged": "="}[d.Action]
+		mark := map[string]string{"created": "+", "updated": "~", "deleted": "-", "unchanged": "="}[d.Action]
 		fmt.Fprintf(table, "%s %s/%s\t%s\t%s\n", mark, d.Kind, d.Name, d.Action, d.Source)
+		for _, end := range d.Ends {
+			fmt.Fprintf(table, "    %s\n", end)
+		}
 		for _, f := range d.Fields {
 			switch {
+			case d.Action == "deleted":
 			case f.Before == "":
 				fmt.Fprintf(table, "    + %s\t%s\n", f.Field, f.After)
 			case f.After == "":

@@ -48,6 +48,7 @@ var agreementKind = kind{
 	},
 	references: (*compiler).agreement,
 	forHosts:   whole,
+	ends:       (*Tables).agreementEnds,
 }
 
 func (c *compiler) agreement() {
@@ -250,4 +251,26 @@ func (c *compiler) suggestCaller(text string) string {
 		paths = append(paths, path[1:])
 	}
 	return didYouMean(text, paths)
+}
+
+func (t *Tables) agreementEnds(o *statev1.Object) (ends []string) {
+	a := o.GetAgreement()
+	for _, allow := range a.GetAllow() {
+		from, service := a.GetPeer(), allow.GetService()
+		if strings.Contains(service, ".") {
+			from = t.td.Name() // the calling side: it names the peer's service
+		}
+		ends = append(ends, fmt.Sprintf("%s of %s may not call %s any more, unless another agreement allows it", strings.Join(allow.GetCallers(), ", "), from, service))
+	}
+	return ends
+}
+
+// agreementsOf are the keys of the agreements that rules stand in, sorted.
+func agreementsOf(rules []rule) []string {
+	var keys []string
+	for _, r := range rules {
+		keys = append(keys, r.agreement.key)
+	}
+	slices.Sort(keys)
+	return slices.Compact(keys)
 }

@@ -1,6 +1,7 @@
 package catalog
 
 import (
+	"fmt"
 	"slices"
 	"strings"
 
@@ -29,6 +30,7 @@ var gatewayKind = kind{
 	compile:  (*compiler).gateway,
 	level:    func(o *statev1.Object) uint32 { return runLevel(o.GetGateway().GetSelectors()) },
 	forHosts: whole,
+	ends:     (*Tables).gatewayEnds,
 }
 
 func (c *compiler) gateway() {
@@ -79,4 +81,22 @@ func addHop(sites []site, hop Hop) []site {
 	}
 	sites[at].hops = append(sites[at].hops, hop)
 	return sites
+}
+
+func (t *Tables) gatewayEnds(o *statev1.Object) []string {
+	name, datacenter := o.GetGateway().GetName(), o.GetGateway().GetDatacenter()
+	left := 0
+	for _, g := range t.gateways {
+		if g.Datacenter == datacenter && g.Name != name {
+			left++
+		}
+	}
+	still := "no other gateway is left there: traffic with other domains and datacenters stops"
+	if left > 0 {
+		still = fmt.Sprintf("%d left there", left)
+	}
+	return []string{
+		"spiffe://" + t.td.Name() + gatewayPath + name + " gets no SVID any more; peers refuse the one it holds",
+		"nothing passes by it in " + datacenter + "; " + still,
+	}
 }

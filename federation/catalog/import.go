@@ -19,6 +19,7 @@ var importKind = kind{
 		return 1
 	},
 	forHosts: whole,
+	ends:     (*Tables).importEnds,
 }
 
 func (c *compiler) imported() {
@@ -61,4 +62,8 @@ func (c *compiler) unlistedImports() {
 			c.warn("list it in an Agreement with its domain", "no agreement lists it: every call is refused")
 		}
 	}
+}
+
+func (t *Tables) importEnds(o *statev1.Object) []string {
+	return []string{"no caller of " + t.td.Name() + " reaches " + o.GetImport().GetService() + " any more"}
 }

@@ -26,6 +26,9 @@ type kind struct {
 	// forHosts returns what agents and gateways are told of an object; nil: they are not
 	// told that it exists.
 	forHosts func(*statev1.Object) *statev1.Object
+
+	// ends says what an object's removal ends, a sentence each.
+	ends func(*Tables, *statev1.Object) []string
 }
 
 // kinds has a row for each kind of objects, in the order in which they are best read.
@@ -91,6 +94,15 @@ func Level(object *statev1.Object) uint32 {
 func ForHosts(object *statev1.Object) *statev1.Object {
 	if k, _ := kindOf(object); k != nil && k.forHosts != nil {
 		return k.forHosts(object)
+	}
+	return nil
+}
+
+// Ends says what ends when an object that the tables were made of is removed, a sentence
+// each, for whoever is about to do it.
+func (t *Tables) Ends(object *statev1.Object) []string {
+	if k, _ := kindOf(object); k != nil {
+		return k.ends(t, object)
 	}
 	return nil
 }

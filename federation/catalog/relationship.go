@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"net/url"
 	"strconv"
+	"strings"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
@@ -29,6 +30,7 @@ var relationshipKind = kind{
 			Source:   o.GetSource(),
 		}
 	},
+	ends: (*Tables).relationshipEnds,
 }
 
 func (c *compiler) relationship() {
@@ -91,4 +93,28 @@ func (c *compiler) suggestPeer(domain string) string {
 		return s
 	}
 	return "declare kind: Relationship for " + domain
+}
+
+func (t *Tables) relationshipEnds(o *statev1.Object) []string {
+	peer := o.GetRelationship().GetTrustDomain()
+	ends := []string{"the bundle of " + peer + " is forgotten: no SVID of it counts here, and all calls between the two domains are refused"}
+	var exported []string
+	for _, s := range t.Services() {
+		if rules := t.serving[export{peer, s.Label}]; len(rules) > 0 {
+			exported = append(exported, s.Label)
+		}
+	}
+	if len(exported) > 0 {
+		ends = append(ends, "callers of "+peer+" lose "+strings.Join(exported, ", "))
+	}
+	var imported []string
+	for _, name := range t.Imports() {
+		if t.targets[name].TrustDomain.Name() == peer {
+			imported = append(imported, name)
+		}
+	}
+	if len(imported) > 0 {
+		ends = append(ends, "callers of "+t.td.Name()+" lose "+strings.Join(imported, ", "))
+	}
+	return ends
 }

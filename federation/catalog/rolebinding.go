@@ -46,6 +46,7 @@ var roleBindingKind = kind{
 	level:   func(*statev1.Object) uint32 { return 3 },
 	// Who administers the domain is no business of hosts.
 	forHosts: nil,
+	ends:     (*Tables).roleBindingEnds,
 }
 
 func (c *compiler) roleBinding() {
@@ -82,4 +83,16 @@ func (c *compiler) rolePath(what, path string) {
 	case path == reservedPath || strings.HasPrefix(path, reservedPath+"/"):
 		c.fail("", "%s %q is reserved for what the mesh itself runs", what, path)
 	}
+}
+
+func (t *Tables) roleBindingEnds(o *statev1.Object) (ends []string) {
+	b := o.GetRoleBinding()
+	where := ""
+	if len(b.GetPrefixes()) > 0 {
+		where = " for " + strings.Join(b.GetPrefixes(), ", ")
+	}
+	for _, subject := range b.GetSubjects() {
+		ends = append(ends, "spiffe://"+t.td.Name()+subject+" loses the role "+RoleName(b.GetRole())+where+", unless another binding gives it")
+	}
+	return ends
 }

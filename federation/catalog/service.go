@@ -75,6 +75,7 @@ var serviceKind = kind{
 		}
 	},
 	forHosts: whole,
+	ends:     (*Tables).serviceEnds,
 }
 
 func (c *compiler) service() {
@@ -262,4 +263,22 @@ func (s *Service) exported(domain string) bool {
 		}
 	}
 	return false
+}
+
+func (t *Tables) serviceEnds(o *statev1.Object) (ends []string) {
+	s, ok := t.services[o.GetService().GetName()]
+	if !ok {
+		return nil
+	}
+	ends = append(ends, s.ID.String()+" gets no SVID any more; those that its hosts hold stop counting")
+	if s.Port == 0 {
+		return ends
+	}
+	ends = append(ends, "calls of "+s.Name+" are refused")
+	for _, peer := range s.ExportTo {
+		if rules := t.serving[export{peer, s.Label}]; len(rules) > 0 {
+			ends = append(ends, "callers of "+peer+" lose it: "+strings.Join(agreementsOf(rules), ", "))
+		}
+	}
+	return ends
 }

@@ -4681,6 +4681,7 @@ type ObjectChange struct {
 	Key           *v1.ObjectKey          `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
 	Action        string                 `protobuf:"bytes,2,opt,name=action,proto3" json:"action,omitempty"`   // "created", "updated", "unchanged", "deleted"
 	Before        *v1.Object             `protobuf:"bytes,100,opt,name=before,proto3" json:"before,omitempty"` // as it was, of a dry run; absent: it was not there
+	Ends          []string               `protobuf:"bytes,500,rep,name=ends,proto3" json:"ends,omitempty"`     // what ends with it, of a dry run that deletes it; a sentence each
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -4736,6 +4737,141 @@ func (x *ObjectChange) GetBefore() *v1.Object {
 	return nil
 }
 
+func (x *ObjectChange) GetEnds() []string {
+	if x != nil {
+		return x.Ends
+	}
+	return nil
+}
+
+type ListObjectsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Kind          string                 `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"`   // "Service"; empty: of every kind
+	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`   // only with kind; empty: every one
+	Owner         string                 `protobuf:"bytes,3,opt,name=owner,proto3" json:"owner,omitempty"` // empty: everybody's
+	After         *v1.ObjectKey          `protobuf:"bytes,4,opt,name=after,proto3" json:"after,omitempty"` // the last one of the page before
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListObjectsRequest) Reset() {
+	*x = ListObjectsRequest{}
+	mi := &file_entente_v1_entente_proto_msgTypes[70]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListObjectsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListObjectsRequest) ProtoMessage() {}
+
+func (x *ListObjectsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[70]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListObjectsRequest.ProtoReflect.Descriptor instead.
+func (*ListObjectsRequest) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{70}
+}
+
+func (x *ListObjectsRequest) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *ListObjectsRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ListObjectsRequest) GetOwner() string {
+	if x != nil {
+		return x.Owner
+	}
+	return ""
+}
+
+func (x *ListObjectsRequest) GetAfter() *v1.ObjectKey {
+	if x != nil {
+		return x.After
+	}
+	return nil
+}
+
+type ListObjectsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Revision      uint64                 `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"` // of the state they were read from
+	Objects       []*v1.Object           `protobuf:"bytes,2,rep,name=objects,proto3" json:"objects,omitempty"`    // by kind and name, at most 1000
+	More          bool                   `protobuf:"varint,3,opt,name=more,proto3" json:"more,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListObjectsResponse) Reset() {
+	*x = ListObjectsResponse{}
+	mi := &file_entente_v1_entente_proto_msgTypes[71]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListObjectsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListObjectsResponse) ProtoMessage() {}
+
+func (x *ListObjectsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[71]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListObjectsResponse.ProtoReflect.Descriptor instead.
+func (*ListObjectsResponse) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{71}
+}
+
+func (x *ListObjectsResponse) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+func (x *ListObjectsResponse) GetObjects() []*v1.Object {
+	if x != nil {
+		return x.Objects
+	}
+	return nil
+}
+
+func (x *ListObjectsResponse) GetMore() bool {
+	if x != nil {
+		return x.More
+	}
+	return false
+}
+
 type WhoAmIRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -4744,7 +4880,7 @@ type WhoAmIRequest struct {
 
 func (x *WhoAmIRequest) Reset() {
 	*x = WhoAmIRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[70]
+	mi := &file_entente_v1_entente_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4756,7 +4892,7 @@ func (x *WhoAmIRequest) String() string {
 func (*WhoAmIRequest) ProtoMessage() {}
 
 func (x *WhoAmIRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[70]
+	mi := &file_entente_v1_entente_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4769,7 +4905,7 @@ func (x *WhoAmIRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhoAmIRequest.ProtoReflect.Descriptor instead.
 func (*WhoAmIRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{70}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{72}
 }
 
 type WhoAmIResponse struct {
@@ -4783,7 +4919,7 @@ type WhoAmIResponse struct {
 
 func (x *WhoAmIResponse) Reset() {
 	*x = WhoAmIResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[71]
+	mi := &file_entente_v1_entente_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4795,7 +4931,7 @@ func (x *WhoAmIResponse) String() string {
 func (*WhoAmIResponse) ProtoMessage() {}
 
 func (x *WhoAmIResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[71]
+	mi := &file_entente_v1_entente_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4808,7 +4944,7 @@ func (x *WhoAmIResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhoAmIResponse.ProtoReflect.Descriptor instead.
 func (*WhoAmIResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{71}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *WhoAmIResponse) GetWho() string {
@@ -4842,7 +4978,7 @@ type GetBundleRequest struct {
 
 func (x *GetBundleRequest) Reset() {
 	*x = GetBundleRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[72]
+	mi := &file_entente_v1_entente_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4854,7 +4990,7 @@ func (x *GetBundleRequest) String() string {
 func (*GetBundleRequest) ProtoMessage() {}
 
 func (x *GetBundleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[72]
+	mi := &file_entente_v1_entente_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4867,7 +5003,7 @@ func (x *GetBundleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBundleRequest.ProtoReflect.Descriptor instead.
 func (*GetBundleRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{72}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *GetBundleRequest) GetTrustDomain() string {
@@ -4893,7 +5029,7 @@ type GetBundleResponse struct {
 
 func (x *GetBundleResponse) Reset() {
 	*x = GetBundleResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[73]
+	mi := &file_entente_v1_entente_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4905,7 +5041,7 @@ func (x *GetBundleResponse) String() string {
 func (*GetBundleResponse) ProtoMessage() {}
 
 func (x *GetBundleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[73]
+	mi := &file_entente_v1_entente_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4918,7 +5054,7 @@ func (x *GetBundleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBundleResponse.ProtoReflect.Descriptor instead.
 func (*GetBundleResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{73}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *GetBundleResponse) GetJwks() []byte {
@@ -4937,7 +5073,7 @@ type ProposeRequest struct {
 
 func (x *ProposeRequest) Reset() {
 	*x = ProposeRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[74]
+	mi := &file_entente_v1_entente_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4949,7 +5085,7 @@ func (x *ProposeRequest) String() string {
 func (*ProposeRequest) ProtoMessage() {}
 
 func (x *ProposeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[74]
+	mi := &file_entente_v1_entente_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4962,7 +5098,7 @@ func (x *ProposeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProposeRequest.ProtoReflect.Descriptor instead.
 func (*ProposeRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{74}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{76}
 }
 
 func (x *ProposeRequest) GetCommand() []byte {
@@ -4983,7 +5119,7 @@ type ProposeResponse struct {
 
 func (x *ProposeResponse) Reset() {
 	*x = ProposeResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[75]
+	mi := &file_entente_v1_entente_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4995,7 +5131,7 @@ func (x *ProposeResponse) String() string {
 func (*ProposeResponse) ProtoMessage() {}
 
 func (x *ProposeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[75]
+	mi := &file_entente_v1_entente_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5008,7 +5144,7 @@ func (x *ProposeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProposeResponse.ProtoReflect.Descriptor instead.
 func (*ProposeResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{75}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *ProposeResponse) GetRevision() uint64 {
@@ -5049,7 +5185,7 @@ type ReportRequest struct {
 
 func (x *ReportRequest) Reset() {
 	*x = ReportRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[76]
+	mi := &file_entente_v1_entente_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5061,7 +5197,7 @@ func (x *ReportRequest) String() string {
 func (*ReportRequest) ProtoMessage() {}
 
 func (x *ReportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[76]
+	mi := &file_entente_v1_entente_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5074,7 +5210,7 @@ func (x *ReportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRequest.ProtoReflect.Descriptor instead.
 func (*ReportRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{76}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{78}
 }
 
 func (x *ReportRequest) GetBootId() string {
@@ -5151,7 +5287,7 @@ type HeldAuthority struct {
 
 func (x *HeldAuthority) Reset() {
 	*x = HeldAuthority{}
-	mi := &file_entente_v1_entente_proto_msgTypes[77]
+	mi := &file_entente_v1_entente_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5163,7 +5299,7 @@ func (x *HeldAuthority) String() string {
 func (*HeldAuthority) ProtoMessage() {}
 
 func (x *HeldAuthority) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[77]
+	mi := &file_entente_v1_entente_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5176,7 +5312,7 @@ func (x *HeldAuthority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HeldAuthority.ProtoReflect.Descriptor instead.
 func (*HeldAuthority) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{77}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *HeldAuthority) GetId() string {
@@ -5201,7 +5337,7 @@ type ReportResponse struct {
 
 func (x *ReportResponse) Reset() {
 	*x = ReportResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[78]
+	mi := &file_entente_v1_entente_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5213,7 +5349,7 @@ func (x *ReportResponse) String() string {
 func (*ReportResponse) ProtoMessage() {}
 
 func (x *ReportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[78]
+	mi := &file_entente_v1_entente_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5226,7 +5362,7 @@ func (x *ReportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportResponse.ProtoReflect.Descriptor instead.
 func (*ReportResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{78}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{80}
 }
 
 type GateRequest struct {
@@ -5237,7 +5373,7 @@ type GateRequest struct {
 
 func (x *GateRequest) Reset() {
 	*x = GateRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[79]
+	mi := &file_entente_v1_entente_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5249,7 +5385,7 @@ func (x *GateRequest) String() string {
 func (*GateRequest) ProtoMessage() {}
 
 func (x *GateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[79]
+	mi := &file_entente_v1_entente_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5262,7 +5398,7 @@ func (x *GateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GateRequest.ProtoReflect.Descriptor instead.
 func (*GateRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{79}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{81}
 }
 
 type GateResponse struct {
@@ -5274,7 +5410,7 @@ type GateResponse struct {
 
 func (x *GateResponse) Reset() {
 	*x = GateResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[80]
+	mi := &file_entente_v1_entente_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5286,7 +5422,7 @@ func (x *GateResponse) String() string {
 func (*GateResponse) ProtoMessage() {}
 
 func (x *GateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[80]
+	mi := &file_entente_v1_entente_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5299,7 +5435,7 @@ func (x *GateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GateResponse.ProtoReflect.Descriptor instead.
 func (*GateResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{80}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *GateResponse) GetAuthorities() []*AuthorityGate {
@@ -5322,7 +5458,7 @@ type AuthorityGate struct {
 
 func (x *AuthorityGate) Reset() {
 	*x = AuthorityGate{}
-	mi := &file_entente_v1_entente_proto_msgTypes[81]
+	mi := &file_entente_v1_entente_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5334,7 +5470,7 @@ func (x *AuthorityGate) String() string {
 func (*AuthorityGate) ProtoMessage() {}
 
 func (x *AuthorityGate) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[81]
+	mi := &file_entente_v1_entente_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5347,7 +5483,7 @@ func (x *AuthorityGate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityGate.ProtoReflect.Descriptor instead.
 func (*AuthorityGate) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{81}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *AuthorityGate) GetId() string {
@@ -5389,7 +5525,7 @@ type MarkReadyRequest struct {
 
 func (x *MarkReadyRequest) Reset() {
 	*x = MarkReadyRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[82]
+	mi := &file_entente_v1_entente_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5401,7 +5537,7 @@ func (x *MarkReadyRequest) String() string {
 func (*MarkReadyRequest) ProtoMessage() {}
 
 func (x *MarkReadyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[82]
+	mi := &file_entente_v1_entente_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5414,7 +5550,7 @@ func (x *MarkReadyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MarkReadyRequest.ProtoReflect.Descriptor instead.
 func (*MarkReadyRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{82}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *MarkReadyRequest) GetId() string {
@@ -5447,7 +5583,7 @@ type MarkReadyResponse struct {
 
 func (x *MarkReadyResponse) Reset() {
 	*x = MarkReadyResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[83]
+	mi := &file_entente_v1_entente_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5459,7 +5595,7 @@ func (x *MarkReadyResponse) String() string {
 func (*MarkReadyResponse) ProtoMessage() {}
 
 func (x *MarkReadyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[83]
+	mi := &file_entente_v1_entente_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5472,7 +5608,7 @@ func (x *MarkReadyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MarkReadyResponse.ProtoReflect.Descriptor instead.
 func (*MarkReadyResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{83}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *MarkReadyResponse) GetRevision() uint64 {
@@ -5497,7 +5633,7 @@ type Picture struct {
 
 func (x *Picture) Reset() {
 	*x = Picture{}
-	mi := &file_entente_v1_entente_proto_msgTypes[84]
+	mi := &file_entente_v1_entente_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5509,7 +5645,7 @@ func (x *Picture) String() string {
 func (*Picture) ProtoMessage() {}
 
 func (x *Picture) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[84]
+	mi := &file_entente_v1_entente_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5522,7 +5658,7 @@ func (x *Picture) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Picture.ProtoReflect.Descriptor instead.
 func (*Picture) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{84}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{86}
 }
 
 func (x *Picture) GetPolicy() *Policy {
@@ -5575,7 +5711,7 @@ type PresenceRequest struct {
 
 func (x *PresenceRequest) Reset() {
 	*x = PresenceRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[85]
+	mi := &file_entente_v1_entente_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5587,7 +5723,7 @@ func (x *PresenceRequest) String() string {
 func (*PresenceRequest) ProtoMessage() {}
 
 func (x *PresenceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[85]
+	mi := &file_entente_v1_entente_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5600,7 +5736,7 @@ func (x *PresenceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PresenceRequest.ProtoReflect.Descriptor instead.
 func (*PresenceRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{85}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{87}
 }
 
 type PresenceResponse struct {
@@ -5614,7 +5750,7 @@ type PresenceResponse struct {
 
 func (x *PresenceResponse) Reset() {
 	*x = PresenceResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[86]
+	mi := &file_entente_v1_entente_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5626,7 +5762,7 @@ func (x *PresenceResponse) String() string {
 func (*PresenceResponse) ProtoMessage() {}
 
 func (x *PresenceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[86]
+	mi := &file_entente_v1_entente_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5639,7 +5775,7 @@ func (x *PresenceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PresenceResponse.ProtoReflect.Descriptor instead.
 func (*PresenceResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{86}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{88}
 }
 
 func (x *PresenceResponse) GetInstances() []*Instance {
@@ -5671,7 +5807,7 @@ type ListAuthoritiesRequest struct {
 
 func (x *ListAuthoritiesRequest) Reset() {
 	*x = ListAuthoritiesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[87]
+	mi := &file_entente_v1_entente_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5683,7 +5819,7 @@ func (x *ListAuthoritiesRequest) String() string {
 func (*ListAuthoritiesRequest) ProtoMessage() {}
 
 func (x *ListAuthoritiesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[87]
+	mi := &file_entente_v1_entente_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5696,7 +5832,7 @@ func (x *ListAuthoritiesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuthoritiesRequest.ProtoReflect.Descriptor instead.
 func (*ListAuthoritiesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{87}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{89}
 }
 
 type ListAuthoritiesResponse struct {
@@ -5710,7 +5846,7 @@ type ListAuthoritiesResponse struct {
 
 func (x *ListAuthoritiesResponse) Reset() {
 	*x = ListAuthoritiesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[88]
+	mi := &file_entente_v1_entente_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5722,7 +5858,7 @@ func (x *ListAuthoritiesResponse) String() string {
 func (*ListAuthoritiesResponse) ProtoMessage() {}
 
 func (x *ListAuthoritiesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[88]
+	mi := &file_entente_v1_entente_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5735,7 +5871,7 @@ func (x *ListAuthoritiesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuthoritiesResponse.ProtoReflect.Descriptor instead.
 func (*ListAuthoritiesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{88}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{90}
 }
 
 func (x *ListAuthoritiesResponse) GetAuthorities() []*AuthorityStatus {
@@ -5773,7 +5909,7 @@ type AuthorityStatus struct {
 
 func (x *AuthorityStatus) Reset() {
 	*x = AuthorityStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[89]
+	mi := &file_entente_v1_entente_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5785,7 +5921,7 @@ func (x *AuthorityStatus) String() string {
 func (*AuthorityStatus) ProtoMessage() {}
 
 func (x *AuthorityStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[89]
+	mi := &file_entente_v1_entente_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5798,7 +5934,7 @@ func (x *AuthorityStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityStatus.ProtoReflect.Descriptor instead.
 func (*AuthorityStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{89}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{91}
 }
 
 func (x *AuthorityStatus) GetAuthority() *v1.Authority {
@@ -5852,7 +5988,7 @@ type PrepareAuthorityRequest struct {
 
 func (x *PrepareAuthorityRequest) Reset() {
 	*x = PrepareAuthorityRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[90]
+	mi := &file_entente_v1_entente_proto_msgTypes[92]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5864,7 +6000,7 @@ func (x *PrepareAuthorityRequest) String() string {
 func (*PrepareAuthorityRequest) ProtoMessage() {}
 
 func (x *PrepareAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[90]
+	mi := &file_entente_v1_entente_proto_msgTypes[92]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5877,7 +6013,7 @@ func (x *PrepareAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*PrepareAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{90}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{92}
 }
 
 func (x *PrepareAuthorityRequest) GetUse() v1.KeyUse {
@@ -5898,7 +6034,7 @@ type ChangeAuthorityRequest struct {
 
 func (x *ChangeAuthorityRequest) Reset() {
 	*x = ChangeAuthorityRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[91]
+	mi := &file_entente_v1_entente_proto_msgTypes[93]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5910,7 +6046,7 @@ func (x *ChangeAuthorityRequest) String() string {
 func (*ChangeAuthorityRequest) ProtoMessage() {}
 
 func (x *ChangeAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[91]
+	mi := &file_entente_v1_entente_proto_msgTypes[93]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5923,7 +6059,7 @@ func (x *ChangeAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*ChangeAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{91}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{93}
 }
 
 func (x *ChangeAuthorityRequest) GetId() string {
@@ -5964,7 +6100,7 @@ type ChangeAuthorityResponse struct {
 
 func (x *ChangeAuthorityResponse) Reset() {
 	*x = ChangeAuthorityResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[92]
+	mi := &file_entente_v1_entente_proto_msgTypes[94]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5976,7 +6112,7 @@ func (x *ChangeAuthorityResponse) String() string {
 func (*ChangeAuthorityResponse) ProtoMessage() {}
 
 func (x *ChangeAuthorityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[92]
+	mi := &file_entente_v1_entente_proto_msgTypes[94]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5989,7 +6125,7 @@ func (x *ChangeAuthorityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAuthorityResponse.ProtoReflect.Descriptor instead.
 func (*ChangeAuthorityResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{92}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{94}
 }
 
 func (x *ChangeAuthorityResponse) GetAuthority() *v1.Authority {
@@ -6044,7 +6180,7 @@ type RemoveNodeRequest struct {
 
 func (x *RemoveNodeRequest) Reset() {
 	*x = RemoveNodeRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[93]
+	mi := &file_entente_v1_entente_proto_msgTypes[95]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6056,7 +6192,7 @@ func (x *RemoveNodeRequest) String() string {
 func (*RemoveNodeRequest) ProtoMessage() {}
 
 func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[93]
+	mi := &file_entente_v1_entente_proto_msgTypes[95]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6069,7 +6205,7 @@ func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodeRequest.ProtoReflect.Descriptor instead.
 func (*RemoveNodeRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{93}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{95}
 }
 
 func (x *RemoveNodeRequest) GetName() string {
@@ -6100,7 +6236,7 @@ type RemoveNodeResponse struct {
 
 func (x *RemoveNodeResponse) Reset() {
 	*x = RemoveNodeResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[94]
+	mi := &file_entente_v1_entente_proto_msgTypes[96]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6112,7 +6248,7 @@ func (x *RemoveNodeResponse) String() string {
 func (*RemoveNodeResponse) ProtoMessage() {}
 
 func (x *RemoveNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[94]
+	mi := &file_entente_v1_entente_proto_msgTypes[96]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6125,7 +6261,7 @@ func (x *RemoveNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodeResponse.ProtoReflect.Descriptor instead.
 func (*RemoveNodeResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{94}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{96}
 }
 
 func (x *RemoveNodeResponse) GetRevision() uint64 {
@@ -6180,7 +6316,7 @@ type ListAgentsRequest struct {
 
 func (x *ListAgentsRequest) Reset() {
 	*x = ListAgentsRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[95]
+	mi := &file_entente_v1_entente_proto_msgTypes[97]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6192,7 +6328,7 @@ func (x *ListAgentsRequest) String() string {
 func (*ListAgentsRequest) ProtoMessage() {}
 
 func (x *ListAgentsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[95]
+	mi := &file_entente_v1_entente_proto_msgTypes[97]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6205,7 +6341,7 @@ func (x *ListAgentsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAgentsRequest.ProtoReflect.Descriptor instead.
 func (*ListAgentsRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{95}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{97}
 }
 
 func (x *ListAgentsRequest) GetPageSize() uint32 {
@@ -6232,7 +6368,7 @@ type ListAgentsResponse struct {
 
 func (x *ListAgentsResponse) Reset() {
 	*x = ListAgentsResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[96]
+	mi := &file_entente_v1_entente_proto_msgTypes[98]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6244,7 +6380,7 @@ func (x *ListAgentsResponse) String() string {
 func (*ListAgentsResponse) ProtoMessage() {}
 
 func (x *ListAgentsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[96]
+	mi := &file_entente_v1_entente_proto_msgTypes[98]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6257,7 +6393,7 @@ func (x *ListAgentsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAgentsResponse.ProtoReflect.Descriptor instead.
 func (*ListAgentsResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{96}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{98}
 }
 
 func (x *ListAgentsResponse) GetAgents() []*AgentStatus {
@@ -6286,7 +6422,7 @@ type AgentStatus struct {
 
 func (x *AgentStatus) Reset() {
 	*x = AgentStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[97]
+	mi := &file_entente_v1_entente_proto_msgTypes[99]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6298,7 +6434,7 @@ func (x *AgentStatus) String() string {
 func (*AgentStatus) ProtoMessage() {}
 
 func (x *AgentStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[97]
+	mi := &file_entente_v1_entente_proto_msgTypes[99]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6311,7 +6447,7 @@ func (x *AgentStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentStatus.ProtoReflect.Descriptor instead.
 func (*AgentStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{97}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{99}
 }
 
 func (x *AgentStatus) GetAgent() *v1.Agent {
@@ -6351,7 +6487,7 @@ type GetAgentRequest struct {
 
 func (x *GetAgentRequest) Reset() {
 	*x = GetAgentRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[98]
+	mi := &file_entente_v1_entente_proto_msgTypes[100]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6363,7 +6499,7 @@ func (x *GetAgentRequest) String() string {
 func (*GetAgentRequest) ProtoMessage() {}
 
 func (x *GetAgentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[98]
+	mi := &file_entente_v1_entente_proto_msgTypes[100]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6376,7 +6512,7 @@ func (x *GetAgentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetAgentRequest.ProtoReflect.Descriptor instead.
 func (*GetAgentRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{98}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{100}
 }
 
 func (x *GetAgentRequest) GetName() string {
@@ -6397,7 +6533,7 @@ type GetAgentResponse struct {
 
 func (x *GetAgentResponse) Reset() {
 	*x = GetAgentResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[99]
+	mi := &file_entente_v1_entente_proto_msgTypes[101]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6409,7 +6545,7 @@ func (x *GetAgentResponse) String() string {
 func (*GetAgentResponse) ProtoMessage() {}
 
 func (x *GetAgentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[99]
+	mi := &file_entente_v1_entente_proto_msgTypes[101]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6422,7 +6558,7 @@ func (x *GetAgentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetAgentResponse.ProtoReflect.Descriptor instead.
 func (*GetAgentResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{99}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{101}
 }
 
 func (x *GetAgentResponse) GetStatus() *AgentStatus {
@@ -6455,7 +6591,7 @@ type ChangeAgentRequest struct {
 
 func (x *ChangeAgentRequest) Reset() {
 	*x = ChangeAgentRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[100]
+	mi := &file_entente_v1_entente_proto_msgTypes[102]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6467,7 +6603,7 @@ func (x *ChangeAgentRequest) String() string {
 func (*ChangeAgentRequest) ProtoMessage() {}
 
 func (x *ChangeAgentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[100]
+	mi := &file_entente_v1_entente_proto_msgTypes[102]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6480,7 +6616,7 @@ func (x *ChangeAgentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAgentRequest.ProtoReflect.Descriptor instead.
 func (*ChangeAgentRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{100}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{102}
 }
 
 func (x *ChangeAgentRequest) GetName() string {
@@ -6499,7 +6635,7 @@ type ChangeAgentResponse struct {
 
 func (x *ChangeAgentResponse) Reset() {
 	*x = ChangeAgentResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[101]
+	mi := &file_entente_v1_entente_proto_msgTypes[103]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6511,7 +6647,7 @@ func (x *ChangeAgentResponse) String() string {
 func (*ChangeAgentResponse) ProtoMessage() {}
 
 func (x *ChangeAgentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[101]
+	mi := &file_entente_v1_entente_proto_msgTypes[103]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6524,7 +6660,7 @@ func (x *ChangeAgentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAgentResponse.ProtoReflect.Descriptor instead.
 func (*ChangeAgentResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{101}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{103}
 }
 
 func (x *ChangeAgentResponse) GetRevision() uint64 {
@@ -6544,7 +6680,7 @@ type IsolateAgentRequest struct {
 
 func (x *IsolateAgentRequest) Reset() {
 	*x = IsolateAgentRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[102]
+	mi := &file_entente_v1_entente_proto_msgTypes[104]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6556,7 +6692,7 @@ func (x *IsolateAgentRequest) String() string {
 func (*IsolateAgentRequest) ProtoMessage() {}
 
 func (x *IsolateAgentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[102]
+	mi := &file_entente_v1_entente_proto_msgTypes[104]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6569,7 +6705,7 @@ func (x *IsolateAgentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IsolateAgentRequest.ProtoReflect.Descriptor instead.
 func (*IsolateAgentRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{102}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{104}
 }
 
 func (x *IsolateAgentRequest) GetName() string {
@@ -6595,7 +6731,7 @@ type IsolateAgentResponse struct {
 
 func (x *IsolateAgentResponse) Reset() {
 	*x = IsolateAgentResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[103]
+	mi := &file_entente_v1_entente_proto_msgTypes[105]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6607,7 +6743,7 @@ func (x *IsolateAgentResponse) String() string {
 func (*IsolateAgentResponse) ProtoMessage() {}
 
 func (x *IsolateAgentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[103]
+	mi := &file_entente_v1_entente_proto_msgTypes[105]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6620,7 +6756,7 @@ func (x *IsolateAgentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IsolateAgentResponse.ProtoReflect.Descriptor instead.
 func (*IsolateAgentResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{103}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{105}
 }
 
 func (x *IsolateAgentResponse) GetIsolation() *Isolation {
@@ -6644,7 +6780,7 @@ type Isolation struct {
 
 func (x *Isolation) Reset() {
 	*x = Isolation{}
-	mi := &file_entente_v1_entente_proto_msgTypes[104]
+	mi := &file_entente_v1_entente_proto_msgTypes[106]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6656,7 +6792,7 @@ func (x *Isolation) String() string {
 func (*Isolation) ProtoMessage() {}
 
 func (x *Isolation) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[104]
+	mi := &file_entente_v1_entente_proto_msgTypes[106]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6669,7 +6805,7 @@ func (x *Isolation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Isolation.ProtoReflect.Descriptor instead.
 func (*Isolation) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{104}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{106}
 }
 
 func (x *Isolation) GetAgent() *v1.Agent {
@@ -6715,7 +6851,7 @@ type ListTokensRequest struct {
 
 func (x *ListTokensRequest) Reset() {
 	*x = ListTokensRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[105]
+	mi := &file_entente_v1_entente_proto_msgTypes[107]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6727,7 +6863,7 @@ func (x *ListTokensRequest) String() string {
 func (*ListTokensRequest) ProtoMessage() {}
 
 func (x *ListTokensRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[105]
+	mi := &file_entente_v1_entente_proto_msgTypes[107]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6740,7 +6876,7 @@ func (x *ListTokensRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTokensRequest.ProtoReflect.Descriptor instead.
 func (*ListTokensRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{105}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{107}
 }
 
 type ListTokensResponse struct {
@@ -6753,7 +6889,7 @@ type ListTokensResponse struct {
 
 func (x *ListTokensResponse) Reset() {
 	*x = ListTokensResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[106]
+	mi := &file_entente_v1_entente_proto_msgTypes[108]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6765,7 +6901,7 @@ func (x *ListTokensResponse) String() string {
 func (*ListTokensResponse) ProtoMessage() {}
 
 func (x *ListTokensResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[106]
+	mi := &file_entente_v1_entente_proto_msgTypes[108]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6778,7 +6914,7 @@ func (x *ListTokensResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTokensResponse.ProtoReflect.Descriptor instead.
 func (*ListTokensResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{106}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{108}
 }
 
 func (x *ListTokensResponse) GetTokens() []*v1.Token {
@@ -6804,7 +6940,7 @@ type RevokeTokenRequest struct {
 
 func (x *RevokeTokenRequest) Reset() {
 	*x = RevokeTokenRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[107]
+	mi := &file_entente_v1_entente_proto_msgTypes[109]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6816,7 +6952,7 @@ func (x *RevokeTokenRequest) String() string {
 func (*RevokeTokenRequest) ProtoMessage() {}
 
 func (x *RevokeTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[107]
+	mi := &file_entente_v1_entente_proto_msgTypes[109]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6829,7 +6965,7 @@ func (x *RevokeTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeTokenRequest.ProtoReflect.Descriptor instead.
 func (*RevokeTokenRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{107}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{109}
 }
 
 func (x *RevokeTokenRequest) GetId() string {
@@ -6848,7 +6984,7 @@ type RevokeTokenResponse struct {
 
 func (x *RevokeTokenResponse) Reset() {
 	*x = RevokeTokenResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[108]
+	mi := &file_entente_v1_entente_proto_msgTypes[110]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6860,7 +6996,7 @@ func (x *RevokeTokenResponse) String() string {
 func (*RevokeTokenResponse) ProtoMessage() {}
 
 func (x *RevokeTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[108]
+	mi := &file_entente_v1_entente_proto_msgTypes[110]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6873,7 +7009,7 @@ func (x *RevokeTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeTokenResponse.ProtoReflect.Descriptor instead.
 func (*RevokeTokenResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{108}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{110}
 }
 
 func (x *RevokeTokenResponse) GetRevision() uint64 {
@@ -6893,7 +7029,7 @@ type ChangeEntriesRequest struct {
 
 func (x *ChangeEntriesRequest) Reset() {
 	*x = ChangeEntriesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[109]
+	mi := &file_entente_v1_entente_proto_msgTypes[111]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6905,7 +7041,7 @@ func (x *ChangeEntriesRequest) String() string {
 func (*ChangeEntriesRequest) ProtoMessage() {}
 
 func (x *ChangeEntriesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[109]
+	mi := &file_entente_v1_entente_proto_msgTypes[111]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6918,7 +7054,7 @@ func (x *ChangeEntriesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeEntriesRequest.ProtoReflect.Descriptor instead.
 func (*ChangeEntriesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{109}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{111}
 }
 
 func (x *ChangeEntriesRequest) GetChanges() []*v1.EntryChange {
@@ -6944,7 +7080,7 @@ type ChangeEntriesResponse struct {
 
 func (x *ChangeEntriesResponse) Reset() {
 	*x = ChangeEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[110]
+	mi := &file_entente_v1_entente_proto_msgTypes[112]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6956,7 +7092,7 @@ func (x *ChangeEntriesResponse) String() string {
 func (*ChangeEntriesResponse) ProtoMessage() {}
 
 func (x *ChangeEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[110]
+	mi := &file_entente_v1_entente_proto_msgTypes[112]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6969,7 +7105,7 @@ func (x *ChangeEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeEntriesResponse.ProtoReflect.Descriptor instead.
 func (*ChangeEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{110}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{112}
 }
 
 func (x *ChangeEntriesResponse) GetResults() []*EntryResult {
@@ -6992,7 +7128,7 @@ type EntryResult struct {
 
 func (x *EntryResult) Reset() {
 	*x = EntryResult{}
-	mi := &file_entente_v1_entente_proto_msgTypes[111]
+	mi := &file_entente_v1_entente_proto_msgTypes[113]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7004,7 +7140,7 @@ func (x *EntryResult) String() string {
 func (*EntryResult) ProtoMessage() {}
 
 func (x *EntryResult) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[111]
+	mi := &file_entente_v1_entente_proto_msgTypes[113]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7017,7 +7153,7 @@ func (x *EntryResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EntryResult.ProtoReflect.Descriptor instead.
 func (*EntryResult) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{111}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{113}
 }
 
 func (x *EntryResult) GetId() string {
@@ -7068,7 +7204,7 @@ type ListEntriesRequest struct {
 
 func (x *ListEntriesRequest) Reset() {
 	*x = ListEntriesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[112]
+	mi := &file_entente_v1_entente_proto_msgTypes[114]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7080,7 +7216,7 @@ func (x *ListEntriesRequest) String() string {
 func (*ListEntriesRequest) ProtoMessage() {}
 
 func (x *ListEntriesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[112]
+	mi := &file_entente_v1_entente_proto_msgTypes[114]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7093,7 +7229,7 @@ func (x *ListEntriesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntriesRequest.ProtoReflect.Descriptor instead.
 func (*ListEntriesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{112}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{114}
 }
 
 func (x *ListEntriesRequest) GetPageSize() uint32 {
@@ -7141,7 +7277,7 @@ type ListEntriesResponse struct {
 
 func (x *ListEntriesResponse) Reset() {
 	*x = ListEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[113]
+	mi := &file_entente_v1_entente_proto_msgTypes[115]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7153,7 +7289,7 @@ func (x *ListEntriesResponse) String() string {
 func (*ListEntriesResponse) ProtoMessage() {}
 
 func (x *ListEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[113]
+	mi := &file_entente_v1_entente_proto_msgTypes[115]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7166,7 +7302,7 @@ func (x *ListEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntriesResponse.ProtoReflect.Descriptor instead.
 func (*ListEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{113}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{115}
 }
 
 func (x *ListEntriesResponse) GetEntries() []*v1.Entry {
@@ -7192,7 +7328,7 @@ type GetEntryRequest struct {
 
 func (x *GetEntryRequest) Reset() {
 	*x = GetEntryRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[114]
+	mi := &file_entente_v1_entente_proto_msgTypes[116]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7204,7 +7340,7 @@ func (x *GetEntryRequest) String() string {
 func (*GetEntryRequest) ProtoMessage() {}
 
 func (x *GetEntryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[114]
+	mi := &file_entente_v1_entente_proto_msgTypes[116]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7217,7 +7353,7 @@ func (x *GetEntryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetEntryRequest.ProtoReflect.Descriptor instead.
 func (*GetEntryRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{114}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{116}
 }
 
 func (x *GetEntryRequest) GetId() string {
@@ -7236,7 +7372,7 @@ type GetEntryResponse struct {
 
 func (x *GetEntryResponse) Reset() {
 	*x = GetEntryResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[115]
+	mi := &file_entente_v1_entente_proto_msgTypes[117]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7248,7 +7384,7 @@ func (x *GetEntryResponse) String() string {
 func (*GetEntryResponse) ProtoMessage() {}
 
 func (x *GetEntryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[115]
+	mi := &file_entente_v1_entente_proto_msgTypes[117]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7261,7 +7397,7 @@ func (x *GetEntryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetEntryResponse.ProtoReflect.Descriptor instead.
 func (*GetEntryResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{115}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{117}
 }
 
 func (x *GetEntryResponse) GetEntry() *v1.Entry {
@@ -7280,7 +7416,7 @@ type CountEntriesResponse struct {
 
 func (x *CountEntriesResponse) Reset() {
 	*x = CountEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[116]
+	mi := &file_entente_v1_entente_proto_msgTypes[118]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7292,7 +7428,7 @@ func (x *CountEntriesResponse) String() string {
 func (*CountEntriesResponse) ProtoMessage() {}
 
 func (x *CountEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[116]
+	mi := &file_entente_v1_entente_proto_msgTypes[118]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7305,7 +7441,7 @@ func (x *CountEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CountEntriesResponse.ProtoReflect.Descriptor instead.
 func (*CountEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{116}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{118}
 }
 
 func (x *CountEntriesResponse) GetEntries() uint64 {
@@ -7673,11 +7809,21 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\adry_run\x18\x03 \x01(\bR\x06dryRun\"_\n" +
 	"\rApplyResponse\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x122\n" +
-	"\achanges\x18\x02 \x03(\v2\x18.entente.v1.ObjectChangeR\achanges\"\x87\x01\n" +
+	"\achanges\x18\x02 \x03(\v2\x18.entente.v1.ObjectChangeR\achanges\"\x9c\x01\n" +
 	"\fObjectChange\x12-\n" +
 	"\x03key\x18\x01 \x01(\v2\x1b.entente.state.v1.ObjectKeyR\x03key\x12\x16\n" +
 	"\x06action\x18\x02 \x01(\tR\x06action\x120\n" +
-	"\x06before\x18d \x01(\v2\x18.entente.state.v1.ObjectR\x06before\"\x0f\n" +
+	"\x06before\x18d \x01(\v2\x18.entente.state.v1.ObjectR\x06before\x12\x13\n" +
+	"\x04ends\x18\xf4\x03 \x03(\tR\x04ends\"\x85\x01\n" +
+	"\x12ListObjectsRequest\x12\x12\n" +
+	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12\x14\n" +
+	"\x05owner\x18\x03 \x01(\tR\x05owner\x121\n" +
+	"\x05after\x18\x04 \x01(\v2\x1b.entente.state.v1.ObjectKeyR\x05after\"y\n" +
+	"\x13ListObjectsResponse\x12\x1a\n" +
+	"\brevision\x18\x01 \x01(\x04R\brevision\x122\n" +
+	"\aobjects\x18\x02 \x03(\v2\x18.entente.state.v1.ObjectR\aobjects\x12\x12\n" +
+	"\x04more\x18\x03 \x01(\bR\x04more\"\x0f\n" +
 	"\rWhoAmIRequest\"y\n" +
 	"\x0eWhoAmIResponse\x12\x10\n" +
 	"\x03who\x18\x01 \x01(\tR\x03who\x12\x1a\n" +
@@ -7859,11 +8005,12 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x04Sign\x12E\n" +
 	"\bSignX509\x12\x1b.entente.v1.SignX509Request\x1a\x1c.entente.v1.SignX509Response\x12B\n" +
 	"\aSignJWT\x12\x1a.entente.v1.SignJWTRequest\x1a\x1b.entente.v1.SignJWTResponse\x12B\n" +
-	"\aSignWIT\x12\x1a.entente.v1.SignWITRequest\x1a\x1b.entente.v1.SignWITResponse2\xd6\x11\n" +
+	"\aSignWIT\x12\x1a.entente.v1.SignWITRequest\x1a\x1b.entente.v1.SignWITResponse2\xa6\x12\n" +
 	"\x05Admin\x12?\n" +
 	"\x06Status\x12\x19.entente.v1.StatusRequest\x1a\x1a.entente.v1.StatusResponse\x12N\n" +
 	"\vCreateToken\x12\x1e.entente.v1.CreateTokenRequest\x1a\x1f.entente.v1.CreateTokenResponse\x12<\n" +
-	"\x05Apply\x12\x18.entente.v1.ApplyRequest\x1a\x19.entente.v1.ApplyResponse\x12H\n" +
+	"\x05Apply\x12\x18.entente.v1.ApplyRequest\x1a\x19.entente.v1.ApplyResponse\x12N\n" +
+	"\vListObjects\x12\x1e.entente.v1.ListObjectsRequest\x1a\x1f.entente.v1.ListObjectsResponse\x12H\n" +
 	"\tGetBundle\x12\x1c.entente.v1.GetBundleRequest\x1a\x1d.entente.v1.GetBundleResponse\x12Z\n" +
 	"\x0fListAuthorities\x12\".entente.v1.ListAuthoritiesRequest\x1a#.entente.v1.ListAuthoritiesResponse\x12\\\n" +
 	"\x10PrepareAuthority\x12#.entente.v1.PrepareAuthorityRequest\x1a#.entente.v1.ChangeAuthorityResponse\x12\\\n" +
@@ -7917,7 +8064,7 @@ func file_entente_v1_entente_proto_rawDescGZIP() []byte {
 }
 
 var file_entente_v1_entente_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_entente_v1_entente_proto_msgTypes = make([]protoimpl.MessageInfo, 117)
+var file_entente_v1_entente_proto_msgTypes = make([]protoimpl.MessageInfo, 119)
 var file_entente_v1_entente_proto_goTypes = []any{
 	(Health)(0),                        // 0: entente.v1.Health
 	(*StatementRequest)(nil),           // 1: entente.v1.StatementRequest
@@ -7990,83 +8137,85 @@ var file_entente_v1_entente_proto_goTypes = []any{
 	(*ApplyRequest)(nil),               // 68: entente.v1.ApplyRequest
 	(*ApplyResponse)(nil),              // 69: entente.v1.ApplyResponse
 	(*ObjectChange)(nil),               // 70: entente.v1.ObjectChange
-	(*WhoAmIRequest)(nil),              // 71: entente.v1.WhoAmIRequest
-	(*WhoAmIResponse)(nil),             // 72: entente.v1.WhoAmIResponse
-	(*GetBundleRequest)(nil),           // 73: entente.v1.GetBundleRequest
-	(*GetBundleResponse)(nil),          // 74: entente.v1.GetBundleResponse
-	(*ProposeRequest)(nil),             // 75: entente.v1.ProposeRequest
-	(*ProposeResponse)(nil),            // 76: entente.v1.ProposeResponse
-	(*ReportRequest)(nil),              // 77: entente.v1.ReportRequest
-	(*HeldAuthority)(nil),              // 78: entente.v1.HeldAuthority
-	(*ReportResponse)(nil),             // 79: entente.v1.ReportResponse
-	(*GateRequest)(nil),                // 80: entente.v1.GateRequest
-	(*GateResponse)(nil),               // 81: entente.v1.GateResponse
-	(*AuthorityGate)(nil),              // 82: entente.v1.AuthorityGate
-	(*MarkReadyRequest)(nil),           // 83: entente.v1.MarkReadyRequest
-	(*MarkReadyResponse)(nil),          // 84: entente.v1.MarkReadyResponse
-	(*Picture)(nil),                    // 85: entente.v1.Picture
-	(*PresenceRequest)(nil),            // 86: entente.v1.PresenceRequest
-	(*PresenceResponse)(nil),           // 87: entente.v1.PresenceResponse
-	(*ListAuthoritiesRequest)(nil),     // 88: entente.v1.ListAuthoritiesRequest
-	(*ListAuthoritiesResponse)(nil),    // 89: entente.v1.ListAuthoritiesResponse
-	(*AuthorityStatus)(nil),            // 90: entente.v1.AuthorityStatus
-	(*PrepareAuthorityRequest)(nil),    // 91: entente.v1.PrepareAuthorityRequest
-	(*ChangeAuthorityRequest)(nil),     // 92: entente.v1.ChangeAuthorityRequest
-	(*ChangeAuthorityResponse)(nil),    // 93: entente.v1.ChangeAuthorityResponse
-	(*RemoveNodeRequest)(nil),          // 94: entente.v1.RemoveNodeRequest
-	(*RemoveNodeResponse)(nil),         // 95: entente.v1.RemoveNodeResponse
-	(*ListAgentsRequest)(nil),          // 96: entente.v1.ListAgentsRequest
-	(*ListAgentsResponse)(nil),         // 97: entente.v1.ListAgentsResponse
-	(*AgentStatus)(nil),                // 98: entente.v1.AgentStatus
-	(*GetAgentRequest)(nil),            // 99: entente.v1.GetAgentRequest
-	(*GetAgentResponse)(nil),           // 100: entente.v1.GetAgentResponse
-	(*ChangeAgentRequest)(nil),         // 101: entente.v1.ChangeAgentRequest
-	(*ChangeAgentResponse)(nil),        // 102: entente.v1.ChangeAgentResponse
-	(*IsolateAgentRequest)(nil),        // 103: entente.v1.IsolateAgentRequest
-	(*IsolateAgentResponse)(nil),       // 104: entente.v1.IsolateAgentResponse
-	(*Isolation)(nil),                  // 105: entente.v1.Isolation
-	(*ListTokensRequest)(nil),          // 106: entente.v1.ListTokensRequest
-	(*ListTokensResponse)(nil),         // 107: entente.v1.ListTokensResponse
-	(*RevokeTokenRequest)(nil),         // 108: entente.v1.RevokeTokenRequest
-	(*RevokeTokenResponse)(nil),        // 109: entente.v1.RevokeTokenResponse
-	(*ChangeEntriesRequest)(nil),       // 110: entente.v1.ChangeEntriesRequest
-	(*ChangeEntriesResponse)(nil),      // 111: entente.v1.ChangeEntriesResponse
-	(*EntryResult)(nil),                // 112: entente.v1.EntryResult
-	(*ListEntriesRequest)(nil),         // 113: entente.v1.ListEntriesRequest
-	(*ListEntriesResponse)(nil),        // 114: entente.v1.ListEntriesResponse
-	(*GetEntryRequest)(nil),            // 115: entente.v1.GetEntryRequest
-	(*GetEntryResponse)(nil),           // 116: entente.v1.GetEntryResponse
-	(*CountEntriesResponse)(nil),       // 117: entente.v1.CountEntriesResponse
-	(*v1.Cluster)(nil),                 // 118: entente.state.v1.Cluster
-	(*v1.Member)(nil),                  // 119: entente.state.v1.Member
-	(*v1.Distrust)(nil),                // 120: entente.state.v1.Distrust
-	(*v1.Agent)(nil),                   // 121: entente.state.v1.Agent
-	(*v1.Entry)(nil),                   // 122: entente.state.v1.Entry
-	(*v1.Object)(nil),                  // 123: entente.state.v1.Object
-	(*v1.ObjectKey)(nil),               // 124: entente.state.v1.ObjectKey
-	(*v1.Authority)(nil),               // 125: entente.state.v1.Authority
-	(v1.KeyUse)(0),                     // 126: entente.state.v1.KeyUse
-	(*v1.RecoveryKeyReplacement)(nil),  // 127: entente.state.v1.RecoveryKeyReplacement
-	(*v1.NodeGrant)(nil),               // 128: entente.state.v1.NodeGrant
-	(*v1.AgentGrant)(nil),              // 129: entente.state.v1.AgentGrant
-	(*v1.RoleBinding)(nil),             // 130: entente.state.v1.RoleBinding
-	(*v1.Token)(nil),                   // 131: entente.state.v1.Token
-	(*v1.EntryChange)(nil),             // 132: entente.state.v1.EntryChange
+	(*ListObjectsRequest)(nil),         // 71: entente.v1.ListObjectsRequest
+	(*ListObjectsResponse)(nil),        // 72: entente.v1.ListObjectsResponse
+	(*WhoAmIRequest)(nil),              // 73: entente.v1.WhoAmIRequest
+	(*WhoAmIResponse)(nil),             // 74: entente.v1.WhoAmIResponse
+	(*GetBundleRequest)(nil),           // 75: entente.v1.GetBundleRequest
+	(*GetBundleResponse)(nil),          // 76: entente.v1.GetBundleResponse
+	(*ProposeRequest)(nil),             // 77: entente.v1.ProposeRequest
+	(*ProposeResponse)(nil),            // 78: entente.v1.ProposeResponse
+	(*ReportRequest)(nil),              // 79: entente.v1.ReportRequest
+	(*HeldAuthority)(nil),              // 80: entente.v1.HeldAuthority
+	(*ReportResponse)(nil),             // 81: entente.v1.ReportResponse
+	(*GateRequest)(nil),                // 82: entente.v1.GateRequest
+	(*GateResponse)(nil),               // 83: entente.v1.GateResponse
+	(*AuthorityGate)(nil),              // 84: entente.v1.AuthorityGate
+	(*MarkReadyRequest)(nil),           // 85: entente.v1.MarkReadyRequest
+	(*MarkReadyResponse)(nil),          // 86: entente.v1.MarkReadyResponse
+	(*Picture)(nil),                    // 87: entente.v1.Picture
+	(*PresenceRequest)(nil),            // 88: entente.v1.PresenceRequest
+	(*PresenceResponse)(nil),           // 89: entente.v1.PresenceResponse
+	(*ListAuthoritiesRequest)(nil),     // 90: entente.v1.ListAuthoritiesRequest
+	(*ListAuthoritiesResponse)(nil),    // 91: entente.v1.ListAuthoritiesResponse
+	(*AuthorityStatus)(nil),            // 92: entente.v1.AuthorityStatus
+	(*PrepareAuthorityRequest)(nil),    // 93: entente.v1.PrepareAuthorityRequest
+	(*ChangeAuthorityRequest)(nil),     // 94: entente.v1.ChangeAuthorityRequest
+	(*ChangeAuthorityResponse)(nil),    // 95: entente.v1.ChangeAuthorityResponse
+	(*RemoveNodeRequest)(nil),          // 96: entente.v1.RemoveNodeRequest
+	(*RemoveNodeResponse)(nil),         // 97: entente.v1.RemoveNodeResponse
+	(*ListAgentsRequest)(nil),          // 98: entente.v1.ListAgentsRequest
+	(*ListAgentsResponse)(nil),         // 99: entente.v1.ListAgentsResponse
+	(*AgentStatus)(nil),                // 100: entente.v1.AgentStatus
+	(*GetAgentRequest)(nil),            // 101: entente.v1.GetAgentRequest
+	(*GetAgentResponse)(nil),           // 102: entente.v1.GetAgentResponse
+	(*ChangeAgentRequest)(nil),         // 103: entente.v1.ChangeAgentRequest
+	(*ChangeAgentResponse)(nil),        // 104: entente.v1.ChangeAgentResponse
+	(*IsolateAgentRequest)(nil),        // 105: entente.v1.IsolateAgentRequest
+	(*IsolateAgentResponse)(nil),       // 106: entente.v1.IsolateAgentResponse
+	(*Isolation)(nil),                  // 107: entente.v1.Isolation
+	(*ListTokensRequest)(nil),          // 108: entente.v1.ListTokensRequest
+	(*ListTokensResponse)(nil),         // 109: entente.v1.ListTokensResponse
+	(*RevokeTokenRequest)(nil),         // 110: entente.v1.RevokeTokenRequest
+	(*RevokeTokenResponse)(nil),        // 111: entente.v1.RevokeTokenResponse
+	(*ChangeEntriesRequest)(nil),       // 112: entente.v1.ChangeEntriesRequest
+	(*ChangeEntriesResponse)(nil),      // 113: entente.v1.ChangeEntriesResponse
+	(*EntryResult)(nil),                // 114: entente.v1.EntryResult
+	(*ListEntriesRequest)(nil),         // 115: entente.v1.ListEntriesRequest
+	(*ListEntriesResponse)(nil),        // 116: entente.v1.ListEntriesResponse
+	(*GetEntryRequest)(nil),            // 117: entente.v1.GetEntryRequest
+	(*GetEntryResponse)(nil),           // 118: entente.v1.GetEntryResponse
+	(*CountEntriesResponse)(nil),       // 119: entente.v1.CountEntriesResponse
+	(*v1.Cluster)(nil),                 // 120: entente.state.v1.Cluster
+	(*v1.Member)(nil),                  // 121: entente.state.v1.Member
+	(*v1.Distrust)(nil),                // 122: entente.state.v1.Distrust
+	(*v1.Agent)(nil),                   // 123: entente.state.v1.Agent
+	(*v1.Entry)(nil),                   // 124: entente.state.v1.Entry
+	(*v1.Object)(nil),                  // 125: entente.state.v1.Object
+	(*v1.ObjectKey)(nil),               // 126: entente.state.v1.ObjectKey
+	(*v1.Authority)(nil),               // 127: entente.state.v1.Authority
+	(v1.KeyUse)(0),                     // 128: entente.state.v1.KeyUse
+	(*v1.RecoveryKeyReplacement)(nil),  // 129: entente.state.v1.RecoveryKeyReplacement
+	(*v1.NodeGrant)(nil),               // 130: entente.state.v1.NodeGrant
+	(*v1.AgentGrant)(nil),              // 131: entente.state.v1.AgentGrant
+	(*v1.RoleBinding)(nil),             // 132: entente.state.v1.RoleBinding
+	(*v1.Token)(nil),                   // 133: entente.state.v1.Token
+	(*v1.EntryChange)(nil),             // 134: entente.state.v1.EntryChange
 }
 var file_entente_v1_entente_proto_depIdxs = []int32{
 	5,   // 0: entente.v1.StatementResponse.statement:type_name -> entente.v1.SignedStatement
-	118, // 1: entente.v1.StatementResponse.cluster:type_name -> entente.state.v1.Cluster
-	119, // 2: entente.v1.DenialsResponse.members:type_name -> entente.state.v1.Member
-	120, // 3: entente.v1.DenialsResponse.distrust:type_name -> entente.state.v1.Distrust
+	120, // 1: entente.v1.StatementResponse.cluster:type_name -> entente.state.v1.Cluster
+	121, // 2: entente.v1.DenialsResponse.members:type_name -> entente.state.v1.Member
+	122, // 3: entente.v1.DenialsResponse.distrust:type_name -> entente.state.v1.Distrust
 	7,   // 4: entente.v1.NodeStatement.members:type_name -> entente.v1.StateSpan
 	7,   // 5: entente.v1.NodeStatement.bundle:type_name -> entente.v1.StateSpan
 	7,   // 6: entente.v1.NodeStatement.distrust:type_name -> entente.v1.StateSpan
-	119, // 7: entente.v1.JoinResponse.member:type_name -> entente.state.v1.Member
-	119, // 8: entente.v1.JoinResponse.members:type_name -> entente.state.v1.Member
-	118, // 9: entente.v1.JoinResponse.cluster:type_name -> entente.state.v1.Cluster
-	119, // 10: entente.v1.AttestResponse.members:type_name -> entente.state.v1.Member
-	118, // 11: entente.v1.AttestResponse.cluster:type_name -> entente.state.v1.Cluster
-	121, // 12: entente.v1.AttestResponse.agent:type_name -> entente.state.v1.Agent
+	121, // 7: entente.v1.JoinResponse.member:type_name -> entente.state.v1.Member
+	121, // 8: entente.v1.JoinResponse.members:type_name -> entente.state.v1.Member
+	120, // 9: entente.v1.JoinResponse.cluster:type_name -> entente.state.v1.Cluster
+	121, // 10: entente.v1.AttestResponse.members:type_name -> entente.state.v1.Member
+	120, // 11: entente.v1.AttestResponse.cluster:type_name -> entente.state.v1.Cluster
+	123, // 12: entente.v1.AttestResponse.agent:type_name -> entente.state.v1.Agent
 	13,  // 13: entente.v1.SyncRequest.hello:type_name -> entente.v1.Hello
 	15,  // 14: entente.v1.SyncRequest.ack:type_name -> entente.v1.Ack
 	16,  // 15: entente.v1.SyncRequest.report:type_name -> entente.v1.InstanceReport
@@ -8079,15 +8228,15 @@ var file_entente_v1_entente_proto_depIdxs = []int32{
 	22,  // 22: entente.v1.SyncResponse.presence:type_name -> entente.v1.Presence
 	23,  // 23: entente.v1.SyncResponse.heartbeat:type_name -> entente.v1.Heartbeat
 	19,  // 24: entente.v1.SyncResponse.urgent:type_name -> entente.v1.Urgent
-	120, // 25: entente.v1.Urgent.distrust:type_name -> entente.state.v1.Distrust
+	122, // 25: entente.v1.Urgent.distrust:type_name -> entente.state.v1.Distrust
 	21,  // 26: entente.v1.Urgent.bundles:type_name -> entente.v1.Bundle
-	118, // 27: entente.v1.Policy.cluster:type_name -> entente.state.v1.Cluster
-	122, // 28: entente.v1.Policy.entries:type_name -> entente.state.v1.Entry
+	120, // 27: entente.v1.Policy.cluster:type_name -> entente.state.v1.Cluster
+	124, // 28: entente.v1.Policy.entries:type_name -> entente.state.v1.Entry
 	21,  // 29: entente.v1.Policy.bundles:type_name -> entente.v1.Bundle
-	123, // 30: entente.v1.Policy.objects:type_name -> entente.state.v1.Object
-	124, // 31: entente.v1.Policy.deleted_objects:type_name -> entente.state.v1.ObjectKey
-	119, // 32: entente.v1.Policy.members:type_name -> entente.state.v1.Member
-	120, // 33: entente.v1.Policy.distrust:type_name -> entente.state.v1.Distrust
+	125, // 30: entente.v1.Policy.objects:type_name -> entente.state.v1.Object
+	126, // 31: entente.v1.Policy.deleted_objects:type_name -> entente.state.v1.ObjectKey
+	121, // 32: entente.v1.Policy.members:type_name -> entente.state.v1.Member
+	122, // 33: entente.v1.Policy.distrust:type_name -> entente.state.v1.Distrust
 	17,  // 34: entente.v1.Presence.instances:type_name -> entente.v1.Instance
 	17,  // 35: entente.v1.Presence.withdrawn:type_name -> entente.v1.Instance
 	5,   // 36: entente.v1.Heartbeat.statements:type_name -> entente.v1.SignedStatement
@@ -8098,160 +8247,164 @@ var file_entente_v1_entente_proto_depIdxs = []int32{
 	32,  // 41: entente.v1.SignWITRequest.requests:type_name -> entente.v1.WITRequest
 	34,  // 42: entente.v1.SignWITResponse.results:type_name -> entente.v1.TokenResult
 	49,  // 43: entente.v1.StatusResponse.changes:type_name -> entente.v1.Approval
-	118, // 44: entente.v1.StatusResponse.cluster:type_name -> entente.state.v1.Cluster
+	120, // 44: entente.v1.StatusResponse.cluster:type_name -> entente.state.v1.Cluster
 	43,  // 45: entente.v1.StatusResponse.members:type_name -> entente.v1.MemberStatus
-	125, // 46: entente.v1.StatusResponse.authorities:type_name -> entente.state.v1.Authority
+	127, // 46: entente.v1.StatusResponse.authorities:type_name -> entente.state.v1.Authority
 	64,  // 47: entente.v1.StatusResponse.foreign:type_name -> entente.v1.ForeignBundleStatus
 	17,  // 48: entente.v1.StatusResponse.instances:type_name -> entente.v1.Instance
 	41,  // 49: entente.v1.StatusResponse.autonomy:type_name -> entente.v1.Autonomy
 	40,  // 50: entente.v1.StatusResponse.upstream:type_name -> entente.v1.Upstream
-	105, // 51: entente.v1.StatusResponse.isolated:type_name -> entente.v1.Isolation
+	107, // 51: entente.v1.StatusResponse.isolated:type_name -> entente.v1.Isolation
 	39,  // 52: entente.v1.StatusResponse.audit:type_name -> entente.v1.AuditLog
 	38,  // 53: entente.v1.StatusResponse.older:type_name -> entente.v1.SubscriberLevel
 	37,  // 54: entente.v1.StatusResponse.contradicted:type_name -> entente.v1.Contradiction
 	42,  // 55: entente.v1.Autonomy.uses:type_name -> entente.v1.UseAutonomy
-	126, // 56: entente.v1.UseAutonomy.use:type_name -> entente.state.v1.KeyUse
-	119, // 57: entente.v1.MemberStatus.member:type_name -> entente.state.v1.Member
+	128, // 56: entente.v1.UseAutonomy.use:type_name -> entente.state.v1.KeyUse
+	121, // 57: entente.v1.MemberStatus.member:type_name -> entente.state.v1.Member
 	48,  // 58: entente.v1.ListNodesResponse.nodes:type_name -> entente.v1.NodeProgress
-	119, // 59: entente.v1.NodeProgress.member:type_name -> entente.state.v1.Member
-	127, // 60: entente.v1.ReplaceRecoveryKeyRequest.replacement:type_name -> entente.state.v1.RecoveryKeyReplacement
+	121, // 59: entente.v1.NodeProgress.member:type_name -> entente.state.v1.Member
+	129, // 60: entente.v1.ReplaceRecoveryKeyRequest.replacement:type_name -> entente.state.v1.RecoveryKeyReplacement
 	49,  // 61: entente.v1.ReplaceRecoveryKeyResponse.approval:type_name -> entente.v1.Approval
 	49,  // 62: entente.v1.ListChangesResponse.changes:type_name -> entente.v1.Approval
 	49,  // 63: entente.v1.ApproveChangeResponse.approval:type_name -> entente.v1.Approval
 	49,  // 64: entente.v1.PromoteNodeResponse.approval:type_name -> entente.v1.Approval
-	119, // 65: entente.v1.VouchResponse.member:type_name -> entente.state.v1.Member
+	121, // 65: entente.v1.VouchResponse.member:type_name -> entente.state.v1.Member
 	65,  // 66: entente.v1.ForeignBundleStatus.dropped:type_name -> entente.v1.DroppedKey
-	128, // 67: entente.v1.CreateTokenRequest.node:type_name -> entente.state.v1.NodeGrant
-	129, // 68: entente.v1.CreateTokenRequest.agent:type_name -> entente.state.v1.AgentGrant
+	130, // 67: entente.v1.CreateTokenRequest.node:type_name -> entente.state.v1.NodeGrant
+	131, // 68: entente.v1.CreateTokenRequest.agent:type_name -> entente.state.v1.AgentGrant
 	49,  // 69: entente.v1.CreateTokenResponse.approval:type_name -> entente.v1.Approval
-	123, // 70: entente.v1.ApplyRequest.objects:type_name -> entente.state.v1.Object
-	124, // 71: entente.v1.ApplyRequest.deletes:type_name -> entente.state.v1.ObjectKey
+	125, // 70: entente.v1.ApplyRequest.objects:type_name -> entente.state.v1.Object
+	126, // 71: entente.v1.ApplyRequest.deletes:type_name -> entente.state.v1.ObjectKey
 	70,  // 72: entente.v1.ApplyResponse.changes:type_name -> entente.v1.ObjectChange
-	124, // 73: entente.v1.ObjectChange.key:type_name -> entente.state.v1.ObjectKey
-	123, // 74: entente.v1.ObjectChange.before:type_name -> entente.state.v1.Object
-	130, // 75: entente.v1.WhoAmIResponse.bindings:type_name -> entente.state.v1.RoleBinding
-	78,  // 76: entente.v1.ReportRequest.held:type_name -> entente.v1.HeldAuthority
-	82,  // 77: entente.v1.GateResponse.authorities:type_name -> entente.v1.AuthorityGate
-	20,  // 78: entente.v1.Picture.policy:type_name -> entente.v1.Policy
-	22,  // 79: entente.v1.Picture.presence:type_name -> entente.v1.Presence
-	119, // 80: entente.v1.Picture.confirmed:type_name -> entente.state.v1.Member
-	17,  // 81: entente.v1.PresenceResponse.instances:type_name -> entente.v1.Instance
-	17,  // 82: entente.v1.PresenceResponse.withdrawn:type_name -> entente.v1.Instance
-	90,  // 83: entente.v1.ListAuthoritiesResponse.authorities:type_name -> entente.v1.AuthorityStatus
-	125, // 84: entente.v1.AuthorityStatus.authority:type_name -> entente.state.v1.Authority
-	126, // 85: entente.v1.PrepareAuthorityRequest.use:type_name -> entente.state.v1.KeyUse
-	125, // 86: entente.v1.ChangeAuthorityResponse.authority:type_name -> entente.state.v1.Authority
-	125, // 87: entente.v1.ChangeAuthorityResponse.signing:type_name -> entente.state.v1.Authority
-	49,  // 88: entente.v1.RemoveNodeResponse.approval:type_name -> entente.v1.Approval
-	119, // 89: entente.v1.RemoveNodeResponse.member:type_name -> entente.state.v1.Member
-	125, // 90: entente.v1.RemoveNodeResponse.authorities:type_name -> entente.state.v1.Authority
-	98,  // 91: entente.v1.ListAgentsResponse.agents:type_name -> entente.v1.AgentStatus
-	121, // 92: entente.v1.AgentStatus.agent:type_name -> entente.state.v1.Agent
-	98,  // 93: entente.v1.GetAgentResponse.status:type_name -> entente.v1.AgentStatus
-	122, // 94: entente.v1.GetAgentResponse.entries:type_name -> entente.state.v1.Entry
-	17,  // 95: entente.v1.GetAgentResponse.instances:type_name -> entente.v1.Instance
-	105, // 96: entente.v1.IsolateAgentResponse.isolation:type_name -> entente.v1.Isolation
-	121, // 97: entente.v1.Isolation.agent:type_name -> entente.state.v1.Agent
-	131, // 98: entente.v1.ListTokensResponse.tokens:type_name -> entente.state.v1.Token
-	132, // 99: entente.v1.ChangeEntriesRequest.changes:type_name -> entente.state.v1.EntryChange
-	112, // 100: entente.v1.ChangeEntriesResponse.results:type_name -> entente.v1.EntryResult
-	122, // 101: entente.v1.ListEntriesResponse.entries:type_name -> entente.state.v1.Entry
-	122, // 102: entente.v1.GetEntryResponse.entry:type_name -> entente.state.v1.Entry
-	8,   // 103: entente.v1.Join.Join:input_type -> entente.v1.JoinRequest
-	10,  // 104: entente.v1.Attest.Attest:input_type -> entente.v1.AttestRequest
-	12,  // 105: entente.v1.Sync.Sync:input_type -> entente.v1.SyncRequest
-	1,   // 106: entente.v1.Compare.Statement:input_type -> entente.v1.StatementRequest
-	3,   // 107: entente.v1.Compare.Denials:input_type -> entente.v1.DenialsRequest
-	24,  // 108: entente.v1.Sign.SignX509:input_type -> entente.v1.SignX509Request
-	28,  // 109: entente.v1.Sign.SignJWT:input_type -> entente.v1.SignJWTRequest
-	31,  // 110: entente.v1.Sign.SignWIT:input_type -> entente.v1.SignWITRequest
-	35,  // 111: entente.v1.Admin.Status:input_type -> entente.v1.StatusRequest
-	66,  // 112: entente.v1.Admin.CreateToken:input_type -> entente.v1.CreateTokenRequest
-	68,  // 113: entente.v1.Admin.Apply:input_type -> entente.v1.ApplyRequest
-	73,  // 114: entente.v1.Admin.GetBundle:input_type -> entente.v1.GetBundleRequest
-	88,  // 115: entente.v1.Admin.ListAuthorities:input_type -> entente.v1.ListAuthoritiesRequest
-	91,  // 116: entente.v1.Admin.PrepareAuthority:input_type -> entente.v1.PrepareAuthorityRequest
-	92,  // 117: entente.v1.Admin.ActivateAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	92,  // 118: entente.v1.Admin.TaintAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	92,  // 119: entente.v1.Admin.RevokeAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	94,  // 120: entente.v1.Admin.RemoveNode:input_type -> entente.v1.RemoveNodeRequest
-	96,  // 121: entente.v1.Admin.ListAgents:input_type -> entente.v1.ListAgentsRequest
-	99,  // 122: entente.v1.Admin.GetAgent:input_type -> entente.v1.GetAgentRequest
-	101, // 123: entente.v1.Admin.BanAgent:input_type -> entente.v1.ChangeAgentRequest
-	101, // 124: entente.v1.Admin.EvictAgent:input_type -> entente.v1.ChangeAgentRequest
-	103, // 125: entente.v1.Admin.IsolateAgent:input_type -> entente.v1.IsolateAgentRequest
-	106, // 126: entente.v1.Admin.ListTokens:input_type -> entente.v1.ListTokensRequest
-	108, // 127: entente.v1.Admin.RevokeToken:input_type -> entente.v1.RevokeTokenRequest
-	110, // 128: entente.v1.Admin.ChangeEntries:input_type -> entente.v1.ChangeEntriesRequest
-	113, // 129: entente.v1.Admin.ListEntries:input_type -> entente.v1.ListEntriesRequest
-	115, // 130: entente.v1.Admin.GetEntry:input_type -> entente.v1.GetEntryRequest
-	113, // 131: entente.v1.Admin.CountEntries:input_type -> entente.v1.ListEntriesRequest
-	44,  // 132: entente.v1.Admin.SaveSnapshot:input_type -> entente.v1.SaveSnapshotRequest
-	46,  // 133: entente.v1.Admin.ListNodes:input_type -> entente.v1.ListNodesRequest
-	56,  // 134: entente.v1.Admin.PromoteNode:input_type -> entente.v1.PromoteNodeRequest
-	50,  // 135: entente.v1.Admin.ReplaceRecoveryKey:input_type -> entente.v1.ReplaceRecoveryKeyRequest
-	52,  // 136: entente.v1.Admin.ListChanges:input_type -> entente.v1.ListChangesRequest
-	54,  // 137: entente.v1.Admin.ApproveChange:input_type -> entente.v1.ApproveChangeRequest
-	71,  // 138: entente.v1.Admin.WhoAmI:input_type -> entente.v1.WhoAmIRequest
-	75,  // 139: entente.v1.Peer.Propose:input_type -> entente.v1.ProposeRequest
-	77,  // 140: entente.v1.Peer.Report:input_type -> entente.v1.ReportRequest
-	86,  // 141: entente.v1.Peer.Presence:input_type -> entente.v1.PresenceRequest
-	80,  // 142: entente.v1.Peer.Gate:input_type -> entente.v1.GateRequest
-	58,  // 143: entente.v1.Peer.Vouch:input_type -> entente.v1.VouchRequest
-	60,  // 144: entente.v1.Peer.Checksum:input_type -> entente.v1.ChecksumRequest
-	46,  // 145: entente.v1.Peer.Nodes:input_type -> entente.v1.ListNodesRequest
-	83,  // 146: entente.v1.Peer.MarkReady:input_type -> entente.v1.MarkReadyRequest
-	62,  // 147: entente.v1.Peer.ShowEpoch:input_type -> entente.v1.ShowEpochRequest
-	9,   // 148: entente.v1.Join.Join:output_type -> entente.v1.JoinResponse
-	11,  // 149: entente.v1.Attest.Attest:output_type -> entente.v1.AttestResponse
-	18,  // 150: entente.v1.Sync.Sync:output_type -> entente.v1.SyncResponse
-	2,   // 151: entente.v1.Compare.Statement:output_type -> entente.v1.StatementResponse
-	4,   // 152: entente.v1.Compare.Denials:output_type -> entente.v1.DenialsResponse
-	26,  // 153: entente.v1.Sign.SignX509:output_type -> entente.v1.SignX509Response
-	30,  // 154: entente.v1.Sign.SignJWT:output_type -> entente.v1.SignJWTResponse
-	33,  // 155: entente.v1.Sign.SignWIT:output_type -> entente.v1.SignWITResponse
-	36,  // 156: entente.v1.Admin.Status:output_type -> entente.v1.StatusResponse
-	67,  // 157: entente.v1.Admin.CreateToken:output_type -> entente.v1.CreateTokenResponse
-	69,  // 158: entente.v1.Admin.Apply:output_type -> entente.v1.ApplyResponse
-	74,  // 159: entente.v1.Admin.GetBundle:output_type -> entente.v1.GetBundleResponse
-	89,  // 160: entente.v1.Admin.ListAuthorities:output_type -> entente.v1.ListAuthoritiesResponse
-	93,  // 161: entente.v1.Admin.PrepareAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	93,  // 162: entente.v1.Admin.ActivateAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	93,  // 163: entente.v1.Admin.TaintAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	93,  // 164: entente.v1.Admin.RevokeAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	95,  // 165: entente.v1.Admin.RemoveNode:output_type -> entente.v1.RemoveNodeResponse
-	97,  // 166: entente.v1.Admin.ListAgents:output_type -> entente.v1.ListAgentsResponse
-	100, // 167: entente.v1.Admin.GetAgent:output_type -> entente.v1.GetAgentResponse
-	102, // 168: entente.v1.Admin.BanAgent:output_type -> entente.v1.ChangeAgentResponse
-	102, // 169: entente.v1.Admin.EvictAgent:output_type -> entente.v1.ChangeAgentResponse
-	104, // 170: entente.v1.Admin.IsolateAgent:output_type -> entente.v1.IsolateAgentResponse
-	107, // 171: entente.v1.Admin.ListTokens:output_type -> entente.v1.ListTokensResponse
-	109, // 172: entente.v1.Admin.RevokeToken:output_type -> entente.v1.RevokeTokenResponse
-	111, // 173: entente.v1.Admin.ChangeEntries:output_type -> entente.v1.ChangeEntriesResponse
-	114, // 174: entente.v1.Admin.ListEntries:output_type -> entente.v1.ListEntriesResponse
-	116, // 175: entente.v1.Admin.GetEntry:output_type -> entente.v1.GetEntryResponse
-	117, // 176: entente.v1.Admin.CountEntries:output_type -> entente.v1.CountEntriesResponse
-	45,  // 177: entente.v1.Admin.SaveSnapshot:output_type -> entente.v1.SaveSnapshotResponse
-	47,  // 178: entente.v1.Admin.ListNodes:output_type -> entente.v1.ListNodesResponse
-	57,  // 179: entente.v1.Admin.PromoteNode:output_type -> entente.v1.PromoteNodeResponse
-	51,  // 180: entente.v1.Admin.ReplaceRecoveryKey:output_type -> entente.v1.ReplaceRecoveryKeyResponse
-	53,  // 181: entente.v1.Admin.ListChanges:output_type -> entente.v1.ListChangesResponse
-	55,  // 182: entente.v1.Admin.ApproveChange:output_type -> entente.v1.ApproveChangeResponse
-	72,  // 183: entente.v1.Admin.WhoAmI:output_type -> entente.v1.WhoAmIResponse
-	76,  // 184: entente.v1.Peer.Propose:output_type -> entente.v1.ProposeResponse
-	79,  // 185: entente.v1.Peer.Report:output_type -> entente.v1.ReportResponse
-	87,  // 186: entente.v1.Peer.Presence:output_type -> entente.v1.PresenceResponse
-	81,  // 187: entente.v1.Peer.Gate:output_type -> entente.v1.GateResponse
-	59,  // 188: entente.v1.Peer.Vouch:output_type -> entente.v1.VouchResponse
-	61,  // 189: entente.v1.Peer.Checksum:output_type -> entente.v1.ChecksumResponse
-	47,  // 190: entente.v1.Peer.Nodes:output_type -> entente.v1.ListNodesResponse
-	84,  // 191: entente.v1.Peer.MarkReady:output_type -> entente.v1.MarkReadyResponse
-	63,  // 192: entente.v1.Peer.ShowEpoch:output_type -> entente.v1.ShowEpochResponse
-	148, // [148:193] is the sub-list for method output_type
-	103, // [103:148] is the sub-list for method input_type
-	103, // [103:103] is the sub-list for extension type_name
-	103, // [103:103] is the sub-list for extension extendee
-	0,   // [0:103] is the sub-list for field type_name
+	126, // 73: entente.v1.ObjectChange.key:type_name -> entente.state.v1.ObjectKey
+	125, // 74: entente.v1.ObjectChange.before:type_name -> entente.state.v1.Object
+	126, // 75: entente.v1.ListObjectsRequest.after:type_name -> entente.state.v1.ObjectKey
+	125, // 76: entente.v1.ListObjectsResponse.objects:type_name -> entente.state.v1.Object
+	132, // 77: entente.v1.WhoAmIResponse.bindings:type_name -> entente.state.v1.RoleBinding
+	80,  // 78: entente.v1.ReportRequest.held:type_name -> entente.v1.HeldAuthority
+	84,  // 79: entente.v1.GateResponse.authorities:type_name -> entente.v1.AuthorityGate
+	20,  // 80: entente.v1.Picture.policy:type_name -> entente.v1.Policy
+	22,  // 81: entente.v1.Picture.presence:type_name -> entente.v1.Presence
+	121, // 82: entente.v1.Picture.confirmed:type_name -> entente.state.v1.Member
+	17,  // 83: entente.v1.PresenceResponse.instances:type_name -> entente.v1.Instance
+	17,  // 84: entente.v1.PresenceResponse.withdrawn:type_name -> entente.v1.Instance
+	92,  // 85: entente.v1.ListAuthoritiesResponse.authorities:type_name -> entente.v1.AuthorityStatus
+	127, // 86: entente.v1.AuthorityStatus.authority:type_name -> entente.state.v1.Authority
+	128, // 87: entente.v1.PrepareAuthorityRequest.use:type_name -> entente.state.v1.KeyUse
+	127, // 88: entente.v1.ChangeAuthorityResponse.authority:type_name -> entente.state.v1.Authority
+	127, // 89: entente.v1.ChangeAuthorityResponse.signing:type_name -> entente.state.v1.Authority
+	49,  // 90: entente.v1.RemoveNodeResponse.approval:type_name -> entente.v1.Approval
+	121, // 91: entente.v1.RemoveNodeResponse.member:type_name -> entente.state.v1.Member
+	127, // 92: entente.v1.RemoveNodeResponse.authorities:type_name -> entente.state.v1.Authority
+	100, // 93: entente.v1.ListAgentsResponse.agents:type_name -> entente.v1.AgentStatus
+	123, // 94: entente.v1.AgentStatus.agent:type_name -> entente.state.v1.Agent
+	100, // 95: entente.v1.GetAgentResponse.status:type_name -> entente.v1.AgentStatus
+	124, // 96: entente.v1.GetAgentResponse.entries:type_name -> entente.state.v1.Entry
+	17,  // 97: entente.v1.GetAgentResponse.instances:type_name -> entente.v1.Instance
+	107, // 98: entente.v1.IsolateAgentResponse.isolation:type_name -> entente.v1.Isolation
+	123, // 99: entente.v1.Isolation.agent:type_name -> entente.state.v1.Agent
+	133, // 100: entente.v1.ListTokensResponse.tokens:type_name -> entente.state.v1.Token
+	134, // 101: entente.v1.ChangeEntriesRequest.changes:type_name -> entente.state.v1.EntryChange
+	114, // 102: entente.v1.ChangeEntriesResponse.results:type_name -> entente.v1.EntryResult
+	124, // 103: entente.v1.ListEntriesResponse.entries:type_name -> entente.state.v1.Entry
+	124, // 104: entente.v1.GetEntryResponse.entry:type_name -> entente.state.v1.Entry
+	8,   // 105: entente.v1.Join.Join:input_type -> entente.v1.JoinRequest
+	10,  // 106: entente.v1.Attest.Attest:input_type -> entente.v1.AttestRequest
+	12,  // 107: entente.v1.Sync.Sync:input_type -> entente.v1.SyncRequest
+	1,   // 108: entente.v1.Compare.Statement:input_type -> entente.v1.StatementRequest
+	3,   // 109: entente.v1.Compare.Denials:input_type -> entente.v1.DenialsRequest
+	24,  // 110: entente.v1.Sign.SignX509:input_type -> entente.v1.SignX509Request
+	28,  // 111: entente.v1.Sign.SignJWT:input_type -> entente.v1.SignJWTRequest
+	31,  // 112: entente.v1.Sign.SignWIT:input_type -> entente.v1.SignWITRequest
+	35,  // 113: entente.v1.Admin.Status:input_type -> entente.v1.StatusRequest
+	66,  // 114: entente.v1.Admin.CreateToken:input_type -> entente.v1.CreateTokenRequest
+	68,  // 115: entente.v1.Admin.Apply:input_type -> entente.v1.ApplyRequest
+	71,  // 116: entente.v1.Admin.ListObjects:input_type -> entente.v1.ListObjectsRequest
+	75,  // 117: entente.v1.Admin.GetBundle:input_type -> entente.v1.GetBundleRequest
+	90,  // 118: entente.v1.Admin.ListAuthorities:input_type -> entente.v1.ListAuthoritiesRequest
+	93,  // 119: entente.v1.Admin.PrepareAuthority:input_type -> entente.v1.PrepareAuthorityRequest
+	94,  // 120: entente.v1.Admin.ActivateAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	94,  // 121: entente.v1.Admin.TaintAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	94,  // 122: entente.v1.Admin.RevokeAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	96,  // 123: entente.v1.Admin.RemoveNode:input_type -> entente.v1.RemoveNodeRequest
+	98,  // 124: entente.v1.Admin.ListAgents:input_type -> entente.v1.ListAgentsRequest
+	101, // 125: entente.v1.Admin.GetAgent:input_type -> entente.v1.GetAgentRequest
+	103, // 126: entente.v1.Admin.BanAgent:input_type -> entente.v1.ChangeAgentRequest
+	103, // 127: entente.v1.Admin.EvictAgent:input_type -> entente.v1.ChangeAgentRequest
+	105, // 128: entente.v1.Admin.IsolateAgent:input_type -> entente.v1.IsolateAgentRequest
+	108, // 129: entente.v1.Admin.ListTokens:input_type -> entente.v1.ListTokensRequest
+	110, // 130: entente.v1.Admin.RevokeToken:input_type -> entente.v1.RevokeTokenRequest
+	112, // 131: entente.v1.Admin.ChangeEntries:input_type -> entente.v1.ChangeEntriesRequest
+	115, // 132: entente.v1.Admin.ListEntries:input_type -> entente.v1.ListEntriesRequest
+	117, // 133: entente.v1.Admin.GetEntry:input_type -> entente.v1.GetEntryRequest
+	115, // 134: entente.v1.Admin.CountEntries:input_type -> entente.v1.ListEntriesRequest
+	44,  // 135: entente.v1.Admin.SaveSnapshot:input_type -> entente.v1.SaveSnapshotRequest
+	46,  // 136: entente.v1.Admin.ListNodes:input_type -> entente.v1.ListNodesRequest
+	56,  // 137: entente.v1.Admin.PromoteNode:input_type -> entente.v1.PromoteNodeRequest
+	50,  // 138: entente.v1.Admin.ReplaceRecoveryKey:input_type -> entente.v1.ReplaceRecoveryKeyRequest
+	52,  // 139: entente.v1.Admin.ListChanges:input_type -> entente.v1.ListChangesRequest
+	54,  // 140: entente.v1.Admin.ApproveChange:input_type -> entente.v1.ApproveChangeRequest
+	73,  // 141: entente.v1.Admin.WhoAmI:input_type -> entente.v1.WhoAmIRequest
+	77,  // 142: entente.v1.Peer.Propose:input_type -> entente.v1.ProposeRequest
+	79,  // 143: entente.v1.Peer.Report:input_type -> entente.v1.ReportRequest
+	88,  // 144: entente.v1.Peer.Presence:input_type -> entente.v1.PresenceRequest
+	82,  // 145: entente.v1.Peer.Gate:input_type -> entente.v1.GateRequest
+	58,  // 146: entente.v1.Peer.Vouch:input_type -> entente.v1.VouchRequest
+	60,  // 147: entente.v1.Peer.Checksum:input_type -> entente.v1.ChecksumRequest
+	46,  // 148: entente.v1.Peer.Nodes:input_type -> entente.v1.ListNodesRequest
+	85,  // 149: entente.v1.Peer.MarkReady:input_type -> entente.v1.MarkReadyRequest
+	62,  // 150: entente.v1.Peer.ShowEpoch:input_type -> entente.v1.ShowEpochRequest
+	9,   // 151: entente.v1.Join.Join:output_type -> entente.v1.JoinResponse
+	11,  // 152: entente.v1.Attest.Attest:output_type -> entente.v1.AttestResponse
+	18,  // 153: entente.v1.Sync.Sync:output_type -> entente.v1.SyncResponse
+	2,   // 154: entente.v1.Compare.Statement:output_type -> entente.v1.StatementResponse
+	4,   // 155: entente.v1.Compare.Denials:output_type -> entente.v1.DenialsResponse
+	26,  // 156: entente.v1.Sign.SignX509:output_type -> entente.v1.SignX509Response
+	30,  // 157: entente.v1.Sign.SignJWT:output_type -> entente.v1.SignJWTResponse
+	33,  // 158: entente.v1.Sign.SignWIT:output_type -> entente.v1.SignWITResponse
+	36,  // 159: entente.v1.Admin.Status:output_type -> entente.v1.StatusResponse
+	67,  // 160: entente.v1.Admin.CreateToken:output_type -> entente.v1.CreateTokenResponse
+	69,  // 161: entente.v1.Admin.Apply:output_type -> entente.v1.ApplyResponse
+	72,  // 162: entente.v1.Admin.ListObjects:output_type -> entente.v1.ListObjectsResponse
+	76,  // 163: entente.v1.Admin.GetBundle:output_type -> entente.v1.GetBundleResponse
+	91,  // 164: entente.v1.Admin.ListAuthorities:output_type -> entente.v1.ListAuthoritiesResponse
+	95,  // 165: entente.v1.Admin.PrepareAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	95,  // 166: entente.v1.Admin.ActivateAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	95,  // 167: entente.v1.Admin.TaintAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	95,  // 168: entente.v1.Admin.RevokeAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	97,  // 169: entente.v1.Admin.RemoveNode:output_type -> entente.v1.RemoveNodeResponse
+	99,  // 170: entente.v1.Admin.ListAgents:output_type -> entente.v1.ListAgentsResponse
+	102, // 171: entente.v1.Admin.GetAgent:output_type -> entente.v1.GetAgentResponse
+	104, // 172: entente.v1.Admin.BanAgent:output_type -> entente.v1.ChangeAgentResponse
+	104, // 173: entente.v1.Admin.EvictAgent:output_type -> entente.v1.ChangeAgentResponse
+	106, // 174: entente.v1.Admin.IsolateAgent:output_type -> entente.v1.IsolateAgentResponse
+	109, // 175: entente.v1.Admin.ListTokens:output_type -> entente.v1.ListTokensResponse
+	111, // 176: entente.v1.Admin.RevokeToken:output_type -> entente.v1.RevokeTokenResponse
+	113, // 177: entente.v1.Admin.ChangeEntries:output_type -> entente.v1.ChangeEntriesResponse
+	116, // 178: entente.v1.Admin.ListEntries:output_type -> entente.v1.ListEntriesResponse
+	118, // 179: entente.v1.Admin.GetEntry:output_type -> entente.v1.GetEntryResponse
+	119, // 180: entente.v1.Admin.CountEntries:output_type -> entente.v1.CountEntriesResponse
+	45,  // 181: entente.v1.Admin.SaveSnapshot:output_type -> entente.v1.SaveSnapshotResponse
+	47,  // 182: entente.v1.Admin.ListNodes:output_type -> entente.v1.ListNodesResponse
+	57,  // 183: entente.v1.Admin.PromoteNode:output_type -> entente.v1.PromoteNodeResponse
+	51,  // 184: entente.v1.Admin.ReplaceRecoveryKey:output_type -> entente.v1.ReplaceRecoveryKeyResponse
+	53,  // 185: entente.v1.Admin.ListChanges:output_type -> entente.v1.ListChangesResponse
+	55,  // 186: entente.v1.Admin.ApproveChange:output_type -> entente.v1.ApproveChangeResponse
+	74,  // 187: entente.v1.Admin.WhoAmI:output_type -> entente.v1.WhoAmIResponse
+	78,  // 188: entente.v1.Peer.Propose:output_type -> entente.v1.ProposeResponse
+	81,  // 189: entente.v1.Peer.Report:output_type -> entente.v1.ReportResponse
+	89,  // 190: entente.v1.Peer.Presence:output_type -> entente.v1.PresenceResponse
+	83,  // 191: entente.v1.Peer.Gate:output_type -> entente.v1.GateResponse
+	59,  // 192: entente.v1.Peer.Vouch:output_type -> entente.v1.VouchResponse
+	61,  // 193: entente.v1.Peer.Checksum:output_type -> entente.v1.ChecksumResponse
+	47,  // 194: entente.v1.Peer.Nodes:output_type -> entente.v1.ListNodesResponse
+	86,  // 195: entente.v1.Peer.MarkReady:output_type -> entente.v1.MarkReadyResponse
+	63,  // 196: entente.v1.Peer.ShowEpoch:output_type -> entente.v1.ShowEpochResponse
+	151, // [151:197] is the sub-list for method output_type
+	105, // [105:151] is the sub-list for method input_type
+	105, // [105:105] is the sub-list for extension type_name
+	105, // [105:105] is the sub-list for extension extendee
+	0,   // [0:105] is the sub-list for field type_name
 }
 
 func init() { file_entente_v1_entente_proto_init() }
@@ -8276,7 +8429,7 @@ func file_entente_v1_entente_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_entente_v1_entente_proto_rawDesc), len(file_entente_v1_entente_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   117,
+			NumMessages:   119,
 			NumExtensions: 0,
 			NumServices:   7,
 		},

@@ -684,6 +684,7 @@ const (
 	Admin_Status_FullMethodName             = "/entente.v1.Admin/Status"
 	Admin_CreateToken_FullMethodName        = "/entente.v1.Admin/CreateToken"
 	Admin_Apply_FullMethodName              = "/entente.v1.Admin/Apply"
+	Admin_ListObjects_FullMethodName        = "/entente.v1.Admin/ListObjects"
 	Admin_GetBundle_FullMethodName          = "/entente.v1.Admin/GetBundle"
 	Admin_ListAuthorities_FullMethodName    = "/entente.v1.Admin/ListAuthorities"
 	Admin_PrepareAuthority_FullMethodName   = "/entente.v1.Admin/PrepareAuthority"
@@ -720,6 +721,8 @@ type AdminClient interface {
 	Status(ctx context.Context, in *StatusRequest, opts ...grpc.CallOption) (*StatusResponse, error)
 	CreateToken(ctx context.Context, in *CreateTokenRequest, opts ...grpc.CallOption) (*CreateTokenResponse, error)
 	Apply(ctx context.Context, in *ApplyRequest, opts ...grpc.CallOption) (*ApplyResponse, error)
+	// ListObjects shows what was declared, as far as the caller may see it.
+	ListObjects(ctx context.Context, in *ListObjectsRequest, opts ...grpc.CallOption) (*ListObjectsResponse, error)
 	GetBundle(ctx context.Context, in *GetBundleRequest, opts ...grpc.CallOption) (*GetBundleResponse, error)
 	ListAuthorities(ctx context.Context, in *ListAuthoritiesRequest, opts ...grpc.CallOption) (*ListAuthoritiesResponse, error)
 	// PrepareAuthority makes a key at the node that is asked, and has it agreed.
@@ -795,6 +798,16 @@ func (c *adminClient) Apply(ctx context.Context, in *ApplyRequest, opts ...grpc.
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(ApplyResponse)
 	err := c.cc.Invoke(ctx, Admin_Apply_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) ListObjects(ctx context.Context, in *ListObjectsRequest, opts ...grpc.CallOption) (*ListObjectsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListObjectsResponse)
+	err := c.cc.Invoke(ctx, Admin_ListObjects_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -1069,6 +1082,8 @@ type AdminServer interface {
 	Status(context.Context, *StatusRequest) (*StatusResponse, error)
 	CreateToken(context.Context, *CreateTokenRequest) (*CreateTokenResponse, error)
 	Apply(context.Context, *ApplyRequest) (*ApplyResponse, error)
+	// ListObjects shows what was declared, as far as the caller may see it.
+	ListObjects(context.Context, *ListObjectsRequest) (*ListObjectsResponse, error)
 	GetBundle(context.Context, *GetBundleRequest) (*GetBundleResponse, error)
 	ListAuthorities(context.Context, *ListAuthoritiesRequest) (*ListAuthoritiesResponse, error)
 	// PrepareAuthority makes a key at the node that is asked, and has it agreed.
@@ -1128,6 +1143,9 @@ func (UnimplementedAdminServer) CreateToken(context.Context, *CreateTokenRequest
 }
 func (UnimplementedAdminServer) Apply(context.Context, *ApplyRequest) (*ApplyResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Apply not implemented")
+}
+func (UnimplementedAdminServer) ListObjects(context.Context, *ListObjectsRequest) (*ListObjectsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListObjects not implemented")
 }
 func (UnimplementedAdminServer) GetBundle(context.Context, *GetBundleRequest) (*GetBundleResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method GetBundle not implemented")
@@ -1275,6 +1293,24 @@ func _Admin_Apply_Handler(srv interface{}, ctx context.Context, dec func(interfa
 	}
 	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
 		return srv.(AdminServer).Apply(ctx, req.(*ApplyRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_ListObjects_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListObjectsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).ListObjects(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_ListObjects_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).ListObjects(ctx, req.(*ListObjectsRequest))
 	}
 	return interceptor(ctx, in, info, handler)
 }
@@ -1740,6 +1776,10 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Apply",
 			Handler:    _Admin_Apply_Handler,
+		},
+		{
+			MethodName: "ListObjects",
+			Handler:    _Admin_ListObjects_Handler,
 		},
 		{
 			MethodName: "GetBundle",
