@@ -28,6 +28,9 @@ func killed(t *testing.T, dir string, at int, args ...string) killpoint.Result {
 
 func killedWhere(t *testing.T, c killpoint.Command, at int) killpoint.Result {
 	t.Helper()
+	if testing.Short() {
+		t.Skip("each point is a process of its own: they are for the whole run")
+	}
 	// Its user may trace it only if it does not seal its memory, which changes no file.
 	c.Args = append(c.Args, "--debuggable")
 	c.Path, c.Env = os.Args[0], append(os.Environ(), "ENTENTE_TEST_PROGRAM=entente")
@@ -48,8 +51,6 @@ func each(t *testing.T, points, some int, f func(at int)) {
 	t.Helper()
 	if os.Getenv("ENTENTE_SOAK") != "" {
 		some = 1
-	} else if testing.Short() {
-		some *= 3
 	}
 	for at := time.Now().YearDay() % some; at < points && !t.Failed(); at += some {
 		f(at)
