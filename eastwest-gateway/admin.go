@@ -12,6 +12,7 @@ import (
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
 	"github.com/entente-mesh/entente/federation/catalog"
 	"github.com/entente-mesh/entente/internal/daemon"
+	"github.com/entente-mesh/entente/internal/dataplane"
 	"github.com/entente-mesh/entente/internal/dataplaneapi"
 )
 
@@ -28,17 +29,23 @@ func (g *Gateway) openSocket() error {
 	}
 	var err error
 	if g.socket, err = daemon.ListenUnix(path, 0o600); err != nil {
-		return fmt.Errorf("gateway: opening the admin socket (admin.socket): %w", err)
+		return fmt.Errorf("gateway: opening the admin socket (admin.socket, by default in dataDir): %w", err)
 	}
 	return nil
 }
 
+// Drain is part of dataplaneapi.Drainer, as is Undrain.
+func (g *Gateway) Drain(why dataplane.Drained) dataplane.Drained { return g.engine.Drain(why) }
+
+// Undrain has the gateway take connections again; false: it does.
+func (g *Gateway) Undrain() bool { return g.engine.Undrain() }
+
 // Status is part of dataplaneapi.Process.
-func (g *Gateway) Status(service string) *ententev1.DataPlaneStatusResponse {
+func (g *Gateway) Status(asked *ententev1.DataPlaneStatusRequest) *ententev1.DataPlaneStatusResponse {
 	s := &ententev1.DataPlaneStatusResponse{
 		Kind: "gateway", Name: g.cfg.Name, TrustDomain: g.td.Name(), Datacenter: g.cfg.Datacenter,
 		Build: dataplaneapi.Build(), Started: timestamppb.New(g.started), Ready: true,
-		Bundles: g.identities.held(),
+		Bundles: g.identities.held(), Drained: dataplaneapi.Drained(g.engine.Drained()),
 	}
 	if err := g.Ready(); err != nil {
 		s.Ready, s.NotReady = false, err.Error()
@@ -54,7 +61,7 @@ func (g *Gateway) Status(service string) *ententev1.DataPlaneStatusResponse {
 	if g.cfg.EastWest == nil {
 		role = catalog.Edge
 	}
-	dataplaneapi.Engine(s, g.engine.Seen(role), service)
+	dataplaneapi.Engine(s, g.engine.Seen(role), asked)
 	if g.admin != nil {
 		s.Listeners = append(s.Listeners, &ententev1.Listener{Name: "admin.listen", Address: g.admin.Addr()})
 	}

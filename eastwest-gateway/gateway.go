@@ -7,6 +7,7 @@
 package gateway
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -127,6 +128,9 @@ func (g *Gateway) Ready() error {
 	if g.draining.Load() {
 		return errors.New("draining: the process was asked to stop")
 	}
+	if drained := g.engine.Drained(); drained != nil {
+		return fmt.Errorf("drained by an administrator (entente gateway undrain ends it): %s", cmp.Or(drained.Reason, "no reason given"))
+	}
 	for _, id := range g.needed() {
 		if _, err := g.identities.of(id).GetX509SVID(); err != nil {
 			return err
@@ -184,7 +188,11 @@ func (g *Gateway) Run(ctx context.Context) error {
 		foundation("admin", g.admin.Run)
 	}
 	if g.socket != nil {
-		api := dataplaneapi.New(g, g.log)
+		var access *slog.Logger
+		if g.records != nil {
+			access = g.records.Logger
+		}
+		api := dataplaneapi.New(g, g.log, access)
 		foundation("admin socket", func(ctx context.Context) error { return api.ServeLocal(ctx, g.socket) })
 	}
 

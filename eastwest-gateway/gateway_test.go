@@ -2,6 +2,7 @@ package gateway
 
 import (
 	"context"
+	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"fmt"
@@ -11,6 +12,8 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -245,6 +248,17 @@ func TestGateway(t *testing.T) {
 		t.Errorf("metrics:\n%s", text)
 	}
 
+	checkDrain(t, filepath.Join(dir, "a.sock"), adminAddr, func() error {
+		conn, err := tls.Dial("tcp", doorAddr, config)
+		if err == nil {
+			conn.Close()
+		}
+		return err
+	})
+	if got := ask(); got != "market for spiffe://trading.example/portfolio" {
+		t.Errorf("undrained: %q", got)
+	}
+
 	cancel()
 	select {
 	case err := <-done:
@@ -255,7 +269,12 @@ func TestGateway(t *testing.T) {
 		t.Fatal("it does not stop")
 	}
 	log, err := os.ReadFile(filepath.Join(dir, "access.log"))
-	if err != nil || strings.Count(string(log), `"hop":"gateway"`) != 2 || strings.Count(string(log), `"hop":"edge"`) != 1 {
+	for _, method := range []string{"Drain", "Undrain"} {
+		if !regexp.MustCompile(`"msg":"administrative call","method":"/entente.v1.DataPlane/` + method + `","administrator":"local user [^"]+","outcome":"OK"`).Match(log) {
+			t.Errorf("the access log does not say who called %s:\n%s", method, log)
+		}
+	}
+	if err != nil || strings.Count(string(log), `"hop":"gateway"`) != 3 || strings.Count(string(log), `"hop":"edge"`) != 1 {
 		t.Errorf("%v\n%s", err, log)
 	}
 }
@@ -291,6 +310,62 @@ func checkStatus(t *testing.T, socket, door, market string) {
 	}
 	if e := s.GetServices()[0].GetEndpoints()[0]; e.GetAddress() != market || e.GetName() != "a1" || !e.GetHealthy() || e.GetEjected() {
 		t.Errorf("market: %v", e)
+	}
+}
+
+// checkDrain drains the gateway and puts it back. dial makes a connection at its door.
+func checkDrain(t *testing.T, socket, admin string, dial func() error) {
+	t.Helper()
+	conn, err := grpc.NewClient("unix:"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	client := ententev1.NewDataPlaneClient(conn)
+	page := func(path string) string {
+		res, err := http.Get("http://" + admin + path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer res.Body.Close()
+		text, _ := io.ReadAll(res.Body)
+		return fmt.Sprint(res.StatusCode, " ", string(text))
+	}
+	if err := dial(); err != nil || !strings.Contains(page("/metrics"), "entente_gateway_drained 0") {
+		t.Fatalf("control: %v", err)
+	}
+	d, err := client.Drain(t.Context(), &ententev1.DrainRequest{Reason: "kernel update"})
+	if err != nil || !strings.HasPrefix(d.GetDrained().GetWho(), "local user") {
+		t.Fatalf("%v, %v", d, err)
+	}
+	if got := page("/readyz"); !strings.HasPrefix(got, "503 ") || !strings.Contains(got, "kernel update") {
+		t.Errorf("drained, and /readyz says %s", got)
+	}
+	if !strings.Contains(page("/metrics"), "entente_gateway_drained 1") {
+		t.Error("drained, and the metrics do not say so")
+	}
+	if err := dial(); err == nil {
+		t.Error("a drained gateway takes a connection")
+	}
+	// The last connection ends with the last request that was made over it.
+	var s *ententev1.DataPlaneStatusResponse
+	for range 500 {
+		if s, err = client.Status(t.Context(), &ententev1.DataPlaneStatusRequest{WithoutServices: true}); err != nil || s.GetDrained() == nil || s.GetReady() || len(s.GetServices()) > 0 {
+			t.Fatalf("%v, %v", s, err)
+		}
+		if slices.IndexFunc(s.GetListeners(), func(l *ententev1.Listener) bool { return l.GetConnections() > 0 }) < 0 {
+			break
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	if n := slices.IndexFunc(s.GetListeners(), func(l *ententev1.Listener) bool { return l.GetConnections() > 0 }); n >= 0 {
+		t.Errorf("drained, and connections stay: %v", s.GetListeners())
+	}
+	if _, err := client.Undrain(t.Context(), &ententev1.UndrainRequest{}); err != nil {
+		t.Error(err)
+	}
+	if err := dial(); err != nil || !strings.HasPrefix(page("/readyz"), "200 ") {
+		t.Errorf("undrained: %v", err)
 	}
 }
 

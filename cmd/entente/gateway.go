@@ -16,8 +16,8 @@ func gatewayCommand() *cobra.Command {
 	return group(&cobra.Command{
 		Use:     "gateway",
 		Short:   "An east-west gateway, an entrance for users, or both",
-		Example: "  entente gateway run --config gateway.yaml\n  entente gateway status",
-	}, longRunning(gatewayRunCommand()), gatewayStatusCommand())
+		Example: "  entente gateway run --config gateway.yaml\n  entente gateway status\n  entente gateway drain --reason \"kernel update\"",
+	}, longRunning(gatewayRunCommand()), gatewayStatusCommand(), gatewayDrainCommand(), gatewayUndrainCommand())
 }
 
 func gatewayRunCommand() *cobra.Command {

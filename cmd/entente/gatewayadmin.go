@@ -34,15 +34,13 @@ func (f *gatewayFlags) register(c *cobra.Command) {
 }
 
 // call dials the gateway and runs do with its client.
-func (f *gatewayFlags) call(ctx context.Context, do func(context.Context, ententev1.DataPlaneClient) error) error {
-	ctx, cancel := context.WithTimeout(ctx, time.Minute)
-	defer cancel()
+func (f *gatewayFlags) call(do func(ententev1.DataPlaneClient) error) error {
 	conn, err := dialSocket(f.socket, "gateway", "", grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxStatusSize)))
 	if err != nil {
 		return err
 	}
 	defer conn.Close()
-	return do(ctx, ententev1.NewDataPlaneClient(conn))
+	return do(ententev1.NewDataPlaneClient(conn))
 }
 
 func gatewayStatusCommand() *cobra.Command {
@@ -59,8 +57,8 @@ service, or for one.`,
 				return usageError{c, errors.New("name at most one service")}
 			}
 			request := &ententev1.DataPlaneStatusRequest{Service: strings.Join(args, "")}
-			return flags.call(c.Context(), func(ctx context.Context, client ententev1.DataPlaneClient) error {
-				s, err := client.Status(ctx, request)
+			return flags.call(func(client ententev1.DataPlaneClient) error {
+				s, err := gatewayStatus(c.Context(), client, request)
 				if err != nil {
 					return err
 				}
@@ -75,6 +73,15 @@ service, or for one.`,
 	return c
 }
 
+// answerTime is how long a gateway may take to answer a call.
+const answerTime = 20 * time.Second
+
+func gatewayStatus(ctx context.Context, client ententev1.DataPlaneClient, request *ententev1.DataPlaneStatusRequest) (*ententev1.DataPlaneStatusResponse, error) {
+	ctx, cancel := context.WithTimeout(ctx, answerTime)
+	defer cancel()
+	return client.Status(ctx, request)
+}
+
 func printDataPlaneStatus(w io.Writer, s *ententev1.DataPlaneStatusResponse, now time.Time) error {
 	table := tabwriter.NewWriter(w, 0, 4, 2, ' ', 0)
 	fmt.Fprintf(table, "%s\t%s of %s, %s\n", strings.ToUpper(s.GetKind()), s.GetName(), s.GetTrustDomain(), s.GetDatacenter())
@@ -82,6 +89,9 @@ func printDataPlaneStatus(w io.Writer, s *ententev1.DataPlaneStatusResponse, now
 	state := "ready"
 	if !s.GetReady() {
 		state = "NOT READY: " + s.GetNotReady()
+	}
+	if d := s.GetDrained(); d != nil {
+		fmt.Fprintf(table, "DRAINED\t%s ago by %s: %s\n", lasting(now.Sub(d.GetSince().AsTime())), d.GetWho(), cmp.Or(d.GetReason(), "no reason given"))
 	}
 	fmt.Fprintf(table, "STATE\t%s; up %s\n", state, lasting(now.Sub(s.GetStarted().AsTime())))
 	for _, svid := range s.GetSvids() {

@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -13,14 +14,15 @@ import (
 
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
 	"github.com/entente-mesh/entente/internal/daemon"
+	"github.com/entente-mesh/entente/internal/dataplane"
 	"github.com/entente-mesh/entente/internal/dataplaneapi"
 )
 
 // seenGateway answers as a gateway does that sees one service.
 type seenGateway struct{ only string }
 
-func (g *seenGateway) Status(service string) *ententev1.DataPlaneStatusResponse {
-	g.only = service
+func (g *seenGateway) Status(r *ententev1.DataPlaneStatusRequest) *ententev1.DataPlaneStatusResponse {
+	g.only = r.GetService()
 	in := func(d time.Duration) *timestamppb.Timestamp {
 		return timestamppb.New(time.Now().Add(d + time.Second/2))
 	}
@@ -50,7 +52,7 @@ func TestGatewayStatus(t *testing.T) {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
-	go func() { ended <- dataplaneapi.New(seen, nil).ServeLocal(ctx, listener) }()
+	go func() { ended <- dataplaneapi.New(seen, nil, nil).ServeLocal(ctx, listener) }()
 	defer func() { cancel(); <-ended }()
 
 	out, code := entente(t, "gateway", "status", "--socket", socket)
@@ -79,5 +81,91 @@ func TestGatewayStatus(t *testing.T) {
 	}
 	if _, code := entente(t, "gateway", "status", "one", "two"); code != exitUsage {
 		t.Errorf("two services: exit code %d", code)
+	}
+}
+
+// drainable is a gateway that has fewer requests under way with each look.
+type drainable struct {
+	mu      sync.Mutex
+	drained *dataplane.Drained
+	left    uint32
+}
+
+func (g *drainable) Drain(why dataplane.Drained) dataplane.Drained {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.drained == nil {
+		g.drained = &why
+	}
+	return *g.drained
+}
+
+func (g *drainable) Undrain() bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	was := g.drained != nil
+	g.drained = nil
+	return was
+}
+
+func (g *drainable) Status(*ententev1.DataPlaneStatusRequest) *ententev1.DataPlaneStatusResponse {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	s := &ententev1.DataPlaneStatusResponse{Kind: "gateway", Name: "gw-1", Drained: dataplaneapi.Drained(g.drained), Requests: g.left,
+		Listeners: []*ententev1.Listener{{Name: "eastWest", Connections: g.left}}}
+	if g.left > 0 && g.left < stuck {
+		g.left--
+	}
+	return s
+}
+
+const stuck = 1000
+
+func TestGatewayDrain(t *testing.T) {
+	socket, g := filepath.Join(t.TempDir(), "a.sock"), &drainable{left: 2}
+	listener, err := daemon.ListenUnix(socket, 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	go func() { ended <- dataplaneapi.New(g, nil, nil).ServeLocal(ctx, listener) }()
+	defer func() { cancel(); <-ended }()
+
+	if out, code := entente(t, "gateway", "undrain", "--socket", socket); code != exitRefused || !strings.Contains(out, "it takes connections") {
+		t.Errorf("undrain of a gateway that is not drained: exit code %d: %s", code, out)
+	}
+	out, code := entente(t, "gateway", "drain", "--reason", "kernel update", "--socket", socket)
+	if code != exitOK || !strings.Contains(out, "gw-1 is drained (kernel update): 2 connections and 2 requests are left") ||
+		!strings.Contains(out, "gw-1 is drained (kernel update): 0 connections and 0 requests are left") {
+		t.Errorf("exit code %d: %s", code, out)
+	}
+	if out, _ := entente(t, "gateway", "status", "--socket", socket); !regexp.MustCompile(`(?m)^DRAINED +\d+s ago by local user .*: kernel update$`).MatchString(out) {
+		t.Errorf("status of a drained gateway:\n%s", out)
+	}
+	if out, code := entente(t, "gateway", "drain", "--reason", strings.Repeat("x", 201), "--socket", socket); code != exitRefused {
+		t.Errorf("a reason of 201 characters: exit code %d: %s", code, out)
+	}
+	if out, code := entente(t, "gateway", "undrain", "--socket", socket); code != exitOK || !strings.Contains(out, "gw-1 takes connections") {
+		t.Errorf("exit code %d: %s", code, out)
+	}
+
+	g.mu.Lock()
+	g.left = stuck
+	g.mu.Unlock()
+	if out, code := entente(t, "gateway", "drain", "--timeout", "300ms", "--socket", socket); code != exitFindings || !strings.Contains(out, "it stays drained") {
+		t.Errorf("requests that do not end: exit code %d: %s", code, out)
+	}
+	raw, code := entente(t, "gateway", "drain", "--wait=false", "--json", "--socket", socket)
+	var fields struct {
+		Requests int
+		Drained  struct{ Who string }
+	}
+	if err := json.Unmarshal([]byte(raw), &fields); code != exitOK || err != nil || fields.Requests != stuck || !strings.HasPrefix(fields.Drained.Who, "local user") {
+		t.Errorf("exit code %d, %v: %s", code, err, raw)
+	}
+	time.AfterFunc(300*time.Millisecond, func() { g.Undrain() })
+	if out, code := entente(t, "gateway", "drain", "--socket", socket); code != exitRefused || !strings.Contains(out, "somebody has undrained it") {
+		t.Errorf("undrained meanwhile: exit code %d: %s", code, out)
 	}
 }

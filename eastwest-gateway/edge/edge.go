@@ -30,6 +30,8 @@ type Mesh interface {
 	Revoked(subject, keyID string, claims map[string]any) error
 	// Refuse answers with a problem; detail is for our own log only.
 	Refuse(w http.ResponseWriter, r *http.Request, service string, p problem.Problem, detail string)
+	// Drained tells whether each connection is to end with its next answer.
+	Drained() bool
 }
 
 const (
@@ -125,6 +127,9 @@ func seat(r *http.Request) bool {
 // ServeHTTP takes one request of a client through token, tier and route to its service.
 func (e *Edge) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	now := time.Now()
+	if e.mesh.Drained() {
+		w.Header().Set("Connection", "close") // over HTTP/2 it is a GOAWAY
+	}
 	// Our own word for who asks; a client's is worth nothing.
 	user, refused := e.tokens.verify(r, now)
 	if refused == nil && !seat(r) {

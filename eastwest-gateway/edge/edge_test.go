@@ -20,6 +20,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/http/httptrace"
 	"os"
 	"path/filepath"
 	"strings"
@@ -46,6 +47,7 @@ type mesh struct {
 	pass          []string
 	until         time.Time
 	still         func() error
+	drained       bool
 	revoked       func(subject, keyID string, claims map[string]any) error // nil: nothing is
 }
 
@@ -60,6 +62,8 @@ func (m *mesh) ForwardUser(w http.ResponseWriter, r *http.Request, service strin
 	m.service, m.path, m.pass, m.until, m.still = service, r.URL.EscapedPath(), pass, until, still
 	w.WriteHeader(http.StatusOK)
 }
+
+func (m *mesh) Drained() bool { return m.drained }
 
 func (m *mesh) Refuse(w http.ResponseWriter, r *http.Request, _ string, p problem.Problem, _ string) {
 	p.RequestID = "01JC0000000000000000000000"
@@ -380,6 +384,27 @@ func TestServesTLSAndDrains(t *testing.T) {
 	answer.Body.Close()
 	if answer.StatusCode != http.StatusOK || w.mesh.service != "portfolio.trading.example" || len(w.mesh.pass) != 1 || time.Until(w.mesh.until) > time.Minute || time.Until(w.mesh.until) < time.Second {
 		t.Errorf("status %d, service %q", answer.StatusCode, w.mesh.service)
+	}
+	// A gateway that an administrator drained serves on, and keeps no connection.
+	reused := func() (was bool) {
+		trace := &httptrace.ClientTrace{GotConn: func(info httptrace.GotConnInfo) { was = info.Reused }}
+		answer, err := client.Do(r.WithContext(httptrace.WithClientTrace(t.Context(), trace)))
+		check(t, err)
+		io.Copy(io.Discard, answer.Body)
+		answer.Body.Close()
+		if answer.StatusCode != http.StatusOK {
+			t.Errorf("status %d", answer.StatusCode)
+		}
+		return was
+	}
+	if !reused() {
+		t.Error("control: each request has a connection of its own")
+	}
+	w.mesh.drained = true
+	reused()
+	time.Sleep(50 * time.Millisecond) // for the GOAWAY
+	if reused() {
+		t.Error("drained, and the connection is kept")
 	}
 	client.CloseIdleConnections()
 	cancel()

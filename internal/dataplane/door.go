@@ -3,6 +3,7 @@ package dataplane
 import (
 	"context"
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"maps"
 	"net"
@@ -75,6 +76,9 @@ func (o *Outbound) Forward(w http.ResponseWriter, r *http.Request, service strin
 		x.forward(o.identity, o.place, nil)
 	}
 }
+
+// Drained tells whether an edge is to end each connection with its next answer.
+func (o *Outbound) Drained() bool { return o.engine.Drained() != nil }
 
 // user is a client without an SVID that an edge has let in.
 type user struct {
@@ -211,8 +215,13 @@ func (e *Engine) ServeInbound(ctx context.Context, ln net.Listener, backend func
 	})
 }
 
+// errNoShift goes to nobody: a TLS alert has no text.
+var errNoShift = errors.New("this process is drained")
+
 // ServeGateway serves an east-west gateway's mTLS door until ctx is done, then drains: for
-// members of the own domain and for the gateways that agreements name. ServeGateway owns ln.
+// members of the own domain and for the gateways that agreements name. While the engine is
+// drained it refuses handshakes, so that peers go elsewhere and find out when it is back.
+// ServeGateway owns ln.
 func (e *Engine) ServeGateway(ctx context.Context, ln net.Listener, identity Identity) error {
 	authz := func(id spiffeid.ID) error {
 		v := e.current.Load()
@@ -223,7 +232,17 @@ func (e *Engine) ServeGateway(ctx context.Context, ln net.Listener, identity Ide
 	}
 	self := header.Hop{TrustDomain: e.cfg.TrustDomain.Name(), Datacenter: e.cfg.Datacenter, Name: e.cfg.Process}
 	config := peer.ServerTLS(identity.SVID, e.cfg.Bundles, authz, alpn...)
-	return e.serveTLS(ctx, &listener{name: "eastWest", id: identity.ID.String(), ln: ln}, config, authz, func(w http.ResponseWriter, r *http.Request) {
+	config.GetConfigForClient = func(*tls.ClientHelloInfo) (*tls.Config, error) {
+		if e.Drained() != nil {
+			return nil, errNoShift
+		}
+		return nil, nil
+	}
+	l := &listener{name: "eastWest", id: identity.ID.String(), ln: ln, shifts: true}
+	return e.serveTLS(ctx, l, config, authz, func(w http.ResponseWriter, r *http.Request) {
+		if e.Drained() != nil && r.ProtoMajor == 1 {
+			w.Header().Set("Connection", "close")
+		}
 		x := e.begin("gateway", w, r, r.Host)
 		defer x.end()
 		d, ok := x.downstream()

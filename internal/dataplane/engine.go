@@ -109,6 +109,7 @@ type Engine struct {
 	inflight  inflight
 	upstream  upstreams
 	apps      applications
+	shifts    shifts
 
 	ctx       context.Context // ends with Run: of dials, probes and tunnels
 	cancel    context.CancelFunc

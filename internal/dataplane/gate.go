@@ -7,8 +7,8 @@ import (
 	"time"
 )
 
-// gate is a listener that hands out a connection only after check has passed it.
-// Checks run side by side, so a slow or silent client holds up nobody else.
+// gate hands out connections of a listener only after check has passed them, to whichever
+// shift takes them. Checks run side by side, so a slow or silent client holds up nobody else.
 type gate struct {
 	net.Listener
 	check func(net.Conn) (net.Conn, error) // on error it must have closed the connection
@@ -20,6 +20,9 @@ type gate struct {
 	shut  chan struct{} // closed: nothing is taken from the listener any more
 	stop  sync.Once
 	tasks sync.WaitGroup
+
+	mu     sync.Mutex
+	checks *sync.WaitGroup // those that began since the last settle; guarded by mu
 }
 
 func newGate(ln net.Listener, check func(net.Conn) (net.Conn, error)) *gate {
@@ -30,6 +33,7 @@ func newGate(ln net.Listener, check func(net.Conn) (net.Conn, error)) *gate {
 		errs:     make(chan error, 1),
 		done:     make(chan struct{}),
 		shut:     make(chan struct{}),
+		checks:   new(sync.WaitGroup),
 	}
 	g.tasks.Add(1)
 	go g.run()
@@ -57,8 +61,13 @@ func (g *gate) run() {
 		}
 		delay = 0
 		g.tasks.Add(1)
+		g.mu.Lock()
+		checks := g.checks
+		checks.Add(1)
+		g.mu.Unlock()
 		go func() {
 			defer g.tasks.Done()
+			defer checks.Done()
 			passed, err := g.check(conn)
 			if err != nil {
 				return
@@ -72,40 +81,37 @@ func (g *gate) run() {
 	}
 }
 
-func (g *gate) Accept() (net.Conn, error) {
-	for {
-		select {
-		case conn := <-g.conns:
-			if conn != nil {
-				return conn, nil
-			}
-		case err := <-g.errs:
-			return nil, err
-		case <-g.done:
-			return nil, net.ErrClosed
-		}
+// drain takes nothing more from the listener and returns when what was taken before is
+// handed out or has failed its check, or when ctx ends.
+func (g *gate) drain(ctx context.Context) {
+	_ = g.shutListener()
+	await(ctx, &g.tasks)
+}
+
+// settle returns when what was taken until now is handed out or has failed its check, and
+// gentle has passed, or when ctx ends. The gate goes on.
+func (g *gate) settle(ctx context.Context) {
+	g.mu.Lock()
+	before := g.checks
+	g.checks = new(sync.WaitGroup)
+	g.mu.Unlock()
+	timer := time.NewTimer(gentle)
+	defer timer.Stop()
+	await(ctx, before)
+	select {
+	case <-timer.C:
+	case <-ctx.Done():
 	}
 }
 
-// Drain takes nothing more from the listener and returns when what was taken before is
-// handed out or has failed its check, or when ctx ends: a connection that a caller
-// believes to have must not be reset.
-func (g *gate) Drain(ctx context.Context) {
-	_ = g.shutListener()
-	handed := make(chan struct{})
+func await(ctx context.Context, group *sync.WaitGroup) {
+	done := make(chan struct{})
 	go func() {
-		defer close(handed)
-		g.tasks.Wait()
-		// Nobody is handed nothing: whoever takes it has come back for more, and so has
-		// begun with all that it was given before.
-		select {
-		case g.conns <- nil:
-		case <-g.done:
-		case <-ctx.Done():
-		}
+		defer close(done)
+		group.Wait()
 	}()
 	select {
-	case <-handed:
+	case <-done:
 	case <-ctx.Done():
 	}
 }

@@ -42,6 +42,7 @@ type SeenEndpoint struct {
 type listener struct {
 	name, id    string
 	ln          net.Listener
+	shifts      bool // Drain ends them
 	connections atomic.Int64
 }
 

@@ -70,23 +70,25 @@ func (e *Engine) serveTLS(ctx context.Context, l *listener, config *tls.Config, 
 		open.Store(conn, d)
 		return conn, nil
 	})
-	return e.serve(ctx, g, &http.Server{
-		Handler: handler,
-		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
-			d, _ := open.Load(c)
-			return context.WithValue(ctx, downstreamKey{}, d)
-		},
-		ConnState: func(c net.Conn, s http.ConnState) {
-			// A hijacked connection stays tracked until the tunnel closes it.
-			if s == http.StateClosed {
-				if d, ok := open.LoadAndDelete(c); ok {
-					d.(*downstream).untrack()
+	return e.serve(ctx, g, l.shifts, func() *http.Server {
+		return &http.Server{
+			Handler: handler,
+			ConnContext: func(ctx context.Context, c net.Conn) context.Context {
+				d, _ := open.Load(c)
+				return context.WithValue(ctx, downstreamKey{}, d)
+			},
+			ConnState: func(c net.Conn, s http.ConnState) {
+				// A hijacked connection stays tracked until the tunnel closes it.
+				if s == http.StateClosed {
+					if d, ok := open.LoadAndDelete(c); ok {
+						d.(*downstream).untrack()
+					}
 				}
-			}
-			if s == http.StateHijacked {
-				open.Delete(c)
-			}
-		},
+				if s == http.StateHijacked {
+					open.Delete(c)
+				}
+			},
+		}
 	})
 }
 
@@ -137,10 +139,28 @@ func (e *Engine) servePlain(ctx context.Context, ln net.Listener, attest Attest,
 		}
 		return conn, nil
 	})
-	return e.serve(ctx, g, &http.Server{Handler: handler})
+	return e.serve(ctx, g, false, func() *http.Server { return &http.Server{Handler: handler} })
 }
 
-func (e *Engine) serve(ctx context.Context, ln *gate, server *http.Server) error {
+// serve serves what comes through a gate until ctx is done, then drains it: in shifts, if
+// Drain is to end them, each by a server of its own, or all in one.
+func (e *Engine) serve(ctx context.Context, g *gate, inShifts bool, server func() *http.Server) error {
+	var err error
+	if inShifts {
+		err = e.inShifts(ctx, func(shift context.Context) error { return e.serveShift(shift, ctx, g, e.bounded(server())) })
+	} else {
+		err = e.serveShift(ctx, ctx, g, e.bounded(server()))
+	}
+	_ = g.Close()
+	g.tasks.Wait()
+	if err != nil && ctx.Err() == nil && !errors.Is(err, http.ErrServerClosed) && !errors.Is(err, net.ErrClosed) {
+		return fmt.Errorf("serving on %s: %w", g.Addr(), err)
+	}
+	return nil
+}
+
+// bounded sets what clients may have of a server.
+func (e *Engine) bounded(server *http.Server) *http.Server {
 	protocols := new(http.Protocols)
 	protocols.SetHTTP1(true)
 	protocols.SetHTTP2(true)
@@ -155,30 +175,7 @@ func (e *Engine) serve(ctx context.Context, ln *gate, server *http.Server) error
 	server.IdleTimeout = 2 * time.Minute
 	server.MaxHeaderBytes = maxHeaderBytes
 	server.ErrorLog = log.New(discard{}, "", 0) // its lines are of clients' making; ours are structured
-
-	fresh := watch(server)
-	failed := make(chan error, 1)
-	go func() { failed <- server.Serve(ln) }()
-	var err error
-	select {
-	case <-ctx.Done():
-		limit, cancel := context.WithTimeout(context.WithoutCancel(ctx), e.cfg.Timing.Drain)
-		defer cancel()
-		ln.Drain(limit)
-		fresh.wait()
-		if server.Shutdown(limit) != nil { // in-flight requests did not end in time
-			_ = server.Close()
-		}
-		<-failed
-	case err = <-failed:
-		_ = server.Close()
-	}
-	_ = ln.Close()
-	ln.tasks.Wait()
-	if err != nil && !errors.Is(err, http.ErrServerClosed) && !errors.Is(err, net.ErrClosed) {
-		return fmt.Errorf("serving on %s: %w", ln.Addr(), err)
-	}
-	return nil
+	return server
 }
 
 type discard struct{}

@@ -12,6 +12,7 @@ import (
 	"log/slog"
 	"net"
 	"time"
+	"unicode/utf8"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -20,21 +21,31 @@ import (
 	"google.golang.org/grpc/tap"
 
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
+	"github.com/entente-mesh/entente/internal/dataplane"
 	"github.com/entente-mesh/entente/internal/localpeer"
 )
 
 // Process is what is administered. Its methods may be called concurrently.
 type Process interface {
-	// Status says how the process is; service, if it is not empty, is the only one to show.
-	Status(service string) *ententev1.DataPlaneStatusResponse
+	// Status says how the process is; which services it shows, the request says.
+	Status(*ententev1.DataPlaneStatusRequest) *ententev1.DataPlaneStatusResponse
+}
+
+// Drainer is a Process that can be drained.
+type Drainer interface {
+	// Drain has it take no new connections, and returns what is in force.
+	Drain(dataplane.Drained) dataplane.Drained
+	// Undrain has it take them again; false: it does.
+	Undrain() bool
 }
 
 // Bounds of what callers can have held for them.
 const (
 	maxMessage     = 64 << 10
 	maxHeaders     = 16 << 10
-	maxStreams     = 8 // of one connection
-	maxCalls       = 8 // of all connections together
+	maxReason      = 200 // characters
+	maxStreams     = 8   // of one connection
+	maxCalls       = 8   // of all connections together
 	handshakeLimit = 5 * time.Second
 	callLimit      = 15 * time.Second
 	drainTime      = 3 * time.Second
@@ -44,15 +55,20 @@ const (
 type Server struct {
 	process Process
 	log     *slog.Logger
+	records *slog.Logger  // access log
 	calls   chan struct{} // slots
 }
 
-// New returns the API, not served yet; log may be nil.
-func New(process Process, log *slog.Logger) *Server {
+// New returns the API, not served yet. What changes something is recorded in log and in
+// records, the access log; both may be nil.
+func New(process Process, log, records *slog.Logger) *Server {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	return &Server{process, log, make(chan struct{}, maxCalls)}
+	if records == nil {
+		records = slog.New(slog.DiscardHandler)
+	}
+	return &Server{process, log, records, make(chan struct{}, maxCalls)}
 }
 
 // ServeLocal serves the operators of the host on a unix socket until ctx ends and calls
@@ -106,8 +122,25 @@ func (s *Server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo,
 		s.log.Warn("administrative call refused", "method", info.FullMethod, "administrator", c.who, "reason", status.Convert(err).Message())
 		return nil, err
 	}
-	return handler(ctx, req)
+	resp, err := handler(context.WithValue(ctx, callerKey{}, c), req)
+	if methods[info.FullMethod].acts {
+		s.record(c, info.FullMethod, req, err)
+	}
+	return resp, err
 }
+
+// record says who changed what, where requests are recorded as well.
+func (s *Server) record(c caller, method string, req any, err error) {
+	reason := ""
+	if r, ok := req.(interface{ GetReason() string }); ok {
+		reason = fmt.Sprintf("%.*s", maxReason, r.GetReason())
+	}
+	for _, log := range []*slog.Logger{s.log, s.records} {
+		log.Info("administrative call", "method", method, "administrator", c.who, "outcome", status.Code(err).String(), "reason", reason)
+	}
+}
+
+type callerKey struct{}
 
 // caller is who calls, as the connection proves it.
 type caller struct {
@@ -138,5 +171,36 @@ type door struct {
 }
 
 func (d door) Status(_ context.Context, r *ententev1.DataPlaneStatusRequest) (*ententev1.DataPlaneStatusResponse, error) {
-	return d.server.process.Status(r.GetService()), nil
+	return d.server.process.Status(r), nil
+}
+
+func (d door) Drain(ctx context.Context, r *ententev1.DrainRequest) (*ententev1.DrainResponse, error) {
+	p, err := d.drainer()
+	if err != nil {
+		return nil, err
+	}
+	if n := utf8.RuneCountInString(r.GetReason()); n > maxReason {
+		return nil, status.Errorf(codes.InvalidArgument, "the reason has %d characters, at most %d are kept", n, maxReason)
+	}
+	c, _ := ctx.Value(callerKey{}).(caller)
+	drained := p.Drain(dataplane.Drained{Who: c.who, Reason: r.GetReason(), Since: time.Now()})
+	return &ententev1.DrainResponse{Drained: Drained(&drained)}, nil
+}
+
+func (d door) Undrain(context.Context, *ententev1.UndrainRequest) (*ententev1.UndrainResponse, error) {
+	p, err := d.drainer()
+	if err != nil {
+		return nil, err
+	}
+	if !p.Undrain() {
+		return nil, status.Error(codes.FailedPrecondition, "it is not drained: it takes connections")
+	}
+	return &ententev1.UndrainResponse{}, nil
+}
+
+func (d door) drainer() (Drainer, error) {
+	if p, ok := d.server.process.(Drainer); ok {
+		return p, nil
+	}
+	return nil, status.Error(codes.Unimplemented, "this process cannot be drained: gateways can; for instances of an agent there is entente service drain")
 }

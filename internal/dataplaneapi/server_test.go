@@ -27,12 +27,12 @@ type process struct {
 	hold  chan struct{}
 }
 
-func (p *process) Status(service string) *ententev1.DataPlaneStatusResponse {
+func (p *process) Status(r *ententev1.DataPlaneStatusRequest) *ententev1.DataPlaneStatusResponse {
 	if p.asked != nil {
 		p.asked <- struct{}{}
 		<-p.hold
 	}
-	return &ententev1.DataPlaneStatusResponse{Kind: "gateway", Name: "gw-1", NotReady: service}
+	return &ententev1.DataPlaneStatusResponse{Kind: "gateway", Name: "gw-1", NotReady: r.GetService()}
 }
 
 // local serves a process on a unix socket.
@@ -45,7 +45,7 @@ func local(t *testing.T, p Process) (socket string, log *bytes.Buffer) {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
-	go func() { ended <- New(p, slog.New(slog.NewTextHandler(log, nil))).ServeLocal(ctx, listener) }()
+	go func() { ended <- New(p, slog.New(slog.NewTextHandler(log, nil)), nil).ServeLocal(ctx, listener) }()
 	t.Cleanup(func() {
 		cancel()
 		if err := <-ended; err != context.Canceled {
@@ -99,6 +99,21 @@ func TestDeniedByDefault(t *testing.T) {
 	}
 	if !strings.Contains(log.String(), "administrative call refused") {
 		t.Errorf("the refusal is not in the log: %s", log)
+	}
+}
+
+// What is no gateway cannot be drained, and says what can be done instead.
+func TestDrainOfAnotherProcess(t *testing.T) {
+	socket, log := local(t, &process{})
+	client := dial(t, socket)
+	if _, err := client.Drain(t.Context(), &ententev1.DrainRequest{}); status.Code(err) != codes.Unimplemented || !strings.Contains(err.Error(), "entente service drain") {
+		t.Errorf("drain: %v", err)
+	}
+	if _, err := client.Undrain(t.Context(), &ententev1.UndrainRequest{}); status.Code(err) != codes.Unimplemented {
+		t.Errorf("undrain: %v", err)
+	}
+	if strings.Count(log.String(), "outcome=Unimplemented") != 2 {
+		t.Errorf("log: %s", log)
 	}
 }
 

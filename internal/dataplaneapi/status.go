@@ -75,9 +75,16 @@ func FollowedCA(f Follower) *ententev1.FollowedCA {
 	return followed
 }
 
-// Engine adds what the data plane does and sees to an answer. service, if it is not empty,
-// is the only one to show.
-func Engine(to *ententev1.DataPlaneStatusResponse, seen dataplane.Seen, service string) {
+// Drained is why a process takes no new connections; nil: it does.
+func Drained(d *dataplane.Drained) *ententev1.Drained {
+	if d == nil {
+		return nil
+	}
+	return &ententev1.Drained{Who: d.Who, Reason: d.Reason, Since: timestamppb.New(d.Since)}
+}
+
+// Engine adds what the data plane does and sees to an answer, as far as it is asked for.
+func Engine(to *ententev1.DataPlaneStatusResponse, seen dataplane.Seen, asked *ententev1.DataPlaneStatusRequest) {
 	to.Connections, to.Requests = uint32(seen.Connections), uint32(seen.Requests)
 	for _, l := range seen.Listeners {
 		to.Listeners = append(to.Listeners, &ententev1.Listener{Name: l.Name, Address: l.Address, SpiffeId: l.ID, Connections: uint32(l.Connections)})
@@ -85,7 +92,7 @@ func Engine(to *ententev1.DataPlaneStatusResponse, seen dataplane.Seen, service 
 	room := maxEndpoints
 	for _, s := range seen.Services {
 		switch {
-		case service != "" && s.Name != service:
+		case asked.GetWithoutServices(), asked.GetService() != "" && s.Name != asked.GetService():
 			continue
 		case len(to.Services) == maxServices:
 			to.ServicesLeftOut++

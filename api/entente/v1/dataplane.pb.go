@@ -22,16 +22,238 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
-type DataPlaneStatusRequest struct {
+type DrainRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Service       string                 `protobuf:"bytes,1,opt,name=service,proto3" json:"service,omitempty"` // service name; show no other; empty: all
+	Reason        string                 `protobuf:"bytes,400,opt,name=reason,proto3" json:"reason,omitempty"` // for people; at most 200 characters
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
+func (x *DrainRequest) Reset() {
+	*x = DrainRequest{}
+	mi := &file_entente_v1_dataplane_proto_msgTypes[0]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DrainRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DrainRequest) ProtoMessage() {}
+
+func (x *DrainRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_dataplane_proto_msgTypes[0]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DrainRequest.ProtoReflect.Descriptor instead.
+func (*DrainRequest) Descriptor() ([]byte, []int) {
+	return file_entente_v1_dataplane_proto_rawDescGZIP(), []int{0}
+}
+
+func (x *DrainRequest) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+type DrainResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Drained       *Drained               `protobuf:"bytes,400,opt,name=drained,proto3" json:"drained,omitempty"` // as it is in force: it may be an earlier call's
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DrainResponse) Reset() {
+	*x = DrainResponse{}
+	mi := &file_entente_v1_dataplane_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DrainResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DrainResponse) ProtoMessage() {}
+
+func (x *DrainResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_dataplane_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DrainResponse.ProtoReflect.Descriptor instead.
+func (*DrainResponse) Descriptor() ([]byte, []int) {
+	return file_entente_v1_dataplane_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *DrainResponse) GetDrained() *Drained {
+	if x != nil {
+		return x.Drained
+	}
+	return nil
+}
+
+type UndrainRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UndrainRequest) Reset() {
+	*x = UndrainRequest{}
+	mi := &file_entente_v1_dataplane_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UndrainRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UndrainRequest) ProtoMessage() {}
+
+func (x *UndrainRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_dataplane_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UndrainRequest.ProtoReflect.Descriptor instead.
+func (*UndrainRequest) Descriptor() ([]byte, []int) {
+	return file_entente_v1_dataplane_proto_rawDescGZIP(), []int{2}
+}
+
+type UndrainResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UndrainResponse) Reset() {
+	*x = UndrainResponse{}
+	mi := &file_entente_v1_dataplane_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UndrainResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UndrainResponse) ProtoMessage() {}
+
+func (x *UndrainResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_dataplane_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UndrainResponse.ProtoReflect.Descriptor instead.
+func (*UndrainResponse) Descriptor() ([]byte, []int) {
+	return file_entente_v1_dataplane_proto_rawDescGZIP(), []int{3}
+}
+
+// Drained is by whom, why and since when a process takes no new connections.
+type Drained struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Who           string                 `protobuf:"bytes,400,opt,name=who,proto3" json:"who,omitempty"`
+	Reason        string                 `protobuf:"bytes,401,opt,name=reason,proto3" json:"reason,omitempty"`
+	Since         *timestamppb.Timestamp `protobuf:"bytes,402,opt,name=since,proto3" json:"since,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Drained) Reset() {
+	*x = Drained{}
+	mi := &file_entente_v1_dataplane_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Drained) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Drained) ProtoMessage() {}
+
+func (x *Drained) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_dataplane_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Drained.ProtoReflect.Descriptor instead.
+func (*Drained) Descriptor() ([]byte, []int) {
+	return file_entente_v1_dataplane_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *Drained) GetWho() string {
+	if x != nil {
+		return x.Who
+	}
+	return ""
+}
+
+func (x *Drained) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *Drained) GetSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Since
+	}
+	return nil
+}
+
+type DataPlaneStatusRequest struct {
+	state           protoimpl.MessageState `protogen:"open.v1"`
+	Service         string                 `protobuf:"bytes,1,opt,name=service,proto3" json:"service,omitempty"`                                           // service name; show no other; empty: all
+	WithoutServices bool                   `protobuf:"varint,400,opt,name=without_services,json=withoutServices,proto3" json:"without_services,omitempty"` // show none
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
+}
+
 func (x *DataPlaneStatusRequest) Reset() {
 	*x = DataPlaneStatusRequest{}
-	mi := &file_entente_v1_dataplane_proto_msgTypes[0]
+	mi := &file_entente_v1_dataplane_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -43,7 +265,7 @@ func (x *DataPlaneStatusRequest) String() string {
 func (*DataPlaneStatusRequest) ProtoMessage() {}
 
 func (x *DataPlaneStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_dataplane_proto_msgTypes[0]
+	mi := &file_entente_v1_dataplane_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -56,7 +278,7 @@ func (x *DataPlaneStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DataPlaneStatusRequest.ProtoReflect.Descriptor instead.
 func (*DataPlaneStatusRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_dataplane_proto_rawDescGZIP(), []int{0}
+	return file_entente_v1_dataplane_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *DataPlaneStatusRequest) GetService() string {
@@ -64,6 +286,13 @@ func (x *DataPlaneStatusRequest) GetService() string {
 		return x.Service
 	}
 	return ""
+}
+
+func (x *DataPlaneStatusRequest) GetWithoutServices() bool {
+	if x != nil {
+		return x.WithoutServices
+	}
+	return false
 }
 
 type DataPlaneStatusResponse struct {
@@ -84,13 +313,14 @@ type DataPlaneStatusResponse struct {
 	Requests        uint32                 `protobuf:"varint,14,opt,name=requests,proto3" json:"requests,omitempty"`       // under way; a tunnel is one
 	Services        []*ServiceView         `protobuf:"bytes,15,rep,name=services,proto3" json:"services,omitempty"`        // by name, at most 1,000
 	ServicesLeftOut uint32                 `protobuf:"varint,16,opt,name=services_left_out,json=servicesLeftOut,proto3" json:"services_left_out,omitempty"`
+	Drained         *Drained               `protobuf:"bytes,400,opt,name=drained,proto3" json:"drained,omitempty"` // absent: it is not
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
 
 func (x *DataPlaneStatusResponse) Reset() {
 	*x = DataPlaneStatusResponse{}
-	mi := &file_entente_v1_dataplane_proto_msgTypes[1]
+	mi := &file_entente_v1_dataplane_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -102,7 +332,7 @@ func (x *DataPlaneStatusResponse) String() string {
 func (*DataPlaneStatusResponse) ProtoMessage() {}
 
 func (x *DataPlaneStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_dataplane_proto_msgTypes[1]
+	mi := &file_entente_v1_dataplane_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -115,7 +345,7 @@ func (x *DataPlaneStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DataPlaneStatusResponse.ProtoReflect.Descriptor instead.
 func (*DataPlaneStatusResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_dataplane_proto_rawDescGZIP(), []int{1}
+	return file_entente_v1_dataplane_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *DataPlaneStatusResponse) GetKind() string {
@@ -230,6 +460,13 @@ func (x *DataPlaneStatusResponse) GetServicesLeftOut() uint32 {
 	return 0
 }
 
+func (x *DataPlaneStatusResponse) GetDrained() *Drained {
+	if x != nil {
+		return x.Drained
+	}
+	return nil
+}
+
 // Build says which software a process runs.
 type Build struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -242,7 +479,7 @@ type Build struct {
 
 func (x *Build) Reset() {
 	*x = Build{}
-	mi := &file_entente_v1_dataplane_proto_msgTypes[2]
+	mi := &file_entente_v1_dataplane_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -254,7 +491,7 @@ func (x *Build) String() string {
 func (*Build) ProtoMessage() {}
 
 func (x *Build) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_dataplane_proto_msgTypes[2]
+	mi := &file_entente_v1_dataplane_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -267,7 +504,7 @@ func (x *Build) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Build.ProtoReflect.Descriptor instead.
 func (*Build) Descriptor() ([]byte, []int) {
-	return file_entente_v1_dataplane_proto_rawDescGZIP(), []int{2}
+	return file_entente_v1_dataplane_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Build) GetVersion() string {
@@ -302,7 +539,7 @@ type HeldSVID struct {
 
 func (x *HeldSVID) Reset() {
 	*x = HeldSVID{}
-	mi := &file_entente_v1_dataplane_proto_msgTypes[3]
+	mi := &file_entente_v1_dataplane_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -314,7 +551,7 @@ func (x *HeldSVID) String() string {
 func (*HeldSVID) ProtoMessage() {}
 
 func (x *HeldSVID) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_dataplane_proto_msgTypes[3]
+	mi := &file_entente_v1_dataplane_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -327,7 +564,7 @@ func (x *HeldSVID) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HeldSVID.ProtoReflect.Descriptor instead.
 func (*HeldSVID) Descriptor() ([]byte, []int) {
-	return file_entente_v1_dataplane_proto_rawDescGZIP(), []int{3}
+	return file_entente_v1_dataplane_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *HeldSVID) GetSpiffeId() string {
@@ -363,7 +600,7 @@ type FollowedCA struct {
 
 func (x *FollowedCA) Reset() {
 	*x = FollowedCA{}
-	mi := &file_entente_v1_dataplane_proto_msgTypes[4]
+	mi := &file_entente_v1_dataplane_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -375,7 +612,7 @@ func (x *FollowedCA) String() string {
 func (*FollowedCA) ProtoMessage() {}
 
 func (x *FollowedCA) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_dataplane_proto_msgTypes[4]
+	mi := &file_entente_v1_dataplane_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -388,7 +625,7 @@ func (x *FollowedCA) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FollowedCA.ProtoReflect.Descriptor instead.
 func (*FollowedCA) Descriptor() ([]byte, []int) {
-	return file_entente_v1_dataplane_proto_rawDescGZIP(), []int{4}
+	return file_entente_v1_dataplane_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *FollowedCA) GetNode() string {
@@ -474,7 +711,7 @@ type AvoidedNode struct {
 
 func (x *AvoidedNode) Reset() {
 	*x = AvoidedNode{}
-	mi := &file_entente_v1_dataplane_proto_msgTypes[5]
+	mi := &file_entente_v1_dataplane_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -486,7 +723,7 @@ func (x *AvoidedNode) String() string {
 func (*AvoidedNode) ProtoMessage() {}
 
 func (x *AvoidedNode) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_dataplane_proto_msgTypes[5]
+	mi := &file_entente_v1_dataplane_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -499,7 +736,7 @@ func (x *AvoidedNode) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AvoidedNode.ProtoReflect.Descriptor instead.
 func (*AvoidedNode) Descriptor() ([]byte, []int) {
-	return file_entente_v1_dataplane_proto_rawDescGZIP(), []int{5}
+	return file_entente_v1_dataplane_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *AvoidedNode) GetNode() string {
@@ -543,7 +780,7 @@ type HeldBundle struct {
 
 func (x *HeldBundle) Reset() {
 	*x = HeldBundle{}
-	mi := &file_entente_v1_dataplane_proto_msgTypes[6]
+	mi := &file_entente_v1_dataplane_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -555,7 +792,7 @@ func (x *HeldBundle) String() string {
 func (*HeldBundle) ProtoMessage() {}
 
 func (x *HeldBundle) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_dataplane_proto_msgTypes[6]
+	mi := &file_entente_v1_dataplane_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -568,7 +805,7 @@ func (x *HeldBundle) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HeldBundle.ProtoReflect.Descriptor instead.
 func (*HeldBundle) Descriptor() ([]byte, []int) {
-	return file_entente_v1_dataplane_proto_rawDescGZIP(), []int{6}
+	return file_entente_v1_dataplane_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *HeldBundle) GetTrustDomain() string {
@@ -612,7 +849,7 @@ type Listener struct {
 
 func (x *Listener) Reset() {
 	*x = Listener{}
-	mi := &file_entente_v1_dataplane_proto_msgTypes[7]
+	mi := &file_entente_v1_dataplane_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -624,7 +861,7 @@ func (x *Listener) String() string {
 func (*Listener) ProtoMessage() {}
 
 func (x *Listener) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_dataplane_proto_msgTypes[7]
+	mi := &file_entente_v1_dataplane_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -637,7 +874,7 @@ func (x *Listener) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Listener.ProtoReflect.Descriptor instead.
 func (*Listener) Descriptor() ([]byte, []int) {
-	return file_entente_v1_dataplane_proto_rawDescGZIP(), []int{7}
+	return file_entente_v1_dataplane_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Listener) GetName() string {
@@ -681,7 +918,7 @@ type ServiceView struct {
 
 func (x *ServiceView) Reset() {
 	*x = ServiceView{}
-	mi := &file_entente_v1_dataplane_proto_msgTypes[8]
+	mi := &file_entente_v1_dataplane_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -693,7 +930,7 @@ func (x *ServiceView) String() string {
 func (*ServiceView) ProtoMessage() {}
 
 func (x *ServiceView) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_dataplane_proto_msgTypes[8]
+	mi := &file_entente_v1_dataplane_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -706,7 +943,7 @@ func (x *ServiceView) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ServiceView.ProtoReflect.Descriptor instead.
 func (*ServiceView) Descriptor() ([]byte, []int) {
-	return file_entente_v1_dataplane_proto_rawDescGZIP(), []int{8}
+	return file_entente_v1_dataplane_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ServiceView) GetName() string {
@@ -753,7 +990,7 @@ type EndpointView struct {
 
 func (x *EndpointView) Reset() {
 	*x = EndpointView{}
-	mi := &file_entente_v1_dataplane_proto_msgTypes[9]
+	mi := &file_entente_v1_dataplane_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -765,7 +1002,7 @@ func (x *EndpointView) String() string {
 func (*EndpointView) ProtoMessage() {}
 
 func (x *EndpointView) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_dataplane_proto_msgTypes[9]
+	mi := &file_entente_v1_dataplane_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -778,7 +1015,7 @@ func (x *EndpointView) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EndpointView.ProtoReflect.Descriptor instead.
 func (*EndpointView) Descriptor() ([]byte, []int) {
-	return file_entente_v1_dataplane_proto_rawDescGZIP(), []int{9}
+	return file_entente_v1_dataplane_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *EndpointView) GetName() string {
@@ -835,9 +1072,20 @@ var File_entente_v1_dataplane_proto protoreflect.FileDescriptor
 const file_entente_v1_dataplane_proto_rawDesc = "" +
 	"\n" +
 	"\x1aentente/v1/dataplane.proto\x12\n" +
-	"entente.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"2\n" +
+	"entente.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"'\n" +
+	"\fDrainRequest\x12\x17\n" +
+	"\x06reason\x18\x90\x03 \x01(\tR\x06reason\"?\n" +
+	"\rDrainResponse\x12.\n" +
+	"\adrained\x18\x90\x03 \x01(\v2\x13.entente.v1.DrainedR\adrained\"\x10\n" +
+	"\x0eUndrainRequest\"\x11\n" +
+	"\x0fUndrainResponse\"h\n" +
+	"\aDrained\x12\x11\n" +
+	"\x03who\x18\x90\x03 \x01(\tR\x03who\x12\x17\n" +
+	"\x06reason\x18\x91\x03 \x01(\tR\x06reason\x121\n" +
+	"\x05since\x18\x92\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\"^\n" +
 	"\x16DataPlaneStatusRequest\x12\x18\n" +
-	"\aservice\x18\x01 \x01(\tR\aservice\"\xef\x04\n" +
+	"\aservice\x18\x01 \x01(\tR\aservice\x12*\n" +
+	"\x10without_services\x18\x90\x03 \x01(\bR\x0fwithoutServices\"\x9f\x05\n" +
 	"\x17DataPlaneStatusResponse\x12\x12\n" +
 	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12!\n" +
@@ -857,7 +1105,8 @@ const file_entente_v1_dataplane_proto_rawDesc = "" +
 	"\vconnections\x18\r \x01(\rR\vconnections\x12\x1a\n" +
 	"\brequests\x18\x0e \x01(\rR\brequests\x123\n" +
 	"\bservices\x18\x0f \x03(\v2\x17.entente.v1.ServiceViewR\bservices\x12*\n" +
-	"\x11services_left_out\x18\x10 \x01(\rR\x0fservicesLeftOut\"X\n" +
+	"\x11services_left_out\x18\x10 \x01(\rR\x0fservicesLeftOut\x12.\n" +
+	"\adrained\x18\x90\x03 \x01(\v2\x13.entente.v1.DrainedR\adrained\"X\n" +
 	"\x05Build\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x16\n" +
 	"\x06commit\x18\x02 \x01(\tR\x06commit\x12\x1d\n" +
@@ -909,9 +1158,11 @@ const file_entente_v1_dataplane_proto_rawDesc = "" +
 	"\aaddress\x18\x04 \x01(\tR\aaddress\x12\x18\n" +
 	"\ahealthy\x18\x05 \x01(\bR\ahealthy\x12\x14\n" +
 	"\x05stale\x18\x06 \x01(\bR\x05stale\x12\x18\n" +
-	"\aejected\x18\a \x01(\bR\aejected2^\n" +
+	"\aejected\x18\a \x01(\bR\aejected2\xe0\x01\n" +
 	"\tDataPlane\x12Q\n" +
-	"\x06Status\x12\".entente.v1.DataPlaneStatusRequest\x1a#.entente.v1.DataPlaneStatusResponseB:Z8github.com/entente-mesh/entente/api/entente/v1;ententev1b\x06proto3"
+	"\x06Status\x12\".entente.v1.DataPlaneStatusRequest\x1a#.entente.v1.DataPlaneStatusResponse\x12<\n" +
+	"\x05Drain\x12\x18.entente.v1.DrainRequest\x1a\x19.entente.v1.DrainResponse\x12B\n" +
+	"\aUndrain\x12\x1a.entente.v1.UndrainRequest\x1a\x1b.entente.v1.UndrainResponseB:Z8github.com/entente-mesh/entente/api/entente/v1;ententev1b\x06proto3"
 
 var (
 	file_entente_v1_dataplane_proto_rawDescOnce sync.Once
@@ -925,41 +1176,53 @@ func file_entente_v1_dataplane_proto_rawDescGZIP() []byte {
 	return file_entente_v1_dataplane_proto_rawDescData
 }
 
-var file_entente_v1_dataplane_proto_msgTypes = make([]protoimpl.MessageInfo, 10)
+var file_entente_v1_dataplane_proto_msgTypes = make([]protoimpl.MessageInfo, 15)
 var file_entente_v1_dataplane_proto_goTypes = []any{
-	(*DataPlaneStatusRequest)(nil),  // 0: entente.v1.DataPlaneStatusRequest
-	(*DataPlaneStatusResponse)(nil), // 1: entente.v1.DataPlaneStatusResponse
-	(*Build)(nil),                   // 2: entente.v1.Build
-	(*HeldSVID)(nil),                // 3: entente.v1.HeldSVID
-	(*FollowedCA)(nil),              // 4: entente.v1.FollowedCA
-	(*AvoidedNode)(nil),             // 5: entente.v1.AvoidedNode
-	(*HeldBundle)(nil),              // 6: entente.v1.HeldBundle
-	(*Listener)(nil),                // 7: entente.v1.Listener
-	(*ServiceView)(nil),             // 8: entente.v1.ServiceView
-	(*EndpointView)(nil),            // 9: entente.v1.EndpointView
-	(*timestamppb.Timestamp)(nil),   // 10: google.protobuf.Timestamp
+	(*DrainRequest)(nil),            // 0: entente.v1.DrainRequest
+	(*DrainResponse)(nil),           // 1: entente.v1.DrainResponse
+	(*UndrainRequest)(nil),          // 2: entente.v1.UndrainRequest
+	(*UndrainResponse)(nil),         // 3: entente.v1.UndrainResponse
+	(*Drained)(nil),                 // 4: entente.v1.Drained
+	(*DataPlaneStatusRequest)(nil),  // 5: entente.v1.DataPlaneStatusRequest
+	(*DataPlaneStatusResponse)(nil), // 6: entente.v1.DataPlaneStatusResponse
+	(*Build)(nil),                   // 7: entente.v1.Build
+	(*HeldSVID)(nil),                // 8: entente.v1.HeldSVID
+	(*FollowedCA)(nil),              // 9: entente.v1.FollowedCA
+	(*AvoidedNode)(nil),             // 10: entente.v1.AvoidedNode
+	(*HeldBundle)(nil),              // 11: entente.v1.HeldBundle
+	(*Listener)(nil),                // 12: entente.v1.Listener
+	(*ServiceView)(nil),             // 13: entente.v1.ServiceView
+	(*EndpointView)(nil),            // 14: entente.v1.EndpointView
+	(*timestamppb.Timestamp)(nil),   // 15: google.protobuf.Timestamp
 }
 var file_entente_v1_dataplane_proto_depIdxs = []int32{
-	2,  // 0: entente.v1.DataPlaneStatusResponse.build:type_name -> entente.v1.Build
-	10, // 1: entente.v1.DataPlaneStatusResponse.started:type_name -> google.protobuf.Timestamp
-	3,  // 2: entente.v1.DataPlaneStatusResponse.svids:type_name -> entente.v1.HeldSVID
-	4,  // 3: entente.v1.DataPlaneStatusResponse.ca:type_name -> entente.v1.FollowedCA
-	6,  // 4: entente.v1.DataPlaneStatusResponse.bundles:type_name -> entente.v1.HeldBundle
-	7,  // 5: entente.v1.DataPlaneStatusResponse.listeners:type_name -> entente.v1.Listener
-	8,  // 6: entente.v1.DataPlaneStatusResponse.services:type_name -> entente.v1.ServiceView
-	10, // 7: entente.v1.HeldSVID.not_after:type_name -> google.protobuf.Timestamp
-	5,  // 8: entente.v1.FollowedCA.avoided:type_name -> entente.v1.AvoidedNode
-	10, // 9: entente.v1.AvoidedNode.until:type_name -> google.protobuf.Timestamp
-	10, // 10: entente.v1.HeldBundle.since:type_name -> google.protobuf.Timestamp
-	10, // 11: entente.v1.HeldBundle.first_expiry:type_name -> google.protobuf.Timestamp
-	9,  // 12: entente.v1.ServiceView.endpoints:type_name -> entente.v1.EndpointView
-	0,  // 13: entente.v1.DataPlane.Status:input_type -> entente.v1.DataPlaneStatusRequest
-	1,  // 14: entente.v1.DataPlane.Status:output_type -> entente.v1.DataPlaneStatusResponse
-	14, // [14:15] is the sub-list for method output_type
-	13, // [13:14] is the sub-list for method input_type
-	13, // [13:13] is the sub-list for extension type_name
-	13, // [13:13] is the sub-list for extension extendee
-	0,  // [0:13] is the sub-list for field type_name
+	4,  // 0: entente.v1.DrainResponse.drained:type_name -> entente.v1.Drained
+	15, // 1: entente.v1.Drained.since:type_name -> google.protobuf.Timestamp
+	7,  // 2: entente.v1.DataPlaneStatusResponse.build:type_name -> entente.v1.Build
+	15, // 3: entente.v1.DataPlaneStatusResponse.started:type_name -> google.protobuf.Timestamp
+	8,  // 4: entente.v1.DataPlaneStatusResponse.svids:type_name -> entente.v1.HeldSVID
+	9,  // 5: entente.v1.DataPlaneStatusResponse.ca:type_name -> entente.v1.FollowedCA
+	11, // 6: entente.v1.DataPlaneStatusResponse.bundles:type_name -> entente.v1.HeldBundle
+	12, // 7: entente.v1.DataPlaneStatusResponse.listeners:type_name -> entente.v1.Listener
+	13, // 8: entente.v1.DataPlaneStatusResponse.services:type_name -> entente.v1.ServiceView
+	4,  // 9: entente.v1.DataPlaneStatusResponse.drained:type_name -> entente.v1.Drained
+	15, // 10: entente.v1.HeldSVID.not_after:type_name -> google.protobuf.Timestamp
+	10, // 11: entente.v1.FollowedCA.avoided:type_name -> entente.v1.AvoidedNode
+	15, // 12: entente.v1.AvoidedNode.until:type_name -> google.protobuf.Timestamp
+	15, // 13: entente.v1.HeldBundle.since:type_name -> google.protobuf.Timestamp
+	15, // 14: entente.v1.HeldBundle.first_expiry:type_name -> google.protobuf.Timestamp
+	14, // 15: entente.v1.ServiceView.endpoints:type_name -> entente.v1.EndpointView
+	5,  // 16: entente.v1.DataPlane.Status:input_type -> entente.v1.DataPlaneStatusRequest
+	0,  // 17: entente.v1.DataPlane.Drain:input_type -> entente.v1.DrainRequest
+	2,  // 18: entente.v1.DataPlane.Undrain:input_type -> entente.v1.UndrainRequest
+	6,  // 19: entente.v1.DataPlane.Status:output_type -> entente.v1.DataPlaneStatusResponse
+	1,  // 20: entente.v1.DataPlane.Drain:output_type -> entente.v1.DrainResponse
+	3,  // 21: entente.v1.DataPlane.Undrain:output_type -> entente.v1.UndrainResponse
+	19, // [19:22] is the sub-list for method output_type
+	16, // [16:19] is the sub-list for method input_type
+	16, // [16:16] is the sub-list for extension type_name
+	16, // [16:16] is the sub-list for extension extendee
+	0,  // [0:16] is the sub-list for field type_name
 }
 
 func init() { file_entente_v1_dataplane_proto_init() }
@@ -973,7 +1236,7 @@ func file_entente_v1_dataplane_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_entente_v1_dataplane_proto_rawDesc), len(file_entente_v1_dataplane_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   10,
+			NumMessages:   15,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -19,7 +19,9 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	DataPlane_Status_FullMethodName = "/entente.v1.DataPlane/Status"
+	DataPlane_Status_FullMethodName  = "/entente.v1.DataPlane/Status"
+	DataPlane_Drain_FullMethodName   = "/entente.v1.DataPlane/Drain"
+	DataPlane_Undrain_FullMethodName = "/entente.v1.DataPlane/Undrain"
 )
 
 // DataPlaneClient is the client API for DataPlane service.
@@ -31,6 +33,12 @@ const (
 type DataPlaneClient interface {
 	// Status says how the process is, and what it knows of its trust domain.
 	Status(ctx context.Context, in *DataPlaneStatusRequest, opts ...grpc.CallOption) (*DataPlaneStatusResponse, error)
+	// Drain has a gateway take no new connections, and end those that are open when their
+	// requests have ended. It returns at once; Status says what is left. Of a gateway that is
+	// drained it changes nothing. A restart ends it. UNIMPLEMENTED: the process is no gateway.
+	Drain(ctx context.Context, in *DrainRequest, opts ...grpc.CallOption) (*DrainResponse, error)
+	// Undrain has it take connections again. FAILED_PRECONDITION: it does.
+	Undrain(ctx context.Context, in *UndrainRequest, opts ...grpc.CallOption) (*UndrainResponse, error)
 }
 
 type dataPlaneClient struct {
@@ -51,6 +59,26 @@ func (c *dataPlaneClient) Status(ctx context.Context, in *DataPlaneStatusRequest
 	return out, nil
 }
 
+func (c *dataPlaneClient) Drain(ctx context.Context, in *DrainRequest, opts ...grpc.CallOption) (*DrainResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(DrainResponse)
+	err := c.cc.Invoke(ctx, DataPlane_Drain_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *dataPlaneClient) Undrain(ctx context.Context, in *UndrainRequest, opts ...grpc.CallOption) (*UndrainResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(UndrainResponse)
+	err := c.cc.Invoke(ctx, DataPlane_Undrain_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // DataPlaneServer is the server API for DataPlane service.
 // All implementations must embed UnimplementedDataPlaneServer
 // for forward compatibility.
@@ -60,6 +88,12 @@ func (c *dataPlaneClient) Status(ctx context.Context, in *DataPlaneStatusRequest
 type DataPlaneServer interface {
 	// Status says how the process is, and what it knows of its trust domain.
 	Status(context.Context, *DataPlaneStatusRequest) (*DataPlaneStatusResponse, error)
+	// Drain has a gateway take no new connections, and end those that are open when their
+	// requests have ended. It returns at once; Status says what is left. Of a gateway that is
+	// drained it changes nothing. A restart ends it. UNIMPLEMENTED: the process is no gateway.
+	Drain(context.Context, *DrainRequest) (*DrainResponse, error)
+	// Undrain has it take connections again. FAILED_PRECONDITION: it does.
+	Undrain(context.Context, *UndrainRequest) (*UndrainResponse, error)
 	mustEmbedUnimplementedDataPlaneServer()
 }
 
@@ -72,6 +106,12 @@ type UnimplementedDataPlaneServer struct{}
 
 func (UnimplementedDataPlaneServer) Status(context.Context, *DataPlaneStatusRequest) (*DataPlaneStatusResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Status not implemented")
+}
+func (UnimplementedDataPlaneServer) Drain(context.Context, *DrainRequest) (*DrainResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Drain not implemented")
+}
+func (UnimplementedDataPlaneServer) Undrain(context.Context, *UndrainRequest) (*UndrainResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Undrain not implemented")
 }
 func (UnimplementedDataPlaneServer) mustEmbedUnimplementedDataPlaneServer() {}
 func (UnimplementedDataPlaneServer) testEmbeddedByValue()                   {}
@@ -112,6 +152,42 @@ func _DataPlane_Status_Handler(srv interface{}, ctx context.Context, dec func(in
 	return interceptor(ctx, in, info, handler)
 }
 
+func _DataPlane_Drain_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(DrainRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(DataPlaneServer).Drain(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: DataPlane_Drain_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(DataPlaneServer).Drain(ctx, req.(*DrainRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _DataPlane_Undrain_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(UndrainRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(DataPlaneServer).Undrain(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: DataPlane_Undrain_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(DataPlaneServer).Undrain(ctx, req.(*UndrainRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // DataPlane_ServiceDesc is the grpc.ServiceDesc for DataPlane service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -122,6 +198,14 @@ var DataPlane_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Status",
 			Handler:    _DataPlane_Status_Handler,
+		},
+		{
+			MethodName: "Drain",
+			Handler:    _DataPlane_Drain_Handler,
+		},
+		{
+			MethodName: "Undrain",
+			Handler:    _DataPlane_Undrain_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},
