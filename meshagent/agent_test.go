@@ -201,6 +201,7 @@ func TestImpostorCA(t *testing.T) {
 // Short lives: SVIDs are renewed, stay until their end while the CA is gone, and are
 // renewed when it is back.
 func TestRenewal(t *testing.T) {
+	t.Parallel()
 	c := catest.Start(t, catest.Options{Lifetimes: node.Lifetimes{AgentSVID: 4 * time.Second}})
 	c.Apply(serviceYAML("accounts", self()+"\nttl: {x509: 4s}"))
 	agent := startAgent(t, configure(t, "dataDir: "+t.TempDir(), "ca: {token: "+c.AgentToken("h1", "dc1")+"}"))

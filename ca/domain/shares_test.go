@@ -59,6 +59,7 @@ func churn(w *world, most int) (n int, refused *Refusal) {
 // An owner with a prefix fills its own share of the distrust table and no more: nobody else
 // notices, whatever it creates and deletes; when SVIDs have ended, it goes on.
 func TestOwnerCannotFillTheDistrustTable(t *testing.T) {
+	oneGoroutine(t)
 	w := owned(t, FeatureLevel)
 	w.must(entries(create(uid(entry("kept", "/team/pay/kept", "h1"), "8")), create(uid(entry("other", "/else", "h1"), "9"))))
 	n, refused := churn(w, 2*maxDistrust)
@@ -179,6 +180,7 @@ func TestRemovalsAreNeverRefused(t *testing.T) {
 // An api-owner's agreements have a share, and what one administrator puts aside of changes
 // leaves room for the others; viewers put nothing aside, and nobody takes another's away.
 func TestSharesOfOwners(t *testing.T) {
+	oneGoroutine(t)
 	w := owned(t, FeatureLevel)
 	w.must(objects(relationship("trading.example")))
 	w.must(objects(at(service("accounts", "h1"), "/team/pay/accounts", "1", "trading.example")))

@@ -136,7 +136,7 @@ func newNode(cfg *Config, log *slog.Logger, listeners Listeners, own *identity, 
 	n.returning = &returning{core: c, config: n.replicaConfig, restored: n.onRestore}
 	n.leadership = &leadership{core: c, gate: n.gate, following: n.following, comparisons: n.comparisons, swapped: &n.returning.swapped}
 	n.watchdog = &watchdog{c}
-	n.rechecks = &rechecks{core: c, feed: news, due: make(chan struct{}, 1)}
+	n.rechecks = &rechecks{core: c, feed: news, due: make(chan struct{}, 1), changed: map[string]struct{}{}}
 	n.isolation = &isolation{proposals: n.proposals, bans: bans, changed: make(chan struct{}, 1), recheck: n.rechecks.ask}
 	n.web = &web{core: c, bundles: server.NewBundles(c.td)}
 	return n
@@ -383,7 +383,7 @@ func (n *Node) onApply(outcome domain.Outcome) {
 		default: // one is being looked into
 		}
 	}
-	recheck := false
+	recheck, of := false, []string(nil)
 	for _, change := range outcome.Changes {
 		switch change.Kind {
 		case domain.ChangeOwnBundle:
@@ -391,8 +391,10 @@ func (n *Node) onApply(outcome domain.Outcome) {
 			recheck = true
 		case domain.ChangeAgent:
 			signal(n.isolation.changed)
-			recheck = true
-		case domain.ChangeMembers, domain.ChangeEntry:
+			of = append(of, change.Key)
+		case domain.ChangeEntry:
+			of = append(of, change.Key)
+		case domain.ChangeMembers, domain.ChangeDistrust: // an item may be about several, or stand for several others
 			recheck = true
 		case domain.ChangeObject:
 			if strings.HasPrefix(change.Key, "Relationship/") {
@@ -400,8 +402,11 @@ func (n *Node) onApply(outcome domain.Outcome) {
 			}
 		}
 	}
-	if recheck {
+	switch {
+	case recheck:
 		n.rechecks.ask()
+	case len(of) > 0:
+		n.rechecks.askOf(of)
 	}
 	n.applied.tell()
 }

@@ -2,6 +2,7 @@ package node
 
 import (
 	"context"
+	"sync"
 	"time"
 
 	"github.com/entente-mesh/entente/ca/domain"
@@ -16,9 +17,42 @@ type rechecks struct {
 	feed   *feed.Feed
 	server *server.Server
 	due    chan struct{}
+
+	mu      sync.Mutex
+	all     bool                // guarded by mu; every connection is to be looked at
+	changed map[string]struct{} // guarded by mu; those of these agents and entries are
 }
 
-func (r *rechecks) ask() { signal(r.due) }
+// ask has all connections looked at.
+func (r *rechecks) ask() {
+	r.mu.Lock()
+	r.all = true
+	r.mu.Unlock()
+	signal(r.due)
+}
+
+// askOf has those of agents and entries looked at, by name and id.
+func (r *rechecks) askOf(names []string) {
+	r.mu.Lock()
+	for _, name := range names {
+		r.changed[name] = struct{}{}
+	}
+	r.mu.Unlock()
+	signal(r.due)
+}
+
+// look does what was asked.
+func (r *rechecks) look() {
+	r.mu.Lock()
+	all, changed := r.all, r.changed
+	r.all, r.changed = false, map[string]struct{}{}
+	r.mu.Unlock()
+	if all {
+		r.server.Recheck()
+	} else {
+		r.server.RecheckOf(changed)
+	}
+}
 
 // beforeCut is how long a change is given to reach those whose connections it ends.
 const beforeCut = 100 * time.Millisecond
@@ -36,7 +70,7 @@ func (r *rechecks) run(ctx context.Context) error {
 			if err := sleep(ctx, beforeCut); err != nil {
 				return err
 			}
-			r.server.Recheck()
+			r.look()
 			// Changes in a row are looked at together; I4 allows a second.
 			if err := sleep(ctx, 50*time.Millisecond); err != nil {
 				return err

@@ -55,6 +55,18 @@ type caller struct {
 	user   string // local: which one
 }
 
+// restsOn names the agent and the entry that identify looks at; none: it looks at more. An
+// entry's id has a slash, an agent's name has none.
+func (c caller) restsOn() []string {
+	switch c.class {
+	case agent:
+		return []string{c.agent.GetName()}
+	case workload:
+		return []string{c.agent.GetName(), c.entry.GetId()}
+	}
+	return nil
+}
+
 // who is the caller in the audit log.
 func (c caller) who() string {
 	switch c.class {
@@ -215,7 +227,7 @@ func (t *tracking) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo
 				err = errNotOurs
 			}
 			return err
-		})
+		}, first.restsOn()...)
 	}
 	return &tracked{conn, untrack, leave}, remote, nil
 }

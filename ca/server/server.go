@@ -336,10 +336,16 @@ func (s *Server) Run(ctx context.Context) error {
 	return s.registry.Run(ctx)
 }
 
-// Recheck looks at all open connections again: after a member was removed, an agent
-// banned, an entry deleted or an authority revoked.
-func (s *Server) Recheck() {
-	if n := s.registry.Recheck(); n > 0 {
+// Recheck looks at all open connections again: after a member was removed or an authority
+// revoked.
+func (s *Server) Recheck() { s.countCut(s.registry.Recheck()) }
+
+// RecheckOf looks again at those of certain agents and entries, by name and id: after one was
+// banned or deleted.
+func (s *Server) RecheckOf(changed map[string]struct{}) { s.countCut(s.registry.RecheckOf(changed)) }
+
+func (s *Server) countCut(n int) {
+	if n > 0 {
 		s.Log.Info("connections were cut, their peers are no longer admitted", "connections", n)
 	}
 }

@@ -8,7 +8,6 @@ import (
 	"log/slog"
 	"net"
 	"runtime"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -47,15 +46,28 @@ type Registry struct {
 type tracked struct {
 	conn    net.Conn
 	recheck func() error
+	restsOn []string
 	end     time.Time // when the peer's leaf expires
 	place   int       // in the heap, guarded by Registry.mu; -1: not tracked any more
+}
+
+// restsOnOneOf reports whether what is tracked may be refused after these have changed.
+func (t *tracked) restsOnOneOf(changed map[string]struct{}) bool {
+	for _, name := range t.restsOn {
+		if _, ok := changed[name]; ok {
+			return true
+		}
+	}
+	return len(t.restsOn) == 0
 }
 
 // Track keeps c until untrack is called, which may be done more than once. state is that of its finished handshake; recheck
 // says whether the peer would still be accepted now (nil: only expiry counts) and is not called concurrently for one
 // connection. See [Recheck] for the usual one. If the peer is refused already, c is closed before Track returns.
-func (r *Registry) Track(c net.Conn, state tls.ConnectionState, recheck func() error) (untrack func()) {
-	t := &tracked{conn: c, recheck: recheck, place: -1}
+//
+// restsOn names the records that recheck looks at and that are not everybody's: see [Registry.RecheckOf].
+func (r *Registry) Track(c net.Conn, state tls.ConnectionState, recheck func() error, restsOn ...string) (untrack func()) {
+	t := &tracked{conn: c, recheck: recheck, restsOn: restsOn, place: -1}
 	if len(state.PeerCertificates) > 0 {
 		t.end = state.PeerCertificates[0].NotAfter
 	} else {
@@ -81,12 +93,27 @@ func (r *Registry) Track(c net.Conn, state tls.ConnectionState, recheck func() e
 // Call it after what they depend on has changed: bundles, agreements, entries, own SVID. On return, no connection that was
 // tracked before the call and is refused by now is open.
 func (r *Registry) Recheck() (closed int) {
+	return r.recheck(func(*tracked) bool { return true })
+}
+
+// RecheckOf is Recheck where nothing has changed but the records with these names: it asks the connections that rest on
+// one of them, and those that were tracked without names.
+func (r *Registry) RecheckOf(changed map[string]struct{}) (closed int) {
+	return r.recheck(func(t *tracked) bool { return t.restsOnOneOf(changed) })
+}
+
+func (r *Registry) recheck(concerned func(*tracked) bool) (closed int) {
 	r.rechecking.Lock()
 	defer r.rechecking.Unlock()
 	r.rechecked.Store(time.Now().UnixNano()) // before the look at the open ones: see Track
 
 	r.mu.Lock()
-	all := slices.Clone(r.open)
+	all := make([]*tracked, 0, len(r.open))
+	for _, t := range r.open {
+		if concerned(t) {
+			all = append(all, t)
+		}
+	}
 	r.mu.Unlock()
 
 	var next, count atomic.Int64

@@ -6,7 +6,9 @@ import (
 	"crypto/x509"
 	"errors"
 	"io"
+	"maps"
 	"net"
+	"slices"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -90,6 +92,41 @@ func TestRegistryExpiry(t *testing.T) {
 			t.Errorf("after 2 h: %d open", r.Len())
 		}
 	})
+}
+
+// RecheckOf asks those that rest on what has changed, and those of which that is not known.
+func TestRegistryRecheckOf(t *testing.T) {
+	var r peer.Registry
+	refused := map[string]bool{}
+	asked := map[string]int{}
+	open := map[string]net.Conn{}
+	for name, restsOn := range map[string][]string{"h1": {"h1"}, "h1/web": {"h1", "web"}, "h2/web": {"h2", "web"}, "any": nil} {
+		open[name] = pipe(t)
+		r.Track(open[name], tls.ConnectionState{}, func() error {
+			if asked[name]++; refused[name] {
+				return errNo
+			}
+			return nil
+		}, restsOn...)
+	}
+	expect := func(n int, changed string, want ...string) {
+		t.Helper()
+		clear(asked)
+		if got := r.RecheckOf(map[string]struct{}{changed: {}}); got != n {
+			t.Errorf("%s: %d closed, want %d", changed, got, n)
+		}
+		if got := slices.Sorted(maps.Keys(asked)); !slices.Equal(got, want) {
+			t.Errorf("%s: %v were asked, want %v", changed, got, want)
+		}
+	}
+	expect(0, "nobody", "any")
+	expect(0, "h1", "any", "h1", "h1/web")
+	refused["h2/web"] = true
+	expect(0, "h1", "any", "h1", "h1/web")
+	expect(1, "web", "any", "h1/web", "h2/web")
+	if isOpen(open["h2/web"]) || !isOpen(open["h1/web"]) {
+		t.Error("the wrong one was cut")
+	}
 }
 
 // I4: ending a relationship cuts what is open, and only that.
