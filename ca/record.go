@@ -18,7 +18,8 @@ import (
 //
 //	0  releases before levels
 //	1  levels; requests to sign name the entry's record; instances have ids
-const SyncLevel = 1
+//	2  role bindings
+const SyncLevel = 2
 
 // LevelInstanceIDs is the first level of Sync at which an agent's instances of one service
 // are told apart.

@@ -14,7 +14,7 @@ import (
 // owner's service has its name alone anyway. Only a name that is new is looked for, since
 // that looks at every entry.
 func (a *Administrator) mayName(upserts []*statev1.Object) *Refusal {
-	if a.owns.all || !a.state.hardened() {
+	if a.Owns.All || !a.state.hardened() {
 		return nil
 	}
 	names := map[string]bool{}
@@ -33,7 +33,7 @@ func (a *Administrator) mayName(upserts []*statev1.Object) *Refusal {
 		if !Declared(string(v.id)) {
 			break // they stand together
 		}
-		if a.owns.cover(string(v.path)) {
+		if a.Owns.Cover(string(v.path)) {
 			continue
 		}
 		has := []string{strings.TrimPrefix(string(v.id), ca.DeclaredPrefix), strings.TrimPrefix(string(v.path), "/")}
@@ -53,11 +53,11 @@ func (a *Administrator) mayName(upserts []*statev1.Object) *Refusal {
 
 // mayNameEntry refuses a new entry that is called as another owner's service is.
 func (a *Administrator) mayNameEntry(id string, have *statev1.Entry) *Refusal {
-	if have != nil || a.owns.all || !a.state.hardened() {
+	if have != nil || a.Owns.All || !a.state.hardened() {
 		return nil
 	}
 	name := strings.TrimPrefix(id, ca.DeclaredPrefix)
-	if o, _ := a.state.Object("Service/" + name); o != nil && !a.owns.cover(o.GetService().GetPath()) {
+	if o, _ := a.state.Object("Service/" + name); o != nil && !a.Owns.Cover(o.GetService().GetPath()) {
 		return a.refuse("entry %s would have the DNS name %s.%s, which is that of Service/%s of another owner: choose another id, or have a trust-admin create it", id, name, a.state.td.Name(), name)
 	}
 	return nil

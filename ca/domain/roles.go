@@ -4,26 +4,13 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/protobuf/proto"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	"github.com/entente-mesh/entente/ca"
+	"github.com/entente-mesh/entente/ca/roles"
 	"github.com/entente-mesh/entente/ca/selector"
 	"github.com/entente-mesh/entente/federation"
-)
-
-// Right is what a door asks of an administrator before it looks at a request.
-type Right uint8
-
-const (
-	// See is had with any role. What is shown is narrowed by Sees, what is changed by
-	// MayCarryOut.
-	See Right = iota + 1
-	// SeeAll is had with a role that no prefix narrows.
-	SeeAll
-	// Govern is had as a trust-admin: everything that no path owns.
-	Govern
 )
 
 // Administrator is what somebody may do by the role bindings of one state. It is the one
@@ -31,13 +18,8 @@ const (
 // about the command, whose turn may come when roles are others. The zero value may do
 // nothing. It is for use under the lock of the state's owner.
 type Administrator struct {
-	state    *State
-	path     string // SPIFFE path; of an operator empty
-	governs  bool
-	owns     prefixes // service-owner
-	exports  prefixes // api-owner
-	sees     prefixes // any role
-	bindings []*statev1.RoleBinding
+	roles.Roles // an operator has none, and governs
+	state       *State
 
 	added  int // entries by this command, so far
 	agreed int // agreements of its own, with those of this command so far; 0: not counted yet
@@ -48,89 +30,43 @@ type Administrator struct {
 
 // Operator may do everything: who can open the administrative socket of a CA node.
 func (s *State) Operator() *Administrator {
-	return &Administrator{state: s, governs: true}
+	return &Administrator{state: s, Roles: roles.Roles{Governs: true}}
 }
 
 // Administrator is the holder of an SVID of this domain with that path.
 func (s *State) Administrator(path string) *Administrator {
-	a := &Administrator{state: s, path: path, protected: map[string]struct{}{}, others: map[string][]*statev1.Entry{}}
-	for _, o := range s.objects.rows {
-		b := o.GetRoleBinding()
-		for _, subject := range b.GetSubjects() {
-			a.protected[subject] = struct{}{}
+	a := &Administrator{state: s, protected: map[string]struct{}{}, others: map[string][]*statev1.Entry{}}
+	a.Roles = roles.Of(path, func(yield func(*statev1.RoleBinding) bool) {
+		for _, o := range s.objects.rows {
+			b := o.GetRoleBinding()
+			for _, subject := range b.GetSubjects() {
+				a.protected[subject] = struct{}{}
+			}
+			if b != nil && !yield(b) {
+				return
+			}
 		}
-		if path == "" || ca.Reserved(path) || !slices.Contains(b.GetSubjects(), path) {
-			continue
-		}
-		a.bindings = append(a.bindings, b)
-		switch b.GetRole() {
-		case statev1.AdminRole_ADMIN_ROLE_TRUST_ADMIN:
-			a.governs = true
-		case statev1.AdminRole_ADMIN_ROLE_SERVICE_OWNER:
-			a.owns.add(b.GetPrefixes())
-		case statev1.AdminRole_ADMIN_ROLE_API_OWNER:
-			a.exports.add(b.GetPrefixes())
-		case statev1.AdminRole_ADMIN_ROLE_VIEWER:
-		default:
-			continue // a later release's
-		}
-		a.sees.add(b.GetPrefixes())
-	}
-	slices.SortFunc(a.bindings, func(x, y *statev1.RoleBinding) int { return strings.Compare(x.GetName(), y.GetName()) })
+	})
 	return a
 }
 
-// Bindings are the role bindings that name the administrator, by name.
-func (a *Administrator) Bindings() []*statev1.RoleBinding { return a.bindings }
-
-// prefixes is a set of SPIFFE paths and all below them. The zero value is empty.
-type prefixes struct {
-	all  bool
-	list []string
-}
-
-func (p *prefixes) add(list []string) {
-	p.all = p.all || len(list) == 0
-	p.list = append(p.list, list...)
-}
-
-func (p *prefixes) some() bool { return p.all || len(p.list) > 0 }
-
-// cover tells whether a path stands at or below one of them, compared by whole
-// segments. What is no SPIFFE path (dot segments, doubled or trailing slashes) stands
-// nowhere.
-func (p *prefixes) cover(path string) bool {
-	if path == "" || spiffeid.ValidatePath(path) != nil {
-		return false
-	}
-	return p.all || slices.ContainsFunc(p.list, func(prefix string) bool { return ca.AtOrBelow(path, prefix) })
-}
-
 // May says why the administrator does not have a right; nil if he has it.
-func (a *Administrator) May(right Right) *Refusal {
-	switch {
-	case a.governs, right == See && a.sees.some(), right == SeeAll && a.sees.all:
-		return nil
-	case !a.sees.some():
-		return a.refuse("no role is bound to it: a trust-admin applies a RoleBinding")
-	case right == Govern:
-		return a.refuse("that takes the role trust-admin")
+func (a *Administrator) May(right roles.Right) *Refusal {
+	if why := a.Lacks(right); why != "" {
+		return a.refuse("%s", why)
 	}
-	return a.refuse("that takes a role without prefixes: it shows the whole domain")
+	return nil
 }
 
 func (a *Administrator) refuse(format string, args ...any) *Refusal {
-	return refuse(CodeForbidden, a.path+" may not do that: "+format, args...)
+	return refuse(CodeForbidden, a.Path+" may not do that: "+format, args...)
 }
-
-// Sees tells whether what belongs to a SPIFFE path may be shown.
-func (a *Administrator) Sees(path string) bool { return a.governs || a.sees.cover(path) }
 
 // SeesObject tells whether an object may be shown: a service by its path, an agreement where
 // all its own paths may be, a role to whom it names, the rest with a role for the whole domain.
 func (a *Administrator) SeesObject(o *statev1.Object) bool {
 	switch {
-	case a.governs || a.sees.all:
+	case a.Governs || a.Views.All:
 		return true
 	case o.GetService() != nil:
 		return a.Sees(o.GetService().GetPath())
@@ -144,7 +80,7 @@ func (a *Administrator) SeesObject(o *statev1.Object) bool {
 		}
 		return len(o.GetAgreement().GetAllow()) > 0
 	case o.GetRoleBinding() != nil:
-		return a.path != "" && slices.Contains(o.GetRoleBinding().GetSubjects(), a.path)
+		return a.Path != "" && slices.Contains(o.GetRoleBinding().GetSubjects(), a.Path)
 	}
 	return false
 }
@@ -152,13 +88,13 @@ func (a *Administrator) SeesObject(o *statev1.Object) bool {
 // MayCarryOut says why the administrator may not have a command carried out; nil if he
 // may.
 func (a *Administrator) MayCarryOut(cmd *statev1.Command) *Refusal {
-	if refusal := a.May(See); refusal != nil {
+	if refusal := a.May(roles.See); refusal != nil {
 		return refusal
 	}
 	if d, _ := describe(cmd); d.may != nil {
 		return d.may(a, cmd)
 	}
-	return a.May(Govern)
+	return a.May(roles.Govern)
 }
 
 func (a *Administrator) mayChangeEntries(cmd *statev1.Command) *Refusal {
@@ -173,14 +109,14 @@ func (a *Administrator) mayChangeEntries(cmd *statev1.Command) *Refusal {
 // mayStage: what is staged means nothing until all of it is applied, and asked about; but
 // it takes room.
 func (a *Administrator) mayStage(*statev1.Command) *Refusal {
-	if a.state.hardened() && !a.governs && !a.owns.some() && !a.exports.some() {
+	if a.state.hardened() && !a.Governs && !a.Owns.Some() && !a.Exports.Some() {
 		return a.refuse("its roles change nothing")
 	}
 	return nil
 }
 
 func (a *Administrator) mayApplyStaged(cmd *statev1.Command) *Refusal {
-	whole, _ := a.state.staging(cmd.GetApplyStaged(), a.path)
+	whole, _ := a.state.staging(cmd.GetApplyStaged(), a.Path)
 	return a.mayApply(whole)
 }
 
@@ -197,7 +133,7 @@ func (a *Administrator) MayChangeEntry(change *statev1.EntryChange) *Refusal {
 	case *statev1.EntryChange_Delete:
 		id = action.Delete
 	}
-	if refusal := a.May(See); refusal != nil || a.governs {
+	if refusal := a.May(roles.See); refusal != nil || a.Governs {
 		return refusal
 	}
 	have, _ := a.state.Entry(id)
@@ -208,7 +144,7 @@ func (a *Administrator) MayChangeEntry(change *statev1.EntryChange) *Refusal {
 	if next == nil {
 		return nil
 	}
-	if !a.owns.all && !slices.Equal(sorted(have.GetDnsNames()), sorted(next.GetDnsNames())) {
+	if !a.Owns.All && !slices.Equal(sorted(have.GetDnsNames()), sorted(next.GetDnsNames())) {
 		return a.refuse("the DNS names of %s are the whole domain's: that takes a service-owner without prefixes", what)
 	}
 	if refusal := a.mayNameEntry(id, have); refusal != nil {
@@ -217,7 +153,7 @@ func (a *Administrator) MayChangeEntry(change *statev1.EntryChange) *Refusal {
 	if refusal := a.mayAddTo(what, have.GetPath(), next.GetPath(), have.GetHosts(), next.GetHosts()); refusal != nil {
 		return refusal
 	}
-	if !slices.Equal(sorted(have.GetFederatesWith()), sorted(next.GetFederatesWith())) && !a.exports.cover(next.GetPath()) {
+	if !slices.Equal(sorted(have.GetFederatesWith()), sorted(next.GetFederatesWith())) && !a.Exports.Cover(next.GetPath()) {
 		return a.refuse("whom %s federates with takes the role api-owner for %s", what, next.GetPath())
 	}
 	if slices.Equal(sorted(have.GetHosts()), sorted(next.GetHosts())) && slices.Equal(sorted(have.GetSelectors()), sorted(next.GetSelectors())) {
@@ -236,7 +172,7 @@ func (a *Administrator) mayOwn(what, have, next string) *Refusal {
 		if path == "" {
 			continue
 		}
-		if !a.owns.cover(path) {
+		if !a.Owns.Cover(path) {
 			return a.refuse("%s is or would be %.200s, for which it is no service-owner", what, path)
 		}
 		if _, bound := a.protected[path]; bound {
@@ -250,14 +186,14 @@ func (a *Administrator) mayOwn(what, have, next string) *Refusal {
 // owner's entry on the same host whose selectors do not exclude it. It would let its
 // maker act for that process's owner, or the process act under a name it does not know.
 func (a *Administrator) mayTake(what, id string, hosts, selectors []string) *Refusal {
-	if a.owns.all {
+	if a.Owns.All {
 		return nil
 	}
 	for _, host := range hosts {
 		others, known := a.others[host]
 		if !known {
 			for _, e := range a.state.EntriesOnHost(host) {
-				if !a.owns.cover(e.GetPath()) {
+				if !a.Owns.Cover(e.GetPath()) {
 					others = append(others, e)
 				}
 			}
@@ -300,7 +236,7 @@ func (a *Administrator) exclusive(one, other []string) bool {
 
 // mayApply asks about each object as it is and as it would be.
 func (a *Administrator) mayApply(c *statev1.ApplyObjects) *Refusal {
-	if a.governs {
+	if a.Governs {
 		return nil
 	}
 	services := map[string]string{} // path by label, of this proposal
@@ -339,7 +275,7 @@ func (a *Administrator) mayChangeObject(have, next *statev1.Object, services map
 	case either.GetAgreement() != nil:
 		return a.mayChangeAgreement(key, have.GetAgreement(), next.GetAgreement(), services)
 	case either.GetImport() != nil:
-		if !a.exports.all {
+		if !a.Exports.All {
 			return a.refuse("%s is the whole domain's: that takes an api-owner without prefixes", key)
 		}
 		return nil
@@ -353,7 +289,7 @@ func (a *Administrator) mayChangeService(key string, have, next *statev1.Object)
 	before, after := have.GetService(), next.GetService()
 	if next != nil && !slices.Equal(sorted(before.GetExportTo()), sorted(after.GetExportTo())) {
 		for _, path := range []string{before.GetPath(), after.GetPath()} {
-			if path != "" && !a.exports.cover(path) {
+			if path != "" && !a.Exports.Cover(path) {
 				return a.refuse("to whom %s is exported takes the role api-owner for %s", key, path)
 			}
 		}
@@ -383,7 +319,7 @@ func unexported(o *statev1.Object) *statev1.Object {
 // and would be about. Whom the domain exchanges traffic with is not one owner's business:
 // a gateway of the peer must be one that another agreement names.
 func (a *Administrator) mayChangeAgreement(key string, have, next *statev1.Agreement, services map[string]string) *Refusal {
-	if a.exports.all {
+	if a.Exports.All {
 		return nil
 	}
 	if have == nil {
@@ -397,7 +333,7 @@ func (a *Administrator) mayChangeAgreement(key string, have, next *statev1.Agree
 		}
 		for _, allow := range agreement.GetAllow() {
 			for _, path := range a.pathsOf(allow, services) {
-				if !a.exports.cover(path) {
+				if !a.Exports.Cover(path) {
 					return a.refuse("%s allows what takes the role api-owner for %s", key, path)
 				}
 			}

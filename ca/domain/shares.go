@@ -76,18 +76,18 @@ const bindingKey = "RoleBinding/"
 // mayAdd refuses an owner with prefixes what would take more than its share: n more
 // entries, or, with 0, hosts of one that is there.
 func (a *Administrator) mayAdd(what string, n int) *Refusal {
-	if a.governs || a.owns.all || !a.state.hardened() {
+	if a.Governs || a.Owns.All || !a.state.hardened() {
 		return nil
 	}
 	owned := 0
-	for i, prefix := range a.owns.list {
-		if slices.Contains(a.owns.list[:i], prefix) || slices.ContainsFunc(a.owns.list, func(other string) bool { return other != prefix && ca.AtOrBelow(prefix, other) }) {
+	for i, prefix := range a.Owns.List {
+		if slices.Contains(a.Owns.List[:i], prefix) || slices.ContainsFunc(a.Owns.List, func(other string) bool { return other != prefix && ca.AtOrBelow(prefix, other) }) {
 			continue // counted with the other
 		}
 		owned += a.state.shares[prefix]
 	}
 	if a.added += n; owned+a.added > maxOwned {
-		return refuse(CodeLimit, "%s: %s owns %d entries, with those that were deleted lately and whose SVIDs are not over yet, and %d are its share: delete some and wait until their SVIDs have ended, or ask a service-owner without prefixes", what, a.path, owned, maxOwned)
+		return refuse(CodeLimit, "%s: %s owns %d entries, with those that were deleted lately and whose SVIDs are not over yet, and %d are its share: delete some and wait until their SVIDs have ended, or ask a service-owner without prefixes", what, a.Path, owned, maxOwned)
 	}
 	return nil
 }
@@ -106,32 +106,32 @@ func (a *Administrator) mayAddTo(what, have, next string, haveHosts, nextHosts [
 
 // mayAgree refuses an api-owner with prefixes more agreements than its share.
 func (a *Administrator) mayAgree(key string) *Refusal {
-	if a.governs || a.exports.all || !a.state.hardened() {
+	if a.Governs || a.Exports.All || !a.state.hardened() {
 		return nil
 	}
 	if a.agreed == 0 {
 		for _, o := range a.state.objects.rows {
 			if agreement := o.GetAgreement(); agreement != nil && !slices.ContainsFunc(agreement.GetAllow(), func(allow *statev1.Allow) bool {
-				return slices.ContainsFunc(a.pathsOf(allow, nil), func(path string) bool { return !a.exports.cover(path) })
+				return slices.ContainsFunc(a.pathsOf(allow, nil), func(path string) bool { return !a.Exports.Cover(path) })
 			}) {
 				a.agreed++
 			}
 		}
 	}
 	if a.agreed++; a.agreed > maxOwnedAgreements {
-		return refuse(CodeLimit, "%s: %s has %d agreements, which is its share: delete some, or ask an api-owner without prefixes", key, a.path, maxOwnedAgreements)
+		return refuse(CodeLimit, "%s: %s has %d agreements, which is its share: delete some, or ask an api-owner without prefixes", key, a.Path, maxOwnedAgreements)
 	}
 	return nil
 }
 
 // roomForStaged refuses to put more aside than an administrator's share.
 func (a *application) roomForStaged(size int) *Refusal {
-	if !a.hardened() || a.principal == "" || a.Administrator(a.principal).governs {
+	if !a.hardened() || a.principal == "" || a.Administrator(a.principal).Governs {
 		return nil
 	}
 	own, all := size, size
 	for _, part := range a.staged.rows {
-		if part.GetOwner() == "" || a.Administrator(part.GetOwner()).governs {
+		if part.GetOwner() == "" || a.Administrator(part.GetOwner()).Governs {
 			continue
 		}
 		n := stagedSize(part)

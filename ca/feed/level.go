@@ -22,7 +22,9 @@ import (
 //
 // A row that restricts says so: a deny rule, a field that narrows what its object permits.
 // Who cannot enforce it is told that it is too old, and so are operators.
-var sinceLevel = levels{}
+var sinceLevel = levels{
+	"entente.state.v1.Object.role_binding": {level: 2},
+}
 
 type levels map[protoreflect.FullName]since
 

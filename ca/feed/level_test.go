@@ -173,3 +173,29 @@ func TestOlderSubscribersAreListed(t *testing.T) {
 		t.Error("an agent without a session has a level")
 	}
 }
+
+// Role bindings are told to whom knows what to do with them, and not to releases before.
+func TestRoleBindingsAreNewsOfLevel2(t *testing.T) {
+	w := newWorld(t, 0)
+	w.attest("h1")
+	w.attest("h2")
+	binding := func(name string) *statev1.Object {
+		return &statev1.Object{Kind: &statev1.Object_RoleBinding{RoleBinding: &statev1.RoleBinding{
+			Name: name, Role: statev1.AdminRole_ADMIN_ROLE_VIEWER, Subjects: []string{"/people/eva"}}}}
+	}
+	w.apply(service("accounts", "h1"), binding("eva"))
+	older, present := w.subscribeAt(1, "h1", 1, 0), w.subscribeAt(2, "h2", 1, 0)
+	if u := w.told(older); !slices.Equal(keys(u.Objects), []string{"Service/accounts"}) || len(u.TooOld) > 0 {
+		t.Errorf("level 1 is told %v, too old for %v", keys(u.Objects), u.TooOld)
+	}
+	if u := w.told(present); !slices.Equal(keys(u.Objects), []string{"RoleBinding/eva", "Service/accounts"}) {
+		t.Errorf("level 2 is told %v", keys(u.Objects))
+	}
+	w.apply(binding("eva2"), service("ledger", "h2"))
+	if u := w.told(older); !slices.Equal(keys(u.Objects), []string{"Service/ledger"}) {
+		t.Errorf("level 1 is told %v", keys(u.Objects))
+	}
+	if u := w.told(present); !slices.Equal(keys(u.Objects), []string{"RoleBinding/eva2", "Service/ledger"}) {
+		t.Errorf("level 2 is told %v", keys(u.Objects))
+	}
+}

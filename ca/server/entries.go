@@ -14,6 +14,7 @@ import (
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/domain"
+	"github.com/entente-mesh/entente/ca/roles"
 )
 
 const (
@@ -163,7 +164,7 @@ func (d adminDoor) CountEntries(ctx context.Context, req *ententev1.ListEntriesR
 	resp := &ententev1.CountEntriesResponse{}
 	everything := false
 	d.server.State.Read(func(st *domain.State) {
-		if everything = rolesOf(ctx, st).May(domain.SeeAll) == nil && !req.GetDeclared() && req.GetHost() == "" && req.GetPathPrefix() == ""; everything {
+		if everything = rolesOf(ctx, st).May(roles.SeeAll) == nil && !req.GetDeclared() && req.GetHost() == "" && req.GetPathPrefix() == ""; everything {
 			resp.Entries = uint64(st.EntryCount())
 		}
 	})

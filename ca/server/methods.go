@@ -7,12 +7,13 @@ import (
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
 	"github.com/entente-mesh/entente/ca/domain"
 	"github.com/entente-mesh/entente/ca/nodeattest"
+	"github.com/entente-mesh/entente/ca/roles"
 )
 
 // method is all that the doors know of one method.
 type method struct {
-	callers []class      // who may call it; others may not
-	right   domain.Right // lets an administrator call it as well; 0: he may not. What See lets through looks at its request itself.
+	callers []class     // who may call it; others may not
+	right   roles.Right // lets an administrator call it as well; 0: he may not. What See lets through looks at its request itself.
 	records recording
 	about   func(on *naming, req, resp any) // what a call is about, for the audit log; nil: what its request names
 }
@@ -39,12 +40,12 @@ var (
 )
 
 // shows is a method of Admin that an administrator with this right may call.
-func shows(right domain.Right) method {
+func shows(right roles.Right) method {
 	return method{callers: operators, right: right, records: recordsRefusals}
 }
 
 // acts is one that changes something; right 0: it is for operators alone.
-func acts(right domain.Right, about func(on *naming, req, resp any)) method {
+func acts(right roles.Right, about func(on *naming, req, resp any)) method {
 	return method{callers: operators, right: right, records: recordsAll, about: about}
 }
 
@@ -70,34 +71,34 @@ var methods = map[string]method{
 	ententev1.Peer_MarkReady_FullMethodName: {callers: members},
 	ententev1.Peer_ShowEpoch_FullMethodName: {callers: []class{anonymous, stranger, member}},
 
-	ententev1.Admin_Status_FullMethodName:          shows(domain.See),
-	ententev1.Admin_GetBundle_FullMethodName:       shows(domain.See),
-	ententev1.Admin_ListObjects_FullMethodName:     shows(domain.See),
-	ententev1.Admin_ListEntries_FullMethodName:     shows(domain.See),
-	ententev1.Admin_GetEntry_FullMethodName:        shows(domain.See),
-	ententev1.Admin_CountEntries_FullMethodName:    shows(domain.See),
-	ententev1.Admin_ListNodes_FullMethodName:       shows(domain.SeeAll),
-	ententev1.Admin_ListAuthorities_FullMethodName: shows(domain.SeeAll),
-	ententev1.Admin_ListAgents_FullMethodName:      shows(domain.SeeAll),
-	ententev1.Admin_GetAgent_FullMethodName:        shows(domain.SeeAll),
-	ententev1.Admin_ListTokens_FullMethodName:      shows(domain.SeeAll),
-	ententev1.Admin_ListChanges_FullMethodName:     shows(domain.SeeAll),
+	ententev1.Admin_Status_FullMethodName:          shows(roles.See),
+	ententev1.Admin_GetBundle_FullMethodName:       shows(roles.See),
+	ententev1.Admin_ListObjects_FullMethodName:     shows(roles.See),
+	ententev1.Admin_ListEntries_FullMethodName:     shows(roles.See),
+	ententev1.Admin_GetEntry_FullMethodName:        shows(roles.See),
+	ententev1.Admin_CountEntries_FullMethodName:    shows(roles.See),
+	ententev1.Admin_ListNodes_FullMethodName:       shows(roles.SeeAll),
+	ententev1.Admin_ListAuthorities_FullMethodName: shows(roles.SeeAll),
+	ententev1.Admin_ListAgents_FullMethodName:      shows(roles.SeeAll),
+	ententev1.Admin_GetAgent_FullMethodName:        shows(roles.SeeAll),
+	ententev1.Admin_ListTokens_FullMethodName:      shows(roles.SeeAll),
+	ententev1.Admin_ListChanges_FullMethodName:     shows(roles.SeeAll),
 	ententev1.Admin_WhoAmI_FullMethodName:          {callers: []class{local, workload}, records: recordsRefusals},
 
-	ententev1.Admin_Apply_FullMethodName:              acts(domain.See, of(aboutApply)),
-	ententev1.Admin_ChangeEntries_FullMethodName:      acts(domain.See, of(aboutEntries)),
-	ententev1.Admin_CreateToken_FullMethodName:        acts(domain.Govern, of(aboutToken)),
-	ententev1.Admin_RevokeToken_FullMethodName:        acts(domain.Govern, of(aboutRevokedToken)),
-	ententev1.Admin_BanAgent_FullMethodName:           acts(domain.Govern, of(aboutAgent)),
-	ententev1.Admin_EvictAgent_FullMethodName:         acts(domain.Govern, of(aboutAgent)),
-	ententev1.Admin_IsolateAgent_FullMethodName:       acts(domain.Govern, of(aboutIsolation)),
-	ententev1.Admin_PrepareAuthority_FullMethodName:   acts(domain.Govern, of(aboutNewAuthority)),
-	ententev1.Admin_ActivateAuthority_FullMethodName:  acts(domain.Govern, of(aboutAuthority)),
-	ententev1.Admin_TaintAuthority_FullMethodName:     acts(domain.Govern, of(aboutAuthority)),
-	ententev1.Admin_RevokeAuthority_FullMethodName:    acts(domain.Govern, of(aboutAuthority)),
-	ententev1.Admin_RemoveNode_FullMethodName:         acts(domain.Govern, of(aboutRemoval)),
-	ententev1.Admin_PromoteNode_FullMethodName:        acts(domain.Govern, of(aboutPromotion)),
-	ententev1.Admin_SaveSnapshot_FullMethodName:       acts(domain.Govern, nil),
+	ententev1.Admin_Apply_FullMethodName:              acts(roles.See, of(aboutApply)),
+	ententev1.Admin_ChangeEntries_FullMethodName:      acts(roles.See, of(aboutEntries)),
+	ententev1.Admin_CreateToken_FullMethodName:        acts(roles.Govern, of(aboutToken)),
+	ententev1.Admin_RevokeToken_FullMethodName:        acts(roles.Govern, of(aboutRevokedToken)),
+	ententev1.Admin_BanAgent_FullMethodName:           acts(roles.Govern, of(aboutAgent)),
+	ententev1.Admin_EvictAgent_FullMethodName:         acts(roles.Govern, of(aboutAgent)),
+	ententev1.Admin_IsolateAgent_FullMethodName:       acts(roles.Govern, of(aboutIsolation)),
+	ententev1.Admin_PrepareAuthority_FullMethodName:   acts(roles.Govern, of(aboutNewAuthority)),
+	ententev1.Admin_ActivateAuthority_FullMethodName:  acts(roles.Govern, of(aboutAuthority)),
+	ententev1.Admin_TaintAuthority_FullMethodName:     acts(roles.Govern, of(aboutAuthority)),
+	ententev1.Admin_RevokeAuthority_FullMethodName:    acts(roles.Govern, of(aboutAuthority)),
+	ententev1.Admin_RemoveNode_FullMethodName:         acts(roles.Govern, of(aboutRemoval)),
+	ententev1.Admin_PromoteNode_FullMethodName:        acts(roles.Govern, of(aboutPromotion)),
+	ententev1.Admin_SaveSnapshot_FullMethodName:       acts(roles.Govern, nil),
 	ententev1.Admin_ApproveChange_FullMethodName:      acts(0, of(aboutApproval)),
 	ententev1.Admin_ReplaceRecoveryKey_FullMethodName: acts(0, nil),
 }

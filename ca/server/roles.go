@@ -12,6 +12,7 @@ import (
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
 	"github.com/entente-mesh/entente/ca/domain"
+	"github.com/entente-mesh/entente/ca/roles"
 )
 
 // promote makes a workload what this call needs: an administrator if its roles let it
@@ -70,7 +71,7 @@ func (d adminDoor) WhoAmI(ctx context.Context, _ *ententev1.WhoAmIRequest) (*ent
 	c := callerFrom(ctx)
 	resp := &ententev1.WhoAmIResponse{Who: c.who(), Operator: c.class == local}
 	if c.class == workload {
-		d.server.State.Read(func(st *domain.State) { resp.Bindings = st.Administrator(c.id.Path()).Bindings() })
+		d.server.State.Read(func(st *domain.State) { resp.Bindings = st.Administrator(c.id.Path()).Bindings })
 	}
 	return resp, nil
 }
@@ -83,7 +84,7 @@ func (s *Server) propose(ctx context.Context, command *statev1.Command) (domain.
 	}
 	if adds(command) {
 		governs := true
-		s.State.Read(func(st *domain.State) { governs = rolesOf(ctx, st).May(domain.Govern) == nil })
+		s.State.Read(func(st *domain.State) { governs = rolesOf(ctx, st).May(roles.Govern) == nil })
 		if err := s.Audit.Crowded(); err != nil && !governs {
 			return domain.Outcome{}, err
 		}

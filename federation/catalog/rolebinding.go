@@ -44,8 +44,9 @@ var roleBindingKind = kind{
 	},
 	compile: (*compiler).roleBinding,
 	level:   func(*statev1.Object) uint32 { return 3 },
-	// Who administers the domain is no business of hosts.
-	forHosts: nil,
+	// Gateways and agents ask for themselves what an administrator may do there. Each host
+	// learns by it who administers the domain.
+	forHosts: whole,
 	ends:     (*Tables).roleBindingEnds,
 }
 
@@ -67,6 +68,7 @@ func (c *compiler) roleBinding() {
 	for _, path := range b.GetPrefixes() {
 		c.rolePath("prefix", path)
 	}
+	c.tables.bindings = append(c.tables.bindings, b)
 	if b.GetRole() == statev1.AdminRole_ADMIN_ROLE_TRUST_ADMIN && len(b.GetPrefixes()) > 0 {
 		c.fail("leave prefixes out, or give another role", "trust-admin is for the whole domain: authorities, hosts and roles have no path")
 	}

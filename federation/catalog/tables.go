@@ -14,6 +14,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	"github.com/entente-mesh/entente/federation"
 )
 
@@ -35,6 +36,8 @@ type Tables struct {
 
 	gateways []*OwnGateway // by name
 	sites    []site        // own gateways by datacenter
+
+	bindings []*statev1.RoleBinding // by name
 
 	findings []Finding
 }
@@ -87,6 +90,9 @@ func (t *Tables) ServiceByID(id spiffeid.ID) (*Service, bool) {
 	s, ok := t.callers[id.Path()]
 	return s, ok
 }
+
+// RoleBindings returns the role bindings in the order of their names.
+func (t *Tables) RoleBindings() []*statev1.RoleBinding { return t.bindings }
 
 // Services returns the own services in the order of their labels.
 func (t *Tables) Services() []*Service {

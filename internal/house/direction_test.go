@@ -30,7 +30,8 @@ api/entente/v1:
 
 ca/selector:
 ca:                      ca/selector internal/secret
-ca/domain:               ca ca/selector federation federation/catalog
+ca/roles:                ca
+ca/domain:               ca ca/roles ca/selector federation federation/catalog
 ca/domain/domaintest:    ca
 ca/presence:             ca federation/catalog
 ca/wire:                 api/entente/v1 ca/presence federation/catalog
@@ -42,7 +43,7 @@ ca/keystore:             internal/secret
 ca/nodeattest:           ca ca/selector
 ca/compare:              api/entente/v1 ca
 ca/server:               api/entente/v1
-                         ca ca/domain ca/feed ca/presence ca/wire ca/signer ca/nodeattest
+                         ca ca/domain ca/roles ca/feed ca/presence ca/wire ca/signer ca/nodeattest
                          federation federation/bundle federation/catalog
                          internal/peer internal/localpeer internal/admission
 ca/client:               api/entente/v1 ca ca/compare ca/presence ca/wire federation/bundle federation/catalog internal/peer internal/secret
@@ -125,7 +126,7 @@ google.golang.org/grpc:           api/entente/v1
 // time and ids arrive as arguments. They import pure rooms only ([TestPure]).
 const pure = `
 api/entente/state/v1
-ca ca/selector ca/domain ca/domain/domaintest ca/local ca/presence ca/rotation
+ca ca/selector ca/roles ca/domain ca/domain/domaintest ca/local ca/presence ca/rotation
 federation federation/catalog federation/origin
 internal/jwtsvid internal/nearest internal/refusal internal/secret
 `
