@@ -95,17 +95,13 @@ func TestPowerCut(t *testing.T) {
 	random := rand.New(rand.NewPCG(1, 2))
 	path := filepath.Join(tempDir(t), "cut.db")
 	old, whole := 0, 0
-	rounds := 24
-	if testing.Short() {
-		rounds = 4
-	}
 	for step := range logSteps {
 		before, after := files[step], files[step+1]
 		image := make([]byte, len(after))
 		if step == 10 {
 			continue // two transactions: the images between are not kept; TestKillLogStore has them
 		}
-		for round := range rounds {
+		for round := range 24 {
 			clear(image)
 			copy(image, before)
 			synced := round%2 == 0

@@ -28,6 +28,7 @@ import (
 // token was spent, and brings certificate and key of the files together.
 func TestKillAgent(t *testing.T) {
 	t.Parallel()
+	wholeRun(t)
 	c := catest.Start(t, catest.Options{})
 	apply := func(name, hint string) {
 		c.Apply(fmt.Sprintf("apiVersion: entente/v1\nkind: Service\nmetadata: {name: %s, owner: team}\nspec: {run: {uid: %d, hosts: [%[1]s]}, hint: %[3]s}\n", name, os.Getuid(), hint))

@@ -28,9 +28,6 @@ func killed(t *testing.T, dir string, at int, args ...string) killpoint.Result {
 
 func killedWhere(t *testing.T, c killpoint.Command, at int) killpoint.Result {
 	t.Helper()
-	if testing.Short() {
-		t.Skip("each point is a process of its own: they are for the whole run")
-	}
 	// Its user may trace it only if it does not seal its memory, which changes no file.
 	c.Args = append(c.Args, "--debuggable")
 	c.Path, c.Env = os.Args[0], append(os.Environ(), "ENTENTE_TEST_PROGRAM=entente")
@@ -42,6 +39,15 @@ func killedWhere(t *testing.T, c killpoint.Command, at int) killpoint.Result {
 		t.Fatal(err)
 	}
 	return r
+}
+
+// wholeRun skips a test of kills under -short: each point is a process of its own, which the
+// race detector does not see into.
+func wholeRun(t *testing.T) {
+	t.Helper()
+	if testing.Short() {
+		t.Skip("each point is a process of its own: they are for the whole run")
+	}
 }
 
 // each calls f for every point if ENTENTE_SOAK is set, else for every some-th, with
@@ -73,6 +79,7 @@ func place(t *testing.T, o catest.Options) (c *catest.CA, config string) {
 // init, killed before each change to a file, can be repeated, and the node signs.
 func TestKillInit(t *testing.T) {
 	t.Parallel()
+	wholeRun(t)
 	_, config := place(t, catest.Options{})
 	whole := killed(t, filepath.Dir(config), -1, "ca", "init", "--config", config)
 	if whole.ExitCode != 0 || len(whole.Points) < 20 {
@@ -100,6 +107,7 @@ func TestKillInit(t *testing.T) {
 // when the cluster has admitted the node already; the token admits one node once (I9).
 func TestKillJoin(t *testing.T) {
 	t.Parallel()
+	wholeRun(t)
 	founder := catest.Start(t, catest.Options{})
 	grant := func(name string) string {
 		file := filepath.Join(t.TempDir(), "token")
@@ -171,6 +179,7 @@ func fileExists(path string) bool {
 // goes on in the new epoch with its entries.
 func TestKillRestoreAndRecover(t *testing.T) {
 	t.Parallel()
+	wholeRun(t)
 	old := catest.Start(t, catest.Options{})
 	old.Apply("apiVersion: entente/v1\nkind: Service\nmetadata: {name: accounts}\nspec: {run: {uid: 1000, hosts: [h1]}, port: 8080}\n")
 	old.AgentToken("h1", "dc1")
@@ -246,6 +255,7 @@ func TestKillRestoreAndRecover(t *testing.T) {
 // belongs to none.
 func TestKillRotation(t *testing.T) {
 	t.Parallel()
+	wholeRun(t)
 	old := catest.Start(t, catest.Options{})
 	old.Stop()
 	rotate := func(at int) (c *catest.CA, r killpoint.Result) {
