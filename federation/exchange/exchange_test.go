@@ -237,6 +237,12 @@ func TestFetchAttacks(t *testing.T) {
 	})
 	old := tlsconfig.TLSServerConfig(endpoint)
 	old.MaxVersion = tls.VersionTLS12
+	older := old.Clone()
+	older.MinVersion, older.MaxVersion = tls.VersionTLS10, tls.VersionTLS11
+	cbc := old.Clone()
+	cbc.CipherSuites = []uint16{tls.TLS_ECDHE_ECDSA_WITH_AES_128_CBC_SHA, tls.TLS_RSA_WITH_AES_128_GCM_SHA256}
+	rogue12 := tlsconfig.TLSServerConfig(rogue.Issue(endpointID.Path()))
+	rogue12.MaxVersion = tls.VersionTLS12
 
 	tests := []struct {
 		name        string
@@ -246,6 +252,8 @@ func TestFetchAttacks(t *testing.T) {
 	}{
 		{"good", good, false, ""},
 		{"good, redirects not allowed", good, true, ""},
+		{"TLS 1.2", serveTLS(t, old, static(body)), false, ""},
+		{"a query", good + "?domain=trading.example", false, ""},
 		{"temporary redirect to a good one", with(endpoint, redirect(good, http.StatusTemporaryRedirect)), false, ""},
 		{"permanent redirect to a good one", with(endpoint, redirect(good, http.StatusMovedPermanently)), false, ""},
 
@@ -269,7 +277,9 @@ func TestFetchAttacks(t *testing.T) {
 		{"endless body", with(endpoint, endless), false, "larger than"},
 		{"compressed", with(endpoint, gzipped), false, "UTF-8"},
 		{"no bundle", with(endpoint, static([]byte("<html>"))), false, "JSON"},
-		{"TLS 1.2", serveTLS(t, old, static(body)), false, "protocol version"},
+		{"TLS 1.1", serveTLS(t, older, static(body)), false, "protocol version"},
+		{"TLS 1.2 without forward secrecy or authenticated encryption", serveTLS(t, cbc, static(body)), false, "handshake failure"},
+		{"TLS 1.2 of a rogue authority", serveTLS(t, rogue12, static(body)), false, "not signed by its trust domain"},
 		{"rogue authority", evil, false, "not signed by its trust domain"},
 		{"another workload of the domain", with(ca.Issue("/portfolio"), static(body)), false, "is not one of"},
 		{"a longer name", with(ca.Issue(endpointID.Path()+"/x"), static(body)), false, "is not one of"},
@@ -494,8 +504,9 @@ func TestGoSPIFFE(t *testing.T) {
 	})
 }
 
-// The endpoint asks nobody for a certificate, speaks HTTP/2 too, and only TLS 1.3.
-// Requirements: 131.
+// The endpoint asks nobody for a certificate, speaks HTTP/2 too, prefers TLS 1.3 with the hybrid key exchange, and takes TLS 1.2
+// with the suites of Mozilla's intermediate settings only.
+// Requirements: 124, 131.
 func TestServe(t *testing.T) {
 	ca := peertest.NewAuthority(trading)
 	url := serve(t, ca.Issue(endpointID.Path()), exchange.Handler("/bundle.json", publish(7, jwks(7, ca)).source))
@@ -513,8 +524,8 @@ func TestServe(t *testing.T) {
 		}
 		got.Body.Close()
 		transport.CloseIdleConnections()
-		if got.StatusCode != 200 || got.TLS.Version != tls.VersionTLS13 || got.TLS.NegotiatedProtocol != protocol {
-			t.Errorf("%s: %s, TLS %x, %s", protocol, got.Status, got.TLS.Version, got.TLS.NegotiatedProtocol)
+		if got.StatusCode != 200 || got.TLS.Version != tls.VersionTLS13 || got.TLS.CurveID != tls.X25519MLKEM768 || got.TLS.NegotiatedProtocol != protocol {
+			t.Errorf("%s: %s, TLS %x, %s, %s", protocol, got.Status, got.TLS.Version, got.TLS.CurveID, got.TLS.NegotiatedProtocol)
 		}
 		// A body is not waited for.
 		request, err := http.NewRequest("POST", url, neverEnding{})
@@ -532,6 +543,35 @@ func TestServe(t *testing.T) {
 		}
 		cancel()
 		transport.CloseIdleConnections()
+	}
+}
+
+// TestServeTLS12 has clients that speak nothing newer.
+// Requirements: 124.
+func TestServeTLS12(t *testing.T) {
+	ca := peertest.NewAuthority(trading)
+	url := serve(t, ca.Issue(endpointID.Path()), exchange.Handler("/bundle.json", publish(7, jwks(7, ca)).source))
+	for _, test := range []struct {
+		name     string
+		min, max uint16
+		suites   []uint16
+		accepted bool
+	}{
+		{"TLS 1.2", tls.VersionTLS12, tls.VersionTLS12, nil, true},
+		{"TLS 1.2, ChaCha20", tls.VersionTLS12, tls.VersionTLS12, []uint16{tls.TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256}, true},
+		{"TLS 1.2, CBC", tls.VersionTLS12, tls.VersionTLS12, []uint16{tls.TLS_ECDHE_ECDSA_WITH_AES_128_CBC_SHA, tls.TLS_ECDHE_ECDSA_WITH_AES_256_CBC_SHA}, false},
+		{"TLS 1.1", tls.VersionTLS10, tls.VersionTLS11, nil, false},
+	} {
+		config := tlsconfig.TLSClientConfig(ca.Bundle(), tlsconfig.AuthorizeID(endpointID))
+		config.MinVersion, config.MaxVersion, config.CipherSuites = test.min, test.max, test.suites
+		client := &http.Client{Transport: &http.Transport{TLSClientConfig: config, DisableKeepAlives: true}}
+		got, err := client.Get(url)
+		if (err == nil) != test.accepted {
+			t.Errorf("%s: %v", test.name, err)
+		}
+		if err == nil {
+			got.Body.Close()
+		}
 	}
 }
 

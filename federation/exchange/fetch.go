@@ -127,10 +127,10 @@ func (e Endpoint) client() *client {
 	c := &client{endpoint: e}
 	var config *tls.Config
 	if e.ID.IsZero() {
-		config = &tls.Config{MinVersion: tls.VersionTLS13, RootCAs: e.Roots, NextProtos: []string{"http/1.1"}}
+		config = peer.Intermediate(&tls.Config{RootCAs: e.Roots, NextProtos: []string{"http/1.1"}})
 	} else {
 		c.check = peer.SVID(e.Bundles, peer.AnyOf(e.ID))
-		config = peer.Client(nil, c.check, "http/1.1")
+		config = peer.Intermediate(peer.Client(nil, c.check, "http/1.1"))
 	}
 	dial := e.Dial
 	if dial == nil {

@@ -17,11 +17,16 @@ import (
 	"github.com/entente-mesh/entente/federation/bundle"
 )
 
-// Defaults of FollowConfig.
 const (
-	defaultRefresh    = 5 * time.Minute // Federation 4.1
-	defaultMinRefresh = time.Second
-	defaultMaxRefresh = 24 * time.Hour
+	defaultHint = 5 * time.Minute // of a bundle without a refresh hint (Federation 4.1)
+
+	// A server that does not wait is asked four times within its refresh hint: a key must not be used before its bundle could
+	// be fetched, so the hint is the longest that a change may stay unknown, not a pace.
+	shortestPoll = 5 * time.Second
+	longestPoll  = 5 * time.Minute
+
+	// betweenRequests is the least time from one request to the next.
+	betweenRequests = time.Second
 
 	firstBackoff    = time.Second
 	maxBackoff      = time.Minute
@@ -46,10 +51,6 @@ type FollowConfig struct {
 	// OnStatus is told after each attempt; nil: nobody is. It must be quick.
 	OnStatus func(Status)
 	Log      *slog.Logger // nil: silent
-
-	// How often to ask a server that does not wait: its refresh hint within these bounds, DefaultRefresh without one.
-	// MinRefresh is also the least time from one request to the next. Zero: 1 s, 24 h, 5 min.
-	MinRefresh, MaxRefresh, DefaultRefresh time.Duration
 }
 
 // Status is how following a bundle goes.
@@ -80,7 +81,7 @@ func Follow(ctx context.Context, config FollowConfig) error {
 			return ctx.Err()
 		}
 		// Neither a server that answers at once though asked to wait, nor one whose bundle changes each time, may drive us.
-		pause = max(pause, f.MinRefresh-time.Since(began))
+		pause = max(pause, betweenRequests-time.Since(began))
 		timer := time.NewTimer(pause)
 		select {
 		case <-ctx.Done():
@@ -121,9 +122,6 @@ func newFollower(config FollowConfig) (*follower, error) {
 		f.Log = slog.New(slog.DiscardHandler)
 	}
 	f.Log = f.Log.With("trust_domain", f.TrustDomain.Name())
-	f.MinRefresh = positive(f.MinRefresh, defaultMinRefresh)
-	f.MaxRefresh = max(positive(f.MaxRefresh, defaultMaxRefresh), f.MinRefresh)
-	f.DefaultRefresh = positive(f.DefaultRefresh, defaultRefresh)
 
 	var known *bundle.Bundle
 	var err error
@@ -158,13 +156,6 @@ func newFollower(config FollowConfig) (*follower, error) {
 	}
 	f.client = f.Endpoint.client()
 	return f, nil
-}
-
-func positive(d, otherwise time.Duration) time.Duration {
-	if d > 0 {
-		return d
-	}
-	return otherwise
 }
 
 // ownBundle is the newest accepted bundle of the followed domain.
@@ -205,12 +196,16 @@ func (f *follower) attempt(ctx context.Context) time.Duration {
 	if f.waits || !conditional && f.tag != "" {
 		return 0 // ask again at once, to be answered when there is news; the first time, to find out whether the server does so
 	}
-	refresh := f.DefaultRefresh
-	if f.hint > 0 {
-		refresh = f.hint
+	return pollInterval(f.hint)
+}
+
+// pollInterval is how long to wait before a server that does not hold requests back is asked again.
+func pollInterval(hint time.Duration) time.Duration {
+	if hint <= 0 {
+		hint = defaultHint
 	}
-	refresh = min(max(refresh, f.MinRefresh), f.MaxRefresh)
-	return max(refresh-jitter(refresh/10), f.MinRefresh)
+	interval := min(max(hint/4, shortestPoll), longestPoll)
+	return max(interval-jitter(interval/10), shortestPoll)
 }
 
 // wait is how long the server may hold the next request back: so that its certificate, which may have passed half of its life at

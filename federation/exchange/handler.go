@@ -5,8 +5,8 @@
 // that says "Prefer: wait=N" (RFC 7240) until the bundle changes, so that a follower of ours learns of a new authority in one
 // round trip instead of at its next refresh.
 //
-// Both sides speak TLS 1.3 only, as every process of ours. Federation 5 asks of a server for the intermediate settings of Mozilla's
-// guide, which include TLS 1.2; every SPIFFE implementation we know of speaks 1.3.
+// Both sides speak TLS 1.3 and 1.2, by the intermediate settings of Mozilla's guide that Federation 5 asks for. No other listener
+// or client of the mesh speaks TLS 1.2.
 package exchange
 
 import (
@@ -176,7 +176,7 @@ func Serve(ctx context.Context, listener net.Listener, svid x509svid.Source, han
 		HTTP2:             &http.HTTP2Config{MaxConcurrentStreams: maxStreams},
 		ErrorLog:          log.New(io.Discard, "", 0), // strangers' failed handshakes
 	}
-	config := peer.NoClient(peer.FromSVID(svid), "h2", "http/1.1")
+	config := peer.Intermediate(peer.NoClient(peer.FromSVID(svid), "h2", "http/1.1"))
 	drained := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
 		defer close(drained)

@@ -152,7 +152,7 @@ var specifications = []specification{
 		{"121", "MUST NOT", "Bundles of two trust domains are merged.", ""},
 		{"122", "MUST", "Both `https_web` and `https_spiffe`.", ""},
 		{"123", "MUST", "The endpoint serves one of them.", "`https_spiffe`."},
-		{"124", "MUST", "Its TLS is Mozilla's intermediate.", "TLS 1.3 only, which is Mozilla's modern: every SPIFFE implementation that we know speaks it."},
+		{"124", "MUST", "Its TLS is Mozilla's intermediate.", ""},
 		{"125", "MUST", "URL, profile and trust domain are given, not guessed; no profile falls back to the other.", ""},
 		{"126", "MUST", "Workloads learn which bundle is whose.", ""},
 		{"127", "MUST", "URLs are https without a user.", ""},

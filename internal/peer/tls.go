@@ -191,6 +191,19 @@ func Client(cert Certificate, check Check, alpn ...string) *tls.Config {
 	return config
 }
 
+// Intermediate has a configuration speak TLS 1.2 as well, with the suites of Mozilla's intermediate settings (Federation 5):
+// forward secrecy, authenticated encryption, no CBC. It is for bundle endpoints and their clients, whose other side may be any
+// implementation of SPIFFE; connections of the mesh stay at TLS 1.3. It returns config.
+func Intermediate(config *tls.Config) *tls.Config {
+	config.MinVersion = tls.VersionTLS12
+	config.CipherSuites = []uint16{
+		tls.TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256, tls.TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256,
+		tls.TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384, tls.TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384,
+		tls.TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256, tls.TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256,
+	}
+	return config
+}
+
 func server(cert Certificate, alpn []string) *tls.Config {
 	config := base(alpn)
 	config.GetCertificate = func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return cert() }
