@@ -15,15 +15,15 @@ const (
 	beatEvery = 5 * time.Second
 	// A round is how long a subscriber waits at most to hear of a revision that changed
 	// nothing for it; until then its acknowledgement is behind.
-	rounds = 3 // in beatEvery
-	slots  = 64
+	rounds = 3  // in beatEvery
+	slots  = 63 // as many for each round
 	// slotEvery is the time from one slot to the next.
 	slotEvery = beatEvery / rounds / slots
 )
 
 // pulse is the heart of all streams of Sync: one timer, and one message for all that beat
-// in the same moment. The streams are spread over the slots of a round, and over the
-// rounds of a beat.
+// in the same moment. The streams are spread over the slots of a round, and the slots over
+// the rounds of a beat.
 type pulse struct {
 	server *Server
 
@@ -54,7 +54,7 @@ func (p *pulse) join(statements bool) *beating {
 	if p.slots[b.slot] == nil {
 		p.slots[b.slot] = map[*beating]struct{}{}
 	}
-	b.round = len(p.slots[b.slot]) % rounds
+	b.round = b.slot % rounds // a slot beats as one: few bursts wake the process less often than many
 	p.slots[b.slot][b] = struct{}{}
 	return b
 }

@@ -24,7 +24,7 @@ type suite struct {
 	groups      []group // of all lines but those of the run
 }
 
-var suites = []*suite{&caSuite, &agentSuite}
+var suites = []*suite{&caSuite, &agentSuite, &dataplaneSuite}
 
 // line is one number.
 type line struct {
@@ -39,7 +39,9 @@ type line struct {
 const none = -1
 
 // up tells whether more is better.
-func (l line) up() bool { return strings.HasSuffix(l.name, "_per_s") }
+func (l line) up() bool {
+	return strings.HasSuffix(l.name, "_per_s") || strings.Contains(l.name, "_rate_")
+}
 
 // limit is the target where one verification takes so many microseconds; 0: not known.
 func (l line) limit(verifyUS float64) float64 {

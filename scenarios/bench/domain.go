@@ -33,10 +33,11 @@ const debuggable = "--debuggable"
 // the rates of one entry's tokens and of one source's attestations, since few ask for all here.
 type domain struct {
 	*bench
-	dir    string
-	number int // of the domains of this run
-	nodes  []*caNode
-	agents []*agent
+	trustDomain string
+	dir         string
+	number      int // of the domains of this run
+	nodes       []*caNode
+	agents      []*agent
 }
 
 // caNode is one CA node. Its methods are for one goroutine, the admin client for all.
@@ -51,9 +52,14 @@ type caNode struct {
 }
 
 // domain starts a trust domain with so many CA nodes, all voters. The caller closes it.
-func (b *bench) domain(ctx context.Context, voters int) (d *domain, err error) {
+func (b *bench) domain(ctx context.Context, voters int) (*domain, error) {
+	return b.domainOf(ctx, trustDomain, voters)
+}
+
+// domainOf starts a trust domain of this name.
+func (b *bench) domainOf(ctx context.Context, name string, voters int) (d *domain, err error) {
 	b.domains++
-	d = &domain{bench: b, number: b.domains, dir: filepath.Join(b.dir, fmt.Sprint(b.domains))}
+	d = &domain{bench: b, trustDomain: name, number: b.domains, dir: filepath.Join(b.dir, fmt.Sprint(b.domains))}
 	defer func() {
 		if err != nil {
 			d.close()
@@ -108,7 +114,7 @@ func (d *domain) newNode(ctx context.Context) (*caNode, error) {
 		return net.JoinHostPort(d.host, fmt.Sprint(10_000+d.number*100+len(d.nodes)*10+port))
 	}
 	n.config = &node.Config{
-		TrustDomain: trustDomain, Name: n.name, Datacenter: "dc1",
+		TrustDomain: d.trustDomain, Name: n.name, Datacenter: "dc1",
 		DataDir: filepath.Join(n.dir, "data"), Socket: filepath.Join(n.dir, "admin.sock"),
 		Listen: node.Listen{Raft: at(0), API: at(1), Bundle: at(2), Admin: at(3)},
 		Keys:   node.Keys{InsecureDev: true},
@@ -340,7 +346,7 @@ func (n *caNode) createEntries(ctx context.Context, entries []*statev1.Entry) er
 	return nil
 }
 
-// agent is a real agent of a host, without a sidecar.
+// agent is a real agent of a host.
 type agent struct {
 	domain      *domain
 	name        string
@@ -350,8 +356,13 @@ type agent struct {
 	process     *process.Process
 }
 
-// agent admits a host and starts its agent.
+// agent admits a host and starts its agent, without a sidecar.
 func (d *domain) agent(ctx context.Context, name string) (*agent, error) {
+	return d.agentWith(ctx, name, "")
+}
+
+// agentWith starts one with these lines in its configuration, too.
+func (d *domain) agentWith(ctx context.Context, name, lines string) (*agent, error) {
 	token, err := d.token(ctx, name)
 	if err != nil {
 		return nil, err
@@ -365,8 +376,8 @@ func (d *domain) agent(ctx context.Context, name string) (*agent, error) {
 		listen: net.JoinHostPort(d.host, fmt.Sprint(10_000+d.number*100+50+len(d.agents))),
 	}
 	config := filepath.Join(dir, "agent.yaml")
-	text := fmt.Sprintf("trustDomain: %s\nname: %s\ndatacenter: dc1\ndataDir: %s\nca: {token: %s}\nworkloadAPI: {socket: %s}\nadmin: {listen: %q, socket: %s}\n",
-		trustDomain, name, filepath.Join(dir, "data"), token, a.socket, a.listen, a.adminSocket)
+	text := fmt.Sprintf("trustDomain: %s\nname: %s\ndatacenter: dc1\ndataDir: %s\nca: {token: %s}\nworkloadAPI: {socket: %s}\nadmin: {listen: %q, socket: %s}\n%s",
+		d.trustDomain, name, filepath.Join(dir, "data"), token, a.socket, a.listen, a.adminSocket, lines)
 	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
 		return nil, err
 	}
