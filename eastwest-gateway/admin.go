@@ -10,6 +10,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
+	"github.com/entente-mesh/entente/ca/roles"
 	"github.com/entente-mesh/entente/federation/catalog"
 	"github.com/entente-mesh/entente/internal/daemon"
 	"github.com/entente-mesh/entente/internal/dataplane"
@@ -39,6 +40,23 @@ func (g *Gateway) Drain(why dataplane.Drained) dataplane.Drained { return g.engi
 
 // Undrain has the gateway take connections again; false: it does.
 func (g *Gateway) Undrain() bool { return g.engine.Undrain() }
+
+// Roles is part of dataplaneapi.Domain, as is Stands.
+func (g *Gateway) Roles(path string) roles.Roles {
+	bindings := g.bindings.Load()
+	if bindings == nil {
+		return roles.Roles{}
+	}
+	return roles.Of(path, slices.Values(*bindings))
+}
+
+// Stands are the paths of the identities that the gateway needs.
+func (g *Gateway) Stands() (paths []string) {
+	for _, id := range g.needed() {
+		paths = append(paths, id.Path())
+	}
+	return paths
+}
 
 // Status is part of dataplaneapi.Process.
 func (g *Gateway) Status(asked *ententev1.DataPlaneStatusRequest) *ententev1.DataPlaneStatusResponse {

@@ -18,6 +18,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	"github.com/entente-mesh/entente/ca/client"
 	"github.com/entente-mesh/entente/federation/catalog"
 	"github.com/entente-mesh/entente/internal/daemon"
@@ -61,14 +62,17 @@ type Gateway struct {
 	roles      []Role
 	identities *identities
 	engine     *dataplane.Engine
+	api        *dataplaneapi.Server
+	remote     *dataplaneapi.Remote
 	metrics    *daemon.Metrics
 	admin      *daemon.Admin   // nil: none
 	records    *daemon.Records // nil: none
 	socket     net.Listener    // of DataPlane; nil: none
 	started    time.Time
 
-	ca       atomic.Pointer[client.Client] // nil until Run
-	known    chan struct{}                 // closed with the first view
+	ca       atomic.Pointer[client.Client]          // nil until Run
+	bindings atomic.Pointer[[]*statev1.RoleBinding] // nil: the domain is not known yet
+	known    chan struct{}                          // closed with the first view
 	draining atomic.Bool
 }
 
@@ -98,6 +102,8 @@ func New(cfg Config, log *slog.Logger, roles ...Role) (*Gateway, error) {
 		}
 		access = g.records.Logger
 	}
+	g.api = dataplaneapi.New(g, log, access)
+	g.remote = dataplaneapi.NewRemote(g.api, g)
 	g.engine, err = dataplane.New(dataplane.Config{
 		TrustDomain: td,
 		Datacenter:  cfg.Datacenter,
@@ -107,6 +113,8 @@ func New(cfg Config, log *slog.Logger, roles ...Role) (*Gateway, error) {
 		AccessLog:   access,
 		Kind:        "gateway",
 		Metrics:     g.metrics,
+
+		Administration: g.remote,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("gateway: %w", err)
@@ -188,13 +196,9 @@ func (g *Gateway) Run(ctx context.Context) error {
 		foundation("admin", g.admin.Run)
 	}
 	if g.socket != nil {
-		var access *slog.Logger
-		if g.records != nil {
-			access = g.records.Logger
-		}
-		api := dataplaneapi.New(g, g.log, access)
-		foundation("admin socket", func(ctx context.Context) error { return api.ServeLocal(ctx, g.socket) })
+		foundation("admin socket", func(ctx context.Context) error { return g.api.ServeLocal(ctx, g.socket) })
 	}
+	foundation("administrators", g.remote.Serve)
 
 	doors := daemon.NewGroup(ctx)
 	if id, err := g.own(); err == nil && g.cfg.EastWest != nil {
@@ -315,6 +319,8 @@ func (g *Gateway) follow() func(*client.View) error {
 				g.log.Error("objects of the catalogue cannot be used and are left out; upgrade this gateway if it is older than the CA", "revision", v.Revision, "error", text)
 			}
 		}
+		bindings := tables.RoleBindings()
+		g.bindings.Store(&bindings) // SetView looks at administrators' connections, too
 		g.engine.SetView(dataplane.View{Tables: tables, Endpoints: v.Instances})
 		select {
 		case <-g.known:

@@ -36,6 +36,7 @@ import (
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
 	"github.com/entente-mesh/entente/internal/daemon/daemontest"
 	"github.com/entente-mesh/entente/internal/dataplane"
+	"github.com/entente-mesh/entente/internal/dataplaneapi"
 	"github.com/entente-mesh/entente/internal/peer"
 	"github.com/entente-mesh/entente/internal/peer/peertest"
 )
@@ -154,6 +155,7 @@ func TestGateway(t *testing.T) {
 			policy: &ententev1.Policy{Full: true, Last: true, Revision: 5, Cluster: cluster,
 				Bundles: []*ententev1.Bundle{{TrustDomain: td.Name(), Jwks: jwks}},
 				Objects: []*statev1.Object{service("market", 8080), service("portfolio", 0), service("edge", 0),
+					{Revision: 1, Kind: &statev1.Object_RoleBinding{RoleBinding: &statev1.RoleBinding{Name: "olaf", Role: statev1.AdminRole_ADMIN_ROLE_SERVICE_OWNER, Subjects: []string{"/people/olaf"}}}},
 					{Revision: 1, Kind: &statev1.Object_Gateway{Gateway: &statev1.Gateway{Name: "gw-1", Datacenter: "dc1", Address: doorAddr, Hosts: []string{"a1"}, Selectors: []string{"unix:uid:1000"}}}}}},
 			instances: []*ententev1.Instance{{Service: "market", Agent: "a1", Datacenter: "dc1", Address: marketLn.Addr().String(), Health: ententev1.Health_HEALTH_HEALTHY}},
 		})
@@ -215,6 +217,7 @@ func TestGateway(t *testing.T) {
 		t.Errorf("%q", got)
 	}
 	checkStatus(t, filepath.Join(dir, "a.sock"), doorAddr, marketLn.Addr().String())
+	checkAdministrators(t, authority, doorAddr)
 	// The edge is a caller like any other.
 	w := &recorder{header: http.Header{}}
 	r, _ := http.NewRequest("GET", "/", nil)
@@ -310,6 +313,25 @@ func checkStatus(t *testing.T, socket, door, market string) {
 	}
 	if e := s.GetServices()[0].GetEndpoints()[0]; e.GetAddress() != market || e.GetName() != "a1" || !e.GetHealthy() || e.GetEjected() {
 		t.Errorf("market: %v", e)
+	}
+}
+
+// checkAdministrators asks the gateway at its door: roles are those that the CA has told it.
+func checkAdministrators(t *testing.T, authority *peertest.Authority, door string) {
+	t.Helper()
+	ask := func(path string) (*ententev1.DataPlaneStatusResponse, error) {
+		conn, err := dataplaneapi.Administrator{SVID: authority.Issue(path), Bundles: authority.Bundle(), Domain: td}.Dial(t.Context(), door)
+		if err != nil {
+			return nil, err
+		}
+		defer conn.Close()
+		return ententev1.NewDataPlaneClient(conn).Status(t.Context(), &ententev1.DataPlaneStatusRequest{})
+	}
+	if s, err := ask("/people/olaf"); err != nil || s.GetName() != "gw-1" {
+		t.Errorf("an administrator: %v, %v", s, err)
+	}
+	if _, err := ask("/portfolio"); status.Code(err) != codes.PermissionDenied || !strings.Contains(err.Error(), "no role is bound to it") {
+		t.Errorf("who has no role: %v", err)
 	}
 }
 

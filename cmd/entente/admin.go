@@ -41,7 +41,12 @@ type adminFlags struct {
 
 // remoteFlags say at which CA nodes, and as whom.
 type remoteFlags struct {
-	servers     []string
+	servers []string
+	identityFlags
+}
+
+// identityFlags say as whom.
+type identityFlags struct {
 	identity    string
 	workloadAPI string
 	as          string
@@ -54,7 +59,11 @@ func (f *adminFlags) register(c *cobra.Command) {
 }
 
 func (f *remoteFlags) register(c *cobra.Command) {
+	f.identityFlags.register(c)
 	c.Flags().StringSliceVar(&f.servers, "server", nil, "API address of a CA node, HOST:PORT, in the place of a socket: the SVID's roles count; repeatable")
+}
+
+func (f *identityFlags) register(c *cobra.Command) {
 	c.Flags().StringVar(&f.identity, "identity", "", "with --server: directory with svid.0.pem, svid.0.key and bundle.0.pem, as fetch x509 --write makes it; default: the Workload API's SVID")
 	c.Flags().StringVar(&f.workloadAPI, "workload-api", "", "with --server: Workload API's socket; default $"+socketVariable+" or "+defaultWorkloadAPI)
 	c.Flags().StringVar(&f.as, "as", "", "with --server: which SPIFFE ID to show, if the Workload API has several")
@@ -116,7 +125,7 @@ func (f *remoteFlags) call(ctx context.Context, do func(ententev1.AdminClient) e
 }
 
 // read takes the administrator's SVID, and the bundle that CA nodes are verified with.
-func (f *remoteFlags) read(ctx context.Context) (*x509svid.SVID, *x509bundle.Bundle, error) {
+func (f *identityFlags) read(ctx context.Context) (*x509svid.SVID, *x509bundle.Bundle, error) {
 	if f.identity == "" {
 		return f.fetch(ctx)
 	}
@@ -135,7 +144,7 @@ func (f *remoteFlags) read(ctx context.Context) (*x509svid.SVID, *x509bundle.Bun
 // fetchTimeout is how long the Workload API has to answer.
 const fetchTimeout = 5 * time.Second
 
-func (f *remoteFlags) fetch(ctx context.Context) (*x509svid.SVID, *x509bundle.Bundle, error) {
+func (f *identityFlags) fetch(ctx context.Context) (*x509svid.SVID, *x509bundle.Bundle, error) {
 	ctx, cancel := context.WithTimeout(ctx, fetchTimeout)
 	defer cancel()
 	socket := cmp.Or(f.workloadAPI, os.Getenv(socketVariable), defaultWorkloadAPI)

@@ -12,9 +12,12 @@ import (
 
 	"github.com/spf13/cobra"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
 	"github.com/entente-mesh/entente/ca"
+	"github.com/entente-mesh/entente/internal/dataplaneapi"
 )
 
 const defaultGatewaySocket = "/var/lib/entente/gateway/admin.sock"
@@ -26,16 +29,20 @@ const maxStatusSize = 16 << 20
 type gatewayFlags struct {
 	socket string
 	json   bool
+	server string
+	as     identityFlags
 }
 
 func (f *gatewayFlags) register(c *cobra.Command) {
+	c.Flags().StringVar(&f.server, "server", "", "east-west address of a gateway, HOST:PORT, instead of --socket; authorized by the SVID's roles")
+	f.as.register(c)
 	c.Flags().StringVar(&f.socket, "socket", defaultGatewaySocket, "admin socket of a gateway of this host")
 	c.Flags().BoolVar(&f.json, "json", false, "print JSON")
 }
 
 // call dials the gateway and runs do with its client.
-func (f *gatewayFlags) call(do func(ententev1.DataPlaneClient) error) error {
-	conn, err := dialSocket(f.socket, "gateway", "", grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxStatusSize)))
+func (f *gatewayFlags) call(ctx context.Context, do func(ententev1.DataPlaneClient) error) error {
+	conn, err := f.dial(ctx, grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxStatusSize)))
 	if err != nil {
 		return err
 	}
@@ -43,12 +50,31 @@ func (f *gatewayFlags) call(do func(ententev1.DataPlaneClient) error) error {
 	return do(ententev1.NewDataPlaneClient(conn))
 }
 
+func (f *gatewayFlags) dial(ctx context.Context, options ...grpc.DialOption) (*grpc.ClientConn, error) {
+	if f.server == "" {
+		return dialSocket(f.socket, "gateway", " from elsewhere: --server", options...)
+	}
+	if err := ca.CheckAddress(f.server); err != nil {
+		return nil, fmt.Errorf("--server: %w", err)
+	}
+	svid, bundle, err := f.as.read(ctx)
+	if err != nil {
+		return nil, err
+	}
+	conn, err := dataplaneapi.Administrator{SVID: svid, Bundles: bundle, Domain: svid.ID.TrustDomain()}.Dial(ctx, f.server, options...)
+	if err != nil {
+		return nil, status.Errorf(codes.Unavailable, "cannot reach the gateway at %s: %v; is --server its east-west address, is it of %s, and does its release serve administrators?", f.server, err, svid.ID.TrustDomain())
+	}
+	return conn, nil
+}
+
 func gatewayStatusCommand() *cobra.Command {
 	var flags gatewayFlags
 	c := &cobra.Command{
 		Use:   "status [SERVICE]",
 		Short: "Show the state of a gateway, and how it sees its domain",
-		Long: `Ask a gateway at its admin socket, as root or the gateway's user: its identity, the CA
+		Long: `Ask a gateway at its admin socket, as root or the gateway's user, or with --server from
+elsewhere, as an SVID with a role: its identity, the CA
 node that it follows, bundles, listeners, and where it would send requests for each
 service, or for one.`,
 		Example: "  entente gateway status\n  entente gateway status accounts.banking.example --json",
@@ -57,7 +83,7 @@ service, or for one.`,
 				return usageError{c, errors.New("name at most one service")}
 			}
 			request := &ententev1.DataPlaneStatusRequest{Service: strings.Join(args, "")}
-			return flags.call(func(client ententev1.DataPlaneClient) error {
+			return flags.call(c.Context(), func(client ententev1.DataPlaneClient) error {
 				s, err := gatewayStatus(c.Context(), client, request)
 				if err != nil {
 					return err

@@ -26,11 +26,12 @@ func gatewayDrainCommand() *cobra.Command {
 		Short: "Take a gateway out of traffic",
 		Long: `Have a gateway refuse new connections and end the open ones as their requests end: peers go
 to other gateways, and no request is lost. Waits until no connection and no request is left.
-entente gateway undrain puts it back, and so does a restart.`,
+entente gateway undrain puts it back, and so does a restart. From elsewhere (--server) it
+takes the role service-owner without prefixes, or trust-admin.`,
 		Example: "  entente gateway drain --reason \"kernel update\"\n  entente gateway drain --timeout 5m --json\n  entente gateway drain --wait=false",
 		Args:    noArguments,
 		RunE: func(c *cobra.Command, _ []string) error {
-			return flags.call(func(client ententev1.DataPlaneClient) error {
+			return flags.call(c.Context(), func(client ententev1.DataPlaneClient) error {
 				ctx, cancel := context.WithTimeout(c.Context(), answerTime)
 				defer cancel()
 				if _, err := client.Drain(ctx, &ententev1.DrainRequest{Reason: reason}); err != nil {
@@ -65,7 +66,7 @@ func gatewayUndrainCommand() *cobra.Command {
 		Example: "  entente gateway undrain",
 		Args:    noArguments,
 		RunE: func(c *cobra.Command, _ []string) error {
-			return flags.call(func(client ententev1.DataPlaneClient) error {
+			return flags.call(c.Context(), func(client ententev1.DataPlaneClient) error {
 				ctx, cancel := context.WithTimeout(c.Context(), answerTime)
 				defer cancel()
 				if _, err := client.Undrain(ctx, &ententev1.UndrainRequest{}); err != nil {

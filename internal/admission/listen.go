@@ -61,8 +61,10 @@ func (l *Listener) Accept() (net.Conn, error) {
 	}
 }
 
-func (c *Conn) take(from *Places) bool {
-	place := from.Take(c.source, time.Now(), func() {
+func (c *Conn) take(from *Places) bool { return c.takeAs(from, c.source) }
+
+func (c *Conn) takeAs(from *Places, source string) bool {
+	place := from.Take(source, time.Now(), func() {
 		c.listener.cut()
 		go c.Conn.Close() // may wait for what is being written
 	})
@@ -86,6 +88,24 @@ func (c *Conn) Seat() bool {
 	})
 	return c.seated
 }
+
+// SeatAt is Seat at places of another kind, of a source that is known better than by its
+// address.
+func (c *Conn) SeatAt(places *Places, source string) bool {
+	c.seating.Do(func() {
+		if c.seated = c.takeAs(places, source); !c.seated {
+			c.listener.cut()
+		}
+	})
+	return c.seated
+}
+
+// Busy tells whether more than half of the places are taken, of strangers' or of others'.
+func (l *Listener) Busy() bool {
+	return l.places.busy() || l.seats != nil && l.seats.busy()
+}
+
+func (p *Places) busy() bool { return p.Len() > p.limits.Most/2 }
 
 // SetLinger is that of a TCP connection; of others it does nothing.
 func (c *Conn) SetLinger(seconds int) error {

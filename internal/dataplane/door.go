@@ -220,7 +220,8 @@ var errNoShift = errors.New("this process is drained")
 
 // ServeGateway serves an east-west gateway's mTLS door until ctx is done, then drains: for
 // members of the own domain and for the gateways that agreements name. While the engine is
-// drained it refuses handshakes, so that peers go elsewhere and find out when it is back.
+// drained it refuses handshakes, so that peers go elsewhere and find out when it is back;
+// administrators', if they are served, it does not.
 // ServeGateway owns ln.
 func (e *Engine) ServeGateway(ctx context.Context, ln net.Listener, identity Identity) error {
 	authz := func(id spiffeid.ID) error {
@@ -232,13 +233,7 @@ func (e *Engine) ServeGateway(ctx context.Context, ln net.Listener, identity Ide
 	}
 	self := header.Hop{TrustDomain: e.cfg.TrustDomain.Name(), Datacenter: e.cfg.Datacenter, Name: e.cfg.Process}
 	config := peer.ServerTLS(identity.SVID, e.cfg.Bundles, authz, alpn...)
-	config.GetConfigForClient = func(*tls.ClientHelloInfo) (*tls.Config, error) {
-		if e.Drained() != nil {
-			return nil, errNoShift
-		}
-		return nil, nil
-	}
-	l := &listener{name: "eastWest", id: identity.ID.String(), ln: ln, shifts: true}
+	l := &listener{name: "eastWest", id: identity.ID.String(), ln: ln, shifts: true, identity: identity, administration: e.cfg.Administration}
 	return e.serveTLS(ctx, l, config, authz, func(w http.ResponseWriter, r *http.Request) {
 		if e.Drained() != nil && r.ProtoMajor == 1 {
 			w.Header().Set("Connection", "close")

@@ -36,11 +36,13 @@ type Config struct {
 	Process     string            // name of this gateway or agent: in Entente-Via and in access records
 	Bundles     x509bundle.Source // the own domain's; a gateway's also those of its peers (I6)
 
-	Log       *slog.Logger          // refusals and changes of upstream health; nil: silent
-	AccessLog *slog.Logger          // one record per request, message "request"; nil: none
-	Kind      string                // of the process: its metrics begin with entente_KIND_
-	Metrics   prometheus.Registerer // nil: none
-	Timing    Timing
+	Log            *slog.Logger          // refusals and changes of upstream health; nil: silent
+	AccessLog      *slog.Logger          // one record per request, message "request"; nil: none
+	Kind           string                // of the process: its metrics begin with entente_KIND_
+	Metrics        prometheus.Registerer // nil: none
+	Timing         Timing
+	Administration Administration // of gateways' doors; nil: none
+
 	// Strangers bounds the connections at each mTLS door that have not shaken hands yet,
 	// Peers those that have; zero: 4096 and 16384, of which one address has a quarter.
 	Strangers, Peers admission.Limits

@@ -11,7 +11,7 @@ import (
 // shift takes them. Checks run side by side, so a slow or silent client holds up nobody else.
 type gate struct {
 	net.Listener
-	check func(net.Conn) (net.Conn, error) // on error it must have closed the connection
+	check func(net.Conn) (net.Conn, error) // on error the connection is closed, or somebody else's
 
 	conns chan net.Conn
 	errs  chan error

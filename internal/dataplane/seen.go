@@ -40,10 +40,12 @@ type SeenEndpoint struct {
 
 // listener is an mTLS listener that is open.
 type listener struct {
-	name, id    string
-	ln          net.Listener
-	shifts      bool // Drain ends them
-	connections atomic.Int64
+	name, id       string
+	ln             net.Listener
+	shifts         bool // Drain ends them
+	identity       Identity
+	administration Administration // nil: none
+	connections    atomic.Int64
 }
 
 // opened counts a listener until closed is called.

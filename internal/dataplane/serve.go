@@ -37,6 +37,7 @@ func (e *Engine) serveTLS(ctx context.Context, l *listener, config *tls.Config, 
 	var open sync.Map // *tls.Conn -> *downstream
 	defer e.opened(l)()
 	admitted := admission.ListenTwice(l.ln, e.cfg.Strangers, e.cfg.Peers, e.metrics.noPlace)
+	config = e.doorTLS(config, l, admitted.Busy)
 	g := newGate(admitted, func(raw net.Conn) (net.Conn, error) {
 		started := time.Now()
 		conn := tls.Server(raw, config)
@@ -53,6 +54,9 @@ func (e *Engine) serveTLS(ctx context.Context, l *listener, config *tls.Config, 
 		if err != nil {
 			_ = raw.Close()
 			return nil, err
+		}
+		if state.NegotiatedProtocol == AdminALPN {
+			return nil, e.administer(l, conn, raw, id)
 		}
 		if !raw.(*admission.Conn).Seat() {
 			_ = raw.Close()

@@ -3,7 +3,8 @@
 //
 // Each call is authenticated from the connection it came over and authorised by one table
 // (methods.go), which denies what it does not list. Who can open the unix socket, whose mode
-// is 0600, may do everything.
+// is 0600, may do everything; who comes to an mTLS door with a SVID of the own domain (remote.go),
+// what its roles allow.
 package dataplaneapi
 
 import (
@@ -21,6 +22,8 @@ import (
 	"google.golang.org/grpc/tap"
 
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
+	"github.com/entente-mesh/entente/ca/roles"
+	"github.com/entente-mesh/entente/internal/admission"
 	"github.com/entente-mesh/entente/internal/dataplane"
 	"github.com/entente-mesh/entente/internal/localpeer"
 )
@@ -55,8 +58,9 @@ const (
 type Server struct {
 	process Process
 	log     *slog.Logger
-	records *slog.Logger  // access log
-	calls   chan struct{} // slots
+	records *slog.Logger    // access log
+	said    *admission.Fold // refusals in the log
+	domain  Domain          // nil: nobody comes from elsewhere
 }
 
 // New returns the API, not served yet. What changes something is recorded in log and in
@@ -68,29 +72,57 @@ func New(process Process, log, records *slog.Logger) *Server {
 	if records == nil {
 		records = slog.New(slog.DiscardHandler)
 	}
-	return &Server{process, log, records, make(chan struct{}, maxCalls)}
+	return &Server{process: process, log: log, records: records, said: admission.NewFold(time.Second, 50)}
 }
 
 // ServeLocal serves the operators of the host on a unix socket until ctx ends and calls
 // under way had three seconds to finish. It closes the listener, whose mode is its owner's
 // business.
 func (s *Server) ServeLocal(ctx context.Context, listener net.Listener) error {
-	server := grpc.NewServer(
-		grpc.Creds(localpeer.Credentials{}),
+	calls := make(chan struct{}, maxCalls) // slots
+	tap := func(context.Context) (leave func(), err error) {
+		select {
+		case calls <- struct{}{}:
+			return func() { <-calls }, nil
+		default:
+			return nil, tooMany("%d administrative calls are under way at this process; try again when they have ended", maxCalls)
+		}
+	}
+	return s.serve(ctx, listener, "the admin socket", tap, grpc.Creds(localpeer.Credentials{}))
+}
+
+// serve serves until ctx ends. take bounds each call before anything of it is read: in
+// number, as it says, and in time, so that a message that is never sent to its end does
+// not stay.
+func (s *Server) serve(ctx context.Context, listener net.Listener, what string, take func(context.Context) (leave func(), err error), options ...grpc.ServerOption) error {
+	tapped := func(ctx context.Context, _ *tap.Info) (context.Context, error) {
+		leave, err := take(ctx)
+		if err != nil {
+			return nil, err
+		}
+		limited, cancel := context.WithTimeout(ctx, callLimit)
+		context.AfterFunc(ctx, func() {
+			cancel()
+			leave()
+		})
+		return limited, nil
+	}
+	server := grpc.NewServer(append(options,
 		grpc.UnaryInterceptor(s.unary),
-		grpc.InTapHandle(s.tap),
+		grpc.StreamInterceptor(s.stream),
+		grpc.InTapHandle(tapped),
 		grpc.MaxRecvMsgSize(maxMessage),
 		grpc.MaxHeaderListSize(maxHeaders),
 		grpc.MaxConcurrentStreams(maxStreams),
 		grpc.ConnectionTimeout(handshakeLimit),
-	)
+	)...)
 	ententev1.RegisterDataPlaneServer(server, door{server: s})
 	failed := make(chan error, 1)
 	go func() { failed <- server.Serve(listener) }()
 	select {
 	case err := <-failed:
 		server.Stop() // its connections do not end with the listener
-		return fmt.Errorf("the admin socket has ended: %w", err)
+		return fmt.Errorf("%s: serving has ended: %w", what, err)
 	case <-ctx.Done():
 	}
 	timer := time.AfterFunc(drainTime, server.Stop)
@@ -100,26 +132,16 @@ func (s *Server) ServeLocal(ctx context.Context, listener net.Listener) error {
 	return ctx.Err()
 }
 
-// tap bounds each call before anything of it is read: in number, and in time, so that a
-// message that is never sent to its end does not stay.
-func (s *Server) tap(ctx context.Context, _ *tap.Info) (context.Context, error) {
-	select {
-	case s.calls <- struct{}{}:
-	default:
-		return nil, status.Errorf(codes.ResourceExhausted, "%d administrative calls are under way at this process; try again when they have ended", maxCalls)
-	}
-	limited, cancel := context.WithTimeout(ctx, callLimit)
-	context.AfterFunc(ctx, func() {
-		cancel()
-		<-s.calls
-	})
-	return limited, nil
+func tooMany(format string, args ...any) error {
+	return status.Errorf(codes.ResourceExhausted, format, args...)
 }
 
 func (s *Server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
 	c, err := s.authorise(ctx, info.FullMethod)
 	if err != nil {
-		s.log.Warn("administrative call refused", "method", info.FullMethod, "administrator", c.who, "reason", status.Convert(err).Message())
+		if unsaid, say := s.said.Say(info.FullMethod+" by "+c.who, time.Now()); say {
+			s.log.Warn("administrative call refused", "method", info.FullMethod, "administrator", c.who, "reason", status.Convert(err).Message(), "more_since_last_line", unsaid)
+		}
 		return nil, err
 	}
 	resp, err := handler(context.WithValue(ctx, callerKey{}, c), req)
@@ -146,23 +168,48 @@ type callerKey struct{}
 type caller struct {
 	who      string // for logs
 	operator bool   // of the host: he may do everything that the table lists
+	roles    roles.Roles
+}
+
+// caller asks about roles at each call: they may have changed since the last one.
+func (s *Server) caller(ctx context.Context) (caller, error) {
+	remote, ok := grpcpeer.FromContext(ctx)
+	if !ok {
+		return caller{who: "unknown"}, status.Error(codes.Unauthenticated, "no connection to authenticate")
+	}
+	switch info := remote.AuthInfo.(type) {
+	case localpeer.Info:
+		return caller{who: info.User, operator: true}, nil
+	case remoteInfo:
+		if s.domain != nil {
+			return caller{who: info.id.String(), roles: s.domain.Roles(info.id.Path())}, nil
+		}
+	}
+	return caller{who: "unknown"}, status.Error(codes.Unauthenticated, "unknown kind of connection")
 }
 
 func (s *Server) authorise(ctx context.Context, name string) (caller, error) {
-	c := caller{who: "unknown"}
-	remote, ok := grpcpeer.FromContext(ctx)
-	if !ok {
-		return c, status.Error(codes.Unauthenticated, "no connection to authenticate")
+	c, err := s.caller(ctx)
+	if err != nil {
+		return c, err
 	}
-	info, ok := remote.AuthInfo.(localpeer.Info)
-	if !ok {
-		return c, status.Error(codes.Unauthenticated, "unknown kind of connection")
+	m, listed := methods[name]
+	why := "nobody may"
+	switch {
+	case !listed:
+	case c.operator && m.operators:
+		return c, nil
+	case !c.operator && m.right != 0:
+		if why = c.roles.Lacks(m.right, s.domain.Stands()...); why == "" {
+			return c, nil
+		}
 	}
-	c = caller{info.User, true}
-	if m, listed := methods[name]; !listed || !m.admits(c) {
-		return c, status.Errorf(codes.PermissionDenied, "%s may not call %s", c.who, name)
-	}
-	return c, nil
+	return c, status.Errorf(codes.PermissionDenied, "%s may not call %s: %s", c.who, name, why)
+}
+
+// stream refuses: no method streams yet.
+func (s *Server) stream(_ any, stream grpc.ServerStream, info *grpc.StreamServerInfo, _ grpc.StreamHandler) error {
+	return status.Errorf(codes.PermissionDenied, "nobody may call %s", info.FullMethod)
 }
 
 type door struct {
@@ -170,8 +217,12 @@ type door struct {
 	server *Server
 }
 
-func (d door) Status(_ context.Context, r *ententev1.DataPlaneStatusRequest) (*ententev1.DataPlaneStatusResponse, error) {
-	return d.server.process.Status(r), nil
+func (d door) Status(ctx context.Context, r *ententev1.DataPlaneStatusRequest) (*ententev1.DataPlaneStatusResponse, error) {
+	s := d.server.process.Status(r)
+	if c, _ := ctx.Value(callerKey{}).(caller); !c.operator && c.roles.Lacks(roles.SeeAll) != "" {
+		narrow(s, &c.roles)
+	}
+	return s, nil
 }
 
 func (d door) Drain(ctx context.Context, r *ententev1.DrainRequest) (*ententev1.DrainResponse, error) {

@@ -60,7 +60,7 @@ federation/catalog:      ca/selector federation internal/nearest internal/refusa
 federation/manifest:     ca/selector federation federation/catalog internal/nearest internal/yamlfile
 federation/origin:       federation
 
-eastwest-gateway:        api/entente/v1 ca/client
+eastwest-gateway:        api/entente/v1 ca/client ca/roles
                          internal/dataplane internal/dataplaneapi internal/peer internal/gossip internal/daemon internal/yamlfile internal/refusal
                          federation/catalog federation/origin
 eastwest-gateway/edge:   internal/yamlfile internal/problem internal/refusal internal/admission internal/daemon internal/dataplane/header
@@ -81,7 +81,7 @@ meshagent/sidecar:       internal/dataplane internal/daemon internal/safepath fe
 internal/dataplane:      internal/dataplane/* federation/catalog federation/origin internal/peer internal/problem internal/refusal internal/admission internal/secret
 internal/dataplane/*:    internal/refusal
 internal/dataplane/header:
-internal/dataplaneapi:   api/entente/v1 ca ca/client internal/dataplane internal/daemon internal/localpeer
+internal/dataplaneapi:   api/entente/v1 ca ca/client ca/roles internal/dataplane internal/daemon internal/localpeer internal/peer internal/admission
 internal/localpeer:
 internal/peer:
 internal/peer/peertest:
