@@ -63,7 +63,7 @@ func (g *Gateway) Status(asked *ententev1.DataPlaneStatusRequest) *ententev1.Dat
 	s := &ententev1.DataPlaneStatusResponse{
 		Kind: "gateway", Name: g.cfg.Name, TrustDomain: g.td.Name(), Datacenter: g.cfg.Datacenter,
 		Build: dataplaneapi.Build(), Started: timestamppb.New(g.started), Ready: true,
-		Bundles: g.identities.held(), Drained: dataplaneapi.Drained(g.engine.Drained()),
+		Bundles: g.identities.held(), Drained: dataplaneapi.Drained(g.engine.Drained()), Warnings: g.files.Warnings(),
 	}
 	if err := g.Ready(); err != nil {
 		s.Ready, s.NotReady = false, err.Error()

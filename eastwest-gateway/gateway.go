@@ -39,6 +39,7 @@ type Role struct {
 // Mesh is a role's way into the mesh.
 type Mesh struct {
 	*dataplane.Outbound
+	Files      *daemon.Files // of the process
 	identities *identities
 }
 
@@ -65,6 +66,7 @@ type Gateway struct {
 	api        *dataplaneapi.Server
 	remote     *dataplaneapi.Remote
 	metrics    *daemon.Metrics
+	files      *daemon.Files
 	admin      *daemon.Admin   // nil: none
 	records    *daemon.Records // nil: none
 	socket     net.Listener    // of DataPlane; nil: none
@@ -74,6 +76,7 @@ type Gateway struct {
 	bindings atomic.Pointer[[]*statev1.RoleBinding] // nil: the domain is not known yet
 	known    chan struct{}                          // closed with the first view
 	draining atomic.Bool
+	down     atomic.Pointer[error] // why a role does not run; nil: it does
 }
 
 // New prepares a gateway: its admin listener and access log are open, nothing else is.
@@ -94,6 +97,7 @@ func New(cfg Config, log *slog.Logger, roles ...Role) (*Gateway, error) {
 		known:   make(chan struct{}),
 		started: time.Now(),
 	}
+	g.files = daemon.NewFiles(g.metrics, log)
 	g.identities = newIdentities(log, func() { g.engine.Recheck() })
 	var access *slog.Logger
 	if cfg.AccessLog.File != "" {
@@ -124,6 +128,7 @@ func New(cfg Config, log *slog.Logger, roles ...Role) (*Gateway, error) {
 		if g.admin, err = daemon.NewAdmin(cfg.Admin.Listen, g.Ready, g.metrics); err != nil {
 			return nil, fmt.Errorf("gateway: opening admin.listen: %w", err)
 		}
+		g.admin.Warn(g.files.Warnings)
 	}
 	return g, g.openSocket()
 }
@@ -143,6 +148,14 @@ func (g *Gateway) Ready() error {
 		if _, err := g.identities.of(id).GetX509SVID(); err != nil {
 			return err
 		}
+	}
+	for _, p := range g.files.Problems() {
+		if p.None {
+			return errors.New(p.String())
+		}
+	}
+	if down := g.down.Load(); down != nil {
+		return *down
 	}
 	return g.engine.Ready()
 }
@@ -187,6 +200,7 @@ func (g *Gateway) Run(ctx context.Context) error {
 		})
 	}
 	foundation("data plane", g.engine.Run)
+	foundation("files", g.files.Run)
 	foundation("workload API", func(ctx context.Context) error { return g.identities.run(ctx, g.cfg.WorkloadAPI.Socket) })
 	foundation("sync", func(ctx context.Context) error { return g.sync(ctx, ids[0]) })
 	if g.records != nil {
@@ -223,13 +237,39 @@ func (g *Gateway) Run(ctx context.Context) error {
 			if g.await(ctx, id) != nil {
 				return ctx.Err()
 			}
-			return r.Run(ctx, &Mesh{g.engine.Edge(dataplane.Identity{ID: id, SVID: g.identities.of(id)}), g.identities})
+			return g.serveRole(ctx, r, &Mesh{g.engine.Edge(dataplane.Identity{ID: id, SVID: g.identities.of(id)}), g.files, g.identities})
 		})
 	}
 	defer context.AfterFunc(ctx, func() { g.draining.Store(true) })()
 	err := doors.Wait()
 	stopBelow()
 	return errors.Join(err, foundations.Wait())
+}
+
+// roleRetry is how long a role that could not start, or failed, waits before it tries again.
+const roleRetry = 5 * time.Second
+
+// serveRole runs a role until ctx ends. One that cannot run does not take the gateway with it:
+// the other doors go on, and the gateway says that it is not ready.
+func (g *Gateway) serveRole(ctx context.Context, r Role, mesh *Mesh) error {
+	said := ""
+	for {
+		err := r.Run(ctx, mesh)
+		if err == nil || ctx.Err() != nil {
+			return err
+		}
+		if err = fmt.Errorf("%s does not run: %w", r.Name, err); err.Error() != said {
+			said = err.Error()
+			g.log.Error("a role of this gateway does not run; trying again, its other doors go on", "what", r.Name, "error", err)
+		}
+		g.down.Store(&err)
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(roleRetry):
+		}
+		g.down.Store(nil)
+	}
 }
 
 // await returns when id has an SVID and the domain is known.

@@ -512,3 +512,34 @@ func TestWaitIsSaid(t *testing.T) {
 		}
 	})
 }
+
+// A role that cannot run does not take the gateway's other doors with it; the gateway says that
+// it is not ready, and the role is tried again.
+func TestRoleThatFails(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := &Gateway{log: slog.New(slog.DiscardHandler)}
+		ctx, stop := context.WithCancel(t.Context())
+		runs := 0
+		role := Role{Name: "edge", Run: func(ctx context.Context, _ *Mesh) error {
+			if runs++; runs < 3 {
+				return errors.New("the address is taken")
+			}
+			<-ctx.Done()
+			return nil
+		}}
+		ended := make(chan error, 1)
+		go func() { ended <- g.serveRole(ctx, role, nil) }()
+		synctest.Wait()
+		if down := g.down.Load(); down == nil || !strings.Contains((*down).Error(), "edge does not run: the address is taken") {
+			t.Errorf("%v", down)
+		}
+		time.Sleep(2*roleRetry + time.Second)
+		if down := g.down.Load(); down != nil || runs != 3 {
+			t.Errorf("after %d runs: %v", runs, *down)
+		}
+		stop()
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+	})
+}

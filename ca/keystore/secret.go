@@ -4,12 +4,13 @@ import (
 	"bytes"
 	"crypto"
 	"crypto/x509"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
+
+	"github.com/entente-mesh/entente/internal/pemfile"
 )
 
 // credentialsDirectory is where systemd puts a service's credentials (systemd.exec(5)).
@@ -64,14 +65,9 @@ func ReadCredential(name string) ([]byte, error) {
 
 // parsePEM reads a private key: PKCS#8, or the older forms of EC and RSA keys.
 func parsePEM(text []byte) (crypto.Signer, error) {
-	var block *pem.Block
-	for rest := text; ; {
-		if block, rest = pem.Decode(rest); block == nil {
-			return nil, errors.New("no PEM private key stands there")
-		}
-		if strings.HasSuffix(block.Type, "PRIVATE KEY") {
-			break // "EC PARAMETERS" may stand before
-		}
+	block, err := pemfile.PrivateKey(text)
+	if err != nil {
+		return nil, err
 	}
 	defer clear(block.Bytes)
 	switch block.Type {

@@ -19,6 +19,7 @@ import (
 	"github.com/entente-mesh/entente/ca/domain"
 	"github.com/entente-mesh/entente/ca/rotation"
 	"github.com/entente-mesh/entente/ca/signer"
+	"github.com/entente-mesh/entente/internal/daemon"
 )
 
 // use is one kind of authority: each has a key of its own, so that a signature made
@@ -39,9 +40,11 @@ var uses = []use{
 // certifies them.
 type authorities struct {
 	*proposals
-	signer    *signer.Signer
-	upstream  upstream   // nil: they sign themselves
-	preparing sync.Mutex // one at a time
+	signer   *signer.Signer
+	upstream upstream // nil: they sign themselves
+
+	upstreamFiles *daemon.Followed[struct{}] // whether certificate and key of the upstream belong together
+	preparing     sync.Mutex                 // one at a time
 }
 
 // load gives the signer every authority key in the store.

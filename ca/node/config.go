@@ -2,9 +2,11 @@ package node
 
 import (
 	"crypto"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"path/filepath"
 	"slices"
@@ -18,6 +20,7 @@ import (
 	"github.com/entente-mesh/entente/ca/keystore"
 	"github.com/entente-mesh/entente/ca/nodeattest"
 	"github.com/entente-mesh/entente/ca/server"
+	"github.com/entente-mesh/entente/internal/daemon"
 	"github.com/entente-mesh/entente/internal/yamlfile"
 )
 
@@ -226,11 +229,17 @@ type X509PoP struct {
 }
 
 // open is nil where no host is admitted by a certificate.
-func (x *X509PoP) open() (*nodeattest.X509PoP, error) {
+func (x *X509PoP) open(files *daemon.Files) (*nodeattest.X509PoP, error) {
 	if x.CABundle == "" {
 		return nil, nil
 	}
-	return nodeattest.NewX509PoP(nodeattest.X509PoPConfig{CABundle: x.CABundle, Zone: x.Zone, Name: x.Name, Datacenter: x.Datacenter, PathPrefixes: x.PathPrefixes})
+	anchors, err := daemon.Follow(files, "x509pop.caBundle", func(contents [][]byte) (*x509.CertPool, error) {
+		return nodeattest.ParseAnchors(contents[0])
+	}, x.CABundle)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", x.CABundle, err)
+	}
+	return nodeattest.NewX509PoP(nodeattest.X509PoPConfig{Anchors: anchors.Get, Zone: x.Zone, Name: x.Name, Datacenter: x.Datacenter, PathPrefixes: x.PathPrefixes})
 }
 
 // Audit is where each administrative act and each SVID is recorded, a line of JSON each.
@@ -338,7 +347,7 @@ func (c *Config) Complete() error {
 		check(c.Timing.At("heartbeat"), "timing.heartbeat", fmt.Errorf("%v is not between 50ms and 1m", h))
 	}
 	if c.X509PoP.CABundle != "" {
-		_, err := c.X509PoP.open()
+		_, err := c.X509PoP.open(daemon.NewFiles(daemon.NewMetrics("ca"), slog.New(slog.DiscardHandler)))
 		check(c.At("x509pop"), "x509pop", err)
 	} else if c.X509PoP.Zone != "" || c.X509PoP.Name != "" || c.X509PoP.Datacenter != "" || len(c.X509PoP.PathPrefixes) > 0 {
 		check(c.At("x509pop"), "x509pop", errors.New("caBundle is missing: without it no certificate admits a host"))

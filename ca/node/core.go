@@ -22,6 +22,7 @@ import (
 	"github.com/entente-mesh/entente/ca/replica"
 	"github.com/entente-mesh/entente/ca/server"
 	"github.com/entente-mesh/entente/ca/signer"
+	"github.com/entente-mesh/entente/internal/daemon"
 )
 
 // core is what every part of a node stands on: who the node is, its state, its clock, and
@@ -33,6 +34,7 @@ type core struct {
 	own     *identity
 	bootID  string
 	started time.Time
+	files   *daemon.Files
 
 	replica atomic.Pointer[replica.Replica] // another one after its disk failed and came back
 	peers   *server.Peers

@@ -98,7 +98,7 @@ func New(cfg *Config, log *slog.Logger, listeners Listeners) (_ *Node, err error
 	if err := n.authorities.load(); err != nil {
 		return nil, err
 	}
-	x509pop, err := cfg.X509PoP.open()
+	x509pop, err := cfg.X509PoP.open(n.files)
 	if err != nil {
 		return nil, err
 	}
@@ -119,9 +119,14 @@ func newNode(cfg *Config, log *slog.Logger, listeners Listeners, own *identity, 
 	c := &core{cfg: cfg, td: cfg.trustDomain(), log: log.With("node", cfg.Name), own: own, bootID: newBootID(), started: time.Now(), ahead: cfg.clockError}
 	news := feed.New(own.id, 0, 0)
 	news.ReissueRate = cfg.ReissueRate.PerSecond
-	n := &Node{proposals: &proposals{c, news}, registry: daemon.NewMetrics("ca"), listeners: listeners}
+	registry := daemon.NewMetrics("ca")
+	c.files = daemon.NewFiles(registry, c.log)
+	n := &Node{proposals: &proposals{c, news}, registry: registry, listeners: listeners}
 	n.auditing = auditing{core: c}
 	n.authorities = &authorities{proposals: n.proposals, upstream: cfg.openUpstream()}
+	if n.authorities.upstream != nil {
+		n.authorities.upstreamFiles = cfg.followUpstream(c.files)
+	}
 	n.authorities.signer = signer.New(signer.Config{
 		TrustDomain: c.td, Active: n.authorities.activeFor, Coming: n.authorities.coming, Clock: c.signerClock, Issuer: cfg.OIDC.Issuer, Waiting: cfg.Limits.Waiting,
 		Signed: func(i signer.Issued) { c.audit.Issued(i, news.Revision()) },
@@ -225,6 +230,7 @@ func (n *Node) listen() (err error) {
 		if n.admin, err = daemon.NewAdmin(n.cfg.Listen.Admin, n.Ready, n.registry); err != nil {
 			return err
 		}
+		n.admin.Warn(n.files.Warnings)
 	}
 	n.socket, err = daemon.ListenUnix(n.cfg.Socket, 0o600)
 	return err
@@ -283,6 +289,7 @@ func (n *Node) Run(ctx context.Context) error {
 	group.Go("bans", n.isolation.run)
 	group.Go("other domains' bundles", n.following.run)
 	group.Go("other domains' dropped keys", n.following.watchDropped)
+	group.Go("files", n.files.Run)
 	if n.authorities.upstream != nil {
 		group.Go("upstream", n.authorities.watchUpstream)
 	}
@@ -473,6 +480,9 @@ func (n *Node) Info() server.Info {
 		Foreign:   n.following.status.all(),
 		Upstream:  n.authorities.upstreamStatus(now),
 		Audit:     n.auditing.status(),
+	}
+	for _, p := range n.files.Problems() {
+		info.Files = append(info.Files, server.File{What: p.What, Paths: p.Files, Why: p.Why, Since: p.Since, None: p.None})
 	}
 	for _, member := range r.Servers() {
 		info.Voters[member.ID] = member.Voter

@@ -1,12 +1,10 @@
 package node
 
 import (
-	"bytes"
 	"context"
 	"crypto"
 	"crypto/rand"
 	"crypto/x509"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"os"
@@ -17,6 +15,8 @@ import (
 	"github.com/entente-mesh/entente/ca/domain"
 	"github.com/entente-mesh/entente/ca/keystore"
 	"github.com/entente-mesh/entente/ca/server"
+	"github.com/entente-mesh/entente/internal/daemon"
+	"github.com/entente-mesh/entente/internal/pemfile"
 )
 
 // upstream certifies this node's X.509 authorities.
@@ -48,11 +48,11 @@ func (d diskUpstream) Root(context.Context) (*x509.Certificate, error) {
 	if err != nil {
 		return nil, fmt.Errorf("upstream.certificate: %w", err)
 	}
-	block, rest := pem.Decode(text)
-	if block == nil || block.Type != "CERTIFICATE" || len(bytes.TrimSpace(rest)) != 0 {
-		return nil, fmt.Errorf("upstream.certificate: %s does not hold one PEM certificate and nothing else", cfg.Upstream.Certificate)
+	list, err := pemfile.Certificates(text, 1)
+	if err != nil {
+		return nil, fmt.Errorf("upstream.certificate: %s does not hold one PEM certificate and nothing else: %w", cfg.Upstream.Certificate, err)
 	}
-	root, err := ca.ParseUpstream(block.Bytes, cfg.trustDomain())
+	root, err := ca.ParseUpstream(list[0].Raw, cfg.trustDomain())
 	if err != nil {
 		return nil, fmt.Errorf("upstream.certificate: %s: %w", cfg.Upstream.Certificate, err)
 	}
@@ -68,8 +68,8 @@ func (d diskUpstream) Certify(ctx context.Context, template *x509.Certificate, k
 	if err != nil {
 		return nil, err
 	}
-	if public, ok := rootKey.Public().(interface{ Equal(crypto.PublicKey) bool }); !ok || !public.Equal(root.PublicKey) {
-		return nil, errors.New("the upstream's key is not that of its certificate")
+	if err := fits(rootKey, root); err != nil {
+		return nil, err
 	}
 	der, err := x509.CreateCertificate(rand.Reader, template, root, key.Public(), rootKey)
 	if err != nil {
@@ -119,15 +119,40 @@ func (c *Config) checkUpstream(phase time.Duration) error {
 	if err := ca.CheckUpstreamLife(root, phase, time.Now()); err != nil {
 		return err
 	}
-	disk := diskUpstream{c}
-	key, err := disk.key()
+	key, err := diskUpstream{c}.key()
 	if err != nil {
 		return err
 	}
+	return fits(key, root)
+}
+
+func fits(key crypto.Signer, root *x509.Certificate) error {
 	if public, ok := key.Public().(interface{ Equal(crypto.PublicKey) bool }); !ok || !public.Equal(root.PublicKey) {
 		return errors.New("the upstream's key is not that of its certificate")
 	}
 	return nil
+}
+
+// followUpstream notices at once, and not when the next authority is to be certified, that
+// certificate and key cannot be used or do not belong together.
+func (c *Config) followUpstream(files *daemon.Files) *daemon.Followed[struct{}] {
+	names := []string{c.Upstream.Certificate}
+	if c.Upstream.Key != "" {
+		names = append(names, c.Upstream.Key)
+	}
+	disk := diskUpstream{c}
+	followed, _ := daemon.Follow(files, "upstream", func([][]byte) (none struct{}, err error) {
+		root, err := disk.Root(context.Background())
+		if err != nil {
+			return none, err
+		}
+		key, err := disk.key()
+		if err != nil {
+			return none, err
+		}
+		return none, fits(key, root)
+	}, names...)
+	return followed // what is wrong is a problem of files
 }
 
 // certifiedAuthority is an authority that the upstream certified.
@@ -186,6 +211,9 @@ func (as *authorities) usableUpstream(now time.Time) (root *x509.Certificate, ph
 	})
 	if err == nil {
 		err = ca.CheckUpstreamLife(root, phase, now)
+	}
+	if problem := as.upstreamFiles.Problem(); err == nil && problem != nil {
+		err = errors.New(problem.Why)
 	}
 	return root, phase, err
 }

@@ -69,10 +69,9 @@ func (w *web) serveOIDC(ctx context.Context, listener net.Listener) error {
 		listener.Close()
 		return err
 	}
-	pair := daemon.FollowKeyPair(w.cfg.OIDC.CertFile, w.cfg.OIDC.KeyFile)
-	if _, err := pair.Get(); err != nil {
-		listener.Close()
-		return fmt.Errorf("oidc.certFile and oidc.keyFile cannot be used: %w", err)
+	pair, err := daemon.FollowKeyPair(w.files, "oidc.certFile and oidc.keyFile", w.cfg.OIDC.CertFile, w.cfg.OIDC.KeyFile)
+	if err != nil {
+		w.log.Error("nobody is shown the discovery document until this is mended", "error", err)
 	}
 	site := &http.Server{
 		Handler:           handler,

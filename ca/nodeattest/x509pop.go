@@ -9,20 +9,18 @@ import (
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/hex"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"net"
-	"os"
 	"slices"
 	"strings"
-	"sync"
 	"text/template"
 	"time"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/selector"
+	"github.com/entente-mesh/entente/internal/pemfile"
 )
 
 // Bounds of what a host sends and of what the operator gives.
@@ -37,9 +35,9 @@ const (
 
 // X509PoPConfig says which certificates admit hosts, and as what.
 type X509PoPConfig struct {
-	// CABundle is a file with the certificates (PEM) of the authorities that sign the
-	// hosts' certificates. It is read again when it changes.
-	CABundle string
+	// Anchors are the authorities that sign the hosts' certificates, as they are now: see
+	// ParseAnchors.
+	Anchors func() (*x509.CertPool, error)
 	// Zone is the DNS zone that the hosts' names are in, as in dc1.example. No other host
 	// is admitted, and label is what stands before it.
 	Zone string
@@ -71,14 +69,9 @@ const defaultName = "{{label .Host}}"
 type X509PoP struct {
 	config           X509PoPConfig
 	name, datacenter *template.Template
-
-	mu       sync.Mutex
-	roots    *x509.CertPool
-	modified time.Time
-	size     int64
 }
 
-// NewX509PoP checks the configuration and reads the bundle.
+// NewX509PoP checks the configuration.
 func NewX509PoP(config X509PoPConfig) (*X509PoP, error) {
 	if config.Zone = strings.ToLower(strings.Trim(config.Zone, ".")); config.Zone == "" {
 		return nil, errors.New("zone is missing: the DNS zone of the hosts' names, as in dc1.example, without which hosts of two zones would be one agent")
@@ -103,7 +96,7 @@ func NewX509PoP(config X509PoPConfig) (*X509PoP, error) {
 	if err := ca.CheckScope(config.PathPrefixes); err != nil {
 		return nil, err
 	}
-	if _, err := x.anchors(); err != nil {
+	if _, err := config.Anchors(); err != nil {
 		return nil, err
 	}
 	return x, nil
@@ -167,60 +160,22 @@ func (l *limited) Write(b []byte) (int, error) {
 	return len(b), nil
 }
 
-// anchors are the authorities as the file names them now. A file that cannot be read any
-// more leaves those that were read.
-func (x *X509PoP) anchors() (*x509.CertPool, error) {
-	x.mu.Lock()
-	defer x.mu.Unlock()
-	info, err := os.Stat(x.config.CABundle)
-	if err == nil && x.roots != nil && info.ModTime().Equal(x.modified) && info.Size() == x.size {
-		return x.roots, nil
+// ParseAnchors reads the authorities of hosts' certificates, PEM: all of them or, if one line
+// is damaged, none.
+func ParseAnchors(text []byte) (*x509.CertPool, error) {
+	if len(text) > maxBundle {
+		return nil, fmt.Errorf("%d bytes, over %d", len(text), maxBundle)
 	}
-	if err == nil && info.Size() > maxBundle {
-		err = fmt.Errorf("%s has %d bytes, over %d", x.config.CABundle, info.Size(), maxBundle)
-	}
-	var roots *x509.CertPool
-	if err == nil {
-		roots, err = readAnchors(x.config.CABundle)
-	}
-	if err != nil {
-		if x.roots != nil {
-			return x.roots, nil
-		}
-		return nil, fmt.Errorf("authorities of the hosts' certificates: %w", err)
-	}
-	x.roots, x.modified, x.size = roots, info.ModTime(), info.Size()
-	return roots, nil
-}
-
-func readAnchors(file string) (*x509.CertPool, error) {
-	data, err := os.ReadFile(file)
+	list, err := pemfile.Certificates(text, maxAnchors)
 	if err != nil {
 		return nil, err
 	}
-	roots, n := x509.NewCertPool(), 0
-	for {
-		var block *pem.Block
-		if block, data = pem.Decode(data); block == nil {
-			break
-		}
-		if block.Type != "CERTIFICATE" {
-			return nil, fmt.Errorf("%s holds a %s, not certificates only", file, block.Type)
-		}
-		cert, err := x509.ParseCertificate(block.Bytes)
-		if err != nil {
-			return nil, fmt.Errorf("%s: certificate %d: %w", file, n+1, err)
-		}
+	roots := x509.NewCertPool()
+	for i, cert := range list {
 		if !cert.IsCA || !cert.BasicConstraintsValid {
-			return nil, fmt.Errorf("%s: certificate %d (%s) is no authority's", file, n+1, cert.Subject)
-		}
-		if n++; n > maxAnchors {
-			return nil, fmt.Errorf("%s holds over %d certificates", file, maxAnchors)
+			return nil, fmt.Errorf("certificate %d (%s) is no authority's", i+1, cert.Subject)
 		}
 		roots.AddCert(cert)
-	}
-	if n == 0 {
-		return nil, fmt.Errorf("%s holds no certificate (PEM)", file)
 	}
 	return roots, nil
 }
@@ -236,7 +191,7 @@ func (x *X509PoP) Verify(chain [][]byte, now time.Time) (leaf *x509.Certificate,
 	if err := checkLeaf(leaf); err != nil {
 		return nil, nil, fmt.Errorf("the host's certificate: %w", err)
 	}
-	roots, err := x.anchors()
+	roots, err := x.config.Anchors()
 	if err != nil {
 		return nil, nil, err
 	}

@@ -1,6 +1,7 @@
 package nodeattest
 
 import (
+	"bytes"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -93,6 +94,16 @@ func (p *pki) write(file string) {
 	}
 }
 
+func fromFile(file string) func() (*x509.CertPool, error) {
+	return func() (*x509.CertPool, error) {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			return nil, err
+		}
+		return ParseAnchors(text)
+	}
+}
+
 func open(t testing.TB, config X509PoPConfig) *X509PoP {
 	t.Helper()
 	if config.Zone == "" {
@@ -110,7 +121,7 @@ func open(t testing.TB, config X509PoPConfig) *X509PoP {
 
 func TestVerify(t *testing.T) {
 	p, other := newPKI(t, "hosts"), newPKI(t, "hosts") // the other one has the same name
-	x := open(t, X509PoPConfig{CABundle: p.file(), PathPrefixes: []string{"/team/pay"}})
+	x := open(t, X509PoPConfig{Anchors: fromFile(p.file()), PathPrefixes: []string{"/team/pay"}})
 	leafKey := newKey(t)
 	leaf := p.host(func(c *x509.Certificate) { c.PublicKey = &leafKey.PublicKey })
 	_, host, err := x.Verify([][]byte{leaf.Raw}, now)
@@ -183,30 +194,38 @@ func TestVerify(t *testing.T) {
 	}
 }
 
-// The authorities' file is read again when it changes, and a broken one changes nothing.
-func TestAnchorsFollowTheFile(t *testing.T) {
+// One damaged certificate among the authorities takes the whole file out, not itself: a host
+// that was refused for it would look like one of another PKI.
+func TestAnchorsAreReadWhole(t *testing.T) {
 	p, next := newPKI(t, "old"), newPKI(t, "new")
 	file := p.file()
-	x := open(t, X509PoPConfig{CABundle: file})
-	accepts := func(by *pki) bool {
-		_, _, err := x.Verify([][]byte{by.host(nil).Raw}, now)
-		return err == nil
-	}
-	if !accepts(p) || accepts(next) {
-		t.Fatal("control")
-	}
-	if err := os.WriteFile(file, []byte("half written"), 0o600); err != nil {
+	good, err := os.ReadFile(file)
+	if err != nil {
 		t.Fatal(err)
-	}
-	if !accepts(p) {
-		t.Error("a broken file took the authorities away")
 	}
 	next.write(file)
-	if err := os.Chtimes(file, now, now); err != nil {
+	second, err := os.ReadFile(file)
+	if err != nil {
 		t.Fatal(err)
 	}
-	if accepts(p) || !accepts(next) {
-		t.Error("the new file does not count")
+	pool, err := ParseAnchors(slices.Concat(good, second))
+	if err != nil {
+		t.Fatal(err)
+	}
+	x := open(t, X509PoPConfig{Anchors: func() (*x509.CertPool, error) { return pool, nil }})
+	for _, by := range []*pki{p, next} { // control
+		if _, _, err := x.Verify([][]byte{by.host(nil).Raw}, now); err != nil {
+			t.Error(err)
+		}
+	}
+	for what, text := range map[string][]byte{
+		"cut off": slices.Concat(good, second[:len(second)-20]), "glued": slices.Concat(bytes.TrimSpace(good), second),
+		"indented": slices.Concat(good, []byte(" "), second), "byte order mark": slices.Concat([]byte("\xef\xbb\xbf"), good),
+		"bad letter": slices.Concat(good, bytes.Replace(second, []byte("A"), []byte("!"), 1)),
+	} {
+		if _, err := ParseAnchors(text); err == nil || !strings.Contains(err.Error(), "line ") {
+			t.Errorf("%s: %v", what, err)
+		}
 	}
 }
 
@@ -218,23 +237,23 @@ func TestConfig(t *testing.T) {
 		t.Fatal(err)
 	}
 	for what, c := range map[string]X509PoPConfig{
-		"no file":              {Zone: "dc1.example", CABundle: file + "x", Datacenter: "dc1"},
-		"a leaf":               {Zone: "dc1.example", CABundle: leafFile, Datacenter: "dc1"},
-		"no datacentr":         {Zone: "dc1.example", CABundle: file},
-		"no field":             {Zone: "dc1.example", CABundle: file, Datacenter: "{{.Nothing}}"},
-		"no template":          {Zone: "dc1.example", CABundle: file, Datacenter: "dc1", Name: "{{"},
-		"no function":          {Zone: "dc1.example", CABundle: file, Datacenter: "dc1", Name: `{{exec "x"}}`},
-		"endless":              {Zone: "dc1.example", CABundle: file, Datacenter: "dc1", Name: `{{printf "%1000d" 1}}`},
-		"no zone":              {CABundle: file, Datacenter: "dc1"},
-		"no zone, with a name": {CABundle: file, Datacenter: "dc1", Name: "{{label .CommonName}}"},
-		"odd zone":             {Zone: "dc1 example", CABundle: file, Datacenter: "dc1"},
-		"scope":                {Zone: "dc1.example", CABundle: file, Datacenter: "dc1", PathPrefixes: []string{"team"}},
+		"no file":              {Zone: "dc1.example", Anchors: fromFile(file + "x"), Datacenter: "dc1"},
+		"a leaf":               {Zone: "dc1.example", Anchors: fromFile(leafFile), Datacenter: "dc1"},
+		"no datacentr":         {Zone: "dc1.example", Anchors: fromFile(file)},
+		"no field":             {Zone: "dc1.example", Anchors: fromFile(file), Datacenter: "{{.Nothing}}"},
+		"no template":          {Zone: "dc1.example", Anchors: fromFile(file), Datacenter: "dc1", Name: "{{"},
+		"no function":          {Zone: "dc1.example", Anchors: fromFile(file), Datacenter: "dc1", Name: `{{exec "x"}}`},
+		"endless":              {Zone: "dc1.example", Anchors: fromFile(file), Datacenter: "dc1", Name: `{{printf "%1000d" 1}}`},
+		"no zone":              {Anchors: fromFile(file), Datacenter: "dc1"},
+		"no zone, with a name": {Anchors: fromFile(file), Datacenter: "dc1", Name: "{{label .CommonName}}"},
+		"odd zone":             {Zone: "dc1 example", Anchors: fromFile(file), Datacenter: "dc1"},
+		"scope":                {Zone: "dc1.example", Anchors: fromFile(file), Datacenter: "dc1", PathPrefixes: []string{"team"}},
 	} {
 		if _, err := NewX509PoP(c); err == nil {
 			t.Error(what)
 		}
 	}
-	x := open(t, X509PoPConfig{CABundle: file, Datacenter: "dc1", Name: "host-{{.SerialNumber}}"})
+	x := open(t, X509PoPConfig{Anchors: fromFile(file), Datacenter: "dc1", Name: "host-{{.SerialNumber}}"})
 	if _, host, err := x.Verify([][]byte{p.host(nil).Raw}, now); err != nil || host.GetName() != "host-abc" {
 		t.Errorf("%v, %v", host, err)
 	}
@@ -243,7 +262,7 @@ func TestConfig(t *testing.T) {
 // Whatever a host sends: an answer, and never a host that was not vouched for.
 func FuzzVerify(f *testing.F) {
 	p := newPKI(f, "hosts")
-	x := open(f, X509PoPConfig{CABundle: p.file()})
+	x := open(f, X509PoPConfig{Anchors: fromFile(p.file())})
 	leaf := p.host(nil)
 	f.Add(leaf.Raw, p.cert.Raw)
 	f.Add(p.cert.Raw, leaf.Raw)
@@ -288,7 +307,7 @@ func TestNamesOfHostsStayUniqueAndInTheirZone(t *testing.T) {
 		{"example", "", named("", "pay-1.guests.example"), "pay-1--guests", ""},
 		{"example", "", named("", "pay-1--guests.example"), "", "has -- in it"},
 	} {
-		x := open(t, X509PoPConfig{CABundle: p.file(), Datacenter: "dc1", Zone: test.zone, Name: test.name})
+		x := open(t, X509PoPConfig{Anchors: fromFile(p.file()), Datacenter: "dc1", Zone: test.zone, Name: test.name})
 		_, host, err := x.Verify([][]byte{test.host.Raw}, now)
 		what := test.host.Subject.CommonName + " " + strings.Join(test.host.DNSNames, " ")
 		switch {

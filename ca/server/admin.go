@@ -59,7 +59,7 @@ func (d adminDoor) Status(ctx context.Context, _ *ententev1.StatusRequest) (*ent
 		ClockProblem:       info.ClockProblem,
 		AppliedIndex:       info.Applied,
 		LastIndex:          info.Last,
-		LogBytes:           info.LogBytes,
+		LogBytes:           info.LogBytes, Files: filesToWire(info.Files),
 		Audit: &ententev1.AuditLog{
 			File: info.Audit.File, Bytes: info.Audit.Bytes, BoundBytes: info.Audit.Bound,
 			SharesRaftDisk: info.Audit.SharesRaft, Problem: info.Audit.Problem,
@@ -217,6 +217,13 @@ func (d adminDoor) Apply(ctx context.Context, req *ententev1.ApplyRequest) (*ent
 	s.Log.Info("the catalogue was changed", "revision", ca.Revision(outcome.Revision).String(),
 		"upserts", len(plan.command.GetUpserts()), "deletes", len(plan.command.GetDeletes()))
 	return resp, nil
+}
+
+func filesToWire(files []File) (list []*ententev1.FileProblem) {
+	for _, f := range files {
+		list = append(list, &ententev1.FileProblem{What: f.What, Files: f.Paths, Why: f.Why, Since: f.Since.Unix(), None: f.None})
+	}
+	return list
 }
 
 // objectsAtOnce is how many objects one answer holds.

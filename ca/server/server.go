@@ -93,6 +93,16 @@ type Info struct {
 	LogBytes      uint64    // since the last snapshot
 	Upstream      *Upstream // nil: this node's authorities sign themselves
 	Audit         AuditLog
+	Files         []File // that this node follows and cannot use as they are now
+}
+
+// File is a file, or some that belong together, whose newest content is not used.
+type File struct {
+	What  string // as the configuration names it
+	Paths []string
+	Why   string
+	Since time.Time
+	None  bool // nothing was ever read of it
 }
 
 // AuditLog is where the audit log is and how it goes.

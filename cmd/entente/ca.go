@@ -319,6 +319,7 @@ func printStatus(w io.Writer, s *ententev1.StatusResponse) error {
 	if up := s.GetUpstream(); up != nil {
 		fmt.Fprintf(table, "UPSTREAM\t%s\n", upstreamText(up))
 	}
+	printFileProblems(table, s.GetFiles())
 	if s.GetNotAgreeing() != "" {
 		fmt.Fprintf(table, "TO DO\t%s\n", s.GetNotAgreeing())
 	}
@@ -432,6 +433,16 @@ func olderText(o *ententev1.SubscriberLevel) string {
 		return fmt.Sprintf("OLDER\t%s (level %d) skips %s", o.GetName(), o.GetLevel(), strings.Join(o.GetSkipped(), ", "))
 	}
 	return fmt.Sprintf("OLDER\t%s (level %d)", o.GetName(), o.GetLevel())
+}
+
+func printFileProblems(w io.Writer, files []*ententev1.FileProblem) {
+	for _, f := range files {
+		text := "nothing of it was ever read"
+		if !f.GetNone() {
+			text = "what was read before stays in use since " + clockTime(time.Unix(f.GetSince(), 0))
+		}
+		fmt.Fprintf(w, "FILE\t%s (%s) cannot be used, %s: %s\n", f.GetWhat(), strings.Join(f.GetFiles(), ", "), text, f.GetWhy())
+	}
 }
 
 func upstreamText(up *ententev1.Upstream) string {

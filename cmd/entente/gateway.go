@@ -70,7 +70,7 @@ func edgeRole(config edge.Config, log *slog.Logger) gateway.Role {
 			if err != nil {
 				return fmt.Errorf("edge.listen: %w", err)
 			}
-			e, err := edge.New(config, listener, mesh, log)
+			e, err := edge.New(config, listener, mesh, mesh.Files, log)
 			if err != nil {
 				listener.Close()
 				return err

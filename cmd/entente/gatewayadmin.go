@@ -120,6 +120,9 @@ func printDataPlaneStatus(w io.Writer, s *ententev1.DataPlaneStatusResponse, now
 		fmt.Fprintf(table, "DRAINED\t%s ago by %s: %s\n", lasting(now.Sub(d.GetSince().AsTime())), d.GetWho(), cmp.Or(d.GetReason(), "no reason given"))
 	}
 	fmt.Fprintf(table, "STATE\t%s; up %s\n", state, lasting(now.Sub(s.GetStarted().AsTime())))
+	for _, warning := range s.GetWarnings() {
+		fmt.Fprintf(table, "WARNING\t%s\n", warning)
+	}
 	for _, svid := range s.GetSvids() {
 		end := "NO SVID"
 		if svid.GetNotAfter() != nil {

@@ -56,8 +56,9 @@ type Edge struct {
 	listener net.Listener
 }
 
-// New checks the configuration, reads the key files and takes over the listener.
-func New(config Config, listener net.Listener, mesh Mesh, log *slog.Logger) (*Edge, error) {
+// New checks the configuration, reads the key files and takes over the listener. Files that
+// cannot be used yet are problems of files: until they are mended no client is served.
+func New(config Config, listener net.Listener, mesh Mesh, files *daemon.Files, log *slog.Logger) (*Edge, error) {
 	if err := config.check(); err != nil {
 		return nil, err
 	}
@@ -65,14 +66,11 @@ func New(config Config, listener net.Listener, mesh Mesh, log *slog.Logger) (*Ed
 	if claim == "" {
 		claim = "tier"
 	}
-	tokens, err := newTokens(config.JWT, claim, mesh.Revoked)
+	tokens, err := newTokens(config.JWT, claim, mesh.Revoked, files, log)
 	if err != nil {
 		return nil, err
 	}
-	certificate := daemon.FollowKeyPair(config.TLS.CertFile, config.TLS.KeyFile)
-	if _, err := certificate.Get(); err != nil {
-		return nil, fmt.Errorf("edge.tls: %w", err)
-	}
+	certificate, _ := daemon.FollowKeyPair(files, "edge.tls", config.TLS.CertFile, config.TLS.KeyFile)
 	e := &Edge{config: config, tokens: tokens, tiers: newTiers(config.Tiers), routes: newRoutes(config.Routes), mesh: mesh, log: log}
 	strangers, known := config.Connections.limits()
 	e.listener = tls.NewListener(admission.ListenTwice(listener, strangers, known, nil), &tls.Config{

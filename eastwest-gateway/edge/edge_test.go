@@ -7,6 +7,7 @@ import (
 	"crypto/elliptic"
 	"crypto/hmac"
 	"crypto/rand"
+	"crypto/rsa"
 	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
@@ -31,6 +32,7 @@ import (
 	"github.com/go-jose/go-jose/v4"
 	"github.com/go-jose/go-jose/v4/jwt"
 
+	"github.com/entente-mesh/entente/internal/daemon"
 	"github.com/entente-mesh/entente/internal/problem"
 	"github.com/entente-mesh/entente/internal/refusal"
 	"github.com/entente-mesh/entente/internal/yamlfile"
@@ -114,7 +116,7 @@ func newWorld(t *testing.T, change func(*Config)) *world {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	check(t, err)
 	t.Cleanup(func() { listener.Close() })
-	w.edge, err = New(config, listener, w.mesh, slog.New(slog.DiscardHandler))
+	w.edge, err = New(config, listener, w.mesh, followed(t), slog.New(slog.DiscardHandler))
 	check(t, err)
 	return w
 }
@@ -225,6 +227,9 @@ func TestTokens(t *testing.T) {
 	}{
 		{"a good token", []string{"Bearer " + good}, ""},
 		{"scheme in lower case", []string{"bearer " + good}, ""},
+		{"several spaces", []string{"Bearer   " + good}, ""},
+		{"an access token of RFC 9068", []string{"Bearer " + header("typ", "at+jwt")}, ""},
+		{"with its whole media type", []string{"Bearer " + header("typ", "application/AT+JWT")}, ""},
 		{"audience in a list", []string{"Bearer " + claim("aud", []string{"other", audience})}, ""},
 		{"none", nil, refusal.TokenMissing},
 		{"basic", []string{"Basic dTpw"}, refusal.TokenMissing},
@@ -317,7 +322,7 @@ func TestKeysRotateWithoutRestart(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := &world{key: newKey(t), stranger: newKey(t), jwks: filepath.Join(t.TempDir(), "jwks.json")}
 		w.writeJWKS(t, map[string]*ecdsa.PrivateKey{"k1": w.key})
-		tokens, err := newTokens(JWT{JWKSFile: w.jwks, Issuer: issuer, Audience: audience, Algorithms: []string{"ES256"}}, "tier", (&mesh{}).Revoked)
+		tokens, err := newTokens(JWT{JWKSFile: w.jwks, Issuer: issuer, Audience: audience, Algorithms: []string{"ES256"}}, "tier", (&mesh{}).Revoked, followed(t), slog.New(slog.DiscardHandler))
 		check(t, err)
 		verify := func(raw string) *problem.Problem {
 			r := httptest.NewRequest("GET", "/", nil)
@@ -351,8 +356,6 @@ func TestBadConfigurationIsRefused(t *testing.T) {
 		"identity":               func(c *Config) { c.Identity = "edge" },
 		"prefix":                 func(c *Config) { c.Routes[0].PathPrefix = "portfolio" },
 		"prefix twice":           func(c *Config) { c.Routes[1].PathPrefix = c.Routes[0].PathPrefix },
-		"missing JWKS":           func(c *Config) { c.JWT.JWKSFile += ".gone" },
-		"missing certificate":    func(c *Config) { c.TLS.CertFile += ".gone" },
 		"strip of before":        func(c *Config) { c.JWT.Strip = new(bool) },
 		"pass of another header": func(c *Config) { c.Routes[0].Pass = []string{"X-Forwarded-For"} },
 		"pass of a hop's header": func(c *Config) { c.Routes[0].Pass = []string{"Proxy-Authorization"} },
@@ -363,9 +366,75 @@ func TestBadConfigurationIsRefused(t *testing.T) {
 		config := w.edge.config
 		config.Routes = append([]Route(nil), config.Routes...)
 		change(&config)
-		if _, err := New(config, w.edge.listener, w.mesh, slog.New(slog.DiscardHandler)); err == nil {
+		if _, err := New(config, w.edge.listener, w.mesh, followed(t), slog.New(slog.DiscardHandler)); err == nil {
 			t.Errorf("%s: taken", name)
 		}
+	}
+}
+
+// An edge whose files are not there yet begins, serves nobody, and serves when they are.
+func TestFilesThatComeLate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := &world{key: newKey(t), jwks: filepath.Join(t.TempDir(), "jwks.json")}
+		files := followed(t)
+		tokens, err := newTokens(JWT{JWKSFile: w.jwks, Issuer: issuer, Audience: audience, Algorithms: []string{"ES256"}}, "tier", (&mesh{}).Revoked, files, slog.New(slog.DiscardHandler))
+		check(t, err)
+		verify := func() *problem.Problem {
+			r := httptest.NewRequest("GET", "/", nil)
+			r.Header.Set("Authorization", "Bearer "+token(t, w.key, nil))
+			_, problem := tokens.verify(r, time.Now())
+			return problem
+		}
+		time.Sleep(2 * time.Second)
+		if list := files.Problems(); verify() == nil || len(list) != 1 || !list[0].None || !strings.Contains(list[0].String(), "no such file") {
+			t.Errorf("%v", list)
+		}
+		w.writeJWKS(t, map[string]*ecdsa.PrivateKey{"k1": w.key})
+		time.Sleep(2 * time.Second)
+		if p := verify(); p != nil || len(files.Problems()) != 0 {
+			t.Errorf("%v, %v", p, files.Problems())
+		}
+	})
+}
+
+// A key that cannot be used is passed over and named; it takes no other with it (RFC 7517
+// section 5).
+func TestOddKeysOfAJWKS(t *testing.T) {
+	ec := `{"kty":"EC","crv":"P-256","kid":"k2","x":"f83OJ3D2xF1Bg8vub9tLe1gHMzV76e8Tus9uPHvRVEU","y":"x_FEzRu9m36HLN_tue659LNpXW6pCyStikYjKIWI5a0"}`
+	small, err := rsa.GenerateKey(rand.Reader, 1024)
+	check(t, err)
+	weak, err := json.Marshal(jose.JSONWebKey{Key: small.Public(), KeyID: "w"})
+	check(t, err)
+	large, err := rsa.GenerateKey(rand.Reader, 2048)
+	check(t, err)
+	strong, err := json.Marshal(jose.JSONWebKey{Key: large.Public(), KeyID: "k2"})
+	check(t, err)
+	broken := strings.TrimSuffix(string(strong), "}") + `,"x5c":["AAAA"]}`
+	for name, c := range map[string]struct {
+		key  string
+		keys int // that are used, with ec
+		odd  string
+	}{
+		"secp256k1":                     {`{"kty":"EC","crv":"secp256k1","kid":"w","x":"hxgYULEB0NLIrevwMoLMzAzxLyz6T_-_Gbto9Qy3amA","y":"oxWkWIRWUjlqwkSNq633cJMazwa9AE-BsCCoJEIBpp8"}`, 1, "keys[1]: "},
+		"Ed448":                         {`{"kty":"OKP","crv":"Ed448","kid":"e","x":"X9dEm1m0Yf0s54fsYWrUah2hNCSFpw4fig6nXYDpZ3jt8SR2m0bHBhvWeD3x5Q9s0foavq_oJWGA"}`, 1, "keys[1]: "},
+		"X25519, for encryption":        {`{"kty":"OKP","crv":"X25519","kid":"e","use":"enc","x":"3p7bfXt9wbTTW2HC7OQ1Nz-DQ8hbeGdNrfx-FG-IK08"}`, 1, "keys[1]: "},
+		"kind of tomorrow":              {`{"kty":"AKP","kid":"m","alg":"ML-DSA-44","pub":"AAAA"}`, 1, "keys[1]: "},
+		"no kid":                        {strings.Replace(ec, `"kid":"k2",`, "", 1), 1, "it has no kid"},
+		"one kid, the same kind":        {ec, 1, `kid "k2" stands there already`},
+		"one kid, another kind":         {string(strong), 2, ""},
+		"symmetric":                     {`{"kty":"oct","kid":"o","k":"AAAA"}`, 1, "symmetric"},
+		"broken x5c":                    {broken, 1, "keys[1]: "},
+		"RSA with 1024 bits":            {string(weak), 1, "fewer than 2048"},
+		"no object":                     {`7`, 1, "keys[1]: "},
+		"control: another one, as good": {strings.Replace(ec, "k2", "k3", 1), 2, ""},
+	} {
+		set, odd, err := parseJWKS([]byte(`{"keys":[` + ec + "," + c.key + `]}`))
+		if err != nil || len(set.Keys) != c.keys || set.Keys[0].KeyID != "k2" || (c.odd != "") != (len(odd) == 1) || c.odd != "" && !strings.Contains(odd[0], c.odd) {
+			t.Errorf("%s: %v, %v, %v", name, set, odd, err)
+		}
+	}
+	if set, _, err := parseJWKS([]byte(`{"keys":[{"kty":"oct","kid":"o","k":"AAAA"}]}`)); err == nil || !strings.Contains(err.Error(), "none of its 1 keys") {
+		t.Errorf("%v, %v", set, err)
 	}
 }
 
@@ -498,7 +567,7 @@ func FuzzBearer(f *testing.F) {
 	file := filepath.Join(f.TempDir(), "jwks.json")
 	raw, _ := json.Marshal(jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: key.Public(), KeyID: "k1"}}})
 	os.WriteFile(file, raw, 0o600)
-	tokens, err := newTokens(JWT{JWKSFile: file, Issuer: issuer, Audience: audience, Algorithms: []string{"ES256"}}, "tier", (&mesh{}).Revoked)
+	tokens, err := newTokens(JWT{JWKSFile: file, Issuer: issuer, Audience: audience, Algorithms: []string{"ES256"}}, "tier", (&mesh{}).Revoked, followed(f), slog.New(slog.DiscardHandler))
 	if err != nil {
 		f.Fatal(err)
 	}
@@ -516,7 +585,7 @@ func FuzzJWKS(f *testing.F) {
 	f.Add([]byte(`{"keys":[{"kty":"oct","k":"AA","kid":"a"}]}`))
 	f.Add([]byte(`{"keys":[{"kty":"EC","crv":"P-256","x":"AA","y":"AA","kid":"a"}]}`))
 	f.Fuzz(func(t *testing.T, raw []byte) {
-		set, err := parseJWKS(raw)
+		set, _, err := parseJWKS(raw)
 		if err != nil {
 			return
 		}
@@ -526,6 +595,19 @@ func FuzzJWKS(f *testing.F) {
 			}
 		}
 	})
+}
+
+// followed are files that are looked at until the test ends.
+func followed(t testing.TB) *daemon.Files {
+	files := daemon.NewFiles(daemon.NewMetrics("gateway"), slog.New(slog.DiscardHandler))
+	ctx, stop := context.WithCancel(context.Background())
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		files.Run(ctx)
+	}()
+	t.Cleanup(func() { stop(); <-ended })
+	return files
 }
 
 func newKey(t *testing.T) *ecdsa.PrivateKey {

@@ -1,11 +1,13 @@
 package edge
 
 import (
+	"crypto/ecdsa"
+	"crypto/rsa"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net/http"
-	"os"
 	"slices"
 	"strings"
 	"time"
@@ -50,8 +52,15 @@ type tokens struct {
 	revoked    func(subject, keyID string, claims map[string]any) error
 }
 
-func newTokens(c JWT, tierClaim string, revoked func(subject, keyID string, claims map[string]any) error) (*tokens, error) {
-	keys := daemon.Follow(func() (*jose.JSONWebKeySet, error) { return readJWKS(c.JWKSFile) }, c.JWKSFile)
+func newTokens(c JWT, tierClaim string, revoked func(subject, keyID string, claims map[string]any) error, files *daemon.Files, log *slog.Logger) (*tokens, error) {
+	// A set that cannot be used yet is a problem of files: it may be there in a moment.
+	keys, _ := daemon.Follow(files, "edge.jwt.jwksFile", func(contents [][]byte) (*jose.JSONWebKeySet, error) {
+		set, odd, err := parseJWKS(contents[0])
+		for _, why := range odd {
+			log.Warn("a key of the JWKS is passed over", "file", c.JWKSFile, "reason", why)
+		}
+		return set, err
+	}, c.JWKSFile)
 	t := &tokens{keys: keys, issuer: c.Issuer, audience: c.Audience, tierClaim: tierClaim, revoked: revoked}
 	for _, name := range c.Algorithms {
 		algorithm := jose.SignatureAlgorithm(name)
@@ -63,59 +72,65 @@ func newTokens(c JWT, tierClaim string, revoked func(subject, keyID string, clai
 	if len(t.algorithms) == 0 {
 		return nil, errors.New("edge.jwt.algorithms: name at least one, for example ES256")
 	}
-	if _, err := keys.Get(); err != nil {
-		return nil, fmt.Errorf("edge.jwt.jwksFile: %w", err)
-	}
 	return t, nil
 }
 
-func readJWKS(file string) (*jose.JSONWebKeySet, error) {
-	if info, err := os.Stat(file); err != nil {
-		return nil, err
-	} else if info.Size() > maxJWKSBytes {
-		return nil, fmt.Errorf("%s has %d bytes, more than %d", file, info.Size(), maxJWKSBytes)
+// parseJWKS takes the public signature keys that have a key id. Others are passed over, as
+// RFC 7517 section 5 has it, and named in odd: one key of a kind that is not known here must
+// not keep the others from being taken. Two keys may have one id if they are of different
+// kinds (section 4.5). A set without any key that can be used is an error.
+func parseJWKS(raw []byte) (set *jose.JSONWebKeySet, odd []string, err error) {
+	if len(raw) > maxJWKSBytes {
+		return nil, nil, fmt.Errorf("%d bytes, more than %d", len(raw), maxJWKSBytes)
 	}
-	raw, err := os.ReadFile(file)
-	if err != nil {
-		return nil, err
-	}
-	keys, err := parseJWKS(raw)
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", file, err)
-	}
-	return keys, nil
-}
-
-// parseJWKS takes public signature keys that have a key id. Keys of an unknown type
-// and keys for encryption are passed over (RFC 7517 section 5).
-func parseJWKS(raw []byte) (*jose.JSONWebKeySet, error) {
 	var document struct{ Keys []json.RawMessage }
 	if err := json.Unmarshal(raw, &document); err != nil {
-		return nil, fmt.Errorf("not a JWK Set: %w", err)
+		return nil, nil, fmt.Errorf("not a JWK Set: %w", err)
 	}
 	if len(document.Keys) > maxJWKSKeys {
-		return nil, fmt.Errorf("%d keys, more than %d", len(document.Keys), maxJWKSKeys)
+		return nil, nil, fmt.Errorf("%d keys, more than %d", len(document.Keys), maxJWKSKeys)
 	}
-	set := &jose.JSONWebKeySet{}
+	set = &jose.JSONWebKeySet{}
 	for i, member := range document.Keys {
-		var key jose.JSONWebKey
-		err := key.UnmarshalJSON(member)
-		switch {
-		case errors.Is(err, jose.ErrUnsupportedKeyType), err == nil && key.Use == "enc":
+		key, why := usableKey(member)
+		if why == "" && slices.ContainsFunc(set.Key(key.KeyID), func(other jose.JSONWebKey) bool {
+			return fmt.Sprintf("%T", other.Key) == fmt.Sprintf("%T", key.Key)
+		}) {
+			why = fmt.Sprintf("kid %.100q stands there already", key.KeyID)
+		}
+		if why != "" {
+			odd = append(odd, fmt.Sprintf("keys[%d]: %s", i, why))
 			continue
-		case err != nil:
-			return nil, fmt.Errorf("keys[%d]: %w", i, err)
-		case key.KeyID == "":
-			return nil, fmt.Errorf("keys[%d] has no kid", i)
-		case len(set.Key(key.KeyID)) > 0:
-			return nil, fmt.Errorf("keys[%d]: kid %q stands twice", i, key.KeyID)
-		case !key.Valid() || !key.IsPublic():
-			return nil, fmt.Errorf("keys[%d] is a private or symmetric key; a JWKS for verification holds public keys only", i)
 		}
 		set.Keys = append(set.Keys, key)
 	}
-	return set, nil
+	if len(set.Keys) == 0 {
+		return nil, odd, fmt.Errorf("none of its %d keys can be used: %s", len(document.Keys), strings.Join(odd[:min(len(odd), 3)], "; "))
+	}
+	return set, odd, nil
 }
+
+// usableKey says why a key is passed over; empty: it is not.
+func usableKey(member []byte) (key jose.JSONWebKey, why string) {
+	err := key.UnmarshalJSON(member)
+	switch {
+	case err != nil:
+		return key, err.Error()
+	case key.Use == "enc":
+		return key, "it is for encryption"
+	case key.KeyID == "":
+		return key, "it has no kid"
+	case !key.Valid() || !key.IsPublic():
+		return key, "it is a private or symmetric key: whoever reads this file can sign with it"
+	}
+	if rsa, ok := key.Key.(*rsa.PublicKey); ok && rsa.N.BitLen() < minRSABits {
+		return key, fmt.Sprintf("RSA with %d bits, fewer than %d", rsa.N.BitLen(), minRSABits)
+	}
+	return key, ""
+}
+
+// minRSABits is what RFC 7518 section 3.3 asks for.
+const minRSABits = 2048
 
 // verify returns the user that the request's bearer token speaks for (RFC 6750
 // section 2.1, RFC 8725). The problem says which of missing, invalid and expired it is.
@@ -131,6 +146,7 @@ func (t *tokens) verify(r *http.Request, now time.Time) (User, *problem.Problem)
 		return invalid("more than one Authorization header")
 	}
 	scheme, raw, _ := strings.Cut(values[0], " ")
+	raw = strings.TrimLeft(raw, " ") // 1*SP (RFC 9110 section 11.4)
 	if !strings.EqualFold(scheme, "Bearer") {
 		return User{}, &problem.Problem{Reason: refusal.TokenMissing, Detail: "the Authorization header is not a Bearer token"}
 	}
@@ -142,7 +158,7 @@ func (t *tokens) verify(r *http.Request, now time.Time) (User, *problem.Problem)
 		return invalid("the token does not parse, or its algorithm is not one of %v", t.algorithms)
 	}
 	header := token.Headers[0]
-	if typ, _ := header.ExtraHeaders[jose.HeaderType].(string); !slices.Contains([]string{"", "JWT", "JOSE", "at+jwt"}, typ) {
+	if typ, _ := header.ExtraHeaders[jose.HeaderType].(string); !bearerType(typ) {
 		// A WIT-SVID must never stand in Authorization (WIT-SVID section 5).
 		return invalid("a token of type %q is no bearer token", typ)
 	}
@@ -151,16 +167,20 @@ func (t *tokens) verify(r *http.Request, now time.Time) (User, *problem.Problem)
 		return invalid("no key to verify with")
 	}
 	found := keys.Key(header.KeyID)
-	if header.KeyID == "" || len(found) != 1 {
+	if header.KeyID == "" || len(found) == 0 {
 		return invalid("the token's key id is not known")
 	}
-	if found[0].Algorithm != "" && found[0].Algorithm != header.Algorithm {
+	found = slices.DeleteFunc(found, func(k jose.JSONWebKey) bool { return !signs(k, header.Algorithm) })
+	if len(found) != 1 {
 		return invalid("the token's algorithm is not its key's")
 	}
 	var claims jwt.Claims
 	var all map[string]any
-	if err := token.Claims(found[0].Key, &claims, &all); err != nil {
+	switch err := token.Claims(found[0].Key, &claims, &all); {
+	case errors.Is(err, jose.ErrCryptoFailure):
 		return invalid("the signature does not verify")
+	case err != nil:
+		return invalid("the signature verifies and the claims cannot be read: %.200s", err)
 	}
 	switch {
 	case claims.Issuer != t.issuer:
@@ -185,4 +205,29 @@ func (t *tokens) verify(r *http.Request, now time.Time) (User, *problem.Problem)
 	}
 	tier, _ := all[t.tierClaim].(string)
 	return User{Subject: claims.Subject, Tier: tier, Expires: claims.Expiry.Time(), still: still}, nil
+}
+
+// bearerType tells whether a token of this type may stand in Authorization: an access token
+// (RFC 9068 section 2.1) or one that does not say. Media types are compared without their
+// case and without application/ (RFC 7515 section 4.1.9).
+func bearerType(typ string) bool {
+	switch strings.TrimPrefix(strings.ToLower(typ), "application/") {
+	case "", "jwt", "jose", "at+jwt":
+		return true
+	}
+	return false
+}
+
+// signs tells whether a key makes signatures by this algorithm.
+func signs(key jose.JSONWebKey, algorithm string) bool {
+	if key.Algorithm != "" {
+		return key.Algorithm == algorithm
+	}
+	switch key.Key.(type) {
+	case *rsa.PublicKey:
+		return strings.HasPrefix(algorithm, "RS") || strings.HasPrefix(algorithm, "PS")
+	case *ecdsa.PublicKey:
+		return strings.HasPrefix(algorithm, "ES")
+	}
+	return algorithm == string(jose.EdDSA)
 }

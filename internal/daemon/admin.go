@@ -24,7 +24,12 @@ const maxAdminConnections = 256
 type Admin struct {
 	listener net.Listener
 	handler  http.Handler
+	warnings func() []string
 }
+
+// Warn has /readyz say what is wrong although the process serves, a line each. It is to be
+// called before Run.
+func (a *Admin) Warn(warnings func() []string) { a.warnings = warnings }
 
 // NewAdmin listens on addr. ready says why the process cannot serve yet, nil if it can; it is called concurrently, once per
 // request to /readyz, and must be quick. A nil ready is always ready; a nil gatherer has no /metrics.
@@ -34,6 +39,7 @@ func NewAdmin(addr string, ready func() error, gatherer prometheus.Gatherer) (*A
 		return nil, fmt.Errorf("admin listener: %w", err)
 	}
 	mux := http.NewServeMux()
+	a := &Admin{listener: listener, handler: mux, warnings: func() []string { return nil }}
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { answer(w, http.StatusOK, "ok") })
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
 		if ready != nil {
@@ -42,12 +48,16 @@ func NewAdmin(addr string, ready func() error, gatherer prometheus.Gatherer) (*A
 				return
 			}
 		}
-		answer(w, http.StatusOK, "ready")
+		text := "ready"
+		for _, warning := range a.warnings() {
+			text += "\nwarning: " + warning
+		}
+		answer(w, http.StatusOK, text)
 	})
 	if gatherer != nil {
 		mux.Handle("GET /metrics", promhttp.HandlerFor(gatherer, promhttp.HandlerOpts{}))
 	}
-	return &Admin{listener, mux}, nil
+	return a, nil
 }
 
 func answer(w http.ResponseWriter, status int, text string) {

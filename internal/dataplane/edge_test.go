@@ -33,6 +33,7 @@ import (
 	"golang.org/x/net/http2/hpack"
 
 	"github.com/entente-mesh/entente/eastwest-gateway/edge"
+	"github.com/entente-mesh/entente/internal/daemon"
 	"github.com/entente-mesh/entente/internal/yamlfile"
 )
 
@@ -233,7 +234,7 @@ func newEntrance(t *testing.T, w *world) *entrance {
 	x := &entrance{roots: x509.NewCertPool(), token: sign(time.Now().Add(time.Hour)), sign: sign}
 	x.roots.AddCert(cert)
 	p := w.process(w.trading, "edge", "dc1", w.trading.own, func(ctx context.Context, e *Engine, ln net.Listener) error {
-		entry, err := edge.New(config, ln, anEdge{e.Edge(w.identity(w.trading, "/portfolio"))}, slog.New(slog.DiscardHandler))
+		entry, err := edge.New(config, ln, anEdge{e.Edge(w.identity(w.trading, "/portfolio"))}, daemon.NewFiles(daemon.NewMetrics("gateway"), slog.New(slog.DiscardHandler)), slog.New(slog.DiscardHandler))
 		if err != nil {
 			t.Error(err)
 			return err

@@ -39,8 +39,8 @@ ca/feed:                 ca ca/domain ca/presence ca/wire federation/catalog
 ca/signer:               ca
 ca/rotation:             ca ca/domain
 ca/replica:              ca ca/domain internal/admission
-ca/keystore:             internal/secret
-ca/nodeattest:           ca ca/selector
+ca/keystore:             internal/pemfile internal/secret
+ca/nodeattest:           ca ca/selector internal/pemfile
 ca/compare:              api/entente/v1 ca
 ca/server:               api/entente/v1
                          ca ca/domain ca/roles ca/feed ca/presence ca/wire ca/signer ca/nodeattest
@@ -50,7 +50,7 @@ ca/client:               api/entente/v1 ca ca/compare ca/presence ca/wire federa
 ca/local:                ca ca/domain ca/rotation
 ca/node:                 ca ca/domain ca/local ca/rotation ca/replica ca/feed ca/presence ca/signer ca/keystore ca/nodeattest ca/compare ca/server
                          federation federation/exchange
-                         internal/peer internal/gossip internal/daemon internal/yamlfile internal/admission
+                         internal/peer internal/gossip internal/daemon internal/pemfile internal/yamlfile internal/admission
 ca/catest:               ...
 
 federation:
@@ -68,7 +68,7 @@ eastwest-gateway/edge:   internal/yamlfile internal/problem internal/refusal int
 meshagent:               ca ca/selector ca/client ca/keystore federation/bundle
                          meshagent/nodeattest meshagent/services meshagent/workloadattest
                          internal/peer internal/jwtsvid internal/daemon internal/secret internal/yamlfile
-meshagent/nodeattest:    ca ca/client internal/daemon
+meshagent/nodeattest:    ca ca/client internal/daemon internal/pemfile
 meshagent/workloadattest: ca/selector
 meshagent/services:      ca internal/daemon internal/safepath internal/yamlfile
 meshagent/workloadapi:   meshagent meshagent/workloadattest federation/bundle internal/daemon internal/jwtsvid
@@ -88,8 +88,9 @@ internal/peer/peertest:
 internal/jwtsvid:
 internal/gossip:
 internal/admission:
-internal/daemon:         internal/admission internal/yamlfile
+internal/daemon:         internal/admission internal/pemfile internal/yamlfile
 internal/daemon/daemontest:
+internal/pemfile:
 internal/safepath:
 internal/secret:
 internal/simnet:

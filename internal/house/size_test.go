@@ -33,7 +33,7 @@ ca/node Config.Complete           85  one check for each key of the file
 ca/replica load                   81  the order of recovery is the promise: snapshots, then the log, then what was agreed
 ca/server syncDoor.Sync          110  one select over everything that happens to a stream
 ca/server planApply               82  one plan from one state: objects, deletes, what they leave
-cmd/entente printStatus          112  one section after the other, as they are printed
+cmd/entente printStatus          113  one section after the other, as they are printed
 cmd/entente runFlags.run          81  the life of one program: registered, declared, started, drained
 internal/dataplane sender.try     95  one attempt: what may be repeated depends on how far it came
 meshagent Config.check            98  one check for each key of the file

@@ -26,6 +26,7 @@ import (
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/client"
 	"github.com/entente-mesh/entente/internal/daemon"
+	"github.com/entente-mesh/entente/internal/pemfile"
 )
 
 // NewKey makes an ECDSA P-256 key.
@@ -50,9 +51,12 @@ func LoadKey(path string) (crypto.Signer, error) {
 	if mode := info.Mode().Perm(); mode&0o077 != 0 {
 		return nil, fmt.Errorf("the agent's key %s has mode %#o: others may have read it; make it 0600 if you know that none did, or delete it and attest with a new token", path, mode)
 	}
-	block, _ := pem.Decode(data)
-	if block == nil || block.Type != "PRIVATE KEY" {
-		return nil, fmt.Errorf("the agent's key %s holds no PRIVATE KEY block (PEM); delete it and attest with a new token", path)
+	block, err := pemfile.PrivateKey(data)
+	if err == nil && block.Type != "PRIVATE KEY" {
+		err = fmt.Errorf("it holds a %s, not a PRIVATE KEY", block.Type)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("the agent's key %s is damaged; delete it and attest with a new token: %w", path, err)
 	}
 	parsed, err := x509.ParsePKCS8PrivateKey(block.Bytes)
 	if err != nil {
@@ -138,7 +142,16 @@ type HostCertificate struct {
 // behind it, and its key, both PEM. They are read at each attestation: the host's PKI may
 // have renewed them.
 func LoadHostCertificate(certificate, key string) (*HostCertificate, error) {
-	pair, err := tls.LoadX509KeyPair(certificate, key)
+	chain, err := os.ReadFile(certificate)
+	var private []byte
+	if err == nil {
+		private, err = os.ReadFile(key)
+		defer clear(private)
+	}
+	var pair *tls.Certificate
+	if err == nil {
+		pair, err = pemfile.KeyPair(chain, private)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("cannot use the host's certificate %s with the key %s: %w", certificate, key, err)
 	}

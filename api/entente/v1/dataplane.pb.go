@@ -313,7 +313,8 @@ type DataPlaneStatusResponse struct {
 	Requests        uint32                 `protobuf:"varint,14,opt,name=requests,proto3" json:"requests,omitempty"`       // under way; a tunnel is one
 	Services        []*ServiceView         `protobuf:"bytes,15,rep,name=services,proto3" json:"services,omitempty"`        // by name, at most 1,000
 	ServicesLeftOut uint32                 `protobuf:"varint,16,opt,name=services_left_out,json=servicesLeftOut,proto3" json:"services_left_out,omitempty"`
-	Drained         *Drained               `protobuf:"bytes,400,opt,name=drained,proto3" json:"drained,omitempty"` // absent: it is not
+	Drained         *Drained               `protobuf:"bytes,400,opt,name=drained,proto3" json:"drained,omitempty"`   // absent: it is not
+	Warnings        []string               `protobuf:"bytes,470,rep,name=warnings,proto3" json:"warnings,omitempty"` // what is wrong although it may be ready, a sentence each
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -463,6 +464,13 @@ func (x *DataPlaneStatusResponse) GetServicesLeftOut() uint32 {
 func (x *DataPlaneStatusResponse) GetDrained() *Drained {
 	if x != nil {
 		return x.Drained
+	}
+	return nil
+}
+
+func (x *DataPlaneStatusResponse) GetWarnings() []string {
+	if x != nil {
+		return x.Warnings
 	}
 	return nil
 }
@@ -1085,7 +1093,7 @@ const file_entente_v1_dataplane_proto_rawDesc = "" +
 	"\x05since\x18\x92\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\"^\n" +
 	"\x16DataPlaneStatusRequest\x12\x18\n" +
 	"\aservice\x18\x01 \x01(\tR\aservice\x12*\n" +
-	"\x10without_services\x18\x90\x03 \x01(\bR\x0fwithoutServices\"\x9f\x05\n" +
+	"\x10without_services\x18\x90\x03 \x01(\bR\x0fwithoutServices\"\xbc\x05\n" +
 	"\x17DataPlaneStatusResponse\x12\x12\n" +
 	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12!\n" +
@@ -1106,7 +1114,8 @@ const file_entente_v1_dataplane_proto_rawDesc = "" +
 	"\brequests\x18\x0e \x01(\rR\brequests\x123\n" +
 	"\bservices\x18\x0f \x03(\v2\x17.entente.v1.ServiceViewR\bservices\x12*\n" +
 	"\x11services_left_out\x18\x10 \x01(\rR\x0fservicesLeftOut\x12.\n" +
-	"\adrained\x18\x90\x03 \x01(\v2\x13.entente.v1.DrainedR\adrained\"X\n" +
+	"\adrained\x18\x90\x03 \x01(\v2\x13.entente.v1.DrainedR\adrained\x12\x1b\n" +
+	"\bwarnings\x18\xd6\x03 \x03(\tR\bwarnings\"X\n" +
 	"\x05Build\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x16\n" +
 	"\x06commit\x18\x02 \x01(\tR\x06commit\x12\x1d\n" +

@@ -2509,6 +2509,7 @@ type StatusResponse struct {
 	Audit                *AuditLog              `protobuf:"bytes,220,opt,name=audit,proto3" json:"audit,omitempty"`                                                            // of this node
 	Older                []*SubscriberLevel     `protobuf:"bytes,260,rep,name=older,proto3" json:"older,omitempty"`                                                            // subscribers of this node that do not understand everything, at most 64
 	Contradicted         []*Contradiction       `protobuf:"bytes,285,rep,name=contradicted,proto3" json:"contradicted,omitempty"`                                              // as this node's subscribers say
+	Files                []*FileProblem         `protobuf:"bytes,470,rep,name=files,proto3" json:"files,omitempty"`                                                            // of this node, which it follows and cannot use as they are now
 	unknownFields        protoimpl.UnknownFields
 	sizeCache            protoimpl.SizeCache
 }
@@ -2774,6 +2775,90 @@ func (x *StatusResponse) GetContradicted() []*Contradiction {
 	return nil
 }
 
+func (x *StatusResponse) GetFiles() []*FileProblem {
+	if x != nil {
+		return x.Files
+	}
+	return nil
+}
+
+// FileProblem is a file that a process follows and whose newest content it does not use.
+type FileProblem struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	What          string                 `protobuf:"bytes,1,opt,name=what,proto3" json:"what,omitempty"`   // as the configuration names it
+	Files         []string               `protobuf:"bytes,2,rep,name=files,proto3" json:"files,omitempty"` // paths
+	Why           string                 `protobuf:"bytes,3,opt,name=why,proto3" json:"why,omitempty"`
+	Since         int64                  `protobuf:"varint,4,opt,name=since,proto3" json:"since,omitempty"` // Unix seconds
+	None          bool                   `protobuf:"varint,5,opt,name=none,proto3" json:"none,omitempty"`   // nothing was ever read of it: what needs it does not work
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FileProblem) Reset() {
+	*x = FileProblem{}
+	mi := &file_entente_v1_entente_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FileProblem) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FileProblem) ProtoMessage() {}
+
+func (x *FileProblem) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FileProblem.ProtoReflect.Descriptor instead.
+func (*FileProblem) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *FileProblem) GetWhat() string {
+	if x != nil {
+		return x.What
+	}
+	return ""
+}
+
+func (x *FileProblem) GetFiles() []string {
+	if x != nil {
+		return x.Files
+	}
+	return nil
+}
+
+func (x *FileProblem) GetWhy() string {
+	if x != nil {
+		return x.Why
+	}
+	return ""
+}
+
+func (x *FileProblem) GetSince() int64 {
+	if x != nil {
+		return x.Since
+	}
+	return 0
+}
+
+func (x *FileProblem) GetNone() bool {
+	if x != nil {
+		return x.None
+	}
+	return false
+}
+
 // Contradiction is a CA node that subscribers avoid, since two others contradicted it.
 type Contradiction struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -2786,7 +2871,7 @@ type Contradiction struct {
 
 func (x *Contradiction) Reset() {
 	*x = Contradiction{}
-	mi := &file_entente_v1_entente_proto_msgTypes[36]
+	mi := &file_entente_v1_entente_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2798,7 +2883,7 @@ func (x *Contradiction) String() string {
 func (*Contradiction) ProtoMessage() {}
 
 func (x *Contradiction) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[36]
+	mi := &file_entente_v1_entente_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2811,7 +2896,7 @@ func (x *Contradiction) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Contradiction.ProtoReflect.Descriptor instead.
 func (*Contradiction) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{36}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *Contradiction) GetNode() string {
@@ -2849,7 +2934,7 @@ type SubscriberLevel struct {
 
 func (x *SubscriberLevel) Reset() {
 	*x = SubscriberLevel{}
-	mi := &file_entente_v1_entente_proto_msgTypes[37]
+	mi := &file_entente_v1_entente_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2861,7 +2946,7 @@ func (x *SubscriberLevel) String() string {
 func (*SubscriberLevel) ProtoMessage() {}
 
 func (x *SubscriberLevel) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[37]
+	mi := &file_entente_v1_entente_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2874,7 +2959,7 @@ func (x *SubscriberLevel) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SubscriberLevel.ProtoReflect.Descriptor instead.
 func (*SubscriberLevel) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{37}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *SubscriberLevel) GetName() string {
@@ -2919,7 +3004,7 @@ type AuditLog struct {
 
 func (x *AuditLog) Reset() {
 	*x = AuditLog{}
-	mi := &file_entente_v1_entente_proto_msgTypes[38]
+	mi := &file_entente_v1_entente_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2931,7 +3016,7 @@ func (x *AuditLog) String() string {
 func (*AuditLog) ProtoMessage() {}
 
 func (x *AuditLog) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[38]
+	mi := &file_entente_v1_entente_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2944,7 +3029,7 @@ func (x *AuditLog) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditLog.ProtoReflect.Descriptor instead.
 func (*AuditLog) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{38}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *AuditLog) GetFile() string {
@@ -2994,7 +3079,7 @@ type Upstream struct {
 
 func (x *Upstream) Reset() {
 	*x = Upstream{}
-	mi := &file_entente_v1_entente_proto_msgTypes[39]
+	mi := &file_entente_v1_entente_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3006,7 +3091,7 @@ func (x *Upstream) String() string {
 func (*Upstream) ProtoMessage() {}
 
 func (x *Upstream) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[39]
+	mi := &file_entente_v1_entente_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3019,7 +3104,7 @@ func (x *Upstream) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Upstream.ProtoReflect.Descriptor instead.
 func (*Upstream) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{39}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *Upstream) GetKeyId() string {
@@ -3057,7 +3142,7 @@ type Autonomy struct {
 
 func (x *Autonomy) Reset() {
 	*x = Autonomy{}
-	mi := &file_entente_v1_entente_proto_msgTypes[40]
+	mi := &file_entente_v1_entente_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3069,7 +3154,7 @@ func (x *Autonomy) String() string {
 func (*Autonomy) ProtoMessage() {}
 
 func (x *Autonomy) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[40]
+	mi := &file_entente_v1_entente_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3082,7 +3167,7 @@ func (x *Autonomy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Autonomy.ProtoReflect.Descriptor instead.
 func (*Autonomy) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{40}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *Autonomy) GetMemberId() string {
@@ -3138,7 +3223,7 @@ type UseAutonomy struct {
 
 func (x *UseAutonomy) Reset() {
 	*x = UseAutonomy{}
-	mi := &file_entente_v1_entente_proto_msgTypes[41]
+	mi := &file_entente_v1_entente_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3150,7 +3235,7 @@ func (x *UseAutonomy) String() string {
 func (*UseAutonomy) ProtoMessage() {}
 
 func (x *UseAutonomy) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[41]
+	mi := &file_entente_v1_entente_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3163,7 +3248,7 @@ func (x *UseAutonomy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UseAutonomy.ProtoReflect.Descriptor instead.
 func (*UseAutonomy) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{41}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *UseAutonomy) GetUse() v1.KeyUse {
@@ -3239,7 +3324,7 @@ type MemberStatus struct {
 
 func (x *MemberStatus) Reset() {
 	*x = MemberStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[42]
+	mi := &file_entente_v1_entente_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3251,7 +3336,7 @@ func (x *MemberStatus) String() string {
 func (*MemberStatus) ProtoMessage() {}
 
 func (x *MemberStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[42]
+	mi := &file_entente_v1_entente_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3264,7 +3349,7 @@ func (x *MemberStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemberStatus.ProtoReflect.Descriptor instead.
 func (*MemberStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{42}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *MemberStatus) GetMember() *v1.Member {
@@ -3289,7 +3374,7 @@ type SaveSnapshotRequest struct {
 
 func (x *SaveSnapshotRequest) Reset() {
 	*x = SaveSnapshotRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[43]
+	mi := &file_entente_v1_entente_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3301,7 +3386,7 @@ func (x *SaveSnapshotRequest) String() string {
 func (*SaveSnapshotRequest) ProtoMessage() {}
 
 func (x *SaveSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[43]
+	mi := &file_entente_v1_entente_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3314,7 +3399,7 @@ func (x *SaveSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SaveSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*SaveSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{43}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{44}
 }
 
 // SaveSnapshotResponse is a part of the file. The file carries its own checksums.
@@ -3327,7 +3412,7 @@ type SaveSnapshotResponse struct {
 
 func (x *SaveSnapshotResponse) Reset() {
 	*x = SaveSnapshotResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[44]
+	mi := &file_entente_v1_entente_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3339,7 +3424,7 @@ func (x *SaveSnapshotResponse) String() string {
 func (*SaveSnapshotResponse) ProtoMessage() {}
 
 func (x *SaveSnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[44]
+	mi := &file_entente_v1_entente_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3352,7 +3437,7 @@ func (x *SaveSnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SaveSnapshotResponse.ProtoReflect.Descriptor instead.
 func (*SaveSnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{44}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *SaveSnapshotResponse) GetData() []byte {
@@ -3370,7 +3455,7 @@ type ListNodesRequest struct {
 
 func (x *ListNodesRequest) Reset() {
 	*x = ListNodesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[45]
+	mi := &file_entente_v1_entente_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3382,7 +3467,7 @@ func (x *ListNodesRequest) String() string {
 func (*ListNodesRequest) ProtoMessage() {}
 
 func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[45]
+	mi := &file_entente_v1_entente_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3395,7 +3480,7 @@ func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesRequest.ProtoReflect.Descriptor instead.
 func (*ListNodesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{45}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{46}
 }
 
 type ListNodesResponse struct {
@@ -3409,7 +3494,7 @@ type ListNodesResponse struct {
 
 func (x *ListNodesResponse) Reset() {
 	*x = ListNodesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[46]
+	mi := &file_entente_v1_entente_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3421,7 +3506,7 @@ func (x *ListNodesResponse) String() string {
 func (*ListNodesResponse) ProtoMessage() {}
 
 func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[46]
+	mi := &file_entente_v1_entente_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3434,7 +3519,7 @@ func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesResponse.ProtoReflect.Descriptor instead.
 func (*ListNodesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{46}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *ListNodesResponse) GetLeaderId() string {
@@ -3471,7 +3556,7 @@ type NodeProgress struct {
 
 func (x *NodeProgress) Reset() {
 	*x = NodeProgress{}
-	mi := &file_entente_v1_entente_proto_msgTypes[47]
+	mi := &file_entente_v1_entente_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3483,7 +3568,7 @@ func (x *NodeProgress) String() string {
 func (*NodeProgress) ProtoMessage() {}
 
 func (x *NodeProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[47]
+	mi := &file_entente_v1_entente_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3496,7 +3581,7 @@ func (x *NodeProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeProgress.ProtoReflect.Descriptor instead.
 func (*NodeProgress) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{47}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *NodeProgress) GetMember() *v1.Member {
@@ -3550,7 +3635,7 @@ type Approval struct {
 
 func (x *Approval) Reset() {
 	*x = Approval{}
-	mi := &file_entente_v1_entente_proto_msgTypes[48]
+	mi := &file_entente_v1_entente_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3562,7 +3647,7 @@ func (x *Approval) String() string {
 func (*Approval) ProtoMessage() {}
 
 func (x *Approval) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[48]
+	mi := &file_entente_v1_entente_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3575,7 +3660,7 @@ func (x *Approval) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Approval.ProtoReflect.Descriptor instead.
 func (*Approval) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{48}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *Approval) GetId() string {
@@ -3636,7 +3721,7 @@ type ReplaceRecoveryKeyRequest struct {
 
 func (x *ReplaceRecoveryKeyRequest) Reset() {
 	*x = ReplaceRecoveryKeyRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[49]
+	mi := &file_entente_v1_entente_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3648,7 +3733,7 @@ func (x *ReplaceRecoveryKeyRequest) String() string {
 func (*ReplaceRecoveryKeyRequest) ProtoMessage() {}
 
 func (x *ReplaceRecoveryKeyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[49]
+	mi := &file_entente_v1_entente_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3661,7 +3746,7 @@ func (x *ReplaceRecoveryKeyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReplaceRecoveryKeyRequest.ProtoReflect.Descriptor instead.
 func (*ReplaceRecoveryKeyRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{49}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *ReplaceRecoveryKeyRequest) GetReplacement() *v1.RecoveryKeyReplacement {
@@ -3681,7 +3766,7 @@ type ReplaceRecoveryKeyResponse struct {
 
 func (x *ReplaceRecoveryKeyResponse) Reset() {
 	*x = ReplaceRecoveryKeyResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[50]
+	mi := &file_entente_v1_entente_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3693,7 +3778,7 @@ func (x *ReplaceRecoveryKeyResponse) String() string {
 func (*ReplaceRecoveryKeyResponse) ProtoMessage() {}
 
 func (x *ReplaceRecoveryKeyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[50]
+	mi := &file_entente_v1_entente_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3706,7 +3791,7 @@ func (x *ReplaceRecoveryKeyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReplaceRecoveryKeyResponse.ProtoReflect.Descriptor instead.
 func (*ReplaceRecoveryKeyResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{50}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *ReplaceRecoveryKeyResponse) GetRevision() uint64 {
@@ -3731,7 +3816,7 @@ type ListChangesRequest struct {
 
 func (x *ListChangesRequest) Reset() {
 	*x = ListChangesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[51]
+	mi := &file_entente_v1_entente_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3743,7 +3828,7 @@ func (x *ListChangesRequest) String() string {
 func (*ListChangesRequest) ProtoMessage() {}
 
 func (x *ListChangesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[51]
+	mi := &file_entente_v1_entente_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3756,7 +3841,7 @@ func (x *ListChangesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListChangesRequest.ProtoReflect.Descriptor instead.
 func (*ListChangesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{51}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{52}
 }
 
 type ListChangesResponse struct {
@@ -3768,7 +3853,7 @@ type ListChangesResponse struct {
 
 func (x *ListChangesResponse) Reset() {
 	*x = ListChangesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[52]
+	mi := &file_entente_v1_entente_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3780,7 +3865,7 @@ func (x *ListChangesResponse) String() string {
 func (*ListChangesResponse) ProtoMessage() {}
 
 func (x *ListChangesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[52]
+	mi := &file_entente_v1_entente_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3793,7 +3878,7 @@ func (x *ListChangesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListChangesResponse.ProtoReflect.Descriptor instead.
 func (*ListChangesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{52}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *ListChangesResponse) GetChanges() []*Approval {
@@ -3812,7 +3897,7 @@ type ApproveChangeRequest struct {
 
 func (x *ApproveChangeRequest) Reset() {
 	*x = ApproveChangeRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[53]
+	mi := &file_entente_v1_entente_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3824,7 +3909,7 @@ func (x *ApproveChangeRequest) String() string {
 func (*ApproveChangeRequest) ProtoMessage() {}
 
 func (x *ApproveChangeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[53]
+	mi := &file_entente_v1_entente_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3837,7 +3922,7 @@ func (x *ApproveChangeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApproveChangeRequest.ProtoReflect.Descriptor instead.
 func (*ApproveChangeRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{53}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *ApproveChangeRequest) GetId() string {
@@ -3858,7 +3943,7 @@ type ApproveChangeResponse struct {
 
 func (x *ApproveChangeResponse) Reset() {
 	*x = ApproveChangeResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[54]
+	mi := &file_entente_v1_entente_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3870,7 +3955,7 @@ func (x *ApproveChangeResponse) String() string {
 func (*ApproveChangeResponse) ProtoMessage() {}
 
 func (x *ApproveChangeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[54]
+	mi := &file_entente_v1_entente_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3883,7 +3968,7 @@ func (x *ApproveChangeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApproveChangeResponse.ProtoReflect.Descriptor instead.
 func (*ApproveChangeResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{54}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *ApproveChangeResponse) GetRevision() uint64 {
@@ -3916,7 +4001,7 @@ type PromoteNodeRequest struct {
 
 func (x *PromoteNodeRequest) Reset() {
 	*x = PromoteNodeRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[55]
+	mi := &file_entente_v1_entente_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3928,7 +4013,7 @@ func (x *PromoteNodeRequest) String() string {
 func (*PromoteNodeRequest) ProtoMessage() {}
 
 func (x *PromoteNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[55]
+	mi := &file_entente_v1_entente_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3941,7 +4026,7 @@ func (x *PromoteNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PromoteNodeRequest.ProtoReflect.Descriptor instead.
 func (*PromoteNodeRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{55}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *PromoteNodeRequest) GetName() string {
@@ -3961,7 +4046,7 @@ type PromoteNodeResponse struct {
 
 func (x *PromoteNodeResponse) Reset() {
 	*x = PromoteNodeResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[56]
+	mi := &file_entente_v1_entente_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3973,7 +4058,7 @@ func (x *PromoteNodeResponse) String() string {
 func (*PromoteNodeResponse) ProtoMessage() {}
 
 func (x *PromoteNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[56]
+	mi := &file_entente_v1_entente_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3986,7 +4071,7 @@ func (x *PromoteNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PromoteNodeResponse.ProtoReflect.Descriptor instead.
 func (*PromoteNodeResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{56}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *PromoteNodeResponse) GetRevision() uint64 {
@@ -4012,7 +4097,7 @@ type VouchRequest struct {
 
 func (x *VouchRequest) Reset() {
 	*x = VouchRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[57]
+	mi := &file_entente_v1_entente_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4024,7 +4109,7 @@ func (x *VouchRequest) String() string {
 func (*VouchRequest) ProtoMessage() {}
 
 func (x *VouchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[57]
+	mi := &file_entente_v1_entente_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4037,7 +4122,7 @@ func (x *VouchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VouchRequest.ProtoReflect.Descriptor instead.
 func (*VouchRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{57}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *VouchRequest) GetMemberId() string {
@@ -4056,7 +4141,7 @@ type VouchResponse struct {
 
 func (x *VouchResponse) Reset() {
 	*x = VouchResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[58]
+	mi := &file_entente_v1_entente_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4068,7 +4153,7 @@ func (x *VouchResponse) String() string {
 func (*VouchResponse) ProtoMessage() {}
 
 func (x *VouchResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[58]
+	mi := &file_entente_v1_entente_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4081,7 +4166,7 @@ func (x *VouchResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VouchResponse.ProtoReflect.Descriptor instead.
 func (*VouchResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{58}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *VouchResponse) GetMember() *v1.Member {
@@ -4101,7 +4186,7 @@ type ChecksumRequest struct {
 
 func (x *ChecksumRequest) Reset() {
 	*x = ChecksumRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[59]
+	mi := &file_entente_v1_entente_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4113,7 +4198,7 @@ func (x *ChecksumRequest) String() string {
 func (*ChecksumRequest) ProtoMessage() {}
 
 func (x *ChecksumRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[59]
+	mi := &file_entente_v1_entente_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4126,7 +4211,7 @@ func (x *ChecksumRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChecksumRequest.ProtoReflect.Descriptor instead.
 func (*ChecksumRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{59}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *ChecksumRequest) GetAtIndex() uint64 {
@@ -4152,7 +4237,7 @@ type ChecksumResponse struct {
 
 func (x *ChecksumResponse) Reset() {
 	*x = ChecksumResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[60]
+	mi := &file_entente_v1_entente_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4164,7 +4249,7 @@ func (x *ChecksumResponse) String() string {
 func (*ChecksumResponse) ProtoMessage() {}
 
 func (x *ChecksumResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[60]
+	mi := &file_entente_v1_entente_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4177,7 +4262,7 @@ func (x *ChecksumResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChecksumResponse.ProtoReflect.Descriptor instead.
 func (*ChecksumResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{60}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *ChecksumResponse) GetSum() []byte {
@@ -4197,7 +4282,7 @@ type ShowEpochRequest struct {
 
 func (x *ShowEpochRequest) Reset() {
 	*x = ShowEpochRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[61]
+	mi := &file_entente_v1_entente_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4209,7 +4294,7 @@ func (x *ShowEpochRequest) String() string {
 func (*ShowEpochRequest) ProtoMessage() {}
 
 func (x *ShowEpochRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[61]
+	mi := &file_entente_v1_entente_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4222,7 +4307,7 @@ func (x *ShowEpochRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowEpochRequest.ProtoReflect.Descriptor instead.
 func (*ShowEpochRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{61}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *ShowEpochRequest) GetStatement() []byte {
@@ -4247,7 +4332,7 @@ type ShowEpochResponse struct {
 
 func (x *ShowEpochResponse) Reset() {
 	*x = ShowEpochResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[62]
+	mi := &file_entente_v1_entente_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4259,7 +4344,7 @@ func (x *ShowEpochResponse) String() string {
 func (*ShowEpochResponse) ProtoMessage() {}
 
 func (x *ShowEpochResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[62]
+	mi := &file_entente_v1_entente_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4272,7 +4357,7 @@ func (x *ShowEpochResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowEpochResponse.ProtoReflect.Descriptor instead.
 func (*ShowEpochResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{62}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{63}
 }
 
 type ForeignBundleStatus struct {
@@ -4289,7 +4374,7 @@ type ForeignBundleStatus struct {
 
 func (x *ForeignBundleStatus) Reset() {
 	*x = ForeignBundleStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[63]
+	mi := &file_entente_v1_entente_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4301,7 +4386,7 @@ func (x *ForeignBundleStatus) String() string {
 func (*ForeignBundleStatus) ProtoMessage() {}
 
 func (x *ForeignBundleStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[63]
+	mi := &file_entente_v1_entente_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4314,7 +4399,7 @@ func (x *ForeignBundleStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForeignBundleStatus.ProtoReflect.Descriptor instead.
 func (*ForeignBundleStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{63}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *ForeignBundleStatus) GetTrustDomain() string {
@@ -4372,7 +4457,7 @@ type DroppedKey struct {
 
 func (x *DroppedKey) Reset() {
 	*x = DroppedKey{}
-	mi := &file_entente_v1_entente_proto_msgTypes[64]
+	mi := &file_entente_v1_entente_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4384,7 +4469,7 @@ func (x *DroppedKey) String() string {
 func (*DroppedKey) ProtoMessage() {}
 
 func (x *DroppedKey) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[64]
+	mi := &file_entente_v1_entente_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4397,7 +4482,7 @@ func (x *DroppedKey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DroppedKey.ProtoReflect.Descriptor instead.
 func (*DroppedKey) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{64}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *DroppedKey) GetId() string {
@@ -4440,7 +4525,7 @@ type CreateTokenRequest struct {
 
 func (x *CreateTokenRequest) Reset() {
 	*x = CreateTokenRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[65]
+	mi := &file_entente_v1_entente_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4452,7 +4537,7 @@ func (x *CreateTokenRequest) String() string {
 func (*CreateTokenRequest) ProtoMessage() {}
 
 func (x *CreateTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[65]
+	mi := &file_entente_v1_entente_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4465,7 +4550,7 @@ func (x *CreateTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTokenRequest.ProtoReflect.Descriptor instead.
 func (*CreateTokenRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{65}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *CreateTokenRequest) GetNode() *v1.NodeGrant {
@@ -4508,7 +4593,7 @@ type CreateTokenResponse struct {
 
 func (x *CreateTokenResponse) Reset() {
 	*x = CreateTokenResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[66]
+	mi := &file_entente_v1_entente_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4520,7 +4605,7 @@ func (x *CreateTokenResponse) String() string {
 func (*CreateTokenResponse) ProtoMessage() {}
 
 func (x *CreateTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[66]
+	mi := &file_entente_v1_entente_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4533,7 +4618,7 @@ func (x *CreateTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTokenResponse.ProtoReflect.Descriptor instead.
 func (*CreateTokenResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{66}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *CreateTokenResponse) GetApproval() *Approval {
@@ -4575,7 +4660,7 @@ type ApplyRequest struct {
 
 func (x *ApplyRequest) Reset() {
 	*x = ApplyRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[67]
+	mi := &file_entente_v1_entente_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4587,7 +4672,7 @@ func (x *ApplyRequest) String() string {
 func (*ApplyRequest) ProtoMessage() {}
 
 func (x *ApplyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[67]
+	mi := &file_entente_v1_entente_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4600,7 +4685,7 @@ func (x *ApplyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyRequest.ProtoReflect.Descriptor instead.
 func (*ApplyRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{67}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *ApplyRequest) GetObjects() []*v1.Object {
@@ -4634,7 +4719,7 @@ type ApplyResponse struct {
 
 func (x *ApplyResponse) Reset() {
 	*x = ApplyResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[68]
+	mi := &file_entente_v1_entente_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4646,7 +4731,7 @@ func (x *ApplyResponse) String() string {
 func (*ApplyResponse) ProtoMessage() {}
 
 func (x *ApplyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[68]
+	mi := &file_entente_v1_entente_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4659,7 +4744,7 @@ func (x *ApplyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyResponse.ProtoReflect.Descriptor instead.
 func (*ApplyResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{68}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *ApplyResponse) GetRevision() uint64 {
@@ -4688,7 +4773,7 @@ type ObjectChange struct {
 
 func (x *ObjectChange) Reset() {
 	*x = ObjectChange{}
-	mi := &file_entente_v1_entente_proto_msgTypes[69]
+	mi := &file_entente_v1_entente_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4700,7 +4785,7 @@ func (x *ObjectChange) String() string {
 func (*ObjectChange) ProtoMessage() {}
 
 func (x *ObjectChange) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[69]
+	mi := &file_entente_v1_entente_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4713,7 +4798,7 @@ func (x *ObjectChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ObjectChange.ProtoReflect.Descriptor instead.
 func (*ObjectChange) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{69}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *ObjectChange) GetKey() *v1.ObjectKey {
@@ -4756,7 +4841,7 @@ type ListObjectsRequest struct {
 
 func (x *ListObjectsRequest) Reset() {
 	*x = ListObjectsRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[70]
+	mi := &file_entente_v1_entente_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4768,7 +4853,7 @@ func (x *ListObjectsRequest) String() string {
 func (*ListObjectsRequest) ProtoMessage() {}
 
 func (x *ListObjectsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[70]
+	mi := &file_entente_v1_entente_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4781,7 +4866,7 @@ func (x *ListObjectsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListObjectsRequest.ProtoReflect.Descriptor instead.
 func (*ListObjectsRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{70}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *ListObjectsRequest) GetKind() string {
@@ -4823,7 +4908,7 @@ type ListObjectsResponse struct {
 
 func (x *ListObjectsResponse) Reset() {
 	*x = ListObjectsResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[71]
+	mi := &file_entente_v1_entente_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4835,7 +4920,7 @@ func (x *ListObjectsResponse) String() string {
 func (*ListObjectsResponse) ProtoMessage() {}
 
 func (x *ListObjectsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[71]
+	mi := &file_entente_v1_entente_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4848,7 +4933,7 @@ func (x *ListObjectsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListObjectsResponse.ProtoReflect.Descriptor instead.
 func (*ListObjectsResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{71}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *ListObjectsResponse) GetRevision() uint64 {
@@ -4880,7 +4965,7 @@ type WhoAmIRequest struct {
 
 func (x *WhoAmIRequest) Reset() {
 	*x = WhoAmIRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[72]
+	mi := &file_entente_v1_entente_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4892,7 +4977,7 @@ func (x *WhoAmIRequest) String() string {
 func (*WhoAmIRequest) ProtoMessage() {}
 
 func (x *WhoAmIRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[72]
+	mi := &file_entente_v1_entente_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4905,7 +4990,7 @@ func (x *WhoAmIRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhoAmIRequest.ProtoReflect.Descriptor instead.
 func (*WhoAmIRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{72}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{73}
 }
 
 type WhoAmIResponse struct {
@@ -4919,7 +5004,7 @@ type WhoAmIResponse struct {
 
 func (x *WhoAmIResponse) Reset() {
 	*x = WhoAmIResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[73]
+	mi := &file_entente_v1_entente_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4931,7 +5016,7 @@ func (x *WhoAmIResponse) String() string {
 func (*WhoAmIResponse) ProtoMessage() {}
 
 func (x *WhoAmIResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[73]
+	mi := &file_entente_v1_entente_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4944,7 +5029,7 @@ func (x *WhoAmIResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhoAmIResponse.ProtoReflect.Descriptor instead.
 func (*WhoAmIResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{73}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *WhoAmIResponse) GetWho() string {
@@ -4978,7 +5063,7 @@ type GetBundleRequest struct {
 
 func (x *GetBundleRequest) Reset() {
 	*x = GetBundleRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[74]
+	mi := &file_entente_v1_entente_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4990,7 +5075,7 @@ func (x *GetBundleRequest) String() string {
 func (*GetBundleRequest) ProtoMessage() {}
 
 func (x *GetBundleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[74]
+	mi := &file_entente_v1_entente_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5003,7 +5088,7 @@ func (x *GetBundleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBundleRequest.ProtoReflect.Descriptor instead.
 func (*GetBundleRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{74}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *GetBundleRequest) GetTrustDomain() string {
@@ -5029,7 +5114,7 @@ type GetBundleResponse struct {
 
 func (x *GetBundleResponse) Reset() {
 	*x = GetBundleResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[75]
+	mi := &file_entente_v1_entente_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5041,7 +5126,7 @@ func (x *GetBundleResponse) String() string {
 func (*GetBundleResponse) ProtoMessage() {}
 
 func (x *GetBundleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[75]
+	mi := &file_entente_v1_entente_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5054,7 +5139,7 @@ func (x *GetBundleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBundleResponse.ProtoReflect.Descriptor instead.
 func (*GetBundleResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{75}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{76}
 }
 
 func (x *GetBundleResponse) GetJwks() []byte {
@@ -5073,7 +5158,7 @@ type ProposeRequest struct {
 
 func (x *ProposeRequest) Reset() {
 	*x = ProposeRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[76]
+	mi := &file_entente_v1_entente_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5085,7 +5170,7 @@ func (x *ProposeRequest) String() string {
 func (*ProposeRequest) ProtoMessage() {}
 
 func (x *ProposeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[76]
+	mi := &file_entente_v1_entente_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5098,7 +5183,7 @@ func (x *ProposeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProposeRequest.ProtoReflect.Descriptor instead.
 func (*ProposeRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{76}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *ProposeRequest) GetCommand() []byte {
@@ -5119,7 +5204,7 @@ type ProposeResponse struct {
 
 func (x *ProposeResponse) Reset() {
 	*x = ProposeResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[77]
+	mi := &file_entente_v1_entente_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5131,7 +5216,7 @@ func (x *ProposeResponse) String() string {
 func (*ProposeResponse) ProtoMessage() {}
 
 func (x *ProposeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[77]
+	mi := &file_entente_v1_entente_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5144,7 +5229,7 @@ func (x *ProposeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProposeResponse.ProtoReflect.Descriptor instead.
 func (*ProposeResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{77}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{78}
 }
 
 func (x *ProposeResponse) GetRevision() uint64 {
@@ -5185,7 +5270,7 @@ type ReportRequest struct {
 
 func (x *ReportRequest) Reset() {
 	*x = ReportRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[78]
+	mi := &file_entente_v1_entente_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5197,7 +5282,7 @@ func (x *ReportRequest) String() string {
 func (*ReportRequest) ProtoMessage() {}
 
 func (x *ReportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[78]
+	mi := &file_entente_v1_entente_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5210,7 +5295,7 @@ func (x *ReportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRequest.ProtoReflect.Descriptor instead.
 func (*ReportRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{78}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *ReportRequest) GetBootId() string {
@@ -5287,7 +5372,7 @@ type HeldAuthority struct {
 
 func (x *HeldAuthority) Reset() {
 	*x = HeldAuthority{}
-	mi := &file_entente_v1_entente_proto_msgTypes[79]
+	mi := &file_entente_v1_entente_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5299,7 +5384,7 @@ func (x *HeldAuthority) String() string {
 func (*HeldAuthority) ProtoMessage() {}
 
 func (x *HeldAuthority) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[79]
+	mi := &file_entente_v1_entente_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5312,7 +5397,7 @@ func (x *HeldAuthority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HeldAuthority.ProtoReflect.Descriptor instead.
 func (*HeldAuthority) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{79}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{80}
 }
 
 func (x *HeldAuthority) GetId() string {
@@ -5337,7 +5422,7 @@ type ReportResponse struct {
 
 func (x *ReportResponse) Reset() {
 	*x = ReportResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[80]
+	mi := &file_entente_v1_entente_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5349,7 +5434,7 @@ func (x *ReportResponse) String() string {
 func (*ReportResponse) ProtoMessage() {}
 
 func (x *ReportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[80]
+	mi := &file_entente_v1_entente_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5362,7 +5447,7 @@ func (x *ReportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportResponse.ProtoReflect.Descriptor instead.
 func (*ReportResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{80}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{81}
 }
 
 type GateRequest struct {
@@ -5373,7 +5458,7 @@ type GateRequest struct {
 
 func (x *GateRequest) Reset() {
 	*x = GateRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[81]
+	mi := &file_entente_v1_entente_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5385,7 +5470,7 @@ func (x *GateRequest) String() string {
 func (*GateRequest) ProtoMessage() {}
 
 func (x *GateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[81]
+	mi := &file_entente_v1_entente_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5398,7 +5483,7 @@ func (x *GateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GateRequest.ProtoReflect.Descriptor instead.
 func (*GateRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{81}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{82}
 }
 
 type GateResponse struct {
@@ -5410,7 +5495,7 @@ type GateResponse struct {
 
 func (x *GateResponse) Reset() {
 	*x = GateResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[82]
+	mi := &file_entente_v1_entente_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5422,7 +5507,7 @@ func (x *GateResponse) String() string {
 func (*GateResponse) ProtoMessage() {}
 
 func (x *GateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[82]
+	mi := &file_entente_v1_entente_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5435,7 +5520,7 @@ func (x *GateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GateResponse.ProtoReflect.Descriptor instead.
 func (*GateResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{82}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *GateResponse) GetAuthorities() []*AuthorityGate {
@@ -5458,7 +5543,7 @@ type AuthorityGate struct {
 
 func (x *AuthorityGate) Reset() {
 	*x = AuthorityGate{}
-	mi := &file_entente_v1_entente_proto_msgTypes[83]
+	mi := &file_entente_v1_entente_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5470,7 +5555,7 @@ func (x *AuthorityGate) String() string {
 func (*AuthorityGate) ProtoMessage() {}
 
 func (x *AuthorityGate) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[83]
+	mi := &file_entente_v1_entente_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5483,7 +5568,7 @@ func (x *AuthorityGate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityGate.ProtoReflect.Descriptor instead.
 func (*AuthorityGate) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{83}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *AuthorityGate) GetId() string {
@@ -5525,7 +5610,7 @@ type MarkReadyRequest struct {
 
 func (x *MarkReadyRequest) Reset() {
 	*x = MarkReadyRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[84]
+	mi := &file_entente_v1_entente_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5537,7 +5622,7 @@ func (x *MarkReadyRequest) String() string {
 func (*MarkReadyRequest) ProtoMessage() {}
 
 func (x *MarkReadyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[84]
+	mi := &file_entente_v1_entente_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5550,7 +5635,7 @@ func (x *MarkReadyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MarkReadyRequest.ProtoReflect.Descriptor instead.
 func (*MarkReadyRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{84}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *MarkReadyRequest) GetId() string {
@@ -5583,7 +5668,7 @@ type MarkReadyResponse struct {
 
 func (x *MarkReadyResponse) Reset() {
 	*x = MarkReadyResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[85]
+	mi := &file_entente_v1_entente_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5595,7 +5680,7 @@ func (x *MarkReadyResponse) String() string {
 func (*MarkReadyResponse) ProtoMessage() {}
 
 func (x *MarkReadyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[85]
+	mi := &file_entente_v1_entente_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5608,7 +5693,7 @@ func (x *MarkReadyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MarkReadyResponse.ProtoReflect.Descriptor instead.
 func (*MarkReadyResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{85}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{86}
 }
 
 func (x *MarkReadyResponse) GetRevision() uint64 {
@@ -5633,7 +5718,7 @@ type Picture struct {
 
 func (x *Picture) Reset() {
 	*x = Picture{}
-	mi := &file_entente_v1_entente_proto_msgTypes[86]
+	mi := &file_entente_v1_entente_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5645,7 +5730,7 @@ func (x *Picture) String() string {
 func (*Picture) ProtoMessage() {}
 
 func (x *Picture) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[86]
+	mi := &file_entente_v1_entente_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5658,7 +5743,7 @@ func (x *Picture) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Picture.ProtoReflect.Descriptor instead.
 func (*Picture) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{86}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *Picture) GetPolicy() *Policy {
@@ -5711,7 +5796,7 @@ type PresenceRequest struct {
 
 func (x *PresenceRequest) Reset() {
 	*x = PresenceRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[87]
+	mi := &file_entente_v1_entente_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5723,7 +5808,7 @@ func (x *PresenceRequest) String() string {
 func (*PresenceRequest) ProtoMessage() {}
 
 func (x *PresenceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[87]
+	mi := &file_entente_v1_entente_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5736,7 +5821,7 @@ func (x *PresenceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PresenceRequest.ProtoReflect.Descriptor instead.
 func (*PresenceRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{87}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{88}
 }
 
 type PresenceResponse struct {
@@ -5750,7 +5835,7 @@ type PresenceResponse struct {
 
 func (x *PresenceResponse) Reset() {
 	*x = PresenceResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[88]
+	mi := &file_entente_v1_entente_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5762,7 +5847,7 @@ func (x *PresenceResponse) String() string {
 func (*PresenceResponse) ProtoMessage() {}
 
 func (x *PresenceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[88]
+	mi := &file_entente_v1_entente_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5775,7 +5860,7 @@ func (x *PresenceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PresenceResponse.ProtoReflect.Descriptor instead.
 func (*PresenceResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{88}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{89}
 }
 
 func (x *PresenceResponse) GetInstances() []*Instance {
@@ -5807,7 +5892,7 @@ type ListAuthoritiesRequest struct {
 
 func (x *ListAuthoritiesRequest) Reset() {
 	*x = ListAuthoritiesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[89]
+	mi := &file_entente_v1_entente_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5819,7 +5904,7 @@ func (x *ListAuthoritiesRequest) String() string {
 func (*ListAuthoritiesRequest) ProtoMessage() {}
 
 func (x *ListAuthoritiesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[89]
+	mi := &file_entente_v1_entente_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5832,7 +5917,7 @@ func (x *ListAuthoritiesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuthoritiesRequest.ProtoReflect.Descriptor instead.
 func (*ListAuthoritiesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{89}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{90}
 }
 
 type ListAuthoritiesResponse struct {
@@ -5846,7 +5931,7 @@ type ListAuthoritiesResponse struct {
 
 func (x *ListAuthoritiesResponse) Reset() {
 	*x = ListAuthoritiesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[90]
+	mi := &file_entente_v1_entente_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5858,7 +5943,7 @@ func (x *ListAuthoritiesResponse) String() string {
 func (*ListAuthoritiesResponse) ProtoMessage() {}
 
 func (x *ListAuthoritiesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[90]
+	mi := &file_entente_v1_entente_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5871,7 +5956,7 @@ func (x *ListAuthoritiesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuthoritiesResponse.ProtoReflect.Descriptor instead.
 func (*ListAuthoritiesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{90}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{91}
 }
 
 func (x *ListAuthoritiesResponse) GetAuthorities() []*AuthorityStatus {
@@ -5909,7 +5994,7 @@ type AuthorityStatus struct {
 
 func (x *AuthorityStatus) Reset() {
 	*x = AuthorityStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[91]
+	mi := &file_entente_v1_entente_proto_msgTypes[92]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5921,7 +6006,7 @@ func (x *AuthorityStatus) String() string {
 func (*AuthorityStatus) ProtoMessage() {}
 
 func (x *AuthorityStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[91]
+	mi := &file_entente_v1_entente_proto_msgTypes[92]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5934,7 +6019,7 @@ func (x *AuthorityStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityStatus.ProtoReflect.Descriptor instead.
 func (*AuthorityStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{91}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{92}
 }
 
 func (x *AuthorityStatus) GetAuthority() *v1.Authority {
@@ -5988,7 +6073,7 @@ type PrepareAuthorityRequest struct {
 
 func (x *PrepareAuthorityRequest) Reset() {
 	*x = PrepareAuthorityRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[92]
+	mi := &file_entente_v1_entente_proto_msgTypes[93]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6000,7 +6085,7 @@ func (x *PrepareAuthorityRequest) String() string {
 func (*PrepareAuthorityRequest) ProtoMessage() {}
 
 func (x *PrepareAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[92]
+	mi := &file_entente_v1_entente_proto_msgTypes[93]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6013,7 +6098,7 @@ func (x *PrepareAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*PrepareAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{92}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{93}
 }
 
 func (x *PrepareAuthorityRequest) GetUse() v1.KeyUse {
@@ -6034,7 +6119,7 @@ type ChangeAuthorityRequest struct {
 
 func (x *ChangeAuthorityRequest) Reset() {
 	*x = ChangeAuthorityRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[93]
+	mi := &file_entente_v1_entente_proto_msgTypes[94]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6046,7 +6131,7 @@ func (x *ChangeAuthorityRequest) String() string {
 func (*ChangeAuthorityRequest) ProtoMessage() {}
 
 func (x *ChangeAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[93]
+	mi := &file_entente_v1_entente_proto_msgTypes[94]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6059,7 +6144,7 @@ func (x *ChangeAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*ChangeAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{93}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{94}
 }
 
 func (x *ChangeAuthorityRequest) GetId() string {
@@ -6100,7 +6185,7 @@ type ChangeAuthorityResponse struct {
 
 func (x *ChangeAuthorityResponse) Reset() {
 	*x = ChangeAuthorityResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[94]
+	mi := &file_entente_v1_entente_proto_msgTypes[95]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6112,7 +6197,7 @@ func (x *ChangeAuthorityResponse) String() string {
 func (*ChangeAuthorityResponse) ProtoMessage() {}
 
 func (x *ChangeAuthorityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[94]
+	mi := &file_entente_v1_entente_proto_msgTypes[95]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6125,7 +6210,7 @@ func (x *ChangeAuthorityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAuthorityResponse.ProtoReflect.Descriptor instead.
 func (*ChangeAuthorityResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{94}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{95}
 }
 
 func (x *ChangeAuthorityResponse) GetAuthority() *v1.Authority {
@@ -6180,7 +6265,7 @@ type RemoveNodeRequest struct {
 
 func (x *RemoveNodeRequest) Reset() {
 	*x = RemoveNodeRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[95]
+	mi := &file_entente_v1_entente_proto_msgTypes[96]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6192,7 +6277,7 @@ func (x *RemoveNodeRequest) String() string {
 func (*RemoveNodeRequest) ProtoMessage() {}
 
 func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[95]
+	mi := &file_entente_v1_entente_proto_msgTypes[96]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6205,7 +6290,7 @@ func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodeRequest.ProtoReflect.Descriptor instead.
 func (*RemoveNodeRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{95}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{96}
 }
 
 func (x *RemoveNodeRequest) GetName() string {
@@ -6236,7 +6321,7 @@ type RemoveNodeResponse struct {
 
 func (x *RemoveNodeResponse) Reset() {
 	*x = RemoveNodeResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[96]
+	mi := &file_entente_v1_entente_proto_msgTypes[97]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6248,7 +6333,7 @@ func (x *RemoveNodeResponse) String() string {
 func (*RemoveNodeResponse) ProtoMessage() {}
 
 func (x *RemoveNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[96]
+	mi := &file_entente_v1_entente_proto_msgTypes[97]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6261,7 +6346,7 @@ func (x *RemoveNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodeResponse.ProtoReflect.Descriptor instead.
 func (*RemoveNodeResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{96}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{97}
 }
 
 func (x *RemoveNodeResponse) GetRevision() uint64 {
@@ -6316,7 +6401,7 @@ type ListAgentsRequest struct {
 
 func (x *ListAgentsRequest) Reset() {
 	*x = ListAgentsRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[97]
+	mi := &file_entente_v1_entente_proto_msgTypes[98]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6328,7 +6413,7 @@ func (x *ListAgentsRequest) String() string {
 func (*ListAgentsRequest) ProtoMessage() {}
 
 func (x *ListAgentsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[97]
+	mi := &file_entente_v1_entente_proto_msgTypes[98]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6341,7 +6426,7 @@ func (x *ListAgentsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAgentsRequest.ProtoReflect.Descriptor instead.
 func (*ListAgentsRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{97}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{98}
 }
 
 func (x *ListAgentsRequest) GetPageSize() uint32 {
@@ -6368,7 +6453,7 @@ type ListAgentsResponse struct {
 
 func (x *ListAgentsResponse) Reset() {
 	*x = ListAgentsResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[98]
+	mi := &file_entente_v1_entente_proto_msgTypes[99]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6380,7 +6465,7 @@ func (x *ListAgentsResponse) String() string {
 func (*ListAgentsResponse) ProtoMessage() {}
 
 func (x *ListAgentsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[98]
+	mi := &file_entente_v1_entente_proto_msgTypes[99]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6393,7 +6478,7 @@ func (x *ListAgentsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAgentsResponse.ProtoReflect.Descriptor instead.
 func (*ListAgentsResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{98}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{99}
 }
 
 func (x *ListAgentsResponse) GetAgents() []*AgentStatus {
@@ -6422,7 +6507,7 @@ type AgentStatus struct {
 
 func (x *AgentStatus) Reset() {
 	*x = AgentStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[99]
+	mi := &file_entente_v1_entente_proto_msgTypes[100]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6434,7 +6519,7 @@ func (x *AgentStatus) String() string {
 func (*AgentStatus) ProtoMessage() {}
 
 func (x *AgentStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[99]
+	mi := &file_entente_v1_entente_proto_msgTypes[100]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6447,7 +6532,7 @@ func (x *AgentStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentStatus.ProtoReflect.Descriptor instead.
 func (*AgentStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{99}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{100}
 }
 
 func (x *AgentStatus) GetAgent() *v1.Agent {
@@ -6487,7 +6572,7 @@ type GetAgentRequest struct {
 
 func (x *GetAgentRequest) Reset() {
 	*x = GetAgentRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[100]
+	mi := &file_entente_v1_entente_proto_msgTypes[101]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6499,7 +6584,7 @@ func (x *GetAgentRequest) String() string {
 func (*GetAgentRequest) ProtoMessage() {}
 
 func (x *GetAgentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[100]
+	mi := &file_entente_v1_entente_proto_msgTypes[101]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6512,7 +6597,7 @@ func (x *GetAgentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetAgentRequest.ProtoReflect.Descriptor instead.
 func (*GetAgentRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{100}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{101}
 }
 
 func (x *GetAgentRequest) GetName() string {
@@ -6533,7 +6618,7 @@ type GetAgentResponse struct {
 
 func (x *GetAgentResponse) Reset() {
 	*x = GetAgentResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[101]
+	mi := &file_entente_v1_entente_proto_msgTypes[102]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6545,7 +6630,7 @@ func (x *GetAgentResponse) String() string {
 func (*GetAgentResponse) ProtoMessage() {}
 
 func (x *GetAgentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[101]
+	mi := &file_entente_v1_entente_proto_msgTypes[102]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6558,7 +6643,7 @@ func (x *GetAgentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetAgentResponse.ProtoReflect.Descriptor instead.
 func (*GetAgentResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{101}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{102}
 }
 
 func (x *GetAgentResponse) GetStatus() *AgentStatus {
@@ -6591,7 +6676,7 @@ type ChangeAgentRequest struct {
 
 func (x *ChangeAgentRequest) Reset() {
 	*x = ChangeAgentRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[102]
+	mi := &file_entente_v1_entente_proto_msgTypes[103]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6603,7 +6688,7 @@ func (x *ChangeAgentRequest) String() string {
 func (*ChangeAgentRequest) ProtoMessage() {}
 
 func (x *ChangeAgentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[102]
+	mi := &file_entente_v1_entente_proto_msgTypes[103]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6616,7 +6701,7 @@ func (x *ChangeAgentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAgentRequest.ProtoReflect.Descriptor instead.
 func (*ChangeAgentRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{102}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{103}
 }
 
 func (x *ChangeAgentRequest) GetName() string {
@@ -6635,7 +6720,7 @@ type ChangeAgentResponse struct {
 
 func (x *ChangeAgentResponse) Reset() {
 	*x = ChangeAgentResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[103]
+	mi := &file_entente_v1_entente_proto_msgTypes[104]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6647,7 +6732,7 @@ func (x *ChangeAgentResponse) String() string {
 func (*ChangeAgentResponse) ProtoMessage() {}
 
 func (x *ChangeAgentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[103]
+	mi := &file_entente_v1_entente_proto_msgTypes[104]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6660,7 +6745,7 @@ func (x *ChangeAgentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAgentResponse.ProtoReflect.Descriptor instead.
 func (*ChangeAgentResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{103}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{104}
 }
 
 func (x *ChangeAgentResponse) GetRevision() uint64 {
@@ -6680,7 +6765,7 @@ type IsolateAgentRequest struct {
 
 func (x *IsolateAgentRequest) Reset() {
 	*x = IsolateAgentRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[104]
+	mi := &file_entente_v1_entente_proto_msgTypes[105]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6692,7 +6777,7 @@ func (x *IsolateAgentRequest) String() string {
 func (*IsolateAgentRequest) ProtoMessage() {}
 
 func (x *IsolateAgentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[104]
+	mi := &file_entente_v1_entente_proto_msgTypes[105]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6705,7 +6790,7 @@ func (x *IsolateAgentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IsolateAgentRequest.ProtoReflect.Descriptor instead.
 func (*IsolateAgentRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{104}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{105}
 }
 
 func (x *IsolateAgentRequest) GetName() string {
@@ -6731,7 +6816,7 @@ type IsolateAgentResponse struct {
 
 func (x *IsolateAgentResponse) Reset() {
 	*x = IsolateAgentResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[105]
+	mi := &file_entente_v1_entente_proto_msgTypes[106]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6743,7 +6828,7 @@ func (x *IsolateAgentResponse) String() string {
 func (*IsolateAgentResponse) ProtoMessage() {}
 
 func (x *IsolateAgentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[105]
+	mi := &file_entente_v1_entente_proto_msgTypes[106]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6756,7 +6841,7 @@ func (x *IsolateAgentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IsolateAgentResponse.ProtoReflect.Descriptor instead.
 func (*IsolateAgentResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{105}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{106}
 }
 
 func (x *IsolateAgentResponse) GetIsolation() *Isolation {
@@ -6780,7 +6865,7 @@ type Isolation struct {
 
 func (x *Isolation) Reset() {
 	*x = Isolation{}
-	mi := &file_entente_v1_entente_proto_msgTypes[106]
+	mi := &file_entente_v1_entente_proto_msgTypes[107]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6792,7 +6877,7 @@ func (x *Isolation) String() string {
 func (*Isolation) ProtoMessage() {}
 
 func (x *Isolation) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[106]
+	mi := &file_entente_v1_entente_proto_msgTypes[107]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6805,7 +6890,7 @@ func (x *Isolation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Isolation.ProtoReflect.Descriptor instead.
 func (*Isolation) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{106}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{107}
 }
 
 func (x *Isolation) GetAgent() *v1.Agent {
@@ -6851,7 +6936,7 @@ type ListTokensRequest struct {
 
 func (x *ListTokensRequest) Reset() {
 	*x = ListTokensRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[107]
+	mi := &file_entente_v1_entente_proto_msgTypes[108]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6863,7 +6948,7 @@ func (x *ListTokensRequest) String() string {
 func (*ListTokensRequest) ProtoMessage() {}
 
 func (x *ListTokensRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[107]
+	mi := &file_entente_v1_entente_proto_msgTypes[108]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6876,7 +6961,7 @@ func (x *ListTokensRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTokensRequest.ProtoReflect.Descriptor instead.
 func (*ListTokensRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{107}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{108}
 }
 
 type ListTokensResponse struct {
@@ -6889,7 +6974,7 @@ type ListTokensResponse struct {
 
 func (x *ListTokensResponse) Reset() {
 	*x = ListTokensResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[108]
+	mi := &file_entente_v1_entente_proto_msgTypes[109]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6901,7 +6986,7 @@ func (x *ListTokensResponse) String() string {
 func (*ListTokensResponse) ProtoMessage() {}
 
 func (x *ListTokensResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[108]
+	mi := &file_entente_v1_entente_proto_msgTypes[109]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6914,7 +6999,7 @@ func (x *ListTokensResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTokensResponse.ProtoReflect.Descriptor instead.
 func (*ListTokensResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{108}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{109}
 }
 
 func (x *ListTokensResponse) GetTokens() []*v1.Token {
@@ -6940,7 +7025,7 @@ type RevokeTokenRequest struct {
 
 func (x *RevokeTokenRequest) Reset() {
 	*x = RevokeTokenRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[109]
+	mi := &file_entente_v1_entente_proto_msgTypes[110]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6952,7 +7037,7 @@ func (x *RevokeTokenRequest) String() string {
 func (*RevokeTokenRequest) ProtoMessage() {}
 
 func (x *RevokeTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[109]
+	mi := &file_entente_v1_entente_proto_msgTypes[110]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6965,7 +7050,7 @@ func (x *RevokeTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeTokenRequest.ProtoReflect.Descriptor instead.
 func (*RevokeTokenRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{109}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{110}
 }
 
 func (x *RevokeTokenRequest) GetId() string {
@@ -6984,7 +7069,7 @@ type RevokeTokenResponse struct {
 
 func (x *RevokeTokenResponse) Reset() {
 	*x = RevokeTokenResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[110]
+	mi := &file_entente_v1_entente_proto_msgTypes[111]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6996,7 +7081,7 @@ func (x *RevokeTokenResponse) String() string {
 func (*RevokeTokenResponse) ProtoMessage() {}
 
 func (x *RevokeTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[110]
+	mi := &file_entente_v1_entente_proto_msgTypes[111]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7009,7 +7094,7 @@ func (x *RevokeTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeTokenResponse.ProtoReflect.Descriptor instead.
 func (*RevokeTokenResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{110}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{111}
 }
 
 func (x *RevokeTokenResponse) GetRevision() uint64 {
@@ -7029,7 +7114,7 @@ type ChangeEntriesRequest struct {
 
 func (x *ChangeEntriesRequest) Reset() {
 	*x = ChangeEntriesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[111]
+	mi := &file_entente_v1_entente_proto_msgTypes[112]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7041,7 +7126,7 @@ func (x *ChangeEntriesRequest) String() string {
 func (*ChangeEntriesRequest) ProtoMessage() {}
 
 func (x *ChangeEntriesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[111]
+	mi := &file_entente_v1_entente_proto_msgTypes[112]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7054,7 +7139,7 @@ func (x *ChangeEntriesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeEntriesRequest.ProtoReflect.Descriptor instead.
 func (*ChangeEntriesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{111}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{112}
 }
 
 func (x *ChangeEntriesRequest) GetChanges() []*v1.EntryChange {
@@ -7080,7 +7165,7 @@ type ChangeEntriesResponse struct {
 
 func (x *ChangeEntriesResponse) Reset() {
 	*x = ChangeEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[112]
+	mi := &file_entente_v1_entente_proto_msgTypes[113]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7092,7 +7177,7 @@ func (x *ChangeEntriesResponse) String() string {
 func (*ChangeEntriesResponse) ProtoMessage() {}
 
 func (x *ChangeEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[112]
+	mi := &file_entente_v1_entente_proto_msgTypes[113]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7105,7 +7190,7 @@ func (x *ChangeEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeEntriesResponse.ProtoReflect.Descriptor instead.
 func (*ChangeEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{112}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{113}
 }
 
 func (x *ChangeEntriesResponse) GetResults() []*EntryResult {
@@ -7128,7 +7213,7 @@ type EntryResult struct {
 
 func (x *EntryResult) Reset() {
 	*x = EntryResult{}
-	mi := &file_entente_v1_entente_proto_msgTypes[113]
+	mi := &file_entente_v1_entente_proto_msgTypes[114]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7140,7 +7225,7 @@ func (x *EntryResult) String() string {
 func (*EntryResult) ProtoMessage() {}
 
 func (x *EntryResult) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[113]
+	mi := &file_entente_v1_entente_proto_msgTypes[114]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7153,7 +7238,7 @@ func (x *EntryResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EntryResult.ProtoReflect.Descriptor instead.
 func (*EntryResult) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{113}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{114}
 }
 
 func (x *EntryResult) GetId() string {
@@ -7204,7 +7289,7 @@ type ListEntriesRequest struct {
 
 func (x *ListEntriesRequest) Reset() {
 	*x = ListEntriesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[114]
+	mi := &file_entente_v1_entente_proto_msgTypes[115]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7216,7 +7301,7 @@ func (x *ListEntriesRequest) String() string {
 func (*ListEntriesRequest) ProtoMessage() {}
 
 func (x *ListEntriesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[114]
+	mi := &file_entente_v1_entente_proto_msgTypes[115]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7229,7 +7314,7 @@ func (x *ListEntriesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntriesRequest.ProtoReflect.Descriptor instead.
 func (*ListEntriesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{114}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{115}
 }
 
 func (x *ListEntriesRequest) GetPageSize() uint32 {
@@ -7277,7 +7362,7 @@ type ListEntriesResponse struct {
 
 func (x *ListEntriesResponse) Reset() {
 	*x = ListEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[115]
+	mi := &file_entente_v1_entente_proto_msgTypes[116]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7289,7 +7374,7 @@ func (x *ListEntriesResponse) String() string {
 func (*ListEntriesResponse) ProtoMessage() {}
 
 func (x *ListEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[115]
+	mi := &file_entente_v1_entente_proto_msgTypes[116]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7302,7 +7387,7 @@ func (x *ListEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntriesResponse.ProtoReflect.Descriptor instead.
 func (*ListEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{115}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{116}
 }
 
 func (x *ListEntriesResponse) GetEntries() []*v1.Entry {
@@ -7328,7 +7413,7 @@ type GetEntryRequest struct {
 
 func (x *GetEntryRequest) Reset() {
 	*x = GetEntryRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[116]
+	mi := &file_entente_v1_entente_proto_msgTypes[117]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7340,7 +7425,7 @@ func (x *GetEntryRequest) String() string {
 func (*GetEntryRequest) ProtoMessage() {}
 
 func (x *GetEntryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[116]
+	mi := &file_entente_v1_entente_proto_msgTypes[117]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7353,7 +7438,7 @@ func (x *GetEntryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetEntryRequest.ProtoReflect.Descriptor instead.
 func (*GetEntryRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{116}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{117}
 }
 
 func (x *GetEntryRequest) GetId() string {
@@ -7372,7 +7457,7 @@ type GetEntryResponse struct {
 
 func (x *GetEntryResponse) Reset() {
 	*x = GetEntryResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[117]
+	mi := &file_entente_v1_entente_proto_msgTypes[118]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7384,7 +7469,7 @@ func (x *GetEntryResponse) String() string {
 func (*GetEntryResponse) ProtoMessage() {}
 
 func (x *GetEntryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[117]
+	mi := &file_entente_v1_entente_proto_msgTypes[118]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7397,7 +7482,7 @@ func (x *GetEntryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetEntryResponse.ProtoReflect.Descriptor instead.
 func (*GetEntryResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{117}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{118}
 }
 
 func (x *GetEntryResponse) GetEntry() *v1.Entry {
@@ -7416,7 +7501,7 @@ type CountEntriesResponse struct {
 
 func (x *CountEntriesResponse) Reset() {
 	*x = CountEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[118]
+	mi := &file_entente_v1_entente_proto_msgTypes[119]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7428,7 +7513,7 @@ func (x *CountEntriesResponse) String() string {
 func (*CountEntriesResponse) ProtoMessage() {}
 
 func (x *CountEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[118]
+	mi := &file_entente_v1_entente_proto_msgTypes[119]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7441,7 +7526,7 @@ func (x *CountEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CountEntriesResponse.ProtoReflect.Descriptor instead.
 func (*CountEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{118}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{119}
 }
 
 func (x *CountEntriesResponse) GetEntries() uint64 {
@@ -7635,7 +7720,7 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x04code\x18\x02 \x01(\rR\x04code\x12\x14\n" +
 	"\x05error\x18\x03 \x01(\tR\x05error\x12/\n" +
 	"\x13retry_after_seconds\x18\xdc\x01 \x01(\x01R\x11retryAfterSeconds\"\x0f\n" +
-	"\rStatusRequest\"\xc1\n" +
+	"\rStatusRequest\"\xf1\n" +
 	"\n" +
 	"\x0eStatusResponse\x12/\n" +
 	"\achanges\x18\xac\x02 \x03(\v2\x14.entente.v1.ApprovalR\achanges\x123\n" +
@@ -7676,7 +7761,14 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"waitingFor\x12+\n" +
 	"\x05audit\x18\xdc\x01 \x01(\v2\x14.entente.v1.AuditLogR\x05audit\x122\n" +
 	"\x05older\x18\x84\x02 \x03(\v2\x1b.entente.v1.SubscriberLevelR\x05older\x12>\n" +
-	"\fcontradicted\x18\x9d\x02 \x03(\v2\x19.entente.v1.ContradictionR\fcontradicted\"[\n" +
+	"\fcontradicted\x18\x9d\x02 \x03(\v2\x19.entente.v1.ContradictionR\fcontradicted\x12.\n" +
+	"\x05files\x18\xd6\x03 \x03(\v2\x17.entente.v1.FileProblemR\x05files\"s\n" +
+	"\vFileProblem\x12\x12\n" +
+	"\x04what\x18\x01 \x01(\tR\x04what\x12\x14\n" +
+	"\x05files\x18\x02 \x03(\tR\x05files\x12\x10\n" +
+	"\x03why\x18\x03 \x01(\tR\x03why\x12\x14\n" +
+	"\x05since\x18\x04 \x01(\x03R\x05since\x12\x12\n" +
+	"\x04none\x18\x05 \x01(\bR\x04none\"[\n" +
 	"\rContradiction\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12 \n" +
 	"\vsubscribers\x18\x02 \x03(\tR\vsubscribers\x12\x14\n" +
@@ -8064,7 +8156,7 @@ func file_entente_v1_entente_proto_rawDescGZIP() []byte {
 }
 
 var file_entente_v1_entente_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_entente_v1_entente_proto_msgTypes = make([]protoimpl.MessageInfo, 119)
+var file_entente_v1_entente_proto_msgTypes = make([]protoimpl.MessageInfo, 120)
 var file_entente_v1_entente_proto_goTypes = []any{
 	(Health)(0),                        // 0: entente.v1.Health
 	(*StatementRequest)(nil),           // 1: entente.v1.StatementRequest
@@ -8103,119 +8195,120 @@ var file_entente_v1_entente_proto_goTypes = []any{
 	(*TokenResult)(nil),                // 34: entente.v1.TokenResult
 	(*StatusRequest)(nil),              // 35: entente.v1.StatusRequest
 	(*StatusResponse)(nil),             // 36: entente.v1.StatusResponse
-	(*Contradiction)(nil),              // 37: entente.v1.Contradiction
-	(*SubscriberLevel)(nil),            // 38: entente.v1.SubscriberLevel
-	(*AuditLog)(nil),                   // 39: entente.v1.AuditLog
-	(*Upstream)(nil),                   // 40: entente.v1.Upstream
-	(*Autonomy)(nil),                   // 41: entente.v1.Autonomy
-	(*UseAutonomy)(nil),                // 42: entente.v1.UseAutonomy
-	(*MemberStatus)(nil),               // 43: entente.v1.MemberStatus
-	(*SaveSnapshotRequest)(nil),        // 44: entente.v1.SaveSnapshotRequest
-	(*SaveSnapshotResponse)(nil),       // 45: entente.v1.SaveSnapshotResponse
-	(*ListNodesRequest)(nil),           // 46: entente.v1.ListNodesRequest
-	(*ListNodesResponse)(nil),          // 47: entente.v1.ListNodesResponse
-	(*NodeProgress)(nil),               // 48: entente.v1.NodeProgress
-	(*Approval)(nil),                   // 49: entente.v1.Approval
-	(*ReplaceRecoveryKeyRequest)(nil),  // 50: entente.v1.ReplaceRecoveryKeyRequest
-	(*ReplaceRecoveryKeyResponse)(nil), // 51: entente.v1.ReplaceRecoveryKeyResponse
-	(*ListChangesRequest)(nil),         // 52: entente.v1.ListChangesRequest
-	(*ListChangesResponse)(nil),        // 53: entente.v1.ListChangesResponse
-	(*ApproveChangeRequest)(nil),       // 54: entente.v1.ApproveChangeRequest
-	(*ApproveChangeResponse)(nil),      // 55: entente.v1.ApproveChangeResponse
-	(*PromoteNodeRequest)(nil),         // 56: entente.v1.PromoteNodeRequest
-	(*PromoteNodeResponse)(nil),        // 57: entente.v1.PromoteNodeResponse
-	(*VouchRequest)(nil),               // 58: entente.v1.VouchRequest
-	(*VouchResponse)(nil),              // 59: entente.v1.VouchResponse
-	(*ChecksumRequest)(nil),            // 60: entente.v1.ChecksumRequest
-	(*ChecksumResponse)(nil),           // 61: entente.v1.ChecksumResponse
-	(*ShowEpochRequest)(nil),           // 62: entente.v1.ShowEpochRequest
-	(*ShowEpochResponse)(nil),          // 63: entente.v1.ShowEpochResponse
-	(*ForeignBundleStatus)(nil),        // 64: entente.v1.ForeignBundleStatus
-	(*DroppedKey)(nil),                 // 65: entente.v1.DroppedKey
-	(*CreateTokenRequest)(nil),         // 66: entente.v1.CreateTokenRequest
-	(*CreateTokenResponse)(nil),        // 67: entente.v1.CreateTokenResponse
-	(*ApplyRequest)(nil),               // 68: entente.v1.ApplyRequest
-	(*ApplyResponse)(nil),              // 69: entente.v1.ApplyResponse
-	(*ObjectChange)(nil),               // 70: entente.v1.ObjectChange
-	(*ListObjectsRequest)(nil),         // 71: entente.v1.ListObjectsRequest
-	(*ListObjectsResponse)(nil),        // 72: entente.v1.ListObjectsResponse
-	(*WhoAmIRequest)(nil),              // 73: entente.v1.WhoAmIRequest
-	(*WhoAmIResponse)(nil),             // 74: entente.v1.WhoAmIResponse
-	(*GetBundleRequest)(nil),           // 75: entente.v1.GetBundleRequest
-	(*GetBundleResponse)(nil),          // 76: entente.v1.GetBundleResponse
-	(*ProposeRequest)(nil),             // 77: entente.v1.ProposeRequest
-	(*ProposeResponse)(nil),            // 78: entente.v1.ProposeResponse
-	(*ReportRequest)(nil),              // 79: entente.v1.ReportRequest
-	(*HeldAuthority)(nil),              // 80: entente.v1.HeldAuthority
-	(*ReportResponse)(nil),             // 81: entente.v1.ReportResponse
-	(*GateRequest)(nil),                // 82: entente.v1.GateRequest
-	(*GateResponse)(nil),               // 83: entente.v1.GateResponse
-	(*AuthorityGate)(nil),              // 84: entente.v1.AuthorityGate
-	(*MarkReadyRequest)(nil),           // 85: entente.v1.MarkReadyRequest
-	(*MarkReadyResponse)(nil),          // 86: entente.v1.MarkReadyResponse
-	(*Picture)(nil),                    // 87: entente.v1.Picture
-	(*PresenceRequest)(nil),            // 88: entente.v1.PresenceRequest
-	(*PresenceResponse)(nil),           // 89: entente.v1.PresenceResponse
-	(*ListAuthoritiesRequest)(nil),     // 90: entente.v1.ListAuthoritiesRequest
-	(*ListAuthoritiesResponse)(nil),    // 91: entente.v1.ListAuthoritiesResponse
-	(*AuthorityStatus)(nil),            // 92: entente.v1.AuthorityStatus
-	(*PrepareAuthorityRequest)(nil),    // 93: entente.v1.PrepareAuthorityRequest
-	(*ChangeAuthorityRequest)(nil),     // 94: entente.v1.ChangeAuthorityRequest
-	(*ChangeAuthorityResponse)(nil),    // 95: entente.v1.ChangeAuthorityResponse
-	(*RemoveNodeRequest)(nil),          // 96: entente.v1.RemoveNodeRequest
-	(*RemoveNodeResponse)(nil),         // 97: entente.v1.RemoveNodeResponse
-	(*ListAgentsRequest)(nil),          // 98: entente.v1.ListAgentsRequest
-	(*ListAgentsResponse)(nil),         // 99: entente.v1.ListAgentsResponse
-	(*AgentStatus)(nil),                // 100: entente.v1.AgentStatus
-	(*GetAgentRequest)(nil),            // 101: entente.v1.GetAgentRequest
-	(*GetAgentResponse)(nil),           // 102: entente.v1.GetAgentResponse
-	(*ChangeAgentRequest)(nil),         // 103: entente.v1.ChangeAgentRequest
-	(*ChangeAgentResponse)(nil),        // 104: entente.v1.ChangeAgentResponse
-	(*IsolateAgentRequest)(nil),        // 105: entente.v1.IsolateAgentRequest
-	(*IsolateAgentResponse)(nil),       // 106: entente.v1.IsolateAgentResponse
-	(*Isolation)(nil),                  // 107: entente.v1.Isolation
-	(*ListTokensRequest)(nil),          // 108: entente.v1.ListTokensRequest
-	(*ListTokensResponse)(nil),         // 109: entente.v1.ListTokensResponse
-	(*RevokeTokenRequest)(nil),         // 110: entente.v1.RevokeTokenRequest
-	(*RevokeTokenResponse)(nil),        // 111: entente.v1.RevokeTokenResponse
-	(*ChangeEntriesRequest)(nil),       // 112: entente.v1.ChangeEntriesRequest
-	(*ChangeEntriesResponse)(nil),      // 113: entente.v1.ChangeEntriesResponse
-	(*EntryResult)(nil),                // 114: entente.v1.EntryResult
-	(*ListEntriesRequest)(nil),         // 115: entente.v1.ListEntriesRequest
-	(*ListEntriesResponse)(nil),        // 116: entente.v1.ListEntriesResponse
-	(*GetEntryRequest)(nil),            // 117: entente.v1.GetEntryRequest
-	(*GetEntryResponse)(nil),           // 118: entente.v1.GetEntryResponse
-	(*CountEntriesResponse)(nil),       // 119: entente.v1.CountEntriesResponse
-	(*v1.Cluster)(nil),                 // 120: entente.state.v1.Cluster
-	(*v1.Member)(nil),                  // 121: entente.state.v1.Member
-	(*v1.Distrust)(nil),                // 122: entente.state.v1.Distrust
-	(*v1.Agent)(nil),                   // 123: entente.state.v1.Agent
-	(*v1.Entry)(nil),                   // 124: entente.state.v1.Entry
-	(*v1.Object)(nil),                  // 125: entente.state.v1.Object
-	(*v1.ObjectKey)(nil),               // 126: entente.state.v1.ObjectKey
-	(*v1.Authority)(nil),               // 127: entente.state.v1.Authority
-	(v1.KeyUse)(0),                     // 128: entente.state.v1.KeyUse
-	(*v1.RecoveryKeyReplacement)(nil),  // 129: entente.state.v1.RecoveryKeyReplacement
-	(*v1.NodeGrant)(nil),               // 130: entente.state.v1.NodeGrant
-	(*v1.AgentGrant)(nil),              // 131: entente.state.v1.AgentGrant
-	(*v1.RoleBinding)(nil),             // 132: entente.state.v1.RoleBinding
-	(*v1.Token)(nil),                   // 133: entente.state.v1.Token
-	(*v1.EntryChange)(nil),             // 134: entente.state.v1.EntryChange
+	(*FileProblem)(nil),                // 37: entente.v1.FileProblem
+	(*Contradiction)(nil),              // 38: entente.v1.Contradiction
+	(*SubscriberLevel)(nil),            // 39: entente.v1.SubscriberLevel
+	(*AuditLog)(nil),                   // 40: entente.v1.AuditLog
+	(*Upstream)(nil),                   // 41: entente.v1.Upstream
+	(*Autonomy)(nil),                   // 42: entente.v1.Autonomy
+	(*UseAutonomy)(nil),                // 43: entente.v1.UseAutonomy
+	(*MemberStatus)(nil),               // 44: entente.v1.MemberStatus
+	(*SaveSnapshotRequest)(nil),        // 45: entente.v1.SaveSnapshotRequest
+	(*SaveSnapshotResponse)(nil),       // 46: entente.v1.SaveSnapshotResponse
+	(*ListNodesRequest)(nil),           // 47: entente.v1.ListNodesRequest
+	(*ListNodesResponse)(nil),          // 48: entente.v1.ListNodesResponse
+	(*NodeProgress)(nil),               // 49: entente.v1.NodeProgress
+	(*Approval)(nil),                   // 50: entente.v1.Approval
+	(*ReplaceRecoveryKeyRequest)(nil),  // 51: entente.v1.ReplaceRecoveryKeyRequest
+	(*ReplaceRecoveryKeyResponse)(nil), // 52: entente.v1.ReplaceRecoveryKeyResponse
+	(*ListChangesRequest)(nil),         // 53: entente.v1.ListChangesRequest
+	(*ListChangesResponse)(nil),        // 54: entente.v1.ListChangesResponse
+	(*ApproveChangeRequest)(nil),       // 55: entente.v1.ApproveChangeRequest
+	(*ApproveChangeResponse)(nil),      // 56: entente.v1.ApproveChangeResponse
+	(*PromoteNodeRequest)(nil),         // 57: entente.v1.PromoteNodeRequest
+	(*PromoteNodeResponse)(nil),        // 58: entente.v1.PromoteNodeResponse
+	(*VouchRequest)(nil),               // 59: entente.v1.VouchRequest
+	(*VouchResponse)(nil),              // 60: entente.v1.VouchResponse
+	(*ChecksumRequest)(nil),            // 61: entente.v1.ChecksumRequest
+	(*ChecksumResponse)(nil),           // 62: entente.v1.ChecksumResponse
+	(*ShowEpochRequest)(nil),           // 63: entente.v1.ShowEpochRequest
+	(*ShowEpochResponse)(nil),          // 64: entente.v1.ShowEpochResponse
+	(*ForeignBundleStatus)(nil),        // 65: entente.v1.ForeignBundleStatus
+	(*DroppedKey)(nil),                 // 66: entente.v1.DroppedKey
+	(*CreateTokenRequest)(nil),         // 67: entente.v1.CreateTokenRequest
+	(*CreateTokenResponse)(nil),        // 68: entente.v1.CreateTokenResponse
+	(*ApplyRequest)(nil),               // 69: entente.v1.ApplyRequest
+	(*ApplyResponse)(nil),              // 70: entente.v1.ApplyResponse
+	(*ObjectChange)(nil),               // 71: entente.v1.ObjectChange
+	(*ListObjectsRequest)(nil),         // 72: entente.v1.ListObjectsRequest
+	(*ListObjectsResponse)(nil),        // 73: entente.v1.ListObjectsResponse
+	(*WhoAmIRequest)(nil),              // 74: entente.v1.WhoAmIRequest
+	(*WhoAmIResponse)(nil),             // 75: entente.v1.WhoAmIResponse
+	(*GetBundleRequest)(nil),           // 76: entente.v1.GetBundleRequest
+	(*GetBundleResponse)(nil),          // 77: entente.v1.GetBundleResponse
+	(*ProposeRequest)(nil),             // 78: entente.v1.ProposeRequest
+	(*ProposeResponse)(nil),            // 79: entente.v1.ProposeResponse
+	(*ReportRequest)(nil),              // 80: entente.v1.ReportRequest
+	(*HeldAuthority)(nil),              // 81: entente.v1.HeldAuthority
+	(*ReportResponse)(nil),             // 82: entente.v1.ReportResponse
+	(*GateRequest)(nil),                // 83: entente.v1.GateRequest
+	(*GateResponse)(nil),               // 84: entente.v1.GateResponse
+	(*AuthorityGate)(nil),              // 85: entente.v1.AuthorityGate
+	(*MarkReadyRequest)(nil),           // 86: entente.v1.MarkReadyRequest
+	(*MarkReadyResponse)(nil),          // 87: entente.v1.MarkReadyResponse
+	(*Picture)(nil),                    // 88: entente.v1.Picture
+	(*PresenceRequest)(nil),            // 89: entente.v1.PresenceRequest
+	(*PresenceResponse)(nil),           // 90: entente.v1.PresenceResponse
+	(*ListAuthoritiesRequest)(nil),     // 91: entente.v1.ListAuthoritiesRequest
+	(*ListAuthoritiesResponse)(nil),    // 92: entente.v1.ListAuthoritiesResponse
+	(*AuthorityStatus)(nil),            // 93: entente.v1.AuthorityStatus
+	(*PrepareAuthorityRequest)(nil),    // 94: entente.v1.PrepareAuthorityRequest
+	(*ChangeAuthorityRequest)(nil),     // 95: entente.v1.ChangeAuthorityRequest
+	(*ChangeAuthorityResponse)(nil),    // 96: entente.v1.ChangeAuthorityResponse
+	(*RemoveNodeRequest)(nil),          // 97: entente.v1.RemoveNodeRequest
+	(*RemoveNodeResponse)(nil),         // 98: entente.v1.RemoveNodeResponse
+	(*ListAgentsRequest)(nil),          // 99: entente.v1.ListAgentsRequest
+	(*ListAgentsResponse)(nil),         // 100: entente.v1.ListAgentsResponse
+	(*AgentStatus)(nil),                // 101: entente.v1.AgentStatus
+	(*GetAgentRequest)(nil),            // 102: entente.v1.GetAgentRequest
+	(*GetAgentResponse)(nil),           // 103: entente.v1.GetAgentResponse
+	(*ChangeAgentRequest)(nil),         // 104: entente.v1.ChangeAgentRequest
+	(*ChangeAgentResponse)(nil),        // 105: entente.v1.ChangeAgentResponse
+	(*IsolateAgentRequest)(nil),        // 106: entente.v1.IsolateAgentRequest
+	(*IsolateAgentResponse)(nil),       // 107: entente.v1.IsolateAgentResponse
+	(*Isolation)(nil),                  // 108: entente.v1.Isolation
+	(*ListTokensRequest)(nil),          // 109: entente.v1.ListTokensRequest
+	(*ListTokensResponse)(nil),         // 110: entente.v1.ListTokensResponse
+	(*RevokeTokenRequest)(nil),         // 111: entente.v1.RevokeTokenRequest
+	(*RevokeTokenResponse)(nil),        // 112: entente.v1.RevokeTokenResponse
+	(*ChangeEntriesRequest)(nil),       // 113: entente.v1.ChangeEntriesRequest
+	(*ChangeEntriesResponse)(nil),      // 114: entente.v1.ChangeEntriesResponse
+	(*EntryResult)(nil),                // 115: entente.v1.EntryResult
+	(*ListEntriesRequest)(nil),         // 116: entente.v1.ListEntriesRequest
+	(*ListEntriesResponse)(nil),        // 117: entente.v1.ListEntriesResponse
+	(*GetEntryRequest)(nil),            // 118: entente.v1.GetEntryRequest
+	(*GetEntryResponse)(nil),           // 119: entente.v1.GetEntryResponse
+	(*CountEntriesResponse)(nil),       // 120: entente.v1.CountEntriesResponse
+	(*v1.Cluster)(nil),                 // 121: entente.state.v1.Cluster
+	(*v1.Member)(nil),                  // 122: entente.state.v1.Member
+	(*v1.Distrust)(nil),                // 123: entente.state.v1.Distrust
+	(*v1.Agent)(nil),                   // 124: entente.state.v1.Agent
+	(*v1.Entry)(nil),                   // 125: entente.state.v1.Entry
+	(*v1.Object)(nil),                  // 126: entente.state.v1.Object
+	(*v1.ObjectKey)(nil),               // 127: entente.state.v1.ObjectKey
+	(*v1.Authority)(nil),               // 128: entente.state.v1.Authority
+	(v1.KeyUse)(0),                     // 129: entente.state.v1.KeyUse
+	(*v1.RecoveryKeyReplacement)(nil),  // 130: entente.state.v1.RecoveryKeyReplacement
+	(*v1.NodeGrant)(nil),               // 131: entente.state.v1.NodeGrant
+	(*v1.AgentGrant)(nil),              // 132: entente.state.v1.AgentGrant
+	(*v1.RoleBinding)(nil),             // 133: entente.state.v1.RoleBinding
+	(*v1.Token)(nil),                   // 134: entente.state.v1.Token
+	(*v1.EntryChange)(nil),             // 135: entente.state.v1.EntryChange
 }
 var file_entente_v1_entente_proto_depIdxs = []int32{
 	5,   // 0: entente.v1.StatementResponse.statement:type_name -> entente.v1.SignedStatement
-	120, // 1: entente.v1.StatementResponse.cluster:type_name -> entente.state.v1.Cluster
-	121, // 2: entente.v1.DenialsResponse.members:type_name -> entente.state.v1.Member
-	122, // 3: entente.v1.DenialsResponse.distrust:type_name -> entente.state.v1.Distrust
+	121, // 1: entente.v1.StatementResponse.cluster:type_name -> entente.state.v1.Cluster
+	122, // 2: entente.v1.DenialsResponse.members:type_name -> entente.state.v1.Member
+	123, // 3: entente.v1.DenialsResponse.distrust:type_name -> entente.state.v1.Distrust
 	7,   // 4: entente.v1.NodeStatement.members:type_name -> entente.v1.StateSpan
 	7,   // 5: entente.v1.NodeStatement.bundle:type_name -> entente.v1.StateSpan
 	7,   // 6: entente.v1.NodeStatement.distrust:type_name -> entente.v1.StateSpan
-	121, // 7: entente.v1.JoinResponse.member:type_name -> entente.state.v1.Member
-	121, // 8: entente.v1.JoinResponse.members:type_name -> entente.state.v1.Member
-	120, // 9: entente.v1.JoinResponse.cluster:type_name -> entente.state.v1.Cluster
-	121, // 10: entente.v1.AttestResponse.members:type_name -> entente.state.v1.Member
-	120, // 11: entente.v1.AttestResponse.cluster:type_name -> entente.state.v1.Cluster
-	123, // 12: entente.v1.AttestResponse.agent:type_name -> entente.state.v1.Agent
+	122, // 7: entente.v1.JoinResponse.member:type_name -> entente.state.v1.Member
+	122, // 8: entente.v1.JoinResponse.members:type_name -> entente.state.v1.Member
+	121, // 9: entente.v1.JoinResponse.cluster:type_name -> entente.state.v1.Cluster
+	122, // 10: entente.v1.AttestResponse.members:type_name -> entente.state.v1.Member
+	121, // 11: entente.v1.AttestResponse.cluster:type_name -> entente.state.v1.Cluster
+	124, // 12: entente.v1.AttestResponse.agent:type_name -> entente.state.v1.Agent
 	13,  // 13: entente.v1.SyncRequest.hello:type_name -> entente.v1.Hello
 	15,  // 14: entente.v1.SyncRequest.ack:type_name -> entente.v1.Ack
 	16,  // 15: entente.v1.SyncRequest.report:type_name -> entente.v1.InstanceReport
@@ -8228,15 +8321,15 @@ var file_entente_v1_entente_proto_depIdxs = []int32{
 	22,  // 22: entente.v1.SyncResponse.presence:type_name -> entente.v1.Presence
 	23,  // 23: entente.v1.SyncResponse.heartbeat:type_name -> entente.v1.Heartbeat
 	19,  // 24: entente.v1.SyncResponse.urgent:type_name -> entente.v1.Urgent
-	122, // 25: entente.v1.Urgent.distrust:type_name -> entente.state.v1.Distrust
+	123, // 25: entente.v1.Urgent.distrust:type_name -> entente.state.v1.Distrust
 	21,  // 26: entente.v1.Urgent.bundles:type_name -> entente.v1.Bundle
-	120, // 27: entente.v1.Policy.cluster:type_name -> entente.state.v1.Cluster
-	124, // 28: entente.v1.Policy.entries:type_name -> entente.state.v1.Entry
+	121, // 27: entente.v1.Policy.cluster:type_name -> entente.state.v1.Cluster
+	125, // 28: entente.v1.Policy.entries:type_name -> entente.state.v1.Entry
 	21,  // 29: entente.v1.Policy.bundles:type_name -> entente.v1.Bundle
-	125, // 30: entente.v1.Policy.objects:type_name -> entente.state.v1.Object
-	126, // 31: entente.v1.Policy.deleted_objects:type_name -> entente.state.v1.ObjectKey
-	121, // 32: entente.v1.Policy.members:type_name -> entente.state.v1.Member
-	122, // 33: entente.v1.Policy.distrust:type_name -> entente.state.v1.Distrust
+	126, // 30: entente.v1.Policy.objects:type_name -> entente.state.v1.Object
+	127, // 31: entente.v1.Policy.deleted_objects:type_name -> entente.state.v1.ObjectKey
+	122, // 32: entente.v1.Policy.members:type_name -> entente.state.v1.Member
+	123, // 33: entente.v1.Policy.distrust:type_name -> entente.state.v1.Distrust
 	17,  // 34: entente.v1.Presence.instances:type_name -> entente.v1.Instance
 	17,  // 35: entente.v1.Presence.withdrawn:type_name -> entente.v1.Instance
 	5,   // 36: entente.v1.Heartbeat.statements:type_name -> entente.v1.SignedStatement
@@ -8246,165 +8339,166 @@ var file_entente_v1_entente_proto_depIdxs = []int32{
 	34,  // 40: entente.v1.SignJWTResponse.results:type_name -> entente.v1.TokenResult
 	32,  // 41: entente.v1.SignWITRequest.requests:type_name -> entente.v1.WITRequest
 	34,  // 42: entente.v1.SignWITResponse.results:type_name -> entente.v1.TokenResult
-	49,  // 43: entente.v1.StatusResponse.changes:type_name -> entente.v1.Approval
-	120, // 44: entente.v1.StatusResponse.cluster:type_name -> entente.state.v1.Cluster
-	43,  // 45: entente.v1.StatusResponse.members:type_name -> entente.v1.MemberStatus
-	127, // 46: entente.v1.StatusResponse.authorities:type_name -> entente.state.v1.Authority
-	64,  // 47: entente.v1.StatusResponse.foreign:type_name -> entente.v1.ForeignBundleStatus
+	50,  // 43: entente.v1.StatusResponse.changes:type_name -> entente.v1.Approval
+	121, // 44: entente.v1.StatusResponse.cluster:type_name -> entente.state.v1.Cluster
+	44,  // 45: entente.v1.StatusResponse.members:type_name -> entente.v1.MemberStatus
+	128, // 46: entente.v1.StatusResponse.authorities:type_name -> entente.state.v1.Authority
+	65,  // 47: entente.v1.StatusResponse.foreign:type_name -> entente.v1.ForeignBundleStatus
 	17,  // 48: entente.v1.StatusResponse.instances:type_name -> entente.v1.Instance
-	41,  // 49: entente.v1.StatusResponse.autonomy:type_name -> entente.v1.Autonomy
-	40,  // 50: entente.v1.StatusResponse.upstream:type_name -> entente.v1.Upstream
-	107, // 51: entente.v1.StatusResponse.isolated:type_name -> entente.v1.Isolation
-	39,  // 52: entente.v1.StatusResponse.audit:type_name -> entente.v1.AuditLog
-	38,  // 53: entente.v1.StatusResponse.older:type_name -> entente.v1.SubscriberLevel
-	37,  // 54: entente.v1.StatusResponse.contradicted:type_name -> entente.v1.Contradiction
-	42,  // 55: entente.v1.Autonomy.uses:type_name -> entente.v1.UseAutonomy
-	128, // 56: entente.v1.UseAutonomy.use:type_name -> entente.state.v1.KeyUse
-	121, // 57: entente.v1.MemberStatus.member:type_name -> entente.state.v1.Member
-	48,  // 58: entente.v1.ListNodesResponse.nodes:type_name -> entente.v1.NodeProgress
-	121, // 59: entente.v1.NodeProgress.member:type_name -> entente.state.v1.Member
-	129, // 60: entente.v1.ReplaceRecoveryKeyRequest.replacement:type_name -> entente.state.v1.RecoveryKeyReplacement
-	49,  // 61: entente.v1.ReplaceRecoveryKeyResponse.approval:type_name -> entente.v1.Approval
-	49,  // 62: entente.v1.ListChangesResponse.changes:type_name -> entente.v1.Approval
-	49,  // 63: entente.v1.ApproveChangeResponse.approval:type_name -> entente.v1.Approval
-	49,  // 64: entente.v1.PromoteNodeResponse.approval:type_name -> entente.v1.Approval
-	121, // 65: entente.v1.VouchResponse.member:type_name -> entente.state.v1.Member
-	65,  // 66: entente.v1.ForeignBundleStatus.dropped:type_name -> entente.v1.DroppedKey
-	130, // 67: entente.v1.CreateTokenRequest.node:type_name -> entente.state.v1.NodeGrant
-	131, // 68: entente.v1.CreateTokenRequest.agent:type_name -> entente.state.v1.AgentGrant
-	49,  // 69: entente.v1.CreateTokenResponse.approval:type_name -> entente.v1.Approval
-	125, // 70: entente.v1.ApplyRequest.objects:type_name -> entente.state.v1.Object
-	126, // 71: entente.v1.ApplyRequest.deletes:type_name -> entente.state.v1.ObjectKey
-	70,  // 72: entente.v1.ApplyResponse.changes:type_name -> entente.v1.ObjectChange
-	126, // 73: entente.v1.ObjectChange.key:type_name -> entente.state.v1.ObjectKey
-	125, // 74: entente.v1.ObjectChange.before:type_name -> entente.state.v1.Object
-	126, // 75: entente.v1.ListObjectsRequest.after:type_name -> entente.state.v1.ObjectKey
-	125, // 76: entente.v1.ListObjectsResponse.objects:type_name -> entente.state.v1.Object
-	132, // 77: entente.v1.WhoAmIResponse.bindings:type_name -> entente.state.v1.RoleBinding
-	80,  // 78: entente.v1.ReportRequest.held:type_name -> entente.v1.HeldAuthority
-	84,  // 79: entente.v1.GateResponse.authorities:type_name -> entente.v1.AuthorityGate
-	20,  // 80: entente.v1.Picture.policy:type_name -> entente.v1.Policy
-	22,  // 81: entente.v1.Picture.presence:type_name -> entente.v1.Presence
-	121, // 82: entente.v1.Picture.confirmed:type_name -> entente.state.v1.Member
-	17,  // 83: entente.v1.PresenceResponse.instances:type_name -> entente.v1.Instance
-	17,  // 84: entente.v1.PresenceResponse.withdrawn:type_name -> entente.v1.Instance
-	92,  // 85: entente.v1.ListAuthoritiesResponse.authorities:type_name -> entente.v1.AuthorityStatus
-	127, // 86: entente.v1.AuthorityStatus.authority:type_name -> entente.state.v1.Authority
-	128, // 87: entente.v1.PrepareAuthorityRequest.use:type_name -> entente.state.v1.KeyUse
-	127, // 88: entente.v1.ChangeAuthorityResponse.authority:type_name -> entente.state.v1.Authority
-	127, // 89: entente.v1.ChangeAuthorityResponse.signing:type_name -> entente.state.v1.Authority
-	49,  // 90: entente.v1.RemoveNodeResponse.approval:type_name -> entente.v1.Approval
-	121, // 91: entente.v1.RemoveNodeResponse.member:type_name -> entente.state.v1.Member
-	127, // 92: entente.v1.RemoveNodeResponse.authorities:type_name -> entente.state.v1.Authority
-	100, // 93: entente.v1.ListAgentsResponse.agents:type_name -> entente.v1.AgentStatus
-	123, // 94: entente.v1.AgentStatus.agent:type_name -> entente.state.v1.Agent
-	100, // 95: entente.v1.GetAgentResponse.status:type_name -> entente.v1.AgentStatus
-	124, // 96: entente.v1.GetAgentResponse.entries:type_name -> entente.state.v1.Entry
-	17,  // 97: entente.v1.GetAgentResponse.instances:type_name -> entente.v1.Instance
-	107, // 98: entente.v1.IsolateAgentResponse.isolation:type_name -> entente.v1.Isolation
-	123, // 99: entente.v1.Isolation.agent:type_name -> entente.state.v1.Agent
-	133, // 100: entente.v1.ListTokensResponse.tokens:type_name -> entente.state.v1.Token
-	134, // 101: entente.v1.ChangeEntriesRequest.changes:type_name -> entente.state.v1.EntryChange
-	114, // 102: entente.v1.ChangeEntriesResponse.results:type_name -> entente.v1.EntryResult
-	124, // 103: entente.v1.ListEntriesResponse.entries:type_name -> entente.state.v1.Entry
-	124, // 104: entente.v1.GetEntryResponse.entry:type_name -> entente.state.v1.Entry
-	8,   // 105: entente.v1.Join.Join:input_type -> entente.v1.JoinRequest
-	10,  // 106: entente.v1.Attest.Attest:input_type -> entente.v1.AttestRequest
-	12,  // 107: entente.v1.Sync.Sync:input_type -> entente.v1.SyncRequest
-	1,   // 108: entente.v1.Compare.Statement:input_type -> entente.v1.StatementRequest
-	3,   // 109: entente.v1.Compare.Denials:input_type -> entente.v1.DenialsRequest
-	24,  // 110: entente.v1.Sign.SignX509:input_type -> entente.v1.SignX509Request
-	28,  // 111: entente.v1.Sign.SignJWT:input_type -> entente.v1.SignJWTRequest
-	31,  // 112: entente.v1.Sign.SignWIT:input_type -> entente.v1.SignWITRequest
-	35,  // 113: entente.v1.Admin.Status:input_type -> entente.v1.StatusRequest
-	66,  // 114: entente.v1.Admin.CreateToken:input_type -> entente.v1.CreateTokenRequest
-	68,  // 115: entente.v1.Admin.Apply:input_type -> entente.v1.ApplyRequest
-	71,  // 116: entente.v1.Admin.ListObjects:input_type -> entente.v1.ListObjectsRequest
-	75,  // 117: entente.v1.Admin.GetBundle:input_type -> entente.v1.GetBundleRequest
-	90,  // 118: entente.v1.Admin.ListAuthorities:input_type -> entente.v1.ListAuthoritiesRequest
-	93,  // 119: entente.v1.Admin.PrepareAuthority:input_type -> entente.v1.PrepareAuthorityRequest
-	94,  // 120: entente.v1.Admin.ActivateAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	94,  // 121: entente.v1.Admin.TaintAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	94,  // 122: entente.v1.Admin.RevokeAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	96,  // 123: entente.v1.Admin.RemoveNode:input_type -> entente.v1.RemoveNodeRequest
-	98,  // 124: entente.v1.Admin.ListAgents:input_type -> entente.v1.ListAgentsRequest
-	101, // 125: entente.v1.Admin.GetAgent:input_type -> entente.v1.GetAgentRequest
-	103, // 126: entente.v1.Admin.BanAgent:input_type -> entente.v1.ChangeAgentRequest
-	103, // 127: entente.v1.Admin.EvictAgent:input_type -> entente.v1.ChangeAgentRequest
-	105, // 128: entente.v1.Admin.IsolateAgent:input_type -> entente.v1.IsolateAgentRequest
-	108, // 129: entente.v1.Admin.ListTokens:input_type -> entente.v1.ListTokensRequest
-	110, // 130: entente.v1.Admin.RevokeToken:input_type -> entente.v1.RevokeTokenRequest
-	112, // 131: entente.v1.Admin.ChangeEntries:input_type -> entente.v1.ChangeEntriesRequest
-	115, // 132: entente.v1.Admin.ListEntries:input_type -> entente.v1.ListEntriesRequest
-	117, // 133: entente.v1.Admin.GetEntry:input_type -> entente.v1.GetEntryRequest
-	115, // 134: entente.v1.Admin.CountEntries:input_type -> entente.v1.ListEntriesRequest
-	44,  // 135: entente.v1.Admin.SaveSnapshot:input_type -> entente.v1.SaveSnapshotRequest
-	46,  // 136: entente.v1.Admin.ListNodes:input_type -> entente.v1.ListNodesRequest
-	56,  // 137: entente.v1.Admin.PromoteNode:input_type -> entente.v1.PromoteNodeRequest
-	50,  // 138: entente.v1.Admin.ReplaceRecoveryKey:input_type -> entente.v1.ReplaceRecoveryKeyRequest
-	52,  // 139: entente.v1.Admin.ListChanges:input_type -> entente.v1.ListChangesRequest
-	54,  // 140: entente.v1.Admin.ApproveChange:input_type -> entente.v1.ApproveChangeRequest
-	73,  // 141: entente.v1.Admin.WhoAmI:input_type -> entente.v1.WhoAmIRequest
-	77,  // 142: entente.v1.Peer.Propose:input_type -> entente.v1.ProposeRequest
-	79,  // 143: entente.v1.Peer.Report:input_type -> entente.v1.ReportRequest
-	88,  // 144: entente.v1.Peer.Presence:input_type -> entente.v1.PresenceRequest
-	82,  // 145: entente.v1.Peer.Gate:input_type -> entente.v1.GateRequest
-	58,  // 146: entente.v1.Peer.Vouch:input_type -> entente.v1.VouchRequest
-	60,  // 147: entente.v1.Peer.Checksum:input_type -> entente.v1.ChecksumRequest
-	46,  // 148: entente.v1.Peer.Nodes:input_type -> entente.v1.ListNodesRequest
-	85,  // 149: entente.v1.Peer.MarkReady:input_type -> entente.v1.MarkReadyRequest
-	62,  // 150: entente.v1.Peer.ShowEpoch:input_type -> entente.v1.ShowEpochRequest
-	9,   // 151: entente.v1.Join.Join:output_type -> entente.v1.JoinResponse
-	11,  // 152: entente.v1.Attest.Attest:output_type -> entente.v1.AttestResponse
-	18,  // 153: entente.v1.Sync.Sync:output_type -> entente.v1.SyncResponse
-	2,   // 154: entente.v1.Compare.Statement:output_type -> entente.v1.StatementResponse
-	4,   // 155: entente.v1.Compare.Denials:output_type -> entente.v1.DenialsResponse
-	26,  // 156: entente.v1.Sign.SignX509:output_type -> entente.v1.SignX509Response
-	30,  // 157: entente.v1.Sign.SignJWT:output_type -> entente.v1.SignJWTResponse
-	33,  // 158: entente.v1.Sign.SignWIT:output_type -> entente.v1.SignWITResponse
-	36,  // 159: entente.v1.Admin.Status:output_type -> entente.v1.StatusResponse
-	67,  // 160: entente.v1.Admin.CreateToken:output_type -> entente.v1.CreateTokenResponse
-	69,  // 161: entente.v1.Admin.Apply:output_type -> entente.v1.ApplyResponse
-	72,  // 162: entente.v1.Admin.ListObjects:output_type -> entente.v1.ListObjectsResponse
-	76,  // 163: entente.v1.Admin.GetBundle:output_type -> entente.v1.GetBundleResponse
-	91,  // 164: entente.v1.Admin.ListAuthorities:output_type -> entente.v1.ListAuthoritiesResponse
-	95,  // 165: entente.v1.Admin.PrepareAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	95,  // 166: entente.v1.Admin.ActivateAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	95,  // 167: entente.v1.Admin.TaintAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	95,  // 168: entente.v1.Admin.RevokeAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	97,  // 169: entente.v1.Admin.RemoveNode:output_type -> entente.v1.RemoveNodeResponse
-	99,  // 170: entente.v1.Admin.ListAgents:output_type -> entente.v1.ListAgentsResponse
-	102, // 171: entente.v1.Admin.GetAgent:output_type -> entente.v1.GetAgentResponse
-	104, // 172: entente.v1.Admin.BanAgent:output_type -> entente.v1.ChangeAgentResponse
-	104, // 173: entente.v1.Admin.EvictAgent:output_type -> entente.v1.ChangeAgentResponse
-	106, // 174: entente.v1.Admin.IsolateAgent:output_type -> entente.v1.IsolateAgentResponse
-	109, // 175: entente.v1.Admin.ListTokens:output_type -> entente.v1.ListTokensResponse
-	111, // 176: entente.v1.Admin.RevokeToken:output_type -> entente.v1.RevokeTokenResponse
-	113, // 177: entente.v1.Admin.ChangeEntries:output_type -> entente.v1.ChangeEntriesResponse
-	116, // 178: entente.v1.Admin.ListEntries:output_type -> entente.v1.ListEntriesResponse
-	118, // 179: entente.v1.Admin.GetEntry:output_type -> entente.v1.GetEntryResponse
-	119, // 180: entente.v1.Admin.CountEntries:output_type -> entente.v1.CountEntriesResponse
-	45,  // 181: entente.v1.Admin.SaveSnapshot:output_type -> entente.v1.SaveSnapshotResponse
-	47,  // 182: entente.v1.Admin.ListNodes:output_type -> entente.v1.ListNodesResponse
-	57,  // 183: entente.v1.Admin.PromoteNode:output_type -> entente.v1.PromoteNodeResponse
-	51,  // 184: entente.v1.Admin.ReplaceRecoveryKey:output_type -> entente.v1.ReplaceRecoveryKeyResponse
-	53,  // 185: entente.v1.Admin.ListChanges:output_type -> entente.v1.ListChangesResponse
-	55,  // 186: entente.v1.Admin.ApproveChange:output_type -> entente.v1.ApproveChangeResponse
-	74,  // 187: entente.v1.Admin.WhoAmI:output_type -> entente.v1.WhoAmIResponse
-	78,  // 188: entente.v1.Peer.Propose:output_type -> entente.v1.ProposeResponse
-	81,  // 189: entente.v1.Peer.Report:output_type -> entente.v1.ReportResponse
-	89,  // 190: entente.v1.Peer.Presence:output_type -> entente.v1.PresenceResponse
-	83,  // 191: entente.v1.Peer.Gate:output_type -> entente.v1.GateResponse
-	59,  // 192: entente.v1.Peer.Vouch:output_type -> entente.v1.VouchResponse
-	61,  // 193: entente.v1.Peer.Checksum:output_type -> entente.v1.ChecksumResponse
-	47,  // 194: entente.v1.Peer.Nodes:output_type -> entente.v1.ListNodesResponse
-	86,  // 195: entente.v1.Peer.MarkReady:output_type -> entente.v1.MarkReadyResponse
-	63,  // 196: entente.v1.Peer.ShowEpoch:output_type -> entente.v1.ShowEpochResponse
-	151, // [151:197] is the sub-list for method output_type
-	105, // [105:151] is the sub-list for method input_type
-	105, // [105:105] is the sub-list for extension type_name
-	105, // [105:105] is the sub-list for extension extendee
-	0,   // [0:105] is the sub-list for field type_name
+	42,  // 49: entente.v1.StatusResponse.autonomy:type_name -> entente.v1.Autonomy
+	41,  // 50: entente.v1.StatusResponse.upstream:type_name -> entente.v1.Upstream
+	108, // 51: entente.v1.StatusResponse.isolated:type_name -> entente.v1.Isolation
+	40,  // 52: entente.v1.StatusResponse.audit:type_name -> entente.v1.AuditLog
+	39,  // 53: entente.v1.StatusResponse.older:type_name -> entente.v1.SubscriberLevel
+	38,  // 54: entente.v1.StatusResponse.contradicted:type_name -> entente.v1.Contradiction
+	37,  // 55: entente.v1.StatusResponse.files:type_name -> entente.v1.FileProblem
+	43,  // 56: entente.v1.Autonomy.uses:type_name -> entente.v1.UseAutonomy
+	129, // 57: entente.v1.UseAutonomy.use:type_name -> entente.state.v1.KeyUse
+	122, // 58: entente.v1.MemberStatus.member:type_name -> entente.state.v1.Member
+	49,  // 59: entente.v1.ListNodesResponse.nodes:type_name -> entente.v1.NodeProgress
+	122, // 60: entente.v1.NodeProgress.member:type_name -> entente.state.v1.Member
+	130, // 61: entente.v1.ReplaceRecoveryKeyRequest.replacement:type_name -> entente.state.v1.RecoveryKeyReplacement
+	50,  // 62: entente.v1.ReplaceRecoveryKeyResponse.approval:type_name -> entente.v1.Approval
+	50,  // 63: entente.v1.ListChangesResponse.changes:type_name -> entente.v1.Approval
+	50,  // 64: entente.v1.ApproveChangeResponse.approval:type_name -> entente.v1.Approval
+	50,  // 65: entente.v1.PromoteNodeResponse.approval:type_name -> entente.v1.Approval
+	122, // 66: entente.v1.VouchResponse.member:type_name -> entente.state.v1.Member
+	66,  // 67: entente.v1.ForeignBundleStatus.dropped:type_name -> entente.v1.DroppedKey
+	131, // 68: entente.v1.CreateTokenRequest.node:type_name -> entente.state.v1.NodeGrant
+	132, // 69: entente.v1.CreateTokenRequest.agent:type_name -> entente.state.v1.AgentGrant
+	50,  // 70: entente.v1.CreateTokenResponse.approval:type_name -> entente.v1.Approval
+	126, // 71: entente.v1.ApplyRequest.objects:type_name -> entente.state.v1.Object
+	127, // 72: entente.v1.ApplyRequest.deletes:type_name -> entente.state.v1.ObjectKey
+	71,  // 73: entente.v1.ApplyResponse.changes:type_name -> entente.v1.ObjectChange
+	127, // 74: entente.v1.ObjectChange.key:type_name -> entente.state.v1.ObjectKey
+	126, // 75: entente.v1.ObjectChange.before:type_name -> entente.state.v1.Object
+	127, // 76: entente.v1.ListObjectsRequest.after:type_name -> entente.state.v1.ObjectKey
+	126, // 77: entente.v1.ListObjectsResponse.objects:type_name -> entente.state.v1.Object
+	133, // 78: entente.v1.WhoAmIResponse.bindings:type_name -> entente.state.v1.RoleBinding
+	81,  // 79: entente.v1.ReportRequest.held:type_name -> entente.v1.HeldAuthority
+	85,  // 80: entente.v1.GateResponse.authorities:type_name -> entente.v1.AuthorityGate
+	20,  // 81: entente.v1.Picture.policy:type_name -> entente.v1.Policy
+	22,  // 82: entente.v1.Picture.presence:type_name -> entente.v1.Presence
+	122, // 83: entente.v1.Picture.confirmed:type_name -> entente.state.v1.Member
+	17,  // 84: entente.v1.PresenceResponse.instances:type_name -> entente.v1.Instance
+	17,  // 85: entente.v1.PresenceResponse.withdrawn:type_name -> entente.v1.Instance
+	93,  // 86: entente.v1.ListAuthoritiesResponse.authorities:type_name -> entente.v1.AuthorityStatus
+	128, // 87: entente.v1.AuthorityStatus.authority:type_name -> entente.state.v1.Authority
+	129, // 88: entente.v1.PrepareAuthorityRequest.use:type_name -> entente.state.v1.KeyUse
+	128, // 89: entente.v1.ChangeAuthorityResponse.authority:type_name -> entente.state.v1.Authority
+	128, // 90: entente.v1.ChangeAuthorityResponse.signing:type_name -> entente.state.v1.Authority
+	50,  // 91: entente.v1.RemoveNodeResponse.approval:type_name -> entente.v1.Approval
+	122, // 92: entente.v1.RemoveNodeResponse.member:type_name -> entente.state.v1.Member
+	128, // 93: entente.v1.RemoveNodeResponse.authorities:type_name -> entente.state.v1.Authority
+	101, // 94: entente.v1.ListAgentsResponse.agents:type_name -> entente.v1.AgentStatus
+	124, // 95: entente.v1.AgentStatus.agent:type_name -> entente.state.v1.Agent
+	101, // 96: entente.v1.GetAgentResponse.status:type_name -> entente.v1.AgentStatus
+	125, // 97: entente.v1.GetAgentResponse.entries:type_name -> entente.state.v1.Entry
+	17,  // 98: entente.v1.GetAgentResponse.instances:type_name -> entente.v1.Instance
+	108, // 99: entente.v1.IsolateAgentResponse.isolation:type_name -> entente.v1.Isolation
+	124, // 100: entente.v1.Isolation.agent:type_name -> entente.state.v1.Agent
+	134, // 101: entente.v1.ListTokensResponse.tokens:type_name -> entente.state.v1.Token
+	135, // 102: entente.v1.ChangeEntriesRequest.changes:type_name -> entente.state.v1.EntryChange
+	115, // 103: entente.v1.ChangeEntriesResponse.results:type_name -> entente.v1.EntryResult
+	125, // 104: entente.v1.ListEntriesResponse.entries:type_name -> entente.state.v1.Entry
+	125, // 105: entente.v1.GetEntryResponse.entry:type_name -> entente.state.v1.Entry
+	8,   // 106: entente.v1.Join.Join:input_type -> entente.v1.JoinRequest
+	10,  // 107: entente.v1.Attest.Attest:input_type -> entente.v1.AttestRequest
+	12,  // 108: entente.v1.Sync.Sync:input_type -> entente.v1.SyncRequest
+	1,   // 109: entente.v1.Compare.Statement:input_type -> entente.v1.StatementRequest
+	3,   // 110: entente.v1.Compare.Denials:input_type -> entente.v1.DenialsRequest
+	24,  // 111: entente.v1.Sign.SignX509:input_type -> entente.v1.SignX509Request
+	28,  // 112: entente.v1.Sign.SignJWT:input_type -> entente.v1.SignJWTRequest
+	31,  // 113: entente.v1.Sign.SignWIT:input_type -> entente.v1.SignWITRequest
+	35,  // 114: entente.v1.Admin.Status:input_type -> entente.v1.StatusRequest
+	67,  // 115: entente.v1.Admin.CreateToken:input_type -> entente.v1.CreateTokenRequest
+	69,  // 116: entente.v1.Admin.Apply:input_type -> entente.v1.ApplyRequest
+	72,  // 117: entente.v1.Admin.ListObjects:input_type -> entente.v1.ListObjectsRequest
+	76,  // 118: entente.v1.Admin.GetBundle:input_type -> entente.v1.GetBundleRequest
+	91,  // 119: entente.v1.Admin.ListAuthorities:input_type -> entente.v1.ListAuthoritiesRequest
+	94,  // 120: entente.v1.Admin.PrepareAuthority:input_type -> entente.v1.PrepareAuthorityRequest
+	95,  // 121: entente.v1.Admin.ActivateAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	95,  // 122: entente.v1.Admin.TaintAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	95,  // 123: entente.v1.Admin.RevokeAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	97,  // 124: entente.v1.Admin.RemoveNode:input_type -> entente.v1.RemoveNodeRequest
+	99,  // 125: entente.v1.Admin.ListAgents:input_type -> entente.v1.ListAgentsRequest
+	102, // 126: entente.v1.Admin.GetAgent:input_type -> entente.v1.GetAgentRequest
+	104, // 127: entente.v1.Admin.BanAgent:input_type -> entente.v1.ChangeAgentRequest
+	104, // 128: entente.v1.Admin.EvictAgent:input_type -> entente.v1.ChangeAgentRequest
+	106, // 129: entente.v1.Admin.IsolateAgent:input_type -> entente.v1.IsolateAgentRequest
+	109, // 130: entente.v1.Admin.ListTokens:input_type -> entente.v1.ListTokensRequest
+	111, // 131: entente.v1.Admin.RevokeToken:input_type -> entente.v1.RevokeTokenRequest
+	113, // 132: entente.v1.Admin.ChangeEntries:input_type -> entente.v1.ChangeEntriesRequest
+	116, // 133: entente.v1.Admin.ListEntries:input_type -> entente.v1.ListEntriesRequest
+	118, // 134: entente.v1.Admin.GetEntry:input_type -> entente.v1.GetEntryRequest
+	116, // 135: entente.v1.Admin.CountEntries:input_type -> entente.v1.ListEntriesRequest
+	45,  // 136: entente.v1.Admin.SaveSnapshot:input_type -> entente.v1.SaveSnapshotRequest
+	47,  // 137: entente.v1.Admin.ListNodes:input_type -> entente.v1.ListNodesRequest
+	57,  // 138: entente.v1.Admin.PromoteNode:input_type -> entente.v1.PromoteNodeRequest
+	51,  // 139: entente.v1.Admin.ReplaceRecoveryKey:input_type -> entente.v1.ReplaceRecoveryKeyRequest
+	53,  // 140: entente.v1.Admin.ListChanges:input_type -> entente.v1.ListChangesRequest
+	55,  // 141: entente.v1.Admin.ApproveChange:input_type -> entente.v1.ApproveChangeRequest
+	74,  // 142: entente.v1.Admin.WhoAmI:input_type -> entente.v1.WhoAmIRequest
+	78,  // 143: entente.v1.Peer.Propose:input_type -> entente.v1.ProposeRequest
+	80,  // 144: entente.v1.Peer.Report:input_type -> entente.v1.ReportRequest
+	89,  // 145: entente.v1.Peer.Presence:input_type -> entente.v1.PresenceRequest
+	83,  // 146: entente.v1.Peer.Gate:input_type -> entente.v1.GateRequest
+	59,  // 147: entente.v1.Peer.Vouch:input_type -> entente.v1.VouchRequest
+	61,  // 148: entente.v1.Peer.Checksum:input_type -> entente.v1.ChecksumRequest
+	47,  // 149: entente.v1.Peer.Nodes:input_type -> entente.v1.ListNodesRequest
+	86,  // 150: entente.v1.Peer.MarkReady:input_type -> entente.v1.MarkReadyRequest
+	63,  // 151: entente.v1.Peer.ShowEpoch:input_type -> entente.v1.ShowEpochRequest
+	9,   // 152: entente.v1.Join.Join:output_type -> entente.v1.JoinResponse
+	11,  // 153: entente.v1.Attest.Attest:output_type -> entente.v1.AttestResponse
+	18,  // 154: entente.v1.Sync.Sync:output_type -> entente.v1.SyncResponse
+	2,   // 155: entente.v1.Compare.Statement:output_type -> entente.v1.StatementResponse
+	4,   // 156: entente.v1.Compare.Denials:output_type -> entente.v1.DenialsResponse
+	26,  // 157: entente.v1.Sign.SignX509:output_type -> entente.v1.SignX509Response
+	30,  // 158: entente.v1.Sign.SignJWT:output_type -> entente.v1.SignJWTResponse
+	33,  // 159: entente.v1.Sign.SignWIT:output_type -> entente.v1.SignWITResponse
+	36,  // 160: entente.v1.Admin.Status:output_type -> entente.v1.StatusResponse
+	68,  // 161: entente.v1.Admin.CreateToken:output_type -> entente.v1.CreateTokenResponse
+	70,  // 162: entente.v1.Admin.Apply:output_type -> entente.v1.ApplyResponse
+	73,  // 163: entente.v1.Admin.ListObjects:output_type -> entente.v1.ListObjectsResponse
+	77,  // 164: entente.v1.Admin.GetBundle:output_type -> entente.v1.GetBundleResponse
+	92,  // 165: entente.v1.Admin.ListAuthorities:output_type -> entente.v1.ListAuthoritiesResponse
+	96,  // 166: entente.v1.Admin.PrepareAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	96,  // 167: entente.v1.Admin.ActivateAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	96,  // 168: entente.v1.Admin.TaintAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	96,  // 169: entente.v1.Admin.RevokeAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	98,  // 170: entente.v1.Admin.RemoveNode:output_type -> entente.v1.RemoveNodeResponse
+	100, // 171: entente.v1.Admin.ListAgents:output_type -> entente.v1.ListAgentsResponse
+	103, // 172: entente.v1.Admin.GetAgent:output_type -> entente.v1.GetAgentResponse
+	105, // 173: entente.v1.Admin.BanAgent:output_type -> entente.v1.ChangeAgentResponse
+	105, // 174: entente.v1.Admin.EvictAgent:output_type -> entente.v1.ChangeAgentResponse
+	107, // 175: entente.v1.Admin.IsolateAgent:output_type -> entente.v1.IsolateAgentResponse
+	110, // 176: entente.v1.Admin.ListTokens:output_type -> entente.v1.ListTokensResponse
+	112, // 177: entente.v1.Admin.RevokeToken:output_type -> entente.v1.RevokeTokenResponse
+	114, // 178: entente.v1.Admin.ChangeEntries:output_type -> entente.v1.ChangeEntriesResponse
+	117, // 179: entente.v1.Admin.ListEntries:output_type -> entente.v1.ListEntriesResponse
+	119, // 180: entente.v1.Admin.GetEntry:output_type -> entente.v1.GetEntryResponse
+	120, // 181: entente.v1.Admin.CountEntries:output_type -> entente.v1.CountEntriesResponse
+	46,  // 182: entente.v1.Admin.SaveSnapshot:output_type -> entente.v1.SaveSnapshotResponse
+	48,  // 183: entente.v1.Admin.ListNodes:output_type -> entente.v1.ListNodesResponse
+	58,  // 184: entente.v1.Admin.PromoteNode:output_type -> entente.v1.PromoteNodeResponse
+	52,  // 185: entente.v1.Admin.ReplaceRecoveryKey:output_type -> entente.v1.ReplaceRecoveryKeyResponse
+	54,  // 186: entente.v1.Admin.ListChanges:output_type -> entente.v1.ListChangesResponse
+	56,  // 187: entente.v1.Admin.ApproveChange:output_type -> entente.v1.ApproveChangeResponse
+	75,  // 188: entente.v1.Admin.WhoAmI:output_type -> entente.v1.WhoAmIResponse
+	79,  // 189: entente.v1.Peer.Propose:output_type -> entente.v1.ProposeResponse
+	82,  // 190: entente.v1.Peer.Report:output_type -> entente.v1.ReportResponse
+	90,  // 191: entente.v1.Peer.Presence:output_type -> entente.v1.PresenceResponse
+	84,  // 192: entente.v1.Peer.Gate:output_type -> entente.v1.GateResponse
+	60,  // 193: entente.v1.Peer.Vouch:output_type -> entente.v1.VouchResponse
+	62,  // 194: entente.v1.Peer.Checksum:output_type -> entente.v1.ChecksumResponse
+	48,  // 195: entente.v1.Peer.Nodes:output_type -> entente.v1.ListNodesResponse
+	87,  // 196: entente.v1.Peer.MarkReady:output_type -> entente.v1.MarkReadyResponse
+	64,  // 197: entente.v1.Peer.ShowEpoch:output_type -> entente.v1.ShowEpochResponse
+	152, // [152:198] is the sub-list for method output_type
+	106, // [106:152] is the sub-list for method input_type
+	106, // [106:106] is the sub-list for extension type_name
+	106, // [106:106] is the sub-list for extension extendee
+	0,   // [0:106] is the sub-list for field type_name
 }
 
 func init() { file_entente_v1_entente_proto_init() }
@@ -8429,7 +8523,7 @@ func file_entente_v1_entente_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_entente_v1_entente_proto_rawDesc), len(file_entente_v1_entente_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   119,
+			NumMessages:   120,
 			NumExtensions: 0,
 			NumServices:   7,
 		},
