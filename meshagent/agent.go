@@ -222,6 +222,9 @@ func (a *Agent) Ready() error {
 // Comparison is what comparing the CA nodes came to.
 func (a *Agent) Comparison() client.Comparison { return a.client.Comparison() }
 
+// Follows is the CA node of the present session; empty: there is none.
+func (a *Agent) Follows() (node, address string) { return a.client.Follows() }
+
 // Metrics is the registry of this process.
 func (a *Agent) Metrics() *daemon.Metrics { return a.metrics }
 

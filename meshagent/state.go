@@ -75,6 +75,9 @@ type Identity struct {
 	selectors []selector.Selector // Demands; none, or one of a later release: no process satisfies it
 }
 
+// Own is the agent's SVID, with its authorities after it; nil before attestation.
+func (s *State) Own() *x509svid.SVID { return s.own }
+
 // lacking says what the agent still lacks to serve, nil if nothing.
 func (s *State) lacking() error {
 	if s.own == nil {

@@ -76,8 +76,9 @@ func runAgent(config *meshagent.Config, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
+	administration := admin.New(agent, local, log)
 	doors := []meshagent.Door{
-		{Name: "admin socket", Run: admin.New(agent, local, log).Run},
+		{Name: "admin socket", Run: administration.Run},
 		{Name: "workload API", Run: api.Run},
 	}
 	if len(config.Files) > 0 {
@@ -117,6 +118,7 @@ func runAgent(config *meshagent.Config, log *slog.Logger) error {
 		if err != nil {
 			return err
 		}
+		administration.Show(car.Seen)
 		doors = append(doors,
 			meshagent.Door{Name: "sidecar", Run: car.Run, Ready: car.Ready},
 			meshagent.Door{Name: "sidecar's view", Run: func(ctx context.Context) error { return follow(ctx, agent, car, log) }})

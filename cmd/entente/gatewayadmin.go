@@ -143,7 +143,11 @@ func printDataPlaneStatus(w io.Writer, s *ententev1.DataPlaneStatusResponse, now
 		if b.GetFirstExpiry() != nil {
 			first = lasting(b.GetFirstExpiry().AsTime().Sub(now))
 		}
-		fmt.Fprintf(table, "%s\t%d\t%s\t%s\n", b.GetTrustDomain(), b.GetX509Authorities(), lasting(now.Sub(b.GetSince().AsTime())), first)
+		unchanged := "-"
+		if b.GetSince() != nil {
+			unchanged = lasting(now.Sub(b.GetSince().AsTime()))
+		}
+		fmt.Fprintf(table, "%s\t%d\t%s\t%s\n", b.GetTrustDomain(), b.GetX509Authorities(), unchanged, first)
 	}
 	fmt.Fprintln(table, "\nSERVICE\tENDPOINT\tDATACENTER\tADDRESS\tSTATE")
 	for _, service := range s.GetServices() {

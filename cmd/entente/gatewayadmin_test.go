@@ -79,6 +79,12 @@ func TestGatewayStatus(t *testing.T) {
 	if _, err := time.Parse(time.RFC3339, fields.Started); err != nil {
 		t.Error(err)
 	}
+	if out, code := entente(t, "sidecar", "status", "ledger.banking.example", "--socket", socket); code != exitOK || !strings.Contains(out, "accounts.banking.example") || seen.only != "ledger.banking.example" {
+		t.Errorf("an agent's socket: exit code %d: %s", code, out)
+	}
+	if out, code := entente(t, "sidecar", "status", "--socket", socket+"x"); code != exitUnreachable || !strings.Contains(out, "no agent answers") {
+		t.Errorf("no agent: exit code %d: %s", code, out)
+	}
 	if _, code := entente(t, "gateway", "status", "one", "two"); code != exitUsage {
 		t.Errorf("two services: exit code %d", code)
 	}

@@ -173,6 +173,9 @@ type caller struct {
 
 // caller asks about roles at each call: they may have changed since the last one.
 func (s *Server) caller(ctx context.Context) (caller, error) {
+	if operator, ok := ctx.Value(operatorKey{}).(localpeer.Info); ok {
+		return caller{who: operator.User, operator: true}, nil
+	}
 	remote, ok := grpcpeer.FromContext(ctx)
 	if !ok {
 		return caller{who: "unknown"}, status.Error(codes.Unauthenticated, "no connection to authenticate")

@@ -36,9 +36,13 @@ func HeldSVID(id spiffeid.ID, svid *x509svid.SVID) *ententev1.HeldSVID {
 	return held
 }
 
-// HeldBundle is a bundle that the process uses with this content since then.
+// HeldBundle is a bundle that the process uses with this content since then; zero: it is
+// not known since when.
 func HeldBundle(bundle *x509bundle.Bundle, since time.Time) *ententev1.HeldBundle {
-	held := &ententev1.HeldBundle{TrustDomain: bundle.TrustDomain().Name(), Since: timestamppb.New(since)}
+	held := &ententev1.HeldBundle{TrustDomain: bundle.TrustDomain().Name()}
+	if !since.IsZero() {
+		held.Since = timestamppb.New(since)
+	}
 	var first time.Time
 	for _, authority := range bundle.X509Authorities() {
 		held.X509Authorities++

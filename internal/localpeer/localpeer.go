@@ -29,7 +29,12 @@ func (Credentials) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthInf
 	if !ok {
 		return nil, nil, errors.New("the connection is not of a unix socket")
 	}
-	return conn, Info{credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity}, userOf(socket)}, nil
+	return conn, Of(socket), nil
+}
+
+// Of is the Info of a connection.
+func Of(socket *net.UnixConn) Info {
+	return Info{credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity}, userOf(socket)}
 }
 
 // ClientHandshake fails.

@@ -1,6 +1,6 @@
 // Package admin is the agent's door for the administrator of its host: a unix socket
 // of mode 0600, so that only the agent's own user and root get in. It speaks HTTP
-// and JSON; its client is in the same package.
+// and JSON; its client is in the same package. It also serves DataPlane, as gateways do.
 package admin
 
 import (
@@ -16,10 +16,14 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 
+	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
 	"github.com/entente-mesh/entente/ca/client"
 	"github.com/entente-mesh/entente/internal/daemon"
+	"github.com/entente-mesh/entente/internal/dataplane"
+	"github.com/entente-mesh/entente/internal/dataplaneapi"
 	"github.com/entente-mesh/entente/meshagent"
 	"github.com/entente-mesh/entente/meshagent/services"
 	"github.com/entente-mesh/entente/meshagent/workloadattest"
@@ -118,6 +122,8 @@ type Server struct {
 	agent    *meshagent.Agent
 	listener net.Listener
 	log      *slog.Logger
+	started  time.Time
+	sidecar  atomic.Pointer[func() dataplane.Seen] // nil: this host has none
 }
 
 // Listen opens the socket with mode 0600.
@@ -134,7 +140,7 @@ func New(agent *meshagent.Agent, listener net.Listener, log *slog.Logger) *Serve
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	return &Server{agent, listener, log}
+	return &Server{agent: agent, listener: listener, log: log, started: time.Now()}
 }
 
 type connKey struct{}
@@ -150,8 +156,15 @@ func (s *Server) Run(ctx context.Context) error {
 	mux.HandleFunc("DELETE /v1/services/{name}", s.change((*meshagent.Agent).Deregister))
 	mux.HandleFunc("POST /v1/services/{name}/drain", s.drain)
 	mux.HandleFunc("POST /v1/services/{name}/restore", s.change((*meshagent.Agent).Restore))
+	connection := func(ctx context.Context) net.Conn { conn, _ := ctx.Value(connKey{}).(net.Conn); return conn }
+	mux.Handle("POST /"+ententev1.DataPlane_ServiceDesc.ServiceName+"/", dataplaneapi.New(s, s.log, nil).LocalHandler(connection))
+	protocols := new(http.Protocols)
+	protocols.SetHTTP1(true)
+	protocols.SetUnencryptedHTTP2(true) // of DataPlane
 	server := &http.Server{
 		Handler:           mux,
+		Protocols:         protocols,
+		HTTP2:             &http.HTTP2Config{MaxConcurrentStreams: 16},
 		ReadHeaderTimeout: 5 * time.Second,
 		IdleTimeout:       time.Minute,
 		MaxHeaderBytes:    16 << 10,

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/entente-mesh/entente/ca/catest"
+	"github.com/entente-mesh/entente/internal/dataplane"
 	"github.com/entente-mesh/entente/meshagent"
 )
 
@@ -43,10 +44,12 @@ func start(t *testing.T, c *catest.CA) (*Client, *meshagent.Agent) {
 	if info, err := os.Stat(cfg.Admin.Socket); err != nil || info.Mode().Perm() != 0o600 {
 		t.Errorf("socket: %v %v", info.Mode(), err)
 	}
+	server := New(agent, listener, nil)
+	server.Show(func() dataplane.Seen { return dataplane.Seen{Requests: 7} })
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
 	go func() {
-		ended <- agent.Run(ctx, meshagent.Door{Name: "admin socket", Run: New(agent, listener, nil).Run})
+		ended <- agent.Run(ctx, meshagent.Door{Name: "admin socket", Run: server.Run})
 	}()
 	t.Cleanup(func() {
 		cancel()

@@ -173,6 +173,9 @@ func New(cfg Config, agent Agent) (*Sidecar, error) {
 	return s, nil
 }
 
+// Seen is what the data plane does and knows, for people.
+func (s *Sidecar) Seen() dataplane.Seen { return s.engine.Seen(catalog.Sidecar) }
+
 // Ready says why the sidecar does not serve: it does not know its domain yet, or another
 // process holds the address of one of its listeners. Nil if it serves.
 func (s *Sidecar) Ready() error {

@@ -780,7 +780,7 @@ type HeldBundle struct {
 	state           protoimpl.MessageState `protogen:"open.v1"`
 	TrustDomain     string                 `protobuf:"bytes,1,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"`
 	X509Authorities uint32                 `protobuf:"varint,2,opt,name=x509_authorities,json=x509Authorities,proto3" json:"x509_authorities,omitempty"`
-	Since           *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=since,proto3" json:"since,omitempty"`                                // with this content
+	Since           *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=since,proto3" json:"since,omitempty"`                                // with this content; absent: not known
 	FirstExpiry     *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=first_expiry,json=firstExpiry,proto3" json:"first_expiry,omitempty"` // of an authority; absent: there is none
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache

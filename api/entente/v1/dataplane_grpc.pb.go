@@ -29,7 +29,8 @@ const (
 // For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
 //
 // DataPlane is for operators of one process of the data plane: a gateway or an agent. It
-// is served on a unix socket of mode 0600 to the operators of its host.
+// is served on a unix socket of mode 0600 to the operators of its host, and by a gateway to
+// administrators with a role at its mTLS address.
 type DataPlaneClient interface {
 	// Status says how the process is, and what it knows of its trust domain.
 	Status(ctx context.Context, in *DataPlaneStatusRequest, opts ...grpc.CallOption) (*DataPlaneStatusResponse, error)
@@ -84,7 +85,8 @@ func (c *dataPlaneClient) Undrain(ctx context.Context, in *UndrainRequest, opts 
 // for forward compatibility.
 //
 // DataPlane is for operators of one process of the data plane: a gateway or an agent. It
-// is served on a unix socket of mode 0600 to the operators of its host.
+// is served on a unix socket of mode 0600 to the operators of its host, and by a gateway to
+// administrators with a role at its mTLS address.
 type DataPlaneServer interface {
 	// Status says how the process is, and what it knows of its trust domain.
 	Status(context.Context, *DataPlaneStatusRequest) (*DataPlaneStatusResponse, error)
