@@ -178,6 +178,7 @@ func contents(t testing.TB, s store) (c memoryContent) {
 // what was confirmed. A compaction may have come half the way.
 func TestKillLogStore(t *testing.T) {
 	t.Parallel()
+	oneGoroutine(t)
 	var model []memoryContent // before each step, and after the last
 	var applied atomic.Uint64
 	shelf := &memoryShelf{}

@@ -654,9 +654,10 @@ func (w *world) run(phases int, faults bool) {
 // TestRotationWorld replays from its seed. ENTENTE_SEED=N runs one, ENTENTE_SEEDS=N
 // that many.
 func TestRotationWorld(t *testing.T) {
+	t.Parallel()
 	seeds, first := 1000, 1
 	if testing.Short() {
-		seeds = 60
+		seeds = 20
 	}
 	if n, err := strconv.Atoi(os.Getenv("ENTENTE_SEEDS")); err == nil {
 		seeds = n
@@ -690,8 +691,13 @@ func TestRotationWorld(t *testing.T) {
 
 // Without faults every authority rotates once a phase, and nobody is left behind.
 func TestRotationOnSchedule(t *testing.T) {
+	t.Parallel()
 	const phases = 8
-	for seed := range uint64(20) {
+	seeds := uint64(20)
+	if testing.Short() {
+		seeds = 4
+	}
+	for seed := range seeds {
 		w := newWorld(seed)
 		w.run(phases, false)
 		if len(w.broken) > 0 {

@@ -240,9 +240,20 @@ func TestAuditOfOneCallersRefusalsHasARate(t *testing.T) {
 	})
 }
 
+// wholeRun skips a test under -short that counts what thousands of calls leave behind: they
+// come one after the other, so that the race detector finds nothing in them that it does not
+// find in one.
+func wholeRun(t *testing.T) {
+	t.Helper()
+	if testing.Short() {
+		t.Skip("thousands of calls, one after the other: for the whole run")
+	}
+}
+
 // Who changes nothing, however often and however much he asks for, has no line for it.
 func TestWhoChangesNothingFillsNothing(t *testing.T) {
 	t.Parallel()
+	wholeRun(t)
 	f := newOffice(t, catest.Options{})
 	vic, pia := f.as("vic"), f.as("pia")
 	f.entry(pia, "mine", "/team/pay/job", "h1", 4000)
@@ -406,6 +417,7 @@ func TestTokenRateOfAnEntry(t *testing.T) {
 // the disk of Raft's.
 func TestWorkloadCannotFillTheAuditDisk(t *testing.T) {
 	t.Parallel()
+	wholeRun(t)
 	const bound = 1 << 20
 	c := catest.Prepare(t, catest.Options{})
 	c.Config().Limits = node.Limits{TokensPerEntry: yamlfile.Rate{PerSecond: 100_000}, TokensPerAgent: yamlfile.Rate{PerSecond: 100_000}}
