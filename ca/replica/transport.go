@@ -27,9 +27,10 @@ type transport struct {
 
 	heard     chan raft.RPC
 	heartbeat atomic.Pointer[func(raft.RPC)]
+	tasks     sync.WaitGroup // accept, and hear for each peer; end with the streams
 
 	mu      sync.Mutex
-	closed  bool
+	closed  bool               // no task is added any more
 	callers map[string]*caller // by node id
 	peers   map[raft.ServerID]peerProgress
 
@@ -57,7 +58,7 @@ func newTransport(s *streams, cfg *Config, leaders *leaderCheck) *transport {
 		peers:            map[raft.ServerID]peerProgress{},
 		installing:       map[raft.ServerID]int{},
 	}
-	go t.accept()
+	t.tasks.Go(t.accept)
 	return t
 }
 
@@ -147,7 +148,7 @@ func (t *transport) caller(peer string) *caller {
 			}
 		})
 		t.callers[peer] = c
-		go t.hear(c)
+		t.tasks.Go(func() { t.hear(c) })
 	}
 	return c
 }
@@ -287,15 +288,16 @@ func (t *transport) Consumer() <-chan raft.RPC { return t.heard }
 // them up.
 func (t *transport) SetHeartbeatHandler(f func(raft.RPC)) { t.heartbeat.Store(&f) }
 
-// Close ends all connections and waits for nobody.
+// Close ends all connections and returns when nothing of them is passed on any more.
 func (t *transport) Close() error {
-	err := t.NetworkTransport.Close()
+	err := t.NetworkTransport.Close() // and with it the streams
 	t.mu.Lock()
-	defer t.mu.Unlock()
 	t.closed = true
 	for _, c := range t.callers {
 		c.network.Close()
 	}
+	t.mu.Unlock()
+	t.tasks.Wait()
 	return err
 }
 
