@@ -95,7 +95,10 @@ func (e entrySVID) GetX509SVID() (*x509svid.SVID, error) {
 	return identity.SVID.Parsed()
 }
 
-// ownSVID is the source of the agent's own SVID.
+// OwnSVID is the source of the agent's own SVID.
+func (a *Agent) OwnSVID() x509svid.Source { return ownSVID{a.store} }
+
+// ownSVID is that source.
 type ownSVID struct{ store *store }
 
 func (o ownSVID) GetX509SVID() (*x509svid.SVID, error) {

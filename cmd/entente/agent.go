@@ -114,13 +114,17 @@ func runAgent(config *meshagent.Config, log *slog.Logger) error {
 			Log:         log,
 			AccessLog:   access,
 			Metrics:     metrics,
+
+			Administration: administration.Remote(),
+			Own:            agent.OwnSVID(),
 		}, agent)
 		if err != nil {
 			return err
 		}
-		administration.Show(car.Seen)
+		administration.Show(car)
 		doors = append(doors,
 			meshagent.Door{Name: "sidecar", Run: car.Run, Ready: car.Ready},
+			meshagent.Door{Name: "administrators", Run: administration.Remote().Serve},
 			meshagent.Door{Name: "sidecar's view", Run: func(ctx context.Context) error { return follow(ctx, agent, car, log) }})
 	}
 	reread := daemon.OnHangup("services of "+config.ServicesDir, func() error { agent.Reread(); return nil })

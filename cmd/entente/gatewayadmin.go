@@ -31,12 +31,23 @@ type gatewayFlags struct {
 	json   bool
 	server string
 	as     identityFlags
+
+	what, listener string // which process it is instead, and which of its addresses; empty: a gateway
 }
 
+// process has the flags be for another process than a gateway. To be called before register.
+func (f *gatewayFlags) process(what, listener string) { f.what, f.listener = what, listener }
+
+func (f *gatewayFlags) kind() string { return cmp.Or(f.what, "gateway") }
+
 func (f *gatewayFlags) register(c *cobra.Command) {
-	c.Flags().StringVar(&f.server, "server", "", "east-west address of a gateway, HOST:PORT, instead of --socket; authorized by the SVID's roles")
+	c.Flags().StringVar(&f.server, "server", "", "address of the "+f.kind()+" ("+cmp.Or(f.listener, "eastWest.listen")+"), HOST:PORT, instead of --socket; authorized by the SVID's roles")
 	f.as.register(c)
-	c.Flags().StringVar(&f.socket, "socket", defaultGatewaySocket, "admin socket of a gateway of this host")
+	socket := defaultGatewaySocket
+	if f.what != "" {
+		socket = defaultAgentSocket
+	}
+	c.Flags().StringVar(&f.socket, "socket", socket, "admin socket of the "+f.kind()+" of this host")
 	c.Flags().BoolVar(&f.json, "json", false, "print JSON")
 }
 
@@ -52,7 +63,7 @@ func (f *gatewayFlags) call(ctx context.Context, do func(ententev1.DataPlaneClie
 
 func (f *gatewayFlags) dial(ctx context.Context, options ...grpc.DialOption) (*grpc.ClientConn, error) {
 	if f.server == "" {
-		return dialSocket(f.socket, "gateway", " from elsewhere: --server", options...)
+		return dialSocket(f.socket, f.kind(), " from elsewhere: --server", options...)
 	}
 	if err := ca.CheckAddress(f.server); err != nil {
 		return nil, fmt.Errorf("--server: %w", err)
@@ -63,7 +74,7 @@ func (f *gatewayFlags) dial(ctx context.Context, options ...grpc.DialOption) (*g
 	}
 	conn, err := dataplaneapi.Administrator{SVID: svid, Bundles: bundle, Domain: svid.ID.TrustDomain()}.Dial(ctx, f.server, options...)
 	if err != nil {
-		return nil, status.Errorf(codes.Unavailable, "cannot reach the gateway at %s: %v; is --server its east-west address, is it of %s, and does its release serve administrators?", f.server, err, svid.ID.TrustDomain())
+		return nil, status.Errorf(codes.Unavailable, "cannot reach the %s at %s: %v; is --server its %s, is it of %s, and does its release serve administrators?", f.kind(), f.server, err, cmp.Or(f.listener, "eastWest.listen"), svid.ID.TrustDomain())
 	}
 	return conn, nil
 }

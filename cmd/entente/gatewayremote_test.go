@@ -93,7 +93,7 @@ func TestGatewayFromElsewhere(t *testing.T) {
 			t.Errorf("%s %v: exit code %d: %s", test.path, test.verb, code, out)
 		}
 	}
-	if out, code := entente(t, "gateway", "status", "--server", "127.0.0.1:1", "--identity", identity("/people/eva")); code != exitUnreachable || !strings.Contains(out, "east-west address") {
+	if out, code := entente(t, "gateway", "status", "--server", "127.0.0.1:1", "--identity", identity("/people/eva")); code != exitUnreachable || !strings.Contains(out, "is --server its eastWest.listen") {
 		t.Errorf("no gateway: exit code %d: %s", code, out)
 	}
 }

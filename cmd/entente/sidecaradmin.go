@@ -6,7 +6,6 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
-	"google.golang.org/grpc"
 
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
 )
@@ -20,11 +19,12 @@ func sidecarCommand() *cobra.Command {
 }
 
 func sidecarStatusCommand() *cobra.Command {
-	var flags agentFlags
+	var flags gatewayFlags
 	c := &cobra.Command{
 		Use:   "status [SERVICE]",
 		Short: "Show how this host's sidecar sees its domain",
-		Long: `Ask the agent of this host at its admin socket, as root or the agent's user: identities, the
+		Long: `Ask the agent of this host at its admin socket, as root or the agent's user, or with
+--server from elsewhere, as an SVID with a role: identities, the
 CA node that it follows, bundles, listeners, and where its sidecar would send requests for
 each service, or for one. The same as entente gateway status.`,
 		Example: "  entente sidecar status\n  entente sidecar status accounts.banking.example --json",
@@ -32,21 +32,20 @@ each service, or for one. The same as entente gateway status.`,
 			if len(args) > 1 {
 				return usageError{c, errors.New("name at most one service")}
 			}
-			conn, err := dialSocket(flags.socket, "agent", "", grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxStatusSize)))
-			if err != nil {
-				return err
-			}
-			defer conn.Close()
-			s, err := gatewayStatus(c.Context(), ententev1.NewDataPlaneClient(conn), &ententev1.DataPlaneStatusRequest{Service: strings.Join(args, "")})
-			switch {
-			case err != nil:
-				return err
-			case flags.json:
-				return printJSON(c.OutOrStdout(), s)
-			}
-			return printDataPlaneStatus(c.OutOrStdout(), s, time.Now())
+			request := &ententev1.DataPlaneStatusRequest{Service: strings.Join(args, "")}
+			return flags.call(c.Context(), func(client ententev1.DataPlaneClient) error {
+				s, err := gatewayStatus(c.Context(), client, request)
+				switch {
+				case err != nil:
+					return err
+				case flags.json:
+					return printJSON(c.OutOrStdout(), s)
+				}
+				return printDataPlaneStatus(c.OutOrStdout(), s, time.Now())
+			})
 		},
 	}
+	flags.process("agent", "sidecar.inbound")
 	flags.register(c)
 	return c
 }

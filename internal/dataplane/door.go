@@ -186,7 +186,7 @@ func (e *Engine) ServeInbound(ctx context.Context, ln net.Listener, backend func
 			return peer.ServerTLS(b.SVID, e.cfg.Bundles, authz, alpn...), nil
 		},
 	}
-	return e.serveTLS(ctx, &listener{name: "sidecar.inbound", ln: ln}, config, authz, func(w http.ResponseWriter, r *http.Request) {
+	return e.serveTLS(ctx, &listener{name: "sidecar.inbound", ln: ln, identity: e.cfg.AdminIdentity, administration: e.cfg.Administration}, config, authz, func(w http.ResponseWriter, r *http.Request) {
 		x := e.begin("inbound", w, r, r.Host)
 		defer x.end()
 		d, ok := x.downstream()

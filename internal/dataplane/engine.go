@@ -41,7 +41,8 @@ type Config struct {
 	Kind           string                // of the process: its metrics begin with entente_KIND_
 	Metrics        prometheus.Registerer // nil: none
 	Timing         Timing
-	Administration Administration // of gateways' doors; nil: none
+	Administration Administration // at mTLS doors; nil: none
+	AdminIdentity  Identity       // what a sidecar's door shows to administrators; a gateway's shows its own
 
 	// Strangers bounds the connections at each mTLS door that have not shaken hands yet,
 	// Peers those that have; zero: 4096 and 16384, of which one address has a quarter.

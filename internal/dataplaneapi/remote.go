@@ -217,7 +217,7 @@ func narrow(s *ententev1.DataPlaneStatusResponse, held *roles.Roles) {
 // dialTime is how long a process may take to shake hands with an administrator.
 const dialTime = 10 * time.Second
 
-// Administrator is who asks a gateway of his own domain, at its mTLS address.
+// Administrator is who asks a gateway or an agent of his own domain, at its mTLS address.
 type Administrator struct {
 	SVID    x509svid.Source
 	Bundles x509bundle.Source
@@ -234,8 +234,8 @@ func (a Administrator) Dial(ctx context.Context, address string, options ...grpc
 		connect = new(net.Dialer).DialContext
 	}
 	config := peer.ClientTLS(a.SVID, a.Bundles, func(id spiffeid.ID) error {
-		if !id.MemberOf(td) || !strings.HasPrefix(id.Path(), ca.GatewayPath("")) {
-			return fmt.Errorf("%s is no gateway of %s", id, td)
+		if !id.MemberOf(td) || !strings.HasPrefix(id.Path(), ca.GatewayPath("")) && !strings.HasPrefix(id.Path(), ca.AgentPath("")) {
+			return fmt.Errorf("%s is no gateway or agent of %s", id, td)
 		}
 		return nil
 	}, dataplane.AdminALPN)

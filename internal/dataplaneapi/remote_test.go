@@ -548,3 +548,35 @@ func TestAdministratorsAreShedFirst(t *testing.T) {
 		}
 	})
 }
+
+// A sidecar's door serves administrators as the agent, whatever services it has.
+func TestAdministratorsOfASidecar(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := newGateway(t, admission.Limits{})
+		own := g.authority.Issue("/entente/agent/h1")
+		engine, err := dataplane.New(dataplane.Config{TrustDomain: banking, Datacenter: "dc1", Process: "h1", Bundles: g.bundles,
+			Administration: g.remote, AdminIdentity: dataplane.Identity{SVID: own}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithCancel(context.Background())
+		door := &pipes{conns: make(chan net.Conn), done: make(chan struct{})}
+		var all sync.WaitGroup
+		all.Go(func() { _ = engine.Run(ctx) })
+		all.Go(func() {
+			_ = engine.ServeInbound(ctx, door, func(string) (dataplane.Backend, bool) { return dataplane.Backend{}, false })
+		})
+		t.Cleanup(func() { cancel(); all.Wait() })
+		synctest.Wait() // for the gateway to listen at its own
+		g.ln = door
+		if _, err := statusOf(g.as("/people/eva")); err != nil {
+			t.Errorf("a viewer: %v", err)
+		}
+		if _, err := statusOf(g.as("/ledger")); status.Code(err) != codes.PermissionDenied {
+			t.Errorf("who has no role: %v", err)
+		}
+		if _, err := g.asCaller("h2"); err == nil {
+			t.Error("control: traffic for a service that is not here is taken")
+		}
+	})
+}

@@ -73,7 +73,7 @@ meshagent/workloadattest: ca/selector
 meshagent/services:      ca internal/daemon internal/safepath internal/yamlfile
 meshagent/workloadapi:   meshagent meshagent/workloadattest federation/bundle internal/daemon internal/jwtsvid
 meshagent/sds:           meshagent meshagent/workloadattest
-meshagent/admin:         api/entente/v1 ca ca/client meshagent meshagent/services meshagent/workloadattest internal/daemon internal/dataplane internal/dataplaneapi
+meshagent/admin:         api/entente/v1 ca ca/client ca/roles meshagent meshagent/services meshagent/workloadattest internal/daemon internal/dataplane internal/dataplaneapi
 meshagent/names:         internal/daemon
 meshagent/files:         ca/selector meshagent federation/bundle internal/daemon internal/safepath
 meshagent/sidecar:       internal/dataplane internal/daemon internal/safepath federation/catalog federation/origin internal/peer internal/refusal

@@ -22,7 +22,6 @@ import (
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
 	"github.com/entente-mesh/entente/ca/client"
 	"github.com/entente-mesh/entente/internal/daemon"
-	"github.com/entente-mesh/entente/internal/dataplane"
 	"github.com/entente-mesh/entente/internal/dataplaneapi"
 	"github.com/entente-mesh/entente/meshagent"
 	"github.com/entente-mesh/entente/meshagent/services"
@@ -123,7 +122,9 @@ type Server struct {
 	listener net.Listener
 	log      *slog.Logger
 	started  time.Time
-	sidecar  atomic.Pointer[func() dataplane.Seen] // nil: this host has none
+	api      *dataplaneapi.Server
+	remote   *dataplaneapi.Remote
+	sidecar  atomic.Pointer[Sidecar] // nil: this host has none
 }
 
 // Listen opens the socket with mode 0600.
@@ -140,8 +141,14 @@ func New(agent *meshagent.Agent, listener net.Listener, log *slog.Logger) *Serve
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	return &Server{agent: agent, listener: listener, log: log, started: time.Now()}
+	s := &Server{agent: agent, listener: listener, log: log, started: time.Now()}
+	s.api = dataplaneapi.New(s, log, nil)
+	s.remote = dataplaneapi.NewRemote(s.api, s)
+	return s
 }
+
+// Remote serves DataPlane to administrators with a role, who come to the sidecar's mTLS door.
+func (s *Server) Remote() *dataplaneapi.Remote { return s.remote }
 
 type connKey struct{}
 
@@ -157,7 +164,7 @@ func (s *Server) Run(ctx context.Context) error {
 	mux.HandleFunc("POST /v1/services/{name}/drain", s.drain)
 	mux.HandleFunc("POST /v1/services/{name}/restore", s.change((*meshagent.Agent).Restore))
 	connection := func(ctx context.Context) net.Conn { conn, _ := ctx.Value(connKey{}).(net.Conn); return conn }
-	mux.Handle("POST /"+ententev1.DataPlane_ServiceDesc.ServiceName+"/", dataplaneapi.New(s, s.log, nil).LocalHandler(connection))
+	mux.Handle("POST /"+ententev1.DataPlane_ServiceDesc.ServiceName+"/", s.api.LocalHandler(connection))
 	protocols := new(http.Protocols)
 	protocols.SetHTTP1(true)
 	protocols.SetUnencryptedHTTP2(true) // of DataPlane

@@ -15,10 +15,17 @@ import (
 	"testing"
 	"time"
 
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	"github.com/entente-mesh/entente/ca/catest"
 	"github.com/entente-mesh/entente/internal/dataplane"
 	"github.com/entente-mesh/entente/meshagent"
 )
+
+// seven is a sidecar with as many requests under way, whose domain has no roles.
+type seven struct{}
+
+func (seven) Seen() dataplane.Seen                 { return dataplane.Seen{Requests: 7} }
+func (seven) RoleBindings() []*statev1.RoleBinding { return nil }
 
 // start runs an agent with its admin socket.
 func start(t *testing.T, c *catest.CA) (*Client, *meshagent.Agent) {
@@ -45,7 +52,7 @@ func start(t *testing.T, c *catest.CA) (*Client, *meshagent.Agent) {
 		t.Errorf("socket: %v %v", info.Mode(), err)
 	}
 	server := New(agent, listener, nil)
-	server.Show(func() dataplane.Seen { return dataplane.Seen{Requests: 7} })
+	server.Show(seven{})
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
 	go func() {

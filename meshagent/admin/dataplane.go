@@ -8,16 +8,35 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/client"
+	"github.com/entente-mesh/entente/ca/roles"
 	"github.com/entente-mesh/entente/internal/dataplane"
 	"github.com/entente-mesh/entente/internal/dataplaneapi"
 	"github.com/entente-mesh/entente/meshagent"
 )
 
-// Show has DataPlane's status show what the host's sidecar sees.
-func (s *Server) Show(sidecar func() dataplane.Seen) { s.sidecar.Store(&sidecar) }
+// Sidecar is what DataPlane shows of a host's sidecar, and asks it.
+type Sidecar interface {
+	Seen() dataplane.Seen
+	RoleBindings() []*statev1.RoleBinding
+}
+
+// Show has DataPlane's status show what the host's sidecar sees, and roles decide that it knows.
+func (s *Server) Show(sidecar Sidecar) { s.sidecar.Store(&sidecar) }
+
+// Roles is part of dataplaneapi.Domain, as is Stands.
+func (s *Server) Roles(path string) roles.Roles {
+	if sidecar := s.sidecar.Load(); sidecar != nil {
+		return roles.Of(path, slices.Values((*sidecar).RoleBindings()))
+	}
+	return roles.Roles{}
+}
+
+// Stands is the path of the agent.
+func (s *Server) Stands() []string { return []string{ca.AgentPath(s.agent.Config().Name)} }
 
 // following is a dataplaneapi.Follower.
 type following struct{ *meshagent.Agent }
@@ -46,8 +65,8 @@ func (s *Server) Status(asked *ententev1.DataPlaneStatusRequest) *ententev1.Data
 		status.Svids = append(status.Svids, held)
 	}
 	status.Bundles = bundlesOf(state)
-	if seen := s.sidecar.Load(); seen != nil {
-		dataplaneapi.Engine(status, (*seen)(), asked)
+	if sidecar := s.sidecar.Load(); sidecar != nil {
+		dataplaneapi.Engine(status, (*sidecar).Seen(), asked)
 	}
 	status.Listeners = append(status.Listeners, &ententev1.Listener{Name: "admin.socket", Address: cfg.Admin.Socket},
 		&ententev1.Listener{Name: "workloadAPI.socket", Address: cfg.WorkloadAPI.Socket})

@@ -44,6 +44,9 @@ type Config struct {
 
 	Names *Names // nil: services are called through outbound ports only
 
+	Administration dataplane.Administration // at the mTLS door; nil: none
+	Own            x509svid.Source          // the agent's SVID, which administrators are shown
+
 	Log       *slog.Logger
 	AccessLog *slog.Logger          // nil: none
 	Metrics   prometheus.Registerer // nil: none
@@ -87,6 +90,8 @@ type Sidecar struct {
 	backends atomic.Pointer[map[string]dataplane.Backend] // by service name
 
 	entries atomic.Pointer[map[string]entry] // callers and services, by entry id
+
+	bindings atomic.Pointer[[]*statev1.RoleBinding] // nil: the domain is not known yet
 
 	mu       sync.Mutex
 	revision uint64
@@ -163,6 +168,9 @@ func New(cfg Config, agent Agent) (*Sidecar, error) {
 		Kind:        "agent",
 		Metrics:     cfg.Metrics,
 		Timing:      cfg.Timing,
+
+		Administration: cfg.Administration,
+		AdminIdentity:  dataplane.Identity{SVID: cfg.Own},
 	})
 	if err != nil {
 		return nil, fmt.Errorf("sidecar: %w", err)
@@ -175,6 +183,14 @@ func New(cfg Config, agent Agent) (*Sidecar, error) {
 
 // Seen is what the data plane does and knows, for people.
 func (s *Sidecar) Seen() dataplane.Seen { return s.engine.Seen(catalog.Sidecar) }
+
+// RoleBindings are the domain's, as they are in force here.
+func (s *Sidecar) RoleBindings() []*statev1.RoleBinding {
+	if bindings := s.bindings.Load(); bindings != nil {
+		return *bindings
+	}
+	return nil
+}
 
 // Ready says why the sidecar does not serve: it does not know its domain yet, or another
 // process holds the address of one of its listeners. Nil if it serves.
@@ -264,6 +280,8 @@ func (s *Sidecar) Update(w World) error {
 	if s.cfg.Names != nil {
 		s.doors = nameDoors(s.cfg.Names, s.tables, local)
 	}
+	bindings := s.tables.RoleBindings()
+	s.bindings.Store(&bindings) // SetView looks at administrators' connections, too
 	s.engine.SetView(dataplane.View{Tables: s.tables, Endpoints: w.Endpoints})
 	s.engine.Reattest()
 	select {
