@@ -417,7 +417,7 @@ func TestNewRefuses(t *testing.T) {
 	}
 	os.Chmod(filepath.Join(dir, keyFile), 0o600)
 	os.WriteFile(filepath.Join(dir, keyFile), []byte("nonsense"), 0o600)
-	if _, err := New(configure(t, "dataDir: "+dir), nil); err == nil || !strings.Contains(err.Error(), "PRIVATE KEY") {
+	if _, err := New(configure(t, "dataDir: "+dir), nil); err == nil || !strings.Contains(err.Error(), "no PEM private key") {
 		t.Errorf("a damaged key: %v", err)
 	}
 	os.WriteFile(filepath.Join(dir, knownFile), []byte("{"), 0o600)

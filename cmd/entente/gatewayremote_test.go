@@ -93,6 +93,12 @@ func TestGatewayFromElsewhere(t *testing.T) {
 			t.Errorf("%s %v: exit code %d: %s", test.path, test.verb, code, out)
 		}
 	}
+	if out, code := entente(t, "sidecar", "status", "--server", listener.Addr().String(), "--identity", identity("/people/eva")); code != exitOK || !strings.Contains(out, "gw-1") {
+		t.Errorf("sidecar status: exit code %d: %s", code, out)
+	}
+	if out, code := entente(t, "sidecar", "status", "--server", "127.0.0.1:1", "--identity", identity("/people/eva")); code != exitUnreachable || !strings.Contains(out, "is --server its sidecar.inbound") {
+		t.Errorf("no agent: exit code %d: %s", code, out)
+	}
 	if out, code := entente(t, "gateway", "status", "--server", "127.0.0.1:1", "--identity", identity("/people/eva")); code != exitUnreachable || !strings.Contains(out, "is --server its eastWest.listen") {
 		t.Errorf("no gateway: exit code %d: %s", code, out)
 	}
