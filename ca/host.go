@@ -70,7 +70,7 @@ func CheckAgent(a *statev1.Agent) error {
 	if err := CheckHostAddresses(a.GetAddresses()); err != nil {
 		return err
 	}
-	if err := selector.CheckNode(a.GetSelectors(), selector.X509PoP); err != nil {
+	if err := selector.CheckAttested(a.GetSelectors()); err != nil {
 		return err
 	}
 	if a.GetGeneration() != 0 || a.GetBanned() {

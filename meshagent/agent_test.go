@@ -190,9 +190,9 @@ func TestImpostorCA(t *testing.T) {
 	as := a.own.attestAs()
 	as.Addresses = other.Addresses()
 	csr := []byte("never sent")
-	if _, err := client.Attest(t.Context(), as, func([]byte) (client.Proof, error) {
+	if _, err := client.Attest(t.Context(), as, func([]byte) (*ententev1.AttestRequest, error) {
 		t.Error("a proof was made for an impostor")
-		return client.Proof{}, nil
+		return &ententev1.AttestRequest{}, nil
 	}, csr); !errors.Is(err, client.ErrUnreachable) {
 		t.Errorf("an impostor: %v", err)
 	}

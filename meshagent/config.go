@@ -21,6 +21,7 @@ import (
 	"github.com/entente-mesh/entente/internal/jwtsvid"
 	"github.com/entente-mesh/entente/internal/secret"
 	"github.com/entente-mesh/entente/internal/yamlfile"
+	"github.com/entente-mesh/entente/meshagent/nodeattest"
 	"github.com/entente-mesh/entente/meshagent/services"
 	"github.com/entente-mesh/entente/meshagent/workloadattest"
 )
@@ -45,9 +46,9 @@ type Config struct {
 	// agent tells the CA that the workload uses them, 1ms to 10m. Default 10s.
 	Settle time.Duration `yaml:"settle,min=1ms,max=10m"`
 
-	CA          CAConfig          `yaml:"ca"`
-	Attest      AttestConfig      `yaml:"attest"`
-	WorkloadAPI WorkloadAPIConfig `yaml:"workloadAPI"`
+	CA          CAConfig            `yaml:"ca"`
+	Attest      nodeattest.Sections `yaml:"attest"`
+	WorkloadAPI WorkloadAPIConfig   `yaml:"workloadAPI"`
 	// WorkloadAttestation says what counts of a process that asks for an identity.
 	WorkloadAttestation WorkloadAttestationConfig `yaml:"workloadAttestation"`
 	SDS                 SDSConfig                 `yaml:"sds"`
@@ -86,21 +87,6 @@ type CAConfig struct {
 	// RecoveryKey is the public half of the cluster's recovery key. A join token says it as
 	// well; without either, that of the first cluster record is kept.
 	RecoveryKey string `yaml:"recoveryKey"`
-}
-
-// AttestConfig says how the host is admitted, if not by a join token.
-type AttestConfig struct {
-	X509PoP X509PoPConfig `yaml:"x509pop"`
-}
-
-// X509PoPConfig is a certificate that the host has of another PKI, and that the CA nodes
-// admit it by (their x509pop).
-type X509PoPConfig struct {
-	yamlfile.Pos
-	// Certificate is a PEM file: the host's, then those that lead to its authority. Key is
-	// its private key.
-	Certificate string `yaml:"certificate"`
-	Key         string `yaml:"key"`
 }
 
 // WorkloadAPIConfig is about the SPIFFE Workload API.
@@ -416,14 +402,14 @@ func (c *Config) check() (errs yamlfile.Errors) {
 	if !c.CA.Token.IsZero() && c.CA.TokenFile != "" {
 		refuse(c.CA.At("tokenFile"), "token and tokenFile are both given: give one of them")
 	}
-	switch pop := c.Attest.X509PoP; {
-	case (pop.Certificate == "") != (pop.Key == ""):
-		refuse(pop.At("certificate"), "certificate and key belong together")
-	case pop.Certificate == "":
+	switch at, what, err := c.Attest.Check(); {
+	case err != nil:
+		refuse(at, "%v", err)
+	case what == "":
 	case !c.CA.Token.IsZero() || c.CA.TokenFile != "":
-		refuse(pop.At("certificate"), "the host is admitted by a certificate or by a join token, not by both: leave one out")
+		refuse(at, "the host is admitted by %s or by a join token, not by both: leave one out", what)
 	case c.CA.BundleFile == "" || len(c.CA.Addresses) == 0:
-		refuse(pop.At("certificate"), "ca.addresses and ca.bundleFile are needed: without a join token nothing else says which CA to believe")
+		refuse(at, "ca.addresses and ca.bundleFile are needed: without a join token nothing else says which CA to believe")
 	}
 
 	if app, err := netip.ParseAddr(c.Sidecar.AppAddress); err != nil || !app.IsLoopback() {

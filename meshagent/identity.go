@@ -54,8 +54,8 @@ func openCredentials(cfg *Config, log *slog.Logger) (*credentials, error) {
 		}
 		log.Warn("the join token cannot be read; the agent attests by its key", "error", err)
 	}
-	if !c.admitted() && c.token == nil && cfg.Attest.X509PoP.Certificate == "" {
-		return nil, errors.New("this host has not attested yet and has no join token: make one with `entente token create` at the CA, and set ca.token or ca.tokenFile; or set attest.x509pop")
+	if !c.admitted() && c.token == nil && !cfg.Attest.Given() {
+		return nil, errors.New("this host has not attested yet and has no join token: make one with `entente token create` at the CA, and set ca.token or ca.tokenFile; or set " + nodeattest.Names())
 	}
 	if td := cfg.Domain(); c.token != nil && c.token.TrustDomain != td {
 		return nil, fmt.Errorf("the join token is for trust domain %s, the agent's is %s", c.token.TrustDomain.Name(), td.Name())
@@ -163,7 +163,7 @@ func (c *credentials) recoveryKey() []byte {
 }
 
 // attest asks to be admitted: by the key if it was admitted before, else, or when
-// the CA does not know the key, by the join token or the host's certificate.
+// the CA does not know the key, by the join token or what the host has already.
 func (c *credentials) attest(ctx context.Context, as client.Config, csr []byte) (*client.Attestation, error) {
 	var byKey error
 	if c.admitted() {
@@ -171,7 +171,7 @@ func (c *credentials) attest(ctx context.Context, as client.Config, csr []byte) 
 		if err == nil {
 			return answer, nil
 		}
-		if c.token == nil && c.cfg.Attest.X509PoP.Certificate == "" || !errors.Is(err, client.ErrDenied) {
+		if c.token == nil && !c.cfg.Attest.Given() || !errors.Is(err, client.ErrDenied) {
 			return nil, err
 		}
 		byKey = err
@@ -188,16 +188,11 @@ func (c *credentials) attest(ctx context.Context, as client.Config, csr []byte) 
 }
 
 // proof is what a host that is not known shows.
-func (c *credentials) proof() (func(exporter []byte) (client.Proof, error), error) {
-	pop := c.cfg.Attest.X509PoP
-	if c.token != nil || pop.Certificate == "" {
+func (c *credentials) proof() (nodeattest.Prove, error) {
+	if c.token != nil {
 		return nodeattest.ByToken(c.token, c.key), nil
 	}
-	host, err := nodeattest.LoadHostCertificate(pop.Certificate, pop.Key)
-	if err != nil {
-		return nil, err
-	}
-	return nodeattest.ByCertificate(host, c.cfg.TrustDomain, c.key), nil
+	return c.cfg.Attest.Open(c.cfg.TrustDomain, c.key)
 }
 
 // errOtherAgent: the join token, or the template over certificates, is for another name.

@@ -16,6 +16,7 @@ import (
 
 	"github.com/entente-mesh/entente/ca/catest"
 	"github.com/entente-mesh/entente/ca/node"
+	"github.com/entente-mesh/entente/ca/nodeattest"
 )
 
 // A host without a token: its own certificate admits it, the domain's bundle tells it
@@ -61,7 +62,7 @@ func TestAttestationByCertificate(t *testing.T) {
 	write("host.key", "PRIVATE KEY", der)
 
 	c := catest.Prepare(t, catest.Options{})
-	c.Config().X509PoP = node.X509PoP{CABundle: file("root.pem"), Zone: "example", Datacenter: "dc1"}
+	c.Config().X509PoP = nodeattest.X509PoPSection{CABundle: file("root.pem"), Zone: "example", Datacenter: "dc1"}
 	if err := node.Init(c.Config(), c.KeepRecoveryKey); err != nil {
 		t.Fatal(err)
 	}

@@ -12,6 +12,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 
+	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/catest"
 	"github.com/entente-mesh/entente/ca/client"
@@ -50,9 +51,9 @@ func TestAgentsWay(t *testing.T) {
 		t.Fatal(err)
 	}
 	cfg := client.Config{TrustDomain: c.TrustDomain(), Addresses: token.Addresses, Pins: token.Pinned, Datacenter: "dc1", BootID: "boot-1"}
-	answer, err := client.Attest(t.Context(), cfg, func(exporter []byte) (client.Proof, error) {
+	answer, err := client.Attest(t.Context(), cfg, func(exporter []byte) (*ententev1.AttestRequest, error) {
 		statement, signature, err := token.Sign(ca.KeyID(spki), exporter)
-		return client.Proof{TokenID: token.ID, Statement: statement, Signature: signature}, err
+		return &ententev1.AttestRequest{TokenId: token.ID, Statement: statement, Signature: signature}, err
 	}, csr)
 	if err != nil {
 		t.Fatal(err)

@@ -24,16 +24,6 @@ const (
 	exporterSize  = 32
 )
 
-// Proof is what a host shows to be admitted. Statement is an encoded
-// statev1.JoinStatement, or with certificates a statev1.PossessionStatement, that names
-// the exporter of the connection. The zero value: by the key that was admitted before.
-type Proof struct {
-	TokenID      string
-	Certificates [][]byte // of the host's own PKI, DER, leaf first
-	Statement    []byte
-	Signature    []byte
-}
-
 // Attestation is the CA's answer: who the host is now, and whom to believe.
 type Attestation struct {
 	Certificates [][]byte // DER, leaf first
@@ -44,10 +34,11 @@ type Attestation struct {
 }
 
 // Attest asks CA nodes one after the other to admit the key of csr (PKCS#10,
-// DER). prove is called once per connection with its 32-byte TLS exporter, so
-// that a proof is worth nothing on another connection. The error is ErrDenied
-// when a node refused and none admitted, else ErrUnreachable.
-func Attest(ctx context.Context, cfg Config, prove func(exporter []byte) (Proof, error), csr []byte) (*Attestation, error) {
+// DER). prove makes what the host shows, a request without csr. It is called once per
+// connection with its 32-byte TLS exporter, so that a proof is worth nothing on another
+// connection. An empty request asks by the key, which was admitted before. The error is
+// ErrDenied when a node refused and none admitted, else ErrUnreachable.
+func Attest(ctx context.Context, cfg Config, prove func(exporter []byte) (*ententev1.AttestRequest, error), csr []byte) (*Attestation, error) {
 	c, err := New(cfg)
 	if err != nil {
 		return nil, err
@@ -58,17 +49,12 @@ func Attest(ctx context.Context, cfg Config, prove func(exporter []byte) (Proof,
 		if err != nil {
 			return fmt.Errorf("cannot bind the proof to the connection: %w", err)
 		}
-		proof, err := prove(exporter)
+		request, err := prove(exporter)
 		if err != nil {
 			return err
 		}
-		answer, err = ententev1.NewAttestClient(conn.rpc).Attest(ctx, &ententev1.AttestRequest{
-			TokenId:      proof.TokenID,
-			Certificates: proof.Certificates,
-			Statement:    proof.Statement,
-			Signature:    proof.Signature,
-			Csr:          csr,
-		})
+		request.Csr = csr
+		answer, err = ententev1.NewAttestClient(conn.rpc).Attest(ctx, request)
 		return err
 	})
 	if err != nil {

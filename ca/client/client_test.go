@@ -813,13 +813,15 @@ func TestAttest(t *testing.T) {
 			}
 			return nil
 		}
-		prove := func(exporter []byte) (Proof, error) { return Proof{TokenID: "id", Statement: exporter}, nil }
+		prove := func(exporter []byte) (*ententev1.AttestRequest, error) {
+			return &ententev1.AttestRequest{TokenId: "id", Statement: exporter}, nil
+		}
 		var replayed []byte
-		replay := func(exporter []byte) (Proof, error) {
+		replay := func(exporter []byte) (*ententev1.AttestRequest, error) {
 			if replayed == nil {
 				replayed = exporter
 			}
-			return Proof{TokenID: "id", Statement: replayed}, nil
+			return &ententev1.AttestRequest{TokenId: "id", Statement: replayed}, nil
 		}
 		a, b := d.add("a"), d.add("b")
 		a.attested, b.attested = bound, bound
@@ -844,7 +846,7 @@ func TestAttest(t *testing.T) {
 		if _, err := Attest(context.Background(), cfg, prove, []byte("csr")); !errors.Is(err, ErrUnreachable) || errors.Is(err, ErrDenied) {
 			t.Errorf("with none: %v", err)
 		}
-		if _, err := Attest(context.Background(), cfg, func([]byte) (Proof, error) { return Proof{}, io.ErrUnexpectedEOF }, nil); !errors.Is(err, io.ErrUnexpectedEOF) {
+		if _, err := Attest(context.Background(), cfg, func([]byte) (*ententev1.AttestRequest, error) { return &ententev1.AttestRequest{}, io.ErrUnexpectedEOF }, nil); !errors.Is(err, io.ErrUnexpectedEOF) {
 			t.Errorf("no proof: %v", err)
 		}
 	})

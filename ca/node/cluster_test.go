@@ -73,9 +73,9 @@ func attestWith(t *testing.T, c *catest.CA, token *ca.Token) (*host, error) {
 		t.Fatal(err)
 	}
 	cfg := client.Config{TrustDomain: c.TrustDomain(), Addresses: token.Addresses, Pins: token.Pinned, Datacenter: "dc1", BootID: token.ID}
-	answer, err := client.Attest(t.Context(), cfg, func(exporter []byte) (client.Proof, error) {
+	answer, err := client.Attest(t.Context(), cfg, func(exporter []byte) (*ententev1.AttestRequest, error) {
 		statement, signature, err := token.Sign(ca.KeyID(spki), exporter)
-		return client.Proof{TokenID: token.ID, Statement: statement, Signature: signature}, err
+		return &ententev1.AttestRequest{TokenId: token.ID, Statement: statement, Signature: signature}, err
 	}, csr)
 	if err != nil {
 		return nil, err
@@ -263,7 +263,7 @@ func TestWithoutQuorum(t *testing.T) {
 		cfg := h.cfg
 		cfg.SVID, cfg.Addresses = nil, []string{last.Config().Advertise.API}
 		cfg.Pins = func(keyID string) bool { return keyID == last.Node().ID() }
-		_, err = client.Attest(t.Context(), cfg, func([]byte) (client.Proof, error) { return client.Proof{}, nil }, h.csr)
+		_, err = client.Attest(t.Context(), cfg, func([]byte) (*ententev1.AttestRequest, error) { return &ententev1.AttestRequest{}, nil }, h.csr)
 		if err != nil {
 			t.Errorf("re-attestation by the known key without quorum: %v", err)
 		}

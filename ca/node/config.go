@@ -2,11 +2,9 @@ package node
 
 import (
 	"crypto"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"net"
 	"path/filepath"
 	"slices"
@@ -20,7 +18,6 @@ import (
 	"github.com/entente-mesh/entente/ca/keystore"
 	"github.com/entente-mesh/entente/ca/nodeattest"
 	"github.com/entente-mesh/entente/ca/server"
-	"github.com/entente-mesh/entente/internal/daemon"
 	"github.com/entente-mesh/entente/internal/yamlfile"
 )
 
@@ -51,10 +48,9 @@ type Config struct {
 	MinVoters int `yaml:"minVoters"`
 	// ReissueRate is how many SVIDs this node asks its agents and gateways to have signed
 	// in the whole domain, a second, when an authority is tainted. Default 4000/s.
-	ReissueRate yamlfile.Rate `yaml:"reissueRate"`
-	// X509PoP admits hosts by certificates that they have already.
-	X509PoP X509PoP `yaml:"x509pop"`
-	Limits  Limits  `yaml:"limits"`
+	ReissueRate         yamlfile.Rate `yaml:"reissueRate"`
+	nodeattest.Sections               // hosts that are admitted without a join token
+	Limits              Limits        `yaml:"limits"`
 
 	Timing Timing `yaml:"timing"`
 	Audit  Audit  `yaml:"audit"`
@@ -207,41 +203,6 @@ type Limits struct {
 	Waiting int `yaml:"waiting,min=0,max=1048576"`
 }
 
-// X509PoP admits hosts by certificates that another PKI gave them. It must be the same at
-// every CA node: each decides by its own file.
-type X509PoP struct {
-	yamlfile.Pos
-
-	// CABundle is a PEM file with the authorities of the hosts' certificates. It is read
-	// again when it changes. Empty: no host is admitted by a certificate.
-	CABundle string `yaml:"caBundle"`
-	// Zone is the DNS zone of the hosts' names, as in dc1.example: the first DNS name of a
-	// certificate, else its common name, must be in it.
-	Zone string `yaml:"zone"`
-	// Name of the agent, one DNS label: a template over the certificate. Default
-	// {{label .Host}}: that name without the zone, with -- for each dot.
-	Name string `yaml:"name"`
-	// Datacenter of the agent: a name, or a template as in {{label .Locality}}.
-	Datacenter string `yaml:"datacenter"`
-	// PathPrefixes are the SPIFFE paths at or below which these hosts may hold entries.
-	// Default: all.
-	PathPrefixes []string `yaml:"pathPrefixes"`
-}
-
-// open is nil where no host is admitted by a certificate.
-func (x *X509PoP) open(files *daemon.Files) (*nodeattest.X509PoP, error) {
-	if x.CABundle == "" {
-		return nil, nil
-	}
-	anchors, err := daemon.Follow(files, "x509pop.caBundle", func(contents [][]byte) (*x509.CertPool, error) {
-		return nodeattest.ParseAnchors(contents[0])
-	}, x.CABundle)
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", x.CABundle, err)
-	}
-	return nodeattest.NewX509PoP(nodeattest.X509PoPConfig{Anchors: anchors.Get, Zone: x.Zone, Name: x.Name, Datacenter: x.Datacenter, PathPrefixes: x.PathPrefixes})
-}
-
 // Audit is where each administrative act and each SVID is recorded, a line of JSON each.
 type Audit struct {
 	yamlfile.Pos
@@ -346,12 +307,7 @@ func (c *Config) Complete() error {
 	if h := c.Timing.Heartbeat; h != 0 && (h < 50*time.Millisecond || h > time.Minute) {
 		check(c.Timing.At("heartbeat"), "timing.heartbeat", fmt.Errorf("%v is not between 50ms and 1m", h))
 	}
-	if c.X509PoP.CABundle != "" {
-		_, err := c.X509PoP.open(daemon.NewFiles(daemon.NewMetrics("ca"), slog.New(slog.DiscardHandler)))
-		check(c.At("x509pop"), "x509pop", err)
-	} else if c.X509PoP.Zone != "" || c.X509PoP.Name != "" || c.X509PoP.Datacenter != "" || len(c.X509PoP.PathPrefixes) > 0 {
-		check(c.At("x509pop"), "x509pop", errors.New("caBundle is missing: without it no certificate admits a host"))
-	}
+	c.Sections.Check(func(section string, err error) { check(c.At(section), section, err) })
 	if c.Audit.MaxSize.Bytes < 1<<20 {
 		check(c.Audit.At("maxSize"), "audit.maxSize", errors.New("is less than 1MiB: administrative acts would have no room"))
 	}

@@ -144,7 +144,7 @@ func TestIsolate(t *testing.T) {
 		}
 		cfg := h1.cfg
 		cfg.SVID, cfg.Addresses = nil, []string{last.Config().Advertise.API}
-		if _, err := client.Attest(t.Context(), cfg, func([]byte) (client.Proof, error) { return client.Proof{}, nil }, h1.csr); err == nil {
+		if _, err := client.Attest(t.Context(), cfg, func([]byte) (*ententev1.AttestRequest, error) { return &ententev1.AttestRequest{}, nil }, h1.csr); err == nil {
 			t.Error("the isolated host attests by its key")
 		}
 		if _, err := sign(t.Context(), h2.at(t, last), h2.csr); err != nil {

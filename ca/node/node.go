@@ -98,11 +98,11 @@ func New(cfg *Config, log *slog.Logger, listeners Listeners) (_ *Node, err error
 	if err := n.authorities.load(); err != nil {
 		return nil, err
 	}
-	x509pop, err := cfg.X509PoP.open(n.files)
+	attestors, err := cfg.Sections.Open(n.files)
 	if err != nil {
 		return nil, err
 	}
-	n.openDoors(x509pop)
+	n.openDoors(attestors)
 	if err := n.listen(); err != nil {
 		return nil, err
 	}
@@ -161,7 +161,7 @@ func (o ownActs) Isolate(name, reason, who string) (server.Isolation, error) {
 }
 
 // openDoors makes the doors, closed.
-func (n *Node) openDoors(x509pop *nodeattest.X509PoP) {
+func (n *Node) openDoors(attestors nodeattest.Attestors) {
 	cfg := n.cfg
 	n.server = server.New(server.Config{
 		NodeID:      n.own.id,
@@ -176,7 +176,7 @@ func (n *Node) openDoors(x509pop *nodeattest.X509PoP) {
 		Audit:       n.audit,
 		Statements:  n.statements,
 		Between:     n.listeners.Between,
-		X509PoP:     x509pop,
+		Attestors:   attestors,
 		Limits: server.Limits{
 			X509PerAgent: cfg.Limits.X509PerAgent.PerSecond, TokensPerAgent: cfg.Limits.TokensPerAgent.PerSecond, TokensPerEntry: cfg.Limits.TokensPerEntry.PerSecond,
 			PerNode: cfg.Limits.PerNode.PerSecond, Attests: cfg.Limits.Attests, AttestsPerSource: cfg.Limits.AttestsPerSource.PerSecond,

@@ -130,7 +130,7 @@ func TestTableWithoutQuorum(t *testing.T) {
 		act("an agent that attests again by its key", func(ctx context.Context) error {
 			cfg := atLast(h1.cfg)
 			cfg.SVID = nil
-			_, err := client.Attest(ctx, cfg, func([]byte) (client.Proof, error) { return client.Proof{}, nil }, h1.csr)
+			_, err := client.Attest(ctx, cfg, func([]byte) (*ententev1.AttestRequest, error) { return &ententev1.AttestRequest{}, nil }, h1.csr)
 			return err
 		}),
 		act("rotation: the one step that is prepared", func(ctx context.Context) error {

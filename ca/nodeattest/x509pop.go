@@ -1,8 +1,3 @@
-// Package nodeattest is the verifying half of node attestation by what a host has
-// already: a certificate of its own PKI. (A join token is verified by the agreed state
-// itself.) It decides what a certificate says of a host; whether the host holds the
-// certificate's key is for the statement that the door verifies, and whether it may be
-// admitted beside the agents there are, for the agreed state.
 package nodeattest
 
 import (
@@ -18,9 +13,12 @@ import (
 	"time"
 
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/selector"
+	"github.com/entente-mesh/entente/internal/daemon"
 	"github.com/entente-mesh/entente/internal/pemfile"
+	"github.com/entente-mesh/entente/internal/yamlfile"
 )
 
 // Bounds of what a host sends and of what the operator gives.
@@ -49,6 +47,70 @@ type X509PoPConfig struct {
 	Datacenter string
 	// PathPrefixes are the scope of the agents; none: everything.
 	PathPrefixes []string
+}
+
+// X509PoPSection is x509pop in a CA node's file: hosts are admitted by certificates that
+// another PKI gave them. It must be the same at every CA node: each decides by its own file.
+type X509PoPSection struct {
+	yamlfile.Pos
+
+	// CABundle is a PEM file with the authorities of the hosts' certificates. It is read
+	// again when it changes. Empty: no host is admitted by a certificate.
+	CABundle string `yaml:"caBundle"`
+	// Zone is the DNS zone of the hosts' names, as in dc1.example: the first DNS name of a
+	// certificate, else its common name, must be in it.
+	Zone string `yaml:"zone"`
+	// Name of the agent, one DNS label: a template over the certificate. Default
+	// {{label .Host}}: that name without the zone, with -- for each dot.
+	Name string `yaml:"name"`
+	// Datacenter of the agent: a name, or a template as in {{label .Locality}}.
+	Datacenter string `yaml:"datacenter"`
+	// PathPrefixes are the SPIFFE paths at or below which these hosts may hold entries.
+	// Default: all.
+	PathPrefixes []string `yaml:"pathPrefixes"`
+}
+
+// openX509PoP returns nil where no host is admitted by a certificate.
+func openX509PoP(s *Sections, files *daemon.Files) (verify, error) {
+	c := &s.X509PoP
+	if c.CABundle == "" {
+		if c.Zone != "" || c.Name != "" || c.Datacenter != "" || len(c.PathPrefixes) > 0 {
+			return nil, errors.New("caBundle is missing: without it no certificate admits a host")
+		}
+		return nil, nil
+	}
+	anchors, err := daemon.Follow(files, "x509pop.caBundle", func(contents [][]byte) (*x509.CertPool, error) {
+		return ParseAnchors(contents[0])
+	}, c.CABundle)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", c.CABundle, err)
+	}
+	x, err := NewX509PoP(X509PoPConfig{Anchors: anchors.Get, Zone: c.Zone, Name: c.Name, Datacenter: c.Datacenter, PathPrefixes: c.PathPrefixes})
+	if err != nil {
+		return nil, err
+	}
+	return x.admit, nil
+}
+
+// certificateOf names the certificate in a request.
+func certificateOf(req *ententev1.AttestRequest) string {
+	if len(req.GetCertificates()) == 0 {
+		return ""
+	}
+	return "certificate/" + Fingerprint(req.GetCertificates()[0])
+}
+
+// admit verifies the certificate, and that the host holds its key.
+func (x *X509PoP) admit(req *ententev1.AttestRequest, bound Bound, now time.Time) (*statev1.Agent, error) {
+	leaf, host, err := x.Verify(req.GetCertificates(), now)
+	if err != nil {
+		return nil, err
+	}
+	statement, err := ca.VerifyPossession(leaf.PublicKey, req.GetStatement(), req.GetSignature())
+	if err != nil {
+		return nil, err
+	}
+	return host, ca.CheckPossession(statement, bound.TrustDomain, bound.KeyID, host.GetCertificate(), bound.Exporter)
 }
 
 // Certificate is what templates can speak of.

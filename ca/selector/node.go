@@ -19,11 +19,13 @@ const (
 type NodeKind struct {
 	Name string
 	Word string // by whose word a host has one
+	// Attested: by evidence that a CA node verified, not by an operator's word.
+	Attested bool
 }
 
 var nodeKinds = []NodeKind{
-	{Token, "the operator who made the host's join token (`token create --selector`)"},
-	{X509PoP, "who signed the host's own certificate"},
+	{Token, "the operator who made the host's join token (`token create --selector`)", false},
+	{X509PoP, "who signed the host's own certificate", true},
 }
 
 const (
@@ -35,6 +37,17 @@ const (
 
 // NodeKinds are all kinds of node selectors there are.
 func NodeKinds() []NodeKind { return slices.Clone(nodeKinds) }
+
+// CheckAttested refuses node selectors that no attestor gives.
+func CheckAttested(list []string) error {
+	var kinds []string
+	for _, kind := range nodeKinds {
+		if kind.Attested {
+			kinds = append(kinds, kind.Name)
+		}
+	}
+	return CheckNode(list, kinds...)
+}
 
 // CheckNode refuses what no host can have by the word of one of the kinds; none given: of
 // any.

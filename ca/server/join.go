@@ -16,6 +16,7 @@ import (
 	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/domain"
+	"github.com/entente-mesh/entente/ca/nodeattest"
 	"github.com/entente-mesh/entente/internal/admission"
 )
 
@@ -183,7 +184,7 @@ func (d attestDoor) Attest(ctx context.Context, req *ententev1.AttestRequest) (*
 	resp := &ententev1.AttestResponse{Certificates: svid, Agent: host}
 	resp.Bundle, _ = s.Bundles.JWKS()
 	s.State.Read(func(st *domain.State) { resp.Members, resp.Cluster = st.Members(), st.Cluster() })
-	s.Log.Info("an agent was attested", "agent", host.GetName(), "by_token", req.GetTokenId() != "", "by_certificate", len(req.GetCertificates()) > 0)
+	s.Log.Info("an agent was attested", "agent", host.GetName(), "by_token", req.GetTokenId() != "", "by_certificate", nodeattest.Evidence(req) != "")
 	return resp, nil
 }
 
@@ -194,8 +195,8 @@ func (s *Server) admit(ctx context.Context, c caller, req *ententev1.AttestReque
 	if err := s.banned(known); err != nil {
 		return nil, err
 	}
-	if len(req.GetCertificates()) > 0 {
-		return s.admitByCertificate(ctx, c, req, keyID)
+	if shown := nodeattest.Evidence(req); shown != "" {
+		return s.admitByEvidence(ctx, c, req, shown, keyID)
 	}
 	if req.GetTokenId() == "" {
 		// The signature of the request proves the key: nothing to write, no quorum needed.
@@ -233,28 +234,17 @@ func (s *Server) admit(ctx context.Context, c caller, req *ententev1.AttestReque
 	return known, nil
 }
 
-// admitByCertificate returns the agent that the key becomes by a certificate of the host's
-// own. A key that this certificate admitted before gets the same answer, also without
-// quorum.
-func (s *Server) admitByCertificate(ctx context.Context, c caller, req *ententev1.AttestRequest, keyID string) (*statev1.Agent, error) {
-	if s.X509PoP == nil {
-		return nil, status.Error(codes.PermissionDenied, "this CA node admits no host by its certificate: set x509pop at every CA node, or use a join token")
-	}
+// admitByEvidence returns the agent that the key becomes by what the host has already. A key
+// that this evidence admitted before gets the same answer, also without quorum.
+func (s *Server) admitByEvidence(ctx context.Context, c caller, req *ententev1.AttestRequest, shown, keyID string) (*statev1.Agent, error) {
 	if req.GetTokenId() != "" {
-		return nil, status.Error(codes.InvalidArgument, "a host attests by a token or by a certificate, not by both")
-	}
-	leaf, host, err := s.X509PoP.Verify(req.GetCertificates(), time.Now())
-	if err != nil {
-		return nil, status.Error(codes.PermissionDenied, err.Error())
+		return nil, status.Error(codes.InvalidArgument, "a host attests by a token or by what it has already, as a certificate, not by both")
 	}
 	exporter, err := c.state.ExportKeyingMaterial(ca.ExporterLabel, nil, ca.ExporterSize)
 	if err != nil {
 		return nil, status.Error(codes.Internal, "this connection has no exporter")
 	}
-	statement, err := ca.VerifyPossession(leaf.PublicKey, req.GetStatement(), req.GetSignature())
-	if err == nil {
-		err = ca.CheckPossession(statement, s.TrustDomain.Name(), keyID, host.GetCertificate(), exporter)
-	}
+	host, err := s.Attestors.Admit(req, nodeattest.Bound{TrustDomain: s.TrustDomain.Name(), KeyID: keyID, Exporter: exporter}, time.Now())
 	if err != nil {
 		return nil, status.Error(codes.PermissionDenied, err.Error())
 	}
@@ -264,7 +254,7 @@ func (s *Server) admitByCertificate(ctx context.Context, c caller, req *ententev
 	if known.GetName() == host.GetName() && known.GetCertificate() == host.GetCertificate() {
 		return known, nil
 	}
-	err = s.enter(ctx, "certificate/"+host.GetCertificate(), &statev1.Command{
+	err = s.enter(ctx, shown, &statev1.Command{
 		Actor: "certificate " + host.GetCertificate(), ActorKind: statev1.ActorKind_ACTOR_KIND_APPLICANT,
 		Body: &statev1.Command_AdmitAgent{AdmitAgent: &statev1.AdmitAgent{Agent: host}},
 	})

@@ -162,8 +162,8 @@ func aboutAttest(on *naming, r *ententev1.AttestRequest, done *ententev1.AttestR
 	if r.GetTokenId() != "" {
 		on.add("token/", r.GetTokenId())
 	}
-	if len(r.GetCertificates()) > 0 {
-		on.add("certificate/", nodeattest.Fingerprint(r.GetCertificates()[0]))
+	if shown := nodeattest.Evidence(r); shown != "" {
+		on.add("", shown)
 	}
 	if done != nil {
 		on.add("agent/", done.GetAgent().GetName())

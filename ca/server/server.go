@@ -174,7 +174,7 @@ type Own interface {
 	Isolated() []Isolation // not agreed yet
 }
 
-// Config is what the doors need. All but X509PoP, Between, Audit, Log and Registerer are
+// Config is what the doors need. All but Attestors, Between, Audit, Log and Registerer are
 // required.
 type Config struct {
 	NodeID      string
@@ -186,8 +186,8 @@ type Config struct {
 	Feed       *feed.Feed
 	Signer     *signer.Signer
 	Bundles    *Bundles
-	Statements Statements          // what subscribers compare
-	X509PoP    *nodeattest.X509PoP // admits hosts by certificates of their own; nil: none
+	Statements Statements           // what subscribers compare
+	Attestors  nodeattest.Attestors // admit hosts that have no join token
 
 	// Between, where set, stands between the doors of the API address and those who may
 	// call them: tests have a node say there what a compromised one might. See scenarios/evil.

@@ -72,7 +72,7 @@ func (p *hostPKI) file() string {
 func startWithX509PoP(t *testing.T, p *hostPKI) *catest.CA {
 	t.Helper()
 	c := catest.Prepare(t, catest.Options{})
-	c.Config().X509PoP = node.X509PoP{CABundle: p.file(), Zone: "hosts.example", Datacenter: "dc1", PathPrefixes: []string{"/team/pay", "/accounts"}}
+	c.Config().X509PoP = nodeattest.X509PoPSection{CABundle: p.file(), Zone: "hosts.example", Datacenter: "dc1", PathPrefixes: []string{"/team/pay", "/accounts"}}
 	if err := node.Init(c.Config(), c.KeepRecoveryKey); err != nil {
 		t.Fatal(err)
 	}

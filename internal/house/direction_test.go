@@ -40,7 +40,7 @@ ca/signer:               ca
 ca/rotation:             ca ca/domain
 ca/replica:              ca ca/domain internal/admission
 ca/keystore:             internal/pemfile internal/secret
-ca/nodeattest:           ca ca/selector internal/pemfile
+ca/nodeattest:           api/entente/v1 ca ca/selector internal/daemon internal/pemfile internal/yamlfile
 ca/compare:              api/entente/v1 ca
 ca/server:               api/entente/v1
                          ca ca/domain ca/roles ca/feed ca/presence ca/wire ca/signer ca/nodeattest
@@ -68,7 +68,7 @@ eastwest-gateway/edge:   internal/yamlfile internal/problem internal/refusal int
 meshagent:               ca ca/selector ca/client ca/keystore federation/bundle
                          meshagent/nodeattest meshagent/services meshagent/workloadattest
                          internal/peer internal/jwtsvid internal/daemon internal/secret internal/yamlfile
-meshagent/nodeattest:    ca ca/client internal/daemon internal/pemfile
+meshagent/nodeattest:    api/entente/v1 ca ca/selector internal/daemon internal/pemfile internal/yamlfile
 meshagent/workloadattest: ca/selector
 meshagent/services:      ca internal/daemon internal/safepath internal/yamlfile
 meshagent/workloadapi:   meshagent meshagent/workloadattest federation/bundle internal/daemon internal/jwtsvid

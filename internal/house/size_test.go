@@ -29,7 +29,6 @@ ca/domain encoder.record         161  one case for each record: the bytes of the
 ca/domain application.prepareAuthority 97  every rule for an authority, in the order in which they refuse
 ca/domain describe               224  the table of commands, one row for each: a variable would need itself, since a row's code looks other commands up
 ca/feed Session.delta             87  one case for each kind of change
-ca/node Config.Complete           85  one check for each key of the file
 ca/replica load                   81  the order of recovery is the promise: snapshots, then the log, then what was agreed
 ca/server syncDoor.Sync          110  one select over everything that happens to a stream
 ca/server planApply               82  one plan from one state: objects, deletes, what they leave

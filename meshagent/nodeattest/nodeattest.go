@@ -11,10 +11,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
-	"crypto/sha256"
-	"crypto/tls"
 	"crypto/x509"
-	"encoding/hex"
 	"encoding/pem"
 	"errors"
 	"fmt"
@@ -22,9 +19,8 @@ import (
 	"os"
 	"strings"
 
-	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
+	ententev1 "github.com/entente-mesh/entente/api/entente/v1"
 	"github.com/entente-mesh/entente/ca"
-	"github.com/entente-mesh/entente/ca/client"
 	"github.com/entente-mesh/entente/internal/daemon"
 	"github.com/entente-mesh/entente/internal/pemfile"
 )
@@ -121,66 +117,20 @@ func ReadToken(text, file string) (*ca.Token, error) {
 
 // ByToken proves with a join token that the key may be admitted. The proof is
 // bound to one TLS connection by its exporter.
-func ByToken(token *ca.Token, key crypto.Signer) func(exporter []byte) (client.Proof, error) {
-	return func(exporter []byte) (client.Proof, error) {
+func ByToken(token *ca.Token, key crypto.Signer) Prove {
+	return func(exporter []byte) (*ententev1.AttestRequest, error) {
 		spki, err := x509.MarshalPKIXPublicKey(key.Public())
 		if err != nil {
-			return client.Proof{}, fmt.Errorf("cannot name the agent's key: %w", err)
+			return nil, fmt.Errorf("cannot name the agent's key: %w", err)
 		}
 		statement, signature, err := token.Sign(ca.KeyID(spki), exporter)
-		return client.Proof{TokenID: token.ID, Statement: statement, Signature: signature}, err
-	}
-}
-
-// HostCertificate is a certificate that the host has of another PKI, with its key.
-type HostCertificate struct {
-	chain [][]byte // DER, leaf first
-	key   crypto.Signer
-}
-
-// LoadHostCertificate reads the host's certificate, with those that lead to its authority
-// behind it, and its key, both PEM. They are read at each attestation: the host's PKI may
-// have renewed them.
-func LoadHostCertificate(certificate, key string) (*HostCertificate, error) {
-	chain, err := os.ReadFile(certificate)
-	var private []byte
-	if err == nil {
-		private, err = os.ReadFile(key)
-		defer clear(private)
-	}
-	var pair *tls.Certificate
-	if err == nil {
-		pair, err = pemfile.KeyPair(chain, private)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("cannot use the host's certificate %s with the key %s: %w", certificate, key, err)
-	}
-	signer, ok := pair.PrivateKey.(crypto.Signer)
-	if !ok {
-		return nil, fmt.Errorf("the host's key %s is a %T, which cannot sign", key, pair.PrivateKey)
-	}
-	return &HostCertificate{pair.Certificate, signer}, nil
-}
-
-// ByCertificate proves with a certificate of the host's own that the agent's key may be
-// admitted. The proof is bound to one TLS connection by its exporter.
-func ByCertificate(host *HostCertificate, trustDomain string, key crypto.Signer) func(exporter []byte) (client.Proof, error) {
-	return func(exporter []byte) (client.Proof, error) {
-		spki, err := x509.MarshalPKIXPublicKey(key.Public())
-		if err != nil {
-			return client.Proof{}, fmt.Errorf("cannot name the agent's key: %w", err)
-		}
-		sum := sha256.Sum256(host.chain[0])
-		statement, signature, err := ca.SignPossession(rand.Reader, host.key, &statev1.PossessionStatement{
-			TrustDomain: trustDomain, KeyId: ca.KeyID(spki), Certificate: hex.EncodeToString(sum[:]), Exporter: exporter,
-		})
-		return client.Proof{Certificates: host.chain, Statement: statement, Signature: signature}, err
+		return &ententev1.AttestRequest{TokenId: token.ID, Statement: statement, Signature: signature}, err
 	}
 }
 
 // ByKey attests again with a key that was admitted before. Nothing is said beside
 // the certificate request: that proves possession, and what the CA answers to it is
 // of use to the holder of the key alone.
-func ByKey() func(exporter []byte) (client.Proof, error) {
-	return func([]byte) (client.Proof, error) { return client.Proof{}, nil }
+func ByKey() Prove {
+	return func([]byte) (*ententev1.AttestRequest, error) { return &ententev1.AttestRequest{}, nil }
 }

@@ -93,7 +93,7 @@ func TestByToken(t *testing.T) {
 	tk := token(ca.RoleAgent)
 	exporter := bytes.Repeat([]byte{7}, ca.ExporterSize)
 	proof, err := ByToken(tk, key)(exporter)
-	if err != nil || proof.TokenID != "t1" {
+	if err != nil || proof.TokenId != "t1" {
 		t.Fatalf("%v %v", proof, err)
 	}
 	statement, err := ca.VerifyStatement(tk.PublicKey(), proof.Statement, proof.Signature)
@@ -111,7 +111,7 @@ func TestByToken(t *testing.T) {
 	if ca.CheckStatement(statement, cluster, "t1", ca.RoleAgent, strings.Repeat("0", 64), exporter) == nil {
 		t.Error("the proof is good for another key")
 	}
-	if proof, err := ByKey()(exporter); err != nil || proof.TokenID != "" {
+	if proof, err := ByKey()(exporter); err != nil || proof.TokenId != "" {
 		t.Errorf("by key: %v %v", proof, err)
 	}
 	csr, err := CSR(key)

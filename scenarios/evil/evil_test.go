@@ -70,9 +70,9 @@ func believe(t *testing.T, c *catest.CA, name string) *believer {
 		t.Fatal(err)
 	}
 	cfg := client.Config{TrustDomain: c.TrustDomain(), Addresses: token.Addresses, Pins: token.Pinned, Datacenter: "dc1", BootID: "boot-1"}
-	answer, err := client.Attest(t.Context(), cfg, func(exporter []byte) (client.Proof, error) {
+	answer, err := client.Attest(t.Context(), cfg, func(exporter []byte) (*ententev1.AttestRequest, error) {
 		statement, signature, err := token.Sign(ca.KeyID(spki), exporter)
-		return client.Proof{TokenID: token.ID, Statement: statement, Signature: signature}, err
+		return &ententev1.AttestRequest{TokenId: token.ID, Statement: statement, Signature: signature}, err
 	}, csr)
 	if err != nil {
 		t.Fatal(err)
