@@ -245,6 +245,29 @@ func TestUpstreamReplaced(t *testing.T) {
 	}
 }
 
+// A root that was replaced by half is said while its key is not needed yet, and what was said
+// ends when the other half is there.
+func TestUpstreamReplacedByHalf(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	old, next := peertest.NewAuthority(bankingDomain), peertest.NewAuthority(bankingDomain)
+	c := catest.Start(t, catest.Options{Upstream: rootFiles(t, dir, old.Cert, old.Key)})
+	says := func(want string) error {
+		s := c.Status()
+		if problem := s.GetUpstream().GetProblem(); want == "" && problem+fmt.Sprint(s.GetFiles()) != "[]" || !strings.Contains(problem, want) {
+			return fmt.Errorf("%q, %v; want %q", problem, s.GetFiles(), want)
+		}
+		return nil
+	}
+	if err := says(""); err != nil {
+		t.Fatal(err)
+	}
+	rootFiles(t, dir, next.Cert, old.Key)
+	eventually(t, "the key does not fit", 10*time.Second, func() error { return says("not that of its certificate") })
+	rootFiles(t, dir, next.Cert, next.Key)
+	eventually(t, "it fits", 10*time.Second, func() error { return says("") })
+}
+
 // What cannot certify is refused before a cluster exists.
 func TestUpstreamRefusedAtInit(t *testing.T) {
 	t.Parallel()
