@@ -162,12 +162,12 @@ type Upstream struct {
 type Lifetimes struct {
 	yamlfile.Pos
 
-	X509SVID          time.Duration `yaml:"x509SVID"`          // 12h
-	AgentSVID         time.Duration `yaml:"agentSVID"`         // as x509SVID
-	Phase             time.Duration `yaml:"phase"`             // 48h
-	BundleRefreshHint time.Duration `yaml:"bundleRefreshHint"` // 5m
-	JWTSVID           time.Duration `yaml:"jwtSVID"`           // 5m, at most 1h
-	WITSVID           time.Duration `yaml:"witSVID"`           // 1h, at most 24h
+	X509SVID          time.Duration `yaml:"x509SVID,min=1s,max=87600h"`          // 12h
+	AgentSVID         time.Duration `yaml:"agentSVID,min=1s,max=87600h"`         // as x509SVID
+	Phase             time.Duration `yaml:"phase,min=1s,max=87600h"`             // 48h
+	BundleRefreshHint time.Duration `yaml:"bundleRefreshHint,min=1s,max=87600h"` // 5m
+	JWTSVID           time.Duration `yaml:"jwtSVID,min=1s,max=1h"`               // 5m, at most 1h
+	WITSVID           time.Duration `yaml:"witSVID,min=1s,max=24h"`              // 1h, at most 24h
 }
 
 // Timing is Raft's.

@@ -63,6 +63,8 @@ func TestReadConfig(t *testing.T) {
 		{"no keys", "  passphraseFile: /etc/entente/passphrase\n", "  insecureDev: false\n", []string{"ca.yaml:8", "passphraseFile"}},
 		{"unsealed beyond loopback", "passphraseFile: /etc/entente/passphrase", "insecureDev: true", []string{"ca.yaml:6", "loopback"}},
 		{"lifetimes", "keys:", "lifetimes: {x509SVID: 72h}\nkeys:", []string{"ca.yaml:8", "72h"}},
+		{"lifetime under a second", "keys:", "lifetimes: {jwtSVID: 900ms}\nkeys:", []string{"ca.yaml:8", "jwtSVID", "900ms"}},
+		{"lifetime of more than 32 bits", "keys:", "lifetimes: {x509SVID: 4294970896s}\nkeys:", []string{"ca.yaml:8", "x509SVID", "4294970896s"}},
 		{"voters kept", "keys:", "minVoters: 99\nkeys:", []string{"ca.yaml:8", "minVoters"}},
 		{"heartbeat", "keys:", "timing: {heartbeat: 1ms}\nkeys:", []string{"ca.yaml:8", "heartbeat"}},
 	}

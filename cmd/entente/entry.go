@@ -4,14 +4,17 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
+	"unicode/utf8"
 
 	"github.com/spf13/cobra"
 	"google.golang.org/protobuf/proto"
@@ -47,9 +50,9 @@ type entryFile struct {
 	FederatesWith []string      `yaml:"federatesWith"`
 	NodeSelectors []string      `yaml:"nodeSelectors"`
 	Hint          string        `yaml:"hint"`
-	TTL           time.Duration `yaml:"ttl"`
-	JWTTTL        time.Duration `yaml:"jwtTTL"`
-	WITTTL        time.Duration `yaml:"witTTL"`
+	TTL           time.Duration `yaml:"ttl,min=1s,max=87600h"`
+	JWTTTL        time.Duration `yaml:"jwtTTL,min=1s,max=87600h"`
+	WITTTL        time.Duration `yaml:"witTTL,min=1s,max=87600h"`
 	IfRevision    string        `yaml:"ifRevision"`
 
 	source string // FILE:LINE; empty: of the command line
@@ -95,7 +98,7 @@ func decodeEntries(name string, in io.Reader) (all []*entryFile, err error) {
 
 const maxEntryLine = 1 << 20
 
-// readEntryLines reads JSON lines, of which a file may hold any number. JSON is YAML.
+// readEntryLines reads JSON lines, of which a file may hold any number.
 func readEntryLines(name string, in io.Reader) (all []*entryFile, err error) {
 	lines := bufio.NewScanner(in)
 	lines.Buffer(nil, maxEntryLine)
@@ -103,7 +106,11 @@ func readEntryLines(name string, in io.Reader) (all []*entryFile, err error) {
 		if len(bytes.TrimSpace(lines.Bytes())) == 0 {
 			continue
 		}
-		one, err := decodeEntries(name, bytes.NewReader(lines.Bytes()))
+		text, err := flowOfJSON(lines.Bytes())
+		if err != nil {
+			return nil, yamlfile.Errors{{File: name, Line: n, Msg: err.Error()}}
+		}
+		one, err := decodeEntries(name, bytes.NewReader(text))
 		if err == nil && len(one) != 1 {
 			err = yamlfile.Errors{{File: name, Line: n, Msg: "there is not one entry"}}
 		}
@@ -123,6 +130,45 @@ func readEntryLines(name string, in io.Reader) (all []*entryFile, err error) {
 		return nil, fmt.Errorf("%s: %w", name, err)
 	}
 	return all, nil
+}
+
+// flowOfJSON writes a JSON text as YAML that means the same: not all JSON is YAML, which knows neither surrogate
+// pairs nor DEL in a string, and takes no tab before a value. Fields that come twice stay, for the decoder to refuse.
+func flowOfJSON(text []byte) ([]byte, error) {
+	text = bytes.TrimPrefix(text, []byte("\ufeff"))
+	if !utf8.Valid(text) {
+		return nil, errors.New("it is not UTF-8")
+	}
+	var whole json.RawMessage
+	if err := json.Unmarshal(text, &whole); err != nil {
+		return nil, fmt.Errorf("it is not one JSON object in one line: %w", err)
+	}
+	var flow []byte
+	for i := 0; i < len(text); i++ {
+		switch text[i] {
+		case '\t', '\r':
+			flow = append(flow, ' ')
+		case '"':
+			end := i + 1
+			for text[end] != '"' {
+				if text[end] == '\\' {
+					end++
+				}
+				end++
+			}
+			var s string
+			if err := json.Unmarshal(text[i:end+1], &s); err != nil {
+				return nil, err
+			}
+			flow = strconv.AppendQuoteToASCII(flow, s)
+			i = end
+		case ':':
+			flow = append(flow, ": "...)
+		default:
+			flow = append(flow, text[i])
+		}
+	}
+	return flow, nil
 }
 
 // entryFlags describe one entry on a command line.
@@ -146,10 +192,37 @@ func (f *entryFlags) registerEntry(c *cobra.Command) {
 	flags.StringSliceVar(&f.entry.FederatesWith, "federates-with", nil, "trust domain whose bundle it gets; repeatable")
 	flags.StringSliceVar(&f.entry.NodeSelectors, "node-selector", nil, "what the host must have beside being named, as in token:pci; repeatable, all must match")
 	flags.StringVar(&f.entry.Hint, "hint", "", "tells the workload what the identity is for")
-	flags.DurationVar(&f.entry.TTL, "ttl", 0, "life of its X.509-SVIDs; 0: the domain's")
-	flags.DurationVar(&f.entry.JWTTTL, "jwt-ttl", 0, "life of its JWT-SVIDs; 0: the domain's")
-	flags.DurationVar(&f.entry.WITTTL, "wit-ttl", 0, "life of its WIT-SVIDs; 0: the domain's")
+	flags.Var((*lifeFlag)(&f.entry.TTL), "ttl", "life of its X.509-SVIDs; 0: the domain's")
+	flags.Var((*lifeFlag)(&f.entry.JWTTTL), "jwt-ttl", "life of its JWT-SVIDs; 0: the domain's")
+	flags.Var((*lifeFlag)(&f.entry.WITTTL), "wit-ttl", "life of its WIT-SVIDs; 0: the domain's")
 }
+
+// lifeFlag is a lifetime on a command line, in the syntax of files. It goes to a CA node as 32 bits of seconds:
+// what does not fit there would become the default or another number.
+type lifeFlag time.Duration
+
+const maxLife = 87600 * time.Hour
+
+func (l *lifeFlag) Set(s string) error {
+	d, err := yamlfile.ParseDuration(s)
+	switch {
+	case err != nil:
+		return err
+	case d != 0 && d < time.Second || d > maxLife:
+		return errors.New("it must be from 1s to 87600h, or 0 for the domain's")
+	}
+	*l = lifeFlag(d)
+	return nil
+}
+
+func (l *lifeFlag) String() string {
+	if *l == 0 {
+		return "" // help shows no default
+	}
+	return yamlfile.FormatDuration(time.Duration(*l))
+}
+
+func (*lifeFlag) Type() string { return "duration" }
 
 // entries are those of the files, or the one of the flags.
 func (f *entryFlags) entries(c *cobra.Command, args []string) ([]*entryFile, error) {

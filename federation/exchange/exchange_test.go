@@ -1,6 +1,8 @@
 package exchange_test
 
 import (
+	"bytes"
+	"compress/gzip"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -235,6 +237,22 @@ func TestFetchAttacks(t *testing.T) {
 		w.Header().Set("Content-Encoding", "gzip")
 		w.Write([]byte{0x1f, 0x8b, 8, 0})
 	})
+	packed := func(size int) http.HandlerFunc {
+		return func(w http.ResponseWriter, r *http.Request) {
+			if got := r.Header.Get("Accept-Encoding"); got != "identity" {
+				t.Errorf("Accept-Encoding %q, want identity", got)
+			}
+			w.Header().Set("Content-Encoding", "gzip")
+			pack := gzip.NewWriter(w)
+			pack.Write(body)
+			pack.Write(bytes.Repeat([]byte(" "), size))
+			pack.Close()
+		}
+	}
+	brotli := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Encoding", "br")
+		w.Write(body)
+	})
 	old := tlsconfig.TLSServerConfig(endpoint)
 	old.MaxVersion = tls.VersionTLS12
 	older := old.Clone()
@@ -275,7 +293,10 @@ func TestFetchAttacks(t *testing.T) {
 		{"204", with(endpoint, status(204)), false, "the answer is 204 "},
 		{"304 that was not asked for", with(endpoint, status(304)), false, "the answer is 304 "},
 		{"endless body", with(endpoint, endless), false, "larger than"},
-		{"compressed", with(endpoint, gzipped), false, "UTF-8"},
+		{"gzip", with(endpoint, packed(0)), false, ""},
+		{"gzip, cut off", with(endpoint, gzipped), false, "gzip"},
+		{"gzip of too much", with(endpoint, packed(16<<20)), false, "larger than"},
+		{"brotli", with(endpoint, brotli), false, "turn compression off"},
 		{"no bundle", with(endpoint, static([]byte("<html>"))), false, "JSON"},
 		{"TLS 1.1", serveTLS(t, older, static(body)), false, "protocol version"},
 		{"TLS 1.2 without forward secrecy or authenticated encryption", serveTLS(t, cbc, static(body)), false, "handshake failure"},

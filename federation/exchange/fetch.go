@@ -1,6 +1,7 @@
 package exchange
 
 import (
+	"compress/gzip"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -180,6 +181,7 @@ func (c *client) get(ctx context.Context, u, tag string, wait time.Duration) (*a
 		return nil, fmt.Errorf("fetching the bundle of %s: %w", c.endpoint.TrustDomain, err)
 	}
 	request.Header.Set("Accept", "application/json")
+	request.Header.Set("Accept-Encoding", "identity")
 	request.Header.Set("User-Agent", "entente")
 	if tag != "" {
 		request.Header.Set("If-None-Match", tag)
@@ -226,7 +228,7 @@ func (c *client) read(response *http.Response, tag string) (*answer, error) {
 	case response.StatusCode != http.StatusOK:
 		return nil, fmt.Errorf("the answer is %s, not 200 OK", response.Status)
 	}
-	body, err := io.ReadAll(io.LimitReader(response.Body, bundle.MaxSize+1))
+	body, err := readBody(response)
 	if err != nil {
 		return nil, err
 	}
@@ -240,6 +242,28 @@ func (c *client) read(response *http.Response, tag string) (*answer, error) {
 	}
 	got.Fetched = &Fetched{Bundle: b, Skipped: skipped, Record: record, URL: response.Request.URL.String(), ServerKey: peer.KeyID(leaf)}
 	return got, nil
+}
+
+// readBody reads at most one byte more than a bundle may have, compressed as well as not. Some servers
+// compress although they are asked not to.
+func readBody(response *http.Response) ([]byte, error) {
+	in := io.LimitReader(response.Body, bundle.MaxSize+1)
+	switch encoding := strings.ToLower(strings.Join(response.Header.Values("Content-Encoding"), ", ")); encoding {
+	case "", "identity":
+	case "gzip", "x-gzip":
+		unpacked, err := gzip.NewReader(in)
+		if err != nil {
+			return nil, fmt.Errorf("unpacking the answer, which says that it is gzip: %w", err)
+		}
+		in = io.LimitReader(unpacked, bundle.MaxSize+1)
+	default:
+		return nil, fmt.Errorf("the answer has Content-Encoding %.40q; only gzip and none are read: turn compression off at that endpoint", encoding)
+	}
+	body, err := io.ReadAll(in)
+	if err != nil {
+		return nil, fmt.Errorf("reading the answer: %w", err)
+	}
+	return body, nil
 }
 
 func recordOf(b *bundle.Bundle) (*statev1.ForeignBundle, error) {

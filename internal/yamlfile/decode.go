@@ -229,14 +229,14 @@ func (d *decoder) scalar(path string, n *yaml.Node, v reflect.Value, f field) {
 	tag := n.ShortTag()
 	switch {
 	case v.Type() == durationType:
-		duration, err := parseDuration(n.Value)
+		duration, err := ParseDuration(n.Value)
 		if err != nil {
 			fail(": " + err.Error())
 			return
 		}
 		v.SetInt(int64(duration))
 		d.limits(path, n, f, func(limit string) int {
-			bound, err := parseDuration(limit)
+			bound, err := ParseDuration(limit)
 			if err != nil {
 				panic(fmt.Sprintf("yamlfile: limit %q of %s: %v", limit, path, err))
 			}

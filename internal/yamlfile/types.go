@@ -11,8 +11,8 @@ import (
 
 const day = 24 * time.Hour
 
-// parseDuration reads "12h", "1h30m", "500ms", "7d", "1d12h". Never negative.
-func parseDuration(s string) (time.Duration, error) {
+// ParseDuration reads "12h", "1h30m", "500ms", "7d", "1d12h". Never negative.
+func ParseDuration(s string) (time.Duration, error) {
 	rest := s
 	var days time.Duration
 	if before, after, found := strings.Cut(s, "d"); found {
