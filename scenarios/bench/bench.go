@@ -24,7 +24,7 @@ type suite struct {
 	groups      []group // of all lines but those of the run
 }
 
-var suites = []*suite{&caSuite, &agentSuite, &dataplaneSuite}
+var suites = []*suite{&caSuite, &agentSuite, &dataplaneSuite, &linksSuite}
 
 // line is one number.
 type line struct {

@@ -32,6 +32,7 @@ var promised = map[string]string{
 		agent_rss_6000_mib entry_delete_denied_ms attest_pid_ms verify_us suite_min`,
 	"dataplane": `chain_cpu_1_ratio chain_cpu_8_ratio chain_cpu_64_ratio chain_p50_1_ratio chain_rate_64_ratio h2_1_ratio h2_8_ratio
 		h2_64_ratio sidecar_ratio h1_post_ratio bulk_ratio conn_ratio idle_kib p99_added_ms verify_us suite_min`,
+	"links": `recorder_us verify_us suite_min`,
 }
 
 func TestNames(t *testing.T) {
