@@ -209,7 +209,7 @@ func (l *lifeFlag) Set(s string) error {
 	case err != nil:
 		return err
 	case d != 0 && d < time.Second || d > maxLife:
-		return errors.New("it must be from 1s to 87600h, or 0 for the domain's")
+		return errors.New("it must be from 1s to 87600h")
 	}
 	*l = lifeFlag(d)
 	return nil

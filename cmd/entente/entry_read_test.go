@@ -62,5 +62,8 @@ func TestEntryLifetimes(t *testing.T) {
 				t.Errorf("%s=%s: %v; want %v", flag, test.text, err, test.want)
 			}
 		}
+		if err := tokenCreateCommand().ParseFlags([]string{"--ttl=" + test.text}); (err == nil) != (test.want != 0) {
+			t.Errorf("token create --ttl=%s: %v; want %v", test.text, err, test.want)
+		}
 	}
 }

@@ -156,6 +156,7 @@ operators of a majority of them have approved it: entente node approve.`,
 	f.BoolVar(&voter, "voter", true, "the CA node becomes a voter when it has caught up")
 	f.BoolVar(&signer, "signing", true, "the CA node signs; false makes it a witness")
 	f.Uint32Var(&format, "format", 2, "format of the token; 1 for hosts with the release before")
-	f.DurationVar(&ttl, "ttl", 15*time.Minute, "how long the token may be used")
+	ttl = 15 * time.Minute
+	f.Var((*lifeFlag)(&ttl), "ttl", "how long the token may be used")
 	return c
 }
