@@ -8,6 +8,7 @@ package federation
 
 import (
 	"bytes"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -93,6 +94,10 @@ const (
 // one, the later fetched replaces the earlier; once a domain has shown a sequence,
 // a bundle without one is Older.
 //
+// A bundle that is given by hand replaces one of the same sequence, and is replaced by what is
+// fetched next with the same sequence (Federation 4.2). The one whose hash an operator has
+// named in a reset replaces any.
+//
 // What was kept below feature level 5 is a part of what was fetched; the whole of the same
 // sequence replaces it.
 func AcceptBundle(old, next *statev1.ForeignBundle) Verdict {
@@ -101,15 +106,19 @@ func AcceptBundle(old, next *statev1.ForeignBundle) Verdict {
 		return Accepted
 	case old.GetTrustDomain() != next.GetTrustDomain():
 		return Foreign
+	case old.GetResetSha256() != "" && BundleHash(next.GetJwks()) == old.GetResetSha256():
+		return Accepted
 	case next.GetSequence() < old.GetSequence():
 		return Older
 	case next.GetSequence() > old.GetSequence():
 		return Accepted
 	case next.GetAsFetched() && !old.GetAsFetched():
 		return Accepted
+	case old.GetGiven() && !next.GetGiven():
+		return Accepted
 	case bytes.Equal(old.GetJwks(), next.GetJwks()):
 		return Unchanged
-	case next.GetSequence() == 0:
+	case next.GetSequence() == 0, next.GetGiven():
 		return Accepted
 	default:
 		return Conflicting
@@ -122,13 +131,31 @@ func (v Verdict) Err() error {
 	case Accepted, Unchanged:
 		return nil
 	case Older:
-		return errors.New("the bundle's sequence is lower than the accepted one's; if the peer was restored from a backup, reset with the bundle's hash")
+		return errors.New("the bundle's sequence is lower than the accepted one's, and never goes back")
 	case Conflicting:
 		return errors.New("the bundle differs from the accepted one of the same sequence; ask the peer's administrators which is theirs")
 	case Foreign:
 		return errors.New("the bundle belongs to another trust domain")
 	default:
 		return fmt.Errorf("unknown verdict %d", uint8(v))
+	}
+}
+
+// BundleHash names a bundle to people: the SHA-256, in hex, of what our strict writer makes of
+// it without its refresh hint, so that formatting does not count.
+func BundleHash(jwks []byte) string { return fmt.Sprintf("%x", sha256.Sum256(jwks)) }
+
+// RefusedBundle says why next cannot replace old, and what an operator can do about it; nil
+// if it can. The hash is of next.
+func RefusedBundle(old, next *statev1.ForeignBundle) error {
+	verdict := AcceptBundle(old, next)
+	switch verdict {
+	case Older, Conflicting:
+		return fmt.Errorf("sequence %d after %d: %w. If the peer was set up again or restored, ask its administrators whether the hash of their bundle is this one "+
+			"(entente ca bundle --sha256 there), then: entente federation reset %s --bundle-sha256 %s",
+			next.GetSequence(), old.GetSequence(), verdict.Err(), next.GetTrustDomain(), BundleHash(next.GetJwks()))
+	default:
+		return verdict.Err()
 	}
 }
 

@@ -311,6 +311,16 @@ func (e *encoder) record(record any) {
 		if r.GetAsFetched() {
 			e.kind('f')
 		}
+		if r.GetGiven() {
+			e.kind('g')
+		}
+		if r.GetAwaitsGiven() {
+			e.kind('w')
+		}
+		if r.GetResetSha256() != "" {
+			e.kind('r')
+			e.text(r.GetResetSha256())
+		}
 	default:
 		panic(fmt.Sprintf("domain: no encoding for %T", record)) // no table holds it
 	}

@@ -257,7 +257,23 @@ func describe(cmd command) (descriptor, bool) {
 	case *statev1.Command_StoreForeignBundle:
 		return descriptor{
 			apply: func(a *application, c command) *Refusal { return a.storeForeignBundle(c.GetStoreForeignBundle()) },
+			level: func(c command) uint32 {
+				if c.GetStoreForeignBundle().GetGiven() {
+					return levelGiven
+				}
+				return 1
+			},
 			about: func(c command) []string { return []string{"bundle/" + c.GetStoreForeignBundle().GetTrustDomain()} },
+		}, true
+	case *statev1.Command_ResetForeignBundle:
+		return descriptor{
+			apply:   func(a *application, c command) *Refusal { return a.resetForeignBundle(c.GetResetForeignBundle()) },
+			forward: Asked,
+			level:   func(command) uint32 { return levelGiven },
+			about: func(c command) []string {
+				r := c.GetResetForeignBundle()
+				return []string{"bundle/" + r.GetTrustDomain(), "sha256/" + r.GetSha256()}
+			},
 		}, true
 	}
 	return descriptor{}, false

@@ -13,6 +13,7 @@ import (
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/domain/domaintest"
+	"github.com/entente-mesh/entente/federation"
 )
 
 func TestInit(t *testing.T) {
@@ -546,6 +547,86 @@ func TestStoreForeignBundle(t *testing.T) {
 	if len(w.s.ForeignBundles()) != 1 {
 		t.Error("bundles")
 	}
+}
+
+// A bundle given by hand counts until the next refresh, each time that it is changed, and the
+// sequence goes back only to the one bundle that an operator has named.
+// Requirements: 120.
+func TestBundlesGivenByHand(t *testing.T) {
+	const td = "trading.example"
+	w := newWorld(t)
+	w.must(level("n1", levelGiven))
+	bundleOf := func(key string, sequence uint64) *statev1.Command {
+		return foreign(td, string(domaintest.Bundle(sequence, domaintest.BundleKey{Name: key, Use: statev1.KeyUse_KEY_USE_X509})), sequence)
+	}
+	given := func(cmd *statev1.Command) *statev1.Command {
+		o, _ := w.s.Object("Relationship/" + td)
+		cmd.GetStoreForeignBundle().Given, cmd.GetStoreForeignBundle().Relationship = true, o.GetRevision()
+		return cmd
+	}
+	gives := func(text string) *statev1.Command {
+		o := relationship(td)
+		o.GetRelationship().BootstrapBundle = []byte(text)
+		return objects(o)
+	}
+	reset := func(sum string) *statev1.Command {
+		return &statev1.Command{Body: &statev1.Command_ResetForeignBundle{ResetForeignBundle: &statev1.ResetForeignBundle{TrustDomain: td, Sha256: sum}}}
+	}
+	hash := func(cmd *statev1.Command) string { return federation.BundleHash(cmd.GetStoreForeignBundle().GetJwks()) }
+	held := func() *statev1.ForeignBundle { b, _ := w.s.FetchedBundle(td); return b }
+	revision := func() uint64 { o, _ := w.s.Object("Relationship/" + td); return o.GetRevision() }
+
+	w.refused(reset(hash(bundleOf("a", 1))), CodeNotFound)
+	w.must(gives(`"first"`))
+	w.refused(reset(hash(bundleOf("a", 1))), CodeNotFound)
+	w.must(given(bundleOf("a", 5)))
+	if held().GetAwaitsGiven() || !held().GetGiven() {
+		t.Errorf("the first one: %v", held())
+	}
+	// The next refresh replaces it although the sequence is the same; from then on that is a conflict.
+	w.must(bundleOf("b", 5))
+	w.refused(bundleOf("c", 5), CodeConflict)
+	if held().GetGiven() {
+		t.Error("what was fetched is taken for given")
+	}
+
+	w.must(gives(`"first"`)) // unchanged
+	if held().GetAwaitsGiven() {
+		t.Error("an unchanged relationship gives its bundle again")
+	}
+	w.must(gives(`"second"`))
+	if !held().GetAwaitsGiven() {
+		t.Error("nobody is told that another bundle is given")
+	}
+	stale := given(bundleOf("x", 5))
+	stale.GetStoreForeignBundle().Relationship--
+	w.refused(stale, CodeConflict) // the one given before was on its way
+	w.must(given(bundleOf("d", 5)))
+	if held().GetAwaitsGiven() {
+		t.Error("it is still waited for")
+	}
+	w.must(bundleOf("d", 5)) // the refresh confirms it
+	w.refused(bundleOf("e", 5), CodeConflict)
+
+	// Set up again: lower sequences.
+	before := revision()
+	w.must(gives(`"third"`))
+	w.refused(given(bundleOf("new", 2)), CodeSequence)
+	w.refused(reset(strings.ToUpper(hash(bundleOf("new", 2)))), CodeInvalid)
+	w.must(reset(hash(bundleOf("new", 2))))
+	w.unchanged(reset(hash(bundleOf("new", 2))))
+	w.refused(given(bundleOf("another", 2)), CodeSequence)
+	w.refused(bundleOf("another", 4), CodeSequence)
+	w.must(given(bundleOf("new", 2)))
+	if held().GetSequence() != 2 || held().GetResetSha256() != "" || held().GetAwaitsGiven() || revision() <= before {
+		t.Errorf("after the reset: %v, relationship of revision %d, before %d", held(), revision(), before)
+	}
+	w.refused(bundleOf("d", 1), CodeSequence)
+
+	// A permission that was not used ends with the next bundle.
+	w.must(reset(hash(bundleOf("old", 1))))
+	w.must(bundleOf("newer", 3))
+	w.refused(bundleOf("old", 1), CodeSequence)
 }
 
 func TestTick(t *testing.T) {

@@ -20,7 +20,8 @@ import (
 //	3  MergeBans; administrators: Command.principal, RoleBinding; hosts: AdmitAgent, selectors, scope
 //	4  Service.protocol, Import.port, Import.protocol
 //	5  Service.edge, Service.http; Cluster.hardened_at; Authority.proof, ForeignBundle.as_fetched; stricter rules of Apply: each asks hardened()
-const FeatureLevel = 5
+//	6  StoreForeignBundle.given, ResetForeignBundle; Relationship.endpoint_urls with a query
+const FeatureLevel = 6
 
 // levelHardened is the first level at which the stricter rules of Apply hold. Below it
 // Apply decides as the release before did, since every member must decide alike.
@@ -28,6 +29,14 @@ const levelHardened = 5
 
 // hardened reports whether the stricter rules of Apply hold.
 func (s *State) hardened() bool { return s.FeatureLevel() >= levelHardened }
+
+// levelGiven is the first level at which a bundle that is given by hand counts again when it
+// is changed.
+const levelGiven = 6
+
+// TakesGiven reports whether a bundle that is given by hand counts whenever it is changed,
+// not only as the first one.
+func (s *State) TakesGiven() bool { return s.FeatureLevel() >= levelGiven }
 
 func levelOfObjects(c *statev1.ApplyObjects, least uint32) uint32 {
 	for _, o := range c.GetUpserts() {

@@ -3,6 +3,8 @@ package domain
 import (
 	"bytes"
 	"cmp"
+	"crypto/sha256"
+	"encoding/hex"
 	"fmt"
 	"maps"
 	"slices"
@@ -35,6 +37,7 @@ func (a *application) applyObjects(c *statev1.ApplyObjects) *Refusal {
 	a.State.tables = change.tables
 	a.catalogue = a.rev
 	for _, key := range slices.Sorted(maps.Keys(change.objects)) {
+		a.awaitGiven(key, change.objects[key])
 		if o := change.objects[key]; o != nil {
 			put(a, &a.objects, key, o)
 		} else {
@@ -267,14 +270,18 @@ func (a *application) replaceEntry(id string, have, e *statev1.Entry) {
 // judged, which never goes back (I8); what of the keys is used is found when it is read.
 func (a *application) storeForeignBundle(c *statev1.StoreForeignBundle) *Refusal {
 	td := c.GetTrustDomain()
-	if _, ok := a.objects.get(relationshipKey + td); !ok {
+	relationship, ok := a.objects.get(relationshipKey + td)
+	switch {
+	case !ok:
 		return refuse(CodeNotFound, "there is no relationship with %.255s", td)
+	case c.GetGiven() && c.GetRelationship() != relationship.GetRevision():
+		return refuse(CodeConflict, "the relationship with %s gives another bundle by now", td)
 	}
 	if n := len(c.GetJwks()); n == 0 || n > maxBundle {
 		return refuse(CodeInvalid, "bundle of %s has %d bytes, not 1 to %d", td, n, maxBundle)
 	}
 	next := &statev1.ForeignBundle{TrustDomain: td, Jwks: bytes.Clone(c.GetJwks()), Sequence: c.GetSequence(), Revision: a.rev}
-	next.AsFetched = a.hardened()
+	next.AsFetched, next.Given = a.hardened(), c.GetGiven()
 	read := ReadForeign(next)
 	if next.AsFetched {
 		if read.err != nil || read.sequence != next.GetSequence() {
@@ -282,16 +289,81 @@ func (a *application) storeForeignBundle(c *statev1.StoreForeignBundle) *Refusal
 		}
 	}
 	have, _ := a.foreign.get(td)
+	next.AwaitsGiven = have.GetAwaitsGiven() && !c.GetGiven()
 	switch verdict := federation.AcceptBundle(have, next); verdict {
 	case federation.Accepted:
 	case federation.Unchanged:
+		if have.GetAwaitsGiven() != next.GetAwaitsGiven() {
+			same := proto.CloneOf(have)
+			same.AwaitsGiven, same.Revision = next.GetAwaitsGiven(), a.rev
+			a.setForeign(td, ReadForeign(same))
+		}
 		return nil
 	case federation.Older:
 		return refuse(CodeSequence, "bundle of %s has sequence %d, after %d: %v", td, c.GetSequence(), have.GetSequence(), verdict.Err())
 	default:
 		return refuse(CodeConflict, "bundle of %s with sequence %d: %v", td, c.GetSequence(), verdict.Err())
 	}
+	if next.GetSequence() < have.GetSequence() {
+		if refusal := a.renewRelationship(td); refusal != nil {
+			return refusal
+		}
+	}
 	a.setForeign(td, read)
+	return nil
+}
+
+// awaitGiven notes that a relationship is about to give another bundle by hand than before,
+// which then counts until the next refresh (Federation 4.2). Who follows bundles stores it.
+func (a *application) awaitGiven(key string, next *statev1.Object) {
+	r := next.GetRelationship()
+	if r == nil || !a.TakesGiven() {
+		return
+	}
+	held, ok := a.foreign.get(r.GetTrustDomain())
+	before, _ := a.objects.get(key)
+	if !ok || bytes.Equal(before.GetRelationship().GetBootstrapBundle(), r.GetBootstrapBundle()) {
+		return // without a bundle, what is given is the first one
+	}
+	marked := proto.CloneOf(held)
+	marked.AwaitsGiven, marked.Revision = len(r.GetBootstrapBundle()) > 0, a.rev
+	a.setForeign(r.GetTrustDomain(), ReadForeign(marked))
+}
+
+// resetForeignBundle lets the bundle with that hash follow the accepted one, whatever its
+// sequence: one bundle, once, and only until another one is accepted.
+func (a *application) resetForeignBundle(c *statev1.ResetForeignBundle) *Refusal {
+	td := c.GetTrustDomain()
+	held, ok := a.foreign.get(td)
+	if !ok {
+		return refuse(CodeNotFound, "no bundle of %.255s is held: there is no sequence to go back from", td)
+	}
+	if sum, err := hex.DecodeString(c.GetSha256()); err != nil || len(sum) != sha256.Size || hex.EncodeToString(sum) != c.GetSha256() {
+		return refuse(CodeInvalid, "a bundle's hash is a SHA-256 in 64 lower-case hexadecimal digits, not %.80q", c.GetSha256())
+	}
+	if held.GetResetSha256() == c.GetSha256() {
+		return nil
+	}
+	next := proto.CloneOf(held)
+	next.ResetSha256, next.Revision = c.GetSha256(), a.rev
+	a.setForeign(td, ReadForeign(next))
+	return nil
+}
+
+// renewRelationship makes the relationship another one for those who follow its bundle: within
+// one, a subscriber accepts no lower sequence (I8).
+func (a *application) renewRelationship(td string) *Refusal {
+	o, _ := a.objects.get(relationshipKey + td)
+	renewed := proto.CloneOf(o)
+	renewed.Revision = a.rev
+	change := map[string]*statev1.Object{relationshipKey + td: renewed}
+	tables, err := a.tables.Update(change, func() []*statev1.Object { return a.after(change) })
+	if err != nil {
+		return invalid(err)
+	}
+	a.State.tables, a.catalogue = tables, a.rev
+	put(a, &a.objects, relationshipKey+td, renewed)
+	a.changed(ChangeObject, relationshipKey+td)
 	return nil
 }
 

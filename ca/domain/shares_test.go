@@ -106,7 +106,7 @@ func TestOwnerCannotFillTheDistrustTable(t *testing.T) {
 	w.carried(again)
 
 	// Below the level it is as it was, and this is the hole.
-	old := owned(t, FeatureLevel-1)
+	old := owned(t, levelHardened-1)
 	old.must(entries(create(uid(entry("other", "/else", "h1"), "9"))))
 	if n, refused := churn(old, 2*maxDistrust); refused == nil || n < maxDistrust-1000 {
 		t.Fatalf("control: %d entries went, refused: %v", n, refused)

@@ -22,6 +22,7 @@ import (
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/domain/domaintest"
+	"github.com/entente-mesh/entente/federation"
 )
 
 // choose gives a number from 0 below n.
@@ -117,7 +118,11 @@ func (w *world) random(choose choose, mix []int, few int) *statev1.Command {
 		}
 		return ifRevision(cmd)
 	case 15:
-		return ifRevision(objects(relationship(peer())))
+		o := relationship(peer())
+		if n := choose(4); n > 0 {
+			o.GetRelationship().BootstrapBundle = []byte(strconv.Itoa(n))
+		}
+		return ifRevision(objects(o))
 	case 16:
 		o := agreement(name("a", 3), &statev1.Allow{Callers: []string{"portfolio"}, Service: name("s", 5)}, knownGateway)
 		o.GetAgreement().Peer = peer()
@@ -144,25 +149,16 @@ func (w *world) random(choose choose, mix []int, few int) *statev1.Command {
 	case 20:
 		return ifRevision(applyStaged(choose(3), uint32(choose(3))))
 	case 21:
-		td := peer()
-		have, _ := s.ForeignBundle(td)
-		sequence := max(have.GetSequence(), 2) + 2 - uint64(choose(5))
-		if choose(8) == 0 {
-			return foreign(td, fmt.Sprint(choose(3)), sequence)
+		if next := w.promised; next != nil && choose(2) == 0 {
+			w.promised = nil
+			return next
 		}
-		// Keys of few names, of this domain too, with and without proof: domains claim the same.
-		var keys []domaintest.BundleKey
-		for range choose(4) {
-			k := domaintest.BundleKey{Name: name("k", 5), Use: statev1.KeyUse(1 + choose(3))}
-			switch choose(4) {
-			case 0, 1:
-				k.Names = td
-			case 2:
-				k.Names, k.By = peer(), name("k", 5)
-			}
-			keys = append(keys, k)
+		next := w.randomForeign(choose, peer(), name)
+		if b := next.GetStoreForeignBundle(); choose(3) == 0 {
+			o, _ := s.Object("Relationship/" + b.GetTrustDomain())
+			b.Given, b.Relationship = true, o.GetRevision()
 		}
-		return foreign(td, string(domaintest.Bundle(sequence, keys...)), sequence)
+		return next
 	case 22:
 		return ban(name("h", 4))
 	case 23:
@@ -216,12 +212,51 @@ func (w *world) random(choose choose, mix []int, few int) *statev1.Command {
 			r.Signature[0] ^= 1
 		}
 		return &statev1.Command{Body: &statev1.Command_ReplaceRecoveryKey{ReplaceRecoveryKey: &statev1.ReplaceRecoveryKey{Replacement: r}}}
+	case 32: // what is held, or what may come
+		td := peer()
+		held, _ := s.FetchedBundle(td)
+		jwks := held.GetJwks()
+		if choose(4) > 0 {
+			next := w.randomForeign(choose, td, name)
+			jwks = next.GetStoreForeignBundle().GetJwks()
+			if held != nil && choose(2) == 0 {
+				w.promised = next
+			}
+		}
+		reset := &statev1.ResetForeignBundle{TrustDomain: td, Sha256: federation.BundleHash(jwks)}
+		if choose(10) == 0 {
+			reset.Sha256 = "x"
+		}
+		return &statev1.Command{Body: &statev1.Command_ResetForeignBundle{ResetForeignBundle: reset}}
 	}
 	panic("no such kind")
 }
 
+// randomForeign is a bundle of a peer with keys of few names, of this domain too.
+func (w *world) randomForeign(choose choose, td string, name func(prefix string, n int) string) *statev1.Command {
+	s := w.s
+	have, _ := s.ForeignBundle(td)
+	sequence := max(have.GetSequence(), 2) + 2 - uint64(choose(5))
+	if choose(8) == 0 {
+		return foreign(td, fmt.Sprint(choose(3)), sequence)
+	}
+	// Keys of few names, of this domain too, with and without proof: domains claim the same.
+	var keys []domaintest.BundleKey
+	for range choose(4) {
+		k := domaintest.BundleKey{Name: name("k", 5), Use: statev1.KeyUse(1 + choose(3))}
+		switch choose(4) {
+		case 0, 1:
+			k.Names = td
+		case 2:
+			k.Names, k.By = name("p", 3)+".example", name("k", 5)
+		}
+		keys = append(keys, k)
+	}
+	return foreign(td, string(domaintest.Bundle(sequence, keys...)), sequence)
+}
+
 // kinds is how many kinds of commands there are in random.
-const kinds = 32
+const kinds = 33
 
 func (w *world) randomAuthority(choose choose, memberName, key string) *statev1.Authority {
 	use := []statev1.KeyUse{statev1.KeyUse_KEY_USE_X509, statev1.KeyUse_KEY_USE_X509, statev1.KeyUse_KEY_USE_JWT, statev1.KeyUse_KEY_USE_WIT}[choose(4)]
@@ -256,7 +291,7 @@ var bodies = (*statev1.Command)(nil).ProtoReflect().Descriptor().Oneofs().ByName
 // restarts from snapshots. Now and then the survivor of a lost quorum begins a new epoch.
 func (w *world) run(steps int, choose choose) tally {
 	done := tally{}
-	w.s, w.index = New(), 0
+	w.s, w.index, w.promised = New(), 0, nil
 	replica := New()
 	var kept *Snapshot
 	var keptBytes []byte

@@ -17,6 +17,7 @@ import (
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/domain/domaintest"
+	"github.com/entente-mesh/entente/federation"
 )
 
 var (
@@ -32,6 +33,8 @@ type world struct {
 	s     *State
 	index uint64
 	seeds map[string][]byte // token id -> seed
+
+	promised *statev1.Command // a bundle whose hash was made known by a reset
 
 	machine machine // nil: State.Apply
 }
@@ -380,13 +383,14 @@ type look struct {
 	bundle   []string          // authorities in it, of any use
 	tokens   map[string]string // id -> used by
 	foreign  map[string]uint64
+	resets   map[string]string // hash of the bundle that may follow
 	agents   map[string]*statev1.Agent
 	entries  map[string]*statev1.Entry
 }
 
 func (w *world) look() look {
 	s := w.s
-	l := look{scalars: s.scalars, sum: s.sum, records: map[named]string{}, tokens: map[string]string{}, foreign: map[string]uint64{},
+	l := look{scalars: s.scalars, sum: s.sum, records: map[named]string{}, tokens: map[string]string{}, foreign: map[string]uint64{}, resets: map[string]string{},
 		agents: map[string]*statev1.Agent{}, entries: map[string]*statev1.Entry{}}
 	e := encoder{}
 	hash := func(record any) []byte {
@@ -430,7 +434,7 @@ func (w *world) look() look {
 		} else {
 			l.records[named{ChangeForeignBundle, r.GetTrustDomain()}] += string(used.GetJwks())
 		}
-		l.foreign[r.GetTrustDomain()] = r.GetSequence()
+		l.foreign[r.GetTrustDomain()], l.resets[r.GetTrustDomain()] = r.GetSequence(), r.GetResetSha256()
 	}
 	for _, r := range s.tokens.rows {
 		hash(r)
@@ -674,7 +678,7 @@ func (w *world) check(before, after look, cmd *statev1.Command, out Outcome) {
 
 	// A bundle's sequence never goes back (I8), and none outlives its relationship.
 	for td, sequence := range after.foreign {
-		if was, ok := before.foreign[td]; ok && sequence < was {
+		if was, ok := before.foreign[td]; ok && sequence < was && before.resets[td] != federation.BundleHash(cmd.GetStoreForeignBundle().GetJwks()) {
 			fail("sequence of %s went from %d to %d", td, was, sequence)
 		}
 		if _, ok := s.Object("Relationship/" + td); !ok {

@@ -1,6 +1,8 @@
 package node
 
 import (
+	"bytes"
+	"cmp"
 	"context"
 	"fmt"
 	"maps"
@@ -16,29 +18,77 @@ import (
 	"github.com/entente-mesh/entente/ca/domain"
 	"github.com/entente-mesh/entente/ca/feed"
 	"github.com/entente-mesh/entente/ca/local"
+	"github.com/entente-mesh/entente/ca/replica"
 	"github.com/entente-mesh/entente/ca/server"
+	"github.com/entente-mesh/entente/federation"
 	"github.com/entente-mesh/entente/federation/exchange"
 )
 
-// foreignStatus is how following the other domains' bundles goes, at this node.
+// foreignStatus is how following the other domains' bundles goes, at this node, and who of
+// them is to be fetched at once.
 type foreignStatus struct {
-	mu sync.Mutex
-	of map[string]server.Fetched
+	mu       sync.Mutex
+	of       map[string]server.Fetched
+	attempts map[string]uint64        // by trust domain
+	asked    map[string]chan struct{} // closed by the next one
+	changed  chan struct{}            // closed by the next attempt; nil: nobody waits
 }
 
 func (s *foreignStatus) set(td string, fetched server.Fetched) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.of == nil {
-		s.of = make(map[string]server.Fetched)
+		s.of, s.attempts = make(map[string]server.Fetched), make(map[string]uint64)
 	}
 	s.of[td] = fetched
+	s.attempts[td]++
+	if s.changed != nil {
+		close(s.changed)
+		s.changed = nil
+	}
 }
 
 func (s *foreignStatus) all() map[string]server.Fetched {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return maps.Clone(s.of)
+}
+
+// since tells whether there was an attempt after that many, and what to wait for if not.
+func (s *foreignStatus) since(td string, attempts uint64) (there bool, changed <-chan struct{}) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.attempts[td] > attempts {
+		return true, nil
+	}
+	if s.changed == nil {
+		s.changed = make(chan struct{})
+	}
+	return false, s.changed
+}
+
+// ask has a domain's bundle fetched at once, and returns how many attempts there were before.
+func (s *foreignStatus) ask(td string) (attempts uint64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if asked := s.asked[td]; asked != nil {
+		close(asked)
+		delete(s.asked, td)
+	}
+	return s.attempts[td]
+}
+
+// refresh is a channel that is closed when a domain's bundle is to be fetched at once.
+func (s *foreignStatus) refresh(td string) <-chan struct{} {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.asked == nil {
+		s.asked = make(map[string]chan struct{})
+	}
+	if s.asked[td] == nil {
+		s.asked[td] = make(chan struct{})
+	}
+	return s.asked[td]
 }
 
 // following keeps the bundles of other domains the newest: the leader for all, and each node
@@ -56,10 +106,16 @@ type accept func(context.Context, *statev1.ForeignBundle) error
 
 // keep runs one fetcher for each relationship.
 func (f *following) keep(ctx context.Context, take accept) {
+	// basis is what a follower rests on: another one takes its place when any of it changes.
+	type basis struct {
+		revision uint64 // of the relationship
+		whole    bool   // bundles are kept as fetched
+		awaits   bool   // the relationship gives another bundle by hand
+		reset    string // hash of the bundle that may follow
+	}
 	type follower struct {
-		revision uint64
-		whole    bool // bundles are kept as fetched
-		cancel   context.CancelFunc
+		basis
+		cancel context.CancelFunc
 	}
 	running := make(map[string]follower)
 	var fetchers sync.WaitGroup
@@ -72,15 +128,16 @@ func (f *following) keep(ctx context.Context, take accept) {
 	for {
 		changed := f.applied.wait()
 		wanted := make(map[string]*statev1.Object)
-		var whole bool
+		rests := make(map[string]basis)
 		f.Read(func(st *domain.State) {
-			whole = st.KeepsForeignWhole()
 			for _, td := range st.Peers() {
 				wanted[td], _ = st.Object("Relationship/" + td)
+				held, _ := st.FetchedBundle(td)
+				rests[td] = basis{wanted[td].GetRevision(), st.KeepsForeignWhole(), held.GetAwaitsGiven(), held.GetResetSha256()}
 			}
 		})
 		for td, r := range running {
-			if o := wanted[td]; o == nil || o.GetRevision() != r.revision || r.whole != whole {
+			if now, ok := rests[td]; !ok || now != r.basis {
 				r.cancel()
 				delete(running, td)
 			}
@@ -90,7 +147,7 @@ func (f *following) keep(ctx context.Context, take accept) {
 				continue
 			}
 			ctx, cancel := context.WithCancel(ctx)
-			running[td] = follower{o.GetRevision(), whole, cancel}
+			running[td] = follower{rests[td], cancel}
 			fetchers.Go(func() { f.follow(ctx, o.GetRelationship(), take) })
 		}
 		select {
@@ -165,13 +222,12 @@ func (f *following) change(next func(local.View) local.View) {
 func (f *following) follow(ctx context.Context, r *statev1.Relationship, take accept) {
 	log := f.log.With("peer_domain", r.GetTrustDomain())
 	for ctx.Err() == nil {
-		err := f.followOnce(ctx, r, take)
+		err := f.untilAsked(ctx, r, take)
 		if ctx.Err() != nil {
 			return
 		}
 		if err == nil {
-			<-ctx.Done() // nothing to fetch from
-			return
+			continue
 		}
 		log.Error("the bundle of another domain cannot be followed; trying again", "error", err)
 		f.status.set(r.GetTrustDomain(), server.Fetched{Err: err.Error()})
@@ -179,6 +235,29 @@ func (f *following) follow(ctx context.Context, r *statev1.Relationship, take ac
 			return
 		}
 	}
+}
+
+// untilAsked follows a bundle until somebody wants it fetched at once: whoever begins fetches.
+func (f *following) untilAsked(ctx context.Context, r *statev1.Relationship, take accept) error {
+	asked := f.status.refresh(r.GetTrustDomain())
+	until, stop := context.WithCancel(ctx)
+	defer stop()
+	ended := make(chan error, 1)
+	go func() { ended <- f.followOnce(until, r, take) }()
+	select {
+	case err := <-ended:
+		if err != nil {
+			return err
+		}
+		select { // nothing to fetch from
+		case <-asked:
+		case <-ctx.Done():
+		}
+	case <-asked:
+		stop()
+		<-ended
+	}
+	return nil
 }
 
 func (f *following) followOnce(ctx context.Context, r *statev1.Relationship, take accept) error {
@@ -196,19 +275,12 @@ func (f *following) followOnce(ctx context.Context, r *statev1.Relationship, tak
 			return err
 		}
 	}
-	if last == nil && len(r.GetBootstrapBundle()) > 0 {
-		// What was given by hand counts from the start, before its endpoint is up.
-		if last, err = server.ForeignRecord(td, r.GetBootstrapBundle()); err != nil {
-			return err
-		}
-		if last, err = f.hold(last); err != nil {
-			return err
-		}
-		if err := take(ctx, last); err != nil {
-			return err
-		}
+	last, notGiven, err := f.takeGiven(ctx, td, r, last, take)
+	if err != nil {
+		return err
 	}
 	if len(r.GetEndpointUrls()) == 0 {
+		f.status.set(td.Name(), server.Fetched{Err: notGiven})
 		return nil
 	}
 	endpoint := exchange.Endpoint{
@@ -228,14 +300,100 @@ func (f *following) followOnce(ctx context.Context, r *statev1.Relationship, tak
 			return take(ctx, fetched.Record)
 		},
 		OnStatus: func(s exchange.Status) {
-			fetched := server.Fetched{At: s.Succeeded, Err: s.Error}
-			if s.Refused != "" {
-				fetched.Err = s.Refused
-			}
+			// A refusal is an alarm: it stays although the server answers.
+			fetched := server.Fetched{At: s.Succeeded, Err: cmp.Or(s.Refused, s.Error, notGiven)}
 			f.status.set(td.Name(), fetched)
 		},
 		Log: f.log,
 	})
+}
+
+// takeGiven takes the bundle that a relationship gives by hand where it counts: as the first
+// one, before its endpoint is up; when it was changed, until the next refresh; and as the one
+// that an operator lets follow. It returns the bundle that is held then, and why the given one
+// is not, if it should be.
+func (f *following) takeGiven(ctx context.Context, td spiffeid.TrustDomain, r *statev1.Relationship, last *statev1.ForeignBundle, take accept) (held *statev1.ForeignBundle, why string, err error) {
+	if len(r.GetBootstrapBundle()) == 0 || last != nil && !last.GetAwaitsGiven() && last.GetResetSha256() == "" {
+		return last, "", nil
+	}
+	given, err := server.ForeignRecord(td, r.GetBootstrapBundle())
+	if err != nil {
+		return nil, "", err
+	}
+	if given, err = f.hold(given); err != nil {
+		return nil, "", err
+	}
+	f.Read(func(st *domain.State) {
+		given.Given = st.TakesGiven()
+		if now, _ := st.Object("Relationship/" + td.Name()); bytes.Equal(now.GetRelationship().GetBootstrapBundle(), r.GetBootstrapBundle()) {
+			given.Revision = now.GetRevision()
+		}
+	})
+	if last != nil && !last.GetAwaitsGiven() && federation.BundleHash(given.GetJwks()) != last.GetResetSha256() {
+		return last, "", nil
+	}
+	if err := federation.RefusedBundle(last, given); err != nil {
+		why := fmt.Sprintf("the bundle that the Relationship gives by hand is not used: %v", err)
+		f.log.Warn("bundle given by hand refused", "peer_domain", td.Name(), "error", err)
+		return last, why, nil
+	}
+	if err := take(ctx, given); err != nil {
+		return nil, "", err
+	}
+	return given, "", nil
+}
+
+// Followed is how following other domains' bundles goes at the node that does it: this one, if
+// it leads or nothing can be agreed, else the leader when it is asked. With refresh, they are
+// fetched first: that of one domain, or of all.
+func (f *following) Followed(ctx context.Context, refresh bool, td string, ask bool) (map[string]server.Fetched, error) {
+	ctx, cancel := context.WithTimeout(ctx, refreshPatience)
+	defer cancel()
+	if f.replica.Load().IsLeader() || !f.noQuorumSince(time.Now()).IsZero() {
+		if refresh {
+			if err := f.refresh(ctx, td); err != nil {
+				return nil, err
+			}
+		}
+		return f.status.all(), nil
+	}
+	if !ask {
+		return nil, server.ErrNotLeader
+	}
+	leader := f.leader()
+	if leader == nil {
+		return nil, replica.ErrNoQuorum
+	}
+	return f.peers.Followed(ctx, leader, refresh, td)
+}
+
+// refreshPatience is how long a refresh may take: longer than one attempt at a few URLs.
+const refreshPatience = 45 * time.Second
+
+// refresh has bundles fetched at once, and waits until that was tried.
+func (f *following) refresh(ctx context.Context, td string) error {
+	domains := []string{td}
+	if td == "" {
+		f.Read(func(st *domain.State) { domains = st.Peers() })
+	}
+	before := make(map[string]uint64, len(domains))
+	for _, td := range domains {
+		before[td] = f.status.ask(td)
+	}
+	for _, td := range domains {
+		for {
+			tried, changed := f.status.since(td, before[td])
+			if tried {
+				break
+			}
+			select {
+			case <-changed:
+			case <-ctx.Done():
+				return fmt.Errorf("the bundle endpoint of %s has not answered within %v; the fetch goes on, and entente ca status shows how it ended", td, refreshPatience)
+			}
+		}
+	}
+	return nil
 }
 
 // hold is what of a fetched bundle is kept: all of it, for which keys are used is
@@ -285,11 +443,14 @@ func (f *following) watchDropped(ctx context.Context) error {
 
 // store has a bundle agreed.
 func (f *following) store(ctx context.Context, record *statev1.ForeignBundle) error {
-	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	// Its follower ends when it is agreed, and the audit log is still to be told.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
 	defer cancel()
-	command := f.byItself(&statev1.Command{Body: &statev1.Command_StoreForeignBundle{StoreForeignBundle: &statev1.StoreForeignBundle{
-		TrustDomain: record.GetTrustDomain(), Jwks: record.GetJwks(), Sequence: record.GetSequence(),
-	}}})
+	body := &statev1.StoreForeignBundle{TrustDomain: record.GetTrustDomain(), Jwks: record.GetJwks(), Sequence: record.GetSequence()}
+	if record.GetGiven() {
+		body.Given, body.Relationship = true, record.GetRevision()
+	}
+	command := f.byItself(&statev1.Command{Body: &statev1.Command_StoreForeignBundle{StoreForeignBundle: body}})
 	outcome, err := f.replica.Load().Propose(ctx, command)
 	if err == nil {
 		f.audit.Command(command, outcome, nil)

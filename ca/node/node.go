@@ -169,6 +169,7 @@ func (n *Node) openDoors(attestors nodeattest.Attestors) {
 		State:       n,
 		Cluster:     n,
 		Gatekeeper:  n.gate,
+		Follower:    n.following,
 		Own:         ownActs{n.authorities, n.isolation, n.certificate},
 		Feed:        n.feed,
 		Signer:      n.authorities.signer,

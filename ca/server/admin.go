@@ -1,6 +1,7 @@
 package server
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
 	"fmt"
@@ -18,6 +19,7 @@ import (
 	"github.com/entente-mesh/entente/ca"
 	"github.com/entente-mesh/entente/ca/domain"
 	"github.com/entente-mesh/entente/ca/wire"
+	"github.com/entente-mesh/entente/federation"
 	"github.com/entente-mesh/entente/federation/bundle"
 	"github.com/entente-mesh/entente/federation/catalog"
 )
@@ -84,7 +86,7 @@ func (d adminDoor) Status(ctx context.Context, _ *ententev1.StatusRequest) (*ent
 	if !resp.Quorum {
 		resp.NoQuorumSince = info.NoQuorumSince.Unix()
 	}
-	held := map[string]*statev1.ForeignBundle{}
+	held, followed := map[string]*statev1.ForeignBundle{}, s.followed(ctx, info.Foreign)
 	s.State.Read(func(st *domain.State) {
 		resp.Cluster, resp.Revision = st.Cluster(), st.Revision()
 		resp.Changes = approvals(st)
@@ -100,7 +102,7 @@ func (d adminDoor) Status(ctx context.Context, _ *ententev1.StatusRequest) (*ent
 			resp.Members = append(resp.Members, &ententev1.MemberStatus{Member: m, VoterNow: info.Voters[m.GetId()]})
 		}
 		for _, peer := range st.Peers() {
-			resp.Foreign = append(resp.Foreign, s.foreignStatus(st, peer, info.Foreign[peer]))
+			resp.Foreign = append(resp.Foreign, s.foreignStatus(st, peer, followed[peer]))
 			held[peer], _ = s.Feed.ForeignBundle(st, peer)
 		}
 	})
@@ -124,7 +126,10 @@ func (s *Server) foreignStatus(st *domain.State, peer string, fetched Fetched) *
 		f.Dropped = append(f.Dropped, &ententev1.DroppedKey{Id: d.ID, Use: ca.UseName(d.Use), BecauseOf: d.Other, Reason: d.Reason})
 	}
 	held, _ := s.Feed.ForeignBundle(st, peer)
-	f.Sequence = held.GetSequence()
+	f.Sequence, f.Given = held.GetSequence(), held.GetGiven()
+	if fetched, ok := st.FetchedBundle(peer); ok {
+		f.Sha256 = federation.BundleHash(fetched.GetJwks())
+	}
 	return f
 }
 
@@ -178,14 +183,18 @@ func (d adminDoor) GetBundle(_ context.Context, req *ententev1.GetBundleRequest)
 	s := d.server
 	td := req.GetTrustDomain()
 	if td == "" || td == s.TrustDomain.Name() {
-		return &ententev1.GetBundleResponse{Jwks: s.Bundles.Public(req.GetWit())}, nil
+		jwks := s.Bundles.Public(req.GetWit())
+		if len(jwks) == 0 {
+			return nil, status.Errorf(codes.Unavailable, "%s has no authority yet, so there is no bundle to give away: try again in a moment; entente authority list shows what it waits for", s.TrustDomain.Name())
+		}
+		return &ententev1.GetBundleResponse{Jwks: jwks, Sha256: bundleHash(s.TrustDomain, jwks)}, nil
 	}
 	var held *statev1.ForeignBundle
 	s.State.Read(func(st *domain.State) { held, _ = s.Feed.ForeignBundle(st, td) })
 	if held == nil {
 		return nil, status.Errorf(codes.NotFound, "this domain holds no bundle of %.255s: apply a Relationship with it first", td)
 	}
-	return &ententev1.GetBundleResponse{Jwks: held.GetJwks()}, nil
+	return &ententev1.GetBundleResponse{Jwks: held.GetJwks(), Sha256: federation.BundleHash(held.GetJwks())}, nil
 }
 
 func (d adminDoor) Apply(ctx context.Context, req *ententev1.ApplyRequest) (*ententev1.ApplyResponse, error) {
@@ -202,10 +211,10 @@ func (d adminDoor) Apply(ctx context.Context, req *ententev1.ApplyRequest) (*ent
 	if forbidden != nil {
 		return nil, refusalError(forbidden)
 	}
-	if err := s.check(plan); err != nil {
+	if err := s.check(&plan); err != nil {
 		return nil, status.Error(codes.InvalidArgument, err.Error())
 	}
-	resp := &ententev1.ApplyResponse{Revision: plan.revision, Changes: plan.changes}
+	resp := &ententev1.ApplyResponse{Revision: plan.revision, Changes: plan.changes, Warnings: plan.warnings}
 	if req.GetDryRun() || len(plan.command.GetUpserts())+len(plan.command.GetDeletes()) == 0 {
 		return resp, nil
 	}
@@ -342,6 +351,8 @@ type applyPlan struct {
 	peers     []string
 	dev       bool
 	longest   time.Duration
+	given     []given // bundles that it changes
+	warnings  []string
 	problem   error
 }
 
@@ -378,7 +389,7 @@ func planApply(st *domain.State, upserts []*statev1.Object, deletes []*statev1.O
 			}
 		}
 		if action != "unchanged" {
-			plan.command.Upserts = append(plan.command.Upserts, o)
+			plan.upsert(st, have, o)
 		}
 		change := &ententev1.ObjectChange{Key: wire.FromKey(key), Action: action}
 		if before {
@@ -434,6 +445,15 @@ func planApply(st *domain.State, upserts []*statev1.Object, deletes []*statev1.O
 	return plan
 }
 
+// upsert plans that next replaces have.
+func (p *applyPlan) upsert(st *domain.State, have, next *statev1.Object) {
+	p.command.Upserts = append(p.command.Upserts, next)
+	if r := next.GetRelationship(); len(r.GetBootstrapBundle()) > 0 && !bytes.Equal(r.GetBootstrapBundle(), have.GetRelationship().GetBootstrapBundle()) {
+		held, _ := st.FetchedBundle(r.GetTrustDomain())
+		p.given = append(p.given, given{next, held, st.TakesGiven()})
+	}
+}
+
 // same tells whether two objects say the same; where that was written does not count.
 func same(a, b *statev1.Object) bool {
 	x, y := proto.CloneOf(a), proto.CloneOf(b)
@@ -443,24 +463,20 @@ func same(a, b *statev1.Object) bool {
 }
 
 // check looks at the whole catalogue as it would be, with FILE:LINE for each finding.
-func (s *Server) check(plan applyPlan) error {
+func (s *Server) check(plan *applyPlan) error {
+	for _, g := range plan.given {
+		warnings, err := s.checkGiven(g)
+		if err != nil {
+			return fmt.Errorf("%s: %s: %w", g.object.GetSource(), domain.ObjectKey(g.object), err)
+		}
+		plan.warnings = append(plan.warnings, warnings...)
+	}
 	if _, err := catalog.Compile(s.TrustDomain, plan.after, catalog.AllowLoopback(plan.dev)); err != nil {
 		return err
 	}
 	for _, o := range plan.after {
 		if _, err := ca.EntriesFor(s.TrustDomain, o, plan.peers, plan.longest); err != nil {
 			return fmt.Errorf("%s: %s: %w", o.GetSource(), domain.ObjectKey(o), err)
-		}
-		r := o.GetRelationship()
-		if len(r.GetBootstrapBundle()) == 0 {
-			continue
-		}
-		td, err := ca.ParseTrustDomain(r.GetTrustDomain())
-		if err != nil {
-			return fmt.Errorf("%s: %w", o.GetSource(), err)
-		}
-		if _, _, err := bundle.Parse(td, r.GetBootstrapBundle()); err != nil {
-			return fmt.Errorf("%s: bundle of %s: %w", o.GetSource(), r.GetTrustDomain(), err)
 		}
 	}
 	return nil

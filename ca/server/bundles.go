@@ -103,11 +103,20 @@ func (b *Bundles) JWKS() (jwks []byte, sequence uint64) {
 	return b.members, b.sequence
 }
 
+// none tells whether the domain has not had an authority yet. Then there is no bundle to
+// give away: one without keys would say that all of them were revoked. Called with mu held.
+func (b *Bundles) none() bool {
+	return len(b.x509.X509Authorities()) == 0 && len(b.revoked) == 0
+}
+
 // Public is the own bundle for another domain: with WIT keys only for one that takes
-// them.
+// them. Empty: there is none yet.
 func (b *Bundles) Public(wit bool) []byte {
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	if b.none() {
+		return nil
+	}
 	if wit {
 		return b.wit
 	}
@@ -119,6 +128,9 @@ func (b *Bundles) Public(wit bool) []byte {
 func (b *Bundles) Source() (jwks []byte, sequence uint64, changed <-chan struct{}) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	if b.none() {
+		return nil, 0, b.changed
+	}
 	return b.public, b.sequence, b.changed
 }
 
@@ -126,6 +138,9 @@ func (b *Bundles) Source() (jwks []byte, sequence uint64, changed <-chan struct{
 func (b *Bundles) SourceWIT() (jwks []byte, sequence uint64, changed <-chan struct{}) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	if b.none() {
+		return nil, 0, b.changed
+	}
 	return b.wit, b.sequence + 1, b.changed
 }
 

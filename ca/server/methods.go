@@ -69,6 +69,7 @@ var methods = map[string]method{
 	ententev1.Peer_Vouch_FullMethodName:     {callers: members},
 	ententev1.Peer_Gate_FullMethodName:      {callers: members},
 	ententev1.Peer_MarkReady_FullMethodName: {callers: members},
+	ententev1.Peer_Followed_FullMethodName:  {callers: members},
 	ententev1.Peer_ShowEpoch_FullMethodName: {callers: []class{anonymous, stranger, member}},
 
 	ententev1.Admin_Status_FullMethodName:          shows(roles.See),
@@ -99,6 +100,8 @@ var methods = map[string]method{
 	ententev1.Admin_RemoveNode_FullMethodName:         acts(roles.Govern, of(aboutRemoval)),
 	ententev1.Admin_PromoteNode_FullMethodName:        acts(roles.Govern, of(aboutPromotion)),
 	ententev1.Admin_SaveSnapshot_FullMethodName:       acts(roles.Govern, nil),
+	ententev1.Admin_ResetFederation_FullMethodName:    acts(roles.Govern, of(aboutReset)),
+	ententev1.Admin_RefreshFederation_FullMethodName:  acts(roles.Govern, of(aboutRefresh)),
 	ententev1.Admin_ApproveChange_FullMethodName:      acts(0, of(aboutApproval)),
 	ententev1.Admin_ReplaceRecoveryKey_FullMethodName: acts(0, nil),
 }
@@ -183,6 +186,20 @@ func aboutToken(on *naming, r *ententev1.CreateTokenRequest, done *ententev1.Cre
 
 func aboutRevokedToken(on *naming, r *ententev1.RevokeTokenRequest, _ *ententev1.RevokeTokenResponse) {
 	on.add("token/", r.GetId())
+}
+
+func aboutReset(on *naming, r *ententev1.ResetFederationRequest, _ *ententev1.ResetFederationResponse) {
+	on.add("bundle/", r.GetTrustDomain())
+	on.add("sha256/", r.GetBundleSha256())
+}
+
+func aboutRefresh(on *naming, r *ententev1.RefreshFederationRequest, done *ententev1.RefreshFederationResponse) {
+	if done == nil {
+		on.add("bundle/", r.GetTrustDomain())
+	}
+	for _, b := range done.GetBundles() {
+		on.add("bundle/", b.GetTrustDomain())
+	}
 }
 
 func aboutApply(on *naming, r *ententev1.ApplyRequest, done *ententev1.ApplyResponse) {

@@ -174,6 +174,14 @@ type Own interface {
 	Isolated() []Isolation // not agreed yet
 }
 
+// Follower follows the bundles of other domains.
+type Follower interface {
+	// Followed is how that goes, by trust domain, at the node that does it: this one, or with
+	// ask the leader; ErrNotLeader without. With refresh, the bundle of td is fetched first,
+	// or all are if it is empty.
+	Followed(ctx context.Context, refresh bool, td string, ask bool) (map[string]Fetched, error)
+}
+
 // Config is what the doors need. All but Attestors, Between, Audit, Log and Registerer are
 // required.
 type Config struct {
@@ -183,6 +191,7 @@ type Config struct {
 	Cluster
 	Gatekeeper
 	Own
+	Follower
 	Feed       *feed.Feed
 	Signer     *signer.Signer
 	Bundles    *Bundles

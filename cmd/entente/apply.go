@@ -70,6 +70,9 @@ in the files stay as they are, unless --prune removes those of one owner.
 				if err != nil {
 					return err
 				}
+				for _, warning := range response.GetWarnings() {
+					fmt.Fprintln(c.ErrOrStderr(), "warning:", warning)
+				}
 				return showApplied(c.OutOrStdout(), request, response, admin.json, diff, dryRun)
 			})
 		},

@@ -472,16 +472,21 @@ func caBundleCommand() *cobra.Command {
 		admin  adminFlags
 		domain string
 		wit    bool
+		hash   bool
 	)
 	c := &cobra.Command{
 		Use:     "bundle",
 		Short:   "Print a trust bundle in SPIFFE's format, to hand to a peer",
-		Example: "  entente ca bundle > banking.bundle.json",
+		Example: "  entente ca bundle > banking.bundle.json\n  entente ca bundle --sha256      # to compare it by telephone",
 		Args:    noArguments,
 		RunE: func(c *cobra.Command, _ []string) error {
 			return admin.call(c.Context(), func(client ententev1.AdminClient) error {
 				response, err := client.GetBundle(c.Context(), &ententev1.GetBundleRequest{TrustDomain: domain, Wit: wit})
 				if err != nil {
+					return err
+				}
+				if hash {
+					_, err := fmt.Fprintln(c.OutOrStdout(), response.GetSha256())
 					return err
 				}
 				return indentJSON(c.OutOrStdout(), response.GetJwks())
@@ -490,6 +495,7 @@ func caBundleCommand() *cobra.Command {
 	}
 	c.Flags().StringVar(&admin.socket, "socket", defaultAdminSocket, "admin socket of a CA node of this domain")
 	c.Flags().StringVar(&domain, "trust-domain", "", "a federated domain's bundle instead of the own")
+	c.Flags().BoolVar(&hash, "sha256", false, "print the bundle's hash, which formatting and refresh hint do not change")
 	c.Flags().BoolVar(&wit, "wit", false, "with the WIT keys, for a peer that takes them")
 	return c
 }

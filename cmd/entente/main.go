@@ -46,7 +46,7 @@ other across trust domains and datacenters without sharing a root of trust.`,
 	}
 	root.SetArgs(args[1:])
 	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error { return usageError{c, err} })
-	root.AddCommand(caCommand(), authorityCommand(), nodeCommand(), snapshotCommand(), tokenCommand(), entryCommand(), applyCommand(), getCommand(), deleteCommand(), whoamiCommand(),
+	root.AddCommand(caCommand(), authorityCommand(), nodeCommand(), snapshotCommand(), tokenCommand(), entryCommand(), applyCommand(), getCommand(), deleteCommand(), federationCommand(), whoamiCommand(),
 		agentCommand(), sidecarCommand(), serviceCommand(), gatewayCommand(), runCommand(), fetchCommand(), validateCommand(), demoCommand(), demoServiceCommand(), versionCommand())
 
 	err := root.ExecuteContext(context.Background())

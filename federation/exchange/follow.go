@@ -141,7 +141,7 @@ func newFollower(config FollowConfig) (*follower, error) {
 		if f.last, err = recordOf(known); err != nil {
 			return nil, fmt.Errorf("following a bundle: %w", err)
 		}
-		f.last.AsFetched = f.Last.GetAsFetched()
+		f.last.AsFetched, f.last.Given, f.last.ResetSha256 = f.Last.GetAsFetched(), f.Last.GetGiven(), f.Last.GetResetSha256()
 		f.own.Store(known.X509Bundle())
 		f.status.Sequence = known.Sequence
 	}
@@ -236,8 +236,7 @@ func (f *follower) judge(ctx context.Context, got *Fetched) (otherURL bool, err 
 		log.Debug("bundle fetched: unchanged")
 		return false, nil
 	default:
-		refused := fmt.Errorf("bundle of %s with sequence %d from %s refused, %d is accepted: %w",
-			f.TrustDomain, got.Record.GetSequence(), got.URL, f.last.GetSequence(), verdict.Err())
+		refused := fmt.Errorf("bundle of %s from %s refused: %w", f.TrustDomain, got.URL, federation.RefusedBundle(f.last, got.Record))
 		f.status.Refused, f.status.RefusedAt = refused.Error(), time.Now()
 		return true, refused
 	}

@@ -492,6 +492,347 @@ func (x *StateSpan) GetHash() []byte {
 	return nil
 }
 
+type FollowedRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Refresh       bool                   `protobuf:"varint,1,opt,name=refresh,proto3" json:"refresh,omitempty"`
+	TrustDomain   string                 `protobuf:"bytes,2,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"` // empty: all
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FollowedRequest) Reset() {
+	*x = FollowedRequest{}
+	mi := &file_entente_v1_entente_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FollowedRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FollowedRequest) ProtoMessage() {}
+
+func (x *FollowedRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FollowedRequest.ProtoReflect.Descriptor instead.
+func (*FollowedRequest) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *FollowedRequest) GetRefresh() bool {
+	if x != nil {
+		return x.Refresh
+	}
+	return false
+}
+
+func (x *FollowedRequest) GetTrustDomain() string {
+	if x != nil {
+		return x.TrustDomain
+	}
+	return ""
+}
+
+type FollowedResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Bundles       []*FollowedBundle      `protobuf:"bytes,1,rep,name=bundles,proto3" json:"bundles,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FollowedResponse) Reset() {
+	*x = FollowedResponse{}
+	mi := &file_entente_v1_entente_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FollowedResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FollowedResponse) ProtoMessage() {}
+
+func (x *FollowedResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FollowedResponse.ProtoReflect.Descriptor instead.
+func (*FollowedResponse) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *FollowedResponse) GetBundles() []*FollowedBundle {
+	if x != nil {
+		return x.Bundles
+	}
+	return nil
+}
+
+// FollowedBundle is how following one domain's bundle goes at one node.
+type FollowedBundle struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	TrustDomain   string                 `protobuf:"bytes,1,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"`
+	AgeSeconds    float64                `protobuf:"fixed64,2,opt,name=age_seconds,json=ageSeconds,proto3" json:"age_seconds,omitempty"` // since it was last fetched; -1 never
+	Error         string                 `protobuf:"bytes,3,opt,name=error,proto3" json:"error,omitempty"`                               // of the last fetch
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FollowedBundle) Reset() {
+	*x = FollowedBundle{}
+	mi := &file_entente_v1_entente_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FollowedBundle) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FollowedBundle) ProtoMessage() {}
+
+func (x *FollowedBundle) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FollowedBundle.ProtoReflect.Descriptor instead.
+func (*FollowedBundle) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *FollowedBundle) GetTrustDomain() string {
+	if x != nil {
+		return x.TrustDomain
+	}
+	return ""
+}
+
+func (x *FollowedBundle) GetAgeSeconds() float64 {
+	if x != nil {
+		return x.AgeSeconds
+	}
+	return 0
+}
+
+func (x *FollowedBundle) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
+type ResetFederationRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	TrustDomain   string                 `protobuf:"bytes,1,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"`
+	BundleSha256  string                 `protobuf:"bytes,2,opt,name=bundle_sha256,json=bundleSha256,proto3" json:"bundle_sha256,omitempty"` // hex; ForeignBundleStatus.sha256 of the bundle that is to follow
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ResetFederationRequest) Reset() {
+	*x = ResetFederationRequest{}
+	mi := &file_entente_v1_entente_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ResetFederationRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ResetFederationRequest) ProtoMessage() {}
+
+func (x *ResetFederationRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ResetFederationRequest.ProtoReflect.Descriptor instead.
+func (*ResetFederationRequest) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *ResetFederationRequest) GetTrustDomain() string {
+	if x != nil {
+		return x.TrustDomain
+	}
+	return ""
+}
+
+func (x *ResetFederationRequest) GetBundleSha256() string {
+	if x != nil {
+		return x.BundleSha256
+	}
+	return ""
+}
+
+type ResetFederationResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Revision      uint64                 `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ResetFederationResponse) Reset() {
+	*x = ResetFederationResponse{}
+	mi := &file_entente_v1_entente_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ResetFederationResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ResetFederationResponse) ProtoMessage() {}
+
+func (x *ResetFederationResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ResetFederationResponse.ProtoReflect.Descriptor instead.
+func (*ResetFederationResponse) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *ResetFederationResponse) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+type RefreshFederationRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	TrustDomain   string                 `protobuf:"bytes,1,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"` // empty: all
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RefreshFederationRequest) Reset() {
+	*x = RefreshFederationRequest{}
+	mi := &file_entente_v1_entente_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RefreshFederationRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RefreshFederationRequest) ProtoMessage() {}
+
+func (x *RefreshFederationRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RefreshFederationRequest.ProtoReflect.Descriptor instead.
+func (*RefreshFederationRequest) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *RefreshFederationRequest) GetTrustDomain() string {
+	if x != nil {
+		return x.TrustDomain
+	}
+	return ""
+}
+
+type RefreshFederationResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Bundles       []*ForeignBundleStatus `protobuf:"bytes,1,rep,name=bundles,proto3" json:"bundles,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RefreshFederationResponse) Reset() {
+	*x = RefreshFederationResponse{}
+	mi := &file_entente_v1_entente_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RefreshFederationResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RefreshFederationResponse) ProtoMessage() {}
+
+func (x *RefreshFederationResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_v1_entente_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RefreshFederationResponse.ProtoReflect.Descriptor instead.
+func (*RefreshFederationResponse) Descriptor() ([]byte, []int) {
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *RefreshFederationResponse) GetBundles() []*ForeignBundleStatus {
+	if x != nil {
+		return x.Bundles
+	}
+	return nil
+}
+
 type JoinRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	TokenId       string                 `protobuf:"bytes,1,opt,name=token_id,json=tokenId,proto3" json:"token_id,omitempty"`
@@ -506,7 +847,7 @@ type JoinRequest struct {
 
 func (x *JoinRequest) Reset() {
 	*x = JoinRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[7]
+	mi := &file_entente_v1_entente_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -518,7 +859,7 @@ func (x *JoinRequest) String() string {
 func (*JoinRequest) ProtoMessage() {}
 
 func (x *JoinRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[7]
+	mi := &file_entente_v1_entente_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -531,7 +872,7 @@ func (x *JoinRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinRequest.ProtoReflect.Descriptor instead.
 func (*JoinRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{7}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *JoinRequest) GetTokenId() string {
@@ -587,7 +928,7 @@ type JoinResponse struct {
 
 func (x *JoinResponse) Reset() {
 	*x = JoinResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[8]
+	mi := &file_entente_v1_entente_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -599,7 +940,7 @@ func (x *JoinResponse) String() string {
 func (*JoinResponse) ProtoMessage() {}
 
 func (x *JoinResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[8]
+	mi := &file_entente_v1_entente_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -612,7 +953,7 @@ func (x *JoinResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinResponse.ProtoReflect.Descriptor instead.
 func (*JoinResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{8}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *JoinResponse) GetMember() *v1.Member {
@@ -651,7 +992,7 @@ type AttestRequest struct {
 
 func (x *AttestRequest) Reset() {
 	*x = AttestRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[9]
+	mi := &file_entente_v1_entente_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -663,7 +1004,7 @@ func (x *AttestRequest) String() string {
 func (*AttestRequest) ProtoMessage() {}
 
 func (x *AttestRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[9]
+	mi := &file_entente_v1_entente_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -676,7 +1017,7 @@ func (x *AttestRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttestRequest.ProtoReflect.Descriptor instead.
 func (*AttestRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{9}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *AttestRequest) GetTokenId() string {
@@ -727,7 +1068,7 @@ type AttestResponse struct {
 
 func (x *AttestResponse) Reset() {
 	*x = AttestResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[10]
+	mi := &file_entente_v1_entente_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -739,7 +1080,7 @@ func (x *AttestResponse) String() string {
 func (*AttestResponse) ProtoMessage() {}
 
 func (x *AttestResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[10]
+	mi := &file_entente_v1_entente_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -752,7 +1093,7 @@ func (x *AttestResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttestResponse.ProtoReflect.Descriptor instead.
 func (*AttestResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{10}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *AttestResponse) GetCertificates() [][]byte {
@@ -804,7 +1145,7 @@ type SyncRequest struct {
 
 func (x *SyncRequest) Reset() {
 	*x = SyncRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[11]
+	mi := &file_entente_v1_entente_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -816,7 +1157,7 @@ func (x *SyncRequest) String() string {
 func (*SyncRequest) ProtoMessage() {}
 
 func (x *SyncRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[11]
+	mi := &file_entente_v1_entente_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -829,7 +1170,7 @@ func (x *SyncRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncRequest.ProtoReflect.Descriptor instead.
 func (*SyncRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{11}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *SyncRequest) GetMessage() isSyncRequest_Message {
@@ -902,7 +1243,7 @@ type Hello struct {
 
 func (x *Hello) Reset() {
 	*x = Hello{}
-	mi := &file_entente_v1_entente_proto_msgTypes[12]
+	mi := &file_entente_v1_entente_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -914,7 +1255,7 @@ func (x *Hello) String() string {
 func (*Hello) ProtoMessage() {}
 
 func (x *Hello) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[12]
+	mi := &file_entente_v1_entente_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -927,7 +1268,7 @@ func (x *Hello) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Hello.ProtoReflect.Descriptor instead.
 func (*Hello) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{12}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Hello) GetResumeRevision() uint64 {
@@ -977,7 +1318,7 @@ type SessionProof struct {
 
 func (x *SessionProof) Reset() {
 	*x = SessionProof{}
-	mi := &file_entente_v1_entente_proto_msgTypes[13]
+	mi := &file_entente_v1_entente_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -989,7 +1330,7 @@ func (x *SessionProof) String() string {
 func (*SessionProof) ProtoMessage() {}
 
 func (x *SessionProof) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[13]
+	mi := &file_entente_v1_entente_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1002,7 +1343,7 @@ func (x *SessionProof) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SessionProof.ProtoReflect.Descriptor instead.
 func (*SessionProof) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{13}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *SessionProof) GetPublicKey() []byte {
@@ -1040,7 +1381,7 @@ type Ack struct {
 
 func (x *Ack) Reset() {
 	*x = Ack{}
-	mi := &file_entente_v1_entente_proto_msgTypes[14]
+	mi := &file_entente_v1_entente_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1052,7 +1393,7 @@ func (x *Ack) String() string {
 func (*Ack) ProtoMessage() {}
 
 func (x *Ack) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[14]
+	mi := &file_entente_v1_entente_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1065,7 +1406,7 @@ func (x *Ack) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Ack.ProtoReflect.Descriptor instead.
 func (*Ack) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{14}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Ack) GetRevision() uint64 {
@@ -1127,7 +1468,7 @@ type InstanceReport struct {
 
 func (x *InstanceReport) Reset() {
 	*x = InstanceReport{}
-	mi := &file_entente_v1_entente_proto_msgTypes[15]
+	mi := &file_entente_v1_entente_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1139,7 +1480,7 @@ func (x *InstanceReport) String() string {
 func (*InstanceReport) ProtoMessage() {}
 
 func (x *InstanceReport) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[15]
+	mi := &file_entente_v1_entente_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1152,7 +1493,7 @@ func (x *InstanceReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InstanceReport.ProtoReflect.Descriptor instead.
 func (*InstanceReport) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{15}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *InstanceReport) GetInstances() []*Instance {
@@ -1184,7 +1525,7 @@ type Instance struct {
 
 func (x *Instance) Reset() {
 	*x = Instance{}
-	mi := &file_entente_v1_entente_proto_msgTypes[16]
+	mi := &file_entente_v1_entente_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1196,7 +1537,7 @@ func (x *Instance) String() string {
 func (*Instance) ProtoMessage() {}
 
 func (x *Instance) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[16]
+	mi := &file_entente_v1_entente_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1209,7 +1550,7 @@ func (x *Instance) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Instance.ProtoReflect.Descriptor instead.
 func (*Instance) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{16}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Instance) GetService() string {
@@ -1297,7 +1638,7 @@ type SyncResponse struct {
 
 func (x *SyncResponse) Reset() {
 	*x = SyncResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[17]
+	mi := &file_entente_v1_entente_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1309,7 +1650,7 @@ func (x *SyncResponse) String() string {
 func (*SyncResponse) ProtoMessage() {}
 
 func (x *SyncResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[17]
+	mi := &file_entente_v1_entente_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1322,7 +1663,7 @@ func (x *SyncResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncResponse.ProtoReflect.Descriptor instead.
 func (*SyncResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{17}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *SyncResponse) GetMessage() isSyncResponse_Message {
@@ -1411,7 +1752,7 @@ type Urgent struct {
 
 func (x *Urgent) Reset() {
 	*x = Urgent{}
-	mi := &file_entente_v1_entente_proto_msgTypes[18]
+	mi := &file_entente_v1_entente_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1423,7 +1764,7 @@ func (x *Urgent) String() string {
 func (*Urgent) ProtoMessage() {}
 
 func (x *Urgent) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[18]
+	mi := &file_entente_v1_entente_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1436,7 +1777,7 @@ func (x *Urgent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Urgent.ProtoReflect.Descriptor instead.
 func (*Urgent) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{18}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Urgent) GetDistrust() []*v1.Distrust {
@@ -1497,7 +1838,7 @@ type Policy struct {
 
 func (x *Policy) Reset() {
 	*x = Policy{}
-	mi := &file_entente_v1_entente_proto_msgTypes[19]
+	mi := &file_entente_v1_entente_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1509,7 +1850,7 @@ func (x *Policy) String() string {
 func (*Policy) ProtoMessage() {}
 
 func (x *Policy) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[19]
+	mi := &file_entente_v1_entente_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1522,7 +1863,7 @@ func (x *Policy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Policy.ProtoReflect.Descriptor instead.
 func (*Policy) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{19}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Policy) GetFull() bool {
@@ -1669,7 +2010,7 @@ type Bundle struct {
 
 func (x *Bundle) Reset() {
 	*x = Bundle{}
-	mi := &file_entente_v1_entente_proto_msgTypes[20]
+	mi := &file_entente_v1_entente_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1681,7 +2022,7 @@ func (x *Bundle) String() string {
 func (*Bundle) ProtoMessage() {}
 
 func (x *Bundle) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[20]
+	mi := &file_entente_v1_entente_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1694,7 +2035,7 @@ func (x *Bundle) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Bundle.ProtoReflect.Descriptor instead.
 func (*Bundle) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{20}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Bundle) GetTrustDomain() string {
@@ -1731,7 +2072,7 @@ type Presence struct {
 
 func (x *Presence) Reset() {
 	*x = Presence{}
-	mi := &file_entente_v1_entente_proto_msgTypes[21]
+	mi := &file_entente_v1_entente_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1743,7 +2084,7 @@ func (x *Presence) String() string {
 func (*Presence) ProtoMessage() {}
 
 func (x *Presence) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[21]
+	mi := &file_entente_v1_entente_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1756,7 +2097,7 @@ func (x *Presence) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Presence.ProtoReflect.Descriptor instead.
 func (*Presence) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{21}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Presence) GetInstances() []*Instance {
@@ -1791,7 +2132,7 @@ type Heartbeat struct {
 
 func (x *Heartbeat) Reset() {
 	*x = Heartbeat{}
-	mi := &file_entente_v1_entente_proto_msgTypes[22]
+	mi := &file_entente_v1_entente_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1803,7 +2144,7 @@ func (x *Heartbeat) String() string {
 func (*Heartbeat) ProtoMessage() {}
 
 func (x *Heartbeat) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[22]
+	mi := &file_entente_v1_entente_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1816,7 +2157,7 @@ func (x *Heartbeat) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Heartbeat.ProtoReflect.Descriptor instead.
 func (*Heartbeat) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{22}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *Heartbeat) GetRevision() uint64 {
@@ -1849,7 +2190,7 @@ type SignX509Request struct {
 
 func (x *SignX509Request) Reset() {
 	*x = SignX509Request{}
-	mi := &file_entente_v1_entente_proto_msgTypes[23]
+	mi := &file_entente_v1_entente_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1861,7 +2202,7 @@ func (x *SignX509Request) String() string {
 func (*SignX509Request) ProtoMessage() {}
 
 func (x *SignX509Request) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[23]
+	mi := &file_entente_v1_entente_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1874,7 +2215,7 @@ func (x *SignX509Request) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignX509Request.ProtoReflect.Descriptor instead.
 func (*SignX509Request) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{23}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *SignX509Request) GetRequests() []*X509Request {
@@ -1898,7 +2239,7 @@ type X509Request struct {
 
 func (x *X509Request) Reset() {
 	*x = X509Request{}
-	mi := &file_entente_v1_entente_proto_msgTypes[24]
+	mi := &file_entente_v1_entente_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1910,7 +2251,7 @@ func (x *X509Request) String() string {
 func (*X509Request) ProtoMessage() {}
 
 func (x *X509Request) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[24]
+	mi := &file_entente_v1_entente_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1923,7 +2264,7 @@ func (x *X509Request) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use X509Request.ProtoReflect.Descriptor instead.
 func (*X509Request) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{24}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *X509Request) GetEntryId() string {
@@ -1963,7 +2304,7 @@ type SignX509Response struct {
 
 func (x *SignX509Response) Reset() {
 	*x = SignX509Response{}
-	mi := &file_entente_v1_entente_proto_msgTypes[25]
+	mi := &file_entente_v1_entente_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1975,7 +2316,7 @@ func (x *SignX509Response) String() string {
 func (*SignX509Response) ProtoMessage() {}
 
 func (x *SignX509Response) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[25]
+	mi := &file_entente_v1_entente_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1988,7 +2329,7 @@ func (x *SignX509Response) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignX509Response.ProtoReflect.Descriptor instead.
 func (*SignX509Response) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{25}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *SignX509Response) GetResults() []*X509Result {
@@ -2009,7 +2350,7 @@ type X509Result struct {
 
 func (x *X509Result) Reset() {
 	*x = X509Result{}
-	mi := &file_entente_v1_entente_proto_msgTypes[26]
+	mi := &file_entente_v1_entente_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2021,7 +2362,7 @@ func (x *X509Result) String() string {
 func (*X509Result) ProtoMessage() {}
 
 func (x *X509Result) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[26]
+	mi := &file_entente_v1_entente_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2034,7 +2375,7 @@ func (x *X509Result) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use X509Result.ProtoReflect.Descriptor instead.
 func (*X509Result) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{26}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *X509Result) GetCertificates() [][]byte {
@@ -2067,7 +2408,7 @@ type SignJWTRequest struct {
 
 func (x *SignJWTRequest) Reset() {
 	*x = SignJWTRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[27]
+	mi := &file_entente_v1_entente_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2079,7 +2420,7 @@ func (x *SignJWTRequest) String() string {
 func (*SignJWTRequest) ProtoMessage() {}
 
 func (x *SignJWTRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[27]
+	mi := &file_entente_v1_entente_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2092,7 +2433,7 @@ func (x *SignJWTRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignJWTRequest.ProtoReflect.Descriptor instead.
 func (*SignJWTRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{27}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *SignJWTRequest) GetRequests() []*JWTRequest {
@@ -2114,7 +2455,7 @@ type JWTRequest struct {
 
 func (x *JWTRequest) Reset() {
 	*x = JWTRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[28]
+	mi := &file_entente_v1_entente_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2126,7 +2467,7 @@ func (x *JWTRequest) String() string {
 func (*JWTRequest) ProtoMessage() {}
 
 func (x *JWTRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[28]
+	mi := &file_entente_v1_entente_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2139,7 +2480,7 @@ func (x *JWTRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JWTRequest.ProtoReflect.Descriptor instead.
 func (*JWTRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{28}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *JWTRequest) GetEntryId() string {
@@ -2179,7 +2520,7 @@ type SignJWTResponse struct {
 
 func (x *SignJWTResponse) Reset() {
 	*x = SignJWTResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[29]
+	mi := &file_entente_v1_entente_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2191,7 +2532,7 @@ func (x *SignJWTResponse) String() string {
 func (*SignJWTResponse) ProtoMessage() {}
 
 func (x *SignJWTResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[29]
+	mi := &file_entente_v1_entente_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2204,7 +2545,7 @@ func (x *SignJWTResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignJWTResponse.ProtoReflect.Descriptor instead.
 func (*SignJWTResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{29}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *SignJWTResponse) GetResults() []*TokenResult {
@@ -2223,7 +2564,7 @@ type SignWITRequest struct {
 
 func (x *SignWITRequest) Reset() {
 	*x = SignWITRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[30]
+	mi := &file_entente_v1_entente_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2235,7 +2576,7 @@ func (x *SignWITRequest) String() string {
 func (*SignWITRequest) ProtoMessage() {}
 
 func (x *SignWITRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[30]
+	mi := &file_entente_v1_entente_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2248,7 +2589,7 @@ func (x *SignWITRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignWITRequest.ProtoReflect.Descriptor instead.
 func (*SignWITRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{30}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *SignWITRequest) GetRequests() []*WITRequest {
@@ -2270,7 +2611,7 @@ type WITRequest struct {
 
 func (x *WITRequest) Reset() {
 	*x = WITRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[31]
+	mi := &file_entente_v1_entente_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2282,7 +2623,7 @@ func (x *WITRequest) String() string {
 func (*WITRequest) ProtoMessage() {}
 
 func (x *WITRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[31]
+	mi := &file_entente_v1_entente_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2295,7 +2636,7 @@ func (x *WITRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WITRequest.ProtoReflect.Descriptor instead.
 func (*WITRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{31}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *WITRequest) GetEntryId() string {
@@ -2335,7 +2676,7 @@ type SignWITResponse struct {
 
 func (x *SignWITResponse) Reset() {
 	*x = SignWITResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[32]
+	mi := &file_entente_v1_entente_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2347,7 +2688,7 @@ func (x *SignWITResponse) String() string {
 func (*SignWITResponse) ProtoMessage() {}
 
 func (x *SignWITResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[32]
+	mi := &file_entente_v1_entente_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2360,7 +2701,7 @@ func (x *SignWITResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignWITResponse.ProtoReflect.Descriptor instead.
 func (*SignWITResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{32}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *SignWITResponse) GetResults() []*TokenResult {
@@ -2382,7 +2723,7 @@ type TokenResult struct {
 
 func (x *TokenResult) Reset() {
 	*x = TokenResult{}
-	mi := &file_entente_v1_entente_proto_msgTypes[33]
+	mi := &file_entente_v1_entente_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2394,7 +2735,7 @@ func (x *TokenResult) String() string {
 func (*TokenResult) ProtoMessage() {}
 
 func (x *TokenResult) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[33]
+	mi := &file_entente_v1_entente_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2407,7 +2748,7 @@ func (x *TokenResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TokenResult.ProtoReflect.Descriptor instead.
 func (*TokenResult) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{33}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *TokenResult) GetToken() string {
@@ -2446,7 +2787,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[34]
+	mi := &file_entente_v1_entente_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2458,7 +2799,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[34]
+	mi := &file_entente_v1_entente_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2471,7 +2812,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{34}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{41}
 }
 
 type StatusResponse struct {
@@ -2516,7 +2857,7 @@ type StatusResponse struct {
 
 func (x *StatusResponse) Reset() {
 	*x = StatusResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[35]
+	mi := &file_entente_v1_entente_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2528,7 +2869,7 @@ func (x *StatusResponse) String() string {
 func (*StatusResponse) ProtoMessage() {}
 
 func (x *StatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[35]
+	mi := &file_entente_v1_entente_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2541,7 +2882,7 @@ func (x *StatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusResponse.ProtoReflect.Descriptor instead.
 func (*StatusResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{35}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *StatusResponse) GetChanges() []*Approval {
@@ -2796,7 +3137,7 @@ type FileProblem struct {
 
 func (x *FileProblem) Reset() {
 	*x = FileProblem{}
-	mi := &file_entente_v1_entente_proto_msgTypes[36]
+	mi := &file_entente_v1_entente_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2808,7 +3149,7 @@ func (x *FileProblem) String() string {
 func (*FileProblem) ProtoMessage() {}
 
 func (x *FileProblem) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[36]
+	mi := &file_entente_v1_entente_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2821,7 +3162,7 @@ func (x *FileProblem) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FileProblem.ProtoReflect.Descriptor instead.
 func (*FileProblem) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{36}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *FileProblem) GetWhat() string {
@@ -2871,7 +3212,7 @@ type Contradiction struct {
 
 func (x *Contradiction) Reset() {
 	*x = Contradiction{}
-	mi := &file_entente_v1_entente_proto_msgTypes[37]
+	mi := &file_entente_v1_entente_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2883,7 +3224,7 @@ func (x *Contradiction) String() string {
 func (*Contradiction) ProtoMessage() {}
 
 func (x *Contradiction) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[37]
+	mi := &file_entente_v1_entente_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2896,7 +3237,7 @@ func (x *Contradiction) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Contradiction.ProtoReflect.Descriptor instead.
 func (*Contradiction) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{37}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *Contradiction) GetNode() string {
@@ -2934,7 +3275,7 @@ type SubscriberLevel struct {
 
 func (x *SubscriberLevel) Reset() {
 	*x = SubscriberLevel{}
-	mi := &file_entente_v1_entente_proto_msgTypes[38]
+	mi := &file_entente_v1_entente_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2946,7 +3287,7 @@ func (x *SubscriberLevel) String() string {
 func (*SubscriberLevel) ProtoMessage() {}
 
 func (x *SubscriberLevel) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[38]
+	mi := &file_entente_v1_entente_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2959,7 +3300,7 @@ func (x *SubscriberLevel) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SubscriberLevel.ProtoReflect.Descriptor instead.
 func (*SubscriberLevel) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{38}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *SubscriberLevel) GetName() string {
@@ -3004,7 +3345,7 @@ type AuditLog struct {
 
 func (x *AuditLog) Reset() {
 	*x = AuditLog{}
-	mi := &file_entente_v1_entente_proto_msgTypes[39]
+	mi := &file_entente_v1_entente_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3016,7 +3357,7 @@ func (x *AuditLog) String() string {
 func (*AuditLog) ProtoMessage() {}
 
 func (x *AuditLog) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[39]
+	mi := &file_entente_v1_entente_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3029,7 +3370,7 @@ func (x *AuditLog) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditLog.ProtoReflect.Descriptor instead.
 func (*AuditLog) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{39}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *AuditLog) GetFile() string {
@@ -3079,7 +3420,7 @@ type Upstream struct {
 
 func (x *Upstream) Reset() {
 	*x = Upstream{}
-	mi := &file_entente_v1_entente_proto_msgTypes[40]
+	mi := &file_entente_v1_entente_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3091,7 +3432,7 @@ func (x *Upstream) String() string {
 func (*Upstream) ProtoMessage() {}
 
 func (x *Upstream) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[40]
+	mi := &file_entente_v1_entente_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3104,7 +3445,7 @@ func (x *Upstream) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Upstream.ProtoReflect.Descriptor instead.
 func (*Upstream) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{40}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *Upstream) GetKeyId() string {
@@ -3142,7 +3483,7 @@ type Autonomy struct {
 
 func (x *Autonomy) Reset() {
 	*x = Autonomy{}
-	mi := &file_entente_v1_entente_proto_msgTypes[41]
+	mi := &file_entente_v1_entente_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3154,7 +3495,7 @@ func (x *Autonomy) String() string {
 func (*Autonomy) ProtoMessage() {}
 
 func (x *Autonomy) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[41]
+	mi := &file_entente_v1_entente_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3167,7 +3508,7 @@ func (x *Autonomy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Autonomy.ProtoReflect.Descriptor instead.
 func (*Autonomy) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{41}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *Autonomy) GetMemberId() string {
@@ -3223,7 +3564,7 @@ type UseAutonomy struct {
 
 func (x *UseAutonomy) Reset() {
 	*x = UseAutonomy{}
-	mi := &file_entente_v1_entente_proto_msgTypes[42]
+	mi := &file_entente_v1_entente_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3235,7 +3576,7 @@ func (x *UseAutonomy) String() string {
 func (*UseAutonomy) ProtoMessage() {}
 
 func (x *UseAutonomy) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[42]
+	mi := &file_entente_v1_entente_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3248,7 +3589,7 @@ func (x *UseAutonomy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UseAutonomy.ProtoReflect.Descriptor instead.
 func (*UseAutonomy) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{42}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *UseAutonomy) GetUse() v1.KeyUse {
@@ -3324,7 +3665,7 @@ type MemberStatus struct {
 
 func (x *MemberStatus) Reset() {
 	*x = MemberStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[43]
+	mi := &file_entente_v1_entente_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3336,7 +3677,7 @@ func (x *MemberStatus) String() string {
 func (*MemberStatus) ProtoMessage() {}
 
 func (x *MemberStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[43]
+	mi := &file_entente_v1_entente_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3349,7 +3690,7 @@ func (x *MemberStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemberStatus.ProtoReflect.Descriptor instead.
 func (*MemberStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{43}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *MemberStatus) GetMember() *v1.Member {
@@ -3374,7 +3715,7 @@ type SaveSnapshotRequest struct {
 
 func (x *SaveSnapshotRequest) Reset() {
 	*x = SaveSnapshotRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[44]
+	mi := &file_entente_v1_entente_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3386,7 +3727,7 @@ func (x *SaveSnapshotRequest) String() string {
 func (*SaveSnapshotRequest) ProtoMessage() {}
 
 func (x *SaveSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[44]
+	mi := &file_entente_v1_entente_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3399,7 +3740,7 @@ func (x *SaveSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SaveSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*SaveSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{44}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{51}
 }
 
 // SaveSnapshotResponse is a part of the file. The file carries its own checksums.
@@ -3412,7 +3753,7 @@ type SaveSnapshotResponse struct {
 
 func (x *SaveSnapshotResponse) Reset() {
 	*x = SaveSnapshotResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[45]
+	mi := &file_entente_v1_entente_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3424,7 +3765,7 @@ func (x *SaveSnapshotResponse) String() string {
 func (*SaveSnapshotResponse) ProtoMessage() {}
 
 func (x *SaveSnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[45]
+	mi := &file_entente_v1_entente_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3437,7 +3778,7 @@ func (x *SaveSnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SaveSnapshotResponse.ProtoReflect.Descriptor instead.
 func (*SaveSnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{45}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *SaveSnapshotResponse) GetData() []byte {
@@ -3455,7 +3796,7 @@ type ListNodesRequest struct {
 
 func (x *ListNodesRequest) Reset() {
 	*x = ListNodesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[46]
+	mi := &file_entente_v1_entente_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3467,7 +3808,7 @@ func (x *ListNodesRequest) String() string {
 func (*ListNodesRequest) ProtoMessage() {}
 
 func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[46]
+	mi := &file_entente_v1_entente_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3480,7 +3821,7 @@ func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesRequest.ProtoReflect.Descriptor instead.
 func (*ListNodesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{46}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{53}
 }
 
 type ListNodesResponse struct {
@@ -3494,7 +3835,7 @@ type ListNodesResponse struct {
 
 func (x *ListNodesResponse) Reset() {
 	*x = ListNodesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[47]
+	mi := &file_entente_v1_entente_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3506,7 +3847,7 @@ func (x *ListNodesResponse) String() string {
 func (*ListNodesResponse) ProtoMessage() {}
 
 func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[47]
+	mi := &file_entente_v1_entente_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3519,7 +3860,7 @@ func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesResponse.ProtoReflect.Descriptor instead.
 func (*ListNodesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{47}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *ListNodesResponse) GetLeaderId() string {
@@ -3556,7 +3897,7 @@ type NodeProgress struct {
 
 func (x *NodeProgress) Reset() {
 	*x = NodeProgress{}
-	mi := &file_entente_v1_entente_proto_msgTypes[48]
+	mi := &file_entente_v1_entente_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3568,7 +3909,7 @@ func (x *NodeProgress) String() string {
 func (*NodeProgress) ProtoMessage() {}
 
 func (x *NodeProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[48]
+	mi := &file_entente_v1_entente_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3581,7 +3922,7 @@ func (x *NodeProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeProgress.ProtoReflect.Descriptor instead.
 func (*NodeProgress) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{48}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *NodeProgress) GetMember() *v1.Member {
@@ -3635,7 +3976,7 @@ type Approval struct {
 
 func (x *Approval) Reset() {
 	*x = Approval{}
-	mi := &file_entente_v1_entente_proto_msgTypes[49]
+	mi := &file_entente_v1_entente_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3647,7 +3988,7 @@ func (x *Approval) String() string {
 func (*Approval) ProtoMessage() {}
 
 func (x *Approval) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[49]
+	mi := &file_entente_v1_entente_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3660,7 +4001,7 @@ func (x *Approval) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Approval.ProtoReflect.Descriptor instead.
 func (*Approval) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{49}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *Approval) GetId() string {
@@ -3721,7 +4062,7 @@ type ReplaceRecoveryKeyRequest struct {
 
 func (x *ReplaceRecoveryKeyRequest) Reset() {
 	*x = ReplaceRecoveryKeyRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[50]
+	mi := &file_entente_v1_entente_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3733,7 +4074,7 @@ func (x *ReplaceRecoveryKeyRequest) String() string {
 func (*ReplaceRecoveryKeyRequest) ProtoMessage() {}
 
 func (x *ReplaceRecoveryKeyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[50]
+	mi := &file_entente_v1_entente_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3746,7 +4087,7 @@ func (x *ReplaceRecoveryKeyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReplaceRecoveryKeyRequest.ProtoReflect.Descriptor instead.
 func (*ReplaceRecoveryKeyRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{50}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *ReplaceRecoveryKeyRequest) GetReplacement() *v1.RecoveryKeyReplacement {
@@ -3766,7 +4107,7 @@ type ReplaceRecoveryKeyResponse struct {
 
 func (x *ReplaceRecoveryKeyResponse) Reset() {
 	*x = ReplaceRecoveryKeyResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[51]
+	mi := &file_entente_v1_entente_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3778,7 +4119,7 @@ func (x *ReplaceRecoveryKeyResponse) String() string {
 func (*ReplaceRecoveryKeyResponse) ProtoMessage() {}
 
 func (x *ReplaceRecoveryKeyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[51]
+	mi := &file_entente_v1_entente_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3791,7 +4132,7 @@ func (x *ReplaceRecoveryKeyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReplaceRecoveryKeyResponse.ProtoReflect.Descriptor instead.
 func (*ReplaceRecoveryKeyResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{51}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *ReplaceRecoveryKeyResponse) GetRevision() uint64 {
@@ -3816,7 +4157,7 @@ type ListChangesRequest struct {
 
 func (x *ListChangesRequest) Reset() {
 	*x = ListChangesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[52]
+	mi := &file_entente_v1_entente_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3828,7 +4169,7 @@ func (x *ListChangesRequest) String() string {
 func (*ListChangesRequest) ProtoMessage() {}
 
 func (x *ListChangesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[52]
+	mi := &file_entente_v1_entente_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3841,7 +4182,7 @@ func (x *ListChangesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListChangesRequest.ProtoReflect.Descriptor instead.
 func (*ListChangesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{52}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{59}
 }
 
 type ListChangesResponse struct {
@@ -3853,7 +4194,7 @@ type ListChangesResponse struct {
 
 func (x *ListChangesResponse) Reset() {
 	*x = ListChangesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[53]
+	mi := &file_entente_v1_entente_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3865,7 +4206,7 @@ func (x *ListChangesResponse) String() string {
 func (*ListChangesResponse) ProtoMessage() {}
 
 func (x *ListChangesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[53]
+	mi := &file_entente_v1_entente_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3878,7 +4219,7 @@ func (x *ListChangesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListChangesResponse.ProtoReflect.Descriptor instead.
 func (*ListChangesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{53}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *ListChangesResponse) GetChanges() []*Approval {
@@ -3897,7 +4238,7 @@ type ApproveChangeRequest struct {
 
 func (x *ApproveChangeRequest) Reset() {
 	*x = ApproveChangeRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[54]
+	mi := &file_entente_v1_entente_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3909,7 +4250,7 @@ func (x *ApproveChangeRequest) String() string {
 func (*ApproveChangeRequest) ProtoMessage() {}
 
 func (x *ApproveChangeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[54]
+	mi := &file_entente_v1_entente_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3922,7 +4263,7 @@ func (x *ApproveChangeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApproveChangeRequest.ProtoReflect.Descriptor instead.
 func (*ApproveChangeRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{54}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *ApproveChangeRequest) GetId() string {
@@ -3943,7 +4284,7 @@ type ApproveChangeResponse struct {
 
 func (x *ApproveChangeResponse) Reset() {
 	*x = ApproveChangeResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[55]
+	mi := &file_entente_v1_entente_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3955,7 +4296,7 @@ func (x *ApproveChangeResponse) String() string {
 func (*ApproveChangeResponse) ProtoMessage() {}
 
 func (x *ApproveChangeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[55]
+	mi := &file_entente_v1_entente_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3968,7 +4309,7 @@ func (x *ApproveChangeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApproveChangeResponse.ProtoReflect.Descriptor instead.
 func (*ApproveChangeResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{55}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *ApproveChangeResponse) GetRevision() uint64 {
@@ -4001,7 +4342,7 @@ type PromoteNodeRequest struct {
 
 func (x *PromoteNodeRequest) Reset() {
 	*x = PromoteNodeRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[56]
+	mi := &file_entente_v1_entente_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4013,7 +4354,7 @@ func (x *PromoteNodeRequest) String() string {
 func (*PromoteNodeRequest) ProtoMessage() {}
 
 func (x *PromoteNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[56]
+	mi := &file_entente_v1_entente_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4026,7 +4367,7 @@ func (x *PromoteNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PromoteNodeRequest.ProtoReflect.Descriptor instead.
 func (*PromoteNodeRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{56}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *PromoteNodeRequest) GetName() string {
@@ -4046,7 +4387,7 @@ type PromoteNodeResponse struct {
 
 func (x *PromoteNodeResponse) Reset() {
 	*x = PromoteNodeResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[57]
+	mi := &file_entente_v1_entente_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4058,7 +4399,7 @@ func (x *PromoteNodeResponse) String() string {
 func (*PromoteNodeResponse) ProtoMessage() {}
 
 func (x *PromoteNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[57]
+	mi := &file_entente_v1_entente_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4071,7 +4412,7 @@ func (x *PromoteNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PromoteNodeResponse.ProtoReflect.Descriptor instead.
 func (*PromoteNodeResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{57}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *PromoteNodeResponse) GetRevision() uint64 {
@@ -4097,7 +4438,7 @@ type VouchRequest struct {
 
 func (x *VouchRequest) Reset() {
 	*x = VouchRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[58]
+	mi := &file_entente_v1_entente_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4109,7 +4450,7 @@ func (x *VouchRequest) String() string {
 func (*VouchRequest) ProtoMessage() {}
 
 func (x *VouchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[58]
+	mi := &file_entente_v1_entente_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4122,7 +4463,7 @@ func (x *VouchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VouchRequest.ProtoReflect.Descriptor instead.
 func (*VouchRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{58}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *VouchRequest) GetMemberId() string {
@@ -4141,7 +4482,7 @@ type VouchResponse struct {
 
 func (x *VouchResponse) Reset() {
 	*x = VouchResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[59]
+	mi := &file_entente_v1_entente_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4153,7 +4494,7 @@ func (x *VouchResponse) String() string {
 func (*VouchResponse) ProtoMessage() {}
 
 func (x *VouchResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[59]
+	mi := &file_entente_v1_entente_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4166,7 +4507,7 @@ func (x *VouchResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VouchResponse.ProtoReflect.Descriptor instead.
 func (*VouchResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{59}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *VouchResponse) GetMember() *v1.Member {
@@ -4186,7 +4527,7 @@ type ChecksumRequest struct {
 
 func (x *ChecksumRequest) Reset() {
 	*x = ChecksumRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[60]
+	mi := &file_entente_v1_entente_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4198,7 +4539,7 @@ func (x *ChecksumRequest) String() string {
 func (*ChecksumRequest) ProtoMessage() {}
 
 func (x *ChecksumRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[60]
+	mi := &file_entente_v1_entente_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4211,7 +4552,7 @@ func (x *ChecksumRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChecksumRequest.ProtoReflect.Descriptor instead.
 func (*ChecksumRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{60}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *ChecksumRequest) GetAtIndex() uint64 {
@@ -4237,7 +4578,7 @@ type ChecksumResponse struct {
 
 func (x *ChecksumResponse) Reset() {
 	*x = ChecksumResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[61]
+	mi := &file_entente_v1_entente_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4249,7 +4590,7 @@ func (x *ChecksumResponse) String() string {
 func (*ChecksumResponse) ProtoMessage() {}
 
 func (x *ChecksumResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[61]
+	mi := &file_entente_v1_entente_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4262,7 +4603,7 @@ func (x *ChecksumResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChecksumResponse.ProtoReflect.Descriptor instead.
 func (*ChecksumResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{61}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *ChecksumResponse) GetSum() []byte {
@@ -4282,7 +4623,7 @@ type ShowEpochRequest struct {
 
 func (x *ShowEpochRequest) Reset() {
 	*x = ShowEpochRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[62]
+	mi := &file_entente_v1_entente_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4294,7 +4635,7 @@ func (x *ShowEpochRequest) String() string {
 func (*ShowEpochRequest) ProtoMessage() {}
 
 func (x *ShowEpochRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[62]
+	mi := &file_entente_v1_entente_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4307,7 +4648,7 @@ func (x *ShowEpochRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowEpochRequest.ProtoReflect.Descriptor instead.
 func (*ShowEpochRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{62}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *ShowEpochRequest) GetStatement() []byte {
@@ -4332,7 +4673,7 @@ type ShowEpochResponse struct {
 
 func (x *ShowEpochResponse) Reset() {
 	*x = ShowEpochResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[63]
+	mi := &file_entente_v1_entente_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4344,7 +4685,7 @@ func (x *ShowEpochResponse) String() string {
 func (*ShowEpochResponse) ProtoMessage() {}
 
 func (x *ShowEpochResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[63]
+	mi := &file_entente_v1_entente_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4357,7 +4698,7 @@ func (x *ShowEpochResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowEpochResponse.ProtoReflect.Descriptor instead.
 func (*ShowEpochResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{63}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{70}
 }
 
 type ForeignBundleStatus struct {
@@ -4367,6 +4708,8 @@ type ForeignBundleStatus struct {
 	X509Authorities uint32                 `protobuf:"varint,3,opt,name=x509_authorities,json=x509Authorities,proto3" json:"x509_authorities,omitempty"`
 	AgeSeconds      float64                `protobuf:"fixed64,4,opt,name=age_seconds,json=ageSeconds,proto3" json:"age_seconds,omitempty"` // since it was last fetched by this node; -1 never
 	Error           string                 `protobuf:"bytes,5,opt,name=error,proto3" json:"error,omitempty"`                               // of the last fetch
+	Sha256          string                 `protobuf:"bytes,430,opt,name=sha256,proto3" json:"sha256,omitempty"`                           // of the accepted bundle as our writer writes it, without a refresh hint; hex
+	Given           bool                   `protobuf:"varint,431,opt,name=given,proto3" json:"given,omitempty"`                            // by hand, and not fetched since
 	Dropped         []*DroppedKey          `protobuf:"bytes,210,rep,name=dropped,proto3" json:"dropped,omitempty"`                         // what of the bundle is not used
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
@@ -4374,7 +4717,7 @@ type ForeignBundleStatus struct {
 
 func (x *ForeignBundleStatus) Reset() {
 	*x = ForeignBundleStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[64]
+	mi := &file_entente_v1_entente_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4386,7 +4729,7 @@ func (x *ForeignBundleStatus) String() string {
 func (*ForeignBundleStatus) ProtoMessage() {}
 
 func (x *ForeignBundleStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[64]
+	mi := &file_entente_v1_entente_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4399,7 +4742,7 @@ func (x *ForeignBundleStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForeignBundleStatus.ProtoReflect.Descriptor instead.
 func (*ForeignBundleStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{64}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *ForeignBundleStatus) GetTrustDomain() string {
@@ -4437,6 +4780,20 @@ func (x *ForeignBundleStatus) GetError() string {
 	return ""
 }
 
+func (x *ForeignBundleStatus) GetSha256() string {
+	if x != nil {
+		return x.Sha256
+	}
+	return ""
+}
+
+func (x *ForeignBundleStatus) GetGiven() bool {
+	if x != nil {
+		return x.Given
+	}
+	return false
+}
+
 func (x *ForeignBundleStatus) GetDropped() []*DroppedKey {
 	if x != nil {
 		return x.Dropped
@@ -4457,7 +4814,7 @@ type DroppedKey struct {
 
 func (x *DroppedKey) Reset() {
 	*x = DroppedKey{}
-	mi := &file_entente_v1_entente_proto_msgTypes[65]
+	mi := &file_entente_v1_entente_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4469,7 +4826,7 @@ func (x *DroppedKey) String() string {
 func (*DroppedKey) ProtoMessage() {}
 
 func (x *DroppedKey) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[65]
+	mi := &file_entente_v1_entente_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4482,7 +4839,7 @@ func (x *DroppedKey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DroppedKey.ProtoReflect.Descriptor instead.
 func (*DroppedKey) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{65}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *DroppedKey) GetId() string {
@@ -4525,7 +4882,7 @@ type CreateTokenRequest struct {
 
 func (x *CreateTokenRequest) Reset() {
 	*x = CreateTokenRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[66]
+	mi := &file_entente_v1_entente_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4537,7 +4894,7 @@ func (x *CreateTokenRequest) String() string {
 func (*CreateTokenRequest) ProtoMessage() {}
 
 func (x *CreateTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[66]
+	mi := &file_entente_v1_entente_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4550,7 +4907,7 @@ func (x *CreateTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTokenRequest.ProtoReflect.Descriptor instead.
 func (*CreateTokenRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{66}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *CreateTokenRequest) GetNode() *v1.NodeGrant {
@@ -4593,7 +4950,7 @@ type CreateTokenResponse struct {
 
 func (x *CreateTokenResponse) Reset() {
 	*x = CreateTokenResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[67]
+	mi := &file_entente_v1_entente_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4605,7 +4962,7 @@ func (x *CreateTokenResponse) String() string {
 func (*CreateTokenResponse) ProtoMessage() {}
 
 func (x *CreateTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[67]
+	mi := &file_entente_v1_entente_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4618,7 +4975,7 @@ func (x *CreateTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTokenResponse.ProtoReflect.Descriptor instead.
 func (*CreateTokenResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{67}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *CreateTokenResponse) GetApproval() *Approval {
@@ -4660,7 +5017,7 @@ type ApplyRequest struct {
 
 func (x *ApplyRequest) Reset() {
 	*x = ApplyRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[68]
+	mi := &file_entente_v1_entente_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4672,7 +5029,7 @@ func (x *ApplyRequest) String() string {
 func (*ApplyRequest) ProtoMessage() {}
 
 func (x *ApplyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[68]
+	mi := &file_entente_v1_entente_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4685,7 +5042,7 @@ func (x *ApplyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyRequest.ProtoReflect.Descriptor instead.
 func (*ApplyRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{68}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *ApplyRequest) GetObjects() []*v1.Object {
@@ -4713,13 +5070,14 @@ type ApplyResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Revision      uint64                 `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"`
 	Changes       []*ObjectChange        `protobuf:"bytes,2,rep,name=changes,proto3" json:"changes,omitempty"`
+	Warnings      []string               `protobuf:"bytes,430,rep,name=warnings,proto3" json:"warnings,omitempty"` // what was agreed and has not the effect that it may be meant to have
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ApplyResponse) Reset() {
 	*x = ApplyResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[69]
+	mi := &file_entente_v1_entente_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4731,7 +5089,7 @@ func (x *ApplyResponse) String() string {
 func (*ApplyResponse) ProtoMessage() {}
 
 func (x *ApplyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[69]
+	mi := &file_entente_v1_entente_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4744,7 +5102,7 @@ func (x *ApplyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyResponse.ProtoReflect.Descriptor instead.
 func (*ApplyResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{69}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{76}
 }
 
 func (x *ApplyResponse) GetRevision() uint64 {
@@ -4761,6 +5119,13 @@ func (x *ApplyResponse) GetChanges() []*ObjectChange {
 	return nil
 }
 
+func (x *ApplyResponse) GetWarnings() []string {
+	if x != nil {
+		return x.Warnings
+	}
+	return nil
+}
+
 type ObjectChange struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Key           *v1.ObjectKey          `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
@@ -4773,7 +5138,7 @@ type ObjectChange struct {
 
 func (x *ObjectChange) Reset() {
 	*x = ObjectChange{}
-	mi := &file_entente_v1_entente_proto_msgTypes[70]
+	mi := &file_entente_v1_entente_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4785,7 +5150,7 @@ func (x *ObjectChange) String() string {
 func (*ObjectChange) ProtoMessage() {}
 
 func (x *ObjectChange) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[70]
+	mi := &file_entente_v1_entente_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4798,7 +5163,7 @@ func (x *ObjectChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ObjectChange.ProtoReflect.Descriptor instead.
 func (*ObjectChange) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{70}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *ObjectChange) GetKey() *v1.ObjectKey {
@@ -4841,7 +5206,7 @@ type ListObjectsRequest struct {
 
 func (x *ListObjectsRequest) Reset() {
 	*x = ListObjectsRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[71]
+	mi := &file_entente_v1_entente_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4853,7 +5218,7 @@ func (x *ListObjectsRequest) String() string {
 func (*ListObjectsRequest) ProtoMessage() {}
 
 func (x *ListObjectsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[71]
+	mi := &file_entente_v1_entente_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4866,7 +5231,7 @@ func (x *ListObjectsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListObjectsRequest.ProtoReflect.Descriptor instead.
 func (*ListObjectsRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{71}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{78}
 }
 
 func (x *ListObjectsRequest) GetKind() string {
@@ -4908,7 +5273,7 @@ type ListObjectsResponse struct {
 
 func (x *ListObjectsResponse) Reset() {
 	*x = ListObjectsResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[72]
+	mi := &file_entente_v1_entente_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4920,7 +5285,7 @@ func (x *ListObjectsResponse) String() string {
 func (*ListObjectsResponse) ProtoMessage() {}
 
 func (x *ListObjectsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[72]
+	mi := &file_entente_v1_entente_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4933,7 +5298,7 @@ func (x *ListObjectsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListObjectsResponse.ProtoReflect.Descriptor instead.
 func (*ListObjectsResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{72}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *ListObjectsResponse) GetRevision() uint64 {
@@ -4965,7 +5330,7 @@ type WhoAmIRequest struct {
 
 func (x *WhoAmIRequest) Reset() {
 	*x = WhoAmIRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[73]
+	mi := &file_entente_v1_entente_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4977,7 +5342,7 @@ func (x *WhoAmIRequest) String() string {
 func (*WhoAmIRequest) ProtoMessage() {}
 
 func (x *WhoAmIRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[73]
+	mi := &file_entente_v1_entente_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4990,7 +5355,7 @@ func (x *WhoAmIRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhoAmIRequest.ProtoReflect.Descriptor instead.
 func (*WhoAmIRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{73}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{80}
 }
 
 type WhoAmIResponse struct {
@@ -5004,7 +5369,7 @@ type WhoAmIResponse struct {
 
 func (x *WhoAmIResponse) Reset() {
 	*x = WhoAmIResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[74]
+	mi := &file_entente_v1_entente_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5016,7 +5381,7 @@ func (x *WhoAmIResponse) String() string {
 func (*WhoAmIResponse) ProtoMessage() {}
 
 func (x *WhoAmIResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[74]
+	mi := &file_entente_v1_entente_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5029,7 +5394,7 @@ func (x *WhoAmIResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhoAmIResponse.ProtoReflect.Descriptor instead.
 func (*WhoAmIResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{74}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{81}
 }
 
 func (x *WhoAmIResponse) GetWho() string {
@@ -5063,7 +5428,7 @@ type GetBundleRequest struct {
 
 func (x *GetBundleRequest) Reset() {
 	*x = GetBundleRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[75]
+	mi := &file_entente_v1_entente_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5075,7 +5440,7 @@ func (x *GetBundleRequest) String() string {
 func (*GetBundleRequest) ProtoMessage() {}
 
 func (x *GetBundleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[75]
+	mi := &file_entente_v1_entente_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5088,7 +5453,7 @@ func (x *GetBundleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBundleRequest.ProtoReflect.Descriptor instead.
 func (*GetBundleRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{75}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *GetBundleRequest) GetTrustDomain() string {
@@ -5108,13 +5473,14 @@ func (x *GetBundleRequest) GetWit() bool {
 type GetBundleResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Jwks          []byte                 `protobuf:"bytes,1,opt,name=jwks,proto3" json:"jwks,omitempty"`
+	Sha256        string                 `protobuf:"bytes,430,opt,name=sha256,proto3" json:"sha256,omitempty"` // of the bundle as our writer writes it, without a refresh hint; hex
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *GetBundleResponse) Reset() {
 	*x = GetBundleResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[76]
+	mi := &file_entente_v1_entente_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5126,7 +5492,7 @@ func (x *GetBundleResponse) String() string {
 func (*GetBundleResponse) ProtoMessage() {}
 
 func (x *GetBundleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[76]
+	mi := &file_entente_v1_entente_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5139,7 +5505,7 @@ func (x *GetBundleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBundleResponse.ProtoReflect.Descriptor instead.
 func (*GetBundleResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{76}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *GetBundleResponse) GetJwks() []byte {
@@ -5147,6 +5513,13 @@ func (x *GetBundleResponse) GetJwks() []byte {
 		return x.Jwks
 	}
 	return nil
+}
+
+func (x *GetBundleResponse) GetSha256() string {
+	if x != nil {
+		return x.Sha256
+	}
+	return ""
 }
 
 type ProposeRequest struct {
@@ -5158,7 +5531,7 @@ type ProposeRequest struct {
 
 func (x *ProposeRequest) Reset() {
 	*x = ProposeRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[77]
+	mi := &file_entente_v1_entente_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5170,7 +5543,7 @@ func (x *ProposeRequest) String() string {
 func (*ProposeRequest) ProtoMessage() {}
 
 func (x *ProposeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[77]
+	mi := &file_entente_v1_entente_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5183,7 +5556,7 @@ func (x *ProposeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProposeRequest.ProtoReflect.Descriptor instead.
 func (*ProposeRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{77}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *ProposeRequest) GetCommand() []byte {
@@ -5204,7 +5577,7 @@ type ProposeResponse struct {
 
 func (x *ProposeResponse) Reset() {
 	*x = ProposeResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[78]
+	mi := &file_entente_v1_entente_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5216,7 +5589,7 @@ func (x *ProposeResponse) String() string {
 func (*ProposeResponse) ProtoMessage() {}
 
 func (x *ProposeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[78]
+	mi := &file_entente_v1_entente_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5229,7 +5602,7 @@ func (x *ProposeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProposeResponse.ProtoReflect.Descriptor instead.
 func (*ProposeResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{78}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *ProposeResponse) GetRevision() uint64 {
@@ -5270,7 +5643,7 @@ type ReportRequest struct {
 
 func (x *ReportRequest) Reset() {
 	*x = ReportRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[79]
+	mi := &file_entente_v1_entente_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5282,7 +5655,7 @@ func (x *ReportRequest) String() string {
 func (*ReportRequest) ProtoMessage() {}
 
 func (x *ReportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[79]
+	mi := &file_entente_v1_entente_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5295,7 +5668,7 @@ func (x *ReportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRequest.ProtoReflect.Descriptor instead.
 func (*ReportRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{79}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{86}
 }
 
 func (x *ReportRequest) GetBootId() string {
@@ -5372,7 +5745,7 @@ type HeldAuthority struct {
 
 func (x *HeldAuthority) Reset() {
 	*x = HeldAuthority{}
-	mi := &file_entente_v1_entente_proto_msgTypes[80]
+	mi := &file_entente_v1_entente_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5384,7 +5757,7 @@ func (x *HeldAuthority) String() string {
 func (*HeldAuthority) ProtoMessage() {}
 
 func (x *HeldAuthority) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[80]
+	mi := &file_entente_v1_entente_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5397,7 +5770,7 @@ func (x *HeldAuthority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HeldAuthority.ProtoReflect.Descriptor instead.
 func (*HeldAuthority) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{80}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *HeldAuthority) GetId() string {
@@ -5422,7 +5795,7 @@ type ReportResponse struct {
 
 func (x *ReportResponse) Reset() {
 	*x = ReportResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[81]
+	mi := &file_entente_v1_entente_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5434,7 +5807,7 @@ func (x *ReportResponse) String() string {
 func (*ReportResponse) ProtoMessage() {}
 
 func (x *ReportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[81]
+	mi := &file_entente_v1_entente_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5447,7 +5820,7 @@ func (x *ReportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportResponse.ProtoReflect.Descriptor instead.
 func (*ReportResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{81}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{88}
 }
 
 type GateRequest struct {
@@ -5458,7 +5831,7 @@ type GateRequest struct {
 
 func (x *GateRequest) Reset() {
 	*x = GateRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[82]
+	mi := &file_entente_v1_entente_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5470,7 +5843,7 @@ func (x *GateRequest) String() string {
 func (*GateRequest) ProtoMessage() {}
 
 func (x *GateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[82]
+	mi := &file_entente_v1_entente_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5483,7 +5856,7 @@ func (x *GateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GateRequest.ProtoReflect.Descriptor instead.
 func (*GateRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{82}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{89}
 }
 
 type GateResponse struct {
@@ -5495,7 +5868,7 @@ type GateResponse struct {
 
 func (x *GateResponse) Reset() {
 	*x = GateResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[83]
+	mi := &file_entente_v1_entente_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5507,7 +5880,7 @@ func (x *GateResponse) String() string {
 func (*GateResponse) ProtoMessage() {}
 
 func (x *GateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[83]
+	mi := &file_entente_v1_entente_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5520,7 +5893,7 @@ func (x *GateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GateResponse.ProtoReflect.Descriptor instead.
 func (*GateResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{83}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{90}
 }
 
 func (x *GateResponse) GetAuthorities() []*AuthorityGate {
@@ -5543,7 +5916,7 @@ type AuthorityGate struct {
 
 func (x *AuthorityGate) Reset() {
 	*x = AuthorityGate{}
-	mi := &file_entente_v1_entente_proto_msgTypes[84]
+	mi := &file_entente_v1_entente_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5555,7 +5928,7 @@ func (x *AuthorityGate) String() string {
 func (*AuthorityGate) ProtoMessage() {}
 
 func (x *AuthorityGate) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[84]
+	mi := &file_entente_v1_entente_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5568,7 +5941,7 @@ func (x *AuthorityGate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityGate.ProtoReflect.Descriptor instead.
 func (*AuthorityGate) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{84}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{91}
 }
 
 func (x *AuthorityGate) GetId() string {
@@ -5610,7 +5983,7 @@ type MarkReadyRequest struct {
 
 func (x *MarkReadyRequest) Reset() {
 	*x = MarkReadyRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[85]
+	mi := &file_entente_v1_entente_proto_msgTypes[92]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5622,7 +5995,7 @@ func (x *MarkReadyRequest) String() string {
 func (*MarkReadyRequest) ProtoMessage() {}
 
 func (x *MarkReadyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[85]
+	mi := &file_entente_v1_entente_proto_msgTypes[92]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5635,7 +6008,7 @@ func (x *MarkReadyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MarkReadyRequest.ProtoReflect.Descriptor instead.
 func (*MarkReadyRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{85}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{92}
 }
 
 func (x *MarkReadyRequest) GetId() string {
@@ -5668,7 +6041,7 @@ type MarkReadyResponse struct {
 
 func (x *MarkReadyResponse) Reset() {
 	*x = MarkReadyResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[86]
+	mi := &file_entente_v1_entente_proto_msgTypes[93]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5680,7 +6053,7 @@ func (x *MarkReadyResponse) String() string {
 func (*MarkReadyResponse) ProtoMessage() {}
 
 func (x *MarkReadyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[86]
+	mi := &file_entente_v1_entente_proto_msgTypes[93]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5693,7 +6066,7 @@ func (x *MarkReadyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MarkReadyResponse.ProtoReflect.Descriptor instead.
 func (*MarkReadyResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{86}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{93}
 }
 
 func (x *MarkReadyResponse) GetRevision() uint64 {
@@ -5718,7 +6091,7 @@ type Picture struct {
 
 func (x *Picture) Reset() {
 	*x = Picture{}
-	mi := &file_entente_v1_entente_proto_msgTypes[87]
+	mi := &file_entente_v1_entente_proto_msgTypes[94]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5730,7 +6103,7 @@ func (x *Picture) String() string {
 func (*Picture) ProtoMessage() {}
 
 func (x *Picture) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[87]
+	mi := &file_entente_v1_entente_proto_msgTypes[94]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5743,7 +6116,7 @@ func (x *Picture) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Picture.ProtoReflect.Descriptor instead.
 func (*Picture) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{87}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{94}
 }
 
 func (x *Picture) GetPolicy() *Policy {
@@ -5796,7 +6169,7 @@ type PresenceRequest struct {
 
 func (x *PresenceRequest) Reset() {
 	*x = PresenceRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[88]
+	mi := &file_entente_v1_entente_proto_msgTypes[95]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5808,7 +6181,7 @@ func (x *PresenceRequest) String() string {
 func (*PresenceRequest) ProtoMessage() {}
 
 func (x *PresenceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[88]
+	mi := &file_entente_v1_entente_proto_msgTypes[95]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5821,7 +6194,7 @@ func (x *PresenceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PresenceRequest.ProtoReflect.Descriptor instead.
 func (*PresenceRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{88}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{95}
 }
 
 type PresenceResponse struct {
@@ -5835,7 +6208,7 @@ type PresenceResponse struct {
 
 func (x *PresenceResponse) Reset() {
 	*x = PresenceResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[89]
+	mi := &file_entente_v1_entente_proto_msgTypes[96]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5847,7 +6220,7 @@ func (x *PresenceResponse) String() string {
 func (*PresenceResponse) ProtoMessage() {}
 
 func (x *PresenceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[89]
+	mi := &file_entente_v1_entente_proto_msgTypes[96]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5860,7 +6233,7 @@ func (x *PresenceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PresenceResponse.ProtoReflect.Descriptor instead.
 func (*PresenceResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{89}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{96}
 }
 
 func (x *PresenceResponse) GetInstances() []*Instance {
@@ -5892,7 +6265,7 @@ type ListAuthoritiesRequest struct {
 
 func (x *ListAuthoritiesRequest) Reset() {
 	*x = ListAuthoritiesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[90]
+	mi := &file_entente_v1_entente_proto_msgTypes[97]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5904,7 +6277,7 @@ func (x *ListAuthoritiesRequest) String() string {
 func (*ListAuthoritiesRequest) ProtoMessage() {}
 
 func (x *ListAuthoritiesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[90]
+	mi := &file_entente_v1_entente_proto_msgTypes[97]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5917,7 +6290,7 @@ func (x *ListAuthoritiesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuthoritiesRequest.ProtoReflect.Descriptor instead.
 func (*ListAuthoritiesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{90}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{97}
 }
 
 type ListAuthoritiesResponse struct {
@@ -5931,7 +6304,7 @@ type ListAuthoritiesResponse struct {
 
 func (x *ListAuthoritiesResponse) Reset() {
 	*x = ListAuthoritiesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[91]
+	mi := &file_entente_v1_entente_proto_msgTypes[98]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5943,7 +6316,7 @@ func (x *ListAuthoritiesResponse) String() string {
 func (*ListAuthoritiesResponse) ProtoMessage() {}
 
 func (x *ListAuthoritiesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[91]
+	mi := &file_entente_v1_entente_proto_msgTypes[98]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5956,7 +6329,7 @@ func (x *ListAuthoritiesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuthoritiesResponse.ProtoReflect.Descriptor instead.
 func (*ListAuthoritiesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{91}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{98}
 }
 
 func (x *ListAuthoritiesResponse) GetAuthorities() []*AuthorityStatus {
@@ -5994,7 +6367,7 @@ type AuthorityStatus struct {
 
 func (x *AuthorityStatus) Reset() {
 	*x = AuthorityStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[92]
+	mi := &file_entente_v1_entente_proto_msgTypes[99]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6006,7 +6379,7 @@ func (x *AuthorityStatus) String() string {
 func (*AuthorityStatus) ProtoMessage() {}
 
 func (x *AuthorityStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[92]
+	mi := &file_entente_v1_entente_proto_msgTypes[99]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6019,7 +6392,7 @@ func (x *AuthorityStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityStatus.ProtoReflect.Descriptor instead.
 func (*AuthorityStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{92}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{99}
 }
 
 func (x *AuthorityStatus) GetAuthority() *v1.Authority {
@@ -6073,7 +6446,7 @@ type PrepareAuthorityRequest struct {
 
 func (x *PrepareAuthorityRequest) Reset() {
 	*x = PrepareAuthorityRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[93]
+	mi := &file_entente_v1_entente_proto_msgTypes[100]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6085,7 +6458,7 @@ func (x *PrepareAuthorityRequest) String() string {
 func (*PrepareAuthorityRequest) ProtoMessage() {}
 
 func (x *PrepareAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[93]
+	mi := &file_entente_v1_entente_proto_msgTypes[100]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6098,7 +6471,7 @@ func (x *PrepareAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*PrepareAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{93}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{100}
 }
 
 func (x *PrepareAuthorityRequest) GetUse() v1.KeyUse {
@@ -6119,7 +6492,7 @@ type ChangeAuthorityRequest struct {
 
 func (x *ChangeAuthorityRequest) Reset() {
 	*x = ChangeAuthorityRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[94]
+	mi := &file_entente_v1_entente_proto_msgTypes[101]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6131,7 +6504,7 @@ func (x *ChangeAuthorityRequest) String() string {
 func (*ChangeAuthorityRequest) ProtoMessage() {}
 
 func (x *ChangeAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[94]
+	mi := &file_entente_v1_entente_proto_msgTypes[101]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6144,7 +6517,7 @@ func (x *ChangeAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*ChangeAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{94}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{101}
 }
 
 func (x *ChangeAuthorityRequest) GetId() string {
@@ -6185,7 +6558,7 @@ type ChangeAuthorityResponse struct {
 
 func (x *ChangeAuthorityResponse) Reset() {
 	*x = ChangeAuthorityResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[95]
+	mi := &file_entente_v1_entente_proto_msgTypes[102]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6197,7 +6570,7 @@ func (x *ChangeAuthorityResponse) String() string {
 func (*ChangeAuthorityResponse) ProtoMessage() {}
 
 func (x *ChangeAuthorityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[95]
+	mi := &file_entente_v1_entente_proto_msgTypes[102]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6210,7 +6583,7 @@ func (x *ChangeAuthorityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAuthorityResponse.ProtoReflect.Descriptor instead.
 func (*ChangeAuthorityResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{95}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{102}
 }
 
 func (x *ChangeAuthorityResponse) GetAuthority() *v1.Authority {
@@ -6265,7 +6638,7 @@ type RemoveNodeRequest struct {
 
 func (x *RemoveNodeRequest) Reset() {
 	*x = RemoveNodeRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[96]
+	mi := &file_entente_v1_entente_proto_msgTypes[103]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6277,7 +6650,7 @@ func (x *RemoveNodeRequest) String() string {
 func (*RemoveNodeRequest) ProtoMessage() {}
 
 func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[96]
+	mi := &file_entente_v1_entente_proto_msgTypes[103]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6290,7 +6663,7 @@ func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodeRequest.ProtoReflect.Descriptor instead.
 func (*RemoveNodeRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{96}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{103}
 }
 
 func (x *RemoveNodeRequest) GetName() string {
@@ -6321,7 +6694,7 @@ type RemoveNodeResponse struct {
 
 func (x *RemoveNodeResponse) Reset() {
 	*x = RemoveNodeResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[97]
+	mi := &file_entente_v1_entente_proto_msgTypes[104]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6333,7 +6706,7 @@ func (x *RemoveNodeResponse) String() string {
 func (*RemoveNodeResponse) ProtoMessage() {}
 
 func (x *RemoveNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[97]
+	mi := &file_entente_v1_entente_proto_msgTypes[104]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6346,7 +6719,7 @@ func (x *RemoveNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodeResponse.ProtoReflect.Descriptor instead.
 func (*RemoveNodeResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{97}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{104}
 }
 
 func (x *RemoveNodeResponse) GetRevision() uint64 {
@@ -6401,7 +6774,7 @@ type ListAgentsRequest struct {
 
 func (x *ListAgentsRequest) Reset() {
 	*x = ListAgentsRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[98]
+	mi := &file_entente_v1_entente_proto_msgTypes[105]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6413,7 +6786,7 @@ func (x *ListAgentsRequest) String() string {
 func (*ListAgentsRequest) ProtoMessage() {}
 
 func (x *ListAgentsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[98]
+	mi := &file_entente_v1_entente_proto_msgTypes[105]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6426,7 +6799,7 @@ func (x *ListAgentsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAgentsRequest.ProtoReflect.Descriptor instead.
 func (*ListAgentsRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{98}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{105}
 }
 
 func (x *ListAgentsRequest) GetPageSize() uint32 {
@@ -6453,7 +6826,7 @@ type ListAgentsResponse struct {
 
 func (x *ListAgentsResponse) Reset() {
 	*x = ListAgentsResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[99]
+	mi := &file_entente_v1_entente_proto_msgTypes[106]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6465,7 +6838,7 @@ func (x *ListAgentsResponse) String() string {
 func (*ListAgentsResponse) ProtoMessage() {}
 
 func (x *ListAgentsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[99]
+	mi := &file_entente_v1_entente_proto_msgTypes[106]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6478,7 +6851,7 @@ func (x *ListAgentsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAgentsResponse.ProtoReflect.Descriptor instead.
 func (*ListAgentsResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{99}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{106}
 }
 
 func (x *ListAgentsResponse) GetAgents() []*AgentStatus {
@@ -6507,7 +6880,7 @@ type AgentStatus struct {
 
 func (x *AgentStatus) Reset() {
 	*x = AgentStatus{}
-	mi := &file_entente_v1_entente_proto_msgTypes[100]
+	mi := &file_entente_v1_entente_proto_msgTypes[107]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6519,7 +6892,7 @@ func (x *AgentStatus) String() string {
 func (*AgentStatus) ProtoMessage() {}
 
 func (x *AgentStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[100]
+	mi := &file_entente_v1_entente_proto_msgTypes[107]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6532,7 +6905,7 @@ func (x *AgentStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentStatus.ProtoReflect.Descriptor instead.
 func (*AgentStatus) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{100}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{107}
 }
 
 func (x *AgentStatus) GetAgent() *v1.Agent {
@@ -6572,7 +6945,7 @@ type GetAgentRequest struct {
 
 func (x *GetAgentRequest) Reset() {
 	*x = GetAgentRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[101]
+	mi := &file_entente_v1_entente_proto_msgTypes[108]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6584,7 +6957,7 @@ func (x *GetAgentRequest) String() string {
 func (*GetAgentRequest) ProtoMessage() {}
 
 func (x *GetAgentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[101]
+	mi := &file_entente_v1_entente_proto_msgTypes[108]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6597,7 +6970,7 @@ func (x *GetAgentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetAgentRequest.ProtoReflect.Descriptor instead.
 func (*GetAgentRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{101}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{108}
 }
 
 func (x *GetAgentRequest) GetName() string {
@@ -6618,7 +6991,7 @@ type GetAgentResponse struct {
 
 func (x *GetAgentResponse) Reset() {
 	*x = GetAgentResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[102]
+	mi := &file_entente_v1_entente_proto_msgTypes[109]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6630,7 +7003,7 @@ func (x *GetAgentResponse) String() string {
 func (*GetAgentResponse) ProtoMessage() {}
 
 func (x *GetAgentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[102]
+	mi := &file_entente_v1_entente_proto_msgTypes[109]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6643,7 +7016,7 @@ func (x *GetAgentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetAgentResponse.ProtoReflect.Descriptor instead.
 func (*GetAgentResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{102}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{109}
 }
 
 func (x *GetAgentResponse) GetStatus() *AgentStatus {
@@ -6676,7 +7049,7 @@ type ChangeAgentRequest struct {
 
 func (x *ChangeAgentRequest) Reset() {
 	*x = ChangeAgentRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[103]
+	mi := &file_entente_v1_entente_proto_msgTypes[110]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6688,7 +7061,7 @@ func (x *ChangeAgentRequest) String() string {
 func (*ChangeAgentRequest) ProtoMessage() {}
 
 func (x *ChangeAgentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[103]
+	mi := &file_entente_v1_entente_proto_msgTypes[110]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6701,7 +7074,7 @@ func (x *ChangeAgentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAgentRequest.ProtoReflect.Descriptor instead.
 func (*ChangeAgentRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{103}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{110}
 }
 
 func (x *ChangeAgentRequest) GetName() string {
@@ -6720,7 +7093,7 @@ type ChangeAgentResponse struct {
 
 func (x *ChangeAgentResponse) Reset() {
 	*x = ChangeAgentResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[104]
+	mi := &file_entente_v1_entente_proto_msgTypes[111]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6732,7 +7105,7 @@ func (x *ChangeAgentResponse) String() string {
 func (*ChangeAgentResponse) ProtoMessage() {}
 
 func (x *ChangeAgentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[104]
+	mi := &file_entente_v1_entente_proto_msgTypes[111]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6745,7 +7118,7 @@ func (x *ChangeAgentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeAgentResponse.ProtoReflect.Descriptor instead.
 func (*ChangeAgentResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{104}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{111}
 }
 
 func (x *ChangeAgentResponse) GetRevision() uint64 {
@@ -6765,7 +7138,7 @@ type IsolateAgentRequest struct {
 
 func (x *IsolateAgentRequest) Reset() {
 	*x = IsolateAgentRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[105]
+	mi := &file_entente_v1_entente_proto_msgTypes[112]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6777,7 +7150,7 @@ func (x *IsolateAgentRequest) String() string {
 func (*IsolateAgentRequest) ProtoMessage() {}
 
 func (x *IsolateAgentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[105]
+	mi := &file_entente_v1_entente_proto_msgTypes[112]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6790,7 +7163,7 @@ func (x *IsolateAgentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IsolateAgentRequest.ProtoReflect.Descriptor instead.
 func (*IsolateAgentRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{105}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{112}
 }
 
 func (x *IsolateAgentRequest) GetName() string {
@@ -6816,7 +7189,7 @@ type IsolateAgentResponse struct {
 
 func (x *IsolateAgentResponse) Reset() {
 	*x = IsolateAgentResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[106]
+	mi := &file_entente_v1_entente_proto_msgTypes[113]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6828,7 +7201,7 @@ func (x *IsolateAgentResponse) String() string {
 func (*IsolateAgentResponse) ProtoMessage() {}
 
 func (x *IsolateAgentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[106]
+	mi := &file_entente_v1_entente_proto_msgTypes[113]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6841,7 +7214,7 @@ func (x *IsolateAgentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IsolateAgentResponse.ProtoReflect.Descriptor instead.
 func (*IsolateAgentResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{106}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{113}
 }
 
 func (x *IsolateAgentResponse) GetIsolation() *Isolation {
@@ -6865,7 +7238,7 @@ type Isolation struct {
 
 func (x *Isolation) Reset() {
 	*x = Isolation{}
-	mi := &file_entente_v1_entente_proto_msgTypes[107]
+	mi := &file_entente_v1_entente_proto_msgTypes[114]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6877,7 +7250,7 @@ func (x *Isolation) String() string {
 func (*Isolation) ProtoMessage() {}
 
 func (x *Isolation) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[107]
+	mi := &file_entente_v1_entente_proto_msgTypes[114]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6890,7 +7263,7 @@ func (x *Isolation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Isolation.ProtoReflect.Descriptor instead.
 func (*Isolation) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{107}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{114}
 }
 
 func (x *Isolation) GetAgent() *v1.Agent {
@@ -6936,7 +7309,7 @@ type ListTokensRequest struct {
 
 func (x *ListTokensRequest) Reset() {
 	*x = ListTokensRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[108]
+	mi := &file_entente_v1_entente_proto_msgTypes[115]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6948,7 +7321,7 @@ func (x *ListTokensRequest) String() string {
 func (*ListTokensRequest) ProtoMessage() {}
 
 func (x *ListTokensRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[108]
+	mi := &file_entente_v1_entente_proto_msgTypes[115]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6961,7 +7334,7 @@ func (x *ListTokensRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTokensRequest.ProtoReflect.Descriptor instead.
 func (*ListTokensRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{108}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{115}
 }
 
 type ListTokensResponse struct {
@@ -6974,7 +7347,7 @@ type ListTokensResponse struct {
 
 func (x *ListTokensResponse) Reset() {
 	*x = ListTokensResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[109]
+	mi := &file_entente_v1_entente_proto_msgTypes[116]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6986,7 +7359,7 @@ func (x *ListTokensResponse) String() string {
 func (*ListTokensResponse) ProtoMessage() {}
 
 func (x *ListTokensResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[109]
+	mi := &file_entente_v1_entente_proto_msgTypes[116]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6999,7 +7372,7 @@ func (x *ListTokensResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTokensResponse.ProtoReflect.Descriptor instead.
 func (*ListTokensResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{109}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{116}
 }
 
 func (x *ListTokensResponse) GetTokens() []*v1.Token {
@@ -7025,7 +7398,7 @@ type RevokeTokenRequest struct {
 
 func (x *RevokeTokenRequest) Reset() {
 	*x = RevokeTokenRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[110]
+	mi := &file_entente_v1_entente_proto_msgTypes[117]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7037,7 +7410,7 @@ func (x *RevokeTokenRequest) String() string {
 func (*RevokeTokenRequest) ProtoMessage() {}
 
 func (x *RevokeTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[110]
+	mi := &file_entente_v1_entente_proto_msgTypes[117]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7050,7 +7423,7 @@ func (x *RevokeTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeTokenRequest.ProtoReflect.Descriptor instead.
 func (*RevokeTokenRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{110}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{117}
 }
 
 func (x *RevokeTokenRequest) GetId() string {
@@ -7069,7 +7442,7 @@ type RevokeTokenResponse struct {
 
 func (x *RevokeTokenResponse) Reset() {
 	*x = RevokeTokenResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[111]
+	mi := &file_entente_v1_entente_proto_msgTypes[118]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7081,7 +7454,7 @@ func (x *RevokeTokenResponse) String() string {
 func (*RevokeTokenResponse) ProtoMessage() {}
 
 func (x *RevokeTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[111]
+	mi := &file_entente_v1_entente_proto_msgTypes[118]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7094,7 +7467,7 @@ func (x *RevokeTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeTokenResponse.ProtoReflect.Descriptor instead.
 func (*RevokeTokenResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{111}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{118}
 }
 
 func (x *RevokeTokenResponse) GetRevision() uint64 {
@@ -7114,7 +7487,7 @@ type ChangeEntriesRequest struct {
 
 func (x *ChangeEntriesRequest) Reset() {
 	*x = ChangeEntriesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[112]
+	mi := &file_entente_v1_entente_proto_msgTypes[119]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7126,7 +7499,7 @@ func (x *ChangeEntriesRequest) String() string {
 func (*ChangeEntriesRequest) ProtoMessage() {}
 
 func (x *ChangeEntriesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[112]
+	mi := &file_entente_v1_entente_proto_msgTypes[119]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7139,7 +7512,7 @@ func (x *ChangeEntriesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeEntriesRequest.ProtoReflect.Descriptor instead.
 func (*ChangeEntriesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{112}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{119}
 }
 
 func (x *ChangeEntriesRequest) GetChanges() []*v1.EntryChange {
@@ -7165,7 +7538,7 @@ type ChangeEntriesResponse struct {
 
 func (x *ChangeEntriesResponse) Reset() {
 	*x = ChangeEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[113]
+	mi := &file_entente_v1_entente_proto_msgTypes[120]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7177,7 +7550,7 @@ func (x *ChangeEntriesResponse) String() string {
 func (*ChangeEntriesResponse) ProtoMessage() {}
 
 func (x *ChangeEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[113]
+	mi := &file_entente_v1_entente_proto_msgTypes[120]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7190,7 +7563,7 @@ func (x *ChangeEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeEntriesResponse.ProtoReflect.Descriptor instead.
 func (*ChangeEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{113}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{120}
 }
 
 func (x *ChangeEntriesResponse) GetResults() []*EntryResult {
@@ -7207,13 +7580,14 @@ type EntryResult struct {
 	Revision      uint64                 `protobuf:"varint,3,opt,name=revision,proto3" json:"revision,omitempty"` // of the entry; of the state after a delete
 	Code          uint32                 `protobuf:"varint,4,opt,name=code,proto3" json:"code,omitempty"`         // gRPC code; 0 is fine
 	Error         string                 `protobuf:"bytes,5,opt,name=error,proto3" json:"error,omitempty"`
+	Warnings      []string               `protobuf:"bytes,430,rep,name=warnings,proto3" json:"warnings,omitempty"` // it was done, and may not have the effect that it is meant to have
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *EntryResult) Reset() {
 	*x = EntryResult{}
-	mi := &file_entente_v1_entente_proto_msgTypes[114]
+	mi := &file_entente_v1_entente_proto_msgTypes[121]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7225,7 +7599,7 @@ func (x *EntryResult) String() string {
 func (*EntryResult) ProtoMessage() {}
 
 func (x *EntryResult) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[114]
+	mi := &file_entente_v1_entente_proto_msgTypes[121]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7238,7 +7612,7 @@ func (x *EntryResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EntryResult.ProtoReflect.Descriptor instead.
 func (*EntryResult) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{114}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{121}
 }
 
 func (x *EntryResult) GetId() string {
@@ -7276,6 +7650,13 @@ func (x *EntryResult) GetError() string {
 	return ""
 }
 
+func (x *EntryResult) GetWarnings() []string {
+	if x != nil {
+		return x.Warnings
+	}
+	return nil
+}
+
 type ListEntriesRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	PageSize      uint32                 `protobuf:"varint,1,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`      // at most 1000; 0: 1000
@@ -7289,7 +7670,7 @@ type ListEntriesRequest struct {
 
 func (x *ListEntriesRequest) Reset() {
 	*x = ListEntriesRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[115]
+	mi := &file_entente_v1_entente_proto_msgTypes[122]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7301,7 +7682,7 @@ func (x *ListEntriesRequest) String() string {
 func (*ListEntriesRequest) ProtoMessage() {}
 
 func (x *ListEntriesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[115]
+	mi := &file_entente_v1_entente_proto_msgTypes[122]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7314,7 +7695,7 @@ func (x *ListEntriesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntriesRequest.ProtoReflect.Descriptor instead.
 func (*ListEntriesRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{115}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{122}
 }
 
 func (x *ListEntriesRequest) GetPageSize() uint32 {
@@ -7362,7 +7743,7 @@ type ListEntriesResponse struct {
 
 func (x *ListEntriesResponse) Reset() {
 	*x = ListEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[116]
+	mi := &file_entente_v1_entente_proto_msgTypes[123]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7374,7 +7755,7 @@ func (x *ListEntriesResponse) String() string {
 func (*ListEntriesResponse) ProtoMessage() {}
 
 func (x *ListEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[116]
+	mi := &file_entente_v1_entente_proto_msgTypes[123]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7387,7 +7768,7 @@ func (x *ListEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntriesResponse.ProtoReflect.Descriptor instead.
 func (*ListEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{116}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{123}
 }
 
 func (x *ListEntriesResponse) GetEntries() []*v1.Entry {
@@ -7413,7 +7794,7 @@ type GetEntryRequest struct {
 
 func (x *GetEntryRequest) Reset() {
 	*x = GetEntryRequest{}
-	mi := &file_entente_v1_entente_proto_msgTypes[117]
+	mi := &file_entente_v1_entente_proto_msgTypes[124]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7425,7 +7806,7 @@ func (x *GetEntryRequest) String() string {
 func (*GetEntryRequest) ProtoMessage() {}
 
 func (x *GetEntryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[117]
+	mi := &file_entente_v1_entente_proto_msgTypes[124]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7438,7 +7819,7 @@ func (x *GetEntryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetEntryRequest.ProtoReflect.Descriptor instead.
 func (*GetEntryRequest) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{117}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{124}
 }
 
 func (x *GetEntryRequest) GetId() string {
@@ -7457,7 +7838,7 @@ type GetEntryResponse struct {
 
 func (x *GetEntryResponse) Reset() {
 	*x = GetEntryResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[118]
+	mi := &file_entente_v1_entente_proto_msgTypes[125]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7469,7 +7850,7 @@ func (x *GetEntryResponse) String() string {
 func (*GetEntryResponse) ProtoMessage() {}
 
 func (x *GetEntryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[118]
+	mi := &file_entente_v1_entente_proto_msgTypes[125]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7482,7 +7863,7 @@ func (x *GetEntryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetEntryResponse.ProtoReflect.Descriptor instead.
 func (*GetEntryResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{118}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{125}
 }
 
 func (x *GetEntryResponse) GetEntry() *v1.Entry {
@@ -7501,7 +7882,7 @@ type CountEntriesResponse struct {
 
 func (x *CountEntriesResponse) Reset() {
 	*x = CountEntriesResponse{}
-	mi := &file_entente_v1_entente_proto_msgTypes[119]
+	mi := &file_entente_v1_entente_proto_msgTypes[126]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7513,7 +7894,7 @@ func (x *CountEntriesResponse) String() string {
 func (*CountEntriesResponse) ProtoMessage() {}
 
 func (x *CountEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_v1_entente_proto_msgTypes[119]
+	mi := &file_entente_v1_entente_proto_msgTypes[126]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7526,7 +7907,7 @@ func (x *CountEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CountEntriesResponse.ProtoReflect.Descriptor instead.
 func (*CountEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_entente_v1_entente_proto_rawDescGZIP(), []int{119}
+	return file_entente_v1_entente_proto_rawDescGZIP(), []int{126}
 }
 
 func (x *CountEntriesResponse) GetEntries() uint64 {
@@ -7570,7 +7951,26 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\tStateSpan\x12\x12\n" +
 	"\x04from\x18\x01 \x01(\x04R\x04from\x12\x0e\n" +
 	"\x02to\x18\x02 \x01(\x04R\x02to\x12\x12\n" +
-	"\x04hash\x18\x03 \x01(\fR\x04hash\"\xcd\x01\n" +
+	"\x04hash\x18\x03 \x01(\fR\x04hash\"N\n" +
+	"\x0fFollowedRequest\x12\x18\n" +
+	"\arefresh\x18\x01 \x01(\bR\arefresh\x12!\n" +
+	"\ftrust_domain\x18\x02 \x01(\tR\vtrustDomain\"H\n" +
+	"\x10FollowedResponse\x124\n" +
+	"\abundles\x18\x01 \x03(\v2\x1a.entente.v1.FollowedBundleR\abundles\"j\n" +
+	"\x0eFollowedBundle\x12!\n" +
+	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x1f\n" +
+	"\vage_seconds\x18\x02 \x01(\x01R\n" +
+	"ageSeconds\x12\x14\n" +
+	"\x05error\x18\x03 \x01(\tR\x05error\"`\n" +
+	"\x16ResetFederationRequest\x12!\n" +
+	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12#\n" +
+	"\rbundle_sha256\x18\x02 \x01(\tR\fbundleSha256\"5\n" +
+	"\x17ResetFederationResponse\x12\x1a\n" +
+	"\brevision\x18\x01 \x01(\x04R\brevision\"=\n" +
+	"\x18RefreshFederationRequest\x12!\n" +
+	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\"V\n" +
+	"\x19RefreshFederationResponse\x129\n" +
+	"\abundles\x18\x01 \x03(\v2\x1f.entente.v1.ForeignBundleStatusR\abundles\"\xcd\x01\n" +
 	"\vJoinRequest\x12\x19\n" +
 	"\btoken_id\x18\x01 \x01(\tR\atokenId\x12\x1c\n" +
 	"\tstatement\x18\x02 \x01(\fR\tstatement\x12\x1c\n" +
@@ -7868,14 +8268,16 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x10ShowEpochRequest\x12\x1c\n" +
 	"\tstatement\x18\x01 \x01(\fR\tstatement\x12\x1c\n" +
 	"\tsignature\x18\x02 \x01(\fR\tsignature\"\x13\n" +
-	"\x11ShowEpochResponse\"\xe9\x01\n" +
+	"\x11ShowEpochResponse\"\x99\x02\n" +
 	"\x13ForeignBundleStatus\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x1a\n" +
 	"\bsequence\x18\x02 \x01(\x04R\bsequence\x12)\n" +
 	"\x10x509_authorities\x18\x03 \x01(\rR\x0fx509Authorities\x12\x1f\n" +
 	"\vage_seconds\x18\x04 \x01(\x01R\n" +
 	"ageSeconds\x12\x14\n" +
-	"\x05error\x18\x05 \x01(\tR\x05error\x121\n" +
+	"\x05error\x18\x05 \x01(\tR\x05error\x12\x17\n" +
+	"\x06sha256\x18\xae\x03 \x01(\tR\x06sha256\x12\x15\n" +
+	"\x05given\x18\xaf\x03 \x01(\bR\x05given\x121\n" +
 	"\adropped\x18\xd2\x01 \x03(\v2\x16.entente.v1.DroppedKeyR\adropped\"e\n" +
 	"\n" +
 	"DroppedKey\x12\x0e\n" +
@@ -7898,10 +8300,11 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\fApplyRequest\x122\n" +
 	"\aobjects\x18\x01 \x03(\v2\x18.entente.state.v1.ObjectR\aobjects\x125\n" +
 	"\adeletes\x18\x02 \x03(\v2\x1b.entente.state.v1.ObjectKeyR\adeletes\x12\x17\n" +
-	"\adry_run\x18\x03 \x01(\bR\x06dryRun\"_\n" +
+	"\adry_run\x18\x03 \x01(\bR\x06dryRun\"|\n" +
 	"\rApplyResponse\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x122\n" +
-	"\achanges\x18\x02 \x03(\v2\x18.entente.v1.ObjectChangeR\achanges\"\x9c\x01\n" +
+	"\achanges\x18\x02 \x03(\v2\x18.entente.v1.ObjectChangeR\achanges\x12\x1b\n" +
+	"\bwarnings\x18\xae\x03 \x03(\tR\bwarnings\"\x9c\x01\n" +
 	"\fObjectChange\x12-\n" +
 	"\x03key\x18\x01 \x01(\v2\x1b.entente.state.v1.ObjectKeyR\x03key\x12\x16\n" +
 	"\x06action\x18\x02 \x01(\tR\x06action\x120\n" +
@@ -7923,9 +8326,10 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\bbindings\x18\x03 \x03(\v2\x1d.entente.state.v1.RoleBindingR\bbindings\"G\n" +
 	"\x10GetBundleRequest\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x10\n" +
-	"\x03wit\x18\x02 \x01(\bR\x03wit\"'\n" +
+	"\x03wit\x18\x02 \x01(\bR\x03wit\"@\n" +
 	"\x11GetBundleResponse\x12\x12\n" +
-	"\x04jwks\x18\x01 \x01(\fR\x04jwks\"*\n" +
+	"\x04jwks\x18\x01 \x01(\fR\x04jwks\x12\x17\n" +
+	"\x06sha256\x18\xae\x03 \x01(\tR\x06sha256\"*\n" +
 	"\x0eProposeRequest\x12\x18\n" +
 	"\acommand\x18\x01 \x01(\fR\acommand\"_\n" +
 	"\x0fProposeResponse\x12\x1a\n" +
@@ -8058,13 +8462,14 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\achanges\x18\x01 \x03(\v2\x1d.entente.state.v1.EntryChangeR\achanges\x12\x17\n" +
 	"\adry_run\x18\x02 \x01(\bR\x06dryRun\"J\n" +
 	"\x15ChangeEntriesResponse\x121\n" +
-	"\aresults\x18\x01 \x03(\v2\x17.entente.v1.EntryResultR\aresults\"{\n" +
+	"\aresults\x18\x01 \x03(\v2\x17.entente.v1.EntryResultR\aresults\"\x98\x01\n" +
 	"\vEntryResult\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
 	"\x06action\x18\x02 \x01(\tR\x06action\x12\x1a\n" +
 	"\brevision\x18\x03 \x01(\x04R\brevision\x12\x12\n" +
 	"\x04code\x18\x04 \x01(\rR\x04code\x12\x14\n" +
-	"\x05error\x18\x05 \x01(\tR\x05error\"\x98\x01\n" +
+	"\x05error\x18\x05 \x01(\tR\x05error\x12\x1b\n" +
+	"\bwarnings\x18\xae\x03 \x03(\tR\bwarnings\"\x98\x01\n" +
 	"\x12ListEntriesRequest\x12\x1b\n" +
 	"\tpage_size\x18\x01 \x01(\rR\bpageSize\x12\x14\n" +
 	"\x05after\x18\x02 \x01(\tR\x05after\x12\x12\n" +
@@ -8097,7 +8502,7 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\x04Sign\x12E\n" +
 	"\bSignX509\x12\x1b.entente.v1.SignX509Request\x1a\x1c.entente.v1.SignX509Response\x12B\n" +
 	"\aSignJWT\x12\x1a.entente.v1.SignJWTRequest\x1a\x1b.entente.v1.SignJWTResponse\x12B\n" +
-	"\aSignWIT\x12\x1a.entente.v1.SignWITRequest\x1a\x1b.entente.v1.SignWITResponse2\xa6\x12\n" +
+	"\aSignWIT\x12\x1a.entente.v1.SignWITRequest\x1a\x1b.entente.v1.SignWITResponse2\xe4\x13\n" +
 	"\x05Admin\x12?\n" +
 	"\x06Status\x12\x19.entente.v1.StatusRequest\x1a\x1a.entente.v1.StatusResponse\x12N\n" +
 	"\vCreateToken\x12\x1e.entente.v1.CreateTokenRequest\x1a\x1f.entente.v1.CreateTokenResponse\x12<\n" +
@@ -8130,8 +8535,10 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\vPromoteNode\x12\x1e.entente.v1.PromoteNodeRequest\x1a\x1f.entente.v1.PromoteNodeResponse\x12c\n" +
 	"\x12ReplaceRecoveryKey\x12%.entente.v1.ReplaceRecoveryKeyRequest\x1a&.entente.v1.ReplaceRecoveryKeyResponse\x12N\n" +
 	"\vListChanges\x12\x1e.entente.v1.ListChangesRequest\x1a\x1f.entente.v1.ListChangesResponse\x12T\n" +
-	"\rApproveChange\x12 .entente.v1.ApproveChangeRequest\x1a!.entente.v1.ApproveChangeResponse\x12?\n" +
-	"\x06WhoAmI\x12\x19.entente.v1.WhoAmIRequest\x1a\x1a.entente.v1.WhoAmIResponse2\xee\x04\n" +
+	"\rApproveChange\x12 .entente.v1.ApproveChangeRequest\x1a!.entente.v1.ApproveChangeResponse\x12Z\n" +
+	"\x0fResetFederation\x12\".entente.v1.ResetFederationRequest\x1a#.entente.v1.ResetFederationResponse\x12`\n" +
+	"\x11RefreshFederation\x12$.entente.v1.RefreshFederationRequest\x1a%.entente.v1.RefreshFederationResponse\x12?\n" +
+	"\x06WhoAmI\x12\x19.entente.v1.WhoAmIRequest\x1a\x1a.entente.v1.WhoAmIResponse2\xb5\x05\n" +
 	"\x04Peer\x12B\n" +
 	"\aPropose\x12\x1a.entente.v1.ProposeRequest\x1a\x1b.entente.v1.ProposeResponse\x12?\n" +
 	"\x06Report\x12\x19.entente.v1.ReportRequest\x1a\x1a.entente.v1.ReportResponse\x12G\n" +
@@ -8141,7 +8548,8 @@ const file_entente_v1_entente_proto_rawDesc = "" +
 	"\bChecksum\x12\x1b.entente.v1.ChecksumRequest\x1a\x1c.entente.v1.ChecksumResponse\x12D\n" +
 	"\x05Nodes\x12\x1c.entente.v1.ListNodesRequest\x1a\x1d.entente.v1.ListNodesResponse\x12H\n" +
 	"\tMarkReady\x12\x1c.entente.v1.MarkReadyRequest\x1a\x1d.entente.v1.MarkReadyResponse\x12H\n" +
-	"\tShowEpoch\x12\x1c.entente.v1.ShowEpochRequest\x1a\x1d.entente.v1.ShowEpochResponseB:Z8github.com/entente-mesh/entente/api/entente/v1;ententev1b\x06proto3"
+	"\tShowEpoch\x12\x1c.entente.v1.ShowEpochRequest\x1a\x1d.entente.v1.ShowEpochResponse\x12E\n" +
+	"\bFollowed\x12\x1b.entente.v1.FollowedRequest\x1a\x1c.entente.v1.FollowedResponseB:Z8github.com/entente-mesh/entente/api/entente/v1;ententev1b\x06proto3"
 
 var (
 	file_entente_v1_entente_proto_rawDescOnce sync.Once
@@ -8156,7 +8564,7 @@ func file_entente_v1_entente_proto_rawDescGZIP() []byte {
 }
 
 var file_entente_v1_entente_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_entente_v1_entente_proto_msgTypes = make([]protoimpl.MessageInfo, 120)
+var file_entente_v1_entente_proto_msgTypes = make([]protoimpl.MessageInfo, 127)
 var file_entente_v1_entente_proto_goTypes = []any{
 	(Health)(0),                        // 0: entente.v1.Health
 	(*StatementRequest)(nil),           // 1: entente.v1.StatementRequest
@@ -8166,339 +8574,354 @@ var file_entente_v1_entente_proto_goTypes = []any{
 	(*SignedStatement)(nil),            // 5: entente.v1.SignedStatement
 	(*NodeStatement)(nil),              // 6: entente.v1.NodeStatement
 	(*StateSpan)(nil),                  // 7: entente.v1.StateSpan
-	(*JoinRequest)(nil),                // 8: entente.v1.JoinRequest
-	(*JoinResponse)(nil),               // 9: entente.v1.JoinResponse
-	(*AttestRequest)(nil),              // 10: entente.v1.AttestRequest
-	(*AttestResponse)(nil),             // 11: entente.v1.AttestResponse
-	(*SyncRequest)(nil),                // 12: entente.v1.SyncRequest
-	(*Hello)(nil),                      // 13: entente.v1.Hello
-	(*SessionProof)(nil),               // 14: entente.v1.SessionProof
-	(*Ack)(nil),                        // 15: entente.v1.Ack
-	(*InstanceReport)(nil),             // 16: entente.v1.InstanceReport
-	(*Instance)(nil),                   // 17: entente.v1.Instance
-	(*SyncResponse)(nil),               // 18: entente.v1.SyncResponse
-	(*Urgent)(nil),                     // 19: entente.v1.Urgent
-	(*Policy)(nil),                     // 20: entente.v1.Policy
-	(*Bundle)(nil),                     // 21: entente.v1.Bundle
-	(*Presence)(nil),                   // 22: entente.v1.Presence
-	(*Heartbeat)(nil),                  // 23: entente.v1.Heartbeat
-	(*SignX509Request)(nil),            // 24: entente.v1.SignX509Request
-	(*X509Request)(nil),                // 25: entente.v1.X509Request
-	(*SignX509Response)(nil),           // 26: entente.v1.SignX509Response
-	(*X509Result)(nil),                 // 27: entente.v1.X509Result
-	(*SignJWTRequest)(nil),             // 28: entente.v1.SignJWTRequest
-	(*JWTRequest)(nil),                 // 29: entente.v1.JWTRequest
-	(*SignJWTResponse)(nil),            // 30: entente.v1.SignJWTResponse
-	(*SignWITRequest)(nil),             // 31: entente.v1.SignWITRequest
-	(*WITRequest)(nil),                 // 32: entente.v1.WITRequest
-	(*SignWITResponse)(nil),            // 33: entente.v1.SignWITResponse
-	(*TokenResult)(nil),                // 34: entente.v1.TokenResult
-	(*StatusRequest)(nil),              // 35: entente.v1.StatusRequest
-	(*StatusResponse)(nil),             // 36: entente.v1.StatusResponse
-	(*FileProblem)(nil),                // 37: entente.v1.FileProblem
-	(*Contradiction)(nil),              // 38: entente.v1.Contradiction
-	(*SubscriberLevel)(nil),            // 39: entente.v1.SubscriberLevel
-	(*AuditLog)(nil),                   // 40: entente.v1.AuditLog
-	(*Upstream)(nil),                   // 41: entente.v1.Upstream
-	(*Autonomy)(nil),                   // 42: entente.v1.Autonomy
-	(*UseAutonomy)(nil),                // 43: entente.v1.UseAutonomy
-	(*MemberStatus)(nil),               // 44: entente.v1.MemberStatus
-	(*SaveSnapshotRequest)(nil),        // 45: entente.v1.SaveSnapshotRequest
-	(*SaveSnapshotResponse)(nil),       // 46: entente.v1.SaveSnapshotResponse
-	(*ListNodesRequest)(nil),           // 47: entente.v1.ListNodesRequest
-	(*ListNodesResponse)(nil),          // 48: entente.v1.ListNodesResponse
-	(*NodeProgress)(nil),               // 49: entente.v1.NodeProgress
-	(*Approval)(nil),                   // 50: entente.v1.Approval
-	(*ReplaceRecoveryKeyRequest)(nil),  // 51: entente.v1.ReplaceRecoveryKeyRequest
-	(*ReplaceRecoveryKeyResponse)(nil), // 52: entente.v1.ReplaceRecoveryKeyResponse
-	(*ListChangesRequest)(nil),         // 53: entente.v1.ListChangesRequest
-	(*ListChangesResponse)(nil),        // 54: entente.v1.ListChangesResponse
-	(*ApproveChangeRequest)(nil),       // 55: entente.v1.ApproveChangeRequest
-	(*ApproveChangeResponse)(nil),      // 56: entente.v1.ApproveChangeResponse
-	(*PromoteNodeRequest)(nil),         // 57: entente.v1.PromoteNodeRequest
-	(*PromoteNodeResponse)(nil),        // 58: entente.v1.PromoteNodeResponse
-	(*VouchRequest)(nil),               // 59: entente.v1.VouchRequest
-	(*VouchResponse)(nil),              // 60: entente.v1.VouchResponse
-	(*ChecksumRequest)(nil),            // 61: entente.v1.ChecksumRequest
-	(*ChecksumResponse)(nil),           // 62: entente.v1.ChecksumResponse
-	(*ShowEpochRequest)(nil),           // 63: entente.v1.ShowEpochRequest
-	(*ShowEpochResponse)(nil),          // 64: entente.v1.ShowEpochResponse
-	(*ForeignBundleStatus)(nil),        // 65: entente.v1.ForeignBundleStatus
-	(*DroppedKey)(nil),                 // 66: entente.v1.DroppedKey
-	(*CreateTokenRequest)(nil),         // 67: entente.v1.CreateTokenRequest
-	(*CreateTokenResponse)(nil),        // 68: entente.v1.CreateTokenResponse
-	(*ApplyRequest)(nil),               // 69: entente.v1.ApplyRequest
-	(*ApplyResponse)(nil),              // 70: entente.v1.ApplyResponse
-	(*ObjectChange)(nil),               // 71: entente.v1.ObjectChange
-	(*ListObjectsRequest)(nil),         // 72: entente.v1.ListObjectsRequest
-	(*ListObjectsResponse)(nil),        // 73: entente.v1.ListObjectsResponse
-	(*WhoAmIRequest)(nil),              // 74: entente.v1.WhoAmIRequest
-	(*WhoAmIResponse)(nil),             // 75: entente.v1.WhoAmIResponse
-	(*GetBundleRequest)(nil),           // 76: entente.v1.GetBundleRequest
-	(*GetBundleResponse)(nil),          // 77: entente.v1.GetBundleResponse
-	(*ProposeRequest)(nil),             // 78: entente.v1.ProposeRequest
-	(*ProposeResponse)(nil),            // 79: entente.v1.ProposeResponse
-	(*ReportRequest)(nil),              // 80: entente.v1.ReportRequest
-	(*HeldAuthority)(nil),              // 81: entente.v1.HeldAuthority
-	(*ReportResponse)(nil),             // 82: entente.v1.ReportResponse
-	(*GateRequest)(nil),                // 83: entente.v1.GateRequest
-	(*GateResponse)(nil),               // 84: entente.v1.GateResponse
-	(*AuthorityGate)(nil),              // 85: entente.v1.AuthorityGate
-	(*MarkReadyRequest)(nil),           // 86: entente.v1.MarkReadyRequest
-	(*MarkReadyResponse)(nil),          // 87: entente.v1.MarkReadyResponse
-	(*Picture)(nil),                    // 88: entente.v1.Picture
-	(*PresenceRequest)(nil),            // 89: entente.v1.PresenceRequest
-	(*PresenceResponse)(nil),           // 90: entente.v1.PresenceResponse
-	(*ListAuthoritiesRequest)(nil),     // 91: entente.v1.ListAuthoritiesRequest
-	(*ListAuthoritiesResponse)(nil),    // 92: entente.v1.ListAuthoritiesResponse
-	(*AuthorityStatus)(nil),            // 93: entente.v1.AuthorityStatus
-	(*PrepareAuthorityRequest)(nil),    // 94: entente.v1.PrepareAuthorityRequest
-	(*ChangeAuthorityRequest)(nil),     // 95: entente.v1.ChangeAuthorityRequest
-	(*ChangeAuthorityResponse)(nil),    // 96: entente.v1.ChangeAuthorityResponse
-	(*RemoveNodeRequest)(nil),          // 97: entente.v1.RemoveNodeRequest
-	(*RemoveNodeResponse)(nil),         // 98: entente.v1.RemoveNodeResponse
-	(*ListAgentsRequest)(nil),          // 99: entente.v1.ListAgentsRequest
-	(*ListAgentsResponse)(nil),         // 100: entente.v1.ListAgentsResponse
-	(*AgentStatus)(nil),                // 101: entente.v1.AgentStatus
-	(*GetAgentRequest)(nil),            // 102: entente.v1.GetAgentRequest
-	(*GetAgentResponse)(nil),           // 103: entente.v1.GetAgentResponse
-	(*ChangeAgentRequest)(nil),         // 104: entente.v1.ChangeAgentRequest
-	(*ChangeAgentResponse)(nil),        // 105: entente.v1.ChangeAgentResponse
-	(*IsolateAgentRequest)(nil),        // 106: entente.v1.IsolateAgentRequest
-	(*IsolateAgentResponse)(nil),       // 107: entente.v1.IsolateAgentResponse
-	(*Isolation)(nil),                  // 108: entente.v1.Isolation
-	(*ListTokensRequest)(nil),          // 109: entente.v1.ListTokensRequest
-	(*ListTokensResponse)(nil),         // 110: entente.v1.ListTokensResponse
-	(*RevokeTokenRequest)(nil),         // 111: entente.v1.RevokeTokenRequest
-	(*RevokeTokenResponse)(nil),        // 112: entente.v1.RevokeTokenResponse
-	(*ChangeEntriesRequest)(nil),       // 113: entente.v1.ChangeEntriesRequest
-	(*ChangeEntriesResponse)(nil),      // 114: entente.v1.ChangeEntriesResponse
-	(*EntryResult)(nil),                // 115: entente.v1.EntryResult
-	(*ListEntriesRequest)(nil),         // 116: entente.v1.ListEntriesRequest
-	(*ListEntriesResponse)(nil),        // 117: entente.v1.ListEntriesResponse
-	(*GetEntryRequest)(nil),            // 118: entente.v1.GetEntryRequest
-	(*GetEntryResponse)(nil),           // 119: entente.v1.GetEntryResponse
-	(*CountEntriesResponse)(nil),       // 120: entente.v1.CountEntriesResponse
-	(*v1.Cluster)(nil),                 // 121: entente.state.v1.Cluster
-	(*v1.Member)(nil),                  // 122: entente.state.v1.Member
-	(*v1.Distrust)(nil),                // 123: entente.state.v1.Distrust
-	(*v1.Agent)(nil),                   // 124: entente.state.v1.Agent
-	(*v1.Entry)(nil),                   // 125: entente.state.v1.Entry
-	(*v1.Object)(nil),                  // 126: entente.state.v1.Object
-	(*v1.ObjectKey)(nil),               // 127: entente.state.v1.ObjectKey
-	(*v1.Authority)(nil),               // 128: entente.state.v1.Authority
-	(v1.KeyUse)(0),                     // 129: entente.state.v1.KeyUse
-	(*v1.RecoveryKeyReplacement)(nil),  // 130: entente.state.v1.RecoveryKeyReplacement
-	(*v1.NodeGrant)(nil),               // 131: entente.state.v1.NodeGrant
-	(*v1.AgentGrant)(nil),              // 132: entente.state.v1.AgentGrant
-	(*v1.RoleBinding)(nil),             // 133: entente.state.v1.RoleBinding
-	(*v1.Token)(nil),                   // 134: entente.state.v1.Token
-	(*v1.EntryChange)(nil),             // 135: entente.state.v1.EntryChange
+	(*FollowedRequest)(nil),            // 8: entente.v1.FollowedRequest
+	(*FollowedResponse)(nil),           // 9: entente.v1.FollowedResponse
+	(*FollowedBundle)(nil),             // 10: entente.v1.FollowedBundle
+	(*ResetFederationRequest)(nil),     // 11: entente.v1.ResetFederationRequest
+	(*ResetFederationResponse)(nil),    // 12: entente.v1.ResetFederationResponse
+	(*RefreshFederationRequest)(nil),   // 13: entente.v1.RefreshFederationRequest
+	(*RefreshFederationResponse)(nil),  // 14: entente.v1.RefreshFederationResponse
+	(*JoinRequest)(nil),                // 15: entente.v1.JoinRequest
+	(*JoinResponse)(nil),               // 16: entente.v1.JoinResponse
+	(*AttestRequest)(nil),              // 17: entente.v1.AttestRequest
+	(*AttestResponse)(nil),             // 18: entente.v1.AttestResponse
+	(*SyncRequest)(nil),                // 19: entente.v1.SyncRequest
+	(*Hello)(nil),                      // 20: entente.v1.Hello
+	(*SessionProof)(nil),               // 21: entente.v1.SessionProof
+	(*Ack)(nil),                        // 22: entente.v1.Ack
+	(*InstanceReport)(nil),             // 23: entente.v1.InstanceReport
+	(*Instance)(nil),                   // 24: entente.v1.Instance
+	(*SyncResponse)(nil),               // 25: entente.v1.SyncResponse
+	(*Urgent)(nil),                     // 26: entente.v1.Urgent
+	(*Policy)(nil),                     // 27: entente.v1.Policy
+	(*Bundle)(nil),                     // 28: entente.v1.Bundle
+	(*Presence)(nil),                   // 29: entente.v1.Presence
+	(*Heartbeat)(nil),                  // 30: entente.v1.Heartbeat
+	(*SignX509Request)(nil),            // 31: entente.v1.SignX509Request
+	(*X509Request)(nil),                // 32: entente.v1.X509Request
+	(*SignX509Response)(nil),           // 33: entente.v1.SignX509Response
+	(*X509Result)(nil),                 // 34: entente.v1.X509Result
+	(*SignJWTRequest)(nil),             // 35: entente.v1.SignJWTRequest
+	(*JWTRequest)(nil),                 // 36: entente.v1.JWTRequest
+	(*SignJWTResponse)(nil),            // 37: entente.v1.SignJWTResponse
+	(*SignWITRequest)(nil),             // 38: entente.v1.SignWITRequest
+	(*WITRequest)(nil),                 // 39: entente.v1.WITRequest
+	(*SignWITResponse)(nil),            // 40: entente.v1.SignWITResponse
+	(*TokenResult)(nil),                // 41: entente.v1.TokenResult
+	(*StatusRequest)(nil),              // 42: entente.v1.StatusRequest
+	(*StatusResponse)(nil),             // 43: entente.v1.StatusResponse
+	(*FileProblem)(nil),                // 44: entente.v1.FileProblem
+	(*Contradiction)(nil),              // 45: entente.v1.Contradiction
+	(*SubscriberLevel)(nil),            // 46: entente.v1.SubscriberLevel
+	(*AuditLog)(nil),                   // 47: entente.v1.AuditLog
+	(*Upstream)(nil),                   // 48: entente.v1.Upstream
+	(*Autonomy)(nil),                   // 49: entente.v1.Autonomy
+	(*UseAutonomy)(nil),                // 50: entente.v1.UseAutonomy
+	(*MemberStatus)(nil),               // 51: entente.v1.MemberStatus
+	(*SaveSnapshotRequest)(nil),        // 52: entente.v1.SaveSnapshotRequest
+	(*SaveSnapshotResponse)(nil),       // 53: entente.v1.SaveSnapshotResponse
+	(*ListNodesRequest)(nil),           // 54: entente.v1.ListNodesRequest
+	(*ListNodesResponse)(nil),          // 55: entente.v1.ListNodesResponse
+	(*NodeProgress)(nil),               // 56: entente.v1.NodeProgress
+	(*Approval)(nil),                   // 57: entente.v1.Approval
+	(*ReplaceRecoveryKeyRequest)(nil),  // 58: entente.v1.ReplaceRecoveryKeyRequest
+	(*ReplaceRecoveryKeyResponse)(nil), // 59: entente.v1.ReplaceRecoveryKeyResponse
+	(*ListChangesRequest)(nil),         // 60: entente.v1.ListChangesRequest
+	(*ListChangesResponse)(nil),        // 61: entente.v1.ListChangesResponse
+	(*ApproveChangeRequest)(nil),       // 62: entente.v1.ApproveChangeRequest
+	(*ApproveChangeResponse)(nil),      // 63: entente.v1.ApproveChangeResponse
+	(*PromoteNodeRequest)(nil),         // 64: entente.v1.PromoteNodeRequest
+	(*PromoteNodeResponse)(nil),        // 65: entente.v1.PromoteNodeResponse
+	(*VouchRequest)(nil),               // 66: entente.v1.VouchRequest
+	(*VouchResponse)(nil),              // 67: entente.v1.VouchResponse
+	(*ChecksumRequest)(nil),            // 68: entente.v1.ChecksumRequest
+	(*ChecksumResponse)(nil),           // 69: entente.v1.ChecksumResponse
+	(*ShowEpochRequest)(nil),           // 70: entente.v1.ShowEpochRequest
+	(*ShowEpochResponse)(nil),          // 71: entente.v1.ShowEpochResponse
+	(*ForeignBundleStatus)(nil),        // 72: entente.v1.ForeignBundleStatus
+	(*DroppedKey)(nil),                 // 73: entente.v1.DroppedKey
+	(*CreateTokenRequest)(nil),         // 74: entente.v1.CreateTokenRequest
+	(*CreateTokenResponse)(nil),        // 75: entente.v1.CreateTokenResponse
+	(*ApplyRequest)(nil),               // 76: entente.v1.ApplyRequest
+	(*ApplyResponse)(nil),              // 77: entente.v1.ApplyResponse
+	(*ObjectChange)(nil),               // 78: entente.v1.ObjectChange
+	(*ListObjectsRequest)(nil),         // 79: entente.v1.ListObjectsRequest
+	(*ListObjectsResponse)(nil),        // 80: entente.v1.ListObjectsResponse
+	(*WhoAmIRequest)(nil),              // 81: entente.v1.WhoAmIRequest
+	(*WhoAmIResponse)(nil),             // 82: entente.v1.WhoAmIResponse
+	(*GetBundleRequest)(nil),           // 83: entente.v1.GetBundleRequest
+	(*GetBundleResponse)(nil),          // 84: entente.v1.GetBundleResponse
+	(*ProposeRequest)(nil),             // 85: entente.v1.ProposeRequest
+	(*ProposeResponse)(nil),            // 86: entente.v1.ProposeResponse
+	(*ReportRequest)(nil),              // 87: entente.v1.ReportRequest
+	(*HeldAuthority)(nil),              // 88: entente.v1.HeldAuthority
+	(*ReportResponse)(nil),             // 89: entente.v1.ReportResponse
+	(*GateRequest)(nil),                // 90: entente.v1.GateRequest
+	(*GateResponse)(nil),               // 91: entente.v1.GateResponse
+	(*AuthorityGate)(nil),              // 92: entente.v1.AuthorityGate
+	(*MarkReadyRequest)(nil),           // 93: entente.v1.MarkReadyRequest
+	(*MarkReadyResponse)(nil),          // 94: entente.v1.MarkReadyResponse
+	(*Picture)(nil),                    // 95: entente.v1.Picture
+	(*PresenceRequest)(nil),            // 96: entente.v1.PresenceRequest
+	(*PresenceResponse)(nil),           // 97: entente.v1.PresenceResponse
+	(*ListAuthoritiesRequest)(nil),     // 98: entente.v1.ListAuthoritiesRequest
+	(*ListAuthoritiesResponse)(nil),    // 99: entente.v1.ListAuthoritiesResponse
+	(*AuthorityStatus)(nil),            // 100: entente.v1.AuthorityStatus
+	(*PrepareAuthorityRequest)(nil),    // 101: entente.v1.PrepareAuthorityRequest
+	(*ChangeAuthorityRequest)(nil),     // 102: entente.v1.ChangeAuthorityRequest
+	(*ChangeAuthorityResponse)(nil),    // 103: entente.v1.ChangeAuthorityResponse
+	(*RemoveNodeRequest)(nil),          // 104: entente.v1.RemoveNodeRequest
+	(*RemoveNodeResponse)(nil),         // 105: entente.v1.RemoveNodeResponse
+	(*ListAgentsRequest)(nil),          // 106: entente.v1.ListAgentsRequest
+	(*ListAgentsResponse)(nil),         // 107: entente.v1.ListAgentsResponse
+	(*AgentStatus)(nil),                // 108: entente.v1.AgentStatus
+	(*GetAgentRequest)(nil),            // 109: entente.v1.GetAgentRequest
+	(*GetAgentResponse)(nil),           // 110: entente.v1.GetAgentResponse
+	(*ChangeAgentRequest)(nil),         // 111: entente.v1.ChangeAgentRequest
+	(*ChangeAgentResponse)(nil),        // 112: entente.v1.ChangeAgentResponse
+	(*IsolateAgentRequest)(nil),        // 113: entente.v1.IsolateAgentRequest
+	(*IsolateAgentResponse)(nil),       // 114: entente.v1.IsolateAgentResponse
+	(*Isolation)(nil),                  // 115: entente.v1.Isolation
+	(*ListTokensRequest)(nil),          // 116: entente.v1.ListTokensRequest
+	(*ListTokensResponse)(nil),         // 117: entente.v1.ListTokensResponse
+	(*RevokeTokenRequest)(nil),         // 118: entente.v1.RevokeTokenRequest
+	(*RevokeTokenResponse)(nil),        // 119: entente.v1.RevokeTokenResponse
+	(*ChangeEntriesRequest)(nil),       // 120: entente.v1.ChangeEntriesRequest
+	(*ChangeEntriesResponse)(nil),      // 121: entente.v1.ChangeEntriesResponse
+	(*EntryResult)(nil),                // 122: entente.v1.EntryResult
+	(*ListEntriesRequest)(nil),         // 123: entente.v1.ListEntriesRequest
+	(*ListEntriesResponse)(nil),        // 124: entente.v1.ListEntriesResponse
+	(*GetEntryRequest)(nil),            // 125: entente.v1.GetEntryRequest
+	(*GetEntryResponse)(nil),           // 126: entente.v1.GetEntryResponse
+	(*CountEntriesResponse)(nil),       // 127: entente.v1.CountEntriesResponse
+	(*v1.Cluster)(nil),                 // 128: entente.state.v1.Cluster
+	(*v1.Member)(nil),                  // 129: entente.state.v1.Member
+	(*v1.Distrust)(nil),                // 130: entente.state.v1.Distrust
+	(*v1.Agent)(nil),                   // 131: entente.state.v1.Agent
+	(*v1.Entry)(nil),                   // 132: entente.state.v1.Entry
+	(*v1.Object)(nil),                  // 133: entente.state.v1.Object
+	(*v1.ObjectKey)(nil),               // 134: entente.state.v1.ObjectKey
+	(*v1.Authority)(nil),               // 135: entente.state.v1.Authority
+	(v1.KeyUse)(0),                     // 136: entente.state.v1.KeyUse
+	(*v1.RecoveryKeyReplacement)(nil),  // 137: entente.state.v1.RecoveryKeyReplacement
+	(*v1.NodeGrant)(nil),               // 138: entente.state.v1.NodeGrant
+	(*v1.AgentGrant)(nil),              // 139: entente.state.v1.AgentGrant
+	(*v1.RoleBinding)(nil),             // 140: entente.state.v1.RoleBinding
+	(*v1.Token)(nil),                   // 141: entente.state.v1.Token
+	(*v1.EntryChange)(nil),             // 142: entente.state.v1.EntryChange
 }
 var file_entente_v1_entente_proto_depIdxs = []int32{
 	5,   // 0: entente.v1.StatementResponse.statement:type_name -> entente.v1.SignedStatement
-	121, // 1: entente.v1.StatementResponse.cluster:type_name -> entente.state.v1.Cluster
-	122, // 2: entente.v1.DenialsResponse.members:type_name -> entente.state.v1.Member
-	123, // 3: entente.v1.DenialsResponse.distrust:type_name -> entente.state.v1.Distrust
+	128, // 1: entente.v1.StatementResponse.cluster:type_name -> entente.state.v1.Cluster
+	129, // 2: entente.v1.DenialsResponse.members:type_name -> entente.state.v1.Member
+	130, // 3: entente.v1.DenialsResponse.distrust:type_name -> entente.state.v1.Distrust
 	7,   // 4: entente.v1.NodeStatement.members:type_name -> entente.v1.StateSpan
 	7,   // 5: entente.v1.NodeStatement.bundle:type_name -> entente.v1.StateSpan
 	7,   // 6: entente.v1.NodeStatement.distrust:type_name -> entente.v1.StateSpan
-	122, // 7: entente.v1.JoinResponse.member:type_name -> entente.state.v1.Member
-	122, // 8: entente.v1.JoinResponse.members:type_name -> entente.state.v1.Member
-	121, // 9: entente.v1.JoinResponse.cluster:type_name -> entente.state.v1.Cluster
-	122, // 10: entente.v1.AttestResponse.members:type_name -> entente.state.v1.Member
-	121, // 11: entente.v1.AttestResponse.cluster:type_name -> entente.state.v1.Cluster
-	124, // 12: entente.v1.AttestResponse.agent:type_name -> entente.state.v1.Agent
-	13,  // 13: entente.v1.SyncRequest.hello:type_name -> entente.v1.Hello
-	15,  // 14: entente.v1.SyncRequest.ack:type_name -> entente.v1.Ack
-	16,  // 15: entente.v1.SyncRequest.report:type_name -> entente.v1.InstanceReport
-	14,  // 16: entente.v1.Hello.proof:type_name -> entente.v1.SessionProof
-	14,  // 17: entente.v1.Ack.proof:type_name -> entente.v1.SessionProof
-	17,  // 18: entente.v1.InstanceReport.instances:type_name -> entente.v1.Instance
-	0,   // 19: entente.v1.Instance.health:type_name -> entente.v1.Health
-	14,  // 20: entente.v1.Instance.proof:type_name -> entente.v1.SessionProof
-	20,  // 21: entente.v1.SyncResponse.policy:type_name -> entente.v1.Policy
-	22,  // 22: entente.v1.SyncResponse.presence:type_name -> entente.v1.Presence
-	23,  // 23: entente.v1.SyncResponse.heartbeat:type_name -> entente.v1.Heartbeat
-	19,  // 24: entente.v1.SyncResponse.urgent:type_name -> entente.v1.Urgent
-	123, // 25: entente.v1.Urgent.distrust:type_name -> entente.state.v1.Distrust
-	21,  // 26: entente.v1.Urgent.bundles:type_name -> entente.v1.Bundle
-	121, // 27: entente.v1.Policy.cluster:type_name -> entente.state.v1.Cluster
-	125, // 28: entente.v1.Policy.entries:type_name -> entente.state.v1.Entry
-	21,  // 29: entente.v1.Policy.bundles:type_name -> entente.v1.Bundle
-	126, // 30: entente.v1.Policy.objects:type_name -> entente.state.v1.Object
-	127, // 31: entente.v1.Policy.deleted_objects:type_name -> entente.state.v1.ObjectKey
-	122, // 32: entente.v1.Policy.members:type_name -> entente.state.v1.Member
-	123, // 33: entente.v1.Policy.distrust:type_name -> entente.state.v1.Distrust
-	17,  // 34: entente.v1.Presence.instances:type_name -> entente.v1.Instance
-	17,  // 35: entente.v1.Presence.withdrawn:type_name -> entente.v1.Instance
-	5,   // 36: entente.v1.Heartbeat.statements:type_name -> entente.v1.SignedStatement
-	25,  // 37: entente.v1.SignX509Request.requests:type_name -> entente.v1.X509Request
-	27,  // 38: entente.v1.SignX509Response.results:type_name -> entente.v1.X509Result
-	29,  // 39: entente.v1.SignJWTRequest.requests:type_name -> entente.v1.JWTRequest
-	34,  // 40: entente.v1.SignJWTResponse.results:type_name -> entente.v1.TokenResult
-	32,  // 41: entente.v1.SignWITRequest.requests:type_name -> entente.v1.WITRequest
-	34,  // 42: entente.v1.SignWITResponse.results:type_name -> entente.v1.TokenResult
-	50,  // 43: entente.v1.StatusResponse.changes:type_name -> entente.v1.Approval
-	121, // 44: entente.v1.StatusResponse.cluster:type_name -> entente.state.v1.Cluster
-	44,  // 45: entente.v1.StatusResponse.members:type_name -> entente.v1.MemberStatus
-	128, // 46: entente.v1.StatusResponse.authorities:type_name -> entente.state.v1.Authority
-	65,  // 47: entente.v1.StatusResponse.foreign:type_name -> entente.v1.ForeignBundleStatus
-	17,  // 48: entente.v1.StatusResponse.instances:type_name -> entente.v1.Instance
-	42,  // 49: entente.v1.StatusResponse.autonomy:type_name -> entente.v1.Autonomy
-	41,  // 50: entente.v1.StatusResponse.upstream:type_name -> entente.v1.Upstream
-	108, // 51: entente.v1.StatusResponse.isolated:type_name -> entente.v1.Isolation
-	40,  // 52: entente.v1.StatusResponse.audit:type_name -> entente.v1.AuditLog
-	39,  // 53: entente.v1.StatusResponse.older:type_name -> entente.v1.SubscriberLevel
-	38,  // 54: entente.v1.StatusResponse.contradicted:type_name -> entente.v1.Contradiction
-	37,  // 55: entente.v1.StatusResponse.files:type_name -> entente.v1.FileProblem
-	43,  // 56: entente.v1.Autonomy.uses:type_name -> entente.v1.UseAutonomy
-	129, // 57: entente.v1.UseAutonomy.use:type_name -> entente.state.v1.KeyUse
-	122, // 58: entente.v1.MemberStatus.member:type_name -> entente.state.v1.Member
-	49,  // 59: entente.v1.ListNodesResponse.nodes:type_name -> entente.v1.NodeProgress
-	122, // 60: entente.v1.NodeProgress.member:type_name -> entente.state.v1.Member
-	130, // 61: entente.v1.ReplaceRecoveryKeyRequest.replacement:type_name -> entente.state.v1.RecoveryKeyReplacement
-	50,  // 62: entente.v1.ReplaceRecoveryKeyResponse.approval:type_name -> entente.v1.Approval
-	50,  // 63: entente.v1.ListChangesResponse.changes:type_name -> entente.v1.Approval
-	50,  // 64: entente.v1.ApproveChangeResponse.approval:type_name -> entente.v1.Approval
-	50,  // 65: entente.v1.PromoteNodeResponse.approval:type_name -> entente.v1.Approval
-	122, // 66: entente.v1.VouchResponse.member:type_name -> entente.state.v1.Member
-	66,  // 67: entente.v1.ForeignBundleStatus.dropped:type_name -> entente.v1.DroppedKey
-	131, // 68: entente.v1.CreateTokenRequest.node:type_name -> entente.state.v1.NodeGrant
-	132, // 69: entente.v1.CreateTokenRequest.agent:type_name -> entente.state.v1.AgentGrant
-	50,  // 70: entente.v1.CreateTokenResponse.approval:type_name -> entente.v1.Approval
-	126, // 71: entente.v1.ApplyRequest.objects:type_name -> entente.state.v1.Object
-	127, // 72: entente.v1.ApplyRequest.deletes:type_name -> entente.state.v1.ObjectKey
-	71,  // 73: entente.v1.ApplyResponse.changes:type_name -> entente.v1.ObjectChange
-	127, // 74: entente.v1.ObjectChange.key:type_name -> entente.state.v1.ObjectKey
-	126, // 75: entente.v1.ObjectChange.before:type_name -> entente.state.v1.Object
-	127, // 76: entente.v1.ListObjectsRequest.after:type_name -> entente.state.v1.ObjectKey
-	126, // 77: entente.v1.ListObjectsResponse.objects:type_name -> entente.state.v1.Object
-	133, // 78: entente.v1.WhoAmIResponse.bindings:type_name -> entente.state.v1.RoleBinding
-	81,  // 79: entente.v1.ReportRequest.held:type_name -> entente.v1.HeldAuthority
-	85,  // 80: entente.v1.GateResponse.authorities:type_name -> entente.v1.AuthorityGate
-	20,  // 81: entente.v1.Picture.policy:type_name -> entente.v1.Policy
-	22,  // 82: entente.v1.Picture.presence:type_name -> entente.v1.Presence
-	122, // 83: entente.v1.Picture.confirmed:type_name -> entente.state.v1.Member
-	17,  // 84: entente.v1.PresenceResponse.instances:type_name -> entente.v1.Instance
-	17,  // 85: entente.v1.PresenceResponse.withdrawn:type_name -> entente.v1.Instance
-	93,  // 86: entente.v1.ListAuthoritiesResponse.authorities:type_name -> entente.v1.AuthorityStatus
-	128, // 87: entente.v1.AuthorityStatus.authority:type_name -> entente.state.v1.Authority
-	129, // 88: entente.v1.PrepareAuthorityRequest.use:type_name -> entente.state.v1.KeyUse
-	128, // 89: entente.v1.ChangeAuthorityResponse.authority:type_name -> entente.state.v1.Authority
-	128, // 90: entente.v1.ChangeAuthorityResponse.signing:type_name -> entente.state.v1.Authority
-	50,  // 91: entente.v1.RemoveNodeResponse.approval:type_name -> entente.v1.Approval
-	122, // 92: entente.v1.RemoveNodeResponse.member:type_name -> entente.state.v1.Member
-	128, // 93: entente.v1.RemoveNodeResponse.authorities:type_name -> entente.state.v1.Authority
-	101, // 94: entente.v1.ListAgentsResponse.agents:type_name -> entente.v1.AgentStatus
-	124, // 95: entente.v1.AgentStatus.agent:type_name -> entente.state.v1.Agent
-	101, // 96: entente.v1.GetAgentResponse.status:type_name -> entente.v1.AgentStatus
-	125, // 97: entente.v1.GetAgentResponse.entries:type_name -> entente.state.v1.Entry
-	17,  // 98: entente.v1.GetAgentResponse.instances:type_name -> entente.v1.Instance
-	108, // 99: entente.v1.IsolateAgentResponse.isolation:type_name -> entente.v1.Isolation
-	124, // 100: entente.v1.Isolation.agent:type_name -> entente.state.v1.Agent
-	134, // 101: entente.v1.ListTokensResponse.tokens:type_name -> entente.state.v1.Token
-	135, // 102: entente.v1.ChangeEntriesRequest.changes:type_name -> entente.state.v1.EntryChange
-	115, // 103: entente.v1.ChangeEntriesResponse.results:type_name -> entente.v1.EntryResult
-	125, // 104: entente.v1.ListEntriesResponse.entries:type_name -> entente.state.v1.Entry
-	125, // 105: entente.v1.GetEntryResponse.entry:type_name -> entente.state.v1.Entry
-	8,   // 106: entente.v1.Join.Join:input_type -> entente.v1.JoinRequest
-	10,  // 107: entente.v1.Attest.Attest:input_type -> entente.v1.AttestRequest
-	12,  // 108: entente.v1.Sync.Sync:input_type -> entente.v1.SyncRequest
-	1,   // 109: entente.v1.Compare.Statement:input_type -> entente.v1.StatementRequest
-	3,   // 110: entente.v1.Compare.Denials:input_type -> entente.v1.DenialsRequest
-	24,  // 111: entente.v1.Sign.SignX509:input_type -> entente.v1.SignX509Request
-	28,  // 112: entente.v1.Sign.SignJWT:input_type -> entente.v1.SignJWTRequest
-	31,  // 113: entente.v1.Sign.SignWIT:input_type -> entente.v1.SignWITRequest
-	35,  // 114: entente.v1.Admin.Status:input_type -> entente.v1.StatusRequest
-	67,  // 115: entente.v1.Admin.CreateToken:input_type -> entente.v1.CreateTokenRequest
-	69,  // 116: entente.v1.Admin.Apply:input_type -> entente.v1.ApplyRequest
-	72,  // 117: entente.v1.Admin.ListObjects:input_type -> entente.v1.ListObjectsRequest
-	76,  // 118: entente.v1.Admin.GetBundle:input_type -> entente.v1.GetBundleRequest
-	91,  // 119: entente.v1.Admin.ListAuthorities:input_type -> entente.v1.ListAuthoritiesRequest
-	94,  // 120: entente.v1.Admin.PrepareAuthority:input_type -> entente.v1.PrepareAuthorityRequest
-	95,  // 121: entente.v1.Admin.ActivateAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	95,  // 122: entente.v1.Admin.TaintAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	95,  // 123: entente.v1.Admin.RevokeAuthority:input_type -> entente.v1.ChangeAuthorityRequest
-	97,  // 124: entente.v1.Admin.RemoveNode:input_type -> entente.v1.RemoveNodeRequest
-	99,  // 125: entente.v1.Admin.ListAgents:input_type -> entente.v1.ListAgentsRequest
-	102, // 126: entente.v1.Admin.GetAgent:input_type -> entente.v1.GetAgentRequest
-	104, // 127: entente.v1.Admin.BanAgent:input_type -> entente.v1.ChangeAgentRequest
-	104, // 128: entente.v1.Admin.EvictAgent:input_type -> entente.v1.ChangeAgentRequest
-	106, // 129: entente.v1.Admin.IsolateAgent:input_type -> entente.v1.IsolateAgentRequest
-	109, // 130: entente.v1.Admin.ListTokens:input_type -> entente.v1.ListTokensRequest
-	111, // 131: entente.v1.Admin.RevokeToken:input_type -> entente.v1.RevokeTokenRequest
-	113, // 132: entente.v1.Admin.ChangeEntries:input_type -> entente.v1.ChangeEntriesRequest
-	116, // 133: entente.v1.Admin.ListEntries:input_type -> entente.v1.ListEntriesRequest
-	118, // 134: entente.v1.Admin.GetEntry:input_type -> entente.v1.GetEntryRequest
-	116, // 135: entente.v1.Admin.CountEntries:input_type -> entente.v1.ListEntriesRequest
-	45,  // 136: entente.v1.Admin.SaveSnapshot:input_type -> entente.v1.SaveSnapshotRequest
-	47,  // 137: entente.v1.Admin.ListNodes:input_type -> entente.v1.ListNodesRequest
-	57,  // 138: entente.v1.Admin.PromoteNode:input_type -> entente.v1.PromoteNodeRequest
-	51,  // 139: entente.v1.Admin.ReplaceRecoveryKey:input_type -> entente.v1.ReplaceRecoveryKeyRequest
-	53,  // 140: entente.v1.Admin.ListChanges:input_type -> entente.v1.ListChangesRequest
-	55,  // 141: entente.v1.Admin.ApproveChange:input_type -> entente.v1.ApproveChangeRequest
-	74,  // 142: entente.v1.Admin.WhoAmI:input_type -> entente.v1.WhoAmIRequest
-	78,  // 143: entente.v1.Peer.Propose:input_type -> entente.v1.ProposeRequest
-	80,  // 144: entente.v1.Peer.Report:input_type -> entente.v1.ReportRequest
-	89,  // 145: entente.v1.Peer.Presence:input_type -> entente.v1.PresenceRequest
-	83,  // 146: entente.v1.Peer.Gate:input_type -> entente.v1.GateRequest
-	59,  // 147: entente.v1.Peer.Vouch:input_type -> entente.v1.VouchRequest
-	61,  // 148: entente.v1.Peer.Checksum:input_type -> entente.v1.ChecksumRequest
-	47,  // 149: entente.v1.Peer.Nodes:input_type -> entente.v1.ListNodesRequest
-	86,  // 150: entente.v1.Peer.MarkReady:input_type -> entente.v1.MarkReadyRequest
-	63,  // 151: entente.v1.Peer.ShowEpoch:input_type -> entente.v1.ShowEpochRequest
-	9,   // 152: entente.v1.Join.Join:output_type -> entente.v1.JoinResponse
-	11,  // 153: entente.v1.Attest.Attest:output_type -> entente.v1.AttestResponse
-	18,  // 154: entente.v1.Sync.Sync:output_type -> entente.v1.SyncResponse
-	2,   // 155: entente.v1.Compare.Statement:output_type -> entente.v1.StatementResponse
-	4,   // 156: entente.v1.Compare.Denials:output_type -> entente.v1.DenialsResponse
-	26,  // 157: entente.v1.Sign.SignX509:output_type -> entente.v1.SignX509Response
-	30,  // 158: entente.v1.Sign.SignJWT:output_type -> entente.v1.SignJWTResponse
-	33,  // 159: entente.v1.Sign.SignWIT:output_type -> entente.v1.SignWITResponse
-	36,  // 160: entente.v1.Admin.Status:output_type -> entente.v1.StatusResponse
-	68,  // 161: entente.v1.Admin.CreateToken:output_type -> entente.v1.CreateTokenResponse
-	70,  // 162: entente.v1.Admin.Apply:output_type -> entente.v1.ApplyResponse
-	73,  // 163: entente.v1.Admin.ListObjects:output_type -> entente.v1.ListObjectsResponse
-	77,  // 164: entente.v1.Admin.GetBundle:output_type -> entente.v1.GetBundleResponse
-	92,  // 165: entente.v1.Admin.ListAuthorities:output_type -> entente.v1.ListAuthoritiesResponse
-	96,  // 166: entente.v1.Admin.PrepareAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	96,  // 167: entente.v1.Admin.ActivateAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	96,  // 168: entente.v1.Admin.TaintAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	96,  // 169: entente.v1.Admin.RevokeAuthority:output_type -> entente.v1.ChangeAuthorityResponse
-	98,  // 170: entente.v1.Admin.RemoveNode:output_type -> entente.v1.RemoveNodeResponse
-	100, // 171: entente.v1.Admin.ListAgents:output_type -> entente.v1.ListAgentsResponse
-	103, // 172: entente.v1.Admin.GetAgent:output_type -> entente.v1.GetAgentResponse
-	105, // 173: entente.v1.Admin.BanAgent:output_type -> entente.v1.ChangeAgentResponse
-	105, // 174: entente.v1.Admin.EvictAgent:output_type -> entente.v1.ChangeAgentResponse
-	107, // 175: entente.v1.Admin.IsolateAgent:output_type -> entente.v1.IsolateAgentResponse
-	110, // 176: entente.v1.Admin.ListTokens:output_type -> entente.v1.ListTokensResponse
-	112, // 177: entente.v1.Admin.RevokeToken:output_type -> entente.v1.RevokeTokenResponse
-	114, // 178: entente.v1.Admin.ChangeEntries:output_type -> entente.v1.ChangeEntriesResponse
-	117, // 179: entente.v1.Admin.ListEntries:output_type -> entente.v1.ListEntriesResponse
-	119, // 180: entente.v1.Admin.GetEntry:output_type -> entente.v1.GetEntryResponse
-	120, // 181: entente.v1.Admin.CountEntries:output_type -> entente.v1.CountEntriesResponse
-	46,  // 182: entente.v1.Admin.SaveSnapshot:output_type -> entente.v1.SaveSnapshotResponse
-	48,  // 183: entente.v1.Admin.ListNodes:output_type -> entente.v1.ListNodesResponse
-	58,  // 184: entente.v1.Admin.PromoteNode:output_type -> entente.v1.PromoteNodeResponse
-	52,  // 185: entente.v1.Admin.ReplaceRecoveryKey:output_type -> entente.v1.ReplaceRecoveryKeyResponse
-	54,  // 186: entente.v1.Admin.ListChanges:output_type -> entente.v1.ListChangesResponse
-	56,  // 187: entente.v1.Admin.ApproveChange:output_type -> entente.v1.ApproveChangeResponse
-	75,  // 188: entente.v1.Admin.WhoAmI:output_type -> entente.v1.WhoAmIResponse
-	79,  // 189: entente.v1.Peer.Propose:output_type -> entente.v1.ProposeResponse
-	82,  // 190: entente.v1.Peer.Report:output_type -> entente.v1.ReportResponse
-	90,  // 191: entente.v1.Peer.Presence:output_type -> entente.v1.PresenceResponse
-	84,  // 192: entente.v1.Peer.Gate:output_type -> entente.v1.GateResponse
-	60,  // 193: entente.v1.Peer.Vouch:output_type -> entente.v1.VouchResponse
-	62,  // 194: entente.v1.Peer.Checksum:output_type -> entente.v1.ChecksumResponse
-	48,  // 195: entente.v1.Peer.Nodes:output_type -> entente.v1.ListNodesResponse
-	87,  // 196: entente.v1.Peer.MarkReady:output_type -> entente.v1.MarkReadyResponse
-	64,  // 197: entente.v1.Peer.ShowEpoch:output_type -> entente.v1.ShowEpochResponse
-	152, // [152:198] is the sub-list for method output_type
-	106, // [106:152] is the sub-list for method input_type
-	106, // [106:106] is the sub-list for extension type_name
-	106, // [106:106] is the sub-list for extension extendee
-	0,   // [0:106] is the sub-list for field type_name
+	10,  // 7: entente.v1.FollowedResponse.bundles:type_name -> entente.v1.FollowedBundle
+	72,  // 8: entente.v1.RefreshFederationResponse.bundles:type_name -> entente.v1.ForeignBundleStatus
+	129, // 9: entente.v1.JoinResponse.member:type_name -> entente.state.v1.Member
+	129, // 10: entente.v1.JoinResponse.members:type_name -> entente.state.v1.Member
+	128, // 11: entente.v1.JoinResponse.cluster:type_name -> entente.state.v1.Cluster
+	129, // 12: entente.v1.AttestResponse.members:type_name -> entente.state.v1.Member
+	128, // 13: entente.v1.AttestResponse.cluster:type_name -> entente.state.v1.Cluster
+	131, // 14: entente.v1.AttestResponse.agent:type_name -> entente.state.v1.Agent
+	20,  // 15: entente.v1.SyncRequest.hello:type_name -> entente.v1.Hello
+	22,  // 16: entente.v1.SyncRequest.ack:type_name -> entente.v1.Ack
+	23,  // 17: entente.v1.SyncRequest.report:type_name -> entente.v1.InstanceReport
+	21,  // 18: entente.v1.Hello.proof:type_name -> entente.v1.SessionProof
+	21,  // 19: entente.v1.Ack.proof:type_name -> entente.v1.SessionProof
+	24,  // 20: entente.v1.InstanceReport.instances:type_name -> entente.v1.Instance
+	0,   // 21: entente.v1.Instance.health:type_name -> entente.v1.Health
+	21,  // 22: entente.v1.Instance.proof:type_name -> entente.v1.SessionProof
+	27,  // 23: entente.v1.SyncResponse.policy:type_name -> entente.v1.Policy
+	29,  // 24: entente.v1.SyncResponse.presence:type_name -> entente.v1.Presence
+	30,  // 25: entente.v1.SyncResponse.heartbeat:type_name -> entente.v1.Heartbeat
+	26,  // 26: entente.v1.SyncResponse.urgent:type_name -> entente.v1.Urgent
+	130, // 27: entente.v1.Urgent.distrust:type_name -> entente.state.v1.Distrust
+	28,  // 28: entente.v1.Urgent.bundles:type_name -> entente.v1.Bundle
+	128, // 29: entente.v1.Policy.cluster:type_name -> entente.state.v1.Cluster
+	132, // 30: entente.v1.Policy.entries:type_name -> entente.state.v1.Entry
+	28,  // 31: entente.v1.Policy.bundles:type_name -> entente.v1.Bundle
+	133, // 32: entente.v1.Policy.objects:type_name -> entente.state.v1.Object
+	134, // 33: entente.v1.Policy.deleted_objects:type_name -> entente.state.v1.ObjectKey
+	129, // 34: entente.v1.Policy.members:type_name -> entente.state.v1.Member
+	130, // 35: entente.v1.Policy.distrust:type_name -> entente.state.v1.Distrust
+	24,  // 36: entente.v1.Presence.instances:type_name -> entente.v1.Instance
+	24,  // 37: entente.v1.Presence.withdrawn:type_name -> entente.v1.Instance
+	5,   // 38: entente.v1.Heartbeat.statements:type_name -> entente.v1.SignedStatement
+	32,  // 39: entente.v1.SignX509Request.requests:type_name -> entente.v1.X509Request
+	34,  // 40: entente.v1.SignX509Response.results:type_name -> entente.v1.X509Result
+	36,  // 41: entente.v1.SignJWTRequest.requests:type_name -> entente.v1.JWTRequest
+	41,  // 42: entente.v1.SignJWTResponse.results:type_name -> entente.v1.TokenResult
+	39,  // 43: entente.v1.SignWITRequest.requests:type_name -> entente.v1.WITRequest
+	41,  // 44: entente.v1.SignWITResponse.results:type_name -> entente.v1.TokenResult
+	57,  // 45: entente.v1.StatusResponse.changes:type_name -> entente.v1.Approval
+	128, // 46: entente.v1.StatusResponse.cluster:type_name -> entente.state.v1.Cluster
+	51,  // 47: entente.v1.StatusResponse.members:type_name -> entente.v1.MemberStatus
+	135, // 48: entente.v1.StatusResponse.authorities:type_name -> entente.state.v1.Authority
+	72,  // 49: entente.v1.StatusResponse.foreign:type_name -> entente.v1.ForeignBundleStatus
+	24,  // 50: entente.v1.StatusResponse.instances:type_name -> entente.v1.Instance
+	49,  // 51: entente.v1.StatusResponse.autonomy:type_name -> entente.v1.Autonomy
+	48,  // 52: entente.v1.StatusResponse.upstream:type_name -> entente.v1.Upstream
+	115, // 53: entente.v1.StatusResponse.isolated:type_name -> entente.v1.Isolation
+	47,  // 54: entente.v1.StatusResponse.audit:type_name -> entente.v1.AuditLog
+	46,  // 55: entente.v1.StatusResponse.older:type_name -> entente.v1.SubscriberLevel
+	45,  // 56: entente.v1.StatusResponse.contradicted:type_name -> entente.v1.Contradiction
+	44,  // 57: entente.v1.StatusResponse.files:type_name -> entente.v1.FileProblem
+	50,  // 58: entente.v1.Autonomy.uses:type_name -> entente.v1.UseAutonomy
+	136, // 59: entente.v1.UseAutonomy.use:type_name -> entente.state.v1.KeyUse
+	129, // 60: entente.v1.MemberStatus.member:type_name -> entente.state.v1.Member
+	56,  // 61: entente.v1.ListNodesResponse.nodes:type_name -> entente.v1.NodeProgress
+	129, // 62: entente.v1.NodeProgress.member:type_name -> entente.state.v1.Member
+	137, // 63: entente.v1.ReplaceRecoveryKeyRequest.replacement:type_name -> entente.state.v1.RecoveryKeyReplacement
+	57,  // 64: entente.v1.ReplaceRecoveryKeyResponse.approval:type_name -> entente.v1.Approval
+	57,  // 65: entente.v1.ListChangesResponse.changes:type_name -> entente.v1.Approval
+	57,  // 66: entente.v1.ApproveChangeResponse.approval:type_name -> entente.v1.Approval
+	57,  // 67: entente.v1.PromoteNodeResponse.approval:type_name -> entente.v1.Approval
+	129, // 68: entente.v1.VouchResponse.member:type_name -> entente.state.v1.Member
+	73,  // 69: entente.v1.ForeignBundleStatus.dropped:type_name -> entente.v1.DroppedKey
+	138, // 70: entente.v1.CreateTokenRequest.node:type_name -> entente.state.v1.NodeGrant
+	139, // 71: entente.v1.CreateTokenRequest.agent:type_name -> entente.state.v1.AgentGrant
+	57,  // 72: entente.v1.CreateTokenResponse.approval:type_name -> entente.v1.Approval
+	133, // 73: entente.v1.ApplyRequest.objects:type_name -> entente.state.v1.Object
+	134, // 74: entente.v1.ApplyRequest.deletes:type_name -> entente.state.v1.ObjectKey
+	78,  // 75: entente.v1.ApplyResponse.changes:type_name -> entente.v1.ObjectChange
+	134, // 76: entente.v1.ObjectChange.key:type_name -> entente.state.v1.ObjectKey
+	133, // 77: entente.v1.ObjectChange.before:type_name -> entente.state.v1.Object
+	134, // 78: entente.v1.ListObjectsRequest.after:type_name -> entente.state.v1.ObjectKey
+	133, // 79: entente.v1.ListObjectsResponse.objects:type_name -> entente.state.v1.Object
+	140, // 80: entente.v1.WhoAmIResponse.bindings:type_name -> entente.state.v1.RoleBinding
+	88,  // 81: entente.v1.ReportRequest.held:type_name -> entente.v1.HeldAuthority
+	92,  // 82: entente.v1.GateResponse.authorities:type_name -> entente.v1.AuthorityGate
+	27,  // 83: entente.v1.Picture.policy:type_name -> entente.v1.Policy
+	29,  // 84: entente.v1.Picture.presence:type_name -> entente.v1.Presence
+	129, // 85: entente.v1.Picture.confirmed:type_name -> entente.state.v1.Member
+	24,  // 86: entente.v1.PresenceResponse.instances:type_name -> entente.v1.Instance
+	24,  // 87: entente.v1.PresenceResponse.withdrawn:type_name -> entente.v1.Instance
+	100, // 88: entente.v1.ListAuthoritiesResponse.authorities:type_name -> entente.v1.AuthorityStatus
+	135, // 89: entente.v1.AuthorityStatus.authority:type_name -> entente.state.v1.Authority
+	136, // 90: entente.v1.PrepareAuthorityRequest.use:type_name -> entente.state.v1.KeyUse
+	135, // 91: entente.v1.ChangeAuthorityResponse.authority:type_name -> entente.state.v1.Authority
+	135, // 92: entente.v1.ChangeAuthorityResponse.signing:type_name -> entente.state.v1.Authority
+	57,  // 93: entente.v1.RemoveNodeResponse.approval:type_name -> entente.v1.Approval
+	129, // 94: entente.v1.RemoveNodeResponse.member:type_name -> entente.state.v1.Member
+	135, // 95: entente.v1.RemoveNodeResponse.authorities:type_name -> entente.state.v1.Authority
+	108, // 96: entente.v1.ListAgentsResponse.agents:type_name -> entente.v1.AgentStatus
+	131, // 97: entente.v1.AgentStatus.agent:type_name -> entente.state.v1.Agent
+	108, // 98: entente.v1.GetAgentResponse.status:type_name -> entente.v1.AgentStatus
+	132, // 99: entente.v1.GetAgentResponse.entries:type_name -> entente.state.v1.Entry
+	24,  // 100: entente.v1.GetAgentResponse.instances:type_name -> entente.v1.Instance
+	115, // 101: entente.v1.IsolateAgentResponse.isolation:type_name -> entente.v1.Isolation
+	131, // 102: entente.v1.Isolation.agent:type_name -> entente.state.v1.Agent
+	141, // 103: entente.v1.ListTokensResponse.tokens:type_name -> entente.state.v1.Token
+	142, // 104: entente.v1.ChangeEntriesRequest.changes:type_name -> entente.state.v1.EntryChange
+	122, // 105: entente.v1.ChangeEntriesResponse.results:type_name -> entente.v1.EntryResult
+	132, // 106: entente.v1.ListEntriesResponse.entries:type_name -> entente.state.v1.Entry
+	132, // 107: entente.v1.GetEntryResponse.entry:type_name -> entente.state.v1.Entry
+	15,  // 108: entente.v1.Join.Join:input_type -> entente.v1.JoinRequest
+	17,  // 109: entente.v1.Attest.Attest:input_type -> entente.v1.AttestRequest
+	19,  // 110: entente.v1.Sync.Sync:input_type -> entente.v1.SyncRequest
+	1,   // 111: entente.v1.Compare.Statement:input_type -> entente.v1.StatementRequest
+	3,   // 112: entente.v1.Compare.Denials:input_type -> entente.v1.DenialsRequest
+	31,  // 113: entente.v1.Sign.SignX509:input_type -> entente.v1.SignX509Request
+	35,  // 114: entente.v1.Sign.SignJWT:input_type -> entente.v1.SignJWTRequest
+	38,  // 115: entente.v1.Sign.SignWIT:input_type -> entente.v1.SignWITRequest
+	42,  // 116: entente.v1.Admin.Status:input_type -> entente.v1.StatusRequest
+	74,  // 117: entente.v1.Admin.CreateToken:input_type -> entente.v1.CreateTokenRequest
+	76,  // 118: entente.v1.Admin.Apply:input_type -> entente.v1.ApplyRequest
+	79,  // 119: entente.v1.Admin.ListObjects:input_type -> entente.v1.ListObjectsRequest
+	83,  // 120: entente.v1.Admin.GetBundle:input_type -> entente.v1.GetBundleRequest
+	98,  // 121: entente.v1.Admin.ListAuthorities:input_type -> entente.v1.ListAuthoritiesRequest
+	101, // 122: entente.v1.Admin.PrepareAuthority:input_type -> entente.v1.PrepareAuthorityRequest
+	102, // 123: entente.v1.Admin.ActivateAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	102, // 124: entente.v1.Admin.TaintAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	102, // 125: entente.v1.Admin.RevokeAuthority:input_type -> entente.v1.ChangeAuthorityRequest
+	104, // 126: entente.v1.Admin.RemoveNode:input_type -> entente.v1.RemoveNodeRequest
+	106, // 127: entente.v1.Admin.ListAgents:input_type -> entente.v1.ListAgentsRequest
+	109, // 128: entente.v1.Admin.GetAgent:input_type -> entente.v1.GetAgentRequest
+	111, // 129: entente.v1.Admin.BanAgent:input_type -> entente.v1.ChangeAgentRequest
+	111, // 130: entente.v1.Admin.EvictAgent:input_type -> entente.v1.ChangeAgentRequest
+	113, // 131: entente.v1.Admin.IsolateAgent:input_type -> entente.v1.IsolateAgentRequest
+	116, // 132: entente.v1.Admin.ListTokens:input_type -> entente.v1.ListTokensRequest
+	118, // 133: entente.v1.Admin.RevokeToken:input_type -> entente.v1.RevokeTokenRequest
+	120, // 134: entente.v1.Admin.ChangeEntries:input_type -> entente.v1.ChangeEntriesRequest
+	123, // 135: entente.v1.Admin.ListEntries:input_type -> entente.v1.ListEntriesRequest
+	125, // 136: entente.v1.Admin.GetEntry:input_type -> entente.v1.GetEntryRequest
+	123, // 137: entente.v1.Admin.CountEntries:input_type -> entente.v1.ListEntriesRequest
+	52,  // 138: entente.v1.Admin.SaveSnapshot:input_type -> entente.v1.SaveSnapshotRequest
+	54,  // 139: entente.v1.Admin.ListNodes:input_type -> entente.v1.ListNodesRequest
+	64,  // 140: entente.v1.Admin.PromoteNode:input_type -> entente.v1.PromoteNodeRequest
+	58,  // 141: entente.v1.Admin.ReplaceRecoveryKey:input_type -> entente.v1.ReplaceRecoveryKeyRequest
+	60,  // 142: entente.v1.Admin.ListChanges:input_type -> entente.v1.ListChangesRequest
+	62,  // 143: entente.v1.Admin.ApproveChange:input_type -> entente.v1.ApproveChangeRequest
+	11,  // 144: entente.v1.Admin.ResetFederation:input_type -> entente.v1.ResetFederationRequest
+	13,  // 145: entente.v1.Admin.RefreshFederation:input_type -> entente.v1.RefreshFederationRequest
+	81,  // 146: entente.v1.Admin.WhoAmI:input_type -> entente.v1.WhoAmIRequest
+	85,  // 147: entente.v1.Peer.Propose:input_type -> entente.v1.ProposeRequest
+	87,  // 148: entente.v1.Peer.Report:input_type -> entente.v1.ReportRequest
+	96,  // 149: entente.v1.Peer.Presence:input_type -> entente.v1.PresenceRequest
+	90,  // 150: entente.v1.Peer.Gate:input_type -> entente.v1.GateRequest
+	66,  // 151: entente.v1.Peer.Vouch:input_type -> entente.v1.VouchRequest
+	68,  // 152: entente.v1.Peer.Checksum:input_type -> entente.v1.ChecksumRequest
+	54,  // 153: entente.v1.Peer.Nodes:input_type -> entente.v1.ListNodesRequest
+	93,  // 154: entente.v1.Peer.MarkReady:input_type -> entente.v1.MarkReadyRequest
+	70,  // 155: entente.v1.Peer.ShowEpoch:input_type -> entente.v1.ShowEpochRequest
+	8,   // 156: entente.v1.Peer.Followed:input_type -> entente.v1.FollowedRequest
+	16,  // 157: entente.v1.Join.Join:output_type -> entente.v1.JoinResponse
+	18,  // 158: entente.v1.Attest.Attest:output_type -> entente.v1.AttestResponse
+	25,  // 159: entente.v1.Sync.Sync:output_type -> entente.v1.SyncResponse
+	2,   // 160: entente.v1.Compare.Statement:output_type -> entente.v1.StatementResponse
+	4,   // 161: entente.v1.Compare.Denials:output_type -> entente.v1.DenialsResponse
+	33,  // 162: entente.v1.Sign.SignX509:output_type -> entente.v1.SignX509Response
+	37,  // 163: entente.v1.Sign.SignJWT:output_type -> entente.v1.SignJWTResponse
+	40,  // 164: entente.v1.Sign.SignWIT:output_type -> entente.v1.SignWITResponse
+	43,  // 165: entente.v1.Admin.Status:output_type -> entente.v1.StatusResponse
+	75,  // 166: entente.v1.Admin.CreateToken:output_type -> entente.v1.CreateTokenResponse
+	77,  // 167: entente.v1.Admin.Apply:output_type -> entente.v1.ApplyResponse
+	80,  // 168: entente.v1.Admin.ListObjects:output_type -> entente.v1.ListObjectsResponse
+	84,  // 169: entente.v1.Admin.GetBundle:output_type -> entente.v1.GetBundleResponse
+	99,  // 170: entente.v1.Admin.ListAuthorities:output_type -> entente.v1.ListAuthoritiesResponse
+	103, // 171: entente.v1.Admin.PrepareAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	103, // 172: entente.v1.Admin.ActivateAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	103, // 173: entente.v1.Admin.TaintAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	103, // 174: entente.v1.Admin.RevokeAuthority:output_type -> entente.v1.ChangeAuthorityResponse
+	105, // 175: entente.v1.Admin.RemoveNode:output_type -> entente.v1.RemoveNodeResponse
+	107, // 176: entente.v1.Admin.ListAgents:output_type -> entente.v1.ListAgentsResponse
+	110, // 177: entente.v1.Admin.GetAgent:output_type -> entente.v1.GetAgentResponse
+	112, // 178: entente.v1.Admin.BanAgent:output_type -> entente.v1.ChangeAgentResponse
+	112, // 179: entente.v1.Admin.EvictAgent:output_type -> entente.v1.ChangeAgentResponse
+	114, // 180: entente.v1.Admin.IsolateAgent:output_type -> entente.v1.IsolateAgentResponse
+	117, // 181: entente.v1.Admin.ListTokens:output_type -> entente.v1.ListTokensResponse
+	119, // 182: entente.v1.Admin.RevokeToken:output_type -> entente.v1.RevokeTokenResponse
+	121, // 183: entente.v1.Admin.ChangeEntries:output_type -> entente.v1.ChangeEntriesResponse
+	124, // 184: entente.v1.Admin.ListEntries:output_type -> entente.v1.ListEntriesResponse
+	126, // 185: entente.v1.Admin.GetEntry:output_type -> entente.v1.GetEntryResponse
+	127, // 186: entente.v1.Admin.CountEntries:output_type -> entente.v1.CountEntriesResponse
+	53,  // 187: entente.v1.Admin.SaveSnapshot:output_type -> entente.v1.SaveSnapshotResponse
+	55,  // 188: entente.v1.Admin.ListNodes:output_type -> entente.v1.ListNodesResponse
+	65,  // 189: entente.v1.Admin.PromoteNode:output_type -> entente.v1.PromoteNodeResponse
+	59,  // 190: entente.v1.Admin.ReplaceRecoveryKey:output_type -> entente.v1.ReplaceRecoveryKeyResponse
+	61,  // 191: entente.v1.Admin.ListChanges:output_type -> entente.v1.ListChangesResponse
+	63,  // 192: entente.v1.Admin.ApproveChange:output_type -> entente.v1.ApproveChangeResponse
+	12,  // 193: entente.v1.Admin.ResetFederation:output_type -> entente.v1.ResetFederationResponse
+	14,  // 194: entente.v1.Admin.RefreshFederation:output_type -> entente.v1.RefreshFederationResponse
+	82,  // 195: entente.v1.Admin.WhoAmI:output_type -> entente.v1.WhoAmIResponse
+	86,  // 196: entente.v1.Peer.Propose:output_type -> entente.v1.ProposeResponse
+	89,  // 197: entente.v1.Peer.Report:output_type -> entente.v1.ReportResponse
+	97,  // 198: entente.v1.Peer.Presence:output_type -> entente.v1.PresenceResponse
+	91,  // 199: entente.v1.Peer.Gate:output_type -> entente.v1.GateResponse
+	67,  // 200: entente.v1.Peer.Vouch:output_type -> entente.v1.VouchResponse
+	69,  // 201: entente.v1.Peer.Checksum:output_type -> entente.v1.ChecksumResponse
+	55,  // 202: entente.v1.Peer.Nodes:output_type -> entente.v1.ListNodesResponse
+	94,  // 203: entente.v1.Peer.MarkReady:output_type -> entente.v1.MarkReadyResponse
+	71,  // 204: entente.v1.Peer.ShowEpoch:output_type -> entente.v1.ShowEpochResponse
+	9,   // 205: entente.v1.Peer.Followed:output_type -> entente.v1.FollowedResponse
+	157, // [157:206] is the sub-list for method output_type
+	108, // [108:157] is the sub-list for method input_type
+	108, // [108:108] is the sub-list for extension type_name
+	108, // [108:108] is the sub-list for extension extendee
+	0,   // [0:108] is the sub-list for field type_name
 }
 
 func init() { file_entente_v1_entente_proto_init() }
@@ -8506,12 +8929,12 @@ func file_entente_v1_entente_proto_init() {
 	if File_entente_v1_entente_proto != nil {
 		return
 	}
-	file_entente_v1_entente_proto_msgTypes[11].OneofWrappers = []any{
+	file_entente_v1_entente_proto_msgTypes[18].OneofWrappers = []any{
 		(*SyncRequest_Hello)(nil),
 		(*SyncRequest_Ack)(nil),
 		(*SyncRequest_Report)(nil),
 	}
-	file_entente_v1_entente_proto_msgTypes[17].OneofWrappers = []any{
+	file_entente_v1_entente_proto_msgTypes[24].OneofWrappers = []any{
 		(*SyncResponse_Policy)(nil),
 		(*SyncResponse_Presence)(nil),
 		(*SyncResponse_Heartbeat)(nil),
@@ -8523,7 +8946,7 @@ func file_entente_v1_entente_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_entente_v1_entente_proto_rawDesc), len(file_entente_v1_entente_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   120,
+			NumMessages:   127,
 			NumExtensions: 0,
 			NumServices:   7,
 		},

@@ -709,6 +709,8 @@ const (
 	Admin_ReplaceRecoveryKey_FullMethodName = "/entente.v1.Admin/ReplaceRecoveryKey"
 	Admin_ListChanges_FullMethodName        = "/entente.v1.Admin/ListChanges"
 	Admin_ApproveChange_FullMethodName      = "/entente.v1.Admin/ApproveChange"
+	Admin_ResetFederation_FullMethodName    = "/entente.v1.Admin/ResetFederation"
+	Admin_RefreshFederation_FullMethodName  = "/entente.v1.Admin/RefreshFederation"
 	Admin_WhoAmI_FullMethodName             = "/entente.v1.Admin/WhoAmI"
 )
 
@@ -762,6 +764,11 @@ type AdminClient interface {
 	// ApproveChange is the approval of the operator of this node's host. It is served on
 	// the unix socket only. FAILED_PRECONDITION: this node does not vote.
 	ApproveChange(ctx context.Context, in *ApproveChangeRequest, opts ...grpc.CallOption) (*ApproveChangeResponse, error)
+	// ResetFederation lets one bundle of another domain follow the accepted one, whatever its
+	// sequence.
+	ResetFederation(ctx context.Context, in *ResetFederationRequest, opts ...grpc.CallOption) (*ResetFederationResponse, error)
+	// RefreshFederation has the bundles of other domains fetched now, and waits for the answers.
+	RefreshFederation(ctx context.Context, in *RefreshFederationRequest, opts ...grpc.CallOption) (*RefreshFederationResponse, error)
 	// WhoAmI says as whom the caller is known, and with which roles.
 	WhoAmI(ctx context.Context, in *WhoAmIRequest, opts ...grpc.CallOption) (*WhoAmIResponse, error)
 }
@@ -1063,6 +1070,26 @@ func (c *adminClient) ApproveChange(ctx context.Context, in *ApproveChangeReques
 	return out, nil
 }
 
+func (c *adminClient) ResetFederation(ctx context.Context, in *ResetFederationRequest, opts ...grpc.CallOption) (*ResetFederationResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ResetFederationResponse)
+	err := c.cc.Invoke(ctx, Admin_ResetFederation_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) RefreshFederation(ctx context.Context, in *RefreshFederationRequest, opts ...grpc.CallOption) (*RefreshFederationResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RefreshFederationResponse)
+	err := c.cc.Invoke(ctx, Admin_RefreshFederation_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *adminClient) WhoAmI(ctx context.Context, in *WhoAmIRequest, opts ...grpc.CallOption) (*WhoAmIResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(WhoAmIResponse)
@@ -1123,6 +1150,11 @@ type AdminServer interface {
 	// ApproveChange is the approval of the operator of this node's host. It is served on
 	// the unix socket only. FAILED_PRECONDITION: this node does not vote.
 	ApproveChange(context.Context, *ApproveChangeRequest) (*ApproveChangeResponse, error)
+	// ResetFederation lets one bundle of another domain follow the accepted one, whatever its
+	// sequence.
+	ResetFederation(context.Context, *ResetFederationRequest) (*ResetFederationResponse, error)
+	// RefreshFederation has the bundles of other domains fetched now, and waits for the answers.
+	RefreshFederation(context.Context, *RefreshFederationRequest) (*RefreshFederationResponse, error)
 	// WhoAmI says as whom the caller is known, and with which roles.
 	WhoAmI(context.Context, *WhoAmIRequest) (*WhoAmIResponse, error)
 	mustEmbedUnimplementedAdminServer()
@@ -1218,6 +1250,12 @@ func (UnimplementedAdminServer) ListChanges(context.Context, *ListChangesRequest
 }
 func (UnimplementedAdminServer) ApproveChange(context.Context, *ApproveChangeRequest) (*ApproveChangeResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ApproveChange not implemented")
+}
+func (UnimplementedAdminServer) ResetFederation(context.Context, *ResetFederationRequest) (*ResetFederationResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ResetFederation not implemented")
+}
+func (UnimplementedAdminServer) RefreshFederation(context.Context, *RefreshFederationRequest) (*RefreshFederationResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method RefreshFederation not implemented")
 }
 func (UnimplementedAdminServer) WhoAmI(context.Context, *WhoAmIRequest) (*WhoAmIResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method WhoAmI not implemented")
@@ -1740,6 +1778,42 @@ func _Admin_ApproveChange_Handler(srv interface{}, ctx context.Context, dec func
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Admin_ResetFederation_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ResetFederationRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).ResetFederation(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_ResetFederation_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).ResetFederation(ctx, req.(*ResetFederationRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_RefreshFederation_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RefreshFederationRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).RefreshFederation(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_RefreshFederation_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).RefreshFederation(ctx, req.(*RefreshFederationRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Admin_WhoAmI_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(WhoAmIRequest)
 	if err := dec(in); err != nil {
@@ -1874,6 +1948,14 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 			Handler:    _Admin_ApproveChange_Handler,
 		},
 		{
+			MethodName: "ResetFederation",
+			Handler:    _Admin_ResetFederation_Handler,
+		},
+		{
+			MethodName: "RefreshFederation",
+			Handler:    _Admin_RefreshFederation_Handler,
+		},
+		{
 			MethodName: "WhoAmI",
 			Handler:    _Admin_WhoAmI_Handler,
 		},
@@ -1898,6 +1980,7 @@ const (
 	Peer_Nodes_FullMethodName     = "/entente.v1.Peer/Nodes"
 	Peer_MarkReady_FullMethodName = "/entente.v1.Peer/MarkReady"
 	Peer_ShowEpoch_FullMethodName = "/entente.v1.Peer/ShowEpoch"
+	Peer_Followed_FullMethodName  = "/entente.v1.Peer/Followed"
 )
 
 // PeerClient is the client API for Peer service.
@@ -1927,6 +2010,9 @@ type PeerClient interface {
 	// ShowEpoch shows a node of an earlier epoch how the present one began. The record
 	// proves itself, so any CA node, and who was one, may call it.
 	ShowEpoch(ctx context.Context, in *ShowEpochRequest, opts ...grpc.CallOption) (*ShowEpochResponse, error)
+	// Followed says how following other domains' bundles goes at the leader, which does it for
+	// all; with refresh, it fetches first. FAILED_PRECONDITION: it does not lead.
+	Followed(ctx context.Context, in *FollowedRequest, opts ...grpc.CallOption) (*FollowedResponse, error)
 }
 
 type peerClient struct {
@@ -2036,6 +2122,16 @@ func (c *peerClient) ShowEpoch(ctx context.Context, in *ShowEpochRequest, opts .
 	return out, nil
 }
 
+func (c *peerClient) Followed(ctx context.Context, in *FollowedRequest, opts ...grpc.CallOption) (*FollowedResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(FollowedResponse)
+	err := c.cc.Invoke(ctx, Peer_Followed_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // PeerServer is the server API for Peer service.
 // All implementations must embed UnimplementedPeerServer
 // for forward compatibility.
@@ -2063,6 +2159,9 @@ type PeerServer interface {
 	// ShowEpoch shows a node of an earlier epoch how the present one began. The record
 	// proves itself, so any CA node, and who was one, may call it.
 	ShowEpoch(context.Context, *ShowEpochRequest) (*ShowEpochResponse, error)
+	// Followed says how following other domains' bundles goes at the leader, which does it for
+	// all; with refresh, it fetches first. FAILED_PRECONDITION: it does not lead.
+	Followed(context.Context, *FollowedRequest) (*FollowedResponse, error)
 	mustEmbedUnimplementedPeerServer()
 }
 
@@ -2099,6 +2198,9 @@ func (UnimplementedPeerServer) MarkReady(context.Context, *MarkReadyRequest) (*M
 }
 func (UnimplementedPeerServer) ShowEpoch(context.Context, *ShowEpochRequest) (*ShowEpochResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ShowEpoch not implemented")
+}
+func (UnimplementedPeerServer) Followed(context.Context, *FollowedRequest) (*FollowedResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Followed not implemented")
 }
 func (UnimplementedPeerServer) mustEmbedUnimplementedPeerServer() {}
 func (UnimplementedPeerServer) testEmbeddedByValue()              {}
@@ -2276,6 +2378,24 @@ func _Peer_ShowEpoch_Handler(srv interface{}, ctx context.Context, dec func(inte
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Peer_Followed_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(FollowedRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(PeerServer).Followed(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Peer_Followed_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(PeerServer).Followed(ctx, req.(*FollowedRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Peer_ServiceDesc is the grpc.ServiceDesc for Peer service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -2314,6 +2434,10 @@ var Peer_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "ShowEpoch",
 			Handler:    _Peer_ShowEpoch_Handler,
+		},
+		{
+			MethodName: "Followed",
+			Handler:    _Peer_Followed_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

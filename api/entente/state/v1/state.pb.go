@@ -2931,7 +2931,10 @@ type ForeignBundle struct {
 	Jwks          []byte                 `protobuf:"bytes,2,opt,name=jwks,proto3" json:"jwks,omitempty"` // as fetched, re-written by our strict writer
 	Sequence      uint64                 `protobuf:"varint,3,opt,name=sequence,proto3" json:"sequence,omitempty"`
 	Revision      uint64                 `protobuf:"varint,4,opt,name=revision,proto3" json:"revision,omitempty"`
-	AsFetched     bool                   `protobuf:"varint,210,opt,name=as_fetched,json=asFetched,proto3" json:"as_fetched,omitempty"` // jwks has all keys that were fetched; false: stored below feature level 5, without those that were another domain's
+	AsFetched     bool                   `protobuf:"varint,210,opt,name=as_fetched,json=asFetched,proto3" json:"as_fetched,omitempty"`       // jwks has all keys that were fetched; false: stored below feature level 5, without those that were another domain's
+	Given         bool                   `protobuf:"varint,430,opt,name=given,proto3" json:"given,omitempty"`                                // by hand, in the Relationship: what is fetched next may have the same sequence
+	AwaitsGiven   bool                   `protobuf:"varint,431,opt,name=awaits_given,json=awaitsGiven,proto3" json:"awaits_given,omitempty"` // the bundle that the Relationship gives was changed, and is not in use yet
+	ResetSha256   string                 `protobuf:"bytes,432,opt,name=reset_sha256,json=resetSha256,proto3" json:"reset_sha256,omitempty"`  // hex SHA-256 of a jwks that an operator lets follow this bundle, whatever its sequence
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3001,6 +3004,27 @@ func (x *ForeignBundle) GetAsFetched() bool {
 	return false
 }
 
+func (x *ForeignBundle) GetGiven() bool {
+	if x != nil {
+		return x.Given
+	}
+	return false
+}
+
+func (x *ForeignBundle) GetAwaitsGiven() bool {
+	if x != nil {
+		return x.AwaitsGiven
+	}
+	return false
+}
+
+func (x *ForeignBundle) GetResetSha256() string {
+	if x != nil {
+		return x.ResetSha256
+	}
+	return ""
+}
+
 type Command struct {
 	state      protoimpl.MessageState `protogen:"open.v1"`
 	IfRevision uint64                 `protobuf:"varint,1,opt,name=if_revision,json=ifRevision,proto3" json:"if_revision,omitempty"` // compare-and-swap on the state's catalogue revision; 0: none
@@ -3037,6 +3061,7 @@ type Command struct {
 	//	*Command_MergeBans
 	//	*Command_ApproveChange
 	//	*Command_ReplaceRecoveryKey
+	//	*Command_ResetForeignBundle
 	Body          isCommand_Body `protobuf_oneof:"body"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -3357,6 +3382,15 @@ func (x *Command) GetReplaceRecoveryKey() *ReplaceRecoveryKey {
 	return nil
 }
 
+func (x *Command) GetResetForeignBundle() *ResetForeignBundle {
+	if x != nil {
+		if x, ok := x.Body.(*Command_ResetForeignBundle); ok {
+			return x.ResetForeignBundle
+		}
+	}
+	return nil
+}
+
 type isCommand_Body interface {
 	isCommand_Body()
 }
@@ -3469,6 +3503,10 @@ type Command_ReplaceRecoveryKey struct {
 	ReplaceRecoveryKey *ReplaceRecoveryKey `protobuf:"bytes,284,opt,name=replace_recovery_key,json=replaceRecoveryKey,proto3,oneof"`
 }
 
+type Command_ResetForeignBundle struct {
+	ResetForeignBundle *ResetForeignBundle `protobuf:"bytes,433,opt,name=reset_foreign_bundle,json=resetForeignBundle,proto3,oneof"`
+}
+
 func (*Command_Init) isCommand_Body() {}
 
 func (*Command_CreateToken) isCommand_Body() {}
@@ -3522,6 +3560,8 @@ func (*Command_MergeBans) isCommand_Body() {}
 func (*Command_ApproveChange) isCommand_Body() {}
 
 func (*Command_ReplaceRecoveryKey) isCommand_Body() {}
+
+func (*Command_ResetForeignBundle) isCommand_Body() {}
 
 // ReplaceRecoveryKey has a new recovery key count. Feature level 5.
 type ReplaceRecoveryKey struct {
@@ -5221,6 +5261,8 @@ type StoreForeignBundle struct {
 	TrustDomain   string                 `protobuf:"bytes,1,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"`
 	Jwks          []byte                 `protobuf:"bytes,2,opt,name=jwks,proto3" json:"jwks,omitempty"`
 	Sequence      uint64                 `protobuf:"varint,3,opt,name=sequence,proto3" json:"sequence,omitempty"`
+	Given         bool                   `protobuf:"varint,430,opt,name=given,proto3" json:"given,omitempty"`               // it is the bundle that the Relationship gives by hand; feature level 6
+	Relationship  uint64                 `protobuf:"varint,431,opt,name=relationship,proto3" json:"relationship,omitempty"` // of a given one: the revision of that Relationship
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -5276,6 +5318,74 @@ func (x *StoreForeignBundle) GetSequence() uint64 {
 	return 0
 }
 
+func (x *StoreForeignBundle) GetGiven() bool {
+	if x != nil {
+		return x.Given
+	}
+	return false
+}
+
+func (x *StoreForeignBundle) GetRelationship() uint64 {
+	if x != nil {
+		return x.Relationship
+	}
+	return 0
+}
+
+// ResetForeignBundle lets one bundle follow the accepted one, whatever its sequence: the way
+// back for a peer that was set up again or restored. Feature level 6.
+type ResetForeignBundle struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	TrustDomain   string                 `protobuf:"bytes,1,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"`
+	Sha256        string                 `protobuf:"bytes,2,opt,name=sha256,proto3" json:"sha256,omitempty"` // hex; of the bundle as our writer writes it, without a refresh hint
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ResetForeignBundle) Reset() {
+	*x = ResetForeignBundle{}
+	mi := &file_entente_state_v1_state_proto_msgTypes[60]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ResetForeignBundle) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ResetForeignBundle) ProtoMessage() {}
+
+func (x *ResetForeignBundle) ProtoReflect() protoreflect.Message {
+	mi := &file_entente_state_v1_state_proto_msgTypes[60]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ResetForeignBundle.ProtoReflect.Descriptor instead.
+func (*ResetForeignBundle) Descriptor() ([]byte, []int) {
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{60}
+}
+
+func (x *ResetForeignBundle) GetTrustDomain() string {
+	if x != nil {
+		return x.TrustDomain
+	}
+	return ""
+}
+
+func (x *ResetForeignBundle) GetSha256() string {
+	if x != nil {
+		return x.Sha256
+	}
+	return ""
+}
+
 // Tick carries clock samples of voters; state time is max(former, median).
 type Tick struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -5286,7 +5396,7 @@ type Tick struct {
 
 func (x *Tick) Reset() {
 	*x = Tick{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[60]
+	mi := &file_entente_state_v1_state_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5298,7 +5408,7 @@ func (x *Tick) String() string {
 func (*Tick) ProtoMessage() {}
 
 func (x *Tick) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[60]
+	mi := &file_entente_state_v1_state_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5311,7 +5421,7 @@ func (x *Tick) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Tick.ProtoReflect.Descriptor instead.
 func (*Tick) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{60}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *Tick) GetUnixNanos() []int64 {
@@ -5333,7 +5443,7 @@ type Checksum struct {
 
 func (x *Checksum) Reset() {
 	*x = Checksum{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[61]
+	mi := &file_entente_state_v1_state_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5345,7 +5455,7 @@ func (x *Checksum) String() string {
 func (*Checksum) ProtoMessage() {}
 
 func (x *Checksum) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[61]
+	mi := &file_entente_state_v1_state_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5358,7 +5468,7 @@ func (x *Checksum) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Checksum.ProtoReflect.Descriptor instead.
 func (*Checksum) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{61}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *Checksum) GetAtIndex() uint64 {
@@ -5395,7 +5505,7 @@ type AgentCache struct {
 
 func (x *AgentCache) Reset() {
 	*x = AgentCache{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[62]
+	mi := &file_entente_state_v1_state_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5407,7 +5517,7 @@ func (x *AgentCache) String() string {
 func (*AgentCache) ProtoMessage() {}
 
 func (x *AgentCache) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[62]
+	mi := &file_entente_state_v1_state_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5420,7 +5530,7 @@ func (x *AgentCache) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentCache.ProtoReflect.Descriptor instead.
 func (*AgentCache) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{62}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *AgentCache) GetPicture() []byte {
@@ -5458,7 +5568,7 @@ type HeldSVID struct {
 
 func (x *HeldSVID) Reset() {
 	*x = HeldSVID{}
-	mi := &file_entente_state_v1_state_proto_msgTypes[63]
+	mi := &file_entente_state_v1_state_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5470,7 +5580,7 @@ func (x *HeldSVID) String() string {
 func (*HeldSVID) ProtoMessage() {}
 
 func (x *HeldSVID) ProtoReflect() protoreflect.Message {
-	mi := &file_entente_state_v1_state_proto_msgTypes[63]
+	mi := &file_entente_state_v1_state_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5483,7 +5593,7 @@ func (x *HeldSVID) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HeldSVID.ProtoReflect.Descriptor instead.
 func (*HeldSVID) Descriptor() ([]byte, []int) {
-	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{63}
+	return file_entente_state_v1_state_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *HeldSVID) GetEntryId() string {
@@ -5764,14 +5874,17 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12/\n" +
 	"\x04role\x18\x02 \x01(\x0e2\x1b.entente.state.v1.AdminRoleR\x04role\x12\x1a\n" +
 	"\bsubjects\x18\x03 \x03(\tR\bsubjects\x12\x1a\n" +
-	"\bprefixes\x18\x04 \x03(\tR\bprefixes\"\x9e\x01\n" +
+	"\bprefixes\x18\x04 \x03(\tR\bprefixes\"\xfd\x01\n" +
 	"\rForeignBundle\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x12\n" +
 	"\x04jwks\x18\x02 \x01(\fR\x04jwks\x12\x1a\n" +
 	"\bsequence\x18\x03 \x01(\x04R\bsequence\x12\x1a\n" +
 	"\brevision\x18\x04 \x01(\x04R\brevision\x12\x1e\n" +
 	"\n" +
-	"as_fetched\x18\xd2\x01 \x01(\bR\tasFetched\"\xb9\x10\n" +
+	"as_fetched\x18\xd2\x01 \x01(\bR\tasFetched\x12\x15\n" +
+	"\x05given\x18\xae\x03 \x01(\bR\x05given\x12\"\n" +
+	"\fawaits_given\x18\xaf\x03 \x01(\bR\vawaitsGiven\x12\"\n" +
+	"\freset_sha256\x18\xb0\x03 \x01(\tR\vresetSha256\"\x94\x11\n" +
 	"\aCommand\x12\x1f\n" +
 	"\vif_revision\x18\x01 \x01(\x04R\n" +
 	"ifRevision\x12\x1c\n" +
@@ -5811,7 +5924,8 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\n" +
 	"merge_bans\x18x \x01(\v2\x1b.entente.state.v1.MergeBansH\x00R\tmergeBans\x12I\n" +
 	"\x0eapprove_change\x18\xac\x02 \x01(\v2\x1f.entente.state.v1.ApproveChangeH\x00R\rapproveChange\x12Y\n" +
-	"\x14replace_recovery_key\x18\x9c\x02 \x01(\v2$.entente.state.v1.ReplaceRecoveryKeyH\x00R\x12replaceRecoveryKeyB\x06\n" +
+	"\x14replace_recovery_key\x18\x9c\x02 \x01(\v2$.entente.state.v1.ReplaceRecoveryKeyH\x00R\x12replaceRecoveryKey\x12Y\n" +
+	"\x14reset_foreign_bundle\x18\xb1\x03 \x01(\v2$.entente.state.v1.ResetForeignBundleH\x00R\x12resetForeignBundleB\x06\n" +
 	"\x04body\"`\n" +
 	"\x12ReplaceRecoveryKey\x12J\n" +
 	"\vreplacement\x18\x01 \x01(\v2(.entente.state.v1.RecoveryKeyReplacementR\vreplacement\"`\n" +
@@ -5918,11 +6032,16 @@ const file_entente_state_v1_state_proto_rawDesc = "" +
 	"\x06delete\x18\x03 \x01(\tH\x00R\x06delete\x12\x1f\n" +
 	"\vif_revision\x18\x04 \x01(\x04R\n" +
 	"ifRevisionB\b\n" +
-	"\x06action\"g\n" +
+	"\x06action\"\xa3\x01\n" +
 	"\x12StoreForeignBundle\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x12\n" +
 	"\x04jwks\x18\x02 \x01(\fR\x04jwks\x12\x1a\n" +
-	"\bsequence\x18\x03 \x01(\x04R\bsequence\"%\n" +
+	"\bsequence\x18\x03 \x01(\x04R\bsequence\x12\x15\n" +
+	"\x05given\x18\xae\x03 \x01(\bR\x05given\x12#\n" +
+	"\frelationship\x18\xaf\x03 \x01(\x04R\frelationship\"O\n" +
+	"\x12ResetForeignBundle\x12!\n" +
+	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x16\n" +
+	"\x06sha256\x18\x02 \x01(\tR\x06sha256\"%\n" +
 	"\x04Tick\x12\x1d\n" +
 	"\n" +
 	"unix_nanos\x18\x01 \x03(\x03R\tunixNanos\"O\n" +
@@ -5995,7 +6114,7 @@ func file_entente_state_v1_state_proto_rawDescGZIP() []byte {
 }
 
 var file_entente_state_v1_state_proto_enumTypes = make([]protoimpl.EnumInfo, 8)
-var file_entente_state_v1_state_proto_msgTypes = make([]protoimpl.MessageInfo, 64)
+var file_entente_state_v1_state_proto_msgTypes = make([]protoimpl.MessageInfo, 65)
 var file_entente_state_v1_state_proto_goTypes = []any{
 	(AuthorityPhase)(0),            // 0: entente.state.v1.AuthorityPhase
 	(KeyUse)(0),                    // 1: entente.state.v1.KeyUse
@@ -6065,10 +6184,11 @@ var file_entente_state_v1_state_proto_goTypes = []any{
 	(*ChangeEntries)(nil),          // 65: entente.state.v1.ChangeEntries
 	(*EntryChange)(nil),            // 66: entente.state.v1.EntryChange
 	(*StoreForeignBundle)(nil),     // 67: entente.state.v1.StoreForeignBundle
-	(*Tick)(nil),                   // 68: entente.state.v1.Tick
-	(*Checksum)(nil),               // 69: entente.state.v1.Checksum
-	(*AgentCache)(nil),             // 70: entente.state.v1.AgentCache
-	(*HeldSVID)(nil),               // 71: entente.state.v1.HeldSVID
+	(*ResetForeignBundle)(nil),     // 68: entente.state.v1.ResetForeignBundle
+	(*Tick)(nil),                   // 69: entente.state.v1.Tick
+	(*Checksum)(nil),               // 70: entente.state.v1.Checksum
+	(*AgentCache)(nil),             // 71: entente.state.v1.AgentCache
+	(*HeldSVID)(nil),               // 72: entente.state.v1.HeldSVID
 }
 var file_entente_state_v1_state_proto_depIdxs = []int32{
 	12, // 0: entente.state.v1.Cluster.lifetimes:type_name -> entente.state.v1.Lifetimes
@@ -6110,8 +6230,8 @@ var file_entente_state_v1_state_proto_depIdxs = []int32{
 	53, // 36: entente.state.v1.Command.activate_authority:type_name -> entente.state.v1.ActivateAuthority
 	54, // 37: entente.state.v1.Command.apply_objects:type_name -> entente.state.v1.ApplyObjects
 	67, // 38: entente.state.v1.Command.store_foreign_bundle:type_name -> entente.state.v1.StoreForeignBundle
-	68, // 39: entente.state.v1.Command.tick:type_name -> entente.state.v1.Tick
-	69, // 40: entente.state.v1.Command.checksum:type_name -> entente.state.v1.Checksum
+	69, // 39: entente.state.v1.Command.tick:type_name -> entente.state.v1.Tick
+	70, // 40: entente.state.v1.Command.checksum:type_name -> entente.state.v1.Checksum
 	57, // 41: entente.state.v1.Command.taint_authority:type_name -> entente.state.v1.TaintAuthority
 	58, // 42: entente.state.v1.Command.authority_drained:type_name -> entente.state.v1.AuthorityDrained
 	59, // 43: entente.state.v1.Command.revoke_authority:type_name -> entente.state.v1.RevokeAuthority
@@ -6126,28 +6246,29 @@ var file_entente_state_v1_state_proto_depIdxs = []int32{
 	62, // 52: entente.state.v1.Command.merge_bans:type_name -> entente.state.v1.MergeBans
 	38, // 53: entente.state.v1.Command.approve_change:type_name -> entente.state.v1.ApproveChange
 	37, // 54: entente.state.v1.Command.replace_recovery_key:type_name -> entente.state.v1.ReplaceRecoveryKey
-	9,  // 55: entente.state.v1.ReplaceRecoveryKey.replacement:type_name -> entente.state.v1.RecoveryKeyReplacement
-	8,  // 56: entente.state.v1.Init.cluster:type_name -> entente.state.v1.Cluster
-	13, // 57: entente.state.v1.Init.member:type_name -> entente.state.v1.Member
-	15, // 58: entente.state.v1.CreateToken.token:type_name -> entente.state.v1.Token
-	13, // 59: entente.state.v1.JoinMember.member:type_name -> entente.state.v1.Member
-	18, // 60: entente.state.v1.AdmitAgent.agent:type_name -> entente.state.v1.Agent
-	14, // 61: entente.state.v1.PrepareAuthority.authority:type_name -> entente.state.v1.Authority
-	22, // 62: entente.state.v1.ApplyObjects.upserts:type_name -> entente.state.v1.Object
-	23, // 63: entente.state.v1.ApplyObjects.deletes:type_name -> entente.state.v1.ObjectKey
-	54, // 64: entente.state.v1.StageObjects.objects:type_name -> entente.state.v1.ApplyObjects
-	63, // 65: entente.state.v1.MergeBans.bans:type_name -> entente.state.v1.RememberedBan
-	18, // 66: entente.state.v1.RememberedBan.agent:type_name -> entente.state.v1.Agent
-	66, // 67: entente.state.v1.ChangeEntries.changes:type_name -> entente.state.v1.EntryChange
-	19, // 68: entente.state.v1.EntryChange.create:type_name -> entente.state.v1.Entry
-	19, // 69: entente.state.v1.EntryChange.update:type_name -> entente.state.v1.Entry
-	71, // 70: entente.state.v1.AgentCache.x509:type_name -> entente.state.v1.HeldSVID
-	71, // 71: entente.state.v1.AgentCache.wit:type_name -> entente.state.v1.HeldSVID
-	72, // [72:72] is the sub-list for method output_type
-	72, // [72:72] is the sub-list for method input_type
-	72, // [72:72] is the sub-list for extension type_name
-	72, // [72:72] is the sub-list for extension extendee
-	0,  // [0:72] is the sub-list for field type_name
+	68, // 55: entente.state.v1.Command.reset_foreign_bundle:type_name -> entente.state.v1.ResetForeignBundle
+	9,  // 56: entente.state.v1.ReplaceRecoveryKey.replacement:type_name -> entente.state.v1.RecoveryKeyReplacement
+	8,  // 57: entente.state.v1.Init.cluster:type_name -> entente.state.v1.Cluster
+	13, // 58: entente.state.v1.Init.member:type_name -> entente.state.v1.Member
+	15, // 59: entente.state.v1.CreateToken.token:type_name -> entente.state.v1.Token
+	13, // 60: entente.state.v1.JoinMember.member:type_name -> entente.state.v1.Member
+	18, // 61: entente.state.v1.AdmitAgent.agent:type_name -> entente.state.v1.Agent
+	14, // 62: entente.state.v1.PrepareAuthority.authority:type_name -> entente.state.v1.Authority
+	22, // 63: entente.state.v1.ApplyObjects.upserts:type_name -> entente.state.v1.Object
+	23, // 64: entente.state.v1.ApplyObjects.deletes:type_name -> entente.state.v1.ObjectKey
+	54, // 65: entente.state.v1.StageObjects.objects:type_name -> entente.state.v1.ApplyObjects
+	63, // 66: entente.state.v1.MergeBans.bans:type_name -> entente.state.v1.RememberedBan
+	18, // 67: entente.state.v1.RememberedBan.agent:type_name -> entente.state.v1.Agent
+	66, // 68: entente.state.v1.ChangeEntries.changes:type_name -> entente.state.v1.EntryChange
+	19, // 69: entente.state.v1.EntryChange.create:type_name -> entente.state.v1.Entry
+	19, // 70: entente.state.v1.EntryChange.update:type_name -> entente.state.v1.Entry
+	72, // 71: entente.state.v1.AgentCache.x509:type_name -> entente.state.v1.HeldSVID
+	72, // 72: entente.state.v1.AgentCache.wit:type_name -> entente.state.v1.HeldSVID
+	73, // [73:73] is the sub-list for method output_type
+	73, // [73:73] is the sub-list for method input_type
+	73, // [73:73] is the sub-list for extension type_name
+	73, // [73:73] is the sub-list for extension extendee
+	0,  // [0:73] is the sub-list for field type_name
 }
 
 func init() { file_entente_state_v1_state_proto_init() }
@@ -6195,6 +6316,7 @@ func file_entente_state_v1_state_proto_init() {
 		(*Command_MergeBans)(nil),
 		(*Command_ApproveChange)(nil),
 		(*Command_ReplaceRecoveryKey)(nil),
+		(*Command_ResetForeignBundle)(nil),
 	}
 	file_entente_state_v1_state_proto_msgTypes[58].OneofWrappers = []any{
 		(*EntryChange_Create)(nil),
@@ -6207,7 +6329,7 @@ func file_entente_state_v1_state_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_entente_state_v1_state_proto_rawDesc), len(file_entente_state_v1_state_proto_rawDesc)),
 			NumEnums:      8,
-			NumMessages:   64,
+			NumMessages:   65,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
