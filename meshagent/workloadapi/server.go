@@ -23,6 +23,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
+	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/reflection"
@@ -108,6 +109,7 @@ func (s *Server) Run(ctx context.Context) error {
 		grpc.ConnectionTimeout(5*time.Second),
 	)
 	workload.RegisterSpiffeWorkloadAPIServer(server, s)
+	healthv1.RegisterHealthServer(server, health{agent: s.agent})
 	for _, register := range s.beside {
 		register(server)
 	}
@@ -221,7 +223,7 @@ func (c *heldConn) Close() error {
 
 // checkHeader refuses a call of the Workload API without its security header: a
 // browser or a proxy that was talked into connecting cannot set it (Workload
-// Endpoint 3, 6). Other services on the socket (SDS, reflection) need none.
+// Endpoint 3, 6). Other services on the socket (SDS, health, reflection) need none.
 func checkHeader(ctx context.Context, method string) error {
 	if !spiffeCall(method) {
 		return nil
