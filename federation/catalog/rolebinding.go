@@ -6,6 +6,8 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"google.golang.org/protobuf/proto"
+
 	statev1 "github.com/entente-mesh/entente/api/entente/state/v1"
 )
 
@@ -68,7 +70,7 @@ func (c *compiler) roleBinding() {
 	for _, path := range b.GetPrefixes() {
 		c.rolePath("prefix", path)
 	}
-	c.tables.bindings = append(c.tables.bindings, b)
+	c.tables.bindings = append(c.tables.bindings, proto.CloneOf(b))
 	if b.GetRole() == statev1.AdminRole_ADMIN_ROLE_TRUST_ADMIN && len(b.GetPrefixes()) > 0 {
 		c.fail("leave prefixes out, or give another role", "trust-admin is for the whole domain: authorities, hosts and roles have no path")
 	}
