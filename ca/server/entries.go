@@ -2,6 +2,7 @@ package server
 
 import (
 	"context"
+	"fmt"
 	"slices"
 	"strings"
 	"sync"
@@ -87,10 +88,24 @@ func (s *Server) planEntries(ctx context.Context, changes []*statev1.EntryChange
 					result.Action = "unchanged"
 				}
 			}
+			if result.GetCode() == 0 {
+				result.Warnings = unknownPeers(st, next)
+			}
 			seen[id] = true
 		}
 	})
 	return plan
+}
+
+// unknownPeers says of which domains an entry is to have the bundle and will not.
+func unknownPeers(st *domain.State, e *statev1.Entry) (warnings []string) {
+	peers := st.Peers()
+	for _, td := range e.GetFederatesWith() {
+		if !slices.Contains(peers, td) {
+			warnings = append(warnings, fmt.Sprintf("there is no Relationship with %s, so its workloads get no bundle of it: apply one, or correct the name", td))
+		}
+	}
+	return warnings
 }
 
 // groups yields the indexes of changes that are to be agreed together.

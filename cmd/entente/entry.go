@@ -442,6 +442,9 @@ func printEntryResults(c *cobra.Command, flags *entryFlags, results []*ententev1
 		} else {
 			fmt.Fprintf(table, "%s\t%s\t%s\n", r.GetId(), r.GetAction(), ca.Revision(r.GetRevision()))
 		}
+		for _, warning := range r.GetWarnings() {
+			fmt.Fprintf(c.ErrOrStderr(), "warning: %s: %s\n", r.GetId(), warning)
+		}
 	}
 	if err := table.Flush(); err != nil {
 		return err

@@ -135,6 +135,8 @@ selectors: ["unix:uid:1000"]
 `), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	expect(exitOK, []string{"warning: entry/far: there is no Relationship with nowhere.example", "created"}, "entry", "create", "entry/far", "--path", "/far", "--host", "h1", "--selector", "unix:uid:1", "--federates-with", "nowhere.example")
+	expect(exitOK, []string{"deleted"}, "entry", "delete", "entry/far")
 	expect(exitRefused, []string{"entry/nightly  created", "REFUSED", "reserved", "nothing was changed"}, "entry", "create", "-f", file, "--dry-run")
 	expect(exitOK, []string{"0"}, "entry", "count")
 	expect(exitRefused, []string{"entry/nightly  created", "1 of 2 changes were refused"}, "entry", "create", "-f", file)

@@ -60,3 +60,16 @@ func with(t testing.TB, text, old, new string) string {
 	}
 	return strings.Replace(text, old, new, 1)
 }
+
+// An endpoint's URL may have a query; CA nodes of releases before would refuse it.
+func TestEndpointWithAQuery(t *testing.T) {
+	for url, want := range map[string]uint32{"https://peer.example/bundle": 1, "https://peer.example/bundle?format=spiffe": 6} {
+		o := &statev1.Object{Kind: &statev1.Object_Relationship{Relationship: &statev1.Relationship{TrustDomain: "peer.example", EndpointUrls: []string{url}}}}
+		if _, err := Compile(spiffeid.RequireTrustDomainFromString("own.example"), []*statev1.Object{o}); err != nil {
+			t.Error(err)
+		}
+		if got := Level(o); got != want {
+			t.Errorf("%s needs level %d, want %d", url, got, want)
+		}
+	}
+}

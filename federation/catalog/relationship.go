@@ -3,6 +3,7 @@ package catalog
 import (
 	"encoding/json"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -18,6 +19,13 @@ var relationshipKind = kind{
 		return r.GetTrustDomain(), r != nil
 	},
 	compile: (*compiler).relationship,
+	level: func(o *statev1.Object) uint32 {
+		// Releases before refuse a URL with a query.
+		if slices.ContainsFunc(o.GetRelationship().GetEndpointUrls(), func(url string) bool { return strings.Contains(url, "?") }) {
+			return 6
+		}
+		return 1
+	},
 	// Hosts learn that a relationship exists and whether WIT keys are exchanged in it. Where
 	// the peer's bundle comes from is for the CA, and its bootstrap bundle would hand foreign
 	// X.509 roots to everybody (I6).
@@ -42,8 +50,8 @@ func (c *compiler) relationship() {
 		case err != nil || u.Scheme != "https" || u.Hostname() == "":
 			c.fail("write it as https://host:port/path", "endpoint URL %q is not an https URL", raw)
 			continue
-		case u.User != nil || u.Fragment != "" || u.RawQuery != "":
-			c.fail("", "endpoint URL %q has user information, a query or a fragment", raw)
+		case u.User != nil || u.Fragment != "":
+			c.fail("", "endpoint URL %q has user information or a fragment", raw)
 			continue
 		}
 		if port := u.Port(); port != "" {
