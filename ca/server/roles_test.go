@@ -107,6 +107,7 @@ func TestAdministratorsByTheirRoles(t *testing.T) {
 		"ListNodes": "vic tom", "ListAuthorities": "vic tom", "ListAgents": "vic tom", "GetAgent": "vic tom", "ListTokens": "vic tom",
 		"CreateToken": "tom", "RevokeToken": "tom", "BanAgent": "tom", "EvictAgent": "tom", "IsolateAgent": "tom", "PrepareAuthority": "tom", "ActivateAuthority": "tom",
 		"TaintAuthority": "tom", "RevokeAuthority": "tom", "RemoveNode": "tom", "PromoteNode": "tom", "SaveSnapshot": "tom", "ListChanges": "vic tom", "ApproveChange": "", "ReplaceRecoveryKey": "",
+		"ResetFederation": "tom", "RefreshFederation": "tom",
 		"WhoAmI": "pia vic tom nobody",
 	}
 	people := map[string]*grpc.ClientConn{}

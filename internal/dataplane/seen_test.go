@@ -29,6 +29,9 @@ func TestSeen(t *testing.T) {
 		t.Fatalf("the instance is not seen: %+v", seen)
 		return SeenEndpoint{}
 	}
+	for begin := time.Now(); len(gateway.Seen(catalog.Gateway).Listeners) == 0 && time.Since(begin) < 10*time.Second; {
+		time.Sleep(time.Millisecond) // the door opens in its own time
+	}
 	if seen := gateway.Seen(catalog.Gateway); seen.Requests != 0 || len(seen.Listeners) != 1 || seen.Listeners[0].Name != "eastWest" || seen.Listeners[0].Connections != 0 {
 		t.Fatalf("before there is traffic: %+v", seen)
 	}
