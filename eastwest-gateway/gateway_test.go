@@ -16,6 +16,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -519,9 +520,9 @@ func TestRoleThatFails(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := &Gateway{log: slog.New(slog.DiscardHandler)}
 		ctx, stop := context.WithCancel(t.Context())
-		runs := 0
+		var runs atomic.Int32
 		role := Role{Name: "edge", Run: func(ctx context.Context, _ *Mesh) error {
-			if runs++; runs < 3 {
+			if runs.Add(1) < 3 {
 				return errors.New("the address is taken")
 			}
 			<-ctx.Done()
@@ -534,8 +535,8 @@ func TestRoleThatFails(t *testing.T) {
 			t.Errorf("%v", down)
 		}
 		time.Sleep(2*roleRetry + time.Second)
-		if down := g.down.Load(); down != nil || runs != 3 {
-			t.Errorf("after %d runs: %v", runs, *down)
+		if down := g.down.Load(); down != nil || runs.Load() != 3 {
+			t.Errorf("after %d runs: %v", runs.Load(), down)
 		}
 		stop()
 		if err := <-ended; err != nil {
