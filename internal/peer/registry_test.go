@@ -98,11 +98,14 @@ func TestRegistryExpiry(t *testing.T) {
 func TestRegistryRecheckOf(t *testing.T) {
 	var r peer.Registry
 	refused := map[string]bool{}
+	var asking sync.Mutex // several connections are asked at once
 	asked := map[string]int{}
 	open := map[string]net.Conn{}
 	for name, restsOn := range map[string][]string{"h1": {"h1"}, "h1/web": {"h1", "web"}, "h2/web": {"h2", "web"}, "any": nil} {
 		open[name] = pipe(t)
 		r.Track(open[name], tls.ConnectionState{}, func() error {
+			asking.Lock()
+			defer asking.Unlock()
 			if asked[name]++; refused[name] {
 				return errNo
 			}
